@@ -1,0 +1,18 @@
+"""Memory categories and components: one vocabulary for the simulator's ledger and the executor's tracker."""
+
+CATEGORIES = (
+    "params",  # resident parameter shards
+    "grads",  # resident gradient shards
+    "optimizer",  # master weights and moments
+    "gathered",  # gathered full parameters of a unit in use
+    "gathered_grads",  # full gradients of a unit before they are reduced and sharded
+    "boundaries",  # layer inputs kept from forward to backward
+    "activations",  # everything a layer makes besides what is named below
+    "dispatch",  # routed tokens on their way to, through and back from the experts
+    "logits",  # logits or strips, the loss's per-token numbers, the ring's moving block
+    "staging",  # optimizer buckets on the device
+    "framework",  # not made by tensors: contexts, communication buffers (simulator and CUDA only)
+)
+
+COMPONENTS = ("embedding", "attention", "dense_ffn", "router", "experts", "shared_experts", "vocabulary", "optimizer", "other")
+PHASES = ("forward", "recompute", "backward", "optimizer")

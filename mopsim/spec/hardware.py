@@ -1,0 +1,196 @@
+"""HardwareProfile: one machine type. Every number carries its tag and source; efficiency is a curve over size."""
+
+from typing import Literal
+
+from mopsim.spec.errors import require
+from mopsim.spec.io import Spec
+from mopsim.spec.units import UNITS
+
+Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
+WORK_KINDS = (
+    "matmul", "grouped_matmul", "attention", "memory_bound", "all_gather", "reduce_scatter", "all_reduce",
+    "all_to_all", "send_recv", "h2d", "d2h", "optimizer", "host_optimizer",
+)  # fmt: skip
+"""Kinds of work: what an op of the simulator is, what a timer of the executor measures, what calibration scales."""
+
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
+
+
+class Quantity(Spec, frozen=True, kw_only=True):
+    """A number with its unit (as in units.UNITS), where it comes from, and how far to trust it."""
+
+    value: float
+    unit: str
+    tag: Tag
+    source: str
+
+    def __post_init__(self) -> None:
+        require(self.unit in UNITS, "unit", self.unit, f"is not one of {', '.join(UNITS)}")
+        require(self.value >= 0, "value", self.value, "must not be negative")
+        require(bool(self.source), "source", self.source, "must name where the number comes from")
+
+    @property
+    def si(self) -> float:
+        """The value in bytes, seconds, FLOP/s, bytes/s, watts, dollars per hour or parameters/s."""
+        return self.value * UNITS[self.unit]
+
+
+class MatmulCurve(Spec, frozen=True, kw_only=True):
+    """Seconds of C[m,n] = A[m,k] B[k,n] for one dtype:
+
+    time = max(2mnk / (peak * efficiency * f), bytes / memory bandwidth) + the device's launch overhead,
+    f = m/(m + m_half) * n/(n + n_half) * k/(k + k_half). `efficiency` <= 1 is the fraction of peak at large sizes.
+    """
+
+    dtype: str
+    peak: Quantity
+    efficiency: float
+    m_half: float = 0.0
+    n_half: float = 0.0
+    k_half: float = 0.0
+    tag: Tag
+    source: str
+
+    def __post_init__(self) -> None:
+        require(0 < self.efficiency <= 1, "efficiency", self.efficiency, "must lie in (0, 1]")
+        for field in ("m_half", "n_half", "k_half"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
+        require(self.peak.si >= 1e8, "peak", self.peak.si, "FLOP/s is below 1e8: check the unit")
+
+
+class AttentionCurve(Spec, frozen=True, kw_only=True):
+    """Fraction of the dtype's matmul peak that the attention kernel reaches: efficiency * s / (s + seq_half)."""
+
+    forward: float
+    backward: float
+    seq_half: float = 0.0
+    tag: Tag
+    source: str
+
+    def __post_init__(self) -> None:
+        for field in ("forward", "backward"):
+            require(0 < getattr(self, field) <= 1, field, getattr(self, field), "must lie in (0, 1]")
+        require(self.seq_half >= 0, "seq_half", self.seq_half, "must not be negative")
+
+
+class CollectiveCurve(Spec, frozen=True, kw_only=True):
+    """Seconds of one collective inside a scope: latency + ranks * latency_per_rank + wire bytes / (bandwidth * efficiency(b)).
+
+    `bandwidth` is per rank, one direction. Wire bytes per rank of n: all_gather, reduce_scatter, all_to_all (n-1)/n of
+    the full buffer; all_reduce twice that; send_recv the message. efficiency(b) = b / (b + bytes_half).
+    """
+
+    latency: Quantity
+    latency_per_rank: Quantity
+    bandwidth: Quantity
+    bytes_half: float = 0.0
+
+
+class Fabric(Spec, frozen=True, kw_only=True):
+    """A network scope: `scale_up` (NVLink, shared memory, loopback) or `scale_out` (NICs between nodes)."""
+
+    peak: Quantity
+    collectives: dict[str, CollectiveCurve]
+
+    def __post_init__(self) -> None:
+        for name in self.collectives:
+            require(name in COLLECTIVES, "collectives", name, f"is not one of {', '.join(COLLECTIVES)}")
+        for name in COLLECTIVES:
+            require(name in self.collectives, "collectives", sorted(self.collectives), f"lacks {name}")
+        for name, curve in self.collectives.items():
+            require(
+                curve.bandwidth.si <= self.peak.si * 1.0001,
+                f"collectives.{name}.bandwidth", curve.bandwidth.value, f"exceeds the fabric's peak {self.peak.value} {self.peak.unit}",
+            )  # fmt: skip
+
+
+class Device(Spec, frozen=True, kw_only=True):
+    """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take."""
+
+    memory: Quantity
+    reserved: Quantity
+    memory_bandwidth: Quantity
+    memory_bytes_half: float = 0.0
+    launch_overhead: Quantity
+    matmul: tuple[MatmulCurve, ...]
+    attention: AttentionCurve
+    adam_rate: Quantity
+    power: Quantity | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.matmul) >= 1, "matmul", self.matmul, "needs at least one curve")
+        require(self.memory.si >= 1e6, "memory", self.memory.si, "bytes is below 1 MB: check the unit")
+        require(self.memory_bandwidth.si >= 1e8, "memory_bandwidth", self.memory_bandwidth.si, "bytes/s is below 0.1 GB/s: check the unit")
+        require(self.reserved.si < self.memory.si, "reserved", self.reserved.si, "is not less than the device memory")
+
+
+class Host(Spec, frozen=True, kw_only=True):
+    """A node's host: DRAM shared by its devices, and the link of each device to it.
+
+    link_sharing: devices that share one link. adam_rate: parameters/s that one rank's share of the host updates.
+    """
+
+    memory: Quantity
+    memory_bandwidth: Quantity
+    link_h2d: Quantity
+    link_d2h: Quantity
+    link_latency: Quantity
+    link_sharing: int = 1
+    adam_rate: Quantity
+    cores: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.link_sharing >= 1, "link_sharing", self.link_sharing, "must be at least 1")
+        require(self.cores >= 1, "cores", self.cores, "must be at least 1")
+
+
+class Correction(Spec, frozen=True, kw_only=True):
+    """Calibration of one kind of work: seconds = scale * curve + overhead per op."""
+
+    scale: float = 1.0
+    overhead: float = 0.0
+    tag: Tag = "calibrated"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        require(0.02 <= self.scale <= 50, "scale", self.scale, "must lie between 0.02 and 50")
+        require(-1.0 <= self.overhead <= 1.0, "overhead", self.overhead, "must lie between -1 and 1 second")
+
+
+class HardwareProfile(Spec, frozen=True, kw_only=True):
+    """One machine type: `devices_per_node` devices in a node, `scale_up_size` devices in a scale-up domain.
+
+    communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU cores:
+    1 means that the two cannot overlap at all). corrections: by kind of work, plus "step" (a constant per step).
+    """
+
+    name: str
+    device_kind: Literal["cuda", "rocm", "cpu"]
+    devices_per_node: int
+    scale_up_size: int
+    device: Device
+    host: Host
+    scale_up: Fabric
+    scale_out: Fabric
+    communication_share: float = 0.0
+    price_per_device_hour: Quantity | None = None
+    corrections: dict[str, Correction] = {}
+    framework_memory_scale: float = 1.0
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", self.name, "must not be empty")
+        require(self.devices_per_node >= 1, "devices_per_node", self.devices_per_node, "must be at least 1")
+        require(self.scale_up_size >= 1, "scale_up_size", self.scale_up_size, "must be at least 1")
+        require(0 <= self.communication_share <= 1, "communication_share", self.communication_share, "must lie between 0 and 1")
+        require(1 <= self.framework_memory_scale <= 1.5, "framework_memory_scale", self.framework_memory_scale, "must lie between 1 and 1.5")
+        for kind in self.corrections:
+            require(kind in (*WORK_KINDS, "step"), "corrections", kind, f"is not one of {', '.join((*WORK_KINDS, 'step'))}")
+
+    def memory_limit(self) -> int:
+        """Bytes of device memory that a plan may use."""
+        return int(self.device.memory.si - self.device.reserved.si)
+
+    def host_limit(self) -> int:
+        """Bytes of host memory that one rank may use: its share of the node's DRAM."""
+        return int(self.host.memory.si / self.devices_per_node)

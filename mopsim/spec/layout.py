@@ -1,0 +1,120 @@
+"""Sharding arithmetic that both packages use, once: groups, shards, chunks, buckets, the offloaded set, routing."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from mopsim.spec.strategy import Order
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """Smallest integer >= value / divisor."""
+    return -(-value // divisor)
+
+
+def groups(num_ranks: int, degree: int, order: Order = "contiguous") -> list[list[int]]:
+    """The rank groups of size `degree`, each in ring order. Contiguous: 0..d-1, d..2d-1; strided: 0, n/d, 2n/d, ..."""
+    count = num_ranks // degree
+    if order == "contiguous":
+        return [list(range(i * degree, (i + 1) * degree)) for i in range(count)]
+    return [list(range(i, num_ranks, count)) for i in range(count)]
+
+
+def replica_groups(num_ranks: int, degree: int, order: Order = "contiguous") -> list[list[int]]:
+    """The groups of ranks at the same place in their `groups(...)` group: they hold the same slice."""
+    return [list(place) for place in zip(*groups(num_ranks, degree, order), strict=True)]
+
+
+def split(ranks: Sequence[int], size: int) -> list[list[int]]:
+    """`ranks` cut into consecutive runs of `size` (shards of one copy inside a replica group)."""
+    return [list(ranks[i : i + size]) for i in range(0, len(ranks), size)]
+
+
+def group_containing(all_groups: Sequence[Sequence[int]], rank: int) -> list[int]:
+    """The group that `rank` belongs to."""
+    return next(list(group) for group in all_groups if rank in group)
+
+
+def interval(total: int, parts: int, index: int) -> tuple[int, int]:
+    """[start, stop) of part `index` when `total` is cut into `parts` of ceil(total/parts); the last may be short or empty."""
+    size = ceil_div(total, parts)
+    return min(index * size, total), min((index + 1) * size, total)
+
+
+def shard_numel(numel: int, degree: int) -> int:
+    """Elements of one rank's shard of a flat unit: padded so that all shards are equal."""
+    return ceil_div(numel, degree)
+
+
+def num_chunks(num_tokens: int, chunk_tokens: int, max_chunks: int) -> int:
+    """K = min(ceil(N / c), Kmax); 1 where c is 0 (arXiv 2609.14306, PipelinedLLEP)."""
+    return 1 if chunk_tokens == 0 else max(1, min(ceil_div(num_tokens, chunk_tokens), max_chunks))
+
+
+def chunk_positions(num_tokens: int, chunks: int, index: int) -> range:
+    """Token positions of strided chunk `index` of `chunks`: index, index + K, index + 2K, ..."""
+    return range(index, num_tokens, chunks)
+
+
+def token_slices(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Consecutive [start, stop) slices of at most `chunk_tokens` tokens (0 = one slice)."""
+    size = chunk_tokens or num_tokens
+    return [(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def ring_moves_weights(num_tokens: int, vocab_size: int, degree: int) -> bool:
+    """Ring-DTP sends the weight block around where tokens outnumber its rows (N > V/P), else the activations."""
+    return num_tokens > ceil_div(vocab_size, degree)
+
+
+def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[list[tuple[int, int, int]]]:
+    """Buckets of at most `bucket_params` parameters: lists of (unit, start, stop) slices of the flat shards, in order."""
+    buckets: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for unit, numel in enumerate(shard_numels):
+        start = 0
+        while start < numel:
+            if room == 0:
+                buckets.append([])
+                room = bucket_params
+            stop = min(numel, start + room)
+            buckets[-1].append((unit, start, stop))
+            room -= stop - start
+            start = stop
+    return buckets
+
+
+def offloaded_boundaries(num_boundaries: int, boundary_bytes: int, host_budget: int) -> int:
+    """How many boundaries, in forward order, fit the host budget (0 = no cap)."""
+    return num_boundaries if host_budget == 0 else min(num_boundaries, host_budget // max(boundary_bytes, 1))
+
+
+def routed_expert(routing: str, position: int, num_tokens: int, slot: int, num_experts: int, top_k: int) -> int:
+    """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a routing profile.
+
+    balanced: (i + j) mod E. r/h: the first r % of positions choose j mod h (so experts below min(h, top_k) only), the
+    others h + ((i + j) mod (E - h)) (arXiv 2609.14306; LLEP's profiles).
+    """
+    if routing == "balanced":
+        return (position + slot) % num_experts
+    percent, hot = (int(part) for part in routing.split("/"))
+    if position * 100 < percent * num_tokens or hot >= num_experts:
+        return slot % hot
+    return hot + (position + slot) % (num_experts - hot)
+
+
+@lru_cache(maxsize=4096)
+def routing_counts(routing: str, num_tokens: int, chunks: int, index: int, num_experts: int, top_k: int) -> tuple[int, ...]:
+    """Routes to each expert from the tokens of strided chunk `index`, on one rank. Sums to len(chunk) * top_k."""
+    counts = [0] * num_experts
+    for position in chunk_positions(num_tokens, chunks, index):
+        for slot in range(top_k):
+            counts[routed_expert(routing, position, num_tokens, slot, num_experts, top_k)] += 1
+    return tuple(counts)
+
+
+def stage_layers(num_layers: int, degree: int, virtual_stages: int, stage: int) -> list[list[int]]:
+    """Layers of each model chunk that pipeline stage `stage` holds (one list per virtual stage), as even as can be."""
+    parts = degree * virtual_stages
+    base, extra = divmod(num_layers, parts)
+    starts = [i * base + min(i, extra) for i in range(parts + 1)]
+    return [list(range(starts[v * degree + stage], starts[v * degree + stage + 1])) for v in range(virtual_stages)]

@@ -1,0 +1,118 @@
+"""ModelSpec: the dimensions of a transformer, in Hugging Face field names."""
+
+from typing import Literal
+
+from mopsim.spec.errors import require
+from mopsim.spec.io import Spec
+
+
+class ModelSpec(Spec, frozen=True, kw_only=True):
+    """A decoder-only transformer. Layers before `first_k_dense_replace` are dense, the others MoE.
+
+    Shapes that follow from it live in `mopsim.layers`, once. `total_params` and `active_params` are the published
+    figures (parameters), kept to be checked against, never used in a calculation.
+    """
+
+    name: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    intermediate_size: int = 0
+    first_k_dense_replace: int = 0
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    tie_word_embeddings: bool = False
+    attention: Literal["gqa", "mla"] = "gqa"
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    attention_sinks: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    sliding_window: int = 0
+    sliding_window_period: int = 1
+    expert_bias: bool = False
+    router_bias: bool = False
+    ffn_matrices: Literal[2, 3] = 3
+    ffn_bias: bool = False
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    learned_positions: int = 0
+    num_nextn_predict_layers: int = 0
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    total_params: float | None = None
+    active_params: float | None = None
+    source: str = ""
+    assumptions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+        ):  # fmt: skip
+            require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+        for field in (
+            "intermediate_size", "first_k_dense_replace", "num_local_experts", "num_experts_per_tok",
+            "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
+            "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "learned_positions",
+            "num_nextn_predict_layers",
+        ):  # fmt: skip
+            require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
+        require(bool(self.name), "name", self.name, "must not be empty")
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads", self.num_key_value_heads,
+            f"does not divide num_attention_heads {self.num_attention_heads}",
+        )  # fmt: skip
+        require(
+            self.first_k_dense_replace <= self.num_hidden_layers,
+            "first_k_dense_replace", self.first_k_dense_replace,
+            f"is more than num_hidden_layers {self.num_hidden_layers}",
+        )  # fmt: skip
+        require(
+            self.num_dense_layers == 0 or self.intermediate_size >= 1,
+            "intermediate_size", self.intermediate_size, "must be at least 1 where a layer is dense",
+        )  # fmt: skip
+        if self.num_local_experts:
+            require(
+                1 <= self.num_experts_per_tok <= self.num_local_experts,
+                "num_experts_per_tok", self.num_experts_per_tok,
+                f"must lie between 1 and num_local_experts {self.num_local_experts}",
+            )  # fmt: skip
+            require(
+                self.moe_intermediate_size >= 1,
+                "moe_intermediate_size", self.moe_intermediate_size, "must be at least 1 where there are experts",
+            )  # fmt: skip
+        if self.attention == "mla":
+            for field in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1 for mla")
+        require(self.sliding_window_period >= 1, "sliding_window_period", self.sliding_window_period, "must be at least 1")
+        require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be positive")
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers with a dense FFN: the leading ones, or all where there are no experts."""
+        return self.first_k_dense_replace if self.num_local_experts else self.num_hidden_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.num_dense_layers
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) routes to experts."""
+        return layer >= self.num_dense_layers
+
+    def window(self, layer: int) -> int:
+        """Sliding-window width of `layer` in tokens; 0 is full causal attention."""
+        return self.sliding_window if self.sliding_window and layer % self.sliding_window_period == 0 else 0

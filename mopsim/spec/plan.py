@@ -1,0 +1,85 @@
+"""Plan: a validated choice, ready to run. Measurement: what one run of it really did."""
+
+from mopsim.spec.errors import require
+from mopsim.spec.io import Spec
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+
+class HardwareRef(Spec, frozen=True, kw_only=True):
+    """Which profile a plan was made for, and the limits that it was held to (bytes per rank)."""
+
+    name: str
+    digest: str
+    num_nodes: int
+    devices_per_node: int
+    memory_limit: int
+    host_limit: int
+
+
+class Prediction(Spec, frozen=True, kw_only=True):
+    """What the simulator promised: seconds, tokens/s, bytes per rank. `time_by_kind` is busy seconds per kind of work."""
+
+    step_time: float
+    tokens_per_second: float
+    peak_memory: int
+    host_memory: int
+    memory_by_category: dict[str, int]
+    time_by_kind: dict[str, float]
+
+
+class Plan(Spec, frozen=True, kw_only=True):
+    """Everything a run needs: model, hardware, strategy, training; and what was predicted of it."""
+
+    model: ModelSpec
+    hardware: HardwareRef
+    strategy: Strategy
+    training: TrainSpec
+    prediction: Prediction | None = None
+    mop_version: str = ""
+
+    def __post_init__(self) -> None:
+        ranks = self.hardware.num_nodes * self.hardware.devices_per_node
+        require(
+            self.strategy.world_size <= ranks,
+            "strategy.world_size", self.strategy.world_size,
+            f"is more than the {ranks} devices of {self.hardware.num_nodes} node(s) of {self.hardware.name}",
+        )  # fmt: skip
+        self.strategy.check_model(self.model)
+        self.training.check_strategy(self.strategy)
+
+
+class KindTiming(Spec, frozen=True, kw_only=True):
+    """One kind of work in one step of one rank: ops, busy seconds (median over steps), FLOP and bytes moved."""
+
+    count: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+class Measurement(Spec, frozen=True, kw_only=True):
+    """One run, measured: steady steps only (the first `warmup` left out).
+
+    step_times: seconds of each steady step, slowest rank. kinds: from profiled steps, rank 0. memory: peak bytes by
+    category at the device peak, largest rank, and host bytes. environment: card or CPU, versions, threads.
+    """
+
+    plan: Plan
+    world_size: int
+    steps: int
+    warmup: int
+    step_times: tuple[float, ...]
+    step_time_median: float
+    tokens_per_second: float
+    kinds: dict[str, KindTiming]
+    peak_memory: int
+    memory_by_category: dict[str, int]
+    host_memory: int
+    first_loss: float
+    last_loss: float
+    environment: dict[str, str]
+    mop_version: str = ""

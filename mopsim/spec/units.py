@@ -1,0 +1,55 @@
+"""The only place where scales exist: inside, bytes are int, time is seconds, rates are per second."""
+
+import re
+
+from mopsim.spec.errors import MopError
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+#: Factor from a unit as written in a file to the SI unit used inside.
+UNITS: dict[str, float] = {
+    "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
+    "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
+    "s": 1, "ms": 1e-3, "us": 1e-6, "h": 3600,
+    "FLOP/s": 1, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15,
+    "B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GiB/s": GIB, "Gbit/s": 1e9 / 8,
+    "W": 1, "kW": 1e3, "USD/h": 1, "USD": 1, "params/s": 1, "Mparams/s": 1e6, "Gparams/s": 1e9, "1": 1,
+}  # fmt: skip
+
+DTYPE_BYTES: dict[str, float] = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "mxfp8": 1.03125, "nvfp4": 0.5625,
+}  # fmt: skip
+
+_COUNT_SUFFIX = {"": 1, "K": 1024, "M": 1024**2}
+
+
+def parse_bytes(text: str, field: str = "size") -> int:
+    """Bytes from '512MiB', '2GB', '1.5GiB' or a plain number of bytes. Raises MopError otherwise."""
+    match = re.match(r"^\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?B|B?)\s*$", text)
+    if not match:
+        raise MopError(f"{field}: {text!r} is not a size such as 512MiB, 2GB or a number of bytes")
+    return int(float(match.group(1)) * UNITS[match.group(2) or "B"])
+
+
+def parse_count(text: str, field: str = "count") -> int:
+    """A token count from '32K', '1M' (binary: 128K = 131072) or a plain integer. Raises MopError otherwise."""
+    match = re.match(r"^\s*([0-9]+)\s*([KM]?)\s*$", text)
+    if not match or int(match.group(1)) < 1:
+        raise MopError(f"{field}: {text!r} is not a positive count such as 4096, 128K or 1M")
+    return int(match.group(1)) * _COUNT_SUFFIX[match.group(2)]
+
+
+def format_bytes(num_bytes: float) -> str:
+    """'1.50 GiB', for a table."""
+    for unit, scale in (("TiB", 1024**4), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(num_bytes) >= scale:
+            return f"{num_bytes / scale:.2f} {unit}"
+    return f"{int(num_bytes)} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """'1.234 s', '12.3 ms' or '45.6 us', for a table."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
