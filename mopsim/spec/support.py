@@ -1,0 +1,106 @@
+"""What mopexec runs today, as data: the search plans only this by default, the executor refuses the rest by name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mopsim.spec.errors import SpecError
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import Strategy
+
+#: Model fields and the values that the executor's Transformer implements.
+MODEL: dict[str, tuple[Any, ...]] = {
+    "attention": ("gqa",),
+    "attention_bias": ("none",),
+    "attention_sinks": (False,),
+    "qk_norm": ("none", "head"),
+    "sliding_window": (0,),
+    "expert_bias": (False,),
+    "router_bias": (False,),
+    "ffn_matrices": (3,),
+    "ffn_bias": (False,),
+    "norm": ("rmsnorm",),
+    "learned_positions": (0,),
+    "num_nextn_predict_layers": (0,),
+    "shared_expert_gate": (False,),
+    "tie_word_embeddings": (False,),
+}
+
+#: Strategy fields that both runtimes hold to these values.
+COMMON: dict[str, tuple[Any, ...]] = {
+    "pipeline.degree": (1,),
+    "dense.tensor": (1,),
+    "dense.zero": (3,),
+    "attention.exchange": ("ulysses",),
+    "experts.tensor": (1,),
+    "experts.balance": ("none",),
+    "optimizer.host_fraction": (1.0,),
+    "precision.matmul": ("compute",),
+}
+
+RUNTIMES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "flat_units": {
+        "dense.reshard_after_forward": (True,),
+        "dense.param_tier": ("device",),
+        "dense.grad_tier": ("device",),
+        "experts.param_tier": ("device",),
+        "experts.grad_tier": ("device",),
+        "vocabulary.loss": ("full", "chunked", "ring"),
+        "activations.recompute": ("full",),
+    },
+    "fully_shard": {
+        "dense.chunk_tokens": (0,),
+        "experts.chunk_tokens": (0,),
+        "vocabulary.loss": ("full", "chunked"),
+        "vocabulary.degree": (1,),
+        "activations.recompute": ("none", "full"),
+        "activations.boundary_tier": ("device",),
+        "precision.master": ("param",),
+    },
+}
+
+
+def unsupported(strategy: Strategy, model: ModelSpec) -> Iterator[SpecError]:
+    """Every field of the strategy or the model that mopexec does not run yet, as the error that names it."""
+    yield from _outside(model, MODEL, "model")
+    yield from _outside(strategy, COMMON | RUNTIMES[strategy.runtime], "strategy")
+    if strategy.runtime == "fully_shard":
+        yield from _fully_shard(strategy)
+
+
+def runnable(strategy: Strategy, model: ModelSpec) -> SpecError | None:
+    """None where mopexec runs this strategy on this model, else the first reason against it."""
+    return next(unsupported(strategy, model), None)
+
+
+def _outside(spec: Any, allowed: dict[str, tuple[Any, ...]], prefix: str) -> Iterator[SpecError]:
+    for path, values in allowed.items():
+        value = spec
+        for step in path.split("."):
+            value = getattr(value, step)
+        if value not in values:
+            names = " or ".join(repr(item) for item in values)
+            yield SpecError(f"{prefix}.{path}", value, f"is not run by mopexec yet, only {names}")
+
+
+def _fully_shard(strategy: Strategy) -> Iterator[SpecError]:
+    """FSDP2's offload policy moves parameters, gradients and optimizer state together, and updates on the host."""
+    tiers = {
+        "dense.param_tier": strategy.dense.param_tier,
+        "dense.grad_tier": strategy.dense.grad_tier,
+        "experts.param_tier": strategy.experts.param_tier,
+        "experts.grad_tier": strategy.experts.grad_tier,
+        "optimizer.update_on": strategy.optimizer.update_on,
+    }
+    for field, tier in tiers.items():
+        if tier != strategy.optimizer.state_tier:
+            yield SpecError(
+                f"strategy.{field}",
+                tier,
+                f"differs from optimizer.state_tier: fully_shard offloads all or nothing ({strategy.optimizer.state_tier})",
+            )
+    if strategy.experts.shard != strategy.expert_replicas:
+        yield SpecError(
+            "strategy.experts.shard",
+            strategy.experts.shard,
+            f"must be the {strategy.expert_replicas} replicas of an expert under fully_shard",
+        )
