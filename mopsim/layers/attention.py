@@ -1,0 +1,126 @@
+"""The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core, output, residual."""
+
+from mopsim.layers.shapes import Shapes, attention_widths, causal_pairs
+from mopsim.layers.tape import Kernel, Matmul, Tape, Value
+from mopsim.spec.model import ModelSpec
+
+_C = "attention"
+
+
+def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
+    """x [N,H] -> y [N,H]. N = shapes.tokens; heads are split over `sequence` x `tensor` inside the core."""
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
+    x, y = Value("x", N * H * b), Value("y", N * H * b)
+    kernels = [norm("attention_norm", "x", "h", N, H, b, _C)]
+    projected, values = (_mla if model.attention == "mla" else _gqa)(model, shapes)
+    kernels += projected
+    kernels += _core(model, shapes, layer, values)
+    _, v_width = attention_widths(model)
+    k = model.num_attention_heads * v_width / shapes.tensor
+    kernels.append(linear("o_proj", "o", Value("a", N * H * b), shapes.region_tokens, H, k, b, _C))
+    kernels.append(
+        Kernel("attention_residual", "memory_bound", _C, ("a", "x"), (y,), bytes=3 * N * H * b, back_bytes=0, back_launches=0)
+    )
+    return Tape((x,), tuple(kernels), ("y",))
+
+
+def norm(name: str, source: str, target: str, tokens: int, size: int, b: int, component: str) -> Kernel:
+    """RMSNorm (or LayerNorm) over `size`: reads and writes tokens x size."""
+    out = Value(target, tokens * size * b)
+    return Kernel(
+        name, "memory_bound", component, (source,), (out,), saves=(source,), bytes=2 * out.bytes,
+        back_bytes=4 * out.bytes, back_launches=2, weight_grad=size * b,
+    )  # fmt: skip
+
+
+def linear(name: str, source: str, out: Value, m: float, n: float, k: float, b: int, component: str) -> Kernel:
+    """out[m,n] = source[m,k] W[n,k]^T."""
+    return Kernel(
+        name, "matmul", component, (source,), (out,), saves=(source,), matmuls=(Matmul(m, n, k),), weight_grad=int(n * k * b)
+    )
+
+
+def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    N, H, b, d = shapes.region_tokens, model.hidden_size, shapes.width, model.head_dim
+    heads, kv = model.num_attention_heads / shapes.tensor, max(1, model.num_key_value_heads / shapes.tensor)
+    sizes = {"q": heads * d, "k": kv * d, "v": kv * d}
+    kernels = [
+        linear(f"{name}_proj", "h", Value(f"{name}0", int(N * size * b)), N, size, H, b, _C) for name, size in sizes.items()
+    ]
+    names = {"q": "q0", "k": "k0", "v": "v0"}
+    if model.qk_norm != "none":
+        for name in "qk":
+            kernels.append(norm(f"{name}_norm", f"{name}0", f"{name}1", N, int(sizes[name]), b, _C))
+            names[name] = f"{name}1"
+    for name in "qk":
+        out = Value(f"{name}r", int(N * sizes[name] * b))
+        kernels.append(
+            Kernel(f"rope_{name}", "memory_bound", _C, (names[name],), (out,), bytes=4 * out.bytes, launches=5, back_launches=7)
+        )
+    q, k = (Value(f"{name}r", int(N * sizes[name] * b)) for name in "qk")
+    return kernels, (q, k, Value("v0", int(N * sizes["v"] * b)))
+
+
+def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    N, H, b = shapes.region_tokens, model.hidden_size, shapes.width
+    heads = model.num_attention_heads / shapes.tensor
+    rope, rank = model.qk_rope_head_dim, model.kv_lora_rank
+    qk, v = attention_widths(model)
+    q_value = Value("q0", int(N * heads * qk * b))
+    kernels = []
+    if model.q_lora_rank:
+        kernels.append(linear("q_a_proj", "h", Value("qa", N * model.q_lora_rank * b), N, model.q_lora_rank, H, b, _C))
+        kernels.append(norm("q_a_norm", "qa", "qn", N, model.q_lora_rank, b, _C))
+        kernels.append(linear("q_b_proj", "qn", q_value, N, heads * qk, model.q_lora_rank, b, _C))
+    else:
+        kernels.append(linear("q_proj", "h", q_value, N, heads * qk, H, b, _C))
+    kernels.append(linear("kv_a_proj", "h", Value("kva", N * (rank + rope) * b), N, rank + rope, H, b, _C))
+    kernels.append(norm("kv_a_norm", "kva", "kvn", N, rank, b, _C))
+    up = heads * (model.qk_nope_head_dim + v)
+    kernels.append(linear("kv_b_proj", "kvn", Value("kvb", int(N * up * b)), N, up, rank, b, _C))
+    q, k, value = (
+        Value("qr", int(N * heads * qk * b)), Value("kr", int(N * heads * qk * b)), Value("v0", int(N * heads * v * b))
+    )  # fmt: skip
+    total = q.bytes + k.bytes + value.bytes
+    kernels.append(
+        Kernel("rope", "memory_bound", _C, ("q0", "kvb", "kva"), (q, k, value), bytes=2 * total, launches=10, back_launches=14)
+    )
+    return kernels, (q, k, value)
+
+
+def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Value, Value]) -> list[Kernel]:
+    """Exchange to head shards, attention over the whole sequence, exchange back. Writes `o`."""
+    d, b = shapes.sequence, shapes.width
+    heads = model.num_attention_heads / (shapes.tensor * d)
+    qk, v_width = attention_widths(model)
+    sequences = shapes.attended / shapes.seq_len
+    pairs = causal_pairs(shapes.seq_len, model.window(layer)) * sequences
+    out = Value("os" if d > 1 else "o", int(shapes.attended * heads * v_width * b))
+    lse = Value("lse", int(shapes.attended * heads * 4), grad=False)
+    inner, kernels = values, []
+    if d > 1:
+        inner = tuple(Value(f"{value.name}s", _exchanged(value.bytes, d, model, shapes, i)) for i, value in enumerate(values))  # type: ignore[assignment]
+        reads = tuple(value.name for value in values)
+        kernels.append(_exchange("sequence_to_heads", reads, inner))
+    reads = tuple(value.name for value in inner)
+    kernels.append(
+        Kernel(
+            "attention_core", "attention", _C, reads, (out, lse), saves=(*reads, out.name, "lse"),
+            flops=2 * pairs * heads * (qk + v_width), seq=shapes.seq_len, bytes=sum(v.bytes for v in inner) + out.bytes,
+        )  # fmt: skip
+    )
+    if d > 1:
+        kernels.append(_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),)))
+    return kernels
+
+
+def _exchanged(size: int, degree: int, model: ModelSpec, shapes: Shapes, index: int) -> int:
+    """Bytes after the exchange: the same, but KV heads are replicated where `degree` exceeds them."""
+    kv = max(1, model.num_key_value_heads // shapes.tensor)
+    return size if index == 0 or model.attention == "mla" else size * max(degree, kv) // kv
+
+
+def _exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> Kernel:
+    return Kernel(
+        name, "all_to_all", _C, reads, writes, bytes=float(sum(value.bytes for value in writes)), launches=len(writes), group="sequence"
+    )

@@ -1,0 +1,46 @@
+"""Shapes: what of a model one rank works on, which the tapes of the layers are drawn from."""
+
+from dataclasses import dataclass
+
+from mopsim.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """tokens: of this rank outside tensor-parallel regions. seq_len: of the whole sequence.
+
+    sequence: ranks that share a sequence. tensor: ranks that split heads and FFN width. expert_tensor: ranks that split an
+    expert's width. width: bytes of an activation element. exact_softmax: bytes of the router's and the loss's numbers.
+    """
+
+    tokens: int
+    seq_len: int
+    sequence: int = 1
+    tensor: int = 1
+    expert_tensor: int = 1
+    width: int = 2
+    wide: int = 4
+
+    @property
+    def region_tokens(self) -> int:
+        """Tokens inside a tensor-parallel region, where the sequence split of the group is gathered."""
+        return self.tokens * self.tensor
+
+    @property
+    def attended(self) -> int:
+        """Tokens whose attention this rank computes, for its share of the heads."""
+        return self.region_tokens * self.sequence
+
+
+def causal_pairs(seq_len: int, window: int = 0) -> float:
+    """Query-key pairs of one causal sequence: S(S+1)/2, or of a band `window` wide."""
+    if window == 0 or window >= seq_len:
+        return seq_len * (seq_len + 1) / 2
+    return window * (window + 1) / 2 + (seq_len - window) * window
+
+
+def attention_widths(model: ModelSpec) -> tuple[int, int]:
+    """(query-key, value) elements of a head."""
+    if model.attention == "mla":
+        return model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    return model.head_dim, model.head_dim

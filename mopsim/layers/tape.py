@@ -1,0 +1,211 @@
+"""A tape: the kernels of a piece of a model in order, with what each reads, writes and keeps for its backward.
+
+From one tape come FLOPs, memory traffic, message sizes, and the memory of a run without a graph, of a run with one,
+and of its backward. Nothing else in the simulator counts them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+Step = tuple[str, int]
+"""(category, bytes): an allocation, or a release where negative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor that a kernel writes. grad: whether a gradient of its size flows back to it."""
+
+    name: str
+    bytes: int
+    category: str = "activations"
+    grad: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Matmul:
+    """`count` products C[m,n] = A[m,k] B[k,n]. weight: B is a parameter (its gradient is k x n)."""
+
+    m: float
+    n: float
+    k: float
+    count: float = 1
+    weight: bool = True
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.m * self.n * self.k * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel (or a few small ones launched together).
+
+    kind: a kind of work (mopsim.spec.hardware.WORK_KINDS), or "view" for none. bytes: memory traffic of a forward run, or the
+    full buffer of a collective. flops, seq: of attention (causal half counted). saves: values kept for the backward.
+    scratch, back_scratch: (category, bytes) alive inside the kernel only. weight_grad: bytes of the parameter gradients that
+    its backward makes before they are added to the unit's buffer. group: whose ranks a collective joins.
+    """
+
+    name: str
+    kind: str
+    component: str
+    reads: tuple[str, ...]
+    writes: tuple[Value, ...]
+    saves: tuple[str, ...] = ()
+    matmuls: tuple[Matmul, ...] = ()
+    bytes: float = 0.0
+    flops: float = 0.0
+    seq: int = 0
+    launches: int = 1
+    back_bytes: float | None = None
+    back_launches: int | None = None
+    scratch: tuple[Step, ...] = ()
+    back_scratch: tuple[Step, ...] = ()
+    weight_grad: int = 0
+    group: str = ""
+    back_kind: str = ""
+
+    @property
+    def total_flops(self) -> float:
+        return self.flops + sum(matmul.flops for matmul in self.matmuls)
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A kernel in one pass, and the memory it moves in order. backward: the reverse pass."""
+
+    kernel: Kernel
+    backward: bool
+    memory: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tape:
+    """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape."""
+
+    inputs: tuple[Value, ...]
+    kernels: tuple[Kernel, ...]
+    outputs: tuple[str, ...]
+    held: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        known = {value.name for value in self.inputs}
+        for kernel in self.kernels:
+            missing = (set(kernel.reads) | set(kernel.saves)) - known - {value.name for value in kernel.writes}
+            assert not missing, f"{kernel.name} reads {missing} before they are written"
+            known |= {value.name for value in kernel.writes}
+
+    @property
+    def values(self) -> dict[str, Value]:
+        found = {value.name: value for value in self.inputs}
+        for kernel in self.kernels:
+            found |= {value.name: value for value in kernel.writes}
+        return found
+
+    def flops(self) -> dict[str, float]:
+        """Forward FLOP by component."""
+        found: dict[str, float] = {}
+        for kernel in self.kernels:
+            found[kernel.component] = found.get(kernel.component, 0.0) + kernel.total_flops
+        return found
+
+    def saved(self) -> int:
+        """Bytes that a run with a graph leaves for its backward, inputs and outputs apart."""
+        values = self.values
+        outside = {value.name for value in self.inputs} | set(self.outputs)
+        names = {name for kernel in self.kernels for name in kernel.saves} - outside
+        return sum(values[name].bytes for name in names)
+
+    def forward(self, graph: bool) -> list[Played]:
+        """A forward run: values die after their last reader, unless saved (with a graph) or an output."""
+        values, last = self.values, self._last_reads()
+        outside = {value.name for value in self.inputs} | set(self.outputs)
+        keep = outside | ({name for kernel in self.kernels for name in kernel.saves} if graph else set())
+        played = []
+        for index, kernel in enumerate(self.kernels):
+            memory = [(value.category, value.bytes) for value in kernel.writes]
+            memory += _scratch(kernel.scratch)
+            dead = [name for name, when in last.items() if when == index and name not in keep]
+            memory += [(values[name].category, -values[name].bytes) for name in dead]
+            played.append(Played(kernel, False, tuple(memory)))
+        return played
+
+    def backward(self) -> list[Played]:
+        """The reverse of a run with a graph: starts with the outputs' gradients alive, ends with the inputs'."""
+        values = self.values
+        outside = {value.name for value in self.inputs} | set(self.outputs)
+        saved = {name for kernel in self.kernels for name in kernel.saves} - outside
+        first_saver: dict[str, int] = {}
+        for index, kernel in enumerate(self.kernels):
+            for name in kernel.saves:
+                first_saver.setdefault(name, index)
+        alive = set(self.outputs)
+        played = []
+        for index in reversed(range(len(self.kernels))):
+            kernel = self.kernels[index]
+            memory: list[Step] = _scratch_open(kernel.back_scratch)
+            if kernel.weight_grad:
+                memory += _scratch((("activations", kernel.weight_grad),))
+            for name in kernel.reads:
+                value = values[name]
+                if value.grad and value.bytes:
+                    memory.append((value.category, value.bytes))
+                    if name in alive:  # a second consumer: the engine adds in place and drops one
+                        memory.append((value.category, -value.bytes))
+                    alive.add(name)
+            memory += _scratch_close(kernel.back_scratch)
+            for value in kernel.writes:
+                if value.grad and value.name in alive:
+                    memory.append((value.category, -value.bytes))
+                    alive.discard(value.name)
+            memory += [
+                (values[name].category, -values[name].bytes) for name in saved if first_saver[name] == index
+            ]
+            played.append(Played(kernel, True, tuple(memory)))
+        return played
+
+    def _last_reads(self) -> dict[str, int]:
+        last: dict[str, int] = {}
+        for index, kernel in enumerate(self.kernels):
+            for value in kernel.writes:
+                last[value.name] = index
+            for name in kernel.reads:
+                last[name] = index
+        for name in self.held:
+            last[name] = len(self.kernels) - 1
+        return last
+
+
+def join(parts: Sequence[Tape], outputs: Iterable[str]) -> Tape:
+    """One tape of several run one after the other."""
+    written = {value.name for part in parts for kernel in part.kernels for value in kernel.writes}
+    inputs = {value.name: value for part in parts for value in part.inputs if value.name not in written}
+    kernels = tuple(kernel for part in parts for kernel in part.kernels)
+    held = tuple(name for part in parts for name in part.held)
+    return Tape(tuple(inputs.values()), kernels, tuple(outputs), held)
+
+
+def renamed(tape: Tape, component: str) -> Tape:
+    """The tape with all its work booked on `component`."""
+    return replace(tape, kernels=tuple(replace(kernel, component=component) for kernel in tape.kernels))
+
+
+def peak(memory: Iterable[Step]) -> int:
+    """Highest running sum of a memory script."""
+    height = top = 0
+    for _, size in memory:
+        height += size
+        top = max(top, height)
+    return top
+
+
+def _scratch(steps: Iterable[Step]) -> list[Step]:
+    return _scratch_open(steps) + _scratch_close(steps)
+
+
+def _scratch_open(steps: Iterable[Step]) -> list[Step]:
+    return list(steps)
+
+
+def _scratch_close(steps: Iterable[Step]) -> list[Step]:
+    return [(category, -size) for category, size in steps]

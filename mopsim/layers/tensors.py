@@ -1,0 +1,153 @@
+"""Every parameter of a model: name, shape, component. The executor's `state_dict` has the same names and shapes."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from mopsim.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A parameter. layer: decoder layer, -1 outside of one, layer count + i for MTP layer i. routed: split over experts."""
+
+    name: str
+    shape: tuple[int, ...]
+    component: str
+    layer: int = -1
+    routed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@lru_cache(maxsize=256)
+def tensors(model: ModelSpec) -> tuple[Tensor, ...]:
+    """All parameters in the order of the forward pass."""
+    H = model.hidden_size
+    found = [Tensor("embedding.weight", (model.vocab_size, H), "embedding")]
+    if model.learned_positions:
+        found.append(Tensor("position_embedding.weight", (model.learned_positions, H), "embedding"))
+    for layer in range(model.num_hidden_layers):
+        found += layer_tensors(model, layer, f"layers.{layer}", model.is_moe_layer(layer))
+    found += _norm(model, "final_norm", H, "vocabulary")
+    if not model.tie_word_embeddings:
+        found.append(Tensor("head.weight", (model.vocab_size, H), "vocabulary"))
+    for i in range(model.num_nextn_predict_layers):
+        found += _mtp(model, i)
+    return tuple(found)
+
+
+def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[Tensor]:
+    """Parameters of one decoder layer, `layers.{i}.…`."""
+    H = model.hidden_size
+    found = _norm(model, f"{prefix}.attention_norm", H, "attention", layer)
+    found += (_mla if model.attention == "mla" else _gqa)(model, f"{prefix}.attention", layer)
+    found += _norm(model, f"{prefix}.ffn_norm", H, "router" if moe else "dense_ffn", layer)
+    if not moe:
+        return found + _ffn(model, f"{prefix}.ffn", model.intermediate_size, "dense_ffn", layer, model.ffn_bias)
+    found.append(Tensor(f"{prefix}.moe.router.weight", (model.num_local_experts, H), "router", layer))
+    if model.router_bias:
+        found.append(Tensor(f"{prefix}.moe.router.bias", (model.num_local_experts,), "router", layer))
+    found += _experts(model, f"{prefix}.moe.experts", layer)
+    if model.shared_expert_intermediate_size:
+        found += _ffn(model, f"{prefix}.moe.shared", model.shared_expert_intermediate_size, "shared_experts", layer, False)
+        if model.shared_expert_gate:
+            found.append(Tensor(f"{prefix}.moe.shared_gate.weight", (1, H), "shared_experts", layer))
+    return found
+
+
+def parameters(model: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter (buffers apart)."""
+    return {tensor.name: tensor.shape for tensor in tensors(model)}
+
+
+def buffers(model: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every buffer: the routers' balancing biases, fp32."""
+    layers = range(model.num_dense_layers, model.num_hidden_layers)
+    return {f"layers.{i}.moe.router.balance_bias": (model.num_local_experts,) for i in layers}
+
+
+def total_params(model: ModelSpec) -> int:
+    """Parameters as published totals count them: all but the MTP layers, which serve training only."""
+    return sum(tensor.numel for tensor in tensors(model) if not tensor.name.startswith("mtp."))
+
+
+def active_params(model: ModelSpec) -> int:
+    """Parameters that one token meets: as `total_params`, but top-k of the routed experts."""
+    share = model.num_experts_per_tok / model.num_local_experts if model.num_local_experts else 0.0
+    counted = (tensor for tensor in tensors(model) if not tensor.name.startswith("mtp."))
+    return round(sum(tensor.numel * (share if tensor.routed else 1.0) for tensor in counted))
+
+
+def _norm(model: ModelSpec, name: str, size: int, component: str, layer: int = -1) -> list[Tensor]:
+    found = [Tensor(f"{name}.weight", (size,), component, layer)]
+    return found + [Tensor(f"{name}.bias", (size,), component, layer)] * (model.norm == "layernorm")
+
+
+def _linear(name: str, out: int, inp: int, component: str, layer: int, bias: bool = False) -> list[Tensor]:
+    found = [Tensor(f"{name}.weight", (out, inp), component, layer)]
+    return found + [Tensor(f"{name}.bias", (out,), component, layer)] * bias
+
+
+def _gqa(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
+    H, d = model.hidden_size, model.head_dim
+    q, kv = model.num_attention_heads * d, model.num_key_value_heads * d
+    bias = model.attention_bias != "none"
+    found = []
+    for name, out in (("q", q), ("k", kv), ("v", kv)):
+        found += _linear(f"{prefix}.{name}_proj", out, H, "attention", layer, bias)
+    found += _linear(f"{prefix}.o_proj", H, q, "attention", layer, model.attention_bias == "qkvo")
+    if model.qk_norm != "none":
+        sizes = (d, d) if model.qk_norm == "head" else (q, kv)
+        found += [Tensor(f"{prefix}.{n}_norm.weight", (s,), "attention", layer) for n, s in zip("qk", sizes, strict=True)]
+    if model.attention_sinks:
+        found.append(Tensor(f"{prefix}.sinks", (model.num_attention_heads,), "attention", layer))
+    return found
+
+
+def _mla(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
+    H, heads = model.hidden_size, model.num_attention_heads
+    q = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    found = []
+    if model.q_lora_rank:
+        found += _linear(f"{prefix}.q_a_proj", model.q_lora_rank, H, "attention", layer)
+        found.append(Tensor(f"{prefix}.q_a_norm.weight", (model.q_lora_rank,), "attention", layer))
+        found += _linear(f"{prefix}.q_b_proj", q, model.q_lora_rank, "attention", layer)
+    else:
+        found += _linear(f"{prefix}.q_proj", q, H, "attention", layer)
+    found += _linear(f"{prefix}.kv_a_proj", model.kv_lora_rank + model.qk_rope_head_dim, H, "attention", layer)
+    found.append(Tensor(f"{prefix}.kv_a_norm.weight", (model.kv_lora_rank,), "attention", layer))
+    out = heads * (model.qk_nope_head_dim + model.v_head_dim)
+    found += _linear(f"{prefix}.kv_b_proj", out, model.kv_lora_rank, "attention", layer)
+    return found + _linear(f"{prefix}.o_proj", H, heads * model.v_head_dim, "attention", layer)
+
+
+def _ffn(model: ModelSpec, prefix: str, width: int, component: str, layer: int, bias: bool) -> list[Tensor]:
+    H = model.hidden_size
+    found = []
+    for name in ("gate_proj", "up_proj") if model.ffn_matrices == 3 else ("up_proj",):
+        found += _linear(f"{prefix}.{name}", width, H, component, layer, bias)
+    return found + _linear(f"{prefix}.down_proj", H, width, component, layer, bias)
+
+
+def _experts(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
+    E, H, width = model.num_local_experts, model.hidden_size, model.moe_intermediate_size
+    found = []
+    for name in ("gate_proj", "up_proj", "down_proj") if model.ffn_matrices == 3 else ("up_proj", "down_proj"):
+        shape = (E, width, H) if name != "down_proj" else (E, H, width)
+        found.append(Tensor(f"{prefix}.{name}", shape, "experts", layer, routed=True))
+        if model.expert_bias:
+            found.append(Tensor(f"{prefix}.{name}_bias", shape[:2], "experts", layer, routed=True))
+    return found
+
+
+def _mtp(model: ModelSpec, i: int) -> list[Tensor]:
+    """One multi-token-prediction module (DeepSeek-V3, arXiv 2412.19437 2.2): norms, a 2H -> H projection and a layer."""
+    layer, prefix, H = model.num_hidden_layers + i, f"mtp.{i}", model.hidden_size
+    found = _norm(model, f"{prefix}.embedding_norm", H, "vocabulary", layer)
+    found += _norm(model, f"{prefix}.hidden_norm", H, "vocabulary", layer)
+    found += _linear(f"{prefix}.projection", H, 2 * H, "vocabulary", layer)
+    found += layer_tensors(model, layer, f"{prefix}.layer", bool(model.num_local_experts))
+    return found + _norm(model, f"{prefix}.final_norm", H, "vocabulary", layer)
