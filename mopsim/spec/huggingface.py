@@ -1,0 +1,272 @@
+"""A Hugging Face config.json read as a ModelSpec. Nothing is downloaded: the file is local."""
+
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+from mopsim.spec.errors import MopError
+from mopsim.spec.io import convert
+from mopsim.spec.model import ModelSpec
+
+Config = dict[str, Any]
+Fields = dict[str, Any]
+
+
+def from_config(config: Config, origin: str) -> ModelSpec:
+    """ModelSpec of a config.json's fields. Raises MopError naming the field, or the architecture if it is not known."""
+    architecture = _architecture(config, origin)
+    reader = _Reader(config, origin)
+    fields = _common(reader) | ARCHITECTURES[architecture](reader)
+    fields["name"] = _name(config, origin, architecture)
+    fields["source"] = f"{architecture} config, {PurePath(origin).name}"
+    return convert(fields, ModelSpec, "model", origin)
+
+
+def _architecture(config: Config, origin: str) -> str:
+    listed = config.get("architectures")
+    if listed is not None and not (
+        isinstance(listed, list) and all(isinstance(item, str) for item in listed)
+    ):
+        raise MopError(f"{origin}: architectures: {listed!r} must be a list of names")
+    for name in listed or []:
+        if name in ARCHITECTURES:
+            return str(name)
+    kind = config.get("model_type")
+    if not listed and isinstance(kind, str) and kind in MODEL_TYPES:
+        return MODEL_TYPES[kind]
+    said = listed[0] if listed else kind
+    raise MopError(f"{origin}: architectures: {said!r} is not known; known ones: {', '.join(ARCHITECTURES)}")
+
+
+def _name(config: Config, origin: str, architecture: str) -> str:
+    given = config.get("_name_or_path")
+    if isinstance(given, str) and given.strip("/"):
+        return PurePath(given).name
+    path = PurePath(origin)
+    return path.parent.name if path.name == "config.json" and path.parent.name else path.stem or architecture
+
+
+class _Reader:
+    """Typed access to a config's fields; null counts as absent, as in transformers."""
+
+    def __init__(self, config: Config, origin: str) -> None:
+        self.config, self.origin = config, origin
+
+    def has(self, key: str) -> bool:
+        return self.config.get(key) is not None
+
+    def _get(self, key: str, default: Any) -> Any:
+        if self.has(key):
+            return self.config[key]
+        if default is None:
+            raise MopError(f"{self.origin}: {key}: missing, the field is required")
+        return default
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise MopError(f"{self.origin}: {key}: {value!r} must be an integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MopError(f"{self.origin}: {key}: {value!r} must be a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise MopError(f"{self.origin}: {key}: {value!r} must be true or false")
+        return value
+
+    def must_be(self, key: str, expected: Any, meaning: str) -> None:
+        """Refuse a config whose `key` is present and is not `expected`: it means something ModelSpec can't say."""
+        if self.has(key) and self.config[key] != expected:
+            raise MopError(f"{self.origin}: {key}: {self.config[key]!r} is refused: {meaning}")
+
+
+def _common(r: _Reader) -> Fields:
+    heads = r.integer("num_attention_heads")
+    hidden = r.integer("hidden_size")
+    if heads < 1:
+        raise MopError(f"{r.origin}: num_attention_heads: {heads} must be at least 1")
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": r.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": r.integer("num_key_value_heads", heads),
+        "head_dim": r.integer("head_dim", hidden // heads),
+        "vocab_size": r.integer("vocab_size"),
+        "tie_word_embeddings": r.flag("tie_word_embeddings", False),
+        "rms_norm_eps": r.number("rms_norm_eps", 1e-6),
+        "rope_theta": r.number("rope_theta", 10000.0),
+    }
+
+
+def _window(r: _Reader) -> Fields:
+    """A sliding window over every layer (Mistral, Mixtral); Qwen's is off unless use_sliding_window."""
+    if r.has("sliding_window") and r.flag("use_sliding_window", True):
+        return {"sliding_window": r.integer("sliding_window")}
+    return {}
+
+
+def _llama(r: _Reader) -> Fields:
+    bias = r.flag("attention_bias", False)
+    return {
+        "intermediate_size": r.integer("intermediate_size"),
+        "attention_bias": "qkvo" if bias else "none",
+        "ffn_bias": r.flag("mlp_bias", False),
+    }
+
+
+def _mistral(r: _Reader) -> Fields:
+    return {"intermediate_size": r.integer("intermediate_size")} | _window(r)
+
+
+def _mixtral(r: _Reader) -> Fields:
+    return {
+        "num_local_experts": r.integer("num_local_experts", 8),
+        "num_experts_per_tok": r.integer("num_experts_per_tok", 2),
+        "moe_intermediate_size": r.integer("intermediate_size"),
+    } | _window(r)
+
+
+def _qwen2(r: _Reader) -> Fields:
+    r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
+    return {"intermediate_size": r.integer("intermediate_size"), "attention_bias": "qkv"}
+
+
+def _qwen3(r: _Reader) -> Fields:
+    r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
+    bias = r.flag("attention_bias", False)
+    return {
+        "intermediate_size": r.integer("intermediate_size"),
+        "head_dim": r.integer("head_dim", 128),
+        "attention_bias": "qkvo" if bias else "none",
+        "qk_norm": "head",
+    }
+
+
+def _qwen_experts(r: _Reader) -> Fields:
+    r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
+    r.must_be("decoder_sparse_step", 1, "dense layers between MoE layers cannot be expressed")
+    dense = r.config.get("mlp_only_layers") or []
+    if dense != list(range(len(dense))):
+        raise MopError(
+            f"{r.origin}: mlp_only_layers: {dense!r} is refused: only leading dense layers can be expressed"
+        )
+    return {
+        "intermediate_size": r.integer("intermediate_size"),
+        "first_k_dense_replace": len(dense),
+        "num_local_experts": r.integer("num_experts"),
+        "num_experts_per_tok": r.integer("num_experts_per_tok"),
+        "moe_intermediate_size": r.integer("moe_intermediate_size"),
+        "norm_topk_prob": r.flag("norm_topk_prob", False),
+    }
+
+
+def _qwen2_moe(r: _Reader) -> Fields:
+    shared = r.integer("shared_expert_intermediate_size")
+    return _qwen_experts(r) | {
+        "shared_expert_intermediate_size": shared,
+        "shared_expert_gate": shared > 0,
+        "attention_bias": "qkv" if r.flag("qkv_bias", True) else "none",
+    }
+
+
+def _qwen3_moe(r: _Reader) -> Fields:
+    bias = r.flag("attention_bias", False)
+    return _qwen_experts(r) | {"attention_bias": "qkvo" if bias else "none", "qk_norm": "head"}
+
+
+def _deepseek(r: _Reader) -> Fields:
+    r.must_be("moe_layer_freq", 1, "dense layers between MoE layers cannot be expressed")
+    r.must_be("attention_bias", False, "biases on latent attention cannot be expressed")
+    expert = r.integer("moe_intermediate_size")
+    nope, rope = r.integer("qk_nope_head_dim"), r.integer("qk_rope_head_dim")
+    return {
+        "attention": "mla",
+        "head_dim": nope + rope,
+        "q_lora_rank": r.integer("q_lora_rank", 0),
+        "kv_lora_rank": r.integer("kv_lora_rank"),
+        "qk_nope_head_dim": nope,
+        "qk_rope_head_dim": rope,
+        "v_head_dim": r.integer("v_head_dim"),
+        "intermediate_size": r.integer("intermediate_size"),
+        "first_k_dense_replace": r.integer("first_k_dense_replace", 0),
+        "num_local_experts": r.integer("n_routed_experts"),
+        "num_experts_per_tok": r.integer("num_experts_per_tok"),
+        "moe_intermediate_size": expert,
+        "shared_expert_intermediate_size": r.integer("n_shared_experts", 0) * expert,
+        "norm_topk_prob": r.flag("norm_topk_prob", False),
+        "routed_scaling_factor": r.number("routed_scaling_factor", 1.0),
+    }
+
+
+def _deepseek_v2(r: _Reader) -> Fields:
+    return _deepseek(r) | {"scoring_func": r.config.get("scoring_func") or "softmax"}
+
+
+def _deepseek_v3(r: _Reader) -> Fields:
+    return _deepseek(r) | {
+        "scoring_func": r.config.get("scoring_func") or "sigmoid",
+        "norm_topk_prob": r.flag("norm_topk_prob", True),
+        "num_nextn_predict_layers": r.integer("num_nextn_predict_layers", 0),
+    }
+
+
+def _gpt_oss(r: _Reader) -> Fields:
+    kinds = r.config.get("layer_types")
+    layers = r.integer("num_hidden_layers")
+    alternating = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
+    if kinds is not None and kinds != alternating:
+        raise MopError(
+            f"{r.origin}: layer_types: {kinds!r} is refused: only sliding and full in turn can be expressed"
+        )
+    return {
+        "num_local_experts": r.integer("num_local_experts"),
+        "num_experts_per_tok": r.integer("num_experts_per_tok"),
+        "moe_intermediate_size": r.integer("intermediate_size"),
+        "sliding_window": r.integer("sliding_window"),
+        "sliding_window_period": 2,
+        "attention_bias": "qkvo" if r.flag("attention_bias", True) else "none",
+        "attention_sinks": True,
+        "expert_bias": True,
+        "router_bias": True,
+        "rope_theta": r.number("rope_theta", 150000.0),
+        "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
+    }
+
+
+def _olmoe(r: _Reader) -> Fields:
+    return {
+        "num_local_experts": r.integer("num_experts", 64),
+        "num_experts_per_tok": r.integer("num_experts_per_tok", 8),
+        "moe_intermediate_size": r.integer("intermediate_size"),
+        "norm_topk_prob": r.flag("norm_topk_prob", False),
+        "attention_bias": "qkvo" if r.flag("attention_bias", False) else "none",
+        "qk_norm": "full",
+        "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
+    }
+
+
+ARCHITECTURES: dict[str, Callable[[_Reader], Fields]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "DeepseekV2ForCausalLM": _deepseek_v2,
+    "DeepseekV3ForCausalLM": _deepseek_v3,
+    "GptOssForCausalLM": _gpt_oss,
+    "OlmoeForCausalLM": _olmoe,
+}
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM", "gpt_oss": "GptOssForCausalLM", "olmoe": "OlmoeForCausalLM",
+}  # fmt: skip

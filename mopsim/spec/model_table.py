@@ -1,0 +1,175 @@
+"""Networks as rows of a table (the columns of models.csv): one row -> one ModelSpec, or the reason why not."""
+
+import csv
+import io
+from pathlib import Path
+
+from mopsim.spec.errors import MopError, SpecError
+from mopsim.spec.io import read_text
+from mopsim.spec.model import ModelSpec
+
+Row = dict[str, str]
+
+#: Words of the notes column that name a layer ModelSpec has no shapes for.
+INEXPRESSIBLE = (
+    ("mamba", "has Mamba layers"),
+    ("gated-delta-net", "has gated-delta-net (linear attention) layers"),
+    ("sparse", "has sparse attention"),
+    ("hyper-connections", "has hyper-connections"),
+)
+
+#: Vocabulary sizes (and widths) that the table leaves open, and why we take these.
+ASSUMED: dict[str, tuple[dict[str, int], str]] = {
+    "gpt3_5b": (
+        {"vocab_size": 51200},
+        "vocab_size 51200: GPT-2's 50257 padded as Megatron does for gpt3_175b",
+    ),
+    "nemotron_8b": (
+        {"vocab_size": 256000},
+        "vocab_size 256000: the Nemotron SentencePiece vocabulary (arXiv 2402.16819)",
+    ),
+    "nemotron_340b": ({"vocab_size": 256000}, "vocab_size 256000: arXiv 2406.11704"),
+    "olmo2_1b": (
+        {"dense_ffn_hidden": 8192},
+        "FFN width 8192: OLMo-core's rule 1.5 x 8/3 x hidden, rounded to 256",
+    ),
+    "olmo2_13b": ({"dense_ffn_hidden": 13824}, "FFN width 13824: the public OLMo-2-1124-13B config"),
+    "mop_120b": (
+        {"num_dense_layers": 0, "num_heads": 64, "num_kv_heads": 8, "head_dim": 128},
+        "attention GQA with 64 query and 8 key-value heads of 128, every layer MoE: not stated by the source",
+    ),
+}
+_VTRAIN_VOCABULARY = (
+    51200,
+    "vocab_size 51200: GPT-2's 50257 padded to a multiple of 1024, as Megatron-LM runs do",
+)
+_POSITIONS = 2048
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The rows of a models CSV by their `model` column. Raises MopError where the column is missing or a name repeats."""
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    if "model" not in (reader.fieldnames or []):
+        raise MopError(f"{path}: has no column 'model'; columns found: {', '.join(reader.fieldnames or [])}")
+    rows: dict[str, Row] = {}
+    for row in reader:
+        name = row["model"]
+        if name in rows:
+            raise MopError(f"{path}: model {name!r} appears twice")
+        rows[name] = {key: (value or "").strip() for key, value in row.items() if key}
+    return rows
+
+
+def from_row(row: Row) -> ModelSpec:
+    """One row as a ModelSpec; what the row leaves open is taken from ASSUMED and listed in `assumptions`.
+
+    Raises SpecError naming the column that is missing, or the kind of layer that ModelSpec can't express.
+    """
+    name, notes = row["model"], row.get("notes", "").lower()
+    for word, reason in INEXPRESSIBLE:
+        if word in notes:
+            raise SpecError(f"models.{name}", word, f"{reason}, which ModelSpec cannot express")
+    filled, assumptions = _fill(name, row)
+    fields: dict[str, object] = {
+        "name": name,
+        "hidden_size": _need(filled, "hidden"),
+        "num_hidden_layers": _need(filled, "num_layers"),
+        "num_attention_heads": _need(filled, "num_heads"),
+        "num_key_value_heads": _need(filled, "num_kv_heads"),
+        "head_dim": _need(filled, "head_dim"),
+        "vocab_size": _need(filled, "vocab_size"),
+        "tie_word_embeddings": _get(filled, "tied_embeddings") == 1,
+        "num_nextn_predict_layers": _get(filled, "mtp_layers"),
+        "total_params": _published(row, "total_params_b"),
+        "active_params": _published(row, "active_params_b"),
+        "source": row.get("source", ""),
+    }
+    fields |= _attention(filled, notes) | _ffn(filled, notes)
+    if fields["ffn_matrices"] == 2:
+        old, taken = _old_style(name, notes)
+        fields |= old
+        assumptions += taken
+    return ModelSpec(**fields, assumptions=tuple(assumptions))  # type: ignore[arg-type]
+
+
+def _fill(name: str, row: Row) -> tuple[Row, list[str]]:
+    values, why = ASSUMED.get(name, ({}, ""))
+    if name.startswith("gpt_h"):
+        values, why = {"vocab_size": _VTRAIN_VOCABULARY[0]}, _VTRAIN_VOCABULARY[1]
+    filled = dict(row)
+    for column, value in values.items():
+        if not filled.get(column):
+            filled[column] = str(value)
+    return filled, [why] if why and filled != row else []
+
+
+def _get(row: Row, column: str) -> int:
+    text = row.get(column, "")
+    try:
+        return int(float(text)) if text else 0
+    except ValueError:
+        raise SpecError(f"models.{row['model']}.{column}", text, "is not a number") from None
+
+
+def _need(row: Row, column: str) -> int:
+    if not row.get(column):
+        raise SpecError(f"models.{row['model']}.{column}", "", "is empty, the column is needed")
+    return _get(row, column)
+
+
+def _published(row: Row, column: str) -> float | None:
+    text = row.get(column, "")
+    return float(text) * 1e9 if text else None
+
+
+def _attention(row: Row, notes: str) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    if row.get("attention") == "mla":
+        fields = {"attention": "mla"}
+        for column in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            fields[column] = _get(row, column)
+    if "q/k norm" in notes or row["model"].startswith("qwen3_"):
+        fields["qk_norm"] = "full" if row["model"].startswith("olmo2") else "head"
+    if "qkv bias" in notes:
+        fields["attention_bias"] = "qkv"
+    elif "biases" in notes and "no biases" not in notes:
+        fields["attention_bias"] = "qkvo"
+    fields["attention_sinks"] = "attention sinks" in notes
+    if _get(row, "sliding_window"):
+        fields["sliding_window"] = _get(row, "sliding_window")
+        fields["sliding_window_period"] = 2 if "every other layer" in notes else 1
+    return fields
+
+
+def _ffn(row: Row, notes: str) -> dict[str, object]:
+    fields: dict[str, object] = {"ffn_matrices": 2 if "two-matrix" in notes else 3}
+    experts = _get(row, "num_experts")
+    biases = "biases" in notes and "no biases" not in notes
+    if not experts:
+        return fields | {"intermediate_size": _need(row, "dense_ffn_hidden"), "ffn_bias": biases}
+    fields |= {
+        "num_local_experts": experts,
+        "num_experts_per_tok": _need(row, "top_k"),
+        "moe_intermediate_size": _need(row, "expert_ffn_hidden"),
+        "shared_expert_intermediate_size": _get(row, "shared_ffn_hidden"),
+        "shared_expert_gate": "gated shared expert" in notes,
+        "first_k_dense_replace": _need(row, "num_dense_layers"),
+        "intermediate_size": _get(row, "dense_ffn_hidden"),
+        "expert_bias": biases,
+        "router_bias": biases,
+    }
+    if row.get("attention") == "mla":
+        fields |= {"scoring_func": "sigmoid"}
+    return fields
+
+
+def _old_style(name: str, notes: str) -> tuple[dict[str, object], list[str]]:
+    """GPT-2-like networks: LayerNorm, and learned positions where the notes say so."""
+    fields: dict[str, object] = {}
+    taken: list[str] = []
+    if "learned position" in notes:
+        fields["learned_positions"] = 1024 if name.startswith("gpt_h1024") else _POSITIONS
+        taken.append(f"learned_positions {fields['learned_positions']}: the sequence length of the runs")
+    if not name.startswith("mcore_ci_moe"):
+        fields["norm"] = "layernorm"
+    return fields, taken

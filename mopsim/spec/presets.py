@@ -1,0 +1,58 @@
+"""Models by name, by YAML file or by a local Hugging Face config.json."""
+
+import difflib
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mopsim.spec.errors import MopError
+from mopsim.spec.huggingface import from_config
+from mopsim.spec.io import convert, parse_yaml, read_text
+from mopsim.spec.model import ModelSpec
+
+#: One file of many networks, keyed by name: those of the table of published runs (made by mopsim.spec.model_table).
+TRUTH_MODELS = "truth_models"
+
+
+@cache
+def _texts() -> dict[str, str]:
+    folder = files("mopsim") / "presets"
+    return {
+        e.name.removesuffix(".yaml"): e.read_text("utf-8")
+        for e in folder.iterdir()
+        if e.name.endswith(".yaml")
+    }
+
+
+@cache
+def _truth() -> dict[str, Any]:
+    return dict(parse_yaml(_texts()[TRUTH_MODELS], f"{TRUTH_MODELS}.yaml"))
+
+
+def list_models() -> list[str]:
+    """Names that load_model accepts, sorted."""
+    return sorted({*_texts(), *_truth()} - {TRUTH_MODELS})
+
+
+def load_model(ref: str | Path) -> ModelSpec:
+    """The model that `ref` names: a preset, a YAML file, or a Hugging Face config.json (or the folder that holds one).
+
+    Raises MopError in one line: an unknown preset with near names, a missing file, a field that breaks a rule.
+    """
+    name = str(ref)
+    if name != TRUTH_MODELS and name in _texts():
+        return convert(parse_yaml(_texts()[name], f"preset {name}"), ModelSpec, "model", f"preset {name}")
+    if name in _truth():
+        return convert(_truth()[name], ModelSpec, "model", f"preset {name}")
+    path = Path(ref)
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or path.exists()):
+        near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+        hint = f"near: {', '.join(near)}" if near else f"presets: {', '.join(list_models())}"
+        raise MopError(f"model: {name!r} is neither a preset nor a file; {hint}")
+    data = parse_yaml(read_text(path), str(path))
+    if isinstance(data, dict) and ("architectures" in data or "model_type" in data):
+        return from_config(data, str(path))
+    return convert(data, ModelSpec, "model", str(path))
