@@ -1,0 +1,142 @@
+"""Every collective of the executor goes through here: one shim for torch's names, one seam for the timers.
+
+torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor` to `*_single` and warns on the old names;
+torch 2.11 and 2.12 know the old names only. All functions take tensors whose first dimension is split over the group.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+class Waitable(Protocol):
+    """What an asynchronous collective returns."""
+
+    def wait(self) -> Any: ...
+
+
+Issue = Callable[[], Any]
+Observer = Callable[[str, int, Issue, bool], Any]
+
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+_observer: Observer | None = None
+
+
+class _Done:
+    """The work of a collective that needed none."""
+
+    def wait(self) -> None:
+        return None
+
+
+class _Works:
+    """Several works waited for as one."""
+
+    def __init__(self, works: Sequence[Waitable]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def observe(observer: Observer | None) -> Observer | None:
+    """Install `observer(kind, bytes, issue, async_op)`, which runs `issue()` itself; returns the one it replaces."""
+    global _observer
+    previous, _observer = _observer, observer
+    return previous
+
+
+def all_gather_single(output: Tensor, input: Tensor, group: Group = None, async_op: bool = False) -> Waitable:
+    """output [n * s, ...] = the group's inputs [s, ...] in rank order. Returns a work (done already unless async)."""
+    return _run(
+        "all_gather",
+        _bytes(output),
+        lambda: _all_gather(output, input, group=group, async_op=async_op),
+        async_op,
+    )
+
+
+def reduce_scatter_single(
+    output: Tensor, input: Tensor, group: Group = None, async_op: bool = False
+) -> Waitable:
+    """output [s, ...] = this rank's slice of the sum over the group of inputs [n * s, ...]."""
+    return _run(
+        "reduce_scatter",
+        _bytes(input),
+        lambda: _reduce_scatter(output, input, group=group, async_op=async_op),
+        async_op,
+    )
+
+
+def all_reduce(
+    tensor: Tensor, group: Group = None, async_op: bool = False, op: Any = dist.ReduceOp.SUM
+) -> Waitable:
+    """tensor = the sum (or `op`) over the group, in place."""
+    return _run(
+        "all_reduce",
+        _bytes(tensor),
+        lambda: dist.all_reduce(tensor, op=op, group=group, async_op=async_op),
+        async_op,
+    )
+
+
+def all_to_all_single(
+    output: Tensor,
+    input: Tensor,
+    output_splits: list[int] | None = None,
+    input_splits: list[int] | None = None,
+    group: Group = None,
+    async_op: bool = False,
+) -> Waitable:
+    """Row blocks of `input` go to the group's ranks in order; `output` gathers theirs. Splits in rows, equal if None."""
+    return _run(
+        "all_to_all",
+        _bytes(input),
+        lambda: dist.all_to_all_single(
+            output, input, output_splits, input_splits, group=group, async_op=async_op
+        ),
+        async_op,
+    )
+
+
+def send_recv(
+    send: Sequence[Tensor],
+    to: int,
+    receive: Sequence[Tensor],
+    source: int,
+    group: Group = None,
+    async_op: bool = False,
+) -> Waitable:
+    """Send tensors to global rank `to` and fill `receive` from global rank `source`, batched (a ring's hop)."""
+    if not send and not receive:
+        return _Done()
+
+    def issue() -> Any:
+        ops = [dist.P2POp(dist.isend, tensor, to, group) for tensor in send]
+        ops += [dist.P2POp(dist.irecv, tensor, source, group) for tensor in receive]
+        works = _Works(cast(Sequence[Waitable], dist.batch_isend_irecv(ops)))
+        return works if async_op else works.wait()
+
+    return _run("send_recv", sum(_bytes(tensor) for tensor in send), issue, async_op)
+
+
+def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
+    """tensor = global rank `source`'s, in place (start-up only: not a kind of work)."""
+    dist.broadcast(tensor, src=source, group=group)
+
+
+def _run(kind: str, num_bytes: int, issue: Issue, async_op: bool) -> Waitable:
+    work = issue() if _observer is None else _observer(kind, num_bytes, issue, async_op)
+    return cast(Waitable, work) if work is not None else _Done()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

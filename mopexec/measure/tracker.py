@@ -1,0 +1,373 @@
+"""MemoryTracker: which bytes are alive on the device and on the host, by category, and where the peak was.
+
+A TorchDispatchMode sees every op below autograd. An op's output whose storage was not known is an allocation of the
+innermost `category`; a weak reference notices when the storage dies. Views and in-place ops allocate nothing.
+Works alike for CPU, CUDA and fake tensors; wrapper subclasses (DTensor) are passed on so that their local ops are seen.
+Not seen: memory inside a kernel, and anything allocated while no tracker is entered (see `adopt`).
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase
+from mopsim.spec.errors import MopError
+from mopsim.spec.units import format_bytes
+
+__all__ = [
+    "HostRead", "MemoryTracker", "OutOfMemory", "active_tracker", "category", "component", "host_allocation", "host_compute",
+    "is_host", "mark_host", "phase", "recategorize",
+]  # fmt: skip
+
+CUDA_BLOCK = 512  # bytes: the CUDA caching allocator rounds every block up to this
+_HOST_MARK = "mop_host_category"  # attribute of a storage's Python object, which lives as long as the storage
+_ALLOCATE, _NOTHING, _RESIZE = 0, 1, 2
+_HAS_CUDA = torch.cuda.is_available()
+
+
+class OutOfMemory(MopError):
+    """An allocation crossed the limit of a tier."""
+
+    def __init__(self, tier: str, wanted: int, in_use: int, limit: int, name: str) -> None:
+        self.tier, self.category, self.bytes, self.in_use, self.limit = tier, name, wanted, in_use, limit
+        self.component, self.phase = NOW.component, NOW.phase
+        super().__init__(
+            f"{tier} memory: {name} wants {format_bytes(wanted)} ({wanted} B) with {format_bytes(in_use)} in use, "
+            f"over the limit of {format_bytes(limit)} ({limit} B), in {self.component} {self.phase}"
+        )
+
+
+class HostRead(AssertionError):
+    """An op on the device read a host tensor without a copy: on CUDA it would fault or crawl."""
+
+
+class _Entry(weakref.ref[torch.UntypedStorage]):
+    """One live storage: a weak reference that carries what it holds."""
+
+    __slots__ = ("bytes", "category", "host", "key")
+    key: int
+    bytes: int
+    category: str
+    host: bool
+
+
+class _Ledger:
+    """Bytes alive in one tier, by category, and the state at their largest sum."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.by_category: dict[str, int] = {}
+        self.limit: int | None = None
+        self.reset_peak()
+
+    def reset_peak(self) -> None:
+        self.peak = self.bytes
+        self.peak_by_category = dict(self.by_category)
+        self.peak_component, self.peak_phase = NOW.component, NOW.phase
+
+    def add(self, name: str, num_bytes: int) -> None:
+        """num_bytes may be negative. Does not raise: see MemoryTracker._check."""
+        self.by_category[name] = self.by_category.get(name, 0) + num_bytes
+        self.bytes += num_bytes
+        if self.bytes > self.peak:
+            self.peak = self.bytes
+            self.peak_by_category = self.by_category.copy()
+            self.peak_component, self.peak_phase = NOW.component, NOW.phase
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Tracks memory while entered; may be entered again (around build, then around each step) and goes on counting.
+
+    device_limit, host_limit: bytes; the allocation that crosses one raises OutOfMemory. timeline: keep
+    (op index, device bytes) after every change in `timeline`. refuse: called with each new tensor, may raise.
+    """
+
+    def __init__(
+        self,
+        device_limit: int | None = None,
+        host_limit: int | None = None,
+        *,
+        timeline: bool = False,
+        refuse: Callable[[Any, Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._live: dict[int, _Entry] = {}
+        self._device, self._host = _Ledger(), _Ledger()
+        self._device.limit, self._host.limit = device_limit, host_limit
+        self._num_host = 0
+        self._refuse = refuse
+        self.num_ops = 0
+        self.timeline: list[tuple[int, int]] | None = [] if timeline else None
+        self._outer: list[tuple[MemoryTracker | None, Any]] = []
+
+    @property
+    def memory(self) -> int:
+        """Device bytes alive now."""
+        return self._device.bytes
+
+    @property
+    def current_by_category(self) -> dict[str, int]:
+        """Device bytes alive now, by category."""
+        return _positive(self._device.by_category)
+
+    @property
+    def peak_memory(self) -> int:
+        """Largest sum of device bytes alive."""
+        return self._device.peak
+
+    @property
+    def memory_by_category(self) -> dict[str, int]:
+        """Device bytes by category at the peak; their sum is `peak_memory`."""
+        return _positive(self._device.peak_by_category)
+
+    @property
+    def host_memory(self) -> int:
+        """Largest sum of host bytes alive."""
+        return self._host.peak
+
+    @property
+    def host_by_category(self) -> dict[str, int]:
+        """Host bytes by category at the host's peak."""
+        return _positive(self._host.peak_by_category)
+
+    @property
+    def peak_component(self) -> str:
+        return self._device.peak_component
+
+    @property
+    def peak_phase(self) -> str:
+        return self._device.peak_phase
+
+    def reset_peak(self) -> None:
+        """Forget the peaks so far: they restart from what is alive now."""
+        self._device.reset_peak()
+        self._host.reset_peak()
+
+    def adopt(self, tensor: Tensor, name: str) -> None:
+        """Count a tensor that was made before the tracker was entered. Known storages change their category."""
+        for local in _plain(tensor):
+            storage = local.untyped_storage()
+            entry = self._live.get(storage._cdata)
+            if entry is not None:
+                self._move(entry, name, entry.host)
+            else:
+                host = storage.__dict__.get(_HOST_MARK) is not None
+                self._add(storage, local.is_cuda, name, host or (_HAS_CUDA and not local.is_cuda))
+
+    def __enter__(self) -> "MemoryTracker":
+        global _active
+        self._outer.append((_active, torch.UntypedStorage.resize_))
+        _active = self
+        torch.UntypedStorage.resize_ = _resize_seen(self, torch.UntypedStorage.resize_)  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _active
+        super().__exit__(kind, error, trace)
+        _active, torch.UntypedStorage.resize_ = self._outer.pop()  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        for kind in types:
+            if not _plain_type(kind):
+                return NotImplemented
+        self.num_ops += 1
+        effect = _EFFECTS.get(func)
+        if effect is None:
+            effect = _EFFECTS[func] = _effect(func)
+        if self._num_host and not NOW.host_compute and func not in _HOST_SAFE:
+            self._check_host_read(func, args, kwargs)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if effect != _NOTHING:
+            if isinstance(result, Tensor):
+                self._see(func, result)
+            elif isinstance(result, (list, tuple)):
+                for item in result:
+                    if isinstance(item, Tensor):
+                        self._see(func, item)
+                    elif isinstance(item, (list, tuple)):
+                        for inner in item:
+                            if isinstance(inner, Tensor):
+                                self._see(func, inner)
+        return result
+
+    def _see(self, func: Any, tensor: Tensor) -> None:
+        """Count an op's output if its storage is new or changed its size."""
+        if tensor.is_meta:  # shape propagation (DTensor's), not memory
+            return
+        storage = tensor.untyped_storage()
+        entry = self._live.get(storage._cdata)
+        if entry is None:
+            if self._refuse is not None:
+                self._refuse(func, tensor)
+            host = NOW.tier == "host" or (_HAS_CUDA and not tensor.is_cuda)
+            self._add(storage, tensor.is_cuda, NOW.category, host)
+        elif _EFFECTS[func] == _RESIZE:
+            self._resized(entry, storage, tensor.is_cuda)
+
+    def _add(self, storage: torch.UntypedStorage, is_cuda: bool, name: str, host: bool) -> None:
+        size = _rounded(storage.nbytes(), is_cuda)
+        if size == 0:
+            return
+        entry = _Entry(storage, self._died)
+        entry.key, entry.bytes, entry.category, entry.host = storage._cdata, size, name, host
+        self._live[entry.key] = entry
+        self._num_host += host
+        self._book(host, name, size)
+
+    def _book(self, host: bool, name: str, num_bytes: int) -> None:
+        ledger = self._host if host else self._device
+        ledger.add(name, num_bytes)
+        if self.timeline is not None and not host:
+            self.timeline.append((self.num_ops, ledger.bytes))
+        if ledger.limit is not None and ledger.bytes > ledger.limit and num_bytes > 0:
+            tier = "host" if host else "device"
+            raise OutOfMemory(tier, num_bytes, ledger.bytes - num_bytes, ledger.limit, name)
+
+    def _died(self, entry: Any) -> None:
+        if self._live.get(entry.key) is entry:
+            del self._live[entry.key]
+            self._num_host -= entry.host
+            self._book(entry.host, entry.category, -entry.bytes)
+
+    def _resized(self, entry: _Entry, storage: torch.UntypedStorage, is_cuda: bool) -> None:
+        size = _rounded(storage.nbytes(), is_cuda)
+        change, entry.bytes = size - entry.bytes, size
+        if change:
+            self._book(entry.host, entry.category, change)
+
+    def _move(self, entry: _Entry, name: str, host: bool) -> None:
+        if (entry.category, entry.host) == (name, host):
+            return
+        self._book(entry.host, entry.category, -entry.bytes)
+        self._num_host += host - entry.host
+        entry.category, entry.host = name, host
+        self._book(host, name, entry.bytes)
+
+    def _check_host_read(self, func: Any, args: Any, kwargs: Any) -> None:
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor):
+                self._refuse_host(func, value)
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    for inner in item if isinstance(item, (list, tuple)) else (item,):
+                        if isinstance(inner, Tensor):
+                            self._refuse_host(func, inner)
+
+    def _refuse_host(self, func: Any, tensor: Tensor) -> None:
+        if tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        entry = self._live.get(storage._cdata)
+        if entry is not None and entry.host and _HOST_MARK in storage.__dict__:
+            raise HostRead(
+                f"{func} reads a host tensor ({entry.category}, {tuple(tensor.shape)}) in {NOW.component} {NOW.phase}: "
+                "copy it to the device first, or work inside host_compute()"
+            )
+
+
+_active: MemoryTracker | None = None
+
+
+def active_tracker() -> MemoryTracker | None:
+    """The tracker entered last, if any."""
+    return _active
+
+
+def mark_host(tensor: Tensor, name: str) -> Tensor:
+    """Declare that `tensor`'s storage lies in the host tier, under category `name`. Returns the tensor."""
+    storage = tensor.untyped_storage()
+    setattr(storage, _HOST_MARK, name)
+    if _active is not None:
+        entry = _active._live.get(storage._cdata)
+        if entry is None:
+            _active._add(storage, tensor.is_cuda, name, True)
+        else:
+            _active._move(entry, name, True)
+    return tensor
+
+
+def is_host(tensor: Tensor) -> bool:
+    """Whether the tensor's storage was marked as host tier."""
+    return _HOST_MARK in tensor.untyped_storage().__dict__
+
+
+def recategorize(tensor: Tensor, name: str) -> Tensor:
+    """Move `tensor`'s bytes to category `name` (it keeps its tier). Nothing without an active tracker."""
+    if _active is not None:
+        _active.adopt(tensor, name)
+    return tensor
+
+
+def _resize_seen(tracker: MemoryTracker, original: Any) -> Any:
+    """UntypedStorage.resize_ (how FSDP2 frees and takes back gathered parameters) with the tracker informed."""
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        entry = tracker._live.get(storage._cdata)
+        is_cuda = storage.device.type == "cuda"
+        if entry is not None:
+            tracker._resized(entry, storage, is_cuda)
+        else:
+            tracker._add(storage, is_cuda, NOW.category, NOW.tier == "host" or _HOST_MARK in storage.__dict__)
+        return result
+
+    return resize_
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors inside a wrapper subclass (DTensor), or the tensor itself."""
+    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, FakeTensor):
+        return [inner for name in tensor.__tensor_flatten__()[0] for inner in _plain(getattr(tensor, name))]
+    return [tensor]
+
+
+def _plain_type(kind: type, cache: dict[type, bool] = {}) -> bool:  # noqa: B006
+    """Whether ops on `kind` work on their own storage: not a wrapper with ops of its own."""
+    known = cache.get(kind)
+    if known is None:
+        own = getattr(kind, "__torch_dispatch__", None)
+        known = cache[kind] = issubclass(kind, FakeTensor) or own is torch._C._disabled_torch_dispatch_impl
+    return known
+
+
+def _rounded(num_bytes: int, is_cuda: bool) -> int:
+    return -(-num_bytes // CUDA_BLOCK) * CUDA_BLOCK if is_cuda else num_bytes
+
+
+def _positive(by_category: dict[str, int]) -> dict[str, int]:
+    return {name: num_bytes for name, num_bytes in by_category.items() if num_bytes}
+
+
+def _effect(func: Any) -> int:
+    """What an op does to memory, from its schema: returns that alias an argument are views or in-place."""
+    name = func._schema.name
+    if name.startswith("aten::") and name[6:] in _HOST_SAFE_NAMES:
+        _HOST_SAFE.add(func)
+    if (
+        name in ("aten::resize_", "aten::set_", "aten::lift_fresh", "aten::resize_as_")
+        or func._overloadname == "out"
+    ):
+        return _RESIZE
+    returns = func._schema.returns
+    if func.namespace in ("c10d", "prim") or all(value.alias_info is not None for value in returns):
+        return _NOTHING
+    return _ALLOCATE
+
+
+_EFFECTS: dict[Any, int] = {}  # by op overload, filled as ops are met
+_HOST_SAFE: set[Any] = set()
+#: Ops that may take a host tensor outside host_compute: copies between tiers, writes, views and metadata.
+_HOST_SAFE_NAMES = frozenset(
+    "copy_ _to_copy clone zero_ fill_ set_ resize_ lift_fresh pin_memory _pin_memory is_pinned record_stream detach detach_ "
+    "alias view _unsafe_view reshape slice select narrow split split_with_sizes unbind chunk as_strided expand squeeze unsqueeze "
+    "permute transpose t empty_like zeros_like ones_like full_like new_empty new_zeros new_empty_strided".split()
+)

@@ -1,0 +1,98 @@
+"""The seam between a CUDA device and a CPU: device and host tiers, streams, copies between the tiers.
+
+On a CPU both tiers are ordinary memory, so the tier is a mark on the storage: host tensors come from `host_empty`,
+and the memory tracker raises when anything but a copy or the host optimizer reads one.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopexec.measure.scope import host_allocation
+from mopexec.measure.tracker import mark_host
+
+
+class Platform:
+    """The device of this rank. fake: tensors hold no data (a dry run), so nothing may depend on their values."""
+
+    def __init__(self, device: torch.device, *, fake: bool = False) -> None:
+        self.device = device
+        self.fake = fake
+        self._streams: dict[str, Any] = {}
+
+    @classmethod
+    def detect(cls) -> "Platform":
+        """This rank's CUDA device (LOCAL_RANK) if there is one, else the CPU."""
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            return cls(device)
+        return cls(torch.device("cpu"))
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend: fake, nccl (with gloo for host tensors) or gloo."""
+        if self.fake:
+            return "fake"
+        return "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo"
+
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype, category: str) -> Tensor:
+        """An uninitialised host tensor, pinned on CUDA, marked as host tier."""
+        with host_allocation(category):
+            tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=self.is_cuda)
+        return mark_host(tensor, category)
+
+    def stream(self, name: str) -> AbstractContextManager[Any]:
+        """Work inside is issued on the stream `name`, made at its first use and kept. Nothing on a CPU."""
+        return torch.cuda.stream(self._stream(name)) if self.is_cuda else nullcontext()
+
+    def copy(self, dst: Tensor, src: Tensor, stream: str | None = None) -> None:
+        """dst = src, between tiers or within one: asynchronous on CUDA, on `stream` (the current one if None).
+
+        The caller orders it with `record` and `wait`; the tensors are kept from reuse until the stream is done.
+        """
+        if not self.is_cuda:
+            dst.copy_(src)
+            return
+        with self.stream(stream) if stream else nullcontext():
+            dst.copy_(src, non_blocking=True)
+            if stream:
+                for tensor in (dst, src):
+                    if tensor.is_cuda:
+                        tensor.record_stream(self._stream(stream))
+
+    def record(self, stream: str | None = None) -> Any:
+        """An event after the work issued so far on `stream` (the current one if None); None on a CPU."""
+        if not self.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._stream(stream) if stream else torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self, event: Any, stream: str | None = None) -> None:
+        """Work issued on `stream` (the current one if None) from now on runs after `event`. None is no event."""
+        if event is not None:
+            (self._stream(stream) if stream else torch.cuda.current_stream(self.device)).wait_event(event)
+
+    def wait_host(self, event: Any) -> None:
+        """Block the host until `event` has happened."""
+        if event is not None:
+            event.synchronize()
+
+    def synchronize(self) -> None:
+        """Block until the device is idle."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def _stream(self, name: str) -> Any:
+        if name not in self._streams:
+            self._streams[name] = torch.cuda.Stream(self.device)
+        return self._streams[name]
