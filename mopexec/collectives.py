@@ -1,7 +1,7 @@
 """Every collective of the executor goes through here: one shim for torch's names, one seam for the timers.
 
-torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor` to `*_single` and warns on the old names;
-torch 2.11 and 2.12 know the old names only. All functions take tensors whose first dimension is split over the group.
+torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor` to `*_single` and warns on the old
+names; torch 2.11 and 2.12 know the old names only. The first dimension is what is split over the group.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,14 +48,14 @@ class _Works:
 
 
 def observe(observer: Observer | None) -> Observer | None:
-    """Install `observer(kind, bytes, issue, async_op)`, which runs `issue()` itself; returns the one it replaces."""
+    """Install `observer(kind, bytes, issue, async_op)`, which runs `issue()`; returns the one it replaces."""
     global _observer
     previous, _observer = _observer, observer
     return previous
 
 
 def all_gather_single(output: Tensor, input: Tensor, group: Group = None, async_op: bool = False) -> Waitable:
-    """output [n * s, ...] = the group's inputs [s, ...] in rank order. Returns a work (done already unless async)."""
+    """output [n * s, ...] = the group's inputs [s, ...] in rank order. The work is done unless async."""
     return _run(
         "all_gather",
         _bytes(output),
@@ -96,7 +96,7 @@ def all_to_all_single(
     group: Group = None,
     async_op: bool = False,
 ) -> Waitable:
-    """Row blocks of `input` go to the group's ranks in order; `output` gathers theirs. Splits in rows, equal if None."""
+    """Row blocks of `input` go to the ranks in order; `output` gathers theirs. Splits in rows."""
     return _run(
         "all_to_all",
         _bytes(input),
@@ -115,7 +115,7 @@ def send_recv(
     group: Group = None,
     async_op: bool = False,
 ) -> Waitable:
-    """Send tensors to global rank `to` and fill `receive` from global rank `source`, batched (a ring's hop)."""
+    """Send tensors to global rank `to`, fill `receive` from global rank `source`, batched (a ring's hop)."""
     if not send and not receive:
         return _Done()
 

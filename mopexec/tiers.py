@@ -1,7 +1,7 @@
 """The seam between a CUDA device and a CPU: device and host tiers, streams, copies between the tiers.
 
-On a CPU both tiers are ordinary memory, so the tier is a mark on the storage: host tensors come from `host_empty`,
-and the memory tracker raises when anything but a copy or the host optimizer reads one.
+On a CPU both tiers are ordinary memory, so the tier is a mark on the storage: host tensors come from
+`host_empty`, and the memory tracker raises when anything but a copy or the host optimizer reads one.
 """
 
 import os
@@ -17,7 +17,7 @@ from mopexec.measure.tracker import mark_host
 
 
 class Platform:
-    """The device of this rank. fake: tensors hold no data (a dry run), so nothing may depend on their values."""
+    """The device of this rank. fake: tensors hold no data (a dry run), so nothing may read their values."""
 
     def __init__(self, device: torch.device, *, fake: bool = False) -> None:
         self.device = device
@@ -55,9 +55,9 @@ class Platform:
         return torch.cuda.stream(self._stream(name)) if self.is_cuda else nullcontext()
 
     def copy(self, dst: Tensor, src: Tensor, stream: str | None = None) -> None:
-        """dst = src, between tiers or within one: asynchronous on CUDA, on `stream` (the current one if None).
+        """dst = src, between tiers or within one: asynchronous on CUDA, on `stream` (current if None).
 
-        The caller orders it with `record` and `wait`; the tensors are kept from reuse until the stream is done.
+        The caller orders it with `record` and `wait`; device tensors are kept until the stream is done.
         """
         if not self.is_cuda:
             dst.copy_(src)
@@ -73,12 +73,12 @@ class Platform:
         """An event after the work issued so far on `stream` (the current one if None); None on a CPU."""
         if not self.is_cuda:
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream(stream) if stream else torch.cuda.current_stream(self.device))
         return event
 
     def wait(self, event: Any, stream: str | None = None) -> None:
-        """Work issued on `stream` (the current one if None) from now on runs after `event`. None is no event."""
+        """Work issued on `stream` (the current one if None) from now on runs after `event` (may be None)."""
         if event is not None:
             (self._stream(stream) if stream else torch.cuda.current_stream(self.device)).wait_event(event)
 
@@ -94,5 +94,5 @@ class Platform:
 
     def _stream(self, name: str) -> Any:
         if name not in self._streams:
-            self._streams[name] = torch.cuda.Stream(self.device)
+            self._streams[name] = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return self._streams[name]

@@ -1,7 +1,7 @@
-"""Where the program is: category, component, phase and tier of what runs now. Read by the tracker and the timers.
+"""Where the program is: category, component, phase and tier of what runs now. For the tracker and the timers.
 
-Plain module state, not thread-local: autograd's device threads run inside the scope of the `backward()` that called
-them. Entering and leaving costs a few tenths of a microsecond, so the scopes stay in the code when nothing measures.
+Plain module state, not thread-local: autograd's device threads run inside the scope of the `backward()` that
+called them. A scope costs a few tenths of a microsecond, so it stays in the code when nothing measures.
 """
 
 from types import TracebackType
@@ -27,7 +27,7 @@ NOW = Scope()
 
 
 class _Scoped:
-    """Sets one field of NOW on entry and restores it on exit; an instance may be entered again after it was left."""
+    """Sets one field of NOW on entry and restores it on exit; may be entered again after it was left."""
 
     __slots__ = ("_name", "_outer")
     field: str
@@ -47,30 +47,32 @@ class _Scoped:
         setattr(NOW, self.field, self._outer)
 
 
-class category(_Scoped):
-    """`with category("dispatch"):` what is allocated inside belongs to that memory category (innermost wins)."""
+class category(_Scoped):  # noqa: N801
+    """`with category("dispatch"):` what is allocated inside belongs to that category (innermost wins)."""
 
     __slots__ = ()
     field, allowed = "category", CATEGORIES
 
 
-class component(_Scoped):
+class component(_Scoped):  # noqa: N801
     """`with component("experts"):` names the part of the model that runs inside."""
 
     __slots__ = ()
     field, allowed = "component", COMPONENTS
 
 
-class phase(_Scoped):
+class phase(_Scoped):  # noqa: N801
     """`with phase("recompute"):` names the part of the step that runs inside."""
 
     __slots__ = ()
     field, allowed = "phase", PHASES
 
 
-class host_compute:
-    """`with host_compute():` the host itself works inside (the host optimizer): host tensors may be read, and what is
-    allocated is host memory."""
+class host_compute:  # noqa: N801
+    """`with host_compute():` the host itself works inside (the host optimizer).
+
+    Host tensors may be read, and what is allocated is host memory.
+    """
 
     __slots__ = ("_outer",)
 
@@ -84,7 +86,7 @@ class host_compute:
         NOW.host_compute, NOW.tier = self._outer
 
 
-class host_allocation:
+class host_allocation:  # noqa: N801
     """`with host_allocation("optimizer"):` what is allocated inside is host memory of that category."""
 
     __slots__ = ("_name", "_outer")

@@ -1,9 +1,10 @@
 """MemoryTracker: which bytes are alive on the device and on the host, by category, and where the peak was.
 
-A TorchDispatchMode sees every op below autograd. An op's output whose storage was not known is an allocation of the
-innermost `category`; a weak reference notices when the storage dies. Views and in-place ops allocate nothing.
-Works alike for CPU, CUDA and fake tensors; wrapper subclasses (DTensor) are passed on so that their local ops are seen.
-Not seen: memory inside a kernel, and anything allocated while no tracker is entered (see `adopt`).
+A TorchDispatchMode sees every op below autograd. An op's output whose storage was not known is an allocation
+of the innermost `category`; a weak reference notices when the storage dies. Views and in-place ops allocate
+nothing. Works alike for CPU, CUDA and fake tensors; wrapper subclasses (DTensor) are passed on, so that their
+local ops are seen. Not seen: memory inside a kernel, and what is made while no tracker is entered (`adopt`).
+While any dispatch mode is active, autograd adds up gradients of a tensor used twice out of place.
 """
 
 import weakref
@@ -21,8 +22,8 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.units import format_bytes
 
 __all__ = [
-    "HostRead", "MemoryTracker", "OutOfMemory", "active_tracker", "category", "component", "host_allocation", "host_compute",
-    "is_host", "mark_host", "phase", "recategorize",
+    "HostRead", "MemoryTracker", "OutOfMemory", "active_tracker", "category", "component", "host_allocation",
+    "host_compute", "is_host", "mark_host", "phase", "recategorize",
 ]  # fmt: skip
 
 CUDA_BLOCK = 512  # bytes: the CUDA caching allocator rounds every block up to this
@@ -31,19 +32,19 @@ _ALLOCATE, _NOTHING, _RESIZE = 0, 1, 2
 _HAS_CUDA = torch.cuda.is_available()
 
 
-class OutOfMemory(MopError):
+class OutOfMemory(MopError):  # noqa: N818
     """An allocation crossed the limit of a tier."""
 
     def __init__(self, tier: str, wanted: int, in_use: int, limit: int, name: str) -> None:
         self.tier, self.category, self.bytes, self.in_use, self.limit = tier, name, wanted, in_use, limit
         self.component, self.phase = NOW.component, NOW.phase
         super().__init__(
-            f"{tier} memory: {name} wants {format_bytes(wanted)} ({wanted} B) with {format_bytes(in_use)} in use, "
-            f"over the limit of {format_bytes(limit)} ({limit} B), in {self.component} {self.phase}"
+            f"{tier} memory: {name} wants {format_bytes(wanted)} ({wanted} B) with {format_bytes(in_use)} "
+            f"in use, over the limit of {format_bytes(limit)} ({limit} B), in {self.component} {self.phase}"
         )
 
 
-class HostRead(AssertionError):
+class HostRead(AssertionError):  # noqa: N818
     """An op on the device read a host tensor without a copy: on CUDA it would fault or crawl."""
 
 
@@ -81,8 +82,8 @@ class _Ledger:
             self.peak_component, self.peak_phase = NOW.component, NOW.phase
 
 
-class MemoryTracker(TorchDispatchMode):
-    """Tracks memory while entered; may be entered again (around build, then around each step) and goes on counting.
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tracks memory while entered; entered again (around build, then around each step) it goes on counting.
 
     device_limit, host_limit: bytes; the allocation that crosses one raises OutOfMemory. timeline: keep
     (op index, device bytes) after every change in `timeline`. refuse: called with each new tensor, may raise.
@@ -96,7 +97,7 @@ class MemoryTracker(TorchDispatchMode):
         timeline: bool = False,
         refuse: Callable[[Any, Tensor], None] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._live: dict[int, _Entry] = {}
         self._device, self._host = _Ledger(), _Ledger()
         self._device.limit, self._host.limit = device_limit, host_limit
@@ -150,7 +151,7 @@ class MemoryTracker(TorchDispatchMode):
         self._host.reset_peak()
 
     def adopt(self, tensor: Tensor, name: str) -> None:
-        """Count a tensor that was made before the tracker was entered. Known storages change their category."""
+        """Count a tensor made before the tracker was entered. A known storage changes its category."""
         for local in _plain(tensor):
             storage = local.untyped_storage()
             entry = self._live.get(storage._cdata)
@@ -165,14 +166,14 @@ class MemoryTracker(TorchDispatchMode):
         self._outer.append((_active, torch.UntypedStorage.resize_))
         _active = self
         torch.UntypedStorage.resize_ = _resize_seen(self, torch.UntypedStorage.resize_)  # type: ignore[method-assign]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _active
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         _active, torch.UntypedStorage.resize_ = self._outer.pop()  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
@@ -233,6 +234,7 @@ class MemoryTracker(TorchDispatchMode):
             raise OutOfMemory(tier, num_bytes, ledger.bytes - num_bytes, ledger.limit, name)
 
     def _died(self, entry: Any) -> None:
+        assert isinstance(entry, _Entry)
         if self._live.get(entry.key) is entry:
             del self._live[entry.key]
             self._num_host -= entry.host
@@ -269,8 +271,8 @@ class MemoryTracker(TorchDispatchMode):
         entry = self._live.get(storage._cdata)
         if entry is not None and entry.host and _HOST_MARK in storage.__dict__:
             raise HostRead(
-                f"{func} reads a host tensor ({entry.category}, {tuple(tensor.shape)}) in {NOW.component} {NOW.phase}: "
-                "copy it to the device first, or work inside host_compute()"
+                f"{func} reads a host tensor ({entry.category}, {tuple(tensor.shape)}) in {NOW.component} "
+                f"{NOW.phase}: copy it to the device first, or work inside host_compute()"
             )
 
 
@@ -284,20 +286,21 @@ def active_tracker() -> MemoryTracker | None:
 
 def mark_host(tensor: Tensor, name: str) -> Tensor:
     """Declare that `tensor`'s storage lies in the host tier, under category `name`. Returns the tensor."""
-    storage = tensor.untyped_storage()
-    setattr(storage, _HOST_MARK, name)
-    if _active is not None:
-        entry = _active._live.get(storage._cdata)
-        if entry is None:
-            _active._add(storage, tensor.is_cuda, name, True)
-        else:
-            _active._move(entry, name, True)
+    for local in _plain(tensor):
+        storage = local.untyped_storage()
+        setattr(storage, _HOST_MARK, name)
+        if _active is not None:
+            entry = _active._live.get(storage._cdata)
+            if entry is None:
+                _active._add(storage, False, name, True)
+            else:
+                _active._move(entry, name, True)
     return tensor
 
 
 def is_host(tensor: Tensor) -> bool:
     """Whether the tensor's storage was marked as host tier."""
-    return _HOST_MARK in tensor.untyped_storage().__dict__
+    return all(_HOST_MARK in local.untyped_storage().__dict__ for local in _plain(tensor))
 
 
 def recategorize(tensor: Tensor, name: str) -> Tensor:
@@ -308,7 +311,7 @@ def recategorize(tensor: Tensor, name: str) -> Tensor:
 
 
 def _resize_seen(tracker: MemoryTracker, original: Any) -> Any:
-    """UntypedStorage.resize_ (how FSDP2 frees and takes back gathered parameters) with the tracker informed."""
+    """UntypedStorage.resize_ (how FSDP2 frees and takes back gathered parameters), the tracker informed."""
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:
         result = original(storage, size)
@@ -367,7 +370,8 @@ _EFFECTS: dict[Any, int] = {}  # by op overload, filled as ops are met
 _HOST_SAFE: set[Any] = set()
 #: Ops that may take a host tensor outside host_compute: copies between tiers, writes, views and metadata.
 _HOST_SAFE_NAMES = frozenset(
-    "copy_ _to_copy clone zero_ fill_ set_ resize_ lift_fresh pin_memory _pin_memory is_pinned record_stream detach detach_ "
-    "alias view _unsafe_view reshape slice select narrow split split_with_sizes unbind chunk as_strided expand squeeze unsqueeze "
-    "permute transpose t empty_like zeros_like ones_like full_like new_empty new_zeros new_empty_strided".split()
-)
+    ("copy_", "_to_copy", "clone", "zero_", "fill_", "set_", "resize_", "lift_fresh", "pin_memory",
+     "_pin_memory", "is_pinned", "record_stream", "detach", "detach_", "alias", "view", "_unsafe_view", "slice",
+     "select", "split", "split_with_sizes", "unbind", "as_strided", "expand", "squeeze", "unsqueeze", "permute",
+     "transpose", "t", "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_empty_strided")
+)  # fmt: skip
