@@ -1,4 +1,4 @@
-"""The five kinds of collective, timed on an initialised process group (gloo or NCCL), and what they cost compute."""
+"""The five kinds of collective, timed on a process group (gloo or NCCL), and what they cost compute."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,9 +34,9 @@ def _call(kind: str, size: int, group: dist.ProcessGroup, device: torch.device) 
     if kind == "reduce_scatter":
         return lambda: dist.reduce_scatter_single(part, full, group=group, async_op=True).wait()
     if kind == "all_reduce":
-        return lambda: dist.all_reduce(full, group=group, async_op=True).wait()  # type: ignore[union-attr]
+        return lambda: dist.all_reduce(full, group=group, async_op=True).wait()
     if kind == "all_to_all":
-        return lambda: dist.all_to_all_single(other, full, group=group, async_op=True).wait()  # type: ignore[union-attr]
+        return lambda: dist.all_to_all_single(other, full, group=group, async_op=True).wait()
 
     def ring() -> None:
         after, before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
@@ -77,7 +77,7 @@ def communication_share(group: dist.ProcessGroup, device: torch.device, rounds: 
     def together() -> None:
         work = dist.all_reduce(buffer, group=group, async_op=True)
         compute()
-        work.wait()  # type: ignore[union-attr]
+        work.wait()
 
     losses = []
     for _ in range(rounds):

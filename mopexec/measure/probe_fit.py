@@ -1,6 +1,6 @@
 """Curves of a hardware profile fitted to timed samples, robustly and in log space. No torch here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ LOG_SCALE = 0.15
 
 @dataclass(frozen=True)
 class MatmulFit:
-    """rate: FLOP/s at large sizes (asymptote). best: the highest FLOP/s seen. error: median relative error of the fit."""
+    """rate: FLOP/s at large sizes (asymptote). best: the highest FLOP/s seen. error: median, relative."""
 
     rate: float
     best: float
@@ -59,9 +59,9 @@ def _median_error(log_residuals: Array) -> float:
     return float(np.median(np.abs(np.expm1(log_residuals))))
 
 
-def fit_line(seconds: Mapping[float, float]) -> LineFit:
-    """Fit size -> seconds; both terms positive, every size weighs the same relatively."""
-    sizes, times = np.array(list(seconds), dtype=float), np.array(list(seconds.values()), dtype=float)
+def fit_line(points: Iterable[tuple[float, float]]) -> LineFit:
+    """Fit (size, seconds) points; both terms positive, every point weighs the same relatively."""
+    sizes, times = np.array(sorted(points), dtype=float).T
     slope = max(float((times[-1] - times[0]) / (sizes[-1] - sizes[0])), float(times[-1] / sizes[-1]) * 1e-2)
 
     def residuals(x: Array) -> Array:
@@ -80,8 +80,8 @@ def fit_line(seconds: Mapping[float, float]) -> LineFit:
 def fit_matmul(seconds: Mapping[Shape, Sequence[float]], bandwidth: float, item: float) -> MatmulFit:
     """Fit MatmulCurve's form to shape -> seconds (several layouts of one shape may be given).
 
-    bandwidth: bytes/s of the memory-bound side. item: bytes per element. The fixed cost of a bare call is fitted beside
-    the curve and left out of it: in the profile the launch overhead stands for it.
+    bandwidth: bytes/s of the memory-bound side. item: bytes per element. The fixed cost of a call is fitted
+    beside the curve and left out of it: in the profile the launch overhead stands for it.
     """
     shapes = np.array([shape for shape, times in seconds.items() for _ in times], dtype=float)
     times = np.array([t for all_times in seconds.values() for t in all_times])
@@ -103,13 +103,14 @@ def fit_matmul(seconds: Mapping[Shape, Sequence[float]], bandwidth: float, item:
     upper = [np.log(max(float(times.min()), 3e-7)), np.log(best * 1.5), *[np.log(4096.0)] * 3]
     x = _minimize(residuals, start, lower, upper)
     halves = np.exp(x[2:])
-    return MatmulFit(float(np.exp(x[1])), best, *(float(h) for h in halves), _median_error(residuals(x)[:-3]))
+    m_half, n_half, k_half = (float(half) for half in halves)
+    return MatmulFit(float(np.exp(x[1])), best, m_half, n_half, k_half, _median_error(residuals(x)[:-3]))
 
 
 def fit_attention(
     forward: Mapping[int, tuple[float, float]], backward: Mapping[int, tuple[float, float]]
 ) -> AttentionFit:
-    """Fit length -> (FLOP, seconds) of both directions to rate * s / (s + seq_half), with a fixed cost per call apart."""
+    """Fit length -> (FLOP, seconds) of both directions to rate * s / (s + seq_half) and a fixed cost."""
     lengths = np.array([*forward, *backward], dtype=float)
     flops, times = np.array([*forward.values(), *backward.values()]).T
     is_backward = np.arange(len(lengths)) >= len(forward)
@@ -130,7 +131,7 @@ def fit_attention(
 
 
 def split_latency(by_ranks: Mapping[int, float]) -> tuple[float, float, bool]:
-    """(latency, latency per rank, measured?) from the fixed cost at each group size: cost = latency + ranks * per_rank.
+    """(latency, latency per rank, measured?) from each group size's cost: latency + ranks * latency per rank.
 
     One group size cannot tell the two apart: half is then ascribed to each, and measured is False.
     """

@@ -71,7 +71,7 @@ def pin_to(core: int) -> None:
 
 
 def gpu(index: int) -> Gpu:
-    """Name, memory and power limit of CUDA device `index`, from NVML (from torch where NVML is not to be had)."""
+    """Name, memory and power limit of CUDA device `index`, from NVML; from torch where NVML is missing."""
     import pynvml
 
     properties = torch.cuda.get_device_properties(index)
@@ -102,7 +102,7 @@ def dense_peak(gpu_name: str, dtype: str) -> float | None:
 
 
 def check_ranks(ranks: int | None, available: int, what: str) -> int:
-    """The number of ranks to probe with. Raises MopError where the user asks for fewer than 1 or more than there are."""
+    """The number of ranks to probe with. Raises MopError where the user asks for too few or too many."""
     if ranks is None:
         return available
     if not 1 <= ranks <= available:

@@ -15,7 +15,7 @@ LOW_QUANTILE = 0.1
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one call: the low quantile over repeats, the 90th percentile over it (1 = no noise), how many."""
+    """Seconds of one call: the low quantile over repeats, 90th percentile / low (1 = no noise), how many."""
 
     seconds: float
     spread: float
@@ -32,7 +32,7 @@ class Stopwatch:
     def time(self, call: Callable[[], object], calls: int) -> float:
         """Mean seconds of `calls` consecutive calls."""
         if self.device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             for _ in range(calls):
                 call()

@@ -1,0 +1,46 @@
+"""`mopexec probe`: measure this machine into a HardwareProfile that mopsim plans on."""
+
+from collections.abc import Callable
+
+import torch
+
+from mopexec.measure import probe_machine
+from mopexec.measure.probe_profile import build_profile
+from mopexec.measure.probe_ranks import Job, Progress, parts, run_ranks
+from mopsim.spec.hardware import HardwareProfile
+
+
+def probe(ranks: int | None = None, *, budget: float = 1.0, show_progress: bool = True) -> HardwareProfile:
+    """Measure this machine: about 15 s on two cores; one pinned process per rank, all at once.
+
+    ranks: devices_per_node of the profile; by default every usable core, or every GPU where there is one.
+    budget: scales the time spent on each part. Raises MopError when `ranks` is out of range or a rank fails.
+    """
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = probe_machine.usable_cores()
+    available = torch.cuda.device_count() if device_type == "cuda" else len(cores)
+    ranks = probe_machine.check_ranks(ranks, available, "GPUs" if device_type == "cuda" else "cores")
+    # A machine with one core still runs two ranks in turns: time its collectives so.
+    processes = max(ranks, 2) if device_type == "cpu" else ranks
+    job = Job(processes, device_type, tuple(cores), budget)
+    if show_progress:
+        return _with_bar(job, lambda progress: build_profile(run_ranks(job, progress), device_type, ranks))
+    return build_profile(run_ranks(job, lambda _: None), device_type, ranks)
+
+
+def _with_bar(job: Job, work: Callable[[Progress], HardwareProfile]) -> HardwareProfile:
+    """Run `work` under a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("probe"), BarColumn(), TextColumn("{task.description:20}"), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting ranks", total=len(parts(job)) + 1)
+
+        def progress(part: str) -> None:
+            bar.update(task, description=part, advance=1)
+
+        profile = work(progress)
+        bar.update(task, description="done", advance=1)
+        return profile
