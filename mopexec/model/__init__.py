@@ -1,0 +1,8 @@
+"""The single-device MoE transformer: plain modules without any parallelism, and the kernels both runtimes share."""
+
+from mopexec.model.initialize import init_weights, initial_value
+from mopexec.model.routing import Routing
+from mopexec.model.support import check_model
+from mopexec.model.transformer import Transformer
+
+__all__ = ["Routing", "Transformer", "check_model", "init_weights", "initial_value"]

@@ -1,0 +1,43 @@
+"""Initial weights that depend on a parameter's name and the seed alone, so that every sharding starts the same."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+STANDARD_DEVIATION = 0.02
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int, index: int | None = None) -> Tensor:
+    """Parameter `name` (or slice `index` of its first dimension, then `shape` is the slice's) in float32 on the CPU.
+
+    Norm weights are 1; everything else is drawn from N(0, 0.02) by a generator seeded with (seed, name, index).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.empty(shape).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+
+
+def is_stacked(name: str) -> bool:
+    """Whether `name` holds one matrix per expert, each drawn on its own."""
+    return ".experts." in name
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of `model` in place. Buffers are left alone."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            if is_stacked(name):
+                for index in range(shape[0]):
+                    parameter[index].copy_(initial_value(name, shape[1:], seed, index))
+            else:
+                parameter.copy_(initial_value(name, shape, seed))
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    """Elements of a shape."""
+    return math.prod(shape)

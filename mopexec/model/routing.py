@@ -1,0 +1,99 @@
+"""The router: which experts a token goes to, with what weight; bias balancing; routing by a stated profile."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopsim.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who chooses the experts: the router ("learned"), or a profile by the token's position on its rank.
+
+    A profile counts positions on a rank that holds `micro_batch` sequences cut into `sequence` slices. `learned`
+    is the only choice under which the number of routes depends on data.
+    """
+
+    profile: str = "learned"
+    micro_batch: int = 1
+    sequence: int = 1
+
+    @property
+    def learned(self) -> bool:
+        return self.profile == "learned"
+
+    def experts(self, spec: ModelSpec, batch: int, seq: int, device: torch.device) -> Tensor:
+        """Experts [batch * seq, top_k] (int64) of every token of whole sequences, as their ranks would choose."""
+        part = seq // self.sequence
+        table = profile_experts(
+            self.profile, self.micro_batch * part, spec.num_local_experts, spec.num_experts_per_tok, device
+        )
+        row = torch.arange(batch, device=device)[:, None] % self.micro_batch
+        local = row * part + torch.arange(seq, device=device)[None, :] % part
+        return table[local.flatten()]
+
+
+def profile_experts(
+    routing: str, num_tokens: int, num_experts: int, top_k: int, device: torch.device
+) -> Tensor:
+    """`layout.routed_expert` of every token of a rank: [num_tokens, top_k] int64."""
+    position = torch.arange(num_tokens, device=device)[:, None]
+    slot = torch.arange(top_k, device=device)[None, :]
+    if routing == "balanced":
+        return (position + slot) % num_experts
+    percent, hot = (int(part) for part in routing.split("/"))
+    chosen_hot = (slot % hot).expand(num_tokens, top_k)
+    if hot >= num_experts:
+        return chosen_hot.contiguous()
+    cold = hot + (position + slot) % (num_experts - hot)
+    return torch.where(position * 100 < percent * num_tokens, chosen_hot, cold)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums and exponentials: float64 stays, everything narrower becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def router_scores(logits: Tensor, spec: ModelSpec) -> Tensor:
+    """Scores [N, E] of logits [N, E]."""
+    return logits.softmax(-1) if spec.scoring_func == "softmax" else logits.sigmoid()
+
+
+def choose_experts(scores: Tensor, balance_bias: Tensor, spec: ModelSpec) -> Tensor:
+    """Experts [N, top_k] (int64): the best of scores + bias; the bias steers the choice and never the weight."""
+    return torch.topk(scores + balance_bias.to(scores.dtype), spec.num_experts_per_tok, dim=-1).indices
+
+
+def route_weights(scores: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
+    """Weights [N, top_k] of the chosen experts."""
+    chosen = scores.gather(1, experts)
+    if spec.norm_topk_prob:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return chosen * spec.routed_scaling_factor
+
+
+def route_weights_backward(grad: Tensor, scores: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
+    """Gradient of the logits [N, E] from that of the weights [N, top_k]."""
+    grad = grad * spec.routed_scaling_factor
+    if spec.norm_topk_prob:
+        chosen = scores.gather(1, experts)
+        total = chosen.sum(-1, keepdim=True) + 1e-20
+        grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
+    grad_scores = torch.zeros_like(scores).scatter_(1, experts, grad)
+    if spec.scoring_func == "softmax":
+        grad_scores.sub_((grad_scores * scores).sum(-1, keepdim=True))
+        return grad_scores.mul_(scores)
+    return grad_scores.mul_(scores).mul_(1 - scores)
+
+
+def count_routes(load: Tensor, experts: Tensor) -> None:
+    """load [E] += routes to each expert, in place."""
+    flat = experts.reshape(-1)
+    load.index_add_(0, flat, torch.ones_like(flat, dtype=load.dtype))
+
+
+def balance_step(balance_bias: Tensor, load: Tensor, rate: float) -> None:
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): raise the bias of underused experts by `rate`, lower others."""
+    balance_bias.add_(torch.sign(load.mean() - load).to(balance_bias.dtype), alpha=rate)

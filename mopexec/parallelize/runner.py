@@ -1,0 +1,54 @@
+"""What every runtime offers to the training loop."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of one microbatch: tokens and targets, each [micro_batch, seq_len / D] int64.
+
+    The sequence slice is contiguous: place p of a sequence group holds positions [p * S/D, (p + 1) * S/D).
+    """
+
+    tokens: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean per token over the global batch; grad_norm: before clipping; tokens: of the global batch."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+class Runner(Protocol):
+    """One rank of a training run."""
+
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step on this rank's microbatches."""
+        ...
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate from the next step on."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the training state, for torch.distributed.checkpoint (reshards on load)."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave and the checkpoint filled."""
+        ...
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name, gathered on every rank (tests, export)."""
+        ...
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every gradient by name, of the last step, before clipping, gathered on every rank (tests)."""
+        ...

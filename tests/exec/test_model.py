@@ -1,0 +1,128 @@
+"""The reference model against torch's own ops, and its names against the declared ones."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mopexec.model import Routing, Transformer, init_weights
+from mopexec.model.attention_core import causal_attention
+from mopexec.model.routing import profile_experts, route_weights, route_weights_backward, router_scores
+from mopsim import layers
+from mopsim.spec.errors import SpecError
+from mopsim.spec.layout import routed_expert
+from mopsim.spec.model import ModelSpec
+
+
+def spec(**changes: object) -> ModelSpec:
+    fields: dict[str, object] = {
+        "name": "t", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 4, "vocab_size": 37, "intermediate_size": 24, "first_k_dense_replace": 1, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 8, "qk_norm": "head",
+    }  # fmt: skip
+    return ModelSpec(**(fields | changes))
+
+
+def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
+    for changes in (
+        {},
+        {"qk_norm": "none", "shared_expert_intermediate_size": 0},
+        {"num_local_experts": 0, "num_experts_per_tok": 0},
+    ):
+        model = Transformer(spec(**changes), torch.float32)
+        actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        assert actual == layers.parameters(spec(**changes))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_causal_attention_equals_the_plain_formula(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 9, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 9, kv_heads, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    key, value = (t.repeat_interleave(4 // kv_heads, dim=2) for t in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q, key) / 8**0.5
+    expected = torch.einsum("bhst,bthd->bshd", scores.masked_fill(~mask, float("-inf")).softmax(-1), value)
+    actual = causal_attention(q, k, v)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(actual, (q, k, v), grad),
+        torch.autograd.grad(expected, (q, k, v), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "80/3", "50/8", "30/20"])
+def test_profile_table_equals_layout(profile: str) -> None:
+    table = profile_experts(profile, 11, 8, 3, torch.device("cpu"))
+    assert table.tolist() == [[routed_expert(profile, i, 11, j, 8, 3) for j in range(3)] for i in range(11)]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_router_backward_equals_autograd(scoring: str, normalised: bool) -> None:
+    model = spec(scoring_func=scoring, norm_topk_prob=normalised, routed_scaling_factor=1.7)
+    torch.manual_seed(1)
+    logits = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    experts = torch.randint(0, 8, (6, 2))
+    experts[:, 1] = (experts[:, 0] + 1) % 8
+    grad = torch.randn(6, 2, dtype=torch.float64)
+    weights = route_weights(router_scores(logits, model), experts, model)
+    (expected,) = torch.autograd.grad(weights, logits, grad)
+    actual = route_weights_backward(grad, router_scores(logits.detach(), model), experts, model)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loss_and_gradients_exist_in_every_dtype(dtype: torch.dtype) -> None:
+    model = Transformer(spec(scoring_func="sigmoid"), dtype)
+    init_weights(model, 0)
+    tokens = torch.arange(24).view(2, 12) % 37
+    loss = model.loss(tokens, tokens)
+    loss.backward()
+    assert abs(loss.item() / 24 - torch.tensor(37.0).log().item()) < 0.1
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_initial_weights_depend_on_name_and_seed_only() -> None:
+    first, second = Transformer(spec(), torch.float32), Transformer(spec(), torch.float64)
+    init_weights(first, 3)
+    init_weights(second, 3)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a.double(), b)
+    init_weights(second, 4)
+    assert not torch.equal(first.embedding.weight.double(), second.embedding.weight)
+
+
+def test_a_slice_of_a_sequence_is_positioned_by_its_start() -> None:
+    model = Transformer(spec(num_local_experts=0, num_experts_per_tok=0, num_hidden_layers=1), torch.float64)
+    init_weights(model, 0)
+    tokens = torch.tensor([[5, 5, 5, 5]])
+    hidden = model(tokens, start=3)
+    assert hidden.shape == (1, 4, 16)
+    q = F.linear(model.embedding(tokens), model.layers[0].attention.q_proj.weight)
+    assert q.isfinite().all()
+
+
+def test_balancing_raises_the_bias_of_underused_experts() -> None:
+    model = Transformer(spec(), torch.float64, routing=Routing())
+    init_weights(model, 0)
+    tokens = torch.arange(24).view(2, 12) % 37
+    model.loss(tokens, tokens)
+    router = model.layers[1].moe.router
+    load = router.load.clone()
+    assert load.sum() == 48
+    model.update_balance(0.01)
+    assert torch.equal(router.balance_bias, 0.01 * torch.sign(load.mean() - load))
+    assert router.load.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("attention_bias", "qkv"), ("sliding_window", 4), ("tie_word_embeddings", True), ("shared_expert_gate", True),
+     ("num_nextn_predict_layers", 1), ("ffn_matrices", 2), ("qk_norm", "full")],
+)  # fmt: skip
+def test_unsupported_models_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(SpecError, match=f"model.{field}"):
+        Transformer(spec(**{field: value}), torch.float32)
