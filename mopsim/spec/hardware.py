@@ -77,13 +77,24 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
     """Seconds of one collective inside a scope: latency + ranks * latency_per_rank + wire bytes / (bandwidth * efficiency(b)).
 
     `bandwidth` is per rank, one direction. Wire bytes per rank of n: all_gather, reduce_scatter, all_to_all (n-1)/n of
-    the full buffer; all_reduce twice that; send_recv the message. efficiency(b) = b / (b + bytes_half).
+    the full buffer; all_reduce twice that; send_recv the message. efficiency(b) = 1 / (1 + (bytes_half / b)^ramp):
+    1/2 at bytes_half; ramp 1 is b / (b + bytes_half), ramp 1/2 the slower rise that NCCL shows from 1 MB to 1 GB.
     """
 
     latency: Quantity
     latency_per_rank: Quantity
     bandwidth: Quantity
     bytes_half: float = 0.0
+    ramp: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.bytes_half >= 0, "bytes_half", self.bytes_half, "must not be negative")
+        require(0.1 <= self.ramp <= 1, "ramp", self.ramp, "must lie between 0.1 and 1")
+        require(self.bandwidth.si >= 1e6, "bandwidth", self.bandwidth.si, "bytes/s is below 1 MB/s: check the unit")
+
+    def moved(self, wire: float) -> float:
+        """Bytes that cost as much at full bandwidth as `wire` bytes do: wire / efficiency(wire)."""
+        return wire * (1 + (self.bytes_half / wire) ** self.ramp) if wire > 0 else 0.0
 
 
 class Fabric(Spec, frozen=True, kw_only=True):
@@ -105,7 +116,11 @@ class Fabric(Spec, frozen=True, kw_only=True):
 
 
 class Device(Spec, frozen=True, kw_only=True):
-    """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take."""
+    """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take.
+
+    memory_bandwidth: what kernels reach at large sizes. grouped_matmul: curves of expert products, m being the tokens
+    of one expert; a dtype without one uses `matmul`.
+    """
 
     memory: Quantity
     reserved: Quantity
@@ -113,6 +128,7 @@ class Device(Spec, frozen=True, kw_only=True):
     memory_bytes_half: float = 0.0
     launch_overhead: Quantity
     matmul: tuple[MatmulCurve, ...]
+    grouped_matmul: tuple[MatmulCurve, ...] = ()
     attention: AttentionCurve
     adam_rate: Quantity
     power: Quantity | None = None
