@@ -78,7 +78,7 @@ def experts(model: ModelSpec, routes: Sequence[int], b: int, wide: int, tensor: 
     kernels.append(
         Kernel("route_weight", "memory_bound", _C, ("down",), (out,), saves=("down",), bytes=2.0 * total * row, back_launches=3)
     )
-    return Tape((rows,), tuple(kernels), ("out",))
+    return Tape((rows,), tuple(kernels), ("out",), consumes=("rows",))
 
 
 def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
@@ -99,7 +99,7 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
     kernels.append(
         Kernel("accumulate", "memory_bound", _C, ("returned",), (Value("f", 0),), bytes=2.0 * sent * row + tokens * row)
     )
-    return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",))
+    return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",), consumes=("out",))
 
 
 def _grouped(name: str, source: str, out: Value, routes: Sequence[int], n: float, k: float, b: int) -> Kernel:

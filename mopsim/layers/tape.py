@@ -4,8 +4,8 @@ From one tape come FLOPs, memory traffic, message sizes, and the memory of a run
 and of its backward. Nothing else in the simulator counts them.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 Step = tuple[str, int]
 """(category, bytes): an allocation, or a release where negative."""
@@ -81,12 +81,16 @@ class Played:
 
 @dataclass(frozen=True, slots=True)
 class Tape:
-    """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape."""
+    """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape.
+
+    consumes: inputs that nobody else needs, so that they die here. held: values kept to the end of a forward run.
+    """
 
     inputs: tuple[Value, ...]
     kernels: tuple[Kernel, ...]
     outputs: tuple[str, ...]
-    held: tuple[str, ...] = field(default=())
+    consumes: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = {value.name for value in self.inputs}
@@ -112,14 +116,14 @@ class Tape:
     def saved(self) -> int:
         """Bytes that a run with a graph leaves for its backward, inputs and outputs apart."""
         values = self.values
-        outside = {value.name for value in self.inputs} | set(self.outputs)
+        outside = self._outside()
         names = {name for kernel in self.kernels for name in kernel.saves} - outside
         return sum(values[name].bytes for name in names)
 
     def forward(self, graph: bool) -> list[Played]:
         """A forward run: values die after their last reader, unless saved (with a graph) or an output."""
         values, last = self.values, self._last_reads()
-        outside = {value.name for value in self.inputs} | set(self.outputs)
+        outside = self._outside()
         keep = outside | ({name for kernel in self.kernels for name in kernel.saves} if graph else set())
         played = []
         for index, kernel in enumerate(self.kernels):
@@ -133,7 +137,7 @@ class Tape:
     def backward(self) -> list[Played]:
         """The reverse of a run with a graph: starts with the outputs' gradients alive, ends with the inputs'."""
         values = self.values
-        outside = {value.name for value in self.inputs} | set(self.outputs)
+        outside = self._outside()
         saved = {name for kernel in self.kernels for name in kernel.saves} - outside
         first_saver: dict[str, int] = {}
         for index, kernel in enumerate(self.kernels):
@@ -164,6 +168,10 @@ class Tape:
             played.append(Played(kernel, True, tuple(memory)))
         return played
 
+    def _outside(self) -> set[str]:
+        """Values that this tape neither makes to free nor frees."""
+        return {value.name for value in self.inputs} - set(self.consumes) | set(self.outputs)
+
     def _last_reads(self) -> dict[str, int]:
         last: dict[str, int] = {}
         for index, kernel in enumerate(self.kernels):
@@ -174,15 +182,6 @@ class Tape:
         for name in self.held:
             last[name] = len(self.kernels) - 1
         return last
-
-
-def join(parts: Sequence[Tape], outputs: Iterable[str]) -> Tape:
-    """One tape of several run one after the other."""
-    written = {value.name for part in parts for kernel in part.kernels for value in kernel.writes}
-    inputs = {value.name: value for part in parts for value in part.inputs if value.name not in written}
-    kernels = tuple(kernel for part in parts for kernel in part.kernels)
-    held = tuple(name for part in parts for name in part.held)
-    return Tape(tuple(inputs.values()), kernels, tuple(outputs), held)
 
 
 def renamed(tape: Tape, component: str) -> Tape:

@@ -136,10 +136,10 @@ def _experts(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     E, H, width = model.num_local_experts, model.hidden_size, model.moe_intermediate_size
     found = []
     for name in ("gate_proj", "up_proj", "down_proj") if model.ffn_matrices == 3 else ("up_proj", "down_proj"):
-        shape = (E, width, H) if name != "down_proj" else (E, H, width)
+        shape = (E, H, width) if name != "down_proj" else (E, width, H)
         found.append(Tensor(f"{prefix}.{name}", shape, "experts", layer, routed=True))
         if model.expert_bias:
-            found.append(Tensor(f"{prefix}.{name}_bias", shape[:2], "experts", layer, routed=True))
+            found.append(Tensor(f"{prefix}.{name}_bias", (E, shape[2]), "experts", layer, routed=True))
     return found
 
 

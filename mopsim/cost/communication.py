@@ -1,0 +1,45 @@
+"""Seconds of collectives and host transfers."""
+
+from mopsim.lowering.workload import Work
+from mopsim.spec.hardware import CollectiveCurve, HardwareProfile
+
+
+def _seconds(curve: CollectiveCurve, ranks: float, wire: float) -> float:
+    """latency + ranks * latency_per_rank + wire / (bandwidth * efficiency(wire)), see CollectiveCurve."""
+    return curve.latency.si + ranks * curve.latency_per_rank.si + curve.moved(wire) / curve.bandwidth.si
+
+
+def collective(work: Work, profile: HardwareProfile) -> float:
+    """A collective over `bytes` (the full buffer of one rank) in a group, hierarchical where it spans scale-up domains.
+
+    Gathers and reductions: every rank brings 1/intra of the buffer in through its own NIC and the domain shares it, both
+    pipelined; the slower half counts. All-to-all: the part for ranks of the same domain goes over scale_up, the rest over NICs.
+    """
+    n, size = work.group.size, work.bytes
+    if n <= 1:
+        return 0.0
+    intra = work.group.intra
+    domains = n / intra
+    up, out = profile.scale_up.collectives[work.kind], profile.scale_out.collectives[work.kind]
+    factor = 2.0 if work.kind == "all_reduce" else 1.0
+    launches = max(work.launches, 1)
+    if work.kind == "send_recv":
+        return launches * _seconds(up if intra == n else out, 1, size / launches)
+    size = size / launches
+    if intra == n:
+        return launches * _seconds(up, n, factor * size * (n - 1) / n)
+    if work.kind == "all_to_all":
+        inside, outside = size * (intra - 1) / n, size * (n - intra) / n
+    else:
+        inside = factor * size * (intra - 1) / intra
+        outside = factor * size / intra * (domains - 1) / domains
+    slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside)
+    return launches * max(slow, _seconds(up, intra, inside) if intra > 1 else 0.0)
+
+
+def transfer(work: Work, profile: HardwareProfile) -> float:
+    """A copy over the host link, which `link_sharing` devices use at once; bounded by the device's share of host DRAM."""
+    host = profile.host
+    link = host.link_h2d.si if work.kind == "h2d" else host.link_d2h.si
+    rate = min(link / host.link_sharing, host.memory_bandwidth.si / profile.devices_per_node)
+    return work.launches * host.link_latency.si + work.bytes / rate

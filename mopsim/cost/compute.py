@@ -1,0 +1,55 @@
+"""Seconds of kernels on one device. Formulas: MatmulCurve, AttentionCurve and Device of mopsim.spec.hardware."""
+
+from mopsim.lowering.workload import Work
+from mopsim.spec.errors import SpecError
+from mopsim.spec.hardware import HardwareProfile, MatmulCurve
+from mopsim.spec.units import DTYPE_BYTES
+
+
+def matmul_curve(profile: HardwareProfile, dtype: str) -> MatmulCurve:
+    """The curve of a dtype. Raises SpecError naming the dtypes that the profile has."""
+    for curve in profile.device.matmul:
+        if curve.dtype == dtype:
+            return curve
+    known = ", ".join(curve.dtype for curve in profile.device.matmul)
+    raise SpecError("strategy.precision.compute", dtype, f"has no matmul curve in hardware profile {profile.name} (it has {known})")
+
+
+def matmul(work: Work, profile: HardwareProfile) -> float:
+    """`count` products C[m,n] = A[m,k] B[k,n], each on its own or grouped in one launch."""
+    curve, width = matmul_curve(profile, work.dtype), DTYPE_BYTES[work.dtype]
+    m, n, k = work.m, work.n, work.k
+    if m <= 0 or n <= 0 or k <= 0:
+        return 0.0
+    fill = m / (m + curve.m_half) * (n / (n + curve.n_half)) * (k / (k + curve.k_half))
+    arithmetic = 2 * m * n * k / (curve.peak.si * curve.efficiency * fill)
+    moved = (m * k + k * n + m * n) * width
+    seconds = work.count * max(arithmetic, moved / profile.device.memory_bandwidth.si)
+    launches = 1 if work.kind == "grouped_matmul" else work.count
+    return seconds + launches * profile.device.launch_overhead.si
+
+
+def attention(work: Work, profile: HardwareProfile) -> float:
+    """The attention core: its FLOP at a fraction of the matmul peak that grows with the sequence."""
+    curve, shape = matmul_curve(profile, work.dtype), profile.device.attention
+    share = (shape.backward if work.backward else shape.forward) * work.seq / (work.seq + shape.seq_half)
+    seconds = max(work.flops / (curve.peak.si * share), work.bytes / profile.device.memory_bandwidth.si)
+    return seconds + work.launches * profile.device.launch_overhead.si
+
+
+def memory_bound(work: Work, profile: HardwareProfile) -> float:
+    """`launches` kernels that share `bytes` of traffic; the rate falls for small kernels by bytes_half."""
+    device = profile.device
+    launches = max(work.launches, 1)
+    moved = work.bytes + launches * device.memory_bytes_half if work.bytes else 0.0
+    return moved / device.memory_bandwidth.si + launches * device.launch_overhead.si
+
+
+def optimizer(work: Work, profile: HardwareProfile) -> float:
+    """Fused AdamW on the device."""
+    return work.params / profile.device.adam_rate.si + work.launches * profile.device.launch_overhead.si
+
+
+def host_optimizer(work: Work, profile: HardwareProfile) -> float:
+    """AdamW on one rank's share of the host."""
+    return work.params / profile.host.adam_rate.si

@@ -1,0 +1,70 @@
+"""The memory ledger: bytes by category and tier as ops start and end, with the peak's time and cause."""
+
+from mopsim.layers.tape import Step
+from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Deltas, Op
+
+
+class Ledger:
+    """Bytes of one rank. An op's own height is held from its start to its end, then its net change stays."""
+
+    def __init__(self, resident: tuple[Step, ...], limit: int, keep_curve: bool) -> None:
+        self.now: list[int] = [0] * len(SLOTS)
+        for category, size in resident:
+            self.now[SLOT[category]] += size
+        self.resident = list(self.now)
+        self.device = sum(self.now[:NUM_DEVICE_SLOTS])
+        self.host = sum(self.now[NUM_DEVICE_SLOTS:])
+        self.limit = limit
+        self.peak, self.at_peak = self.device, list(self.now)
+        self.host_peak, self.at_host_peak = self.host, list(self.now)
+        self.peak_time = 0.0
+        self.peak_op: Op | None = None
+        self.over: str | None = self._largest() if self.device > limit else None
+        self.curve: list[tuple[float, tuple[int, ...]]] | None = [(0.0, tuple(self.now))] if keep_curve else None
+        self._sums: dict[int, tuple[Deltas, int, int]] = {}
+
+    def start(self, op: Op, time: float) -> None:
+        """Raise the ledger to the op's height."""
+        if not op.peak:
+            return
+        now = self.now
+        for slot, size in op.peak:
+            now[slot] += size
+        device, host = self._sum(op.peak)
+        self.device += device
+        self.host += host
+        if self.device > self.peak:
+            self.peak, self.at_peak, self.peak_time, self.peak_op = self.device, list(now), time, op
+            if self.over is None and self.device > self.limit:
+                grown = [(size, slot) for slot, size in op.peak if slot < NUM_DEVICE_SLOTS]
+                self.over = SLOTS[max(grown)[1]]
+        if self.host > self.host_peak:
+            self.host_peak, self.at_host_peak = self.host, list(now)
+        if self.curve is not None:
+            self.curve.append((time, tuple(now)))
+
+    def end(self, op: Op, time: float) -> None:
+        """Drop the op's height, keep its net change."""
+        if not op.peak and not op.net:
+            return
+        now = self.now
+        for slot, size in op.peak:
+            now[slot] -= size
+        for slot, size in op.net:
+            now[slot] += size
+        held, kept = self._sum(op.peak), self._sum(op.net)
+        self.device += kept[0] - held[0]
+        self.host += kept[1] - held[1]
+        if self.curve is not None:
+            self.curve.append((time, tuple(now)))
+
+    def _sum(self, changes: Deltas) -> tuple[int, int]:
+        found = self._sums.get(id(changes))
+        if found is None:
+            device = sum(size for slot, size in changes if slot < NUM_DEVICE_SLOTS)
+            found = (changes, device, sum(size for _, size in changes) - device)
+            self._sums[id(changes)] = found
+        return found[1], found[2]
+
+    def _largest(self) -> str:
+        return SLOTS[max(range(NUM_DEVICE_SLOTS), key=lambda slot: self.now[slot])]

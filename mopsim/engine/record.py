@@ -1,0 +1,65 @@
+"""What is kept of a run: busy and exposed seconds, time by component, spans when asked for."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from mopsim.lowering.workload import Op
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An op on the timeline, seconds."""
+
+    stream: str
+    name: str
+    component: str
+    phase: str
+    start: float
+    end: float
+    microbatch: int = 0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Seconds of one microbatch (or of the optimizer)."""
+
+    exposed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    component: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    start: float = -1.0
+
+
+class Record:
+    """One rank's run. Seconds of the compute stream are booked on components; its waits on what it waited for."""
+
+    def __init__(self, keep_spans: bool) -> None:
+        self.tallies: dict[int, Tally] = defaultdict(Tally)
+        self.spans: list[Span] | None = [] if keep_spans else None
+        self.last: Op | None = None
+        self.compute_end = 0.0
+        self.end = 0.0
+
+    def waited(self, op: Op, blamed: Op, seconds: float) -> None:
+        """The compute stream stood still before `op` because `blamed` had not ended."""
+        if seconds > 0.0:
+            tally = self.tallies[op.microbatch]
+            kind = blamed.work[0].kind if blamed.work else "dependency"
+            tally.exposed[kind] += seconds
+            tally.component[op.component] += seconds
+
+    def stolen(self, op: Op, seconds: float) -> None:
+        """Compute lost `seconds` to a collective beside it."""
+        if seconds > 0.0 and op.work:
+            self.tallies[op.microbatch].exposed[op.work[0].kind] += seconds
+
+    def ended(self, op: Op, ready: float, start: float, end: float, compute: bool) -> None:
+        """An op ran from start to end."""
+        tally = self.tallies[op.microbatch]
+        if compute:
+            if tally.start < 0.0:
+                tally.start = ready
+            tally.component[op.component] += end - start
+            self.compute_end = end
+        if end >= self.end:
+            self.end, self.last = end, op
+        if self.spans is not None and end > start:
+            self.spans.append(Span(op.stream, op.name, op.component, op.phase, start, end, op.microbatch))

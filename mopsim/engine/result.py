@@ -1,0 +1,79 @@
+"""SimResult: what one simulated step costs in time and memory. SI units."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mopsim.engine.record import Span
+from mopsim.spec.io import to_plain
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+AT_RISK = 0.96
+"""Fraction of the limit from which a peak is called at risk: allocator rounding and fragmentation live above it."""
+
+
+@dataclass(frozen=True)
+class SimResult:
+    """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the step."""
+
+    step_time: float
+    tokens_per_second: float
+    tokens_per_second_per_device: float
+    model_flops_per_second_per_device: float
+    mfu: float
+    fits: bool
+    verdict: str
+    over: str | None
+    over_bytes: int
+    peak_memory: int
+    memory_limit: int
+    memory_by_category: dict[str, int]
+    peak_time: float
+    peak_component: str
+    peak_phase: str
+    resident_memory: int
+    host_memory: int
+    host_limit: int
+    host_by_category: dict[str, int]
+    guarantee_memory: int
+    exposed: dict[str, float]
+    busy: dict[str, float]
+    time_by_component: dict[str, float]
+    num_ops: dict[str, int]
+    flops: float
+    strategy: Strategy
+    training: TrainSpec
+    provenance: dict[str, str]
+    num_events: int = 0
+    spans: list[Span] = field(default_factory=list)
+    memory_curve: list[tuple[float, int]] = field(default_factory=list)
+    memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mopsim simulate --json`: seconds, bytes, FLOP/s."""
+        return {
+            "step_time_s": self.step_time,
+            "tokens_per_s": self.tokens_per_second,
+            "tokens_per_s_per_device": self.tokens_per_second_per_device,
+            "model_flops_per_s_per_device": self.model_flops_per_second_per_device,
+            "mfu": self.mfu,
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "over": self.over,
+            "over_bytes": self.over_bytes,
+            "peak_memory_bytes": self.peak_memory,
+            "memory_limit_bytes": self.memory_limit,
+            "memory_by_category_bytes": self.memory_by_category,
+            "peak_at": {"time_s": self.peak_time, "component": self.peak_component, "phase": self.peak_phase},
+            "resident_memory_bytes": self.resident_memory,
+            "host_memory_bytes": self.host_memory,
+            "host_limit_bytes": self.host_limit,
+            "host_by_category_bytes": self.host_by_category,
+            "guarantee_memory_bytes": self.guarantee_memory,
+            "exposed_s": self.exposed,
+            "busy_s": self.busy,
+            "time_by_component_s": self.time_by_component,
+            "strategy": to_plain(self.strategy),
+            "training": to_plain(self.training),
+            "provenance": self.provenance,
+        }

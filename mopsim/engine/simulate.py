@@ -1,0 +1,200 @@
+"""One step of one strategy, played: workload -> seconds per op -> streams and ledger -> SimResult."""
+
+from collections.abc import Sequence
+
+import mopsim
+from mopsim.cost import seconds
+from mopsim.cost.compute import matmul_curve
+from mopsim.engine.ledger import Ledger
+from mopsim.engine.record import Record
+from mopsim.engine.result import AT_RISK, SimResult
+from mopsim.engine.streams import play
+from mopsim.lowering import lower
+from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
+from mopsim.spec.errors import require
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.io import digest
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+
+def simulate(
+    model: ModelSpec,
+    hardware: HardwareProfile,
+    num_nodes: int,
+    strategy: Strategy,
+    training: TrainSpec,
+    *,
+    timeline: bool = False,
+) -> SimResult:
+    """Simulate one optimizer step. Raises SpecError where the four inputs do not fit together; never for lack of memory."""
+    ranks = num_nodes * hardware.devices_per_node
+    require(
+        strategy.world_size <= ranks,
+        "strategy.world_size", strategy.world_size, f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}",
+    )  # fmt: skip
+    workload = lower(model, strategy, training, hardware.scale_up_size)
+    return run(workload, model, hardware, strategy, training, timeline=timeline)
+
+
+def run(
+    workload: Workload,
+    model: ModelSpec,
+    hardware: HardwareProfile,
+    strategy: Strategy,
+    training: TrainSpec,
+    *,
+    timeline: bool = False,
+) -> SimResult:
+    """Play a lowered workload on a profile."""
+    prices: dict[Work, float] = {}
+    by_id: dict[int, float] = {}
+    durations = [_durations(program, hardware, prices, by_id) for program in workload.programs]
+    limit, host_limit = hardware.memory_limit(), hardware.host_limit()
+    ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
+    records = [Record(timeline) for _ in workload.programs]
+    end = play(workload.programs, durations, ledgers, records, hardware.communication_share)
+    for program, ledger in zip(workload.programs, ledgers, strict=True):
+        assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
+
+    slowest = max(range(len(records)), key=lambda i: records[i].end)
+    fullest = max(range(len(ledgers)), key=lambda i: ledgers[i].peak)
+    record, ledger, program = records[slowest], ledgers[fullest], workload.programs[slowest]
+    repeats = workload.microbatches - workload.expanded
+    period = _period(record, workload.expanded) if repeats else 0.0
+    constant = hardware.corrections["step"].overhead if "step" in hardware.corrections else 0.0
+    step_time = max(end + repeats * period + constant, 1e-12)
+    weights = {index: 1 + repeats * (index == workload.expanded - 2) for index in record.tallies}
+    busy, counts, flops = _totals(program, prices, weights)
+    framework = round((hardware.framework_memory_scale - 1.0) * ledger.peak)
+    peak = ledger.peak + framework
+    host = max(one.host_peak for one in ledgers)
+    fullest_host = max(ledgers, key=lambda one: one.host_peak)
+    categories = {name: size for name, size in zip(SLOTS, ledger.at_peak[:NUM_DEVICE_SLOTS], strict=False) if size}
+    if framework:
+        categories["framework"] = categories.get("framework", 0) + framework
+    over = ledger.over or ("framework" if peak > limit else None)
+    if over is None and host > host_limit:
+        over = "host"
+    tokens = training.global_batch * training.seq_len
+    model_rate = workload.model_flops / step_time / strategy.world_size
+    curve = matmul_curve(hardware, _matmul_dtype(strategy))
+    return SimResult(
+        step_time=step_time,
+        tokens_per_second=tokens / step_time,
+        tokens_per_second_per_device=tokens / step_time / strategy.world_size,
+        model_flops_per_second_per_device=model_rate,
+        mfu=model_rate / curve.peak.si,
+        fits=over is None,
+        verdict=_verdict(over, peak, limit, host, host_limit),
+        over=over,
+        over_bytes=max(0, peak - limit) or max(0, host - host_limit),
+        peak_memory=peak,
+        memory_limit=limit,
+        memory_by_category=categories,
+        peak_time=ledger.peak_time,
+        peak_component=ledger.peak_op.component if ledger.peak_op else "other",
+        peak_phase=ledger.peak_op.phase if ledger.peak_op else "optimizer",
+        resident_memory=sum(ledger.resident[:NUM_DEVICE_SLOTS]),
+        host_memory=host,
+        host_limit=host_limit,
+        host_by_category={
+            name.removeprefix("host/"): size
+            for name, size in zip(SLOTS[NUM_DEVICE_SLOTS:], fullest_host.at_host_peak[NUM_DEVICE_SLOTS:], strict=True)
+            if size
+        },
+        guarantee_memory=workload.guarantee,
+        exposed=_sum(record, "exposed", weights),
+        busy=busy,
+        time_by_component=_sum(record, "component", weights),
+        num_ops=counts,
+        flops=flops,
+        strategy=strategy,
+        training=training,
+        provenance={
+            "profile": hardware.name, "profile_digest": digest(hardware), "model": model.name, "model_digest": digest(model),
+            "version": mopsim.__version__,
+        },
+        num_events=sum(len(one.ops) for one in workload.programs),
+        spans=record.spans or [],
+        memory_curve=[(time, sum(now[:NUM_DEVICE_SLOTS])) for time, now in ledger.curve or []],
+        memory_curve_by_category={
+            name: [now[slot] for _, now in ledger.curve or []] for slot, name in enumerate(SLOTS[:NUM_DEVICE_SLOTS])
+        }
+        if timeline
+        else {},
+    )  # fmt: skip
+
+
+def _durations(
+    program: Program, hardware: HardwareProfile, prices: dict[Work, float], by_id: dict[int, float]
+) -> list[float]:
+    """Seconds of every op alone on its stream. Equal work is priced once; the same tuple of work is looked up by identity."""
+    found = []
+    for op in program.ops:
+        if not op.work:
+            found.append(0.0)
+            continue
+        total = by_id.get(id(op.work))
+        if total is None:
+            total = 0.0
+            for work in op.work:
+                price = prices.get(work)
+                if price is None:
+                    price = prices[work] = seconds(work, hardware)
+                total += price
+            by_id[id(op.work)] = total
+        found.append(total)
+    return found
+
+
+def _totals(
+    program: Program, prices: dict[Work, float], weights: dict[int, int]
+) -> tuple[dict[str, float], dict[str, int], float]:
+    """Busy seconds and ops by kind, and FLOP, of the step of one rank."""
+    uses: dict[tuple[int, int], list[object]] = {}
+    for op in program.ops:
+        weight = weights.get(op.microbatch, 1)
+        entry = uses.setdefault((id(op.work), weight), [op.work, 0])
+        entry[1] += weight  # type: ignore[operator]
+    busy: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    flops = 0.0
+    for works, times in uses.values():
+        for work in works:  # type: ignore[attr-defined]
+            busy[work.kind] = busy.get(work.kind, 0.0) + times * prices[work]
+            launched = work.count if work.kind == "matmul" else max(work.launches, 1)
+            counts[work.kind] = counts.get(work.kind, 0) + int(times * launched)
+            flops += times * (work.flops + 2 * work.m * work.n * work.k * work.count)
+    return busy, counts, flops
+
+
+def _period(record: Record, expanded: int) -> float:
+    """Seconds that one more microbatch adds: between the starts of the last two that were expanded."""
+    return record.tallies[expanded - 1].start - record.tallies[expanded - 2].start
+
+
+def _sum(record: Record, field: str, weights: dict[int, int]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for index, tally in record.tallies.items():
+        for key, value in getattr(tally, field).items():
+            found[key] = found.get(key, 0.0) + weights[index] * value
+    return found
+
+
+def _verdict(over: str | None, peak: int, limit: int, host: int, host_limit: int) -> str:
+    if over is not None:
+        return "out of memory"
+    return "at risk" if peak > AT_RISK * limit or host > AT_RISK * host_limit else "fits"
+
+
+def _matmul_dtype(strategy: Strategy) -> str:
+    precision = strategy.precision
+    return precision.compute if precision.matmul == "compute" else precision.matmul
+
+
+def _left(ledger: Ledger) -> Sequence[tuple[str, int]]:
+    return [(SLOTS[i], now - then) for i, (now, then) in enumerate(zip(ledger.now, ledger.resident, strict=True)) if now != then]
+
+

@@ -1,0 +1,34 @@
+"""model x strategy x training -> Workload."""
+
+from mopsim.layers.flops import flops_per_token
+from mopsim.lowering.context import Context, make_context
+from mopsim.lowering.step import Step
+from mopsim.lowering.workload import Workload
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+EXPANDED = 3
+"""Microbatches lowered where they are all alike: the first, a repeating one and the last."""
+
+
+def lower(model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int = 8, *, expand: bool = False) -> Workload:
+    """The programs of one step. domain: devices of a scale-up domain. expand: lower every microbatch, compose none.
+
+    Raises SpecError where model, strategy and training do not fit together.
+    """
+    context = make_context(model, strategy, training, domain)
+    total = training.num_microbatches(strategy)
+    expanded = total if expand else min(total, EXPANDED)
+    program = Step(context).program(expanded)
+    tokens = training.global_batch * training.seq_len
+    flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
+    return Workload((program,), total, expanded, flops, guarantee(context))
+
+
+def guarantee(context: Context) -> int:
+    """Dispatch bytes that no routing exceeds: 2 Ep k c_eff H b (arXiv 2607.01844)."""
+    model = context.model
+    if not model.num_local_experts:
+        return 0
+    return 2 * context.strategy.experts.degree * model.num_experts_per_tok * context.chunk_tokens(0) * model.hidden_size * context.b

@@ -1,0 +1,66 @@
+"""Pipeline schedules as pure order functions: which (phase, microbatch, model chunk) a stage works on, in order."""
+
+from typing import Literal
+
+Slot = tuple[Literal["forward", "backward", "input_grad", "weight_grad"], int, int]
+"""(phase, microbatch, virtual stage). input_grad and weight_grad split a backward in zero-bubble schedules."""
+
+
+def one_forward_one_backward(stages: int, microbatches: int, stage: int) -> list[Slot]:
+    """1F1B (PipeDream-flush, arXiv 2006.09503): warm up with stages - stage - 1 forwards, then alternate, then drain."""
+    warm = min(stages - stage - 1, microbatches)
+    order: list[Slot] = [("forward", i, 0) for i in range(warm)]
+    for i in range(microbatches - warm):
+        order += [("forward", warm + i, 0), ("backward", i, 0)]
+    return order + [("backward", i, 0) for i in range(microbatches - warm, microbatches)]
+
+
+def interleaved(stages: int, virtual: int, microbatches: int, stage: int) -> list[Slot]:
+    """Interleaved 1F1B (Megatron-LM, arXiv 2104.04473): microbatches in groups of `stages` go round the model chunks."""
+    total = microbatches * virtual
+    warm = min((stages - stage - 1) * 2 + (virtual - 1) * stages, total)
+
+    def place(index: int, forward: bool) -> tuple[int, int]:
+        """(microbatch, chunk) of the index-th forward or backward."""
+        group, inside = divmod(index, stages * virtual)
+        first = group * stages
+        size = min(stages, microbatches - first)
+        chunk, offset = divmod(inside, size) if size < stages else divmod(inside, stages)
+        chunk = chunk if forward else virtual - 1 - chunk
+        return first + offset, chunk
+
+    order: list[Slot] = []
+    for i in range(total):
+        if i >= warm:
+            order.append(("forward", *place(i, True)))
+            order.append(("backward", *place(i - warm, False)))
+        else:
+            order.append(("forward", *place(i, True)))
+    return order + [("backward", *place(i, False)) for i in range(total - warm, total)]
+
+
+def zero_bubble(stages: int, microbatches: int, stage: int) -> list[Slot]:
+    """ZB-H1 (arXiv 2401.10241): backward split in input and weight gradients; weight gradients fill the drain.
+
+    Memory stays that of 1F1B: a weight gradient is put off by at most `stage` microbatches.
+    """
+    order: list[Slot] = []
+    waiting: list[int] = []
+    for phase, microbatch, _ in one_forward_one_backward(stages, microbatches, stage):
+        if phase == "forward":
+            order.append((phase, microbatch, 0))
+            continue
+        order.append(("input_grad", microbatch, 0))
+        waiting.append(microbatch)
+        if len(waiting) > stage:
+            order.append(("weight_grad", waiting.pop(0), 0))
+    return order + [("weight_grad", microbatch, 0) for microbatch in waiting]
+
+
+def order(schedule: str, stages: int, virtual: int, microbatches: int, stage: int) -> list[Slot]:
+    """The slots of one stage, by the name in `Pipeline.schedule`."""
+    if schedule == "interleaved" and virtual > 1:
+        return interleaved(stages, virtual, microbatches, stage)
+    if schedule == "zero_bubble":
+        return zero_bubble(stages, microbatches, stage)
+    return one_forward_one_backward(stages, microbatches, stage)

@@ -1,0 +1,76 @@
+"""The end of a step: global-norm clip, then AdamW on the device, on the host, or streamed through it."""
+
+from mopsim.lowering.builder import Builder
+from mopsim.lowering.context import Context
+from mopsim.lowering.workload import Work
+from mopsim.spec.layout import optimizer_buckets
+from mopsim.spec.units import DTYPE_BYTES
+
+
+def update(context: Context, builder: Builder, deps: list[int]) -> None:
+    """Ops of the clip and of the optimizer, after all gradients (`deps`) are reduced."""
+    builder.mark(-1)
+    numels = [unit.shard_numel for unit in context.units()]
+    total = sum(numels)
+    norm = builder.add(
+        "norm", "compute", "optimizer", "optimizer",
+        (Work("memory_bound", bytes=float(total * context.grad), launches=2 * len(numels)),), deps=deps,
+    )  # fmt: skip
+    agreed = builder.collective("norm", "all_reduce", 8, context.groups["world"], "optimizer", "optimizer", deps=(norm,))
+    builder.add(
+        "clip", "compute", "optimizer", "optimizer",
+        (Work("memory_bound", bytes=2.0 * total * context.grad, launches=len(numels)),), deps=(agreed,),
+    )  # fmt: skip
+    optimizer = context.strategy.optimizer
+    if optimizer.state_tier == "device":
+        work = (Work("optimizer", params=total, launches=len(numels)),)
+        builder.add("adamw", "compute", "optimizer", "optimizer", work)
+    elif optimizer.update_on == "host":
+        _on_host(context, builder, total)
+    else:
+        _streamed(context, builder, numels)
+
+
+def _on_host(context: Context, builder: Builder, total: int) -> None:
+    """Gradients down, AdamW on the host, parameters up: nothing overlaps within one shard."""
+    after = len(builder.ops) - 1
+    dense = context.strategy.dense
+    if dense.grad_tier == "device":
+        work = (Work("d2h", bytes=float(total * context.grad)),)
+        after = builder.add("gradients to host", "d2h", "optimizer", "optimizer", work, deps=(after,))
+    after = builder.add("host adamw", "host", "optimizer", "optimizer", (Work("host_optimizer", params=total),), deps=(after,))
+    if dense.param_tier == "device":
+        work = (Work("h2d", bytes=float(total * context.param)),)
+        after = builder.add("parameters to device", "h2d", "optimizer", "optimizer", work, deps=(after,))
+    builder.add("updated", "compute", "optimizer", "optimizer", deps=(after,))
+
+
+def _streamed(context: Context, builder: Builder, numels: list[int]) -> None:
+    """Buckets through `slots` staging slots: master and moments up | AdamW | master and moments down."""
+    precision, optimizer = context.strategy.precision, context.strategy.optimizer
+    each = 2 * int(DTYPE_BYTES[precision.moments])
+    each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])
+    buckets = optimizer_buckets(numels, optimizer.bucket_params)
+    sizes = [sum(stop - start for _, start, stop in bucket) for bucket in buckets]
+    largest = max(sizes)
+    staging = optimizer.slots * largest * each
+    builder.add("staging", "compute", "optimizer", "optimizer", memory=(("staging", staging),))
+    first = len(builder.ops) - 1
+    down: list[int] = []
+    for index, (bucket, size) in enumerate(zip(buckets, sizes, strict=True)):
+        free = down[index - optimizer.slots] if index >= optimizer.slots else first
+        pieces = len(bucket)
+        copies = 3 * pieces
+        up = builder.add(
+            f"bucket {index} up", "h2d", "optimizer", "optimizer", (Work("h2d", bytes=float(size * each), launches=copies),), deps=(free,)
+        )
+        done = builder.add(
+            f"bucket {index} adamw", "compute", "optimizer", "optimizer", (Work("optimizer", params=size, launches=pieces),), deps=(up,)
+        )
+        down.append(
+            builder.add(
+                f"bucket {index} down", "d2h", "optimizer", "optimizer",
+                (Work("d2h", bytes=float(size * each), launches=copies),), deps=(done,),
+            )  # fmt: skip
+        )
+    builder.add("staging freed", "compute", "optimizer", "optimizer", memory=(("staging", -staging),), deps=down[-optimizer.slots :])

@@ -1,0 +1,123 @@
+"""Workload: programs of ops, one program per rank class, each op with stream, work, dependencies and memory."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from mopsim.layers.tape import Step
+from mopsim.spec.categories import CATEGORIES
+
+STREAMS = ("compute", "scale_up", "scale_out", "h2d", "d2h", "host")
+SLOTS = (*CATEGORIES, *(f"host/{category}" for category in CATEGORIES))
+"""Ledger slots: a category on the device, or `host/` and a category on the host."""
+SLOT = {name: index for index, name in enumerate(SLOTS)}
+NUM_DEVICE_SLOTS = len(CATEGORIES)
+
+Deltas = tuple[tuple[int, int], ...]
+"""(slot, bytes) changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain."""
+
+    size: int
+    intra: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One kernel, transfer or collective. Which fields count depends on `kind` (see mopsim.cost).
+
+    m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full buffer), or transfer.
+    params: of an optimizer update. launches: kernels started for it. group: ranks of a collective.
+    """
+
+    kind: str
+    flops: float = 0.0
+    m: float = 0.0
+    n: float = 0.0
+    k: float = 0.0
+    count: float = 1.0
+    bytes: float = 0.0
+    seq: int = 0
+    backward: bool = False
+    params: float = 0.0
+    launches: int = 1
+    dtype: str = ""
+    group: Group = Group(1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """What one stream does between two dependencies.
+
+    deps: indices of ops of the same program that must have ended. peak: ledger changes at the op's own height, held while it
+    runs; net: what remains when it ends. rendezvous: key shared with an op of another program; both start together.
+    """
+
+    index: int
+    name: str
+    stream: str
+    component: str
+    phase: str
+    layer: int
+    work: tuple[Work, ...]
+    deps: tuple[int, ...] = ()
+    peak: Deltas = ()
+    net: Deltas = ()
+    rendezvous: str = ""
+    microbatch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What one class of ranks does in a step. stage: of the pipeline. multiplicity: ranks of this class."""
+
+    ops: tuple[Op, ...]
+    stage: int = 0
+    multiplicity: int = 1
+    resident: tuple[Step, ...] = ()
+    marks: dict[int, int] = field(default_factory=dict)
+    """First op of each microbatch, and of the optimizer under -1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """All programs of a step. microbatches: in the step; expanded: of them lowered, the rest repeat the last of these."""
+
+    programs: tuple[Program, ...]
+    microbatches: int
+    expanded: int
+    model_flops: float
+    guarantee: int = 0
+
+
+@lru_cache(maxsize=65536)
+def deltas(memory: tuple[Step, ...]) -> tuple[Deltas, Deltas]:
+    """(changes at the highest device height of a memory script, changes at its end)."""
+    run: dict[int, int] = {}
+    height = top = 0
+    best: dict[int, int] = {}
+    host: dict[int, int] = {}
+    for category, size in memory:
+        slot = SLOT[category]
+        run[slot] = run.get(slot, 0) + size
+        if slot < NUM_DEVICE_SLOTS:
+            height += size
+            if height > top:
+                top, best = height, {s: v for s, v in run.items() if s < NUM_DEVICE_SLOTS}
+        elif run[slot] > host.get(slot, 0):
+            host[slot] = run[slot]
+    peak = {**best, **host}
+    return tuple((s, v) for s, v in peak.items() if v), tuple((s, v) for s, v in run.items() if v)
+
+
+def resident_bytes(resident: Sequence[Step], host: bool = False) -> int:
+    """Bytes of the device (or host) buffers that live through the whole step."""
+    return sum(size for category, size in resident if category.startswith("host/") == host)
+
+
+def merge(memory: Iterable[Step]) -> tuple[Step, ...]:
+    """A memory script without empty steps."""
+    return tuple(step for step in memory if step[1])
