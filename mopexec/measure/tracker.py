@@ -8,15 +8,16 @@ While any dispatch mode is active, autograd adds up gradients of a tensor used t
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mopexec.measure.dispatch import plain_tensors, plain_types, returns_alias, tensors_in
 from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase
 from mopsim.spec.errors import MopError
 from mopsim.spec.units import format_bytes
@@ -102,6 +103,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device, self._host = _Ledger(), _Ledger()
         self._device.limit, self._host.limit = device_limit, host_limit
         self._num_host = 0
+        self._paused = False
         self._refuse = refuse
         self.num_ops = 0
         self.timeline: list[tuple[int, int]] | None = [] if timeline else None
@@ -150,9 +152,18 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device.reset_peak()
         self._host.reset_peak()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is allocated inside is not counted (frees are)."""
+        outer, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = outer
+
     def adopt(self, tensor: Tensor, name: str) -> None:
         """Count a tensor made before the tracker was entered. A known storage changes its category."""
-        for local in _plain(tensor):
+        for local in plain_tensors(tensor):
             storage = local.untyped_storage()
             entry = self._live.get(storage._cdata)
             if entry is not None:
@@ -176,10 +187,16 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         _active, torch.UntypedStorage.resize_ = self._outer.pop()  # type: ignore[method-assign]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's own switch: nothing is compiled here, so dispatch goes without that wrapper (1 us per op)."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        for kind in types:
-            if not _plain_type(kind):
-                return NotImplemented
+        if not plain_types(types):
+            return NotImplemented
+        if self._paused:
+            return func(*args, **(kwargs or {}))
         self.num_ops += 1
         effect = _EFFECTS.get(func)
         if effect is None:
@@ -190,14 +207,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if effect != _NOTHING:
             if isinstance(result, Tensor):
                 self._see(func, result)
-            elif isinstance(result, (list, tuple)):
-                for item in result:
-                    if isinstance(item, Tensor):
-                        self._see(func, item)
-                    elif isinstance(item, (list, tuple)):
-                        for inner in item:
-                            if isinstance(inner, Tensor):
-                                self._see(func, inner)
+            else:
+                for tensor in tensors_in(result):
+                    self._see(func, tensor)
         return result
 
     def _see(self, func: Any, tensor: Tensor) -> None:
@@ -259,10 +271,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, Tensor):
                 self._refuse_host(func, value)
             elif isinstance(value, (list, tuple)):
-                for item in value:
-                    for inner in item if isinstance(item, (list, tuple)) else (item,):
-                        if isinstance(inner, Tensor):
-                            self._refuse_host(func, inner)
+                for tensor in tensors_in(value):
+                    self._refuse_host(func, tensor)
 
     def _refuse_host(self, func: Any, tensor: Tensor) -> None:
         if tensor.is_meta:
@@ -286,7 +296,7 @@ def active_tracker() -> MemoryTracker | None:
 
 def mark_host(tensor: Tensor, name: str) -> Tensor:
     """Declare that `tensor`'s storage lies in the host tier, under category `name`. Returns the tensor."""
-    for local in _plain(tensor):
+    for local in plain_tensors(tensor):
         storage = local.untyped_storage()
         setattr(storage, _HOST_MARK, name)
         if _active is not None:
@@ -300,7 +310,7 @@ def mark_host(tensor: Tensor, name: str) -> Tensor:
 
 def is_host(tensor: Tensor) -> bool:
     """Whether the tensor's storage was marked as host tier."""
-    return all(_HOST_MARK in local.untyped_storage().__dict__ for local in _plain(tensor))
+    return all(_HOST_MARK in local.untyped_storage().__dict__ for local in plain_tensors(tensor))
 
 
 def recategorize(tensor: Tensor, name: str) -> Tensor:
@@ -326,22 +336,6 @@ def _resize_seen(tracker: MemoryTracker, original: Any) -> Any:
     return resize_
 
 
-def _plain(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors inside a wrapper subclass (DTensor), or the tensor itself."""
-    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, FakeTensor):
-        return [inner for name in tensor.__tensor_flatten__()[0] for inner in _plain(getattr(tensor, name))]
-    return [tensor]
-
-
-def _plain_type(kind: type, cache: dict[type, bool] = {}) -> bool:  # noqa: B006
-    """Whether ops on `kind` work on their own storage: not a wrapper with ops of its own."""
-    known = cache.get(kind)
-    if known is None:
-        own = getattr(kind, "__torch_dispatch__", None)
-        known = cache[kind] = issubclass(kind, FakeTensor) or own is torch._C._disabled_torch_dispatch_impl
-    return known
-
-
 def _rounded(num_bytes: int, is_cuda: bool) -> int:
     return -(-num_bytes // CUDA_BLOCK) * CUDA_BLOCK if is_cuda else num_bytes
 
@@ -353,15 +347,14 @@ def _positive(by_category: dict[str, int]) -> dict[str, int]:
 def _effect(func: Any) -> int:
     """What an op does to memory, from its schema: returns that alias an argument are views or in-place."""
     name = func._schema.name
-    if name.startswith("aten::") and name[6:] in _HOST_SAFE_NAMES:
+    if func.namespace == "prim" or (func.namespace == "aten" and name[6:] in _HOST_SAFE_NAMES):
         _HOST_SAFE.add(func)
     if (
         name in ("aten::resize_", "aten::set_", "aten::lift_fresh", "aten::resize_as_")
         or func._overloadname == "out"
     ):
         return _RESIZE
-    returns = func._schema.returns
-    if func.namespace in ("c10d", "prim") or all(value.alias_info is not None for value in returns):
+    if func.namespace in ("c10d", "prim") or returns_alias(func):
         return _NOTHING
     return _ALLOCATE
 
@@ -371,7 +364,8 @@ _HOST_SAFE: set[Any] = set()
 #: Ops that may take a host tensor outside host_compute: copies between tiers, writes, views and metadata.
 _HOST_SAFE_NAMES = frozenset(
     ("copy_", "_to_copy", "clone", "zero_", "fill_", "set_", "resize_", "lift_fresh", "pin_memory",
-     "_pin_memory", "is_pinned", "record_stream", "detach", "detach_", "alias", "view", "_unsafe_view", "slice",
-     "select", "split", "split_with_sizes", "unbind", "as_strided", "expand", "squeeze", "unsqueeze", "permute",
-     "transpose", "t", "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_empty_strided")
+     "_pin_memory", "is_pinned", "record_stream", "detach", "detach_", "alias", "view", "_unsafe_view",
+     "slice", "select", "split", "split_with_sizes", "unbind", "as_strided", "expand", "squeeze", "unsqueeze",
+     "permute", "transpose", "t", "empty_like", "zeros_like", "ones_like", "full_like", "new_empty",
+     "new_zeros", "new_empty_strided")
 )  # fmt: skip

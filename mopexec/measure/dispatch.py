@@ -1,0 +1,54 @@
+"""What the dispatch modes share: telling plain tensors from wrappers, walking arguments, reading schemas."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PLAIN: dict[type, bool] = {}
+
+
+def plain_types(types: Sequence[type]) -> bool:
+    """Whether an op works on the storage of its arguments itself; False if a wrapper (DTensor) does it."""
+    for kind in types:
+        known = _PLAIN.get(kind)
+        if known is None:
+            own = getattr(kind, "__torch_dispatch__", None)
+            known = issubclass(kind, FakeTensor) or own is torch._C._disabled_torch_dispatch_impl
+            _PLAIN[kind] = known
+        if not known:
+            return False
+    return True
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors inside a wrapper subclass (DTensor), or the tensor itself."""
+    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, FakeTensor):
+        return [
+            inner for name in tensor.__tensor_flatten__()[0] for inner in plain_tensors(getattr(tensor, name))
+        ]
+    return [tensor]
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among an op's arguments or results: bare, in lists, or in lists of lists."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                yield from tensors_in(value)
+
+
+def returns_alias(func: Any) -> bool:
+    """Whether every result of an op is a view of, or is, one of its arguments (so it allocates nothing)."""
+    return all(value.alias_info is not None for value in func._schema.returns)
+
+
+def writes(func: Any) -> bool:
+    """Whether an op writes to one of its arguments."""
+    return bool(func._schema.is_mutable)
