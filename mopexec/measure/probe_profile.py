@@ -174,6 +174,8 @@ class _Parts:
     def _collective(self, kind: str) -> CollectiveCurve:
         fits = {ranks: self._line(kind, ranks) for ranks in sorted(self.first.collectives)}
         fixed, per_rank, told_apart = split_latency({ranks: fit.latency for ranks, fit in fits.items()})
+        if kind == "send_recv":  # a hop involves two ranks whatever the group: all of it is fixed cost
+            fixed, per_rank, told_apart = fits[max(fits)].latency, 0.0, True
         tag: Tag = "measured" if told_apart else "assumed"
         note = "" if told_apart else ": one group size was measured, half is ascribed to the ranks"
         return CollectiveCurve(

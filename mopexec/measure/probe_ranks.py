@@ -189,7 +189,7 @@ def _measure(rank: int, job: Job, device: torch.device, messages: Any) -> Raw:
     raw.device_adam = (
         raw.host_adam if device.type == "cpu" else probe_compute.adamw(device, (2**22, 2**26), 0.4 * budget)
     )
-    rounds = max(int(12 * budget), 4)
+    rounds = max(int(40 * budget), 4)
     for size in _group_sizes(job.ranks):
         begin(f"collectives x{size}")
         group = dist.new_group(list(range(size)))
@@ -198,7 +198,7 @@ def _measure(rank: int, job: Job, device: torch.device, messages: Any) -> Raw:
     if job.ranks > 1:
         begin("overlap")
         group = dist.new_group(list(range(job.ranks)))
-        raw.share = communication_share(group, device, rounds)
+        raw.share = communication_share(group, device, max(rounds // 4, 4))
     return raw
 
 

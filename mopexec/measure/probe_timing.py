@@ -51,9 +51,9 @@ class Stopwatch:
         return int(min(max(self.target / once, 1), 200))
 
 
-def summarize(seconds: list[float]) -> Sample:
+def summarize(seconds: list[float], quantile: float = LOW_QUANTILE) -> Sample:
     """The Sample of a list of repeats."""
-    low, high = np.quantile(seconds, [LOW_QUANTILE, 0.9])
+    low, high = np.quantile(seconds, [quantile, 0.9])
     low = max(float(low), 1e-9)
     return Sample(low, float(high) / low, len(seconds))
 
