@@ -12,7 +12,11 @@ def matmul_curve(profile: HardwareProfile, dtype: str) -> MatmulCurve:
         if curve.dtype == dtype:
             return curve
     known = ", ".join(curve.dtype for curve in profile.device.matmul)
-    raise SpecError("strategy.precision.compute", dtype, f"has no matmul curve in hardware profile {profile.name} (it has {known})")
+    raise SpecError(
+        "strategy.precision.compute",
+        dtype,
+        f"has no matmul curve in hardware profile {profile.name} (it has {known})",
+    )
 
 
 def matmul(work: Work, profile: HardwareProfile) -> float:

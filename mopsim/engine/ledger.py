@@ -20,7 +20,9 @@ class Ledger:
         self.peak_time = 0.0
         self.peak_op: Op | None = None
         self.over: str | None = self._largest() if self.device > limit else None
-        self.curve: list[tuple[float, tuple[int, ...]]] | None = [(0.0, tuple(self.now))] if keep_curve else None
+        self.curve: list[tuple[float, tuple[int, ...]]] | None = (
+            [(0.0, tuple(self.now))] if keep_curve else None
+        )
         self._sums: dict[int, tuple[Deltas, int, int]] = {}
 
     def start(self, op: Op, time: float) -> None:

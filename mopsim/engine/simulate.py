@@ -71,7 +71,9 @@ def run(
     peak = ledger.peak + framework
     host = max(one.host_peak for one in ledgers)
     fullest_host = max(ledgers, key=lambda one: one.host_peak)
-    categories = {name: size for name, size in zip(SLOTS, ledger.at_peak[:NUM_DEVICE_SLOTS], strict=False) if size}
+    categories = {
+        name: size for name, size in zip(SLOTS, ledger.at_peak[:NUM_DEVICE_SLOTS], strict=False) if size
+    }
     if framework:
         categories["framework"] = categories.get("framework", 0) + framework
     over = ledger.over or ("framework" if peak > limit else None)
@@ -195,6 +197,8 @@ def _matmul_dtype(strategy: Strategy) -> str:
 
 
 def _left(ledger: Ledger) -> Sequence[tuple[str, int]]:
-    return [(SLOTS[i], now - then) for i, (now, then) in enumerate(zip(ledger.now, ledger.resident, strict=True)) if now != then]
-
-
+    return [
+        (SLOTS[i], now - then)
+        for i, (now, then) in enumerate(zip(ledger.now, ledger.resident, strict=True))
+        if now != then
+    ]

@@ -39,7 +39,13 @@ class Rank:
         share: float,
         meetings: dict[str, Meeting],
     ) -> None:
-        self.env, self.program, self.durations, self.ledger, self.record = env, program, durations, ledger, record
+        self.env, self.program, self.durations, self.ledger, self.record = (
+            env,
+            program,
+            durations,
+            ledger,
+            record,
+        )
         self.meetings = meetings
         self.done = [False] * len(program.ops)
         self.waiting: dict[int, simpy.Event] = {}
@@ -159,6 +165,11 @@ def play(
         for program, times, ledger, record in zip(programs, durations, ledgers, records, strict=True)
     ]
     env.run()
-    left = [f"{rank.program.stage}:{op.name}" for rank in ranks for op in rank.program.ops if not rank.done[op.index]]
+    left = [
+        f"{rank.program.stage}:{op.name}"
+        for rank in ranks
+        for op in rank.program.ops
+        if not rank.done[op.index]
+    ]
     assert not left, f"deadlock: {len(left)} ops left, first {', '.join(left[:10])}"
     return float(env.now)

@@ -19,7 +19,16 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
     k = model.num_attention_heads * v_width / shapes.tensor
     kernels.append(linear("o_proj", "o", Value("a", N * H * b), shapes.region_tokens, H, k, b, _C))
     kernels.append(
-        Kernel("attention_residual", "memory_bound", _C, ("a", "x"), (y,), bytes=3 * N * H * b, back_bytes=0, back_launches=0)
+        Kernel(
+            "attention_residual",
+            "memory_bound",
+            _C,
+            ("a", "x"),
+            (y,),
+            bytes=3 * N * H * b,
+            back_bytes=0,
+            back_launches=0,
+        )
     )
     return Tape((x,), tuple(kernels), ("y",))
 
@@ -33,10 +42,19 @@ def norm(name: str, source: str, target: str, tokens: int, size: int, b: int, co
     )  # fmt: skip
 
 
-def linear(name: str, source: str, out: Value, m: float, n: float, k: float, b: int, component: str) -> Kernel:
+def linear(
+    name: str, source: str, out: Value, m: float, n: float, k: float, b: int, component: str
+) -> Kernel:
     """out[m,n] = source[m,k] W[n,k]^T."""
     return Kernel(
-        name, "matmul", component, (source,), (out,), saves=(source,), matmuls=(Matmul(m, n, k),), weight_grad=int(n * k * b)
+        name,
+        "matmul",
+        component,
+        (source,),
+        (out,),
+        saves=(source,),
+        matmuls=(Matmul(m, n, k),),
+        weight_grad=int(n * k * b),
     )
 
 
@@ -45,7 +63,8 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     heads, kv = model.num_attention_heads / shapes.tensor, max(1, model.num_key_value_heads / shapes.tensor)
     sizes = {"q": heads * d, "k": kv * d, "v": kv * d}
     kernels = [
-        linear(f"{name}_proj", "h", Value(f"{name}0", int(N * size * b)), N, size, H, b, _C) for name, size in sizes.items()
+        linear(f"{name}_proj", "h", Value(f"{name}0", int(N * size * b)), N, size, H, b, _C)
+        for name, size in sizes.items()
     ]
     names = {"q": "q0", "k": "k0", "v": "v0"}
     if model.qk_norm != "none":
@@ -55,7 +74,16 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     for name in "qk":
         out = Value(f"{name}r", int(N * sizes[name] * b))
         kernels.append(
-            Kernel(f"rope_{name}", "memory_bound", _C, (names[name],), (out,), bytes=4 * out.bytes, launches=5, back_launches=7)
+            Kernel(
+                f"rope_{name}",
+                "memory_bound",
+                _C,
+                (names[name],),
+                (out,),
+                bytes=4 * out.bytes,
+                launches=5,
+                back_launches=7,
+            )
         )
     q, k = (Value(f"{name}r", int(N * sizes[name] * b)) for name in "qk")
     return kernels, (q, k, Value("v0", int(N * sizes["v"] * b)))
@@ -69,7 +97,9 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     q_value = Value("q0", int(N * heads * qk * b))
     kernels = []
     if model.q_lora_rank:
-        kernels.append(linear("q_a_proj", "h", Value("qa", N * model.q_lora_rank * b), N, model.q_lora_rank, H, b, _C))
+        kernels.append(
+            linear("q_a_proj", "h", Value("qa", N * model.q_lora_rank * b), N, model.q_lora_rank, H, b, _C)
+        )
         kernels.append(norm("q_a_norm", "qa", "qn", N, model.q_lora_rank, b, _C))
         kernels.append(linear("q_b_proj", "qn", q_value, N, heads * qk, model.q_lora_rank, b, _C))
     else:
@@ -83,7 +113,16 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     )  # fmt: skip
     total = q.bytes + k.bytes + value.bytes
     kernels.append(
-        Kernel("rope", "memory_bound", _C, ("q0", "kvb", "kva"), (q, k, value), bytes=2 * total, launches=10, back_launches=14)
+        Kernel(
+            "rope",
+            "memory_bound",
+            _C,
+            ("q0", "kvb", "kva"),
+            (q, k, value),
+            bytes=2 * total,
+            launches=10,
+            back_launches=14,
+        )
     )
     return kernels, (q, k, value)
 
@@ -99,14 +138,24 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
     lse = Value("lse", int(shapes.attended * heads * 4), grad=False)
     inner, kernels = values, []
     if d > 1:
-        inner = tuple(Value(f"{value.name}s", _exchanged(value.bytes, d, model, shapes, i)) for i, value in enumerate(values))  # type: ignore[assignment]
+        inner = tuple(
+            Value(f"{value.name}s", _exchanged(value.bytes, d, model, shapes, i))
+            for i, value in enumerate(values)
+        )  # type: ignore[assignment]
         reads = tuple(value.name for value in values)
         kernels.append(_exchange("sequence_to_heads", reads, inner))
     reads = tuple(value.name for value in inner)
     kernels.append(
         Kernel(
-            "attention_core", "attention", _C, reads, (out, lse), saves=(*reads, out.name, "lse"),
-            flops=2 * pairs * heads * (qk + v_width), seq=shapes.seq_len, bytes=sum(v.bytes for v in inner) + out.bytes,
+            "attention_core",
+            "attention",
+            _C,
+            reads,
+            (out, lse),
+            saves=(*reads, out.name, "lse"),
+            flops=2 * pairs * heads * (qk + v_width),
+            seq=shapes.seq_len,
+            bytes=sum(v.bytes for v in inner) + out.bytes,
         )  # fmt: skip
     )
     if d > 1:
@@ -122,5 +171,12 @@ def _exchanged(size: int, degree: int, model: ModelSpec, shapes: Shapes, index: 
 
 def _exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> Kernel:
     return Kernel(
-        name, "all_to_all", _C, reads, writes, bytes=float(sum(value.bytes for value in writes)), launches=len(writes), group="sequence"
+        name,
+        "all_to_all",
+        _C,
+        reads,
+        writes,
+        bytes=float(sum(value.bytes for value in writes)),
+        launches=len(writes),
+        group="sequence",
     )

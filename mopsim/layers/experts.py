@@ -43,14 +43,29 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, spli
     if split:
         kernels.append(
             Kernel(
-                "dispatch", "all_to_all", _C, ("sent",), (Value("arrived", arrived * row, "dispatch"),),
-                bytes=float(max(sent, arrived) * row), group="experts",
+                "dispatch",
+                "all_to_all",
+                _C,
+                ("sent",),
+                (Value("arrived", arrived * row, "dispatch"),),
+                bytes=float(max(sent, arrived) * row),
+                group="experts",
             )  # fmt: skip
         )
     else:
-        kernels.append(Kernel("dispatch", "view", _C, ("sent",), (Value("arrived", 0, "dispatch"),), launches=0))
+        kernels.append(
+            Kernel("dispatch", "view", _C, ("sent",), (Value("arrived", 0, "dispatch"),), launches=0)
+        )
     kernels.append(
-        Kernel("sort", "memory_bound", _C, ("arrived",), (Value("rows", arrived * row, "dispatch"),), bytes=2 * arrived * row, launches=2)
+        Kernel(
+            "sort",
+            "memory_bound",
+            _C,
+            ("arrived",),
+            (Value("rows", arrived * row, "dispatch"),),
+            bytes=2 * arrived * row,
+            launches=2,
+        )
     )
     return Tape((Value("h", tokens * row),), tuple(kernels), ("rows",))
 
@@ -60,23 +75,61 @@ def experts(model: ModelSpec, routes: Sequence[int], b: int, wide: int, tensor: 
     H, inner = model.hidden_size, model.moe_intermediate_size / tensor
     total = sum(routes)
     row, wing = H * b, int(inner * b)
-    rows, act, out = Value("rows", total * row, "dispatch"), Value("act", total * wing), Value("out", total * row, "dispatch")
+    rows, act, out = (
+        Value("rows", total * row, "dispatch"),
+        Value("act", total * wing),
+        Value("out", total * row, "dispatch"),
+    )
     kernels = []
     if model.ffn_matrices == 3:
         for name in ("gate", "up"):
-            kernels.append(_grouped(f"experts_{name}", "rows", Value(name, total * wing), routes, inner, H, b))
+            kernels.append(
+                _grouped(f"experts_{name}", "rows", Value(name, total * wing), routes, inner, H, b)
+            )
         kernels.append(
-            Kernel("experts_silu", "memory_bound", _C, ("gate",), (Value("silu", total * wing),), saves=("gate",), bytes=2.0 * total * wing)
+            Kernel(
+                "experts_silu",
+                "memory_bound",
+                _C,
+                ("gate",),
+                (Value("silu", total * wing),),
+                saves=("gate",),
+                bytes=2.0 * total * wing,
+            )
         )
         kernels.append(
-            Kernel("experts_gated", "memory_bound", _C, ("silu", "up"), (act,), saves=("silu", "up"), bytes=3.0 * total * wing, back_launches=2)
+            Kernel(
+                "experts_gated",
+                "memory_bound",
+                _C,
+                ("silu", "up"),
+                (act,),
+                saves=("silu", "up"),
+                bytes=3.0 * total * wing,
+                back_launches=2,
+            )
         )
     else:
         kernels.append(_grouped("experts_up", "rows", Value("up", total * wing), routes, inner, H, b))
-        kernels.append(Kernel("experts_gelu", "memory_bound", _C, ("up",), (act,), saves=("up",), bytes=2.0 * total * wing))
-    kernels.append(_grouped("experts_down", "act", Value("down", total * row, "dispatch"), routes, H, inner, b))
+        kernels.append(
+            Kernel(
+                "experts_gelu", "memory_bound", _C, ("up",), (act,), saves=("up",), bytes=2.0 * total * wing
+            )
+        )
     kernels.append(
-        Kernel("route_weight", "memory_bound", _C, ("down",), (out,), saves=("down",), bytes=2.0 * total * row, back_launches=3)
+        _grouped("experts_down", "act", Value("down", total * row, "dispatch"), routes, H, inner, b)
+    )
+    kernels.append(
+        Kernel(
+            "route_weight",
+            "memory_bound",
+            _C,
+            ("down",),
+            (out,),
+            saves=("down",),
+            bytes=2.0 * total * row,
+            back_launches=3,
+        )
     )
     return Tape((rows,), tuple(kernels), ("out",), consumes=("rows",))
 
@@ -86,18 +139,41 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
     row = model.hidden_size * b
     sent = tokens * model.num_experts_per_tok
     arrived = routes if split else sent
-    kernels = [Kernel("unsort", "memory_bound", _C, ("out",), (Value("back", arrived * row, "dispatch"),), bytes=2.0 * arrived * row)]
+    kernels = [
+        Kernel(
+            "unsort",
+            "memory_bound",
+            _C,
+            ("out",),
+            (Value("back", arrived * row, "dispatch"),),
+            bytes=2.0 * arrived * row,
+        )
+    ]
     if split:
         kernels.append(
             Kernel(
-                "combine", "all_to_all", _C, ("back",), (Value("returned", sent * row, "dispatch"),),
-                bytes=float(max(sent, arrived) * row), group="experts",
+                "combine",
+                "all_to_all",
+                _C,
+                ("back",),
+                (Value("returned", sent * row, "dispatch"),),
+                bytes=float(max(sent, arrived) * row),
+                group="experts",
             )  # fmt: skip
         )
     else:
-        kernels.append(Kernel("combine", "view", _C, ("back",), (Value("returned", 0, "dispatch"),), launches=0))
+        kernels.append(
+            Kernel("combine", "view", _C, ("back",), (Value("returned", 0, "dispatch"),), launches=0)
+        )
     kernels.append(
-        Kernel("accumulate", "memory_bound", _C, ("returned",), (Value("f", 0),), bytes=2.0 * sent * row + tokens * row)
+        Kernel(
+            "accumulate",
+            "memory_bound",
+            _C,
+            ("returned",),
+            (Value("f", 0),),
+            bytes=2.0 * sent * row + tokens * row,
+        )
     )
     return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",), consumes=("out",))
 

@@ -15,13 +15,32 @@ def ffn(model: ModelSpec, tokens: int, width: int, b: int, component: str, tenso
         kernels.append(linear("gate_proj", "h", Value("gate", size), tokens, inner, H, b, component))
         kernels.append(linear("up_proj", "h", Value("up", size), tokens, inner, H, b, component))
         kernels.append(
-            Kernel("silu", "memory_bound", component, ("gate",), (Value("silu", size),), saves=("gate",), bytes=2 * size)
+            Kernel(
+                "silu",
+                "memory_bound",
+                component,
+                ("gate",),
+                (Value("silu", size),),
+                saves=("gate",),
+                bytes=2 * size,
+            )
         )
         kernels.append(
-            Kernel("gated", "memory_bound", component, ("silu", "up"), (act,), saves=("silu", "up"), bytes=3 * size, back_launches=2)
+            Kernel(
+                "gated",
+                "memory_bound",
+                component,
+                ("silu", "up"),
+                (act,),
+                saves=("silu", "up"),
+                bytes=3 * size,
+                back_launches=2,
+            )
         )
     else:
         kernels.append(linear("up_proj", "h", Value("up", size), tokens, inner, H, b, component))
-        kernels.append(Kernel("gelu", "memory_bound", component, ("up",), (act,), saves=("up",), bytes=2 * size))
+        kernels.append(
+            Kernel("gelu", "memory_bound", component, ("up",), (act,), saves=("up",), bytes=2 * size)
+        )
     kernels.append(linear("down_proj", "act", out, tokens, H, inner, b, component))
     return Tape((h,), tuple(kernels), ("f",))

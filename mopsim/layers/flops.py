@@ -39,7 +39,9 @@ def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
             found[name] = found.get(name, 0.0) + flops
     head = 2.0 * seq_len * model.hidden_size * model.vocab_size
     for _ in range(model.num_nextn_predict_layers):
-        for name, flops in _layer_flops(model, seq_len, model.num_hidden_layers, bool(model.num_local_experts)):
+        for name, flops in _layer_flops(
+            model, seq_len, model.num_hidden_layers, bool(model.num_local_experts)
+        ):
             found[name] = found.get(name, 0.0) + flops
         head += 2.0 * seq_len * model.hidden_size * model.vocab_size + 4.0 * seq_len * model.hidden_size**2
     found["vocabulary"] = head

@@ -95,7 +95,9 @@ class Tape:
     def __post_init__(self) -> None:
         known = {value.name for value in self.inputs}
         for kernel in self.kernels:
-            missing = (set(kernel.reads) | set(kernel.saves)) - known - {value.name for value in kernel.writes}
+            missing = (
+                (set(kernel.reads) | set(kernel.saves)) - known - {value.name for value in kernel.writes}
+            )
             assert not missing, f"{kernel.name} reads {missing} before they are written"
             known |= {value.name for value in kernel.writes}
 

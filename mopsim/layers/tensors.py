@@ -46,13 +46,22 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
     found += (_mla if model.attention == "mla" else _gqa)(model, f"{prefix}.attention", layer)
     found += _norm(model, f"{prefix}.ffn_norm", H, "router" if moe else "dense_ffn", layer)
     if not moe:
-        return found + _ffn(model, f"{prefix}.ffn", model.intermediate_size, "dense_ffn", layer, model.ffn_bias)
+        return found + _ffn(
+            model, f"{prefix}.ffn", model.intermediate_size, "dense_ffn", layer, model.ffn_bias
+        )
     found.append(Tensor(f"{prefix}.moe.router.weight", (model.num_local_experts, H), "router", layer))
     if model.router_bias:
         found.append(Tensor(f"{prefix}.moe.router.bias", (model.num_local_experts,), "router", layer))
     found += _experts(model, f"{prefix}.moe.experts", layer)
     if model.shared_expert_intermediate_size:
-        found += _ffn(model, f"{prefix}.moe.shared", model.shared_expert_intermediate_size, "shared_experts", layer, False)
+        found += _ffn(
+            model,
+            f"{prefix}.moe.shared",
+            model.shared_expert_intermediate_size,
+            "shared_experts",
+            layer,
+            False,
+        )
         if model.shared_expert_gate:
             found.append(Tensor(f"{prefix}.moe.shared_gate.weight", (1, H), "shared_experts", layer))
     return found
@@ -101,7 +110,10 @@ def _gqa(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     found += _linear(f"{prefix}.o_proj", H, q, "attention", layer, model.attention_bias == "qkvo")
     if model.qk_norm != "none":
         sizes = (d, d) if model.qk_norm == "head" else (q, kv)
-        found += [Tensor(f"{prefix}.{n}_norm.weight", (s,), "attention", layer) for n, s in zip("qk", sizes, strict=True)]
+        found += [
+            Tensor(f"{prefix}.{n}_norm.weight", (s,), "attention", layer)
+            for n, s in zip("qk", sizes, strict=True)
+        ]
     if model.attention_sinks:
         found.append(Tensor(f"{prefix}.sinks", (model.num_attention_heads,), "attention", layer))
     return found
@@ -117,7 +129,9 @@ def _mla(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
         found += _linear(f"{prefix}.q_b_proj", q, model.q_lora_rank, "attention", layer)
     else:
         found += _linear(f"{prefix}.q_proj", q, H, "attention", layer)
-    found += _linear(f"{prefix}.kv_a_proj", model.kv_lora_rank + model.qk_rope_head_dim, H, "attention", layer)
+    found += _linear(
+        f"{prefix}.kv_a_proj", model.kv_lora_rank + model.qk_rope_head_dim, H, "attention", layer
+    )
     found.append(Tensor(f"{prefix}.kv_a_norm.weight", (model.kv_lora_rank,), "attention", layer))
     out = heads * (model.qk_nope_head_dim + model.v_head_dim)
     found += _linear(f"{prefix}.kv_b_proj", out, model.kv_lora_rank, "attention", layer)
@@ -135,7 +149,9 @@ def _ffn(model: ModelSpec, prefix: str, width: int, component: str, layer: int, 
 def _experts(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     E, H, width = model.num_local_experts, model.hidden_size, model.moe_intermediate_size
     found = []
-    for name in ("gate_proj", "up_proj", "down_proj") if model.ffn_matrices == 3 else ("up_proj", "down_proj"):
+    for name in (
+        ("gate_proj", "up_proj", "down_proj") if model.ffn_matrices == 3 else ("up_proj", "down_proj")
+    ):
         shape = (E, H, width) if name != "down_proj" else (E, width, H)
         found.append(Tensor(f"{prefix}.{name}", shape, "experts", layer, routed=True))
         if model.expert_bias:

@@ -34,7 +34,9 @@ class Blocks:
         key = ("norm", moe)
         if key not in self._tapes:
             c = self.context
-            kernel = norm("ffn_norm", "y", "h", c.tokens, c.model.hidden_size, c.b, "router" if moe else "dense_ffn")
+            kernel = norm(
+                "ffn_norm", "y", "h", c.tokens, c.model.hidden_size, c.b, "router" if moe else "dense_ffn"
+            )
             self._tapes[key] = Tape((Value("y", c.hidden),), (kernel,), ("h",))
         return self._tapes[key]
 
@@ -89,7 +91,15 @@ class Blocks:
             last = b.add("slice added", "compute", part, "forward", work, layer=layer, deps=[last])
             b.drop("f")
         b.make(f"x{layer + 1}", c.hidden, "boundaries")
-        last = b.add("residual", "compute", part, "forward", (Work("memory_bound", bytes=3.0 * c.hidden),), layer=layer, deps=[last])
+        last = b.add(
+            "residual",
+            "compute",
+            part,
+            "forward",
+            (Work("memory_bound", bytes=3.0 * c.hidden),),
+            layer=layer,
+            deps=[last],
+        )
         b.drop("out", "y", "h")
         b.flush(part, "forward", layer)
         return last

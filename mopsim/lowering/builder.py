@@ -68,7 +68,20 @@ class Builder:
         index = len(self.ops)
         after = tuple(dict.fromkeys(dep for dep in deps if dep is not None))
         self.ops.append(
-            Op(index, name, stream, component, phase, layer, tuple(work), after, peak, net, rendezvous, self.microbatch)
+            Op(
+                index,
+                name,
+                stream,
+                component,
+                phase,
+                layer,
+                tuple(work),
+                after,
+                peak,
+                net,
+                rendezvous,
+                self.microbatch,
+            )
         )
         return index
 
@@ -109,7 +122,16 @@ class Builder:
                 kernel = run[0].kernel
                 works = [work for item in run for work in self.works(item.kernel, item.backward)]
                 memory = tuple(step for item in run for step in item.memory)
-                last = self.add(kernel.name, "compute", kernel.component, phase, works, layer=layer, deps=after, memory=memory)
+                last = self.add(
+                    kernel.name,
+                    "compute",
+                    kernel.component,
+                    phase,
+                    works,
+                    layer=layer,
+                    deps=after,
+                    memory=memory,
+                )
                 after = [last]
                 run.clear()
 
@@ -120,7 +142,16 @@ class Builder:
                 flush()
                 works = self.works(kernel, item.backward)
                 stream = self.stream_of(group)
-                last = self.add(kernel.name, stream, kernel.component, phase, works, layer=layer, deps=after, memory=item.memory)
+                last = self.add(
+                    kernel.name,
+                    stream,
+                    kernel.component,
+                    phase,
+                    works,
+                    layer=layer,
+                    deps=after,
+                    memory=item.memory,
+                )
                 after = [last]
                 continue
             if run and run[0].kernel.component != kernel.component:
@@ -159,12 +190,23 @@ def _works(kernel: Kernel, backward: bool, dtype: str, groups: Mapping[str, Grou
         factor = 2.5 if backward else 1.0  # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
         return [
             Work(
-                "attention", flops=factor * kernel.flops, seq=kernel.seq, bytes=2 * kernel.bytes if backward else kernel.bytes,
-                backward=backward, dtype=dtype,
+                "attention",
+                flops=factor * kernel.flops,
+                seq=kernel.seq,
+                bytes=2 * kernel.bytes if backward else kernel.bytes,
+                backward=backward,
+                dtype=dtype,
             )  # fmt: skip
         ]
     if kernel.kind in COLLECTIVES:
-        return [Work(kernel.kind, bytes=kernel.bytes, launches=launches, group=groups.get(kernel.group, Group(1, 1)))]
+        return [
+            Work(
+                kernel.kind,
+                bytes=kernel.bytes,
+                launches=launches,
+                group=groups.get(kernel.group, Group(1, 1)),
+            )
+        ]
     size = kernel.bytes
     if backward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes

@@ -69,7 +69,9 @@ class Context:
 
 
 @lru_cache(maxsize=4096)
-def _routes(routing: str, tokens: int, chunks: int, index: int, experts: int, top_k: int, degree: int) -> tuple[int, ...]:
+def _routes(
+    routing: str, tokens: int, chunks: int, index: int, experts: int, top_k: int, degree: int
+) -> tuple[int, ...]:
     """Every rank of the group sends alike, so the expert's rows are `degree` times one rank's."""
     if routing == "balanced":
         counts = _balanced(len(range(index, tokens, chunks)), index, chunks, experts, top_k)
@@ -99,7 +101,13 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
     tokens = training.tokens_per_rank(strategy) // strategy.dense.tensor
     wide = 8 if precision.compute == "float64" else 4
     shapes = Shapes(
-        tokens, training.seq_len, strategy.attention.sequence, strategy.dense.tensor, strategy.experts.tensor, b, wide
+        tokens,
+        training.seq_len,
+        strategy.attention.sequence,
+        strategy.dense.tensor,
+        strategy.experts.tensor,
+        b,
+        wide,
     )
     count = model.num_hidden_layers + model.num_nextn_predict_layers
     return Context(

@@ -12,7 +12,9 @@ EXPANDED = 3
 """Microbatches lowered where they are all alike: the first, a repeating one and the last."""
 
 
-def lower(model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int = 8, *, expand: bool = False) -> Workload:
+def lower(
+    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int = 8, *, expand: bool = False
+) -> Workload:
     """The programs of one step. domain: devices of a scale-up domain. expand: lower every microbatch, compose none.
 
     Raises SpecError where model, strategy and training do not fit together.
@@ -31,4 +33,11 @@ def guarantee(context: Context) -> int:
     model = context.model
     if not model.num_local_experts:
         return 0
-    return 2 * context.strategy.experts.degree * model.num_experts_per_tok * context.chunk_tokens(0) * model.hidden_size * context.b
+    return (
+        2
+        * context.strategy.experts.degree
+        * model.num_experts_per_tok
+        * context.chunk_tokens(0)
+        * model.hidden_size
+        * context.b
+    )

@@ -42,7 +42,9 @@ class Experts:
         """The exchange of route counts, once per layer."""
         size = 8.0 * self.context.model.num_local_experts * self.context.chunks
         group = self.context.groups["experts"]
-        return self.builder.collective("counts", "all_to_all", size, group, "router", phase, layer=layer, deps=deps)
+        return self.builder.collective(
+            "counts", "all_to_all", size, group, "router", phase, layer=layer, deps=deps
+        )
 
     def forward(self, layer: int, phase: str, deps: list[int]) -> int:
         """All chunks forward without a graph; adds into the layer's output. Returns the last op."""
@@ -77,8 +79,18 @@ class Experts:
 
     def _return(self, i: int, layer: int, after: int, out: int) -> int:
         """Row gradients back to the tokens' ranks; the recomputed output is freed."""
-        free = self.builder.add("output freed", "compute", "experts", "backward", layer=layer, deps=[after], memory=[("dispatch", -out)])
+        free = self.builder.add(
+            "output freed",
+            "compute",
+            "experts",
+            "backward",
+            layer=layer,
+            deps=[after],
+            memory=[("dispatch", -out)],
+        )
         last = self.builder.play(self.played(i, 2, "plain"), "backward", layer, [free])
         row = self.context.model.hidden_size * self.context.b
         work = (Work("memory_bound", bytes=2.0 * row * self.context.chunk_tokens(i)),)
-        return self.builder.add("gradients added", "compute", "experts", "backward", work, layer=layer, deps=[last])
+        return self.builder.add(
+            "gradients added", "compute", "experts", "backward", work, layer=layer, deps=[last]
+        )

@@ -37,7 +37,12 @@ class Sharding:
         if self.gathered.pop(unit.name, None) is not None:
             size = unit.padded * self.context.b
             self.builder.add(
-                f"release {unit.name}", "compute", unit.component, phase, layer=unit.layer, memory=(("gathered", -size),)
+                f"release {unit.name}",
+                "compute",
+                unit.component,
+                phase,
+                layer=unit.layer,
+                memory=(("gathered", -size),),
             )
 
     def reduce(self, unit: Unit, phase: str, deps: Deps, buffer: str) -> int:
@@ -52,9 +57,23 @@ class Sharding:
         replicas = context.groups.get(unit.replicas, Group(1, 1))
         if replicas.size > 1:
             op = b.collective(
-                f"all-reduce {unit.name}", "all_reduce", part, replicas, unit.component, phase, layer=unit.layer, deps=(op,)
+                f"all-reduce {unit.name}",
+                "all_reduce",
+                part,
+                replicas,
+                unit.component,
+                phase,
+                layer=unit.layer,
+                deps=(op,),
             )
         work = (Work("memory_bound", bytes=3.0 * part),)
         return b.add(
-            f"accumulate {unit.name}", "compute", unit.component, phase, work, layer=unit.layer, deps=(op,), memory=((category, -part),)
+            f"accumulate {unit.name}",
+            "compute",
+            unit.component,
+            phase,
+            work,
+            layer=unit.layer,
+            deps=(op,),
+            memory=((category, -part),),
         )

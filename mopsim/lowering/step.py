@@ -44,7 +44,9 @@ class Step:
                     deps=[last], memory=[("host/boundaries", c.hidden)],
                 )  # fmt: skip
             first = len(b.ops)
-            last = self.blocks.forward(layer, [last, *self._ready(layer, "dense")], self._ready(layer, "experts"))
+            last = self.blocks.forward(
+                layer, [last, *self._ready(layer, "dense")], self._ready(layer, "experts")
+            )
             starts[layer] = first
             for unit in c.layers[layer]:
                 self.sharding.release(unit, "forward")
@@ -60,7 +62,13 @@ class Step:
         starts, issued = {layers: last}, -1
         up: dict[int, int] = {}
         for place, layer in enumerate(order):
-            issued = self._prefetch(issued, place, order, {i - 1: starts[order[i - 1] if i else layers] for i in range(place + 1)}, "backward")
+            issued = self._prefetch(
+                issued,
+                place,
+                order,
+                {i - 1: starts[order[i - 1] if i else layers] for i in range(place + 1)},
+                "backward",
+            )
             for ahead in (layer, layer - 1):
                 if 0 <= ahead < c.offloaded and ahead not in up:
                     b.make(f"x{ahead}", c.hidden, "boundaries")
@@ -80,7 +88,14 @@ class Step:
                 self.reductions.append(self.sharding.reduce(unit, "backward", [last], f"grads {unit.name}"))
         unit = c.edges["embedding"]
         b.make("dembedding", unit.padded * c.grad, "gathered_grads")
-        last = b.add("embedding", "compute", "embedding", "backward", (Work("memory_bound", bytes=3.0 * c.hidden),), deps=[last])
+        last = b.add(
+            "embedding",
+            "compute",
+            "embedding",
+            "backward",
+            (Work("memory_bound", bytes=3.0 * c.hidden),),
+            deps=[last],
+        )
         b.drop("dx")
         b.flush("embedding", "backward")
         self.reductions.append(self.sharding.reduce(unit, "backward", [last], "dembedding"))
@@ -95,7 +110,9 @@ class Step:
         self.sharding.release(unit, "forward")
         return last
 
-    def _prefetch(self, issued: int, place: int, order: list[int] | range, starts: dict[int, int], phase: str) -> int:
+    def _prefetch(
+        self, issued: int, place: int, order: list[int] | range, starts: dict[int, int], phase: str
+    ) -> int:
         """Gather the units of places up to `place` + prefetch; each may start when the place before its window has begun."""
         ahead = self.context.strategy.dense.prefetch
         for target in range(issued + 1, min(place + ahead, len(order) - 1) + 1):
@@ -106,5 +123,9 @@ class Step:
 
     def _ready(self, layer: int, kind: str) -> list[int]:
         """The gathers that a layer's dense or expert part waits for."""
-        names = [unit.name for unit in self.context.layers[layer] if (unit.component == "experts") == (kind == "experts")]
+        names = [
+            unit.name
+            for unit in self.context.layers[layer]
+            if (unit.component == "experts") == (kind == "experts")
+        ]
         return [self.sharding.gathered[name] for name in names if name in self.sharding.gathered]

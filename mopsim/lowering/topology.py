@@ -21,10 +21,18 @@ def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
     ranks, s = strategy.stage_ranks, strategy
     found = {
         "world": span(range(ranks), domain),
-        "sequence": span(groups(ranks, s.attention.sequence * s.dense.tensor, s.attention.order)[0][:: s.dense.tensor], domain),
+        "sequence": span(
+            groups(ranks, s.attention.sequence * s.dense.tensor, s.attention.order)[0][:: s.dense.tensor],
+            domain,
+        ),
         "tensor": span(range(s.dense.tensor), domain),
-        "experts": span(groups(ranks, s.experts.degree * s.experts.tensor, s.experts.order)[0][:: s.experts.tensor], domain),
-        "expert_tensor": span(groups(ranks, s.experts.degree * s.experts.tensor, s.experts.order)[0][: s.experts.tensor], domain),
+        "experts": span(
+            groups(ranks, s.experts.degree * s.experts.tensor, s.experts.order)[0][:: s.experts.tensor],
+            domain,
+        ),
+        "expert_tensor": span(
+            groups(ranks, s.experts.degree * s.experts.tensor, s.experts.order)[0][: s.experts.tensor], domain
+        ),
         "vocabulary": span(groups(ranks, s.vocabulary.degree, s.vocabulary.order)[0], domain),
     }
     dense = list(range(0, ranks, s.dense.tensor))

@@ -43,8 +43,15 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
         split = strategy.experts.degree * strategy.experts.tensor
         found.append(
             Unit(
-                f"layers.{layer}.experts", "experts", layer, sum(t.numel for t in routed) // split, strategy.experts.shard,
-                strategy.expert_replicas, "expert_shard", "expert_replicas", max(t.numel for t in routed) // split,
+                f"layers.{layer}.experts",
+                "experts",
+                layer,
+                sum(t.numel for t in routed) // split,
+                strategy.experts.shard,
+                strategy.expert_replicas,
+                "expert_shard",
+                "expert_replicas",
+                max(t.numel for t in routed) // split,
             )  # fmt: skip
         )
     return found
@@ -63,17 +70,35 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
         if strategy.vocabulary.loss == "ring":
             rows, copies = ceil_div(model.vocab_size, degree), strategy.stage_ranks // degree
             found["head"] = Unit(
-                "head", "vocabulary", -1, rows * model.hidden_size, copies, copies, "vocabulary_shard", "", rows * model.hidden_size
+                "head",
+                "vocabulary",
+                -1,
+                rows * model.hidden_size,
+                copies,
+                copies,
+                "vocabulary_shard",
+                "",
+                rows * model.hidden_size,
             )
         else:
             found["head"] = _dense(model, strategy, "head", "vocabulary", -1, [head])
     return found
 
 
-def _dense(model: ModelSpec, strategy: Strategy, name: str, component: str, layer: int, mine: list[Tensor]) -> Unit:
+def _dense(
+    model: ModelSpec, strategy: Strategy, name: str, component: str, layer: int, mine: list[Tensor]
+) -> Unit:
     split = strategy.dense.tensor
     numel = sum(t.numel // (split if len(t.shape) > 1 else 1) for t in mine)
     copies = strategy.stage_ranks // split
     return Unit(
-        name, component, layer, numel, strategy.dense.shard, copies, "dense_shard", "dense_replicas", max(t.numel for t in mine) // split
+        name,
+        component,
+        layer,
+        numel,
+        strategy.dense.shard,
+        copies,
+        "dense_shard",
+        "dense_replicas",
+        max(t.numel for t in mine) // split,
     )

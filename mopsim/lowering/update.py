@@ -16,7 +16,9 @@ def update(context: Context, builder: Builder, deps: list[int]) -> None:
         "norm", "compute", "optimizer", "optimizer",
         (Work("memory_bound", bytes=float(total * context.grad), launches=2 * len(numels)),), deps=deps,
     )  # fmt: skip
-    agreed = builder.collective("norm", "all_reduce", 8, context.groups["world"], "optimizer", "optimizer", deps=(norm,))
+    agreed = builder.collective(
+        "norm", "all_reduce", 8, context.groups["world"], "optimizer", "optimizer", deps=(norm,)
+    )
     builder.add(
         "clip", "compute", "optimizer", "optimizer",
         (Work("memory_bound", bytes=2.0 * total * context.grad, launches=len(numels)),), deps=(agreed,),
@@ -38,7 +40,9 @@ def _on_host(context: Context, builder: Builder, total: int) -> None:
     if dense.grad_tier == "device":
         work = (Work("d2h", bytes=float(total * context.grad)),)
         after = builder.add("gradients to host", "d2h", "optimizer", "optimizer", work, deps=(after,))
-    after = builder.add("host adamw", "host", "optimizer", "optimizer", (Work("host_optimizer", params=total),), deps=(after,))
+    after = builder.add(
+        "host adamw", "host", "optimizer", "optimizer", (Work("host_optimizer", params=total),), deps=(after,)
+    )
     if dense.param_tier == "device":
         work = (Work("h2d", bytes=float(total * context.param)),)
         after = builder.add("parameters to device", "h2d", "optimizer", "optimizer", work, deps=(after,))
@@ -62,15 +66,36 @@ def _streamed(context: Context, builder: Builder, numels: list[int]) -> None:
         pieces = len(bucket)
         copies = 3 * pieces
         up = builder.add(
-            f"bucket {index} up", "h2d", "optimizer", "optimizer", (Work("h2d", bytes=float(size * each), launches=copies),), deps=(free,)
+            f"bucket {index} up",
+            "h2d",
+            "optimizer",
+            "optimizer",
+            (Work("h2d", bytes=float(size * each), launches=copies),),
+            deps=(free,),
         )
         done = builder.add(
-            f"bucket {index} adamw", "compute", "optimizer", "optimizer", (Work("optimizer", params=size, launches=pieces),), deps=(up,)
+            f"bucket {index} adamw",
+            "compute",
+            "optimizer",
+            "optimizer",
+            (Work("optimizer", params=size, launches=pieces),),
+            deps=(up,),
         )
         down.append(
             builder.add(
-                f"bucket {index} down", "d2h", "optimizer", "optimizer",
-                (Work("d2h", bytes=float(size * each), launches=copies),), deps=(done,),
+                f"bucket {index} down",
+                "d2h",
+                "optimizer",
+                "optimizer",
+                (Work("d2h", bytes=float(size * each), launches=copies),),
+                deps=(done,),
             )  # fmt: skip
         )
-    builder.add("staging freed", "compute", "optimizer", "optimizer", memory=(("staging", -staging),), deps=down[-optimizer.slots :])
+    builder.add(
+        "staging freed",
+        "compute",
+        "optimizer",
+        "optimizer",
+        memory=(("staging", -staging),),
+        deps=down[-optimizer.slots :],
+    )

@@ -31,7 +31,10 @@ def _products(c: Context, rows: float, columns: float, backward: bool) -> tuple[
     H, dtype = c.model.hidden_size, c.strategy.precision.compute
     if not backward:
         return (Work("matmul", m=rows, n=columns, k=H, dtype=dtype),)
-    return (Work("matmul", m=rows, n=H, k=columns, dtype=dtype), Work("matmul", m=columns, n=H, k=rows, dtype=dtype))
+    return (
+        Work("matmul", m=rows, n=H, k=columns, dtype=dtype),
+        Work("matmul", m=columns, n=H, k=rows, dtype=dtype),
+    )
 
 
 def _gathered(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
@@ -48,10 +51,24 @@ def _gathered(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
         last = b.add("logits", "compute", _C, "forward", _products(c, n, V, False), deps=ready)
         b.make("exact", int(n * V * c.wide), "logits")
         b.make("softmax", int(n * V * c.wide), "logits")
-        last = b.add("cross_entropy", "compute", _C, "forward", (Work("memory_bound", bytes=4.0 * n * V * c.wide, launches=3),), deps=[last])
+        last = b.add(
+            "cross_entropy",
+            "compute",
+            _C,
+            "forward",
+            (Work("memory_bound", bytes=4.0 * n * V * c.wide, launches=3),),
+            deps=[last],
+        )
         b.drop("exact")
         b.make("dlogits", int(n * V * c.wide), "logits")
-        last = b.add("cross_entropy", "compute", _C, "backward", (Work("memory_bound", bytes=4.0 * n * V * c.wide, launches=3),), deps=[last])
+        last = b.add(
+            "cross_entropy",
+            "compute",
+            _C,
+            "backward",
+            (Work("memory_bound", bytes=4.0 * n * V * c.wide, launches=3),),
+            deps=[last],
+        )
         b.drop("softmax", "logits")
         last = b.add("logits", "compute", _C, "backward", _products(c, n, V, True), deps=[last])
         b.drop("dlogits")
@@ -89,8 +106,13 @@ def _ring(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
                 n = stop - start
                 b.make("strip", n * columns * c.b, "logits")
                 b.make("exact", n * columns * c.wide, "logits")
-                works = (*_products(c, n, columns, False), Work("memory_bound", bytes=4.0 * n * columns * c.wide, launches=6))
-                last = b.add("strip", "compute", _C, "recompute" if backward else phase, works, deps=[*ready, arrived])
+                works = (
+                    *_products(c, n, columns, False),
+                    Work("memory_bound", bytes=4.0 * n * columns * c.wide, launches=6),
+                )
+                last = b.add(
+                    "strip", "compute", _C, "recompute" if backward else phase, works, deps=[*ready, arrived]
+                )
                 if backward:
                     last = b.add("strip", "compute", _C, phase, _products(c, n, columns, True))
                 b.drop("strip", "exact")
