@@ -25,7 +25,7 @@ from mopsim.spec.plan import Plan
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """Bytes of one rank. resident: alive after build and after the step; peaks are over build and step.
+    """Bytes of one rank. resident: alive after build and one step; the peaks are over both.
 
     seconds: how long the dry run took, not a prediction.
     """
@@ -45,10 +45,102 @@ class DryRunResult:
     def to_json(self) -> dict[str, Any]:
         """The keys of `mopexec dry-run --json` (bytes and seconds)."""
         return {
+            "rank": self.rank,
+            "peak_memory_bytes": self.peak_memory,
+            "memory_by_category_bytes": self.memory_by_category,
+            "peak_at": {"component": self.peak_component, "phase": self.peak_phase},
+            "resident_memory_bytes": self.resident_memory,
+            "resident_by_category_bytes": self.resident_by_category,
+            "host_memory_bytes": self.host_memory,
+            "host_memory_by_category_bytes": self.host_by_category,
+            "num_ops": self.num_ops,
+            "seconds": self.seconds,
+        }
+
+
+def dry_run(
+    plan: Plan, rank: int = 0, device_limit: int | None = None, host_limit: int | None = None
+) -> DryRunResult:
+    """Build `plan` and run one step of it as `rank`, optimizer included, on tensors without data.
+
+    Raises OutOfMemory at the allocation that crosses a limit (bytes), and MopError where an attention matrix
+    of sequence x sequence appears. No process group may be initialised; none is left.
+    """
+    from mopexec.parallelize.apply import build
+
+    world_size = plan.strategy.world_size
+    if not 0 <= rank < world_size:
+        raise SpecError("rank", rank, f"must lie between 0 and {world_size - 1}")
+    begin = time.perf_counter()
+    tracker = MemoryTracker(device_limit, host_limit, refuse=quadratic_guard(plan))
+    with fake_world(world_size, rank), FakeTensorMode(), _no_shape_propagation(tracker), tracker:
+        platform = Platform(torch.device("cpu"), fake=True)
+        runner = build(plan, platform, routing="profile", seed=plan.training.seed)
+        runner.step(_batches(plan))
+        resident, resident_by_category = tracker.memory, tracker.current_by_category
+        del runner
+    return DryRunResult(
+        rank=rank,
+        peak_memory=tracker.peak_memory,
+        memory_by_category=tracker.memory_by_category,
+        peak_component=tracker.peak_component,
+        peak_phase=tracker.peak_phase,
+        resident_memory=resident,
+        resident_by_category=resident_by_category,
+        host_memory=tracker.host_memory,
+        host_by_category=tracker.host_by_category,
+        num_ops=tracker.num_ops,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+@contextmanager
+def fake_world(world_size: int, rank: int) -> Iterator[None]:
+    """A default process group of `world_size` ranks in this one process, seen as `rank`; destroyed at the end."""
+    import torch.distributed._tools.fake_collectives  # noqa: F401  (collectives on fake tensors)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a dry run needs the default process group for itself"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def quadratic_guard(plan: Plan) -> Callable[[Any, Tensor], None] | None:
+    """Refuses tensors [..., S, S], S the sequence length: attention is to run in O(S) memory.
+
+    None where S equals a dimension of the model, so that a shape cannot tell.
+    """
+    length = plan.training.seq_len
+    if length in _dimensions(plan.model):
+        return None
+
+    def refuse(func: Any, tensor: Tensor) -> None:
+        shape = tensor.shape
+        if len(shape) >= 2 and shape[-1] == length and shape[-2] == length:
+            raise MopError(f"attention: {func} makes a tensor {tuple(shape)}, sequence x sequence elements")
+
+    return refuse
+
+
+def _dimensions(model: ModelSpec) -> set[int]:
+    heads = (model.num_attention_heads, model.num_key_value_heads)
+    return {
         model.hidden_size, model.intermediate_size, model.vocab_size, model.head_dim, *heads,
         model.moe_intermediate_size, model.num_local_experts, model.shared_expert_intermediate_size,
         *(count * model.head_dim for count in heads),
     }  # fmt: skip
+
+
+def _batches(plan: Plan) -> list[Any]:
+    """A step's microbatches as the data loader gives them: tokens and targets in tensors of their own."""
+    from mopexec.parallelize.runner import Batch
+
+    shape = (plan.strategy.micro_batch, plan.training.seq_len // plan.strategy.attention.sequence)
+    count = plan.training.num_microbatches(plan.strategy)
+    return [Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(2))) for _ in range(count)]
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class KindTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch's own switch: nothing is compiled here, so dispatch goes without that wrapper (1 us per op)."""
+        """torch's own switch: nothing is compiled here, so dispatch goes without its wrapper."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
