@@ -96,7 +96,7 @@ def dry_run(
 
 @contextmanager
 def fake_world(world_size: int, rank: int) -> Iterator[None]:
-    """A default process group of `world_size` ranks in this one process, seen as `rank`; destroyed at the end."""
+    """A default process group of `world_size` ranks in this one process, seen as `rank`, then destroyed."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  (collectives on fake tensors)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -147,7 +147,7 @@ def _batches(plan: Plan) -> list[Any]:
 def _no_shape_propagation(tracker: MemoryTracker) -> Iterator[None]:
     """Leave out the global-shape fakes that DTensor propagates shapes with: memory that no rank ever has.
 
-    In a real run they belong to another fake mode and show as meta tensors; here they look like the rank's own.
+    In a real run they belong to another fake mode and show as meta tensors; here they look like real ones.
     """
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
