@@ -13,7 +13,7 @@ Fields = dict[str, Any]
 
 
 def from_config(config: Config, origin: str) -> ModelSpec:
-    """ModelSpec of a config.json's fields. Raises MopError naming the field, or the architecture if it is not known."""
+    """ModelSpec of a config.json's fields. Raises MopError naming the field, or the unknown architecture."""
     architecture = _architecture(config, origin)
     reader = _Reader(config, origin)
     fields = _common(reader) | ARCHITECTURES[architecture](reader)
@@ -81,7 +81,7 @@ class _Reader:
         return value
 
     def must_be(self, key: str, expected: Any, meaning: str) -> None:
-        """Refuse a config whose `key` is present and is not `expected`: it means something ModelSpec can't say."""
+        """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""
         if self.has(key) and self.config[key] != expected:
             raise MopError(f"{self.origin}: {key}: {self.config[key]!r} is refused: {meaning}")
 
@@ -267,6 +267,7 @@ ARCHITECTURES: dict[str, Callable[[_Reader], Fields]] = {
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM", "gpt_oss": "GptOssForCausalLM", "olmoe": "OlmoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM", "kimi_k2": "DeepseekV3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM", "olmoe": "OlmoeForCausalLM",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Networks as rows of a table (the columns of models.csv): one row -> one ModelSpec, or the reason why not."""
+"""Networks as rows of a table (columns of models.csv): one row -> one ModelSpec, or the reason why not."""
 
 import csv
 import io
@@ -47,7 +47,7 @@ _POSITIONS = 2048
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a models CSV by their `model` column. Raises MopError where the column is missing or a name repeats."""
+    """Rows of a models CSV by their `model` column. Raises MopError where it is missing or a name repeats."""
     reader = csv.DictReader(io.StringIO(read_text(path)))
     if "model" not in (reader.fieldnames or []):
         raise MopError(f"{path}: has no column 'model'; columns found: {', '.join(reader.fieldnames or [])}")

@@ -11,7 +11,7 @@ from mopsim.spec.huggingface import from_config
 from mopsim.spec.io import convert, parse_yaml, read_text
 from mopsim.spec.model import ModelSpec
 
-#: One file of many networks, keyed by name: those of the table of published runs (made by mopsim.spec.model_table).
+#: One file of many networks, by name: those of the table of published runs (made by mopsim.spec.model_table).
 TRUTH_MODELS = "truth_models"
 
 
@@ -36,9 +36,9 @@ def list_models() -> list[str]:
 
 
 def load_model(ref: str | Path) -> ModelSpec:
-    """The model that `ref` names: a preset, a YAML file, or a Hugging Face config.json (or the folder that holds one).
+    """The model that `ref` names: a preset, a YAML file, a Hugging Face config.json (or its folder).
 
-    Raises MopError in one line: an unknown preset with near names, a missing file, a field that breaks a rule.
+    Raises MopError in one line: an unknown preset with near names, no such file, a refused field.
     """
     name = str(ref)
     if name != TRUTH_MODELS and name in _texts():

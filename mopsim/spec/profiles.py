@@ -12,9 +12,13 @@ from mopsim.spec.io import convert, load, parse_yaml
 
 @cache
 def _texts() -> dict[str, str]:
-    """The profiles that ship with the project: `hardware_profiles` is a package of data, installed beside mopsim."""
+    """The shipped profiles: `hardware_profiles` is a package of data, installed beside mopsim."""
     folder = files("hardware_profiles")
-    return {e.name.removesuffix(".yaml"): e.read_text("utf-8") for e in folder.iterdir() if e.name.endswith(".yaml")}
+    return {
+        e.name.removesuffix(".yaml"): e.read_text("utf-8")
+        for e in folder.iterdir()
+        if e.name.endswith(".yaml")
+    }
 
 
 def list_profiles() -> list[str]:
@@ -29,7 +33,9 @@ def load_profile(ref: str | Path) -> HardwareProfile:
     """
     name = str(ref)
     if name in _texts():
-        return convert(parse_yaml(_texts()[name], f"profile {name}"), HardwareProfile, "hardware", f"profile {name}")
+        return convert(
+            parse_yaml(_texts()[name], f"profile {name}"), HardwareProfile, "hardware", f"profile {name}"
+        )
     path = Path(ref)
     if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or path.exists()):
         near = difflib.get_close_matches(name, list_profiles(), n=3, cutoff=0.4)

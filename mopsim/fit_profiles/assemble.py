@@ -1,0 +1,207 @@
+"""Datasheet numbers (machines.yaml) + fits -> HardwareProfile."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mopsim.fit_profiles.attention import AttentionFit
+from mopsim.fit_profiles.collectives import RAMP, CollectiveFit
+from mopsim.fit_profiles.matmul import MatmulFit
+from mopsim.fit_profiles.tables import round_to
+from mopsim.spec.hardware import (
+    COLLECTIVES,
+    AttentionCurve,
+    CollectiveCurve,
+    Device,
+    Fabric,
+    HardwareProfile,
+    Host,
+    MatmulCurve,
+    Quantity,
+    Tag,
+)
+
+Entry = dict[str, Any]
+
+#: Bytes that fused AdamW moves a parameter: fp32 master and two moments read and written, bf16 gradient read,
+#: bf16 parameter written.
+ADAM_BYTES = 28
+#: What NCCL's all-to-all over 32 H100 in 4 nodes reaches of the NIC: 352 MB in 8.06 ms (components.csv).
+SCALE_OUT_FRACTION = 0.875
+#: Grouped products against dense ones where nobody measured: fraction of the efficiency, tokens at half rate.
+GROUPED_ASSUMED = (0.8, 200.0)
+#: Fractions of the bf16 efficiency where the dtype was not measured.
+ASSUMED_RATIO = {"fp8": 0.95, "mxfp8": 0.9, "nvfp4": 0.75, "float32": 1.0, "float64": 0.9}
+
+
+@dataclass(frozen=True)
+class MachineFits:
+    """What was fitted or assumed for one machine: how each curve was had is in the `*_source` texts."""
+
+    matmul: MatmulFit
+    matmul_tag: Tag
+    matmul_source: str
+    dtype_ratio: dict[str, tuple[float, str]]
+    grouped: MatmulFit | None
+    bandwidth: float
+    bandwidth_tag: Tag
+    bandwidth_source: str
+    attention: AttentionFit
+    attention_tag: Tag
+    collectives: dict[str, CollectiveFit]
+    collectives_tag: Tag
+    collectives_source: str
+
+
+def quantity(value: float, unit: str, tag: Tag, source: str) -> Quantity:
+    return Quantity(value=float(value), unit=unit, tag=tag, source=source)
+
+
+def _given(listed: list[Any]) -> Quantity:
+    return quantity(listed[0], listed[1], listed[2], listed[3])
+
+
+def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> HardwareProfile:
+    """The profile of one machine type."""
+    return HardwareProfile(
+        name=name,
+        device_kind=machine["device_kind"],
+        devices_per_node=machine["devices_per_node"],
+        scale_up_size=machine["scale_up_size"],
+        device=_device(machine, fits),
+        host=_host(host),
+        scale_up=_scale_up(machine, fits),
+        scale_out=_scale_out(machine),
+        communication_share=0.15,
+        price_per_device_hour=_given(machine["price"]),
+        notes="communication_share 0.15: 20 of 132 SMs run a collective (Calculon ships the same), assumed.",
+    )
+
+
+def _device(machine: Entry, fits: MachineFits) -> Device:
+    return Device(
+        memory=_given(machine["memory"]),
+        reserved=_given(machine["reserved"]),
+        memory_bandwidth=quantity(
+            round_to(fits.bandwidth / 1e12, 3), "TB/s", fits.bandwidth_tag, fits.bandwidth_source
+        ),
+        launch_overhead=quantity(
+            round_to(fits.matmul.floor * 1e6, 3), "us", fits.matmul_tag,
+            f"the floor of a kernel: {fits.matmul_source}",
+        ),
+        matmul=tuple(_matmul(dtype, machine, fits) for dtype in machine["peaks"]),
+        grouped_matmul=tuple(
+            _grouped(dtype, machine, fits)
+            for dtype in machine["peaks"]
+            if dtype not in ("float32", "float64")
+        ),
+        attention=AttentionCurve(
+            forward=fits.attention.forward, backward=fits.attention.backward,
+            seq_half=fits.attention.seq_half, tag=fits.attention_tag, source=fits.attention.source,
+        ),
+        adam_rate=quantity(
+            round_to(fits.bandwidth / ADAM_BYTES / 1e9, 3), "Gparams/s", "assumed",
+            f"memory bandwidth by {ADAM_BYTES} bytes a parameter",
+        ),
+        power=_given(machine["power"]),
+    )  # fmt: skip
+
+
+def _ratio(dtype: str, fits: MachineFits) -> tuple[float, str]:
+    if dtype in ("bfloat16", "float16"):
+        return 1.0, ""
+    if dtype in fits.dtype_ratio:
+        return fits.dtype_ratio[dtype]
+    return ASSUMED_RATIO[dtype], f"{ASSUMED_RATIO[dtype]} of the bf16 efficiency, assumed"
+
+
+def _matmul(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
+    fit, peak = fits.matmul, _given(machine["peaks"][dtype])
+    ratio, why = _ratio(dtype, fits)
+    scale = _size_scale(dtype, machine)
+    return MatmulCurve(
+        dtype=dtype, peak=peak, efficiency=min(1.0, round_to(fit.efficiency * ratio)),
+        m_half=round_to(fit.m_half * scale), n_half=round_to(fit.n_half * scale),
+        k_half=round_to(fit.k_half * scale),
+        tag=fits.matmul_tag if dtype == "bfloat16" else "assumed",
+        source=fits.matmul_source if dtype == "bfloat16" else f"as the bf16 curve; {why or 'the same rate'}",
+    )  # fmt: skip
+
+
+def _size_scale(dtype: str, machine: Entry) -> float:
+    """Narrow dtypes reach their higher peak at sizes larger by the same factor; wide ones stay."""
+    return max(1.0, float(machine["peaks"][dtype][0]) / float(machine["peaks"]["bfloat16"][0]))
+
+
+def _grouped(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
+    dense = _matmul(dtype, machine, fits)
+    scale = _size_scale(dtype, machine)
+    if fits.grouped:
+        share, half = fits.grouped.efficiency / fits.matmul.efficiency, fits.grouped.m_half
+        source = "grouped products of the B200 table, forward and both gradients pooled (components.csv)"
+    else:
+        share, half = GROUPED_ASSUMED
+        source = (
+            f"{share} of the dense efficiency, half rate at {half:g} tokens an expert: assumed, B200 is lower"
+        )
+    return MatmulCurve(
+        dtype=dtype, peak=dense.peak, efficiency=round_to(dense.efficiency * share),
+        m_half=round_to(max(half, fits.matmul.m_half) * scale), n_half=dense.n_half, k_half=dense.k_half,
+        tag="measured" if fits.grouped and dtype == "bfloat16" else "assumed", source=source,
+    )  # fmt: skip
+
+
+def _host(host: Entry) -> Host:
+    return Host(
+        memory=_given(host["memory"]),
+        memory_bandwidth=_given(host["bandwidth"]),
+        link_h2d=_given(host["link"]),
+        link_d2h=_given(host["link"]),
+        link_latency=quantity(10.0, "us", "assumed", "one asynchronous copy of pinned memory"),
+        link_sharing=host["sharing"],
+        adam_rate=_given(host["adam"]),
+        cores=host["cores"],
+    )
+
+
+def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
+    tag, source = fits.collectives_tag, fits.collectives_source
+    curves = {
+        op: CollectiveCurve(
+            latency=quantity(round_to(fit.latency * 1e6, 3), "us", tag, source),
+            latency_per_rank=quantity(round_to(fit.latency_per_rank * 1e6, 3), "us", tag, source),
+            bandwidth=quantity(round_to(fit.bandwidth / 1e9), "GB/s", tag, source),
+            bytes_half=fit.bytes_half,
+            ramp=RAMP,
+        )
+        for op, fit in fits.collectives.items()
+    }
+    if "send_recv" not in curves:
+        assumed = f"as all_to_all, of one peer: {source}"
+        base = curves["all_to_all"]
+        curves["send_recv"] = CollectiveCurve(
+            latency=quantity(base.latency.value, "us", "assumed", assumed),
+            latency_per_rank=quantity(0.0, "us", "assumed", assumed),
+            bandwidth=quantity(base.bandwidth.value, "GB/s", "assumed", assumed),
+            bytes_half=base.bytes_half,
+            ramp=RAMP,
+        )
+    return Fabric(peak=_given(machine["scale_up"]), collectives={op: curves[op] for op in COLLECTIVES})
+
+
+def _scale_out(machine: Entry) -> Fabric:
+    peak = _given(machine["nic"])
+    source = f"{SCALE_OUT_FRACTION} of the NIC, as NCCL's all-to-all over 32 H100 in 4 nodes (components.csv)"
+    latency = "a hop over NIC and switch; no multi-node curve was published"
+    rate = round_to(peak.si / 1e9 * SCALE_OUT_FRACTION)
+    per_rank = {"all_to_all": 2.0, "send_recv": 0.0}
+    curves = {
+        op: CollectiveCurve(
+            latency=quantity(20.0, "us", "assumed", latency),
+            latency_per_rank=quantity(per_rank.get(op, 5.0), "us", "assumed", latency),
+            bandwidth=quantity(rate, "GB/s", "assumed", source),
+            bytes_half=1e6,
+            ramp=RAMP,
+        )
+        for op in COLLECTIVES
+    }
+    return Fabric(peak=peak, collectives=curves)

@@ -1,0 +1,50 @@
+"""Fit of AttentionCurve from kernel rates by sequence length."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from mopsim.fit_profiles.tables import Array, Residuals, column, params, round_to
+
+
+@dataclass(frozen=True)
+class AttentionFit:
+    forward: float
+    backward: float
+    seq_half: float
+    residuals: Residuals
+    source: str
+
+
+def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> AttentionFit:
+    seq = np.array([float(params(row)["seq_len"]) for row in rows])
+    backward = np.array(["backward" in row["params"] for row in rows])
+
+    def errors(x: Array) -> Array:
+        share = np.where(backward, x[1], x[0]) * seq / (seq + x[2] * 1e3)
+        return np.asarray(np.log(share * peak / rates))
+
+    result = least_squares(
+        errors, [0.6, 0.5, 1.0], loss="soft_l1", f_scale=0.1, bounds=([0.1, 0.1, 0.0], [1.0, 1.0, 50.0])
+    )
+    forward, back, half = (float(value) for value in result.x)
+    return AttentionFit(
+        round_to(forward), round_to(back), round_to(half * 1e3, 3), Residuals.of(errors(result.x)), source
+    )
+
+
+def fit_hopper(rows: list[dict[str, str]], peak: float) -> AttentionFit:
+    """cuDNN on Hopper, 128 heads of 192/128. The mask is not stated: rates taken as they are."""
+    mine = [row for row in rows if row["gpu"] == "hopper-unspecified"]
+    source = "cuDNN SDPA on Hopper, 128 heads of 192 and 128, 4096 and 16384 tokens (components.csv)"
+    return _fit(mine, column(mine, "value"), source, peak)
+
+
+def fit_blackwell(rows: list[dict[str, str]], peak: float) -> AttentionFit:
+    """B200 table, 16 heads and more. Its rates count the masked half too (1.2 of peak at most): halved here."""
+    mine = [
+        row for row in rows if row["gpu"] == "b200-sxm-192g" and int(params(row).get("head_num", 0)) >= 16
+    ]
+    source = "B200 table of components.csv, 16 heads and more, halved: its rates count the masked half too"
+    return _fit(mine, column(mine, "value") / 2, source, peak)

@@ -1,0 +1,86 @@
+"""Fits of CollectiveCurve from NCCL timings inside a node."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from mopsim.fit_profiles.tables import Array, Residuals, column, round_to
+
+#: Names of the table -> ours.
+OPS = {
+    "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "all_reduce": "all_reduce",
+    "alltoall": "all_to_all",
+}  # fmt: skip
+ELEMENT_BYTES = 2
+RAMP = 0.5
+
+
+def _microseconds(value: float) -> float:
+    """Seconds of a fitted number of microseconds; below a nanosecond it is none."""
+    return round_to(float(value) * 1e-6, 3) if value > 1e-3 else 0.0
+
+
+@dataclass(frozen=True)
+class CollectiveFit:
+    """SI seconds: latency + n * latency_per_rank + wire * (1 + (bytes_half / wire)^RAMP) / bandwidth."""
+
+    latency: float
+    latency_per_rank: float
+    bandwidth: float
+    bytes_half: float
+    residuals: Residuals
+    residuals_large: Residuals
+
+
+def wire_bytes(op: str, ranks: Array, size: Array) -> Array:
+    """Bytes a rank sends for a full buffer of `size`: (n-1)/n of it, twice that for all_reduce."""
+    return size * (ranks - 1) / ranks * (2.0 if op == "all_reduce" else 1.0)
+
+
+def fit_collective(op: str, ranks: Array, size: Array, seconds: Array, peak: float) -> CollectiveFit:
+    """Robust least squares of the log error; bandwidth at most `peak` (bytes/s a rank, one direction)."""
+    wire = wire_bytes(op, ranks, size)
+    largest = min(float((wire / seconds).max()), peak)
+
+    def errors(x: Array) -> Array:
+        moved = wire * (1 + (x[3] * 1e6 / wire) ** RAMP)
+        predicted = (x[0] + ranks * x[1]) * 1e-6 + moved / (x[2] * largest)
+        return np.asarray(np.log(predicted / seconds))
+
+    top = min(1.5, peak / largest)
+    result = least_squares(
+        errors, [5.0, 1.0, 0.9 * top, 4.0], loss="soft_l1", f_scale=0.1, x_scale=[1.0, 1.0, 0.1, 1.0],
+        bounds=([0.0, 0.0, 0.05, 0.0], [1000.0, 100.0, top, 100.0]),
+    )  # fmt: skip
+    x, error = result.x, errors(result.x)
+    return CollectiveFit(
+        _microseconds(x[0]), _microseconds(x[1]), round_to(float(x[2]) * largest * 0.9999),
+        round_to(float(x[3]) * 1e6, 3), Residuals.of(error), Residuals.of(error[wire > 1e6]),
+    )  # fmt: skip
+
+
+def fit_node(rows: list[dict[str, str]], peak: float, at_ranks: int = 0) -> dict[str, CollectiveFit]:
+    """One fit for each op of one GPU's rows; the median of NCCL versions. at_ranks: only groups of that size."""
+    fits = {}
+    for theirs, ours in OPS.items():
+        mine = [row for row in rows if row["op"] == theirs and at_ranks in (0, int(row["num_gpus"]))]
+        keys = sorted({(int(r["num_gpus"]), int(r["message_elements_or_bytes"])) for r in mine})
+        groups: dict[tuple[int, int], list[dict[str, str]]] = {key: [] for key in keys}
+        for row in mine:
+            groups[int(row["num_gpus"]), int(row["message_elements_or_bytes"])].append(row)
+        seconds = np.array([np.median(column(groups[key], "latency_s")) for key in keys])
+        ranks = np.array([float(key[0]) for key in keys])
+        size = np.array([float(key[1] * ELEMENT_BYTES) for key in keys])
+        fits[ours] = fit_collective(ours, ranks, size, seconds, peak)
+    return fits
+
+
+def check_against_vtrain(rows: list[dict[str, str]], fit: CollectiveFit, gpu: str = "A100") -> Residuals:
+    """Errors of a fitted all-reduce on another lab's timings of the same GPU: nothing is fitted here."""
+    mine = [row for row in rows if row["gpu"] == gpu]
+    ranks, size, seconds = (column(mine, name) for name in ("n_gpus", "size_bytes", "time_s"))
+    wire = wire_bytes("all_reduce", ranks, size)
+    moved = wire * (1 + (fit.bytes_half / wire) ** RAMP)
+    predicted = fit.latency + ranks * fit.latency_per_rank + moved / fit.bandwidth
+    return Residuals.of(np.asarray(np.log(predicted / seconds)))

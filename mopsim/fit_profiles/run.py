@@ -1,0 +1,248 @@
+"""All machines: choose the curves of each, fit them once, assemble the profiles."""
+
+from functools import cached_property
+from pathlib import Path
+
+from mopsim.fit_profiles import assemble, attention, collectives, matmul
+from mopsim.fit_profiles.assemble import Entry, MachineFits
+from mopsim.fit_profiles.attention import AttentionFit
+from mopsim.fit_profiles.collectives import CollectiveFit
+from mopsim.fit_profiles.matmul import MatmulFit
+from mopsim.fit_profiles.tables import Residuals, read_csv
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import HardwareProfile, Tag
+from mopsim.spec.io import parse_yaml, read_text
+from mopsim.spec.units import UNITS
+
+_NONE = Residuals(0, 0.0, 0.0, 0.0)
+
+
+def _assumed(efficiency: float, half: float, floor: float) -> MatmulFit:
+    return MatmulFit(efficiency, half, half, half, floor, _NONE, _NONE)
+
+
+#: Matmul curves of the cards nobody measured by shape: (curve, where the efficiency comes from).
+ASSUMED_MATMUL = {
+    "mi300x": (
+        _assumed(0.51, 100.0, 5e-6),
+        "best of a shape search 668 of 1307 TFLOP/s; sizes at half rate assumed",
+    ),
+    "mi325x": (_assumed(0.54, 100.0, 5e-6), "as MI300X, 1000 W instead of 750 W; assumed"),
+    "mi355x": (_assumed(0.60, 100.0, 5e-6), "assumed"),
+    "rtx4090": (_assumed(0.90, 80.0, 3e-6), "a small, power-unlimited part runs near its peak; assumed"),
+}
+ASSUMED_ATTENTION = {
+    "a100": AttentionFit(
+        0.64, 0.54, 500.0, _NONE, "FlashAttention-2 (arXiv 2307.08691, A100), read from its figures"
+    ),
+    "ada": AttentionFit(0.70, 0.55, 500.0, _NONE, "FlashAttention-2 on Ada, assumed"),
+    "amd": AttentionFit(0.40, 0.30, 1000.0, _NONE, "composable-kernel FlashAttention on MI300, assumed"),
+}
+#: bf16 card -> the card whose best fp8 product is compared with its best bf16 product.
+FP8_MEASURED = {
+    "h100_sxm": "h100-sxm-80g",
+    "h200_sxm": "h100-sxm-80g",
+    "b200_sxm": "b200-sxm-192g",
+    "gb200": "gb200-186g",
+}
+
+
+class Fitter:
+    """The tables, read once; every fit is made once and kept."""
+
+    def __init__(self, gemm: Path, nccl: Path, components: Path, machines: Path) -> None:
+        self._gemm = read_csv(gemm, ("gpu", "m", "n", "k", "latency_s"))
+        self._nccl = read_csv(nccl, ("gpu", "op", "num_gpus", "message_elements_or_bytes", "latency_s"))
+        self._components = read_csv(components, ("component", "system", "gpu", "params", "value"))
+        data = parse_yaml(read_text(machines), str(machines))
+        if not isinstance(data, dict) or not {"hosts", "machines"} <= set(data):
+            raise MopError(f"{machines}: must have the fields hosts and machines")
+        self.hosts: dict[str, Entry] = data["hosts"]
+        self.machines: dict[str, Entry] = data["machines"]
+        self.report: dict[str, str] = {}
+        self._matmul: dict[str, tuple[MatmulFit, float]] = {}
+        self._nodes: dict[str, dict[str, CollectiveFit]] = {}
+
+    def profiles(self) -> list[HardwareProfile]:
+        """Every machine of machines.yaml, fitted; `report` then holds the residuals by curve."""
+        return [self._profile(name, machine) for name, machine in self.machines.items()]
+
+    def _profile(self, name: str, machine: Entry) -> HardwareProfile:
+        host = self.hosts.get(machine["host"])
+        if host is None:
+            raise MopError(f"machines.{name}.host: {machine['host']!r} is not one of {', '.join(self.hosts)}")
+        return assemble.profile(name, machine, host, self._fits(name, machine))
+
+    def _fits(self, name: str, machine: Entry) -> MachineFits:
+        curves = machine["curves"]
+        fit, tag, source = self._dense(name, machine)
+        bandwidth, bandwidth_tag, bandwidth_source = self._bandwidth(machine)
+        grouped = self._grouped(curves["grouped"], fit, machine, bandwidth) if "grouped" in curves else None
+        shape, shape_tag = self._attention(curves["gemm"])
+        node, node_tag, node_source = self._collectives(machine)
+        return MachineFits(
+            fit, tag, source, self._fp8(curves["gemm"]), grouped, bandwidth, bandwidth_tag, bandwidth_source,
+            shape, shape_tag, node, node_tag, node_source,
+        )  # fmt: skip
+
+    def _table(self, gpu: str) -> tuple[MatmulFit, float]:
+        """The matmul fit and the streaming bandwidth of one GPU of the gemm table."""
+        if gpu not in self._matmul:
+            rows = [row for row in self._gemm if row["gpu"] == gpu]
+            if not rows:
+                raise MopError(f"machines: curves.gemm {gpu!r} is not a gpu of the gemm table")
+            owner = self._owner(gpu)
+            bandwidth = matmul.streaming_bandwidth(rows)
+            fit = matmul.fit_matmul(rows, _si(owner["peaks"]["bfloat16"]), bandwidth)
+            self._matmul[gpu] = fit, bandwidth
+            self.report[f"matmul {gpu}"] = f"all {fit.residuals}; above 100 GFLOP {fit.residuals_large}"
+        return self._matmul[gpu]
+
+    def _dense(self, name: str, machine: Entry) -> tuple[MatmulFit, Tag, str]:
+        curves = machine["curves"]
+        gpu = str(curves["gemm"])
+        if gpu.startswith("assumed:"):
+            fit, why = ASSUMED_MATMUL[gpu.removeprefix("assumed:")]
+            return fit, "assumed", why
+        fit, _ = self._table(gpu)
+        source = f"fitted to the {gpu} rows of gemm_bf16.csv (aiconfigurator system tables)"
+        if "table" in curves:
+            rows = [r for r in self._of("gemm", curves["table"]) if r["system"].startswith("library kernel")]
+            efficiency, residuals = matmul.table_efficiency(rows, fit, _si(machine["peaks"]["bfloat16"]))
+            self.report[f"matmul {name}, its own table"] = str(residuals)
+            fit = MatmulFit(
+                efficiency, fit.m_half, fit.n_half, fit.k_half, fit.floor, fit.residuals, residuals
+            )
+            return (
+                fit,
+                "measured",
+                f"efficiency from the {curves['table']} table of components.csv, shape {source}",
+            )
+        if "efficiency_scale" in curves:
+            scale, why = float(curves["efficiency_scale"]), curves["efficiency_why"]
+            scaled = round(fit.efficiency * scale, 4)
+            fit = MatmulFit(
+                scaled, fit.m_half, fit.n_half, fit.k_half, fit.floor, fit.residuals, fit.residuals_large
+            )
+            return fit, "assumed", f"{source}, times {scale}: {why}"
+        return fit, "measured", source
+
+    def _owner(self, gpu: str) -> Entry:
+        """The machine that a GPU of the measured tables is."""
+        if _OWNER.get(gpu) not in self.machines:
+            raise MopError(f"machines: no machine is the {gpu!r} of the measured tables")
+        return self.machines[_OWNER[gpu]]
+
+    def _of(self, component: str, gpu: str) -> list[dict[str, str]]:
+        return [row for row in self._components if row["component"] == component and row["gpu"] == gpu]
+
+    def _bandwidth(self, machine: Entry) -> tuple[float, Tag, str]:
+        """What kernels reach of the memory bandwidth: the fraction of the table's own card, or 0.85."""
+        datasheet, gpu = _si(machine["memory_bandwidth"]), str(machine["curves"]["gemm"])
+        value, unit, _, where = machine["memory_bandwidth"]
+        sheet = f"{value} {unit} ({where})"
+        if gpu.startswith("assumed:"):
+            return 0.85 * datasheet, "assumed", f"0.85 of {sheet}"
+        _, streaming = self._table(gpu)
+        owner = self._owner(gpu)
+        fraction = streaming / _si(owner["memory_bandwidth"])
+        tag: Tag = "measured" if owner is machine else "assumed"
+        return (
+            fraction * datasheet,
+            tag,
+            f"{fraction:.3f} of {sheet}: skinny products of the {gpu} rows of gemm_bf16.csv",
+        )
+
+    def _grouped(self, gpu: str, dense: MatmulFit, machine: Entry, bandwidth: float) -> MatmulFit:
+        rows = [row for row in self._of("gemm", gpu) if "grouped" in row["params"]]
+        fit = matmul.fit_grouped(rows, dense, _si(machine["peaks"]["bfloat16"]), bandwidth)
+        self.report[f"grouped matmul {gpu}"] = str(fit.residuals)
+        return fit
+
+    def _fp8(self, gpu: str) -> dict[str, tuple[float, str]]:
+        if gpu not in FP8_MEASURED:
+            return {}
+        best = matmul.best_rates(self._components, FP8_MEASURED[gpu])
+        owner = self.machines[FP8_MEASURED[gpu]]["peaks"]
+        ratio = best["fp8"] / _si(owner["fp8"]) / (best["bf16"] / _si(owner["bfloat16"]))
+        ratio = round(min(ratio, 1.0), 3)
+        source = f"{ratio} of the bf16 efficiency, by the best fp8 and bf16 products of {FP8_MEASURED[gpu]}"
+        return {"fp8": (ratio, source)}
+
+    @cached_property
+    def _attention_fits(self) -> dict[str, AttentionFit]:
+        rows = [row for row in self._components if row["component"] == "attention_kernel"]
+        fits = {
+            "hopper": attention.fit_hopper(rows, _si(self.machines["h100-sxm-80g"]["peaks"]["bfloat16"])),
+            "blackwell": attention.fit_blackwell(
+                rows, _si(self.machines["b200-sxm-192g"]["peaks"]["bfloat16"])
+            ),
+        }
+        self.report |= {f"attention {name}": str(fit.residuals) for name, fit in fits.items()}
+        return fits
+
+    def _attention(self, gpu: str) -> tuple[AttentionFit, Tag]:
+        if gpu.startswith("h"):
+            return self._attention_fits["hopper"], "measured"
+        if gpu.startswith(("b", "gb")):
+            return self._attention_fits["blackwell"], "measured" if gpu == "b200_sxm" else "assumed"
+        return ASSUMED_ATTENTION[
+            "a100" if gpu.startswith("a100") else "amd" if ":mi" in gpu else "ada"
+        ], "assumed"
+
+    def node(self, gpu: str) -> dict[str, CollectiveFit]:
+        """Collectives inside a node of one GPU of the NCCL table. L40S: 8 ranks, as 2 and 4 share a switch."""
+        if gpu not in self._nodes:
+            rows = [row for row in self._nccl if row["gpu"] == gpu]
+            self._nodes[gpu] = collectives.fit_node(
+                rows, _si(self._owner(gpu)["scale_up"]), 8 if gpu == "l40s" else 0
+            )
+            for op, fit in self._nodes[gpu].items():
+                self.report[f"{op} {gpu}"] = f"all {fit.residuals}; above 1 MB {fit.residuals_large}"
+        return self._nodes[gpu]
+
+    def _collectives(self, machine: Entry) -> tuple[dict[str, CollectiveFit], Tag, str]:
+        curves, peak = machine["curves"], _si(machine["scale_up"])
+        wanted = curves["collectives"]
+        if wanted == "given":
+            given = machine["given"]
+            fits = {op: _plain(v[0] * 1e-6, v[1] * 1e9) for op, v in given.items() if op != "source"}
+            return fits, "assumed", str(given["source"])
+        if wanted == "assumed":
+            fits = {op: _plain(1e-5, 0.7 * peak, 1e-6, 5e6) for op in collectives.OPS.values()}
+            return fits, "assumed", "0.7 of the mesh's datasheet rate; no curve was published"
+        node = self.node(wanted)
+        source = f"fitted to the {wanted} rows of nccl_single_node.csv (aiconfigurator system tables)"
+        if "bandwidth_scale" in curves:
+            scale = float(curves["bandwidth_scale"])
+            scaled = {op: _scaled(fit, scale) for op, fit in node.items()}
+            return scaled, "assumed", f"{source}, bandwidth times {scale}: {curves['bandwidth_why']}"
+        tag: Tag = "measured" if machine is self._owner(wanted) else "assumed"
+        return node, tag, source + (", all 8 ranks of a node" if wanted == "l40s" else "")
+
+
+#: Which machine each GPU of the tables is.
+_OWNER = {
+    "a100_sxm": "a100-sxm-80g", "h100_sxm": "h100-sxm-80g", "h200_sxm": "h200-sxm-141g",
+    "b200_sxm": "b200-sxm-192g", "b300_sxm": "b300-sxm-288g", "gb200": "gb200-186g", "gb300": "gb300-288g",
+    "l40s": "l40s-48g",
+}  # fmt: skip
+
+
+def _si(listed: list[float | str]) -> float:
+    return float(listed[0]) * UNITS[str(listed[1])]
+
+
+def _plain(latency: float, bandwidth: float, per_rank: float = 0.0, half: float = 0.0) -> CollectiveFit:
+    return CollectiveFit(latency, per_rank, bandwidth, half, _NONE, _NONE)
+
+
+def _scaled(fit: CollectiveFit, scale: float) -> CollectiveFit:
+    return CollectiveFit(
+        fit.latency,
+        fit.latency_per_rank,
+        fit.bandwidth * scale,
+        fit.bytes_half,
+        fit.residuals,
+        fit.residuals_large,
+    )
