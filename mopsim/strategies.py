@@ -1,4 +1,4 @@
-"""Strategy families: functions with typed arguments that return a Strategy. Nothing anywhere branches on a name."""
+"""Strategy families: functions that return a Strategy. Nothing anywhere branches on a name."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ from mopsim.spec.strategy import (
 FAMILIES = ("mop", "fsdp2", "zero_offload", "megatron")
 
 State = Literal["device", "host_streamed", "host"]
-"""Where the optimizer lives: on the device, on the host streamed through the device, on the host updated there."""
+"""Where the optimizer lives: on the device; on the host, streamed through the device; on the host, updated there."""
 
 Wide = Literal["float32", "float64"]
 
@@ -68,10 +68,10 @@ def mop(
     precision: DType = "bfloat16",
     name: str = "mop",
 ) -> Strategy:
-    """Mixture-of-Parallelisms (arXiv 2607.01844): D = sequence, Ep = experts, P = vocabulary, chosen independently.
+    """Mixture-of-Parallelisms (arXiv 2607.01844): D = sequence, Ep = experts, P = vocabulary, each chosen alone.
 
-    Dense weights ZeRO-3 over `dense_shard` ranks, experts chunked by `chunk_tokens` (c), ring vocabulary, fp32 state
-    on the host streamed in buckets of `bucket_params` (beta), full recompute, boundaries on the host.
+    Dense weights ZeRO-3 over `dense_shard` ranks, experts chunked by `chunk_tokens` (c), ring vocabulary, fp32
+    state on the host streamed in buckets of `bucket_params` (beta), full recompute, boundaries on the host.
     dense_shard and expert_shard 0 = as many ranks as there are. `order` places the expert groups.
     """
     return Strategy(
@@ -108,10 +108,11 @@ def fsdp2(
     precision: DType = "bfloat16",
     name: str = "fsdp2",
 ) -> Strategy:
-    """torch FSDP2 as its users tune it: fp32 sharded parameters (the master), compute in `precision`, fp32 reduction.
+    """torch FSDP2 as its users tune it: fp32 sharded parameters (the master), compute in `precision`.
 
-    dense_shard below world_size is HSDP. offload: torch's CPUOffloadPolicy (parameters, gradients and optimizer on the
-    host, updated there). Experts by expert parallelism over `experts` ranks, sharded over their replicas.
+    Gradients are reduced in fp32. dense_shard below world_size is HSDP. offload: torch's CPUOffloadPolicy, which
+    keeps parameters, gradients and optimizer on the host and updates them there. Experts by expert parallelism over
+    `experts` ranks, sharded over their replicas.
     """
     wide = _wide(precision)
     tier: Tier = "host" if offload else "device"
@@ -153,7 +154,7 @@ def zero_offload(
     precision: DType = "bfloat16",
     name: str = "zero_offload",
 ) -> Strategy:
-    """ZeRO-Offload (arXiv 2101.06840) on ZeRO-3: low-precision weights and gradients on the device, AdamW on the host."""
+    """ZeRO-Offload (arXiv 2101.06840) on ZeRO-3: weights and gradients on the device, AdamW on the host."""
     return Strategy(
         name=name,
         world_size=world_size,
@@ -184,10 +185,10 @@ def megatron(
     precision: DType = "bfloat16",
     name: str = "megatron",
 ) -> Strategy:
-    """Megatron-Core: tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer (ZeRO-1).
+    """Megatron-Core: tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
-    Gradients are kept and reduced in fp32; `sequence` is context parallelism by ring exchange; ETP may differ from TP
-    (parallel folding). Not run by mopexec: simulated, and exported.
+    ZeRO-1; gradients are kept and reduced in fp32; `sequence` is context parallelism by ring exchange; ETP may
+    differ from TP (parallel folding). Not run by mopexec: simulated, and exported.
     """
     stage_ranks = max(1, world_size // max(pipeline, 1))
     wide = _wide(precision)

@@ -1,4 +1,4 @@
-"""What mopexec runs today, as data: the search plans only this by default, the executor refuses the rest by name."""
+"""What mopexec runs today, as data: the search plans only this by default."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +29,6 @@ MODEL: dict[str, tuple[Any, ...]] = {
 COMMON: dict[str, tuple[Any, ...]] = {
     "pipeline.degree": (1,),
     "dense.tensor": (1,),
-    "dense.zero": (3,),
     "attention.exchange": ("ulysses",),
     "experts.tensor": (1,),
     "experts.balance": ("none",),
@@ -39,6 +38,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
 
 RUNTIMES: dict[str, dict[str, tuple[Any, ...]]] = {
     "flat_units": {
+        "dense.zero": (3,),
         "dense.reshard_after_forward": (True,),
         "dense.param_tier": ("device",),
         "dense.grad_tier": ("device",),
@@ -48,12 +48,12 @@ RUNTIMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "activations.recompute": ("full",),
     },
     "fully_shard": {
+        "dense.zero": (2, 3),
         "dense.chunk_tokens": (0,),
         "experts.chunk_tokens": (0,),
         "vocabulary.loss": ("full", "chunked"),
         "vocabulary.degree": (1,),
         "activations.recompute": ("none", "full"),
-        "activations.boundary_tier": ("device",),
         "precision.master": ("param",),
     },
 }
@@ -83,7 +83,7 @@ def _outside(spec: Any, allowed: dict[str, tuple[Any, ...]], prefix: str) -> Ite
 
 
 def _fully_shard(strategy: Strategy) -> Iterator[SpecError]:
-    """FSDP2's offload policy moves parameters, gradients and optimizer state together, and updates on the host."""
+    """FSDP2's offload policy moves all state together, and the host updates it."""
     tiers = {
         "dense.param_tier": strategy.dense.param_tier,
         "dense.grad_tier": strategy.dense.grad_tier,

@@ -1,0 +1,118 @@
+"""From what the user typed to specs: models, profiles, training, strategies. Every refusal is one line."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mopsim
+from mopsim.commands.options import Job
+from mopsim.engine import SimResult, simulate
+from mopsim.search import Options, search
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan, Prediction
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import parse_count
+from mopsim.strategies import FAMILIES
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The specs of a job."""
+
+    model: ModelSpec
+    hardware: HardwareProfile
+    nodes: int
+    training: TrainSpec
+    precision: DType
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.hardware.devices_per_node
+
+
+def read(job: Job) -> Inputs:
+    """Load what a job names. Raises MopError."""
+    training = TrainSpec(
+        seq_len=parse_count(job.seq_len, "seq-len"), global_batch=job.global_batch, routing=job.routing, seed=job.seed,
+        learning_rate=job.learning_rate, warmup_steps=job.warmup_steps,
+    )  # fmt: skip
+    return Inputs(load_model(job.model), load_profile(job.hardware), job.nodes, training, job.precision)
+
+
+def families(text: str, default: Sequence[str]) -> tuple[str, ...]:
+    """The families of a comma-separated list. Raises MopError for an unknown one."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) or tuple(default)
+    for name in names:
+        if name not in FAMILIES:
+            raise MopError(f"family: {name!r} is not one of {', '.join(FAMILIES)}")
+    return names
+
+
+def read_strategy(ref: str) -> Strategy:
+    """A strategy from its YAML file, or from a plan's."""
+    path = Path(ref)
+    if path.suffix not in (".yaml", ".yml", ".json") and not path.exists():
+        raise MopError(f"strategy: {ref!r} is neither a family ({', '.join(FAMILIES)}) nor a YAML file")
+    data = io.parse_yaml(io.read_text(path), str(path))
+    if isinstance(data, dict) and "strategy" in data and "model" in data:
+        return io.convert(data, Plan, "plan", str(path)).strategy
+    return io.convert(data, Strategy, "strategy", str(path))
+
+
+def resolve(ref: str, inputs: Inputs, *, any_plan: bool = True, budget: int = 100) -> SimResult:
+    """The simulated result of a strategy file, or of the best (else the closest) strategy of a family."""
+    if ref not in FAMILIES:
+        strategy = read_strategy(ref)
+        strategy.check_model(inputs.model)
+        inputs.training.check_strategy(strategy)
+        return simulate(inputs.model, inputs.hardware, inputs.nodes, strategy, inputs.training)
+    options = Options((ref,), top=1, budget=budget, any_plan=any_plan, precision=inputs.precision)
+    found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
+    result = found.best or found.closest
+    if result is None:
+        raise MopError(f"strategy: {ref} has no strategy here: {found.verdict()}")
+    return result
+
+
+def make_plan(inputs: Inputs, result: SimResult) -> Plan:
+    """The plan of a simulated strategy, with what it promises."""
+    hardware = inputs.hardware
+    return Plan(
+        model=inputs.model,
+        hardware=HardwareRef(
+            name=hardware.name, digest=io.digest(hardware), num_nodes=inputs.nodes, devices_per_node=hardware.devices_per_node,
+            memory_limit=hardware.memory_limit(), host_limit=hardware.host_limit(),
+        ),
+        strategy=result.strategy,
+        training=inputs.training,
+        prediction=Prediction(
+            step_time=result.step_time, tokens_per_second=result.tokens_per_second, peak_memory=result.peak_memory,
+            host_memory=result.host_memory, memory_by_category=result.memory_by_category, time_by_kind=result.busy,
+        ),
+        mop_version=mopsim.__version__,
+    )  # fmt: skip
+
+
+def facts(inputs: Inputs) -> dict[str, str]:
+    """What a report says of its own making."""
+    command = " ".join(["mopsim", *sys.argv[1:]])
+    return {
+        "command": command, "hardware profile": f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})",
+        "model": f"{inputs.model.name} (digest {io.digest(inputs.model)})", "version": mopsim.__version__,
+        "seed": str(inputs.training.seed),
+    }  # fmt: skip
+
+
+def human(json: str | None) -> Any:
+    """A rich console: standard output, or standard error where standard output carries the JSON."""
+    from rich.console import Console
+
+    return Console(stderr=json == "-", highlight=False)

@@ -1,0 +1,42 @@
+"""Options that several commands share, and the job that they describe."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[str, typer.Option(help="preset, YAML file or Hugging Face config.json")]
+Hardware = Annotated[str, typer.Option(help="hardware profile: a name or a YAML file")]
+Nodes = Annotated[int, typer.Option(min=1, help="machines")]
+SeqLen = Annotated[str, typer.Option(help="tokens per sequence: 4096, 128K, 1M")]
+GlobalBatch = Annotated[int, typer.Option(min=1, help="sequences per optimizer step")]
+OneStrategy = Annotated[
+    str, typer.Option(help="a strategy or plan YAML, or a family: mop, fsdp2, zero_offload, megatron")
+]
+Routing = Annotated[str, typer.Option(help="balanced, or r/h: r % of the tokens choose among h hot experts")]
+Precision = Annotated[
+    Literal["bfloat16", "float32", "float64"], typer.Option(help="what matmuls compute in (for a family)")
+]
+Seed = Annotated[
+    int, typer.Option(min=0, help="recorded in the plan; the simulation draws no random numbers")
+]
+Json = Annotated[str | None, typer.Option(help="write the result as JSON here (- for standard output)")]
+PlanOut = Annotated[str | None, typer.Option(help="write the plan (YAML) here, ready for mopexec train")]
+Trace = Annotated[str | None, typer.Option(help="write a Chrome/Perfetto trace (JSON) here")]
+OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned for, as typed on the command line."""
+
+    model: str
+    hardware: str
+    nodes: int
+    seq_len: str
+    global_batch: int
+    routing: str = "balanced"
+    precision: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    seed: int = 0
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0

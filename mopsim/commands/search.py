@@ -1,0 +1,52 @@
+"""`mopsim search`: rank the strategies that fit."""
+
+from pathlib import Path
+
+from mopsim.commands import inputs as read_inputs
+from mopsim.commands.options import Job
+from mopsim.engine import SimResult
+from mopsim.report.tables import comparison, describe
+from mopsim.search import DEFAULT_FAMILIES, Options, search
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.units import format_seconds
+from mopsim.strategies import FAMILIES
+
+
+def run(
+    job: Job, top: int, family: str, any_plan: bool, budget: int, plan: str | None, json: str | None
+) -> None:
+    """Search with a progress line, show the ranking, write the winner's plan and the JSON."""
+    from rich.progress import Progress
+
+    inputs = read_inputs.read(job)
+    chosen = read_inputs.families(family, FAMILIES if any_plan else DEFAULT_FAMILIES)
+    console = read_inputs.human(json)
+    options = Options(chosen, top, budget, any_plan, inputs.precision)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("searching", total=budget)
+
+        def progress(simulated: int, best: SimResult | None) -> None:
+            text = f"best {format_seconds(best.step_time)}" if best else "nothing fits yet"
+            bar.update(task, completed=simulated, description=text)
+
+        found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
+    where = f"{inputs.model.name} on {inputs.nodes} x {inputs.hardware.name}, {job.seq_len} tokens, batch {job.global_batch}"
+    if found.top:
+        console.print(comparison(found.top, where))
+        console.print(f"Winner: {describe(found.top[0].strategy)}")
+    elif found.closest:
+        console.print(comparison([found.closest], f"{where}: the closest that misses"))
+    rate = found.bounded / max(found.bound_seconds, 1e-9)
+    console.print(
+        f"{found.verdict()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), {found.simulated} simulated, "
+        f"{found.seconds:.1f} s; {'no candidate left out can beat these' if found.proven else 'the budget of simulations ended it'}"
+    )
+    for reason, count in found.rejected.most_common():
+        console.print(f"  {count:>9,}  {reason}", style="dim")
+    if json:
+        io.write_json(json, found.to_json())
+    if plan:
+        if not found.best:
+            raise MopError(f"plan: {plan} not written: {found.verdict()}")
+        io.write_yaml(Path(plan), read_inputs.make_plan(inputs, found.best))

@@ -1,0 +1,34 @@
+"""`mopsim simulate`: one strategy."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mopsim.commands import inputs as read_inputs
+from mopsim.commands.options import Job
+from mopsim.engine import simulate
+from mopsim.report.tables import breakdown, comparison
+from mopsim.report.trace import chrome_trace, write_trace
+from mopsim.spec import io
+
+
+def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str | None) -> None:
+    """Simulate, show, and write what was asked for."""
+    inputs = read_inputs.read(job)
+    result = read_inputs.resolve(strategy, inputs)
+    made = read_inputs.make_plan(inputs, result) if plan else None
+    if trace:
+        result = simulate(
+            inputs.model, inputs.hardware, inputs.nodes, result.strategy, inputs.training, timeline=True
+        )
+        facts = {**result.provenance, "job": asdict(job)}
+        write_trace(
+            Path(trace),
+            chrome_trace(result.spans, result.memory_curve, result.memory_curve_by_category, facts),
+        )
+    if plan and made:
+        io.write_yaml(Path(plan), made)
+    console = read_inputs.human(json)
+    console.print(comparison([result], f"{inputs.model.name} on {inputs.nodes} x {inputs.hardware.name}"))
+    console.print(breakdown(result))
+    if json:
+        io.write_json(json, result.to_json())

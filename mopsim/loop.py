@@ -1,0 +1,184 @@
+"""The closed loop behind `make demo`: probe, search, train, measure, calibrate, predict, and say what came of it.
+
+Runs the commands of both packages, as a user would; mopexec is never imported. Everything it makes on the way lies in
+runs/, so that a step can be looked at or repeated by hand; the report says which command made what.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mopsim.commands.compare import directory
+from mopsim.engine import SimResult, simulate
+from mopsim.report.demo import Contender, DemoReport, write_demo
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.plan import Measurement, Plan
+from mopsim.strategies import mop
+
+MODEL = "tiny"
+RANKS = 2
+SEQ_LEN, GLOBAL_BATCH = 512, 4
+LEARNING_RATE, WARMUP_STEPS = 4e-3, 8
+PRECISION = "float32"
+
+
+@dataclass
+class Loop:
+    """Where the loop works, what it is asked for, and the commands it ran."""
+
+    out: Path
+    work: Path
+    seed: int
+    steps: int
+    console: Any
+    commands: list[str] = field(default_factory=list)
+
+    def mopsim(self, *arguments: str) -> None:
+        self._run("mopsim", arguments)
+
+    def mopexec(self, *arguments: str) -> None:
+        self._run("mopexec", arguments)
+
+    def _run(self, package: str, arguments: tuple[str, ...]) -> None:
+        """Run one command with its output in a log; a failure is one line that names the log."""
+        shown = " ".join([package, *arguments])
+        self.commands.append(shown)
+        log = self.work / f"{len(self.commands):02d}-{package}-{arguments[0]}.log"
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"{package}.cli", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                process.wait()  # the terminal's Ctrl-C reached it too; it cleans up after itself
+                raise
+        if code:
+            lines = [
+                line
+                for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+                if line.strip()
+            ]
+            raise MopError(
+                f"`{shown}` failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
+            )
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Show what is being done, and how long it took."""
+        started = time.perf_counter()
+        with self.console.status(f"{text} …"):
+            yield
+        self.console.print(f"  {text}: {time.perf_counter() - started:.1f} s")
+
+
+def run(out: str, seed: int, steps: int) -> None:
+    """The whole loop; writes the report into `out` and prints the winner."""
+    from rich.console import Console
+
+    folder = directory(out)
+    work = Path("runs") / folder.name
+    if work.is_dir():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    console = Console(highlight=False)
+    loop = Loop(folder, work, seed, steps, console)
+    console.print("[bold]The closed loop on this machine[/bold]")
+    started = time.perf_counter()
+    report = _loop(loop)
+    with loop.stage("write the report"):
+        written = write_demo(folder, report)
+    console.print(
+        f"{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, {time.perf_counter() - started:.0f} s in all"
+    )
+
+
+def _loop(loop: Loop) -> DemoReport:
+    profile = loop.work / "profile.yaml"
+    with loop.stage("probe this machine"):
+        loop.mopexec("probe", "--ranks", str(RANKS), "--out", str(profile))
+    found: dict[str, dict[str, Any]] = {}
+    for family in ("mop", "fsdp2"):
+        with loop.stage(f"search {family}"):
+            found[family] = _search(loop, family, profile)
+    hardware = io.load(profile, HardwareProfile, "hardware")
+    contenders = [_train(loop, name, hardware) for name in ("mop", "fsdp2")]
+    calibrated = loop.work / "calibrated.yaml"
+    with loop.stage("calibrate from both runs"):
+        runs = [str(loop.work / contender.name) for contender in contenders]
+        loop.mopsim(
+            "calibrate", "--profile", str(profile), "--measurements", runs[0], "--measurements", runs[1], "--out", str(calibrated),
+            "--json", str(loop.work / "calibration.json"),
+        )  # fmt: skip
+    corrected = io.load(calibrated, HardwareProfile, "hardware")
+    _held_out(loop, hardware)
+    contenders.append(_train(loop, "held-out", hardware))
+    for contender in contenders:
+        contender.after = _simulate(contender.plan, corrected)
+    return DemoReport(
+        contenders, hardware, corrected, loop.seed, loop.steps, loop.commands, found,
+        json.loads(io.read_text(loop.work / "calibration.json")), f"mopsim demo --out {loop.out}",
+    )  # fmt: skip
+
+
+def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
+    target = loop.work / f"search-{family}.json"
+    loop.mopsim(
+        "search", "--model", MODEL, "--hardware", str(profile), "--nodes", "1", "--seq-len", str(SEQ_LEN),
+        "--global-batch", str(GLOBAL_BATCH), "--family", family, "--precision", PRECISION, "--budget", "150",
+        "--learning-rate", str(LEARNING_RATE), "--warmup-steps", str(WARMUP_STEPS), "--seed", str(loop.seed),
+        "--plan", str(loop.work / f"{family}.yaml"), "--json", str(target),
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads(io.read_text(target))
+    return result
+
+
+def _simulate(plan: Plan, hardware: HardwareProfile) -> SimResult:
+    return simulate(
+        plan.model, hardware, plan.hardware.num_nodes, plan.strategy, plan.training, timeline=True
+    )
+
+
+def _train(loop: Loop, name: str, hardware: HardwareProfile) -> Contender:
+    """Train one plan for real; what it did, beside what was predicted before anything was measured of it."""
+    path, folder = loop.work / f"{name}.yaml", loop.work / name
+    plan = io.load(path, Plan, "plan")
+    before = _simulate(plan, hardware)
+    with loop.stage(f"train {name} for {loop.steps} steps"):
+        loop.mopexec(
+            "train", "--plan", str(path), "--data", "python", "--steps", str(loop.steps), "--out", str(folder)
+        )
+    measured = io.load(folder / "measurement.yaml", Measurement, "measurement")
+    lines = [json.loads(line) for line in io.read_text(folder / "metrics.jsonl").splitlines() if line.strip()]
+    return Contender(name, plan, before, measured, [float(line["loss"]) for line in lines])
+
+
+def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
+    """A third strategy that calibration has not seen: the other degrees, other chunks, everything on the host."""
+    plan = io.load(loop.work / "mop.yaml", Plan, "plan")
+    seen = plan.strategy
+    other = mop(
+        RANKS,
+        sequence=RANKS if seen.attention.sequence == 1 else 1,
+        experts=RANKS if seen.experts.degree == 1 else 1,
+        vocabulary=RANKS if seen.vocabulary.degree == 1 else 1,
+        chunk_tokens=128, loss_chunk_tokens=128, state="host_streamed", bucket_params=500_000, boundary_tier="host",
+        precision=PRECISION, name="held-out",
+    )  # fmt: skip
+    result = simulate(plan.model, hardware, 1, other, plan.training)
+    from mopsim.commands.inputs import Inputs, make_plan
+
+    inputs = Inputs(plan.model, hardware, 1, plan.training, PRECISION)
+    io.write_yaml(loop.work / "held-out.yaml", make_plan(inputs, result))

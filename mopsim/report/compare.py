@@ -1,0 +1,161 @@
+"""The comparison of strategies as a report: tables and figures that say which is fastest and what stops the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mopsim.engine import SimResult
+from mopsim.report.page import Page, Section, Table, write_page
+from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
+from mopsim.report.tables import COLUMNS, row
+from mopsim.report.timeline import timeline_plot
+from mopsim.spec.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Throughput per strategy over the values of one setting; None where there is no result."""
+
+    setting: str
+    values: Sequence[int]
+    names: Sequence[str]
+    results: dict[str, list[SimResult | None]]
+
+
+def finding(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+    """One sentence: the winner and by how much, or that nothing fits."""
+    order = sorted((r.step_time, label) for r, label in zip(results, labels, strict=True) if r.fits)
+    if not order:
+        return "No strategy fits"
+    if len(order) == 1:
+        return f"{order[0][1]} is the only one that fits" if len(results) > 1 else f"{order[0][1]} fits"
+    ratio = order[1][0] / order[0][0]
+    return f"{order[0][1]} is fastest, {ratio:.2f}x as fast as {order[1][1]}"
+
+
+def memory_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str]) -> Path:
+    """Memory at the peak by category, with the limit; the title says who fits."""
+    lost = [label for result, label in zip(results, labels, strict=True) if not result.fits]
+    title = f"Peak memory: {', '.join(lost)} over the limit" if lost else _least(results, labels)
+    bars = [
+        Bar(label, {k: float(v) for k, v in r.memory_by_category.items()}, _memory_remark(r), not r.fits)
+        for r, label in zip(results, labels, strict=True)
+    ]
+    limit = min(result.memory_limit for result in results)
+    near = limit < 3 * max(result.peak_memory for result in results)
+    return memory_bars(path, bars, limit if near else None, title)
+
+
+def _least(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+    peak, label = min((r.peak_memory, label) for r, label in zip(results, labels, strict=True))
+    most = max(r.peak_memory for r in results)
+    return (
+        f"Peak memory: {label} needs the least, {peak / most:.0%} of the largest"
+        if len(results) > 1
+        else f"Peak memory of {label}"
+    )
+
+
+def _memory_remark(result: SimResult) -> str:
+    if result.fits:
+        return f"{format_bytes(result.peak_memory)} ({result.peak_memory / result.memory_limit:.0%} of the limit)"
+    return f"{format_bytes(result.over_bytes)} over: {result.over}"
+
+
+def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str]) -> Path:
+    """Step time by component, what is exposed of communication apart."""
+    bars = []
+    for result, label in zip(results, labels, strict=True):
+        note = remark(result.tokens_per_second_per_device, result.fits, result.over, result.over_bytes)
+        bars.append(Bar(label, _with_exposed(result), note, not result.fits))
+    return time_bars(
+        path,
+        bars,
+        f"Step time: {finding(results, labels)}",
+        "simulated step time by component; waiting apart",
+    )
+
+
+def _with_exposed(result: SimResult) -> dict[str, float]:
+    parts = dict(sorted(result.time_by_component.items(), key=lambda item: -item[1]))
+    return parts | {name: seconds for name, seconds in result.exposed.items() if seconds > 0}
+
+
+def write_compare(
+    folder: Path, results: Sequence[SimResult], labels: Sequence[str], timelines: Sequence[SimResult], sweep: Sweep | None,
+    title: str, facts: dict[str, str],
+) -> list[Path]:  # fmt: skip
+    """index.md, index.html and PNGs of a comparison; returns what was written."""
+    written = [
+        memory_figure(folder / "memory.png", results, labels),
+        time_figure(folder / "time.png", results, labels),
+    ]
+    sections = [
+        Section("The strategies", table=Table(COLUMNS, [row(result) for result in results])),
+        Section(
+            "Memory by category",
+            picture=("memory.png", "device memory at the peak, by category, and the limit"),
+        ),
+        Section(
+            "Step time by component", picture=("time.png", "step time by component and exposed communication")
+        ),
+    ]
+    if sweep:
+        written.append(sweep_figure(folder / "sweep.png", sweep))
+        sections.append(
+            Section(
+                f"Over {sweep.setting}",
+                table=_sweep_table(sweep),
+                picture=("sweep.png", f"throughput over {sweep.setting}"),
+            )
+        )
+    for index, (result, label) in enumerate(zip(timelines, labels, strict=False)):
+        name = f"timeline-{index + 1}.png"
+        waits = sum(result.exposed.values()) / result.step_time
+        heading = f"{label}: {format_seconds(result.step_time)} a step, {waits:.0%} of it waiting for data"
+        written.append(
+            timeline_plot(folder / name, result.spans, result.memory_curve, result.memory_limit, heading)
+        )
+        sections.append(
+            Section(
+                f"Timeline of {label}", picture=(name, "streams of one simulated step, and device memory")
+            )
+        )
+    return written + write_page(folder, Page(title, f"{finding(results, labels)}.", sections, facts))
+
+
+def sweep_figure(path: Path, sweep: Sweep) -> Path:
+    """Throughput over the setting, crosses where memory ends."""
+    series = {
+        label: [r.tokens_per_second_per_device if r and r.fits else None for r in points]
+        for label, points in sweep.results.items()
+    }
+    reach = {
+        label: max((v for v, y in zip(sweep.values, ys, strict=True) if y is not None), default=0)
+        for label, ys in series.items()
+    }
+    far = max(reach.values())
+    leaders = [label for label, value in reach.items() if value == far]
+    name = sweep.names[list(sweep.values).index(far)] if far else ""
+    if not far:
+        title = "Nothing fits anywhere in the sweep"
+    elif len(leaders) == len(reach):
+        title = f"All reach {sweep.setting} {name}"
+    else:
+        title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {sweep.setting} {name}"
+    return sweep_lines(path, sweep.values, series, title, sweep.setting, sweep.names)
+
+
+def _sweep_table(sweep: Sweep) -> Table:
+    rows = []
+    for label, points in sweep.results.items():
+        cells = [label]
+        for result in points:
+            if result is None:
+                cells.append("no legal strategy")
+            elif result.fits:
+                cells.append(f"{result.tokens_per_second_per_device:,.0f}")
+            else:
+                cells.append(f"does not fit ({result.over})")
+        rows.append(cells)
+    return Table([f"tokens/s per device at {sweep.setting}", *sweep.names], rows)

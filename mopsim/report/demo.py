@@ -1,0 +1,259 @@
+"""The report of the closed loop: who won, whether the loss fell, and how far predictions were off before and after calibration."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import mopsim
+from mopsim.engine import SimResult
+from mopsim.report.compare import memory_figure, time_figure
+from mopsim.report.page import Page, Section, Table, write_page
+from mopsim.report.plots import Compared, loss_lines, predicted_bars
+from mopsim.report.tables import describe
+from mopsim.report.timeline import timeline_plot
+from mopsim.spec import io
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.units import format_bytes, format_seconds
+
+
+@dataclass
+class Contender:
+    """One strategy of the loop: its plan, what was predicted, what was measured. after: predicted with the calibrated profile."""
+
+    name: str
+    plan: Plan
+    before: SimResult
+    measured: Measurement
+    losses: list[float]
+    after: SimResult | None = None
+
+    def spread(self) -> tuple[float, float]:
+        """p10 and p90 of the measured step times."""
+        times = list(self.measured.step_times)
+        if len(times) < 2:
+            return times[0], times[0]
+        deciles = quantiles(times, n=10, method="inclusive")
+        return deciles[0], deciles[-1]
+
+    def error(self, result: SimResult | None) -> float:
+        """Predicted step time against the measured median, relative."""
+        return result.step_time / self.measured.step_time_median - 1 if result else float("nan")
+
+    def memory_error(self) -> float:
+        return self.before.peak_memory / self.measured.peak_memory - 1
+
+
+@dataclass
+class DemoReport:
+    """contenders: the best MoP, the best FSDP2 (both seen by calibration), and the held-out strategy last."""
+
+    contenders: list[Contender]
+    hardware: HardwareProfile
+    corrected: HardwareProfile
+    seed: int
+    steps: int
+    commands: list[str]
+    searches: dict[str, dict[str, Any]]
+    calibration: dict[str, Any]
+    command: str
+
+    def verdict(self) -> str:
+        """Who won, whichever it is."""
+        first, second = sorted(self.contenders[:2], key=lambda one: one.measured.step_time_median)
+        fast, slow = first.measured.step_time_median, second.measured.step_time_median
+        apart = "" if _apart(first, second) else " (their spreads overlap: a tie on this machine)"
+        return (
+            f"Winner: {first.name}, {format_seconds(fast)} a step against {format_seconds(slow)} of {second.name}, "
+            f"{slow / fast:.2f}x as fast{apart}"
+        )
+
+    def orders(self) -> list[tuple[str, str, str]]:
+        """Every pair: who is faster as measured, as predicted after calibration, and whether that agrees (or is a tie)."""
+        found = []
+        for a, b in combinations(self.contenders, 2):
+            assert a.after and b.after
+            measured = a if a.measured.step_time_median < b.measured.step_time_median else b
+            predicted = a if a.after.step_time < b.after.step_time else b
+            verdict = "agrees" if measured is predicted else "disagrees"
+            if not _apart(a, b):
+                verdict = "too close to tell: the spreads overlap"
+            found.append(
+                (
+                    f"{measured.name} before {(b if measured is a else a).name}",
+                    f"{predicted.name} first",
+                    verdict,
+                )
+            )
+        return found
+
+
+def _apart(a: Contender, b: Contender) -> bool:
+    """Whether two medians differ by more than the wider half spread (p10 to p90)."""
+    gap = abs(a.measured.step_time_median - b.measured.step_time_median)
+    return gap > max(high - low for low, high in (a.spread(), b.spread())) / 2
+
+
+def write_demo(folder: Path, report: DemoReport) -> list[Path]:
+    """index.md, index.html and PNGs; returns what was written, the pages last."""
+    contenders = report.contenders
+    results, labels = [one.after or one.before for one in contenders], [one.name for one in contenders]
+    held = contenders[-1]
+    written = [
+        memory_figure(folder / "memory.png", [one.before for one in contenders], labels),
+        time_figure(folder / "time.png", results, labels),
+        loss_lines(
+            folder / "loss.png", {one.name: one.losses for one in contenders}, _loss_title(contenders)
+        ),
+        predicted_bars(
+            folder / "predicted.png",
+            [
+                Compared(
+                    one.name,
+                    one.measured.step_time_median,
+                    *one.spread(),
+                    one.before.step_time,
+                    one.after.step_time if one.after else None,
+                )
+                for one in contenders
+            ],
+            f"Step time of the strategy calibration never saw: {held.error(held.before):+.0%} before, {held.error(held.after):+.0%} after",
+        ),
+    ]
+    for one, result in zip(contenders, results, strict=True):
+        waits = sum(result.exposed.values()) / result.step_time
+        title = f"{one.name}: one simulated step of {format_seconds(result.step_time)}, {waits:.0%} of it waiting for data"
+        written.append(
+            timeline_plot(folder / f"timeline-{one.name}.png", result.spans, result.memory_curve, None, title)
+        )
+    page = Page("The loop, closed on this machine", f"{report.verdict()}.", _sections(report), _facts(report))
+    return written + write_page(folder, page)
+
+
+def _loss_title(contenders: Sequence[Contender]) -> str:
+    falls = [1 - one.losses[-1] / one.losses[0] for one in contenders]
+    apart = difference(contenders[0].losses, contenders[1].losses, 10)
+    return f"Loss falls by {min(falls):.0%} or more; {contenders[0].name} and {contenders[1].name} part by {apart:.0e} in 10 steps"
+
+
+def difference(one: Sequence[float], other: Sequence[float], steps: int) -> float:
+    """Largest relative difference of two loss curves within the first `steps`."""
+    return max(abs(a - b) / abs(b) for a, b in zip(one[:steps], other[:steps], strict=False))
+
+
+def _sections(report: DemoReport) -> list[Section]:
+    contenders = report.contenders
+    apart = difference(contenders[0].losses, contenders[1].losses, 10)
+    return [
+        Section(
+            "Measured",
+            "The best MoP and the best FSDP2 plan that the search found for this machine, and a third that calibration has not seen, "
+            f"each trained for {report.steps} steps on the same text with the same seed.",
+            _measured(contenders),
+        ),
+        Section(
+            "Predicted against measured",
+            f"Calibrated from the runs of {contenders[0].name} and {contenders[1].name} only; {contenders[-1].name} is held out.",
+            _predicted(contenders), ("predicted.png", "step time predicted before and after calibration, and measured"),
+        ),
+        Section("Order by step time", table=Table(("measured", "predicted after calibration", "verdict"), report.orders())),
+        Section(
+            "Loss", f"Same data, same seed: the first two curves differ by at most {apart:.1e} (relative) in the first 10 steps.",
+            picture=("loss.png", "training loss per step"),
+        ),
+        Section("Memory by category", _memory_text(contenders), _memory(contenders), ("memory.png", "predicted device memory at the peak")),
+        Section("Step time by component", picture=("time.png", "simulated step time by component, calibrated profile")),
+        *(
+            Section(f"Timeline of {one.name}", describe(one.plan.strategy), picture=(f"timeline-{one.name}.png", f"simulated step of {one.name}"))
+            for one in contenders
+        ),
+        Section("The search", table=_searches(report)),
+        Section("Calibration", table=_corrections(report)),
+    ]  # fmt: skip
+
+
+def _measured(contenders: Sequence[Contender]) -> Table:
+    rows = []
+    for one in contenders:
+        low, high = one.spread()
+        m = one.measured
+        rows.append([
+            describe(one.plan.strategy), f"{format_seconds(m.step_time_median)} ({format_seconds(low)} to {format_seconds(high)})",
+            f"{m.tokens_per_second:,.0f}", format_bytes(m.peak_memory), format_bytes(m.host_memory),
+            f"{one.losses[0]:.3f} to {one.losses[-1]:.3f} ({one.losses[-1] / one.losses[0] - 1:+.0%})",
+        ])  # fmt: skip
+    return Table(
+        ("strategy", "step, median (p10 to p90)", "tokens/s", "device memory", "host memory", "loss"), rows
+    )
+
+
+def _predicted(contenders: Sequence[Contender]) -> Table:
+    rows = []
+    for one in contenders:
+        assert one.after
+        rows.append([
+            one.name, format_seconds(one.measured.step_time_median),
+            f"{format_seconds(one.before.step_time)} ({one.error(one.before):+.0%})",
+            f"{format_seconds(one.after.step_time)} ({one.error(one.after):+.0%})",
+        ])  # fmt: skip
+    return Table(("strategy", "measured", "predicted before calibration", "predicted after"), rows)
+
+
+def _memory_text(contenders: Sequence[Contender]) -> str:
+    worst = max(abs(one.memory_error()) for one in contenders)
+    return f"Predicted from shapes alone, before any run: within {worst:.1%} of the tracked peaks."
+
+
+def _memory(contenders: Sequence[Contender]) -> Table:
+    rows = [
+        [one.name, format_bytes(one.measured.peak_memory), f"{format_bytes(one.before.peak_memory)} ({one.memory_error():+.1%})",
+         format_bytes(one.measured.host_memory), format_bytes(one.before.host_memory)]
+        for one in contenders
+    ]  # fmt: skip
+    return Table(
+        ("strategy", "device, tracked", "device, predicted", "host, tracked", "host, predicted"), rows
+    )
+
+
+def _searches(report: DemoReport) -> Table:
+    rows = [
+        [
+            family,
+            f"{found['candidates']:,}",
+            f"{found['bounded']:,}",
+            str(found["simulated"]),
+            f"{found['seconds']:.1f} s",
+        ]
+        for family, found in report.searches.items()
+    ]
+    return Table(("family", "candidates", "bounded", "simulated", "time"), rows)
+
+
+def _corrections(report: DemoReport) -> Table:
+    rows = []
+    for kind, correction in report.corrected.corrections.items():
+        rows.append(
+            [
+                kind,
+                f"{correction.scale:.3g}",
+                format_seconds(correction.overhead) if correction.overhead else "0",
+                correction.source,
+            ]
+        )
+    return Table(("kind of work", "scale", "overhead per op", "from"), rows)
+
+
+def _facts(report: DemoReport) -> dict[str, str]:
+    facts = {
+        "command": report.command,
+        "machine": f"{platform.machine()}, {report.contenders[0].measured.environment.get('cpu', platform.processor() or 'CPU')}",
+        "probed profile": f"{report.hardware.name} (digest {io.digest(report.hardware)})",
+        "calibrated profile": f"{report.corrected.name} (digest {io.digest(report.corrected)})",
+        "version": mopsim.__version__,
+        "seed": str(report.seed),
+    }
+    return facts | {f"step {index}": command for index, command in enumerate(report.commands, 1)}

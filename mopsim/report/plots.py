@@ -1,0 +1,216 @@
+"""Figures of a comparison: bars of memory and time per strategy, sweeps, losses, predicted against measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, time_scale
+from mopsim.spec.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One strategy's bar: parts (name -> bytes or seconds) and a remark written at its end."""
+
+    label: str
+    parts: Mapping[str, float]
+    remark: str = ""
+    bad: bool = False
+
+
+def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str) -> Path:
+    """Peak memory by category, stacked, one bar per strategy, with the device's limit as a line."""
+    totals = [sum(bar.parts.values()) for bar in bars]
+    unit, scale = byte_scale(max([*totals, limit or 0]))
+    with figure(path, 10, 2.2 + 0.62 * len(bars)) as (axis,):
+        _stack(axis, bars, scale)
+        room = max([*totals, limit or 0]) / scale
+        axis.set_xlim(0, room * 1.32)
+        if limit:
+            axis.axvline(
+                limit / scale,
+                color="#c0392b",
+                linewidth=2,
+                linestyle="--",
+                label=f"limit {format_bytes(limit)}",
+            )
+        axis.set_xlabel(f"device memory at the peak, {unit} per rank")
+        axis.set_title(title)
+        legend_below(axis)
+    return path
+
+
+def time_bars(path: Path, bars: Sequence[Bar], title: str, xlabel: str) -> Path:
+    """Seconds by component (or by kind), stacked, one bar per strategy."""
+    largest = max(sum(bar.parts.values()) for bar in bars)
+    unit, scale = time_scale(largest)
+    with figure(path, 10, 2.2 + 0.62 * len(bars)) as (axis,):
+        _stack(axis, bars, scale)
+        axis.set_xlim(0, largest / scale * 1.32 or 1.0)
+        axis.set_xlabel(f"{xlabel}, {unit}")
+        axis.set_title(title)
+        legend_below(axis)
+    return path
+
+
+def _stack(axis: Axes, bars: Sequence[Bar], scale: float) -> None:
+    names = list(dict.fromkeys(name for bar in bars for name, value in bar.parts.items() if value > 0))
+    whole = max(sum(bar.parts.values()) for bar in bars) or 1.0
+    left = [0.0] * len(bars)
+    for name in names:
+        widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
+        axis.barh(
+            range(len(bars)), widths, left=left, color=colour(name), label=name.replace("_", " "), height=0.62
+        )
+        for row, width in enumerate(widths):
+            if width * scale > 0.07 * whole:
+                axis.text(
+                    left[row] + width / 2,
+                    row,
+                    f"{width:.3g}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=9,
+                )
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for row, bar in enumerate(bars):
+        axis.text(
+            left[row],
+            row,
+            f"  {bar.remark}",
+            va="center",
+            fontsize=10,
+            color="#c0392b" if bar.bad else "#212f3c",
+        )
+    axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
+    axis.invert_yaxis()
+
+
+def sweep_lines(
+    path: Path,
+    values: Sequence[int],
+    series: Mapping[str, Sequence[float | None]],
+    title: str,
+    xlabel: str,
+    names: Sequence[str],
+) -> Path:
+    """Throughput over a swept setting; a cross on the floor where a strategy runs out of memory (None)."""
+    with figure(path, 10, 5.2) as (axis,):
+        floor = 0.0
+        for index, (label, points) in enumerate(series.items()):
+            tint = SERIES[index % len(SERIES)]
+            good = [(x, y) for x, y in zip(values, points, strict=True) if y is not None]
+            axis.plot(
+                [x for x, _ in good], [y for _, y in good], marker="o", color=tint, linewidth=2, label=label
+            )
+            lost = [x for x, y in zip(values, points, strict=True) if y is None]
+            axis.scatter(
+                lost,
+                [floor - 0.035 * index] * len(lost),
+                marker="x",
+                s=70,
+                linewidth=2.5,
+                color=tint,
+                transform=_blend(axis),
+                clip_on=False,
+            )
+        axis.scatter([], [], marker="x", color="#515a5a", label="out of memory")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(values), list(names))
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.tick_params(axis="x", pad=4 + 12 * (len(series) > 1))
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel("tokens/s per device")
+        axis.set_title(title)
+        axis.grid(axis="y", alpha=0.3)
+        legend_below(axis, 5)
+    return path
+
+
+def _blend(axis: Axes) -> object:
+    """x in data, y in fractions of the axis: marks that stay on the floor."""
+    from matplotlib.transforms import blended_transform_factory
+
+    return blended_transform_factory(axis.transData, axis.transAxes)
+
+
+def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) -> Path:
+    """Training loss per step; the first dashed strategies lie over each other where they agree."""
+    styles = ("-", "--", ":", "-.")
+    with figure(path, 10, 4.6) as (axis,):
+        for index, (label, values) in enumerate(losses.items()):
+            fall = 1 - values[-1] / values[0]
+            axis.plot(
+                range(1, len(values) + 1), list(values), linestyle=styles[index % 4], linewidth=3 - 0.7 * min(index, 3),
+                color=SERIES[index % len(SERIES)], label=f"{label}: {values[0]:.2f} to {values[-1]:.2f} ({-fall:+.0%})",
+            )  # fmt: skip
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss, nats per token")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper right")
+    return path
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A measured number with its spread, and what was predicted before and after calibration (None: not made)."""
+
+    label: str
+    measured: float
+    low: float
+    high: float
+    before: float | None
+    after: float | None
+
+
+def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> Path:
+    """Step time per strategy: predicted before, measured (with its p10-p90 spread), predicted after calibration."""
+    values = [value for row in rows for value in (row.high, row.before or 0, row.after or 0)]
+    unit, scale = time_scale(max(values))
+    width = 0.26
+    with figure(path, 10, 5) as (axis,):
+        for place, (name, tint) in enumerate(
+            (("before", "#bfc9ca"), ("measured", "#1b4f72"), ("after", "#ca6f1e"))
+        ):
+            heights = [(getattr(row, name) or 0) / scale for row in rows]
+            spots = [index + (place - 1) * width for index in range(len(rows))]
+            label = "measured (bar: p10 to p90)" if name == "measured" else f"predicted {name} calibration"
+            axis.bar(spots, heights, width * 0.94, color=tint, label=label)
+            for row, spot, height in zip(rows, spots, heights, strict=True):
+                text = f"{height:.3g}" if name == "measured" else f"{height * scale / row.measured - 1:+.0%}"
+                top = row.high / scale if name == "measured" else height
+                axis.text(spot, top, text, ha="center", va="bottom", fontsize=10)
+        spread = [
+            [(row.measured - row.low) / scale for row in rows],
+            [(row.high - row.measured) / scale for row in rows],
+        ]
+        axis.errorbar(
+            range(len(rows)),
+            [row.measured / scale for row in rows],
+            yerr=spread,
+            fmt="none",
+            ecolor="#212f3c",
+            capsize=5,
+        )
+        axis.set_xticks(range(len(rows)), [row.label for row in rows])
+        axis.set_ylim(0, max(values) / scale * 1.15)
+        axis.set_ylabel(f"step time, {unit}")
+        axis.set_title(title)
+        legend_below(axis, 3)
+    return path
+
+
+def remark(tokens_per_second: float, fits: bool, over: str | None, over_bytes: float) -> str:
+    """What to write at the end of a strategy's bar: its speed, or what stops it."""
+    if fits:
+        return f"{tokens_per_second:,.0f} tokens/s/device"
+    return f"does not fit: {over or 'memory'}, {format_bytes(over_bytes)} over"
+
+
+def step_remark(step_time: float) -> str:
+    return format_seconds(step_time)

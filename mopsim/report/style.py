@@ -1,0 +1,74 @@
+"""One look for every figure: a colour per category and component, sizes readable at a glance, written aside."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mopsim.spec.errors import MopError
+from mopsim.spec.units import UNITS
+
+COLOURS = {
+    "params": "#1b4f72", "grads": "#2e86c1", "optimizer": "#85c1e9", "gathered": "#117864", "gathered_grads": "#48c9b0",
+    "boundaries": "#b7950b", "activations": "#f4d03f", "dispatch": "#ca6f1e", "logits": "#922b21", "staging": "#8e44ad",
+    "framework": "#909497",
+    "embedding": "#909497", "attention": "#1b4f72", "dense_ffn": "#2e86c1", "router": "#85c1e9", "experts": "#ca6f1e",
+    "shared_experts": "#f0b27a", "vocabulary": "#922b21", "other": "#bfc9ca",
+    "forward": "#2e86c1", "recompute": "#f4d03f", "backward": "#ca6f1e", "step": "#8e44ad",
+    "matmul": "#1b4f72", "grouped_matmul": "#ca6f1e", "memory_bound": "#909497", "all_gather": "#117864",
+    "reduce_scatter": "#48c9b0", "all_reduce": "#0e6655", "all_to_all": "#b7950b", "send_recv": "#7d6608", "h2d": "#8e44ad",
+    "d2h": "#bb8fce", "host_optimizer": "#e59866",
+}  # fmt: skip
+SERIES = ("#ca6f1e", "#1b4f72", "#117864", "#922b21", "#8e44ad", "#7d6608", "#2e86c1", "#515a5a")
+
+RC = {
+    "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10, "figure.dpi": 110, "savefig.dpi": 110,
+}  # fmt: skip
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name, "#515a5a")
+
+
+def byte_scale(largest: float) -> tuple[str, float]:
+    """The unit in which `largest` bytes read well, and its size."""
+    for unit in ("TiB", "GiB", "MiB"):
+        if largest >= 1.0 * UNITS[unit]:
+            return unit, UNITS[unit]
+    return "KiB", UNITS["KiB"]
+
+
+def time_scale(largest: float) -> tuple[str, float]:
+    """The unit in which `largest` seconds read well, and its size."""
+    return ("s", 1.0) if largest >= 1 else ("ms", 1e-3)
+
+
+@contextmanager
+def figure(path: Path, width: float, height: float, rows: int = 1, **grid: Any) -> Iterator[list[Axes]]:
+    """Axes (one per row) of a figure that is saved to `path` at the end, aside and then renamed."""
+    with matplotlib.rc_context({**RC, "backend": "agg"}):
+        fig = Figure(figsize=(width, height), layout="constrained")
+        axes = fig.subplots(rows, 1, squeeze=False, **grid)
+        yield [axis for row in axes for axis in row]
+        aside = path.with_name(f".{path.stem}.aside{path.suffix}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fig.savefig(aside, format=path.suffix[1:])
+            aside.replace(path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def legend_below(axis: Axes, columns: int = 6) -> None:
+    """A legend that never covers the data: outside, under the axis."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        axis.legend(
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(columns, len(labels))
+        )

@@ -1,0 +1,52 @@
+"""A simulated step as a picture: streams over time, memory below."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mopsim.engine import Span
+from mopsim.report.style import byte_scale, colour, figure, time_scale
+from mopsim.spec.units import format_bytes
+
+
+def timeline_plot(
+    path: Path, spans: Sequence[Span], curve: Sequence[tuple[float, float]], limit: float | None, title: str
+) -> Path:
+    """Gantt chart, one lane per stream coloured by component, over the device memory curve."""
+    from matplotlib.patches import Patch
+
+    streams = list(dict.fromkeys(span.stream for span in spans))
+    end = max((span.end for span in spans), default=1.0)
+    unit, scale = time_scale(end)
+    with figure(
+        path, 12, 3.6 + 0.5 * len(streams), 2, sharex=True, height_ratios=[max(len(streams), 2), 2.2]
+    ) as (lanes, memory):
+        used: dict[str, str] = {}
+        for row, stream in enumerate(streams):
+            for component in dict.fromkeys(span.component for span in spans if span.stream == stream):
+                chosen = [
+                    s for s in spans if s.stream == stream and s.component == component and s.end > s.start
+                ]
+                lanes.broken_barh(
+                    [(s.start / scale, (s.end - s.start) / scale) for s in chosen],
+                    (row - 0.4, 0.8),
+                    facecolors=colour(component),
+                    linewidth=0,
+                )
+                used[component] = colour(component)
+        lanes.set_yticks(range(len(streams)), [stream.replace("_", " ") for stream in streams])
+        lanes.invert_yaxis()
+        lanes.set_title(title)
+        handles = [Patch(color=tint, label=name.replace("_", " ")) for name, tint in used.items()]
+        lanes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        size, factor = byte_scale(max([value for _, value in curve] + [1]))
+        times, values = [t / scale for t, _ in curve], [value / factor for _, value in curve]
+        memory.fill_between(times, values, step="post", color="#85c1e9")
+        if limit and curve and limit < 1.6 * max(value for _, value in curve):
+            memory.axhline(
+                limit / factor, color="#c0392b", linestyle="--", label=f"limit {format_bytes(limit)}"
+            )
+            memory.legend(loc="lower right")
+        memory.set_ylim(bottom=0)
+        memory.set_ylabel(f"device memory, {size}")
+        memory.set_xlabel(f"time in the step, {unit}")
+    return path

@@ -1,0 +1,258 @@
+"""Closed-form lower bounds on a candidate's step time, device and host memory, for a whole space at once.
+
+Each is at most what the simulator finds (tests/sim/test_search.py holds them against each other): peak rates instead
+of curves, no dependencies between streams, no transients but those that any schedule needs.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopsim.cost.compute import matmul_curve
+from mopsim.layers.flops import flops_per_token
+from mopsim.layers.shapes import attention_widths
+from mopsim.layers.tensors import tensors
+from mopsim.search.space import DEVICE, HOST, RING, STREAMED, Space
+from mopsim.spec.units import DTYPE_BYTES
+
+Reals = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Lower bounds per row of a space. resident: the part of `device` that is there all step long."""
+
+    time: Reals
+    device: Reals
+    host: Reals
+    parts: dict[str, Reals]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model by how they are sharded."""
+
+    dense: int
+    experts: int
+    head: int
+    largest_expert_unit: int
+    moe_layers: int
+
+    @staticmethod
+    def of(space: Space) -> "Sizes":
+        found = tensors(space.problem.model)
+        routed: dict[int, int] = {}
+        for tensor in found:
+            if tensor.routed:
+                routed[tensor.layer] = routed.get(tensor.layer, 0) + tensor.numel
+        head = sum(tensor.numel for tensor in found if tensor.name == "head.weight")
+        experts = sum(routed.values())
+        dense = sum(tensor.numel for tensor in found) - experts - head
+        return Sizes(dense, experts, head, max(routed.values(), default=0), len(routed))
+
+
+def bound(space: Space) -> Bounds:
+    """Lower bounds of every candidate of a space."""
+    strategy = space.build(0) if len(space) else None
+    if strategy is None:
+        empty = np.zeros(0)
+        return Bounds(empty, empty, empty, {})
+    return _Bounder(space).all()
+
+
+class _Bounder:
+    def __init__(self, space: Space) -> None:
+        self.space, self.problem, self.sizes = space, space.problem, Sizes.of(space)
+        self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
+        self.model, self.hardware = self.problem.model, self.problem.hardware
+        precision = space.build(0).precision
+        self.compute = DTYPE_BYTES[precision.compute]
+        self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
+        self.reduce = DTYPE_BYTES[precision.reduce]
+        self.moments = 2 * DTYPE_BYTES[precision.moments]
+        self.wide = DTYPE_BYTES[precision.moments]
+        self.dtype = precision.compute if precision.matmul == "compute" else precision.matmul
+        self.tokens = space.tokens().astype(np.float64)
+        world, c = self.problem.world_size, self.c
+        self.stage = world / c["pipeline"]
+        self.microbatches = self.problem.training.global_batch / (
+            c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
+        )
+        self.ring = c["loss"] == RING
+
+    def all(self) -> Bounds:
+        device, parts = self.device_memory()
+        return Bounds(self.time(), device, self.host_memory(), parts)
+
+    def held(self) -> tuple[Reals, Reals]:
+        """Parameters per rank: (that the weights take, that the optimizer state takes). Ceilings left out."""
+        c, split = self.c, self.c["pipeline"] * self.c["tensor"]
+        sharded = self.sizes.dense / (split * c["dense_shard"])
+        sharded = sharded + self.sizes.head / np.where(self.ring, self.stage, split * c["dense_shard"])
+        experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
+        state = sharded + experts / c["expert_shard"]
+        whole = (self.sizes.dense + self.sizes.head) / split + experts
+        return np.where(c["zero"] == 3, state, whole), state
+
+    def master(self) -> Reals:
+        """Bytes of master weights per parameter: none where the parameter shard is the master."""
+        separate = self.space.family != "fsdp2" and not (self.param == self.wide)
+        streamed = (self.space.family == "mop") & (self.c["state"] == STREAMED)
+        always = separate or self.space.family == "zero_offload"
+        return np.where(streamed | always, self.wide, 0.0)
+
+    def boundary(self) -> Reals:
+        """Bytes of the layer inputs that wait for the backward, and without recompute of q, k, v and the output too."""
+        m, c = self.model, self.c
+        width = m.hidden_size + np.where(c["recompute"] == 1, 0, m.hidden_size)
+        return m.num_hidden_layers / c["pipeline"] * self.tokens / c["tensor"] * width * self.compute
+
+    def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
+        c, on_device = self.c, self.c["state"] == DEVICE
+        weights, state = self.held()
+        params = np.where(c["offload"] == 1, 0, weights * self.param)
+        grads = np.where(c["offload"] == 1, 0, weights * self.grad)
+        optimizer = np.where(on_device, state * (self.master() + self.moments), 0)
+        early = np.where(self.space.family == "fsdp2", 0.0, grads)
+        boundaries = np.where(c["boundary_host"] == 1, 0, self.boundary())
+        vocabulary = self.model.vocab_size / np.maximum(c["vocabulary"], c["tensor"])
+        logits = self.tokens / c["loss_slices"] * vocabulary * self.compute
+        resident = params + optimizer
+        peak = np.maximum(resident + early + boundaries + logits, resident + grads)
+        parts = {
+            "params": params,
+            "grads": grads,
+            "optimizer": optimizer,
+            "boundaries": boundaries,
+            "logits": logits,
+        }
+        return peak, parts
+
+    def host_memory(self) -> Reals:
+        weights, state = self.held()
+        off = np.where(self.c["state"] == DEVICE, 0, state * (self.master() + self.moments))
+        off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
+        return off + np.where(self.c["boundary_host"] == 1, self.boundary(), 0)
+
+    def time(self) -> Reals:
+        """The slowest stream, and the optimizer after it. Compute loses `communication_share` while a fabric is busy."""
+        wires = np.maximum.reduce(self.wire_times())
+        compute = self.compute_time() + self.hardware.communication_share * wires
+        constant = self.hardware.corrections["step"].overhead if "step" in self.hardware.corrections else 0.0
+        return np.maximum.reduce([compute, wires, self.copy_time()]) + self.optimizer_time() + constant
+
+    def scale(self, kind: str) -> float:
+        """What calibration multiplies a kind of work by; 0 where a negative overhead could undo any of it."""
+        correction = self.hardware.corrections.get(kind)
+        if correction is None:
+            return 1.0
+        return correction.scale if correction.overhead >= 0 else 0.0
+
+    def compute_time(self) -> Reals:
+        """Products of forward, backward (twice) and recompute at the best rate of the curve, and kernel launches.
+
+        Every degree splits the work of a step over ranks, so the mean rank does 1/W of it and the slowest no less.
+        """
+        training, device = self.problem.training, self.hardware.device
+        flops = flops_per_token(self.model, training.seq_len)
+        share = training.seq_len * training.global_batch / self.problem.world_size
+        curve = matmul_curve(self.hardware, self.dtype)
+        grouped_curves = [one for one in device.grouped_matmul if one.dtype == self.dtype] or [curve]
+        again = self.c["recompute"]
+        core, experts, head = (flops.get(name, 0.0) for name in ("attention_core", "experts", "vocabulary"))
+        rest = sum(flops.values()) - core - experts - head
+        matmul = (3 + again) * rest + 3 * head
+        grouped = (3 + again * 2 / 3) * experts
+        seconds = share * matmul / (curve.peak.si * curve.efficiency) * self.scale("matmul")
+        rate = max(one.peak.si * one.efficiency for one in grouped_curves)
+        seconds = seconds + share * grouped / rate * self.scale("grouped_matmul")
+        attention = (1 + again) / device.attention.forward + 2.5 / device.attention.backward
+        seconds = seconds + share * core / curve.peak.si * attention * self.scale("attention")
+        chunks = np.maximum(self.c["chunks"], 1) * self.sizes.moe_layers
+        launches = self.microbatches * 20 * (self.model.num_hidden_layers + chunks) / self.c["pipeline"]
+        return seconds + launches * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
+
+    def wire_times(self) -> list[Reals]:
+        """Seconds of each fabric: gathers and reductions of weights, sequence and expert exchanges, the ring."""
+        fabric = {"scale_up": np.zeros(len(self.space)), "scale_out": np.zeros(len(self.space))}
+        for kind, size, ranks, count in self.messages():
+            domain = np.minimum(ranks, self.hardware.scale_up_size)
+            crosses = ranks > domain
+            live = np.where(ranks > 1, count, 0) * self.scale(kind)
+            for name, chosen in (("scale_up", ~crosses), ("scale_out", crosses)):
+                fabric[name] += np.where(chosen, live * self.message_time(kind, size, ranks, domain, name), 0)
+        return list(fabric.values())
+
+    def message_time(self, kind: str, size: Reals, ranks: Reals, domain: Reals, name: str) -> Reals:
+        """Seconds of one collective over `size` bytes; mopsim.cost.communication without its half sizes."""
+        curve = getattr(self.hardware, name).collectives[kind]
+        if kind == "send_recv":
+            part = size
+        elif name == "scale_up":
+            part = size * (ranks - 1) / ranks
+        elif kind == "all_to_all":
+            part = size * (ranks - domain) / ranks
+        else:
+            part = size / domain * (1 - domain / ranks)
+        return np.asarray(curve.latency.si + part / curve.bandwidth.si)
+
+    def messages(self) -> list[tuple[str, Reals, Reals, Reals]]:
+        """(kind, bytes of the full buffer, ranks, times in a step) of the collectives that no schedule avoids."""
+        c, m = self.c, self.model
+        ones, layers = np.ones(len(self.space)), float(m.num_hidden_layers)
+        found = []
+        if self.space.family != "megatron":
+            dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers
+            gathers = np.maximum(c["recompute"], c["reshard"]) + 1
+            found.append(
+                (
+                    "all_gather",
+                    ones * dense * self.compute,
+                    c["dense_shard"],
+                    layers * self.microbatches * gathers,
+                )
+            )
+            found.append(
+                ("reduce_scatter", ones * dense * self.reduce, c["dense_shard"], layers * self.microbatches)
+            )
+            unit = self.sizes.largest_expert_unit / c["experts"]
+            times = self.sizes.moe_layers * self.microbatches
+            found.append(("all_gather", unit * self.compute, c["expert_shard"], times * gathers))
+            found.append(("reduce_scatter", unit * self.reduce, c["expert_shard"], times))
+            found += self.exchanges()
+        if (self.ring & (c["vocabulary"] > 1)).any():
+            rows = m.vocab_size / c["vocabulary"]
+            block = np.minimum(self.tokens, rows) * m.hidden_size * self.compute
+            found.append(("send_recv", block, c["vocabulary"], 2 * (c["vocabulary"] - 1) * self.microbatches))
+        return found
+
+    def exchanges(self) -> list[tuple[str, Reals, Reals, Reals]]:
+        """Sequence and expert all-to-alls of forward, recompute and backward."""
+        c, m = self.c, self.model
+        qk, v = attention_widths(m)
+        passes = self.microbatches * (2 + c["recompute"]) * m.num_hidden_layers
+        sent = self.tokens * m.num_attention_heads * min(qk, v) * self.compute
+        routes = (
+            self.tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
+        )
+        times = self.microbatches * self.sizes.moe_layers * np.maximum(c["chunks"], 1) * (4 + c["recompute"])
+        return [("all_to_all", sent, c["sequence"], 2 * passes), ("all_to_all", routes, c["experts"], times)]
+
+    def copy_time(self) -> Reals:
+        """Boundaries out and back over the host link."""
+        host = self.hardware.host
+        moved = np.where(self.c["boundary_host"] == 1, self.boundary() * self.microbatches, 0)
+        scale = max(self.scale("h2d") / host.link_h2d.si, self.scale("d2h") / host.link_d2h.si)
+        return moved * scale * self.hardware.host.link_sharing
+
+    def optimizer_time(self) -> Reals:
+        _, state = self.held()
+        device, host = self.hardware.device, self.hardware.host
+        on_device = state / device.adam_rate.si * self.scale("optimizer")
+        streamed = (
+            state * (self.wide + self.moments) / host.link_h2d.si * host.link_sharing * self.scale("h2d")
+        )
+        on_host = state / host.adam_rate.si * self.scale("host_optimizer")
+        code = self.c["state"]
+        return np.asarray(np.where(code == DEVICE, on_device, np.where(code == HOST, on_host, streamed)))

@@ -1,0 +1,239 @@
+"""Search: generate -> bound -> simulate -> rank. A bound that costs a microsecond filters, the event simulation decides."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mopsim.engine import SimResult, simulate
+from mopsim.layers.tensors import total_params
+from mopsim.search.bound import Bounds, bound
+from mopsim.search.pool import Pool
+from mopsim.search.space import Problem, Space, generate
+from mopsim.spec.errors import MopError, SpecError
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.support import runnable
+from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import format_bytes
+
+DEFAULT_FAMILIES = ("mop", "fsdp2", "zero_offload")
+
+
+@dataclass(frozen=True)
+class Options:
+    """top: how many are ranked. budget: simulations at most. any_plan: also what mopexec does not run yet."""
+
+    families: tuple[str, ...] = DEFAULT_FAMILIES
+    top: int = 5
+    budget: int = 200
+    any_plan: bool = False
+    precision: DType = "bfloat16"
+
+
+@dataclass
+class SearchResult:
+    """What a search did. top: fitting results, fastest first. closest: the one that misses by least, where none fits.
+
+    proven: no candidate left out can beat the last of `top`; otherwise the budget of simulations ended the search.
+    """
+
+    candidates: int = 0
+    bounded: int = 0
+    simulated: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    bound_seconds: float = 0.0
+    proven: bool = True
+    top: list[SimResult] = field(default_factory=list)
+    closest: SimResult | None = None
+
+    @property
+    def best(self) -> SimResult | None:
+        return self.top[0] if self.top else None
+
+    def to_json(self) -> dict[str, object]:
+        """The keys of the `search` command."""
+        found = [result.to_json() for result in self.top]
+        return {
+            "candidates": self.candidates, "bounded": self.bounded, "simulated": self.simulated,
+            "rejected": dict(self.rejected.most_common()), "seconds": self.seconds, "bound_seconds": self.bound_seconds,
+            "proven": self.proven, "best": found[0] if found else None, "top": found,
+            "closest": self.closest.to_json() if self.closest and not found else None, "verdict": self.verdict(),
+        }  # fmt: skip
+
+    def verdict(self) -> str:
+        """One line: what was found, or what stops everything and by how much."""
+        if self.best:
+            return f"{self.best.strategy.name}: {self.best.tokens_per_second_per_device:,.0f} tokens/s per device"
+        if self.closest:
+            over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
+            return f"nothing fits: the closest ({self.closest.strategy.name}) is {by} over, stopped by {over}"
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in self.rejected.most_common(3))
+        return f"nothing to run: {reasons or 'no candidates'}"
+
+
+def search(
+    model: ModelSpec, hardware: HardwareProfile, num_nodes: int, training: TrainSpec,
+    options: Options = Options(), progress: Callable[[int, SimResult | None], None] | None = None,
+) -> SearchResult:  # fmt: skip
+    """The fastest strategies that fit. `progress(simulated, best)` is called after each simulation."""
+    started = time.perf_counter()
+    problem = Problem(model, hardware, num_nodes, training, total_params(model), options.precision)
+    result = SearchResult()
+    pools = [
+        pool for family in options.families if (pool := _pool(problem, family, options, result)) is not None
+    ]
+    result.bound_seconds = time.perf_counter() - started
+    _simulate(pools, options, result, progress)
+    result.rejected = Counter({reason: count for reason, count in result.rejected.items() if count})
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _pool(problem: Problem, family: str, options: Options, result: SearchResult) -> Pool | None:
+    """Generate and bound a family; count what memory rules out. None where nothing is left."""
+    space = generate(problem, family)
+    result.candidates += len(space)
+    result.rejected.update(space.rejected)
+    if not len(space):
+        return None
+    reason = None if options.any_plan else runnable(space.build(0), problem.model)
+    if reason is not None:
+        result.rejected[f"mopexec does not run it: {reason} (--any plans it all the same)"] += len(space)
+        return None
+    bounds = bound(space)
+    result.bounded += len(space)
+    device, host = problem.hardware.memory_limit(), problem.hardware.host_limit()
+    over = bounds.device > device
+    names = list(bounds.parts)
+    worst = np.argmax(np.stack(list(bounds.parts.values())), axis=0)
+    for position, name in enumerate(names):
+        result.rejected[f"device memory, bound: {name}"] += int((over & (worst == position)).sum())
+    result.rejected["host memory, bound"] += int((~over & (bounds.host > host)).sum())
+    keep = np.flatnonzero(~over & (bounds.host <= host))
+    if not len(keep):
+        _closest(space, bounds, result)
+        return None
+    return Pool.of(space, bounds, keep.astype(np.int64))
+
+
+def _closest(space: Space, bounds: Bounds, result: SearchResult) -> None:
+    """Simulate the candidate that misses its limits by least, to say what stops it."""
+    hardware = space.problem.hardware
+    miss = np.maximum(bounds.device / hardware.memory_limit(), bounds.host / max(hardware.host_limit(), 1))
+    _keep_closest(_run(space, int(np.argmin(miss)), result), result)
+
+
+def _keep_closest(simulated: SimResult | None, result: SearchResult) -> None:
+    if simulated is not None and (result.closest is None or simulated.over_bytes < result.closest.over_bytes):
+        result.closest = simulated
+
+
+def _run(space: Space, index: int, result: SearchResult) -> SimResult | None:
+    """Simulate one row; None (and a reason counted) where a rule refuses it."""
+    problem = space.problem
+    try:
+        strategy: Strategy = space.build(index)
+        strategy.check_model(problem.model)
+        problem.training.check_strategy(strategy)
+        simulated = simulate(problem.model, problem.hardware, problem.num_nodes, strategy, problem.training)
+    except SpecError as error:
+        result.rejected[f"{error.field} {error.rule}"] += 1
+        return None
+    except MopError as error:
+        result.rejected[str(error)] += 1
+        return None
+    result.simulated += 1
+    return simulated
+
+
+@dataclass
+class _Hunt:
+    """The simulations of a search: best bound first, and by turns a neighbour of the best found so far."""
+
+    pools: Sequence[Pool]
+    options: Options
+    result: SearchResult
+    best_at: tuple[int, int] | None = None
+    near: list[int] = field(default_factory=list)
+
+    def last(self) -> float:
+        """Step time that a candidate must beat to be ranked."""
+        top = self.result.top
+        return top[-1].step_time if len(top) >= self.options.top else float("inf")
+
+    def next(self) -> tuple[int, int] | None:
+        """(pool, position) to simulate now, or None where no bound is good enough."""
+        if self.best_at and self.result.simulated % 2:
+            pool = self.pools[self.best_at[0]]
+            while self.near:
+                position = self.near.pop(0)
+                if not pool.taken[position] and pool.time[position] < self.last():
+                    return self.best_at[0], position
+        heads = []
+        for place, pool in enumerate(self.pools):
+            head = pool.first(self.last())
+            if head is not None:
+                late, position = head
+                heads.append((late, float(pool.time[position]), place, position))
+        if not heads:
+            return None
+        _, _, place, position = min(heads)
+        return place, position
+
+    def note(self, place: int, position: int, simulated: SimResult) -> None:
+        """Learn from one simulation and rank it."""
+        pool, result = self.pools[place], self.result
+        pool.learn(position, simulated.peak_memory)
+        if not simulated.fits:
+            result.rejected[f"does not fit, simulated: {simulated.over}"] += 1
+            _keep_closest(simulated, result)
+            return
+        if any(_same(simulated, one) for one in result.top):
+            result.rejected["equal in time and memory to one ranked"] += 1
+            return
+        result.top = sorted([*result.top, simulated], key=lambda one: one.step_time)[: self.options.top]
+        if result.top[0] is simulated:
+            self.best_at, self.near = (place, position), [int(one) for one in pool.neighbours(position)]
+
+    def settle(self) -> None:
+        """Count what was not simulated: slower by its bound than the last of the top, or out of budget."""
+        for pool in self.pools:
+            left = ~pool.taken
+            slower = int((left & (pool.time >= self.last())).sum())
+            self.result.rejected["slower, bound: cannot beat those ranked"] += slower
+            self.result.rejected["budget of simulations spent"] += int(left.sum()) - slower
+            self.result.proven = self.result.proven and slower == int(left.sum())
+
+
+def _same(one: SimResult, other: SimResult) -> bool:
+    return (one.step_time, one.peak_memory, one.host_memory) == (
+        other.step_time,
+        other.peak_memory,
+        other.host_memory,
+    )
+
+
+def _simulate(
+    pools: Sequence[Pool],
+    options: Options,
+    result: SearchResult,
+    progress: Callable[[int, SimResult | None], None] | None,
+) -> None:
+    hunt = _Hunt(pools, options, result)
+    while result.simulated < options.budget:
+        chosen = hunt.next()
+        if chosen is None:
+            break
+        place, position = chosen
+        pools[place].taken[position] = True
+        simulated = _run(pools[place].space, int(pools[place].rows[position]), result)
+        if simulated is not None:
+            hunt.note(place, position, simulated)
+            if progress:
+                progress(result.simulated, result.best)
+    hunt.settle()

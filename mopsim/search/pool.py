@@ -1,0 +1,83 @@
+"""The candidates of a family that the bounds let through, and what simulation teaches about their memory."""
+
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopsim.search.bound import Bounds
+from mopsim.search.space import Column, Space
+
+#: Columns that one decision sets together: neighbours differ in one group.
+_TOGETHER = {
+    "expert_shard": "experts",
+    "expert_tensor": "experts",
+    "bucket": "state",
+    "offload": "state",
+    "loss_slices": "loss",
+}
+#: Columns that decide how large transients are beside the tokens of a rank.
+_TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute")
+
+
+@dataclass
+class Pool:
+    """Candidates in order of their time bound. A position counts in that order; `rows[position]` is a row of the space."""
+
+    space: Space
+    rows: Column
+    time: NDArray[np.float64]
+    device: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    kinds: Column
+    taken: NDArray[np.bool_]
+    excess: dict[int, list[float]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
+        """The rows `keep` of a space; equal time bounds in order of memory."""
+        rows = keep[np.lexsort((bounds.device[keep], bounds.time[keep]))]
+        shapes = np.stack([space.columns[name][rows] for name in _TRANSIENT])
+        _, kinds = np.unique(shapes, axis=1, return_inverse=True)
+        tokens = space.tokens()[rows].astype(np.float64)
+        taken = np.zeros(len(rows), dtype=np.bool_)
+        return Pool(space, rows, bounds.time[rows], bounds.device[rows], tokens, kinds.reshape(-1), taken)
+
+    def learn(self, position: int, peak_memory: int) -> None:
+        """Note how far above its bound a simulated candidate's memory was, per token of a rank."""
+        above = max(0.0, peak_memory - float(self.device[position])) / float(self.tokens[position])
+        self.excess.setdefault(int(self.kinds[position]), []).append(above)
+
+    def expected_memory(self) -> NDArray[np.float64]:
+        """The bound, and the median excess of the simulated candidates alike in chunks (else of all)."""
+        if not self.excess:
+            return self.device
+        usual = median(value for values in self.excess.values() for value in values)
+        extra = np.full(int(self.kinds.max()) + 1, usual)
+        for kind, values in self.excess.items():
+            extra[kind] = median(values)
+        return self.device + extra[self.kinds] * self.tokens
+
+    def first(self, below: float) -> tuple[bool, int] | None:
+        """(expected not to fit, position) of the untaken candidate with the best bound under `below` seconds.
+
+        Those expected not to fit come last: a guess orders the work, only bounds and simulations reject.
+        """
+        usable = ~self.taken & (self.time < below)
+        if not usable.any():
+            return None
+        fitting = usable & (self.expected_memory() <= self.space.problem.hardware.memory_limit())
+        late = not fitting.any()
+        return late, int(np.argmax(usable if late else fitting))
+
+    def neighbours(self, position: int) -> Column:
+        """Positions one decision away from `position`, best bound first."""
+        index = int(self.rows[position])
+        groups: dict[str, NDArray[np.bool_]] = {}
+        for name, column in self.space.columns.items():
+            group = _TOGETHER.get(name, name)
+            differs = column[self.rows] != column[index]
+            groups[group] = groups[group] | differs if group in groups else differs
+        count = np.sum(np.stack(list(groups.values())), axis=0)
+        return np.flatnonzero(count == 1).astype(np.int64)

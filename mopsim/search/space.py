@@ -1,0 +1,308 @@
+"""The candidates of a family as columns of a table: hundreds of thousands cost milliseconds, none is built before it is needed."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.layout import ceil_div
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+
+Column = NDArray[np.int64]
+
+#: Codes of the `state` column (where the optimizer lives) and of the `loss` column.
+DEVICE, STREAMED, HOST = 0, 1, 2
+FULL, CHUNKED, RING, VOCAB_PARALLEL = 0, 1, 2, 3
+
+STATES = ("device", "host_streamed", "host")
+LOSSES = ("full", "chunked", "ring", "vocab_parallel")
+
+DEFAULTS = {
+    "micro_batch": 1, "tensor": 1, "pipeline": 1, "virtual_stages": 1, "sequence": 1, "experts": 1, "expert_tensor": 1,
+    "expert_shard": 1, "vocabulary": 1, "dense_shard": 1, "chunks": 0, "ffn_slices": 1, "loss": FULL, "loss_slices": 1,
+    "state": DEVICE, "bucket": 100_000_000, "boundary_host": 0, "recompute": 1, "reshard": 1, "offload": 0, "zero": 3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a strategy is looked for: every input of the search but its options. `layer_params` is the model's total."""
+
+    model: ModelSpec
+    hardware: HardwareProfile
+    num_nodes: int
+    training: TrainSpec
+    total_params: int
+    precision: DType = "bfloat16"
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.hardware.devices_per_node
+
+
+@dataclass(frozen=True)
+class Space:
+    """Candidates of one family: equal columns of integers, one row per candidate; `build(row)` makes the Strategy."""
+
+    family: str
+    problem: Problem
+    columns: dict[str, Column]
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.columns["micro_batch"])
+
+    def row(self, index: int) -> dict[str, int]:
+        return {name: int(column[index]) for name, column in self.columns.items()}
+
+    def build(self, index: int) -> Strategy:
+        """The Strategy of one row. Raises SpecError where a relation that the columns do not hold breaks."""
+        return BUILDERS[self.family](self.problem, self.row(index))
+
+    def tokens(self) -> Column:
+        """N of every row: tokens per rank and microbatch."""
+        return self.columns["micro_batch"] * self.problem.training.seq_len // self.columns["sequence"]
+
+
+def divisors(value: int) -> list[int]:
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
+def generate(problem: Problem, family: str) -> Space:
+    """All legal candidates of a family: the product of its axes, less the rows that break a relation between two."""
+    columns = _product(AXES[family](problem))
+    rejected: Counter[str] = Counter()
+    for reason, legal in _relations(problem, columns):
+        keep = legal(columns)
+        if not keep.all():
+            rejected[reason] += int((~keep).sum())
+            columns = {name: column[keep] for name, column in columns.items()}
+    return Space(family, problem, columns, rejected)
+
+
+def _product(axes: dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]) -> dict[str, Column]:
+    """Columns of the Cartesian product. A key that is a tuple of names takes tuples of values that go together."""
+    counts = [len(values) for values in axes.values()]
+    places = np.indices(counts).reshape(len(counts), -1)
+    size = places.shape[1]
+    columns: dict[str, Column] = {
+        name: np.full(size, value, dtype=np.int64) for name, value in DEFAULTS.items()
+    }
+    for (key, values), place in zip(axes.items(), places, strict=True):
+        table = np.array(values, dtype=np.int64).reshape(len(values), -1)
+        for position, name in enumerate((key,) if isinstance(key, str) else key):
+            columns[name] = table[place, position]
+    return columns
+
+
+def _relations(
+    problem: Problem, columns: dict[str, Column]
+) -> Iterable[tuple[str, Callable[[dict[str, Column]], NDArray[np.bool_]]]]:
+    world, model, training = problem.world_size, problem.model, problem.training
+    batch = training.global_batch
+    experts = max(model.num_local_experts, 1)
+
+    def stage(c: dict[str, Column]) -> Column:
+        return world // c["pipeline"]
+
+    def groups(c: dict[str, Column]) -> Column:
+        return stage(c) // np.maximum(c["tensor"] * c["sequence"], 1)
+
+    def tokens(c: dict[str, Column]) -> Column:
+        return c["micro_batch"] * training.seq_len // c["sequence"]
+
+    yield (
+        "tensor x sequence does not divide the ranks of a stage",
+        lambda c: stage(c) % (c["tensor"] * c["sequence"]) == 0,
+    )
+    yield (
+        "experts x expert_tensor does not divide the ranks of a stage",
+        lambda c: stage(c) % (c["experts"] * c["expert_tensor"]) == 0,
+    )
+    yield "expert degree does not divide num_local_experts", lambda c: experts % c["experts"] == 0
+    yield (
+        "expert shard does not divide the expert replicas",
+        lambda c: stage(c) // (c["experts"] * c["expert_tensor"]) % c["expert_shard"] == 0,
+    )
+    yield (
+        "global batch is not a multiple of micro_batch x data groups",
+        lambda c: batch % (c["micro_batch"] * groups(c)) == 0,
+    )
+    yield (
+        "seq_len is not a multiple of the sequence split",
+        lambda c: training.seq_len % (c["sequence"] * c["tensor"]) == 0,
+    )
+    yield (
+        "more chunks than tokens",
+        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= tokens(c),
+    )
+
+
+def _micro_batches(problem: Problem) -> list[int]:
+    return [size for size in (1, 2, 4, 8) if problem.training.global_batch % size == 0]
+
+
+def _sequences(problem: Problem) -> list[int]:
+    heads, length = problem.model.num_attention_heads, problem.training.seq_len
+    return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]
+
+
+def _expert_degrees(problem: Problem) -> list[int]:
+    experts = max(problem.model.num_local_experts, 1)
+    return [d for d in divisors(problem.world_size) if experts % d == 0]
+
+
+def _dense_shards(problem: Problem) -> list[int]:
+    """All ranks, one node (the copies replicated over nodes), or none where the model is small."""
+    world, node = problem.world_size, problem.hardware.devices_per_node
+    small = problem.total_params <= 2e9
+    return sorted({world, node if world % node == 0 else world, 1 if small else world}, reverse=True)
+
+
+def _expert_pairs(problem: Problem) -> list[tuple[int, ...]]:
+    """(degree, shard): the replicas of an expert share its state, or each holds all of it."""
+    world = problem.world_size
+    return sorted({pair for d in _expert_degrees(problem) for pair in ((d, world // d), (d, 1))})
+
+
+def _states(problem: Problem) -> list[tuple[int, ...]]:
+    """(state, bucket): on the device; streamed in buckets; updated by the host."""
+    per_rank = ceil_div(problem.total_params, problem.world_size)
+    whole = DEFAULTS["bucket"]
+    buckets = [25_000_000, whole] if per_rank > 50_000_000 else sorted({max(1, ceil_div(per_rank, 4)), whole})
+    return [(DEVICE, whole), *((STREAMED, bucket) for bucket in buckets), (HOST, whole)]
+
+
+def _slices(used: bool) -> list[int]:
+    return [1, 8] if used else [1]
+
+
+def _mop_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+    model = problem.model
+    return {
+        "micro_batch": _micro_batches(problem),
+        "sequence": _sequences(problem),
+        ("experts", "expert_shard"): _expert_pairs(problem),
+        "vocabulary": [d for d in divisors(problem.world_size) if d <= model.vocab_size],
+        "dense_shard": _dense_shards(problem),
+        "chunks": [1, 2, 4, 8] if model.num_local_experts else [1],
+        "ffn_slices": _slices(model.num_dense_layers > 0 or model.shared_expert_intermediate_size > 0),
+        "loss": [RING],
+        "loss_slices": _slices(True),
+        ("state", "bucket"): _states(problem),
+        "boundary_host": [0, 1],
+    }
+
+
+def _fsdp2_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+    world = problem.world_size
+    return {
+        "micro_batch": _micro_batches(problem),
+        "sequence": _sequences(problem),
+        ("experts", "expert_shard"): [(d, world // d) for d in _expert_degrees(problem)],
+        "dense_shard": [shard for shard in _dense_shards(problem) if shard > 1 or world == 1],
+        ("loss", "loss_slices"): [(FULL, 1), (CHUNKED, 8), (CHUNKED, 32)],
+        ("offload", "state"): [(0, DEVICE), (1, HOST)],
+        "recompute": [0, 1],
+        "reshard": [0, 1],
+    }
+
+
+def _zero_offload_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+    return {
+        "micro_batch": _micro_batches(problem),
+        "sequence": _sequences(problem),
+        ("experts", "expert_shard"): _expert_pairs(problem),
+        "dense_shard": _dense_shards(problem),
+        ("loss", "loss_slices"): [(FULL, 1), (CHUNKED, 8)],
+        "state": [HOST],
+        "boundary_host": [0, 1],
+    }
+
+
+def _megatron_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+    model, world, node = problem.model, problem.world_size, problem.hardware.devices_per_node
+    tensor = [d for d in divisors(world) if d <= node and model.num_attention_heads % d == 0]
+    expert = sorted(
+        {(d, t) for d in _expert_degrees(problem) for t in (1, *(t for t in tensor if world % (d * t) == 0))}
+    )
+    return {
+        "micro_batch": _micro_batches(problem),
+        "tensor": tensor,
+        "pipeline": [d for d in divisors(world) if d <= model.num_hidden_layers],
+        "sequence": [d for d in divisors(world) if problem.training.seq_len % d == 0 and d <= 64],
+        ("experts", "expert_tensor"): expert,
+        "recompute": [0, 1],
+        "zero": [1],
+        "reshard": [0],
+    }
+
+
+AXES = {
+    "mop": _mop_axes,
+    "fsdp2": _fsdp2_axes,
+    "zero_offload": _zero_offload_axes,
+    "megatron": _megatron_axes,
+}
+
+
+def _chunk(tokens: int, slices: int) -> int:
+    """Tokens per slice; 0 (= all at once) for one slice."""
+    return 0 if slices <= 1 else ceil_div(tokens, slices)
+
+
+def _tokens(problem: Problem, row: dict[str, int]) -> int:
+    return problem.training.seq_len * row["micro_batch"] // row["sequence"]
+
+
+def _build_mop(problem: Problem, row: dict[str, int]) -> Strategy:
+    tokens = _tokens(problem, row)
+    return mop(
+        problem.world_size, sequence=row["sequence"], experts=row["experts"], vocabulary=row["vocabulary"],
+        micro_batch=row["micro_batch"], dense_shard=row["dense_shard"], expert_shard=row["expert_shard"],
+        chunk_tokens=ceil_div(tokens, max(row["chunks"], 1)), ffn_chunk_tokens=_chunk(tokens, row["ffn_slices"]),
+        loss_chunk_tokens=_chunk(tokens, row["loss_slices"]), state=STATES[row["state"]], bucket_params=row["bucket"],
+        boundary_tier="host" if row["boundary_host"] else "device", precision=problem.precision,
+    )  # fmt: skip
+
+
+def _build_fsdp2(problem: Problem, row: dict[str, int]) -> Strategy:
+    tokens = _tokens(problem, row)
+    return fsdp2(
+        problem.world_size, sequence=row["sequence"], experts=row["experts"], micro_batch=row["micro_batch"],
+        dense_shard=row["dense_shard"], recompute="full" if row["recompute"] else "none",
+        loss="chunked" if row["loss"] == CHUNKED else "full", loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
+        offload=bool(row["offload"]), reshard=bool(row["reshard"]), precision=problem.precision,
+    )  # fmt: skip
+
+
+def _build_zero_offload(problem: Problem, row: dict[str, int]) -> Strategy:
+    tokens = _tokens(problem, row)
+    return zero_offload(
+        problem.world_size, sequence=row["sequence"], experts=row["experts"], micro_batch=row["micro_batch"],
+        dense_shard=row["dense_shard"], expert_shard=row["expert_shard"],
+        loss="chunked" if row["loss"] == CHUNKED else "full", loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
+        boundary_tier="host" if row["boundary_host"] else "device", precision=problem.precision,
+    )  # fmt: skip
+
+
+def _build_megatron(problem: Problem, row: dict[str, int]) -> Strategy:
+    return megatron(
+        problem.world_size, tensor=row["tensor"], pipeline=row["pipeline"], virtual_stages=row["virtual_stages"],
+        sequence=row["sequence"], experts=row["experts"], expert_tensor=row["expert_tensor"],
+        micro_batch=row["micro_batch"], recompute="full" if row["recompute"] else "none", precision=problem.precision,
+    )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[[Problem, dict[str, int]], Strategy]] = {
+    "mop": _build_mop,
+    "fsdp2": _build_fsdp2,
+    "zero_offload": _build_zero_offload,
+    "megatron": _build_megatron,
+}
