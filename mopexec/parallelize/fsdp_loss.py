@@ -1,0 +1,69 @@
+"""Cross entropy behind FSDP's head: full logits by autograd, or token chunks with the gradient made chunk by chunk."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mopexec.measure.scope import category
+from mopsim.spec import layout
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that losses and norms are computed in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """scale * the summed cross entropy of hidden [N, H] @ weight [V, H]^T against targets [N]: N x V logits."""
+    with category("logits"):
+        logits = F.linear(hidden, weight)
+        return F.cross_entropy(logits.to(wide(hidden.dtype)), targets, reduction="sum") * scale
+
+
+def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int) -> Tensor:
+    """As `full_loss`, `chunk_tokens` rows of logits at a time; one forward product per chunk, none repeated."""
+    return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk_tokens)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradient of a cross entropy needs nothing from behind it: it is made in the forward, while a chunk's logits
+    are there (3 products per chunk instead of the 4 of a recomputing loss), and only scaled in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int
+    ) -> Tensor:
+        loss = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        with category("gathered_grads"):
+            grad_weight = torch.zeros_like(weight)
+        for start, stop in layout.token_slices(hidden.shape[0], chunk_tokens):
+            rows = hidden[start:stop]
+            loss_of_chunk, grad_logits = _chunk(rows, weight, targets[start:stop], scale)
+            loss += loss_of_chunk
+            torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
+            grad_weight.addmm_(grad_logits.t(), rows)
+            del grad_logits
+        ctx.gradients = (grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        grad_hidden, grad_weight = ctx.gradients
+        del ctx.gradients
+        (grad,) = grad_outputs
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
+
+
+def _chunk(rows: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Loss (0-d) of rows [c, H] and the gradient of their logits [c, V] in the compute dtype."""
+    with category("logits"):
+        logits = F.linear(rows, weight).to(wide(rows.dtype))
+        normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        picked = logits.gather(1, targets[:, None])
+        loss = (normaliser - picked).sum() * scale
+        logits.sub_(normaliser).exp_()
+        logits.scatter_add_(1, targets[:, None], torch.full_like(picked, -1.0))
+        return loss, logits.mul_(scale).to(rows.dtype)

@@ -1,0 +1,191 @@
+"""One rank of the fully_shard parity tests: runs every case for its world size, writes what differed as JSON."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mopexec.measure.tracker import MemoryTracker
+from mopexec.model import Routing, Transformer, init_weights
+from mopexec.parallelize import fully_shard
+from mopexec.parallelize.runner import Batch
+from mopexec.tiers import Platform
+from mopsim import strategies
+from mopsim.spec import io, layout
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+STEPS, SEQ, SEED = 2, 16, 3
+MODEL = ModelSpec(
+    name="tiny", hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    vocab_size=37, intermediate_size=22, first_k_dense_replace=1, num_local_experts=8, num_experts_per_tok=2,
+    moe_intermediate_size=12, shared_expert_intermediate_size=6, qk_norm="head",
+)  # fmt: skip
+
+
+def cases(world: int) -> dict[str, tuple[Strategy, str]]:
+    """Strategy and routing of every case, by name."""
+
+    def make(**options: Any) -> Strategy:
+        return strategies.fsdp2(world, **{"precision": "float64", "recompute": "none", **options})
+
+    everything: dict[str, Any] = {
+        "experts": 2, "sequence": 2, "recompute": "full", "loss": "chunked", "loss_chunk_tokens": 5, "offload": True,
+    }  # fmt: skip
+    found = {
+        "plain": (make(), "learned"),
+        "recompute": (make(recompute="full"), "learned"),
+        "experts_world": (make(experts=world), "learned"),
+        "ulysses": (make(sequence=world), "learned"),
+        "chunked_microbatches": (make(loss="chunked", loss_chunk_tokens=5, micro_batch=2), "learned"),
+        "offload": (make(offload=True, experts=2, recompute="full"), "learned"),
+        "no_prefetch": (make(prefetch=0, recompute="full", experts=2), "learned"),
+        "zero2": (make(reshard=False), "learned"),
+        "skewed": (make(experts=world, recompute="full"), "95/4"),
+        "everything": (make(**everything, prefetch=2), "learned"),
+        "boundaries_on_host": (host_boundaries(make(recompute="full", micro_batch=2)), "learned"),
+        "everything_skewed": (make(**everything), "60/3"),
+        "everything_float32": (make(**everything, precision="float32"), "learned"),
+        "bfloat16": (make(**everything, precision="bfloat16"), "learned"),
+    }
+    if world == 4:
+        found["hsdp"] = (make(dense_shard=2), "learned")
+        found["experts_replicas"] = (make(experts=2, recompute="full"), "60/3")
+        found["strided_experts"] = (with_experts(make(experts=2, recompute="full"), order="strided"), "60/3")
+        found["experts_replicated"] = (with_experts(make(experts=2), shard=1), "learned")
+    return found
+
+
+def with_experts(strategy: Strategy, **fields: Any) -> Strategy:
+    return changed(strategy, "experts", **fields)
+
+
+def host_boundaries(strategy: Strategy) -> Strategy:
+    return changed(strategy, "activations", boundary_tier="host")
+
+
+def changed(strategy: Strategy, part: str, **fields: Any) -> Strategy:
+    """The strategy with fields of one part replaced."""
+    plain = io.to_plain(strategy)
+    plain[part].update(fields)
+    return io.convert(plain, Strategy, "strategy")
+
+
+def plan_of(strategy: Strategy, routing: str) -> Plan:
+    training = TrainSpec(
+        seq_len=SEQ, global_batch=8, clip_norm=0.05, weight_decay=0.1, learning_rate=1e-2,
+        routing="balanced" if routing == "learned" else routing, bias_update_rate=1e-3,
+    )  # fmt: skip
+    hardware = HardwareRef(
+        name="here", digest="", num_nodes=1, devices_per_node=strategy.world_size, memory_limit=1, host_limit=1
+    )
+    return Plan(model=MODEL, hardware=hardware, strategy=strategy, training=training)
+
+
+def batches_of(plan: Plan, tokens: Tensor, rank: int) -> list[Batch]:
+    """This rank's microbatches of tokens [global_batch, S + 1]."""
+    strategy = plan.strategy
+    groups = layout.groups(strategy.world_size, strategy.attention.sequence, strategy.attention.order)
+    data = next(i for i, group in enumerate(groups) if rank in group)
+    place, part = groups[data].index(rank), SEQ // strategy.attention.sequence
+    found = []
+    for index in range(plan.training.num_microbatches(strategy)):
+        first = (index * len(groups) + data) * strategy.micro_batch
+        rows = tokens[first : first + strategy.micro_batch, place * part : (place + 1) * part + 1]
+        found.append(Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()))
+    return found
+
+
+class Reference:
+    """The single-device model under the same optimizer step."""
+
+    def __init__(self, plan: Plan, routing: str) -> None:
+        strategy, self.plan = plan.strategy, plan
+        profile = Routing() if routing == "learned" else Routing(routing, strategy.micro_batch, strategy.attention.sequence)
+        self.model = Transformer(MODEL, getattr(torch, strategy.precision.param), "cpu", profile)
+        init_weights(self.model, SEED)
+        t = plan.training
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=t.learning_rate, betas=(t.beta1, t.beta2), eps=t.eps, weight_decay=t.weight_decay
+        )  # fmt: skip
+
+    def step(self, tokens: Tensor) -> tuple[float, float, dict[str, Tensor]]:
+        self.optimizer.zero_grad()
+        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:]) / (tokens.shape[0] * SEQ)
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.training.clip_norm)
+        self.optimizer.step()
+        self.model.update_balance(self.plan.training.bias_update_rate)
+        return loss.item(), norm.item(), grads
+
+
+def run_case(strategy: Strategy, routing: str, rank: int) -> dict[str, float]:
+    """Largest relative differences from the single-device model over STEPS steps; and the memory tracked in them."""
+    plan = plan_of(strategy, routing)
+    reference = Reference(plan, routing)
+    tracker = MemoryTracker()
+    with tracker:
+        runner = fully_shard.build(
+            plan, Platform.detect(), routing="learned" if routing == "learned" else "profile", seed=SEED
+        )
+    generator = torch.Generator().manual_seed(1)
+    result = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "parameters": 0.0}
+    for _ in range(STEPS):
+        tokens = torch.randint(0, MODEL.vocab_size, (plan.training.global_batch, SEQ + 1), generator=generator)
+        with tracker:
+            mine = runner.step(batches_of(plan, tokens, rank))
+        loss, norm, grads = reference.step(tokens)
+        assert norm > plan.training.clip_norm, "clipping must be active"
+        result["loss"] = max(result["loss"], abs(mine.loss - loss) / abs(loss))
+        result["norm"] = max(result["norm"], abs(mine.grad_norm - norm) / norm)
+        result["gradients"] = max(result["gradients"], difference(runner.full_gradients(), grads))
+    result["parameters"] = difference(runner.full_parameters(), dict(reference.model.named_parameters()))
+    biases = [(a, b) for (_, a), (_, b) in zip(runner.model.named_buffers(), reference.model.named_buffers(), strict=True)]
+    result["balance"] = max(float((a.cpu() - b).abs().max()) for a, b in biases)
+    state = runner.state_dict()
+    runner.load_state_dict(state)
+    return result | {f"device_{k}": v for k, v in tracker.current_by_category.items()} | {
+        f"host_{k}": v for k, v in tracker.host_by_category.items()
+    } | {f"peak_{k}": v for k, v in tracker.memory_by_category.items()}
+
+
+def difference(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Largest |difference| of any tensor, relative to that tensor's largest element; the names must agree."""
+    assert mine.keys() == reference.keys(), mine.keys() ^ reference.keys()
+    worst = 0.0
+    for name, expected in reference.items():
+        assert mine[name].shape == expected.shape, (name, mine[name].shape, expected.shape)
+        scale = max(float(expected.detach().abs().max()), 1e-30)
+        worst = max(worst, float((mine[name].cpu() - expected.detach()).abs().max()) / scale)
+    return worst
+
+
+def selected(world: int, names: list[str]) -> Iterator[tuple[str, Strategy, str]]:
+    for name, (strategy, routing) in cases(world).items():
+        if not names or name in names:
+            yield name, strategy, routing
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    torch.set_num_threads(1)
+    platform = Platform.detect()
+    dist.init_process_group(platform.backend, init_method=f"file://{store}", rank=rank, world_size=world)
+    results = {name: run_case(strategy, routing, rank) for name, strategy, routing in selected(world, sys.argv[5:])}
+    out.write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
