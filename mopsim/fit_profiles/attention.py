@@ -42,7 +42,7 @@ def fit_hopper(rows: list[dict[str, str]], peak: float) -> AttentionFit:
 
 
 def fit_blackwell(rows: list[dict[str, str]], peak: float) -> AttentionFit:
-    """B200 table, 16 heads and more. Its rates count the masked half too (1.2 of peak at most): halved here."""
+    """B200 table, 16 heads and more. Its rates count the masked half too (1.2 of peak): halved here."""
     mine = [
         row for row in rows if row["gpu"] == "b200-sxm-192g" and int(params(row).get("head_num", 0)) >= 16
     ]

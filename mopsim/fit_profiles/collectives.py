@@ -61,7 +61,7 @@ def fit_collective(op: str, ranks: Array, size: Array, seconds: Array, peak: flo
 
 
 def fit_node(rows: list[dict[str, str]], peak: float, at_ranks: int = 0) -> dict[str, CollectiveFit]:
-    """One fit for each op of one GPU's rows; the median of NCCL versions. at_ranks: only groups of that size."""
+    """One fit for each op of one GPU's rows; the median of NCCL versions. at_ranks: that group size only."""
     fits = {}
     for theirs, ours in OPS.items():
         mine = [row for row in rows if row["op"] == theirs and at_ranks in (0, int(row["num_gpus"]))]

@@ -67,7 +67,7 @@ def fit_matmul(rows: list[dict[str, str]], peak: float, bandwidth: float) -> Mat
 
 
 def fit_grouped(rows: list[dict[str, str]], dense: MatmulFit, peak: float, bandwidth: float) -> MatmulFit:
-    """Curve of grouped products (params M, N, K; FLOP/s): efficiency and m_half fitted, the other halves kept.
+    """Curve of grouped products (params M, N, K; FLOP/s): efficiency and m_half fitted, other halves kept.
 
     Forward, input-gradient and weight-gradient products are pooled: a step runs one of each.
     """
@@ -94,7 +94,7 @@ def fit_grouped(rows: list[dict[str, str]], dense: MatmulFit, peak: float, bandw
 
 
 def table_efficiency(rows: list[dict[str, str]], dense: MatmulFit, peak: float) -> tuple[float, Residuals]:
-    """Efficiency that lays a dense curve's shape over a rate table (params m, n, k; FLOP/s), by the median."""
+    """Efficiency that lays a dense curve's shape over a rate table (params m, n, k; FLOP/s), by median."""
     shape = [params(row) for row in rows]
     m, n, k = (np.array([float(s[name]) for s in shape]) for name in ("m", "n", "k"))
     fill = m / (m + dense.m_half) * n / (n + dense.n_half) * k / (k + dense.k_half)

@@ -191,7 +191,7 @@ class Fitter:
         ], "assumed"
 
     def node(self, gpu: str) -> dict[str, CollectiveFit]:
-        """Collectives inside a node of one GPU of the NCCL table. L40S: 8 ranks, as 2 and 4 share a switch."""
+        """Those inside a node of one GPU of the NCCL table. L40S: 8 ranks, since 2 and 4 share a switch."""
         if gpu not in self._nodes:
             rows = [row for row in self._nccl if row["gpu"] == gpu]
             self._nodes[gpu] = collectives.fit_node(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
-from mopsim.spec.units import UNITS
+from mopsim.spec.units import DIMENSIONS, UNITS
 
 Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
 WORK_KINDS = (
@@ -35,6 +35,16 @@ class Quantity(Spec, frozen=True, kw_only=True):
         return self.value * UNITS[self.unit]
 
 
+def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
+    """Raise SpecError where a quantity of `owner` is in a unit of another dimension (see units.DIMENSIONS)."""
+    for field in fields:
+        quantity = getattr(owner, field)
+        if quantity is not None:
+            known = DIMENSIONS[dimension]
+            rule = f"is not a unit of {dimension}: {', '.join(known)}"
+            require(quantity.unit in known, f"{field}.unit", quantity.unit, rule)
+
+
 class MatmulCurve(Spec, frozen=True, kw_only=True):
     """Seconds of C[m,n] = A[m,k] B[k,n] for one dtype:
 
@@ -52,6 +62,7 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
     source: str
 
     def __post_init__(self) -> None:
+        require_dimension(self, "arithmetic", "peak")
         require(0 < self.efficiency <= 1, "efficiency", self.efficiency, "must lie in (0, 1]")
         for field in ("m_half", "n_half", "k_half"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
@@ -88,6 +99,8 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
     ramp: float = 1.0
 
     def __post_init__(self) -> None:
+        require_dimension(self, "time", "latency", "latency_per_rank")
+        require_dimension(self, "bandwidth", "bandwidth")
         require(self.bytes_half >= 0, "bytes_half", self.bytes_half, "must not be negative")
         require(0.1 <= self.ramp <= 1, "ramp", self.ramp, "must lie between 0.1 and 1")
         require(self.bandwidth.si >= 1e6, "bandwidth", self.bandwidth.si, "bytes/s is below 1 MB/s: check the unit")
@@ -104,6 +117,7 @@ class Fabric(Spec, frozen=True, kw_only=True):
     collectives: dict[str, CollectiveCurve]
 
     def __post_init__(self) -> None:
+        require_dimension(self, "bandwidth", "peak")
         for name in self.collectives:
             require(name in COLLECTIVES, "collectives", name, f"is not one of {', '.join(COLLECTIVES)}")
         for name in COLLECTIVES:
@@ -134,6 +148,16 @@ class Device(Spec, frozen=True, kw_only=True):
     power: Quantity | None = None
 
     def __post_init__(self) -> None:
+        require_dimension(self, "memory", "memory", "reserved")
+        require_dimension(self, "bandwidth", "memory_bandwidth")
+        require_dimension(self, "time", "launch_overhead")
+        require_dimension(self, "update rate", "adam_rate")
+        require_dimension(self, "power", "power")
+        for field in ("matmul", "grouped_matmul"):
+            dtypes = [curve.dtype for curve in getattr(self, field)]
+            require(len(set(dtypes)) == len(dtypes), field, dtypes, "has a dtype twice")
+        require(self.memory_bytes_half >= 0, "memory_bytes_half", self.memory_bytes_half, "must not be negative")
+        require(self.adam_rate.si > 0, "adam_rate.value", self.adam_rate.value, "must be positive")
         require(len(self.matmul) >= 1, "matmul", self.matmul, "needs at least one curve")
         require(self.memory.si >= 1e6, "memory", self.memory.si, "bytes is below 1 MB: check the unit")
         require(self.memory_bandwidth.si >= 1e8, "memory_bandwidth", self.memory_bandwidth.si, "bytes/s is below 0.1 GB/s: check the unit")
@@ -156,6 +180,13 @@ class Host(Spec, frozen=True, kw_only=True):
     cores: int = 1
 
     def __post_init__(self) -> None:
+        require_dimension(self, "memory", "memory")
+        require_dimension(self, "bandwidth", "memory_bandwidth", "link_h2d", "link_d2h")
+        require_dimension(self, "time", "link_latency")
+        require_dimension(self, "update rate", "adam_rate")
+        for field in ("memory_bandwidth", "link_h2d", "link_d2h"):
+            require(getattr(self, field).si >= 1e7, field, getattr(self, field).si, "bytes/s is below 10 MB/s: check the unit")
+        require(self.adam_rate.si > 0, "adam_rate.value", self.adam_rate.value, "must be positive")
         require(self.link_sharing >= 1, "link_sharing", self.link_sharing, "must be at least 1")
         require(self.cores >= 1, "cores", self.cores, "must be at least 1")
 
@@ -198,6 +229,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         require(bool(self.name), "name", self.name, "must not be empty")
         require(self.devices_per_node >= 1, "devices_per_node", self.devices_per_node, "must be at least 1")
         require(self.scale_up_size >= 1, "scale_up_size", self.scale_up_size, "must be at least 1")
+        require_dimension(self, "price", "price_per_device_hour")
         require(0 <= self.communication_share <= 1, "communication_share", self.communication_share, "must lie between 0 and 1")
         require(1 <= self.framework_memory_scale <= 1.5, "framework_memory_scale", self.framework_memory_scale, "must lie between 1 and 1.5")
         for kind in self.corrections:

@@ -6,17 +6,40 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
 
-from mopsim.spec.errors import MopError, SpecError
+from mopsim.spec.errors import MopError
+from mopsim.spec.explain import explain, first_not_finite
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+_FLOAT = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                problem = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key if isinstance(key, str | int | float | bool) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes the strings that _Loader would read as numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,11 +63,14 @@ def read_text(path: Path) -> str:
 def parse_yaml(text: str, origin: str) -> Any:
     """The plain objects of a YAML (or JSON) text. Raises MopError naming `origin` and the line."""
     try:
-        return yaml.load(text, Loader=_LOADER)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise MopError(f"{origin}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+        where = f" line {mark.line + 1}:" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise MopError(f"{origin}:{where} is not valid YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a date such as 2026-13-45, or nesting without end
+        raise MopError(f"{origin}: is not valid YAML: {error}") from None
 
 
 def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
@@ -52,10 +78,13 @@ def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
     head = f"{origin}: " if origin else ""
     if not isinstance(data, dict):
         raise MopError(f"{head}{prefix}: must be a mapping of fields, got {type(data).__name__}")
+    endless = first_not_finite(data, prefix)
+    if endless:
+        raise MopError(f"{head}{endless[0]}: {endless[1]!r} must be a finite number")
     try:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise MopError(head + _explain(error, data, kind, prefix)) from None
+        raise MopError(head + explain(error, data, kind, prefix)) from None
 
 
 def load(path: Path, kind: type[T], prefix: str) -> T:
@@ -70,7 +99,7 @@ def to_plain(spec: Any) -> Any:
 
 def to_yaml(spec: Any) -> str:
     """The YAML text of a spec, fields in their declared order."""
-    return str(yaml.dump(to_plain(spec), Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
+    return str(yaml.dump(to_plain(spec), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def digest(spec: Any) -> str:
@@ -114,49 +143,3 @@ def write_json(path: str, value: Any) -> None:
         print(text, end="", flush=True)
     else:
         write_text(Path(path), text)
-
-
-def _explain(error: msgspec.ValidationError, data: Any, kind: type, prefix: str) -> str:
-    """One line `field: value rule` for a msgspec refusal."""
-    text = str(error)
-    match = re.search(r" - at `(key in )?\$(.*)`$", text)
-    inner = match.group(2) if match else ""
-    message = text[: match.start()] if match else text
-    field = prefix + inner
-    cause = error.__cause__
-    if isinstance(cause, SpecError):
-        return str(cause.within(field))
-    unknown = re.match(r"Object contains unknown field `(.*)`", message)
-    if unknown:
-        known = ", ".join(_fields_at(kind, inner))
-        return f"{field}.{unknown.group(1)}: {_value_at(data, inner + '.' + unknown.group(1))!r} is an unknown field; known fields: {known}"
-    missing = re.match(r"Object missing required field `(.*)`", message)
-    if missing:
-        return f"{field}.{missing.group(1)}: missing, the field is required"
-    return f"{field}: {_value_at(data, inner)!r} is refused: {message[0].lower() + message[1:]}"
-
-
-def _steps(path: str) -> list[str]:
-    return re.findall(r"[^.\[\]]+", path)
-
-
-def _value_at(data: Any, path: str) -> Any:
-    for step in _steps(path):
-        if isinstance(data, dict):
-            data = data.get(step)
-        elif isinstance(data, list) and step.isdigit() and int(step) < len(data):
-            data = data[int(step)]
-        else:
-            return data
-    return data
-
-
-def _fields_at(kind: Any, path: str) -> list[str]:
-    for step in _steps(path):
-        hints = get_type_hints(kind) if hasattr(kind, "__struct_fields__") else {}
-        candidate = hints.get(step)
-        for option in getattr(candidate, "__args__", (candidate,)):
-            if hasattr(option, "__struct_fields__"):
-                candidate = option
-        kind = candidate if hasattr(candidate, "__struct_fields__") else kind
-    return list(getattr(kind, "__struct_fields__", ()))

@@ -16,6 +16,17 @@ UNITS: dict[str, float] = {
     "W": 1, "kW": 1e3, "USD/h": 1, "USD": 1, "params/s": 1, "Mparams/s": 1e6, "Gparams/s": 1e9, "1": 1,
 }  # fmt: skip
 
+#: What the units of each dimension are: a bandwidth in GB would be off by a factor nobody notices.
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "memory": ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"),
+    "time": ("s", "ms", "us", "h"),
+    "arithmetic": ("FLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s"),
+    "bandwidth": ("B/s", "MB/s", "GB/s", "TB/s", "GiB/s", "Gbit/s"),
+    "power": ("W", "kW"),
+    "price": ("USD/h",),
+    "update rate": ("params/s", "Mparams/s", "Gparams/s"),
+}
+
 DTYPE_BYTES: dict[str, float] = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "mxfp8": 1.03125, "nvfp4": 0.5625,
 }  # fmt: skip
