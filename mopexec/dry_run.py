@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mopexec.measure.tracker import MemoryTracker
+from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopexec.tiers import Platform
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.model import ModelSpec
@@ -73,7 +73,7 @@ def dry_run(
         raise SpecError("rank", rank, f"must lie between 0 and {world_size - 1}")
     begin = time.perf_counter()
     tracker = MemoryTracker(device_limit, host_limit, refuse=quadratic_guard(plan))
-    with fake_world(world_size, rank), FakeTensorMode(), _no_shape_propagation(tracker), tracker:
+    with fake_world(world_size, rank), FakeTensorMode(), _no_shape_propagation(), tracker:
         platform = Platform(torch.device("cpu"), fake=True)
         runner = build(plan, platform, routing="profile", seed=plan.training.seed)
         runner.step(_batches(plan))
@@ -144,7 +144,7 @@ def _batches(plan: Plan) -> list[Any]:
 
 
 @contextmanager
-def _no_shape_propagation(tracker: MemoryTracker) -> Iterator[None]:
+def _no_shape_propagation() -> Iterator[None]:
     """Leave out the global-shape fakes that DTensor propagates shapes with: memory that no rank ever has.
 
     In a real run they belong to another fake mode and show as meta tensors; here they look like real ones.
@@ -155,7 +155,7 @@ def _no_shape_propagation(tracker: MemoryTracker) -> Iterator[None]:
     original = getattr(ShardingPropagator, name)
 
     def unseen(*args: Any, **kwargs: Any) -> Any:
-        with tracker.paused():
+        with uncounted():
             return original(*args, **kwargs)
 
     setattr(ShardingPropagator, name, unseen)

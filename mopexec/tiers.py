@@ -5,15 +5,16 @@ On a CPU both tiers are ordinary memory, so the tier is a mark on the storage: h
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mopexec.measure.scope import host_allocation
-from mopexec.measure.tracker import mark_host
+from mopexec.measure.tracker import mark_host, uncounted
 
 
 class Platform:
@@ -49,6 +50,12 @@ class Platform:
         with host_allocation(category):
             tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=self.is_cuda)
         return mark_host(tensor, category)
+
+    @contextmanager
+    def bookkeeping(self) -> Iterator[None]:
+        """Tensors made inside are the process's own tables (a mesh's ranks): never counted, and real in a dry run."""
+        with uncounted(), unset_fake_temporarily():
+            yield
 
     def stream(self, name: str) -> AbstractContextManager[Any]:
         """Work inside is issued on the stream `name`, made at its first use and kept. Nothing on a CPU."""

@@ -13,7 +13,7 @@ from mopsim.spec.categories import CATEGORIES, COMPONENTS, PHASES
 class Scope:
     """The innermost names in force. One instance per process: `NOW`."""
 
-    __slots__ = ("category", "component", "host_compute", "phase", "tier")
+    __slots__ = ("category", "component", "host_compute", "phase", "tier", "uncounted")
 
     def __init__(self) -> None:
         self.category = "activations"
@@ -21,6 +21,7 @@ class Scope:
         self.phase = "forward"
         self.tier: Literal["device", "host"] = "device"
         self.host_compute = False
+        self.uncounted = False
 
 
 NOW = Scope()
@@ -103,3 +104,18 @@ class host_allocation:  # noqa: N801
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         NOW.category, NOW.tier = self._outer
+
+
+class uncounted:  # noqa: N801
+    """`with uncounted():` what is allocated inside is not this rank's memory (shape propagation, rank tables)."""
+
+    __slots__ = ("_outer",)
+
+    def __enter__(self) -> None:
+        self._outer = NOW.uncounted
+        NOW.uncounted = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        NOW.uncounted = self._outer

@@ -8,8 +8,7 @@ While any dispatch mode is active, autograd adds up gradients of a tensor used t
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,13 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopexec.measure.dispatch import plain_tensors, plain_types, returns_alias, tensors_in
-from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase
+from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase, uncounted
 from mopsim.spec.errors import MopError
 from mopsim.spec.units import format_bytes
 
 __all__ = [
     "HostRead", "MemoryTracker", "OutOfMemory", "active_tracker", "category", "component", "host_allocation",
-    "host_compute", "is_host", "mark_host", "phase", "recategorize",
+    "host_compute", "is_host", "mark_host", "phase", "recategorize", "uncounted",
 ]  # fmt: skip
 
 CUDA_BLOCK = 512  # bytes: the CUDA caching allocator rounds every block up to this
@@ -103,7 +102,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device, self._host = _Ledger(), _Ledger()
         self._device.limit, self._host.limit = device_limit, host_limit
         self._num_host = 0
-        self._paused = False
         self._refuse = refuse
         self.num_ops = 0
         self.timeline: list[tuple[int, int]] | None = [] if timeline else None
@@ -152,15 +150,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device.reset_peak()
         self._host.reset_peak()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is allocated inside is not counted (frees are)."""
-        outer, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = outer
-
     def adopt(self, tensor: Tensor, name: str) -> None:
         """Count a tensor made before the tracker was entered. A known storage changes its category."""
         for local in plain_tensors(tensor):
@@ -195,7 +184,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if not plain_types(types):
             return NotImplemented
-        if self._paused:
+        if NOW.uncounted:
             return func(*args, **(kwargs or {}))
         self.num_ops += 1
         effect = _EFFECTS.get(func)

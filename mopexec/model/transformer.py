@@ -239,9 +239,12 @@ class Transformer(nn.Module):
                 router.load.zero_()
 
 
+class _Linear(nn.Linear):
+    """A bias-free nn.Linear whose weight [outputs, inputs] is left as it is made: `init_weights` fills it."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: torch.nn.utils.skip_init would not work on fake tensors."""
+
+
 def _linear(inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """A bias-free nn.Linear with uninitialised weight [outputs, inputs]."""
-    linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Linear, inputs, outputs, bias=False, dtype=dtype, device=device
-    )
-    return linear
+    return _Linear(inputs, outputs, bias=False, dtype=dtype, device=device)

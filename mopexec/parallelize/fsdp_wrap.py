@@ -13,6 +13,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
+from mopexec.measure.scope import uncounted
 from mopexec.model import Routing, Transformer, initial_value
 from mopexec.model.initialize import is_stacked
 from mopexec.parallelize.fsdp_comm import TrackedAllGather, TrackedReduceScatter, local
@@ -32,7 +33,9 @@ def build_model(
 ) -> Transformer:
     """The sharded model on this rank; calling it with (tokens, targets, scale) gives scale * the summed loss."""
     strategy = plan.strategy
-    model = Transformer(plan.model, _dtype(strategy.precision.param), "meta", routing)
+    with uncounted():  # without storage: the shards are what is counted
+        device = "cpu" if platform.fake else "meta"
+        model = Transformer(plan.model, _dtype(strategy.precision.param), device, routing)
     _spread_experts(model, strategy, groups)
     if strategy.attention.sequence > 1:
         for layer in model.layers:
@@ -168,9 +171,10 @@ def _prefetch(model: Any, depth: int) -> None:
 @torch.no_grad()
 def _materialise(model: Any, groups: FsdpGroups, platform: Platform, seed: int, *, offload: bool) -> None:
     """Allocate the shards and fill them with the weights that every sharding of this seed starts from."""
-    model.to_empty(device="cpu" if offload else platform.device)
-    for name, parameter in model.named_parameters():
-        _fill(name, parameter, groups, seed)
+    if not platform.fake:  # fake parameters became shards when they were sharded
+        model.to_empty(device="cpu" if offload else platform.device)
+        for name, parameter in model.named_parameters():
+            _fill(name, parameter, groups, seed)
     for layer in model.layers:
         if layer.is_moe:
             layer.moe.router.balance_bias = torch.zeros_like(

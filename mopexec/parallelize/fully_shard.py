@@ -43,7 +43,8 @@ class FullyShardRunner:
     ) -> None:
         strategy = plan.strategy
         self._plan, self._platform = plan, platform
-        self._groups = make_groups(strategy, platform)
+        with platform.bookkeeping():
+            self._groups = make_groups(strategy, platform)
         profile = Routing() if routing == "learned" else Routing(plan.training.routing, strategy.micro_batch)
         self._learned = profile.learned
         with category("params"):
