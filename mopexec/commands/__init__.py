@@ -1,0 +1,1 @@
+"""What each command of mopexec does, imported when it is called."""

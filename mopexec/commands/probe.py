@@ -1,0 +1,23 @@
+"""`mopexec probe`: measure this machine, write the profile."""
+
+import sys
+from pathlib import Path
+
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+
+
+def run(out: Path, ranks: int | None, budget: float, json: str | None) -> None:
+    """Write the hardware profile of this machine to `out`."""
+    if out.is_dir():
+        raise MopError(f"--out: {out} is a directory, a file is needed")
+    from mopexec.measure.probe import probe
+
+    profile = probe(ranks, budget=budget)
+    io.write_yaml(out, profile)
+    if json is not None:
+        io.write_json(json, profile)
+    print(
+        f"{profile.name}: {profile.devices_per_node} {profile.device_kind} device(s), written to {out}",
+        file=sys.stderr if json == "-" else sys.stdout,
+    )

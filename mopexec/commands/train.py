@@ -1,0 +1,117 @@
+"""`mopexec train`: hold the plan, the text and the directory against the rules, then start the ranks."""
+
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mopexec import data, failures, plans
+from mopexec.environment import rank_of_environment, under_torchrun
+from mopexec.options import TrainOptions
+from mopsim.spec import io
+from mopsim.spec.plan import Plan
+from mopsim.spec.units import format_bytes, format_seconds
+
+
+def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
+    """The whole command; returns the exit code: 0, 1 a rank failed, 2 (raised) a mistake, 128 + n for signal
+    n.
+    """
+    plan = plans.read_plan(Path(options.plan))
+    plans.check_supported(plan)
+    if under_torchrun():
+        return _as_rank(options, plan, json)
+    plans.check_run_directory(Path(options.out), resume=options.resume)
+    tokens = data.prepare(options.data, plan.model.vocab_size, data.cache_directory(options.cache))
+    options = msgspec.structs.replace(options, tokens=str(tokens))
+    _check_with_torch(options, plan)
+    _prepare_directory(options)
+
+    from mopexec.launch import RankError, launch
+
+    try:
+        stopped_by = launch(options, plan.strategy.world_size, max_restarts=max_restarts)
+    except RankError as error:
+        print(f"mopexec: {error}", file=sys.stderr)
+        return 1
+    return _conclude(options, stopped_by, json)
+
+
+def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
+    """One rank of the user's own torchrun: the first one prepares the directory, all then train."""
+    from mopexec.worker import run_rank
+
+    first = rank_of_environment() == 0
+    if first:
+        plans.check_run_directory(Path(options.out), resume=options.resume)
+        _prepare_directory(options)
+    failure = run_rank(options)
+    if failure is not None:
+        print(f"mopexec: {failures.one_line(failure)}", file=sys.stderr)
+        return failures.exit_code(failure)
+    return _conclude(options, "", json) if first else 0
+
+
+def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
+    """The refusals that need torch: devices of this machine, text too short, a checkpoint of another run."""
+    import torch
+
+    from mopexec import checkpoint
+
+    plans.check_devices(plan, torch.cuda.device_count())
+    seed = plan.training.seed if options.seed is None else options.seed
+    dataset = data.TokenDataset(Path(options.tokens), plan.training.seq_len, seed)
+    if options.resume:
+        found = checkpoint.find(Path(options.out))
+        checkpoint.check_state(
+            checkpoint.read_state(found), checkpoint.run_state(plan, 0, seed, dataset.text_digest), found
+        )
+
+
+def _prepare_directory(options: TrainOptions) -> None:
+    out = Path(options.out)
+    io.write_text(out / "plan.yaml", io.read_text(Path(options.plan)))
+    for name in ("summary.json", "measurement.yaml"):
+        (out / name).unlink(missing_ok=True)
+    for old in (out / "checkpoints").glob(".writing_*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
+    """Say how it ended, from what the first rank wrote."""
+    summary = Path(options.out) / "summary.json"
+    if not summary.is_file():
+        name = stopped_by or "an unknown cause"
+        print(f"mopexec: stopped by {name} before a step and its checkpoint were done", file=sys.stderr)
+        return _signal_code(stopped_by)
+    outcome: dict[str, Any] = msgspec.json.decode(summary.read_bytes())
+    if json is not None:
+        io.write_json(json, outcome)
+    stopped_by = outcome["stopped_by"]
+    if stopped_by:
+        print(
+            f"mopexec: stopped by {stopped_by} after step {outcome['steps_done']}; "
+            f"checkpoint {outcome['checkpoint']}; go on with --resume",
+            file=sys.stderr,
+        )
+        return _signal_code(stopped_by)
+    print(_summary(outcome), file=sys.stderr if json == "-" else sys.stdout)
+    return 0
+
+
+def _signal_code(name: str) -> int:
+    return 128 + signal.Signals[name] if name else 1
+
+
+def _summary(outcome: dict[str, Any]) -> str:
+    predicted = outcome["predicted_step_time_s"]
+    against = f" (predicted {format_seconds(predicted)})" if predicted else ""
+    return (
+        f"{outcome['steps_done']} steps: loss {outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}, "
+        f"{format_seconds(outcome['step_time_s'])} a step{against}, {outcome['tokens_per_s']:,.0f} tokens/s, "
+        f"peak memory {format_bytes(outcome['peak_memory_bytes'])} device, "
+        f"{format_bytes(outcome['host_memory_bytes'])} host; in {outcome['run']}"
+    )

@@ -1,0 +1,106 @@
+"""Starting the ranks: torchrun's own agent inside this process, and what became of them in one line."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mopexec import failures
+from mopexec.options import TrainOptions
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+
+SHUTDOWN_SECONDS = 600  # how long ranks may take to end their step and write a checkpoint after a signal
+
+
+class RankError(Exception):
+    """A rank ended on an error that is not the user's: one line that names it, exit code 1."""
+
+
+def launch(options: TrainOptions, world_size: int, *, max_restarts: int = 0) -> str:
+    """Run `world_size` ranks of `mopexec.worker` on this machine; returns the signal that stopped them, or
+    ''.
+
+    Raises MopError where a rank met a user's mistake, RankError where one failed or was killed. No rank
+    outlives it.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logs = Path(options.out) / failures.LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    failures.clear(logs)
+    _quiet_environment(world_size)
+    config = _config(world_size, logs, max_restarts, to_stderr=options.console == "stderr")
+    arguments = ("-m", "mopexec.worker", json.dumps(io.to_plain(options)))
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except SignalException as error:
+        return signal.Signals(error.sigval).name
+    except KeyboardInterrupt:
+        return "SIGINT"
+    except ChildFailedError as error:
+        raise _explain(error.failures, logs) from None
+    return ""
+
+
+def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) -> Any:
+    """One node, rendezvous on a free port; output of all ranks but the first in files, its errors too."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    redirects = dict.fromkeys(range(world_size), Std.ALL)
+    redirects[0] = Std.OUT if to_stderr else Std.ERR
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=uuid.uuid4().hex[:8],
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        monitor_interval=0.1,
+        local_addr="localhost",
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects),
+    )
+
+
+def _quiet_environment(world_size: int) -> None:
+    """Threads of a rank, time to end well after a signal, and no chatter of the agent on the user's
+    terminal.
+    """
+    from mopexec.tiers import Platform
+
+    if not Platform.detect().is_cuda and world_size > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+
+
+def _explain(found: dict[int, Any], logs: Path) -> Exception:
+    """The first cause: a rank that a signal ended, else the earliest reported failure, else an exit code.
+
+    A SIGTERM is the agent's own, to the ranks that were left.
+    """
+    killed = {rank: failure for rank, failure in found.items() if failure.exitcode < 0}
+    for rank, failure in killed.items():
+        if -failure.exitcode != signal.SIGTERM:
+            name = str(-failure.exitcode)
+            with suppress(ValueError):
+                name = signal.Signals(-failure.exitcode).name
+            hint = " (out of memory on this machine?)" if name == "SIGKILL" else ""
+            return RankError(
+                f"rank {rank} was ended by {name}{hint}; the other ranks were stopped; logs in {logs}"
+            )
+    reported = failures.first(logs)
+    if reported is not None:
+        line = failures.one_line(reported)
+        return MopError(line) if reported.user_mistake else RankError(line)
+    rank, failure = min(found.items(), key=lambda item: item[1].exitcode == -signal.SIGTERM)
+    return RankError(f"rank {rank} ended with exit code {failure.exitcode}; logs in {logs}")

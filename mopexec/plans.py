@@ -1,0 +1,51 @@
+"""Reading a plan and holding it against this machine: refusals of one line, before anything is started."""
+
+from pathlib import Path
+
+from mopsim.spec import io, support
+from mopsim.spec.errors import MopError, SpecError
+from mopsim.spec.plan import Plan
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a YAML file. Raises MopError or SpecError naming the field, its value and the rule."""
+    return io.load(path, Plan, "plan")
+
+
+def check_supported(plan: Plan) -> None:
+    """Refuse a model or a mechanism that mopexec does not run, by name. Raises SpecError."""
+    refusal = support.runnable(plan.strategy, plan.model)
+    if refusal is not None:
+        raise refusal.within("plan")
+
+
+def check_world(plan: Plan, world_size: int) -> None:
+    """Refuse a launch of another number of ranks than the plan is for. Raises SpecError."""
+    wanted = plan.strategy.world_size
+    if world_size != wanted:
+        raise SpecError("plan.strategy.world_size", wanted, f"is not the {world_size} ranks of this launch")
+
+
+def check_devices(plan: Plan, num_devices: int) -> None:
+    """Refuse more ranks than this machine's accelerators (0: a CPU, where ranks may share cores)."""
+    wanted = plan.strategy.world_size
+    if 0 < num_devices < wanted:
+        raise SpecError(
+            "plan.strategy.world_size",
+            wanted,
+            f"is more than the {num_devices} accelerator(s) of this machine; use torchrun for several nodes",
+        )
+
+
+def check_run_directory(path: Path, *, resume: bool) -> None:
+    """Refuse an output path that is a file, or holds something and is not to be resumed. Creates nothing."""
+    if path.exists() and not path.is_dir():
+        raise MopError(f"--out: {path} is a file, a directory is needed")
+    parent = next((above for above in path.absolute().parents if above.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise MopError(f"--out: {path} cannot be made, {parent} is a file")
+    occupied = path.is_dir() and any(path.iterdir())
+    if occupied and not resume:
+        raise MopError(f"--out: {path} is not empty; give --resume to go on with it, or another directory")
+    if resume and not occupied:
+        raise MopError(f"--resume: {path} holds no run to go on with")

@@ -1,0 +1,48 @@
+"""One rank of a training run, from its first line to its exit code. Run by the launcher: `-m mopexec.worker
+OPTIONS`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from mopexec import failures
+from mopexec.environment import rank_of_environment
+from mopexec.options import TrainOptions
+from mopexec.signals import StopRequest, end_with_parent
+from mopsim.spec import io
+
+
+def run_rank(options: TrainOptions) -> int:
+    """Train as this rank; returns the exit code. What went wrong is one line on standard error and in
+    logs/.
+    """
+    from mopexec import plans
+    from mopexec.job import join
+    from mopexec.parallelize.apply import build
+    from mopexec.train import train
+
+    rank = rank_of_environment()
+    try:
+        with StopRequest() as stop:
+            plan = plans.read_plan(Path(options.plan))
+            with join() as job:
+                plans.check_world(plan, job.world_size)
+                train(options, plan, job, build, stop)
+    except Exception as error:
+        return failures.report(Path(options.out) / failures.LOGS, rank, error)
+    return None
+
+
+def main() -> None:
+    """Entry of a rank that the launcher started: it ends when the launcher does."""
+    end_with_parent()
+    failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failures.exit_code(failure))  # a rank whose peers are gone must not wait for them at exit
+
+
+if __name__ == "__main__":
+    main()
