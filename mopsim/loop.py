@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mopsim.commands.compare import directory
 from mopsim.engine import SimResult, simulate
@@ -28,7 +28,7 @@ MODEL = "tiny"
 RANKS = 2
 SEQ_LEN, GLOBAL_BATCH = 512, 4
 LEARNING_RATE, WARMUP_STEPS = 4e-3, 8
-PRECISION = "float32"
+PRECISION: Literal["float32"] = "float32"
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile) -> Contender:
     before = _simulate(plan, hardware)
     with loop.stage(f"train {name} for {loop.steps} steps"):
         loop.mopexec(
-            "train", "--plan", str(path), "--data", "python", "--steps", str(loop.steps), "--out", str(folder)
+            "train", "--plan", str(path), "--data", "python", "--steps", str(loop.steps), "--no-final-checkpoint", "--out", str(folder)
         )
     measured = io.load(folder / "measurement.yaml", Measurement, "measurement")
     lines = [json.loads(line) for line in io.read_text(folder / "metrics.jsonl").splitlines() if line.strip()]

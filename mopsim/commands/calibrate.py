@@ -1,9 +1,39 @@
 """`mopsim calibrate`: a corrected profile from measured runs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from mopsim.spec.errors import MopError
+from rich.table import Table
+
+from mopsim.calibrate import CalibrationResult, calibrate, load_measurement
+from mopsim.commands.inputs import human
+from mopsim.spec import io
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.units import format_seconds
 
 
 def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -> None:
-    raise MopError("not yet")
+    """Fit, show what remains, write the new profile."""
+    result = calibrate(load_profile(profile), [load_measurement(ref) for ref in measurements])
+    io.write_yaml(Path(out), result.profile)
+    console = human(json)
+    console.print(residuals(result))
+    console.print(
+        f"{result.profile.name} (digest {io.digest(result.profile)}) written to {out}; "
+        f"expect a step within about {result.uncertainty:.0%}"
+    )
+    if json:
+        io.write_json(json, result.to_json())
+
+
+def residuals(result: CalibrationResult) -> Table:
+    """Measured and predicted seconds by kind of work and run."""
+    table = Table(title="seconds of one step, predicted against measured", title_justify="left")
+    for name in ("run", "kind", "measured", "before", "after", "held out"):
+        table.add_column(name, justify="left" if name in ("run", "kind") else "right")
+    for row in result.residuals:
+        held = "" if row.held_out is None else f"{row.error(row.held_out):+.0%}"
+        cells = (f"{row.error(row.before):+.0%}", f"{row.error(row.after):+.0%}", held)
+        style = "bold" if row.kind == "step" else None
+        table.add_row(row.run, row.kind, format_seconds(row.measured), *cells, style=style)
+    return table

@@ -25,7 +25,7 @@ COLOURS = {
 }  # fmt: skip
 SERIES = ("#ca6f1e", "#1b4f72", "#117864", "#922b21", "#8e44ad", "#7d6608", "#2e86c1", "#515a5a")
 
-RC = {
+RC: Any = {
     "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10, "figure.dpi": 110, "savefig.dpi": 110,
 }  # fmt: skip

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from mopsim.engine import SimResult
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.units import format_bytes, format_seconds
 
-COLUMNS = (
-    "strategy", "step", "tokens/s/device", "MFU", "device memory", "of limit", "host memory", "exposed comm.", "verdict",
-)  # fmt: skip
+COLUMNS = ("strategy", "step", "tok/s/dev", "MFU", "memory", "limit", "host", "exposed", "verdict")
+"""tok/s/dev: tokens per second and device. memory: device peak. limit: share of the usable device memory. exposed: seconds
+of compute waiting for communication and copies."""
 
 
 def describe(strategy: Strategy) -> str:
@@ -59,16 +61,17 @@ def row(result: SimResult) -> list[str]:
     ]  # fmt: skip
 
 
-def comparison(results: Sequence[SimResult], title: str) -> Table:
-    """Strategies side by side."""
+def comparison(results: Sequence[SimResult], title: str) -> Group:
+    """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed."""
     table = Table(title=title, title_justify="left")
-    for position, name in enumerate(COLUMNS):
-        table.add_column(
-            name, justify="left" if position in (0, len(COLUMNS) - 1) else "right", overflow="fold"
-        )
-    for result in results:
-        table.add_row(*row(result), style=None if result.fits else "red")
-    return table
+    for position, name in enumerate(("", *COLUMNS[1:])):
+        table.add_column(name, justify="left" if position == len(COLUMNS) - 1 else "right", overflow="fold")
+    lines = []
+    for number, result in enumerate(results, 1):
+        cells = row(result)
+        table.add_row(str(number), *cells[1:], style=None if result.fits else "red")
+        lines.append(Text(f"{number:>3}  {cells[0]}"))
+    return Group(table, *lines)
 
 
 def breakdown(result: SimResult) -> Table:

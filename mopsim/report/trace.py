@@ -1,7 +1,7 @@
 """A simulated step as a Chrome/Perfetto trace."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mopsim.spec.io import write_text
 def chrome_trace(
     spans: Sequence[Span],
     curve: Sequence[tuple[float, float]],
-    categories: dict[str, Sequence[int]],
+    categories: Mapping[str, Sequence[int]],
     metadata: dict[str, Any],
 ) -> dict[str, Any]:
     """The Trace Event Format (microseconds): a thread per stream, and counters of device memory in bytes."""

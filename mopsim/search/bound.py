@@ -66,7 +66,10 @@ class _Bounder:
         self.space, self.problem, self.sizes = space, space.problem, Sizes.of(space)
         self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
         self.model, self.hardware = self.problem.model, self.problem.hardware
-        precision = space.build(0).precision
+        first = space.build(0)
+        precision = first.precision
+        self.separate_master = precision.master != "param"
+        self.fully_shard = first.runtime == "fully_shard"
         self.compute = DTYPE_BYTES[precision.compute]
         self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
         self.reduce = DTYPE_BYTES[precision.reduce]
@@ -87,26 +90,33 @@ class _Bounder:
 
     def held(self) -> tuple[Reals, Reals]:
         """Parameters per rank: (that the weights take, that the optimizer state takes). Ceilings left out."""
-        c, split = self.c, self.c["pipeline"] * self.c["tensor"]
-        sharded = self.sizes.dense / (split * c["dense_shard"])
-        sharded = sharded + self.sizes.head / np.where(self.ring, self.stage, split * c["dense_shard"])
+        c, split, zero3 = self.c, self.c["pipeline"] * self.c["tensor"], self.c["zero"] == 3
+        dense_shard = np.where(zero3, c["dense_shard"], self.stage / c["tensor"])
+        replicas = self.stage / (c["experts"] * c["expert_tensor"])
+        sharded = self.sizes.dense / (split * dense_shard)
+        sharded = sharded + self.sizes.head / np.where(self.ring, self.stage, split * dense_shard)
         experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
-        state = sharded + experts / c["expert_shard"]
+        state = sharded + experts / np.where(zero3, c["expert_shard"], replicas)
         whole = (self.sizes.dense + self.sizes.head) / split + experts
-        return np.where(c["zero"] == 3, state, whole), state
+        return np.where(zero3, state, whole), state
 
     def master(self) -> Reals:
         """Bytes of master weights per parameter: none where the parameter shard is the master."""
-        separate = self.space.family != "fsdp2" and not (self.param == self.wide)
-        streamed = (self.space.family == "mop") & (self.c["state"] == STREAMED)
-        always = separate or self.space.family == "zero_offload"
-        return np.where(streamed | always, self.wide, 0.0)
+        streamed = self.c["state"] == STREAMED
+        return np.asarray(np.where(streamed | self.separate_master, self.wide, 0.0))
 
     def boundary(self) -> Reals:
-        """Bytes of the layer inputs that wait for the backward, and without recompute of q, k, v and the output too."""
+        """Bytes of the layer inputs that wait for the backward; without recompute, of one more value as wide."""
         m, c = self.model, self.c
-        width = m.hidden_size + np.where(c["recompute"] == 1, 0, m.hidden_size)
-        return m.num_hidden_layers / c["pipeline"] * self.tokens / c["tensor"] * width * self.compute
+        kept = (
+            np.where(c["recompute"] == 1, 0, m.hidden_size)
+            if self.fully_shard
+            else np.zeros_like(self.tokens)
+        )
+        width = m.hidden_size + kept
+        return np.asarray(
+            m.num_hidden_layers / c["pipeline"] * self.tokens / c["tensor"] * width * self.compute
+        )
 
     def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
         c, on_device = self.c, self.c["state"] == DEVICE
@@ -114,7 +124,7 @@ class _Bounder:
         params = np.where(c["offload"] == 1, 0, weights * self.param)
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
         optimizer = np.where(on_device, state * (self.master() + self.moments), 0)
-        early = np.where(self.space.family == "fsdp2", 0.0, grads)
+        early = np.zeros_like(grads) if self.fully_shard else grads
         boundaries = np.where(c["boundary_host"] == 1, 0, self.boundary())
         vocabulary = self.model.vocab_size / np.maximum(c["vocabulary"], c["tensor"])
         logits = self.tokens / c["loss_slices"] * vocabulary * self.compute
@@ -136,11 +146,17 @@ class _Bounder:
         return off + np.where(self.c["boundary_host"] == 1, self.boundary(), 0)
 
     def time(self) -> Reals:
-        """The slowest stream, and the optimizer after it. Compute loses `communication_share` while a fabric is busy."""
+        """The slowest stream, then the optimizer. Compute loses `communication_share` beside a busy fabric."""
         wires = np.maximum.reduce(self.wire_times())
         compute = self.compute_time() + self.hardware.communication_share * wires
-        constant = self.hardware.corrections["step"].overhead if "step" in self.hardware.corrections else 0.0
-        return np.maximum.reduce([compute, wires, self.copy_time()]) + self.optimizer_time() + constant
+        constant = self.constant()
+        slowest = np.maximum.reduce([compute, wires, self.copy_time()])
+        return np.asarray(slowest + self.optimizer_time() + constant)
+
+    def constant(self) -> float:
+        """Calibrated seconds per step."""
+        correction = self.hardware.corrections.get("step")
+        return correction.overhead if correction else 0.0
 
     def scale(self, kind: str) -> float:
         """What calibration multiplies a kind of work by; 0 where a negative overhead could undo any of it."""
@@ -171,7 +187,9 @@ class _Bounder:
         seconds = seconds + share * core / curve.peak.si * attention * self.scale("attention")
         chunks = np.maximum(self.c["chunks"], 1) * self.sizes.moe_layers
         launches = self.microbatches * 20 * (self.model.num_hidden_layers + chunks) / self.c["pipeline"]
-        return seconds + launches * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
+        return np.asarray(
+            seconds + launches * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
+        )
 
     def wire_times(self) -> list[Reals]:
         """Seconds of each fabric: gathers and reductions of weights, sequence and expert exchanges, the ring."""
@@ -202,7 +220,7 @@ class _Bounder:
         c, m = self.c, self.model
         ones, layers = np.ones(len(self.space)), float(m.num_hidden_layers)
         found = []
-        if self.space.family != "megatron":
+        if (c["zero"] == 3).all():
             dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers
             gathers = np.maximum(c["recompute"], c["reshard"]) + 1
             found.append(

@@ -1,7 +1,7 @@
 """The candidates of a family as columns of a table: hundreds of thousands cost milliseconds, none is built before it is needed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,15 +12,17 @@ from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+from mopsim.strategies import State, fsdp2, megatron, mop, zero_offload
 
 Column = NDArray[np.int64]
+Values = Sequence[int] | Sequence[tuple[int, ...]]
+Axes = dict[str | tuple[str, ...], Values]
 
 #: Codes of the `state` column (where the optimizer lives) and of the `loss` column.
 DEVICE, STREAMED, HOST = 0, 1, 2
 FULL, CHUNKED, RING, VOCAB_PARALLEL = 0, 1, 2, 3
 
-STATES = ("device", "host_streamed", "host")
+STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 LOSSES = ("full", "chunked", "ring", "vocab_parallel")
 
 DEFAULTS = {
@@ -86,7 +88,7 @@ def generate(problem: Problem, family: str) -> Space:
     return Space(family, problem, columns, rejected)
 
 
-def _product(axes: dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]) -> dict[str, Column]:
+def _product(axes: Axes) -> dict[str, Column]:
     """Columns of the Cartesian product. A key that is a tuple of names takes tuples of values that go together."""
     counts = [len(values) for values in axes.values()]
     places = np.indices(counts).reshape(len(counts), -1)
@@ -112,7 +114,7 @@ def _relations(
         return world // c["pipeline"]
 
     def groups(c: dict[str, Column]) -> Column:
-        return stage(c) // np.maximum(c["tensor"] * c["sequence"], 1)
+        return np.asarray(stage(c) // np.maximum(c["tensor"] * c["sequence"], 1))
 
     def tokens(c: dict[str, Column]) -> Column:
         return c["micro_batch"] * training.seq_len // c["sequence"]
@@ -183,7 +185,7 @@ def _slices(used: bool) -> list[int]:
     return [1, 8] if used else [1]
 
 
-def _mop_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+def _mop_axes(problem: Problem) -> Axes:
     model = problem.model
     return {
         "micro_batch": _micro_batches(problem),
@@ -200,7 +202,7 @@ def _mop_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[
     }
 
 
-def _fsdp2_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+def _fsdp2_axes(problem: Problem) -> Axes:
     world = problem.world_size
     return {
         "micro_batch": _micro_batches(problem),
@@ -214,7 +216,7 @@ def _fsdp2_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | lis
     }
 
 
-def _zero_offload_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+def _zero_offload_axes(problem: Problem) -> Axes:
     return {
         "micro_batch": _micro_batches(problem),
         "sequence": _sequences(problem),
@@ -226,7 +228,7 @@ def _zero_offload_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int
     }
 
 
-def _megatron_axes(problem: Problem) -> dict[str | tuple[str, ...], list[int] | list[tuple[int, ...]]]:
+def _megatron_axes(problem: Problem) -> Axes:
     model, world, node = problem.model, problem.world_size, problem.hardware.devices_per_node
     tensor = [d for d in divisors(world) if d <= node and model.num_attention_heads % d == 0]
     expert = sorted(

@@ -1,0 +1,182 @@
+"""The search: legal candidates, bounds that hold, pruning that loses nothing, and a result when nothing fits."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mopsim.engine import simulate
+from mopsim.layers.tensors import total_params
+from mopsim.search import Options, search
+from mopsim.search.bound import bound
+from mopsim.search.pool import Pool
+from mopsim.search.space import AXES, Problem, generate
+from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.support import runnable
+from mopsim.spec.training import TrainSpec
+
+CASES = (
+    ("tiny", "cpu-2core", 1, 512, 4, "float32"),
+    ("tiny", "cpu-2core", 2, 1024, 8, "float64"),
+    ("olmoe_1b_7b", "h200-sxm-141g", 1, 4096, 16, "bfloat16"),
+    ("qwen3_30b_a3b", "h100-sxm-80g", 2, 8192, 32, "bfloat16"),
+    ("mop_120b", "h200-sxm-141g", 2, 131072, 16, "bfloat16"),
+)
+
+
+def problem(case: int) -> Problem:
+    model, hardware, nodes, seq_len, batch, precision = CASES[case]
+    spec = load_model(model)
+    training = TrainSpec(seq_len=seq_len, global_batch=batch)
+    return Problem(spec, load_profile(hardware), nodes, training, total_params(spec), precision)  # type: ignore[arg-type]
+
+
+def with_memory(hardware: HardwareProfile, device: float, host: float | None = None) -> HardwareProfile:
+    """The same machine with other memory sizes, bytes."""
+
+    def size(value: float) -> Quantity:
+        return Quantity(value=value, unit="B", tag="assumed", source="test")
+
+    replace = msgspec.structs.replace
+    new = replace(hardware, device=replace(hardware.device, memory=size(device), reserved=size(0)))
+    return new if host is None else replace(new, host=replace(new.host, memory=size(host)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(case=st.integers(0, len(CASES) - 1), family=st.sampled_from(sorted(AXES)), place=st.floats(0, 1, exclude_max=True))
+def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float) -> None:
+    given_problem = problem(case)
+    space = generate(given_problem, family)
+    index = int(place * len(space))
+    bounds = bound(space)
+    strategy = space.build(index)
+    found = simulate(given_problem.model, given_problem.hardware, given_problem.num_nodes, strategy, given_problem.training)
+    assert bounds.time[index] <= found.step_time * (1 + 1e-9)
+    assert bounds.device[index] <= found.peak_memory + 1
+    assert bounds.host[index] <= found.host_memory + 1
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("family", sorted(AXES))
+def test_every_generated_row_is_a_legal_strategy(case: int, family: str) -> None:
+    given_problem = problem(case)
+    space = generate(given_problem, family)
+    assert len(space)
+    for index in np.linspace(0, len(space) - 1, 40).astype(int):
+        strategy = space.build(int(index))
+        strategy.check_model(given_problem.model)
+        given_problem.training.check_strategy(strategy)
+
+
+@pytest.mark.parametrize("family", ["mop", "fsdp2", "zero_offload"])
+def test_families_are_run_by_mopexec(family: str) -> None:
+    space = generate(problem(0), family)
+    for index in range(0, len(space), max(1, len(space) // 50)):
+        assert runnable(space.build(index), space.problem.model) is None
+
+
+def test_megatron_is_not_run_and_says_why() -> None:
+    space = generate(problem(0), "megatron")
+    reason = runnable(space.build(0), space.problem.model)
+    assert reason is not None
+    assert reason.field.startswith("strategy.")
+
+
+def test_search_without_a_budget_finds_the_best_of_all() -> None:
+    """Pruning loses nothing: the winner of an exhausted search is the fastest of every simulated candidate."""
+    p = problem(0)
+    hardware = with_memory(p.hardware, 70e6)
+    found = search(p.model, hardware, 1, p.training, Options(("zero_offload",), budget=10_000, precision="float32"))
+    assert found.proven
+    space = generate(msgspec_problem(p, hardware), "zero_offload")
+    times = []
+    for index in range(len(space)):
+        result = simulate(p.model, hardware, 1, space.build(index), p.training)
+        if result.fits:
+            times.append(result.step_time)
+    assert found.best is not None
+    assert found.best.step_time == min(times)
+
+
+def msgspec_problem(p: Problem, hardware: HardwareProfile) -> Problem:
+    return Problem(p.model, hardware, p.num_nodes, p.training, p.total_params, p.precision)
+
+
+def test_counts_add_up() -> None:
+    p = problem(0)
+    found = search(p.model, p.hardware, 1, p.training, Options(("fsdp2",), budget=20, precision="float32"))
+    left = {name: count for name, count in found.rejected.items() if "global batch" not in name}
+    ranked_or_slower = found.simulated - sum(c for name, c in left.items() if "simulated" in name or "equal" in name)
+    assert sum(left.values()) + ranked_or_slower == found.candidates == found.bounded
+    assert found.simulated <= 20
+    assert [one.step_time for one in found.top] == sorted(one.step_time for one in found.top)
+
+
+def test_nothing_fits_is_a_result_that_says_what_stops_it() -> None:
+    p = problem(0)
+    hardware = with_memory(p.hardware, 2e6)
+    found = search(p.model, hardware, 1, p.training, Options(("mop",), budget=30, precision="float32"))
+    assert found.best is None
+    assert found.closest is not None
+    assert found.closest.over is not None
+    assert "nothing fits" in found.verdict()
+    written = found.to_json()
+    assert written["best"] is None
+    assert written["top"] == []
+    assert isinstance(written["closest"], dict)
+
+
+def test_host_memory_rules_out_offloading() -> None:
+    p = problem(0)
+    hardware = with_memory(p.hardware, 1e9, host=2e6)
+    found = search(p.model, hardware, 1, p.training, Options(("zero_offload",), precision="float32"))
+    assert found.best is None
+    assert found.rejected["host memory, bound"] == found.candidates
+
+
+def test_a_model_that_mopexec_does_not_run_needs_any() -> None:
+    p = problem(0)
+    model = load_model("deepseek_v3")
+    training = TrainSpec(seq_len=4096, global_batch=256)
+    hardware = load_profile("h200-sxm-141g")
+    found = search(model, hardware, 32, training, Options(("fsdp2",), budget=3))
+    assert found.simulated == 0
+    assert "model.attention" in found.verdict()
+    assert p.model.name == "tiny"
+    anyway = search(model, hardware, 32, training, Options(("fsdp2",), budget=3, any_plan=True))
+    assert anyway.simulated == 3
+
+
+def test_more_memory_never_makes_the_best_slower() -> None:
+    p = problem(0)
+    best = []
+    for memory in (50e6, 80e6, 1e9):
+        options = Options(("zero_offload",), budget=10_000, precision="float32")
+        found = search(p.model, with_memory(p.hardware, memory), 1, p.training, options)
+        best.append(found.best.step_time if found.best else float("inf"))
+    assert best == sorted(best, reverse=True)
+
+
+def test_bounds_cost_microseconds() -> None:
+    """Two seconds of slack on what takes about half a second: a hundred thousand candidates and more."""
+    import time
+
+    p = problem(4)
+    started = time.perf_counter()
+    space = generate(p, "mop")
+    bound(space)
+    assert len(space) > 100_000
+    assert (time.perf_counter() - started) / len(space) < 2e-5
+
+
+def test_neighbours_differ_in_one_decision() -> None:
+    space = generate(problem(0), "mop")
+    pool = Pool.of(space, bound(space), np.arange(len(space)))
+    mine = space.row(int(pool.rows[7]))
+    together = {"expert_shard": "experts", "bucket": "state"}
+    for position in pool.neighbours(7):
+        other = space.row(int(pool.rows[position]))
+        assert len({together.get(name, name) for name in mine if mine[name] != other[name]}) == 1

@@ -1,0 +1,70 @@
+"""The families: what each sets, at every precision."""
+
+import pytest
+
+from mopsim.spec.errors import SpecError
+from mopsim.spec.io import convert, to_plain
+from mopsim.spec.presets import load_model
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.support import runnable, unsupported
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+
+FAMILIES = {"mop": mop, "fsdp2": fsdp2, "zero_offload": zero_offload, "megatron": megatron}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "float64"])
+def test_a_family_survives_yaml(family: str, precision: str) -> None:
+    strategy = FAMILIES[family](8, precision=precision)  # type: ignore[operator]
+    assert convert(to_plain(strategy), Strategy, "strategy") == strategy
+
+
+def test_mop_is_the_papers() -> None:
+    """arXiv 2607.01844: bf16 weights and gradients on the device, fp32 state streamed from the host, full recompute."""
+    s = mop(16, sequence=2, experts=16, vocabulary=8)
+    assert (s.attention.sequence, s.experts.degree, s.vocabulary.degree, s.dense.shard) == (2, 16, 8, 16)
+    assert (s.runtime, s.vocabulary.loss, s.activations.recompute, s.activations.boundary_tier) == (
+        "flat_units", "ring", "full", "host",
+    )  # fmt: skip
+    assert (s.optimizer.state_tier, s.optimizer.update_on) == ("host", "device")
+    assert (s.precision.param, s.precision.grad, s.precision.master) == ("bfloat16", "bfloat16", "float32")
+
+
+def test_experts_are_sharded_over_their_replicas() -> None:
+    assert mop(16, experts=4).experts.shard == 4
+    assert fsdp2(16, experts=2).experts.shard == 8
+
+
+def test_fsdp2_holds_its_master_in_the_shard() -> None:
+    s = fsdp2(8, offload=True)
+    assert s.runtime == "fully_shard"
+    assert (s.precision.param, s.precision.compute, s.precision.master) == ("float32", "bfloat16", "param")
+    assert (s.dense.param_tier, s.dense.grad_tier, s.optimizer.state_tier, s.optimizer.update_on) == ("host",) * 4
+
+
+def test_float64_is_float64_everywhere() -> None:
+    for family in (mop, fsdp2, zero_offload):
+        p = family(2, precision="float64").precision
+        assert {p.compute, p.param, p.reduce, p.grad, p.moments} == {"float64"}
+        assert p.master in ("param", "float64")
+
+
+def test_a_degree_that_does_not_divide_is_refused_by_name() -> None:
+    with pytest.raises(SpecError, match=r"attention.sequence: 3 does not divide the 8 ranks"):
+        mop(8, sequence=3)
+    with pytest.raises(SpecError, match=r"experts.degree: 5 does not divide"):
+        fsdp2(8, experts=5)
+    with pytest.raises(SpecError, match=r"dense.tensor: 3 does not divide"):
+        megatron(8, tensor=3)
+
+
+def test_support_names_the_field() -> None:
+    tiny = load_model("tiny")
+    assert runnable(mop(2), tiny) is None
+    assert runnable(fsdp2(2), tiny) is None
+    assert runnable(zero_offload(2), tiny) is None
+    fields = {error.field for error in unsupported(megatron(4, tensor=2, pipeline=2), tiny)}
+    assert {"strategy.pipeline.degree", "strategy.dense.tensor", "strategy.dense.zero"} <= fields
+    reason = runnable(mop(2), load_model("deepseek_v3"))
+    assert reason is not None
+    assert reason.field == "model.attention"
