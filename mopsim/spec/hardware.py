@@ -4,7 +4,7 @@ from typing import Literal
 
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
-from mopsim.spec.units import DIMENSIONS, UNITS
+from mopsim.spec.units import DIMENSIONS, DTYPE_BYTES, UNITS
 
 Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
 WORK_KINDS = (
@@ -62,6 +62,7 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
     source: str
 
     def __post_init__(self) -> None:
+        require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, f"is not one of {', '.join(DTYPE_BYTES)}")
         require_dimension(self, "arithmetic", "peak")
         require(0 < self.efficiency <= 1, "efficiency", self.efficiency, "must lie in (0, 1]")
         for field in ("m_half", "n_half", "k_half"):
@@ -209,6 +210,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
 
     communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU cores:
     1 means that the two cannot overlap at all). corrections: by kind of work, plus "step" (a constant per step).
+    calibrated_from: digest of the uncorrected profile that the corrections were fitted on.
     """
 
     name: str
@@ -223,6 +225,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     price_per_device_hour: Quantity | None = None
     corrections: dict[str, Correction] = {}
     framework_memory_scale: float = 1.0
+    calibrated_from: str = ""
     notes: str = ""
 
     def __post_init__(self) -> None:

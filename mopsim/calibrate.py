@@ -1,0 +1,332 @@
+"""Calibration: a profile and measured runs -> a corrected profile, its residuals and uncertainty.
+
+Per kind of work, measured busy seconds are compared with simulated ones: `scale`, and an overhead per op
+where runs differ enough to tell. What is left of the step then goes to a cost per op of the compute stream
+(the executor's own Python), a constant per step, and a common factor. Corrections are fitted on the
+uncorrected curves: calibrating twice is calibrating once with more runs. No run scores its own fit:
+`held_out` errors come from fits without the run.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from mopsim.calibrate_fit import SCALES, KindPoint, StepPoint, fit_kind, fit_step, median_noise
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, HardwareProfile
+from mopsim.spec.plan import Measurement, Plan
+
+COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
+"""Kinds whose ops the compute stream launches one by one."""
+UNSEEN_STRATEGY = 0.15
+"""Relative error to expect of a strategy unlike the runs, where no run could be held out to tell."""
+ROUNDS = 2
+
+
+class Simulated(Protocol):
+    """What calibration reads of a SimResult."""
+
+    @property
+    def step_time(self) -> float: ...
+    @property
+    def busy(self) -> dict[str, float]: ...
+    @property
+    def num_ops(self) -> dict[str, int]: ...
+    @property
+    def peak_memory(self) -> int: ...
+
+
+Simulate = Callable[[Plan, HardwareProfile], Simulated]
+Corrections = dict[str, Correction]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Seconds of one kind of work (or "step") in one run; errors are relative (0.1: predicted 10 % too long).
+
+    before: by the profile as given. after: by the new one, which saw this run. held_out: by one that did not
+    (None where there is but one run).
+    """
+
+    run: str
+    kind: str
+    measured: float
+    before: float
+    after: float
+    held_out: float | None
+    measured_ops: int
+    simulated_ops: int
+
+    def error(self, predicted: float) -> float:
+        """Relative error of a prediction; 0 where nothing was measured."""
+        return predicted / self.measured - 1.0 if self.measured else 0.0
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """The new profile. uncertainty: relative standard error of a predicted step. runs: digests."""
+
+    profile: HardwareProfile
+    residuals: tuple[Residual, ...]
+    uncertainty: float
+    runs: tuple[str, ...]
+
+    def step_errors(self, which: str) -> list[float]:
+        """Relative errors of the step, one per run: `which` is before, after or held_out."""
+        steps = [(row, getattr(row, which)) for row in self.residuals if row.kind == "step"]
+        return [row.error(value) for row, value in steps if value is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and relative errors, for `mopsim calibrate --json`."""
+        rows = [
+            {
+                **asdict(row),
+                "before_error": row.error(row.before),
+                "after_error": row.error(row.after),
+                "held_out_error": None if row.held_out is None else row.error(row.held_out),
+            }
+            for row in self.residuals
+        ]
+        return {
+            "profile": self.profile.name,
+            "digest": io.digest(self.profile),
+            "calibrated_from": self.profile.calibrated_from,
+            "runs": list(self.runs),
+            "uncertainty": self.uncertainty,
+            "step_errors": {which: self.step_errors(which) for which in ("before", "after", "held_out")},
+            "corrections": io.to_plain(self.profile.corrections),
+            "framework_memory_scale": self.profile.framework_memory_scale,
+            "residuals": rows,
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A measurement and its simulation on the uncorrected profile."""
+
+    measurement: Measurement
+    digest: str
+    base: Simulated
+
+    @property
+    def label(self) -> str:
+        return f"{self.measurement.plan.strategy.name} ({self.digest})"
+
+    @property
+    def noise(self) -> float:
+        return median_noise(self.measurement.step_times)
+
+
+def engine_simulate(plan: Plan, profile: HardwareProfile) -> Simulated:
+    """One step of a plan on a profile, by the engine."""
+    from mopsim.engine import simulate
+
+    return simulate(plan.model, profile, plan.hardware.num_nodes, plan.strategy, plan.training)
+
+
+def calibrate(
+    profile: HardwareProfile, measurements: Sequence[Measurement], simulate: Simulate = engine_simulate
+) -> CalibrationResult:
+    """Fit the profile's corrections to measured runs of plans made for it.
+
+    Raises MopError where there is no measurement, one is given twice, or one was made for other hardware.
+    """
+    digests = [io.digest(measurement) for measurement in measurements]
+    _check(profile, measurements, digests)
+    bare = uncorrected(profile)
+    runs = [_Run(m, d, simulate(m.plan, bare)) for m, d in zip(measurements, digests, strict=True)]
+    new = _corrected(profile, bare, runs, simulate)
+    held_out: list[Simulated | None] = [None] * len(runs)
+    if len(runs) > 1:
+        for i, run in enumerate(runs):
+            others = [other for other in runs if other is not run]
+            held_out[i] = simulate(run.measurement.plan, _corrected(profile, bare, others, simulate))
+    residuals = []
+    for run, unseen in zip(runs, held_out, strict=True):
+        before = simulate(run.measurement.plan, profile) if profile.corrections else run.base
+        residuals += _residuals(run, before, simulate(run.measurement.plan, new), unseen)
+    return CalibrationResult(new, tuple(residuals), _uncertainty(runs, residuals), tuple(digests))
+
+
+def uncorrected(profile: HardwareProfile) -> HardwareProfile:
+    """The profile by its curves alone: what corrections are fitted on."""
+    return msgspec.structs.replace(profile, corrections={}, framework_memory_scale=1.0)
+
+
+def _check(profile: HardwareProfile, measurements: Sequence[Measurement], digests: Sequence[str]) -> None:
+    if not measurements:
+        raise MopError("measurements: none given, at least one run is needed")
+    accepted = {io.digest(profile), profile.calibrated_from} - {""}
+    for measurement, digest in zip(measurements, digests, strict=True):
+        name, hardware = measurement.plan.strategy.name, measurement.plan.hardware
+        if digests.count(digest) > 1:
+            raise MopError(f"measurements: the run of {name} ({digest}) is given twice")
+        if hardware.digest not in accepted:
+            raise MopError(
+                f"measurements: plan.hardware.digest: {hardware.digest!r} of the run of {name} is not that of"
+                f" profile {profile.name}, {io.digest(profile)}: it was planned on profile {hardware.name}"
+            )
+
+
+def _corrected(
+    profile: HardwareProfile, bare: HardwareProfile, runs: Sequence[_Run], simulate: Simulate
+) -> HardwareProfile:
+    """`bare` with corrections fitted to `runs`: first by kind, then to the step."""
+    launch = bare.device.launch_overhead.si
+    source = "runs " + ", ".join(run.digest for run in runs)
+    by_kind = {kind: _kind(kind, bare, runs, source) for kind in WORK_KINDS}
+    corrections = {kind: correction for kind, correction in by_kind.items() if correction is not None}
+    for _ in range(ROUNDS):
+        trial = msgspec.structs.replace(bare, corrections=corrections)
+        points = [_step_point(run, simulate(run.measurement.plan, trial)) for run in runs]
+        fit = fit_step(points, launch)
+        floors = {kind: floor(bare, kind) for kind in WORK_KINDS}
+        corrections = _spread(corrections, fit.factor, fit.per_op, fit.constant, floors, source)
+    name = profile.name if profile.name.endswith("-calibrated") else f"{profile.name}-calibrated"
+    return msgspec.structs.replace(
+        bare,
+        name=name,
+        corrections=corrections,
+        framework_memory_scale=_framework(bare, runs),
+        calibrated_from=profile.calibrated_from or io.digest(profile),
+    )
+
+
+def _kind(kind: str, bare: HardwareProfile, runs: Sequence[_Run], source: str) -> Correction | None:
+    """The correction of one kind, None where no run both simulates and measures it."""
+    points = []
+    for run in runs:
+        timing, base = run.measurement.kinds.get(kind), run.base.busy.get(kind, 0.0)
+        if timing is not None and timing.seconds > 0 and base > 0:
+            spread = (timing.seconds_high - timing.seconds_low) / (2 * timing.seconds)
+            points.append(KindPoint(base, run.base.num_ops.get(kind, 0), timing.seconds, spread))
+    if not points:
+        return None
+    prior = max(bare.device.launch_overhead.si, 1e-7)
+    if kind in COLLECTIVES:
+        prior = max(prior, bare.scale_up.collectives[kind].latency.si)
+    fit = fit_kind(points, prior, floor(bare, kind))
+    return Correction(scale=fit.scale, overhead=fit.overhead, source=source)
+
+
+def floor(bare: HardwareProfile, kind: str) -> float:
+    """The least scale that keeps a kind within its datasheet peak. A CPU's is measured: no floor."""
+    if bare.device_kind == "cpu":
+        return SCALES[0]
+    device = bare.device
+    if kind == "matmul":
+        return max(curve.efficiency for curve in device.matmul)
+    if kind == "grouped_matmul":
+        return max(curve.efficiency for curve in device.grouped_matmul or device.matmul)
+    if kind == "attention":
+        return max(device.attention.forward, device.attention.backward)
+    if kind in COLLECTIVES:
+        return min(
+            max(f.collectives[kind].bandwidth.si / f.peak.si, SCALES[0])
+            for f in (bare.scale_up, bare.scale_out)
+        )
+    return SCALES[0]
+
+
+def _step_point(run: _Run, simulated: Simulated) -> StepPoint:
+    ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
+    return StepPoint(simulated.step_time, ops, run.measurement.step_time_median, run.noise)
+
+
+def _spread(
+    corrections: Mapping[str, Correction],
+    factor: float,
+    per_op: float,
+    constant: float,
+    floors: Mapping[str, float],
+    source: str,
+) -> Corrections:
+    """What is left of the step, put where the simulator prices it: on every kind, every op, and the step."""
+    new: Corrections = {}
+    for kind in WORK_KINDS:
+        old = corrections.get(kind, Correction())
+        scale = min(max(old.scale * factor, floors[kind], SCALES[0]), SCALES[1])
+        overhead = old.overhead * factor + (per_op if kind in COMPUTE_KINDS else 0.0)
+        new[kind] = Correction(scale=scale, overhead=min(overhead, 1.0), source=source)
+    before = corrections["step"].overhead if "step" in corrections else 0.0
+    new["step"] = Correction(overhead=min(max(before + constant, -1.0), 1.0), source=source)
+    return new
+
+
+def _framework(bare: HardwareProfile, runs: Sequence[_Run]) -> float:
+    """Measured over predicted peak, where an allocator measured it; tracked memory (CPU) needs none."""
+    if bare.device_kind == "cpu":
+        return 1.0
+    ratios = [run.measurement.peak_memory / max(run.base.peak_memory, 1) for run in runs]
+    return min(max(statistics.median(ratios), 1.0), 1.5)
+
+
+def _residuals(run: _Run, before: Simulated, after: Simulated, unseen: Simulated | None) -> list[Residual]:
+    rows = []
+    for kind in WORK_KINDS:
+        timing = run.measurement.kinds.get(kind)
+        if timing is None and not before.busy.get(kind):
+            continue
+        rows.append(
+            Residual(
+                run=run.label,
+                kind=kind,
+                measured=timing.seconds if timing else 0.0,
+                before=before.busy.get(kind, 0.0),
+                after=after.busy.get(kind, 0.0),
+                held_out=unseen.busy.get(kind, 0.0) if unseen else None,
+                measured_ops=timing.count if timing else 0,
+                simulated_ops=before.num_ops.get(kind, 0),
+            )
+        )
+    measured = run.measurement.step_time_median
+    seen = unseen.step_time if unseen else None
+    rows.append(Residual(run.label, "step", measured, before.step_time, after.step_time, seen, 0, 0))
+    return rows
+
+
+def _uncertainty(runs: Sequence[_Run], residuals: Sequence[Residual]) -> float:
+    """sqrt(spread^2 + noise^2): RMS error of held-out steps (or what to expect), noise of medians."""
+    steps = [row for row in residuals if row.kind == "step"]
+    held_out = [row.error(row.held_out) for row in steps if row.held_out is not None]
+    errors = held_out or [UNSEEN_STRATEGY, *(row.error(row.after) for row in steps)]
+    spread = sum(error**2 for error in errors) / (len(errors) if held_out else 1)
+    noise = statistics.fmean(run.noise**2 for run in runs)
+    return float((spread + noise) ** 0.5)
+
+
+def load_measurement(ref: str | Path) -> Measurement:
+    """The measurement of a run: its directory, or the file itself. Raises MopError in one line."""
+    path = Path(ref)
+    if not path.exists():
+        raise MopError(f"measurements: {str(ref)!r} is neither a run directory nor a measurement.yaml")
+    target = path / "measurement.yaml" if path.is_dir() else path
+    if not target.exists():
+        raise MopError(f"measurements: {str(ref)!r} has no measurement.yaml: the run has not finished")
+    return io.load(target, Measurement, "measurement")
+
+
+def run(
+    profile_path: str, run_dirs: Sequence[str], out: str, json_out: str | None = None
+) -> CalibrationResult:
+    """`mopsim calibrate`: read a profile and runs; write the new profile (`out`) and residuals (`json_out`).
+
+    Raises MopError, with nothing written, for what `calibrate` refuses, or where `out` is the profile itself.
+    """
+    from mopsim.spec.profiles import load_profile
+
+    profile = load_profile(profile_path)
+    if Path(out).exists() and Path(profile_path).exists() and Path(out).samefile(profile_path):
+        raise MopError(
+            f"out: {out!r} is the profile that is calibrated: name another file, the old one is kept"
+        )
+    result = calibrate(profile, [load_measurement(ref) for ref in run_dirs])
+    io.write_yaml(Path(out), result.profile)
+    if json_out is not None:
+        io.write_json(json_out, result.to_json())
+    return result

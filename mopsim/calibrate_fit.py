@@ -1,0 +1,142 @@
+"""The fits of calibration, on plain numbers. Runs are few, so every parameter has a prior, written here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+Array = NDArray[np.float64]
+
+SCALE_PRIOR = 1.0
+"""Standard deviation of ln(scale) of a kind around 0: a factor e either way is unsurprising."""
+FACTOR_PRIOR = 0.1
+"""Standard deviation of ln(factor) of all kinds together: profiled steps are about as fast as others."""
+CONSTANT_PRIOR = 0.03
+"""Standard deviation of the constant per step, as a part of the step."""
+LEAST_NOISE = 0.05
+"""Relative noise of a measured time, whatever its own spread says."""
+DISTINCT = 1.2
+"""Runs tell a scale from an overhead per op where their simulated seconds per op differ by this factor."""
+SCALES = (0.02, 50.0)
+"""What mopsim.spec.hardware.Correction accepts."""
+
+
+@dataclass(frozen=True)
+class KindPoint:
+    """One kind of work in one run. base: simulated seconds, uncorrected; ops: simulated; seconds: measured.
+
+    noise: relative standard deviation of what was measured.
+    """
+
+    base: float
+    ops: int
+    seconds: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class StepPoint:
+    """One run's step. simulated: seconds, kinds corrected; ops: of the compute stream; seconds: measured.
+
+    noise: relative standard deviation of what was measured.
+    """
+
+    simulated: float
+    ops: int
+    seconds: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class KindFit:
+    """seconds = scale * base + overhead * ops."""
+
+    scale: float
+    overhead: float
+
+
+@dataclass(frozen=True)
+class StepFit:
+    """seconds = factor * simulated + per_op * ops + constant."""
+
+    factor: float
+    per_op: float
+    constant: float
+
+
+def _noise(points: Sequence[KindPoint] | Sequence[StepPoint]) -> Array:
+    return np.asarray(np.maximum([point.noise for point in points], LEAST_NOISE), dtype=np.float64)
+
+
+def _solve(residuals: Any, start: list[float], lower: list[float], upper: list[float]) -> Array:
+    """Robust bounded least squares of residuals in standard deviations; beyond two they count linearly."""
+    found = least_squares(residuals, start, bounds=(lower, upper), loss="soft_l1", f_scale=2.0)
+    return np.asarray(found.x, dtype=np.float64)
+
+
+def distinct(points: Sequence[KindPoint]) -> bool:
+    """Whether the runs tell a scale from an overhead per op."""
+    per_op = [point.base / point.ops for point in points if point.ops]
+    return len(per_op) >= 2 and max(per_op) > DISTINCT * min(per_op)
+
+
+def fit_kind(points: Sequence[KindPoint], overhead_prior: float, floor: float) -> KindFit:
+    """Scale, and overhead per op (never negative) where the runs are distinct, of one kind of work.
+
+    overhead_prior: its standard deviation, seconds. floor: the least scale that physics allows. Every point's
+    base is positive.
+    """
+    base, ops, seconds = (
+        np.array([getattr(p, name) for p in points], float) for name in ("base", "ops", "seconds")
+    )
+    noise = _noise(points)
+    with_overhead = distinct(points)
+
+    def residuals(x: Array) -> Array:
+        overhead = x[1] * overhead_prior if with_overhead else 0.0
+        errors = np.log((np.exp(x[0]) * base + overhead * ops) / seconds) / noise
+        return np.append(errors, [x[0] / SCALE_PRIOR, x[1]])
+
+    low, high = np.log(max(floor, SCALES[0])), np.log(SCALES[1])
+    start = float(np.clip(np.median(np.log(seconds / base)), low + 1e-6, high - 1e-6))
+    x = _solve(residuals, [start, 0.1], [low, 0.0], [high, 1.0 / overhead_prior])
+    return KindFit(float(np.exp(x[0])), float(x[1] * overhead_prior) if with_overhead else 0.0)
+
+
+def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
+    """What the kinds leave of the step, split by what is to be expected of each part.
+
+    A cost per op (the executor's own Python; prior: about one launch overhead), a constant, and a factor
+    on all. Two or more runs tell them apart; with one, the priors share it out.
+    """
+    simulated, ops, seconds = (
+        np.array([getattr(p, name) for p in points], float) for name in ("simulated", "ops", "seconds")
+    )
+    noise, typical = _noise(points), float(np.median(seconds))
+
+    def parts(x: Array) -> tuple[float, float, float]:
+        return (
+            float(np.exp(FACTOR_PRIOR * x[0])),
+            float(launch * x[1]),
+            float(CONSTANT_PRIOR * typical * x[2]),
+        )
+
+    def residuals(x: Array) -> Array:
+        factor, per_op, constant = parts(x)
+        predicted = factor * simulated + per_op * ops + constant
+        return np.append(np.log(np.maximum(predicted, 0.01 * seconds) / seconds) / noise, x)
+
+    most = np.log(SCALES[1]) / FACTOR_PRIOR
+    x = _solve(residuals, [0.0, 0.1, 0.0], [-most, 0.0, -10.0], [most, 100.0, 30.0])
+    return StepFit(*parts(x))
+
+
+def median_noise(values: Sequence[float]) -> float:
+    """Relative standard error of the median of `values`: 1.2533 sigma / sqrt(n), sigma from the quartiles."""
+    if len(values) < 4:
+        return 0.0
+    low, middle, high = np.quantile(np.array(values), [0.25, 0.5, 0.75])
+    return float(1.2533 * (high - low) / 1.349 / middle / np.sqrt(len(values)))

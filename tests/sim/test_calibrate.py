@@ -1,0 +1,262 @@
+"""Calibration on synthetic machines whose true corrections are known, and its refusals."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mopsim import calibrate as calibration
+from mopsim.calibrate import COMPUTE_KINDS, calibrate
+from mopsim.calibrate_fit import KindPoint, StepPoint, fit_kind, fit_step, median_noise
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import Correction, HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+PROFILE = load_profile("cpu-2core")
+MODEL = ModelSpec(
+    name="m",
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=256,
+    intermediate_size=128,
+)
+WORK = {
+    "a": {
+        "matmul": (0.08, 900),
+        "memory_bound": (0.02, 3000),
+        "all_gather": (0.01, 20),
+        "attention": (0.01, 40),
+    },
+    "b": {
+        "matmul": (0.11, 300),
+        "memory_bound": (0.04, 1200),
+        "all_gather": (0.02, 90),
+        "attention": (0.02, 40),
+    },
+    "c": {
+        "matmul": (0.05, 2000),
+        "memory_bound": (0.03, 6000),
+        "all_gather": (0.04, 60),
+        "attention": (0.01, 80),
+    },
+}
+"""Strategy -> kind -> (uncorrected seconds, ops) of a world where one stream runs everything."""
+
+
+@dataclass
+class World:
+    """A simulator that adds up WORK with a profile's corrections."""
+
+    step_time: float
+    busy: dict[str, float]
+    num_ops: dict[str, int]
+    peak_memory: int = 10**9
+
+
+def simulate(plan: Plan, profile: HardwareProfile) -> World:
+    work = WORK[plan.strategy.name]
+    fixes = {kind: profile.corrections.get(kind, Correction()) for kind in (*work, "step")}
+    busy = {k: fixes[k].scale * base + fixes[k].overhead * ops for k, (base, ops) in work.items()}
+    return World(sum(busy.values()) + fixes["step"].overhead, busy, {k: ops for k, (_, ops) in work.items()})
+
+
+def measured(
+    name: str,
+    profile: HardwareProfile,
+    per_op: float = 0.0,
+    constant: float = 0.0,
+    planned: str | None = None,
+) -> Measurement:
+    """A run of strategy `name` on a machine that `profile` describes truly, plus Python per compute op."""
+    plan = Plan(
+        model=MODEL,
+        hardware=HardwareRef(
+            name=PROFILE.name,
+            digest=planned or io.digest(PROFILE),
+            num_nodes=1,
+            devices_per_node=2,
+            memory_limit=10**9,
+            host_limit=10**9,
+        ),
+        strategy=Strategy(name=name, world_size=2),
+        training=TrainSpec(seq_len=64, global_batch=2),
+    )
+    world = simulate(plan, profile)
+    step = world.step_time + constant
+    step += per_op * sum(world.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
+    kinds = {
+        kind: KindTiming(count=world.num_ops[kind], seconds=s, seconds_low=0.98 * s, seconds_high=1.02 * s)
+        for kind, s in world.busy.items()
+    }
+    return Measurement(
+        plan=plan,
+        world_size=2,
+        steps=10,
+        warmup=2,
+        step_times=tuple(step * (1 + 0.01 * (i % 3 - 1)) for i in range(9)),
+        step_time_median=step,
+        tokens_per_second=128 / step,
+        kinds=kinds,
+        peak_memory=int(1.2e9),
+        memory_by_category={"params": int(1.2e9)},
+        host_memory=0,
+        first_loss=5.0,
+        last_loss=4.0,
+        environment={},
+    )
+
+
+TRUE = {
+    "matmul": Correction(scale=1.7),
+    "memory_bound": Correction(scale=0.6, overhead=4e-6),
+    "all_gather": Correction(scale=2.5, overhead=1e-4),
+    "attention": Correction(scale=1.2),
+}
+MACHINE = msgspec.structs.replace(PROFILE, corrections=TRUE)
+
+
+def error_of(profile: HardwareProfile, run: Measurement) -> float:
+    return abs(simulate(run.plan, profile).step_time / run.step_time_median - 1)
+
+
+def test_recovers_a_known_machine() -> None:
+    result = calibrate(PROFILE, [measured(name, MACHINE) for name in "abc"], simulate)
+    for kind, true in TRUE.items():
+        found = result.profile.corrections[kind]
+        assert found.scale == pytest.approx(true.scale, rel=0.08), kind
+        assert found.overhead == pytest.approx(true.overhead, abs=0.3 * true.overhead + 2e-6), kind
+    assert max(abs(error) for error in result.step_errors("after")) < 0.03
+    assert min(abs(error) for error in result.step_errors("before")) > 0.2
+    assert max(abs(error) for error in result.step_errors("held_out")) < 0.1
+    assert 0 < result.uncertainty < 0.1
+
+
+def test_two_runs_predict_a_third_with_python_between_the_ops() -> None:
+    truth = {"per_op": 6e-6, "constant": 2e-3}
+    result = calibrate(PROFILE, [measured(name, MACHINE, **truth) for name in "ab"], simulate)
+    unseen = measured("c", MACHINE, **truth)
+    assert error_of(PROFILE, unseen) > 0.3
+    assert error_of(result.profile, unseen) < 0.1
+
+
+def test_one_run_shares_the_rest_of_the_step_by_the_priors() -> None:
+    result = calibrate(PROFILE, [measured("a", MACHINE, per_op=5e-6)], simulate)
+    assert result.step_errors("after") == pytest.approx([0.0], abs=0.05)
+    assert result.step_errors("held_out") == []
+    assert result.uncertainty >= calibration.UNSEEN_STRATEGY
+    assert result.profile.corrections["memory_bound"].overhead > 2e-6
+
+
+def test_writes_a_new_profile_and_keeps_the_old_one() -> None:
+    before = io.digest(PROFILE)
+    result = calibrate(PROFILE, [measured("a", MACHINE)], simulate)
+    assert io.digest(PROFILE) == before
+    assert result.profile.name == f"{PROFILE.name}-calibrated"
+    assert result.profile.calibrated_from == before
+    correction = result.profile.corrections["matmul"]
+    assert correction.tag == "calibrated"
+    assert result.runs[0] in correction.source
+    assert result.profile.framework_memory_scale == 1.0
+
+
+def test_calibrating_a_calibrated_profile_starts_from_the_bare_curves() -> None:
+    first = calibrate(PROFILE, [measured("a", MACHINE)], simulate).profile
+    again = calibrate(
+        first, [measured("a", MACHINE), measured("b", MACHINE, planned=io.digest(first))], simulate
+    )
+    once = calibrate(PROFILE, [measured("a", MACHINE), measured("b", MACHINE)], simulate)
+    assert again.profile.name == first.name
+    assert again.profile.calibrated_from == io.digest(PROFILE)
+    for kind, correction in once.profile.corrections.items():
+        assert again.profile.corrections[kind].scale == pytest.approx(correction.scale)
+    assert again.step_errors("before") != once.step_errors("before")
+
+
+def test_an_error_has_a_name() -> None:
+    machine = msgspec.structs.replace(PROFILE, corrections={"all_gather": Correction(scale=4.0)})
+    result = calibrate(PROFILE, [measured("a", machine), measured("b", machine)], simulate)
+    worst = min(
+        (row for row in result.residuals if row.kind != "step"), key=lambda row: row.error(row.before)
+    )
+    assert worst.kind == "all_gather"
+    rows = result.to_json()["residuals"]
+    assert {row["kind"] for row in rows} == {*WORK["a"], "step"}
+    assert all(abs(row["after_error"]) < 0.05 for row in rows)
+
+
+def test_gpu_efficiency_never_passes_the_datasheet() -> None:
+    gpu = load_profile("h100-sxm-80g")
+    fast = msgspec.structs.replace(gpu, corrections={"matmul": Correction(scale=0.1)})
+    run = measured("a", fast, planned=io.digest(gpu))
+    result = calibrate(gpu, [run], simulate)
+    efficiency = max(curve.efficiency for curve in gpu.device.matmul)
+    assert result.profile.corrections["matmul"].scale >= efficiency
+    assert result.profile.framework_memory_scale == pytest.approx(1.2)
+
+
+def test_kind_fit_resists_one_bad_run() -> None:
+    points = [KindPoint(0.1 * i, 10, 0.2 * i, 0.0) for i in (1, 1, 1, 1)] + [KindPoint(0.1, 10, 2.0, 0.0)]
+    assert fit_kind(points, 1e-6, 0.02).scale == pytest.approx(2.0, rel=0.1)
+
+
+def test_few_data_stay_near_no_correction() -> None:
+    noisy = fit_kind([KindPoint(0.1, 10, 0.3, 1.0)], 1e-6, 0.02)
+    sure = fit_kind([KindPoint(0.1, 10, 0.3, 0.0)], 1e-6, 0.02)
+    assert 1.0 < noisy.scale < sure.scale < 3.0
+
+
+def test_step_fit_gives_little_to_the_factor_where_ops_explain() -> None:
+    fit = fit_step([StepPoint(0.1, 3000, 0.115, 0.02)], 5e-6)
+    assert fit.per_op == pytest.approx(5e-6, rel=0.5)
+    assert fit.factor == pytest.approx(1.0, abs=0.05)
+    slower = fit_step([StepPoint(0.2, 1000, 0.15, 0.02)], 5e-6)
+    assert slower.per_op < 1e-7
+    assert slower.factor < 0.9
+
+
+def test_noise_of_a_median() -> None:
+    assert median_noise([1.0] * 9) == 0.0
+    assert median_noise([0.8, 0.9, 1.0, 1.1, 1.2]) > 0.03
+    assert median_noise([1.0, 2.0]) == 0.0
+
+
+def test_refusals(tmp_path: Path) -> None:
+    run = measured("a", MACHINE)
+    with pytest.raises(MopError, match="at least one run"):
+        calibrate(PROFILE, [], simulate)
+    with pytest.raises(MopError, match="given twice"):
+        calibrate(PROFILE, [run, run], simulate)
+    with pytest.raises(MopError, match=r"plan\.hardware\.digest: 'feed' .*other|planned on"):
+        calibrate(PROFILE, [measured("a", MACHINE, planned="feed")], simulate)
+    with pytest.raises(MopError, match="neither a run directory"):
+        calibration.load_measurement(tmp_path / "none")
+    with pytest.raises(MopError, match=r"no measurement\.yaml"):
+        calibration.load_measurement(tmp_path)
+    (tmp_path / "measurement.yaml").write_text("steps: many\n")
+    with pytest.raises(MopError, match="measurement") as refused:
+        calibration.load_measurement(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_run_writes_profile_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "__defaults__", (simulate,))
+    given, out, report = (tmp_path / name for name in ("p.yaml", "p2.yaml", "r.json"))
+    io.write_yaml(given, PROFILE)
+    text = given.read_text()
+    (tmp_path / "run").mkdir()
+    io.write_yaml(tmp_path / "run" / "measurement.yaml", measured("a", MACHINE))
+    with pytest.raises(MopError, match="old one is kept"):
+        calibration.run(str(given), [str(tmp_path / "run")], str(given), None)
+    result = calibration.run(str(given), [str(tmp_path / "run")], str(out), str(report))
+    assert load_profile(out) == result.profile
+    assert given.read_text() == text
+    assert '"uncertainty"' in report.read_text()
