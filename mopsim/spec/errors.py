@@ -22,6 +22,12 @@ class SpecError(MopError, ValueError):
         return SpecError(f"{prefix}.{self.field}" if prefix else self.field, self.value, self.rule)
 
 
+def require_at_least(owner: Any, least: int, *fields: str) -> None:
+    """Raise SpecError naming the first field of `owner` that is below `least`."""
+    for field in fields:
+        require(getattr(owner, field) >= least, field, getattr(owner, field), f"must be at least {least}")
+
+
 def require(condition: bool, field: str, value: Any, rule: str) -> None:
     """Raise SpecError(field, value, rule) unless `condition` holds."""
     if not condition:

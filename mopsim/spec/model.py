@@ -93,11 +93,23 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
                 self.moe_intermediate_size >= 1,
                 "moe_intermediate_size", self.moe_intermediate_size, "must be at least 1 where there are experts",
             )  # fmt: skip
+        else:
+            for field in ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"):
+                value = getattr(self, field)
+                require(value == 0, field, value, "must be 0 where num_local_experts is 0: there are no MoE layers")
+        for field in ("total_params", "active_params"):
+            value = getattr(self, field)
+            require(value is None or value > 0, field, value, "must be positive")
         if self.attention == "mla":
             for field in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1 for mla")
+            require(
+                self.head_dim == self.qk_nope_head_dim + self.qk_rope_head_dim,
+                "head_dim", self.head_dim, "must be qk_nope_head_dim + qk_rope_head_dim for mla",
+            )  # fmt: skip
         require(self.sliding_window_period >= 1, "sliding_window_period", self.sliding_window_period, "must be at least 1")
         require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
+        require(self.routed_scaling_factor > 0, "routed_scaling_factor", self.routed_scaling_factor, "must be positive")
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be positive")
 
     @property

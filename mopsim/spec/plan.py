@@ -1,6 +1,8 @@
 """Plan: a validated choice, ready to run. Measurement: what one run of it really did."""
 
-from mopsim.spec.errors import require
+from collections.abc import Mapping
+
+from mopsim.spec.errors import require, require_at_least
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
@@ -17,6 +19,11 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
     memory_limit: int
     host_limit: int
 
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", self.name, "must not be empty")
+        require_at_least(self, 1, "num_nodes", "devices_per_node", "memory_limit")
+        require_at_least(self, 0, "host_limit")
+
 
 class Prediction(Spec, frozen=True, kw_only=True):
     """What the simulator promised: seconds, tokens/s, bytes per rank. `time_by_kind` is busy seconds per kind of work."""
@@ -27,6 +34,11 @@ class Prediction(Spec, frozen=True, kw_only=True):
     host_memory: int
     memory_by_category: dict[str, int]
     time_by_kind: dict[str, float]
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "step_time", "tokens_per_second", "peak_memory", "host_memory")
+        for field in ("memory_by_category", "time_by_kind"):
+            _require_counts(field, getattr(self, field))
 
 
 class Plan(Spec, frozen=True, kw_only=True):
@@ -60,6 +72,9 @@ class KindTiming(Spec, frozen=True, kw_only=True):
     flops: float = 0.0
     bytes: float = 0.0
 
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "count", "seconds", "seconds_low", "seconds_high", "flops", "bytes")
+
 
 class Measurement(Spec, frozen=True, kw_only=True):
     """One run, measured: steady steps only (the first `warmup` left out).
@@ -83,3 +98,16 @@ class Measurement(Spec, frozen=True, kw_only=True):
     last_loss: float
     environment: dict[str, str]
     mop_version: str = ""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "world_size")
+        require_at_least(
+            self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory"
+        )
+        require(all(t >= 0 for t in self.step_times), "step_times", self.step_times, "must not hold a negative time")
+        _require_counts("memory_by_category", self.memory_by_category)
+
+
+def _require_counts(field: str, numbers: Mapping[str, float]) -> None:
+    for name, number in numbers.items():
+        require(number >= 0, f"{field}.{name}", number, "must not be negative")
