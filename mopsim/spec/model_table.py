@@ -1,11 +1,18 @@
-"""Networks as rows of a table (columns of models.csv): one row -> one ModelSpec, or the reason why not."""
+"""Networks as rows of a table (columns of models.csv): one row -> one ModelSpec, or the reason why not.
+
+`python -m mopsim.spec.model_table MODELS.csv` makes presets/truth_models.yaml: rows without an own preset.
+"""
 
 import csv
 import io
+import sys
+from importlib.resources import files
 from pathlib import Path
 
+import msgspec
+
 from mopsim.spec.errors import MopError, SpecError
-from mopsim.spec.io import read_text
+from mopsim.spec.io import read_text, to_plain, to_yaml, write_text
 from mopsim.spec.model import ModelSpec
 
 Row = dict[str, str]
@@ -85,6 +92,8 @@ def from_row(row: Row) -> ModelSpec:
         "source": row.get("source", ""),
     }
     fields |= _attention(filled, notes) | _ffn(filled, notes)
+    if fields.get("attention") == "mla":
+        fields["head_dim"] = _get(filled, "qk_nope_head_dim") + _get(filled, "qk_rope_head_dim")
     if fields["ffn_matrices"] == 2:
         old, taken = _old_style(name, notes)
         fields |= old
@@ -173,3 +182,36 @@ def _old_style(name: str, notes: str) -> tuple[dict[str, object], list[str]]:
     if not name.startswith("mcore_ci_moe"):
         fields["norm"] = "layernorm"
     return fields, taken
+
+
+def brief(model: ModelSpec) -> dict[str, object]:
+    """The fields of a model that differ from their defaults."""
+    fields = msgspec.structs.fields(ModelSpec)
+    defaults = {field.name: field.default for field in fields if field.default is not msgspec.NODEFAULT}
+    given = {name for name, default in defaults.items() if getattr(model, name) != default} | {
+        field.name for field in fields if field.name not in defaults
+    }
+    return {name: value for name, value in to_plain(model).items() if name in given}
+
+
+def presets_text(rows: dict[str, Row], own: set[str]) -> str:
+    """truth_models.yaml: the rows that are not in `own`; those ModelSpec cannot express are named."""
+    models, left_out = {}, []
+    for name in sorted(set(rows) - own, key=list(rows).index):
+        try:
+            models[name] = brief(from_row(rows[name]))
+        except SpecError as error:
+            left_out.append(f"#   {error}\n")
+    head = "# Networks of the table of published runs, made from it by `python -m mopsim.spec.model_table`.\n"
+    return f"{head}# Left out:\n{''.join(left_out)}{to_yaml(models)}"
+
+
+def main() -> None:
+    """Write the presets of a models CSV beside the ones that are written by hand."""
+    folder = Path(str(files("mopsim"))) / "presets"
+    own = {path.stem for path in folder.glob("*.yaml")} - {"truth_models"}
+    write_text(folder / "truth_models.yaml", presets_text(read_rows(Path(sys.argv[1])), own))
+
+
+if __name__ == "__main__":
+    main()
