@@ -311,22 +311,7 @@ def load_measurement(ref: str | Path) -> Measurement:
     return io.load(target, Measurement, "measurement")
 
 
-def run(
-    profile_path: str, run_dirs: Sequence[str], out: str, json_out: str | None = None
-) -> CalibrationResult:
-    """`mopsim calibrate`: read a profile and runs; write the new profile (`out`) and residuals (`json_out`).
-
-    Raises MopError, with nothing written, for what `calibrate` refuses, or where `out` is the profile itself.
-    """
-    from mopsim.spec.profiles import load_profile
-
-    profile = load_profile(profile_path)
-    if Path(out).exists() and Path(profile_path).exists() and Path(out).samefile(profile_path):
-        raise MopError(
-            f"out: {out!r} is the profile that is calibrated: name another file, the old one is kept"
-        )
-    result = calibrate(profile, [load_measurement(ref) for ref in run_dirs])
-    io.write_yaml(Path(out), result.profile)
-    if json_out is not None:
-        io.write_json(json_out, result.to_json())
-    return result
+def check_output(profile: str | Path, out: str | Path) -> None:
+    """Raise MopError where the new profile would be written over the one it is fitted from."""
+    if Path(profile).exists() and Path(out).exists() and Path(out).samefile(profile):
+        raise MopError(f"out: {str(out)!r} is the profile that is calibrated: name another file, it is kept")

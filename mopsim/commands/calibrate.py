@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.calibrate import CalibrationResult, calibrate, load_measurement
+from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement
 from mopsim.commands.inputs import human
 from mopsim.spec import io
 from mopsim.spec.profiles import load_profile
@@ -14,6 +14,7 @@ from mopsim.spec.units import format_seconds
 
 def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -> None:
     """Fit, show what remains, write the new profile."""
+    check_output(profile, out)
     result = calibrate(load_profile(profile), [load_measurement(ref) for ref in measurements])
     io.write_yaml(Path(out), result.profile)
     console = human(json)
