@@ -1,9 +1,10 @@
 """What a rank leaves behind when it fails: a file of one line for the launcher, the traceback beside it."""
 
-import json
 import time
 import traceback
 from pathlib import Path
+
+import msgspec
 
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
@@ -42,7 +43,7 @@ def report(logs: Path, rank: int, error: BaseException) -> Failure:
         logs.mkdir(parents=True, exist_ok=True)
         if not mistake:
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        io.write_text(logs / f"rank{rank}.failure.json", json.dumps(io.to_plain(failure)))
+        io.write_text(logs / f"rank{rank}.failure.json", msgspec.json.encode(failure).decode())
     except (OSError, MopError):  # a full disk: the line on standard error is all there is
         pass
     return failure
@@ -50,7 +51,7 @@ def report(logs: Path, rank: int, error: BaseException) -> Failure:
 
 def first(logs: Path) -> Failure | None:
     """The earliest failure reported in `logs`: the others usually follow from it."""
-    found = [io.load(path, Failure, "failure") for path in logs.glob("rank*.failure.json")]
+    found = [msgspec.json.decode(path.read_bytes(), type=Failure) for path in logs.glob("rank*.failure.json")]
     return min(found, key=lambda failure: failure.time, default=None)
 
 

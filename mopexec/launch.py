@@ -36,7 +36,8 @@ def launch(options: TrainOptions, world_size: int, *, max_restarts: int = 0) -> 
     logs = Path(options.out) / failures.LOGS
     logs.mkdir(parents=True, exist_ok=True)
     failures.clear(logs)
-    _quiet_environment(world_size)
+    _set_environment(world_size)
+    _silence_agent()
     config = _config(world_size, logs, max_restarts, to_stderr=options.console == "stderr")
     arguments = ("-m", "mopexec.worker", json.dumps(io.to_plain(options)))
     try:
@@ -71,7 +72,7 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
     )
 
 
-def _quiet_environment(world_size: int) -> None:
+def _set_environment(world_size: int) -> None:
     """Threads of a rank, time to end well after a signal, and no chatter of the agent on the user's
     terminal.
     """
@@ -80,7 +81,13 @@ def _quiet_environment(world_size: int) -> None:
     if not Platform.detect().is_cuda and world_size > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+
+
+def _silence_agent() -> None:
+    """No chatter of torchrun's agent on the user's terminal: what matters of it is said in one line."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _explain(found: dict[int, Any], logs: Path) -> Exception:

@@ -138,7 +138,7 @@ def environment(platform_name: str) -> dict[str, str]:
     """
     return {
         "device": platform_name,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": machine.python_version(),
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),

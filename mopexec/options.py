@@ -34,6 +34,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     keep: int = 2
     profile_steps: int = 1
     seed: int | None = None
+    build: str = "mopexec.parallelize.apply:build"
     console: Literal["stdout", "stderr"] = "stdout"
 
     def __post_init__(self) -> None:

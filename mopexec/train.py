@@ -64,6 +64,7 @@ def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopR
             f"--steps: {options.steps} were done already (checkpoint at step {done}); ask for more"
         )
 
+    torch.manual_seed(seed)
     tracking = _Tracking(options)
     with tracking.tracker:
         runner = build(plan, job.platform, routing=options.routing, seed=seed)

@@ -2,10 +2,12 @@
 OPTIONS`.
 """
 
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from mopexec import failures
 from mopexec.environment import rank_of_environment
@@ -14,13 +16,10 @@ from mopexec.signals import StopRequest, end_with_parent
 from mopsim.spec import io
 
 
-def run_rank(options: TrainOptions) -> int:
-    """Train as this rank; returns the exit code. What went wrong is one line on standard error and in
-    logs/.
-    """
+def run_rank(options: TrainOptions) -> failures.Failure | None:
+    """Train as this rank; returns what went wrong, which is in the run's logs/ too, or None."""
     from mopexec import plans
     from mopexec.job import join
-    from mopexec.parallelize.apply import build
     from mopexec.train import train
 
     rank = rank_of_environment()
@@ -29,10 +28,15 @@ def run_rank(options: TrainOptions) -> int:
             plan = plans.read_plan(Path(options.plan))
             with join() as job:
                 plans.check_world(plan, job.world_size)
-                train(options, plan, job, build, stop)
+                train(options, plan, job, _builder(options), stop)
     except Exception as error:
         return failures.report(Path(options.out) / failures.LOGS, rank, error)
     return None
+
+
+def _builder(options: TrainOptions) -> Any:
+    module, name = options.build.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def main() -> None:
