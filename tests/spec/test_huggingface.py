@@ -1,0 +1,135 @@
+"""config.json of each known architecture, against the preset made by hand from the same network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from mopsim.spec.errors import MopError
+from mopsim.spec.huggingface import ARCHITECTURES
+from mopsim.spec.presets import load_model
+
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"], hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256,
+    num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
+)  # fmt: skip
+MIXTRAL = dict(
+    architectures=["MixtralForCausalLM"], hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=32000,
+    num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, rms_norm_eps=1e-5,
+    rope_theta=1e6, sliding_window=None, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN3 = dict(
+    architectures=["Qwen3ForCausalLM"], hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, vocab_size=151936,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, use_sliding_window=False, attention_bias=False,
+    rope_theta=1000000, sliding_window=None, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN2_MOE = dict(
+    architectures=["Qwen2MoeForCausalLM"], hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+    vocab_size=151936, num_attention_heads=28, num_key_value_heads=4, moe_intermediate_size=2560, num_experts=64,
+    num_experts_per_tok=8, shared_expert_intermediate_size=20480, decoder_sparse_step=1, norm_topk_prob=False,
+    use_sliding_window=False, sliding_window=65536, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN3_MOE = dict(
+    architectures=["Qwen3MoeForCausalLM"], hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, head_dim=128,
+    vocab_size=151936, num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=768, num_experts=128,
+    num_experts_per_tok=8, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], rope_theta=1000000.0,
+)  # fmt: skip
+DEEPSEEK_V3 = dict(
+    architectures=["DeepseekV3ForCausalLM"], hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
+    vocab_size=129280, num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3, n_routed_experts=256,
+    n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, moe_layer_freq=1, norm_topk_prob=True,
+    routed_scaling_factor=2.5, scoring_func="sigmoid", num_nextn_predict_layers=1, attention_bias=False,
+)  # fmt: skip
+DEEPSEEK_V2 = DEEPSEEK_V3 | dict(
+    architectures=["DeepseekV2ForCausalLM"], hidden_size=5120, intermediate_size=12288, num_hidden_layers=60,
+    vocab_size=102400, first_k_dense_replace=1, n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6,
+    moe_intermediate_size=1536, norm_topk_prob=False, routed_scaling_factor=16.0, scoring_func="softmax",
+)  # fmt: skip
+GPT_OSS = dict(
+    architectures=["GptOssForCausalLM"], hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, vocab_size=201088,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
+    sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12, attention_bias=True, rope_theta=150000,
+    rms_norm_eps=1e-5,
+)  # fmt: skip
+OLMOE = dict(
+    architectures=["OlmoeForCausalLM"], hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, vocab_size=50304,
+    num_attention_heads=16, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
+)  # fmt: skip
+QWEN2 = dict(
+    architectures=["Qwen2ForCausalLM"], hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064,
+    num_attention_heads=28, num_key_value_heads=4, use_sliding_window=False, sliding_window=131072,
+)  # fmt: skip
+MISTRAL = LLAMA | dict(architectures=["MistralForCausalLM"], vocab_size=32000, sliding_window=4096)
+CASES = {
+    "llama3_8b": LLAMA, "mixtral_8x7b": MIXTRAL, "qwen3_8b": QWEN3, "qwen2_57b_a14b": QWEN2_MOE, "qwen3_30b_a3b": QWEN3_MOE,
+    "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3, "gpt_oss_20b": GPT_OSS, "olmoe_1b_7b": OLMOE,
+}  # fmt: skip
+#: Fields that a preset takes from elsewhere than the config, or that shapes do not depend on.
+BESIDE = {"name", "source", "assumptions", "total_params", "active_params", "rope_theta", "rms_norm_eps", "norm_topk_prob"}
+BESIDE |= {"intermediate_size"}  # all-MoE networks still carry one in their config
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("preset", CASES)
+def test_a_config_reads_as_the_preset(preset: str, tmp_path: Path) -> None:
+    read, expected = load_model(write(tmp_path, CASES[preset])), load_model(preset)
+    for field in set(msgspec.structs.asdict(read)) - BESIDE:
+        assert getattr(read, field) == getattr(expected, field), field
+    if expected.num_dense_layers:
+        assert read.intermediate_size == expected.intermediate_size
+    assert read.rope_theta == CASES[preset].get("rope_theta", 10000.0)
+    assert load_model(tmp_path) == read
+
+
+def test_qwen2_and_mistral(tmp_path: Path) -> None:
+    qwen = load_model(write(tmp_path, QWEN2))
+    assert (qwen.attention_bias, qwen.sliding_window, qwen.head_dim) == ("qkv", 0, 128)
+    mistral = load_model(write(tmp_path, MISTRAL))
+    assert (mistral.attention_bias, mistral.sliding_window) == ("none", 4096)
+
+
+def test_every_architecture_is_covered_here() -> None:
+    assert {config["architectures"][0] for config in (*CASES.values(), QWEN2, MISTRAL)} == set(ARCHITECTURES)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not known; known ones: LlamaForCausalLM, Mistral"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures: 'LlamaForCausalLM' must be a list of names"),
+        ({"hidden_size": None}, "hidden_size: missing"),
+        ({"hidden_size": "4096"}, "hidden_size: '4096' must be an integer"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' must be a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 must be true or false"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0 must be at least 1"),
+        ({"num_key_value_heads": 7}, "model.num_key_value_heads: 7 does not divide num_attention_heads 32"),
+    ],
+)
+def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MopError) as refused:
+        load_model(write(tmp_path, LLAMA | change))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step: 2 is refused"),
+        (QWEN3_MOE | {"mlp_only_layers": [3]}, r"mlp_only_layers: \[3\] is refused"),
+        (QWEN2 | {"use_sliding_window": True}, "use_sliding_window: True is refused"),
+        (GPT_OSS | {"layer_types": ["full_attention"] * 24}, "layer_types: .* only sliding and full in turn"),
+        (DEEPSEEK_V3 | {"moe_layer_freq": 2}, "moe_layer_freq: 2 is refused"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MopError, match=message):
+        load_model(write(tmp_path, config))

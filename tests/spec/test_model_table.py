@@ -1,0 +1,48 @@
+"""Rows of a models table as ModelSpecs."""
+
+from pathlib import Path
+
+import pytest
+
+from mopsim.spec.errors import MopError, SpecError
+from mopsim.spec.model_table import Row, from_row, read_rows
+
+ROW: Row = {
+    "model": "m", "num_layers": "2", "num_dense_layers": "2", "hidden": "64", "dense_ffn_hidden": "128", "num_heads": "4",
+    "num_kv_heads": "2", "head_dim": "16", "attention": "gqa", "vocab_size": "100", "tied_embeddings": "1", "notes": "",
+}  # fmt: skip
+
+
+def test_a_dense_row() -> None:
+    model = from_row(ROW)
+    assert (model.num_hidden_layers, model.intermediate_size, model.tie_word_embeddings) == (2, 128, True)
+
+
+def test_notes_carry_what_has_no_column() -> None:
+    old = from_row(ROW | {"notes": "two-matrix GELU MLP (not gated); learned positions; biases"})
+    assert (old.ffn_matrices, old.norm, old.attention_bias, old.learned_positions) == (2, "layernorm", "qkvo", 2048)
+    assert old.assumptions
+    assert from_row(ROW | {"notes": "two-matrix MLP, no biases"}).attention_bias == "none"
+
+
+@pytest.mark.parametrize("notes", ["hybrid Mamba-2 / attention", "DeepSeek sparse attention", "gated-delta-net"])
+def test_a_layer_without_shapes_is_refused_by_name(notes: str) -> None:
+    with pytest.raises(SpecError, match=r"models\.m: .* cannot express"):
+        from_row(ROW | {"notes": notes})
+
+
+@pytest.mark.parametrize("column", ["hidden", "num_layers", "num_heads", "vocab_size", "dense_ffn_hidden"])
+def test_an_empty_or_wrong_column_is_named(column: str) -> None:
+    with pytest.raises(SpecError, match=rf"models\.m\.{column}: '' is empty"):
+        from_row(ROW | {column: ""})
+    with pytest.raises(SpecError, match=rf"models\.m\.{column}: 'many' is not a number"):
+        from_row(ROW | {column: "many"})
+
+
+def test_a_file_without_the_column_or_with_a_name_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("name,hidden\nx,1\n")
+    with pytest.raises(MopError, match="has no column 'model'"):
+        read_rows(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("model,hidden\nx,1\nx,2\n")
+    with pytest.raises(MopError, match="model 'x' appears twice"):
+        read_rows(tmp_path / "b.csv")
