@@ -33,3 +33,16 @@ def grouped_swiglu(x: Tensor, counts: list[int], gate: Tensor, up: Tensor, down:
         )
     ]
     return torch.cat(parts)
+
+
+def swiglu_activation(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, in gate's memory."""
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+def swiglu_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad of gate, grad of up) from that of silu(gate) * up; they take the memory of `grad` and of `silu` = silu(gate)."""
+    grad_up = silu.mul_(grad)
+    grad.mul_(up)
+    grad_gate: Tensor = torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
+    return grad_gate, grad_up

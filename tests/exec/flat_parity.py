@@ -1,0 +1,109 @@
+"""What one rank of a parity test does: train a flat_units runner and the single-device model side by side."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopexec.model import Routing, Transformer, init_weights
+from mopexec.parallelize import apply
+from mopexec.parallelize.runner import Batch
+from mopexec.tiers import Platform
+from mopsim.spec import layout
+from mopsim.spec.plan import Plan
+
+STEPS = 2
+
+
+def make_tokens(plan: Plan, step: int) -> Tensor:
+    """The global batch of a step: [global_batch, seq_len + 1], the last column a target only."""
+    generator = torch.Generator().manual_seed(100 + step)
+    shape = (plan.training.global_batch, plan.training.seq_len + 1)
+    return torch.randint(0, plan.model.vocab_size, shape, generator=generator)
+
+
+def my_batches(plan: Plan, tokens: Tensor, rank: int, device: torch.device) -> list[Batch]:
+    """This rank's microbatches out of a global batch: data group g takes its run of sequences."""
+    strategy = plan.strategy
+    degree = strategy.attention.sequence
+    groups = layout.groups(strategy.world_size, degree, strategy.attention.order)
+    data, group = next((i, group) for i, group in enumerate(groups) if rank in group)
+    place, part = group.index(rank), plan.training.seq_len // degree
+    found = []
+    for index in range(plan.training.num_microbatches(strategy)):
+        first = (index * strategy.data_groups + data) * strategy.micro_batch
+        rows = tokens[first : first + strategy.micro_batch]
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        window = slice(place * part, (place + 1) * part)
+        found.append(
+            Batch(inputs[:, window].contiguous().to(device), targets[:, window].contiguous().to(device))
+        )
+    return found
+
+
+class Reference:
+    """The single-device model with torch's own clipping and AdamW."""
+
+    def __init__(self, plan: Plan, routing: str, device: torch.device) -> None:
+        self.plan = plan
+        strategy = plan.strategy
+        choice = (
+            Routing()
+            if routing == "learned"
+            else Routing(plan.training.routing, strategy.micro_batch, strategy.attention.sequence)
+        )
+        self.model = Transformer(plan.model, getattr(torch, strategy.precision.compute), device, choice)
+        init_weights(self.model, 7)
+        training = plan.training
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=training.learning_rate, betas=(training.beta1, training.beta2),
+            eps=training.eps, weight_decay=training.weight_decay,
+        )  # fmt: skip
+        self.gradients: dict[str, Tensor] = {}
+
+    def step(self, tokens: Tensor) -> tuple[float, float]:
+        """(mean loss, gradient norm before clipping); keeps the unclipped gradients."""
+        training = self.plan.training
+        count = training.global_batch * training.seq_len
+        self.optimizer.zero_grad()
+        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous()) / count
+        loss.backward()
+        self.gradients = {
+            name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
+        }
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        self.optimizer.step()
+        if self.model.routing.learned and self.plan.model.num_moe_layers:
+            self.model.update_balance(training.bias_update_rate)
+        return loss.item(), norm.item()
+
+
+def compare(platform: Platform, plan: Plan, routing: Any) -> dict[str, float]:
+    """Largest relative differences over two steps: of loss, gradient norm, each gradient and each weight."""
+    rank = int(os.environ["RANK"])
+    runner = apply.build(plan, platform, routing=routing, seed=7)
+    reference = Reference(plan, routing, platform.device)
+    worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
+    for step in range(STEPS):
+        tokens = make_tokens(plan, step)
+        result = runner.step(my_batches(plan, tokens, rank, platform.device))
+        loss, norm = reference.step(tokens.to(platform.device))
+        assert norm > 2 * plan.training.clip_norm, f"clipping is not active at norm {norm}"
+        worst["loss"] = max(worst["loss"], abs(result.loss - loss) / abs(loss))
+        worst["norm"] = max(worst["norm"], abs(result.grad_norm - norm) / norm)
+        gradients, weights = runner.full_gradients(), runner.full_parameters()
+        expected = dict(reference.model.named_parameters())
+        assert set(gradients) == set(weights) == set(expected)
+        for name, weight in expected.items():
+            gradient = reference.gradients.get(name, torch.zeros_like(weight))
+            worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient))
+            worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach()))
+    return worst
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value of `expected`."""
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    scale = max(expected.abs().max().item(), 1e-30)
+    return (actual.to(expected.device, expected.dtype) - expected).abs().max().item() / scale

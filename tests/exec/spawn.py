@@ -1,0 +1,95 @@
+"""Worker pools for tests: W processes that have joined one process group and run functions by name, again and again.
+
+Importing torch costs more than most cases, so a pool is made once per world size and test process and reused.
+"""
+
+import atexit
+import functools
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import traceback
+from typing import Any
+
+
+def _serve(rank: int, world: int, store: str, connection: Any) -> None:
+    os.environ.update(
+        {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    )
+    import torch
+    import torch.distributed as dist
+
+    from mopexec.tiers import Platform
+
+    torch.set_num_threads(1)
+    platform = Platform.detect()
+    dist.init_process_group(platform.backend, init_method=f"file://{store}", rank=rank, world_size=world)
+    connection.send((True, None))
+    while (task := connection.recv()) is not None:
+        module, function, arguments = task
+        try:
+            connection.send((True, getattr(importlib.import_module(module), function)(platform, *arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Pool:
+    """`world` ranks over gloo (nccl where there is CUDA). Not thread-safe."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        context = multiprocessing.get_context("spawn")
+        self._store = tempfile.mktemp(prefix="mop_store_")
+        self._pipes, self._processes = [], []
+        for rank in range(world):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, self._store, there), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+        self._collect(60)
+
+    def run(self, module: str, function: str, *arguments: Any, timeout: float = 120) -> list[Any]:
+        """Results by rank of `module.function(platform, *arguments)`, called on all ranks together.
+
+        Raises AssertionError with the first traceback; the pool is gone then, since its ranks are out of step.
+        """
+        for pipe in self._pipes:
+            pipe.send((module, function, arguments))
+        return self._collect(timeout)
+
+    def _collect(self, timeout: float) -> list[Any]:
+        results: list[Any] = [None] * self.world
+        waiting = dict(enumerate(self._pipes))
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting.values()), timeout)
+            failure = None if ready else f"no answer from ranks {sorted(waiting)} within {timeout} s"
+            for rank, pipe in list(waiting.items()):
+                if pipe in ready:
+                    fine, results[rank] = pipe.recv()
+                    del waiting[rank]
+                    failure = failure if fine else f"rank {rank}: {results[rank]}"
+            if failure:
+                self.close()
+                pool.cache_clear()
+                raise AssertionError(failure)
+        return results
+
+    def close(self) -> None:
+        """End the ranks."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        if os.path.exists(self._store):
+            os.unlink(self._store)
+
+
+@functools.cache
+def pool(world: int) -> Pool:
+    """The pool of `world` ranks of this test process."""
+    made = Pool(world)
+    atexit.register(made.close)
+    return made

@@ -1,0 +1,136 @@
+"""Every mechanism of flat_units, alone and together, equals the single-device model: loss, gradients, updated weights."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.exec.flat_plans import MODEL, make_plan
+from tests.exec.spawn import pool
+
+NO_QK_NORM = msgspec.structs.replace(MODEL, qk_norm="none", scoring_func="softmax", norm_topk_prob=False)
+DENSE = msgspec.structs.replace(
+    MODEL, num_local_experts=0, num_experts_per_tok=0, first_k_dense_replace=0, moe_intermediate_size=0,
+    shared_expert_intermediate_size=0,
+)  # fmt: skip
+
+TWO: dict[str, dict[str, Any]] = {
+    "zero3": {},
+    "replicated": {"dense": {"shard": 1}},
+    "prefetch_none": {"dense": {"prefetch": 0}},
+    "prefetch_two": {"dense": {"prefetch": 2}},
+    "ffn_slices": {"dense": {"chunk_tokens": 5}},
+    "ulysses": {"attention": {"sequence": 2}},
+    "expert_parallel": {"experts": {"degree": 2}},
+    "experts_sharded": {"experts": {"degree": 1, "shard": 2}},
+    "chunked_dispatch": {"experts": {"degree": 2, "chunk_tokens": 5}},
+    "chunked_alone": {"experts": {"degree": 1, "chunk_tokens": 6}},
+    "chunked_loss": {"vocabulary": {"loss": "chunked", "chunk_tokens": 7}},
+    "ring_activations": {"vocabulary": {"loss": "ring", "degree": 2}},
+    "ring_activations_chunked": {"vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 6}},
+    "boundaries": {"activations": {"boundary_tier": "host"}},
+    "boundaries_partly": {"activations": {"boundary_tier": "host", "host_budget": 2 * 16 * 16 * 8}},
+    "host_update": {"optimizer": {"state_tier": "host", "update_on": "host", "bucket_params": 700}},
+    "streamed": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 2}},
+    "streamed_three_slots": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 3}},
+    "streamed_one_slot": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 1}},
+    "device_buckets": {"optimizer": {"bucket_params": 300}},
+    "master_is_param": {"precision": {"master": "param"}},
+}
+ALL_TWO: dict[str, dict[str, Any]] = {
+    "dense": {"prefetch": 1, "chunk_tokens": 5}, "attention": {"sequence": 2},
+    "experts": {"degree": 2, "chunk_tokens": 3}, "vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 6},
+    "optimizer": {"state_tier": "host", "bucket_params": 900}, "activations": {"boundary_tier": "host", "host_budget": 3000},
+}  # fmt: skip
+FOUR: dict[str, dict[str, Any]] = {
+    "zero3_replicas": {"dense": {"shard": 2}},
+    "ulysses_kv_replicated": {"attention": {"sequence": 4}},
+    "ulysses_strided": {"attention": {"sequence": 2, "order": "strided"}},
+    "experts_replicated": {"experts": {"degree": 2, "shard": 1, "chunk_tokens": 5}},
+    "experts_sharded": {"experts": {"degree": 2, "shard": 2, "order": "strided"}},
+    "experts_hybrid": {"experts": {"degree": 1, "shard": 2}},
+    "experts_all": {"experts": {"degree": 4, "chunk_tokens": 5}},
+    "ring_all": {"vocabulary": {"loss": "ring", "degree": 4, "chunk_tokens": 7}},
+    "ring_half": {"vocabulary": {"loss": "ring", "degree": 2, "order": "strided"}},
+}
+ALL_FOUR: dict[str, dict[str, Any]] = {
+    "dense": {"shard": 2, "prefetch": 2, "chunk_tokens": 3}, "attention": {"sequence": 2, "order": "strided"},
+    "experts": {"degree": 2, "shard": 2, "chunk_tokens": 4},
+    "vocabulary": {"loss": "ring", "degree": 4, "chunk_tokens": 5},
+    "optimizer": {"state_tier": "host", "update_on": "host", "bucket_params": 600},
+    "activations": {"boundary_tier": "host", "host_budget": 5000},
+}  # fmt: skip
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+
+
+def check(
+    world: int, changes: dict[str, Any], *, routing: str = "learned", dtype: str = "float64", **options: Any
+) -> None:
+    """All ranks' differences from the single-device model are below the tolerance of the dtype."""
+    plan = make_plan(world, changes, dtype=dtype, **options)
+    for worst in pool(world).run("tests.exec.flat_parity", "compare", plan, routing):
+        assert max(worst.values()) <= TOLERANCE[dtype], worst
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_one_mechanism_on_two_ranks(name: str) -> None:
+    check(2, TWO[name])
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_one_mechanism_on_four_ranks(name: str) -> None:
+    check(4, FOUR[name])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_all_mechanisms_on_two_ranks(dtype: str) -> None:
+    check(2, ALL_TWO, dtype=dtype, micro_batch=2)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_all_mechanisms_on_four_ranks(dtype: str) -> None:
+    check(4, ALL_FOUR, dtype=dtype, micro_batch=2)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "95/2", "100/1", "50/16"])
+def test_routing_profiles(profile: str) -> None:
+    check(2, {"experts": {"degree": 2, "chunk_tokens": 5}}, routing="profile", training={"routing": profile})
+
+
+@pytest.mark.parametrize("profile", ["80/3"])
+def test_a_skewed_profile_with_all_mechanisms(profile: str) -> None:
+    check(4, ALL_FOUR, routing="profile", training={"routing": profile}, micro_batch=2)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_microbatches_of_several_sequences(micro_batch: int) -> None:
+    check(2, {"attention": {"sequence": 2}}, micro_batch=micro_batch)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "strided"])
+def test_ring_moves_weights_where_tokens_outnumber_its_rows(order: str) -> None:
+    check(
+        4,
+        {"vocabulary": {"loss": "ring", "degree": 2, "order": order}},
+        training={"seq_len": 64, "global_batch": 4},
+    )
+    check(
+        2,
+        {"vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 9}},
+        training={"seq_len": 64, "global_batch": 2},
+    )
+
+
+def test_softmax_scores_without_normalising_or_head_norms() -> None:
+    check(2, ALL_TWO, model=NO_QK_NORM, micro_batch=2)
+
+
+def test_a_dense_model() -> None:
+    check(2, {"dense": {"chunk_tokens": 6}, "attention": {"sequence": 2}}, model=DENSE)
+
+
+def test_one_rank() -> None:
+    check(
+        1,
+        {"experts": {"chunk_tokens": 4}, "vocabulary": {"loss": "ring"}, "optimizer": {"state_tier": "host"}},
+    )
