@@ -16,6 +16,7 @@ class Builder:
         self.dtype = dtype
         self.microbatch = 0
         self.marks: dict[int, int] = {}
+        self.last = -1
         self.alive: dict[str, Step] = {}
         self._pending: list[Step] = []
         self._works: dict[tuple[int, bool], tuple[Kernel, tuple[Work, ...]]] = {}
@@ -41,6 +42,35 @@ class Builder:
         """A buffer that a played tape left alive gets a name."""
         assert name not in self.alive, f"{name} is alive already"
         self.alive[name] = (category, size)
+
+    def spike(self, size: float, category: str = "activations") -> None:
+        """A buffer that comes and goes before the next op on the compute stream."""
+        self._pending += ((category, int(size)), (category, -int(size)))
+
+    def rename(self, old: str, new: str, category: str = "") -> None:
+        """A named buffer under another name, and perhaps in another category."""
+        before, size = self.alive.pop(old)
+        assert new not in self.alive, f"{new} is alive already"
+        self.alive[new] = (category or before, size)
+        if category and category != before:
+            self._pending += ((before, -size), (category, size))
+
+    def compute(
+        self, name: str, component: str, phase: str, layer: int, work: Iterable[Work], *waits: int | None
+    ) -> int:
+        """An op on the compute stream, after what was issued there before and after `waits`."""
+        self.last = self.add(name, "compute", component, phase, tuple(work), layer=layer, deps=waits)
+        return self.last
+
+    def issue(
+        self, name: str, kind: str, size: float, group: str, component: str, phase: str, layer: int = -1
+    ) -> int | None:
+        """A collective over `size` bytes, once the compute issued so far has run; None in a group of one."""
+        ranks = self.groups[group]
+        if ranks.size == 1:
+            return None
+        deps = (self.last,) if self.last >= 0 else ()
+        return self.collective(name, kind, size, ranks, component, phase, layer=layer, deps=deps)
 
     def flush(self, component: str, phase: str, layer: int = -1) -> None:
         """Put pending changes of memory into an op of their own."""

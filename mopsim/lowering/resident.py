@@ -24,7 +24,25 @@ def resident(context: Context) -> tuple[Step, ...]:
         away = int((moments + master) * on_host)
         found.append(("host/optimizer", away))
         found.append(("optimizer", moments + master - away))
+    found += _others(context)
     return tuple(step for step in found if step[1])
+
+
+def _others(context: Context) -> list[Step]:
+    """Batches, rotary tables, routing state; offloaded boundaries and the host's staging."""
+    model, strategy = context.model, context.strategy
+    batches = 2 * 8 * context.tokens * context.training.num_microbatches(strategy)
+    positions = context.training.seq_len // strategy.attention.sequence
+    found: list[Step] = [("activations", batches + positions * model.head_dim * context.b)]
+    found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
+    found.append(("host/boundaries", context.offloaded * context.hidden))
+    if strategy.runtime == "flat_units" and strategy.optimizer.update_on == "host":
+        numels = [unit.shard_numel for unit in context.units()]
+        largest = min(strategy.optimizer.bucket_params, sum(numels))
+        master = strategy.precision.param if strategy.precision.master == "param" else strategy.precision.master
+        wide = 8 if master == "float64" else 4
+        found.append(("host/staging", 2 * largest * (wide + context.param)))
+    return found
 
 
 def _at(tier: str, category: str) -> str:

@@ -1,0 +1,254 @@
+"""The MoE half of a layer: chunks through dispatch(i+1) | experts(i) | combine(i-1) (mopexec.parallelize.experts)."""
+
+from mopsim.layers.experts import experts, router
+from mopsim.layers.tape import Kernel
+from mopsim.lowering.builder import Builder
+from mopsim.lowering.context import Context
+from mopsim.lowering.flat.ffn import FfnLowering
+from mopsim.lowering.flat.rows import Rows, slice_rows
+from mopsim.lowering.workload import Work
+
+_E, _R, _D, _S = "experts", "router", "dispatch", "shared_experts"
+
+
+class ExpertsLowering:
+    """Buffers of chunk i are named `….i`. Everything on its way is of category dispatch."""
+
+    def __init__(self, context: Context, builder: Builder, ffn: FfnLowering) -> None:
+        self.c, self.b, self.ffn, self.rows = context, builder, ffn, Rows(context, builder)
+        model = context.model
+        self.H, self.E, self.k = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
+        self.inner = model.moe_intermediate_size // context.strategy.experts.tensor
+        self.row = self.H * context.b
+        degree = context.strategy.experts.degree
+        self.split = degree > 1
+        self.ordered = self.split and self.E // degree > 1
+        self._router: dict[int, dict[str, Kernel]] = {}
+        self._experts: dict[tuple[int, ...], dict[str, Kernel]] = {}
+
+    def plan(self, layer: int) -> None:
+        """The router's choice for all tokens and the exchange of counts; the choice is kept for the backward."""
+        c, b, n = self.c, self.b, self.c.tokens
+        b.make(f"choice{layer}", n * self.k * 2)
+        part = slice_rows(n)
+        b.spike(part * (self.row + self.H * c.wide) + self.E * (self.H + 3 * part) * c.wide)
+        works = [self.rows.norm(part, self.H), *self._routing(n, False)]
+        b.compute("choose", _R, "forward", layer, works)
+        size = 8.0 * self.E * c.chunks
+        arrived = b.issue("counts", "all_to_all", size, "experts", _R, "forward", layer)
+        b.compute("counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)], arrived)
+
+    def forward(self, layer: int, *waits: int | None) -> None:
+        """x1 becomes x2 in place. waits: the gather of the expert unit."""
+        K = self.c.chunks
+        sent: dict[int, int | None] = {0: self._dispatch(0, layer, "forward")}
+        returning: tuple[int, int | None] | None = None
+        for i in range(K):
+            self._shared(i, layer, backward=False)
+            if i + 1 < K:
+                sent[i + 1] = self._dispatch(i + 1, layer, "forward")
+            back = self._experts_forward(i, layer, sent.pop(i), *waits)
+            if returning is not None:
+                self._combine(*returning, layer)
+            returning = (i, back)
+        assert returning is not None
+        self._combine(*returning, layer)
+
+    def backward(self, layer: int, *waits: int | None) -> None:
+        """The gradient of x2 becomes that of x1, in place."""
+        K = self.c.chunks
+        sent: dict[int, int | None] = {0: self._dispatch(0, layer, "backward")}
+        returning: tuple[int, int | None] | None = None
+        for i in range(K):
+            self._shared(i, layer, backward=True)
+            if i + 1 < K:
+                sent[i + 1] = self._dispatch(i + 1, layer, "backward")
+            back = self._experts_backward(i, layer, sent.pop(i), *waits)
+            if returning is not None:
+                self._combine_backward(*returning, layer)
+            returning = (i, back)
+        assert returning is not None
+        self._combine_backward(*returning, layer)
+        self.b.drop(f"choice{layer}")
+
+    def _sizes(self, i: int) -> tuple[int, int, int, int]:
+        """(tokens, routes sent, routes received, most rows of one expert) of chunk i."""
+        tokens, routes = self.c.chunk_tokens(i), self.c.routes(i)
+        return tokens, tokens * self.k, sum(routes) if self.split else tokens * self.k, max(routes)
+
+    def _routing(self, tokens: int, backward: bool) -> list[Work]:
+        if tokens not in self._router:
+            tape = router(self.c.model, tokens, self.c.b, self.c.wide)
+            self._router[tokens] = {kernel.name: kernel for kernel in tape.kernels}
+        kernels = self._router[tokens]
+        found = [*self.b.works(kernels["router"], False), *self.b.works(kernels["scores"], False)]
+        if backward:
+            found += [*self.b.works(kernels["router"], True), *self.b.works(kernels["top_k"], True)]
+        else:
+            found += self.b.works(kernels["top_k"], False)
+        cast = self.rows.elementwise(tokens * self.H, self.c.b + self.c.wide, 2)
+        return [cast, *found]
+
+    def _dispatch(self, i: int, layer: int, phase: str) -> int | None:
+        """Orders the chunk's routes and sends route weights, rows and (backward) output gradients."""
+        c, b = self.c, self.b
+        n, sent, arrived, _ = self._sizes(i)
+        wide = c.wide
+        b.make("order", sent * 8, _D)
+        b.spike(sent * 8 * 2, _D)
+        b.make("token", sent * 8, _D)
+        if self.ordered:
+            b.make(f"arrival_order.{i}", arrived * 8, _D)
+            b.spike(arrived * 16, _D)
+        works = [self.rows.norm(n, self.H, "hidden", _D)]
+        b.spike(n * (self.H + self.E) * wide + self.E * self.H * wide, _D)
+        b.make(f"weights_sent.{i}", sent * wide, _D)
+        works += self._routing(n, False)
+        works.append(self.rows.elementwise(sent, 8, 14))
+        b.compute("order routes", _R, phase, layer, works)
+        b.make(f"weights.{i}", arrived * wide, _D) if self.split else None
+        works = [self.rows.elementwise(sent * self.H, 2 * c.b, 1)]
+        b.make(f"rows_sent.{i}", sent * self.row, _D)
+        b.compute("permute", _E, phase, layer, works)
+        waiting = b.issue("dispatch weights", "all_to_all", float(max(sent, arrived) * wide), "experts", _E, phase, layer)
+        size = float(max(sent, arrived) * self.row)
+        if self.split:
+            b.make(f"rows.{i}", arrived * self.row, _D)
+        b.drop("hidden")
+        waiting = b.issue("dispatch", "all_to_all", size, "experts", _E, phase, layer)
+        if phase == "backward":
+            b.make(f"grads_sent.{i}", sent * self.row, _D)
+            b.compute("permute", _E, phase, layer, works)
+            if self.split:
+                b.make(f"grads.{i}", arrived * self.row, _D)
+            waiting = b.issue("dispatch gradients", "all_to_all", size, "experts", _E, phase, layer)
+        b.make(f"inverse.{i}", sent * 8, _D)
+        b.spike(sent * 8, _D)
+        b.drop("order", "token")
+        b.compute("inverse", _R, phase, layer, [self.rows.elementwise(sent, 16, 2)])
+        return waiting
+
+    def _take(self, name: str, i: int, size: int) -> list[Work]:
+        """Arrived rows, reordered to the experts' order where needed, under the name `name`; what was sent is freed."""
+        b = self.b
+        if not self.split:
+            b.rename(f"{name}_sent.{i}", name)
+            return []
+        b.drop(f"{name}_sent.{i}")
+        if not self.ordered:
+            b.rename(f"{name}.{i}", name)
+            return []
+        b.make(name, size, _D)
+        b.drop(f"{name}.{i}")
+        return [self.rows.elementwise(size, 2, 1)]
+
+    def _send_back(self, name: str, i: int, size: int, sent: int, layer: int, phase: str) -> int | None:
+        """`name` in the experts' order goes back in the sender's order; arrives as `{name}_back.i`."""
+        b = self.b
+        if not self.split:
+            b.rename(name, f"{name}_back.{i}")
+            return None
+        if self.ordered:
+            b.make(f"{name}_ordered.{i}", size, _D)
+            b.compute("reorder", _E, phase, layer, [self.rows.elementwise(size, 2, 1)])
+        else:
+            b.rename(name, f"{name}_ordered.{i}")
+        b.make(f"{name}_back.{i}", sent, _D)
+        return b.issue("combine", "all_to_all", float(max(size, sent)), "experts", _E, phase, layer)
+
+    def _products(self, i: int, backward: bool, *names: str) -> list[Work]:
+        routes = self.c.routes(i)
+        if routes not in self._experts:
+            tape = experts(self.c.model, routes, self.c.b, self.c.wide, self.c.strategy.experts.tensor)
+            self._experts[routes] = {kernel.name: kernel for kernel in tape.kernels}
+        kernels = self._experts[routes]
+        return [work for name in names for work in self.b.works(kernels[name], backward)]
+
+    def _experts_forward(self, i: int, layer: int, arrived: int | None, *waits: int | None) -> int | None:
+        b, c = self.b, self.c
+        _, sent, received, most = self._sizes(i)
+        works = self._take("rows", i, received * self.row)
+        works += self._take("weights", i, received * c.wide)
+        b.spike(2 * most * self.inner * c.b, _D)
+        works += self._products(i, False, "experts_gate", "experts_up", "experts_down")
+        active = sum(1 for rows in c.routes(i) if rows)
+        works.append(self.rows.elementwise(received * self.inner, 7 * c.b, 3 * active))
+        b.compute("experts", _E, "forward", layer, works, arrived, *waits)
+        b.drop("weights")
+        waiting = self._send_back("rows", i, received * self.row, sent * self.row, layer, "forward")
+        self._forget("rows", i)
+        return waiting
+
+    def _forget(self, name: str, i: int) -> None:
+        """The chunk object dies, and with it what was reordered out of place."""
+        if name in self.b.alive:
+            self.b.drop(name)
+        if self.ordered:
+            self.b.drop(f"arrival_order.{i}")
+
+    def _combine(self, i: int, arrived: int | None, layer: int) -> None:
+        """x1 += the sum of each token's routes."""
+        b, n = self.b, self.c.chunk_tokens(i)
+        self._arrive("rows", i)
+        part = slice_rows(n)
+        b.spike(part * (self.k + 1) * self.row, _D)
+        works = [self.rows.pass_(n, self.H, (3 * self.k + 4) * self.c.b, 3)]
+        b.compute("combine", _E, "forward", layer, works, arrived)
+        b.drop(f"rows_back.{i}", f"inverse.{i}")
+
+    def _arrive(self, name: str, i: int) -> None:
+        if self.split:
+            self.b.drop(f"{name}_ordered.{i}")
+
+    def _experts_backward(self, i: int, layer: int, arrived: int | None, *waits: int | None) -> int | None:
+        b, c = self.b, self.c
+        _, sent, received, most = self._sizes(i)
+        works = self._take("weights", i, received * c.wide)
+        works += self._take("rows", i, received * self.row)
+        works += self._take("grads", i, received * self.row)
+        b.make("grad_weights", received * c.wide, _D)
+        b.spike(5 * most * self.inner * c.b, _D)
+        works += self._products(i, False, "experts_gate", "experts_up")
+        works += self._products(i, True, "experts_gate", "experts_up", "experts_down")
+        if c.strategy.precision.reduce != c.strategy.precision.compute:
+            b.spike((4 * most + self.H) * self.inner * c.b, _D)
+        active = sum(1 for rows in c.routes(i) if rows)
+        works.append(self.rows.elementwise(received * self.inner, 26 * c.b, 10 * active))
+        b.compute("experts", _E, "backward", layer, works, arrived, *waits)
+        b.drop("rows", "weights")
+        self._send_back("grad_weights", i, received * c.wide, sent * c.wide, layer, "backward")
+        waiting = self._send_back("grads", i, received * self.row, sent * self.row, layer, "backward")
+        if "grad_weights" in b.alive:
+            b.drop("grad_weights")
+        self._forget("grads", i)
+        return waiting
+
+    def _combine_backward(self, i: int, arrived: int | None, layer: int) -> None:
+        """Gradients of tokens from their routes and from the router, through the norm, slice by slice."""
+        b, c = self.b, self.c
+        n, sent, _, _ = self._sizes(i)
+        self._arrive("grads", i)
+        self._arrive("grad_weights", i)
+        b.drop(f"grad_weights_back.{i}")
+        b.make("grad_weights", sent * c.wide, _D)
+        part = slice_rows(n)
+        b.make("grad_hidden", part * self.row, _D)
+        b.spike(part * self.k * self.row, _D)
+        b.compute("combine", _E, "backward", layer, [self.rows.pass_(n, self.H, (3 * self.k + 4) * c.b, 2)], arrived)
+        works = [self.rows.norm(part, self.H, "hidden")]
+        b.spike(part * (2 * self.H + 3 * self.E) * c.wide + 2 * self.E * self.H * c.wide)
+        works += self._routing(n, True)
+        b.drop("hidden")
+        works.append(self.rows.norm_backward(part, self.H))
+        works.append(self.rows.pass_(n, self.H, 7 * c.b + 20 * c.wide, 31))
+        b.drop("grad_hidden")
+        b.compute("router", _R, "backward", layer, works)
+        b.drop(f"grads_back.{i}", f"inverse.{i}", "grad_weights")
+
+    def _shared(self, i: int, layer: int, *, backward: bool) -> None:
+        if not self.c.model.shared_expert_intermediate_size:
+            return
+        if backward:
+            self.ffn.backward(self.c.chunk_tokens(i), _S, layer)
+        else:
+            self.ffn.forward(self.c.chunk_tokens(i), _S, layer)

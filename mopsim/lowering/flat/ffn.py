@@ -1,0 +1,79 @@
+"""Dense FFN and shared experts over token slices, each recomputed in its own backward (mopexec.parallelize.ffn)."""
+
+from mopsim.layers.ffn import ffn
+from mopsim.layers.tape import Kernel
+from mopsim.lowering.builder import Builder
+from mopsim.lowering.context import Context
+from mopsim.lowering.flat.rows import Rows
+from mopsim.lowering.workload import Work
+from mopsim.spec.layout import token_slices
+
+
+class FfnLowering:
+    """x += ffn(norm(x)) in place, and its backward into the gradient, slice by slice."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.c, self.b, self.rows = context, builder, Rows(context, builder)
+        self._kernels: dict[tuple[int, str], dict[str, Kernel]] = {}
+
+    def kernels(self, tokens: int, component: str) -> dict[str, Kernel]:
+        key = (tokens, component)
+        if key not in self._kernels:
+            tape = ffn(self.c.model, tokens, self.inner(component), self.c.b, component)
+            self._kernels[key] = {kernel.name: kernel for kernel in tape.kernels}
+        return self._kernels[key]
+
+    def inner(self, component: str) -> int:
+        model = self.c.model
+        return model.intermediate_size if component == "dense_ffn" else model.shared_expert_intermediate_size
+
+    def forward(self, tokens: int, component: str, layer: int, *waits: int | None) -> None:
+        """All slices of `tokens` tokens."""
+        b, H = self.b, self.c.model.hidden_size
+        for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
+            n = stop - start
+            size = n * self.inner(component) * self.c.b
+            works = [self.rows.norm(n, H, "hidden")]
+            b.make("gate", size)
+            b.make("up", size)
+            works += self._products(n, component, False, "gate_proj", "up_proj")
+            b.drop("up")
+            works.append(self.rows.elementwise(size, 5, 2))
+            works += self._products(n, component, False, "down_proj")
+            works.append(self.rows.elementwise(n * H * self.c.b, 1, 0))
+            b.drop("gate", "hidden")
+            b.compute("ffn", component, "forward", layer, works, *waits)
+
+    def backward(self, tokens: int, component: str, layer: int) -> None:
+        """All slices: recompute, gradients of weights and input, through the norm into the gradient."""
+        b, H = self.b, self.c.model.hidden_size
+        for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
+            n = stop - start
+            size = n * self.inner(component) * self.c.b
+            works = [self.rows.norm(n, H, "hidden")]
+            for name in ("gate", "up", "silu", "inner"):
+                b.make(name, size)
+            works += self._products(n, component, False, "gate_proj", "up_proj")
+            works.append(self.rows.elementwise(size, 5, 2))
+            self._temporary(component)
+            b.drop("inner")
+            b.make("grad_inner", size)
+            works += self._products(n, component, True, "down_proj")
+            works.append(self.rows.elementwise(size, 11, 4))
+            b.drop("gate", "up")
+            self._temporary(component)
+            b.make("grad_hidden", n * H * self.c.b)
+            works += self._products(n, component, True, "gate_proj", "up_proj")
+            b.drop("grad_inner", "silu", "hidden")
+            works.append(self.rows.norm_backward(n, H))
+            b.drop("grad_hidden")
+            b.compute("ffn", component, "backward", layer, works)
+
+    def _products(self, tokens: int, component: str, backward: bool, *names: str) -> list[Work]:
+        kernels = self.kernels(tokens, component)
+        return [work for name in names for work in self.b.works(kernels[name], backward)]
+
+    def _temporary(self, component: str) -> None:
+        """A weight gradient in the compute dtype, where the buffer has another."""
+        if self.c.strategy.precision.reduce != self.c.strategy.precision.compute:
+            self.b.spike(self.inner(component) * self.c.model.hidden_size * self.c.b)

@@ -1,0 +1,53 @@
+"""Element-wise passes of the schedule: sliced norms and rotations, their temporaries and their traffic."""
+
+from mopsim.lowering.builder import Builder
+from mopsim.lowering.context import Context
+from mopsim.lowering.workload import Work
+from mopsim.spec.layout import token_slices
+
+MIN_ROWS, MAX_SLICES = 256, 16
+
+
+def row_slices(rows: int) -> list[tuple[int, int]]:
+    """As mopexec.parallelize.rows: at most 16 slices of at least 256 rows."""
+    return token_slices(rows, max(MIN_ROWS, -(-rows // MAX_SLICES)))
+
+
+def slice_rows(rows: int) -> int:
+    """Rows of the largest slice."""
+    return min(rows, max(MIN_ROWS, -(-rows // MAX_SLICES)))
+
+
+class Rows:
+    """Temporaries and work of element-wise passes over rows."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.b, self.width, self.wide = builder, context.b, context.wide
+        self.cast = context.wide != context.b
+
+    def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
+        """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back by the caller)."""
+        b, part = self.b, slice_rows(rows)
+        out = rows * size * self.width
+        if name:
+            b.make(name, out, category)
+        else:
+            b.spike(out, category)
+        b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
+        return self.pass_(rows, size, 3 * self.width + 4 * self.wide, 8, 1)
+
+    def norm_backward(self, rows: int, size: int, category: str = "activations") -> Work:
+        """Gradient of RMSNorm added into a buffer that is there already."""
+        part, slices = slice_rows(rows), len(row_slices(rows))
+        held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * self.wide
+        self.b.spike(held + (1 + self.cast) * size * self.wide, category)
+        return self.pass_(rows, size, 4 * self.width + 16 * self.wide, 15, 2)
+
+    def pass_(self, rows: float, size: float, bytes_each: float, launches: int, once: int = 0) -> Work:
+        """Memory-bound work of `launches` kernels per slice and `once` more, with `bytes_each` per element in all."""
+        count = len(row_slices(max(1, int(rows)))) * launches + once
+        return Work("memory_bound", bytes=float(rows * size * bytes_each), launches=count)
+
+    def elementwise(self, elements: float, bytes_each: float, launches: int) -> Work:
+        """Memory-bound work of `launches` kernels over all elements."""
+        return Work("memory_bound", bytes=float(elements * bytes_each), launches=launches)
