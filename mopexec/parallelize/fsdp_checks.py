@@ -39,7 +39,8 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
 
 
 def _check_offload(strategy: Strategy) -> None:
-    """CPUOffloadPolicy moves parameters, gradients and optimizer state together, and the host updates them."""
+    """CPUOffloadPolicy moves parameters, gradients and optimizer state together, and the host updates
+    them."""
     tier = strategy.optimizer.state_tier
     together = {
         "optimizer.update_on": strategy.optimizer.update_on,
@@ -50,7 +51,8 @@ def _check_offload(strategy: Strategy) -> None:
     }
     for field, value in together.items():
         if value != tier:
-            rule = f"is not run by {_RUNTIME}: CPU offload moves all state together, so it must equal optimizer.state_tier {tier}"
+            rule = f"is not run by {_RUNTIME}: offload moves all state together, so it must equal "
+            rule += f"optimizer.state_tier {tier}"
             raise SpecError(f"strategy.{field}", value, rule)
     if tier == "host" and strategy.optimizer.host_fraction != 1.0:
         raise SpecError(

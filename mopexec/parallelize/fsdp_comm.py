@@ -1,7 +1,8 @@
-"""How `fully_shard` communicates here: its buffers named for the memory tracker, its collectives through our seam.
+"""How `fully_shard` communicates here: its buffers named for the memory tracker, its collectives through
+our seam.
 
-Also the host tier on a CPU: there `.to("cpu")` copies nothing, so the copies that CPUOffloadPolicy makes on a GPU
-(shard to the device before the all-gather, reduced gradient back to the host) are made explicitly.
+Also the host tier on a CPU: there `.to("cpu")` copies nothing, so the copies that CPUOffloadPolicy makes on
+a GPU (shard to the device before the all-gather, reduced gradient back to the host) are made explicitly.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 
 from mopexec import collectives
-from mopexec.measure.scope import category
+from mopexec.measure.scope import category, host_compute
 from mopexec.measure.tracker import mark_host, recategorize
 from mopexec.tiers import Platform
 
@@ -34,10 +35,12 @@ class _Work(dist.Work):
         return True
 
 
-class TrackedAllGather(AllGather):  # type: ignore[misc]
+class TrackedAllGather(AllGather):
     """FSDP's default all-gather, its output buffer booked as `gathered`."""
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         with category("gathered"):
             return torch.empty(*size, dtype=dtype, device=device)
 
@@ -48,16 +51,19 @@ class TrackedAllGather(AllGather):  # type: ignore[misc]
         return _Work(work) if async_op else None
 
 
-class TrackedReduceScatter(ReduceScatter):  # type: ignore[misc]
+class TrackedReduceScatter(ReduceScatter):
     """FSDP's default reduce-scatter. Its input is booked as `gathered_grads`, its output as `grads`.
 
-    FSDP asks for the two buffers of a reduction in that order; with a group of one rank it does not call the collective.
+    FSDP asks for the two buffers of a reduction in that order; with a group of one rank it does not call
+    the collective.
     """
 
     def __init__(self) -> None:
         self._next_is_input = True
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         name = "gathered_grads" if self._next_is_input else "grads"
         self._next_is_input = not self._next_is_input
         with category(name):
@@ -76,8 +82,9 @@ class TrackedReduceScatter(ReduceScatter):  # type: ignore[misc]
         return _Work(work) if async_op else None
 
 
-class _CopiedShard(FSDPParam):  # type: ignore[misc]
-    """An offloaded parameter on a CPU: the host shard is copied to the "device" first, as `.to(device)` does on CUDA."""
+class _CopiedShard(FSDPParam):
+    """An offloaded parameter on a CPU: the host shard is copied to the "device" first, as `.to(device)`
+    does on CUDA."""
 
     @property
     def all_gather_inputs(self) -> list[Tensor]:
@@ -103,7 +110,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def place_on_host(model: nn.Module, platform: Platform, grads: dict[str, Tensor]) -> None:
-    """Put the shards of a CPU-offloaded model in the host tier; reduced gradients arrive in `grads` by parameter name.
+    """Put the shards of a CPU-offloaded model in the host tier; reduced gradients arrive in `grads` by
+    parameter name.
 
     On CUDA FSDP itself copies (asynchronously); the tracker knows the tier by the device.
     """
@@ -114,18 +122,18 @@ def place_on_host(model: nn.Module, platform: Platform, grads: dict[str, Tensor]
                 param.__class__ = _CopiedShard
     if not platform.is_cuda:
         for name, parameter in model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(_GradToHost(name, platform, grads))
+            hook = _GradToHost(name, platform, grads)
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 class _GradToHost:
-    """Moves a freshly reduced gradient shard to its host buffer, adding to what is there; frees it on the device."""
+    """Moves a freshly reduced gradient shard to its host buffer, adding to what is there; frees it on the
+    device."""
 
     def __init__(self, name: str, platform: Platform, grads: dict[str, Tensor]) -> None:
         self._name, self._platform, self._grads = name, platform, grads
 
     def __call__(self, parameter: Tensor) -> None:
-        from mopexec.measure.scope import host_compute
-
         assert parameter.grad is not None
         fresh = local(parameter.grad)
         arrived = self._platform.host_empty(fresh.shape, fresh.dtype, "grads")
@@ -139,9 +147,10 @@ class _GradToHost:
 
 
 def book_gradients(model: nn.Module) -> None:
-    """Book each reduced gradient shard as `grads` as soon as FSDP sets it (it may have cast it to another dtype)."""
+    """Book each reduced gradient shard as `grads` as soon as FSDP sets it (it may have cast it to another
+    dtype)."""
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_book_shard)
+        parameter.register_post_accumulate_grad_hook(_book_shard)  # type: ignore[no-untyped-call]
 
 
 def _book_shard(parameter: Tensor) -> None:

@@ -1,6 +1,8 @@
-"""Expert parallelism under FSDP2: whole experts on Ep ranks, tokens there and back by all-to-all, kept for the backward.
+"""Expert parallelism under FSDP2: whole experts on Ep ranks, tokens there and back by all-to-all, kept for
+the backward.
 
-Per rank: N tokens, R = N * top_k routes. One chunk: dispatched rows, expert intermediates and combined rows all live until
+Per rank: N tokens, R = N * top_k routes. One chunk: dispatched rows, expert intermediates and combined rows
+all live until
 the backward (or its recompute) has used them, as in the peers that build expert parallelism on FSDP2.
 """
 
@@ -29,7 +31,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         with category("dispatch"):
             rows = grads[0].index_select(0, *ctx.saved_tensors)
-            return rows.unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+            return rows.view(-1, ctx.top_k, rows.shape[1]).sum(1), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -68,10 +70,15 @@ def _exchange(x: Tensor, received: list[int], sent: list[int], group: dist.Proce
     return out
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    return cast(Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
+
+
 class ExpertDispatch:
     """A drop-in for `MoE.dispatch`: routes to the ranks that own their experts and back.
 
-    The module holds this rank's num_experts / degree experts. Under a routing profile every split is a Python int.
+    The module holds this rank's num_experts / degree experts. Under a routing profile every split is a
+    Python int.
     """
 
     def __init__(self, routing: Routing, num_experts: int, degree: int, group: dist.ProcessGroup) -> None:
@@ -85,22 +92,23 @@ class ExpertDispatch:
             inverse = torch.empty_like(order)
             inverse[order] = torch.arange(order.numel(), device=order.device)
             mine, theirs = self._counts(experts)
-            rows: Tensor = _Spread.apply(x, order, inverse, top_k)
+            rows = _apply(_Spread, x, order, inverse, top_k)
             if self._degree > 1:
                 sent, received = [sum(counts) for counts in mine], [sum(counts) for counts in theirs]
-                rows = cast(Tensor, _AllToAll.apply(rows, received, sent, self._group))
+                rows = _apply(_AllToAll, rows, received, sent, self._group)
                 rows = _regroup(rows, theirs)
         rows = module(rows, [sum(counts) for counts in zip(*theirs, strict=True)])
         with category("dispatch"):
             if self._degree > 1:
                 rows = _regroup(rows, [list(counts) for counts in zip(*theirs, strict=True)])
-                rows = cast(Tensor, _AllToAll.apply(rows, sent, received, self._group))
-            rows = cast(Tensor, _Permute.apply(rows, inverse, order))
+                rows = _apply(_AllToAll, rows, sent, received, self._group)
+            rows = _apply(_Permute, rows, inverse, order)
             by_token = rows.view(num_tokens, top_k, -1)
             return torch.bmm(weights.to(rows.dtype)[:, None, :], by_token).squeeze(1)
 
     def _counts(self, experts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Routes by [rank of the group][that rank's experts] that this rank sends, and by [rank][my experts] it gets."""
+        """Routes by [rank of the group][that rank's experts] that this rank sends, and by [rank][my
+        experts] it gets."""
         local = self._num_experts // self._degree
         if not self._routing.learned:
             num_tokens, top_k = experts.shape
@@ -121,6 +129,6 @@ def _regroup(rows: Tensor, counts: list[list[int]]) -> Tensor:
     """Rows in blocks [a][b] of counts[a][b] rows to blocks [b][a]."""
     if len(counts) == 1 or len(counts[0]) == 1:
         return rows
-    blocks = rows.split([count for row in counts for count in row])
+    blocks = torch.split(rows, [count for row in counts for count in row])
     width = len(counts[0])
     return torch.cat([block for place in range(width) for block in blocks[place::width]])

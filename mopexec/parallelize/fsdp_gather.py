@@ -15,7 +15,8 @@ from mopsim.spec.strategy import Strategy
 
 
 class Gathered:
-    """Puts parameters (or anything sharded like them) together on every rank, one all-gather over the world each."""
+    """Puts parameters (or anything sharded like them) together on every rank, one all-gather over the world
+    each."""
 
     def __init__(self, strategy: Strategy, platform: Platform) -> None:
         self._platform = platform
@@ -25,7 +26,8 @@ class Gathered:
         self._experts = [row[: strategy.experts.shard] for row in replicas]
 
     def whole(self, name: str, parameter: Any, shard: Tensor | None) -> Tensor:
-        """The full tensor of `parameter` from this rank's `shard` (None: this rank has none, as of a padded rest)."""
+        """The full tensor of `parameter` from this rank's `shard` (None: this rank has none, as of a padded
+        rest)."""
         rows = self._experts if ".experts." in name else self._dense
         dim, shape = parameter.placements[-1].dim, list(parameter.shape)
         sizes = [
@@ -51,7 +53,8 @@ class Gathered:
 def global_dtensor(parameter: DTensor, value: Tensor, experts: DeviceMesh | None) -> DTensor:
     """`value`, sharded like `parameter`, as a DTensor of the model's global shape that shares its storage.
 
-    experts: the mesh [Ep, copies, shard] of an expert stack, whose FSDP DTensor knows only this rank's experts.
+    experts: the mesh [Ep, copies, shard] of an expert stack, whose FSDP DTensor knows only this rank's
+    experts.
     """
     if experts is None:
         return _wrap(value, parameter.device_mesh, parameter.placements, tuple(parameter.shape))

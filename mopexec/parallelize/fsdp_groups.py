@@ -15,9 +15,11 @@ from mopsim.spec.strategy import Strategy
 class FsdpGroups:
     """Views of the W ranks, from this rank.
 
-    dense, experts: the mesh that shards (1-d), or that replicates and shards (2-d, HSDP). experts_whole: [Ep, copies,
+    dense, experts: the mesh that shards (1-d), or that replicates and shards (2-d, HSDP). experts_whole:
+    [Ep, copies,
     shard]. expert_copies: copies of each expert shard in the world. expert_group: the Ep ranks
-    that trade tokens; expert_place: this rank's place in it. sequence_group likewise for the D ranks of a sequence.
+    that trade tokens; expert_place: this rank's place in it. sequence_group likewise for the D ranks of a
+    sequence.
     """
 
     rank: int
@@ -57,6 +59,7 @@ def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
 
 
 def _expert_mesh(replicas: list[list[int]], shard: int, device: str) -> DeviceMesh:
-    """[Ep, copies, shard]: row p holds the ranks with the experts of place p, cut into runs that share one copy."""
+    """[Ep, copies, shard]: row p holds the ranks with the experts of place p, cut into runs that share one
+    copy."""
     ranks = torch.tensor([layout.split(row, shard) for row in replicas])
     return DeviceMesh(device, ranks, mesh_dim_names=("expert", "replicate", "shard"))

@@ -17,7 +17,8 @@ from mopexec.tiers import Platform
 
 
 def name_components(model: Any) -> None:
-    """Name the part of the model that runs, in forward by module hooks and in backward by the gradients that arrive."""
+    """Name the part of the model that runs, in forward by module hooks and in backward by the gradients
+    that arrive."""
     _name(model.embedding, "embedding")
     _name(model.head, "vocabulary")
     for layer in model.layers:
@@ -40,7 +41,7 @@ def _name(module: nn.Module, name: str) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
         for tensor in tensors:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(arrived)
+                tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def arrived(_grad: Tensor) -> None:
         NOW.component = name
@@ -50,7 +51,8 @@ def _name(module: nn.Module, name: str) -> None:
 
 
 def name_gathers(model: nn.Module) -> None:
-    """Book what FSDP allocates around a gather as `gathered`, full gradients and their reduction as `gathered_grads`."""
+    """Book what FSDP allocates around a gather as `gathered`, full gradients and their reduction as
+    `gathered_grads`."""
     for group in param_groups(model):
         group.unshard = _within("gathered", group.unshard)
         group.post_backward = _within("gathered_grads", group.post_backward)
@@ -66,7 +68,8 @@ def _within(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _and_book_gradients(group: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """After the first gather the full parameters exist: book their gradients as soon as autograd accumulates them."""
+    """After the first gather the full parameters exist: book their gradients as soon as autograd
+    accumulates them."""
     hooked = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +90,8 @@ def _book_full(parameter: Tensor) -> None:
 
 
 class Boundaries:
-    """Where checkpointed layers keep their inputs: on the device, or the first `count` of a forward on the host."""
+    """Where checkpointed layers keep their inputs: on the device, or the first `count` of a forward on the
+    host."""
 
     def __init__(self, platform: Platform, count: int) -> None:
         self._platform, self._count = platform, count
@@ -116,7 +120,8 @@ class Boundaries:
 
 
 def recompute_layers(model: Any, boundaries: Boundaries) -> None:
-    """Run every layer under a non-reentrant checkpoint, inside FSDP's hooks: its input is kept, the rest made again."""
+    """Run every layer under a non-reentrant checkpoint, inside FSDP's hooks: its input is kept, the rest
+    made again."""
     for index, layer in enumerate(model.layers):
         setattr(layer, "forward", _Checkpointed(index, layer.forward, boundaries))  # noqa: B010
 

@@ -1,4 +1,5 @@
-"""Cross entropy behind FSDP's head: full logits by autograd, or token chunks with the gradient made chunk by chunk."""
+"""Cross entropy behind FSDP's head: full logits by autograd, or token chunks with the gradient made chunk
+by chunk."""
 
 from typing import Any
 
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopexec.measure.scope import category
+from mopexec.measure.scope import NOW, category
 from mopsim.spec import layout
 
 
@@ -16,20 +17,28 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def full_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """scale * the summed cross entropy of hidden [N, H] @ weight [V, H]^T against targets [N]: N x V logits."""
+    """scale * the summed cross entropy of hidden [N, H] @ weight [V, H]^T against targets [N]: N x V
+    logits."""
     with category("logits"):
         logits = F.linear(hidden, weight)
-        return F.cross_entropy(logits.to(wide(hidden.dtype)), targets, reduction="sum") * scale
+        loss = F.cross_entropy(logits.to(wide(hidden.dtype)), targets, reduction="sum") * scale
+    if loss.requires_grad:
+        loss.register_hook(lambda _: setattr(NOW, "category", "logits"))  # type: ignore[no-untyped-call]
+        logits.register_hook(lambda _: setattr(NOW, "category", "activations"))  # type: ignore[no-untyped-call]
+    return loss
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int) -> Tensor:
-    """As `full_loss`, `chunk_tokens` rows of logits at a time; one forward product per chunk, none repeated."""
+    """As `full_loss`, `chunk_tokens` rows of logits at a time; one forward product per chunk, none
+    repeated."""
     return _ChunkedLoss.apply(hidden, weight, targets, scale, chunk_tokens)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradient of a cross entropy needs nothing from behind it: it is made in the forward, while a chunk's logits
-    are there (3 products per chunk instead of the 4 of a recomputing loss), and only scaled in the backward."""
+    """The gradient of a cross entropy needs nothing from behind it: it is made in the forward, while a
+    chunk's logits
+    are there (3 products per chunk instead of the 4 of a recomputing loss), and only scaled in the
+    backward."""
 
     @staticmethod
     def forward(

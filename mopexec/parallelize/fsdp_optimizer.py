@@ -1,4 +1,5 @@
-"""torch's fused AdamW on this rank's shards, with a global norm over shards of different kinds, on device or host."""
+"""torch's fused AdamW on this rank's shards, with a global norm over shards of different kinds, on device
+or host."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -25,7 +26,8 @@ class Shard:
 
 
 class ShardedAdamW:
-    """AdamW over local shards: no DTensor op, so dense and expert shards of different meshes need no special care.
+    """AdamW over local shards: no DTensor op, so dense and expert shards of different meshes need no
+    special care.
 
     Decoupled decay on every parameter, as torch.optim.AdamW. host: state and update in host memory.
     """
@@ -54,7 +56,8 @@ class ShardedAdamW:
             group["lr"] = lr
 
     def step(self, grads: dict[str, Tensor]) -> float:
-        """Clip `grads` (by parameter name) in place by their global norm, update; returns the norm before clipping.
+        """Clip `grads` (by parameter name) in place by their global norm, update; returns the norm before
+        clipping.
 
         torch's formula: the coefficient is clip_norm / (norm + 1e-6), at most 1.
         """
@@ -73,7 +76,8 @@ class ShardedAdamW:
         return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Moments by kind (exp_avg, exp_avg_sq) and parameter name, made if there was no step yet; and `step`."""
+        """Moments by kind (exp_avg, exp_avg_sq) and parameter name, made if there was no step yet; and
+        `step`."""
         with self._tier():
             self._make_state()
         kinds: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
@@ -99,7 +103,8 @@ class ShardedAdamW:
         return 1.0 if self._platform.fake else float(on_device.sqrt().item())
 
     def _make_state(self) -> None:
-        """The zero moments that torch makes in its first step, made here so that they can be named and loaded."""
+        """The zero moments that torch makes in its first step, made here so that they can be named and
+        loaded."""
         for parameter in self._parameters.values():
             state: dict[str, Any] = self._optimizer.state[parameter]
             if state:

@@ -1,4 +1,5 @@
-"""Ulysses attention under autograd: sequence slices traded for heads, attention over the whole sequence, traded back."""
+"""Ulysses attention under autograd: sequence slices traded for heads, attention over the whole sequence,
+traded back."""
 
 from typing import Any
 
@@ -30,7 +31,7 @@ class UlyssesAttention:
         return self._trade(causal_attention(whole[0], whole[1], whole[2]), to_heads=False)
 
     def _trade(self, x: Tensor, *, to_heads: bool) -> Tensor:
-        traded: Tensor = _Trade.apply(x, self._degree, self._group, to_heads)
+        traded: Tensor = _Trade.apply(x, self._degree, self._group, to_heads)  # type: ignore[no-untyped-call]
         return traded
 
 
@@ -62,5 +63,6 @@ def check_heads(model: ModelSpec, degree: int) -> None:
     kv_heads = model.num_key_value_heads
     require(
         kv_heads % degree == 0 or degree % kv_heads == 0,
-        "strategy.attention.sequence", degree, f"and num_key_value_heads {kv_heads} do not divide one another",
+        "strategy.attention.sequence", degree,
+        f"and num_key_value_heads {kv_heads} do not divide each other",
     )  # fmt: skip

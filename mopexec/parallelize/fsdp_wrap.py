@@ -1,5 +1,7 @@
-"""From a plan to a model under torch FSDP2: parallel parts swapped in, `fully_shard` applied, weights made shard by shard."""
+"""From a plan to a model under torch FSDP2: parallel parts swapped in, `fully_shard` applied, weights made
+shard by shard."""
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
-from mopexec.measure.scope import uncounted
+from mopexec.measure.scope import category, host_allocation, uncounted
 from mopexec.model import Routing, Transformer, initial_value
 from mopexec.model.initialize import is_stacked
 from mopexec.parallelize.fsdp_comm import TrackedAllGather, TrackedReduceScatter, local
@@ -31,7 +33,7 @@ from mopsim.spec.strategy import Strategy
 def build_model(
     plan: Plan, groups: FsdpGroups, platform: Platform, routing: Routing, seed: int
 ) -> Transformer:
-    """The sharded model on this rank; calling it with (tokens, targets, scale) gives scale * the summed loss."""
+    """The sharded model on this rank; called with (tokens, targets, scale) it gives scale * the loss."""
     strategy = plan.strategy
     with uncounted():  # without storage: the shards are what is counted
         device = "cpu" if platform.fake else "meta"
@@ -44,14 +46,21 @@ def build_model(
         recompute_layers(model, _boundaries(plan, platform))
     _attach_loss(model, strategy, groups, plan.training.tokens_per_rank(strategy) // strategy.micro_batch)
     name_components(model)
-    _shard(model, strategy, groups, platform)
+    host = strategy.optimizer.state_tier == "host"
+    with host_allocation("params") if host else category("params"):
+        _shard(model, strategy, groups, platform)
+        if not platform.fake:  # fake parameters became shards when they were sharded
+            model.to_empty(device="cpu" if host else platform.device)
+            _fill(model, groups, seed)
+        fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
+    _reset_routers(model, platform)
     _tune(model, strategy)
-    _materialise(model, groups, platform, seed, offload=strategy.optimizer.state_tier == "host")
     return model
 
 
 def shard_dim(local_shape: tuple[int, ...], degree: int) -> int:
-    """Which dimension of an expert stack [E/Ep, ., .] its replicas split: the experts, where they divide evenly."""
+    """Which dimension of an expert stack [E/Ep, ., .] its replicas split: the experts, where they divide
+    evenly."""
     even = [dim for dim, size in enumerate(local_shape) if size % degree == 0]
     return even[0] if even else 0
 
@@ -135,8 +144,10 @@ def _shard(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platfor
 def _tune(model: Any, strategy: Strategy) -> None:
     """Sum gradients (the loss is divided by the global token count), name the buffers, prefetch explicitly.
 
-    Asynchronous all-gathers allocate and copy on the compute stream and free their buffer right after the copy-out.
-    Offloaded shards keep FSDP's own streams, or every copy to the device would stand in the way of the compute.
+    Asynchronous all-gathers allocate and copy on the compute stream and free their buffer right after the
+    copy-out.
+    Offloaded shards keep FSDP's own streams, or every copy to the device would stand in the way of the
+    compute.
     """
     for module in model.modules():
         if not isinstance(module, FSDPModule):
@@ -153,7 +164,8 @@ def _tune(model: Any, strategy: Strategy) -> None:
 
 
 def _prefetch(model: Any, depth: int) -> None:
-    """Gather `depth` modules ahead, forward and backward; 0: none (FSDP's implicit backward prefetch off too)."""
+    """Gather `depth` modules ahead, forward and backward; 0: none (FSDP's implicit backward prefetch off
+    too)."""
     chain = [[model.embedding], *([layer] for layer in model.layers), [model.final_norm]]
     for entry, layer in zip(chain[1:], model.layers, strict=False):
         if layer.is_moe:
@@ -168,39 +180,27 @@ def _prefetch(model: Any, depth: int) -> None:
             inner.set_modules_to_backward_prefetch([inner])
 
 
-@torch.no_grad()
-def _materialise(model: Any, groups: FsdpGroups, platform: Platform, seed: int, *, offload: bool) -> None:
-    """Allocate the shards and fill them with the weights that every sharding of this seed starts from."""
-    if not platform.fake:  # fake parameters became shards when they were sharded
-        model.to_empty(device="cpu" if offload else platform.device)
-        for name, parameter in model.named_parameters():
-            _fill(name, parameter, groups, seed)
+def _reset_routers(model: Any, platform: Platform) -> None:
+    """Balance biases and loads start at zero, on the device."""
     for layer in model.layers:
         if layer.is_moe:
-            layer.moe.router.balance_bias = torch.zeros_like(
-                layer.moe.router.balance_bias, device=platform.device
-            )
-            layer.moe.router.load = torch.zeros_like(layer.moe.router.balance_bias)
-    fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
+            router = layer.moe.router
+            router.balance_bias = torch.zeros_like(router.balance_bias, device=platform.device)
+            router.load = torch.zeros_like(router.balance_bias)
 
 
-def _fill(name: str, parameter: Any, groups: FsdpGroups, seed: int) -> None:
-    """Write this rank's shard of parameter `name`, one expert (or one parameter) at a time."""
-    placement = parameter.placements[-1]
-    shard, degree = (
-        parameter.device_mesh.get_local_rank(parameter.device_mesh.ndim - 1),
-        parameter.device_mesh.size(-1),
-    )
-    shape, target = tuple(parameter.shape), local(parameter)
-    start, stop = layout.interval(shape[placement.dim], degree, shard)
-    if not is_stacked(name):
-        if stop > start:
-            target.copy_(initial_value(name, shape, seed)[start:stop])
-        return
-    first = groups.expert_place * shape[0]
-    rows = range(start, stop) if placement.dim == 0 else range(shape[0])
-    for row, expert in enumerate(rows):
-        value = initial_value(name, shape[1:], seed, first + expert)
-        target[row].copy_(
-            value if placement.dim == 0 else value.narrow(placement.dim - 1, start, stop - start)
-        )
+@torch.no_grad()
+def _fill(model: Any, groups: FsdpGroups, seed: int) -> None:
+    """Write the weights that every sharding of this seed starts from, one matrix at a time."""
+    for name, parameter in model.named_parameters():
+        mesh, dim = parameter.device_mesh, parameter.placements[-1].dim
+        shape, target = tuple(parameter.shape), local(parameter)
+        start, stop = layout.interval(shape[dim], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        with uncounted():
+            if not is_stacked(name):
+                target.copy_(initial_value(name, shape, seed)[start:stop])
+                continue
+            first = groups.expert_place * shape[0]
+            for row, expert in enumerate(range(start, stop) if dim == 0 else range(shape[0])):
+                value = initial_value(name, shape[1:], seed, first + expert)
+                target[row].copy_(value if dim == 0 else value.narrow(dim - 1, start, stop - start))

@@ -1,7 +1,10 @@
-"""The baseline runtime `fully_shard`: the model under torch FSDP2 with expert parallelism, Ulysses, recompute and offload.
+"""The baseline runtime `fully_shard`: the model under torch FSDP2 with expert parallelism, Ulysses,
+recompute and offload.
 
-Gradients are reduce-scattered in every microbatch and accumulated in the sharded gradients: full gradients of one unit live
-at a time, which is what makes long contexts fit (the alternative, reducing once, keeps the whole model's gradients).
+Gradients are reduce-scattered in every microbatch and accumulated in the sharded gradients: full gradients
+of one unit live
+at a time, which is what makes long contexts fit (the alternative, reducing once, keeps the whole model's
+gradients).
 """
 
 from typing import Any, Literal
@@ -30,7 +33,8 @@ from mopsim.spec.plan import Plan
 def build(
     plan: Plan, platform: Platform, *, routing: Literal["learned", "profile"] = "learned", seed: int = 0
 ) -> "FullyShardRunner":
-    """One rank of a run of `plan` (collective). Raises SpecError naming a field that this runtime does not run."""
+    """One rank of a run of `plan` (collective). Raises SpecError naming a field that this runtime does not
+    run."""
     check_supported(plan)
     return FullyShardRunner(plan, platform, routing, seed)
 
@@ -86,7 +90,8 @@ class FullyShardRunner:
         self._optimizer.set_lr(lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters and moments as DTensors of their global shape, sharing the live storage; balance biases; steps."""
+        """Parameters and moments as DTensors of their global shape, sharing the live storage; balance
+        biases; steps."""
         state: dict[str, Any] = {}
         moments = self._optimizer.state()
         for name, parameter in self.model.named_parameters():
@@ -113,7 +118,8 @@ class FullyShardRunner:
         return self._gather({name: local(p) for name, p in self.model.named_parameters()})
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """Every gradient of the last step before clipping, by its single-device name, whole, on every rank."""
+        """Every gradient of the last step before clipping, by its single-device name, whole, on every
+        rank."""
         full = self._gather(self._last_grads)
         return {name: grad / self._optimizer.coefficient for name, grad in full.items()}
 

@@ -1,0 +1,120 @@
+"""The FSDP2 baseline equals the single-device model: loss, gradients, updated weights, with clipping active."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mopexec.parallelize.fsdp_checks import check_supported
+from mopsim.spec.errors import SpecError
+from tests.exec import fsdp_worker
+
+Results = dict[str, dict[str, float]]
+WORKER = Path(fsdp_worker.__file__)
+
+
+def spawn(world: int, folder: Path, cases: list[str]) -> Results:
+    """Rank 0's results of every case (all of them if none is named), all run in one set of processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    logs = [folder / f"log{rank}" for rank in range(world)]
+    processes = []
+    for rank in range(world):
+        arguments = [str(rank), str(world), str(folder / "store"), str(folder / f"out{rank}.json"), *cases]
+        with logs[rank].open("w") as log:
+            command = [sys.executable, str(WORKER), *arguments]
+            environment = environment | {"LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    results: Results = json.loads((folder / "out0.json").read_text())
+    return results
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return spawn(request.param, tmp_path_factory.mktemp(f"fsdp{request.param}"), [])
+
+
+def check_parity(case: dict[str, float], tolerance: float) -> None:
+    assert max(case["loss"], case["norm"], case["gradients"], case["parameters"]) <= tolerance
+    assert case["balance"] == 0.0
+
+
+def test_every_mechanism_equals_the_single_device_model_in_float64(results: Results) -> None:
+    for name, case in results.items():
+        if name not in ("everything_float32", "bfloat16", "resumed"):
+            check_parity(case, 1e-9)
+
+
+def test_everything_together_equals_the_single_device_model_in_float32(results: Results) -> None:
+    check_parity(results["everything_float32"], 1e-4)
+
+
+def test_bfloat16_follows_the_single_device_loss(results: Results) -> None:
+    assert results["bfloat16"]["loss"] < 1e-2
+
+
+def test_offload_leaves_no_state_on_the_device(results: Results) -> None:
+    case = results["everything"]
+    buffers = case["resident.params"]  # the routers' balance biases and loads
+    assert buffers == 2 * 2 * fsdp_worker.MODEL.num_local_experts * 4
+    assert not {"resident.grads", "resident.optimizer", "resident.gathered"} & case.keys()
+    assert case["host.optimizer"] >= 2 * case["host.params"]
+
+
+def test_boundaries_on_the_host_take_one_layer_input_each(results: Results) -> None:
+    model, case = fsdp_worker.MODEL, results.get("boundaries_on_host")
+    if case is not None:
+        assert (
+            case["host.boundaries"] == model.num_hidden_layers * 2 * fsdp_worker.SEQ * model.hidden_size * 8
+        )
+
+
+def test_a_checkpoint_resumes_exactly(results: Results) -> None:
+    if "resumed" in results:
+        assert results["resumed"]["parameters"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "field"),
+    [
+        ("experts", {"chunk_tokens": 64}, "experts.chunk_tokens"),
+        ("experts", {"balance": "least_loaded"}, "experts.balance"),
+        ("dense", {"zero": 1}, "dense.zero"),
+        ("dense", {"param_tier": "host"}, "dense.param_tier"),
+        ("dense", {"chunk_tokens": 8}, "dense.chunk_tokens"),
+        ("attention", {"exchange": "ring"}, "attention.exchange"),
+        ("vocabulary", {"loss": "ring"}, "vocabulary.loss"),
+        ("optimizer", {"state_tier": "host"}, "optimizer.update_on"),
+        ("activations", {"recompute": "selective"}, "activations.recompute"),
+        ("activations", {"recompute": "none", "boundary_tier": "host"}, "activations.boundary_tier"),
+        ("precision", {"grad": "bfloat16"}, "precision.grad"),
+        ("precision", {"moments": "bfloat16"}, "precision.moments"),
+        ("precision", {"matmul": "fp8"}, "precision.matmul"),
+    ],
+)
+def test_what_is_not_run_is_refused_by_name(part: str, fields: dict[str, object], field: str) -> None:
+    plain = fsdp_worker.cases(2)["plain"][0]
+    plan = fsdp_worker.plan_of(fsdp_worker.changed(plain, part, **fields), "learned")
+    with pytest.raises(SpecError, match=rf"^strategy\.{field}: "):
+        check_supported(plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_parity_on_gpus(tmp_path: Path) -> None:
+    """NCCL on as many of this machine's GPUs as the cases know; parity uses the math attention kernel."""
+    world = max(count for count in (1, 2, 4) if count <= torch.cuda.device_count())
+    for name, case in spawn(world, tmp_path, []).items():
+        if name == "bfloat16":
+            assert case["loss"] < 1e-2
+        elif name != "resumed":
+            check_parity(case, 1e-4 if name == "everything_float32" else 1e-9)
