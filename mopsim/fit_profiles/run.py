@@ -98,6 +98,10 @@ class Fitter:
             self.report[f"matmul {gpu}"] = f"all {fit.residuals}; above 100 GFLOP {fit.residuals_large}"
         return self._matmul[gpu]
 
+    def matmul_fit(self, gpu: str) -> MatmulFit:
+        """The fit of one GPU of the gemm table."""
+        return self._table(gpu)[0]
+
     def _dense(self, name: str, machine: Entry) -> tuple[MatmulFit, Tag, str]:
         curves = machine["curves"]
         gpu = str(curves["gemm"])

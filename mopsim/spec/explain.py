@@ -14,7 +14,7 @@ _LONGEST_VALUE = 120
 def explain(error: msgspec.ValidationError, data: Any, kind: Any, prefix: str) -> str:
     """One line for a refusal of `data` as a `kind`; `prefix` names the outermost struct."""
     text = str(error)
-    match = re.search(r" - at `(key in )?\$(.*)`$", text)
+    match = re.search(r" - at `(key` in `)?\$(.*)`$", text)
     message = text[: match.start()] if match else text
     steps = _resolve(_steps(match.group(2)) if match else [], data, kind)
     field = prefix + "".join(f"[{step}]" if step.isdigit() else f".{step}" for step in steps)

@@ -6,6 +6,7 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 
 from typing import Literal
 
+from mopsim.spec.categories import COMPONENTS
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
@@ -185,6 +186,8 @@ class Strategy(Spec, frozen=True, kw_only=True):
             self.optimizer.update_on == "device" or self.optimizer.state_tier == "host",
             "optimizer.update_on", self.optimizer.update_on, "needs optimizer.state_tier host",
         )  # fmt: skip
+        for module in self.activations.modules:
+            require(module in COMPONENTS, "activations.modules", module, f"is not one of {', '.join(COMPONENTS)}")
         require(
             self.pipeline.virtual_stages == 1 or self.pipeline.degree > 1,
             "pipeline.virtual_stages", self.pipeline.virtual_stages, "needs a pipeline.degree above 1",

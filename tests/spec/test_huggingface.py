@@ -11,64 +11,186 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.huggingface import ARCHITECTURES
 from mopsim.spec.presets import load_model
 
-LLAMA = dict(
-    architectures=["LlamaForCausalLM"], hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256,
-    num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
-)  # fmt: skip
-MIXTRAL = dict(
-    architectures=["MixtralForCausalLM"], hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=32000,
-    num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, rms_norm_eps=1e-5,
-    rope_theta=1e6, sliding_window=None, tie_word_embeddings=False,
-)  # fmt: skip
-QWEN3 = dict(
-    architectures=["Qwen3ForCausalLM"], hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, vocab_size=151936,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, use_sliding_window=False, attention_bias=False,
-    rope_theta=1000000, sliding_window=None, tie_word_embeddings=False,
-)  # fmt: skip
-QWEN2_MOE = dict(
-    architectures=["Qwen2MoeForCausalLM"], hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-    vocab_size=151936, num_attention_heads=28, num_key_value_heads=4, moe_intermediate_size=2560, num_experts=64,
-    num_experts_per_tok=8, shared_expert_intermediate_size=20480, decoder_sparse_step=1, norm_topk_prob=False,
-    use_sliding_window=False, sliding_window=65536, tie_word_embeddings=False,
-)  # fmt: skip
-QWEN3_MOE = dict(
-    architectures=["Qwen3MoeForCausalLM"], hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, head_dim=128,
-    vocab_size=151936, num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=768, num_experts=128,
-    num_experts_per_tok=8, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], rope_theta=1000000.0,
-)  # fmt: skip
-DEEPSEEK_V3 = dict(
-    architectures=["DeepseekV3ForCausalLM"], hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
-    vocab_size=129280, num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512,
-    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3, n_routed_experts=256,
-    n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, moe_layer_freq=1, norm_topk_prob=True,
-    routed_scaling_factor=2.5, scoring_func="sigmoid", num_nextn_predict_layers=1, attention_bias=False,
-)  # fmt: skip
-DEEPSEEK_V2 = DEEPSEEK_V3 | dict(
-    architectures=["DeepseekV2ForCausalLM"], hidden_size=5120, intermediate_size=12288, num_hidden_layers=60,
-    vocab_size=102400, first_k_dense_replace=1, n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6,
-    moe_intermediate_size=1536, norm_topk_prob=False, routed_scaling_factor=16.0, scoring_func="softmax",
-)  # fmt: skip
-GPT_OSS = dict(
-    architectures=["GptOssForCausalLM"], hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, vocab_size=201088,
-    num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
-    sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12, attention_bias=True, rope_theta=150000,
-    rms_norm_eps=1e-5,
-)  # fmt: skip
-OLMOE = dict(
-    architectures=["OlmoeForCausalLM"], hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, vocab_size=50304,
-    num_attention_heads=16, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
-)  # fmt: skip
-QWEN2 = dict(
-    architectures=["Qwen2ForCausalLM"], hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064,
-    num_attention_heads=28, num_key_value_heads=4, use_sliding_window=False, sliding_window=131072,
-)  # fmt: skip
-MISTRAL = LLAMA | dict(architectures=["MistralForCausalLM"], vocab_size=32000, sliding_window=4096)
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "vocab_size": 151936,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "use_sliding_window": False,
+    "attention_bias": False,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+QWEN2_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "vocab_size": 151936,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 2560,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "shared_expert_intermediate_size": 20480,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "use_sliding_window": False,
+    "sliding_window": 65536,
+    "tie_word_embeddings": False,
+}
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "rope_theta": 1000000.0,
+}
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "vocab_size": 129280,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "num_nextn_predict_layers": 1,
+    "attention_bias": False,
+}
+DEEPSEEK_V2 = DEEPSEEK_V3 | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 60,
+    "vocab_size": 102400,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1536,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "vocab_size": 201088,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "attention_bias": True,
+    "rope_theta": 150000,
+    "rms_norm_eps": 1e-5,
+}
+OLMOE = {
+    "architectures": ["OlmoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "vocab_size": 50304,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "use_sliding_window": False,
+    "sliding_window": 131072,
+}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "vocab_size": 32000, "sliding_window": 4096}
 CASES = {
-    "llama3_8b": LLAMA, "mixtral_8x7b": MIXTRAL, "qwen3_8b": QWEN3, "qwen2_57b_a14b": QWEN2_MOE, "qwen3_30b_a3b": QWEN3_MOE,
-    "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3, "gpt_oss_20b": GPT_OSS, "olmoe_1b_7b": OLMOE,
-}  # fmt: skip
+    "llama3_8b": LLAMA,
+    "mixtral_8x7b": MIXTRAL,
+    "qwen3_8b": QWEN3,
+    "qwen2_57b_a14b": QWEN2_MOE,
+    "qwen3_30b_a3b": QWEN3_MOE,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
+    "gpt_oss_20b": GPT_OSS,
+    "olmoe_1b_7b": OLMOE,
+}
 #: Fields that a preset takes from elsewhere than the config, or that shapes do not depend on.
-BESIDE = {"name", "source", "assumptions", "total_params", "active_params", "rope_theta", "rms_norm_eps", "norm_topk_prob"}
+BESIDE = {
+    "name",
+    "source",
+    "assumptions",
+    "total_params",
+    "active_params",
+    "rope_theta",
+    "rms_norm_eps",
+    "norm_topk_prob",
+}
 BESIDE |= {"intermediate_size"}  # all-MoE networks still carry one in their config
 
 
@@ -103,7 +225,10 @@ def test_every_architecture_is_covered_here() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not known; known ones: LlamaForCausalLM, Mistral"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "'MambaForCausalLM' is not known; known ones: LlamaForCausalLM, Mistral",
+        ),
         ({"architectures": "LlamaForCausalLM"}, "architectures: 'LlamaForCausalLM' must be a list of names"),
         ({"hidden_size": None}, "hidden_size: missing"),
         ({"hidden_size": "4096"}, "hidden_size: '4096' must be an integer"),

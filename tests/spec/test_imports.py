@@ -8,11 +8,15 @@ import pytest
 
 def loaded_after(statement: str) -> set[str]:
     code = f"{statement}; import sys; print(' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import mopsim, mopsim.cli", "import mopsim.spec.presets, mopsim.spec.profiles"])
+@pytest.mark.parametrize(
+    "statement", ["import mopsim, mopsim.cli", "import mopsim.spec.presets, mopsim.spec.profiles"]
+)
 def test_nothing_heavy_is_imported(statement: str) -> None:
     assert not loaded_after(statement) & {"torch", "scipy", "pandas", "matplotlib", "numpy"}
 

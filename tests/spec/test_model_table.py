@@ -8,9 +8,19 @@ from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.model_table import Row, from_row, read_rows
 
 ROW: Row = {
-    "model": "m", "num_layers": "2", "num_dense_layers": "2", "hidden": "64", "dense_ffn_hidden": "128", "num_heads": "4",
-    "num_kv_heads": "2", "head_dim": "16", "attention": "gqa", "vocab_size": "100", "tied_embeddings": "1", "notes": "",
-}  # fmt: skip
+    "model": "m",
+    "num_layers": "2",
+    "num_dense_layers": "2",
+    "hidden": "64",
+    "dense_ffn_hidden": "128",
+    "num_heads": "4",
+    "num_kv_heads": "2",
+    "head_dim": "16",
+    "attention": "gqa",
+    "vocab_size": "100",
+    "tied_embeddings": "1",
+    "notes": "",
+}
 
 
 def test_a_dense_row() -> None:
@@ -20,12 +30,19 @@ def test_a_dense_row() -> None:
 
 def test_notes_carry_what_has_no_column() -> None:
     old = from_row(ROW | {"notes": "two-matrix GELU MLP (not gated); learned positions; biases"})
-    assert (old.ffn_matrices, old.norm, old.attention_bias, old.learned_positions) == (2, "layernorm", "qkvo", 2048)
+    assert (old.ffn_matrices, old.norm, old.attention_bias, old.learned_positions) == (
+        2,
+        "layernorm",
+        "qkvo",
+        2048,
+    )
     assert old.assumptions
     assert from_row(ROW | {"notes": "two-matrix MLP, no biases"}).attention_bias == "none"
 
 
-@pytest.mark.parametrize("notes", ["hybrid Mamba-2 / attention", "DeepSeek sparse attention", "gated-delta-net"])
+@pytest.mark.parametrize(
+    "notes", ["hybrid Mamba-2 / attention", "DeepSeek sparse attention", "gated-delta-net"]
+)
 def test_a_layer_without_shapes_is_refused_by_name(notes: str) -> None:
     with pytest.raises(SpecError, match=r"models\.m: .* cannot express"):
         from_row(ROW | {"notes": notes})

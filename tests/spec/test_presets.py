@@ -10,7 +10,9 @@ from mopsim.spec.presets import list_models, load_model
 
 #: Presets held to a wider bound, and why. All others: 1 %.
 WIDER = {
-    **dict.fromkeys(("mop_120b", "mop_241b", "mop_667b", "mop_1t"), (0.03, "attention and shared experts are assumed")),
+    **dict.fromkeys(
+        ("mop_120b", "mop_241b", "mop_667b", "mop_1t"), (0.03, "attention and shared experts are assumed")
+    ),
     "kimi_k2": (0.03, "published as 1.04T and as 1T"),
     "gpt3_5b": (0.02, "published as 5B"),
     "gpt_h3072_l30": (0.02, "published as 3.6B, the vocabulary is assumed"),
@@ -18,9 +20,24 @@ WIDER = {
     "olmo2_13b": (0.06, "published as 13B"),
 }
 REQUIRED = (
-    "tiny", "mixtral_8x7b", "mixtral_8x22b", "qwen3_30b_a3b", "qwen3_235b_a22b", "deepseek_v2", "deepseek_v3", "gpt_oss_20b",
-    "gpt_oss_120b", "olmoe_1b_7b", "kimi_k2", "mop_120b", "mop_241b", "mop_667b", "mop_1t", "llama3_8b", "gpt3_175b",
-)  # fmt: skip
+    "tiny",
+    "mixtral_8x7b",
+    "mixtral_8x22b",
+    "qwen3_30b_a3b",
+    "qwen3_235b_a22b",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss_20b",
+    "gpt_oss_120b",
+    "olmoe_1b_7b",
+    "kimi_k2",
+    "mop_120b",
+    "mop_241b",
+    "mop_667b",
+    "mop_1t",
+    "llama3_8b",
+    "gpt3_175b",
+)
 PUBLISHED = [name for name in list_models() if load_model(name).total_params]
 
 
@@ -40,7 +57,9 @@ def test_total_parameters_match_the_published_figure(name: str) -> None:
     model = load_model(name)
     assert model.total_params is not None
     within, why = WIDER.get(name, (0.01, ""))
-    declared = total_params(msgspec.structs.replace(model, num_nextn_predict_layers=0))  # published without MTP
+    declared = total_params(
+        msgspec.structs.replace(model, num_nextn_predict_layers=0)
+    )  # published without MTP
     assert declared == pytest.approx(model.total_params, rel=within), why
 
 
@@ -74,7 +93,9 @@ def test_tiny_has_every_mechanism_at_a_cpus_size() -> None:
 
 
 def test_an_unknown_name_is_refused_with_near_ones() -> None:
-    with pytest.raises(MopError, match=r"model: 'mixtral_8x7' is neither a preset nor a file; near: .*mixtral_8x7b"):
+    with pytest.raises(
+        MopError, match=r"model: 'mixtral_8x7' is neither a preset nor a file; near: .*mixtral_8x7b"
+    ):
         load_model("mixtral_8x7")
 
 

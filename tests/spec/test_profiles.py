@@ -1,0 +1,179 @@
+"""The shipped profiles: complete, physical, sourced; and made by the command that says it makes them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mopsim.fit_profiles.__main__ import DATA, HEADER
+from mopsim.fit_profiles.collectives import check_against_vtrain
+from mopsim.fit_profiles.run import Fitter
+from mopsim.fit_profiles.tables import read_csv
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import Quantity
+from mopsim.spec.io import digest, parse_yaml, to_plain, write_yaml
+from mopsim.spec.profiles import list_profiles, load_profile
+
+NAMES = [
+    "a100-pcie-80g",
+    "a100-sxm-40g",
+    "a100-sxm-80g",
+    "h100-sxm-80g",
+    "h100-sxm-96g",
+    "h200-sxm-141g",
+    "h800-sxm-80g",
+    "b200-sxm-192g",
+    "b300-sxm-288g",
+    "gb200-186g",
+    "gb300-288g",
+    "mi300x-192g",
+    "mi325x-256g",
+    "mi355x-288g",
+    "l40s-48g",
+    "rtx4090-24g",
+    "cpu-2core",
+]
+FITTED = [name for name in NAMES if name != "cpu-2core"]
+
+
+def quantities(data: Any) -> list[dict[str, Any]]:
+    if isinstance(data, dict):
+        mine = [data] if "unit" in data and "tag" in data else []
+        return mine + [found for value in data.values() for found in quantities(value)]
+    if isinstance(data, list | tuple):
+        return [found for value in data for found in quantities(value)]
+    return []
+
+
+def test_every_machine_of_the_published_runs_has_a_profile() -> None:
+    assert set(NAMES) <= set(list_profiles())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profile_is_physical(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    for curve in (*profile.device.matmul, *profile.device.grouped_matmul):
+        assert 0 < curve.efficiency <= 1
+        assert curve.source
+    for fabric in (profile.scale_up, profile.scale_out):
+        for collective in fabric.collectives.values():
+            assert collective.bandwidth.si <= fabric.peak.si * 1.0001
+            assert 0 <= collective.latency.si < 1e-3
+    assert profile.device.reserved.si < 0.1 * profile.device.memory.si
+    assert profile.memory_limit() > 0.9 * (profile.device.memory.si - 4e9)
+    assert profile.price_per_device_hour is not None
+    assert profile.device.power is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_says_where_it_comes_from(name: str) -> None:
+    found = quantities(to_plain(load_profile(name)))
+    assert len(found) > 30
+    assert all(len(entry["source"]) >= 4 for entry in found)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_curves_reach_what_is_known_of_the_card(name: str) -> None:
+    device = load_profile(name).device
+    by_dtype = {curve.dtype: curve for curve in device.matmul}
+    assert {"bfloat16", "float16", "float32", "float64"} <= set(by_dtype)
+    assert 0.5 <= by_dtype["bfloat16"].efficiency <= 0.95
+    if "fp8" in by_dtype:
+        assert by_dtype["fp8"].peak.si == pytest.approx(2 * by_dtype["bfloat16"].peak.si, rel=0.02)
+    assert {curve.dtype for curve in device.grouped_matmul} <= set(by_dtype)
+    assert 1e9 < device.adam_rate.si < 1e12
+
+
+@pytest.fixture(scope="module")
+def fitter() -> Fitter:
+    files = ("gemm_bf16.csv.gz", "nccl_single_node.csv.gz", "components.csv", "machines.yaml")
+    return Fitter(*(DATA / name for name in files))
+
+
+def same(made: Any, shipped: Any, path: str) -> None:
+    """Equal up to what another build of scipy changes in a fit."""
+    if isinstance(made, dict):
+        assert set(made) == set(shipped), path
+        for key in made:
+            same(made[key], shipped[key], f"{path}.{key}")
+    elif isinstance(made, list | tuple):
+        assert len(made) == len(shipped), path
+        for index, value in enumerate(made):
+            same(value, shipped[index], f"{path}[{index}]")
+    elif isinstance(made, float):
+        assert made == pytest.approx(shipped, rel=0.02, abs=1e-3), path
+    elif not path.endswith(("source", "notes")):
+        assert made == shipped, path
+
+
+def test_the_command_reproduces_the_shipped_profiles(fitter: Fitter) -> None:
+    made = {profile.name: profile for profile in fitter.profiles()}
+    assert set(made) == set(FITTED)
+    for name, profile in made.items():
+        same(to_plain(profile), to_plain(load_profile(name)), name)
+        text = (DATA.parent / f"{name}.yaml").read_text()
+        assert text.startswith(HEADER)
+        assert parse_yaml(text, name)["name"] == name
+
+
+def test_fits_are_close_to_what_they_are_fitted_to(fitter: Fitter) -> None:
+    for gpu in ("a100_sxm", "h100_sxm", "h200_sxm", "b200_sxm", "b300_sxm", "gb200", "gb300"):
+        fit = fitter.matmul_fit(gpu)
+        assert fit.residuals.median < 0.08, gpu
+        assert fit.residuals_large.p90 < 0.20, gpu
+        assert abs(fit.residuals_large.bias) < 0.03, gpu
+        for op, collective in fitter.node(gpu).items():
+            assert collective.residuals.median < 0.12, (gpu, op)
+            assert collective.residuals.p90 < 0.27, (gpu, op)
+
+
+def test_an_all_reduce_nobody_fitted_is_met(fitter: Fitter) -> None:
+    rows = read_csv(DATA / "nccl_all_reduce_vtrain.csv", ("gpu", "n_gpus", "size_bytes", "time_s"))
+    residuals = check_against_vtrain(rows, fitter.node("a100_sxm")["all_reduce"])
+    assert residuals.median < 0.08
+    assert abs(residuals.bias) < 0.08
+
+
+def test_data_files_stay_small() -> None:
+    assert all(path.stat().st_size < 2**20 for path in DATA.parent.rglob("*") if path.is_file())
+
+
+def test_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "g.csv").write_text("gpu,m\n")
+    with pytest.raises(MopError, match=r"g\.csv: has no column 'n'; columns found: gpu, m"):
+        Fitter(
+            tmp_path / "g.csv",
+            DATA / "nccl_single_node.csv.gz",
+            DATA / "components.csv",
+            DATA / "machines.yaml",
+        )
+
+
+def test_an_unknown_profile_is_refused_with_near_names() -> None:
+    with pytest.raises(
+        MopError, match=r"hardware: 'h200' is neither a profile nor a file; near: .*h200-sxm-141g"
+    ):
+        load_profile("h200")
+
+
+def test_a_profile_is_read_from_a_file(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "mine.yaml", load_profile("cpu-2core"))
+    assert digest(load_profile(tmp_path / "mine.yaml")) == digest(load_profile("cpu-2core"))
+
+
+def test_an_efficiency_above_one_and_a_wrong_unit_are_refused(tmp_path: Path) -> None:
+    text = (DATA.parent / "h200-sxm-141g.yaml").read_text()
+    (tmp_path / "e.yaml").write_text(text.replace("efficiency: 0.8", "efficiency: 1.8", 1))
+    with pytest.raises(
+        MopError, match=r"e\.yaml: hardware\.device\.matmul\[0\]\.efficiency: 1\.8\d* must lie in"
+    ):
+        load_profile(tmp_path / "e.yaml")
+    (tmp_path / "u.yaml").write_text(text.replace("unit: TB/s", "unit: TB", 1))
+    with pytest.raises(MopError, match=r"memory_bandwidth\.unit: 'TB' is not a unit of bandwidth"):
+        load_profile(tmp_path / "u.yaml")
+
+
+def test_a_quantity_without_a_source_is_refused() -> None:
+    with pytest.raises(MopError, match="source: '' must name where the number comes from"):
+        Quantity(value=1.0, unit="GB", tag="measured", source="")

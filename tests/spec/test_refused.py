@@ -1,0 +1,372 @@
+"""Every field of every YAML wrong in type, range and spelling: one line that names field, value and rule."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import Correction, HardwareProfile, Quantity
+from mopsim.spec.io import convert, parse_yaml, to_plain
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+Path = tuple[str | int, ...]
+
+
+def _plan() -> Plan:
+    return Plan(
+        model=load_model("tiny"),
+        strategy=Strategy(name="s", world_size=2),
+        training=TrainSpec(seq_len=64, global_batch=2),
+        hardware=HardwareRef(
+            name="h", digest="d", num_nodes=1, devices_per_node=2, memory_limit=1, host_limit=1
+        ),
+        prediction=Prediction(
+            step_time=1.0,
+            tokens_per_second=1.0,
+            peak_memory=1,
+            host_memory=1,
+            memory_by_category={"params": 1},
+            time_by_kind={"matmul": 1.0},
+        ),
+    )
+
+
+def _measurement() -> Measurement:
+    timing = KindTiming(count=1, seconds=1.0, seconds_low=1.0, seconds_high=1.0)
+    return Measurement(
+        plan=_plan(),
+        world_size=2,
+        steps=3,
+        warmup=1,
+        step_times=(1.0,),
+        step_time_median=1.0,
+        tokens_per_second=1.0,
+        kinds={"matmul": timing},
+        peak_memory=1,
+        memory_by_category={"params": 1},
+        host_memory=1,
+        first_loss=2.0,
+        last_loss=1.0,
+        environment={"cpu": "x"},
+    )
+
+
+def _profile() -> dict[str, Any]:
+    fields = dict(to_plain(load_profile("h200-sxm-141g")))
+    fields["corrections"] = {"matmul": to_plain(Correction(source="s"))}
+    return fields
+
+
+def plain(spec: Any) -> Any:
+    """As read from a file: lists, no tuples."""
+    return json.loads(json.dumps(to_plain(spec)))
+
+
+EXAMPLES: dict[str, tuple[type, dict[str, Any]]] = {
+    "model": (ModelSpec, plain(load_model("deepseek_v3"))),
+    "strategy": (Strategy, plain(Strategy(name="s", world_size=8))),
+    "training": (TrainSpec, plain(TrainSpec(seq_len=64, global_batch=8))),
+    "hardware": (HardwareProfile, plain(_profile())),
+    "plan": (Plan, plain(_plan())),
+    "measurement": (Measurement, plain(_measurement())),
+}
+#: Numbers for which -3 is a value like any other.
+ANY_NUMBER = {"first_loss", "last_loss"}
+#: Tables with names of the user's own: a new name is no misspelling there, or a rule of its own refuses it.
+OPEN_TABLES = {"collectives", "corrections", "kinds", "memory_by_category", "time_by_kind", "environment"}
+
+
+def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every scalar inside plain objects with its path; of a list only the first item."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(data, list):
+        if data:
+            yield from leaves(data[0], (*path, 0))
+    else:
+        yield path, data
+
+
+def tables(data: Any, path: Path = ()) -> Iterator[Path]:
+    """Every mapping of fields inside plain objects."""
+    if isinstance(data, dict):
+        if not path or path[-1] not in OPEN_TABLES:
+            yield path
+        for key, value in data.items():
+            yield from tables(value, (*path, key))
+    elif isinstance(data, list) and data:
+        yield from tables(data[0], (*path, 0))
+
+
+def put(data: Any, path: Path, value: Any) -> Any:
+    """`data` with the value at `path` replaced (copied along the path only)."""
+    changed = copy.copy(data)
+    changed[path[0]] = value if len(path) == 1 else put(data[path[0]], path[1:], value)
+    return changed
+
+
+def written(prefix: str, path: Path) -> str:
+    return prefix + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+
+
+def refusal(kind: type, data: Any, prefix: str) -> str:
+    with pytest.raises(MopError) as refused:
+        convert(data, kind, prefix)
+    line = str(refused.value)
+    assert "\n" not in line
+    assert "..." not in line.split(":")[0]
+    return line
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_wrong_type_names_the_field_and_the_value(name: str) -> None:
+    kind, data = EXAMPLES[name]
+    for path, _ in leaves(data):
+        line = refusal(kind, put(data, path, {"wrong": 1}), name)
+        assert line.startswith(f"{written(name, path)}: {{'wrong': 1}} "), line
+        line = refusal(kind, put(data, path, ["wrong"]), name)
+        assert line.startswith(f"{written(name, path)}"), line
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_number_written_as_text_is_refused(name: str) -> None:
+    kind, data = EXAMPLES[name]
+    for path, value in leaves(data):
+        if isinstance(value, int | float):
+            line = refusal(kind, put(data, path, "many"), name)
+            assert line.startswith(f"{written(name, path)}: 'many' "), line
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_number_out_of_range_is_refused(name: str) -> None:
+    kind, data = EXAMPLES[name]
+    for path, value in leaves(data):
+        if isinstance(value, int | float) and not isinstance(value, bool) and path[-1] not in ANY_NUMBER:
+            line = refusal(kind, put(data, path, -3), name)
+            field = written(name, path[:-1] if path[-1] == "value" else path[:1])
+            assert line.startswith(field), line
+            assert "-3" in line, line
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    kind, data = EXAMPLES[name]
+    for path, old in leaves(data):
+        if isinstance(old, float):
+            assert (
+                refusal(kind, put(data, path, value), name)
+                == f"{written(name, path)}: {value!r} must be a finite number"
+            )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_misspelt_field_lists_the_known_ones(name: str) -> None:
+    kind, data = EXAMPLES[name]
+    for path in tables(data):
+        line = refusal(kind, put(data, (*path, "colour"), "red"), name)
+        assert line.startswith(f"{written(name, path)}.colour: 'red' is an unknown field; known fields: "), (
+            line
+        )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_missing_field_is_named(name: str) -> None:
+    kind, data = EXAMPLES[name]
+    needed = [field.name for field in msgspec.structs.fields(kind) if field.required]
+    for field in needed:
+        line = refusal(kind, {key: value for key, value in data.items() if key != field}, name)
+        assert line == f"{name}.{field}: missing, the field is required"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "rule"),
+    [
+        ("strategy", ("dense", "shard"), 3, r"strategy\.dense\.shard: 3 does not divide the 8 ranks"),
+        ("strategy", ("experts", "degree"), 12, r"strategy\.experts\.degree: 12 does not divide"),
+        (
+            "strategy",
+            ("runtime",),
+            "fsdp",
+            r"strategy\.runtime: 'fsdp' is not one of flat_units, fully_shard",
+        ),
+        (
+            "strategy",
+            ("precision", "compute"),
+            "fp16",
+            r"'fp16' is not one of float64, float32, bfloat16, float16",
+        ),
+        (
+            "strategy",
+            ("optimizer", "host_fraction"),
+            1.5,
+            r"strategy\.optimizer\.host_fraction: 1\.5 must lie between",
+        ),
+        (
+            "strategy",
+            ("vocabulary", "degree"),
+            2,
+            r"strategy\.vocabulary\.loss: 'full' does not split the vocabulary",
+        ),
+        (
+            "model",
+            ("num_key_value_heads",),
+            3,
+            r"model\.num_key_value_heads: 3 does not divide num_attention_heads 128",
+        ),
+        ("model", ("num_experts_per_tok",), 999, r"model\.num_experts_per_tok: 999 must lie between 1 and"),
+        ("model", ("head_dim",), 128, r"model\.head_dim: 128 must be qk_nope_head_dim \+ qk_rope_head_dim"),
+        (
+            "model",
+            ("first_k_dense_replace",),
+            99,
+            r"model\.first_k_dense_replace: 99 is more than num_hidden_layers 61",
+        ),
+        ("model", ("num_local_experts",), 0, r"must be 0 where num_local_experts is 0"),
+        ("training", ("routing",), "101/2", r"training\.routing: '101/2' must be"),
+        ("training", ("beta1",), 1.0, r"training\.beta1: 1\.0 must lie in \[0, 1\)"),
+        (
+            "hardware",
+            ("device", "matmul", 0, "efficiency"),
+            1.45,
+            r"device\.matmul\[0\]\.efficiency: 1\.45 must lie in",
+        ),
+        (
+            "hardware",
+            ("device", "matmul", 0, "dtype"),
+            "bf61",
+            r"device\.matmul\[0\]\.dtype: 'bf61' is not one of",
+        ),
+        (
+            "hardware",
+            ("device", "matmul", 0, "dtype"),
+            "fp8",
+            r"hardware\.device\.matmul: .* has a dtype twice",
+        ),
+        (
+            "hardware",
+            ("device", "memory", "unit"),
+            "GB/s",
+            r"hardware\.device\.memory\.unit: 'GB/s' is not a unit of memory",
+        ),
+        (
+            "hardware",
+            ("device", "memory", "unit"),
+            "B",
+            r"hardware\.device\.memory: 140\.4 bytes is below 1 MB",
+        ),
+        ("hardware", ("device", "memory_bandwidth", "unit"), "MB/s", r"check the unit"),
+        (
+            "hardware",
+            ("device", "memory", "tag"),
+            "guess",
+            r"'guess' is not one of datasheet, measured, calibrated, assumed",
+        ),
+        (
+            "hardware",
+            ("device", "memory", "source"),
+            "",
+            r"hardware\.device\.memory\.source: '' must name where",
+        ),
+        (
+            "hardware",
+            ("host", "link_h2d", "unit"),
+            "GB",
+            r"hardware\.host\.link_h2d\.unit: 'GB' is not a unit of bandwidth",
+        ),
+        (
+            "hardware",
+            ("device", "reserved", "value"),
+            999,
+            r"hardware\.device\.reserved: .* is not less than the device memory",
+        ),
+        (
+            "hardware",
+            ("scale_up", "collectives", "all_reduce", "ramp"),
+            2,
+            r"collectives\.all_reduce\.ramp: 2(\.0)? must lie",
+        ),
+        (
+            "hardware",
+            ("scale_up", "peak", "value"),
+            1,
+            r"hardware\.scale_up\.collectives\..*exceeds the fabric's peak",
+        ),
+        ("hardware", ("corrections", "matmull"), {}, r"hardware\.corrections: 'matmull' is not one of"),
+        ("plan", ("strategy", "world_size"), 4, r"plan\.strategy\.world_size: 4 is more than the 2 devices"),
+        ("plan", ("training", "global_batch"), 3, r"plan\.training\.global_batch: 3 is not a multiple"),
+        (
+            "plan",
+            ("model",),
+            to_plain(load_model("llama3_8b")) | {"num_attention_heads": 3, "num_key_value_heads": 3},
+            None,
+        ),
+    ],
+)
+def test_relations(name: str, path: Path, value: Any, rule: str | None) -> None:
+    kind, data = EXAMPLES[name]
+    changed = put(data, path, value)
+    if rule is None:
+        assert convert(changed, kind, name)
+    else:
+        line = refusal(kind, changed, name)
+        assert re.search(rule, line), line
+
+
+def test_a_collective_that_is_missing_is_named() -> None:
+    fields = plain(_profile())
+    del fields["scale_out"]["collectives"]["all_to_all"]
+    assert "lacks all_to_all" in refusal(HardwareProfile, fields, "hardware")
+
+
+@pytest.mark.parametrize("data", [None, [], "text", 3])
+def test_a_file_that_is_no_mapping(data: Any) -> None:
+    assert refusal(ModelSpec, data, "model").startswith("model: must be a mapping of fields, got ")
+
+
+def test_a_key_that_is_no_text() -> None:
+    kind, data = EXAMPLES["hardware"]
+    line = refusal(kind, put(data, ("corrections",), {1: {}}), "hardware")
+    assert line.startswith("hardware.corrections: 1 is refused as a key"), line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2", r"f\.yaml: line 2: is not valid YAML: the key 'a' is given twice"),
+        ("a: [1", r"f\.yaml: line \d: is not valid YAML"),
+        ("a: 2026-13-45", r"f\.yaml: is not valid YAML: month must be"),
+        ("\x01", r"f\.yaml:.* is not valid YAML"),
+        ("{[a]: 1}", r"f\.yaml: line 1: is not valid YAML"),
+        ("a: !!python/object:os.system 1", r"f\.yaml: line 1: is not valid YAML"),
+    ],
+)
+def test_broken_yaml_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(MopError, match=message) as refused:
+        parse_yaml(text, "f.yaml")
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    assert parse_yaml("a: 3e-4\nb: 1E6\nc: '3e-4'\nd: 1.5e3", "f") == {
+        "a": 3e-4,
+        "b": 1e6,
+        "c": "3e-4",
+        "d": 1500.0,
+    }
+
+
+def test_quantities_convert_to_si() -> None:
+    assert Quantity(value=400, unit="Gbit/s", tag="datasheet", source="s").si == 50e9
+    assert Quantity(value=2, unit="GiB", tag="datasheet", source="s").si == 2 * 1024**3

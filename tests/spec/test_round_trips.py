@@ -1,0 +1,274 @@
+"""Every noun survives YAML: spec -> text -> spec is the identity, on random values."""
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, HardwareProfile, Quantity
+from mopsim.spec.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import (
+    Activations,
+    Attention,
+    Dense,
+    Experts,
+    Optimizer,
+    Pipeline,
+    Precision,
+    Strategy,
+    Vocabulary,
+)
+from mopsim.spec.training import TrainSpec
+
+text = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12
+) | st.sampled_from(
+    [
+        "1e5",
+        "3e-4",
+        "null",
+        "true",
+        "1.0",
+        "~",
+        "2026-01-01",
+        "- a",
+        "a: b",
+        "#",
+        "'",
+        "é",
+        "0x1f",
+        "1_000",
+        "12:30:45",
+    ]
+)
+size = st.integers(1, 2**40)
+count = st.integers(0, 2**40)
+positive = st.floats(1e-12, 1e15, allow_nan=False)
+tier = st.sampled_from(["device", "host"])
+order = st.sampled_from(["contiguous", "strided"])
+power = st.sampled_from([1, 2, 4, 8])
+
+
+def check(spec: Spec) -> None:
+    again = convert(parse_yaml(to_yaml(spec), "text"), type(spec), "spec")
+    assert again == spec
+    assert digest(again) == digest(spec)
+
+
+@st.composite
+def models(draw: Any) -> ModelSpec:
+    kv, groups, experts = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.sampled_from([0, 4, 8]))
+    layers = draw(st.integers(1, 100))
+    fields: dict[str, Any] = {}
+    if experts:
+        fields = {
+            "num_local_experts": experts,
+            "num_experts_per_tok": draw(st.integers(1, experts)),
+            "moe_intermediate_size": draw(size),
+            "shared_expert_intermediate_size": draw(count),
+            "first_k_dense_replace": draw(st.integers(0, layers)),
+        }
+    return ModelSpec(
+        name=draw(text),
+        hidden_size=draw(size),
+        num_hidden_layers=layers,
+        num_attention_heads=kv * groups,
+        num_key_value_heads=kv,
+        head_dim=draw(size),
+        vocab_size=draw(size),
+        intermediate_size=draw(size),
+        qk_norm=draw(st.sampled_from(["none", "head", "full"])),
+        tie_word_embeddings=draw(st.booleans()),
+        rope_theta=draw(positive),
+        rms_norm_eps=draw(positive),
+        total_params=draw(st.none() | positive),
+        source=draw(text),
+        assumptions=tuple(draw(st.lists(text, max_size=3))),
+        **fields,
+    )
+
+
+@st.composite
+def strategies(draw: Any, world_size: int = 64) -> Strategy:
+    loss = draw(st.sampled_from(["full", "chunked", "ring", "vocab_parallel"]))
+    on_host = draw(st.booleans())
+    expert = draw(power)
+    return Strategy(
+        name=draw(text),
+        world_size=world_size,
+        micro_batch=draw(st.integers(1, 4)),
+        runtime=draw(st.sampled_from(["flat_units", "fully_shard"])),
+        pipeline=Pipeline(),
+        dense=Dense(
+            shard=draw(power),
+            zero=draw(st.sampled_from([0, 1, 2, 3])),
+            prefetch=draw(st.integers(0, 3)),
+            param_tier=draw(tier),
+        ),
+        attention=Attention(sequence=draw(power), order=draw(order)),
+        experts=Experts(degree=expert, shard=draw(power), chunk_tokens=draw(count), order=draw(order)),
+        vocabulary=Vocabulary(
+            degree=draw(power) if loss in ("ring", "vocab_parallel") else 1,
+            loss=loss,
+            chunk_tokens=draw(size) if loss == "chunked" else 0,
+        ),
+        optimizer=Optimizer(
+            state_tier="host" if on_host else "device",
+            update_on=draw(tier) if on_host else "device",
+            bucket_params=draw(size),
+            host_fraction=draw(st.floats(0, 1)),
+        ),
+        activations=Activations(boundary_tier=draw(tier), host_budget=draw(count)),
+        precision=Precision(compute=draw(st.sampled_from(["float32", "bfloat16"]))),
+    )
+
+
+@st.composite
+def trainings(draw: Any, global_batch: int | None = None) -> TrainSpec:
+    return TrainSpec(
+        seq_len=draw(st.integers(1, 2**10)) * 64,
+        global_batch=global_batch or draw(size),
+        routing=draw(st.sampled_from(["balanced", "95/16", "0/1"])),
+        learning_rate=draw(positive),
+        eps=draw(positive),
+        beta1=draw(st.floats(0, 1, exclude_max=True)),
+        beta2=draw(st.floats(0, 1, exclude_max=True)),
+        seed=draw(count),
+    )
+
+
+@st.composite
+def quantities(draw: Any, *units: str, least: float = 0.0) -> Quantity:
+    tag = draw(st.sampled_from(["datasheet", "measured", "calibrated", "assumed"]))
+    value = draw(st.floats(least, 1e6, allow_nan=False))
+    return Quantity(value=value, unit=draw(st.sampled_from(units)), tag=tag, source=draw(text))
+
+
+@st.composite
+def profiles(draw: Any) -> HardwareProfile:
+    plain = to_plain(load_profile("h200-sxm-141g"))
+    plain["name"] = draw(text)
+    plain["device"]["launch_overhead"] = to_plain(draw(quantities("us", "ms", "s")))
+    plain["host"]["memory"] = to_plain(draw(quantities("GiB", "TB")))
+    plain["price_per_device_hour"] = draw(st.none() | quantities("USD/h").map(to_plain))
+    plain["corrections"] = draw(
+        st.dictionaries(
+            st.sampled_from((*WORK_KINDS, "step")),
+            st.builds(Correction, scale=st.floats(0.02, 50), overhead=st.floats(-1, 1), source=text).map(
+                to_plain
+            ),
+        )
+    )
+    return convert(plain, HardwareProfile, "hardware")
+
+
+@st.composite
+def plans(draw: Any) -> Plan:
+    strategy = draw(strategies(world_size=64))
+    model = ModelSpec(
+        name=draw(text),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        vocab_size=100,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    batch = strategy.micro_batch * strategy.data_groups * draw(st.integers(1, 4))
+    numbers = st.dictionaries(st.sampled_from(["params", "grads", "logits"]), count)
+    return Plan(
+        model=model,
+        strategy=strategy,
+        training=draw(trainings(global_batch=batch)),
+        mop_version=draw(text),
+        hardware=HardwareRef(
+            name=draw(text),
+            digest=draw(text),
+            num_nodes=8,
+            devices_per_node=8,
+            memory_limit=draw(size),
+            host_limit=draw(count),
+        ),
+        prediction=draw(
+            st.none()
+            | st.builds(
+                Prediction,
+                step_time=positive,
+                tokens_per_second=positive,
+                peak_memory=count,
+                host_memory=count,
+                memory_by_category=numbers,
+                time_by_kind=st.dictionaries(st.sampled_from(WORK_KINDS), positive),
+            )
+        ),
+    )
+
+
+timings = st.builds(
+    KindTiming,
+    count=count,
+    seconds=positive,
+    seconds_low=positive,
+    seconds_high=positive,
+    flops=positive,
+    bytes=positive,
+)
+measurements = st.builds(
+    Measurement,
+    plan=plans(),
+    world_size=size,
+    steps=count,
+    warmup=count,
+    step_times=st.lists(positive, max_size=3).map(tuple),
+    step_time_median=positive,
+    tokens_per_second=positive,
+    kinds=st.dictionaries(st.sampled_from(WORK_KINDS), timings),
+    peak_memory=count,
+    memory_by_category=st.dictionaries(st.just("params"), count),
+    host_memory=count,
+    first_loss=positive,
+    last_loss=positive,
+    environment=st.dictionaries(text, text, max_size=3),
+)
+
+
+@given(models())
+def test_models(spec: ModelSpec) -> None:
+    check(spec)
+
+
+@given(strategies())
+def test_strategies(spec: Strategy) -> None:
+    check(spec)
+
+
+@given(trainings())
+def test_trainings(spec: TrainSpec) -> None:
+    check(spec)
+
+
+@given(profiles())
+@settings(max_examples=25, deadline=None)
+def test_profiles(spec: HardwareProfile) -> None:
+    check(spec)
+    check(spec.scale_up)
+    assert isinstance(spec.scale_up, Fabric)
+    assert tuple(spec.scale_up.collectives) == COLLECTIVES
+
+
+@given(plans())
+@settings(deadline=None)
+def test_plans(spec: Plan) -> None:
+    check(spec)
+
+
+@given(measurements)
+@settings(max_examples=40, deadline=None)
+def test_measurements(spec: Measurement) -> None:
+    check(spec)
