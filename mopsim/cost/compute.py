@@ -6,9 +6,10 @@ from mopsim.spec.hardware import HardwareProfile, MatmulCurve
 from mopsim.spec.units import DTYPE_BYTES
 
 
-def matmul_curve(profile: HardwareProfile, dtype: str) -> MatmulCurve:
-    """The curve of a dtype. Raises SpecError naming the dtypes that the profile has."""
-    for curve in profile.device.matmul:
+def matmul_curve(profile: HardwareProfile, dtype: str, grouped: bool = False) -> MatmulCurve:
+    """The curve of a dtype, of grouped products where there is one. Raises SpecError naming the known dtypes."""
+    device = profile.device
+    for curve in (*(device.grouped_matmul if grouped else ()), *device.matmul):
         if curve.dtype == dtype:
             return curve
     known = ", ".join(curve.dtype for curve in profile.device.matmul)
@@ -21,7 +22,8 @@ def matmul_curve(profile: HardwareProfile, dtype: str) -> MatmulCurve:
 
 def matmul(work: Work, profile: HardwareProfile) -> float:
     """`count` products C[m,n] = A[m,k] B[k,n], each on its own or grouped in one launch."""
-    curve, width = matmul_curve(profile, work.dtype), DTYPE_BYTES[work.dtype]
+    curve = matmul_curve(profile, work.dtype, grouped=work.kind == "grouped_matmul")
+    width = DTYPE_BYTES[work.dtype]
     m, n, k = work.m, work.n, work.k
     if m <= 0 or n <= 0 or k <= 0:
         return 0.0
