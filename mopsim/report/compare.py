@@ -1,6 +1,6 @@
 """The comparison of strategies as a report: tables and figures that say which is fastest and what stops the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,22 +63,35 @@ def _memory_remark(result: SimResult) -> str:
 
 
 def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str]) -> Path:
-    """Step time by component, what is exposed of communication apart."""
-    bars = []
+    """The step by component, and how much of it waits for what."""
+    bars, waits = [], []
     for result, label in zip(results, labels, strict=True):
         note = remark(result.tokens_per_second_per_device, result.fits, result.over, result.over_bytes)
-        bars.append(Bar(label, _with_exposed(result), note, not result.fits))
-    return time_bars(
-        path,
-        bars,
+        bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits))
+        waits.append(Bar(label, _ordered(result.exposed), f"{waiting(result):.0%} of the step"))
+    most = max(zip(map(waiting, results), labels, strict=True))
+    titles = (
         f"Step time: {finding(results, labels)}",
-        "simulated step time by component; waiting apart",
+        f"Waiting: {most[1]} waits most, {most[0]:.0%} of its step",
     )
+    return time_bars(path, bars, waits, titles)
 
 
-def _with_exposed(result: SimResult) -> dict[str, float]:
-    parts = dict(sorted(result.time_by_component.items(), key=lambda item: -item[1]))
-    return parts | {name: seconds for name, seconds in result.exposed.items() if seconds > 0}
+def waiting(result: SimResult) -> float:
+    """Share of the step in which compute waits for communication and copies."""
+    return sum(result.exposed.values()) / result.step_time
+
+
+def _ordered(values: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(values.items(), key=lambda item: -item[1]))
+
+
+def timeline_title(result: SimResult, label: str) -> str:
+    """What the picture shows: the step's length, its waiting, and how many microbatches are drawn."""
+    drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
+    total = result.training.num_microbatches(result.strategy)
+    part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
+    return f"{label}: {format_seconds(result.step_time)} a step, {waiting(result):.0%} of it waiting for data{part}"
 
 
 def write_compare(
@@ -111,8 +124,7 @@ def write_compare(
         )
     for index, (result, label) in enumerate(zip(timelines, labels, strict=False)):
         name = f"timeline-{index + 1}.png"
-        waits = sum(result.exposed.values()) / result.step_time
-        heading = f"{label}: {format_seconds(result.step_time)} a step, {waits:.0%} of it waiting for data"
+        heading = timeline_title(result, label)
         written.append(
             timeline_plot(folder / name, result.spans, result.memory_curve, result.memory_limit, heading)
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import mopsim
 from mopsim.engine import SimResult
-from mopsim.report.compare import memory_figure, time_figure
+from mopsim.report.compare import memory_figure, time_figure, timeline_title
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.tables import describe
@@ -76,7 +76,8 @@ class DemoReport:
         """Every pair: who is faster as measured, as predicted after calibration, and whether that agrees (or is a tie)."""
         found = []
         for a, b in combinations(self.contenders, 2):
-            assert a.after and b.after
+            assert a.after is not None
+            assert b.after is not None
             measured = a if a.measured.step_time_median < b.measured.step_time_median else b
             predicted = a if a.after.step_time < b.after.step_time else b
             verdict = "agrees" if measured is predicted else "disagrees"
@@ -125,11 +126,9 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
         ),
     ]
     for one, result in zip(contenders, results, strict=True):
-        waits = sum(result.exposed.values()) / result.step_time
-        title = f"{one.name}: one simulated step of {format_seconds(result.step_time)}, {waits:.0%} of it waiting for data"
-        written.append(
-            timeline_plot(folder / f"timeline-{one.name}.png", result.spans, result.memory_curve, None, title)
-        )
+        target = folder / f"timeline-{one.name}.png"
+        title = timeline_title(result, one.name)
+        written.append(timeline_plot(target, result.spans, result.memory_curve, None, title))
     page = Page("The loop, closed on this machine", f"{report.verdict()}.", _sections(report), _facts(report))
     return written + write_page(folder, page)
 

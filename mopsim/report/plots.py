@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.transforms import blended_transform_factory
 
 from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, time_scale
-from mopsim.spec.units import format_bytes, format_seconds
+from mopsim.spec.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -25,39 +26,37 @@ def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str
     totals = [sum(bar.parts.values()) for bar in bars]
     unit, scale = byte_scale(max([*totals, limit or 0]))
     with figure(path, 10, 2.2 + 0.62 * len(bars)) as (axis,):
-        _stack(axis, bars, scale)
-        room = max([*totals, limit or 0]) / scale
-        axis.set_xlim(0, room * 1.32)
         if limit:
-            axis.axvline(
-                limit / scale,
-                color="#c0392b",
-                linewidth=2,
-                linestyle="--",
-                label=f"limit {format_bytes(limit)}",
-            )
+            label = f"limit {format_bytes(limit)}"
+            axis.axvline(limit / scale, color="#c0392b", linewidth=2, linestyle="--", label=label)
+        _stack(axis, bars, scale, (limit or 0.0) / scale)
+        axis.set_xlim(0, max([*totals, limit or 0]) / scale * 1.36)
         axis.set_xlabel(f"device memory at the peak, {unit} per rank")
         axis.set_title(title)
         legend_below(axis)
     return path
 
 
-def time_bars(path: Path, bars: Sequence[Bar], title: str, xlabel: str) -> Path:
-    """Seconds by component (or by kind), stacked, one bar per strategy."""
+def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tuple[str, str]) -> Path:
+    """Above: the step by component, stacked. Below: how much of it waits, by what it waits for."""
     largest = max(sum(bar.parts.values()) for bar in bars)
     unit, scale = time_scale(largest)
-    with figure(path, 10, 2.2 + 0.62 * len(bars)) as (axis,):
-        _stack(axis, bars, scale)
-        axis.set_xlim(0, largest / scale * 1.32 or 1.0)
-        axis.set_xlabel(f"{xlabel}, {unit}")
-        axis.set_title(title)
-        legend_below(axis)
+    with figure(path, 10, 4.2 + 1.24 * len(bars), 2) as (above, below):
+        for axis, chosen, title in ((above, bars, titles[0]), (below, waits, titles[1])):
+            _stack(axis, chosen, scale)
+            axis.set_xlim(0, largest / scale * 1.36 or 1.0)
+            axis.set_title(title)
+        above.set_xlabel(f"simulated step by component, waiting included, {unit}")
+        below.set_xlabel(f"of it waiting for communication and copies, {unit}")
+        legend_below(above)
+        legend_below(below)
     return path
 
 
-def _stack(axis: Axes, bars: Sequence[Bar], scale: float) -> None:
+def _stack(axis: Axes, bars: Sequence[Bar], scale: float, clear: float = 0.0) -> None:
+    """Stacked horizontal bars; remarks stand after the bar, and after `clear` where a line is drawn there."""
     names = list(dict.fromkeys(name for bar in bars for name, value in bar.parts.items() if value > 0))
-    whole = max(sum(bar.parts.values()) for bar in bars) or 1.0
+    high = max([sum(bar.parts.values()) / scale for bar in bars] + [clear, 1e-12])
     left = [0.0] * len(bars)
     for name in names:
         widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
@@ -65,7 +64,7 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float) -> None:
             range(len(bars)), widths, left=left, color=colour(name), label=name.replace("_", " "), height=0.62
         )
         for row, width in enumerate(widths):
-            if width * scale > 0.07 * whole:
+            if width > 0.07 * high:
                 axis.text(
                     left[row] + width / 2,
                     row,
@@ -77,16 +76,11 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float) -> None:
                 )
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, bar in enumerate(bars):
-        axis.text(
-            left[row],
-            row,
-            f"  {bar.remark}",
-            va="center",
-            fontsize=10,
-            color="#c0392b" if bar.bad else "#212f3c",
-        )
+        place = clear if left[row] <= clear else left[row]
+        tint = "#c0392b" if bar.bad else "#212f3c"
+        axis.text(place, row, f"  {bar.remark}", va="center", fontsize=10, color=tint)
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
-    axis.invert_yaxis()
+    axis.set_ylim(len(bars) - 0.5, -0.5)
 
 
 def sweep_lines(
@@ -99,7 +93,6 @@ def sweep_lines(
 ) -> Path:
     """Throughput over a swept setting; a cross on the floor where a strategy runs out of memory (None)."""
     with figure(path, 10, 5.2) as (axis,):
-        floor = 0.0
         for index, (label, points) in enumerate(series.items()):
             tint = SERIES[index % len(SERIES)]
             good = [(x, y) for x, y in zip(values, points, strict=True) if y is not None]
@@ -107,35 +100,22 @@ def sweep_lines(
                 [x for x, _ in good], [y for _, y in good], marker="o", color=tint, linewidth=2, label=label
             )
             lost = [x for x, y in zip(values, points, strict=True) if y is None]
+            height = [0.03 + 0.05 * index] * len(lost)
             axis.scatter(
-                lost,
-                [floor - 0.035 * index] * len(lost),
-                marker="x",
-                s=70,
-                linewidth=2.5,
-                color=tint,
-                transform=_blend(axis),
-                clip_on=False,
-            )
+                lost, height, marker="x", s=70, linewidth=2.5, color=tint, zorder=5,
+                transform=blended_transform_factory(axis.transData, axis.transAxes),
+            )  # fmt: skip
         axis.scatter([], [], marker="x", color="#515a5a", label="out of memory")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(values), list(names))
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
-        axis.tick_params(axis="x", pad=4 + 12 * (len(series) > 1))
         axis.set_xlabel(xlabel)
         axis.set_ylabel("tokens/s per device")
         axis.set_title(title)
         axis.grid(axis="y", alpha=0.3)
         legend_below(axis, 5)
     return path
-
-
-def _blend(axis: Axes) -> object:
-    """x in data, y in fractions of the axis: marks that stay on the floor."""
-    from matplotlib.transforms import blended_transform_factory
-
-    return blended_transform_factory(axis.transData, axis.transAxes)
 
 
 def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) -> Path:
@@ -210,7 +190,3 @@ def remark(tokens_per_second: float, fits: bool, over: str | None, over_bytes: f
     if fits:
         return f"{tokens_per_second:,.0f} tokens/s/device"
     return f"does not fit: {over or 'memory'}, {format_bytes(over_bytes)} over"
-
-
-def step_remark(step_time: float) -> str:
-    return format_seconds(step_time)

@@ -16,7 +16,7 @@ COLOURS = {
     "params": "#1b4f72", "grads": "#2e86c1", "optimizer": "#85c1e9", "gathered": "#117864", "gathered_grads": "#48c9b0",
     "boundaries": "#b7950b", "activations": "#f4d03f", "dispatch": "#ca6f1e", "logits": "#922b21", "staging": "#8e44ad",
     "framework": "#909497",
-    "embedding": "#909497", "attention": "#1b4f72", "dense_ffn": "#2e86c1", "router": "#85c1e9", "experts": "#ca6f1e",
+    "embedding": "#909497", "attention": "#1b4f72", "dense_ffn": "#2e86c1", "router": "#f4d03f", "experts": "#ca6f1e",
     "shared_experts": "#f0b27a", "vocabulary": "#922b21", "other": "#bfc9ca",
     "forward": "#2e86c1", "recompute": "#f4d03f", "backward": "#ca6f1e", "step": "#8e44ad",
     "matmul": "#1b4f72", "grouped_matmul": "#ca6f1e", "memory_bound": "#909497", "all_gather": "#117864",

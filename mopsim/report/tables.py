@@ -69,8 +69,9 @@ def comparison(results: Sequence[SimResult], title: str) -> Group:
     lines = []
     for number, result in enumerate(results, 1):
         cells = row(result)
-        table.add_row(str(number), *cells[1:], style=None if result.fits else "red")
-        lines.append(Text(f"{number:>3}  {cells[0]}"))
+        table.add_row(str(number), *cells[1:-1], result.verdict, style=None if result.fits else "red")
+        over = "" if result.fits else f": {result.over} is {format_bytes(result.over_bytes)} over"
+        lines.append(Text(f"{number:>3}  {cells[0]}{over}", style="" if result.fits else "red"))
     return Group(table, *lines)
 
 

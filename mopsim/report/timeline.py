@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mopsim.engine import Span
+from mopsim.lowering.workload import STREAMS
 from mopsim.report.style import byte_scale, colour, figure, time_scale
 from mopsim.spec.units import format_bytes
 
@@ -14,7 +15,8 @@ def timeline_plot(
     """Gantt chart, one lane per stream coloured by component, over the device memory curve."""
     from matplotlib.patches import Patch
 
-    streams = list(dict.fromkeys(span.stream for span in spans))
+    found = {span.stream for span in spans}
+    streams = [stream for stream in STREAMS if stream in found]
     end = max((span.end for span in spans), default=1.0)
     unit, scale = time_scale(end)
     with figure(
