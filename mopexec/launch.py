@@ -23,25 +23,42 @@ class RankError(Exception):
 
 
 def launch(options: TrainOptions, world_size: int, *, max_restarts: int = 0) -> str:
-    """Run `world_size` ranks of `mopexec.worker` on this machine; returns the signal that stopped them, or
-    ''.
+    """Train on `world_size` ranks of this machine; see `launch_ranks`."""
+    return launch_ranks(
+        "mopexec.worker",
+        (json.dumps(io.to_plain(options)),),
+        world_size,
+        Path(options.out) / failures.LOGS,
+        max_restarts=max_restarts,
+        to_stderr=options.console == "stderr",
+    )
 
-    Raises MopError where a rank met a user's mistake, RankError where one failed or was killed. No rank
-    outlives it.
+
+def launch_ranks(
+    module: str,
+    arguments: tuple[str, ...],
+    world_size: int,
+    logs: Path,
+    *,
+    max_restarts: int = 0,
+    to_stderr: bool = False,
+) -> str:
+    """Run `python -m module arguments` as each rank; returns the signal that stopped them, or ''.
+
+    Raises MopError where a rank met a user's mistake, RankError where one failed or was killed. No rank outlives
+    it. to_stderr: the first rank's standard error is the terminal's instead of its standard output.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logs = Path(options.out) / failures.LOGS
     logs.mkdir(parents=True, exist_ok=True)
     failures.clear(logs)
     _set_environment(world_size)
     _silence_agent()
-    config = _config(world_size, logs, max_restarts, to_stderr=options.console == "stderr")
-    arguments = ("-m", "mopexec.worker", json.dumps(io.to_plain(options)))
+    config = _config(world_size, logs, max_restarts, to_stderr=to_stderr)
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException as error:
         return signal.Signals(error.sigval).name
     except KeyboardInterrupt:

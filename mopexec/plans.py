@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mopsim.spec import io, support
+from mopsim.spec import io
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.plan import Plan
 
@@ -14,9 +14,12 @@ def read_plan(path: Path) -> Plan:
 
 def check_supported(plan: Plan) -> None:
     """Refuse a model or a mechanism that mopexec does not run, by name. Raises SpecError."""
-    refusal = support.runnable(plan.strategy, plan.model)
-    if refusal is not None:
-        raise refusal.within("plan")
+    from mopexec.parallelize import apply
+
+    try:
+        apply.check_supported(plan)
+    except SpecError as refusal:
+        raise refusal.within("plan") from None
 
 
 def check_world(plan: Plan, world_size: int) -> None:
@@ -44,7 +47,11 @@ def check_run_directory(path: Path, *, resume: bool) -> None:
     parent = next((above for above in path.absolute().parents if above.exists()), None)
     if parent is not None and not parent.is_dir():
         raise MopError(f"--out: {path} cannot be made, {parent} is a file")
-    occupied = path.is_dir() and any(path.iterdir())
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    occupied = bool(entries) and entries != {
+        "plan.yaml",
+        "logs",
+    }  # what a run leaves that ended before a step
     if occupied and not resume:
         raise MopError(f"--out: {path} is not empty; give --resume to go on with it, or another directory")
     if resume and not occupied:

@@ -1,0 +1,77 @@
+"""`mopexec verify`: scale the plan down, start the ranks, print the table."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mopexec import failures, plans
+from mopexec.scale_down import mechanisms, scale_down
+from mopsim.spec import io
+from mopsim.spec.plan import Plan
+
+_ROWS = (("loss", ""), ("grad_norm", ""), ("gradients", "worst_gradient"), ("weights", "worst_weight"))
+
+
+def run(path: Path, steps: int, max_ranks: int | None, json: str | None) -> int:
+    """Returns 0 where parallel equals single-device within the tolerance, 1 where it does not or a rank
+    failed."""
+    plan = plans.read_plan(path)
+    plans.check_supported(plan)
+    small = scale_down(plan, max_ranks or 4)
+    plans.check_supported(small)
+    from mopexec.launch import RankError, launch_ranks
+
+    _hide_devices(small.strategy.world_size)
+    folder = Path(tempfile.mkdtemp(prefix="mopexec-verify-"))
+    io.write_yaml(folder / "plan.yaml", small)
+    try:
+        stopped = launch_ranks(
+            "mopexec.verify", (str(folder), str(steps)), small.strategy.world_size, folder / failures.LOGS
+        )
+    except RankError as error:
+        print(f"mopexec: {error}", file=sys.stderr)
+        return 1
+    result = folder / "differences.json"
+    if stopped or not result.is_file():
+        print(f"mopexec: stopped by {stopped or 'an unknown cause'}; logs in {folder}", file=sys.stderr)
+        return 1
+    found: dict[str, Any] = msgspec.json.decode(result.read_bytes())
+    shutil.rmtree(folder, ignore_errors=True)
+    return _report(found, small, steps, json)
+
+
+def _hide_devices(ranks: int) -> None:
+    """Fewer accelerators than ranks: verify on the CPU instead."""
+    import torch
+
+    if torch.cuda.device_count() < ranks:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _report(found: dict[str, Any], small: Plan, steps: int, json: str | None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mopexec.verify import TOLERANCE
+
+    passed = all(found[name] <= TOLERANCE for name, _ in _ROWS)
+    if json is not None:
+        extra = {"passed": passed, "tolerance": TOLERANCE, "ranks": small.strategy.world_size, "steps": steps}
+        io.write_json(json, {**extra, **found, "mechanisms": mechanisms(small)})
+    console = Console(stderr=json == "-", highlight=False, soft_wrap=True)
+    title = f"{small.strategy.name} on {small.strategy.world_size} ranks against one device, float64"
+    table = Table(title=title)
+    for column in ("quantity", "largest relative difference", "worst at", "result"):
+        table.add_column(column)
+    for name, worst in _ROWS:
+        result = "equal" if found[name] <= TOLERANCE else "DIFFERENT"
+        table.add_row(name, f"{found[name]:.1e}", found[worst] if worst else "", result)
+    console.print(table)
+    console.print("at work: " + "; ".join(mechanisms(small)))
+    console.print(f"{'passed' if passed else 'FAILED'}: {steps} optimizer steps, tolerance {TOLERANCE:.0e}")
+    return 0 if passed else 1

@@ -1,0 +1,167 @@
+"""A plan made small for this machine with every mechanism still at work: the same switches on tiny shapes."""
+
+import msgspec
+
+from mopsim.spec import layout
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.strategy import Precision, Strategy
+
+_HIDDEN, _HEADS, _HEAD_DIM, _INNER, _EXPERTS = 32, 4, 8, 24, 8
+_CLIP_NORM = 0.05  # far below the norm of the first gradients, so that clipping is at work
+
+
+def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
+    """`plan` on at most 4 (and `max_ranks`) ranks in float64: degrees of 1 stay 1, those of all ranks stay
+    all.
+
+    Where the ranks allow it, degrees in between stay in between. Chunks, buckets, microbatches, tiers,
+    recompute,
+    ring direction, the model's switches and its kinds of layer are kept; clipping is made active.
+    """
+    ranks = _ranks(plan.strategy, max_ranks)
+    strategy = _degrees(plan.strategy, ranks)
+    microbatches = min(plan.training.num_microbatches(plan.strategy), 2)
+    training = msgspec.structs.replace(
+        plan.training,
+        seq_len=16 * ranks,
+        clip_norm=_CLIP_NORM,
+        warmup_steps=0,
+        global_batch=strategy.micro_batch * strategy.data_groups * microbatches,
+    )
+    num_tokens = training.tokens_per_rank(strategy)
+    strategy = _schedule(strategy, num_tokens)
+    model = _model(plan.model, _vocabulary(plan, strategy, num_tokens))
+    hardware = HardwareRef(
+        name="this machine",
+        digest="",
+        num_nodes=1,
+        devices_per_node=ranks,
+        memory_limit=1 << 40,
+        host_limit=1 << 40,
+    )
+    return Plan(model=model, hardware=hardware, strategy=strategy, training=training)
+
+
+def mechanisms(plan: Plan) -> list[str]:
+    """What of the plan is at work, for people."""
+    s, t = plan.strategy, plan.training
+    found = {
+        f"runtime {s.runtime}": True,
+        f"dense state sharded over {s.dense.shard}": s.dense.shard > 1,
+        f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,
+        f"Ulysses over {s.attention.sequence}": s.attention.sequence > 1,
+        f"experts over {s.experts.degree}": s.experts.degree > 1,
+        f"expert state sharded over {s.experts.shard}": s.experts.shard > 1,
+        f"expert dispatch in chunks of {s.experts.chunk_tokens} tokens": s.experts.chunk_tokens > 0,
+        f"vocabulary ring over {s.vocabulary.degree}": s.vocabulary.loss == "ring",
+        f"loss in chunks of {s.vocabulary.chunk_tokens} tokens": s.vocabulary.chunk_tokens > 0,
+        f"recompute {s.activations.recompute}": s.activations.recompute != "none",
+        "boundaries on the host": s.activations.boundary_tier == "host",
+        f"optimizer state on the host, updated on the {s.optimizer.update_on}": s.optimizer.state_tier
+        == "host",
+        f"{t.num_microbatches(s)} microbatches": t.num_microbatches(s) > 1,
+        "gradient clipping": True,
+    }
+    return [name for name, at_work in found.items() if at_work]
+
+
+def _ranks(strategy: Strategy, max_ranks: int) -> int:
+    """1, 2, or 4 where a degree lies between one and all ranks."""
+    degrees = (
+        strategy.dense.shard,
+        strategy.attention.sequence,
+        strategy.experts.degree,
+        strategy.vocabulary.degree,
+        strategy.experts.shard,
+    )
+    between = any(1 < degree < strategy.world_size for degree in degrees)
+    wanted = min(strategy.world_size, 4 if between else 2, max_ranks)
+    return 4 if wanted == 4 else 2 if wanted >= 2 else 1
+
+
+def _degrees(strategy: Strategy, ranks: int) -> Strategy:
+    replace = msgspec.structs.replace
+
+    def scaled(degree: int) -> int:
+        return 1 if degree == 1 else ranks if degree == strategy.world_size else min(2, ranks)
+
+    experts = scaled(strategy.experts.degree)
+    replicas, shard = ranks // experts, strategy.experts.shard
+    if shard == strategy.expert_replicas:
+        shard = replicas
+    else:
+        shard = 1 if shard == 1 or replicas < 4 else 2
+    return replace(
+        strategy,
+        world_size=ranks,
+        micro_batch=min(strategy.micro_batch, 2),
+        dense=replace(strategy.dense, shard=scaled(strategy.dense.shard)),
+        attention=replace(strategy.attention, sequence=scaled(strategy.attention.sequence)),
+        experts=replace(strategy.experts, degree=experts, shard=shard),
+        vocabulary=replace(strategy.vocabulary, degree=scaled(strategy.vocabulary.degree)),
+        precision=_float64(strategy.precision),
+    )
+
+
+def _float64(precision: Precision) -> Precision:
+    """Exact enough to tell a wrong step from rounding."""
+    return Precision(
+        compute="float64",
+        param="float64",
+        reduce="float64",
+        grad="float64",
+        moments="float64",
+        master="param" if precision.master == "param" else "float64",
+    )
+
+
+def _schedule(strategy: Strategy, num_tokens: int) -> Strategy:
+    """Chunks that do not divide the tokens, buckets that cut across units, a host budget for half the
+    layers."""
+    replace = msgspec.structs.replace
+
+    def chunk(tokens: int) -> int:
+        return 0 if tokens == 0 else max(1, num_tokens // 3)
+
+    activations = strategy.activations
+    budget = 0 if activations.host_budget == 0 else num_tokens * _HIDDEN * 8
+    return replace(
+        strategy,
+        dense=replace(strategy.dense, chunk_tokens=chunk(strategy.dense.chunk_tokens)),
+        experts=replace(strategy.experts, chunk_tokens=chunk(strategy.experts.chunk_tokens)),
+        vocabulary=replace(strategy.vocabulary, chunk_tokens=chunk(strategy.vocabulary.chunk_tokens)),
+        optimizer=replace(strategy.optimizer, bucket_params=1000),
+        activations=replace(activations, host_budget=budget),
+    )
+
+
+def _vocabulary(plan: Plan, strategy: Strategy, num_tokens: int) -> int:
+    """Rows so that the ring moves what it moves at full scale; not a multiple of its degree."""
+    at_scale = plan.training.tokens_per_rank(plan.strategy)
+    full = plan.strategy.vocabulary
+    weights_move = layout.ring_moves_weights(at_scale, plan.model.vocab_size, full.degree)
+    rows = num_tokens // 2 if weights_move else num_tokens * 2
+    return max(strategy.vocabulary.degree * rows + 1, 17)
+
+
+def _model(model: ModelSpec, vocab_size: int) -> ModelSpec:
+    moe, dense = model.num_moe_layers > 0, model.num_dense_layers > 0
+    heads, kv = model.num_attention_heads, model.num_key_value_heads
+    return msgspec.structs.replace(
+        model,
+        hidden_size=_HIDDEN,
+        num_hidden_layers=3 if moe and dense else 2,
+        num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS if kv == heads else min(kv, 2),
+        head_dim=_HEAD_DIM,
+        vocab_size=vocab_size,
+        intermediate_size=2 * _INNER if model.intermediate_size else 0,
+        first_k_dense_replace=(1 if dense else 0) if moe else min(model.first_k_dense_replace, 2),
+        num_local_experts=_EXPERTS if moe else 0,
+        num_experts_per_tok=min(model.num_experts_per_tok, 4) if moe else 0,
+        moe_intermediate_size=_INNER if moe else 0,
+        shared_expert_intermediate_size=_INNER if model.shared_expert_intermediate_size else 0,
+        total_params=None,
+        active_params=None,
+    )
