@@ -81,7 +81,7 @@ def route_weights_backward(grad: Tensor, scores: Tensor, experts: Tensor, spec: 
         chosen = scores.gather(1, experts)
         total = chosen.sum(-1, keepdim=True) + 1e-20
         grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
-    grad_scores = torch.zeros_like(scores).scatter_(1, experts, grad)
+    grad_scores = torch.zeros_like(scores).scatter_add_(1, experts, grad)
     if spec.scoring_func == "softmax":
         grad_scores.sub_((grad_scores * scores).sum(-1, keepdim=True))
         return grad_scores.mul_(scores)

@@ -18,7 +18,7 @@ from mopexec.parallelize import assemble, shards
 from mopexec.parallelize.boundaries import Boundaries
 from mopexec.parallelize.layer import LayerSchedule
 from mopexec.parallelize.optimizer import FlatAdamW
-from mopexec.parallelize.rows import rms_norm, rms_norm_backward_
+from mopexec.parallelize.rows import rms_norm, rms_norm_backward_, row_slices
 from mopexec.parallelize.runner import Batch, StepResult
 from mopexec.parallelize.units import Unit
 from mopexec.parallelize.vocabulary import Ring, local_loss
@@ -158,7 +158,8 @@ class FlatRunner:
         with component("embedding"), phase("backward"):
             self._finish_reducing()
             table = embedding.open_grads()["embedding.weight"]
-            table.index_put_((tokens,), grad.to(table.dtype), accumulate=True)
+            for start, stop in row_slices(grad.shape[0]):
+                table.index_put_((tokens[start:stop],), grad[start:stop].to(table.dtype), accumulate=True)
             del table
             embedding.reduce()
             embedding.finish_reduce()

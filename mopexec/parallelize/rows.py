@@ -6,12 +6,13 @@ from torch import Tensor
 from mopexec.model.routing import wide
 from mopsim.spec import layout
 
-MIN_ROWS, MAX_SLICES = 256, 16
+#: Rows of one slice of element-wise work in a wide dtype: large enough to launch few kernels, small beside N.
+SLICE_ROWS = 2048
 
 
 def row_slices(num_rows: int) -> list[tuple[int, int]]:
-    """Slices for element-wise work in a wide dtype: at most 16 of at least 256 rows, so temporaries stay near 1/16."""
-    return layout.token_slices(num_rows, max(MIN_ROWS, layout.ceil_div(num_rows, MAX_SLICES)))
+    """[start, stop) slices of at most SLICE_ROWS rows."""
+    return layout.token_slices(num_rows, SLICE_ROWS)
 
 
 def add_matmul(target: Tensor, left: Tensor, right: Tensor) -> None:

@@ -88,11 +88,14 @@ class Ring:
         return stop - start
 
     def _hop(self, send: list[Tensor], receive: list[Tensor]) -> collectives.Waitable:
-        """Everything one place on, asynchronously. Empty tensors stay at home."""
+        """Everything one place on, asynchronously (a ring of one is its own neighbour)."""
+        if self.group.size == 1:
+            for target, source in zip(receive, send, strict=True):
+                target.copy_(source)
+            send, receive = [], []
         return collectives.send_recv(
-            [t for t in send if t.numel()], self.group.next, [t for t in receive if t.numel()],
-            self.group.previous, self.group.handle, async_op=True,
-        )  # fmt: skip
+            send, self.group.next, receive, self.group.previous, self.group.handle, async_op=True
+        )
 
     def _next_block(self, block: Tensor, round_: int) -> tuple[Tensor, collectives.Waitable] | None:
         """The next round's block, on its way; None in the last round."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mopexec.model import Routing, Transformer, init_weights
-from mopexec.parallelize import apply
+from mopexec.parallelize import apply, rows
 from mopexec.parallelize.runner import Batch
 from mopexec.tiers import Platform
 from mopsim.spec import layout
@@ -33,8 +33,8 @@ def my_batches(plan: Plan, tokens: Tensor, rank: int, device: torch.device) -> l
     found = []
     for index in range(plan.training.num_microbatches(strategy)):
         first = (index * strategy.data_groups + data) * strategy.micro_batch
-        rows = tokens[first : first + strategy.micro_batch]
-        inputs, targets = rows[:, :-1], rows[:, 1:]
+        sequences = tokens[first : first + strategy.micro_batch]
+        inputs, targets = sequences[:, :-1], sequences[:, 1:]
         window = slice(place * part, (place + 1) * part)
         found.append(
             Batch(inputs[:, window].contiguous().to(device), targets[:, window].contiguous().to(device))
@@ -97,13 +97,22 @@ def compare(platform: Platform, plan: Plan, routing: Any) -> dict[str, float]:
         assert set(gradients) == set(weights) == set(expected)
         for name, weight in expected.items():
             gradient = reference.gradients.get(name, torch.zeros_like(weight))
-            worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient))
-            worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach()))
+            worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient, 1e-6 * norm))
+            worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach(), 0.0))
     return worst
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest value of `expected`."""
+def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: int) -> dict[str, float]:
+    """`compare` with element-wise work cut into slices of `num_rows` rows."""
+    whole, rows.SLICE_ROWS = rows.SLICE_ROWS, num_rows
+    try:
+        return compare(platform, plan, routing)
+    finally:
+        rows.SLICE_ROWS = whole
+
+
+def relative(actual: Tensor, expected: Tensor, floor: float) -> float:
+    """Largest difference over the largest value of `expected`, or over `floor` where all values are smaller."""
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
-    scale = max(expected.abs().max().item(), 1e-30)
+    scale = max(expected.abs().max().item(), floor)
     return (actual.to(expected.device, expected.dtype) - expected).abs().max().item() / scale

@@ -129,6 +129,12 @@ def test_a_dense_model() -> None:
     check(2, {"dense": {"chunk_tokens": 6}, "attention": {"sequence": 2}}, model=DENSE)
 
 
+def test_element_wise_work_in_several_slices() -> None:
+    plan = make_plan(2, ALL_TWO, micro_batch=2)
+    for worst in pool(2).run("tests.exec.flat_parity", "compare_in_slices", plan, "learned", 3):
+        assert max(worst.values()) <= 1e-9, worst
+
+
 def test_one_rank() -> None:
     check(
         1,
