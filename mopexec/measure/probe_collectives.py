@@ -1,6 +1,8 @@
 """The five kinds of collective, timed on a process group (gloo or NCCL), and what they cost compute."""
 
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def _call(kind: str, size: int, group: dist.ProcessGroup, device: torch.device) 
 
 def collectives(group: dist.ProcessGroup, device: torch.device, rounds: int) -> dict[tuple[str, int], Sample]:
     """(kind, bytes of the full buffer) -> Sample, on every rank of `group`. All ranks make the same calls."""
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(device, time.perf_counter)
     cases = {(kind, size): _call(kind, size, group, device) for kind in KINDS for size in SIZES[device.type]}
     seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for call in cases.values():
@@ -58,15 +60,36 @@ def collectives(group: dist.ProcessGroup, device: torch.device, rounds: int) -> 
 
 
 def communication_share(group: dist.ProcessGroup, device: torch.device, rounds: int) -> tuple[float, float]:
-    """(share, spread): compute throughput lost while an all-reduce runs beside matmuls that outlast it."""
+    """(share, spread): compute throughput lost while an all-reduce runs."""
     buffer = torch.zeros(2**20 if device.type == "cpu" else 2**26, device=device)
-    stopwatch = Stopwatch(device)
+    comm.all_reduce(buffer, group)
+    losses = _stolen(buffer, group, rounds) if device.type == "cpu" else _slowed(buffer, group, rounds)
+    return statistics.median(losses), max(losses) - min(losses)
 
-    def reduce() -> None:
+
+def _stolen(buffer: torch.Tensor, group: dist.ProcessGroup, rounds: int) -> list[float]:
+    """On a CPU a rank has one core: what gloo's threads run of it during an all-reduce, compute cannot.
+
+    CPU seconds of the process over the wall seconds of an undisturbed all-reduce, so that a busy neighbour does
+    not count: it would make a race of matmuls against communication a matter of luck.
+    """
+    wall, used = [], []
+    for _ in range(rounds):
+        begin, busy = time.perf_counter(), time.process_time()
         comm.all_reduce(buffer, group)
+        wall.append(time.perf_counter() - begin)
+        used.append(time.process_time() - busy)
+    alone = summarize(wall, QUANTILE).seconds
+    return [min(seconds / alone, 1.0) for seconds in used]
 
-    reduce()
-    alone = summarize([stopwatch.time(reduce, 1) for _ in range(rounds)]).seconds
+
+def _slowed(buffer: torch.Tensor, group: dist.ProcessGroup, rounds: int) -> list[float]:
+    """On a GPU: how much longer matmuls that outlast the all-reduce take beside it."""
+    device = buffer.device
+    stopwatch = Stopwatch(device)
+    alone = summarize(
+        [stopwatch.time(lambda: comm.all_reduce(buffer, group), 1) for _ in range(rounds)]
+    ).seconds
     longest = torch.tensor([alone], device=device)
     comm.all_reduce(longest, group, op=dist.ReduceOp.MAX)
     compute, compute_alone = overlap_compute(device, 2 * float(longest))
@@ -80,8 +103,4 @@ def communication_share(group: dist.ProcessGroup, device: torch.device, rounds: 
     for _ in range(rounds):
         dist.barrier(group=group)
         losses.append(overlap_loss(stopwatch.time(together, 1), compute_alone, float(longest)))
-    return _middle(losses), max(losses) - min(losses)
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return losses

@@ -67,9 +67,20 @@ class _Parts:
         self.raws, self.first, self.device_type, self.ranks, self.gpu = raws, raws[0], device_type, ranks, gpu
         today = datetime.date.today().isoformat()
         self.source = f"mopexec probe on {model}, torch {torch.__version__}, {today}"
-        traffic = {key: _merge(raw.traffic[key] for raw in raws) for key in self.first.traffic}
-        self.memory = fit_line((size, sample.seconds) for (_, size), sample in traffic.items())
+        self.memory = fit_line(self._traffic())
         self.errors: dict[str, float] = {"memory": self.memory.error}
+
+    def _traffic(self) -> list[tuple[float, float]]:
+        """(mean bytes, mean seconds) of the operators at each size: their mix, as a step runs it."""
+        names = list(dict.fromkeys(name for name, _ in self.first.traffic))
+        keys = [[key for key in self.first.traffic if key[0] == name] for name in names]
+        return [
+            (
+                statistics.fmean(size for _, size in mix),
+                statistics.fmean(_merge(raw.traffic[key] for raw in self.raws).seconds for key in mix),
+            )
+            for mix in zip(*keys, strict=True)
+        ]
 
     def quantity(self, value: float, unit: str, tag: Tag = "measured", note: str = "") -> Quantity:
         return Quantity(value=float(f"{value:.5g}"), unit=unit, tag=tag, source=f"{self.source}{note}")

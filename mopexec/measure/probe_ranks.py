@@ -137,6 +137,7 @@ def _rank_main(rank: int, job: Job, store: str, messages: Any) -> None:
         if job.device_type == "cuda":
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
+            torch.set_num_threads(max(len(job.cores) // job.ranks, 1))
         else:
             pin_to(job.cores[rank % len(job.cores)])
             torch.set_num_threads(1)
@@ -185,7 +186,8 @@ def _measure(rank: int, job: Job, device: torch.device, messages: Any) -> Raw:
     begin("host copies")
     raw.copies = probe_compute.host_copies(device, stopwatch, 0.4 * budget)
     begin("AdamW")
-    raw.host_adam = probe_compute.adamw(torch.device("cpu"), (2**18, 2**21), 0.4 * budget)
+    host, threads = torch.device("cpu"), torch.get_num_threads()
+    raw.host_adam = probe_compute.adamw(host, (2**18, 2**21), 0.4 * budget, threads)
     raw.device_adam = (
         raw.host_adam if device.type == "cpu" else probe_compute.adamw(device, (2**22, 2**26), 0.4 * budget)
     )
