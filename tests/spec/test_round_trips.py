@@ -254,7 +254,7 @@ def test_trainings(spec: TrainSpec) -> None:
 
 
 @given(profiles())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_profiles(spec: HardwareProfile) -> None:
     check(spec)
     check(spec.scale_up)
@@ -263,12 +263,11 @@ def test_profiles(spec: HardwareProfile) -> None:
 
 
 @given(plans())
-@settings(deadline=None)
 def test_plans(spec: Plan) -> None:
     check(spec)
 
 
 @given(measurements)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_measurements(spec: Measurement) -> None:
     check(spec)
