@@ -14,5 +14,15 @@ CATEGORIES = (
     "framework",  # not made by tensors: contexts, communication buffers (simulator and CUDA only)
 )
 
-COMPONENTS = ("embedding", "attention", "dense_ffn", "router", "experts", "shared_experts", "vocabulary", "optimizer", "other")
+COMPONENTS = (
+    "embedding",
+    "attention",
+    "dense_ffn",
+    "router",
+    "experts",
+    "shared_experts",
+    "vocabulary",
+    "optimizer",
+    "other",
+)
 PHASES = ("forward", "recompute", "backward", "optimizer")

@@ -1,6 +1,8 @@
-"""HardwareProfile: one machine type. Every number carries its tag and source; efficiency is a curve over size."""
+"""HardwareProfile: one machine type. Every number has a tag and a source; efficiency is a curve over size."""
 
 from typing import Literal
+
+import msgspec
 
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
@@ -11,7 +13,7 @@ WORK_KINDS = (
     "matmul", "grouped_matmul", "attention", "memory_bound", "all_gather", "reduce_scatter", "all_reduce",
     "all_to_all", "send_recv", "h2d", "d2h", "optimizer", "host_optimizer",
 )  # fmt: skip
-"""Kinds of work: what an op of the simulator is, what a timer of the executor measures, what calibration scales."""
+"""Kinds of work: what an op of the simulator is, what the executor times, what calibration scales."""
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 
@@ -36,7 +38,7 @@ class Quantity(Spec, frozen=True, kw_only=True):
 
 
 def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
-    """Raise SpecError where a quantity of `owner` is in a unit of another dimension (see units.DIMENSIONS)."""
+    """Raise SpecError where a quantity of `owner` has a unit of another dimension (see units.DIMENSIONS)."""
     for field in fields:
         quantity = getattr(owner, field)
         if quantity is not None:
@@ -49,7 +51,8 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
     """Seconds of C[m,n] = A[m,k] B[k,n] for one dtype:
 
     time = max(2mnk / (peak * efficiency * f), bytes / memory bandwidth) + the device's launch overhead,
-    f = m/(m + m_half) * n/(n + n_half) * k/(k + k_half). `efficiency` <= 1 is the fraction of peak at large sizes.
+    f = m/(m + m_half) * n/(n + n_half) * k/(k + k_half). `efficiency` <= 1: the fraction of peak at large
+    sizes.
     """
 
     dtype: str
@@ -71,7 +74,7 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
 
 
 class AttentionCurve(Spec, frozen=True, kw_only=True):
-    """Fraction of the dtype's matmul peak that the attention kernel reaches: efficiency * s / (s + seq_half)."""
+    """Fraction of the dtype's matmul peak that attention reaches: forward * s / (s + seq_half)."""
 
     forward: float
     backward: float
@@ -86,11 +89,12 @@ class AttentionCurve(Spec, frozen=True, kw_only=True):
 
 
 class CollectiveCurve(Spec, frozen=True, kw_only=True):
-    """Seconds of one collective inside a scope: latency + ranks * latency_per_rank + wire bytes / (bandwidth * efficiency(b)).
+    """Seconds of a collective in a scope: latency + ranks * latency_per_rank + b / (bandwidth * efficiency(b)).
 
-    `bandwidth` is per rank, one direction. Wire bytes per rank of n: all_gather, reduce_scatter, all_to_all (n-1)/n of
-    the full buffer; all_reduce twice that; send_recv the message. efficiency(b) = 1 / (1 + (bytes_half / b)^ramp):
-    1/2 at bytes_half; ramp 1 is b / (b + bytes_half), ramp 1/2 the slower rise that NCCL shows from 1 MB to 1 GB.
+    `bandwidth` is per rank, one direction. b, the wire bytes per rank of n: all_gather, reduce_scatter,
+    all_to_all (n-1)/n of the full buffer; all_reduce twice that; send_recv the message.
+    efficiency(b) = 1 / (1 + (bytes_half / b)^ramp) is 1/2 at bytes_half; ramp 1 is b / (b + bytes_half),
+    ramp 1/2 the slower rise that NCCL shows from 1 MB to 1 GB.
     """
 
     latency: Quantity
@@ -104,7 +108,12 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
         require_dimension(self, "bandwidth", "bandwidth")
         require(self.bytes_half >= 0, "bytes_half", self.bytes_half, "must not be negative")
         require(0.1 <= self.ramp <= 1, "ramp", self.ramp, "must lie between 0.1 and 1")
-        require(self.bandwidth.si >= 1e6, "bandwidth", self.bandwidth.si, "bytes/s is below 1 MB/s: check the unit")
+        require(
+            self.bandwidth.si >= 1e6,
+            "bandwidth",
+            self.bandwidth.si,
+            "bytes/s is below 1 MB/s: check the unit",
+        )
 
     def moved(self, wire: float) -> float:
         """Bytes that cost as much at full bandwidth as `wire` bytes do: wire / efficiency(wire)."""
@@ -126,15 +135,17 @@ class Fabric(Spec, frozen=True, kw_only=True):
         for name, curve in self.collectives.items():
             require(
                 curve.bandwidth.si <= self.peak.si * 1.0001,
-                f"collectives.{name}.bandwidth", curve.bandwidth.value, f"exceeds the fabric's peak {self.peak.value} {self.peak.unit}",
-            )  # fmt: skip
+                f"collectives.{name}.bandwidth",
+                curve.bandwidth.value,
+                f"exceeds the fabric's peak {self.peak.value} {self.peak.unit}",
+            )
 
 
 class Device(Spec, frozen=True, kw_only=True):
     """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take.
 
-    memory_bandwidth: what kernels reach at large sizes. grouped_matmul: curves of expert products, m being the tokens
-    of one expert; a dtype without one uses `matmul`.
+    memory_bandwidth: what kernels reach at large sizes. grouped_matmul: curves of expert products, m being
+    the tokens of one expert; a dtype without one uses `matmul`.
     """
 
     memory: Quantity
@@ -157,18 +168,31 @@ class Device(Spec, frozen=True, kw_only=True):
         for field in ("matmul", "grouped_matmul"):
             dtypes = [curve.dtype for curve in getattr(self, field)]
             require(len(set(dtypes)) == len(dtypes), field, dtypes, "has a dtype twice")
-        require(self.memory_bytes_half >= 0, "memory_bytes_half", self.memory_bytes_half, "must not be negative")
+        require(
+            self.memory_bytes_half >= 0, "memory_bytes_half", self.memory_bytes_half, "must not be negative"
+        )
         require(self.adam_rate.si > 0, "adam_rate.value", self.adam_rate.value, "must be positive")
         require(len(self.matmul) >= 1, "matmul", self.matmul, "needs at least one curve")
         require(self.memory.si >= 1e6, "memory", self.memory.si, "bytes is below 1 MB: check the unit")
-        require(self.memory_bandwidth.si >= 1e8, "memory_bandwidth", self.memory_bandwidth.si, "bytes/s is below 0.1 GB/s: check the unit")
-        require(self.reserved.si < self.memory.si, "reserved", self.reserved.si, "is not less than the device memory")
+        require(
+            self.memory_bandwidth.si >= 1e8,
+            "memory_bandwidth",
+            self.memory_bandwidth.si,
+            "bytes/s is below 0.1 GB/s: check the unit",
+        )
+        require(
+            self.reserved.si < self.memory.si,
+            "reserved",
+            self.reserved.si,
+            "is not less than the device memory",
+        )
 
 
 class Host(Spec, frozen=True, kw_only=True):
     """A node's host: DRAM shared by its devices, and the link of each device to it.
 
-    link_sharing: devices that share one link. adam_rate: parameters/s that one rank's share of the host updates.
+    link_sharing: devices that share one link. adam_rate: parameters/s that a rank's share of the host
+    updates.
     """
 
     memory: Quantity
@@ -186,7 +210,12 @@ class Host(Spec, frozen=True, kw_only=True):
         require_dimension(self, "time", "link_latency")
         require_dimension(self, "update rate", "adam_rate")
         for field in ("memory_bandwidth", "link_h2d", "link_d2h"):
-            require(getattr(self, field).si >= 1e7, field, getattr(self, field).si, "bytes/s is below 10 MB/s: check the unit")
+            require(
+                getattr(self, field).si >= 1e7,
+                field,
+                getattr(self, field).si,
+                "bytes/s is below 10 MB/s: check the unit",
+            )
         require(self.adam_rate.si > 0, "adam_rate.value", self.adam_rate.value, "must be positive")
         require(self.link_sharing >= 1, "link_sharing", self.link_sharing, "must be at least 1")
         require(self.cores >= 1, "cores", self.cores, "must be at least 1")
@@ -208,8 +237,8 @@ class Correction(Spec, frozen=True, kw_only=True):
 class HardwareProfile(Spec, frozen=True, kw_only=True):
     """One machine type: `devices_per_node` devices in a node, `scale_up_size` devices in a scale-up domain.
 
-    communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU cores:
-    1 means that the two cannot overlap at all). corrections: by kind of work, plus "step" (a constant per step).
+    communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU
+    cores; 1: the two cannot overlap at all). corrections: by kind of work, plus "step" (a constant per step).
     calibrated_from: digest of the uncorrected profile that the corrections were fitted on.
     """
 
@@ -223,7 +252,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     scale_out: Fabric
     communication_share: float = 0.0
     price_per_device_hour: Quantity | None = None
-    corrections: dict[str, Correction] = {}
+    corrections: dict[str, Correction] = msgspec.field(default_factory=dict)
     framework_memory_scale: float = 1.0
     calibrated_from: str = ""
     notes: str = ""
@@ -233,10 +262,25 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         require(self.devices_per_node >= 1, "devices_per_node", self.devices_per_node, "must be at least 1")
         require(self.scale_up_size >= 1, "scale_up_size", self.scale_up_size, "must be at least 1")
         require_dimension(self, "price", "price_per_device_hour")
-        require(0 <= self.communication_share <= 1, "communication_share", self.communication_share, "must lie between 0 and 1")
-        require(1 <= self.framework_memory_scale <= 1.5, "framework_memory_scale", self.framework_memory_scale, "must lie between 1 and 1.5")
+        require(
+            0 <= self.communication_share <= 1,
+            "communication_share",
+            self.communication_share,
+            "must lie between 0 and 1",
+        )
+        require(
+            1 <= self.framework_memory_scale <= 1.5,
+            "framework_memory_scale",
+            self.framework_memory_scale,
+            "must lie between 1 and 1.5",
+        )
         for kind in self.corrections:
-            require(kind in (*WORK_KINDS, "step"), "corrections", kind, f"is not one of {', '.join((*WORK_KINDS, 'step'))}")
+            require(
+                kind in (*WORK_KINDS, "step"),
+                "corrections",
+                kind,
+                f"is not one of {', '.join((*WORK_KINDS, 'step'))}",
+            )
 
     def memory_limit(self) -> int:
         """Bytes of device memory that a plan may use."""

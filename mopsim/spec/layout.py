@@ -1,4 +1,4 @@
-"""Sharding arithmetic that both packages use, once: groups, shards, chunks, buckets, the offloaded set, routing."""
+"""Sharding arithmetic that both packages use, once: groups, shards, chunks, buckets, offloading, routing."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +12,7 @@ def ceil_div(value: int, divisor: int) -> int:
 
 
 def groups(num_ranks: int, degree: int, order: Order = "contiguous") -> list[list[int]]:
-    """The rank groups of size `degree`, each in ring order. Contiguous: 0..d-1, d..2d-1; strided: 0, n/d, 2n/d, ..."""
+    """Rank groups of size `degree`, in ring order. Contiguous: 0..d-1, d..2d-1; strided: 0, n/d, 2n/d, ..."""
     count = num_ranks // degree
     if order == "contiguous":
         return [list(range(i * degree, (i + 1) * degree)) for i in range(count)]
@@ -35,7 +35,7 @@ def group_containing(all_groups: Sequence[Sequence[int]], rank: int) -> list[int
 
 
 def interval(total: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, stop) of part `index` when `total` is cut into `parts` of ceil(total/parts); the last may be short or empty."""
+    """[start, stop) of part `index` of `total` cut into runs of ceil(total/parts); the last may be short."""
     size = ceil_div(total, parts)
     return min(index * size, total), min((index + 1) * size, total)
 
@@ -62,12 +62,12 @@ def token_slices(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
 
 
 def ring_moves_weights(num_tokens: int, vocab_size: int, degree: int) -> bool:
-    """Ring-DTP sends the weight block around where tokens outnumber its rows (N > V/P), else the activations."""
+    """Ring-DTP sends the weight block around where tokens outnumber its rows (N > V/P), else activations."""
     return num_tokens > ceil_div(vocab_size, degree)
 
 
 def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[list[tuple[int, int, int]]]:
-    """Buckets of at most `bucket_params` parameters: lists of (unit, start, stop) slices of the flat shards, in order."""
+    """Buckets of at most `bucket_params` parameters: (unit, start, stop) slices of the shards, in order."""
     buckets: list[list[tuple[int, int, int]]] = []
     room = 0
     for unit, numel in enumerate(shard_numels):
@@ -88,11 +88,13 @@ def offloaded_boundaries(num_boundaries: int, boundary_bytes: int, host_budget: 
     return num_boundaries if host_budget == 0 else min(num_boundaries, host_budget // max(boundary_bytes, 1))
 
 
-def routed_expert(routing: str, position: int, num_tokens: int, slot: int, num_experts: int, top_k: int) -> int:
-    """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a routing profile.
+def routed_expert(
+    routing: str, position: int, num_tokens: int, slot: int, num_experts: int, top_k: int
+) -> int:
+    """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a profile.
 
-    balanced: (i + j) mod E. r/h: the first r % of positions choose j mod h (so experts below min(h, top_k) only), the
-    others h + ((i + j) mod (E - h)) (arXiv 2609.14306; LLEP's profiles).
+    balanced: (i + j) mod E. r/h: the first r % of positions choose j mod h (so experts below min(h, top_k)
+    only), the others h + ((i + j) mod (E - h)) (arXiv 2609.14306; LLEP's profiles).
     """
     if routing == "balanced":
         return (position + slot) % num_experts
@@ -103,8 +105,10 @@ def routed_expert(routing: str, position: int, num_tokens: int, slot: int, num_e
 
 
 @lru_cache(maxsize=4096)
-def routing_counts(routing: str, num_tokens: int, chunks: int, index: int, num_experts: int, top_k: int) -> tuple[int, ...]:
-    """Routes to each expert from the tokens of strided chunk `index`, on one rank. Sums to len(chunk) * top_k."""
+def routing_counts(
+    routing: str, num_tokens: int, chunks: int, index: int, num_experts: int, top_k: int
+) -> tuple[int, ...]:
+    """Routes to each expert from strided chunk `index` of one rank. Sums to len(chunk) * top_k."""
     counts = [0] * num_experts
     for position in chunk_positions(num_tokens, chunks, index):
         for slot in range(top_k):
@@ -113,8 +117,10 @@ def routing_counts(routing: str, num_tokens: int, chunks: int, index: int, num_e
 
 
 def stage_layers(num_layers: int, degree: int, virtual_stages: int, stage: int) -> list[list[int]]:
-    """Layers of each model chunk that pipeline stage `stage` holds (one list per virtual stage), as even as can be."""
+    """Layers of each model chunk of pipeline stage `stage` (a list per virtual stage), as even as can be."""
     parts = degree * virtual_stages
     base, extra = divmod(num_layers, parts)
     starts = [i * base + min(i, extra) for i in range(parts + 1)]
-    return [list(range(starts[v * degree + stage], starts[v * degree + stage + 1])) for v in range(virtual_stages)]
+    return [
+        list(range(starts[v * degree + stage], starts[v * degree + stage + 1])) for v in range(virtual_stages)
+    ]

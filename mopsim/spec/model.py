@@ -9,8 +9,8 @@ from mopsim.spec.io import Spec
 class ModelSpec(Spec, frozen=True, kw_only=True):
     """A decoder-only transformer. Layers before `first_k_dense_replace` are dense, the others MoE.
 
-    Shapes that follow from it live in `mopsim.layers`, once. `total_params` and `active_params` are the published
-    figures (parameters), kept to be checked against, never used in a calculation.
+    Shapes that follow from it live in `mopsim.layers`, once. `total_params` and `active_params` are the
+    published figures (parameters), kept to be checked against, never used in a calculation.
     """
 
     name: str
@@ -58,7 +58,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for field in (
-            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "vocab_size",
         ):  # fmt: skip
             require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
         for field in (
@@ -91,12 +92,19 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
             )  # fmt: skip
             require(
                 self.moe_intermediate_size >= 1,
-                "moe_intermediate_size", self.moe_intermediate_size, "must be at least 1 where there are experts",
-            )  # fmt: skip
+                "moe_intermediate_size",
+                self.moe_intermediate_size,
+                "must be at least 1 where there are experts",
+            )
         else:
             for field in ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"):
                 value = getattr(self, field)
-                require(value == 0, field, value, "must be 0 where num_local_experts is 0: there are no MoE layers")
+                require(
+                    value == 0,
+                    field,
+                    value,
+                    "must be 0 where num_local_experts is 0: there are no MoE layers",
+                )
         for field in ("total_params", "active_params"):
             value = getattr(self, field)
             require(value is None or value > 0, field, value, "must be positive")
@@ -107,9 +115,19 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
                 self.head_dim == self.qk_nope_head_dim + self.qk_rope_head_dim,
                 "head_dim", self.head_dim, "must be qk_nope_head_dim + qk_rope_head_dim for mla",
             )  # fmt: skip
-        require(self.sliding_window_period >= 1, "sliding_window_period", self.sliding_window_period, "must be at least 1")
+        require(
+            self.sliding_window_period >= 1,
+            "sliding_window_period",
+            self.sliding_window_period,
+            "must be at least 1",
+        )
         require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
-        require(self.routed_scaling_factor > 0, "routed_scaling_factor", self.routed_scaling_factor, "must be positive")
+        require(
+            self.routed_scaling_factor > 0,
+            "routed_scaling_factor",
+            self.routed_scaling_factor,
+            "must be positive",
+        )
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be positive")
 
     @property

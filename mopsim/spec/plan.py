@@ -26,7 +26,7 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
 
 
 class Prediction(Spec, frozen=True, kw_only=True):
-    """What the simulator promised: seconds, tokens/s, bytes per rank. `time_by_kind` is busy seconds per kind of work."""
+    """What the simulator promised: seconds, tokens/s, bytes per rank; busy seconds by kind of work."""
 
     step_time: float
     tokens_per_second: float
@@ -63,7 +63,7 @@ class Plan(Spec, frozen=True, kw_only=True):
 
 
 class KindTiming(Spec, frozen=True, kw_only=True):
-    """One kind of work in one step of one rank: ops, busy seconds (median over steps), FLOP and bytes moved."""
+    """One kind of work in one step of one rank: ops, busy seconds (median over steps), FLOP, bytes moved."""
 
     count: int
     seconds: float
@@ -79,8 +79,9 @@ class KindTiming(Spec, frozen=True, kw_only=True):
 class Measurement(Spec, frozen=True, kw_only=True):
     """One run, measured: steady steps only (the first `warmup` left out).
 
-    step_times: seconds of each steady step, slowest rank. kinds: from profiled steps, rank 0. memory: peak bytes by
-    category at the device peak, largest rank, and host bytes. environment: card or CPU, versions, threads.
+    step_times: seconds of each steady step, slowest rank. kinds: from profiled steps, rank 0. memory: peak
+    bytes by category at the device peak, largest rank, and host bytes. environment: card or CPU, versions,
+    threads.
     """
 
     plan: Plan
@@ -104,7 +105,12 @@ class Measurement(Spec, frozen=True, kw_only=True):
         require_at_least(
             self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory"
         )
-        require(all(t >= 0 for t in self.step_times), "step_times", self.step_times, "must not hold a negative time")
+        require(
+            all(t >= 0 for t in self.step_times),
+            "step_times",
+            self.step_times,
+            "must not hold a negative time",
+        )
         _require_counts("memory_by_category", self.memory_by_category)
 
 

@@ -28,10 +28,10 @@ class Pipeline(Spec, frozen=True, kw_only=True):
 class Dense(Spec, frozen=True, kw_only=True):
     """Attention projections, norms, router, dense FFN, shared experts and embedding.
 
-    shard: ranks that share one copy of the state (W = ZeRO over all ranks; below W the copies are replicated).
+    shard: ranks that share one copy of the state (W: ZeRO over all ranks; below W the copies are replicated).
     zero: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters.
     prefetch: layers whose parameters are gathered ahead of use.
-    chunk_tokens: tokens per slice of the dense FFN and shared experts, recomputed slice by slice; 0 = one slice.
+    chunk_tokens: tokens per slice of dense FFN and shared experts, recomputed slice by slice; 0 = one slice.
     """
 
     tensor: int = 1
@@ -53,10 +53,10 @@ class Attention(Spec, frozen=True, kw_only=True):
 
 
 class Experts(Spec, frozen=True, kw_only=True):
-    """Routed experts. degree Ep: ranks over which whole experts are spread. tensor: split inside an expert (ETP).
+    """Routed experts. degree Ep: ranks that whole experts are spread over. tensor: split of an expert (ETP).
 
     shard: ranks among the replicas of one expert (W / Ep of them) that share one copy of its state.
-    chunk_tokens c: local tokens per dispatch chunk (strided positions); 0 = one chunk that keeps its intermediates.
+    chunk_tokens c: local tokens per dispatch chunk (strided positions); 0 = one chunk, intermediates kept.
     max_chunks: K = min(ceil(N / c), max_chunks).
     balance: `least_loaded` moves routed work (and weights) off overloaded ranks (LLEP).
     """
@@ -75,8 +75,9 @@ class Experts(Spec, frozen=True, kw_only=True):
 class Vocabulary(Spec, frozen=True, kw_only=True):
     """Output projection and loss.
 
-    loss: `full` keeps N x V logits; `chunked` forms them chunk_tokens rows at a time; `ring` (Ring-DTP) shards the
-    vocabulary over `degree` ranks with distinct tokens; `vocab_parallel` splits it over the tensor group (Megatron).
+    loss: `full` keeps N x V logits; `chunked` forms them chunk_tokens rows at a time; `ring` (Ring-DTP)
+    shards the vocabulary over `degree` ranks with distinct tokens; `vocab_parallel` splits it over the
+    tensor group (Megatron).
     chunk_tokens: rows of logits formed at a time, in a round of the ring or in `chunked`; 0 = all.
     """
 
@@ -89,7 +90,7 @@ class Vocabulary(Spec, frozen=True, kw_only=True):
 class Optimizer(Spec, frozen=True, kw_only=True):
     """AdamW. state_tier: where master weights and moments live. update_on: which side computes the update.
 
-    state on host, update on device = streamed through `slots` staging slots of `bucket_params` parameters each.
+    state on host, update on device: streamed through `slots` staging slots of `bucket_params` parameters.
     host_fraction: part of the state that is on the host where state_tier is host (1 = all).
     """
 
@@ -103,7 +104,7 @@ class Optimizer(Spec, frozen=True, kw_only=True):
 class Activations(Spec, frozen=True, kw_only=True):
     """recompute: none, selective (the modules named), or full (each layer from its input, the boundary).
 
-    boundary_tier host: boundaries go to pinned host memory while host_budget bytes per rank last (0 = no cap).
+    boundary_tier host: boundaries go to pinned memory while host_budget bytes per rank last (0 = no cap).
     """
 
     recompute: Literal["none", "selective", "full"] = "full"
@@ -113,9 +114,10 @@ class Activations(Spec, frozen=True, kw_only=True):
 
 
 class Precision(Spec, frozen=True, kw_only=True):
-    """Dtypes of: matmul inputs, activations and gathered parameters (compute), resident parameter shards (param),
-    gradient communication and shards (grad), optimizer moments (moments), master weights (master; "param" = the
-    parameter shard is the master), the matmul recipe (matmul; "compute" = same as compute)."""
+    """Dtypes of: matmul inputs, activations and gathered parameters (compute), resident parameter
+    shards (param), gradient communication and shards (grad), optimizer moments (moments), master weights
+    (master; "param": the parameter shard is the master), the matmul recipe (matmul; "compute": same as
+    compute)."""
 
     compute: DType = "bfloat16"
     param: DType = "bfloat16"
@@ -127,7 +129,7 @@ class Precision(Spec, frozen=True, kw_only=True):
 
 
 class Strategy(Spec, frozen=True, kw_only=True):
-    """How one model is trained on `world_size` ranks with `micro_batch` sequences per microbatch and data group.
+    """How one model is trained on `world_size` ranks, `micro_batch` sequences per microbatch and data group.
 
     runtime: who shards the parameters at run time: `flat_units` (mopexec's own per-layer flat units) or
     `fully_shard` (torch FSDP2, sharding each parameter on dimension 0).
@@ -151,47 +153,74 @@ class Strategy(Spec, frozen=True, kw_only=True):
         for field, least in _LEAST.items():
             value = self._at(field)
             require(value >= least, field, value, f"must be at least {least}")
-        require(0 <= self.optimizer.host_fraction <= 1, "optimizer.host_fraction", self.optimizer.host_fraction, "must lie between 0 and 1")
+        require(
+            0 <= self.optimizer.host_fraction <= 1,
+            "optimizer.host_fraction",
+            self.optimizer.host_fraction,
+            "must lie between 0 and 1",
+        )
         require(
             self.world_size % self.pipeline.degree == 0,
-            "pipeline.degree", self.pipeline.degree, f"does not divide world_size {self.world_size}",
-        )  # fmt: skip
+            "pipeline.degree",
+            self.pipeline.degree,
+            f"does not divide world_size {self.world_size}",
+        )
         ranks = self.stage_ranks
-        for field in ("dense.tensor", "dense.shard", "attention.sequence", "experts.degree", "vocabulary.degree"):
+        for field in (
+            "dense.tensor",
+            "dense.shard",
+            "attention.sequence",
+            "experts.degree",
+            "vocabulary.degree",
+        ):
             value = self._at(field)
             require(ranks % value == 0, field, value, f"does not divide the {ranks} ranks of a stage")
         require(
             ranks % (self.experts.degree * self.experts.tensor) == 0,
-            "experts.tensor", self.experts.tensor,
+            "experts.tensor",
+            self.experts.tensor,
             f"times experts.degree {self.experts.degree} does not divide the {ranks} ranks of a stage",
-        )  # fmt: skip
+        )
         require(
             self.expert_replicas % self.experts.shard == 0,
-            "experts.shard", self.experts.shard, f"does not divide the {self.expert_replicas} replicas of an expert",
-        )  # fmt: skip
+            "experts.shard",
+            self.experts.shard,
+            f"does not divide the {self.expert_replicas} replicas of an expert",
+        )
         require(
             ranks % (self.dense.tensor * self.attention.sequence) == 0,
-            "attention.sequence", self.attention.sequence,
+            "attention.sequence",
+            self.attention.sequence,
             f"times dense.tensor {self.dense.tensor} does not divide the {ranks} ranks of a stage",
-        )  # fmt: skip
+        )
         require(
             self.vocabulary.degree == 1 or self.vocabulary.loss in ("ring", "vocab_parallel"),
-            "vocabulary.loss", self.vocabulary.loss, f"does not split the vocabulary, but vocabulary.degree is {self.vocabulary.degree}",
-        )  # fmt: skip
+            "vocabulary.loss",
+            self.vocabulary.loss,
+            f"does not split the vocabulary, but vocabulary.degree is {self.vocabulary.degree}",
+        )
         require(
             self.vocabulary.loss != "chunked" or self.vocabulary.chunk_tokens >= 1,
-            "vocabulary.chunk_tokens", self.vocabulary.chunk_tokens, "must be at least 1 for a chunked loss",
-        )  # fmt: skip
+            "vocabulary.chunk_tokens",
+            self.vocabulary.chunk_tokens,
+            "must be at least 1 for a chunked loss",
+        )
         require(
             self.optimizer.update_on == "device" or self.optimizer.state_tier == "host",
-            "optimizer.update_on", self.optimizer.update_on, "needs optimizer.state_tier host",
-        )  # fmt: skip
+            "optimizer.update_on",
+            self.optimizer.update_on,
+            "needs optimizer.state_tier host",
+        )
         for module in self.activations.modules:
-            require(module in COMPONENTS, "activations.modules", module, f"is not one of {', '.join(COMPONENTS)}")
+            require(
+                module in COMPONENTS, "activations.modules", module, f"is not one of {', '.join(COMPONENTS)}"
+            )
         require(
             self.pipeline.virtual_stages == 1 or self.pipeline.degree > 1,
-            "pipeline.virtual_stages", self.pipeline.virtual_stages, "needs a pipeline.degree above 1",
-        )  # fmt: skip
+            "pipeline.virtual_stages",
+            self.pipeline.virtual_stages,
+            "needs a pipeline.degree above 1",
+        )
 
     def _at(self, path: str) -> int:
         value: object = self
@@ -220,26 +249,46 @@ class Strategy(Spec, frozen=True, kw_only=True):
         if model.num_local_experts:
             require(
                 model.num_local_experts % self.experts.degree == 0,
-                "strategy.experts.degree", self.experts.degree, f"does not divide num_local_experts {model.num_local_experts}",
-            )  # fmt: skip
+                "strategy.experts.degree",
+                self.experts.degree,
+                f"does not divide num_local_experts {model.num_local_experts}",
+            )
         else:
-            require(self.experts.degree == 1, "strategy.experts.degree", self.experts.degree, "must be 1 for a model without experts")
+            require(
+                self.experts.degree == 1,
+                "strategy.experts.degree",
+                self.experts.degree,
+                "must be 1 for a model without experts",
+            )
         heads = model.num_attention_heads
         if self.attention.exchange == "ulysses":
             split = self.attention.sequence * self.dense.tensor
-            require(heads % split == 0, "strategy.attention.sequence", self.attention.sequence, f"times dense.tensor {self.dense.tensor} does not divide num_attention_heads {heads}")  # fmt: skip
-        require(heads % self.dense.tensor == 0, "strategy.dense.tensor", self.dense.tensor, f"does not divide num_attention_heads {heads}")
+            require(
+                heads % split == 0,
+                "strategy.attention.sequence",
+                self.attention.sequence,
+                f"times dense.tensor {self.dense.tensor} does not divide num_attention_heads {heads}",
+            )
+        require(
+            heads % self.dense.tensor == 0,
+            "strategy.dense.tensor",
+            self.dense.tensor,
+            f"does not divide num_attention_heads {heads}",
+        )
         stages = self.pipeline.degree * self.pipeline.virtual_stages
         require(
             stages <= model.num_hidden_layers,
-            "strategy.pipeline.degree", self.pipeline.degree,
-            f"times virtual_stages {self.pipeline.virtual_stages} is more than num_hidden_layers {model.num_hidden_layers}",
-        )  # fmt: skip
+            "strategy.pipeline.degree",
+            self.pipeline.degree,
+            f"times virtual_stages {self.pipeline.virtual_stages} is more than num_hidden_layers "
+            f"{model.num_hidden_layers}",
+        )
 
 
 _LEAST = {
     "world_size": 1, "micro_batch": 1, "pipeline.degree": 1, "pipeline.virtual_stages": 1, "dense.tensor": 1,
-    "dense.shard": 1, "dense.prefetch": 0, "dense.chunk_tokens": 0, "attention.sequence": 1, "experts.degree": 1,
+    "dense.shard": 1, "dense.prefetch": 0, "dense.chunk_tokens": 0, "attention.sequence": 1,
+    "experts.degree": 1,
     "experts.tensor": 1, "experts.shard": 1, "experts.chunk_tokens": 0, "experts.max_chunks": 1,
     "vocabulary.degree": 1, "vocabulary.chunk_tokens": 0, "optimizer.bucket_params": 1, "optimizer.slots": 1,
     "activations.host_budget": 0,

@@ -96,7 +96,8 @@ def _fully_shard(strategy: Strategy) -> Iterator[SpecError]:
             yield SpecError(
                 f"strategy.{field}",
                 tier,
-                f"differs from optimizer.state_tier: fully_shard offloads all or nothing ({strategy.optimizer.state_tier})",
+                f"differs from optimizer.state_tier {strategy.optimizer.state_tier}: "
+                "fully_shard offloads all or nothing",
             )
     if strategy.experts.shard != strategy.expert_replicas:
         yield SpecError(

@@ -7,11 +7,16 @@ from mopsim.spec.io import Spec
 from mopsim.spec.strategy import Strategy
 
 
+def _is_skew(routing: str) -> bool:
+    match = re.fullmatch(r"(\d{1,3})/[1-9]\d*", routing)
+    return match is not None and int(match.group(1)) <= 100
+
+
 class TrainSpec(Spec, frozen=True, kw_only=True):
     """One optimizer step trains on `global_batch` sequences of `seq_len` tokens.
 
-    routing: how tokens choose experts where no router decides (simulation and dry run): "balanced", or "r/h": the
-    first r % of token positions choose experts j mod h for j < top_k (see layout.routed_expert).
+    routing: how tokens choose experts where no router decides (simulation and dry run): "balanced", or "r/h":
+    the first r % of token positions choose experts j mod h for j < top_k (see layout.routed_expert).
     """
 
     seq_len: int
@@ -31,9 +36,11 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         require(self.seq_len >= 1, "seq_len", self.seq_len, "must be at least 1")
         require(self.global_batch >= 1, "global_batch", self.global_batch, "must be at least 1")
         require(
-            self.routing == "balanced" or bool(re.fullmatch(r"\d{1,3}/[1-9]\d*", self.routing)) and int(self.routing.split("/")[0]) <= 100,
-            "routing", self.routing, "must be 'balanced' or 'r/h' with r a percentage and h a number of experts",
-        )  # fmt: skip
+            self.routing == "balanced" or _is_skew(self.routing),
+            "routing",
+            self.routing,
+            "must be 'balanced' or 'r/h' with r a percentage and h a number of experts",
+        )
         for field in ("learning_rate", "eps"):
             require(getattr(self, field) > 0, field, getattr(self, field), "must be positive")
         for field in ("warmup_steps", "weight_decay", "clip_norm", "bias_update_rate", "seed"):
@@ -46,11 +53,17 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         per_step = strategy.micro_batch * strategy.data_groups
         require(
             self.global_batch % per_step == 0,
-            "training.global_batch", self.global_batch,
+            "training.global_batch",
+            self.global_batch,
             f"is not a multiple of micro_batch {strategy.micro_batch} x data groups {strategy.data_groups}",
-        )  # fmt: skip
+        )
         split = strategy.attention.sequence * (strategy.dense.tensor if strategy.dense.tensor > 1 else 1)
-        require(self.seq_len % split == 0, "training.seq_len", self.seq_len, f"is not a multiple of the sequence split {split}")
+        require(
+            self.seq_len % split == 0,
+            "training.seq_len",
+            self.seq_len,
+            f"is not a multiple of the sequence split {split}",
+        )
 
     def num_microbatches(self, strategy: Strategy) -> int:
         """Microbatches that one data group works through in a step."""

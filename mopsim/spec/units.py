@@ -43,7 +43,7 @@ def parse_bytes(text: str, field: str = "size") -> int:
 
 
 def parse_count(text: str, field: str = "count") -> int:
-    """A token count from '32K', '1M' (binary: 128K = 131072) or a plain integer. Raises MopError otherwise."""
+    """A token count from '32K', '1M' (binary: 128K = 131072) or a plain integer; MopError otherwise."""
     match = re.match(r"^\s*([0-9]+)\s*([KM]?)\s*$", text)
     if not match or int(match.group(1)) < 1:
         raise MopError(f"{field}: {text!r} is not a positive count such as 4096, 128K or 1M")
