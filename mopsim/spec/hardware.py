@@ -89,7 +89,7 @@ class AttentionCurve(Spec, frozen=True, kw_only=True):
 
 
 class CollectiveCurve(Spec, frozen=True, kw_only=True):
-    """Seconds of a collective in a scope: latency + ranks * latency_per_rank + b / (bandwidth * efficiency(b)).
+    """Seconds of a collective: latency + ranks * latency_per_rank + b / (bandwidth * efficiency(b)).
 
     `bandwidth` is per rank, one direction. b, the wire bytes per rank of n: all_gather, reduce_scatter,
     all_to_all (n-1)/n of the full buffer; all_reduce twice that; send_recv the message.
