@@ -14,6 +14,10 @@ def check_supported(plan: Plan) -> None:
             allowed = " or ".join(repr(item) for item in wanted)
             raise SpecError(f"strategy.{field}", value, f"is not run by {_RUNTIME}: needs {allowed}")
     _check_offload(plan.strategy)
+    degree, kv_heads = plan.strategy.attention.sequence, plan.model.num_key_value_heads
+    if kv_heads % degree and degree % kv_heads:
+        rule = f"and num_key_value_heads {kv_heads} do not divide each other"
+        raise SpecError("strategy.attention.sequence", degree, rule)
 
 
 def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, ...]]]:

@@ -88,23 +88,24 @@ class ExpertDispatch:
         """x [N, H], experts and weights [N, top_k] to the weighted sum of the experts' outputs [N, H]."""
         num_tokens, top_k = experts.shape
         with category("dispatch"):
-            order = experts.flatten().argsort(stable=True)
-            inverse = torch.empty_like(order)
-            inverse[order] = torch.arange(order.numel(), device=order.device)
             mine, theirs = self._counts(experts)
+            sent, received = [sum(counts) for counts in mine], [sum(counts) for counts in theirs]
+            order, inverse = _sorting(experts.flatten())
             rows = _apply(_Spread, x, order, inverse, top_k)
+            by_expert = _by_expert(theirs, x.device)
             if self._degree > 1:
-                sent, received = [sum(counts) for counts in mine], [sum(counts) for counts in theirs]
                 rows = _apply(_AllToAll, rows, received, sent, self._group)
-                rows = _regroup(rows, theirs)
+            if by_expert is not None:
+                rows = _apply(_Permute, rows, *by_expert)
         rows = module(rows, [sum(counts) for counts in zip(*theirs, strict=True)])
         with category("dispatch"):
+            if by_expert is not None:
+                rows = _apply(_Permute, rows, *reversed(by_expert))
             if self._degree > 1:
-                rows = _regroup(rows, [list(counts) for counts in zip(*theirs, strict=True)])
                 rows = _apply(_AllToAll, rows, sent, received, self._group)
-            rows = _apply(_Permute, rows, inverse, order)
+            rows = _apply(_Permute, rows, inverse, order)  # the name is reused: what came back is freed here
             by_token = rows.view(num_tokens, top_k, -1)
-            return torch.bmm(weights.to(rows.dtype)[:, None, :], by_token).squeeze(1)
+            return torch.bmm(weights.to(by_token.dtype)[:, None, :], by_token).squeeze(1)
 
     def _counts(self, experts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Routes by [rank of the group][that rank's experts] that this rank sends, and by [rank][my
@@ -125,10 +126,22 @@ class ExpertDispatch:
         return mine, theirs
 
 
-def _regroup(rows: Tensor, counts: list[list[int]]) -> Tensor:
-    """Rows in blocks [a][b] of counts[a][b] rows to blocks [b][a]."""
+def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The stable order that sorts keys [R], and its inverse."""
+    order = keys.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return order, inverse
+
+
+def _by_expert(counts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Order (and inverse) that turns rows in blocks [rank][expert] of counts rows into blocks [expert][rank].
+
+    None where the two are the same.
+    """
     if len(counts) == 1 or len(counts[0]) == 1:
-        return rows
-    blocks = torch.split(rows, [count for row in counts for count in row])
-    width = len(counts[0])
-    return torch.cat([block for place in range(width) for block in blocks[place::width]])
+        return None
+    flat = [count for row in counts for count in row]
+    experts = torch.arange(len(counts[0]), device=device).repeat(len(counts))
+    repeats = torch.tensor(flat, device=device)
+    return _sorting(torch.repeat_interleave(experts, repeats, output_size=sum(flat)))

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from mopexec import collectives
 from mopexec.model.attention_core import causal_attention
-from mopsim.spec.errors import require
-from mopsim.spec.model import ModelSpec
 
 
 class UlyssesAttention:
@@ -56,13 +54,3 @@ def trade(x: Tensor, degree: int, group: dist.ProcessGroup, to_heads: bool) -> T
     collectives.all_to_all_single(received, sent, group=group)
     del sent
     return torch.cat(received.unbind(0), dim=to_dim)
-
-
-def check_heads(model: ModelSpec, degree: int) -> None:
-    """Raise SpecError where D ranks cannot hold whole groups of KV heads."""
-    kv_heads = model.num_key_value_heads
-    require(
-        kv_heads % degree == 0 or degree % kv_heads == 0,
-        "strategy.attention.sequence", degree,
-        f"and num_key_value_heads {kv_heads} do not divide each other",
-    )  # fmt: skip

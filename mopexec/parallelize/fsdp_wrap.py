@@ -1,7 +1,6 @@
 """From a plan to a model under torch FSDP2: parallel parts swapped in, `fully_shard` applied, weights made
 shard by shard."""
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
