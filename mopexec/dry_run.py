@@ -1,13 +1,15 @@
 """One rank's memory at full scale, without the hardware: the executor's own step on tensors without data.
 
-A fake process group of the plan's world size answers every collective at once, fake tensors have shapes and
-no data, and the memory tracker counts them as it counts real ones. Routing follows the plan's profile.
+A fake process group of the plan's world size answers every collective at once, tensors have shapes and no
+data, and the memory tracker counts them as it counts real ones. Routing follows the plan's profile.
+flat_units runs on meta tensors; torch's fully_shard refuses a meta mesh and runs on fake CPU tensors, which
+dispatch in Python and so take longer.
 Not in it: communication buffers, workspaces of kernels, fragmentation.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +68,27 @@ def dry_run(
     Raises OutOfMemory at the allocation that crosses a limit (bytes), and MopError where an attention matrix
     of sequence x sequence appears. No process group may be initialised; none is left.
     """
-    from mopexec.parallelize.apply import build
-
     world_size = plan.strategy.world_size
     if not 0 <= rank < world_size:
         raise SpecError("rank", rank, f"must lie between 0 and {world_size - 1}")
+    fully_shard = plan.strategy.runtime == "fully_shard"
+    device = torch.device("cpu" if fully_shard else "meta")
+    tracker = MemoryTracker(device_limit, host_limit, refuse=quadratic_guard(plan), meta=not fully_shard)
+    with fake_world(world_size, rank), _fake_cpu() if fully_shard else nullcontext():
+        return tracked_step(plan, rank, Platform(device, fake=True), tracker)
+
+
+def tracked_step(plan: Plan, rank: int, platform: Platform, tracker: MemoryTracker) -> DryRunResult:
+    """Build `plan` and run one step under `tracker`, on whatever tensors and process group are in force.
+
+    A dry run and a real run of this function are equal to the byte (tests/parity/test_dry_run.py).
+    """
+    from mopexec.parallelize.apply import build
+
     begin = time.perf_counter()
-    tracker = MemoryTracker(device_limit, host_limit, refuse=quadratic_guard(plan))
-    with fake_world(world_size, rank), FakeTensorMode(), _no_shape_propagation(), tracker:
-        platform = Platform(torch.device("cpu"), fake=True)
+    with tracker:
         runner = build(plan, platform, routing="profile", seed=plan.training.seed)
-        runner.step(_batches(plan))
+        runner.step(_batches(plan, platform))
         resident, resident_by_category = tracker.memory, tracker.current_by_category
         del runner
     return DryRunResult(
@@ -101,6 +113,9 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a dry run needs the default process group for itself"
+    devices = dist.Backend.backend_capability["fake"]
+    if "meta" not in devices:
+        devices.append("meta")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
@@ -134,20 +149,25 @@ def _dimensions(model: ModelSpec) -> set[int]:
     }  # fmt: skip
 
 
-def _batches(plan: Plan) -> list[Any]:
+def _batches(plan: Plan, platform: Platform) -> list[Any]:
     """A step's microbatches as the data loader gives them: tokens and targets in tensors of their own."""
     from mopexec.parallelize.runner import Batch
 
     shape = (plan.strategy.micro_batch, plan.training.seq_len // plan.strategy.attention.sequence)
     count = plan.training.num_microbatches(plan.strategy)
-    return [Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(2))) for _ in range(count)]
+
+    def zeros() -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=platform.device)
+
+    return [Batch(zeros(), zeros()) for _ in range(count)]
 
 
 @contextmanager
-def _no_shape_propagation() -> Iterator[None]:
-    """Leave out the global-shape fakes that DTensor propagates shapes with: memory that no rank ever has.
+def _fake_cpu() -> Iterator[None]:
+    """CPU tensors without data, for fully_shard.
 
-    In a real run they belong to another fake mode and show as meta tensors; here they look like real ones.
+    DTensor propagates shapes with fakes of global shape: memory that no rank ever has. In a real run they belong
+    to another fake mode and show as meta tensors; here they look like the rank's own, so they are left out.
     """
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
@@ -160,6 +180,7 @@ def _no_shape_propagation() -> Iterator[None]:
 
     setattr(ShardingPropagator, name, unseen)
     try:
-        yield
+        with FakeTensorMode():
+            yield
     finally:
         setattr(ShardingPropagator, name, original)

@@ -40,7 +40,7 @@ class Platform:
 
     @property
     def backend(self) -> str:
-        """The torch.distributed backend: fake, nccl (with gloo for host tensors) or gloo."""
+        """The backend of torch.distributed: nccl with gloo for host tensors, gloo, or fake."""
         if self.fake:
             return "fake"
         return "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo"
@@ -48,12 +48,13 @@ class Platform:
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype, category: str) -> Tensor:
         """An uninitialised host tensor, pinned on CUDA, marked as host tier."""
         with host_allocation(category):
-            tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=self.is_cuda)
+            device = self.device if self.fake else "cpu"
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=device, pin_memory=self.is_cuda)
         return mark_host(tensor, category)
 
     @contextmanager
     def bookkeeping(self) -> Iterator[None]:
-        """Tensors made inside are the process's own tables (a mesh's ranks): never counted, and real in a dry run."""
+        """Tensors made inside are tables of the process (a mesh's ranks): never counted, real in a dry run."""
         with uncounted(), unset_fake_temporarily():
             yield
 

@@ -107,7 +107,7 @@ class host_allocation:  # noqa: N801
 
 
 class uncounted:  # noqa: N801
-    """`with uncounted():` what is allocated inside is not this rank's memory (shape propagation, rank tables)."""
+    """`with uncounted():` what is made inside is not the plan's memory (shape propagation, rank tables)."""
 
     __slots__ = ("_outer",)
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopexec.measure.dispatch import plain_tensors, plain_types, returns_alias, tensors_in
 from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase, uncounted
+from mopexec.measure.shapes import ShapeCache
 from mopsim.spec.errors import MopError
 from mopsim.spec.units import format_bytes
 
@@ -87,6 +88,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     device_limit, host_limit: bytes; the allocation that crosses one raises OutOfMemory. timeline: keep
     (op index, device bytes) after every change in `timeline`. refuse: called with each new tensor, may raise.
+    meta: meta tensors stand for memory (a dry run), and a ShapeCache runs the ops; otherwise they are shape
+    propagation and nothing.
     """
 
     def __init__(
@@ -96,13 +99,15 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         timeline: bool = False,
         refuse: Callable[[Any, Tensor], None] | None = None,
+        meta: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._live: dict[int, _Entry] = {}
         self._device, self._host = _Ledger(), _Ledger()
         self._device.limit, self._host.limit = device_limit, host_limit
         self._num_host = 0
-        self._refuse = refuse
+        self._refuse, self._meta = refuse, meta
+        self._shapes = ShapeCache() if meta else None
         self.num_ops = 0
         self.timeline: list[tuple[int, int]] | None = [] if timeline else None
         self._outer: list[tuple[MemoryTracker | None, Any]] = []
@@ -192,7 +197,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             effect = _EFFECTS[func] = _effect(func)
         if self._num_host and not NOW.host_compute and func not in _HOST_SAFE:
             self._check_host_read(func, args, kwargs)
-        result = func(*args, **kwargs) if kwargs else func(*args)
+        if self._shapes is not None:
+            result = self._shapes(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs) if kwargs else func(*args)
         if effect != _NOTHING:
             if isinstance(result, Tensor):
                 self._see(func, result)
@@ -203,15 +211,16 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, func: Any, tensor: Tensor) -> None:
         """Count an op's output if its storage is new or changed its size."""
-        if tensor.is_meta:  # shape propagation (DTensor's), not memory
+        if tensor.is_meta and not self._meta:
             return
         storage = tensor.untyped_storage()
         entry = self._live.get(storage._cdata)
         if entry is None:
             if self._refuse is not None:
                 self._refuse(func, tensor)
-            host = NOW.tier == "host" or (_HAS_CUDA and not tensor.is_cuda)
-            self._add(storage, tensor.is_cuda, NOW.category, host)
+            is_cuda = tensor.is_cuda
+            host = not is_cuda and (_HAS_CUDA or NOW.tier == "host")
+            self._add(storage, is_cuda, NOW.category, host)
         elif _EFFECTS[func] == _RESIZE:
             self._resized(entry, storage, tensor.is_cuda)
 
@@ -264,7 +273,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._refuse_host(func, tensor)
 
     def _refuse_host(self, func: Any, tensor: Tensor) -> None:
-        if tensor.is_meta:
+        if tensor.is_meta and not self._meta:
             return
         storage = tensor.untyped_storage()
         entry = self._live.get(storage._cdata)

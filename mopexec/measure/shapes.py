@@ -1,0 +1,91 @@
+"""Running ops on meta tensors fast: an op met before on the same shapes needs no shape function.
+
+Many of torch's shape functions are Python and take a millisecond; a step at full scale has a million ops.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopexec.measure.dispatch import returns_alias, writes
+
+_Output = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_IN_PLACE, _CACHED, _RUN = "", "cached", "run"
+_RESIZES = frozenset(("aten::resize_", "aten::resize_as_", "aten::set_"))
+
+
+class ShapeCache:
+    """Called instead of an op on meta tensors. Ops that write into an argument just return it."""
+
+    def __init__(self) -> None:
+        self._how: dict[Any, str] = {}
+        self._outputs: dict[Any, _Output | list[_Output]] = {}
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        how = self._how.get(func)
+        if how is None:
+            how = self._how[func] = _how(func)
+        if how == _IN_PLACE:
+            return args[0]
+        if how == _RUN:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if how != _CACHED:
+            return kwargs[how]
+        key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else None)
+        known = self._outputs.get(key)
+        if known is None:
+            result = func(*args, **kwargs) if kwargs else func(*args)
+            self._remember(key, result)
+            return result
+        if isinstance(known, list):
+            return tuple(_make(output) for output in known)
+        return _make(known)
+
+    def _remember(self, key: Any, result: Any) -> None:
+        if isinstance(result, Tensor):
+            self._outputs[key] = _output(result)
+        elif isinstance(result, tuple) and all(isinstance(value, Tensor) for value in result):
+            self._outputs[key] = [_output(value) for value in result]
+
+
+def _how(func: Any) -> str:
+    """In place: the first argument is the only result. Cached: fresh tensors that depend on shapes alone.
+
+    Otherwise the name of the keyword (`out`) whose tensor is the result; it is taken to have the right shape.
+    """
+    if func.namespace != "aten" or func._schema.name in _RESIZES:
+        return _RUN
+    returns = func._schema.returns
+    if not writes(func):
+        fresh = all(str(value.type) == "Tensor" and value.alias_info is None for value in returns)
+        return _CACHED if fresh and returns and not returns_alias(func) else _RUN
+    written = [
+        arg for arg in func._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write
+    ]
+    if len(returns) != 1 or len(written) != 1 or str(written[0].type) != "Tensor":
+        return _RUN
+    return (
+        str(written[0].name)
+        if written[0].kwarg_only
+        else _IN_PLACE
+        if written[0].name == func._schema.arguments[0].name
+        else _RUN
+    )
+
+
+def _key(value: Any) -> Any:
+    """What an output's shape can depend on. Numbers carry their type: 1, 1.0 and True promote differently."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple([_key(item) for item in value])
+    return value.__class__, value
+
+
+def _output(tensor: Tensor) -> _Output:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _make(output: _Output) -> Tensor:
+    return torch.empty_strided(output[0], output[1], dtype=output[2], device="meta")

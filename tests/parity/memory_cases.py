@@ -1,0 +1,61 @@
+"""Plans whose memory is compared between a dry run and real gloo training: every mechanism on, small."""
+
+from typing import Any
+
+from mopsim import strategies
+from mopsim.spec import io
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+SEQ = 96
+MODEL = ModelSpec(
+    name="parity", hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+    head_dim=16, vocab_size=151, intermediate_size=80, first_k_dense_replace=1, num_local_experts=8, num_experts_per_tok=2,
+    moe_intermediate_size=40, shared_expert_intermediate_size=24, qk_norm="head", scoring_func="sigmoid",
+)  # fmt: skip
+
+
+def cases(world: int) -> dict[str, Plan]:
+    """The plans for `world` ranks, by name."""
+    everything: dict[str, Any] = {
+        "sequence": 2, "experts": world, "vocabulary": world, "chunk_tokens": 20, "max_chunks": 3,
+        "ffn_chunk_tokens": 16, "loss_chunk_tokens": 20, "bucket_params": 5000, "slots": 2,
+    }  # fmt: skip
+    fsdp: dict[str, Any] = {"sequence": 2, "experts": 2, "loss": "chunked", "loss_chunk_tokens": 20}
+    return {
+        "mop": _plan(strategies.mop(world, **everything)),
+        "mop_skewed": _plan(strategies.mop(world, **everything), "60/3"),
+        "mop_budget": _plan(strategies.mop(world, **everything, host_budget=15000), "95/4"),
+        "mop_replicas": _plan(strategies.mop(world, **{**everything, "experts": 2, "vocabulary": 2})),
+        "mop_host_update": _plan(strategies.mop(world, **everything, state="host")),
+        "mop_microbatches": _plan(
+            strategies.mop(world, **{**everything, "state": "device"}), batch=4 * world
+        ),
+        "zero_offload": _plan(strategies.zero_offload(world, experts=2)),
+        "fsdp2": _plan(strategies.fsdp2(world, **fsdp)),
+        "fsdp2_skewed": _plan(strategies.fsdp2(world, **fsdp), "60/3"),
+        "fsdp2_offload": _plan(strategies.fsdp2(world, **fsdp, offload=True, prefetch=2)),
+        "fsdp2_keep": _plan(strategies.fsdp2(world, recompute="none", reshard=False), batch=2 * world),
+        "fsdp2_boundaries": _plan(_changed(strategies.fsdp2(world), "activations", boundary_tier="host")),
+    }
+
+
+def _plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:
+    ranks = strategy.world_size
+    smallest = strategy.data_groups * strategy.micro_batch
+    return Plan(
+        model=MODEL,
+        hardware=HardwareRef(
+            name="test", digest="0", num_nodes=1, devices_per_node=ranks, memory_limit=2**40, host_limit=2**40
+        ),
+        strategy=strategy,
+        training=TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing),
+    )
+
+
+def _changed(strategy: Strategy, part: str, **fields: Any) -> Strategy:
+    plain = io.to_plain(strategy)
+    plain[part].update(fields)
+    return io.convert(plain, Strategy, "strategy")

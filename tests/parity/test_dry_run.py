@@ -1,0 +1,72 @@
+"""A dry run's memory is that of real training, to the byte, by category and tier."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from mopexec.dry_run import dry_run
+from mopexec.measure.tracker import OutOfMemory
+from mopsim.spec.errors import SpecError
+from tests.parity.memory_cases import cases
+
+HERE = Path(__file__).parent
+SAME = (
+    "peak_memory_bytes", "memory_by_category_bytes", "peak_at", "resident_memory_bytes",
+    "resident_by_category_bytes", "host_memory_bytes", "host_memory_by_category_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def trained(request, tmp_path_factory):
+    """(world, what every rank's tracker saw in real training, by case)."""
+    world, folder = request.param, tmp_path_factory.mktemp("memory")
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
+    command = [sys.executable, str(HERE / "memory_worker.py")]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), "\n".join(errors)
+    return world, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+def test_a_dry_run_is_real_training_to_the_byte(trained):
+    world, ranks = trained
+    for name, plan in cases(world).items():
+        for rank in {0, world - 1}:
+            dry, real = dry_run(plan, rank).to_json(), ranks[rank][name]
+            assert {key: dry[key] for key in SAME} == {key: real[key] for key in SAME}, f"{name}, rank {rank}"
+
+
+def test_limits_are_held_at_the_allocation_that_crosses_them():
+    plan = cases(2)["mop"]
+    free = dry_run(plan)
+    assert (
+        dry_run(plan, device_limit=free.peak_memory, host_limit=free.host_memory).peak_memory
+        == free.peak_memory
+    )
+    with pytest.raises(OutOfMemory) as device:
+        dry_run(plan, device_limit=free.peak_memory - 1)
+    assert (device.value.tier, device.value.component, device.value.phase) == (
+        "device", free.peak_component, free.peak_phase,
+    )  # fmt: skip
+    with pytest.raises(OutOfMemory, match="host memory: "):
+        dry_run(plan, host_limit=free.host_memory - 1)
+    assert not dist.is_initialized()
+
+
+def test_a_rank_outside_the_world_is_refused():
+    with pytest.raises(SpecError, match="rank: 2 must lie between 0 and 1"):
+        dry_run(cases(2)["mop"], rank=2)
