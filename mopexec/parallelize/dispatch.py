@@ -36,8 +36,12 @@ class ChunkExchange:
         )
         return Arrival(arrived, work, self._order, rows)
 
-    def start_back(self, rows: Tensor) -> "Arrival":
-        """Send rows [num_received, ...] in the experts' order back; the arrival is in the sender's order."""
+    def start_back(self, owned: list[Tensor]) -> "Arrival":
+        """Send the last of `owned`, rows [num_received, ...] in the experts' order, back to the sender's order.
+
+        It is taken out of the list, so that it can be freed once it is reordered.
+        """
+        rows = owned.pop()
         if self.group.size == 1:
             return Arrival(rows, None, None)
         if self._order is not None:

@@ -25,14 +25,24 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class _Chunk:
-    """One chunk between two stages of the pipeline. inverse: place of each (token, slot) among the sorted routes."""
+    """A chunk on its way to the experts. inverse: place of each (token, slot) among the sorted routes."""
 
     index: int
     exchange: ChunkExchange
     inverse: Tensor
-    inputs: Arrival
     route_weights: Arrival
-    grads: Arrival | None = None
+    rows: list[Arrival]
+
+
+@dataclass
+class _Work:
+    """A chunk at the experts. rows: inputs [R, H], and in the backward output gradients; lists, to free them early."""
+
+    index: int
+    exchange: ChunkExchange
+    inverse: Tensor
+    route_weights: Tensor
+    rows: list[Tensor]
 
 
 @dataclass
@@ -54,42 +64,48 @@ class MoEBlock:
 
     def forward_(self, x: Tensor, routes: Routes, weights: Weights, experts: Weights) -> None:
         """x1 [N, H] becomes x2 in place; weights of the layer's dense unit, experts of its expert unit."""
-        returning: _Return | None = None
-        chunk: _Chunk | None = self._dispatch(0, x, routes, weights, None)
+        returning: list[_Return] = []
+        coming = [self._dispatch(0, x, routes, weights, None)]
         for index in range(self.num_chunks):
-            assert chunk is not None
             self._add_shared(index, x, weights)
-            current, chunk = chunk, None
+            work = self._receive(coming.pop())
             if index + 1 < self.num_chunks:
-                chunk = self._dispatch(index + 1, x, routes, weights, None)
-            sent = self._experts_forward(current, experts)
-            del current
-            if returning is not None:
-                self._combine(returning, x)
-            returning = sent
-        assert returning is not None
-        self._combine(returning, x)
+                coming.append(self._dispatch(index + 1, x, routes, weights, None))
+            with component("experts"):
+                experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, experts)
+            if returning:
+                self._combine(returning.pop(), x)
+            returning.append(self._send_back(work, None))
+            del work
+        self._combine(returning.pop(), x)
 
     def backward(
         self, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, experts: Weights, grads: Weights, expert_grads: Weights
     ) -> None:  # fmt: skip
         """grad [N, H] of x2 becomes that of x1 in place; x is x1; grads and expert_grads += the weights'."""
+        returning: list[_Return] = []
         with phase("backward"):
-            returning: _Return | None = None
-            chunk: _Chunk | None = self._dispatch(0, x, routes, weights, grad)
+            coming = [self._dispatch(0, x, routes, weights, grad)]
             for index in range(self.num_chunks):
-                assert chunk is not None
                 self._shared_backward(index, grad, x, weights, grads)
-                current, chunk = chunk, None
+                work = self._receive(coming.pop())
                 if index + 1 < self.num_chunks:
-                    chunk = self._dispatch(index + 1, x, routes, weights, grad)
-                sent = self._experts_backward(current, experts, expert_grads)
-                del current
-                if returning is not None:
-                    self._combine_backward(returning, grad, x, routes, weights, grads)
-                returning = sent
-            assert returning is not None
-            self._combine_backward(returning, grad, x, routes, weights, grads)
+                    coming.append(self._dispatch(index + 1, x, routes, weights, grad))
+                with component("experts"):
+                    grad_weights = experts_backward_(
+                        work.rows[1],
+                        work.rows[0],
+                        work.route_weights,
+                        work.exchange.counts,
+                        experts,
+                        expert_grads,
+                    )
+                del work.rows[0]
+                if returning:
+                    self._combine_backward(returning.pop(), grad, x, routes, weights, grads)
+                returning.append(self._send_back(work, grad_weights))
+                del work, grad_weights
+            self._combine_backward(returning.pop(), grad, x, routes, weights, grads)
 
     def _rows(self, x: Tensor, index: int) -> Tensor:
         """The tokens of strided chunk `index`: a view [c, H]."""
@@ -113,33 +129,24 @@ class MoEBlock:
         with component("experts"), category("dispatch"):
             sent_weights = exchange.start(route_weights)
             del route_weights
-            inputs = exchange.start(hidden.index_select(0, token))
+            rows = [exchange.start(hidden.index_select(0, token))]
             del hidden
-            grads = None
             if grad is not None:
-                grads = exchange.start(self._rows(grad, index).index_select(0, token))
-            return _Chunk(index, exchange, order.argsort(), inputs, sent_weights, grads)
+                rows.append(exchange.start(self._rows(grad, index).index_select(0, token)))
+            return _Chunk(index, exchange, order.argsort(), sent_weights, rows)
 
-    def _experts_forward(self, chunk: _Chunk, experts: Weights) -> _Return:
+    def _receive(self, chunk: _Chunk) -> _Work:
+        """Wait for a chunk at the experts; what was sent is freed."""
         with component("experts"), category("dispatch"):
-            rows = chunk.inputs.take()
             route_weights = chunk.route_weights.take()
-            with category("activations"):
-                experts_forward_(rows, route_weights, chunk.exchange.counts, experts)
-            del route_weights
-            return _Return(chunk.index, chunk.inverse, chunk.exchange.start_back(rows))
+            rows = [arrival.take() for arrival in chunk.rows]
+            return _Work(chunk.index, chunk.exchange, chunk.inverse, route_weights, rows)
 
-    def _experts_backward(self, chunk: _Chunk, experts: Weights, grads: Weights) -> _Return:
+    def _send_back(self, work: _Work, grad_weights: Tensor | None) -> _Return:
+        """Send a chunk's only remaining rows home; empties `work.rows`."""
         with component("experts"), category("dispatch"):
-            assert chunk.grads is not None
-            route_weights, inputs, rows = chunk.route_weights.take(), chunk.inputs.take(), chunk.grads.take()
-            with category("activations"):
-                grad_weights = experts_backward_(
-                    rows, inputs, route_weights, chunk.exchange.counts, experts, grads
-                )
-            del inputs, route_weights
-            back = chunk.exchange.start_back(grad_weights)
-            return _Return(chunk.index, chunk.inverse, chunk.exchange.start_back(rows), back)
+            back = None if grad_weights is None else work.exchange.start_back([grad_weights])
+            return _Return(work.index, work.inverse, work.exchange.start_back(work.rows), back)
 
     def _combine(self, returned: _Return, x: Tensor) -> None:
         """x1 += the sum of each token's routes, for the tokens of the chunk."""

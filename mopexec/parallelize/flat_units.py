@@ -3,6 +3,7 @@
 DESIGN.md, "The schedule of flat_units", is this file in words; the simulator lowers the same schedule.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,8 +149,8 @@ class FlatRunner:
             for ahead in layers[max(0, index - self.prefetch) : index + 1][::-1]:
                 ahead.gather()
             x = boundaries.take(index)
-            boundaries.prefetch(index - 1)
-            layers[index].backward(x, grad, self._finish_reducing)
+            prefetch = functools.partial(boundaries.prefetch, index - 1)
+            layers[index].backward(x, grad, self._finish_reducing, prefetch)
             self._reducing = list(layers[index].units)
             del x
 

@@ -46,10 +46,13 @@ class LayerSchedule:
         release(self.units)
         return out
 
-    def backward(self, x: Tensor, grad: Tensor, before_grads: Callable[[], None]) -> None:
+    def backward(
+        self, x: Tensor, grad: Tensor, before_grads: Callable[[], None], prefetch: Callable[[], None]
+    ) -> None:
         """grad [N, H] of the layer's output becomes that of x in place; gradients of the units start on their way.
 
-        before_grads is called between the recompute and the first gradient buffer.
+        before_grads is called between the recompute and the first gradient buffer, prefetch (of the next boundary)
+        between the FFN or experts, where memory peaks, and attention.
         """
         weights = self.dense.weights()
         inner, saved = self.attention.recompute(x, weights)
@@ -69,6 +72,7 @@ class LayerSchedule:
             self.experts.release()
             self.experts.reduce()
         del inner
+        prefetch()
         self.attention.backward(grad, x, kept, weights, grads)
         del grads, weights
         with phase("backward"):

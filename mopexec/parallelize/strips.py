@@ -48,8 +48,6 @@ def fold_block(fold: Fold, hidden: Tensor, targets: Tensor, block: Tensor, first
 
     Temporaries of a chunk: one strip, and one in the wide dtype.
     """
-    if block.shape[0] == 0:
-        return
     for start, stop in layout.token_slices(hidden.shape[0], chunk):
         strip = hidden[start:stop] @ block.t()
         fold.add(strip, targets, first, start, stop)
@@ -61,23 +59,20 @@ def block_backward(
     grad_hidden: Tensor, grad_block: Tensor,
 ) -> None:  # fmt: skip
     """grad_hidden [N, H] and grad_block [rows, H] += scale times the gradients of the summed loss, strip by strip."""
-    if block.shape[0] == 0:
-        return
     for start, stop in layout.token_slices(hidden.shape[0], chunk):
         strip = hidden[start:stop] @ block.t()
-        grad = strip_gradient(strip, targets[start:stop], normaliser[start:stop], first, scale)
+        strip_gradient_(strip, targets[start:stop], normaliser[start:stop], first, scale)
+        grad_hidden[start:stop].addmm_(strip, block)
+        add_matmul(grad_block, strip.t(), hidden[start:stop])
         del strip
-        grad_hidden[start:stop].addmm_(grad, block)
-        add_matmul(grad_block, grad.t(), hidden[start:stop])
-        del grad
 
 
-def strip_gradient(strip: Tensor, targets: Tensor, normaliser: Tensor, first: int, scale: float) -> Tensor:
-    """scale * (softmax - one-hot) of a strip [n, rows], in the strip's dtype."""
+def strip_gradient_(strip: Tensor, targets: Tensor, normaliser: Tensor, first: int, scale: float) -> None:
+    """A strip [n, rows] becomes scale * (softmax - one-hot), in place. Temporaries: one strip in the wide dtype."""
     probability = torch.sub(strip, normaliser[:, None]).exp_()
     local, inside = _local(targets, first, strip.shape[1])
     probability.scatter_add_(1, local[:, None], inside.to(probability.dtype).neg_()[:, None])
-    return probability.mul_(scale).to(strip.dtype)
+    strip.copy_(probability.mul_(scale))
 
 
 def _local(targets: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from mopexec import collectives
 from mopexec.measure.tracker import category, component, phase
 from mopexec.mesh import Group
 from mopexec.parallelize.rows import add_matmul
-from mopexec.parallelize.strips import Fold, block_backward, fold_block, strip_gradient
+from mopexec.parallelize.strips import Fold, block_backward, fold_block, strip_gradient_
 from mopsim.spec import layout
 
 Result = tuple[Tensor, Tensor]
@@ -35,11 +35,10 @@ def local_loss(
             normaliser = fold.normaliser()
             total.add_((normaliser - fold.target).sum())
             with phase("backward"):
-                grad = strip_gradient(strip, wanted, normaliser, 0, scale)
+                strip_gradient_(strip, wanted, normaliser, 0, scale)
+                torch.mm(strip, head, out=grad_hidden[start:stop])
+                add_matmul(grad_head, strip.t(), rows)
                 del strip
-                torch.mm(grad, head, out=grad_hidden[start:stop])
-                add_matmul(grad_head, grad.t(), rows)
-                del grad
         return total, grad_hidden
 
 
