@@ -3,6 +3,7 @@
 from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
 from mopsim.lowering.flat.step import FlatStep
+from mopsim.lowering.fsdp.step import FsdpStep
 from mopsim.lowering.step import Step
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
@@ -23,19 +24,22 @@ def lower(
     context = make_context(model, strategy, training, domain)
     total = training.num_microbatches(strategy)
     expanded = total if expand else min(total, EXPANDED)
-    flat = strategy.runtime == "flat_units" and _explicit(context)
-    program = (FlatStep(context) if flat else Step(context)).program(expanded)
+    kind: type[FlatStep | FsdpStep | Step] = Step
+    if _plain(context) and strategy.runtime == "fully_shard" and strategy.activations.recompute != "selective":
+        kind = FsdpStep
+    elif _plain(context) and strategy.activations.recompute == "full" and strategy.dense.zero == 3:
+        kind = FlatStep
+    program = kind(context).program(expanded)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
     return Workload((program,), total, expanded, flops, guarantee(context))
 
 
-def _explicit(context: Context) -> bool:
-    """Whether the explicit schedule covers the strategy: full recompute, parameters gathered, no tensor parallelism."""
+def _plain(context: Context) -> bool:
+    """Whether the executor's own schedules cover model and strategy; others are lowered from the layers' tapes."""
     strategy, model = context.strategy, context.model
-    plain = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
-    whole = strategy.activations.recompute == "full" and strategy.dense.zero == 3
-    return plain and whole and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"
+    known = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
+    return known and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"
 
 
 def guarantee(context: Context) -> int:

@@ -16,7 +16,8 @@ def resident(context: Context) -> tuple[Step, ...]:
         held = unit.shard_numel if zero == 3 else full
         reduced = unit.shard_numel if zero >= 2 else full
         found.append((_at(place.param_tier, "params"), held * context.param))
-        found.append((_at(place.grad_tier, "grads"), reduced * context.grad))
+        if strategy.runtime == "flat_units":  # FSDP2's gradients come and go within the step
+            found.append((_at(place.grad_tier, "grads"), reduced * context.grad))
         state = unit.shard_numel if zero >= 1 else full
         moments = 2 * state * int(DTYPE_BYTES[precision.moments])
         master = 0 if precision.master == "param" else state * int(DTYPE_BYTES[precision.master])

@@ -1,0 +1,1 @@
+"""The `fully_shard` schedule: torch FSDP2 around an autograd model (mopexec.parallelize.fsdp_*, mopexec.model)."""
