@@ -23,6 +23,10 @@ from mopsim.spec.plan import Measurement, Plan
 
 COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
 """Kinds whose ops the compute stream launches one by one."""
+KIN = (COLLECTIVES, ("matmul", "grouped_matmul"), ("h2d", "d2h"), ("optimizer", "host_optimizer"))
+"""Kinds that err alike: one that no run exercised is scaled as its kin are."""
+ONE_STEP_NOISE = 0.2
+"""Relative noise of a kind that was profiled in a single step, which tells none."""
 UNSEEN_STRATEGY = 0.15
 """Relative error to expect of a strategy unlike the runs, where no run could be held out to tell."""
 ROUNDS = 2
@@ -181,6 +185,7 @@ def _corrected(
     source = "runs " + ", ".join(run.digest for run in runs)
     by_kind = {kind: _kind(kind, bare, runs, source) for kind in WORK_KINDS}
     corrections = {kind: correction for kind, correction in by_kind.items() if correction is not None}
+    corrections |= _unseen(corrections, bare, source)
     for _ in range(ROUNDS):
         trial = msgspec.structs.replace(bare, corrections=corrections)
         points = [_step_point(run, simulate(run.measurement.plan, trial)) for run in runs]
@@ -203,7 +208,7 @@ def _kind(kind: str, bare: HardwareProfile, runs: Sequence[_Run], source: str) -
     for run in runs:
         timing, base = run.measurement.kinds.get(kind), run.base.busy.get(kind, 0.0)
         if timing is not None and timing.seconds > 0 and base > 0:
-            spread = (timing.seconds_high - timing.seconds_low) / (2 * timing.seconds)
+            spread = (timing.seconds_high - timing.seconds_low) / (2 * timing.seconds) or ONE_STEP_NOISE
             points.append(KindPoint(base, run.base.num_ops.get(kind, 0), timing.seconds, spread))
     if not points:
         return None
@@ -212,6 +217,19 @@ def _kind(kind: str, bare: HardwareProfile, runs: Sequence[_Run], source: str) -
         prior = max(prior, bare.scale_up.collectives[kind].latency.si)
     fit = fit_kind(points, prior, floor(bare, kind))
     return Correction(scale=fit.scale, overhead=fit.overhead, source=source)
+
+
+def _unseen(corrections: Corrections, bare: HardwareProfile, source: str) -> Corrections:
+    """Corrections of kinds that no run exercised: the geometric mean of their kin's scales."""
+    found: Corrections = {}
+    for family in KIN:
+        scales = [corrections[kind].scale for kind in family if kind in corrections]
+        if scales:
+            scale = statistics.geometric_mean(scales)
+            note = f"the kin of this kind in {source}"
+            missing = [kind for kind in family if kind not in corrections]
+            found |= {kind: Correction(scale=max(scale, floor(bare, kind)), source=note) for kind in missing}
+    return found
 
 
 def floor(bare: HardwareProfile, kind: str) -> float:
@@ -252,7 +270,7 @@ def _spread(
         old = corrections.get(kind, Correction())
         scale = min(max(old.scale * factor, floors[kind], SCALES[0]), SCALES[1])
         overhead = old.overhead * factor + (per_op if kind in COMPUTE_KINDS else 0.0)
-        new[kind] = Correction(scale=scale, overhead=min(overhead, 1.0), source=source)
+        new[kind] = Correction(scale=scale, overhead=min(overhead, 1.0), source=old.source or source)
     before = corrections["step"].overhead if "step" in corrections else 0.0
     new["step"] = Correction(overhead=min(max(before + constant, -1.0), 1.0), source=source)
     return new

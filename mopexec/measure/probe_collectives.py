@@ -70,7 +70,7 @@ def communication_share(group: dist.ProcessGroup, device: torch.device, rounds: 
 def _stolen(buffer: torch.Tensor, group: dist.ProcessGroup, rounds: int) -> list[float]:
     """On a CPU a rank has one core: what gloo's threads run of it during an all-reduce, compute cannot.
 
-    CPU seconds of the process over the wall seconds of an undisturbed all-reduce, so that a busy neighbour does
+    CPU seconds of the process over the wall seconds of an undisturbed all-reduce, so that a neighbour does
     not count: it would make a race of matmuls against communication a matter of luck.
     """
     wall, used = [], []

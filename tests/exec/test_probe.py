@@ -92,7 +92,9 @@ def test_low_quantile_ignores_a_disturbed_half() -> None:
 def test_measure_interleaves_the_cases() -> None:
     order: list[str] = []
     samples = measure(
-        {name: lambda name=name: order.append(name) or time.sleep(1e-3) for name in "ab"}, Stopwatch(CPU), 0.0
+        {name: lambda name=name: order.append(name) or time.sleep(1e-3) for name in "ab"},
+        Stopwatch(CPU, time.perf_counter),
+        0.0,
     )
     assert samples["a"].repeats == samples["b"].repeats == 4
     assert order[-4:] == ["a", "b", "a", "b"]

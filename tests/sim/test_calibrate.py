@@ -195,6 +195,14 @@ def test_an_error_has_a_name() -> None:
     assert all(abs(row["after_error"]) < 0.05 for row in rows)
 
 
+def test_a_kind_that_no_run_exercised_follows_its_kin() -> None:
+    corrections = calibrate(PROFILE, [measured(name, MACHINE) for name in "ab"], simulate).profile.corrections
+    assert corrections["send_recv"].scale == pytest.approx(corrections["all_gather"].scale)
+    assert corrections["grouped_matmul"].scale == pytest.approx(corrections["matmul"].scale)
+    assert corrections["send_recv"].source.startswith("the kin")
+    assert corrections["h2d"].scale == pytest.approx(1.0, abs=0.1)
+
+
 def test_gpu_efficiency_never_passes_the_datasheet() -> None:
     gpu = load_profile("h100-sxm-80g")
     fast = msgspec.structs.replace(gpu, corrections={"matmul": Correction(scale=0.1)})
