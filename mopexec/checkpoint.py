@@ -108,6 +108,15 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
             raise SpecError(label, want, f"is not the {have!r} that checkpoint {path} was made with")
 
 
+def check_resumable(path: Path, wanted: RunState, steps: int) -> int:
+    """Steps done in the checkpoint at `path`. Refuses another run's, and one that has reached `steps` already."""
+    found = read_state(path)
+    check_state(found, wanted, path)
+    if found.step >= steps:
+        raise MopError(f"--steps: {steps} were done already, checkpoint {path}; ask for more")
+    return found.step
+
+
 def save(root: Path, runner: Stateful, state: RunState, *, keep: int) -> Path:
     """Write one checkpoint on all ranks together; returns its directory. Older than `keep` complete ones are
     removed.
@@ -117,7 +126,7 @@ def save(root: Path, runner: Stateful, state: RunState, *, keep: int) -> Path:
     """
     final = root / f"step_{state.step:08d}"
     aside = root / f".writing_{final.name}"
-    first = _rank() == 0
+    first = dist.get_rank() == 0
     if first:
         shutil.rmtree(aside, ignore_errors=True)
     problem = _attempt(lambda: root.mkdir(parents=True, exist_ok=True)) if first else ""
@@ -142,7 +151,7 @@ def load(path: Path, runner: Stateful) -> None:
     """
     state = _tensors(runner)
     try:
-        load_tensors(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+        load_tensors(state, checkpoint_id=str(path))
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
     torch.set_rng_state(state.pop(_rng_key()))
@@ -150,7 +159,7 @@ def load(path: Path, runner: Stateful) -> None:
 
 
 def _write(aside: Path, runner: Stateful) -> None:
-    save_tensors(_tensors(runner), checkpoint_id=str(aside), no_dist=not dist.is_initialized())
+    save_tensors(_tensors(runner), checkpoint_id=str(aside))
 
 
 def _tensors(runner: Stateful) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def _tensors(runner: Stateful) -> dict[str, Any]:
 
 
 def _rng_key() -> str:
-    return f"rng.rank{_rank()}"
+    return f"rng.rank{dist.get_rank()}"
 
 
 def _complete_directory(aside: Path, final: Path, state: RunState) -> None:
@@ -187,12 +196,6 @@ def _root_cause(error: BaseException) -> str:
 
 def _agree(problem: str) -> str:
     """The first rank's problem, or another's, on every rank: '' only where all succeeded."""
-    if not dist.is_initialized():
-        return problem
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((found for found in problems if found), "")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -45,8 +45,8 @@ def launch_ranks(
 ) -> str:
     """Run `python -m module arguments` as each rank; returns the signal that stopped them, or ''.
 
-    Raises MopError where a rank met a user's mistake, RankError where one failed or was killed. No rank outlives
-    it. to_stderr: the first rank's standard error is the terminal's instead of its standard output.
+    Raises MopError where a rank met a user's mistake, RankError where one failed or was killed. No rank is
+    left. to_stderr: the first rank's standard error is the terminal's instead of its standard output.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

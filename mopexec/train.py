@@ -56,14 +56,8 @@ def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopR
     resumed = _find_checkpoint(options, job)
     done = 0
     if resumed:
-        found = checkpoint.read_state(resumed)
-        checkpoint.check_state(found, checkpoint.run_state(plan, 0, seed, dataset.text_digest), resumed)
-        done = found.step
-    if done >= options.steps:
-        raise MopError(
-            f"--steps: {options.steps} were done already (checkpoint at step {done}); ask for more"
-        )
-
+        wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
+        done = checkpoint.check_resumable(resumed, wanted, options.steps)
     torch.manual_seed(seed)
     tracking = _Tracking(options)
     with tracking.tracker:

@@ -65,10 +65,8 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.TokenDataset(Path(options.tokens), plan.training.seq_len, seed)
     if options.resume:
-        found = checkpoint.find(Path(options.out))
-        checkpoint.check_state(
-            checkpoint.read_state(found), checkpoint.run_state(plan, 0, seed, dataset.text_digest), found
-        )
+        wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
+        checkpoint.check_resumable(checkpoint.find(Path(options.out)), wanted, options.steps)
 
 
 def _prepare_directory(options: TrainOptions) -> None:

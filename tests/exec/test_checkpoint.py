@@ -1,0 +1,114 @@
+"""Checkpoints: complete or absent, never half; the older one survives a disk that is full."""
+
+import resource
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+
+from mopexec import checkpoint
+from mopsim.spec.errors import MopError, SpecError
+
+STATE = checkpoint.RunState(
+    step=3, model="m", model_digest="d", strategy_digest="s", world_size=1, vocab_size=300, seq_len=8,
+    global_batch=2, seed=0, text_digest="t",
+)  # fmt: skip
+
+
+class Holder:
+    """A runner's state: one tensor."""
+
+    def __init__(self, numel=10, value=0.0):
+        self.weight = torch.full((numel,), value)
+
+    def state_dict(self):
+        return {"weight": self.weight}
+
+    def load_state_dict(self, state):
+        assert state["weight"] is self.weight
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def at(step):
+    return msgspec.structs.replace(STATE, step=step)
+
+
+def test_what_is_saved_comes_back_with_the_random_state(tmp_path):
+    path = checkpoint.save(tmp_path, Holder(value=2.5), STATE, keep=2)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    holder = Holder()
+    checkpoint.load(path, holder)
+    assert holder.weight.tolist() == [2.5] * 10
+    checkpoint.load(path, holder)
+    assert torch.equal(torch.rand(3), expected)
+    assert checkpoint.read_state(path) == STATE
+
+
+def test_the_newest_complete_one_is_found_and_old_ones_go(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, Holder(), at(step), keep=2)
+    (tmp_path / "step_00000009").mkdir()  # a half one, as a kill leaves it
+    assert checkpoint.latest(tmp_path).name == "step_00000003"
+    assert not (tmp_path / "step_00000001").exists()
+    assert checkpoint.latest(tmp_path / "nothing") is None
+
+
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
+    older = checkpoint.save(tmp_path, Holder(value=1.0), at(1), keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(MopError) as refusal:
+            checkpoint.save(tmp_path, Holder(numel=1_000_000), at(2), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(refusal.value)
+    assert "cannot be written" in str(refusal.value)
+    assert f"the last complete one is {older}" in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]
+    holder = Holder()
+    checkpoint.load(older, holder)
+    assert holder.weight[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("vocab_size", 512, "plan.model.vocab_size: 512 is not the 300"),
+        ("model", "other", "plan.model.name: 'other' is not the 'm'"),
+        ("model_digest", "e", "plan.model (digest)"),
+        ("world_size", 4, "plan.strategy.world_size: 4 is not the 1"),
+        ("strategy_digest", "z", "plan.strategy (digest)"),
+        ("seq_len", 16, "plan.training.seq_len"),
+        ("seed", 5, "seed: 5"),
+        ("text_digest", "u", "--data (digest)"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_field(field, value, line):
+    with pytest.raises(SpecError) as refusal:
+        checkpoint.check_state(STATE, msgspec.structs.replace(STATE, **{field: value}), Path("c"))
+    assert line in str(refusal.value)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    path = checkpoint.save(tmp_path, Holder(), STATE, keep=2)
+    for part in path.glob("*.distcp"):
+        part.write_bytes(b"")
+    with pytest.raises(MopError, match="cannot be read"):
+        checkpoint.load(path, Holder())
+    with pytest.raises(MopError, match="cannot be read"):
+        checkpoint.load(checkpoint.save(tmp_path, Holder(numel=3), at(4), keep=2), Holder(numel=10))
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path):
+    with pytest.raises(MopError, match="no complete checkpoint"):
+        checkpoint.find(tmp_path)

@@ -1,0 +1,171 @@
+"""The command line: one line and exit code 2 for every mistake, nothing written, and a quick --help."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mopexec.cli import main
+from mopexec.scale_down import mechanisms, scale_down
+from mopsim.spec import io
+from mopsim.spec.units import parse_bytes
+from tests.exec.train_plans import small_plan
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "plan.yaml"
+    io.write_yaml(path, small_plan())
+    return path
+
+
+def refusal(capsys, *arguments):
+    """The one line that a mistake gives."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert end.value.code == 2, captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    return captured.err.strip()
+
+
+def edited(plan, **strategy):
+    """The plan's YAML with other strategy fields, unchecked."""
+    content = io.parse_yaml(plan.read_text(), "plan")
+    for path, value in strategy.items():
+        part, _, field = path.partition("__")
+        (content["strategy"][part] if field else content["strategy"])[field or part] = value
+    plan.write_text(json.dumps(content))
+    return plan
+
+
+@pytest.mark.parametrize("command", ["train", "dry-run", "verify"])
+@pytest.mark.parametrize("content", [None, "", "a: [", "a: 1", "\udcff"])
+def test_a_plan_that_is_none_is_refused_by_every_command(capsys, tmp_path, command, content):
+    path = tmp_path / "none.yaml"
+    if content is not None:
+        path.write_bytes(content.encode(errors="surrogateescape"))
+    extra = ["--steps", 1, "--out", tmp_path / "run"] if command == "train" else []
+    assert str(path) in refusal(capsys, command, "--plan", path, *extra)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train"], "Missing option"),
+        (["train", "--steps", "0"], "--steps"),
+        (["train", "--routing", "magic"], "magic"),
+        (["fly"], "fly"),
+        (["dry-run", "--rank", "x"], "--rank"),
+        (["probe"], "--out"),
+    ],
+)
+def test_usage_errors_are_one_line(capsys, arguments, line):
+    assert line in refusal(capsys, *arguments)
+
+
+def test_refusals_name_field_value_and_rule_before_anything_is_written(capsys, plan, tmp_path):
+    def train(*arguments):
+        return refusal(
+            capsys, "train", "--plan", plan, "--steps", 1, "--out", tmp_path / "run",
+            "--cache", tmp_path / "cache", *arguments,
+        )  # fmt: skip
+
+    assert "--data: nowhere: no such file or directory" in train("--data", "nowhere")
+    (tmp_path / "binary").write_bytes(b"\x7fELF\x00\xff")
+    assert "is binary" in train("--data", tmp_path / "binary")
+    (tmp_path / "empty").write_bytes(b"")
+    assert "is empty" in train("--data", tmp_path / "empty")
+    assert "'lots' is not a size" in train("--device-limit", "lots")
+    assert "holds no run to go on with" in train("--resume")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "short").write_text("a few words")
+    assert "too few for one sequence of plan.training.seq_len 64" in train("--data", tmp_path / "short")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_path_that_is_a_file_or_full_is_refused(capsys, plan, tmp_path):
+    common = ["train", "--plan", plan, "--steps", 1, "--out"]
+    assert "is a file" in refusal(capsys, *common, plan)
+    assert "is a file" in refusal(capsys, *common, plan / "below")
+    assert "is not empty" in refusal(capsys, *common, tmp_path)
+
+
+def test_mechanisms_that_are_not_run_are_refused_by_name(capsys, plan, tmp_path):
+    edited(plan, experts__balance="least_loaded")
+    for command in (["verify"], ["dry-run"], ["train", "--steps", 1, "--out", tmp_path / "run"]):
+        assert "plan.strategy.experts.balance: 'least_loaded'" in refusal(capsys, *command, "--plan", plan)
+
+
+def test_a_degree_that_does_not_divide_is_refused(capsys, plan):
+    edited(plan, attention__sequence=3)
+    assert "strategy.attention.sequence: 3 does not divide" in refusal(capsys, "verify", "--plan", plan)
+
+
+def test_more_ranks_than_accelerators_are_refused():
+    from mopexec.plans import check_devices, check_world
+    from mopsim.spec.errors import SpecError
+
+    check_devices(small_plan(), num_devices=0)
+    check_devices(small_plan(), num_devices=2)
+    with pytest.raises(SpecError, match="more than the 1 accelerator"):
+        check_devices(small_plan(), num_devices=1)
+    with pytest.raises(SpecError, match="is not the 4 ranks of this launch"):
+        check_world(small_plan(), 4)
+
+
+def test_dry_run_writes_the_keys_that_others_read(capsys, plan):
+    with pytest.raises(SystemExit) as end:
+        main(["dry-run", "--plan", str(plan), "--rank", "1", "--json", "-"])
+    captured = capsys.readouterr()
+    assert end.value.code == 0, captured.err
+    found = json.loads(captured.out)
+    assert found["rank"] == 1
+    assert found["peak_memory_bytes"] == sum(found["memory_by_category_bytes"].values())
+    assert {"host_memory_bytes", "seconds"} <= set(found)
+    assert "rank must" in refusal(capsys, "dry-run", "--plan", plan, "--rank", 9).replace(": 9", "")
+
+
+def test_dry_run_over_a_limit_is_one_line(capsys, plan):
+    assert "over the limit" in refusal(capsys, "dry-run", "--plan", plan, "--device-limit", "10KiB")
+
+
+def test_verify_scaled_down_equals_the_single_device(plan):
+    command = [sys.executable, "-m", "mopexec.cli", "verify", "--plan", str(plan), "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["passed"]
+    assert max(found[name] for name in ("loss", "grad_norm", "gradients", "weights")) <= 1e-9
+    assert "vocabulary ring over 2" in found["mechanisms"]
+
+
+def test_verify_says_where_it_differs(capsys):
+    from mopexec.commands.verify import _report
+
+    found = {"loss": 0.0, "grad_norm": 1e-3, "gradients": 0.1, "weights": 0.0}
+    found |= {"worst_gradient": "head.weight", "worst_weight": "final_norm.weight"}
+    assert _report(found, scale_down(small_plan()), 2, None) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_scaling_down_keeps_every_mechanism():
+    big = small_plan(world_size=4, seq_len=4096, global_batch=8)
+    small = scale_down(big, max_ranks=2)
+    assert small.strategy.world_size == 2
+    assert len(mechanisms(small)) >= len(mechanisms(big))
+    assert scale_down(big, max_ranks=1).strategy.world_size == 1
+
+
+def test_help_needs_no_torch():
+    code = "import mopexec.cli, sys; assert 'torch' not in sys.modules; mopexec.cli.main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("train", "probe", "dry-run", "verify"))
+
+
+def test_sizes_are_read_as_written():
+    assert parse_bytes("512MiB") == 512 * 1024**2

@@ -1,0 +1,245 @@
+"""Training on two ranks: real steps, resuming, and every way to end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mopexec.cli import main
+from mopsim.spec import io
+from mopsim.spec.plan import Measurement, Plan
+from tests.exec.train_plans import small_plan
+
+ROOT = Path(__file__).parents[2]
+TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(2000))
+METRICS = set(
+    [
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "step_time_s",
+        "tokens_per_s",
+        "peak_memory_bytes",
+        "predicted_step_time_s",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """plan.yaml, text.txt and a cache that the module's runs share."""
+    folder = tmp_path_factory.mktemp("inputs")
+    io.write_yaml(folder / "plan.yaml", small_plan(warmup_steps=2))
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def _environment(fake=""):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
+    return {**kept, "FAKE": fake, "OMP_NUM_THREADS": "1"}
+
+
+def train(inputs, out, *arguments):
+    command = [sys.executable, "-m", "mopexec.cli", "train", *_common(inputs, out), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300)
+
+
+def _common(inputs, out):
+    paths = {
+        "--plan": inputs / "plan.yaml",
+        "--data": inputs / "text.txt",
+        "--cache": inputs / "cache",
+        "--out": out,
+    }
+    return [str(item) for pair in paths.items() for item in pair]
+
+
+def start_fake(inputs, out, fake, **options):
+    """The command in a process of its own, with the fake runner."""
+    given = {
+        "plan": str(inputs / "plan.yaml"),
+        "data": str(inputs / "text.txt"),
+        "cache": str(inputs / "cache"),
+        "out": str(out),
+        **options,
+    }
+    command = [sys.executable, "-m", "tests.exec.train_plans", json.dumps(given)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=_environment(fake), **pipes)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err.strip()
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def ranks_of(out):
+    """Processes that have the run's directory in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def steps_done(out):
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """Six real steps with a checkpoint at the third."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train(inputs, out, "--steps", "6", "--checkpoint-every", "3", "--json", "-")
+
+
+def test_a_run_leaves_what_others_rely_on(inputs, whole):
+    out, done = whole
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert set(lines[0]) >= METRICS
+    assert [line["lr"] for line in lines[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[0]["predicted_step_time_s"] == 0.1
+    assert io.load(out / "plan.yaml", Plan, "plan") == io.load(inputs / "plan.yaml", Plan, "plan")
+    measured = io.load(out / "measurement.yaml", Measurement, "measurement")
+    assert (measured.world_size, measured.steps, measured.warmup) == (2, 6, 3)
+    assert len(measured.step_times) == 3
+    assert measured.peak_memory == sum(measured.memory_by_category.values()) == lines[-1]["peak_memory_bytes"]
+    assert measured.kinds["matmul"].flops > 0
+    assert {"all_gather", "all_to_all", "attention"} <= set(measured.kinds)
+    assert json.loads(done.stdout)["steps_done"] == 6, "standard output is JSON and nothing else"
+    assert done.stderr.count("step:") == 6
+
+
+def test_a_resumed_run_has_the_same_losses_to_the_bit(inputs, whole, tmp_path):
+    out = tmp_path / "resumed"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    done = train(inputs, out, "--steps", "6", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "step:    4" in done.stdout
+    assert "step:    3" not in done.stdout
+    assert losses(out) == losses(whole[0])
+    assert (out / "checkpoints" / "step_00000006").is_dir()
+
+
+def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, capsys):
+    def refused(folder, *arguments):
+        with pytest.raises(SystemExit) as end:
+            main(["train", *_common(folder, whole[0]), *arguments])
+        line = capsys.readouterr().err
+        assert (end.value.code, line.count("\n")) == (2, 1)
+        return line
+
+    before = sorted(whole[0].rglob("*"))
+    other = tmp_path / "inputs"
+    shutil.copytree(inputs, other)
+    io.write_yaml(other / "plan.yaml", small_plan(warmup_steps=2, seq_len=32))
+    assert "is not empty" in refused(inputs, "--steps", "6")
+    line = refused(other, "--steps", "9", "--resume")
+    assert "plan.training.seq_len: 32 is not the 64 that checkpoint" in line
+    assert "seed: 5 is not the 0" in refused(inputs, "--steps", "9", "--resume", "--seed", "5")
+    assert "were done already" in refused(inputs, "--steps", "6", "--resume")
+    assert sorted(whole[0].rglob("*")) == before
+
+
+def test_an_enforced_limit_stops_the_run_in_one_line_that_names_the_category(inputs, tmp_path):
+    done = train(inputs, tmp_path / "run", "--steps", "2", "--device-limit", "64KiB")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "device memory: " in done.stderr
+    assert "over the limit of 64.00 KiB" in done.stderr
+
+
+def test_it_is_one_rank_under_the_users_own_torchrun(inputs, whole, tmp_path):
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "mopexec.cli", "train", *_common(inputs, out), "--steps", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == losses(whole[0])[:2]
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint_and_no_orphans(inputs, tmp_path):
+    out = tmp_path / "run"
+    process = start_fake(inputs, out, "slow", steps=1000)
+    wait_for(lambda: steps_done(out) >= 2)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert err.count("\n") == 0
+    done = steps_done(out)
+    checkpoint = out / "checkpoints" / f"step_{done:08d}"
+    assert (
+        err == f"mopexec: stopped by SIGINT after step {done}; checkpoint {checkpoint}; go on with --resume"
+    )
+    assert checkpoint.is_dir()
+    assert ranks_of(out) == []
+
+
+def test_a_killed_rank_ends_the_run_in_one_line(inputs, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = finish(start_fake(inputs, out, "kill:1:2", steps=5))
+    assert code == 1
+    assert err.startswith("mopexec: rank 1 was ended by SIGKILL")
+    assert err.count("\n") == 0
+    assert ranks_of(out) == []
+
+
+def test_an_error_on_a_rank_is_one_line_and_a_traceback_in_logs(inputs, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = finish(start_fake(inputs, out, "raise:1:2", steps=5))
+    trace = out / "logs" / "rank1.traceback.txt"
+    assert code == 1
+    assert err == f"mopexec: rank 1 failed: ValueError: the weights went missing (traceback: {trace})"
+    assert "_misbehave" in trace.read_text()
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(inputs, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = finish(start_fake(inputs, out, "interrupt:1:3", steps=9))
+    assert (code, steps_done(out)) == (130, 3)
+    assert "stopped by SIGINT after step 3" in err
+
+
+def test_a_restarted_run_goes_on_from_its_checkpoint(inputs, tmp_path):
+    out = tmp_path / "run"
+    process = start_fake(inputs, out, "once:1:4", steps=6, checkpoint_every=2, restarts=1)
+    code, _, err = finish(process)
+    assert code == 0, err
+    plain = tmp_path / "plain"
+    assert finish(start_fake(inputs, plain, "", steps=6))[0] == 0
+    assert losses(out) == losses(plain)
+
+
+def test_no_rank_outlives_a_killed_launcher(inputs, tmp_path):
+    out = tmp_path / "run"
+    process = start_fake(inputs, out, "slow", steps=1000)
+    wait_for(lambda: steps_done(out) >= 1)
+    assert len(ranks_of(out)) == 3
+    process.kill()
+    finish(process)
+    wait_for(lambda: ranks_of(out) == [], seconds=20)
