@@ -6,6 +6,7 @@ runs/, so that a step can be looked at or repeated by hand; the report says whic
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -62,8 +63,11 @@ class Loop:
             )
             try:
                 code = process.wait()
-            except KeyboardInterrupt:
-                process.wait()  # the terminal's Ctrl-C reached it too; it cleans up after itself
+            except BaseException:
+                process.send_signal(
+                    signal.SIGINT
+                )  # it stops its ranks and says so; the terminal may have told it too
+                process.wait()
                 raise
         if code:
             lines = [
@@ -94,6 +98,7 @@ def run(out: str, seed: int, steps: int) -> None:
         shutil.rmtree(work)
     work.mkdir(parents=True)
     console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: end the commands too
     loop = Loop(folder, work, seed, steps, console)
     console.print("[bold]The closed loop on this machine[/bold]")
     started = time.perf_counter()
@@ -158,7 +163,16 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile) -> Contender:
     before = _simulate(plan, hardware)
     with loop.stage(f"train {name} for {loop.steps} steps"):
         loop.mopexec(
-            "train", "--plan", str(path), "--data", "python", "--steps", str(loop.steps), "--no-final-checkpoint", "--out", str(folder)
+            "train",
+            "--plan",
+            str(path),
+            "--data",
+            "python",
+            "--steps",
+            str(loop.steps),
+            "--no-final-checkpoint",
+            "--out",
+            str(folder),
         )
     measured = io.load(folder / "measurement.yaml", Measurement, "measurement")
     lines = [json.loads(line) for line in io.read_text(folder / "metrics.jsonl").splitlines() if line.strip()]

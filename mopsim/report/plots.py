@@ -123,10 +123,10 @@ def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) ->
     styles = ("-", "--", ":", "-.")
     with figure(path, 10, 4.6) as (axis,):
         for index, (label, values) in enumerate(losses.items()):
-            fall = 1 - values[-1] / values[0]
+            last = sum(values[-5:]) / len(values[-5:])
             axis.plot(
                 range(1, len(values) + 1), list(values), linestyle=styles[index % 4], linewidth=3 - 0.7 * min(index, 3),
-                color=SERIES[index % len(SERIES)], label=f"{label}: {values[0]:.2f} to {values[-1]:.2f} ({-fall:+.0%})",
+                color=SERIES[index % len(SERIES)], label=f"{label}: {values[0]:.2f} to {last:.2f} ({last / values[0] - 1:+.0%})",
             )  # fmt: skip
         axis.set_xlabel("step")
         axis.set_ylabel("loss, nats per token")

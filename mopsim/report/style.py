@@ -61,7 +61,8 @@ def figure(path: Path, width: float, height: float, rows: int = 1, **grid: Any) 
             fig.savefig(aside, format=path.suffix[1:])
             aside.replace(path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                aside.unlink(missing_ok=True)
             raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 

@@ -21,9 +21,13 @@ Reals = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower bounds per row of a space. resident: the part of `device` that is there all step long."""
+    """Lower bounds per row of a space. guess: a time that adds what the bound lets overlap; it orders, never rejects.
+
+    parts: what the bound on `device` is made of, by category.
+    """
 
     time: Reals
+    guess: Reals
     device: Reals
     host: Reals
     parts: dict[str, Reals]
@@ -57,7 +61,7 @@ def bound(space: Space) -> Bounds:
     strategy = space.build(0) if len(space) else None
     if strategy is None:
         empty = np.zeros(0)
-        return Bounds(empty, empty, empty, {})
+        return Bounds(empty, empty, empty, empty, {})
     return _Bounder(space).all()
 
 
@@ -86,7 +90,8 @@ class _Bounder:
 
     def all(self) -> Bounds:
         device, parts = self.device_memory()
-        return Bounds(self.time(), device, self.host_memory(), parts)
+        time, guess = self.times()
+        return Bounds(time, guess, device, self.host_memory(), parts)
 
     def held(self) -> tuple[Reals, Reals]:
         """Parameters per rank: (that the weights take, that the optimizer state takes). Ceilings left out."""
@@ -145,13 +150,16 @@ class _Bounder:
         off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
         return off + np.where(self.c["boundary_host"] == 1, self.boundary(), 0)
 
-    def time(self) -> Reals:
-        """The slowest stream, then the optimizer. Compute loses `communication_share` beside a busy fabric."""
-        wires = np.maximum.reduce(self.wire_times())
-        compute = self.compute_time() + self.hardware.communication_share * wires
-        constant = self.constant()
-        slowest = np.maximum.reduce([compute, wires, self.copy_time()])
-        return np.asarray(slowest + self.optimizer_time() + constant)
+    def times(self) -> tuple[Reals, Reals]:
+        """(bound: the slowest stream, then the optimizer; guess: the streams one after the other).
+
+        Compute loses `communication_share` beside a busy fabric.
+        """
+        up, out = self.wire_times()
+        wires, compute, copies = np.maximum(up, out), self.compute_time(), self.copy_time()
+        after = self.optimizer_time() + self.constant()
+        slowest = np.maximum.reduce([compute + self.hardware.communication_share * wires, wires, copies])
+        return np.asarray(slowest + after), np.asarray(compute + up + out + after)
 
     def constant(self) -> float:
         """Calibrated seconds per step."""

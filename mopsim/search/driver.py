@@ -153,7 +153,7 @@ def _run(space: Space, index: int, result: SearchResult) -> SimResult | None:
 
 @dataclass
 class _Hunt:
-    """The simulations of a search: best bound first, and by turns a neighbour of the best found so far."""
+    """The simulations of a search: best guess first, and by turns a neighbour of the best found so far."""
 
     pools: Sequence[Pool]
     options: Options
@@ -179,7 +179,7 @@ class _Hunt:
             head = pool.first(self.last())
             if head is not None:
                 late, position = head
-                heads.append((late, float(pool.time[position]), place, position))
+                heads.append((late, float(pool.guess[position]), place, position))
         if not heads:
             return None
         _, _, place, position = min(heads)

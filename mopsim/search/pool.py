@@ -23,11 +23,12 @@ _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute")
 
 @dataclass
 class Pool:
-    """Candidates in order of their time bound. A position counts in that order; `rows[position]` is a row of the space."""
+    """Candidates in order of their guessed time. A position counts in that order; `rows[position]` is a row of the space."""
 
     space: Space
     rows: Column
     time: NDArray[np.float64]
+    guess: NDArray[np.float64]
     device: NDArray[np.float64]
     tokens: NDArray[np.float64]
     kinds: Column
@@ -36,13 +37,22 @@ class Pool:
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
-        """The rows `keep` of a space; equal time bounds in order of memory."""
-        rows = keep[np.lexsort((bounds.device[keep], bounds.time[keep]))]
+        """The rows `keep` of a space; equal guesses in order of memory."""
+        rows = keep[np.lexsort((bounds.device[keep], bounds.guess[keep]))]
         shapes = np.stack([space.columns[name][rows] for name in _TRANSIENT])
         _, kinds = np.unique(shapes, axis=1, return_inverse=True)
         tokens = space.tokens()[rows].astype(np.float64)
         taken = np.zeros(len(rows), dtype=np.bool_)
-        return Pool(space, rows, bounds.time[rows], bounds.device[rows], tokens, kinds.reshape(-1), taken)
+        return Pool(
+            space,
+            rows,
+            bounds.time[rows],
+            bounds.guess[rows],
+            bounds.device[rows],
+            tokens,
+            kinds.reshape(-1),
+            taken,
+        )
 
     def learn(self, position: int, peak_memory: int) -> None:
         """Note how far above its bound a simulated candidate's memory was, per token of a rank."""
@@ -60,7 +70,7 @@ class Pool:
         return self.device + extra[self.kinds] * self.tokens
 
     def first(self, below: float) -> tuple[bool, int] | None:
-        """(expected not to fit, position) of the untaken candidate with the best bound under `below` seconds.
+        """(expected not to fit, position) of the untaken candidate of the best guess whose bound is under `below` s.
 
         Those expected not to fit come last: a guess orders the work, only bounds and simulations reject.
         """
@@ -72,7 +82,7 @@ class Pool:
         return late, int(np.argmax(usable if late else fitting))
 
     def neighbours(self, position: int) -> Column:
-        """Positions one decision away from `position`, best bound first."""
+        """Positions one decision away from `position`, best guess first."""
         index = int(self.rows[position])
         groups: dict[str, NDArray[np.bool_]] = {}
         for name, column in self.space.columns.items():

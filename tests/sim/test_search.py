@@ -46,14 +46,20 @@ def with_memory(hardware: HardwareProfile, device: float, host: float | None = N
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=st.integers(0, len(CASES) - 1), family=st.sampled_from(sorted(AXES)), place=st.floats(0, 1, exclude_max=True))
+@given(
+    case=st.integers(0, len(CASES) - 1),
+    family=st.sampled_from(sorted(AXES)),
+    place=st.floats(0, 1, exclude_max=True),
+)
 def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float) -> None:
     given_problem = problem(case)
     space = generate(given_problem, family)
     index = int(place * len(space))
     bounds = bound(space)
     strategy = space.build(index)
-    found = simulate(given_problem.model, given_problem.hardware, given_problem.num_nodes, strategy, given_problem.training)
+    found = simulate(
+        given_problem.model, given_problem.hardware, given_problem.num_nodes, strategy, given_problem.training
+    )
     assert bounds.time[index] <= found.step_time * (1 + 1e-9)
     assert bounds.device[index] <= found.peak_memory + 1
     assert bounds.host[index] <= found.host_memory + 1
@@ -89,7 +95,9 @@ def test_search_without_a_budget_finds_the_best_of_all() -> None:
     """Pruning loses nothing: the winner of an exhausted search is the fastest of every simulated candidate."""
     p = problem(0)
     hardware = with_memory(p.hardware, 70e6)
-    found = search(p.model, hardware, 1, p.training, Options(("zero_offload",), budget=10_000, precision="float32"))
+    found = search(
+        p.model, hardware, 1, p.training, Options(("zero_offload",), budget=10_000, precision="float32")
+    )
     assert found.proven
     space = generate(msgspec_problem(p, hardware), "zero_offload")
     times = []
@@ -109,7 +117,9 @@ def test_counts_add_up() -> None:
     p = problem(0)
     found = search(p.model, p.hardware, 1, p.training, Options(("fsdp2",), budget=20, precision="float32"))
     left = {name: count for name, count in found.rejected.items() if "global batch" not in name}
-    ranked_or_slower = found.simulated - sum(c for name, c in left.items() if "simulated" in name or "equal" in name)
+    ranked_or_slower = found.simulated - sum(
+        c for name, c in left.items() if "simulated" in name or "equal" in name
+    )
     assert sum(left.values()) + ranked_or_slower == found.candidates == found.bounded
     assert found.simulated <= 20
     assert [one.step_time for one in found.top] == sorted(one.step_time for one in found.top)

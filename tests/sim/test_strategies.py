@@ -39,7 +39,9 @@ def test_fsdp2_holds_its_master_in_the_shard() -> None:
     s = fsdp2(8, offload=True)
     assert s.runtime == "fully_shard"
     assert (s.precision.param, s.precision.compute, s.precision.master) == ("float32", "bfloat16", "param")
-    assert (s.dense.param_tier, s.dense.grad_tier, s.optimizer.state_tier, s.optimizer.update_on) == ("host",) * 4
+    assert (s.dense.param_tier, s.dense.grad_tier, s.optimizer.state_tier, s.optimizer.update_on) == (
+        "host",
+    ) * 4
 
 
 def test_float64_is_float64_everywhere() -> None:

@@ -1,0 +1,48 @@
+"""The closed loop, for real but short: every command of both packages, two ranks, a report with its pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_loop_closes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mopsim.cli", "demo", "--out", "reports/demo", "--steps", "10"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Winner:" in done.stdout
+    report = tmp_path / "reports" / "demo"
+    pictures = {
+        "memory.png",
+        "time.png",
+        "loss.png",
+        "predicted.png",
+        "timeline-mop.png",
+        "timeline-held-out.png",
+    }
+    assert pictures | {"index.md", "index.html"} <= {path.name for path in report.iterdir()}
+    losses = {}
+    for name in ("mop", "fsdp2"):
+        lines = (tmp_path / "runs" / "demo" / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["mop"][-1] < losses["mop"][0]
+    assert losses["mop"] == pytest.approx(losses["fsdp2"], rel=1e-4)
+
+
+def test_a_file_in_the_way_stops_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mopsim.cli", "demo", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "out is a file" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,137 @@
+"""The command line: exit codes, one-line refusals, JSON keys, and what is not imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mopsim.cli import main
+from mopsim.spec import io
+from mopsim.spec.plan import Plan
+
+JOB = [
+    "--model",
+    "tiny",
+    "--hardware",
+    "cpu-2core",
+    "--seq-len",
+    "256",
+    "--global-batch",
+    "4",
+    "--precision",
+    "float32",
+]
+SIMULATE_KEYS = {
+    "step_time_s", "tokens_per_s_per_device", "model_flops_per_s_per_device", "mfu", "fits", "peak_memory_bytes",
+    "memory_limit_bytes", "memory_by_category_bytes", "peak_at", "host_memory_bytes", "exposed_s", "strategy", "provenance",
+}  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `mopsim ...` run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mopsim", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_simulate_writes_json_and_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, trace = tmp_path / "r.json", tmp_path / "t.json"
+    assert (
+        call(monkeypatch, "simulate", *JOB, "--strategy", "fsdp2", "--json", str(out), "--trace", str(trace))
+        == 0
+    )
+    assert set(json.loads(out.read_text())) >= SIMULATE_KEYS
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_json_on_standard_output_is_nothing_but_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "simulate", *JOB, "--strategy", "fsdp2", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["fits"] is True
+
+
+def test_search_writes_a_plan_that_reads_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, plan = tmp_path / "s.json", tmp_path / "plan.yaml"
+    options = ["--family", "mop,fsdp2", "--budget", "10", "--top", "3"]
+    assert call(monkeypatch, "search", *JOB, *options, "--json", str(out), "--plan", str(plan)) == 0
+    found = json.loads(out.read_text())
+    assert {"candidates", "bounded", "simulated", "rejected", "seconds", "best", "top"} <= set(found)
+    assert len(found["top"]) <= 3
+    read = io.load(plan, Plan, "plan")
+    assert read.prediction is not None
+    assert read.prediction.step_time == found["best"]["step_time_s"]
+    assert call(monkeypatch, "simulate", *JOB, "--strategy", str(plan)) == 0
+
+
+def test_compare_writes_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    strategies = ["--strategy", "mop", "--strategy", "fsdp2", "--budget", "4", "--sweep", "seq-len=128,256"]
+    assert call(monkeypatch, "compare", *JOB, *strategies, "--out", str(folder)) == 0
+    assert {"index.md", "index.html", "memory.png", "time.png", "sweep.png"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+
+MISTAKES = [
+    (["simulate", *JOB, "--strategy", "nope"], "strategy: 'nope'"),
+    (["simulate", *JOB, "--strategy", "missing.yaml"], "missing.yaml: no such file"),
+    (["search", *JOB, "--family", "mop,zero"], "family: 'zero' is not one of"),
+    (["search", *JOB[2:], "--model", "tinny"], "model: 'tinny'"),
+    (["search", *JOB[:2], "--hardware", "h900", *JOB[4:]], "hardware: 'h900'"),
+    (["search", *JOB[:4], "--seq-len", "12x", "--global-batch", "4"], "seq-len: '12x'"),
+    (["search", *JOB[:6], "--global-batch", "many"], "--global-batch"),
+    (["search", *JOB, "--nodes", "0"], "--nodes"),
+    (["search", *JOB, "--routing", "often"], "routing: 'often'"),
+    (["compare", *JOB, "--strategy", "mop", "--out", __file__], "is a file"),
+    (["compare", *JOB, "--strategy", "mop", "--out", "x", "--sweep", "batch=1"], "sweep: 'batch=1'"),
+    (["frobnicate"], "No such command"),
+    (["search"], "Missing option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_plan_of_nothing_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    job = ["--model", "deepseek_v3", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "2"]
+    assert call(monkeypatch, "search", *job, "--plan", str(plan)) == 2
+    assert not plan.exists()
+
+
+def test_nothing_fits_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    job = [
+        "--model",
+        "mop_120b",
+        "--hardware",
+        "h100-sxm-80g",
+        "--seq-len",
+        "1M",
+        "--global-batch",
+        "8",
+        "--budget",
+        "10",
+    ]
+    assert call(monkeypatch, "search", *job, "--json", str(out)) == 0
+    found = json.loads(out.read_text())
+    assert found["best"] is None
+    assert "nothing fits" in found["verdict"]
+
+
+def test_cli_imports_neither_torch_nor_matplotlib() -> None:
+    code = "import mopsim, mopsim.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'simpy', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

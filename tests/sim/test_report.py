@@ -1,0 +1,95 @@
+"""Reports: figures are written, pages name what made them, traces load in a viewer's terms."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mopsim.engine import SimResult, simulate
+from mopsim.report.compare import Sweep, finding, timeline_title, write_compare
+from mopsim.report.page import Page, Section, Table, write_page
+from mopsim.report.plots import Compared, loss_lines, predicted_bars
+from mopsim.report.tables import COLUMNS, describe, row
+from mopsim.report.trace import chrome_trace
+from mopsim.spec.errors import MopError
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def results() -> list[SimResult]:
+    model, hardware = load_model("tiny"), load_profile("cpu-2core")
+    training = TrainSpec(seq_len=256, global_batch=4)
+    strategies = [mop(2, experts=2, precision="float32"), fsdp2(2, precision="float32")]
+    return [simulate(model, hardware, 1, one, training, timeline=True) for one in strategies]
+
+
+def test_compare_writes_pictures_and_pages(results: list[SimResult], tmp_path: Path) -> None:
+    sweep = Sweep(
+        "seq-len", [256, 512], ["256", "512"], {"mop": [results[0], None], "fsdp2": [results[1], results[1]]}
+    )
+    facts = {"command": "mopsim compare ...", "version": "1"}
+    written = write_compare(tmp_path, results, ["mop", "fsdp2"], results, sweep, "tiny", facts)
+    names = {path.name for path in written}
+    assert {"memory.png", "time.png", "sweep.png", "timeline-1.png", "index.md", "index.html"} <= names
+    assert all(path.read_bytes().startswith(PNG) for path in written if path.suffix == ".png")
+    text = (tmp_path / "index.md").read_text()
+    assert "mopsim compare ..." in text
+    assert all(f"({path.name})" in text for path in written if path.suffix == ".png")
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_finding_names_the_winner(results: list[SimResult]) -> None:
+    fast = min(results, key=lambda one: one.step_time)
+    label = {id(results[0]): "mop", id(results[1]): "fsdp2"}[id(fast)]
+    assert finding(results, ["mop", "fsdp2"]).startswith(f"{label} is fastest")
+
+
+def test_row_has_a_cell_for_every_column(results: list[SimResult]) -> None:
+    assert len(row(results[0])) == len(COLUMNS)
+
+
+def test_describe_names_what_differs() -> None:
+    text = describe(mop(4, sequence=2, experts=4, vocabulary=2, chunk_tokens=64))
+    for part in ("D=2", "Ep=4", "P=2", "c=64", "ring-loss", "boundaries-on-host", "streamed-adam"):
+        assert part in text
+
+
+def test_trace_has_streams_and_counters(results: list[SimResult]) -> None:
+    one = results[0]
+    trace = chrome_trace(one.spans, one.memory_curve, one.memory_curve_by_category, {"version": "1"})
+    events = json.loads(json.dumps(trace))["traceEvents"]
+    threads = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"compute", "scale_up"} <= threads
+    peak = max(event["args"]["bytes"] for event in events if event["name"] == "device memory")
+    assert peak == one.peak_memory
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_timeline_title_says_the_step(results: list[SimResult]) -> None:
+    assert "a step" in timeline_title(results[0], "mop")
+
+
+def test_losses_and_predictions_are_drawn(tmp_path: Path) -> None:
+    loss_lines(tmp_path / "loss.png", {"mop": [7.6, 6.5, 6.0], "fsdp2": [7.6, 6.5, 6.1]}, "falls")
+    rows = [Compared("mop", 0.5, 0.45, 0.6, 0.3, 0.52), Compared("held-out", 0.9, 0.8, 1.0, 0.4, None)]
+    predicted_bars(tmp_path / "predicted.png", rows, "close")
+    assert all(path.read_bytes().startswith(PNG) for path in tmp_path.iterdir())
+
+
+def test_html_is_escaped_and_markdown_is_not(tmp_path: Path) -> None:
+    write_page(
+        tmp_path, Page("a < b", "s", [Section("t", table=Table(["x"], [["1 < 2"]]))], {"command": "c"})
+    )
+    assert "1 &lt; 2" in (tmp_path / "index.html").read_text()
+    assert "1 < 2" in (tmp_path / "index.md").read_text()
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MopError, match="cannot be written"):
+        loss_lines(tmp_path / "file" / "loss.png", {"a": [1.0, 0.5]}, "t")
