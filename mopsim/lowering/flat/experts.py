@@ -41,35 +41,65 @@ class ExpertsLowering:
     def forward(self, layer: int, *waits: int | None) -> None:
         """x1 becomes x2 in place. waits: the gather of the expert unit."""
         K = self.c.chunks
-        sent: dict[int, int | None] = {0: self._dispatch(0, layer, "forward")}
+        arrived = self._dispatch(0, layer, "forward")
         returning: tuple[int, int | None] | None = None
         for i in range(K):
             self._shared(i, layer, backward=False)
+            works = self._receive(i, "forward")
+            here = arrived
             if i + 1 < K:
-                sent[i + 1] = self._dispatch(i + 1, layer, "forward")
-            back = self._experts_forward(i, layer, sent.pop(i), *waits)
+                self._reorder(works, here, layer, "forward")
+                arrived = self._dispatch(i + 1, layer, "forward")
+            self._experts_forward(i, layer, works, here, *waits)
             if returning is not None:
                 self._combine(*returning, layer)
-            returning = (i, back)
+            returning = (i, self._return(i, layer, "forward"))
         assert returning is not None
         self._combine(*returning, layer)
 
     def backward(self, layer: int, *waits: int | None) -> None:
         """The gradient of x2 becomes that of x1, in place."""
         K = self.c.chunks
-        sent: dict[int, int | None] = {0: self._dispatch(0, layer, "backward")}
+        arrived = self._dispatch(0, layer, "backward")
         returning: tuple[int, int | None] | None = None
         for i in range(K):
             self._shared(i, layer, backward=True)
+            works = self._receive(i, "backward")
+            here = arrived
             if i + 1 < K:
-                sent[i + 1] = self._dispatch(i + 1, layer, "backward")
-            back = self._experts_backward(i, layer, sent.pop(i), *waits)
+                self._reorder(works, here, layer, "backward")
+                arrived = self._dispatch(i + 1, layer, "backward")
+            self._experts_backward(i, layer, works, here, *waits)
             if returning is not None:
                 self._combine_backward(*returning, layer)
-            returning = (i, back)
+            returning = (i, self._return(i, layer, "backward"))
         assert returning is not None
         self._combine_backward(*returning, layer)
         self.b.drop(f"choice{layer}")
+
+    def _receive(self, i: int, phase: str) -> list[Work]:
+        """The chunk at the experts: rows in their order, what was sent freed."""
+        _, _, received, _ = self._sizes(i)
+        works = self._take("weights", i, received * self.c.wide)
+        works += self._take("rows", i, received * self.row)
+        if phase == "backward":
+            works += self._take("grads", i, received * self.row)
+        return works
+
+    def _reorder(self, works: list[Work], arrived: int | None, layer: int, phase: str) -> None:
+        """The executor waits for the chunk and reorders it before it sends the next one."""
+        self.b.compute("arrived", _E, phase, layer, works, arrived)
+        works.clear()
+
+    def _return(self, i: int, layer: int, phase: str) -> int | None:
+        """The chunk's rows (and gradients of its route weights) go home."""
+        _, sent, received, _ = self._sizes(i)
+        name = "rows" if phase == "forward" else "grads"
+        if phase == "backward":
+            self._send_back("grad_weights", i, received * self.c.wide, sent * self.c.wide, layer, phase)
+        waiting = self._send_back(name, i, received * self.row, sent * self.row, layer, phase)
+        self.b.drop(*(n for n in ("weights", "grad_weights", f"arrival_order.{i}") if n in self.b.alive))
+        return waiting
 
     def _sizes(self, i: int) -> tuple[int, int, int, int]:
         """(tokens, routes sent, routes received, most rows of one expert) of chunk i."""
@@ -151,6 +181,8 @@ class ExpertsLowering:
         if self.ordered:
             b.make(f"{name}_ordered.{i}", size, _D)
             b.compute("reorder", _E, phase, layer, [self.rows.elementwise(size, 2, 1)])
+            if name != "grad_weights":  # its caller holds it
+                b.drop(name)
         else:
             b.rename(name, f"{name}_ordered.{i}")
         b.make(f"{name}_back.{i}", sent, _D)
@@ -164,27 +196,16 @@ class ExpertsLowering:
         kernels = self._experts[routes]
         return [work for name in names for work in self.b.works(kernels[name], backward)]
 
-    def _experts_forward(self, i: int, layer: int, arrived: int | None, *waits: int | None) -> int | None:
-        b, c = self.b, self.c
-        _, sent, received, most = self._sizes(i)
-        works = self._take("rows", i, received * self.row)
-        works += self._take("weights", i, received * c.wide)
-        b.spike(2 * most * self.inner * c.b, _D)
-        works += self._products(i, False, "experts_gate", "experts_up", "experts_down")
+    def _experts_forward(
+        self, i: int, layer: int, works: list[Work], arrived: int | None, *waits: int | None
+    ) -> None:
+        c = self.c
+        _, _, received, most = self._sizes(i)
+        self.b.spike(2 * most * self.inner * c.b)
+        works = [*works, *self._products(i, False, "experts_gate", "experts_up", "experts_down")]
         active = sum(1 for rows in c.routes(i) if rows)
         works.append(self.rows.elementwise(received * self.inner, 7 * c.b, 3 * active))
-        b.compute("experts", _E, "forward", layer, works, arrived, *waits)
-        b.drop("weights")
-        waiting = self._send_back("rows", i, received * self.row, sent * self.row, layer, "forward")
-        self._forget("rows", i)
-        return waiting
-
-    def _forget(self, name: str, i: int) -> None:
-        """The chunk object dies, and with it what was reordered out of place."""
-        if name in self.b.alive:
-            self.b.drop(name)
-        if self.ordered:
-            self.b.drop(f"arrival_order.{i}")
+        self.b.compute("experts", _E, "forward", layer, works, arrived, *waits)
 
     def _combine(self, i: int, arrived: int | None, layer: int) -> None:
         """x1 += the sum of each token's routes."""
@@ -200,28 +221,21 @@ class ExpertsLowering:
         if self.split:
             self.b.drop(f"{name}_ordered.{i}")
 
-    def _experts_backward(self, i: int, layer: int, arrived: int | None, *waits: int | None) -> int | None:
+    def _experts_backward(
+        self, i: int, layer: int, works: list[Work], arrived: int | None, *waits: int | None
+    ) -> None:
         b, c = self.b, self.c
-        _, sent, received, most = self._sizes(i)
-        works = self._take("weights", i, received * c.wide)
-        works += self._take("rows", i, received * self.row)
-        works += self._take("grads", i, received * self.row)
-        b.make("grad_weights", received * c.wide, _D)
-        b.spike(5 * most * self.inner * c.b, _D)
-        works += self._products(i, False, "experts_gate", "experts_up")
+        _, _, received, most = self._sizes(i)
+        b.make("grad_weights", received * c.wide)
+        b.spike(5 * most * self.inner * c.b)
+        works = [*works, *self._products(i, False, "experts_gate", "experts_up")]
         works += self._products(i, True, "experts_gate", "experts_up", "experts_down")
         if c.strategy.precision.reduce != c.strategy.precision.compute:
-            b.spike((4 * most + self.H) * self.inner * c.b, _D)
+            b.spike((4 * most + self.H) * self.inner * c.b)
         active = sum(1 for rows in c.routes(i) if rows)
         works.append(self.rows.elementwise(received * self.inner, 26 * c.b, 10 * active))
         b.compute("experts", _E, "backward", layer, works, arrived, *waits)
-        b.drop("rows", "weights")
-        self._send_back("grad_weights", i, received * c.wide, sent * c.wide, layer, "backward")
-        waiting = self._send_back("grads", i, received * self.row, sent * self.row, layer, "backward")
-        if "grad_weights" in b.alive:
-            b.drop("grad_weights")
-        self._forget("grads", i)
-        return waiting
+        b.drop("rows")
 
     def _combine_backward(self, i: int, arrived: int | None, layer: int) -> None:
         """Gradients of tokens from their routes and from the router, through the norm, slice by slice."""
@@ -229,8 +243,8 @@ class ExpertsLowering:
         n, sent, _, _ = self._sizes(i)
         self._arrive("grads", i)
         self._arrive("grad_weights", i)
+        b.make("home_weights", sent * c.wide, _D)
         b.drop(f"grad_weights_back.{i}")
-        b.make("grad_weights", sent * c.wide, _D)
         part = slice_rows(n)
         b.make("grad_hidden", part * self.row, _D)
         b.spike(part * self.k * self.row, _D)
@@ -243,7 +257,7 @@ class ExpertsLowering:
         works.append(self.rows.pass_(n, self.H, 7 * c.b + 20 * c.wide, 31))
         b.drop("grad_hidden")
         b.compute("router", _R, "backward", layer, works)
-        b.drop(f"grads_back.{i}", f"inverse.{i}", "grad_weights")
+        b.drop(f"grads_back.{i}", f"inverse.{i}", "home_weights")
 
     def _shared(self, i: int, layer: int, *, backward: bool) -> None:
         if not self.c.model.shared_expert_intermediate_size:

@@ -29,10 +29,9 @@ class LossLowering:
             works = [*self._product(n, self.V), self._fold(n, self.V)]
             b.compute("logits", _C, "forward", -1, works, *waits)
             works = [self._gradient(n, self.V), *self._products_back(n, self.V)]
-            b.drop("strip_grad")
             self._temporary(self.V)
             b.compute("logits", _C, "backward", -1, works)
-            b.drop("numbers")
+            b.drop("strip", "numbers")
 
     def ring(self, *waits: int | None) -> None:
         """Both passes around the ring."""
@@ -78,8 +77,8 @@ class LossLowering:
                 n = stop - start
                 b.make("strip", n * self.rows * c.b, _L)
                 works = [*self._product(n, self.rows), self._gradient(n, self.rows), *self._products_back(n, self.rows)]
-                b.drop("strip_grad")
                 self._temporary(self.rows)
+                b.drop("strip")
                 b.compute("strip", _C, "backward", -1, works, coming)
             add = [Work("memory_bound", bytes=3.0 * size)]
             b.compute("join", _C, "backward", -1, add if turn else [Work("memory_bound", bytes=float(size))], travelling)
@@ -143,15 +142,9 @@ class LossLowering:
         return Work("memory_bound", bytes=float(n * columns * (2 * self.c.b + 4 * wide)), launches=18)
 
     def _gradient(self, n: int, columns: int) -> Work:
-        """Probabilities in the wide dtype, then the gradient in the strip's (`strip_grad`); the strip dies."""
-        b, wide = self.b, self.c.wide
-        b.make("probability", n * columns * wide, _L)
-        if self.c.wide == self.c.b:
-            b.drop("strip")
-            b.rename("probability", "strip_grad")
-        else:
-            b.make("strip_grad", n * columns * self.c.b, _L)
-            b.drop("probability", "strip")
+        """Probabilities in the wide dtype, then the gradient in the strip's memory."""
+        wide = self.c.wide
+        self.b.spike(n * columns * wide + 5 * n * 8, _L)
         return Work("memory_bound", bytes=float(n * columns * (2 * self.c.b + 6 * wide)), launches=10)
 
     def _temporary(self, columns: int) -> None:

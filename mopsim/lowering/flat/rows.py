@@ -5,17 +5,17 @@ from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Work
 from mopsim.spec.layout import token_slices
 
-MIN_ROWS, MAX_SLICES = 256, 16
+SLICE_ROWS = 2048
 
 
 def row_slices(rows: int) -> list[tuple[int, int]]:
-    """As mopexec.parallelize.rows: at most 16 slices of at least 256 rows."""
-    return token_slices(rows, max(MIN_ROWS, -(-rows // MAX_SLICES)))
+    """As mopexec.parallelize.rows."""
+    return token_slices(rows, SLICE_ROWS)
 
 
 def slice_rows(rows: int) -> int:
     """Rows of the largest slice."""
-    return min(rows, max(MIN_ROWS, -(-rows // MAX_SLICES)))
+    return min(rows, SLICE_ROWS)
 
 
 class Rows:

@@ -6,7 +6,7 @@ from mopsim.lowering.flat.attention import AttentionLowering
 from mopsim.lowering.flat.experts import ExpertsLowering
 from mopsim.lowering.flat.ffn import FfnLowering
 from mopsim.lowering.flat.loss import LossLowering
-from mopsim.lowering.flat.rows import Rows
+from mopsim.lowering.flat.rows import Rows, slice_rows
 from mopsim.lowering.flat.units import UnitLowering
 from mopsim.lowering.flat.update import update
 from mopsim.lowering.resident import resident
@@ -126,9 +126,7 @@ class FlatStep:
             for target in range(layer, max(0, layer - ahead) - 1, -1):
                 for unit in c.layers[target]:
                     units.gather(unit, "backward")
-            there = self._take(layer)
-            self._prefetch(layer - 1)
-            self._layer_backward(layer, there)
+            self._layer_backward(layer, self._take(layer))
             b.drop(f"x.{layer}")
         self._embedding_backward()
 
@@ -151,6 +149,7 @@ class FlatStep:
             b.compute("zero gradients", "other", "backward", layer, works)
             self.ffn.backward(c.tokens, "dense_ffn", layer)
         b.drop("x1")
+        self._prefetch(layer - 1)
         self.attention.backward(layer)
         units.release(dense)
         units.reduce(dense)
@@ -161,7 +160,7 @@ class FlatStep:
         embedding = c.edges["embedding"]
         works = [units.open_grads(embedding), Work("memory_bound", bytes=3.0 * c.hidden)]
         if c.reduce != c.b:
-            b.spike(c.tokens * c.model.hidden_size * c.reduce)
+            b.spike(slice_rows(c.tokens) * c.model.hidden_size * c.reduce)
         b.compute("embedding", "embedding", "backward", -1, works)
         units.reduce(embedding)
         units.finish()
