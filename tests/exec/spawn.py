@@ -14,7 +14,9 @@ import traceback
 from typing import Any
 
 
-def _serve(rank: int, world: int, store: str, connection: Any) -> None:
+def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> None:
+    if not cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(
         {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     )
@@ -37,20 +39,22 @@ def _serve(rank: int, world: int, store: str, connection: Any) -> None:
 
 
 class Pool:
-    """`world` ranks over gloo (nccl where there is CUDA). Not thread-safe."""
+    """`world` ranks over gloo on the CPU, or over nccl with a GPU each. Not thread-safe."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, *, cuda: bool = False) -> None:
         self.world = world
         context = multiprocessing.get_context("spawn")
         self._store = tempfile.mktemp(prefix="mop_store_")
         self._pipes, self._processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, self._store, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world, self._store, cuda, there), daemon=True
+            )
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
-        self._collect(60)
+        self._collect(300)
 
     def run(self, module: str, function: str, *arguments: Any, timeout: float = 120) -> list[Any]:
         """Results by rank of `module.function(platform, *arguments)`, called on all ranks together.
@@ -88,8 +92,8 @@ class Pool:
 
 
 @functools.cache
-def pool(world: int) -> Pool:
+def pool(world: int, *, cuda: bool = False) -> Pool:
     """The pool of `world` ranks of this test process."""
-    made = Pool(world)
+    made = Pool(world, cuda=cuda)
     atexit.register(made.close)
     return made

@@ -135,6 +135,25 @@ def test_element_wise_work_in_several_slices() -> None:
         assert max(worst.values()) <= 1e-9, worst
 
 
+@pytest.mark.parametrize("reduce", ["bfloat16", "float32"])
+@pytest.mark.parametrize("param", ["bfloat16", "float32"])
+def test_mixed_precision_is_close(param: str, reduce: str) -> None:
+    """Compute in bf16 with the other dtypes apart: as close as bf16 allows, on both sides of every cast."""
+    mixed = {
+        "precision": {
+            "param": param,
+            "reduce": reduce,
+            "grad": reduce,
+            "moments": "bfloat16",
+            "master": "float32",
+        }
+    }
+    plan = make_plan(2, ALL_TWO | mixed, dtype="bfloat16", micro_batch=2)
+    for worst in pool(2).run("tests.exec.flat_parity", "compare", plan, "learned"):
+        assert worst["loss"] < 1e-3, worst
+        assert worst["norm"] < 0.02, worst
+
+
 def test_one_rank() -> None:
     check(
         1,
