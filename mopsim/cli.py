@@ -1,4 +1,5 @@
-"""mopsim: plan the training of mixture-of-experts models. Heavy imports happen inside the command that needs them."""
+"""mopsim: plan the training of mixture-of-experts models. Heavy imports happen inside the command that
+needs them."""
 
 import sys
 from typing import Annotated
@@ -9,17 +10,29 @@ from mopsim.commands import options as o
 from mopsim.spec.errors import MopError
 
 app = typer.Typer(
-    name="mopsim", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="mopsim",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Simulate, compare and choose how to train a mixture-of-experts model on a cluster.",
-)  # fmt: skip
+)
 
 
 @app.command()
 def simulate(
-    model: o.Model, hardware: o.Hardware, strategy: o.OneStrategy, seq_len: o.SeqLen, global_batch: o.GlobalBatch,
-    nodes: o.Nodes = 1, routing: o.Routing = "balanced", precision: o.Precision = "bfloat16", trace: o.Trace = None,
-    plan: o.PlanOut = None, seed: o.Seed = 0, json: o.Json = None,
-) -> None:  # fmt: skip
+    model: o.Model,
+    hardware: o.Hardware,
+    strategy: o.OneStrategy,
+    seq_len: o.SeqLen,
+    global_batch: o.GlobalBatch,
+    nodes: o.Nodes = 1,
+    routing: o.Routing = "balanced",
+    precision: o.Precision = "bfloat16",
+    trace: o.Trace = None,
+    plan: o.PlanOut = None,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> None:
     """One strategy: step time, memory by category, and what is exposed."""
     from mopsim.commands.simulate import run
 
@@ -34,16 +47,27 @@ def simulate(
 
 @app.command()
 def search(
-    model: o.Model, hardware: o.Hardware, seq_len: o.SeqLen, global_batch: o.GlobalBatch, nodes: o.Nodes = 1,
+    model: o.Model,
+    hardware: o.Hardware,
+    seq_len: o.SeqLen,
+    global_batch: o.GlobalBatch,
+    nodes: o.Nodes = 1,
     top: Annotated[int, typer.Option(min=1, help="how many strategies to rank")] = 5,
-    family: Annotated[str, typer.Option(help="families to search, comma-separated: mop,fsdp2,zero_offload,megatron")] = "",
-    any_plan: Annotated[bool, typer.Option("--any", help="also strategies and models that mopexec does not run yet")] = False,
+    family: Annotated[
+        str, typer.Option(help="families to search, comma-separated: mop,fsdp2,zero_offload,megatron")
+    ] = "",
+    any_plan: Annotated[
+        bool, typer.Option("--any", help="also strategies and models that mopexec does not run yet")
+    ] = False,
     budget: Annotated[int, typer.Option(min=1, help="simulations at most")] = 200,
-    plan: o.PlanOut = None, routing: o.Routing = "balanced", precision: o.Precision = "bfloat16",
+    plan: o.PlanOut = None,
+    routing: o.Routing = "balanced",
+    precision: o.Precision = "bfloat16",
     learning_rate: Annotated[float, typer.Option(help="of the plan's training")] = 3e-4,
     warmup_steps: Annotated[int, typer.Option(min=0, help="of the plan's training")] = 0,
-    seed: o.Seed = 0, json: o.Json = None,
-) -> None:  # fmt: skip
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> None:
     """Rank the strategies that fit; write the winner as a plan."""
     from mopsim.commands.search import run
 
@@ -55,14 +79,23 @@ def search(
 
 @app.command()
 def compare(
-    model: o.Model, hardware: o.Hardware, seq_len: o.SeqLen, global_batch: o.GlobalBatch, out: o.OutDirectory,
+    model: o.Model,
+    hardware: o.Hardware,
+    seq_len: o.SeqLen,
+    global_batch: o.GlobalBatch,
+    out: o.OutDirectory,
     strategy: Annotated[list[str], typer.Option(help="a strategy YAML or a family; give several")],
     nodes: o.Nodes = 1,
     sweep: Annotated[str | None, typer.Option(help="seq-len=32K,64K,... or nodes=1,2,...")] = None,
-    any_plan: Annotated[bool, typer.Option("--any", help="families may use what mopexec does not run yet")] = False,
+    any_plan: Annotated[
+        bool, typer.Option("--any", help="families may use what mopexec does not run yet")
+    ] = False,
     budget: Annotated[int, typer.Option(min=1, help="simulations per family and point")] = 60,
-    routing: o.Routing = "balanced", precision: o.Precision = "bfloat16", seed: o.Seed = 0, json: o.Json = None,
-) -> None:  # fmt: skip
+    routing: o.Routing = "balanced",
+    precision: o.Precision = "bfloat16",
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> None:
     """Tables and figures of several strategies side by side."""
     from mopsim.commands.compare import run
 

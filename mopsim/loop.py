@@ -1,6 +1,8 @@
-"""The closed loop behind `make demo`: probe, search, train, measure, calibrate, predict, and say what came of it.
+"""The closed loop behind `make demo`: probe, search, train, measure, calibrate, predict, and say what
+came of it.
 
-Runs the commands of both packages, as a user would; mopexec is never imported. Everything it makes on the way lies in
+Runs the commands of both packages, as a user would; mopexec is never imported. Everything it makes on
+the way lies in
 runs/, so that a step can be looked at or repeated by hand; the report says which command made what.
 """
 
@@ -106,7 +108,8 @@ def run(out: str, seed: int, steps: int) -> None:
     with loop.stage("write the report"):
         written = write_demo(folder, report)
     console.print(
-        f"{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, {time.perf_counter() - started:.0f} s in all"
+        f"{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, "
+        f"{time.perf_counter() - started:.0f} s in all"
     )
 
 
@@ -124,28 +127,67 @@ def _loop(loop: Loop) -> DemoReport:
     with loop.stage("calibrate from both runs"):
         runs = [str(loop.work / contender.name) for contender in contenders]
         loop.mopsim(
-            "calibrate", "--profile", str(profile), "--measurements", runs[0], "--measurements", runs[1], "--out", str(calibrated),
-            "--json", str(loop.work / "calibration.json"),
-        )  # fmt: skip
+            "calibrate",
+            "--profile",
+            str(profile),
+            "--measurements",
+            runs[0],
+            "--measurements",
+            runs[1],
+            "--out",
+            str(calibrated),
+            "--json",
+            str(loop.work / "calibration.json"),
+        )
     corrected = io.load(calibrated, HardwareProfile, "hardware")
     _held_out(loop, hardware)
     contenders.append(_train(loop, "held-out", hardware))
     for contender in contenders:
         contender.after = _simulate(contender.plan, corrected)
     return DemoReport(
-        contenders, hardware, corrected, loop.seed, loop.steps, loop.commands, found,
-        json.loads(io.read_text(loop.work / "calibration.json")), f"mopsim demo --out {loop.out}",
-    )  # fmt: skip
+        contenders,
+        hardware,
+        corrected,
+        loop.seed,
+        loop.steps,
+        loop.commands,
+        found,
+        json.loads(io.read_text(loop.work / "calibration.json")),
+        f"mopsim demo --out {loop.out}",
+    )
 
 
 def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
     target = loop.work / f"search-{family}.json"
     loop.mopsim(
-        "search", "--model", MODEL, "--hardware", str(profile), "--nodes", "1", "--seq-len", str(SEQ_LEN),
-        "--global-batch", str(GLOBAL_BATCH), "--family", family, "--precision", PRECISION, "--budget", "150",
-        "--learning-rate", str(LEARNING_RATE), "--warmup-steps", str(WARMUP_STEPS), "--seed", str(loop.seed),
-        "--plan", str(loop.work / f"{family}.yaml"), "--json", str(target),
-    )  # fmt: skip
+        "search",
+        "--model",
+        MODEL,
+        "--hardware",
+        str(profile),
+        "--nodes",
+        "1",
+        "--seq-len",
+        str(SEQ_LEN),
+        "--global-batch",
+        str(GLOBAL_BATCH),
+        "--family",
+        family,
+        "--precision",
+        PRECISION,
+        "--budget",
+        "150",
+        "--learning-rate",
+        str(LEARNING_RATE),
+        "--warmup-steps",
+        str(WARMUP_STEPS),
+        "--seed",
+        str(loop.seed),
+        "--plan",
+        str(loop.work / f"{family}.yaml"),
+        "--json",
+        str(target),
+    )
     result: dict[str, Any] = json.loads(io.read_text(target))
     return result
 
@@ -180,7 +222,8 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile) -> Contender:
 
 
 def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
-    """A third strategy that calibration has not seen: the other degrees, other chunks, everything on the host."""
+    """A third strategy that calibration has not seen: the other degrees, other chunks, everything on the
+    host."""
     plan = io.load(loop.work / "mop.yaml", Plan, "plan")
     seen = plan.strategy
     other = mop(
@@ -188,9 +231,14 @@ def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
         sequence=RANKS if seen.attention.sequence == 1 else 1,
         experts=RANKS if seen.experts.degree == 1 else 1,
         vocabulary=RANKS if seen.vocabulary.degree == 1 else 1,
-        chunk_tokens=128, loss_chunk_tokens=128, state="host_streamed", bucket_params=500_000, boundary_tier="host",
-        precision=PRECISION, name="held-out",
-    )  # fmt: skip
+        chunk_tokens=128,
+        loss_chunk_tokens=128,
+        state="host_streamed",
+        bucket_params=500_000,
+        boundary_tier="host",
+        precision=PRECISION,
+        name="held-out",
+    )
     result = simulate(plan.model, hardware, 1, other, plan.training)
     from mopsim.commands.inputs import Inputs, make_plan
 

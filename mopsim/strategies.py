@@ -20,7 +20,8 @@ from mopsim.spec.strategy import (
 FAMILIES = ("mop", "fsdp2", "zero_offload", "megatron")
 
 State = Literal["device", "host_streamed", "host"]
-"""Where the optimizer lives: on the device; on the host, streamed through the device; on the host, updated there."""
+"""Where the optimizer lives: on the device; on the host, streamed through the device; on the host,
+updated there."""
 
 Wide = Literal["float32", "float64"]
 
@@ -34,9 +35,13 @@ def _low_precision(precision: DType, *, keep_master: bool) -> Precision:
     """Weights and gradients in `precision`; master and moments in fp32 (fp64 in float64)."""
     wide = _wide(precision)
     return Precision(
-        compute=precision, param=precision, reduce=precision, grad=precision, moments=wide,
+        compute=precision,
+        param=precision,
+        reduce=precision,
+        grad=precision,
+        moments=wide,
         master=wide if keep_master or precision != wide else "param",
-    )  # fmt: skip
+    )
 
 
 def _state(state: State, bucket_params: int = 100_000_000, slots: int = 2) -> Optimizer:
@@ -68,9 +73,11 @@ def mop(
     precision: DType = "bfloat16",
     name: str = "mop",
 ) -> Strategy:
-    """Mixture-of-Parallelisms (arXiv 2607.01844): D = sequence, Ep = experts, P = vocabulary, each chosen alone.
+    """Mixture-of-Parallelisms (arXiv 2607.01844): D = sequence, Ep = experts, P = vocabulary, each
+    chosen alone.
 
-    Dense weights ZeRO-3 over `dense_shard` ranks, experts chunked by `chunk_tokens` (c), ring vocabulary, fp32
+    Dense weights ZeRO-3 over `dense_shard` ranks, experts chunked by `chunk_tokens` (c), ring
+    vocabulary, fp32
     state on the host streamed in buckets of `bucket_params` (beta), full recompute, boundaries on the host.
     dense_shard and expert_shard 0 = as many ranks as there are. `order` places the expert groups.
     """
@@ -82,14 +89,17 @@ def mop(
         dense=Dense(shard=dense_shard or world_size, prefetch=prefetch, chunk_tokens=ffn_chunk_tokens),
         attention=Attention(sequence=sequence),
         experts=Experts(
-            degree=experts, shard=expert_shard or max(1, world_size // experts),
-            chunk_tokens=chunk_tokens, max_chunks=max_chunks, order=order,
+            degree=experts,
+            shard=expert_shard or max(1, world_size // experts),
+            chunk_tokens=chunk_tokens,
+            max_chunks=max_chunks,
+            order=order,
         ),
         vocabulary=Vocabulary(degree=vocabulary, loss="ring", chunk_tokens=loss_chunk_tokens),
         optimizer=_state(state, bucket_params, slots),
         activations=Activations(recompute="full", boundary_tier=boundary_tier, host_budget=host_budget),
         precision=_low_precision(precision, keep_master=state == "host_streamed"),
-    )  # fmt: skip
+    )
 
 
 def fsdp2(
@@ -110,8 +120,10 @@ def fsdp2(
 ) -> Strategy:
     """torch FSDP2 as its users tune it: fp32 sharded parameters (the master), compute in `precision`.
 
-    Gradients are reduced in fp32. dense_shard below world_size is HSDP. offload: torch's CPUOffloadPolicy, which
-    keeps parameters, gradients and optimizer on the host and updates them there. Experts by expert parallelism over
+    Gradients are reduced in fp32. dense_shard below world_size is HSDP. offload: torch's
+    CPUOffloadPolicy, which
+    keeps parameters, gradients and optimizer on the host and updates them there. Experts by expert
+    parallelism over
     `experts` ranks, sharded over their replicas.
     """
     wide = _wide(precision)
@@ -187,7 +199,8 @@ def megatron(
 ) -> Strategy:
     """Megatron-Core: tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
-    ZeRO-1; gradients are kept and reduced in fp32; `sequence` is context parallelism by ring exchange; ETP may
+    ZeRO-1; gradients are kept and reduced in fp32; `sequence` is context parallelism by ring exchange;
+    ETP may
     differ from TP (parallel folding). Not run by mopexec: simulated, and exported.
     """
     stage_ranks = max(1, world_size // max(pipeline, 1))

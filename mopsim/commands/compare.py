@@ -111,7 +111,10 @@ def _json(
     }
     if sweep:
         found["sweep"] = {
-            "setting": sweep.setting, "values": list(sweep.values),
-            "results": {name: [r.to_json() if r else None for r in points] for name, points in sweep.results.items()},
-        }  # fmt: skip
+            "setting": sweep.setting,
+            "values": list(sweep.values),
+            "results": {
+                name: [r.to_json() if r else None for r in points] for name, points in sweep.results.items()
+            },
+        }
     return found

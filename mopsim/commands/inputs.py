@@ -41,9 +41,13 @@ class Inputs:
 def read(job: Job) -> Inputs:
     """Load what a job names. Raises MopError."""
     training = TrainSpec(
-        seq_len=parse_count(job.seq_len, "seq-len"), global_batch=job.global_batch, routing=job.routing, seed=job.seed,
-        learning_rate=job.learning_rate, warmup_steps=job.warmup_steps,
-    )  # fmt: skip
+        seq_len=parse_count(job.seq_len, "seq-len"),
+        global_batch=job.global_batch,
+        routing=job.routing,
+        seed=job.seed,
+        learning_rate=job.learning_rate,
+        warmup_steps=job.warmup_steps,
+    )
     return Inputs(load_model(job.model), load_profile(job.hardware), job.nodes, training, job.precision)
 
 
@@ -88,27 +92,37 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
     return Plan(
         model=inputs.model,
         hardware=HardwareRef(
-            name=hardware.name, digest=io.digest(hardware), num_nodes=inputs.nodes, devices_per_node=hardware.devices_per_node,
-            memory_limit=hardware.memory_limit(), host_limit=hardware.host_limit(),
+            name=hardware.name,
+            digest=io.digest(hardware),
+            num_nodes=inputs.nodes,
+            devices_per_node=hardware.devices_per_node,
+            memory_limit=hardware.memory_limit(),
+            host_limit=hardware.host_limit(),
         ),
         strategy=result.strategy,
         training=inputs.training,
         prediction=Prediction(
-            step_time=result.step_time, tokens_per_second=result.tokens_per_second, peak_memory=result.peak_memory,
-            host_memory=result.host_memory, memory_by_category=result.memory_by_category, time_by_kind=result.busy,
+            step_time=result.step_time,
+            tokens_per_second=result.tokens_per_second,
+            peak_memory=result.peak_memory,
+            host_memory=result.host_memory,
+            memory_by_category=result.memory_by_category,
+            time_by_kind=result.busy,
         ),
         mop_version=mopsim.__version__,
-    )  # fmt: skip
+    )
 
 
 def facts(inputs: Inputs) -> dict[str, str]:
     """What a report says of its own making."""
     command = " ".join(["mopsim", *sys.argv[1:]])
     return {
-        "command": command, "hardware profile": f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})",
-        "model": f"{inputs.model.name} (digest {io.digest(inputs.model)})", "version": mopsim.__version__,
+        "command": command,
+        "hardware profile": f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})",
+        "model": f"{inputs.model.name} (digest {io.digest(inputs.model)})",
+        "version": mopsim.__version__,
         "seed": str(inputs.training.seed),
-    }  # fmt: skip
+    }
 
 
 def human(json: str | None) -> Any:

@@ -31,16 +31,18 @@ def run(
             bar.update(task, completed=simulated, description=text)
 
         found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
-    where = f"{inputs.model.name} on {inputs.nodes} x {inputs.hardware.name}, {job.seq_len} tokens, batch {job.global_batch}"
+    machine = f"{inputs.nodes} x {inputs.hardware.name}"
+    where = f"{inputs.model.name} on {machine}, {job.seq_len} tokens, batch {job.global_batch}"
     if found.top:
         console.print(comparison(found.top, where))
         console.print(f"Winner: {describe(found.top[0].strategy)}")
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses"))
+    ending = "no candidate left out can beat these" if found.proven else "the budget of simulations ended it"
     rate = found.bounded / max(found.bound_seconds, 1e-9)
     console.print(
-        f"{found.verdict()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), {found.simulated} simulated, "
-        f"{found.seconds:.1f} s; {'no candidate left out can beat these' if found.proven else 'the budget of simulations ended it'}"
+        f"{found.verdict()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
+        f"{found.simulated} simulated, {found.seconds:.1f} s; {ending}"
     )
     for reason, count in found.rejected.most_common():
         console.print(f"  {count:>9,}  {reason}", style="dim")

@@ -1,4 +1,5 @@
-"""The comparison of strategies as a report: tables and figures that say which is fastest and what stops the others."""
+"""The comparison of strategies as a report: tables and figures that say which is fastest and what stops
+the others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def _least(results: Sequence[SimResult], labels: Sequence[str]) -> str:
 
 def _memory_remark(result: SimResult) -> str:
     if result.fits:
-        return f"{format_bytes(result.peak_memory)} ({result.peak_memory / result.memory_limit:.0%} of the limit)"
+        share = result.peak_memory / result.memory_limit
+        return f"{format_bytes(result.peak_memory)} ({share:.0%} of the limit)"
     return f"{format_bytes(result.over_bytes)} over: {result.over}"
 
 
@@ -91,13 +93,19 @@ def timeline_title(result: SimResult, label: str) -> str:
     drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
     total = result.training.num_microbatches(result.strategy)
     part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
-    return f"{label}: {format_seconds(result.step_time)} a step, {waiting(result):.0%} of it waiting for data{part}"
+    step = format_seconds(result.step_time)
+    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting for data{part}"
 
 
 def write_compare(
-    folder: Path, results: Sequence[SimResult], labels: Sequence[str], timelines: Sequence[SimResult], sweep: Sweep | None,
-    title: str, facts: dict[str, str],
-) -> list[Path]:  # fmt: skip
+    folder: Path,
+    results: Sequence[SimResult],
+    labels: Sequence[str],
+    timelines: Sequence[SimResult],
+    sweep: Sweep | None,
+    title: str,
+    facts: dict[str, str],
+) -> list[Path]:
     """index.md, index.html and PNGs of a comparison; returns what was written."""
     written = [
         memory_figure(folder / "memory.png", results, labels),

@@ -1,6 +1,6 @@
-"""The report of the closed loop: who won, whether the loss fell, and how far predictions were off before and after calibration."""
+"""The report of the closed loop: who won, whether the loss fell, and how far predictions were off before
+and after calibration."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -23,7 +23,8 @@ from mopsim.spec.units import format_bytes, format_seconds
 
 @dataclass
 class Contender:
-    """One strategy of the loop: its plan, what was predicted, what was measured. after: predicted with the calibrated profile."""
+    """One strategy of the loop: its plan, what was predicted, what was measured. after: predicted with
+    the calibrated profile."""
 
     name: str
     plan: Plan
@@ -41,7 +42,8 @@ class Contender:
         return deciles[0], deciles[-1]
 
     def fall(self) -> float:
-        """By how much of its first value the loss fell, its last being the mean of the last five steps (they are noisy)."""
+        """By how much of its first value the loss fell, its last being the mean of the last five steps
+        (they are noisy)."""
         tail = self.losses[-5:]
         return 1 - sum(tail) / len(tail) / self.losses[0]
 
@@ -73,12 +75,14 @@ class DemoReport:
         fast, slow = first.measured.step_time_median, second.measured.step_time_median
         apart = "" if _apart(first, second) else " (their spreads overlap: a tie on this machine)"
         return (
-            f"Winner: {first.name}, {format_seconds(fast)} a step against {format_seconds(slow)} of {second.name}, "
+            f"Winner: {first.name}, {format_seconds(fast)} a step "
+            f"against {format_seconds(slow)} of {second.name}, "
             f"{slow / fast:.2f}x as fast{apart}"
         )
 
     def orders(self) -> list[tuple[str, str, str]]:
-        """Every pair: who is faster as measured, as predicted after calibration, and whether that agrees (or is a tie)."""
+        """Every pair: who is faster as measured, as predicted after calibration, and whether that agrees
+        (or is a tie)."""
         found = []
         for a, b in combinations(self.contenders, 2):
             assert a.after is not None
@@ -127,7 +131,8 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
                 )
                 for one in contenders
             ],
-            f"Step time of the strategy calibration never saw: {held.error(held.before):+.0%} before, {held.error(held.after):+.0%} after",
+            "Step time of the strategy calibration never saw: "
+            f"{held.error(held.before):+.0%} before, {held.error(held.after):+.0%} after",
         ),
     ]
     for one, result in zip(contenders, results, strict=True):
@@ -141,7 +146,8 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
 def _loss_title(contenders: Sequence[Contender]) -> str:
     falls = [one.fall() for one in contenders]
     apart = difference(contenders[0].losses, contenders[1].losses, 10)
-    return f"Loss falls by {min(falls):.0%} or more; {contenders[0].name} and {contenders[1].name} part by {apart:.0e} in 10 steps"
+    both = f"{contenders[0].name} and {contenders[1].name}"
+    return f"Loss falls by {min(falls):.0%} or more; {both} part by {apart:.0e} in 10 steps"
 
 
 def difference(one: Sequence[float], other: Sequence[float], steps: int) -> float:
@@ -155,29 +161,49 @@ def _sections(report: DemoReport) -> list[Section]:
     return [
         Section(
             "Measured",
-            "The best MoP and the best FSDP2 plan that the search found for this machine, and a third that calibration has not seen, "
+            "The best MoP and the best FSDP2 plan that the search found for this machine, "
+            "and a third that calibration has not seen, "
             f"each trained for {report.steps} steps on the same text with the same seed.",
             _measured(contenders),
         ),
         Section(
             "Predicted against measured",
-            f"Calibrated from the runs of {contenders[0].name} and {contenders[1].name} only; {contenders[-1].name} is held out.",
-            _predicted(contenders), ("predicted.png", "step time predicted before and after calibration, and measured"),
+            f"Calibrated from the runs of {contenders[0].name} and {contenders[1].name} only; "
+            f"{contenders[-1].name} is held out.",
+            _predicted(contenders),
+            ("predicted.png", "step time predicted before and after calibration, and measured"),
         ),
-        Section("Order by step time", table=Table(("measured", "predicted after calibration", "verdict"), report.orders())),
         Section(
-            "Loss", f"Same data, same seed: the first two curves differ by at most {apart:.1e} (relative) in the first 10 steps.",
+            "Order by step time",
+            table=Table(("measured", "predicted after calibration", "verdict"), report.orders()),
+        ),
+        Section(
+            "Loss",
+            "Same data, same seed: the first two curves differ by at most "
+            f"{apart:.1e} (relative) in the first 10 steps.",
             picture=("loss.png", "training loss per step"),
         ),
-        Section("Memory by category", _memory_text(contenders), _memory(contenders), ("memory.png", "predicted device memory at the peak")),
-        Section("Step time by component", picture=("time.png", "simulated step time by component, calibrated profile")),
+        Section(
+            "Memory by category",
+            _memory_text(contenders),
+            _memory(contenders),
+            ("memory.png", "predicted device memory at the peak"),
+        ),
+        Section(
+            "Step time by component",
+            picture=("time.png", "simulated step time by component, calibrated profile"),
+        ),
         *(
-            Section(f"Timeline of {one.name}", describe(one.plan.strategy), picture=(f"timeline-{one.name}.png", f"simulated step of {one.name}"))
+            Section(
+                f"Timeline of {one.name}",
+                describe(one.plan.strategy),
+                picture=(f"timeline-{one.name}.png", f"simulated step of {one.name}"),
+            )
             for one in contenders
         ),
         Section("The search", table=_searches(report)),
         Section("Calibration", table=_corrections(report)),
-    ]  # fmt: skip
+    ]
 
 
 def _measured(contenders: Sequence[Contender]) -> Table:
@@ -185,11 +211,16 @@ def _measured(contenders: Sequence[Contender]) -> Table:
     for one in contenders:
         low, high = one.spread()
         m = one.measured
-        rows.append([
-            describe(one.plan.strategy), f"{format_seconds(m.step_time_median)} ({format_seconds(low)} to {format_seconds(high)})",
-            f"{m.tokens_per_second:,.0f}", format_bytes(m.peak_memory), format_bytes(m.host_memory),
-            f"{one.losses[0]:.3f} to {one.losses[0] * (1 - one.fall()):.3f} ({-one.fall():+.0%})",
-        ])  # fmt: skip
+        rows.append(
+            [
+                describe(one.plan.strategy),
+                f"{format_seconds(m.step_time_median)} ({format_seconds(low)} to {format_seconds(high)})",
+                f"{m.tokens_per_second:,.0f}",
+                format_bytes(m.peak_memory),
+                format_bytes(m.host_memory),
+                f"{one.losses[0]:.3f} to {one.losses[0] * (1 - one.fall()):.3f} ({-one.fall():+.0%})",
+            ]
+        )
     return Table(
         (
             "strategy",
@@ -207,11 +238,14 @@ def _predicted(contenders: Sequence[Contender]) -> Table:
     rows = []
     for one in contenders:
         assert one.after
-        rows.append([
-            one.name, format_seconds(one.measured.step_time_median),
-            f"{format_seconds(one.before.step_time)} ({one.error(one.before):+.0%})",
-            f"{format_seconds(one.after.step_time)} ({one.error(one.after):+.0%})",
-        ])  # fmt: skip
+        rows.append(
+            [
+                one.name,
+                format_seconds(one.measured.step_time_median),
+                f"{format_seconds(one.before.step_time)} ({one.error(one.before):+.0%})",
+                f"{format_seconds(one.after.step_time)} ({one.error(one.after):+.0%})",
+            ]
+        )
     return Table(("strategy", "measured", "predicted before calibration", "predicted after"), rows)
 
 
@@ -222,10 +256,15 @@ def _memory_text(contenders: Sequence[Contender]) -> str:
 
 def _memory(contenders: Sequence[Contender]) -> Table:
     rows = [
-        [one.name, format_bytes(one.measured.peak_memory), f"{format_bytes(one.before.peak_memory)} ({one.memory_error():+.1%})",
-         format_bytes(one.measured.host_memory), format_bytes(one.before.host_memory)]
+        [
+            one.name,
+            format_bytes(one.measured.peak_memory),
+            f"{format_bytes(one.before.peak_memory)} ({one.memory_error():+.1%})",
+            format_bytes(one.measured.host_memory),
+            format_bytes(one.before.host_memory),
+        ]
         for one in contenders
-    ]  # fmt: skip
+    ]
     return Table(
         ("strategy", "device, tracked", "device, predicted", "host, tracked", "host, predicted"), rows
     )
@@ -260,9 +299,10 @@ def _corrections(report: DemoReport) -> Table:
 
 
 def _facts(report: DemoReport) -> dict[str, str]:
+    environment = report.contenders[0].measured.environment
     facts = {
         "command": report.command,
-        "machine": f"{platform.machine()}, {report.contenders[0].measured.environment.get('cpu', platform.processor() or 'CPU')}",
+        "machine": ", ".join(f"{name} {value}" for name, value in environment.items()),
         "probed profile": f"{report.hardware.name} (digest {io.digest(report.hardware)})",
         "calibrated profile": f"{report.corrected.name} (digest {io.digest(report.corrected)})",
         "version": mopsim.__version__,

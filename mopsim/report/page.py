@@ -1,4 +1,5 @@
-"""A report: one list of sections, written as Markdown (index.md) and as HTML (index.html) beside its pictures."""
+"""A report: one list of sections, written as Markdown (index.md) and as HTML (index.html) beside its
+pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,27 +40,43 @@ _MARKDOWN = """# {{ page.title }}
 
 {{ page.summary }}
 {% for section in page.sections %}
+
 ## {{ section.title }}
 {% if section.text %}
+
 {{ section.text }}
-{% endif %}{% if section.table %}
+{% endif %}
+{% if section.table %}
+
 | {{ section.table.columns | join(' | ') }} |
-|{% for _ in section.table.columns %}---|{% endfor %}
-{% for row in section.table.rows %}| {{ row | join(' | ') }} |
-{% endfor %}{% endif %}{% if section.picture %}
+| {{ (['---'] * section.table.columns | length) | join(' | ') }} |
+{% for row in section.table.rows %}
+| {{ row | join(' | ') }} |
+{% endfor %}
+{% endif %}
+{% if section.picture %}
+
 ![{{ section.picture[1] }}]({{ section.picture[0] }})
-{% endif %}{% endfor %}
+{% endif %}
+{% endfor %}
+
 ## How this was made
 
-{% for name, value in page.facts.items() %}- {{ name }}: `{{ value }}`
-{% endfor %}"""
+{% for name, value in page.facts.items() %}
+- {{ name }}: `{{ value }}`
+{% endfor %}
+"""
 
 _HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ page.title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{
+page.title }}</title>
 <style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2833}
 h1{font-size:1.7rem}h2{font-size:1.2rem;margin-top:2.2rem}img{max-width:100%}
-table{border-collapse:collapse;font-size:.92rem}td,th{padding:.3rem .7rem;border-bottom:1px solid #d5d8dc;text-align:right}
+table{border-collapse:collapse;font-size:.92rem}
+td,th{padding:.3rem .7rem;border-bottom:1px solid
+#d5d8dc;text-align:right}
 td:first-child,th:first-child{text-align:left}code{background:#f2f3f4;padding:.1rem .3rem}
 </style></head><body>
 <h1>{{ page.title }}</h1><p>{{ page.summary }}</p>

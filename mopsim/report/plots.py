@@ -1,4 +1,5 @@
-"""Figures of a comparison: bars of memory and time per strategy, sweeps, losses, predicted against measured."""
+"""Figures of a comparison: bars of memory and time per strategy, sweeps, losses, predicted against
+measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,9 +103,15 @@ def sweep_lines(
             lost = [x for x, y in zip(values, points, strict=True) if y is None]
             height = [0.03 + 0.05 * index] * len(lost)
             axis.scatter(
-                lost, height, marker="x", s=70, linewidth=2.5, color=tint, zorder=5,
+                lost,
+                height,
+                marker="x",
+                s=70,
+                linewidth=2.5,
+                color=tint,
+                zorder=5,
                 transform=blended_transform_factory(axis.transData, axis.transAxes),
-            )  # fmt: skip
+            )
         axis.scatter([], [], marker="x", color="#515a5a", label="out of memory")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(values), list(names))
@@ -125,9 +132,13 @@ def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) ->
         for index, (label, values) in enumerate(losses.items()):
             last = sum(values[-5:]) / len(values[-5:])
             axis.plot(
-                range(1, len(values) + 1), list(values), linestyle=styles[index % 4], linewidth=3 - 0.7 * min(index, 3),
-                color=SERIES[index % len(SERIES)], label=f"{label}: {values[0]:.2f} to {last:.2f} ({last / values[0] - 1:+.0%})",
-            )  # fmt: skip
+                range(1, len(values) + 1),
+                list(values),
+                linestyle=styles[index % 4],
+                linewidth=3 - 0.7 * min(index, 3),
+                color=SERIES[index % len(SERIES)],
+                label=f"{label}: {values[0]:.2f} to {last:.2f} ({last / values[0] - 1:+.0%})",
+            )
         axis.set_xlabel("step")
         axis.set_ylabel("loss, nats per token")
         axis.set_title(title)
@@ -138,7 +149,8 @@ def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) ->
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured number with its spread, and what was predicted before and after calibration (None: not made)."""
+    """A measured number with its spread, and what was predicted before and after calibration (None: not
+    made)."""
 
     label: str
     measured: float
@@ -149,7 +161,8 @@ class Compared:
 
 
 def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> Path:
-    """Step time per strategy: predicted before, measured (with its p10-p90 spread), predicted after calibration."""
+    """Step time per strategy: predicted before, measured (with its p10-p90 spread), predicted after
+    calibration."""
     values = [value for row in rows for value in (row.high, row.before or 0, row.after or 0)]
     unit, scale = time_scale(max(values))
     width = 0.26

@@ -1,4 +1,5 @@
-"""One look for every figure: a colour per category and component, sizes readable at a glance, written aside."""
+"""One look for every figure: a colour per category and component, sizes readable at a glance, written
+aside."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +14,55 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.units import UNITS
 
 COLOURS = {
-    "params": "#1b4f72", "grads": "#2e86c1", "optimizer": "#85c1e9", "gathered": "#117864", "gathered_grads": "#48c9b0",
-    "boundaries": "#b7950b", "activations": "#f4d03f", "dispatch": "#ca6f1e", "logits": "#922b21", "staging": "#8e44ad",
+    "params": "#1b4f72",
+    "grads": "#2e86c1",
+    "optimizer": "#85c1e9",
+    "gathered": "#117864",
+    "gathered_grads": "#48c9b0",
+    "boundaries": "#b7950b",
+    "activations": "#f4d03f",
+    "dispatch": "#ca6f1e",
+    "logits": "#922b21",
+    "staging": "#8e44ad",
     "framework": "#909497",
-    "embedding": "#909497", "attention": "#1b4f72", "dense_ffn": "#2e86c1", "router": "#f4d03f", "experts": "#ca6f1e",
-    "shared_experts": "#f0b27a", "vocabulary": "#922b21", "other": "#bfc9ca",
-    "forward": "#2e86c1", "recompute": "#f4d03f", "backward": "#ca6f1e", "step": "#8e44ad",
-    "matmul": "#1b4f72", "grouped_matmul": "#ca6f1e", "memory_bound": "#909497", "all_gather": "#117864",
-    "reduce_scatter": "#48c9b0", "all_reduce": "#0e6655", "all_to_all": "#b7950b", "send_recv": "#7d6608", "h2d": "#8e44ad",
-    "d2h": "#bb8fce", "host_optimizer": "#e59866",
-}  # fmt: skip
+    "embedding": "#909497",
+    "attention": "#1b4f72",
+    "dense_ffn": "#2e86c1",
+    "router": "#f4d03f",
+    "experts": "#ca6f1e",
+    "shared_experts": "#f0b27a",
+    "vocabulary": "#922b21",
+    "other": "#bfc9ca",
+    "forward": "#2e86c1",
+    "recompute": "#f4d03f",
+    "backward": "#ca6f1e",
+    "step": "#8e44ad",
+    "matmul": "#1b4f72",
+    "grouped_matmul": "#ca6f1e",
+    "memory_bound": "#909497",
+    "all_gather": "#117864",
+    "reduce_scatter": "#48c9b0",
+    "all_reduce": "#0e6655",
+    "all_to_all": "#b7950b",
+    "send_recv": "#7d6608",
+    "h2d": "#8e44ad",
+    "d2h": "#bb8fce",
+    "host_optimizer": "#e59866",
+}
 SERIES = ("#ca6f1e", "#1b4f72", "#117864", "#922b21", "#8e44ad", "#7d6608", "#2e86c1", "#515a5a")
 
 RC: Any = {
-    "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10, "figure.dpi": 110, "savefig.dpi": 110,
-}  # fmt: skip
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+}
 
 
 def colour(name: str) -> str:

@@ -11,7 +11,8 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.units import format_bytes, format_seconds
 
 COLUMNS = ("strategy", "step", "tok/s/dev", "MFU", "memory", "limit", "host", "exposed", "verdict")
-"""tok/s/dev: tokens per second and device. memory: device peak. limit: share of the usable device memory. exposed: seconds
+"""tok/s/dev: tokens per second and device. memory: device peak. limit: share of the usable device
+memory. exposed: seconds
 of compute waiting for communication and copies."""
 
 
@@ -19,9 +20,15 @@ def describe(strategy: Strategy) -> str:
     """The choices that make a strategy, in a line: only those that differ from the plain case are named."""
     s = strategy
     degrees = {
-        "TP": s.dense.tensor, "PP": s.pipeline.degree, "VP": s.pipeline.virtual_stages, "D": s.attention.sequence,
-        "Ep": s.experts.degree, "ETP": s.experts.tensor, "P": s.vocabulary.degree, "mb": s.micro_batch,
-    }  # fmt: skip
+        "TP": s.dense.tensor,
+        "PP": s.pipeline.degree,
+        "VP": s.pipeline.virtual_stages,
+        "D": s.attention.sequence,
+        "Ep": s.experts.degree,
+        "ETP": s.experts.tensor,
+        "P": s.vocabulary.degree,
+        "mb": s.micro_batch,
+    }
     parts = [f"{name}={value}" for name, value in degrees.items() if value > 1 or name == "mb"]
     if s.dense.shard not in (s.stage_ranks, s.stage_ranks // s.dense.tensor):
         parts.append(f"shard={s.dense.shard}")
@@ -55,10 +62,16 @@ def row(result: SimResult) -> list[str]:
         verdict = f"does not fit: {result.over}, {format_bytes(result.over_bytes)} over"
     exposed = sum(result.exposed.values())
     return [
-        describe(result.strategy), format_seconds(result.step_time), f"{result.tokens_per_second_per_device:,.0f}",
-        f"{result.mfu:.1%}", format_bytes(result.peak_memory), f"{result.peak_memory / result.memory_limit:.0%}",
-        format_bytes(result.host_memory), f"{format_seconds(exposed)} ({exposed / result.step_time:.0%})", verdict,
-    ]  # fmt: skip
+        describe(result.strategy),
+        format_seconds(result.step_time),
+        f"{result.tokens_per_second_per_device:,.0f}",
+        f"{result.mfu:.1%}",
+        format_bytes(result.peak_memory),
+        f"{result.peak_memory / result.memory_limit:.0%}",
+        format_bytes(result.host_memory),
+        f"{format_seconds(exposed)} ({exposed / result.step_time:.0%})",
+        verdict,
+    ]
 
 
 def comparison(results: Sequence[SimResult], title: str) -> Group:

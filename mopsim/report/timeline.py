@@ -31,8 +31,8 @@ def timeline_plot(
                 lanes.broken_barh(
                     [(s.start / scale, (s.end - s.start) / scale) for s in chosen],
                     (row - 0.4, 0.8),
-                    facecolors=colour(component),
-                    linewidth=0,
+                    color=colour(component),
+                    linewidth=0.5,  # so that a copy of microseconds is seen
                 )
                 used[component] = colour(component)
         lanes.set_yticks(range(len(streams)), [stream.replace("_", " ") for stream in streams])

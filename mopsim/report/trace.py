@@ -25,10 +25,18 @@ def chrome_trace(
         )
     place = {stream: tid for tid, stream in enumerate(streams)}
     for span in spans:
-        events.append({
-            "ph": "X", "pid": 0, "tid": place[span.stream], "ts": span.start * 1e6, "dur": (span.end - span.start) * 1e6,
-            "name": span.name, "cat": f"{span.component},{span.phase}", "args": {"component": span.component, "phase": span.phase},
-        })  # fmt: skip
+        events.append(
+            {
+                "ph": "X",
+                "pid": 0,
+                "tid": place[span.stream],
+                "ts": span.start * 1e6,
+                "dur": (span.end - span.start) * 1e6,
+                "name": span.name,
+                "cat": f"{span.component},{span.phase}",
+                "args": {"component": span.component, "phase": span.phase},
+            }
+        )
     events += [
         {"ph": "C", "pid": 0, "ts": t * 1e6, "name": "device memory", "args": {"bytes": value}}
         for t, value in curve

@@ -1,6 +1,7 @@
 """Closed-form lower bounds on a candidate's step time, device and host memory, for a whole space at once.
 
-Each is at most what the simulator finds (tests/sim/test_search.py holds them against each other): peak rates instead
+Each is at most what the simulator finds (tests/sim/test_search.py holds them against each other): peak
+rates instead
 of curves, no dependencies between streams, no transients but those that any schedule needs.
 """
 
@@ -21,7 +22,8 @@ Reals = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower bounds per row of a space. guess: a time that adds what the bound lets overlap; it orders, never rejects.
+    """Lower bounds per row of a space. guess: a time that adds what the bound lets overlap; it orders,
+    never rejects.
 
     parts: what the bound on `device` is made of, by category.
     """
@@ -111,7 +113,8 @@ class _Bounder:
         return np.asarray(np.where(streamed | self.separate_master, self.wide, 0.0))
 
     def boundary(self) -> Reals:
-        """Bytes of the layer inputs that wait for the backward; without recompute, of one more value as wide."""
+        """Bytes of the layer inputs that wait for the backward; without recompute, of one more value as
+        wide."""
         m, c = self.model, self.c
         kept = (
             np.where(c["recompute"] == 1, 0, m.hidden_size)
@@ -174,9 +177,11 @@ class _Bounder:
         return correction.scale if correction.overhead >= 0 else 0.0
 
     def compute_time(self) -> Reals:
-        """Products of forward, backward (twice) and recompute at the best rate of the curve, and kernel launches.
+        """Products of forward, backward (twice) and recompute at the best rate of the curve, and kernel
+        launches.
 
-        Every degree splits the work of a step over ranks, so the mean rank does 1/W of it and the slowest no less.
+        Every degree splits the work of a step over ranks, so the mean rank does 1/W of it and the
+        slowest no less.
         """
         training, device = self.problem.training, self.hardware.device
         flops = flops_per_token(self.model, training.seq_len)
@@ -200,7 +205,8 @@ class _Bounder:
         )
 
     def wire_times(self) -> list[Reals]:
-        """Seconds of each fabric: gathers and reductions of weights, sequence and expert exchanges, the ring."""
+        """Seconds of each fabric: gathers and reductions of weights, sequence and expert exchanges, the
+        ring."""
         fabric = {"scale_up": np.zeros(len(self.space)), "scale_out": np.zeros(len(self.space))}
         for kind, size, ranks, count in self.messages():
             domain = np.minimum(ranks, self.hardware.scale_up_size)
@@ -224,7 +230,8 @@ class _Bounder:
         return np.asarray(curve.latency.si + part / curve.bandwidth.si)
 
     def messages(self) -> list[tuple[str, Reals, Reals, Reals]]:
-        """(kind, bytes of the full buffer, ranks, times in a step) of the collectives that no schedule avoids."""
+        """(kind, bytes of the full buffer, ranks, times in a step) of the collectives that no schedule
+        avoids."""
         c, m = self.c, self.model
         ones, layers = np.ones(len(self.space)), float(m.num_hidden_layers)
         found = []

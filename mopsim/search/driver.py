@@ -1,4 +1,5 @@
-"""Search: generate -> bound -> simulate -> rank. A bound that costs a microsecond filters, the event simulation decides."""
+"""Search: generate -> bound -> simulate -> rank. A bound that costs a microsecond filters, the event
+simulation decides."""
 
 import time
 from collections import Counter
@@ -36,9 +37,11 @@ class Options:
 
 @dataclass
 class SearchResult:
-    """What a search did. top: fitting results, fastest first. closest: the one that misses by least, where none fits.
+    """What a search did. top: fitting results, fastest first. closest: the one that misses by least,
+    where none fits.
 
-    proven: no candidate left out can beat the last of `top`; otherwise the budget of simulations ended the search.
+    proven: no candidate left out can beat the last of `top`; otherwise the budget of simulations ended
+    the search.
     """
 
     candidates: int = 0
@@ -59,16 +62,24 @@ class SearchResult:
         """The keys of the `search` command."""
         found = [result.to_json() for result in self.top]
         return {
-            "candidates": self.candidates, "bounded": self.bounded, "simulated": self.simulated,
-            "rejected": dict(self.rejected.most_common()), "seconds": self.seconds, "bound_seconds": self.bound_seconds,
-            "proven": self.proven, "best": found[0] if found else None, "top": found,
-            "closest": self.closest.to_json() if self.closest and not found else None, "verdict": self.verdict(),
-        }  # fmt: skip
+            "candidates": self.candidates,
+            "bounded": self.bounded,
+            "simulated": self.simulated,
+            "rejected": dict(self.rejected.most_common()),
+            "seconds": self.seconds,
+            "bound_seconds": self.bound_seconds,
+            "proven": self.proven,
+            "best": found[0] if found else None,
+            "top": found,
+            "closest": self.closest.to_json() if self.closest and not found else None,
+            "verdict": self.verdict(),
+        }
 
     def verdict(self) -> str:
         """One line: what was found, or what stops everything and by how much."""
         if self.best:
-            return f"{self.best.strategy.name}: {self.best.tokens_per_second_per_device:,.0f} tokens/s per device"
+            speed = f"{self.best.tokens_per_second_per_device:,.0f} tokens/s per device"
+            return f"{self.best.strategy.name}: {speed}"
         if self.closest:
             over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
             return f"nothing fits: the closest ({self.closest.strategy.name}) is {by} over, stopped by {over}"
@@ -77,9 +88,13 @@ class SearchResult:
 
 
 def search(
-    model: ModelSpec, hardware: HardwareProfile, num_nodes: int, training: TrainSpec,
-    options: Options = Options(), progress: Callable[[int, SimResult | None], None] | None = None,
-) -> SearchResult:  # fmt: skip
+    model: ModelSpec,
+    hardware: HardwareProfile,
+    num_nodes: int,
+    training: TrainSpec,
+    options: Options = Options(),
+    progress: Callable[[int, SimResult | None], None] | None = None,
+) -> SearchResult:
     """The fastest strategies that fit. `progress(simulated, best)` is called after each simulation."""
     started = time.perf_counter()
     problem = Problem(model, hardware, num_nodes, training, total_params(model), options.precision)

@@ -23,7 +23,8 @@ _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute")
 
 @dataclass
 class Pool:
-    """Candidates in order of their guessed time. A position counts in that order; `rows[position]` is a row of the space."""
+    """Candidates in order of their guessed time. A position counts in that order; `rows[position]` is a
+    row of the space."""
 
     space: Space
     rows: Column
@@ -70,7 +71,8 @@ class Pool:
         return self.device + extra[self.kinds] * self.tokens
 
     def first(self, below: float) -> tuple[bool, int] | None:
-        """(expected not to fit, position) of the untaken candidate of the best guess whose bound is under `below` s.
+        """(expected not to fit, position) of the untaken candidate of the best guess whose bound is
+        under `below` s.
 
         Those expected not to fit come last: a guess orders the work, only bounds and simulations reject.
         """

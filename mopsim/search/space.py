@@ -1,4 +1,5 @@
-"""The candidates of a family as columns of a table: hundreds of thousands cost milliseconds, none is built before it is needed."""
+"""The candidates of a family as columns of a table: hundreds of thousands cost milliseconds, none is
+built before it is needed."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,15 +27,34 @@ STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 LOSSES = ("full", "chunked", "ring", "vocab_parallel")
 
 DEFAULTS = {
-    "micro_batch": 1, "tensor": 1, "pipeline": 1, "virtual_stages": 1, "sequence": 1, "experts": 1, "expert_tensor": 1,
-    "expert_shard": 1, "vocabulary": 1, "dense_shard": 1, "chunks": 0, "ffn_slices": 1, "loss": FULL, "loss_slices": 1,
-    "state": DEVICE, "bucket": 100_000_000, "boundary_host": 0, "recompute": 1, "reshard": 1, "offload": 0, "zero": 3,
-}  # fmt: skip
+    "micro_batch": 1,
+    "tensor": 1,
+    "pipeline": 1,
+    "virtual_stages": 1,
+    "sequence": 1,
+    "experts": 1,
+    "expert_tensor": 1,
+    "expert_shard": 1,
+    "vocabulary": 1,
+    "dense_shard": 1,
+    "chunks": 0,
+    "ffn_slices": 1,
+    "loss": FULL,
+    "loss_slices": 1,
+    "state": DEVICE,
+    "bucket": 100_000_000,
+    "boundary_host": 0,
+    "recompute": 1,
+    "reshard": 1,
+    "offload": 0,
+    "zero": 3,
+}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a strategy is looked for: every input of the search but its options. `layer_params` is the model's total."""
+    """What a strategy is looked for: every input of the search but its options. `layer_params` is the
+    model's total."""
 
     model: ModelSpec
     hardware: HardwareProfile
@@ -50,7 +70,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Space:
-    """Candidates of one family: equal columns of integers, one row per candidate; `build(row)` makes the Strategy."""
+    """Candidates of one family: equal columns of integers, one row per candidate; `build(row)` makes the
+    Strategy."""
 
     family: str
     problem: Problem
@@ -77,7 +98,8 @@ def divisors(value: int) -> list[int]:
 
 
 def generate(problem: Problem, family: str) -> Space:
-    """All legal candidates of a family: the product of its axes, less the rows that break a relation between two."""
+    """All legal candidates of a family: the product of its axes, less the rows that break a relation
+    between two."""
     columns = _product(AXES[family](problem))
     rejected: Counter[str] = Counter()
     for reason, legal in _relations(problem, columns):
@@ -89,7 +111,8 @@ def generate(problem: Problem, family: str) -> Space:
 
 
 def _product(axes: Axes) -> dict[str, Column]:
-    """Columns of the Cartesian product. A key that is a tuple of names takes tuples of values that go together."""
+    """Columns of the Cartesian product. A key that is a tuple of names takes tuples of values that go
+    together."""
     counts = [len(values) for values in axes.values()]
     places = np.indices(counts).reshape(len(counts), -1)
     size = places.shape[1]
@@ -266,40 +289,69 @@ def _tokens(problem: Problem, row: dict[str, int]) -> int:
 def _build_mop(problem: Problem, row: dict[str, int]) -> Strategy:
     tokens = _tokens(problem, row)
     return mop(
-        problem.world_size, sequence=row["sequence"], experts=row["experts"], vocabulary=row["vocabulary"],
-        micro_batch=row["micro_batch"], dense_shard=row["dense_shard"], expert_shard=row["expert_shard"],
-        chunk_tokens=ceil_div(tokens, max(row["chunks"], 1)), ffn_chunk_tokens=_chunk(tokens, row["ffn_slices"]),
-        loss_chunk_tokens=_chunk(tokens, row["loss_slices"]), state=STATES[row["state"]], bucket_params=row["bucket"],
-        boundary_tier="host" if row["boundary_host"] else "device", precision=problem.precision,
-    )  # fmt: skip
+        problem.world_size,
+        sequence=row["sequence"],
+        experts=row["experts"],
+        vocabulary=row["vocabulary"],
+        micro_batch=row["micro_batch"],
+        dense_shard=row["dense_shard"],
+        expert_shard=row["expert_shard"],
+        chunk_tokens=ceil_div(tokens, max(row["chunks"], 1)),
+        ffn_chunk_tokens=_chunk(tokens, row["ffn_slices"]),
+        loss_chunk_tokens=_chunk(tokens, row["loss_slices"]),
+        state=STATES[row["state"]],
+        bucket_params=row["bucket"],
+        boundary_tier="host" if row["boundary_host"] else "device",
+        precision=problem.precision,
+    )
 
 
 def _build_fsdp2(problem: Problem, row: dict[str, int]) -> Strategy:
     tokens = _tokens(problem, row)
     return fsdp2(
-        problem.world_size, sequence=row["sequence"], experts=row["experts"], micro_batch=row["micro_batch"],
-        dense_shard=row["dense_shard"], recompute="full" if row["recompute"] else "none",
-        loss="chunked" if row["loss"] == CHUNKED else "full", loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
-        offload=bool(row["offload"]), reshard=bool(row["reshard"]), precision=problem.precision,
-    )  # fmt: skip
+        problem.world_size,
+        sequence=row["sequence"],
+        experts=row["experts"],
+        micro_batch=row["micro_batch"],
+        dense_shard=row["dense_shard"],
+        recompute="full" if row["recompute"] else "none",
+        loss="chunked" if row["loss"] == CHUNKED else "full",
+        loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
+        offload=bool(row["offload"]),
+        reshard=bool(row["reshard"]),
+        precision=problem.precision,
+    )
 
 
 def _build_zero_offload(problem: Problem, row: dict[str, int]) -> Strategy:
     tokens = _tokens(problem, row)
     return zero_offload(
-        problem.world_size, sequence=row["sequence"], experts=row["experts"], micro_batch=row["micro_batch"],
-        dense_shard=row["dense_shard"], expert_shard=row["expert_shard"],
-        loss="chunked" if row["loss"] == CHUNKED else "full", loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
-        boundary_tier="host" if row["boundary_host"] else "device", precision=problem.precision,
-    )  # fmt: skip
+        problem.world_size,
+        sequence=row["sequence"],
+        experts=row["experts"],
+        micro_batch=row["micro_batch"],
+        dense_shard=row["dense_shard"],
+        expert_shard=row["expert_shard"],
+        loss="chunked" if row["loss"] == CHUNKED else "full",
+        loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
+        boundary_tier="host" if row["boundary_host"] else "device",
+        precision=problem.precision,
+    )
 
 
 def _build_megatron(problem: Problem, row: dict[str, int]) -> Strategy:
     return megatron(
-        problem.world_size, tensor=row["tensor"], pipeline=row["pipeline"], virtual_stages=row["virtual_stages"],
-        sequence=row["sequence"], experts=row["experts"], expert_tensor=row["expert_tensor"],
-        micro_batch=row["micro_batch"], recompute="full" if row["recompute"] else "none", precision=problem.precision,
-    )  # fmt: skip
+        problem.world_size,
+        tensor=row["tensor"],
+        pipeline=row["pipeline"],
+        virtual_stages=row["virtual_stages"],
+        sequence=row["sequence"],
+        experts=row["experts"],
+        expert_tensor=row["expert_tensor"],
+        micro_batch=row["micro_batch"],
+        recompute="full" if row["recompute"] else "none",
+        precision=problem.precision,
+    )
 
 
 BUILDERS: dict[str, Callable[[Problem, dict[str, int]], Strategy]] = {

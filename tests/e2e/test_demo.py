@@ -1,4 +1,5 @@
-"""The closed loop, for real but short: every command of both packages, two ranks, a report with its pictures."""
+"""The closed loop, for real but short: every command of both packages, two ranks, a report with its
+pictures."""
 
 import json
 import os

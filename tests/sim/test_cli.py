@@ -24,9 +24,20 @@ JOB = [
     "float32",
 ]
 SIMULATE_KEYS = {
-    "step_time_s", "tokens_per_s_per_device", "model_flops_per_s_per_device", "mfu", "fits", "peak_memory_bytes",
-    "memory_limit_bytes", "memory_by_category_bytes", "peak_at", "host_memory_bytes", "exposed_s", "strategy", "provenance",
-}  # fmt: skip
+    "step_time_s",
+    "tokens_per_s_per_device",
+    "model_flops_per_s_per_device",
+    "mfu",
+    "fits",
+    "peak_memory_bytes",
+    "memory_limit_bytes",
+    "memory_by_category_bytes",
+    "peak_at",
+    "host_memory_bytes",
+    "exposed_s",
+    "strategy",
+    "provenance",
+}
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -133,5 +144,6 @@ def test_nothing_fits_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_cli_imports_neither_torch_nor_matplotlib() -> None:
-    code = "import mopsim, mopsim.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'simpy', 'numpy')))"
+    heavy = ("torch", "matplotlib", "simpy", "numpy")
+    code = f"import mopsim, mopsim.cli, sys; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,5 @@
-"""The search: legal candidates, bounds that hold, pruning that loses nothing, and a result when nothing fits."""
+"""The search: legal candidates, bounds that hold, pruning that loses nothing, and a result when nothing
+fits."""
 
 import msgspec
 import numpy as np
@@ -92,7 +93,8 @@ def test_megatron_is_not_run_and_says_why() -> None:
 
 
 def test_search_without_a_budget_finds_the_best_of_all() -> None:
-    """Pruning loses nothing: the winner of an exhausted search is the fastest of every simulated candidate."""
+    """Pruning loses nothing: the winner of an exhausted search is the fastest of every simulated
+    candidate."""
     p = problem(0)
     hardware = with_memory(p.hardware, 70e6)
     found = search(

@@ -20,12 +20,16 @@ def test_a_family_survives_yaml(family: str, precision: str) -> None:
 
 
 def test_mop_is_the_papers() -> None:
-    """arXiv 2607.01844: bf16 weights and gradients on the device, fp32 state streamed from the host, full recompute."""
+    """arXiv 2607.01844: bf16 weights and gradients on the device, fp32 state streamed from the host,
+    full recompute."""
     s = mop(16, sequence=2, experts=16, vocabulary=8)
     assert (s.attention.sequence, s.experts.degree, s.vocabulary.degree, s.dense.shard) == (2, 16, 8, 16)
     assert (s.runtime, s.vocabulary.loss, s.activations.recompute, s.activations.boundary_tier) == (
-        "flat_units", "ring", "full", "host",
-    )  # fmt: skip
+        "flat_units",
+        "ring",
+        "full",
+        "host",
+    )
     assert (s.optimizer.state_tier, s.optimizer.update_on) == ("host", "device")
     assert (s.precision.param, s.precision.grad, s.precision.master) == ("bfloat16", "bfloat16", "float32")
 
