@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mopsim.spec.errors import SpecError
+from mopsim.spec.layout import interval
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 
@@ -63,8 +64,12 @@ def unsupported(strategy: Strategy, model: ModelSpec) -> Iterator[SpecError]:
     """Every field of the strategy or the model that mopexec does not run yet, as the error that names it."""
     yield from _outside(model, MODEL, "model")
     yield from _outside(strategy, COMMON | RUNTIMES[strategy.runtime], "strategy")
+    if model.head_dim % 2:
+        yield SpecError("model.head_dim", model.head_dim, "must be even for rotary positions")
     if strategy.runtime == "fully_shard":
         yield from _fully_shard(strategy)
+    else:
+        yield from _flat_units(strategy, model)
 
 
 def runnable(strategy: Strategy, model: ModelSpec) -> SpecError | None:
@@ -80,6 +85,23 @@ def _outside(spec: Any, allowed: dict[str, tuple[Any, ...]], prefix: str) -> Ite
         if value not in values:
             names = " or ".join(repr(item) for item in values)
             yield SpecError(f"{prefix}.{path}", value, f"is not run by mopexec yet, only {names}")
+
+
+def _flat_units(strategy: Strategy, model: ModelSpec) -> Iterator[SpecError]:
+    """Relations between two fields: heads over ranks, rows of the ring, a master to update on the host."""
+    degree, heads = strategy.attention.sequence, model.num_key_value_heads
+    if heads % degree and degree % heads:
+        rule = f"and num_key_value_heads {heads}: neither divides the other"
+        yield SpecError("strategy.attention.sequence", degree, rule)
+    if strategy.vocabulary.loss == "ring":
+        ring = strategy.vocabulary.degree
+        start, stop = interval(model.vocab_size, ring, ring - 1)
+        if start >= stop:
+            rule = f"leaves the last rank no rows of vocab_size {model.vocab_size}"
+            yield SpecError("strategy.vocabulary.degree", ring, rule)
+    if strategy.optimizer.update_on == "host" and strategy.precision.master == "param":
+        rule = "leaves no master weights on the host, where optimizer.update_on is host"
+        yield SpecError("strategy.precision.master", "param", rule)
 
 
 def _fully_shard(strategy: Strategy) -> Iterator[SpecError]:
