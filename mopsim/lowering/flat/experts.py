@@ -227,7 +227,7 @@ class ExpertsLowering:
         b, c = self.b, self.c
         _, _, received, most = self._sizes(i)
         b.make("grad_weights", received * c.wide)
-        b.spike(5 * most * self.inner * c.b)
+        b.spike(6 * most * self.inner * c.b)
         works = [*works, *self._products(i, False, "experts_gate", "experts_up")]
         works += self._products(i, True, "experts_gate", "experts_up", "experts_down")
         if c.strategy.precision.reduce != c.strategy.precision.compute:

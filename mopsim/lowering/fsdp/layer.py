@@ -67,6 +67,10 @@ class FsdpLayer:
             self._moe_forward(layer, phase, graph)
         else:
             self._ffn_forward(layer, phase, graph, self.c.model.intermediate_size, "dense_ffn")
+        if phase == "recompute":  # stops once the last saved tensor is there
+            self._keep(layer, graph, "h", "h2")
+            self._keep(layer, graph and not self.cast, "x1", "x1")
+            return
         b.make("out", self.u)
         b.drop("f")
         self._keep(layer, graph, "h", "h2")
@@ -226,8 +230,10 @@ class FsdpLayer:
         kernels = self._ffn_kernels(width, component)
         for name in ("gate", "silu", "up", "act"):
             b.make(f"{component}_{name}", size)
-        b.make("f", self.u)
-        works = [work for name in kernels for work in b.works(kernels[name], False)]
+        redo = phase == "recompute"
+        if not redo:
+            b.make("f", self.u)
+        works = [w for name in kernels for w in b.works(kernels[name], False) if not (redo and name == "down_proj")]
         b.compute("ffn", component, phase, layer, works)
         for name in ("gate", "silu", "up", "act"):
             self._keep(layer, graph, f"{component}_{name}", f"{component}_{name}")
@@ -236,14 +242,16 @@ class FsdpLayer:
         """Makes `dh` (the gradient of the normed input)."""
         b, size = self.b, self.N * width * self.c.b
         kernels = self._ffn_kernels(width, component)
+        b.spike(size)
+        b.drop(f"{component}_act.{layer}")
         b.spike(3 * size)
         b.make("dpair", 2 * size)
-        b.drop(f"{component}_act.{layer}", f"{component}_silu.{layer}")
+        b.drop(f"{component}_silu.{layer}", f"{component}_up.{layer}")
         b.make("dh", self.u)
         b.spike(2 * self.u)
         works = [work for name in kernels for work in b.works(kernels[name], True)]
         b.compute("ffn", component, "backward", layer, works)
-        b.drop("dpair", f"{component}_gate.{layer}", f"{component}_up.{layer}")
+        b.drop("dpair", f"{component}_gate.{layer}")
 
     def _moe_forward(self, layer: int, phase: str, graph: bool) -> None:
         b, c = self.b, self.c
@@ -262,16 +270,19 @@ class FsdpLayer:
         self._dispatch(layer, phase)
         self._experts_forward(layer, phase, graph)
         self._return(layer, phase)
-        b.make("f", self.u, _D)
-        b.compute("combine", "experts", phase, layer, [Work("memory_bound", bytes=float(self.sent * self.row + self.u))])
+        width = c.model.shared_expert_intermediate_size
+        if width or phase != "recompute":
+            b.make("f", self.u, _D)
+            work = [Work("memory_bound", bytes=float(self.sent * self.row + self.u))]
+            b.compute("combine", "experts", phase, layer, work)
         self._keep(layer, graph, "home", "home")
         self._keep(layer, graph, "index", "index")
         self._keep(layer, graph, "weights", "weights")
-        width = c.model.shared_expert_intermediate_size
         if width:
             b.rename("f", "routed")
             self._ffn_forward(layer, phase, graph, width, "shared_experts")
-            b.spike(self.u)
+            if phase != "recompute":
+                b.spike(self.u)
             b.drop("routed")
 
     def _exchange(self, source: str, target: str, size: int, layer: int, phase: str, name: str) -> None:
@@ -345,10 +356,11 @@ class FsdpLayer:
         b, c = self.b, self.c
         moe = c.model.is_moe_layer(layer)
         dense = c.layers[layer][0]
-        b.make(f"grads {dense.name}", dense.numel * c.b, "gathered_grads")
         if moe:
             self._moe_backward(layer)
+            b.make(f"grads {dense.name}", dense.numel * c.b, "gathered_grads")
         else:
+            b.make(f"grads {dense.name}", dense.numel * c.b, "gathered_grads")
             self._ffn_backward(layer, c.model.intermediate_size, "dense_ffn")
         b.drop(f"h2.{layer}")
         b.drop("dh")

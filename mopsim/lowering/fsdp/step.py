@@ -90,7 +90,6 @@ class FsdpStep:
             if self.recompute:
                 self._restore(layer)
                 self.layer.forward(layer, "recompute", graph=True)
-                b.drop("out")
             elif len(c.layers[layer]) > 1:
                 units.wait(c.layers[layer][1], "backward")
             self.layer.backward(layer)
@@ -118,7 +117,6 @@ class FsdpStep:
         layer._norm_forward(count, "norm", layer.u, layer.w, "hidden", "forward", True, _C)
         if layer.cast:
             b.drop("x")
-        b.make(f"grads {self.edge.name}", self.edge.numel * c.b, "gathered_grads")
         if c.strategy.vocabulary.loss == "chunked":
             self._chunked()
         else:
@@ -140,19 +138,22 @@ class FsdpStep:
         works = [self._product(n, V), Work("memory_bound", bytes=float(n * V * (c.b + 4 * c.wide)), launches=4)]
         b.compute("logits", _C, "forward", -1, works)
         b.drop("exact", *(["logits"] if c.b != c.wide else []))
-        b.make("dlogp", n * V * c.wide)
-        b.make("dexact", n * V * c.wide)
+        self._ahead(c.model.num_hidden_layers, "backward")
+        b.make("dlogp", n * V * c.wide, _L)
+        b.make("dexact", n * V * c.wide, _L)
         b.compute("cross_entropy", _C, "backward", -1, [Work("memory_bound", bytes=6.0 * n * V * c.wide, launches=3)])
         b.drop("dlogp", "logp")
         if c.b != c.wide:
-            b.make("dlogits", n * V * c.b)
+            b.make("dlogits", n * V * c.b, _L)
             b.drop("dexact")
+        b.make(f"grads {self.edge.name}", self.edge.numel * c.b, "gathered_grads")
         b.make("dhidden", c.hidden)
         b.compute("logits", _C, "backward", -1, self._back(n, V))
         b.drop("dlogits" if c.b != c.wide else "dexact")
 
     def _chunked(self) -> None:
         c, b, V = self.c, self.b, self.c.model.vocab_size
+        b.make(f"grads {self.edge.name}", self.edge.numel * c.b, "gathered_grads")
         b.make("dhidden", c.hidden)
         for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens):
             n = stop - start

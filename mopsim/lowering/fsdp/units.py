@@ -123,7 +123,8 @@ class FsdpUnits:
         first = unit.name not in self.reduced
         work = (Work("d2h", bytes=float(size), launches=4),)
         deps = (b.last, op)
-        memory = (host,) if first else (host, ("host/grads", -size))
+        piece = -(-unit.largest // unit.shard) * self.c.reduce
+        memory = (host,) if first else (("host/grads", piece), ("host/grads", -piece))
         down = b.add(f"download {unit.name}", "d2h", "other", phase, work, layer=unit.layer, deps=deps, memory=memory)
         if first:
             b.adopt(f"gradient {unit.name}", size, "host/grads")
