@@ -109,7 +109,7 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
 
 
 def check_resumable(path: Path, wanted: RunState, steps: int) -> int:
-    """Steps done in the checkpoint at `path`. Refuses another run's, and one that has reached `steps` already."""
+    """Steps done in the checkpoint at `path`. Refuses another run's, and one already at `steps`."""
     found = read_state(path)
     check_state(found, wanted, path)
     if found.step >= steps:

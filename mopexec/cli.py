@@ -120,6 +120,25 @@ def verify(
     raise typer.Exit(run(plan, steps, ranks, json))
 
 
+@app.command()
+def reach(
+    plan: Annotated[list[Path], typer.Option("--plan", help="a plan; give several to compare")],
+    device_limit: Annotated[str, typer.Option(help="bytes of one rank that may be used: 512MiB, 2GB")],
+    host_limit: Annotated[str, typer.Option(help="bytes of one rank that may be used: 512MiB, 2GB")],
+    out: Annotated[Path, typer.Option(help="the directory for reach.md and reach.json")],
+    quantum: Annotated[str, typer.Option(help="lengths are multiples of this many tokens")] = "256",
+    data: Annotated[
+        str, typer.Option(help="text for the real steps; 'python' = ships with Python")
+    ] = "python",
+    confirm: Annotated[bool, typer.Option(help="run real steps at the longest and the next length")] = True,
+    json: Json = None,
+) -> None:
+    """How long a context each plan trains under enforced limits: by dry run, then by real steps."""
+    from mopexec.commands.reach import run
+
+    run(plan, device_limit, host_limit, quantum, data, confirm, out, json)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake is one line on standard error and exit code 2."""
     try:
