@@ -1,0 +1,79 @@
+"""What a software stack does that the table's columns do not say: precisions of state, allocator readings.
+
+Taken from the notes of the row first, then from the habits of the framework, each with its source. Nothing here is
+fitted: these are facts about programs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mopsim.spec.strategy import DType
+from mopsim.validate.tables import Row
+
+Reading = Literal["allocated", "reserved", "device"]
+"""What a peak is the peak of: live tensors, the caching allocator's blocks, or the whole device (NVML)."""
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """grad: dtype in which gradients are kept and reduced; param: of resident shards; master_is_param: no copy.
+
+    reading: what was read as peak memory. last_stage: it was read on the last pipeline stage only.
+    graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer.
+    """
+
+    compute: DType = "bfloat16"
+    param: DType = "bfloat16"
+    reduce: DType = "float32"
+    grad: DType = "float32"
+    moments: DType = "float32"
+    master_is_param: bool = False
+    reading: Reading = "allocated"
+    last_stage: bool = False
+    graphs: bool = False
+    compiled: bool = False
+
+
+def conventions(row: Row) -> Conventions:
+    """The conventions of one run."""
+    notes, source = row.get("notes", "").lower(), row["source"]
+    compute: DType = "float16" if row["precision"] == "fp16" else "bfloat16"
+    grad = _gradients(source, notes, compute)
+    shards_in_fp32 = row.get("sharding") in ("zero2", "zero3") and not source.startswith("megatron")
+    param: DType = "float32" if shards_in_fp32 else compute
+    moments: DType = "float32"
+    master_is_param = shards_in_fp32
+    if "6 b/param" in notes:  # bf16 weights updated with stochastic rounding, bf16 moments
+        param, moments, grad, master_is_param = "bfloat16", "bfloat16", "bfloat16", True
+    if "bf16 moments" in notes or "moments in bf16" in notes:
+        moments = "bfloat16"
+    if "alst" in source:  # DeepSpeed ZeRO-3: bf16 weights and gradients, fp32 master and moments with the optimizer
+        param, grad, master_is_param = "bfloat16", "bfloat16", False
+    return Conventions(
+        compute=compute, param=param, reduce=_reduced(source, notes, grad), grad=grad, moments=moments,
+        master_is_param=master_is_param, reading=_reading(notes), last_stage="last pipeline stage" in notes,
+        graphs="cuda graph" in notes and "cuda graphs: off" not in notes and "cuda graph unset" not in notes,
+        compiled="torch.compile" in notes or "+compile" in notes or " compile " in notes,
+    )  # fmt: skip
+
+
+def _gradients(source: str, notes: str, compute: DType) -> DType:
+    """Megatron-LM accumulates in fp32 with bf16 (its argument check forces it) and in fp16 with fp16; Megatron-Bridge
+    recipes set grad_reduce_in_fp32 to false, which makes the gradient buffer bf16. FSDP's shards are fp32.
+    """
+    if "fp32 grad" in notes:
+        return "float32"
+    if source.startswith("megatron-bridge") or source == "mcore-moe-paper":
+        return "bfloat16"
+    return "float16" if compute == "float16" else "float32"
+
+
+def _reduced(source: str, notes: str, grad: DType) -> DType:
+    """Composer's mixed precision: DEFAULT reduces in fp32, PURE in the compute dtype."""
+    return "bfloat16" if "mode pure" in notes else grad
+
+
+def _reading(notes: str) -> Reading:
+    if "nvml" in notes:
+        return "device"
+    return "reserved" if "peak memory is the reserved maximum" in notes else "allocated"

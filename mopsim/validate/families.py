@@ -1,0 +1,159 @@
+"""Families of strategies as the table's columns name them -> one Strategy."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from mopsim.spec.errors import SpecError
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import (
+    Activations, Attention, Dense, Experts, MatmulDType, Optimizer, Pipeline, Precision, Strategy, Vocabulary,
+)  # fmt: skip
+from mopsim.validate.conventions import Conventions
+from mopsim.validate.tables import UNKNOWN, Row
+
+ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
+    "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
+}  # fmt: skip
+#: Modules named by Megatron's recompute lists -> components whose forward is repeated. Norms, activation functions and
+#: the latent up-projection are parts of a component: recomputing them costs memory-bound work, which is left out.
+MODULES: dict[str, tuple[str, ...]] = {
+    "core_attn": ("attention",),
+    "mlp": ("dense_ffn", "shared_experts"),
+    "moe": ("router", "experts", "shared_experts"),
+    "layernorm": (),
+    "moe_act": (),
+    "mla_up_proj": (),
+    "selective": ("attention",),
+}
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Parallel degrees and the microbatch of a run."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    virtual: int
+    sequence: int
+    experts: int
+    expert_tensor: int
+    micro_batch: int
+
+    @property
+    def stage_ranks(self) -> int:
+        return self.world // self.pipeline
+
+
+def family(row: Row) -> str:
+    """fsdp: state gathered and freed (ZeRO-2/3 of FSDP); zero_offload: with the optimizer on the host; else megatron."""
+    sharded = row.get("sharding") in ("zero2", "zero3")
+    if sharded and row.get("optimizer_offload", "") not in (*UNKNOWN, "0"):
+        return "zero_offload"
+    return "fsdp" if sharded else "megatron"
+
+
+def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -> Strategy:
+    """The Strategy of a run. Raises SpecError naming a value that no Strategy has."""
+    kind = family(row)
+    zero = _lookup(ZERO, row, "sharding")
+    shard = degrees.stage_ranks // degrees.tensor if zero else 1
+    spread = degrees.experts * degrees.expert_tensor
+    return Strategy(
+        name=kind,
+        world_size=degrees.world,
+        micro_batch=degrees.micro_batch,
+        runtime="fully_shard" if kind == "fsdp" else "flat_units",
+        pipeline=_pipeline(degrees),
+        dense=Dense(
+            tensor=degrees.tensor,
+            shard=max(1, shard),
+            zero=zero,
+            reshard_after_forward=zero == 3,
+            prefetch=1 if zero == 3 else 0,
+            chunk_tokens=_TILE if "tiled mlp" in row.get("notes", "").lower() else 0,
+            param_tier="host" if "parameter offload cpu" in row.get("notes", "").lower() else "device",
+        ),
+        attention=Attention(sequence=degrees.sequence, exchange=_exchange(row, kind)),
+        experts=Experts(
+            degree=degrees.experts,
+            tensor=degrees.expert_tensor,
+            shard=max(1, degrees.stage_ranks // spread) if zero else 1,
+        ),
+        vocabulary=_vocabulary(row, degrees),
+        optimizer=_optimizer(row, kind),
+        activations=_activations(row),
+        precision=Precision(
+            compute=facts.compute,
+            param=facts.param,
+            reduce=facts.reduce,
+            grad=facts.grad,
+            moments=facts.moments,
+            master="param" if facts.master_is_param else "float32",
+            matmul=_lookup(MATMUL, row, "precision"),
+        ),
+    )
+
+
+T = TypeVar("T")
+
+_TILE = 8192
+"""Tokens of a tile of a tiled MLP or a fused loss, where the source does not say: memory no longer depends on it."""
+
+
+def _lookup(known: dict[str, T], row: Row, column: str) -> T:
+    value = row.get(column, "")
+    if value not in known:
+        raise SpecError(column, value, f"is not one of {', '.join(known)}")
+    return known[value]
+
+
+def _pipeline(degrees: Degrees) -> Pipeline:
+    schedule: Literal["1f1b", "interleaved"] = "interleaved" if degrees.virtual > 1 else "1f1b"
+    return Pipeline(degree=degrees.pipeline, virtual_stages=degrees.virtual, schedule=schedule)
+
+
+def _exchange(row: Row, kind: str) -> Literal["ulysses", "ring", "all_gather"]:
+    """Megatron's context parallelism is a ring, torch's gathers keys and values, DeepSpeed's is Ulysses."""
+    if row.get("cp") == "1" or kind == "zero_offload" or "ulysses" in row.get("notes", "").lower():
+        return "ulysses"
+    return "all_gather" if kind == "fsdp" else "ring"
+
+
+def _vocabulary(row: Row, degrees: Degrees) -> Vocabulary:
+    kind = row.get("loss", "")
+    if degrees.tensor > 1 and kind in (*UNKNOWN, "vocab_parallel"):
+        return Vocabulary(degree=degrees.tensor, loss="vocab_parallel")
+    if kind in ("chunked", "fused"):
+        return Vocabulary(loss="chunked", chunk_tokens=_TILE)
+    return Vocabulary(loss="full")
+
+
+def _optimizer(row: Row, kind: str) -> Optimizer:
+    text = row.get("optimizer_offload", "")
+    fraction = 0.0 if text in UNKNOWN else float(text)
+    if fraction == 0.0:
+        return Optimizer()
+    return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
+
+
+def _activations(row: Row) -> Activations:
+    """Raises SpecError for a module that no component stands for, and for a fraction of offloaded layers."""
+    offload = row.get("activation_offload", "")
+    if offload not in (*UNKNOWN, "none", "boundaries"):
+        raise SpecError("activation_offload", offload, "offloads a fraction of the layers, which Activations cannot say")
+    tier: Literal["device", "host"] = "host" if offload == "boundaries" else "device"
+    recompute = row["recompute"]
+    if recompute == "none":
+        return Activations(recompute="none", boundary_tier=tier)
+    if recompute == "full":
+        return Activations(recompute="full", boundary_tier=tier)
+    modules: list[str] = []
+    for name in recompute.split("+"):
+        if name not in MODULES:
+            raise SpecError("recompute", name, f"is not one of none, full, {', '.join(MODULES)}")
+        modules += [part for part in MODULES[name] if part not in modules]
+    return Activations(
+        recompute="selective" if modules else "none", modules=tuple(modules), boundary_tier=tier
+    )

@@ -1,0 +1,73 @@
+"""The baseline a simulator must beat: six nonnegative coefficients on what a spreadsheet knows of a run."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from mopsim.layers import active_params, flops_per_token, total_params
+from mopsim.validate.rows import Case
+
+FEATURES = ("flops", "weight_bytes", "activation_bytes", "group_bytes", "gradient_bytes", "messages")
+
+
+def features(case: Case) -> list[float]:
+    """Per rank and step, over the machine's peaks (seconds), but messages: a count.
+
+    flops: model FLOP, with recompute, over peak and the pipeline's filled share. weight_bytes: parameters read in three
+    passes. activation_bytes: 34 H bytes a token and layer. group_bytes: tensor, sequence and expert exchanges.
+    gradient_bytes: reduction and gathering of parameters. messages: collectives and layers started.
+    """
+    model, s, training, hardware = case.model, case.strategy, case.training, case.hardware
+    micro = training.num_microbatches(s)
+    layers = model.num_hidden_layers / s.pipeline.degree
+    tokens = training.tokens_per_rank(s) / s.dense.tensor * micro
+    passes = {"none": 3.0, "selective": 3.2, "full": 4.0}[s.activations.recompute]
+    flops = passes * sum(flops_per_token(model, training.seq_len).values()) * training.global_batch * training.seq_len
+    filled = micro * s.pipeline.virtual_stages / (micro * s.pipeline.virtual_stages + s.pipeline.degree - 1)
+    peak = max(curve.peak.si for curve in hardware.device.matmul if curve.dtype == _dtype(case))
+    held = total_params(model) / s.pipeline.degree / s.dense.tensor / s.experts.degree
+    held = max(held, active_params(model) / s.pipeline.degree / s.dense.tensor)
+    hidden = 2.0 * tokens * model.hidden_size * layers
+    exchanged = hidden * (8 * (s.dense.tensor > 1) + 4 * (s.attention.sequence > 1))
+    exchanged += hidden * 4 * model.num_experts_per_tok * (s.experts.degree > 1)
+    spread = s.stage_ranks > hardware.scale_up_size
+    fabric = (hardware.scale_out if spread else hardware.scale_up).peak.si
+    rounds = 3 * micro if s.dense.zero == 3 else 2
+    return [
+        flops / s.world_size / filled / peak,
+        6.0 * held * micro / hardware.device.memory_bandwidth.si,
+        17.0 * hidden / hardware.device.memory_bandwidth.si,
+        exchanged / hardware.scale_up.peak.si,
+        2.0 * held * rounds * (s.data_groups > 1) / fabric,
+        layers * micro * s.pipeline.virtual_stages + s.pipeline.degree,
+    ]
+
+
+def _dtype(case: Case) -> str:
+    precision = case.strategy.precision
+    return precision.compute if precision.matmul == "compute" else precision.matmul
+
+
+def held_out(cases: Sequence[Case], models: Sequence[str], measured: Sequence[float]) -> list[float | None]:
+    """Predicted seconds of each case by coefficients fitted on all other networks; None where there are none."""
+    design = np.array([features(case) for case in cases], dtype=float)
+    seconds = np.array(measured, dtype=float)
+    found: dict[str, NDArray[np.float64] | None] = {}
+    for model in set(models):
+        others = [i for i, name in enumerate(models) if name != model]
+        found[model] = _solve(design[others], seconds[others], [models[i] for i in others]) if others else None
+    rows = [found[model] for model in models]
+    return [None if c is None else float(design[i] @ c) for i, c in enumerate(rows)]
+
+
+def _solve(
+    design: NDArray[np.float64], seconds: NDArray[np.float64], models: Sequence[str]
+) -> NDArray[np.float64]:
+    counts = Counter(models)
+    weight = np.sqrt([1.0 / counts[model] for model in models])
+    scale = np.maximum(design.max(axis=0), 1e-30)
+    found, _ = nnls(design / scale / seconds[:, None] * weight[:, None], weight)
+    return np.asarray(found / scale)

@@ -1,0 +1,153 @@
+"""One measured run -> the four inputs of the simulator, or the reason why it cannot be simulated."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
+
+from mopsim.spec.errors import MopError, SpecError
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.layout import ceil_div
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.model_table import from_row
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import UNITS
+from mopsim.validate.conventions import Conventions, conventions
+from mopsim.validate.families import Degrees, family, strategy
+from mopsim.validate.tables import UNKNOWN, Row, count, number
+
+GIB = UNITS["GiB"]
+NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "recompute")
+"""Fields without which a run is not determined; vp with a pipeline, ep, etp and routing with experts also."""
+
+
+class Unsupported(Exception):
+    """A row that cannot be simulated: the field, and what about it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run ready to simulate. step_time s, peak_memory bytes, fits: as measured, None where not."""
+
+    row: Row
+    family: str
+    model: ModelSpec
+    hardware: HardwareProfile
+    num_nodes: int
+    strategy: Strategy
+    training: TrainSpec
+    conventions: Conventions
+    step_time: float | None
+    peak_memory: float | None
+    fits: bool | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for runs that simulate alike."""
+        return (self.model, self.hardware.name, self.num_nodes, self.strategy, self.training)
+
+
+def case(row: Row, models: dict[str, Row]) -> Case:
+    """The row as a case. Raises Unsupported naming the field, MopError where a cell is malformed."""
+    for field in NEEDED:
+        if row.get(field, "") in UNKNOWN:
+            raise Unsupported(field, "not stated by the source")
+    model = _model(row, models)
+    degrees = _degrees(row, model)
+    hardware = _hardware(row["gpu"])
+    facts = conventions(row)
+    try:
+        split = strategy(row, degrees, model, facts)
+        model = _vocabulary(model, degrees, family(row))
+        training = _training(row, degrees)
+        split.check_model(model)
+        training.check_strategy(split)
+    except SpecError as error:
+        raise Unsupported(error.field, str(error)) from error
+    memory, step = number(row, "peak_memory_gib"), number(row, "step_time_s")
+    return Case(
+        row=row, family=family(row), model=model, hardware=hardware,
+        num_nodes=ceil_div(degrees.world, hardware.devices_per_node), strategy=split, training=training,
+        conventions=facts, step_time=step, peak_memory=memory * GIB if memory else None,
+        fits=False if row.get("fits") == "oom" else True if step or row.get("fits") == "yes" else None,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _profile(name: str) -> HardwareProfile:
+    return load_profile(name)
+
+
+def _hardware(name: str) -> HardwareProfile:
+    try:
+        return _profile(name)
+    except MopError as error:
+        raise Unsupported("gpu", str(error)) from error
+
+
+def _model(row: Row, models: dict[str, Row]) -> ModelSpec:
+    """The network, cut to the run's layers, with a position table as long as the run's sequences."""
+    name = row["model"]
+    try:
+        model = from_row(models[name]) if name in models else load_model(name)
+    except SpecError as error:
+        raise Unsupported("model", str(error)) from error
+    except MopError as error:
+        raise Unsupported("model", f"{name!r} is neither in the models CSV nor a preset") from error
+    layers = count(row, "num_layers") or model.num_hidden_layers
+    changes: dict[str, object] = {}
+    if layers != model.num_hidden_layers:
+        changes["num_hidden_layers"] = layers
+        changes["first_k_dense_replace"] = min(model.first_k_dense_replace, layers)
+    if model.learned_positions:
+        changes["learned_positions"] = count(row, "seq_len") or model.learned_positions
+    return msgspec.structs.replace(model, **changes) if changes else model
+
+
+def _vocabulary(model: ModelSpec, degrees: Degrees, kind: str) -> ModelSpec:
+    """Megatron pads the vocabulary to a multiple of 128 rows a tensor rank."""
+    if kind != "megatron":
+        return model
+    step = 128 * degrees.tensor
+    return msgspec.structs.replace(model, vocab_size=ceil_div(model.vocab_size, step) * step)
+
+
+def _degrees(row: Row, model: ModelSpec) -> Degrees:
+    def need(field: str) -> int:
+        value = count(row, field)
+        if value is None:
+            raise Unsupported(field, "not stated by the source")
+        return value
+
+    pipeline = need("pp")
+    moe = model.num_local_experts > 0
+    if moe and row.get("routing", "") in UNKNOWN:
+        raise Unsupported("routing", "not stated by the source")
+    return Degrees(
+        world=need("num_gpus"),
+        tensor=need("tp"),
+        pipeline=pipeline,
+        virtual=need("vp") if pipeline > 1 else 1,
+        sequence=need("cp"),
+        experts=need("ep") if moe else 1,
+        expert_tensor=need("etp") if moe else 1,
+        micro_batch=need("micro_batch"),
+    )
+
+
+def _training(row: Row, degrees: Degrees) -> TrainSpec:
+    """A run that only says whether it fits needs no batch: one microbatch for each data group."""
+    batch = count(row, "global_batch")
+    if batch is None:
+        if number(row, "step_time_s") is not None or row.get("fits", "") not in ("yes", "oom"):
+            raise Unsupported("global_batch", "not stated by the source")
+        groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
+        batch = degrees.micro_batch * max(1, groups)
+    return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch)

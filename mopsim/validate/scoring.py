@@ -1,0 +1,203 @@
+"""Errors of predictions: rows averaged within a source, then sources; capacity; regret."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from mopsim.validate import calibration, regression
+from mopsim.validate.calibration import Fit, Point
+from mopsim.validate.rows import Case
+from mopsim.validate.simulated import Simulated, as_read
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A simulated run. Seconds and bytes; calibrated and regression are of fits that never saw this run's network.
+
+    out_of_sample: whether there was another network of the same source and GPU to calibrate on.
+    """
+
+    case: Case
+    simulated: Simulated
+    fit: Fit
+    calibrated: float
+    regression: float | None
+    peak_memory: float
+
+    @property
+    def out_of_sample(self) -> bool:
+        return self.fit.runs > 0
+
+    @property
+    def step_error(self) -> float | None:
+        """Relative error of the calibrated step time; None where none was measured."""
+        return _error(self.calibrated, self.case.step_time)
+
+    @property
+    def raw_step_error(self) -> float | None:
+        return _error(self.simulated.step_time, self.case.step_time)
+
+    @property
+    def regression_error(self) -> float | None:
+        return None if self.regression is None else _error(self.regression, self.case.step_time)
+
+    @property
+    def memory_error(self) -> float | None:
+        return _error(self.peak_memory, self.case.peak_memory)
+
+
+def _error(predicted: float, measured: float | None) -> float | None:
+    return predicted / measured - 1.0 if measured else None
+
+
+def network(name: str) -> str:
+    """The network that is held out together: variants without the MTP layer are the same network."""
+    return name.removesuffix("_nomtp")
+
+
+def stack(case: Case) -> tuple[str, str]:
+    """(source, GPU): a software stack on a machine, the unit of calibration."""
+    return case.row["source"], case.row["gpu"]
+
+
+def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
+    """Calibrate per stack, leave one network out; results with an error are left out by the caller."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, case in enumerate(cases):
+        groups[stack(case)].append(index)
+    found: dict[int, Scored] = {}
+    for members in groups.values():
+        timed = [i for i in members if cases[i].step_time]
+        models = [network(cases[i].row["model"]) for i in timed]
+        points = [
+            Point(results[i].step_time, results[i].launches, cases[i].step_time or 0.0, model)
+            for i, model in zip(timed, models, strict=True)
+        ]
+        fits = dict(zip(timed, calibration.held_out(points), strict=True))
+        baseline = regression.held_out([cases[i] for i in timed], models, [p.measured for p in points])
+        lines = dict(zip(timed, baseline, strict=True))
+        by_index = dict(zip(timed, points, strict=True))
+        for i in members:
+            case, result = cases[i], results[i]
+            used = fits.get(i, Fit())
+            step = used.apply(by_index[i]) if i in by_index else result.step_time
+            peak = as_read(result.peak_memory, case.conventions.reading, case.hardware)
+            found[i] = Scored(case, result, used, step, lines.get(i), peak)
+    return [found[i] for i in range(len(cases))]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of one group of rows: count, mean and median size, signed mean, largest, 90th percentile."""
+
+    n: int
+    mape: float
+    median_ape: float
+    bias: float
+    max_ape: float
+    p90: float
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "n": self.n, "mape": self.mape, "median_ape": self.median_ape, "bias": self.bias,
+            "max_ape": self.max_ape, "p90_ape": self.p90,
+        }  # fmt: skip
+
+
+def errors(values: Iterable[float | None]) -> Errors | None:
+    """Statistics over the rows themselves; None where there are none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    sizes = sorted(abs(value) for value in known)
+    p90 = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
+    return Errors(len(known), fmean(sizes), median(sizes), fmean(known), sizes[-1], p90)
+
+
+Measure = Callable[[Scored], float | None]
+
+
+def by_group(scored: Iterable[Scored], measure: Measure, key: Callable[[Scored], str]) -> dict[str, Errors]:
+    """Errors of each group that has any."""
+    groups: dict[str, list[float | None]] = defaultdict(list)
+    for one in scored:
+        groups[key(one)].append(measure(one))
+    found = {name: errors(values) for name, values in groups.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
+    """Rows averaged within a source, then sources; the median, the largest and the percentile are over all rows."""
+    rows = list(scored)
+    sources = by_group(rows, measure, lambda one: one.case.row["source"])
+    everything = errors(measure(one) for one in rows)
+    if everything is None:
+        return None
+    return Errors(
+        everything.n, fmean(e.mape for e in sources.values()), everything.median_ape,
+        fmean(e.bias for e in sources.values()), everything.max_ape, everything.p90,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Runs that ran (and how many are predicted to fit), runs that ran out (and how many are predicted to)."""
+
+    ran: int
+    ran_right: int
+    ran_out: int
+    ran_out_right: int
+
+    @property
+    def right(self) -> int:
+        return self.ran_right + self.ran_out_right
+
+
+def capacity(scored: Iterable[Scored]) -> Capacity:
+    """What a run does is known where it has a step time or says so itself."""
+    ran = [one.simulated.fits for one in scored if one.case.fits is True]
+    out = [one.simulated.fits for one in scored if one.case.fits is False]
+    return Capacity(len(ran), sum(ran), len(out), len(out) - sum(out))
+
+
+@dataclass(frozen=True)
+class Regret:
+    """Runs of one job that differ only in strategy: what our pick costs against the true best."""
+
+    job: str
+    runs: int
+    picked: str
+    best: str
+    slowdown: float
+
+
+def regrets(scored: Iterable[Scored]) -> list[Regret]:
+    """Jobs with at least two different strategies, all measured."""
+    jobs: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
+    for one in scored:
+        if one.case.step_time:
+            jobs[_job(one.case)].append(one)
+    found = []
+    for job, runs in jobs.items():
+        if len({run.case.strategy for run in runs}) < 2:
+            continue
+        picked = min(runs, key=lambda run: run.simulated.step_time)
+        best = min(runs, key=lambda run: run.case.step_time or 0.0)
+        slowdown = (picked.case.step_time or 0.0) / (best.case.step_time or 1.0) - 1.0
+        found.append(
+            Regret(" ".join(job), len(runs), picked.case.row["run_id"], best.case.row["run_id"], slowdown)
+        )
+    return found
+
+
+def _job(case: Case) -> tuple[str, ...]:
+    """Everything but the strategy: what is trained, on what, with which release and switches of the software."""
+    row = case.row
+    release = re.search(r"nemo [\d.]+", row.get("notes", "").lower())
+    software = [release.group(0)] if release else []
+    software += [word for word in ("compile", "async tp", "framework halo", "framework stock") if word in row["notes"].lower()]
+    software += [row.get("dispatcher", ""), row.get("overlap", "")]
+    names = ("source", "model", "num_layers", "gpu", "num_gpus", "precision", "seq_len", "global_batch", "routing")
+    return (*(row.get(name, "") for name in names), *software)

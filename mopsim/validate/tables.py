@@ -1,0 +1,68 @@
+"""The CSVs of measurements: read whole, columns checked, numbers parsed with the cell named when they are none."""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from mopsim.spec.errors import MopError
+from mopsim.spec.io import read_text
+
+Row = dict[str, str]
+
+#: Columns that a runs CSV must have; the others of the format may be left out and read as empty.
+RUN_COLUMNS = ("run_id", "source", "model", "gpu", "num_gpus", "precision", "seq_len", "micro_batch")
+COMPONENT_COLUMNS = ("component", "gpu", "params", "metric", "value")
+UNKNOWN = ("", "unknown")
+
+
+def read_table(path: Path, columns: Iterable[str]) -> list[Row]:
+    """Rows as text by column. Raises MopError naming a missing column or a row with too many cells."""
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    header = reader.fieldnames or []
+    for column in columns:
+        if column not in header:
+            raise MopError(f"{path}: has no column {column!r}; columns found: {', '.join(header)}")
+    rows: list[Row] = []
+    for raw in reader:
+        if None in raw:
+            raise MopError(f"{path}: line {reader.line_num} has more cells than the header")
+        rows.append({key: (value or "").strip() for key, value in raw.items()})
+    return rows
+
+
+def read_runs(path: Path) -> list[Row]:
+    """Rows of a runs CSV. Raises MopError where a run_id repeats."""
+    rows = read_table(path, RUN_COLUMNS)
+    seen: set[str] = set()
+    for row in rows:
+        if row["run_id"] in seen:
+            raise MopError(f"{path}: run_id {row['run_id']!r} appears twice")
+        seen.add(row["run_id"])
+    return rows
+
+
+def read_components(path: Path) -> list[Row]:
+    """Rows of a components CSV."""
+    return read_table(path, COMPONENT_COLUMNS)
+
+
+def number(row: Row, column: str) -> float | None:
+    """The cell as a number, None where it is empty or unknown. Raises MopError where it is neither."""
+    text = row.get(column, "")
+    if text in UNKNOWN:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise MopError(f"{row.get('run_id', 'row')}: {column}: {text!r} is not a number") from None
+
+
+def count(row: Row, column: str) -> int | None:
+    """The cell as a positive whole number, None where it is empty. Raises MopError where it is neither."""
+    value = number(row, column)
+    if value is None:
+        return None
+    if value != int(value) or value < 1:
+        raise MopError(f"{row.get('run_id', 'row')}: {column}: {row[column]!r} is not a positive whole number")
+    return int(value)
