@@ -4,11 +4,14 @@ torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor` to `*_si
 names; torch 2.11 and 2.12 know the old names only. The first dimension is what is split over the group.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor
+
+from mopexec.measure.tracker import active_tracker
 
 Group = dist.ProcessGroup | None
 
@@ -59,6 +62,7 @@ def all_gather_single(output: Tensor, input: Tensor, group: Group = None, async_
     return _run(
         "all_gather",
         _bytes(output),
+        (output, input),
         lambda: _all_gather(output, input, group=group, async_op=async_op),
         async_op,
     )
@@ -71,6 +75,7 @@ def reduce_scatter_single(
     return _run(
         "reduce_scatter",
         _bytes(input),
+        (output, input),
         lambda: _reduce_scatter(output, input, group=group, async_op=async_op),
         async_op,
     )
@@ -83,6 +88,7 @@ def all_reduce(
     return _run(
         "all_reduce",
         _bytes(tensor),
+        (tensor,),
         lambda: dist.all_reduce(tensor, op=op, group=group, async_op=async_op),
         async_op,
     )
@@ -100,6 +106,7 @@ def all_to_all_single(
     return _run(
         "all_to_all",
         _bytes(input),
+        (output, input),
         lambda: dist.all_to_all_single(
             output, input, output_splits, input_splits, group=group, async_op=async_op
         ),
@@ -125,7 +132,7 @@ def send_recv(
         works = _Works(cast(Sequence[Waitable], dist.batch_isend_irecv(ops)))
         return works if async_op else works.wait()
 
-    return _run("send_recv", sum(_bytes(tensor) for tensor in send), issue, async_op)
+    return _run("send_recv", sum(_bytes(tensor) for tensor in send), (*send, *receive), issue, async_op)
 
 
 def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
@@ -133,9 +140,42 @@ def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
     dist.broadcast(tensor, src=source, group=group)
 
 
-def _run(kind: str, num_bytes: int, issue: Issue, async_op: bool) -> Waitable:
+def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, async_op: bool) -> Waitable:
+    settled = _Settled(tensors) if active_tracker() is not None and tensors[0].device.type == "cpu" else None
     work = issue() if _observer is None else _observer(kind, num_bytes, issue, async_op)
-    return cast(Waitable, work) if work is not None else _Done()
+    if settled is None:
+        return cast(Waitable, work) if work is not None else _Done()
+    settled.work = work
+    if work is None:
+        settled.wait()
+    return settled
+
+
+class _Settled:
+    """A work that is over when gloo has let go of its tensors too.
+
+    gloo's thread keeps them for some microseconds after the work is done, so that what is freed right after
+    `wait` may or may not count at the next allocation. A tracked run waits for that: its peak is to be exact.
+    """
+
+    PATIENCE = 0.005  # seconds: autograd may hold on to a tensor meanwhile
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._counts = [(tensor, _use_count(tensor)) for tensor in tensors]
+        self.work: Waitable | None = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        end = time.perf_counter() + self.PATIENCE
+        while any(_use_count(tensor) > count for tensor, count in self._counts) and time.perf_counter() < end:
+            time.sleep(0)
+        self._counts.clear()
+
+
+def _use_count(tensor: Tensor) -> int:
+    return int(cast(Any, tensor)._use_count())
 
 
 def _bytes(tensor: Tensor) -> int:

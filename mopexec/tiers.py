@@ -54,7 +54,7 @@ class Platform:
 
     @contextmanager
     def bookkeeping(self) -> Iterator[None]:
-        """Tensors made inside are tables of the process (a mesh's ranks): never counted, real in a dry run."""
+        """Tensors made inside are tables of the process (a mesh's ranks): not counted, real in a dry run."""
         with uncounted(), unset_fake_temporarily():
             yield
 

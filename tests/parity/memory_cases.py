@@ -9,7 +9,7 @@ from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
-SEQ = 96
+SEQ = 256
 MODEL = ModelSpec(
     name="parity", hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
     head_dim=16, vocab_size=151, intermediate_size=80, first_k_dense_replace=1, num_local_experts=8, num_experts_per_tok=2,
@@ -27,7 +27,7 @@ def cases(world: int) -> dict[str, Plan]:
     return {
         "mop": _plan(strategies.mop(world, **everything)),
         "mop_skewed": _plan(strategies.mop(world, **everything), "60/3"),
-        "mop_budget": _plan(strategies.mop(world, **everything, host_budget=15000), "95/4"),
+        "mop_budget": _plan(strategies.mop(world, **everything, host_budget=40000), "95/4"),
         "mop_replicas": _plan(strategies.mop(world, **{**everything, "experts": 2, "vocabulary": 2})),
         "mop_host_update": _plan(strategies.mop(world, **everything, state="host")),
         "mop_microbatches": _plan(

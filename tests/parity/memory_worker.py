@@ -1,4 +1,4 @@
-"""One rank of real training under the tracker. `RANK WORLD FOLDER [CASE...]` writes FOLDER/rank{RANK}.json."""
+"""One rank of real training, tracked. `RANK WORLD FOLDER [CASE...]` writes FOLDER/rank{RANK}.json."""
 
 import gc
 import json
