@@ -6,10 +6,20 @@ from mopsim.lowering.workload import Work
 from mopsim.spec.hardware import HardwareProfile
 
 _BY_KIND = {
-    "matmul": matmul, "grouped_matmul": matmul, "attention": attention, "memory_bound": memory_bound, "optimizer": optimizer,
-    "host_optimizer": host_optimizer, "h2d": transfer, "d2h": transfer, "all_gather": collective, "reduce_scatter": collective,
-    "all_reduce": collective, "all_to_all": collective, "send_recv": collective,
-}  # fmt: skip
+    "matmul": matmul,
+    "grouped_matmul": matmul,
+    "attention": attention,
+    "memory_bound": memory_bound,
+    "optimizer": optimizer,
+    "host_optimizer": host_optimizer,
+    "h2d": transfer,
+    "d2h": transfer,
+    "all_gather": collective,
+    "reduce_scatter": collective,
+    "all_reduce": collective,
+    "all_to_all": collective,
+    "send_recv": collective,
+}
 
 
 def raw_seconds(work: Work, profile: HardwareProfile) -> float:
@@ -18,7 +28,8 @@ def raw_seconds(work: Work, profile: HardwareProfile) -> float:
 
 
 def seconds(work: Work, profile: HardwareProfile) -> float:
-    """Seconds of one piece of work: scale * curve + overhead per op (the profile's correction of its kind)."""
+    """Seconds of one piece of work: scale * curve + overhead per op (the profile's correction of its
+    kind)."""
     time = raw_seconds(work, profile)
     correction = profile.corrections.get(work.kind)
     if correction is None:

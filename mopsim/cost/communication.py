@@ -10,10 +10,12 @@ def _seconds(curve: CollectiveCurve, ranks: float, wire: float) -> float:
 
 
 def collective(work: Work, profile: HardwareProfile) -> float:
-    """A collective over `bytes` (the full buffer of one rank) in a group, hierarchical where it spans scale-up domains.
+    """A collective over `bytes` (the full buffer of one rank) in a group, hierarchical where it spans
+    scale-up domains.
 
-    Gathers and reductions: every rank brings 1/intra of the buffer in through its own NIC and the domain shares it, both
-    pipelined; the slower half counts. All-to-all: the part for ranks of the same domain goes over scale_up, the rest over NICs.
+    Gathers and reductions: every rank brings 1/intra of the buffer in through its own NIC and the domain
+    shares it, both pipelined; the slower half counts. All-to-all: the part for ranks of the same domain
+    goes over scale_up, the rest over NICs.
     """
     n, size = work.group.size, work.bytes
     if n <= 1:
@@ -38,7 +40,8 @@ def collective(work: Work, profile: HardwareProfile) -> float:
 
 
 def transfer(work: Work, profile: HardwareProfile) -> float:
-    """A copy over the host link, which `link_sharing` devices use at once; bounded by the device's share of host DRAM."""
+    """A copy over the host link, which `link_sharing` devices use at once; bounded by the device's share of
+    host DRAM."""
     host = profile.host
     link = host.link_h2d.si if work.kind == "h2d" else host.link_d2h.si
     rate = min(link / host.link_sharing, host.memory_bandwidth.si / profile.devices_per_node)

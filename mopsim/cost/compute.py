@@ -1,4 +1,5 @@
-"""Seconds of kernels on one device. Formulas: MatmulCurve, AttentionCurve and Device of mopsim.spec.hardware."""
+"""Seconds of kernels on one device. Formulas: MatmulCurve, AttentionCurve and Device of
+mopsim.spec.hardware."""
 
 from mopsim.lowering.workload import Work
 from mopsim.spec.errors import SpecError
@@ -7,7 +8,8 @@ from mopsim.spec.units import DTYPE_BYTES
 
 
 def matmul_curve(profile: HardwareProfile, dtype: str, grouped: bool = False) -> MatmulCurve:
-    """The curve of a dtype, of grouped products where there is one. Raises SpecError naming the known dtypes."""
+    """The curve of a dtype, of grouped products where there is one. Raises SpecError naming the known
+    dtypes."""
     device = profile.device
     for curve in (*(device.grouped_matmul if grouped else ()), *device.matmul):
         if curve.dtype == dtype:
@@ -31,7 +33,7 @@ def matmul(work: Work, profile: HardwareProfile) -> float:
     arithmetic = 2 * m * n * k / (curve.peak.si * curve.efficiency * fill)
     moved = (m * k + k * n + m * n) * width
     seconds = work.count * max(arithmetic, moved / profile.device.memory_bandwidth.si)
-    launches = 1 if work.kind == "grouped_matmul" else work.count
+    launches = work.launches if work.kind == "grouped_matmul" else work.count
     return seconds + launches * profile.device.launch_overhead.si
 
 

@@ -29,7 +29,8 @@ class Tally:
 
 
 class Record:
-    """One rank's run. Seconds of the compute stream are booked on components; its waits on what it waited for."""
+    """One rank's run. Seconds of the compute stream are booked on components; its waits on what it waited
+    for."""
 
     def __init__(self, keep_spans: bool) -> None:
         self.tallies: dict[int, Tally] = defaultdict(Tally)

@@ -9,12 +9,14 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 AT_RISK = 0.96
-"""Fraction of the limit from which a peak is called at risk: allocator rounding and fragmentation live above it."""
+"""Fraction of the limit from which a peak is called at risk: allocator rounding and fragmentation live
+above it."""
 
 
 @dataclass(frozen=True)
 class SimResult:
-    """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the step."""
+    """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
+    step."""
 
     step_time: float
     tokens_per_second: float

@@ -28,12 +28,15 @@ def simulate(
     *,
     timeline: bool = False,
 ) -> SimResult:
-    """Simulate one optimizer step. Raises SpecError where the four inputs do not fit together; never for lack of memory."""
+    """Simulate one optimizer step. Raises SpecError where the four inputs do not fit together; never for
+    lack of memory."""
     ranks = num_nodes * hardware.devices_per_node
     require(
         strategy.world_size <= ranks,
-        "strategy.world_size", strategy.world_size, f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}",
-    )  # fmt: skip
+        "strategy.world_size",
+        strategy.world_size,
+        f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}",
+    )
     workload = lower(model, strategy, training, hardware.scale_up_size)
     return run(workload, model, hardware, strategy, training, timeline=timeline)
 
@@ -48,9 +51,8 @@ def run(
     timeline: bool = False,
 ) -> SimResult:
     """Play a lowered workload on a profile."""
-    prices: dict[Work, float] = {}
-    by_id: dict[int, float] = {}
-    durations = [_durations(program, hardware, prices, by_id) for program in workload.programs]
+    prices: dict[int, tuple[Work, float]] = {}
+    durations = [_durations(program, hardware, prices) for program in workload.programs]
     limit, host_limit = hardware.memory_limit(), hardware.host_limit()
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline) for _ in workload.programs]
@@ -103,7 +105,9 @@ def run(
         host_limit=host_limit,
         host_by_category={
             name.removeprefix("host/"): size
-            for name, size in zip(SLOTS[NUM_DEVICE_SLOTS:], fullest_host.at_host_peak[NUM_DEVICE_SLOTS:], strict=True)
+            for name, size in zip(
+                SLOTS[NUM_DEVICE_SLOTS:], fullest_host.at_host_peak[NUM_DEVICE_SLOTS:], strict=True
+            )
             if size
         },
         guarantee_memory=workload.guarantee,
@@ -115,60 +119,58 @@ def run(
         strategy=strategy,
         training=training,
         provenance={
-            "profile": hardware.name, "profile_digest": digest(hardware), "model": model.name, "model_digest": digest(model),
+            "profile": hardware.name,
+            "profile_digest": digest(hardware),
+            "model": model.name,
+            "model_digest": digest(model),
             "version": mopsim.__version__,
         },
         num_events=sum(len(one.ops) for one in workload.programs),
         spans=record.spans or [],
         memory_curve=[(time, sum(now[:NUM_DEVICE_SLOTS])) for time, now in ledger.curve or []],
         memory_curve_by_category={
-            name: [now[slot] for _, now in ledger.curve or []] for slot, name in enumerate(SLOTS[:NUM_DEVICE_SLOTS])
+            name: [now[slot] for _, now in ledger.curve or []]
+            for slot, name in enumerate(SLOTS[:NUM_DEVICE_SLOTS])
         }
         if timeline
         else {},
-    )  # fmt: skip
+    )
 
 
 def _durations(
-    program: Program, hardware: HardwareProfile, prices: dict[Work, float], by_id: dict[int, float]
+    program: Program, hardware: HardwareProfile, prices: dict[int, tuple[Work, float]]
 ) -> list[float]:
-    """Seconds of every op alone on its stream. Equal work is priced once; the same tuple of work is looked up by identity."""
+    """Seconds of every op alone on its stream. Work is priced once per object: the lowering shares equal work."""
     found = []
     for op in program.ops:
-        if not op.work:
-            found.append(0.0)
-            continue
-        total = by_id.get(id(op.work))
-        if total is None:
-            total = 0.0
-            for work in op.work:
-                price = prices.get(work)
-                if price is None:
-                    price = prices[work] = seconds(work, hardware)
-                total += price
-            by_id[id(op.work)] = total
+        total = 0.0
+        for work in op.work:
+            priced = prices.get(id(work))
+            if priced is None:
+                priced = prices[id(work)] = (work, seconds(work, hardware))
+            total += priced[1]
         found.append(total)
     return found
 
 
 def _totals(
-    program: Program, prices: dict[Work, float], weights: dict[int, int]
+    program: Program, prices: dict[int, tuple[Work, float]], weights: dict[int, int]
 ) -> tuple[dict[str, float], dict[str, int], float]:
     """Busy seconds and ops by kind, and FLOP, of the step of one rank."""
-    uses: dict[tuple[int, int], list[object]] = {}
+    uses: dict[int, int] = {}
     for op in program.ops:
         weight = weights.get(op.microbatch, 1)
-        entry = uses.setdefault((id(op.work), weight), [op.work, 0])
-        entry[1] += weight  # type: ignore[operator]
+        for work in op.work:
+            uses[id(work)] = uses.get(id(work), 0) + weight
     busy: dict[str, float] = {}
     counts: dict[str, int] = {}
     flops = 0.0
-    for works, times in uses.values():
-        for work in works:  # type: ignore[attr-defined]
-            busy[work.kind] = busy.get(work.kind, 0.0) + times * prices[work]
-            launched = work.count if work.kind == "matmul" else max(work.launches, 1)
-            counts[work.kind] = counts.get(work.kind, 0) + int(times * launched)
-            flops += times * (work.flops + 2 * work.m * work.n * work.k * work.count)
+    for key, times in uses.items():
+        work, price = prices[key]
+        busy[work.kind] = busy.get(work.kind, 0.0) + times * price
+        launched = work.count if work.kind == "matmul" else max(work.launches, 1)
+        counts[work.kind] = counts.get(work.kind, 0) + int(times * launched)
+        flops += times * (work.flops + 2 * work.m * work.n * work.k * work.count)
     return busy, counts, flops
 
 

@@ -1,4 +1,5 @@
-"""The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core, output, residual."""
+"""The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core,
+output, residual."""
 
 from mopsim.layers.shapes import Shapes, attention_widths, causal_pairs
 from mopsim.layers.tape import Kernel, Matmul, Tape, Value
@@ -109,8 +110,10 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     up = heads * (model.qk_nope_head_dim + v)
     kernels.append(linear("kv_b_proj", "kvn", Value("kvb", int(N * up * b)), N, up, rank, b, _C))
     q, k, value = (
-        Value("qr", int(N * heads * qk * b)), Value("kr", int(N * heads * qk * b)), Value("v0", int(N * heads * v * b))
-    )  # fmt: skip
+        Value("qr", int(N * heads * qk * b)),
+        Value("kr", int(N * heads * qk * b)),
+        Value("v0", int(N * heads * v * b)),
+    )
     total = q.bytes + k.bytes + value.bytes
     kernels.append(
         Kernel(
@@ -156,7 +159,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
             flops=2 * pairs * heads * (qk + v_width),
             seq=shapes.seq_len,
             bytes=sum(v.bytes for v in inner) + out.bytes,
-        )  # fmt: skip
+        )
     )
     if d > 1:
         kernels.append(_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),)))

@@ -1,4 +1,5 @@
-"""The tapes of a router and of routed experts: choose, send (dispatch), multiply (grouped), send back (combine)."""
+"""The tapes of a router and of routed experts: choose, send (dispatch), multiply (grouped), send back
+(combine)."""
 
 from collections.abc import Sequence
 
@@ -14,32 +15,60 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
     scores = tokens * E * wide
     kernels = (
         Kernel(
-            "router", "matmul", _R, ("h",), (Value("router_logits", scores),), saves=("h",),
-            matmuls=(Matmul(tokens, E, H),), weight_grad=E * H * wide,
+            "router",
+            "matmul",
+            _R,
+            ("h",),
+            (Value("router_logits", scores),),
+            saves=("h",),
+            matmuls=(Matmul(tokens, E, H),),
+            weight_grad=E * H * wide,
             scratch=((("activations", tokens * H * wide),) if wide != b else ()),
             back_scratch=((("activations", tokens * H * wide),) if wide != b else ()),
         ),
-        Kernel("scores", "memory_bound", _R, ("router_logits",), (Value("scores", scores),), saves=("scores",), bytes=2 * scores),
         Kernel(
-            "top_k", "memory_bound", _R, ("scores",),
-            (Value("choice", tokens * k * 8, grad=False), Value("weight", tokens * k * wide)),
-            saves=("choice",), bytes=3 * scores, launches=6, back_launches=4,
-            scratch=(("activations", scores),), back_scratch=(("activations", scores),),
+            "scores",
+            "memory_bound",
+            _R,
+            ("router_logits",),
+            (Value("scores", scores),),
+            saves=("scores",),
+            bytes=2 * scores,
         ),
-    )  # fmt: skip
+        Kernel(
+            "top_k",
+            "memory_bound",
+            _R,
+            ("scores",),
+            (Value("choice", tokens * k * 8, grad=False), Value("weight", tokens * k * wide)),
+            saves=("choice",),
+            bytes=3 * scores,
+            launches=6,
+            back_launches=4,
+            scratch=(("activations", scores),),
+            back_scratch=(("activations", scores),),
+        ),
+    )
     return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
 
 
 def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, split: bool) -> Tape:
-    """Rows of h in route order and over the wire: `tokens` x k routes leave, `routes` arrive (category dispatch)."""
+    """Rows of h in route order and over the wire: `tokens` x k routes leave, `routes` arrive (category
+    dispatch)."""
     row = model.hidden_size * b
     sent = tokens * model.num_experts_per_tok
     arrived = routes if split else sent
     kernels = [
         Kernel(
-            "permute", "memory_bound", _C, ("h",), (Value("sent", sent * row, "dispatch"),), bytes=2 * sent * row, launches=4,
+            "permute",
+            "memory_bound",
+            _C,
+            ("h",),
+            (Value("sent", sent * row, "dispatch"),),
+            bytes=2 * sent * row,
+            launches=4,
         ),
-    ]  # fmt: skip
+    ]
     if split:
         kernels.append(
             Kernel(
@@ -50,7 +79,7 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, spli
                 (Value("arrived", arrived * row, "dispatch"),),
                 bytes=float(max(sent, arrived) * row),
                 group="experts",
-            )  # fmt: skip
+            )
         )
     else:
         kernels.append(
@@ -159,7 +188,7 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
                 (Value("returned", sent * row, "dispatch"),),
                 bytes=float(max(sent, arrived) * row),
                 group="experts",
-            )  # fmt: skip
+            )
         )
     else:
         kernels.append(

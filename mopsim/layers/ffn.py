@@ -6,7 +6,8 @@ from mopsim.spec.model import ModelSpec
 
 
 def ffn(model: ModelSpec, tokens: int, width: int, b: int, component: str, tensor: int = 1) -> Tape:
-    """h [n,H] -> f [n,H] through `width` columns (split over `tensor`), gated where the spec has three matrices."""
+    """h [n,H] -> f [n,H] through `width` columns (split over `tensor`), gated where the spec has three
+    matrices."""
     H, inner = model.hidden_size, width / tensor
     size = int(tokens * inner * b)
     h, act, out = Value("h", tokens * H * b), Value("act", size), Value("f", tokens * H * b)

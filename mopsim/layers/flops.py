@@ -51,7 +51,7 @@ def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
 def flops_per_token(model: ModelSpec, seq_len: int) -> dict[str, float]:
     """Forward FLOP of one token of a sequence of `seq_len`, by component; causal attention counted half.
 
-    `attention` holds the projections, `attention_core` the products with keys and values. A training step is 3 times the sum
-    (PaLM, arXiv 2204.02311, appendix B), recomputation not counted.
+    `attention` holds the projections, `attention_core` the products with keys and values. A training step
+    is 3 times the sum (PaLM, arXiv 2204.02311, appendix B), recomputation not counted.
     """
     return dict(_flops(model, seq_len))

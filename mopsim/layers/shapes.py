@@ -9,8 +9,9 @@ from mopsim.spec.model import ModelSpec
 class Shapes:
     """tokens: of this rank outside tensor-parallel regions. seq_len: of the whole sequence.
 
-    sequence: ranks that share a sequence. tensor: ranks that split heads and FFN width. expert_tensor: ranks that split an
-    expert's width. width: bytes of an activation element. exact_softmax: bytes of the router's and the loss's numbers.
+    sequence: ranks that share a sequence. tensor: ranks that split heads and FFN width. expert_tensor:
+    ranks that split an expert's width. width: bytes of an activation element. exact_softmax: bytes of the
+    router's and the loss's numbers.
     """
 
     tokens: int

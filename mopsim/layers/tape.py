@@ -1,7 +1,8 @@
-"""A tape: the kernels of a piece of a model in order, with what each reads, writes and keeps for its backward.
+"""A tape: the kernels of a piece of a model in order, with what each reads, writes and keeps for its
+backward.
 
-From one tape come FLOPs, memory traffic, message sizes, and the memory of a run without a graph, of a run with one,
-and of its backward. Nothing else in the simulator counts them.
+From one tape come FLOPs, memory traffic, message sizes, and the memory of a run without a graph, of a run
+with one, and of its backward. Nothing else in the simulator counts them.
 """
 
 from collections.abc import Iterable
@@ -40,10 +41,11 @@ class Matmul:
 class Kernel:
     """One kernel (or a few small ones launched together).
 
-    kind: a kind of work (mopsim.spec.hardware.WORK_KINDS), or "view" for none. bytes: memory traffic of a forward run, or the
-    full buffer of a collective. flops, seq: of attention (causal half counted). saves: values kept for the backward.
-    scratch, back_scratch: (category, bytes) alive inside the kernel only. weight_grad: bytes of the parameter gradients that
-    its backward makes before they are added to the unit's buffer. group: whose ranks a collective joins.
+    kind: a kind of work (mopsim.spec.hardware.WORK_KINDS), or "view" for none. bytes: memory traffic of a
+    forward run, or the full buffer of a collective. flops, seq: of attention (causal half counted). saves:
+    values kept for the backward. scratch, back_scratch: (category, bytes) alive inside the kernel only.
+    weight_grad: bytes of the parameter gradients that its backward makes before they are added to the
+    unit's buffer. group: whose ranks a collective joins.
     """
 
     name: str
@@ -83,7 +85,8 @@ class Played:
 class Tape:
     """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape.
 
-    consumes: inputs that nobody else needs, so that they die here. held: values kept to the end of a forward run.
+    consumes: inputs that nobody else needs, so that they die here. held: values kept to the end of a
+    forward run.
     """
 
     inputs: tuple[Value, ...]
@@ -137,7 +140,8 @@ class Tape:
         return played
 
     def backward(self) -> list[Played]:
-        """The reverse of a run with a graph: starts with the outputs' gradients alive, ends with the inputs'."""
+        """The reverse of a run with a graph: starts with the outputs' gradients alive, ends with the
+        inputs'."""
         values = self.values
         outside = self._outside()
         saved = {name for kernel in self.kernels for name in kernel.saves} - outside

@@ -1,4 +1,5 @@
-"""Every parameter of a model: name, shape, component. The executor's `state_dict` has the same names and shapes."""
+"""Every parameter of a model: name, shape, component. The executor's `state_dict` has the same names and
+shapes."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +10,8 @@ from mopsim.spec.model import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A parameter. layer: decoder layer, -1 outside of one, layer count + i for MTP layer i. routed: split over experts."""
+    """A parameter. layer: decoder layer, -1 outside of one, layer count + i for MTP layer i. routed: split
+    over experts."""
 
     name: str
     shape: tuple[int, ...]
@@ -160,7 +162,8 @@ def _experts(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
 
 
 def _mtp(model: ModelSpec, i: int) -> list[Tensor]:
-    """One multi-token-prediction module (DeepSeek-V3, arXiv 2412.19437 2.2): norms, a 2H -> H projection and a layer."""
+    """One multi-token-prediction module (DeepSeek-V3, arXiv 2412.19437 2.2): norms, a 2H -> H projection
+    and a layer."""
     layer, prefix, H = model.num_hidden_layers + i, f"mtp.{i}", model.hidden_size
     found = _norm(model, f"{prefix}.embedding_norm", H, "vocabulary", layer)
     found += _norm(model, f"{prefix}.hidden_norm", H, "vocabulary", layer)

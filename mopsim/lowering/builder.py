@@ -90,7 +90,8 @@ class Builder:
         memory: Iterable[Step] = (),
         rendezvous: str = "",
     ) -> int:
-        """Append one op; returns its index. Steps of `memory` run in order; their height is held until the op ends."""
+        """Append one op; returns its index. Steps of `memory` run in order; their height is held until the
+        op ends."""
         if stream == "compute" and self._pending:
             memory = [*self._pending, *memory]
             self._pending.clear()
@@ -138,7 +139,8 @@ class Builder:
         return self.add(name, stream, component, phase, work, layer=layer, deps=deps, memory=memory)
 
     def play(self, played: Sequence[Played], phase: str, layer: int, deps: Iterable[int | None] = ()) -> int:
-        """Ops of a played tape: runs of compute kernels of one component joined, collectives on their own stream.
+        """Ops of a played tape: runs of compute kernels of one component joined, collectives on their own
+        stream.
 
         Every op waits for the one before it. Returns the last op's index.
         """
@@ -226,7 +228,7 @@ def _works(kernel: Kernel, backward: bool, dtype: str, groups: Mapping[str, Grou
                 bytes=2 * kernel.bytes if backward else kernel.bytes,
                 backward=backward,
                 dtype=dtype,
-            )  # fmt: skip
+            )
         ]
     if kernel.kind in COLLECTIVES:
         return [

@@ -61,7 +61,8 @@ class Context:
         return len(range(index, self.tokens, self.chunks))
 
     def routes(self, index: int) -> tuple[int, ...]:
-        """Rows of each expert of the most loaded rank, from chunk `index` of all ranks of its expert group."""
+        """Rows of each expert of the most loaded rank, from chunk `index` of all ranks of its expert
+        group."""
         return _routes(
             self.training.routing, self.tokens, self.chunks, index, self.model.num_local_experts,
             self.model.num_experts_per_tok, self.strategy.experts.degree,
@@ -83,7 +84,8 @@ def _routes(
 
 
 def _balanced(tokens: int, index: int, chunks: int, experts: int, top_k: int) -> tuple[int, ...]:
-    """`routing_counts` of the balanced profile in O(E k): position index + i*chunks takes experts (position + j) mod E."""
+    """`routing_counts` of the balanced profile in O(E k): position index + i*chunks takes experts (position
+    + j) mod E."""
     period = experts // gcd(chunks, experts)
     full, rest = divmod(tokens, period)
     starts = [0] * experts
@@ -111,8 +113,17 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
     )
     count = model.num_hidden_layers + model.num_nextn_predict_layers
     return Context(
-        model, strategy, training, process_groups(strategy, domain), shapes,
-        {layer: layer_units(model, strategy, layer) for layer in range(count)}, edge_units(model, strategy),
+        model,
+        strategy,
+        training,
+        process_groups(strategy, domain),
+        shapes,
+        {layer: layer_units(model, strategy, layer) for layer in range(count)},
+        edge_units(model, strategy),
         num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks),
-        b, wide, int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]), int(DTYPE_BYTES[precision.reduce]),
-    )  # fmt: skip
+        b,
+        wide,
+        int(DTYPE_BYTES[precision.param]),
+        int(DTYPE_BYTES[precision.grad]),
+        int(DTYPE_BYTES[precision.reduce]),
+    )

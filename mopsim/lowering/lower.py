@@ -4,7 +4,7 @@ from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
 from mopsim.lowering.flat.step import FlatStep
 from mopsim.lowering.fsdp.step import FsdpStep
-from mopsim.lowering.step import Step
+from mopsim.lowering.tapes.step import Step
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
@@ -17,7 +17,8 @@ EXPANDED = 3
 def lower(
     model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int = 8, *, expand: bool = False
 ) -> Workload:
-    """The programs of one step. domain: devices of a scale-up domain. expand: lower every microbatch, compose none.
+    """The programs of one step. domain: devices of a scale-up domain. expand: lower every microbatch,
+    compose none.
 
     Raises SpecError where model, strategy and training do not fit together.
     """
@@ -25,7 +26,11 @@ def lower(
     total = training.num_microbatches(strategy)
     expanded = total if expand else min(total, EXPANDED)
     kind: type[FlatStep | FsdpStep | Step] = Step
-    if _plain(context) and strategy.runtime == "fully_shard" and strategy.activations.recompute != "selective":
+    if (
+        _plain(context)
+        and strategy.runtime == "fully_shard"
+        and strategy.activations.recompute != "selective"
+    ):
         kind = FsdpStep
     elif _plain(context) and strategy.activations.recompute == "full" and strategy.dense.zero == 3:
         kind = FlatStep
@@ -36,7 +41,8 @@ def lower(
 
 
 def _plain(context: Context) -> bool:
-    """Whether the executor's own schedules cover model and strategy; others are lowered from the layers' tapes."""
+    """Whether the executor's own schedules cover model and strategy; others are lowered from the layers'
+    tapes."""
     strategy, model = context.strategy, context.model
     known = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
     return known and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"

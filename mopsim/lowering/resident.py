@@ -40,7 +40,9 @@ def _others(context: Context) -> list[Step]:
     if strategy.runtime == "flat_units" and strategy.optimizer.update_on == "host":
         numels = [unit.shard_numel for unit in context.units()]
         largest = min(strategy.optimizer.bucket_params, sum(numels))
-        master = strategy.precision.param if strategy.precision.master == "param" else strategy.precision.master
+        master = (
+            strategy.precision.param if strategy.precision.master == "param" else strategy.precision.master
+        )
         wide = 8 if master == "float64" else 4
         found.append(("host/staging", 2 * largest * (wide + context.param)))
     return found

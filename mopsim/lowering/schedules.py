@@ -1,13 +1,16 @@
-"""Pipeline schedules as pure order functions: which (phase, microbatch, model chunk) a stage works on, in order."""
+"""Pipeline schedules as pure order functions: which (phase, microbatch, model chunk) a stage works on, in
+order."""
 
 from typing import Literal
 
 Slot = tuple[Literal["forward", "backward", "input_grad", "weight_grad"], int, int]
-"""(phase, microbatch, virtual stage). input_grad and weight_grad split a backward in zero-bubble schedules."""
+"""(phase, microbatch, virtual stage). input_grad and weight_grad split a backward in zero-bubble
+schedules."""
 
 
 def one_forward_one_backward(stages: int, microbatches: int, stage: int) -> list[Slot]:
-    """1F1B (PipeDream-flush, arXiv 2006.09503): warm up with stages - stage - 1 forwards, then alternate, then drain."""
+    """1F1B (PipeDream-flush, arXiv 2006.09503): warm up with stages - stage - 1 forwards, then alternate,
+    then drain."""
     warm = min(stages - stage - 1, microbatches)
     order: list[Slot] = [("forward", i, 0) for i in range(warm)]
     for i in range(microbatches - warm):
@@ -16,7 +19,8 @@ def one_forward_one_backward(stages: int, microbatches: int, stage: int) -> list
 
 
 def interleaved(stages: int, virtual: int, microbatches: int, stage: int) -> list[Slot]:
-    """Interleaved 1F1B (Megatron-LM, arXiv 2104.04473): microbatches in groups of `stages` go round the model chunks."""
+    """Interleaved 1F1B (Megatron-LM, arXiv 2104.04473): microbatches in groups of `stages` go round the
+    model chunks."""
     total = microbatches * virtual
     warm = min((stages - stage - 1) * 2 + (virtual - 1) * stages, total)
 
@@ -40,7 +44,8 @@ def interleaved(stages: int, virtual: int, microbatches: int, stage: int) -> lis
 
 
 def zero_bubble(stages: int, microbatches: int, stage: int) -> list[Slot]:
-    """ZB-H1 (arXiv 2401.10241): backward split in input and weight gradients; weight gradients fill the drain.
+    """ZB-H1 (arXiv 2401.10241): backward split in input and weight gradients; weight gradients fill the
+    drain.
 
     Memory stays that of 1F1B: a weight gradient is put off by at most `stage` microbatches.
     """

@@ -8,7 +8,8 @@ from mopsim.spec.strategy import Strategy
 
 
 def span(ranks: Sequence[int], domain: int, offset: int = 0) -> Group:
-    """The group's size and how many of its ranks share a scale-up domain of `domain` devices (the fullest one)."""
+    """The group's size and how many of its ranks share a scale-up domain of `domain` devices (the fullest
+    one)."""
     counts: dict[int, int] = {}
     for rank in ranks:
         place = (rank + offset) // domain
@@ -17,7 +18,8 @@ def span(ranks: Sequence[int], domain: int, offset: int = 0) -> Group:
 
 
 def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
-    """Groups by the names that tapes and units use. All groups of a name are alike; rank 0's stands for them."""
+    """Groups by the names that tapes and units use. All groups of a name are alike; rank 0's stands for
+    them."""
     ranks, s = strategy.stage_ranks, strategy
     found = {
         "world": span(range(ranks), domain),

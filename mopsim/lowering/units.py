@@ -10,9 +10,11 @@ from mopsim.spec.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy; copies: ranks that hold one.
+    """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
+    copies: ranks that hold one.
 
-    group: name of the shard's process group; replicas: name of the group over which copies beyond `shard` are reduced.
+    group: name of the shard's process group; replicas: name of the group over which copies beyond `shard`
+    are reduced.
     """
 
     name: str
@@ -52,7 +54,7 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
                 "expert_shard",
                 "expert_replicas",
                 max(t.numel for t in routed) // split,
-            )  # fmt: skip
+            )
         )
     return found
 

@@ -1,4 +1,5 @@
-"""Workload: programs of ops, one program per rank class, each op with stream, work, dependencies and memory."""
+"""Workload: programs of ops, one program per rank class, each op with stream, work, dependencies and
+memory."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ class Group:
 class Work:
     """One kernel, transfer or collective. Which fields count depends on `kind` (see mopsim.cost).
 
-    m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full buffer), or transfer.
-    params: of an optimizer update. launches: kernels started for it. group: ranks of a collective.
+    m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full
+    buffer), or transfer. params: of an optimizer update. launches: kernels started for it. group: ranks of
+    a collective.
     """
 
     kind: str
@@ -48,12 +50,19 @@ class Work:
     group: Group = Group(1, 1)
 
 
+@lru_cache(maxsize=65536)
+def memory_work(num_bytes: float, launches: int) -> Work:
+    """Memory-bound work; equal work is one object, so that it is priced once."""
+    return Work("memory_bound", bytes=num_bytes, launches=launches)
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """What one stream does between two dependencies.
 
-    deps: indices of ops of the same program that must have ended. peak: ledger changes at the op's own height, held while it
-    runs; net: what remains when it ends. rendezvous: key shared with an op of another program; both start together.
+    deps: indices of ops of the same program that must have ended. peak: ledger changes at the op's own
+    height, held while it runs; net: what remains when it ends. rendezvous: key shared with an op of another
+    program; both start together.
     """
 
     index: int
@@ -84,7 +93,8 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """All programs of a step. microbatches: in the step; expanded: of them lowered, the rest repeat the last of these."""
+    """All programs of a step. microbatches: in the step; expanded: of them lowered, the rest repeat the
+    last of these."""
 
     programs: tuple[Program, ...]
     microbatches: int

@@ -30,13 +30,16 @@ MODELS = [load_model("tiny"), _dense(), _mixed()]
 
 @pytest.mark.parametrize("spec", [*MODELS, load_model("mop_1t")], ids=lambda spec: spec.name)
 def test_declared_shapes_are_the_state_dict(spec: ModelSpec) -> None:
-    state = {name: tuple(t.shape) for name, t in Transformer(spec, torch.bfloat16, "meta").state_dict().items()}
+    state = {
+        name: tuple(t.shape) for name, t in Transformer(spec, torch.bfloat16, "meta").state_dict().items()
+    }
     assert {**parameters(spec), **buffers(spec)} == state
 
 
 @pytest.mark.parametrize("spec", MODELS, ids=lambda spec: spec.name)
 def test_declared_flops_are_the_counted_ones(spec: ModelSpec) -> None:
-    """The registry misses the CPU flash op, so the attention core is left out on both sides (counted in test_layers)."""
+    """The registry misses the CPU flash op, so the attention core is left out on both sides (counted in
+    test_layers)."""
     seq = 32
     model = Transformer(spec, torch.float32, "cpu", Routing("balanced"))
     for parameter in model.parameters():

@@ -1,4 +1,5 @@
-"""The attention half of a layer: forward, recompute, backward (mopexec.parallelize.attention and .sequence)."""
+"""The attention half of a layer: forward, recompute, backward (mopexec.parallelize.attention and
+.sequence)."""
 
 from mopsim.layers.attention import attention
 from mopsim.layers.tape import Kernel
@@ -52,7 +53,7 @@ class AttentionLowering:
 
     def backward(self, layer: int) -> None:
         """The gradient of x1 (`grad`, there already) becomes that of x, in place."""
-        b, N, H, width = self.b, self.N, self.H, self.c.b
+        b, N, H = self.b, self.N, self.H
         self._core_backward(layer)
         works = [self.rows.norm(N, H, "hidden")]
         works += self._projection_backward(layer, "q", self.heads, self.q_bytes)
@@ -62,12 +63,15 @@ class AttentionLowering:
         works.append(self.rows.norm_backward(N, H))
         b.compute("projections", _C, "backward", layer, works)
         b.drop("grad_hidden")
-        assert width
 
     def _core(self, layer: int, phase: str, waits: tuple[int | None, ...]) -> None:
         b, N = self.b, self.N
         works = [self.rows.norm(N, self.H, "hidden")]
-        for name, size, heads in (("q", self.q_bytes, self.heads), ("k", self.kv_bytes, self.kv), ("v", self.kv_bytes, self.kv)):
+        for name, size, heads in (
+            ("q", self.q_bytes, self.heads),
+            ("k", self.kv_bytes, self.kv),
+            ("v", self.kv_bytes, self.kv),
+        ):
             b.make(f"{name}_packed", size)
             copies = max(1, self.D // heads)
             works += self.works(layer, False, f"{name}_proj") * copies
@@ -191,7 +195,7 @@ class AttentionLowering:
             part = slice_rows(self.N)
             size = heads * self.d
             b.spike(2 * part * size * self.c.b)
-            works += [w for w in self.works(layer, False, f"{name}_proj")]
+            works += self.works(layer, False, f"{name}_proj")
             works.append(self.rows.norm_backward(slice_rows(self.N), size))
         if "grad_hidden" not in b.alive:
             b.make("grad_hidden", self.c.hidden)
@@ -230,4 +234,6 @@ class AttentionLowering:
         part = slice_rows(positions)
         self.b.spike(1.5 * size * part / positions / 1)
         elements = size / self.c.b
-        return Work("memory_bound", bytes=6.0 * size, launches=6 * max(1, -(-positions // part)) if elements else 0)
+        return Work(
+            "memory_bound", bytes=6.0 * size, launches=6 * max(1, -(-positions // part)) if elements else 0
+        )

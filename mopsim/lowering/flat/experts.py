@@ -1,4 +1,7 @@
-"""The MoE half of a layer: chunks through dispatch(i+1) | experts(i) | combine(i-1) (mopexec.parallelize.experts)."""
+"""The MoE half of a layer: chunks through dispatch(i+1) | experts(i) | combine(i-1)
+(mopexec.parallelize.experts)."""
+
+from dataclasses import replace
 
 from mopsim.layers.experts import experts, router
 from mopsim.layers.tape import Kernel
@@ -24,10 +27,11 @@ class ExpertsLowering:
         self.split = degree > 1
         self.ordered = self.split and self.E // degree > 1
         self._router: dict[int, dict[str, Kernel]] = {}
-        self._experts: dict[tuple[int, ...], dict[str, Kernel]] = {}
+        self._works: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Work]] = {}
 
     def plan(self, layer: int) -> None:
-        """The router's choice for all tokens and the exchange of counts; the choice is kept for the backward."""
+        """The router's choice for all tokens and the exchange of counts; the choice is kept for the
+        backward."""
         c, b, n = self.c, self.b, self.c.tokens
         b.make(f"choice{layer}", n * self.k * 2)
         part = slice_rows(n)
@@ -36,7 +40,14 @@ class ExpertsLowering:
         b.compute("choose", _R, "forward", layer, works)
         size = 8.0 * self.E * c.chunks
         arrived = b.issue("counts", "all_to_all", size, "experts", _R, "forward", layer)
-        b.compute("counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)], arrived)
+        b.compute(
+            "counts",
+            _R,
+            "forward",
+            layer,
+            [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)],
+            arrived,
+        )
 
     def forward(self, layer: int, *waits: int | None) -> None:
         """x1 becomes x2 in place. waits: the gather of the expert unit."""
@@ -140,7 +151,9 @@ class ExpertsLowering:
         works = [self.rows.elementwise(sent * self.H, 2 * c.b, 1)]
         b.make(f"rows_sent.{i}", sent * self.row, _D)
         b.compute("permute", _E, phase, layer, works)
-        waiting = b.issue("dispatch weights", "all_to_all", float(max(sent, arrived) * wide), "experts", _E, phase, layer)
+        waiting = b.issue(
+            "dispatch weights", "all_to_all", float(max(sent, arrived) * wide), "experts", _E, phase, layer
+        )
         size = float(max(sent, arrived) * self.row)
         if self.split:
             b.make(f"rows.{i}", arrived * self.row, _D)
@@ -159,7 +172,8 @@ class ExpertsLowering:
         return waiting
 
     def _take(self, name: str, i: int, size: int) -> list[Work]:
-        """Arrived rows, reordered to the experts' order where needed, under the name `name`; what was sent is freed."""
+        """Arrived rows, reordered to the experts' order where needed, under the name `name`; what was sent
+        is freed."""
         b = self.b
         if not self.split:
             b.rename(f"{name}_sent.{i}", name)
@@ -189,12 +203,15 @@ class ExpertsLowering:
         return b.issue("combine", "all_to_all", float(max(size, sent)), "experts", _E, phase, layer)
 
     def _products(self, i: int, backward: bool, *names: str) -> list[Work]:
+        """Works of the named products, one launch per expert."""
         routes = self.c.routes(i)
-        if routes not in self._experts:
+        key = (routes, backward, names)
+        if key not in self._works:
             tape = experts(self.c.model, routes, self.c.b, self.c.wide, self.c.strategy.experts.tensor)
-            self._experts[routes] = {kernel.name: kernel for kernel in tape.kernels}
-        kernels = self._experts[routes]
-        return [work for name in names for work in self.b.works(kernels[name], backward)]
+            kernels = {kernel.name: kernel for kernel in tape.kernels}
+            works = [work for name in names for work in self.b.works(kernels[name], backward)]
+            self._works[key] = [replace(work, launches=int(work.count)) for work in works]
+        return self._works[key]
 
     def _experts_forward(
         self, i: int, layer: int, works: list[Work], arrived: int | None, *waits: int | None
@@ -248,7 +265,9 @@ class ExpertsLowering:
         part = slice_rows(n)
         b.make("grad_hidden", part * self.row, _D)
         b.spike(part * self.k * self.row, _D)
-        b.compute("combine", _E, "backward", layer, [self.rows.pass_(n, self.H, (3 * self.k + 4) * c.b, 2)], arrived)
+        b.compute(
+            "combine", _E, "backward", layer, [self.rows.pass_(n, self.H, (3 * self.k + 4) * c.b, 2)], arrived
+        )
         works = [self.rows.norm(part, self.H, "hidden")]
         b.spike(part * (2 * self.H + 3 * self.E) * c.wide + 2 * self.E * self.H * c.wide)
         works += self._routing(n, True)

@@ -1,4 +1,5 @@
-"""Projection and loss: rows of logits with the gathered head, or Ring-DTP (mopexec.parallelize.vocabulary, .strips)."""
+"""Projection and loss: rows of logits with the gathered head, or Ring-DTP (mopexec.parallelize.vocabulary,
+.strips)."""
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
@@ -76,12 +77,23 @@ class LossLowering:
             for start, stop in self.slices:
                 n = stop - start
                 b.make("strip", n * self.rows * c.b, _L)
-                works = [*self._product(n, self.rows), self._gradient(n, self.rows), *self._products_back(n, self.rows)]
+                works = [
+                    *self._product(n, self.rows),
+                    self._gradient(n, self.rows),
+                    *self._products_back(n, self.rows),
+                ]
                 self._temporary(self.rows)
                 b.drop("strip")
                 b.compute("strip", _C, "backward", -1, works, coming)
             add = [Work("memory_bound", bytes=3.0 * size)]
-            b.compute("join", _C, "backward", -1, add if turn else [Work("memory_bound", bytes=float(size))], travelling)
+            b.compute(
+                "join",
+                _C,
+                "backward",
+                -1,
+                add if turn else [Work("memory_bound", bytes=float(size))],
+                travelling,
+            )
             if turn:
                 b.drop("incoming", "sent")
             b.make("incoming", size, _L)

@@ -2,19 +2,13 @@
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
-from mopsim.lowering.workload import Work
-from mopsim.spec.layout import token_slices
+from mopsim.lowering.workload import Work, memory_work
 
 SLICE_ROWS = 2048
 
 
-def row_slices(rows: int) -> list[tuple[int, int]]:
-    """As mopexec.parallelize.rows."""
-    return token_slices(rows, SLICE_ROWS)
-
-
 def slice_rows(rows: int) -> int:
-    """Rows of the largest slice."""
+    """Rows of the largest slice, as mopexec.parallelize.rows cuts them."""
     return min(rows, SLICE_ROWS)
 
 
@@ -26,7 +20,8 @@ class Rows:
         self.cast = context.wide != context.b
 
     def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
-        """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back by the caller)."""
+        """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back
+        by the caller)."""
         b, part = self.b, slice_rows(rows)
         out = rows * size * self.width
         if name:
@@ -38,16 +33,17 @@ class Rows:
 
     def norm_backward(self, rows: int, size: int, category: str = "activations") -> Work:
         """Gradient of RMSNorm added into a buffer that is there already."""
-        part, slices = slice_rows(rows), len(row_slices(rows))
+        part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
         held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * self.wide
         self.b.spike(held + (1 + self.cast) * size * self.wide, category)
         return self.pass_(rows, size, 4 * self.width + 16 * self.wide, 15, 2)
 
     def pass_(self, rows: float, size: float, bytes_each: float, launches: int, once: int = 0) -> Work:
-        """Memory-bound work of `launches` kernels per slice and `once` more, with `bytes_each` per element in all."""
-        count = len(row_slices(max(1, int(rows)))) * launches + once
-        return Work("memory_bound", bytes=float(rows * size * bytes_each), launches=count)
+        """Memory-bound work of `launches` kernels per slice and `once` more, with `bytes_each` per element
+        in all."""
+        count = max(1, -(-int(rows) // SLICE_ROWS)) * launches + once
+        return memory_work(float(rows * size * bytes_each), count)
 
     def elementwise(self, elements: float, bytes_each: float, launches: int) -> Work:
         """Memory-bound work of `launches` kernels over all elements."""
-        return Work("memory_bound", bytes=float(elements * bytes_each), launches=launches)
+        return memory_work(float(elements * bytes_each), launches)

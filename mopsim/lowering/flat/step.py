@@ -45,7 +45,9 @@ class FlatStep:
         embedding = c.edges["embedding"]
         ready = units.wait(embedding, "forward")
         b.make("x", c.hidden)
-        b.compute("embedding", "embedding", "forward", -1, [Work("memory_bound", bytes=2.0 * c.hidden)], ready)
+        b.compute(
+            "embedding", "embedding", "forward", -1, [Work("memory_bound", bytes=2.0 * c.hidden)], ready
+        )
         units.release(embedding)
         for layer in range(layers):
             for target in range(layer, min(layers, layer + 1 + ahead)):
@@ -84,7 +86,9 @@ class FlatStep:
         b.make(f"x.{layer}", c.hidden, "boundaries")
         work = (Work("h2d", bytes=float(c.hidden)),)
         deps = (b.last, self.stored)
-        self.up[layer] = b.add(f"boundary {layer} up", "h2d", "other", "backward", work, layer=layer, deps=deps)
+        self.up[layer] = b.add(
+            f"boundary {layer} up", "h2d", "other", "backward", work, layer=layer, deps=deps
+        )
 
     def _layer_forward(self, layer: int) -> None:
         c, units = self.c, self.units

@@ -69,7 +69,9 @@ class UnitLowering:
             return
         size = unit.padded * self.c.reduce
         b.make(f"part {unit.name}", unit.shard_numel * self.c.reduce, "gathered_grads")
-        op = b.issue(f"reduce {unit.name}", "reduce_scatter", size, unit.group, unit.component, phase, unit.layer)
+        op = b.issue(
+            f"reduce {unit.name}", "reduce_scatter", size, unit.group, unit.component, phase, unit.layer
+        )
         self.reducing.append((unit, op))
 
     def finish(self, *, keep: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""The end of a step: replicas, global norm, AdamW on device, host or streamed (mopexec.parallelize.optimizer)."""
+"""The end of a step: replicas, global norm, AdamW on device, host or streamed
+(mopexec.parallelize.optimizer)."""
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
@@ -46,7 +47,9 @@ class Update:
         for unit in c.units():
             if unit.replicas:
                 size = unit.shard_numel * c.grad
-                arrived.append(b.issue(f"replicate {unit.name}", "all_reduce", size, unit.replicas, _O, _O, unit.layer))
+                arrived.append(
+                    b.issue(f"replicate {unit.name}", "all_reduce", size, unit.replicas, _O, _O, unit.layer)
+                )
         work = [Work("memory_bound", bytes=float(self.total * c.grad), launches=4 * len(self.numels))]
         b.compute("norm", _O, _O, -1, work, *arrived)
         agreed = b.issue("norm", "all_reduce", 2 * self.wide, "world", _O, _O)
@@ -89,8 +92,14 @@ class Update:
             bucket = self.buckets[index]
             piece = max(stop - start for _, start, stop in bucket)
             b.spike(piece * self.wide + self._widened(piece), "staging")
-            done = b.compute(f"adamw {index}", _O, _O, -1, self._adam(self.sizes[index], len(bucket)), up[index])
-            work = (Work("d2h", bytes=float(self.sizes[index] * each), launches=len(bucket) * (2 + self.own_master)),)
+            done = b.compute(
+                f"adamw {index}", _O, _O, -1, self._adam(self.sizes[index], len(bucket)), up[index]
+            )
+            work = (
+                Work(
+                    "d2h", bytes=float(self.sizes[index] * each), launches=len(bucket) * (2 + self.own_master)
+                ),
+            )
             free[index % slots] = b.add(f"state {index} down", "d2h", _O, _O, work, deps=(done,))
         b.compute("slots freed", _O, _O, -1, [], *free)
         b.drop("slots")
@@ -99,7 +108,9 @@ class Update:
         if index in up:
             return
         bucket = self.buckets[index]
-        work = (Work("h2d", bytes=float(self.sizes[index] * each), launches=len(bucket) * (2 + self.own_master)),)
+        work = (
+            Work("h2d", bytes=float(self.sizes[index] * each), launches=len(bucket) * (2 + self.own_master)),
+        )
         up[index] = self.b.add(f"state {index} up", "h2d", _O, _O, work, deps=(free[index % len(free)],))
 
     def _by_host(self) -> None:
@@ -111,9 +122,13 @@ class Update:
             if index + 1 < len(self.sizes):
                 down.append(self._send(index + 1, last))
             host = b.add(
-                f"host adamw {index}", "host", _O, _O, (Work("host_optimizer", params=size, launches=len(self.buckets[index])),),
+                f"host adamw {index}",
+                "host",
+                _O,
+                _O,
+                (Work("host_optimizer", params=size, launches=len(self.buckets[index])),),
                 deps=(down[index], last),
-            )  # fmt: skip
+            )
             work = (Work("h2d", bytes=float(size * c.param), launches=len(self.buckets[index])),)
             last = b.add(f"parameters {index} up", "h2d", _O, _O, work, deps=(host,))
         b.compute("updated", _O, _O, -1, [], last)

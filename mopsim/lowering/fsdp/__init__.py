@@ -1,1 +1,2 @@
-"""The `fully_shard` schedule: torch FSDP2 around an autograd model (mopexec.parallelize.fsdp_*, mopexec.model)."""
+"""The `fully_shard` schedule: torch FSDP2 around an autograd model (mopexec.parallelize.fsdp_*,
+mopexec.model)."""

@@ -135,13 +135,22 @@ class FsdpStep:
             b.make("logits", n * V * c.b, _L)
         b.make("exact", n * V * c.wide, _L)
         b.make("logp", n * V * c.wide, _L)
-        works = [self._product(n, V), Work("memory_bound", bytes=float(n * V * (c.b + 4 * c.wide)), launches=4)]
+        works = [
+            self._product(n, V),
+            Work("memory_bound", bytes=float(n * V * (c.b + 4 * c.wide)), launches=4),
+        ]
         b.compute("logits", _C, "forward", -1, works)
         b.drop("exact", *(["logits"] if c.b != c.wide else []))
         self._ahead(c.model.num_hidden_layers, "backward")
         b.make("dlogp", n * V * c.wide, _L)
         b.make("dexact", n * V * c.wide, _L)
-        b.compute("cross_entropy", _C, "backward", -1, [Work("memory_bound", bytes=6.0 * n * V * c.wide, launches=3)])
+        b.compute(
+            "cross_entropy",
+            _C,
+            "backward",
+            -1,
+            [Work("memory_bound", bytes=6.0 * n * V * c.wide, launches=3)],
+        )
         b.drop("dlogp", "logp")
         if c.b != c.wide:
             b.make("dlogits", n * V * c.b, _L)
@@ -160,7 +169,10 @@ class FsdpStep:
             b.make("exact", n * V * c.wide, _L)
             if c.b != c.wide:
                 b.spike(n * V * c.b, _L)
-            works = [self._product(n, V), Work("memory_bound", bytes=float(n * V * (2 * c.b + 9 * c.wide)), launches=8)]
+            works = [
+                self._product(n, V),
+                Work("memory_bound", bytes=float(n * V * (2 * c.b + 9 * c.wide)), launches=8),
+            ]
             works += self._back(n, V)
             b.drop("exact")
             b.compute("chunk", _C, "forward", -1, works)
@@ -187,7 +199,10 @@ class FsdpStep:
             return
         b.compute("norm", _O, _O, -1, [Work("memory_bound", bytes=float(total * c.grad), launches=count)])
         agreed = b.issue("norm", "all_reduce", 8, "world", _O, _O)
-        works = [Work("memory_bound", bytes=2.0 * total * c.grad, launches=count), Work("optimizer", params=total, launches=count)]
+        works = [
+            Work("memory_bound", bytes=2.0 * total * c.grad, launches=count),
+            Work("optimizer", params=total, launches=count),
+        ]
         b.compute("adamw", _O, _O, -1, works, agreed)
 
 
@@ -195,5 +210,13 @@ def _joined(context: Context) -> Unit:
     """Final norm and head are one group."""
     final, head = context.edges["final"], context.edges["head"]
     return Unit(
-        "head", _C, -1, final.numel + head.numel, head.shard, head.copies, head.group, head.replicas, head.largest
+        "head",
+        _C,
+        -1,
+        final.numel + head.numel,
+        head.shard,
+        head.copies,
+        head.group,
+        head.replicas,
+        head.largest,
     )

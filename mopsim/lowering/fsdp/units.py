@@ -1,7 +1,9 @@
-"""How FSDP2 gathers and reduces a group of parameters (torch.distributed.fsdp._fully_shard._fsdp_collectives).
+"""How FSDP2 gathers and reduces a group of parameters
+(torch.distributed.fsdp._fully_shard._fsdp_collectives).
 
-Gather: shards cast and copied into the all-gather buffer, copied out into one tensor per parameter, buffer freed. Reduce:
-gradients copied into a buffer of the reduce dtype, which lives until the next reduction; the shards become the gradients.
+Gather: shards cast and copied into the all-gather buffer, copied out into one tensor per parameter, buffer
+freed. Reduce: gradients copied into a buffer of the reduce dtype, which lives until the next reduction; the
+shards become the gradients.
 """
 
 from mopsim.lowering.builder import Builder
@@ -40,7 +42,9 @@ class FsdpUnits:
         work = [Work("memory_bound", bytes=float(unit.shard_numel * (c.param + 3 * c.b)), launches=4)]
         b.compute(f"copy in {unit.name}", "other", phase, unit.layer, work, *waits)
         size = float(unit.padded * c.b)
-        self.coming[unit.name] = b.issue(f"gather {unit.name}", "all_gather", size, unit.group, "other", phase, unit.layer)
+        self.coming[unit.name] = b.issue(
+            f"gather {unit.name}", "all_gather", size, unit.group, "other", phase, unit.layer
+        )
 
     def wait(self, unit: Unit, phase: str) -> None:
         """The full parameters, one tensor each."""
@@ -80,13 +84,28 @@ class FsdpUnits:
         size = float(unit.padded * c.reduce)
         op = b.issue(f"reduce {unit.name}", "reduce_scatter", size, unit.group, "other", phase, unit.layer)
         if c.groups.get(unit.replicas) is not None and c.groups[unit.replicas].size > 1:
-            op = b.issue(f"all-reduce {unit.name}", "all_reduce", float(shard), unit.replicas, "other", phase, unit.layer)
+            op = b.issue(
+                f"all-reduce {unit.name}",
+                "all_reduce",
+                float(shard),
+                unit.replicas,
+                "other",
+                phase,
+                unit.layer,
+            )
         if op is not None:
             self.reductions.append(op)
         if self.offload:
             self._download(unit, phase, shard, op)
         elif unit.name in self.reduced:
-            b.compute(f"accumulate {unit.name}", "other", phase, unit.layer, [Work("memory_bound", bytes=3.0 * shard)], op)
+            b.compute(
+                f"accumulate {unit.name}",
+                "other",
+                phase,
+                unit.layer,
+                [Work("memory_bound", bytes=3.0 * shard)],
+                op,
+            )
             b.drop(f"shard {unit.name}")
         else:
             b.rename(f"shard {unit.name}", f"gradient {unit.name}")
@@ -125,7 +144,9 @@ class FsdpUnits:
         deps = (b.last, op)
         piece = -(-unit.largest // unit.shard) * self.c.reduce
         memory = (host,) if first else (("host/grads", piece), ("host/grads", -piece))
-        down = b.add(f"download {unit.name}", "d2h", "other", phase, work, layer=unit.layer, deps=deps, memory=memory)
+        down = b.add(
+            f"download {unit.name}", "d2h", "other", phase, work, layer=unit.layer, deps=deps, memory=memory
+        )
         if first:
             b.adopt(f"gradient {unit.name}", size, "host/grads")
         b.drop(f"shard {unit.name}")

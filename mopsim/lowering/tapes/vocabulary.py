@@ -2,7 +2,7 @@
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
-from mopsim.lowering.sharding import Sharding
+from mopsim.lowering.tapes.sharding import Sharding
 from mopsim.lowering.workload import Work
 from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
 
@@ -10,7 +10,8 @@ _C = "vocabulary"
 
 
 def loss(context: Context, builder: Builder, sharding: Sharding, deps: list[int]) -> int:
-    """Final norm, projection, cross entropy and their backward: leaves `dx`, frees the last boundary. Returns the last op."""
+    """Final norm, projection, cross entropy and their backward: leaves `dx`, frees the last boundary.
+    Returns the last op."""
     c, b = context, builder
     layers = c.model.num_hidden_layers
     b.make("final", c.hidden)
@@ -80,7 +81,8 @@ def _gathered(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
 
 
 def _ring(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
-    """P rounds of strips N x V/P, forward for the normaliser, backward for the gradients; a block moves on beside each."""
+    """P rounds of strips N x V/P, forward for the normaliser, backward for the gradients; a block moves on
+    beside each."""
     P = c.strategy.vocabulary.degree
     columns = ceil_div(c.model.vocab_size, P)
     weights = ring_moves_weights(c.tokens, c.model.vocab_size, P)

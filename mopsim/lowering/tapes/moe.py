@@ -59,7 +59,8 @@ class Experts:
         return last
 
     def backward(self, layer: int, deps: list[int]) -> int:
-        """Chunk by chunk: inputs and output gradients dispatched, products recomputed, their backward, gradients returned."""
+        """Chunk by chunk: inputs and output gradients dispatched, products recomputed, their backward,
+        gradients returned."""
         K = self.context.chunks
         ready = [self.counts(layer, "backward", deps)]
         last, sent = ready[0], [self._dispatch_both(0, layer, ready)]

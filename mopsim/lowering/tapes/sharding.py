@@ -46,14 +46,22 @@ class Sharding:
             )
 
     def reduce(self, unit: Unit, phase: str, deps: Deps, buffer: str) -> int:
-        """Sum a unit's gradients (the named full buffer) over all holders into the shard, then free the buffer."""
+        """Sum a unit's gradients (the named full buffer) over all holders into the shard, then free the
+        buffer."""
         context, b = self.context, self.builder
         category, size = b.alive.pop(buffer)
         part = unit.shard_numel * context.grad
         op = b.collective(
-            f"reduce {unit.name}", "reduce_scatter", size, self.group(unit), unit.component, phase, layer=unit.layer, deps=deps,
+            f"reduce {unit.name}",
+            "reduce_scatter",
+            size,
+            self.group(unit),
+            unit.component,
+            phase,
+            layer=unit.layer,
+            deps=deps,
             memory=((category, part), (category, -size)),
-        )  # fmt: skip
+        )
         replicas = context.groups.get(unit.replicas, Group(1, 1))
         if replicas.size > 1:
             op = b.collective(

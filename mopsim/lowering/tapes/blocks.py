@@ -6,7 +6,7 @@ from mopsim.layers.ffn import ffn
 from mopsim.layers.tape import Played, Tape, Value
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
-from mopsim.lowering.moe import Experts
+from mopsim.lowering.tapes.moe import Experts
 from mopsim.lowering.workload import Work
 from mopsim.spec.layout import token_slices
 
@@ -68,7 +68,8 @@ class Blocks:
         return token_slices(self.context.tokens, self.context.strategy.dense.chunk_tokens)
 
     def forward(self, layer: int, deps: list[int], moe_deps: list[int]) -> int:
-        """x -> next x (category boundaries), no graph. deps: dense parameters there; moe_deps: experts' there."""
+        """x -> next x (category boundaries), no graph. deps: dense parameters there; moe_deps: experts'
+        there."""
         c, b = self.context, self.builder
         moe = self.is_moe(layer)
         part = "experts" if moe else "dense_ffn"
@@ -110,7 +111,8 @@ class Blocks:
         self.builder.adopt("weight", values["weight"].bytes)
 
     def backward(self, layer: int, deps: list[int], moe_deps: list[int]) -> int:
-        """From the output's gradient (`dx`) to the input's, the layer recomputed from its input; that boundary is freed."""
+        """From the output's gradient (`dx`) to the input's, the layer recomputed from its input; that
+        boundary is freed."""
         c, b = self.context, self.builder
         moe = self.is_moe(layer)
         part = "experts" if moe else "dense_ffn"

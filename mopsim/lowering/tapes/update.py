@@ -89,7 +89,7 @@ def _streamed(context: Context, builder: Builder, numels: list[int]) -> None:
                 "optimizer",
                 (Work("d2h", bytes=float(size * each), launches=copies),),
                 deps=(done,),
-            )  # fmt: skip
+            )
         )
     builder.add(
         "staging freed",

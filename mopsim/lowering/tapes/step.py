@@ -1,12 +1,12 @@
 """One step of a rank: microbatches (forward, loss, backward), then clip and optimizer."""
 
-from mopsim.lowering.blocks import Blocks
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.resident import resident
-from mopsim.lowering.sharding import Sharding
-from mopsim.lowering.update import update
-from mopsim.lowering.vocabulary import loss
+from mopsim.lowering.tapes.blocks import Blocks
+from mopsim.lowering.tapes.sharding import Sharding
+from mopsim.lowering.tapes.update import update
+from mopsim.lowering.tapes.vocabulary import loss
 from mopsim.lowering.workload import Program, Work
 
 
@@ -40,9 +40,15 @@ class Step:
             issued = self._prefetch(issued, layer, range(layers), starts, "forward")
             if layer < c.offloaded:
                 down[layer] = b.add(
-                    f"boundary {layer} down", "d2h", "other", "forward", (Work("d2h", bytes=float(c.hidden)),), layer=layer,
-                    deps=[last], memory=[("host/boundaries", c.hidden)],
-                )  # fmt: skip
+                    f"boundary {layer} down",
+                    "d2h",
+                    "other",
+                    "forward",
+                    (Work("d2h", bytes=float(c.hidden)),),
+                    layer=layer,
+                    deps=[last],
+                    memory=[("host/boundaries", c.hidden)],
+                )
             first = len(b.ops)
             last = self.blocks.forward(
                 layer, [last, *self._ready(layer, "dense")], self._ready(layer, "experts")
@@ -74,9 +80,15 @@ class Step:
                     b.make(f"x{ahead}", c.hidden, "boundaries")
                     room = b.add("boundary room", "compute", "other", "backward", layer=ahead)
                     up[ahead] = b.add(
-                        f"boundary {ahead} up", "h2d", "other", "backward", (Work("h2d", bytes=float(c.hidden)),), layer=ahead,
-                        deps=[room], memory=[("host/boundaries", -c.hidden)],
-                    )  # fmt: skip
+                        f"boundary {ahead} up",
+                        "h2d",
+                        "other",
+                        "backward",
+                        (Work("h2d", bytes=float(c.hidden)),),
+                        layer=ahead,
+                        deps=[room],
+                        memory=[("host/boundaries", -c.hidden)],
+                    )
             for unit in c.layers[layer]:
                 b.make(f"grads {unit.name}", unit.padded * c.grad, "gathered_grads")
             first = len(b.ops)
@@ -113,7 +125,8 @@ class Step:
     def _prefetch(
         self, issued: int, place: int, order: list[int] | range, starts: dict[int, int], phase: str
     ) -> int:
-        """Gather the units of places up to `place` + prefetch; each may start when the place before its window has begun."""
+        """Gather the units of places up to `place` + prefetch; each may start when the place before its
+        window has begun."""
         ahead = self.context.strategy.dense.prefetch
         for target in range(issued + 1, min(place + ahead, len(order) - 1) + 1):
             for unit in self.context.layers[order[target]]:

@@ -1,0 +1,78 @@
+"""Seconds by hand on the toy machine, and corrections."""
+
+import msgspec
+import pytest
+
+from mopsim.cost import raw_seconds, seconds
+from mopsim.lowering.topology import span
+from mopsim.lowering.workload import Group, Work
+from mopsim.spec.errors import SpecError
+from mopsim.spec.hardware import Correction, MatmulCurve
+from tests.sim.toys import machine, quantity
+
+TOY = machine()
+
+
+def test_matmul_is_arithmetic_or_traffic() -> None:
+    big = Work("matmul", m=4096, n=4096, k=4096, dtype="bfloat16")
+    assert seconds(big, TOY) == pytest.approx(2 * 4096**3 / 100e12)
+    thin = Work("matmul", m=1, n=4096, k=4096, dtype="bfloat16")
+    assert seconds(thin, TOY) == pytest.approx((4096 + 4096 * 4096 + 4096) * 2 / 1e12)
+
+
+def test_small_products_run_below_the_peak() -> None:
+    curve = MatmulCurve(
+        dtype="bfloat16",
+        peak=quantity(100, "TFLOP/s"),
+        efficiency=0.8,
+        m_half=128,
+        tag="assumed",
+        source="toy",
+    )
+    device = msgspec.structs.replace(TOY.device, matmul=(curve,), launch_overhead=quantity(5, "us"))
+    profile = msgspec.structs.replace(TOY, device=device)
+    work = Work("grouped_matmul", m=128, n=4096, k=4096, count=8, dtype="bfloat16")
+    assert seconds(work, profile) == pytest.approx(8 * 2 * 128 * 4096**2 / (80e12 * 0.5) + 5e-6)
+
+
+def test_an_unknown_dtype_is_named() -> None:
+    with pytest.raises(SpecError, match="no matmul curve"):
+        seconds(Work("matmul", m=1, n=1, k=1, dtype="nvfp4"), TOY)
+
+
+def test_collectives_inside_a_domain() -> None:
+    group = Group(8, 8)
+    assert seconds(Work("all_gather", bytes=8e9, group=group), TOY) == pytest.approx(7e9 / 100e9)
+    assert seconds(Work("all_reduce", bytes=8e9, group=group), TOY) == pytest.approx(14e9 / 100e9)
+    assert seconds(Work("all_to_all", bytes=8e9, group=Group(1, 1)), TOY) == 0.0
+
+
+def test_collectives_over_domains_are_bounded_by_the_nics() -> None:
+    """16 ranks on two nodes: a gather brings half of the buffer in, an eighth by each NIC; half of an
+    all-to-all."""
+    group = Group(16, 8)
+    fast = machine(scale_up=1000)
+    assert seconds(Work("all_gather", bytes=16e9, group=group), fast) == pytest.approx(16e9 / 8 / 2 / 10e9)
+    assert seconds(Work("all_gather", bytes=16e9, group=group), TOY) == pytest.approx(14e9 / 100e9)
+    assert seconds(Work("all_to_all", bytes=16e9, group=group), TOY) == pytest.approx(8e9 / 10e9)
+
+
+def test_spans_follow_the_rank_lists() -> None:
+    assert span(range(16), 8) == Group(16, 8)
+    assert span([0, 8, 16, 24], 8) == Group(4, 1)
+    assert span([0, 4, 8, 12], 8) == Group(4, 2)
+
+
+def test_transfers_share_the_link() -> None:
+    shared = msgspec.structs.replace(TOY, host=msgspec.structs.replace(TOY.host, link_sharing=4))
+    assert seconds(Work("h2d", bytes=1e9), TOY) == pytest.approx(1e9 / 50e9)
+    assert seconds(Work("d2h", bytes=1e9), shared) == pytest.approx(1e9 / 12.5e9)
+
+
+def test_corrections_scale_and_add_per_op() -> None:
+    fixed = msgspec.structs.replace(
+        TOY,
+        corrections={"memory_bound": Correction(scale=2.0, overhead=1e-3, tag="calibrated", source="test")},
+    )
+    work = Work("memory_bound", bytes=1e9, launches=3)
+    assert seconds(work, fixed) == pytest.approx(2 * raw_seconds(work, TOY) + 3e-3)

@@ -1,0 +1,259 @@
+"""Streams, contention, ledger, deadlock, and properties of whole simulations."""
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mopsim.cost import seconds
+from mopsim.engine import run, simulate
+from mopsim.engine.ledger import Ledger
+from mopsim.engine.record import Record
+from mopsim.engine.streams import play
+from mopsim.lowering import lower
+from mopsim.lowering.builder import Builder
+from mopsim.lowering.workload import Group, Op, Program, Work, Workload
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop, zero_offload
+from tests.sim.toys import machine, quantity, small
+
+MODEL = small()
+GROUPS = {"pair": Group(2, 2)}
+
+
+def _play(builder: Builder, share: float, durations: list[float]) -> tuple[float, Record]:
+    program, record = builder.program(0, 1, ()), Record(True)
+    end = play([program], [durations], [Ledger((), 10**12, False)], [record], share)
+    return end, record
+
+
+def _overlap() -> Builder:
+    """A collective of 2 s beside compute of 3 s, then compute of 1 s that waits for both."""
+    builder = Builder(GROUPS, "bfloat16")
+    talk = builder.add(
+        "talk", "scale_up", "other", "forward", [Work("all_gather", bytes=1, group=GROUPS["pair"])]
+    )
+    builder.add("long", "compute", "other", "forward", [Work("memory_bound", bytes=1)])
+    builder.add("after", "compute", "other", "forward", [Work("memory_bound", bytes=1)], deps=[talk])
+    return builder
+
+
+@pytest.mark.parametrize(("share", "end"), [(0.0, 4.0), (0.5, 5.0), (1.0, 6.0)])
+def test_a_collective_slows_compute_beside_it(share: float, end: float) -> None:
+    """Compute loses `share` of its rate for the 2 s of the collective; at 1 nothing overlaps."""
+    assert _play(_overlap(), share, [2.0, 3.0, 1.0])[0] == pytest.approx(end)
+
+
+def test_exposed_time_is_waiting_and_what_was_taken() -> None:
+    _, record = _play(_overlap(), 0.0, [5.0, 3.0, 1.0])
+    assert record.tallies[0].exposed["all_gather"] == pytest.approx(2.0)
+    _, record = _play(_overlap(), 0.5, [2.0, 3.0, 1.0])
+    assert record.tallies[0].exposed["all_gather"] == pytest.approx(1.0)
+
+
+def test_ledger_holds_the_height_of_an_op() -> None:
+    builder = Builder({}, "bfloat16")
+    builder.make("a", 10)
+    builder.spike(100)
+    builder.make("b", 5, "logits")
+    builder.add("one", "compute", "router", "forward")
+    builder.drop("a", "b")
+    builder.flush("router", "forward")
+    program = builder.program(0, 1, (("params", 7),))
+    ledger = Ledger(program.resident, 50, True)
+    play([program], [[1.0, 0.0]], [ledger], [Record(False)], 0.0)
+    assert (ledger.peak, ledger.over, ledger.peak_time) == (117, "activations", 0.0)
+    assert ledger.now == ledger.resident
+
+
+def test_deadlock_names_the_ops() -> None:
+    def op(index: int, stream: str, deps: tuple[int, ...]) -> Op:
+        return Op(index, f"op{index}", stream, "other", "forward", -1, (), deps)
+
+    program = Program((op(0, "compute", (1,)), op(1, "h2d", (0,))))
+    with pytest.raises(AssertionError, match=r"deadlock: 2 ops left, first 0:op0, 0:op1"):
+        play([program], [[1.0, 1.0]], [Ledger((), 1, False)], [Record(False)], 0.0)
+
+
+def test_rendezvous_starts_both_sides_together() -> None:
+    def program(stage: int, before: bool) -> Program:
+        builder = Builder({}, "bfloat16")
+        if before:
+            builder.add("work", "compute", "other", "forward", [Work("memory_bound", bytes=1)])
+        builder.add(
+            "hop",
+            "scale_up",
+            "other",
+            "forward",
+            [Work("send_recv", bytes=1)],
+            deps=[0] if before else [],
+            rendezvous="x",
+        )
+        return builder.program(stage, 1, ())
+
+    records = [Record(True), Record(True)]
+    ledgers = [Ledger((), 1, False), Ledger((), 1, False)]
+    end = play([program(0, True), program(1, False)], [[3.0, 1.0], [1.0]], ledgers, records, 0.0)
+    assert end == 4.0
+    assert records[1].spans is not None
+    assert records[1].spans[0].start == 3.0
+
+
+STRATEGIES = st.one_of(
+    st.builds(
+        mop,
+        st.just(8),
+        sequence=st.sampled_from([1, 2, 8]),
+        experts=st.sampled_from([1, 2, 8]),
+        vocabulary=st.sampled_from([1, 4]),
+        chunk_tokens=st.sampled_from([0, 64, 500]),
+        dense_shard=st.sampled_from([1, 4, 8]),
+        state=st.sampled_from(["device", "host", "host_streamed"]),
+        boundary_tier=st.sampled_from(["device", "host"]),
+        prefetch=st.integers(0, 2),
+        ffn_chunk_tokens=st.sampled_from([0, 100]),
+        bucket_params=st.sampled_from([1000, 10**8]),
+        precision=st.sampled_from(["bfloat16", "float32"]),
+    ),
+    st.builds(
+        fsdp2,
+        st.just(8),
+        sequence=st.sampled_from([1, 2]),
+        experts=st.sampled_from([1, 8]),
+        recompute=st.sampled_from(["none", "full"]),
+        loss=st.sampled_from(["full", "chunked"]),
+        offload=st.booleans(),
+        prefetch=st.integers(0, 2),
+        precision=st.sampled_from(["bfloat16", "float32"]),
+    ),
+    st.builds(
+        zero_offload, st.just(8), experts=st.sampled_from([1, 8]), loss=st.sampled_from(["full", "chunked"])
+    ),
+)
+ROUTINGS = st.sampled_from(["balanced", "90/2", "50/4"])
+CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def _training(strategy: Strategy, batches: int, routing: str) -> TrainSpec:
+    return TrainSpec(seq_len=512, global_batch=batches * strategy.data_groups, routing=routing)
+
+
+def _bounds(workload: Workload, profile: HardwareProfile) -> tuple[float, float]:
+    """(critical path, serial sum) of the only program."""
+    (program,) = workload.programs
+    ends: list[float] = []
+    stream: dict[str, float] = {}
+    total = 0.0
+    for op in program.ops:
+        spent = sum(seconds(work, profile) for work in op.work)
+        start = max([ends[dep] for dep in op.deps], default=0.0)
+        ends.append(start + spent)
+        stream[op.stream] = stream.get(op.stream, 0.0) + spent
+        total += spent
+    return max(max(ends), *stream.values()), total
+
+
+@CASES
+@given(STRATEGIES, ROUTINGS)
+def test_between_critical_path_and_serial_sum(strategy: Strategy, routing: str) -> None:
+    training = _training(strategy, 1, routing)
+    workload = lower(MODEL, strategy, training, 8)
+    low, high = _bounds(workload, machine())
+    step = run(workload, MODEL, machine(), strategy, training).step_time
+    assert low * (1 - 1e-9) <= step <= high * (1 + 1e-9)
+    slowed = run(workload, MODEL, machine(share=1.0), strategy, training).step_time
+    assert step * (1 - 1e-9) <= slowed <= high * (1 + 1e-9)
+
+
+@CASES
+@given(STRATEGIES, ROUTINGS)
+def test_more_bandwidth_is_never_slower(strategy: Strategy, routing: str) -> None:
+    training = _training(strategy, 2, routing)
+    slow = simulate(MODEL, machine(), 1, strategy, training)
+    fast = simulate(MODEL, machine(scale_up=200, scale_out=20, link=100), 1, strategy, training)
+    assert fast.step_time <= slow.step_time * (1 + 1e-9)
+    assert fast.peak_memory == slow.peak_memory
+
+
+@CASES
+@given(STRATEGIES, ROUTINGS, st.floats(0.001, 1.0))
+def test_more_memory_never_turns_fits_into_not(strategy: Strategy, routing: str, memory: float) -> None:
+    training = _training(strategy, 1, routing)
+    less = simulate(MODEL, machine(memory=memory), 1, strategy, training)
+    more = simulate(MODEL, machine(memory=memory * 2), 1, strategy, training)
+    assert more.fits or not less.fits
+    assert less.fits == (less.over is None)
+    assert sum(less.memory_by_category.values()) == less.peak_memory
+    assert less.resident_memory <= less.peak_memory
+
+
+@CASES
+@given(STRATEGIES, st.integers(4, 6), st.sampled_from([0.0, 0.3, 1.0]))
+def test_composed_microbatches_equal_expanded_ones(strategy: Strategy, batches: int, share: float) -> None:
+    training = _training(strategy, batches, "balanced")
+    profile = machine(share=share)
+    composed = run(lower(MODEL, strategy, training, 8), MODEL, profile, strategy, training)
+    expanded = run(lower(MODEL, strategy, training, 8, expand=True), MODEL, profile, strategy, training)
+    assert composed.step_time == pytest.approx(expanded.step_time, rel=1e-9)
+    assert composed.peak_memory == expanded.peak_memory
+    assert composed.num_ops == expanded.num_ops
+    assert composed.flops == pytest.approx(expanded.flops)
+    for kind, busy in expanded.busy.items():
+        assert composed.busy[kind] == pytest.approx(busy)
+
+
+@CASES
+@given(STRATEGIES, ROUTINGS)
+def test_components_add_up_to_the_step(strategy: Strategy, routing: str) -> None:
+    result = simulate(MODEL, machine(), 1, strategy, _training(strategy, 2, routing))
+    assert sum(result.time_by_component.values()) == pytest.approx(result.step_time, rel=1e-6)
+    assert set(result.to_json()) >= {
+        "step_time_s",
+        "tokens_per_s_per_device",
+        "model_flops_per_s_per_device",
+        "mfu",
+        "fits",
+        "peak_memory_bytes",
+        "memory_limit_bytes",
+        "memory_by_category_bytes",
+        "peak_at",
+        "host_memory_bytes",
+        "exposed_s",
+        "strategy",
+        "provenance",
+    }
+
+
+def test_timeline_peaks_where_the_table_says() -> None:
+    strategy = mop(8, sequence=2, experts=8, vocabulary=4)
+    training = _training(strategy, 2, "balanced")
+    result = simulate(MODEL, machine(), 1, strategy, training, timeline=True)
+    assert max(size for _, size in result.memory_curve) == result.peak_memory
+    assert max(span.end for span in result.spans) == pytest.approx(result.step_time)
+    assert all(span.start < span.end for span in result.spans)
+    assert simulate(MODEL, machine(), 1, strategy, training).spans == []
+
+
+def test_step_constant_and_launches_are_paid() -> None:
+    strategy = mop(8, experts=8)
+    training = _training(strategy, 1, "balanced")
+    device = msgspec.structs.replace(machine().device, launch_overhead=quantity(10, "us"))
+    slower = msgspec.structs.replace(machine(), device=device)
+    fast, slow = (simulate(MODEL, profile, 1, strategy, training) for profile in (machine(), slower))
+    launched = sum(
+        fast.num_ops.get(kind, 0)
+        for kind in ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
+    )
+    assert slow.busy["memory_bound"] > fast.busy["memory_bound"]
+    assert slow.step_time <= fast.step_time + launched * 10e-6 * 1.01
+
+
+def test_skew_costs_time_and_memory() -> None:
+    strategy = fsdp2(8, experts=8)
+    even = simulate(MODEL, machine(), 1, strategy, _training(strategy, 1, "balanced"))
+    skewed = simulate(MODEL, machine(), 1, strategy, _training(strategy, 1, "90/2"))
+    assert skewed.step_time > even.step_time
+    assert skewed.peak_memory > even.peak_memory
+    assert even.guarantee_memory > 0

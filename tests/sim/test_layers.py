@@ -1,0 +1,105 @@
+"""Shapes, counts and FLOPs by hand; tapes conserve memory."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mopsim.layers import active_params, flops_per_token, parameters, total_params
+from mopsim.layers.attention import attention
+from mopsim.layers.experts import experts, router
+from mopsim.layers.ffn import ffn
+from mopsim.layers.shapes import Shapes, causal_pairs
+from mopsim.layers.tape import Tape, peak
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from tests.sim.toys import small
+
+
+def test_one_layer_by_hand() -> None:
+    model = small(num_hidden_layers=1, first_k_dense_replace=0, shared_expert_intermediate_size=0)
+    attention_params = 64 * 128 * 2 + 64 * 64 * 2
+    expected = 2 * 256 * 64 + attention_params + 3 * 64 + 8 * 64 + 8 * 3 * 64 * 48
+    assert total_params(model) == expected
+    assert active_params(model) == expected - 6 * 3 * 64 * 48
+    flops = flops_per_token(model, 16)
+    assert flops["attention"] == 2 * attention_params
+    assert flops["attention_core"] == pytest.approx(2 * 8 * 32 * 17 / 2)
+    assert flops["experts"] == 2 * 2 * 3 * 64 * 48
+    assert flops["router"] == 2 * 64 * 8
+    assert flops["vocabulary"] == 2 * 64 * 256
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "deepseek_v3", "gpt_oss_20b", "qwen3_30b_a3b", "mop_1t"])
+def test_published_totals(name: str) -> None:
+    model = load_model(name)
+    assert model.total_params is not None
+    assert total_params(model) == pytest.approx(model.total_params, rel=0.03)
+
+
+def test_tied_biased_two_matrix_and_mtp_parameters() -> None:
+    model = small(
+        tie_word_embeddings=True,
+        attention_bias="qkv",
+        ffn_matrices=2,
+        norm="layernorm",
+        num_nextn_predict_layers=1,
+    )
+    names = parameters(model)
+    assert "head.weight" not in names
+    assert names["layers.0.attention.q_proj.bias"] == (128,)
+    assert "layers.0.ffn.gate_proj.weight" not in names
+    assert names["layers.0.ffn_norm.bias"] == (64,)
+    assert names["mtp.0.projection.weight"] == (64, 128)
+    assert names["mtp.0.layer.moe.experts.up_proj"] == (8, 64, 48)
+
+
+def test_latent_attention_flops_are_its_matmuls() -> None:
+    model = small(
+        attention="mla",
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        head_dim=12,
+        num_key_value_heads=8,
+    )
+    weights = sum(
+        shape[0] * shape[1]
+        for name, shape in parameters(model).items()
+        if name.startswith("layers.0.attention.") and len(shape) == 2
+    )
+    assert flops_per_token(model, 8)["attention"] == pytest.approx(3 * 2 * weights)
+
+
+@given(st.integers(1, 500), st.integers(0, 600))
+def test_causal_pairs_count_the_mask(seq: int, window: int) -> None:
+    counted = sum(min(i + 1, window or seq) for i in range(seq))
+    assert causal_pairs(seq, window) == counted
+
+
+def _tapes(model: ModelSpec, tokens: int, degree: int) -> list[Tape]:
+    return [
+        attention(model, Shapes(tokens, tokens * degree, degree), 0), ffn(model, tokens, 96, 2, "dense_ffn"),
+        router(model, tokens, 2, 4), experts(model, (tokens, 0, tokens), 2, 4),
+    ]  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 300), st.sampled_from([1, 2, 4, 8]), st.sampled_from(["none", "head", "full"]))
+def test_tapes_leave_what_they_say(tokens: int, degree: int, qk_norm: str) -> None:
+    """Forward leaves the outputs (and saved values with a graph); backward frees them and leaves input
+    gradients."""
+    for tape in _tapes(small(qk_norm=qk_norm), tokens, degree):
+        values = tape.values
+        outputs = sum(values[name].bytes for name in tape.outputs)
+        consumed = sum(values[name].bytes for name in tape.consumes)
+        plain = [step for played in tape.forward(False) for step in played.memory]
+        graph = [step for played in tape.forward(True) for step in played.memory]
+        assert sum(size for _, size in plain) == outputs - consumed
+        assert sum(size for _, size in graph) == outputs - consumed + tape.saved()
+        assert peak(graph) >= peak(plain)
+        back = [step for played in tape.backward() for step in played.memory]
+        grads = sum(value.bytes for value in tape.inputs if value.grad)
+        outputs = sum(values[name].bytes for name in tape.outputs if values[name].grad)
+        assert sum(size for _, size in back) == grads - outputs - tape.saved()
