@@ -122,6 +122,23 @@ def calibrate(
 
 
 @app.command()
+def validate(
+    runs: Annotated[str | None, typer.Option(help="CSV of measured runs")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="CSV of the networks they train; names it lacks are presets")
+    ] = None,
+    components: Annotated[str | None, typer.Option(help="CSV of measured components")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for figures of predicted against measured")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one a core, at most 4")] = 0,
+    json: o.Json = None,
+) -> None:
+    """Predicted against measured: errors out of sample, by source, GPU and family."""
+    from mopsim.commands.validate import run
+
+    run(runs, models, components, out, jobs, json)
+
+
+@app.command()
 def demo(
     out: o.OutDirectory = "reports/demo",
     seed: o.Seed = 0,

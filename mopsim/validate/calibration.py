@@ -1,4 +1,5 @@
-"""Calibration of a software stack on a machine: a scale, a cost per launch, a constant; scored on models it never saw."""
+"""Calibration of a software stack on a machine: a scale, a cost per launch, a constant; scored on models it
+never saw."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from scipy.optimize import nnls
 NOISE = 0.05
 """Relative scatter of repeated runs of one job: the unit in which departures from the prior are weighed."""
 PRIOR = {"scale": 0.3, "launch": 0.1, "constant": 0.1}
-"""Prior standard deviations: of the scale about 1, and of what launches and the constant add, as a share of a step."""
+"""Prior standard deviations: of the scale about 1, and of what launches and the constant add, as a share of
+a step."""
 ROUNDS = 12
 
 
@@ -61,6 +63,7 @@ def fit(points: Sequence[Point]) -> Fit:
 
 
 def held_out(points: Sequence[Point]) -> list[Fit]:
-    """For each point, the fit on the points of all other networks; Fit() (uncalibrated) where there are none."""
+    """For each point, the fit on the points of all other networks; Fit() (uncalibrated) where there are
+    none."""
     by_model = {model: fit([p for p in points if p.model != model]) for model in {p.model for p in points}}
     return [by_model[p.model] for p in points]

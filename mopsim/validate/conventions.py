@@ -1,6 +1,7 @@
 """What a software stack does that the table's columns do not say: precisions of state, allocator readings.
 
-Taken from the notes of the row first, then from the habits of the framework, each with its source. Nothing here is
+Taken from the notes of the row first, then from the habits of the framework, each with its source. Nothing
+here is
 fitted: these are facts about programs.
 """
 
@@ -16,7 +17,8 @@ Reading = Literal["allocated", "reserved", "device"]
 
 @dataclass(frozen=True)
 class Conventions:
-    """grad: dtype in which gradients are kept and reduced; param: of resident shards; master_is_param: no copy.
+    """grad: dtype in which gradients are kept and reduced; param: of resident shards; master_is_param: no
+    copy.
 
     reading: what was read as peak memory. last_stage: it was read on the last pipeline stage only.
     graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer.
@@ -47,7 +49,9 @@ def conventions(row: Row) -> Conventions:
         param, moments, grad, master_is_param = "bfloat16", "bfloat16", "bfloat16", True
     if "bf16 moments" in notes or "moments in bf16" in notes:
         moments = "bfloat16"
-    if "alst" in source:  # DeepSpeed ZeRO-3: bf16 weights and gradients, fp32 master and moments with the optimizer
+    if (
+        "alst" in source
+    ):  # DeepSpeed ZeRO-3: bf16 weights and gradients, fp32 master and moments with the optimizer
         param, grad, master_is_param = "bfloat16", "bfloat16", False
     return Conventions(
         compute=compute, param=param, reduce=_reduced(source, notes, grad), grad=grad, moments=moments,
@@ -58,7 +62,8 @@ def conventions(row: Row) -> Conventions:
 
 
 def _gradients(source: str, notes: str, compute: DType) -> DType:
-    """Megatron-LM accumulates in fp32 with bf16 (its argument check forces it) and in fp16 with fp16; Megatron-Bridge
+    """Megatron-LM accumulates in fp32 with bf16 (its argument check forces it) and in fp16 with fp16;
+    Megatron-Bridge
     recipes set grad_reduce_in_fp32 to false, which makes the gradient buffer bf16. FSDP's shards are fp32.
     """
     if "fp32 grad" in notes:

@@ -6,7 +6,16 @@ from typing import Literal, TypeVar
 from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import (
-    Activations, Attention, Dense, Experts, MatmulDType, Optimizer, Pipeline, Precision, Strategy, Vocabulary,
+    Activations,
+    Attention,
+    Dense,
+    Experts,
+    MatmulDType,
+    Optimizer,
+    Pipeline,
+    Precision,
+    Strategy,
+    Vocabulary,
 )  # fmt: skip
 from mopsim.validate.conventions import Conventions
 from mopsim.validate.tables import UNKNOWN, Row
@@ -15,8 +24,10 @@ ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
     "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
-#: Modules named by Megatron's recompute lists -> components whose forward is repeated. Norms, activation functions and
-#: the latent up-projection are parts of a component: recomputing them costs memory-bound work, which is left out.
+#: Modules named by Megatron's recompute lists -> components whose forward is repeated. Norms, activation
+#: functions and
+#: the latent up-projection are parts of a component: recomputing them costs memory-bound work, which is
+#: left out.
 MODULES: dict[str, tuple[str, ...]] = {
     "core_attn": ("attention",),
     "mlp": ("dense_ffn", "shared_experts"),
@@ -47,7 +58,8 @@ class Degrees:
 
 
 def family(row: Row) -> str:
-    """fsdp: state gathered and freed (ZeRO-2/3 of FSDP); zero_offload: with the optimizer on the host; else megatron."""
+    """fsdp: state gathered and freed (ZeRO-2/3 of FSDP); zero_offload: with the optimizer on the host; else
+    megatron."""
     sharded = row.get("sharding") in ("zero2", "zero3")
     if sharded and row.get("optimizer_offload", "") not in (*UNKNOWN, "0"):
         return "zero_offload"
@@ -99,7 +111,8 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
 T = TypeVar("T")
 
 _TILE = 8192
-"""Tokens of a tile of a tiled MLP or a fused loss, where the source does not say: memory no longer depends on it."""
+"""Tokens of a tile of a tiled MLP or a fused loss, where the source does not say: memory no longer depends
+on it."""
 
 
 def _lookup(known: dict[str, T], row: Row, column: str) -> T:
@@ -142,7 +155,9 @@ def _activations(row: Row) -> Activations:
     """Raises SpecError for a module that no component stands for, and for a fraction of offloaded layers."""
     offload = row.get("activation_offload", "")
     if offload not in (*UNKNOWN, "none", "boundaries"):
-        raise SpecError("activation_offload", offload, "offloads a fraction of the layers, which Activations cannot say")
+        raise SpecError(
+            "activation_offload", offload, "offloads a fraction of the layers, which Activations cannot say"
+        )
     tier: Literal["device", "host"] = "host" if offload == "boundaries" else "device"
     recompute = row["recompute"]
     if recompute == "none":

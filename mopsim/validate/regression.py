@@ -16,8 +16,10 @@ FEATURES = ("flops", "weight_bytes", "activation_bytes", "group_bytes", "gradien
 def features(case: Case) -> list[float]:
     """Per rank and step, over the machine's peaks (seconds), but messages: a count.
 
-    flops: model FLOP, with recompute, over peak and the pipeline's filled share. weight_bytes: parameters read in three
-    passes. activation_bytes: 34 H bytes a token and layer. group_bytes: tensor, sequence and expert exchanges.
+    flops: model FLOP, with recompute, over peak and the pipeline's filled share. weight_bytes: parameters
+    read in three
+    passes. activation_bytes: 34 H bytes a token and layer. group_bytes: tensor, sequence and expert
+    exchanges.
     gradient_bytes: reduction and gathering of parameters. messages: collectives and layers started.
     """
     model, s, training, hardware = case.model, case.strategy, case.training, case.hardware
@@ -25,7 +27,12 @@ def features(case: Case) -> list[float]:
     layers = model.num_hidden_layers / s.pipeline.degree
     tokens = training.tokens_per_rank(s) / s.dense.tensor * micro
     passes = {"none": 3.0, "selective": 3.2, "full": 4.0}[s.activations.recompute]
-    flops = passes * sum(flops_per_token(model, training.seq_len).values()) * training.global_batch * training.seq_len
+    flops = (
+        passes
+        * sum(flops_per_token(model, training.seq_len).values())
+        * training.global_batch
+        * training.seq_len
+    )
     filled = micro * s.pipeline.virtual_stages / (micro * s.pipeline.virtual_stages + s.pipeline.degree - 1)
     peak = max(curve.peak.si for curve in hardware.device.matmul if curve.dtype == _dtype(case))
     held = total_params(model) / s.pipeline.degree / s.dense.tensor / s.experts.degree
@@ -52,13 +59,16 @@ def _dtype(case: Case) -> str:
 
 
 def held_out(cases: Sequence[Case], models: Sequence[str], measured: Sequence[float]) -> list[float | None]:
-    """Predicted seconds of each case by coefficients fitted on all other networks; None where there are none."""
+    """Predicted seconds of each case by coefficients fitted on all other networks; None where there are
+    none."""
     design = np.array([features(case) for case in cases], dtype=float)
     seconds = np.array(measured, dtype=float)
     found: dict[str, NDArray[np.float64] | None] = {}
     for model in set(models):
         others = [i for i, name in enumerate(models) if name != model]
-        found[model] = _solve(design[others], seconds[others], [models[i] for i in others]) if others else None
+        found[model] = (
+            _solve(design[others], seconds[others], [models[i] for i in others]) if others else None
+        )
     rows = [found[model] for model in models]
     return [None if c is None else float(design[i] @ c) for i, c in enumerate(rows)]
 

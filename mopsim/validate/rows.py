@@ -24,7 +24,7 @@ NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "r
 """Fields without which a run is not determined; vp with a pipeline, ep, etp and routing with experts also."""
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """A row that cannot be simulated: the field, and what about it."""
 
     def __init__(self, field: str, reason: str) -> None:
@@ -55,10 +55,10 @@ class Case:
 
 
 def case(row: Row, models: dict[str, Row]) -> Case:
-    """The row as a case. Raises Unsupported naming the field, MopError where a cell is malformed."""
+    """The row as a case. Raises UnsupportedError naming the field, MopError where a cell is malformed."""
     for field in NEEDED:
         if row.get(field, "") in UNKNOWN:
-            raise Unsupported(field, "not stated by the source")
+            raise UnsupportedError(field, "not stated by the source")
     model = _model(row, models)
     degrees = _degrees(row, model)
     hardware = _hardware(row["gpu"])
@@ -70,7 +70,7 @@ def case(row: Row, models: dict[str, Row]) -> Case:
         split.check_model(model)
         training.check_strategy(split)
     except SpecError as error:
-        raise Unsupported(error.field, str(error)) from error
+        raise UnsupportedError(error.field, str(error)) from error
     memory, step = number(row, "peak_memory_gib"), number(row, "step_time_s")
     return Case(
         row=row, family=family(row), model=model, hardware=hardware,
@@ -89,7 +89,7 @@ def _hardware(name: str) -> HardwareProfile:
     try:
         return _profile(name)
     except MopError as error:
-        raise Unsupported("gpu", str(error)) from error
+        raise UnsupportedError("gpu", str(error)) from error
 
 
 def _model(row: Row, models: dict[str, Row]) -> ModelSpec:
@@ -98,9 +98,9 @@ def _model(row: Row, models: dict[str, Row]) -> ModelSpec:
     try:
         model = from_row(models[name]) if name in models else load_model(name)
     except SpecError as error:
-        raise Unsupported("model", str(error)) from error
+        raise UnsupportedError("model", str(error)) from error
     except MopError as error:
-        raise Unsupported("model", f"{name!r} is neither in the models CSV nor a preset") from error
+        raise UnsupportedError("model", f"{name!r} is neither in the models CSV nor a preset") from error
     layers = count(row, "num_layers") or model.num_hidden_layers
     changes: dict[str, object] = {}
     if layers != model.num_hidden_layers:
@@ -123,13 +123,13 @@ def _degrees(row: Row, model: ModelSpec) -> Degrees:
     def need(field: str) -> int:
         value = count(row, field)
         if value is None:
-            raise Unsupported(field, "not stated by the source")
+            raise UnsupportedError(field, "not stated by the source")
         return value
 
     pipeline = need("pp")
     moe = model.num_local_experts > 0
     if moe and row.get("routing", "") in UNKNOWN:
-        raise Unsupported("routing", "not stated by the source")
+        raise UnsupportedError("routing", "not stated by the source")
     return Degrees(
         world=need("num_gpus"),
         tensor=need("tp"),
@@ -147,7 +147,7 @@ def _training(row: Row, degrees: Degrees) -> TrainSpec:
     batch = count(row, "global_batch")
     if batch is None:
         if number(row, "step_time_s") is not None or row.get("fits", "") not in ("yes", "oom"):
-            raise Unsupported("global_batch", "not stated by the source")
+            raise UnsupportedError("global_batch", "not stated by the source")
         groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
         batch = degrees.micro_batch * max(1, groups)
     return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mopsim.validate.rows import Case, Unsupported, case
+from mopsim.validate.rows import Case, UnsupportedError, case
 from mopsim.validate.scoring import Scored, score
 from mopsim.validate.simulated import Progress, simulate_all
 from mopsim.validate.tables import Row
@@ -11,7 +11,8 @@ from mopsim.validate.tables import Row
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that was not simulated, and why. field: what is missing or cannot be said; `simulator`: it failed."""
+    """A row that was not simulated, and why. field: what is missing or cannot be said; `simulator`: it
+    failed."""
 
     row: Row
     field: str
@@ -35,7 +36,7 @@ def validate_runs(
     for row in rows:
         try:
             cases.append(case(row, models))
-        except Unsupported as error:
+        except UnsupportedError as error:
             refused.append(Refused(row, error.field, error.reason))
     results = simulate_all(cases, jobs, progress)
     good = [i for i, result in enumerate(results) if not result.error]

@@ -14,7 +14,8 @@ from mopsim.validate.simulated import Simulated, as_read
 
 @dataclass(frozen=True)
 class Scored:
-    """A simulated run. Seconds and bytes; calibrated and regression are of fits that never saw this run's network.
+    """A simulated run. Seconds and bytes; calibrated and regression are of fits that never saw this run's
+    network.
 
     out_of_sample: whether there was another network of the same source and GPU to calibrate on.
     """
@@ -90,7 +91,8 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors of one group of rows: count, mean and median size, signed mean, largest, 90th percentile."""
+    """Relative errors of one group of rows: count, mean and median size, signed mean, largest, 90th
+    percentile."""
 
     n: int
     mape: float
@@ -129,7 +131,8 @@ def by_group(scored: Iterable[Scored], measure: Measure, key: Callable[[Scored],
 
 
 def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
-    """Rows averaged within a source, then sources; the median, the largest and the percentile are over all rows."""
+    """Rows averaged within a source, then sources; the median, the largest and the percentile are over all
+    rows."""
     rows = list(scored)
     sources = by_group(rows, measure, lambda one: one.case.row["source"])
     everything = errors(measure(one) for one in rows)
@@ -143,7 +146,8 @@ def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Runs that ran (and how many are predicted to fit), runs that ran out (and how many are predicted to)."""
+    """Runs that ran (and how many are predicted to fit), runs that ran out (and how many are predicted
+    to)."""
 
     ran: int
     ran_right: int
@@ -193,11 +197,26 @@ def regrets(scored: Iterable[Scored]) -> list[Regret]:
 
 
 def _job(case: Case) -> tuple[str, ...]:
-    """Everything but the strategy: what is trained, on what, with which release and switches of the software."""
+    """Everything but the strategy: what is trained, on what, with which release and switches of the
+    software."""
     row = case.row
     release = re.search(r"nemo [\d.]+", row.get("notes", "").lower())
     software = [release.group(0)] if release else []
-    software += [word for word in ("compile", "async tp", "framework halo", "framework stock") if word in row["notes"].lower()]
+    software += [
+        word
+        for word in ("compile", "async tp", "framework halo", "framework stock")
+        if word in row["notes"].lower()
+    ]
     software += [row.get("dispatcher", ""), row.get("overlap", "")]
-    names = ("source", "model", "num_layers", "gpu", "num_gpus", "precision", "seq_len", "global_batch", "routing")
+    names = (
+        "source",
+        "model",
+        "num_layers",
+        "gpu",
+        "num_gpus",
+        "precision",
+        "seq_len",
+        "global_batch",
+        "routing",
+    )
     return (*(row.get(name, "") for name in names), *software)

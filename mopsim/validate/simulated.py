@@ -14,7 +14,8 @@ from mopsim.validate.rows import Case
 
 KERNELS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
 RESERVED = 1.03
-"""Blocks of the caching allocator over live tensors: "a few per cent up to about 6 %" (truth/README.md), so 3 %."""
+"""Blocks of the caching allocator over live tensors: "a few per cent up to about 6 %" (truth/README.md), so
+3 %."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The CSVs of measurements: read whole, columns checked, numbers parsed with the cell named when they are none."""
+"""The CSVs of measurements: read whole, columns checked, numbers parsed with the cell named when they are
+none."""
 
 import csv
 import io
@@ -64,5 +65,7 @@ def count(row: Row, column: str) -> int | None:
     if value is None:
         return None
     if value != int(value) or value < 1:
-        raise MopError(f"{row.get('run_id', 'row')}: {column}: {row[column]!r} is not a positive whole number")
+        raise MopError(
+            f"{row.get('run_id', 'row')}: {column}: {row[column]!r} is not a positive whole number"
+        )
     return int(value)

@@ -1,0 +1,85 @@
+"""Figures of a validation: predicted against measured by source, GPU and family; components."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from mopsim.report.style import SERIES, figure
+from mopsim.spec.units import UNITS
+from mopsim.validate.components import Predicted
+from mopsim.validate.output import GROUPS
+from mopsim.validate.run import Validation
+
+Points = list[tuple[float, float]]
+BAND = 0.1
+"""Relative error that the grey band shows."""
+
+
+def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) -> list[Path]:
+    """Write the figures that there are points for; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for group in ("source", "gpu", "family"):
+        times: dict[str, Points] = defaultdict(list)
+        memory: dict[str, Points] = defaultdict(list)
+        for one in validation.scored:
+            name = GROUPS[group](one)
+            if one.case.step_time:
+                times[name].append((one.case.step_time, one.calibrated))
+            if one.case.peak_memory:
+                memory[name].append((one.case.peak_memory / UNITS["GiB"], one.peak_memory / UNITS["GiB"]))
+        if times:
+            path = folder / f"step_time_by_{group}.png"
+            written.append(
+                _scatter(path, times, "seconds of a step", f"step time, calibrated out of sample, by {group}")
+            )
+        if memory:
+            path = folder / f"peak_memory_by_{group}.png"
+            written.append(_scatter(path, memory, "GiB at the peak", f"peak memory by {group}"))
+    if parts:
+        written += _components(folder, parts)
+    return written
+
+
+def _components(folder: Path, parts: Sequence[Predicted]) -> list[Path]:
+    metrics: dict[str, dict[str, Points]] = defaultdict(lambda: defaultdict(list))
+    for one in parts:
+        if one.predicted and one.component.value:
+            metrics[one.component.metric][one.component.kind].append((one.component.value, one.predicted))
+    chosen = {"latency_s": "seconds", "flops_per_s": "FLOP/s", "peak_memory_gib": "GiB"}
+    return [
+        _scatter(folder / f"components_{metric}.png", metrics[metric], unit, f"components: {metric}")
+        for metric, unit in chosen.items()
+        if metrics.get(metric)
+    ]
+
+
+def _scatter(path: Path, groups: dict[str, Points], unit: str, title: str) -> Path:
+    """Measured on the horizontal, predicted on the vertical axis, both logarithmic; the diagonal and a
+    band."""
+    with figure(path, 8.5, 7) as (axis,):
+        for index, (name, points) in enumerate(sorted(groups.items())):
+            xs, ys = [p[0] for p in points], [max(p[1], 1e-12) for p in points]
+            error = sum(abs(y / x - 1) for x, y in points) / len(points)
+            axis.scatter(
+                xs, ys, s=22, alpha=0.7, color=SERIES[index % len(SERIES)], marker="os^Dvx+"[index //
+                len(SERIES) % 7],
+                label=f"{name}: {len(points)}, {error:.0%}",
+            )  # fmt: skip
+        values = [value for points in groups.values() for pair in points for value in pair if value > 0]
+        _diagonal(axis, min(values), max(values))
+        axis.set(
+            xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}", title=title
+        )
+        axis.legend(loc="upper left", fontsize=8)
+    return path
+
+
+def _diagonal(axis: Axes, low: float, high: float) -> None:
+    low, high = low / math.sqrt(2), high * math.sqrt(2)
+    axis.plot([low, high], [low, high], color="#515a5a", linewidth=1)
+    band: Callable[[float], list[float]] = lambda share: [low * share, high * share]  # noqa: E731
+    axis.fill_between([low, high], band(1 - BAND), band(1 + BAND), color="#bfc9ca", alpha=0.5, linewidth=0)

@@ -1,0 +1,62 @@
+"""One measured component as a record."""
+
+import json
+from dataclasses import dataclass
+
+from mopsim.spec.errors import MopError
+from mopsim.validate.tables import Row
+
+
+class InexpressibleError(Exception):
+    """A component that cannot be predicted: the field, and what about it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True)
+class Component:
+    """A row of the components CSV, its params parsed. value: SI units, GiB for memory; None where it ran
+    out."""
+
+    row: Row
+    params: dict[str, object]
+    value: float | None
+
+    @property
+    def kind(self) -> str:
+        return self.row["component"]
+
+    @property
+    def system(self) -> str:
+        return self.row.get("system", "")
+
+    @property
+    def metric(self) -> str:
+        return self.row["metric"]
+
+    def number(self, name: str) -> float:
+        """A parameter as a number. Raises InexpressibleError where it is missing or none."""
+        try:
+            return float(str(self.params[name]))
+        except (KeyError, ValueError):
+            raise InexpressibleError(name, "not stated by the source") from None
+
+    def text(self, name: str) -> str:
+        return str(self.params.get(name, ""))
+
+
+def parse(row: Row) -> Component:
+    """Raises MopError where params is no JSON object or the value no number."""
+    try:
+        params = json.loads(row["params"] or "{}")
+    except json.JSONDecodeError as error:
+        raise MopError(f"{row['component']}: params: {error}") from None
+    if not isinstance(params, dict):
+        raise MopError(f"{row['component']}: params: {row['params']!r} is not a JSON object")
+    try:
+        value = float(row["value"]) if row["value"] else None
+    except ValueError:
+        raise MopError(f"{row['component']}: value: {row['value']!r} is not a number") from None
+    return Component(row, params, value)

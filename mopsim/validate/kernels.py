@@ -1,0 +1,83 @@
+"""Components that are one kernel or one collective: products, attention, all-to-all. Priced by
+`mopsim.cost`."""
+
+from mopsim.cost import seconds
+from mopsim.lowering.workload import Group, Work
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.validate.component import Component, InexpressibleError
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8", "fp32": "float32"}
+ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}
+"""Products of sequence x sequence: QK and PV forward, five backward (FlashAttention-2, arXiv 2307.08691)."""
+
+
+def _dtype(component: Component) -> str:
+    name = component.text("precision").split(" ")[0]
+    if name not in DTYPES:
+        raise InexpressibleError("precision", f"{name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def gemm(component: Component, hardware: HardwareProfile) -> float:
+    """Seconds, or FLOP/s, of one product or of the products of `ng` experts in one launch."""
+    upper = "M" in component.params
+    m, n, k = (component.number(name.upper() if upper else name) for name in ("m", "n", "k"))
+    grouped = component.params.get("op") == "grouped matmul"
+    count = component.number("ng") if grouped else 1.0
+    kind = "grouped_matmul" if grouped else "matmul"
+    time = seconds(Work(kind, m=m, n=n, k=k, count=count, dtype=_dtype(component)), hardware)
+    return time if component.metric == "latency_s" else 2 * m * n * k * count / time
+
+
+def attention(component: Component, hardware: HardwareProfile) -> float:
+    """FLOP/s in the source's own counting: full attention, both halves of the mask, where its rates say so.
+
+    The B200 table prints up to 1.2 of the peak, so it counts what the causal mask skips; the others are
+    taken as they are.
+    """
+    backward = "backward" in str(component.params.get("pass_", component.params.get("op", "")))
+    seq = int(component.number("seq_len"))
+    heads = component.number("heads") if "heads" in component.params else component.number("head_num")
+    width = (component.number("qk_head_dim") + component.number("v_head_dim")) / 2
+    batch = float(str(component.params.get("batch", 1)))
+    products = ATTENTION_PRODUCTS["backward" if backward else "forward"]
+    full = products * 2.0 * batch * heads * float(seq) ** 2 * width
+    masked = "efficiency table" in component.system
+    work = Work(
+        "attention", flops=full / 2 if masked else full, seq=seq, backward=backward, dtype=_dtype(component)
+    )
+    return full / seconds(work, hardware)
+
+
+def all_to_all(component: Component, hardware: HardwareProfile) -> float:
+    """Seconds of an exchange among `ep` ranks, or bytes/s of its slowest link."""
+    ranks = int(component.number("ep"))
+    group = Group(ranks, min(ranks, hardware.scale_up_size))
+    if "bytes_per_rank" in component.params:
+        size = component.number("bytes_per_rank")
+    else:
+        dispatched = component.text("op") == "dispatch"
+        width = 1.0 if dispatched and component.text("precision").startswith("fp8") else 2.0
+        size = (
+            component.number("tokens_per_rank")
+            * component.number("hidden")
+            * width
+            * _copies(component, ranks)
+        )
+    time = seconds(Work("all_to_all", bytes=size, group=group), hardware)
+    if component.metric == "latency_s":
+        return time
+    if component.params.get("link") == "nvlink":
+        return size * (group.intra - 1) / ranks / time
+    return size * (ranks - group.intra) / ranks / time
+
+
+def _copies(component: Component, ranks: int) -> float:
+    """Copies of a token that travel: one for each choice, or, by DeepEP and HybridEP, for each rank that
+    holds any.
+
+    Uniform choices of k among n ranks hit n (1 - (1 - 1/n)^k) distinct ones.
+    """
+    top_k = component.number("top_k")
+    deduplicated = component.system.startswith(("DeepEP", "HybridEP"))
+    return ranks * (1 - (1 - 1 / ranks) ** top_k) if deduplicated else top_k

@@ -1,0 +1,139 @@
+"""A validation as JSON (the keys of `mopsim validate --json`) and as rows of tables."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+from mopsim.validate.components import IN_SAMPLE, Predicted
+from mopsim.validate.run import Refused, Validation
+from mopsim.validate.scoring import Errors, Measure, Scored, by_group, capacity, errors, over_sources, regrets
+from mopsim.validate.tables import Row
+
+MEASURES: dict[str, Measure] = {
+    "step_time_s": lambda one: one.step_error,
+    "step_time_s_uncalibrated": lambda one: one.raw_step_error,
+    "step_time_s_regression": lambda one: one.regression_error,
+    "peak_memory_bytes": lambda one: one.memory_error,
+}
+GROUPS: dict[str, Callable[[Scored], str]] = {
+    "source": lambda one: one.case.row["source"],
+    "gpu": lambda one: one.case.row["gpu"],
+    "family": lambda one: one.case.family,
+    "precision": lambda one: one.case.row["precision"],
+    "quality": lambda one: one.case.row.get("quality", ""),
+}
+
+
+def to_json(validation: Validation, components: Sequence[Predicted]) -> dict[str, Any]:
+    """Seconds and bytes; errors are relative, positive where the prediction is too large."""
+    runs = [_run(one) for one in validation.scored] + [_refused(one) for one in validation.refused]
+    return {
+        "runs": runs,
+        "components": [_component(one) for one in components],
+        "summary": summary(validation, components),
+    }
+
+
+def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str, Any]:
+    """Per quantity over all simulated rows, by the selections that are judged, and by group."""
+    scored = validation.scored
+    fits = capacity(scored)
+    found: dict[str, Any] = {
+        name: _plain(over_sources(scored, measure)) for name, measure in MEASURES.items()
+    }
+    found["fits"] = {
+        "n": fits.ran + fits.ran_out, "right": fits.right, "ran": fits.ran, "ran_right": fits.ran_right,
+        "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right,
+    }  # fmt: skip
+    found["unsupported"] = len(validation.refused)
+    found["unsupported_by_field"] = dict(Counter(one.field for one in validation.refused).most_common())
+    found["selections"] = {
+        name: {measure: _plain(over_sources(rows, MEASURES[measure])) for measure in MEASURES}
+        for name, rows in selections(scored).items()
+    }
+    found["by"] = {
+        group: {m: {k: e.to_json() for k, e in by_group(scored, MEASURES[m], key).items()} for m in MEASURES}
+        for group, key in GROUPS.items()
+    }
+    jobs = regrets(scored)
+    found["regret"] = {
+        "n": len(jobs), "mean": fmean(job.slowdown for job in jobs) if jobs else None,
+        "max": max((job.slowdown for job in jobs), default=None),
+        "jobs": [vars(job) for job in jobs],
+    }  # fmt: skip
+    found["components"] = component_errors(components)
+    return found
+
+
+def selections(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
+    """The rows that the figures are stated for."""
+    rows = list(scored)
+    good = [one for one in rows if one.case.row.get("quality", "A") in ("A", "B")]
+    return {
+        "bf16_fp16_AB": [one for one in good if one.case.row["precision"] in ("bf16", "fp16")],
+        "bf16_AB": [one for one in good if one.case.row["precision"] == "bf16"],
+        "fp8_mxfp8_A": [
+            one for one in rows
+            if one.case.row["precision"] in ("fp8", "mxfp8") and one.case.row.get("quality", "A") == "A"
+        ],
+        "AB": good,
+    }  # fmt: skip
+
+
+def component_errors(components: Sequence[Predicted]) -> dict[str, Any]:
+    """Errors by component and metric; `in_sample` where the profiles are fitted to these rows."""
+    groups: dict[tuple[str, str], list[Predicted]] = defaultdict(list)
+    for one in components:
+        groups[one.component.kind, one.component.metric].append(one)
+    found: dict[str, Any] = {}
+    for (kind, metric), rows in groups.items():
+        result = errors(one.error for one in rows)
+        entry = _plain(result) or {"n": 0}
+        entry |= {"rows": len(rows), "in_sample": kind in IN_SAMPLE}
+        found.setdefault(kind, {})[metric] = entry
+    return found
+
+
+def worst(scored: Iterable[Scored], count: int) -> list[Scored]:
+    """Runs with the largest errors of the calibrated step time."""
+    timed = [one for one in scored if one.step_error is not None]
+    return sorted(timed, key=lambda one: -abs(one.step_error or 0.0))[:count]
+
+
+def _plain(found: Errors | None) -> dict[str, Any] | None:
+    return None if found is None else dict(found.to_json())
+
+
+def _identity(row: Row) -> dict[str, Any]:
+    return {name: row.get(name, "") for name in ("run_id", "source", "model", "gpu", "precision", "quality")}
+
+
+def _run(one: Scored) -> dict[str, Any]:
+    case = one.case
+    return {
+        **_identity(case.row), "status": "simulated", "family": case.family,
+        "num_gpus": case.strategy.world_size, "calibrated": one.out_of_sample,
+        "measured_step_time_s": case.step_time,
+        "predicted_step_time_s": one.calibrated, "step_time_s_error": one.step_error,
+        "uncalibrated_step_time_s": one.simulated.step_time, "uncalibrated_step_time_s_error": one.raw_step_error,
+        "regression_step_time_s": one.regression, "regression_step_time_s_error": one.regression_error,
+        "measured_peak_memory_bytes": case.peak_memory,
+        "predicted_peak_memory_bytes": one.peak_memory, "peak_memory_bytes_error": one.memory_error,
+        "measured_fits": case.fits, "predicted_fits": one.simulated.fits,
+        "calibration": {"scale": one.fit.scale, "launch_s": one.fit.launch, "constant_s": one.fit.constant,
+                        "fitted_on": one.fit.runs},
+    }  # fmt: skip
+
+
+def _refused(one: Refused) -> dict[str, Any]:
+    return {**_identity(one.row), "status": "unsupported", "reason": f"{one.field}: {one.reason}"}
+
+
+def _component(one: Predicted) -> dict[str, Any]:
+    row: dict[str, Any] = dict(one.component.row)
+    row |= {"params": one.component.params, "value": one.component.value}
+    row |= {"predicted": one.predicted, "error": one.error}
+    if one.predicted is None:
+        row["reason"] = f"{one.field}: {one.reason}"
+    return row
