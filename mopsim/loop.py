@@ -122,7 +122,7 @@ def _loop(loop: Loop) -> DemoReport:
         with loop.stage(f"search {family}"):
             found[family] = _search(loop, family, profile)
     hardware = io.load(profile, HardwareProfile, "hardware")
-    contenders = [_train(loop, name, hardware) for name in ("mop", "fsdp2")]
+    contenders = [_train(loop, name, hardware, loop.steps) for name in ("mop", "fsdp2")]
     calibrated = loop.work / "calibrated.yaml"
     with loop.stage("calibrate from both runs"):
         runs = [str(loop.work / contender.name) for contender in contenders]
@@ -141,7 +141,7 @@ def _loop(loop: Loop) -> DemoReport:
         )
     corrected = io.load(calibrated, HardwareProfile, "hardware")
     _held_out(loop, hardware)
-    contenders.append(_train(loop, "held-out", hardware))
+    contenders.append(_train(loop, "held-out", hardware, max(10, loop.steps // 2)))
     for contender in contenders:
         contender.after = _simulate(contender.plan, corrected)
     return DemoReport(
@@ -198,12 +198,12 @@ def _simulate(plan: Plan, hardware: HardwareProfile) -> SimResult:
     )
 
 
-def _train(loop: Loop, name: str, hardware: HardwareProfile) -> Contender:
+def _train(loop: Loop, name: str, hardware: HardwareProfile, steps: int) -> Contender:
     """Train one plan for real; what it did, beside what was predicted before anything was measured of it."""
     path, folder = loop.work / f"{name}.yaml", loop.work / name
     plan = io.load(path, Plan, "plan")
     before = _simulate(plan, hardware)
-    with loop.stage(f"train {name} for {loop.steps} steps"):
+    with loop.stage(f"train {name} for {steps} steps"):
         loop.mopexec(
             "train",
             "--plan",
@@ -211,7 +211,7 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile) -> Contender:
             "--data",
             "python",
             "--steps",
-            str(loop.steps),
+            str(steps),
             "--no-final-checkpoint",
             "--out",
             str(folder),
@@ -226,9 +226,11 @@ def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
     host."""
     plan = io.load(loop.work / "mop.yaml", Plan, "plan")
     seen = plan.strategy
+    sequence = RANKS if seen.attention.sequence == 1 else 1
     other = mop(
         RANKS,
-        sequence=RANKS if seen.attention.sequence == 1 else 1,
+        sequence=sequence,
+        micro_batch=GLOBAL_BATCH * sequence // RANKS,
         experts=RANKS if seen.experts.degree == 1 else 1,
         vocabulary=RANKS if seen.vocabulary.degree == 1 else 1,
         chunk_tokens=128,
