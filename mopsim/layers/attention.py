@@ -13,12 +13,19 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
     N, H, b = shapes.tokens, model.hidden_size, shapes.width
     x, y = Value("x", N * H * b), Value("y", N * H * b)
     kernels = [norm("attention_norm", "x", "h", N, H, b, _C)]
+    if shapes.tensor > 1 and model.attention == "gqa":
+        kernels.append(gather("gather_h", "h", Value("hg", shapes.region_tokens * H * b), _C))
     projected, values = (_mla if model.attention == "mla" else _gqa)(model, shapes)
     kernels += projected
     kernels += _core(model, shapes, layer, values)
     _, v_width = attention_widths(model)
     k = model.num_attention_heads * v_width / shapes.tensor
-    kernels.append(linear("o_proj", "o", Value("a", N * H * b), shapes.region_tokens, H, k, b, _C))
+    if shapes.tensor > 1:
+        partial = Value("ap", shapes.region_tokens * H * b)
+        kernels.append(linear("o_proj", "o", partial, shapes.region_tokens, H, k, b, _C))
+        kernels.append(scatter("scatter_a", "ap", Value("a", N * H * b), partial.bytes, _C))
+    else:
+        kernels.append(linear("o_proj", "o", Value("a", N * H * b), N, H, k, b, _C))
     kernels.append(
         Kernel(
             "attention_residual",
@@ -44,25 +51,47 @@ def norm(name: str, source: str, target: str, tokens: int, size: int, b: int, co
 
 
 def linear(
-    name: str, source: str, out: Value, m: float, n: float, k: float, b: int, component: str
+    name: str, source: str, out: Value, m: float, n: float, k: float, b: int, component: str, keeps: str = ""
 ) -> Kernel:
-    """out[m,n] = source[m,k] W[n,k]^T."""
+    """out[m,n] = source[m,k] W[n,k]^T. keeps: what the backward starts from instead of the source."""
     return Kernel(
         name,
         "matmul",
         component,
         (source,),
         (out,),
-        saves=(source,),
+        saves=(keeps or source,),
         matmuls=(Matmul(m, n, k),),
         weight_grad=int(n * k * b),
     )
+
+
+def gather(name: str, source: str, out: Value, component: str, group: str = "tensor") -> Kernel:
+    """A tensor-parallel region begins: rows of all its ranks (sequence parallelism, arXiv 2205.05198).
+
+    Only the local rows are kept; the backward gathers them again for the weight gradient, and scatters the
+    sum of the input gradients.
+    """
+    return Kernel(
+        name, "all_gather", component, (source,), (out,), bytes=float(out.bytes), group=group,
+        back_kind="reduce_scatter",
+    )  # fmt: skip
+
+
+def scatter(name: str, source: str, out: Value, size: int, component: str, group: str = "tensor") -> Kernel:
+    """A tensor-parallel region ends: partial sums of `size` bytes are added, each rank keeps its rows."""
+    return Kernel(
+        name, "reduce_scatter", component, (source,), (out,), bytes=float(size), group=group,
+        back_kind="all_gather",
+    )  # fmt: skip
 
 
 def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
     N, H, b, d = shapes.region_tokens, model.hidden_size, shapes.width, model.head_dim
     heads, kv = model.num_attention_heads / shapes.tensor, max(1, model.num_key_value_heads / shapes.tensor)
     sizes = {"q": heads * d, "k": kv * d, "v": kv * d}
+    if shapes.fused:
+        return _gqa_fused(model, shapes, sizes)
     kernels = [
         linear(f"{name}_proj", "h", Value(f"{name}0", int(N * size * b)), N, size, H, b, _C)
         for name, size in sizes.items()
@@ -90,8 +119,47 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     return kernels, (q, k, Value("v0", int(N * sizes["v"] * b)))
 
 
-def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+def _gqa_fused(
+    model: ModelSpec, shapes: Shapes, sizes: dict[str, float]
+) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    """One product for q, k and v; one kernel rotates q and k."""
     N, H, b = shapes.region_tokens, model.hidden_size, shapes.width
+    width = sum(sizes.values())
+    made = {name: Value(f"{name}0", int(N * size * b)) for name, size in sizes.items()}
+    kernels = [
+        Kernel(
+            "qkv_proj", "matmul", _C, ("hg" if shapes.tensor > 1 else "h",), tuple(made.values()),
+            saves=("h",), matmuls=(Matmul(N, width, H),), weight_grad=int(width * H * b),
+        )
+    ]  # fmt: skip
+    names = {"q": "q0", "k": "k0"}
+    if model.qk_norm != "none":
+        for name in "qk":
+            kernels.append(norm(f"{name}_norm", f"{name}0", f"{name}1", N, int(sizes[name]), b, _C))
+            names[name] = f"{name}1"
+    if model.learned_positions:
+        return kernels, (made["q"], made["k"], made["v"])
+    q, k = (Value(f"{name}r", made[name].bytes) for name in "qk")
+    moved = 2 * (q.bytes + k.bytes)
+    kernels.append(
+        Kernel(
+            "rope",
+            "memory_bound",
+            _C,
+            tuple(names.values()),
+            (q, k),
+            bytes=moved,
+            back_bytes=moved,
+            launches=2,
+        )
+    )
+    return kernels, (q, k, made["v"])
+
+
+def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    """Down-projections on the rank's own rows; a tensor-parallel region begins after (Megatron-Core)."""
+    M, N, H, b = shapes.tokens, shapes.region_tokens, model.hidden_size, shapes.width
+    split = shapes.tensor > 1
     heads = model.num_attention_heads / shapes.tensor
     rope, rank = model.qk_rope_head_dim, model.kv_lora_rank
     qk, v = attention_widths(model)
@@ -99,16 +167,24 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     kernels = []
     if model.q_lora_rank:
         kernels.append(
-            linear("q_a_proj", "h", Value("qa", N * model.q_lora_rank * b), N, model.q_lora_rank, H, b, _C)
+            linear("q_a_proj", "h", Value("qa", M * model.q_lora_rank * b), M, model.q_lora_rank, H, b, _C)
         )
-        kernels.append(norm("q_a_norm", "qa", "qn", N, model.q_lora_rank, b, _C))
-        kernels.append(linear("q_b_proj", "qn", q_value, N, heads * qk, model.q_lora_rank, b, _C))
+        kernels.append(norm("q_a_norm", "qa", "qn", M, model.q_lora_rank, b, _C))
+        if split:
+            kernels.append(gather("gather_q", "qn", Value("qng", N * model.q_lora_rank * b), _C))
+        source = "qng" if split else "qn"
+        kernels.append(linear("q_b_proj", source, q_value, N, heads * qk, model.q_lora_rank, b, _C, "qn"))
     else:
-        kernels.append(linear("q_proj", "h", q_value, N, heads * qk, H, b, _C))
-    kernels.append(linear("kv_a_proj", "h", Value("kva", N * (rank + rope) * b), N, rank + rope, H, b, _C))
-    kernels.append(norm("kv_a_norm", "kva", "kvn", N, rank, b, _C))
+        if split:
+            kernels.append(gather("gather_h", "h", Value("hg", N * H * b), _C))
+        kernels.append(linear("q_proj", "hg" if split else "h", q_value, N, heads * qk, H, b, _C, "h"))
+    kernels.append(linear("kv_a_proj", "h", Value("kva", M * (rank + rope) * b), M, rank + rope, H, b, _C))
+    kernels.append(norm("kv_a_norm", "kva", "kvn", M, rank, b, _C))
     up = heads * (model.qk_nope_head_dim + v)
-    kernels.append(linear("kv_b_proj", "kvn", Value("kvb", int(N * up * b)), N, up, rank, b, _C))
+    if split:
+        kernels.append(gather("gather_kv", "kvn", Value("kvng", N * rank * b), _C))
+    source = "kvng" if split else "kvn"
+    kernels.append(linear("kv_b_proj", source, Value("kvb", int(N * up * b)), N, up, rank, b, _C, "kvn"))
     q, k, value = (
         Value("qr", int(N * heads * qk * b)),
         Value("kr", int(N * heads * qk * b)),
@@ -123,15 +199,65 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
             ("q0", "kvb", "kva"),
             (q, k, value),
             bytes=2 * total,
-            launches=10,
-            back_launches=14,
+            launches=2 if shapes.fused else 10,
+            back_launches=2 if shapes.fused else 14,
         )
     )
     return kernels, (q, k, value)
 
 
 def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Value, Value]) -> list[Kernel]:
-    """Exchange to head shards, attention over the whole sequence, exchange back. Writes `o`."""
+    """The exchange over the ranks of a sequence and the attention core. Writes `o`.
+
+    Ulysses: head shards over the whole sequence. all_gather: keys and values of all ranks, own queries.
+    Ring: key-value blocks go round beside the products with the block before; with the causal halves dealt
+    out evenly (zig-zag), every rank computes 1/sequence of the pairs.
+    """
+    if shapes.exchange == "ulysses" or shapes.sequence == 1:
+        return _head_sharded(model, shapes, layer, values)
+    d, b = shapes.sequence, shapes.width
+    heads = model.num_attention_heads / shapes.tensor
+    qk, v_width = attention_widths(model)
+    pairs = causal_pairs(shapes.seq_len, model.window(layer)) * shapes.region_tokens / shapes.seq_len
+    out = Value("o", int(shapes.region_tokens * heads * v_width * b))
+    lse = Value("lse", int(shapes.region_tokens * heads * 4), grad=False)
+    q, k, v = values
+    own = k.bytes + v.bytes
+    inner, kernels = (q.name, k.name, v.name), []
+    if shapes.exchange == "ring":
+        kernels.append(
+            Kernel(
+                "ring", "send_recv", _C, (k.name, v.name), (Value("moving", own, grad=False),),
+                bytes=float(own * (d - 1)), back_bytes=float(2 * own * (d - 1)), launches=d - 1,
+                group="sequence",
+            )
+        )  # fmt: skip
+    else:
+        whole = (Value("kg", k.bytes * d), Value("vg", v.bytes * d))
+        kernels.append(
+            Kernel(
+                "gather_kv_blocks", "all_gather", _C, (k.name, v.name), whole, bytes=float(own * d),
+                launches=2, group="sequence", back_kind="reduce_scatter",
+            )
+        )  # fmt: skip
+        inner = (q.name, "kg", "vg")
+    chunk = shapes.seq_len // d if shapes.exchange == "ring" else shapes.seq_len
+    reads = (*inner, "moving") if shapes.exchange == "ring" else inner
+    kernels.append(
+        Kernel(
+            "attention_core", "attention", _C, reads, (out, lse),
+            saves=(q.name, k.name, v.name, "o", "lse"), flops=2 * pairs * heads * (qk + v_width), seq=chunk,
+            launches=d if shapes.exchange == "ring" else 1,
+            bytes=q.bytes + own * d + out.bytes,
+        )
+    )  # fmt: skip
+    return kernels
+
+
+def _head_sharded(
+    model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Value, Value]
+) -> list[Kernel]:
+    """Exchange to head shards, attention over the whole sequence, exchange back."""
     d, b = shapes.sequence, shapes.width
     heads = model.num_attention_heads / (shapes.tensor * d)
     qk, v_width = attention_widths(model)

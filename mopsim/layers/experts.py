@@ -99,9 +99,16 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, spli
     return Tape((Value("h", tokens * row),), tuple(kernels), ("rows",))
 
 
-def experts(model: ModelSpec, routes: Sequence[int], b: int, wide: int, tensor: int = 1) -> Tape:
-    """Grouped products over rows sorted by expert. routes: rows of each of this rank's experts."""
+def experts(
+    model: ModelSpec, routes: Sequence[int], b: int, wide: int, tensor: int = 1, fused: bool = False
+) -> Tape:
+    """Grouped products over rows sorted by expert. routes: rows of each of this rank's experts.
+
+    fused: gate and up in one product, and SwiGLU applies the route weights, so that no output is kept.
+    """
     H, inner = model.hidden_size, model.moe_intermediate_size / tensor
+    if fused:
+        return _fused(model, routes, inner, b, wide)
     total = sum(routes)
     row, wing = H * b, int(inner * b)
     rows, act, out = (
@@ -161,6 +168,22 @@ def experts(model: ModelSpec, routes: Sequence[int], b: int, wide: int, tensor: 
         )
     )
     return Tape((rows,), tuple(kernels), ("out",), consumes=("rows",))
+
+
+def _fused(model: ModelSpec, routes: Sequence[int], inner: float, b: int, wide: int) -> Tape:
+    H, total = model.hidden_size, sum(routes)
+    size, wings = int(total * inner * b), 2 if model.ffn_matrices == 3 else 1
+    rows, out = Value("rows", total * H * b, "dispatch"), Value("out", total * H * b, "dispatch")
+    wide_value, act = Value("gate_up", wings * size), Value("act", size)
+    kernels = (
+        _grouped("experts_up", "rows", wide_value, routes, wings * inner, H, b),
+        Kernel(
+            "experts_act", "memory_bound", _C, ("gate_up",), (act,), saves=("gate_up",),
+            bytes=(wings + 1) * size, back_bytes=(2 * wings + 1) * size,
+        ),
+        _grouped("experts_down", "act", out, routes, H, inner, b),
+    )  # fmt: skip
+    return Tape((rows,), kernels, ("out",), consumes=("rows",))
 
 
 def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:

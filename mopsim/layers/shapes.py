@@ -10,8 +10,10 @@ class Shapes:
     """tokens: of this rank outside tensor-parallel regions. seq_len: of the whole sequence.
 
     sequence: ranks that share a sequence. tensor: ranks that split heads and FFN width. expert_tensor:
-    ranks that split an expert's width. width: bytes of an activation element. exact_softmax: bytes of the
-    router's and the loss's numbers.
+    ranks that split an expert's width. width: bytes of an activation element. wide: bytes of the router's
+    and the loss's numbers. exchange: how the ranks of a sequence trade keys and values (Attention.exchange).
+    fused: one product for q, k and v, one for gate and up, one kernel for the rotary embedding and for
+    SwiGLU, as Megatron-Core and compiled graphs run them.
     """
 
     tokens: int
@@ -21,6 +23,8 @@ class Shapes:
     expert_tensor: int = 1
     width: int = 2
     wide: int = 4
+    exchange: str = "ulysses"
+    fused: bool = False
 
     @property
     def region_tokens(self) -> int:

@@ -1,0 +1,115 @@
+"""The tape of a whole decoder layer with fused kernels, as Megatron-Core and compiled graphs run it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mopsim.layers.attention import attention, gather, linear, norm, scatter
+from mopsim.layers.experts import combine, dispatch, experts, router
+from mopsim.layers.ffn import ffn
+from mopsim.layers.shapes import Shapes
+from mopsim.layers.tape import Kernel, Tape, Value
+from mopsim.spec.model import ModelSpec
+
+
+def decoder_layer(
+    model: ModelSpec, shapes: Shapes, layer: int, routes: Sequence[int] = (), split: bool = False
+) -> Tape:
+    """x [N,H] -> z [N,H]. routes: rows of each expert of this rank, empty for a dense layer.
+
+    split: experts are spread over ranks, so that rows travel.
+    """
+    size = shapes.tokens * model.hidden_size * shapes.width
+    moe = bool(routes)
+    part = "experts" if moe else "dense_ffn"
+    first = attention(model, shapes, layer)
+    second = _norm(model, shapes, "router" if moe else "dense_ffn")
+    third = _moe(model, shapes, routes, split) if moe else _dense(model, shapes)
+    add = Kernel(
+        "ffn_residual",
+        "memory_bound",
+        part,
+        ("f", "y"),
+        (Value("z", size),),
+        bytes=3 * size,
+        back_bytes=0,
+        back_launches=0,
+    )
+    kernels = first.kernels + second.kernels + third + (add,)
+    return Tape(first.inputs, kernels, ("z",))
+
+
+def mtp_projection(model: ModelSpec, shapes: Shapes) -> Tape:
+    """Hidden state and next token's embedding, normed, [N,2H] -> x [N,H] (arXiv 2412.19437 2.2)."""
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
+    size = N * H * b
+    kernels = (
+        Kernel(
+            "mtp_norms", "memory_bound", "vocabulary", ("x",), (Value("pair", 2 * size),), saves=("x",),
+            bytes=4 * size, back_bytes=6 * size, launches=3, back_launches=4,
+        ),
+        linear("mtp_projection", "pair", Value("z", size), N, H, 2 * H, b, "vocabulary"),
+    )  # fmt: skip
+    return Tape((Value("x", size),), kernels, ("z",))
+
+
+def _norm(model: ModelSpec, shapes: Shapes, component: str) -> Tape:
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
+    return Tape((Value("y", N * H * b),), (norm("ffn_norm", "y", "u", N, H, b, component),), ("u",))
+
+
+def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
+    tape = ffn(
+        model, shapes.tokens, model.intermediate_size, shapes.width, "dense_ffn", shapes.tensor, fused=True
+    )
+    return _renamed(tape, "ffn_", {"h": "u", "f": "f"})
+
+
+def _moe(model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool) -> tuple[Kernel, ...]:
+    """Router, shared experts, dispatch, routed experts, combine: f is the sum."""
+    N, H, b, wide = shapes.tokens, model.hidden_size, shapes.width, shapes.wide
+    arrived = sum(routes) // shapes.expert_tensor
+    keep = {"h": "u"}
+    found = _renamed(router(model, N, b, wide), "", keep)
+    shared = model.shared_expert_intermediate_size
+    if shared:
+        tape = ffn(model, N, shared, b, "shared_experts", shapes.tensor, fused=True)
+        found += _renamed(tape, "shared_", keep)
+    found += _renamed(dispatch(model, N, arrived, b, wide, split), "sent_", keep | {"rows": "rows"})
+    products = experts(model, routes, b, wide, shapes.expert_tensor, fused=True).kernels
+    if shapes.expert_tensor > 1:
+        products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
+    found += products
+    back = _renamed(combine(model, N, arrived, b, split), "back_", {"out": "out"})
+    total = Value("f", N * H * b)
+    reads = ("returned", "shared_f") if shared else ("returned",)
+    last = replace(
+        back[-1], reads=tuple("back_" + r if r == "returned" else r for r in reads), writes=(total,)
+    )
+    return found + back[:-1] + (last,)
+
+
+def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tuple[Kernel, ...]:
+    """Rows of all ranks that split an expert are gathered before and scattered after (`size` bytes)."""
+    whole, out = Value("rows_g", size * ranks, "dispatch"), Value("out", size, "dispatch")
+    first = replace(kernels[0], reads=("rows_g",), saves=("rows",))
+    last = replace(kernels[-1], writes=(Value("out_p", size * ranks, "dispatch"),))
+    before = gather("gather_rows", "rows", whole, "experts", "expert_tensor")
+    after = scatter("scatter_rows", "out_p", out, size * ranks, "experts", "expert_tensor")
+    return (before, first, *kernels[1:-1], last, after)
+
+
+def _renamed(tape: Tape, prefix: str, keep: dict[str, str]) -> tuple[Kernel, ...]:
+    """The tape's kernels with `prefix` before the names of its values, apart from those in `keep`."""
+
+    def name(old: str) -> str:
+        return keep.get(old, prefix + old)
+
+    return tuple(
+        replace(
+            kernel,
+            reads=tuple(name(value) for value in kernel.reads),
+            writes=tuple(replace(value, name=name(value.name)) for value in kernel.writes),
+            saves=tuple(name(value) for value in kernel.saves),
+        )
+        for kernel in tape.kernels
+    )

@@ -1,0 +1,178 @@
+"""Recomputation of parts of a tape: what is dropped in the forward and made again in the backward."""
+
+from dataclasses import dataclass, replace
+
+from mopsim.layers.tape import Kernel, Played, Step, Tape
+from mopsim.spec.categories import COMPONENTS
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "core_attn": ("attention_core",),
+    "layernorm": ("attention_norm", "ffn_norm"),
+    "moe_act": ("experts_act",),
+    "mla_up_proj": ("gather_q", "q_b_proj", "gather_kv", "kv_b_proj", "rope"),
+}
+"""Kernels of the modules that are smaller than a component (names of Megatron-Core's --recompute-modules)."""
+
+WIDER: dict[str, tuple[str, ...]] = {"mlp": ("dense_ffn",), "moe": ("router", "experts", "shared_experts")}
+"""Modules of several components."""
+
+DISCARDED = ("layernorm", "moe_act", "mla_up_proj")
+"""Modules whose output is dropped too, although what follows keeps it (output-discarding checkpoints)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """dropped: saved values that the forward frees all the same. kept: saved values that stay.
+
+    again: regions of kernels to run again, each once, before the first kernel of the backward that wants one
+    of its values.
+    """
+
+    dropped: frozenset[str]
+    again: tuple[frozenset[int], ...]
+    kept: frozenset[str]
+
+
+def plan(tape: Tape, recompute: str, modules: tuple[str, ...]) -> Plan:
+    """The plan of `Activations.recompute` for a tape."""
+    outside = {value.name for value in tape.inputs} | set(tape.outputs)
+    saved = {name for kernel in tape.kernels for name in kernel.saves} - outside
+    if recompute == "full":
+        return Plan(frozenset(saved), (frozenset(range(len(tape.kernels))),), frozenset())
+    dropped: set[str] = set()
+    regions: list[frozenset[int]] = []
+    if recompute == "selective":
+        for module in modules:
+            region = _region(tape, module)
+            lost = _lost(tape, region, saved, module in DISCARDED)
+            if lost:
+                regions.append(region)
+                dropped |= lost
+    needed = {
+        name
+        for region in regions
+        for index in region
+        for name in tape.kernels[index].reads
+        if not _written(tape, region, name)
+    } - outside
+    return Plan(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
+
+
+def _region(tape: Tape, module: str) -> frozenset[int]:
+    names = MODULES.get(module)
+    parts = WIDER.get(module, (module,) if module in COMPONENTS else ())
+    return frozenset(
+        i
+        for i, kernel in enumerate(tape.kernels)
+        if (kernel.name in names if names else kernel.component in parts)
+    )
+
+
+def _lost(tape: Tape, region: frozenset[int], saved: set[str], discard: bool) -> set[str]:
+    """Saved values that the region writes; those that others keep only where the output is discarded."""
+    written = {value.name for i in region for value in tape.kernels[i].writes} & saved
+    if discard:
+        return written
+    others = {name for i, kernel in enumerate(tape.kernels) if i not in region for name in kernel.saves}
+    return written - others
+
+
+def _written(tape: Tape, region: frozenset[int], name: str) -> bool:
+    return any(value.name == name for i in region for value in tape.kernels[i].writes)
+
+
+def forward(tape: Tape, chosen: Plan) -> list[Played]:
+    """A forward run that leaves `chosen.kept` alive, beside the tape's outputs."""
+    inputs = {value.name for value in tape.inputs}
+    keep = inputs | set(tape.outputs) | chosen.kept
+    last: dict[str, int] = {}
+    for index, kernel in enumerate(tape.kernels):
+        for name in (*(value.name for value in kernel.writes), *kernel.reads):
+            last[name] = index
+    values = tape.values
+    played = []
+    for index, kernel in enumerate(tape.kernels):
+        memory = [(value.category, value.bytes) for value in kernel.writes] + _spike(kernel.scratch)
+        for name, when in last.items():
+            if when == index and name not in keep:
+                memory.append((values[name].category, -values[name].bytes))
+        played.append(Played(kernel, False, tuple(memory)))
+    return played
+
+
+def backward(tape: Tape, chosen: Plan) -> list[Played]:
+    """The reverse of `forward`, regions run again where they are wanted. The inputs' gradients stay."""
+    values, alive = tape.values, set(tape.outputs)
+    first_saver: dict[str, int] = {}
+    last_saver: dict[str, int] = {}
+    for index, kernel in enumerate(tape.kernels):
+        for name in kernel.saves:
+            first_saver.setdefault(name, index)
+            last_saver[name] = index
+    for region in chosen.again:  # what a region reads stays until its kernels' own backward
+        for index in sorted(region):
+            for name in tape.kernels[index].reads:
+                if name in chosen.kept:
+                    first_saver[name] = min(first_saver.get(name, index), index)
+    due = [
+        max(last_saver[v.name] for i in region for v in tape.kernels[i].writes if v.name in chosen.dropped)
+        for region in chosen.again
+    ]
+    freed = chosen.kept | chosen.dropped
+    played: list[Played] = []
+    for index in reversed(range(len(tape.kernels))):
+        for when, region in zip(due, chosen.again, strict=True):
+            if when == index:
+                played += _again(tape, region, chosen.dropped)
+        kernel = tape.kernels[index]
+        memory: list[Step] = list(kernel.back_scratch)
+        for name in kernel.reads:
+            value = values[name]
+            if value.grad and value.bytes:
+                memory.append((value.category, value.bytes))
+                if name in alive:
+                    memory.append((value.category, -value.bytes))
+                alive.add(name)
+        memory += [(category, -size) for category, size in kernel.back_scratch]
+        for value in kernel.writes:
+            if value.grad and value.name in alive:
+                memory.append((value.category, -value.bytes))
+                alive.discard(value.name)
+        for name in freed:
+            if first_saver.get(name) == index:
+                memory.append((values[name].category, -values[name].bytes))
+        played.append(Played(kernel, True, tuple(memory)))
+    return played
+
+
+def _again(tape: Tape, region: frozenset[int], dropped: frozenset[str]) -> list[Played]:
+    """A region forward: its dropped values come back, what is only passed on inside dies."""
+    order = sorted(region)
+    last: dict[str, int] = {}
+    for index in order:
+        for name in (*(value.name for value in tape.kernels[index].writes), *tape.kernels[index].reads):
+            last[name] = index
+    made: set[str] = set()
+    values = tape.values
+    played = []
+    for index in order:
+        kernel = tape.kernels[index]
+        memory: list[Step] = []
+        for value in kernel.writes:
+            memory.append((value.category, value.bytes))
+            made.add(value.name)
+        memory += _spike(kernel.scratch)
+        for name, when in last.items():
+            if when == index and name in made and name not in dropped:
+                memory.append((values[name].category, -values[name].bytes))
+        played.append(Played(kernel, False, tuple(memory)))
+    return played
+
+
+def _spike(steps: tuple[Step, ...]) -> list[Step]:
+    return [*steps, *((category, -size) for category, size in steps)]
+
+
+def without_weight_grads(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Kernels whose weight gradients are added straight into resident buffers."""
+    return tuple(replace(kernel, weight_grad=0) for kernel in kernels)
