@@ -140,7 +140,7 @@ def run(
 def _durations(
     program: Program, hardware: HardwareProfile, prices: dict[int, tuple[Work, float]]
 ) -> list[float]:
-    """Seconds of every op alone on its stream. Work is priced once per object: the lowering shares equal work."""
+    """Seconds of every op alone on its stream. Work is priced once per object: equal work is shared."""
     found = []
     for op in program.ops:
         total = 0.0

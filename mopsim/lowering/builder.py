@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from mopsim.layers.tape import Kernel, Played, Step
-from mopsim.lowering.workload import Group, Op, Program, Work, deltas
+from mopsim.lowering.workload import Group, Op, Program, Work, collective_work, deltas
 from mopsim.spec.hardware import COLLECTIVES
 
 
@@ -134,7 +134,7 @@ class Builder:
         memory: Iterable[Step] = (),
     ) -> int:
         """A collective over `size` bytes (the full buffer); nothing is sent in a group of one."""
-        work = (Work(kind, bytes=size, group=group),) if group.size > 1 else ()
+        work = (collective_work(kind, float(size), group),) if group.size > 1 else ()
         stream = self.stream_of(group) if group.size > 1 else "compute"
         return self.add(name, stream, component, phase, work, layer=layer, deps=deps, memory=memory)
 

@@ -56,6 +56,12 @@ def memory_work(num_bytes: float, launches: int) -> Work:
     return Work("memory_bound", bytes=num_bytes, launches=launches)
 
 
+@lru_cache(maxsize=65536)
+def collective_work(kind: str, num_bytes: float, group: Group) -> Work:
+    """A collective over `num_bytes`; equal work is one object."""
+    return Work(kind, bytes=num_bytes, group=group)
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """What one stream does between two dependencies.

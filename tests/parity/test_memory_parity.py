@@ -1,0 +1,94 @@
+"""Predicted against tracked memory: the simulator's ledger and the executor's step on tensors without data.
+
+Nothing is fitted: both start from the same plan. The second step counts, when optimizer state is there.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from mopexec import dry_run
+from mopexec.measure.tracker import MemoryTracker
+from mopexec.parallelize.apply import build
+from mopexec.tiers import Platform
+from mopsim.engine import simulate
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.presets import load_model
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop, zero_offload
+from tests.sim.toys import machine, small
+
+SMALL = small(
+    hidden_size=128, intermediate_size=384, moe_intermediate_size=96, shared_expert_intermediate_size=64
+)
+
+
+def _tracked(plan: Plan) -> MemoryTracker:
+    """Peaks of the second step of rank 0."""
+    fsdp = plan.strategy.runtime == "fully_shard"
+    tracker = MemoryTracker(meta=not fsdp)
+    with dry_run.fake_world(plan.strategy.world_size, 0), dry_run._fake_cpu() if fsdp else nullcontext():
+        platform = Platform(torch.device("cpu" if fsdp else "meta"), fake=True)
+        with tracker:
+            runner = build(plan, platform, routing="profile", seed=0)
+            batches = dry_run._batches(plan, platform)
+            runner.step(batches)
+            tracker.reset_peak()
+            runner.step(batches)
+            del runner
+    return tracker
+
+
+def _check(model: ModelSpec, strategy: Strategy, training: TrainSpec, within: float) -> None:
+    nodes = max(1, strategy.world_size // 8)
+    hardware = HardwareRef(
+        name="toy", digest="x", num_nodes=nodes, devices_per_node=8, memory_limit=10**15, host_limit=10**15
+    )
+    tracked = _tracked(Plan(model=model, hardware=hardware, strategy=strategy, training=training))
+    result = simulate(model, machine(memory=1000), nodes, strategy, training)
+    assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=within), (
+        result.memory_by_category,
+        tracked.memory_by_category,
+    )
+    assert result.host_memory == pytest.approx(tracked.host_memory, rel=within), (
+        result.host_by_category,
+        tracked.host_by_category,
+    )
+
+
+DEMO = [
+    mop(2, experts=2, sequence=2, vocabulary=2, chunk_tokens=1024, bucket_params=50_000),
+    mop(2, experts=2, vocabulary=2, chunk_tokens=0, boundary_tier="device", state="device"),
+    mop(
+        4, experts=2, sequence=2, vocabulary=2, dense_shard=2, precision="float32", chunk_tokens=2048,
+        ffn_chunk_tokens=512, bucket_params=30_000, loss_chunk_tokens=512,
+    ),
+    zero_offload(2, experts=2, loss="chunked"),
+    fsdp2(2, experts=2, sequence=2),
+    fsdp2(2, experts=2, loss="chunked", precision="float32"),
+    fsdp2(2, sequence=2, offload=True, loss="chunked", loss_chunk_tokens=512),
+    fsdp2(2, experts=2, recompute="none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(len(DEMO)))
+def test_demo_sized_models(index: int) -> None:
+    strategy = DEMO[index]
+    training = TrainSpec(seq_len=8192, global_batch=2 * strategy.data_groups)
+    _check(SMALL, strategy, training, 0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "world"), [("mop_120b", 16), ("mop_241b", 32), ("mop_667b", 64), ("mop_1t", 96)]
+)
+@pytest.mark.parametrize(("seq_len", "sequence"), [(131072, 2), (1048576, 16)])
+@pytest.mark.parametrize("family", [mop, fsdp2])
+def test_the_papers_networks(name: str, world: int, seq_len: int, sequence: int, family: object) -> None:
+    build_strategy = mop if family is mop else fsdp2
+    extra = {"vocabulary": 8} if family is mop else {}
+    strategy = build_strategy(world, sequence=sequence, experts=world, **extra)  # type: ignore[arg-type]
+    _check(load_model(name), strategy, TrainSpec(seq_len=seq_len, global_batch=world // sequence), 0.03)
