@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mopsim.spec.strategy import DType
+from mopsim.validate.attention import Kernel
 from mopsim.validate.tables import Row
 
 Reading = Literal["allocated", "reserved", "device"]
@@ -34,6 +35,7 @@ class Conventions:
     last_stage: bool = False
     graphs: bool = False
     compiled: bool = False
+    attention: Kernel = "profile"
 
 
 def conventions(row: Row) -> Conventions:
@@ -58,6 +60,7 @@ def conventions(row: Row) -> Conventions:
         master_is_param=master_is_param, reading=_reading(notes), last_stage="last pipeline stage" in notes,
         graphs="cuda graph" in notes and "cuda graphs: off" not in notes and "cuda graph unset" not in notes,
         compiled="torch.compile" in notes or "+compile" in notes or " compile " in notes,
+        attention=_attention(source, notes),
     )  # fmt: skip
 
 
@@ -82,3 +85,14 @@ def _reading(notes: str) -> Reading:
     if "nvml" in notes:
         return "device"
     return "reserved" if "peak memory is the reserved maximum" in notes else "allocated"
+
+
+def _attention(source: str, notes: str) -> Kernel:
+    """llm-foundry of 2023: attn_impl triton. torch's scaled_dot_product_attention and DeepSpeed's Hugging Face models:
+    FlashAttention-2. Megatron of 2022: scores kept (no flash kernel before 2023). Transformer Engine: the profile's.
+    """
+    if "attention-backend=unfused" in notes or source == "vtrain" or source == "megatron-selene-2022":
+        return "unfused"
+    if source == "llm-foundry":
+        return "triton"
+    return "flash2" if source in ("torchtitan", "halo-bench", "alst-recipes", "olmo-core") else "profile"

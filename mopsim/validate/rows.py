@@ -15,6 +15,7 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import UNITS
+from mopsim.validate.attention import with_kernel
 from mopsim.validate.conventions import Conventions, conventions
 from mopsim.validate.families import Degrees, family, strategy
 from mopsim.validate.tables import UNKNOWN, Row, count, number
@@ -51,7 +52,8 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for runs that simulate alike."""
-        return (self.model, self.hardware.name, self.num_nodes, self.strategy, self.training)
+        kernel = self.conventions.attention
+        return (self.model, self.hardware.name, kernel, self.num_nodes, self.strategy, self.training)
 
 
 def case(row: Row, models: dict[str, Row]) -> Case:
@@ -61,8 +63,8 @@ def case(row: Row, models: dict[str, Row]) -> Case:
             raise UnsupportedError(field, "not stated by the source")
     model = _model(row, models)
     degrees = _degrees(row, model)
-    hardware = _hardware(row["gpu"])
     facts = conventions(row)
+    hardware = with_kernel(_hardware(row["gpu"]), facts.attention, model.head_dim)
     try:
         split = strategy(row, degrees, model, facts)
         model = _vocabulary(model, degrees, family(row))
