@@ -169,7 +169,7 @@ def _agree(found: Reach) -> None:
 
 def write_reaches(
     out: Path, reaches: list[Reach], limits: Limits, command: str, environment: dict[str, str]
-) -> None:
+) -> dict[str, Any]:
     """reach.json and reach.md in `out`, with the limits, the environment and the command that makes them."""
     payload = {
         "command": command,
@@ -179,6 +179,7 @@ def write_reaches(
     }
     write_text(out / "reach.json", json.dumps(payload, indent=2) + "\n")
     write_text(out / "reach.md", _markdown(reaches, limits, command, environment))
+    return payload
 
 
 def _markdown(reaches: list[Reach], limits: Limits, command: str, environment: dict[str, str]) -> str:
