@@ -72,6 +72,7 @@ def test_latent_attention_flops_are_its_matmuls() -> None:
     assert flops_per_token(model, 8)["attention"] == pytest.approx(3 * 2 * weights)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(0, 600))
 def test_causal_pairs_count_the_mask(seq: int, window: int) -> None:
     counted = sum(min(i + 1, window or seq) for i in range(seq))
@@ -85,7 +86,7 @@ def _tapes(model: ModelSpec, tokens: int, degree: int) -> list[Tape]:
     ]  # fmt: skip
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300), st.sampled_from([1, 2, 4, 8]), st.sampled_from(["none", "head", "full"]))
 def test_tapes_leave_what_they_say(tokens: int, degree: int, qk_norm: str) -> None:
     """Forward leaves the outputs (and saved values with a graph); backward frees them and leaves input

@@ -15,6 +15,7 @@ from tests.sim.toys import small
 MODEL = small()
 
 
+@settings(deadline=None)
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 8]))
 def test_units_hold_every_parameter_once(shard: int, experts: int, vocabulary: int) -> None:
     strategy = mop(8, experts=experts, dense_shard=shard, vocabulary=vocabulary)
@@ -27,7 +28,7 @@ def test_units_hold_every_parameter_once(shard: int, experts: int, vocabulary: i
     assert held == total_params(MODEL)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 400),
     st.integers(1, 6),
@@ -45,6 +46,7 @@ def test_routes_are_those_of_the_layout(tokens: int, chunks: int, routing: str, 
         assert sum(context.routes(index)) == degree * sum(most)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.sampled_from(["1f1b", "zero_bubble"]))
 def test_pipeline_orders_do_everything_once(stages: int, microbatches: int, name: str) -> None:
     for stage in range(stages):
