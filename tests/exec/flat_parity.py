@@ -112,7 +112,9 @@ def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: in
 
 
 def relative(actual: Tensor, expected: Tensor, floor: float) -> float:
-    """Largest difference over the largest value of `expected`, or over `floor` where all values are smaller."""
+    """Largest difference over the largest value of `expected`, or over `floor` where all values
+    are smaller.
+    """
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     scale = max(expected.abs().max().item(), floor)
     return (actual.to(expected.device, expected.dtype) - expected).abs().max().item() / scale

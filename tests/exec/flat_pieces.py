@@ -20,7 +20,9 @@ from tests.exec.flat_parity import make_tokens, my_batches
 
 
 def dispatch_and_combine(platform: Platform, routing: str, num_experts: int) -> bool:
-    """Whether rows that go to their experts' ranks and straight back arrive as they left, in both pipelines' layouts."""
+    """Whether rows that go to their experts' ranks and straight back arrive as they left, in both pipelines'
+    layouts.
+    """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
     local = num_experts // world

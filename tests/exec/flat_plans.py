@@ -10,11 +10,23 @@ from mopsim.spec.strategy import Precision, Strategy
 from mopsim.spec.training import TrainSpec
 
 MODEL = ModelSpec(
-    name="parity", hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    vocab_size=37, intermediate_size=20, first_k_dense_replace=1, num_local_experts=8, num_experts_per_tok=3,
-    moe_intermediate_size=12, shared_expert_intermediate_size=10, qk_norm="head", scoring_func="sigmoid",
+    name="parity",
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=37,
+    intermediate_size=20,
+    first_k_dense_replace=1,
+    num_local_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=12,
+    shared_expert_intermediate_size=10,
+    qk_norm="head",
+    scoring_func="sigmoid",
     routed_scaling_factor=1.5,
-)  # fmt: skip
+)
 
 
 def precision(dtype: str) -> Precision:

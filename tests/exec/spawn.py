@@ -1,4 +1,5 @@
-"""Worker pools for tests: W processes that have joined one process group and run functions by name, again and again.
+"""Worker pools for tests: W processes that have joined one process group and run functions by name, again and
+again.
 
 Importing torch costs more than most cases, so a pool is made once per world size and test process and reused.
 """
@@ -59,7 +60,8 @@ class Pool:
     def run(self, module: str, function: str, *arguments: Any, timeout: float = 120) -> list[Any]:
         """Results by rank of `module.function(platform, *arguments)`, called on all ranks together.
 
-        Raises AssertionError with the first traceback; the pool is gone then, since its ranks are out of step.
+        Raises AssertionError with the first traceback; the pool is gone then, since its ranks are out of
+        step.
         """
         for pipe in self._pipes:
             pipe.send((module, function, arguments))

@@ -1,4 +1,6 @@
-"""flat_units on CUDA over nccl: the same parity (float64 by the math attention), and bf16 by the flash kernel."""
+"""flat_units on CUDA over nccl: the same parity (float64 by the math attention), and bf16 by the flash
+kernel.
+"""
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 ALONE = {
-    "dense": {"chunk_tokens": 5}, "experts": {"chunk_tokens": 3}, "vocabulary": {"loss": "ring", "chunk_tokens": 6},
-    "optimizer": {"state_tier": "host", "bucket_params": 900}, "activations": {"boundary_tier": "host"},
-}  # fmt: skip
+    "dense": {"chunk_tokens": 5},
+    "experts": {"chunk_tokens": 3},
+    "vocabulary": {"loss": "ring", "chunk_tokens": 6},
+    "optimizer": {"state_tier": "host", "bucket_params": 900},
+    "activations": {"boundary_tier": "host"},
+}
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
 

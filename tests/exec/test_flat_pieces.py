@@ -1,4 +1,6 @@
-"""Pieces of flat_units: the dispatch round trip, checkpoints at other world sizes, memory as in a dry run, refusals."""
+"""Pieces of flat_units: the dispatch round trip, checkpoints at other world sizes, memory as in a dry run,
+refusals.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,18 @@ def test_a_dry_run_has_the_memory_of_a_real_step_to_the_byte(changes: dict[str, 
 @pytest.mark.parametrize(
     ("component", "field", "value"),
     [
-        ("dense", "zero", 2), ("dense", "tensor", 2), ("dense", "param_tier", "host"), ("attention", "exchange", "ring"),
-        ("experts", "tensor", 2), ("experts", "balance", "least_loaded"), ("activations", "recompute", "none"),
-        ("precision", "matmul", "fp8"), ("precision", "compute", "float16"), ("dense", "reshard_after_forward", False),
+        ("dense", "zero", 2),
+        ("dense", "tensor", 2),
+        ("dense", "param_tier", "host"),
+        ("attention", "exchange", "ring"),
+        ("experts", "tensor", 2),
+        ("experts", "balance", "least_loaded"),
+        ("activations", "recompute", "none"),
+        ("precision", "matmul", "fp8"),
+        ("precision", "compute", "float16"),
+        ("dense", "reshard_after_forward", False),
     ],
-)  # fmt: skip
+)
 def test_unsupported_strategies_are_refused_by_field(component: str, field: str, value: object) -> None:
     changes = {component: {field: value}}
     with pytest.raises(SpecError, match=f"strategy.{component}.{field}: .* is not run by flat_units"):

@@ -1,4 +1,6 @@
-"""Every mechanism of flat_units, alone and together, equals the single-device model: loss, gradients, updated weights."""
+"""Every mechanism of flat_units, alone and together, equals the single-device model: loss, gradients, updated
+weights.
+"""
 
 from typing import Any
 
@@ -38,10 +40,13 @@ TWO: dict[str, dict[str, Any]] = {
     "master_is_param": {"precision": {"master": "param"}},
 }
 ALL_TWO: dict[str, dict[str, Any]] = {
-    "dense": {"prefetch": 1, "chunk_tokens": 5}, "attention": {"sequence": 2},
-    "experts": {"degree": 2, "chunk_tokens": 3}, "vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 6},
-    "optimizer": {"state_tier": "host", "bucket_params": 900}, "activations": {"boundary_tier": "host", "host_budget": 3000},
-}  # fmt: skip
+    "dense": {"prefetch": 1, "chunk_tokens": 5},
+    "attention": {"sequence": 2},
+    "experts": {"degree": 2, "chunk_tokens": 3},
+    "vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 6},
+    "optimizer": {"state_tier": "host", "bucket_params": 900},
+    "activations": {"boundary_tier": "host", "host_budget": 3000},
+}
 FOUR: dict[str, dict[str, Any]] = {
     "zero3_replicas": {"dense": {"shard": 2}},
     "ulysses_kv_replicated": {"attention": {"sequence": 4}},

@@ -15,17 +15,34 @@ from mopsim.spec.model import ModelSpec
 
 def spec(**changes: object) -> ModelSpec:
     fields: dict[str, object] = {
-        "name": "t", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 4, "vocab_size": 37, "intermediate_size": 24, "first_k_dense_replace": 1, "num_local_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 8, "qk_norm": "head",
-    }  # fmt: skip
+        "name": "t",
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "vocab_size": 37,
+        "intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 8,
+        "qk_norm": "head",
+    }
     return ModelSpec(**(fields | changes))
 
 
 NO_EXPERTS = dict.fromkeys(
-    ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace",
-     "shared_expert_intermediate_size"), 0,
-)  # fmt: skip
+    (
+        "num_local_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "first_k_dense_replace",
+        "shared_expert_intermediate_size",
+    ),
+    0,
+)
 
 
 def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
@@ -126,9 +143,16 @@ def test_balancing_raises_the_bias_of_underused_experts() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("attention_bias", "qkv"), ("sliding_window", 4), ("tie_word_embeddings", True), ("shared_expert_gate", True),
-     ("num_nextn_predict_layers", 1), ("ffn_matrices", 2), ("qk_norm", "full")],
-)  # fmt: skip
+    [
+        ("attention_bias", "qkv"),
+        ("sliding_window", 4),
+        ("tie_word_embeddings", True),
+        ("shared_expert_gate", True),
+        ("num_nextn_predict_layers", 1),
+        ("ffn_matrices", 2),
+        ("qk_norm", "full"),
+    ],
+)
 def test_unsupported_models_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(SpecError, match=f"model.{field}"):
         Transformer(spec(**{field: value}), torch.float32)
