@@ -166,8 +166,8 @@ def _batches(plan: Plan, platform: Platform) -> list[Any]:
 def _fake_cpu() -> Iterator[None]:
     """CPU tensors without data, for fully_shard.
 
-    DTensor propagates shapes with fakes of global shape: memory that no rank ever has. In a real run they belong
-    to another fake mode and show as meta tensors; here they look like the rank's own, so they are left out.
+    DTensor propagates shapes with fakes of global shape: memory that no rank ever has. In a real run they
+    belong to another fake mode and show as meta tensors; here they look like the rank's own and are left out.
     """
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 

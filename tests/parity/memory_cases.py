@@ -12,8 +12,9 @@ from mopsim.spec.training import TrainSpec
 SEQ = 256
 MODEL = ModelSpec(
     name="parity", hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-    head_dim=16, vocab_size=151, intermediate_size=80, first_k_dense_replace=1, num_local_experts=8, num_experts_per_tok=2,
-    moe_intermediate_size=40, shared_expert_intermediate_size=24, qk_norm="head", scoring_func="sigmoid",
+    head_dim=16, vocab_size=151, intermediate_size=80, first_k_dense_replace=1, num_local_experts=8,
+    num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=24, qk_norm="head",
+    scoring_func="sigmoid",
 )  # fmt: skip
 
 
@@ -30,9 +31,7 @@ def cases(world: int) -> dict[str, Plan]:
         "mop_budget": _plan(strategies.mop(world, **everything, host_budget=40000), "95/4"),
         "mop_replicas": _plan(strategies.mop(world, **{**everything, "experts": 2, "vocabulary": 2})),
         "mop_host_update": _plan(strategies.mop(world, **everything, state="host")),
-        "mop_microbatches": _plan(
-            strategies.mop(world, **{**everything, "state": "device"}), batch=4 * world
-        ),
+        "mop_microbatches": _plan(strategies.mop(world, **{**everything, "state": "device"}), batch=world),
         "zero_offload": _plan(strategies.zero_offload(world, experts=2)),
         "fsdp2": _plan(strategies.fsdp2(world, **fsdp)),
         "fsdp2_skewed": _plan(strategies.fsdp2(world, **fsdp), "60/3"),
