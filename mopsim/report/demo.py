@@ -163,7 +163,8 @@ def _sections(report: DemoReport) -> list[Section]:
             "Measured",
             "The best MoP and the best FSDP2 plan that the search found for this machine, "
             "and a third that calibration has not seen, "
-            f"each trained on the same text with the same seed: {report.steps} steps, the third for half of them.",
+            f"each trained on the same text with the same seed: "
+            f"{report.steps} steps, the third for half of them.",
             _measured(contenders),
         ),
         Section(
