@@ -37,10 +37,11 @@ class Group:
 class Mesh:
     """This rank's groups.
 
-    dense_shard: ranks that share one copy of the dense state; dense_replicas: ranks that hold the same dense shard.
-    sequence: ranks that share sequences; experts: ranks over which the experts are spread; expert_shard and
-    expert_replicas as for dense, among the ranks that hold the same experts. ring: the vocabulary ring; ring_shard:
-    the ranks that hold the same vocabulary rows. data_index: which sequences this rank works on.
+    dense_shard: ranks that share one copy of the dense state; dense_replicas: ranks that hold the same dense
+    shard. sequence: ranks that share sequences; experts: ranks over which the experts are spread;
+    expert_shard and expert_replicas as for dense, among the ranks that hold the same experts. ring: the
+    vocabulary ring; ring_shard: the ranks that hold the same vocabulary rows. data_index: which sequences
+    this rank works on.
     """
 
     rank: int
@@ -57,7 +58,9 @@ class Mesh:
 
 
 def build_mesh(strategy: Strategy, platform: Platform) -> Mesh:
-    """All ranks must call this at the same point: it makes the process groups, each axis its own communicators."""
+    """All ranks must call this at the same point: it makes the process groups, each axis its own
+    communicators.
+    """
     rank, size = dist.get_rank(), strategy.world_size
     assert dist.get_world_size() == size, f"{dist.get_world_size()} ranks run a plan for {size}"
     everyone = list(range(size))

@@ -1,4 +1,6 @@
-"""The single-device MoE transformer: plain modules without any parallelism, and the kernels both runtimes share."""
+"""The single-device MoE transformer: plain modules without any parallelism, and the kernels both runtimes
+share.
+"""
 
 from mopexec.model.initialize import init_weights, initial_value
 from mopexec.model.routing import Routing

@@ -1,7 +1,8 @@
 """Causal attention in O(N) memory, called explicitly so that no backend is chosen behind our back.
 
-CPU and fake tensors use the CPU flash op; CUDA uses flash for half precision. CUDA has no flash kernel for float32 and
-float64, so there (tests only) the quadratic math kernel stands in. Shapes: q [B, S, heads, d], k and v [B, S, kv_heads, d].
+CPU and fake tensors use the CPU flash op; CUDA uses flash for half precision. CUDA has no flash kernel for
+float32 and float64, so there (tests only) the quadratic math kernel stands in. Shapes: q [B, S, heads, d], k
+and v [B, S, kv_heads, d].
 """
 
 from typing import Any
@@ -16,7 +17,9 @@ _ATEN: Any = torch.ops.aten
 
 
 def causal_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """(out [B, S, heads, d], saved for the backward: the log-sum-exp [B, heads, S] and, on CUDA, the random state)."""
+    """(out [B, S, heads, d], saved for the backward: the log-sum-exp [B, heads, S] and, on CUDA, the random
+    state).
+    """
     if q.is_cuda:
         return _cuda_forward(q, k, v) if q.dtype in _HALF else (_math(q, k, v), ())
     repeats = q.shape[2] // k.shape[2]
@@ -64,7 +67,8 @@ def causal_backward(
 
 
 def _by_repeat(x: Tensor, repeats: int) -> list[Tensor]:
-    """Query heads by their place among those that share a KV head: `repeats` views [B, kv_heads, S, d] of [B, S, heads, d].
+    """Query heads by their place among those that share a KV head: `repeats` views [B, kv_heads, S, d] of [B,
+    S, heads, d].
 
     Running them one after the other needs no expanded keys, and no expanded gradients of keys.
     """

@@ -1,4 +1,6 @@
-"""Initial weights that depend on a parameter's name and the seed alone, so that every sharding starts the same."""
+"""Initial weights that depend on a parameter's name and the seed alone, so that every sharding starts the
+same.
+"""
 
 import hashlib
 import math
@@ -10,9 +12,11 @@ STANDARD_DEVIATION = 0.02
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int, index: int | None = None) -> Tensor:
-    """Parameter `name` (or slice `index` of its first dimension, then `shape` is the slice's) in float32 on the CPU.
+    """Parameter `name` (or slice `index` of its first dimension, then `shape` is the slice's) in float32 on
+    the CPU.
 
-    Norm weights are 1; everything else is drawn from N(0, 0.02) by a generator seeded with (seed, name, index).
+    Norm weights are 1; everything else is drawn from N(0, 0.02) by a generator seeded with (seed, name,
+    index).
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)

@@ -26,7 +26,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_(
     x: Tensor, cos: Tensor, sin: Tensor, rows: list[tuple[int, int]], *, inverse: bool = False
 ) -> None:
-    """`rotate` in place on x [..., S, heads, d], position slices `rows` at a time; inverse rotates back (the backward).
+    """`rotate` in place on x [..., S, heads, d], position slices `rows` at a time; inverse rotates back (the
+    backward).
 
     Temporaries: 3/2 of a slice.
     """

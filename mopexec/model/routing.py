@@ -1,4 +1,6 @@
-"""The router: which experts a token goes to, with what weight; bias balancing; routing by a stated profile."""
+"""The router: which experts a token goes to, with what weight; bias balancing; routing by a
+stated profile.
+"""
 
 from dataclasses import dataclass
 
@@ -12,8 +14,8 @@ from mopsim.spec.model import ModelSpec
 class Routing:
     """Who chooses the experts: the router ("learned"), or a profile by the token's position on its rank.
 
-    A profile counts positions on a rank that holds `micro_batch` sequences cut into `sequence` slices. `learned`
-    is the only choice under which the number of routes depends on data.
+    A profile counts positions on a rank that holds `micro_batch` sequences cut into `sequence` slices.
+    `learned` is the only choice under which the number of routes depends on data.
     """
 
     profile: str = "learned"
@@ -25,7 +27,9 @@ class Routing:
         return self.profile == "learned"
 
     def experts(self, spec: ModelSpec, batch: int, seq: int, device: torch.device) -> Tensor:
-        """Experts [batch * seq, top_k] (int64) of every token of whole sequences, as their ranks would choose."""
+        """Experts [batch * seq, top_k] (int64) of every token of whole sequences, as their ranks would
+        choose.
+        """
         part = seq // self.sequence
         table = profile_experts(
             self.profile, self.micro_batch * part, spec.num_local_experts, spec.num_experts_per_tok, device
@@ -62,7 +66,9 @@ def router_scores(logits: Tensor, spec: ModelSpec) -> Tensor:
 
 
 def choose_experts(scores: Tensor, balance_bias: Tensor, spec: ModelSpec) -> Tensor:
-    """Experts [N, top_k] (int64): the best of scores + bias; the bias steers the choice and never the weight."""
+    """Experts [N, top_k] (int64): the best of scores + bias; the bias steers the choice and never
+    the weight.
+    """
     return torch.topk(scores + balance_bias.to(scores.dtype), spec.num_experts_per_tok, dim=-1).indices
 
 
@@ -95,5 +101,7 @@ def count_routes(load: Tensor, experts: Tensor) -> None:
 
 
 def balance_step(balance_bias: Tensor, load: Tensor, rate: float) -> None:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): raise the bias of underused experts by `rate`, lower others."""
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): raise the bias of underused experts by `rate`, lower
+    others.
+    """
     balance_bias.add_(torch.sign(load.mean() - load).to(balance_bias.dtype), alpha=rate)

@@ -13,8 +13,8 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def grouped_swiglu(x: Tensor, counts: list[int], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """SwiGLU of rows sorted by expert, differentiable.
 
-    x [sum(counts), H]; counts: rows of each expert; gate and up [E, H, I], down [E, I, H]. torch's grouped matmul
-    takes bf16 on CUDA (with 16-byte rows); elsewhere one matmul per expert, which float64 needs.
+    x [sum(counts), H]; counts: rows of each expert; gate and up [E, H, I], down [E, I, H]. torch's grouped
+    matmul takes bf16 on CUDA (with 16-byte rows); elsewhere one matmul per expert, which float64 needs.
     """
     if (
         x.is_cuda
@@ -41,7 +41,9 @@ def swiglu_activation(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad of gate, grad of up) from that of silu(gate) * up; they take the memory of `grad` and of `silu` = silu(gate)."""
+    """(grad of gate, grad of up) from that of silu(gate) * up; they take the memory of `grad` and of `silu` =
+    silu(gate).
+    """
     grad_up = silu.mul_(grad)
     grad.mul_(up)
     grad_gate: Tensor = torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)

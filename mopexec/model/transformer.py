@@ -1,4 +1,6 @@
-"""The single-device MoE transformer in plain torch modules, the reference that every parallel run is held against."""
+"""The single-device MoE transformer in plain torch modules, the reference that every parallel run is held
+against.
+"""
 
 from collections.abc import Callable
 
@@ -127,7 +129,9 @@ Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 
 
 def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Experts) -> Tensor:
-    """Sum over a token's routes of weight times expert output: x [N, H], experts and weights [N, top_k] to [N, H]."""
+    """Sum over a token's routes of weight times expert output: x [N, H], experts and weights [N, top_k] to
+    [N, H].
+    """
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     counts = torch.zeros(module.gate_proj.shape[0], dtype=torch.float32, device=x.device)
@@ -183,9 +187,11 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer of a ModelSpec. Parameter names and shapes are those of `mopsim.layers.parameters`.
+    """Decoder-only transformer of a ModelSpec. Parameter names and shapes are those of
+    `mopsim.layers.parameters`.
 
-    Raises SpecError for a spec that the executor does not run (`check_model`). Weights are uninitialised: `init_weights`.
+    Raises SpecError for a spec that the executor does not run (`check_model`). Weights are uninitialised:
+    `init_weights`.
     """
 
     def __init__(
@@ -208,7 +214,9 @@ class Transformer(nn.Module):
         self.head = _linear(spec.hidden_size, spec.vocab_size, dtype, device)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Normed hidden states [B, S, H] of tokens [B, S]; start: position of the first token (a sequence's slice)."""
+        """Normed hidden states [B, S, H] of tokens [B, S]; start: position of the first token (a sequence's
+        slice).
+        """
         batch, seq = tokens.shape
         x = self.embedding(tokens)
         cos, sin = rope_tables(
@@ -229,7 +237,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, rate: float, reduce: Callable[[Tensor], object] = lambda load: None) -> None:
-        """Move every router's balance bias by the load since the last call; `reduce` sums loads over ranks in place."""
+        """Move every router's balance bias by the load since the last call; `reduce` sums loads over ranks in
+        place.
+        """
         for layer in self.layers:
             if getattr(layer, "is_moe", False):
                 router = layer.moe.router  # type: ignore[union-attr]

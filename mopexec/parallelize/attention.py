@@ -41,7 +41,9 @@ class AttentionBlock:
             return self._output(x, saved[3], weights), saved
 
     def backward(self, grad: Tensor, x: Tensor, saved: list[Saved], weights: Weights, grads: Weights) -> None:
-        """grad [N, H] of x1 becomes that of x, in place; grads += the weights'. Empties `saved` to free it early."""
+        """grad [N, H] of x1 becomes that of x, in place; grads += the weights'. Empties `saved` to free it
+        early.
+        """
         with component("attention"), phase("backward"):
             dq, dk, dv = self._core_backward(grad, saved.pop(), weights, grads)
             hidden = rms_norm(x, weights["attention_norm.weight"], self.spec.rms_norm_eps)

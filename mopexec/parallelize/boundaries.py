@@ -14,8 +14,8 @@ from mopsim.spec.strategy import Activations
 class Boundaries:
     """Boundaries of one microbatch, `count` of [N, H]; the first ones in forward order go to the host tier.
 
-    Restoring is one ahead: `prefetch(l - 1)` during layer l's attention backward, after the layer's memory peak, so at
-    most two restored ones are alive, and one at the peak.
+    Restoring is one ahead: `prefetch(l - 1)` during layer l's attention backward, after the layer's memory
+    peak, so at most two restored ones are alive, and one at the peak.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""One chunk's routes on their way: sorted by expert, sent to the experts' ranks, sorted there, and back again."""
+"""One chunk's routes on their way: sorted by expert, sent to the experts' ranks, sorted there, and back
+again.
+"""
 
 import torch
 from torch import Tensor
@@ -8,11 +10,12 @@ from mopexec.mesh import Group
 
 
 class ChunkExchange:
-    """All-to-all of one chunk's routes, both ways; routes are in the sender's order (by expert) or the expert's order.
+    """All-to-all of one chunk's routes, both ways; routes are in the sender's order (by expert) or the
+    expert's order.
 
-    send[e]: routes to expert e of all; receive[r][e]: routes from rank r to local expert e. The sender's order is
-    sorted by expert and so by rank; arrivals are sorted by rank, then expert, and reordered to expert, then rank,
-    unless one of the two is alone.
+    send[e]: routes to expert e of all; receive[r][e]: routes from rank r to local expert e. The sender's
+    order is sorted by expert and so by rank; arrivals are sorted by rank, then expert, and reordered to
+    expert, then rank, unless one of the two is alone.
     """
 
     def __init__(self, group: Group, send: list[int], receive: list[list[int]], device: torch.device) -> None:
@@ -37,7 +40,8 @@ class ChunkExchange:
         return Arrival(arrived, work, self._order, rows)
 
     def start_back(self, owned: list[Tensor]) -> "Arrival":
-        """Send the last of `owned`, rows [num_received, ...] in the experts' order, back to the sender's order.
+        """Send the last of `owned`, rows [num_received, ...] in the experts' order, back to the sender's
+        order.
 
         It is taken out of the list, so that it can be freed once it is reordered.
         """

@@ -1,8 +1,10 @@
-"""The MoE half of a layer: strided chunks through a pipeline dispatch(i+1) | experts(i) | combine(i-1), and its backward.
+"""The MoE half of a layer: strided chunks through a pipeline dispatch(i+1) | experts(i) | combine(i-1), and
+its backward.
 
-x2 = x1 + sum over routes of weight * expert(norm(x1)) + shared experts(norm(x1)). The weight travels with the token and
-is applied at the expert, so combining is a sum. The backward sends inputs and output gradients again, chunk by chunk,
-and recomputes gate and up only: the output of an expert is not needed, since <dy, a W> = <dy W^T, a>.
+x2 = x1 + sum over routes of weight * expert(norm(x1)) + shared experts(norm(x1)). The weight travels with the
+token and is applied at the expert, so combining is a sum. The backward sends inputs and output gradients
+again, chunk by chunk, and recomputes gate and up only: the output of an expert is not needed, since <dy, a W>
+= <dy W^T, a>.
 """
 
 from dataclasses import dataclass
@@ -36,7 +38,9 @@ class _Chunk:
 
 @dataclass
 class _Work:
-    """A chunk at the experts. rows: inputs [R, H], and in the backward output gradients; lists, to free them early."""
+    """A chunk at the experts. rows: inputs [R, H], and in the backward output gradients; lists, to free them
+    early.
+    """
 
     index: int
     exchange: ChunkExchange
@@ -47,7 +51,9 @@ class _Work:
 
 @dataclass
 class _Return:
-    """A chunk's results on their way home: token rows, and in the backward the gradients of the route weights."""
+    """A chunk's results on their way home: token rows, and in the backward the gradients of the route
+    weights.
+    """
 
     index: int
     inverse: Tensor
@@ -56,7 +62,9 @@ class _Return:
 
 
 class MoEBlock:
-    """Experts of every MoE layer for one microbatch shape. shared_tokens: tokens per slice of the shared experts."""
+    """Experts of every MoE layer for one microbatch shape. shared_tokens: tokens per slice of the shared
+    experts.
+    """
 
     def __init__(self, spec: ModelSpec, planner: RoutePlanner, shared_tokens: int) -> None:
         self.spec, self.planner, self.shared_tokens = spec, planner, shared_tokens
@@ -80,7 +88,8 @@ class MoEBlock:
         self._combine(returning.pop(), x)
 
     def backward(
-        self, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, experts: Weights, grads: Weights, expert_grads: Weights
+        self, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, experts: Weights, grads: Weights,
+        expert_grads: Weights,
     ) -> None:  # fmt: skip
         """grad [N, H] of x2 becomes that of x1 in place; x is x1; grads and expert_grads += the weights'."""
         returning: list[_Return] = []
@@ -158,7 +167,9 @@ class MoEBlock:
     def _combine_backward(
         self, returned: _Return, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, grads: Weights
     ) -> None:
-        """Gradients of a chunk's tokens from their routes and from the router, through the norm, into grad."""
+        """Gradients of a chunk's tokens from their routes and from the router, through the norm,
+        into grad.
+        """
         with component("experts"), category("dispatch"):
             rows = returned.rows.take()
             assert returned.grad_weights is not None
@@ -218,7 +229,9 @@ class MoEBlock:
 
 
 def experts_forward_(rows: Tensor, route_weights: Tensor, counts: list[int], experts: Weights) -> None:
-    """Rows [R, H] sorted by expert become weight * expert(row), in place. Temporaries: 2 I rows of one expert."""
+    """Rows [R, H] sorted by expert become weight * expert(row), in place. Temporaries: 2 I rows of one
+    expert.
+    """
     gates, ups, downs = (experts[f"moe.experts.{name}_proj"].unbind(0) for name in ("gate", "up", "down"))
     start = 0
     for count, gate, up, down in zip(counts, gates, ups, downs, strict=True):
@@ -233,7 +246,8 @@ def experts_forward_(rows: Tensor, route_weights: Tensor, counts: list[int], exp
 def experts_backward_(
     rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], experts: Weights, grads: Weights
 ) -> Tensor:
-    """Rows [R, H], gradients of weight * expert(input), become gradients of the inputs in place; grads += the weights'.
+    """Rows [R, H], gradients of weight * expert(input), become gradients of the inputs in place; grads += the
+    weights'.
 
     Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 5 I rows of one expert.
     """
@@ -245,15 +259,16 @@ def experts_backward_(
         if count:
             stop = start + count
             _one_expert_backward(
-                rows[start:stop], inputs[start:stop], route_weights[start:stop, None], grad_weights[start:stop],
-                (gate, up, down), own,
+                rows[start:stop], inputs[start:stop], route_weights[start:stop, None],
+                grad_weights[start:stop], (gate, up, down), own,
             )  # fmt: skip
         start += count
     return grad_weights
 
 
 def _one_expert_backward(
-    rows: Tensor, inputs: Tensor, route_weights: Tensor, grad_weights: Tensor, weights: tuple[Tensor, ...], grads: list[Tensor]
+    rows: Tensor, inputs: Tensor, route_weights: Tensor, grad_weights: Tensor, weights: tuple[Tensor, ...],
+    grads: list[Tensor],
 ) -> None:  # fmt: skip
     """`experts_backward_` for the rows of one expert."""
     gate_weight, up_weight, down_weight = weights

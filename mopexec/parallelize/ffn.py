@@ -49,7 +49,8 @@ def add_swiglu_(target: Tensor, hidden: Tensor, weights: Weights, prefix: str) -
 
 
 def swiglu_backward(grad: Tensor, hidden: Tensor, weights: Weights, grads: Weights, prefix: str) -> Tensor:
-    """Gradient of hidden [n, H] from that of the output, recomputing the inner products; grads += the weights'.
+    """Gradient of hidden [n, H] from that of the output, recomputing the inner products; grads += the
+    weights'.
 
     Temporaries: 5 n I, then 4 n I and the result.
     """

@@ -173,7 +173,9 @@ class FlatRunner:
             self._reducing = []
 
     def _finish_gradients(self, loss: Tensor) -> Tensor:
-        """Sum gradient shards over replicas and the loss over ranks; returns the global gradient norm (0-dim)."""
+        """Sum gradient shards over replicas and the loss over ranks; returns the global gradient norm
+        (0-dim).
+        """
         units, world = self.model.units, self.mesh.world
         for unit in units:
             unit.replicate()

@@ -45,6 +45,8 @@ class ShardedAdamW:
             weight_decay=training.weight_decay,
             fused=True,
         )
+        with self._tier():
+            self._make_state()
 
     @property
     def coefficient(self) -> float:
@@ -69,17 +71,13 @@ class ShardedAdamW:
                 torch._foreach_mul_(present, self._coefficient)
             for name, parameter in self._parameters.items():
                 parameter.grad = grads.get(name)
-            self._make_state()
             self._optimizer.step()
             for parameter in self._parameters.values():
                 parameter.grad = None
         return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Moments by kind (exp_avg, exp_avg_sq) and parameter name, made if there was no step yet; and
-        `step`."""
-        with self._tier():
-            self._make_state()
+        """Moments by kind (exp_avg, exp_avg_sq) and parameter name; and `step`."""
         kinds: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
         for name, parameter in self._parameters.items():
             for kind, values in kinds.items():
@@ -103,12 +101,9 @@ class ShardedAdamW:
         return 1.0 if self._platform.fake else float(on_device.sqrt().item())
 
     def _make_state(self) -> None:
-        """The zero moments that torch makes in its first step, made here so that they can be named and
-        loaded."""
+        """The zero moments that torch would make in its first step: resident from the start, as from the second on."""
         for parameter in self._parameters.values():
             state: dict[str, Any] = self._optimizer.state[parameter]
-            if state:
-                continue
             with category("optimizer"):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"], state["exp_avg_sq"] = (

@@ -49,10 +49,11 @@ class LayerSchedule:
     def backward(
         self, x: Tensor, grad: Tensor, before_grads: Callable[[], None], prefetch: Callable[[], None]
     ) -> None:
-        """grad [N, H] of the layer's output becomes that of x in place; gradients of the units start on their way.
+        """grad [N, H] of the layer's output becomes that of x in place; gradients of the units start on their
+        way.
 
-        before_grads is called between the recompute and the first gradient buffer, prefetch (of the next boundary)
-        between the FFN or experts, where memory peaks, and attention.
+        before_grads is called between the recompute and the first gradient buffer, prefetch (of the next
+        boundary) between the FFN or experts, where memory peaks, and attention.
         """
         weights = self.dense.weights()
         inner, saved = self.attention.recompute(x, weights)

@@ -1,7 +1,8 @@
-"""AdamW on flat shards, bucket by bucket: state on the device, on the host, or on the host streamed through slots.
+"""AdamW on flat shards, bucket by bucket: state on the device, on the host, or on the host streamed through
+slots.
 
-The update is torch.optim.AdamW's (decoupled decay on all parameters), by its fused kernel, in the master weights'
-dtype or float32, whichever is wider. Buckets are slices of the shards, so `bucket_params` is a cap.
+The update is torch.optim.AdamW's (decoupled decay on all parameters), by its fused kernel, in the master
+weights' dtype or float32, whichever is wider. Buckets are slices of the shards, so `bucket_params` is a cap.
 """
 
 from collections.abc import Sequence
@@ -90,7 +91,9 @@ class FlatAdamW:
         self.platform.synchronize()
 
     def step(self, clip: Tensor) -> None:
-        """Update all parameters from the units' gradient shards times `clip` (a 0-dim tensor in the update dtype)."""
+        """Update all parameters from the units' gradient shards times `clip` (a 0-dim tensor in the update
+        dtype).
+        """
         self.step_number += 1
         if not self.on_host:
             for bucket in self.buckets:
@@ -113,7 +116,8 @@ class FlatAdamW:
                 params.copy_(master)
 
     def _stream(self, clip: Tensor) -> None:
-        """State through `slots` slots on the device: H2D | update and refresh of the parameters | D2H, on three streams.
+        """State through `slots` slots on the device: H2D | update and refresh of the parameters | D2H, on
+        three streams.
 
         Staging: slots * largest bucket * (master + moments + one gradient of the bucket being updated).
         """
@@ -222,9 +226,20 @@ class FlatAdamW:
         step = torch.full((), float(self.step_number), dtype=torch.float32, device=master.device)
         training = self.training
         torch._fused_adamw_(
-            [used[0]], [grad], [used[1]], [used[2]], [], [step], lr=self.learning_rate, beta1=training.beta1,
-            beta2=training.beta2, weight_decay=training.weight_decay, eps=training.eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
+            [used[0]],
+            [grad],
+            [used[1]],
+            [used[2]],
+            [],
+            [step],
+            lr=self.learning_rate,
+            beta1=training.beta1,
+            beta2=training.beta2,
+            weight_decay=training.weight_decay,
+            eps=training.eps,
+            amsgrad=False,
+            maximize=False,
+        )
         for kept, value in zip(held, used, strict=True):
             if kept is not value:
                 kept.copy_(value)

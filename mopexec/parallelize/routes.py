@@ -21,8 +21,8 @@ Weights = dict[str, Tensor]
 class Routes:
     """One layer's routes of one microbatch, kept from forward to backward.
 
-    experts [N, top_k] int16. send[i][e]: routes of chunk i from here to expert e. receive[i][r][e]: routes of chunk
-    i that rank r of the expert group sends to local expert e.
+    experts [N, top_k] int16. send[i][e]: routes of chunk i from here to expert e. receive[i][r][e]: routes of
+    chunk i that rank r of the expert group sends to local expert e.
     """
 
     experts: Tensor

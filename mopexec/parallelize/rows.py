@@ -1,4 +1,6 @@
-"""Small shared pieces of the flat_units schedule: row slices, in-place matmul accumulation, sliced RMSNorm."""
+"""Small shared pieces of the flat_units schedule: row slices, in-place matmul accumulation,
+sliced RMSNorm.
+"""
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ def add_matmul(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of rows x [..., n] (any strides) into a new contiguous tensor; temporaries: one slice in the wide dtype."""
+    """RMSNorm of rows x [..., n] (any strides) into a new contiguous tensor; temporaries: one slice in the
+    wide dtype.
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scale = weight.to(wide(x.dtype))
     for start, stop in row_slices(x.shape[0]):
@@ -43,7 +47,8 @@ def rms_norm_backward_(
     *,
     add: bool = True,
 ) -> None:
-    """target += (or =) gradient of the norm's input x; grad_weight += its weight's. grad is that of the output.
+    """target += (or =) gradient of the norm's input x; grad_weight += its weight's. grad is that of the
+    output.
 
     With n = x / rms: dx = (g w - n mean(g w n)) / rms. target may be grad itself where add is False.
     Temporaries: three slices in the wide dtype.

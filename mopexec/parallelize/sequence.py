@@ -1,7 +1,8 @@
 """Ulysses (arXiv 2309.14509): ranks that share a sequence trade positions for heads by all-to-all.
 
-Projections are written straight into the send layout [D, tokens, width / D], block d being the heads of rank d, so
-packing copies nothing. Where D exceeds the KV heads, each KV block is projected for every rank that needs it.
+Projections are written straight into the send layout [D, tokens, width / D], block d being the heads of rank
+d, so packing copies nothing. Where D exceeds the KV heads, each KV block is projected for every rank that
+needs it.
 """
 
 import torch
@@ -35,7 +36,9 @@ class SequenceExchange:
         return packed
 
     def project_back(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """grad [N, H] times weight [H, width], as the send layout [D, N, width / D] (the output projection's dgrad)."""
+        """grad [N, H] times weight [H, width], as the send layout [D, N, width / D] (the output projection's
+        dgrad).
+        """
         width = weight.shape[1] // self.degree
         packed = torch.empty((self.degree, self.tokens, width), dtype=grad.dtype, device=grad.device)
         for place in range(self.degree):
@@ -52,7 +55,9 @@ class SequenceExchange:
         return by_place.reshape(self.batch, self.degree * self.seq, -1)
 
     def to_positions(self, x: Tensor) -> Tensor:
-        """All positions [B, S, w] of this rank's heads to [D, N, w]: this rank's positions, block by block of heads."""
+        """All positions [B, S, w] of this rank's heads to [D, N, w]: this rank's positions, block by block of
+        heads.
+        """
         if self.degree == 1:
             return x.reshape(1, self.tokens, -1)
         send = x.reshape(self.batch, self.degree, self.seq, -1).transpose(0, 1).contiguous()
@@ -71,6 +76,8 @@ class SequenceExchange:
 def project_backward(
     grad: Tensor, x: Tensor, weight: Tensor, grad_weight: Tensor, grad_x: Tensor | None
 ) -> Tensor:
-    """Backward of x weight^T: grad_weight += grad^T x; returns grad_x (+)= grad weight. grad [N, out], x [N, H]."""
+    """Backward of x weight^T: grad_weight += grad^T x; returns grad_x (+)= grad weight. grad [N, out], x [N,
+    H].
+    """
     add_matmul(grad_weight, grad.t(), x)
     return grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)

@@ -1,4 +1,6 @@
-"""Training state as intervals of flat tensors that no sharding changes, so a checkpoint loads at another world size."""
+"""Training state as intervals of flat tensors that no sharding changes, so a checkpoint loads at another
+world size.
+"""
 
 from typing import Any
 
@@ -12,9 +14,11 @@ from mopexec.parallelize.units import Unit
 
 
 class FlatShard(Tensor):
-    """Interval [start, start + len) of a flat tensor of `total` elements, as torch.distributed.checkpoint's protocol.
+    """Interval [start, start + len) of a flat tensor of `total` elements, as torch.distributed.checkpoint's
+    protocol.
 
-    A tensor only because the checkpoint code asks for one: use `plain` for values. `size()` is that of the whole.
+    A tensor only because the checkpoint code asks for one: use `plain` for values. `size()` is that of the
+    whole.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -1,4 +1,6 @@
-"""Logit strips: token rows times a block of vocabulary rows, folded into three numbers per token and freed."""
+"""Logit strips: token rows times a block of vocabulary rows, folded into three numbers per token
+and freed.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +14,9 @@ from mopsim.spec import layout
 
 @dataclass
 class Fold:
-    """Per token, in the wide dtype: running maximum, sum of exponentials below it, and the target's logit. Each [N]."""
+    """Per token, in the wide dtype: running maximum, sum of exponentials below it, and the target's logit.
+    Each [N].
+    """
 
     maximum: Tensor
     total: Tensor
@@ -33,7 +37,9 @@ class Fold:
         return self.maximum + self.total.log()
 
     def add(self, strip: Tensor, targets: Tensor, first: int, start: int, stop: int) -> None:
-        """Fold in the strip [stop - start, rows] of tokens [start, stop) and vocabulary rows from `first` on."""
+        """Fold in the strip [stop - start, rows] of tokens [start, stop) and vocabulary rows from
+        `first` on.
+        """
         maximum = torch.maximum(self.maximum[start:stop], strip.amax(1))
         self.total[start:stop].mul_((self.maximum[start:stop] - maximum).exp_())
         self.total[start:stop].add_(torch.sub(strip, maximum[:, None]).exp_().sum(1))
@@ -58,7 +64,9 @@ def block_backward(
     hidden: Tensor, targets: Tensor, normaliser: Tensor, block: Tensor, first: int, scale: float, chunk: int,
     grad_hidden: Tensor, grad_block: Tensor,
 ) -> None:  # fmt: skip
-    """grad_hidden [N, H] and grad_block [rows, H] += scale times the gradients of the summed loss, strip by strip."""
+    """grad_hidden [N, H] and grad_block [rows, H] += scale times the gradients of the summed loss, strip by
+    strip.
+    """
     for start, stop in layout.token_slices(hidden.shape[0], chunk):
         strip = hidden[start:stop] @ block.t()
         strip_gradient_(strip, targets[start:stop], normaliser[start:stop], first, scale)
@@ -68,7 +76,9 @@ def block_backward(
 
 
 def strip_gradient_(strip: Tensor, targets: Tensor, normaliser: Tensor, first: int, scale: float) -> None:
-    """A strip [n, rows] becomes scale * (softmax - one-hot), in place. Temporaries: one strip in the wide dtype."""
+    """A strip [n, rows] becomes scale * (softmax - one-hot), in place. Temporaries: one strip in the wide
+    dtype.
+    """
     probability = torch.sub(strip, normaliser[:, None]).exp_()
     local, inside = _local(targets, first, strip.shape[1])
     probability.scatter_add_(1, local[:, None], inside.to(probability.dtype).neg_()[:, None])

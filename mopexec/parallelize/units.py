@@ -1,4 +1,6 @@
-"""Flat units: parameters of one gather, flattened into one buffer, padded, and sharded over a group of ranks."""
+"""Flat units: parameters of one gather, flattened into one buffer, padded, and sharded over a
+group of ranks.
+"""
 
 import math
 from collections.abc import Sequence
@@ -22,9 +24,10 @@ Shape = tuple[int, ...]
 class Contents:
     """What a unit holds, as a slice of a flat order that no sharding changes (so that checkpoints reshard).
 
-    names: parameters in order with their shapes; `prefix` is left out of the names of their views. stack: 0, or the number of experts that this unit holds out of all,
-    from `first` on: then shapes are one expert's and the flat order is expert by expert. rows: None, or the
-    [start, stop) rows of the unit's only parameter (a vocabulary interval).
+    names: parameters in order with their shapes; `prefix` is left out of the names of their views. stack: 0,
+    or the number of experts that this unit holds out of all, from `first` on: then shapes are one expert's
+    and the flat order is expert by expert. rows: None, or the [start, stop) rows of the unit's only parameter
+    (a vocabulary interval).
     """
 
     key: str
@@ -78,7 +81,9 @@ class Contents:
         return found
 
     def pieces(self) -> list[tuple[str, int | None, Shape, int]]:
-        """(name, index in its stack, shape, offset in the flat order) of every separately initialised piece."""
+        """(name, index in its stack, shape, offset in the flat order) of every separately
+        initialised piece.
+        """
         found: list[tuple[str, int | None, Shape, int]] = []
         for copy in range(self.stack or 1):
             offset = copy * self.per_copy
@@ -92,8 +97,9 @@ class Contents:
 class Unit:
     """One rank's part of a unit: resident shards of parameters and gradients, and the transient full buffers.
 
-    gather / wait / release make the full parameters come and go (`gathered`); open_grads, reduce and finish_reduce
-    those of the gradients (`gathered_grads`). With one rank to a shard nothing is copied where dtypes agree.
+    gather / wait / release make the full parameters come and go (`gathered`); open_grads, reduce and
+    finish_reduce those of the gradients (`gathered_grads`). With one rank to a shard nothing is copied where
+    dtypes agree.
     """
 
     def __init__(
@@ -165,7 +171,9 @@ class Unit:
         self._full = None
 
     def open_grads(self) -> dict[str, Tensor]:
-        """Views of a zeroed full gradient buffer, or of the gradient shard itself where that is the full one."""
+        """Views of a zeroed full gradient buffer, or of the gradient shard itself where that is
+        the full one.
+        """
         assert self._full_grads is None, f"{self.contents.key} has open gradients"
         if self.shard.size == 1 and self.grads.dtype == self.reduce_dtype:
             self._full_grads = self.grads

@@ -1,7 +1,8 @@
-"""Output projection and loss: rows of logits with the gathered head, or Ring-DTP (a ring over a sharded vocabulary).
+"""Output projection and loss: rows of logits with the gathered head, or Ring-DTP (a ring over a sharded
+vocabulary).
 
-Every function takes normed hidden states [N, H] and returns (sum of the tokens' losses, gradient of hidden scaled by
-`scale`), and adds to the head's gradient. The gradient of the moving tensor travels with it.
+Every function takes normed hidden states [N, H] and returns (sum of the tokens' losses, gradient of hidden
+scaled by `scale`), and adds to the head's gradient. The gradient of the moving tensor travels with it.
 """
 
 import torch
@@ -20,7 +21,9 @@ Result = tuple[Tensor, Tensor]
 def local_loss(
     hidden: Tensor, targets: Tensor, head: Tensor, grad_head: Tensor, scale: float, chunk: int
 ) -> Result:
-    """All of the vocabulary at hand: forward and backward of `chunk` rows of logits (0 = all) before the next ones."""
+    """All of the vocabulary at hand: forward and backward of `chunk` rows of logits (0 = all) before the next
+    ones.
+    """
     with component("vocabulary"), category("logits"):
         total = torch.zeros(
             (), dtype=Fold.empty(0, hidden.dtype, hidden.device).total.dtype, device=hidden.device
@@ -43,10 +46,11 @@ def local_loss(
 
 
 class Ring:
-    """Ring-DTP over `group`: place p holds vocabulary rows `interval(V, P, p)` and its own tokens (arXiv 2609.14306).
+    """Ring-DTP over `group`: place p holds vocabulary rows `interval(V, P, p)` and its own tokens (arXiv
+    2609.14306).
 
-    chunk: tokens whose strip is formed at a time (0 = all). What moves is prefetched one round ahead; gradients that
-    travel are sent while the next round computes.
+    chunk: tokens whose strip is formed at a time (0 = all). What moves is prefetched one round ahead;
+    gradients that travel are sent while the next round computes.
     """
 
     def __init__(self, group: Group, vocab_size: int, chunk: int, *, moves_weights: bool) -> None:
@@ -56,7 +60,9 @@ class Ring:
     def loss(
         self, hidden: Tensor, targets: Tensor, block: Tensor, grad_block: Tensor, scale: float
     ) -> Result:
-        """Both passes around the ring. block [rows of this place, H] and its gradient; targets [N] of the whole V."""
+        """Both passes around the ring. block [rows of this place, H] and its gradient; targets [N] of the
+        whole V.
+        """
         with component("vocabulary"), category("logits"):
             if self.moves_weights:
                 fold = self._fold_moving_weights(hidden, targets, block)
@@ -192,14 +198,18 @@ class Ring:
 
 
 class _Travelling:
-    """A gradient that goes around the ring with its tensor, each place adding its own part, and comes home."""
+    """A gradient that goes around the ring with its tensor, each place adding its own part, and
+    comes home.
+    """
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._coming: tuple[Tensor, collectives.Waitable, Tensor] | None = None
 
     def join(self, own: Tensor, next_shape: tuple[int, ...]) -> None:
-        """Add this place's part of this round to what has arrived, and send it on; `next_shape` arrives next."""
+        """Add this place's part of this round to what has arrived, and send it on; `next_shape`
+        arrives next.
+        """
         self._take(own)
         incoming = torch.empty(next_shape, dtype=own.dtype, device=own.device)
         self._coming = (incoming, self._ring._hop([own], [incoming]), own)
