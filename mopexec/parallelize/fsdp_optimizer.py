@@ -101,7 +101,7 @@ class ShardedAdamW:
         return 1.0 if self._platform.fake else float(on_device.sqrt().item())
 
     def _make_state(self) -> None:
-        """The zero moments that torch would make in its first step: resident from the start, as from the second on."""
+        """The zero moments that torch would make in its first step: resident from the start."""
         for parameter in self._parameters.values():
             state: dict[str, Any] = self._optimizer.state[parameter]
             with category("optimizer"):
