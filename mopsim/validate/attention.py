@@ -1,4 +1,5 @@
-"""Attention kernels of software stacks: a profile's curve is of the best kernel of its day, older stacks ran older ones.
+"""Attention kernels of software stacks: a profile's curve is of the best kernel of its day, older stacks ran
+older ones.
 
 Shares of the matmul peak, counting the causal half, from publications; nothing here is fitted to a run.
 """
@@ -11,18 +12,26 @@ from mopsim.spec.hardware import AttentionCurve, HardwareProfile
 
 Kernel = Literal["profile", "flash2", "triton", "unfused"]
 
-FLASH2 = "FlashAttention-2 on A100 (arXiv 2307.08691, figures 4 to 6), on H100 (arXiv 2407.08608, figures 5 and 6)"
+FLASH2 = (
+    "FlashAttention-2 on A100 (arXiv 2307.08691, figures 4 to 6), on H100 (arXiv 2407.08608, figures 5 and 6)"
+)
 TRITON_SLOWDOWN = 1.8
-"""FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (arXiv 2307.08691, section 4): its middle."""
+"""FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (arXiv 2307.08691,
+section 4): its middle.
+"""
 SCORE_BYTES = {"forward": 13.0, "backward": 20.0}
-"""Traffic of one attention score where scores are kept: written, read and written by the scaled masked softmax and by
-dropout (with its mask), read by the second product; in the backward also their gradients. Two bytes an element."""
+"""Traffic of one attention score where scores are kept: written, read and written by the scaled masked
+softmax and by dropout (with its mask), read by the second product; in the backward also their gradients. Two
+bytes an element.
+"""
 SCORE_PRODUCTS_EFFICIENCY = 0.6
 """Share of the peak of the batched products Q K^T and P V, which are narrow on one side (head_dim)."""
 
 
 def with_kernel(hardware: HardwareProfile, kernel: Kernel, head_dim: int) -> HardwareProfile:
-    """The profile with the attention curve of `kernel`; itself where the kernel is the profile's or has no numbers."""
+    """The profile with the attention curve of `kernel`; itself where the kernel is the profile's
+    or has no numbers.
+    """
     curve = _curve(hardware, kernel, head_dim)
     if curve is None:
         return hardware
@@ -47,12 +56,17 @@ def _curve(hardware: HardwareProfile, kernel: Kernel, head_dim: int) -> Attentio
 
 
 def _unfused(hardware: HardwareProfile, head_dim: int) -> AttentionCurve:
-    """Scores written to memory, whole square: time of a score over the FLOP that a causal kernel would count for it."""
+    """Scores written to memory, whole square: time of a score over the FLOP that a causal kernel
+    would count for it.
+    """
     peak = max(curve.peak.si for curve in hardware.device.matmul if curve.dtype in ("bfloat16", "float16"))
     shares = {}
     for phase, products in (("forward", 2), ("backward", 5)):
         flops = products * 2.0 * head_dim
-        time = flops / (peak * SCORE_PRODUCTS_EFFICIENCY) + SCORE_BYTES[phase] / hardware.device.memory_bandwidth.si
+        time = (
+            flops / (peak * SCORE_PRODUCTS_EFFICIENCY)
+            + SCORE_BYTES[phase] / hardware.device.memory_bandwidth.si
+        )
         shares[phase] = flops / 2 / time / peak
     return AttentionCurve(
         forward=shares["forward"], backward=shares["backward"], tag="assumed",

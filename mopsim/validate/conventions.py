@@ -88,8 +88,9 @@ def _reading(notes: str) -> Reading:
 
 
 def _attention(source: str, notes: str) -> Kernel:
-    """llm-foundry of 2023: attn_impl triton. torch's scaled_dot_product_attention and DeepSpeed's Hugging Face models:
-    FlashAttention-2. Megatron of 2022: scores kept (no flash kernel before 2023). Transformer Engine: the profile's.
+    """llm-foundry of 2023: attn_impl triton. torch's scaled_dot_product_attention and DeepSpeed's Hugging
+    Face models: FlashAttention-2. Megatron of 2022: scores kept (no flash kernel before 2023). Transformer
+    Engine: the profile's.
     """
     if "attention-backend=unfused" in notes or source == "vtrain" or source == "megatron-selene-2022":
         return "unfused"

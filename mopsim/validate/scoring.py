@@ -73,7 +73,7 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
         timed = [i for i in members if cases[i].step_time]
         models = [network(cases[i].row["model"]) for i in timed]
         points = [
-            Point(results[i].step_time, results[i].launches, cases[i].step_time or 0.0, model)
+            _point(results[i], cases[i].step_time or 0.0, model)
             for i, model in zip(timed, models, strict=True)
         ]
         fits = dict(zip(timed, calibration.held_out(points), strict=True))
@@ -87,6 +87,11 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
             peak = as_read(result.peak_memory, case.conventions.reading, case.hardware)
             found[i] = Scored(case, result, used, step, lines.get(i), peak)
     return [found[i] for i in range(len(cases))]
+
+
+def _point(result: Simulated, measured: float, model: str) -> Point:
+    paced = result.launches * result.step_time / result.active if result.active else 0.0
+    return Point(result.step_time, paced, measured, model)
 
 
 @dataclass(frozen=True)

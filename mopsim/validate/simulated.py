@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mopsim.engine import simulate
 from mopsim.spec.errors import MopError
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.hardware import COLLECTIVES, HardwareProfile
 from mopsim.validate.conventions import Reading
 from mopsim.validate.rows import Case
 
@@ -20,10 +20,15 @@ RESERVED = 1.03
 
 @dataclass(frozen=True)
 class Simulated:
-    """What is kept of a simulation. error: why there is none. launches: kernels of one rank in the step."""
+    """What is kept of a simulation. error: why there is none. launches: kernels and collectives of one rank.
+
+    active: seconds of the step in which the rank computes or waits for its own collectives: not for other
+    stages.
+    """
 
     step_time: float = 0.0
     launches: int = 0
+    active: float = 0.0
     peak_memory: int = 0
     fits: bool = True
     error: str = ""
@@ -42,10 +47,13 @@ def simulate_case(case: Case) -> Simulated:
         return Simulated(error=str(error))
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}")
-    launches = sum(result.num_ops.get(kind, 0) for kind in KERNELS)
-    return Simulated(
-        result.step_time, launches, result.peak_memory, result.fits, "", time.perf_counter() - began
+    launches = sum(result.num_ops.get(kind, 0) for kind in (*KERNELS, *COLLECTIVES))
+    idle = result.exposed.get("send_recv", 0.0) + result.exposed.get("dependency", 0.0)
+    active = min(
+        max(sum(result.busy.get(kind, 0.0) for kind in KERNELS), result.step_time - idle), result.step_time
     )
+    seconds = time.perf_counter() - began
+    return Simulated(result.step_time, launches, active, result.peak_memory, result.fits, "", seconds)
 
 
 def simulate_all(cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None) -> list[Simulated]:

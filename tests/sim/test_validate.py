@@ -1,0 +1,229 @@
+"""Validation: what rows become, what is refused by name, and that no row scores its own calibration."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mopsim.cli import app
+from mopsim.spec.errors import MopError
+from mopsim.spec.units import UNITS
+from mopsim.validate import calibration
+from mopsim.validate.calibration import Fit, Point
+from mopsim.validate.components import predict_components
+from mopsim.validate.output import to_json
+from mopsim.validate.rows import UnsupportedError, case
+from mopsim.validate.run import validate_runs
+from mopsim.validate.scoring import capacity, errors, over_sources, regrets
+from mopsim.validate.tables import read_runs
+
+MODELS: dict[str, dict[str, str]] = {}
+BASE = {
+    "source": "mine",
+    "num_layers": "32",
+    "gpu": "h100-sxm-80g",
+    "num_gpus": "8",
+    "gpus_per_node": "8",
+    "precision": "bf16",
+    "seq_len": "4096",
+    "micro_batch": "1",
+    "global_batch": "16",
+    "tp": "1",
+    "pp": "1",
+    "vp": "1",
+    "cp": "1",
+    "ep": "1",
+    "etp": "1",
+    "dp": "8",
+    "sharding": "zero3",
+    "recompute": "full",
+    "optimizer_offload": "0",
+    "activation_offload": "none",
+    "loss": "full",
+    "dispatcher": "none",
+    "overlap": "unknown",
+    "routing": "dense",
+    "tokens_per_s_per_gpu": "",
+    "step_time_s": "3.0",
+    "peak_memory_gib": "40",
+    "fits": "",
+    "quality": "A",
+    "notes": "",
+}
+
+
+def row(run_id: str = "r", model: str = "llama3_8b", **changes: str) -> dict[str, str]:
+    return {"run_id": run_id, "model": model, **BASE, **changes}
+
+
+def test_a_row_becomes_the_strategy_it_describes() -> None:
+    found = case(row(cp="2", dp="4", micro_batch="2", recompute="none"), MODELS)
+    assert found.family == "fsdp"
+    assert found.strategy.runtime == "fully_shard"
+    assert (found.strategy.attention.sequence, found.strategy.data_groups) == (2, 4)
+    assert (found.strategy.dense.zero, found.strategy.dense.shard) == (3, 8)
+    assert found.strategy.activations.recompute == "none"
+    assert found.training.num_microbatches(found.strategy) == 2
+    assert found.peak_memory == 40 * UNITS["GiB"]
+
+
+def test_megatron_degrees_and_padded_vocabulary() -> None:
+    found = case(
+        row(tp="2", pp="2", vp="2", dp="2", sharding="zero1", precision="fp8", source="megatron-bridge-x"),
+        MODELS,
+    )
+    assert found.family == "megatron"
+    assert found.strategy.pipeline.schedule == "interleaved"
+    assert (found.strategy.dense.tensor, found.strategy.dense.shard, found.strategy.dense.zero) == (2, 2, 1)
+    assert found.strategy.precision.matmul == "fp8"
+    assert found.strategy.precision.grad == "bfloat16"
+    assert found.model.vocab_size % 256 == 0
+
+
+def test_a_cut_network_keeps_its_leading_dense_layers() -> None:
+    model = case(
+        row(model="deepseek_v3", num_layers="2", ep="8", routing="balanced", sharding="zero1"), MODELS
+    ).model
+    assert (model.num_hidden_layers, model.first_k_dense_replace) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"recompute": "unknown"}, "recompute"),
+        ({"micro_batch": ""}, "micro_batch"),
+        ({"global_batch": ""}, "global_batch"),
+        ({"pp": "2", "dp": "4", "vp": "", "sharding": "zero1"}, "vp"),
+        ({"gpu": "abacus"}, "gpu"),
+        ({"model": "nobody"}, "model"),
+        ({"precision": "int3"}, "precision"),
+        ({"sharding": "zero9"}, "sharding"),
+        ({"recompute": "the_good_parts"}, "recompute"),
+        ({"model": "qwen3_30b_a3b", "num_layers": "48", "routing": "unknown"}, "routing"),
+        ({"global_batch": "17"}, "training.global_batch"),
+    ],
+)
+def test_what_cannot_be_simulated_names_the_field(changes: dict[str, str], field: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        case({**row(), **changes}, MODELS)
+    assert caught.value.field == field
+
+
+def test_a_run_about_capacity_needs_no_batch() -> None:
+    found = case(row(global_batch="", step_time_s="", fits="oom"), MODELS)
+    assert found.training.global_batch == found.strategy.data_groups
+    assert found.fits is False
+
+
+def test_malformed_cells_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MopError, match="step_time_s: 'soon' is not a number"):
+        case(row(step_time_s="soon"), MODELS)
+    path = tmp_path / "runs.csv"
+    path.write_text("run_id,source\na,b\n")
+    with pytest.raises(MopError, match="has no column 'model'"):
+        read_runs(path)
+
+
+def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
+    true = Fit(1.3, 30e-6, 0.0)
+    points = [
+        Point(s, n, true.apply(Point(s, n, 0.0, "")), f"m{i % 4}")
+        for i, (s, n) in enumerate(
+            [(0.1, 9000), (0.2, 9000), (0.5, 9000), (1.0, 9000), (2.0, 9000), (0.05, 9000), (3, 100), (1, 9)]
+        )
+    ]
+    found = calibration.fit(points)
+    assert found.scale == pytest.approx(1.3, rel=0.02)
+    assert found.launch == pytest.approx(30e-6, rel=0.02)
+
+
+def test_no_network_is_calibrated_on_itself() -> None:
+    points = [Point(1.0, 10.0, 1.2, "a"), Point(2.0, 10.0, 2.4, "b"), Point(3.0, 10.0, 3.6, "c")]
+    moved = [replace(points[0], measured=9.0), *points[1:]]
+    assert calibration.held_out(points)[0] == calibration.held_out(moved)[0]
+    assert calibration.held_out(points)[1] != calibration.held_out(moved)[1]
+    assert calibration.held_out(points[:1]) == [Fit()]
+
+
+def test_sources_count_alike_however_many_rows_they_have() -> None:
+    rows = [row(f"a{i}", step_time_s="2.0") for i in range(4)] + [row("b", source="other", step_time_s="2.0")]
+    rows += [row("c", source="other", step_time_s="")]
+    scored = validate_runs(rows, MODELS, jobs=1).scored
+    found = over_sources(scored, lambda one: 0.1 if one.case.row["source"] == "mine" else 0.3)
+    assert found is not None
+    assert found.mape == pytest.approx(0.2)
+    assert errors([None]) is None
+
+
+def test_equal_rows_are_simulated_once_and_scored_each() -> None:
+    scored = validate_runs([row("a"), row("b", step_time_s="6.0")], MODELS, jobs=1).scored
+    assert scored[0].simulated is scored[1].simulated
+    assert scored[0].raw_step_error != scored[1].raw_step_error
+    assert not scored[0].out_of_sample
+
+
+def test_regret_compares_strategies_of_one_job() -> None:
+    rows = [
+        row("slow", recompute="full", step_time_s="4.0"),
+        row("fast", recompute="full", sharding="zero2", step_time_s="3.0"),
+    ]
+    rows.append(row("else", seq_len="8192", step_time_s="9.0"))
+    jobs = regrets(validate_runs(rows, MODELS, jobs=1).scored)
+    assert len(jobs) == 1
+    assert jobs[0].best == "fast"
+    assert jobs[0].slowdown in (0.0, pytest.approx(1 / 3))
+
+
+def test_capacity_counts_both_ways() -> None:
+    rows = [row("ran"), row("out", micro_batch="64", global_batch="512", step_time_s="", fits="oom")]
+    found = capacity(validate_runs(rows, MODELS, jobs=1).scored)
+    assert (found.ran, found.ran_right, found.ran_out, found.ran_out_right) == (1, 1, 1, 1)
+
+
+def test_json_has_the_agreed_keys() -> None:
+    refused = row("no", recompute="unknown")
+    gemm = {
+        "component": "gemm", "system": "x", "gpu": "h100-sxm-80g", "num_gpus": "1",
+        "metric": "latency_s", "value": "1e-4",
+        "params": '{"m": 4096, "n": 4096, "k": 4096, "precision": "bf16"}', "outcome": "ok",
+    }  # fmt: skip
+    strange = {**gemm, "component": "teapot"}
+    found = to_json(validate_runs([row("a"), refused], MODELS, jobs=1), predict_components([gemm, strange]))
+    json.dumps(found)
+    run, other = found["runs"]
+    assert run["status"] == "simulated"
+    for quantity in ("step_time_s", "peak_memory_bytes"):
+        assert {f"measured_{quantity}", f"predicted_{quantity}", f"{quantity}_error"} <= set(run)
+    assert {"measured_fits", "predicted_fits", "run_id"} <= set(run)
+    assert (other["status"], other["reason"]) == ("unsupported", "recompute: not stated by the source")
+    assert found["components"][0]["error"] == pytest.approx(found["components"][0]["predicted"] / 1e-4 - 1)
+    assert found["components"][1]["predicted"] is None
+    for quantity in ("step_time_s", "peak_memory_bytes"):
+        assert {"n", "mape", "median_ape", "bias", "max_ape"} <= set(found["summary"][quantity])
+    assert {"n", "right"} <= set(found["summary"]["fits"])
+    assert found["summary"]["unsupported"] == 1
+
+
+def test_command_writes_json_and_figures(tmp_path: Path) -> None:
+    path, out = tmp_path / "runs.csv", tmp_path / "json"
+    cells = row("a")
+    path.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
+    result = CliRunner().invoke(
+        app,
+        [
+            "validate",
+            "--runs",
+            str(path),
+            "--json",
+            str(out),
+            "--out",
+            str(tmp_path / "figures"),
+            "--jobs",
+            "1",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["runs"][0]["run_id"] == "a"
+    assert (tmp_path / "figures" / "step_time_by_source.png").stat().st_size > 1000
