@@ -101,6 +101,8 @@ def _make(all_groups: Sequence[Sequence[int]], rank: int, platform: Platform) ->
     for ranks in all_groups:
         handle = dist.new_group(list(ranks), backend=platform.backend) if len(ranks) > 1 else None
         if rank in ranks:
+            if handle is not None and not platform.fake:
+                dist.barrier(group=handle)  # all pairs connected before the first point-to-point of the ring
             mine = Group(tuple(ranks), list(ranks).index(rank), handle)
     assert mine is not None, f"rank {rank} is in no group of {all_groups}"
     return mine
