@@ -63,11 +63,12 @@ def run(
     slowest = max(range(len(records)), key=lambda i: records[i].end)
     fullest = max(range(len(ledgers)), key=lambda i: ledgers[i].peak)
     record, ledger, program = records[slowest], ledgers[fullest], workload.programs[slowest]
-    repeats = workload.microbatches - workload.expanded
-    period = _period(record, workload.expanded) if repeats else 0.0
+    expanded, unit = workload.expanded, workload.unit
+    repeats = (workload.microbatches - expanded) // unit
+    period = _period(record, expanded, unit) if repeats else 0.0
     constant = hardware.corrections["step"].overhead if "step" in hardware.corrections else 0.0
     step_time = max(end + repeats * period + constant, 1e-12)
-    weights = {index: 1 + repeats * (index == workload.expanded - 2) for index in record.tallies}
+    weights = {i: 1 + repeats * (expanded - 1 - unit <= i < expanded - 1) for i in record.tallies}
     busy, counts, flops = _totals(program, prices, weights)
     framework = round((hardware.framework_memory_scale - 1.0) * ledger.peak)
     peak = ledger.peak + framework
@@ -174,9 +175,9 @@ def _totals(
     return busy, counts, flops
 
 
-def _period(record: Record, expanded: int) -> float:
-    """Seconds that one more microbatch adds: between the starts of the last two that were expanded."""
-    return record.tallies[expanded - 1].start - record.tallies[expanded - 2].start
+def _period(record: Record, expanded: int, unit: int) -> float:
+    """Seconds that one more repetition adds: between the starts of the last two that were expanded."""
+    return record.tallies[expanded - 1].start - record.tallies[expanded - 1 - unit].start
 
 
 def _sum(record: Record, field: str, weights: dict[int, int]) -> dict[str, float]:

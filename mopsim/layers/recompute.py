@@ -100,8 +100,18 @@ def forward(tape: Tape, chosen: Plan) -> list[Played]:
     return played
 
 
-def backward(tape: Tape, chosen: Plan) -> list[Played]:
-    """The reverse of `forward`, regions run again where they are wanted. The inputs' gradients stay."""
+def held_for_weights(tape: Tape, chosen: Plan) -> frozenset[str]:
+    """Values and (as `d/name`) gradients that weight gradients put off need."""
+    products = [kernel for kernel in tape.kernels if kernel.matmuls]
+    saved = {name for kernel in products for name in kernel.saves} & (chosen.kept | chosen.dropped)
+    return frozenset(saved | {f"d/{value.name}" for kernel in products for value in kernel.writes})
+
+
+def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> list[Played]:
+    """The reverse of `forward`, regions run again where they are wanted. The inputs' gradients stay.
+
+    held: what outlives this pass (see `held_for_weights`).
+    """
     values, alive = tape.values, set(tape.outputs)
     first_saver: dict[str, int] = {}
     last_saver: dict[str, int] = {}
@@ -136,9 +146,10 @@ def backward(tape: Tape, chosen: Plan) -> list[Played]:
         memory += [(category, -size) for category, size in kernel.back_scratch]
         for value in kernel.writes:
             if value.grad and value.name in alive:
-                memory.append((value.category, -value.bytes))
+                if f"d/{value.name}" not in held:
+                    memory.append((value.category, -value.bytes))
                 alive.discard(value.name)
-        for name in freed:
+        for name in freed - held:
             if first_saver.get(name) == index:
                 memory.append((values[name].category, -values[name].bytes))
         played.append(Played(kernel, True, tuple(memory)))

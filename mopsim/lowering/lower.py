@@ -4,6 +4,8 @@ from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
 from mopsim.lowering.flat.step import FlatStep
 from mopsim.lowering.fsdp.step import FsdpStep
+from mopsim.lowering.staged.passes import Passes
+from mopsim.lowering.staged.step import StageStep
 from mopsim.lowering.tapes.step import Step
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
@@ -24,20 +26,44 @@ def lower(
     """
     context = make_context(model, strategy, training, domain)
     total = training.num_microbatches(strategy)
-    expanded = total if expand else min(total, EXPANDED)
-    kind: type[FlatStep | FsdpStep | Step] = Step
-    if (
-        _plain(context)
-        and strategy.runtime == "fully_shard"
-        and strategy.activations.recompute != "selective"
-    ):
-        kind = FsdpStep
-    elif _plain(context) and strategy.activations.recompute == "full" and strategy.dense.zero == 3:
-        kind = FlatStep
-    program = kind(context).program(expanded)
+    unit, expanded = _expansion(strategy, total)
+    expanded = total if expand else expanded
+    kind = _kind(context)
+    if kind is None:
+        passes = Passes(context)
+        stages = range(strategy.pipeline.degree)
+        programs = tuple(StageStep(context, passes, stage).program(expanded) for stage in stages)
+    else:
+        programs = (kind(context).program(expanded),)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
-    return Workload((program,), total, expanded, flops, guarantee(context))
+    return Workload(programs, total, expanded, flops, guarantee(context), unit)
+
+
+def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
+    """The executor's own schedules where they cover model and strategy; None: the general, staged lowering."""
+    strategy, recompute = context.strategy, context.strategy.activations.recompute
+    one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
+    if not one_stage or strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1:
+        return None
+    if strategy.runtime == "fully_shard":
+        return FsdpStep if _plain(context) and recompute != "selective" else None
+    if recompute != "full" or strategy.dense.zero != 3:
+        return None
+    return FlatStep if _plain(context) else Step
+
+
+def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
+    """(microbatches of a repetition, microbatches lowered): the rest repeats the last repetition but one.
+
+    A pipeline is in its steady state once it is full, which takes two rounds of the stages.
+    """
+    stages = strategy.pipeline.degree
+    if stages == 1:
+        return 1, min(total, EXPANDED)
+    unit = stages if strategy.pipeline.virtual_stages > 1 else 1
+    base = 3 * stages if unit > 1 else 2 * stages + 4
+    return unit, total - unit * max(0, (total - base) // unit)
 
 
 def _plain(context: Context) -> bool:

@@ -99,14 +99,17 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """All programs of a step. microbatches: in the step; expanded: of them lowered, the rest repeat the
-    last of these."""
+    """All programs of a step. microbatches: in the step; expanded: of them lowered.
+
+    unit: microbatches of one repetition; the rest repeats the `unit` microbatches before the last lowered one.
+    """
 
     programs: tuple[Program, ...]
     microbatches: int
     expanded: int
     model_flops: float
     guarantee: int = 0
+    unit: int = 1
 
 
 @lru_cache(maxsize=65536)

@@ -25,4 +25,6 @@ COMPONENTS = (
     "optimizer",
     "other",
 )
+MODULES = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe")
+"""Parts of a layer that selective recomputation names beside the components (Megatron-Core's names)."""
 PHASES = ("forward", "recompute", "backward", "optimizer")

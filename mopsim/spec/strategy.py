@@ -6,7 +6,7 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 
 from typing import Literal
 
-from mopsim.spec.categories import COMPONENTS
+from mopsim.spec.categories import COMPONENTS, MODULES
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
@@ -79,11 +79,13 @@ class Vocabulary(Spec, frozen=True, kw_only=True):
     shards the vocabulary over `degree` ranks with distinct tokens; `vocab_parallel` splits it over the
     tensor group (Megatron).
     chunk_tokens: rows of logits formed at a time, in a round of the ring or in `chunked`; 0 = all.
+    fused: one cross-entropy kernel that works in place of the logits, without copies in fp32.
     """
 
     degree: int = 1
     loss: Literal["full", "chunked", "ring", "vocab_parallel"] = "full"
     chunk_tokens: int = 0
+    fused: bool = False
     order: Order = "contiguous"
 
 
@@ -111,6 +113,20 @@ class Activations(Spec, frozen=True, kw_only=True):
     modules: tuple[str, ...] = ()
     boundary_tier: Tier = "device"
     host_budget: int = 0
+
+
+class Overlap(Spec, frozen=True, kw_only=True):
+    """Communication that runs beside compute where parameters are not gathered layer by layer (ZeRO below 3).
+
+    grad_reduce: gradients of a layer while the last microbatch's backward goes on. param_gather: updated
+    parameters while the next forward begins. pipeline: sends between stages. tensor: gathers and scatters of
+    tensor-parallel regions beside their products.
+    """
+
+    grad_reduce: bool = False
+    param_gather: bool = False
+    pipeline: bool = False
+    tensor: bool = False
 
 
 class Precision(Spec, frozen=True, kw_only=True):
@@ -146,6 +162,7 @@ class Strategy(Spec, frozen=True, kw_only=True):
     vocabulary: Vocabulary = Vocabulary()
     optimizer: Optimizer = Optimizer()
     activations: Activations = Activations()
+    overlap: Overlap = Overlap()
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
@@ -213,7 +230,10 @@ class Strategy(Spec, frozen=True, kw_only=True):
         )
         for module in self.activations.modules:
             require(
-                module in COMPONENTS, "activations.modules", module, f"is not one of {', '.join(COMPONENTS)}"
+                module in (*COMPONENTS, *MODULES),
+                "activations.modules",
+                module,
+                f"is not one of {', '.join((*MODULES, *COMPONENTS))}",
             )
         require(
             self.pipeline.virtual_stages == 1 or self.pipeline.degree > 1,

@@ -1,0 +1,105 @@
+"""The loss as a tape: final norm, projection on the vocabulary (split over the tensor group or not), cross entropy."""
+
+from collections.abc import Sequence
+
+from mopsim.layers.attention import gather, norm
+from mopsim.layers.recompute import backward, forward, plan
+from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
+from mopsim.lowering.context import Context
+from mopsim.lowering.staged.template import START, Piece, Template, template
+from mopsim.lowering.workload import Work, deltas
+from mopsim.spec.errors import require
+from mopsim.spec.layout import token_slices
+
+_C = "vocabulary"
+
+
+def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Template:
+    """Forward or backward of the loss. freed: memory steps that end the backward.
+
+    Raises SpecError for the ring, which is lowered without tensor and pipeline parallelism only.
+    """
+    kind = context.strategy.vocabulary.loss
+    require(
+        kind != "ring", "strategy.vocabulary.loss", kind,
+        "is lowered only without tensor and pipeline parallelism, under ZeRO-3 with full recomputation",
+    )  # fmt: skip
+    if kind == "chunked":
+        return _chunked(context, direction, freed)
+    tape = loss_tape(context)
+    chosen = plan(tape, "none", ())
+    if direction == "forward":
+        return template(forward(tape, chosen), context, "forward")
+    return template(backward(tape, chosen), context, "backward", freed)
+
+
+def loss_tape(context: Context) -> Tape:
+    """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept (Megatron-LM)."""
+    c, vocabulary = context, context.strategy.vocabulary
+    tensor = c.strategy.dense.tensor
+    split = vocabulary.loss == "vocab_parallel" and tensor > 1
+    rows = (
+        c.tokens * tensor
+    )  # every rank of the tensor group sees all rows, for its slice of the vocabulary or all
+    columns = c.model.vocab_size / (tensor if split else 1)
+    H, elements = c.model.hidden_size, int(rows * columns)
+    logits = Value("logits", elements * c.b, "logits", grad=not vocabulary.fused)
+    kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
+    if tensor > 1:
+        kernels.append(gather("gather_n", "n", Value("ng", rows * H * c.b), _C))
+    source = "ng" if tensor > 1 else "n"
+    keeps = ("n", "logits") if vocabulary.fused else ("n",)
+    weight = 0 if c.strategy.dense.zero < 3 else int(columns * H * c.b)
+    kernels.append(
+        Kernel(
+            "logits", "matmul", _C, (source,), (logits,), saves=keeps, matmuls=(Matmul(rows, columns, H),),
+            weight_grad=weight,
+        )
+    )  # fmt: skip
+    exact = Value("softmax", 0 if vocabulary.fused else elements * c.wide, "logits", grad=False)
+    # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and division of
+    # Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32.
+    moved = 3 * c.b if vocabulary.fused else c.b + 8 * c.wide
+    back = 2 * c.b if vocabulary.fused else c.b + 3 * c.wide
+    kernels.append(
+        Kernel(
+            "cross_entropy", "memory_bound", _C, ("logits",), (exact, Value("loss", 0)),
+            saves=("logits",) if vocabulary.fused else ("softmax",), bytes=float(elements * moved),
+            back_bytes=float(elements * back), launches=1 if vocabulary.fused else 6, back_launches=2,
+        )
+    )  # fmt: skip
+    if split:
+        kernels.append(
+            Kernel(
+                "loss_sums", "all_reduce", _C, ("loss",), (Value("total", 0),), bytes=4.0 * rows, launches=3,
+                group="tensor", back_bytes=0.0,
+            )
+        )  # fmt: skip
+    return Tape((Value("x", c.hidden),), tuple(kernels), ())
+
+
+def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
+    """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is kept."""
+    V, H, dtype = c.model.vocab_size, c.model.hidden_size, c.strategy.precision.compute
+    size = c.hidden
+    if direction == "backward":
+        work = (Work("memory_bound", bytes=4.0 * size, launches=2),)
+        peak, net = deltas((("activations", size), ("activations", -size), *freed))
+        piece = Piece("final_norm", "compute", _C, "backward", work, (START,), peak, net)
+        return Template((piece,), (0,))
+    works: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
+    rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
+    for n in sorted(set(rows)):
+        count = float(rows.count(n))
+        works += [
+            Work("matmul", m=n, n=V, k=H, count=count, dtype=dtype),
+            Work("matmul", m=n, n=H, k=V, count=count, dtype=dtype),
+            Work("matmul", m=V, n=H, k=n, count=count, dtype=dtype),
+            Work("memory_bound", bytes=count * n * V * 6.0 * c.wide, launches=int(4 * count)),
+        ]
+    strip = max(rows) * V * (2 * c.b + c.wide)
+    memory = (("activations", 2 * size), ("logits", strip), ("logits", -strip), ("activations", -size))
+    peak, net = deltas(memory)
+    return Template(
+        (Piece("loss chunks", "compute", _C, "forward", tuple(works), (START,), peak, net),), (0,)
+    )

@@ -1,0 +1,107 @@
+"""Passes: the templates of a network's layers, embedding and loss, made once for all stages and microbatches."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mopsim.layers.layer import decoder_layer, mtp_projection
+from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
+from mopsim.layers.tape import Tape
+from mopsim.lowering.context import Context
+from mopsim.lowering.staged.loss import loss_template
+from mopsim.lowering.staged.template import Template, template, weight_grads
+
+
+class Passes:
+    """Layers that are alike share their templates. split: backward and weight gradients apart (zero bubble)."""
+
+    def __init__(self, context: Context) -> None:
+        strategy = context.strategy
+        self.context = context
+        self.shapes = replace(context.shapes, exchange=strategy.attention.exchange, fused=True)
+        self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
+        self._tapes: dict[tuple[object, ...], Tape] = {}
+        self._templates: dict[tuple[object, ...], Template] = {}
+
+    def is_moe(self, layer: int) -> bool:
+        model = self.context.model
+        return model.is_moe_layer(layer) if layer < model.num_hidden_layers else bool(model.num_local_experts)
+
+    def key(self, layer: int) -> tuple[object, ...]:
+        """Equal for layers that run alike."""
+        model = self.context.model
+        mtp = layer >= model.num_hidden_layers
+        return (model.window(layer) if not mtp else 0, self.is_moe(layer))
+
+    def tape(self, layer: int) -> Tape:
+        """A layer's tape; weight gradients are added into resident buffers."""
+        key = self.key(layer)
+        if key not in self._tapes:
+            c, experts = self.context, self.context.strategy.experts
+            routes: tuple[int, ...] = ()
+            if self.is_moe(layer):
+                routes = tuple(count * experts.tensor for count in c.routes(0))
+            tape = decoder_layer(c.model, self.shapes, layer, routes, c.groups["experts"].size > 1)
+            if c.strategy.dense.zero < 3:
+                tape = replace(tape, kernels=without_weight_grads(tape.kernels))
+            self._tapes[key] = tape
+        return self._tapes[key]
+
+    def forward(self, layer: int) -> Template:
+        """x -> z, which is new; x stays."""
+        return self._made(("forward", self.key(layer)), lambda: self._forward(self.tape(layer)))
+
+    def backward(self, layer: int) -> Template:
+        """z's gradient -> x's; x is freed. Weight gradients included unless `split`."""
+        return self._made(("backward", self.key(layer)), lambda: self._backward(self.tape(layer)))
+
+    def weights(self, layer: int) -> Template:
+        """Weight gradients that a split backward left."""
+        return self._made(("weights", self.key(layer)), lambda: self._weights(self.tape(layer)))
+
+    def projection(self, direction: str) -> Template:
+        """The projection before an MTP layer."""
+        tape = mtp_projection(self.context.model, self.shapes)
+        tape = replace(tape, kernels=without_weight_grads(tape.kernels))
+        none = plan(tape, "none", ())
+
+        def make() -> Template:
+            if direction == "forward":
+                return template(forward(tape, none), self.context, "forward")
+            return template(backward(tape, none), self.context, "backward")
+
+        return self._made(("projection", direction), make)
+
+    def loss(self, direction: str) -> Template:
+        """Final norm, projection and cross entropy: the last hidden state is freed, its gradient made."""
+        return self._made(("loss", direction), lambda: loss_template(self.context, direction, self._input))
+
+    @property
+    def _input(self) -> tuple[tuple[str, int], ...]:
+        return (("activations", -self.context.hidden),)
+
+    def _made(self, key: tuple[object, ...], make: Callable[[], Template]) -> Template:
+        if key not in self._templates:
+            self._templates[key] = make()
+        return self._templates[key]
+
+    def _forward(self, tape: Tape) -> Template:
+        return template(forward(tape, self._plan(tape)), self.context, "forward")
+
+    def _backward(self, tape: Tape) -> Template:
+        chosen = self._plan(tape)
+        held = held_for_weights(tape, chosen) if self.split else frozenset()
+        return template(backward(tape, chosen, held), self.context, "backward", self._input, self.split)
+
+    def _weights(self, tape: Tape) -> Template:
+        chosen = self._plan(tape)
+        ins = forward(tape, chosen)
+        outs = backward(tape, chosen, held_for_weights(tape, chosen))
+        net = {"activations": -self.context.hidden}  # z, which the next layer frees
+        for item in (*ins, *outs):
+            for category, size in item.memory:
+                net[category] = net.get(category, 0) + size
+        return weight_grads(tape, self.context, list(net.items()))
+
+    def _plan(self, tape: Tape) -> Plan:
+        activations = self.context.strategy.activations
+        return plan(tape, activations.recompute, activations.modules)

@@ -1,0 +1,118 @@
+"""ZeRO-2 and 3: parameters gathered around their use, gradients reduced in every microbatch."""
+
+from collections.abc import Sequence
+
+from mopsim.lowering.context import Context
+from mopsim.lowering.staged.data_parallel import message_work, reduction
+from mopsim.lowering.staged.issue import Issue
+from mopsim.lowering.staged.stage import Stage
+from mopsim.lowering.staged.template import stream_of
+from mopsim.lowering.units import Unit
+from mopsim.lowering.workload import Work
+
+Ops = tuple[int, ...]
+
+
+class Shards:
+    """Under ZeRO-3 a unit is gathered `prefetch` layers ahead and freed after use; under 2 and 3 its full gradient is
+    reduced right after its backward. each: whether gradients are reduced in every microbatch.
+    """
+
+    def __init__(self, context: Context, issue: Issue, stage: Stage) -> None:
+        self.c, self.issue, self.stage = context, issue, stage
+        self.zero = context.strategy.dense.zero
+        self.each = self.zero >= 2
+        self.ops: list[int] = []
+        self.reduced: set[str] = set()
+        self._full: dict[str, int] = {}
+        self._begun: list[int] = []
+
+    def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
+        """Gathers that a layer waits for; those of the next layers are issued too. Full gradients come alive."""
+        ready: Ops = ()
+        if self.zero == 3:
+            place = list(order).index(layer)
+            ahead = self.c.strategy.dense.prefetch
+            room = self._begun[-1 - ahead :][:1] if ahead else self._begun[-1:]
+            for index in range(place, min(place + ahead, len(order) - 1) + 1):
+                for unit in self.c.layers[order[index]]:
+                    self._gather(unit, phase, room)
+            ready = tuple(self._full[unit.name] for unit in self.c.layers[layer] if unit.name in self._full)
+        if self.each and phase == "backward":
+            memory = [("gathered_grads", unit.padded * self.c.grad) for unit in self.c.layers[layer]]
+            ready += (
+                self.issue.add(
+                    "gradients",
+                    "compute",
+                    "other",
+                    phase,
+                    (),
+                    self.ops[-1 - len(memory) : -len(memory)],
+                    memory,
+                ),
+            )
+        if self.zero == 3 or self.each:
+            self._begun.append(len(self.issue.ops) - 1)
+        return ready
+
+    def after(self, layer: int, phase: str, ready: Ops = ()) -> None:
+        """The layer has run."""
+        for unit in self.c.layers[layer]:
+            self._leave(unit, phase, ready)
+
+    def edge(self, name: str, phase: str) -> Ops:
+        """Gathers that the embedding or the head waits for."""
+        unit = self.c.edges.get(name)
+        if unit is None or self.zero < 3:
+            return ()
+        self._gather(unit, phase, ())
+        return (self._full[unit.name],) if unit.name in self._full else ()
+
+    def done(self, name: str, phase: str, ready: Ops = ()) -> None:
+        """The embedding or the head has run; its full gradient came and went if this was its backward."""
+        unit = self.c.edges.get(name)
+        if unit is None:
+            return
+        if self.each and phase == "backward":
+            memory = (("gathered_grads", unit.padded * self.c.grad),)
+            ready = (self.issue.add("gradients", "compute", unit.component, phase, (), ready, memory),)
+        self._leave(unit, phase, ready)
+
+    def _gather(self, unit: Unit, phase: str, room: Sequence[int]) -> None:
+        group = self.c.groups[unit.group]
+        if unit.name in self._full or group.size == 1:
+            return
+        size = unit.padded * self.c.b
+        work = (Work("all_gather", bytes=float(size), group=group),)
+        self._full[unit.name] = self.issue.add(
+            f"gather {unit.name}", stream_of(group), unit.component, phase, work, room, (("gathered", size),),
+            layer=unit.layer,
+        )  # fmt: skip
+
+    def _leave(self, unit: Unit, phase: str, ready: Ops) -> None:
+        keep = phase == "forward" and not self.c.strategy.dense.reshard_after_forward
+        if unit.name in self._full and not keep:
+            del self._full[unit.name]
+            memory = (("gathered", -unit.padded * self.c.b),)
+            self.issue.add(f"release {unit.name}", "compute", unit.component, phase, (), ready, memory)
+        if not self.each or phase != "backward":
+            return
+        last = ready
+        for message in reduction(self.c, [unit]):
+            last = (
+                self.issue.add(
+                    f"reduce {unit.name}",
+                    stream_of(message[2]),
+                    unit.component,
+                    phase,
+                    message_work(message),
+                    last,
+                ),
+            )
+        part = unit.shard_numel * self.c.grad
+        work = (Work("memory_bound", bytes=3.0 * part),)
+        memory = (("gathered_grads", -unit.padded * self.c.grad),)
+        stream = self.issue.ops[last[0]].stream if last else "compute"
+        self.ops.append(
+            self.issue.add(f"accumulate {unit.name}", stream, unit.component, phase, work, last, memory)
+        )

@@ -1,0 +1,226 @@
+"""One step of one pipeline stage: slots of the schedule, then reduction, clip, optimizer and gathering."""
+
+from collections.abc import Iterable, Sequence
+
+from mopsim.layers.tape import Step
+from mopsim.lowering.context import Context
+from mopsim.lowering.schedules import Slot, order
+from mopsim.lowering.staged.data_parallel import gathering, message_work, reduction
+from mopsim.lowering.staged.issue import Issue
+from mopsim.lowering.staged.passes import Passes
+from mopsim.lowering.staged.shards import Shards
+from mopsim.lowering.staged.stage import Stage
+from mopsim.lowering.staged.template import stream_of
+from mopsim.lowering.staged.update import update
+from mopsim.lowering.workload import Program, Work
+
+Ops = tuple[int, ...]
+
+
+class StageStep:
+    """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i g`."""
+
+    def __init__(self, context: Context, passes: Passes, index: int) -> None:
+        self.c, self.passes = context, passes
+        self.stage = Stage(context, index)
+        self.issue = Issue()
+        self.shards = Shards(context, self.issue, self.stage)
+        self.overlap = context.strategy.overlap
+        self.after: Ops = ()
+        self.gathered: dict[str, Ops] = {}
+        self.reductions: list[int] = []
+
+    def program(self, microbatches: int) -> Program:
+        """A step of `microbatches` microbatches."""
+        p = self.c.strategy.pipeline
+        slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index)
+        self._gather_updated()
+        left = self._left(slots)
+        for slot in slots:
+            self._slot(slot, left)
+        self.issue.microbatch = -1
+        self._reduce_rest()
+        update(self.c, self.stage, self.issue, self.reductions)
+        return Program(
+            tuple(self.issue.ops), self.stage.index, self.c.strategy.stage_ranks, self.stage.resident()
+        )
+
+    def _slot(self, slot: Slot, left: dict[int, int]) -> None:
+        phase, microbatch, chunk = slot
+        self.issue.microbatch = microbatch
+        if phase == "forward":
+            self._forward(microbatch, chunk)
+            return
+        if phase == "weight_grad":
+            self._weights(chunk, left)
+            return
+        final = phase == "backward" and left[chunk] == 1
+        self._backward(microbatch, chunk, final)
+        if phase == "backward":
+            left[chunk] -= 1
+
+    def _left(self, slots: Sequence[Slot]) -> dict[int, int]:
+        """Passes to come that make weight gradients, by chunk."""
+        found: dict[int, int] = {}
+        for phase, _, chunk in slots:
+            if phase in ("backward", "weight_grad"):
+                found[chunk] = found.get(chunk, 0) + 1
+        return found
+
+    def _forward(self, microbatch: int, chunk: int) -> None:
+        c, issue, part = self.c, self.issue, self.stage.part(chunk)
+        ready = self._embed() if part == 0 else self._receive("forward", microbatch, part)
+        for layer in self.stage.chunks[chunk]:
+            waits = self.shards.before(layer, "forward", self.stage.chunks[chunk])
+            updated = [op for unit in c.layers[layer] for op in self.gathered.pop(unit.name, ())]
+            ready = issue.play(self.passes.forward(layer), layer, (*ready, *waits, *updated))
+            self.shards.after(layer, "forward")
+        if part < self.stage.parts - 1:
+            self._send("forward", microbatch, part + 1, ready)
+            return
+        for layer in self.stage.extra:  # each predicts from the hidden state before it
+            ready = issue.play(
+                self.passes.loss("forward"), -1, (*ready, *self.shards.edge("head", "forward"))
+            )
+            ready = issue.play(self.passes.projection("forward"), layer, ready)
+            ready = issue.play(
+                self.passes.forward(layer), layer, (*ready, *self.shards.before(layer, "forward", [layer]))
+            )
+            self.shards.after(layer, "forward")
+        issue.play(self.passes.loss("forward"), -1, (*ready, *self.shards.edge("head", "forward")))
+
+    def _backward(self, microbatch: int, chunk: int, final: bool) -> None:
+        c, issue, part = self.c, self.issue, self.stage.part(chunk)
+        if part == self.stage.parts - 1:
+            ready = issue.play(self.passes.loss("backward"), -1, self.shards.edge("head", "backward"))
+            self._reduced(ready, "head", final and not self.stage.extra)
+            for layer in reversed(self.stage.extra):
+                ready = self._layer_backward(layer, ready, [layer], final)
+                ready = issue.play(self.passes.projection("backward"), layer, ready)
+                # the two gradients of one hidden state are added
+                ready = issue.play(self.passes.loss("backward"), -1, ready)
+                add = (Work("memory_bound", bytes=3.0 * c.hidden),)
+                memory = (("activations", -c.hidden),)
+                ready = (
+                    issue.add("gradients added", "compute", "vocabulary", "backward", add, ready, memory),
+                )
+        else:
+            ready = self._receive("backward", microbatch, part)
+        order = list(reversed(self.stage.chunks[chunk]))
+        for layer in order:
+            ready = self._layer_backward(layer, ready, order, final)
+        if part > 0:
+            self._send("backward", microbatch, part - 1, ready)
+            return
+        work = (Work("memory_bound", bytes=3.0 * c.hidden),)
+        memory = (("activations", -c.hidden),)
+        ready = (issue.add("embedding", "compute", "embedding", "backward", work, ready, memory),)
+        self._reduced(ready, "embedding", final)
+
+    def _layer_backward(self, layer: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
+        waits = self.shards.before(layer, "backward", order)
+        ready = self.issue.play(self.passes.backward(layer), layer, (*ready, *waits))
+        self.shards.after(layer, "backward", ready)
+        if final and self.overlap.grad_reduce and not self.shards.each:
+            self._reduce([unit for unit in self.c.layers[layer]], ready)
+        return ready
+
+    def _weights(self, chunk: int, left: dict[int, int]) -> None:
+        left[chunk] -= 1
+        for layer in reversed(self.stage.chunks[chunk]):
+            ready = self.issue.play(self.passes.weights(layer), layer, ())
+            if left[chunk] == 0 and self.overlap.grad_reduce and not self.shards.each:
+                self._reduce([unit for unit in self.c.layers[layer]], ready)
+
+    def _embed(self) -> Ops:
+        c = self.c
+        waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
+        size = float(c.hidden * c.strategy.dense.tensor)
+        work = (Work("memory_bound", bytes=2.0 * size),)
+        memory = (("activations", c.hidden),)
+        ready = self.issue.add(
+            "embedding", "compute", "embedding", "forward", work, (*self.after, *waits), memory
+        )
+        self.after = ()
+        self.shards.done("embedding", "forward")
+        group = c.groups["tensor"]
+        if group.size == 1:
+            return (ready,)
+        work = (Work("reduce_scatter", bytes=size, group=group),)  # partial rows of a split vocabulary
+        return (self.issue.add("embedding", stream_of(group), "embedding", "forward", work, (ready,)),)
+
+    def _receive(self, way: str, microbatch: int, part: int) -> Ops:
+        """An activation or a gradient arrives from a neighbour; the buffer is new."""
+        work = self._sent()
+        memory = (("activations", self.c.hidden),)
+        op = self.issue.add(
+            f"receive {way}", f"{way}_in", "other", way, work, (), memory, f"{way} {microbatch} {part}"
+        )  # fmt: skip
+        ready, self.after = (op, *self.after), ()
+        return ready
+
+    def _send(self, way: str, microbatch: int, part: int, ready: Ops) -> None:
+        """To a neighbour, and freed; without overlap, what comes next waits for it."""
+        memory = (("activations", -self.c.hidden),)
+        op = self.issue.add(
+            f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory, f"{way} {microbatch} {part}"
+        )  # fmt: skip
+        if not self.overlap.pipeline:
+            self.after = (op,)
+
+    def _sent(self) -> tuple[Work, ...]:
+        return (Work("send_recv", bytes=float(self.c.hidden), group=self.c.groups["stage"]),)
+
+    def _reduced(self, ready: Ops, edge: str, final: bool) -> None:
+        """The gradients of an edge are whole: reduced now where that overlaps."""
+        self.shards.done(edge, "backward", ready)
+        if final and self.overlap.grad_reduce and not self.shards.each and edge in self.c.edges:
+            self._reduce([self.c.edges[edge]], ready)
+
+    def _reduce(self, units: Iterable[object], ready: Ops) -> None:
+        found = list(units)
+        self.shards.reduced.update(unit.name for unit in found)  # type: ignore[attr-defined]
+        for message in reduction(self.c, found):  # type: ignore[arg-type]
+            op = self.issue.add(
+                "reduce gradients",
+                stream_of(message[2]),
+                message[3],
+                "backward",
+                message_work(message),
+                ready,
+            )
+            self.reductions.append(op)
+
+    def _reduce_rest(self) -> None:
+        """Units whose gradients are not reduced yet, after all passes."""
+        if self.shards.each:
+            self.reductions += self.shards.ops
+            return
+        rest = [unit for unit in self.stage.units if unit.name not in self.shards.reduced]
+        self._reduce(rest, self.issue.tail())
+        if self.stage.shares_embedding and (self.stage.is_first or self.stage.is_last):
+            unit = self.c.edges["embedding"]
+            work = (
+                Work("all_reduce", bytes=float(unit.padded * self.c.reduce), group=self.c.groups["stage"]),
+            )
+            self.reductions.append(
+                self.issue.add(
+                    "shared embedding", "scale_out", "embedding", "backward", work, tuple(self.reductions), (),
+                    "shared embedding",
+                )
+            )  # fmt: skip
+
+    def _gather_updated(self) -> None:
+        """Parameters that the last step updated arrive beside the first forward, in the order of their use."""
+        if not self.overlap.param_gather or self.c.strategy.dense.zero not in (1, 2):
+            return
+        for unit in self.stage.units:
+            self.gathered[unit.name] = tuple(
+                self.issue.add("gather parameters", stream_of(m[2]), m[3], "forward", message_work(m))
+                for m in gathering(self.c, [unit])
+            )
+
+
+def steps(memory: Sequence[Step]) -> tuple[Step, ...]:
+    """A memory script without empty steps."""
+    return tuple(step for step in memory if step[1])

@@ -1,0 +1,234 @@
+"""Op templates: a played tape as ops whose dependencies are relative, made once and issued for every microbatch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mopsim.layers.tape import Kernel, Played, Step, Tape
+from mopsim.lowering.context import Context
+from mopsim.lowering.staged.works import Part, works
+from mopsim.lowering.workload import Deltas, Group, Work, deltas
+from mopsim.spec.hardware import COLLECTIVES
+
+START = -1
+"""A dependency on what the template as a whole waits for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One op. deps: places in the template, or START."""
+
+    name: str
+    stream: str
+    component: str
+    phase: str
+    work: tuple[Work, ...]
+    deps: tuple[int, ...]
+    peak: Deltas
+    net: Deltas
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """ends: the pieces that what follows has to wait for."""
+
+    pieces: tuple[Piece, ...]
+    ends: tuple[int, ...]
+
+
+@dataclass
+class _Draft:
+    """A template being made. pending: what the next piece waits for. split: weight gradients come later."""
+
+    context: Context
+    split: bool = False
+    pieces: list[Piece] = field(default_factory=list)
+    pending: tuple[int, ...] = (START,)
+    run: list[Played] = field(default_factory=list)
+
+    def add(
+        self, name: str, stream: str, component: str, phase: str, work: tuple[Work, ...], deps: tuple[int, ...],
+        memory: Sequence[Step],
+    ) -> int:  # fmt: skip
+        peak, net = deltas(tuple(memory))
+        self.pieces.append(Piece(name, stream, component, phase, work, deps, peak, net))
+        return len(self.pieces) - 1
+
+    def flush(self, back: str) -> None:
+        """Compute kernels gathered so far become one piece."""
+        if not self.run:
+            return
+        first = self.run[0]
+        work = tuple(w for item in self.run for w in works(item.kernel, self.part(item), self.context))
+        memory = [step for item in self.run for step in item.memory]
+        index = self.add(
+            first.kernel.name,
+            "compute",
+            first.kernel.component,
+            _phase(first, back),
+            work,
+            self.pending,
+            memory,
+        )
+        self.pending = (index,)
+        self.run.clear()
+
+    def part(self, item: Played) -> Part:
+        return "forward" if not item.backward else "input_grad" if self.split else "backward"
+
+    def talk(self, item: Played, back: str, deps: tuple[int, ...], memory: Sequence[Step]) -> int:
+        """A collective on its own stream."""
+        part = "backward" if item.backward else "forward"
+        work = works(item.kernel, part, self.context)  # type: ignore[arg-type]
+        group = self.context.groups[item.kernel.group]
+        return self.add(
+            item.kernel.name, stream_of(group), item.kernel.component, _phase(item, back), work, deps, memory
+        )
+
+
+def stream_of(group: Group) -> str:
+    """The fabric that bounds a collective of this group."""
+    return "scale_up" if group.intra == group.size else "scale_out"
+
+
+def _phase(item: Played, back: str) -> str:
+    """back: `backward` in a reverse pass, where kernels that run forward are a recomputation."""
+    return "backward" if item.backward else ("recompute" if back == "backward" else "forward")
+
+
+def template(
+    played: Sequence[Played], context: Context, direction: str, last: Sequence[Step] = (), split: bool = False
+) -> Template:
+    """Ops of a played tape. direction: forward or backward. last: memory steps after all.
+
+    split: without the weight gradients, which `weight_grads` holds.
+
+    Runs of compute kernels of one component are one op; collectives lie on the stream of their fabric.
+    """
+    draft = _Draft(context, split)
+    gathers = {
+        value.name: item.kernel for item in played for value in item.kernel.writes if _region(item.kernel)
+    }
+    done: set[int] = set()
+    for index, item in enumerate(played):
+        kernel = item.kernel
+        if index in done:
+            continue
+        talks = kernel.kind in COLLECTIVES and context.groups.get(kernel.group, Group(1, 1)).size > 1
+        source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
+        if talks and kernel.name == "ring":
+            draft.flush(direction)
+            before = draft.pending if not item.backward else draft.pieces[draft.pending[0]].deps
+            moved = draft.talk(item, direction, before, item.memory)
+            if item.backward:
+                draft.pending = (*draft.pending, moved)
+            else:
+                draft.run.append(played[index + 1])
+                done.add(index + 1)
+                draft.flush(direction)
+                draft.pending = (*draft.pending, moved)
+        elif talks:
+            draft.flush(direction)
+            draft.pending = (draft.talk(item, direction, draft.pending, item.memory),)
+        elif source is not None and context.groups[source.group].size > 1:
+            draft.flush(direction)
+            partner = next(
+                i for i in range(index, len(played)) if played[i].kernel is source and played[i].backward
+            )
+            done.add(partner)
+            _column(draft, item, played[partner])
+        else:
+            if draft.run and _splits(draft.run[0], item, direction):
+                draft.flush(direction)
+            if item.backward and kernel.name == "attention_core" and _rings(played):
+                draft.flush(direction)
+            draft.run.append(item)
+            if item.backward and kernel.name == "attention_core" and _rings(played):
+                draft.flush(direction)
+    draft.flush(direction)
+    if last:
+        index = draft.add("freed", "compute", "other", direction, (), draft.pending, last)
+        draft.pending = (index,)
+    return Template(tuple(draft.pieces), draft.pending)
+
+
+def _rings(played: Sequence[Played]) -> bool:
+    return any(item.kernel.name == "ring" for item in played)
+
+
+def _region(kernel: Kernel) -> bool:
+    return kernel.kind == "all_gather" and kernel.group in ("tensor", "expert_tensor")
+
+
+def _splits(first: Played, item: Played, direction: str) -> bool:
+    return first.kernel.component != item.kernel.component or _phase(first, direction) != _phase(
+        item, direction
+    )
+
+
+def _column(draft: _Draft, item: Played, gathered: Played) -> None:
+    """Backward of a product on gathered rows: the rows are gathered again beside the input gradient, whose sum is
+    scattered beside the weight gradient (Megatron-Core, LinearWithGradAccumulationAndAsyncCommunication)."""
+    kernel, again = item.kernel, gathered.kernel
+    start = draft.pending
+    size = int(again.bytes)
+    rows = works(again, "forward", draft.context)
+    stream = stream_of(draft.context.groups[again.group])
+    if draft.split:
+        inner = draft.add(
+            kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad", draft.context), start,
+            item.memory,
+        )  # fmt: skip
+        scattered = works(again, "backward", draft.context)
+        down = draft.add(
+            again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
+        )
+        draft.pending = (down,)
+        return
+    up = draft.add(again.name, stream, kernel.component, "backward", rows, start, [("activations", size)])
+    made = [step for step in item.memory if step[1] > 0]
+    gone = [step for step in item.memory if step[1] < 0]
+    inner = draft.add(
+        kernel.name,
+        "compute",
+        kernel.component,
+        "backward",
+        works(kernel, "input_grad", draft.context),
+        start,
+        made,
+    )
+    scattered = works(again, "backward", draft.context)
+    down = draft.add(
+        again.name,
+        stream,
+        kernel.component,
+        "backward",
+        scattered,
+        (inner,),
+        [s for s in gathered.memory if s[1] > 0],
+    )
+    weights = draft.add(
+        kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context), (up, inner),
+        [*gone, ("activations", -size)],
+    )  # fmt: skip
+    left = [step for step in gathered.memory if step[1] < 0]
+    end = draft.add("freed", "compute", kernel.component, "backward", (), (weights, down), left)
+    draft.pending = (end,)
+
+
+def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:
+    """The weight gradients of a tape's products; frees the `held` bytes of their operands, by category."""
+    draft = _Draft(context)
+    gathers = {value.name: kernel for kernel in tape.kernels for value in kernel.writes if _region(kernel)}
+    ready: list[int] = [START]
+    for kernel in reversed(tape.kernels):
+        if not kernel.matmuls:
+            continue
+        source = gathers.get(kernel.reads[0])
+        if source is not None and context.groups[source.group].size > 1:
+            stream = stream_of(context.groups[source.group])
+            rows = works(source, "forward", context)
+            ready.append(draft.add(source.name, stream, kernel.component, "backward", rows, (START,), ()))
+    work = tuple(w for kernel in reversed(tape.kernels) for w in works(kernel, "weight_grad", context))
+    memory = [(category, -size) for category, size in held]
+    end = draft.add("weight gradients", "compute", "other", "backward", work, tuple(ready), memory)
+    return Template(tuple(draft.pieces), (end,))

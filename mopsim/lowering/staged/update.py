@@ -1,0 +1,75 @@
+"""The end of a stage's step: global-norm clip, AdamW on the device or a part of it on the host, parameters gathered."""
+
+from collections.abc import Sequence
+
+from mopsim.lowering.context import Context
+from mopsim.lowering.staged.data_parallel import gathering, message_work
+from mopsim.lowering.staged.issue import Issue
+from mopsim.lowering.staged.stage import Stage
+from mopsim.lowering.staged.template import stream_of
+from mopsim.lowering.workload import Work
+
+_O = "optimizer"
+
+
+def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) -> None:
+    """Ops after all gradients (`reductions`) are summed. All stages agree on the norm before any updates."""
+    strategy = c.strategy
+    held = sum(u.shard_numel if strategy.dense.zero >= 1 else u.padded for u in stage.units)
+    full = sum(u.shard_numel if strategy.dense.zero >= 2 else u.padded for u in stage.units)
+    launches = max(1, len(stage.units) // 8)
+    work = (Work("memory_bound", bytes=float(held * c.grad), launches=launches),)
+    norm = issue.add("norm", "compute", _O, _O, work, (*reductions, *issue.tail()))
+    world = c.groups["world"]
+    sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
+    key = "norm" if stage.degree > 1 else ""
+    agreed = issue.add("norm", stream_of(world), _O, _O, sums, (norm,), (), key)
+    work = (Work("memory_bound", bytes=2.0 * held * c.grad, launches=launches),)
+    last = issue.add("clip", "compute", _O, _O, work, (agreed,))
+    away = int(held * stage.away)
+    if away and strategy.optimizer.update_on == "device":
+        last = _streamed(c, issue, away, last)
+    elif away:
+        last = _on_host(c, issue, away, last)
+    if held > away:
+        work = (Work("optimizer", params=float(held - away), launches=launches),)
+        last = issue.add("adamw", "compute", _O, _O, work, (last,))
+    if strategy.dense.zero in (1, 2) and not strategy.overlap.param_gather:
+        for message in gathering(c, stage.units):
+            last = issue.add(
+                "gather parameters", stream_of(message[2]), _O, _O, message_work(message), (last,)
+            )
+    work = (Work("memory_bound", bytes=float(full * c.grad), launches=launches),)
+    issue.add("gradients zeroed", "compute", _O, _O, work, (last,))
+
+
+def _on_host(c: Context, issue: Issue, params: int, last: int) -> int:
+    """Gradients down, AdamW on the host, parameters up, one after the other."""
+    work = (Work("d2h", bytes=float(params * c.grad)),)
+    last = issue.add("gradients to host", "d2h", _O, _O, work, (last,))
+    last = issue.add("host adamw", "host", _O, _O, (Work("host_optimizer", params=float(params)),), (last,))
+    work = (Work("h2d", bytes=float(params * c.param)),)
+    return issue.add("parameters to device", "h2d", _O, _O, work, (last,))
+
+
+def _streamed(c: Context, issue: Issue, params: int, last: int) -> int:
+    """Master weights and moments through `slots` staging buckets: up, AdamW on the device, down."""
+    from mopsim.spec.units import DTYPE_BYTES
+
+    precision, optimizer = c.strategy.precision, c.strategy.optimizer
+    each = 2 * int(DTYPE_BYTES[precision.moments])
+    each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])
+    bucket = min(params, optimizer.bucket_params)
+    staging = optimizer.slots * bucket * each
+    issue.add("staging", "compute", _O, _O, (), (last,), (("staging", staging),))
+    down: list[int] = []
+    for index, start in enumerate(range(0, params, bucket)):
+        size = min(bucket, params - start)
+        free = down[index - optimizer.slots] if index >= optimizer.slots else last
+        copy = float(size * each)
+        up = issue.add("bucket up", "h2d", _O, _O, (Work("h2d", bytes=copy, launches=3),), (free,))
+        done = issue.add("bucket adamw", "compute", _O, _O, (Work("optimizer", params=float(size)),), (up,))
+        down.append(issue.add("bucket down", "d2h", _O, _O, (Work("d2h", bytes=copy, launches=3),), (done,)))
+    return issue.add(
+        "staging freed", "compute", _O, _O, (), down[-optimizer.slots :], (("staging", -staging),)
+    )

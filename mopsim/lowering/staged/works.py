@@ -1,0 +1,67 @@
+"""Kernel -> work, with the matmul recipe of a strategy."""
+
+from typing import Literal
+
+from mopsim.layers.tape import Kernel
+from mopsim.lowering.context import Context
+from mopsim.lowering.workload import Group, Work
+from mopsim.spec.hardware import COLLECTIVES
+from mopsim.spec.units import DTYPE_BYTES
+
+Part = Literal["forward", "backward", "input_grad", "weight_grad"]
+_EXACT = ("router", "vocabulary")
+"""Components whose products stay in the compute dtype under an 8-bit or 4-bit recipe."""
+
+
+def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
+    """The work of a kernel's forward, its backward, or one half of its backward."""
+    if kernel.kind == "view":
+        return ()
+    if kernel.kind in ("matmul", "grouped_matmul"):
+        return _products(kernel, part, context)
+    if part == "weight_grad":
+        return ()
+    forward = part == "forward"
+    launches = kernel.launches
+    if not forward and kernel.back_launches is not None:
+        launches = kernel.back_launches
+    if kernel.kind == "attention":
+        # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
+        flops, moved = (kernel.flops, kernel.bytes) if forward else (2.5 * kernel.flops, 2 * kernel.bytes)
+        dtype = context.strategy.precision.compute
+        return (
+            Work(
+                "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,
+                launches=kernel.launches,
+            ),
+        )  # fmt: skip
+    size = kernel.bytes
+    if kernel.kind in COLLECTIVES:
+        if not forward and kernel.back_bytes is not None:
+            size = kernel.back_bytes
+        kind = kernel.kind if forward or not kernel.back_kind else kernel.back_kind
+        group = context.groups.get(kernel.group, Group(1, 1))
+        return (Work(kind, bytes=size, launches=launches, group=group),) if group.size > 1 else ()
+    if not forward:
+        size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+    return (Work("memory_bound", bytes=size, launches=launches),) if size or launches else ()
+
+
+def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
+    precision = context.strategy.precision
+    recipe = precision.compute if precision.matmul == "compute" else precision.matmul
+    dtype = precision.compute if kernel.component in _EXACT else recipe
+    found = []
+    for one in kernel.matmuls:
+        if part == "forward":
+            found.append(Work(kernel.kind, m=one.m, n=one.n, k=one.k, count=one.count, dtype=dtype))
+        if part in ("backward", "input_grad"):
+            found.append(Work(kernel.kind, m=one.m, n=one.k, k=one.n, count=one.count, dtype=dtype))
+        if part in ("backward", "weight_grad"):
+            found.append(Work(kernel.kind, m=one.k, n=one.n, k=one.m, count=one.count, dtype=dtype))
+    if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute] and part != "weight_grad":
+        # inputs (forward) or output gradients (backward) are cast once, by rows and by columns
+        rows = sum(m.m * m.count * (m.k if part == "forward" else m.n) for m in kernel.matmuls)
+        each = DTYPE_BYTES[precision.compute] + 2 * DTYPE_BYTES[dtype]
+        found.append(Work("memory_bound", bytes=rows * each))
+    return tuple(found)
