@@ -22,7 +22,9 @@ class Conventions:
     copy.
 
     reading: what was read as peak memory. last_stage: it was read on the last pipeline stage only.
-    graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer.
+    graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer. fused_loss: one cross-
+    entropy kernel. overlaps: what a row without a word on overlap hides: tuned Megatron recipes hide what
+    they can.
     """
 
     compute: DType = "bfloat16"
@@ -36,6 +38,8 @@ class Conventions:
     graphs: bool = False
     compiled: bool = False
     attention: Kernel = "profile"
+    fused_loss: bool = False
+    overlaps: bool = False
 
 
 def conventions(row: Row) -> Conventions:
@@ -61,6 +65,8 @@ def conventions(row: Row) -> Conventions:
         graphs="cuda graph" in notes and "cuda graphs: off" not in notes and "cuda graph unset" not in notes,
         compiled="torch.compile" in notes or "+compile" in notes or " compile " in notes,
         attention=_attention(source, notes),
+        fused_loss=source.startswith("megatron-bridge") or source == "mcore-moe-paper" or "fused" in notes,
+        overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
     )  # fmt: skip
 
 

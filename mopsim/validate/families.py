@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from mopsim.spec.categories import MODULES
 from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import (
@@ -12,6 +13,7 @@ from mopsim.spec.strategy import (
     Experts,
     MatmulDType,
     Optimizer,
+    Overlap,
     Pipeline,
     Precision,
     Strategy,
@@ -24,19 +26,9 @@ ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
     "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
-#: Modules named by Megatron's recompute lists -> components whose forward is repeated. Norms, activation
-#: functions and
-#: the latent up-projection are parts of a component: recomputing them costs memory-bound work, which is
-#: left out.
-MODULES: dict[str, tuple[str, ...]] = {
-    "core_attn": ("attention",),
-    "mlp": ("dense_ffn", "shared_experts"),
-    "moe": ("router", "experts", "shared_experts"),
-    "layernorm": (),
-    "moe_act": (),
-    "mla_up_proj": (),
-    "selective": ("attention",),
-}
+#: "selective" without a list of modules: Megatron's core attention, torch's selective checkpointing of single
+#: ops.
+SELECTIVE = {"megatron": "core_attn", "fsdp": "layernorm", "zero_offload": "layernorm"}
 
 
 @dataclass(frozen=True)
@@ -93,9 +85,10 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             tensor=degrees.expert_tensor,
             shard=max(1, degrees.stage_ranks // spread) if zero else 1,
         ),
-        vocabulary=_vocabulary(row, degrees),
+        vocabulary=_vocabulary(row, degrees, facts.fused_loss),
         optimizer=_optimizer(row, kind),
-        activations=_activations(row),
+        activations=_activations(row, kind),
+        overlap=_overlap(row, facts),
         precision=Precision(
             compute=facts.compute,
             param=facts.param,
@@ -134,13 +127,13 @@ def _exchange(row: Row, kind: str) -> Literal["ulysses", "ring", "all_gather"]:
     return "all_gather" if kind == "fsdp" else "ring"
 
 
-def _vocabulary(row: Row, degrees: Degrees) -> Vocabulary:
+def _vocabulary(row: Row, degrees: Degrees, fused: bool) -> Vocabulary:
     kind = row.get("loss", "")
     if degrees.tensor > 1 and kind in (*UNKNOWN, "vocab_parallel"):
-        return Vocabulary(degree=degrees.tensor, loss="vocab_parallel")
+        return Vocabulary(degree=degrees.tensor, loss="vocab_parallel", fused=fused)
     if kind in ("chunked", "fused"):
         return Vocabulary(loss="chunked", chunk_tokens=_TILE)
-    return Vocabulary(loss="full")
+    return Vocabulary(loss="full", fused=fused)
 
 
 def _optimizer(row: Row, kind: str) -> Optimizer:
@@ -151,24 +144,43 @@ def _optimizer(row: Row, kind: str) -> Optimizer:
     return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
 
 
-def _activations(row: Row) -> Activations:
-    """Raises SpecError for a module that no component stands for, and for a fraction of offloaded layers."""
-    offload = row.get("activation_offload", "")
-    if offload not in (*UNKNOWN, "none", "boundaries"):
-        raise SpecError(
-            "activation_offload", offload, "offloads a fraction of the layers, which Activations cannot say"
-        )
-    tier: Literal["device", "host"] = "host" if offload == "boundaries" else "device"
+def _activations(row: Row, kind: str) -> Activations:
+    """Raises SpecError for an unknown module. A fraction of offloaded layers is left out (see `approximations`)."""
+    tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
     recompute = row["recompute"]
     if recompute == "none":
         return Activations(recompute="none", boundary_tier=tier)
     if recompute == "full":
         return Activations(recompute="full", boundary_tier=tier)
-    modules: list[str] = []
-    for name in recompute.split("+"):
+    names = [SELECTIVE[kind] if name == "selective" else name for name in recompute.split("+")]
+    for name in names:
         if name not in MODULES:
-            raise SpecError("recompute", name, f"is not one of none, full, {', '.join(MODULES)}")
-        modules += [part for part in MODULES[name] if part not in modules]
-    return Activations(
-        recompute="selective" if modules else "none", modules=tuple(modules), boundary_tier=tier
+            raise SpecError("recompute", name, f"is not one of none, full, selective, {', '.join(MODULES)}")
+    return Activations(recompute="selective", modules=tuple(dict.fromkeys(names)), boundary_tier=tier)
+
+
+def _overlap(row: Row, facts: Conventions) -> Overlap:
+    """What the row says is hidden; the framework's defaults where it says nothing."""
+    named, hides = row.get("overlap", ""), facts.overlaps
+    if named in UNKNOWN:
+        return Overlap(grad_reduce=hides, param_gather=hides, pipeline=hides, tensor=hides)
+    parts = named.split("+")
+    return Overlap(
+        grad_reduce="dp" in parts, param_gather="dp" in parts, pipeline="pp" in parts, tensor="tp" in parts
     )
+
+
+def approximations(row: Row) -> tuple[str, ...]:
+    """What a row says that no Strategy does, and what is simulated instead."""
+    found = []
+    if row.get("activation_offload", "") not in (*UNKNOWN, "none", "boundaries"):
+        found.append(
+            "activations of a fraction of the layers on the host: time as if hidden, memory not scored"
+        )
+    if row.get("routing") == "natural":
+        found.append("natural routing: simulated as balanced")
+    if "ep" in row.get("overlap", "").split("+"):
+        found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
+    if "selective" in row["recompute"] and family(row) == "fsdp":
+        found.append("selective recompute of single ops: simulated as that of norms")
+    return tuple(found)

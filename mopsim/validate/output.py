@@ -122,6 +122,7 @@ def _run(one: Scored) -> dict[str, Any]:
         "measured_peak_memory_bytes": case.peak_memory,
         "predicted_peak_memory_bytes": one.peak_memory, "peak_memory_bytes_error": one.memory_error,
         "measured_fits": case.fits, "predicted_fits": one.simulated.fits,
+        "approximations": list(case.approximations),
         "calibration": {"scale": one.fit.scale, "launch_s": one.fit.launch, "constant_s": one.fit.constant,
                         "fitted_on": one.fit.runs},
     }  # fmt: skip

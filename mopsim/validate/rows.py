@@ -17,7 +17,7 @@ from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import UNITS
 from mopsim.validate.attention import with_kernel
 from mopsim.validate.conventions import Conventions, conventions
-from mopsim.validate.families import Degrees, family, strategy
+from mopsim.validate.families import Degrees, approximations, family, strategy
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 GIB = UNITS["GiB"]
@@ -48,6 +48,7 @@ class Case:
     step_time: float | None
     peak_memory: float | None
     fits: bool | None
+    approximations: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -74,12 +75,21 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     except SpecError as error:
         raise UnsupportedError(error.field, str(error)) from error
     memory, step = number(row, "peak_memory_gib"), number(row, "step_time_s")
+    taken = approximations(row)
+    partial = any("memory not scored" in note for note in taken)
     return Case(
         row=row, family=family(row), model=model, hardware=hardware,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), strategy=split, training=training,
-        conventions=facts, step_time=step, peak_memory=memory * GIB if memory else None,
-        fits=False if row.get("fits") == "oom" else True if step or row.get("fits") == "yes" else None,
+        conventions=facts, step_time=step, peak_memory=memory * GIB if memory and not partial else None,
+        fits=None if partial else _fits(row, step), approximations=taken,
     )  # fmt: skip
+
+
+def _fits(row: Row, step: float | None) -> bool | None:
+    """A run with a step time ran; others say so, or say nothing."""
+    if row.get("fits") == "oom":
+        return False
+    return True if step or row.get("fits") == "yes" else None
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,132 @@
+"""Tables of a validation: one content, shown on a terminal or written as Markdown."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mopsim.validate.components import Predicted
+from mopsim.validate.output import GROUPS, MEASURES, component_errors, selections, worst
+from mopsim.validate.run import Validation
+from mopsim.validate.scoring import Errors, by_group, capacity, over_sources, regrets
+
+
+@dataclass
+class Grid:
+    """A titled table: `left` columns are text, `right` ones numbers."""
+
+    title: str
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add_row(self, *cells: str) -> None:
+        self.rows.append(cells)
+
+    def markdown(self) -> str:
+        """The table under a heading."""
+        names = (*self.left, *self.right)
+        lines = [f"## {self.title[0].upper()}{self.title[1:]}", "", "| " + " | ".join(names) + " |"]
+        lines.append("|" + "---|" * len(self.left) + "---:|" * len(self.right))
+        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+
+def tables(validation: Validation, parts: list[Predicted]) -> list[Grid]:
+    """What the user sees: accuracy by selection and group, the worst, capacity, what is unsupported,
+    components."""
+    found: list[Grid] = []
+    if validation.scored:
+        found.append(_selections(validation))
+        found += [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
+        found += [_worst(validation), _verdicts(validation)]
+    if validation.refused:
+        found.append(_refused(validation))
+    if parts:
+        found.append(_components(parts))
+    return found
+
+
+def _percent(value: float | None, signed: bool = False) -> str:
+    return "" if value is None else f"{value:+.1%}" if signed else f"{value:.1%}"
+
+
+def _cells(found: Errors | None) -> tuple[str, ...]:
+    if found is None:
+        return ("", "", "", "", "")
+    return (
+        str(found.n),
+        _percent(found.mape),
+        _percent(found.bias, True),
+        _percent(found.p90),
+        _percent(found.max_ape),
+    )
+
+
+def _selections(validation: Validation) -> Grid:
+    table = Grid("errors, rows averaged within a source, then sources", ("rows", "quantity"),
+                   ("n", "mean", "bias", "90 %", "largest"))  # fmt: skip
+    for name, rows in selections(validation.scored).items():
+        for measure, value in MEASURES.items():
+            table.add_row(name, measure, *_cells(over_sources(rows, value)))
+    return table
+
+
+def _groups(validation: Validation, group: str) -> Grid:
+    names = ("calibrated", "bias", "uncalibrated", "regression", "memory")
+    table = Grid(f"mean errors by {group}, all rows", (group,), ("n", *names))
+    found = {name: by_group(validation.scored, value, GROUPS[group]) for name, value in MEASURES.items()}
+    step = found["step_time_s"]
+    for key in sorted({GROUPS[group](one) for one in validation.scored}):
+        cells: list[str] = [str(step[key].n) if key in step else ""]
+        cells.append(_percent(step[key].mape) if key in step else "")
+        cells.append(_percent(step[key].bias, True) if key in step else "")
+        for name in ("step_time_s_uncalibrated", "step_time_s_regression", "peak_memory_bytes"):
+            cells.append(_percent(found[name][key].mape) if key in found[name] else "")
+        table.add_row(key, *cells)
+    return table
+
+
+def _worst(validation: Validation) -> Grid:
+    table = Grid("the ten largest errors of step time", ("run",), ("measured s", "predicted s", "error"))
+    for one in worst(validation.scored, 10):
+        measured = one.case.step_time or 0.0
+        table.add_row(
+            one.case.row["run_id"], f"{measured:.3f}", f"{one.calibrated:.3f}", _percent(one.step_error, True)
+        )
+    return table
+
+
+def _verdicts(validation: Validation) -> Grid:
+    table = Grid("capacity and choice", ("what",), ("n", "right"))
+    fits, jobs = capacity(validation.scored), regrets(validation.scored)
+    table.add_row("ran, predicted to fit", str(fits.ran), str(fits.ran_right))
+    table.add_row("ran out, predicted to", str(fits.ran_out), str(fits.ran_out_right))
+    mean = sum(job.slowdown for job in jobs) / len(jobs) if jobs else None
+    table.add_row("jobs with a choice of strategy; mean slowdown of ours", str(len(jobs)), _percent(mean))
+    return table
+
+
+def _refused(validation: Validation) -> Grid:
+    counts: dict[tuple[str, str], int] = {}
+    for one in validation.refused:
+        reason = one.reason if one.field != "simulator" else one.reason[:90]
+        key = (one.field, reason)
+        counts[key] = counts.get(key, 0) + 1
+    table = Grid(f"{len(validation.refused)} rows unsupported", ("field", "reason"), ("rows",))
+    for (name, reason), count in sorted(counts.items(), key=lambda item: -item[1]):
+        table.add_row(name, reason, str(count))
+    return table
+
+
+def _components(parts: list[Predicted]) -> Grid:
+    table = Grid("components", ("component", "metric", ""), ("rows", "predicted", "mean", "bias", "largest"))
+    found: dict[str, dict[str, dict[str, Any]]] = component_errors(parts)
+    for kind, metrics in found.items():
+        for metric, entry in metrics.items():
+            note = "fitted to these" if entry["in_sample"] else ""
+            errors = (
+                _percent(entry.get("mape")),
+                _percent(entry.get("bias"), True),
+                _percent(entry.get("max_ape")),
+            )
+            table.add_row(kind, metric, note, str(entry["rows"]), str(entry["n"]), *errors)
+    return table
