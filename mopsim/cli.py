@@ -59,6 +59,9 @@ def search(
     any_plan: Annotated[
         bool, typer.Option("--any", help="also strategies and models that mopexec does not run yet")
     ] = False,
+    risk: Annotated[
+        bool, typer.Option("--risk", help="rank plans within 4 % of a memory limit like the others")
+    ] = False,
     budget: Annotated[int, typer.Option(min=1, help="simulations at most")] = 200,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
@@ -74,7 +77,7 @@ def search(
     job = o.Job(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps
     )
-    run(job, top, family, any_plan, budget, plan, json)
+    run(job, top, family, any_plan, risk, budget, plan, json)
 
 
 @app.command()

@@ -98,7 +98,7 @@ def mop(
         vocabulary=Vocabulary(degree=vocabulary, loss="ring", chunk_tokens=loss_chunk_tokens),
         optimizer=_state(state, bucket_params, slots),
         activations=Activations(recompute="full", boundary_tier=boundary_tier, host_budget=host_budget),
-        precision=_low_precision(precision, keep_master=state == "host_streamed"),
+        precision=_low_precision(precision, keep_master=state != "device"),
     )
 
 

@@ -14,7 +14,14 @@ from mopsim.strategies import FAMILIES
 
 
 def run(
-    job: Job, top: int, family: str, any_plan: bool, budget: int, plan: str | None, json: str | None
+    job: Job,
+    top: int,
+    family: str,
+    any_plan: bool,
+    risk: bool,
+    budget: int,
+    plan: str | None,
+    json: str | None,
 ) -> None:
     """Search with a progress line, show the ranking, write the winner's plan and the JSON."""
     from rich.progress import Progress
@@ -22,7 +29,7 @@ def run(
     inputs = read_inputs.read(job)
     chosen = read_inputs.families(family, FAMILIES if any_plan else DEFAULT_FAMILIES)
     console = read_inputs.human(json)
-    options = Options(chosen, top, budget, any_plan, inputs.precision)
+    options = Options(chosen, top, budget, any_plan, risk, inputs.precision)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("searching", total=budget)
 

@@ -26,19 +26,24 @@ DEFAULT_FAMILIES = ("mop", "fsdp2", "zero_offload")
 
 @dataclass(frozen=True)
 class Options:
-    """top: how many are ranked. budget: simulations at most. any_plan: also what mopexec does not run yet."""
+    """top: how many are ranked. budget: simulations at most. any_plan: also what mopexec does not run yet.
+
+    risk: rank plans at risk (within a few per cent of a memory limit) like those that fit with room to spare;
+    otherwise they are ranked only where nothing else fits.
+    """
 
     families: tuple[str, ...] = DEFAULT_FAMILIES
     top: int = 5
     budget: int = 200
     any_plan: bool = False
+    risk: bool = False
     precision: DType = "bfloat16"
 
 
 @dataclass
 class SearchResult:
     """What a search did. top: fitting results, fastest first. closest: the one that misses by least,
-    where none fits.
+    where none fits. risky: fitting results at risk, left out of `top` unless nothing else fits.
 
     proven: no candidate left out can beat the last of `top`; otherwise the budget of simulations ended
     the search.
@@ -53,6 +58,7 @@ class SearchResult:
     proven: bool = True
     top: list[SimResult] = field(default_factory=list)
     closest: SimResult | None = None
+    risky: list[SimResult] = field(default_factory=list)
 
     @property
     def best(self) -> SimResult | None:
@@ -79,7 +85,7 @@ class SearchResult:
         """One line: what was found, or what stops everything and by how much."""
         if self.best:
             speed = f"{self.best.tokens_per_second_per_device:,.0f} tokens/s per device"
-            return f"{self.best.strategy.name}: {speed}"
+            return f"{self.best.strategy.name}: {speed}, {self.best.verdict}"
         if self.closest:
             over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
             return f"nothing fits: the closest ({self.closest.strategy.name}) is {by} over, stopped by {over}"
@@ -211,7 +217,11 @@ class _Hunt:
         if any(_same(simulated, one) for one in result.top):
             result.rejected["equal in time and memory to one ranked"] += 1
             return
-        result.top = sorted([*result.top, simulated], key=lambda one: one.step_time)[: self.options.top]
+        if simulated.verdict == "at risk" and not self.options.risk:
+            result.rejected["at risk: so near a memory limit (--risk ranks it)"] += 1
+            result.risky = sorted([*result.risky, simulated], key=_step_time)[: self.options.top]
+            return
+        result.top = sorted([*result.top, simulated], key=_step_time)[: self.options.top]
         if result.top[0] is simulated:
             self.best_at, self.near = (place, position), [int(one) for one in pool.neighbours(position)]
 
@@ -223,6 +233,10 @@ class _Hunt:
             self.result.rejected["slower, bound: cannot beat those ranked"] += slower
             self.result.rejected["budget of simulations spent"] += int(left.sum()) - slower
             self.result.proven = self.result.proven and slower == int(left.sum())
+
+
+def _step_time(result: SimResult) -> float:
+    return result.step_time
 
 
 def _same(one: SimResult, other: SimResult) -> bool:
@@ -251,4 +265,5 @@ def _simulate(
             hunt.note(place, position, simulated)
             if progress:
                 progress(result.simulated, result.best)
+    result.top = result.top or result.risky
     hunt.settle()

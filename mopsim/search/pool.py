@@ -6,6 +6,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.engine.result import AT_RISK
 from mopsim.search.bound import Bounds
 from mopsim.search.space import Column, Space
 
@@ -79,7 +80,8 @@ class Pool:
         usable = ~self.taken & (self.time < below)
         if not usable.any():
             return None
-        fitting = usable & (self.expected_memory() <= self.space.problem.hardware.memory_limit())
+        safe = AT_RISK * self.space.problem.hardware.memory_limit()
+        fitting = usable & (self.expected_memory() <= safe)
         late = not fitting.any()
         return late, int(np.argmax(usable if late else fitting))
 
