@@ -136,6 +136,8 @@ def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> li
                 played += _again(tape, region, chosen.dropped)
         kernel = tape.kernels[index]
         memory: list[Step] = list(kernel.back_scratch)
+        if kernel.weight_grad:
+            memory += _spike((("activations", kernel.weight_grad),))
         for name in kernel.reads:
             value = values[name]
             if value.grad and value.bytes:

@@ -47,7 +47,8 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
     if not one_stage or strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1:
         return None
     if strategy.runtime == "fully_shard":
-        return FsdpStep if _plain(context) and recompute != "selective" else None
+        own = _plain(context) and recompute != "selective" and strategy.precision.matmul == "compute"
+        return FsdpStep if own else None
     if recompute != "full" or strategy.dense.zero != 3:
         return None
     return FlatStep if _plain(context) else Step
@@ -71,6 +72,7 @@ def _plain(context: Context) -> bool:
     tapes."""
     strategy, model = context.strategy, context.model
     known = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
+    known = known and strategy.precision.matmul == "compute"
     return known and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"
 
 

@@ -49,7 +49,7 @@ def loss_tape(context: Context) -> Tape:
         kernels.append(gather("gather_n", "n", Value("ng", rows * H * c.b), _C))
     source = "ng" if tensor > 1 else "n"
     keeps = ("n", "logits") if vocabulary.fused else ("n",)
-    weight = 0 if c.strategy.dense.zero < 3 else int(columns * H * c.b)
+    weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
     kernels.append(
         Kernel(
             "logits", "matmul", _C, (source,), (logits,), saves=keeps, matmuls=(Matmul(rows, columns, H),),

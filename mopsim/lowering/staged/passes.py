@@ -1,6 +1,6 @@
 """Passes: the templates of a network's layers, embedding and loss, made once for all stages and microbatches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from mopsim.layers.layer import decoder_layer, mtp_projection
@@ -45,6 +45,17 @@ class Passes:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
             self._tapes[key] = tape
         return self._tapes[key]
+
+    def placeholders(self, layers: Iterable[int]) -> int:
+        """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true ones are added
+        into resident buffers: one of each shape (`get_dummy_wgrad`)."""
+        if self.context.strategy.dense.zero == 3:
+            return 0
+        kernels = [
+            kernel for layer in layers for kernel in self.tape(layer).kernels if kernel.component != "router"
+        ]
+        shapes = {(one.n, one.k) for kernel in kernels for one in kernel.matmuls}
+        return int(sum(n * k for n, k in shapes) * self.context.param)
 
     def forward(self, layer: int) -> Template:
         """x -> z, which is new; x stays."""

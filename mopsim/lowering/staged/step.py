@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-from mopsim.layers.tape import Step
 from mopsim.lowering.context import Context
 from mopsim.lowering.schedules import Slot, order
 from mopsim.lowering.staged.data_parallel import gathering, message_work, reduction
@@ -41,9 +40,10 @@ class StageStep:
         self.issue.microbatch = -1
         self._reduce_rest()
         update(self.c, self.stage, self.issue, self.reductions)
-        return Program(
-            tuple(self.issue.ops), self.stage.index, self.c.strategy.stage_ranks, self.stage.resident()
-        )
+        layers = [layer for chunk in self.stage.chunks for layer in chunk]
+        extra = (("framework", self.passes.placeholders((*layers, *self.stage.extra))),)
+        resident = (*self.stage.resident(), *(step for step in extra if step[1]))
+        return Program(tuple(self.issue.ops), self.stage.index, self.c.strategy.stage_ranks, resident)
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
         phase, microbatch, chunk = slot
@@ -219,8 +219,3 @@ class StageStep:
                 self.issue.add("gather parameters", stream_of(m[2]), m[3], "forward", message_work(m))
                 for m in gathering(self.c, [unit])
             )
-
-
-def steps(memory: Sequence[Step]) -> tuple[Step, ...]:
-    """A memory script without empty steps."""
-    return tuple(step for step in memory if step[1])
