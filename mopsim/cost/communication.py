@@ -28,6 +28,8 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     if work.kind == "send_recv":
         return launches * _seconds(up if intra == n else out, 1, size / launches)
     size = size / launches
+    if work.group.choices:
+        return launches * _deduplicated(work, profile, size / work.group.choices)
     if intra == n:
         return launches * _seconds(up, n, factor * size * (n - 1) / n)
     if work.kind == "all_to_all":
@@ -37,6 +39,22 @@ def collective(work: Work, profile: HardwareProfile) -> float:
         outside = factor * size / intra * (domains - 1) / domains
     slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside)
     return launches * max(slow, _seconds(up, intra, inside) if intra > 1 else 0.0)
+
+
+def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
+    """All-to-all of rows that go once to a domain, and on to each rank of it that wants them, once.
+
+    once: bytes of all rows of a rank. A row chooses k ranks uniformly, so it goes to a share
+    1 - (1 - 1/n)^k of n ranks or domains. The hops inside the domains and those over NICs are pipelined; the slower counts.
+    """
+    n, intra, k = work.group.size, work.group.intra, work.group.choices
+    domains = n / intra
+    up, out = profile.scale_up.collectives["all_to_all"], profile.scale_out.collectives["all_to_all"]
+    wanted = once * (n - 1) * (1 - (1 - 1 / n) ** k)
+    if intra == n:
+        return _seconds(up, n, wanted)
+    outside = _seconds(out, domains, once * (domains - 1) * (1 - (1 - 1 / domains) ** k))
+    return max(outside, _seconds(up, intra, wanted * (intra - 1) / intra) if intra > 1 else 0.0)
 
 
 def transfer(work: Work, profile: HardwareProfile) -> float:

@@ -1,6 +1,6 @@
 """Context: everything the lowering of one strategy looks up: sizes, groups, units, routing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
@@ -94,6 +94,14 @@ def _balanced(tokens: int, index: int, chunks: int, experts: int, top_k: int) ->
     return tuple(sum(starts[(e - j) % experts] for j in range(top_k)) for e in range(experts))
 
 
+def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Group]:
+    """Process groups; that of the experts knows how many a token chooses where copies are sent once."""
+    found = process_groups(strategy, domain)
+    if strategy.experts.dispatch == "deduplicated":
+        found["experts"] = replace(found["experts"], choices=model.num_experts_per_tok)
+    return found
+
+
 def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int) -> Context:
     """Raises SpecError where strategy, model and training do not fit together."""
     strategy.check_model(model)
@@ -116,7 +124,7 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
         model,
         strategy,
         training,
-        process_groups(strategy, domain),
+        _groups(model, strategy, domain),
         shapes,
         {layer: layer_units(model, strategy, layer) for layer in range(count)},
         edge_units(model, strategy),

@@ -20,10 +20,14 @@ Deltas = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain."""
+    """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
+
+    choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for; 0: every copy travels.
+    """
 
     size: int
     intra: int
+    choices: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "attention.exchange": ("ulysses",),
     "experts.tensor": (1,),
     "experts.balance": ("none",),
+    "experts.dispatch": ("all_to_all",),
     "optimizer.host_fraction": (1.0,),
     "precision.matmul": ("compute",),
 }

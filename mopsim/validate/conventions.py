@@ -25,6 +25,8 @@ class Conventions:
     graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer. fused_loss: one cross-
     entropy kernel. overlaps: what a row without a word on overlap hides: tuned Megatron recipes hide what
     they can.
+    experts_whole: copies of an expert are not sharded (Halo: at expert degree 2 its memory is that of whole weights,
+    gradients and moments).
     """
 
     compute: DType = "bfloat16"
@@ -40,6 +42,7 @@ class Conventions:
     attention: Kernel = "profile"
     fused_loss: bool = False
     overlaps: bool = False
+    experts_whole: bool = False
 
 
 def conventions(row: Row) -> Conventions:
@@ -66,6 +69,7 @@ def conventions(row: Row) -> Conventions:
         compiled="torch.compile" in notes or "+compile" in notes or " compile " in notes,
         attention=_attention(source, notes),
         fused_loss=source.startswith("megatron-bridge") or source == "mcore-moe-paper" or "fused" in notes,
+        experts_whole=source == "halo-bench" and row.get("ep", "1") != "1",
         overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
 }  # fmt: skip
 #: "selective" without a list of modules: Megatron's core attention, torch's selective checkpointing of single
 #: ops.
-SELECTIVE = {"megatron": "core_attn", "fsdp": "layernorm", "zero_offload": "layernorm"}
+SELECTIVE = {"megatron": "core_attn", "fsdp": "mlp", "zero_offload": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         experts=Experts(
             degree=degrees.experts,
             tensor=degrees.expert_tensor,
-            shard=max(1, degrees.stage_ranks // spread) if zero else 1,
+            shard=max(1, degrees.stage_ranks // spread) if zero and not facts.experts_whole else 1,
+            dispatch="deduplicated" if row.get("dispatcher") in ("deepep", "hybridep") else "all_to_all",
         ),
         vocabulary=_vocabulary(row, degrees, facts.fused_loss),
         optimizer=_optimizer(row, kind),
@@ -182,5 +183,5 @@ def approximations(row: Row) -> tuple[str, ...]:
     if "ep" in row.get("overlap", "").split("+"):
         found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
     if "selective" in row["recompute"] and family(row) == "fsdp":
-        found.append("selective recompute of single ops: simulated as that of norms")
+        found.append("selective recompute of single ops: simulated as that of the FFN")
     return tuple(found)

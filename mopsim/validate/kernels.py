@@ -52,32 +52,18 @@ def attention(component: Component, hardware: HardwareProfile) -> float:
 def all_to_all(component: Component, hardware: HardwareProfile) -> float:
     """Seconds of an exchange among `ep` ranks, or bytes/s of its slowest link."""
     ranks = int(component.number("ep"))
-    group = Group(ranks, min(ranks, hardware.scale_up_size))
+    choices = int(component.number("top_k")) if component.system.startswith(("DeepEP", "HybridEP")) else 0
+    group = Group(ranks, min(ranks, hardware.scale_up_size), choices)
     if "bytes_per_rank" in component.params:
         size = component.number("bytes_per_rank")
     else:
         dispatched = component.text("op") == "dispatch"
         width = 1.0 if dispatched and component.text("precision").startswith("fp8") else 2.0
-        size = (
-            component.number("tokens_per_rank")
-            * component.number("hidden")
-            * width
-            * _copies(component, ranks)
-        )
+        rows = component.number("tokens_per_rank") * component.number("top_k")
+        size = rows * component.number("hidden") * width
     time = seconds(Work("all_to_all", bytes=size, group=group), hardware)
     if component.metric == "latency_s":
         return time
-    if component.params.get("link") == "nvlink":
-        return size * (group.intra - 1) / ranks / time
-    return size * (ranks - group.intra) / ranks / time
-
-
-def _copies(component: Component, ranks: int) -> float:
-    """Copies of a token that travel: one for each choice, or, by DeepEP and HybridEP, for each rank that
-    holds any.
-
-    Uniform choices of k among n ranks hit n (1 - (1 - 1/n)^k) distinct ones.
-    """
-    top_k = component.number("top_k")
-    deduplicated = component.system.startswith(("DeepEP", "HybridEP"))
-    return ranks * (1 - (1 - 1 / ranks) ** top_k) if deduplicated else top_k
+    places = ranks if component.params.get("link") == "nvlink" else ranks // group.intra
+    once = size / component.number("top_k")
+    return once * places * (1 - (1 - 1 / places) ** choices) / time
