@@ -23,7 +23,7 @@ class Waitable(Protocol):
 
 
 Issue = Callable[[], Any]
-Observer = Callable[[str, int, Issue, bool], Any]
+Observer = Callable[[str, int, Issue, Group], Any]
 
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = (
@@ -51,7 +51,7 @@ class _Works:
 
 
 def observe(observer: Observer | None) -> Observer | None:
-    """Install `observer(kind, bytes, issue, async_op)`, which runs `issue()`; returns the one it replaces."""
+    """Install `observer(kind, bytes, issue, group)`, which runs `issue()`; returns the one it replaces."""
     global _observer
     previous, _observer = _observer, observer
     return previous
@@ -64,7 +64,7 @@ def all_gather_single(output: Tensor, input: Tensor, group: Group = None, async_
         _bytes(output),
         (output, input),
         lambda: _all_gather(output, input, group=group, async_op=async_op),
-        async_op,
+        group,
     )
 
 
@@ -77,7 +77,7 @@ def reduce_scatter_single(
         _bytes(input),
         (output, input),
         lambda: _reduce_scatter(output, input, group=group, async_op=async_op),
-        async_op,
+        group,
     )
 
 
@@ -90,7 +90,7 @@ def all_reduce(
         _bytes(tensor),
         (tensor,),
         lambda: dist.all_reduce(tensor, op=op, group=group, async_op=async_op),
-        async_op,
+        group,
     )
 
 
@@ -110,7 +110,7 @@ def all_to_all_single(
         lambda: dist.all_to_all_single(
             output, input, output_splits, input_splits, group=group, async_op=async_op
         ),
-        async_op,
+        group,
     )
 
 
@@ -132,7 +132,7 @@ def send_recv(
         works = _Works(cast(Sequence[Waitable], dist.batch_isend_irecv(ops)))
         return works if async_op else works.wait()
 
-    return _run("send_recv", sum(_bytes(tensor) for tensor in send), (*send, *receive), issue, async_op)
+    return _run("send_recv", sum(_bytes(tensor) for tensor in send), (*send, *receive), issue, group)
 
 
 def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
@@ -140,9 +140,9 @@ def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
     dist.broadcast(tensor, src=source, group=group)
 
 
-def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, async_op: bool) -> Waitable:
+def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, group: Group) -> Waitable:
     settled = _Settled(tensors) if active_tracker() is not None and tensors[0].device.type == "cpu" else None
-    work = issue() if _observer is None else _observer(kind, num_bytes, issue, async_op)
+    work = issue() if _observer is None else _observer(kind, num_bytes, issue, group)
     if settled is None:
         return cast(Waitable, work) if work is not None else _Done()
     settled.work = work

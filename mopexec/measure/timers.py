@@ -1,9 +1,10 @@
 """KindTimer: seconds, FLOP and bytes per kind of work (`mopsim.spec.hardware.WORK_KINDS`) of profiled steps.
 
-A dispatch mode times each op around its kernel alone, so the step's own Python is in no kind. Asynchronous
-collectives are waited for at once: a profiled step measures each kind undisturbed by the others and is slower
-than a normal one. Enter the timer outside a MemoryTracker (or without one), so that the tracker's work is not
-timed.
+A dispatch mode times each op around its kernel alone, so the step's own Python is in no kind. Before a
+collective the ranks of its group line up, untimed: its seconds are the transfer's, not the wait for a slower
+peer, which the step shows but no kind of work causes. It is then waited for at once, so that a profiled step
+measures each kind undisturbed by the others and is slower than a normal one. Enter the timer outside a
+MemoryTracker (or without one), so that the tracker's work is not timed.
 """
 
 import statistics
@@ -69,10 +70,15 @@ class _Sum:
 
 
 class KindTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`with timer: runner.step(batches)` per profiled step, then `timer.kinds()`. cuda: time by events."""
+    """`with timer: runner.step(batches)` per profiled step, then `timer.kinds()`. cuda: time by events.
+
+    On a CPU whose ops run on this thread alone, its own CPU clock times them, as the probe does: a neighbour
+    that takes the core does not count.
+    """
 
     def __init__(self, cuda: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         self._cuda = cuda
         self._steps: list[dict[str, _Sum]] = []
         self._pending: list[tuple[_Sum, Any, Any]] = []
@@ -115,14 +121,36 @@ class KindTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if func.namespace == "c10d":
             num_bytes = sum(_bytes(tensor) for tensor in tensors_in(args[:2]))
+            self._line_up(_group_of(args))
             return self._timed(
-                kind, lambda: _finished(func(*args, **kwargs)), lambda result: (0.0, num_bytes)
+                kind,
+                lambda: _finished(func(*args, **kwargs)),
+                lambda result: (0.0, num_bytes),
+                time.perf_counter,
             )
         return self._timed(
-            kind, lambda: func(*args, **kwargs), lambda result: _work(kind, func, args, kwargs, result)
+            kind,
+            lambda: func(*args, **kwargs),
+            lambda result: _work(kind, func, args, kwargs, result),
+            self._clock,
         )
 
-    def _timed(self, kind: str, run: Callable[[], Any], work: Callable[[Any], tuple[float, float]]) -> Any:
+    def _line_up(self, group: collectives.Group) -> None:
+        """Wait until every rank of a group is about to start its collective."""
+        self._inside = True
+        try:
+            if dist.get_world_size(group) > 1:
+                dist.barrier(group)
+        finally:
+            self._inside = False
+
+    def _timed(
+        self,
+        kind: str,
+        run: Callable[[], Any],
+        work: Callable[[Any], tuple[float, float]],
+        clock: Callable[[], float],
+    ) -> Any:
         entry = self._steps[-1].setdefault(kind, _Sum())
         self._inside = True
         try:
@@ -132,9 +160,9 @@ class KindTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 end = _event()
                 self._pending.append((entry, start, end))
             else:
-                begin = time.perf_counter()
+                begin = clock()
                 result = run()
-                entry.seconds += time.perf_counter() - begin
+                entry.seconds += clock() - begin
         finally:
             self._inside = False
         flops, num_bytes = work(result)
@@ -143,13 +171,16 @@ class KindTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entry.bytes += num_bytes
         return result
 
-    def _collective(self, kind: str, num_bytes: int, issue: collectives.Issue, async_op: bool) -> Any:
+    def _collective(
+        self, kind: str, num_bytes: int, issue: collectives.Issue, group: collectives.Group
+    ) -> Any:
         def run() -> None:
             work = issue()
             if work is not None:
                 work.wait()
 
-        return self._timed(kind, run, lambda result: (0.0, float(num_bytes)))
+        self._line_up(group)
+        return self._timed(kind, run, lambda result: (0.0, float(num_bytes)), time.perf_counter)
 
 
 def _kind(func: Any, args: Any) -> str | None:
@@ -226,6 +257,14 @@ def _finished(result: Any) -> Any:
     if isinstance(work, torch.ScriptObject):
         dist.Work.unbox(work).wait()
     return result
+
+
+def _group_of(args: Any) -> collectives.Group:
+    """The process group among a c10d op's arguments; None is the world's."""
+    for value in args:
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+            return dist.ProcessGroup.unbox(value)
+    return None
 
 
 def _event() -> Any:
