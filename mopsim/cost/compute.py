@@ -1,9 +1,11 @@
 """Seconds of kernels on one device. Formulas: MatmulCurve, AttentionCurve and Device of
 mopsim.spec.hardware."""
 
+import msgspec
+
 from mopsim.lowering.workload import Work
 from mopsim.spec.errors import SpecError
-from mopsim.spec.hardware import HardwareProfile, MatmulCurve
+from mopsim.spec.hardware import WIDE_HEAD, HardwareProfile, MatmulCurve
 from mopsim.spec.units import DTYPE_BYTES
 
 
@@ -35,6 +37,16 @@ def matmul(work: Work, profile: HardwareProfile) -> float:
     seconds = work.count * max(arithmetic, moved / profile.device.memory_bandwidth.si)
     launches = work.launches if work.kind == "grouped_matmul" else work.count
     return seconds + launches * profile.device.launch_overhead.si
+
+
+def for_heads(profile: HardwareProfile, head_dim: int) -> HardwareProfile:
+    """The profile whose `attention` is the curve for heads of this width."""
+    device = profile.device
+    if head_dim <= WIDE_HEAD or device.attention_wide is None:
+        return profile
+    return msgspec.structs.replace(
+        profile, device=msgspec.structs.replace(device, attention=device.attention_wide)
+    )
 
 
 def attention(work: Work, profile: HardwareProfile) -> float:

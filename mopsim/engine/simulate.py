@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import mopsim
 from mopsim.cost import seconds
-from mopsim.cost.compute import matmul_curve
+from mopsim.cost.compute import for_heads, matmul_curve
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import AT_RISK, SimResult
@@ -51,6 +51,7 @@ def run(
     timeline: bool = False,
 ) -> SimResult:
     """Play a lowered workload on a profile."""
+    hardware = for_heads(hardware, model.head_dim)
     prices: dict[int, tuple[Work, float]] = {}
     durations = [_durations(program, hardware, prices) for program in workload.programs]
     limit, host_limit = hardware.memory_limit(), hardware.host_limit()

@@ -46,6 +46,7 @@ class MachineFits:
     bandwidth_tag: Tag
     bandwidth_source: str
     attention: AttentionFit
+    attention_wide: AttentionFit | None
     attention_tag: Tag
     collectives: dict[str, CollectiveFit]
     collectives_tag: Tag
@@ -94,16 +95,20 @@ def _device(machine: Entry, fits: MachineFits) -> Device:
             for dtype in machine["peaks"]
             if dtype not in ("float32", "float64")
         ),
-        attention=AttentionCurve(
-            forward=fits.attention.forward, backward=fits.attention.backward,
-            seq_half=fits.attention.seq_half, tag=fits.attention_tag, source=fits.attention.source,
-        ),
+        attention=_attention(fits.attention, fits.attention_tag),
+        attention_wide=_attention(fits.attention_wide, fits.attention_tag) if fits.attention_wide else None,
         adam_rate=quantity(
             round_to(fits.bandwidth / ADAM_BYTES / 1e9, 3), "Gparams/s", "assumed",
             f"memory bandwidth by {ADAM_BYTES} bytes a parameter",
         ),
         power=_given(machine["power"]),
     )  # fmt: skip
+
+
+def _attention(fit: AttentionFit, tag: Tag) -> AttentionCurve:
+    return AttentionCurve(
+        forward=fit.forward, backward=fit.backward, seq_half=fit.seq_half, tag=tag, source=fit.source
+    )
 
 
 def _ratio(dtype: str, fits: MachineFits) -> tuple[float, str]:

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from mopsim.fit_profiles.tables import Array, Residuals, column, params, round_to
+from mopsim.spec.hardware import WIDE_HEAD
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,15 @@ def fit_hopper(rows: list[dict[str, str]], peak: float) -> AttentionFit:
     return _fit(mine, column(mine, "value"), source, peak)
 
 
-def fit_blackwell(rows: list[dict[str, str]], peak: float) -> AttentionFit:
-    """B200 table, 16 heads and more. Its rates count the masked half too (1.2 of peak): halved here."""
+def fit_blackwell(rows: list[dict[str, str]], peak: float, wide: bool) -> AttentionFit:
+    """B200 table, 16 heads and more, heads of 128, or of 192 and 128 (wide).
+
+    Its rates count the masked half too (1.2 of peak): halved here.
+    """
     mine = [
         row for row in rows if row["gpu"] == "b200-sxm-192g" and int(params(row).get("head_num", 0)) >= 16
     ]
-    source = "B200 table of components.csv, 16 heads and more, halved: its rates count the masked half too"
+    mine = [row for row in mine if (int(params(row)["qk_head_dim"]) > WIDE_HEAD) == wide]
+    heads = "of 192 and 128" if wide else "of 128"
+    source = f"B200 table of components.csv, 16 heads and more {heads}, halved: it counts the masked half too"
     return _fit(mine, column(mine, "value") / 2, source, peak)

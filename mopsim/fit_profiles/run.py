@@ -79,10 +79,11 @@ class Fitter:
         bandwidth, bandwidth_tag, bandwidth_source = self._bandwidth(machine)
         grouped = self._grouped(curves["grouped"], fit, machine, bandwidth) if "grouped" in curves else None
         shape, shape_tag = self._attention(curves["gemm"])
+        wide = self._attention_fits["blackwell_wide"] if curves["gemm"].startswith(("b", "gb")) else None
         node, node_tag, node_source = self._collectives(machine)
         return MachineFits(
             fit, tag, source, self._fp8(curves["gemm"]), grouped, bandwidth, bandwidth_tag, bandwidth_source,
-            shape, shape_tag, node, node_tag, node_source,
+            shape, wide, shape_tag, node, node_tag, node_source,
         )  # fmt: skip
 
     def _table(self, gpu: str) -> tuple[MatmulFit, float]:
@@ -176,11 +177,11 @@ class Fitter:
     @cached_property
     def _attention_fits(self) -> dict[str, AttentionFit]:
         rows = [row for row in self._components if row["component"] == "attention_kernel"]
+        blackwell = _si(self.machines["b200-sxm-192g"]["peaks"]["bfloat16"])
         fits = {
             "hopper": attention.fit_hopper(rows, _si(self.machines["h100-sxm-80g"]["peaks"]["bfloat16"])),
-            "blackwell": attention.fit_blackwell(
-                rows, _si(self.machines["b200-sxm-192g"]["peaks"]["bfloat16"])
-            ),
+            "blackwell": attention.fit_blackwell(rows, blackwell, wide=False),
+            "blackwell_wide": attention.fit_blackwell(rows, blackwell, wide=True),
         }
         self.report |= {f"attention {name}": str(fit.residuals) for name, fit in fits.items()}
         return fits

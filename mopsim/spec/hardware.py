@@ -15,6 +15,9 @@ WORK_KINDS = (
 )  # fmt: skip
 """Kinds of work: what an op of the simulator is, what the executor times, what calibration scales."""
 
+WIDE_HEAD = 128
+"""Query-key head dimension above which attention kernels take other tiles."""
+
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 
 
@@ -145,7 +148,8 @@ class Device(Spec, frozen=True, kw_only=True):
     """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take.
 
     memory_bandwidth: what kernels reach at large sizes. grouped_matmul: curves of expert products, m being
-    the tokens of one expert; a dtype without one uses `matmul`.
+    the tokens of one expert; a dtype without one uses `matmul`. attention_wide: of query-key heads wider than
+    WIDE_HEAD (MLA), where it differs.
     """
 
     memory: Quantity
@@ -156,6 +160,7 @@ class Device(Spec, frozen=True, kw_only=True):
     matmul: tuple[MatmulCurve, ...]
     grouped_matmul: tuple[MatmulCurve, ...] = ()
     attention: AttentionCurve
+    attention_wide: AttentionCurve | None = None
     adam_rate: Quantity
     power: Quantity | None = None
 

@@ -2,6 +2,7 @@
 `mopsim.cost`."""
 
 from mopsim.cost import seconds
+from mopsim.cost.compute import for_heads
 from mopsim.lowering.workload import Group, Work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.validate.component import Component, InexpressibleError
@@ -46,7 +47,7 @@ def attention(component: Component, hardware: HardwareProfile) -> float:
     work = Work(
         "attention", flops=full / 2 if masked else full, seq=seq, backward=backward, dtype=_dtype(component)
     )
-    return full / seconds(work, hardware)
+    return full / seconds(work, for_heads(hardware, int(component.number("qk_head_dim"))))
 
 
 def all_to_all(component: Component, hardware: HardwareProfile) -> float:
