@@ -1,12 +1,11 @@
 """mopexec: train, probe, dry-run, verify. torch is imported inside the commands that need it."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
-from mopsim.spec.errors import MopError
+from mopsim.spec.command_line import run_app
 
 app = typer.Typer(
     name="mopexec",
@@ -140,31 +139,8 @@ def reach(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: a user's mistake is one line on standard error and exit code 2."""
-    try:
-        code = app(arguments, standalone_mode=False)
-    except MopError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except Exception as error:
-        if type(error).__name__ == "Abort":
-            _fail("interrupted", 130)
-        if not hasattr(error, "format_message"):  # typer's own errors have it; anything else is a bug
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            sys.exit(2)
-        _fail(error.format_message())
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"mopexec: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    """Entry point."""
+    run_app(app, "mopexec", arguments)
 
 
 if __name__ == "__main__":

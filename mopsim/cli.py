@@ -1,13 +1,12 @@
 """mopsim: plan the training of mixture-of-experts models. Heavy imports happen inside the command that
 needs them."""
 
-import sys
 from typing import Annotated
 
 import typer
 
 from mopsim.commands import options as o
-from mopsim.spec.errors import MopError
+from mopsim.spec.command_line import run_app
 
 app = typer.Typer(
     name="mopsim",
@@ -154,31 +153,8 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on standard error and exit code 2."""
-    try:
-        code = app(standalone_mode=False)
-    except MopError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except Exception as error:
-        if type(error).__name__ == "Abort":
-            _fail("interrupted", 130)
-        if not hasattr(error, "format_message"):  # typer's own errors have it; anything else is a bug
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            sys.exit(2)
-        _fail(error.format_message())
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str, code: int = 2) -> None:
-    print(f"mopsim: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    """Entry point."""
+    run_app(app, "mopsim")
 
 
 if __name__ == "__main__":
