@@ -51,9 +51,9 @@ def run(
     timeline: bool = False,
 ) -> SimResult:
     """Play a lowered workload on a profile."""
-    hardware = for_heads(hardware, model.head_dim)
+    priced = for_heads(hardware, model.head_dim)
     prices: dict[int, tuple[Work, float]] = {}
-    durations = [_durations(program, hardware, prices) for program in workload.programs]
+    durations = [_durations(program, priced, prices) for program in workload.programs]
     limit, host_limit = hardware.memory_limit(), hardware.host_limit()
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline) for _ in workload.programs]

@@ -64,11 +64,14 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
     zero = _lookup(ZERO, row, "sharding")
     shard = degrees.stage_ranks // degrees.tensor if zero else 1
     spread = degrees.experts * degrees.expert_tensor
+    in_place = (
+        zero == 2 and facts.param == facts.compute
+    )  # whole parameters in the compute dtype: nothing to gather
     return Strategy(
         name=kind,
         world_size=degrees.world,
         micro_batch=degrees.micro_batch,
-        runtime="fully_shard" if kind == "fsdp" else "flat_units",
+        runtime="fully_shard" if kind == "fsdp" and not in_place else "flat_units",
         pipeline=_pipeline(degrees),
         dense=Dense(
             tensor=degrees.tensor,

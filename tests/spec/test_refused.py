@@ -87,14 +87,14 @@ OPEN_TABLES = {"collectives", "corrections", "kinds", "memory_by_category", "tim
 
 
 def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every scalar inside plain objects with its path; of a list only the first item."""
+    """Every scalar inside plain objects with its path; of a list only the first item, of what is absent none."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from leaves(value, (*path, key))
     elif isinstance(data, list):
         if data:
             yield from leaves(data[0], (*path, 0))
-    else:
+    elif data is not None:
         yield path, data
 
 

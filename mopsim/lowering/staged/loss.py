@@ -1,4 +1,5 @@
-"""The loss as a tape: final norm, projection on the vocabulary (split over the tensor group or not), cross entropy."""
+"""The loss as a tape: final norm, projection on the vocabulary (split over the tensor group or not), cross
+entropy."""
 
 from collections.abc import Sequence
 
@@ -34,7 +35,8 @@ def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Te
 
 
 def loss_tape(context: Context) -> Tape:
-    """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept (Megatron-LM)."""
+    """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept
+    (Megatron-LM)."""
     c, vocabulary = context, context.strategy.vocabulary
     tensor = c.strategy.dense.tensor
     split = vocabulary.loss == "vocab_parallel" and tensor > 1
@@ -48,7 +50,12 @@ def loss_tape(context: Context) -> Tape:
     if tensor > 1:
         kernels.append(gather("gather_n", "n", Value("ng", rows * H * c.b), _C))
     source = "ng" if tensor > 1 else "n"
-    keeps = ("n", "logits") if vocabulary.fused else ("n",)
+    # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
+    picked
+    # log-probabilities and of all of them are made apart.
+    torch = c.strategy.dense.zero >= 2 and not vocabulary.fused
+    keeps = ("n", "logits") if vocabulary.fused or torch else ("n",)
+    apart = (("logits", 2 * elements * c.wide),) if torch else ()
     weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
     kernels.append(
         Kernel(
@@ -57,8 +64,8 @@ def loss_tape(context: Context) -> Tape:
         )
     )  # fmt: skip
     exact = Value("softmax", 0 if vocabulary.fused else elements * c.wide, "logits", grad=False)
-    # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and division of
-    # Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32.
+    # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
+    # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32.
     moved = 3 * c.b if vocabulary.fused else c.b + 8 * c.wide
     back = 2 * c.b if vocabulary.fused else c.b + 3 * c.wide
     kernels.append(
@@ -66,6 +73,7 @@ def loss_tape(context: Context) -> Tape:
             "cross_entropy", "memory_bound", _C, ("logits",), (exact, Value("loss", 0)),
             saves=("logits",) if vocabulary.fused else ("softmax",), bytes=float(elements * moved),
             back_bytes=float(elements * back), launches=1 if vocabulary.fused else 6, back_launches=2,
+            back_scratch=apart,
         )
     )  # fmt: skip
     if split:
@@ -79,7 +87,8 @@ def loss_tape(context: Context) -> Tape:
 
 
 def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
-    """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is kept."""
+    """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is
+    kept."""
     V, H, dtype = c.model.vocab_size, c.model.hidden_size, c.strategy.precision.compute
     size = c.hidden
     if direction == "backward":
