@@ -57,6 +57,14 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             self.global_batch,
             f"is not a multiple of micro_batch {strategy.micro_batch} x data groups {strategy.data_groups}",
         )
+        pipeline = strategy.pipeline
+        require(
+            pipeline.virtual_stages == 1 or self.num_microbatches(strategy) % pipeline.degree == 0,
+            "training.global_batch",
+            self.global_batch,
+            f"makes {self.num_microbatches(strategy)} microbatches, not a multiple of pipeline.degree "
+            f"{pipeline.degree} as interleaving needs",
+        )
         split = strategy.attention.sequence * (strategy.dense.tensor if strategy.dense.tensor > 1 else 1)
         require(
             self.seq_len % split == 0,

@@ -11,7 +11,8 @@ Message = tuple[str, float, Group, str]
 
 
 def reduction(context: Context, units: Sequence[Unit]) -> list[Message]:
-    """What sums the gradients of units over all ranks that hold them: scatter over the shard, then the replicas."""
+    """What sums the gradients of units over all ranks that hold them: scatter over the shard, then the
+    replicas."""
     return _messages(context, units, float(context.reduce), "reduce_scatter", "all_reduce")
 
 

@@ -39,7 +39,8 @@ class Issue:
                 after += start if dep == START else (base + dep,)
             ops.append(
                 Op(
-                    base + offset, piece.name, piece.stream, piece.component, piece.phase, layer, piece.work, after,
+                    base + offset, piece.name, piece.stream, piece.component, piece.phase, layer,
+                    piece.work, after,
                     piece.peak, piece.net, "", microbatch,
                 )
             )  # fmt: skip

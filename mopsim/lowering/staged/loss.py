@@ -40,9 +40,7 @@ def loss_tape(context: Context) -> Tape:
     c, vocabulary = context, context.strategy.vocabulary
     tensor = c.strategy.dense.tensor
     split = vocabulary.loss == "vocab_parallel" and tensor > 1
-    rows = (
-        c.tokens * tensor
-    )  # every rank of the tensor group sees all rows, for its slice of the vocabulary or all
+    rows = c.tokens * tensor  # every rank of the tensor group sees all rows, for its slice or all of it
     columns = c.model.vocab_size / (tensor if split else 1)
     H, elements = c.model.hidden_size, int(rows * columns)
     logits = Value("logits", elements * c.b, "logits", grad=not vocabulary.fused)
@@ -51,8 +49,7 @@ def loss_tape(context: Context) -> Tape:
         kernels.append(gather("gather_n", "n", Value("ng", rows * H * c.b), _C))
     source = "ng" if tensor > 1 else "n"
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
-    picked
-    # log-probabilities and of all of them are made apart.
+    # picked log-probabilities and of all of them are made apart.
     torch = c.strategy.dense.zero >= 2 and not vocabulary.fused
     keeps = ("n", "logits") if vocabulary.fused or torch else ("n",)
     apart = (("logits", 2 * elements * c.wide),) if torch else ()

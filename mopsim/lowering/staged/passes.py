@@ -1,4 +1,5 @@
-"""Passes: the templates of a network's layers, embedding and loss, made once for all stages and microbatches."""
+"""Passes: the templates of a network's layers, embedding and loss, made once for all stages and
+microbatches."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,7 +13,8 @@ from mopsim.lowering.staged.template import Template, template, weight_grads
 
 
 class Passes:
-    """Layers that are alike share their templates. split: backward and weight gradients apart (zero bubble)."""
+    """Layers that are alike share their templates. split: backward and weight gradients apart (zero
+    bubble)."""
 
     def __init__(self, context: Context) -> None:
         strategy = context.strategy
@@ -47,7 +49,8 @@ class Passes:
         return self._tapes[key]
 
     def placeholders(self, layers: Iterable[int]) -> int:
-        """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true ones are added
+        """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true
+        ones are added
         into resident buffers: one of each shape (`get_dummy_wgrad`)."""
         if self.context.strategy.dense.zero == 3:
             return 0

@@ -14,7 +14,8 @@ Ops = tuple[int, ...]
 
 
 class Shards:
-    """Under ZeRO-3 a unit is gathered `prefetch` layers ahead and freed after use; under 2 and 3 its full gradient is
+    """Under ZeRO-3 a unit is gathered `prefetch` layers ahead and freed after use; under 2 and 3 its full
+    gradient is
     reduced right after its backward. each: whether gradients are reduced in every microbatch.
     """
 
@@ -28,7 +29,8 @@ class Shards:
         self._begun: list[int] = []
 
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
-        """Gathers that a layer waits for; those of the next layers are issued too. Full gradients come alive."""
+        """Gathers that a layer waits for; those of the next layers are issued too. Full gradients come
+        alive."""
         ready: Ops = ()
         if self.zero == 3:
             place = list(order).index(layer)

@@ -55,7 +55,8 @@ class Stage:
 
     @cached_property
     def shares_embedding(self) -> bool:
-        """Whether first and last stage each hold the embedding: tied to the head, or looked up by MTP layers."""
+        """Whether first and last stage each hold the embedding: tied to the head, or looked up by MTP
+        layers."""
         return self.degree > 1 and (
             "head" not in self.context.edges or self.context.model.num_nextn_predict_layers > 0
         )

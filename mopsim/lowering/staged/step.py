@@ -1,6 +1,6 @@
 """One step of one pipeline stage: slots of the schedule, then reduction, clip, optimizer and gathering."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from mopsim.lowering.context import Context
 from mopsim.lowering.schedules import Slot, order
@@ -11,13 +11,15 @@ from mopsim.lowering.staged.shards import Shards
 from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.staged.template import stream_of
 from mopsim.lowering.staged.update import update
+from mopsim.lowering.units import Unit
 from mopsim.lowering.workload import Program, Work
 
 Ops = tuple[int, ...]
 
 
 class StageStep:
-    """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i g`."""
+    """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
+    g`."""
 
     def __init__(self, context: Context, passes: Passes, index: int) -> None:
         self.c, self.passes = context, passes
@@ -122,7 +124,7 @@ class StageStep:
         ready = self.issue.play(self.passes.backward(layer), layer, (*ready, *waits))
         self.shards.after(layer, "backward", ready)
         if final and self.overlap.grad_reduce and not self.shards.each:
-            self._reduce([unit for unit in self.c.layers[layer]], ready)
+            self._reduce(self.c.layers[layer], ready)
         return ready
 
     def _weights(self, chunk: int, left: dict[int, int]) -> None:
@@ -130,7 +132,7 @@ class StageStep:
         for layer in reversed(self.stage.chunks[chunk]):
             ready = self.issue.play(self.passes.weights(layer), layer, ())
             if left[chunk] == 0 and self.overlap.grad_reduce and not self.shards.each:
-                self._reduce([unit for unit in self.c.layers[layer]], ready)
+                self._reduce(self.c.layers[layer], ready)
 
     def _embed(self) -> Ops:
         c = self.c
@@ -163,7 +165,8 @@ class StageStep:
         """To a neighbour, and freed; without overlap, what comes next waits for it."""
         memory = (("activations", -self.c.hidden),)
         op = self.issue.add(
-            f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory, f"{way} {microbatch} {part}"
+            f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory,
+            f"{way} {microbatch} {part}",
         )  # fmt: skip
         if not self.overlap.pipeline:
             self.after = (op,)
@@ -177,10 +180,9 @@ class StageStep:
         if final and self.overlap.grad_reduce and not self.shards.each and edge in self.c.edges:
             self._reduce([self.c.edges[edge]], ready)
 
-    def _reduce(self, units: Iterable[object], ready: Ops) -> None:
-        found = list(units)
-        self.shards.reduced.update(unit.name for unit in found)  # type: ignore[attr-defined]
-        for message in reduction(self.c, found):  # type: ignore[arg-type]
+    def _reduce(self, units: Sequence[Unit], ready: Ops) -> None:
+        self.shards.reduced.update(unit.name for unit in units)
+        for message in reduction(self.c, units):
             op = self.issue.add(
                 "reduce gradients",
                 stream_of(message[2]),
@@ -205,13 +207,14 @@ class StageStep:
             )
             self.reductions.append(
                 self.issue.add(
-                    "shared embedding", "scale_out", "embedding", "backward", work, tuple(self.reductions), (),
-                    "shared embedding",
+                    "shared embedding", "scale_out", "embedding", "backward", work,
+                    tuple(self.reductions), (), "shared embedding",
                 )
             )  # fmt: skip
 
     def _gather_updated(self) -> None:
-        """Parameters that the last step updated arrive beside the first forward, in the order of their use."""
+        """Parameters that the last step updated arrive beside the first forward, in the order of their
+        use."""
         if not self.overlap.param_gather or self.c.strategy.dense.zero not in (1, 2):
             return
         for unit in self.stage.units:

@@ -1,4 +1,5 @@
-"""Op templates: a played tape as ops whose dependencies are relative, made once and issued for every microbatch."""
+"""Op templates: a played tape as ops whose dependencies are relative, made once and issued for every
+microbatch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class _Draft:
     run: list[Played] = field(default_factory=list)
 
     def add(
-        self, name: str, stream: str, component: str, phase: str, work: tuple[Work, ...], deps: tuple[int, ...],
+        self, name: str, stream: str, component: str, phase: str, work: tuple[Work, ...], deps: tuple[int,
+        ...],
         memory: Sequence[Step],
     ) -> int:  # fmt: skip
         peak, net = deltas(tuple(memory))
@@ -166,7 +168,8 @@ def _splits(first: Played, item: Played, direction: str) -> bool:
 
 
 def _column(draft: _Draft, item: Played, gathered: Played) -> None:
-    """Backward of a product on gathered rows: the rows are gathered again beside the input gradient, whose sum is
+    """Backward of a product on gathered rows: the rows are gathered again beside the input gradient,
+    whose sum is
     scattered beside the weight gradient (Megatron-Core, LinearWithGradAccumulationAndAsyncCommunication)."""
     kernel, again = item.kernel, gathered.kernel
     start = draft.pending
@@ -175,7 +178,8 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     stream = stream_of(draft.context.groups[again.group])
     if draft.split:
         inner = draft.add(
-            kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad", draft.context), start,
+            kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad",
+            draft.context), start,
             item.memory,
         )  # fmt: skip
         scattered = works(again, "backward", draft.context)
@@ -207,7 +211,8 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         [s for s in gathered.memory if s[1] > 0],
     )
     weights = draft.add(
-        kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context), (up, inner),
+        kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context),
+        (up, inner),
         [*gone, ("activations", -size)],
     )  # fmt: skip
     left = [step for step in gathered.memory if step[1] < 0]

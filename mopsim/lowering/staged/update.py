@@ -1,4 +1,5 @@
-"""The end of a stage's step: global-norm clip, AdamW on the device or a part of it on the host, parameters gathered."""
+"""The end of a stage's step: global-norm clip, AdamW on the device or a part of it on the host, parameters
+gathered."""
 
 from collections.abc import Sequence
 

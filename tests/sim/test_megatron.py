@@ -1,0 +1,268 @@
+"""Tensor, pipeline, context and expert parallelism, held against formulas of the papers and hand counts."""
+
+import msgspec
+import pytest
+
+from mopsim.engine import SimResult, run, simulate
+from mopsim.layers import tensors, total_params
+from mopsim.layers.layer import decoder_layer
+from mopsim.layers.recompute import forward, plan
+from mopsim.layers.shapes import Shapes
+from mopsim.lowering import lower
+from mopsim.spec.errors import SpecError
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from mopsim.spec.strategy import Optimizer, Overlap, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+from tests.sim.toys import machine, small
+
+MACHINE = machine(memory=10_000.0)
+
+
+def deep(layers: int = 8, **changes: object) -> ModelSpec:
+    """A dense network whose embedding and head hardly count."""
+    fields = {
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": 0,
+        "num_local_experts": 0,
+        "vocab_size": 8,
+    }
+    fields |= {"num_experts_per_tok": 0, "moe_intermediate_size": 0, "shared_expert_intermediate_size": 0}
+    return small(**{**fields, "hidden_size": 1024, "head_dim": 128, "intermediate_size": 4096, **changes})
+
+
+def with_(strategy: Strategy, **changes: object) -> Strategy:
+    return msgspec.structs.replace(strategy, **changes)
+
+
+def play(model: ModelSpec, strategy: Strategy, batch: int, seq_len: int = 256, nodes: int = 4) -> SimResult:
+    return simulate(model, MACHINE, nodes, strategy, TrainSpec(seq_len=seq_len, global_batch=batch))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+def test_activations_of_a_gpt_layer(tensor: int) -> None:
+    """arXiv 2205.05198 equation 4 with selective recomputation: 34 s b h / t, of which 2 are dropout masks.
+
+    Flash attention keeps one fp32 number per row and head instead of the 5 a s / h of the unfused core.
+    """
+    model = load_model("gpt3_175b")
+    s, h, a = 2048, model.hidden_size, model.num_attention_heads
+    tape = decoder_layer(model, Shapes(s // tensor, s, tensor=tensor, fused=True), 0)
+    kept = sum(size for item in forward(tape, plan(tape, "none", ())) for _, size in item.memory)
+    assert kept == (32 * s * h + 4 * s * a) // tensor  # the output counts for the input: a stack of layers
+
+    boundary = sum(size for item in forward(tape, plan(tape, "full", ())) for _, size in item.memory)
+    assert boundary == 2 * s * h // tensor
+
+
+def test_selective_recomputation_drops_what_it_names() -> None:
+    model = load_model("deepseek_v3")
+    shapes = Shapes(4096, 4096, fused=True)
+    rows = (1024,) * 32
+    tape = decoder_layer(model, shapes, 10, rows, True)
+
+    def kept(*modules: str) -> int:
+        chosen = plan(tape, "selective", modules)
+        return sum(size for item in forward(tape, chosen) for _, size in item.memory)
+
+    heads, n = model.num_attention_heads, 4096
+    assert kept() - kept("mla_up_proj") == 2 * n * heads * (192 + 192 + 128)
+    assert kept() - kept("moe_act") == 2 * sum(rows) * model.moe_intermediate_size
+    assert kept() - kept("layernorm") == 2 * 2 * n * model.hidden_size
+    assert kept() - kept("core_attn") == 4 * n * heads
+    assert kept("moe") < kept("moe_act")
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_composed_microbatches_equal_expanded_ones(schedule: str, stages: int) -> None:
+    virtual = 2 if schedule == "interleaved" else 1
+    strategy = megatron(8 * stages, tensor=2, pipeline=stages, virtual_stages=virtual, experts=2)
+    pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule)
+    strategy = with_(strategy, pipeline=pipeline)
+    model = small(num_hidden_layers=8)
+    training = TrainSpec(seq_len=256, global_batch=4 * 12 * stages)
+    composed, whole = (
+        run(lower(model, strategy, training, 8, expand=expand), model, MACHINE, strategy, training)
+        for expand in (False, True)
+    )
+    assert composed.step_time == pytest.approx(whole.step_time, rel=1e-9)
+    assert composed.peak_memory == whole.peak_memory
+    assert composed.num_events < whole.num_events
+    for kind, seconds in whole.busy.items():
+        assert composed.busy[kind] == pytest.approx(seconds, rel=1e-9), kind
+
+
+@pytest.mark.parametrize(("stages", "virtual", "microbatches"), [(4, 1, 8), (4, 2, 8), (2, 4, 4), (8, 1, 16)])
+def test_bubble_of_equal_stages(stages: int, virtual: int, microbatches: int) -> None:
+    """(p - 1) / (m v) of arXiv 2104.04473, on a network whose embedding and loss hardly count."""
+    strategy = megatron(stages, pipeline=stages, virtual_stages=virtual)
+    model = deep(8 if virtual < 4 else 16)
+    found = play(model, strategy, microbatches, 16384)  # long sequences: the optimizer hardly counts
+    one = play(model, megatron(1), microbatches, 16384)
+    ideal = one.step_time / stages
+    assert found.step_time / ideal - 1 == pytest.approx((stages - 1) / microbatches / virtual, rel=0.08)
+
+
+def test_zero_bubble_is_faster_and_holds_more() -> None:
+    strategy = megatron(4, pipeline=4)
+    zero = with_(strategy, pipeline=msgspec.structs.replace(strategy.pipeline, schedule="zero_bubble"))
+    plain, split = play(deep(), strategy, 8), play(deep(), zero, 8)
+    assert split.step_time < plain.step_time
+    assert plain.peak_memory <= split.peak_memory < 1.5 * plain.peak_memory
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "experts", "etp"), [(1, 4, 8, 1), (2, 8, 8, 1), (4, 2, 4, 2), (8, 16, 8, 4)]
+)
+def test_bytes_of_deepseek_v3(tensor: int, pipeline: int, experts: int, etp: int) -> None:
+    """bf16 weights, fp32 gradients, 12 bytes of optimizer state over the data-parallel ranks of each part."""
+    model, world = load_model("deepseek_v3"), 512
+    strategy = megatron(world, tensor=tensor, pipeline=pipeline, experts=experts, expert_tensor=etp)
+    workload = lower(model, strategy, TrainSpec(seq_len=4096, global_batch=1024), 8)
+    held = {"params": 0, "grads": 0, "optimizer": 0}
+    for program in workload.programs:
+        for category, size in program.resident:
+            if category in held:
+                held[category] += size
+    biases = 8 * model.num_moe_layers * model.num_local_experts * pipeline  # balancing biases, on every stage
+    routed = sum(t.numel for t in tensors(model) if t.routed)
+    dense = sum(t.numel for t in tensors(model) if not t.routed)
+    copy = (
+        2 * model.vocab_size * model.hidden_size // 2 if pipeline > 1 else 0
+    )  # MTP looks words up on the last stage
+    expected = (dense + copy) / tensor + routed / experts / etp
+    assert held["params"] - biases == pytest.approx(2 * expected, rel=2e-3)  # norms are not split
+    assert held["grads"] == pytest.approx(4 * expected, rel=2e-3)
+    ranks = world // pipeline
+    state = (dense + copy) / ranks + routed / ranks
+    assert held["optimizer"] == pytest.approx(12 * state, rel=2e-3)
+    assert total_params(model) == pytest.approx(671e9, rel=1e-3)
+
+
+def test_the_worst_stage_is_reported() -> None:
+    """Equal layers: the first stage holds the most microbatches of 1F1B."""
+    strategy, model = megatron(4, pipeline=4), deep()
+    result = play(model, strategy, 8)
+    one = play(model, megatron(4, pipeline=1), 4)
+    layer = decoder_layer(model, Shapes(256, 256, fused=True), 0)
+    kept = sum(size for item in forward(layer, plan(layer, "none", ())) for _, size in item.memory)
+    assert result.memory_by_category["activations"] >= 4 * 2 * kept  # 4 in flight, of 2 layers
+    assert result.resident_memory < one.resident_memory
+
+
+def test_zero_levels_hold_less_and_less() -> None:
+    found = []
+    for zero in (0, 1, 2, 3):
+        strategy = megatron(4)
+        dense = msgspec.structs.replace(strategy.dense, zero=zero, shard=4 if zero else 1)
+        found.append(play(deep(), with_(strategy, dense=dense), 8).resident_memory)
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) == 4
+
+
+def test_recomputation_trades_memory_for_time() -> None:
+    results = [
+        play(deep(), megatron(8, tensor=2, pipeline=2, recompute=recompute, modules=modules), 32)
+        for recompute, modules in (("none", ()), ("selective", ("mlp",)), ("full", ()))
+    ]
+    memory = [result.peak_memory for result in results]
+    times = [result.step_time for result in results]
+    assert memory == sorted(memory, reverse=True)
+    assert times == sorted(times)
+    assert len(set(memory)) == len(set(times)) == 3
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "ulysses"])
+def test_context_parallelism_divides_activations(exchange: str) -> None:
+    def at(sequence: int) -> SimResult:
+        strategy = megatron(8, sequence=sequence, tensor=2)
+        attention = msgspec.structs.replace(strategy.attention, exchange=exchange)
+        return play(deep(num_key_value_heads=8), with_(strategy, attention=attention), 8, 1024)
+
+    one, four = at(1), at(4)
+    before, after = (r.memory_by_category["activations"] for r in (one, four))
+    assert after < 0.45 * before
+    assert four.flops == pytest.approx(one.flops, rel=0.01)  # four times the sequences, a quarter of each
+    assert four.busy[{"ring": "send_recv", "ulysses": "all_to_all"}.get(exchange, "all_gather")] > 0
+
+
+def test_a_ring_hides_behind_long_attention() -> None:
+    strategy = megatron(4, sequence=4)
+    result = play(deep(), strategy, 1, 32768)
+    assert result.exposed.get("send_recv", 0.0) < 0.05 * result.busy["send_recv"]
+
+
+def test_overlapped_gradients_and_parameters_cost_less() -> None:
+    strategy = megatron(8, tensor=2)
+    hidden = with_(strategy, overlap=Overlap(grad_reduce=True, param_gather=True))
+    plain, overlapped = (play(deep(), one, 8) for one in (strategy, hidden))
+    assert overlapped.step_time < plain.step_time
+    for kind in ("reduce_scatter", "all_gather"):
+        assert overlapped.busy[kind] == pytest.approx(plain.busy[kind])
+
+
+def test_optimizer_state_moves_to_the_host_by_its_fraction() -> None:
+    def at(fraction: float) -> SimResult:
+        optimizer = Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
+        return play(deep(), with_(megatron(4), optimizer=optimizer), 4)
+
+    none, half, whole = at(0.0), at(0.5), at(1.0)
+    state = none.memory_by_category["optimizer"]
+    assert half.memory_by_category["optimizer"] == pytest.approx(state / 2, rel=1e-6)
+    assert whole.host_memory == pytest.approx(state, rel=1e-6)
+    assert none.step_time < half.step_time < whole.step_time
+
+
+def test_experts_have_data_parallel_groups_of_their_own() -> None:
+    """TP 2 x EP 8 folded on 8 ranks: experts are not split by the tensor group, and travel over all 8
+    ranks."""
+    model = small()
+    folded = play(model, megatron(8, tensor=2, experts=8), 8)
+    split = play(model, megatron(8, tensor=2, experts=4, expert_tensor=2), 8)
+    assert folded.busy["all_to_all"] > 0
+    assert split.busy["all_gather"] > folded.busy["all_gather"]
+    assert folded.resident_memory == pytest.approx(split.resident_memory, rel=0.01)
+
+
+def test_tied_embeddings_are_summed_over_first_and_last_stage() -> None:
+    model = deep(vocab_size=4096, tie_word_embeddings=True)
+    tied, untied = (
+        lower(one, megatron(4, pipeline=4), TrainSpec(seq_len=256, global_batch=4), 8)
+        for one in (model, deep(vocab_size=4096))
+    )
+    names = [sum(op.name == "shared embedding" for op in program.ops) for program in tied.programs]
+    assert names == [1, 0, 0, 1]
+    sizes = [sum(s for c, s in w.programs[-1].resident if c == "params") for w in (tied, untied)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+def test_a_recipe_prices_layers_not_the_loss(matmul: str) -> None:
+    strategy = megatron(2, tensor=2)
+    precision = msgspec.structs.replace(strategy.precision, matmul=matmul)
+    workload = lower(deep(), with_(strategy, precision=precision), TrainSpec(seq_len=256, global_batch=2), 8)
+    dtypes = {
+        op.component: work.dtype
+        for op in workload.programs[0].ops
+        for work in op.work
+        if work.kind == "matmul"
+    }
+    assert dtypes["dense_ffn"] == matmul
+    assert dtypes["vocabulary"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "message"),
+    [
+        (small(), lambda: megatron(16, tensor=16), "dense.tensor: 16 does not divide num_attention_heads 8"),
+        (small(), lambda: megatron(8, pipeline=8), "pipeline.degree: 8 .* more than num_hidden_layers 3"),
+        (small(), lambda: megatron(16, experts=16), "experts.degree: 16 does not divide num_local_experts 8"),
+        (deep(), lambda: megatron(8, experts=2), "experts.degree: 2 must be 1 for a model without experts"),
+        (deep(8), lambda: megatron(4, pipeline=4, virtual_stages=2), "6 .* multiple of pipeline.degree 4"),
+    ],
+)  # fmt: skip
+def test_impossible_splits_are_refused_in_a_line(model: ModelSpec, strategy: object, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        play(model, strategy(), 6 if model == deep(8) else 48)  # type: ignore[operator]
