@@ -193,7 +193,7 @@ def megatron(
     expert_tensor: int = 1,
     micro_batch: int = 1,
     recompute: Literal["none", "selective", "full"] = "none",
-    modules: tuple[str, ...] = ("attention",),
+    modules: tuple[str, ...] = ("core_attn",),
     precision: DType = "bfloat16",
     name: str = "megatron",
 ) -> Strategy:

@@ -6,7 +6,7 @@ from mopsim.layers.tape import Kernel, Played, Step, Tape
 from mopsim.spec.categories import COMPONENTS
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "core_attn": ("attention_core",),
+    "core_attn": ("ring", "gather_kv_blocks", "attention_core"),
     "layernorm": ("attention_norm", "ffn_norm"),
     "moe_act": ("experts_act",),
     "mla_up_proj": ("gather_q", "q_b_proj", "gather_kv", "kv_b_proj", "rope"),

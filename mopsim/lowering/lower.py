@@ -61,7 +61,7 @@ def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
     """
     stages = strategy.pipeline.degree
     if stages == 1:
-        return 1, min(total, EXPANDED)
+        return 1, min(total, EXPANDED + strategy.overlap.experts)
     unit = stages if strategy.pipeline.virtual_stages > 1 else 1
     base = 3 * stages if unit > 1 else 2 * stages + 4
     return unit, total - unit * max(0, (total - base) // unit)

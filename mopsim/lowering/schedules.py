@@ -8,21 +8,21 @@ Slot = tuple[Literal["forward", "backward", "input_grad", "weight_grad"], int, i
 schedules."""
 
 
-def one_forward_one_backward(stages: int, microbatches: int, stage: int) -> list[Slot]:
+def one_forward_one_backward(stages: int, microbatches: int, stage: int, ahead: int = 0) -> list[Slot]:
     """1F1B (PipeDream-flush, arXiv 2006.09503): warm up with stages - stage - 1 forwards, then alternate,
-    then drain."""
-    warm = min(stages - stage - 1, microbatches)
+    then drain. ahead: forwards more."""
+    warm = min(stages - stage - 1 + ahead, microbatches)
     order: list[Slot] = [("forward", i, 0) for i in range(warm)]
     for i in range(microbatches - warm):
         order += [("forward", warm + i, 0), ("backward", i, 0)]
     return order + [("backward", i, 0) for i in range(microbatches - warm, microbatches)]
 
 
-def interleaved(stages: int, virtual: int, microbatches: int, stage: int) -> list[Slot]:
+def interleaved(stages: int, virtual: int, microbatches: int, stage: int, ahead: int = 0) -> list[Slot]:
     """Interleaved 1F1B (Megatron-LM, arXiv 2104.04473): microbatches in groups of `stages` go round the
-    model chunks."""
+    model chunks. ahead: forwards more before the first backward."""
     total = microbatches * virtual
-    warm = min((stages - stage - 1) * 2 + (virtual - 1) * stages, total)
+    warm = min((stages - stage - 1) * 2 + (virtual - 1) * stages + ahead, total)
 
     def place(index: int, forward: bool) -> tuple[int, int]:
         """(microbatch, chunk) of the index-th forward or backward."""
@@ -62,10 +62,15 @@ def zero_bubble(stages: int, microbatches: int, stage: int) -> list[Slot]:
     return order + [("weight_grad", microbatch, 0) for microbatch in waiting]
 
 
-def order(schedule: str, stages: int, virtual: int, microbatches: int, stage: int) -> list[Slot]:
-    """The slots of one stage, by the name in `Pipeline.schedule`."""
+def order(
+    schedule: str, stages: int, virtual: int, microbatches: int, stage: int, ahead: int = 0
+) -> list[Slot]:
+    """The slots of one stage, by the name in `Pipeline.schedule`.
+
+    ahead: forwards beyond the warm-up, so that a forward and the backward after it are of two microbatches.
+    """
     if schedule == "interleaved" and virtual > 1:
-        return interleaved(stages, virtual, microbatches, stage)
+        return interleaved(stages, virtual, microbatches, stage, ahead)
     if schedule == "zero_bubble":
         return zero_bubble(stages, microbatches, stage)
-    return one_forward_one_backward(stages, microbatches, stage)
+    return one_forward_one_backward(stages, microbatches, stage, ahead)

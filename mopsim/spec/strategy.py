@@ -123,13 +123,15 @@ class Overlap(Spec, frozen=True, kw_only=True):
 
     grad_reduce: gradients of a layer while the last microbatch's backward goes on. param_gather: updated
     parameters while the next forward begins. pipeline: sends between stages. tensor: gathers and scatters of
-    tensor-parallel regions beside their products.
+    tensor-parallel regions beside their products. experts: dispatch and combine of one microbatch's forward
+    beside the backward of another, layer by layer, and the other way round.
     """
 
     grad_reduce: bool = False
     param_gather: bool = False
     pipeline: bool = False
     tensor: bool = False
+    experts: bool = False
 
 
 class Precision(Spec, frozen=True, kw_only=True):
@@ -243,6 +245,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
             "pipeline.virtual_stages",
             self.pipeline.virtual_stages,
             "needs a pipeline.degree above 1",
+        )
+        require(
+            not self.overlap.experts or self.pipeline.degree == 1 or self.pipeline.virtual_stages > 1,
+            "overlap.experts",
+            self.overlap.experts,
+            "needs pipeline.virtual_stages above 1 in a pipeline",
         )
 
     def _at(self, path: str) -> int:

@@ -261,8 +261,38 @@ def test_a_recipe_prices_layers_not_the_loss(matmul: str) -> None:
         (small(), lambda: megatron(16, experts=16), "experts.degree: 16 does not divide num_local_experts 8"),
         (deep(), lambda: megatron(8, experts=2), "experts.degree: 2 must be 1 for a model without experts"),
         (deep(8), lambda: megatron(4, pipeline=4, virtual_stages=2), "6 .* multiple of pipeline.degree 4"),
+        (small(), lambda: with_(megatron(8, pipeline=2), overlap=Overlap(experts=True)), "overlap.experts"),
     ],
 )  # fmt: skip
 def test_impossible_splits_are_refused_in_a_line(model: ModelSpec, strategy: object, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         play(model, strategy(), 6 if model == deep(8) else 48)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (4, 2), (2, 4)])
+def test_expert_exchanges_hide_behind_another_microbatch(pipeline: int, virtual: int) -> None:
+    model = small(num_hidden_layers=8, hidden_size=1024, moe_intermediate_size=4096, head_dim=128)
+    strategy = megatron(4 * pipeline, pipeline=pipeline, virtual_stages=virtual, experts=4)
+    beside = with_(strategy, overlap=Overlap(experts=True))
+    training = TrainSpec(seq_len=1024, global_batch=4 * 6 * 4)
+    plain = play(model, strategy, training.global_batch, 1024)
+    composed, whole = (
+        run(lower(model, beside, training, 8, expand=expand), model, MACHINE, beside, training)
+        for expand in (False, True)
+    )
+    assert composed.step_time == pytest.approx(whole.step_time, rel=1e-9)
+    assert whole.step_time < plain.step_time
+    assert whole.exposed["all_to_all"] < 0.6 * plain.exposed["all_to_all"]
+    assert whole.busy["all_to_all"] == pytest.approx(plain.busy["all_to_all"])
+    assert whole.peak_memory > plain.peak_memory
+
+
+def test_tensor_parallel_communication_runs_beside_its_products() -> None:
+    strategy = megatron(4, tensor=4)
+    beside = with_(strategy, overlap=Overlap(tensor=True))
+    plain, hidden = (play(deep(), one, 4, 4096) for one in (strategy, beside))
+    assert hidden.step_time < plain.step_time
+    assert hidden.peak_memory == pytest.approx(plain.peak_memory, rel=0.02)
+    for kind in ("all_gather", "reduce_scatter"):
+        assert hidden.busy[kind] == pytest.approx(plain.busy[kind])
+        assert hidden.exposed[kind] < plain.exposed[kind]

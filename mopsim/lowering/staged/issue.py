@@ -1,6 +1,8 @@
 """Issue: ops of one program in order, single ones and whole templates."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 
 from mopsim.layers.tape import Step
 from mopsim.lowering.staged.template import START, Template
@@ -46,9 +48,33 @@ class Issue:
             )  # fmt: skip
         return tuple(start if not template.pieces else (base + end for end in template.ends))
 
+    def weave(self, start: int, middle: int) -> dict[int, int]:
+        """Issue ops [start, middle) and those from middle on by turns, a turn ending with a collective.
+
+        Returns the new index of each op that moved. Neither part may depend on the other.
+        """
+        turns = [_turns(self.ops[start:middle]), _turns(self.ops[middle:])]
+        woven = [op for pair in zip_longest(*turns, fillvalue=()) for turn in pair for op in turn]
+        moved = {op.index: start + place for place, op in enumerate(woven)}
+        self.ops[start:] = [
+            replace(op, index=moved[op.index], deps=tuple(moved.get(dep, dep) for dep in op.deps))
+            for op in woven
+        ]
+        return moved
+
     def tail(self) -> tuple[int, ...]:
         """The last op of every stream."""
         found: dict[str, int] = {}
         for op in self.ops:
             found[op.stream] = op.index
         return tuple(found.values())
+
+
+def _turns(ops: Sequence[Op]) -> list[list[Op]]:
+    """Cut after every collective."""
+    found: list[list[Op]] = [[]]
+    for op in ops:
+        found[-1].append(op)
+        if op.stream in ("scale_up", "scale_out"):
+            found.append([])
+    return found

@@ -34,11 +34,18 @@ class StageStep:
     def program(self, microbatches: int) -> Program:
         """A step of `microbatches` microbatches."""
         p = self.c.strategy.pipeline
-        slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index)
+        pairs = self.overlap.experts and not self.shards.each and p.schedule != "zero_bubble"
+        slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
         self._gather_updated()
         left = self._left(slots)
-        for slot in slots:
-            self._slot(slot, left)
+        place = 0
+        while place < len(slots):
+            if pairs and [slot[0] for slot in slots[place : place + 2]] == ["forward", "backward"]:
+                self._pair(slots[place], slots[place + 1], left)
+                place += 2
+            else:
+                self._slot(slots[place], left)
+                place += 1
         self.issue.microbatch = -1
         self._reduce_rest()
         update(self.c, self.stage, self.issue, self.reductions)
@@ -60,6 +67,17 @@ class StageStep:
         self._backward(microbatch, chunk, final)
         if phase == "backward":
             left[chunk] -= 1
+
+    def _pair(self, forward: Slot, backward: Slot, left: dict[int, int]) -> None:
+        """A forward and another microbatch's backward side by side: each computes while the other talks, as
+        DualPipe (arXiv 2412.19437) and Megatron-Core overlap the communication of experts."""
+        start = len(self.issue.ops)
+        self._slot(forward, left)
+        middle, sent, self.after = len(self.issue.ops), self.after, ()
+        self._slot(backward, left)
+        moved = self.issue.weave(start, middle)
+        self.after = tuple(moved.get(op, op) for op in (*sent, *self.after))
+        self.reductions = [moved.get(op, op) for op in self.reductions]
 
     def _left(self, slots: Sequence[Slot]) -> dict[int, int]:
         """Passes to come that make weight gradients, by chunk."""

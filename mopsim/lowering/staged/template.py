@@ -115,19 +115,19 @@ def template(
         kernel = item.kernel
         if index in done:
             continue
-        talks = kernel.kind in COLLECTIVES and context.groups.get(kernel.group, Group(1, 1)).size > 1
+        talks = _talks(item, context)
         source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
-        if talks and kernel.name == "ring":
+        if talks and _beside(item, context):
             draft.flush(direction)
-            before = draft.pending if not item.backward else draft.pieces[draft.pending[0]].deps
-            moved = draft.talk(item, direction, before, item.memory)
-            if item.backward:
-                draft.pending = (*draft.pending, moved)
-            else:
+            if _leads(item):  # the next product runs on what has arrived
+                moved = draft.talk(item, direction, draft.pending, item.memory)
                 draft.run.append(played[index + 1])
                 done.add(index + 1)
                 draft.flush(direction)
-                draft.pending = (*draft.pending, moved)
+            else:  # what the product before has made is sent
+                before = draft.pieces[draft.pending[0]].deps if draft.pieces else (START,)
+                moved = draft.talk(item, direction, before, item.memory)
+            draft.pending = (*draft.pending, moved)
         elif talks:
             draft.flush(direction)
             draft.pending = (draft.talk(item, direction, draft.pending, item.memory),)
@@ -139,13 +139,11 @@ def template(
             done.add(partner)
             _column(draft, item, played[partner])
         else:
-            if draft.run and _splits(draft.run[0], item, direction):
-                draft.flush(direction)
-            if item.backward and kernel.name == "attention_core" and _rings(played):
+            after = played[index + 1] if index + 1 < len(played) else None
+            alone = after is not None and _beside(after, context) and not _leads(after)
+            if draft.run and (alone or _splits(draft.run[0], item, direction)):
                 draft.flush(direction)
             draft.run.append(item)
-            if item.backward and kernel.name == "attention_core" and _rings(played):
-                draft.flush(direction)
     draft.flush(direction)
     if last:
         index = draft.add("freed", "compute", "other", direction, (), draft.pending, last)
@@ -153,8 +151,22 @@ def template(
     return Template(tuple(draft.pieces), draft.pending)
 
 
-def _rings(played: Sequence[Played]) -> bool:
-    return any(item.kernel.name == "ring" for item in played)
+def _talks(item: Played, context: Context) -> bool:
+    kernel = item.kernel
+    return kernel.kind in COLLECTIVES and context.groups.get(kernel.group, Group(1, 1)).size > 1
+
+
+def _beside(item: Played, context: Context) -> bool:
+    """Whether a collective runs in blocks beside one product: the ring; where told, a region's edges."""
+    tensor = context.strategy.overlap.tensor and item.kernel.group == "tensor"
+    return _talks(item, context) and (
+        item.kernel.name == "ring" or tensor and item.kernel.kind != "all_reduce"
+    )
+
+
+def _leads(item: Played) -> bool:
+    """Whether that product comes after the collective: in the forward, or in the backward of a scatter."""
+    return item.backward == (item.kernel.kind == "reduce_scatter")
 
 
 def _region(kernel: Kernel) -> bool:
