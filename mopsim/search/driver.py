@@ -1,6 +1,7 @@
 """Search: generate -> bound -> simulate -> rank. A bound that costs a microsecond filters, the event
 simulation decides."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search.bound import Bounds, bound
+from mopsim.search.coarse import coarse
 from mopsim.search.pool import Pool
 from mopsim.search.space import Problem, Space, generate
 from mopsim.spec.errors import MopError, SpecError
@@ -22,6 +24,8 @@ from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import format_bytes
 
 DEFAULT_FAMILIES = ("mop", "fsdp2", "zero_offload")
+TIE = 0.005
+"""Step times that differ by less (relative) are a tie, which the smaller peak memory decides."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Options:
     """top: how many are ranked. budget: simulations at most. any_plan: also what mopexec does not run yet.
 
     risk: rank plans at risk (within a few per cent of a memory limit) like those that fit with room to spare;
-    otherwise they are ranked only where nothing else fits.
+    otherwise they are ranked only where nothing else fits. coarse: fewer values of what moves a step little.
     """
 
     families: tuple[str, ...] = DEFAULT_FAMILIES
@@ -38,12 +42,13 @@ class Options:
     any_plan: bool = False
     risk: bool = False
     precision: DType = "bfloat16"
+    coarse: bool = False
 
 
 @dataclass
 class SearchResult:
-    """What a search did. top: fitting results, fastest first. closest: the one that misses by least,
-    where none fits. risky: fitting results at risk, left out of `top` unless nothing else fits.
+    """What a search did. top: fitting results, fastest first (ties by memory). closest: the one that misses
+    by least, where none fits. risky: fitting results at risk, left out of `top` unless nothing else fits.
 
     proven: no candidate left out can beat the last of `top`; otherwise the budget of simulations ended
     the search.
@@ -117,7 +122,7 @@ def search(
 
 def _pool(problem: Problem, family: str, options: Options, result: SearchResult) -> Pool | None:
     """Generate and bound a family; count what memory rules out. None where nothing is left."""
-    space = generate(problem, family)
+    space = generate(problem, family, coarse if options.coarse else None)
     result.candidates += len(space)
     result.rejected.update(space.rejected)
     if not len(space):
@@ -185,7 +190,7 @@ class _Hunt:
     def last(self) -> float:
         """Step time that a candidate must beat to be ranked."""
         top = self.result.top
-        return top[-1].step_time if len(top) >= self.options.top else float("inf")
+        return max(one.step_time for one in top) if len(top) >= self.options.top else float("inf")
 
     def next(self) -> tuple[int, int] | None:
         """(pool, position) to simulate now, or None where no bound is good enough."""
@@ -219,9 +224,9 @@ class _Hunt:
             return
         if simulated.verdict == "at risk" and not self.options.risk:
             result.rejected["at risk: so near a memory limit (--risk ranks it)"] += 1
-            result.risky = sorted([*result.risky, simulated], key=_step_time)[: self.options.top]
+            result.risky = sorted([*result.risky, simulated], key=_rank)[: self.options.top]
             return
-        result.top = sorted([*result.top, simulated], key=_step_time)[: self.options.top]
+        result.top = sorted([*result.top, simulated], key=_rank)[: self.options.top]
         if result.top[0] is simulated:
             self.best_at, self.near = (place, position), [int(one) for one in pool.neighbours(position)]
 
@@ -235,8 +240,9 @@ class _Hunt:
             self.result.proven = self.result.proven and slower == int(left.sum())
 
 
-def _step_time(result: SimResult) -> float:
-    return result.step_time
+def _rank(result: SimResult) -> tuple[int, int]:
+    """Fastest first; step times within TIE of each other count as equal, and then the smaller peak leads."""
+    return int(math.log(result.step_time) / math.log1p(TIE)), result.peak_memory
 
 
 def _same(one: SimResult, other: SimResult) -> bool:

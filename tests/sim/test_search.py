@@ -1,6 +1,8 @@
 """The search: legal candidates, bounds that hold, pruning that loses nothing, and a result when nothing
 fits."""
 
+import itertools
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from mopsim.engine import simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search import Options, search
 from mopsim.search.bound import bound
+from mopsim.search.driver import TIE
 from mopsim.search.pool import Pool
 from mopsim.search.space import AXES, Problem, generate
 from mopsim.spec.hardware import HardwareProfile, Quantity
@@ -93,8 +96,8 @@ def test_megatron_is_not_run_and_says_why() -> None:
 
 
 def test_search_without_a_budget_finds_the_best_of_all() -> None:
-    """Pruning loses nothing: the winner of an exhausted search is the fastest of every simulated
-    candidate."""
+    """Pruning loses nothing: the winner of an exhausted search ties with the fastest of every simulated
+    candidate that fits with room to spare."""
     p = problem(0)
     hardware = with_memory(p.hardware, 70e6)
     found = search(
@@ -105,10 +108,10 @@ def test_search_without_a_budget_finds_the_best_of_all() -> None:
     times = []
     for index in range(len(space)):
         result = simulate(p.model, hardware, 1, space.build(index), p.training)
-        if result.fits:
+        if result.verdict == "fits":
             times.append(result.step_time)
     assert found.best is not None
-    assert found.best.step_time == min(times)
+    assert min(times) <= found.best.step_time <= min(times) * (1 + TIE)
 
 
 def msgspec_problem(p: Problem, hardware: HardwareProfile) -> Problem:
@@ -124,7 +127,8 @@ def test_counts_add_up() -> None:
     )
     assert sum(left.values()) + ranked_or_slower == found.candidates == found.bounded
     assert found.simulated <= 20
-    assert [one.step_time for one in found.top] == sorted(one.step_time for one in found.top)
+    for faster, slower in itertools.pairwise(found.top):
+        assert faster.step_time <= slower.step_time * (1 + TIE)
 
 
 def test_nothing_fits_is_a_result_that_says_what_stops_it() -> None:
