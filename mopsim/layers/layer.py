@@ -12,18 +12,24 @@ from mopsim.spec.model import ModelSpec
 
 
 def decoder_layer(
-    model: ModelSpec, shapes: Shapes, layer: int, routes: Sequence[int] = (), split: bool = False
+    model: ModelSpec,
+    shapes: Shapes,
+    layer: int,
+    routes: Sequence[int] = (),
+    split: bool = False,
+    deduplicated: bool = False,
 ) -> Tape:
     """x [N,H] -> z [N,H]. routes: rows of each expert of this rank, empty for a dense layer.
 
-    split: experts are spread over ranks, so that rows travel.
+    split: experts are spread over ranks, so that rows travel. deduplicated: the kernels of the exchange take
+    rows as they lie and sum what returns (DeepEP, HybridEP), so that no copy for each route is made.
     """
     size = shapes.tokens * model.hidden_size * shapes.width
     moe = bool(routes)
     part = "experts" if moe else "dense_ffn"
     first = attention(model, shapes, layer)
     second = _norm(model, shapes, "router" if moe else "dense_ffn")
-    third = _moe(model, shapes, routes, split) if moe else _dense(model, shapes)
+    third = _moe(model, shapes, routes, split, deduplicated) if moe else _dense(model, shapes)
     add = Kernel(
         "ffn_residual",
         "memory_bound",
@@ -64,7 +70,9 @@ def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
     return _renamed(tape, "ffn_", {"h": "u", "f": "f"})
 
 
-def _moe(model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool) -> tuple[Kernel, ...]:
+def _moe(
+    model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool, deduplicated: bool
+) -> tuple[Kernel, ...]:
     """Router, shared experts, dispatch, routed experts, combine: f is the sum."""
     N, H, b, wide = shapes.tokens, model.hidden_size, shapes.width, shapes.wide
     arrived = sum(routes) // shapes.expert_tensor
@@ -74,18 +82,39 @@ def _moe(model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool) -
     if shared:
         tape = ffn(model, N, shared, b, "shared_experts", shapes.tensor, fused=True)
         found += _renamed(tape, "shared_", keep)
-    found += _renamed(dispatch(model, N, arrived, b, wide, split), "sent_", keep | {"rows": "rows"})
+    sent = _renamed(dispatch(model, N, arrived, b, wide, split), "sent_", keep | {"rows": "rows"})
+    if split and deduplicated:
+        sent = (_without_copy(sent[0]), *sent[1:])
+    found += _same_back(sent)
     products = experts(model, routes, b, wide, shapes.expert_tensor, fused=True).kernels
     if shapes.expert_tensor > 1:
         products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
     found += products
     back = _renamed(combine(model, N, arrived, b, split), "back_", {"out": "out"})
+    if split and deduplicated:
+        returned = replace(back[-2], writes=(replace(back[-2].writes[0], bytes=N * H * b),))
+        back = (*back[:-2], returned, replace(back[-1], bytes=2.0 * N * H * b))
+    back = _same_back(back)
     total = Value("f", N * H * b)
     reads = ("returned", "shared_f") if shared else ("returned",)
     last = replace(
         back[-1], reads=tuple("back_" + r if r == "returned" else r for r in reads), writes=(total,)
     )
     return found + back[:-1] + (last,)
+
+
+def _without_copy(kernel: Kernel) -> Kernel:
+    """A permutation that the exchange does itself."""
+    writes = tuple(replace(value, bytes=0) for value in kernel.writes)
+    return replace(kernel, kind="view", writes=writes, bytes=0, launches=0)
+
+
+def _same_back(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """The backward of a permutation is a permutation."""
+    return tuple(
+        replace(kernel, back_bytes=kernel.bytes) if kernel.kind == "memory_bound" else kernel
+        for kernel in kernels
+    )
 
 
 def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tuple[Kernel, ...]:

@@ -42,7 +42,8 @@ class Passes:
             routes: tuple[int, ...] = ()
             if self.is_moe(layer):
                 routes = tuple(count * experts.tensor for count in c.routes(0))
-            tape = decoder_layer(c.model, self.shapes, layer, routes, c.groups["experts"].size > 1)
+            split, once = c.groups["experts"].size > 1, experts.dispatch == "deduplicated"
+            tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
             if c.strategy.dense.zero < 3:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
             self._tapes[key] = tape
