@@ -31,6 +31,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     device_limit: Limit = None,
     host_limit: Limit = None,
+    tracked_steps: Annotated[
+        int, typer.Option(min=0, help="first steps whose memory is watched; 0 = all where there is a limit")
+    ] = 0,
     routing: Annotated[
         Literal["learned", "profile"],
         typer.Option(help="who chooses experts: the router, or the plan's profile"),
@@ -64,6 +67,7 @@ def train(
         resume=resume,
         device_limit=None if device_limit is None else parse_bytes(device_limit, "--device-limit"),
         host_limit=None if host_limit is None else parse_bytes(host_limit, "--host-limit"),
+        tracked_steps=tracked_steps,
         routing=routing,
         schedule=schedule,
         warmup=warmup_steps_excluded,

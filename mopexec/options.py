@@ -11,10 +11,11 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
 
     plan, data, out, cache: paths as given (data may be "python"). tokens: the prepared tokens' directory,
     made by the command that launches the ranks ("" = each node's first rank prepares them). device_limit,
-    host_limit: bytes of one rank that the tracker enforces (None = it only watches). warmup: first steps left
-    out of the measurement. checkpoint_every: steps (0 = only at the end). keep: complete checkpoints kept.
-    profile_steps: extra steps at the end that are timed by kind of work; their updates are thrown away. seed
-    None: the plan's.
+    host_limit: bytes of one rank that the tracker enforces (None = it only watches). tracked_steps: first
+    steps that it watches (0 = all where there is a limit, else 2). warmup: first steps left out of the
+    measurement. checkpoint_every: steps (0 = only at the end). keep: complete checkpoints kept.
+    profile_steps: extra steps at the end that are timed by kind of work; their updates are thrown away.
+    seed None: the plan's.
     """
 
     plan: str
@@ -26,6 +27,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     resume: bool = False
     device_limit: int | None = None
     host_limit: int | None = None
+    tracked_steps: int = 0
     routing: Literal["learned", "profile"] = "learned"
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 3
@@ -40,6 +42,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field, least in (
             ("steps", 1),
+            ("tracked_steps", 0),
             ("warmup", 0),
             ("checkpoint_every", 0),
             ("keep", 1),

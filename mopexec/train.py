@@ -233,17 +233,19 @@ def learning_rate(plan: Plan, step: int, steps: int, schedule: Literal["constant
 
 
 class _Tracking:
-    """The tracker counts while the runner is built and in its first steps; always, where it has a limit to
-    enforce.
+    """The tracker counts while the runner is built and in its first steps; in all, where it has a limit to
+    enforce and options.tracked_steps does not say in how many.
     """
 
     def __init__(self, options: TrainOptions) -> None:
         self.tracker = MemoryTracker(options.device_limit, options.host_limit)
-        self._always = options.device_limit is not None or options.host_limit is not None
+        limited = options.device_limit is not None or options.host_limit is not None
+        self._always = limited and not options.tracked_steps
+        self._first = options.tracked_steps or TRACKED_STEPS
 
     def step(self, number: int) -> AbstractContextManager[Any]:
         """`number`: from 0, of this process."""
-        return self.tracker if self._always or number < TRACKED_STEPS else nullcontext()
+        return self.tracker if self._always or number < self._first else nullcontext()
 
 
 def _tokens(options: TrainOptions, plan: Plan, job: Job) -> Path:

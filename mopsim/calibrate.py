@@ -1,7 +1,8 @@
 """Calibration: a profile and measured runs -> a corrected profile, its residuals and uncertainty.
 
 Per kind of work, measured busy seconds are compared with simulated ones: `scale`, and an overhead per op
-where runs differ enough to tell. What is left of the step then goes to a cost per op of the compute stream
+where runs differ enough to tell. Collectives, and copies, are corrected as families: a common scale, from
+which each kind may differ a little. What is left of the step then goes to a cost per op of the compute stream
 (the executor's own Python), a constant per step, and a common factor. Corrections are fitted on the
 uncorrected curves: calibrating twice is calibrating once with more runs. No run scores its own fit:
 `held_out` errors come from fits without the run.
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from mopsim.calibrate_fit import SCALES, KindPoint, StepPoint, fit_kind, fit_step, median_noise
+from mopsim.calibrate_fit import SCALES, KindPoint, StepPoint, fit_family, fit_kind, fit_step, median_noise
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, HardwareProfile
@@ -23,8 +24,12 @@ from mopsim.spec.plan import Measurement, Plan
 
 COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
 """Kinds whose ops the compute stream launches one by one."""
-KIN = (COLLECTIVES, ("matmul", "grouped_matmul"), ("h2d", "d2h"), ("optimizer", "host_optimizer"))
+KIN = (("matmul", "grouped_matmul"), ("optimizer", "host_optimizer"))
 """Kinds that err alike: one that no run exercised is scaled as its kin are."""
+FAMILIES = (COLLECTIVES, ("h2d", "d2h"))
+"""Kinds with a common scale: the wires that they share. Their curves have their own cost per op already."""
+TRANSFER_NOISE = 0.2
+"""Least relative noise of a kind of FAMILIES: two ranks and the scheduler have a part in it."""
 ONE_STEP_NOISE = 0.2
 """Relative noise of a kind that was profiled in a single step, which tells none."""
 UNSEEN_STRATEGY = 0.15
@@ -183,8 +188,11 @@ def _corrected(
     """`bare` with corrections fitted to `runs`: first by kind, then to the step."""
     launch = bare.device.launch_overhead.si
     source = "runs " + ", ".join(run.digest for run in runs)
-    by_kind = {kind: _kind(kind, bare, runs, source) for kind in WORK_KINDS}
+    single = [kind for kind in WORK_KINDS if not any(kind in family for family in FAMILIES)]
+    by_kind = {kind: _kind(kind, bare, runs, source) for kind in single}
     corrections = {kind: correction for kind, correction in by_kind.items() if correction is not None}
+    for family in FAMILIES:
+        corrections |= _family(family, bare, runs, source)
     corrections |= _unseen(corrections, bare, source)
     for _ in range(ROUNDS):
         trial = msgspec.structs.replace(bare, corrections=corrections)
@@ -202,21 +210,37 @@ def _corrected(
     )
 
 
-def _kind(kind: str, bare: HardwareProfile, runs: Sequence[_Run], source: str) -> Correction | None:
-    """The correction of one kind, None where no run both simulates and measures it."""
+def _points(kind: str, runs: Sequence[_Run], least: float = 0.0) -> list[KindPoint]:
+    """A kind in every run that both simulates and measures it. least: of its relative noise."""
     points = []
     for run in runs:
         timing, base = run.measurement.kinds.get(kind), run.base.busy.get(kind, 0.0)
         if timing is not None and timing.seconds > 0 and base > 0:
             spread = (timing.seconds_high - timing.seconds_low) / (2 * timing.seconds) or ONE_STEP_NOISE
-            points.append(KindPoint(base, run.base.num_ops.get(kind, 0), timing.seconds, spread))
+            noise = max(spread, least)
+            points.append(KindPoint(base, run.base.num_ops.get(kind, 0), timing.seconds, noise))
+    return points
+
+
+def _kind(kind: str, bare: HardwareProfile, runs: Sequence[_Run], source: str) -> Correction | None:
+    """The correction of one kind, None where no run both simulates and measures it."""
+    points = _points(kind, runs)
     if not points:
         return None
-    prior = max(bare.device.launch_overhead.si, 1e-7)
-    if kind in COLLECTIVES:
-        prior = max(prior, bare.scale_up.collectives[kind].latency.si)
-    fit = fit_kind(points, prior, floor(bare, kind))
+    fit = fit_kind(points, max(bare.device.launch_overhead.si, 1e-7), floor(bare, kind))
     return Correction(scale=fit.scale, overhead=fit.overhead, source=source)
+
+
+def _family(kinds: Sequence[str], bare: HardwareProfile, runs: Sequence[_Run], source: str) -> Corrections:
+    """Corrections of kinds that share their wires; those that no run exercised get the family's scale."""
+    points = {kind: _points(kind, runs, TRANSFER_NOISE) for kind in kinds}
+    if not any(points.values()):
+        return {}
+    common, scales = fit_family(points, {kind: floor(bare, kind) for kind in kinds})
+    found = {kind: Correction(scale=scale, source=source) for kind, scale in scales.items()}
+    note = f"the kin of this kind in {source}"
+    missing = [kind for kind in kinds if kind not in found]
+    return found | {kind: Correction(scale=max(common, floor(bare, kind)), source=note) for kind in missing}
 
 
 def _unseen(corrections: Corrections, bare: HardwareProfile, source: str) -> Corrections:

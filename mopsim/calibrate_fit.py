@@ -1,6 +1,6 @@
 """The fits of calibration, on plain numbers. Runs are few, so every parameter has a prior, written here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,15 @@ from scipy.optimize import least_squares
 
 Array = NDArray[np.float64]
 
-SCALE_PRIOR = 1.0
-"""Standard deviation of ln(scale) of a kind around 0: a factor e either way is unsurprising."""
-FACTOR_PRIOR = 0.1
+SCALE_PRIOR = 0.5
+"""Standard deviation of ln(scale) of a kind, or of a family of kinds, around 0: 1.6 either way is usual."""
+KIN_PRIOR = 0.2
+"""Standard deviation of ln(scale) of a kind around that of its family."""
+FACTOR_PRIOR = 0.03
 """Standard deviation of ln(factor) of all kinds together: profiled steps are about as fast as others."""
-CONSTANT_PRIOR = 0.03
+PER_OP_PRIOR = 3.0
+"""Standard deviation of the cost per op, in launch overheads: Python around an op costs more than the op."""
+CONSTANT_PRIOR = 0.1
 """Standard deviation of the constant per step, as a part of the step."""
 LEAST_NOISE = 0.05
 """Relative noise of a measured time, whatever its own spread says."""
@@ -106,10 +110,32 @@ def fit_kind(points: Sequence[KindPoint], overhead_prior: float, floor: float) -
     return KindFit(float(np.exp(x[0])), float(x[1] * overhead_prior) if with_overhead else 0.0)
 
 
+def fit_family(
+    points: Mapping[str, Sequence[KindPoint]], floors: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
+    """(scale of a family of kinds, scale of each kind of it): one prior for all, which few points correct.
+
+    A family's kinds go over the same wires, so that they err alike; what one run measures of one of them on
+    a busy machine is worth little by itself. Every point's base is positive.
+    """
+    kinds = [kind for kind, found in points.items() if found]
+    logs = [np.log([point.seconds / point.base for point in points[kind]]) for kind in kinds]
+    noises = [_noise(points[kind]) for kind in kinds]
+
+    def residuals(x: Array) -> Array:
+        errors = [(x[0] + x[1 + i] - logs[i]) / noises[i] for i in range(len(kinds))]
+        return np.concatenate([*errors, [x[0] / SCALE_PRIOR], x[1:] / KIN_PRIOR])
+
+    most = float(np.log(SCALES[1])) / 2
+    x = _solve(residuals, [0.0] * (1 + len(kinds)), [-most] * (1 + len(kinds)), [most] * (1 + len(kinds)))
+    scales = {kind: max(float(np.exp(x[0] + x[1 + i])), floors[kind]) for i, kind in enumerate(kinds)}
+    return float(np.exp(x[0])), scales
+
+
 def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
     """What the kinds leave of the step, split by what is to be expected of each part.
 
-    A cost per op (the executor's own Python; prior: about one launch overhead), a constant, and a factor
+    A cost per op (the executor's own Python; prior: some launch overheads), a constant, and a factor
     on all. Two or more runs tell them apart; with one, the priors share it out.
     """
     simulated, ops, seconds = (
@@ -120,7 +146,7 @@ def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
     def parts(x: Array) -> tuple[float, float, float]:
         return (
             float(np.exp(FACTOR_PRIOR * x[0])),
-            float(launch * x[1]),
+            float(PER_OP_PRIOR * launch * x[1]),
             float(CONSTANT_PRIOR * typical * x[2]),
         )
 

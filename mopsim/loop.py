@@ -18,13 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from mopsim.commands.compare import directory
 from mopsim.engine import SimResult, simulate
-from mopsim.report.demo import Contender, DemoReport, write_demo
+from mopsim.report.demo import Contender, DemoReport, result_table, write_demo
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.units import parse_bytes
 from mopsim.strategies import mop
 
 MODEL = "tiny"
@@ -32,6 +35,11 @@ RANKS = 2
 SEQ_LEN, GLOBAL_BATCH = 512, 4
 LEARNING_RATE, WARMUP_STEPS = 4e-3, 8
 PRECISION: Literal["float32"] = "float32"
+DEVICE_LIMIT = "40 MiB"
+"""Of a rank: a device so small that a plain copy of the model and its optimizer does not fit on it."""
+TRACKED_STEPS, PROFILE_STEPS = 3, 3
+"""First steps whose memory is counted and held to the limit (they are not timed); extra steps at the end
+that are timed by kind of work."""
 
 
 @dataclass
@@ -107,6 +115,7 @@ def run(out: str, seed: int, steps: int) -> None:
     report = _loop(loop)
     with loop.stage("write the report"):
         written = write_demo(folder, report)
+    console.print(result_table(report))
     console.print(
         f"{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, "
         f"{time.perf_counter() - started:.0f} s in all"
@@ -114,9 +123,10 @@ def run(out: str, seed: int, steps: int) -> None:
 
 
 def _loop(loop: Loop) -> DemoReport:
-    profile = loop.work / "profile.yaml"
+    probed, profile = loop.work / "probed.yaml", loop.work / "profile.yaml"
     with loop.stage("probe this machine"):
-        loop.mopexec("probe", "--ranks", str(RANKS), "--out", str(profile))
+        loop.mopexec("probe", "--ranks", str(RANKS), "--out", str(probed))
+    io.write_yaml(profile, _small(io.load(probed, HardwareProfile, "hardware")))
     found: dict[str, dict[str, Any]] = {}
     for family in ("mop", "fsdp2"):
         with loop.stage(f"search {family}"):
@@ -154,7 +164,34 @@ def _loop(loop: Loop) -> DemoReport:
         found,
         json.loads(io.read_text(loop.work / "calibration.json")),
         f"mopsim demo --out {loop.out}",
+        _replicated(contenders[0].plan, hardware),
+        TRACKED_STEPS,
     )
+
+
+def _small(machine: HardwareProfile) -> HardwareProfile:
+    """The machine as it was probed, with a small device's memory, so that memory decides."""
+    source = "demo: a small device so that memory decides"
+    memory = Quantity(
+        value=parse_bytes(DEVICE_LIMIT, "device limit") / 2**20, unit="MiB", tag="assumed", source=source
+    )
+    reserved = Quantity(value=0.0, unit="MiB", tag="assumed", source=source)
+    device = msgspec.structs.replace(machine.device, memory=memory, reserved=reserved)
+    return msgspec.structs.replace(machine, device=device)
+
+
+def _replicated(plan: Plan, hardware: HardwareProfile) -> SimResult:
+    """The plain plan: the whole model, its gradients and its optimizer on every rank's device."""
+    plain = mop(
+        RANKS,
+        dense_shard=1,
+        expert_shard=1,
+        state="device",
+        boundary_tier="device",
+        precision=PRECISION,
+        name="replicated",
+    )
+    return simulate(plan.model, hardware, 1, plain, plan.training)
 
 
 def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
@@ -212,6 +249,14 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile, steps: int) -> Cont
             "python",
             "--steps",
             str(steps),
+            "--device-limit",
+            DEVICE_LIMIT.replace(" ", ""),
+            "--tracked-steps",
+            str(TRACKED_STEPS),
+            "--warmup-steps-excluded",
+            str(TRACKED_STEPS),
+            "--profile-steps",
+            str(PROFILE_STEPS),
             "--no-final-checkpoint",
             "--out",
             str(folder),
@@ -230,7 +275,7 @@ def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
     other = mop(
         RANKS,
         sequence=sequence,
-        micro_batch=GLOBAL_BATCH * sequence // RANKS,
+        micro_batch=2,
         experts=RANKS if seen.experts.degree == 1 else 1,
         vocabulary=RANKS if seen.vocabulary.degree == 1 else 1,
         chunk_tokens=128,

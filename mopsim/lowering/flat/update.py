@@ -53,7 +53,9 @@ class Update:
         work = [Work("memory_bound", bytes=float(self.total * c.grad), launches=4 * len(self.numels))]
         b.compute("norm", _O, _O, -1, work, *arrived)
         agreed = b.issue("norm", "all_reduce", 2 * self.wide, "world", _O, _O)
-        b.compute("clip", _O, _O, -1, [Work("memory_bound", launches=4)], agreed)
+        loads = 4.0 * c.model.num_local_experts * c.model.num_moe_layers
+        balanced = b.issue("balance", "all_reduce", loads, "world", _O, _O) if loads else None
+        b.compute("clip", _O, _O, -1, [Work("memory_bound", launches=4)], agreed, balanced)
 
     def _adam(self, params: int, pieces: int) -> list[Work]:
         """Clipped gradients in the wide dtype, the fused update, the refresh of the parameter shard."""

@@ -3,6 +3,8 @@
 mopexec.parallelize.fsdp_experts and mopexec.model.transformer. Buffers: what frames and saved tensors hold.
 """
 
+from dataclasses import replace
+
 from mopsim.layers.experts import experts, router
 from mopsim.lowering.fsdp.block import FsdpBlock
 from mopsim.lowering.workload import Work
@@ -27,6 +29,9 @@ class FsdpMoE(FsdpBlock):
         if self.cast:
             self._keep(layer, graph, "hwide", "hwide")
         self._keep(layer, graph, "scores", "scores")
+        if self.split:  # how many routes go where
+            counted = b.issue("counts", "all_to_all", 8.0 * E, "experts", "router", phase, layer)
+            b.compute("counts", "router", phase, layer, [], counted)
         self._dispatch(layer, phase)
         self._experts_forward(layer, phase, graph)
         self._return(layer, phase)
@@ -100,12 +105,15 @@ class FsdpMoE(FsdpBlock):
     def _expert_works(self, backward: bool) -> list[Work]:
         tape = experts(self.c.model, self.routes, self.c.b, self.c.wide)
         kernels = self.kernels("experts", tape)
-        return [
+        works = [
             w
             for name, kernel in kernels.items()
             if name != "route_weight"
             for w in self.b.works(kernel, backward)
         ]
+        if self.b.dtype == "bfloat16":  # one grouped product; other dtypes take one an expert
+            return works
+        return [replace(w, launches=int(w.count)) if w.kind == "grouped_matmul" else w for w in works]
 
     def _experts_forward(self, layer: int, phase: str, graph: bool) -> None:
         b, unit = self.b, self.c.layers[layer][1]

@@ -188,6 +188,7 @@ class FsdpStep:
         """Norm over all shards, clip in place, fused AdamW where the state is."""
         c, b = self.c, self.b
         total = sum(unit.shard_numel for unit in c.units())
+        self._agree()
         count = 12 * c.model.num_hidden_layers
         _O = "optimizer"
         if c.strategy.optimizer.state_tier == "host":
@@ -204,6 +205,13 @@ class FsdpStep:
             Work("optimizer", params=total, launches=count),
         ]
         b.compute("adamw", _O, _O, -1, works, agreed)
+
+    def _agree(self) -> None:
+        """What all ranks sum beside gradients: the loss, and every router's load for its balance bias."""
+        c, b = self.c, self.b
+        loads = [8.0] + [4.0 * c.model.num_local_experts] * c.model.num_moe_layers
+        ops = [b.issue("agree", "all_reduce", size, "world", "optimizer", "optimizer") for size in loads]
+        b.compute("agreed", "optimizer", "optimizer", -1, [], *ops)
 
 
 def _joined(context: Context) -> Unit:
