@@ -10,6 +10,7 @@ from mopsim.spec.strategy import (
     Experts,
     Optimizer,
     Order,
+    Overlap,
     Pipeline,
     Precision,
     Strategy,
@@ -194,14 +195,14 @@ def megatron(
     micro_batch: int = 1,
     recompute: Literal["none", "selective", "full"] = "none",
     modules: tuple[str, ...] = ("core_attn",),
+    overlap: Overlap | None = None,
     precision: DType = "bfloat16",
     name: str = "megatron",
 ) -> Strategy:
     """Megatron-Core: tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
     ZeRO-1; gradients are kept and reduced in fp32; `sequence` is context parallelism by ring exchange;
-    ETP may
-    differ from TP (parallel folding). Not run by mopexec: simulated, and exported.
+    ETP may differ from TP (parallel folding). Not run by mopexec: simulated, and exported.
     """
     stage_ranks = max(1, world_size // max(pipeline, 1))
     wide = _wide(precision)
@@ -229,6 +230,7 @@ def megatron(
         vocabulary=Vocabulary(degree=tensor, loss="vocab_parallel" if tensor > 1 else "full"),
         optimizer=_state("device"),
         activations=Activations(recompute=recompute, modules=modules if recompute == "selective" else ()),
+        overlap=overlap or Overlap(),
         precision=Precision(
             compute=precision, param=precision, reduce=wide, grad=wide, moments=wide, master=wide
         ),

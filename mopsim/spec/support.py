@@ -34,6 +34,12 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "experts.tensor": (1,),
     "experts.balance": ("none",),
     "experts.dispatch": ("all_to_all",),
+    "vocabulary.fused": (False,),
+    "overlap.grad_reduce": (False,),
+    "overlap.param_gather": (False,),
+    "overlap.pipeline": (False,),
+    "overlap.tensor": (False,),
+    "overlap.experts": (False,),
     "optimizer.host_fraction": (1.0,),
     "precision.matmul": ("compute",),
 }

@@ -2,7 +2,7 @@
 microbatch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mopsim.layers.tape import Kernel, Played, Step, Tape
 from mopsim.lowering.context import Context
@@ -45,6 +45,7 @@ class _Draft:
     pieces: list[Piece] = field(default_factory=list)
     pending: tuple[int, ...] = (START,)
     run: list[Played] = field(default_factory=list)
+    memory: tuple[Step, ...] = ()
 
     def add(
         self, name: str, stream: str, component: str, phase: str, work: tuple[Work, ...], deps: tuple[int,
@@ -52,6 +53,7 @@ class _Draft:
         memory: Sequence[Step],
     ) -> int:  # fmt: skip
         peak, net = deltas(tuple(memory))
+        self.memory = tuple(memory)
         self.pieces.append(Piece(name, stream, component, phase, work, deps, peak, net))
         return len(self.pieces) - 1
 
@@ -73,6 +75,15 @@ class _Draft:
         )
         self.pending = (index,)
         self.run.clear()
+
+    def end_with(self, memory: Sequence[Step]) -> None:
+        """Memory steps after all others: the last piece's own where everything waits for it."""
+        last = len(self.pieces) - 1
+        if self.pending == (last,) and self.pieces[last].stream == "compute":
+            peak, net = deltas((*self.memory, *memory))
+            self.pieces[last] = replace(self.pieces[last], peak=peak, net=net)
+        else:
+            self.pending = (self.add("freed", "compute", "other", "backward", (), self.pending, memory),)
 
     def part(self, item: Played) -> Part:
         return "forward" if not item.backward else "input_grad" if self.split else "backward"
@@ -146,8 +157,7 @@ def template(
             draft.run.append(item)
     draft.flush(direction)
     if last:
-        index = draft.add("freed", "compute", "other", direction, (), draft.pending, last)
-        draft.pending = (index,)
+        draft.end_with(last)
     return Template(tuple(draft.pieces), draft.pending)
 
 
@@ -214,22 +224,13 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     )
     scattered = works(again, "backward", draft.context)
     down = draft.add(
-        again.name,
-        stream,
-        kernel.component,
-        "backward",
-        scattered,
-        (inner,),
-        [s for s in gathered.memory if s[1] > 0],
-    )
+        again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
+    )  # fmt: skip
     weights = draft.add(
         kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context),
-        (up, inner),
-        [*gone, ("activations", -size)],
+        (up, inner), [*gone, ("activations", -size)],
     )  # fmt: skip
-    left = [step for step in gathered.memory if step[1] < 0]
-    end = draft.add("freed", "compute", kernel.component, "backward", (), (weights, down), left)
-    draft.pending = (end,)
+    draft.pending = (weights, down)
 
 
 def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:

@@ -1,0 +1,128 @@
+"""Published Megatron runs: peak memory and step time as measured, each with a tolerance of its own.
+
+SimuMax B200 and A100-PCIe results (Megatron-LM, Transformer Engine), and NVIDIA Megatron-Bridge performance
+summaries. Uncalibrated: datasheets and fitted kernel curves only.
+"""
+
+import msgspec
+import pytest
+
+from mopsim.engine import SimResult, simulate
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Overlap, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+
+GIB = 1024**3
+
+
+def cut(name: str, layers: int, tensor: int) -> ModelSpec:
+    """A network cut in depth, its vocabulary padded to 128 rows a tensor rank as Megatron-LM pads it."""
+    model = load_model(name)
+    rows = -(-model.vocab_size // (128 * tensor)) * 128 * tensor
+    return msgspec.structs.replace(model, num_hidden_layers=layers, vocab_size=rows)
+
+
+def fused(strategy: Strategy) -> Strategy:
+    vocabulary = msgspec.structs.replace(strategy.vocabulary, fused=True)
+    return msgspec.structs.replace(strategy, vocabulary=vocabulary)
+
+
+def low(strategy: Strategy, matmul: str, **changes: object) -> Strategy:
+    """bf16 gradients and a low-precision recipe, as Megatron-Bridge recipes have them."""
+    precision = msgspec.structs.replace(strategy.precision, matmul=matmul, grad="bfloat16", reduce="bfloat16")
+    return msgspec.structs.replace(strategy, precision=precision, **changes)
+
+
+def measure(model: ModelSpec, gpu: str, strategy: Strategy, seq_len: int, batch: int) -> SimResult:
+    hardware = load_profile(gpu)
+    nodes = -(-strategy.world_size // hardware.devices_per_node)
+    return simulate(model, hardware, nodes, strategy, TrainSpec(seq_len=seq_len, global_batch=batch))
+
+
+B200 = [
+    ("llama3_70b", 12, 1, 2, 1, 1, 4096, 16, 66.552, 0.01),
+    ("llama3_70b", 12, 2, 1, 1, 1, 4096, 16, 60.68, 0.01),
+    ("llama3_70b", 12, 4, 1, 1, 1, 4096, 8, 39.072, 0.01),
+    ("llama3_70b", 12, 8, 1, 1, 1, 4096, 4, 28.286, 0.01),
+    ("llama3_70b", 12, 2, 1, 4, 1, 32768, 4, 68.428, 0.02),
+    ("llama3_70b", 12, 1, 1, 8, 1, 32768, 4, 104.509, 0.02),
+    ("llama3_70b", 12, 2, 1, 4, 1, 131072, 4, 112.668, 0.04),
+    ("llama3_70b", 12, 1, 1, 8, 1, 131072, 4, 147.988, 0.04),
+    ("deepseek_v3_l4", 4, 1, 1, 1, 8, 4096, 32, 104.301, 0.02),
+    ("deepseek_v3_l4", 4, 1, 2, 1, 4, 4096, 16, 114.002, 0.02),
+]
+
+
+@pytest.mark.parametrize(("name", "layers", "tp", "pp", "cp", "ep", "seq", "batch", "gib", "within"), B200)
+def test_peak_memory_on_b200(
+    name: str,
+    layers: int,
+    tp: int,
+    pp: int,
+    cp: int,
+    ep: int,
+    seq: int,
+    batch: int,
+    gib: float,
+    within: float,
+) -> None:
+    strategy = fused(megatron(8, tensor=tp, pipeline=pp, sequence=cp, experts=ep))
+    result = measure(cut(name, layers, tp), "b200-sxm-192g", strategy, seq, batch)
+    assert result.peak_memory / GIB == pytest.approx(gib, rel=within)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "tp", "pp", "batch", "gib"),
+    [
+        ("llama3_70b", 12, 1, 2, 128, 66.52), ("llama3_70b", 12, 2, 1, 128, 60.65),
+        ("llama3_70b", 12, 4, 1, 64, 39.04), ("llama3_70b", 12, 8, 1, 32, 28.26),
+        ("llama3_8b", 32, 1, 2, 128, 51.34), ("llama3_8b", 32, 2, 1, 128, 43.95),
+        ("llama3_8b", 32, 4, 1, 64, 27.62), ("llama3_8b", 32, 8, 1, 32, 19.47),
+    ],
+)  # fmt: skip
+def test_peak_memory_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch: int, gib: float) -> None:
+    strategy = fused(megatron(8, tensor=tp, pipeline=pp))
+    result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch)
+    assert result.peak_memory / GIB == pytest.approx(gib, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "tp", "pp", "batch", "seconds"),
+    [
+        ("llama3_70b", 12, 1, 2, 128, 26.0788), ("llama3_70b", 12, 2, 1, 128, 31.739),
+        ("llama3_70b", 12, 4, 1, 64, 21.9725), ("llama3_70b", 12, 8, 1, 32, 23.0197),
+        ("llama3_8b", 32, 1, 2, 128, 18.8457), ("llama3_8b", 32, 2, 1, 128, 27.2062),
+        ("llama3_8b", 32, 8, 1, 32, 27.5686),
+    ],
+)  # fmt: skip
+def test_step_time_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch: int, seconds: float) -> None:
+    strategy = fused(megatron(8, tensor=tp, pipeline=pp))
+    result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch)
+    assert result.step_time == pytest.approx(seconds, rel=0.15)
+
+
+def test_step_time_of_llama3_70b_fp8_on_h100() -> None:
+    """64 H100, TP 4 x PP 8 x VP 5, 256 sequences of 8192: 20.0 s on the page of NeMo 25.11."""
+    overlap = Overlap(grad_reduce=True, param_gather=True, pipeline=True)
+    strategy = low(megatron(64, tensor=4, pipeline=8, virtual_stages=5, overlap=overlap), "fp8")
+    result = measure(cut("llama3_70b", 80, 4), "h100-sxm-80g", strategy, 8192, 256)
+    assert result.step_time == pytest.approx(20.0, rel=0.1)
+
+
+def test_step_time_of_deepseek_v3_on_b200() -> None:
+    """256 B200, PP 16 x EP 8, MXFP8, up-projections recomputed, batch 2048: 15.2 s (NeMo 25.09)."""
+    strategy = megatron(256, pipeline=16, experts=8, recompute="selective", modules=("mla_up_proj",))
+    result = measure(load_model("deepseek_v3"), "b200-sxm-192g", low(strategy, "mxfp8"), 4096, 2048)
+    assert result.step_time == pytest.approx(15.18, rel=0.1)
+
+
+def test_step_time_of_qwen3_with_hidden_exchanges_on_gb300() -> None:
+    """8 GB300, EP 8, MXFP8, HybridEP with expert communication hidden: 5.89 s for 512 sequences of 4096."""
+    strategy = low(megatron(8, experts=8, micro_batch=8, overlap=Overlap(experts=True)), "mxfp8")
+    experts = msgspec.structs.replace(strategy.experts, dispatch="deduplicated")
+    strategy = msgspec.structs.replace(strategy, experts=experts)
+    result = measure(cut("qwen3_30b_a3b", 48, 1), "gb300-288g", strategy, 4096, 512)
+    assert result.step_time == pytest.approx(5.89, rel=0.1)
