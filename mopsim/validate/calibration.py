@@ -85,9 +85,11 @@ def _robust(z: Array) -> Array:
     return np.asarray(np.sign(z) * np.sqrt(2 * (np.sqrt(1 + z**2) - 1)))
 
 
-def held_out(points: Sequence[Point]) -> list[Fit]:
-    """For each point, the fit on the points of all other networks; Fit() (uncalibrated) where
-    there are none.
+def held_out(points: Sequence[Point], usable: Sequence[bool] = ()) -> list[Fit]:
+    """For each point, the fit on the usable points of all other networks; Fit() (uncalibrated) without any.
+
+    usable: whether a point may be fitted on (all, where not given).
     """
-    by_model = {model: fit([p for p in points if p.model != model]) for model in {p.model for p in points}}
+    known = [p for p, use in zip(points, usable or [True] * len(points), strict=True) if use]
+    by_model = {model: fit([p for p in known if p.model != model]) for model in {p.model for p in points}}
     return [by_model[p.model] for p in points]

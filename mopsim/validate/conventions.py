@@ -16,6 +16,10 @@ Reading = Literal["allocated", "reserved", "device"]
 """What a peak is the peak of: live tensors, the caching allocator's blocks, or the whole device (NVML)."""
 
 
+_FUSED_LOSS = ("mcore-moe-paper", "llm-foundry")
+"""Recipes whose loss is one kernel: cross_entropy_loss_fusion, and MPT's loss_fn fused_crossentropy."""
+
+
 @dataclass(frozen=True)
 class Conventions:
     """grad: dtype in which gradients are kept and reduced; param: of resident shards; master_is_param: no
@@ -25,8 +29,6 @@ class Conventions:
     graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer. fused_loss: one cross-
     entropy kernel. overlaps: what a row without a word on overlap hides: tuned Megatron recipes hide what
     they can.
-    experts_whole: copies of an expert are not sharded (Halo: at expert degree 2 its memory is that of whole weights,
-    gradients and moments).
     """
 
     compute: DType = "bfloat16"
@@ -42,7 +44,6 @@ class Conventions:
     attention: Kernel = "profile"
     fused_loss: bool = False
     overlaps: bool = False
-    experts_whole: bool = False
 
 
 def conventions(row: Row) -> Conventions:
@@ -68,8 +69,7 @@ def conventions(row: Row) -> Conventions:
         graphs="cuda graph" in notes and "cuda graphs: off" not in notes and "cuda graph unset" not in notes,
         compiled="torch.compile" in notes or "+compile" in notes or " compile " in notes,
         attention=_attention(source, notes),
-        fused_loss=source.startswith("megatron-bridge") or source == "mcore-moe-paper" or "fused" in notes,
-        experts_whole=source == "halo-bench" and row.get("ep", "1") != "1",
+        fused_loss=source.startswith("megatron-bridge") or source in _FUSED_LOSS or "fused" in notes,
         overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
     )  # fmt: skip
 

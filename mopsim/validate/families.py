@@ -19,7 +19,7 @@ from mopsim.spec.strategy import (
     Strategy,
     Vocabulary,
 )  # fmt: skip
-from mopsim.validate.conventions import Conventions
+from mopsim.validate.conventions import Conventions, conventions
 from mopsim.validate.tables import UNKNOWN, Row
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
@@ -64,14 +64,11 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
     zero = _lookup(ZERO, row, "sharding")
     shard = degrees.stage_ranks // degrees.tensor if zero else 1
     spread = degrees.experts * degrees.expert_tensor
-    in_place = (
-        zero == 2 and facts.param == facts.compute
-    )  # whole parameters in the compute dtype: nothing to gather
     return Strategy(
         name=kind,
         world_size=degrees.world,
         micro_batch=degrees.micro_batch,
-        runtime="fully_shard" if kind == "fsdp" and not in_place else "flat_units",
+        runtime="fully_shard" if kind == "fsdp" else "flat_units",
         pipeline=_pipeline(degrees),
         dense=Dense(
             tensor=degrees.tensor,
@@ -86,7 +83,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         experts=Experts(
             degree=degrees.experts,
             tensor=degrees.expert_tensor,
-            shard=max(1, degrees.stage_ranks // spread) if zero and not facts.experts_whole else 1,
+            shard=max(1, degrees.stage_ranks // spread) if zero else 1,
             dispatch="deduplicated" if row.get("dispatcher") in ("deepep", "hybridep") else "all_to_all",
         ),
         vocabulary=_vocabulary(row, degrees, facts.fused_loss),
@@ -149,7 +146,7 @@ def _optimizer(row: Row, kind: str) -> Optimizer:
 
 
 def _activations(row: Row, kind: str) -> Activations:
-    """Raises SpecError for an unknown module. A fraction of offloaded layers is left out (see `approximations`)."""
+    """Raises SpecError for an unknown module. Offloaded fractions are left out (see `approximations`)."""
     tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
     recompute = row["recompute"]
     if recompute == "none":
@@ -157,9 +154,10 @@ def _activations(row: Row, kind: str) -> Activations:
     if recompute == "full":
         return Activations(recompute="full", boundary_tier=tier)
     names = [SELECTIVE[kind] if name == "selective" else name for name in recompute.split("+")]
+    known = ", ".join(MODULES)
     for name in names:
         if name not in MODULES:
-            raise SpecError("recompute", name, f"is not one of none, full, selective, {', '.join(MODULES)}")
+            raise SpecError("recompute", name, f"is not one of none, full, selective, {known}")
     return Activations(recompute="selective", modules=tuple(dict.fromkeys(names)), boundary_tier=tier)
 
 
@@ -169,8 +167,13 @@ def _overlap(row: Row, facts: Conventions) -> Overlap:
     if named in UNKNOWN:
         return Overlap(grad_reduce=hides, param_gather=hides, pipeline=hides, tensor=hides)
     parts = named.split("+")
+    chunks = row.get("pp") == "1" or row.get("vp", "") not in (*UNKNOWN, "1")
     return Overlap(
-        grad_reduce="dp" in parts, param_gather="dp" in parts, pipeline="pp" in parts, tensor="tp" in parts
+        grad_reduce="dp" in parts,
+        param_gather="dp" in parts,
+        pipeline="pp" in parts,
+        tensor="tp" in parts,
+        experts="ep" in parts and chunks,
     )
 
 
@@ -183,7 +186,7 @@ def approximations(row: Row) -> tuple[str, ...]:
         )
     if row.get("routing") == "natural":
         found.append("natural routing: simulated as balanced")
-    if "ep" in row.get("overlap", "").split("+"):
+    if "ep" in row.get("overlap", "").split("+") and not _overlap(row, conventions(row)).experts:
         found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
     if "selective" in row["recompute"] and family(row) == "fsdp":
         found.append("selective recompute of single ops: simulated as that of the FFN")

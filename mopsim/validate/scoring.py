@@ -63,6 +63,11 @@ def stack(case: Case) -> tuple[str, str]:
     return case.row["source"], case.row["gpu"]
 
 
+def trusted(case: Case) -> bool:
+    """Whether a run may be calibrated on: not a headline, a derived or a latency-dominated one (grade C)."""
+    return case.row.get("quality", "A") != "C"
+
+
 def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
     """Calibrate per stack, leave one network out; results with an error are left out by the caller."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -76,7 +81,7 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
             _point(results[i], cases[i].step_time or 0.0, model)
             for i, model in zip(timed, models, strict=True)
         ]
-        fits = dict(zip(timed, calibration.held_out(points), strict=True))
+        fits = dict(zip(timed, calibration.held_out(points, [trusted(cases[i]) for i in timed]), strict=True))
         baseline = regression.held_out([cases[i] for i in timed], models, [p.measured for p in points])
         lines = dict(zip(timed, baseline, strict=True))
         by_index = dict(zip(timed, points, strict=True))
@@ -183,16 +188,16 @@ class Regret:
 
 
 def regrets(scored: Iterable[Scored]) -> list[Regret]:
-    """Jobs with at least two different strategies, all measured."""
+    """Jobs with at least two different strategies, all measured, grade C apart; our pick is calibrated."""
     jobs: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
     for one in scored:
-        if one.case.step_time:
+        if one.case.step_time and trusted(one.case):
             jobs[_job(one.case)].append(one)
     found = []
     for job, runs in jobs.items():
         if len({run.case.strategy for run in runs}) < 2:
             continue
-        picked = min(runs, key=lambda run: run.simulated.step_time)
+        picked = min(runs, key=lambda run: run.calibrated)
         best = min(runs, key=lambda run: run.case.step_time or 0.0)
         slowdown = (picked.case.step_time or 0.0) / (best.case.step_time or 1.0) - 1.0
         found.append(
