@@ -97,10 +97,11 @@ def divisors(value: int) -> list[int]:
     return [d for d in range(1, value + 1) if value % d == 0]
 
 
-def generate(problem: Problem, family: str) -> Space:
-    """All legal candidates of a family: the product of its axes, less the rows that break a relation
-    between two."""
-    columns = _product(AXES[family](problem))
+def generate(problem: Problem, family: str, thin: Callable[[Problem, Axes], Axes] | None = None) -> Space:
+    """All legal candidates of a family: the product of its axes (of fewer values, given `thin`), less the
+    rows that break a relation between two."""
+    axes = AXES[family](problem)
+    columns = _product(thin(problem, axes) if thin else axes)
     rejected: Counter[str] = Counter()
     for reason, legal in _relations(problem, columns):
         keep = legal(columns)

@@ -1,0 +1,27 @@
+"""Fewer values an axis, where a search is one of many (sizing asks at a dozen node counts)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mopsim.search.space import Axes, Problem
+
+
+def coarse(problem: Problem, axes: Axes) -> Axes:
+    """The axes with what moves a step's time by per cents thinned out; degrees stay.
+
+    A ring spans a node or all ranks; loss and dense FFN go slice by slice; one bucket size a state.
+    """
+    ring = {problem.hardware.devices_per_node, problem.world_size}
+    keep: dict[Any, Callable[[Any], bool]] = {
+        "vocabulary": lambda value: value in ring,
+        "chunks": lambda value: value in (1, 4),
+        "ffn_slices": lambda value: value > 1,
+        "loss_slices": lambda value: value > 1,
+    }
+    thin: Axes = {}
+    for key, values in axes.items():
+        chosen = [value for value in values if keep[key](value)] if key in keep else list(values)
+        if key == ("state", "bucket"):
+            chosen = list({pair[0]: pair for pair in values if isinstance(pair, tuple)}.values())
+        thin[key] = chosen or list(values)
+    return thin
