@@ -1,7 +1,7 @@
 """mopsim: plan the training of mixture-of-experts models. Heavy imports happen inside the command that
 needs them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -103,6 +103,58 @@ def compare(
 
     job = o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed)
     run(job, strategy, out, sweep, any_plan, budget, json)
+
+
+@app.command()
+def size(
+    model: o.Model,
+    tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
+    days: Annotated[float, typer.Option(help="wall-clock days that it may take")],
+    hardware: Annotated[list[str], typer.Option(help="a hardware profile or YAML file; give several")],
+    seq_len: o.SeqLen = "4096",
+    global_batch_tokens: Annotated[
+        str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
+    ] = "4M",
+    family: Annotated[str, typer.Option(help="families to search, comma-separated")] = "",
+    max_nodes: Annotated[int, typer.Option(min=1, max=65536, help="nodes at most")] = 512,
+    utilisation: Annotated[
+        float, typer.Option(help="share of the wall clock that trains (the rest: restarts, checkpoints)")
+    ] = 0.9,
+    pue: Annotated[float, typer.Option(help="power of the building over power of the devices")] = 1.3,
+    max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="simulations per node count and family")] = 8,
+    runnable: Annotated[bool, typer.Option("--runnable", help="only what mopexec runs today")] = False,
+    plan: o.PlanOut = None,
+    routing: o.Routing = "balanced",
+    precision: o.Precision = "bfloat16",
+    json: o.Json = None,
+) -> None:
+    """Which cluster and how many nodes: time, cost, energy, memory headroom."""
+    from mopsim.commands.size import Order, run
+
+    order = Order(
+        model, tokens, days, hardware, seq_len, global_batch_tokens, family, max_nodes, utilisation, pue,
+        max_cost, budget, runnable, routing, precision,
+    )  # fmt: skip
+    run(order, plan, json)
+
+
+@app.command()
+def export(
+    plan: Annotated[str, typer.Option(help="a plan (YAML), as mopsim search writes it")],
+    to: Annotated[
+        Literal["torchtitan", "megatron-bridge", "deepspeed"], typer.Option(help="whose configuration")
+    ],
+    out: Annotated[str, typer.Option(help="where to write it (- for standard output)")],
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="write it even so, listing what the target cannot express")
+    ] = False,
+    json: o.Json = None,
+) -> None:
+    """The plan in the language of what people already run; what it cannot say is refused."""
+    from mopsim.commands.export import run
+
+    run(plan, to, out, lossy, json)
 
 
 @app.command()

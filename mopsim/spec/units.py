@@ -64,3 +64,15 @@ def format_seconds(seconds: float) -> str:
         if abs(seconds) >= scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} us"
+
+
+_DECIMAL_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_tokens(text: str, field: str = "tokens") -> int:
+    """Tokens of a training run: '15T', '1.5T', '500B', '2e12' (decimal: 1T = 10^12); MopError otherwise."""
+    match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?)\s*([KMBT]?)\s*$", text)
+    tokens = round(float(match.group(1)) * _DECIMAL_SUFFIX[match.group(2)]) if match else 0
+    if tokens < 1:
+        raise MopError(f"{field}: {text!r} is not a number of tokens such as 500B, 1.5T or 2e12")
+    return tokens

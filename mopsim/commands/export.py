@@ -1,0 +1,28 @@
+"""`mopsim export`: the plan for TorchTitan, Megatron-Bridge or DeepSpeed."""
+
+import sys
+from pathlib import Path
+
+from mopsim.commands.inputs import human
+from mopsim.export import TARGETS, export
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.plan import Plan
+
+
+def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
+    """Read the plan, write the configuration, say what it leaves out."""
+    if out == "-" and json == "-":
+        raise MopError("json: - and out: - cannot both be standard output")
+    text, gaps = export(io.load(Path(plan), Plan, "plan"), to, lossy=lossy)
+    console = human("-" if "-" in (out, json) else None)
+    if out == "-":
+        sys.stdout.write(text)
+    else:
+        io.write_text(Path(out), text)
+        console.print(f"{to} configuration written to {out}; keys checked against {TARGETS[to].checked}")
+    for gap in gaps:
+        console.print(f"  not expressed: {gap}", style="yellow")
+    if json:
+        missing = [{"field": gap.path, "value": gap.value, "why": gap.why} for gap in gaps]
+        io.write_json(json, {"to": to, "out": out, "checked": TARGETS[to].checked, "not_expressed": missing})

@@ -1,0 +1,187 @@
+"""`mopsim size`: which cluster, and how many nodes of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mopsim
+from mopsim.commands import inputs as read_inputs
+from mopsim.report.sizing import format_dollars, sizing_table, summary
+from mopsim.search import DEFAULT_FAMILIES
+from mopsim.size import Assumptions, Goal, Point, Sizing, size
+from mopsim.size.figures import DAY
+from mopsim.size.finder import Request, recommend
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import Quantity
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import DType
+from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import parse_count, parse_tokens
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be sized, as typed on the command line."""
+
+    model: str
+    tokens: str
+    days: float
+    hardware: Sequence[str]
+    seq_len: str
+    global_batch_tokens: str
+    family: str
+    max_nodes: int
+    utilisation: float
+    pue: float
+    max_cost: float | None
+    budget: int
+    runnable: bool
+    routing: str
+    precision: DType
+
+
+def run(order: Order, plan: str | None, json: str | None) -> None:
+    """Size each machine type, show the answer, write the recommended plan and the JSON."""
+    from pathlib import Path
+
+    from rich.progress import Progress
+
+    request = read(order)
+    machines = [load_profile(name) for name in dict.fromkeys(order.hardware)]
+    recommend([], order.max_cost)
+    console = read_inputs.human(json)
+    sizings: list[Sizing] = []
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("sizing", total=None)
+        for machine in machines:
+            sizings.append(
+                size(request, machine, lambda n, name: bar.update(task, description=f"{n} x {name}"))
+            )
+    cheapest, fastest = recommend([p for s in sizings for p in s.tried], order.max_cost)
+    title = (
+        f"{request.model.name}: {request.goal.tokens:,} tokens within {order.days:g} days, "
+        f"sequences of {request.seq_len:,}"
+    )
+    console.print(sizing_table(sizings, cheapest, title, stated(request, sizings)))
+    within = "" if order.max_cost is None else f" within {format_dollars(order.max_cost)}"
+    console.print(f"Recommended (cheapest): {summary(cheapest)}\nFastest{within}: {summary(fastest)}")
+    if json:
+        io.write_json(json, to_json(request, sizings, cheapest, fastest))
+    if plan:
+        chosen = cheapest or fastest
+        if chosen is None or chosen.result is None:
+            raise MopError(f"plan: {plan} not written: no cluster trains in time")
+        inputs = read_inputs.Inputs(
+            request.model, chosen.hardware, chosen.num_nodes, chosen.training, order.precision
+        )
+        io.write_yaml(Path(plan), read_inputs.make_plan(inputs, chosen.result))
+
+
+def read(order: Order) -> Request:
+    """The request of an order. Raises MopError in one line."""
+    if not 0 < order.days < 1e6:
+        raise MopError(f"days: {order.days:g} must be positive, and below a million")
+    seq_len = parse_count(order.seq_len, "seq-len")
+    TrainSpec(seq_len=seq_len, global_batch=1, routing=order.routing)
+    return Request(
+        model=load_model(order.model),
+        goal=Goal(parse_tokens(order.tokens), order.days * DAY),
+        seq_len=seq_len,
+        batch_tokens=parse_count(order.global_batch_tokens, "global-batch-tokens"),
+        families=read_inputs.families(order.family, DEFAULT_FAMILIES),
+        max_nodes=order.max_nodes,
+        budget=order.budget,
+        any_plan=not order.runnable,
+        assumptions=Assumptions(order.utilisation, order.pue),
+        precision=order.precision,
+        routing=order.routing,
+    )
+
+
+def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
+    """What the figures rest on: a line for the assumptions, one a machine for price and power."""
+    a = request.assumptions
+    lines = [
+        f"Assumed: {a.utilisation:.0%} of the wall clock trains (--utilisation); PUE {a.pue:g} over rated "
+        f"device power (--pue); about {request.batch_tokens:,} tokens a step (--global-batch-tokens)."
+    ]
+    for sizing in sizings:
+        price, power = sizing.hardware.price_per_device_hour, sizing.hardware.device.power
+        lines.append(f"{sizing.hardware.name}: price {_quantity(price)}; power {_quantity(power)}")
+    return lines
+
+
+def _quantity(quantity: Quantity | None) -> str:
+    if quantity is None:
+        return "-"
+    return f"{quantity.value:g} {quantity.unit} ({quantity.tag}: {' '.join(quantity.source.split())})"
+
+
+def to_json(
+    request: Request, sizings: Sequence[Sizing], cheapest: Point | None, fastest: Point | None
+) -> dict[str, Any]:
+    """SI units: seconds, bytes, joules; dollars."""
+    return {
+        "model": request.model.name,
+        "tokens": request.goal.tokens,
+        "deadline_s": request.goal.seconds,
+        "seq_len": request.seq_len,
+        "global_batch_tokens": request.batch_tokens,
+        "assumptions": {"utilisation": request.assumptions.utilisation, "pue": request.assumptions.pue},
+        "hardware": [_sizing_json(sizing) for sizing in sizings],
+        "recommended": _point_json(cheapest) if cheapest else None,
+        "fastest": _point_json(fastest) if fastest else None,
+        "version": mopsim.__version__,
+    }
+
+
+def _sizing_json(sizing: Sizing) -> dict[str, Any]:
+    price, power = sizing.hardware.price_per_device_hour, sizing.hardware.device.power
+    return {
+        "name": sizing.hardware.name,
+        "digest": io.digest(sizing.hardware),
+        "can": sizing.best is not None,
+        "reason": sizing.why or None,
+        "price_per_device_hour_usd": price.si if price else None,
+        "price_source": f"{price.tag}: {price.source}" if price else None,
+        "device_power_w": power.si if power else None,
+        "simulated": sizing.simulated,
+        "best": _point_json(sizing.best) if sizing.best else None,
+        "tried": [_tried_json(point) for point in sizing.tried],
+    }
+
+
+def _tried_json(point: Point) -> dict[str, Any]:
+    bill = point.figures
+    return {
+        "nodes": point.num_nodes,
+        "in_time": point.in_time,
+        "reason": point.why or None,
+        "duration_s": bill.seconds if bill else None,
+        "cost_usd": bill.cost if bill else None,
+    }
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    result, bill = point.result, point.figures
+    assert result is not None
+    assert bill is not None
+    return {
+        "hardware": point.hardware.name,
+        "nodes": point.num_nodes,
+        "devices": point.num_devices,
+        "duration_s": bill.seconds,
+        "days": bill.days,
+        "device_seconds": bill.device_seconds,
+        "device_hours": bill.device_hours,
+        "cost_usd": bill.cost,
+        "energy_j": bill.energy,
+        "steps": point.num_steps,
+        "global_batch": point.training.global_batch,
+        "tokens_per_s": result.tokens_per_second,
+        "memory_headroom_bytes": result.memory_limit - result.peak_memory,
+        "host_headroom_bytes": result.host_limit - result.host_memory,
+        "result": result.to_json(),
+    }

@@ -1,0 +1,89 @@
+"""The tables of `mopsim size`: what a buyer asks of a cluster."""
+
+from collections.abc import Sequence
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mopsim.report.tables import describe
+from mopsim.size.finder import Point, Sizing
+from mopsim.spec.units import format_bytes, format_seconds
+
+COLUMNS = (
+    "machine", "nodes", "devices", "days", "cost", "device-hours", "energy", "step", "tokens/s", "MFU",
+    "memory free", "host free",
+)  # fmt: skip
+"""days: wall clock. memory free, host free: below the limit of a device, and of its share of the host."""
+
+
+def row(point: Point) -> list[str]:
+    """The cells of COLUMNS for a point that fits; '-' where the profile does not say."""
+    result, bill = point.result, point.figures
+    assert result is not None
+    assert bill is not None
+    return [
+        point.hardware.name,
+        f"{point.num_nodes:,}",
+        f"{point.num_devices:,}",
+        f"{bill.days:,.1f}",
+        "-" if bill.cost is None else format_dollars(bill.cost),
+        f"{bill.device_hours:,.0f}",
+        "-" if bill.energy is None else f"{bill.energy / 3.6e9:,.3g} MWh",
+        format_seconds(result.step_time),
+        f"{result.tokens_per_second:,.0f}",
+        f"{result.mfu:.1%}",
+        _headroom(result.memory_limit, result.peak_memory),
+        _headroom(result.host_limit, result.host_memory),
+    ]
+
+
+def format_dollars(dollars: float) -> str:
+    """'$1.23 M', '$45.6 k' or '$12'."""
+    for unit, scale in (("M", 1e6), ("k", 1e3)):
+        if dollars >= scale:
+            return (
+                f"${dollars / scale:,.3g} {unit}"
+                if dollars < 1000 * scale
+                else f"${dollars / scale:,.0f} {unit}"
+            )
+    return f"${dollars:,.0f}"
+
+
+def _headroom(limit: int, used: int) -> str:
+    return f"{format_bytes(limit - used)} ({1 - used / limit:.0%})" if limit else "-"
+
+
+def sizing_table(
+    sizings: Sequence[Sizing], recommended: Point | None, title: str, assumptions: Sequence[str]
+) -> Group:
+    """One line a machine: its smallest cluster that trains in time, or why it can't; then each strategy."""
+    table = Table(title=title, title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "machine" else "right", overflow="fold")
+    lines: list[Text] = []
+    for sizing in sizings:
+        if sizing.best is None:
+            table.add_row(sizing.hardware.name, "cannot", *["-"] * (len(COLUMNS) - 2), style="red")
+            lines.append(Text(f"{sizing.hardware.name}: cannot: {sizing.why}", style="red"))
+            continue
+        chosen = recommended is not None and recommended is sizing.best
+        table.add_row(*row(sizing.best), style="bold green" if chosen else None)
+        result, training = sizing.best.result, sizing.best.training
+        assert result is not None
+        tokens = training.global_batch * training.seq_len
+        lines.append(
+            Text(
+                f"{sizing.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
+                f"({tokens:,} tokens) a step, {sizing.best.num_steps:,.0f} steps"
+            )
+        )
+    return Group(table, *lines, *(Text(line, style="dim") for line in assumptions))
+
+
+def summary(point: Point | None) -> str:
+    """'16 x h200-sxm-141g: 27.2 days, $120 k' or 'none'."""
+    if point is None or point.figures is None:
+        return "none"
+    cost = "price unknown" if point.figures.cost is None else format_dollars(point.figures.cost)
+    return f"{point.num_nodes} x {point.hardware.name}: {point.figures.days:,.1f} days, {cost}"

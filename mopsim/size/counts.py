@@ -1,0 +1,50 @@
+"""Which node counts are worth asking about, and the global batch that suits each."""
+
+from mopsim.cost.compute import matmul_curve
+from mopsim.layers.flops import flops_per_token
+from mopsim.search.space import divisors
+from mopsim.size.figures import Assumptions, Goal
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import DType
+
+
+def node_counts(most: int) -> list[int]:
+    """Node counts up to `most`: 4, 5, 6, 7 or 8 times a power of two (and 1, 2, 3), ascending.
+
+    Degrees must divide the ranks, so a count with few factors (37, 101) leaves hardly a strategy.
+    """
+    counts = set(range(1, min(most, 8) + 1))
+    power = 1
+    while 4 * power <= most:
+        counts.update(part * power for part in (4, 5, 6, 7, 8) if part * power <= most)
+        power *= 2
+    return sorted(counts)
+
+
+def global_batch(world_size: int, seq_len: int, tokens: int) -> int:
+    """Sequences per step, near `tokens`, that divide over data groups of `world_size` ranks.
+
+    The nearest multiple of the ranks where each has a sequence to itself; else the divisor of the ranks
+    nearest by ratio (the data groups are then that many, and ranks share a sequence).
+    """
+    wanted = tokens / seq_len
+    if wanted >= world_size:
+        return world_size * round(wanted / world_size)
+    wanted = max(wanted, 1.0)
+    return min(divisors(world_size), key=lambda d: (max(d / wanted, wanted / d), d))
+
+
+def least_nodes(
+    model: ModelSpec,
+    hardware: HardwareProfile,
+    seq_len: int,
+    goal: Goal,
+    assumptions: Assumptions,
+    precision: DType = "bfloat16",
+) -> int:
+    """Nodes below which arithmetic alone is too slow: three times the forward's FLOP at the peak rate of
+    the products."""
+    flops = 3 * sum(flops_per_token(model, seq_len).values()) * goal.tokens
+    rate = matmul_curve(hardware, precision).peak.si * hardware.devices_per_node
+    return max(1, int(-(-flops // (rate * goal.seconds * assumptions.utilisation))))

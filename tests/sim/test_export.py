@@ -1,0 +1,221 @@
+"""Export: plans in other tools' words, key by key; what can't be said is refused, or listed."""
+
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from mopsim.cli import main
+from mopsim.export import TARGETS, export
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.presets import load_model
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+
+replace = msgspec.structs.replace
+
+
+def plan(strategy: Strategy, model: str = "qwen3_30b_a3b") -> Plan:
+    hardware = HardwareRef(
+        name="toy", digest="0", num_nodes=4, devices_per_node=8, memory_limit=1, host_limit=1
+    )
+    training = TrainSpec(seq_len=4096, global_batch=64, learning_rate=1e-4, warmup_steps=10)
+    return Plan(model=load_model(model), hardware=hardware, strategy=strategy, training=training)
+
+
+def fsdp_context() -> Strategy:
+    """FSDP2 on 32 ranks, context parallelism 2 by all-gather, HSDP over two nodes."""
+    made = fsdp2(32, experts=8, sequence=2, dense_shard=16)
+    attention = replace(made.attention, exchange="all_gather")
+    return replace(made, attention=attention, experts=replace(made.experts, shard=2))
+
+
+def test_torchtitan_by_hand() -> None:
+    """32 ranks = 2 replicas x 8 shards x 2 context; of 4 expert replicas 2 share a copy."""
+    text, gaps = export(plan(fsdp_context()), "torchtitan")
+    found = tomllib.loads(text)
+    assert not gaps
+    assert found["parallelism"] == {
+        "data_parallel_replicate_degree": 2,
+        "data_parallel_shard_degree": 8,
+        "fsdp_reshard_after_forward": "always",
+        "tensor_parallel_degree": 1,
+        "disable_loss_parallel": True,
+        "context_parallel_degree": 2,
+        "context_parallel_rotate_method": "allgather",
+        "expert_parallel_degree": 8,
+        "expert_tensor_parallel_degree": 1,
+        "expert_parallel_comm_backend": "standard",
+        "pipeline_parallel_degree": 1,
+    }
+    assert found["model"] == {"name": "qwen3", "flavor": "30B-A3B"}
+    assert found["training"]["local_batch_size"] == 1
+    assert found["training"]["global_batch_size"] == 64
+    assert found["training"]["mixed_precision_param"] == "bfloat16"
+    assert found["activation_checkpoint"] == {"mode": "full"}
+    assert "v0.2.2" in text.splitlines()[1]
+
+
+def test_torchtitan_offloads_all_or_nothing() -> None:
+    text, _ = export(plan(fsdp2(32, experts=8, offload=True)), "torchtitan")
+    assert tomllib.loads(text)["training"]["enable_cpu_offload"] is True
+    with pytest.raises(MopError, match="precision.param"):
+        export(plan(zero_offload(32, experts=8)), "torchtitan")
+
+
+def test_megatron_bridge_by_hand() -> None:
+    made = megatron(32, tensor=2, pipeline=2, virtual_stages=2, sequence=2, experts=8, recompute="selective")
+    made = replace(made, activations=replace(made.activations, modules=("core_attn", "moe_act")))
+    text, gaps = export(plan(made), "megatron-bridge")
+    found = yaml.safe_load(text)
+    assert not gaps
+    assert found["model"] == {
+        "seq_length": 4096,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "context_parallel_size": 2,
+        "cp_comm_type": "p2p",
+        "expert_model_parallel_size": 8,
+        "expert_tensor_parallel_size": 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "moe_act"],
+        "overlap_p2p_comm": False,
+        "cross_entropy_loss_fusion": False,
+    }
+    assert found["train"] == {"global_batch_size": 64, "micro_batch_size": 1}
+    assert found["optimizer"]["use_distributed_optimizer"] is True
+    assert found["ddp"]["grad_reduce_in_fp32"] is True
+    assert found["mixed_precision"] == "bf16_mixed"
+
+
+def test_megatron_bridge_offloads_a_fraction_of_the_state() -> None:
+    made = megatron(32, experts=8)
+    host = replace(made.optimizer, state_tier="host", update_on="host", host_fraction=0.5)
+    found = yaml.safe_load(export(plan(replace(made, optimizer=host)), "megatron-bridge")[0])
+    assert found["optimizer"]["optimizer_cpu_offload"] is True
+    assert found["optimizer"]["optimizer_offload_fraction"] == 0.5
+
+
+def test_deepspeed_by_hand() -> None:
+    """64 sequences over 32 data groups of one sequence each: two microbatches."""
+    text, gaps = export(plan(zero_offload(32, experts=8, boundary_tier="host")), "deepspeed")
+    found = json.loads(text)
+    assert not gaps
+    assert found["train_batch_size"] == 64
+    assert found["train_micro_batch_size_per_gpu"] == 1
+    assert found["gradient_accumulation_steps"] == 2
+    zero = found["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True, "ratio": 1.0}
+    assert "offload_param" not in zero
+    assert found["expert_parallel"] == {"enabled": True, "autoep_size": 8, "preset_model": "qwen3_moe"}
+    assert found["activation_checkpointing"]["cpu_checkpointing"] is True
+    assert found["bf16"] == {"enabled": True}
+    assert found["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    assert found["scheduler"]["params"]["warmup_num_steps"] == 10
+
+
+def test_deepspeed_ulysses_and_shards_over_fewer_ranks() -> None:
+    found = json.loads(export(plan(zero_offload(32, sequence=4, dense_shard=8)), "deepspeed")[0])
+    assert found["sequence_parallel_size"] == 4
+    assert found["gradient_accumulation_steps"] == 8
+    assert found["zero_optimization"]["mics_shard_size"] == 8
+
+
+REFUSED: list[tuple[Callable[[], Strategy], str, str]] = [
+    (lambda: mop(32, experts=8, vocabulary=8), "deepspeed", "strategy.vocabulary.loss: 'ring'"),
+    (lambda: mop(32, experts=8, vocabulary=8), "torchtitan", "strategy.vocabulary.loss: 'ring'"),
+    (lambda: mop(32, experts=8, vocabulary=8), "megatron-bridge", "strategy.vocabulary.loss: 'ring'"),
+    (lambda: megatron(32, pipeline=2, experts=8), "deepspeed", "strategy.pipeline.degree: 2"),
+    (lambda: fsdp2(32, sequence=2), "torchtitan", "strategy.attention.exchange: 'ulysses'"),
+    (lambda: fsdp2(32, loss="chunked"), "torchtitan", "strategy.vocabulary.loss: 'chunked'"),
+    (lambda: zero_offload(32, sequence=2, experts=8), "deepspeed", "strategy.attention.sequence: 2"),
+    (lambda: megatron(32, tensor=2, experts=8), "torchtitan", "strategy.dense.zero: 1"),
+    (lambda: fsdp2(32), "megatron-bridge", "strategy.precision.param: 'float32'"),
+    (lambda: fsdp2(32), "deepspeed", "strategy.precision.param: 'float32'"),
+]
+
+
+@pytest.mark.parametrize(("make", "target", "says"), REFUSED)
+def test_what_is_not_expressed_is_refused_unless_lossy(
+    make: Callable[[], Strategy], target: str, says: str
+) -> None:
+    with pytest.raises(MopError) as refused:
+        export(plan(make()), target)
+    assert str(refused.value).startswith(says)
+    assert "\n" not in str(refused.value)
+    text, gaps = export(plan(make()), target, lossy=True)
+    assert str(gaps[0]).startswith(says)
+    if target == "deepspeed":
+        assert json.loads(text)["_not_expressed"] == [str(gap) for gap in gaps]
+    else:
+        assert sum(line.startswith("# NOT EXPRESSED: ") for line in text.splitlines()) == len(gaps)
+        assert tomllib.loads(text) if target == "torchtitan" else yaml.safe_load(text)
+
+
+def test_an_unknown_model_has_no_flavor() -> None:
+    with pytest.raises(MopError, match=r"^model\.name: 'mop_120b' is not a model"):
+        export(plan(fsdp2(32), "mop_120b"), "torchtitan")
+    assert "model" not in tomllib.loads(export(plan(fsdp2(32), "mop_120b"), "torchtitan", lossy=True)[0])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_file_says_what_its_keys_were_checked_against(target: str) -> None:
+    text, _ = export(plan(mop(32, experts=8)), target, lossy=True)
+    assert f"Keys checked against {TARGETS[target].checked}" in text
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mopsim", "export", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "plan.yaml", tmp_path / "ds.json"
+    io.write_yaml(source, plan(mop(32, experts=8, vocabulary=8)))
+    common = ["--plan", str(source), "--to", "deepspeed", "--out", str(out)]
+    assert call(monkeypatch, *common) == 2
+    err = capsys.readouterr().err
+    assert "strategy.vocabulary.loss: 'ring'" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not out.exists()
+    assert call(monkeypatch, *common, "--lossy", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["not_expressed"][0]["field"] == "strategy.vocabulary.loss"
+    assert json.loads(out.read_text())["zero_optimization"]["stage"] == 3
+    assert call(monkeypatch, *common[:-1], "-", "--lossy") == 0
+    assert json.loads(capsys.readouterr().out)["train_batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--plan", "missing.yaml", "--to", "deepspeed", "--out", "x"], "missing.yaml: no such file"),
+        (["--plan", "missing.yaml", "--to", "nemo", "--out", "x"], "nemo"),
+        (["--plan", "x.yaml", "--to", "deepspeed", "--out", "-", "--json", "-"], "cannot both"),
+        (["--to", "deepspeed"], "Missing option"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.strip().splitlines()) == 1

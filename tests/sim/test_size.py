@@ -1,0 +1,195 @@
+"""Sizing: a bill computed by hand, node counts and batches that divide, and an answer that holds."""
+
+import json
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mopsim.cli import main
+from mopsim.size import Assumptions, Goal, figures, size
+from mopsim.size.counts import global_batch, least_nodes, node_counts
+from mopsim.size.figures import DAY
+from mopsim.size.finder import Point, Request, recommend
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.plan import Plan
+from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import parse_tokens
+from tests.sim.toys import machine, quantity, small
+
+MODEL = small()
+
+
+def priced(name: str = "toy", price: float = 2.0) -> HardwareProfile:
+    """The toy machine at `price` dollars a device hour, 500 W a device."""
+    toy = machine()
+    device = msgspec.structs.replace(toy.device, power=quantity(500, "W"))
+    return msgspec.structs.replace(
+        toy, name=name, device=device, price_per_device_hour=quantity(price, "USD/h")
+    )
+
+
+def request(seconds: float, tokens: int = 10**12, max_nodes: int = 64) -> Request:
+    goal = Goal(tokens, seconds)
+    return Request(MODEL, goal, 512, 2**17, ("mop", "fsdp2"), max_nodes=max_nodes, budget=3)
+
+
+def test_the_bill_by_hand() -> None:
+    """10^12 tokens at 10^6 tokens/s, half the time useful: 2*10^6 s; 2 nodes of 8 devices: 3.2*10^7 device
+    seconds; at 2 USD/h 17,777.78 USD; at 500 W and PUE 1.5 2.4*10^10 J."""
+    bill = figures(priced(), 2, 1e6, Goal(10**12, 30 * DAY), Assumptions(utilisation=0.5, pue=1.5))
+    assert bill.seconds == pytest.approx(2e6)
+    assert bill.days == pytest.approx(2e6 / 86400)
+    assert bill.device_seconds == pytest.approx(3.2e7)
+    assert bill.cost == pytest.approx(2 * 3.2e7 / 3600)
+    assert bill.energy == pytest.approx(500 * 1.5 * 3.2e7)
+
+
+def test_what_the_profile_does_not_say_is_none() -> None:
+    bill = figures(machine(), 1, 1e6, Goal(10**12, DAY))
+    assert bill.cost is None
+    assert bill.energy is None
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("1T", 10**12), ("15T", 15 * 10**12), ("500B", 5 * 10**11), ("1.5T", 15 * 10**11),
+                         ("2e12", 2 * 10**12), ("1000", 1000), ("20M", 2 * 10**7)],
+)  # fmt: skip
+def test_tokens_are_decimal(text: str, tokens: int) -> None:
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "T", "-1T", "1Q", "0", "nan", "1TB"])
+def test_tokens_refused(text: str) -> None:
+    with pytest.raises(MopError, match="is not a number of tokens"):
+        parse_tokens(text)
+
+
+def test_node_counts_have_many_factors() -> None:
+    assert node_counts(20) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
+    assert node_counts(1) == [1]
+
+
+@settings(deadline=None)
+@given(nodes=st.sampled_from(node_counts(512)), power=st.integers(9, 20), wanted=st.integers(10, 26))
+def test_a_global_batch_divides_over_the_ranks(nodes: int, power: int, wanted: int) -> None:
+    world = 8 * nodes
+    batch = global_batch(world, 2**power, 2**wanted)
+    assert batch % world == 0 or world % batch == 0
+    if 2 ** (wanted - power) >= world:
+        assert abs(batch * 2**power - 2**wanted) <= world * 2**power / 2
+
+
+def test_the_smallest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() -> None:
+    alone = size(request(400 * DAY, max_nodes=1), priced()).best
+    assert alone is not None
+    assert alone.figures is not None
+    seconds = alone.figures.seconds / 5  # so five nodes, or a few more
+    goal = request(seconds)
+    sizing = size(goal, priced())
+    assert sizing.best is not None
+    assert sizing.best.num_nodes > 1
+    assert sizing.best.figures is not None
+    assert sizing.best.figures.seconds <= seconds
+    assert sizing.best.result is not None
+    assert sizing.best.result.verdict == "fits"
+    smaller = [point for point in sizing.tried if point.num_nodes < sizing.best.num_nodes]
+    assert not any(point.in_time for point in smaller)
+    allowed = node_counts(64)
+    before = allowed[allowed.index(sizing.best.num_nodes) - 1]
+    least = least_nodes(MODEL, priced(), 512, goal.goal, goal.assumptions)
+    assert before < least or any(point.num_nodes == before for point in sizing.tried)
+
+
+def test_too_slow_is_said_without_a_simulation() -> None:
+    sizing = size(request(1.0), priced())
+    assert sizing.best is None
+    assert sizing.simulated == 0
+    assert "not fast enough" in sizing.why
+
+
+def test_what_does_not_fit_names_the_category() -> None:
+    tiny = msgspec.structs.replace(
+        priced(), device=msgspec.structs.replace(priced().device, memory=quantity(1, "MB"))
+    )
+    sizing = size(request(400 * DAY, max_nodes=1), tiny)
+    assert sizing.best is None
+    assert "over in the closest strategy" in sizing.why
+
+
+def test_recommended_is_the_cheapest_and_the_fastest_keeps_the_budget() -> None:
+    dear, cheap = size(request(DAY), priced("dear", 4.0)), size(request(DAY), priced("cheap", 2.0))
+    points = [*dear.tried, *cheap.tried]
+    cheapest, fastest = recommend(points)
+    assert cheapest is not None
+    assert cheapest.hardware.name == "cheap"
+    assert fastest is not None
+    assert fastest.figures is not None
+    assert recommend(points, max_cost=1e-6) == (cheapest, None)
+    with pytest.raises(MopError, match="max-cost"):
+        recommend(points, max_cost=0)
+    unpriced = Point(machine(), 1, TrainSpec(seq_len=1, global_batch=1), fastest.result,
+                     figures(machine(), 1, 1e9, Goal(1, 1)), True, "")  # fmt: skip
+    assert recommend([unpriced]) == (None, unpriced)
+
+
+JOB = ["size", "--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch-tokens",
+       "1K", "--precision", "float32", "--family", "mop", "--budget", "2", "--max-nodes", "4"]  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mopsim", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_the_command_writes_json_in_si_units_and_a_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, plan = tmp_path / "size.json", tmp_path / "plan.yaml"
+    assert (
+        call(monkeypatch, *JOB, "--tokens", "1M", "--days", "1", "--json", str(out), "--plan", str(plan)) == 0
+    )
+    found = json.loads(out.read_text())
+    best = found["hardware"][0]["best"]
+    assert found["tokens"] == 10**6
+    assert best["cost_usd"] == pytest.approx(
+        found["hardware"][0]["price_per_device_hour_usd"] * best["device_seconds"] / 3600
+    )
+    assert best["duration_s"] == pytest.approx(1e6 / best["tokens_per_s"] / 0.9)
+    assert found["recommended"]["nodes"] == best["nodes"]
+    assert io.load(plan, Plan, "plan").hardware.num_nodes == best["nodes"]
+
+
+MISTAKES = [
+    (["--tokens", "many", "--days", "1"], "tokens: 'many'"),
+    (["--tokens", "1M", "--days", "-1"], "days: -1"),
+    (["--tokens", "1M", "--days", "nan"], "days: nan"),
+    (["--tokens", "1M", "--days", "1", "--utilisation", "2"], "utilisation: 2"),
+    (["--tokens", "1M", "--days", "1", "--pue", "0.5"], "pue: 0.5"),
+    (["--tokens", "1M", "--days", "1", "--family", "zero"], "family: 'zero'"),
+    (["--tokens", "1M", "--days", "1", "--hardware", "h900"], "hardware: 'h900'"),
+    (["--tokens", "1M", "--days", "1", "--routing", "often"], "routing: 'often'"),
+    (["--tokens", "1M", "--days", "1", "--max-cost", "-3"], "max-cost: -3"),
+    (["--tokens", "1M", "--days", "1", "--max-nodes", "0"], "--max-nodes"),
+    (["--days", "1"], "Missing option"),
+    (["--tokens", "100T", "--days", "1", "--plan", "never.yaml"], "never.yaml not written"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert call(monkeypatch, *JOB, *arguments) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
