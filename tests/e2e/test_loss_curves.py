@@ -1,0 +1,71 @@
+"""The two runtimes train the same model on the same text: their loss curves agree, by the real command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mopsim.spec import io
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop
+
+ROOT = Path(__file__).parents[2]
+TEXT = "".join(f"{i} squared is {i * i}, and the fox jumps over {i % 7} dogs\n" for i in range(4000))
+MODEL = ModelSpec(
+    name="curves", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, vocab_size=300, intermediate_size=48, first_k_dense_replace=1, num_local_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+)  # fmt: skip
+HARDWARE = HardwareRef(
+    name="any", digest="none", num_nodes=1, devices_per_node=2, memory_limit=2**33, host_limit=2**33
+)
+
+
+def every_mechanism(precision: DType) -> Strategy:
+    return mop(
+        2, sequence=2, experts=2, vocabulary=2, chunk_tokens=16, ffn_chunk_tokens=16, loss_chunk_tokens=16,
+        bucket_params=3000, boundary_tier="host", host_budget=9000, precision=precision,
+    )  # fmt: skip
+
+
+def baseline(precision: DType) -> Strategy:
+    return fsdp2(
+        2, sequence=2, experts=2, offload=True, loss="chunked", loss_chunk_tokens=16, precision=precision
+    )
+
+
+def losses(folder: Path, strategy: Strategy, steps: int) -> list[float]:
+    """The losses of `steps` optimizer steps of the real command on two ranks."""
+    training = TrainSpec(seq_len=64, global_batch=4, learning_rate=3e-3, clip_norm=0.5, seed=1)
+    io.write_yaml(
+        folder / "plan.yaml", Plan(model=MODEL, hardware=HARDWARE, strategy=strategy, training=training)
+    )
+    (folder / "text.txt").write_text(TEXT)
+    command: list[Any] = [
+        sys.executable, "-m", "mopexec.cli", "train", "--plan", folder / "plan.yaml",
+        "--data", folder / "text.txt",
+        "--cache", folder.parent / "cache", "--steps", steps, "--out", folder / "run", "--profile-steps", 0,
+        "--no-final-checkpoint",
+    ]  # fmt: skip
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("precision", "steps", "tolerance"), [("float64", 20, 1e-9), ("float32", 10, 1e-4)])
+def test_loss_curves_agree(tmp_path: Path, precision: DType, steps: int, tolerance: float) -> None:
+    curves = []
+    for name, strategy in (("mop", every_mechanism(precision)), ("fsdp2", baseline(precision))):
+        (tmp_path / name).mkdir()
+        curves.append(losses(tmp_path / name, strategy, steps))
+    assert len(curves[0]) == steps
+    assert curves[0] == pytest.approx(curves[1], rel=tolerance)
+    assert curves[0][-1] < curves[0][0]
