@@ -9,8 +9,9 @@ from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 
 CHECKED = (
-    "Megatron-Bridge 0.7.0 in development (commit 067f987 of 2026-08-22): docs/megatron-lm-to-megatron-bridge.md, "
-    "docs/parallelisms.md, training/config.py, training/comm_overlap.py"
+    "Megatron-Bridge 0.7.0 in development (commit 067f987 of 2026-08-22): "
+    "docs/megatron-lm-to-megatron-bridge.md, docs/parallelisms.md, training/config.py, "
+    "training/comm_overlap.py"
 )
 
 EXCHANGE = {"ulysses": "a2a", "ring": "p2p", "all_gather": "all_gather"}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mopsim.search.space import Axes, Problem
+from mopsim.search.space import Axes, Problem, Values
 
 
 def coarse(problem: Problem, axes: Axes) -> Axes:
@@ -18,10 +18,11 @@ def coarse(problem: Problem, axes: Axes) -> Axes:
         "ffn_slices": lambda value: value > 1,
         "loss_slices": lambda value: value > 1,
     }
-    thin: Axes = {}
-    for key, values in axes.items():
-        chosen = [value for value in values if keep[key](value)] if key in keep else list(values)
-        if key == ("state", "bucket"):
-            chosen = list({pair[0]: pair for pair in values if isinstance(pair, tuple)}.values())
-        thin[key] = chosen or list(values)
-    return thin
+    return {key: _thin(key, values, keep.get(key)) for key, values in axes.items()}
+
+
+def _thin(key: Any, values: Values, keep: Callable[[Any], bool] | None) -> Any:
+    """The values to keep of one axis; all of them where none would be left."""
+    if key == ("state", "bucket"):
+        return list({pair[0]: pair for pair in values if isinstance(pair, tuple)}.values())
+    return [value for value in values if keep is None or keep(value)] or list(values)

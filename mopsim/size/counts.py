@@ -25,14 +25,20 @@ def node_counts(most: int) -> list[int]:
 def global_batch(world_size: int, seq_len: int, tokens: int) -> int:
     """Sequences per step, near `tokens`, that divide over data groups of `world_size` ranks.
 
-    The nearest multiple of the ranks where each has a sequence to itself; else the divisor of the ranks
-    nearest by ratio (the data groups are then that many, and ranks share a sequence).
+    Where each rank can have a sequence to itself: the nearest multiple of the ranks times the largest of 8,
+    4, 2 that stays within an eighth of what is wanted (so that microbatches of as many sequences divide it
+    too), else of the ranks. Where not: the divisor of the ranks nearest by ratio (the data groups are then
+    that many, and ranks share a sequence).
     """
-    wanted = tokens / seq_len
-    if wanted >= world_size:
-        return world_size * round(wanted / world_size)
-    wanted = max(wanted, 1.0)
-    return min(divisors(world_size), key=lambda d: (max(d / wanted, wanted / d), d))
+    wanted = max(tokens / seq_len, 1.0)
+    if wanted < world_size:
+        return min(divisors(world_size), key=lambda d: (max(d / wanted, wanted / d), d))
+    for micro_batch in (8, 4, 2):
+        unit = world_size * micro_batch
+        batch = unit * round(wanted / unit)
+        if abs(batch - wanted) <= wanted / 8:
+            return batch
+    return world_size * round(wanted / world_size)
 
 
 def least_nodes(
