@@ -1,6 +1,7 @@
 """Export: plans in other tools' words, key by key; what can't be said is refused, or listed."""
 
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Callable
@@ -9,9 +10,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mopsim.cli import main
 from mopsim.export import TARGETS, export
+from mopsim.layers.tensors import total_params
+from mopsim.search.space import AXES, Problem, generate
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.plan import HardwareRef, Plan
@@ -19,6 +24,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+from tests.sim.toys import machine
 
 replace = msgspec.structs.replace
 
@@ -174,6 +180,27 @@ def test_an_unknown_model_has_no_flavor() -> None:
 def test_every_file_says_what_its_keys_were_checked_against(target: str) -> None:
     text, _ = export(plan(mop(32, experts=8)), target, lossy=True)
     assert f"Keys checked against {TARGETS[target].checked}" in text
+
+
+@settings(deadline=None, max_examples=60)
+@given(family=st.sampled_from(sorted(AXES)), place=st.floats(0, 1, exclude_max=True))
+def test_every_strategy_of_the_search_is_written_or_refused(family: str, place: float) -> None:
+    base = plan(mop(32, experts=8))
+    toy = machine()
+    space = generate(Problem(base.model, toy, 4, base.training, total_params(base.model)), family)
+    made = replace(base, strategy=space.build(int(place * len(space))))
+    for name, target in TARGETS.items():
+        text, gaps = export(made, name, lossy=True)
+        assert gaps == list(target.gaps(made))
+        found = tomllib.loads(text) if name == "torchtitan" else yaml.safe_load(text)
+        if name == "torchtitan" and not gaps:
+            p = found["parallelism"]
+            degrees = [p[f"{kind}_parallel_degree"] for kind in ("context", "tensor", "pipeline")]
+            data = p["data_parallel_replicate_degree"] * p["data_parallel_shard_degree"]
+            assert data * math.prod(degrees) == made.strategy.world_size
+        if name == "deepspeed" and not gaps:
+            per_step = found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"]
+            assert found["train_batch_size"] == per_step * made.strategy.data_groups
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
