@@ -10,6 +10,7 @@ from mopsim.layers.tape import Tape
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.loss import loss_template
 from mopsim.lowering.staged.template import Template, template, weight_grads
+from mopsim.spec.errors import require
 
 
 class Passes:
@@ -18,6 +19,7 @@ class Passes:
 
     def __init__(self, context: Context) -> None:
         strategy = context.strategy
+        _check(context)
         self.context = context
         self.shapes = replace(context.shapes, exchange=strategy.attention.exchange, fused=True)
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
@@ -120,3 +122,14 @@ class Passes:
     def _plan(self, tape: Tape) -> Plan:
         activations = self.context.strategy.activations
         return plan(tape, activations.recompute, activations.modules)
+
+
+def _check(context: Context) -> None:
+    """Raise SpecError for what only the executor's own schedules do."""
+    strategy = context.strategy
+    rule = "is lowered only with ZeRO-3 and full recomputation, without tensor and pipeline parallelism"
+    tier = strategy.activations.boundary_tier
+    require(tier == "device", "strategy.activations.boundary_tier", tier, rule)
+    require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, rule)
+    slices = strategy.dense.chunk_tokens
+    require(slices == 0 or slices >= context.tokens, "strategy.dense.chunk_tokens", slices, rule)
