@@ -105,7 +105,7 @@ def test_step_time_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch:
 
 
 def test_step_time_of_llama3_70b_fp8_on_h100() -> None:
-    """64 H100, TP 4 x PP 8 x VP 5, 256 sequences of 8192: 20.0 s on the page of NeMo 25.11."""
+    """64 H100, TP 4 x PP 8 x VP 5, 256 sequences of 8192: 20.0 s on the page of NeMo 26.02.01."""
     overlap = Overlap(grad_reduce=True, param_gather=True, pipeline=True)
     strategy = low(megatron(64, tensor=4, pipeline=8, virtual_stages=5, overlap=overlap), "fp8")
     result = measure(cut("llama3_70b", 80, 4), "h100-sxm-80g", strategy, 8192, 256)
