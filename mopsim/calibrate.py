@@ -16,7 +16,16 @@ from typing import Any, Protocol
 
 import msgspec
 
-from mopsim.calibrate_fit import SCALES, KindPoint, StepPoint, fit_family, fit_kind, fit_step, median_noise
+from mopsim.calibrate_fit import (
+    SCALES,
+    KindPoint,
+    StepPoint,
+    fit_family,
+    fit_kind,
+    fit_step,
+    median_noise,
+    scatter,
+)
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, HardwareProfile
@@ -27,8 +36,8 @@ COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optim
 KIN = (("matmul", "grouped_matmul"), ("optimizer", "host_optimizer"))
 """Kinds that err alike: one that no run exercised is scaled as its kin are."""
 FAMILIES = (COLLECTIVES, ("h2d", "d2h"))
-"""Kinds with a common scale: the wires that they share. Their curves have their own cost per op already."""
-TRANSFER_NOISE = 0.2
+"""Kinds with a common scale: the wires that they share."""
+TRANSFER_NOISE = 0.1
 """Least relative noise of a kind of FAMILIES: two ranks and the scheduler have a part in it."""
 ONE_STEP_NOISE = 0.2
 """Relative noise of a kind that was profiled in a single step, which tells none."""
@@ -236,8 +245,11 @@ def _family(kinds: Sequence[str], bare: HardwareProfile, runs: Sequence[_Run], s
     points = {kind: _points(kind, runs, TRANSFER_NOISE) for kind in kinds}
     if not any(points.values()):
         return {}
-    common, scales = fit_family(points, {kind: floor(bare, kind) for kind in kinds})
-    found = {kind: Correction(scale=scale, source=source) for kind, scale in scales.items()}
+    priors = {kind: max(bare.device.launch_overhead.si, 1e-7) for kind in kinds}
+    for kind in set(kinds) & set(COLLECTIVES):
+        priors[kind] = max(priors[kind], bare.scale_up.collectives[kind].latency.si)
+    common, fits = fit_family(points, priors, {kind: floor(bare, kind) for kind in kinds})
+    found = {kind: Correction(scale=f.scale, overhead=f.overhead, source=source) for kind, f in fits.items()}
     note = f"the kin of this kind in {source}"
     missing = [kind for kind in kinds if kind not in found]
     return found | {kind: Correction(scale=max(common, floor(bare, kind)), source=note) for kind in missing}
@@ -277,7 +289,9 @@ def floor(bare: HardwareProfile, kind: str) -> float:
 
 def _step_point(run: _Run, simulated: Simulated) -> StepPoint:
     ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
-    return StepPoint(simulated.step_time, ops, run.measurement.step_time_median, run.noise)
+    return StepPoint(
+        simulated.step_time, ops, run.measurement.step_time_median, scatter(run.measurement.step_times)
+    )
 
 
 def _spread(

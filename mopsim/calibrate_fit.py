@@ -10,16 +10,18 @@ from scipy.optimize import least_squares
 
 Array = NDArray[np.float64]
 
-SCALE_PRIOR = 0.5
-"""Standard deviation of ln(scale) of a kind, or of a family of kinds, around 0: 1.6 either way is usual."""
-KIN_PRIOR = 0.2
+SCALE_PRIOR = 1.0
+"""Standard deviation of ln(scale) of a kind, or of a family of kinds, around 0: a factor e either way is
+unsurprising."""
+KIN_PRIOR = 0.3
 """Standard deviation of ln(scale) of a kind around that of its family."""
-FACTOR_PRIOR = 0.03
+FACTOR_PRIOR = 0.1
 """Standard deviation of ln(factor) of all kinds together: profiled steps are about as fast as others."""
 PER_OP_PRIOR = 3.0
 """Standard deviation of the cost per op, in launch overheads: Python around an op costs more than the op."""
 CONSTANT_PRIOR = 0.1
-"""Standard deviation of the constant per step, as a part of the step."""
+"""Standard deviation of the constant per step, as a part of the step. It stands for time in no op: never
+negative."""
 LEAST_NOISE = 0.05
 """Relative noise of a measured time, whatever its own spread says."""
 DISTINCT = 1.2
@@ -111,25 +113,41 @@ def fit_kind(points: Sequence[KindPoint], overhead_prior: float, floor: float) -
 
 
 def fit_family(
-    points: Mapping[str, Sequence[KindPoint]], floors: Mapping[str, float]
-) -> tuple[float, dict[str, float]]:
-    """(scale of a family of kinds, scale of each kind of it): one prior for all, which few points correct.
+    points: Mapping[str, Sequence[KindPoint]],
+    overhead_priors: Mapping[str, float],
+    floors: Mapping[str, float],
+) -> tuple[float, dict[str, KindFit]]:
+    """(scale of a family of kinds, fit of each kind that has points): one prior for all, which few points
+    correct.
 
     A family's kinds go over the same wires, so that they err alike; what one run measures of one of them on
-    a busy machine is worth little by itself. Every point's base is positive.
+    a busy machine is worth little by itself. An overhead per op is fitted where the runs are distinct. Every
+    point's base is positive.
     """
     kinds = [kind for kind, found in points.items() if found]
-    logs = [np.log([point.seconds / point.base for point in points[kind]]) for kind in kinds]
-    noises = [_noise(points[kind]) for kind in kinds]
+    count, noises = len(kinds), [_noise(points[kind]) for kind in kinds]
+    tables = [np.array([[p.base, p.ops, p.seconds] for p in points[kind]], float).T for kind in kinds]
+    priors = [overhead_priors[kind] * distinct(points[kind]) for kind in kinds]
 
     def residuals(x: Array) -> Array:
-        errors = [(x[0] + x[1 + i] - logs[i]) / noises[i] for i in range(len(kinds))]
-        return np.concatenate([*errors, [x[0] / SCALE_PRIOR], x[1:] / KIN_PRIOR])
+        errors = []
+        for i, (base, ops, seconds) in enumerate(tables):
+            predicted = np.exp(x[0] + x[1 + i]) * base + x[1 + count + i] * priors[i] * ops
+            errors.append(np.log(predicted / seconds) / noises[i])
+        return np.concatenate([*errors, [x[0] / SCALE_PRIOR], x[1 : 1 + count] / KIN_PRIOR, x[1 + count :]])
 
     most = float(np.log(SCALES[1])) / 2
-    x = _solve(residuals, [0.0] * (1 + len(kinds)), [-most] * (1 + len(kinds)), [most] * (1 + len(kinds)))
-    scales = {kind: max(float(np.exp(x[0] + x[1 + i])), floors[kind]) for i, kind in enumerate(kinds)}
-    return float(np.exp(x[0])), scales
+    x = _solve(
+        residuals,
+        [0.0] * (1 + count) + [0.1] * count,
+        [-most] * (1 + count) + [0.0] * count,
+        [most] * (1 + count) + [100.0] * count,
+    )
+    fits = {
+        kind: KindFit(max(float(np.exp(x[0] + x[1 + i])), floors[kind]), float(x[1 + count + i] * priors[i]))
+        for i, kind in enumerate(kinds)
+    }
+    return float(np.exp(x[0])), fits
 
 
 def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
@@ -156,8 +174,17 @@ def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
         return np.append(np.log(np.maximum(predicted, 0.01 * seconds) / seconds) / noise, x)
 
     most = np.log(SCALES[1]) / FACTOR_PRIOR
-    x = _solve(residuals, [0.0, 0.1, 0.0], [-most, 0.0, -10.0], [most, 100.0, 30.0])
+    x = _solve(residuals, [0.0, 0.1, 0.1], [-most, 0.0, 0.0], [most, 100.0, 30.0])
     return StepFit(*parts(x))
+
+
+def scatter(values: Sequence[float]) -> float:
+    """Relative standard deviation of a step, from the quartiles: what a busy machine adds is no error of the
+    median that more steps would cure, so that a run whose steps scatter counts for little."""
+    if len(values) < 4:
+        return 0.0
+    low, middle, high = np.quantile(np.array(values), [0.25, 0.5, 0.75])
+    return float((high - low) / 1.349 / middle)
 
 
 def median_noise(values: Sequence[float]) -> float:
