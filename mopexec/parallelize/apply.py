@@ -40,7 +40,7 @@ def check_supported(plan: Plan) -> None:
 
 
 def build(plan: Plan, platform: Platform, *, routing: RoutingChoice = "learned", seed: int = 0) -> Runner:
-    """This rank's Runner, initialised from `seed`; torch.distributed must be initialised. Raises SpecError."""
+    """This rank's Runner, made from `seed`; torch.distributed must be initialised. Raises SpecError."""
     check_supported(plan)
     if plan.strategy.runtime == "fully_shard":
         from mopexec.parallelize.fully_shard import build as build_fully_shard

@@ -14,7 +14,7 @@ Piece = tuple[int, Tensor]
 
 
 def full(units: Sequence[Unit], values: Sequence[Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """Every parameter's full value by name, on the CPU, from flat shards `values` that lie as the units' do."""
+    """Every parameter's full value by name, on the CPU, from flat shards `values` laid out as the units'."""
     own: dict[str, Piece] = {}
     for unit, value in zip(units, values, strict=True):
         start = unit.contents.global_start + unit.start

@@ -1,4 +1,4 @@
-"""Which strategies the flat_units runtime runs; the others are refused by field, before anything is launched."""
+"""Which strategies the flat_units runtime runs; the others are refused by field, before a launch."""
 
 from typing import Any
 

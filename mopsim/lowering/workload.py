@@ -22,7 +22,7 @@ Deltas = tuple[tuple[int, int], ...]
 class Group:
     """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
 
-    choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for; 0: every copy travels.
+    choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for; 0: all travel.
     """
 
     size: int
@@ -105,7 +105,7 @@ class Program:
 class Workload:
     """All programs of a step. microbatches: in the step; expanded: of them lowered.
 
-    unit: microbatches of one repetition; the rest repeats the `unit` microbatches before the last lowered one.
+    unit: microbatches of one repetition; the rest repeats the `unit` before the last lowered one.
     """
 
     programs: tuple[Program, ...]

@@ -59,7 +59,7 @@ class Experts(Spec, frozen=True, kw_only=True):
     chunk_tokens c: local tokens per dispatch chunk (strided positions); 0 = one chunk, intermediates kept.
     max_chunks: K = min(ceil(N / c), max_chunks).
     balance: `least_loaded` moves routed work (and weights) off overloaded ranks (LLEP).
-    dispatch: `all_to_all` sends a token once for each of its experts; `deduplicated` once to a rank and once to
+    dispatch: `all_to_all` sends a token once for each expert; `deduplicated` once to a rank and once to
     another scale-up domain, however many of its experts are there (DeepEP, HybridEP).
     """
 

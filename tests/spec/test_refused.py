@@ -87,7 +87,7 @@ OPEN_TABLES = {"collectives", "corrections", "kinds", "memory_by_category", "tim
 
 
 def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every scalar inside plain objects with its path; of a list only the first item, of what is absent none."""
+    """Every scalar inside plain objects with its path; of a list only the first item."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from leaves(value, (*path, key))
