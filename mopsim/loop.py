@@ -240,30 +240,28 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile, steps: int) -> Cont
     path, folder = loop.work / f"{name}.yaml", loop.work / name
     plan = io.load(path, Plan, "plan")
     before = _simulate(plan, hardware)
+    even = loop.work / f"{name}-even"
+    with loop.stage(f"train {name} for 2 steps, its tokens routed as the plan assumes"):
+        _run_plan(loop, path, even, steps=2, warmup=0, profile=0, routing="profile")
     with loop.stage(f"train {name} for {steps} steps"):
-        loop.mopexec(
-            "train",
-            "--plan",
-            str(path),
-            "--data",
-            "python",
-            "--steps",
-            str(steps),
-            "--device-limit",
-            DEVICE_LIMIT.replace(" ", ""),
-            "--tracked-steps",
-            str(TRACKED_STEPS),
-            "--warmup-steps-excluded",
-            str(TRACKED_STEPS),
-            "--profile-steps",
-            str(PROFILE_STEPS),
-            "--no-final-checkpoint",
-            "--out",
-            str(folder),
-        )
-    measured = io.load(folder / "measurement.yaml", Measurement, "measurement")
+        _run_plan(loop, path, folder, steps=steps, warmup=TRACKED_STEPS, profile=PROFILE_STEPS)
+    measured, as_planned = (
+        io.load(run / "measurement.yaml", Measurement, "measurement") for run in (folder, even)
+    )
     lines = [json.loads(line) for line in io.read_text(folder / "metrics.jsonl").splitlines() if line.strip()]
-    return Contender(name, plan, before, measured, [float(line["loss"]) for line in lines])
+    return Contender(name, plan, before, measured, as_planned, [float(line["loss"]) for line in lines])
+
+
+def _run_plan(
+    loop: Loop, plan: Path, out: Path, *, steps: int, warmup: int, profile: int, routing: str = "learned"
+) -> None:
+    """One `mopexec train` on Python's own text, the small device enforced in its tracked steps."""
+    limit = DEVICE_LIMIT.replace(" ", "")
+    loop.mopexec(
+        "train", "--plan", str(plan), "--data", "python", "--steps", str(steps), "--device-limit", limit,
+        "--tracked-steps", str(TRACKED_STEPS), "--warmup-steps-excluded", str(warmup),
+        "--profile-steps", str(profile), "--routing", routing, "--no-final-checkpoint", "--out", str(out),
+    )  # fmt: skip
 
 
 def _held_out(loop: Loop, hardware: HardwareProfile) -> None:

@@ -45,7 +45,8 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     """All-to-all of rows that go once to a domain, and on to each rank of it that wants them, once.
 
     once: bytes of all rows of a rank. A row chooses k ranks uniformly, so it goes to a share
-    1 - (1 - 1/n)^k of n ranks or domains. The hops inside the domains and those over NICs are pipelined; the slower counts.
+    1 - (1 - 1/n)^k of n ranks or domains. The hops inside the
+    domains and those over NICs are pipelined; the slower counts.
     """
     n, intra, k = work.group.size, work.group.intra, work.group.choices
     domains = n / intra

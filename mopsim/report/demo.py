@@ -30,6 +30,7 @@ class Contender:
     plan: Plan
     before: SimResult
     measured: Measurement
+    as_planned: Measurement
     losses: list[float]
     after: SimResult | None = None
 
@@ -52,7 +53,12 @@ class Contender:
         return result.step_time / self.measured.step_time_median - 1 if result else float("nan")
 
     def memory_error(self) -> float:
-        return self.before.peak_memory / self.measured.peak_memory - 1
+        """Predicted device peak against the tracked one, tokens routed as the plan assumes; relative."""
+        return self.before.peak_memory / self.as_planned.peak_memory - 1
+
+    def routing_memory(self) -> int:
+        """Bytes by which the router's own, uneven choices raised the device peak."""
+        return self.measured.peak_memory - self.as_planned.peak_memory
 
 
 @dataclass
@@ -290,22 +296,35 @@ def _predicted(contenders: Sequence[Contender]) -> Table:
 
 def _memory_text(contenders: Sequence[Contender]) -> str:
     worst = max(abs(one.memory_error()) for one in contenders)
-    return f"Predicted from shapes alone, before any run: within {worst:.1%} of the tracked peaks."
+    return (
+        f"Predicted from shapes alone, before any run: within {worst:.1%} of the tracked peaks where tokens "
+        "are routed evenly, as the plan assumes (asked: 5 %). A young router is uneven: what it adds to the "
+        "peak stands beside."
+    )
 
 
 def _memory(contenders: Sequence[Contender]) -> Table:
     rows = [
         [
             one.name,
-            format_bytes(one.measured.peak_memory),
+            format_bytes(one.as_planned.peak_memory),
             f"{format_bytes(one.before.peak_memory)} ({one.memory_error():+.1%})",
+            f"{format_bytes(one.measured.peak_memory)} ({one.routing_memory() / 2**20:+.2f} MiB)",
             format_bytes(one.measured.host_memory),
             format_bytes(one.before.host_memory),
         ]
         for one in contenders
     ]
     return Table(
-        ("strategy", "device, tracked", "device, predicted", "host, tracked", "host, predicted"), rows
+        (
+            "strategy",
+            "device, tracked, even routing",
+            "device, predicted",
+            "device, tracked, learned routing",
+            "host, tracked",
+            "host, predicted",
+        ),
+        rows,
     )
 
 
