@@ -196,7 +196,7 @@ def validate(
 def demo(
     out: o.OutDirectory = "reports/demo",
     seed: o.Seed = 0,
-    steps: Annotated[int, typer.Option(min=10, help="training steps of each strategy")] = 50,
+    steps: Annotated[int, typer.Option(min=10, help="training steps of each strategy")] = 40,
 ) -> None:
     """The closed loop on this machine: probe, search, train, calibrate, predict, report."""
     from mopsim.loop import run
