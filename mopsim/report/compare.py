@@ -73,7 +73,7 @@ def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str])
         waits.append(Bar(label, _ordered(result.exposed), f"{waiting(result):.0%} of the step"))
     most = max(zip(map(waiting, results), labels, strict=True))
     titles = (
-        f"Step time: {finding(results, labels)}",
+        f"Simulated step: {finding(results, labels)}",
         f"Waiting: {most[1]} waits most, {most[0]:.0%} of its step",
     )
     return time_bars(path, bars, waits, titles)
