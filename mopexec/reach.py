@@ -17,6 +17,7 @@ import msgspec
 
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.io import write_text, write_yaml
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.units import format_bytes
 
@@ -39,6 +40,7 @@ class Reach:
     """One plan's reach. longest, first_failing: tokens of one sequence (multiples of the quantum)."""
 
     strategy: str
+    model: str
     world_size: int
     sequence_degree: int
     longest: int
@@ -84,11 +86,20 @@ def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) 
         for n in (low, high)
     ]
     found = Reach(
-        plan.strategy.name, plan.strategy.world_size, split, low, high,
+        plan.strategy.name, describe(plan.model), plan.strategy.world_size, split, low, high,
         result.peak_memory, result.host_memory, stopper, *confirmed,
     )  # fmt: skip
     _agree(found)
     return found
+
+
+def describe(model: ModelSpec) -> str:
+    """A network in one line, with the proportions that decide what fills the memory."""
+    return (
+        f"{model.name}: hidden {model.hidden_size}, {model.num_hidden_layers} layers, vocabulary "
+        f"{model.vocab_size} ({model.vocab_size / model.hidden_size:.0f} x hidden), {model.num_local_experts} "
+        f"experts of width {model.moe_intermediate_size}, top-{model.num_experts_per_tok}"
+    )
 
 
 def _bracket(plan: Plan, limits: Limits, quantum: int) -> tuple[int, int]:
@@ -187,7 +198,9 @@ def _markdown(reaches: list[Reach], limits: Limits, command: str, environment: d
         "# Context reach under enforced limits", "",
         f"Limits per rank: device {format_bytes(limits.device)}, host {format_bytes(limits.host)}.",
         "Lengths are bisected by dry run; the longest fitting and the first failing one are then run as",
-        "real training steps with the limits enforced.", "",
+        "real training steps with the limits enforced. tokens/s is of that one step: the first of its run, the",
+        "tracker watching every allocation, the machine shared. It orders nothing but itself.", "",
+        *(f"Network: {model}." for model in dict.fromkeys(r.model for r in reaches)), "",
         "| ranks | strategy | sequence degree | longest (tokens) | first failing | device peak at longest "
         "| host peak | tokens/s at longest | stopped by |",
         "|---|---|---|---|---|---|---|---|---|",
