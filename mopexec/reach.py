@@ -96,9 +96,9 @@ def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) 
 def describe(model: ModelSpec) -> str:
     """A network in one line, with the proportions that decide what fills the memory."""
     return (
-        f"{model.name}: hidden {model.hidden_size}, {model.num_hidden_layers} layers, vocabulary "
-        f"{model.vocab_size} ({model.vocab_size / model.hidden_size:.0f} x hidden), {model.num_local_experts} "
-        f"experts of width {model.moe_intermediate_size}, top-{model.num_experts_per_tok}"
+        f"{model.name}: hidden {model.hidden_size}, {model.num_hidden_layers} layers, "
+        f"vocabulary {model.vocab_size} ({model.vocab_size / model.hidden_size:.0f} x hidden), "
+        f"{model.num_local_experts} experts of width {model.moe_intermediate_size}, top-{model.num_experts_per_tok}"
     )
 
 
@@ -198,8 +198,8 @@ def _markdown(reaches: list[Reach], limits: Limits, command: str, environment: d
         "# Context reach under enforced limits", "",
         f"Limits per rank: device {format_bytes(limits.device)}, host {format_bytes(limits.host)}.",
         "Lengths are bisected by dry run; the longest fitting and the first failing one are then run as",
-        "real training steps with the limits enforced. tokens/s is of that one step: the first of its run, the",
-        "tracker watching every allocation, the machine shared. It orders nothing but itself.", "",
+        "real training steps with the limits enforced. tokens/s is of that one step: the first of its run,",
+        "every allocation watched by the tracker, the machine shared. It orders nothing but itself.", "",
         *(f"Network: {model}." for model in dict.fromkeys(r.model for r in reaches)), "",
         "| ranks | strategy | sequence degree | longest (tokens) | first failing | device peak at longest "
         "| host peak | tokens/s at longest | stopped by |",
