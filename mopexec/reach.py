@@ -98,7 +98,8 @@ def describe(model: ModelSpec) -> str:
     return (
         f"{model.name}: hidden {model.hidden_size}, {model.num_hidden_layers} layers, "
         f"vocabulary {model.vocab_size} ({model.vocab_size / model.hidden_size:.0f} x hidden), "
-        f"{model.num_local_experts} experts of width {model.moe_intermediate_size}, top-{model.num_experts_per_tok}"
+        f"{model.num_local_experts} experts of width {model.moe_intermediate_size}, "
+        f"top-{model.num_experts_per_tok}"
     )
 
 

@@ -1,6 +1,6 @@
 """Process groups of a strategy as sizes and spans over scale-up domains, from the rank lists of layout.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mopsim.lowering.workload import Group
 from mopsim.spec.layout import groups, replica_groups, split
@@ -8,44 +8,50 @@ from mopsim.spec.strategy import Strategy
 
 
 def span(ranks: Sequence[int], domain: int, offset: int = 0) -> Group:
-    """The group's size and how many of its ranks share a scale-up domain of `domain` devices (the fullest
-    one)."""
+    """The group's size and how many of its ranks share a scale-up domain of `domain` devices: in the domain
+    with the fewest, whose ranks have the most to send outside."""
     counts: dict[int, int] = {}
     for rank in ranks:
         place = (rank + offset) // domain
         counts[place] = counts.get(place, 0) + 1
-    return Group(len(ranks), max(counts.values()))
+    return Group(len(ranks), min(counts.values()))
+
+
+def worst(all_groups: Iterable[Sequence[int]], domain: int) -> Group:
+    """The group that the others wait for, of groups of one size: the one spread most over the domains."""
+    return min((span(ranks, domain) for ranks in all_groups), key=lambda group: group.intra)
 
 
 def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
-    """Groups by the names that tapes and units use. All groups of a name are alike; rank 0's stands for
-    them."""
+    """Groups by the names that tapes and units use; of each name the one spread most over the domains.
+
+    A job larger than a domain takes as many devices of each, as schedulers place it (64 of 72 for 256 ranks).
+    """
     ranks, s = strategy.stage_ranks, strategy
+    domain = next(size for size in range(min(domain, s.world_size), 0, -1) if s.world_size % size == 0)
+    tensor, expert_tensor = s.dense.tensor, s.experts.tensor
+    sequences = groups(ranks, s.attention.sequence * tensor, s.attention.order)
+    experts = groups(ranks, s.experts.degree * expert_tensor, s.experts.order)
+    holders = replica_groups(ranks, s.experts.degree * expert_tensor, s.experts.order)
+    dense = range(0, ranks, tensor)
+    expert_copies = [copy for group in holders for copy in split(group, s.experts.shard)]
+    expert_same = [group[place :: s.experts.shard] for group in holders for place in range(s.experts.shard)]
+    ring = worst(groups(ranks, s.vocabulary.degree, s.vocabulary.order), domain)
     found = {
         "world": span(range(ranks), domain),
-        "sequence": span(
-            groups(ranks, s.attention.sequence * s.dense.tensor, s.attention.order)[0][:: s.dense.tensor],
-            domain,
+        "sequence": worst((group[::tensor] for group in sequences), domain),
+        "tensor": worst(split(range(ranks), tensor), domain),
+        "experts": worst((group[::expert_tensor] for group in experts), domain),
+        "expert_tensor": worst((group[:expert_tensor] for group in experts), domain),
+        "vocabulary": ring,
+        "ring": ring,
+        "vocabulary_shard": worst(replica_groups(ranks, s.vocabulary.degree, s.vocabulary.order), domain),
+        "dense_shard": worst(split(dense, s.dense.shard), domain),
+        "dense_replicas": worst(
+            (dense[i :: s.dense.shard] for i in range(min(s.dense.shard, len(dense)))), domain
         ),
-        "tensor": span(range(s.dense.tensor), domain),
-        "experts": span(
-            groups(ranks, s.experts.degree * s.experts.tensor, s.experts.order)[0][:: s.experts.tensor],
-            domain,
-        ),
-        "expert_tensor": span(
-            groups(ranks, s.experts.degree * s.experts.tensor, s.experts.order)[0][: s.experts.tensor], domain
-        ),
-        "vocabulary": span(groups(ranks, s.vocabulary.degree, s.vocabulary.order)[0], domain),
+        "expert_shard": worst(expert_copies, domain),
+        "expert_replicas": worst(expert_same, domain),
     }
-    dense = list(range(0, ranks, s.dense.tensor))
-    found["dense_shard"] = span(dense[: s.dense.shard], domain)
-    found["dense_replicas"] = span(dense[:: s.dense.shard], domain)
-    holders = replica_groups(ranks, s.experts.degree * s.experts.tensor, s.experts.order)[0]
-    found["expert_shard"] = span(split(holders, s.experts.shard)[0], domain)
-    found["expert_replicas"] = span(holders[:: s.experts.shard], domain)
-    holders = replica_groups(ranks, s.vocabulary.degree, s.vocabulary.order)[0]
-    found["vocabulary_shard"] = span(holders, domain)
-    ring = found["vocabulary"]
-    found["ring"] = Group(ring.size, ring.intra)
     found["stage"] = Group(2, 2 if ranks < domain and ranks * s.pipeline.degree <= domain else 1)
     return found

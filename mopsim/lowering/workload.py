@@ -37,6 +37,7 @@ class Work:
     m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full
     buffer), or transfer. params: of an optimizer update. launches: kernels started for it. group: ranks of
     a collective.
+    duplex: a transfer beside another the other way, with which it shares host DRAM.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Work:
     backward: bool = False
     params: float = 0.0
     launches: int = 1
+    duplex: bool = False
     dtype: str = ""
     group: Group = Group(1, 1)
 

@@ -41,8 +41,9 @@ class Assumptions:
 @dataclass(frozen=True)
 class Figures:
     """The bill of one training run: seconds, device seconds, dollars, joules; None where the profile does not
-    say."""
+    say. tokens: trained on in all."""
 
+    tokens: float
     seconds: float
     device_seconds: float
     cost: float | None
@@ -73,6 +74,7 @@ def figures(
     device_seconds = seconds * num_nodes * hardware.devices_per_node
     price, power = hardware.price_per_device_hour, hardware.device.power
     return Figures(
+        tokens=goal.tokens,
         seconds=seconds,
         device_seconds=device_seconds,
         cost=price.si * device_seconds / HOUR if price else None,

@@ -65,8 +65,7 @@ class Point:
     def num_steps(self) -> float:
         """Optimizer steps of the whole training, from its figures; 0 where nothing fits."""
         tokens = self.training.seq_len * self.training.global_batch
-        rate = self.result.tokens_per_second if self.result and self.figures else 0.0
-        return self.figures.seconds * rate / tokens if self.figures else 0.0
+        return self.figures.tokens / tokens if self.figures else 0.0
 
 
 @dataclass(frozen=True)

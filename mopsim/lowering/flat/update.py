@@ -99,7 +99,10 @@ class Update:
             )
             work = (
                 Work(
-                    "d2h", bytes=float(self.sizes[index] * each), launches=len(bucket) * (2 + self.own_master)
+                    "d2h",
+                    bytes=float(self.sizes[index] * each),
+                    launches=len(bucket) * (2 + self.own_master),
+                    duplex=True,
                 ),
             )
             free[index % slots] = b.add(f"state {index} down", "d2h", _O, _O, work, deps=(done,))
@@ -111,7 +114,12 @@ class Update:
             return
         bucket = self.buckets[index]
         work = (
-            Work("h2d", bytes=float(self.sizes[index] * each), launches=len(bucket) * (2 + self.own_master)),
+            Work(
+                "h2d",
+                bytes=float(self.sizes[index] * each),
+                launches=len(bucket) * (2 + self.own_master),
+                duplex=True,
+            ),
         )
         up[index] = self.b.add(f"state {index} up", "h2d", _O, _O, work, deps=(free[index % len(free)],))
 

@@ -68,9 +68,15 @@ def _streamed(c: Context, issue: Issue, params: int, last: int) -> int:
         size = min(bucket, params - start)
         free = down[index - optimizer.slots] if index >= optimizer.slots else last
         copy = float(size * each)
-        up = issue.add("bucket up", "h2d", _O, _O, (Work("h2d", bytes=copy, launches=3),), (free,))
+        up = issue.add(
+            "bucket up", "h2d", _O, _O, (Work("h2d", bytes=copy, launches=3, duplex=True),), (free,)
+        )
         done = issue.add("bucket adamw", "compute", _O, _O, (Work("optimizer", params=float(size)),), (up,))
-        down.append(issue.add("bucket down", "d2h", _O, _O, (Work("d2h", bytes=copy, launches=3),), (done,)))
+        down.append(
+            issue.add(
+                "bucket down", "d2h", _O, _O, (Work("d2h", bytes=copy, launches=3, duplex=True),), (done,)
+            )
+        )
     return issue.add(
         "staging freed", "compute", _O, _O, (), down[-optimizer.slots :], (("staging", -staging),)
     )
