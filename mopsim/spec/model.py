@@ -62,6 +62,9 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
             "vocab_size",
         ):  # fmt: skip
             require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+            require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
+        layers = self.num_hidden_layers
+        require(layers <= 10_000, "num_hidden_layers", layers, "must be at most 10000")
         for field in (
             "intermediate_size", "first_k_dense_replace", "num_local_experts", "num_experts_per_tok",
             "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
@@ -69,6 +72,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
             "num_nextn_predict_layers",
         ):  # fmt: skip
             require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
+            require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
         require(bool(self.name), "name", self.name, "must not be empty")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,

@@ -1,5 +1,6 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
+import math
 import re
 
 from mopsim.spec.errors import require
@@ -41,6 +42,19 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             self.routing,
             "must be 'balanced' or 'r/h' with r a percentage and h a number of experts",
         )
+        for field in ("seq_len", "global_batch"):
+            require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
+        for field in (
+            "learning_rate",
+            "eps",
+            "warmup_steps",
+            "weight_decay",
+            "clip_norm",
+            "bias_update_rate",
+        ):
+            require(
+                math.isfinite(getattr(self, field)), field, getattr(self, field), "must be a finite number"
+            )
         for field in ("learning_rate", "eps"):
             require(getattr(self, field) > 0, field, getattr(self, field), "must be positive")
         for field in ("warmup_steps", "weight_decay", "clip_norm", "bias_update_rate", "seed"):
