@@ -135,6 +135,8 @@ def _model(plan: Plan) -> dict[str, Any]:
         ),
         "context_parallel_size": s.attention.sequence,
     }
+    if s.pipeline.layers:
+        found["pipeline_model_parallel_layout"] = _layout(plan)
     if s.attention.sequence > 1:
         found["cp_comm_type"] = EXCHANGE[s.attention.exchange]
     if plan.model.num_local_experts:
@@ -156,6 +158,14 @@ def _model(plan: Plan) -> dict[str, Any]:
         found["overlap_p2p_comm"] = s.overlap.pipeline
     found["cross_entropy_loss_fusion"] = s.vocabulary.fused
     return found
+
+
+def _layout(plan: Plan) -> str:
+    """Parts in the network's order: E embedding, t decoder layer, m MTP layer, L loss."""
+    parts = ["t" * count for count in plan.strategy.pipeline.layers]
+    parts[0] = "E" + parts[0]
+    parts[-1] += "m" * plan.model.num_nextn_predict_layers + "L"
+    return "|".join(parts)
 
 
 def render(plan: Plan, left_out: list[Gap]) -> str:

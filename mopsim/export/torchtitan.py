@@ -47,6 +47,7 @@ def gaps(plan: Plan) -> Iterator[Gap]:
         yield Gap("vocabulary.fused", True, f"is not a setting of {name}")
     if s.pipeline.schedule == "zero_bubble" and s.pipeline.virtual_stages == 1 and s.pipeline.degree > 1:
         yield Gap("pipeline.schedule", "zero_bubble", "needs two stages a rank or more")
+    yield from only(((),), "pipeline.layers", s.pipeline.layers, f"is not mapped to {name}'s stages")
     yield from only(("none", "full"), "activations.recompute", s.activations.recompute,
                     f"of named modules is not in {name}: it selects operators")  # fmt: skip
     if s.activations.boundary_tier == "host":

@@ -116,11 +116,16 @@ def routing_counts(
     return tuple(counts)
 
 
-def stage_layers(num_layers: int, degree: int, virtual_stages: int, stage: int) -> list[list[int]]:
-    """Layers of each model chunk of pipeline stage `stage` (a list per virtual stage), as even as can be."""
+def stage_layers(
+    num_layers: int, degree: int, virtual_stages: int, stage: int, given: Sequence[int] = ()
+) -> list[list[int]]:
+    """Layers of each model chunk of pipeline stage `stage` (a list per virtual stage), as even as can be.
+
+    given: layers of each of the degree x virtual_stages parts instead (`Pipeline.layers`).
+    """
     parts = degree * virtual_stages
     base, extra = divmod(num_layers, parts)
-    starts = [i * base + min(i, extra) for i in range(parts + 1)]
+    starts = [sum(given[:i]) if given else i * base + min(i, extra) for i in range(parts + 1)]
     return [
         list(range(starts[v * degree + stage], starts[v * degree + stage + 1])) for v in range(virtual_stages)
     ]

@@ -14,14 +14,20 @@ from mopsim.spec.model import ModelSpec
 Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+Exchange = Literal["ulysses", "ring", "all_gather"]
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 
 
 class Pipeline(Spec, frozen=True, kw_only=True):
-    """Pipeline parallelism: the only degree that factors the world."""
+    """Pipeline parallelism: the only degree that factors the world.
+
+    layers: decoder layers of each of the degree x virtual_stages parts, in the network's order; empty = as
+    even as can be. Embedding, MTP layers and loss lie in the first and the last part.
+    """
 
     degree: int = 1
     virtual_stages: int = 1
+    layers: tuple[int, ...] = ()
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
 
 
@@ -48,7 +54,7 @@ class Attention(Spec, frozen=True, kw_only=True):
     """sequence: ranks that share one sequence (D for Ulysses). exchange: how they trade it."""
 
     sequence: int = 1
-    exchange: Literal["ulysses", "ring", "all_gather"] = "ulysses"
+    exchange: Exchange = "ulysses"
     order: Order = "contiguous"
 
 
@@ -246,6 +252,13 @@ class Strategy(Spec, frozen=True, kw_only=True):
             self.pipeline.virtual_stages,
             "needs a pipeline.degree above 1",
         )
+        parts = self.pipeline.degree * self.pipeline.virtual_stages
+        require(
+            len(self.pipeline.layers) in (0, parts) and min(self.pipeline.layers, default=0) >= 0,
+            "pipeline.layers",
+            list(self.pipeline.layers),
+            f"must be a count of layers, 0 or more, for each of the {parts} parts",
+        )
         require(
             not self.overlap.experts or self.pipeline.degree == 1 or self.pipeline.virtual_stages > 1,
             "overlap.experts",
@@ -307,8 +320,15 @@ class Strategy(Spec, frozen=True, kw_only=True):
             f"does not divide num_attention_heads {heads}",
         )
         stages = self.pipeline.degree * self.pipeline.virtual_stages
+        layers = self.pipeline.layers
         require(
-            stages <= model.num_hidden_layers,
+            not layers or sum(layers) == model.num_hidden_layers,
+            "strategy.pipeline.layers",
+            list(layers),
+            f"is {sum(layers)} layers, not the num_hidden_layers {model.num_hidden_layers}",
+        )
+        require(
+            bool(layers) or stages <= model.num_hidden_layers,
             "strategy.pipeline.degree",
             self.pipeline.degree,
             f"times virtual_stages {self.pipeline.virtual_stages} is more than num_hidden_layers "

@@ -20,7 +20,7 @@ from mopsim.spec.strategy import (
     Vocabulary,
 )  # fmt: skip
 from mopsim.validate.conventions import Conventions, conventions
-from mopsim.validate.tables import UNKNOWN, Row
+from mopsim.validate.tables import UNKNOWN, Row, count
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
@@ -69,7 +69,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         world_size=degrees.world,
         micro_batch=degrees.micro_batch,
         runtime="fully_shard" if kind == "fsdp" else "flat_units",
-        pipeline=_pipeline(degrees),
+        pipeline=_pipeline(row, degrees),
         dense=Dense(
             tensor=degrees.tensor,
             shard=max(1, shard),
@@ -116,9 +116,17 @@ def _lookup(known: dict[str, T], row: Row, column: str) -> T:
     return known[value]
 
 
-def _pipeline(degrees: Degrees) -> Pipeline:
+DEEPSEEK_LAYERS = {8: (*[8] * 7, 5), 16: (*[4] * 15, 1), 32: (1, *[2] * 30, 0)}
+"""Decoder layers of each part by the number of parts: the layouts of Megatron-Bridge's DeepSeek-V3 recipes,
+`Et*4|(t*4|)*14tmL` and the like, where MTP layer and loss take the place of three (arXiv 2603.07685 too)."""
+
+
+def _pipeline(row: Row, degrees: Degrees) -> Pipeline:
     schedule: Literal["1f1b", "interleaved"] = "interleaved" if degrees.virtual > 1 else "1f1b"
-    return Pipeline(degree=degrees.pipeline, virtual_stages=degrees.virtual, schedule=schedule)
+    layers: tuple[int, ...] = ()
+    if row["model"].startswith("deepseek_v3") and count(row, "num_layers") in (None, 61):
+        layers = DEEPSEEK_LAYERS.get(degrees.pipeline * degrees.virtual, ())
+    return Pipeline(degree=degrees.pipeline, virtual_stages=degrees.virtual, schedule=schedule, layers=layers)
 
 
 def _exchange(row: Row, kind: str) -> Literal["ulysses", "ring", "all_gather"]:
@@ -162,17 +170,17 @@ def _activations(row: Row, kind: str) -> Activations:
 
 
 def _overlap(row: Row, facts: Conventions) -> Overlap:
-    """What the row says is hidden; the framework's defaults where it says nothing."""
-    named, hides = row.get("overlap", ""), facts.overlaps
-    if named in UNKNOWN:
-        return Overlap(grad_reduce=hides, param_gather=hides, pipeline=hides, tensor=hides)
-    parts = named.split("+")
+    """What the row names, and what the framework hides by default: absence from a list does not mean off,
+    `none` does."""
+    named = row.get("overlap", "")
+    parts = () if named in UNKNOWN else named.split("+")
+    hides = facts.overlaps and named != "none"
     chunks = row.get("pp") == "1" or row.get("vp", "") not in (*UNKNOWN, "1")
     return Overlap(
-        grad_reduce="dp" in parts,
-        param_gather="dp" in parts,
-        pipeline="pp" in parts,
-        tensor="tp" in parts,
+        grad_reduce="dp" in parts or hides,
+        param_gather="dp" in parts or hides,
+        pipeline="pp" in parts or hides,
+        tensor="tp" in parts or hides,
         experts="ep" in parts and chunks,
     )
 

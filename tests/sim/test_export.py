@@ -105,6 +105,16 @@ def test_megatron_bridge_by_hand() -> None:
     assert found["mixed_precision"] == "bf16_mixed"
 
 
+def test_parts_of_a_pipeline_are_written_or_refused() -> None:
+    made = megatron(32, pipeline=2, experts=8)
+    made = replace(made, pipeline=replace(made.pipeline, layers=(26, 22)))
+    text, _ = export(plan(made), "megatron-bridge")
+    layout = yaml.safe_load(text)["model"]["pipeline_model_parallel_layout"]
+    assert layout == "E" + 26 * "t" + "|" + 22 * "t" + "L"
+    with pytest.raises(MopError, match=r"pipeline\.layers"):
+        export(plan(made), "torchtitan")
+
+
 def test_megatron_bridge_offloads_a_fraction_of_the_state() -> None:
     made = megatron(32, experts=8)
     host = replace(made.optimizer, state_tier="host", update_on="host", host_fraction=0.5)

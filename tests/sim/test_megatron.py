@@ -253,6 +253,22 @@ def test_a_recipe_prices_layers_not_the_loss(matmul: str) -> None:
     assert dtypes["vocabulary"] == "bfloat16"
 
 
+def parted(*layers: int) -> Strategy:
+    """A pipeline of two stages whose parts hold `layers`."""
+    strategy = megatron(8, pipeline=2)
+    return with_(strategy, pipeline=msgspec.structs.replace(strategy.pipeline, layers=layers))
+
+
+@pytest.mark.parametrize("layers", [(5, 3), (8, 0)])
+def test_parts_hold_the_layers_they_are_given(layers: tuple[int, ...]) -> None:
+    model, training = deep(8), TrainSpec(seq_len=256, global_batch=16)
+    strategy = parted(*layers)
+    workload = lower(model, strategy, training, 8)
+    held = [len({op.layer for op in program.ops if op.layer >= 0}) for program in workload.programs]
+    assert held == list(layers)
+    run(workload, model, MACHINE, strategy, training)
+
+
 @pytest.mark.parametrize(
     ("model", "strategy", "message"),
     [
@@ -262,6 +278,9 @@ def test_a_recipe_prices_layers_not_the_loss(matmul: str) -> None:
         (deep(), lambda: megatron(8, experts=2), "experts.degree: 2 must be 1 for a model without experts"),
         (deep(8), lambda: megatron(4, pipeline=4, virtual_stages=2), "6 .* multiple of pipeline.degree 4"),
         (small(), lambda: with_(megatron(8, pipeline=2), overlap=Overlap(experts=True)), "overlap.experts"),
+        (small(), lambda: parted(1, 2, 0), "pipeline.layers: .* each of the 2 parts"),
+        (small(), lambda: parted(3, -1), "pipeline.layers: .* 0 or more"),
+        (small(), lambda: parted(2, 2), "pipeline.layers: .* is 4 layers, not the num_hidden_layers 3"),
     ],
 )  # fmt: skip
 def test_impossible_splits_are_refused_in_a_line(model: ModelSpec, strategy: object, message: str) -> None:

@@ -28,7 +28,8 @@ class Stage:
     @cached_property
     def chunks(self) -> list[list[int]]:
         """Decoder layers of each model chunk."""
-        return stage_layers(self.context.model.num_hidden_layers, self.degree, self.virtual, self.index)
+        layers, given = self.context.model.num_hidden_layers, self.context.strategy.pipeline.layers
+        return stage_layers(layers, self.degree, self.virtual, self.index, given)
 
     @property
     def extra(self) -> range:
