@@ -7,6 +7,7 @@ from mopsim.spec.strategy import (
     Attention,
     Dense,
     DType,
+    Exchange,
     Experts,
     Optimizer,
     Order,
@@ -106,7 +107,9 @@ def mop(
 def fsdp2(
     world_size: int,
     *,
+    tensor: int = 1,
     sequence: int = 1,
+    exchange: Exchange = "ulysses",
     experts: int = 1,
     micro_batch: int = 1,
     dense_shard: int = 0,
@@ -121,29 +124,34 @@ def fsdp2(
 ) -> Strategy:
     """torch FSDP2 as its users tune it: fp32 sharded parameters (the master), compute in `precision`.
 
-    Gradients are reduced in fp32. dense_shard below world_size is HSDP. offload: torch's
-    CPUOffloadPolicy, which
-    keeps parameters, gradients and optimizer on the host and updates them there. Experts by expert
-    parallelism over
-    `experts` ranks, sharded over their replicas.
+    Gradients are reduced in fp32. dense_shard below world_size is HSDP. offload: torch's CPUOffloadPolicy,
+    which keeps parameters, gradients and optimizer on the host and updates them there. Experts by expert
+    parallelism over `experts` ranks, sharded over their replicas. tensor above 1: tensor parallelism with
+    sequence as TorchTitan does it, and its loss over the split vocabulary, whatever `loss` says.
     """
     wide = _wide(precision)
     tier: Tier = "host" if offload else "device"
+    split = tensor > 1
     return Strategy(
         name=name,
         world_size=world_size,
         micro_batch=micro_batch,
         runtime="fully_shard",
         dense=Dense(
-            shard=dense_shard or world_size,
+            tensor=tensor,
+            shard=dense_shard or max(1, world_size // tensor),
             reshard_after_forward=reshard,
             prefetch=prefetch,
             param_tier=tier,
             grad_tier=tier,
         ),
-        attention=Attention(sequence=sequence),
+        attention=Attention(sequence=sequence, exchange=exchange),
         experts=Experts(degree=experts, shard=max(1, world_size // experts), param_tier=tier, grad_tier=tier),
-        vocabulary=Vocabulary(loss=loss, chunk_tokens=loss_chunk_tokens if loss == "chunked" else 0),
+        vocabulary=Vocabulary(
+            degree=tensor,
+            loss="vocab_parallel" if split else loss,
+            chunk_tokens=loss_chunk_tokens if loss == "chunked" and not split else 0,
+        ),
         optimizer=_state("host" if offload else "device"),
         activations=Activations(recompute=recompute),
         precision=Precision(

@@ -14,10 +14,12 @@ from mopsim.cost.compute import matmul_curve
 from mopsim.layers.flops import flops_per_token
 from mopsim.layers.shapes import attention_widths
 from mopsim.layers.tensors import tensors
-from mopsim.search.space import DEVICE, HOST, RING, STREAMED, Space
+from mopsim.search.space import DEVICE, HOST, RING, STREAMED, ULYSSES, Space
 from mopsim.spec.units import DTYPE_BYTES
 
 Reals = NDArray[np.float64]
+Message = tuple[str, Reals, Reals, Reals]
+"""(kind of collective, bytes of the full buffer, ranks, times in a step)."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,12 @@ class _Bounder:
 
         Compute loses `communication_share` beside a busy fabric.
         """
-        up, out = self.wire_times()
+        up, out = self.wire_times(self.messages())
         wires, compute, copies = np.maximum(up, out), self.compute_time(), self.copy_time()
         after = self.optimizer_time() + self.constant()
         slowest = np.maximum.reduce([compute + self.hardware.communication_share * wires, wires, copies])
-        return np.asarray(slowest + after), np.asarray(compute + up + out + after)
+        likely = sum(self.wire_times(self.likely()))
+        return np.asarray(slowest + after), np.asarray(compute + up + out + likely + after)
 
     def constant(self) -> float:
         """Calibrated seconds per step."""
@@ -204,11 +207,10 @@ class _Bounder:
             seconds + launches * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
         )
 
-    def wire_times(self) -> list[Reals]:
-        """Seconds of each fabric: gathers and reductions of weights, sequence and expert exchanges, the
-        ring."""
+    def wire_times(self, messages: list[Message]) -> list[Reals]:
+        """Seconds of each fabric that messages keep busy."""
         fabric = {"scale_up": np.zeros(len(self.space)), "scale_out": np.zeros(len(self.space))}
-        for kind, size, ranks, count in self.messages():
+        for kind, size, ranks, count in messages:
             domain = np.minimum(ranks, self.hardware.scale_up_size)
             crosses = ranks > domain
             live = np.where(ranks > 1, count, 0) * self.scale(kind)
@@ -229,25 +231,25 @@ class _Bounder:
             part = size / domain * (1 - domain / ranks)
         return np.asarray(curve.latency.si + part / curve.bandwidth.si)
 
-    def messages(self) -> list[tuple[str, Reals, Reals, Reals]]:
-        """(kind, bytes of the full buffer, ranks, times in a step) of the collectives that no schedule
-        avoids."""
+    def messages(self) -> list[Message]:
+        """The collectives that no schedule avoids: gathers and reductions of weights, sequence and expert
+        exchanges, the ring."""
         c, m = self.c, self.model
-        ones, layers = np.ones(len(self.space)), float(m.num_hidden_layers)
-        found = []
+        layers = float(m.num_hidden_layers)
+        found: list[Message] = []
         if (c["zero"] == 3).all():
-            dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers
+            dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers / c["tensor"]
             gathers = np.maximum(c["recompute"], c["reshard"]) + 1
             found.append(
                 (
                     "all_gather",
-                    ones * dense * self.compute,
+                    dense * self.compute,
                     c["dense_shard"],
                     layers * self.microbatches * gathers,
                 )
             )
             found.append(
-                ("reduce_scatter", ones * dense * self.reduce, c["dense_shard"], layers * self.microbatches)
+                ("reduce_scatter", dense * self.reduce, c["dense_shard"], layers * self.microbatches)
             )
             unit = self.sizes.largest_expert_unit / c["experts"]
             times = self.sizes.moe_layers * self.microbatches
@@ -260,17 +262,29 @@ class _Bounder:
             found.append(("send_recv", block, c["vocabulary"], 2 * (c["vocabulary"] - 1) * self.microbatches))
         return found
 
-    def exchanges(self) -> list[tuple[str, Reals, Reals, Reals]]:
+    def likely(self) -> list[Message]:
+        """Collectives of a usual schedule, for the guess: rows gathered and scattered around the two tensor
+        regions of a layer (arXiv 2205.05198), keys and values gathered over a sequence not split by heads."""
+        c, m = self.c, self.model
+        passes = self.microbatches * (2 + c["recompute"]) * m.num_hidden_layers / c["pipeline"]
+        rows = self.tokens * m.hidden_size * self.compute
+        qk, v = attention_widths(m)
+        heads = m.num_key_value_heads if m.attention == "gqa" else m.num_attention_heads
+        keys = self.tokens * c["sequence"] * heads / c["tensor"] * (qk + v) * self.compute
+        split = np.where(c["exchange"] == ULYSSES, 1, c["sequence"])
+        return [("all_gather", rows, c["tensor"], 4 * passes), ("all_gather", keys, split, passes)]
+
+    def exchanges(self) -> list[Message]:
         """Sequence and expert all-to-alls of forward, recompute and backward."""
         c, m = self.c, self.model
+        tokens = self.tokens / c["tensor"]
         qk, v = attention_widths(m)
         passes = self.microbatches * (2 + c["recompute"]) * m.num_hidden_layers
-        sent = self.tokens * m.num_attention_heads * min(qk, v) * self.compute
-        routes = (
-            self.tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
-        )
+        sent = tokens * m.num_attention_heads * min(qk, v) * self.compute
+        routes = tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
         times = self.microbatches * self.sizes.moe_layers * np.maximum(c["chunks"], 1) * (4 + c["recompute"])
-        return [("all_to_all", sent, c["sequence"], 2 * passes), ("all_to_all", routes, c["experts"], times)]
+        heads = np.where(c["exchange"] == ULYSSES, c["sequence"], 1)
+        return [("all_to_all", sent, heads, 2 * passes), ("all_to_all", routes, c["experts"], times)]
 
     def copy_time(self) -> Reals:
         """Boundaries out and back over the host link."""

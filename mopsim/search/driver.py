@@ -12,9 +12,8 @@ import numpy as np
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search.bound import Bounds, bound
-from mopsim.search.coarse import coarse
 from mopsim.search.pool import Pool
-from mopsim.search.space import Problem, Space, generate
+from mopsim.search.space import Axes, Problem, Space, generate
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -33,7 +32,8 @@ class Options:
     """top: how many are ranked. budget: simulations at most. any_plan: also what mopexec does not run yet.
 
     risk: rank plans at risk (within a few per cent of a memory limit) like those that fit with room to spare;
-    otherwise they are ranked only where nothing else fits. coarse: fewer values of what moves a step little.
+    otherwise they are ranked only where nothing else fits. axes: what makes of a family's axes those that are
+    searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context.baselines`).
     """
 
     families: tuple[str, ...] = DEFAULT_FAMILIES
@@ -42,7 +42,7 @@ class Options:
     any_plan: bool = False
     risk: bool = False
     precision: DType = "bfloat16"
-    coarse: bool = False
+    axes: Callable[[Problem, Axes], Axes] | None = None
 
 
 @dataclass
@@ -122,7 +122,7 @@ def search(
 
 def _pool(problem: Problem, family: str, options: Options, result: SearchResult) -> Pool | None:
     """Generate and bound a family; count what memory rules out. None where nothing is left."""
-    space = generate(problem, family, coarse if options.coarse else None)
+    space = generate(problem, family, options.axes)
     result.candidates += len(space)
     result.rejected.update(space.rejected)
     if not len(space):

@@ -32,6 +32,7 @@ class Pool:
     time: NDArray[np.float64]
     guess: NDArray[np.float64]
     device: NDArray[np.float64]
+    host: NDArray[np.float64]
     tokens: NDArray[np.float64]
     kinds: Column
     taken: NDArray[np.bool_]
@@ -51,6 +52,7 @@ class Pool:
             bounds.time[rows],
             bounds.guess[rows],
             bounds.device[rows],
+            bounds.host[rows],
             tokens,
             kinds.reshape(-1),
             taken,
@@ -61,11 +63,12 @@ class Pool:
         above = max(0.0, peak_memory - float(self.device[position])) / float(self.tokens[position])
         self.excess.setdefault(int(self.kinds[position]), []).append(above)
 
-    def expected_memory(self) -> NDArray[np.float64]:
-        """The bound, and the median excess of the simulated candidates alike in chunks (else of all)."""
+    def expected_memory(self, *, hopeful: bool = False) -> NDArray[np.float64]:
+        """The bound, and the median excess of the simulated candidates alike in chunks (else of all; none
+        if `hopeful`)."""
         if not self.excess:
             return self.device
-        usual = median(value for values in self.excess.values() for value in values)
+        usual = 0.0 if hopeful else median(value for values in self.excess.values() for value in values)
         extra = np.full(int(self.kinds.max()) + 1, usual)
         for kind, values in self.excess.items():
             extra[kind] = median(values)
@@ -75,15 +78,19 @@ class Pool:
         """(expected not to fit, position) of the untaken candidate of the best guess whose bound is
         under `below` s.
 
-        Those expected not to fit come last: a guess orders the work, only bounds and simulations reject.
+        Those expected not to fit, or to fit the host by a hair, come last, the leanest first: a guess orders
+        the work, only bounds and simulations reject.
         """
         usable = ~self.taken & (self.time < below)
         if not usable.any():
             return None
-        safe = AT_RISK * self.space.problem.hardware.memory_limit()
-        fitting = usable & (self.expected_memory() <= safe)
-        late = not fitting.any()
-        return late, int(np.argmax(usable if late else fitting))
+        hardware = self.space.problem.hardware
+        safe = self.host <= AT_RISK * hardware.host_limit()
+        fitting = usable & safe & (self.expected_memory() <= AT_RISK * hardware.memory_limit())
+        if fitting.any():
+            return False, int(np.argmax(fitting))
+        lean = np.where(usable, self.expected_memory(hopeful=True) / hardware.memory_limit(), np.inf)
+        return True, int(np.argmin(np.where(safe, lean, lean + 1.0)))
 
     def neighbours(self, position: int) -> Column:
         """Positions one decision away from `position`, best guess first."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.strategy import DType, Exchange, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import State, fsdp2, megatron, mop, zero_offload
 
@@ -19,12 +19,14 @@ Column = NDArray[np.int64]
 Values = Sequence[int] | Sequence[tuple[int, ...]]
 Axes = dict[str | tuple[str, ...], Values]
 
-#: Codes of the `state` column (where the optimizer lives) and of the `loss` column.
+#: Codes of the `state` column (where the optimizer lives), of the `loss` and of the `exchange` column.
 DEVICE, STREAMED, HOST = 0, 1, 2
 FULL, CHUNKED, RING, VOCAB_PARALLEL = 0, 1, 2, 3
+ULYSSES = 0
 
 STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 LOSSES = ("full", "chunked", "ring", "vocab_parallel")
+EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
 
 DEFAULTS = {
     "micro_batch": 1,
@@ -32,6 +34,7 @@ DEFAULTS = {
     "pipeline": 1,
     "virtual_stages": 1,
     "sequence": 1,
+    "exchange": ULYSSES,
     "experts": 1,
     "expert_tensor": 1,
     "expert_shard": 1,
@@ -97,11 +100,11 @@ def divisors(value: int) -> list[int]:
     return [d for d in range(1, value + 1) if value % d == 0]
 
 
-def generate(problem: Problem, family: str, thin: Callable[[Problem, Axes], Axes] | None = None) -> Space:
-    """All legal candidates of a family: the product of its axes (of fewer values, given `thin`), less the
-    rows that break a relation between two."""
+def generate(problem: Problem, family: str, change: Callable[[Problem, Axes], Axes] | None = None) -> Space:
+    """All legal candidates of a family: the product of its axes (as `change` leaves them), less the rows that
+    break a relation between two."""
     axes = AXES[family](problem)
-    columns = _product(thin(problem, axes) if thin else axes)
+    columns = _product(change(problem, axes) if change else axes)
     rejected: Counter[str] = Counter()
     for reason, legal in _relations(problem, columns):
         keep = legal(columns)
@@ -150,6 +153,12 @@ def _relations(
     yield (
         "experts x expert_tensor does not divide the ranks of a stage",
         lambda c: stage(c) % (c["experts"] * c["expert_tensor"]) == 0,
+    )
+    yield (
+        "tensor x sequence does not divide num_attention_heads, which Ulysses splits",
+        lambda c: (
+            (c["exchange"] != ULYSSES) | (model.num_attention_heads % (c["tensor"] * c["sequence"]) == 0)
+        ),
     )
     yield "expert degree does not divide num_local_experts", lambda c: experts % c["experts"] == 0
     yield (
@@ -263,6 +272,7 @@ def _megatron_axes(problem: Problem) -> Axes:
         "tensor": tensor,
         "pipeline": [d for d in divisors(world) if d <= model.num_hidden_layers],
         "sequence": [d for d in divisors(world) if problem.training.seq_len % d == 0 and d <= 64],
+        "exchange": [EXCHANGES.index("ring")],
         ("experts", "expert_tensor"): expert,
         "recompute": [0, 1],
         "zero": [1],
@@ -311,7 +321,9 @@ def _build_fsdp2(problem: Problem, row: dict[str, int]) -> Strategy:
     tokens = _tokens(problem, row)
     return fsdp2(
         problem.world_size,
+        tensor=row["tensor"],
         sequence=row["sequence"],
+        exchange=EXCHANGES[row["exchange"]],
         experts=row["experts"],
         micro_batch=row["micro_batch"],
         dense_shard=row["dense_shard"],

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from mopsim.engine import SimResult
 from mopsim.search import DEFAULT_FAMILIES, Options, SearchResult, search
+from mopsim.search.coarse import coarse
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import Assumptions, Figures, Goal, figures
 from mopsim.spec.errors import MopError
@@ -103,7 +104,7 @@ class _Asker:
         found: list[SearchResult] = []
         for family in request.families:  # apart, or one family's hopeful guesses spend the others' budget
             options = Options(
-                (family,), 1, request.budget, request.any_plan, precision=request.precision, coarse=True
+                (family,), 1, request.budget, request.any_plan, precision=request.precision, axes=coarse
             )
             found.append(search(request.model, self.hardware, num_nodes, training, options))
         self.simulated += sum(one.simulated for one in found)
@@ -195,7 +196,7 @@ def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[P
     """(cheapest, fastest within `max_cost` dollars) of the points that train in time; a machine without a
     price is never the cheapest, nor within a budget. Raises MopError for a budget that is not positive."""
     if max_cost is not None and not max_cost > 0:
-        raise MopError(f"max-cost: {max_cost:g} must be positive")
+        raise MopError(f"--max-cost: {max_cost:g} must be positive")
     done = [(point, point.figures) for point in points if point.in_time and point.figures]
     priced = [(bill.cost, point.num_nodes, point) for point, bill in done if bill.cost is not None]
     affordable = [
