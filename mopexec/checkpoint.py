@@ -113,7 +113,7 @@ def check_resumable(path: Path, wanted: RunState, steps: int) -> int:
     found = read_state(path)
     check_state(found, wanted, path)
     if found.step >= steps:
-        raise MopError(f"--steps: {steps} were done already, checkpoint {path}; ask for more")
+        raise MopError(f"--steps: {steps} is not more than the {found.step} that checkpoint {path} has done")
     return found.step
 
 

@@ -41,12 +41,7 @@ def check_devices(plan: Plan, num_devices: int) -> None:
 
 
 def check_run_directory(path: Path, *, resume: bool) -> None:
-    """Refuse an output path that is a file, or holds something and is not to be resumed. Creates nothing."""
-    if path.exists() and not path.is_dir():
-        raise MopError(f"--out: {path} is a file, a directory is needed")
-    parent = next((above for above in path.absolute().parents if above.exists()), None)
-    if parent is not None and not parent.is_dir():
-        raise MopError(f"--out: {path} cannot be made, {parent} is a file")
+    """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     occupied = bool(entries) and entries != {
         "plan.yaml",

@@ -136,7 +136,7 @@ def size(
         model, tokens, days, hardware, seq_len, global_batch_tokens, family, max_nodes, utilisation, pue,
         max_cost, budget, runnable, routing, precision,
     )  # fmt: skip
-    run(order, plan, json)
+    raise typer.Exit(run(order, plan, json))
 
 
 @app.command()

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from mopsim.commands.compare import directory
 from mopsim.engine import SimResult, simulate
 from mopsim.report.demo import Contender, DemoReport, result_table, write_demo
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.units import parse_bytes
 from mopsim.strategies import mop
@@ -102,11 +102,8 @@ def run(out: str, seed: int, steps: int) -> None:
     """The whole loop; writes the report into `out` and prints the winner."""
     from rich.console import Console
 
-    folder = directory(out)
-    work = Path("runs") / folder.name
-    if work.is_dir():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+    folder = Path(out)
+    work = _work_directory(folder)
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: end the commands too
     loop = Loop(folder, work, seed, steps, console)
@@ -120,6 +117,18 @@ def run(out: str, seed: int, steps: int) -> None:
         f"{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, "
         f"{time.perf_counter() - started:.0f} s in all"
     )
+
+
+def _work_directory(out: Path) -> Path:
+    """runs/NAME for the report NAME, empty. Raises MopError where it holds what no demo has made."""
+    work = Path("runs") / (out.resolve().name or "demo")
+    check_outputs(directories={"--out": out, "--out (its runs)": work})
+    earlier = work.is_dir() and any(work.iterdir())
+    if earlier and not list(work.glob("01-mopexec-probe.log")):
+        raise MopError(f"--out: {out} would have its runs in {work}, which is not empty and not of a demo")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return work
 
 
 def _loop(loop: Loop) -> DemoReport:

@@ -1,16 +1,19 @@
 """`mopexec probe`: measure this machine, write the profile."""
 
+import math
 import sys
 from pathlib import Path
 
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
+from mopsim.spec.outputs import check_outputs
 
 
 def run(out: Path, ranks: int | None, budget: float, json: str | None) -> None:
     """Write the hardware profile of this machine to `out`."""
-    if out.is_dir():
-        raise MopError(f"--out: {out} is a directory, a file is needed")
+    check_outputs({"--out": out, "--json": json})
+    if not math.isfinite(budget):
+        raise MopError(f"--budget: {budget} must be a finite number")
     from mopexec.measure.probe import probe
 
     profile = probe(ranks, budget=budget)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mopexec import plans
 from mopsim.spec.io import write_json
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.units import format_bytes, parse_bytes, parse_count
 
 
@@ -20,6 +21,7 @@ def run(
     json: str | None,
 ) -> None:
     """Bisect every plan by dry run, confirm by real steps, write `out`/reach.md and reach.json."""
+    check_outputs({"--json": json}, {"--out": out})
     chosen = [plans.read_plan(path) for path in paths]
     for plan in chosen:
         plans.check_supported(plan)

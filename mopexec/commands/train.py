@@ -12,6 +12,7 @@ from mopexec import data, failures, plans
 from mopexec.environment import rank_of_environment, under_torchrun
 from mopexec.options import TrainOptions
 from mopsim.spec import io
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Plan
 from mopsim.spec.units import format_bytes, format_seconds
 
@@ -20,12 +21,14 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     """The whole command; returns the exit code: 0, 1 a rank failed, 2 (raised) a mistake, 128 + n for signal
     n.
     """
+    cache = data.cache_directory(options.cache)
+    check_outputs({"--json": json}, {"--out": options.out, "--cache": cache})
     plan = plans.read_plan(Path(options.plan))
     plans.check_supported(plan)
     if under_torchrun():
         return _as_rank(options, plan, json)
     plans.check_run_directory(Path(options.out), resume=options.resume)
-    tokens = data.prepare(options.data, plan.model.vocab_size, data.cache_directory(options.cache))
+    tokens = data.prepare(options.data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens))
     _check_with_torch(options, plan)
     _prepare_directory(options)

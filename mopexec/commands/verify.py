@@ -12,6 +12,7 @@ import msgspec
 from mopexec import failures, plans
 from mopexec.scale_down import mechanisms, scale_down
 from mopsim.spec import io
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Plan
 
 _ROWS = (("loss", ""), ("grad_norm", ""), ("gradients", "worst_gradient"), ("weights", "worst_weight"))
@@ -20,6 +21,7 @@ _ROWS = (("loss", ""), ("grad_norm", ""), ("gradients", "worst_gradient"), ("wei
 def run(path: Path, steps: int, max_ranks: int | None, json: str | None) -> int:
     """Returns 0 where parallel equals single-device within the tolerance, 1 where it does not or a rank
     failed."""
+    check_outputs({"--json": json})
     plan = plans.read_plan(path)
     plans.check_supported(plan)
     small = scale_down(plan, max_ranks or 4)

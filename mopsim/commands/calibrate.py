@@ -8,14 +8,16 @@ from rich.table import Table
 from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement
 from mopsim.commands.inputs import human
 from mopsim.spec import io
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.units import format_seconds
 
 
 def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -> None:
     """Fit, show what remains, write the new profile."""
+    check_outputs({"--out": out, "--json": json})
     check_output(profile, out)
-    result = calibrate(load_profile(profile), [load_measurement(ref) for ref in measurements])
+    result = calibrate(load_profile(profile, "profile"), [load_measurement(ref) for ref in measurements])
     io.write_yaml(Path(out), result.profile)
     console = human(json)
     console.print(residuals(result))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from mopsim.commands import inputs as read_inputs
@@ -12,6 +13,7 @@ from mopsim.report.compare import Sweep, finding, write_compare
 from mopsim.report.tables import comparison
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.units import parse_count
 from mopsim.strategies import FAMILIES
 
@@ -28,7 +30,8 @@ def run(
     json: str | None,
 ) -> None:
     """Compare, show, write the report into `out`."""
-    folder = directory(out)
+    check_outputs({"--json": json}, {"--out": out})
+    folder = Path(out)
     inputs = read_inputs.read(job)
     swept = parse_sweep(sweep) if sweep else None
     results = [read_inputs.resolve(ref, inputs, any_plan=any_plan, budget=budget) for ref in strategies]
@@ -43,16 +46,10 @@ def run(
     console = read_inputs.human(json)
     console.print(comparison(results, title))
     console.print(f"{finding(results, labels)}. Written: {', '.join(str(path) for path in written)}")
+    for note in read_inputs.notes(strategies, inputs):
+        console.print(note, style="yellow")
     if json:
         io.write_json(json, _json(inputs, labels, results, lines))
-
-
-def directory(out: str) -> Path:
-    """The report's directory. Raises MopError where a file is in the way."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise MopError(f"out: {out} is a file, a directory is needed")
-    return folder
 
 
 def label(refs: Sequence[str], results: Sequence[SimResult]) -> list[str]:
@@ -68,10 +65,13 @@ def parse_sweep(text: str) -> tuple[str, list[int], list[str]]:
     setting, _, values = text.partition("=")
     if setting not in _SETTINGS or not values:
         raise MopError(
-            f"sweep: {text!r} is not {' or '.join(f'{name}=VALUE,VALUE,...' for name in _SETTINGS)}"
+            f"--sweep: {text!r} is not {' or '.join(f'{name}=VALUE,VALUE,...' for name in _SETTINGS)}"
         )
-    names = [name.strip() for name in values.split(",") if name.strip()]
-    pairs = sorted({parse_count(name, "sweep"): name for name in names}.items())
+    names = [name.strip() for name in values.split(",")]
+    pairs = sorted((parse_count(name, "--sweep"), name) for name in names)
+    for (value, name), (following, other) in pairwise(pairs):
+        if value == following:
+            raise MopError(f"--sweep: {setting} {other!r} is given twice (as {name!r})")
     return setting, [value for value, _ in pairs], [name for _, name in pairs]
 
 

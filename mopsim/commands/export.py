@@ -6,14 +6,13 @@ from pathlib import Path
 from mopsim.commands.inputs import human
 from mopsim.export import TARGETS, export
 from mopsim.spec import io
-from mopsim.spec.errors import MopError
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Plan
 
 
 def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
     """Read the plan, write the configuration, say what it leaves out."""
-    if out == "-" and json == "-":
-        raise MopError("json: - and out: - cannot both be standard output")
+    check_outputs({"--out": out, "--json": json}, stdout=("--out", "--json"))
     text, gaps = export(io.load(Path(plan), Plan, "plan"), to, lossy=lossy)
     console = human("-" if "-" in (out, json) else None)
     if out == "-":

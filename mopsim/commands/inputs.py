@@ -41,48 +41,79 @@ class Inputs:
 def read(job: Job) -> Inputs:
     """Load what a job names. Raises MopError."""
     training = TrainSpec(
-        seq_len=parse_count(job.seq_len, "seq-len"),
+        seq_len=parse_count(job.seq_len, "--seq-len"),
         global_batch=job.global_batch,
         routing=job.routing,
         seed=job.seed,
         learning_rate=job.learning_rate,
         warmup_steps=job.warmup_steps,
     )
-    return Inputs(load_model(job.model), load_profile(job.hardware), job.nodes, training, job.precision)
+    model = load_model(job.model)
+    training.check_model(model)
+    return Inputs(model, load_profile(job.hardware), job.nodes, training, job.precision)
 
 
 def families(text: str, default: Sequence[str]) -> tuple[str, ...]:
     """The families of a comma-separated list. Raises MopError for an unknown one."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) or tuple(default)
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(","))) if text else tuple(default)
     for name in names:
         if name not in FAMILIES:
-            raise MopError(f"family: {name!r} is not one of {', '.join(FAMILIES)}")
+            raise MopError(f"--family: {name!r} is not one of {', '.join(FAMILIES)}")
     return names
 
 
-def read_strategy(ref: str) -> Strategy:
-    """A strategy from its YAML file, or from a plan's."""
+def read_strategy(ref: str) -> Strategy | Plan:
+    """A strategy from its YAML file, or a plan, whose strategy it is."""
     path = Path(ref)
-    if path.suffix not in (".yaml", ".yml", ".json") and not path.exists():
-        raise MopError(f"strategy: {ref!r} is neither a family ({', '.join(FAMILIES)}) nor a YAML file")
-    data = io.parse_yaml(io.read_text(path), str(path))
+    if path.suffix not in (".yaml", ".yml", ".json") and not io.exists(path):
+        raise MopError(f"--strategy: {ref!r} is neither a family ({', '.join(FAMILIES)}) nor a YAML file")
+    data = io.parse_yaml(io.read_text(path, "--strategy"), str(path))
     if isinstance(data, dict) and "strategy" in data and "model" in data:
-        return io.convert(data, Plan, "plan", str(path)).strategy
+        return io.convert(data, Plan, "plan", str(path))
     return io.convert(data, Strategy, "strategy", str(path))
+
+
+def notes(refs: Sequence[str], inputs: Inputs) -> list[str]:
+    """What the plans among `refs` were made for, where it is not this job: their strategy alone is taken."""
+    found = []
+    for ref in refs:
+        read = None if ref in FAMILIES else read_strategy(ref)
+        if isinstance(read, Plan):
+            here = {
+                "hardware": (read.hardware.name, inputs.hardware.name),
+                "hardware digest": (read.hardware.digest, io.digest(inputs.hardware)),
+                **{
+                    name: (getattr(read.training, name), getattr(inputs.training, name))
+                    for name in ("seq_len", "global_batch", "routing")
+                },
+            }
+            other = [f"{name} {made} (here {now})" for name, (made, now) in here.items() if made != now]
+            if other:
+                found.append(f"note: of {ref} only the strategy is taken; it was made for {', '.join(other)}")
+    return found
+
+
+def _strategy(ref: str, inputs: Inputs) -> Strategy:
+    """The strategy of a file, for this model. Raises MopError where it is of a plan for another one."""
+    read = read_strategy(ref)
+    if isinstance(read, Strategy):
+        return read
+    if read.model != inputs.model:
+        made, here = (f"{one.name} (digest {io.digest(one)})" for one in (read.model, inputs.model))
+        raise MopError(f"--strategy: {ref} is a plan for the model {made}, --model is {here}")
+    return read.strategy
 
 
 def resolve(ref: str, inputs: Inputs, *, any_plan: bool = True, budget: int = 100) -> SimResult:
     """The simulated result of a strategy file, or of the best (else the closest) strategy of a family."""
     if ref not in FAMILIES:
-        strategy = read_strategy(ref)
-        strategy.check_model(inputs.model)
-        inputs.training.check_strategy(strategy)
+        strategy = _strategy(ref, inputs)
         return simulate(inputs.model, inputs.hardware, inputs.nodes, strategy, inputs.training)
     options = Options((ref,), top=1, budget=budget, any_plan=any_plan, precision=inputs.precision)
     found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
     result = found.best or found.closest
     if result is None:
-        raise MopError(f"strategy: {ref} has no strategy here: {found.verdict()}")
+        raise MopError(f"--strategy: {ref} has no strategy here: {found.verdict()}")
     return result
 
 

@@ -9,6 +9,7 @@ from mopsim.report.tables import comparison, describe
 from mopsim.search import DEFAULT_FAMILIES, Options, search
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.units import format_seconds
 from mopsim.strategies import FAMILIES
 
@@ -26,6 +27,7 @@ def run(
     """Search with a progress line, show the ranking, write the winner's plan and the JSON."""
     from rich.progress import Progress
 
+    check_outputs({"--plan": plan, "--json": json})
     inputs = read_inputs.read(job)
     chosen = read_inputs.families(family, FAMILIES if any_plan else DEFAULT_FAMILIES)
     console = read_inputs.human(json)
@@ -57,5 +59,5 @@ def run(
         io.write_json(json, found.to_json())
     if plan:
         if not found.best:
-            raise MopError(f"plan: {plan} not written: {found.verdict()}")
+            raise MopError(f"--plan: {plan} not written: {found.verdict()}")
         io.write_yaml(Path(plan), read_inputs.make_plan(inputs, found.best))

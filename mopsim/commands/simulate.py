@@ -9,10 +9,12 @@ from mopsim.engine import simulate
 from mopsim.report.tables import breakdown, comparison
 from mopsim.report.trace import chrome_trace, write_trace
 from mopsim.spec import io
+from mopsim.spec.outputs import check_outputs
 
 
 def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str | None) -> None:
     """Simulate, show, and write what was asked for."""
+    check_outputs({"--trace": trace, "--plan": plan, "--json": json})
     inputs = read_inputs.read(job)
     result = read_inputs.resolve(strategy, inputs)
     made = read_inputs.make_plan(inputs, result) if plan else None
@@ -30,5 +32,8 @@ def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str 
     console = read_inputs.human(json)
     console.print(comparison([result], f"{inputs.model.name} on {inputs.nodes} x {inputs.hardware.name}"))
     console.print(breakdown(result))
+    notes = read_inputs.notes([strategy], inputs)
+    for note in notes:
+        console.print(note, style="yellow")
     if json:
-        io.write_json(json, result.to_json())
+        io.write_json(json, {**result.to_json(), "notes": notes})

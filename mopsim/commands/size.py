@@ -1,5 +1,6 @@
 """`mopsim size`: which cluster, and how many nodes of it."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from mopsim.size.finder import Request, recommend
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import Quantity
+from mopsim.spec.outputs import check_outputs
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import DType
@@ -42,12 +44,17 @@ class Order:
     precision: DType
 
 
-def run(order: Order, plan: str | None, json: str | None) -> None:
-    """Size each machine type, show the answer, write the recommended plan and the JSON."""
+def run(order: Order, plan: str | None, json: str | None) -> int:
+    """Size each machine type, show the answer, write the recommended plan and the JSON.
+
+    Returns the exit code: 0, or 1 where no cluster will do (the JSON says so too). Raises MopError where a
+    plan was asked for then.
+    """
     from pathlib import Path
 
     from rich.progress import Progress
 
+    check_outputs({"--plan": plan, "--json": json})
     request = read(order)
     machines = [load_profile(name) for name in dict.fromkeys(order.hardware)]
     recommend([], order.max_cost)
@@ -69,27 +76,33 @@ def run(order: Order, plan: str | None, json: str | None) -> None:
     console.print(f"Recommended (cheapest): {summary(cheapest)}\nFastest{within}: {summary(fastest)}")
     if json:
         io.write_json(json, to_json(request, sizings, cheapest, fastest))
+    chosen = cheapest or fastest
+    if chosen is None or chosen.result is None:
+        none = f"no cluster of at most {order.max_nodes} nodes will do"
+        if plan:
+            raise MopError(f"--plan: {plan} not written: {none}")
+        print(f"mopsim: {none}", file=sys.stderr)
+        return 1
     if plan:
-        chosen = cheapest or fastest
-        if chosen is None or chosen.result is None:
-            raise MopError(f"plan: {plan} not written: no cluster trains in time")
         inputs = read_inputs.Inputs(
             request.model, chosen.hardware, chosen.num_nodes, chosen.training, order.precision
         )
         io.write_yaml(Path(plan), read_inputs.make_plan(inputs, chosen.result))
+    return 0
 
 
 def read(order: Order) -> Request:
     """The request of an order. Raises MopError in one line."""
     if not 0 < order.days < 1e6:
-        raise MopError(f"days: {order.days:g} must be positive, and below a million")
-    seq_len = parse_count(order.seq_len, "seq-len")
-    TrainSpec(seq_len=seq_len, global_batch=1, routing=order.routing)
+        raise MopError(f"--days: {order.days:g} must be positive, and below a million")
+    seq_len = parse_count(order.seq_len, "--seq-len")
+    model = load_model(order.model)
+    TrainSpec(seq_len=seq_len, global_batch=1, routing=order.routing).check_model(model)
     return Request(
-        model=load_model(order.model),
-        goal=Goal(parse_tokens(order.tokens), order.days * DAY),
+        model=model,
+        goal=Goal(parse_tokens(order.tokens, "--tokens"), order.days * DAY),
         seq_len=seq_len,
-        batch_tokens=parse_count(order.global_batch_tokens, "global-batch-tokens"),
+        batch_tokens=parse_count(order.global_batch_tokens, "--global-batch-tokens"),
         families=read_inputs.families(order.family, DEFAULT_FAMILIES),
         max_nodes=order.max_nodes,
         budget=order.budget,

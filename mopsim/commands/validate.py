@@ -9,6 +9,7 @@ from mopsim.report.validation_tables import Grid, tables
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.model_table import read_rows
+from mopsim.spec.outputs import check_outputs
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
 from mopsim.validate.run import Validation, validate_runs
@@ -20,7 +21,8 @@ def run(
 ) -> None:
     """Read, simulate, score, show; write figures and JSON where asked to."""
     if not runs and not components:
-        raise MopError("runs: give --runs, --components or both")
+        raise MopError("--runs: not given, and no --components: one of them is needed")
+    check_outputs({"--json": json}, {"--out": out})
     console = human(json)
     validation = Validation([])
     if runs:

@@ -106,6 +106,7 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
     """Raises SpecError where strategy, model and training do not fit together."""
     strategy.check_model(model)
     training.check_strategy(strategy)
+    training.check_model(model)
     precision = strategy.precision
     b = int(DTYPE_BYTES[precision.compute])
     tokens = training.tokens_per_rank(strategy) // strategy.dense.tensor

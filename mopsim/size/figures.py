@@ -33,9 +33,9 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.utilisation <= 1:
-            raise MopError(f"utilisation: {self.utilisation:g} must lie in (0, 1]")
+            raise MopError(f"--utilisation: {self.utilisation:g} must lie in (0, 1]")
         if not 1 <= self.pue <= 5:
-            raise MopError(f"pue: {self.pue:g} must lie between 1 and 5")
+            raise MopError(f"--pue: {self.pue:g} must lie between 1 and 5")
 
 
 @dataclass(frozen=True)

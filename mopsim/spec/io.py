@@ -46,18 +46,27 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Base of every noun: frozen, keyword-only, unknown fields refused, validated when made."""
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file the user named. Raises MopError in one line when it can't be had."""
+def read_text(path: Path, field: str = "") -> str:
+    """The UTF-8 text of a file the user named as `field`. Raises MopError where it can't be had."""
+    where = f"{field}: {path}" if field else str(path)
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MopError(f"{path}: no such file") from None
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise MopError(f"{where}: no such file") from None
     except IsADirectoryError:
-        raise MopError(f"{path}: is a directory, a file is needed") from None
+        raise MopError(f"{where}: is a directory, a file is needed") from None
     except UnicodeDecodeError:
-        raise MopError(f"{path}: is not UTF-8 text") from None
+        raise MopError(f"{where}: is not UTF-8 text") from None
     except OSError as error:
-        raise MopError(f"{path}: {error.strerror or error}") from None
+        raise MopError(f"{where}: {error.strerror or error}") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there, also where the system will not say: a name too long, no permission."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -89,7 +98,7 @@ def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
 
 def load(path: Path, kind: type[T], prefix: str) -> T:
     """Read one YAML file into a validated `kind`."""
-    return convert(parse_yaml(read_text(path), str(path)), kind, prefix, str(path))
+    return convert(parse_yaml(read_text(path, prefix), str(path)), kind, prefix, str(path))
 
 
 def to_plain(spec: Any) -> Any:
@@ -109,7 +118,8 @@ def digest(spec: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside in the same directory, then rename: readers never see half a file."""
+    """Write aside in the same directory, then rename: readers never see half a file. Links are followed."""
+    path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

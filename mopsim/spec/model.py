@@ -112,6 +112,11 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         for field in ("total_params", "active_params"):
             value = getattr(self, field)
             require(value is None or value > 0, field, value, "must be positive")
+        rotated = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
+        require(
+            bool(self.learned_positions) or getattr(self, rotated) % 2 == 0,
+            rotated, getattr(self, rotated), "must be even: rotary positions turn pairs of elements",
+        )  # fmt: skip
         if self.attention == "mla":
             for field in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1 for mla")

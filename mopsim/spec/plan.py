@@ -60,6 +60,7 @@ class Plan(Spec, frozen=True, kw_only=True):
         )  # fmt: skip
         self.strategy.check_model(self.model)
         self.training.check_strategy(self.strategy)
+        self.training.check_model(self.model)
 
 
 class KindTiming(Spec, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mopsim.spec.errors import MopError
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.io import convert, parse_yaml, read_text
+from mopsim.spec.io import convert, exists, parse_yaml, read_text
 from mopsim.spec.model import ModelSpec
 
 #: One file of many networks, by name: those of the table of published runs (made by mopsim.spec.model_table).
@@ -46,13 +46,13 @@ def load_model(ref: str | Path) -> ModelSpec:
     if name in _truth():
         return convert(_truth()[name], ModelSpec, "model", f"preset {name}")
     path = Path(ref)
-    if path.is_dir() and (path / "config.json").is_file():
+    if exists(path / "config.json"):
         path = path / "config.json"
-    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or path.exists()):
+    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or exists(path)):
         near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
         hint = f"near: {', '.join(near)}" if near else f"presets: {', '.join(list_models())}"
         raise MopError(f"model: {name!r} is neither a preset nor a file; {hint}")
-    data = parse_yaml(read_text(path), str(path))
+    data = parse_yaml(read_text(path, "model"), str(path))
     if isinstance(data, dict) and ("architectures" in data or "model_type" in data):
         return from_config(data, str(path))
     return convert(data, ModelSpec, "model", str(path))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.io import convert, load, parse_yaml
+from mopsim.spec.io import convert, exists, load, parse_yaml
 
 
 @cache
@@ -26,19 +26,19 @@ def list_profiles() -> list[str]:
     return sorted(_texts())
 
 
-def load_profile(ref: str | Path) -> HardwareProfile:
-    """The machine that `ref` names: a shipped profile, or a YAML file (as `mopexec probe` writes).
+def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
+    """The machine that `field` names: a shipped profile, or a YAML file (as `mopexec probe` writes).
 
     Raises MopError in one line: an unknown name with near ones, a missing file, a field that breaks a rule.
     """
     name = str(ref)
     if name in _texts():
         return convert(
-            parse_yaml(_texts()[name], f"profile {name}"), HardwareProfile, "hardware", f"profile {name}"
+            parse_yaml(_texts()[name], f"profile {name}"), HardwareProfile, field, f"profile {name}"
         )
     path = Path(ref)
-    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or path.exists()):
+    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or exists(path)):
         near = difflib.get_close_matches(name, list_profiles(), n=3, cutoff=0.4)
         hint = f"near: {', '.join(near)}" if near else f"profiles: {', '.join(list_profiles())}"
-        raise MopError(f"hardware: {name!r} is neither a profile nor a file; {hint}")
-    return load(path, HardwareProfile, "hardware")
+        raise MopError(f"{field}: {name!r} is neither a profile nor a file; {hint}")
+    return load(path, HardwareProfile, field)

@@ -31,6 +31,10 @@ DTYPE_BYTES: dict[str, float] = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "mxfp8": 1.03125, "nvfp4": 0.5625,
 }  # fmt: skip
 
+LARGEST, LARGEST_COUNT = 2**62, 2**40
+"""Bounds of what is read: bytes or tokens that 64 bits hold, and a count (of tokens in a sequence, say) whose
+products with other counts still do."""
+
 _COUNT_SUFFIX = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -38,16 +42,22 @@ def parse_bytes(text: str, field: str = "size") -> int:
     """Bytes from '512MiB', '2GB', '1.5GiB' or a plain number of bytes. Raises MopError otherwise."""
     match = re.match(r"^\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?B|B?)\s*$", text)
     if not match:
-        raise MopError(f"{field}: {text!r} is not a size such as 512MiB, 2GB or a number of bytes")
-    return int(float(match.group(1)) * UNITS[match.group(2) or "B"])
+        raise MopError(f"{field}: {_shown(text)} is not a size such as 512MiB, 2GB or a number of bytes")
+    size = float(match.group(1)) * UNITS[match.group(2) or "B"]
+    if not 1 <= size <= LARGEST:
+        raise MopError(f"{field}: {_shown(text)} must lie between 1 byte and 2^62")
+    return int(size)
 
 
 def parse_count(text: str, field: str = "count") -> int:
     """A token count from '32K', '1M' (binary: 128K = 131072) or a plain integer; MopError otherwise."""
     match = re.match(r"^\s*([0-9]+)\s*([KM]?)\s*$", text)
-    if not match or int(match.group(1)) < 1:
-        raise MopError(f"{field}: {text!r} is not a positive count such as 4096, 128K or 1M")
-    return int(match.group(1)) * _COUNT_SUFFIX[match.group(2)]
+    count = float(match.group(1)) * _COUNT_SUFFIX[match.group(2)] if match else 0
+    if count < 1:
+        raise MopError(f"{field}: {_shown(text)} is not a positive count such as 4096, 128K or 1M")
+    if count > LARGEST_COUNT:
+        raise MopError(f"{field}: {_shown(text)} must be at most 2^40")
+    return int(count)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -72,7 +82,11 @@ _DECIMAL_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 def parse_tokens(text: str, field: str = "tokens") -> int:
     """Tokens of a training run: '15T', '1.5T', '500B', '2e12' (decimal: 1T = 10^12); MopError otherwise."""
     match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?)\s*([KMBT]?)\s*$", text)
-    tokens = round(float(match.group(1)) * _DECIMAL_SUFFIX[match.group(2)]) if match else 0
-    if tokens < 1:
-        raise MopError(f"{field}: {text!r} is not a number of tokens such as 500B, 1.5T or 2e12")
-    return tokens
+    tokens = float(match.group(1)) * _DECIMAL_SUFFIX[match.group(2)] if match else 0
+    if not 1 <= tokens <= LARGEST:
+        raise MopError(f"{field}: {_shown(text)} is not a number of tokens such as 500B, 1.5T or 2e12")
+    return round(tokens)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

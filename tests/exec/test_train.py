@@ -153,7 +153,7 @@ def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, caps
     line = refused(other, "--steps", "9", "--resume")
     assert "plan.training.seq_len: 32 is not the 64 that checkpoint" in line
     assert "seed: 5 is not the 0" in refused(inputs, "--steps", "9", "--resume", "--seed", "5")
-    assert "were done already" in refused(inputs, "--steps", "6", "--resume")
+    assert "--steps: 6 is not more than the 6 that checkpoint" in refused(inputs, "--steps", "6", "--resume")
     assert sorted(whole[0].rglob("*")) == before
 
 

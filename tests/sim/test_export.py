@@ -245,7 +245,10 @@ def test_the_command(
     [
         (["--plan", "missing.yaml", "--to", "deepspeed", "--out", "x"], "missing.yaml: no such file"),
         (["--plan", "missing.yaml", "--to", "nemo", "--out", "x"], "nemo"),
-        (["--plan", "x.yaml", "--to", "deepspeed", "--out", "-", "--json", "-"], "cannot both"),
+        (
+            ["--plan", "x.yaml", "--to", "deepspeed", "--out", "-", "--json", "-"],
+            "--json: - is where --out goes too",
+        ),
         (["--to", "deepspeed"], "Missing option"),
     ],
 )

@@ -77,7 +77,7 @@ def models(draw: Any) -> ModelSpec:
         num_hidden_layers=layers,
         num_attention_heads=kv * groups,
         num_key_value_heads=kv,
-        head_dim=draw(size),
+        head_dim=2 * draw(size),
         vocab_size=draw(size),
         intermediate_size=draw(size),
         qk_norm=draw(st.sampled_from(["none", "head", "full"])),
@@ -131,7 +131,7 @@ def trainings(draw: Any, global_batch: int | None = None) -> TrainSpec:
     return TrainSpec(
         seq_len=draw(st.integers(1, 2**10)) * 64,
         global_batch=global_batch or draw(size),
-        routing=draw(st.sampled_from(["balanced", "95/16", "0/1"])),
+        routing=draw(st.sampled_from(["balanced", "95/8", "0/1"])),
         learning_rate=draw(positive),
         eps=draw(positive),
         beta1=draw(st.floats(0, 1, exclude_max=True)),
