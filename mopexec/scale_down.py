@@ -25,6 +25,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     training = msgspec.structs.replace(
         plan.training,
         seq_len=16 * ranks,
+        routing=_routing(plan),
         clip_norm=_CLIP_NORM,
         warmup_steps=0,
         global_batch=strategy.micro_batch * strategy.data_groups * microbatches,
@@ -41,6 +42,12 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
         host_limit=1 << 40,
     )
     return Plan(model=model, hardware=hardware, strategy=strategy, training=training)
+
+
+def _routing(plan: Plan) -> str:
+    """The same profile with hot experts that the small model has."""
+    percent, _, hot = plan.training.routing.partition("/")
+    return f"{percent}/{min(int(hot), _EXPERTS)}" if hot and plan.model.num_moe_layers else "balanced"
 
 
 def mechanisms(plan: Plan) -> list[str]:

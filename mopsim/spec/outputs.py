@@ -1,4 +1,4 @@
-"""Where a command writes, checked before it works: an hour of search must not end at a path it cannot have."""
+"""Where a command writes, checked before it works: an hour of search must not end at a path it cannot use."""
 
 import os
 import stat

@@ -5,6 +5,7 @@ import re
 
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 
 
@@ -61,6 +62,13 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
         for field in ("beta1", "beta2"):
             require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must lie in [0, 1)")
+
+    def check_model(self, model: ModelSpec) -> None:
+        """Raise SpecError where the routing does not fit the model's experts."""
+        if self.routing != "balanced":
+            hot = int(self.routing.split("/")[1])
+            rule = f"has more hot experts than num_local_experts {model.num_local_experts}"
+            require(hot <= model.num_local_experts, "training.routing", self.routing, rule)
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the batch or the sequence does not divide over the strategy's ranks."""
