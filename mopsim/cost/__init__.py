@@ -34,12 +34,7 @@ def seconds(work: Work, profile: HardwareProfile) -> float:
     correction = profile.corrections.get(work.kind)
     if correction is None:
         return time
-    return max(0.0, correction.scale * time + correction.overhead * _ops(work))
-
-
-def _ops(work: Work) -> float:
-    """Ops that a timer of the executor would count in this work."""
-    return work.count if work.kind == "matmul" else float(max(work.launches, 1))
+    return max(0.0, correction.scale * time + correction.overhead * work.issued)
 
 
 __all__ = ["raw_seconds", "seconds"]

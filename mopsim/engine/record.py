@@ -47,6 +47,17 @@ class Record:
             tally.exposed[kind] += seconds
             tally.component[op.component] += seconds
 
+    def idle(self, op: Op, seconds: float) -> None:
+        """The compute stream stood still before `op` because the host had not issued it."""
+        if seconds > 0.0:
+            tally = self.tallies[op.microbatch]
+            tally.exposed["host"] += seconds
+            tally.component[op.component] += seconds
+
+    def held(self, op: Op, seconds: float) -> None:
+        """Kernels inside `op`, whose time `ended` books, ran apart because the host issued them late."""
+        self.tallies[op.microbatch].exposed["host"] += seconds
+
     def stolen(self, op: Op, seconds: float) -> None:
         """Compute lost `seconds` to a collective beside it."""
         if seconds > 0.0 and op.work:

@@ -57,7 +57,9 @@ def run(
     limit, host_limit = hardware.memory_limit(), hardware.host_limit()
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline) for _ in workload.programs]
-    end = play(workload.programs, durations, ledgers, records, hardware.communication_share)
+    issue = hardware.host.issue.si if hardware.host.issue else 0.0
+    share = hardware.communication_share
+    end = play(workload.programs, durations, ledgers, records, share, issue)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
 
@@ -170,8 +172,7 @@ def _totals(
     for key, times in uses.items():
         work, price = prices[key]
         busy[work.kind] = busy.get(work.kind, 0.0) + times * price
-        launched = work.count if work.kind == "matmul" else max(work.launches, 1)
-        counts[work.kind] = counts.get(work.kind, 0) + int(times * launched)
+        counts[work.kind] = counts.get(work.kind, 0) + int(times * work.issued)
         flops += times * (work.flops + 2 * work.m * work.n * work.k * work.count)
     return busy, counts, flops
 

@@ -1,10 +1,14 @@
-"""SimPy streams: one process per stream and program, ops in issue order, as device streams run them."""
+"""SimPy streams: one process per stream and program, ops in issue order, as device streams run them.
+
+A thread of the host issues the ops (see HostThread); no stream runs what is not issued yet.
+"""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import simpy
 
+from mopsim.engine.host import HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.lowering.workload import Op, Program
@@ -39,6 +43,7 @@ class Rank:
         record: Record,
         share: float,
         meetings: dict[str, Meeting],
+        host: HostThread | None,
     ) -> None:
         self.env, self.program, self.durations, self.ledger, self.record = (
             env,
@@ -47,7 +52,7 @@ class Rank:
             ledger,
             record,
         )
-        self.meetings = meetings
+        self.meetings, self.host = meetings, host
         self.done = [False] * len(program.ops)
         self.waiting: dict[int, simpy.Event] = {}
         self.share, self.talking = share, 0
@@ -61,7 +66,7 @@ class Rank:
 
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
         """Issue the stream's ops one after the other."""
-        env, done, record, ledger = self.env, self.done, self.record, self.ledger
+        env, done, record, ledger, host = self.env, self.done, self.record, self.ledger, self.host
         compute, talks = stream == "compute", stream in COMMUNICATION
         for op in ops:
             ready = env.now
@@ -71,6 +76,15 @@ class Rank:
                     yield self.wait_for(dep)
                     if compute:
                         record.waited(op, self.program.ops[dep], env.now - before)
+            if host is not None:
+                before = env.now
+                if not host.knows(op.index):
+                    yield host.resumed(op.index)
+                late = host.begins(op.index) - env.now
+                if late > 0.0:
+                    yield env.timeout(late)
+                if compute:
+                    record.idle(op, env.now - before)
             if op.rendezvous:
                 before = env.now
                 yield self.meetings[op.rendezvous].arrive()
@@ -88,6 +102,14 @@ class Rank:
                     self.communicate(-1, op)
                 else:
                     yield env.timeout(duration)
+            if host is not None:
+                late = host.ends(op.index, duration) - env.now
+                if late > 0.0:
+                    yield env.timeout(late)
+                    if compute:
+                        record.held(op, late)
+                if op.awaited:
+                    host.resume(op.index)
             ledger.end(op, env.now)
             record.ended(op, ready, start, env.now, compute)
             done[op.index] = True
@@ -149,8 +171,10 @@ def play(
     ledgers: Sequence[Ledger],
     records: Sequence[Record],
     share: float,
+    issue: float = 0.0,
 ) -> float:
-    """Run all programs to the end; returns the time at which the last op ended.
+    """Run all programs to the end; returns the time at which the last op ended. issue: seconds of the host
+    for each kernel; 0: it is never late.
 
     Raises AssertionError that lists the ops left when none can go on: a deadlock in the lowering, never a
     user's mistake.
@@ -162,9 +186,12 @@ def play(
             if op.rendezvous:
                 parties[op.rendezvous] = parties.get(op.rendezvous, 0) + 1
     meetings = {key: Meeting(env, count) for key, count in parties.items()}
+    threads = [HostThread(env, program, issue) if issue > 0.0 else None for program in programs]
     ranks = [
-        Rank(env, program, times, ledger, record, share, meetings)
-        for program, times, ledger, record in zip(programs, durations, ledgers, records, strict=True)
+        Rank(env, program, times, ledger, record, share, meetings, thread)
+        for program, times, ledger, record, thread in zip(
+            programs, durations, ledgers, records, threads, strict=True
+        )
     ]
     env.run()
     left = [

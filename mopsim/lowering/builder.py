@@ -56,10 +56,14 @@ class Builder:
             self._pending += ((before, -size), (category, size))
 
     def compute(
-        self, name: str, component: str, phase: str, layer: int, work: Iterable[Work], *waits: int | None
-    ) -> int:
+        self, name: str, component: str, phase: str, layer: int, work: Iterable[Work], *waits: int | None,
+        awaited: bool = False,
+    ) -> int:  # fmt: skip
         """An op on the compute stream, after what was issued there before and after `waits`."""
-        self.last = self.add(name, "compute", component, phase, tuple(work), layer=layer, deps=waits)
+        work = tuple(work)
+        self.last = self.add(
+            name, "compute", component, phase, work, layer=layer, deps=waits, awaited=awaited
+        )
         return self.last
 
     def issue(
@@ -89,6 +93,7 @@ class Builder:
         deps: Iterable[int | None] = (),
         memory: Iterable[Step] = (),
         rendezvous: str = "",
+        awaited: bool = False,
     ) -> int:
         """Append one op; returns its index. Steps of `memory` run in order; their height is held until the
         op ends."""
@@ -112,6 +117,7 @@ class Builder:
                 net,
                 rendezvous,
                 self.microbatch,
+                awaited,
             )
         )
         return index
@@ -132,11 +138,14 @@ class Builder:
         layer: int = -1,
         deps: Iterable[int | None] = (),
         memory: Iterable[Step] = (),
+        awaited: bool = False,
     ) -> int:
         """A collective over `size` bytes (the full buffer); nothing is sent in a group of one."""
         work = (collective_work(kind, float(size), group),) if group.size > 1 else ()
         stream = self.stream_of(group) if group.size > 1 else "compute"
-        return self.add(name, stream, component, phase, work, layer=layer, deps=deps, memory=memory)
+        return self.add(
+            name, stream, component, phase, work, layer=layer, deps=deps, memory=memory, awaited=awaited
+        )
 
     def play(self, played: Sequence[Played], phase: str, layer: int, deps: Iterable[int | None] = ()) -> int:
         """Ops of a played tape: runs of compute kernels of one component joined, collectives on their own

@@ -55,6 +55,11 @@ class Work:
     dtype: str = ""
     group: Group = Group(1, 1)
 
+    @property
+    def issued(self) -> float:
+        """Kernels, copies or collectives that the host starts for it, and that a timer would count."""
+        return self.count if self.kind == "matmul" else float(max(self.launches, 1))
+
 
 @lru_cache(maxsize=65536)
 def memory_work(num_bytes: float, launches: int) -> Work:
@@ -74,7 +79,8 @@ class Op:
 
     deps: indices of ops of the same program that must have ended. peak: ledger changes at the op's own
     height, held while it runs; net: what remains when it ends. rendezvous: key shared with an op of another
-    program; both start together.
+    program; both start together. awaited: the host thread that issues the ops waits for its end before it
+    issues the next one (a copy of counts to the host, a synchronized receive).
     """
 
     index: int
@@ -89,6 +95,7 @@ class Op:
     net: Deltas = ()
     rendezvous: str = ""
     microbatch: int = 0
+    awaited: bool = False
 
 
 @dataclass(frozen=True, slots=True)

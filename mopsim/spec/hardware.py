@@ -77,15 +77,22 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
 
 
 class AttentionCurve(Spec, frozen=True, kw_only=True):
-    """Fraction of the dtype's matmul peak that attention reaches: forward * s / (s + seq_half)."""
+    """Fraction of the dtype's matmul peak that attention reaches: forward * s / (s + seq_half).
+
+    eight_bit_forward, eight_bit_backward: how many times as fast with 8-bit operands.
+    """
 
     forward: float
     backward: float
     seq_half: float = 0.0
+    eight_bit_forward: float = 1.0
+    eight_bit_backward: float = 1.0
     tag: Tag
     source: str
 
     def __post_init__(self) -> None:
+        for field in ("eight_bit_forward", "eight_bit_backward"):
+            require(getattr(self, field) > 0, field, getattr(self, field), "must be above 0")
         for field in ("forward", "backward"):
             require(0 < getattr(self, field) <= 1, field, getattr(self, field), "must lie in (0, 1]")
         require(self.seq_half >= 0, "seq_half", self.seq_half, "must not be negative")
@@ -197,7 +204,8 @@ class Host(Spec, frozen=True, kw_only=True):
     """A node's host: DRAM shared by its devices, and the link of each device to it.
 
     link_sharing: devices that share one link. adam_rate: parameters/s that a rank's share of the host
-    updates.
+    updates. issue: time of a rank's host thread for each kernel, copy or collective that an eager framework
+    starts; without it kernels never wait for the host (replayed graphs; a CPU that runs them itself).
     """
 
     memory: Quantity
@@ -208,9 +216,11 @@ class Host(Spec, frozen=True, kw_only=True):
     link_sharing: int = 1
     adam_rate: Quantity
     cores: int = 1
+    issue: Quantity | None = None
 
     def __post_init__(self) -> None:
         require_dimension(self, "memory", "memory")
+        require_dimension(self, "time", "issue")
         require_dimension(self, "bandwidth", "memory_bandwidth", "link_h2d", "link_d2h")
         require_dimension(self, "time", "link_latency")
         require_dimension(self, "update rate", "adam_rate")

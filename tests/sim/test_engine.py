@@ -1,5 +1,7 @@
 """Streams, contention, ledger, deadlock, and properties of whole simulations."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,7 @@ from mopsim.engine.streams import play
 from mopsim.lowering import lower
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.workload import Group, Op, Program, Work, Workload
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.hardware import WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop, zero_offload
@@ -257,3 +259,52 @@ def test_skew_costs_time_and_memory() -> None:
     assert skewed.step_time > even.step_time
     assert skewed.peak_memory > even.peak_memory
     assert even.guarantee_memory > 0
+
+
+def _eager(microseconds: float) -> HardwareProfile:
+    host = msgspec.structs.replace(machine().host, issue=quantity(microseconds, "us"))
+    return msgspec.structs.replace(machine(), host=host)
+
+
+def _kernels(index: int, launches: int) -> Op:
+    work = (Work("memory_bound", bytes=1, launches=launches),)
+    return Op(index, str(index), "compute", "other", "forward", -1, work)
+
+
+def _ends(ops: list[Op], durations: list[float], issue: float) -> dict[str, float]:
+    program = Program(tuple(ops))
+    record = Record(keep_spans=True)
+    play([program], [durations], [Ledger((), 10**9, False)], [record], 0.0, issue)
+    return {span.name: span.end for span in record.spans or []}
+
+
+def test_a_slow_host_holds_the_device_back() -> None:
+    ops = [_kernels(i, 4) for i in range(3)]
+    durations = [4.0, 0.4, 4.0]
+    # four launches an op, one second each: the first op runs behind its launches, the second waits for its
+    # own, the last kernel of each runs when it is issued
+    assert _ends(ops, durations, 1.0) == pytest.approx({"0": 5.0, "1": 8.1, "2": 13.0})
+    assert _ends(ops, durations, 0.0) == pytest.approx({"0": 4.0, "1": 4.4, "2": 8.4})
+
+
+def test_the_host_loses_its_lead_where_it_waits() -> None:
+    # ten seconds of kernels, issued in four: a wait after the second exposes the launch of the third
+    free = [_kernels(i, 1) for i in range(4)]
+    assert _ends(free, [2.5] * 4, 1.0)["3"] == pytest.approx(11.0)
+    held = [replace(one, awaited=one.index == 1) for one in free]
+    assert _ends(held, [2.5] * 4, 1.0)["3"] == pytest.approx(12.0)
+
+
+@pytest.mark.parametrize("experts", [1, 8])
+def test_time_scales_with_host_and_device_together(experts: int) -> None:
+    """What calibration relies on: twice the seconds of everything are twice the step."""
+    strategy = fsdp2(8, experts=experts)
+    training = _training(strategy, 2, "balanced")
+    once = simulate(MODEL, _eager(10), 1, strategy, training)
+    corrections = {kind: Correction(scale=2.0) for kind in WORK_KINDS}
+    slower = msgspec.structs.replace(_eager(20), corrections=corrections)
+    twice = simulate(MODEL, slower, 1, strategy, training)
+    assert twice.step_time == pytest.approx(2 * once.step_time, rel=1e-9)
+    assert once.exposed["host"] > 0
+    assert once.step_time > simulate(MODEL, machine(), 1, strategy, training).step_time
+    assert sum(once.time_by_component.values()) == pytest.approx(once.step_time, rel=1e-6)

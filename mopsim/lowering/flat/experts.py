@@ -47,6 +47,7 @@ class ExpertsLowering:
             layer,
             [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)],
             arrived,
+            awaited=arrived is not None,
         )
 
     def forward(self, layer: int, *waits: int | None) -> None:

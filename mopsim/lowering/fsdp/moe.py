@@ -31,7 +31,7 @@ class FsdpMoE(FsdpBlock):
         self._keep(layer, graph, "scores", "scores")
         if self.split:  # how many routes go where
             counted = b.issue("counts", "all_to_all", 8.0 * E, "experts", "router", phase, layer)
-            b.compute("counts", "router", phase, layer, [], counted)
+            b.compute("counts", "router", phase, layer, [], counted, awaited=True)
         self._dispatch(layer, phase)
         self._experts_forward(layer, phase, graph)
         self._return(layer, phase)

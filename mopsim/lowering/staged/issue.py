@@ -19,6 +19,7 @@ class Issue:
     def add(
         self, name: str, stream: str, component: str, phase: str, work: Sequence[Work] = (),
         deps: Iterable[int] = (), memory: Sequence[Step] = (), rendezvous: str = "", layer: int = -1,
+        awaited: bool = False,
     ) -> int:  # fmt: skip
         """Append one op; returns its index. The height of `memory` is held until the op ends."""
         peak, net = deltas(tuple(memory))
@@ -26,7 +27,7 @@ class Issue:
         self.ops.append(
             Op(
                 index, name, stream, component, phase, layer, tuple(work), tuple(deps), peak, net, rendezvous,
-                self.microbatch,
+                self.microbatch, awaited,
             )
         )  # fmt: skip
         return index
@@ -43,7 +44,7 @@ class Issue:
                 Op(
                     base + offset, piece.name, piece.stream, piece.component, piece.phase, layer,
                     piece.work, after,
-                    piece.peak, piece.net, "", microbatch,
+                    piece.peak, piece.net, "", microbatch, piece.awaited,
                 )
             )  # fmt: skip
         return tuple(start if not template.pieces else (base + end for end in template.ends))

@@ -1,0 +1,80 @@
+"""The host thread of a rank: it issues the program's ops one kernel after the other, ahead of the device where
+it can.
+
+Issuing costs the same time for each kernel, so between two waits of the host the time of every op is known
+beforehand: the thread needs no events but at its waits.
+"""
+
+from bisect import bisect_right
+
+import simpy
+
+from mopsim.lowering.workload import Op, Program, Work
+
+
+class HostThread:
+    """Times at which ops are issued. cost: seconds of the thread for each kernel.
+
+    An op of n kernels may begin when the first is issued, and ends at the earliest one kernel's time after
+    the last. After an op that is `awaited` the thread goes on when that op has ended.
+    """
+
+    def __init__(self, env: simpy.Environment, program: Program, cost: float) -> None:
+        self.env, self.cost = env, cost
+        self.kernels = _kernels(program.ops)
+        self.clock = [0.0]
+        """Kernels issued before each op."""
+        for count in self.kernels:
+            self.clock.append(self.clock[-1] + count)
+        self.waits = [op.index for op in program.ops if op.awaited]
+        self.bases: list[float] = [0.0]
+        """For each stretch between waits: the time at which the thread would have issued kernel 0."""
+        self.events: dict[int, simpy.Event] = {}
+
+    def stretch(self, index: int) -> int:
+        """Waits of the host before op `index`."""
+        return bisect_right(self.waits, index - 1) if self.waits else 0
+
+    def knows(self, index: int) -> bool:
+        """Whether the waits before op `index` are over, so that its time is known."""
+        return self.stretch(index) < len(self.bases)
+
+    def resumed(self, index: int) -> simpy.Event:
+        """An event that fires when the waits before op `index` are over."""
+        place = self.stretch(index)
+        if place not in self.events:
+            self.events[place] = self.env.event()
+        return self.events[place]
+
+    def begins(self, index: int) -> float:
+        """Time at which the first kernel of an op is issued."""
+        first = self.clock[index] + min(1.0, self.kernels[index])
+        return self.bases[self.stretch(index)] + first * self.cost
+
+    def ends(self, index: int, duration: float) -> float:
+        """Time before which an op of `duration` seconds cannot end: its last kernel runs once it is
+        issued."""
+        base = self.bases[self.stretch(index)]
+        return base + self.clock[index + 1] * self.cost + duration / max(1.0, self.kernels[index])
+
+    def resume(self, index: int) -> None:
+        """The awaited op `index` has ended: the thread goes on."""
+        place = self.stretch(index)
+        assert len(self.bases) == place + 1, "an awaited op ended before one that is awaited earlier"
+        issued = self.clock[index + 1] * self.cost
+        self.bases.append(max(self.bases[place], self.env.now - issued))
+        event = self.events.pop(place + 1, None)
+        if event is not None:
+            event.succeed()
+
+
+def _kernels(ops: tuple[Op, ...]) -> list[float]:
+    """Kernels of each op. Equal work is shared, so it is counted once."""
+    counts: dict[int, tuple[tuple[Work, ...], float]] = {}
+    found = []
+    for op in ops:
+        known = counts.get(id(op.work))
+        if known is None:
+            known = counts[id(op.work)] = (op.work, sum(work.issued for work in op.work))
+        found.append(known[1])
+    return found
