@@ -128,7 +128,7 @@ def _model(plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {
         "seq_length": plan.training.seq_len,
         "tensor_model_parallel_size": s.dense.tensor,
-        "sequence_parallel": s.dense.tensor > 1,
+        "sequence_parallel": s.dense.tensor > 1 and s.dense.sequence_parallel,
         "pipeline_model_parallel_size": s.pipeline.degree,
         "virtual_pipeline_model_parallel_size": (
             s.pipeline.virtual_stages if s.pipeline.virtual_stages > 1 else None

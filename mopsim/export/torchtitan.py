@@ -37,6 +37,10 @@ def gaps(plan: Plan) -> Iterator[Gap]:
     yield from only((3,), "dense.zero", s.dense.zero, f"is not in {name}: fully_shard shards everything")
     if s.dense.shard % s.attention.sequence or s.stage_ranks % (s.dense.tensor * s.dense.shard):
         yield Gap("dense.shard", s.dense.shard, "is not context parallelism x a data-parallel degree")
+    if s.dense.tensor > 1 and not s.dense.sequence_parallel:
+        yield Gap(
+            "dense.sequence_parallel", False, f"is not in {name}: tensor parallelism always splits rows"
+        )
     if s.attention.sequence > 1:
         why = f"is not in {name}: context parallelism gathers keys and values, or rotates them"
         yield from only(tuple(ROTATE), "attention.exchange", s.attention.exchange, why)

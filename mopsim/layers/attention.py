@@ -1,6 +1,7 @@
 """The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core,
 output, residual."""
 
+from mopsim.layers.region import begin, end
 from mopsim.layers.shapes import Shapes, attention_widths, causal_pairs
 from mopsim.layers.tape import Kernel, Matmul, Tape, Value
 from mopsim.spec.model import ModelSpec
@@ -13,19 +14,16 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
     N, H, b = shapes.tokens, model.hidden_size, shapes.width
     x, y = Value("x", N * H * b), Value("y", N * H * b)
     kernels = [norm("attention_norm", "x", "h", N, H, b, _C)]
-    if shapes.tensor > 1 and model.attention == "gqa":
-        kernels.append(gather("gather_h", "h", Value("hg", shapes.region_tokens * H * b), _C))
     projected, values = (_mla if model.attention == "mla" else _gqa)(model, shapes)
     kernels += projected
     kernels += _core(model, shapes, layer, values)
     _, v_width = attention_widths(model)
     k = model.num_attention_heads * v_width / shapes.tensor
-    if shapes.tensor > 1:
-        partial = Value("ap", shapes.region_tokens * H * b)
-        kernels.append(linear("o_proj", "o", partial, shapes.region_tokens, H, k, b, _C))
-        kernels.append(scatter("scatter_a", "ap", Value("a", N * H * b), partial.bytes, _C))
-    else:
-        kernels.append(linear("o_proj", "o", Value("a", N * H * b), N, H, k, b, _C))
+
+    def product(out: Value) -> Kernel:
+        return linear("o_proj", "o", out, shapes.region_tokens, H, k, b, _C)
+
+    kernels += end("scatter_a", product, Value("a", N * H * b), _C, shapes)
     kernels.append(
         Kernel(
             "attention_residual",
@@ -64,26 +62,6 @@ def linear(
         matmuls=(Matmul(m, n, k),),
         weight_grad=int(n * k * b),
     )
-
-
-def gather(name: str, source: str, out: Value, component: str, group: str = "tensor") -> Kernel:
-    """A tensor-parallel region begins: rows of all its ranks (sequence parallelism, arXiv 2205.05198).
-
-    Only the local rows are kept; the backward gathers them again for the weight gradient, and scatters the
-    sum of the input gradients.
-    """
-    return Kernel(
-        name, "all_gather", component, (source,), (out,), bytes=float(out.bytes), group=group,
-        back_kind="reduce_scatter",
-    )  # fmt: skip
-
-
-def scatter(name: str, source: str, out: Value, size: int, component: str, group: str = "tensor") -> Kernel:
-    """A tensor-parallel region ends: partial sums of `size` bytes are added, each rank keeps its rows."""
-    return Kernel(
-        name, "reduce_scatter", component, (source,), (out,), bytes=float(size), group=group,
-        back_kind="all_gather",
-    )  # fmt: skip
 
 
 def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
@@ -125,12 +103,14 @@ def _gqa_fused(
     """One product for q, k and v; one kernel rotates q and k."""
     N, H, b = shapes.region_tokens, model.hidden_size, shapes.width
     width = sum(sizes.values())
+    first, source = begin("gather_h", "h", H, _C, shapes)
     made = {name: Value(f"{name}0", int(N * size * b)) for name, size in sizes.items()}
     kernels = [
+        *first,
         Kernel(
-            "qkv_proj", "matmul", _C, ("hg" if shapes.tensor > 1 else "h",), tuple(made.values()),
+            "qkv_proj", "matmul", _C, (source,), tuple(made.values()),
             saves=("h",), matmuls=(Matmul(N, width, H),), weight_grad=int(width * H * b),
-        )
+        ),
     ]  # fmt: skip
     names = {"q": "q0", "k": "k0"}
     if model.qk_norm != "none":
@@ -159,31 +139,28 @@ def _gqa_fused(
 def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
     """Down-projections on the rank's own rows; a tensor-parallel region begins after (Megatron-Core)."""
     M, N, H, b = shapes.tokens, shapes.region_tokens, model.hidden_size, shapes.width
-    split = shapes.tensor > 1
     heads = model.num_attention_heads / shapes.tensor
     rope, rank = model.qk_rope_head_dim, model.kv_lora_rank
     qk, v = attention_widths(model)
     q_value = Value("q0", int(N * heads * qk * b))
-    kernels = []
+    kernels: list[Kernel] = []
     if model.q_lora_rank:
         kernels.append(
             linear("q_a_proj", "h", Value("qa", M * model.q_lora_rank * b), M, model.q_lora_rank, H, b, _C)
         )
         kernels.append(norm("q_a_norm", "qa", "qn", M, model.q_lora_rank, b, _C))
-        if split:
-            kernels.append(gather("gather_q", "qn", Value("qng", N * model.q_lora_rank * b), _C))
-        source = "qng" if split else "qn"
+        first, source = begin("gather_q", "qn", model.q_lora_rank, _C, shapes)
+        kernels += first
         kernels.append(linear("q_b_proj", source, q_value, N, heads * qk, model.q_lora_rank, b, _C, "qn"))
     else:
-        if split:
-            kernels.append(gather("gather_h", "h", Value("hg", N * H * b), _C))
-        kernels.append(linear("q_proj", "hg" if split else "h", q_value, N, heads * qk, H, b, _C, "h"))
+        first, source = begin("gather_h", "h", H, _C, shapes)
+        kernels += first
+        kernels.append(linear("q_proj", source, q_value, N, heads * qk, H, b, _C, "h"))
     kernels.append(linear("kv_a_proj", "h", Value("kva", M * (rank + rope) * b), M, rank + rope, H, b, _C))
     kernels.append(norm("kv_a_norm", "kva", "kvn", M, rank, b, _C))
     up = heads * (model.qk_nope_head_dim + v)
-    if split:
-        kernels.append(gather("gather_kv", "kvn", Value("kvng", N * rank * b), _C))
-    source = "kvng" if split else "kvn"
+    first, source = begin("gather_kv", "kvn", rank, _C, shapes)
+    kernels += first
     kernels.append(linear("kv_b_proj", source, Value("kvb", int(N * up * b)), N, up, rank, b, _C, "kvn"))
     q, k, value = (
         Value("qr", int(N * heads * qk * b)),

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mopsim.layers.attention import attention, gather, linear, norm, scatter
+from mopsim.layers.attention import attention, linear, norm
 from mopsim.layers.experts import combine, dispatch, experts, router
-from mopsim.layers.ffn import ffn
+from mopsim.layers.ffn import fused_ffn
+from mopsim.layers.region import gather, scatter
 from mopsim.layers.shapes import Shapes
 from mopsim.layers.tape import Kernel, Tape, Value
 from mopsim.spec.model import ModelSpec
@@ -64,9 +65,7 @@ def _norm(model: ModelSpec, shapes: Shapes, component: str) -> Tape:
 
 
 def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
-    tape = ffn(
-        model, shapes.tokens, model.intermediate_size, shapes.width, "dense_ffn", shapes.tensor, fused=True
-    )
+    tape = fused_ffn(model, model.intermediate_size, "dense_ffn", shapes)
     return _renamed(tape, "ffn_", {"h": "u", "f": "f"})
 
 
@@ -80,7 +79,7 @@ def _moe(
     found = _renamed(router(model, N, b, wide), "", keep)
     shared = model.shared_expert_intermediate_size
     if shared:
-        tape = ffn(model, N, shared, b, "shared_experts", shapes.tensor, fused=True)
+        tape = fused_ffn(model, shared, "shared_experts", shapes)
         found += _renamed(tape, "shared_", keep)
     sent = _renamed(dispatch(model, N, arrived, b, wide, split), "sent_", keep | {"rows": "rows"})
     if split and deduplicated:

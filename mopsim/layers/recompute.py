@@ -138,7 +138,7 @@ def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> li
         memory: list[Step] = list(kernel.back_scratch)
         if kernel.weight_grad:
             memory += _spike((("activations", kernel.weight_grad),))
-        for name in kernel.reads:
+        for name in kernel.reads if kernel.writes else ():  # else the gradient is changed in place
             value = values[name]
             if value.grad and value.bytes:
                 memory.append((value.category, value.bytes))

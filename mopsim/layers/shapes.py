@@ -10,7 +10,8 @@ class Shapes:
     """tokens: of this rank outside tensor-parallel regions. seq_len: of the whole sequence.
 
     sequence: ranks that share a sequence. tensor: ranks that split heads and FFN width. expert_tensor:
-    ranks that split an expert's width. width: bytes of an activation element. wide: bytes of the router's
+    ranks that split an expert's width. sequence_parallel: the ranks of `tensor` split the rows outside of
+    their regions. width: bytes of an activation element. wide: bytes of the router's
     and the loss's numbers. exchange: how the ranks of a sequence trade keys and values (Attention.exchange).
     fused: one product for q, k and v, one for gate and up, one kernel for the rotary embedding and for
     SwiGLU, as Megatron-Core and compiled graphs run them.
@@ -25,11 +26,12 @@ class Shapes:
     wide: int = 4
     exchange: str = "ulysses"
     fused: bool = False
+    sequence_parallel: bool = True
 
     @property
     def region_tokens(self) -> int:
         """Tokens inside a tensor-parallel region, where the sequence split of the group is gathered."""
-        return self.tokens * self.tensor
+        return self.tokens * self.tensor if self.sequence_parallel else self.tokens
 
     @property
     def attended(self) -> int:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import gcd
 
+from mopsim.layers.experts import Migration
 from mopsim.layers.shapes import Shapes
 from mopsim.lowering.topology import process_groups
 from mopsim.lowering.units import Unit, edge_units, layer_units
@@ -61,8 +61,9 @@ class Context:
         return len(range(index, self.tokens, self.chunks))
 
     def routes(self, index: int) -> tuple[int, ...]:
-        """Rows of each expert of the most loaded rank, from chunk `index` of all ranks of its expert
-        group."""
+        """Rows of each expert that the most loaded rank computes, from chunk `index` of all ranks of its
+        expert group."""
+        model, how = self.model, self.strategy.experts
         return _routes(
             self.training.routing, self.tokens, self.chunks, index, self.model.num_local_experts,
             self.model.num_experts_per_tok, self.strategy.experts.degree,
@@ -109,7 +110,8 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
     training.check_model(model)
     precision = strategy.precision
     b = int(DTYPE_BYTES[precision.compute])
-    tokens = training.tokens_per_rank(strategy) // strategy.dense.tensor
+    dense = strategy.dense
+    tokens = training.tokens_per_rank(strategy) // (dense.tensor if dense.sequence_parallel else 1)
     wide = 8 if precision.compute == "float64" else 4
     shapes = Shapes(
         tokens,
@@ -136,3 +138,4 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
         int(DTYPE_BYTES[precision.grad]),
         int(DTYPE_BYTES[precision.reduce]),
     )
+        sequence_parallel=dense.sequence_parallel,

@@ -30,6 +30,10 @@ def describe(strategy: Strategy) -> str:
         "mb": s.micro_batch,
     }
     parts = [f"{name}={value}" for name, value in degrees.items() if value > 1 or name == "mb"]
+    if s.dense.tensor > 1 and not s.dense.sequence_parallel:
+        parts.append("no-SP")
+    if s.attention.sequence > 1 and s.attention.exchange != "ulysses":
+        parts.append(f"{s.attention.exchange}-CP")
     if s.dense.shard not in (s.stage_ranks, s.stage_ranks // s.dense.tensor):
         parts.append(f"shard={s.dense.shard}")
     if s.experts.shard != s.expert_replicas:

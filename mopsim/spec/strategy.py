@@ -34,6 +34,8 @@ class Pipeline(Spec, frozen=True, kw_only=True):
 class Dense(Spec, frozen=True, kw_only=True):
     """Attention projections, norms, router, dense FFN, shared experts and embedding.
 
+    sequence_parallel: outside the products that `tensor` splits, its ranks split the rows (arXiv 2205.05198);
+    otherwise each holds all of them and sums travel by all-reduce (arXiv 1909.08053).
     shard: ranks that share one copy of the state (W: ZeRO over all ranks; below W the copies are replicated).
     zero: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters.
     prefetch: layers whose parameters are gathered ahead of use.
@@ -41,6 +43,7 @@ class Dense(Spec, frozen=True, kw_only=True):
     """
 
     tensor: int = 1
+    sequence_parallel: bool = True
     shard: int = 1
     zero: Literal[0, 1, 2, 3] = 3
     reshard_after_forward: bool = True
@@ -324,6 +327,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
         require(
             not layers or sum(layers) == model.num_hidden_layers,
             "strategy.pipeline.layers",
+        require(
+            self.dense.sequence_parallel or self.dense.tensor == 1 or not model.num_local_experts,
+            "strategy.dense.sequence_parallel",
+            self.dense.sequence_parallel,
+            "must be true where dense.tensor is above 1 for a model with experts",
+        )
             list(layers),
             f"is {sum(layers)} layers, not the num_hidden_layers {model.num_hidden_layers}",
         )

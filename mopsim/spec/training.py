@@ -1,7 +1,6 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
 import math
-import re
 
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
@@ -87,7 +86,8 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             f"makes {self.num_microbatches(strategy)} microbatches, not a multiple of pipeline.degree "
             f"{pipeline.degree} as interleaving needs",
         )
-        split = strategy.attention.sequence * (strategy.dense.tensor if strategy.dense.tensor > 1 else 1)
+        dense = strategy.dense
+        split = strategy.attention.sequence * (dense.tensor if dense.sequence_parallel else 1)
         require(
             self.seq_len % split == 0,
             "training.seq_len",

@@ -28,7 +28,7 @@ class Conventions:
     reading: what was read as peak memory. last_stage: it was read on the last pipeline stage only.
     graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer. fused_loss: one cross-
     entropy kernel. overlaps: what a row without a word on overlap hides: tuned Megatron recipes hide what
-    they can.
+    they can. sequence_parallel: ranks of a tensor group split the rows outside of its regions.
     """
 
     compute: DType = "bfloat16"
@@ -44,6 +44,7 @@ class Conventions:
     attention: Kernel = "profile"
     fused_loss: bool = False
     overlaps: bool = False
+    sequence_parallel: bool = True
 
 
 def conventions(row: Row) -> Conventions:
@@ -71,6 +72,7 @@ def conventions(row: Row) -> Conventions:
         attention=_attention(source, notes),
         fused_loss=source.startswith("megatron-bridge") or source in _FUSED_LOSS or "fused" in notes,
         overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
+        sequence_parallel="sequence parallel false" not in notes and source != "vtrain",
     )  # fmt: skip
 
 

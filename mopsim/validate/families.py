@@ -72,6 +72,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         pipeline=_pipeline(row, degrees),
         dense=Dense(
             tensor=degrees.tensor,
+            sequence_parallel=facts.sequence_parallel or degrees.tensor == 1,
             shard=max(1, shard),
             zero=zero,
             reshard_after_forward=zero == 3,

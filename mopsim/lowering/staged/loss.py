@@ -3,8 +3,9 @@ entropy."""
 
 from collections.abc import Sequence
 
-from mopsim.layers.attention import gather, norm
+from mopsim.layers.attention import norm
 from mopsim.layers.recompute import backward, forward, plan
+from mopsim.layers.region import begin
 from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.template import START, Piece, Template, template
@@ -40,14 +41,13 @@ def loss_tape(context: Context) -> Tape:
     c, vocabulary = context, context.strategy.vocabulary
     tensor = c.strategy.dense.tensor
     split = vocabulary.loss == "vocab_parallel" and tensor > 1
-    rows = c.tokens * tensor  # every rank of the tensor group sees all rows, for its slice or all of it
+    rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it
     columns = c.model.vocab_size / (tensor if split else 1)
     H, elements = c.model.hidden_size, int(rows * columns)
     logits = Value("logits", elements * c.b, "logits", grad=not vocabulary.fused)
     kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
-    if tensor > 1:
-        kernels.append(gather("gather_n", "n", Value("ng", rows * H * c.b), _C))
-    source = "ng" if tensor > 1 else "n"
+    first, source = begin("gather_n", "n", H, _C, c.shapes)
+    kernels += first if split or c.shapes.sequence_parallel else ()
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
     # picked log-probabilities and of all of them are made apart.
     torch = c.strategy.dense.zero >= 2 and not vocabulary.fused

@@ -26,19 +26,18 @@ class Shards:
         self.ops: list[int] = []
         self.reduced: set[str] = set()
         self._full: dict[str, int] = {}
-        self._begun: list[int] = []
+        self._left: Ops = ()
 
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
-        """Gathers that a layer waits for; those of the next layers are issued too. Full gradients come
-        alive."""
+        """Gathers that a layer waits for; those of the next layers are issued too, once the layer before has
+        run: `prefetch` + 1 layers are full at a time. Full gradients come alive."""
         ready: Ops = ()
         if self.zero == 3:
             place = list(order).index(layer)
             ahead = self.c.strategy.dense.prefetch
-            room = self._begun[-1 - ahead :][:1] if ahead else self._begun[-1:]
             for index in range(place, min(place + ahead, len(order) - 1) + 1):
                 for unit in self.c.layers[order[index]]:
-                    self._gather(unit, phase, room)
+                    self._gather(unit, phase, self._left)
             ready = tuple(self._full[unit.name] for unit in self.c.layers[layer] if unit.name in self._full)
         if self.each and phase == "backward":
             memory = [("gathered_grads", unit.padded * self.c.grad) for unit in self.c.layers[layer]]
@@ -53,8 +52,6 @@ class Shards:
                     memory,
                 ),
             )
-        if self.zero == 3 or self.each:
-            self._begun.append(len(self.issue.ops) - 1)
         return ready
 
     def after(self, layer: int, phase: str, ready: Ops = ()) -> None:
@@ -96,7 +93,8 @@ class Shards:
         if unit.name in self._full and not keep:
             del self._full[unit.name]
             memory = (("gathered", -unit.padded * self.c.b),)
-            self.issue.add(f"release {unit.name}", "compute", unit.component, phase, (), ready, memory)
+            name = f"release {unit.name}"
+            self._left = (self.issue.add(name, "compute", unit.component, phase, (), ready, memory),)
         if not self.each or phase != "backward":
             return
         last = ready

@@ -94,7 +94,7 @@ class Stage:
             away = int(state * each * self.away)
             found += [("optimizer", state * each - away), ("host/optimizer", away)]
         model = c.model
-        batches = 2 * 8 * c.tokens * strategy.dense.tensor * c.training.num_microbatches(strategy)
+        batches = 2 * 8 * c.shapes.region_tokens * c.training.num_microbatches(strategy)
         tables = c.training.seq_len // strategy.attention.sequence * model.head_dim * c.wide
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
         found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))

@@ -155,7 +155,7 @@ class StageStep:
     def _embed(self) -> Ops:
         c = self.c
         waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
-        size = float(c.hidden * c.strategy.dense.tensor)
+        size = float(c.shapes.region_tokens * c.model.hidden_size * c.b)
         work = (Work("memory_bound", bytes=2.0 * size),)
         memory = (("activations", c.hidden),)
         ready = self.issue.add(
@@ -166,7 +166,8 @@ class StageStep:
         group = c.groups["tensor"]
         if group.size == 1:
             return (ready,)
-        work = (Work("reduce_scatter", bytes=size, group=group),)  # partial rows of a split vocabulary
+        kind = "reduce_scatter" if c.shapes.sequence_parallel else "all_reduce"
+        work = (Work(kind, bytes=size, group=group),)  # partial rows of a split vocabulary
         return (self.issue.add("embedding", stream_of(group), "embedding", "forward", work, (ready,)),)
 
     def _receive(self, way: str, microbatch: int, part: int) -> Ops:

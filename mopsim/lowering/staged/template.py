@@ -118,9 +118,7 @@ def template(
     Runs of compute kernels of one component are one op; collectives lie on the stream of their fabric.
     """
     draft = _Draft(context, split)
-    gathers = {
-        value.name: item.kernel for item in played for value in item.kernel.writes if _region(item.kernel)
-    }
+    gathers = {name: item.kernel for item in played for name in _region(item.kernel)}
     done: set[int] = set()
     for index, item in enumerate(played):
         kernel = item.kernel
@@ -134,6 +132,8 @@ def template(
                 moved = draft.talk(item, direction, draft.pending, item.memory)
                 draft.run.append(played[index + 1])
                 done.add(index + 1)
+        if source is not None and context.groups[source.group].size == 1:
+            source = None
                 draft.flush(direction)
             else:  # what the product before has made is sent
                 before = draft.pieces[draft.pending[0]].deps if draft.pieces else (START,)
@@ -142,11 +142,8 @@ def template(
         elif talks:
             draft.flush(direction)
             draft.pending = (draft.talk(item, direction, draft.pending, item.memory),)
-        elif source is not None and context.groups[source.group].size > 1:
+        elif source is not None and (partner := _partner(played, index, source, done)):
             draft.flush(direction)
-            partner = next(
-                i for i in range(index, len(played)) if played[i].kernel is source and played[i].backward
-            )
             done.add(partner)
             _column(draft, item, played[partner])
         else:
@@ -163,13 +160,16 @@ def template(
 
 def _talks(item: Played, context: Context) -> bool:
     kernel = item.kernel
-    return kernel.kind in COLLECTIVES and context.groups.get(kernel.group, Group(1, 1)).size > 1
+    back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+    moved = back if item.backward else kernel.bytes
+    return kernel.kind in COLLECTIVES and context.groups.get(kernel.group, Group(1, 1)).size > 1 and moved > 0
 
 
 def _beside(item: Played, context: Context) -> bool:
     """Whether a collective runs in blocks beside one product: the ring; where told, a region's edges."""
     tensor = context.strategy.overlap.tensor and item.kernel.group == "tensor"
     return _talks(item, context) and (
+    """Whether this is a collective of several ranks that moves something this way."""
         item.kernel.name == "ring" or (tensor and item.kernel.kind != "all_reduce")
     )
 
@@ -179,8 +179,19 @@ def _leads(item: Played) -> bool:
     return item.backward == (item.kernel.kind == "reduce_scatter")
 
 
-def _region(kernel: Kernel) -> bool:
-    return kernel.kind == "all_gather" and kernel.group in ("tensor", "expert_tensor")
+def _region(kernel: Kernel) -> tuple[str, ...]:
+    """What the products of a region read, where the kernel begins one."""
+    if kernel.group not in ("tensor", "expert_tensor"):
+        return ()
+    if kernel.kind == "all_reduce" and not kernel.writes and not kernel.bytes:
+        return kernel.reads
+    return tuple(value.name for value in kernel.writes) if kernel.kind == "all_gather" else ()
+
+
+def _partner(played: Sequence[Played], index: int, source: Kernel, done: set[int]) -> int:
+    """Place of the backward of what begins a product's region; 0 where another product took it already."""
+    found = (i for i in range(index, len(played)) if played[i].kernel is source and played[i].backward)
+    return next((i for i in found if i not in done), 0)
 
 
 def _splits(first: Played, item: Played, direction: str) -> bool:
@@ -190,9 +201,9 @@ def _splits(first: Played, item: Played, direction: str) -> bool:
 
 
 def _column(draft: _Draft, item: Played, gathered: Played) -> None:
-    """Backward of a product on gathered rows: the rows are gathered again beside the input gradient,
-    whose sum is
-    scattered beside the weight gradient (Megatron-Core, LinearWithGradAccumulationAndAsyncCommunication)."""
+    """Backward of a product that begins a region: gathered rows are gathered again beside the input gradient,
+    whose sum is scattered, or summed in place, beside the weight gradient (Megatron-Core,
+    LinearWithGradAccumulationAndAsyncCommunication)."""
     kernel, again = item.kernel, gathered.kernel
     start = draft.pending
     size = int(again.bytes)
@@ -210,7 +221,10 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         )
         draft.pending = (down,)
         return
-    up = draft.add(again.name, stream, kernel.component, "backward", rows, start, [("activations", size)])
+    ready: tuple[int, ...] = ()
+    if rows:
+        held = [("activations", size)]
+        ready = (draft.add(again.name, stream, kernel.component, "backward", rows, start, held),)
     made = [step for step in item.memory if step[1] > 0]
     gone = [step for step in item.memory if step[1] < 0]
     inner = draft.add(
@@ -228,7 +242,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     )  # fmt: skip
     weights = draft.add(
         kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context),
-        (up, inner), [*gone, ("activations", -size)],
+        (*ready, inner), [*gone, *((("activations", -size),) if rows else ())],
     )  # fmt: skip
     draft.pending = (weights, down)
 
@@ -236,7 +250,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
 def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:
     """The weight gradients of a tape's products; frees the `held` bytes of their operands, by category."""
     draft = _Draft(context)
-    gathers = {value.name: kernel for kernel in tape.kernels for value in kernel.writes if _region(kernel)}
+    gathers = {name: kernel for kernel in tape.kernels for name in _region(kernel)}
     ready: list[int] = [START]
     for kernel in reversed(tape.kernels):
         if not kernel.matmuls:

@@ -41,6 +41,8 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
             size = kernel.back_bytes
         kind = kernel.kind if forward or not kernel.back_kind else kernel.back_kind
         group = context.groups.get(kernel.group, Group(1, 1))
+        if not size:
+            return ()
         return (Work(kind, bytes=size, launches=launches, group=group),) if group.size > 1 else ()
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes

@@ -51,7 +51,7 @@ class Blocks:
         if key not in self._tapes:
             c = self.context
             width = c.model.shared_expert_intermediate_size if moe else c.model.intermediate_size
-            tape = ffn(c.model, tokens, width, c.b, "shared_experts" if moe else "dense_ffn", c.shapes.tensor)
+            tape = ffn(c.model, tokens, width, c.b, "shared_experts" if moe else "dense_ffn")
             self._tapes[key] = Tape(tape.inputs, tape.kernels, tape.outputs)
         return self._tapes[key]
 

@@ -1,0 +1,80 @@
+"""Peak memory of the staged lowering, held against formulas of the papers and hand counts."""
+
+import msgspec
+import pytest
+
+from mopsim.layers.layer import decoder_layer
+from mopsim.layers.recompute import backward, forward, plan
+from mopsim.layers.shapes import Shapes
+from mopsim.layers.tape import Tape
+from mopsim.lowering import lower
+from mopsim.lowering.context import make_context
+from mopsim.spec.errors import SpecError
+from mopsim.spec.presets import load_model
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+from tests.sim.test_megatron import deep, play, with_
+from tests.sim.toys import small
+
+GPT3 = load_model("gpt3_175b")
+
+
+def kept(tape: Tape, recompute: str = "none", modules: tuple[str, ...] = ()) -> int:
+    """Bytes that a layer of a stack leaves for its backward: its output counts for its input."""
+    chosen = plan(tape, recompute, modules)
+    return sum(size for item in forward(tape, chosen) for _, size in item.memory)
+
+
+def without_rows_split(strategy: Strategy) -> Strategy:
+    return with_(strategy, dense=msgspec.structs.replace(strategy.dense, sequence_parallel=False))
+
+
+@pytest.mark.parametrize("tensor", [2, 8])
+def test_a_tensor_parallel_layer_without_sequence_parallelism(tensor: int) -> None:
+    """arXiv 2205.05198 equation 2 without scores: s b h (10 + 24/t), of which 2 are dropout masks."""
+    s, h, a = 2048, GPT3.hidden_size, GPT3.num_attention_heads
+    shapes = Shapes(s, s, tensor=tensor, fused=True, sequence_parallel=False)
+    assert kept(decoder_layer(GPT3, shapes, 0)) == s * h * 8 + (24 * s * h + 4 * s * a) // tensor
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_backward_leaves_the_gradient_of_the_input_alone(sequence_parallel: bool, recompute: str) -> None:
+    tape = decoder_layer(GPT3, Shapes(256, 512, tensor=2, fused=True, sequence_parallel=sequence_parallel), 0)
+    chosen = plan(tape, recompute, ())
+    played = [*forward(tape, chosen), *backward(tape, chosen)]
+    left = sum(size for item in played for _, size in item.memory)
+    assert left == tape.inputs[0].bytes  # the gradient of the output, which came from elsewhere, went
+
+
+def test_sums_travel_by_all_reduce_where_rows_are_not_split() -> None:
+    """Two all-reduces forward and two backward a layer (arXiv 1909.08053); the same bytes on the wire."""
+    strategy = megatron(4, tensor=4)
+    split, whole = (play(deep(), one, 4, 4096) for one in (strategy, without_rows_split(strategy)))
+    assert whole.busy["all_reduce"] > 0
+    assert "reduce_scatter" not in whole.busy
+    assert whole.memory_by_category["activations"] > split.memory_by_category["activations"]
+    program = lower(deep(), without_rows_split(strategy), TrainSpec(seq_len=4096, global_batch=1)).programs[0]
+    sums = [
+        op for op in program.ops if op.component in ("attention", "dense_ffn") and op.stream == "scale_up"
+    ]
+    assert len(sums) == 4 * 8
+    assert {work.kind for op in sums for work in op.work} == {"all_reduce"}
+    assert {work.bytes for op in sums for work in op.work} == {4096 * 1024 * 2}
+
+
+def test_experts_need_split_rows() -> None:
+    with pytest.raises(SpecError, match=r"sequence_parallel.*must be true"):
+        play(small(), without_rows_split(megatron(4, tensor=2, experts=2)), 8)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_gathered_layers_never_run_further_ahead_than_prefetch(prefetch: int) -> None:
+    """However slow the layers: FSDP frees a layer before it gathers beyond the next ones."""
+    strategy = megatron(8, recompute="selective", modules=("mlp",))
+    dense = msgspec.structs.replace(strategy.dense, zero=3, reshard_after_forward=True, prefetch=prefetch)
+    strategy = with_(strategy, dense=dense)
+    result = play(deep(), strategy, 8, 4096)
+    layer = make_context(deep(), strategy, TrainSpec(seq_len=4096, global_batch=8), 8).layers[0][0]
+    assert result.memory_by_category["gathered"] == (prefetch + 1) * layer.padded * 2
