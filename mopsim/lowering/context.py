@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import gcd
 
-from mopsim.layers.experts import Migration
 from mopsim.layers.shapes import Shapes
 from mopsim.lowering.topology import process_groups
 from mopsim.lowering.units import Unit, edge_units, layer_units
@@ -61,9 +61,8 @@ class Context:
         return len(range(index, self.tokens, self.chunks))
 
     def routes(self, index: int) -> tuple[int, ...]:
-        """Rows of each expert that the most loaded rank computes, from chunk `index` of all ranks of its
-        expert group."""
-        model, how = self.model, self.strategy.experts
+        """Rows of each expert of the most loaded rank, from chunk `index` of all ranks of its expert
+        group."""
         return _routes(
             self.training.routing, self.tokens, self.chunks, index, self.model.num_local_experts,
             self.model.num_experts_per_tok, self.strategy.experts.degree,
@@ -121,6 +120,7 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
         strategy.experts.tensor,
         b,
         wide,
+        sequence_parallel=dense.sequence_parallel,
     )
     count = model.num_hidden_layers + model.num_nextn_predict_layers
     return Context(
@@ -138,4 +138,3 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
         int(DTYPE_BYTES[precision.grad]),
         int(DTYPE_BYTES[precision.reduce]),
     )
-        sequence_parallel=dense.sequence_parallel,
