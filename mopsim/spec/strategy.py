@@ -317,6 +317,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
                 f"times dense.tensor {self.dense.tensor} does not divide num_attention_heads {heads}",
             )
         require(
+            self.dense.sequence_parallel or self.dense.tensor == 1 or not model.num_local_experts,
+            "strategy.dense.sequence_parallel",
+            self.dense.sequence_parallel,
+            "must be true where dense.tensor is above 1 for a model with experts",
+        )
+        require(
             heads % self.dense.tensor == 0,
             "strategy.dense.tensor",
             self.dense.tensor,
@@ -327,12 +333,6 @@ class Strategy(Spec, frozen=True, kw_only=True):
         require(
             not layers or sum(layers) == model.num_hidden_layers,
             "strategy.pipeline.layers",
-        require(
-            self.dense.sequence_parallel or self.dense.tensor == 1 or not model.num_local_experts,
-            "strategy.dense.sequence_parallel",
-            self.dense.sequence_parallel,
-            "must be true where dense.tensor is above 1 for a model with experts",
-        )
             list(layers),
             f"is {sum(layers)} layers, not the num_hidden_layers {model.num_hidden_layers}",
         )

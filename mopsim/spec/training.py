@@ -1,6 +1,7 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
 import math
+import re
 
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec

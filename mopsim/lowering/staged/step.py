@@ -171,11 +171,15 @@ class StageStep:
         return (self.issue.add("embedding", stream_of(group), "embedding", "forward", work, (ready,)),)
 
     def _receive(self, way: str, microbatch: int, part: int) -> Ops:
-        """An activation or a gradient arrives from a neighbour; the buffer is new."""
+        """An activation or a gradient arrives from a neighbour; the buffer is new.
+
+        Megatron-Core synchronizes the device after an exchange that is not overlapped (`batch_p2p_sync`).
+        """
         work = self._sent()
         memory = (("activations", self.c.hidden),)
         op = self.issue.add(
-            f"receive {way}", f"{way}_in", "other", way, work, (), memory, f"{way} {microbatch} {part}"
+            f"receive {way}", f"{way}_in", "other", way, work, (), memory, f"{way} {microbatch} {part}",
+            awaited=not self.overlap.pipeline,
         )  # fmt: skip
         ready, self.after = (op, *self.after), ()
         return ready

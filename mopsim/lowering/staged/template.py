@@ -16,7 +16,7 @@ START = -1
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One op. deps: places in the template, or START."""
+    """One op. deps: places in the template, or START. awaited: by the host (see Op)."""
 
     name: str
     stream: str
@@ -26,6 +26,7 @@ class Piece:
     deps: tuple[int, ...]
     peak: Deltas
     net: Deltas
+    awaited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,11 @@ class _Draft:
         else:
             self.pending = (self.add("freed", "compute", "other", "backward", (), self.pending, memory),)
 
+    def await_last(self) -> None:
+        """The host waits for the last piece: how many rows go where decides the sizes of what follows."""
+        if self.pieces:
+            self.pieces[-1] = replace(self.pieces[-1], awaited=True)
+
     def part(self, item: Played) -> Part:
         return "forward" if not item.backward else "input_grad" if self.split else "backward"
 
@@ -126,14 +132,14 @@ def template(
             continue
         talks = _talks(item, context)
         source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
+        if source is not None and context.groups[source.group].size == 1:
+            source = None
         if talks and _beside(item, context):
             draft.flush(direction)
             if _leads(item):  # the next product runs on what has arrived
                 moved = draft.talk(item, direction, draft.pending, item.memory)
                 draft.run.append(played[index + 1])
                 done.add(index + 1)
-        if source is not None and context.groups[source.group].size == 1:
-            source = None
                 draft.flush(direction)
             else:  # what the product before has made is sent
                 before = draft.pieces[draft.pending[0]].deps if draft.pieces else (START,)
@@ -141,6 +147,8 @@ def template(
             draft.pending = (*draft.pending, moved)
         elif talks:
             draft.flush(direction)
+            if kernel.name == "dispatch" and not item.backward:
+                draft.await_last()
             draft.pending = (draft.talk(item, direction, draft.pending, item.memory),)
         elif source is not None and (partner := _partner(played, index, source, done)):
             draft.flush(direction)
@@ -159,6 +167,7 @@ def template(
 
 
 def _talks(item: Played, context: Context) -> bool:
+    """Whether this is a collective of several ranks that moves something this way."""
     kernel = item.kernel
     back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     moved = back if item.backward else kernel.bytes
@@ -169,7 +178,6 @@ def _beside(item: Played, context: Context) -> bool:
     """Whether a collective runs in blocks beside one product: the ring; where told, a region's edges."""
     tensor = context.strategy.overlap.tensor and item.kernel.group == "tensor"
     return _talks(item, context) and (
-    """Whether this is a collective of several ranks that moves something this way."""
         item.kernel.name == "ring" or (tensor and item.kernel.kind != "all_reduce")
     )
 
