@@ -50,9 +50,15 @@ def for_heads(profile: HardwareProfile, head_dim: int) -> HardwareProfile:
 
 
 def attention(work: Work, profile: HardwareProfile) -> float:
-    """The attention core: its FLOP at a fraction of the matmul peak that grows with the sequence."""
-    curve, shape = matmul_curve(profile, work.dtype), profile.device.attention
+    """The attention core: its FLOP at a fraction of the matmul peak that grows with the sequence.
+
+    8-bit operands: the bf16 curve, so many times as fast as `AttentionCurve` says.
+    """
+    shape, eight_bit = profile.device.attention, DTYPE_BYTES[work.dtype] < 2
+    curve = matmul_curve(profile, "bfloat16" if eight_bit else work.dtype)
     share = (shape.backward if work.backward else shape.forward) * work.seq / (work.seq + shape.seq_half)
+    if eight_bit:
+        share *= shape.eight_bit_backward if work.backward else shape.eight_bit_forward
     seconds = max(work.flops / (curve.peak.si * share), work.bytes / profile.device.memory_bandwidth.si)
     return seconds + work.launches * profile.device.launch_overhead.si
 

@@ -1,6 +1,6 @@
 """Fit of AttentionCurve from kernel rates by sequence length."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -16,6 +16,8 @@ class AttentionFit:
     seq_half: float
     residuals: Residuals
     source: str
+    eight_bit: tuple[float, float] = (1.0, 1.0)
+    """How many times as fast with 8-bit operands, forward and backward."""
 
 
 def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> AttentionFit:
@@ -33,6 +35,29 @@ def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> 
     return AttentionFit(
         round_to(forward), round_to(back), round_to(half * 1e3, 3), Residuals.of(errors(result.x)), source
     )
+
+
+def fit_cudnn(rows: list[dict[str, str]], gpu: str, peak: float, wide: bool) -> AttentionFit:
+    """cuDNN's training kernels by length: heads of 128, or of 192 and more (wide), the causal half counted.
+
+    8-bit operands: the mean ratio of MXFP8 to bf16 rates of one shape, of FP8 where MXFP8 was not run.
+    """
+    mine = [row for row in rows if row["gpu"] == gpu and row["system"] == "cuDNN SDPA"]
+    mine = [row for row in mine if (int(params(row)["qk_head_dim"]) > WIDE_HEAD) == wide]
+    rates: dict[str, dict[tuple[object, ...], float]] = {"bf16": {}, "fp8": {}, "mxfp8": {}}
+    for row in mine:
+        shape = params(row)
+        rates[shape["precision"]][shape["model"], shape["pass_"], shape["seq_len"]] = float(row["value"])
+    narrow = rates["mxfp8"] or rates["fp8"]
+    heads = "of 192 and more" if wide else "of 128"
+    source = f"cuDNN SDPA on {gpu}, causal, heads {heads}, 2048 to 32768 tokens (components.csv)"
+    bf16 = [row for row in mine if params(row)["precision"] == "bf16"]
+    fit = _fit(bf16, column(bf16, "value"), source, peak)
+    gains = []
+    for name in ("forward", "backward"):
+        ratios = [narrow[key] / rates["bf16"][key] for key in narrow if key[1] == name]
+        gains.append(round_to(float(np.mean(ratios)), 3) if ratios else 1.0)
+    return replace(fit, eight_bit=(gains[0], gains[1]))
 
 
 def fit_hopper(rows: list[dict[str, str]], peak: float) -> AttentionFit:

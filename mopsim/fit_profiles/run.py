@@ -1,5 +1,6 @@
 """All machines: choose the curves of each, fit them once, assemble the profiles."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from mopsim.fit_profiles.assemble import Entry, MachineFits
 from mopsim.fit_profiles.attention import AttentionFit
 from mopsim.fit_profiles.collectives import CollectiveFit
 from mopsim.fit_profiles.matmul import MatmulFit
-from mopsim.fit_profiles.tables import Residuals, read_csv
+from mopsim.fit_profiles.tables import Residuals, read_csv, round_to
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Tag
 from mopsim.spec.io import parse_yaml, read_text
@@ -38,6 +39,8 @@ ASSUMED_ATTENTION = {
     "ada": AttentionFit(0.70, 0.55, 500.0, _NONE, "FlashAttention-2 on Ada, assumed"),
     "amd": AttentionFit(0.40, 0.30, 1000.0, _NONE, "composable-kernel FlashAttention on MI300, assumed"),
 }
+#: gemm table -> the machine whose attention curve its cards take where they have none of their own.
+ATTENTION_OF = {"h100_sxm": "h200-sxm-141g", "b300_sxm": "gb300-288g"}
 #: bf16 card -> the card whose best fp8 product is compared with its best bf16 product.
 FP8_MEASURED = {
     "h100_sxm": "h100-sxm-80g",
@@ -77,9 +80,8 @@ class Fitter:
         curves = machine["curves"]
         fit, tag, source = self._dense(name, machine)
         bandwidth, bandwidth_tag, bandwidth_source = self._bandwidth(machine)
-        grouped = self._grouped(curves["grouped"], fit, machine, bandwidth) if "grouped" in curves else None
-        shape, shape_tag = self._attention(curves["gemm"])
-        wide = self._attention_fits["blackwell_wide"] if curves["gemm"].startswith(("b", "gb")) else None
+        grouped = self._grouped(curves["grouped"], name) if "grouped" in curves else None
+        shape, wide, shape_tag = self._attention(name, curves["gemm"])
         node, node_tag, node_source = self._collectives(machine)
         return MachineFits(
             fit, tag, source, self._fp8(curves["gemm"]), grouped, bandwidth, bandwidth_tag, bandwidth_source,
@@ -112,7 +114,8 @@ class Fitter:
         fit, _ = self._table(gpu)
         source = f"fitted to the {gpu} rows of gemm_bf16.csv (aiconfigurator system tables)"
         if "table" in curves:
-            rows = [r for r in self._of("gemm", curves["table"]) if r["system"].startswith("library kernel")]
+            rows = [row for row in self._of("gemm", curves["table"]) if row["system"].startswith("library")]
+            rows = [row for row in rows if "grouped" not in row["params"]]
             efficiency, residuals = matmul.table_efficiency(rows, fit, _si(machine["peaks"]["bfloat16"]))
             self.report[f"matmul {name}, its own table"] = str(residuals)
             fit = MatmulFit(
@@ -123,6 +126,8 @@ class Fitter:
                 "measured",
                 f"efficiency from the {curves['table']} table of components.csv, shape {source}",
             )
+        if "sustained" in curves:
+            return self._sustained(curves["sustained"], fit, source)
         if "efficiency_scale" in curves:
             scale, why = float(curves["efficiency_scale"]), curves["efficiency_why"]
             scaled = round(fit.efficiency * scale, 4)
@@ -131,6 +136,14 @@ class Fitter:
             )
             return fit, "assumed", f"{source}, times {scale}: {why}"
         return fit, "measured", source
+
+    def _sustained(self, owner: str, fit: MatmulFit, source: str) -> tuple[MatmulFit, Tag, str]:
+        """A microbenchmark's curve at the share of its rate that another card of the architecture holds in a
+        sweep of training's products: there power limits the clock."""
+        other = self.machines[owner]
+        share = self._dense(owner, other)[0].efficiency / self.matmul_fit(other["curves"]["gemm"]).efficiency
+        why = f"{source}, times {share:.3f}: what {owner} keeps of it in a sweep of training's products"
+        return replace(fit, efficiency=round_to(fit.efficiency * share)), "assumed", why
 
     def _owner(self, gpu: str) -> Entry:
         """The machine that a GPU of the measured tables is."""
@@ -158,11 +171,17 @@ class Fitter:
             f"{fraction:.3f} of {sheet}: skinny products of the {gpu} rows of gemm_bf16.csv",
         )
 
-    def _grouped(self, gpu: str, dense: MatmulFit, machine: Entry, bandwidth: float) -> MatmulFit:
-        rows = [row for row in self._of("gemm", gpu) if "grouped" in row["params"]]
-        fit = matmul.fit_grouped(rows, dense, _si(machine["peaks"]["bfloat16"]), bandwidth)
-        self.report[f"grouped matmul {gpu}"] = str(fit.residuals)
-        return fit
+    def _grouped(self, owner: str, name: str) -> tuple[float, float, Tag, str]:
+        """Grouped products of the machine that has a table of them, against its dense ones."""
+        machine = self.machines[owner]
+        dense, _, _ = self._dense(owner, machine)
+        rows = [row for row in self._of("gemm", owner) if "grouped" in row["params"]]
+        peak = _si(machine["peaks"]["bfloat16"])
+        fit = matmul.fit_grouped(rows, dense, peak, self._bandwidth(machine)[0])
+        self.report[f"grouped matmul {owner}"] = str(fit.residuals)
+        share = min(1.0, fit.efficiency / dense.efficiency)
+        source = f"grouped products of {owner}, forward and both gradients pooled (components.csv)"
+        return share, fit.m_half, "measured" if owner == name else "assumed", source
 
     def _fp8(self, gpu: str) -> dict[str, tuple[float, str]]:
         if gpu not in FP8_MEASURED:
@@ -176,24 +195,30 @@ class Fitter:
 
     @cached_property
     def _attention_fits(self) -> dict[str, AttentionFit]:
+        """By machine (heads of 128) and machine_wide."""
         rows = [row for row in self._components if row["component"] == "attention_kernel"]
-        blackwell = _si(self.machines["b200-sxm-192g"]["peaks"]["bfloat16"])
+        peaks = {name: _si(machine["peaks"]["bfloat16"]) for name, machine in self.machines.items()}
+        b200, h200 = "b200-sxm-192g", "h200-sxm-141g"
         fits = {
-            "hopper": attention.fit_hopper(rows, _si(self.machines["h100-sxm-80g"]["peaks"]["bfloat16"])),
-            "blackwell": attention.fit_blackwell(rows, blackwell, wide=False),
-            "blackwell_wide": attention.fit_blackwell(rows, blackwell, wide=True),
+            b200: attention.fit_blackwell(rows, peaks[b200], wide=False),
+            f"{b200}_wide": attention.fit_blackwell(rows, peaks[b200], wide=True),
+            h200: attention.fit_cudnn(rows, h200, peaks[h200], wide=False),
+            f"{h200}_wide": attention.fit_hopper(rows, peaks[h200]),
         }
+        for name in ("gb200-186g", "gb300-288g"):
+            fits[name] = attention.fit_cudnn(rows, name, peaks[name], wide=False)
+            fits[f"{name}_wide"] = attention.fit_cudnn(rows, name, peaks[name], wide=True)
         self.report |= {f"attention {name}": str(fit.residuals) for name, fit in fits.items()}
         return fits
 
-    def _attention(self, gpu: str) -> tuple[AttentionFit, Tag]:
-        if gpu.startswith("h"):
-            return self._attention_fits["hopper"], "measured"
-        if gpu.startswith(("b", "gb")):
-            return self._attention_fits["blackwell"], "measured" if gpu == "b200_sxm" else "assumed"
-        return ASSUMED_ATTENTION[
-            "a100" if gpu.startswith("a100") else "amd" if ":mi" in gpu else "ada"
-        ], "assumed"
+    def _attention(self, name: str, gpu: str) -> tuple[AttentionFit, AttentionFit | None, Tag]:
+        """The curves of a machine: its own, or those of the card of its architecture that was measured."""
+        fits = self._attention_fits
+        owner = name if name in fits else ATTENTION_OF.get(gpu, "")
+        if owner:
+            return fits[owner], fits[f"{owner}_wide"], "measured" if owner == name else "assumed"
+        family = "a100" if gpu.startswith("a100") else "amd" if ":mi" in gpu else "ada"
+        return ASSUMED_ATTENTION[family], None, "assumed"
 
     def node(self, gpu: str) -> dict[str, CollectiveFit]:
         """Those inside a node of one GPU of the NCCL table. L40S: 8 ranks, since 2 and 4 share a switch."""
