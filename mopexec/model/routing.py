@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.routing import RoutingProfile, hot, thresholds, turn
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Routing:
     `learned` is the only choice under which the number of routes depends on data.
     """
 
-    profile: str = "learned"
+    profile: RoutingProfile = "learned"
     micro_batch: int = 1
     sequence: int = 1
 
@@ -40,18 +41,23 @@ class Routing:
 
 
 def profile_experts(
-    routing: str, num_tokens: int, num_experts: int, top_k: int, device: torch.device
+    routing: RoutingProfile, num_tokens: int, num_experts: int, top_k: int, device: torch.device
 ) -> Tensor:
-    """`layout.routed_expert` of every token of a rank: [num_tokens, top_k] int64."""
+    """`routed_expert` of mopsim.spec.routing, of every token of a rank: [num_tokens, top_k] int64."""
     position = torch.arange(num_tokens, device=device)[:, None]
     slot = torch.arange(top_k, device=device)[None, :]
     if routing == "balanced":
         return (position + slot) % num_experts
-    percent, hot = (int(part) for part in routing.split("/"))
-    chosen_hot = (slot % hot).expand(num_tokens, top_k)
-    if hot >= num_experts:
+    skew = hot(routing)
+    if skew is None:
+        ends = torch.tensor(thresholds(routing, num_experts, top_k), device=device)
+        turns = torch.tensor([turn(i) for i in range(num_tokens)], device=device)
+        return torch.searchsorted(ends, turns[:, None] + slot * 2**32, right=True).clamp(max=num_experts - 1)
+    percent, count = skew
+    chosen_hot = (slot % count).expand(num_tokens, top_k)
+    if count >= num_experts:
         return chosen_hot.contiguous()
-    cold = hot + (position + slot) % (num_experts - hot)
+    cold = count + (position + slot) % (num_experts - count)
     return torch.where(position * 100 < percent * num_tokens, chosen_hot, cold)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mopexec import collectives
 from mopexec.measure.scope import category
 from mopexec.model.routing import Routing
-from mopsim.spec import layout
+from mopsim.spec.routing import routing_counts
 
 
 class _Spread(torch.autograd.Function):
@@ -113,7 +113,7 @@ class ExpertDispatch:
         local = self._num_experts // self._degree
         if not self._routing.learned:
             num_tokens, top_k = experts.shape
-            counts = layout.routing_counts(self._routing.profile, num_tokens, 1, 0, self._num_experts, top_k)
+            counts = routing_counts(self._routing.profile, num_tokens, 1, 0, self._num_experts, top_k)
             mine = [list(counts[place * local : (place + 1) * local]) for place in range(self._degree)]
             return mine, [mine[dist.get_rank(self._group)]] * self._degree
         sent = torch.bincount(experts.flatten(), minlength=self._num_experts)

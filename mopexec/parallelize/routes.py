@@ -11,8 +11,8 @@ from mopexec.measure.tracker import category, component
 from mopexec.mesh import Group
 from mopexec.model.routing import choose_experts, route_weights, route_weights_backward, router_scores, wide
 from mopexec.parallelize.rows import rms_norm, row_slices
-from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.routing import RoutingProfile, routing_counts
 
 Weights = dict[str, Tensor]
 
@@ -34,7 +34,7 @@ class RoutePlanner:
     """Makes `Routes`: by the router, or by a profile, whose counts are known without asking anyone."""
 
     def __init__(
-        self, spec: ModelSpec, group: Group, profile: Tensor | None, routing: str, num_chunks: int
+        self, spec: ModelSpec, group: Group, profile: Tensor | None, routing: RoutingProfile, num_chunks: int
     ) -> None:
         self.spec, self.group, self.routing, self.num_chunks = spec, group, routing, num_chunks
         self.local = spec.num_local_experts // group.size
@@ -62,7 +62,7 @@ class RoutePlanner:
         spec, group, local = self.spec, self.group, self.local
         send = [
             list(
-                layout.routing_counts(
+                routing_counts(
                     self.routing,
                     num_tokens,
                     self.num_chunks,

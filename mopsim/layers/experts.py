@@ -2,11 +2,52 @@
 (combine)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.spec.model import ModelSpec
 
 _C, _R = "experts", "router"
+
+
+@dataclass(frozen=True)
+class Migration:
+    """Weights that least-loaded placement moves in a layer, in bytes of the compute dtype.
+
+    received: of other ranks' experts on the busiest rank. own: of that rank's experts. message: what the rank
+    that sends or receives most has on the wire.
+    """
+
+    received: int
+    own: int
+    message: int
+
+
+def migration(moved: Migration) -> Tape:
+    """Weights of moved experts to the ranks that need them (`migrated`), and into one tensor with the rank's
+    own (`packed`), as a grouped product takes them; the backward sends their gradients home."""
+    packed = moved.own + moved.received
+    kernels = (
+        Kernel(
+            "migrate", "send_recv" if moved.message else "view", _C, (),
+            (Value("migrated", moved.received, "gathered"),), bytes=float(moved.message), group="experts",
+        ),
+        Kernel(
+            "pack", "memory_bound", _C, ("migrated",), (Value("packed", packed, "gathered"),),
+            saves=("migrated",), bytes=2.0 * packed, back_bytes=3.0 * packed,
+        ),
+    )  # fmt: skip
+    return Tape((), kernels, ("packed",))
+
+
+def on_packed(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Grouped products that take their weights from the `packed` tensor."""
+    return tuple(
+        replace(kernel, reads=(*kernel.reads, "packed"), saves=(*kernel.saves, "packed"))
+        if kernel.kind == "grouped_matmul"
+        else kernel
+        for kernel in kernels
+    )
 
 
 def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:

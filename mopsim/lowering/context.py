@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import gcd
 
+from mopsim.layers.experts import Migration
 from mopsim.layers.shapes import Shapes
 from mopsim.lowering.topology import process_groups
 from mopsim.lowering.units import Unit, edge_units, layer_units
 from mopsim.lowering.workload import Group
-from mopsim.spec.layout import num_chunks, offloaded_boundaries, routing_counts
+from mopsim.spec.layout import num_chunks, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.placement import Placement, at_home, least_loaded
+from mopsim.spec.routing import RoutingProfile, routing_counts
+from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import DTYPE_BYTES
 
@@ -61,37 +63,61 @@ class Context:
         return len(range(index, self.tokens, self.chunks))
 
     def routes(self, index: int) -> tuple[int, ...]:
-        """Rows of each expert of the most loaded rank, from chunk `index` of all ranks of its expert
-        group."""
+        """Rows of each expert that the most loaded rank computes, from chunk `index` of all ranks of its
+        expert group."""
+        model, how = self.model, self.strategy.experts
         return _routes(
-            self.training.routing, self.tokens, self.chunks, index, self.model.num_local_experts,
-            self.model.num_experts_per_tok, self.strategy.experts.degree,
+            self.training.routing, self.tokens, self.chunks, index, model.num_local_experts,
+            model.num_experts_per_tok, how.degree, how,
         )  # fmt: skip
+
+    @property
+    def migration(self) -> Migration | None:
+        """What least-loaded placement moves in a layer, None where experts stay at home."""
+        model, how = self.model, self.strategy.experts
+        if how.balance == "none" or not model.num_local_experts:
+            return None
+        place, busiest = _placement(
+            self.training.routing, self.tokens, model.num_local_experts, model.num_experts_per_tok,
+            how.degree, how,
+        )  # fmt: skip
+        each = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size // how.tensor * self.b
+        most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.degree))
+        own = model.num_local_experts // how.degree
+        return Migration(place.received(busiest) * each, own * each, most * each)
+
+
+@lru_cache(maxsize=1024)
+def _placement(
+    routing: RoutingProfile, tokens: int, experts: int, top_k: int, degree: int, how: Experts
+) -> tuple[Placement, int]:
+    """Where the rows of a layer are computed, and the rank that holds most: rows first, then the weights of
+    others. Every rank of the group sends alike, so an expert's rows are `degree` times one rank's."""
+    counts = [degree * count for count in routing_counts(routing, tokens, 1, 0, experts, top_k)]
+    if how.balance == "least_loaded":
+        place = least_loaded(counts, degree, how.capacity, how.min_rows, how.threshold)
+    else:
+        place = at_home(counts, degree)
+    loads = [sum(rows.values()) for rows in place.rows]
+    near = [rank for rank in range(degree) if loads[rank] >= max(loads) - degree]
+    return place, max(near, key=lambda rank: (place.received(rank), loads[rank]))
 
 
 @lru_cache(maxsize=4096)
 def _routes(
-    routing: str, tokens: int, chunks: int, index: int, experts: int, top_k: int, degree: int
-) -> tuple[int, ...]:
-    """Every rank of the group sends alike, so the expert's rows are `degree` times one rank's."""
-    if routing == "balanced":
-        counts = _balanced(len(range(index, tokens, chunks)), index, chunks, experts, top_k)
-    else:
-        counts = routing_counts(routing, tokens, chunks, index, experts, top_k)
-    local = experts // degree
-    ranks = [counts[i * local : (i + 1) * local] for i in range(degree)]
-    return tuple(degree * count for count in max(ranks, key=sum))
-
-
-def _balanced(tokens: int, index: int, chunks: int, experts: int, top_k: int) -> tuple[int, ...]:
-    """`routing_counts` of the balanced profile in O(E k): position index + i*chunks takes experts (position
-    + j) mod E."""
-    period = experts // gcd(chunks, experts)
-    full, rest = divmod(tokens, period)
-    starts = [0] * experts
-    for i in range(period):
-        starts[(index + i * chunks) % experts] += full + (i < rest)
-    return tuple(sum(starts[(e - j) % experts] for j in range(top_k)) for e in range(experts))
+    routing: RoutingProfile, tokens: int, chunks: int, index: int, experts: int, top_k: int, degree: int,
+    how: Experts,
+) -> tuple[int, ...]:  # fmt: skip
+    """Rows of each expert that the busiest rank computes in a chunk: of a moved expert the same part of every
+    chunk, as strided chunks are alike."""
+    counts = [degree * count for count in routing_counts(routing, tokens, chunks, index, experts, top_k)]
+    if how.balance == "none":
+        return max(
+            (tuple(counts[i : i + experts // degree]) for i in range(0, experts, experts // degree)), key=sum
+        )
+    place, busiest = _placement(routing, tokens, experts, top_k, degree, how)
+    whole = [sum(rows.get(e, 0) for rows in place.rows) for e in range(experts)]
+    return tuple(counts[e] * rows // whole[e] for e, rows in place.rows[busiest].items())
 
 
 def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Group]:

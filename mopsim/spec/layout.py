@@ -1,9 +1,13 @@
-"""Sharding arithmetic that both packages use, once: groups, shards, chunks, buckets, offloading, routing."""
+"""Sharding arithmetic that both packages use, once: groups, shards, chunks, buckets, offloading."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
+from mopsim.spec.errors import require
 from mopsim.spec.strategy import Order
+
+
+MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**17
+"""Pieces that tokens or parameters may be cut into: more is a slip of the pen, and would take forever."""
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -67,7 +71,13 @@ def ring_moves_weights(num_tokens: int, vocab_size: int, degree: int) -> bool:
 
 
 def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[list[tuple[int, int, int]]]:
-    """Buckets of at most `bucket_params` parameters: (unit, start, stop) slices of the shards, in order."""
+    """Buckets of at most `bucket_params` parameters: (unit, start, stop) slices of the shards, in order.
+
+    Raises SpecError where there would be more than MOST_BUCKETS.
+    """
+    total = sum(shard_numels)
+    rule = f"cuts the {total} parameters of a rank into more than {MOST_BUCKETS} buckets"
+    require(total <= bucket_params * MOST_BUCKETS, "strategy.optimizer.bucket_params", bucket_params, rule)
     buckets: list[list[tuple[int, int, int]]] = []
     room = 0
     for unit, numel in enumerate(shard_numels):
@@ -86,34 +96,6 @@ def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[l
 def offloaded_boundaries(num_boundaries: int, boundary_bytes: int, host_budget: int) -> int:
     """How many boundaries, in forward order, fit the host budget (0 = no cap)."""
     return num_boundaries if host_budget == 0 else min(num_boundaries, host_budget // max(boundary_bytes, 1))
-
-
-def routed_expert(
-    routing: str, position: int, num_tokens: int, slot: int, num_experts: int, top_k: int
-) -> int:
-    """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a profile.
-
-    balanced: (i + j) mod E. r/h: the first r % of positions choose j mod h (so experts below min(h, top_k)
-    only), the others h + ((i + j) mod (E - h)) (arXiv 2609.14306; LLEP's profiles).
-    """
-    if routing == "balanced":
-        return (position + slot) % num_experts
-    percent, hot = (int(part) for part in routing.split("/"))
-    if position * 100 < percent * num_tokens or hot >= num_experts:
-        return slot % hot
-    return hot + (position + slot) % (num_experts - hot)
-
-
-@lru_cache(maxsize=4096)
-def routing_counts(
-    routing: str, num_tokens: int, chunks: int, index: int, num_experts: int, top_k: int
-) -> tuple[int, ...]:
-    """Routes to each expert from strided chunk `index` of one rank. Sums to len(chunk) * top_k."""
-    counts = [0] * num_experts
-    for position in chunk_positions(num_tokens, chunks, index):
-        for slot in range(top_k):
-            counts[routed_expert(routing, position, num_tokens, slot, num_experts, top_k)] += 1
-    return tuple(counts)
 
 
 def stage_layers(

@@ -7,9 +7,10 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 from typing import Literal
 
 from mopsim.spec.categories import COMPONENTS, MODULES
-from mopsim.spec.errors import require
+from mopsim.spec.errors import require, require_name
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.units import LARGEST
 
 Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
@@ -54,10 +55,14 @@ class Dense(Spec, frozen=True, kw_only=True):
 
 
 class Attention(Spec, frozen=True, kw_only=True):
-    """sequence: ranks that share one sequence (D for Ulysses). exchange: how they trade it."""
+    """sequence: ranks that share one sequence (D for Ulysses). exchange: how they trade it.
+
+    flash: scores are never kept (arXiv 2205.14135); else their softmax is, from forward to backward.
+    """
 
     sequence: int = 1
     exchange: Exchange = "ulysses"
+    flash: bool = True
     order: Order = "contiguous"
 
 
@@ -67,7 +72,12 @@ class Experts(Spec, frozen=True, kw_only=True):
     shard: ranks among the replicas of one expert (W / Ep of them) that share one copy of its state.
     chunk_tokens c: local tokens per dispatch chunk (strided positions); 0 = one chunk, intermediates kept.
     max_chunks: K = min(ceil(N / c), max_chunks).
-    balance: `least_loaded` moves routed work (and weights) off overloaded ranks (LLEP).
+    checkpoint: how the backward has a chunk's inputs: `redispatch` sends them again, chunk by chunk; `nested`
+    keeps what arrived in the layer's recompute, for all chunks (a checkpoint per chunk inside the layer's,
+    arXiv 2609.14306).
+    balance: `least_loaded` moves routed work (and the weights it needs) off ranks with more than `capacity`
+    times the mean load, in pieces of min_rows rows or more, where the most loaded rank has `threshold` times
+    the mean or more (LLEP, arXiv 2601.17111: alpha, m, lambda).
     dispatch: `all_to_all` sends a token once for each expert; `deduplicated` once to a rank and once to
     another scale-up domain, however many of its experts are there (DeepEP, HybridEP).
     """
@@ -77,7 +87,11 @@ class Experts(Spec, frozen=True, kw_only=True):
     shard: int = 1
     chunk_tokens: int = 0
     max_chunks: int = 10
+    checkpoint: Literal["redispatch", "nested"] = "redispatch"
     balance: Literal["none", "least_loaded"] = "none"
+    capacity: float = 1.0
+    min_rows: int = 1024
+    threshold: float = 1.0
     dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
     order: Order = "contiguous"
     param_tier: Tier = "device"
@@ -180,16 +194,19 @@ class Strategy(Spec, frozen=True, kw_only=True):
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "name", self.name, "must not be empty")
+        require_name(self.name)
         for field, least in _LEAST.items():
             value = self._at(field)
             require(value >= least, field, value, f"must be at least {least}")
+            require(value <= LARGEST, field, value, "must be at most 2^62")
         require(
             0 <= self.optimizer.host_fraction <= 1,
             "optimizer.host_fraction",
             self.optimizer.host_fraction,
             "must lie between 0 and 1",
         )
+        for field, ratio in (("capacity", self.experts.capacity), ("threshold", self.experts.threshold)):
+            require(1 <= ratio <= 1e6, f"experts.{field}", ratio, "must lie between 1 and 1e6")
         require(
             self.world_size % self.pipeline.degree == 0,
             "pipeline.degree",
@@ -307,6 +324,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
                 self.experts.degree,
                 "must be 1 for a model without experts",
             )
+        require(
+            self.vocabulary.loss != "ring" or not model.tie_word_embeddings,
+            "strategy.vocabulary.loss",
+            self.vocabulary.loss,
+            "needs a head of its own, but model.tie_word_embeddings is true",
+        )
         heads = model.num_attention_heads
         if self.attention.exchange == "ulysses":
             split = self.attention.sequence * self.dense.tensor
@@ -350,6 +373,7 @@ _LEAST = {
     "dense.shard": 1, "dense.prefetch": 0, "dense.chunk_tokens": 0, "attention.sequence": 1,
     "experts.degree": 1,
     "experts.tensor": 1, "experts.shard": 1, "experts.chunk_tokens": 0, "experts.max_chunks": 1,
+    "experts.min_rows": 1,
     "vocabulary.degree": 1, "vocabulary.chunk_tokens": 0, "optimizer.bucket_params": 1, "optimizer.slots": 1,
     "activations.host_budget": 0,
 }  # fmt: skip

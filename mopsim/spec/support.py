@@ -24,6 +24,7 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (0,),
     "shared_expert_gate": (False,),
     "tie_word_embeddings": (False,),
+    "dropout": (0.0,),
 }
 
 #: Strategy fields that both runtimes hold to these values.
@@ -31,8 +32,10 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "pipeline.degree": (1,),
     "dense.tensor": (1,),
     "attention.exchange": ("ulysses",),
+    "attention.flash": (True,),
     "experts.tensor": (1,),
     "experts.balance": ("none",),
+    "experts.checkpoint": ("redispatch",),
     "experts.dispatch": ("all_to_all",),
     "vocabulary.fused": (False,),
     "overlap.grad_reduce": (False,),

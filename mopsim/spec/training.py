@@ -1,29 +1,26 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
 import math
-import re
 
+from mopsim.spec import routing as profiles
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
+from mopsim.spec.layout import MOST_CHUNKS, num_chunks
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
-
-
-def _is_skew(routing: str) -> bool:
-    match = re.fullmatch(r"(\d{1,3})/[1-9]\d*", routing)
-    return match is not None and int(match.group(1)) <= 100
 
 
 class TrainSpec(Spec, frozen=True, kw_only=True):
     """One optimizer step trains on `global_batch` sequences of `seq_len` tokens.
 
-    routing: how tokens choose experts where no router decides (simulation and dry run): "balanced", or "r/h":
-    the first r % of token positions choose experts j mod h for j < top_k (see layout.routed_expert).
+    routing: how tokens choose experts where no router decides (simulation and dry run): "balanced"; "r/h":
+    the first r % of token positions choose experts j mod h for j < top_k; "zipf:s"; or the share of all
+    routes that each expert got in a measurement (see mopsim.spec.routing).
     """
 
     seq_len: int
     global_batch: int
-    routing: str = "balanced"
+    routing: profiles.RoutingProfile = "balanced"
     learning_rate: float = 3e-4
     warmup_steps: int = 0
     beta1: float = 0.9
@@ -37,12 +34,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require(self.seq_len >= 1, "seq_len", self.seq_len, "must be at least 1")
         require(self.global_batch >= 1, "global_batch", self.global_batch, "must be at least 1")
-        require(
-            self.routing == "balanced" or _is_skew(self.routing),
-            "routing",
-            self.routing,
-            "must be 'balanced' or 'r/h' with r a percentage and h a number of experts",
-        )
+        profiles.check(self.routing)
         for field in ("seq_len", "global_batch"):
             require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
         for field in (
@@ -65,10 +57,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
 
     def check_model(self, model: ModelSpec) -> None:
         """Raise SpecError where the routing does not fit the model's experts."""
-        if self.routing != "balanced":
-            hot = int(self.routing.split("/")[1])
-            rule = f"has more hot experts than num_local_experts {model.num_local_experts}"
-            require(hot <= model.num_local_experts, "training.routing", self.routing, rule)
+        profiles.check_model(self.routing, model)
+        positions = model.learned_positions
+        rule = f"is more than model.learned_positions {positions}"
+        require(positions == 0 or self.seq_len <= positions, "training.seq_len", self.seq_len, rule)
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the batch or the sequence does not divide over the strategy's ranks."""
@@ -95,6 +87,21 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             self.seq_len,
             f"is not a multiple of the sequence split {split}",
         )
+
+        self._check_chunks(strategy)
+
+    def _check_chunks(self, strategy: Strategy) -> None:
+        """A chunk is a bound on its tokens, so it may be larger than what there is, but not absurdly small."""
+        tokens = self.tokens_per_rank(strategy)
+        experts = strategy.experts
+        for field, size, most in (
+            ("dense", strategy.dense.chunk_tokens, tokens),
+            ("vocabulary", strategy.vocabulary.chunk_tokens, tokens),
+            ("experts", experts.chunk_tokens, experts.max_chunks),
+        ):
+            chunks = num_chunks(tokens, size, most)
+            rule = f"cuts the {tokens} tokens of a rank into {chunks} chunks, more than {MOST_CHUNKS}"
+            require(chunks <= MOST_CHUNKS, f"strategy.{field}.chunk_tokens", size, rule)
 
     def num_microbatches(self, strategy: Strategy) -> int:
         """Microbatches that one data group works through in a step."""

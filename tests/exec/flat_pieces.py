@@ -14,8 +14,8 @@ from mopexec.mesh import Group
 from mopexec.parallelize import apply
 from mopexec.parallelize.dispatch import ChunkExchange
 from mopexec.tiers import Platform
-from mopsim.spec import layout
 from mopsim.spec.plan import Plan
+from mopsim.spec.routing import routing_counts
 from tests.exec.flat_parity import make_tokens, my_batches
 
 
@@ -26,7 +26,7 @@ def dispatch_and_combine(platform: Platform, routing: str, num_experts: int) -> 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
     local = num_experts // world
-    counts = [list(layout.routing_counts(routing, 13 + 2 * r, 2, 1, num_experts, 3)) for r in range(world)]
+    counts = [list(routing_counts(routing, 13 + 2 * r, 2, 1, num_experts, 3)) for r in range(world)]
     receive = [c[rank * local : (rank + 1) * local] for c in counts]
     exchange = ChunkExchange(group, counts[rank], receive, platform.device)
     expert = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(counts[rank]))

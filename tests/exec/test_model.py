@@ -9,8 +9,8 @@ from mopexec.model.attention_core import causal_attention
 from mopexec.model.routing import profile_experts, route_weights, route_weights_backward, router_scores
 from mopsim import layers
 from mopsim.spec.errors import SpecError
-from mopsim.spec.layout import routed_expert
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.routing import RoutingProfile, routed_expert
 
 
 def spec(**changes: object) -> ModelSpec:
@@ -76,8 +76,11 @@ def test_causal_attention_equals_the_plain_formula(kv_heads: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("profile", ["balanced", "80/3", "50/8", "30/20"])
-def test_profile_table_equals_layout(profile: str) -> None:
+SHARES = (0.3, 0.05, 0.05, 0.1, 0.0, 0.2, 0.2, 0.1)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "80/3", "50/8", "30/20", "zipf:1.2", SHARES])
+def test_profile_table_is_that_of_the_spec(profile: RoutingProfile) -> None:
     table = profile_experts(profile, 11, 8, 3, torch.device("cpu"))
     assert table.tolist() == [[routed_expert(profile, i, 11, j, 8, 3) for j in range(3)] for i in range(11)]
 

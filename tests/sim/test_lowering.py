@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mopsim.layers import total_params
 from mopsim.lowering import lower, schedules
 from mopsim.lowering.context import make_context
-from mopsim.spec.layout import routing_counts
+from mopsim.spec.routing import routing_counts
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests.sim.toys import small

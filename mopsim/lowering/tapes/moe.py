@@ -1,17 +1,29 @@
 """Routed experts as a three-stage pipeline of chunks: dispatch(i+1) | experts(i) | combine(i-1).
 
-A chunk's buffers that outlive an op are named: `arrived.i` (rows as they came), `kept.i` (what a graph keeps).
+A chunk is cut where it waits for the wire: send | sort, products | give back | sum. Its buffers that outlive
+an op are named `….i`: what arrived, what a graph keeps, what a caller in Python holds until it returns.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mopsim.layers.experts import combine, dispatch, experts, migration, on_packed
-from mopsim.layers.tape import Played, Tape, Value
+from mopsim.layers.tape import Played, Tape
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Work
 
 _E = "experts"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tapes of one chunk: h -> arrived -> rows -> out -> returned -> f."""
+
+    send: Tape
+    sort: Tape
+    products: Tape
+    give_back: Tape
+    sum: Tape
 
 
 class Experts:
@@ -22,36 +34,40 @@ class Experts:
         self.split = context.groups["experts"].size > 1
         moved = context.migration if self.split else None
         self.moving = migration(moved) if moved else None
-        self._tapes: dict[tuple[int, tuple[int, ...]], tuple[Tape, Tape, Tape]] = {}
-        self._played: dict[tuple[int, tuple[int, ...], int, str], list[Played]] = {}
+        self._chunks: dict[tuple[int, tuple[int, ...]], Chunk] = {}
+        self._played: dict[tuple[int, str], tuple[Tape, list[Played]]] = {}
 
-    def tapes(self, index: int) -> tuple[Tape, Tape, Tape]:
-        """(dispatch, experts, combine) of chunk `index`."""
+    def chunk(self, index: int) -> Chunk:
+        """The tapes of chunk `index`; chunks of equal size share them."""
         context = self.context
         tokens, routes = context.chunk_tokens(index), context.routes(index)
         key = (tokens, routes)
-        if key not in self._tapes:
-            total = sum(routes)
-            products = experts(
-                context.model, routes, context.b, context.wide, context.strategy.experts.tensor
-            )
+        if key not in self._chunks:
+            total, tensor = sum(routes), context.strategy.experts.tensor
+            there = dispatch(context.model, tokens, total, context.b, context.wide, self.split)
+            back = combine(context.model, tokens, total, context.b, self.split)
+            products = experts(context.model, routes, context.b, context.wide, tensor)
             if self.moving:
-                inputs = (*products.inputs, self.moving.values["packed"])
+                packed = replace(self.moving.values["packed"], grad=False)  # one gradient for all chunks
+                inputs = (*products.inputs, packed)
                 products = replace(products, inputs=inputs, kernels=on_packed(products.kernels))
-            self._tapes[key] = (
-                dispatch(context.model, tokens, total, context.b, context.wide, self.split),
+            arrived, returned = there.values["arrived"], back.values["returned"]
+            self._chunks[key] = Chunk(
+                Tape(there.inputs, there.kernels[:-1], ("arrived",)),
+                Tape((arrived,), there.kernels[-1:], ("rows",), consumes=("arrived",)),
                 products,
-                combine(context.model, tokens, total, context.b, self.split),
+                Tape(back.inputs, back.kernels[:-1], ("returned",), consumes=("out",)),
+                Tape((returned,), back.kernels[-1:], ("f",), consumes=("returned",)),
             )
-        return self._tapes[key]
+        return self._chunks[key]
 
-    def played(self, index: int, part: int, mode: str) -> list[Played]:
-        """Part 0, 1 or 2 of a chunk as `plain`, `graph` or `backward`."""
-        key = (self.context.chunk_tokens(index), self.context.routes(index), part, mode)
+    def play(self, tape: Tape, mode: str, phase: str, layer: int, deps: list[int]) -> int:
+        """A tape `plain`, as `graph`, `backward`, or `held`: its inputs live on."""
+        key = (id(tape), mode)
         if key not in self._played:
-            tape = self.tapes(index)[part]
-            self._played[key] = tape.backward() if mode == "backward" else tape.forward(mode == "graph")
-        return self._played[key]
+            run = replace(tape, consumes=()) if mode == "held" else tape
+            self._played[key] = (tape, run.backward() if mode == "backward" else run.forward(mode == "graph"))
+        return self.builder.play(self._played[key][1], phase, layer, deps)
 
     def counts(self, layer: int, phase: str, deps: list[int]) -> int:
         """The exchange of route counts, once per layer."""
@@ -75,8 +91,9 @@ class Experts:
         if self.moving is None:
             return after
         last = self.builder.play(self.moving.backward(), "backward", layer, [after])
-        del self.builder.alive["packed gradient"]
-        self._free_moved()
+        for name in ("packed gradient", "migrated"):  # the tape has freed them
+            del self.builder.alive[name]
+        self.builder.drop("packed")
         return last
 
     def _free_moved(self) -> None:
@@ -85,75 +102,84 @@ class Experts:
 
     def forward(self, layer: int, phase: str, deps: list[int]) -> int:
         """All chunks forward without a graph; adds into the layer's output. Returns the last op."""
-        ready = self.counts(layer, phase, deps)
-        there = self._gather_moved(layer, phase, ready)
-        K = self.context.chunks
-        last, sent = ready, [self.builder.play(self.played(0, 0, "plain"), phase, layer, [ready])]
-        for i in range(K):
-            if i + 1 < K:
-                sent.append(self.builder.play(self.played(i + 1, 0, "plain"), phase, layer, [ready]))
-            done = self.builder.play(self.played(i, 1, "plain"), phase, layer, [sent[i], *there])
-            last = self.builder.play(self.played(i, 2, "plain"), phase, layer, [done])
+        last = self._pipeline(layer, phase, deps, keep=False)
         self._free_moved()
         return last
 
     def forward_kept(self, layer: int, phase: str, deps: list[int]) -> int:
         """All chunks forward, ready for `backward_kept`: of one chunk every intermediate is kept, of several
-        what arrived for each, beside which its products are a checkpoint. Returns the last op."""
+        what arrived for each, beside which its products are a checkpoint. Returns the last op.
+
+        As autograd runs it: a caller in Python holds the experts' output until it is home, and under
+        least-loaded placement what arrived as well (both as in the code of arXiv 2601.17111).
+        """
+        return self._pipeline(layer, phase, deps, keep=True)
+
+    def _pipeline(self, layer: int, phase: str, deps: list[int], *, keep: bool) -> int:
         b, K = self.builder, self.context.chunks
         ready = self.counts(layer, phase, deps)
         there = self._gather_moved(layer, phase, ready)
-        last, sent = ready, [b.play(self.played(0, 0, "plain"), phase, layer, [ready])]
+        sent = [self.play(self.chunk(0).send, "plain", phase, layer, [ready])]
+        back: list[int] = []
+        last = ready
         for i in range(K):
             if i + 1 < K:
-                sent.append(b.play(self.played(i + 1, 0, "plain"), phase, layer, [ready]))
-            if K == 1:
-                done = b.play(self.played(i, 1, "graph"), phase, layer, [sent[i], *there])
-                self._adopt_graph(i)
-            else:
-                self._keep_arrived(i)
-                done = b.play(self.played(i, 1, "plain"), phase, layer, [sent[i], *there])
-            last = b.play(self.played(i, 2, "plain"), phase, layer, [done])
+                sent.append(self.play(self.chunk(i + 1).send, "plain", phase, layer, [ready]))
+            chunk, graph = self.chunk(i), keep and K == 1
+            hold = keep and (K > 1 or self.moving is not None)
+            done = self.play(chunk.sort, "held" if hold else "plain", phase, layer, [sent[i]])
+            if hold:
+                b.adopt(f"arrived.{i}", chunk.sort.inputs[0].bytes, "dispatch")
+            done = self.play(chunk.products, "graph" if graph else "plain", phase, layer, [done, *there])
+            if graph:
+                b.adopt(f"kept.{i}", chunk.products.saved())
+            if i:
+                last = self._sum(i - 1, phase, layer, back[i - 1])
+            back.append(self.play(chunk.give_back, "held" if keep else "plain", phase, layer, [done]))
+            if keep:
+                b.adopt(f"out.{i}", chunk.give_back.inputs[0].bytes, "dispatch")
+        last = self._sum(K - 1, phase, layer, back[-1])
+        if keep and K == 1 and self.moving:
+            b.drop("arrived.0")
+        return last
+
+    def _sum(self, i: int, phase: str, layer: int, after: int) -> int:
+        last = self.play(self.chunk(i).sum, "plain", phase, layer, [after])
+        if f"out.{i}" in self.builder.alive:
+            self.builder.drop(f"out.{i}")
         return last
 
     def backward_kept(self, layer: int, deps: list[int]) -> int:
         """From the output's gradient to the input's, after `forward_kept`; products of a checkpoint again."""
-        b, K, row = self.builder, self.context.chunks, self.context.model.hidden_size * self.context.b
-        self._open_moved(layer)
-        last = b.play(self._there_again(0), "backward", layer, deps)
+        b, K = self.builder, self.context.chunks
+        self._open_moved()
+        last, sent = -1, [self.play(self.chunk(0).send, "plain", "backward", layer, deps)]
         for i in range(K):
-            routes = sum(self.context.routes(i)) * row
-            ready = [last]
+            chunk = self.chunk(i)
             if i + 1 < K:
-                last = b.play(self._there_again(i + 1), "backward", layer, deps)
+                sent.append(self.play(self.chunk(i + 1).send, "plain", "backward", layer, deps))
+            done = self.play(chunk.sort, "plain", "backward", layer, [sent[i]])
             if K > 1:
-                work = (Work("memory_bound", bytes=2.0 * routes, launches=2),)
-                redo = b.add("sort", "compute", _E, "recompute", work, layer=layer, deps=ready,
-                             memory=[("dispatch", routes)])  # fmt: skip
-                redo = b.play(self.played(i, 1, "graph"), "recompute", layer, [redo])
-                ready = [b.add("output freed", "compute", _E, "recompute", layer=layer, deps=[redo],
-                               memory=[("dispatch", -routes)])]  # fmt: skip
-            else:
-                del b.alive[f"kept.{i}"]
-            back = b.play(self.played(i, 1, "backward"), "backward", layer, ready)
-            if K > 1:
+                done = self._again(i, layer, done)
                 b.drop(f"arrived.{i}")
-            last = b.play(self.played(i, 2, "plain"), "backward", layer, [back])
+            else:
+                del b.alive["kept.0"]  # the backward frees it
+            done = self.play(chunk.products, "backward", "backward", layer, [done])
+            done = self.play(chunk.give_back, "plain", "backward", layer, [done])
+            last = self.play(chunk.sum, "plain", "backward", layer, [done])
         return self._return_moved(layer, last)
 
-    def _there_again(self, i: int) -> list[Played]:
-        """Gradients of the results go where the rows went."""
-        return self.played(i, 0, "plain")
+    def _again(self, i: int, layer: int, after: int) -> int:
+        """The products of a checkpoint from what arrived, with a graph; their output is not needed."""
+        chunk = self.chunk(i)
+        done = self.play(chunk.sort, "held", "recompute", layer, [after])
+        done = self.play(chunk.products, "graph", "recompute", layer, [done])
+        return self._free_output(i, layer, "recompute", done)
 
-    def _adopt_graph(self, i: int) -> None:
-        tape = self.tapes(i)[1]
-        size = tape.saved() + sum(value.bytes for value in tape.inputs if value.name == "rows")
-        self.builder.adopt(f"kept.{i}", size)
-
-    def _keep_arrived(self, i: int) -> None:
-        """The checkpoint's input: rows as they arrived, beside their copy in the experts' order."""
-        row = self.context.model.hidden_size * self.context.b
-        self.builder.make(f"arrived.{i}", sum(self.context.routes(i)) * row, "dispatch")
+    def _free_output(self, i: int, layer: int, phase: str, after: int) -> int:
+        out = self.chunk(i).products.values["out"].bytes
+        freed = [("dispatch", -out)]
+        return self.builder.add("output freed", "compute", _E, phase, layer=layer, deps=[after], memory=freed)
 
     def backward(self, layer: int, deps: list[int]) -> int:
         """Chunk by chunk: inputs and output gradients dispatched, products recomputed, their backward,
@@ -163,39 +189,35 @@ class Experts:
         K = self.context.chunks
         ready = [self.counts(layer, "backward", deps)]
         there = self._gather_moved(layer, "backward", ready[0])
-        self._open_moved(layer)
+        self._open_moved()
         last, sent = ready[0], [self._dispatch_both(0, layer, ready)]
         for i in range(K):
+            chunk = self.chunk(i)
             if i + 1 < K:
                 sent.append(self._dispatch_both(i + 1, layer, ready))
-            redo = self.builder.play(self.played(i, 1, "graph"), "recompute", layer, [sent[i], *there])
-            values = self.tapes(i)[1].values
-            back = self.builder.play(self.played(i, 1, "backward"), "backward", layer, [redo])
-            last = self._return(i, layer, back, values["out"].bytes)
+            done = self.play(chunk.sort, "plain", "recompute", layer, [sent[i]])
+            done = self.play(chunk.sort, "plain", "backward", layer, [done])
+            done = self.play(chunk.products, "graph", "recompute", layer, [done, *there])
+            done = self.play(chunk.products, "backward", "backward", layer, [done])
+            last = self._return(i, layer, done)
         return self._return_moved(layer, last)
 
-    def _open_moved(self, layer: int) -> None:
+    def _open_moved(self) -> None:
         """The gradient of the packed weights, which all chunks add to."""
         if self.moving:
             self.builder.make("packed gradient", self.moving.values["packed"].bytes, "gathered")
 
     def _dispatch_both(self, i: int, layer: int, deps: list[int]) -> int:
         """Tokens and the gradients of their results, one after the other."""
-        self.builder.play(self.played(i, 0, "plain"), "backward", layer, deps)
-        return self.builder.play(self.played(i, 0, "plain"), "backward", layer, deps)
+        self.play(self.chunk(i).send, "plain", "backward", layer, deps)
+        return self.play(self.chunk(i).send, "plain", "backward", layer, deps)
 
-    def _return(self, i: int, layer: int, after: int, out: int) -> int:
+    def _return(self, i: int, layer: int, after: int) -> int:
         """Row gradients back to the tokens' ranks; the recomputed output is freed."""
-        free = self.builder.add(
-            "output freed",
-            "compute",
-            "experts",
-            "backward",
-            layer=layer,
-            deps=[after],
-            memory=[("dispatch", -out)],
-        )
-        last = self.builder.play(self.played(i, 2, "plain"), "backward", layer, [free])
+        chunk = self.chunk(i)
+        free = self._free_output(i, layer, "backward", after)
+        back = self.play(chunk.give_back, "plain", "backward", layer, [free])
+        last = self.play(chunk.sum, "plain", "backward", layer, [back])
         row = self.context.model.hidden_size * self.context.b
         work = (Work("memory_bound", bytes=2.0 * row * self.context.chunk_tokens(i)),)
         return self.builder.add(

@@ -1,0 +1,77 @@
+"""Routing profiles: counts in closed form are those of the positions; shares come out as stated."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mopsim.spec.errors import SpecError
+from mopsim.spec.io import convert, parse_yaml, to_yaml
+from mopsim.spec.routing import RoutingProfile, check, routed_expert, routing_counts, shares
+from mopsim.spec.training import TrainSpec
+from tests.sim.toys import small
+
+SHARES = (0.3, 0.05, 0.05, 0.1, 0.0, 0.2, 0.2, 0.1)
+PROFILES = ["balanced", "0/3", "80/3", "100/5", "35/8", "zipf:0", "zipf:1.1", SHARES]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(PROFILES), st.integers(1, 200), st.integers(1, 7), st.integers(1, 3))
+def test_counts_are_those_of_the_positions(
+    profile: RoutingProfile, tokens: int, chunks: int, top_k: int
+) -> None:
+    for index in range(min(chunks, tokens)):
+        by_hand = Counter(
+            routed_expert(profile, position, tokens, slot, 8, top_k)
+            for position in range(index, tokens, chunks)
+            for slot in range(top_k)
+        )
+        assert routing_counts(profile, tokens, chunks, index, 8, top_k) == tuple(by_hand[e] for e in range(8))
+
+
+@pytest.mark.parametrize("profile", ["zipf:0.5", "zipf:1.3", SHARES])
+def test_shares_come_out_in_every_chunk(profile: RoutingProfile) -> None:
+    expected = shares(profile, 8, 3)
+    assert sum(expected) == pytest.approx(1.0)
+    assert max(expected) <= 1 / 3 + 1e-9
+    for index in range(4):
+        counts = routing_counts(profile, 8192, 4, index, 8, 3)
+        assert [count / (3 * 2048) for count in counts] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("profile", ["zipf:2.5", SHARES])
+def test_a_token_chooses_an_expert_once(profile: RoutingProfile) -> None:
+    for position in range(500):
+        chosen = {routed_expert(profile, position, 500, slot, 8, 3) for slot in range(3)}
+        assert len(chosen) == 3
+
+
+def test_a_histogram_reads_from_yaml() -> None:
+    spec = TrainSpec(seq_len=8, global_batch=1, routing=SHARES)
+    assert convert(parse_yaml(to_yaml(spec), "text"), TrainSpec, "training") == spec
+
+
+@pytest.mark.parametrize(
+    ("profile", "field"),
+    [
+        ("zipf:", "routing"), ("zipf:-1", "routing"), ("101/2", "routing"), ("some", "routing"),
+        ((0.5, 0.4), "routing"), ((1.5, -0.5), r"routing\[1\]"), ((), "routing"),
+    ],
+)  # fmt: skip
+def test_refused(profile: RoutingProfile, field: str) -> None:
+    with pytest.raises(SpecError, match=f"^{field}: "):
+        check(profile)
+
+
+@pytest.mark.parametrize(
+    ("profile", "rule"),
+    [
+        ((0.5, 0.5), "not one for each of num_local_experts 8"),
+        ((0.6, 0.4, 0, 0, 0, 0, 0, 0), "a token chooses an expert once"),
+        ("10/9", "more hot experts than num_local_experts 8"),
+    ],
+)
+def test_refused_by_the_model(profile: RoutingProfile, rule: str) -> None:
+    with pytest.raises(SpecError, match=rule):
+        TrainSpec(seq_len=8, global_batch=1, routing=profile).check_model(small())
