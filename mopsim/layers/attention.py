@@ -1,6 +1,8 @@
 """The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core,
 output, residual."""
 
+from dataclasses import replace
+
 from mopsim.layers.region import begin, end
 from mopsim.layers.shapes import Shapes, attention_widths, causal_pairs
 from mopsim.layers.tape import Kernel, Matmul, Tape, Value
@@ -24,19 +26,22 @@ def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
         return linear("o_proj", "o", out, shapes.region_tokens, H, k, b, _C)
 
     kernels += end("scatter_a", product, Value("a", N * H * b), _C, shapes)
-    kernels.append(
-        Kernel(
-            "attention_residual",
-            "memory_bound",
-            _C,
-            ("a", "x"),
-            (y,),
-            bytes=3 * N * H * b,
-            back_bytes=0,
-            back_launches=0,
-        )
-    )
+    kernels.append(residual("attention_residual", "a", "x", y, model, shapes, _C))
     return Tape((x,), tuple(kernels), ("y",))
+
+
+def residual(
+    name: str, branch: str, stream: str, out: Value, model: ModelSpec, shapes: Shapes, component: str
+) -> Kernel:
+    """out = stream + dropout(branch). A dropout keeps its mask, a byte an element (arXiv 2205.05198, 4.1)."""
+    elements = shapes.tokens * model.hidden_size
+    mask = Value(f"{branch}_mask", elements, grad=False)
+    masks = (mask,) if model.dropout else ()
+    return Kernel(
+        name, "memory_bound", component, (branch, stream), (out, *masks),
+        saves=tuple(one.name for one in masks), bytes=3 * out.bytes + elements * len(masks),
+        back_bytes=(2 * out.bytes + elements) * len(masks), back_launches=len(masks),
+    )  # fmt: skip
 
 
 def norm(name: str, source: str, target: str, tokens: int, size: int, b: int, component: str) -> Kernel:
@@ -241,7 +246,6 @@ def _head_sharded(
     sequences = shapes.attended / shapes.seq_len
     pairs = causal_pairs(shapes.seq_len, model.window(layer)) * sequences
     out = Value("os" if d > 1 else "o", int(shapes.attended * heads * v_width * b))
-    lse = Value("lse", int(shapes.attended * heads * 4), grad=False)
     inner, kernels = values, []
     if d > 1:
         inner = tuple(
@@ -251,22 +255,39 @@ def _head_sharded(
         reads = tuple(value.name for value in values)
         kernels.append(_exchange("sequence_to_heads", reads, inner))
     reads = tuple(value.name for value in inner)
-    kernels.append(
-        Kernel(
-            "attention_core",
-            "attention",
-            _C,
-            reads,
-            (out, lse),
-            saves=(*reads, out.name, "lse"),
-            flops=2 * pairs * heads * (qk + v_width),
-            seq=shapes.seq_len,
-            bytes=sum(v.bytes for v in inner) + out.bytes,
-        )
+    core = Kernel(
+        "attention_core",
+        "attention",
+        _C,
+        reads,
+        (out,),
+        flops=2 * pairs * heads * (qk + v_width),
+        seq=shapes.seq_len,
+        bytes=sum(v.bytes for v in inner) + out.bytes,
     )
+    rows = shapes.attended * heads
+    core = _flash(core, rows) if shapes.flash else _kept(core, rows * shapes.seq_len, model.dropout > 0, b)
+    kernels.append(core)
     if d > 1:
         kernels.append(_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),)))
     return kernels
+
+
+def _flash(core: Kernel, rows: float) -> Kernel:
+    """Keeps its inputs, its output and an fp32 number for each row and head (arXiv 2205.14135)."""
+    out, lse = core.writes[0], Value("lse", int(rows * 4), grad=False)
+    return replace(core, writes=(out, lse), saves=(*core.reads, out.name, lse.name))
+
+
+def _kept(core: Kernel, scores: float, dropout: bool, b: int) -> Kernel:
+    """Keeps the softmax of the whole square of scores; with dropout also its mask, a byte, and its result
+    (5 a s^2 b in arXiv 2205.05198, 4.1). The scores themselves and their gradients come and go."""
+    kept = Value("scores", int(scores * (2 * b + 1 if dropout else b)), grad=False)
+    once = int(scores * b)
+    return replace(
+        core, writes=(*core.writes, kept), saves=(*core.reads, kept.name),
+        scratch=(("activations", once),), back_scratch=(("activations", 2 * once),),
+    )  # fmt: skip
 
 
 def _exchanged(size: int, degree: int, model: ModelSpec, shapes: Shapes, index: int) -> int:

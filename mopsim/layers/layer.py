@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mopsim.layers.attention import attention, linear, norm
+from mopsim.layers.attention import attention, linear, norm, residual
 from mopsim.layers.experts import combine, dispatch, experts, router
 from mopsim.layers.ffn import fused_ffn
 from mopsim.layers.region import gather, scatter
@@ -31,16 +31,7 @@ def decoder_layer(
     first = attention(model, shapes, layer)
     second = _norm(model, shapes, "router" if moe else "dense_ffn")
     third = _moe(model, shapes, routes, split, deduplicated) if moe else _dense(model, shapes)
-    add = Kernel(
-        "ffn_residual",
-        "memory_bound",
-        part,
-        ("f", "y"),
-        (Value("z", size),),
-        bytes=3 * size,
-        back_bytes=0,
-        back_launches=0,
-    )
+    add = residual("ffn_residual", "f", "y", Value("z", size), model, shapes, part)
     kernels = first.kernels + second.kernels + third + (add,)
     return Tape(first.inputs, kernels, ("z",))
 

@@ -14,7 +14,7 @@ class Shapes:
     their regions. width: bytes of an activation element. wide: bytes of the router's
     and the loss's numbers. exchange: how the ranks of a sequence trade keys and values (Attention.exchange).
     fused: one product for q, k and v, one for gate and up, one kernel for the rotary embedding and for
-    SwiGLU, as Megatron-Core and compiled graphs run them.
+    SwiGLU, as Megatron-Core and compiled graphs run them. flash: see Attention.flash.
     """
 
     tokens: int
@@ -26,6 +26,7 @@ class Shapes:
     wide: int = 4
     exchange: str = "ulysses"
     fused: bool = False
+    flash: bool = True
     sequence_parallel: bool = True
 
     @property

@@ -44,7 +44,12 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
     """The executor's own schedules where they cover model and strategy; None: the staged lowering."""
     strategy, recompute = context.strategy, context.strategy.activations.recompute
     one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
-    if not one_stage or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1):
+    if (
+        not one_stage
+        or not strategy.attention.flash
+        or context.model.dropout
+        or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
+    ):
         return None
     if strategy.runtime == "fully_shard":
         own = _plain(context) and recompute != "selective" and strategy.precision.matmul == "compute"

@@ -28,6 +28,12 @@ def require_at_least(owner: Any, least: int, *fields: str) -> None:
         require(getattr(owner, field) >= least, field, getattr(owner, field), f"must be at least {least}")
 
 
+def require_name(name: str, field: str = "name") -> None:
+    """Raise SpecError unless `name` is one line of text: it stands in tables, messages and file names."""
+    plain = bool(name.strip()) and len(name.splitlines()) == 1 and min(name) >= " "
+    require(plain, field, name, "must be one line of text, not empty")
+
+
 def require(condition: bool, field: str, value: Any, rule: str) -> None:
     """Raise SpecError(field, value, rule) unless `condition` holds."""
     if not condition:

@@ -10,7 +10,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     """A decoder-only transformer. Layers before `first_k_dense_replace` are dense, the others MoE.
 
     Shapes that follow from it live in `mopsim.layers`, once. `total_params` and `active_params` are the
-    published figures (parameters), kept to be checked against, never used in a calculation.
+    published figures (parameters), kept to be checked against, never used in a calculation. dropout: of the
+    outputs of attention and FFN, and of the attention weights where those are kept.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     num_nextn_predict_layers: int = 0
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
+    dropout: float = 0.0
     routed_scaling_factor: float = 1.0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -137,6 +139,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
             self.routed_scaling_factor,
             "must be positive",
         )
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be positive")
 
     @property

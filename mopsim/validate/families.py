@@ -80,7 +80,9 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             chunk_tokens=_TILE if "tiled mlp" in row.get("notes", "").lower() else 0,
             param_tier="host" if "parameter offload cpu" in row.get("notes", "").lower() else "device",
         ),
-        attention=Attention(sequence=degrees.sequence, exchange=_exchange(row, kind)),
+        attention=Attention(
+            sequence=degrees.sequence, exchange=_exchange(row, kind), flash=facts.attention != "unfused"
+        ),
         experts=Experts(
             degree=degrees.experts,
             tensor=degrees.expert_tensor,

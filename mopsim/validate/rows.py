@@ -62,9 +62,9 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     for field in NEEDED:
         if row.get(field, "") in UNKNOWN:
             raise UnsupportedError(field, "not stated by the source")
-    model = _model(row, models)
-    degrees = _degrees(row, model)
     facts = conventions(row)
+    model = msgspec.structs.replace(_model(row, models), dropout=facts.dropout)
+    degrees = _degrees(row, model)
     hardware = with_kernel(_hardware(row["gpu"]), facts.attention, model.head_dim)
     try:
         split = strategy(row, degrees, model, facts)

@@ -78,3 +78,15 @@ def test_gathered_layers_never_run_further_ahead_than_prefetch(prefetch: int) ->
     result = play(deep(), strategy, 8, 4096)
     layer = make_context(deep(), strategy, TrainSpec(seq_len=4096, global_batch=8), 8).layers[0][0]
     assert result.memory_by_category["gathered"] == (prefetch + 1) * layer.padded * 2
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+def test_dropout_and_kept_scores_are_kept(tensor: int) -> None:
+    """arXiv 2205.05198 equation 4: s b h (34 + 5 a s / h) / t, the most; 32 and 2 without dropout."""
+    s, h, a = 2048, GPT3.hidden_size, GPT3.num_attention_heads
+    shapes = Shapes(s // tensor, s, tensor=tensor, fused=True, flash=False)
+    dropped = msgspec.structs.replace(GPT3, dropout=0.1)
+    assert kept(decoder_layer(dropped, shapes, 0)) == (34 * s * h + 5 * a * s * s) // tensor
+    assert kept(decoder_layer(GPT3, shapes, 0)) == (32 * s * h + 2 * a * s * s) // tensor
+    again = kept(decoder_layer(dropped, shapes, 0), "selective", ("core_attn",))
+    assert again == 34 * s * h // tensor  # the point of selective recomputation

@@ -21,7 +21,8 @@ class Passes:
         strategy = context.strategy
         _check(context)
         self.context = context
-        self.shapes = replace(context.shapes, exchange=strategy.attention.exchange, fused=True)
+        attention = strategy.attention
+        self.shapes = replace(context.shapes, exchange=attention.exchange, flash=attention.flash, fused=True)
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
@@ -127,6 +128,13 @@ class Passes:
 def _check(context: Context) -> None:
     """Raise SpecError for what only the executor's own schedules do."""
     strategy = context.strategy
+    attention = strategy.attention
+    require(
+        attention.flash or attention.exchange == "ulysses" or attention.sequence == 1,
+        "strategy.attention.flash",
+        attention.flash,
+        f"must be true where attention.exchange is {attention.exchange}",
+    )
     rule = "is lowered only with ZeRO-3 and full recomputation, without tensor and pipeline parallelism"
     tier = strategy.activations.boundary_tier
     require(tier == "device", "strategy.activations.boundary_tier", tier, rule)
