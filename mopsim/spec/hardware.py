@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from mopsim.spec.errors import require
+from mopsim.spec.errors import require, require_name
 from mopsim.spec.io import Spec
 from mopsim.spec.units import DIMENSIONS, DTYPE_BYTES, UNITS
 
@@ -273,7 +273,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     notes: str = ""
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "name", self.name, "must not be empty")
+        require_name(self.name)
         require(self.devices_per_node >= 1, "devices_per_node", self.devices_per_node, "must be at least 1")
         require(self.scale_up_size >= 1, "scale_up_size", self.scale_up_size, "must be at least 1")
         require_dimension(self, "price", "price_per_device_hour")

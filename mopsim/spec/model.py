@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from mopsim.spec.errors import require
+from mopsim.spec.errors import require, require_name
 from mopsim.spec.io import Spec
 
 
@@ -75,7 +75,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         ):  # fmt: skip
             require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
             require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
-        require(bool(self.name), "name", self.name, "must not be empty")
+        require_name(self.name)
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_key_value_heads", self.num_key_value_heads,
@@ -113,7 +113,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
                 )
         for field in ("total_params", "active_params"):
             value = getattr(self, field)
-            require(value is None or value > 0, field, value, "must be positive")
+            require(value is None or 1 <= value <= 1e18, field, value, "must lie between 1 and 1e18")
         rotated = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
         require(
             bool(self.learned_positions) or getattr(self, rotated) % 2 == 0,
@@ -126,21 +126,23 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
                 self.head_dim == self.qk_nope_head_dim + self.qk_rope_head_dim,
                 "head_dim", self.head_dim, "must be qk_nope_head_dim + qk_rope_head_dim for mla",
             )  # fmt: skip
+        else:
+            for field in (
+                "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+            ):  # fmt: skip
+                require(getattr(self, field) == 0, field, getattr(self, field), "must be 0 for gqa")
+        for field, low, high in (
+            ("rms_norm_eps", 1e-12, 0.1), ("routed_scaling_factor", 1e-3, 1e3), ("rope_theta", 1.0, 1e12),
+            ("sliding_window_period", 1, 10_000), ("num_local_experts", 0, 2**16),
+            ("num_nextn_predict_layers", 0, 100),
+        ):  # fmt: skip
+            value = getattr(self, field)
+            require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
         require(
-            self.sliding_window_period >= 1,
-            "sliding_window_period",
-            self.sliding_window_period,
-            "must be at least 1",
-        )
-        require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
-        require(
-            self.routed_scaling_factor > 0,
-            "routed_scaling_factor",
-            self.routed_scaling_factor,
-            "must be positive",
-        )
+            self.shared_expert_intermediate_size >= 1 or not self.shared_expert_gate,
+            "shared_expert_gate", self.shared_expert_gate, "gates nothing: shared_expert_intermediate_size is 0",
+        )  # fmt: skip
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
-        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be positive")
 
     @property
     def num_dense_layers(self) -> int:

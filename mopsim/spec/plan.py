@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mopsim.spec.errors import require, require_at_least
+from mopsim.spec.errors import require, require_at_least, require_name
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
@@ -20,7 +20,7 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
     host_limit: int
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "name", self.name, "must not be empty")
+        require_name(self.name)
         require_at_least(self, 1, "num_nodes", "devices_per_node", "memory_limit")
         require_at_least(self, 0, "host_limit")
 

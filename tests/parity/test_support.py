@@ -19,9 +19,8 @@ replace = msgspec.structs.replace
 def executor_refuses(strategy: Strategy, model: ModelSpec) -> bool:
     ref = HardwareRef(name="x", digest="x", num_nodes=1, devices_per_node=8, memory_limit=1, host_limit=1)
     training = TrainSpec(seq_len=512, global_batch=64)
-    plan = Plan(model=model, hardware=ref, strategy=strategy, training=training)
     try:
-        check_supported(plan)
+        check_supported(Plan(model=model, hardware=ref, strategy=strategy, training=training))
     except SpecError:
         return True
     return False

@@ -24,8 +24,8 @@ from mopsim.spec.strategy import (
 from mopsim.spec.training import TrainSpec
 
 text = st.text(
-    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12
-) | st.sampled_from(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=12
+).filter(str.strip) | st.sampled_from(
     [
         "1e5",
         "3e-4",
@@ -77,14 +77,14 @@ def models(draw: Any) -> ModelSpec:
         num_hidden_layers=layers,
         num_attention_heads=kv * groups,
         num_key_value_heads=kv,
-        head_dim=2 * draw(size),
+        head_dim=2 * draw(st.integers(1, 2**39)),
         vocab_size=draw(size),
         intermediate_size=draw(size),
         qk_norm=draw(st.sampled_from(["none", "head", "full"])),
         tie_word_embeddings=draw(st.booleans()),
-        rope_theta=draw(positive),
-        rms_norm_eps=draw(positive),
-        total_params=draw(st.none() | positive),
+        rope_theta=draw(st.floats(1, 1e12)),
+        rms_norm_eps=draw(st.floats(1e-12, 0.1)),
+        total_params=draw(st.none() | st.floats(1, 1e18)),
         source=draw(text),
         assumptions=tuple(draw(st.lists(text, max_size=3))),
         **fields,
