@@ -39,6 +39,8 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("precision.moments", precision.moments, (precision.param,)),
         ("precision.master", precision.master, tuple(dict.fromkeys(("param", precision.param)))),
         ("precision.matmul", precision.matmul, ("compute", precision.compute)),
+        ("precision.attention", precision.attention, ("compute",)),
+        ("graphs", strategy.graphs, ((),)),
     ]
 
 

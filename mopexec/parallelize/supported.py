@@ -21,6 +21,8 @@ _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("experts.grad_tier", ("device",)),
     ("vocabulary.loss", ("full", "chunked", "ring")),
     ("activations.recompute", ("full",)),
+    ("precision.attention", ("compute",)),
+    ("graphs", ((),)),
     ("precision.compute", ("float64", "float32", "bfloat16")),
     ("precision.param", ("float64", "float32", "bfloat16")),
     ("precision.reduce", ("float64", "float32", "bfloat16")),

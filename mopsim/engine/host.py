@@ -9,7 +9,7 @@ from bisect import bisect_right
 
 import simpy
 
-from mopsim.lowering.workload import Op, Program, Work
+from mopsim.lowering.workload import Program, Work
 
 
 class HostThread:
@@ -21,7 +21,7 @@ class HostThread:
 
     def __init__(self, env: simpy.Environment, program: Program, cost: float) -> None:
         self.env, self.cost = env, cost
-        self.kernels = _kernels(program.ops)
+        self.kernels = _kernels(program)
         self.clock = [0.0]
         """Kernels issued before each op."""
         for count in self.kernels:
@@ -68,11 +68,14 @@ class HostThread:
             event.succeed()
 
 
-def _kernels(ops: tuple[Op, ...]) -> list[float]:
-    """Kernels of each op. Equal work is shared, so it is counted once."""
+def _kernels(program: Program) -> list[float]:
+    """Kernels of each op, one graph where they are replayed. Equal work is shared, so it is counted once."""
     counts: dict[int, tuple[tuple[Work, ...], float]] = {}
     found = []
-    for op in ops:
+    for op in program.ops:
+        if op.component in program.graphs:
+            found.append(min(1.0, sum(work.issued for work in op.work)))
+            continue
         known = counts.get(id(op.work))
         if known is None:
             known = counts[id(op.work)] = (op.work, sum(work.issued for work in op.work))

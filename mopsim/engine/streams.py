@@ -186,7 +186,10 @@ def play(
             if op.rendezvous:
                 parties[op.rendezvous] = parties.get(op.rendezvous, 0) + 1
     meetings = {key: Meeting(env, count) for key, count in parties.items()}
-    threads = [HostThread(env, program, issue) if issue > 0.0 else None for program in programs]
+    threads = [
+        HostThread(env, program, issue) if issue > 0.0 and "step" not in program.graphs else None
+        for program in programs
+    ]
     ranks = [
         Rank(env, program, times, ledger, record, share, meetings, thread)
         for program, times, ledger, record, thread in zip(

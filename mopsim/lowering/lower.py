@@ -1,5 +1,7 @@
 """model x strategy x training -> Workload."""
 
+from dataclasses import replace
+
 from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
 from mopsim.lowering.flat.step import FlatStep
@@ -35,6 +37,8 @@ def lower(
         programs = tuple(StageStep(context, passes, stage).program(expanded) for stage in stages)
     else:
         programs = (kind(context).program(expanded),)
+    if strategy.graphs:
+        programs = tuple(replace(program, graphs=strategy.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
     return Workload(programs, total, expanded, flops, guarantee(context), unit)

@@ -100,7 +100,8 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What one class of ranks does in a step. stage: of the pipeline. multiplicity: ranks of this class."""
+    """What one class of ranks does in a step. stage: of the pipeline. multiplicity: ranks of this class.
+    graphs: see Strategy."""
 
     ops: tuple[Op, ...]
     stage: int = 0
@@ -108,6 +109,7 @@ class Program:
     resident: tuple[Step, ...] = ()
     marks: dict[int, int] = field(default_factory=dict)
     """First op of each microbatch, and of the optimizer under -1."""
+    graphs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,7 @@ class Precision(Spec, frozen=True, kw_only=True):
     """Dtypes of: matmul inputs, activations and gathered parameters (compute), resident parameter
     shards (param), gradient communication and shards (grad), optimizer moments (moments), master weights
     (master; "param": the parameter shard is the master), the matmul recipe (matmul; "compute": same as
-    compute)."""
+    compute), the operands of the attention core (attention; "matmul": those of the recipe)."""
 
     compute: DType = "bfloat16"
     param: DType = "bfloat16"
@@ -170,11 +170,14 @@ class Precision(Spec, frozen=True, kw_only=True):
     moments: DType = "float32"
     master: Literal["param", "float64", "float32"] = "float32"
     matmul: MatmulDType | Literal["compute"] = "compute"
+    attention: Literal["compute", "matmul"] = "compute"
 
 
 class Strategy(Spec, frozen=True, kw_only=True):
     """How one model is trained on `world_size` ranks, `micro_batch` sequences per microbatch and data group.
 
+    graphs: components whose kernels CUDA graphs replay, so that the host starts one for each run of them;
+    `step`: one graph of the whole step.
     runtime: who shards the parameters at run time: `flat_units` (mopexec's own per-layer flat units) or
     `fully_shard` (torch FSDP2, sharding each parameter on dimension 0).
     """
@@ -192,6 +195,7 @@ class Strategy(Spec, frozen=True, kw_only=True):
     activations: Activations = Activations()
     overlap: Overlap = Overlap()
     precision: Precision = Precision()
+    graphs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_name(self.name)
@@ -272,6 +276,10 @@ class Strategy(Spec, frozen=True, kw_only=True):
             self.pipeline.virtual_stages,
             "needs a pipeline.degree above 1",
         )
+        for part in self.graphs:
+            require(
+                part in ("step", *COMPONENTS), "graphs", part, f"is not one of step, {', '.join(COMPONENTS)}"
+            )
         parts = self.pipeline.degree * self.pipeline.virtual_stages
         require(
             len(self.pipeline.layers) in (0, parts) and min(self.pipeline.layers, default=0) >= 0,

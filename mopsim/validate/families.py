@@ -19,8 +19,9 @@ from mopsim.spec.strategy import (
     Strategy,
     Vocabulary,
 )  # fmt: skip
+from mopsim.validate import recipes
 from mopsim.validate.conventions import Conventions, conventions
-from mopsim.validate.tables import UNKNOWN, Row, count
+from mopsim.validate.tables import UNKNOWN, Row
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
@@ -93,6 +94,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         optimizer=_optimizer(row, kind),
         activations=_activations(row, kind),
         overlap=_overlap(row, facts),
+        graphs=recipes.graphs(row),
         precision=Precision(
             compute=facts.compute,
             param=facts.param,
@@ -101,6 +103,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             moments=facts.moments,
             master="param" if facts.master_is_param else "float32",
             matmul=_lookup(MATMUL, row, "precision"),
+            attention="matmul" if recipes.eight_bit_attention(row) else "compute",
         ),
     )
 
@@ -119,22 +122,17 @@ def _lookup(known: dict[str, T], row: Row, column: str) -> T:
     return known[value]
 
 
-DEEPSEEK_LAYERS = {8: (*[8] * 7, 5), 16: (*[4] * 15, 1), 32: (1, *[2] * 30, 0)}
-"""Decoder layers of each part by the number of parts: the layouts of Megatron-Bridge's DeepSeek-V3 recipes,
-`Et*4|(t*4|)*14tmL` and the like, where MTP layer and loss take the place of three (arXiv 2603.07685 too)."""
-
-
 def _pipeline(row: Row, degrees: Degrees) -> Pipeline:
     schedule: Literal["1f1b", "interleaved"] = "interleaved" if degrees.virtual > 1 else "1f1b"
-    layers: tuple[int, ...] = ()
-    if row["model"].startswith("deepseek_v3") and count(row, "num_layers") in (None, 61):
-        layers = DEEPSEEK_LAYERS.get(degrees.pipeline * degrees.virtual, ())
+    layers = recipes.layers(row, degrees.pipeline * degrees.virtual)
     return Pipeline(degree=degrees.pipeline, virtual_stages=degrees.virtual, schedule=schedule, layers=layers)
 
 
 def _exchange(row: Row, kind: str) -> Literal["ulysses", "ring", "all_gather"]:
-    """Megatron's context parallelism is a ring, torch's gathers keys and values, DeepSpeed's is Ulysses."""
-    if row.get("cp") == "1" or kind == "zero_offload" or "ulysses" in row.get("notes", "").lower():
+    """Megatron's context parallelism is a ring (or Ulysses, its a2a), torch's gathers keys and values,
+    DeepSpeed's is Ulysses."""
+    notes = row.get("notes", "").lower()
+    if row.get("cp") == "1" or kind == "zero_offload" or "ulysses" in notes or "cp a2a" in notes:
         return "ulysses"
     return "all_gather" if kind == "fsdp" else "ring"
 
@@ -184,7 +182,7 @@ def _overlap(row: Row, facts: Conventions) -> Overlap:
         param_gather="dp" in parts or hides,
         pipeline="pp" in parts or hides,
         tensor="tp" in parts or hides,
-        experts="ep" in parts and chunks,
+        experts=recipes.hides_experts(row) and chunks,
     )
 
 
@@ -197,7 +195,7 @@ def approximations(row: Row) -> tuple[str, ...]:
         )
     if row.get("routing") == "natural":
         found.append("natural routing: simulated as balanced")
-    if "ep" in row.get("overlap", "").split("+") and not _overlap(row, conventions(row)).experts:
+    if recipes.hides_experts(row) and not _overlap(row, conventions(row)).experts:
         found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
     if "selective" in row["recompute"] and family(row) == "fsdp":
         found.append("selective recompute of single ops: simulated as that of the FFN")

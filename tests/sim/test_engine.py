@@ -295,6 +295,20 @@ def test_the_host_loses_its_lead_where_it_waits() -> None:
     assert _ends(held, [2.5] * 4, 1.0)["3"] == pytest.approx(12.0)
 
 
+def test_a_graph_is_one_launch_and_a_graph_of_the_step_none() -> None:
+    program = Program(tuple(_kernels(i, 4) for i in range(3)))
+
+    def end(graphs: tuple[str, ...]) -> float:
+        record = Record(keep_spans=False)
+        ledgers = [Ledger((), 10**9, False)]
+        return play([replace(program, graphs=graphs)], [[4.0, 0.4, 4.0]], ledgers, [record], 0.0, 3.0)
+
+    assert end(()) == pytest.approx(37.0)
+    assert end(("other",)) == pytest.approx(13.0)  # three launches, then the last op
+    assert end(("attention",)) == end(())
+    assert end(("step",)) == pytest.approx(8.4)
+
+
 @pytest.mark.parametrize("experts", [1, 8])
 def test_time_scales_with_host_and_device_together(experts: int) -> None:
     """What calibration relies on: twice the seconds of everything are twice the step."""

@@ -28,7 +28,9 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if kernel.kind == "attention":
         # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
         flops, moved = (kernel.flops, kernel.bytes) if forward else (2.5 * kernel.flops, 2 * kernel.bytes)
-        dtype = context.strategy.precision.compute
+        precision = context.strategy.precision
+        dtype = precision.matmul if precision.attention == "matmul" else precision.compute
+        dtype = precision.compute if dtype == "compute" else dtype
         return (
             Work(
                 "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,

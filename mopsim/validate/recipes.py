@@ -1,0 +1,69 @@
+"""What recipes set that the table's columns do not say, by network, machine and release: facts about programs,
+with where they are written. Nothing here is fitted.
+
+Megatron-Bridge (github.com/NVIDIA-NeMo/Megatron-Bridge): scripts/performance/configs of v0.3.0 to v0.5.0,
+src/megatron/bridge/perf_recipes of v0.6.0. NeMo 26.06 is v0.5.0, 26.08 is v0.6.0.
+"""
+
+import re
+
+from mopsim.validate.tables import Row, count
+
+DEEPSEEK_LAYERS = {8: (*[8] * 7, 5), 16: (*[4] * 15, 1), 32: (1, *[2] * 30, 0)}
+"""Decoder layers of each part by the number of parts: the layouts of Megatron-Bridge's DeepSeek-V3 recipes,
+`Et*4|(t*4|)*14tmL` and the like, where MTP layer and loss take the place of three (arXiv 2603.07685 too)."""
+
+WHOLE = ("deepseek_v3", "qwen3_30b_a3b"), ("gb200-186g", "gb300-288g")
+"""Networks and machines whose MXFP8 recipes of v0.6.0 replay the whole step and hide the experts' exchanges,
+which the pages of that release and the model cards of its time leave out."""
+
+GRAPHED = {"attn": "attention", "moe_router": "router", "mlp": "dense_ffn"}
+"""Scopes of Transformer Engine's graphs -> components."""
+
+
+def layers(row: Row, parts: int) -> tuple[int, ...]:
+    """Decoder layers of each part of the pipeline; empty = as even as can be."""
+    whole = row["model"].startswith("deepseek_v3") and count(row, "num_layers") in (None, 61)
+    return DEEPSEEK_LAYERS.get(parts, ()) if whole else ()
+
+
+def whole_step(row: Row) -> bool:
+    """Whether one CUDA graph holds the whole step."""
+    notes = row.get("notes", "").lower()
+    return "full_iteration" in notes or _late(row, notes)
+
+
+def graphs(row: Row) -> tuple[str, ...]:
+    """Components that CUDA graphs replay, or `step`."""
+    if whole_step(row):
+        return ("step",)
+    found = re.search(r"cuda graphs?:? ([^;]*)", row.get("notes", "").lower())
+    words = re.findall(r"[a-z_]+", found.group(1)) if found else []
+    return tuple(dict.fromkeys(GRAPHED[word] for word in words if word in GRAPHED))
+
+
+def hides_experts(row: Row) -> bool:
+    """Whether the exchanges of the experts hide behind another microbatch."""
+    notes = row.get("notes", "").lower()
+    return "ep" in row.get("overlap", "").split("+") or _late(row, notes)
+
+
+def eight_bit_attention(row: Row) -> bool:
+    """Recipes with fp8_dot_product_attention: those of MXFP8 that replay the whole step, but DeepSeek-V3's on
+    GB200."""
+    moe = row["model"].startswith(("deepseek_v3", "qwen3"))
+    return (
+        row["precision"] == "mxfp8"
+        and moe
+        and row["source"].startswith("megatron-bridge")
+        and whole_step(row)
+        and not (row["model"].startswith("deepseek_v3") and row["gpu"].startswith("gb200"))
+    )
+
+
+def _late(row: Row, notes: str) -> bool:
+    """Rows of v0.6.0's time that do not say it."""
+    models, machines = WHOLE
+    mine = row["source"].startswith("megatron-bridge") and row["precision"] == "mxfp8"
+    then = "nemo 26.08" in notes or "perf recipe" in notes
+    return mine and then and row["model"] in models and row["gpu"] in machines
