@@ -1,5 +1,4 @@
-"""The host thread of a rank: it issues the program's ops one kernel after the other, ahead of the device where
-it can.
+"""The host thread of a rank: it issues the program's ops kernel by kernel, ahead of the device where it can.
 
 Issuing costs the same time for each kernel, so between two waits of the host the time of every op is known
 beforehand: the thread needs no events but at its waits.

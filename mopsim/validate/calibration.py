@@ -1,8 +1,9 @@
 """Calibration of a software stack on a machine: a scale, a cost per launch, a constant.
 
-A host that issues kernels more slowly than the device runs them sets the pace, so launches count where they
-take longer than the kernels, not on top of them: seconds = max(scale * simulated, launch * paced launches) +
-constant. Scored on networks that the fit never saw.
+The cost per launch is the time of the host thread for each kernel, which the engine plays: seconds of a step
+as a function of it come from a few simulations, straight lines between. If everything takes twice as long, so
+does the step: seconds(scale, launch) = scale * step(launch / scale) + constant. Scored on networks that the
+fit never saw.
 """
 
 from collections import Counter
@@ -17,10 +18,11 @@ NOISE = 0.05
 """Relative scatter of repeated runs of one job: the unit in which departures from the prior are weighed."""
 SCALE_PRIOR = 0.3
 """Standard deviation of the scale about 1."""
-LAUNCH_PRIOR, LAUNCH_LIMIT = 20e-6, 100e-6
-"""Seconds a launch: of an eager framework of that order; beyond the limit it is not a launch any more."""
-CONSTANT_PRIOR = 0.05
-"""Standard deviation of the constant, as a share of the shortest step."""
+LAUNCH, LAUNCH_PRIOR, LAUNCH_LIMIT = 10e-6, 20e-6, 100e-6
+"""Seconds a launch: of the profiles, its standard deviation, and where it is not a launch any more."""
+CONSTANT_PRIOR, CONSTANT_SHARE = 20e-3, 0.05
+"""Standard deviation of the constant, seconds, but no more than this share of the shortest step: what a host
+does once in a step."""
 STARTS = (1e-6, 1e-5, 4e-5)
 
 Array = NDArray[np.float64]
@@ -28,56 +30,67 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Point:
-    """One run. simulated: s; launches: kernels of the busiest rank, times step over active seconds (a host
-    that is slow in every stage stretches the pipeline's idle time too); measured: s; model: the network it
-    trained.
+    """One run. simulated: s, on the profile as it is; paces: (s of the host a launch, s of the step), by
+    rising cost, empty where the host does not matter; measured: s; model: the network it trained.
     """
 
     simulated: float
-    launches: float
+    paces: tuple[tuple[float, float], ...]
     measured: float
     model: str
+
+    def step(self, launch: float) -> float:
+        """Seconds of a step if the host takes `launch` seconds for each kernel; beyond the last simulation as
+        between the last two."""
+        if len(self.paces) < 2:
+            return self.simulated
+        costs = [cost for cost, _ in self.paces]
+        place = min(max(int(np.searchsorted(costs, launch)), 1), len(costs) - 1)
+        (c0, t0), (c1, t1) = self.paces[place - 1 : place + 1]
+        return t0 + (t1 - t0) * (launch - c0) / (c1 - c0)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """seconds = max(scale * simulated, launch * launches) + constant. runs: it was fitted on."""
+    """seconds = scale * step(launch / scale) + constant. runs: it was fitted on; 0: as simulated."""
 
     scale: float = 1.0
-    launch: float = 0.0
+    launch: float = LAUNCH
     constant: float = 0.0
     runs: int = 0
 
     def apply(self, point: Point) -> float:
         """Predicted seconds of a step."""
-        return max(self.scale * point.simulated, self.launch * point.launches) + self.constant
+        if not self.runs:
+            return point.simulated
+        return self.scale * point.step(self.launch / self.scale) + self.constant
 
 
 def fit(points: Sequence[Point]) -> Fit:
-    """Robust relative error, each network with equal weight, drawn towards (1, 0, 0) by the priors."""
+    """Robust relative error, each network with equal weight, drawn towards (1, LAUNCH, 0) by the priors."""
     if not points:
         return Fit()
     measured = np.array([p.measured for p in points])
-    simulated = np.array([p.simulated for p in points]) / measured
-    launches = np.array([p.launches for p in points]) / measured
     counts = Counter(p.model for p in points)
     weight = np.sqrt([len(points) / len(counts) / counts[p.model] for p in points])
     shortest = float(measured.min())
+    deviation = min(CONSTANT_PRIOR, CONSTANT_SHARE * shortest)
 
     def residuals(x: Array) -> Array:
-        predicted = np.maximum(x[0] * simulated, x[1] * 1e-6 * launches) + x[2] * shortest / measured
-        prior = [(x[0] - 1) / SCALE_PRIOR, x[1] * 1e-6 / LAUNCH_PRIOR, x[2] / CONSTANT_PRIOR]
+        tried = Fit(x[0], x[1] * 1e-6, x[2] * deviation, len(points))
+        predicted = np.array([tried.apply(p) for p in points]) / measured
+        prior = [(x[0] - 1) / SCALE_PRIOR, (x[1] * 1e-6 - LAUNCH) / LAUNCH_PRIOR, x[2]]
         return np.concatenate([weight * _robust((predicted - 1) / NOISE), prior])
 
     best = None
     for start in STARTS:
         found = least_squares(
-            residuals, [1.0, start * 1e6, 0.0], bounds=([0.2, 0.0, 0.0], [5.0, LAUNCH_LIMIT * 1e6, 0.5])
+            residuals, [1.0, start * 1e6, 0.0], bounds=([0.2, 0.0, 0.0], [5.0, LAUNCH_LIMIT * 1e6, 10.0])
         )
         best = found if best is None or found.cost < best.cost else best
     assert best is not None
     scale, launch, constant = (float(value) for value in best.x)
-    return Fit(scale, launch * 1e-6, constant * shortest, len(points))
+    return Fit(scale, launch * 1e-6, constant * deviation, len(points))
 
 
 def _robust(z: Array) -> Array:

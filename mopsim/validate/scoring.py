@@ -95,8 +95,7 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
 
 
 def _point(result: Simulated, measured: float, model: str) -> Point:
-    paced = result.launches * result.step_time / result.active if result.active else 0.0
-    return Point(result.step_time, paced, measured, model)
+    return Point(result.step_time, result.paces, measured, model)
 
 
 @dataclass(frozen=True)

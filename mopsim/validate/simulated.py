@@ -6,13 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-from mopsim.engine import simulate
+import msgspec
+
+from mopsim.engine import run
+from mopsim.lowering import lower
+from mopsim.lowering.workload import Workload
 from mopsim.spec.errors import MopError
-from mopsim.spec.hardware import COLLECTIVES, HardwareProfile
+from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Quantity
 from mopsim.validate.conventions import Reading
 from mopsim.validate.rows import Case
 
 KERNELS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
+ISSUES = (100e-6, 0.0, 10e-6, 20e-6, 35e-6, 60e-6)
+"""Seconds of the host for each kernel that are simulated for the calibration, the extremes first."""
+SAME = 1e-3
+"""Relative difference between the extremes below which the host does not matter."""
 RESERVED = 1.03
 """Blocks of the caching allocator over live tensors: "a few per cent up to about 6 %" (truth/README.md), so
 3 %."""
@@ -22,13 +30,13 @@ RESERVED = 1.03
 class Simulated:
     """What is kept of a simulation. error: why there is none. launches: kernels and collectives of one rank.
 
-    active: seconds of the step in which the rank computes or waits for its own collectives: not for other
-    stages.
+    paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
+    does not matter.
     """
 
     step_time: float = 0.0
     launches: int = 0
-    active: float = 0.0
+    paces: tuple[tuple[float, float], ...] = ()
     peak_memory: int = 0
     fits: bool = True
     error: str = ""
@@ -42,18 +50,33 @@ def simulate_case(case: Case) -> Simulated:
     """One case, uncalibrated; a refusal becomes `error`."""
     began = time.perf_counter()
     try:
-        result = simulate(case.model, case.hardware, case.num_nodes, case.strategy, case.training)
+        model, hardware, strategy, training = case.model, case.hardware, case.strategy, case.training
+        workload = lower(model, strategy, training, hardware.scale_up_size)
+        result = run(workload, model, hardware, strategy, training)
+        paces = _paces(case, workload) if hardware.host.issue else ()
     except (MopError, NotImplementedError) as error:
         return Simulated(error=str(error))
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}")
     launches = sum(result.num_ops.get(kind, 0) for kind in (*KERNELS, *COLLECTIVES))
-    idle = result.exposed.get("send_recv", 0.0) + result.exposed.get("dependency", 0.0)
-    active = min(
-        max(sum(result.busy.get(kind, 0.0) for kind in KERNELS), result.step_time - idle), result.step_time
-    )
     seconds = time.perf_counter() - began
-    return Simulated(result.step_time, launches, active, result.peak_memory, result.fits, "", seconds)
+    return Simulated(result.step_time, launches, paces, result.peak_memory, result.fits, "", seconds)
+
+
+def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
+    """Seconds of the step by the host's time for each kernel."""
+    found: dict[float, float] = {}
+    for issue in ISSUES:
+        host = msgspec.structs.replace(case.hardware.host, issue=_seconds(issue))
+        hardware = msgspec.structs.replace(case.hardware, host=host)
+        found[issue] = run(workload, case.model, hardware, case.strategy, case.training).step_time
+        if issue == 0.0 and found[ISSUES[0]] < found[issue] * (1 + SAME):
+            return ()
+    return tuple(sorted(found.items()))
+
+
+def _seconds(value: float) -> Quantity:
+    return Quantity(value=value, unit="s", tag="assumed", source="one of the values that are simulated")
 
 
 def simulate_all(cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None) -> list[Simulated]:

@@ -126,21 +126,35 @@ def test_malformed_cells_are_one_line(tmp_path: Path) -> None:
         read_runs(path)
 
 
+def _paced(device: float, launches: float) -> Point:
+    """A step that takes the device `device` seconds, and the host what `launches` cost."""
+    paces = tuple((cost, max(device, launches * cost)) for cost in (0.0, 1e-5, 2e-5, 4e-5, 1e-4))
+    return Point(device, paces, 0.0, "")
+
+
 def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
-    true = Fit(1.3, 30e-6, 0.0)
+    true = Fit(1.3, 30e-6, 0.0, runs=1)
+    sizes = [(0.1, 9000), (0.2, 9000), (0.5, 9000), (1.0, 9000), (2.0, 9000), (0.05, 9000), (3, 100), (1, 9)]
     points = [
-        Point(s, n, true.apply(Point(s, n, 0.0, "")), f"m{i % 4}")
-        for i, (s, n) in enumerate(
-            [(0.1, 9000), (0.2, 9000), (0.5, 9000), (1.0, 9000), (2.0, 9000), (0.05, 9000), (3, 100), (1, 9)]
-        )
+        replace(_paced(s, n), measured=true.apply(_paced(s, n)), model=f"m{i % 4}")
+        for i, (s, n) in enumerate(sizes)
     ]
     found = calibration.fit(points)
     assert found.scale == pytest.approx(1.3, rel=0.02)
     assert found.launch == pytest.approx(30e-6, rel=0.02)
 
 
+def test_a_step_between_two_simulations_lies_on_the_line() -> None:
+    point = _paced(0.1, 9000)
+    assert point.step(3e-5) == pytest.approx(0.27)
+    assert point.step(2e-4) == pytest.approx(1.8)
+    assert Point(0.1, (), 0.0, "").step(1.0) == 0.1
+    assert Fit(2.0, 6e-5, 0.5, runs=1).apply(point) == pytest.approx(2 * 0.27 + 0.5)
+    assert Fit().apply(point) == 0.1
+
+
 def test_no_network_is_calibrated_on_itself() -> None:
-    points = [Point(1.0, 10.0, 1.2, "a"), Point(2.0, 10.0, 2.4, "b"), Point(3.0, 10.0, 3.6, "c")]
+    points = [Point(1.0, (), 1.2, "a"), Point(2.0, (), 2.4, "b"), Point(3.0, (), 3.6, "c")]
     moved = [replace(points[0], measured=9.0), *points[1:]]
     assert calibration.held_out(points)[0] == calibration.held_out(moved)[0]
     assert calibration.held_out(points)[1] != calibration.held_out(moved)[1]
