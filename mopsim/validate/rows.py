@@ -66,8 +66,6 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     model = msgspec.structs.replace(_model(row, models), dropout=facts.dropout)
     degrees = _degrees(row, model)
     hardware = with_kernel(_hardware(row["gpu"]), facts.attention, model.head_dim)
-    if facts.graphs:  # what is replayed, the host issues as one launch
-        hardware = msgspec.structs.replace(hardware, host=msgspec.structs.replace(hardware.host, issue=None))
     try:
         split = strategy(row, degrees, model, facts)
         model = _vocabulary(model, degrees, family(row))
