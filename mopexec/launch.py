@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mopexec import failures
+from mopexec.environment import cpu_rank_environment
 from mopexec.options import TrainOptions
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
@@ -90,13 +91,12 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
 
 
 def _set_environment(world_size: int) -> None:
-    """Threads of a rank, time to end well after a signal, and no chatter of the agent on the user's
-    terminal.
-    """
+    """What ranks on a CPU start with, and time to end well after a signal."""
     from mopexec.tiers import Platform
 
     if not Platform.detect().is_cuda and world_size > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        for name, value in cpu_rank_environment().items():
+            os.environ.setdefault(name, value)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
 
 

@@ -16,6 +16,8 @@ from mopexec.measure.probe_timing import Sample, Stopwatch, summarize
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 SIZES = {"cpu": (2**14, 2**17, 2**20, 2**22), "cuda": (2**16, 2**20, 2**23, 2**26, 2**28)}
 """Bytes of the full buffer."""
+OTHER_BYTES = 2**24
+"""What compute moves between two collectives of a step, more than a core's own caches hold."""
 QUANTILE = 0.25
 """Higher than for compute: of two ranks the later one counts, so the luckiest decile is nobody's step."""
 
@@ -47,14 +49,21 @@ def _call(kind: str, size: int, group: dist.ProcessGroup, device: torch.device) 
 
 
 def collectives(group: dist.ProcessGroup, device: torch.device, rounds: int) -> dict[tuple[str, int], Sample]:
-    """(kind, bytes of the full buffer) -> Sample, on every rank of `group`. All ranks make the same calls."""
+    """(kind, bytes of the full buffer) -> Sample, on every rank of `group`. All ranks make the same calls.
+
+    Each call is a lone one, as in a step: the ranks line up first, and on a CPU something else has been
+    through the caches since the last call (back to back, the same call takes half as long).
+    """
     stopwatch = Stopwatch(device, time.perf_counter)
     cases = {(kind, size): _call(kind, size, group, device) for kind in KINDS for size in SIZES[device.type]}
     seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for call in cases.values():
         call()
+    others = torch.zeros(OTHER_BYTES // 4 if device.type == "cpu" else 0, device=device)
     for _ in range(rounds):
         for (kind, size), call in cases.items():
+            others.add_(1.0)
+            dist.barrier(group)
             seconds[kind, size].append(stopwatch.time(call, 1))
     return {case: summarize(values, QUANTILE) for case, values in seconds.items()}
 

@@ -64,10 +64,10 @@ def machine_memory() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def pin_to(core: int) -> None:
-    """Keep this process (and the threads it will start) on one core, where the system allows it."""
+def pin_to(*cores: int) -> None:
+    """Keep this thread (and the threads it will start) on these cores, where the system allows it."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(0, set(cores))
 
 
 def gpu(index: int) -> Gpu:

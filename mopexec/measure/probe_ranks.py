@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mopexec.environment import cpu_rank_environment
 from mopexec.measure import probe_compute
 from mopexec.measure.probe_collectives import collectives, communication_share
 from mopexec.measure.probe_compute import DTYPES, Attention
@@ -74,9 +75,9 @@ def run_ranks(job: Job, progress: Progress) -> list[Raw]:
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     with tempfile.TemporaryDirectory(prefix="mop-probe-") as folder:
-        saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS",)}
-        if job.device_type == "cpu":
-            os.environ["OMP_NUM_THREADS"] = "1"  # must be set before a rank imports torch
+        settings = cpu_rank_environment() if job.device_type == "cpu" else {}
+        saved = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)  # a rank reads them before its first line
         ranks = [
             context.Process(
                 target=_rank_main, args=(rank, job, str(Path(folder) / "store"), messages), daemon=True
@@ -139,7 +140,6 @@ def _rank_main(rank: int, job: Job, store: str, messages: Any) -> None:
             torch.cuda.set_device(device)
             torch.set_num_threads(max(len(job.cores) // job.ranks, 1))
         else:
-            pin_to(job.cores[rank % len(job.cores)])
             torch.set_num_threads(1)
         torch.manual_seed(rank)
         backend = "nccl" if job.device_type == "cuda" else "gloo"
@@ -151,6 +151,8 @@ def _rank_main(rank: int, job: Job, store: str, messages: Any) -> None:
             timeout=timedelta(seconds=STALL_SECONDS),
             device_id=device if job.device_type == "cuda" else None,
         )
+        if device.type == "cpu":  # this thread alone: communication threads go where the system puts them
+            pin_to(job.cores[rank % len(job.cores)])
         try:
             messages.put(("result", rank, _measure(rank, job, device, messages)))
             dist.barrier()
@@ -192,6 +194,8 @@ def _measure(rank: int, job: Job, device: torch.device, messages: Any) -> Raw:
         raw.host_adam if device.type == "cpu" else probe_compute.adamw(device, (2**22, 2**26), 0.4 * budget)
     )
     rounds = max(int(40 * budget), 4)
+    if device.type == "cpu":
+        pin_to(*job.cores)  # as in training: a rank and its communication threads share the cores of all
     for size in _group_sizes(job.ranks):
         begin(f"collectives x{size}")
         group = dist.new_group(list(range(size)))
