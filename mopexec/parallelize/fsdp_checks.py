@@ -30,6 +30,7 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("dense.zero", dense.zero, (2, 3)),
         ("dense.chunk_tokens", dense.chunk_tokens, (0,)),
         ("attention.exchange", strategy.attention.exchange, ("ulysses",)),
+        ("attention.flash", strategy.attention.flash, (True,)),
         ("experts.tensor", experts.tensor, (1,)),
         ("experts.chunk_tokens", experts.chunk_tokens, (0,)),
         ("experts.balance", experts.balance, ("none",)),

@@ -15,6 +15,7 @@ _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("dense.param_tier", ("device",)),
     ("dense.grad_tier", ("device",)),
     ("attention.exchange", ("ulysses",)),
+    ("attention.flash", (True,)),
     ("experts.tensor", (1,)),
     ("experts.balance", ("none",)),
     ("experts.param_tier", ("device",)),
