@@ -25,7 +25,6 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "shared_expert_gate": (False,),
     "tie_word_embeddings": (False,),
     "dropout": (0.0,),
-    "dropout": (0.0,),
 }
 
 #: Strategy fields that both runtimes hold to these values.
@@ -33,7 +32,6 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "pipeline.degree": (1,),
     "dense.tensor": (1,),
     "attention.exchange": ("ulysses",),
-    "attention.flash": (True,),
     "attention.flash": (True,),
     "experts.tensor": (1,),
     "experts.balance": ("none",),
