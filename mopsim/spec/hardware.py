@@ -6,7 +6,7 @@ import msgspec
 
 from mopsim.spec.errors import require, require_name
 from mopsim.spec.io import Spec
-from mopsim.spec.units import DIMENSIONS, DTYPE_BYTES, UNITS
+from mopsim.spec.units import CEILINGS, DIMENSIONS, DTYPE_BYTES, UNITS
 
 Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
 WORK_KINDS = (
@@ -40,6 +40,13 @@ class Quantity(Spec, frozen=True, kw_only=True):
         return self.value * UNITS[self.unit]
 
 
+def require_between(owner: Spec, low: float, high: float, *fields: str) -> None:
+    """Raise SpecError naming the first field of `owner` that lies outside [low, high]."""
+    for field in fields:
+        value = getattr(owner, field)
+        require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
+
+
 def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
     """Raise SpecError where a quantity of `owner` has a unit of another dimension (see units.DIMENSIONS)."""
     for field in fields:
@@ -48,6 +55,8 @@ def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
             known = DIMENSIONS[dimension]
             rule = f"is not a unit of {dimension}: {', '.join(known)}"
             require(quantity.unit in known, f"{field}.unit", quantity.unit, rule)
+            ceiling = f"{known[0]} is above {CEILINGS[dimension]:g}: check the unit"
+            require(quantity.si <= CEILINGS[dimension], field, quantity.si, ceiling)
 
 
 class MatmulCurve(Spec, frozen=True, kw_only=True):
@@ -70,9 +79,8 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, f"is not one of {', '.join(DTYPE_BYTES)}")
         require_dimension(self, "arithmetic", "peak")
-        require(0 < self.efficiency <= 1, "efficiency", self.efficiency, "must lie in (0, 1]")
-        for field in ("m_half", "n_half", "k_half"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
+        require_between(self, 1e-4, 1, "efficiency")
+        require_between(self, 0, 1e9, "m_half", "n_half", "k_half")
         require(self.peak.si >= 1e8, "peak", self.peak.si, "FLOP/s is below 1e8: check the unit")
 
 
@@ -93,9 +101,8 @@ class AttentionCurve(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in ("eight_bit_forward", "eight_bit_backward"):
             require(getattr(self, field) > 0, field, getattr(self, field), "must be above 0")
-        for field in ("forward", "backward"):
-            require(0 < getattr(self, field) <= 1, field, getattr(self, field), "must lie in (0, 1]")
-        require(self.seq_half >= 0, "seq_half", self.seq_half, "must not be negative")
+        require_between(self, 1e-4, 1, "forward", "backward")
+        require_between(self, 0, 1e9, "seq_half")
 
 
 class CollectiveCurve(Spec, frozen=True, kw_only=True):
@@ -116,8 +123,8 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_dimension(self, "time", "latency", "latency_per_rank")
         require_dimension(self, "bandwidth", "bandwidth")
-        require(self.bytes_half >= 0, "bytes_half", self.bytes_half, "must not be negative")
-        require(0.1 <= self.ramp <= 1, "ramp", self.ramp, "must lie between 0.1 and 1")
+        require_between(self, 0, 1e12, "bytes_half")
+        require_between(self, 0.1, 1, "ramp")
         require(
             self.bandwidth.si >= 1e6,
             "bandwidth",
@@ -180,10 +187,10 @@ class Device(Spec, frozen=True, kw_only=True):
         for field in ("matmul", "grouped_matmul"):
             dtypes = [curve.dtype for curve in getattr(self, field)]
             require(len(set(dtypes)) == len(dtypes), field, dtypes, "has a dtype twice")
+        require_between(self, 0, 1e12, "memory_bytes_half")
         require(
-            self.memory_bytes_half >= 0, "memory_bytes_half", self.memory_bytes_half, "must not be negative"
+            self.adam_rate.si >= 1e3, "adam_rate", self.adam_rate.si, "params/s is below 1e3: check the unit"
         )
-        require(self.adam_rate.si > 0, "adam_rate.value", self.adam_rate.value, "must be positive")
         require(len(self.matmul) >= 1, "matmul", self.matmul, "needs at least one curve")
         require(self.memory.si >= 1e6, "memory", self.memory.si, "bytes is below 1 MB: check the unit")
         require(
@@ -231,9 +238,10 @@ class Host(Spec, frozen=True, kw_only=True):
                 getattr(self, field).si,
                 "bytes/s is below 10 MB/s: check the unit",
             )
-        require(self.adam_rate.si > 0, "adam_rate.value", self.adam_rate.value, "must be positive")
-        require(self.link_sharing >= 1, "link_sharing", self.link_sharing, "must be at least 1")
-        require(self.cores >= 1, "cores", self.cores, "must be at least 1")
+        require(
+            self.adam_rate.si >= 1e3, "adam_rate", self.adam_rate.si, "params/s is below 1e3: check the unit"
+        )
+        require_between(self, 1, 2**16, "link_sharing", "cores")
 
 
 class Correction(Spec, frozen=True, kw_only=True):
@@ -274,8 +282,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_name(self.name)
-        require(self.devices_per_node >= 1, "devices_per_node", self.devices_per_node, "must be at least 1")
-        require(self.scale_up_size >= 1, "scale_up_size", self.scale_up_size, "must be at least 1")
+        require_between(self, 1, 2**16, "devices_per_node", "scale_up_size")
         require_dimension(self, "price", "price_per_device_hour")
         require(
             0 <= self.communication_share <= 1,

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from mopsim.spec.errors import require
 from mopsim.spec.strategy import Order
 
-
-MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**17
+MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**15
 """Pieces that tokens or parameters may be cut into: more is a slip of the pen, and would take forever."""
 
 

@@ -27,6 +27,12 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "update rate": ("params/s", "Mparams/s", "Gparams/s"),
 }
 
+#: No machine has more of it (SI units, per device or link; memory: per node): above, the unit is wrong.
+CEILINGS: dict[str, float] = {
+    "memory": 1e15, "time": 1.0, "arithmetic": 1e17, "bandwidth": 1e14, "power": 1e5, "price": 1e4,
+    "update rate": 1e14,
+}  # fmt: skip
+
 DTYPE_BYTES: dict[str, float] = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "mxfp8": 1.03125, "nvfp4": 0.5625,
 }  # fmt: skip

@@ -166,7 +166,7 @@ def test_an_efficiency_above_one_and_a_wrong_unit_are_refused(tmp_path: Path) ->
     text = (DATA.parent / "h200-sxm-141g.yaml").read_text()
     (tmp_path / "e.yaml").write_text(text.replace("efficiency: 0.8", "efficiency: 1.8", 1))
     with pytest.raises(
-        MopError, match=r"e\.yaml: hardware\.device\.matmul\[0\]\.efficiency: 1\.8\d* must lie in"
+        MopError, match=r"e\.yaml: hardware\.device\.matmul\[0\]\.efficiency: 1\.8\d* must lie between"
     ):
         load_profile(tmp_path / "e.yaml")
     (tmp_path / "u.yaml").write_text(text.replace("unit: TB/s", "unit: TB", 1))

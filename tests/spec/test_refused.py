@@ -240,7 +240,7 @@ def test_a_missing_field_is_named(name: str) -> None:
             "hardware",
             ("device", "matmul", 0, "efficiency"),
             1.45,
-            r"device\.matmul\[0\]\.efficiency: 1\.45 must lie in",
+            r"device\.matmul\[0\]\.efficiency: 1\.45 must lie between",
         ),
         (
             "hardware",

@@ -141,9 +141,9 @@ def trainings(draw: Any, global_batch: int | None = None) -> TrainSpec:
 
 
 @st.composite
-def quantities(draw: Any, *units: str, least: float = 0.0) -> Quantity:
+def quantities(draw: Any, *units: str, most: float) -> Quantity:
     tag = draw(st.sampled_from(["datasheet", "measured", "calibrated", "assumed"]))
-    value = draw(st.floats(least, 1e6, allow_nan=False))
+    value = draw(st.floats(0, most, allow_nan=False))
     return Quantity(value=value, unit=draw(st.sampled_from(units)), tag=tag, source=draw(text))
 
 
@@ -151,9 +151,9 @@ def quantities(draw: Any, *units: str, least: float = 0.0) -> Quantity:
 def profiles(draw: Any) -> HardwareProfile:
     plain = to_plain(load_profile("h200-sxm-141g"))
     plain["name"] = draw(text)
-    plain["device"]["launch_overhead"] = to_plain(draw(quantities("us", "ms", "s")))
-    plain["host"]["memory"] = to_plain(draw(quantities("GiB", "TB")))
-    plain["price_per_device_hour"] = draw(st.none() | quantities("USD/h").map(to_plain))
+    plain["device"]["launch_overhead"] = to_plain(draw(quantities("us", "ms", "s", most=1)))
+    plain["host"]["memory"] = to_plain(draw(quantities("GiB", "TB", most=900)))
+    plain["price_per_device_hour"] = draw(st.none() | quantities("USD/h", most=1e4).map(to_plain))
     plain["corrections"] = draw(
         st.dictionaries(
             st.sampled_from((*WORK_KINDS, "step")),
