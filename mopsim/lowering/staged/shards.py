@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mopsim.layers.tape import Step
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.data_parallel import message_work, reduction
 from mopsim.lowering.staged.issue import Issue
@@ -9,6 +10,7 @@ from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.staged.template import stream_of
 from mopsim.lowering.units import Unit
 from mopsim.lowering.workload import Work
+from mopsim.spec.strategy import Dense, Experts
 
 Ops = tuple[int, ...]
 
@@ -82,6 +84,8 @@ class Shards:
         if unit.name in self._full or group.size == 1:
             return
         size = unit.padded * self.c.b
+        if self._place(unit).param_tier == "host":
+            room = (self._copy(unit, "h2d", unit.shard_numel * self.c.param, phase, room),)
         work = (Work("all_gather", bytes=float(size), group=group),)
         self._full[unit.name] = self.issue.add(
             f"gather {unit.name}", stream_of(group), unit.component, phase, work, room, (("gathered", size),),
@@ -110,9 +114,24 @@ class Shards:
                 ),
             )
         part = unit.shard_numel * self.c.grad
-        work = (Work("memory_bound", bytes=3.0 * part),)
         memory = (("gathered_grads", -unit.padded * self.c.grad),)
+        if self._place(unit).grad_tier == "host":
+            self.ops.append(self._copy(unit, "d2h", part, phase, last, memory))
+            return
+        work = (Work("memory_bound", bytes=3.0 * part),)
         stream = self.issue.ops[last[0]].stream if last else "compute"
         self.ops.append(
             self.issue.add(f"accumulate {unit.name}", stream, unit.component, phase, work, last, memory)
         )
+
+    def _place(self, unit: Unit) -> Dense | Experts:
+        strategy = self.c.strategy
+        return strategy.experts if unit.component == "experts" else strategy.dense
+
+    def _copy(
+        self, unit: Unit, way: str, size: int, phase: str, deps: Sequence[int], memory: Sequence[Step] = ()
+    ) -> int:
+        """A shard between the host and the device."""
+        work = (Work(way, bytes=float(size), launches=4),)
+        name = f"{'upload' if way == 'h2d' else 'download'} {unit.name}"
+        return self.issue.add(name, way, unit.component, phase, work, deps, memory, layer=unit.layer)

@@ -24,7 +24,7 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
     world = c.groups["world"]
     sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
     key = "norm" if stage.degree > 1 else ""
-    agreed = issue.add("norm", stream_of(world), _O, _O, sums, (norm,), (), key)
+    agreed = issue.add("norm", stream_of(world), _O, _O, sums, (norm,), (), key, awaited=True)
     work = (Work("memory_bound", bytes=2.0 * held * c.grad, launches=launches),)
     last = issue.add("clip", "compute", _O, _O, work, (agreed,))
     away = int(held * stage.away)
@@ -45,10 +45,14 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
 
 
 def _on_host(c: Context, issue: Issue, params: int, last: int) -> int:
-    """Gradients down, AdamW on the host, parameters up, one after the other."""
-    work = (Work("d2h", bytes=float(params * c.grad)),)
-    last = issue.add("gradients to host", "d2h", _O, _O, work, (last,))
+    """Gradients down, AdamW on the host, parameters up, one after the other; less what lives on the host."""
+    dense = c.strategy.dense
+    if dense.grad_tier == "device":
+        work = (Work("d2h", bytes=float(params * c.grad)),)
+        last = issue.add("gradients to host", "d2h", _O, _O, work, (last,))
     last = issue.add("host adamw", "host", _O, _O, (Work("host_optimizer", params=float(params)),), (last,))
+    if dense.param_tier == "host":
+        return last
     work = (Work("h2d", bytes=float(params * c.param)),)
     return issue.add("parameters to device", "h2d", _O, _O, work, (last,))
 
