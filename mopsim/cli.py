@@ -108,6 +108,41 @@ def compare(
 @app.command()
 def size(
     model: o.Model,
+@app.command()
+def context(
+    out: o.OutDirectory,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="as --model elsewhere; give several. Default: the papers' four", show_default=False
+        ),
+    ] = None,
+    nodes: Annotated[
+        list[int] | None, typer.Option(min=1, help="machines, one for each --model", show_default=False)
+    ] = None,
+    hardware: o.Hardware = "h200-sxm-141g",
+    seq_len: Annotated[
+        str, typer.Option(help="context lengths, comma-separated")
+    ] = "32K,64K,128K,256K,512K,1M,2M,4M,8M,16M",
+    tokens_per_device: Annotated[str, typer.Option(help="tokens of each device in one step")] = "128K",
+    contender: Annotated[str, typer.Option(help="comma-separated; default: all", show_default=False)] = "",
+    vary: Annotated[
+        str, typer.Option(help="assumptions to vary for the first --model: all, none, or names")
+    ] = "all",
+    budget: Annotated[int, typer.Option(min=1, help="simulations per length")] = 40,
+    jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one a core, at most 4")] = 0,
+    routing: o.Routing = "balanced",
+    json: o.Json = None,
+) -> None:
+    """Context length against throughput: MoP, and FSDP2 under one restriction after the other."""
+    from mopsim.commands.context import Order, run
+
+    order = Order(
+        model or (), nodes or (), hardware, seq_len, tokens_per_device, contender, vary, budget, jobs, routing
+    )
+    run(order, out, json)
+
+
     tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
     days: Annotated[float, typer.Option(help="wall-clock days that it may take")],
     hardware: Annotated[list[str], typer.Option(help="a hardware profile or YAML file; give several")],

@@ -83,11 +83,13 @@ def time_scale(largest: float) -> tuple[str, float]:
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float, rows: int = 1, **grid: Any) -> Iterator[list[Axes]]:
-    """Axes (one per row) of a figure that is saved to `path` at the end, aside and then renamed."""
+def figure(
+    path: Path, width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any
+) -> Iterator[list[Axes]]:
+    """Axes, row by row, of a figure that is saved to `path` at the end, aside and then renamed."""
     with matplotlib.rc_context({**RC, "backend": "agg"}):
         fig = Figure(figsize=(width, height), layout="constrained")
-        axes = fig.subplots(rows, 1, squeeze=False, **grid)
+        axes = fig.subplots(rows, columns, squeeze=False, **grid)
         yield [axis for row in axes for axis in row]
         aside = path.with_name(f".{path.stem}.aside{path.suffix}")
         try:

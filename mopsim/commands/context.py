@@ -1,0 +1,247 @@
+"""`mopsim context`: context length against throughput, for MoP and for FSDP2 under restrictions."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mopsim
+from mopsim.commands import inputs as read_inputs
+from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Curve, Point, Task, Variant, nested, sweep
+from mopsim.context.contenders import OFFLOADED
+from mopsim.context.sweep import totals
+from mopsim.report.context import Study, case_name, finding, summary, write_context
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.spec.outputs import check_outputs
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import parse_count
+
+PAPERS = (("mop_120b", 2), ("mop_241b", 4), ("mop_667b", 8), ("mop_1t", 12))
+"""Networks and nodes of 8 H200 of arXiv 2607.01844 and 2609.14306."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked, as typed on the command line."""
+
+    models: Sequence[str]
+    nodes: Sequence[int]
+    hardware: str
+    lengths: str
+    tokens_per_device: str
+    contenders: str
+    variants: str
+    budget: int
+    jobs: int
+    routing: str
+
+
+def run(order: Order, out: str, json: str | None) -> None:
+    """Sweep, show, write the report into `out`."""
+    from rich.progress import Progress
+
+    check_outputs({"--json": json}, {"--out": out})
+    cases, lengths = read(order)
+    contenders, variants = chosen(order.contenders), varied(order.variants)
+    tasks = plan(cases, contenders, variants, lengths, order.budget)
+    console = read_inputs.human(json)
+    found: dict[tuple[str, ...], Curve] = {}
+    with Progress(console=console, transient=True) as bar:
+        shown = bar.add_task("sweeping", total=len(tasks))
+        for key, curve in sweep(tasks, order.jobs or min(4, os.cpu_count() or 1)):
+            found[key] = curve
+            bar.update(shown, advance=1, description=" ".join(key))
+    study = gather(cases, contenders, variants, lengths, found)
+    facts = stated(cases)
+    write_context(Path(out), study, facts, assumptions(cases, order.budget))
+    made = to_json(study, facts, totals(found.values()))
+    io.write_json(str(Path(out) / "context.json"), made)
+    console.print(summary(study))
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        console.print(f"{case_name(case)}: {finding(case, curves)}")
+    console.print(f"Written: {Path(out) / 'index.md'}")
+    if json:
+        io.write_json(json, made)
+
+
+def read(order: Order) -> tuple[list[Case], list[int]]:
+    """(cases, lengths). Raises MopError in one line."""
+    models, nodes = list(order.models), list(order.nodes)
+    if not models and not nodes:
+        models, nodes = [name for name, _ in PAPERS], [count for _, count in PAPERS]
+    if len(models) != len(nodes):
+        raise MopError(f"--nodes: {len(nodes)} given for {len(models)} of --model, one each is needed")
+    lengths = sorted(
+        {parse_count(text.strip(), "--seq-len") for text in order.lengths.split(",") if text.strip()}
+    )
+    if not lengths:
+        raise MopError(f"--seq-len: {order.lengths!r} holds no length")
+    tokens = parse_count(order.tokens_per_device, "--tokens-per-device")
+    TrainSpec(seq_len=lengths[-1], global_batch=1, routing=order.routing)
+    hardware = load_profile(order.hardware)
+    cases = [
+        Case(load_model(model), hardware, count, tokens, routing=order.routing)
+        for model, count in zip(models, nodes, strict=True)
+    ]
+    return cases, lengths
+
+
+def chosen(text: str) -> list[Contender]:
+    """The contenders of a comma-separated list, with MoP and the freest FSDP2. Raises MopError."""
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    known = [one.name for one in CONTENDERS]
+    for name in sorted(names):
+        if name not in known:
+            raise MopError(f"--contender: {name!r} is not one of {', '.join(known)}")
+    return [one for one in CONTENDERS if not names or one.name in names | {"mop", "fsdp2"}]
+
+
+def varied(text: str) -> list[Variant]:
+    """The assumptions to change: all, none, or a comma-separated list. Raises MopError."""
+    if text == "none":
+        return []
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    known = [one.name for one in VARIANTS]
+    for name in sorted(names - {"all"}):
+        if name not in known:
+            raise MopError(f"--vary: {name!r} is not none, all, or one of {', '.join(known)}")
+    return [one for one in VARIANTS if "all" in names or one.name in names]
+
+
+def plan(
+    cases: Sequence[Case],
+    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
+    lengths: Sequence[int],
+    budget: int,
+) -> list[Task]:
+    """A task a curve, the largest networks first; the base variant is the first case itself."""
+    tasks = [
+        Task((case_name(case), one.name), case, one, lengths, budget) for case in cases for one in contenders
+    ]
+    shorter = [length for length in lengths if length >= 128 * 1024] or list(lengths)
+    for variant in variants:
+        if variant.name != "base":
+            case = variant.change(cases[0])
+            tasks += [
+                Task((variant.name, one.name), case, one, shorter, budget)
+                for one in contenders
+                if one.name != "fsdp2_node_chunked"
+            ]
+            if variant.name == "step_8k":
+                tasks.append(Task((variant.name, OFFLOADED.name), case, OFFLOADED, shorter[:1], budget))
+    weight = {task.key: task.case.world_size * task.case.model.num_hidden_layers for task in tasks}
+    return sorted(tasks, key=lambda task: -weight[task.key])
+
+
+def gather(
+    cases: Sequence[Case],
+    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
+    lengths: Sequence[int],
+    found: Mapping[tuple[str, ...], Curve],
+) -> Study:
+    """The curves by case and contender, and by variant."""
+
+    def of(name: str) -> dict[str, Curve]:
+        known = [*contenders, OFFLOADED]
+        return nested({one.name: found[name, one.name] for one in known if (name, one.name) in found})
+
+    curves = [of(case_name(case)) for case in cases]
+    changed = [(one, curves[0] if one.name == "base" else of(one.name)) for one in variants]
+    return Study(cases, curves, changed, lengths, contenders)
+
+
+def stated(cases: Sequence[Case]) -> dict[str, str]:
+    """What the report says of its own making."""
+    first = cases[0]
+    inputs = read_inputs.Inputs(
+        first.model, first.hardware, first.nodes, TrainSpec(seq_len=1, global_batch=1), first.precision
+    )
+    facts = read_inputs.facts(inputs)
+    facts["model"] = "; ".join(f"{case.model.name} (digest {io.digest(case.model)})" for case in cases)
+    return facts
+
+
+def assumptions(cases: Sequence[Case], budget: int) -> list[str]:
+    """What the numbers rest on, beside the profile."""
+    first = cases[0]
+    lines = [
+        f"{first.tokens_per_device:,} tokens of each device in a step, for all contenders, in as many "
+        "microbatches as are fastest; at least one sequence for each group of ranks that shares one",
+        f"routing {first.routing}; products and activations in {first.precision}; FSDP2 holds fp32 "
+        "parameters, as torch's mixed precision does, MoP bf16 ones and fp32 master weights",
+        "no contender offloads what its software does not: FSDP2 parameters, gradients and optimizer state "
+        "together, MoP the optimizer state and the layer inputs",
+        f"the best of {budget} simulations at every length, lengths doubling; the curve ends at the first "
+        "length where none fits; a looser contender may use what a stricter one found",
+        "an ideal implementation: kernels at their fitted rates, no host overhead, no stragglers, no "
+        "fragmentation",
+    ]
+    for case in cases:
+        lines += [f"{case.model.name}: {' '.join(text.split())}" for text in case.model.assumptions]
+    return list(dict.fromkeys(lines))
+
+
+def to_json(study: Study, facts: dict[str, str], spent: dict[str, Any]) -> dict[str, Any]:
+    """SI units: tokens, seconds, bytes."""
+    return {
+        "lengths": list(study.lengths),
+        "contenders": {one.name: {"label": one.label, "rules": one.rules} for one in study.contenders},
+        "cases": [
+            {
+                "model": case.model.name,
+                "hardware": case.hardware.name,
+                "nodes": case.nodes,
+                "devices": case.world_size,
+                "tokens_per_device": case.tokens_per_device,
+                "curves": _curves_json(curves),
+            }
+            for case, curves in zip(study.cases, study.curves, strict=True)
+        ],
+        "variants": [
+            {"name": variant.name, "label": variant.label, "curves": _curves_json(curves)}
+            for variant, curves in study.variants
+        ],
+        "facts": facts,
+        "version": mopsim.__version__,
+        **{name: value for name, value in spent.items() if name == "simulated"},
+    }
+
+
+def _curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
+    return {
+        name: {
+            "longest": curve.longest.seq_len if curve.longest else None,
+            "stopped_by": curve.end.stopped_by if curve.end else None,
+            "points": [_point_json(point) for point in curve.points],
+        }
+        for name, curve in curves.items()
+    }
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    result = point.result
+    found: dict[str, Any] = {
+        "seq_len": point.seq_len,
+        "global_batch": point.global_batch,
+        "verdict": point.verdict,
+        "stopped_by": point.stopped_by or None,
+        "tokens_per_s_per_device": point.throughput,
+    }
+    if result:
+        found |= {
+            "step_time_s": result.step_time,
+            "mfu": result.mfu,
+            "peak_memory_bytes": result.peak_memory,
+            "memory_limit_bytes": result.memory_limit,
+            "memory_by_category_bytes": result.memory_by_category,
+            "host_memory_bytes": result.host_memory,
+            "host_limit_bytes": result.host_limit,
+            "strategy": io.to_plain(result.strategy),
+        }
+    return found

@@ -1,0 +1,201 @@
+"""One contender on one cluster over lengths: a search a length, ascending, until nothing fits."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mopsim.context.contenders import Contender
+from mopsim.engine import SimResult
+from mopsim.layers.tensors import total_params
+from mopsim.search import Options, search
+from mopsim.search.space import Problem
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import DType
+from mopsim.spec.training import TrainSpec
+
+INSISTENCE = 3
+"""Before a length is said not to fit, it is searched once more with so many times the budget."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network on a cluster. tokens_per_device: of one optimizer step; a step is never less than one
+    sequence for every group of ranks that shares one. accumulate: in several microbatches where that is
+    faster; otherwise in one, as large as is best."""
+
+    model: ModelSpec
+    hardware: HardwareProfile
+    nodes: int
+    tokens_per_device: int
+    accumulate: bool = True
+    routing: str = "balanced"
+    precision: DType = "bfloat16"
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.hardware.devices_per_node
+
+    def problem(self, seq_len: int, global_batch: int) -> Problem:
+        training = TrainSpec(seq_len=seq_len, global_batch=global_batch, routing=self.routing)
+        return Problem(
+            self.model, self.hardware, self.nodes, training, total_params(self.model), self.precision
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best of a contender at one length, or what stops it. result: the best, else the closest that
+    misses; None where no strategy is legal (`why`)."""
+
+    seq_len: int
+    global_batch: int
+    result: SimResult | None
+    why: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.result is not None and self.result.fits
+
+    @property
+    def verdict(self) -> str:
+        """fits, at risk, out of memory, or not legal."""
+        return self.result.verdict if self.result else "not legal"
+
+    @property
+    def throughput(self) -> float | None:
+        """Tokens per second and device, where it fits."""
+        return self.result.tokens_per_second_per_device if self.result and self.result.fits else None
+
+    @property
+    def stopped_by(self) -> str:
+        """The category that crosses the limit in the strategy that misses by least."""
+        if self.fits:
+            return ""
+        return self.result.over or "memory" if self.result else self.why
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process works on. key: the caller's, to know the curve by."""
+
+    key: tuple[str, ...]
+    case: Case
+    contender: Contender
+    lengths: Sequence[int]
+    budget: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in order of length, the last being the first that does not fit (or the longest asked)."""
+
+    contender: Contender
+    points: list[Point] = field(default_factory=list)
+    seconds: float = 0.0
+    simulated: int = 0
+
+    @property
+    def longest(self) -> Point | None:
+        """The point of the longest length that fits."""
+        return next((point for point in reversed(self.points) if point.fits), None)
+
+    @property
+    def end(self) -> Point | None:
+        """The first point that does not fit."""
+        return next((point for point in self.points if not point.fits), None)
+
+    def at(self, seq_len: int) -> Point | None:
+        return next((point for point in self.points if point.seq_len == seq_len), None)
+
+
+def sweep(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[tuple[str, ...], Curve]]:
+    """(key, curve) of every task as it is done, the longest begun first; in this process for one job."""
+    if jobs == 1:
+        for task in tasks:
+            yield task.key, curve(task)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        running = {pool.submit(curve, task): task.key for task in tasks}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def curve(task: Task) -> Curve:
+    """Walk the lengths upwards; what does not fit, also with a budget INSISTENCE times as large, ends it: a
+    longer context never needs less."""
+    points: list[Point] = []
+    seconds, simulated = 0.0, 0
+    for seq_len in sorted(task.lengths):
+        found = list(_searches(task, seq_len))
+        if not any(one[0].fits for one in found):
+            found += _searches(replace(task, budget=INSISTENCE * task.budget), seq_len)
+        seconds += sum(one[2] for one in found)
+        simulated += sum(one[1] for one in found)
+        points.append(_best([one[0] for one in found]))
+        if not points[-1].fits:
+            break
+    return Curve(task.contender, points, seconds, simulated)
+
+
+def nested(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Curves of one case by contender, each with the best of itself and of the contenders whose rules are
+    stricter: a search under a budget may miss in a large space what it finds in a part of it."""
+    found = {}
+    for name, own in curves.items():
+        inside = [one for one in curves.values() if own.contender.contains(one.contender)]
+        lengths = sorted({point.seq_len for one in inside for point in one.points})
+        points: list[Point] = []
+        for seq_len in lengths:
+            points.append(_best([point for one in inside if (point := one.at(seq_len))]))
+            if not points[-1].fits:
+                break
+        found[name] = replace(own, points=points)
+    return found
+
+
+def _best(points: Sequence[Point]) -> Point:
+    """The fastest that fits, with room to spare if any does; else the one that misses by least."""
+    fitting = [point for point in points if point.fits]
+    if fitting:
+        return max(fitting, key=lambda point: (point.verdict == "fits", point.throughput or 0.0))
+    missing = [point for point in points if point.result]
+    return min(missing, key=lambda point: point.result.over_bytes if point.result else 0, default=points[0])
+
+
+def _searches(task: Task, seq_len: int) -> Iterator[tuple[Point, int, float]]:
+    """(point, simulations, seconds) for each global batch that may be best."""
+    case = task.case
+    for batch in _batches(task, seq_len):
+        options = Options(
+            (task.contender.family,), 1, task.budget, any_plan=True, precision=case.precision,
+            axes=task.contender.axes if case.accumulate else task.contender.at_once,
+        )  # fmt: skip
+        problem = case.problem(seq_len, batch)
+        found = search(case.model, case.hardware, case.nodes, problem.training, options)
+        result = found.best or found.closest
+        yield Point(seq_len, batch, result, "" if result else found.verdict()), found.simulated, found.seconds
+
+
+def _batches(task: Task, seq_len: int) -> Iterable[int]:
+    """Sequences of a step: about `tokens_per_device`, in whole rounds of the ranks.
+
+    Without accumulation: one sequence for each group of ranks, for groups of every size.
+    """
+    case = task.case
+    world = case.world_size
+    groups = world // task.contender.most_split(case.problem(seq_len, world))
+    if not case.accumulate:
+        return [count for count in range(groups, world + 1, groups) if world % count == 0]
+    wanted = case.tokens_per_device * world / seq_len
+    return [max(1, round(wanted / groups)) * groups]
+
+
+def totals(curves: Iterable[Curve]) -> dict[str, Any]:
+    """Simulations and seconds of searching, over all curves."""
+    found = list(curves)
+    return {
+        "simulated": sum(one.simulated for one in found),
+        "search_seconds": sum(one.seconds for one in found),
+    }

@@ -1,0 +1,362 @@
+"""Context length against throughput, as a report: figures, tables, and sentences that follow from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mopsim.context.contenders import Contender
+from mopsim.context.published import LARGEST_STEP, POINTS, SOURCE
+from mopsim.context.sweep import Case, Curve, Point
+from mopsim.context.variants import Variant
+from mopsim.report.page import Page, Section, Table, write_page
+from mopsim.report.style import figure
+from mopsim.report.tables import describe
+from mopsim.spec.units import format_bytes
+
+LINES = {
+    "mop": ("#ca6f1e", "-", 3.0),
+    "fsdp2": ("#1b4f72", "-", 2.5),
+    "fsdp2_node_chunked": ("#2e86c1", "--", 1.8),
+    "fsdp2_full": ("#117864", "-.", 1.8),
+    "fsdp2_node": ("#922b21", "--", 1.8),
+    "fsdp2_device": ("#8e44ad", ":", 2.2),
+}
+"""Colour, line and width by contender."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that was found. curves: of each case, by contender. variants: of the first case, each with its
+    curves."""
+
+    cases: Sequence[Case]
+    curves: Sequence[Mapping[str, Curve]]
+    variants: Sequence[tuple[Variant, Mapping[str, Curve]]]
+    lengths: Sequence[int]
+    contenders: Sequence[Contender]
+
+
+def short(tokens: int) -> str:
+    """'128K', '1M'."""
+    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= scale and tokens % scale == 0:
+            return f"{tokens // scale}{unit}"
+    return f"{tokens:,}"
+
+
+def reach(curve: Curve) -> str:
+    """The longest length that fits; at least that where the longest asked fits."""
+    longest = curve.longest
+    if longest is None:
+        return "none"
+    return f"{'' if curve.end else '>= '}{short(longest.seq_len)}{_risk(longest)}"
+
+
+def _risk(point: Point) -> str:
+    return "*" if point.verdict == "at risk" else ""
+
+
+def cell(point: Point | None) -> str:
+    """Tokens per second and device, or what stops it."""
+    if point is None:
+        return ""
+    if point.throughput is None:
+        return f"out: {point.stopped_by}" if point.result else "not legal"
+    return f"{point.throughput:,.0f}{_risk(point)}"
+
+
+def ratio(above: Curve, below: Curve, seq_len: int) -> float | None:
+    """Throughput of one over the other's at a length, where both fit."""
+    one, other = above.at(seq_len), below.at(seq_len)
+    if one is None or other is None or not one.throughput or not other.throughput:
+        return None
+    return one.throughput / other.throughput
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def case_name(case: Case) -> str:
+    size = case.model.name.removeprefix("mop_").upper()
+    return f"{size} on {case.world_size} devices"
+
+
+def finding(case: Case, curves: Mapping[str, Curve]) -> str:
+    """Where each contender ends, and how MoP compares with the freest baseline while that runs."""
+    ends = []
+    for name, curve in reversed(list(curves.items())):
+        if name != "mop":
+            stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
+            ends.append(f"{curve.contender.label} {reach(curve)}{stop}")
+    low, high = _span([curves])
+    speed = f"MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2 where both run"
+    return f"Reach: {'; '.join(ends)}; MoP {reach(curves['mop'])}. {speed}."
+
+
+def _span(all_curves: Sequence[Mapping[str, Curve]]) -> tuple[float, float]:
+    """Least and most of MoP's throughput over unrestricted FSDP2's, where both run; (0, 0) if nowhere."""
+    found = [
+        value
+        for curves in all_curves
+        for point in curves["mop"].points
+        if (value := ratio(curves["mop"], curves["fsdp2"], point.seq_len))
+    ]
+    return (min(found), max(found)) if found else (0.0, 0.0)
+
+
+def _range(study: Study, name: str) -> str:
+    """Where a contender ends over all cases: '256K to 1M'."""
+    ends = [curves[name].longest for curves in study.curves if name in curves]
+    lengths = sorted(point.seq_len if point else 0 for point in ends)
+    names = [short(length) if length else "none" for length in (lengths[0], lengths[-1])]
+    return names[0] if names[0] == names[1] else f"{names[0]} to {names[1]}"
+
+
+def summary(study: Study) -> str:
+    """The whole in a few sentences."""
+    low, high = _span(study.curves)
+    parts = [
+        f"MoP reaches {_range(study, 'mop')} tokens. FSDP2 with a chunked loss, any context parallelism and "
+        f"CPU offload reaches {_range(study, 'fsdp2')}; where both run, MoP has {low:.2f}x to {high:.2f}x "
+        "its throughput."
+    ]
+    for name, what in (
+        ("fsdp2_full", "With all logits of a rank at once FSDP2 ends at {}"),
+        ("fsdp2_node", "with a sequence that stays in a node besides, at {}"),
+        ("fsdp2_device", "with nothing on the host, at {}"),
+    ):
+        if all(name in curves for curves in study.curves):
+            parts.append(what.format(_range(study, name)))
+    return f"{parts[0]} {'; '.join(parts[1:])}." if parts[1:] else parts[0]
+
+
+def throughput_figure(path: Path, study: Study) -> Path:
+    """A panel a network: tokens/s per device over context length, a cross where memory ends."""
+    columns = min(2, len(study.cases))
+    rows = -(-len(study.cases) // columns)
+    with figure(path, 6.6 * columns, 4.3 * rows + 0.9, rows, columns, sharex=True) as axes:
+        for axis, case, curves in zip(axes, study.cases, study.curves, strict=False):
+            for name, curve in reversed(list(curves.items())):
+                tint, line, width = LINES[name]
+                good = [(p.seq_len, p.throughput) for p in curve.points if p.throughput]
+                axis.plot(
+                    [x for x, _ in good], [y for _, y in good], linestyle=line, linewidth=width, color=tint,
+                    marker="o", markersize=3.5, label=curve.contender.label,
+                )  # fmt: skip
+                if good and curve.end:
+                    axis.scatter(*good[-1], marker="X", s=90, color=tint, zorder=5, edgecolors="white")
+            for point in POINTS:
+                if point.model == case.model.name and point.devices == case.world_size:
+                    tint = LINES[point.contender][0]
+                    axis.scatter(point.seq_len, point.throughput, marker="*", s=130, color=tint, zorder=6)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+            axis.minorticks_off()
+            axis.tick_params(labelbottom=True)
+            axis.grid(alpha=0.25)
+            axis.set_title(_panel_title(case, curves), fontsize=11.5)
+            axis.set_ylabel("tokens/s per device")
+        for axis in axes[len(study.cases) :]:
+            axis.set_visible(False)
+        axes[0].scatter([], [], marker="X", s=90, color="#515a5a", label="the last length that fits")
+        axes[0].scatter([], [], marker="*", s=130, color="#515a5a", label="published")
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=4)  # type: ignore[union-attr]
+    return path
+
+
+def _panel_title(case: Case, curves: Mapping[str, Curve]) -> str:
+    stopped = reach(curves["fsdp2_node"]) if "fsdp2_node" in curves else "?"
+    return (
+        f"{case_name(case)}: MoP {reach(curves['mop'])}, FSDP2 {reach(curves['fsdp2'])}"
+        f" ({stopped} restricted)"
+    )
+
+
+def reach_figure(path: Path, study: Study) -> Path:
+    """The longest context of each contender on each cluster, with what stops it."""
+    count = len(study.contenders)
+    least = min(study.lengths)
+    with figure(path, 11, 1.2 + 0.30 * (count + 1) * len(study.cases)) as (axis,):
+        ticks, names = [], []
+        place = 0.0
+        for case, curves in zip(study.cases, study.curves, strict=True):
+            ticks.append(place + (count - 1) / 2)
+            names.append(case_name(case))
+            for name, curve in curves.items():
+                longest = curve.longest
+                far = longest.seq_len if longest else least / 2
+                axis.barh(place, far - least / 2, left=least / 2, color=LINES[name][0], height=0.8)
+                stop = f", then {curve.end.stopped_by}" if curve.end else ""
+                text = f" {curve.contender.label}: {reach(curve)}{stop}"
+                axis.text(far, place, text, va="center", fontsize=8.5)
+                place += 1
+            place += 0.8
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(least / 2, max(study.lengths) * 24)
+        axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+        axis.minorticks_off()
+        axis.set_yticks(ticks, names)
+        axis.invert_yaxis()
+        axis.set_xlabel("longest context that fits, tokens (doubling)")
+        axis.set_title(f"MoP reaches {_range(study, 'mop')}; FSDP2 what its restrictions leave it")
+    return path
+
+
+def case_table(case: Case, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
+    """Throughput by contender and length, and MoP's over each baseline's."""
+    rows = [
+        [curve.contender.label, *(cell(curve.at(length)) for length in lengths)] for curve in curves.values()
+    ]
+    for name, curve in curves.items():
+        if name != "mop":
+            ratios = [times(ratio(curves["mop"], curve, length)) for length in lengths]
+            if any(ratios):
+                rows.append([f"MoP over {curve.contender.label}", *ratios])
+    return Table(["tokens/s per device at", *(short(length) for length in lengths)], rows)
+
+
+def rules_table(study: Study) -> Table:
+    """Who competes under which rules, and how far each gets."""
+    rows = []
+    for contender in study.contenders:
+        cells = [contender.label, contender.rules]
+        for curves in study.curves:
+            curve = curves[contender.name]
+            stop = f" ({curve.end.stopped_by})" if curve.end else ""
+            cells.append(f"{reach(curve)}{stop}")
+        rows.append(cells)
+    return Table(["contender", "rules", *(case_name(case) for case in study.cases)], rows)
+
+
+def strategies_table(study: Study) -> Table:
+    """The strategies behind the points: at 128K and at the longest context."""
+    rows = []
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        for curve in curves.values():
+            near, far = curve.at(128 * 1024), curve.longest
+            for point in (near, far if far is not near else None):
+                if point is None or point.result is None or not point.fits:
+                    continue
+                result = point.result
+                rows.append(
+                    [
+                        case_name(case), curve.contender.label, short(point.seq_len),
+                        f"{point.global_batch:,}", describe(result.strategy),
+                        format_bytes(result.peak_memory), format_bytes(result.host_memory),
+                        f"{result.mfu:.0%}",
+                    ]
+                )  # fmt: skip
+    return Table(["case", "contender", "context", "batch", "strategy", "device", "host", "MFU"], rows)
+
+
+def variants_table(study: Study) -> Table:
+    """One changed assumption a line: throughputs, ratio and reach."""
+    lengths = [length for length in (128 * 1024, 1024 * 1024) if length in study.lengths] or study.lengths[:1]
+    columns = ["assumption", "why"]
+    for length in lengths:
+        columns += [f"MoP at {short(length)}", f"FSDP2 at {short(length)}", "ratio"]
+    columns += ["MoP reaches", "FSDP2 reaches", "full logits", "full logits, CP in a node", "no offload"]
+    rows = []
+    for variant, curves in study.variants:
+        cells = [variant.label, variant.why]
+        for length in lengths:
+            cells += [cell(curves["mop"].at(length)), cell(curves["fsdp2"].at(length))]
+            cells.append(times(ratio(curves["mop"], curves["fsdp2"], length)))
+        cells += [
+            reach(curves[name]) if name in curves else ""
+            for name in ("mop", "fsdp2", "fsdp2_full", "fsdp2_node", "fsdp2_device")
+        ]
+        rows.append(cells)
+    return Table(columns, rows)
+
+
+def published_table(study: Study) -> Table | None:
+    """The printed points beside ours; None where no case is one of theirs."""
+    rows = []
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        for point in POINTS:
+            if point.model != case.model.name or point.devices != case.world_size:
+                continue
+            curve = curves.get(point.contender)
+            found = curve.at(point.seq_len) if curve else None
+            if curve is None or found is None or not found.throughput:
+                continue
+            rows.append(
+                [
+                    case_name(case), curve.contender.label, short(point.seq_len), f"{point.throughput:,.0f}",
+                    point.note, f"{found.throughput:,.0f}", times(found.throughput / point.throughput),
+                ]
+            )  # fmt: skip
+    columns = ["case", "contender", "context", "published", "how", "simulated", "simulated / published"]
+    return Table(columns, rows) if rows else None
+
+
+def small_step(study: Study) -> str:
+    """Where the printed ratio can come from: MoP's whole step over FSDP2's with one sequence a step."""
+    found = {variant.name: curves for variant, curves in study.variants}
+    length = 128 * 1024
+    small = found.get("step_8k", {})
+    if "base" not in found or not {"fsdp2_offloaded", "fsdp2_device"} <= set(small):
+        return ""
+    ours, theirs = found["base"]["mop"].at(length), small["fsdp2_offloaded"].at(length)
+    resident = small["fsdp2_device"].at(length)
+    if not ours or not theirs or not ours.throughput or not theirs.throughput:
+        return ""
+    return (
+        f"The most tokens of one forward and backward on 16 devices are printed too: "
+        f"{LARGEST_STEP['mop'] / 1e6:g}M for MoP, {LARGEST_STEP['fsdp2_full'] / 1e3:g}K for FSDP2, one "
+        f"sequence. With one sequence a step, FSDP2 with full logits and CPU offload is simulated at "
+        f"{cell(theirs)} tokens/s per device (the host's update is paid by that one sequence), with nothing "
+        f"on the host at {cell(resident)}; MoP with its whole step at {cell(ours)}: "
+        f"{ours.throughput / theirs.throughput:.1f}x over CPU offload, where 7.6x is printed. So the printed "
+        "ratio is within reach of the simulation only where the baseline offloads everything and does not "
+        "accumulate gradients; its absolute rates, MoP's included, are not: they are several times lower."
+    )
+
+
+def write_context(
+    folder: Path, study: Study, facts: dict[str, str], assumptions: Sequence[str]
+) -> list[Path]:
+    """index.md, index.html and the figures; returns what was written."""
+    written = [
+        throughput_figure(folder / "throughput.png", study),
+        reach_figure(folder / "reach.png", study),
+    ]
+    sections = [
+        Section(
+            "Throughput over context length",
+            "Both axes are logarithmic. A cross marks the last length that fits before memory ends.",
+            picture=("throughput.png", "tokens/s per device over context length, a panel a network"),
+        ),
+        Section(
+            "How far, and what stops it",
+            "The longest context, of lengths that double; in brackets the category that crosses the limit in "
+            "the strategy that misses by least. A star: at risk, within 4 % of a limit.",
+            rules_table(study),
+            ("reach.png", "the longest context of each contender, by network"),
+        ),
+    ]
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        sections.append(
+            Section(case_name(case), finding(case, curves), case_table(case, curves, study.lengths))
+        )
+    printed = published_table(study)
+    if printed:
+        text = f"{SOURCE}. {small_step(study)}"
+        sections.append(Section("Beside the published points", text, printed))
+    if study.variants:
+        sections.append(
+            Section(
+                f"What is not stated, over its plausible choices ({case_name(study.cases[0])})",
+                "One assumption changed at a time; FSDP2 is the unrestricted one.",
+                variants_table(study),
+            )
+        )
+    rows = [[line] for line in assumptions]
+    sections.append(Section("What is assumed", "", Table(["assumption"], rows)))
+    sections.append(Section("The strategies", "", strategies_table(study)))
+    title = "Context length against throughput: MoP and FSDP2, simulated"
+    return written + write_page(folder, Page(title, summary(study), sections, facts))

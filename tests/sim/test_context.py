@@ -1,0 +1,182 @@
+"""Context length against throughput: rules that hold, curves that nest, and a small report."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mopsim.cli import main
+from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Task, nested, sweep
+from mopsim.context.contenders import OFFLOADED
+from mopsim.context.sweep import curve
+from mopsim.engine import simulate
+from mopsim.report.context import ratio, reach, short
+from mopsim.search.bound import bound
+from mopsim.search.space import CHUNKED, DEVICE, HOST, generate
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+
+K = 1024
+NAMES = {one.name: one for one in CONTENDERS}
+
+
+def case(tokens: int = 128 * K) -> Case:
+    return Case(load_model("mop_120b"), load_profile("h200-sxm-141g"), 2, tokens)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda one: one.name)
+def test_what_is_searched_keeps_the_rules(contender: Contender) -> None:
+    problem = case().problem(128 * K, 16)
+    space = generate(problem, contender.family, contender.axes)
+    c = space.columns
+    assert len(space)
+    if contender.in_node:
+        assert (c["tensor"] * c["sequence"]).max() == 8
+    elif contender.family == "fsdp2":
+        assert (c["tensor"] * c["sequence"]).max() == 16
+    assert contender.family == "mop" or (c["loss"] == CHUNKED).any() == contender.chunked
+    if contender.family == "fsdp2":
+        assert set(np.unique(c["state"])) == set(contender.offload)
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_the_bound_holds_with_tensor_and_context_parallelism(place: int) -> None:
+    problem = case().problem(128 * K, 16)
+    space = generate(problem, "fsdp2", NAMES["fsdp2"].axes)
+    bounds = bound(space)
+    index = place * len(space) // 12 + 7
+    strategy = space.build(index)
+    strategy.check_model(problem.model)
+    problem.training.check_strategy(strategy)
+    found = simulate(problem.model, problem.hardware, problem.num_nodes, strategy, problem.training)
+    assert bounds.time[index] <= found.step_time * (1 + 1e-9)
+    assert bounds.device[index] <= found.peak_memory + 1
+    assert bounds.host[index] <= found.host_memory + 1
+
+
+def test_offloaded_parameters_travel_under_tensor_parallelism_too() -> None:
+    """FSDP2's CPU offload with TP or gathered keys: shards go up before each gather, gradients come down."""
+    problem = case().problem(128 * K, 2)
+    space = generate(problem, "fsdp2", NAMES["fsdp2"].axes)
+    c = space.columns
+    alike = (c["tensor"] == 2) & (c["sequence"] == 4) & (c["recompute"] == 1) & (c["micro_batch"] == 1)
+    alike &= (c["experts"] == 16) & (c["dense_shard"] == 8) & (c["reshard"] == 1)
+    rows = {state: int(np.flatnonzero(alike & (c["state"] == state))[0]) for state in (DEVICE, HOST)}
+    results = {
+        state: simulate(problem.model, problem.hardware, 2, space.build(row), problem.training)
+        for state, row in rows.items()
+    }
+    assert results[HOST].busy["h2d"] > 0
+    assert results[HOST].busy["d2h"] > 0
+    assert "h2d" not in results[DEVICE].busy
+    assert results[HOST].host_memory > 100e9
+    assert results[HOST].resident_memory < 0.1 * results[DEVICE].resident_memory
+
+
+def test_one_sequence_is_split_as_far_as_the_rules_allow() -> None:
+    problem = case().problem(1024 * K, 16)
+    assert NAMES["mop"].most_split(problem) == 16
+    assert NAMES["fsdp2"].most_split(problem) == 16
+    assert NAMES["fsdp2_node"].most_split(problem) == 8
+    heads = replace(problem, model=VARIANTS[4].change(case()).model)
+    assert heads.model.num_attention_heads == 56
+    assert NAMES["mop"].most_split(heads) == 8
+    assert NAMES["fsdp2"].most_split(heads) == 16
+
+
+def test_looser_contenders_contain_stricter_ones() -> None:
+    free, full, node = NAMES["fsdp2"], NAMES["fsdp2_full"], NAMES["fsdp2_node"]
+    assert free.contains(full)
+    assert full.contains(node)
+    assert full.contains(OFFLOADED)
+    assert not node.contains(full)
+    assert not full.contains(free)
+    assert not free.contains(NAMES["mop"])
+
+
+def test_nothing_on_the_host_ends_where_the_source_says() -> None:
+    """With all logits at once and no offload, FSDP2 runs 128K on 16 devices and not 256K: stopped by logits
+    (arXiv 2609.14306: 128K its longest)."""
+    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 12))
+    assert [point.fits for point in found.points] == [True, False]
+    assert found.end is not None
+    assert found.end.stopped_by == "logits"
+    assert reach(found).startswith("128K")
+    assert found.points[0].verdict == "at risk"
+
+
+def test_a_curve_takes_what_a_stricter_one_found() -> None:
+    lengths = (128 * K,)
+    tasks = [Task((name,), case(), NAMES[name], lengths, 3) for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
+    curves = nested({key[0]: one for key, one in sweep(tasks, 1)})
+    rates = [curves[name].points[0].throughput or 0.0 for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
+    assert rates == sorted(rates, reverse=True)
+    assert (ratio(curves["fsdp2"], curves["fsdp2_node"], 128 * K) or 0) >= 1
+
+
+def test_a_step_of_one_sequence_and_one_microbatch() -> None:
+    small = curve(Task(("x",), case(8 * K), OFFLOADED, (128 * K,), 6)).points[0]
+    assert small.global_batch == 1
+    at_once = curve(
+        Task(("x",), replace(case(), accumulate=False), NAMES["fsdp2_node"], (128 * K,), 4)
+    ).points[0]
+    assert at_once.result is not None
+    assert at_once.result.training.num_microbatches(at_once.result.strategy) == 1
+
+
+def test_names_of_lengths() -> None:
+    assert [short(n) for n in (131072, 1 << 20, 1000)] == ["128K", "1M", "1,000"]
+
+
+def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "report"
+    command = (
+        "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 6 --jobs 1 "
+        f"--vary base,heads_56 --contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
+    )
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    made = json.loads((out / "context.json").read_text())
+    assert made == json.loads((tmp_path / "x.json").read_text())
+    curves = made["cases"][0]["curves"]
+    assert set(curves) == {"mop", "fsdp2", "fsdp2_device"}
+    assert curves["fsdp2_device"]["stopped_by"] == "logits"
+    assert curves["mop"]["points"][0]["strategy"]["world_size"] == 16
+    assert [one["name"] for one in made["variants"]] == ["base", "heads_56"]
+    page = (out / "index.md").read_text()
+    assert "FSDP2, full logits, no offload" in page
+    assert "published" in page
+    for picture in ("throughput.png", "reach.png"):
+        assert (out / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--model mop_120b", "--nodes: 0 given for 1 of --model, one each is needed"),
+        ("--contender fsdp3", "--contender: 'fsdp3' is not one of"),
+        ("--vary heads", "--vary: 'heads' is not none, all, or one of"),
+        ("--seq-len ,", "--seq-len: ',' holds no length"),
+        ("--seq-len 12Q", "--seq-len"),
+        ("--routing 120/3", "routing"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: str,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", f"mopsim context --out {tmp_path / 'r'} {arguments}".split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "r").exists()
