@@ -9,6 +9,10 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 
+LONGEST = 1e7
+"""Seconds that a step, or a kind of work in it, may take: four months."""
+
+
 class HardwareRef(Spec, frozen=True, kw_only=True):
     """Which profile a plan was made for, and the limits that it was held to (bytes per rank)."""
 
@@ -36,7 +40,8 @@ class Prediction(Spec, frozen=True, kw_only=True):
     time_by_kind: dict[str, float]
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "step_time", "tokens_per_second", "peak_memory", "host_memory")
+        require_at_least(self, 0, "tokens_per_second", "peak_memory", "host_memory")
+        require(self.step_time > 0, "step_time", self.step_time, "must be positive")
         for field in ("memory_by_category", "time_by_kind"):
             _require_counts(field, getattr(self, field))
 
@@ -75,6 +80,9 @@ class KindTiming(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "count", "seconds", "seconds_low", "seconds_high", "flops", "bytes")
+        low, high = self.seconds_low, self.seconds_high
+        rule = f"does not lie between seconds_low {low} and seconds_high {high}"
+        require(low <= self.seconds <= high <= LONGEST, "seconds", self.seconds, rule)
 
 
 class Measurement(Spec, frozen=True, kw_only=True):
@@ -102,15 +110,22 @@ class Measurement(Spec, frozen=True, kw_only=True):
     mop_version: str = ""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "world_size")
+        ranks = self.plan.strategy.world_size
+        require(self.world_size == ranks, "world_size", self.world_size, f"is not the plan's {ranks}")
         require_at_least(
             self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory"
         )
+        times, steady = self.step_times, self.steps - self.warmup
         require(
-            all(t >= 0 for t in self.step_times),
-            "step_times",
-            self.step_times,
-            "must not hold a negative time",
+            1 <= steady == len(times), "steps", self.steps, f"less warmup is not the {len(times)} step_times"
+        )
+        for index, seconds in enumerate(times):
+            require(0 < seconds <= LONGEST, f"step_times[{index}]", seconds, "must be the seconds of a step")
+        require(
+            min(times) <= self.step_time_median <= max(times),
+            "step_time_median",
+            self.step_time_median,
+            f"does not lie between {min(times)} and {max(times)}, the step_times",
         )
         _require_counts("memory_by_category", self.memory_by_category)
 

@@ -102,7 +102,7 @@ def measured(
     return Measurement(
         plan=plan,
         world_size=2,
-        steps=10,
+        steps=11,
         warmup=2,
         step_times=tuple(step * (1 + 0.01 * (i % 3 - 1)) for i in range(9)),
         step_time_median=step,

@@ -47,7 +47,7 @@ def _measurement() -> Measurement:
         plan=_plan(),
         world_size=2,
         steps=3,
-        warmup=1,
+        warmup=2,
         step_times=(1.0,),
         step_time_median=1.0,
         tokens_per_second=1.0,

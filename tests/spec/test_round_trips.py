@@ -210,32 +210,36 @@ def plans(draw: Any) -> Plan:
     )
 
 
-timings = st.builds(
-    KindTiming,
-    count=count,
-    seconds=positive,
-    seconds_low=positive,
-    seconds_high=positive,
-    flops=positive,
-    bytes=positive,
-)
-measurements = st.builds(
-    Measurement,
-    plan=plans(),
-    world_size=size,
-    steps=count,
-    warmup=count,
-    step_times=st.lists(positive, max_size=3).map(tuple),
-    step_time_median=positive,
-    tokens_per_second=positive,
-    kinds=st.dictionaries(st.sampled_from(WORK_KINDS), timings),
-    peak_memory=count,
-    memory_by_category=st.dictionaries(st.just("params"), count),
-    host_memory=count,
-    first_loss=positive,
-    last_loss=positive,
-    environment=st.dictionaries(text, text, max_size=3),
-)
+seconds = st.floats(1e-12, 1e7)
+
+
+@st.composite
+def timings(draw: Any) -> KindTiming:
+    low, middle, high = sorted(draw(st.tuples(seconds, seconds, seconds)))
+    work = {"flops": draw(positive), "bytes": draw(positive)}
+    return KindTiming(count=draw(count), seconds=middle, seconds_low=low, seconds_high=high, **work)
+
+
+@st.composite
+def measurements(draw: Any) -> Measurement:
+    plan, warmup = draw(plans()), draw(count)
+    times = tuple(draw(st.lists(seconds, min_size=1, max_size=3)))
+    return Measurement(
+        plan=plan,
+        world_size=plan.strategy.world_size,
+        steps=len(times) + warmup,
+        warmup=warmup,
+        step_times=times,
+        step_time_median=sorted(times)[len(times) // 2],
+        tokens_per_second=draw(positive),
+        kinds=draw(st.dictionaries(st.sampled_from(WORK_KINDS), timings())),
+        peak_memory=draw(count),
+        memory_by_category=draw(st.dictionaries(st.just("params"), count)),
+        host_memory=draw(count),
+        first_loss=draw(positive),
+        last_loss=draw(positive),
+        environment=draw(st.dictionaries(text, text, max_size=3)),
+    )
 
 
 @given(models())
@@ -267,7 +271,7 @@ def test_plans(spec: Plan) -> None:
     check(spec)
 
 
-@given(measurements)
+@given(measurements())
 @settings(max_examples=40)
 def test_measurements(spec: Measurement) -> None:
     check(spec)
