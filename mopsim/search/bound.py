@@ -18,6 +18,8 @@ from mopsim.search.space import DEVICE, HOST, RING, STREAMED, ULYSSES, Space
 from mopsim.spec.units import DTYPE_BYTES
 
 Reals = NDArray[np.float64]
+BLOCK = 1 << 16
+"""Rows bounded at a time: what is in between fits the cache, and little memory."""
 Message = tuple[str, Reals, Reals, Reals]
 """(kind of collective, bytes of the full buffer, ranks, times in a step)."""
 
@@ -62,16 +64,25 @@ class Sizes:
 
 def bound(space: Space) -> Bounds:
     """Lower bounds of every candidate of a space."""
-    strategy = space.build(0) if len(space) else None
-    if strategy is None:
+    if not len(space):
         empty = np.zeros(0)
         return Bounds(empty, empty, empty, empty, {})
-    return _Bounder(space).all()
+    sizes = Sizes.of(space)
+    starts = range(0, len(space), BLOCK)
+    blocks = [_Bounder(space.part(start, start + BLOCK), sizes).all() for start in starts]
+    if len(blocks) == 1:
+        return blocks[0]
+
+    def joined(name: str) -> Reals:
+        return np.concatenate([getattr(one, name) for one in blocks])
+
+    parts = {name: np.concatenate([one.parts[name] for one in blocks]) for name in blocks[0].parts}
+    return Bounds(joined("time"), joined("guess"), joined("device"), joined("host"), parts)
 
 
 class _Bounder:
-    def __init__(self, space: Space) -> None:
-        self.space, self.problem, self.sizes = space, space.problem, Sizes.of(space)
+    def __init__(self, space: Space, sizes: Sizes) -> None:
+        self.space, self.problem, self.sizes = space, space.problem, sizes
         self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
         self.model, self.hardware = self.problem.model, self.problem.hardware
         first = space.build(0)

@@ -97,8 +97,12 @@ class Pool:
         index = int(self.rows[position])
         groups: dict[str, NDArray[np.bool_]] = {}
         for name, column in self.space.columns.items():
+            if not column.strides[0]:  # one value
+                continue
             group = _TOGETHER.get(name, name)
             differs = column[self.rows] != column[index]
             groups[group] = groups[group] | differs if group in groups else differs
+        if not groups:
+            return np.zeros(0, dtype=np.int64)
         count = np.sum(np.stack(list(groups.values())), axis=0)
         return np.flatnonzero(count == 1).astype(np.int64)

@@ -1,6 +1,7 @@
 """The candidates of a family as columns of a table: hundreds of thousands cost milliseconds, none is
 built before it is needed."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,11 @@ class Space:
     def __len__(self) -> int:
         return len(self.columns["micro_batch"])
 
+    def part(self, start: int, stop: int) -> "Space":
+        """Rows start to stop, as views."""
+        columns = {name: column[start:stop] for name, column in self.columns.items()}
+        return Space(self.family, self.problem, columns)
+
     def row(self, index: int) -> dict[str, int]:
         return {name: int(column[index]) for name, column in self.columns.items()}
 
@@ -106,27 +112,34 @@ def generate(problem: Problem, family: str, change: Callable[[Problem, Axes], Ax
     axes = AXES[family](problem)
     columns = _product(change(problem, axes) if change else axes)
     rejected: Counter[str] = Counter()
+    keep = np.ones(len(columns["micro_batch"]), dtype=np.bool_)
     for reason, legal in _relations(problem, columns):
-        keep = legal(columns)
-        if not keep.all():
-            rejected[reason] += int((~keep).sum())
-            columns = {name: column[keep] for name, column in columns.items()}
+        broken = keep & ~legal(columns)
+        if broken.any():
+            rejected[reason] += int(broken.sum())
+            keep &= ~broken
+    count = int(keep.sum())
+    if count < len(keep):
+        columns = {
+            name: column[keep] if column.strides[0] else np.broadcast_to(column[:1], count)
+            for name, column in columns.items()
+        }
     return Space(family, problem, columns, rejected)
 
 
 def _product(axes: Axes) -> dict[str, Column]:
-    """Columns of the Cartesian product. A key that is a tuple of names takes tuples of values that go
-    together."""
-    counts = [len(values) for values in axes.values()]
-    places = np.indices(counts).reshape(len(counts), -1)
-    size = places.shape[1]
+    """Columns of the Cartesian product, the last axis fastest. A key that is a tuple of names takes tuples of
+    values that go together. A column of one value takes no memory (a stride of 0)."""
+    size = math.prod(len(values) for values in axes.values())
     columns: dict[str, Column] = {
-        name: np.full(size, value, dtype=np.int64) for name, value in DEFAULTS.items()
+        name: np.broadcast_to(np.int64(value), size) for name, value in DEFAULTS.items()
     }
-    for (key, values), place in zip(axes.items(), places, strict=True):
+    inner = size
+    for key, values in axes.items():
         table = np.array(values, dtype=np.int64).reshape(len(values), -1)
+        outer, inner = size // inner, inner // len(values)
         for position, name in enumerate((key,) if isinstance(key, str) else key):
-            columns[name] = table[place, position]
+            columns[name] = np.tile(np.repeat(table[:, position], inner), outer)
     return columns
 
 
@@ -167,7 +180,7 @@ def _relations(
     )
     yield (
         "global batch is not a multiple of micro_batch x data groups",
-        lambda c: batch % (c["micro_batch"] * groups(c)) == 0,
+        lambda c: batch % (c["micro_batch"] * np.maximum(groups(c), 1)) == 0,
     )
     yield (
         "seq_len is not a multiple of the sequence split",
