@@ -7,7 +7,7 @@ from mopsim.commands import inputs as read_inputs
 from mopsim.commands.options import Job
 from mopsim.engine import simulate
 from mopsim.report.tables import breakdown, comparison
-from mopsim.report.trace import chrome_trace, write_trace
+from mopsim.report.trace import Timeline, chrome_trace, write_trace
 from mopsim.spec import io
 from mopsim.spec.outputs import check_outputs
 
@@ -23,10 +23,7 @@ def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str 
             inputs.model, inputs.hardware, inputs.nodes, result.strategy, inputs.training, timeline=True
         )
         facts = {**result.provenance, "job": asdict(job)}
-        write_trace(
-            Path(trace),
-            chrome_trace(result.spans, result.memory_curve, result.memory_curve_by_category, facts),
-        )
+        write_trace(Path(trace), chrome_trace(Timeline.of(result, facts)))
     if plan and made:
         io.write_yaml(Path(plan), made)
     console = read_inputs.human(json)

@@ -49,6 +49,8 @@ class SimResult:
     num_events: int = 0
     spans: list[Span] = field(default_factory=list)
     memory_curve: list[tuple[float, int]] = field(default_factory=list)
+    span_stage: int = 0
+    memory_stage: int = 0
     memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

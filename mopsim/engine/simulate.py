@@ -130,6 +130,8 @@ def run(
             "version": mopsim.__version__,
         },
         num_events=sum(len(one.ops) for one in workload.programs),
+        span_stage=program.stage,
+        memory_stage=workload.programs[fullest].stage,
         spans=record.spans or [],
         memory_curve=[(time, sum(now[:NUM_DEVICE_SLOTS])) for time, now in ledger.curve or []],
         memory_curve_by_category={

@@ -1,56 +1,116 @@
 """A simulated step as a Chrome/Perfetto trace."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mopsim.engine import Span
+from mopsim.engine import SimResult, Span
 from mopsim.spec.io import write_text
 
+Event = dict[str, Any]
+MICROSECONDS = 1e6
 
-def chrome_trace(
-    spans: Sequence[Span],
-    curve: Sequence[tuple[float, float]],
-    categories: Mapping[str, Sequence[int]],
-    metadata: dict[str, Any],
-) -> dict[str, Any]:
-    """The Trace Event Format (microseconds): a thread per stream, and counters of device memory in bytes."""
-    streams = list(dict.fromkeys(span.stream for span in spans))
-    events: list[dict[str, Any]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": "rank"}}]
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a trace shows. curve: (seconds, bytes of device memory); categories: bytes at the same times.
+
+    span_stage, memory_stage: the pipeline stages that spans and memory are of.
+    """
+
+    spans: Sequence[Span]
+    curve: Sequence[tuple[float, int]]
+    categories: Mapping[str, Sequence[int]]
+    span_stage: int = 0
+    memory_stage: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(result: SimResult, metadata: Mapping[str, Any]) -> "Timeline":
+        """The timeline of a result that was simulated with one. Repetitions of a microbatch that are composed
+        rather than played are not drawn: `metadata` says how many of how many are."""
+        drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
+        counts = {
+            "microbatches": result.training.num_microbatches(result.strategy),
+            "microbatches_drawn": drawn,
+            "step_time_s": result.step_time,
+        }
+        return Timeline(
+            result.spans, result.memory_curve, result.memory_curve_by_category, result.span_stage,
+            result.memory_stage, {**metadata, **counts},
+        )  # fmt: skip
+
+
+def chrome_trace(timeline: Timeline) -> dict[str, Any]:
+    """The Trace Event Format (times in microseconds): a process per stage, a thread per stream, an
+    asynchronous slice per microbatch and direction, and counters of device memory in bytes."""
+    streams = list(dict.fromkeys(span.stream for span in timeline.spans))
+    events = [*_names(timeline, streams), *_slices(timeline, streams), *_microbatches(timeline)]
+    events += _counters(timeline)
+    return {"traceEvents": events, "displayTimeUnit": "ms", "metadata": dict(timeline.metadata)}
+
+
+def _names(timeline: Timeline, streams: Sequence[str]) -> Iterator[Event]:
+    for stage in sorted({timeline.span_stage, timeline.memory_stage}):
+        shows = [
+            what
+            for what, where in (("streams", timeline.span_stage), ("memory", timeline.memory_stage))
+            if where == stage
+        ]
+        name = {"name": f"a rank of stage {stage}: {' and '.join(shows)}"}
+        yield {"ph": "M", "pid": stage, "tid": 0, "name": "process_name", "args": name}
     for tid, stream in enumerate(streams):
-        events.append({"ph": "M", "pid": 0, "tid": tid, "name": "thread_name", "args": {"name": stream}})
-        events.append(
-            {"ph": "M", "pid": 0, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
-        )
+        at = {"ph": "M", "pid": timeline.span_stage, "tid": tid}
+        yield {**at, "name": "thread_name", "args": {"name": stream}}
+        yield {**at, "name": "thread_sort_index", "args": {"sort_index": tid}}
+
+
+def _slices(timeline: Timeline, streams: Sequence[str]) -> Iterator[Event]:
     place = {stream: tid for tid, stream in enumerate(streams)}
-    for span in spans:
-        events.append(
-            {
-                "ph": "X",
-                "pid": 0,
-                "tid": place[span.stream],
-                "ts": span.start * 1e6,
-                "dur": (span.end - span.start) * 1e6,
-                "name": span.name,
-                "cat": f"{span.component},{span.phase}",
-                "args": {"component": span.component, "phase": span.phase},
-            }
-        )
-    events += [
-        {"ph": "C", "pid": 0, "ts": t * 1e6, "name": "device memory", "args": {"bytes": value}}
-        for t, value in curve
-    ]
-    for name, values in categories.items():
-        if not any(values):
-            continue
-        for (t, _), value in zip(curve, values, strict=True):
-            events.append(
-                {"ph": "C", "pid": 0, "ts": t * 1e6, "name": f"memory: {name}", "args": {"bytes": value}}
-            )
-    return {"traceEvents": events, "displayTimeUnit": "ms", "metadata": metadata}
+    for span in timeline.spans:
+        yield {
+            "ph": "X",
+            "pid": timeline.span_stage,
+            "tid": place[span.stream],
+            "ts": span.start * MICROSECONDS,
+            "dur": (span.end - span.start) * MICROSECONDS,
+            "name": span.name,
+            "cat": f"{span.component},{span.phase}",
+            "args": {"component": span.component, "phase": span.phase, "microbatch": span.microbatch},
+        }
+
+
+def _microbatches(timeline: Timeline) -> Iterator[Event]:
+    """From the first op of a microbatch's forward (or of its recompute and backward) to its last."""
+    ends: dict[tuple[int, str], tuple[float, float]] = {}
+    for span in timeline.spans:
+        if span.microbatch >= 0:
+            key = span.microbatch, "forward" if span.phase == "forward" else "backward"
+            start, end = ends.get(key, (span.start, span.end))
+            ends[key] = min(start, span.start), max(end, span.end)
+    for (index, way), (start, end) in ends.items():
+        at = {
+            "cat": "microbatch", "id": f"{way} {index}", "pid": timeline.span_stage, "tid": 0,
+            "name": f"microbatch {index} {way}",
+        }  # fmt: skip
+        yield {**at, "ph": "b", "ts": start * MICROSECONDS}
+        yield {**at, "ph": "e", "ts": end * MICROSECONDS}
+
+
+def _counters(timeline: Timeline) -> Iterator[Event]:
+    """Every value in order; those of ops without a duration share one time."""
+    series = [("device memory", [value for _, value in timeline.curve])]
+    series += [(f"memory: {name}", list(found)) for name, found in timeline.categories.items() if any(found)]
+    for name, values in series:
+        for (time, _), value in zip(timeline.curve, values, strict=True):
+            yield {
+                "ph": "C", "pid": timeline.memory_stage, "tid": 0, "ts": time * MICROSECONDS, "name": name,
+                "args": {"bytes": value},
+            }  # fmt: skip
 
 
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
     """Write a trace for chrome://tracing or ui.perfetto.dev."""
-    write_text(path, json.dumps(trace, separators=(",", ":")))
+    write_text(path, json.dumps(trace, separators=(",", ":"), allow_nan=False))

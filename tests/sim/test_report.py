@@ -10,7 +10,7 @@ from mopsim.report.compare import Sweep, finding, timeline_title, write_compare
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.tables import COLUMNS, describe, row
-from mopsim.report.trace import chrome_trace
+from mopsim.report.trace import Timeline, chrome_trace
 from mopsim.spec.errors import MopError
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -61,7 +61,7 @@ def test_describe_names_what_differs() -> None:
 
 def test_trace_has_streams_and_counters(results: list[SimResult]) -> None:
     one = results[0]
-    trace = chrome_trace(one.spans, one.memory_curve, one.memory_curve_by_category, {"version": "1"})
+    trace = chrome_trace(Timeline.of(one, {"version": "1"}))
     events = json.loads(json.dumps(trace))["traceEvents"]
     threads = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert {"compute", "scale_up"} <= threads
