@@ -44,6 +44,7 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("graphs", strategy.graphs, ((),)),
     ]
 
+        ("unfused", strategy.unfused, ((),)),
 
 def _check_offload(strategy: Strategy) -> None:
     """CPUOffloadPolicy moves parameters, gradients and optimizer state together, and the host updates

@@ -26,6 +26,7 @@ _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("graphs", ((),)),
     ("precision.compute", ("float64", "float32", "bfloat16")),
     ("precision.param", ("float64", "float32", "bfloat16")),
+    ("unfused", ((),)),
     ("precision.reduce", ("float64", "float32", "bfloat16")),
     ("precision.grad", ("float64", "float32", "bfloat16")),
     ("precision.moments", ("float64", "float32", "bfloat16")),

@@ -56,6 +56,7 @@ def common(plan: Plan, target: str) -> Iterator[Gap]:
     """What none of the targets has: rings of the vocabulary, experts in chunks, streamed state, orders."""
     s, training = plan.strategy, plan.training
     tokens = training.tokens_per_rank(s)
+    yield from only(((),), "unfused", s.unfused, "is not mapped: a matter of how a target is built")
     yield from only(((),), "graphs", s.graphs, "is not mapped: what a target can capture differs")
     yield from only(("compute",), "precision.attention", s.precision.attention, "is not mapped")
     if s.vocabulary.loss == "ring":

@@ -284,8 +284,10 @@ def _kept(core: Kernel, scores: float, dropout: bool, b: int) -> Kernel:
     (5 a s^2 b in arXiv 2205.05198, 4.1). The scores themselves and their gradients come and go."""
     kept = Value("scores", int(scores * (2 * b + 1 if dropout else b)), grad=False)
     once = int(scores * b)
+    # two products, softmax, dropout, a copy; four products, the backward of the others, three copies
     return replace(
-        core, writes=(*core.writes, kept), saves=(*core.reads, kept.name),
+        core, launches=4 + dropout, back_launches=8 + dropout,
+        writes=(*core.writes, kept), saves=(*core.reads, kept.name),
         scratch=(("activations", once),), back_scratch=(("activations", 2 * once),),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
+Unfused = Literal["norms", "rotary", "activation", "residual", "experts", "accumulation"]
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 
 
@@ -188,6 +189,9 @@ class Strategy(Spec, frozen=True, kw_only=True):
     runtime: Literal["flat_units", "fully_shard"] = "flat_units"
     pipeline: Pipeline = Pipeline()
     dense: Dense = Dense()
+    unfused: what runs as eager torch composes it, although one kernel could do it: norms, rotary embedding,
+    gated activation, the sum of gradients at a residual, activation and route weights of experts;
+    `accumulation`: of weight gradients into their buffers, after the product that makes them.
     attention: Attention = Attention()
     experts: Experts = Experts()
     vocabulary: Vocabulary = Vocabulary()
@@ -206,6 +210,7 @@ class Strategy(Spec, frozen=True, kw_only=True):
         require(
             0 <= self.optimizer.host_fraction <= 1,
             "optimizer.host_fraction",
+    unfused: tuple[Unfused, ...] = ()
             self.optimizer.host_fraction,
             "must lie between 0 and 1",
         )

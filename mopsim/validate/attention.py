@@ -15,6 +15,14 @@ Kernel = Literal["profile", "flash2", "triton", "unfused"]
 FLASH2 = (
     "FlashAttention-2 on A100 (arXiv 2307.08691, figures 4 to 6), on H100 (arXiv 2407.08608, figures 5 and 6)"
 )
+HOPPER, BLACKWELL = ("h100", "h200", "h800"), ("b200", "b300", "gb200", "gb300")
+FLASH2_ON_BLACKWELL = 989.4e12 / 132 * 148
+"""It has only instructions of Ampere, so that an SM of Blackwell is taken to run it as fast as one of Hopper:
+the FLOP/s that its shares of Hopper's peak are of here (132 SMs, 989.4 TFLOP/s; 148 SMs: NVIDIA datasheets).
+"""
+DETERMINISTIC = 1 - 0.379
+"""Backward rate in a fixed order of sums: up to 37.9 % below the free one (FlashAttention-3 on H800, arXiv
+2601.21824). cuDNN's is taken to lose as much."""
 TRITON_SLOWDOWN = 1.8
 """FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (arXiv 2307.08691,
 section 4): its middle.
@@ -28,12 +36,24 @@ SCORE_PRODUCTS_EFFICIENCY = 0.6
 """Share of the peak of the batched products Q K^T and P V, which are narrow on one side (head_dim)."""
 
 
-def with_kernel(hardware: HardwareProfile, kernel: Kernel, head_dim: int) -> HardwareProfile:
+def with_kernel(
+    hardware: HardwareProfile, kernel: Kernel, head_dim: int, deterministic: bool = False
+) -> HardwareProfile:
     """The profile with the attention curve of `kernel`; itself where the kernel is the profile's
     or has no numbers.
+
+    deterministic: gradients are summed in a fixed order. On Blackwell, Transformer Engine then leaves cuDNN
+    for FlashAttention-2 (its get_attention_backend).
     """
-    curve = _curve(hardware, kernel, head_dim)
-    if curve is None:
+    if deterministic and kernel == "profile" and hardware.name.startswith(BLACKWELL):
+        kernel = "flash2"
+    curve = _curve(hardware, kernel, head_dim) or hardware.device.attention
+    if deterministic and kernel != "unfused":
+        curve = msgspec.structs.replace(
+            curve, backward=curve.backward * DETERMINISTIC, tag="assumed",
+            source=f"{curve.source}; deterministic: arXiv 2601.21824",
+        )  # fmt: skip
+    if curve == hardware.device.attention:
         return hardware
     return msgspec.structs.replace(hardware, device=msgspec.structs.replace(hardware.device, attention=curve))
 
@@ -43,23 +63,30 @@ def _curve(hardware: HardwareProfile, kernel: Kernel, head_dim: int) -> Attentio
         return None
     if kernel == "unfused":
         return _unfused(hardware, head_dim)
-    hopper, ampere = hardware.name.startswith(("h100", "h200", "h800")), hardware.name.startswith("a100")
-    if not (hopper or ampere):
+    if not hardware.name.startswith((*HOPPER, *BLACKWELL, "a100")):
         return None
-    forward, backward = (0.36, 0.30) if hopper else (0.64, 0.54)
-    half = 1000.0 if hopper else 500.0
+    forward, backward, half = (
+        (0.64, 0.54, 500.0) if hardware.name.startswith("a100") else (0.36, 0.30, 1000.0)
+    )
     slower = TRITON_SLOWDOWN if kernel == "triton" else 1.0
     source = FLASH2 + (f", {TRITON_SLOWDOWN} times slower in Triton" if slower > 1 else "")
+    if hardware.name.startswith(BLACKWELL):
+        slower *= _peak(hardware) / FLASH2_ON_BLACKWELL
+        source += "; the same rate an SM on Blackwell, assumed"
     return AttentionCurve(
         forward=forward / slower, backward=backward / slower, seq_half=half, tag="assumed", source=source
     )
+
+
+def _peak(hardware: HardwareProfile) -> float:
+    return max(curve.peak.si for curve in hardware.device.matmul if curve.dtype in ("bfloat16", "float16"))
 
 
 def _unfused(hardware: HardwareProfile, head_dim: int) -> AttentionCurve:
     """Scores written to memory, whole square: time of a score over the FLOP that a causal kernel
     would count for it.
     """
-    peak = max(curve.peak.si for curve in hardware.device.matmul if curve.dtype in ("bfloat16", "float16"))
+    peak = _peak(hardware)
     shares = {}
     for phase, products in (("forward", 2), ("backward", 5)):
         flops = products * 2.0 * head_dim

@@ -3,6 +3,7 @@
 u: bytes of [N, H] in the compute dtype, w: in the wide one. A checkpointed forward keeps nothing.
 """
 
+from mopsim.layers.eager import NORM, NORM_BACKWARD, traffic
 from mopsim.layers.ffn import ffn
 from mopsim.layers.tape import Kernel, Tape
 from mopsim.lowering.builder import Builder
@@ -62,7 +63,7 @@ class FsdpBlock:
         if self.cast:
             b.make("wide", w)
         b.make(out, u)
-        work = [Work("memory_bound", bytes=2.0 * u + 8.0 * w, launches=7)]
+        work = [Work("memory_bound", bytes=traffic(NORM, u, w), launches=NORM.launches)]
         b.compute(name, component, phase, layer, work)
         if self.cast:
             b.drop("wide")
@@ -73,7 +74,8 @@ class FsdpBlock:
         """The gradient of a norm's output (owned by the caller) becomes that of its input."""
         b = self.b
         b.spike((4.5 if self.cast else 3.5) * w)
-        work = [Work("memory_bound", bytes=2.0 * u + 24.0 * w, launches=16)]
+        moved = traffic(NORM_BACKWARD, u, w)
+        work = [Work("memory_bound", bytes=moved, launches=NORM_BACKWARD.launches)]
         b.compute(name, component, "backward", layer, work)
         b.drop(*([f"{name}x.{layer}"] if self.cast else []), f"{name}n.{layer}")
 

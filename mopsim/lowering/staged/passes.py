@@ -4,6 +4,7 @@ microbatches."""
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from mopsim.layers.eager import composed
 from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
 from mopsim.layers.tape import Tape
@@ -54,6 +55,8 @@ class Passes:
 
     def placeholders(self, layers: Iterable[int]) -> int:
         """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true
+            unfused, wings = c.strategy.unfused, c.model.ffn_matrices - 1
+            tape = replace(tape, kernels=composed(tape.kernels, unfused, c.b, c.wide, wings))
         ones are added
         into resident buffers: one of each shape (`get_dummy_wgrad`)."""
         if self.context.strategy.dense.zero == 3:

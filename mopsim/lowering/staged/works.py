@@ -34,7 +34,7 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         return (
             Work(
                 "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,
-                launches=kernel.launches,
+                launches=launches,
             ),
         )  # fmt: skip
     size = kernel.bytes

@@ -1,0 +1,108 @@
+"""What eager torch does where software with fused kernels runs one: each as a few kernels, some with numbers
+in fp32 in between.
+
+Traffic in passes over a tensor in the compute dtype (narrow) and over its fp32 copies (wide); that of a norm
+is mopexec's.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from mopsim.layers.tape import Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Passes over a tensor in the compute dtype and in fp32, and the kernels that make them."""
+
+    narrow: int
+    wide: int
+    launches: int
+
+
+NORM, NORM_BACKWARD = Passes(2, 8, 7), Passes(2, 24, 16)
+"""Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
+ROTARY = Passes(2, 4, 3)
+"""Cast, complex product, cast; the backward is the same the other way."""
+GATED, GATED_BACKWARD = Passes(5, 0, 2), Passes(9, 0, 3)
+"""SiLU and a product; two products and SiLU's backward."""
+SUM = Passes(3, 0, 1)
+"""Two gradients of a residual stream added."""
+WEIGHTED, WEIGHTED_BACKWARD = Passes(2, 0, 1), Passes(5, 0, 3)
+"""Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
+
+
+def composed(
+    kernels: tuple[Kernel, ...], unfused: Collection[str], b: int, wide: int, wings: int
+) -> tuple[Kernel, ...]:
+    """A tape's kernels, those named by Strategy.unfused as eager torch composes them.
+
+    b, wide: bytes of an element in the compute dtype and in fp32. wings: tensors that an activation reads.
+    """
+
+    def one(kernel: Kernel) -> Kernel:
+        for part, (belongs, change) in _PARTS.items():
+            if part in unfused and belongs(kernel):
+                return change(kernel, wide / b, wings)
+        return kernel
+
+    return tuple(one(kernel) for kernel in kernels)
+
+
+def traffic(passes: Passes, narrow: float, wide: float) -> float:
+    """Bytes, of a tensor of `narrow` bytes in the compute dtype and `wide` in fp32."""
+    return passes.narrow * narrow + passes.wide * wide
+
+
+def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    return _instead(kernel, wider, NORM, NORM_BACKWARD)
+
+
+def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    found = _instead(kernel, wider, ROTARY, ROTARY)
+    return replace(found, launches=2 * ROTARY.launches, back_launches=2 * ROTARY.launches)
+
+
+def _gated(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    return _instead(kernel, wider, GATED, GATED_BACKWARD) if wings == 2 else kernel
+
+
+def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    return _beside(kernel, kernel.writes[0].bytes, None, SUM)
+
+
+def _routed(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    if kernel.name == "experts_act":
+        return _gated(kernel, wider, wings)
+    return _beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
+
+
+_PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
+    "norms": (lambda kernel: kernel.name.endswith("norm"), _norm),
+    "rotary": (lambda kernel: kernel.name == "rope", _rotary),
+    "activation": (lambda kernel: kernel.name == "act", _gated),
+    "residual": (lambda kernel: kernel.name.endswith("residual"), _summed),
+    "experts": (lambda kernel: kernel.name in ("experts_act", "unsort"), _routed),
+}
+
+
+def _instead(kernel: Kernel, wider: float, forward: Passes, backward: Passes) -> Kernel:
+    size = sum(value.bytes for value in kernel.writes)
+    return replace(
+        kernel, bytes=traffic(forward, size, size * wider), launches=forward.launches,
+        back_bytes=traffic(backward, size, size * wider), back_launches=backward.launches,
+    )  # fmt: skip
+
+
+def _beside(kernel: Kernel, size: float, forward: Passes | None, backward: Passes) -> Kernel:
+    """Beside what the kernel does already."""
+    back = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+    launches = kernel.launches if kernel.back_launches is None else kernel.back_launches
+    found = replace(
+        kernel, back_bytes=back + backward.narrow * size, back_launches=launches + backward.launches
+    )
+    if forward is None:
+        return found
+    return replace(
+        found, bytes=kernel.bytes + forward.narrow * size, launches=kernel.launches + forward.launches
+    )
