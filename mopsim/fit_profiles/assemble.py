@@ -168,7 +168,7 @@ def _host(host: Entry) -> Host:
         link_sharing=host["sharing"],
         adam_rate=_given(host["adam"]),
         cores=host["cores"],
-        issue=quantity(10.0, "us", "assumed", ISSUE_SOURCE),
+        issue=_given(host["issue"]) if "issue" in host else quantity(10.0, "us", "assumed", ISSUE_SOURCE),
     )
 
 

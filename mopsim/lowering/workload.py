@@ -35,8 +35,9 @@ class Work:
     """One kernel, transfer or collective. Which fields count depends on `kind` (see mopsim.cost).
 
     m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full
-    buffer), or transfer. params: of an optimizer update. launches: kernels started for it. group: ranks of
-    a collective.
+    buffer), or transfer. params: of an optimizer update. launches: kernels started for it, one after the
+    other. calls: what the host starts for it where that differs (kernels side by side). group: ranks of a
+    collective.
     duplex: a transfer beside another the other way, with which it shares host DRAM.
     """
 
@@ -51,6 +52,7 @@ class Work:
     backward: bool = False
     params: float = 0.0
     launches: int = 1
+    calls: int = 0
     duplex: bool = False
     dtype: str = ""
     group: Group = Group(1, 1)
@@ -58,6 +60,8 @@ class Work:
     @property
     def issued(self) -> float:
         """Kernels, copies or collectives that the host starts for it, and that a timer would count."""
+        if self.calls:
+            return float(self.calls)
         return self.count if self.kind == "matmul" else float(max(self.launches, 1))
 
 

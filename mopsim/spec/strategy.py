@@ -81,6 +81,8 @@ class Experts(Spec, frozen=True, kw_only=True):
     the mean or more (LLEP, arXiv 2601.17111: alpha, m, lambda).
     dispatch: `all_to_all` sends a token once for each expert; `deduplicated` once to a rank and once to
     another scale-up domain, however many of its experts are there (DeepEP, HybridEP).
+    looped: the host starts products and casts expert by expert (Transformer Engine's GroupedLinear), not one
+    kernel for all.
     """
 
     degree: int = 1
@@ -94,6 +96,7 @@ class Experts(Spec, frozen=True, kw_only=True):
     min_rows: int = 1024
     threshold: float = 1.0
     dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
+    looped: bool = False
     order: Order = "contiguous"
     param_tier: Tier = "device"
     grad_tier: Tier = "device"

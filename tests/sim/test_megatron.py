@@ -8,7 +8,10 @@ from mopsim.layers import tensors, total_params
 from mopsim.layers.layer import decoder_layer
 from mopsim.layers.recompute import forward, plan
 from mopsim.layers.shapes import Shapes
+from mopsim.layers.tape import Kernel, Matmul
 from mopsim.lowering import lower
+from mopsim.lowering.context import make_context
+from mopsim.lowering.staged.works import works
 from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
@@ -251,6 +254,22 @@ def test_a_recipe_prices_layers_not_the_loss(matmul: str) -> None:
     }
     assert dtypes["dense_ffn"] == matmul
     assert dtypes["vocabulary"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("recipe", "reads", "size"), [("fp8", 2, 6), ("mxfp8", 1, 4), ("nvfp4", 3, 7)])
+def test_casts_read_their_source_as_often_as_the_recipe_needs(recipe: str, reads: int, size: int) -> None:
+    product = (Matmul(64, 32, 128, count=4),)
+    kernel = Kernel("up", "grouped_matmul", "experts", (), (), matmuls=product)
+    for looped, kernels in ((False, 1), (True, 4)):
+        strategy = megatron(8, experts=2)
+        experts = msgspec.structs.replace(strategy.experts, looped=looped)
+        precision = msgspec.structs.replace(strategy.precision, matmul=recipe)
+        strategy = with_(strategy, experts=experts, precision=precision)
+        context = make_context(small(), strategy, TrainSpec(seq_len=256, global_batch=8), 8)
+        multiply, cast = works(kernel, "forward", context)
+        assert cast.bytes == pytest.approx(4 * 64 * 128 * size, rel=0.04)  # scales of blocks beside
+        assert cast.launches == kernels * reads
+        assert (multiply.issued, multiply.launches) == (kernels, 1)
 
 
 def parted(*layers: int) -> Strategy:

@@ -11,6 +11,10 @@ from mopsim.spec.units import DTYPE_BYTES
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
 _EXACT = ("router", "vocabulary")
 """Components whose products stay in the compute dtype under an 8-bit or 4-bit recipe."""
+CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
+"""Times that a cast reads its source: fp8 by current scaling first for the largest value; nvfp4 for that, by
+rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; what casts add to products is
+6.1, 4.8 and 7.0 at full bandwidth on B300 (Transformer Engine's GEMM profiling tutorial)."""
 
 
 def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
@@ -55,17 +59,23 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
     recipe = precision.compute if precision.matmul == "compute" else precision.matmul
     dtype = precision.compute if kernel.component in _EXACT else recipe
+    looped = kernel.kind == "grouped_matmul" and context.strategy.experts.looped
     found = []
     for one in kernel.matmuls:
-        if part == "forward":
-            found.append(Work(kernel.kind, m=one.m, n=one.n, k=one.k, count=one.count, dtype=dtype))
-        if part in ("backward", "input_grad"):
-            found.append(Work(kernel.kind, m=one.m, n=one.k, k=one.n, count=one.count, dtype=dtype))
-        if part in ("backward", "weight_grad"):
-            found.append(Work(kernel.kind, m=one.k, n=one.n, k=one.m, count=one.count, dtype=dtype))
+        shapes = {
+            "forward": (one.m, one.n, one.k),
+            "input_grad": (one.m, one.k, one.n),
+            "weight_grad": (one.k, one.n, one.m),
+        }
+        for name, (m, n, k) in shapes.items():
+            if part == name or (part == "backward" and name != "forward"):
+                calls = int(one.count) if looped else 0
+                found.append(Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype, calls=calls))
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute] and part != "weight_grad":
         # inputs (forward) or output gradients (backward) are cast once, by rows and by columns
         rows = sum(m.m * m.count * (m.k if part == "forward" else m.n) for m in kernel.matmuls)
-        each = DTYPE_BYTES[precision.compute] + 2 * DTYPE_BYTES[dtype]
-        found.append(Work("memory_bound", bytes=rows * each))
+        reads = CAST_READS.get(dtype, 1)
+        launches = reads * (sum(int(m.count) for m in kernel.matmuls) if looped else 1)
+        each = reads * DTYPE_BYTES[precision.compute] + 2 * DTYPE_BYTES[dtype]
+        found.append(Work("memory_bound", bytes=rows * each, launches=launches))
     return tuple(found)
