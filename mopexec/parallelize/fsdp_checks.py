@@ -34,6 +34,8 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("experts.tensor", experts.tensor, (1,)),
         ("experts.chunk_tokens", experts.chunk_tokens, (0,)),
         ("experts.balance", experts.balance, ("none",)),
+        ("experts.plain", experts.plain, (False,)),
+        ("activations.kept", strategy.activations.kept, ((),)),
         ("vocabulary.loss", strategy.vocabulary.loss, ("full", "chunked")),
         ("activations.recompute", strategy.activations.recompute, ("none", "full")),
         ("precision.grad", precision.grad, (precision.param,)),

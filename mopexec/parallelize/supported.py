@@ -18,6 +18,8 @@ _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("attention.flash", (True,)),
     ("experts.tensor", (1,)),
     ("experts.balance", ("none",)),
+    ("experts.plain", (False,)),
+    ("activations.kept", ((),)),
     ("experts.param_tier", ("device",)),
     ("experts.grad_tier", ("device",)),
     ("vocabulary.loss", ("full", "chunked", "ring")),

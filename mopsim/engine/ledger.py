@@ -5,13 +5,17 @@ from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Deltas, Op
 
 
 class Ledger:
-    """Bytes of one rank. An op's own height is held from its start to its end, then its net change stays."""
+    """Bytes of one rank. An op's own height is held from its start to its end, then its net change stays.
+
+    high: the highest of each category, whenever it was.
+    """
 
     def __init__(self, resident: tuple[Step, ...], limit: int, keep_curve: bool) -> None:
         self.now: list[int] = [0] * len(SLOTS)
         for category, size in resident:
             self.now[SLOT[category]] += size
         self.resident = list(self.now)
+        self.high = list(self.now)
         self.device = sum(self.now[:NUM_DEVICE_SLOTS])
         self.host = sum(self.now[NUM_DEVICE_SLOTS:])
         self.limit = limit
@@ -29,9 +33,11 @@ class Ledger:
         """Raise the ledger to the op's height."""
         if not op.peak:
             return
-        now = self.now
+        now, high = self.now, self.high
         for slot, size in op.peak:
             now[slot] += size
+            if now[slot] > high[slot]:
+                high[slot] = now[slot]
         device, host = self._sum(op.peak)
         self.device += device
         self.host += host

@@ -16,7 +16,7 @@ above it."""
 @dataclass(frozen=True)
 class SimResult:
     """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
-    step."""
+    step. highest_by_category: each category at its own highest, whenever that was."""
 
     step_time: float
     tokens_per_second: float
@@ -30,6 +30,7 @@ class SimResult:
     peak_memory: int
     memory_limit: int
     memory_by_category: dict[str, int]
+    highest_by_category: dict[str, int]
     peak_time: float
     peak_component: str
     peak_phase: str

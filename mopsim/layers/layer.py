@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from mopsim.layers.attention import attention, linear, norm, residual
 from mopsim.layers.experts import combine, dispatch, experts, router
-from mopsim.layers.ffn import fused_ffn
+from mopsim.layers.ffn import ffn, fused_ffn
 from mopsim.layers.region import gather, scatter
 from mopsim.layers.shapes import Shapes
 from mopsim.layers.tape import Kernel, Tape, Value
@@ -56,7 +56,10 @@ def _norm(model: ModelSpec, shapes: Shapes, component: str) -> Tape:
 
 
 def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
-    tape = fused_ffn(model, model.intermediate_size, "dense_ffn", shapes)
+    if shapes.fused:
+        tape = fused_ffn(model, model.intermediate_size, "dense_ffn", shapes)
+    else:
+        tape = ffn(model, shapes.tokens, model.intermediate_size, shapes.width, "dense_ffn")
     return _renamed(tape, "ffn_", {"h": "u", "f": "f"})
 
 

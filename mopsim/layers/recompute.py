@@ -33,12 +33,14 @@ class Plan:
     kept: frozenset[str]
 
 
-def plan(tape: Tape, recompute: str, modules: tuple[str, ...]) -> Plan:
-    """The plan of `Activations.recompute` for a tape."""
+def plan(tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = ()) -> Plan:
+    """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out."""
     outside = {value.name for value in tape.inputs} | set(tape.outputs)
     saved = {name for kernel in tape.kernels for name in kernel.saves} - outside
     if recompute == "full":
-        return Plan(frozenset(saved), (frozenset(range(len(tape.kernels))),), frozenset())
+        again = frozenset(i for i, kernel in enumerate(tape.kernels) if kernel.name not in kept)
+        made = {value.name for kernel in tape.kernels if kernel.name in kept for value in kernel.writes}
+        return Plan(frozenset(saved - made), (again,), frozenset(made - outside))
     dropped: set[str] = set()
     regions: list[frozenset[int]] = []
     if recompute == "selective":

@@ -51,6 +51,8 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
     if (
         not one_stage
         or not strategy.attention.flash
+        or strategy.experts.plain
+        or strategy.activations.kept
         or context.model.dropout
         or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
     ):

@@ -6,7 +6,7 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 
 from typing import Literal
 
-from mopsim.spec.categories import COMPONENTS, MODULES
+from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
 from mopsim.spec.errors import require, require_name
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
@@ -71,6 +71,8 @@ class Experts(Spec, frozen=True, kw_only=True):
     """Routed experts. degree Ep: ranks that whole experts are spread over. tensor: split of an expert (ETP).
 
     shard: ranks among the replicas of one expert (W / Ep of them) that share one copy of its state.
+    plain: the routed experts' parameters are plain tensors, which the runtime that shards the others leaves
+    alone: whole on every replica, used where they lie, their gradients all-reduced.
     chunk_tokens c: local tokens per dispatch chunk (strided positions); 0 = one chunk, intermediates kept.
     max_chunks: K = min(ceil(N / c), max_chunks).
     checkpoint: how the backward has a chunk's inputs: `redispatch` sends them again, chunk by chunk; `nested`
@@ -88,6 +90,7 @@ class Experts(Spec, frozen=True, kw_only=True):
     degree: int = 1
     tensor: int = 1
     shard: int = 1
+    plain: bool = False
     chunk_tokens: int = 0
     max_chunks: int = 10
     checkpoint: Literal["redispatch", "nested"] = "redispatch"
@@ -136,11 +139,15 @@ class Optimizer(Spec, frozen=True, kw_only=True):
 class Activations(Spec, frozen=True, kw_only=True):
     """recompute: none, selective (the modules named), or full (each layer from its input, the boundary).
 
+    kept: kernels of a layer (categories.KEPT) whose outputs a full recomputation keeps and which it does not run
+    again: torch's selective activation checkpointing by operator.
+
     boundary_tier host: boundaries go to pinned memory while host_budget bytes per rank last (0 = no cap).
     """
 
     recompute: Literal["none", "selective", "full"] = "full"
     modules: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     boundary_tier: Tier = "device"
     host_budget: int = 0
 
@@ -278,6 +285,26 @@ class Strategy(Spec, frozen=True, kw_only=True):
                 module,
                 f"is not one of {', '.join((*MODULES, *COMPONENTS))}",
             )
+        for kernel in self.activations.kept:
+            require(kernel in KEPT, "activations.kept", kernel, f"is not one of {', '.join(KEPT)}")
+        require(
+            not self.activations.kept or self.activations.recompute == "full",
+            "activations.kept",
+            self.activations.kept,
+            f"needs activations.recompute full, not {self.activations.recompute}",
+        )
+        require(
+            not self.activations.kept or self.dense.tensor == 1,
+            "activations.kept",
+            self.activations.kept,
+            f"needs dense.tensor 1, not {self.dense.tensor}",
+        )
+        require(
+            not self.experts.plain or self.experts.shard == 1,
+            "experts.shard",
+            self.experts.shard,
+            "must be 1 where experts.plain is true",
+        )
         require(
             self.pipeline.virtual_stages == 1 or self.pipeline.degree > 1,
             "pipeline.virtual_stages",

@@ -35,6 +35,8 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "attention.flash": (True,),
     "experts.tensor": (1,),
     "experts.balance": ("none",),
+    "experts.plain": (False,),
+    "activations.kept": ((),),
     "experts.checkpoint": ("redispatch",),
     "experts.dispatch": ("all_to_all",),
     "vocabulary.fused": (False,),

@@ -5,6 +5,7 @@ here is
 fitted: these are facts about programs.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +30,8 @@ class Conventions:
     graphs: the step is replayed from CUDA graphs, in whole or for parts of a layer. fused_loss: one cross-
     entropy kernel. overlaps: what a row without a word on overlap hides: tuned Megatron recipes hide what
     they can. sequence_parallel: ranks of a tensor group split the rows outside of its regions.
-    dropout: that the program applies where its arguments say nothing.
+    dropout: that the program applies where its arguments say nothing. plain_experts: experts that are spread
+    over ranks are not sharded over their replicas. kept: kernels that a `selective` recomputation leaves out.
     """
 
     compute: DType = "bfloat16"
@@ -47,6 +49,8 @@ class Conventions:
     overlaps: bool = False
     sequence_parallel: bool = True
     dropout: float = 0.0
+    plain_experts: bool = False
+    kept: tuple[str, ...] = ()
 
 
 def conventions(row: Row) -> Conventions:
@@ -66,16 +70,19 @@ def conventions(row: Row) -> Conventions:
         "alst" in source
     ):  # DeepSpeed ZeRO-3: bf16 weights and gradients, fp32 master and moments with the optimizer
         param, grad, master_is_param = "bfloat16", "bfloat16", False
+    compiled = "torch.compile" in notes or "+compile" in notes or " compile " in notes
     return Conventions(
         compute=compute, param=param, reduce=_reduced(source, notes, grad), grad=grad, moments=moments,
         master_is_param=master_is_param, reading=_reading(notes), last_stage="last pipeline stage" in notes,
         graphs="cuda graph" in notes and "cuda graphs: off" not in notes and "cuda graph unset" not in notes,
-        compiled="torch.compile" in notes or "+compile" in notes or " compile " in notes,
+        compiled=compiled,
         attention=_attention(source, notes),
-        fused_loss=source.startswith("megatron-bridge") or source in _FUSED_LOSS or "fused" in notes,
+        fused_loss=_fused_loss(row, notes, compiled),
         overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
         sequence_parallel="sequence parallel false" not in notes and source != "vtrain",
         dropout=_dropout(source),
+        plain_experts="framework halo" in notes,
+        kept=_kept(compiled) if source == "torchtitan" else (),
     )  # fmt: skip
 
 
@@ -96,6 +103,32 @@ def _reduced(source: str, notes: str, grad: DType) -> DType:
     return "bfloat16" if "mode pure" in notes else grad
 
 
+def _fused_loss(row: Row, notes: str, compiled: bool) -> bool:
+    """Megatron-Bridge's recipes and MPT fuse the loss; Halo runs Liger's cross entropy on logits that it
+    keeps (its docs, optimization/liger-kernels.md). torchtitan compiles the loss with the model: torch 2.8,
+    of the runs from April 2025 on, keeps logits in their own dtype; those of 2024 read as if it ran eagerly.
+    """
+    if _recipe_fuses(row["source"]) or "fused" in notes or "framework halo" in notes:
+        return True
+    date = _DATE.search(row.get("source_ref", ""))
+    return compiled and row["source"] == "torchtitan" and date is not None and date.group(0) >= "202504"
+
+
+def _recipe_fuses(source: str) -> bool:
+    """Sources whose recipes all fuse the loss."""
+    return source.startswith("megatron-bridge") or source in _FUSED_LOSS
+
+
+_DATE = re.compile(r"20[2-9]\d(0[1-9]|1[0-2])")
+"""Year and month of a benchmark in the name of its page."""
+
+
+def _kept(compiled: bool) -> tuple[str, ...]:
+    """torchtitan's _save_list: attention and every second matrix product of a layer, in the order wq, wk, wv,
+    wo, w1, w3, w2. A graph compiler drops w2's output, which no backward reads."""
+    return ("q_proj", "v_proj", "attention_core", "gate_proj", *(() if compiled else ("down_proj",)))
+
+
 def _reading(notes: str) -> Reading:
     if "nvml" in notes:
         return "device"
@@ -103,8 +136,8 @@ def _reading(notes: str) -> Reading:
 
 
 def _dropout(source: str) -> float:
-    """Megatron-LM's arguments default hidden_dropout and attention_dropout to 0.1, which the GPT tests leave so;
-    arXiv 2205.05198 counts the masks; Megatron-Bridge's recipes and those of SimuMax set them to 0."""
+    """Megatron-LM's arguments default hidden_dropout and attention_dropout to 0.1, which the GPT tests leave
+    so; arXiv 2205.05198 counts the masks; Megatron-Bridge's recipes and those of SimuMax set them to 0."""
     return 0.1 if source in ("megatron-ci-golden", "megatron-selene-2022", "vtrain") else 0.0
 
 

@@ -27,8 +27,7 @@ ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
     "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
-#: "selective" without a list of modules: Megatron's core attention, torch's selective checkpointing of single
-#: ops.
+#: "selective" without a list of modules: Megatron's core attention.
 SELECTIVE = {"megatron": "core_attn", "fsdp": "mlp", "zero_offload": "mlp"}
 
 
@@ -63,8 +62,12 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
     """The Strategy of a run. Raises SpecError naming a value that no Strategy has."""
     kind = family(row)
     zero = _lookup(ZERO, row, "sharding")
+    reshard = zero == 3
+    if kind == "fsdp":  # shards parameters in any case, and keeps them gathered under ZeRO-2
+        zero = 3
     shard = degrees.stage_ranks // degrees.tensor if zero else 1
     spread = degrees.experts * degrees.expert_tensor
+    plain = facts.plain_experts and degrees.experts > 1
     return Strategy(
         name=kind,
         world_size=degrees.world,
@@ -76,7 +79,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             sequence_parallel=facts.sequence_parallel or degrees.tensor == 1,
             shard=max(1, shard),
             zero=zero,
-            reshard_after_forward=zero == 3,
+            reshard_after_forward=reshard,
             prefetch=1 if zero == 3 else 0,
             chunk_tokens=_TILE if "tiled mlp" in row.get("notes", "").lower() else 0,
             param_tier="host" if "parameter offload cpu" in row.get("notes", "").lower() else "device",
@@ -87,13 +90,14 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         experts=Experts(
             degree=degrees.experts,
             tensor=degrees.expert_tensor,
-            shard=max(1, degrees.stage_ranks // spread) if zero else 1,
+            shard=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
+            plain=plain,
             dispatch="deduplicated" if row.get("dispatcher") in ("deepep", "hybridep") else "all_to_all",
             looped=kind == "megatron" and model.num_local_experts > 0 and not recipes.whole_step(row),
         ),
         vocabulary=_vocabulary(row, degrees, facts.fused_loss),
         optimizer=_optimizer(row, kind),
-        activations=_activations(row, kind),
+        activations=_activations(row, kind, facts.kept),
         overlap=_overlap(row, facts),
         graphs=recipes.graphs(row),
         precision=Precision(
@@ -155,7 +159,7 @@ def _optimizer(row: Row, kind: str) -> Optimizer:
     return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
 
 
-def _activations(row: Row, kind: str) -> Activations:
+def _activations(row: Row, kind: str, kept: tuple[str, ...]) -> Activations:
     """Raises SpecError for an unknown module. Offloaded fractions are left out (see `approximations`)."""
     tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
     recompute = row["recompute"]
@@ -163,6 +167,8 @@ def _activations(row: Row, kind: str) -> Activations:
         return Activations(recompute="none", boundary_tier=tier)
     if recompute == "full":
         return Activations(recompute="full", boundary_tier=tier)
+    if recompute == "selective" and kept:
+        return Activations(recompute="full", kept=kept, boundary_tier=tier)
     names = [SELECTIVE[kind] if name == "selective" else name for name in recompute.split("+")]
     known = ", ".join(MODULES)
     for name in names:
@@ -198,6 +204,6 @@ def approximations(row: Row) -> tuple[str, ...]:
         found.append("natural routing: simulated as balanced")
     if recipes.hides_experts(row) and not _overlap(row, conventions(row)).experts:
         found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
-    if "selective" in row["recompute"] and family(row) == "fsdp":
+    if "selective" in row["recompute"] and family(row) == "fsdp" and not conventions(row).kept:
         found.append("selective recompute of single ops: simulated as that of the FFN")
     return tuple(found)

@@ -26,7 +26,8 @@ def features(case: Case) -> list[float]:
     micro = training.num_microbatches(s)
     layers = model.num_hidden_layers / s.pipeline.degree
     tokens = training.tokens_per_rank(s) / s.dense.tensor * micro
-    passes = {"none": 3.0, "selective": 3.2, "full": 4.0}[s.activations.recompute]
+    recompute = "selective" if s.activations.kept else s.activations.recompute
+    passes = {"none": 3.0, "selective": 3.2, "full": 4.0}[recompute]
     flops = (
         passes
         * sum(flops_per_token(model, training.seq_len).values())

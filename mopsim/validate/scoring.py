@@ -89,7 +89,7 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
             case, result = cases[i], results[i]
             used = fits.get(i, Fit())
             step = used.apply(by_index[i]) if i in by_index else result.step_time
-            peak = as_read(result.peak_memory, case.conventions.reading, case.hardware)
+            peak = as_read(result, case.conventions.reading, case.hardware)
             found[i] = Scored(case, result, used, step, lines.get(i), peak)
     return [found[i] for i in range(len(cases))]
 

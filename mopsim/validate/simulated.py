@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mopsim.engine import run
+from mopsim.engine.result import SimResult
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Workload
 from mopsim.spec.errors import MopError
@@ -31,13 +32,14 @@ class Simulated:
     """What is kept of a simulation. error: why there is none. launches: kernels and collectives of one rank.
 
     paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
-    does not matter.
+    does not matter. idle_blocks: see `_idle_blocks`.
     """
 
     step_time: float = 0.0
     launches: int = 0
     paces: tuple[tuple[float, float], ...] = ()
     peak_memory: int = 0
+    idle_blocks: int = 0
     fits: bool = True
     error: str = ""
     seconds: float = 0.0
@@ -60,7 +62,8 @@ def simulate_case(case: Case) -> Simulated:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}")
     launches = sum(result.num_ops.get(kind, 0) for kind in (*KERNELS, *COLLECTIVES))
     seconds = time.perf_counter() - began
-    return Simulated(result.step_time, launches, paces, result.peak_memory, result.fits, "", seconds)
+    idle = _idle_blocks(result)
+    return Simulated(result.step_time, launches, paces, result.peak_memory, idle, result.fits, "", seconds)
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
@@ -104,9 +107,18 @@ def _collect(results: Iterable[Simulated], total: int, progress: Progress | None
     return found
 
 
-def as_read(peak: int, reading: Reading, hardware: HardwareProfile) -> float:
+def _idle_blocks(result: SimResult) -> int:
+    """Bytes that are cached at the peak and serve nobody: torch's caching allocator has a pool for each
+    stream, and FSDP2 gathers parameters and reduces gradients on streams of their own."""
+    if result.strategy.runtime != "fully_shard":
+        return 0
+    then = result.memory_by_category
+    return sum(result.highest_by_category[name] - then.get(name, 0) for name in ("gathered", "grads"))
+
+
+def as_read(result: Simulated, reading: Reading, hardware: HardwareProfile) -> float:
     """Bytes that the source's instrument would show for a simulated peak of live tensors."""
     if reading == "allocated":
-        return float(peak)
-    blocks = peak * RESERVED
+        return float(result.peak_memory)
+    blocks = (result.peak_memory + result.idle_blocks) * RESERVED
     return blocks + hardware.device.reserved.si if reading == "device" else blocks

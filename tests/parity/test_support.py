@@ -42,6 +42,9 @@ def variants() -> list[Strategy]:
     found.append(replace(base, experts=replace(base.experts, balance="least_loaded")))
     found.append(replace(base, attention=replace(base.attention, exchange="ring")))
     found += [replace(one, attention=replace(one.attention, flash=False)) for one in (base, fsdp2(4))]
+    for one in (base, fsdp2(4)):
+        found.append(replace(one, experts=replace(one.experts, shard=1, plain=True)))
+        found.append(replace(one, activations=replace(one.activations, kept=("q_proj",))))
     found.append(replace(base, activations=replace(base.activations, recompute="none")))
     found.append(replace(base, dense=replace(base.dense, param_tier="host")))
     found.append(replace(base, optimizer=replace(base.optimizer, host_fraction=0.5)))

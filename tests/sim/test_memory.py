@@ -3,6 +3,8 @@
 import msgspec
 import pytest
 
+from mopsim.engine import simulate
+from mopsim.layers import tensors
 from mopsim.layers.layer import decoder_layer
 from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.shapes import Shapes
@@ -11,10 +13,10 @@ from mopsim.lowering import lower
 from mopsim.lowering.context import make_context
 from mopsim.spec.errors import SpecError
 from mopsim.spec.presets import load_model
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import megatron
-from tests.sim.test_megatron import deep, play, with_
+from mopsim.strategies import fsdp2, megatron
+from tests.sim.test_megatron import MACHINE, deep, play, with_
 from tests.sim.toys import small
 
 GPT3 = load_model("gpt3_175b")
@@ -90,3 +92,41 @@ def test_dropout_and_kept_scores_are_kept(tensor: int) -> None:
     assert kept(decoder_layer(GPT3, shapes, 0)) == (32 * s * h + 2 * a * s * s) // tensor
     again = kept(decoder_layer(dropped, shapes, 0), "selective", ("core_attn",))
     assert again == 34 * s * h // tensor  # the point of selective recomputation
+
+
+def test_an_operator_that_is_kept_is_not_run_again() -> None:
+    """torchtitan's list on a Llama layer: input, wq, wv, attention (and its row sums), w1 and w2."""
+    model = load_model("llama3_8b")
+    tokens, H, F, kv = 1024, model.hidden_size, model.intermediate_size, 8 * 128
+    tape = decoder_layer(model, Shapes(tokens, tokens), 0)
+    names = ("q_proj", "v_proj", "attention_core", "gate_proj", "down_proj")
+    chosen = plan(tape, "full", (), names)
+    held = sum(size for item in forward(tape, chosen) for _, size in item.memory)
+    assert held == 2 * tokens * (H + H + kv + H + F + H) + 4 * tokens * model.num_attention_heads
+    played = backward(tape, chosen)
+    again = [item.kernel.name for item in played if not item.backward]
+    assert set(again) == {kernel.name for kernel in tape.kernels} - set(names)
+    assert len(again) == len(set(again))
+    left = sum(size for item in [*forward(tape, chosen), *played] for _, size in item.memory)
+    assert left == tape.inputs[0].bytes
+
+
+def test_plain_experts_are_whole_on_every_replica_and_used_where_they_lie() -> None:
+    strategy = with_(fsdp2(8, experts=4, recompute="full"), runtime="fully_shard")
+    plain = with_(strategy, experts=msgspec.structs.replace(strategy.experts, shard=1, plain=True))
+    model = small(num_hidden_layers=4)
+    sharded, whole = (play(model, one, 8) for one in (strategy, plain))
+    experts = sum(t.numel for t in tensors(model) if t.routed) // 4
+    assert whole.memory_by_category["optimizer"] >= 2 * 4 * experts
+    assert whole.resident_memory > sharded.resident_memory
+    ops = lower(model, plain, TrainSpec(seq_len=256, global_batch=8)).programs[0].ops
+    assert not [op.name for op in ops if op.name.startswith("gather") and "experts" in op.name]
+
+
+def test_gradients_of_fsdp_live_from_the_first_backward_to_the_end_of_the_step() -> None:
+    strategy = with_(fsdp2(8), experts=Experts(), pipeline=Pipeline())
+    kept_ops = with_(strategy, activations=Activations(recompute="full", kept=("q_proj",)))
+    result = simulate(deep(), MACHINE, 1, kept_ops, TrainSpec(seq_len=256, global_batch=32), timeline=True)
+    curve = result.memory_curve_by_category["grads"]
+    assert curve[0] == 0
+    assert max(curve) == result.highest_by_category["grads"] > 0

@@ -44,15 +44,18 @@ def loss_tape(context: Context) -> Tape:
     rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it
     columns = c.model.vocab_size / (tensor if split else 1)
     H, elements = c.model.hidden_size, int(rows * columns)
-    logits = Value("logits", elements * c.b, "logits", grad=not vocabulary.fused)
+    zero = c.strategy.dense.zero
+    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not vocabulary.fused)
     kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
     first, source = begin("gather_n", "n", H, _C, c.shapes)
     kernels += first if split or c.shapes.sequence_parallel else ()
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
-    # picked log-probabilities and of all of them are made apart.
-    torch = c.strategy.dense.zero >= 2 and not vocabulary.fused
+    # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
+    # Fused (Liger's kernel behind transformers' upcast, a compiled loss): one fp32 tensor of their size,
+    # which becomes their gradient.
+    torch = zero >= 2 and not vocabulary.fused
     keeps = ("n", "logits") if vocabulary.fused or torch else ("n",)
-    apart = (("logits", 2 * elements * c.wide),) if torch else ()
+    apart = (("logits", elements * c.wide),) if torch else ()
     weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
     kernels.append(
         Kernel(
@@ -60,16 +63,26 @@ def loss_tape(context: Context) -> Tape:
             weight_grad=weight,
         )
     )  # fmt: skip
-    exact = Value("softmax", 0 if vocabulary.fused else elements * c.wide, "logits", grad=False)
+    in_place = vocabulary.fused and zero < 2
+    exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32.
     moved = 3 * c.b if vocabulary.fused else c.b + 8 * c.wide
     back = 2 * c.b if vocabulary.fused else c.b + 3 * c.wide
+    if torch:
+        kernels.append(
+            Kernel(
+                "cast", "memory_bound", _C, ("logits",), (Value("wide", elements * c.wide, "logits"),),
+                bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
+            )
+        )  # fmt: skip
+        moved, back = moved - c.b - c.wide, back - c.b - c.wide
     kernels.append(
         Kernel(
-            "cross_entropy", "memory_bound", _C, ("logits",), (exact, Value("loss", 0)),
-            saves=("logits",) if vocabulary.fused else ("softmax",), bytes=float(elements * moved),
-            back_bytes=float(elements * back), launches=1 if vocabulary.fused else 6, back_launches=2,
+            "cross_entropy", "memory_bound", _C, ("wide" if torch else "logits",), (exact, Value("loss", 0)),
+            saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
+            back_bytes=float(elements * back), launches=1 if vocabulary.fused else 6 - torch,
+            back_launches=2 - torch,
             back_scratch=apart,
         )
     )  # fmt: skip

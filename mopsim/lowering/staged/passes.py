@@ -23,7 +23,12 @@ class Passes:
         _check(context)
         self.context = context
         attention = strategy.attention
-        self.shapes = replace(context.shapes, exchange=attention.exchange, flash=attention.flash, fused=True)
+        self.shapes = replace(
+            context.shapes,
+            exchange=attention.exchange,
+            flash=attention.flash,
+            fused=not strategy.activations.kept,
+        )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
@@ -125,7 +130,7 @@ class Passes:
 
     def _plan(self, tape: Tape) -> Plan:
         activations = self.context.strategy.activations
-        return plan(tape, activations.recompute, activations.modules)
+        return plan(tape, activations.recompute, activations.modules, activations.kept)
 
 
 def _check(context: Context) -> None:

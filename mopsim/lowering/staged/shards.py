@@ -13,12 +13,14 @@ from mopsim.lowering.workload import Work
 from mopsim.spec.strategy import Dense, Experts
 
 Ops = tuple[int, ...]
+Memory = tuple[Step, ...]
 
 
 class Shards:
     """Under ZeRO-3 a unit is gathered `prefetch` layers ahead and freed after use; under 2 and 3 its full
     gradient is
-    reduced right after its backward. each: whether gradients are reduced in every microbatch.
+    reduced right after its backward. each: whether gradients are reduced in every microbatch. made: bytes of
+    gradients that live to the end of the step, by unit.
     """
 
     def __init__(self, context: Context, issue: Issue, stage: Stage) -> None:
@@ -29,6 +31,7 @@ class Shards:
         self.reduced: set[str] = set()
         self._full: dict[str, int] = {}
         self._left: Ops = ()
+        self.made: dict[str, int] = {}
 
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
         """Gathers that a layer waits for; those of the next layers are issued too, once the layer before has
@@ -42,7 +45,7 @@ class Shards:
                     self._gather(unit, phase, self._left)
             ready = tuple(self._full[unit.name] for unit in self.c.layers[layer] if unit.name in self._full)
         if self.each and phase == "backward":
-            memory = [("gathered_grads", unit.padded * self.c.grad) for unit in self.c.layers[layer]]
+            memory = [("gathered_grads", self._full_grad(unit)) for unit in self.c.layers[layer]]
             ready += (
                 self.issue.add(
                     "gradients",
@@ -75,7 +78,7 @@ class Shards:
         if unit is None:
             return
         if self.each and phase == "backward":
-            memory = (("gathered_grads", unit.padded * self.c.grad),)
+            memory: Memory = (("gathered_grads", self._full_grad(unit)),)
             ready = (self.issue.add("gradients", "compute", unit.component, phase, (), ready, memory),)
         self._leave(unit, phase, ready)
 
@@ -93,7 +96,11 @@ class Shards:
         )  # fmt: skip
 
     def _leave(self, unit: Unit, phase: str, ready: Ops) -> None:
-        keep = phase == "forward" and not self.c.strategy.dense.reshard_after_forward
+        strategy = self.c.strategy
+        root = (
+            unit.layer < 0 and strategy.runtime == "fully_shard"
+        )  # FSDP's root is gathered once a microbatch
+        keep = phase == "forward" and (root or not strategy.dense.reshard_after_forward)
         if unit.name in self._full and not keep:
             del self._full[unit.name]
             memory = (("gathered", -unit.padded * self.c.b),)
@@ -114,15 +121,27 @@ class Shards:
                 ),
             )
         part = unit.shard_numel * self.c.grad
-        memory = (("gathered_grads", -unit.padded * self.c.grad),)
+        left: Memory = (*self._kept_grad(unit, part), ("gathered_grads", -self._full_grad(unit)))
         if self._place(unit).grad_tier == "host":
-            self.ops.append(self._copy(unit, "d2h", part, phase, last, memory))
+            self.ops.append(self._copy(unit, "d2h", part, phase, last, left))
             return
         work = (Work("memory_bound", bytes=3.0 * part),)
         stream = self.issue.ops[last[0]].stream if last else "compute"
         self.ops.append(
-            self.issue.add(f"accumulate {unit.name}", stream, unit.component, phase, work, last, memory)
+            self.issue.add(f"accumulate {unit.name}", stream, unit.component, phase, work, last, left)
         )
+
+    def _full_grad(self, unit: Unit) -> int:
+        """Bytes of a unit's whole gradient before it is reduced; a whole one that stays is the unit's own."""
+        own = unit.shard == 1 and self.stage.frees_gradients and self.c.grad == self.c.b
+        return 0 if own else unit.padded * self.c.grad
+
+    def _kept_grad(self, unit: Unit, size: int) -> Memory:
+        """The gradient shard, where the first backward makes it."""
+        if unit.name in self.made or not self.stage.frees_gradients:
+            return ()
+        self.made[unit.name] = size
+        return (("grads", size),)
 
     def _place(self, unit: Unit) -> Dense | Experts:
         strategy = self.c.strategy

@@ -78,6 +78,12 @@ class Stage:
                 found.append(edges["embedding"])
         return found
 
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
+        strategy = self.context.strategy
+        return strategy.runtime == "fully_shard" and strategy.dense.grad_tier == "device"
+
     def resident(self) -> tuple[Step, ...]:
         """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases."""
         c, strategy = self.context, self.context.strategy
@@ -87,7 +93,8 @@ class Stage:
             place = strategy.experts if unit.component == "experts" else strategy.dense
             full, shard = unit.padded, unit.shard_numel
             found.append((_at(place.param_tier, "params"), (shard if zero == 3 else full) * c.param))
-            found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
+            if not self.frees_gradients:
+                found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
             state = shard if zero >= 1 else full
             each = 2 * int(DTYPE_BYTES[precision.moments])
             each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])

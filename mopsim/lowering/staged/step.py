@@ -49,6 +49,9 @@ class StageStep:
         self.issue.microbatch = -1
         self._reduce_rest()
         update(self.c, self.stage, self.issue, self.reductions)
+        if made := sum(self.shards.made.values()):
+            memory = (("grads", -made),)
+            self.issue.add("gradients freed", "compute", "optimizer", "optimizer", (), (), memory)
         layers = [layer for chunk in self.stage.chunks for layer in chunk]
         extra = (("framework", self.passes.placeholders((*layers, *self.stage.extra))),)
         resident = (*self.stage.resident(), *(step for step in extra if step[1]))
