@@ -1,4 +1,9 @@
-"""Memory categories and components: one vocabulary for the simulator's ledger and the executor's tracker."""
+"""Memory categories, components and runtimes: one vocabulary for the simulator and the executor."""
+
+from typing import Literal, get_args
+
+Runtime = Literal["flat_units", "fully_shard"]
+RUNTIMES: tuple[str, ...] = get_args(Runtime)
 
 CATEGORIES = (
     "params",  # resident parameter shards

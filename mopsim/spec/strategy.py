@@ -6,7 +6,7 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 
 from typing import Literal
 
-from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
+from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
 from mopsim.spec.errors import require, require_name
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
@@ -189,6 +189,9 @@ class Strategy(Spec, frozen=True, kw_only=True):
 
     graphs: components whose kernels CUDA graphs replay, so that the host starts one for each run of them;
     `step`: one graph of the whole step.
+    unfused: what runs as eager torch composes it, although one kernel could do it: norms, rotary embedding,
+    gated activation, the sum of gradients at a residual, activation and route weights of experts;
+    `accumulation`: of weight gradients into their buffers, after the product that makes them.
     runtime: who shards the parameters at run time: `flat_units` (mopexec's own per-layer flat units) or
     `fully_shard` (torch FSDP2, sharding each parameter on dimension 0).
     """
@@ -196,12 +199,9 @@ class Strategy(Spec, frozen=True, kw_only=True):
     name: str
     world_size: int
     micro_batch: int = 1
-    runtime: Literal["flat_units", "fully_shard"] = "flat_units"
+    runtime: Runtime = "flat_units"
     pipeline: Pipeline = Pipeline()
     dense: Dense = Dense()
-    unfused: what runs as eager torch composes it, although one kernel could do it: norms, rotary embedding,
-    gated activation, the sum of gradients at a residual, activation and route weights of experts;
-    `accumulation`: of weight gradients into their buffers, after the product that makes them.
     attention: Attention = Attention()
     experts: Experts = Experts()
     vocabulary: Vocabulary = Vocabulary()
@@ -210,6 +210,7 @@ class Strategy(Spec, frozen=True, kw_only=True):
     overlap: Overlap = Overlap()
     precision: Precision = Precision()
     graphs: tuple[str, ...] = ()
+    unfused: tuple[Unfused, ...] = ()
 
     def __post_init__(self) -> None:
         require_name(self.name)
@@ -220,7 +221,6 @@ class Strategy(Spec, frozen=True, kw_only=True):
         require(
             0 <= self.optimizer.host_fraction <= 1,
             "optimizer.host_fraction",
-    unfused: tuple[Unfused, ...] = ()
             self.optimizer.host_fraction,
             "must lie between 0 and 1",
         )
