@@ -23,7 +23,9 @@ Limit = Annotated[str | None, typer.Option(help="bytes of one rank that may be u
 @app.command()
 def train(
     plan: PlanPath,
-    steps: Annotated[int, typer.Option(min=1, help="optimizer steps in all, earlier ones included")],
+    steps: Annotated[
+        int, typer.Option(min=1, max=10**9, help="optimizer steps in all, earlier ones included")
+    ],
     out: Annotated[Path, typer.Option(help="the run's directory: new, or one to --resume")],
     data: Annotated[
         str, typer.Option(help="file or directory of text; 'python' = ships with Python")
@@ -32,7 +34,10 @@ def train(
     device_limit: Limit = None,
     host_limit: Limit = None,
     tracked_steps: Annotated[
-        int, typer.Option(min=0, help="first steps whose memory is watched; 0 = all where there is a limit")
+        int,
+        typer.Option(
+            min=0, max=10**9, help="first steps whose memory is watched; 0 = all where there is a limit"
+        ),
     ] = 0,
     routing: Annotated[
         Literal["learned", "profile"],
@@ -41,15 +46,21 @@ def train(
     schedule: Annotated[
         Literal["constant", "cosine"], typer.Option(help="learning rate after warm-up")
     ] = "constant",
-    warmup_steps_excluded: Annotated[int, typer.Option(min=0, help="first steps not in the measurement")] = 3,
-    checkpoint_every: Annotated[int, typer.Option(min=0, help="steps; 0 = only at the end")] = 0,
+    warmup_steps_excluded: Annotated[
+        int, typer.Option(min=0, max=10**9, help="first steps not in the measurement")
+    ] = 3,
+    checkpoint_every: Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")] = 0,
     final_checkpoint: Annotated[bool, typer.Option(help="write one after the last step")] = True,
-    keep: Annotated[int, typer.Option(min=1, help="checkpoints to keep")] = 2,
-    profile_steps: Annotated[int, typer.Option(min=0, help="extra steps timed by kind of work")] = 1,
+    keep: Annotated[int, typer.Option(min=1, max=10**9, help="checkpoints to keep")] = 2,
+    profile_steps: Annotated[
+        int, typer.Option(min=0, max=10**9, help="extra steps timed by kind of work")
+    ] = 1,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="restart failed ranks from the last checkpoint")
+        int, typer.Option(min=0, max=10**9, help="restart failed ranks from the last checkpoint")
     ] = 0,
-    seed: Annotated[int | None, typer.Option(min=0, help="of weights and data; default: the plan's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**62, help="of weights and data; default: the plan's")
+    ] = None,
     cache: Annotated[str | None, typer.Option(help="where tokenised text is kept")] = None,
     json: Json = None,
 ) -> None:
@@ -84,8 +95,10 @@ def train(
 @app.command()
 def probe(
     out: Annotated[Path, typer.Option(help="the hardware profile to write")],
-    ranks: Annotated[int | None, typer.Option(min=1, help="devices; default: all cores or GPUs")] = None,
-    budget: Annotated[float, typer.Option(min=0.01, help="scales the time spent measuring")] = 1.0,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="devices; default: all cores or GPUs")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0.01, max=1000, help="scales the time spent measuring")] = 1.0,
     json: Json = None,
 ) -> None:
     """Measure this machine into a hardware profile."""
@@ -97,7 +110,7 @@ def probe(
 @app.command("dry-run")
 def dry_run(
     plan: PlanPath,
-    rank: Annotated[int, typer.Option(min=0, help="the rank to be")] = 0,
+    rank: Annotated[int, typer.Option(min=0, max=10**9, help="the rank to be")] = 0,
     device_limit: Limit = None,
     host_limit: Limit = None,
     json: Json = None,
@@ -111,9 +124,9 @@ def dry_run(
 @app.command()
 def verify(
     plan: PlanPath,
-    steps: Annotated[int, typer.Option(min=1, help="optimizer steps to compare")] = 2,
+    steps: Annotated[int, typer.Option(min=1, max=10**9, help="optimizer steps to compare")] = 2,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="at most; default: what shows every mechanism")
+        int | None, typer.Option(min=1, max=10**9, help="at most; default: what shows every mechanism")
     ] = None,
     json: Json = None,
 ) -> None:

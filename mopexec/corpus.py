@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopsim.spec.errors import MopError
+from mopsim.spec.io import exists
 
 #: Stands for the text that ships with Python: its documentation topics and the sources of its library.
 PYTHON = "python"
@@ -75,7 +76,7 @@ def _python_files() -> list[Path]:
 
 
 def _user_files(path: Path) -> list[Path]:
-    if not path.exists():
+    if not exists(path):
         raise MopError(f"--data: {path}: no such file or directory")
     if not path.is_dir():
         return [path]

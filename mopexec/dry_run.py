@@ -24,6 +24,8 @@ from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 
+SHORT = 128  # tokens: tensors of a few elements a side come about without an attention matrix
+
 
 @dataclass(frozen=True)
 class DryRunResult:
@@ -126,10 +128,10 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 def quadratic_guard(plan: Plan) -> Callable[[Any, Tensor], None] | None:
     """Refuses tensors [..., S, S], S the sequence length: attention is to run in O(S) memory.
 
-    None where S equals a dimension of the model, so that a shape cannot tell.
+    None where S equals a dimension of the model or is small, so that a shape cannot tell.
     """
     length = plan.training.seq_len
-    if length in _dimensions(plan.model):
+    if length < SHORT or length in _dimensions(plan.model):
         return None
 
     def refuse(func: Any, tensor: Tensor) -> None:

@@ -359,7 +359,7 @@ def _uncertainty(runs: Sequence[_Run], residuals: Sequence[Residual]) -> float:
 def load_measurement(ref: str | Path) -> Measurement:
     """The measurement of a run: its directory, or the file itself. Raises MopError in one line."""
     path = Path(ref)
-    if not path.exists():
+    if not io.exists(path):
         raise MopError(f"measurements: {str(ref)!r} is neither a run directory nor a measurement.yaml")
     target = path / "measurement.yaml" if path.is_dir() else path
     if not target.exists():
@@ -369,5 +369,5 @@ def load_measurement(ref: str | Path) -> Measurement:
 
 def check_output(profile: str | Path, out: str | Path) -> None:
     """Raise MopError where the new profile would be written over the one it is fitted from."""
-    if Path(profile).exists() and Path(out).exists() and Path(out).samefile(profile):
+    if io.exists(Path(profile)) and io.exists(Path(out)) and Path(out).samefile(profile):
         raise MopError(f"out: {str(out)!r} is the profile that is calibrated: name another file, it is kept")

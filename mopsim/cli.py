@@ -51,7 +51,7 @@ def search(
     seq_len: o.SeqLen,
     global_batch: o.GlobalBatch,
     nodes: o.Nodes = 1,
-    top: Annotated[int, typer.Option(min=1, help="how many strategies to rank")] = 5,
+    top: Annotated[int, typer.Option(min=1, max=10**6, help="how many strategies to rank")] = 5,
     family: Annotated[
         str, typer.Option(help="families to search, comma-separated: mop,fsdp2,zero_offload,megatron")
     ] = "",
@@ -61,7 +61,7 @@ def search(
     risk: Annotated[
         bool, typer.Option("--risk", help="rank plans within 4 % of a memory limit like the others")
     ] = False,
-    budget: Annotated[int, typer.Option(min=1, help="simulations at most")] = 200,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations at most")] = 200,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
@@ -92,7 +92,7 @@ def compare(
     any_plan: Annotated[
         bool, typer.Option("--any", help="families may use what mopexec does not run yet")
     ] = False,
-    budget: Annotated[int, typer.Option(min=1, help="simulations per family and point")] = 60,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 60,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
     seed: o.Seed = 0,
@@ -129,8 +129,8 @@ def context(
     vary: Annotated[
         str, typer.Option(help="assumptions to vary for the first --model: all, none, or names")
     ] = "all",
-    budget: Annotated[int, typer.Option(min=1, help="simulations per length")] = 40,
-    jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one a core, at most 4")] = 0,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 40,
+    jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
     routing: o.Routing = "balanced",
     json: o.Json = None,
 ) -> None:
@@ -157,7 +157,7 @@ def context(
     ] = 0.9,
     pue: Annotated[float, typer.Option(help="power of the building over power of the devices")] = 1.3,
     max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
-    budget: Annotated[int, typer.Option(min=1, help="simulations per node count and family")] = 8,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per node count and family")] = 8,
     runnable: Annotated[bool, typer.Option("--runnable", help="only what mopexec runs today")] = False,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
@@ -218,7 +218,7 @@ def validate(
     ] = None,
     components: Annotated[str | None, typer.Option(help="CSV of measured components")] = None,
     out: Annotated[str | None, typer.Option(help="folder for figures of predicted against measured")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one a core, at most 4")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
     json: o.Json = None,
 ) -> None:
     """Predicted against measured: errors out of sample, by source, GPU and family."""

@@ -67,7 +67,7 @@ def read_strategy(ref: str) -> Strategy | Plan:
     path = Path(ref)
     if path.suffix not in (".yaml", ".yml", ".json") and not io.exists(path):
         raise MopError(f"--strategy: {ref!r} is neither a family ({', '.join(FAMILIES)}) nor a YAML file")
-    data = io.parse_yaml(io.read_text(path, "--strategy"), str(path))
+    data = io.read_yaml(path, "--strategy")
     if isinstance(data, dict) and "strategy" in data and "model" in data:
         return io.convert(data, Plan, "plan", str(path))
     return io.convert(data, Strategy, "strategy", str(path))

@@ -195,8 +195,8 @@ def _memory_reason(found: Sequence[SearchResult]) -> str:
 def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[Point | None, Point | None]:
     """(cheapest, fastest within `max_cost` dollars) of the points that train in time; a machine without a
     price is never the cheapest, nor within a budget. Raises MopError for a budget that is not positive."""
-    if max_cost is not None and not max_cost > 0:
-        raise MopError(f"--max-cost: {max_cost:g} must be positive")
+    if max_cost is not None and not 0 < max_cost < 1e15:
+        raise MopError(f"--max-cost: {max_cost:g} must be positive, and below 1e15 dollars")
     done = [(point, point.figures) for point in points if point.in_time and point.figures]
     priced = [(bill.cost, point.num_nodes, point) for point, bill in done if bill.cost is not None]
     affordable = [

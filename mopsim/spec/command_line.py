@@ -68,5 +68,7 @@ def _value(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _fail(name: str, message: str, code: int = 2) -> NoReturn:
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name may hold anything
+    print(f"{name}: {shown}", file=sys.stderr)
     sys.exit(code)

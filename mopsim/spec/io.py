@@ -16,6 +16,7 @@ from mopsim.spec.explain import explain, first_not_finite
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_MOST_VALUES = 1_000_000
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _FLOAT = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
@@ -72,7 +73,7 @@ def exists(path: Path) -> bool:
 def parse_yaml(text: str, origin: str) -> Any:
     """The plain objects of a YAML (or JSON) text. Raises MopError naming `origin` and the line."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
@@ -80,6 +81,27 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise MopError(f"{origin}:{where} is not valid YAML: {problem}") from None
     except (ValueError, RecursionError) as error:  # a date such as 2026-13-45, or nesting without end
         raise MopError(f"{origin}: is not valid YAML: {error}") from None
+    if _holds_more_than(data, _MOST_VALUES):
+        raise MopError(
+            f"{origin}: holds more than {_MOST_VALUES:,} values, counting aliases as what they repeat"
+        )
+    return data
+
+
+def read_yaml(path: Path, field: str) -> Any:
+    """The plain objects of a YAML file that the user named as `field`. Raises MopError."""
+    return parse_yaml(read_text(path, field), f"{field}: {path}")
+
+
+def _holds_more_than(data: Any, most: int) -> bool:
+    """Whether plain objects hold more than `most` values; an alias may repeat itself without end."""
+    left, waiting = most, [data]
+    while waiting and left >= 0:
+        value = waiting.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left -= 1 + len(inner)
+        waiting.extend(each for each in inner if isinstance(each, dict | list))
+    return left < 0
 
 
 def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
@@ -98,7 +120,7 @@ def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
 
 def load(path: Path, kind: type[T], prefix: str) -> T:
     """Read one YAML file into a validated `kind`."""
-    return convert(parse_yaml(read_text(path, prefix), str(path)), kind, prefix, str(path))
+    return convert(read_yaml(path, prefix), kind, prefix, str(path))
 
 
 def to_plain(spec: Any) -> Any:

@@ -57,7 +57,8 @@ def read_rows(path: Path) -> dict[str, Row]:
     """Rows of a models CSV by their `model` column. Raises MopError where it is missing or a name repeats."""
     reader = csv.DictReader(io.StringIO(read_text(path, "models")))
     if "model" not in (reader.fieldnames or []):
-        raise MopError(f"{path}: has no column 'model'; columns found: {', '.join(reader.fieldnames or [])}")
+        found = ", ".join(reader.fieldnames or [])[:200]
+        raise MopError(f"models: {path}: has no column 'model'; columns found: {found}")
     rows: dict[str, Row] = {}
     for row in reader:
         name = row["model"]

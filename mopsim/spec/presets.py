@@ -8,7 +8,7 @@ from typing import Any
 
 from mopsim.spec.errors import MopError
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.io import convert, exists, parse_yaml, read_text
+from mopsim.spec.io import convert, exists, parse_yaml, read_yaml
 from mopsim.spec.model import ModelSpec
 
 #: One file of many networks, by name: those of the table of published runs (made by mopsim.spec.model_table).
@@ -52,7 +52,7 @@ def load_model(ref: str | Path) -> ModelSpec:
         near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
         hint = f"near: {', '.join(near)}" if near else f"presets: {', '.join(list_models())}"
         raise MopError(f"model: {name!r} is neither a preset nor a file; {hint}")
-    data = parse_yaml(read_text(path, "model"), str(path))
+    data = read_yaml(path, "model")
     if isinstance(data, dict) and ("architectures" in data or "model_type" in data):
         return from_config(data, str(path))
     return convert(data, ModelSpec, "model", str(path))

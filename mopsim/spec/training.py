@@ -1,7 +1,5 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
-import math
-
 from mopsim.spec import routing as profiles
 from mopsim.spec.errors import require
 from mopsim.spec.io import Spec
@@ -37,21 +35,14 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         profiles.check(self.routing)
         for field in ("seq_len", "global_batch"):
             require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
-        for field in (
-            "learning_rate",
-            "eps",
-            "warmup_steps",
-            "weight_decay",
-            "clip_norm",
-            "bias_update_rate",
-        ):
-            require(
-                math.isfinite(getattr(self, field)), field, getattr(self, field), "must be a finite number"
-            )
         for field in ("learning_rate", "eps"):
             require(getattr(self, field) > 0, field, getattr(self, field), "must be positive")
-        for field in ("warmup_steps", "weight_decay", "clip_norm", "bias_update_rate", "seed"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
+        for field, most in (
+            ("learning_rate", 10), ("eps", 1), ("warmup_steps", 2**40), ("weight_decay", 10),
+            ("clip_norm", 1e12), ("bias_update_rate", 1), ("seed", 2**62),
+        ):  # fmt: skip
+            value = getattr(self, field)
+            require(0 <= value <= most, field, value, f"must lie between 0 and {most:g}")
         for field in ("beta1", "beta2"):
             require(0 <= getattr(self, field) < 1, field, getattr(self, field), "must lie in [0, 1)")
 
@@ -71,6 +62,9 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             self.global_batch,
             f"is not a multiple of micro_batch {strategy.micro_batch} x data groups {strategy.data_groups}",
         )
+        microbatches = self.num_microbatches(strategy)
+        rule = f"makes {microbatches} microbatches, more than {MOST_CHUNKS}"
+        require(microbatches <= MOST_CHUNKS, "training.global_batch", self.global_batch, rule)
         pipeline = strategy.pipeline
         require(
             pipeline.virtual_stages == 1 or self.num_microbatches(strategy) % pipeline.degree == 0,
@@ -91,7 +85,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         self._check_chunks(strategy)
 
     def _check_chunks(self, strategy: Strategy) -> None:
-        """A chunk is a bound on its tokens, so it may be larger than what there is, but not absurdly small."""
+        """A chunk is a bound on its tokens: it may be larger than what there is, but not absurdly small."""
         tokens = self.tokens_per_rank(strategy)
         experts = strategy.experts
         for field, size, most in (

@@ -17,13 +17,15 @@ COMPONENT_COLUMNS = ("component", "gpu", "params", "metric", "value")
 UNKNOWN = ("", "unknown")
 
 
-def read_table(path: Path, columns: Iterable[str]) -> list[Row]:
-    """Rows as text by column. Raises MopError naming a missing column or a row with too many cells."""
-    reader = csv.DictReader(io.StringIO(read_text(path)))
+def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
+    """Rows as text by column of the CSV named as `field`. Raises MopError naming a missing column or a row
+    with too many cells."""
+    reader = csv.DictReader(io.StringIO(read_text(path, field)))
     header = reader.fieldnames or []
     for column in columns:
         if column not in header:
-            raise MopError(f"{path}: has no column {column!r}; columns found: {', '.join(header)}")
+            found = ", ".join(header)[:200]
+            raise MopError(f"{field}: {path}: has no column {column!r}; columns found: {found}")
     rows: list[Row] = []
     for raw in reader:
         if None in raw:
@@ -34,7 +36,7 @@ def read_table(path: Path, columns: Iterable[str]) -> list[Row]:
 
 def read_runs(path: Path) -> list[Row]:
     """Rows of a runs CSV. Raises MopError where a run_id repeats."""
-    rows = read_table(path, RUN_COLUMNS)
+    rows = read_table(path, RUN_COLUMNS, "runs")
     seen: set[str] = set()
     for row in rows:
         if row["run_id"] in seen:
@@ -45,7 +47,7 @@ def read_runs(path: Path) -> list[Row]:
 
 def read_components(path: Path) -> list[Row]:
     """Rows of a components CSV."""
-    return read_table(path, COMPONENT_COLUMNS)
+    return read_table(path, COMPONENT_COLUMNS, "components")
 
 
 def number(row: Row, column: str) -> float | None:
