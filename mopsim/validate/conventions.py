@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mopsim.spec.strategy import DType
+from mopsim.spec.strategy import DType, Unfused
 from mopsim.validate.attention import Kernel
 from mopsim.validate.tables import Row
 
@@ -32,6 +32,7 @@ class Conventions:
     they can. sequence_parallel: ranks of a tensor group split the rows outside of its regions.
     dropout: that the program applies where its arguments say nothing. plain_experts: experts that are spread
     over ranks are not sharded over their replicas. kept: kernels that a `selective` recomputation leaves out.
+    unfused: see Strategy.unfused. deterministic: sums are taken in a fixed order.
     """
 
     compute: DType = "bfloat16"
@@ -51,6 +52,8 @@ class Conventions:
     dropout: float = 0.0
     plain_experts: bool = False
     kept: tuple[str, ...] = ()
+    unfused: tuple[Unfused, ...] = ()
+    deterministic: bool = False
 
 
 def conventions(row: Row) -> Conventions:
@@ -81,6 +84,8 @@ def conventions(row: Row) -> Conventions:
         overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
         sequence_parallel="sequence parallel false" not in notes and source != "vtrain",
         dropout=_dropout(source),
+        unfused=_unfused(source, notes, compiled),
+        deterministic="deterministic=true" in notes,
         plain_experts="framework halo" in notes,
         kept=_kept(compiled) if source == "torchtitan" else (),
     )  # fmt: skip
@@ -141,14 +146,26 @@ def _dropout(source: str) -> float:
     return 0.1 if source in ("megatron-ci-golden", "megatron-selene-2022", "vtrain") else 0.0
 
 
+def _unfused(source: str, notes: str, compiled: bool) -> tuple[Unfused, ...]:
+    """torchtitan without torch.compile runs torch's own ops: a composite RMSNorm, a rotation of complex fp32
+    numbers. Halo's pages: Liger's norms, rotation and dense activation, but experts by transformers' functions
+    around grouped_mm. Megatron-DeepSpeed's gradients are added by autograd, Megatron-LM's where it is told so.
+    """
+    if source == "torchtitan":
+        return () if compiled else ("norms", "rotary", "activation", "residual")
+    if source == "halo-bench":
+        return ("residual", "experts")
+    return ("accumulation",) if source == "vtrain" or "accumulation fusion off" in notes else ()
+
+
 def _attention(source: str, notes: str) -> Kernel:
     """llm-foundry of 2023: attn_impl triton. torch's scaled_dot_product_attention and DeepSpeed's Hugging
     Face models: FlashAttention-2. Megatron of 2022: scores kept (no flash kernel before 2023). Transformer
-    Engine: the profile's.
+    Engine, and FlashAttention-4 that the pages of halo name: the profile's.
     """
     local = "attention-backend=unfused" in notes or "transformer-impl=local" in notes
     if local or source == "vtrain" or source == "megatron-selene-2022":
         return "unfused"
     if source == "llm-foundry":
         return "triton"
-    return "flash2" if source in ("torchtitan", "halo-bench", "alst-recipes", "olmo-core") else "profile"
+    return "flash2" if source in ("torchtitan", "alst-recipes", "olmo-core") else "profile"

@@ -100,6 +100,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         activations=_activations(row, kind, facts.kept),
         overlap=_overlap(row, facts),
         graphs=recipes.graphs(row),
+        unfused=facts.unfused,
         precision=Precision(
             compute=facts.compute,
             param=facts.param,
@@ -201,7 +202,7 @@ def approximations(row: Row) -> tuple[str, ...]:
             "activations of a fraction of the layers on the host: time as if hidden, memory not scored"
         )
     if row.get("routing") == "natural":
-        found.append("natural routing: simulated as balanced")
+        found.append("natural routing: simulated with a published spread of loads")
     if recipes.hides_experts(row) and not _overlap(row, conventions(row)).experts:
         found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
     if "selective" in row["recompute"] and family(row) == "fsdp" and not conventions(row).kept:

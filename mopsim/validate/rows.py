@@ -18,6 +18,7 @@ from mopsim.spec.units import UNITS
 from mopsim.validate.attention import with_kernel
 from mopsim.validate.conventions import Conventions, conventions
 from mopsim.validate.families import Degrees, approximations, family, strategy
+from mopsim.validate.natural import natural
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 GIB = UNITS["GiB"]
@@ -53,7 +54,7 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for runs that simulate alike."""
-        kernel = self.conventions.attention
+        kernel = self.conventions.attention, self.conventions.deterministic
         return (self.model, self.hardware.name, kernel, self.num_nodes, self.strategy, self.training)
 
 
@@ -65,11 +66,11 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     facts = conventions(row)
     model = msgspec.structs.replace(_model(row, models), dropout=facts.dropout)
     degrees = _degrees(row, model)
-    hardware = with_kernel(_hardware(row["gpu"]), facts.attention, model.head_dim)
+    hardware = with_kernel(_hardware(row["gpu"]), facts.attention, model.head_dim, facts.deterministic)
     try:
         split = strategy(row, degrees, model, facts)
         model = _vocabulary(model, degrees, family(row))
-        training = _training(row, degrees)
+        training = _training(row, degrees, model)
         split.check_model(model)
         training.check_strategy(split)
     except SpecError as error:
@@ -154,7 +155,7 @@ def _degrees(row: Row, model: ModelSpec) -> Degrees:
     )
 
 
-def _training(row: Row, degrees: Degrees) -> TrainSpec:
+def _training(row: Row, degrees: Degrees, model: ModelSpec) -> TrainSpec:
     """A run that only says whether it fits needs no batch: one microbatch for each data group."""
     batch = count(row, "global_batch")
     if batch is None:
@@ -162,4 +163,6 @@ def _training(row: Row, degrees: Degrees) -> TrainSpec:
             raise UnsupportedError("global_batch", "not stated by the source")
         groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
         batch = degrees.micro_batch * max(1, groups)
-    return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch)
+    natural_router = row.get("routing") == "natural" and model.num_local_experts > 0
+    routing = natural(model.num_local_experts) if natural_router else "balanced"
+    return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing)
