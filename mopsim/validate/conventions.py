@@ -148,8 +148,9 @@ def _dropout(source: str) -> float:
 
 def _unfused(source: str, notes: str, compiled: bool) -> tuple[Unfused, ...]:
     """torchtitan without torch.compile runs torch's own ops: a composite RMSNorm, a rotation of complex fp32
-    numbers. Halo's pages: Liger's norms, rotation and dense activation, but experts by transformers' functions
-    around grouped_mm. Megatron-DeepSpeed's gradients are added by autograd, Megatron-LM's where it is told so.
+    numbers. Halo's pages: Liger's norms, rotation and dense activation, but experts by transformers'
+    functions around grouped_mm. Megatron-DeepSpeed's gradients are added by autograd, Megatron-LM's where it
+    is told so.
     """
     if source == "torchtitan":
         return () if compiled else ("norms", "rotary", "activation", "residual")

@@ -83,6 +83,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             prefetch=1 if zero == 3 else 0,
             chunk_tokens=_TILE if "tiled mlp" in row.get("notes", "").lower() else 0,
             param_tier="host" if "parameter offload cpu" in row.get("notes", "").lower() else "device",
+            grad_tier="host" if kind == "zero_offload" else "device",
         ),
         attention=Attention(
             sequence=degrees.sequence, exchange=_exchange(row, kind), flash=facts.attention != "unfused"
@@ -97,7 +98,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         ),
         vocabulary=_vocabulary(row, degrees, facts.fused_loss),
         optimizer=_optimizer(row, kind),
-        activations=_activations(row, kind, facts.kept),
+        activations=_activations(row, kind, facts.kept if degrees.tensor == 1 else ()),
         overlap=_overlap(row, facts),
         graphs=recipes.graphs(row),
         unfused=facts.unfused,
@@ -205,6 +206,10 @@ def approximations(row: Row) -> tuple[str, ...]:
         found.append("natural routing: simulated with a published spread of loads")
     if recipes.hides_experts(row) and not _overlap(row, conventions(row)).experts:
         found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
-    if "selective" in row["recompute"] and family(row) == "fsdp" and not conventions(row).kept:
+    if (
+        "selective" in row["recompute"]
+        and family(row) == "fsdp"
+        and not (conventions(row).kept and row["tp"] == "1")
+    ):
         found.append("selective recompute of single ops: simulated as that of the FFN")
     return tuple(found)

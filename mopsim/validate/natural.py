@@ -1,8 +1,8 @@
 """Routing of pretrained routers on real tokens, where a row says `natural` and nobody counted.
 
 What is published is how much more the busiest rank gets than the mean one. Experts' shares are taken to be
-lognormal, and experts to lie on ranks in no order; one spread of the shares then gives the busiest rank's load
-at any degree of expert parallelism.
+lognormal, and experts to lie on ranks in no order; one spread of the shares then gives the busiest rank's
+load at any degree of expert parallelism.
 """
 
 import random
@@ -11,10 +11,10 @@ from math import exp, log, sqrt
 from statistics import NormalDist
 
 SPREAD = 0.78
-"""Standard deviation of an expert's share over the mean share. Without balancing, the busiest rank of training
-and prefill of MoE networks of 106 to 671 billion parameters on rack-scale nodes got 1.30 to 4.01 times the mean
-(UltraEP, arXiv 2606.04101); 0.78 gives their middle by ratio, 2.28, on 64 ranks of 4 experts, the degree being
-assumed. On 8 ranks of 16 it gives 1.3."""
+"""Standard deviation of an expert's share over the mean share. Without balancing, the busiest rank of MoE
+networks of 106 to 671 billion parameters, in training and prefill on rack-scale nodes, got 1.30 to 4.01 times
+the mean (UltraEP, arXiv 2606.04101); 0.78 gives their middle by ratio, 2.28, on 64 ranks of 4 experts, the
+degree being assumed. On 8 ranks of 16 it gives 1.3."""
 ORDER = 4
 """Seed of the order of the experts on the ranks: one whose busiest ranks, of 128 and of 256 experts on 8, get
 what they do on average over orders (1.3)."""
