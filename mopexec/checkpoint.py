@@ -18,9 +18,11 @@ from mopsim.spec import io
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.io import Spec
 from mopsim.spec.plan import Plan
+from mopsim.spec.units import format_bytes
 
 _NAME = re.compile(r"step_(\d{8})")
 _META = "run.json"
+_ARCHIVE = "inline_container"  # torch's archive writer says where in its source a write fell short, not why
 
 
 class RunState(Spec, frozen=True, kw_only=True):
@@ -159,7 +161,14 @@ def load(path: Path, runner: Stateful) -> None:
 
 
 def _write(aside: Path, runner: Stateful) -> None:
-    save_tensors(_tensors(runner), checkpoint_id=str(aside))
+    try:
+        save_tensors(_tensors(runner), checkpoint_id=str(aside))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _root_cause(error)
+        if _ARCHIVE in cause:
+            free = format_bytes(shutil.disk_usage(aside.parent).free)
+            cause = f"the disk is full, or a quota or a limit on file sizes is reached ({free} free)"
+        raise MopError(cause) from None
 
 
 def _tensors(runner: Stateful) -> dict[str, Any]:
