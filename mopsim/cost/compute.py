@@ -32,7 +32,7 @@ def matmul(work: Work, profile: HardwareProfile) -> float:
     if m <= 0 or n <= 0 or k <= 0:
         return 0.0
     fill = m / (m + curve.m_half) * (n / (n + curve.n_half)) * (k / (k + curve.k_half))
-    arithmetic = 2 * m * n * k / (curve.peak.si * curve.efficiency * fill)
+    arithmetic = 2 * m * n * k / (curve.peak.si * min(curve.efficiency * fill, curve.held))
     moved = (m * k + k * n + m * n) * width
     seconds = work.count * max(arithmetic, moved / profile.device.memory_bandwidth.si)
     launches = work.launches if work.kind == "grouped_matmul" else work.count

@@ -130,7 +130,7 @@ def _matmul(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
     return MatmulCurve(
         dtype=dtype, peak=peak, efficiency=min(1.0, round_to(fit.efficiency * ratio)),
         m_half=round_to(fit.m_half * scale), n_half=round_to(fit.n_half * scale),
-        k_half=round_to(fit.k_half * scale),
+        k_half=round_to(fit.k_half * scale), held=round_to(fit.held * ratio) if fit.held < 1 else 1.0,
         tag=fits.matmul_tag if dtype == "bfloat16" else "assumed",
         source=fits.matmul_source if dtype == "bfloat16" else f"as the bf16 curve; {why or 'the same rate'}",
     )  # fmt: skip
@@ -148,7 +148,7 @@ def _grouped(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
     return MatmulCurve(
         dtype=dtype, peak=dense.peak, efficiency=round_to(dense.efficiency * share),
         m_half=round_to(max(half, fits.matmul.m_half) * scale), n_half=dense.n_half, k_half=dense.k_half,
-        tag=tag if dtype == "bfloat16" else "assumed", source=source,
+        held=dense.held, tag=tag if dtype == "bfloat16" else "assumed", source=source,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, minimize_scalar
 
 from mopsim.fit_profiles.tables import Array, Residuals, column, params, round_to
 
@@ -13,7 +13,8 @@ _STREAMING_INTENSITY, _STREAMING_BYTES = 70.0, 2e8
 
 @dataclass(frozen=True)
 class MatmulFit:
-    """efficiency <= 1 of peak, sizes at half rate, the floor of a kernel in seconds, how well it fits."""
+    """efficiency <= 1 of peak, sizes at half rate, the floor of a kernel in seconds, how well it fits; held: what
+    power leaves of the peak in a step."""
 
     efficiency: float
     m_half: float
@@ -22,6 +23,7 @@ class MatmulFit:
     floor: float
     residuals: Residuals
     residuals_large: Residuals
+    held: float = 1.0
 
 
 def _bytes(m: Array, n: Array, k: Array) -> Array:
@@ -101,6 +103,27 @@ def table_efficiency(rows: list[dict[str, str]], dense: MatmulFit, peak: float) 
     ratio = column(rows, "value") / (peak * fill)
     efficiency = float(np.exp(np.median(np.log(ratio))))
     return round_to(min(efficiency, 1.0)), Residuals.of(np.asarray(np.log(ratio / efficiency)))
+
+
+def held_rate(
+    rows: list[dict[str, str]], dense: MatmulFit, peak: float, bandwidth: float
+) -> tuple[float, Residuals]:
+    """The fraction of peak that bounds a microbenchmark's curve over a sweep of large products (params m, n, k;
+    FLOP/s): there power limits the clock, which a microbenchmark of few repetitions does not show."""
+    shape = [params(row) for row in rows]
+    m, n, k = (np.array([float(s[name]) for s in shape]) for name in ("m", "n", "k"))
+    rate = column(rows, "value") / peak
+    fill = m / (m + dense.m_half) * n / (n + dense.n_half) * k / (k + dense.k_half)
+    work = 2 * m * n * k / peak
+
+    def errors(held: float) -> Array:
+        seconds = np.maximum(work / np.minimum(dense.efficiency * fill, held), _bytes(m, n, k) / bandwidth)
+        return np.asarray(np.log((seconds + dense.floor) * rate / work))
+
+    found = minimize_scalar(
+        lambda x: float(np.abs(errors(x)).sum()), bounds=(0.1, dense.efficiency), method="bounded"
+    )
+    return round_to(float(found.x), 3), Residuals.of(errors(float(found.x)))
 
 
 def best_rates(rows: list[dict[str, str]], gpu: str) -> dict[str, float]:

@@ -126,8 +126,8 @@ class Fitter:
                 "measured",
                 f"efficiency from the {curves['table']} table of components.csv, shape {source}",
             )
-        if "sustained" in curves:
-            return self._sustained(curves["sustained"], fit, source)
+        if "held" in curves:
+            return self._held(curves["held"], name, fit, source)
         if "efficiency_scale" in curves:
             scale, why = float(curves["efficiency_scale"]), curves["efficiency_why"]
             scaled = round(fit.efficiency * scale, 4)
@@ -137,13 +137,19 @@ class Fitter:
             return fit, "assumed", f"{source}, times {scale}: {why}"
         return fit, "measured", source
 
-    def _sustained(self, owner: str, fit: MatmulFit, source: str) -> tuple[MatmulFit, Tag, str]:
-        """A microbenchmark's curve at the share of its rate that another card of the architecture holds in a
-        sweep of training's products: there power limits the clock."""
+    def _held(self, owner: str, name: str, fit: MatmulFit, source: str) -> tuple[MatmulFit, Tag, str]:
+        """A microbenchmark's curve, bounded by what the owner of a sweep of training's products holds in it; on
+        other cards of the architecture by the same share of their own microbenchmark."""
         other = self.machines[owner]
-        share = self._dense(owner, other)[0].efficiency / self.matmul_fit(other["curves"]["gemm"]).efficiency
-        why = f"{source}, times {share:.3f}: what {owner} keeps of it in a sweep of training's products"
-        return replace(fit, efficiency=round_to(fit.efficiency * share)), "assumed", why
+        micro, bandwidth = self._table(other["curves"]["gemm"])
+        rows = [row for row in self._of("gemm", owner) if row["system"].startswith("library")]
+        rows = [row for row in rows if "grouped" not in row["params"]]
+        held, residuals = matmul.held_rate(rows, micro, _si(other["peaks"]["bfloat16"]), bandwidth)
+        self.report[f"matmul {owner}, a sweep of training's products"] = str(residuals)
+        share = held / micro.efficiency
+        why = f"{source}; held: {share:.3f} of it, as {owner} in a sweep of training's products"
+        tag: Tag = "measured" if owner == name else "assumed"
+        return replace(fit, held=round_to(fit.efficiency * share)), tag, why
 
     def _owner(self, gpu: str) -> Entry:
         """The machine that a GPU of the measured tables is."""

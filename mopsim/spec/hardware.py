@@ -64,7 +64,7 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
 
     time = max(2mnk / (peak * efficiency * f), bytes / memory bandwidth) + the device's launch overhead,
     f = m/(m + m_half) * n/(n + n_half) * k/(k + k_half). `efficiency` <= 1: the fraction of peak at large
-    sizes.
+    sizes. `held` bounds efficiency * f: what power allows products that follow each other in a step.
     """
 
     dtype: str
@@ -73,13 +73,14 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
     m_half: float = 0.0
     n_half: float = 0.0
     k_half: float = 0.0
+    held: float = 1.0
     tag: Tag
     source: str
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, f"is not one of {', '.join(DTYPE_BYTES)}")
         require_dimension(self, "arithmetic", "peak")
-        require_between(self, 1e-4, 1, "efficiency")
+        require_between(self, 1e-4, 1, "efficiency", "held")
         require_between(self, 0, 1e9, "m_half", "n_half", "k_half")
         require(self.peak.si >= 1e8, "peak", self.peak.si, "FLOP/s is below 1e8: check the unit")
 
