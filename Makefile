@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format lint types imports clean
+.PHONY: setup demo test bench check format lint types imports clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/speed.py reports/benchmarks
 
 check: setup format lint types imports test
 
