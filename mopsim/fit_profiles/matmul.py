@@ -13,8 +13,8 @@ _STREAMING_INTENSITY, _STREAMING_BYTES = 70.0, 2e8
 
 @dataclass(frozen=True)
 class MatmulFit:
-    """efficiency <= 1 of peak, sizes at half rate, the floor of a kernel in seconds, how well it fits; held: what
-    power leaves of the peak in a step."""
+    """efficiency <= 1 of peak, sizes at half rate, the floor of a kernel in seconds, how well it fits; held:
+    what power leaves of the peak in a step."""
 
     efficiency: float
     m_half: float
@@ -108,8 +108,8 @@ def table_efficiency(rows: list[dict[str, str]], dense: MatmulFit, peak: float) 
 def held_rate(
     rows: list[dict[str, str]], dense: MatmulFit, peak: float, bandwidth: float
 ) -> tuple[float, Residuals]:
-    """The fraction of peak that bounds a microbenchmark's curve over a sweep of large products (params m, n, k;
-    FLOP/s): there power limits the clock, which a microbenchmark of few repetitions does not show."""
+    """The fraction of peak that bounds a microbenchmark's curve over a sweep of large products (params m, n,
+    k; FLOP/s): there power limits the clock, which a microbenchmark of few repetitions does not show."""
     shape = [params(row) for row in rows]
     m, n, k = (np.array([float(s[name]) for s in shape]) for name in ("m", "n", "k"))
     rate = column(rows, "value") / peak

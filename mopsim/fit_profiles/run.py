@@ -138,8 +138,8 @@ class Fitter:
         return fit, "measured", source
 
     def _held(self, owner: str, name: str, fit: MatmulFit, source: str) -> tuple[MatmulFit, Tag, str]:
-        """A microbenchmark's curve, bounded by what the owner of a sweep of training's products holds in it; on
-        other cards of the architecture by the same share of their own microbenchmark."""
+        """A microbenchmark's curve, bounded by what the owner of a sweep of training's products holds in it;
+        on other cards of the architecture by the same share of their own microbenchmark."""
         other = self.machines[owner]
         micro, bandwidth = self._table(other["curves"]["gemm"])
         rows = [row for row in self._of("gemm", owner) if row["system"].startswith("library")]

@@ -35,6 +35,24 @@ def test_small_products_run_below_the_peak() -> None:
     assert seconds(work, profile) == pytest.approx(8 * 2 * 128 * 4096**2 / (80e12 * 0.5) + 5e-6)
 
 
+def test_power_bounds_large_products_only() -> None:
+    [curve] = [one for one in TOY.device.matmul if one.dtype == "bfloat16"]
+    bounded = msgspec.structs.replace(curve, m_half=4096, held=0.6)
+    profile = msgspec.structs.replace(TOY, device=msgspec.structs.replace(TOY.device, matmul=(bounded,)))
+    for m, share in ((4096, 0.5), (4 * 4096, 0.6)):
+        work = Work("matmul", m=m, n=4096, k=4096, dtype="bfloat16")
+        assert seconds(work, profile) == pytest.approx(2 * m * 4096**2 / (share * 100e12))
+
+
+def test_attention_of_eight_bit_operands_is_so_many_times_as_fast() -> None:
+    shape = msgspec.structs.replace(TOY.device.attention, eight_bit_forward=1.5, eight_bit_backward=1.2)
+    profile = msgspec.structs.replace(TOY, device=msgspec.structs.replace(TOY.device, attention=shape))
+    for backward, gain in ((False, 1.5), (True, 1.2)):
+        wide = Work("attention", flops=1e12, seq=4096, dtype="bfloat16", backward=backward)
+        narrow = Work("attention", flops=1e12, seq=4096, dtype="mxfp8", backward=backward)
+        assert seconds(wide, profile) == pytest.approx(gain * seconds(narrow, profile))
+
+
 def test_an_unknown_dtype_is_named() -> None:
     with pytest.raises(SpecError, match="no matmul curve"):
         seconds(Work("matmul", m=1, n=1, k=1, dtype="nvfp4"), TOY)
