@@ -164,7 +164,7 @@ def _optimizer(row: Row, kind: str) -> Optimizer:
 def _activations(row: Row, kind: str, kept: tuple[str, ...]) -> Activations:
     """Raises SpecError for an unknown module. Offloaded fractions are left out (see `approximations`)."""
     tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
-    recompute = row["recompute"]
+    recompute = recipes.recomputed(row, row["recompute"])
     if recompute == "none":
         return Activations(recompute="none", boundary_tier=tier)
     if recompute == "full":
@@ -202,6 +202,8 @@ def approximations(row: Row) -> tuple[str, ...]:
         found.append(
             "activations of a fraction of the layers on the host: time as if hidden, memory not scored"
         )
+    if recipes.recomputed(row, row["recompute"]) != row["recompute"]:
+        found.append("full recompute of a few layers: simulated as none")
     if row.get("routing") == "natural":
         found.append("natural routing: simulated with a published spread of loads")
     if recipes.hides_experts(row) and not _overlap(row, conventions(row)).experts:

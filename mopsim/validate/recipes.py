@@ -43,9 +43,19 @@ def graphs(row: Row) -> tuple[str, ...]:
 
 
 def hides_experts(row: Row) -> bool:
-    """Whether the exchanges of the experts hide behind another microbatch."""
+    """Whether the exchanges of the experts hide behind another microbatch: as said, or as in the recipes of
+    v0.6.0, that of Qwen3-30B-A3B in bf16 on H100 among them."""
     notes = row.get("notes", "").lower()
-    return "ep" in row.get("overlap", "").split("+") or _late(row, notes)
+    hopper = "perf recipe" in notes and "qwen3_30b_a3b_pretrain_16gpu_h100_bf16_config" in notes
+    return "ep" in row.get("overlap", "").split("+") or hopper or _late(row, notes)
+
+
+def recomputed(row: Row, recompute: str) -> str:
+    """`full` of a few layers only is nearer to none: the note `full(block,5 layers)` of a network of 32."""
+    found = re.search(r"full\(block,(\d+) layers\)", row.get("notes", "").lower())
+    layers, stages = count(row, "num_layers"), count(row, "pp") or 1
+    few = found and layers and int(found.group(1)) * stages < layers / 2
+    return "none" if few and recompute == "full" else recompute
 
 
 def eight_bit_attention(row: Row) -> bool:

@@ -39,6 +39,13 @@ def test_the_last_release_replays_the_whole_step() -> None:
     assert recipes.graphs({**said, "source": "mine"}) == ()
 
 
+def test_recompute_of_a_few_layers_is_none() -> None:
+    few = bridge("llama3_8b", "h100-sxm-80g", "recompute only in part of the layers: full(block,5 layers)")
+    assert recipes.recomputed(few, "full") == "none"
+    assert recipes.recomputed({**few, "pp": "4"}, "full") == "full"
+    assert recipes.recomputed(row(), "full") == "full"
+
+
 def test_layouts_hold_the_whole_network() -> None:
     for parts, layers in recipes.DEEPSEEK_LAYERS.items():
         assert len(layers) == parts
