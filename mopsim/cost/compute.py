@@ -66,9 +66,10 @@ def attention(work: Work, profile: HardwareProfile) -> float:
 def memory_bound(work: Work, profile: HardwareProfile) -> float:
     """`launches` kernels that share `bytes` of traffic; the rate falls for small kernels by bytes_half."""
     device = profile.device
+    bandwidth = device.index_bandwidth if work.indexed and device.index_bandwidth else device.memory_bandwidth
     launches = max(work.launches, 1)
     moved = work.bytes + launches * device.memory_bytes_half if work.bytes else 0.0
-    return moved / device.memory_bandwidth.si + launches * device.launch_overhead.si
+    return moved / bandwidth.si + launches * device.launch_overhead.si
 
 
 def optimizer(work: Work, profile: HardwareProfile) -> float:

@@ -32,7 +32,13 @@ GROUPED_ASSUMED = (0.8, 200.0)
 GROUPED_SOURCE = "0.8 of the dense efficiency, half rate at 200 tokens an expert: assumed, B200 is lower"
 #: Fractions of the bf16 efficiency where the dtype was not measured. mxfp8: 1.83 times the bf16 rate on B300
 #: with operands quantised before (Transformer Engine's GEMM profiling tutorial).
-ASSUMED_RATIO = {"fp8": 0.95, "mxfp8": 0.915, "nvfp4": 0.75, "float32": 1.0, "float64": 0.9}
+ASSUMED_RATIO = {"fp8": 0.95, "mxfp8": 0.915, "nvfp4": 0.75, "float32": 0.96, "float64": 0.9}
+RATIO_SOURCE = {"float32": "51.8 of 66.9 against 797.5 of 989.4 TFLOP/s, H100, n = 8192 (zzc0721, torch 2.7)"}
+#: Copies of rows by index in eager torch: 1.25 TB/s of the 4.13 that kernels reach on H200 (bf16, 8192 rows
+#: of 4096; tile-ai/TileOPs pull 603). A100: 0.19 (Megatron's permutation in SimuMax's a100_pcie.json), H100:
+#: 0.21 (index_select before torch 2.8, pytorch issue 151612).
+INDEX_FRACTION = 0.303
+INDEX_SOURCE = "0.303 of memory_bandwidth: copies by index in eager torch on H200 (tile-ai/TileOPs pull 603)"
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,9 @@ def _device(machine: Entry, fits: MachineFits) -> Device:
         memory_bandwidth=quantity(
             round_to(fits.bandwidth / 1e12, 3), "TB/s", fits.bandwidth_tag, fits.bandwidth_source
         ),
+        index_bandwidth=quantity(
+            round_to(INDEX_FRACTION * fits.bandwidth / 1e12, 3), "TB/s", "assumed", INDEX_SOURCE
+        ),
         launch_overhead=quantity(
             round_to(fits.matmul.floor * 1e6, 3), "us", fits.matmul_tag,
             f"the floor of a kernel: {fits.matmul_source}",
@@ -120,7 +129,8 @@ def _ratio(dtype: str, fits: MachineFits) -> tuple[float, str]:
         return 1.0, ""
     if dtype in fits.dtype_ratio:
         return fits.dtype_ratio[dtype]
-    return ASSUMED_RATIO[dtype], f"{ASSUMED_RATIO[dtype]} of the bf16 efficiency, assumed"
+    ratio = ASSUMED_RATIO[dtype]
+    return ratio, f"{ratio} of the bf16 efficiency, {RATIO_SOURCE.get(dtype, 'assumed')}"
 
 
 def _matmul(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
@@ -153,8 +163,8 @@ def _grouped(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
 
 
 ISSUE_SOURCE = (
-    "eager torch works 5 to 25 us on the CPU before a kernel starts (Python, dispatcher, autograd, driver: "
-    "jiahuanglin.xyz, From PyTorch op to kernel launch): the middle by ratio"
+    "a torch Linear takes 13.5 us of the CPU on DGX H100 (Transformer Engine issue 2053); eager torch works 5 to "
+    "25 us before a kernel starts (jiahuanglin.xyz, From PyTorch op to kernel launch)"
 )
 
 
@@ -168,7 +178,7 @@ def _host(host: Entry) -> Host:
         link_sharing=host["sharing"],
         adam_rate=_given(host["adam"]),
         cores=host["cores"],
-        issue=_given(host["issue"]) if "issue" in host else quantity(10.0, "us", "assumed", ISSUE_SOURCE),
+        issue=_given(host["issue"]) if "issue" in host else quantity(13.5, "us", "assumed", ISSUE_SOURCE),
     )
 
 

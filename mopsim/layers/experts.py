@@ -10,6 +10,11 @@ from mopsim.spec.model import ModelSpec
 _C, _R = "experts", "router"
 
 
+PLAN_LAUNCHES = 3
+"""What the host starts for each expert when it places rows: its load is read twice, its routes are cut out
+(the published code of arXiv 2601.17111)."""
+
+
 @dataclass(frozen=True)
 class Migration:
     """Weights that least-loaded placement moves in a layer, in bytes of the compute dtype.
@@ -108,6 +113,7 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, spli
             (Value("sent", sent * row, "dispatch"),),
             bytes=2 * sent * row,
             launches=4,
+            indexed=True,
         ),
     ]
     if split:
@@ -135,6 +141,7 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, spli
             (Value("rows", arrived * row, "dispatch"),),
             bytes=2 * arrived * row,
             launches=2,
+            indexed=True,
         )
     )
     return Tape((Value("h", tokens * row),), tuple(kernels), ("rows",))
@@ -240,6 +247,7 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
             ("out",),
             (Value("back", arrived * row, "dispatch"),),
             bytes=2.0 * arrived * row,
+            indexed=True,
         )
     ]
     if split:
@@ -266,6 +274,7 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
             ("returned",),
             (Value("f", 0),),
             bytes=2.0 * sent * row + tokens * row,
+            indexed=True,
         )
     )
     return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",), consumes=("out",))

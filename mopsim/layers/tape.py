@@ -44,6 +44,8 @@ class Kernel:
     kind: a kind of work (mopsim.spec.hardware.WORK_KINDS), or "view" for none. bytes: memory traffic of a
     forward run, or the full buffer of a collective. flops, seq: of attention (causal half counted). saves:
     values kept for the backward. scratch, back_scratch: (category, bytes) alive inside the kernel only.
+    indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
+    of its own for it.
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the
     unit's buffer. group: whose ranks a collective joins.
     """
@@ -64,6 +66,7 @@ class Kernel:
     scratch: tuple[Step, ...] = ()
     back_scratch: tuple[Step, ...] = ()
     weight_grad: int = 0
+    indexed: bool = False
     group: str = ""
     back_kind: str = ""
 

@@ -220,12 +220,11 @@ def _works(kernel: Kernel, backward: bool, dtype: str, groups: Mapping[str, Grou
         launches = kernel.back_launches
     if kernel.kind in ("matmul", "grouped_matmul"):
         found = []
-        for one in kernel.matmuls:
-            if backward:
-                found.append(Work(kernel.kind, m=one.m, n=one.k, k=one.n, count=one.count, dtype=dtype))
-                found.append(Work(kernel.kind, m=one.k, n=one.n, k=one.m, count=one.count, dtype=dtype))
-            else:
-                found.append(Work(kernel.kind, m=one.m, n=one.n, k=one.k, count=one.count, dtype=dtype))
+        for place, one in enumerate(kernel.matmuls):
+            started = int(place == 0 or kernel.kind != "grouped_matmul")
+            shapes = [(one.m, one.k, one.n), (one.k, one.n, one.m)] if backward else [(one.m, one.n, one.k)]
+            for m, n, k in shapes:
+                found.append(Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype, launches=started))
         return found
     if kernel.kind == "attention":
         factor = 2.5 if backward else 1.0  # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
@@ -251,4 +250,5 @@ def _works(kernel: Kernel, backward: bool, dtype: str, groups: Mapping[str, Grou
     size = kernel.bytes
     if backward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    return [Work("memory_bound", bytes=size, launches=launches)] if size or launches else []
+    work = Work("memory_bound", bytes=size, launches=launches, indexed=kernel.indexed)
+    return [work] if size or launches else []

@@ -36,9 +36,10 @@ class Work:
 
     m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full
     buffer), or transfer. params: of an optimizer update. launches: kernels started for it, one after the
-    other. calls: what the host starts for it where that differs (kernels side by side). group: ranks of a
+    other; 0: products of a group that another Work starts. calls: what the host starts for it where that differs (kernels side by side). group: ranks of a
     collective.
-    duplex: a transfer beside another the other way, with which it shares host DRAM.
+    indexed: rows are read or written by index. duplex: a transfer beside another the other way, with which it
+    shares host DRAM.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Work:
     params: float = 0.0
     launches: int = 1
     calls: int = 0
+    indexed: bool = False
     duplex: bool = False
     dtype: str = ""
     group: Group = Group(1, 1)
@@ -62,13 +64,15 @@ class Work:
         """Kernels, copies or collectives that the host starts for it, and that a timer would count."""
         if self.calls:
             return float(self.calls)
+        if self.kind == "grouped_matmul":
+            return float(self.launches)
         return self.count if self.kind == "matmul" else float(max(self.launches, 1))
 
 
 @lru_cache(maxsize=65536)
-def memory_work(num_bytes: float, launches: int) -> Work:
+def memory_work(num_bytes: float, launches: int, indexed: bool = False) -> Work:
     """Memory-bound work; equal work is one object, so that it is priced once."""
-    return Work("memory_bound", bytes=num_bytes, launches=launches)
+    return Work("memory_bound", bytes=num_bytes, launches=launches, indexed=indexed)
 
 
 @lru_cache(maxsize=65536)

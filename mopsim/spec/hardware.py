@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from mopsim.spec.categories import RUNTIMES
 from mopsim.spec.errors import require, require_name
 from mopsim.spec.io import Spec
 from mopsim.spec.units import CEILINGS, DIMENSIONS, DTYPE_BYTES, UNITS
@@ -14,6 +15,8 @@ WORK_KINDS = (
     "all_to_all", "send_recv", "h2d", "d2h", "optimizer", "host_optimizer",
 )  # fmt: skip
 """Kinds of work: what an op of the simulator is, what the executor times, what calibration scales."""
+STEP_KINDS = ("step", *(f"step_{runtime}" for runtime in RUNTIMES))
+"""What calibration adds to a step beside its ops: of any runtime, and of each that was measured."""
 
 WIDE_HEAD = 128
 """Query-key head dimension above which attention kernels take other tiles."""
@@ -162,15 +165,17 @@ class Fabric(Spec, frozen=True, kw_only=True):
 class Device(Spec, frozen=True, kw_only=True):
     """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take.
 
-    memory_bandwidth: what kernels reach at large sizes. grouped_matmul: curves of expert products, m being
-    the tokens of one expert; a dtype without one uses `matmul`. attention_wide: of query-key heads wider than
-    WIDE_HEAD (MLA), where it differs.
+    memory_bandwidth: what kernels reach at large sizes. index_bandwidth: what copies of rows by index reach
+    in an eager framework, bytes read and written; without it, memory_bandwidth. grouped_matmul: curves of
+    expert products, m being the tokens of one expert; a dtype without one uses `matmul`. attention_wide: of
+    query-key heads wider than WIDE_HEAD (MLA), where it differs.
     """
 
     memory: Quantity
     reserved: Quantity
     memory_bandwidth: Quantity
     memory_bytes_half: float = 0.0
+    index_bandwidth: Quantity | None = None
     launch_overhead: Quantity
     matmul: tuple[MatmulCurve, ...]
     grouped_matmul: tuple[MatmulCurve, ...] = ()
@@ -181,7 +186,7 @@ class Device(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_dimension(self, "memory", "memory", "reserved")
-        require_dimension(self, "bandwidth", "memory_bandwidth")
+        require_dimension(self, "bandwidth", "memory_bandwidth", "index_bandwidth")
         require_dimension(self, "time", "launch_overhead")
         require_dimension(self, "update rate", "adam_rate")
         require_dimension(self, "power", "power")
@@ -199,6 +204,12 @@ class Device(Spec, frozen=True, kw_only=True):
             "memory_bandwidth",
             self.memory_bandwidth.si,
             "bytes/s is below 0.1 GB/s: check the unit",
+        )
+        require(
+            self.index_bandwidth is None or 0 < self.index_bandwidth.si <= self.memory_bandwidth.si,
+            "index_bandwidth",
+            self.index_bandwidth.si if self.index_bandwidth else None,
+            "must be above 0 and no more than memory_bandwidth",
         )
         require(
             self.reserved.si < self.memory.si,
@@ -262,7 +273,8 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     """One machine type: `devices_per_node` devices in a node, `scale_up_size` devices in a scale-up domain.
 
     communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU
-    cores; 1: the two cannot overlap at all). corrections: by kind of work, plus "step" (a constant per step).
+    cores; 1: the two cannot overlap at all). corrections: by kind of work, plus STEP_KINDS (a constant per
+    step).
     calibrated_from: digest of the uncorrected profile that the corrections were fitted on.
     """
 
@@ -299,16 +311,23 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         )
         for kind in self.corrections:
             require(
-                kind in (*WORK_KINDS, "step"),
+                kind in (*WORK_KINDS, *STEP_KINDS),
                 "corrections",
                 kind,
-                f"is not one of {', '.join((*WORK_KINDS, 'step'))}",
+                f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}",
             )
+
+    def step_overhead(self, runtime: str) -> float:
+        """Calibrated seconds per step that no op accounts for, of a runtime (Strategy.runtime)."""
+        found = self.corrections.get(f"step_{runtime}") or self.corrections.get("step")
+        return found.overhead if found else 0.0
 
     def memory_limit(self) -> int:
         """Bytes of device memory that a plan may use."""
         return int(self.device.memory.si - self.device.reserved.si)
 
-    def host_limit(self) -> int:
-        """Bytes of host memory that one rank may use: its share of the node's DRAM."""
-        return int(self.host.memory.si / self.devices_per_node)
+    def host_limit(self, ranks: int = 0) -> int:
+        """Bytes of host memory that one rank may use: its share of the node's DRAM. ranks: of the job, where
+        they may be fewer than the node's devices."""
+        sharing = min(ranks, self.devices_per_node) if ranks else self.devices_per_node
+        return int(self.host.memory.si / sharing)

@@ -2,17 +2,23 @@
 
 import msgspec
 
-from mopsim.engine import SimResult, simulate
+from mopsim.engine import SimResult, run, simulate
+from mopsim.layers.tensors import tensors
+from mopsim.lowering.fragment import expert_layer
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.layout import ceil_div, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
-from mopsim.spec.strategy import Experts, Strategy, Vocabulary
+from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import UNITS
 from mopsim.strategies import fsdp2, mop
 from mopsim.validate.component import Component, InexpressibleError
 
 GIB = UNITS["GiB"]
+LIBRARIES = 2 * 32 * 2**20
+"""Workspaces that torch gives cuBLAS and cuBLASLt on Hopper, 32 MiB each
+(torch/csrc: CUBLAS_WORKSPACE_CONFIG, CUBLASLT_WORKSPACE_SIZE); the allocator counts them."""
 
 
 def _step(
@@ -33,22 +39,47 @@ def _seconds(result: SimResult, component: str, phases: tuple[str, ...]) -> floa
 
 
 def optimizer_step(component: Component, hardware: HardwareProfile) -> float:
-    """AdamW with fp32 state on the host: updated there, or streamed through `slots` buckets."""
+    """AdamW with fp32 state on the host: updated there, or streamed with the gradients through `slots`
+    buckets."""
     model = load_model(component.text("model"))
     ranks = int(component.row.get("num_gpus") or 8)
-    if component.metric != "latency_s":
-        raise InexpressibleError(
-            "metric", "the source's buckets never split a tensor, ours are a cap: sizes differ by design"
-        )
-    if "bucket_params" in component.params:
+    streamed = "bucket_params" in component.params
+    groups = _tensor_groups(model, ranks, component.number("bucket_params")) if streamed else []
+    if component.metric == "num_buckets":
+        return float(len(groups))
+    if component.metric == "largest_bucket_params":
+        return float(max(groups))
+    if component.metric == "staging_memory_gib":  # master, two moments and the gradient, fp32
+        return component.number("slots") * max(groups) * 16 / GIB
+    if streamed:
         strategy = mop(
-            ranks, experts=ranks, bucket_params=int(component.number("bucket_params")),
+            ranks, experts=ranks, bucket_params=round(sum(groups) / len(groups)),
             slots=int(component.number("slots")), boundary_tier="device",
         )  # fmt: skip
+        strategy = msgspec.structs.replace(
+            strategy,
+            dense=msgspec.structs.replace(strategy.dense, grad_tier="host"),
+            precision=msgspec.structs.replace(strategy.precision, grad="float32"),
+        )
     else:
         strategy = mop(ranks, experts=ranks, state="host", boundary_tier="device")
     result = _step(component, _plain(model), strategy, 4096, hardware)
     return _seconds(result, "optimizer", ("optimizer",))
+
+
+def _tensor_groups(model: ModelSpec, ranks: int, target: float) -> list[int]:
+    """Parameters of the source's buckets: a rank's whole tensors in order, a bucket closed once it has
+    `target`. Gate and up are one tensor, as gpt-oss has them."""
+    names = {tensor.name: tensor.numel // ranks for tensor in tensors(model)}
+    groups, held = [], 0
+    for name, numel in names.items():
+        if ".experts.gate_proj" in name:
+            continue
+        held += numel + (names[name.replace("up_proj", "gate_proj")] if ".experts.up_proj" in name else 0)
+        if held >= target:
+            groups.append(held)
+            held = 0
+    return [*groups, held] if held else groups
 
 
 def _plain(model: ModelSpec) -> ModelSpec:
@@ -61,7 +92,8 @@ def _plain(model: ModelSpec) -> ModelSpec:
 
 
 def vocabulary_projection(component: Component, hardware: HardwareProfile) -> float:
-    """Output layer and cross entropy in fp32: the vocabulary component of a one-layer network.
+    """Output layer and cross entropy in fp32: the vocabulary component of a one-layer network, by autograd
+    over full logits or around the ring.
 
     Latency is that of the forward: one table calls it so, and three products in it would be twice the fp32
     peak.
@@ -73,85 +105,115 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
         head_dim=64, vocab_size=vocabulary, intermediate_size=64,
     )  # fmt: skip
     ring = component.system == "Ring-DTP"
-    base = mop(degree, vocabulary=degree, state="device", boundary_tier="device", precision="float32")
-    full = msgspec.structs.replace(base, vocabulary=Vocabulary(loss="full"))
-    full = msgspec.structs.replace(full, dense=msgspec.structs.replace(full.dense, shard=1))
-    rows = -(-vocabulary // degree) if ring else vocabulary
+    rows = ceil_div(vocabulary, degree) if ring else vocabulary
     weight = rows * hidden * 4 / GIB
-    batch = tokens * hidden * 4 / GIB
+    resident = weight + (tokens * hidden * 4 + tokens * 8 + LIBRARIES) / GIB
     if component.metric == "projection_weight_gib":
         return weight
     if component.metric == "resident_memory_gib":
-        return weight + batch + tokens * 8 / GIB
-    result = _step(component, model, base if ring else full, tokens, hardware)
+        return resident
+    if ring:
+        strategy = mop(degree, vocabulary=degree, state="device", boundary_tier="device", precision="float32")
+    else:
+        strategy = fsdp2(degree, dense_shard=1, recompute="none", precision="float32")
+    result = _step(component, model, strategy, tokens, hardware)
     if component.metric == "latency_s":
         return _seconds(result, "vocabulary", ("forward",))
-    transient = result.memory_by_category.get("logits", 0) + result.memory_by_category.get(
-        "gathered_grads", 0
-    )
-    increment = transient / GIB + 2 * batch
+    curves = result.memory_curve_by_category
+    made = max(map(sum, zip(curves["logits"], curves["gathered_grads"], strict=True))) / GIB
+    increment = made + (weight if ring else 0)  # the ring adds into a gradient that a step holds all along
     if component.metric == "peak_memory_increment_gib":
         return increment
     if component.metric == "peak_memory_gib":
-        return weight + batch + increment
+        return resident + increment
     raise InexpressibleError("metric", f"{component.metric} has no counterpart")
 
 
 def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float:
-    """A whole step whose layer inputs go to pinned host memory while the budget lasts."""
+    """A whole step whose layer inputs go to pinned host memory while the budget lasts.
+
+    How the tokens of a step divide into sequences is not stated: taken as one. The source keeps two
+    boundaries a layer but one; its blocks of pinned memory are torch's, rounded up to a power of two.
+    """
     model = load_model(component.text("model"))
     ranks = int(component.row.get("num_gpus") or 8)
     budget = component.number("host_budget_gib_per_rank")
+    rows = component.number("tokens_per_step") / int(component.number("sp"))
+    boundary = int(rows * component.number("hidden") * 2)
+    away = offloaded_boundaries(int(component.number("boundaries")), boundary, int(budget * GIB))
+    kept = {
+        "boundaries_offloaded": away,
+        "host_payload_gib_per_rank": away * boundary / GIB,
+        "host_pinned_gib_per_rank": away * 2 ** (boundary - 1).bit_length() / GIB,
+    }
+    if component.metric in kept:
+        return kept[component.metric] if budget else 0.0
     strategy = mop(
         ranks, sequence=int(component.number("sp")), experts=int(component.number("ep")), state="device",
         boundary_tier="host" if budget else "device", host_budget=int(budget * GIB), vocabulary=ranks,
     )  # fmt: skip
     seq = int(component.number("tokens_per_step")) // ranks * ranks
     if component.metric not in ("latency_s", "tokens_per_s_per_gpu"):
-        raise InexpressibleError(
-            "metric", "two boundaries a layer and a stateless optimizer in the source, one and AdamW here"
-        )
+        raise InexpressibleError("metric", "the program beside the step, and what NVML adds, are not stated")
     result = _step(component, model, strategy, seq, hardware)
     return result.step_time if component.metric == "latency_s" else seq / result.step_time / ranks
 
 
 def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
-    """One MoE layer, forward: every intermediate kept (standard), or chunk by chunk (pipelined)."""
-    if "LLEP" in component.system:
-        raise InexpressibleError("system", "least-loaded placement is not simulated")
-    if component.text("pass") != "forward":
-        raise InexpressibleError("pass", "only the forward pass has a counterpart")
-    hidden, tokens = int(component.number("hidden")), int(component.number("tokens_per_rank"))
+    """One MoE layer with routing given: every intermediate kept, or chunks whose products are checkpoints."""
+    strategy = _expert_strategy(component)
+    result = _expert_layer(component, strategy, hardware)
+    if component.metric == "speedup":
+        whole = msgspec.structs.replace(strategy.experts, chunk_tokens=0, checkpoint="redispatch")
+        other = msgspec.structs.replace(strategy, experts=whole)
+        return _expert_layer(component, other, hardware).step_time / result.step_time
+    forward = [span for span in result.spans if span.phase == "forward"]
+    end = max(span.end for span in (forward if component.text("pass") == "forward" else result.spans))
+    if component.metric == "latency_s":
+        return end - min(span.start for span in forward)
+    peak = max(size for time, size in result.memory_curve if time < end)
+    return (peak + _beside(component)) / GIB
+
+
+def _expert_strategy(component: Component) -> Strategy:
+    """Standard EP, LLEP or PipelinedLLEP over `ep` ranks. Capacity 1: the received experts of the published
+    peaks are those of that capacity."""
     degree = int(component.number("ep"))
-    model = ModelSpec(
-        name="moe-layer", hidden_size=hidden, num_hidden_layers=1, num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=8, vocab_size=8, num_local_experts=int(component.number("num_experts")),
+    chunked = "num_chunks" in component.params
+    experts = Experts(
+        degree=degree,
+        balance="least_loaded" if "LLEP" in component.system else "none",
+        chunk_tokens=int(component.number("chunk_tokens")) if chunked else 0,
+        max_chunks=int(component.number("num_chunks")) if chunked else 1,
+        checkpoint="nested" if chunked else "redispatch",
+    )
+    return msgspec.structs.replace(fsdp2(degree, experts=degree, recompute="none"), experts=experts)
+
+
+def _expert_model(component: Component) -> ModelSpec:
+    return ModelSpec(
+        name="moe-layer", hidden_size=int(component.number("hidden")), num_hidden_layers=1,
+        num_attention_heads=8, num_key_value_heads=8, head_dim=8, vocab_size=8,
+        num_local_experts=int(component.number("num_experts")),
         num_experts_per_tok=int(component.number("top_k")),
         moe_intermediate_size=int(component.number("expert_hidden")),
     )  # fmt: skip
-    base = fsdp2(degree, experts=degree, recompute="none")
-    strategy = msgspec.structs.replace(base, experts=Experts(degree=degree))
-    result = _step(component, model, strategy, tokens, hardware)
-    if component.metric == "latency_s":
-        found = [s for s in result.spans if s.component in ("experts", "router") and s.phase == "forward"]
-        found = [span for span in found if not span.name.startswith("gather")]
-        return max(span.end for span in found) - min(span.start for span in found)
-    kept = _highest(result, ("activations", "dispatch"), "experts")
-    return (kept + _weights(model, degree) + 2 * tokens * hidden * 2) / GIB
 
 
-def _highest(result: SimResult, categories: tuple[str, ...], component: str) -> float:
-    """Most bytes of these categories while the component's forward runs."""
-    ends = [span.end for span in result.spans if span.component == component and span.phase == "forward"]
-    curves = [result.memory_curve_by_category[name] for name in categories]
-    times = [time for time, _ in result.memory_curve]
-    return max(
-        (sum(values) for time, *values in zip(times, *curves, strict=True) if time <= max(ends)), default=0.0
-    )
+def _expert_layer(component: Component, strategy: Strategy, hardware: HardwareProfile) -> SimResult:
+    model = _expert_model(component)
+    tokens = int(component.number("tokens_per_rank"))
+    training = TrainSpec(seq_len=tokens, global_batch=strategy.world_size, routing=component.text("routing"))
+    workload = expert_layer(model, strategy, training, hardware.scale_up_size)
+    return run(workload, model, hardware, strategy, training, timeline=True)
 
 
-def _weights(model: ModelSpec, degree: int) -> float:
-    """Bytes of one rank's experts in bf16."""
-    each = 3 * model.hidden_size * model.moe_intermediate_size * 2
-    return model.num_local_experts / degree * each
+def _beside(component: Component) -> int:
+    """Bytes that the benchmark holds and a layer doesn't: the other ranks' experts, as it makes all of them
+    on every rank and works on slices (test_llep.py of SalesforceAIResearch/LeastLoadedEP, whose shapes and
+    profiles these are), the pipeline's workspace, and the libraries'."""
+    model, degree = _expert_model(component), int(component.number("ep"))
+    each = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size * 2
+    others = each * (model.num_local_experts - model.num_local_experts // degree)
+    workspace = float(str(component.params.get("workspace_mib", 0))) * UNITS["MiB"]
+    return int(others + workspace + LIBRARIES)

@@ -149,7 +149,7 @@ class ExpertsLowering:
         works.append(self.rows.elementwise(sent, 8, 14))
         b.compute("order routes", _R, phase, layer, works)
         b.make(f"weights.{i}", arrived * wide, _D) if self.split else None
-        works = [self.rows.elementwise(sent * self.H, 2 * c.b, 1)]
+        works = [self.rows.by_index(sent * self.row)]
         b.make(f"rows_sent.{i}", sent * self.row, _D)
         b.compute("permute", _E, phase, layer, works)
         waiting = b.issue(
@@ -185,7 +185,7 @@ class ExpertsLowering:
             return []
         b.make(name, size, _D)
         b.drop(f"{name}.{i}")
-        return [self.rows.elementwise(size, 2, 1)]
+        return [self.rows.by_index(size)]
 
     def _send_back(self, name: str, i: int, size: int, sent: int, layer: int, phase: str) -> int | None:
         """`name` in the experts' order goes back in the sender's order; arrives as `{name}_back.i`."""
@@ -195,7 +195,7 @@ class ExpertsLowering:
             return None
         if self.ordered:
             b.make(f"{name}_ordered.{i}", size, _D)
-            b.compute("reorder", _E, phase, layer, [self.rows.elementwise(size, 2, 1)])
+            b.compute("reorder", _E, phase, layer, [self.rows.by_index(size)])
             if name != "grad_weights":  # its caller holds it
                 b.drop(name)
         else:
@@ -231,9 +231,14 @@ class ExpertsLowering:
         self._arrive("rows", i)
         part = slice_rows(n)
         b.spike(part * (self.k + 1) * self.row, _D)
-        works = [self.rows.pass_(n, self.H, (3 * self.k + 4) * self.c.b, 3)]
+        works = self._sum_routes(n, 2)
         b.compute("combine", _E, "forward", layer, works, arrived)
         b.drop(f"rows_back.{i}", f"inverse.{i}")
+
+    def _sum_routes(self, tokens: int, launches: int) -> list[Work]:
+        """Routes of each token gathered by index and summed, slice by slice."""
+        gathered = self.rows.by_index(tokens * self.k * self.row, tokens)
+        return [gathered, self.rows.pass_(tokens, self.H, (self.k + 4) * self.c.b, launches)]
 
     def _arrive(self, name: str, i: int) -> None:
         if self.split:
@@ -266,9 +271,7 @@ class ExpertsLowering:
         part = slice_rows(n)
         b.make("grad_hidden", part * self.row, _D)
         b.spike(part * self.k * self.row, _D)
-        b.compute(
-            "combine", _E, "backward", layer, [self.rows.pass_(n, self.H, (3 * self.k + 4) * c.b, 2)], arrived
-        )
+        b.compute("combine", _E, "backward", layer, self._sum_routes(n, 1), arrived)
         works = [self.rows.norm(part, self.H, "hidden")]
         b.spike(part * (2 * self.H + 3 * self.E) * c.wide + 2 * self.E * self.H * c.wide)
         works += self._routing(n, True)

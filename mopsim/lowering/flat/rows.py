@@ -44,6 +44,10 @@ class Rows:
         count = max(1, -(-int(rows) // SLICE_ROWS)) * launches + once
         return memory_work(float(rows * size * bytes_each), count)
 
+    def by_index(self, size: float, rows: int = 0) -> Work:
+        """A copy of `size` bytes by index, at once or in slices of `rows`."""
+        return memory_work(2.0 * size, max(1, -(-rows // SLICE_ROWS)), indexed=True)
+
     def elementwise(self, elements: float, bytes_each: float, launches: int) -> Work:
         """Memory-bound work of `launches` kernels over all elements."""
         return memory_work(float(elements * bytes_each), launches)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mopsim.layers.experts import experts, router
 from mopsim.lowering.fsdp.block import FsdpBlock
-from mopsim.lowering.workload import Work
+from mopsim.lowering.workload import Work, memory_work
 
 _D = "dispatch"
 
@@ -73,7 +73,7 @@ class FsdpMoE(FsdpBlock):
         b = self.b
         b.rename(name, "grouped_before")
         b.make(name, size, _D)
-        b.compute("regroup", "experts", phase, layer, [Work("memory_bound", bytes=2.0 * size)])
+        b.compute("regroup", "experts", phase, layer, [memory_work(2.0 * size, 1, indexed=True)])
         b.drop("grouped_before")
 
     def _dispatch(self, layer: int, phase: str) -> None:
@@ -82,7 +82,7 @@ class FsdpMoE(FsdpBlock):
         b.make("index", 16 * self.sent, _D)
         b.spike(8 * self.sent, _D)
         b.make("rows", self.sent * self.row, _D)
-        work = [Work("memory_bound", bytes=2.0 * self.sent * self.row, launches=8)]
+        work = [memory_work(2.0 * self.sent * self.row, 8, indexed=True)]
         b.compute("permute", "experts", phase, layer, work)
         if self.split:
             b.rename("rows", "spread")
@@ -98,7 +98,11 @@ class FsdpMoE(FsdpBlock):
             self._exchange("leaving", "rows", self.sent * self.row, layer, phase, "combine")
         b.make("home", self.sent * self.row, _D)
         b.compute(
-            "permute back", "experts", phase, layer, [Work("memory_bound", bytes=2.0 * self.sent * self.row)]
+            "permute back",
+            "experts",
+            phase,
+            layer,
+            [memory_work(2.0 * self.sent * self.row, 1, indexed=True)],
         )
         b.drop("rows")
 
@@ -162,7 +166,7 @@ class FsdpMoE(FsdpBlock):
             "experts",
             "backward",
             layer,
-            [Work("memory_bound", bytes=4.0 * self.sent * self.row)],
+            [memory_work(4.0 * self.sent * self.row, 1, indexed=True)],
         )
         b.drop("rows", f"index.{layer}")
         kernels = self.kernels("router")

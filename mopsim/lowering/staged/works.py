@@ -52,7 +52,9 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         return (Work(kind, bytes=size, launches=launches, group=group),) if group.size > 1 else ()
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    return (Work("memory_bound", bytes=size, launches=launches),) if size or launches else ()
+    indexed = kernel.indexed and "experts" in context.strategy.unfused
+    work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed)
+    return (work,) if size or launches else ()
 
 
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
@@ -61,7 +63,8 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     dtype = precision.compute if kernel.component in _EXACT else recipe
     looped = kernel.kind == "grouped_matmul" and context.strategy.experts.looped
     found = []
-    for one in kernel.matmuls:
+    for place, one in enumerate(kernel.matmuls):
+        launches = int(place == 0 or kernel.kind != "grouped_matmul")
         shapes = {
             "forward": (one.m, one.n, one.k),
             "input_grad": (one.m, one.k, one.n),
@@ -70,7 +73,11 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         for name, (m, n, k) in shapes.items():
             if part == name or (part == "backward" and name != "forward"):
                 calls = int(one.count) if looped else 0
-                found.append(Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype, calls=calls))
+                found.append(
+                    Work(
+                        kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype, calls=calls, launches=launches
+                    )
+                )  # fmt: skip
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute] and part != "weight_grad":
         # inputs (forward) or output gradients (backward) are cast once, by rows and by columns
         rows = sum(m.m * m.count * (m.k if part == "forward" else m.n) for m in kernel.matmuls)
@@ -78,4 +85,8 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         launches = reads * (sum(int(m.count) for m in kernel.matmuls) if looped else 1)
         each = reads * DTYPE_BYTES[precision.compute] + 2 * DTYPE_BYTES[dtype]
         found.append(Work("memory_bound", bytes=rows * each, launches=launches))
+    if part in ("backward", "weight_grad") and "accumulation" in context.strategy.unfused:
+        # each gradient is read, its buffer read and written
+        size = sum(m.n * m.k * m.count for m in kernel.matmuls) * (context.b + 2 * context.grad)
+        found.append(Work("memory_bound", bytes=size, launches=len(kernel.matmuls)))
     return tuple(found)

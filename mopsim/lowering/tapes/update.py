@@ -6,6 +6,8 @@ from mopsim.lowering.workload import Work
 from mopsim.spec.layout import optimizer_buckets
 from mopsim.spec.units import DTYPE_BYTES
 
+_O = "optimizer"
+
 
 def update(context: Context, builder: Builder, deps: list[int]) -> None:
     """Ops of the clip and of the optimizer, after all gradients (`deps`) are reduced."""
@@ -50,52 +52,29 @@ def _on_host(context: Context, builder: Builder, total: int) -> None:
 
 
 def _streamed(context: Context, builder: Builder, numels: list[int]) -> None:
-    """Buckets through `slots` staging slots: master and moments up | AdamW | master and moments down."""
+    """Buckets through `slots` staging slots: master and moments (and gradients that are on the host) up |
+    AdamW | master and moments down."""
     precision, optimizer = context.strategy.precision, context.strategy.optimizer
-    each = 2 * int(DTYPE_BYTES[precision.moments])
-    each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])
+    own_master, gradient = precision.master != "param", context.strategy.dense.grad_tier == "host"
+    state = 2 * int(DTYPE_BYTES[precision.moments])
+    state += int(DTYPE_BYTES[precision.master]) if precision.master != "param" else 0
+    each = state + gradient * context.grad
     buckets = optimizer_buckets(numels, optimizer.bucket_params)
     sizes = [sum(stop - start for _, start, stop in bucket) for bucket in buckets]
-    largest = max(sizes)
-    staging = optimizer.slots * largest * each
-    builder.add("staging", "compute", "optimizer", "optimizer", memory=(("staging", staging),))
+    staging = optimizer.slots * max(sizes) * each
+    builder.add("staging", "compute", _O, _O, memory=(("staging", staging),))
     first = len(builder.ops) - 1
     down: list[int] = []
     for index, (bucket, size) in enumerate(zip(buckets, sizes, strict=True)):
         free = down[index - optimizer.slots] if index >= optimizer.slots else first
         pieces = len(bucket)
-        copies = 3 * pieces
-        up = builder.add(
-            f"bucket {index} up",
-            "h2d",
-            "optimizer",
-            "optimizer",
-            (Work("h2d", bytes=float(size * each), launches=copies),),
-            deps=(free,),
+        copies = Work(
+            "h2d", bytes=float(size * each), launches=(2 + own_master + gradient) * pieces, duplex=True
         )
-        done = builder.add(
-            f"bucket {index} adamw",
-            "compute",
-            "optimizer",
-            "optimizer",
-            (Work("optimizer", params=size, launches=pieces),),
-            deps=(up,),
-        )
-        down.append(
-            builder.add(
-                f"bucket {index} down",
-                "d2h",
-                "optimizer",
-                "optimizer",
-                (Work("d2h", bytes=float(size * each), launches=copies),),
-                deps=(done,),
-            )
-        )
-    builder.add(
-        "staging freed",
-        "compute",
-        "optimizer",
-        "optimizer",
-        memory=(("staging", -staging),),
-        deps=down[-optimizer.slots :],
-    )
+        up = builder.add(f"bucket {index} up", "h2d", _O, _O, (copies,), deps=(free,))
+        step = Work("optimizer", params=size, launches=pieces)
+        done = builder.add(f"bucket {index} adamw", "compute", _O, _O, (step,), deps=(up,))
+        copies = Work("d2h", bytes=float(size * state), launches=(2 + own_master) * pieces, duplex=True)
+        down.append(builder.add(f"bucket {index} down", "d2h", _O, _O, (copies,), deps=(done,)))
+    freed = (("staging", -staging),)
+    builder.add("staging freed", "compute", _O, _O, memory=freed, deps=down[-optimizer.slots :])
