@@ -16,6 +16,7 @@ import mopsim
 from mopsim.spec.errors import MopError
 from mopsim.spec.io import Spec
 from mopsim.spec.plan import KindTiming, Measurement, Plan
+from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.units import format_bytes, format_seconds
 
 
@@ -170,6 +171,7 @@ def measurement(
     first_loss: float,
     last_loss: float,
     device: torch.device,
+    routing: RoutingProfile,
 ) -> Measurement:
     """The run's Measurement. step_times: slowest rank, every step; the first `warmup` are left out while one
     remains.
@@ -193,4 +195,5 @@ def measurement(
         last_loss=last_loss,
         environment=environment(device_name(device)),
         mop_version=mopsim.__version__,
+        routing=routing,
     )

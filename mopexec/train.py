@@ -1,8 +1,9 @@
 """The training loop of one rank, read top to bottom."""
 
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.io import Spec
 from mopsim.spec.plan import KindTiming, Plan
+from mopsim.spec.routing import RoutingProfile
 
 Build = Callable[..., Runner]
 SUMMARY = "summary.json"
@@ -97,6 +99,7 @@ class _Loop:
         self.memory_limit = options.device_limit or plan.hardware.memory_limit
         self.predicted = plan.prediction.step_time if plan.prediction else None
         self.step_times: list[float] = []
+        self.busiest: list[float] = []
         self.first_loss, self.last_loss = math.nan, math.nan
         self.stopped_by = ""
         self.last_checkpoint: Path | None = None
@@ -113,6 +116,7 @@ class _Loop:
             self.runner.set_lr(lr)
             result, seconds = self._timed_step(step)
             slowest = _over_ranks(seconds, self.tracking.tracker, self.stop, self.job)
+            self.busiest.append(result.busiest)
             self._record(self._line(step, lr, result, slowest))
             stopping = bool(slowest["stop"])
             if stopping or self._checkpoint_due():
@@ -199,6 +203,9 @@ class _Loop:
             first_loss=self.first_loss if earlier is None else earlier,
             last_loss=self.last_loss,
             device=self.job.platform.device,
+            routing=_measured_routing(
+                self.plan, self.busiest[min(self.options.warmup, len(self.busiest) - 1) :]
+            ),
         )
         outcome = Outcome(
             run=str(self.out),
@@ -217,6 +224,14 @@ class _Loop:
             io.write_yaml(self.out / "measurement.yaml", measured)
             io.write_json(str(self.out / SUMMARY), outcome)
         return outcome
+
+
+def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
+    """See Measurement.routing. busiest: of the steady steps."""
+    shares, degree = [share for share in busiest if math.isfinite(share)], plan.strategy.experts.degree
+    if not shares or degree == 1:
+        return plan.training.routing
+    return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"
 
 
 def learning_rate(plan: Plan, step: int, steps: int, schedule: Literal["constant", "cosine"]) -> float:

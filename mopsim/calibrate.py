@@ -3,9 +3,9 @@
 Per kind of work, measured busy seconds are compared with simulated ones: `scale`, and an overhead per op
 where runs differ enough to tell. Collectives, and copies, are corrected as families: a common scale, from
 which each kind may differ a little. What is left of the step then goes to a cost per op of the compute stream
-(the executor's own Python), a constant per step, and a common factor. Corrections are fitted on the
-uncorrected curves: calibrating twice is calibrating once with more runs. No run scores its own fit:
-`held_out` errors come from fits without the run.
+(the executor's own Python), a constant per step of each runtime, and a common factor. Corrections are fitted
+on the uncorrected curves: calibrating twice is calibrating once with more runs. No run scores its own fit:
+`held_out` errors come from fits without the run. A run is simulated with the routing that it measured.
 """
 
 import statistics
@@ -132,6 +132,10 @@ class _Run:
     base: Simulated
 
     @property
+    def plan(self) -> Plan:
+        return self.measurement.plan_as_routed()
+
+    @property
     def label(self) -> str:
         return f"{self.measurement.plan.strategy.name} ({self.digest})"
 
@@ -157,17 +161,19 @@ def calibrate(
     digests = [io.digest(measurement) for measurement in measurements]
     _check(profile, measurements, digests)
     bare = uncorrected(profile)
-    runs = [_Run(m, d, simulate(m.plan, bare)) for m, d in zip(measurements, digests, strict=True)]
+    runs = [
+        _Run(m, d, simulate(m.plan_as_routed(), bare)) for m, d in zip(measurements, digests, strict=True)
+    ]
     new = _corrected(profile, bare, runs, simulate)
     held_out: list[Simulated | None] = [None] * len(runs)
     if len(runs) > 1:
         for i, run in enumerate(runs):
             others = [other for other in runs if other is not run]
-            held_out[i] = simulate(run.measurement.plan, _corrected(profile, bare, others, simulate))
+            held_out[i] = simulate(run.plan, _corrected(profile, bare, others, simulate))
     residuals = []
     for run, unseen in zip(runs, held_out, strict=True):
-        before = simulate(run.measurement.plan, profile) if profile.corrections else run.base
-        residuals += _residuals(run, before, simulate(run.measurement.plan, new), unseen)
+        before = simulate(run.plan, profile) if profile.corrections else run.base
+        residuals += _residuals(run, before, simulate(run.plan, new), unseen)
     return CalibrationResult(new, tuple(residuals), _uncertainty(runs, residuals), tuple(digests))
 
 
@@ -205,10 +211,10 @@ def _corrected(
     corrections |= _unseen(corrections, bare, source)
     for _ in range(ROUNDS):
         trial = msgspec.structs.replace(bare, corrections=corrections)
-        points = [_step_point(run, simulate(run.measurement.plan, trial)) for run in runs]
+        points = [_step_point(run, simulate(run.plan, trial)) for run in runs]
         fit = fit_step(points, launch)
         floors = {kind: floor(bare, kind) for kind in WORK_KINDS}
-        corrections = _spread(corrections, fit.factor, fit.per_op, fit.constant, floors, source)
+        corrections = _spread(corrections, fit.factor, fit.per_op, fit.constants, floors, source)
     name = profile.name if profile.name.endswith("-calibrated") else f"{profile.name}-calibrated"
     return msgspec.structs.replace(
         bare,
@@ -289,16 +295,16 @@ def floor(bare: HardwareProfile, kind: str) -> float:
 
 def _step_point(run: _Run, simulated: Simulated) -> StepPoint:
     ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
-    return StepPoint(
-        simulated.step_time, ops, run.measurement.step_time_median, scatter(run.measurement.step_times)
-    )
+    measured = run.measurement
+    noise, runtime = scatter(measured.step_times), run.plan.strategy.runtime
+    return StepPoint(simulated.step_time, ops, measured.step_time_median, noise, runtime)
 
 
 def _spread(
     corrections: Mapping[str, Correction],
     factor: float,
     per_op: float,
-    constant: float,
+    constants: Mapping[str, float],
     floors: Mapping[str, float],
     source: str,
 ) -> Corrections:
@@ -309,8 +315,12 @@ def _spread(
         scale = min(max(old.scale * factor, floors[kind], SCALES[0]), SCALES[1])
         overhead = old.overhead * factor + (per_op if kind in COMPUTE_KINDS else 0.0)
         new[kind] = Correction(scale=scale, overhead=min(overhead, 1.0), source=old.source or source)
-    before = corrections["step"].overhead if "step" in corrections else 0.0
-    new["step"] = Correction(overhead=min(max(before + constant, -1.0), 1.0), source=source)
+    for runtime, constant in constants.items():
+        kind = f"step_{runtime}"
+        before = corrections[kind].overhead if kind in corrections else 0.0
+        new[kind] = Correction(overhead=min(before + constant, 1.0), source=source)
+    usual = statistics.fmean(new[f"step_{runtime}"].overhead for runtime in constants)
+    new["step"] = Correction(overhead=usual, source=f"the mean of the runtimes in {source}")
     return new
 
 

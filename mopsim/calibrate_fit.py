@@ -47,13 +47,14 @@ class KindPoint:
 class StepPoint:
     """One run's step. simulated: seconds, kinds corrected; ops: of the compute stream; seconds: measured.
 
-    noise: relative standard deviation of what was measured.
+    noise: relative standard deviation of what was measured. runtime: whose Python ran between the ops.
     """
 
     simulated: float
     ops: int
     seconds: float
     noise: float
+    runtime: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class KindFit:
 
 @dataclass(frozen=True)
 class StepFit:
-    """seconds = factor * simulated + per_op * ops + constant."""
+    """seconds = factor * simulated + per_op * ops + constant of the runtime."""
 
     factor: float
     per_op: float
-    constant: float
+    constants: dict[str, float]
 
 
 def _noise(points: Sequence[KindPoint] | Sequence[StepPoint]) -> Array:
@@ -153,29 +154,36 @@ def fit_family(
 def fit_step(points: Sequence[StepPoint], launch: float) -> StepFit:
     """What the kinds leave of the step, split by what is to be expected of each part.
 
-    A cost per op (the executor's own Python; prior: some launch overheads), a constant, and a factor
-    on all. Two or more runs tell them apart; with one, the priors share it out.
+    A cost per op (the executor's own Python; prior: some launch overheads), a constant per runtime (hooks,
+    autograd, wrappers of tensors: work that differs between them and is in no op), and a factor on all. Two
+    or more runs tell them apart; with one, the priors share it out.
     """
+    runtimes = sorted({point.runtime for point in points})
+    which = np.array([runtimes.index(point.runtime) for point in points])
     simulated, ops, seconds = (
         np.array([getattr(p, name) for p in points], float) for name in ("simulated", "ops", "seconds")
     )
     noise, typical = _noise(points), float(np.median(seconds))
 
-    def parts(x: Array) -> tuple[float, float, float]:
-        return (
-            float(np.exp(FACTOR_PRIOR * x[0])),
-            float(PER_OP_PRIOR * launch * x[1]),
-            float(CONSTANT_PRIOR * typical * x[2]),
-        )
+    def parts(x: Array) -> tuple[float, float, Array]:
+        factor, per_op = float(np.exp(FACTOR_PRIOR * x[0])), float(PER_OP_PRIOR * launch * x[1])
+        return factor, per_op, CONSTANT_PRIOR * typical * x[2:]
 
     def residuals(x: Array) -> Array:
-        factor, per_op, constant = parts(x)
-        predicted = factor * simulated + per_op * ops + constant
+        factor, per_op, constants = parts(x)
+        predicted = factor * simulated + per_op * ops + constants[which]
         return np.append(np.log(np.maximum(predicted, 0.01 * seconds) / seconds) / noise, x)
 
     most = np.log(SCALES[1]) / FACTOR_PRIOR
-    x = _solve(residuals, [0.0, 0.1, 0.1], [-most, 0.0, 0.0], [most, 100.0, 30.0])
-    return StepFit(*parts(x))
+    count = len(runtimes)
+    x = _solve(
+        residuals,
+        [0.0, 0.1] + [0.1] * count,
+        [-most, 0.0] + [0.0] * count,
+        [most, 100.0] + [30.0] * count,
+    )
+    factor, per_op, constants = parts(x)
+    return StepFit(factor, per_op, dict(zip(runtimes, map(float, constants), strict=True)))
 
 
 def scatter(values: Sequence[float]) -> float:

@@ -61,6 +61,9 @@ def search(
     risk: Annotated[
         bool, typer.Option("--risk", help="rank plans within 4 % of a memory limit like the others")
     ] = False,
+    any_routing: Annotated[
+        bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
+    ] = False,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations at most")] = 200,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
@@ -76,7 +79,7 @@ def search(
     job = o.Job(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps
     )
-    run(job, top, family, any_plan, risk, budget, plan, json)
+    run(job, top, family, any_plan, risk, any_routing, budget, plan, json)
 
 
 @app.command()
@@ -106,9 +109,6 @@ def compare(
 
 
 @app.command()
-def size(
-    model: o.Model,
-@app.command()
 def context(
     out: o.OutDirectory,
     model: Annotated[
@@ -123,7 +123,7 @@ def context(
     hardware: o.Hardware = "h200-sxm-141g",
     seq_len: Annotated[
         str, typer.Option(help="context lengths, comma-separated")
-    ] = "32K,64K,128K,256K,512K,1M,2M,4M,8M,16M",
+    ] = "64K,128K,256K,512K,1M,2M,4M,8M,16M",
     tokens_per_device: Annotated[str, typer.Option(help="tokens of each device in one step")] = "128K",
     contender: Annotated[str, typer.Option(help="comma-separated; default: all", show_default=False)] = "",
     vary: Annotated[
@@ -143,6 +143,9 @@ def context(
     run(order, out, json)
 
 
+@app.command()
+def size(
+    model: o.Model,
     tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
     days: Annotated[float, typer.Option(help="wall-clock days that it may take")],
     hardware: Annotated[list[str], typer.Option(help="a hardware profile or YAML file; give several")],
@@ -231,7 +234,7 @@ def validate(
 def demo(
     out: o.OutDirectory = "reports/demo",
     seed: o.Seed = 0,
-    steps: Annotated[int, typer.Option(min=10, help="training steps of each strategy")] = 40,
+    steps: Annotated[int, typer.Option(min=20, help="training steps of each strategy")] = 40,
 ) -> None:
     """The closed loop on this machine: probe, search, train, calibrate, predict, report."""
     from mopsim.loop import run

@@ -22,7 +22,7 @@ import msgspec
 
 from mopsim.engine import SimResult, simulate
 from mopsim.report.demo import Contender, DemoReport, result_table, write_demo
-from mopsim.spec import io
+from mopsim.spec import io, routing
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.outputs import check_outputs
@@ -33,13 +33,15 @@ from mopsim.strategies import mop
 MODEL = "tiny"
 RANKS = 2
 SEQ_LEN, GLOBAL_BATCH = 512, 4
-LEARNING_RATE, WARMUP_STEPS = 4e-3, 8
+LEARNING_RATE, WARMUP_STEPS = 1e-3, 8
 PRECISION: Literal["float32"] = "float32"
 DEVICE_LIMIT = "40 MiB"
 """Of a rank: a device so small that a plain copy of the model and its optimizer does not fit on it."""
-TRACKED_STEPS, PROFILE_STEPS = 3, 3
-"""First steps whose memory is counted and held to the limit (they are not timed); extra steps at the end
-that are timed by kind of work."""
+TRACKED_STEPS, EVEN_TRACKED_STEPS = 10, 3
+"""First steps whose memory is counted and held to the limit (they are not timed): a young router is at its
+most uneven in the first ten; evenly routed steps are all alike."""
+EVEN_STEPS, PROFILE_STEPS = 16, 3
+"""Steps of a run routed as the plan assumes, and extra ones after them that are timed by kind of work."""
 
 
 @dataclass
@@ -144,7 +146,7 @@ def _loop(loop: Loop) -> DemoReport:
     contenders = [_train(loop, name, hardware, loop.steps) for name in ("mop", "fsdp2")]
     calibrated = loop.work / "calibrated.yaml"
     with loop.stage("calibrate from both runs"):
-        runs = [str(loop.work / contender.name) for contender in contenders]
+        runs = [str(loop.work / f"{contender.name}-even") for contender in contenders]
         loop.mopsim(
             "calibrate",
             "--profile",
@@ -160,9 +162,12 @@ def _loop(loop: Loop) -> DemoReport:
         )
     corrected = io.load(calibrated, HardwareProfile, "hardware")
     _held_out(loop, hardware)
-    contenders.append(_train(loop, "held-out", hardware, max(10, loop.steps // 2)))
+    contenders.append(_train(loop, "held-out", hardware, max(TRACKED_STEPS + 10, loop.steps // 2)))
     for contender in contenders:
-        contender.after = _simulate(contender.plan, corrected)
+        contender.even_after = _simulate(contender.plan, corrected)
+        contender.after = _simulate(_as_routed(contender.plan, contenders[0].measured), corrected)
+        worst = routing.worst(contender.plan.model.num_local_experts, contender.plan.strategy.experts.degree)
+        contender.worst = _simulate(_routed(contender.plan, worst), hardware)
     return DemoReport(
         contenders,
         hardware,
@@ -176,6 +181,17 @@ def _loop(loop: Loop) -> DemoReport:
         _replicated(contenders[0].plan, hardware),
         TRACKED_STEPS,
     )
+
+
+def _as_routed(plan: Plan, seen: Measurement) -> Plan:
+    """`plan` with the routing of a run of the same degree, model, data and seed; else as it is."""
+    degree = seen.plan.strategy.experts.degree
+    return _routed(plan, seen.routing) if plan.strategy.experts.degree == degree else plan
+
+
+def _routed(plan: Plan, profile: routing.RoutingProfile) -> Plan:
+    replace = msgspec.structs.replace
+    return replace(plan, training=replace(plan.training, routing=profile))
 
 
 def _small(machine: HardwareProfile) -> HardwareProfile:
@@ -223,6 +239,7 @@ def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
         PRECISION,
         "--budget",
         "150",
+        "--any-routing",
         "--learning-rate",
         str(LEARNING_RATE),
         "--warmup-steps",
@@ -250,10 +267,11 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile, steps: int) -> Cont
     plan = io.load(path, Plan, "plan")
     before = _simulate(plan, hardware)
     even = loop.work / f"{name}-even"
-    with loop.stage(f"train {name} for 2 steps, its tokens routed as the plan assumes"):
-        _run_plan(loop, path, even, steps=2, warmup=0, profile=0, routing="profile")
+    with loop.stage(f"train {name} for {EVEN_STEPS} steps, its tokens routed as the plan assumes"):
+        tracked, profile = EVEN_TRACKED_STEPS, PROFILE_STEPS
+        _run_plan(loop, path, even, steps=EVEN_STEPS, tracked=tracked, profile=profile, routing="profile")
     with loop.stage(f"train {name} for {steps} steps"):
-        _run_plan(loop, path, folder, steps=steps, warmup=TRACKED_STEPS, profile=PROFILE_STEPS)
+        _run_plan(loop, path, folder, steps=steps, tracked=TRACKED_STEPS, profile=0, routing="learned")
     measured, as_planned = (
         io.load(run / "measurement.yaml", Measurement, "measurement") for run in (folder, even)
     )
@@ -262,13 +280,13 @@ def _train(loop: Loop, name: str, hardware: HardwareProfile, steps: int) -> Cont
 
 
 def _run_plan(
-    loop: Loop, plan: Path, out: Path, *, steps: int, warmup: int, profile: int, routing: str = "learned"
+    loop: Loop, plan: Path, out: Path, *, steps: int, tracked: int, profile: int, routing: str
 ) -> None:
     """One `mopexec train` on Python's own text, the small device enforced in its tracked steps."""
     limit = DEVICE_LIMIT.replace(" ", "")
     loop.mopexec(
         "train", "--plan", str(plan), "--data", "python", "--steps", str(steps), "--device-limit", limit,
-        "--tracked-steps", str(TRACKED_STEPS), "--warmup-steps-excluded", str(warmup),
+        "--tracked-steps", str(tracked), "--warmup-steps-excluded", str(tracked),
         "--profile-steps", str(profile), "--routing", routing, "--no-final-checkpoint", "--out", str(out),
     )  # fmt: skip
 

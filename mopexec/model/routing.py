@@ -106,6 +106,14 @@ def count_routes(load: Tensor, experts: Tensor) -> None:
     load.index_add_(0, flat, torch.ones_like(flat, dtype=load.dtype))
 
 
+def largest_share(load: Tensor, degree: int) -> Tensor:
+    """Of the routes `load` [..., E], the part of the rank of an expert-parallel group that got most, averaged
+    over the layers; float64 scalar. nan where no router chose.
+    """
+    per_rank = load.double().reshape(*load.shape[:-1], degree, -1).sum(-1)
+    return torch.mean(per_rank.amax(-1) / per_rank.sum(-1))
+
+
 def balance_step(balance_bias: Tensor, load: Tensor, rate: float) -> None:
     """Auxiliary-loss-free balancing (arXiv 2408.15664): raise the bias of underused experts by `rate`, lower
     others.

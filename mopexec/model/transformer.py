@@ -15,6 +15,7 @@ from mopexec.model.routing import (
     balance_step,
     choose_experts,
     count_routes,
+    largest_share,
     route_weights,
     router_scores,
     wide,
@@ -236,17 +237,23 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits.to(wide(logits.dtype)), targets.flatten(), reduction="sum")
 
     @torch.no_grad()
-    def update_balance(self, rate: float, reduce: Callable[[Tensor], object] = lambda load: None) -> None:
-        """Move every router's balance bias by the load since the last call; `reduce` sums loads over ranks in
-        place.
+    def update_balance(
+        self, rate: float, reduce: Callable[[Tensor], object] = lambda load: None, degree: int = 1
+    ) -> Tensor:
+        """Move every router's balance bias by the load since the last call; returns `largest_share` of it.
+
+        reduce: sums loads over ranks in place. degree: of expert parallelism.
         """
+        busiest = []
         for layer in self.layers:
             if getattr(layer, "is_moe", False):
                 router = layer.moe.router  # type: ignore[union-attr]
                 assert isinstance(router, Router)
                 reduce(router.load)
+                busiest.append(largest_share(router.load, degree))
                 balance_step(router.balance_bias, router.load, rate)
                 router.load.zero_()
+        return torch.stack(busiest).mean()
 
 
 class _Linear(nn.Linear):

@@ -4,6 +4,7 @@ DESIGN.md, "The schedule of flat_units", is this file in words; the simulator lo
 """
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from mopexec import collectives
 from mopexec.measure.tracker import category, component, phase
 from mopexec.mesh import Mesh
-from mopexec.model.routing import balance_step
+from mopexec.model.routing import balance_step, largest_share
 from mopexec.parallelize import assemble, shards
 from mopexec.parallelize.boundaries import Boundaries
 from mopexec.parallelize.layer import LayerSchedule
@@ -74,10 +75,10 @@ class FlatRunner:
             if self.plan.training.clip_norm > 0:
                 clip = (self.plan.training.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
             self.optimizer.step(clip)
-            self._balance()
+            busiest = self._balance()
         if self.platform.fake:
             return StepResult(float("nan"), float("nan"), self.num_tokens)
-        return StepResult(loss.item() / self.num_tokens, norm.item(), self.num_tokens)
+        return StepResult(loss.item() / self.num_tokens, norm.item(), self.num_tokens, busiest)
 
     def set_lr(self, lr: float) -> None:
         self.optimizer.learning_rate = lr
@@ -196,13 +197,15 @@ class FlatRunner:
         place = max(0, index - self._first_moe)
         return self.model.balance_bias[place], self.model.load[place]
 
-    def _balance(self) -> None:
-        """Move the routers' biases by the load of the whole global batch."""
+    def _balance(self) -> float:
+        """Move the routers' biases by the load of the whole global batch; returns `StepResult.busiest`."""
         if not self.learned or not self.plan.model.num_moe_layers:
-            return
+            return math.nan
         with category("activations"):
             if self.mesh.world.size > 1:
                 collectives.all_reduce(self.model.load, self.mesh.world.handle)
+            busiest = largest_share(self.model.load, self.plan.strategy.experts.degree)
             for bias, load in zip(self.model.balance_bias, self.model.load, strict=True):
                 balance_step(bias, load, self.plan.training.bias_update_rate)
             self.model.load.zero_()
+        return math.nan if self.platform.fake else float(busiest)

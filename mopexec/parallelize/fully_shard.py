@@ -7,6 +7,7 @@ at a time, which is what makes long contexts fit (the alternative, reducing once
 gradients).
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -81,9 +82,16 @@ class FullyShardRunner:
             grads = self._gradients()
             norm = self._optimizer.step(grads)
             self._last_grads = grads
+            busiest = torch.tensor(math.nan)
             if self._learned and self._plan.model.num_moe_layers:
-                self.model.update_balance(self._plan.training.bias_update_rate, collectives.all_reduce)
-        return StepResult(0.0 if self._platform.fake else float(total.item()), norm, tokens)
+                busiest = self.model.update_balance(
+                    self._plan.training.bias_update_rate,
+                    collectives.all_reduce,
+                    self._plan.strategy.experts.degree,
+                )
+        if self._platform.fake:
+            return StepResult(0.0, norm, tokens)
+        return StepResult(float(total.item()), norm, tokens, float(busiest))
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on."""

@@ -1,5 +1,6 @@
 """What every runtime offers to the training loop."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,11 +20,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean per token over the global batch; grad_norm: before clipping; tokens: of the global batch."""
+    """loss: mean per token over the global batch; grad_norm: before clipping; tokens: of the global batch.
+
+    busiest: part of a layer's routes that went to the expert-parallel rank that got most, mean over layers;
+    nan where no router chose.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
+    busiest: float = math.nan
 
 
 class Runner(Protocol):

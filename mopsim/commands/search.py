@@ -20,6 +20,7 @@ def run(
     family: str,
     any_plan: bool,
     risk: bool,
+    any_routing: bool,
     budget: int,
     plan: str | None,
     json: str | None,
@@ -31,7 +32,7 @@ def run(
     inputs = read_inputs.read(job)
     chosen = read_inputs.families(family, FAMILIES if any_plan else DEFAULT_FAMILIES)
     console = read_inputs.human(json)
-    options = Options(chosen, top, budget, any_plan, risk, inputs.precision)
+    options = Options(chosen, top, budget, any_plan, risk, any_routing, inputs.precision)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("searching", total=budget)
 

@@ -54,7 +54,7 @@ def run(
     priced = for_heads(hardware, model.head_dim)
     prices: dict[int, tuple[Work, float]] = {}
     durations = [_durations(program, priced, prices) for program in workload.programs]
-    limit, host_limit = hardware.memory_limit(), hardware.host_limit()
+    limit, host_limit = hardware.memory_limit(), hardware.host_limit(strategy.world_size)
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline) for _ in workload.programs]
     issue = hardware.host.issue.si if hardware.host.issue else 0.0
@@ -69,8 +69,7 @@ def run(
     expanded, unit = workload.expanded, workload.unit
     repeats = (workload.microbatches - expanded) // unit
     period = _period(record, expanded, unit) if repeats else 0.0
-    constant = hardware.corrections["step"].overhead if "step" in hardware.corrections else 0.0
-    step_time = max(end + repeats * period + constant, 1e-12)
+    step_time = max(end + repeats * period + hardware.step_overhead(strategy.runtime), 1e-12)
     weights = {i: 1 + repeats * (expanded - 1 - unit <= i < expanded - 1) for i in record.tallies}
     busy, counts, flops = _totals(program, prices, weights)
     framework = round((hardware.framework_memory_scale - 1.0) * ledger.peak)

@@ -15,6 +15,7 @@ from mopsim.layers.flops import flops_per_token
 from mopsim.layers.shapes import attention_widths
 from mopsim.layers.tensors import tensors
 from mopsim.search.space import DEVICE, HOST, RING, STREAMED, ULYSSES, Space
+from mopsim.spec.categories import RUNTIMES
 from mopsim.spec.units import DTYPE_BYTES
 
 Reals = NDArray[np.float64]
@@ -179,9 +180,8 @@ class _Bounder:
         return np.asarray(slowest + after), np.asarray(compute + up + out + likely + after)
 
     def constant(self) -> float:
-        """Calibrated seconds per step."""
-        correction = self.hardware.corrections.get("step")
-        return correction.overhead if correction else 0.0
+        """Calibrated seconds per step: what any runtime needs at least."""
+        return min(self.hardware.step_overhead(runtime) for runtime in RUNTIMES)
 
     def scale(self, kind: str) -> float:
         """What calibration multiplies a kind of work by; 0 where a negative overhead could undo any of it."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
@@ -17,6 +18,7 @@ from mopsim.search.space import Axes, Problem, Space, generate
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.routing import worst
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.support import runnable
 from mopsim.spec.training import TrainSpec
@@ -32,8 +34,9 @@ class Options:
     """top: how many are ranked. budget: simulations at most. any_plan: also what mopexec does not run yet.
 
     risk: rank plans at risk (within a few per cent of a memory limit) like those that fit with room to spare;
-    otherwise they are ranked only where nothing else fits. axes: what makes of a family's axes those that are
-    searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context.baselines`).
+    otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
+    the router chooses, up to every token of an expert-parallel group on one rank. axes: what makes of a
+    family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).
     """
 
     families: tuple[str, ...] = DEFAULT_FAMILIES
@@ -41,6 +44,7 @@ class Options:
     budget: int = 200
     any_plan: bool = False
     risk: bool = False
+    any_routing: bool = False
     precision: DType = "bfloat16"
     axes: Callable[[Problem, Axes], Axes] | None = None
 
@@ -219,6 +223,9 @@ class _Hunt:
             result.rejected[f"does not fit, simulated: {simulated.over}"] += 1
             _keep_closest(simulated, result)
             return
+        if self.options.any_routing and not self._fits_any_routing(place, simulated.strategy):
+            result.rejected["does not fit where the router sends all tokens to one rank"] += 1
+            return
         if any(_same(simulated, one) for one in result.top):
             result.rejected["equal in time and memory to one ranked"] += 1
             return
@@ -229,6 +236,12 @@ class _Hunt:
         result.top = sorted([*result.top, simulated], key=_rank)[: self.options.top]
         if result.top[0] is simulated:
             self.best_at, self.near = (place, position), [int(one) for one in pool.neighbours(position)]
+
+    def _fits_any_routing(self, place: int, strategy: Strategy) -> bool:
+        problem = self.pools[place].space.problem
+        routing = worst(problem.model.num_local_experts, strategy.experts.degree)
+        training = replace(problem.training, routing=routing)
+        return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training).fits
 
     def settle(self) -> None:
         """Count what was not simulated: slower by its bound than the last of the top, or out of budget."""

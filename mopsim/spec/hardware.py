@@ -103,8 +103,7 @@ class AttentionCurve(Spec, frozen=True, kw_only=True):
     source: str
 
     def __post_init__(self) -> None:
-        for field in ("eight_bit_forward", "eight_bit_backward"):
-            require(getattr(self, field) > 0, field, getattr(self, field), "must be above 0")
+        require_between(self, 0.1, 10, "eight_bit_forward", "eight_bit_backward")
         require_between(self, 1e-4, 1, "forward", "backward")
         require_between(self, 0, 1e9, "seq_half")
 

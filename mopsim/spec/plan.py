@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 
+from msgspec.structs import replace
+
+from mopsim.spec import routing as profiles
 from mopsim.spec.errors import require, require_at_least, require_name
 from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-
 
 LONGEST = 1e7
 """Seconds that a step, or a kind of work in it, may take: four months."""
@@ -90,7 +92,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
 
     step_times: seconds of each steady step, slowest rank. kinds: from profiled steps, rank 0. memory: peak
     bytes by category at the device peak, largest rank, and host bytes. environment: card or CPU, versions,
-    threads.
+    threads. routing: how uneven the router was in the steady steps, as a profile to simulate the run with:
+    `r/h`, r % of a layer's routes to the h experts of the rank that got most, on average.
     """
 
     plan: Plan
@@ -108,6 +111,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
     last_loss: float
     environment: dict[str, str]
     mop_version: str = ""
+    routing: profiles.RoutingProfile = "balanced"
 
     def __post_init__(self) -> None:
         ranks = self.plan.strategy.world_size
@@ -128,6 +132,11 @@ class Measurement(Spec, frozen=True, kw_only=True):
             f"does not lie between {min(times)} and {max(times)}, the step_times",
         )
         _require_counts("memory_by_category", self.memory_by_category)
+        profiles.check(self.routing)
+
+    def plan_as_routed(self) -> Plan:
+        """The plan with the routing that was measured, to simulate what ran."""
+        return replace(self.plan, training=replace(self.plan.training, routing=self.routing))
 
 
 def _require_counts(field: str, numbers: Mapping[str, float]) -> None:

@@ -32,6 +32,11 @@ def hot(routing: RoutingProfile) -> tuple[int, int] | None:
     return int(percent), int(experts)
 
 
+def worst(experts: int, degree: int) -> str:
+    """The profile that no router exceeds: every route to the experts of one of `degree` ranks."""
+    return f"100/{experts // degree}" if degree > 1 else "balanced"
+
+
 def check(routing: RoutingProfile) -> None:
     """Raise SpecError where the value is no profile."""
     if isinstance(routing, str):

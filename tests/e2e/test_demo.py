@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_loop_closes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mopsim.cli", "demo", "--out", "reports/demo", "--steps", "10"]
+    command = [sys.executable, "-m", "mopsim.cli", "demo", "--out", "reports/demo", "--steps", "20"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=900
     )

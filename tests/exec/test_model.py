@@ -6,7 +6,13 @@ from torch.nn import functional as F
 
 from mopexec.model import Routing, Transformer, init_weights
 from mopexec.model.attention_core import causal_attention
-from mopexec.model.routing import profile_experts, route_weights, route_weights_backward, router_scores
+from mopexec.model.routing import (
+    largest_share,
+    profile_experts,
+    route_weights,
+    route_weights_backward,
+    router_scores,
+)
 from mopsim import layers
 from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
@@ -54,6 +60,13 @@ def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
         model = Transformer(spec(**changes), torch.float32)
         actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         assert actual == layers.parameters(spec(**changes))
+
+
+def test_the_busiest_rank_of_an_expert_parallel_group() -> None:
+    load = torch.tensor([[4, 2, 1, 1], [1, 1, 1, 1]])
+    assert float(largest_share(load, 2)) == pytest.approx((0.75 + 0.5) / 2)
+    assert float(largest_share(load, 1)) == 1.0
+    assert torch.isnan(largest_share(torch.zeros(1, 4), 2))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

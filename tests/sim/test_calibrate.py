@@ -1,15 +1,27 @@
 """Calibration on synthetic machines whose true corrections are known, and its refusals."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from mopsim import calibrate as calibration
 from mopsim.calibrate import COMPUTE_KINDS, calibrate
-from mopsim.calibrate_fit import KindPoint, StepPoint, fit_family, fit_kind, fit_step, median_noise, scatter
+from mopsim.calibrate_fit import (
+    KIN_PRIOR,
+    SCALE_PRIOR,
+    KindPoint,
+    StepPoint,
+    fit_family,
+    fit_kind,
+    fit_step,
+    median_noise,
+    scatter,
+)
 from mopsim.commands import calibrate as command
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
@@ -197,7 +209,9 @@ def test_an_error_has_a_name() -> None:
 
 def test_a_kind_that_no_run_exercised_follows_its_kin() -> None:
     corrections = calibrate(PROFILE, [measured(name, MACHINE) for name in "ab"], simulate).profile.corrections
-    assert corrections["send_recv"].scale == pytest.approx(corrections["all_gather"].scale, rel=0.1)
+    known, unseen = (math.log(corrections[kind].scale) for kind in ("all_gather", "send_recv"))
+    of_family = SCALE_PRIOR**2 / (SCALE_PRIOR**2 + KIN_PRIOR**2)  # what one kind says of its family
+    assert unseen == pytest.approx(of_family * known, rel=0.01)
     assert corrections["grouped_matmul"].scale == pytest.approx(corrections["matmul"].scale)
     assert corrections["send_recv"].source.startswith("the kin")
     assert corrections["h2d"].scale == pytest.approx(1.0, abs=0.1)
@@ -231,6 +245,32 @@ def test_step_fit_gives_little_to_the_factor_where_ops_explain() -> None:
     slower = fit_step([StepPoint(0.2, 1000, 0.15, 0.02)], 5e-6)
     assert slower.per_op < 1e-7
     assert slower.factor < 0.9
+
+
+def test_each_runtime_has_a_constant_of_its_own() -> None:
+    """Two runtimes that simulate alike and differ by 50 ms of Python between the ops."""
+    runs = [StepPoint(0.4, 1000, 0.4, 0.01, "flat_units"), StepPoint(0.4, 1000, 0.45, 0.01, "fully_shard")]
+    fit = fit_step(runs, 5e-6)
+    for run in runs:
+        predicted = fit.factor * run.simulated + fit.per_op * run.ops + fit.constants[run.runtime]
+        assert predicted == pytest.approx(run.seconds, rel=0.03)
+    assert fit.constants["fully_shard"] > fit.constants["flat_units"] + 0.02
+    fields = {"step": Correction(overhead=0.02), "step_fully_shard": Correction(overhead=0.05)}
+    profile = msgspec.structs.replace(PROFILE, corrections=fields)
+    assert profile.step_overhead("fully_shard") == 0.05
+    assert profile.step_overhead("flat_units") == 0.02
+
+
+def test_a_run_is_simulated_with_the_routing_that_it_measured() -> None:
+    seen = []
+
+    def spy(plan: Plan, profile: HardwareProfile) -> Any:
+        seen.append(plan.training.routing)
+        return simulate(plan, profile)
+
+    run = msgspec.structs.replace(measured("a", MACHINE), routing="zipf:1.0")
+    calibrate(PROFILE, [run], spy)
+    assert set(seen) == {"zipf:1.0"}
 
 
 def test_a_family_shares_what_its_noisy_kinds_say() -> None:

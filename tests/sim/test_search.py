@@ -19,6 +19,7 @@ from mopsim.search.space import AXES, Problem, generate
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.routing import worst
 from mopsim.spec.support import runnable
 from mopsim.spec.training import TrainSpec
 
@@ -143,6 +144,20 @@ def test_nothing_fits_is_a_result_that_says_what_stops_it() -> None:
     assert written["best"] is None
     assert written["top"] == []
     assert isinstance(written["closest"], dict)
+
+
+def test_a_plan_may_be_asked_to_fit_any_routing() -> None:
+    """Each ranked plan fits with every token sent to one rank of its expert-parallel groups."""
+    p = problem(0)
+    options = Options(("mop",), budget=60, precision="float32", risk=True, any_routing=True)
+    hardware = with_memory(p.hardware, 38e6)
+    found = search(p.model, hardware, 1, p.training, options)
+    for one in found.top:
+        routing = worst(p.model.num_local_experts, one.strategy.experts.degree)
+        training = msgspec.structs.replace(p.training, routing=routing)
+        assert simulate(p.model, hardware, 1, one.strategy, training).fits
+    assert found.top
+    assert found.rejected["does not fit where the router sends all tokens to one rank"] > 0
 
 
 def test_host_memory_rules_out_offloading() -> None:
