@@ -130,10 +130,7 @@ class Fitter:
             return self._held(curves["held"], name, fit, source)
         if "efficiency_scale" in curves:
             scale, why = float(curves["efficiency_scale"]), curves["efficiency_why"]
-            scaled = round(fit.efficiency * scale, 4)
-            fit = MatmulFit(
-                scaled, fit.m_half, fit.n_half, fit.k_half, fit.floor, fit.residuals, fit.residuals_large
-            )
+            fit = replace(fit, efficiency=round_to(fit.efficiency * scale), held=round_to(fit.held * scale))
             return fit, "assumed", f"{source}, times {scale}: {why}"
         return fit, "measured", source
 
