@@ -76,6 +76,9 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
 
     redirects = dict.fromkeys(range(world_size), Std.ALL)
     redirects[0] = Std.OUT if to_stderr else Std.ERR
+    signals: dict[str, Any] = {}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: the agent would take the signal up again
+        signals = {"signals_to_handle": "SIGTERM,SIGINT,SIGQUIT"}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -87,6 +90,7 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
         monitor_interval=0.1,
         local_addr="localhost",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects),
+        **{name: value for name, value in signals.items() if name in LaunchConfig.__dataclass_fields__},
     )
 
 

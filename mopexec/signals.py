@@ -1,5 +1,5 @@
-"""Ending well: SIGINT and SIGTERM ask for a stop after the running step; no rank outlives the process that
-started it.
+"""Ending well: SIGINT, SIGTERM and SIGHUP ask for a stop after the running step; no rank outlives the process
+that started it.
 """
 
 import ctypes
@@ -13,7 +13,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `signal_name` instead of ending the process."""
+    """While entered, SIGNALS set `signal_name` instead of ending the process; what nohup ignores stays so."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -24,7 +26,9 @@ class StopRequest:
         return bool(self.signal_name)
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -86,7 +86,7 @@ def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
     summary = Path(options.out) / "summary.json"
     if not summary.is_file():
         name = stopped_by or "an unknown cause"
-        print(f"mopexec: stopped by {name} before a step and its checkpoint were done", file=sys.stderr)
+        print(f"mopexec: stopped by {name} before a checkpoint was done", file=sys.stderr)
         return _signal_code(stopped_by)
     outcome: dict[str, Any] = msgspec.json.decode(summary.read_bytes())
     if json is not None:

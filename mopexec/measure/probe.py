@@ -35,7 +35,8 @@ def _with_bar(job: Job, work: Callable[[Progress], HardwareProfile]) -> Hardware
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("probe"), BarColumn(), TextColumn("{task.description:20}"), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting ranks", total=len(parts(job)) + 1)
 
         def progress(part: str) -> None:

@@ -106,7 +106,7 @@ def check_ranks(ranks: int | None, available: int, what: str) -> int:
     if ranks is None:
         return available
     if not 1 <= ranks <= available:
-        raise MopError(f"ranks: {ranks} must lie between 1 and the {available} {what} of this machine")
+        raise MopError(f"--ranks: {ranks} must lie between 1 and the {available} {what} of this machine")
     return ranks
 
 

@@ -33,7 +33,7 @@ def run(
     chosen = read_inputs.families(family, FAMILIES if any_plan else DEFAULT_FAMILIES)
     console = read_inputs.human(json)
     options = Options(chosen, top, budget, any_plan, risk, any_routing, inputs.precision)
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("searching", total=budget)
 
         def progress(simulated: int, best: SimResult | None) -> None:

@@ -60,7 +60,7 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
     recommend([], order.max_cost)
     console = read_inputs.human(json)
     sizings: list[Sizing] = []
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("sizing", total=None)
         for machine in machines:
             sizings.append(

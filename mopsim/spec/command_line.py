@@ -1,7 +1,10 @@
 """How a command ends, for both packages: a user's mistake is one line on standard error and exit code 2."""
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 from mopsim.spec.errors import MopError
@@ -10,9 +13,11 @@ from mopsim.spec.errors import MopError
 def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = None) -> NoReturn:
     """Run a typer app and exit: 0 or the command's code, 2 on a user's mistake, 130 where interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
+    interrupts: list[int] = []
     try:
         _refuse_empty(given)
-        code = app(given, standalone_mode=False)
+        with _noting_interrupts(interrupts):
+            code = app(given, standalone_mode=False)
     except MopError as error:
         _fail(name, str(error))
     except KeyboardInterrupt:
@@ -32,7 +37,27 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
             print(error.format_message())
             sys.exit(2)
         _fail(name, _usage(error, given))
+    if code == 130 and interrupts:  # typer ends on Ctrl-C without a word
+        _fail(name, "interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _noting_interrupts(found: list[int]) -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt as ever, and noted in `found`, unless a command handles it itself."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        found.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

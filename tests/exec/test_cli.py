@@ -94,6 +94,45 @@ def test_an_output_path_that_is_a_file_or_full_is_refused(capsys, plan, tmp_path
     assert "is not empty" in refusal(capsys, *common, tmp_path)
 
 
+OUTPUTS = [
+    (["train", "--steps", 1, "--out", "run"], "--json"),
+    (["train", "--steps", 1], "--out"),
+    (["train", "--steps", 1, "--out", "run"], "--cache"),
+    (["dry-run"], "--json"),
+    (["verify"], "--json"),
+    (["reach", "--device-limit", "1GB", "--host-limit", "1GB", "--out", "run"], "--json"),
+    (["reach", "--device-limit", "1GB", "--host-limit", "1GB"], "--out"),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), OUTPUTS)
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    capsys, plan, tmp_path, monkeypatch, command, option
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    taken = "folder" if option == "--json" else "plan.yaml"
+    for wrong in (taken, "plan.yaml/below", "plan.yaml/far/below", "x" * 300, "/dev/null"):
+        assert f"{option}: {wrong}" in refusal(capsys, *command, "--plan", plan, option, wrong)
+    assert f"{option}: '' must not be empty" in refusal(capsys, *command, "--plan", plan, option, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_probe_says_one_line_where_its_profile_cannot_be(capsys, tmp_path):
+    assert f"--out: {tmp_path} is a directory" in refusal(capsys, "probe", "--out", tmp_path)
+    assert "--ranks: '0' is refused" in refusal(capsys, "probe", "--out", tmp_path / "p", "--ranks", 0)
+    line = refusal(capsys, "probe", "--out", tmp_path / "p", "--ranks", 9999)
+    assert "ranks: 9999 must lie between 1 and the" in line
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "lots", "9" * 400])
+def test_a_limit_of_no_bytes_is_refused(capsys, plan, limit):
+    for option in ("--device-limit", "--host-limit"):
+        assert f"{option}: " in refusal(capsys, "dry-run", "--plan", plan, option, limit)
+
+
 def test_mechanisms_that_are_not_run_are_refused_by_name(capsys, plan, tmp_path):
     edited(plan, experts__balance="least_loaded")
     for command in (["verify"], ["dry-run"], ["train", "--steps", 1, "--out", tmp_path / "run"]):

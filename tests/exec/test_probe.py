@@ -117,7 +117,7 @@ def test_machine_facts() -> None:
 
 
 def test_too_many_ranks_are_refused() -> None:
-    with pytest.raises(MopError, match=r"^ranks: 100000 must lie between 1 and the \d+ "):
+    with pytest.raises(MopError, match=r"^--ranks: 100000 must lie between 1 and the \d+ "):
         probe(100000, show_progress=False)
 
 
