@@ -16,7 +16,8 @@ above it."""
 @dataclass(frozen=True)
 class SimResult:
     """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
-    step. highest_by_category: each category at its own highest, whenever that was."""
+    step. time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of the stage that ends last, the memory curves of the fullest. highest_by_category: each
+    category at its own highest, whenever that was."""
 
     step_time: float
     tokens_per_second: float
@@ -48,10 +49,10 @@ class SimResult:
     training: TrainSpec
     provenance: dict[str, str]
     num_events: int = 0
-    spans: list[Span] = field(default_factory=list)
-    memory_curve: list[tuple[float, int]] = field(default_factory=list)
     span_stage: int = 0
     memory_stage: int = 0
+    spans: list[Span] = field(default_factory=list)
+    memory_curve: list[tuple[float, int]] = field(default_factory=list)
     memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def run(
     expanded, unit = workload.expanded, workload.unit
     repeats = (workload.microbatches - expanded) // unit
     period = _period(record, expanded, unit) if repeats else 0.0
-    step_time = max(end + repeats * period + hardware.step_overhead(strategy.runtime), 1e-12)
+    between = hardware.step_overhead(strategy.runtime)
+    step_time = max(end + repeats * period + between, 1e-12)
     weights = {i: 1 + repeats * (expanded - 1 - unit <= i < expanded - 1) for i in record.tallies}
     busy, counts, flops = _totals(program, prices, weights)
     framework = round((hardware.framework_memory_scale - 1.0) * ledger.peak)
@@ -117,7 +118,7 @@ def run(
         guarantee_memory=workload.guarantee,
         exposed=_sum(record, "exposed", weights),
         busy=busy,
-        time_by_component=_sum(record, "component", weights),
+        time_by_component=_sum(record, "component", weights) | ({"runtime": between} if between else {}),
         num_ops=counts,
         flops=flops,
         strategy=strategy,

@@ -93,8 +93,9 @@ def timeline_title(result: SimResult, label: str) -> str:
     drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
     total = result.training.num_microbatches(result.strategy)
     part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
-    step = format_seconds(result.step_time)
-    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting for data{part}"
+    step, between = format_seconds(result.step_time), result.time_by_component.get("runtime", 0.0)
+    undrawn = f", {between / result.step_time:.0%} between ops (not drawn)" if between else ""
+    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting for data{undrawn}{part}"
 
 
 def write_compare(

@@ -33,6 +33,7 @@ COLOURS = {
     "shared_experts": "#f0b27a",
     "vocabulary": "#922b21",
     "other": "#bfc9ca",
+    "runtime": "#566573",
     "forward": "#2e86c1",
     "recompute": "#f4d03f",
     "backward": "#ca6f1e",
