@@ -163,8 +163,8 @@ def _grouped(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
 
 
 ISSUE_SOURCE = (
-    "a torch Linear takes 13.5 us of the CPU on DGX H100 (Transformer Engine issue 2053); eager torch works 5 "
-    "to 25 us before a kernel starts (jiahuanglin.xyz, From PyTorch op to kernel launch)"
+    "a torch Linear takes 13.5 us of the CPU on DGX H100 (Transformer Engine issue 2053); eager torch works "
+    "5 to 25 us before a kernel starts (jiahuanglin.xyz, From PyTorch op to kernel launch)"
 )
 
 
