@@ -45,9 +45,14 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
 
 
 def _routing(plan: Plan) -> str:
-    """The same profile with hot experts that the small model has."""
-    percent, _, hot = plan.training.routing.partition("/")
-    return f"{percent}/{min(int(hot), _EXPERTS)}" if hot and plan.model.num_moe_layers else "balanced"
+    """The same profile for the experts of the small model; a measured one becomes a skew of its own."""
+    routing = plan.training.routing
+    if not plan.model.num_moe_layers:
+        return "balanced"
+    if not isinstance(routing, str):
+        return "zipf:1"
+    percent, _, hot = routing.partition("/")
+    return f"{percent}/{min(int(hot), _EXPERTS)}" if hot else routing
 
 
 def mechanisms(plan: Plan) -> list[str]:
