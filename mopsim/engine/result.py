@@ -15,9 +15,10 @@ above it."""
 
 @dataclass(frozen=True)
 class SimResult:
-    """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
-    step. time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of the stage that ends last, the memory curves of the fullest. highest_by_category: each
-    category at its own highest, whenever that was."""
+    """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the step.
+    time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of
+    the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its
+    own highest, whenever that was."""
 
     step_time: float
     tokens_per_second: float

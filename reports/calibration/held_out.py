@@ -3,7 +3,8 @@
     python reports/calibration/held_out.py runs/demo
 
 Takes the profiles that `mopsim demo` left there, calibrated from its MoP and its FSDP2 run only, trains other
-strategies for 12 steps each, without a device limit, and writes held_out.md beside this file.
+strategies for 12 steps each, routed evenly as planned, without a device limit, and writes held_out.md beside
+this file.
 """
 
 import subprocess
@@ -53,7 +54,7 @@ def main(work: Path) -> None:
     lines = [
         "# Held-out strategies",
         "",
-        "Step time measured, and predicted before and after calibration from the demo's two runs;",
+        "Step time measured, and predicted before and after calibration from the demo's two runs, tokens routed evenly;",
         "`python reports/calibration/held_out.py runs/demo` makes this table.",
         "",
         "| strategy | tokens | measured, median (fastest to slowest) | before | after |",
@@ -65,7 +66,7 @@ def main(work: Path) -> None:
         path, out = work / f"{name}.yaml", work / name
         io.write_yaml(path, make_plan(Inputs(plan.model, before, 1, training, WIDE), runs[0]))
         command = ["train", "--plan", str(path), "--steps", str(STEPS), "--profile-steps", "0"]
-        command += ["--no-final-checkpoint", "--out", str(out)]
+        command += ["--routing", "profile", "--no-final-checkpoint", "--out", str(out)]
         subprocess.run([sys.executable, "-m", "mopexec.cli", *command], check=True)
         measured = io.load(out / "measurement.yaml", Measurement, "measurement")
         median = measured.step_time_median
