@@ -4,8 +4,6 @@ Issuing costs the same time for each kernel, so between two waits of the host th
 beforehand: the thread needs no events but at its waits.
 """
 
-from bisect import bisect_right
-
 import simpy
 
 from mopsim.lowering.workload import Program, Work
@@ -19,49 +17,52 @@ class HostThread:
     """
 
     def __init__(self, env: simpy.Environment, program: Program, cost: float) -> None:
-        self.env, self.cost = env, cost
+        self.env = env
         self.kernels = _kernels(program)
-        self.clock = [0.0]
-        """Kernels issued before each op."""
-        for count in self.kernels:
-            self.clock.append(self.clock[-1] + count)
-        self.waits = [op.index for op in program.ops if op.awaited]
+        self.first: list[float] = []
+        """Seconds until the first kernel of each op is issued, without waits."""
+        self.last: list[float] = []
+        """Seconds until its last kernel is."""
+        self.stretch: list[int] = []
+        """Waits of the thread before each op."""
+        issued, waits = 0.0, 0
+        for op, kernels in zip(program.ops, self.kernels, strict=True):
+            self.first.append((issued + min(1.0, kernels)) * cost)
+            issued += kernels
+            self.last.append(issued * cost)
+            self.stretch.append(waits)
+            waits += op.awaited
         self.bases: list[float] = [0.0]
-        """For each stretch between waits: the time at which the thread would have issued kernel 0."""
+        """For each stretch between waits: the time at which the thread would have issued the first op."""
         self.events: dict[int, simpy.Event] = {}
-
-    def stretch(self, index: int) -> int:
-        """Waits of the host before op `index`."""
-        return bisect_right(self.waits, index - 1) if self.waits else 0
 
     def knows(self, index: int) -> bool:
         """Whether the waits before op `index` are over, so that its time is known."""
-        return self.stretch(index) < len(self.bases)
+        return self.stretch[index] < len(self.bases)
 
     def resumed(self, index: int) -> simpy.Event:
         """An event that fires when the waits before op `index` are over."""
-        place = self.stretch(index)
+        place = self.stretch[index]
         if place not in self.events:
             self.events[place] = self.env.event()
         return self.events[place]
 
     def begins(self, index: int) -> float:
         """Time at which the first kernel of an op is issued."""
-        first = self.clock[index] + min(1.0, self.kernels[index])
-        return self.bases[self.stretch(index)] + first * self.cost
+        return self.bases[self.stretch[index]] + self.first[index]
 
     def ends(self, index: int, duration: float) -> float:
         """Time before which an op of `duration` seconds cannot end: its last kernel runs once it is
         issued."""
-        base = self.bases[self.stretch(index)]
-        return base + self.clock[index + 1] * self.cost + duration / max(1.0, self.kernels[index])
+        kernels = self.kernels[index]
+        apart = duration / kernels if kernels > 1.0 else duration
+        return self.bases[self.stretch[index]] + self.last[index] + apart
 
     def resume(self, index: int) -> None:
         """The awaited op `index` has ended: the thread goes on."""
-        place = self.stretch(index)
+        place = self.stretch[index]
         assert len(self.bases) == place + 1, "an awaited op ended before one that is awaited earlier"
-        issued = self.clock[index + 1] * self.cost
-        self.bases.append(max(self.bases[place], self.env.now - issued))
+        self.bases.append(max(self.bases[place], self.env.now - self.last[index]))
         event = self.events.pop(place + 1, None)
         if event is not None:
             event.succeed()
