@@ -231,6 +231,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
             saves=(q.name, k.name, v.name, "o", "lse"), flops=2 * pairs * heads * (qk + v_width), seq=chunk,
             launches=d if shapes.exchange == "ring" else 1,
             bytes=q.bytes + own * d + out.bytes,
+            back_scratch=(("activations", int(shapes.region_tokens * heads * qk * 4)),),
         )
     )  # fmt: skip
     return kernels
@@ -266,17 +267,29 @@ def _head_sharded(
         bytes=sum(v.bytes for v in inner) + out.bytes,
     )
     rows = shapes.attended * heads
-    core = _flash(core, rows) if shapes.flash else _kept(core, rows * shapes.seq_len, model.dropout > 0, b)
+    if shapes.flash:
+        shared = model.attention == "gqa" and inner[1].bytes < inner[0].bytes and not shapes.fused
+        core = _flash(core, rows * qk * 4 + shared * rows * (qk + v_width) * b, rows * 4)
+    else:
+        core = _kept(core, rows * shapes.seq_len, model.dropout > 0, b)
     kernels.append(core)
     if d > 1:
         kernels.append(_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),)))
     return kernels
 
 
-def _flash(core: Kernel, rows: float) -> Kernel:
-    """Keeps its inputs, its output and an fp32 number for each row and head (arXiv 2205.14135)."""
-    out, lse = core.writes[0], Value("lse", int(rows * 4), grad=False)
-    return replace(core, writes=(out, lse), saves=(*core.reads, out.name, lse.name))
+def _flash(core: Kernel, working: float, sums: float) -> Kernel:
+    """Keeps its inputs, its output and `sums` bytes, an fp32 number for each row and head (arXiv 2205.14135).
+
+    working: bytes of its backward, which adds up the queries' gradient in fp32 (arXiv 2307.08691, algorithm
+    2); FlashAttention-2, torch's kernel, also makes those of keys and values for each query head where heads
+    share them (flash_api.cpp: dq_accum, dk_expanded, dv_expanded).
+    """
+    out, lse = core.writes[0], Value("lse", int(sums), grad=False)
+    return replace(
+        core, writes=(out, lse), saves=(*core.reads, out.name, lse.name),
+        back_scratch=(("activations", int(working)),),
+    )  # fmt: skip
 
 
 def _kept(core: Kernel, scores: float, dropout: bool, b: int) -> Kernel:
@@ -299,6 +312,8 @@ def _exchanged(size: int, degree: int, model: ModelSpec, shapes: Shapes, index: 
 
 
 def _exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> Kernel:
+    """An all-to-all splits along the first dimension, so that each tensor is copied before and after it."""
+    copies = 2 * max(value.bytes for value in writes)
     return Kernel(
         name,
         "all_to_all",
@@ -308,4 +323,6 @@ def _exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> K
         bytes=float(sum(value.bytes for value in writes)),
         launches=len(writes),
         group="sequence",
+        scratch=(("activations", copies),),
+        back_scratch=(("activations", copies),),
     )

@@ -112,13 +112,15 @@ class Vocabulary(Spec, frozen=True, kw_only=True):
     shards the vocabulary over `degree` ranks with distinct tokens; `vocab_parallel` splits it over the
     tensor group (Megatron).
     chunk_tokens: rows of logits formed at a time, in a round of the ring or in `chunked`; 0 = all.
-    fused: one cross-entropy kernel that works in place of the logits, without copies in fp32.
+    fused: one cross-entropy kernel that works in place of the logits, without copies in fp32; upcast: on a
+    copy of them in fp32.
     """
 
     degree: int = 1
     loss: Literal["full", "chunked", "ring", "vocab_parallel"] = "full"
     chunk_tokens: int = 0
     fused: bool = False
+    upcast: bool = False
     order: Order = "contiguous"
 
 
@@ -271,6 +273,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
             "vocabulary.chunk_tokens",
             self.vocabulary.chunk_tokens,
             "must be at least 1 for a chunked loss",
+        )
+        require(
+            self.vocabulary.fused or not self.vocabulary.upcast,
+            "vocabulary.upcast",
+            self.vocabulary.upcast,
+            "needs vocabulary.fused",
         )
         require(
             self.optimizer.update_on == "device" or self.optimizer.state_tier == "host",

@@ -27,6 +27,9 @@ ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
     "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
+UPCAST = ("halo-bench", "torchtitan")
+"""Sources whose fused loss works on logits in fp32: transformers casts them before Liger's kernel, a compiled
+loss makes the one-hot matrix of its labels in that dtype."""
 #: "selective" without a list of modules: Megatron's core attention.
 SELECTIVE = {"megatron": "core_attn", "fsdp": "mlp", "zero_offload": "mlp"}
 
@@ -150,7 +153,8 @@ def _vocabulary(row: Row, degrees: Degrees, fused: bool) -> Vocabulary:
         return Vocabulary(degree=degrees.tensor, loss="vocab_parallel", fused=fused)
     if kind in ("chunked", "fused"):
         return Vocabulary(loss="chunked", chunk_tokens=_TILE)
-    return Vocabulary(loss="full", fused=fused)
+    upcast = fused and row["source"] in UPCAST
+    return Vocabulary(loss="full", fused=fused, upcast=upcast)
 
 
 def _optimizer(row: Row, kind: str) -> Optimizer:

@@ -6,6 +6,7 @@ import pytest
 from mopsim.engine import simulate
 from mopsim.layers import tensors
 from mopsim.layers.layer import decoder_layer
+from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.shapes import Shapes
 from mopsim.layers.tape import Tape
@@ -13,7 +14,7 @@ from mopsim.lowering import lower
 from mopsim.lowering.context import make_context
 from mopsim.spec.errors import SpecError
 from mopsim.spec.presets import load_model
-from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy
+from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy, Vocabulary
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
 from tests.sim.test_megatron import MACHINE, deep, play, with_
@@ -130,3 +131,58 @@ def test_gradients_of_fsdp_live_from_the_first_backward_to_the_end_of_the_step()
     curve = result.memory_curve_by_category["grads"]
     assert curve[0] == 0
     assert max(curve) == result.highest_by_category["grads"] > 0
+
+
+@pytest.mark.parametrize(("heads", "fused"), [(8, False), (4, False), (4, True)])
+def test_the_backward_of_flash_attention_needs_room(heads: int, fused: bool) -> None:
+    """dq in fp32; without a fused stack also dk and dv for each query head where heads share them."""
+    model = deep(num_attention_heads=8, num_key_value_heads=heads)
+    tape = decoder_layer(model, Shapes(512, 512, fused=fused), 0)
+    core = next(kernel for kernel in tape.kernels if kernel.name == "attention_core")
+    width = 8 * model.head_dim
+    assert dict(core.back_scratch) == {"activations": 512 * width * (4 + 4 * (heads < 8 and not fused))}
+
+
+def test_a_lone_rank_has_the_whole_host() -> None:
+    alone, all_of_them = (
+        simulate(deep(), MACHINE, 1, fsdp2(ranks), TrainSpec(seq_len=256, global_batch=8)) for ranks in (1, 8)
+    )
+    assert alone.host_limit == 8 * all_of_them.host_limit
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("fp8", 1.0), ("mxfp8", 1.03125), ("nvfp4", 0.5625)])
+def test_products_keep_their_cast_inputs(dtype: str, width: float) -> None:
+    """Of a gated layer: the inputs of qkv, o, the FFN and its last product are kept cast."""
+    model = load_model("llama3_8b")
+    tokens, H, F = 1024, model.hidden_size, model.intermediate_size
+    tape = decoder_layer(model, Shapes(tokens, tokens, fused=True), 0)
+    cast = H + H + H + F
+    less = kept(tape) - kept(quantized(tape, width / 2, ()))
+    assert less == tokens * (2 * (cast - H) - width * cast)  # attention keeps its output beside the cast copy
+
+
+def test_a_discarded_input_is_not_kept_cast() -> None:
+    model = load_model("qwen3_30b_a3b")
+    tape = decoder_layer(model, Shapes(256, 256, fused=True), 0, (64,) * 128)
+    plain = quantized(tape, 0.5, ("moe_act",))
+    down = next(kernel for kernel in plain.kernels if kernel.name == "experts_down")
+    assert down.saves == ("act",)
+    assert kept(plain, "selective", ("moe_act",)) < kept(quantized(tape, 0.5, ()))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "bytes_each"),
+    [
+        (Vocabulary(), 2 + 3 * 4),
+        (Vocabulary(fused=True), 2 + 2),
+        (Vocabulary(fused=True, upcast=True), 2 + 4 + 2),
+    ],
+)
+def test_bytes_of_a_logit_at_the_peak_of_the_loss(vocabulary: Vocabulary, bytes_each: int) -> None:
+    """torch's cross entropy of cast logits: they, the log-probabilities and two gradients in fp32."""
+    strategy = with_(
+        fsdp2(8), vocabulary=vocabulary, activations=Activations(recompute="full", kept=("q_proj",))
+    )
+    model = deep(1, vocab_size=32_000)
+    result = simulate(model, MACHINE, 1, strategy, TrainSpec(seq_len=4096, global_batch=8))
+    assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each

@@ -51,8 +51,7 @@ def loss_tape(context: Context) -> Tape:
     kernels += first if split or c.shapes.sequence_parallel else ()
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
     # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
-    # Fused (Liger's kernel behind transformers' upcast, a compiled loss): one fp32 tensor of their size,
-    # which becomes their gradient.
+    # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     torch = zero >= 2 and not vocabulary.fused
     keeps = ("n", "logits") if vocabulary.fused or torch else ("n",)
     apart = (("logits", elements * c.wide),) if torch else ()
@@ -63,7 +62,7 @@ def loss_tape(context: Context) -> Tape:
             weight_grad=weight,
         )
     )  # fmt: skip
-    in_place = vocabulary.fused and zero < 2
+    in_place = vocabulary.fused and not vocabulary.upcast
     exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32.

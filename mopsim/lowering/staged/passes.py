@@ -6,12 +6,17 @@ from dataclasses import replace
 
 from mopsim.layers.eager import composed
 from mopsim.layers.layer import decoder_layer, mtp_projection
+from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
 from mopsim.layers.tape import Tape
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.loss import loss_template
 from mopsim.lowering.staged.template import Template, template, weight_grads
 from mopsim.spec.errors import require
+from mopsim.spec.units import DTYPE_BYTES
+
+CAST = ("fp8", "mxfp8", "nvfp4")
+"""Recipes whose products read cast copies of their inputs."""
 
 
 class Passes:
@@ -53,6 +58,10 @@ class Passes:
                 routes = tuple(count * experts.tensor for count in c.routes(0))
             split, once = c.groups["experts"].size > 1, experts.dispatch == "deduplicated"
             tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
+            precision = c.strategy.precision
+            if precision.matmul in CAST and c.strategy.runtime != "fully_shard":  # torchao keeps the inputs
+                share = DTYPE_BYTES[precision.matmul] / c.b
+                tape = quantized(tape, share, c.strategy.activations.modules)
             if c.strategy.dense.zero < 3:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
             self._tapes[key] = tape

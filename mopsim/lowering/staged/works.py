@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from mopsim.layers.quantized import EXACT
 from mopsim.layers.tape import Kernel
 from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Group, Work
@@ -9,8 +10,6 @@ from mopsim.spec.hardware import COLLECTIVES
 from mopsim.spec.units import DTYPE_BYTES
 
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
-_EXACT = ("router", "vocabulary")
-"""Components whose products stay in the compute dtype under an 8-bit or 4-bit recipe."""
 CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
 """Times that a cast reads its source: fp8 by current scaling first for the largest value; nvfp4 for that, by
 rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; what casts add to products is
@@ -60,7 +59,7 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
     recipe = precision.compute if precision.matmul == "compute" else precision.matmul
-    dtype = precision.compute if kernel.component in _EXACT else recipe
+    dtype = precision.compute if kernel.component in EXACT else recipe
     looped = kernel.kind == "grouped_matmul" and context.strategy.experts.looped
     found = []
     for place, one in enumerate(kernel.matmuls):

@@ -47,7 +47,6 @@ class Step:
                     (Work("d2h", bytes=float(c.hidden)),),
                     layer=layer,
                     deps=[last],
-                    memory=[("host/boundaries", c.hidden)],
                 )
             first = len(b.ops)
             last = self.blocks.forward(
@@ -87,7 +86,6 @@ class Step:
                         (Work("h2d", bytes=float(c.hidden)),),
                         layer=ahead,
                         deps=[room],
-                        memory=[("host/boundaries", -c.hidden)],
                     )
             for unit in c.layers[layer]:
                 b.make(f"grads {unit.name}", unit.padded * c.grad, "gathered_grads")
