@@ -28,11 +28,16 @@ class Migration:
     message: int
 
 
-def migration(moved: Migration) -> Tape:
-    """Weights of moved experts to the ranks that need them (`migrated`), and into one tensor with the rank's
-    own (`packed`), as a grouped product takes them; the backward sends their gradients home."""
+def migration(model: ModelSpec, moved: Migration) -> Tape:
+    """Rows are placed by the host, weights of moved experts go to the ranks that need them (`migrated`) and
+    into one tensor with the rank's own (`packed`), as a grouped product takes them; the backward sends their
+    gradients home."""
     packed = moved.own + moved.received
     kernels = (
+        Kernel(
+            "place", "memory_bound", _R, (), (), launches=PLAN_LAUNCHES * model.num_local_experts,
+            back_launches=0,
+        ),
         Kernel(
             "migrate", "send_recv" if moved.message else "view", _C, (),
             (Value("migrated", moved.received, "gathered"),), bytes=float(moved.message), group="experts",
@@ -43,6 +48,12 @@ def migration(moved: Migration) -> Tape:
         ),
     )  # fmt: skip
     return Tape((), kernels, ("packed",))
+
+
+def migrating(kernels: tuple[Kernel, ...], model: ModelSpec, moved: Migration) -> tuple[Kernel, ...]:
+    """A layer's kernels whose weights of moved experts travel before its rows do."""
+    first = next(i for i, kernel in enumerate(kernels) if kernel.name == "permute")
+    return (*kernels[:first], *migration(model, moved).kernels, *on_packed(kernels[first:]))
 
 
 def on_packed(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:

@@ -85,7 +85,8 @@ def _plain(context: Context) -> bool:
     tapes."""
     strategy, model = context.strategy, context.model
     known = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
-    known = known and strategy.precision.matmul == "compute"
+    known = known and strategy.precision.matmul == "compute" and strategy.experts.checkpoint == "redispatch"
+    known = known and (strategy.experts.balance == "none" or strategy.runtime == "fully_shard")
     return known and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"
 
 

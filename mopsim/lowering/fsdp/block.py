@@ -4,6 +4,7 @@ u: bytes of [N, H] in the compute dtype, w: in the wide one. A checkpointed forw
 """
 
 from mopsim.layers.eager import NORM, NORM_BACKWARD, traffic
+from mopsim.layers.experts import migration
 from mopsim.layers.ffn import ffn
 from mopsim.layers.tape import Kernel, Tape
 from mopsim.lowering.builder import Builder
@@ -36,6 +37,8 @@ class FsdpBlock:
             self.arrived = sum(self.routes) if self.split else self.sent
             self.row = self.H * context.b
             self.wing = model.moe_intermediate_size * context.b
+            moved = context.migration if self.split else None
+            self.moving = migration(model, moved) if moved else None
         self._tapes: dict[str, dict[str, Kernel]] = {}
 
     def kernels(self, key: str, tape: Tape | None = None) -> dict[str, Kernel]:

@@ -32,8 +32,11 @@ class FsdpMoE(FsdpBlock):
         if self.split:  # how many routes go where
             counted = b.issue("counts", "all_to_all", 8.0 * E, "experts", "router", phase, layer)
             b.compute("counts", "router", phase, layer, [], counted, awaited=True)
+        self._move_experts(layer, phase)
         self._dispatch(layer, phase)
         self._experts_forward(layer, phase, graph)
+        if self.moving and not graph:
+            b.drop(f"migrated.{layer}", f"packed.{layer}")
         self._return(layer, phase)
         width = c.model.shared_expert_intermediate_size
         if width or phase != "recompute":
@@ -49,6 +52,21 @@ class FsdpMoE(FsdpBlock):
             if phase != "recompute":
                 b.spike(self.u)
             b.drop("routed")
+
+    def _move_experts(self, layer: int, phase: str) -> None:
+        """Weights of experts that least-loaded placement moves arrive, beside the rank's own."""
+        if self.moving:
+            self.b.play(self.moving.forward(graph=True), phase, layer, [self.b.last])
+            for name in ("migrated", "packed"):
+                self.b.adopt(f"{name}.{layer}", self.moving.values[name].bytes, "gathered")
+
+    def _return_gradients(self, layer: int) -> None:
+        """Gradients of moved experts go home."""
+        if self.moving:
+            self.b.play(self.moving.backward(), "backward", layer)
+            for name in ("packed gradient", f"migrated.{layer}"):  # the tape has freed them
+                del self.b.alive[name]
+            self.b.drop(f"packed.{layer}")
 
     def _exchange(self, source: str, target: str, size: int, layer: int, phase: str, name: str) -> None:
         b = self.b
@@ -185,6 +203,8 @@ class FsdpMoE(FsdpBlock):
         unit = c.layers[layer][1]
         size = self.arrived * self.row
         b.make(f"grads {unit.name}", unit.numel * c.b, "gathered_grads")
+        if self.moving:
+            b.make("packed gradient", self.moving.values["packed"].bytes, "gathered")
         b.spike(3 * max(self.routes) * self.wing)
         b.make("drows", size)
         b.compute("experts", "experts", "backward", layer, self._expert_works(True))
@@ -200,4 +220,5 @@ class FsdpMoE(FsdpBlock):
         )
         b.drop("drows", "rows", f"rows.{layer}")
         b.rename("together", "rows")
+        self._return_gradients(layer)
         self.units.reduce(unit)

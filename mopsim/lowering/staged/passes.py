@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from mopsim.layers.eager import composed
+from mopsim.layers.experts import migrating
 from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
@@ -58,19 +59,21 @@ class Passes:
                 routes = tuple(count * experts.tensor for count in c.routes(0))
             split, once = c.groups["experts"].size > 1, experts.dispatch == "deduplicated"
             tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
+            if routes and split and c.migration:
+                tape = replace(tape, kernels=migrating(tape.kernels, c.model, c.migration))
             precision = c.strategy.precision
             if precision.matmul in CAST and c.strategy.runtime != "fully_shard":  # torchao keeps the inputs
                 share = DTYPE_BYTES[precision.matmul] / c.b
                 tape = quantized(tape, share, c.strategy.activations.modules)
             if c.strategy.dense.zero < 3:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
+            unfused, wings = c.strategy.unfused, c.model.ffn_matrices - 1
+            tape = replace(tape, kernels=composed(tape.kernels, unfused, c.b, c.wide, wings))
             self._tapes[key] = tape
         return self._tapes[key]
 
     def placeholders(self, layers: Iterable[int]) -> int:
         """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true
-            unfused, wings = c.strategy.unfused, c.model.ffn_matrices - 1
-            tape = replace(tape, kernels=composed(tape.kernels, unfused, c.b, c.wide, wings))
         ones are added
         into resident buffers: one of each shape (`get_dummy_wgrad`)."""
         if self.context.strategy.dense.zero == 3:

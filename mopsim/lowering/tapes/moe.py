@@ -6,11 +6,11 @@ an op are named `….i`: what arrived, what a graph keeps, what a caller in Pyth
 
 from dataclasses import dataclass, replace
 
-from mopsim.layers.experts import PLAN_LAUNCHES, combine, dispatch, experts, migration, on_packed
+from mopsim.layers.experts import combine, dispatch, experts, migration, on_packed
 from mopsim.layers.tape import Played, Tape
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
-from mopsim.lowering.workload import Work, memory_work
+from mopsim.lowering.workload import Work
 
 _E = "experts"
 
@@ -33,7 +33,7 @@ class Experts:
         self.context, self.builder = context, builder
         self.split = context.groups["experts"].size > 1
         moved = context.migration if self.split else None
-        self.moving = migration(moved) if moved else None
+        self.moving = migration(context.model, moved) if moved else None
         self._chunks: dict[tuple[int, tuple[int, ...]], Chunk] = {}
         self._played: dict[tuple[int, str], tuple[Tape, list[Played]]] = {}
 
@@ -70,15 +70,14 @@ class Experts:
         return self.builder.play(self._played[key][1], phase, layer, deps)
 
     def counts(self, layer: int, phase: str, deps: list[int]) -> int:
-        """The exchange of route counts, once per layer; the host waits for it, and places rows by it."""
+        """The exchange of route counts, once per layer; the host waits for it."""
         experts = self.context.model.num_local_experts
         size, group = 8.0 * experts * self.context.chunks, self.context.groups["experts"]
         there = self.builder.collective(
             "counts", "all_to_all", size, group, "router", phase, layer=layer, deps=deps
         )
-        works = [memory_work(0.0, PLAN_LAUNCHES * experts)] if self.moving else []
         return self.builder.add(
-            "counts", "compute", "router", phase, works, layer=layer, deps=[there], awaited=self.split
+            "counts", "compute", "router", phase, layer=layer, deps=[there], awaited=self.split
         )
 
     def _gather_moved(self, layer: int, phase: str, ready: int) -> list[int]:
