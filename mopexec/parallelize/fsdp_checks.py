@@ -44,9 +44,9 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("precision.matmul", precision.matmul, ("compute", precision.compute)),
         ("precision.attention", precision.attention, ("compute",)),
         ("graphs", strategy.graphs, ((),)),
+        ("unfused", strategy.unfused, ((),)),
     ]
 
-        ("unfused", strategy.unfused, ((),)),
 
 def _check_offload(strategy: Strategy) -> None:
     """CPUOffloadPolicy moves parameters, gradients and optimizer state together, and the host updates
