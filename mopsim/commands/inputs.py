@@ -17,6 +17,7 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import parse_count
@@ -43,7 +44,7 @@ def read(job: Job) -> Inputs:
     training = TrainSpec(
         seq_len=parse_count(job.seq_len, "--seq-len"),
         global_batch=job.global_batch,
-        routing=job.routing,
+        routing=read_routing(job.routing),
         seed=job.seed,
         learning_rate=job.learning_rate,
         warmup_steps=job.warmup_steps,
@@ -51,6 +52,16 @@ def read(job: Job) -> Inputs:
     model = load_model(job.model)
     training.check_model(model)
     return Inputs(model, load_profile(job.hardware), job.nodes, training, job.precision)
+
+
+def read_routing(text: str) -> RoutingProfile:
+    """A routing profile by name, or the list of shares in a YAML file. Raises MopError."""
+    if not text.endswith((".yaml", ".yml")):
+        return text
+    shares = io.parse_yaml(io.read_text(Path(text), "--routing"), text)
+    if not isinstance(shares, list) or not all(type(share) in (int, float) for share in shares):
+        raise MopError(f"--routing: {text}: must be a list of the experts' shares of all routes")
+    return tuple(float(share) for share in shares)
 
 
 def families(text: str, default: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,13 @@ GlobalBatch = Annotated[int, typer.Option(min=1, help="sequences per optimizer s
 OneStrategy = Annotated[
     str, typer.Option(help="a strategy or plan YAML, or a family: mop, fsdp2, zero_offload, megatron")
 ]
-Routing = Annotated[str, typer.Option(help="balanced, or r/h: r % of the tokens choose among h hot experts")]
+Routing = Annotated[
+    str,
+    typer.Option(
+        help="balanced; r/h: r % of the tokens choose among h hot experts; zipf:s; or a YAML file that lists "
+        "the experts' shares of all routes"
+    ),
+]
 Precision = Annotated[
     Literal["bfloat16", "float32", "float64"], typer.Option(help="what matmuls compute in (for a family)")
 ]

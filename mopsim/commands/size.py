@@ -97,7 +97,8 @@ def read(order: Order) -> Request:
         raise MopError(f"--days: {order.days:g} must be positive, and below a million")
     seq_len = parse_count(order.seq_len, "--seq-len")
     model = load_model(order.model)
-    TrainSpec(seq_len=seq_len, global_batch=1, routing=order.routing).check_model(model)
+    routing = read_inputs.read_routing(order.routing)
+    TrainSpec(seq_len=seq_len, global_batch=1, routing=routing).check_model(model)
     return Request(
         model=model,
         goal=Goal(parse_tokens(order.tokens, "--tokens"), order.days * DAY),
@@ -109,7 +110,7 @@ def read(order: Order) -> Request:
         any_plan=not order.runnable,
         assumptions=Assumptions(order.utilisation, order.pue),
         precision=order.precision,
-        routing=order.routing,
+        routing=routing,
     )
 
 

@@ -11,6 +11,7 @@ from mopsim.size.figures import Assumptions, Figures, Goal, figures
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import DType
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import format_bytes
@@ -37,7 +38,7 @@ class Request:
     any_plan: bool = True
     assumptions: Assumptions = field(default_factory=Assumptions)
     precision: DType = "bfloat16"
-    routing: str = "balanced"
+    routing: RoutingProfile = "balanced"
 
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""

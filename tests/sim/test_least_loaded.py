@@ -1,11 +1,15 @@
 """Routing imbalance, least-loaded placement and nested checkpoints: time, memory, and published layers."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from mopsim.commands.inputs import read_routing
 from mopsim.engine import SimResult, simulate
 from mopsim.lowering import lower
 from mopsim.lowering.context import make_context
+from mopsim.spec.errors import MopError
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile, routing_counts
@@ -117,3 +121,11 @@ def test_published_expert_layers(
     )
     assert time.error == pytest.approx(0, abs=time_error)
     assert memory.error == pytest.approx(0, abs=memory_error)
+
+
+def test_a_histogram_is_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "loads.yaml").write_text(str(list(SHARES)))
+    assert read_routing(str(tmp_path / "loads.yaml")) == pytest.approx(SHARES)
+    (tmp_path / "loads.yaml").write_text("shares: 1")
+    with pytest.raises(MopError, match="must be a list of the experts' shares"):
+        read_routing(str(tmp_path / "loads.yaml"))
