@@ -128,10 +128,9 @@ class Fitter:
             )
         if "held" in curves:
             return self._held(curves["held"], name, fit, source)
-        if "efficiency_scale" in curves:
-            scale, why = float(curves["efficiency_scale"]), curves["efficiency_why"]
-            fit = replace(fit, efficiency=round_to(fit.efficiency * scale), held=round_to(fit.held * scale))
-            return fit, "assumed", f"{source}, times {scale}: {why}"
+        if "held_rate" in curves:
+            held = replace(fit, held=float(curves["held_rate"]))
+            return held, "assumed", f"{source}; held: {curves['held_why']}"
         return fit, "measured", source
 
     def _held(self, owner: str, name: str, fit: MatmulFit, source: str) -> tuple[MatmulFit, Tag, str]:
