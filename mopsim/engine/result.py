@@ -15,10 +15,10 @@ above it."""
 
 @dataclass(frozen=True)
 class SimResult:
-    """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the step.
-    time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of
+    """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
+    step. time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of
     the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its
-    own highest, whenever that was."""
+    own highest, whenever that was. peak_by_stage: peak memory of each pipeline stage's ranks."""
 
     step_time: float
     tokens_per_second: float
@@ -33,6 +33,7 @@ class SimResult:
     memory_limit: int
     memory_by_category: dict[str, int]
     highest_by_category: dict[str, int]
+    peak_by_stage: tuple[int, ...]
     peak_time: float
     peak_component: str
     peak_phase: str

@@ -101,6 +101,7 @@ def run(
         peak_memory=peak,
         memory_limit=limit,
         memory_by_category=categories,
+        peak_by_stage=tuple(round(hardware.framework_memory_scale * one.peak) for one in ledgers),
         highest_by_category=dict(zip(SLOTS, ledger.high[:NUM_DEVICE_SLOTS], strict=False)),
         peak_time=ledger.peak_time,
         peak_component=ledger.peak_op.component if ledger.peak_op else "other",

@@ -67,6 +67,11 @@ def common(plan: Plan, target: str) -> Iterator[Gap]:
         yield Gap("experts.chunk_tokens", s.experts.chunk_tokens, f"is not in {target}: one dispatch a layer")
     if 0 < s.dense.chunk_tokens < tokens:
         yield Gap("dense.chunk_tokens", s.dense.chunk_tokens, f"is not a setting of {target}")
+    yield from only((False,), "experts.plain", s.experts.plain, f"is not mapped to {target}")
+    yield from only((True,), "attention.flash", s.attention.flash, f"is not a setting of {target}")
+    yield from only((False,), "vocabulary.upcast", s.vocabulary.upcast, f"is not a setting of {target}")
+    yield from only(((),), "activations.kept", s.activations.kept, f"is not mapped to {target}")
+    yield from only((0.0,), "model.dropout", plan.model.dropout, f"is not mapped to {target}")
     if s.experts.balance != "none":
         yield Gap("experts.balance", s.experts.balance, f"is not in {target}")
     for field in ("attention", "experts", "vocabulary"):

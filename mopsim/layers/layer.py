@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import comb
 
 from mopsim.layers.attention import attention, linear, norm, residual
 from mopsim.layers.experts import combine, dispatch, experts, router
@@ -77,7 +78,10 @@ def _moe(
         found += _renamed(tape, "shared_", keep)
     sent = _renamed(dispatch(model, N, arrived, b, wide, split), "sent_", keep | {"rows": "rows"})
     if split and deduplicated:
-        sent = (_without_copy(sent[0]), *sent[1:])
+        once = Value(
+            sent[1].writes[0].name, min(arrived, _distinct(model, N, len(routes))) * H * b, "dispatch"
+        )
+        sent = (_without_copy(sent[0]), replace(sent[1], writes=(once,)), *sent[2:])
     found += _same_back(sent)
     products = experts(model, routes, b, wide, shapes.expert_tensor, fused=True).kernels
     if shapes.expert_tensor > 1:
@@ -94,6 +98,14 @@ def _moe(
         back[-1], reads=tuple("back_" + r if r == "returned" else r for r in reads), writes=(total,)
     )
     return found + back[:-1] + (last,)
+
+
+def _distinct(model: ModelSpec, tokens: int, local: int) -> int:
+    """Tokens that arrive at a rank with `local` experts which gets each once: those of all ranks that choose at
+    least one of its experts, the choices being even."""
+    experts, chosen = model.num_local_experts, model.num_experts_per_tok
+    none = comb(experts - local, chosen) / comb(experts, chosen)
+    return round(tokens * experts / local * (1 - none))
 
 
 def _without_copy(kernel: Kernel) -> Kernel:

@@ -31,7 +31,7 @@ class Conventions:
     entropy kernel. overlaps: what a row without a word on overlap hides: tuned Megatron recipes hide what
     they can. sequence_parallel: ranks of a tensor group split the rows outside of its regions.
     dropout: that the program applies where its arguments say nothing. plain_experts: experts that are spread
-    over ranks are not sharded over their replicas. kept: kernels that a `selective` recomputation leaves out.
+    over ranks are not sharded over their replicas. kept: kernels that recomputing a layer leaves out.
     unfused: see Strategy.unfused. deterministic: sums are taken in a fixed order.
     """
 
@@ -87,7 +87,7 @@ def conventions(row: Row) -> Conventions:
         unfused=_unfused(source, notes, compiled),
         deterministic="deterministic=true" in notes,
         plain_experts="framework halo" in notes,
-        kept=_kept(compiled) if source == "torchtitan" else (),
+        kept=_kept(row, compiled),
     )  # fmt: skip
 
 
@@ -128,9 +128,13 @@ _DATE = re.compile(r"20[2-9]\d(0[1-9]|1[0-2])")
 """Year and month of a benchmark in the name of its page."""
 
 
-def _kept(compiled: bool) -> tuple[str, ...]:
+def _kept(row: Row, compiled: bool) -> tuple[str, ...]:
     """torchtitan's _save_list: attention and every second matrix product of a layer, in the order wq, wk, wv,
-    wo, w1, w3, w2. A graph compiler drops w2's output, which no backward reads."""
+    wo, w1, w3, w2. A graph compiler drops w2's output, which no backward reads. Halo's recomputation replays
+    what DeepEP brought (its docs, parallelism/expert-parallelism.md, Gradient-checkpoint dispatch replay)."""
+    if row["source"] != "torchtitan" or row["recompute"] != "selective":
+        halo = row["source"] == "halo-bench" and row["recompute"] == "full"
+        return ("dispatch", "combine") if halo and row.get("dispatcher") == "deepep" else ()
     return ("q_proj", "v_proj", "attention_core", "gate_proj", *(() if compiled else ("down_proj",)))
 
 

@@ -171,10 +171,10 @@ def _activations(row: Row, kind: str, kept: tuple[str, ...]) -> Activations:
     recompute = recipes.recomputed(row, row["recompute"])
     if recompute == "none":
         return Activations(recompute="none", boundary_tier=tier)
+    if kept:
+        return Activations(recompute="full", kept=kept, boundary_tier=tier)
     if recompute == "full":
         return Activations(recompute="full", boundary_tier=tier)
-    if recompute == "selective" and kept:
-        return Activations(recompute="full", kept=kept, boundary_tier=tier)
     names = [SELECTIVE[kind] if name == "selective" else name for name in recompute.split("+")]
     known = ", ".join(MODULES)
     for name in names:

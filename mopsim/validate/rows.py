@@ -54,7 +54,8 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for runs that simulate alike."""
-        kernel = self.conventions.attention, self.conventions.deterministic
+        facts = self.conventions
+        kernel = facts.attention, facts.deterministic, facts.last_stage
         return (self.model, self.hardware.name, kernel, self.num_nodes, self.strategy, self.training)
 
 

@@ -62,8 +62,9 @@ def simulate_case(case: Case) -> Simulated:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}")
     launches = sum(result.num_ops.get(kind, 0) for kind in (*KERNELS, *COLLECTIVES))
     seconds = time.perf_counter() - began
+    peak = result.peak_by_stage[-1] if case.conventions.last_stage else result.peak_memory
     idle = _idle_blocks(result)
-    return Simulated(result.step_time, launches, paces, result.peak_memory, idle, result.fits, "", seconds)
+    return Simulated(result.step_time, launches, paces, peak, idle, result.fits, "", seconds)
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:

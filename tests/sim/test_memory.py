@@ -186,3 +186,24 @@ def test_bytes_of_a_logit_at_the_peak_of_the_loss(vocabulary: Vocabulary, bytes_
     model = deep(1, vocab_size=32_000)
     result = simulate(model, MACHINE, 1, strategy, TrainSpec(seq_len=4096, global_batch=8))
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
+
+
+def test_tokens_that_arrive_once() -> None:
+    """Of 8 experts chosen among 128, 16 a rank: two thirds of all ranks' tokens, not a row a route."""
+    model = load_model("qwen3_30b_a3b")
+    routes = (512,) * 16  # of 8 ranks with 1024 tokens each
+    tape = decoder_layer(model, Shapes(1024, 1024, fused=True), 0, routes, split=True, deduplicated=True)
+    arrived = next(value for name, value in tape.values.items() if name.endswith("arrived"))
+    tokens = arrived.bytes / (2 * model.hidden_size)
+    assert tokens == pytest.approx(8 * 1024 * (1 - (7 / 8) ** 8), rel=0.02)
+
+
+def test_what_came_from_other_ranks_may_be_kept_for_the_recomputation() -> None:
+    strategy = with_(
+        fsdp2(8, experts=8), activations=Activations(recompute="full", kept=("dispatch", "combine"))
+    )
+    model = small(num_hidden_layers=4)
+    program = lower(model, strategy, TrainSpec(seq_len=256, global_batch=8)).programs[0]
+    exchanges = [op for op in program.ops if {work.kind for work in op.work} == {"all_to_all"}]
+    assert {op.phase for op in exchanges} == {"forward", "backward"}
+    assert len(exchanges) == 4 * model.num_moe_layers
