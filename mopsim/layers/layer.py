@@ -101,8 +101,8 @@ def _moe(
 
 
 def _distinct(model: ModelSpec, tokens: int, local: int) -> int:
-    """Tokens that arrive at a rank with `local` experts which gets each once: those of all ranks that choose at
-    least one of its experts, the choices being even."""
+    """Tokens that arrive at a rank with `local` experts which gets each once: those of all ranks that choose
+    at least one of its experts, the choices being even."""
     experts, chosen = model.num_local_experts, model.num_experts_per_tok
     none = comb(experts - local, chosen) / comb(experts, chosen)
     return round(tokens * experts / local * (1 - none))

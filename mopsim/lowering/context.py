@@ -40,6 +40,13 @@ class Context:
         return self.shapes.tokens
 
     @property
+    def runs_autograd(self) -> bool:
+        """Whether state that the executor's own schedules keep on the device says that torch's autograd runs
+        the layers, as under DeepSpeed."""
+        dense = self.strategy.dense
+        return dense.param_tier == "host" or dense.grad_tier == "host"
+
+    @property
     def hidden(self) -> int:
         """Bytes of one [N, H] tensor in the compute dtype."""
         return self.shapes.tokens * self.model.hidden_size * self.b

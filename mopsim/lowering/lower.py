@@ -62,9 +62,7 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
         return FsdpStep if own else None
     if recompute != "full" or strategy.dense.zero != 3:
         return None
-    dense = strategy.dense
-    here = dense.param_tier == dense.grad_tier == "device"  # else of a program that runs torch's autograd
-    return FlatStep if _plain(context) and here else Step
+    return FlatStep if _plain(context) and not context.runs_autograd else Step
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from mopsim.spec.errors import SpecError
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy, Vocabulary
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron
+from mopsim.strategies import fsdp2, megatron, zero_offload
 from tests.sim.test_megatron import MACHINE, deep, play, with_
 from tests.sim.toys import small
 
@@ -207,3 +207,15 @@ def test_what_came_from_other_ranks_may_be_kept_for_the_recomputation() -> None:
     exchanges = [op for op in program.ops if {work.kind for work in op.work} == {"all_to_all"}]
     assert {op.phase for op in exchanges} == {"forward", "backward"}
     assert len(exchanges) == 4 * model.num_moe_layers
+
+
+def test_a_reentrant_checkpoint_holds_what_it_recomputed() -> None:
+    """Under DeepSpeed (gradients on the host) autograd runs the layers, not the executor's own schedule."""
+    strategy = zero_offload(8)
+    host = msgspec.structs.replace(strategy.dense, grad_tier="host")
+    experts = msgspec.structs.replace(strategy.experts, grad_tier="host")
+    own, deepspeed = strategy, with_(strategy, dense=host, experts=experts)
+    training = TrainSpec(seq_len=4096, global_batch=8)
+    first, second = (simulate(deep(), MACHINE, 1, one, training) for one in (own, deepspeed))
+    more = second.highest_by_category["activations"] - first.highest_by_category["activations"]
+    assert more > 4096 * 1024 * 2

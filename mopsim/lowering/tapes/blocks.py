@@ -117,6 +117,9 @@ class Blocks:
         moe = self.is_moe(layer)
         part = "experts" if moe else "dense_ffn"
         attend, pre = self._attention(layer), self._norm(moe)
+        # torch's reentrant checkpoint holds what it recomputed while the backward of the layer runs
+        held = c.hidden if c.runs_autograd else 0
+        b.make("recomputed", held)
         last = b.play(self.played(attend, "graph"), "recompute", layer, deps)
         last = b.play(self.played(pre, "graph"), "recompute", layer, [last])
         b.adopt("y", c.hidden)
@@ -149,7 +152,7 @@ class Blocks:
         b.drop("y")
         last = b.play(self.played(attend, "backward"), "backward", layer, [last])
         del b.alive["dy"]
-        b.drop("dx", f"x{layer}")
+        b.drop("dx", f"x{layer}", "recomputed")
         b.adopt("dx", c.hidden)
         b.flush("attention", "backward", layer)
         return last
