@@ -33,8 +33,8 @@ GROUPED_SOURCE = "0.8 of the dense efficiency, half rate at 200 tokens an expert
 #: Fractions of the bf16 efficiency where the dtype was not measured. mxfp8: 1.83 times the bf16 rate on B300
 #: with operands quantised before (Transformer Engine's GEMM profiling tutorial).
 ASSUMED_RATIO = {"fp8": 0.95, "mxfp8": 0.915, "nvfp4": 0.75, "float32": 0.96, "float64": 0.9}
-#: The same where power bounds the rate: fp8 is 1.90 times as fast as bf16 on H200 NVL, 1.92 times on B300 (the
-#: tutorial, operands quantised before).
+#: The same where power bounds the rate: fp8 is 1.90 times as fast as bf16 on H200 NVL, 1.92 times on B300
+#: (the tutorial, operands quantised before).
 HELD_RATIO = {"fp8": 0.957}
 RATIO_SOURCE = {"float32": "51.8 of 66.9 against 797.5 of 989.4 TFLOP/s, H100, n = 8192 (zzc0721, torch 2.7)"}
 #: Copies of rows by index in eager torch: 1.25 TB/s of the 4.13 that kernels reach on H200 (bf16, 8192 rows
