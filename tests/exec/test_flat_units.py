@@ -97,7 +97,7 @@ def test_all_mechanisms_on_four_ranks(dtype: str) -> None:
     check(4, ALL_FOUR, dtype=dtype, micro_batch=2)
 
 
-@pytest.mark.parametrize("profile", ["balanced", "95/2", "100/1", "50/8"])
+@pytest.mark.parametrize("profile", ["balanced", "95/2", "100/1", "50/8", "zipf:1.1"])
 def test_routing_profiles(profile: str) -> None:
     check(2, {"experts": {"degree": 2, "chunk_tokens": 5}}, routing="profile", training={"routing": profile})
 
