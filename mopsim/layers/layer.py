@@ -102,7 +102,8 @@ def _moe(
 
 def _distinct(model: ModelSpec, tokens: int, local: int) -> int:
     """Tokens that arrive at a rank with `local` experts which gets each once: those of all ranks that choose
-    at least one of its experts, the choices being even."""
+    at least one of its experts. Choices are taken as even, whatever the routing: which rank gets most differs
+    from layer to layer, and what is kept of them is kept of all."""
     experts, chosen = model.num_local_experts, model.num_experts_per_tok
     none = comb(experts - local, chosen) / comb(experts, chosen)
     return round(tokens * experts / local * (1 - none))
