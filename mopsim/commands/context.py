@@ -127,13 +127,14 @@ def plan(
     for variant in variants:
         if variant.name != "base":
             case = variant.change(cases[0])
+            asked = [length for length in shorter if not variant.lengths or length in variant.lengths]
             tasks += [
-                Task((variant.name, one.name), case, one, shorter, budget)
+                Task((variant.name, one.name), case, one, asked, budget)
                 for one in contenders
                 if one.name != "fsdp2_node_chunked"
             ]
             if variant.name == "step_8k":
-                tasks.append(Task((variant.name, OFFLOADED.name), case, OFFLOADED, shorter[:1], budget))
+                tasks.append(Task((variant.name, OFFLOADED.name), case, OFFLOADED, asked[:1], budget))
     weight = {task.key: task.case.world_size * task.case.model.num_hidden_layers for task in tasks}
     return sorted(tasks, key=lambda task: -weight[task.key])
 
@@ -178,7 +179,8 @@ def assumptions(cases: Sequence[Case], budget: int) -> list[str]:
         "no contender offloads what its software does not: FSDP2 parameters, gradients and optimizer state "
         "together, MoP the optimizer state and the layer inputs",
         f"the best of {budget} simulations at every length, lengths doubling; the curve ends at the first "
-        "length where none fits; a looser contender may use what a stricter one found",
+        "length where none fits; the best of a length is tried at its neighbours with as many tokens a rank, and "
+        "a looser contender may use what a stricter one found",
         "an ideal implementation: kernels at their fitted rates, no host overhead, no stragglers, no "
         "fragmentation",
     ]

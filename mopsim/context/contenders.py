@@ -29,15 +29,16 @@ _RING = EXCHANGES.index("ring")
 class Contender:
     """One line of the figure. `rules`: its restriction in words.
 
-    in_node: one sequence stays in a node (TP x CP at most its devices). chunked: the loss may form logits
-    slice by slice. offload: where FSDP2 may keep its state (CPU offload: on the host).
+    within: one sequence is split over at most this share of a node's devices (0: over any number of ranks).
+    chunked: the loss may form logits slice by slice. offload: where FSDP2 may keep its state (CPU offload: on
+    the host).
     """
 
     name: str
     label: str
     rules: str
     family: str = "fsdp2"
-    in_node: bool = False
+    within: float = 0.0
     chunked: bool = False
     offload: tuple[int, ...] = (DEVICE, HOST)
 
@@ -45,7 +46,8 @@ class Contender:
         """What is searched: a family's axes, widened to tensor and context parallelism, within the rules."""
         if self.family != "fsdp2":
             return _rings(problem, axes)
-        most = problem.hardware.devices_per_node if self.in_node else problem.world_size
+        node = problem.hardware.devices_per_node
+        most = max(1, int(self.within * node)) if self.within else problem.world_size
         changed: Axes = {
             key: values
             for key, values in axes.items()
@@ -66,7 +68,7 @@ class Contender:
         """Whether all that `other` may do is allowed here."""
         return (
             self.family == other.family
-            and (other.in_node or not self.in_node)
+            and (not self.within or 0 < other.within <= self.within)
             and (self.chunked or not other.chunked)
             and set(other.offload) <= set(self.offload)
         )
@@ -160,7 +162,7 @@ CONTENDERS = (
         "fsdp2_node_chunked",
         "FSDP2, chunked loss, CP in a node",
         "loss in chunks and CPU offload, but one sequence stays in a node (TP x CP <= 8)",
-        in_node=True,
+        within=1.0,
         chunked=True,
     ),
     Contender(
@@ -170,7 +172,13 @@ CONTENDERS = (
         "fsdp2_node",
         "FSDP2, full logits, CP in a node",
         "all logits at once, and one sequence stays in a node (TP x CP <= 8); CPU offload",
-        in_node=True,
+        within=1.0,
+    ),
+    Contender(
+        "fsdp2_half_node",
+        "FSDP2, full logits, CP in half a node",
+        "all logits at once, and TP x CP <= 4; CPU offload",
+        within=0.5,
     ),
     Contender(
         "fsdp2_device",

@@ -1,22 +1,30 @@
 """One contender on one cluster over lengths: a search a length, ascending, until nothing fits."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
+
 from mopsim.context.contenders import Contender
-from mopsim.engine import SimResult
+from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search import Options, search
 from mopsim.search.space import Problem
+from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import DType
+from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec
 
-INSISTENCE = 3
+INSISTENCE = 2
 """Before a length is said not to fit, it is searched once more with so many times the budget."""
+
+
+TOP = 3
+"""So many of the best at a length are tried at the next."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +132,74 @@ def sweep(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[tuple[str, ...], C
 
 def curve(task: Task) -> Curve:
     """Walk the lengths upwards; what does not fit, also with a budget INSISTENCE times as large, ends it: a
-    longer context never needs less."""
+    longer context never needs less. What is best at one length is tried at the next, and then at the one
+    before, with as many tokens a rank."""
     points: list[Point] = []
+    tops: list[list[SimResult]] = []
     seconds, simulated = 0.0, 0
     for seq_len in sorted(task.lengths):
-        found = list(_searches(task, seq_len))
-        if not any(one[0].fits for one in found):
+        before = [result for top in tops[-2:] for result in top]
+        found = [*_searches(task, seq_len), _moved(task, seq_len, before)]
+        if not any(one.point.fits for one in found):
             found += _searches(replace(task, budget=INSISTENCE * task.budget), seq_len)
-        seconds += sum(one[2] for one in found)
-        simulated += sum(one[1] for one in found)
-        points.append(_best([one[0] for one in found]))
+        seconds += sum(one.seconds for one in found)
+        simulated += sum(one.simulated for one in found)
+        points.append(_best([one.point for one in found]))
+        tops.append([result for one in found for result in one.top])
         if not points[-1].fits:
             break
+    for place in reversed(range(len(points) - 1)):
+        longer = points[place + 1]
+        moved = _moved(task, points[place].seq_len, [longer.result] if longer.fits and longer.result else [])
+        seconds, simulated = seconds + moved.seconds, simulated + moved.simulated
+        points[place] = _best([points[place], moved.point])
     return Curve(task.contender, points, seconds, simulated)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found at one length. top: the best few that fit."""
+
+    point: Point
+    top: Sequence[SimResult]
+    simulated: int
+    seconds: float
+
+
+def _moved(task: Task, seq_len: int, results: Sequence[SimResult]) -> Found:
+    """The best strategies of other lengths, as they are and with as many tokens a rank as there."""
+    began, case = time.perf_counter(), task.case
+    batch = next(iter(_batches(task, seq_len)))
+    training = case.problem(seq_len, batch).training
+    most = task.contender.most_split(case.problem(seq_len, batch))
+    strategies = {
+        one for result in results for one in _alike(result.strategy, seq_len / result.training.seq_len)
+    }
+    found: list[SimResult] = []
+    for strategy in sorted(strategies, key=str) if case.accumulate else ():
+        if strategy.dense.tensor * strategy.attention.sequence > most:
+            continue
+        try:
+            found.append(simulate(case.model, case.hardware, case.nodes, strategy, training))
+        except MopError:  # a degree that does not divide this length or batch
+            continue
+    point = _best(
+        [Point(seq_len, batch, result) for result in found] or [Point(seq_len, batch, None, "none")]
+    )
+    top = [point.result] if point.fits and point.result else []
+    return Found(point, top, len(found), time.perf_counter() - began)
+
+
+def _alike(strategy: Strategy, times: float) -> Iterator[Strategy]:
+    """A strategy for sequences `times` as long: itself; split over as many more ranks; in so much smaller
+    microbatches."""
+    yield strategy
+    split, micro = strategy.attention.sequence * times, strategy.micro_batch / times
+    change = msgspec.structs.replace
+    if split >= 1 and split.is_integer() and strategy.world_size % int(split) == 0:
+        yield change(strategy, attention=change(strategy.attention, sequence=int(split)))
+    if micro >= 1 and micro.is_integer():
+        yield change(strategy, micro_batch=int(micro))
 
 
 def nested(curves: Mapping[str, Curve]) -> dict[str, Curve]:
@@ -164,18 +227,19 @@ def _best(points: Sequence[Point]) -> Point:
     return min(missing, key=lambda point: point.result.over_bytes if point.result else 0, default=points[0])
 
 
-def _searches(task: Task, seq_len: int) -> Iterator[tuple[Point, int, float]]:
-    """(point, simulations, seconds) for each global batch that may be best."""
+def _searches(task: Task, seq_len: int) -> Iterator[Found]:
+    """A search for each global batch that may be best."""
     case = task.case
     for batch in _batches(task, seq_len):
         options = Options(
-            (task.contender.family,), 1, task.budget, any_plan=True, precision=case.precision,
+            (task.contender.family,), TOP, task.budget, any_plan=True, precision=case.precision,
             axes=task.contender.axes if case.accumulate else task.contender.at_once,
         )  # fmt: skip
         problem = case.problem(seq_len, batch)
         found = search(case.model, case.hardware, case.nodes, problem.training, options)
         result = found.best or found.closest
-        yield Point(seq_len, batch, result, "" if result else found.verdict()), found.simulated, found.seconds
+        point = Point(seq_len, batch, result, "" if result else found.verdict())
+        yield Found(point, found.top, found.simulated, found.seconds)
 
 
 def _batches(task: Task, seq_len: int) -> Iterable[int]:

@@ -11,12 +11,14 @@ from mopsim.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class Variant:
-    """One assumption of the base case changed. `why`: where that choice is found."""
+    """One assumption of the base case changed. `why`: where that choice is found. lengths: the only ones
+    asked, as the reach is not of the step's size; empty: all."""
 
     name: str
     label: str
     change: Callable[[Case], Case]
     why: str = ""
+    lengths: tuple[int, ...] = ()
 
 
 def _attention(**fields: object) -> Callable[[Case], Case]:
@@ -43,6 +45,8 @@ def _at_once(case: Case) -> Case:
     return replace(case, accumulate=False)
 
 
+STEP = (128 * 1024, 1024 * 1024)
+
 VARIANTS = (
     Variant("base", "as assumed: GQA, 64 heads of 128, 8 key-value heads", _same, "the preset"),
     Variant("mha", "MHA: 64 key-value heads", _heads(64, 64), "no sharing of keys and values"),
@@ -67,8 +71,8 @@ VARIANTS = (
         "heads_56", "GQA, 56 heads, 8 key-value heads", _heads(56, 8), "heads x 128 = hidden size; D <= 8"
     ),
     Variant("heads_128", "GQA, 128 heads, 8 key-value heads", _heads(128, 8), "twice the attention work"),
-    Variant("step_8k", "8K tokens a device and step", _step(8192), "the published largest FSDP2 batch"),
-    Variant("step_32k", "32K tokens a device and step", _step(32 * 1024)),
-    Variant("step_1m", "1M tokens a device and step", _step(1024 * 1024), "a large pre-training batch"),
-    Variant("at_once", "one microbatch a step, as large as is best", _at_once, "no gradient accumulation"),
+    Variant("step_8k", "8K tokens a device and step", _step(8192), "the published largest FSDP2 batch", STEP),
+    Variant("step_32k", "32K tokens a device and step", _step(32 * 1024), "a small step", STEP),
+    Variant("step_1m", "1M tokens a device and step", _step(1024 * 1024), "a large pre-training step", STEP),
+    Variant("at_once", "one microbatch a step, as large as is best", _at_once, "no accumulation", STEP),
 )

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopsim.context.contenders import Contender
-from mopsim.context.published import LARGEST_STEP, POINTS, SOURCE
+from mopsim.context.published import LARGEST_STEP, POINTS, SOURCE, Published
 from mopsim.context.sweep import Case, Curve, Point
 from mopsim.context.variants import Variant
 from mopsim.report.page import Page, Section, Table, write_page
-from mopsim.report.style import figure
+from mopsim.report.style import SERIES, figure, legend_below
 from mopsim.report.tables import describe
 from mopsim.spec.units import format_bytes
 
@@ -19,6 +19,7 @@ LINES = {
     "fsdp2_node_chunked": ("#2e86c1", "--", 1.8),
     "fsdp2_full": ("#117864", "-.", 1.8),
     "fsdp2_node": ("#922b21", "--", 1.8),
+    "fsdp2_half_node": ("#7d6608", "--", 1.8),
     "fsdp2_device": ("#8e44ad", ":", 2.2),
 }
 """Colour, line and width by contender."""
@@ -109,8 +110,15 @@ def _range(study: Study, name: str) -> str:
     """Where a contender ends over all cases: '256K to 1M'."""
     ends = [curves[name].longest for curves in study.curves if name in curves]
     lengths = sorted(point.seq_len if point else 0 for point in ends)
-    names = [short(length) if length else "none" for length in (lengths[0], lengths[-1])]
+    names = [short(length) if length else "no length at all" for length in (lengths[0], lengths[-1])]
     return names[0] if names[0] == names[1] else f"{names[0]} to {names[1]}"
+
+
+def _far(study: Study) -> str:
+    """The least and the most that FSDP2 reaches where it runs at all."""
+    ends = [curve.longest for curves in study.curves for name, curve in curves.items() if name != "mop"]
+    lengths = sorted(point.seq_len for point in ends if point)
+    return f"{short(lengths[0])} to {short(lengths[-1])}" if lengths else "none"
 
 
 def summary(study: Study) -> str:
@@ -124,7 +132,8 @@ def summary(study: Study) -> str:
     for name, what in (
         ("fsdp2_full", "With all logits of a rank at once FSDP2 ends at {}"),
         ("fsdp2_node", "with a sequence that stays in a node besides, at {}"),
-        ("fsdp2_device", "with nothing on the host, at {}"),
+        ("fsdp2_half_node", "in half a node, at {}"),
+        ("fsdp2_device", "with all logits and nothing on the host, at {}"),
     ):
         if all(name in curves for curves in study.curves):
             parts.append(what.format(_range(study, name)))
@@ -135,7 +144,7 @@ def throughput_figure(path: Path, study: Study) -> Path:
     """A panel a network: tokens/s per device over context length, a cross where memory ends."""
     columns = min(2, len(study.cases))
     rows = -(-len(study.cases) // columns)
-    with figure(path, 6.6 * columns, 4.3 * rows + 0.9, rows, columns, sharex=True) as axes:
+    with figure(path, 7.2 * columns, 4.4 * rows + 0.9, rows, columns, sharex=True) as axes:
         for axis, case, curves in zip(axes, study.cases, study.curves, strict=False):
             for name, curve in reversed(list(curves.items())):
                 tint, line, width = LINES[name]
@@ -146,12 +155,16 @@ def throughput_figure(path: Path, study: Study) -> Path:
                 )  # fmt: skip
                 if good and curve.end:
                     axis.scatter(*good[-1], marker="X", s=90, color=tint, zorder=5, edgecolors="white")
-            for point in POINTS:
-                if point.model == case.model.name and point.devices == case.world_size:
-                    tint = LINES[point.contender][0]
-                    axis.scatter(point.seq_len, point.throughput, marker="*", s=130, color=tint, zorder=6)
+            for point in _printed(case):
+                tint = LINES[point.contender][0]
+                axis.scatter(point.seq_len, point.throughput, marker="*", s=150, color=tint, zorder=6)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            rates = [p.throughput for curve in curves.values() for p in curve.points if p.throughput]
+            rates += [point.throughput for point in _printed(case)]
+            steps = [digit * 10.0**power for power in range(-1, 7) for digit in (1, 2, 5)]
+            shown = [step for step in steps if min(rates, default=1) / 2 <= step <= 2 * max(rates, default=1)]
+            axis.set_yticks(shown, [f"{step:,g}" for step in shown])
             axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
             axis.minorticks_off()
             axis.tick_params(labelbottom=True)
@@ -163,7 +176,57 @@ def throughput_figure(path: Path, study: Study) -> Path:
         axes[0].scatter([], [], marker="X", s=90, color="#515a5a", label="the last length that fits")
         axes[0].scatter([], [], marker="*", s=130, color="#515a5a", label="published")
         handles, labels = axes[0].get_legend_handles_labels()
-        axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=4)  # type: ignore[union-attr]
+        axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=2 * columns)  # type: ignore[union-attr]
+    return path
+
+
+def _printed(case: Case) -> list[Published]:
+    """The published points of a case."""
+    return [one for one in POINTS if one.model == case.model.name and one.devices == case.world_size]
+
+
+def ratio_figure(path: Path, study: Study) -> Path:
+    """MoP's throughput over FSDP2's at each length, a line a network; an arrow up where only MoP runs."""
+    low, high = _span(study.curves)
+    top = max(1.35, 1.12 * high)
+    with figure(path, 10, 5) as (axis,):
+        axis.axhline(1.0, color="#909497", linewidth=1)
+        for index, (case, curves) in enumerate(zip(study.cases, study.curves, strict=True)):
+            tint = SERIES[index % len(SERIES)]
+            for name, line, width in (("fsdp2", "-", 2.4), ("fsdp2_node", ":", 1.6)):
+                if name not in curves:
+                    continue
+                found = [
+                    (point.seq_len, value)
+                    for point in curves["mop"].points
+                    if (value := ratio(curves["mop"], curves[name], point.seq_len))
+                ]
+                label = case_name(case) if name == "fsdp2" else None
+                axis.plot(
+                    [x for x, _ in found], [y for _, y in found], linestyle=line, linewidth=width,
+                    marker="o", markersize=4, color=tint, label=label,
+                )  # fmt: skip
+                alone = [
+                    point.seq_len
+                    for point in curves["mop"].points
+                    if point.fits
+                    and name == "fsdp2"
+                    and point.seq_len > max((x for x, _ in found), default=0)
+                ]
+                height = [top - 0.02 - 0.035 * index] * len(alone)
+                axis.scatter(alone, height, marker="^", s=70, color=tint)
+        axis.plot([], [], color="#515a5a", label="over FSDP2, chunked loss, any CP")
+        axis.plot([], [], ":", color="#515a5a", label="over FSDP2, full logits, CP in a node")
+        axis.scatter([], [], marker="^", s=70, color="#515a5a", label="only MoP fits")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+        axis.minorticks_off()
+        axis.set_ylim(min(0.8, 0.95 * low), top)
+        axis.set_ylabel("throughput of MoP over that of FSDP2")
+        axis.set_xlabel("context length, tokens")
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_title(f"Where both run, MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2")
+        legend_below(axis, 4)
     return path
 
 
@@ -191,17 +254,20 @@ def reach_figure(path: Path, study: Study) -> Path:
                 axis.barh(place, far - least / 2, left=least / 2, color=LINES[name][0], height=0.8)
                 stop = f", then {curve.end.stopped_by}" if curve.end else ""
                 text = f" {curve.contender.label}: {reach(curve)}{stop}"
-                axis.text(far, place, text, va="center", fontsize=8.5)
+                axis.text(far, place, text, va="center", fontsize=9)
                 place += 1
             place += 0.8
         axis.set_xscale("log", base=2)
-        axis.set_xlim(least / 2, max(study.lengths) * 24)
+        axis.set_xlim(least / 2, max(study.lengths) * 16)
+        axis.margins(y=0.01)
         axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
         axis.minorticks_off()
         axis.set_yticks(ticks, names)
         axis.invert_yaxis()
         axis.set_xlabel("longest context that fits, tokens (doubling)")
-        axis.set_title(f"MoP reaches {_range(study, 'mop')}; FSDP2 what its restrictions leave it")
+        axis.set_title(
+            f"MoP reaches {_range(study, 'mop')} tokens, FSDP2 {_far(study)}, by how it is restricted"
+        )
     return path
 
 
@@ -258,7 +324,7 @@ def variants_table(study: Study) -> Table:
     columns = ["assumption", "why"]
     for length in lengths:
         columns += [f"MoP at {short(length)}", f"FSDP2 at {short(length)}", "ratio"]
-    columns += ["MoP reaches", "FSDP2 reaches", "full logits", "full logits, CP in a node", "no offload"]
+    columns += ["MoP reaches", "FSDP2 reaches", "full logits", "CP in a node", "in half a node", "no offload"]
     rows = []
     for variant, curves in study.variants:
         cells = [variant.label, variant.why]
@@ -266,8 +332,8 @@ def variants_table(study: Study) -> Table:
             cells += [cell(curves["mop"].at(length)), cell(curves["fsdp2"].at(length))]
             cells.append(times(ratio(curves["mop"], curves["fsdp2"], length)))
         cells += [
-            reach(curves[name]) if name in curves else ""
-            for name in ("mop", "fsdp2", "fsdp2_full", "fsdp2_node", "fsdp2_device")
+            reach(curves[name]) if name in curves and not variant.lengths else ""
+            for name in ("mop", "fsdp2", "fsdp2_full", "fsdp2_node", "fsdp2_half_node", "fsdp2_device")
         ]
         rows.append(cells)
     return Table(columns, rows)
@@ -277,9 +343,7 @@ def published_table(study: Study) -> Table | None:
     """The printed points beside ours; None where no case is one of theirs."""
     rows = []
     for case, curves in zip(study.cases, study.curves, strict=True):
-        for point in POINTS:
-            if point.model != case.model.name or point.devices != case.world_size:
-                continue
+        for point in _printed(case):
             curve = curves.get(point.contender)
             found = curve.at(point.seq_len) if curve else None
             if curve is None or found is None or not found.throughput:
@@ -313,7 +377,7 @@ def small_step(study: Study) -> str:
         f"on the host at {cell(resident)}; MoP with its whole step at {cell(ours)}: "
         f"{ours.throughput / theirs.throughput:.1f}x over CPU offload, where 7.6x is printed. So the printed "
         "ratio is within reach of the simulation only where the baseline offloads everything and does not "
-        "accumulate gradients; its absolute rates, MoP's included, are not: they are several times lower."
+        "accumulate gradients. The printed rates, MoP's included, lie below the simulated throughout."
     )
 
 
@@ -323,6 +387,7 @@ def write_context(
     """index.md, index.html and the figures; returns what was written."""
     written = [
         throughput_figure(folder / "throughput.png", study),
+        ratio_figure(folder / "ratio.png", study),
         reach_figure(folder / "reach.png", study),
     ]
     sections = [
@@ -330,6 +395,11 @@ def write_context(
             "Throughput over context length",
             "Both axes are logarithmic. A cross marks the last length that fits before memory ends.",
             picture=("throughput.png", "tokens/s per device over context length, a panel a network"),
+        ),
+        Section(
+            "MoP over FSDP2",
+            "The same steps, in as many microbatches as are fastest for each.",
+            picture=("ratio.png", "the ratio of throughputs over context length, a line a network"),
         ),
         Section(
             "How far, and what stops it",

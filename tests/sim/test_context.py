@@ -32,8 +32,8 @@ def test_what_is_searched_keeps_the_rules(contender: Contender) -> None:
     space = generate(problem, contender.family, contender.axes)
     c = space.columns
     assert len(space)
-    if contender.in_node:
-        assert (c["tensor"] * c["sequence"]).max() == 8
+    if contender.within:
+        assert (c["tensor"] * c["sequence"]).max() == 8 * contender.within
     elif contender.family == "fsdp2":
         assert (c["tensor"] * c["sequence"]).max() == 16
     assert contender.family == "mop" or (c["loss"] == CHUNKED).any() == contender.chunked
@@ -150,7 +150,7 @@ def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
     page = (out / "index.md").read_text()
     assert "FSDP2, full logits, no offload" in page
     assert "published" in page
-    for picture in ("throughput.png", "reach.png"):
+    for picture in ("throughput.png", "ratio.png", "reach.png"):
         assert (out / picture).stat().st_size > 10_000
 
 
