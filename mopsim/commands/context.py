@@ -179,8 +179,8 @@ def assumptions(cases: Sequence[Case], budget: int) -> list[str]:
         "no contender offloads what its software does not: FSDP2 parameters, gradients and optimizer state "
         "together, MoP the optimizer state and the layer inputs",
         f"the best of {budget} simulations at every length, lengths doubling; the curve ends at the first "
-        "length where none fits; the best of a length is tried at its neighbours with as many tokens a rank, and "
-        "a looser contender may use what a stricter one found",
+        "length where none fits; the best of a length is tried at its neighbours with as many tokens a rank, "
+        "and a looser contender may use what a stricter one found",
         "an ideal implementation: kernels at their fitted rates, no host overhead, no stragglers, no "
         "fragmentation",
     ]
