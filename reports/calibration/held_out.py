@@ -54,8 +54,8 @@ def main(work: Path) -> None:
     lines = [
         "# Held-out strategies",
         "",
-        "Step time measured, and predicted before and after calibration from the demo's two runs, tokens routed evenly;",
-        "`python reports/calibration/held_out.py runs/demo` makes this table.",
+        "Step time measured, and predicted before and after calibration from the demo's two runs, tokens",
+        "routed evenly; `python reports/calibration/held_out.py runs/demo` makes this table.",
         "",
         "| strategy | tokens | measured, median (fastest to slowest) | before | after |",
         "| --- | --- | --- | --- | --- |",
