@@ -43,6 +43,7 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("precision.master", precision.master, tuple(dict.fromkeys(("param", precision.param)))),
         ("precision.matmul", precision.matmul, ("compute", precision.compute)),
         ("precision.attention", precision.attention, ("compute",)),
+        ("precision.vocabulary", precision.vocabulary, ("compute",)),
         ("graphs", strategy.graphs, ((),)),
         ("unfused", strategy.unfused, ((),)),
     ]

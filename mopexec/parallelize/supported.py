@@ -25,6 +25,7 @@ _ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("vocabulary.loss", ("full", "chunked", "ring")),
     ("activations.recompute", ("full",)),
     ("precision.attention", ("compute",)),
+    ("precision.vocabulary", ("compute",)),
     ("graphs", ((),)),
     ("precision.compute", ("float64", "float32", "bfloat16")),
     ("precision.param", ("float64", "float32", "bfloat16")),

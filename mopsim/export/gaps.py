@@ -59,6 +59,7 @@ def common(plan: Plan, target: str) -> Iterator[Gap]:
     yield from only(((),), "unfused", s.unfused, "is not mapped: a matter of how a target is built")
     yield from only(((),), "graphs", s.graphs, "is not mapped: what a target can capture differs")
     yield from only(("compute",), "precision.attention", s.precision.attention, "is not mapped")
+    yield from only(("compute",), "precision.vocabulary", s.precision.vocabulary, "is not mapped")
     if s.vocabulary.loss == "ring":
         yield Gap("vocabulary.loss", "ring", f"is not in {target}: no ring over vocabulary shards")
     if s.vocabulary.loss == "chunked":

@@ -174,7 +174,8 @@ class Precision(Spec, frozen=True, kw_only=True):
     """Dtypes of: matmul inputs, activations and gathered parameters (compute), resident parameter
     shards (param), gradient communication and shards (grad), optimizer moments (moments), master weights
     (master; "param": the parameter shard is the master), the matmul recipe (matmul; "compute": same as
-    compute), the operands of the attention core (attention; "matmul": those of the recipe)."""
+    compute), the operands of the attention core and of the output projection (attention, vocabulary;
+    "matmul": those of the recipe)."""
 
     compute: DType = "bfloat16"
     param: DType = "bfloat16"
@@ -184,6 +185,7 @@ class Precision(Spec, frozen=True, kw_only=True):
     master: Literal["param", "float64", "float32"] = "float32"
     matmul: MatmulDType | Literal["compute"] = "compute"
     attention: Literal["compute", "matmul"] = "compute"
+    vocabulary: Literal["compute", "matmul"] = "compute"
 
 
 class Strategy(Spec, frozen=True, kw_only=True):

@@ -114,6 +114,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             master="param" if facts.master_is_param else "float32",
             matmul=_lookup(MATMUL, row, "precision"),
             attention="matmul" if recipes.eight_bit_attention(row) else "compute",
+            vocabulary="matmul" if recipes.eight_bit_vocabulary(row) else "compute",
         ),
     )
 

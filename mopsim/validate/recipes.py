@@ -71,6 +71,12 @@ def eight_bit_attention(row: Row) -> bool:
     )
 
 
+def eight_bit_vocabulary(row: Row) -> bool:
+    """Recipes with fp8_output_proj: those of DeepSeek-V3 that replay the whole step."""
+    mine = row["source"].startswith("megatron-bridge") and row["precision"] == "mxfp8"
+    return mine and row["model"].startswith("deepseek_v3") and whole_step(row)
+
+
 def _late(row: Row, notes: str) -> bool:
     """Rows of v0.6.0's time that do not say it."""
     models, machines = WHOLE

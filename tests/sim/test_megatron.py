@@ -242,9 +242,10 @@ def test_tied_embeddings_are_summed_over_first_and_last_stage() -> None:
 
 
 @pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
-def test_a_recipe_prices_layers_not_the_loss(matmul: str) -> None:
+@pytest.mark.parametrize("vocabulary", ["compute", "matmul"])
+def test_a_recipe_prices_the_loss_where_it_says_so(matmul: str, vocabulary: str) -> None:
     strategy = megatron(2, tensor=2)
-    precision = msgspec.structs.replace(strategy.precision, matmul=matmul)
+    precision = msgspec.structs.replace(strategy.precision, matmul=matmul, vocabulary=vocabulary)
     workload = lower(deep(), with_(strategy, precision=precision), TrainSpec(seq_len=256, global_batch=2), 8)
     dtypes = {
         op.component: work.dtype
@@ -253,7 +254,7 @@ def test_a_recipe_prices_layers_not_the_loss(matmul: str) -> None:
         if work.kind == "matmul"
     }
     assert dtypes["dense_ffn"] == matmul
-    assert dtypes["vocabulary"] == "bfloat16"
+    assert dtypes["vocabulary"] == (matmul if vocabulary == "matmul" else "bfloat16")
 
 
 @pytest.mark.parametrize(("recipe", "reads", "size"), [("fp8", 2, 6), ("mxfp8", 1, 4), ("nvfp4", 3, 7)])

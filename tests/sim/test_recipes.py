@@ -31,6 +31,7 @@ def test_the_last_release_replays_the_whole_step() -> None:
     assert recipes.graphs(said) == ("step",)
     assert recipes.hides_experts(said)
     assert recipes.eight_bit_attention(said)
+    assert recipes.eight_bit_vocabulary(said)
     assert not recipes.eight_bit_attention({**said, "gpu": "gb200-186g"})
     earlier = {**said, "notes": "NeMo 26.04"}
     assert recipes.graphs(earlier) == ()

@@ -59,7 +59,8 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
     recipe = precision.compute if precision.matmul == "compute" else precision.matmul
-    dtype = precision.compute if kernel.component in EXACT else recipe
+    eight_bit = kernel.component == "vocabulary" and precision.vocabulary == "matmul"
+    dtype = precision.compute if kernel.component in EXACT and not eight_bit else recipe
     looped = kernel.kind == "grouped_matmul" and context.strategy.experts.looped
     found = []
     for place, one in enumerate(kernel.matmuls):
