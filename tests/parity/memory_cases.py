@@ -28,6 +28,7 @@ def cases(world: int) -> dict[str, Plan]:
     return {
         "mop": _plan(strategies.mop(world, **everything)),
         "mop_skewed": _plan(strategies.mop(world, **everything), "60/3"),
+        "mop_zipf": _plan(strategies.mop(world, **everything), "zipf:1.2"),
         "mop_budget": _plan(strategies.mop(world, **everything, host_budget=40000), "95/4"),
         "mop_replicas": _plan(strategies.mop(world, **{**everything, "experts": 2, "vocabulary": 2})),
         "mop_host_update": _plan(strategies.mop(world, **everything, state="host")),
