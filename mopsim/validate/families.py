@@ -96,7 +96,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             tensor=degrees.expert_tensor,
             shard=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
             plain=plain,
-            dispatch="deduplicated" if row.get("dispatcher") in ("deepep", "hybridep") else "all_to_all",
+            dispatch="deduplicated" if recipes.deduplicates(row) else "all_to_all",
             looped=kind == "megatron" and model.num_local_experts > 0 and not recipes.whole_step(row),
         ),
         vocabulary=_vocabulary(row, degrees, facts.fused_loss),

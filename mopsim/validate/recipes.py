@@ -1,5 +1,5 @@
-"""What recipes set that the table's columns do not say, by network, machine and release: facts about programs,
-with where they are written. Nothing here is fitted.
+"""What recipes set that the table's columns do not say, by network, machine and release: facts about
+programs, with where they are written. Nothing here is fitted.
 
 Megatron-Bridge (github.com/NVIDIA-NeMo/Megatron-Bridge): scripts/performance/configs of v0.3.0 to v0.5.0,
 src/megatron/bridge/perf_recipes of v0.6.0. NeMo 26.06 is v0.5.0, 26.08 is v0.6.0.
@@ -40,6 +40,11 @@ def graphs(row: Row) -> tuple[str, ...]:
     found = re.search(r"cuda graphs?:? ([^;]*)", row.get("notes", "").lower())
     words = re.findall(r"[a-z_]+", found.group(1)) if found else []
     return tuple(dict.fromkeys(GRAPHED[word] for word in words if word in GRAPHED))
+
+
+def deduplicates(row: Row) -> bool:
+    """Whether a token goes once to a rank (DeepEP, HybridEP): as said, or as in the recipes of v0.6.0."""
+    return row.get("dispatcher") in ("deepep", "hybridep") or _late(row, row.get("notes", "").lower())
 
 
 def hides_experts(row: Row) -> bool:

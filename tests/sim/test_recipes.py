@@ -30,12 +30,14 @@ def test_the_last_release_replays_the_whole_step() -> None:
     said = bridge("deepseek_v3", "gb300-288g", "NeMo 26.08; config fields from recipe (exact)")
     assert recipes.graphs(said) == ("step",)
     assert recipes.hides_experts(said)
+    assert recipes.deduplicates(said)
     assert recipes.eight_bit_attention(said)
     assert recipes.eight_bit_vocabulary(said)
     assert not recipes.eight_bit_attention({**said, "gpu": "gb200-186g"})
     earlier = {**said, "notes": "NeMo 26.04"}
     assert recipes.graphs(earlier) == ()
     assert not recipes.hides_experts(earlier)
+    assert not recipes.deduplicates(earlier)
     assert not recipes.eight_bit_attention(earlier)
     assert recipes.graphs({**said, "source": "mine"}) == ()
 
