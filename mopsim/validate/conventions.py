@@ -82,7 +82,7 @@ def conventions(row: Row) -> Conventions:
         attention=_attention(source, notes),
         fused_loss=_fused_loss(row, notes, compiled),
         overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
-        sequence_parallel="sequence parallel false" not in notes and source != "vtrain",
+        sequence_parallel="sequence parallel false" not in notes,
         dropout=_dropout(source),
         unfused=_unfused(source, notes, compiled),
         deterministic="deterministic=true" in notes,
