@@ -129,7 +129,7 @@ def context(
     vary: Annotated[
         str, typer.Option(help="assumptions to vary for the first --model: all, none, or names")
     ] = "all",
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 40,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 24,
     jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
     routing: o.Routing = "balanced",
     json: o.Json = None,
