@@ -141,8 +141,8 @@ class Optimizer(Spec, frozen=True, kw_only=True):
 class Activations(Spec, frozen=True, kw_only=True):
     """recompute: none, selective (the modules named), or full (each layer from its input, the boundary).
 
-    kept: kernels of a layer (categories.KEPT) whose outputs a full recomputation keeps and which it does not run
-    again: torch's selective activation checkpointing by operator.
+    kept: kernels of a layer (categories.KEPT) whose outputs a full recomputation keeps and which it does not
+    run again: torch's selective activation checkpointing by operator.
 
     boundary_tier host: boundaries go to pinned memory while host_budget bytes per rank last (0 = no cap).
     """
