@@ -139,7 +139,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
             num_nodes=inputs.nodes,
             devices_per_node=hardware.devices_per_node,
             memory_limit=hardware.memory_limit(),
-            host_limit=hardware.host_limit(),
+            host_limit=result.host_limit,
         ),
         strategy=result.strategy,
         training=inputs.training,
