@@ -36,8 +36,8 @@ class Work:
 
     m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full
     buffer), or transfer. params: of an optimizer update. launches: kernels started for it, one after the
-    other; 0: products of a group that another Work starts. calls: what the host starts for it where that differs (kernels side by side). group: ranks of a
-    collective.
+    other; 0: products of a group that another Work starts. calls: what the host starts for it where that
+    differs (kernels side by side). group: ranks of a collective.
     indexed: rows are read or written by index. duplex: a transfer beside another the other way, with which it
     shares host DRAM.
     """

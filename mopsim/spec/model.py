@@ -140,7 +140,9 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
             require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
         require(
             self.shared_expert_intermediate_size >= 1 or not self.shared_expert_gate,
-            "shared_expert_gate", self.shared_expert_gate, "gates nothing: shared_expert_intermediate_size is 0",
+            "shared_expert_gate",
+            self.shared_expert_gate,
+            "gates nothing: shared_expert_intermediate_size is 0",
         )  # fmt: skip
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
 

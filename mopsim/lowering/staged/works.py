@@ -1,5 +1,6 @@
 """Kernel -> work, with the matmul recipe of a strategy."""
 
+from dataclasses import replace
 from typing import Literal
 
 from mopsim.layers.quantized import EXACT
@@ -73,11 +74,8 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         for name, (m, n, k) in shapes.items():
             if part == name or (part == "backward" and name != "forward"):
                 calls = int(one.count) if looped else 0
-                found.append(
-                    Work(
-                        kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype, calls=calls, launches=launches
-                    )
-                )  # fmt: skip
+                work = Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype)
+                found.append(replace(work, calls=calls, launches=launches))
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute] and part != "weight_grad":
         # inputs (forward) or output gradients (backward) are cast once, by rows and by columns
         rows = sum(m.m * m.count * (m.k if part == "forward" else m.n) for m in kernel.matmuls)
