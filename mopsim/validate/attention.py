@@ -10,7 +10,7 @@ import msgspec
 
 from mopsim.spec.hardware import AttentionCurve, HardwareProfile
 
-Kernel = Literal["profile", "flash2", "triton", "unfused"]
+Kernel = Literal["profile", "flash2", "flash4", "triton", "unfused"]
 
 FLASH2 = (
     "FlashAttention-2 on A100 (arXiv 2307.08691, figures 4 to 6), on H100 (arXiv 2407.08608, figures 5 and 6)"
@@ -23,6 +23,9 @@ the FLOP/s that its shares of Hopper's peak are of here (132 SMs, 989.4 TFLOP/s;
 DETERMINISTIC = 1 - 0.379
 """Backward rate in a fixed order of sums: up to 37.9 % below the free one (FlashAttention-3 on H800, arXiv
 2601.21824). cuDNN's is taken to lose as much."""
+FLASH4 = 0.71
+"""FlashAttention-4 forward on B200: up to 1613 TFLOP/s, 71 % of the peak (arXiv 2603.05451); its backward is
+taken to be cuDNN's."""
 TRITON_SLOWDOWN = 1.8
 """FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (arXiv 2307.08691,
 section 4): its middle.
@@ -63,6 +66,12 @@ def _curve(hardware: HardwareProfile, kernel: Kernel, head_dim: int) -> Attentio
         return None
     if kernel == "unfused":
         return _unfused(hardware, head_dim)
+    if kernel == "flash4":
+        best = hardware.device.attention
+        return msgspec.structs.replace(
+            best, forward=min(best.forward, FLASH4), tag="assumed",
+            source=f"{best.source}; FlashAttention-4 forward at most {FLASH4} (arXiv 2603.05451)",
+        )  # fmt: skip
     if not hardware.name.startswith((*HOPPER, *BLACKWELL, "a100")):
         return None
     forward, backward, half = (

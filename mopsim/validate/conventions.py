@@ -165,12 +165,14 @@ def _unfused(source: str, notes: str, compiled: bool) -> tuple[Unfused, ...]:
 
 def _attention(source: str, notes: str) -> Kernel:
     """llm-foundry of 2023: attn_impl triton. torch's scaled_dot_product_attention and DeepSpeed's Hugging
-    Face models: FlashAttention-2. Megatron of 2022: scores kept (no flash kernel before 2023). Transformer
-    Engine, and FlashAttention-4 that the pages of halo name: the profile's.
+    Face models: FlashAttention-2; the pages of halo: FlashAttention-4. Megatron of 2022: scores kept (no
+    flash kernel before 2023). Transformer Engine: the profile's.
     """
     local = "attention-backend=unfused" in notes or "transformer-impl=local" in notes
     if local or source == "vtrain" or source == "megatron-selene-2022":
         return "unfused"
     if source == "llm-foundry":
         return "triton"
+    if source == "halo-bench":
+        return "flash4"
     return "flash2" if source in ("torchtitan", "alst-recipes", "olmo-core") else "profile"

@@ -5,6 +5,7 @@ from typing import Literal, TypeVar
 
 from mopsim.spec.categories import MODULES
 from mopsim.spec.errors import SpecError
+from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import (
     Activations,
@@ -21,7 +22,7 @@ from mopsim.spec.strategy import (
 )  # fmt: skip
 from mopsim.validate import recipes
 from mopsim.validate.conventions import Conventions, conventions
-from mopsim.validate.tables import UNKNOWN, Row
+from mopsim.validate.tables import UNKNOWN, Row, count
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
@@ -99,7 +100,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             dispatch="deduplicated" if recipes.deduplicates(row) else "all_to_all",
             looped=kind == "megatron" and model.num_local_experts > 0 and not recipes.whole_step(row),
         ),
-        vocabulary=_vocabulary(row, degrees, facts.fused_loss),
+        vocabulary=_vocabulary(row, degrees, facts.fused_loss, model),
         optimizer=_optimizer(row, kind),
         activations=_activations(row, kind, facts.kept if degrees.tensor == 1 else ()),
         overlap=_overlap(row, facts),
@@ -148,14 +149,25 @@ def _exchange(row: Row, kind: str) -> Literal["ulysses", "ring", "all_gather"]:
     return "all_gather" if kind == "fsdp" else "ring"
 
 
-def _vocabulary(row: Row, degrees: Degrees, fused: bool) -> Vocabulary:
+def _vocabulary(row: Row, degrees: Degrees, fused: bool, model: ModelSpec) -> Vocabulary:
     kind = row.get("loss", "")
     if degrees.tensor > 1 and kind in (*UNKNOWN, "vocab_parallel"):
         return Vocabulary(degree=degrees.tensor, loss="vocab_parallel", fused=fused)
+    stock = kind in UNKNOWN and "stock trl" in row.get("notes", "").lower()  # Liger's loss is its default
+    if row["source"] == "halo-bench" and (kind == "fused" or stock):
+        return Vocabulary(loss="chunked", chunk_tokens=_liger(row, degrees, model))
     if kind in ("chunked", "fused"):
         return Vocabulary(loss="chunked", chunk_tokens=_TILE)
     upcast = fused and row["source"] in UPCAST
     return Vocabulary(loss="full", fused=fused, upcast=upcast)
+
+
+def _liger(row: Row, degrees: Degrees, model: ModelSpec) -> int:
+    """Rows of a chunk of Liger's fused linear cross entropy, whose logits take as much memory as its input
+    (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py): the next power of two."""
+    rows = degrees.micro_batch * (count(row, "seq_len") or 1) // degrees.sequence
+    chunk = ceil_div(rows, ceil_div(model.vocab_size, model.hidden_size))
+    return int(2 ** (chunk - 1).bit_length())
 
 
 def _optimizer(row: Row, kind: str) -> Optimizer:
