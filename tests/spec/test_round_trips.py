@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from mopsim.spec.errors import SpecError
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, HardwareProfile, Quantity
 from mopsim.spec.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
 from mopsim.spec.model import ModelSpec
@@ -182,10 +183,15 @@ def plans(draw: Any) -> Plan:
     )
     batch = strategy.micro_batch * strategy.data_groups * draw(st.integers(1, 4))
     numbers = st.dictionaries(st.sampled_from(["params", "grads", "logits"]), count)
+    training = draw(trainings(global_batch=batch))
+    try:
+        training.check_strategy(strategy)
+    except SpecError:  # chunks absurdly small for this many tokens
+        reject()
     return Plan(
         model=model,
         strategy=strategy,
-        training=draw(trainings(global_batch=batch)),
+        training=training,
         mop_version=draw(text),
         hardware=HardwareRef(
             name=draw(text),
