@@ -66,8 +66,11 @@ class Fit:
         return self.scale * point.step(self.launch / self.scale) + self.constant
 
 
-def fit(points: Sequence[Point]) -> Fit:
-    """Robust relative error, each network with equal weight, drawn towards (1, LAUNCH, 0) by the priors."""
+def fit(points: Sequence[Point], issue: float = LAUNCH) -> Fit:
+    """Robust relative error, each network with equal weight, drawn towards (1, issue, 0) by the priors.
+
+    issue: seconds of the host a launch on the profile that the points were simulated on.
+    """
     if not points:
         return Fit()
     measured = np.array([p.measured for p in points])
@@ -79,7 +82,7 @@ def fit(points: Sequence[Point]) -> Fit:
     def residuals(x: Array) -> Array:
         tried = Fit(x[0], x[1] * 1e-6, x[2] * deviation, len(points))
         predicted = np.array([tried.apply(p) for p in points]) / measured
-        prior = [(x[0] - 1) / SCALE_PRIOR, (x[1] * 1e-6 - LAUNCH) / LAUNCH_PRIOR, x[2]]
+        prior = [(x[0] - 1) / SCALE_PRIOR, (x[1] * 1e-6 - issue) / LAUNCH_PRIOR, x[2]]
         return np.concatenate([weight * _robust((predicted - 1) / NOISE), prior])
 
     best = None
@@ -98,11 +101,12 @@ def _robust(z: Array) -> Array:
     return np.asarray(np.sign(z) * np.sqrt(2 * (np.sqrt(1 + z**2) - 1)))
 
 
-def held_out(points: Sequence[Point], usable: Sequence[bool] = ()) -> list[Fit]:
+def held_out(points: Sequence[Point], usable: Sequence[bool] = (), issue: float = LAUNCH) -> list[Fit]:
     """For each point, the fit on the usable points of all other networks; Fit() (uncalibrated) without any.
 
-    usable: whether a point may be fitted on (all, where not given).
+    usable: whether a point may be fitted on (all, where not given). issue: see `fit`.
     """
     known = [p for p, use in zip(points, usable or [True] * len(points), strict=True) if use]
-    by_model = {model: fit([p for p in known if p.model != model]) for model in {p.model for p in points}}
+    models = {p.model for p in points}
+    by_model = {model: fit([p for p in known if p.model != model], issue) for model in models}
     return [by_model[p.model] for p in points]

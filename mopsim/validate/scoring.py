@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from mopsim.validate import calibration, regression
-from mopsim.validate.calibration import Fit, Point
+from mopsim.validate.calibration import LAUNCH, Fit, Point
 from mopsim.validate.rows import Case
 from mopsim.validate.simulated import Simulated, as_read
 
@@ -81,7 +81,10 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
             _point(results[i], cases[i].step_time or 0.0, model)
             for i, model in zip(timed, models, strict=True)
         ]
-        fits = dict(zip(timed, calibration.held_out(points, [trusted(cases[i]) for i in timed]), strict=True))
+        issue = cases[members[0]].hardware.host.issue
+        seconds = issue.si if issue else LAUNCH
+        held = calibration.held_out(points, [trusted(cases[i]) for i in timed], seconds)
+        fits = dict(zip(timed, held, strict=True))
         baseline = regression.held_out([cases[i] for i in timed], models, [p.measured for p in points])
         lines = dict(zip(timed, baseline, strict=True))
         by_index = dict(zip(timed, points, strict=True))

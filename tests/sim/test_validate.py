@@ -144,6 +144,12 @@ def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
     assert found.launch == pytest.approx(30e-6, rel=0.02)
 
 
+def test_a_launch_is_drawn_to_that_of_the_profile() -> None:
+    points = [Point(1.0, (), 1.2, "a"), Point(2.0, (), 2.4, "b")]
+    assert calibration.fit(points, 37e-6).launch == pytest.approx(37e-6)
+    assert calibration.held_out(points, issue=37e-6)[0].launch == pytest.approx(37e-6)
+
+
 def test_a_step_between_two_simulations_lies_on_the_line() -> None:
     point = _paced(0.1, 9000)
     assert point.step(3e-5) == pytest.approx(0.27)
