@@ -164,6 +164,9 @@ class FsdpStep:
         c, b, V = self.c, self.b, self.c.model.vocab_size
         b.make(f"grads {self.edge.name}", self.edge.numel * c.b, "gathered_grads")
         b.make("dhidden", c.hidden)
+        gradient = float(self.edge.numel * c.b)
+        once = Work("memory_bound", bytes=3 * gradient, launches=2)  # zeroed, and scaled in the backward
+        b.compute("weight gradient", _C, "forward", -1, [once])
         for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens):
             n = stop - start
             b.make("exact", n * V * c.wide, _L)
@@ -171,7 +174,8 @@ class FsdpStep:
                 b.spike(n * V * c.b, _L)
             works = [
                 self._product(n, V),
-                Work("memory_bound", bytes=float(n * V * (2 * c.b + 9 * c.wide)), launches=8),
+                # beside the logits' passes, the weight gradient is read again to be added to
+                Work("memory_bound", bytes=n * V * (2 * c.b + 9 * c.wide) + gradient, launches=8),
             ]
             works += self._back(n, V)
             b.drop("exact")
