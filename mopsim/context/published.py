@@ -26,5 +26,7 @@ POINTS = (
         "mop_120b", 16, "fsdp2_full", 128 * K, 178.3, "from the printed ratio, 7.6x; its longest context"
     ),
 )
+PRINTED_END = 128 * K
+"""The longest context of FSDP2: 128K at 120B; at about 600B and 1T out of memory beyond 64 to 128K."""
 LARGEST_STEP = {"mop": 1_500_000, "fsdp2_full": 128_000}
 """Figure 7a: the most tokens of one forward and backward, of all 16 devices, by contender."""

@@ -196,7 +196,8 @@ def _alike(strategy: Strategy, times: float) -> Iterator[Strategy]:
     yield strategy
     split, micro = strategy.attention.sequence * times, strategy.micro_batch / times
     change = msgspec.structs.replace
-    if split >= 1 and split.is_integer() and strategy.world_size % int(split) == 0:
+    ranks = strategy.dense.tensor * split
+    if split >= 1 and split.is_integer() and strategy.world_size % ranks == 0:
         yield change(strategy, attention=change(strategy.attention, sequence=int(split)))
     if micro >= 1 and micro.is_integer():
         yield change(strategy, micro_batch=int(micro))

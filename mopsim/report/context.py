@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopsim.context.contenders import Contender
-from mopsim.context.published import LARGEST_STEP, POINTS, SOURCE, Published
+from mopsim.context.published import LARGEST_STEP, POINTS, PRINTED_END, SOURCE, Published
 from mopsim.context.sweep import Case, Curve, Point
 from mopsim.context.variants import Variant
 from mopsim.report.page import Page, Section, Table, write_page
@@ -112,6 +112,24 @@ def _range(study: Study, name: str) -> str:
     lengths = sorted(point.seq_len if point else 0 for point in ends)
     names = [short(length) if length else "no length at all" for length in (lengths[0], lengths[-1])]
     return names[0] if names[0] == names[1] else f"{names[0]} to {names[1]}"
+
+
+def as_printed(study: Study) -> str:
+    """Under which rules FSDP2 ends where the sources say."""
+    parts = []
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        ends = {curve.contender.label.removeprefix("FSDP2, "): curve.longest for curve in curves.values()}
+        near = [label for label, end in ends.items() if end and end.seq_len <= PRINTED_END]
+        never = [label for label, end in ends.items() if end is None]
+        parts.append(
+            f"{case_name(case)}: {' or '.join(near) or 'none of these'}"
+            + (f" (at no length: {', '.join(never)})" if never else "")
+        )
+    return (
+        "The sources print that FSDP2's longest context is 128K at 120B, and that it runs out of memory "
+        "beyond 64 to 128K at about 600B and 1T. Here the rules under which it ends at "
+        f"{short(PRINTED_END)} or before are: {'; '.join(parts)}."
+    )
 
 
 def _far(study: Study) -> str:
@@ -404,7 +422,7 @@ def write_context(
         Section(
             "How far, and what stops it",
             "The longest context, of lengths that double; in brackets the category that crosses the limit in "
-            "the strategy that misses by least. A star: at risk, within 4 % of a limit.",
+            "the strategy that misses by least. A star: at risk, within 4 % of a limit. " + as_printed(study),
             rules_table(study),
             ("reach.png", "the longest context of each contender, by network"),
         ),

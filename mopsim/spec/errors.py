@@ -17,6 +17,10 @@ class SpecError(MopError, ValueError):
         self.field, self.value, self.rule = field, value, rule
         super().__init__(f"{field}: {value!r} {rule}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it crosses processes: an exception is otherwise remade from its message alone."""
+        return SpecError, (self.field, self.value, self.rule)
+
     def within(self, prefix: str) -> "SpecError":
         """The same error, its field named from further out."""
         return SpecError(f"{prefix}.{self.field}" if prefix else self.field, self.value, self.rule)

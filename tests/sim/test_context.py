@@ -1,6 +1,7 @@
 """Context length against throughput: rules that hold, curves that nest, and a small report."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import pytest
 from mopsim.cli import main
 from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Task, nested, sweep
 from mopsim.context.contenders import OFFLOADED
-from mopsim.context.sweep import curve
+from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
 from mopsim.report.context import ratio, reach, short
 from mopsim.search.bound import bound
 from mopsim.search.space import CHUNKED, DEVICE, HOST, generate
+from mopsim.spec.errors import SpecError
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.strategies import fsdp2
 
 K = 1024
 NAMES = {one.name: one for one in CONTENDERS}
@@ -124,6 +127,23 @@ def test_a_step_of_one_sequence_and_one_microbatch() -> None:
     ).points[0]
     assert at_once.result is not None
     assert at_once.result.training.num_microbatches(at_once.result.strategy) == 1
+
+
+def test_what_is_best_elsewhere_stays_legal() -> None:
+    """As many tokens a rank for another length, only where tensor x sequence still divides the ranks."""
+    wide = fsdp2(16, tensor=8, sequence=2, exchange="all_gather", micro_batch=2)
+    assert {one.attention.sequence for one in _alike(wide, 2)} == {2}
+    assert {one.micro_batch for one in _alike(wide, 2)} == {2, 1}
+    assert {(one.attention.sequence, one.micro_batch) for one in _alike(wide, 0.5)} == {
+        (2, 2),
+        (1, 2),
+        (2, 4),
+    }
+
+
+def test_a_refusal_crosses_processes() -> None:
+    error = SpecError("field", 3, "is odd")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_names_of_lengths() -> None:
