@@ -249,11 +249,10 @@ def ratio_figure(path: Path, study: Study) -> Path:
 
 
 def _panel_title(case: Case, curves: Mapping[str, Curve]) -> str:
-    stopped = reach(curves["fsdp2_node"]) if "fsdp2_node" in curves else "?"
-    return (
-        f"{case_name(case)}: MoP {reach(curves['mop'])}, FSDP2 {reach(curves['fsdp2'])}"
-        f" ({stopped} restricted)"
-    )
+    title = f"{case_name(case)}: MoP {reach(curves['mop'])}, FSDP2 {reach(curves['fsdp2'])}"
+    if "fsdp2_node" in curves:
+        title += f", {reach(curves['fsdp2_node'])} with full logits in a node"
+    return title
 
 
 def reach_figure(path: Path, study: Study) -> Path:
