@@ -12,6 +12,7 @@ from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Curve, Point, 
 from mopsim.context.contenders import OFFLOADED
 from mopsim.context.sweep import totals
 from mopsim.report.context import Study, case_name, finding, summary, write_context
+from mopsim.report.tables import describe
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.outputs import check_outputs
@@ -220,10 +221,15 @@ def _curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
         name: {
             "longest": curve.longest.seq_len if curve.longest else None,
             "stopped_by": curve.end.stopped_by if curve.end else None,
+            "strategy_at_longest": _strategy(curve.longest),
             "points": [_point_json(point) for point in curve.points],
         }
         for name, curve in curves.items()
     }
+
+
+def _strategy(point: Point | None) -> Any:
+    return io.to_plain(point.result.strategy) if point and point.result else None
 
 
 def _point_json(point: Point) -> dict[str, Any]:
@@ -244,6 +250,6 @@ def _point_json(point: Point) -> dict[str, Any]:
             "memory_by_category_bytes": result.memory_by_category,
             "host_memory_bytes": result.host_memory,
             "host_limit_bytes": result.host_limit,
-            "strategy": io.to_plain(result.strategy),
+            "strategy": describe(result.strategy),
         }
     return found

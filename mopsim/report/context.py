@@ -162,7 +162,7 @@ def throughput_figure(path: Path, study: Study) -> Path:
     """A panel a network: tokens/s per device over context length, a cross where memory ends."""
     columns = min(2, len(study.cases))
     rows = -(-len(study.cases) // columns)
-    with figure(path, 7.2 * columns, 4.4 * rows + 0.9, rows, columns, sharex=True) as axes:
+    with figure(path, 7.2 * columns, 4.6 * rows + 0.9, rows, columns, sharex=True) as axes:
         for axis, case, curves in zip(axes, study.cases, study.curves, strict=False):
             for name, curve in reversed(list(curves.items())):
                 tint, line, width = LINES[name]
@@ -249,7 +249,7 @@ def ratio_figure(path: Path, study: Study) -> Path:
 
 
 def _panel_title(case: Case, curves: Mapping[str, Curve]) -> str:
-    title = f"{case_name(case)}: MoP {reach(curves['mop'])}, FSDP2 {reach(curves['fsdp2'])}"
+    title = f"{case_name(case)}\nMoP {reach(curves['mop'])}, FSDP2 {reach(curves['fsdp2'])}"
     if "fsdp2_node" in curves:
         title += f", {reach(curves['fsdp2_node'])} with full logits in a node"
     return title

@@ -165,7 +165,8 @@ def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
     curves = made["cases"][0]["curves"]
     assert set(curves) == {"mop", "fsdp2", "fsdp2_device"}
     assert curves["fsdp2_device"]["stopped_by"] == "logits"
-    assert curves["mop"]["points"][0]["strategy"]["world_size"] == 16
+    assert curves["mop"]["strategy_at_longest"]["world_size"] == 16
+    assert curves["mop"]["points"][0]["strategy"].startswith("mop ")
     assert [one["name"] for one in made["variants"]] == ["base", "heads_56"]
     page = (out / "index.md").read_text()
     assert "FSDP2, full logits, no offload" in page
