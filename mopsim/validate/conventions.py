@@ -82,13 +82,18 @@ def conventions(row: Row) -> Conventions:
         attention=_attention(source, notes),
         fused_loss=_fused_loss(row, notes, compiled),
         overlaps=source.startswith("megatron-bridge") or source in ("mcore-moe-paper", "moe-folding-paper"),
-        sequence_parallel="sequence parallel false" not in notes,
+        sequence_parallel="sequence parallel false" not in notes and source not in _WHOLE_ROWS,
         dropout=_dropout(source),
         unfused=_unfused(source, notes, compiled),
         deterministic="deterministic=true" in notes,
         plain_experts="framework halo" in notes,
         kept=_kept(row, compiled),
     )  # fmt: skip
+
+
+_WHOLE_ROWS = ("vtrain",)
+"""Sources whose tensor groups all-reduce the whole feature map: VIA-Research/vTrain, src/predictor.py
+(`_add_tp_communication`, twice a layer and pass) and src/model/gpt_modeling.py, the program of its runs."""
 
 
 def _gradients(source: str, notes: str, compute: DType) -> DType:
