@@ -93,7 +93,7 @@ def conventions(row: Row) -> Conventions:
 
 _WHOLE_ROWS = ("vtrain",)
 """Sources whose tensor groups all-reduce the whole feature map: VIA-Research/vTrain, src/predictor.py
-(`_add_tp_communication`, twice a layer and pass) and src/model/gpt_modeling.py, the program of its runs."""
+(`_add_tp_communication`, twice a layer and pass) and src/model/gpt_modeling.py, how it describes its runs."""
 
 
 def _gradients(source: str, notes: str, compute: DType) -> DType:
