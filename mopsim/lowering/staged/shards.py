@@ -84,11 +84,16 @@ class Shards:
 
     def _gather(self, unit: Unit, phase: str, room: Sequence[int]) -> None:
         group = self.c.groups[unit.group]
-        if unit.name in self._full or group.size == 1:
+        away = self._place(unit).param_tier == "host"
+        if unit.name in self._full or (group.size == 1 and not away):
             return
         size = unit.padded * self.c.b
-        if self._place(unit).param_tier == "host":
-            room = (self._copy(unit, "h2d", unit.shard_numel * self.c.param, phase, room),)
+        if away:
+            memory = (("gathered", size),) if group.size == 1 else ()
+            room = (self._copy(unit, "h2d", unit.shard_numel * self.c.param, phase, room, memory),)
+        if group.size == 1:
+            self._full[unit.name] = room[0]
+            return
         work = (Work("all_gather", bytes=float(size), group=group),)
         self._full[unit.name] = self.issue.add(
             f"gather {unit.name}", stream_of(group), unit.component, phase, work, room, (("gathered", size),),
