@@ -1,11 +1,13 @@
 """mopexec: train, probe, dry-run, verify. torch is imported inside the commands that need it."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from mopsim.spec.command_line import quiet_interrupts, run_app
 
-import typer
+quiet_interrupts("mopexec")  # before what takes long
 
-from mopsim.spec.command_line import run_app
+from pathlib import Path  # noqa: E402
+from typing import Annotated, Literal  # noqa: E402
+
+import typer  # noqa: E402
 
 app = typer.Typer(
     name="mopexec",

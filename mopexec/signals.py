@@ -1,15 +1,8 @@
-"""Ending well: SIGINT, SIGTERM and SIGHUP ask for a stop after the running step; no rank outlives the process
-that started it.
-"""
+"""Ending well: SIGINT, SIGTERM and SIGHUP ask for a stop after the running step."""
 
-import ctypes
-import os
 import signal
-import sys
 from types import FrameType, TracebackType
 from typing import Any
-
-_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -40,15 +33,3 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, however that happens (Linux; nothing
-    elsewhere).
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended in between
-        os._exit(1)

@@ -13,10 +13,10 @@ from mopexec.job import Job, join
 from mopexec.model import Transformer, init_weights
 from mopexec.parallelize.apply import build
 from mopexec.parallelize.runner import Batch
-from mopexec.signals import end_with_parent
 from mopsim.spec import io, layout
 from mopsim.spec.io import Spec
 from mopsim.spec.plan import Plan
+from mopsim.spec.processes import end_with_parent
 
 TOLERANCE = 1e-9  # relative, in float64
 

@@ -12,8 +12,9 @@ from typing import Any
 from mopexec import failures
 from mopexec.environment import rank_of_environment
 from mopexec.options import TrainOptions
-from mopexec.signals import StopRequest, end_with_parent
+from mopexec.signals import StopRequest
 from mopsim.spec import io
+from mopsim.spec.processes import end_with_parent
 
 
 def run_rank(options: TrainOptions) -> failures.Failure | None:

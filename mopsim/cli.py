@@ -1,12 +1,15 @@
 """mopsim: plan the training of mixture-of-experts models. Heavy imports happen inside the command that
 needs them."""
 
-from typing import Annotated, Literal
+from mopsim.spec.command_line import quiet_interrupts, run_app
 
-import typer
+quiet_interrupts("mopsim")  # before what takes long
 
-from mopsim.commands import options as o
-from mopsim.spec.command_line import run_app
+from typing import Annotated, Literal  # noqa: E402
+
+import typer  # noqa: E402
+
+from mopsim.commands import options as o  # noqa: E402
 
 app = typer.Typer(
     name="mopsim",

@@ -107,7 +107,6 @@ def run(out: str, seed: int, steps: int) -> None:
     folder = Path(out)
     work = _work_directory(folder)
     console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: end the commands too
     loop = Loop(folder, work, seed, steps, console)
     console.print("[bold]The closed loop on this machine[/bold]")
     started = time.perf_counter()

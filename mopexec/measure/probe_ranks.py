@@ -24,6 +24,7 @@ from mopexec.measure.probe_fit import Shape
 from mopexec.measure.probe_machine import pin_to
 from mopexec.measure.probe_timing import Sample, Stopwatch
 from mopsim.spec.errors import MopError
+from mopsim.spec.processes import end_with_parent
 
 Progress = Callable[[str], None]
 STALL_SECONDS = 180.0
@@ -134,6 +135,7 @@ def _stop(ranks: Sequence[BaseProcess]) -> None:
 
 def _rank_main(rank: int, job: Job, store: str, messages: Any) -> None:
     try:
+        end_with_parent()
         device = torch.device("cpu")
         if job.device_type == "cuda":
             device = torch.device("cuda", rank)

@@ -51,7 +51,7 @@ def run(order: Order, out: str, json: str | None) -> None:
     tasks = plan(cases, contenders, variants, lengths, order.budget)
     console = read_inputs.human(json)
     found: dict[tuple[str, ...], Curve] = {}
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("sweeping", total=len(tasks))
         for key, curve in sweep(tasks, order.jobs or min(4, os.cpu_count() or 1)):
             found[key] = curve

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from mopsim.search.space import Problem
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.processes import pool
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -124,8 +125,8 @@ def sweep(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[tuple[str, ...], C
         for task in tasks:
             yield task.key, curve(task)
         return
-    with ProcessPoolExecutor(jobs) as pool:
-        running = {pool.submit(curve, task): task.key for task in tasks}
+    with pool(jobs) as processes:
+        running = {processes.submit(curve, task): task.key for task in tasks}
         for done in as_completed(running):
             yield running[done], done.result()
 

@@ -1,63 +1,94 @@
 """How a command ends, for both packages: a user's mistake is one line on standard error and exit code 2."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from mopsim.spec.errors import MopError
 
 
 def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = None) -> NoReturn:
-    """Run a typer app and exit: 0 or the command's code, 2 on a user's mistake, 130 where interrupted."""
+    """Run a typer app and exit: 0 or the command's code, 2 on a user's mistake, 128 + n where signal n ends
+    it (SIGINT or SIGTERM)."""
     given = sys.argv[1:] if arguments is None else arguments
-    interrupts: list[int] = []
+    signals: list[int] = []
     try:
         _refuse_empty(given)
-        with _noting_interrupts(interrupts):
+        with _noting_signals(signals):
             code = app(given, standalone_mode=False)
-    except MopError as error:
-        _fail(name, str(error))
-    except KeyboardInterrupt:
-        _fail(name, "interrupted", 130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:  # what the system refuses, where nothing nearer said it
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(name, f"{where}{error.strerror or error}")
     except Exception as error:
-        if type(error).__name__ == "Abort":
-            _fail(name, "interrupted", 130)
-        if not hasattr(error, "format_message"):  # typer's own errors have it; anything else is a bug
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            sys.exit(2)
-        _fail(name, _usage(error, given))
-    if code == 130 and interrupts:  # typer ends on Ctrl-C without a word
-        _fail(name, "interrupted", 130)
+        if signals:  # what an interruption became on its way, in an import or a library
+            _stopped(name, signals)
+        _explain(error, name, given)
+    except KeyboardInterrupt:
+        _stopped(name, signals)
+    if code == 130 and signals:  # typer ends on Ctrl-C without a word
+        _stopped(name, signals)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def quiet_interrupts(name: str) -> None:
+    """For an entry module, before its slow imports: a Ctrl-C outside of `run_app` is one line too."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            before(kind, error, trace)
+            return
+        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+    sys.excepthook = hook
+
+
+def _stopped(name: str, signals: Sequence[int]) -> NoReturn:
+    number = signals[0] if signals else signal.SIGINT
+    said = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    _fail(name, said, 128 + number)
+
+
+def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
+    """End on an error: one line where it is the user's, else the error itself."""
+    if isinstance(error, MopError):
+        _fail(name, str(error))
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        sys.exit(1)
+    if isinstance(error, OSError):  # what the system refuses, where nothing nearer said it
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(name, f"{where}{error.strerror or error}")
+    if type(error).__name__ == "Abort":
+        _stopped(name, ())
+    if not hasattr(error, "format_message"):  # typer's own errors have it; anything else is a bug
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        sys.exit(2)
+    _fail(name, _usage(error, given))
+
+
 @contextmanager
-def _noting_interrupts(found: list[int]) -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt as ever, and noted in `found`, unless a command handles it itself."""
+def _noting_signals(found: list[int]) -> Iterator[None]:
+    """SIGINT and SIGTERM are a KeyboardInterrupt and noted in `found`, unless a command handles them
+    itself or whoever started this process had them ignored."""
 
     def note(number: int, frame: FrameType | None) -> None:
         found.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

@@ -158,9 +158,11 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)
         os.replace(aside, path)
-    except OSError as error:
+    except BaseException as error:  # an interruption too
         Path(aside).unlink(missing_ok=True)
-        raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
+        if isinstance(error, OSError):
+            raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise
 
 
 def write_yaml(path: Path, spec: Any) -> None:

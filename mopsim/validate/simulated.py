@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
@@ -14,6 +13,7 @@ from mopsim.lowering import lower
 from mopsim.lowering.workload import Workload
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Quantity
+from mopsim.spec.processes import pool
 from mopsim.validate.conventions import Reading
 from mopsim.validate.rows import Case
 
@@ -93,8 +93,8 @@ def simulate_all(cases: Sequence[Case], jobs: int = 0, progress: Progress | None
     if workers <= 1:
         found = _collect(map(simulate_case, unique), len(unique), progress)
     else:
-        with ProcessPoolExecutor(workers) as pool:
-            found = _collect(pool.map(simulate_case, unique, chunksize=4), len(unique), progress)
+        with pool(workers) as processes:
+            found = _collect(processes.map(simulate_case, unique, chunksize=4), len(unique), progress)
     by_key = dict(zip(first, found, strict=True))
     return [by_key[case.key] for case in cases]
 
