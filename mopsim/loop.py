@@ -165,7 +165,8 @@ def _loop(loop: Loop) -> DemoReport:
     for contender in contenders:
         contender.even_after = _simulate(contender.plan, corrected)
         contender.after = _simulate(_as_routed(contender.plan, contenders[0].measured), corrected)
-        worst = routing.worst(contender.plan.model.num_local_experts, contender.plan.strategy.experts.degree)
+        contender.before_routed = _simulate(_as_routed(contender.plan, contenders[0].measured), hardware)
+        worst = routing.worst(contender.plan.model, contender.plan.strategy.experts.degree)
         contender.worst = _simulate(_routed(contender.plan, worst), hardware)
     return DemoReport(
         contenders,

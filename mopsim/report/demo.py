@@ -27,6 +27,7 @@ class Contender:
 
     before: by the probed profile. as_planned: the run whose tokens were routed as the plan assumes. after,
     even_after: by the calibrated profile, routed as the first strategy's router did, and as the plan assumes.
+    before_routed: by the probed profile, routed as `after`.
     worst: every token of an expert-parallel group routed to one rank, by the probed profile.
     """
 
@@ -38,6 +39,7 @@ class Contender:
     losses: list[float]
     after: SimResult | None = None
     even_after: SimResult | None = None
+    before_routed: SimResult | None = None
     worst: SimResult | None = None
 
     def spread(self) -> tuple[float, float]:
@@ -116,21 +118,27 @@ class DemoReport:
             f"{slow / fast:.2f}x as fast{apart}"
         )
 
-    def orders(self) -> list[tuple[str, str, str]]:
-        """Every pair: who is faster as measured, as predicted after calibration, and whether that agrees
-        (or is a tie)."""
+    def orders(self) -> list[tuple[str, str, str, str]]:
+        """Every pair: who is faster as measured, as predicted before and after calibration, and whether the
+        last agrees (or is a tie)."""
         found = []
         for a, b in combinations(self.contenders, 2):
             assert a.after is not None
             assert b.after is not None
             measured = a if a.measured.step_time_median < b.measured.step_time_median else b
+            assert a.before_routed
+            assert b.before_routed
+            first = a if a.before_routed.step_time < b.before_routed.step_time else b
             predicted = a if a.after.step_time < b.after.step_time else b
             verdict = "agrees" if measured is predicted else "disagrees"
+            if b is not self.contenders[-1]:
+                verdict += ", fitted: calibration saw both"
             if not _apart(a, b):
                 verdict = "too close to tell: the spreads overlap"
             found.append(
                 (
                     f"{measured.name} before {(b if measured is a else a).name}",
+                    f"{first.name} first",
                     f"{predicted.name} first",
                     verdict,
                 )
@@ -162,13 +170,13 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
                     one.name,
                     one.measured.step_time_median,
                     *one.spread(),
-                    one.before.step_time,
+                    (one.before_routed or one.before).step_time,
                     one.after.step_time if one.after else None,
                 )
                 for one in contenders
             ],
             "Step time of the strategy calibration never saw: "
-            f"{held.error(held.before):+.0%} before, {held.error(held.after):+.0%} after",
+            f"{held.error(held.before_routed):+.0%} before, {held.error(held.after):+.0%} after",
         ),
     ]
     for one, result in zip(contenders, results, strict=True):
@@ -206,16 +214,19 @@ def _sections(report: DemoReport) -> list[Section]:
         Section(
             "Predicted against measured",
             f"Calibrated from the evenly routed runs of {contenders[0].name} and {contenders[1].name} only: "
-            f"{contenders[-1].name} is held out, and no run with a real router was seen. A young router is "
-            "uneven: a plan is predicted with its tokens spread evenly, and after calibration with the "
-            f"routing that {contenders[0].name}'s run measured ({contenders[0].measured.routing}: percent of "
-            "a layer's routes on the experts of the busier rank / those experts).",
+            f"their rows are fitted, those of {contenders[-1].name}, which is held out, are not. No run with "
+            "a real router was seen, but a young router is uneven: the learned rows are predicted, before and "
+            f"after, with the routing that {contenders[0].name}'s run measured "
+            f"({contenders[0].measured.routing}: percent of a layer's routes on the experts of the busier "
+            "rank / those experts).",
             _predicted(contenders),
             ("predicted.png", "step time predicted before and after calibration, and measured"),
         ),
         Section(
             "Order by step time",
-            table=Table(("measured", "predicted after calibration", "verdict"), report.orders()),
+            table=Table(
+                ("measured", "predicted before calibration", "predicted after", "verdict"), report.orders()
+            ),
         ),
         Section(
             "Loss",
@@ -261,7 +272,7 @@ def result_table(report: DemoReport) -> Any:
         table.add_row(
             one.name,
             format_seconds(one.measured.step_time_median),
-            f"{one.error(one.before):+.0%}",
+            f"{one.error(one.before_routed):+.0%}",
             f"{one.error(one.after):+.0%}",
             f"{one.measured.tokens_per_second:,.0f}",
             format_bytes(one.measured.peak_memory),
@@ -301,10 +312,12 @@ def _measured(contenders: Sequence[Contender]) -> Table:
 def _predicted(contenders: Sequence[Contender]) -> Table:
     rows = []
     for one in contenders:
-        for routed, run, after in (
-            ("learned", one.measured, one.after),
-            ("even", one.as_planned, one.even_after),
+        unseen = one is contenders[-1]
+        for routed, run, before, after in (
+            ("learned", one.measured, one.before_routed, one.after),
+            ("even", one.as_planned, one.before, one.even_after),
         ):
+            assert before
             assert after
             median, (low, high) = run.step_time_median, _spread(run)
             rows.append(
@@ -312,8 +325,9 @@ def _predicted(contenders: Sequence[Contender]) -> Table:
                     one.name,
                     routed,
                     f"{format_seconds(median)} ({format_seconds(low)} to {format_seconds(high)})",
-                    f"{format_seconds(one.before.step_time)} ({_error(one.before, run):+.0%})",
+                    f"{format_seconds(before.step_time)} ({_error(before, run):+.0%})",
                     f"{format_seconds(after.step_time)} ({_error(after, run):+.0%})",
+                    "held out" if unseen else "fitted" if routed == "even" else "fitted on its even run",
                 ]
             )
     names = (
@@ -322,6 +336,7 @@ def _predicted(contenders: Sequence[Contender]) -> Table:
         "measured (p10 to p90)",
         "predicted before calibration",
         "predicted after",
+        "after is",
     )
     return Table(names, rows)
 

@@ -239,7 +239,7 @@ class _Hunt:
 
     def _fits_any_routing(self, place: int, strategy: Strategy) -> bool:
         problem = self.pools[place].space.problem
-        routing = worst(problem.model.num_local_experts, strategy.experts.degree)
+        routing = worst(problem.model, strategy.experts.degree)
         training = replace(problem.training, routing=routing)
         return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training).fits
 

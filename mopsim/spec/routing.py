@@ -32,9 +32,18 @@ def hot(routing: RoutingProfile) -> tuple[int, int] | None:
     return int(percent), int(experts)
 
 
-def worst(experts: int, degree: int) -> str:
-    """The profile that no router exceeds: every route to the experts of one of `degree` ranks."""
-    return f"100/{experts // degree}" if degree > 1 else "balanced"
+def worst(model: ModelSpec, degree: int) -> RoutingProfile:
+    """The profile that no router exceeds: one of `degree` ranks gets every route, or, where it holds fewer
+    experts than a token chooses, each of its experts once for every token.
+    """
+    experts, top_k = model.num_local_experts, model.num_experts_per_tok
+    held = experts // degree
+    if degree == 1:
+        return "balanced"
+    if held >= top_k:
+        return f"100/{held}"
+    others = (1 - held / top_k) / (experts - held)
+    return (1 / top_k,) * held + (others,) * (experts - held)
 
 
 def check(routing: RoutingProfile) -> None:

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from mopsim.spec.errors import SpecError
 from mopsim.spec.io import convert, parse_yaml, to_yaml
-from mopsim.spec.routing import RoutingProfile, check, routed_expert, routing_counts, shares
+from mopsim.spec.presets import load_model
+from mopsim.spec.routing import (
+    RoutingProfile,
+    check,
+    check_model,
+    routed_expert,
+    routing_counts,
+    shares,
+    worst,
+)
 from mopsim.spec.training import TrainSpec
 from tests.sim.toys import small
 
@@ -75,3 +84,16 @@ def test_refused(profile: RoutingProfile, field: str) -> None:
 def test_refused_by_the_model(profile: RoutingProfile, rule: str) -> None:
     with pytest.raises(SpecError, match=rule):
         TrainSpec(seq_len=8, global_batch=1, routing=profile).check_model(small())
+
+
+def test_the_worst_routing_sends_a_token_once_to_an_expert() -> None:
+    """Two ranks of four experts get all of a top-2 token; a rank of one expert gets it once."""
+    model = load_model("tiny")
+    assert worst(model, 1) == "balanced"
+    assert worst(model, 2) == "100/4"
+    one_each = worst(model, model.num_local_experts)
+    assert isinstance(one_each, tuple)
+    assert one_each[0] == 1 / model.num_experts_per_tok
+    assert sum(one_each) == pytest.approx(1.0)
+    check(one_each)
+    check_model(one_each, model)
