@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import signal
 import tempfile
 import time
 import traceback
@@ -86,9 +87,19 @@ def run_ranks(job: Job, progress: Progress) -> list[Raw]:
             for rank in range(job.ranks)
         ]
         try:
-            for process in ranks:
-                process.start()
+            ends = {signal.SIGINT, signal.SIGTERM}
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # a rank half started shows a traceback
+            try:
+                for process in ranks:
+                    process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
             return _collect(ranks, messages, progress)
+        except BaseException:
+            for process in ranks:
+                if process.pid is not None:
+                    process.kill()
+            raise
         finally:
             for name, value in saved.items():
                 os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
