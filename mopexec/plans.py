@@ -5,6 +5,7 @@ from pathlib import Path
 from mopsim.spec import io
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.plan import Plan
+from mopsim.spec.units import format_bytes
 
 
 def read_plan(path: Path) -> Plan:
@@ -38,6 +39,21 @@ def check_devices(plan: Plan, num_devices: int) -> None:
             wanted,
             f"is more than the {num_devices} accelerator(s) of this machine; use torchrun for several nodes",
         )
+
+
+def check_memory(plan: Plan, machine: int) -> None:
+    """Refuse ranks on a CPU that would need more than this machine's memory (`machine` bytes): what is
+    predicted for device and host, on as many ranks, lies in it.
+    """
+    if plan.prediction is None:
+        return
+    ranks = plan.strategy.world_size
+    wanted = ranks * (plan.prediction.peak_memory + plan.prediction.host_memory)
+    if wanted > machine:
+        rule = (
+            f"ranks would need {format_bytes(wanted)} of memory, and this machine has {format_bytes(machine)}"
+        )
+        raise SpecError("plan.strategy.world_size", ranks, rule)
 
 
 def check_run_directory(path: Path, *, resume: bool) -> None:

@@ -115,7 +115,7 @@ def run(out: str, seed: int, steps: int) -> None:
         written = write_demo(folder, report)
     console.print(result_table(report))
     console.print(
-        f"{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, "
+        f"{report.warning()}{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, "
         f"{time.perf_counter() - started:.0f} s in all"
     )
 

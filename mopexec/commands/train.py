@@ -1,5 +1,6 @@
 """`mopexec train`: hold the plan, the text and the directory against the rules, then start the ranks."""
 
+import os
 import shutil
 import signal
 import sys
@@ -65,6 +66,8 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     from mopexec import checkpoint
 
     plans.check_devices(plan, torch.cuda.device_count())
+    if not torch.cuda.is_available():
+        plans.check_memory(plan, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.TokenDataset(Path(options.tokens), plan.training.seq_len, seed)
     if options.resume:

@@ -49,10 +49,11 @@ def run(
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses"))
     ending = "no candidate left out can beat these" if found.proven else "the budget of simulations ended it"
+    ending = f"; {ending}" if found.top else ""
     rate = found.bounded / max(found.bound_seconds, 1e-9)
     console.print(
         f"{found.verdict()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
-        f"{found.simulated} simulated, {found.seconds:.1f} s; {ending}"
+        f"{found.simulated} simulated, {found.seconds:.1f} s{ending}"
     )
     for reason, count in found.rejected.most_common():
         console.print(f"  {count:>9,}  {reason}", style="dim")

@@ -20,6 +20,9 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.units import format_bytes, format_seconds
 
+BUSY = 1.4
+"""p90 of a run's steps over p10 from which its machine is called busy: 1.05 to 1.1 when nothing else runs."""
+
 
 @dataclass
 class Contender:
@@ -118,6 +121,22 @@ class DemoReport:
             f"{slow / fast:.2f}x as fast{apart}"
         )
 
+    def busy(self) -> list[str]:
+        """The runs whose steps scatter so much that something else was running: their times tell little."""
+        runs = {one.name: one.measured for one in self.contenders}
+        runs |= {f"{one.name}, evenly routed": one.as_planned for one in self.contenders}
+        return [name for name, run in runs.items() if _spread(run)[1] > BUSY * _spread(run)[0]]
+
+    def warning(self) -> str:
+        """A line where the machine was not quiet, else ''."""
+        runs = self.busy()
+        if not runs:
+            return ""
+        return (
+            f"The machine was not quiet: the steps of {', '.join(runs)} scatter by more than {BUSY - 1:.0%} "
+            "(p10 to p90). Neither these times nor what was calibrated from them are to be trusted. "
+        )
+
     def orders(self) -> list[tuple[str, str, str, str]]:
         """Every pair: who is faster as measured, as predicted before and after calibration, and whether the
         last agrees (or is a tie)."""
@@ -183,7 +202,8 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
         target = folder / f"timeline-{one.name}.png"
         title = timeline_title(result, one.name)
         written.append(timeline_plot(target, result.spans, result.memory_curve, None, title))
-    page = Page("The loop, closed on this machine", f"{report.verdict()}.", _sections(report), _facts(report))
+    finding = f"{report.warning()}{report.verdict()}."
+    page = Page("The loop, closed on this machine", finding, _sections(report), _facts(report))
     return written + write_page(folder, page)
 
 
@@ -191,7 +211,7 @@ def _loss_title(contenders: Sequence[Contender]) -> str:
     falls = [one.fall() for one in contenders[:2]]
     apart = difference(contenders[0].losses, contenders[1].losses, 10)
     both = f"{contenders[0].name} and {contenders[1].name}"
-    return f"Loss falls by {min(falls):.0%} or more; {both} part by {apart:.0e} in 10 steps"
+    return f"{both}: loss falls by {min(falls):.0%}, and differs by {apart:.0e} in 10 steps"
 
 
 def difference(one: Sequence[float], other: Sequence[float], steps: int) -> float:
@@ -215,8 +235,8 @@ def _sections(report: DemoReport) -> list[Section]:
             "Predicted against measured",
             f"Calibrated from the evenly routed runs of {contenders[0].name} and {contenders[1].name} only: "
             f"their rows are fitted, those of {contenders[-1].name}, which is held out, are not. No run with "
-            "a real router was seen, but a young router is uneven: the learned rows are predicted, before and "
-            f"after, with the routing that {contenders[0].name}'s run measured "
+            "a real router was seen, but a young router is uneven: the learned rows are predicted, before "
+            f"and after, with the routing that {contenders[0].name}'s run measured "
             f"({contenders[0].measured.routing}: percent of a layer's routes on the experts of the busier "
             "rank / those experts).",
             _predicted(contenders),

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from mopexec.cli import main
 from mopexec.scale_down import mechanisms, scale_down
 from mopsim.spec import io
+from mopsim.spec.errors import SpecError
+from mopsim.spec.plan import Prediction
 from mopsim.spec.units import parse_bytes
 from tests.exec.train_plans import small_plan
 
@@ -208,3 +211,22 @@ def test_help_needs_no_torch():
 
 def test_sizes_are_read_as_written():
     assert parse_bytes("512MiB") == 512 * 1024**2
+
+
+def test_ranks_that_outgrow_this_machine_are_refused() -> None:
+    from mopexec.plans import check_memory
+
+    plan = small_plan()
+    prediction = Prediction(
+        step_time=1.0,
+        tokens_per_second=1.0,
+        peak_memory=2**30,
+        host_memory=2**30,
+        memory_by_category={},
+        time_by_kind={},
+    )
+    big = msgspec.structs.replace(plan, prediction=prediction)
+    check_memory(plan, machine=1)
+    check_memory(big, machine=2**31 * plan.strategy.world_size)
+    with pytest.raises(SpecError, match=r"plan.strategy.world_size.*this machine has 1.00 GiB"):
+        check_memory(big, machine=2**30)
