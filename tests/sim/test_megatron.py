@@ -15,7 +15,7 @@ from mopsim.lowering.staged.works import works
 from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
-from mopsim.spec.strategy import Optimizer, Overlap, Strategy
+from mopsim.spec.strategy import Optimizer, Overlap, Precision, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.sim.toys import machine, small
@@ -204,6 +204,26 @@ def test_overlapped_gradients_and_parameters_cost_less() -> None:
     assert overlapped.step_time < plain.step_time
     for kind in ("reduce_scatter", "all_gather"):
         assert overlapped.busy[kind] == pytest.approx(plain.busy[kind])
+
+
+@pytest.mark.parametrize(
+    ("precision", "width"),
+    [
+        (Precision(compute="bfloat16", grad="float32"), 4 + 8 + 6 + 4),
+        (Precision(compute="bfloat16", grad="bfloat16"), 6 + 4 + 8 + 6 + 2),
+        (Precision(compute="float16", param="float16", grad="float16"), 6 + 8 + 4 + 8 + 6 + 2),
+        (Precision(param="float32", grad="float32", master="param"), 4 + 8 + 4),
+    ],
+    ids=["fp32 gradients", "bf16 gradients", "scaled fp16", "no master"],
+)
+def test_a_parameter_passes_through_memory_as_megatron_updates_it(precision: Precision, width: int) -> None:
+    """Bytes beside AdamW's own: narrow gradients to fp32, unscaled, norm, clip, weights cast back, zeroed."""
+    model, strategy = deep(), with_(megatron(1), precision=precision)
+    program = lower(model, strategy, TrainSpec(seq_len=256, global_batch=1), 8).programs[0]
+    works = [work for op in program.ops if op.phase == "optimizer" for work in op.work]
+    assert sum(work.bytes for work in works if work.kind == "memory_bound") == width * total_params(model)
+    held = sum(size for op in program.ops if op.phase == "optimizer" for _, size in op.net)
+    assert held == 0  # fp32 copies of gradients are freed
 
 
 def test_optimizer_state_moves_to_the_host_by_its_fraction() -> None:

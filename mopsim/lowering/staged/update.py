@@ -19,13 +19,14 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
     held = sum(u.shard_numel if strategy.dense.zero >= 1 else u.padded for u in stage.units)
     full = sum(u.shard_numel if strategy.dense.zero >= 2 else u.padded for u in stage.units)
     launches = max(1, len(stage.units) // 8)
-    work = (Work("memory_bound", bytes=float(held * c.grad), launches=launches),)
-    norm = issue.add("norm", "compute", _O, _O, work, (*reductions, *issue.tail()))
+    width, ready = _main_gradients(c, issue, held - int(held * stage.away), launches, reductions)
+    work = (Work("memory_bound", bytes=float(held * width), launches=launches),)
+    norm = issue.add("norm", "compute", _O, _O, work, ready)
     world = c.groups["world"]
     sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
     key = "norm" if stage.degree > 1 else ""
     agreed = issue.add("norm", stream_of(world), _O, _O, sums, (norm,), (), key, awaited=True)
-    work = (Work("memory_bound", bytes=2.0 * held * c.grad, launches=launches),)
+    work = (Work("memory_bound", bytes=2.0 * held * width, launches=launches),)
     last = issue.add("clip", "compute", _O, _O, work, (agreed,))
     away = int(held * stage.away)
     if away and strategy.optimizer.update_on == "device":
@@ -35,6 +36,10 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
     if held > away:
         work = (Work("optimizer", params=float(held - away), launches=launches),)
         last = issue.add("adamw", "compute", _O, _O, work, (last,))
+        if master := _master(c):
+            work = (Work("memory_bound", bytes=float((held - away) * (master + c.param)), launches=launches),)
+            memory = (("grads", -(held - away) * c.wide),) if width > c.grad else ()
+            last = issue.add("parameters cast", "compute", _O, _O, work, (last,), memory)
     if strategy.dense.zero in (1, 2) and not strategy.overlap.param_gather:
         for message in gathering(c, stage.units):
             last = issue.add(
@@ -42,6 +47,40 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
             )
     work = (Work("memory_bound", bytes=float(full * c.grad), launches=launches),)
     issue.add("gradients zeroed", "compute", _O, _O, work, (last,))
+
+
+def _master(c: Context) -> int:
+    """Bytes of a master weight beside the parameter, which a program without torch's fully_shard casts back
+    in a kernel of its own (Megatron-LM, Float16OptimizerWithFloat16Params and DistributedOptimizer,
+    `_copy_main_params_to_model_params`)."""
+    master = c.strategy.precision.master
+    if master == "param" or c.strategy.runtime == "fully_shard":
+        return 0
+    from mopsim.spec.units import DTYPE_BYTES
+
+    return int(DTYPE_BYTES[master])
+
+
+def _main_gradients(
+    c: Context, issue: Issue, held: int, launches: int, reductions: Sequence[int]
+) -> tuple[int, tuple[int, ...]]:
+    """Gradients as the update of `held` parameters reads them: (bytes of one, what the norm waits for).
+
+    Narrow ones are copied to fp32 (`_copy_model_grads_to_main_grads`); those of a scaled fp16 loss are
+    divided by the scale and searched for inf and nan, whose count the host reads
+    (`_unscale_main_grads_and_check_for_nan`).
+    """
+    ready = (*reductions, *issue.tail())
+    if not _master(c) or not held:
+        return c.grad, ready
+    if c.grad < c.wide:
+        work = (Work("memory_bound", bytes=float(held * (c.grad + c.wide)), launches=launches),)
+        memory = (("grads", held * c.wide),)
+        ready = (issue.add("main gradients", "compute", _O, _O, work, ready, memory),)
+    if c.strategy.precision.compute == "float16":
+        work = (Work("memory_bound", bytes=2.0 * held * c.wide, launches=launches),)
+        ready = (issue.add("unscale", "compute", _O, _O, work, ready, awaited=True),)
+    return max(c.grad, c.wide), ready
 
 
 def _on_host(c: Context, issue: Issue, params: int, last: int) -> int:
