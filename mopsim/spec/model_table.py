@@ -117,7 +117,7 @@ def _get(row: Row, column: str) -> int:
     text = row.get(column, "")
     try:
         return int(float(text)) if text else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         raise SpecError(f"models.{row['model']}.{column}", text, "is not a number") from None
 
 
@@ -129,7 +129,10 @@ def _need(row: Row, column: str) -> int:
 
 def _published(row: Row, column: str) -> float | None:
     text = row.get(column, "")
-    return float(text) * 1e9 if text else None
+    try:
+        return float(text) * 1e9 if text else None
+    except ValueError:
+        raise SpecError(f"models.{row['model']}.{column}", text, "is not a number") from None
 
 
 def _attention(row: Row, notes: str) -> dict[str, object]:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 from mopsim.spec.errors import MopError
-from mopsim.validate.tables import Row
+from mopsim.validate.tables import Row, parse_number
 
 
 class InexpressibleError(Exception):
@@ -39,8 +39,8 @@ class Component:
     def number(self, name: str) -> float:
         """A parameter as a number. Raises InexpressibleError where it is missing or none."""
         try:
-            return float(str(self.params[name]))
-        except (KeyError, ValueError):
+            return parse_number(str(self.params[name]), name)
+        except (KeyError, MopError):
             raise InexpressibleError(name, "not stated by the source") from None
 
     def text(self, name: str) -> str:
@@ -50,13 +50,14 @@ class Component:
 def parse(row: Row) -> Component:
     """Raises MopError where params is no JSON object or the value no number."""
     try:
-        params = json.loads(row["params"] or "{}")
-    except json.JSONDecodeError as error:
+        params = json.loads(row["params"] or "{}", parse_constant=_refuse)
+    except ValueError as error:
         raise MopError(f"{row['component']}: params: {error}") from None
     if not isinstance(params, dict):
         raise MopError(f"{row['component']}: params: {row['params']!r} is not a JSON object")
-    try:
-        value = float(row["value"]) if row["value"] else None
-    except ValueError:
-        raise MopError(f"{row['component']}: value: {row['value']!r} is not a number") from None
+    value = parse_number(row["value"], f"{row['component']}: value") if row["value"] else None
     return Component(row, params, value)
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is not a finite number")

@@ -22,7 +22,7 @@ from mopsim.spec.strategy import (
 )  # fmt: skip
 from mopsim.validate import recipes
 from mopsim.validate.conventions import Conventions, conventions
-from mopsim.validate.tables import UNKNOWN, Row, count
+from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
@@ -171,8 +171,7 @@ def _liger(row: Row, degrees: Degrees, model: ModelSpec) -> int:
 
 
 def _optimizer(row: Row, kind: str) -> Optimizer:
-    text = row.get("optimizer_offload", "")
-    fraction = 0.0 if text in UNKNOWN else float(text)
+    fraction = number(row, "optimizer_offload") or 0.0
     if fraction == 0.0:
         return Optimizer()
     return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)

@@ -15,6 +15,8 @@ Row = dict[str, str]
 RUN_COLUMNS = ("run_id", "source", "model", "gpu", "num_gpus", "precision", "seq_len", "micro_batch")
 COMPONENT_COLUMNS = ("component", "gpu", "params", "metric", "value")
 UNKNOWN = ("", "unknown")
+LARGEST = 1e18
+"""No measurement and no size is larger, in any of the units of the tables."""
 
 
 def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
@@ -51,14 +53,21 @@ def read_components(path: Path) -> list[Row]:
 
 
 def number(row: Row, column: str) -> float | None:
-    """The cell as a number, None where it is empty or unknown. Raises MopError where it is neither."""
+    """The cell as a number of at least 0, None where it is empty or unknown. Raises MopError where it is
+    neither."""
     text = row.get(column, "")
-    if text in UNKNOWN:
-        return None
+    return None if text in UNKNOWN else parse_number(text, f"{row.get('run_id', 'row')}: {column}")
+
+
+def parse_number(text: str, where: str) -> float:
+    """A number from 0 to LARGEST. Raises MopError naming `where`."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise MopError(f"{row.get('run_id', 'row')}: {column}: {text!r} is not a number") from None
+        raise MopError(f"{where}: {text!r} is not a number") from None
+    if not 0 <= value <= LARGEST:
+        raise MopError(f"{where}: {text!r} must be from 0 to {LARGEST:g}")
+    return value
 
 
 def count(row: Row, column: str) -> int | None:

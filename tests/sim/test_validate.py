@@ -17,7 +17,7 @@ from mopsim.validate.output import to_json
 from mopsim.validate.rows import UnsupportedError, case
 from mopsim.validate.run import validate_runs
 from mopsim.validate.scoring import capacity, errors, over_sources, regrets
-from mopsim.validate.tables import read_runs
+from mopsim.validate.tables import count, number, read_runs
 
 MODELS: dict[str, dict[str, str]] = {}
 BASE = {
@@ -247,3 +247,10 @@ def test_command_writes_json_and_figures(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text())["runs"][0]["run_id"] == "a"
     assert (tmp_path / "figures" / "step_time_by_source.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "abc"])
+def test_a_cell_that_is_no_measure_is_one_line_that_names_it(text: str) -> None:
+    for read in (number, count):
+        with pytest.raises(MopError, match="r1: step_time_s: "):
+            read({"run_id": "r1", "step_time_s": text}, "step_time_s")
