@@ -47,6 +47,22 @@ def deduplicates(row: Row) -> bool:
     return row.get("dispatcher") in ("deepep", "hybridep") or _late(row, row.get("notes", "").lower())
 
 
+HOPPER_SMS, BLACKWELL_SMS = 132, 148
+"""SMs of H100 SXM (NVIDIA's H100 architecture paper) and of B200, taken for all Blackwell parts."""
+HYBRID_SMS = 32
+"""SMs of HybridEP's kernels in Megatron-Bridge's performance recipes (perf_recipes/_common.py and
+scripts/performance/utils/overrides.py: moe_hybridep_num_sms)."""
+
+
+def communication_share(row: Row, share: float) -> float:
+    """Part of the SMs that the exchanges of the experts take from what runs beside them, where it is not the
+    profile's `share`."""
+    deep = row.get("dispatcher") == "deepep" or not row["source"].startswith("megatron-bridge")
+    if deep or not deduplicates(row):
+        return share
+    return HYBRID_SMS / (HOPPER_SMS if row["gpu"].startswith("h") else BLACKWELL_SMS)
+
+
 def hides_experts(row: Row) -> bool:
     """Whether the exchanges of the experts hide behind another microbatch: as said, or as in the recipes of
     v0.6.0, that of Qwen3-30B-A3B in bf16 on H100 among them."""

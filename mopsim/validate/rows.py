@@ -19,6 +19,7 @@ from mopsim.validate.attention import with_kernel
 from mopsim.validate.conventions import Conventions, conventions
 from mopsim.validate.families import Degrees, approximations, family, strategy
 from mopsim.validate.natural import natural
+from mopsim.validate.recipes import communication_share
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 GIB = UNITS["GiB"]
@@ -55,7 +56,7 @@ class Case:
     def key(self) -> tuple[object, ...]:
         """Equal for runs that simulate alike."""
         facts = self.conventions
-        kernel = facts.attention, facts.deterministic, facts.last_stage
+        kernel = facts.attention, facts.deterministic, facts.last_stage, self.hardware.communication_share
         return (self.model, self.hardware.name, kernel, self.num_nodes, self.strategy, self.training)
 
 
@@ -68,6 +69,8 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     model = msgspec.structs.replace(_model(row, models), dropout=facts.dropout)
     degrees = _degrees(row, model)
     hardware = with_kernel(_hardware(row["gpu"]), facts.attention, model.head_dim, facts.deterministic)
+    share = communication_share(row, hardware.communication_share)
+    hardware = msgspec.structs.replace(hardware, communication_share=share)
     try:
         split = strategy(row, degrees, model, facts)
         model = _vocabulary(model, degrees, family(row))
