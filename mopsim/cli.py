@@ -161,7 +161,7 @@ def size(
     utilisation: Annotated[
         float, typer.Option(help="share of the wall clock that trains (the rest: restarts, checkpoints)")
     ] = 0.9,
-    pue: Annotated[float, typer.Option(help="power of the building over power of the devices")] = 1.3,
+    pue: Annotated[float, typer.Option(help="power of the building over power of its machines")] = 1.3,
     max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per node count and family")] = 8,
     runnable: Annotated[bool, typer.Option("--runnable", help="only what mopexec runs today")] = False,

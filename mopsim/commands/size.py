@@ -14,7 +14,7 @@ from mopsim.size.figures import DAY
 from mopsim.size.finder import Request, recommend
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
-from mopsim.spec.hardware import Quantity
+from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.outputs import check_outputs
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -119,12 +119,24 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
     a = request.assumptions
     lines = [
         f"Assumed: {a.utilisation:.0%} of the wall clock trains (--utilisation); PUE {a.pue:g} over rated "
-        f"device power (--pue); about {request.batch_tokens:,} tokens a step (--global-batch-tokens)."
+        f"power, switches between nodes not counted (--pue); about {request.batch_tokens:,} tokens a step "
+        "(--global-batch-tokens)."
     ]
     for sizing in sizings:
-        price, power = sizing.hardware.price_per_device_hour, sizing.hardware.device.power
-        lines.append(f"{sizing.hardware.name}: price {_quantity(price)}; power {_quantity(power)}")
+        lines.append(
+            f"{sizing.hardware.name}: price {_quantity(sizing.hardware.price_per_device_hour)}; "
+            f"power {_power(sizing.hardware)}"
+        )
     return lines
+
+
+def _power(hardware: HardwareProfile) -> str:
+    """What the energy counts (mopsim.size.figures.drawn)."""
+    if hardware.node_power is not None:
+        return f"of a node of {hardware.devices_per_node} devices {_quantity(hardware.node_power)}"
+    if hardware.device.power is not None:
+        return f"of a device {_quantity(hardware.device.power)}, hosts not counted"
+    return "-"
 
 
 def _quantity(quantity: Quantity | None) -> str:
@@ -153,6 +165,7 @@ def to_json(
 
 def _sizing_json(sizing: Sizing) -> dict[str, Any]:
     price, power = sizing.hardware.price_per_device_hour, sizing.hardware.device.power
+    node = sizing.hardware.node_power
     return {
         "name": sizing.hardware.name,
         "digest": io.digest(sizing.hardware),
@@ -161,6 +174,8 @@ def _sizing_json(sizing: Sizing) -> dict[str, Any]:
         "price_per_device_hour_usd": price.si if price else None,
         "price_source": f"{price.tag}: {price.source}" if price else None,
         "device_power_w": power.si if power else None,
+        "node_power_w": node.si if node else None,
+        "hosts_in_energy": node is not None,
         "simulated": sizing.simulated,
         "best": _point_json(sizing.best) if sizing.best else None,
         "tried": [_tried_json(point) for point in sizing.tried],

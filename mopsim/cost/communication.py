@@ -9,6 +9,14 @@ def _seconds(curve: CollectiveCurve, ranks: float, wire: float) -> float:
     return curve.latency.si + ranks * curve.latency_per_rank.si + curve.moved(wire) / curve.bandwidth.si
 
 
+def _inside(kind: str, profile: HardwareProfile, ranks: int, wire: float) -> float:
+    """Seconds in a domain, over those of a device's links that lead to the group; send_recv: to one peer."""
+    curve = profile.scale_up.collectives[kind]
+    if kind == "send_recv":
+        return _seconds(curve, 1, wire / profile.peer_share)
+    return _seconds(curve, ranks, wire / min(1.0, (ranks - 1) * profile.peer_share))
+
+
 def collective(work: Work, profile: HardwareProfile) -> float:
     """A collective over `bytes` (the full buffer of one rank) in a group, hierarchical where it spans
     scale-up domains.
@@ -22,23 +30,24 @@ def collective(work: Work, profile: HardwareProfile) -> float:
         return 0.0
     intra = work.group.intra
     domains = n / intra
-    up, out = profile.scale_up.collectives[work.kind], profile.scale_out.collectives[work.kind]
+    out = profile.scale_out.collectives[work.kind]
     factor = 2.0 if work.kind == "all_reduce" else 1.0
     launches = max(work.launches, 1)
     if work.kind == "send_recv":
-        return launches * _seconds(up if intra == n else out, 1, size / launches)
+        size = size / launches
+        return launches * (_inside(work.kind, profile, n, size) if intra == n else _seconds(out, 1, size))
     size = size / launches
     if work.group.choices:
         return launches * _deduplicated(work, profile, size / work.group.choices)
     if intra == n:
-        return launches * _seconds(up, n, factor * size * (n - 1) / n)
+        return launches * _inside(work.kind, profile, n, factor * size * (n - 1) / n)
     if work.kind == "all_to_all":
         inside, outside = size * (intra - 1) / n, size * (n - intra) / n
     else:
         inside = factor * size * (intra - 1) / intra
         outside = factor * size / intra * (domains - 1) / domains
     slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside)
-    return launches * max(slow, _seconds(up, intra, inside) if intra > 1 else 0.0)
+    return launches * max(slow, _inside(work.kind, profile, intra, inside) if intra > 1 else 0.0)
 
 
 def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
@@ -50,12 +59,13 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     """
     n, intra, k = work.group.size, work.group.intra, work.group.choices
     domains = n / intra
-    up, out = profile.scale_up.collectives["all_to_all"], profile.scale_out.collectives["all_to_all"]
+    out = profile.scale_out.collectives["all_to_all"]
     wanted = once * (n - 1) * (1 - (1 - 1 / n) ** k)
     if intra == n:
-        return _seconds(up, n, wanted)
+        return _inside("all_to_all", profile, n, wanted)
     outside = _seconds(out, domains, once * (domains - 1) * (1 - (1 - 1 / domains) ** k))
-    return max(outside, _seconds(up, intra, wanted * (intra - 1) / intra) if intra > 1 else 0.0)
+    inside = wanted * (intra - 1) / intra
+    return max(outside, _inside("all_to_all", profile, intra, inside) if intra > 1 else 0.0)
 
 
 def transfer(work: Work, profile: HardwareProfile) -> float:

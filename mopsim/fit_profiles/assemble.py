@@ -86,6 +86,7 @@ def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> Hardwa
         scale_out=_scale_out(machine),
         communication_share=0.15,
         price_per_device_hour=_given(machine["price"]),
+        node_power=_given(machine["node_power"]) if "node_power" in machine else None,
         notes="communication_share 0.15: 20 of 132 SMs run a collective (Calculon ships the same), assumed.",
     )
 
@@ -208,7 +209,11 @@ def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
             bytes_half=base.bytes_half,
             ramp=RAMP,
         )
-    return Fabric(peak=_given(machine["scale_up"]), collectives={op: curves[op] for op in COLLECTIVES})
+    return Fabric(
+        peak=_given(machine["scale_up"]),
+        topology=machine.get("topology", "switch"),
+        collectives={op: curves[op] for op in COLLECTIVES},
+    )
 
 
 def _scale_out(machine: Entry) -> Fabric:

@@ -32,6 +32,11 @@ ASSUMED_MATMUL = {
     "mi355x": (_assumed(0.60, 100.0, 5e-6), "assumed"),
     "rtx4090": (_assumed(0.90, 80.0, 3e-6), "a small, power-unlimited part runs near its peak; assumed"),
 }
+#: Collectives of the AMD cards: rate as a fraction of all links of the mesh together.
+MESH_SOURCE = (
+    "0.7 of the datasheet rate of all links together, assumed: AMD calls 48 of a link's 64 GB/s reachable "
+    "(rocm.blogs.amd.com, mi300x-rccl-xgmi); no curve was published"
+)
 ASSUMED_ATTENTION = {
     "a100": AttentionFit(
         0.64, 0.54, 500.0, _NONE, "FlashAttention-2 (arXiv 2307.08691, A100), read from its figures"
@@ -242,7 +247,7 @@ class Fitter:
             return fits, "assumed", str(given["source"])
         if wanted == "assumed":
             fits = {op: _plain(1e-5, 0.7 * peak, 1e-6, 5e6) for op in collectives.OPS.values()}
-            return fits, "assumed", "0.7 of the mesh's datasheet rate; no curve was published"
+            return fits, "assumed", MESH_SOURCE
         node = self.node(wanted)
         source = f"fitted to the {wanted} rows of nccl_single_node.csv (aiconfigurator system tables)"
         if "bandwidth_scale" in curves:

@@ -14,7 +14,8 @@ COLUMNS = (
     "machine", "nodes", "devices", "days", "cost", "device-hours", "energy", "step", "tokens/s", "MFU",
     "memory free", "host free",
 )  # fmt: skip
-"""days: wall clock. memory free, host free: below the limit of a device, and of its share of the host."""
+"""days: wall clock. energy: `>` where hosts are not counted. memory free, host free: below the limit of a
+device, and of its share of the host."""
 
 
 def row(point: Point) -> list[str]:
@@ -29,13 +30,20 @@ def row(point: Point) -> list[str]:
         f"{bill.days:,.1f}",
         "-" if bill.cost is None else format_dollars(bill.cost),
         f"{bill.device_hours:,.0f}",
-        "-" if bill.energy is None else f"{bill.energy / 3.6e9:,.3g} MWh",
+        _energy(point),
         format_seconds(result.step_time),
         f"{result.tokens_per_second:,.0f}",
         f"{result.mfu:.1%}",
         _headroom(result.memory_limit, result.peak_memory),
         _headroom(result.host_limit, result.host_memory),
     ]
+
+
+def _energy(point: Point) -> str:
+    energy = point.figures.energy if point.figures else None
+    if energy is None:
+        return "-"
+    return f"{'' if point.hardware.node_power else '> '}{energy / 3.6e9:,.3g} MWh"
 
 
 def format_dollars(dollars: float) -> str:

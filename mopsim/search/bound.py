@@ -230,8 +230,17 @@ class _Bounder:
         return list(fabric.values())
 
     def message_time(self, kind: str, size: Reals, ranks: Reals, domain: Reals, name: str) -> Reals:
-        """Seconds of one collective over `size` bytes; mopsim.cost.communication without its half sizes."""
+        """Seconds of one collective over `size` bytes; mopsim.cost.communication without its half sizes.
+
+        Inside a domain: over the links of a mesh that lead to the group, or over NICs where those are faster
+        (the ranks may lie in as many domains).
+        """
         curve = getattr(self.hardware, name).collectives[kind]
+        rate: Reals | float = curve.bandwidth.si
+        if name == "scale_up":
+            peers = np.asarray(1 if kind == "send_recv" else np.maximum(ranks - 1, 1))
+            nics = self.hardware.scale_out.collectives[kind].bandwidth.si
+            rate = np.maximum(rate * np.minimum(1, peers * self.hardware.peer_share), min(rate, nics))
         if kind == "send_recv":
             part = size
         elif name == "scale_up":
@@ -240,7 +249,7 @@ class _Bounder:
             part = size * (ranks - domain) / ranks
         else:
             part = size / domain * (1 - domain / ranks)
-        return np.asarray(curve.latency.si + part / curve.bandwidth.si)
+        return np.asarray(curve.latency.si + part / rate)
 
     def messages(self) -> list[Message]:
         """The collectives that no schedule avoids: gathers and reductions of weights, sequence and expert

@@ -141,9 +141,14 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
 
 
 class Fabric(Spec, frozen=True, kw_only=True):
-    """A network scope: `scale_up` (NVLink, shared memory, loopback) or `scale_out` (NICs between nodes)."""
+    """A network scope: `scale_up` (NVLink, shared memory, loopback) or `scale_out` (NICs between nodes).
+
+    topology: `switch`, where a rank sends all of its bandwidth to any peer; `mesh`, where it has a link to
+    each peer of its domain: peak and curves are those of all its links together (HardwareProfile.peer_share).
+    """
 
     peak: Quantity
+    topology: Literal["switch", "mesh"] = "switch"
     collectives: dict[str, CollectiveCurve]
 
     def __post_init__(self) -> None:
@@ -271,6 +276,7 @@ class Correction(Spec, frozen=True, kw_only=True):
 class HardwareProfile(Spec, frozen=True, kw_only=True):
     """One machine type: `devices_per_node` devices in a node, `scale_up_size` devices in a scale-up domain.
 
+    node_power: rated input of a whole node: devices, hosts, NICs, switches and fans in it.
     communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU
     cores; 1: the two cannot overlap at all). corrections: by kind of work, plus STEP_KINDS (a constant per
     step).
@@ -287,6 +293,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     scale_out: Fabric
     communication_share: float = 0.0
     price_per_device_hour: Quantity | None = None
+    node_power: Quantity | None = None
     corrections: dict[str, Correction] = msgspec.field(default_factory=dict)
     framework_memory_scale: float = 1.0
     calibrated_from: str = ""
@@ -296,6 +303,19 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         require_name(self.name)
         require_between(self, 1, 2**16, "devices_per_node", "scale_up_size")
         require_dimension(self, "price", "price_per_device_hour")
+        require_dimension(self, "power", "node_power")
+        require(
+            self.scale_out.topology == "switch",
+            "scale_out.topology",
+            self.scale_out.topology,
+            "must be switch",
+        )
+        require(
+            self.scale_up.topology == "switch" or self.scale_up_size > 1,
+            "scale_up.topology",
+            self.scale_up.topology,
+            "needs a scale_up_size above 1",
+        )
         require(
             0 <= self.communication_share <= 1,
             "communication_share",
@@ -315,6 +335,14 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
                 kind,
                 f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}",
             )
+
+    @property
+    def peer_share(self) -> float:
+        """Share of a device's scale-up bandwidth that leads to one peer: 1 over a switch, one link of a mesh.
+
+        A group of n ranks in a domain has min(1, (n - 1) * peer_share) of it.
+        """
+        return 1 / (self.scale_up_size - 1) if self.scale_up.topology == "mesh" else 1.0
 
     def step_overhead(self, runtime: str) -> float:
         """Calibrated seconds per step that no op accounts for, of a runtime (Strategy.runtime)."""

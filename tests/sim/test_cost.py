@@ -8,6 +8,7 @@ from mopsim.lowering.topology import span
 from mopsim.lowering.workload import Group, Work
 from mopsim.spec.errors import SpecError
 from mopsim.spec.hardware import Correction, MatmulCurve
+from mopsim.spec.profiles import load_profile
 from tests.sim.toys import machine, quantity
 
 TOY = machine()
@@ -73,6 +74,38 @@ def test_collectives_over_domains_are_bounded_by_the_nics() -> None:
     assert seconds(Work("all_gather", bytes=16e9, group=group), fast) == pytest.approx(16e9 / 8 / 2 / 10e9)
     assert seconds(Work("all_gather", bytes=16e9, group=group), TOY) == pytest.approx(14e9 / 100e9)
     assert seconds(Work("all_to_all", bytes=16e9, group=group), TOY) == pytest.approx(8e9 / 10e9)
+
+
+def test_in_a_mesh_a_group_has_the_links_to_its_own() -> None:
+    """700 GB/s are 7 links of 100, one to each peer: a pair uses one, four ranks three, all eight seven."""
+    toy = machine(scale_up=700)
+    mesh = msgspec.structs.replace(toy, scale_up=msgspec.structs.replace(toy.scale_up, topology="mesh"))
+    for kind in ("all_gather", "reduce_scatter", "all_to_all"):
+        for n, rate in ((2, 100e9), (4, 300e9), (8, 700e9)):
+            work = Work(kind, bytes=8e9, group=Group(n, n))
+            assert seconds(work, mesh) == pytest.approx(8e9 * (n - 1) / n / rate)
+            assert seconds(work, toy) == pytest.approx(8e9 * (n - 1) / n / 700e9)
+    pair, far = Group(8, 8), Group(2, 1)
+    assert seconds(Work("send_recv", bytes=1e9, group=pair), mesh) == pytest.approx(1e9 / 100e9)
+    assert seconds(Work("send_recv", bytes=1e9, group=far), mesh) == pytest.approx(1e9 / 10e9)
+    within = Work(
+        "all_gather", bytes=4e9, group=Group(4, 2)
+    )  # a link against 4e9 / 2 / 2 over a NIC of 10 GB/s
+    assert seconds(within, mesh) == pytest.approx(max(2e9 / 100e9, 1e9 / 10e9))
+
+
+@pytest.mark.parametrize(
+    ("name", "link"), [("mi300x-192g", 64e9), ("mi325x-256g", 64e9), ("mi355x-288g", 76.8e9)]
+)
+def test_amd_cards_reach_no_more_than_their_links(name: str, link: float) -> None:
+    profile = load_profile(name)
+    assert profile.scale_up.peak.si == pytest.approx(7 * link)
+    for n in (2, 4, 8):
+        for kind in ("all_gather", "all_to_all"):
+            rate = 64e9 * (n - 1) / n / seconds(Work(kind, bytes=64e9, group=Group(n, n)), profile)
+            assert 0.6 * (n - 1) * link < rate < (n - 1) * link
+    rate = 64e9 / seconds(Work("send_recv", bytes=64e9, group=Group(2, 2)), profile)
+    assert 0.6 * link < rate < link
 
 
 def test_spans_follow_the_rank_lists() -> None:

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopsim.cli import main
+from mopsim.commands.size import stated
 from mopsim.size import Assumptions, Goal, figures, size
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import DAY
-from mopsim.size.finder import Point, Request, recommend
+from mopsim.size.finder import Point, Request, Sizing, recommend
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
@@ -48,6 +49,16 @@ def test_the_bill_by_hand() -> None:
     assert bill.device_seconds == pytest.approx(3.2e7)
     assert bill.cost == pytest.approx(2 * 3.2e7 / 3600)
     assert bill.energy == pytest.approx(500 * 1.5 * 3.2e7)
+
+
+def test_energy_counts_the_whole_node_where_its_power_is_known() -> None:
+    """6 kW a node of 8 is 750 W a device, of which the device itself draws 500."""
+    node = msgspec.structs.replace(priced(), node_power=quantity(6, "kW"))
+    goal, assumed = Goal(10**12, 30 * DAY), Assumptions(utilisation=0.5, pue=1.2)
+    assert figures(node, 2, 1e6, goal, assumed).energy == pytest.approx(750 * 1.2 * 3.2e7)
+    known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])[1:]
+    assert "power of a node of 8 devices 6 kW (assumed: toy)" in known
+    assert "power of a device 500 W (assumed: toy), hosts not counted" in unknown
 
 
 def test_what_the_profile_does_not_say_is_none() -> None:

@@ -64,6 +64,9 @@ def test_a_profile_is_physical(name: str) -> None:
     assert profile.memory_limit() > 0.9 * (profile.device.memory.si - 4e9)
     assert profile.price_per_device_hour is not None
     assert profile.device.power is not None
+    if profile.node_power is not None:
+        devices = profile.devices_per_node * profile.device.power.si
+        assert devices < profile.node_power.si < 3 * devices
 
 
 @pytest.mark.parametrize("name", NAMES)

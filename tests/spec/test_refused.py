@@ -303,6 +303,12 @@ def test_a_missing_field_is_named(name: str) -> None:
             1,
             r"hardware\.scale_up\.collectives\..*exceeds the fabric's peak",
         ),
+        (
+            "hardware",
+            ("scale_out", "topology"),
+            "mesh",
+            r"hardware\.scale_out\.topology: 'mesh' must be switch",
+        ),
         ("hardware", ("corrections", "matmull"), {}, r"hardware\.corrections: 'matmull' is not one of"),
         ("plan", ("strategy", "world_size"), 4, r"plan\.strategy\.world_size: 4 is more than the 2 devices"),
         ("plan", ("training", "global_batch"), 3, r"plan\.training\.global_batch: 3 is not a multiple"),
