@@ -174,7 +174,8 @@ def assumptions(cases: Sequence[Case], budget: int) -> list[str]:
     first = cases[0]
     lines = [
         f"{first.tokens_per_device:,} tokens of each device in a step, for all contenders, in as many "
-        "microbatches as are fastest; at least one sequence for each group of ranks that shares one",
+        "microbatches as are fastest; at least one sequence for each group of ranks that shares one; where "
+        "that does not fit, one sequence for each group, and as few groups as the rules allow",
         f"routing {first.routing}; products and activations in {first.precision}; FSDP2 holds fp32 "
         "parameters, as torch's mixed precision does, MoP bf16 ones and fp32 master weights",
         "no contender offloads what its software does not: FSDP2 parameters, gradients and optimizer state "
@@ -220,6 +221,7 @@ def _curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
     return {
         name: {
             "longest": curve.longest.seq_len if curve.longest else None,
+            "longest_with_the_whole_step": curve.whole.seq_len if curve.whole else None,
             "stopped_by": curve.end.stopped_by if curve.end else None,
             "strategy_at_longest": _strategy(curve.longest),
             "points": [_point_json(point) for point in curve.points],
@@ -237,6 +239,7 @@ def _point_json(point: Point) -> dict[str, Any]:
     found: dict[str, Any] = {
         "seq_len": point.seq_len,
         "global_batch": point.global_batch,
+        "smallest_step": point.small,
         "verdict": point.verdict,
         "stopped_by": point.stopped_by or None,
         "tokens_per_s_per_device": point.throughput,

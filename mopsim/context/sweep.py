@@ -56,12 +56,14 @@ class Case:
 @dataclass(frozen=True)
 class Point:
     """The best of a contender at one length, or what stops it. result: the best, else the closest that
-    misses; None where no strategy is legal (`why`)."""
+    misses; None where no strategy is legal (`why`). small: of the smallest legal step, one sequence for each
+    group of ranks that shares one, as the whole step of the case does not fit."""
 
     seq_len: int
     global_batch: int
     result: SimResult | None
     why: str = ""
+    small: bool = False
 
     @property
     def fits(self) -> bool:
@@ -111,6 +113,11 @@ class Curve:
         return next((point for point in reversed(self.points) if point.fits), None)
 
     @property
+    def whole(self) -> Point | None:
+        """The point of the longest length that fits with the whole step of the case."""
+        return next((point for point in reversed(self.points) if point.fits and not point.small), None)
+
+    @property
     def end(self) -> Point | None:
         """The first point that does not fit."""
         return next((point for point in self.points if not point.fits), None)
@@ -133,28 +140,50 @@ def sweep(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[tuple[str, ...], C
 
 def curve(task: Task) -> Curve:
     """Walk the lengths upwards; what does not fit, also with a budget INSISTENCE times as large, ends it: a
-    longer context never needs less. What is best at one length is tried at the next, and then at the one
-    before, with as many tokens a rank."""
+    longer context never needs less. Where the whole step does not fit, the smallest legal one is tried, and
+    then at every longer length: from the second microbatch on accumulated gradients lie beside the
+    activations, which the reach is not to depend on. What is best at one length is tried at the next, and
+    then at the one before, with as many tokens a rank."""
     points: list[Point] = []
     tops: list[list[SimResult]] = []
-    seconds, simulated = 0.0, 0
+    spent: list[Found] = []
     for seq_len in sorted(task.lengths):
         before = [result for top in tops[-2:] for result in top]
-        found = [*_searches(task, seq_len), _moved(task, seq_len, before)]
-        if not any(one.point.fits for one in found):
-            found += _searches(replace(task, budget=INSISTENCE * task.budget), seq_len)
-        seconds += sum(one.seconds for one in found)
-        simulated += sum(one.simulated for one in found)
+        whole, least = _batches(task, seq_len), _groups(task, seq_len)
+        found = []
+        if not points or not points[-1].small or min(whole) == least:
+            found = _tried(task, seq_len, whole, before)
+        if least < min(whole) and not any(one.point.fits for one in found):
+            found += _tried(task, seq_len, [least], before, small=True)
+        spent += found
         points.append(_best([one.point for one in found]))
         tops.append([result for one in found for result in one.top])
         if not points[-1].fits:
             break
     for place in reversed(range(len(points) - 1)):
-        longer = points[place + 1]
-        moved = _moved(task, points[place].seq_len, [longer.result] if longer.fits and longer.result else [])
-        seconds, simulated = seconds + moved.seconds, simulated + moved.simulated
-        points[place] = _best([points[place], moved.point])
-    return Curve(task.contender, points, seconds, simulated)
+        longer, seq_len = points[place + 1], points[place].seq_len
+        results = [longer.result] if longer.fits and longer.result else []
+        moved = [_moved(task, seq_len, min(_batches(task, seq_len)), results)]
+        if points[place].small:
+            moved.append(_moved(task, seq_len, _groups(task, seq_len), results, small=True))
+        spent += moved
+        points[place] = _best([points[place], *(one.point for one in moved)])
+    return Curve(
+        task.contender, points, sum(one.seconds for one in spent), sum(one.simulated for one in spent)
+    )
+
+
+def _tried(
+    task: Task, seq_len: int, batches: Sequence[int], before: Sequence[SimResult], small: bool = False
+) -> "list[Found]":
+    """All that is searched at one length with steps of these sizes."""
+    found = [
+        *_searches(task, seq_len, batches, small),
+        _moved(task, seq_len, min(batches), before, small),
+    ]
+    if not any(one.point.fits for one in found):
+        found += _searches(replace(task, budget=INSISTENCE * task.budget), seq_len, batches, small)
+    return found
 
 
 @dataclass(frozen=True)
@@ -167,10 +196,9 @@ class Found:
     seconds: float
 
 
-def _moved(task: Task, seq_len: int, results: Sequence[SimResult]) -> Found:
+def _moved(task: Task, seq_len: int, batch: int, results: Sequence[SimResult], small: bool = False) -> Found:
     """The best strategies of other lengths, as they are and with as many tokens a rank as there."""
     began, case = time.perf_counter(), task.case
-    batch = next(iter(_batches(task, seq_len)))
     training = case.problem(seq_len, batch).training
     most = task.contender.most_split(case.problem(seq_len, batch))
     strategies = {
@@ -185,7 +213,8 @@ def _moved(task: Task, seq_len: int, results: Sequence[SimResult]) -> Found:
         except MopError:  # a degree that does not divide this length or batch
             continue
     point = _best(
-        [Point(seq_len, batch, result) for result in found] or [Point(seq_len, batch, None, "none")]
+        [Point(seq_len, batch, result, small=small) for result in found]
+        or [Point(seq_len, batch, None, "none", small)]
     )
     top = [point.result] if point.fits and point.result else []
     return Found(point, top, len(found), time.perf_counter() - began)
@@ -221,37 +250,44 @@ def nested(curves: Mapping[str, Curve]) -> dict[str, Curve]:
 
 
 def _best(points: Sequence[Point]) -> Point:
-    """The fastest that fits, with room to spare if any does; else the one that misses by least."""
+    """The fastest that fits, of the whole step if that fits and with room to spare if any does; else the one
+    that misses by least."""
     fitting = [point for point in points if point.fits]
     if fitting:
-        return max(fitting, key=lambda point: (point.verdict == "fits", point.throughput or 0.0))
+        return max(fitting, key=lambda one: (not one.small, one.verdict == "fits", one.throughput or 0.0))
     missing = [point for point in points if point.result]
     return min(missing, key=lambda point: point.result.over_bytes if point.result else 0, default=points[0])
 
 
-def _searches(task: Task, seq_len: int) -> Iterator[Found]:
-    """A search for each global batch that may be best."""
+def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> Iterator[Found]:
+    """A search for each global batch."""
     case = task.case
-    for batch in _batches(task, seq_len):
+    once = small or not case.accumulate
+    for batch in batches:
         options = Options(
             (task.contender.family,), TOP, task.budget, any_plan=True, precision=case.precision,
-            axes=task.contender.axes if case.accumulate else task.contender.at_once,
+            axes=task.contender.at_once if once else task.contender.axes,
         )  # fmt: skip
         problem = case.problem(seq_len, batch)
         found = search(case.model, case.hardware, case.nodes, problem.training, options)
         result = found.best or found.closest
-        point = Point(seq_len, batch, result, "" if result else found.verdict())
+        point = Point(seq_len, batch, result, "" if result else found.verdict(), small)
         yield Found(point, found.top, found.simulated, found.seconds)
 
 
-def _batches(task: Task, seq_len: int) -> Iterable[int]:
+def _groups(task: Task, seq_len: int) -> int:
+    """Groups of ranks that share a sequence, where they share it as far as they may: the smallest step."""
+    case = task.case
+    return case.world_size // task.contender.most_split(case.problem(seq_len, case.world_size))
+
+
+def _batches(task: Task, seq_len: int) -> list[int]:
     """Sequences of a step: about `tokens_per_device`, in whole rounds of the ranks.
 
     Without accumulation: one sequence for each group of ranks, for groups of every size.
     """
     case = task.case
-    world = case.world_size
-    groups = world // task.contender.most_split(case.problem(seq_len, world))
+    world, groups = case.world_size, _groups(task, seq_len)
     if not case.accumulate:
         return [count for count in range(groups, world + 1, groups) if world % count == 0]
     wanted = case.tokens_per_device * world / seq_len

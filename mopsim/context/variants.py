@@ -12,7 +12,7 @@ from mopsim.spec.model import ModelSpec
 @dataclass(frozen=True)
 class Variant:
     """One assumption of the base case changed. `why`: where that choice is found. lengths: the only ones
-    asked, as the reach is not of the step's size; empty: all."""
+    asked, as the reach is of the smallest step whatever the whole one is; empty: all."""
 
     name: str
     label: str
@@ -74,5 +74,5 @@ VARIANTS = (
     Variant("step_8k", "8K tokens a device and step", _step(8192), "the published largest FSDP2 batch", STEP),
     Variant("step_32k", "32K tokens a device and step", _step(32 * 1024), "a small step", STEP),
     Variant("step_1m", "1M tokens a device and step", _step(1024 * 1024), "a large pre-training step", STEP),
-    Variant("at_once", "one microbatch a step, as large as is best", _at_once, "no accumulation", STEP),
+    Variant("at_once", "one microbatch a step, as large as is best", _at_once, "no accumulation"),
 )

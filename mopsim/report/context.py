@@ -48,13 +48,17 @@ def short(tokens: int) -> str:
 def reach(curve: Curve) -> str:
     """The longest length that fits; at least that where the longest asked fits."""
     longest = curve.longest
-    if longest is None:
-        return "none"
-    return f"{'' if curve.end else '>= '}{short(longest.seq_len)}{_risk(longest)}"
+    return f"{'' if curve.end else '>= '}{_length(longest)}" if longest else "none"
 
 
-def _risk(point: Point) -> str:
-    return "*" if point.verdict == "at risk" else ""
+def _length(point: Point | None) -> str:
+    """'256K', marked; 'none'."""
+    return f"{short(point.seq_len)}{_marks(point)}" if point else "none"
+
+
+def _marks(point: Point) -> str:
+    """A star: at risk. A dagger: of the smallest step."""
+    return ("*" if point.verdict == "at risk" else "") + ("\u2020" if point.small else "")
 
 
 def cell(point: Point | None) -> str:
@@ -63,12 +67,14 @@ def cell(point: Point | None) -> str:
         return ""
     if point.throughput is None:
         return f"out: {point.stopped_by}" if point.result else "not legal"
-    return f"{point.throughput:,.0f}{_risk(point)}"
+    return f"{point.throughput:,.0f}{_marks(point)}"
 
 
 def ratio(above: Curve, below: Curve, seq_len: int) -> float | None:
-    """Throughput of one over the other's at a length, where both fit."""
+    """Throughput of one over the other's at a length, where both fit with the whole step."""
     one, other = above.at(seq_len), below.at(seq_len)
+    if any(point and point.small for point in (one, other)):
+        return None
     if one is None or other is None or not one.throughput or not other.throughput:
         return None
     return one.throughput / other.throughput
@@ -132,6 +138,25 @@ def as_printed(study: Study) -> str:
     )
 
 
+def smaller(study: Study) -> str:
+    """Who reaches further with one sequence for each group of ranks than with the whole step."""
+    parts = []
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        found = [
+            f"{curve.contender.label} {reach(curve)} instead of {_length(curve.whole)}"
+            for curve in curves.values()
+            if _further(curve)
+        ]
+        parts += [f"{case_name(case)}: {', '.join(found)}"] if found else []
+    if not parts:
+        return "No contender reaches further with a smaller step."
+    return (
+        "A dagger: the whole step does not fit, as the gradients it accumulates lie beside the activations; "
+        "the smallest legal step does, one sequence for each group of ranks that shares one, and the "
+        f"throughput is of that step. {'; '.join(parts)}."
+    )
+
+
 def _far(study: Study) -> str:
     """The least and the most that FSDP2 reaches where it runs at all."""
     ends = [curve.longest for curves in study.curves for name, curve in curves.items() if name != "mop"]
@@ -155,7 +180,16 @@ def summary(study: Study) -> str:
     ):
         if all(name in curves for curves in study.curves):
             parts.append(what.format(_range(study, name)))
-    return f"{parts[0]} {'; '.join(parts[1:])}." if parts[1:] else parts[0]
+    ends = f" {'; '.join(parts[1:])}." if parts[1:] else ""
+    small = [curve for curves in study.curves for curve in curves.values() if _further(curve)]
+    names = list(dict.fromkeys(curve.contender.label for curve in small))
+    steps = f" So far only in the smallest legal step, in some case: {'; '.join(names)}." if names else ""
+    return parts[0] + ends + steps
+
+
+def _further(curve: Curve) -> bool:
+    """Whether the longest length fits with the smallest step only."""
+    return curve.longest is not None and curve.longest.small
 
 
 def throughput_figure(path: Path, study: Study) -> Path:
@@ -170,6 +204,11 @@ def throughput_figure(path: Path, study: Study) -> Path:
                 axis.plot(
                     [x for x, _ in good], [y for _, y in good], linestyle=line, linewidth=width, color=tint,
                     marker="o", markersize=3.5, label=curve.contender.label,
+                )  # fmt: skip
+                thin = [(p.seq_len, p.throughput) for p in curve.points if p.throughput and p.small]
+                axis.plot(
+                    [x for x, _ in thin], [y for _, y in thin], "o", markersize=11, color=tint,
+                    fillstyle="none",
                 )  # fmt: skip
                 if good and curve.end:
                     axis.scatter(*good[-1], marker="X", s=90, color=tint, zorder=5, edgecolors="white")
@@ -192,6 +231,16 @@ def throughput_figure(path: Path, study: Study) -> Path:
         for axis in axes[len(study.cases) :]:
             axis.set_visible(False)
         axes[0].scatter([], [], marker="X", s=90, color="#515a5a", label="the last length that fits")
+        if any(point.small for one in study.curves for curve in one.values() for point in curve.points):
+            axes[0].plot(
+                [],
+                [],
+                "o",
+                markersize=11,
+                fillstyle="none",
+                color="#515a5a",
+                label="of the smallest step only",
+            )
         axes[0].scatter([], [], marker="*", s=130, color="#515a5a", label="published")
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=2 * columns)  # type: ignore[union-attr]
@@ -415,13 +464,14 @@ def write_context(
         ),
         Section(
             "MoP over FSDP2",
-            "The same steps, in as many microbatches as are fastest for each.",
+            "The same whole steps, in as many microbatches as are fastest for each.",
             picture=("ratio.png", "the ratio of throughputs over context length, a line a network"),
         ),
         Section(
             "How far, and what stops it",
             "The longest context, of lengths that double; in brackets the category that crosses the limit in "
-            "the strategy that misses by least. A star: at risk, within 4 % of a limit. " + as_printed(study),
+            f"the strategy that misses by least. A star: at risk, within 4 % of a limit. {smaller(study)} "
+            + as_printed(study),
             rules_table(study),
             ("reach.png", "the longest context of each contender, by network"),
         ),
@@ -438,7 +488,8 @@ def write_context(
         sections.append(
             Section(
                 f"What is not stated, over its plausible choices ({case_name(study.cases[0])})",
-                "One assumption changed at a time; FSDP2 is the unrestricted one.",
+                "One assumption changed at a time; FSDP2 is the unrestricted one. Blank: as in the first "
+                "line, since the reach is that of the smallest step and so not of the whole step's size.",
                 variants_table(study),
             )
         )

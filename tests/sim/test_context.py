@@ -13,7 +13,7 @@ from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Task, nested, 
 from mopsim.context.contenders import OFFLOADED
 from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
-from mopsim.report.context import ratio, reach, short
+from mopsim.report.context import Study, ratio, reach, short, summary
 from mopsim.search.bound import bound
 from mopsim.search.space import CHUNKED, DEVICE, HOST, generate
 from mopsim.spec.errors import SpecError
@@ -99,15 +99,32 @@ def test_looser_contenders_contain_stricter_ones() -> None:
     assert not free.contains(NAMES["mop"])
 
 
-def test_nothing_on_the_host_ends_where_the_source_says() -> None:
-    """With all logits at once and no offload, FSDP2 runs 128K on 16 devices and not 256K: stopped by logits
-    (arXiv 2609.14306: 128K its longest)."""
+def test_the_reach_is_not_of_the_size_of_the_step() -> None:
+    """With all logits and nothing on the host, FSDP2 runs 128K on 16 devices in steps of 128K tokens a
+    device; one sequence a step, without accumulated gradients, fits at 256K, too. Then logits stop it."""
     found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 12))
-    assert [point.fits for point in found.points] == [True, False]
+    assert [(point.fits, point.small) for point in found.points] == [
+        (True, False), (True, True), (False, True),
+    ]  # fmt: skip
+    assert found.whole is found.points[0]
     assert found.end is not None
     assert found.end.stopped_by == "logits"
-    assert reach(found).startswith("128K")
+    assert reach(found) == "256K\u2020"
     assert found.points[0].verdict == "at risk"
+    assert found.points[1].global_batch == 1
+    tiny = curve(Task(("x",), case(8 * K), NAMES["fsdp2_device"], (256 * K, 512 * K), 12))
+    assert tiny.longest is not None
+    assert (tiny.longest.seq_len, tiny.longest.small) == (256 * K, False)
+
+
+def test_a_ratio_compares_whole_steps_only() -> None:
+    whole = curve(Task(("x",), case(), NAMES["fsdp2_node"], (256 * K,), 4))
+    small = curve(Task(("x",), case(), NAMES["fsdp2_device"], (256 * K,), 12))
+    assert whole.points[0].throughput
+    assert small.points[0].throughput
+    assert ratio(whole, small, 256 * K) is None
+    page = summary(Study([case()], [{"mop": whole, "fsdp2": small}], [], (256 * K,), ()))
+    assert "So far only in the smallest legal step, in some case: FSDP2, full logits, no offload." in page
 
 
 def test_a_curve_takes_what_a_stricter_one_found() -> None:
