@@ -151,9 +151,9 @@ def smaller(study: Study) -> str:
     if not parts:
         return "No contender reaches further with a smaller step."
     return (
-        "A dagger: the whole step does not fit, as the gradients it accumulates lie beside the activations; "
-        "the smallest legal step does, one sequence for each group of ranks that shares one, and the "
-        f"throughput is of that step. {'; '.join(parts)}."
+        "A dagger: the whole step does not fit (from its second microbatch on accumulated gradients lie "
+        "beside the activations); the smallest legal step does, one sequence for each group of ranks that "
+        f"shares one, and the throughput is of that step. {'; '.join(parts)}."
     )
 
 
@@ -183,7 +183,7 @@ def summary(study: Study) -> str:
     ends = f" {'; '.join(parts[1:])}." if parts[1:] else ""
     small = [curve for curves in study.curves for curve in curves.values() if _further(curve)]
     names = list(dict.fromkeys(curve.contender.label for curve in small))
-    steps = f" So far only in the smallest legal step, in some case: {'; '.join(names)}." if names else ""
+    steps = f" In some cases only the smallest legal step fits so far: {'; '.join(names)}." if names else ""
     return parts[0] + ends + steps
 
 
@@ -207,7 +207,7 @@ def throughput_figure(path: Path, study: Study) -> Path:
                 )  # fmt: skip
                 thin = [(p.seq_len, p.throughput) for p in curve.points if p.throughput and p.small]
                 axis.plot(
-                    [x for x, _ in thin], [y for _, y in thin], "o", markersize=11, color=tint,
+                    [x for x, _ in thin], [y for _, y in thin], "o", markersize=15, color=tint,
                     fillstyle="none",
                 )  # fmt: skip
                 if good and curve.end:
@@ -236,7 +236,7 @@ def throughput_figure(path: Path, study: Study) -> Path:
                 [],
                 [],
                 "o",
-                markersize=11,
+                markersize=15,
                 fillstyle="none",
                 color="#515a5a",
                 label="of the smallest step only",
@@ -459,7 +459,8 @@ def write_context(
     sections = [
         Section(
             "Throughput over context length",
-            "Both axes are logarithmic. A cross marks the last length that fits before memory ends.",
+            "Both axes are logarithmic. A cross marks the last length that fits before memory ends, a ring "
+            "what fits with the smallest step only.",
             picture=("throughput.png", "tokens/s per device over context length, a panel a network"),
         ),
         Section(

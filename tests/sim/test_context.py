@@ -124,7 +124,7 @@ def test_a_ratio_compares_whole_steps_only() -> None:
     assert small.points[0].throughput
     assert ratio(whole, small, 256 * K) is None
     page = summary(Study([case()], [{"mop": whole, "fsdp2": small}], [], (256 * K,), ()))
-    assert "So far only in the smallest legal step, in some case: FSDP2, full logits, no offload." in page
+    assert "In some cases only the smallest legal step fits so far: FSDP2, full logits, no offload." in page
 
 
 def test_a_curve_takes_what_a_stricter_one_found() -> None:
