@@ -167,7 +167,7 @@ def _loop(loop: Loop) -> DemoReport:
         contender.after = _simulate(_as_routed(contender.plan, contenders[0].measured), corrected)
         contender.before_routed = _simulate(_as_routed(contender.plan, contenders[0].measured), hardware)
         worst = routing.worst(contender.plan.model, contender.plan.strategy.experts.degree)
-        contender.worst = _simulate(_routed(contender.plan, worst), hardware)
+        contender.worst = _simulate(contender.plan.routed(worst), hardware)
     return DemoReport(
         contenders,
         hardware,
@@ -186,12 +186,7 @@ def _loop(loop: Loop) -> DemoReport:
 def _as_routed(plan: Plan, seen: Measurement) -> Plan:
     """`plan` with the routing of a run of the same degree, model, data and seed; else as it is."""
     degree = seen.plan.strategy.experts.degree
-    return _routed(plan, seen.routing) if plan.strategy.experts.degree == degree else plan
-
-
-def _routed(plan: Plan, profile: routing.RoutingProfile) -> Plan:
-    replace = msgspec.structs.replace
-    return replace(plan, training=replace(plan.training, routing=profile))
+    return plan.routed(seen.routing) if plan.strategy.experts.degree == degree else plan
 
 
 def _small(machine: HardwareProfile) -> HardwareProfile:

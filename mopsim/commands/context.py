@@ -11,7 +11,8 @@ from mopsim.commands import inputs as read_inputs
 from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Curve, Point, Task, Variant, nested, sweep
 from mopsim.context.contenders import OFFLOADED
 from mopsim.context.sweep import totals
-from mopsim.report.context import Study, case_name, finding, summary, write_context
+from mopsim.report.context import write_context
+from mopsim.report.context_words import Study, case_name, finding, summary
 from mopsim.report.tables import describe
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
@@ -134,7 +135,7 @@ def plan(
                 for one in contenders
                 if one.name != "fsdp2_node_chunked"
             ]
-            if variant.name == "step_8k":
+            if variant.offloaded:
                 tasks.append(Task((variant.name, OFFLOADED.name), case, OFFLOADED, asked[:1], budget))
     weight = {task.key: task.case.world_size * task.case.model.num_hidden_layers for task in tasks}
     return sorted(tasks, key=lambda task: -weight[task.key])

@@ -12,13 +12,15 @@ from mopsim.spec.model import ModelSpec
 @dataclass(frozen=True)
 class Variant:
     """One assumption of the base case changed. `why`: where that choice is found. lengths: the only ones
-    asked, as the reach is of the smallest step whatever the whole one is; empty: all."""
+    asked, as the reach is of the smallest step whatever the whole one is; empty: all. offloaded: FSDP2 with
+    everything on the host is asked too, at the first of them."""
 
     name: str
     label: str
     change: Callable[[Case], Case]
     why: str = ""
     lengths: tuple[int, ...] = ()
+    offloaded: bool = False
 
 
 def _attention(**fields: object) -> Callable[[Case], Case]:
@@ -71,7 +73,9 @@ VARIANTS = (
         "heads_56", "GQA, 56 heads, 8 key-value heads", _heads(56, 8), "heads x 128 = hidden size; D <= 8"
     ),
     Variant("heads_128", "GQA, 128 heads, 8 key-value heads", _heads(128, 8), "twice the attention work"),
-    Variant("step_8k", "8K tokens a device and step", _step(8192), "the published largest FSDP2 batch", STEP),
+    Variant(
+        "step_8k", "8K tokens a device and step", _step(8192), "the published largest FSDP2 batch", STEP, True
+    ),
     Variant("step_32k", "32K tokens a device and step", _step(32 * 1024), "a small step", STEP),
     Variant("step_1m", "1M tokens a device and step", _step(1024 * 1024), "a large pre-training step", STEP),
     Variant("at_once", "one microbatch a step, as large as is best", _at_once, "no accumulation"),

@@ -1,7 +1,7 @@
 """Workload: programs of ops, one program per rank class, each op with stream, work, dependencies and
 memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -153,11 +153,6 @@ def deltas(memory: tuple[Step, ...]) -> tuple[Deltas, Deltas]:
             host[slot] = run[slot]
     peak = {**best, **host}
     return tuple((s, v) for s, v in peak.items() if v), tuple((s, v) for s, v in run.items() if v)
-
-
-def resident_bytes(resident: Sequence[Step], host: bool = False) -> int:
-    """Bytes of the device (or host) buffers that live through the whole step."""
-    return sum(size for category, size in resident if category.startswith("host/") == host)
 
 
 def merge(memory: Iterable[Step]) -> tuple[Step, ...]:

@@ -111,7 +111,7 @@ def breakdown(result: SimResult) -> Table:
             cells += column[index] if index < len(column) else ("", "")
         table.add_row(*cells)
     if result.guarantee_memory > result.peak_memory:
-        table.caption = f"worst-case routing would take {format_bytes(result.guarantee_memory)}"
+        table.caption = f"dispatch, which no routing exceeds: {format_bytes(result.guarantee_memory)}"
     return table
 
 

@@ -26,7 +26,6 @@ FULL, CHUNKED, RING, VOCAB_PARALLEL = 0, 1, 2, 3
 ULYSSES = 0
 
 STATES: tuple[State, ...] = ("device", "host_streamed", "host")
-LOSSES = ("full", "chunked", "ring", "vocab_parallel")
 EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
 
 DEFAULTS = {

@@ -53,11 +53,6 @@ def num_chunks(num_tokens: int, chunk_tokens: int, max_chunks: int) -> int:
     return 1 if chunk_tokens == 0 else max(1, min(ceil_div(num_tokens, chunk_tokens), max_chunks))
 
 
-def chunk_positions(num_tokens: int, chunks: int, index: int) -> range:
-    """Token positions of strided chunk `index` of `chunks`: index, index + K, index + 2K, ..."""
-    return range(index, num_tokens, chunks)
-
-
 def token_slices(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
     """Consecutive [start, stop) slices of at most `chunk_tokens` tokens (0 = one slice)."""
     size = chunk_tokens or num_tokens

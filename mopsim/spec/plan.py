@@ -69,6 +69,10 @@ class Plan(Spec, frozen=True, kw_only=True):
         self.training.check_strategy(self.strategy)
         self.training.check_model(self.model)
 
+    def routed(self, routing: profiles.RoutingProfile) -> "Plan":
+        """The same plan under another routing."""
+        return replace(self, training=replace(self.training, routing=routing))
+
 
 class KindTiming(Spec, frozen=True, kw_only=True):
     """One kind of work in one step of one rank: ops, busy seconds (median over steps), FLOP, bytes moved."""
@@ -136,7 +140,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
 
     def plan_as_routed(self) -> Plan:
         """The plan with the routing that was measured, to simulate what ran."""
-        return replace(self.plan, training=replace(self.plan.training, routing=self.routing))
+        return self.plan.routed(self.routing)
 
 
 def _require_counts(field: str, numbers: Mapping[str, float]) -> None:

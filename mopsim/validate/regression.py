@@ -10,8 +10,6 @@ from scipy.optimize import nnls
 from mopsim.layers import active_params, flops_per_token, total_params
 from mopsim.validate.rows import Case
 
-FEATURES = ("flops", "weight_bytes", "activation_bytes", "group_bytes", "gradient_bytes", "messages")
-
 
 def features(case: Case) -> list[float]:
     """Per rank and step, over the machine's peaks (seconds), but messages: a count.

@@ -13,7 +13,7 @@ from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Task, nested, 
 from mopsim.context.contenders import OFFLOADED
 from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
-from mopsim.report.context import Study, ratio, reach, short, summary
+from mopsim.report.context_words import Study, ratio, reach, short, summary
 from mopsim.search.bound import bound
 from mopsim.search.space import CHUNKED, DEVICE, HOST, generate
 from mopsim.spec.errors import SpecError

@@ -9,6 +9,7 @@ from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.staged.template import stream_of
 from mopsim.lowering.workload import Work
+from mopsim.spec.units import DTYPE_BYTES
 
 _O = "optimizer"
 
@@ -56,8 +57,6 @@ def _master(c: Context) -> int:
     master = c.strategy.precision.master
     if master == "param" or c.strategy.runtime == "fully_shard":
         return 0
-    from mopsim.spec.units import DTYPE_BYTES
-
     return int(DTYPE_BYTES[master])
 
 
@@ -98,8 +97,6 @@ def _on_host(c: Context, issue: Issue, params: int, last: int) -> int:
 
 def _streamed(c: Context, issue: Issue, params: int, last: int) -> int:
     """Master weights and moments through `slots` staging buckets: up, AdamW on the device, down."""
-    from mopsim.spec.units import DTYPE_BYTES
-
     precision, optimizer = c.strategy.precision, c.strategy.optimizer
     each = 2 * int(DTYPE_BYTES[precision.moments])
     each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])

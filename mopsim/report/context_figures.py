@@ -1,0 +1,169 @@
+"""The figures of a study of context lengths."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mopsim.context.sweep import Case, Curve
+from mopsim.report.context_words import (
+    Study,
+    case_name,
+    farthest,
+    published_of,
+    range_of,
+    ratio,
+    reach,
+    short,
+    span,
+)
+from mopsim.report.style import SERIES, figure, legend_below
+
+LINES = {
+    "mop": ("#ca6f1e", "-", 3.0),
+    "fsdp2": ("#1b4f72", "-", 2.5),
+    "fsdp2_node_chunked": ("#2e86c1", "--", 1.8),
+    "fsdp2_full": ("#117864", "-.", 1.8),
+    "fsdp2_node": ("#922b21", "--", 1.8),
+    "fsdp2_half_node": ("#7d6608", "--", 1.8),
+    "fsdp2_device": ("#8e44ad", ":", 2.2),
+}
+"""Colour, line and width by contender."""
+
+
+def throughput_figure(path: Path, study: Study) -> Path:
+    """A panel a network: tokens/s per device over context length, a cross where memory ends."""
+    columns = min(2, len(study.cases))
+    rows = -(-len(study.cases) // columns)
+    with figure(path, 7.2 * columns, 4.6 * rows + 0.9, rows, columns, sharex=True) as axes:
+        for axis, case, curves in zip(axes, study.cases, study.curves, strict=False):
+            for name, curve in reversed(list(curves.items())):
+                tint, line, width = LINES[name]
+                good = [(p.seq_len, p.throughput) for p in curve.points if p.throughput]
+                axis.plot(
+                    [x for x, _ in good], [y for _, y in good], linestyle=line, linewidth=width, color=tint,
+                    marker="o", markersize=3.5, label=curve.contender.label,
+                )  # fmt: skip
+                thin = [(p.seq_len, p.throughput) for p in curve.points if p.throughput and p.small]
+                axis.plot(
+                    [x for x, _ in thin], [y for _, y in thin], "o", markersize=15, color=tint,
+                    fillstyle="none",
+                )  # fmt: skip
+                if good and curve.end:
+                    axis.scatter(*good[-1], marker="X", s=90, color=tint, zorder=5, edgecolors="white")
+            for point in published_of(case):
+                tint = LINES[point.contender][0]
+                axis.scatter(point.seq_len, point.throughput, marker="*", s=150, color=tint, zorder=6)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            rates = [p.throughput for curve in curves.values() for p in curve.points if p.throughput]
+            rates += [point.throughput for point in published_of(case)]
+            steps = [digit * 10.0**power for power in range(-1, 7) for digit in (1, 2, 5)]
+            shown = [step for step in steps if min(rates, default=1) / 2 <= step <= 2 * max(rates, default=1)]
+            axis.set_yticks(shown, [f"{step:,g}" for step in shown])
+            axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+            axis.minorticks_off()
+            axis.tick_params(labelbottom=True)
+            axis.grid(alpha=0.25)
+            axis.set_title(_panel_title(case, curves), fontsize=11.5)
+            axis.set_ylabel("tokens/s per device")
+        for axis in axes[len(study.cases) :]:
+            axis.set_visible(False)
+        axes[0].scatter([], [], marker="X", s=90, color="#515a5a", label="the last length that fits")
+        if any(point.small for one in study.curves for curve in one.values() for point in curve.points):
+            axes[0].plot(
+                [],
+                [],
+                "o",
+                markersize=15,
+                fillstyle="none",
+                color="#515a5a",
+                label="of the smallest step only",
+            )
+        axes[0].scatter([], [], marker="*", s=130, color="#515a5a", label="published")
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].get_figure().legend(handles, labels, loc="outside lower center", ncols=2 * columns)  # type: ignore[union-attr]
+    return path
+
+
+def ratio_figure(path: Path, study: Study) -> Path:
+    """MoP's throughput over FSDP2's at each length, a line a network; an arrow up where only MoP runs."""
+    low, high = span(study.curves)
+    top = max(1.35, 1.12 * high)
+    with figure(path, 10, 5) as (axis,):
+        axis.axhline(1.0, color="#909497", linewidth=1)
+        for index, (case, curves) in enumerate(zip(study.cases, study.curves, strict=True)):
+            tint = SERIES[index % len(SERIES)]
+            for name, line, width in (("fsdp2", "-", 2.4), ("fsdp2_node", ":", 1.6)):
+                if name not in curves:
+                    continue
+                found = [
+                    (point.seq_len, value)
+                    for point in curves["mop"].points
+                    if (value := ratio(curves["mop"], curves[name], point.seq_len))
+                ]
+                label = case_name(case) if name == "fsdp2" else None
+                axis.plot(
+                    [x for x, _ in found], [y for _, y in found], linestyle=line, linewidth=width,
+                    marker="o", markersize=4, color=tint, label=label,
+                )  # fmt: skip
+                alone = [
+                    point.seq_len
+                    for point in curves["mop"].points
+                    if point.fits
+                    and name == "fsdp2"
+                    and point.seq_len > max((x for x, _ in found), default=0)
+                ]
+                height = [top - 0.02 - 0.035 * index] * len(alone)
+                axis.scatter(alone, height, marker="^", s=70, color=tint)
+        axis.plot([], [], color="#515a5a", label="over FSDP2, chunked loss, any CP")
+        axis.plot([], [], ":", color="#515a5a", label="over FSDP2, full logits, CP in a node")
+        axis.scatter([], [], marker="^", s=70, color="#515a5a", label="only MoP fits")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+        axis.minorticks_off()
+        axis.set_ylim(min(0.8, 0.95 * low), top)
+        axis.set_ylabel("throughput of MoP over that of FSDP2")
+        axis.set_xlabel("context length, tokens")
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_title(f"Where both run, MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2")
+        legend_below(axis, 4)
+    return path
+
+
+def _panel_title(case: Case, curves: Mapping[str, Curve]) -> str:
+    title = f"{case_name(case)}\nMoP {reach(curves['mop'])}, FSDP2 {reach(curves['fsdp2'])}"
+    if "fsdp2_node" in curves:
+        title += f", {reach(curves['fsdp2_node'])} with full logits in a node"
+    return title
+
+
+def reach_figure(path: Path, study: Study) -> Path:
+    """The longest context of each contender on each cluster, with what stops it."""
+    count = len(study.contenders)
+    least = min(study.lengths)
+    with figure(path, 11, 1.2 + 0.30 * (count + 1) * len(study.cases)) as (axis,):
+        ticks, names = [], []
+        place = 0.0
+        for case, curves in zip(study.cases, study.curves, strict=True):
+            ticks.append(place + (count - 1) / 2)
+            names.append(case_name(case))
+            for name, curve in curves.items():
+                longest = curve.longest
+                far = longest.seq_len if longest else least / 2
+                axis.barh(place, far - least / 2, left=least / 2, color=LINES[name][0], height=0.8)
+                stop = f", then {curve.end.stopped_by}" if curve.end else ""
+                text = f" {curve.contender.label}: {reach(curve)}{stop}"
+                axis.text(far, place, text, va="center", fontsize=9)
+                place += 1
+            place += 0.8
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(least / 2, max(study.lengths) * 16)
+        axis.margins(y=0.01)
+        axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+        axis.minorticks_off()
+        axis.set_yticks(ticks, names)
+        axis.invert_yaxis()
+        axis.set_xlabel("longest context that fits, tokens (doubling)")
+        axis.set_title(
+            f"MoP reaches {range_of(study, 'mop')} tokens, FSDP2 {farthest(study)}, by how it is restricted"
+        )
+    return path

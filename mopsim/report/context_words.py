@@ -1,0 +1,185 @@
+"""What a study of context lengths says, in cells and sentences that follow from its curves."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mopsim.context.contenders import Contender
+from mopsim.context.published import POINTS, PRINTED_END, Published
+from mopsim.context.sweep import Case, Curve, Point
+from mopsim.context.variants import Variant
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that was found. curves: of each case, by contender. variants: of the first case, each with its
+    curves."""
+
+    cases: Sequence[Case]
+    curves: Sequence[Mapping[str, Curve]]
+    variants: Sequence[tuple[Variant, Mapping[str, Curve]]]
+    lengths: Sequence[int]
+    contenders: Sequence[Contender]
+
+
+def short(tokens: int) -> str:
+    """'128K', '1M'."""
+    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= scale and tokens % scale == 0:
+            return f"{tokens // scale}{unit}"
+    return f"{tokens:,}"
+
+
+def reach(curve: Curve) -> str:
+    """The longest length that fits; at least that where the longest asked fits."""
+    longest = curve.longest
+    return f"{'' if curve.end else '>= '}{_length(longest)}" if longest else "none"
+
+
+def _length(point: Point | None) -> str:
+    """'256K', marked; 'none'."""
+    return f"{short(point.seq_len)}{_marks(point)}" if point else "none"
+
+
+def _marks(point: Point) -> str:
+    """A star: at risk. A dagger: of the smallest step."""
+    return ("*" if point.verdict == "at risk" else "") + ("\u2020" if point.small else "")
+
+
+def cell(point: Point | None) -> str:
+    """Tokens per second and device, or what stops it."""
+    if point is None:
+        return ""
+    if point.throughput is None:
+        return f"out: {point.stopped_by}" if point.result else "not legal"
+    return f"{point.throughput:,.0f}{_marks(point)}"
+
+
+def ratio(above: Curve, below: Curve, seq_len: int) -> float | None:
+    """Throughput of one over the other's at a length, where both fit with the whole step."""
+    one, other = above.at(seq_len), below.at(seq_len)
+    if any(point and point.small for point in (one, other)):
+        return None
+    if one is None or other is None or not one.throughput or not other.throughput:
+        return None
+    return one.throughput / other.throughput
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def case_name(case: Case) -> str:
+    size = case.model.name.removeprefix("mop_").upper()
+    return f"{size} on {case.world_size} devices"
+
+
+def published_of(case: Case) -> list[Published]:
+    """The published points of a case."""
+    return [one for one in POINTS if one.model == case.model.name and one.devices == case.world_size]
+
+
+def finding(case: Case, curves: Mapping[str, Curve]) -> str:
+    """Where each contender ends, and how MoP compares with the freest baseline while that runs."""
+    ends = []
+    for name, curve in reversed(list(curves.items())):
+        if name != "mop":
+            stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
+            ends.append(f"{curve.contender.label} {reach(curve)}{stop}")
+    low, high = span([curves])
+    speed = f"MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2 where both run"
+    return f"Reach: {'; '.join(ends)}; MoP {reach(curves['mop'])}. {speed}."
+
+
+def span(all_curves: Sequence[Mapping[str, Curve]]) -> tuple[float, float]:
+    """Least and most of MoP's throughput over unrestricted FSDP2's, where both run; (0, 0) if nowhere."""
+    found = [
+        value
+        for curves in all_curves
+        for point in curves["mop"].points
+        if (value := ratio(curves["mop"], curves["fsdp2"], point.seq_len))
+    ]
+    return (min(found), max(found)) if found else (0.0, 0.0)
+
+
+def range_of(study: Study, name: str) -> str:
+    """Where a contender ends over all cases: '256K to 1M'; at least that where the sweep ended first."""
+    found = [curves[name] for curves in study.curves if name in curves]
+    ends = sorted((curve.longest.seq_len if curve.longest else 0, not curve.end) for curve in found)
+    names = [_so_far(*end) for end in (ends[0], ends[-1])]
+    return names[0] if names[0] == names[1] else f"{names[0]} to {names[1]}"
+
+
+def _so_far(length: int, unended: bool) -> str:
+    return ("at least " if unended else "") + short(length) if length else "no length at all"
+
+
+def as_printed(study: Study) -> str:
+    """Under which rules FSDP2 ends where the sources say."""
+    parts = []
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        ends = {curve.contender.label.removeprefix("FSDP2, "): curve.longest for curve in curves.values()}
+        near = [label for label, end in ends.items() if end and end.seq_len <= PRINTED_END]
+        never = [label for label, end in ends.items() if end is None]
+        parts.append(
+            f"{case_name(case)}: {' or '.join(near) or 'none of these'}"
+            + (f" (at no length: {', '.join(never)})" if never else "")
+        )
+    return (
+        "The sources print that FSDP2's longest context is 128K at 120B, and that it runs out of memory "
+        "beyond 64 to 128K at about 600B and 1T. Here the rules under which it ends at "
+        f"{short(PRINTED_END)} or before are: {'; '.join(parts)}."
+    )
+
+
+def smaller(study: Study) -> str:
+    """Who reaches further with one sequence for each group of ranks than with the whole step."""
+    parts = []
+    for case, curves in zip(study.cases, study.curves, strict=True):
+        found = [
+            f"{curve.contender.label} {reach(curve)} instead of {_length(curve.whole)}"
+            for curve in curves.values()
+            if _further(curve)
+        ]
+        parts += [f"{case_name(case)}: {', '.join(found)}"] if found else []
+    if not parts:
+        return "No contender reaches further with a smaller step."
+    return (
+        "A dagger: the whole step does not fit (from its second microbatch on accumulated gradients lie "
+        "beside the activations); the smallest legal step does, one sequence for each group of ranks that "
+        f"shares one, and the throughput is of that step. {'; '.join(parts)}."
+    )
+
+
+def farthest(study: Study) -> str:
+    """The least and the most that FSDP2 reaches where it runs at all."""
+    found = [curve for curves in study.curves for name, curve in curves.items() if name != "mop"]
+    ends = sorted((curve.longest.seq_len, not curve.end) for curve in found if curve.longest)
+    return f"{_so_far(*ends[0])} to {_so_far(*ends[-1])}" if ends else "none"
+
+
+def summary(study: Study) -> str:
+    """The whole in a few sentences."""
+    low, high = span(study.curves)
+    parts = [
+        f"MoP reaches {range_of(study, 'mop')} tokens. FSDP2 with a chunked loss, any context parallelism "
+        f"and CPU offload reaches {range_of(study, 'fsdp2')}; where both run, MoP has {low:.2f}x to {high:.2f}x "
+        "its throughput."
+    ]
+    for name, what in (
+        ("fsdp2_full", "With all logits of a rank at once FSDP2 ends at {}"),
+        ("fsdp2_node", "with a sequence that stays in a node besides, at {}"),
+        ("fsdp2_half_node", "in half a node, at {}"),
+        ("fsdp2_device", "with all logits and nothing on the host, at {}"),
+    ):
+        if all(name in curves for curves in study.curves):
+            parts.append(what.format(range_of(study, name)))
+    ends = f" {'; '.join(parts[1:])}." if parts[1:] else ""
+    small = [curve for curves in study.curves for curve in curves.values() if _further(curve)]
+    names = list(dict.fromkeys(curve.contender.label for curve in small))
+    steps = f" In some cases only the smallest legal step fits so far: {'; '.join(names)}." if names else ""
+    return parts[0] + ends + steps
+
+
+def _further(curve: Curve) -> bool:
+    """Whether the longest length fits with the smallest step only."""
+    return curve.longest is not None and curve.longest.small
