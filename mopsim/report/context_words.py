@@ -162,8 +162,8 @@ def summary(study: Study) -> str:
     low, high = span(study.curves)
     parts = [
         f"MoP reaches {range_of(study, 'mop')} tokens. FSDP2 with a chunked loss, any context parallelism "
-        f"and CPU offload reaches {range_of(study, 'fsdp2')}; where both run, MoP has {low:.2f}x to {high:.2f}x "
-        "its throughput."
+        f"and CPU offload reaches {range_of(study, 'fsdp2')}; where both run, MoP has {low:.2f}x to "
+        f"{high:.2f}x its throughput."
     ]
     for name, what in (
         ("fsdp2_full", "With all logits of a rank at once FSDP2 ends at {}"),
