@@ -137,6 +137,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
         )
         _require_counts("memory_by_category", self.memory_by_category)
         profiles.check(self.routing)
+        profiles.check_model(self.routing, self.plan.model, "routing")
 
     def plan_as_routed(self) -> Plan:
         """The plan with the routing that was measured, to simulate what ran."""

@@ -62,20 +62,20 @@ def check(routing: RoutingProfile) -> None:
     require(abs(total - 1) <= _SUM_TOLERANCE, "routing", total, "is the sum of the shares, which must be 1")
 
 
-def check_model(routing: RoutingProfile, model: ModelSpec) -> None:
+def check_model(routing: RoutingProfile, model: ModelSpec, field: str = "training.routing") -> None:
     """Raise SpecError where the profile does not fit the model's experts."""
     experts, top_k = model.num_local_experts, model.num_experts_per_tok
     skew = hot(routing)
     if skew is not None:
         rule = f"has more hot experts than num_local_experts {experts}"
-        require(skew[1] <= experts, "training.routing", routing, rule)
+        require(skew[1] <= experts, field, routing, rule)
     if isinstance(routing, str):
         return
     rule = f"shares, not one for each of num_local_experts {experts}"
-    require(len(routing) == experts, "training.routing", len(routing), rule)
+    require(len(routing) == experts, field, len(routing), rule)
     for index, share in enumerate(routing):
         rule = f"is more than 1 / num_experts_per_tok {top_k}: a token chooses an expert once"
-        require(share * top_k <= 1 + top_k * _SUM_TOLERANCE, f"training.routing[{index}]", share, rule)
+        require(share * top_k <= 1 + top_k * _SUM_TOLERANCE, f"{field}[{index}]", share, rule)
 
 
 def shares(routing: RoutingProfile, experts: int, top_k: int) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ from mopsim.calibrate_fit import (
 )
 from mopsim.commands import calibrate as command
 from mopsim.spec import io
-from mopsim.spec.errors import MopError
+from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.hardware import Correction, HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan
@@ -271,6 +271,11 @@ def test_a_run_is_simulated_with_the_routing_that_it_measured() -> None:
     run = msgspec.structs.replace(measured("a", MACHINE), routing="zipf:1.0")
     calibrate(PROFILE, [run], spy)
     assert set(seen) == {"zipf:1.0"}
+
+
+def test_a_measured_routing_is_of_the_models_experts() -> None:
+    with pytest.raises(SpecError, match="routing: '70/9' has more hot experts"):
+        msgspec.structs.replace(measured("a", MACHINE), routing="70/9")
 
 
 def test_a_family_shares_what_its_noisy_kinds_say() -> None:
