@@ -8,17 +8,17 @@ from mopsim.spec.io import to_plain
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
-AT_RISK = 0.96
-"""Fraction of the limit from which a peak is called at risk: allocator rounding and fragmentation live
-above it."""
-
 
 @dataclass(frozen=True)
 class SimResult:
     """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
     step. time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of
     the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its
-    own highest, whenever that was. peak_by_stage: peak memory of each pipeline stage's ranks."""
+    own highest, whenever that was. peak_by_stage: peak memory of each pipeline stage's ranks.
+
+    above_peak, above_host: bytes that may come on top of the peak and of host_memory, by cause
+    (mopsim.engine.upper). verdict: `fits` where the upper bounds are within the limits, `at risk` where only
+    the points are, `out of memory` where a point is not; `fits` is false there alone. at_risk: what is."""
 
     step_time: float
     tokens_per_second: float
@@ -26,7 +26,6 @@ class SimResult:
     model_flops_per_second_per_device: float
     mfu: float
     fits: bool
-    verdict: str
     over: str | None
     over_bytes: int
     peak_memory: int
@@ -41,6 +40,8 @@ class SimResult:
     host_memory: int
     host_limit: int
     host_by_category: dict[str, int]
+    above_peak: dict[str, int]
+    above_host: dict[str, int]
     guarantee_memory: int
     exposed: dict[str, float]
     busy: dict[str, float]
@@ -57,6 +58,31 @@ class SimResult:
     memory_curve: list[tuple[float, int]] = field(default_factory=list)
     memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
 
+    @property
+    def peak_upper(self) -> int:
+        """Bytes that the fullest rank's device holds at most."""
+        return self.peak_memory + sum(self.above_peak.values())
+
+    @property
+    def host_upper(self) -> int:
+        """Bytes that a rank takes of its host at most."""
+        return self.host_memory + sum(self.above_host.values())
+
+    @property
+    def verdict(self) -> str:
+        if not self.fits:
+            return "out of memory"
+        return "at risk" if self.at_risk else "fits"
+
+    @property
+    def at_risk(self) -> tuple[str, ...]:
+        """Which upper bounds are beyond their limit: device, host."""
+        beyond = {
+            "device": self.peak_upper > self.memory_limit,
+            "host": self.host_upper > self.host_limit,
+        }
+        return tuple(name for name, over in beyond.items() if over)
+
     def to_json(self) -> dict[str, Any]:
         """The keys of `mopsim simulate --json`: seconds, bytes, FLOP/s."""
         return {
@@ -70,11 +96,15 @@ class SimResult:
             "over": self.over,
             "over_bytes": self.over_bytes,
             "peak_memory_bytes": self.peak_memory,
+            "peak_memory_upper_bytes": self.peak_upper,
+            "above_peak_bytes": self.above_peak,
             "memory_limit_bytes": self.memory_limit,
             "memory_by_category_bytes": self.memory_by_category,
             "peak_at": {"time_s": self.peak_time, "component": self.peak_component, "phase": self.peak_phase},
             "resident_memory_bytes": self.resident_memory,
             "host_memory_bytes": self.host_memory,
+            "host_memory_upper_bytes": self.host_upper,
+            "above_host_bytes": self.above_host,
             "host_limit_bytes": self.host_limit,
             "host_by_category_bytes": self.host_by_category,
             "guarantee_memory_bytes": self.guarantee_memory,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import mopsim
 from mopsim.cost import seconds
 from mopsim.cost.compute import for_heads, matmul_curve
+from mopsim.engine import upper
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
-from mopsim.engine.result import AT_RISK, SimResult
+from mopsim.engine.result import SimResult
 from mopsim.engine.streams import play
 from mopsim.lowering import lower
 from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
@@ -77,6 +78,13 @@ def run(
     peak = ledger.peak + framework
     host = max(one.host_peak for one in ledgers)
     fullest_host = max(ledgers, key=lambda one: one.host_peak)
+    on_host = {
+        name.removeprefix("host/"): size
+        for name, size in zip(
+            SLOTS[NUM_DEVICE_SLOTS:], fullest_host.at_host_peak[NUM_DEVICE_SLOTS:], strict=True
+        )
+        if size
+    }
     categories = {
         name: size for name, size in zip(SLOTS, ledger.at_peak[:NUM_DEVICE_SLOTS], strict=False) if size
     }
@@ -95,7 +103,6 @@ def run(
         model_flops_per_second_per_device=model_rate,
         mfu=model_rate / curve.peak.si,
         fits=over is None,
-        verdict=_verdict(over, peak, limit, host, host_limit),
         over=over,
         over_bytes=max(0, peak - limit) or max(0, host - host_limit),
         peak_memory=peak,
@@ -109,13 +116,9 @@ def run(
         resident_memory=sum(ledger.resident[:NUM_DEVICE_SLOTS]),
         host_memory=host,
         host_limit=host_limit,
-        host_by_category={
-            name.removeprefix("host/"): size
-            for name, size in zip(
-                SLOTS[NUM_DEVICE_SLOTS:], fullest_host.at_host_peak[NUM_DEVICE_SLOTS:], strict=True
-            )
-            if size
-        },
+        host_by_category=on_host,
+        above_peak=_above_peak(workload, strategy, hardware, ledger, peak, prices),
+        above_host={} if hardware.device_kind == "cpu" else upper.host(on_host, workload.pinned),
         guarantee_memory=workload.guarantee,
         exposed=_sum(record, "exposed", weights),
         busy=busy,
@@ -194,10 +197,19 @@ def _sum(record: Record, field: str, weights: dict[int, int]) -> dict[str, float
     return found
 
 
-def _verdict(over: str | None, peak: int, limit: int, host: int, host_limit: int) -> str:
-    if over is not None:
-        return "out of memory"
-    return "at risk" if peak > AT_RISK * limit or host > AT_RISK * host_limit else "fits"
+def _above_peak(
+    workload: Workload,
+    strategy: Strategy,
+    hardware: HardwareProfile,
+    fullest: Ledger,
+    peak: int,
+    prices: dict[int, tuple[Work, float]],
+) -> dict[str, int]:
+    """Bytes above the peak by cause, of the fullest rank."""
+    now = dict(zip(SLOTS, fullest.at_peak, strict=True))
+    pools = upper.idle_blocks(strategy.runtime, now, dict(zip(SLOTS, fullest.high, strict=True)))
+    wires = 0 if hardware.device_kind == "cpu" else upper.communication(work for work, _ in prices.values())
+    return upper.device(peak, pools, wires, exact=workload.exact)
 
 
 def _matmul_dtype(strategy: Strategy) -> str:

@@ -6,6 +6,7 @@ from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
 from mopsim.lowering.flat.step import FlatStep
 from mopsim.lowering.fsdp.step import FsdpStep
+from mopsim.lowering.pinned import rounding
 from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.step import StageStep
 from mopsim.lowering.tapes.step import Step
@@ -41,7 +42,10 @@ def lower(
         programs = tuple(replace(program, graphs=strategy.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
-    return Workload(programs, total, expanded, flops, guarantee(context), unit)
+    exact = kind in (FlatStep, FsdpStep)
+    return Workload(
+        programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context)
+    )
 
 
 def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:

@@ -125,6 +125,8 @@ class Workload:
     """All programs of a step. microbatches: in the step; expanded: of them lowered.
 
     unit: microbatches of one repetition; the rest repeats the `unit` before the last lowered one.
+    exact: the schedule is mopexec's own, which allocates to the byte what is lowered. pinned: see
+    mopsim.lowering.pinned.rounding.
     """
 
     programs: tuple[Program, ...]
@@ -133,6 +135,8 @@ class Workload:
     model_flops: float
     guarantee: int = 0
     unit: int = 1
+    exact: bool = False
+    pinned: dict[str, float] = field(default_factory=lambda: {"other": 1.0})
 
 
 @lru_cache(maxsize=65536)

@@ -159,8 +159,8 @@ def write_context(
         Section(
             "How far, and what stops it",
             "The longest context, of lengths that double; in brackets the category that crosses the limit in "
-            f"the strategy that misses by least. A star: at risk, within 4 % of a limit. {smaller(study)} "
-            + as_printed(study),
+            "the strategy that misses by least. A star: at risk, the upper bound of its memory is beyond a "
+            f"limit. {smaller(study)} " + as_printed(study),
             rules_table(study),
             ("reach.png", "the longest context of each contender, by network"),
         ),

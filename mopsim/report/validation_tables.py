@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from mopsim.validate import margin
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, MEASURES, component_errors, selections, worst
 from mopsim.validate.run import Validation
@@ -37,7 +38,7 @@ def tables(validation: Validation, parts: list[Predicted]) -> list[Grid]:
     if validation.scored:
         found.append(_selections(validation))
         found += [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
-        found += [_worst(validation), _verdicts(validation)]
+        found += [_worst(validation), _verdicts(validation), _bounds(validation)]
     if validation.refused:
         found.append(_refused(validation))
     if parts:
@@ -100,8 +101,26 @@ def _verdicts(validation: Validation) -> Grid:
     fits, jobs = capacity(validation.scored), regrets(validation.scored)
     table.add_row("ran, predicted to fit", str(fits.ran), str(fits.ran_right))
     table.add_row("ran out, predicted to", str(fits.ran_out), str(fits.ran_out_right))
+    at_risk = sum(one.verdict == "at risk" for one in validation.scored if one.case.fits)
+    table.add_row("ran, of these at risk by the upper bound", str(fits.ran), str(at_risk))
     mean = sum(job.slowdown for job in jobs) / len(jobs) if jobs else None
     table.add_row("jobs with a choice of strategy; mean slowdown of ours", str(len(jobs)), _percent(mean))
+    return table
+
+
+def _bounds(validation: Validation) -> Grid:
+    """How often measured peaks of grade A and B lie within the upper bound, by source."""
+    table = Grid("measured peaks within the upper bound (A, B)", ("source",), ("n", "within", "left out"))
+    found = margin.coverage(validation.scored)
+    for source, one in found.items():
+        table.add_row(source, str(one.runs), str(one.covered), str(one.left_out))
+    runs = sum(one.runs for one in found.values())
+    covered, left_out = (
+        sum(getattr(one, name) for one in found.values()) for name in ("covered", "left_out")
+    )
+    table.add_row("all", str(runs), str(covered), str(left_out))
+    above = margin.excess(validation.scored)
+    table.add_row(f"95 % at most {_percent(above, True)} above the point", "", "", "")
     return table
 
 

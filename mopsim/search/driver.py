@@ -33,7 +33,7 @@ TIE = 0.005
 class Options:
     """top: how many are ranked. budget: simulations at most. any_plan: also what mopexec does not run yet.
 
-    risk: rank plans at risk (within a few per cent of a memory limit) like those that fit with room to spare;
+    risk: rank plans at risk (an upper bound of their memory is beyond its limit) like those that fit;
     otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
     the router chooses, up to every token of an expert-parallel group on one rank. axes: what makes of a
     family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).
@@ -218,7 +218,10 @@ class _Hunt:
     def note(self, place: int, position: int, simulated: SimResult) -> None:
         """Learn from one simulation and rank it."""
         pool, result = self.pools[place], self.result
-        pool.learn(position, simulated.peak_memory)
+        if self.options.risk:
+            pool.learn(position, simulated.peak_memory, simulated.host_memory)
+        else:
+            pool.learn(position, simulated.peak_upper, simulated.host_upper)
         if not simulated.fits:
             result.rejected[f"does not fit, simulated: {simulated.over}"] += 1
             _keep_closest(simulated, result)
@@ -230,7 +233,8 @@ class _Hunt:
             result.rejected["equal in time and memory to one ranked"] += 1
             return
         if simulated.verdict == "at risk" and not self.options.risk:
-            result.rejected["at risk: so near a memory limit (--risk ranks it)"] += 1
+            by = " and ".join(simulated.at_risk)
+            result.rejected[f"at risk: the upper bound of {by} memory is over (--risk ranks it)"] += 1
             result.risky = sorted([*result.risky, simulated], key=_rank)[: self.options.top]
             return
         result.top = sorted([*result.top, simulated], key=_rank)[: self.options.top]

@@ -6,7 +6,6 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.engine.result import AT_RISK
 from mopsim.search.bound import Bounds
 from mopsim.search.space import Column, Space
 
@@ -37,6 +36,7 @@ class Pool:
     kinds: Column
     taken: NDArray[np.bool_]
     excess: dict[int, list[float]] = field(default_factory=dict)
+    host_rise: list[float] = field(default_factory=list)
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
@@ -58,10 +58,13 @@ class Pool:
             taken,
         )
 
-    def learn(self, position: int, peak_memory: int) -> None:
-        """Note how far above its bound a simulated candidate's memory was, per token of a rank."""
+    def learn(self, position: int, peak_memory: int, host_memory: int) -> None:
+        """Note how far above its bounds a simulated candidate's memory was: the device's per token of a rank,
+        the host's as a ratio."""
         above = max(0.0, peak_memory - float(self.device[position])) / float(self.tokens[position])
         self.excess.setdefault(int(self.kinds[position]), []).append(above)
+        if self.host[position] > 0:
+            self.host_rise.append(host_memory / float(self.host[position]))
 
     def expected_memory(self, *, hopeful: bool = False) -> NDArray[np.float64]:
         """The bound, and the median excess of the simulated candidates alike in chunks (else of all; none
@@ -78,15 +81,16 @@ class Pool:
         """(expected not to fit, position) of the untaken candidate of the best guess whose bound is
         under `below` s.
 
-        Those expected not to fit, or to fit the host by a hair, come last, the leanest first: a guess orders
+        Those expected not to fit the device or the host come last, the leanest first: a guess orders
         the work, only bounds and simulations reject.
         """
         usable = ~self.taken & (self.time < below)
         if not usable.any():
             return None
         hardware = self.space.problem.hardware
-        safe = self.host <= AT_RISK * hardware.host_limit()
-        fitting = usable & safe & (self.expected_memory() <= AT_RISK * hardware.memory_limit())
+        rise = median(self.host_rise) if self.host_rise else 1.0
+        safe = self.host * rise <= hardware.host_limit()
+        fitting = usable & safe & (self.expected_memory() <= hardware.memory_limit())
         if fitting.any():
             return False, int(np.argmax(fitting))
         lean = np.where(usable, self.expected_memory(hopeful=True) / hardware.memory_limit(), np.inf)

@@ -184,7 +184,7 @@ def _small_batch(training: TrainSpec, result: SimResult) -> str:
 def _memory_reason(found: Sequence[SearchResult]) -> str:
     """What stops searches that found nothing with room to spare."""
     if any(one.best for one in found):
-        return "fits only at risk, within 4 % of the memory limit"
+        return "fits only at risk: the upper bound of its memory is beyond the limit"
     closest = [one.closest for one in found if one.closest]
     if closest:
         least = min(closest, key=lambda one: one.over_bytes)

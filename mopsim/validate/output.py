@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+from mopsim.engine import upper
+from mopsim.validate import margin
 from mopsim.validate.components import IN_SAMPLE, Predicted
 from mopsim.validate.run import Refused, Validation
 from mopsim.validate.scoring import Errors, Measure, Scored, by_group, capacity, errors, over_sources, regrets
@@ -45,6 +47,11 @@ def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str
     found["fits"] = {
         "n": fits.ran + fits.ran_out, "right": fits.right, "ran": fits.ran, "ran_right": fits.ran_right,
         "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right,
+    }  # fmt: skip
+    found["fits"]["at_risk"] = sum(one.verdict == "at risk" for one in scored)
+    found["memory_upper"] = {
+        "excess": margin.excess(scored), "used": upper.PROGRAM,
+        "coverage": {source: vars(one) for source, one in margin.coverage(scored).items()},
     }  # fmt: skip
     found["unsupported"] = len(validation.refused)
     found["unsupported_by_field"] = dict(Counter(one.field for one in validation.refused).most_common())
@@ -120,8 +127,10 @@ def _run(one: Scored) -> dict[str, Any]:
         "uncalibrated_step_time_s_error": one.raw_step_error,
         "regression_step_time_s": one.regression, "regression_step_time_s_error": one.regression_error,
         "measured_peak_memory_bytes": case.peak_memory,
-        "predicted_peak_memory_bytes": one.peak_memory, "peak_memory_bytes_error": one.memory_error,
+        "predicted_peak_memory_bytes": one.peak_memory,
+        "predicted_peak_memory_upper_bytes": one.most_memory, "peak_memory_bytes_error": one.memory_error,
         "measured_fits": case.fits, "predicted_fits": one.simulated.fits,
+        "predicted_verdict": one.verdict,
         "approximations": list(case.approximations),
         "calibration": {"scale": one.fit.scale, "launch_s": one.fit.launch, "constant_s": one.fit.constant,
                         "fitted_on": one.fit.runs},

@@ -9,13 +9,13 @@ from statistics import fmean, median
 from mopsim.validate import calibration, regression
 from mopsim.validate.calibration import LAUNCH, Fit, Point
 from mopsim.validate.rows import Case
-from mopsim.validate.simulated import Simulated, as_read
+from mopsim.validate.simulated import Simulated, as_read, as_read_at_most, verdict
 
 
 @dataclass(frozen=True)
 class Scored:
     """A simulated run. Seconds and bytes; calibrated and regression are of fits that never saw this run's
-    network.
+    network. peak_memory, most_memory: the point and the upper bound, as the source's instrument reads.
 
     out_of_sample: whether there was another network of the same source and GPU to calibrate on.
     """
@@ -26,6 +26,7 @@ class Scored:
     calibrated: float
     regression: float | None
     peak_memory: float
+    most_memory: float
 
     @property
     def out_of_sample(self) -> bool:
@@ -47,6 +48,11 @@ class Scored:
     @property
     def memory_error(self) -> float | None:
         return _error(self.peak_memory, self.case.peak_memory)
+
+    @property
+    def verdict(self) -> str:
+        """fits, at risk or out of memory."""
+        return verdict(self.simulated, self.case.hardware.memory_limit())
 
 
 def _error(predicted: float, measured: float | None) -> float | None:
@@ -93,7 +99,8 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
             used = fits.get(i, Fit())
             step = used.apply(by_index[i]) if i in by_index else result.step_time
             peak = as_read(result, case.conventions.reading, case.hardware)
-            found[i] = Scored(case, result, used, step, lines.get(i), peak)
+            most = as_read_at_most(result, case.conventions.reading, case.hardware)
+            found[i] = Scored(case, result, used, step, lines.get(i), peak, most)
     return [found[i] for i in range(len(cases))]
 
 

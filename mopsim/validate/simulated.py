@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mopsim.engine import run
-from mopsim.engine.result import SimResult
+from mopsim.engine import run, upper
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Workload
 from mopsim.spec.errors import MopError
@@ -32,7 +31,7 @@ class Simulated:
     """What is kept of a simulation. error: why there is none. launches: kernels and collectives of one rank.
 
     paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
-    does not matter. idle_blocks: see `_idle_blocks`.
+    does not matter. idle_blocks, communication: bytes, see mopsim.engine.upper.
     """
 
     step_time: float = 0.0
@@ -40,6 +39,7 @@ class Simulated:
     paces: tuple[tuple[float, float], ...] = ()
     peak_memory: int = 0
     idle_blocks: int = 0
+    communication: int = 0
     fits: bool = True
     error: str = ""
     seconds: float = 0.0
@@ -63,8 +63,8 @@ def simulate_case(case: Case) -> Simulated:
     launches = sum(result.num_ops.get(kind, 0) for kind in (*KERNELS, *COLLECTIVES))
     seconds = time.perf_counter() - began
     peak = result.peak_by_stage[-1] if case.conventions.last_stage else result.peak_memory
-    idle = _idle_blocks(result)
-    return Simulated(result.step_time, launches, paces, peak, idle, result.fits, "", seconds)
+    idle, wires = (result.above_peak.get(cause, 0) for cause in ("idle pools", "communication"))
+    return Simulated(result.step_time, launches, paces, peak, idle, wires, result.fits, "", seconds)
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
@@ -108,18 +108,28 @@ def _collect(results: Iterable[Simulated], total: int, progress: Progress | None
     return found
 
 
-def _idle_blocks(result: SimResult) -> int:
-    """Bytes that are cached at the peak and serve nobody: torch's caching allocator has a pool for each
-    stream, and FSDP2 gathers parameters and reduces gradients on streams of their own."""
-    if result.strategy.runtime != "fully_shard":
-        return 0
-    then = result.memory_by_category
-    return sum(result.highest_by_category[name] - then.get(name, 0) for name in ("gathered", "grads"))
-
-
 def as_read(result: Simulated, reading: Reading, hardware: HardwareProfile) -> float:
     """Bytes that the source's instrument would show for a simulated peak of live tensors."""
     if reading == "allocated":
         return float(result.peak_memory)
     blocks = (result.peak_memory + result.idle_blocks) * RESERVED
     return blocks + hardware.device.reserved.si if reading == "device" else blocks
+
+
+def as_read_at_most(result: Simulated, reading: Reading, hardware: HardwareProfile) -> float:
+    """Bytes that the instrument would show at most: the causes of mopsim.engine.upper that it sees."""
+    causes = upper.device(result.peak_memory, result.idle_blocks, result.communication, exact=False)
+    if reading == "allocated":
+        return float(result.peak_memory + causes["program"])
+    blocks = result.peak_memory + sum(causes.values()) - causes.get("communication", 0)
+    if reading == "reserved":
+        return float(blocks)
+    return blocks + causes.get("communication", 0) + hardware.device.reserved.si
+
+
+def verdict(result: Simulated, limit: int) -> str:
+    """fits, at risk or out of memory, by the bound for a program that is not mopexec."""
+    if not result.fits:
+        return "out of memory"
+    causes = upper.device(result.peak_memory, result.idle_blocks, result.communication, exact=False)
+    return "at risk" if result.peak_memory + sum(causes.values()) > limit else "fits"

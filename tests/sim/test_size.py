@@ -1,5 +1,6 @@
 """Sizing: a bill computed by hand, node counts and batches that divide, and an answer that holds."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_what_does_not_fit_names_the_category() -> None:
     tiny = msgspec.structs.replace(
         priced(), device=msgspec.structs.replace(priced().device, memory=quantity(1, "MB"))
     )
-    sizing = size(request(400 * DAY, max_nodes=1), tiny)
+    deep = dataclasses.replace(request(400 * DAY, max_nodes=1), model=small(num_hidden_layers=32))
+    sizing = size(deep, tiny)
     assert sizing.best is None
     assert "over in the closest strategy" in sizing.why
 

@@ -1,0 +1,73 @@
+"""Upper bounds of memory: what may come on top of the tensors that the ledger counts, cause by cause.
+
+The routing is the one that `training.routing` states; another is another simulation (`search --any-routing`
+asks for the worst).
+"""
+
+from collections.abc import Iterable, Mapping
+
+from mopsim.lowering.workload import Work
+from mopsim.spec.hardware import COLLECTIVES
+
+ALLOCATOR = 0.06
+"""Blocks of torch's caching allocator over live tensors: "a few per cent up to about 6 %" (the README of the
+published runs)."""
+PROGRAM = 0.106
+"""What a program other than mopexec, whose tensors are counted to the byte, keeps beyond what is modelled: of
+the published peaks of grade A and B, sources weighing alike, 95 % are at most this far above the prediction.
+`mopsim validate --runs` prints the number, and how often the bound holds where it leaves the source out."""
+PAIR, COMMUNICATOR = 544e6, 688e6
+"""Bytes of a communicator of two ranks, and of more (NCCL on four A100 with NVLink, github.com/NVIDIA/nccl
+issue 964)."""
+EXCHANGE, EXCHANGE_PEERS = 3.28e9, 7
+"""Bytes that the first all-to-all adds to its communicator, and to how many peers (NCCL on eight H100,
+github.com/NVIDIA/nccl issue 1685). Beyond eight ranks the channels are shared among the peers."""
+PROCESS = 2_056_600_000
+"""Bytes of the host for a process with a CUDA context: 0.44 to 2.06 GB (github.com/pytorch/pytorch issue
+113326)."""
+
+
+def device(peak: int, pools: int, wires: int, *, exact: bool) -> dict[str, int]:
+    """Bytes above a peak of live tensors, by cause. pools: of `idle_blocks`; wires: of `communication`.
+
+    exact: the tensors are counted to the byte."""
+    program = 0 if exact else round(PROGRAM * peak)
+    causes = {
+        "program": program,
+        "idle pools": pools,
+        "allocator": round(ALLOCATOR * (peak + program + pools)),
+        "communication": wires,
+    }
+    return {name: size for name, size in causes.items() if size}
+
+
+def idle_blocks(runtime: str, at_peak: Mapping[str, int], highest: Mapping[str, int]) -> int:
+    """Bytes that are cached at the peak and serve nobody: torch's caching allocator has a pool for each
+    stream, and FSDP2 gathers parameters and reduces gradients on streams of their own."""
+    if runtime != "fully_shard":
+        return 0
+    return sum(highest[name] - at_peak.get(name, 0) for name in ("gathered", "grads"))
+
+
+def communication(works: Iterable[Work]) -> int:
+    """Bytes of the communication library: each group of ranks has a communicator, with more for an exchange
+    of all with all. What a profile's `reserved` already holds of it is not subtracted."""
+    groups: dict[tuple[int, int], bool] = {}
+    for work in works:
+        if work.kind in COLLECTIVES:
+            key = (2, 2) if work.kind == "send_recv" else (work.group.size, work.group.intra)
+            groups[key] = groups.get(key, False) or work.kind == "all_to_all"
+    total = 0.0
+    for (size, intra), exchanges in groups.items():
+        if size > 1:
+            total += PAIR if size == 2 else COMMUNICATOR
+            total += exchanges * EXCHANGE * min(1.0, (intra - 1) / EXCHANGE_PEERS)
+    return round(total)
+
+
+def host(by_category: Mapping[str, int], rounding: Mapping[str, float]) -> dict[str, int]:
+    """Bytes above what the tensors on the host of a rank with a device of its own take, by cause. rounding:
+    see mopsim.lowering.pinned."""
+    pinned = sum(size * (rounding.get(name, rounding["other"]) - 1.0) for name, size in by_category.items())
+    causes = {"pinned blocks": round(pinned), "process": PROCESS}
+    return {name: size for name, size in causes.items() if size}

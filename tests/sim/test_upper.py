@@ -1,0 +1,100 @@
+"""The upper bound of memory: its causes by hand, what it makes of the verdict, and what it must never do."""
+
+import dataclasses
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mopsim.engine import SimResult, simulate, upper
+from mopsim.lowering.pinned import power_of_two
+from mopsim.lowering.workload import Group, Work, collective_work
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron, mop
+from tests.sim.toys import machine, quantity, small
+
+GIB = 2**30
+
+
+def test_pinned_blocks_are_those_of_the_published_run() -> None:
+    """arXiv 2609.14306, table 12: 21 boundaries, 7.83 GiB of tensors, 10.5 GiB pinned."""
+    boundary = round(7.83 * GIB / 21)
+    assert 21 * power_of_two(boundary) / GIB == 10.5
+    assert upper.host({"boundaries": 21 * boundary}, {"boundaries": 4 / 3, "other": 1.0}) == {
+        "pinned blocks": pytest.approx(21 * boundary / 3, abs=1), "process": upper.PROCESS,
+    }  # fmt: skip
+
+
+@given(st.integers(1, 2**50))
+def test_a_power_of_two_less_than_doubles(size: int) -> None:
+    block = power_of_two(size)
+    assert size <= block < 2 * size
+    assert block & (block - 1) == 0
+
+
+def test_the_causes_add_up_by_hand() -> None:
+    """100 GB of another program: 10.6 of the program, 5 idle, 6 % of the sum in blocks."""
+    found = upper.device(10**11, 5 * 10**9, 10**9, exact=False)
+    assert found["program"] == pytest.approx(10.6e9)
+    assert found["allocator"] == pytest.approx(0.06 * 115.6e9)
+    assert sum(found.values()) == pytest.approx(10.6e9 + 5e9 + 6.936e9 + 1e9)
+    assert "program" not in upper.device(10**11, 0, 0, exact=True)
+
+
+def test_every_group_of_ranks_has_one_communicator() -> None:
+    eight, four = Group(8, 8), Group(4, 4)
+    works = [
+        collective_work("all_gather", 10.0, eight), collective_work("all_to_all", 10.0, eight),
+        collective_work("all_to_all", 20.0, eight), collective_work("all_reduce", 10.0, four),
+        collective_work("all_gather", 10.0, Group(1, 1)), collective_work("send_recv", 10.0, four),
+        Work("matmul", m=1, n=1, k=1),
+    ]  # fmt: skip
+    assert upper.communication(works) == 2 * 688e6 + 544e6 + 3.28e9
+    assert upper.communication(works[:1]) == 688e6
+
+
+def played(hardware: HardwareProfile, name: str = "mop") -> SimResult:
+    strategy = {
+        "mop": lambda: mop(8, sequence=2, experts=4, vocabulary=8, boundary_tier="host"),
+        "fsdp2": lambda: fsdp2(8, experts=4, recompute="full"),
+        "megatron": lambda: megatron(8, tensor=2, experts=4),
+    }[name]()
+    return simulate(small(), hardware, 1, strategy, TrainSpec(seq_len=512, global_batch=8))
+
+
+def with_device(limit: int) -> HardwareProfile:
+    toy = machine()
+    return msgspec.structs.replace(
+        toy, device=msgspec.structs.replace(toy.device, memory=quantity(limit, "B"))
+    )
+
+
+@pytest.mark.parametrize("name", ["mop", "fsdp2", "megatron"])
+def test_the_verdict_is_of_point_and_bound(name: str) -> None:
+    result = played(machine(), name)
+    assert result.verdict == "fits"
+    assert ("program" in result.above_peak) == (name == "megatron")
+    assert result.peak_upper > result.peak_memory * 1.06
+    for limit, verdict in (
+        (result.peak_upper, "fits"), (result.peak_upper - 1, "at risk"), (result.peak_memory, "at risk"),
+        (result.peak_memory - 1, "out of memory"),
+    ):  # fmt: skip
+        assert played(with_device(limit), name).verdict == verdict
+    found = result.to_json()
+    assert found["peak_memory_upper_bytes"] == result.peak_memory + sum(found["above_peak_bytes"].values())
+    assert found["host_memory_upper_bytes"] == result.host_memory + sum(found["above_host_bytes"].values())
+
+
+def test_the_host_alone_may_be_at_risk() -> None:
+    result = played(machine())
+    tight = dataclasses.replace(result, host_limit=result.host_upper - 1)
+    assert (tight.verdict, tight.at_risk) == ("at risk", ("host",))
+    assert result.above_host["pinned blocks"] >= 0
+
+
+def test_a_cpu_has_neither_communicators_nor_pinned_blocks() -> None:
+    result = played(msgspec.structs.replace(machine(), device_kind="cpu"))
+    assert set(result.above_peak) == {"allocator"}
+    assert result.above_host == {}
