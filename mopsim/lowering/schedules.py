@@ -8,10 +8,17 @@ Slot = tuple[Literal["forward", "backward", "input_grad", "weight_grad"], int, i
 schedules."""
 
 
+def warm_up(stages: int, virtual: int, stage: int, ahead: int = 0) -> int:
+    """Forwards before those that a backward follows. Where a stage has no more than these, none has one."""
+    if virtual == 1:
+        return stages - stage - 1 + ahead
+    return (stages - stage - 1) * 2 + (virtual - 1) * stages + ahead
+
+
 def one_forward_one_backward(stages: int, microbatches: int, stage: int, ahead: int = 0) -> list[Slot]:
     """1F1B (PipeDream-flush, arXiv 2006.09503): warm up with stages - stage - 1 forwards, then alternate,
     then drain. ahead: forwards more."""
-    warm = min(stages - stage - 1 + ahead, microbatches)
+    warm = min(warm_up(stages, 1, stage, ahead), microbatches)
     order: list[Slot] = [("forward", i, 0) for i in range(warm)]
     for i in range(microbatches - warm):
         order += [("forward", warm + i, 0), ("backward", i, 0)]
@@ -22,7 +29,7 @@ def interleaved(stages: int, virtual: int, microbatches: int, stage: int, ahead:
     """Interleaved 1F1B (Megatron-LM, arXiv 2104.04473): microbatches in groups of `stages` go round the
     model chunks. ahead: forwards more before the first backward."""
     total = microbatches * virtual
-    warm = min((stages - stage - 1) * 2 + (virtual - 1) * stages + ahead, total)
+    warm = min(warm_up(stages, virtual, stage, ahead), total)
 
     def place(index: int, forward: bool) -> tuple[int, int]:
         """(microbatch, chunk) of the index-th forward or backward."""

@@ -321,6 +321,13 @@ class Strategy(Spec, frozen=True, kw_only=True):
             self.pipeline.virtual_stages,
             "needs a pipeline.degree above 1",
         )
+        require(
+            self.pipeline.virtual_stages == 1 or self.pipeline.schedule == "interleaved",
+            "pipeline.schedule",
+            self.pipeline.schedule,
+            f"plays one part a stage, not pipeline.virtual_stages {self.pipeline.virtual_stages}: "
+            "needs interleaved",
+        )
         for part in self.graphs:
             require(
                 part in ("step", *COMPONENTS), "graphs", part, f"is not one of step, {', '.join(COMPONENTS)}"

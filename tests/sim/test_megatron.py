@@ -18,7 +18,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Optimizer, Overlap, Precision, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
-from tests.sim.toys import machine, small
+from tests.sim.toys import machine, quantity, small
 
 MACHINE = machine(memory=10_000.0)
 
@@ -95,6 +95,32 @@ def test_composed_microbatches_equal_expanded_ones(schedule: str, stages: int) -
     assert composed.num_events < whole.num_events
     for kind, seconds in whole.busy.items():
         assert composed.busy[kind] == pytest.approx(seconds, rel=1e-9), kind
+
+
+@pytest.mark.parametrize("overlap", [Overlap(), Overlap(pipeline=True)])
+@pytest.mark.parametrize("woven", [False, True])
+@pytest.mark.parametrize(("stages", "virtual", "microbatches"), [(2, 2, 2), (2, 2, 8), (3, 3, 9), (4, 2, 12)])
+def test_hosts_that_wait_for_each_other_go_on(
+    stages: int, virtual: int, microbatches: int, woven: bool, overlap: Overlap
+) -> None:
+    """Hosts wait for route counts and for receives; parts of two stages on both sides of each other."""
+    host = msgspec.structs.replace(MACHINE.host, issue=quantity(10, "us"))
+    slow = msgspec.structs.replace(MACHINE, host=host)
+    overlap = msgspec.structs.replace(overlap, experts=woven)
+    strategy = megatron(2 * stages, pipeline=stages, virtual_stages=virtual, experts=2, overlap=overlap)
+    training = TrainSpec(seq_len=64, global_batch=2 * microbatches)
+    result = simulate(small(num_hidden_layers=12), slow, 4, strategy, training)
+    free = simulate(small(num_hidden_layers=12), MACHINE, 4, strategy, training)
+    assert result.step_time > free.step_time
+    assert result.flops == pytest.approx(free.flops)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_a_schedule_of_one_part_a_stage_is_refused_for_several(schedule: str) -> None:
+    strategy = megatron(4, pipeline=2, virtual_stages=2)
+    pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule)
+    with pytest.raises(SpecError, match=rf"pipeline.schedule: '{schedule}' .* needs interleaved"):
+        with_(strategy, pipeline=pipeline)
 
 
 @pytest.mark.parametrize(("stages", "virtual", "microbatches"), [(4, 1, 8), (4, 2, 8), (2, 4, 4), (8, 1, 16)])

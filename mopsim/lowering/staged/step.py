@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mopsim.lowering.context import Context
-from mopsim.lowering.schedules import Slot, order
+from mopsim.lowering.schedules import Slot, order, warm_up
 from mopsim.lowering.staged.data_parallel import gathering, message_work, reduction
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.passes import Passes
@@ -28,6 +28,8 @@ class StageStep:
         self.shards = Shards(context, self.issue, self.stage)
         self.overlap = context.strategy.overlap
         self.after: Ops = ()
+        self.arriving: dict[str, int] = {}
+        self.unsent: list[tuple[str, int, int, Ops]] | None = None
         self.gathered: dict[str, Ops] = {}
         self.reductions: list[int] = []
 
@@ -36,12 +38,14 @@ class StageStep:
         p = self.c.strategy.pipeline
         pairs = self.overlap.experts and not self.shards.each and p.schedule != "zero_bubble"
         slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
+        first = warm_up(p.degree, p.virtual_stages, self.stage.index, int(pairs))
+        paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
         self._gather_updated()
         left = self._left(slots)
         place = 0
         while place < len(slots):
-            if pairs and [slot[0] for slot in slots[place : place + 2]] == ["forward", "backward"]:
-                self._pair(slots[place], slots[place + 1], left)
+            if paired and [slot[0] for slot in slots[place : place + 2]] == ["forward", "backward"]:
+                self._pair(slots[place], slots[place + 1], left, pairs)
                 place += 2
             else:
                 self._slot(slots[place], left)
@@ -71,16 +75,43 @@ class StageStep:
         if phase == "backward":
             left[chunk] -= 1
 
-    def _pair(self, forward: Slot, backward: Slot, left: dict[int, int]) -> None:
-        """A forward and another microbatch's backward side by side: each computes while the other talks, as
-        DualPipe (arXiv 2412.19437) and Megatron-Core overlap the communication of experts."""
+    def _pair(self, forward: Slot, backward: Slot, left: dict[int, int], woven: bool) -> None:
+        """A forward and another microbatch's backward. woven: side by side, each computes while the other
+        talks, as DualPipe (arXiv 2412.19437) and Megatron-Core overlap the communication of experts.
+
+        What both need from neighbours and what both leave for them travels together, before and after, unless
+        it overlaps (Megatron-Core's `send_forward_backward_recv_forward_backward`): one after the other, two
+        stages could each wait for what the other has yet to issue.
+        """
+        together = not self.overlap.pipeline
+        if together:
+            self._arrive(forward, backward)
+            self.unsent = []
         start = len(self.issue.ops)
         self._slot(forward, left)
-        middle, sent, self.after = len(self.issue.ops), self.after, ()
+        middle, sent = len(self.issue.ops), self.after
+        if woven:
+            self.after = ()
         self._slot(backward, left)
-        moved = self.issue.weave(start, middle)
-        self.after = tuple(moved.get(op, op) for op in (*sent, *self.after))
-        self.reductions = [moved.get(op, op) for op in self.reductions]
+        moved = self.issue.weave(start, middle) if woven else {}
+        if woven:
+            self.after = tuple(moved.get(op, op) for op in (*sent, *self.after))
+            self.reductions = [moved.get(op, op) for op in self.reductions]
+        unsent, self.unsent = self.unsent or [], None
+        for way, microbatch, part, ready in unsent:
+            self._send(way, microbatch, part, tuple(moved.get(op, op) for op in ready))
+
+    def _arrive(self, *slots: Slot) -> None:
+        """Receives of several slots, issued before the host waits for them all."""
+        needed = []
+        for way, microbatch, chunk in slots:
+            part = self.stage.part(chunk)
+            if part != (0 if way == "forward" else self.stage.parts - 1):
+                needed.append((way, microbatch, part))
+        for place, (way, microbatch, part) in enumerate(needed):
+            self.issue.microbatch = microbatch
+            op = self._posted(way, microbatch, part, place == len(needed) - 1)
+            self.arriving[f"{way} {microbatch} {part}"] = op
 
     def _left(self, slots: Sequence[Slot]) -> dict[int, int]:
         """Passes to come that make weight gradients, by chunk."""
@@ -174,28 +205,35 @@ class StageStep:
         return (self.issue.add("embedding", stream_of(group), "embedding", "forward", work, (ready,)),)
 
     def _receive(self, way: str, microbatch: int, part: int) -> Ops:
-        """An activation or a gradient arrives from a neighbour; the buffer is new.
-
-        Megatron-Core synchronizes the device after an exchange that is not overlapped (`batch_p2p_sync`).
-        """
-        work = self._sent()
-        memory = (("activations", self.c.hidden),)
-        op = self.issue.add(
-            f"receive {way}", f"{way}_in", "other", way, work, (), memory, f"{way} {microbatch} {part}",
-            awaited=not self.overlap.pipeline,
-        )  # fmt: skip
+        """An activation or a gradient arrives from a neighbour."""
+        op = self.arriving.pop(f"{way} {microbatch} {part}", None)
+        if op is None:
+            op = self._posted(way, microbatch, part, not self.overlap.pipeline)
         ready, self.after = (op, *self.after), ()
         return ready
 
+    def _posted(self, way: str, microbatch: int, part: int, awaited: bool) -> int:
+        """A receive into a new buffer. awaited: Megatron-Core synchronizes the device after an exchange that
+        is not overlapped (`batch_p2p_sync`)."""
+        memory = (("activations", self.c.hidden),)
+        return self.issue.add(
+            f"receive {way}", f"{way}_in", "other", way, self._sent(), (), memory,
+            f"{way} {microbatch} {part}", awaited=awaited,
+        )  # fmt: skip
+
     def _send(self, way: str, microbatch: int, part: int, ready: Ops) -> None:
         """To a neighbour, and freed; without overlap, what comes next waits for it."""
+        if self.unsent is not None:
+            self.unsent.append((way, microbatch, part, ready))
+            return
+        self.issue.microbatch = microbatch
         memory = (("activations", -self.c.hidden),)
         op = self.issue.add(
             f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory,
             f"{way} {microbatch} {part}",
         )  # fmt: skip
         if not self.overlap.pipeline:
-            self.after = (op,)
+            self.after = (*self.after, op)
 
     def _sent(self) -> tuple[Work, ...]:
         return (Work("send_recv", bytes=float(self.c.hidden), group=self.c.groups["stage"]),)
