@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from mopsim.layers.experts import Migration
+from mopsim.layers.experts import Migration, host_work
 from mopsim.layers.shapes import Shapes
 from mopsim.lowering.topology import process_groups
 from mopsim.lowering.units import Unit, edge_units, layer_units
@@ -91,7 +91,8 @@ class Context:
         each = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size // how.tensor * self.b
         most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.degree))
         own = model.num_local_experts // how.degree
-        return Migration(place.received(busiest) * each, own * each, most * each)
+        host = host_work(model.num_local_experts, how.degree, *place.divided())
+        return Migration(place.received(busiest) * each, own * each, most * each, *host)
 
 
 @lru_cache(maxsize=1024)

@@ -1,5 +1,6 @@
 """Where routed rows are computed: at their experts' ranks, or by least-loaded placement (LLEP)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,12 @@ class Placement:
     def sent(self, rank: int) -> int:
         """Copies of its own experts' weights that the rank sends."""
         return sum(source == rank for _, source, _ in self.moves)
+
+    def divided(self) -> tuple[int, int]:
+        """Experts whose rows several ranks compute, and their pieces."""
+        ranks = Counter(expert for rows in self.rows for expert in rows)
+        pieces = [count for count in ranks.values() if count > 1]
+        return len(pieces), sum(pieces)
 
 
 def at_home(counts: Sequence[int], degree: int) -> Placement:

@@ -38,7 +38,7 @@ class FsdpBlock:
             self.row = self.H * context.b
             self.wing = model.moe_intermediate_size * context.b
             moved = context.migration if self.split else None
-            self.moving = migration(model, moved) if moved else None
+            self.moving = migration(moved) if moved else None
         self._tapes: dict[str, dict[str, Kernel]] = {}
 
     def kernels(self, key: str, tape: Tape | None = None) -> dict[str, Kernel]:

@@ -60,7 +60,7 @@ class Passes:
             split, once = c.groups["experts"].size > 1, experts.dispatch == "deduplicated"
             tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
             if routes and split and c.migration:
-                tape = replace(tape, kernels=migrating(tape.kernels, c.model, c.migration))
+                tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
             precision = c.strategy.precision
             if precision.matmul in CAST and c.strategy.runtime != "fully_shard":  # torchao keeps the inputs
                 share = DTYPE_BYTES[precision.matmul] / c.b

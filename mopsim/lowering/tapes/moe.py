@@ -33,7 +33,8 @@ class Experts:
         self.context, self.builder = context, builder
         self.split = context.groups["experts"].size > 1
         moved = context.migration if self.split else None
-        self.moving = migration(context.model, moved) if moved else None
+        self.moving = migration(moved) if moved else None
+        self.reads = moved.reads if moved else 0
         self._chunks: dict[tuple[int, tuple[int, ...]], Chunk] = {}
         self._played: dict[tuple[int, str], tuple[Tape, list[Played]]] = {}
 
@@ -89,6 +90,16 @@ class Experts:
             self.builder.adopt(name, self.moving.values[name].bytes, "gathered")
         return [last]
 
+    def _read(self, layer: int, phase: str, deps: list[int]) -> list[int]:
+        """The host reads how many rows of a later chunk go to each rank, once all it has started is done (of
+        the first they are read with the plan)."""
+        if not self.reads:
+            return deps
+        b = self.builder
+        idle = b.add("await", "compute", "router", phase, layer=layer, deps=deps, awaited=True)
+        work = (Work("memory_bound", launches=self.reads),)
+        return [b.add("rows read", "compute", "router", phase, work, layer=layer, deps=[idle], awaited=True)]
+
     def _return_moved(self, layer: int, after: int) -> int:
         """Gradients of moved experts go home; the weights are freed."""
         if self.moving is None:
@@ -127,7 +138,8 @@ class Experts:
         last = ready
         for i in range(K):
             if i + 1 < K:
-                sent.append(self.play(self.chunk(i + 1).send, "plain", phase, layer, [ready]))
+                rows = self._read(layer, phase, [ready])
+                sent.append(self.play(self.chunk(i + 1).send, "plain", phase, layer, rows))
             chunk, graph = self.chunk(i), keep and K == 1
             hold = keep and (K > 1 or self.moving is not None)
             done = self.play(chunk.sort, "held" if hold else "plain", phase, layer, [sent[i]])
