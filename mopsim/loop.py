@@ -1,5 +1,9 @@
-"""The closed loop behind `make demo`: probe, search, train, measure, calibrate, predict, and say what
+"""The closed loop behind `make demo`: probe, pilot runs, calibrate, search, train, measure, and say what
 came of it.
+
+Two short pilot runs, one of each runtime, are planned without a search and calibrate the probed profile, so
+that the search already knows what a runtime's Python costs: the best MoP and the best FSDP2 plan are then
+predicted by a profile that has seen neither. Their own runs calibrate once more, for a third strategy.
 
 Runs the commands of both packages, as a user would; mopexec is never imported. Everything it makes on
 the way lies in
@@ -20,15 +24,21 @@ from typing import Any, Literal
 
 import msgspec
 
+from mopsim.calibrate import load_measurement
+from mopsim.commands.inputs import Inputs, make_plan
 from mopsim.engine import SimResult, simulate
 from mopsim.report.demo import Contender, DemoReport, result_table, write_demo
-from mopsim.spec import io, routing
+from mopsim.spec import io, presets, routing
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.processes import end_with_parent
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import parse_bytes
-from mopsim.strategies import mop
+from mopsim.strategies import fsdp2, mop
 
 MODEL = "tiny"
 RANKS = 2
@@ -37,11 +47,11 @@ LEARNING_RATE, WARMUP_STEPS = 1e-3, 8
 PRECISION: Literal["float32"] = "float32"
 DEVICE_LIMIT = "40 MiB"
 """Of a rank: a device so small that a plain copy of the model and its optimizer does not fit on it."""
-TRACKED_STEPS, EVEN_TRACKED_STEPS = 10, 3
+TRACKED_STEPS, EVEN_STEPS = 10, 2
 """First steps whose memory is counted and held to the limit (they are not timed): a young router is at its
-most uneven in the first ten; evenly routed steps are all alike."""
-EVEN_STEPS, PROFILE_STEPS = 16, 3
-"""Steps of a run routed as the plan assumes, and extra ones after them that are timed by kind of work."""
+most uneven in the first ten; evenly routed steps are all alike, and a run of that many shows their memory."""
+PILOT_STEPS, PILOT_SKIPPED, PROFILE_STEPS = 12, 3, 3
+"""Steps of a pilot run, the first of them that are not timed, and extra ones timed by kind of work."""
 
 
 @dataclass
@@ -72,6 +82,7 @@ class Loop:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
+                preexec_fn=end_with_parent,
             )
             try:
                 code = process.wait()
@@ -137,50 +148,77 @@ def _loop(loop: Loop) -> DemoReport:
     with loop.stage("probe this machine"):
         loop.mopexec("probe", "--ranks", str(RANKS), "--out", str(probed))
     io.write_yaml(profile, _small(io.load(probed, HardwareProfile, "hardware")))
+    hardware = io.load(profile, HardwareProfile, "hardware")
+    pilots = [_pilot(loop, strategy, hardware) for strategy in pilot_strategies()]
+    piloted = loop.work / "piloted.yaml"
+    with loop.stage("calibrate from the pilot runs"):
+        _calibrate(loop, profile, pilots, piloted)
     found: dict[str, dict[str, Any]] = {}
     for family in ("mop", "fsdp2"):
         with loop.stage(f"search {family}"):
-            found[family] = _search(loop, family, profile)
-    hardware = io.load(profile, HardwareProfile, "hardware")
-    contenders = [_train(loop, name, hardware, loop.steps) for name in ("mop", "fsdp2")]
+            found[family] = _search(loop, family, piloted)
+    contenders = [_train(loop, name, loop.steps) for name in ("mop", "fsdp2")]
     calibrated = loop.work / "calibrated.yaml"
-    with loop.stage("calibrate from both runs"):
-        runs = [str(loop.work / f"{contender.name}-even") for contender in contenders]
-        loop.mopsim(
-            "calibrate",
-            "--profile",
-            str(profile),
-            "--measurements",
-            runs[0],
-            "--measurements",
-            runs[1],
-            "--out",
-            str(calibrated),
-            "--json",
-            str(loop.work / "calibration.json"),
-        )
-    corrected = io.load(calibrated, HardwareProfile, "hardware")
-    _held_out(loop, hardware)
-    contenders.append(_train(loop, "held-out", hardware, max(TRACKED_STEPS + 10, loop.steps // 2)))
+    with loop.stage("calibrate from these runs too"):
+        _calibrate(loop, piloted, [*pilots, *(loop.work / one.name for one in contenders)], calibrated)
+    _held_out(loop, io.load(piloted, HardwareProfile, "hardware"))
+    contenders.append(_train(loop, "held-out", max(TRACKED_STEPS + 10, loop.steps // 2)))
+    corrected = [io.load(one, HardwareProfile, "hardware") for one in (piloted, calibrated)]
     for contender in contenders:
-        contender.even_after = _simulate(contender.plan, corrected)
-        contender.after = _simulate(_as_routed(contender.plan, contenders[0].measured), corrected)
-        contender.before_routed = _simulate(_as_routed(contender.plan, contenders[0].measured), hardware)
-        worst = routing.worst(contender.plan.model, contender.plan.strategy.experts.degree)
-        contender.worst = _simulate(contender.plan.routed(worst), hardware)
+        plan = contender.plan
+        routed = _as_routed(plan, contenders[0].measured)
+        contender.probed = _simulate(routed, hardware)
+        contender.piloted, contender.calibrated = (_simulate(routed, one) for one in corrected)
+        worst = routing.worst(plan.model, plan.strategy.experts.degree)
+        contender.even, contender.worst = (_simulate(one, hardware) for one in (plan, plan.routed(worst)))
     return DemoReport(
         contenders,
+        [load_measurement(run) for run in pilots],
         hardware,
-        corrected,
+        corrected[0],
+        corrected[1],
         loop.seed,
         loop.steps,
         loop.commands,
         found,
-        json.loads(io.read_text(loop.work / "calibration.json")),
         f"mopsim demo --out {loop.out}",
         _replicated(contenders[0].plan, hardware),
         TRACKED_STEPS,
     )
+
+
+def pilot_strategies() -> tuple[Strategy, Strategy]:
+    """One plain strategy of each runtime; together they run every kind of work but the update on the host."""
+    return (
+        mop(RANKS, experts=RANKS, vocabulary=RANKS, chunk_tokens=256, bucket_params=1_000_000,
+            precision=PRECISION, name="pilot-mop"),
+        fsdp2(RANKS, loss="chunked", loss_chunk_tokens=128, precision=PRECISION, name="pilot-fsdp2"),
+    )  # fmt: skip
+
+
+def _pilot(loop: Loop, strategy: Strategy, hardware: HardwareProfile) -> Path:
+    """Plan a strategy as it is and train it for some steps, evenly routed; returns the run's directory."""
+    training = TrainSpec(
+        seq_len=SEQ_LEN,
+        global_batch=GLOBAL_BATCH,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=WARMUP_STEPS,
+        seed=loop.seed,
+    )
+    name = strategy.name
+    _write_plan(loop, name, presets.load_model(MODEL), hardware, strategy, training)
+    with loop.stage(f"{name}: {PILOT_STEPS} steps"):
+        _run_plan(
+            loop, name, name, "--steps", PILOT_STEPS, "--warmup-steps-excluded", PILOT_SKIPPED,
+            "--profile-steps", PROFILE_STEPS, "--routing", "profile",
+        )  # fmt: skip
+    return loop.work / name
+
+
+def _calibrate(loop: Loop, profile: Path, runs: list[Path], out: Path) -> None:
+    measured = [word for run in runs for word in ("--measurements", str(run))]
+    target = out.with_name(f"{out.stem}-residuals.json")
+    loop.mopsim("calibrate", "--profile", str(profile), *measured, "--out", str(out), "--json", str(target))
 
 
 def _as_routed(plan: Plan, seen: Measurement) -> Plan:
@@ -256,45 +294,44 @@ def _simulate(plan: Plan, hardware: HardwareProfile) -> SimResult:
     )
 
 
-def _train(loop: Loop, name: str, hardware: HardwareProfile, steps: int) -> Contender:
-    """Train one plan for real; what it did, beside what was predicted before anything was measured of it."""
-    path, folder = loop.work / f"{name}.yaml", loop.work / name
-    plan = io.load(path, Plan, "plan")
-    before = _simulate(plan, hardware)
-    even = loop.work / f"{name}-even"
+def _train(loop: Loop, name: str, steps: int) -> Contender:
+    """Train one plan for real, the small device enforced in its tracked steps; first for a few steps that
+    are routed as the plan assumes, for their memory."""
+    limit = ("--device-limit", DEVICE_LIMIT.replace(" ", ""))
+    even = f"{name}-even"
     with loop.stage(f"train {name} for {EVEN_STEPS} steps, its tokens routed as the plan assumes"):
-        tracked, profile = EVEN_TRACKED_STEPS, PROFILE_STEPS
-        _run_plan(loop, path, even, steps=EVEN_STEPS, tracked=tracked, profile=profile, routing="profile")
+        _run_plan(
+            loop, name, even, "--steps", EVEN_STEPS, "--tracked-steps", EVEN_STEPS, *limit,
+            "--warmup-steps-excluded", EVEN_STEPS - 1, "--profile-steps", 0, "--routing", "profile",
+        )  # fmt: skip
     with loop.stage(f"train {name} for {steps} steps"):
-        _run_plan(loop, path, folder, steps=steps, tracked=TRACKED_STEPS, profile=0, routing="learned")
-    measured, as_planned = (
-        io.load(run / "measurement.yaml", Measurement, "measurement") for run in (folder, even)
-    )
+        _run_plan(
+            loop, name, name, "--steps", steps, "--tracked-steps", TRACKED_STEPS, *limit,
+            "--warmup-steps-excluded", TRACKED_STEPS, "--profile-steps", 0, "--routing", "learned",
+        )  # fmt: skip
+    folder = loop.work / name
     lines = [json.loads(line) for line in io.read_text(folder / "metrics.jsonl").splitlines() if line.strip()]
-    return Contender(name, plan, before, measured, as_planned, [float(line["loss"]) for line in lines])
+    losses = [float(line["loss"]) for line in lines]
+    plan = io.load(loop.work / f"{name}.yaml", Plan, "plan")
+    return Contender(name, plan, load_measurement(folder), load_measurement(loop.work / even), losses)
 
 
-def _run_plan(
-    loop: Loop, plan: Path, out: Path, *, steps: int, tracked: int, profile: int, routing: str
-) -> None:
-    """One `mopexec train` on Python's own text, the small device enforced in its tracked steps."""
-    limit = DEVICE_LIMIT.replace(" ", "")
+def _run_plan(loop: Loop, name: str, out: str, *options: object) -> None:
+    """One `mopexec train` of the plan `name` on Python's own text, into the directory `out`."""
     loop.mopexec(
-        "train", "--plan", str(plan), "--data", "python", "--steps", str(steps), "--device-limit", limit,
-        "--tracked-steps", str(tracked), "--warmup-steps-excluded", str(tracked),
-        "--profile-steps", str(profile), "--routing", routing, "--no-final-checkpoint", "--out", str(out),
+        "train", "--plan", str(loop.work / f"{name}.yaml"), "--data", "python", *map(str, options),
+        "--no-final-checkpoint", "--out", str(loop.work / out),
     )  # fmt: skip
 
 
 def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
-    """A third strategy that calibration has not seen: the other degrees, other chunks, everything on the
+    """A third strategy that no calibration has seen: the other degrees, other chunks, everything on the
     host."""
     plan = io.load(loop.work / "mop.yaml", Plan, "plan")
     seen = plan.strategy
-    sequence = RANKS if seen.attention.sequence == 1 else 1
     other = mop(
         RANKS,
-        sequence=sequence,
+        sequence=RANKS if seen.attention.sequence == 1 else 1,
         micro_batch=2,
         experts=RANKS if seen.experts.degree == 1 else 1,
         vocabulary=RANKS if seen.vocabulary.degree == 1 else 1,
@@ -306,8 +343,17 @@ def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
         precision=PRECISION,
         name="held-out",
     )
-    result = simulate(plan.model, hardware, 1, other, plan.training)
-    from mopsim.commands.inputs import Inputs, make_plan
+    _write_plan(loop, "held-out", plan.model, hardware, other, plan.training)
 
-    inputs = Inputs(plan.model, hardware, 1, plan.training, PRECISION)
-    io.write_yaml(loop.work / "held-out.yaml", make_plan(inputs, result))
+
+def _write_plan(
+    loop: Loop,
+    name: str,
+    model: ModelSpec,
+    hardware: HardwareProfile,
+    strategy: Strategy,
+    training: TrainSpec,
+) -> None:
+    inputs = Inputs(model, hardware, 1, training, PRECISION)
+    plan = make_plan(inputs, simulate(model, hardware, 1, strategy, training))
+    io.write_yaml(loop.work / f"{name}.yaml", plan)

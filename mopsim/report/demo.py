@@ -2,11 +2,13 @@
 and after calibration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
+
+from msgspec.structs import replace
 
 import mopsim
 from mopsim.engine import SimResult
@@ -26,24 +28,24 @@ BUSY = 1.4
 
 @dataclass
 class Contender:
-    """One strategy of the loop: its plan, what was predicted, what was measured.
+    """One strategy of the loop: its plan, what was measured, what is predicted.
 
-    before: by the probed profile. as_planned: the run whose tokens were routed as the plan assumes. after,
-    even_after: by the calibrated profile, routed as the first strategy's router did, and as the plan assumes.
-    before_routed: by the probed profile, routed as `after`.
-    worst: every token of an expert-parallel group routed to one rank, by the probed profile.
+    as_planned: the short run whose tokens were routed as the plan assumes. probed, piloted, calibrated: by
+    the profile as probed, as calibrated from the pilot runs, and as calibrated from the first two strategies'
+    runs as well, routed as the first strategy's router did. even, worst: by the probed profile, routed as the
+    plan assumes, and every token of an expert-parallel group routed to one rank.
     """
 
     name: str
     plan: Plan
-    before: SimResult
     measured: Measurement
     as_planned: Measurement
     losses: list[float]
-    after: SimResult | None = None
-    even_after: SimResult | None = None
-    before_routed: SimResult | None = None
-    worst: SimResult | None = None
+    probed: SimResult = field(init=False)
+    piloted: SimResult = field(init=False)
+    calibrated: SimResult = field(init=False)
+    even: SimResult = field(init=False)
+    worst: SimResult = field(init=False)
 
     def spread(self) -> tuple[float, float]:
         """p10 and p90 of the measured step times."""
@@ -55,17 +57,16 @@ class Contender:
         tail = self.losses[-5:]
         return 1 - sum(tail) / len(tail) / self.losses[0]
 
-    def error(self, result: SimResult | None) -> float:
+    def error(self, result: SimResult) -> float:
         """Predicted step time against the measured median, relative."""
-        return _error(result, self.measured)
+        return result.step_time / self.measured.step_time_median - 1
 
     def memory_error(self) -> float:
         """Predicted device peak against the tracked one, tokens routed as the plan assumes; relative."""
-        return self.before.peak_memory / self.as_planned.peak_memory - 1
+        return self.even.peak_memory / self.as_planned.peak_memory - 1
 
     def worst_memory(self) -> float:
         """Predicted device peak under the worst routing against the tracked one of the real router."""
-        assert self.worst
         return self.worst.peak_memory / self.measured.peak_memory - 1
 
 
@@ -78,22 +79,20 @@ def _spread(run: Measurement) -> tuple[float, float]:
     return deciles[0], deciles[-1]
 
 
-def _error(result: SimResult | None, run: Measurement) -> float:
-    return result.step_time / run.step_time_median - 1 if result else float("nan")
-
-
 @dataclass
 class DemoReport:
-    """contenders: the best MoP, the best FSDP2 (both seen by calibration), and the held-out strategy last."""
+    """contenders: the best MoP, the best FSDP2, and the held-out strategy last. probed, piloted, calibrated:
+    the profiles."""
 
     contenders: list[Contender]
-    hardware: HardwareProfile
-    corrected: HardwareProfile
+    pilots: list[Measurement]
+    probed: HardwareProfile
+    piloted: HardwareProfile
+    calibrated: HardwareProfile
     seed: int
     steps: int
     commands: list[str]
     searches: dict[str, dict[str, Any]]
-    calibration: dict[str, Any]
     command: str
     replicated: SimResult
     tracked_steps: int
@@ -101,7 +100,7 @@ class DemoReport:
     def limit(self) -> str:
         """The device's memory, and what the plain plan would need."""
         need = format_bytes(self.replicated.peak_memory)
-        limit = format_bytes(self.hardware.memory_limit())
+        limit = format_bytes(self.probed.memory_limit())
         fits = "fits" if self.replicated.fits else "does not fit"
         return (
             f"A rank's device has {limit} here, enforced: a small device so that memory decides. "
@@ -124,7 +123,7 @@ class DemoReport:
     def busy(self) -> list[str]:
         """The runs whose steps scatter so much that something else was running: their times tell little."""
         runs = {one.name: one.measured for one in self.contenders}
-        runs |= {f"{one.name}, evenly routed": one.as_planned for one in self.contenders}
+        runs |= {one.plan.strategy.name: one for one in self.pilots}
         return [name for name, run in runs.items() if _spread(run)[1] > BUSY * _spread(run)[0]]
 
     def warning(self) -> str:
@@ -137,32 +136,38 @@ class DemoReport:
             "(p10 to p90). Neither these times nor what was calibrated from them are to be trusted. "
         )
 
+    def piloted_alike(self, one: Contender) -> bool:
+        """Whether the search chose what a pilot run had: it is then no prediction of an unseen strategy."""
+        pilots = [replace(run.plan.strategy, name=one.name) for run in self.pilots]
+        return replace(one.plan.strategy, name=one.name) in pilots
+
     def orders(self) -> list[tuple[str, str, str, str]]:
-        """Every pair: who is faster as measured, as predicted before and after calibration, and whether the
-        last agrees (or is a tie)."""
+        """Every pair: who is faster as measured, as predicted by the probed profile and by that of the pilot
+        runs, which have seen neither, and whether the last agrees (or is a tie)."""
         found = []
         for a, b in combinations(self.contenders, 2):
-            assert a.after is not None
-            assert b.after is not None
-            measured = a if a.measured.step_time_median < b.measured.step_time_median else b
-            assert a.before_routed
-            assert b.before_routed
-            first = a if a.before_routed.step_time < b.before_routed.step_time else b
-            predicted = a if a.after.step_time < b.after.step_time else b
+            measured = min(a, b, key=lambda one: one.measured.step_time_median)
+            other = b if measured is a else a
+            first = min(a, b, key=lambda one: one.probed.step_time)
+            predicted = min(a, b, key=lambda one: one.piloted.step_time)
             verdict = "agrees" if measured is predicted else "disagrees"
-            if b is not self.contenders[-1]:
-                verdict += ", fitted: calibration saw both"
             if not _apart(a, b):
                 verdict = "too close to tell: the spreads overlap"
             found.append(
                 (
-                    f"{measured.name} before {(b if measured is a else a).name}",
-                    f"{first.name} first",
-                    f"{predicted.name} first",
+                    f"{measured.name} before {other.name}",
+                    f"{first.name} first ({_ratio(a.probed, b.probed)})",
+                    f"{predicted.name} first ({_ratio(a.piloted, b.piloted)})",
                     verdict,
                 )
             )
         return found
+
+
+def _ratio(a: SimResult, b: SimResult) -> str:
+    """By which factor the slower one is slower."""
+    low, high = sorted((a.step_time, b.step_time))
+    return f"{high / low:.2f}x"
 
 
 def _apart(a: Contender, b: Contender) -> bool:
@@ -174,10 +179,11 @@ def _apart(a: Contender, b: Contender) -> bool:
 def write_demo(folder: Path, report: DemoReport) -> list[Path]:
     """index.md, index.html and PNGs; returns what was written, the pages last."""
     contenders = report.contenders
-    results, labels = [one.after or one.before for one in contenders], [one.name for one in contenders]
+    results, labels = [one.calibrated for one in contenders], [one.name for one in contenders]
     held = contenders[-1]
+    off = [abs(one.error(one.piloted)) for one in contenders]
     written = [
-        memory_figure(folder / "memory.png", [one.before for one in contenders], labels),
+        memory_figure(folder / "memory.png", [one.even for one in contenders], labels),
         time_figure(folder / "time.png", results, labels),
         loss_lines(
             folder / "loss.png", {one.name: one.losses for one in contenders}, _loss_title(contenders)
@@ -189,13 +195,14 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
                     one.name,
                     one.measured.step_time_median,
                     *one.spread(),
-                    (one.before_routed or one.before).step_time,
-                    one.after.step_time if one.after else None,
+                    one.probed.step_time,
+                    (one.calibrated if one is held else one.piloted).step_time,
                 )
                 for one in contenders
             ],
-            "Step time of the strategy calibration never saw: "
-            f"{held.error(held.before_routed):+.0%} before, {held.error(held.after):+.0%} after",
+            f"Step time of three strategies calibration had not seen: at most {max(off):.0%} off by the "
+            f"pilot runs; {held.name} {held.error(held.probed):+.0%} before, "
+            f"{held.error(held.calibrated):+.0%} after all runs",
         ),
     ]
     for one, result in zip(contenders, results, strict=True):
@@ -233,19 +240,22 @@ def _sections(report: DemoReport) -> list[Section]:
         ),
         Section(
             "Predicted against measured",
-            f"Calibrated from the evenly routed runs of {contenders[0].name} and {contenders[1].name} only: "
-            f"their rows are fitted, those of {contenders[-1].name}, which is held out, are not. No run with "
-            "a real router was seen, but a young router is uneven: the learned rows are predicted, before "
-            f"and after, with the routing that {contenders[0].name}'s run measured "
-            f"({contenders[0].measured.routing}: percent of a layer's routes on the experts of the busier "
-            "rank / those experts).",
+            "The profile is calibrated first from two short pilot runs, one of each runtime, that no search "
+            f"chose ({' and '.join(describe(run.plan.strategy) for run in report.pilots)}, evenly routed): "
+            "what it says of the three strategies is predicted, and the search used it. Then it is "
+            f"calibrated from the runs of {contenders[0].name} and {contenders[1].name} too; "
+            f"{contenders[-1].name} is held out from both. A young router is uneven: all are predicted with "
+            f"the routing that {contenders[0].name}'s run measured ({contenders[0].measured.routing}: "
+            f"percent of a layer's routes on the experts of the busier rank / those experts)."
+            + _alike(report),
             _predicted(contenders),
             ("predicted.png", "step time predicted before and after calibration, and measured"),
         ),
         Section(
             "Order by step time",
             table=Table(
-                ("measured", "predicted before calibration", "predicted after", "verdict"), report.orders()
+                ("measured", "predicted before calibration", "predicted after the pilot runs", "verdict"),
+                report.orders(),
             ),
         ),
         Section(
@@ -284,19 +294,18 @@ def result_table(report: DemoReport) -> Any:
     """The result for the terminal: measured and predicted step time, memory, loss."""
     from rich.table import Table as Terminal
 
-    table = Terminal(title="measured and predicted", title_justify="left")
-    for name in ("strategy", "step", "predicted", "calibrated", "tokens/s", "device memory", "loss"):
+    table = Terminal(title="measured step, and how far off its predictions are", title_justify="left")
+    for name in ("strategy", "step", "probed", "piloted", "all runs", "memory", "loss"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     for one in report.contenders:
-        assert one.after
         table.add_row(
             one.name,
             format_seconds(one.measured.step_time_median),
-            f"{one.error(one.before_routed):+.0%}",
-            f"{one.error(one.after):+.0%}",
-            f"{one.measured.tokens_per_second:,.0f}",
+            f"{one.error(one.probed):+.0%}",
+            f"{one.error(one.piloted):+.0%}",
+            "fitted" if one is not report.contenders[-1] else f"{one.error(one.calibrated):+.0%}",
             format_bytes(one.measured.peak_memory),
-            f"{one.losses[0]:.2f} to {one.losses[0] * (1 - one.fall()):.2f}",
+            f"{-one.fall():+.0%}",
         )
     return table
 
@@ -332,33 +341,28 @@ def _measured(contenders: Sequence[Contender]) -> Table:
 def _predicted(contenders: Sequence[Contender]) -> Table:
     rows = []
     for one in contenders:
-        unseen = one is contenders[-1]
-        for routed, run, before, after in (
-            ("learned", one.measured, one.before_routed, one.after),
-            ("even", one.as_planned, one.before, one.even_after),
-        ):
-            assert before
-            assert after
-            median, (low, high) = run.step_time_median, _spread(run)
-            rows.append(
-                [
-                    one.name,
-                    routed,
-                    f"{format_seconds(median)} ({format_seconds(low)} to {format_seconds(high)})",
-                    f"{format_seconds(before.step_time)} ({_error(before, run):+.0%})",
-                    f"{format_seconds(after.step_time)} ({_error(after, run):+.0%})",
-                    "held out" if unseen else "fitted" if routed == "even" else "fitted on its even run",
-                ]
-            )
+        low, high = one.spread()
+        predicted = [
+            f"{format_seconds(result.step_time)} ({one.error(result):+.0%})"
+            for result in (one.probed, one.piloted, one.calibrated)
+        ]
+        predicted[-1] += "" if one is contenders[-1] else ", fitted"
+        measured = f"{format_seconds(one.measured.step_time_median)}"
+        rows.append([one.name, f"{measured} ({format_seconds(low)} to {format_seconds(high)})", *predicted])
     names = (
         "strategy",
-        "routing",
         "measured (p10 to p90)",
         "predicted before calibration",
-        "predicted after",
-        "after is",
+        "after the pilot runs",
+        "after the first two's runs",
     )
     return Table(names, rows)
+
+
+def _alike(report: DemoReport) -> str:
+    """A sentence where the search chose a pilot's own strategy, else ''."""
+    alike = [one.name for one in report.contenders if report.piloted_alike(one)]
+    return f" {' and '.join(alike)} is what a pilot run had: seen, not predicted." if alike else ""
 
 
 def _memory_text(contenders: Sequence[Contender]) -> str:
@@ -378,11 +382,11 @@ def _memory(contenders: Sequence[Contender]) -> Table:
         [
             one.name,
             format_bytes(one.as_planned.peak_memory),
-            f"{format_bytes(one.before.peak_memory)} ({one.memory_error():+.1%})",
+            f"{format_bytes(one.even.peak_memory)} ({one.memory_error():+.1%})",
             format_bytes(one.measured.peak_memory),
-            f"{format_bytes(one.worst.peak_memory if one.worst else 0)} ({one.worst_memory():+.1%})",
+            f"{format_bytes(one.worst.peak_memory)} ({one.worst_memory():+.1%})",
             format_bytes(one.measured.host_memory),
-            format_bytes(one.before.host_memory),
+            format_bytes(one.even.host_memory),
         ]
         for one in contenders
     ]
@@ -416,7 +420,7 @@ def _searches(report: DemoReport) -> Table:
 
 def _corrections(report: DemoReport) -> Table:
     rows = []
-    for kind, correction in report.corrected.corrections.items():
+    for kind, correction in report.calibrated.corrections.items():
         rows.append(
             [
                 kind,
@@ -433,8 +437,9 @@ def _facts(report: DemoReport) -> dict[str, str]:
     facts = {
         "command": report.command,
         "machine": ", ".join(f"{name} {value}" for name, value in environment.items()),
-        "probed profile": f"{report.hardware.name} (digest {io.digest(report.hardware)})",
-        "calibrated profile": f"{report.corrected.name} (digest {io.digest(report.corrected)})",
+        "probed profile": f"{report.probed.name} (digest {io.digest(report.probed)})",
+        "profile after the pilot runs": f"{report.piloted.name} (digest {io.digest(report.piloted)})",
+        "profile after all runs": f"{report.calibrated.name} (digest {io.digest(report.calibrated)})",
         "version": mopsim.__version__,
         "seed": str(report.seed),
     }
