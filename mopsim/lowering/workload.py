@@ -22,12 +22,13 @@ Deltas = tuple[tuple[int, int], ...]
 class Group:
     """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
 
-    choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for; 0: all travel.
+    choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
+    chooses where the busiest rank gets more than the mean; 0: all travel.
     """
 
     size: int
     intra: int
-    choices: int = 0
+    choices: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

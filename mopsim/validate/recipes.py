@@ -47,6 +47,15 @@ def deduplicates(row: Row) -> bool:
     return row.get("dispatcher") in ("deepep", "hybridep") or _late(row, row.get("notes", "").lower())
 
 
+def distinct_tokens(row: Row) -> int:
+    """Distinct tokens that a filler text is made of, in equal parts; 0: a text, or not known.
+
+    Halo's benchmarks, and those of stock TRL beside it, write one word seq_len / 2 times and pad the rest
+    (whitecircle/halo, tests/common/datasets.py: create_benchmark_dataset).
+    """
+    return 2 if row["source"] == "halo-bench" else 0
+
+
 HOPPER_SMS, BLACKWELL_SMS = 132, 148
 """SMs of H100 SXM (NVIDIA's H100 architecture paper) and of B200, taken for all Blackwell parts."""
 HYBRID_SMS = 32

@@ -12,14 +12,15 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.model_table import from_row
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import UNITS
 from mopsim.validate.attention import with_kernel
 from mopsim.validate.conventions import Conventions, conventions
 from mopsim.validate.families import Degrees, approximations, family, strategy
-from mopsim.validate.natural import natural
-from mopsim.validate.recipes import communication_share
+from mopsim.validate.natural import natural, repeated
+from mopsim.validate.recipes import communication_share, distinct_tokens
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 GIB = UNITS["GiB"]
@@ -167,6 +168,17 @@ def _training(row: Row, degrees: Degrees, model: ModelSpec) -> TrainSpec:
             raise UnsupportedError("global_batch", "not stated by the source")
         groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
         batch = degrees.micro_batch * max(1, groups)
-    natural_router = row.get("routing") == "natural" and model.num_local_experts > 0
-    routing = natural(model.num_local_experts) if natural_router else "balanced"
-    return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing)
+    return TrainSpec(
+        seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=_routing(row, degrees, model)
+    )
+
+
+def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> RoutingProfile:
+    """Even unless the row says `natural`; then as its text makes it."""
+    experts = model.num_local_experts
+    if row.get("routing") != "natural" or not experts:
+        return "balanced"
+    words = distinct_tokens(row)
+    if words:
+        return repeated(experts, model.num_experts_per_tok, degrees.experts, words)
+    return natural(experts, degrees.experts)

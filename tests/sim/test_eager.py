@@ -12,7 +12,7 @@ from mopsim.spec.strategy import Unfused
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from mopsim.validate.attention import DETERMINISTIC, with_kernel
-from mopsim.validate.natural import natural
+from mopsim.validate.natural import busiest, natural, repeated
 from tests.sim.toys import machine, small
 
 ROUTES = (8,) * 8
@@ -44,12 +44,37 @@ def test_what_is_composed_costs_time_and_launches_but_no_products(part: Unfused)
 
 def test_natural_shares_are_shares_and_load_the_busiest_rank() -> None:
     for experts in (8, 60, 128, 256):
-        assert sum(natural(experts)) == pytest.approx(1.0)
-        TrainSpec(seq_len=1, global_batch=1, routing=natural(experts))
-    shares = natural(128)
-    loads = [sum(shares[rank * 16 : (rank + 1) * 16]) for rank in range(8)]
-    assert 1.2 < 8 * max(loads) < 1.4
-    assert natural(128) == natural(128)
+        assert sum(natural(experts, 4)) == pytest.approx(1.0)
+        TrainSpec(seq_len=1, global_batch=1, routing=natural(experts, 4))
+    assert 1.2 < busiest(natural(128, 8), 8) < 1.4
+    assert natural(128, 8) == natural(128, 8)
+
+
+def test_copies_of_a_word_choose_alike_and_load_few_ranks() -> None:
+    one, two = repeated(128, 8, 8, 1), repeated(128, 8, 8, 2)
+    assert sorted(set(one)) == [0.0, 1 / 8]
+    assert sum(one) == pytest.approx(1.0) == sum(two)
+    assert 8 <= sum(share > 0 for share in two) <= 16
+    TrainSpec(seq_len=1, global_batch=1, routing=two)
+    # 16 draws of 8 ranks: the fullest of 8 boxes with 16 balls holds 4 of them in the mean
+    assert busiest(two, 8) == pytest.approx(2.0)
+    assert busiest(repeated(128, 8, 8, 500), 8) < 1.2 < busiest(repeated(128, 8, 2, 2), 2) < 1.3
+    assert busiest(one, 8) > 2.5
+
+
+def test_a_row_goes_once_to_a_rank_however_many_of_its_choices_lie_there() -> None:
+    """4 experts on 4 ranks, 2 a token: at worst every row goes to the busiest rank, not more than once."""
+    model = msgspec.structs.replace(small(), num_local_experts=4, num_experts_per_tok=2)
+    plan = megatron(4, experts=4)
+    once = msgspec.structs.replace(plan.experts, dispatch="deduplicated")
+    plan = msgspec.structs.replace(plan, experts=once)
+
+    def exchanged(routing: str) -> float:
+        training = TrainSpec(seq_len=4096, global_batch=plan.data_groups * plan.micro_batch, routing=routing)
+        return simulate(model, machine(), 1, plan, training).busy["all_to_all"]
+
+    even, uneven = 1 - (3 / 4) ** 2, 1 - (3 / 4) ** 4  # 50 % to one expert of four: twice the mean
+    assert exchanged("50/1") / exchanged("balanced") == pytest.approx(uneven / even, rel=0.01)
 
 
 def test_a_fixed_order_slows_attention_backward() -> None:

@@ -49,6 +49,8 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         group = context.groups.get(kernel.group, Group(1, 1))
         if not size:
             return ()
+        if group.choices:  # of the rows that the busiest rank gets: kernel.bytes holds each once a choice
+            group = replace(group, choices=kernel.bytes / context.hidden)
         return (Work(kind, bytes=size, launches=launches, group=group),) if group.size > 1 else ()
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
