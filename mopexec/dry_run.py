@@ -20,11 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopexec.tiers import Platform
+from mopsim.spec import layout
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 
 SHORT = 128  # tokens: tensors of a few elements a side come about without an attention matrix
+
+MOST_ROUNDS = {"flat_units": 2_000_000, "fully_shard": 500_000}
+"""Rounds of a step's loops (`_check_length`): 7 minutes at the 4,500 a second of flat_units on one core, up
+to an hour at the 140 (experts) to 1,100 (layers) of fully_shard."""
+_LAYER_ROUNDS = 40  # a layer without its heads and experts takes as many ops
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,36 @@ def dry_run(
     """Build `plan` and run one step of it as `rank`, optimizer included, on tensors without data.
 
     Raises OutOfMemory at the allocation that crosses a limit (bytes), and MopError where an attention matrix
-    of sequence x sequence appears. No process group may be initialised; none is left.
+    of sequence x sequence appears or the step would run for hours. No process group may be initialised; none
+    is left.
     """
     world_size = plan.strategy.world_size
     if not 0 <= rank < world_size:
         raise SpecError("rank", rank, f"must lie between 0 and {world_size - 1}")
+    _check_length(plan)
     fully_shard = plan.strategy.runtime == "fully_shard"
     device = torch.device("cpu" if fully_shard else "meta")
     tracker = MemoryTracker(device_limit, host_limit, refuse=quadratic_guard(plan), meta=not fully_shard)
     with fake_world(world_size, rank), _fake_cpu() if fully_shard else nullcontext():
         return tracked_step(plan, rank, Platform(device, fake=True), tracker)
+
+
+def _check_length(plan: Plan) -> None:
+    """Refuse a step whose loops would be played for hours. Raises MopError that names their lengths."""
+    model, strategy, training = plan.model, plan.strategy, plan.training
+    microbatches, layers = training.num_microbatches(strategy), model.num_hidden_layers
+    queries = model.num_attention_heads // model.num_key_value_heads
+    experts = model.num_local_experts // strategy.experts.degree
+    chunks = layout.num_chunks(
+        training.tokens_per_rank(strategy), strategy.experts.chunk_tokens, strategy.experts.max_chunks
+    )
+    rounds, most = microbatches * layers * (_LAYER_ROUNDS + queries + experts * chunks), MOST_ROUNDS
+    if rounds > most[strategy.runtime]:
+        raise MopError(
+            f"plan: {microbatches:,} microbatches x {layers:,} layers x ({queries:,} query heads of a KV head"
+            f" + {experts:,} experts of a rank x {chunks:,} chunks) are too many to play in a dry run of "
+            f"{strategy.runtime}: {rounds:,} rounds, at most {most[strategy.runtime]:,}"
+        )
 
 
 def tracked_step(plan: Plan, rank: int, platform: Platform, tracker: MemoryTracker) -> DryRunResult:

@@ -23,6 +23,11 @@ class RankError(Exception):
     """A rank ended on an error that is not the user's: one line that names it, exit code 1."""
 
 
+def signal_code(name: str) -> int:
+    """The exit code after the stop that `launch_ranks` returned: 128 + n, or 1 where it is ''."""
+    return 128 + signal.Signals[name] if name else 1
+
+
 def launch(options: TrainOptions, world_size: int, *, max_restarts: int = 0) -> str:
     """Train on `world_size` ranks of this machine; see `launch_ranks`."""
     return launch_ranks(
@@ -62,8 +67,6 @@ def launch_ranks(
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException as error:
         return signal.Signals(error.sigval).name
-    except KeyboardInterrupt:
-        return "SIGINT"
     except ChildFailedError as error:
         raise _explain(error.failures, logs) from None
     return ""

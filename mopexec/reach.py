@@ -19,6 +19,7 @@ from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.io import write_text, write_yaml
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
+from mopsim.spec.processes import end_with_parent
 from mopsim.spec.units import format_bytes
 
 RealStep = Callable[[Plan, int, int], "StepOutcome"]
@@ -146,7 +147,7 @@ def train_one_step(data: str) -> RealStep:
                 "--device-limit", str(device_limit), "--host-limit", str(host_limit),
                 "--routing", "profile", "--profile-steps", "0", "--no-final-checkpoint",
             ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=end_with_parent)
             return _outcome(done, out)
 
     return step

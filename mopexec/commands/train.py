@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,13 @@ def _prepare_directory(options: TrainOptions) -> None:
 
 def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
     """Say how it ended, from what the first rank wrote."""
+    from mopexec.launch import signal_code
+
     summary = Path(options.out) / "summary.json"
     if not summary.is_file():
         name = stopped_by or "an unknown cause"
         print(f"mopexec: stopped by {name} before a checkpoint was done", file=sys.stderr)
-        return _signal_code(stopped_by)
+        return signal_code(stopped_by)
     outcome: dict[str, Any] = msgspec.json.decode(summary.read_bytes())
     if json is not None:
         io.write_json(json, outcome)
@@ -101,13 +102,9 @@ def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
             f"checkpoint {outcome['checkpoint']}; go on with --resume",
             file=sys.stderr,
         )
-        return _signal_code(stopped_by)
+        return signal_code(stopped_by)
     print(_summary(outcome), file=sys.stderr if json == "-" else sys.stdout)
     return 0
-
-
-def _signal_code(name: str) -> int:
-    return 128 + signal.Signals[name] if name else 1
 
 
 def _summary(outcome: dict[str, Any]) -> str:

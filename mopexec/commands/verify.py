@@ -26,25 +26,39 @@ def run(path: Path, steps: int, max_ranks: int | None, json: str | None) -> int:
     plans.check_supported(plan)
     small = scale_down(plan, max_ranks or 4)
     plans.check_supported(small)
-    from mopexec.launch import RankError, launch_ranks
+    from mopexec.launch import RankError, signal_code
 
     _hide_devices(small.strategy.world_size)
     folder = Path(tempfile.mkdtemp(prefix="mopexec-verify-"))
-    io.write_yaml(folder / "plan.yaml", small)
     try:
-        stopped = launch_ranks(
-            "mopexec.verify", (str(folder), str(steps)), small.strategy.world_size, folder / failures.LOGS
-        )
-    except RankError as error:
+        stopped = _start(folder, small, steps)
+        found = None if stopped else _read(folder)
+    except RankError as error:  # its logs stay
         print(f"mopexec: {error}", file=sys.stderr)
         return 1
-    result = folder / "differences.json"
-    if stopped or not result.is_file():
-        print(f"mopexec: stopped by {stopped or 'an unknown cause'}; logs in {folder}", file=sys.stderr)
-        return 1
-    found: dict[str, Any] = msgspec.json.decode(result.read_bytes())
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
+    if found is None:
+        print(f"mopexec: stopped by {stopped or 'an unknown cause'}", file=sys.stderr)
+        return signal_code(stopped)
     return _report(found, small, steps, json)
+
+
+def _start(folder: Path, small: Plan, steps: int) -> str:
+    """The signal that stopped the ranks, or ''."""
+    from mopexec.launch import launch_ranks
+
+    io.write_yaml(folder / "plan.yaml", small)
+    ranks, logs = small.strategy.world_size, folder / failures.LOGS
+    return launch_ranks("mopexec.verify", (str(folder), str(steps)), ranks, logs)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What the first rank found, None where it left nothing."""
+    result = folder / "differences.json"
+    return msgspec.json.decode(result.read_bytes()) if result.is_file() else None
 
 
 def _hide_devices(ranks: int) -> None:

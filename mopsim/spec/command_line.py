@@ -13,7 +13,7 @@ from mopsim.spec.errors import MopError
 
 def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = None) -> NoReturn:
     """Run a typer app and exit: 0 or the command's code, 2 on a user's mistake, 128 + n where signal n ends
-    it (SIGINT or SIGTERM)."""
+    it (SIGINT, SIGTERM or SIGHUP)."""
     given = sys.argv[1:] if arguments is None else arguments
     signals: list[int] = []
     try:
@@ -73,22 +73,40 @@ def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
 
 @contextmanager
 def _noting_signals(found: list[int]) -> Iterator[None]:
-    """SIGINT and SIGTERM are a KeyboardInterrupt and noted in `found`, unless a command handles them
+    """SIGINT, SIGTERM and SIGHUP are a KeyboardInterrupt and noted in `found`, unless a command handles them
     itself or whoever started this process had them ignored."""
 
     def note(number: int, frame: FrameType | None) -> None:
-        found.append(number)
-        raise KeyboardInterrupt
+        if number != signal.SIGALRM:
+            found.append(number)
+        if not _importing(frame):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, note)  # again when it may be done
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
 
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
     for number in ours:
         signal.signal(number, note)
     try:
         yield
     finally:
+        if found:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in ours.items():
             signal.signal(number, handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported below `frame`: compiled ones lose an exception raised there, or
+    abort the process on it."""
+    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

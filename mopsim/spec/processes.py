@@ -39,7 +39,8 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin() -> None:
-    """The terminal's Ctrl-C is the parent's to answer; its own handlers are not for this process."""
+    """The terminal's Ctrl-C and its end are the parent's to answer; its handlers are not for this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()

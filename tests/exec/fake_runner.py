@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from mopexec import checkpoint
 from mopexec.parallelize.runner import StepResult
 
 
@@ -15,7 +16,8 @@ def build(plan, platform, *, routing, seed):
 
 
 class FakeRunner:
-    """Environment FAKE: 'slow', or 'kill', 'raise', 'interrupt' with ':RANK:STEP' (steps from 1)."""
+    """Environment FAKE: 'slow', or 'kill', 'raise', 'interrupt' with ':RANK:STEP' (steps from 1), or
+    'saving' with ':rank:STEP' or ':launcher:STEP': killed once the tensors of a checkpoint are written."""
 
     def __init__(self, plan, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -57,7 +59,14 @@ class FakeRunner:
                 raise ValueError("the weights went missing\nand more")
 
     def state_dict(self):
+        what, _, where = os.environ.get("FAKE", "").partition(":")
+        if what == "saving" and where.endswith(f":{self.steps}") and dist.get_rank() == 0:
+            checkpoint._complete_directory = lambda *_: self._end(where.startswith("rank"))
         return {"weight": self.weight, "moment": self.moment}
+
+    def _end(self, rank):
+        os.kill(os.getpid() if rank else os.getppid(), signal.SIGKILL)
+        time.sleep(60)
 
     def load_state_dict(self, state):
         self.weight.copy_(state["weight"])

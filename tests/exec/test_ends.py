@@ -1,0 +1,111 @@
+"""How commands of mopexec end: interrupted, killed, or asked for what would never end."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from mopexec import checkpoint
+from mopexec.dry_run import dry_run
+from mopsim.spec import io
+from mopsim.spec.errors import MopError
+from mopsim.strategies import fsdp2
+from tests.exec.test_train import (
+    ROOT,
+    TEXT,
+    _environment,
+    finish,
+    losses,
+    ranks_of,
+    start_fake,
+    wait_for,
+)
+from tests.exec.train_plans import small_model, small_plan
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    io.write_yaml(folder / "plan.yaml", small_plan(warmup_steps=2))
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_verify_leaves_neither_ranks_nor_files(inputs, tmp_path, number):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "mopexec.cli", "verify", "--plan", str(inputs / "plan.yaml")]
+    process = subprocess.Popen(
+        [*command, "--steps", "100000"],
+        cwd=ROOT, env={**_environment(), "TMPDIR": str(scratch)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: len(ranks_of(scratch)) == 2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err == f"mopexec: stopped by {number.name}\n"
+    assert ranks_of(scratch) == []
+    assert not list(scratch.glob("mopexec-*"))
+
+
+def test_a_signal_during_imports_is_neither_lost_nor_fatal():
+    """Compiled modules lose an exception that is raised while they import others, or abort on it."""
+    code = (
+        "import os, signal, sys, threading\n"
+        "from mopsim.spec.command_line import run_app\n"
+        "def app(arguments, standalone_mode):\n"
+        "    class Sent:\n"
+        "        def find_spec(self, name, path=None, target=None):\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            except BaseException:\n"
+        "                print('raised inside an import')\n"
+        "            sys.meta_path.remove(self)\n"
+        "    sys.meta_path.insert(0, Sent())\n"
+        "    import colorsys\n"
+        "    threading.Event().wait(30)\n"
+        "run_app(app, 'mopexec', ['x'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "mopexec: stopped by SIGTERM\n")
+
+
+@pytest.mark.parametrize("runtime", ["flat_units", "fully_shard"])
+def test_a_dry_run_that_would_not_end_is_refused(runtime):
+    plan = small_plan(global_batch=2)
+    many = small_model(num_attention_heads=2 * 10**6)
+    strategy = plan.strategy if runtime == "flat_units" else fsdp2(2, precision="float32")
+    plan = msgspec.structs.replace(plan, model=many, strategy=strategy)
+    with pytest.raises(MopError, match=f"1,000,000 query heads of a KV head.* dry run of {runtime}"):
+        dry_run(plan)
+
+
+@pytest.fixture(scope="module")
+def plain(inputs, tmp_path_factory):
+    """The losses of nine steps that nothing disturbs."""
+    out = tmp_path_factory.mktemp("runs") / "plain"
+    assert finish(start_fake(inputs, out, "", steps=9))[0] == 0
+    return losses(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fake", ["kill:1:5", "saving:rank:6", "saving:launcher:6"])
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(inputs, tmp_path, plain, fake):
+    """A rank in a step, a rank or the launcher in a checkpoint: no rank left, no step missing or double."""
+    out = tmp_path / "run"
+    code, _, err = finish(start_fake(inputs, out, fake, steps=9, checkpoint_every=2))
+    expected = (-signal.SIGKILL, 0) if "launcher" in fake else (1, 1)
+    assert (code, len(err.splitlines())) == expected, err
+    wait_for(lambda: ranks_of(out) == [], seconds=20)
+    assert checkpoint.read_state(checkpoint.find(out)).step == 4
+    assert len(list((out / "checkpoints").glob(".writing_*"))) == fake.startswith("saving")
+    code, _, err = finish(start_fake(inputs, out, "", steps=9, resume=True))
+    assert code == 0, err
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert losses(out) == plain
+    assert not list((out / "checkpoints").glob(".*"))
