@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.transforms import blended_transform_factory
 
-from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, time_scale
+from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, text_on, time_scale
 from mopsim.spec.units import format_bytes
 
 
@@ -30,7 +30,7 @@ def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str
         if limit:
             label = f"limit {format_bytes(limit)}"
             axis.axvline(limit / scale, color="#c0392b", linewidth=2, linestyle="--", label=label)
-        _stack(axis, bars, scale, (limit or 0.0) / scale)
+        _stack(axis, bars, scale, max([*totals, limit or 0.0]) / scale, (limit or 0.0) / scale)
         axis.set_xlim(0, max([*totals, limit or 0]) / scale * 1.36)
         axis.set_xlabel(f"device memory at the peak, {unit} per rank")
         axis.set_title(title)
@@ -44,7 +44,7 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
     unit, scale = time_scale(largest)
     with figure(path, 10, 4.2 + 1.24 * len(bars), 2) as (above, below):
         for axis, chosen, title in ((above, bars, titles[0]), (below, waits, titles[1])):
-            _stack(axis, chosen, scale)
+            _stack(axis, chosen, scale, largest / scale)
             axis.set_xlim(0, largest / scale * 1.36 or 1.0)
             axis.set_title(title)
         above.set_xlabel(f"simulated step by component, waiting included, {unit}")
@@ -54,10 +54,10 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
     return path
 
 
-def _stack(axis: Axes, bars: Sequence[Bar], scale: float, clear: float = 0.0) -> None:
-    """Stacked horizontal bars; remarks stand after the bar, and after `clear` where a line is drawn there."""
+def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: float = 0.0) -> None:
+    """Stacked horizontal bars on an axis that shows `high`: a part that is wide enough has its number.
+    Remarks stand after the bar, and after `clear` where a line is drawn there."""
     names = list(dict.fromkeys(name for bar in bars for name, value in bar.parts.items() if value > 0))
-    high = max([sum(bar.parts.values()) / scale for bar in bars] + [clear, 1e-12])
     left = [0.0] * len(bars)
     for name in names:
         widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
@@ -65,14 +65,14 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, clear: float = 0.0) ->
             range(len(bars)), widths, left=left, color=colour(name), label=name.replace("_", " "), height=0.62
         )
         for row, width in enumerate(widths):
-            if width > 0.07 * high:
+            if width > 0.07 * max(high, 1e-12):
                 axis.text(
                     left[row] + width / 2,
                     row,
                     f"{width:.3g}",
                     ha="center",
                     va="center",
-                    color="white",
+                    color=text_on(colour(name)),
                     fontsize=9,
                 )
         left = [start + width for start, width in zip(left, widths, strict=True)]

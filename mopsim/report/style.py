@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from mopsim.spec.errors import MopError
@@ -68,6 +69,14 @@ RC: Any = {
 
 def colour(name: str) -> str:
     return COLOURS.get(name, "#515a5a")
+
+
+def text_on(background: str) -> str:
+    """Black or white, whichever stands out more (WCAG 2.1: contrast by relative luminance)."""
+    red, green, blue = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background)
+    )
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
 def byte_scale(largest: float) -> tuple[str, float]:
