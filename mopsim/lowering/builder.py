@@ -1,6 +1,6 @@
 """Builder: appends ops to a program, keeps the order of streams, and turns played tapes into ops."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mopsim.layers.tape import Kernel, Played, Step
 from mopsim.lowering.workload import Group, Op, Program, Work, collective_work, deltas
@@ -8,9 +8,19 @@ from mopsim.spec.hardware import COLLECTIVES
 
 
 class Builder:
-    """A program under construction. groups: ranks of the collectives named in the tapes."""
+    """A program under construction. groups: ranks of the collectives named in the tapes.
 
-    def __init__(self, groups: Mapping[str, Group], dtype: str) -> None:
+    products: the work of a kernel's matmuls or attention, forward or (True) backward, where a recipe gives
+    them another dtype.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        dtype: str,
+        products: Callable[[Kernel, bool], tuple[Work, ...]] | None = None,
+    ) -> None:
+        self.products = products
         self.ops: list[Op] = []
         self.groups = groups
         self.dtype = dtype
@@ -205,7 +215,10 @@ class Builder:
         """The work of one pass of a kernel: products forward, or the two products of each backward."""
         key = (id(kernel), backward)  # the kernel is kept beside its work, so that its id stays its own
         if key not in self._works:
-            self._works[key] = (kernel, tuple(_works(kernel, backward, self.dtype, self.groups)))
+            if self.products and kernel.kind in ("matmul", "grouped_matmul", "attention"):
+                self._works[key] = (kernel, self.products(kernel, backward))
+            else:
+                self._works[key] = (kernel, tuple(_works(kernel, backward, self.dtype, self.groups)))
         return self._works[key][1]
 
     def program(self, stage: int, multiplicity: int, resident: Sequence[Step]) -> Program:

@@ -47,6 +47,11 @@ class Context:
         return dense.param_tier == "host" or dense.grad_tier == "host"
 
     @property
+    def reshards(self) -> bool:
+        """Whether FSDP2 frees a group's parameters after its forward (mopexec.parallelize.fsdp_wrap)."""
+        return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward
+
+    @property
     def hidden(self) -> int:
         """Bytes of one [N, H] tensor in the compute dtype."""
         return self.shapes.tokens * self.model.hidden_size * self.b

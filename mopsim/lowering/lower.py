@@ -62,7 +62,7 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
     ):
         return None
     if strategy.runtime == "fully_shard":
-        own = _plain(context) and recompute != "selective" and strategy.precision.matmul == "compute"
+        own = _plain(context) and recompute != "selective" and strategy.dense.zero >= 2
         return FsdpStep if own else None
     if recompute != "full" or strategy.dense.zero != 3:
         return None
@@ -88,6 +88,8 @@ def _plain(context: Context) -> bool:
     strategy, model = context.strategy, context.model
     known = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
     known = known and strategy.precision.matmul == "compute" and strategy.experts.checkpoint == "redispatch"
+    known = known and not model.num_nextn_predict_layers
+    known = known and (strategy.optimizer.state_tier == "device" or strategy.optimizer.host_fraction == 1)
     known = known and (strategy.experts.balance == "none" or strategy.runtime == "fully_shard")
     return known and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"
 

@@ -153,7 +153,7 @@ class FsdpMoE(FsdpBlock):
         if graph:
             self._keep(layer, graph, "inner", "inner")
         b.rename("result", "rows")
-        if phase == "forward" and self.c.strategy.dense.reshard_after_forward:
+        if phase == "forward" and self.c.reshards:
             self.units.release(unit)
 
     def _moe_backward(self, layer: int) -> None:

@@ -43,7 +43,7 @@ class FsdpStep:
         b.make("x", c.hidden)
         work = [Work("memory_bound", bytes=2.0 * c.hidden)]
         b.compute("embedding", "embedding", "forward", -1, work)
-        if c.strategy.dense.reshard_after_forward:
+        if c.reshards:
             units.release(embedding)
         for layer in range(count):
             units.wait(c.layers[layer][0], "forward")
@@ -51,7 +51,7 @@ class FsdpStep:
             b.rename("x", f"x.{layer}", "boundaries" if self.recompute else "")
             self.layer.forward(layer, "forward", graph=not self.recompute)
             b.rename("out", "x")
-            if c.strategy.dense.reshard_after_forward:
+            if c.reshards:
                 units.release(c.layers[layer][0])
             if self.recompute and layer < c.offloaded:
                 self._offload(layer)

@@ -1,8 +1,10 @@
 """One step of a rank: microbatches (forward, loss, backward), then clip and optimizer."""
 
+from mopsim.layers.tape import Kernel
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.resident import resident
+from mopsim.lowering.staged.works import works
 from mopsim.lowering.tapes.blocks import Blocks
 from mopsim.lowering.tapes.sharding import Sharding
 from mopsim.lowering.tapes.update import update
@@ -15,7 +17,13 @@ class Step:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.builder = Builder(context.groups, context.strategy.precision.compute)
+        precision = context.strategy.precision
+
+        def products(kernel: Kernel, backward: bool) -> tuple[Work, ...]:
+            return works(kernel, "backward" if backward else "forward", context)
+
+        own = None if precision.matmul == "compute" else products
+        self.builder = Builder(context.groups, precision.compute, own)
         self.sharding = Sharding(context, self.builder)
         self.blocks = Blocks(context, self.builder)
         self.reductions: list[int] = []
@@ -31,7 +39,7 @@ class Step:
 
     def _microbatch(self) -> None:
         c, b = self.context, self.builder
-        layers = c.model.num_hidden_layers
+        layers = c.model.num_hidden_layers + c.model.num_nextn_predict_layers
         last = self._embed()
         starts = {-1: last}
         issued = -1
@@ -48,6 +56,8 @@ class Step:
                     layer=layer,
                     deps=[last],
                 )
+            if layer >= c.model.num_hidden_layers:
+                last = self._project(layer, last)
             first = len(b.ops)
             last = self.blocks.forward(
                 layer, [last, *self._ready(layer, "dense")], self._ready(layer, "experts")
@@ -58,8 +68,39 @@ class Step:
             if layer in down:
                 b.drop(f"x{layer}")
                 b.add("boundary freed", "compute", "other", "forward", layer=layer, deps=[down[layer]])
-        last = loss(c, b, self.sharding, [last])
+        last = loss(c, b, self.sharding, layers, [last])
         self._backward(layers, last)
+
+    def _project(self, layer: int, last: int) -> int:
+        """The input of an MTP layer: norms of the hidden state and of the next tokens' embeddings, and their
+        projection (arXiv 2412.19437, 2.2). The hidden state stays, for its own loss."""
+        c, b = self.context, self.builder
+        b.rename(f"x{layer}", f"hidden{layer}")
+        b.make(f"x{layer}", c.hidden, "boundaries")
+        b.spike(2 * c.hidden)
+        H = c.model.hidden_size
+        product = Work("matmul", m=c.tokens, n=H, k=2 * H, dtype=c.strategy.precision.compute)
+        works = (Work("memory_bound", bytes=6.0 * c.hidden, launches=3), product)
+        waits = [last, *self._ready(layer, "dense")]
+        return b.add("projection", "compute", "vocabulary", "forward", works, layer=layer, deps=waits)
+
+    def _predicted(self, layer: int, last: int) -> int:
+        """Backward of an MTP layer's projection, and of the loss of the hidden state that it starts from."""
+        c, b = self.context, self.builder
+        b.rename(f"hidden{layer}", f"x{layer}")
+        b.rename("dx", "dfurther")
+        b.spike(4 * c.hidden)
+        H, dtype = c.model.hidden_size, c.strategy.precision.compute
+        works = (
+            Work("matmul", m=c.tokens, n=2 * H, k=H, dtype=dtype),
+            Work("matmul", m=2 * H, n=H, k=c.tokens, dtype=dtype),
+            Work("memory_bound", bytes=10.0 * c.hidden, launches=5),
+        )
+        last = b.add("projection", "compute", "vocabulary", "backward", works, layer=layer, deps=[last])
+        last = loss(c, b, self.sharding, layer, [last])
+        b.drop("dfurther")
+        added = (Work("memory_bound", bytes=3.0 * c.hidden),)
+        return b.add("gradients added", "compute", "vocabulary", "backward", added, deps=[last])
 
     def _backward(self, layers: int, last: int) -> None:
         c, b = self.context, self.builder
@@ -93,6 +134,8 @@ class Step:
             waits = [last, *self._ready(layer, "dense"), *([up[layer]] if layer in up else [])]
             last = self.blocks.backward(layer, waits, self._ready(layer, "experts"))
             starts[layer] = first
+            if layer >= c.model.num_hidden_layers:
+                last = self._predicted(layer, last)
             for unit in c.layers[layer]:
                 self.sharding.release(unit, "backward")
                 self.reductions.append(self.sharding.reduce(unit, "backward", [last], f"grads {unit.name}"))

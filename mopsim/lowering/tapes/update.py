@@ -26,13 +26,18 @@ def update(context: Context, builder: Builder, deps: list[int]) -> None:
         (Work("memory_bound", bytes=2.0 * total * context.grad, launches=len(numels)),), deps=(agreed,),
     )  # fmt: skip
     optimizer = context.strategy.optimizer
-    if optimizer.state_tier == "device":
-        work = (Work("optimizer", params=total, launches=len(numels)),)
+    fraction = optimizer.host_fraction if optimizer.state_tier == "host" else 0.0
+    away = [int(numel * fraction) for numel in numels]
+    here = total - sum(away)
+    if here:
+        work = (Work("optimizer", params=here, launches=len(numels)),)
         builder.add("adamw", "compute", "optimizer", "optimizer", work)
-    elif optimizer.update_on == "host":
-        _on_host(context, builder, total)
+    if not any(away):
+        return
+    if optimizer.update_on == "host":
+        _on_host(context, builder, sum(away))
     else:
-        _streamed(context, builder, numels)
+        _streamed(context, builder, away)
 
 
 def _on_host(context: Context, builder: Builder, total: int) -> None:

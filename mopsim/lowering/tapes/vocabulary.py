@@ -9,11 +9,10 @@ from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
 _C = "vocabulary"
 
 
-def loss(context: Context, builder: Builder, sharding: Sharding, deps: list[int]) -> int:
-    """Final norm, projection, cross entropy and their backward: leaves `dx`, frees the last boundary.
-    Returns the last op."""
+def loss(context: Context, builder: Builder, sharding: Sharding, place: int, deps: list[int]) -> int:
+    """Final norm, projection, cross entropy and their backward from the output of `place` layers: leaves
+    `dx`, frees that boundary. Returns the last op."""
     c, b = context, builder
-    layers = c.model.num_hidden_layers
     b.make("final", c.hidden)
     work = (Work("memory_bound", bytes=2.0 * c.hidden),)
     last = b.add("final_norm", "compute", _C, "forward", work, deps=deps)
@@ -24,7 +23,7 @@ def loss(context: Context, builder: Builder, sharding: Sharding, deps: list[int]
     b.make("dx", c.hidden)
     work = (Work("memory_bound", bytes=4.0 * c.hidden, launches=2),)
     last = b.add("final_norm", "compute", _C, "backward", work, deps=[last])
-    b.drop("dfinal", f"x{layers}")
+    b.drop("dfinal", f"x{place}")
     return last
 
 

@@ -1,0 +1,115 @@
+"""What a strategy says is simulated, whichever lowering plays it: no field is read by one and lost by
+another."""
+
+import msgspec
+import pytest
+
+from mopsim.engine import SimResult, simulate
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+
+B200 = load_profile("b200-sxm-192g")
+MIXTRAL = msgspec.structs.replace(load_model("mixtral_8x7b"), num_hidden_layers=4)
+FAMILIES = {
+    "mop": mop(8, experts=8, vocabulary=8, boundary_tier="device"),
+    "fsdp2": fsdp2(8, experts=8),
+    "megatron": megatron(8, tensor=2, experts=4),
+}
+
+
+def run(strategy: Strategy, model: ModelSpec = MIXTRAL) -> SimResult:
+    return simulate(model, B200, 1, strategy, TrainSpec(seq_len=4096, global_batch=32))
+
+
+def part(strategy: Strategy, name: str, **fields: object) -> Strategy:
+    """The strategy with fields of one component changed."""
+    changed = msgspec.structs.replace(getattr(strategy, name), **fields)
+    return msgspec.structs.replace(strategy, **{name: changed})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_and_four_bit_products_are_faster(family: str) -> None:
+    strategy = FAMILIES[family]
+    busy = {}
+    for matmul in ("compute", "fp8", "nvfp4"):
+        found = run(part(strategy, "precision", matmul=matmul)).busy
+        busy[matmul] = found["matmul"] + found["grouped_matmul"]
+    assert busy["nvfp4"] < 0.9 * busy["fp8"] < 0.9 * 0.8 * busy["compute"]  # loss and router stay as they are
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_that_predicts_further_costs_time_and_memory(family: str) -> None:
+    """One MTP layer beside four decoder layers, one more loss (a third of a layer), and a projection.
+
+    In 8 bits, so that one lowering plays both: mopexec's own schedules have no MTP layer.
+    """
+    further = msgspec.structs.replace(MIXTRAL, num_nextn_predict_layers=1)
+    strategy = part(FAMILIES[family], "precision", matmul="fp8")
+    plain, more = (run(strategy, model) for model in (MIXTRAL, further))
+    assert more.flops / plain.flops == pytest.approx(1.32, abs=0.03)
+    assert more.step_time > plain.step_time
+    assert more.resident_memory + more.host_memory > plain.resident_memory + plain.host_memory
+
+
+@pytest.mark.parametrize("update", ["host", "device"])
+@pytest.mark.parametrize("strategy", [zero_offload(8, experts=8), FAMILIES["mop"]], ids=["zero", "mop"])
+def test_a_part_of_the_optimizer_on_the_host_costs_a_part_of_its_time(
+    strategy: Strategy, update: str
+) -> None:
+    results = [
+        run(part(strategy, "optimizer", update_on=update, host_fraction=fraction))
+        for fraction in (0.0, 0.5, 1.0)
+    ]
+    copies = [result.busy.get("h2d", 0.0) + result.busy.get("host_optimizer", 0.0) for result in results]
+    assert copies[0] < copies[1] < copies[2]
+    assert copies[1] == pytest.approx(copies[2] / 2, rel=0.15)
+    assert results[0].step_time < results[1].step_time
+    held = [result.memory_by_category.get("optimizer", 0) for result in results]
+    assert held[0] > held[1] > held[2]
+
+
+def test_zero_2_keeps_parameters_until_the_backward_under_fsdp2() -> None:
+    """As mopexec runs it: resharding belongs to ZeRO-3."""
+    strategy = FAMILIES["fsdp2"]
+    three, two, kept = (
+        run(one)
+        for one in (
+            strategy,
+            part(strategy, "dense", zero=2),
+            part(strategy, "dense", reshard_after_forward=False),
+        )
+    )
+    assert two.peak_memory == kept.peak_memory > three.peak_memory
+    assert two.busy["all_gather"] == kept.busy["all_gather"] < three.busy["all_gather"]
+
+
+def test_hybrid_sharding_reduces_over_replicas_and_holds_more() -> None:
+    whole, hybrid = run(fsdp2(8, experts=1)), run(fsdp2(8, experts=1, dense_shard=4))
+    assert hybrid.resident_memory > whole.resident_memory
+    assert hybrid.busy["all_reduce"] > whole.busy["all_reduce"]
+    assert hybrid.busy["all_gather"] < whole.busy["all_gather"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_of_attention_costs_what_it_computes(family: str) -> None:
+    narrow = msgspec.structs.replace(MIXTRAL, sliding_window=512)
+    plain, less = (run(FAMILIES[family], model) for model in (MIXTRAL, narrow))
+    pairs = (512 * 4096 - 512 * 511 / 2) / (4096 * 4097 / 2)
+    assert less.busy["attention"] == pytest.approx(pairs * plain.busy["attention"], rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_narrow_moments_hold_less(family: str) -> None:
+    """Two bytes less for each of two moments of a parameter."""
+    strategy = FAMILIES[family]
+    wide, narrow = run(strategy), run(part(strategy, "precision", moments="bfloat16"))
+
+    def state(result: SimResult) -> int:
+        return result.memory_by_category.get("optimizer", 0) + result.host_by_category.get("optimizer", 0)
+
+    each = {"mop": 12, "megatron": 12, "fsdp2": 8}[family]
+    assert state(narrow) == pytest.approx(state(wide) * (each - 4) / each, rel=1e-3)
