@@ -11,6 +11,7 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.model_table import read_rows
 from mopsim.spec.outputs import check_outputs
 from mopsim.validate.components import predict_components
+from mopsim.validate.misses import markdown, missed_json, misses
 from mopsim.validate.output import to_json
 from mopsim.validate.run import Validation, validate_runs
 from mopsim.validate.tables import read_components, read_runs
@@ -32,7 +33,7 @@ def run(
                 read_runs(Path(runs)), table, jobs, lambda n, all_: status.update(f"simulated {n} of {all_}")
             )
     parts = predict_components(read_components(Path(components))) if components else []
-    grids = tables(validation, parts)
+    grids, missed = tables(validation, parts), misses(validation, parts)
     for grid in grids:
         console.print(_shown(grid))
     if out:
@@ -40,9 +41,10 @@ def run(
 
         for path in figures(Path(out), validation, parts):
             console.print(f"written {path}")
+        io.write_text(Path(out) / "misses.md", markdown(missed))
         io.write_text(Path(out) / "tables.md", "\n".join(grid.markdown() for grid in grids))
     if json:
-        io.write_json(json, to_json(validation, parts))
+        io.write_json(json, to_json(validation, parts) | missed_json(missed))
 
 
 def _shown(grid: Grid) -> Table:

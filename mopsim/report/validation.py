@@ -4,14 +4,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.axes import Axes
 
 from mopsim.report.style import SERIES, figure
 from mopsim.spec.units import UNITS
 from mopsim.validate.components import Predicted
-from mopsim.validate.output import GROUPS
+from mopsim.validate.output import GROUPS, MEASURES, selections
 from mopsim.validate.run import Validation
+from mopsim.validate.scoring import by_group, over_sources
 
 Points = list[tuple[float, float]]
 BAND = 0.1
@@ -34,14 +36,48 @@ def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) ->
         if times:
             path = folder / f"step_time_by_{group}.png"
             written.append(
-                _scatter(path, times, "seconds of a step", f"step time, calibrated out of sample, by {group}")
+                _scatter(path, times, "seconds of a step", finding(validation, "step_time_s", group, times))
             )
         if memory:
             path = folder / f"peak_memory_by_{group}.png"
-            written.append(_scatter(path, memory, "GiB at the peak", f"peak memory by {group}"))
+            title = finding(validation, "peak_memory_bytes", group, memory)
+            written.append(_scatter(path, memory, "GiB at the peak", title))
     if parts:
         written += _components(folder, parts)
     return written
+
+
+JUDGED = {
+    "step_time_s": ("step time, held out (bf16, fp16, A+B)", "bf16_fp16_AB"),
+    "peak_memory_bytes": ("peak memory (A+B)", "AB"),
+}
+"""Of each quantity: its name with the rows that its figure is stated for, and the selection of these."""
+
+
+def finding(validation: Validation, measure: str, group: str, groups: dict[str, Points]) -> str:
+    """The mean error of the rows that are judged, and how far the groups that are shown lie apart."""
+    name, selection = JUDGED[measure]
+    rows = selections(validation.scored)[selection]
+    found = over_sources(rows, MEASURES[measure])
+    if found is None:
+        return spread(f"{name} by {group}", groups)
+    count = len(by_group(rows, MEASURES[measure], GROUPS["source"]))
+    sources = f"{count} source{'s' if count > 1 else ''}"
+    head = f"{name}: {found.mape:.1%} mean error over {sources}, {found.p90:.1%} at the 90th percentile"
+    return f"{head}\n{spread(f'all rows by {group}', groups)}"
+
+
+def spread(name: str, groups: dict[str, Points]) -> str:
+    """The groups with the smallest and the largest mean error."""
+    means = sorted((_mean(points), key) for key, points in groups.items())
+    (least, best), (most, worst) = means[0], means[-1]
+    if len(means) == 1:
+        return f"{name}: {best} {least:.1%} mean error"
+    return f"{name}: mean error from {least:.1%} ({best}) to {most:.1%} ({worst})"
+
+
+def _mean(points: Points) -> float:
+    return fmean(abs(predicted / measured - 1) for measured, predicted in points)
 
 
 def _components(folder: Path, parts: Sequence[Predicted]) -> list[Path]:
@@ -51,7 +87,7 @@ def _components(folder: Path, parts: Sequence[Predicted]) -> list[Path]:
             metrics[one.component.metric][one.component.kind].append((one.component.value, one.predicted))
     chosen = {"latency_s": "seconds", "flops_per_s": "FLOP/s", "peak_memory_gib": "GiB"}
     return [
-        _scatter(folder / f"components_{metric}.png", metrics[metric], unit, f"components: {metric}")
+        _scatter(folder / f"components_{metric}.png", metrics[metric], unit, spread(metric, metrics[metric]))
         for metric, unit in chosen.items()
         if metrics.get(metric)
     ]
@@ -63,11 +99,10 @@ def _scatter(path: Path, groups: dict[str, Points], unit: str, title: str) -> Pa
     with figure(path, 8.5, 7) as (axis,):
         for index, (name, points) in enumerate(sorted(groups.items())):
             xs, ys = [p[0] for p in points], [max(p[1], 1e-12) for p in points]
-            error = sum(abs(y / x - 1) for x, y in points) / len(points)
             axis.scatter(
                 xs, ys, s=22, alpha=0.7, color=SERIES[index % len(SERIES)], marker="os^Dvx+"[index //
                 len(SERIES) % 7],
-                label=f"{name}: {len(points)}, {error:.0%}",
+                label=f"{name}: {len(points)}, {_mean(points):.0%}",
             )  # fmt: skip
         values = [value for points in groups.values() for pair in points for value in pair if value > 0]
         _diagonal(axis, min(values), max(values))

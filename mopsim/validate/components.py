@@ -28,12 +28,16 @@ predictions."""
 
 @dataclass(frozen=True)
 class Predicted:
-    """A component with its prediction in the row's unit, or the field and reason why there is none."""
+    """A component with its prediction in the row's unit, or the field and reason why there is none.
+
+    hardware: the profile it is predicted on.
+    """
 
     component: Component
     predicted: float | None
     field: str = ""
     reason: str = ""
+    hardware: HardwareProfile | None = None
 
     @property
     def error(self) -> float | None:
@@ -61,7 +65,8 @@ def _predict(component: Component) -> Predicted:
     except MopError as error:
         return Predicted(component, None, "gpu", str(error))
     try:
-        return Predicted(component, PREDICTORS[component.kind](component, hardware))
+        value = PREDICTORS[component.kind](component, hardware)
+        return Predicted(component, value, hardware=hardware)
     except InexpressibleError as error:
         return Predicted(component, None, error.field, error.reason)
     except MopError as error:

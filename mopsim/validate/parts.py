@@ -14,6 +14,7 @@ from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import UNITS
 from mopsim.strategies import fsdp2, mop
 from mopsim.validate.component import Component, InexpressibleError
+from mopsim.validate.makeup import Shares, of_spans, of_step
 
 GIB = UNITS["GiB"]
 LIBRARIES = 2 * 32 * 2**20
@@ -41,17 +42,21 @@ def _seconds(result: SimResult, component: str, phases: tuple[str, ...]) -> floa
 def optimizer_step(component: Component, hardware: HardwareProfile) -> float:
     """AdamW with fp32 state on the host: updated there, or streamed with the gradients through `slots`
     buckets."""
-    model = load_model(component.text("model"))
-    ranks = int(component.row.get("num_gpus") or 8)
-    streamed = "bucket_params" in component.params
-    groups = _tensor_groups(model, ranks, component.number("bucket_params")) if streamed else []
+    groups = _groups(component)
     if component.metric == "num_buckets":
         return float(len(groups))
     if component.metric == "largest_bucket_params":
         return float(max(groups))
     if component.metric == "staging_memory_gib":  # master, two moments and the gradient, fp32
         return component.number("slots") * max(groups) * 16 / GIB
-    if streamed:
+    return _seconds(_optimizer(component, hardware, groups), "optimizer", ("optimizer",))
+
+
+def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int]) -> SimResult:
+    """A step with the update on the host, or streamed in buckets of the mean size of `groups`."""
+    model = load_model(component.text("model"))
+    ranks = int(component.row.get("num_gpus") or 8)
+    if groups:
         strategy = mop(
             ranks, experts=ranks, bucket_params=round(sum(groups) / len(groups)),
             slots=int(component.number("slots")), boundary_tier="device",
@@ -63,8 +68,15 @@ def optimizer_step(component: Component, hardware: HardwareProfile) -> float:
         )
     else:
         strategy = mop(ranks, experts=ranks, state="host", boundary_tier="device")
-    result = _step(component, _plain(model), strategy, 4096, hardware)
-    return _seconds(result, "optimizer", ("optimizer",))
+    return _step(component, _plain(model), strategy, 4096, hardware)
+
+
+def _groups(component: Component) -> list[int]:
+    """Parameters of each bucket of a streamed update; none where the host updates."""
+    if "bucket_params" not in component.params:
+        return []
+    ranks = int(component.row.get("num_gpus") or 8)
+    return _tensor_groups(load_model(component.text("model")), ranks, component.number("bucket_params"))
 
 
 def _tensor_groups(model: ModelSpec, ranks: int, target: float) -> list[int]:
@@ -135,7 +147,6 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
     How the tokens of a step divide into sequences is not stated: taken as one. The source keeps two
     boundaries a layer but one; its blocks of pinned memory are torch's, rounded up to a power of two.
     """
-    model = load_model(component.text("model"))
     ranks = int(component.row.get("num_gpus") or 8)
     budget = component.number("host_budget_gib_per_rank")
     rows = component.number("tokens_per_step") / int(component.number("sp"))
@@ -148,15 +159,23 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
     }
     if component.metric in kept:
         return kept[component.metric] if budget else 0.0
+    if component.metric not in ("latency_s", "tokens_per_s_per_gpu"):
+        raise InexpressibleError("metric", "the program beside the step, and what NVML adds, are not stated")
+    result = _offloaded(component, hardware)
+    tokens = int(component.number("tokens_per_step")) // ranks * ranks
+    return result.step_time if component.metric == "latency_s" else tokens / result.step_time / ranks
+
+
+def _offloaded(component: Component, hardware: HardwareProfile) -> SimResult:
+    model = load_model(component.text("model"))
+    ranks = int(component.row.get("num_gpus") or 8)
+    budget = component.number("host_budget_gib_per_rank")
     strategy = mop(
         ranks, sequence=int(component.number("sp")), experts=int(component.number("ep")), state="device",
         boundary_tier="host" if budget else "device", host_budget=int(budget * GIB), vocabulary=ranks,
     )  # fmt: skip
     seq = int(component.number("tokens_per_step")) // ranks * ranks
-    if component.metric not in ("latency_s", "tokens_per_s_per_gpu"):
-        raise InexpressibleError("metric", "the program beside the step, and what NVML adds, are not stated")
-    result = _step(component, model, strategy, seq, hardware)
-    return result.step_time if component.metric == "latency_s" else seq / result.step_time / ranks
+    return _step(component, model, strategy, seq, hardware)
 
 
 def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
@@ -173,6 +192,21 @@ def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
         return end - min(span.start for span in forward)
     peak = max(size for time, size in result.memory_curve if time < end)
     return (peak + _beside(component)) / GIB
+
+
+def makeup(component: Component, hardware: HardwareProfile) -> Shares:
+    """What a predicted time of one of the parts is made of; nothing where it is not of a played program."""
+    if component.kind == "expert_dispatch":
+        spans = _expert_layer(component, _expert_strategy(component), hardware).spans
+        forward = component.text("pass") == "forward"
+        return of_spans(span for span in spans if span.phase == "forward" or not forward)
+    if component.kind == "optimizer_step":
+        spans = _optimizer(component, hardware, _groups(component)).spans
+        return of_spans(span for span in spans if span.component == "optimizer")
+    if component.kind == "checkpoint_offload":
+        result = _offloaded(component, hardware)
+        return of_step(result.step_time, result.exposed, result.busy)
+    return ()
 
 
 def _expert_strategy(component: Component) -> Strategy:

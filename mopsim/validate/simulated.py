@@ -14,6 +14,7 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Quantity
 from mopsim.spec.processes import pool
 from mopsim.validate.conventions import Reading
+from mopsim.validate.makeup import Shares, of_step
 from mopsim.validate.rows import Case
 
 KERNELS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
@@ -32,6 +33,7 @@ class Simulated:
 
     paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
     does not matter. idle_blocks, communication: bytes, see mopsim.engine.upper.
+    makeup: what the step is made of.
     """
 
     step_time: float = 0.0
@@ -43,6 +45,7 @@ class Simulated:
     fits: bool = True
     error: str = ""
     seconds: float = 0.0
+    makeup: Shares = ()
 
 
 Progress = Callable[[int, int], None]
@@ -64,7 +67,8 @@ def simulate_case(case: Case) -> Simulated:
     seconds = time.perf_counter() - began
     peak = result.peak_by_stage[-1] if case.conventions.last_stage else result.peak_memory
     idle, wires = (result.above_peak.get(cause, 0) for cause in ("idle pools", "communication"))
-    return Simulated(result.step_time, launches, paces, peak, idle, wires, result.fits, "", seconds)
+    made = of_step(result.step_time, result.exposed, result.busy)
+    return Simulated(result.step_time, launches, paces, peak, idle, wires, result.fits, "", seconds, made)
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:

@@ -1,0 +1,50 @@
+"""What a predicted time is made of, as shares that sum to 1: kinds of compute, and what it waits for."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from math import inf
+
+from mopsim.engine.record import Span
+
+Shares = tuple[tuple[str, float], ...]
+"""(kind, share of the time), largest first."""
+
+COMPUTE = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
+
+
+def of_step(step: float, exposed: Mapping[str, float], busy: Mapping[str, float]) -> Shares:
+    """Of a step in seconds: exposed seconds by kind; the rest divides over the kernels as their busy seconds
+    do."""
+    waits = {f"{kind} exposed": seconds for kind, seconds in exposed.items()}
+    rest = max(0.0, step - sum(exposed.values()))
+    kernels = {kind: busy.get(kind, 0.0) for kind in COMPUTE}
+    total = sum(kernels.values())
+    kinds = {kind: rest * seconds / total for kind, seconds in kernels.items()} if total else {}
+    return _shares(kinds | waits | ({} if total else {"compute": rest}))
+
+
+def of_spans(spans: Iterable[Span]) -> Shares:
+    """Of the time from the first start to the last end: components of the compute stream, and the other
+    streams that are at work while it is not."""
+    spans = list(spans)
+    edges = sorted({edge for span in spans for edge in (span.start, span.end)})
+    found: dict[str, float] = defaultdict(float)
+    for start, end in pairwise(edges):
+        running = {span.stream: span for span in spans if span.start <= start and span.end >= end}
+        if "compute" in running:
+            found[running["compute"].component] += end - start
+        else:
+            found[f"{'+'.join(sorted(running))} exposed" if running else "idle"] += end - start
+    return _shares(found)
+
+
+def words(shares: Shares, most: int = 4) -> str:
+    """The largest kinds, as 'compute 61 %, all_to_all exposed 20 %'."""
+    return ", ".join(f"{kind} {share:.0%}" for kind, share in shares[:most] if share >= 0.01)
+
+
+def _shares(seconds: Mapping[str, float]) -> Shares:
+    total = sum(seconds.values()) or inf
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return tuple((kind, value / total) for kind, value in ordered if value > 0.0)

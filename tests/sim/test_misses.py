@@ -1,0 +1,101 @@
+"""Rows beyond their tolerance: which, what their prediction is made of, and whose cause they are."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mopsim.cli import app
+from mopsim.engine.record import Span
+from mopsim.report.validation import finding, spread
+from mopsim.validate.components import predict_components
+from mopsim.validate.makeup import of_spans, of_step, words
+from mopsim.validate.misses import UNKNOWN, Cause, load_causes, markdown, misses
+from mopsim.validate.run import Validation
+
+LAYER = {
+    "ep": 8, "expert_hidden": 4096, "hidden": 4096, "num_experts": 128, "pass": "forward", "top_k": 4,
+    "precision": "bf16", "tokens_per_rank": 32768, "routing": "balanced",
+}  # fmt: skip
+
+
+def _part(value: float, metric: str = "latency_s", system: str = "standard EP") -> dict[str, str]:
+    return {
+        "component": "expert_dispatch", "system": system, "gpu": "h200-sxm-141g", "num_gpus": "8",
+        "params": json.dumps(LAYER), "metric": metric, "value": str(value), "outcome": "ok",
+    }  # fmt: skip
+
+
+def test_only_what_is_beyond_its_tolerance_is_listed() -> None:
+    near, far = predict_components([_part(0.036), _part(0.05)])
+    assert [miss.measured for miss in misses(Validation([]), [near, far])] == [0.05]
+    memory = predict_components([_part(21.5, "peak_memory_gib"), _part(19.0, "peak_memory_gib")])
+    (miss,) = misses(Validation([]), memory)
+    assert (miss.quantity, miss.measured) == ("component_memory", 19.0)
+
+
+def test_a_miss_says_what_its_prediction_is_made_of() -> None:
+    (miss,) = misses(Validation([]), predict_components([_part(0.1)]))
+    assert sum(share for _, share in miss.makeup) == pytest.approx(1.0)
+    assert miss.makeup[0][0] == "experts"
+    assert dict(miss.makeup)["scale_up exposed"] > 0.05
+    assert miss.cause == "dispatch-kernels"
+
+
+def test_makeup_of_a_step_is_its_waits_and_its_kernels() -> None:
+    made = dict(of_step(10.0, {"all_to_all": 2.0, "host": 1.0}, {"matmul": 6.0, "memory_bound": 2.0}))
+    assert made == pytest.approx(
+        {"matmul": 0.525, "memory_bound": 0.175, "all_to_all exposed": 0.2, "host exposed": 0.1}
+    )
+    spans = [
+        Span("compute", "a", "experts", "forward", 0.0, 1.0), Span("scale_up", "b", "x", "forward", 0.5, 3.0),
+        Span("compute", "c", "experts", "forward", 3.0, 4.0),
+    ]  # fmt: skip
+    assert dict(of_spans(spans)) == pytest.approx({"experts": 0.5, "scale_up exposed": 0.5})
+    assert words((("experts", 0.5), ("wait", 0.001))) == "experts 50%"
+
+
+def test_causes_are_told_apart_by_pattern_quantity_and_sign() -> None:
+    cause = Cause("slow", {"source": "a*", "tp": "[48]"}, "why", "what", ("step_time",), "-")
+    row = {"source": "abc", "tp": "8"}
+    assert cause.fits("step_time", -0.2, row)
+    assert not cause.fits("step_time", 0.2, row)
+    assert not cause.fits("peak_memory", -0.2, row)
+    assert not cause.fits("step_time", -0.2, row | {"tp": "16"})
+    assert not cause.fits("step_time", -0.2, {"source": "abc"})
+
+
+def test_causes_have_names_of_their_own_and_say_what_is_needed() -> None:
+    causes = load_causes()
+    assert len({cause.id for cause in causes} | {UNKNOWN}) == len(causes) + 1
+    assert all(cause.where and cause.cause.endswith(".") and cause.needed.endswith(".") for cause in causes)
+
+
+def test_what_has_no_cause_is_counted(tmp_path: Path) -> None:
+    path, out = tmp_path / "components.csv", tmp_path / "json"
+    row = _part(0.2) | {"gpu": "h100-sxm-80g"}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    command = ["validate", "--components", str(path), "--json", str(out), "--out", str(tmp_path / "report")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (miss,) = json.loads(out.read_text())["misses"]
+    assert json.loads(out.read_text())["misses_by_cause"] == {miss["cause"]: 1}
+    page = (tmp_path / "report" / "misses.md").read_text()
+    assert page.startswith("# Every row beyond its tolerance\n\n1 misses, 0 of them not explained.")
+    assert "latency_s routing=balanced pass=forward" in page
+    strange = predict_components([_part(0.2)])
+    assert "1 of them not explained" in markdown(
+        [replace(miss, cause=UNKNOWN) for miss in misses(Validation([]), strange)]
+    )
+
+
+def test_a_figure_is_titled_by_its_finding() -> None:
+    groups = {"a": [(1.0, 1.1)], "b": [(2.0, 1.0), (1.0, 1.0)]}
+    assert spread("step time", groups) == "step time: mean error from 10.0% (a) to 25.0% (b)"
+    assert finding(Validation([]), "step_time_s", "gpu", {"a": [(1.0, 1.1)]}).endswith("a 10.0% mean error")
