@@ -1,7 +1,7 @@
 """Seconds of collectives and host transfers."""
 
 from mopsim.lowering.workload import Work
-from mopsim.spec.hardware import CollectiveCurve, HardwareProfile
+from mopsim.spec.hardware import CollectiveCurve, Fabric, HardwareProfile
 
 
 def _seconds(curve: CollectiveCurve, ranks: float, wire: float) -> float:
@@ -15,6 +15,20 @@ def _inside(kind: str, profile: HardwareProfile, ranks: int, wire: float) -> flo
     if kind == "send_recv":
         return _seconds(curve, 1, wire / profile.peer_share)
     return _seconds(curve, ranks, wire / min(1.0, (ranks - 1) * profile.peer_share))
+
+
+def _crossing(kind: str, fabric: Fabric, domains: float) -> float:
+    """How many times as long bytes between `domains` neighbouring domains take for the spine's sake.
+
+    All-to-all: every NIC sends (domains - leaf) / (domains - 1) of its bytes to other leaves, which share
+    1 / oversubscription of the leaf's bandwidth. Rings and sends to a neighbour: one domain of a leaf sends
+    outside.
+    """
+    leaf = fabric.domains_per_leaf
+    if domains <= leaf:
+        return 1.0
+    share = (domains - leaf) / (domains - 1) if kind == "all_to_all" else 1 / leaf
+    return max(1.0, fabric.oversubscription * share)
 
 
 def collective(work: Work, profile: HardwareProfile) -> float:
@@ -31,11 +45,14 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     intra = work.group.intra
     domains = n / intra
     out = profile.scale_out.collectives[work.kind]
+    crossing = _crossing(work.kind, profile.scale_out, domains)
     factor = 2.0 if work.kind == "all_reduce" else 1.0
     launches = max(work.launches, 1)
     if work.kind == "send_recv":
         size = size / launches
-        return launches * (_inside(work.kind, profile, n, size) if intra == n else _seconds(out, 1, size))
+        return launches * (
+            _inside(work.kind, profile, n, size) if intra == n else _seconds(out, 1, size * crossing)
+        )
     size = size / launches
     if work.group.choices:
         return launches * _deduplicated(work, profile, size / work.group.choices)
@@ -46,7 +63,7 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     else:
         inside = factor * size * (intra - 1) / intra
         outside = factor * size / intra * (domains - 1) / domains
-    slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside)
+    slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside * crossing)
     return launches * max(slow, _inside(work.kind, profile, intra, inside) if intra > 1 else 0.0)
 
 
@@ -63,7 +80,8 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     wanted = once * (n - 1) * (1 - (1 - 1 / n) ** k)
     if intra == n:
         return _inside("all_to_all", profile, n, wanted)
-    outside = _seconds(out, domains, once * (domains - 1) * (1 - (1 - 1 / domains) ** k))
+    sent = once * (domains - 1) * (1 - (1 - 1 / domains) ** k)
+    outside = _seconds(out, domains, sent * _crossing("all_to_all", profile.scale_out, domains))
     inside = wanted * (intra - 1) / intra
     return max(outside, _inside("all_to_all", profile, intra, inside) if intra > 1 else 0.0)
 

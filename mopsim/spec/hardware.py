@@ -145,14 +145,22 @@ class Fabric(Spec, frozen=True, kw_only=True):
 
     topology: `switch`, where a rank sends all of its bandwidth to any peer; `mesh`, where it has a link to
     each peer of its domain: peak and curves are those of all its links together (HardwareProfile.peer_share).
+    oversubscription, of scale_out: bandwidth of the NICs under a leaf switch over that of its links to the
+    spine; 1: the fabric blocks nowhere. domains_per_leaf: scale-up domains that reach each other through one
+    leaf: few where a leaf takes all NICs of a node, as many as it has ports where it takes one of each node
+    (rail-optimised; what is for another rail moves inside the domain first, as NCCL's PXN does).
     """
 
     peak: Quantity
     topology: Literal["switch", "mesh"] = "switch"
+    oversubscription: float = 1.0
+    domains_per_leaf: int = 1
     collectives: dict[str, CollectiveCurve]
 
     def __post_init__(self) -> None:
         require_dimension(self, "bandwidth", "peak")
+        require_between(self, 1, 100, "oversubscription")
+        require_between(self, 1, 2**16, "domains_per_leaf")
         for name in self.collectives:
             require(name in COLLECTIVES, "collectives", name, f"is not one of {', '.join(COLLECTIVES)}")
         for name in COLLECTIVES:
@@ -315,6 +323,12 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
             "scale_up.topology",
             self.scale_up.topology,
             "needs a scale_up_size above 1",
+        )
+        require(
+            self.scale_up.oversubscription == 1,
+            "scale_up.oversubscription",
+            self.scale_up.oversubscription,
+            "must be 1: only scale_out has leaves and a spine",
         )
         require(
             0 <= self.communication_share <= 1,

@@ -127,3 +127,26 @@ def test_corrections_scale_and_add_per_op() -> None:
     )
     work = Work("memory_bound", bytes=1e9, launches=3)
     assert seconds(work, fixed) == pytest.approx(2 * raw_seconds(work, TOY) + 3e-3)
+
+
+def test_an_oversubscribed_spine_slows_what_crosses_it() -> None:
+    """64 ranks in 8 domains, 2 domains a leaf, 4:1: a quarter for 6 of 7 all-to-all bytes."""
+    plain = machine()
+
+    def time(kind: str, leaf: int, choices: int = 0) -> float:
+        out = msgspec.structs.replace(plain.scale_out, oversubscription=4.0, domains_per_leaf=leaf)
+        profile = msgspec.structs.replace(plain, scale_out=out)
+        work = Work(kind, bytes=64e9, group=Group(64, 8, choices))
+        return seconds(work, profile) / seconds(work, plain)
+
+    assert time("all_to_all", 2) == pytest.approx(4 * 6 / 7)
+    assert time("all_to_all", 2, choices=8) == pytest.approx(4 * 6 / 7)
+    assert time("all_gather", 2) == pytest.approx(2)  # one of two domains of a leaf sends outside
+    assert time("all_gather", 4) == 1
+    assert time("all_to_all", 8) == 1  # rail-optimised: all of them under one leaf
+
+
+def test_only_the_network_between_domains_is_oversubscribed() -> None:
+    up = msgspec.structs.replace(machine().scale_up, oversubscription=2.0)
+    with pytest.raises(SpecError, match=r"scale_up.oversubscription: 2.0 must be 1"):
+        msgspec.structs.replace(machine(), scale_up=up)
