@@ -55,6 +55,7 @@ def _experts(plan: Plan) -> Iterator[Gap]:
     s, e = plan.strategy, plan.strategy.experts
     yield from only((1,), "experts.tensor", e.tensor, "is not in DeepSpeed")
     yield from only(("all_to_all",), "experts.dispatch", e.dispatch, "is not in DeepSpeed")
+    yield from only((False,), "experts.mapped", e.mapped, "is not in DeepSpeed")
     if plan.model.num_local_experts and e.shard != s.expert_replicas and s.dense.zero:
         yield Gap("experts.shard", e.shard, f"is not the {s.expert_replicas} replicas of an expert")
     if e.degree == 1:

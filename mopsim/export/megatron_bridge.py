@@ -145,7 +145,8 @@ def _model(plan: Plan) -> dict[str, Any]:
             "expert_tensor_parallel_size": s.experts.tensor,
         }
         if s.experts.dispatch == "deduplicated":
-            found |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
+            backend = "hybridep" if s.experts.mapped else "deepep"
+            found |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
         else:
             found["moe_token_dispatcher_type"] = "alltoall"
     recompute = s.activations.recompute

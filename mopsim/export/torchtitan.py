@@ -32,6 +32,7 @@ def gaps(plan: Plan) -> Iterator[Gap]:
     """Fields of a plan that v0.2.2 has no words for."""
     s, name = plan.strategy, "TorchTitan"
     yield from common(plan, name)
+    yield from only((False,), "experts.mapped", s.experts.mapped, f"is not mapped to {name}")
     if plan.model.name not in MODELS:
         yield Gap("model.name", plan.model.name, f"is not a model that {name} has a flavor of")
     yield from only((3,), "dense.zero", s.dense.zero, f"is not in {name}: fully_shard shards everything")

@@ -83,6 +83,8 @@ class Experts(Spec, frozen=True, kw_only=True):
     the mean or more (LLEP, arXiv 2601.17111: alpha, m, lambda).
     dispatch: `all_to_all` sends a token once for each expert; `deduplicated` once to a rank and once to
     another scale-up domain, however many of its experts are there (DeepEP, HybridEP).
+    mapped: before a dispatch, every rank gets which experts each row of the group has chosen, a byte for each
+    expert and row, and reads what it will receive from it (HybridEP).
     looped: the host starts products and casts expert by expert (Transformer Engine's GroupedLinear), not one
     kernel for all.
     """
@@ -99,6 +101,7 @@ class Experts(Spec, frozen=True, kw_only=True):
     min_rows: int = 1024
     threshold: float = 1.0
     dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
+    mapped: bool = False
     looped: bool = False
     order: Order = "contiguous"
     param_tier: Tier = "device"
@@ -275,6 +278,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
             "vocabulary.chunk_tokens",
             self.vocabulary.chunk_tokens,
             "must be at least 1 for a chunked loss",
+        )
+        require(
+            self.experts.dispatch == "deduplicated" or not self.experts.mapped,
+            "experts.mapped",
+            self.experts.mapped,
+            "needs experts.dispatch deduplicated",
         )
         require(
             self.vocabulary.fused or not self.vocabulary.upcast,

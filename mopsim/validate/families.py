@@ -98,6 +98,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             shard=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
             plain=plain,
             dispatch="deduplicated" if recipes.deduplicates(row) else "all_to_all",
+            mapped=recipes.hybrid(row),
             looped=kind == "megatron" and model.num_local_experts > 0 and not recipes.whole_step(row),
         ),
         vocabulary=_vocabulary(row, degrees, facts.fused_loss, model),

@@ -63,11 +63,16 @@ HYBRID_SMS = 32
 scripts/performance/utils/overrides.py: moe_hybridep_num_sms)."""
 
 
+def hybrid(row: Row) -> bool:
+    """Whether HybridEP exchanges the rows of experts; the other kernels of `deduplicates` are DeepEP's."""
+    deep = row.get("dispatcher") == "deepep" or not row["source"].startswith("megatron-bridge")
+    return deduplicates(row) and not deep
+
+
 def communication_share(row: Row, share: float) -> float:
     """Part of the SMs that the exchanges of the experts take from what runs beside them, where it is not the
     profile's `share`."""
-    deep = row.get("dispatcher") == "deepep" or not row["source"].startswith("megatron-bridge")
-    if deep or not deduplicates(row):
+    if not hybrid(row):
         return share
     return HYBRID_SMS / (HOPPER_SMS if row["gpu"].startswith("h") else BLACKWELL_SMS)
 

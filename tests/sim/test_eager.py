@@ -7,6 +7,9 @@ from mopsim.engine import simulate
 from mopsim.layers.eager import NORM, NORM_BACKWARD, composed, traffic
 from mopsim.layers.layer import decoder_layer
 from mopsim.layers.shapes import Shapes
+from mopsim.lowering import lower
+from mopsim.lowering.workload import Work
+from mopsim.spec.errors import SpecError
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Unfused
 from mopsim.spec.training import TrainSpec
@@ -75,6 +78,31 @@ def test_a_row_goes_once_to_a_rank_however_many_of_its_choices_lie_there() -> No
 
     even, uneven = 1 - (3 / 4) ** 2, 1 - (3 / 4) ** 4  # 50 % to one expert of four: twice the mean
     assert exchanged("50/1") / exchanged("balanced") == pytest.approx(uneven / even, rel=0.01)
+
+
+def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> None:
+    plan = megatron(4, experts=4)
+    training = TrainSpec(seq_len=64, global_batch=plan.data_groups * plan.micro_batch)
+
+    def works(mapped: bool) -> list[Work]:
+        experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated", mapped=mapped)
+        changed = msgspec.structs.replace(plan, experts=experts)
+        program = lower(small(), changed, training, 8).programs[0]
+        assert all(op.work[-1].kind == "all_to_all" for op in program.ops if op.name == "dispatch")
+        return [work for op in program.ops if op.name == "dispatch" for work in op.work[:-1]]
+
+    model, found = small(), works(True)
+    assert works(False) == []
+    assert [work.kind for work in found] == ["all_gather", "memory_bound"] * model.num_moe_layers
+    assert {work.bytes for work in found} == {4.0 * 64 * model.num_local_experts}
+
+
+def test_a_mapped_dispatch_needs_one_that_goes_once_to_a_rank() -> None:
+    plan = megatron(4, experts=4)
+    with pytest.raises(SpecError, match=r"experts\.mapped"):
+        msgspec.structs.replace(plan, experts=msgspec.structs.replace(plan.experts, mapped=True)).check_model(
+            small()
+        )
 
 
 def test_a_fixed_order_slows_attention_backward() -> None:

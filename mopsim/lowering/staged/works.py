@@ -51,12 +51,25 @@ def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
             return ()
         if group.choices:  # of the rows that the busiest rank gets: kernel.bytes holds each once a choice
             group = replace(group, choices=kernel.bytes / context.hidden)
-        return (Work(kind, bytes=size, launches=launches, group=group),) if group.size > 1 else ()
+        if group.size == 1:
+            return ()
+        work = Work(kind, bytes=size, launches=launches, group=group)
+        mapped = kernel.name == "dispatch" and forward and context.strategy.experts.mapped
+        return (*_map(context, group), work) if mapped else (work,)
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     indexed = kernel.indexed and "experts" in context.strategy.unfused
     work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed)
     return (work,) if size or launches else ()
+
+
+def _map(context: Context, group: Group) -> tuple[Work, ...]:
+    """The choices of all rows of a group, gathered and read (see Experts.mapped)."""
+    size = float(group.size * context.tokens * context.model.num_local_experts)
+    return (
+        Work("all_gather", bytes=size, group=replace(group, choices=0.0)),
+        Work("memory_bound", bytes=size),
+    )
 
 
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
