@@ -1,0 +1,88 @@
+"""Properties of steps of many programs: bounds of time, bandwidth, and what one stage sends another gets."""
+
+import msgspec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mopsim.cost import seconds
+from mopsim.engine import run
+from mopsim.lowering import lower
+from mopsim.lowering.workload import Op
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+from tests.sim.toys import machine, small
+
+MODEL = small(num_hidden_layers=8)
+CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def strategies(draw: st.DrawFn) -> Strategy:
+    """Megatron under any split that fits the small model, any schedule, any recomputation."""
+    stages = draw(st.sampled_from([1, 2, 4]))
+    schedule = draw(st.sampled_from(["1f1b", "zero_bubble", "interleaved"]))
+    several = schedule == "interleaved" and stages > 1
+    tensor, sequence = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
+    strategy = megatron(
+        8 * stages, pipeline=stages, virtual_stages=2 if several else 1, tensor=tensor, sequence=sequence,
+        experts=draw(st.sampled_from([1, 4])), expert_tensor=draw(st.sampled_from([1, 2])),
+        recompute=draw(st.sampled_from(["none", "selective", "full"])),
+    )  # fmt: skip
+    pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule if stages > 1 else "1f1b")
+    exchange = draw(st.sampled_from(["ring", "all_gather", "ulysses"]))
+    attention = msgspec.structs.replace(strategy.attention, exchange=exchange)
+    overlap = msgspec.structs.replace(strategy.overlap, pipeline=draw(st.booleans()))
+    return msgspec.structs.replace(strategy, pipeline=pipeline, attention=attention, overlap=overlap)
+
+
+def step(strategy: Strategy, **bandwidth: float) -> tuple[float, float, float]:
+    """(longest stream of any rank or critical path of one, simulated step, serial sum over all programs)."""
+    training = TrainSpec(seq_len=256, global_batch=4 * strategy.data_groups)
+    profile = machine(**bandwidth)
+    workload = lower(MODEL, strategy, training, 8, expand=True)
+    found = run(workload, MODEL, profile, strategy, training).step_time
+    low = total = 0.0
+    for program in workload.programs:
+        ends: list[float] = []
+        streams: dict[str, float] = {}
+        for op in program.ops:
+            spent = sum(seconds(work, profile) for work in op.work)
+            ends.append(max((ends[dep] for dep in op.deps), default=0.0) + spent)
+            streams[op.stream] = streams.get(op.stream, 0.0) + spent
+            total += spent
+        low = max(low, max(ends), *streams.values())
+    return low, found, total
+
+
+@CASES
+@given(strategies())
+def test_between_the_longest_rank_and_the_serial_sum(strategy: Strategy) -> None:
+    low, found, total = step(strategy)
+    assert low * (1 - 1e-9) <= found <= total * (1 + 1e-9)
+
+
+@CASES
+@given(strategies())
+def test_more_bandwidth_is_never_slower(strategy: Strategy) -> None:
+    assert step(strategy, scale_up=300, scale_out=30)[1] <= step(strategy)[1] * (1 + 1e-9)
+
+
+@CASES
+@given(strategies())
+def test_what_a_stage_sends_another_receives(strategy: Strategy) -> None:
+    training = TrainSpec(seq_len=256, global_batch=4 * strategy.data_groups)
+    programs = lower(MODEL, strategy, training, 8, expand=True).programs
+    met: dict[str, list[tuple[int, Op]]] = {}
+    for program in programs:
+        for op in program.ops:
+            if op.rendezvous and op.name.startswith(("send", "receive")):
+                met.setdefault(op.rendezvous, []).append((program.stage, op))
+    parts = strategy.pipeline.degree * strategy.pipeline.virtual_stages
+    assert len(met) == 2 * training.num_microbatches(strategy) * (parts - 1)
+    for ops in met.values():
+        (_, one), (_, other) = ops
+        assert {one.name.split()[0], other.name.split()[0]} == {"send", "receive"}
+        assert one.work == other.work
+        assert sum(size for _, size in (*one.net, *other.net)) == 0
+        assert len({stage for stage, _ in ops}) == 2
