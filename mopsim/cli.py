@@ -62,7 +62,7 @@ def search(
         bool, typer.Option("--any", help="also strategies and models that mopexec does not run yet")
     ] = False,
     risk: Annotated[
-        bool, typer.Option("--risk", help="rank plans within 4 % of a memory limit like the others")
+        bool, typer.Option("--risk", help="rank plans at risk (an upper bound of memory over its limit) too")
     ] = False,
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement
 from mopsim.commands.inputs import human
+from mopsim.report.terminal import table
 from mopsim.spec import io
 from mopsim.spec.outputs import check_outputs
 from mopsim.spec.profiles import load_profile
@@ -31,12 +32,11 @@ def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -
 
 def residuals(result: CalibrationResult) -> Table:
     """Measured and predicted seconds by kind of work and run."""
-    table = Table(title="seconds of one step, predicted against measured", title_justify="left")
-    for name in ("run", "kind", "measured", "before", "after", "held out"):
-        table.add_column(name, justify="left" if name in ("run", "kind") else "right")
+    names = ("measured", "before", "after", "held out")
+    shown = table("seconds of one step, predicted against measured", ("run", "kind"), names)
     for row in result.residuals:
         held = "" if row.held_out is None else f"{row.error(row.held_out):+.0%}"
         cells = (f"{row.error(row.before):+.0%}", f"{row.error(row.after):+.0%}", held)
         style = "bold" if row.kind == "step" else None
-        table.add_row(row.run, row.kind, format_seconds(row.measured), *cells, style=style)
-    return table
+        shown.add_row(row.run, row.kind, format_seconds(row.measured), *cells, style=style)
+    return shown

@@ -48,6 +48,11 @@ def run(
         console.print(f"Winner: {describe(found.top[0].strategy)}")
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses"))
+    plain = [name for name in chosen if name not in DEFAULT_FAMILIES]
+    if plain:
+        console.print(
+            f"{', '.join(plain)}: planned only, mopexec does not run these (mopsim export writes them)"
+        )
     ending = "no candidate left out can beat these" if found.proven else "the budget of simulations ended it"
     ending = f"; {ending}" if found.top else ""
     rate = found.bounded / max(found.bound_seconds, 1e-9)

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mopsim.commands.inputs import human
+from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
@@ -27,10 +28,13 @@ def run(
     console = human(json)
     validation = Validation([])
     if runs:
-        table = read_rows(Path(models)) if models else {}
+        networks = read_rows(Path(models)) if models else {}
         with console.status("simulating") as status:
             validation = validate_runs(
-                read_runs(Path(runs)), table, jobs, lambda n, all_: status.update(f"simulated {n} of {all_}")
+                read_runs(Path(runs)),
+                networks,
+                jobs,
+                lambda n, all_: status.update(f"simulated {n} of {all_}"),
             )
     parts = predict_components(read_components(Path(components))) if components else []
     grids, missed = tables(validation, parts), misses(validation, parts)
@@ -48,11 +52,7 @@ def run(
 
 
 def _shown(grid: Grid) -> Table:
-    table = Table(title=grid.title, title_justify="left")
-    for name in grid.left:
-        table.add_column(name)
-    for name in grid.right:
-        table.add_column(name, justify="right")
+    found = table(grid.title, grid.left, grid.right)
     for row in grid.rows:
-        table.add_row(*row)
-    return table
+        found.add_row(*row)
+    return found

@@ -29,8 +29,8 @@ class Tally:
 
 
 class Record:
-    """One rank's run. Seconds of the compute stream are booked on components; its waits on what it waited
-    for."""
+    """One rank's run. Seconds of the compute stream are booked on components; its waits on what ran meanwhile
+    and was waited for, so that no collective or copy is exposed longer than it is busy."""
 
     def __init__(self, keep_spans: bool) -> None:
         self.tallies: dict[int, Tally] = defaultdict(Tally)
@@ -39,13 +39,16 @@ class Record:
         self.compute_end = 0.0
         self.end = 0.0
 
-    def waited(self, op: Op, blamed: Op, seconds: float) -> None:
-        """The compute stream stood still before `op` because `blamed` had not ended."""
+    def waited(self, op: Op, seconds: float) -> None:
+        """The compute stream stood still before `op`; `blame` says for what."""
         if seconds > 0.0:
-            tally = self.tallies[op.microbatch]
-            kind = blamed.work[0].kind if blamed.work else "dependency"
-            tally.exposed[kind] += seconds
-            tally.component[op.component] += seconds
+            self.tallies[op.microbatch].component[op.component] += seconds
+
+    def blame(self, op: Op, seconds: float, kind: str = "") -> None:
+        """`op` (or what `kind` says) was what the compute stream stood still for."""
+        if seconds > 0.0:
+            kind = kind or (op.work[0].kind if op.work else "dependency")
+            self.tallies[op.microbatch].exposed[kind] += seconds
 
     def idle(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op` because the host had not issued it."""

@@ -54,13 +54,19 @@ class Rank:
         )
         self.meetings, self.host = meetings, host
         self.done = [False] * len(program.ops)
+        self.starts, self.ends = [0.0] * len(program.ops), [0.0] * len(program.ops)
+        self.before = [-1] * len(program.ops)
+        """The op that the same stream runs before each."""
         self.waiting: dict[int, simpy.Event] = {}
-        self.share, self.talking = share, 0
+        self.share = share
+        self.talking: list[Op] = []
         self.remaining, self.since, self.version = 0.0, 0.0, 0
         self.finish: simpy.Event | None = None
         streams: dict[str, list[Op]] = {}
         for op in program.ops:
-            streams.setdefault(op.stream, []).append(op)
+            earlier = streams.setdefault(op.stream, [])
+            self.before[op.index] = earlier[-1].index if earlier else -1
+            earlier.append(op)
         for name, ops in streams.items():
             env.process(self.run(name, ops))
 
@@ -74,8 +80,9 @@ class Rank:
                 if not done[dep]:
                     before = env.now
                     yield self.wait_for(dep)
-                    if compute:
-                        record.waited(op, self.program.ops[dep], env.now - before)
+                    if compute and env.now > before:
+                        record.waited(op, env.now - before)
+                        self.blame(dep, before, env.now)
             if host is not None:
                 before = env.now
                 if not host.knows(op.index):
@@ -89,17 +96,18 @@ class Rank:
                 before = env.now
                 yield self.meetings[op.rendezvous].arrive()
                 if compute:
-                    record.waited(op, op, env.now - before)
-            start = env.now
+                    record.waited(op, env.now - before)
+                    record.blame(op, env.now - before, "peers")
+            start = self.starts[op.index] = env.now
             ledger.start(op, start)
             duration = self.durations[op.index]
             if duration > 0.0:
                 if compute and self.share > 0.0:
                     yield self.compute(duration)
                 elif talks and self.share > 0.0:
-                    self.communicate(+1, op)
+                    self.communicate(op, begins=True)
                     yield env.timeout(duration)
-                    self.communicate(-1, op)
+                    self.communicate(op, begins=False)
                 else:
                     yield env.timeout(duration)
             if host is not None:
@@ -113,6 +121,7 @@ class Rank:
             ledger.end(op, env.now)
             record.ended(op, ready, start, env.now, compute)
             done[op.index] = True
+            self.ends[op.index] = env.now
             event = self.waiting.pop(op.index, None)
             if event is not None:
                 event.succeed()
@@ -130,16 +139,37 @@ class Rank:
         self._schedule()
         return self.finish
 
-    def communicate(self, change: int, op: Op) -> None:
+    def blame(self, index: int, since: float, until: float) -> None:
+        """Book the compute stream's wait for op `index`, backwards in time: while that op ran, on it; before,
+        on what it waited for itself. Where that was nothing of this rank: on its peers if they met,
+        else on the host."""
+        ops, record, ends = self.program.ops, self.record, self.ends
+        while until > since:
+            op = ops[index]
+            start = max(self.starts[index], since)
+            late = min(until, max(self.starts[index] + self.durations[index], start))
+            record.blame(op, until - late, "host")
+            record.blame(op, late - start)
+            until = start
+            earlier = (*op.deps, self.before[index]) if self.before[index] >= 0 else op.deps
+            index = max(earlier, key=ends.__getitem__, default=-1)
+            over = max(ends[index], since) if index >= 0 else since
+            record.blame(op, until - over, "peers" if op.rendezvous else "host")
+            until = over
+
+    def communicate(self, op: Op, *, begins: bool) -> None:
         """A collective begins or ends: settle what compute has done, then go on at the new rate."""
         if self.finish is not None:
             passed = self.env.now - self.since
             rate = self._rate()
             self.remaining -= passed * rate
             self.since = self.env.now
-            if rate < 1.0:
-                self.record.stolen(op, passed * (1.0 - rate))
-        self.talking += change
+            if self.talking:
+                self.record.stolen(self.talking[0], passed * (1.0 - rate))
+        if begins:
+            self.talking.append(op)
+        else:
+            self.talking.remove(op)
         if self.finish is not None:
             self._schedule()
 

@@ -3,19 +3,15 @@
 from collections.abc import Sequence
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from mopsim.report.tables import describe
+from mopsim.report.terminal import table
 from mopsim.size.finder import Point, Sizing
 from mopsim.spec.units import format_bytes, format_seconds
 
-COLUMNS = (
-    "machine", "nodes", "devices", "days", "cost", "device-hours", "energy", "step", "tokens/s", "MFU",
-    "memory free", "host free",
-)  # fmt: skip
-"""days: wall clock. energy: `>` where hosts are not counted. memory free, host free: below the limit of a
-device, and of its share of the host."""
+COLUMNS = ("machine", "nodes", "devices", "days", "cost", "energy", "MFU")
+"""days: wall clock. energy: `>` where hosts are not counted."""
 
 
 def row(point: Point) -> list[str]:
@@ -29,14 +25,26 @@ def row(point: Point) -> list[str]:
         f"{point.num_devices:,}",
         f"{bill.days:,.1f}",
         "-" if bill.cost is None else format_dollars(bill.cost),
-        f"{bill.device_hours:,.0f}",
         _energy(point),
-        format_seconds(result.step_time),
-        f"{result.tokens_per_second:,.0f}",
         f"{result.mfu:.1%}",
-        _headroom(result.memory_limit, result.peak_memory),
-        _headroom(result.host_limit, result.host_memory),
     ]
+
+
+def _details(point: Point) -> str:
+    """What the columns have no room for. Free: of a device below the limit, of a rank's share of the host."""
+    result, bill, training = point.result, point.figures, point.training
+    assert result is not None
+    assert bill is not None
+    tokens = training.global_batch * training.seq_len
+    return (
+        f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
+        f"({tokens:,} tokens) a step, {point.num_steps:,.0f} steps of {format_seconds(result.step_time)}, "
+        f"{result.tokens_per_second:,.0f} tokens/s; {bill.device_hours:,.0f} device-hours; free: device "
+        f"{_headroom(result.memory_limit, result.peak_memory)}, at least "
+        f"{_headroom(result.memory_limit, result.peak_upper)}; host "
+        f"{_headroom(result.host_limit, result.host_memory)}, at least "
+        f"{_headroom(result.host_limit, result.host_upper)}"
+    )
 
 
 def _energy(point: Point) -> str:
@@ -66,27 +74,17 @@ def sizing_table(
     sizings: Sequence[Sizing], recommended: Point | None, title: str, assumptions: Sequence[str]
 ) -> Group:
     """One line a machine: its smallest cluster that trains in time, or why it can't; then each strategy."""
-    table = Table(title=title, title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "machine" else "right", overflow="fold")
+    shown = table(title, COLUMNS[:1], COLUMNS[1:])
     lines: list[Text] = []
     for sizing in sizings:
         if sizing.best is None:
-            table.add_row(sizing.hardware.name, "cannot", *["-"] * (len(COLUMNS) - 2), style="red")
+            shown.add_row(sizing.hardware.name, "cannot", *["-"] * (len(COLUMNS) - 2), style="red")
             lines.append(Text(f"{sizing.hardware.name}: cannot: {sizing.why}", style="red"))
             continue
         chosen = recommended is not None and recommended is sizing.best
-        table.add_row(*row(sizing.best), style="bold green" if chosen else None)
-        result, training = sizing.best.result, sizing.best.training
-        assert result is not None
-        tokens = training.global_batch * training.seq_len
-        lines.append(
-            Text(
-                f"{sizing.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
-                f"({tokens:,} tokens) a step, {sizing.best.num_steps:,.0f} steps"
-            )
-        )
-    return Group(table, *lines, *(Text(line, style="dim") for line in assumptions))
+        shown.add_row(*row(sizing.best), style="bold green" if chosen else None)
+        lines.append(Text(_details(sizing.best)))
+    return Group(shown, *lines, *(Text(line, style="dim") for line in assumptions))
 
 
 def summary(point: Point | None) -> str:

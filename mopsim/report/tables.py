@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from mopsim.engine import SimResult
+from mopsim.report.terminal import numbered, size, table
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.units import format_bytes, format_seconds
 
-COLUMNS = ("strategy", "step", "tok/s/dev", "MFU", "memory", "limit", "host", "exposed", "verdict")
-"""tok/s/dev: tokens per second and device. memory: device peak. limit: share of the usable device
-memory. exposed: seconds
-of compute waiting for communication and copies."""
+COLUMNS = (
+    "strategy", "step", "tok/s/dev", "MFU", "memory", "at most", "limit", "host", "host at most", "exposed",
+    "verdict",
+)  # fmt: skip
+"""tok/s/dev: tokens per second and device. memory: device peak; at most: its upper bound; limit: share of the
+usable device memory that the peak is. exposed: seconds of compute waiting for communication and copies."""
 
 
 def describe(strategy: Strategy) -> str:
@@ -71,8 +73,10 @@ def row(result: SimResult) -> list[str]:
         f"{result.tokens_per_second_per_device:,.0f}",
         f"{result.mfu:.1%}",
         format_bytes(result.peak_memory),
+        format_bytes(result.peak_upper),
         f"{result.peak_memory / result.memory_limit:.0%}",
         format_bytes(result.host_memory),
+        format_bytes(result.host_upper),
         f"{format_seconds(exposed)} ({exposed / result.step_time:.0%})",
         verdict,
     ]
@@ -80,28 +84,48 @@ def row(result: SimResult) -> list[str]:
 
 def comparison(results: Sequence[SimResult], title: str) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed."""
-    table = Table(title=title, title_justify="left")
-    for position, name in enumerate(("", *COLUMNS[1:])):
-        table.add_column(name, justify="left" if position == len(COLUMNS) - 1 else "right", overflow="fold")
+    names = ("step", "tok/s", "MFU", "wait", "memory", "at most", "host", "at most")
+    shown = table(title, ("#",), names)
+    shown.add_column("verdict")
     lines = []
     for number, result in enumerate(results, 1):
-        cells = row(result)
-        table.add_row(str(number), *cells[1:-1], result.verdict, style=None if result.fits else "red")
-        over = "" if result.fits else f": {result.over} is {format_bytes(result.over_bytes)} over"
-        lines.append(Text(f"{number:>3}  {cells[0]}{over}", style="" if result.fits else "red"))
-    return Group(table, *lines)
-
-
-def breakdown(result: SimResult) -> Table:
-    """Where the memory of the peak and the time of the step go."""
-    table = Table(
-        title=f"peak at {format_seconds(result.peak_time)} in {result.peak_component}, {result.peak_phase}",
-        title_justify="left",
+        exposed, style = sum(result.exposed.values()), "" if result.fits else "red"
+        shown.add_row(
+            str(number), format_seconds(result.step_time), f"{result.tokens_per_second_per_device:,.0f}",
+            f"{result.mfu:.0%}", f"{exposed / result.step_time:.0%}", size(result.peak_memory),
+            size(result.peak_upper), size(result.host_memory), size(result.host_upper),
+            result.verdict.removesuffix(" of memory"), style=style,
+        )  # fmt: skip
+        lines.append(Text(f"{describe(result.strategy)}{_beyond(result)}", style=style))
+    limits = {(result.memory_limit, result.host_limit) for result in results}
+    limit = "; ".join(
+        f"{format_bytes(device)} of device, {format_bytes(host)} of host" for device, host in limits
     )
-    for name in ("device memory", "bytes", "component", "seconds", "exposed", "seconds "):
-        table.add_column(name, justify="right" if name in ("bytes", "seconds", "seconds ") else "left")
+    return Group(shown, numbered(lines), Text(f"tok/s: of a device. Limits of a rank: {limit}", style="dim"))
+
+
+def _beyond(result: SimResult) -> str:
+    """What is over a limit, or may be."""
+    if not result.fits:
+        return f": {result.over} is {format_bytes(result.over_bytes)} over"
+    bounds = {
+        "device": (result.peak_upper, result.memory_limit), "host": (result.host_upper, result.host_limit),
+    }  # fmt: skip
+    return "".join(
+        f": at risk, {name} memory may be {format_bytes(bounds[name][0] - bounds[name][1])} over"
+        for name in result.at_risk
+    )
+
+
+def breakdown(result: SimResult) -> Group:
+    """Where the memory of the peak and the time of the step go, and what may come on top of the memory."""
+    peak = f"peak at {format_seconds(result.peak_time)} in {result.peak_component}, {result.peak_phase}"
+    shown = table(peak, ())
+    for name in ("device memory", "component", "exposed"):
+        shown.add_column(name)
+        shown.add_column("", justify="right")
     columns = [
-        _ranked({name: float(size) for name, size in result.memory_by_category.items()}, format_bytes),
+        _ranked({name: float(part) for name, part in result.memory_by_category.items()}, size),
         _ranked(result.time_by_component, format_seconds),
         _ranked(result.exposed, format_seconds),
     ]
@@ -109,10 +133,17 @@ def breakdown(result: SimResult) -> Table:
         cells: list[str] = []
         for column in columns:
             cells += column[index] if index < len(column) else ("", "")
-        table.add_row(*cells)
-    if result.guarantee_memory > result.peak_memory:
-        table.caption = f"dispatch, which no routing exceeds: {format_bytes(result.guarantee_memory)}"
-    return table
+        shown.add_row(*cells)
+    notes = [
+        Text(f"on top of the {name} at most: {_causes(causes)}", style="dim")
+        for name, causes in (("device memory", result.above_peak), ("host memory", result.above_host))
+        if causes
+    ]
+    return Group(shown, *notes)
+
+
+def _causes(causes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size(part)}" for name, part in causes.items())
 
 
 def _ranked(values: dict[str, float], show: object) -> list[tuple[str, str]]:

@@ -28,6 +28,8 @@ DEFAULT_FAMILIES = ("mop", "fsdp2", "zero_offload")
 TIE = 0.005
 """Step times that differ by less (relative) are a tie, which the smaller peak memory decides."""
 
+SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -53,6 +55,9 @@ class Options:
 class SearchResult:
     """What a search did. top: fitting results, fastest first (ties by memory). closest: the one that misses
     by least, where none fits. risky: fitting results at risk, left out of `top` unless nothing else fits.
+
+    candidates: every combination of values; each is in `top` or counted once in `rejected`. bounded: those of
+    them that are legal and that mopexec runs (or any, if asked for). simulated: events played.
 
     proven: no candidate left out can beat the last of `top`; otherwise the budget of simulations ended
     the search.
@@ -127,7 +132,7 @@ def search(
 def _pool(problem: Problem, family: str, options: Options, result: SearchResult) -> Pool | None:
     """Generate and bound a family; count what memory rules out. None where nothing is left."""
     space = generate(problem, family, options.axes)
-    result.candidates += len(space)
+    result.candidates += len(space) + space.rejected.total()
     result.rejected.update(space.rejected)
     if not len(space):
         return None
@@ -155,7 +160,7 @@ def _closest(space: Space, bounds: Bounds, result: SearchResult) -> None:
     """Simulate the candidate that misses its limits by least, to say what stops it."""
     hardware = space.problem.hardware
     miss = np.maximum(bounds.device / hardware.memory_limit(), bounds.host / max(hardware.host_limit(), 1))
-    _keep_closest(_run(space, int(np.argmin(miss)), result), result)
+    _keep_closest(_run(space, int(np.argmin(miss)), result, count=False), result)
 
 
 def _keep_closest(simulated: SimResult | None, result: SearchResult) -> None:
@@ -163,8 +168,8 @@ def _keep_closest(simulated: SimResult | None, result: SearchResult) -> None:
         result.closest = simulated
 
 
-def _run(space: Space, index: int, result: SearchResult) -> SimResult | None:
-    """Simulate one row; None (and a reason counted) where a rule refuses it."""
+def _run(space: Space, index: int, result: SearchResult, *, count: bool = True) -> SimResult | None:
+    """Simulate one row; None (and a reason counted, if `count`) where a rule refuses it."""
     problem = space.problem
     try:
         strategy: Strategy = space.build(index)
@@ -172,10 +177,10 @@ def _run(space: Space, index: int, result: SearchResult) -> SimResult | None:
         problem.training.check_strategy(strategy)
         simulated = simulate(problem.model, problem.hardware, problem.num_nodes, strategy, problem.training)
     except SpecError as error:
-        result.rejected[f"{error.field} {error.rule}"] += 1
+        result.rejected[f"{error.field} {error.rule}"] += count
         return None
     except MopError as error:
-        result.rejected[str(error)] += 1
+        result.rejected[str(error)] += count
         return None
     result.simulated += 1
     return simulated
@@ -233,10 +238,10 @@ class _Hunt:
             result.rejected["equal in time and memory to one ranked"] += 1
             return
         if simulated.verdict == "at risk" and not self.options.risk:
-            by = " and ".join(simulated.at_risk)
-            result.rejected[f"at risk: the upper bound of {by} memory is over (--risk ranks it)"] += 1
+            result.rejected[_risk(simulated)] += 1
             result.risky = sorted([*result.risky, simulated], key=_rank)[: self.options.top]
             return
+        result.rejected[SLOWER] += len(result.top) == self.options.top
         result.top = sorted([*result.top, simulated], key=_rank)[: self.options.top]
         if result.top[0] is simulated:
             self.best_at, self.near = (place, position), [int(one) for one in pool.neighbours(position)]
@@ -260,6 +265,10 @@ class _Hunt:
 def _rank(result: SimResult) -> tuple[int, int]:
     """Fastest first; step times within TIE of each other count as equal, and then the smaller peak leads."""
     return int(math.log(result.step_time) / math.log1p(TIE)), result.peak_memory
+
+
+def _risk(result: SimResult) -> str:
+    return f"at risk: the upper bound of {' and '.join(result.at_risk)} memory is over (--risk ranks it)"
 
 
 def _same(one: SimResult, other: SimResult) -> bool:
@@ -288,5 +297,7 @@ def _simulate(
             hunt.note(place, position, simulated)
             if progress:
                 progress(result.simulated, result.best)
-    result.top = result.top or result.risky
     hunt.settle()
+    if not result.top:
+        result.top = result.risky
+        result.rejected.subtract(_risk(one) for one in result.top)

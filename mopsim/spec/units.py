@@ -66,16 +66,22 @@ def parse_count(text: str, field: str = "count") -> int:
     return int(count)
 
 
-def format_bytes(num_bytes: float) -> str:
+def format_bytes(num_bytes: float, digits: int = 2) -> str:
     """'1.50 GiB', for a table."""
     for unit, scale in (("TiB", 1024**4), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(num_bytes) >= scale:
-            return f"{num_bytes / scale:.2f} {unit}"
+            return f"{num_bytes / scale:.{digits}f} {unit}"
     return f"{int(num_bytes)} B"
 
 
+LEAST_SECONDS = 1e-12
+"""Below, a time is a rounding error of sums of seconds, and shown as 0."""
+
+
 def format_seconds(seconds: float) -> str:
-    """'1.234 s', '12.3 ms' or '45.6 us', for a table."""
+    """'1.23 s', '12.3 ms', '45.6 us' or '0', for a table."""
+    if abs(seconds) < LEAST_SECONDS:
+        return "0"
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if abs(seconds) >= scale:
             return f"{seconds / scale:.3g} {unit}"

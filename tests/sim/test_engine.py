@@ -18,7 +18,7 @@ from mopsim.lowering.workload import Group, Op, Program, Work, Workload
 from mopsim.spec.hardware import WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, mop, zero_offload
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.sim.toys import machine, quantity, small
 
 MODEL = small()
@@ -322,3 +322,31 @@ def test_time_scales_with_host_and_device_together(experts: int) -> None:
     assert once.exposed["host"] > 0
     assert once.step_time > simulate(MODEL, machine(), 1, strategy, training).step_time
     assert sum(once.time_by_component.values()) == pytest.approx(once.step_time, rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["mop", "fsdp2", "megatron", "pipeline"]),
+    st.floats(1.0, 400.0),
+    st.floats(0.0, 0.5),
+    st.integers(1, 4),
+    st.floats(0.0, 40.0),
+)
+def test_nothing_is_exposed_longer_than_it_is_busy(
+    name: str, wire: float, share: float, batches: int, issue: float
+) -> None:
+    """Waits are booked on what ran meanwhile: a collective is not blamed for what it queued behind."""
+    strategy = {
+        "mop": mop(8, sequence=2, experts=4, vocabulary=8, boundary_tier="host", chunk_tokens=128),
+        "fsdp2": fsdp2(8, sequence=2, experts=4, recompute="full"),
+        "megatron": megatron(8, tensor=2, experts=4),
+        "pipeline": megatron(8, tensor=2, pipeline=2, experts=2),
+    }[name]
+    toy = machine(scale_up=wire, share=share)
+    host = msgspec.structs.replace(toy.host, issue=quantity(issue, "us"))
+    training = TrainSpec(seq_len=512, global_batch=8 * batches)
+    result = simulate(small(), msgspec.structs.replace(toy, host=host), 1, strategy, training)
+    assert set(result.exposed) <= {*result.busy, "host", "peers"}
+    for kind, waited in result.exposed.items():
+        if kind not in ("host", "peers"):
+            assert waited <= result.busy[kind] * (1 + 1e-6) + 1e-12

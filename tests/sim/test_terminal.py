@@ -1,0 +1,60 @@
+"""Tables on a terminal of 80 columns: no cell is cut or wrapped."""
+
+import io as text_io
+
+import pytest
+from rich.console import Console
+
+from mopsim.engine import simulate
+from mopsim.report.sizing import sizing_table
+from mopsim.report.tables import breakdown, comparison
+from mopsim.size import Goal, size
+from mopsim.size.figures import DAY
+from mopsim.size.finder import Request
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import format_seconds
+from mopsim.strategies import mop
+
+
+def shown(thing: object) -> list[str]:
+    stream = text_io.StringIO()
+    Console(file=stream, width=80).print(thing)
+    return stream.getvalue().splitlines()
+
+
+def rows(lines: list[str]) -> list[str]:
+    """The lines between the rule of a table's head and what follows it, and the head itself."""
+    rule = next(i for i, line in enumerate(lines) if "───" in line)
+    return lines[rule - 1 : rule] + lines[rule + 1 :]
+
+
+def test_a_large_job_stays_in_its_lines() -> None:
+    hardware = load_profile("h200-sxm-141g")
+    strategy = mop(96, sequence=8, experts=32, vocabulary=96, chunk_tokens=8192, boundary_tier="host")
+    result = simulate(load_model("mop_1t"), hardware, 12, strategy, TrainSpec(seq_len=2**20, global_batch=12))
+    lines = shown(comparison([result] * 12, "a job"))
+    found = rows(lines)
+    assert found[0].split() == ["#", "step", "tok/s", "MFU", "wait", "memory", "at", "most", "host", "at",
+                                "most", "verdict"]  # fmt: skip
+    assert [line.split()[0] for line in found[1:13]] == [str(number) for number in range(1, 13)]
+    assert not any("…" in line for line in lines)
+    lines = shown(breakdown(result))
+    assert not any("…" in line for line in lines)
+    assert sum("gathered_grads" in line for line in lines) == 1
+
+
+def test_a_sizing_stays_in_its_lines() -> None:
+    machines = [load_profile(name) for name in ("a100-pcie-80g", "gb300-288g")]
+    goal = Goal(10**11, 365 * DAY)
+    request = Request(load_model("tiny"), goal, 4096, 2**20, ("mop",), max_nodes=2, budget=1)
+    sizings = [size(request, machine) for machine in machines]
+    found = rows(shown(sizing_table(sizings, None, "a job", [])))
+    for line, machine in zip(found[1:], machines, strict=False):
+        assert line.startswith(machine.name)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5e-36, "0"), (-5e-36, "0"), (0.0, "0"), (2e-7, "0.2 us")])
+def test_a_rounding_error_is_no_time(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
