@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from mopsim.cost.compute import matmul
+from mopsim.lowering.workload import Work
 from mopsim.spec.hardware import AttentionCurve, HardwareProfile
 
 Kernel = Literal["profile", "flash2", "flash4", "triton", "unfused"]
@@ -30,27 +32,27 @@ TRITON_SLOWDOWN = 1.8
 """FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (arXiv 2307.08691,
 section 4): its middle.
 """
-SCORE_BYTES = {"forward": 13.0, "backward": 20.0}
-"""Traffic of one attention score where scores are kept: written, read and written by the scaled masked
-softmax and by dropout (with its mask), read by the second product; in the backward also their gradients. Two
-bytes an element.
+SCORE_BYTES = {"forward": 9.0, "backward": 12.0}
+"""Traffic of one attention score where scores are kept, beside that of the products that make and read them:
+the scaled masked softmax reads and writes it, so does dropout (with its mask); in the backward their
+gradients are read and written, and the softmax and the mask read. Two bytes an element.
 """
-SCORE_PRODUCTS_EFFICIENCY = 0.6
-"""Share of the peak of the batched products Q K^T and P V, which are narrow on one side (head_dim)."""
+SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
+"""Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
 
 
 def with_kernel(
-    hardware: HardwareProfile, kernel: Kernel, head_dim: int, deterministic: bool = False
+    hardware: HardwareProfile, kernel: Kernel, head_dim: int, deterministic: bool = False, seq_len: int = 2048
 ) -> HardwareProfile:
     """The profile with the attention curve of `kernel`; itself where the kernel is the profile's
     or has no numbers.
 
     deterministic: gradients are summed in a fixed order. On Blackwell, Transformer Engine then leaves cuDNN
-    for FlashAttention-2 (its get_attention_backend).
+    for FlashAttention-2 (its get_attention_backend). seq_len: of the products of kept scores.
     """
     if deterministic and kernel == "profile" and hardware.name.startswith(BLACKWELL):
         kernel = "flash2"
-    curve = _curve(hardware, kernel, head_dim) or hardware.device.attention
+    curve = _curve(hardware, kernel, head_dim, seq_len) or hardware.device.attention
     if deterministic and kernel != "unfused":
         curve = msgspec.structs.replace(
             curve, backward=curve.backward * DETERMINISTIC, tag="assumed",
@@ -61,11 +63,11 @@ def with_kernel(
     return msgspec.structs.replace(hardware, device=msgspec.structs.replace(hardware.device, attention=curve))
 
 
-def _curve(hardware: HardwareProfile, kernel: Kernel, head_dim: int) -> AttentionCurve | None:
+def _curve(hardware: HardwareProfile, kernel: Kernel, head_dim: int, seq_len: int) -> AttentionCurve | None:
     if kernel == "profile":
         return None
     if kernel == "unfused":
-        return _unfused(hardware, head_dim)
+        return _unfused(hardware, head_dim, seq_len)
     if kernel == "flash4":
         best = hardware.device.attention
         return msgspec.structs.replace(
@@ -91,20 +93,27 @@ def _peak(hardware: HardwareProfile) -> float:
     return max(curve.peak.si for curve in hardware.device.matmul if curve.dtype in ("bfloat16", "float16"))
 
 
-def _unfused(hardware: HardwareProfile, head_dim: int) -> AttentionCurve:
-    """Scores written to memory, whole square: time of a score over the FLOP that a causal kernel
-    would count for it.
+def _unfused(hardware: HardwareProfile, head_dim: int, seq_len: int) -> AttentionCurve:
+    """Scores written to memory, whole square: time of a head's scores over the FLOP that a causal kernel
+    would count for them. The products are narrow on one side (head_dim): the profile's curve, which is
+    fitted to measured products of that kind too, prices them.
     """
-    peak = _peak(hardware)
+    S, d = seq_len, head_dim
+    making, taking = (_product(hardware, S, n, k) for n, k in ((S, d), (d, S)))
     shares = {}
     for phase, products in (("forward", 2), ("backward", 5)):
-        flops = products * 2.0 * head_dim
-        time = (
-            flops / (peak * SCORE_PRODUCTS_EFFICIENCY)
-            + SCORE_BYTES[phase] / hardware.device.memory_bandwidth.si
+        made, taken = SCORE_PRODUCTS[phase]
+        rest = SCORE_BYTES[phase] * S * S / hardware.device.memory_bandwidth.si
+        shares[phase] = (
+            products * float(d) * S * S / (made * making + taken * taking + rest) / _peak(hardware)
         )
-        shares[phase] = flops / 2 / time / peak
     return AttentionCurve(
         forward=shares["forward"], backward=shares["backward"], tag="assumed",
-        source="batched products and a softmax over stored scores, by their traffic",
+        source="narrow products by the profile's curve, and a softmax over stored scores by its traffic",
     )  # fmt: skip
+
+
+def _product(hardware: HardwareProfile, m: int, n: int, k: int) -> float:
+    """Seconds of one of many products in a launch."""
+    work = Work("matmul", m=m, n=n, k=k, count=1, dtype="bfloat16")
+    return matmul(work, hardware) - hardware.device.launch_overhead.si

@@ -57,14 +57,16 @@ def _dtype(case: Case) -> str:
     return precision.compute if precision.matmul == "compute" else precision.matmul
 
 
-def held_out(cases: Sequence[Case], models: Sequence[str], measured: Sequence[float]) -> list[float | None]:
+def held_out(
+    cases: Sequence[Case], models: Sequence[str], measured: Sequence[float], usable: Sequence[bool]
+) -> list[float | None]:
     """Predicted seconds of each case by coefficients fitted on all other networks; None where there are
-    none."""
+    none. usable: whether a case may be fitted on, as in calibration.held_out."""
     design = np.array([features(case) for case in cases], dtype=float)
     seconds = np.array(measured, dtype=float)
     found: dict[str, NDArray[np.float64] | None] = {}
     for model in set(models):
-        others = [i for i, name in enumerate(models) if name != model]
+        others = [i for i, name in enumerate(models) if name != model and usable[i]]
         found[model] = (
             _solve(design[others], seconds[others], [models[i] for i in others]) if others else None
         )

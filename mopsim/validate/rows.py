@@ -69,7 +69,10 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     facts = conventions(row)
     model = msgspec.structs.replace(_model(row, models), dropout=facts.dropout)
     degrees = _degrees(row, model)
-    hardware = with_kernel(_hardware(row["gpu"]), facts.attention, model.head_dim, facts.deterministic)
+    length = count(row, "seq_len") or 1
+    hardware = with_kernel(
+        _hardware(row["gpu"]), facts.attention, model.head_dim, facts.deterministic, length
+    )
     share = communication_share(row, hardware.communication_share)
     hardware = msgspec.structs.replace(hardware, communication_share=share)
     try:

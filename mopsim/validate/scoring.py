@@ -89,9 +89,11 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
         ]
         issue = cases[members[0]].hardware.host.issue
         seconds = issue.si if issue else LAUNCH
-        held = calibration.held_out(points, [trusted(cases[i]) for i in timed], seconds)
+        usable = [trusted(cases[i]) for i in timed]
+        held = calibration.held_out(points, usable, seconds)
         fits = dict(zip(timed, held, strict=True))
-        baseline = regression.held_out([cases[i] for i in timed], models, [p.measured for p in points])
+        measured = [p.measured for p in points]
+        baseline = regression.held_out([cases[i] for i in timed], models, measured, usable)
         lines = dict(zip(timed, baseline, strict=True))
         by_index = dict(zip(timed, points, strict=True))
         for i in members:

@@ -177,6 +177,19 @@ def test_sources_count_alike_however_many_rows_they_have() -> None:
     assert errors([None]) is None
 
 
+def test_the_regression_is_fitted_on_no_run_that_the_calibration_may_not_use() -> None:
+    def found(quality: str) -> tuple[int, float | None]:
+        cut = {"num_layers": "2", "ep": "8", "routing": "balanced", "sharding": "zero1"}
+        other = row("other", model="deepseek_v3", quality=quality, **cut)
+        one = validate_runs([row("one"), other], MODELS, jobs=1).scored[0]
+        return one.fit.runs, one.regression
+
+    runs, predicted = found("B")
+    assert runs == 1
+    assert predicted is not None
+    assert found("C") == (0, None)
+
+
 def test_equal_rows_are_simulated_once_and_scored_each() -> None:
     scored = validate_runs([row("a"), row("b", step_time_s="6.0")], MODELS, jobs=1).scored
     assert scored[0].simulated is scored[1].simulated
