@@ -49,7 +49,10 @@ def describe(strategy: Strategy) -> str:
     )
     parts.append("recompute" if s.activations.recompute == "full" else f"{s.activations.recompute}-recompute")
     if s.activations.boundary_tier == "host":
-        parts.append("boundaries-on-host")
+        budget = s.activations.host_budget
+        parts.append(
+            "boundaries-on-host" + (f"/{format_bytes(budget, 0).replace(' ', '')}" if budget else "")
+        )
     if s.dense.param_tier == "host":
         parts.append("offload")
     elif s.optimizer.state_tier == "host":

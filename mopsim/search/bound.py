@@ -14,7 +14,7 @@ from mopsim.cost.compute import matmul_curve
 from mopsim.layers.flops import flops_per_token
 from mopsim.layers.shapes import attention_widths
 from mopsim.layers.tensors import tensors
-from mopsim.search.space import DEVICE, HOST, RING, STREAMED, ULYSSES, Space
+from mopsim.search.space import DEVICE, HOST, RING, STREAMED, ULYSSES, Space, offloaded
 from mopsim.spec.categories import RUNTIMES
 from mopsim.spec.units import DTYPE_BYTES
 
@@ -103,6 +103,9 @@ class _Bounder:
             c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
         )
         self.ring = c["loss"] == RING
+        layers = self.model.num_hidden_layers
+        self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
+        """Share of the layer inputs that goes to the host."""
 
     def all(self) -> Bounds:
         device, parts = self.device_memory()
@@ -147,7 +150,7 @@ class _Bounder:
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
         optimizer = np.where(on_device, state * (self.master() + self.moments), 0)
         early = np.zeros_like(grads) if self.fully_shard else grads
-        boundaries = np.where(c["boundary_host"] == 1, 0, self.boundary())
+        boundaries = (1 - self.away) * self.boundary()
         vocabulary = self.model.vocab_size / np.maximum(c["vocabulary"], c["tensor"])
         logits = self.tokens / c["loss_slices"] * vocabulary * self.compute
         resident = params + optimizer
@@ -165,7 +168,7 @@ class _Bounder:
         weights, state = self.held()
         off = np.where(self.c["state"] == DEVICE, 0, state * (self.master() + self.moments))
         off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
-        return off + np.where(self.c["boundary_host"] == 1, self.boundary(), 0)
+        return off + self.away * self.boundary()
 
     def times(self) -> tuple[Reals, Reals]:
         """(bound: the slowest stream, then the optimizer; guess: the streams one after the other).
@@ -309,7 +312,7 @@ class _Bounder:
     def copy_time(self) -> Reals:
         """Boundaries out and back over the host link."""
         host = self.hardware.host
-        moved = np.where(self.c["boundary_host"] == 1, self.boundary() * self.microbatches, 0)
+        moved = self.away * self.boundary() * self.microbatches
         scale = max(self.scale("h2d") / host.link_h2d.si, self.scale("d2h") / host.link_d2h.si)
         return moved * scale * self.hardware.host.link_sharing
 

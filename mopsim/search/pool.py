@@ -13,6 +13,7 @@ from mopsim.search.space import Column, Space
 _TOGETHER = {
     "expert_shard": "experts",
     "expert_tensor": "experts",
+    "boundary_parts": "boundary_host",
     "bucket": "state",
     "offload": "state",
     "loss_slices": "loss",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from mopsim.spec.hardware import HardwareProfile
@@ -14,6 +15,7 @@ from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import DType, Exchange, Strategy
 from mopsim.spec.training import TrainSpec
+from mopsim.spec.units import DTYPE_BYTES
 from mopsim.strategies import State, fsdp2, megatron, mop, zero_offload
 
 Column = NDArray[np.int64]
@@ -24,6 +26,9 @@ Axes = dict[str | tuple[str, ...], Values]
 DEVICE, STREAMED, HOST = 0, 1, 2
 FULL, CHUNKED, RING, VOCAB_PARALLEL = 0, 1, 2, 3
 ULYSSES = 0
+
+PARTS = 4
+"""`boundary_parts` of so many are the layer inputs that go to the host, where they do."""
 
 STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
@@ -47,6 +52,7 @@ DEFAULTS = {
     "state": DEVICE,
     "bucket": 100_000_000,
     "boundary_host": 0,
+    "boundary_parts": PARTS,
     "recompute": 1,
     "reshard": 1,
     "offload": 0,
@@ -94,7 +100,8 @@ class Space:
 
     def build(self, index: int) -> Strategy:
         """The Strategy of one row. Raises SpecError where a relation that the columns do not hold breaks."""
-        return BUILDERS[self.family](self.problem, self.row(index))
+        row = self.row(index)
+        return _within_host(self.problem, row, BUILDERS[self.family](self.problem, row))
 
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""
@@ -226,6 +233,29 @@ def _states(problem: Problem) -> list[tuple[int, ...]]:
     return [(DEVICE, whole), *((STREAMED, bucket) for bucket in buckets), (HOST, whole)]
 
 
+def _boundaries(problem: Problem) -> list[tuple[int, ...]]:
+    """(on the host, parts of them): none or all; parts of them too where even the shortest piece of a
+    sequence could fill the host, whose pinned blocks may be twice as large, and which has state to hold."""
+    piece = problem.training.seq_len // max(_sequences(problem))
+    least = problem.model.num_hidden_layers * piece * problem.model.hidden_size * 2
+    some = range(1, PARTS) if 4 * least > problem.hardware.host_limit() else range(0)
+    return [(0, PARTS), *((1, parts) for parts in (*some, PARTS))]
+
+
+def offloaded(layers: int, parts: Column | int) -> Column:
+    """Layers whose inputs go to the host, of `parts` of PARTS: rounded down, at least one."""
+    return np.maximum(layers * np.asarray(parts, dtype=np.int64) // PARTS, 1)
+
+
+def _within_host(problem: Problem, row: dict[str, int], strategy: Strategy) -> Strategy:
+    """The strategy with a budget of the host for a part of the layer inputs."""
+    if not row["boundary_host"] or row["boundary_parts"] == PARTS:
+        return strategy
+    each = _tokens(problem, row) * problem.model.hidden_size * int(DTYPE_BYTES[strategy.precision.compute])
+    budget = int(offloaded(problem.model.num_hidden_layers, row["boundary_parts"])) * each
+    return replace(strategy, activations=replace(strategy.activations, host_budget=budget))
+
+
 def _slices(used: bool) -> list[int]:
     return [1, 8] if used else [1]
 
@@ -243,7 +273,7 @@ def _mop_axes(problem: Problem) -> Axes:
         "loss": [RING],
         "loss_slices": _slices(True),
         ("state", "bucket"): _states(problem),
-        "boundary_host": [0, 1],
+        ("boundary_host", "boundary_parts"): _boundaries(problem),
     }
 
 
@@ -269,7 +299,7 @@ def _zero_offload_axes(problem: Problem) -> Axes:
         "dense_shard": _dense_shards(problem),
         ("loss", "loss_slices"): [(FULL, 1), (CHUNKED, 8)],
         "state": [HOST],
-        "boundary_host": [0, 1],
+        ("boundary_host", "boundary_parts"): _boundaries(problem),
     }
 
 

@@ -221,3 +221,40 @@ def test_neighbours_differ_in_one_decision() -> None:
     for position in pool.neighbours(7):
         other = space.row(int(pool.rows[position]))
         assert len({together.get(name, name) for name in mine if mine[name] != other[name]}) == 1
+
+
+def long_problem(host: float) -> Problem:
+    """One sequence of 8K over the machine's ranks, whose host has `host` bytes for all of them."""
+    p = problem(0)
+    training = TrainSpec(seq_len=8192, global_batch=p.hardware.devices_per_node)
+    hardware = with_memory(p.hardware, 1e9, host=host)
+    return Problem(p.model, hardware, 1, training, p.total_params, p.precision)
+
+
+def test_a_part_of_the_boundaries_goes_where_all_do_not_fit() -> None:
+    """The host budget is searched where the host is small; rows beyond the host are rejected, not all."""
+    p = long_problem(24e6)
+    space = generate(p, "mop")
+    parts = set(space.columns["boundary_parts"].tolist())
+    assert parts == {1, 2, 3, 4}
+    found = bound(space)
+    rows = np.flatnonzero((space.columns["boundary_host"] == 1) & (space.columns["state"] == 0))
+    whole = {}
+    for index in rows[:400].tolist():
+        row = space.row(index)
+        strategy = space.build(index)
+        each = space.tokens()[index] * p.model.hidden_size * 4
+        budget = strategy.activations.host_budget
+        count = p.model.num_hidden_layers if budget == 0 else budget // each
+        assert count == max(1, p.model.num_hidden_layers * row["boundary_parts"] // 4)
+        assert found.host[index] == pytest.approx(count * each)
+        whole.setdefault(row["boundary_parts"], index)
+    for index in whole.values():
+        result = simulate(p.model, p.hardware, 1, space.build(index), p.training)
+        assert found.host[index] <= result.host_memory
+        assert found.device[index] <= result.peak_memory
+        assert found.time[index] <= result.step_time
+
+
+def test_a_large_host_is_not_asked_for_parts() -> None:
+    assert set(generate(long_problem(1e12), "mop").columns["boundary_parts"].tolist()) == {4}
