@@ -57,7 +57,10 @@ def prepare(source: str, vocab_size: int, cache: Path) -> Path:
         aside.rename(final)
     except OSError as error:
         if not final.is_dir():  # else another run was faster, with the same content
-            raise MopError(f"--cache: {cache} cannot be written: {error.strerror or error}") from None
+            why = (
+                error.strerror or f"the disk is full or a limit is reached ({error})"
+            )  # numpy gives no reason
+            raise MopError(f"--cache: {cache} cannot be written: {why}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final

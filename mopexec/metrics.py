@@ -104,7 +104,11 @@ class Display:
             self._progress.start()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        try:
+            self._console.print(text, markup=False, soft_wrap=True)
+        except OSError as error:
+            where = "standard error" if self._console.stderr else "standard output"
+            raise MopError(f"{where}: cannot be written: {error.strerror or error}") from None
 
     def step(self, metrics: StepMetrics) -> None:
         self.say(step_line(metrics))

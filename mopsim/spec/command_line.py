@@ -1,5 +1,6 @@
 """How a command ends, for both packages: a user's mistake is one line on standard error and exit code 2."""
 
+import errno
 import os
 import signal
 import sys
@@ -59,8 +60,9 @@ def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
         sys.stderr.close()
         sys.exit(1)
     if isinstance(error, OSError):  # what the system refuses, where nothing nearer said it
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(name, f"{where}{error.strerror or error}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of files, their writers say it
+        where = error.filename or ("standard output" if full else "")
+        _fail(name, f"{where}: {error.strerror or error}" if where else str(error.strerror or error))
     if type(error).__name__ == "Abort":
         _stopped(name, ())
     if not hasattr(error, "format_message"):  # typer's own errors have it; anything else is a bug

@@ -3,8 +3,6 @@
 `python -m mopsim.spec.model_table MODELS.csv` makes presets/truth_models.yaml: rows without an own preset.
 """
 
-import csv
-import io
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -12,10 +10,9 @@ from pathlib import Path
 import msgspec
 
 from mopsim.spec.errors import MopError, SpecError
-from mopsim.spec.io import read_text, to_plain, to_yaml, write_text
+from mopsim.spec.io import to_plain, to_yaml, write_text
 from mopsim.spec.model import ModelSpec
-
-Row = dict[str, str]
+from mopsim.spec.table import Row, read_table
 
 #: Words of the notes column that name a layer ModelSpec has no shapes for.
 INEXPRESSIBLE = (
@@ -55,16 +52,11 @@ _POSITIONS = 2048
 
 def read_rows(path: Path) -> dict[str, Row]:
     """Rows of a models CSV by their `model` column. Raises MopError where it is missing or a name repeats."""
-    reader = csv.DictReader(io.StringIO(read_text(path, "models")))
-    if "model" not in (reader.fieldnames or []):
-        found = ", ".join(reader.fieldnames or [])[:200]
-        raise MopError(f"models: {path}: has no column 'model'; columns found: {found}")
     rows: dict[str, Row] = {}
-    for row in reader:
-        name = row["model"]
-        if name in rows:
-            raise MopError(f"{path}: model {name!r} appears twice")
-        rows[name] = {key: (value or "").strip() for key, value in row.items() if key}
+    for row in read_table(path, ("model",), "models"):
+        if row["model"] in rows:
+            raise MopError(f"models: {path}: model {row['model']!r} appears twice")
+        rows[row["model"]] = row
     return rows
 
 

@@ -1,15 +1,10 @@
-"""The CSVs of measurements: read whole, columns checked, numbers parsed with the cell named when they are
-none."""
+"""The CSVs of measurements: columns checked, numbers parsed with the cell named when they are none."""
 
-import csv
-import io
-from collections.abc import Iterable
 from pathlib import Path
 
 from mopsim.spec.errors import MopError
-from mopsim.spec.io import read_text
-
-Row = dict[str, str]
+from mopsim.spec.table import Row as Row
+from mopsim.spec.table import read_table
 
 #: Columns that a runs CSV must have; the others of the format may be left out and read as empty.
 RUN_COLUMNS = ("run_id", "source", "model", "gpu", "num_gpus", "precision", "seq_len", "micro_batch")
@@ -19,28 +14,13 @@ LARGEST = 1e18
 """No measurement and no size is larger, in any of the units of the tables."""
 
 
-def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
-    """Rows as text by column of the CSV named as `field`. Raises MopError naming a missing column or a row
-    with too many cells."""
-    reader = csv.DictReader(io.StringIO(read_text(path, field)))
-    header = reader.fieldnames or []
-    for column in columns:
-        if column not in header:
-            found = ", ".join(header)[:200]
-            raise MopError(f"{field}: {path}: has no column {column!r}; columns found: {found}")
-    rows: list[Row] = []
-    for raw in reader:
-        if None in raw:
-            raise MopError(f"{path}: line {reader.line_num} has more cells than the header")
-        rows.append({key: (value or "").strip() for key, value in raw.items()})
-    return rows
-
-
 def read_runs(path: Path) -> list[Row]:
-    """Rows of a runs CSV. Raises MopError where a run_id repeats."""
+    """Rows of a runs CSV. Raises MopError where a run_id is empty or repeats."""
     rows = read_table(path, RUN_COLUMNS, "runs")
     seen: set[str] = set()
     for row in rows:
+        if not row["run_id"]:
+            raise MopError(f"runs: {path}: a row has no run_id")
         if row["run_id"] in seen:
             raise MopError(f"{path}: run_id {row['run_id']!r} appears twice")
         seen.add(row["run_id"])
