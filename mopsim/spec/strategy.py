@@ -16,7 +16,7 @@ Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
-Unfused = Literal["norms", "rotary", "activation", "residual", "experts", "accumulation"]
+Unfused = Literal["norms", "rotary", "activation", "residual", "experts", "accumulation", "fills"]
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 
 
@@ -198,7 +198,8 @@ class Strategy(Spec, frozen=True, kw_only=True):
     `step`: one graph of the whole step.
     unfused: what runs as eager torch composes it, although one kernel could do it: norms, rotary embedding,
     gated activation, the sum of gradients at a residual, activation and route weights of experts;
-    `accumulation`: of weight gradients into their buffers, after the product that makes them.
+    `accumulation`: of weight gradients into their buffers, after the product that makes them; `fills`: of new
+    tensors with a known value, before they are written (torch's deterministic mode).
     runtime: who shards the parameters at run time: `flat_units` (mopexec's own per-layer flat units) or
     `fully_shard` (torch FSDP2, sharding each parameter on dimension 0).
     """

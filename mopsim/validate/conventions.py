@@ -85,11 +85,13 @@ def conventions(row: Row) -> Conventions:
         sequence_parallel="sequence parallel false" not in notes and source not in _WHOLE_ROWS,
         dropout=_dropout(source),
         unfused=_unfused(source, notes, compiled),
-        deterministic="deterministic=true" in notes,
+        deterministic=_FIXED_ORDER in notes,
         plain_experts="framework halo" in notes,
         kept=_kept(row, compiled),
     )  # fmt: skip
 
+
+_FIXED_ORDER, _APART = "deterministic=true", "accumulation fusion off"
 
 _WHOLE_ROWS = ("vtrain",)
 """Sources whose tensor groups all-reduce the whole feature map: VIA-Research/vTrain, src/predictor.py
@@ -159,13 +161,15 @@ def _unfused(source: str, notes: str, compiled: bool) -> tuple[Unfused, ...]:
     """torchtitan without torch.compile runs torch's own ops: a composite RMSNorm, a rotation of complex fp32
     numbers. Halo's pages: Liger's norms, rotation and dense activation, but experts by transformers'
     functions around grouped_mm. Megatron-DeepSpeed's gradients are added by autograd, Megatron-LM's where it
-    is told so.
+    is told so; its deterministic mode is torch.use_deterministic_algorithms, which fills what torch.empty
+    makes (torch.utils.deterministic.fill_uninitialized_memory, true by default).
     """
     if source == "torchtitan":
         return () if compiled else ("norms", "rotary", "activation", "residual")
     if source == "halo-bench":
         return ("residual", "experts")
-    return ("accumulation",) if source == "vtrain" or "accumulation fusion off" in notes else ()
+    apart: tuple[Unfused, ...] = ("accumulation",) if source == "vtrain" or _APART in notes else ()
+    return (*apart, "fills") if _FIXED_ORDER in notes else apart
 
 
 def _attention(source: str, notes: str) -> Kernel:

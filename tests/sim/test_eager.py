@@ -109,6 +109,30 @@ def test_a_mapped_dispatch_needs_one_that_goes_once_to_a_rank() -> None:
         )
 
 
+def test_a_deterministic_mode_writes_every_new_tensor_once_more() -> None:
+    plan = megatron(1)
+    training = TrainSpec(seq_len=64, global_batch=1)
+
+    def layers(unfused: tuple[Unfused, ...]) -> tuple[float, int]:
+        changed = msgspec.structs.replace(plan, unfused=unfused)
+        ops = lower(small(), changed, training, 8).programs[0].ops
+        moved = [w for op in ops if op.phase == "forward" for w in op.work if w.kind == "memory_bound"]
+        return sum(w.bytes for w in moved), sum(w.launches for w in moved)
+
+    (plain, few), (filled, more) = layers(()), layers(("fills",))
+    shapes = Shapes(tokens=64, seq_len=64, fused=True)
+    model = small()
+    made = [
+        value.bytes
+        for layer in range(model.num_hidden_layers)
+        for kernel in decoder_layer(model, shapes, layer, ROUTES if model.is_moe_layer(layer) else ()).kernels
+        if kernel.kind != "view"
+        for value in kernel.writes
+    ]
+    assert filled - plain >= sum(made) > 0  # and what embedding and loss make
+    assert more - few >= sum(size > 0 for size in made)
+
+
 def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> None:
     a100 = load_profile("a100-sxm-80g")
     rates = {d: with_kernel(a100, "unfused", d, seq_len=2048).device.attention.forward for d in (64, 128)}

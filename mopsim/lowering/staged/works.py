@@ -19,6 +19,22 @@ rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; 
 
 def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     """The work of a kernel's forward, its backward, or one half of its backward."""
+    found = _works(kernel, part, context)
+    fills = "fills" in context.strategy.unfused and found and kernel.kind not in COLLECTIVES
+    return (*found, *_fills(kernel, part, context)) if fills else found
+
+
+def _fills(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
+    """New tensors are written once before the kernel writes them: outputs, their gradients, and weight
+    gradients that are not added where they belong at once."""
+    values = kernel.writes if part == "forward" else tuple(v for v in kernel.writes if v.grad)
+    sizes = [value.bytes for value in values if value.bytes] if part != "weight_grad" else []
+    if part in ("backward", "weight_grad") and "accumulation" in context.strategy.unfused:
+        sizes += [int(one.n * one.k * one.count * context.b) for one in kernel.matmuls]
+    return (Work("memory_bound", bytes=float(sum(sizes)), launches=len(sizes)),) if sizes else ()
+
+
+def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if kernel.kind == "view":
         return ()
     if kernel.kind in ("matmul", "grouped_matmul"):
