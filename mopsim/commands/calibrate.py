@@ -26,6 +26,11 @@ def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -
         f"{result.profile.name} (digest {io.digest(result.profile)}) written to {out}; "
         f"expect a step within about {result.uncertainty:.0%}"
     )
+    if len(result.runs) == 1:
+        console.print(
+            "one run: no run was held out to tell the error, and what another runtime costs is guessed; add "
+            "a short run of another strategy and runtime"
+        )
     if json:
         io.write_json(json, result.to_json())
 

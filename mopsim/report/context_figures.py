@@ -85,9 +85,20 @@ def throughput_figure(path: Path, study: Study) -> Path:
 
 
 def ratio_figure(path: Path, study: Study) -> Path:
-    """MoP's throughput over FSDP2's at each length, a line a network; an arrow up where only MoP runs."""
+    """MoP's throughput over FSDP2's at each length, a line a network; a mark in a strip of its own, which
+    has no scale, where only MoP runs."""
     low, high = span(study.curves)
-    top = max(1.35, 1.12 * high)
+    drawn = [
+        value
+        for curves in study.curves
+        for name in ("fsdp2", "fsdp2_node")
+        if name in curves
+        for point in curves["mop"].points
+        if (value := ratio(curves["mop"], curves[name], point.seq_len))
+    ]
+    bottom, strip = min(0.8, 0.95 * low), max([1.1, *drawn]) + 0.03
+    row = 0.05 * (strip - bottom)
+    top = strip + row * (len(study.cases) + 1)
     with figure(path, 10, 5) as (axis,):
         axis.axhline(1.0, color="#909497", linewidth=1)
         for index, (case, curves) in enumerate(zip(study.cases, study.curves, strict=True)):
@@ -112,7 +123,7 @@ def ratio_figure(path: Path, study: Study) -> Path:
                     and name == "fsdp2"
                     and point.seq_len > max((x for x, _ in found), default=0)
                 ]
-                height = [top - 0.02 - 0.035 * index] * len(alone)
+                height = [top - row * (index + 1)] * len(alone)
                 axis.scatter(alone, height, marker="^", s=70, color=tint)
         axis.plot([], [], color="#515a5a", label="over FSDP2, chunked loss, any CP")
         axis.plot([], [], ":", color="#515a5a", label="over FSDP2, full logits, CP in a node")
@@ -120,7 +131,13 @@ def ratio_figure(path: Path, study: Study) -> Path:
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
         axis.minorticks_off()
-        axis.set_ylim(min(0.8, 0.95 * low), top)
+        axis.axhspan(strip, top, color="#f2f3f4", zorder=0)
+        axis.set_ylim(bottom, top)
+        axis.set_yticks([tick for tick in axis.get_yticks() if bottom <= tick <= strip])
+        axis.text(
+            0.01, top - row, "only MoP fits: no ratio", va="center", fontsize=10, color="#515a5a",
+            transform=axis.get_yaxis_transform(),
+        )  # fmt: skip
         axis.set_ylabel("throughput of MoP over that of FSDP2")
         axis.set_xlabel("context length, tokens")
         axis.grid(axis="y", alpha=0.3)
