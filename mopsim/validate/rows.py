@@ -6,7 +6,7 @@ from functools import lru_cache
 import msgspec
 
 from mopsim.spec.errors import MopError, SpecError
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.model_table import from_row
@@ -73,6 +73,7 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     hardware = with_kernel(
         _hardware(row["gpu"]), facts.attention, model.head_dim, facts.deterministic, length
     )
+    hardware = in_rings(hardware) if facts.deterministic else hardware
     share = communication_share(row, hardware.communication_share)
     hardware = msgspec.structs.replace(hardware, communication_share=share)
     try:
@@ -111,6 +112,22 @@ def _hardware(name: str) -> HardwareProfile:
         return _profile(name)
     except MopError as error:
         raise UnsupportedError("gpu", str(error)) from error
+
+
+def in_rings(hardware: HardwareProfile) -> HardwareProfile:
+    """The profile whose all-reduces inside a domain are a reduce-scatter and an all-gather: rings (NCCL_ALGO in
+    the configurations of Megatron's deterministic tests), without the sums that NVSwitch makes."""
+    curves = hardware.scale_up.collectives
+    first, second, old = curves["reduce_scatter"], curves["all_gather"], curves["all_reduce"]
+    rate = 2 / (1 / first.bandwidth.si + 1 / second.bandwidth.si)
+    if rate >= old.bandwidth.si:
+        return hardware
+    bandwidth = Quantity(
+        value=rate, unit="B/s", tag="assumed", source="reduce-scatter and all-gather in turn"
+    )
+    changed = {**curves, "all_reduce": msgspec.structs.replace(old, bandwidth=bandwidth)}
+    fabric = msgspec.structs.replace(hardware.scale_up, collectives=changed)
+    return msgspec.structs.replace(hardware, scale_up=fabric)
 
 
 def _model(row: Row, models: dict[str, Row]) -> ModelSpec:

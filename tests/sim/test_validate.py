@@ -8,7 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from mopsim.cli import app
+from mopsim.cost import seconds
+from mopsim.lowering.workload import Group, Work
 from mopsim.spec.errors import MopError
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.units import UNITS
 from mopsim.validate import calibration
 from mopsim.validate.calibration import Fit, Point
@@ -175,6 +179,18 @@ def test_sources_count_alike_however_many_rows_they_have() -> None:
     assert found is not None
     assert found.mape == pytest.approx(0.2)
     assert errors([None]) is None
+
+
+def test_a_deterministic_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> None:
+    free = load_profile("h100-sxm-80g")
+    fixed = case(row(tp="4", notes="deterministic=true", sharding="zero1"), MODELS).hardware
+
+    def took(kind: str, profile: HardwareProfile) -> float:
+        return seconds(Work(kind, bytes=1e9, group=Group(4, 4)), profile)
+
+    parts = took("reduce_scatter", free) + took("all_gather", free)
+    assert took("all_reduce", free) < took("all_reduce", fixed) == pytest.approx(parts, rel=0.05)
+    assert took("all_gather", free) == took("all_gather", fixed)
 
 
 def test_the_regression_is_fitted_on_no_run_that_the_calibration_may_not_use() -> None:
