@@ -119,8 +119,10 @@ def routed_expert(
 ) -> int:
     """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a profile.
 
-    balanced: (i + j) mod E. r/h: the first r % of positions choose j mod h (so experts below min(h, top_k)
-    only), the others h + ((i + j) mod (E - h)) (arXiv 2609.14306; LLEP's profiles). Shares: see `thresholds`.
+    balanced: (i + j) mod E; no rank gets more than E/N over the mean of N tokens, nothing where E divides N
+    (every rank begins with the same experts, which get the remainder). r/h: the first r % of positions
+    choose j mod h (so experts below min(h, top_k) only), the others h + ((i + j) mod (E - h))
+    (arXiv 2609.14306; LLEP's profiles). Shares: see `thresholds`.
     """
     if routing == "balanced":
         return (position + slot) % num_experts

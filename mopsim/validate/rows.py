@@ -115,8 +115,8 @@ def _hardware(name: str) -> HardwareProfile:
 
 
 def in_rings(hardware: HardwareProfile) -> HardwareProfile:
-    """The profile whose all-reduces inside a domain are a reduce-scatter and an all-gather: rings (NCCL_ALGO in
-    the configurations of Megatron's deterministic tests), without the sums that NVSwitch makes."""
+    """The profile whose all-reduces inside a domain are a reduce-scatter and an all-gather: rings (NCCL_ALGO
+    in the configurations of Megatron's deterministic tests), without the sums that NVSwitch makes."""
     curves = hardware.scale_up.collectives
     first, second, old = curves["reduce_scatter"], curves["all_gather"], curves["all_reduce"]
     rate = 2 / (1 / first.bandwidth.si + 1 / second.bandwidth.si)

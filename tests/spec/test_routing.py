@@ -97,3 +97,14 @@ def test_the_worst_routing_sends_a_token_once_to_an_expert() -> None:
     assert sum(one_each) == pytest.approx(1.0)
     check(one_each)
     check_model(one_each, model)
+
+
+@pytest.mark.parametrize("tokens", [129, 333, 4096, 4100])
+@pytest.mark.parametrize(("experts", "top_k"), [(128, 8), (60, 4), (8, 2)])
+def test_balanced_is_within_experts_over_tokens_of_even(tokens: int, experts: int, top_k: int) -> None:
+    counts = routing_counts("balanced", tokens, 1, 0, experts, top_k)
+    for local in (size for size in (1, 2, 4, 8) if experts % size == 0):
+        loads = [sum(counts[i : i + local]) for i in range(0, experts, local)]
+        excess = max(loads) * experts / (tokens * top_k * local) - 1
+        assert excess <= experts / tokens
+        assert excess == pytest.approx(0, abs=1e-12) or tokens % experts
