@@ -1,0 +1,68 @@
+"""Commands with pools of processes, interrupted or killed: the code says the signal, no process is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONTEXT = [
+    "context",
+    "--model",
+    "mop_120b",
+    "--nodes",
+    "2",
+    "--vary",
+    "none",
+    "--jobs",
+    "2",
+    "--out",
+    "report",
+]
+
+
+def marked(mark: str) -> list[int]:
+    """Processes started with `mark` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    mark = f"SWEEP={tmp_path}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mopsim.cli", *CONTEXT],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: len(marked(mark)) == 3)
+    if number in (signal.SIGINT, signal.SIGHUP):  # from the terminal: to the whole group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    said = "" if number == signal.SIGKILL else "interrupted" if number == signal.SIGINT else number.name
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), err
+    assert said in err
+    assert len(err.splitlines()) == (number != signal.SIGKILL), err
+    wait_for(lambda: marked(mark) == [])
+    assert not list(tmp_path.iterdir())
