@@ -11,8 +11,8 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
-LONGEST = 1e7
-"""Seconds that a step, or a kind of work in it, may take: four months."""
+SHORTEST, LONGEST = 1e-6, 1e7
+"""Seconds that a step may take: below the launch of one kernel, and four months (of a kind of work too)."""
 
 
 class HardwareRef(Spec, frozen=True, kw_only=True):
@@ -128,7 +128,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
             1 <= steady == len(times), "steps", self.steps, f"less warmup is not the {len(times)} step_times"
         )
         for index, seconds in enumerate(times):
-            require(0 < seconds <= LONGEST, f"step_times[{index}]", seconds, "must be the seconds of a step")
+            rule = f"must be the seconds of a step, {SHORTEST:g} to {LONGEST:g}"
+            require(SHORTEST <= seconds <= LONGEST, f"step_times[{index}]", seconds, rule)
         require(
             min(times) <= self.step_time_median <= max(times),
             "step_time_median",

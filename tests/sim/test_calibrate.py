@@ -332,3 +332,10 @@ def test_the_command_writes_a_profile_and_residuals(tmp_path: Path, monkeypatch:
     assert io.digest(load_profile(out)) == found["digest"]
     assert given.read_text() == text
     assert found["uncertainty"] > 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-300, 1e8])
+def test_a_step_of_no_time_or_of_years_is_refused(seconds: float) -> None:
+    run = measured("a", MACHINE)
+    with pytest.raises(MopError, match=r"step_times\[0\]: .* must be the seconds of a step"):
+        msgspec.structs.replace(run, step_times=(seconds,) * len(run.step_times), step_time_median=seconds)
