@@ -31,6 +31,11 @@ SUM = Passes(3, 0, 1)
 WEIGHTED, WEIGHTED_BACKWARD = Passes(2, 0, 1), Passes(5, 0, 3)
 """Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
 
+MERGE = Passes(1, 9, 10)
+"""A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
+ADD, ADD_SENT = Passes(1, 2, 1), Passes(1, 4, 3)
+"""A block's gradient added to a sum in fp32; that of keys and values packed for the next rank too."""
+
 
 def composed(
     kernels: tuple[Kernel, ...], unfused: Collection[str], b: int, wide: int, wings: int
@@ -47,6 +52,34 @@ def composed(
         return kernel
 
     return tuple(one(kernel) for kernel in kernels)
+
+
+def in_blocks(
+    kernels: tuple[Kernel, ...], ranks: int, shared: float, b: int, wide: int
+) -> tuple[Kernel, ...]:
+    """A tape's kernels with what torch's context parallelism does around the attention of every block of keys
+    and values (torch.distributed.tensor.experimental._attention): in fp32 and eagerly, it merges a block's
+    output into those before, and in the backward adds the gradients of queries, keys and values.
+
+    ranks: that share a sequence, one block each. shared: query heads of a KV head, whose keys and values are
+    repeated before. b, wide: bytes of an element in the compute dtype and in fp32.
+    """
+    gather = next((kernel for kernel in kernels if kernel.name == "gather_kv_blocks"), None)
+    if gather is None:
+        return kernels
+    place = next(i for i, kernel in enumerate(kernels) if kernel.name == "attention_core")
+    out, own, wider = kernels[place].writes[0].bytes, gather.bytes / ranks, wide / b
+    all_heads, later = own * shared, ranks - 1
+    merge = Kernel(
+        "merge_blocks", "memory_bound", gather.component, ("o",), (),
+        bytes=out * (MERGE.narrow * ranks + 1 + (MERGE.wide * later + 2) * wider)
+        + (own + all_heads) + 2 * all_heads * later,
+        launches=MERGE.launches * later + 5,
+        back_bytes=ranks * (traffic(ADD, out, out * wider) + traffic(ADD_SENT, all_heads, all_heads * wider))
+        + 2 * all_heads * later + (out + all_heads) * (1 + 2 * wider),
+        back_launches=(ADD.launches + ADD_SENT.launches) * ranks + 6,
+    )  # fmt: skip
+    return (*kernels[: place + 1], merge, *kernels[place + 1 :])
 
 
 def traffic(passes: Passes, narrow: float, wide: float) -> float:

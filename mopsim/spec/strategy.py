@@ -16,7 +16,7 @@ Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
-Unfused = Literal["norms", "rotary", "activation", "residual", "experts", "accumulation", "fills"]
+Unfused = Literal["norms", "rotary", "activation", "residual", "experts", "accumulation", "fills", "blocks"]
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 
 
@@ -199,7 +199,8 @@ class Strategy(Spec, frozen=True, kw_only=True):
     unfused: what runs as eager torch composes it, although one kernel could do it: norms, rotary embedding,
     gated activation, the sum of gradients at a residual, activation and route weights of experts;
     `accumulation`: of weight gradients into their buffers, after the product that makes them; `fills`: of new
-    tensors with a known value, before they are written (torch's deterministic mode).
+    tensors with a known value, before they are written (torch's deterministic mode);
+    `blocks`: the sums over blocks of keys and values where context parallelism gathers them.
     runtime: who shards the parameters at run time: `flat_units` (mopexec's own per-layer flat units) or
     `fully_shard` (torch FSDP2, sharding each parameter on dimension 0).
     """

@@ -159,13 +159,14 @@ def _dropout(source: str) -> float:
 
 def _unfused(source: str, notes: str, compiled: bool) -> tuple[Unfused, ...]:
     """torchtitan without torch.compile runs torch's own ops: a composite RMSNorm, a rotation of complex fp32
-    numbers. Halo's pages: Liger's norms, rotation and dense activation, but experts by transformers'
+    numbers; its context parallelism merges blocks eagerly in any case.
+    Halo's pages: Liger's norms, rotation and dense activation, but experts by transformers'
     functions around grouped_mm. Megatron-DeepSpeed's gradients are added by autograd, Megatron-LM's where it
     is told so; its deterministic mode is torch.use_deterministic_algorithms, which fills what torch.empty
     makes (torch.utils.deterministic.fill_uninitialized_memory, true by default).
     """
     if source == "torchtitan":
-        return () if compiled else ("norms", "rotary", "activation", "residual")
+        return ("blocks",) if compiled else ("blocks", "norms", "rotary", "activation", "residual")
     if source == "halo-bench":
         return ("residual", "experts")
     apart: tuple[Unfused, ...] = ("accumulation",) if source == "vtrain" or _APART in notes else ()

@@ -4,7 +4,7 @@ microbatches."""
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from mopsim.layers.eager import composed
+from mopsim.layers.eager import composed, in_blocks
 from mopsim.layers.experts import migrating
 from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
@@ -69,6 +69,10 @@ class Passes:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
             unfused, wings = c.strategy.unfused, c.model.ffn_matrices - 1
             tape = replace(tape, kernels=composed(tape.kernels, unfused, c.b, c.wide, wings))
+            if "blocks" in unfused:
+                model, ranks = c.model, c.strategy.attention.sequence
+                shared = model.num_attention_heads / model.num_key_value_heads
+                tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, shared, c.b, c.wide))
             self._tapes[key] = tape
         return self._tapes[key]
 
