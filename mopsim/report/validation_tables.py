@@ -137,15 +137,16 @@ def _refused(validation: Validation) -> Grid:
 
 
 def _components(parts: list[Predicted]) -> Grid:
-    table = Grid("components", ("component", "metric", ""), ("rows", "predicted", "mean", "bias", "largest"))
+    title = "components: errors of those predicted, of all; *: the profiles are fitted to these"
+    table = Grid(title, ("component", "metric"), ("n", "mean", "bias", "most"))
     found: dict[str, dict[str, dict[str, Any]]] = component_errors(parts)
     for kind, metrics in found.items():
         for metric, entry in metrics.items():
-            note = "fitted to these" if entry["in_sample"] else ""
+            name = kind + "*" * entry["in_sample"]
             errors = (
                 _percent(entry.get("mape")),
                 _percent(entry.get("bias"), True),
                 _percent(entry.get("max_ape")),
             )
-            table.add_row(kind, metric, note, str(entry["rows"]), str(entry["n"]), *errors)
+            table.add_row(name, metric, f"{entry['n']}/{entry['rows']}", *errors)
     return table
