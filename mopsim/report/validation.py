@@ -48,23 +48,28 @@ def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) ->
 
 
 JUDGED = {
-    "step_time_s": ("step time, held out (bf16, fp16, A+B)", "bf16_fp16_AB"),
-    "peak_memory_bytes": ("peak memory (A+B)", "AB"),
+    "step_time_s": ("step time", "bf16_fp16_AB", "bf16 and fp16, grades A and B, held out"),
+    "peak_memory_bytes": ("peak memory", "AB", "grades A and B"),
 }
-"""Of each quantity: its name with the rows that its figure is stated for, and the selection of these."""
+"""Of each quantity: its name, the selection that its figure is stated for, and what that is."""
+FEW = 5
+"""Rows from which a group counts as the worst."""
 
 
 def finding(validation: Validation, measure: str, group: str, groups: dict[str, Points]) -> str:
-    """The mean error of the rows that are judged, and how far the groups that are shown lie apart."""
-    name, selection = JUDGED[measure]
+    """The mean error of the rows that are judged, and the worst of their groups."""
+    name, selection, which = JUDGED[measure]
     rows = selections(validation.scored)[selection]
     found = over_sources(rows, MEASURES[measure])
     if found is None:
-        return spread(f"{name} by {group}", groups)
+        return spread(name, groups)
     count = len(by_group(rows, MEASURES[measure], GROUPS["source"]))
     sources = f"{count} source{'s' if count > 1 else ''}"
     head = f"{name}: {found.mape:.1%} mean error over {sources}, {found.p90:.1%} at the 90th percentile"
-    return f"{head}\n{spread(f'all rows by {group}', groups)}"
+    means = by_group(rows, MEASURES[measure], GROUPS[group])
+    most = max(((e.mape, key) for key, e in means.items() if e.n >= FEW), default=None)
+    worst = f"worst {group}: {most[1]} {most[0]:.1%} " if most else ""
+    return f"{head}\n{worst}({which})"
 
 
 def spread(name: str, groups: dict[str, Points]) -> str:
@@ -73,7 +78,7 @@ def spread(name: str, groups: dict[str, Points]) -> str:
     (least, best), (most, worst) = means[0], means[-1]
     if len(means) == 1:
         return f"{name}: {best} {least:.1%} mean error"
-    return f"{name}: mean error from {least:.1%} ({best}) to {most:.1%} ({worst})"
+    return f"{name}: mean error from {least:.1%} ({best})\nto {most:.1%} ({worst})"
 
 
 def _mean(points: Points) -> float:

@@ -97,5 +97,5 @@ def test_what_has_no_cause_is_counted(tmp_path: Path) -> None:
 
 def test_a_figure_is_titled_by_its_finding() -> None:
     groups = {"a": [(1.0, 1.1)], "b": [(2.0, 1.0), (1.0, 1.0)]}
-    assert spread("step time", groups) == "step time: mean error from 10.0% (a) to 25.0% (b)"
+    assert spread("step time", groups) == "step time: mean error from 10.0% (a)\nto 25.0% (b)"
     assert finding(Validation([]), "step_time_s", "gpu", {"a": [(1.0, 1.1)]}).endswith("a 10.0% mean error")
