@@ -35,10 +35,8 @@ def test_rows_span_families_and_sources() -> None:
 
 
 MISSED = {
-    "halo-bench-qwen330ba3b-b300x8-bf16-s32768-b3a7e": "23.6 % too fast (22 %): the routing of its filler"
-    " text, and what its exchanges over 8 ranks wait for, are not known",
-    "halo-bench-qwen330ba3b-b300x8-bf16-s32768-adcbb": "6.1 % too fast (6 %) since B300's attention is that"
-    " of cuDNN's published table, a better source than the one before",
+    "halo-bench-qwen330ba3b-b300x8-bf16-s32768-adcbb": "7.4 % too fast (6 %) since B300's attention is that"
+    " of cuDNN's published table, a better source than the one before, and its filler text uses few experts",
 }
 """Rows beyond their tolerance, which stands: what mends one makes its test fail until it leaves this list."""
 
