@@ -62,7 +62,7 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
     ):
         return None
     if strategy.runtime == "fully_shard":
-        own = _plain(context) and recompute != "selective" and strategy.dense.zero >= 2
+        own = _plain(context) and recompute != "selective"
         return FsdpStep if own else None
     if recompute != "full" or strategy.dense.zero != 3:
         return None

@@ -39,7 +39,8 @@ class Dense(Spec, frozen=True, kw_only=True):
     sequence_parallel: outside the products that `tensor` splits, its ranks split the rows (arXiv 2205.05198);
     otherwise each holds all of them and sums travel by all-reduce (arXiv 1909.08053).
     shard: ranks that share one copy of the state (W: ZeRO over all ranks; below W the copies are replicated).
-    zero: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters.
+    zero: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters. fully_shard
+    has 2 and 3.
     prefetch: layers whose parameters are gathered ahead of use.
     chunk_tokens: tokens per slice of dense FFN and shared experts, recomputed slice by slice; 0 = one slice.
     """
@@ -280,6 +281,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
             "vocabulary.chunk_tokens",
             self.vocabulary.chunk_tokens,
             "must be at least 1 for a chunked loss",
+        )
+        require(
+            self.runtime == "flat_units" or self.dense.zero >= 2,
+            "dense.zero",
+            self.dense.zero,
+            "must be 2 or 3 under runtime fully_shard, which shards gradients",
         )
         require(
             self.experts.dispatch == "deduplicated" or not self.experts.mapped,

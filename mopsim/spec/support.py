@@ -61,7 +61,6 @@ RUNTIMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "activations.recompute": ("full",),
     },
     "fully_shard": {
-        "dense.zero": (2, 3),
         "dense.chunk_tokens": (0,),
         "experts.chunk_tokens": (0,),
         "vocabulary.loss": ("full", "chunked"),

@@ -330,6 +330,13 @@ def test_relations(name: str, path: Path, value: Any, rule: str | None) -> None:
         assert re.search(rule, line), line
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_fully_shard_shards_gradients(zero: int) -> None:
+    data = {"name": "s", "world_size": 8, "runtime": "fully_shard", "dense": {"zero": zero}}
+    line = refusal(Strategy, data, "strategy")
+    assert line.startswith(f"strategy.dense.zero: {zero} must be 2 or 3 under runtime fully_shard"), line
+
+
 def test_a_collective_that_is_missing_is_named() -> None:
     fields = plain(_profile())
     del fields["scale_out"]["collectives"]["all_to_all"]
