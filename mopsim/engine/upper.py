@@ -16,15 +16,15 @@ PROGRAM = 0.106
 """What a program other than mopexec, whose tensors are counted to the byte, keeps beyond what is modelled: of
 the published peaks of grade A and B, sources weighing alike, 95 % are at most this far above the prediction.
 `mopsim validate --runs` prints the number, and how often the bound holds where it leaves the source out."""
-PAIR, COMMUNICATOR = 544e6, 688e6
-"""Bytes of a communicator of two ranks, and of more (NCCL on four A100 with NVLink, github.com/NVIDIA/nccl
-issue 964)."""
+PAIR, COMMUNICATOR = 544 * 2**20, 688 * 2**20
+"""Bytes of a communicator of two ranks, and of more: "544 MB" and "688 MB" on four A100 with NVLink
+(github.com/NVIDIA/nccl issue 964), whole numbers of the driver's 2 MiB pages only in MiB."""
 EXCHANGE, EXCHANGE_PEERS = 3.28e9, 7
 """Bytes that the first all-to-all adds to its communicator, and to how many peers (NCCL on eight H100,
 github.com/NVIDIA/nccl issue 1685). Beyond eight ranks the channels are shared among the peers."""
-PROCESS = 2_056_600_000
-"""Bytes of the host for a process with a CUDA context: 0.44 to 2.06 GB (github.com/pytorch/pytorch issue
-113326)."""
+PROCESS = 2_056_600 * 1024
+"""Bytes of the host for a process with a CUDA context: 438,632 to 2,056,600 of time's "kbytes", which are
+KiB (github.com/pytorch/pytorch issue 113326)."""
 
 
 def device(peak: int, pools: int, wires: int, *, exact: bool) -> dict[str, int]:

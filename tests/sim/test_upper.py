@@ -51,8 +51,13 @@ def test_every_group_of_ranks_has_one_communicator() -> None:
         collective_work("all_gather", 10.0, Group(1, 1)), collective_work("send_recv", 10.0, four),
         Work("matmul", m=1, n=1, k=1),
     ]  # fmt: skip
-    assert upper.communication(works) == 2 * 688e6 + 544e6 + 3.28e9
-    assert upper.communication(works[:1]) == 688e6
+    assert upper.communication(works) == (2 * 688 + 544) * 2**20 + 3.28e9
+    assert upper.communication(works[:1]) == 688 * 2**20
+
+
+def test_a_process_is_what_time_printed() -> None:
+    """GNU time prints its "kbytes" by 1024 bytes."""
+    assert upper.host({}, {"other": 1.0}) == {"process": 2_056_600 * 1024}
 
 
 def played(hardware: HardwareProfile, name: str = "mop") -> SimResult:
