@@ -39,8 +39,7 @@ class Dense(Spec, frozen=True, kw_only=True):
     sequence_parallel: outside the products that `tensor` splits, its ranks split the rows (arXiv 2205.05198);
     otherwise each holds all of them and sums travel by all-reduce (arXiv 1909.08053).
     shard: ranks that share one copy of the state (W: ZeRO over all ranks; below W the copies are replicated).
-    zero: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters. fully_shard
-    has 2 and 3.
+    zero: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters. fully_shard has 2 and 3.
     prefetch: layers whose parameters are gathered ahead of use.
     chunk_tokens: tokens per slice of dense FFN and shared experts, recomputed slice by slice; 0 = one slice.
     """
