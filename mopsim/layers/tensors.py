@@ -11,13 +11,16 @@ from mopsim.spec.model import ModelSpec
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A parameter. layer: decoder layer, -1 outside of one, layer count + i for MTP layer i. routed: split
-    over experts."""
+    over experts. whole: a matrix that every rank of a tensor group holds all of, as Megatron-Core holds
+    routers, gates of shared experts, MLA's down-projections (TELinear, "duplicated") and position tables.
+    """
 
     name: str
     shape: tuple[int, ...]
     component: str
     layer: int = -1
     routed: bool = False
+    whole: bool = False
 
     @property
     def numel(self) -> int:
@@ -30,7 +33,9 @@ def tensors(model: ModelSpec) -> tuple[Tensor, ...]:
     H = model.hidden_size
     found = [Tensor("embedding.weight", (model.vocab_size, H), "embedding")]
     if model.learned_positions:
-        found.append(Tensor("position_embedding.weight", (model.learned_positions, H), "embedding"))
+        found.append(
+            Tensor("position_embedding.weight", (model.learned_positions, H), "embedding", whole=True)
+        )
     for layer in range(model.num_hidden_layers):
         found += layer_tensors(model, layer, f"layers.{layer}", model.is_moe_layer(layer))
     found += _norm(model, "final_norm", H, "vocabulary")
@@ -51,7 +56,9 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
         return found + _ffn(
             model, f"{prefix}.ffn", model.intermediate_size, "dense_ffn", layer, model.ffn_bias
         )
-    found.append(Tensor(f"{prefix}.moe.router.weight", (model.num_local_experts, H), "router", layer))
+    found.append(
+        Tensor(f"{prefix}.moe.router.weight", (model.num_local_experts, H), "router", layer, whole=True)
+    )
     if model.router_bias:
         found.append(Tensor(f"{prefix}.moe.router.bias", (model.num_local_experts,), "router", layer))
     found += _experts(model, f"{prefix}.moe.experts", layer)
@@ -65,7 +72,9 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
             False,
         )
         if model.shared_expert_gate:
-            found.append(Tensor(f"{prefix}.moe.shared_gate.weight", (1, H), "shared_experts", layer))
+            found.append(
+                Tensor(f"{prefix}.moe.shared_gate.weight", (1, H), "shared_experts", layer, whole=True)
+            )
     return found
 
 
@@ -126,14 +135,15 @@ def _mla(model: ModelSpec, prefix: str, layer: int) -> list[Tensor]:
     q = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
     found = []
     if model.q_lora_rank:
-        found += _linear(f"{prefix}.q_a_proj", model.q_lora_rank, H, "attention", layer)
+        found.append(
+            Tensor(f"{prefix}.q_a_proj.weight", (model.q_lora_rank, H), "attention", layer, whole=True)
+        )
         found.append(Tensor(f"{prefix}.q_a_norm.weight", (model.q_lora_rank,), "attention", layer))
         found += _linear(f"{prefix}.q_b_proj", q, model.q_lora_rank, "attention", layer)
     else:
         found += _linear(f"{prefix}.q_proj", q, H, "attention", layer)
-    found += _linear(
-        f"{prefix}.kv_a_proj", model.kv_lora_rank + model.qk_rope_head_dim, H, "attention", layer
-    )
+    down = (model.kv_lora_rank + model.qk_rope_head_dim, H)
+    found.append(Tensor(f"{prefix}.kv_a_proj.weight", down, "attention", layer, whole=True))
     found.append(Tensor(f"{prefix}.kv_a_norm.weight", (model.kv_lora_rank,), "attention", layer))
     out = heads * (model.qk_nope_head_dim + model.v_head_dim)
     found += _linear(f"{prefix}.kv_b_proj", out, model.kv_lora_rank, "attention", layer)

@@ -91,7 +91,7 @@ def _dense(
     model: ModelSpec, strategy: Strategy, name: str, component: str, layer: int, mine: list[Tensor]
 ) -> Unit:
     split = strategy.dense.tensor
-    numel = sum(t.numel // (split if len(t.shape) > 1 else 1) for t in mine)
+    numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
     copies = strategy.stage_ranks // split
     return Unit(
         name,
