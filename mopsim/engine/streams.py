@@ -160,18 +160,21 @@ class Rank:
     def communicate(self, op: Op, *, begins: bool) -> None:
         """A collective begins or ends: settle what compute has done, then go on at the new rate."""
         if self.finish is not None:
-            passed = self.env.now - self.since
-            rate = self._rate()
-            self.remaining -= passed * rate
-            self.since = self.env.now
-            if self.talking:
-                self.record.stolen(self.talking[0], passed * (1.0 - rate))
+            self._settle()
         if begins:
             self.talking.append(op)
         else:
             self.talking.remove(op)
         if self.finish is not None:
             self._schedule()
+
+    def _settle(self) -> None:
+        """Count what compute has done since the last change of its rate, and what a collective took of it."""
+        passed, rate = self.env.now - self.since, self._rate()
+        self.remaining -= passed * rate
+        self.since = self.env.now
+        if self.talking:
+            self.record.stolen(self.talking[0], passed * (1.0 - rate))
 
     def _rate(self) -> float:
         return 1.0 - self.share if self.talking else 1.0
@@ -188,8 +191,8 @@ class Rank:
     def _timer(self, version: int) -> Callable[[simpy.Event], None]:
         def fire(_: simpy.Event) -> None:
             if version == self.version and self.finish is not None:
+                self._settle()
                 event, self.finish = self.finish, None
-                self.remaining = 0.0
                 event.succeed()
 
         return fire

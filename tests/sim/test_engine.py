@@ -19,6 +19,7 @@ from mopsim.spec.hardware import WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+from mopsim.validate.makeup import COMPUTE
 from tests.sim.toys import machine, quantity, small
 
 MODEL = small()
@@ -53,6 +54,9 @@ def test_exposed_time_is_waiting_and_what_was_taken() -> None:
     assert record.tallies[0].exposed["all_gather"] == pytest.approx(2.0)
     _, record = _play(_overlap(), 0.5, [2.0, 3.0, 1.0])
     assert record.tallies[0].exposed["all_gather"] == pytest.approx(1.0)
+    # 3 s of compute last 6 beside a collective of 10, of which it takes 3; then 4 s of waiting
+    _, record = _play(_overlap(), 0.5, [10.0, 3.0, 1.0])
+    assert record.tallies[0].exposed["all_gather"] == pytest.approx(7.0)
 
 
 def test_ledger_holds_the_height_of_an_op() -> None:
@@ -335,7 +339,8 @@ def test_time_scales_with_host_and_device_together(experts: int) -> None:
 def test_nothing_is_exposed_longer_than_it_is_busy(
     name: str, wire: float, share: float, batches: int, issue: float
 ) -> None:
-    """Waits are booked on what ran meanwhile: a collective is not blamed for what it queued behind."""
+    """Waits are booked on what ran meanwhile: a collective is not blamed for what it queued behind. A step is
+    the undisturbed kernels, and what is exposed."""
     strategy = {
         "mop": mop(8, sequence=2, experts=4, vocabulary=8, boundary_tier="host", chunk_tokens=128),
         "fsdp2": fsdp2(8, sequence=2, experts=4, recompute="full"),
@@ -350,3 +355,8 @@ def test_nothing_is_exposed_longer_than_it_is_busy(
     for kind, waited in result.exposed.items():
         if kind not in ("host", "peers"):
             assert waited <= result.busy[kind] * (1 + 1e-6) + 1e-12
+    kernels = sum(result.busy.get(kind, 0.0) for kind in COMPUTE)
+    parts = kernels + sum(result.exposed.values())
+    assert parts >= result.step_time * (1 - 1e-6)
+    if name != "fsdp2":  # whose copies into and out of its collectives run beside compute
+        assert parts == pytest.approx(result.step_time, rel=1e-6)
