@@ -16,8 +16,9 @@ class SimResult:
     the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its own
     highest, whenever that was. peak_by_stage: peak memory of each pipeline stage's ranks.
 
-    exposed: seconds in which compute waits, or by which a collective beside it slows it, by what for: kinds of
-    `busy`, none for longer than it is busy; `host`, kernels issued late; `peers`, other stages of a pipeline that had not come so far.
+    exposed: seconds in which compute waits, or which a collective beside it takes from it, by what for: kinds
+    of `busy`, none for longer than it is busy; `host`, kernels issued late; `peers`, other stages of a
+    pipeline that had not come so far.
 
     above_peak, above_host: bytes that may come on top of the peak and of host_memory, by cause
     (mopsim.engine.upper). verdict: `fits` where the upper bounds are within the limits, `at risk` where only
