@@ -203,6 +203,7 @@ def megatron(
     micro_batch: int = 1,
     recompute: Literal["none", "selective", "full"] = "none",
     modules: tuple[str, ...] = ("core_attn",),
+    boundary_tier: Tier = "device",
     overlap: Overlap | None = None,
     precision: DType = "bfloat16",
     name: str = "megatron",
@@ -237,7 +238,11 @@ def megatron(
         ),
         vocabulary=Vocabulary(degree=tensor, loss="vocab_parallel" if tensor > 1 else "full"),
         optimizer=_state("device"),
-        activations=Activations(recompute=recompute, modules=modules if recompute == "selective" else ()),
+        activations=Activations(
+            recompute=recompute,
+            modules=modules if recompute == "selective" else (),
+            boundary_tier=boundary_tier,
+        ),
         overlap=overlap or Overlap(),
         precision=Precision(
             compute=precision, param=precision, reduce=wide, grad=wide, moments=wide, master=wide

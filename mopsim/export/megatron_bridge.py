@@ -55,8 +55,10 @@ def gaps(plan: Plan) -> Iterator[Gap]:
         if module not in MODULES:
             yield Gap("activations.modules", module, f"is not one of {', '.join(MODULES)}")
     if s.activations.boundary_tier == "host":
-        why = f"is not in {name}: it offloads activations of layers that it does not recompute"
-        yield Gap("activations.boundary_tier", "host", why)
+        if s.activations.recompute == "full":
+            why = f"is not in {name}: it offloads activations of layers that it does not recompute"
+            yield Gap("activations.boundary_tier", "host", why)
+        yield from only((0,), "activations.host_budget", s.activations.host_budget, f"is not in {name}")
     yield from _state(s)
 
 
@@ -155,6 +157,8 @@ def _model(plan: Plan) -> dict[str, Any]:
         found |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
         found["recompute_modules"] = [name for name in s.activations.modules if name in MODULES]
+    if s.activations.boundary_tier == "host" and recompute != "full":
+        found |= {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]}
     if s.pipeline.degree > 1:
         found["overlap_p2p_comm"] = s.overlap.pipeline
     found["cross_entropy_loss_fusion"] = s.vocabulary.fused

@@ -62,8 +62,8 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
     ):
         return None
     if strategy.runtime == "fully_shard":
-        own = _plain(context) and recompute != "selective"
-        return FsdpStep if own else None
+        own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
+        return FsdpStep if own and _plain(context) else None
     if recompute != "full" or strategy.dense.zero != 3:
         return None
     return FlatStep if _plain(context) and not context.runs_autograd else Step

@@ -143,6 +143,13 @@ class _Bounder:
             m.num_hidden_layers / c["pipeline"] * self.tokens / c["tensor"] * width * self.compute
         )
 
+    def moved(self) -> Reals:
+        """Bytes of the layer inputs of a microbatch that go to the host: in staged programs (ZeRO below 3)
+        not the last layer's, whose backward may come next."""
+        layers = self.model.num_hidden_layers / self.c["pipeline"]
+        last = np.where(self.c["zero"] == 3, 0, np.minimum(1 / layers, 1))
+        return np.asarray(self.away * self.boundary() * (1 - last))
+
     def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
         c, on_device = self.c, self.c["state"] == DEVICE
         weights, state = self.held()
@@ -168,7 +175,7 @@ class _Bounder:
         weights, state = self.held()
         off = np.where(self.c["state"] == DEVICE, 0, state * (self.master() + self.moments))
         off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
-        return off + self.away * self.boundary()
+        return off + self.moved()
 
     def times(self) -> tuple[Reals, Reals]:
         """(bound: the slowest stream, then the optimizer; guess: the streams one after the other).
@@ -312,7 +319,7 @@ class _Bounder:
     def copy_time(self) -> Reals:
         """Boundaries out and back over the host link."""
         host = self.hardware.host
-        moved = self.away * self.boundary() * self.microbatches
+        moved = self.moved() * self.microbatches
         scale = max(self.scale("h2d") / host.link_h2d.si, self.scale("d2h") / host.link_d2h.si)
         return moved * scale * self.hardware.host.link_sharing
 

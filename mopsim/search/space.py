@@ -317,6 +317,7 @@ def _megatron_axes(problem: Problem) -> Axes:
         "exchange": [EXCHANGES.index("ring")],
         ("experts", "expert_tensor"): expert,
         "recompute": [0, 1],
+        "boundary_host": [0, 1],
         "zero": [1],
         "reshard": [0],
     }
@@ -405,6 +406,7 @@ def _build_megatron(problem: Problem, row: dict[str, int]) -> Strategy:
         expert_tensor=row["expert_tensor"],
         micro_batch=row["micro_batch"],
         recompute="full" if row["recompute"] else "none",
+        boundary_tier="host" if row["boundary_host"] else "device",
         precision=problem.precision,
     )
 

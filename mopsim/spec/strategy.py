@@ -147,7 +147,9 @@ class Activations(Spec, frozen=True, kw_only=True):
     kept: kernels of a layer (categories.KEPT) whose outputs a full recomputation keeps and which it does not
     run again: torch's selective activation checkpointing by operator.
 
-    boundary_tier host: boundaries go to pinned memory while host_budget bytes per rank last (0 = no cap).
+    boundary_tier host: the inputs of decoder layers go to pinned memory while host_budget bytes per rank last
+    (0 = no cap), also where no recomputation starts from them (offload_modules layer_input and attn_norm of
+    Megatron-Core).
     """
 
     recompute: Literal["none", "selective", "full"] = "full"

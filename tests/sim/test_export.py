@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from mopsim.cli import main
 from mopsim.export import TARGETS, export
+from mopsim.export.gaps import Gap
 from mopsim.layers.tensors import total_params
 from mopsim.search.space import AXES, Problem, generate
 from mopsim.spec import io
@@ -121,6 +123,21 @@ def test_megatron_bridge_offloads_a_fraction_of_the_state() -> None:
     found = yaml.safe_load(export(plan(replace(made, optimizer=host)), "megatron-bridge")[0])
     assert found["optimizer"]["optimizer_cpu_offload"] is True
     assert found["optimizer"]["optimizer_offload_fraction"] == 0.5
+
+
+def test_megatron_bridge_offloads_the_inputs_of_layers() -> None:
+    def offloading(recompute: Literal["none", "full"]) -> tuple[str, list[Gap]]:
+        made = megatron(32, experts=8, recompute=recompute, boundary_tier="host")
+        return export(plan(made), "megatron-bridge", lossy=True)
+
+    text, gaps = offloading("none")
+    model = yaml.safe_load(text)["model"]
+    assert model["fine_grained_activation_offloading"] is True
+    assert model["offload_modules"] == ["attn_norm"]
+    assert not [gap for gap in gaps if gap.field.startswith("activations")]
+    text, gaps = offloading("full")
+    assert "offload_modules" not in yaml.safe_load(text)["model"]
+    assert "activations.boundary_tier" in [gap.field for gap in gaps]
 
 
 def test_deepspeed_by_hand() -> None:

@@ -33,7 +33,11 @@ def strategies(draw: st.DrawFn) -> Strategy:
     exchange = draw(st.sampled_from(["ring", "all_gather", "ulysses"]))
     attention = msgspec.structs.replace(strategy.attention, exchange=exchange)
     overlap = msgspec.structs.replace(strategy.overlap, pipeline=draw(st.booleans()))
-    return msgspec.structs.replace(strategy, pipeline=pipeline, attention=attention, overlap=overlap)
+    tier = draw(st.sampled_from(["device", "host"]))
+    activations = msgspec.structs.replace(strategy.activations, boundary_tier=tier)
+    return msgspec.structs.replace(
+        strategy, pipeline=pipeline, attention=attention, overlap=overlap, activations=activations
+    )
 
 
 def step(strategy: Strategy, **bandwidth: float) -> tuple[float, float, float]:

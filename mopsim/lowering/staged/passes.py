@@ -160,8 +160,6 @@ def _check(context: Context) -> None:
         f"must be true where attention.exchange is {attention.exchange}",
     )
     rule = "is lowered only with ZeRO-3 and full recomputation, without tensor and pipeline parallelism"
-    tier = strategy.activations.boundary_tier
-    require(tier == "device", "strategy.activations.boundary_tier", tier, rule)
     require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, rule)
     slices = strategy.dense.chunk_tokens
     require(slices == 0 or slices >= context.tokens, "strategy.dense.chunk_tokens", slices, rule)

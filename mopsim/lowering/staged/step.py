@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mopsim.lowering.context import Context
 from mopsim.lowering.schedules import Slot, order, warm_up
+from mopsim.lowering.staged.boundaries import Boundaries
 from mopsim.lowering.staged.data_parallel import gathering, message_work, reduction
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.passes import Passes
@@ -20,6 +21,8 @@ Ops = tuple[int, ...]
 class StageStep:
     """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
     g`."""
+
+    boundaries: Boundaries
 
     def __init__(self, context: Context, passes: Passes, index: int) -> None:
         self.c, self.passes = context, passes
@@ -40,6 +43,7 @@ class StageStep:
         slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
         first = warm_up(p.degree, p.virtual_stages, self.stage.index, int(pairs))
         paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
+        self.boundaries = Boundaries(self.c, self.issue, self.stage, slots)
         self._gather_updated()
         left = self._left(slots)
         place = 0
@@ -57,7 +61,10 @@ class StageStep:
             memory = (("grads", -made),)
             self.issue.add("gradients freed", "compute", "optimizer", "optimizer", (), (), memory)
         layers = [layer for chunk in self.stage.chunks for layer in chunk]
-        extra = (("framework", self.passes.placeholders((*layers, *self.stage.extra))),)
+        extra = (
+            ("framework", self.passes.placeholders((*layers, *self.stage.extra))),
+            ("host/boundaries", self.boundaries.buffers * self.c.hidden),
+        )
         resident = (*self.stage.resident(), *(step for step in extra if step[1]))
         return Program(tuple(self.issue.ops), self.stage.index, self.c.strategy.stage_ranks, resident)
 
@@ -68,7 +75,7 @@ class StageStep:
             self._forward(microbatch, chunk)
             return
         if phase == "weight_grad":
-            self._weights(chunk, left)
+            self._weights(microbatch, chunk, left)
             return
         final = phase == "backward" and left[chunk] == 1
         self._backward(microbatch, chunk, final)
@@ -87,6 +94,8 @@ class StageStep:
         if together:
             self._arrive(forward, backward)
             self.unsent = []
+        if woven:
+            self.boundaries.ahead(backward[1], self.stage.chunks[backward[2]][::-1])
         start = len(self.issue.ops)
         self._slot(forward, left)
         middle, sent = len(self.issue.ops), self.after
@@ -97,6 +106,7 @@ class StageStep:
         if woven:
             self.after = tuple(moved.get(op, op) for op in (*sent, *self.after))
             self.reductions = [moved.get(op, op) for op in self.reductions]
+            self.boundaries.moved(moved)
         unsent, self.unsent = self.unsent or [], None
         for way, microbatch, part, ready in unsent:
             self._send(way, microbatch, part, tuple(moved.get(op, op) for op in ready))
@@ -127,7 +137,9 @@ class StageStep:
         for layer in self.stage.chunks[chunk]:
             waits = self.shards.before(layer, "forward", self.stage.chunks[chunk])
             updated = [op for unit in c.layers[layer] for op in self.gathered.pop(unit.name, ())]
+            self.boundaries.before("forward", microbatch, layer, ready)
             ready = issue.play(self.passes.forward(layer), layer, (*ready, *waits, *updated))
+            self.boundaries.after(microbatch, layer, ready)
             self.shards.after(layer, "forward")
         if part < self.stage.parts - 1:
             self._send("forward", microbatch, part + 1, ready)
@@ -149,7 +161,7 @@ class StageStep:
             ready = issue.play(self.passes.loss("backward"), -1, self.shards.edge("head", "backward"))
             self._reduced(ready, "head", final and not self.stage.extra)
             for layer in reversed(self.stage.extra):
-                ready = self._layer_backward(layer, ready, [layer], final)
+                ready = self._layer_backward(microbatch, layer, ready, [layer], final)
                 ready = issue.play(self.passes.projection("backward"), layer, ready)
                 # the two gradients of one hidden state are added
                 ready = issue.play(self.passes.loss("backward"), -1, ready)
@@ -162,7 +174,7 @@ class StageStep:
             ready = self._receive("backward", microbatch, part)
         order = list(reversed(self.stage.chunks[chunk]))
         for layer in order:
-            ready = self._layer_backward(layer, ready, order, final)
+            ready = self._layer_backward(microbatch, layer, ready, order, final)
         if part > 0:
             self._send("backward", microbatch, part - 1, ready)
             return
@@ -171,17 +183,22 @@ class StageStep:
         ready = (issue.add("embedding", "compute", "embedding", "backward", work, ready, memory),)
         self._reduced(ready, "embedding", final)
 
-    def _layer_backward(self, layer: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
+    def _layer_backward(
+        self, microbatch: int, layer: int, ready: Ops, order: Sequence[int], final: bool
+    ) -> Ops:
         waits = self.shards.before(layer, "backward", order)
+        waits += self.boundaries.before("backward", microbatch, layer, ready)
         ready = self.issue.play(self.passes.backward(layer), layer, (*ready, *waits))
         self.shards.after(layer, "backward", ready)
         if final and self.overlap.grad_reduce and not self.shards.each:
             self._reduce(self.c.layers[layer], ready)
         return ready
 
-    def _weights(self, chunk: int, left: dict[int, int]) -> None:
+    def _weights(self, microbatch: int, chunk: int, left: dict[int, int]) -> None:
         left[chunk] -= 1
+        ready: Ops = ()
         for layer in reversed(self.stage.chunks[chunk]):
+            self.boundaries.before("weight_grad", microbatch, layer, ready)
             ready = self.issue.play(self.passes.weights(layer), layer, ())
             if left[chunk] == 0 and self.overlap.grad_reduce and not self.shards.each:
                 self._reduce(self.c.layers[layer], ready)

@@ -1,0 +1,103 @@
+"""Inputs of layers on the host: down once the layer has run, up again one layer ahead of its backward."""
+
+from collections.abc import Mapping, Sequence
+
+from mopsim.lowering.context import Context
+from mopsim.lowering.schedules import Slot
+from mopsim.lowering.staged.issue import Issue
+from mopsim.lowering.staged.stage import Stage
+from mopsim.lowering.workload import Work
+
+Visit = tuple[str, int, int]
+"""(phase, microbatch, layer): what a program does to a layer."""
+
+
+class Boundaries:
+    """The copies of one stage, whatever the schedule: its visits of layers, in program order, say which comes
+    next. An input that the next visit needs again stays, as does that of an MTP layer.
+
+    Copies are as Megatron-Core's fine-grained activation offloading makes them of `layer_input` (full
+    recomputation) or of `attn_norm`, whose input is the layer's (megatron/core/pipeline_parallel/
+    fine_grained_activation_offload.py): compute never waits for a copy down, the device's bytes are free
+    where it ends, pinned buffers are kept for copies to come.
+    buffers: how many of `Context.hidden` bytes the schedule needs.
+    """
+
+    def __init__(self, context: Context, issue: Issue, stage: Stage, slots: Sequence[Slot]) -> None:
+        self.issue, self.size = issue, context.hidden
+        self.visits: list[Visit] = []
+        for phase, microbatch, chunk in slots:
+            layers = stage.chunks[chunk] if phase == "forward" else reversed(stage.chunks[chunk])
+            kind = "backward" if phase == "input_grad" else phase
+            self.visits += [(kind, microbatch, layer) for layer in layers]
+        self.places = {visit: place for place, visit in enumerate(self.visits)}
+        self.buffers = 0
+        self._free: list[int] = []
+        self._down: dict[Visit, int] = {}
+        self._up: dict[Visit, int] = {}
+        self._window: tuple[int, ...] = ()
+        activations = context.strategy.activations
+        layers = [layer for chunk in stage.chunks for layer in chunk]
+        self.away: frozenset[int] = frozenset()
+        if activations.boundary_tier == "host":
+            room = activations.host_budget // self.size if activations.host_budget else len(self.visits)
+            counts = (n for n in range(len(layers), 0, -1) if self._most(set(layers[:n])) <= room)
+            self.away = frozenset(layers[: next(counts, 0)])
+
+    def _most(self, layers: set[int]) -> int:
+        """Inputs of these layers that wait for their backward at once."""
+        alive = most = 0
+        for phase, _, layer in self.visits:
+            alive += (layer in layers) * ((phase == "forward") - (phase == "backward"))
+            most = max(most, alive)
+        return most
+
+    def before(self, phase: str, microbatch: int, layer: int, ready: Sequence[int]) -> tuple[int, ...]:
+        """A layer is about to run once `ready` ended: its input and that of the next visit come up where they
+        are wanted. Returns what the layer has to wait for."""
+        visit = (phase, microbatch, layer)
+        if visit not in self.places or not self.away:
+            return ()
+        self._window = tuple(ready) or self._window
+        place = self.places[visit]
+        for one in self.visits[place : place + 2]:
+            self._bring(one)
+        return (self._up.pop(visit),) if visit in self._up else ()
+
+    def ahead(self, microbatch: int, layers: Sequence[int]) -> None:
+        """The input of the first layer of a backward comes up beside the last visit."""
+        if layers:
+            self._bring(("backward", microbatch, layers[0]))
+
+    def after(self, microbatch: int, layer: int, ready: Sequence[int]) -> None:
+        """A layer's forward has run: its input goes down, into a buffer whose copy up is over."""
+        back = ("backward", microbatch, layer)
+        if layer not in self.away or self.visits[self.places["forward", microbatch, layer] + 1] == back:
+            return
+        room = (self._free.pop(0),) if self._free else ()
+        self.buffers += not room
+        work, memory = (Work("d2h", bytes=float(self.size)),), (("activations", -self.size),)
+        self._down[back] = self.issue.add(
+            f"boundary {layer} down", "d2h", "other", "forward", work, (*ready, *room), memory, layer=layer
+        )
+
+    def moved(self, places: Mapping[int, int]) -> None:
+        """Ops have new indices (see Issue.weave)."""
+        for ops in (self._down, self._up):
+            ops.update({visit: places.get(op, op) for visit, op in ops.items()})
+        self._free = [places.get(op, op) for op in self._free]
+        self._window = tuple(places.get(op, op) for op in self._window)
+
+    def _bring(self, visit: Visit) -> None:
+        down = self._down.pop(visit, None)
+        if down is None:
+            return
+        phase, microbatch, layer = visit
+        now, self.issue.microbatch = self.issue.microbatch, microbatch
+        work, memory = (Work("h2d", bytes=float(self.size)),), (("activations", self.size),)
+        op = self.issue.add(
+            f"boundary {layer} up", "h2d", "other", phase, work, (down, *self._window), memory, layer=layer
+        )
+        self.issue.microbatch = now
+        self._up[visit] = op
+        self._free.append(op)

@@ -1,0 +1,192 @@
+"""Inputs of layers on the host where programs are staged: bytes by stage, copies by hand, the search."""
+
+from typing import Literal
+
+import msgspec
+import pytest
+
+from mopsim.cost import seconds
+from mopsim.engine import SimResult, run, simulate
+from mopsim.lowering import lower
+from mopsim.lowering.workload import Program
+from mopsim.search import Options, search
+from mopsim.search.space import Problem, generate
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Overlap, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron
+from tests.sim.toys import machine, quantity, small
+
+H100 = load_profile("h100-sxm-80g")
+STAGES, LAYERS = 4, 4
+MIXTRAL = msgspec.structs.replace(load_model("mixtral_8x7b"), num_hidden_layers=STAGES * LAYERS)
+TRAINING = TrainSpec(seq_len=4096, global_batch=32)
+HIDDEN = 4096 * 4096 * 2 // 2
+"""Bytes of a layer's input on one of two tensor-parallel ranks."""
+Recompute = Literal["none", "selective", "full"]
+SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
+DENSE = small(
+    num_hidden_layers=4, first_k_dense_replace=0, num_local_experts=0, num_experts_per_tok=0,
+    moe_intermediate_size=0, shared_expert_intermediate_size=0, hidden_size=1024, head_dim=128,
+    intermediate_size=4096, vocab_size=8,
+)  # fmt: skip
+
+
+def on_host(strategy: Strategy, budget: int = 0) -> Strategy:
+    activations = msgspec.structs.replace(strategy.activations, boundary_tier="host", host_budget=budget)
+    return msgspec.structs.replace(strategy, activations=activations)
+
+
+def pipelined(schedule: str, recompute: Recompute = "full", **changes: object) -> Strategy:
+    strategy = megatron(
+        4 * STAGES, tensor=2, pipeline=STAGES, virtual_stages=2 if schedule == "interleaved" else 1,
+        experts=2, recompute=recompute,
+    )  # fmt: skip
+    pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule)
+    return msgspec.structs.replace(strategy, pipeline=pipeline, **changes)
+
+
+def play(strategy: Strategy, hardware: HardwareProfile = H100) -> SimResult:
+    return simulate(MIXTRAL, hardware, 2, strategy, TRAINING)
+
+
+def pinned(programs: tuple[Program, ...]) -> list[int]:
+    return [dict(program.resident).get("host/boundaries", 0) // HIDDEN for program in programs]
+
+
+def in_flight(schedule: str, stage: int) -> int:
+    """Layers whose inputs wait at once: p - s microbatches of every layer; interleaved, the warm-up's
+    forwards and one more, of half the layers each (arXiv 2104.04473)."""
+    if schedule == "interleaved":
+        return (2 * (STAGES - stage - 1) + STAGES + 1) * LAYERS // 2
+    return (STAGES - stage) * LAYERS
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_microbatch_in_flight_has_its_buffers(schedule: str, recompute: Recompute) -> None:
+    """On the host what waits, less the input that the next backward starts with: it never left, or is back
+    before the last forward's goes down."""
+    strategy = on_host(pipelined(schedule, recompute))
+    programs = lower(MIXTRAL, strategy, TRAINING).programs
+    assert pinned(programs) == [in_flight(schedule, stage) - 1 for stage in range(STAGES)]
+    found = play(strategy)
+    assert found.host_memory == HIDDEN * (in_flight(schedule, 0) - 1)
+    assert found.host_by_category == {"boundaries": found.host_memory}
+    for program in programs:
+        copies = {way: [op for op in program.ops if op.stream == way] for way in ("d2h", "h2d")}
+        assert len(copies["d2h"]) == len(copies["h2d"]) > 0
+        assert all(op.work[0].bytes == HIDDEN for ops in copies.values() for op in ops)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_the_peak_falls_by_what_is_away_less_what_is_on_its_way(schedule: str) -> None:
+    """With host issue time and full recomputation every stage peaks in a layer's backward: the input of the
+    next one is on its way up."""
+    strategy = pipelined(schedule)
+    plain, away = play(strategy), play(on_host(strategy))
+    fallen = [(a - b) / HIDDEN for a, b in zip(plain.peak_by_stage, away.peak_by_stage, strict=True)]
+    assert fallen == [in_flight(schedule, stage) - 2 for stage in range(STAGES)]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_copies_save_memory_and_never_time(schedule: str, recompute: Recompute) -> None:
+    """A fast link hides them: what is left is the host's time to issue them."""
+    strategy = pipelined(schedule, recompute)
+    plain, away = play(strategy), play(on_host(strategy))
+    assert plain.step_time <= away.step_time < 1.001 * plain.step_time
+    fallen = [a - b for a, b in zip(plain.peak_by_stage, away.peak_by_stage, strict=True)]
+    assert fallen[0] >= 12 * HIDDEN
+    assert fallen == sorted(fallen, reverse=True)
+    assert fallen[-1] >= 0
+    host = msgspec.structs.replace(H100.host, link_h2d=quantity(0.2, "GB/s"), link_d2h=quantity(0.2, "GB/s"))
+    slow = play(on_host(strategy), msgspec.structs.replace(H100, host=host))
+    assert slow.step_time > 2 * plain.step_time
+    assert slow.peak_by_stage[0] <= plain.peak_by_stage[0]
+
+
+@pytest.mark.parametrize("stages", [1, STAGES])
+def test_beside_another_microbatch(stages: int) -> None:
+    """A forward woven with another's backward: what comes up does so before the pair."""
+    strategy = pipelined("interleaved") if stages > 1 else megatron(16, tensor=2, experts=2, recompute="full")
+    strategy = msgspec.structs.replace(strategy, overlap=Overlap(experts=True))
+    plain, away = play(strategy), play(on_host(strategy))
+    assert plain.step_time <= away.step_time < 1.01 * plain.step_time
+    assert away.peak_by_stage[0] < plain.peak_by_stage[0] - 10 * HIDDEN
+    assert away.host_memory >= 10 * HIDDEN
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_budget_holds_for_all_microbatches_in_flight(schedule: str) -> None:
+    strategy = pipelined(schedule)
+    for buffers in (0.5, 2, 7, 15, 100):
+        budget = int(buffers * HIDDEN)
+        programs = lower(MIXTRAL, on_host(strategy, budget), TRAINING).programs
+        for stage, found in enumerate(pinned(programs)):
+            assert found <= buffers
+            parts = 2 if schedule == "interleaved" else 1
+            together = parts * in_flight(schedule, stage) // LAYERS  # a layer more needs no more buffers
+            assert found >= min(int(buffers) - together, in_flight(schedule, stage) - 1)
+
+
+@pytest.mark.parametrize("link", [0.02, 0.5, 5.0, 50.0])
+def test_one_microbatch_by_hand(link: float) -> None:
+    """Four layers on one rank: inputs 0 to 2 go down one after the other as their layers end, each comes up
+    when it is down, the last is up and the backward of the layer before its own begins."""
+    strategy = on_host(megatron(1, recompute="full"))
+    training = TrainSpec(seq_len=256, global_batch=1)
+    hardware = machine(memory=10_000.0, link=link)
+    workload = lower(DENSE, strategy, training)
+    spent: dict[tuple[int, str], float] = {}
+    for op in workload.programs[0].ops:
+        if op.stream == "compute":
+            key = op.layer, "forward" if op.phase == "forward" else op.phase
+            key = key if op.layer >= 0 or op.component != "embedding" else (-2, op.phase)
+            key = (op.layer, "backward") if op.phase == "recompute" else key
+            spent[key] = spent.get(key, 0.0) + sum(seconds(work, hardware) for work in op.work)
+    copy = 256 * 1024 * 2 / (link * 1e9)
+    now, down = spent[-2, "forward"], {}
+    wire = 0.0
+    for layer in range(4):
+        now += spent[layer, "forward"]
+        if layer < 3:
+            wire = down[layer] = max(wire, now) + copy
+    now += spent[-1, "forward"] + spent[-1, "backward"]
+    wire, up = 0.0, {3: 0.0}
+    for layer in (3, 2, 1, 0):
+        begun = now  # what this layer's gradient waits for
+        if layer:
+            wire = up[layer - 1] = max(wire, down[layer - 1], begun) + copy
+        now = max(now, up[layer]) + spent[layer, "backward"]
+    rest = spent[-2, "backward"] + spent[-1, "optimizer"]
+    found = run(workload, DENSE, hardware, strategy, training)
+    assert found.step_time == pytest.approx(now + rest, rel=1e-9)
+    assert found.host_memory == 3 * 256 * 1024 * 2
+
+
+def test_fsdp_without_recomputation_sends_them_too() -> None:
+    """The executor's own schedule has no boundaries there."""
+    strategy = fsdp2(8, experts=8, recompute="none")
+    training = TrainSpec(seq_len=4096, global_batch=8)
+    plain, away = (simulate(MIXTRAL, H100, 1, one, training) for one in (strategy, on_host(strategy)))
+    assert away.host_memory == 15 * 4096 * 4096 * 2
+    assert away.busy["d2h"] > 0
+    assert plain.host_memory == 0
+
+
+def test_the_search_offers_them() -> None:
+    """With and without in the space; as fast with less memory, with leads."""
+    training = TrainSpec(seq_len=4096, global_batch=16)
+    space = generate(Problem(MIXTRAL, H100, 2, training, 10**10), "megatron")
+    assert set(space.columns["boundary_host"].tolist()) == {0, 1}
+    best = search(MIXTRAL, H100, 2, training, Options(("megatron",), budget=30, any_plan=True)).best
+    assert best is not None
+    assert best.strategy.activations.boundary_tier == "host"
+    activations = msgspec.structs.replace(best.strategy.activations, boundary_tier="device")
+    twin = msgspec.structs.replace(best.strategy, activations=activations)
+    stays = simulate(MIXTRAL, H100, 2, twin, training)
+    assert stays.peak_memory > best.peak_memory
+    assert best.step_time < 1.005 * stays.step_time
