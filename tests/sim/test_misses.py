@@ -74,6 +74,29 @@ def test_causes_have_names_of_their_own_and_say_what_is_needed() -> None:
     assert all(cause.where and cause.cause.endswith(".") and cause.needed.endswith(".") for cause in causes)
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("host-of-megatron-deepspeed", {"source": "vtrain", "tp": "8", "num_gpus": "512"}),
+        ("fabric-of-a-tensor-group", {"source": "vtrain", "tp": "16", "num_gpus": "64"}),
+        ("megatron-ci-determinism", {"source": "megatron-ci-golden", "notes": "x; deterministic=True; y"}),
+    ],
+)
+def test_what_makes_a_program_slow_excuses_no_slow_prediction(name: str, row: dict[str, str]) -> None:
+    (cause,) = (cause for cause in load_causes() if cause.id == name)
+    assert cause.fits("step_time", -0.2, row)
+    assert not cause.fits("step_time", 0.2, row)
+
+
+def test_a_cause_excuses_only_rows_that_have_it() -> None:
+    """Deterministic mode no run without it, an exchange between nodes no dense network."""
+    causes = {cause.id: cause for cause in load_causes()}
+    free = {"source": "megatron-ci-golden", "notes": "deterministic=False"}
+    assert not causes["megatron-ci-determinism"].fits("step_time", -0.2, free)
+    dense = {"source": "megatron-bridge-cards", "gpu": "h100-sxm-80g", "dispatcher": "none", "ep": "1"}
+    assert not causes["exchange-over-nodes"].fits("step_time", -0.2, dense)
+
+
 def test_what_has_no_cause_is_counted(tmp_path: Path) -> None:
     path, out = tmp_path / "components.csv", tmp_path / "json"
     row = _part(0.2) | {"gpu": "h100-sxm-80g"}
