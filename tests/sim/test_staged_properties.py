@@ -5,14 +5,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mopsim.cost import seconds
-from mopsim.engine import run
+from mopsim.engine import run, simulate
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Op
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.sim.toys import machine, small
 
+H100 = load_profile("h100-sxm-80g")
 MODEL = small(num_hidden_layers=8)
 CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -70,6 +72,27 @@ def test_between_the_longest_rank_and_the_serial_sum(strategy: Strategy) -> None
 @given(strategies())
 def test_more_bandwidth_is_never_slower(strategy: Strategy) -> None:
     assert step(strategy, scale_up=300, scale_out=30)[1] <= step(strategy)[1] * (1 + 1e-9)
+
+
+@CASES
+@given(strategies())
+def test_inputs_on_the_host_save_memory_on_every_stage_and_no_time(strategy: Strategy) -> None:
+    training = TrainSpec(seq_len=256, global_batch=4 * strategy.data_groups)
+    stays, goes = (
+        simulate(
+            MODEL,
+            H100,
+            strategy.pipeline.degree,
+            msgspec.structs.replace(strategy, activations=one),
+            training,
+        )
+        for one in (
+            msgspec.structs.replace(strategy.activations, boundary_tier=tier) for tier in ("device", "host")
+        )
+    )
+    assert stays.step_time <= goes.step_time * (1 + 1e-9)
+    assert all(a >= b for a, b in zip(stays.peak_by_stage, goes.peak_by_stage, strict=True))
+    assert stays.host_memory == 0 < goes.host_memory
 
 
 @CASES

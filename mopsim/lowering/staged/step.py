@@ -197,7 +197,8 @@ class StageStep:
     def _weights(self, microbatch: int, chunk: int, left: dict[int, int]) -> None:
         left[chunk] -= 1
         ready: Ops = ()
-        for layer in reversed(self.stage.chunks[chunk]):
+        extra = self.stage.extra if self.stage.part(chunk) == self.stage.parts - 1 else ()
+        for layer in reversed((*self.stage.chunks[chunk], *extra)):
             self.boundaries.before("weight_grad", microbatch, layer, ready)
             ready = self.issue.play(self.passes.weights(layer), layer, ())
             if left[chunk] == 0 and self.overlap.grad_reduce and not self.shards.each:
