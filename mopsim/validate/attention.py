@@ -32,10 +32,10 @@ TRITON_SLOWDOWN = 1.8
 """FlashAttention-2 is 1.3 to 2.5 times as fast as FlashAttention in Triton (arXiv 2307.08691,
 section 4): its middle.
 """
-SCORE_BYTES = {"forward": 9.0, "backward": 12.0}
+SCORE_BYTES = {"forward": 4.0 + 5.0, "backward": 5.0 + 6.0}
 """Traffic of one attention score where scores are kept, beside that of the products that make and read them:
-the scaled masked softmax reads and writes it, so does dropout (with its mask); in the backward their
-gradients are read and written, and the softmax and the mask read. Two bytes an element.
+the scaled masked softmax reads and writes it, so does dropout, with a mask of a byte; in the backward dropout
+reads and writes its gradient and reads the mask, the softmax the same and its result. Two bytes an element.
 """
 SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""

@@ -15,6 +15,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.units import UNITS
 from mopsim.validate import calibration
+from mopsim.validate.attention import SCORE_BYTES
 from mopsim.validate.calibration import Fit, Point
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
@@ -283,3 +284,8 @@ def test_a_cell_that_is_no_measure_is_one_line_that_names_it(text: str) -> None:
     for read in (number, count):
         with pytest.raises(MopError, match="r1: step_time_s: "):
             read({"run_id": "r1", "step_time_s": text}, "step_time_s")
+
+
+def test_traffic_of_a_kept_score_is_that_of_softmax_and_dropout() -> None:
+    """Elements of two bytes, masks of one: softmax and dropout; dropout and softmax, which reads its result."""
+    assert SCORE_BYTES == {"forward": 2 * 2 + (2 * 2 + 1), "backward": (2 * 2 + 1) + 3 * 2}
