@@ -89,13 +89,16 @@ def _ordered(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def timeline_title(result: SimResult, label: str) -> str:
-    """What the picture shows: the step's length, its waiting, and how many microbatches are drawn."""
+    """What the picture shows: the step's length, its waiting, how many microbatches and which stages."""
     drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
     total = result.training.num_microbatches(result.strategy)
     part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
-    step, between = format_seconds(result.step_time), result.time_by_component.get("runtime", 0.0)
-    undrawn = f", {between / result.step_time:.0%} between ops (not drawn)" if between else ""
-    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting for data{undrawn}{part}"
+    between = result.time_by_component.get("runtime", 0.0) / result.step_time
+    undrawn = f", {between:.0%} between ops (not drawn)" if between >= 0.005 else ""
+    seen, full, stages = result.span_stage + 1, result.memory_stage + 1, result.strategy.pipeline.degree
+    where = f"\nof {stages} stages: streams of stage {seen}, memory of stage {full}" if stages > 1 else ""
+    step = format_seconds(result.step_time)
+    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting for data{undrawn}{part}{where}"
 
 
 def write_compare(
@@ -164,7 +167,8 @@ def sweep_figure(path: Path, sweep: Sweep) -> Path:
         title = f"All reach {sweep.setting} {name}"
     else:
         title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {sweep.setting} {name}"
-    return sweep_lines(path, sweep.values, series, title, sweep.setting, sweep.names)
+    xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
+    return sweep_lines(path, sweep.values, series, title, xlabel, sweep.names)
 
 
 def _sweep_table(sweep: Sweep) -> Table:

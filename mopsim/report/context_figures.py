@@ -65,6 +65,8 @@ def throughput_figure(path: Path, study: Study) -> Path:
             axis.grid(alpha=0.25)
             axis.set_title(_panel_title(case, curves), fontsize=11.5)
             axis.set_ylabel("tokens/s per device")
+        for axis in axes[max(len(study.cases) - columns, 0) : len(study.cases)]:
+            axis.set_xlabel("context length, tokens")
         for axis in axes[len(study.cases) :]:
             axis.set_visible(False)
         axes[0].scatter([], [], marker="X", s=90, color="#515a5a", label="the last length that fits")
@@ -76,7 +78,7 @@ def throughput_figure(path: Path, study: Study) -> Path:
                 markersize=15,
                 fillstyle="none",
                 color="#515a5a",
-                label="of the smallest step only",
+                label="fits with the smallest step only",
             )
         axes[0].scatter([], [], marker="*", s=130, color="#515a5a", label="published")
         handles, labels = axes[0].get_legend_handles_labels()
@@ -86,7 +88,7 @@ def throughput_figure(path: Path, study: Study) -> Path:
 
 def ratio_figure(path: Path, study: Study) -> Path:
     """MoP's throughput over FSDP2's at each length, a line a network; a mark in a strip of its own, which
-    has no scale, where only MoP runs."""
+    has no scale, where only MoP runs. No strip where there is no such length."""
     low, high = span(study.curves)
     drawn = [
         value
@@ -99,6 +101,7 @@ def ratio_figure(path: Path, study: Study) -> Path:
     bottom, strip = min(0.8, 0.95 * low), max([1.1, *drawn]) + 0.03
     row = 0.05 * (strip - bottom)
     top = strip + row * (len(study.cases) + 1)
+    lone = [_only_mop(curves) for curves in study.curves]
     with figure(path, 10, 5) as (axis,):
         axis.axhline(1.0, color="#909497", linewidth=1)
         for index, (case, curves) in enumerate(zip(study.cases, study.curves, strict=True)):
@@ -114,36 +117,42 @@ def ratio_figure(path: Path, study: Study) -> Path:
                 label = case_name(case) if name == "fsdp2" else None
                 axis.plot(
                     [x for x, _ in found], [y for _, y in found], linestyle=line, linewidth=width,
-                    marker="o", markersize=4, color=tint, label=label,
+                    marker="o", markersize=5, markerfacecolor=tint if name == "fsdp2" else "white",
+                    color=tint, label=label,
                 )  # fmt: skip
-                alone = [
-                    point.seq_len
-                    for point in curves["mop"].points
-                    if point.fits
-                    and name == "fsdp2"
-                    and point.seq_len > max((x for x, _ in found), default=0)
-                ]
-                height = [top - row * (index + 1)] * len(alone)
-                axis.scatter(alone, height, marker="^", s=70, color=tint)
+            axis.scatter(
+                lone[index], [top - row * (index + 1)] * len(lone[index]), marker="^", s=70, color=tint
+            )
         axis.plot([], [], color="#515a5a", label="over FSDP2, chunked loss, any CP")
-        axis.plot([], [], ":", color="#515a5a", label="over FSDP2, full logits, CP in a node")
-        axis.scatter([], [], marker="^", s=70, color="#515a5a", label="only MoP fits")
+        axis.plot(
+            [], [], ":", marker="o", markersize=5, markerfacecolor="white", color="#515a5a",
+            label="over FSDP2, full logits, CP in a node",
+        )  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
         axis.minorticks_off()
-        axis.axhspan(strip, top, color="#f2f3f4", zorder=0)
-        axis.set_ylim(bottom, top)
+        axis.set_ylim(bottom, top if any(lone) else strip)
         axis.set_yticks([tick for tick in axis.get_yticks() if bottom <= tick <= strip])
-        axis.text(
-            0.01, top - row, "only MoP fits: no ratio", va="center", fontsize=10, color="#515a5a",
-            transform=axis.get_yaxis_transform(),
-        )  # fmt: skip
+        if any(lone):
+            axis.axhspan(strip, top, color="#f2f3f4", zorder=0)
+            axis.scatter([], [], marker="^", s=70, color="#515a5a", label="only MoP fits")
+            axis.text(
+                0.01, top - row, "only MoP fits: no ratio", va="center", fontsize=10, color="#515a5a",
+                transform=axis.get_yaxis_transform(),
+            )  # fmt: skip
         axis.set_ylabel("throughput of MoP over that of FSDP2")
         axis.set_xlabel("context length, tokens")
         axis.grid(axis="y", alpha=0.3)
         axis.set_title(f"Where both run, MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2")
         legend_below(axis, 4)
     return path
+
+
+def _only_mop(curves: Mapping[str, Curve]) -> list[int]:
+    """Lengths that MoP runs, beyond the last at which both run with the whole step."""
+    mop = curves["mop"]
+    both = [point.seq_len for point in mop.points if ratio(mop, curves["fsdp2"], point.seq_len)]
+    return [point.seq_len for point in mop.points if point.fits and point.seq_len > max(both, default=0)]
 
 
 def _panel_title(case: Case, curves: Mapping[str, Curve]) -> str:
@@ -167,7 +176,7 @@ def reach_figure(path: Path, study: Study) -> Path:
                 longest = curve.longest
                 far = longest.seq_len if longest else least / 2
                 axis.barh(place, far - least / 2, left=least / 2, color=LINES[name][0], height=0.8)
-                stop = f", then {curve.end.stopped_by}" if curve.end else ""
+                stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
                 text = f" {curve.contender.label}: {reach(curve)}{stop}"
                 axis.text(far, place, text, va="center", fontsize=9)
                 place += 1
@@ -179,7 +188,7 @@ def reach_figure(path: Path, study: Study) -> Path:
         axis.minorticks_off()
         axis.set_yticks(ticks, names)
         axis.invert_yaxis()
-        axis.set_xlabel("longest context that fits, tokens (doubling)")
+        axis.set_xlabel("longest context that fits, tokens (*: at risk; \u2020: with the smallest step only)")
         axis.set_title(
             f"MoP reaches {range_of(study, 'mop')} tokens, FSDP2 {farthest(study)}, by how it is restricted"
         )

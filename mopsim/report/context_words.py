@@ -81,13 +81,12 @@ def published_of(case: Case) -> list[Published]:
 def finding(case: Case, curves: Mapping[str, Curve]) -> str:
     """Where each contender ends, and how MoP compares with the freest baseline while that runs."""
     ends = []
-    for name, curve in reversed(list(curves.items())):
-        if name != "mop":
-            stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
-            ends.append(f"{curve.contender.label} {reach(curve)}{stop}")
+    for curve in curves.values():
+        stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
+        ends.append(f"{curve.contender.label} {reach(curve)}{stop}")
     low, high = span([curves])
     speed = f"MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2 where both run"
-    return f"Reach: {'; '.join(ends)}; MoP {reach(curves['mop'])}. {speed}."
+    return f"Reach: {'; '.join(ends)}. {speed}."
 
 
 def span(all_curves: Sequence[Mapping[str, Curve]]) -> tuple[float, float]:

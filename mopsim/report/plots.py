@@ -54,6 +54,10 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
     return path
 
 
+SEEN = 0.002
+"""Share of an axis from which a part is wide enough to be seen, and has its place in the legend."""
+
+
 def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: float = 0.0) -> None:
     """Stacked horizontal bars on an axis that shows `high`: a part that is wide enough has its number.
     Remarks stand after the bar, and after `clear` where a line is drawn there."""
@@ -61,9 +65,8 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: fl
     left = [0.0] * len(bars)
     for name in names:
         widths = [bar.parts.get(name, 0.0) / scale for bar in bars]
-        axis.barh(
-            range(len(bars)), widths, left=left, color=colour(name), label=name.replace("_", " "), height=0.62
-        )
+        label = name.replace("_", " ") if max(widths) > SEEN * high else None
+        axis.barh(range(len(bars)), widths, left=left, color=colour(name), label=label, height=0.62)
         for row, width in enumerate(widths):
             if width > 0.07 * max(high, 1e-12):
                 axis.text(
@@ -92,7 +95,7 @@ def sweep_lines(
     xlabel: str,
     names: Sequence[str],
 ) -> Path:
-    """Throughput over a swept setting; a cross on the floor where a strategy runs out of memory (None)."""
+    """Throughput over a swept setting; a cross on the floor where no strategy of a family fits (None)."""
     with figure(path, 10, 5.2) as (axis,):
         for index, (label, points) in enumerate(series.items()):
             tint = SERIES[index % len(SERIES)]
@@ -112,11 +115,13 @@ def sweep_lines(
                 zorder=5,
                 transform=blended_transform_factory(axis.transData, axis.transAxes),
             )
-        axis.scatter([], [], marker="x", color="#515a5a", label="out of memory")
+        if any(y is None for points in series.values() for y in points):
+            axis.scatter([], [], marker="x", color="#515a5a", label="no strategy fits")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(values), list(names))
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel(xlabel)
         axis.set_ylabel("tokens/s per device")
         axis.set_title(title)

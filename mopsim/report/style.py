@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from mopsim.spec.errors import MopError
 from mopsim.spec.units import UNITS
@@ -44,12 +45,14 @@ COLOURS = {
     "memory_bound": "#909497",
     "all_gather": "#117864",
     "reduce_scatter": "#48c9b0",
-    "all_reduce": "#0e6655",
+    "all_reduce": "#2e86c1",
     "all_to_all": "#b7950b",
     "send_recv": "#7d6608",
     "h2d": "#8e44ad",
     "d2h": "#bb8fce",
     "host_optimizer": "#e59866",
+    "host": "#34495e",
+    "peers": "#922b21",
 }
 SERIES = ("#ca6f1e", "#1b4f72", "#117864", "#922b21", "#8e44ad", "#7d6608", "#2e86c1", "#515a5a")
 
@@ -113,9 +116,11 @@ def figure(
 
 
 def legend_below(axis: Axes, columns: int = 6) -> None:
-    """A legend that never covers the data: outside, under the axis."""
+    """A legend that covers neither data nor the axis' label: half an inch under the axis, of any height."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
+        under = axis.transAxes + ScaledTranslation(0, -0.5, axis.figure.dpi_scale_trans)
         axis.legend(
-            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(columns, len(labels))
-        )
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=under,
+            ncols=min(columns, len(labels)),
+        )  # fmt: skip

@@ -47,7 +47,8 @@ def describe(strategy: Strategy) -> str:
     parts.append(
         f"{s.vocabulary.loss}-loss" + (f"/{s.vocabulary.chunk_tokens}" if s.vocabulary.chunk_tokens else "")
     )
-    parts.append("recompute" if s.activations.recompute == "full" else f"{s.activations.recompute}-recompute")
+    recompute = {"full": "recompute", "none": "no-recompute"}
+    parts.append(recompute.get(s.activations.recompute, f"{s.activations.recompute}-recompute"))
     if s.activations.boundary_tier == "host":
         budget = s.activations.host_budget
         parts.append(

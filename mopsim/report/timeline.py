@@ -47,7 +47,7 @@ def timeline_plot(
             memory.axhline(
                 limit / factor, color="#c0392b", linestyle="--", label=f"limit {format_bytes(limit)}"
             )
-            memory.legend(loc="lower right")
+            memory.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         memory.set_ylim(bottom=0)
         memory.set_ylabel(f"device memory, {size}")
         memory.set_xlabel(f"time in the step, {unit}")

@@ -90,10 +90,14 @@ def _components(folder: Path, parts: Sequence[Predicted]) -> list[Path]:
     for one in parts:
         if one.predicted and one.component.value:
             metrics[one.component.metric][one.component.kind].append((one.component.value, one.predicted))
-    chosen = {"latency_s": "seconds", "flops_per_s": "FLOP/s", "peak_memory_gib": "GiB"}
+    chosen = {
+        "latency_s": ("time of a component", "seconds"),
+        "flops_per_s": ("rate of a kernel", "FLOP/s"),
+        "peak_memory_gib": ("peak memory of a component", "GiB"),
+    }
     return [
-        _scatter(folder / f"components_{metric}.png", metrics[metric], unit, spread(metric, metrics[metric]))
-        for metric, unit in chosen.items()
+        _scatter(folder / f"components_{metric}.png", metrics[metric], unit, spread(name, metrics[metric]))
+        for metric, (name, unit) in chosen.items()
         if metrics.get(metric)
     ]
 
@@ -114,7 +118,7 @@ def _scatter(path: Path, groups: dict[str, Points], unit: str, title: str) -> Pa
         axis.set(
             xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}", title=title
         )
-        axis.legend(loc="upper left", fontsize=8)
+        axis.legend(loc="upper left", fontsize=8, title="rows, mean error", title_fontsize=8)
     return path
 
 
@@ -122,4 +126,7 @@ def _diagonal(axis: Axes, low: float, high: float) -> None:
     low, high = low / math.sqrt(2), high * math.sqrt(2)
     axis.plot([low, high], [low, high], color="#515a5a", linewidth=1)
     band: Callable[[float], list[float]] = lambda share: [low * share, high * share]  # noqa: E731
-    axis.fill_between([low, high], band(1 - BAND), band(1 + BAND), color="#bfc9ca", alpha=0.5, linewidth=0)
+    axis.fill_between(
+        [low, high], band(1 - BAND), band(1 + BAND), color="#bfc9ca", alpha=0.5, linewidth=0, zorder=0,
+        label=f"within {BAND:.0%} of measured",
+    )  # fmt: skip

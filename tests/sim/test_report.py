@@ -1,19 +1,24 @@
 """Reports: figures are written, pages name what made them, traces load in a viewer's terms."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from msgspec import structs
 
 from mopsim.engine import SimResult, simulate
 from mopsim.report.compare import Sweep, finding, timeline_title, write_compare
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
+from mopsim.report.style import figure, legend_below
 from mopsim.report.tables import COLUMNS, describe, row
 from mopsim.report.trace import Timeline, chrome_trace
 from mopsim.spec.errors import MopError
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Pipeline
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 
@@ -72,6 +77,29 @@ def test_trace_has_streams_and_counters(results: list[SimResult]) -> None:
 
 def test_timeline_title_says_the_step(results: list[SimResult]) -> None:
     assert "a step" in timeline_title(results[0], "mop")
+
+
+def test_timeline_title_says_which_stages_are_drawn(results: list[SimResult]) -> None:
+    assert "stage" not in timeline_title(results[0], "mop")
+    strategy = structs.replace(fsdp2(2, precision="float32"), pipeline=Pipeline(degree=2), world_size=4)
+    staged = replace(results[0], strategy=strategy, span_stage=1, memory_stage=0)
+    assert "of 2 stages: streams of stage 2, memory of stage 1" in timeline_title(staged, "megatron")
+
+
+@pytest.mark.parametrize("height", [3.0, 9.0])
+def test_a_legend_is_below_the_label_of_its_axis(tmp_path: Path, height: float) -> None:
+    with figure(tmp_path / "f.png", 10, height, 2) as axes:
+        for axis in axes:
+            axis.barh([0, 1], [1, 2], label="part")
+            axis.set_xlabel("device memory, GiB")
+            legend_below(axis)
+        drawn = axes[0].figure
+        assert isinstance(drawn, Figure)
+        drawn.draw_without_rendering()
+        for axis in axes:
+            legend = axis.get_legend()
+            assert legend is not None
+            assert legend.get_window_extent().y1 <= axis.xaxis.label.get_window_extent().y0
 
 
 def test_losses_and_predictions_are_drawn(tmp_path: Path) -> None:
