@@ -83,7 +83,7 @@ def _report(found: dict[str, Any], small: Plan, steps: int, json: str | None) ->
     title = f"{small.strategy.name} on {small.strategy.world_size} ranks against one device, float64"
     table = Table(title=title)
     for column in ("quantity", "largest relative difference", "worst at", "result"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, worst in _ROWS:
         result = "equal" if found[name] <= TOLERANCE else "DIFFERENT"
         table.add_row(name, f"{found[name]:.1e}", found[worst] if worst else "", result)
