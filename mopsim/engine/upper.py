@@ -14,7 +14,8 @@ ALLOCATOR = 0.06
 published runs)."""
 PROGRAM = 0.106
 """What a program other than mopexec, whose tensors are counted to the byte, keeps beyond what is modelled: of
-the published peaks of grade A and B, sources weighing alike, 95 % are at most this far above the prediction.
+the published peaks of grade A and B, sources weighing alike, 95 % are at most this far above the prediction:
+of so few sources, as far as the farthest (a reading of NVML in alst-recipes; 0.094 without that source).
 `mopsim validate --runs` prints the number, and how often the bound holds where it leaves the source out."""
 PAIR, COMMUNICATOR = 544 * 2**20, 688 * 2**20
 """Bytes of a communicator of two ranks, and of more: "544 MB" and "688 MB" on four A100 with NVLink
@@ -22,6 +23,9 @@ PAIR, COMMUNICATOR = 544 * 2**20, 688 * 2**20
 EXCHANGE, EXCHANGE_PEERS = 3.28e9, 7
 """Bytes that the first all-to-all adds to its communicator, and to how many peers (NCCL on eight H100,
 github.com/NVIDIA/nccl issue 1685). Beyond eight ranks the channels are shared among the peers."""
+NETWORK = 512 * 2**20
+"""Bytes of the buffer that all sends of a communicator to peers behind a NIC share (NCCL 2.28 on B300,
+github.com/NVIDIA/nccl issue 2363; that it is one: issue 1450)."""
 PROCESS = 2_056_600 * 1024
 """Bytes of the host for a process with a CUDA context: 438,632 to 2,056,600 of time's "kbytes", which are
 KiB (github.com/pytorch/pytorch issue 113326)."""
@@ -51,17 +55,20 @@ def idle_blocks(runtime: str, at_peak: Mapping[str, int], highest: Mapping[str, 
 
 def communication(works: Iterable[Work]) -> int:
     """Bytes of the communication library: each group of ranks has a communicator, with more for an exchange
-    of all with all. What a profile's `reserved` already holds of it is not subtracted."""
-    groups: dict[tuple[int, int], bool] = {}
+    of all with all, and for what one rank sends another through the network. Groups of equal size and span
+    count as one; what a profile's `reserved` already holds is not subtracted."""
+    groups: dict[tuple[int, int], set[str]] = {}
     for work in works:
-        if work.kind in COLLECTIVES:
-            key = (2, 2) if work.kind == "send_recv" else (work.group.size, work.group.intra)
-            groups[key] = groups.get(key, False) or work.kind == "all_to_all"
+        if work.kind in COLLECTIVES and work.group.size > 1:
+            size = 2 if work.kind == "send_recv" else work.group.size
+            groups.setdefault((size, min(size, work.group.intra)), set()).add(work.kind)
     total = 0.0
-    for (size, intra), exchanges in groups.items():
-        if size > 1:
-            total += PAIR if size == 2 else COMMUNICATOR
-            total += exchanges * EXCHANGE * min(1.0, (intra - 1) / EXCHANGE_PEERS)
+    for (size, intra), kinds in groups.items():
+        total += PAIR if size == 2 else COMMUNICATOR
+        if "all_to_all" in kinds:
+            total += EXCHANGE * min(1.0, (intra - 1) / EXCHANGE_PEERS)
+        if intra < size and kinds & {"all_to_all", "send_recv"}:
+            total += NETWORK
     return round(total)
 
 

@@ -55,6 +55,18 @@ def test_every_group_of_ranks_has_one_communicator() -> None:
     assert upper.communication(works[:1]) == 688 * 2**20
 
 
+def test_sends_through_the_network_share_a_buffer() -> None:
+    """16 ranks on two nodes; a stage that sends to the next; a sum, which sends to no one rank."""
+    far = Group(16, 8)
+    exchange, stage, total = (
+        collective_work(kind, 10.0, group)
+        for kind, group in (("all_to_all", far), ("send_recv", Group(2, 1)), ("all_reduce", far))
+    )
+    assert upper.communication([exchange]) == 688 * 2**20 + 3.28e9 + 512 * 2**20
+    assert upper.communication([stage]) == (544 + 512) * 2**20
+    assert upper.communication([total]) == 688 * 2**20
+
+
 def test_a_process_is_what_time_printed() -> None:
     """GNU time prints its "kbytes" by 1024 bytes."""
     assert upper.host({}, {"other": 1.0}) == {"process": 2_056_600 * 1024}

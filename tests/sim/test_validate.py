@@ -287,5 +287,5 @@ def test_a_cell_that_is_no_measure_is_one_line_that_names_it(text: str) -> None:
 
 
 def test_traffic_of_a_kept_score_is_that_of_softmax_and_dropout() -> None:
-    """Elements of two bytes, masks of one: softmax and dropout; dropout and softmax, which reads its result."""
+    """Elements of two bytes, masks of one: softmax, dropout; dropout, softmax, which reads its result."""
     assert SCORE_BYTES == {"forward": 2 * 2 + (2 * 2 + 1), "backward": (2 * 2 + 1) + 3 * 2}
