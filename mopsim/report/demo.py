@@ -436,7 +436,7 @@ def _facts(report: DemoReport) -> dict[str, str]:
     environment = report.contenders[0].measured.environment
     facts = {
         "command": report.command,
-        "machine": ", ".join(f"{name} {value}" for name, value in environment.items()),
+        "machine": ", ".join(f"{name} {value}" for name, value in environment.items() if value),
         "probed profile": f"{report.probed.name} (digest {io.digest(report.probed)})",
         "profile after the pilot runs": f"{report.piloted.name} (digest {io.digest(report.piloted)})",
         "profile after all runs": f"{report.calibrated.name} (digest {io.digest(report.calibrated)})",

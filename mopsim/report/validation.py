@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from mopsim.report.style import SERIES, figure
 from mopsim.spec.units import UNITS
@@ -48,8 +49,8 @@ def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) ->
 
 
 JUDGED = {
-    "step_time_s": ("step time", "bf16_fp16_AB", "bf16 and fp16, grades A and B, held out"),
-    "peak_memory_bytes": ("peak memory", "AB", "grades A and B"),
+    "step_time_s": ("Step time", "bf16_fp16_AB", "bf16 and fp16, grades A and B, held out"),
+    "peak_memory_bytes": ("Peak memory", "AB", "grades A and B"),
 }
 """Of each quantity: its name, the selection that its figure is stated for, and what that is."""
 FEW = 5
@@ -65,7 +66,7 @@ def finding(validation: Validation, measure: str, group: str, groups: dict[str, 
         return spread(name, groups)
     count = len(by_group(rows, MEASURES[measure], GROUPS["source"]))
     sources = f"{count} source{'s' if count > 1 else ''}"
-    head = f"{name}: {found.mape:.1%} mean error over {sources}, {found.p90:.1%} at the 90th percentile"
+    head = f"{name}: {found.mape:.1%} mean error over {sources}, 9 of 10 rows within {found.p90:.1%}"
     means = by_group(rows, MEASURES[measure], GROUPS[group])
     most = max(((e.mape, key) for key, e in means.items() if e.n >= FEW), default=None)
     worst = f"worst {group}: {most[1]} {most[0]:.1%} " if most else ""
@@ -91,9 +92,9 @@ def _components(folder: Path, parts: Sequence[Predicted]) -> list[Path]:
         if one.predicted and one.component.value:
             metrics[one.component.metric][one.component.kind].append((one.component.value, one.predicted))
     chosen = {
-        "latency_s": ("time of a component", "seconds"),
-        "flops_per_s": ("rate of a kernel", "FLOP/s"),
-        "peak_memory_gib": ("peak memory of a component", "GiB"),
+        "latency_s": ("Time of a component", "seconds"),
+        "flops_per_s": ("Rate of a kernel", "FLOP/s"),
+        "peak_memory_gib": ("Peak memory of a component", "GiB"),
     }
     return [
         _scatter(folder / f"components_{metric}.png", metrics[metric], unit, spread(name, metrics[metric]))
@@ -118,6 +119,10 @@ def _scatter(path: Path, groups: dict[str, Points], unit: str, title: str) -> Pa
         axis.set(
             xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}", title=title
         )
+        if unit.startswith("GiB"):
+            for one in (axis.xaxis, axis.yaxis):
+                one.set_major_formatter(LogFormatter())
+                one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axis.legend(loc="upper left", fontsize=8, title="rows, mean error", title_fontsize=8)
     return path
 
