@@ -79,7 +79,7 @@ def _report(found: dict[str, Any], small: Plan, steps: int, json: str | None) ->
     if json is not None:
         extra = {"passed": passed, "tolerance": TOLERANCE, "ranks": small.strategy.world_size, "steps": steps}
         io.write_json(json, {**extra, **found, "mechanisms": mechanisms(small)})
-    console = Console(stderr=json == "-", highlight=False, soft_wrap=True)
+    console = Console(stderr=json == "-", highlight=False)
     title = f"{small.strategy.name} on {small.strategy.world_size} ranks against one device, float64"
     table = Table(title=title)
     for column in ("quantity", "largest relative difference", "worst at", "result"):

@@ -74,7 +74,7 @@ page.title }}</title>
 <style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2833}
 h1{font-size:1.7rem}h2{font-size:1.2rem;margin-top:2.2rem}img{max-width:100%}
-table{border-collapse:collapse;font-size:.92rem}
+table{border-collapse:collapse;font-size:.92rem;display:block;overflow-x:auto}
 td,th{padding:.3rem .7rem;border-bottom:1px solid
 #d5d8dc;text-align:right}
 td:first-child,th:first-child{text-align:left}code{background:#f2f3f4;padding:.1rem .3rem}
