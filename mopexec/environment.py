@@ -2,6 +2,9 @@
 
 import os
 
+LAUNCHER = "MOPEXEC_LAUNCHER"
+"""The process that started the ranks."""
+
 
 def under_torchrun() -> bool:
     """Whether torchrun (or a launcher that sets the same variables) started this process."""
@@ -11,6 +14,11 @@ def under_torchrun() -> bool:
 def rank_of_environment() -> int:
     """This process's rank as its launcher set it; 0 without one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launcher() -> int:
+    """The process that started this rank; 0 where a launcher of another kind did."""
+    return int(os.environ.get(LAUNCHER, "0"))
 
 
 def cpu_rank_environment() -> dict[str, str]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mopexec import failures
-from mopexec.environment import cpu_rank_environment
+from mopexec.environment import LAUNCHER, cpu_rank_environment
 from mopexec.options import TrainOptions
+from mopexec.signals import one_stop
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
+from mopsim.spec.processes import kill_children
 
 SHUTDOWN_SECONDS = 600  # how long ranks may take to end their step and write a checkpoint after a signal
 
@@ -64,8 +66,10 @@ def launch_ranks(
     _silence_agent()
     config = _config(world_size, logs, max_restarts, to_stderr=to_stderr)
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        with one_stop(lambda number: SignalException(f"got {number.name}", number)):
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException as error:
+        kill_children()  # ranks that the agent did not know yet
         return signal.Signals(error.sigval).name
     except ChildFailedError as error:
         raise _explain(error.failures, logs) from None
@@ -79,9 +83,7 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
 
     redirects = dict.fromkeys(range(world_size), Std.ALL)
     redirects[0] = Std.OUT if to_stderr else Std.ERR
-    signals: dict[str, Any] = {}
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: the agent would take the signal up again
-        signals = {"signals_to_handle": "SIGTERM,SIGINT,SIGQUIT"}
+    signals: dict[str, Any] = {"signals_to_handle": "SIGQUIT"}  # the others are `one_stop`'s
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -98,9 +100,10 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
 
 
 def _set_environment(world_size: int) -> None:
-    """What ranks on a CPU start with, and time to end well after a signal."""
+    """What ranks on a CPU start with, whose end is theirs, and time to end well after a signal."""
     from mopexec.tiers import Platform
 
+    os.environ[LAUNCHER] = str(os.getpid())
     if not Platform.detect().is_cuda and world_size > 1:
         for name, value in cpu_rank_environment().items():
             os.environ.setdefault(name, value)

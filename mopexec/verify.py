@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mopexec import failures, plans
+from mopexec.environment import launcher
 from mopexec.job import Job, join
 from mopexec.model import Transformer, init_weights
 from mopexec.parallelize.apply import build
@@ -137,7 +138,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 
 def main() -> None:
     """One rank: `-m mopexec.verify FOLDER STEPS`, plan.yaml in the folder, differences.json written there."""
-    end_with_parent()
+    end_with_parent(launcher())
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     failure = None
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mopexec import failures
-from mopexec.environment import rank_of_environment
+from mopexec.environment import launcher, rank_of_environment
 from mopexec.options import TrainOptions
 from mopexec.signals import StopRequest
 from mopsim.spec import io
@@ -42,7 +42,7 @@ def _builder(options: TrainOptions) -> Any:
 
 def main() -> None:
     """Entry of a rank that the launcher started: it ends when the launcher does."""
-    end_with_parent()
+    end_with_parent(launcher())
     failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
     sys.stdout.flush()
     sys.stderr.flush()

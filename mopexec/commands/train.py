@@ -89,8 +89,11 @@ def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
 
     summary = Path(options.out) / "summary.json"
     if not summary.is_file():
-        name = stopped_by or "an unknown cause"
-        print(f"mopexec: stopped by {name} before a checkpoint was done", file=sys.stderr)
+        from mopexec import checkpoint
+
+        name, last = stopped_by or "an unknown cause", checkpoint.latest(Path(options.out) / "checkpoints")
+        rest = f" since the last, {last}; go on with --resume" if last else ""
+        print(f"mopexec: stopped by {name} before a checkpoint was done{rest}", file=sys.stderr)
         return signal_code(stopped_by)
     outcome: dict[str, Any] = msgspec.json.decode(summary.read_bytes())
     if json is not None:

@@ -1,15 +1,22 @@
 """How a command ends, for both packages: a user's mistake is one line on standard error and exit code 2."""
 
+import atexit
 import errno
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from mopsim.spec.errors import MopError
+
+REPEAT_SECONDS = 2.0
+"""A key that is held down, or a terminal and a supervisor together, send several signals for one wish."""
+_FRAGILE = ("importlib._bootstrap", "popen_spawn_posix")
 
 
 def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = None) -> NoReturn:
@@ -75,16 +82,36 @@ def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
 
 @contextmanager
 def _noting_signals(found: list[int]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP are a KeyboardInterrupt and noted in `found`, unless a command handles them
-    itself or whoever started this process had them ignored."""
+    """SIGINT, SIGTERM and SIGHUP are one KeyboardInterrupt and noted in `found`, unless a command handles
+    them itself or whoever started this process had them ignored. More of them within REPEAT_SECONDS are the
+    same wish; later ones are another."""
+    raised, report = -math.inf, sys.unraisablehook
 
     def note(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
         if number != signal.SIGALRM:
             found.append(number)
-        if not _importing(frame):
+            if time.monotonic() < raised + REPEAT_SECONDS:
+                return
+        if _fragile(frame):
+            again()
+        else:
+            raised = time.monotonic()
             raise KeyboardInterrupt
-        signal.signal(signal.SIGALRM, note)  # again when it may be done
+
+    def again() -> None:
+        signal.signal(signal.SIGALRM, note)
         signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+    def lost(what: "sys.UnraisableHookArgs") -> None:  # raised in a finalizer or beside a fork
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            again()
+        else:
+            report(what)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > raised + REPEAT_SECONDS:
+            os._exit(128 + found[0])
 
     usual = {
         signal.SIGINT: signal.default_int_handler,
@@ -94,19 +121,29 @@ def _noting_signals(found: list[int]) -> Iterator[None]:
     ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
     for number in ours:
         signal.signal(number, note)
+    sys.unraisablehook = lost
     try:
         yield
     finally:
+        sys.unraisablehook = report
         if found:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            atexit.register(ignore_signals, tuple(ours))
         for number, handler in ours.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:
+                signal.signal(number, leave if found else handler)
 
 
-def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported below `frame`: compiled ones lose an exception raised there, or
-    abort the process on it."""
-    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+def ignore_signals(numbers: Iterable[int]) -> None:
+    """For a process that is ending: another signal changes neither its exit code nor what it said."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _fragile(frame: FrameType | None) -> bool:
+    """Whether an exception at `frame` would be lost or do harm: while a module is imported (compiled ones
+    lose it, or abort on it), or a process of multiprocessing is sent what it starts from."""
+    while frame is not None and not any(name in frame.f_code.co_filename for name in _FRAGILE):
         frame = frame.f_back
     return frame is not None
 

@@ -7,21 +7,34 @@ import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int = 0) -> None:
     """Have the kernel end this process when its parent ends, however that happens (Linux; nothing
-    elsewhere).
+    elsewhere). parent: its process, where it may have ended already; 0: whichever it is now.
     """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended in between
         os._exit(1)
+
+
+def kill_children() -> bool:
+    """Kill every process that this one started; whether there was one (Linux; nothing elsewhere)."""
+    found = False
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                found = True
+    return found
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def build(plan, platform, *, routing, seed):
 
 
 class FakeRunner:
-    """Environment FAKE: 'slow', or 'kill', 'raise', 'interrupt' with ':RANK:STEP' (steps from 1), or
+    """Environment FAKE: 'slow', or 'kill', 'raise', 'interrupt', 'stall' with ':RANK:STEP' (steps from 1), or
     'saving' with ':rank:STEP' or ':launcher:STEP': killed once the tensors of a checkpoint are written."""
 
     def __init__(self, plan, seed):
@@ -55,6 +55,8 @@ class FakeRunner:
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "interrupt":
                 os.kill(os.getpid(), signal.SIGINT)
+            if what == "stall":
+                time.sleep(60)
             if what == "raise":
                 raise ValueError("the weights went missing\nand more")
 

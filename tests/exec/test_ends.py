@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mopexec import checkpoint
 from mopexec.dry_run import dry_run
 from mopsim.spec import io
+from mopsim.spec.command_line import REPEAT_SECONDS
 from mopsim.spec.errors import MopError
 from mopsim.strategies import fsdp2
 from tests.exec.test_train import (
@@ -21,6 +23,7 @@ from tests.exec.test_train import (
     losses,
     ranks_of,
     start_fake,
+    steps_done,
     wait_for,
 )
 from tests.exec.train_plans import small_model, small_plan
@@ -72,6 +75,52 @@ def test_a_signal_during_imports_is_neither_lost_nor_fatal():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "mopexec: stopped by SIGTERM\n")
+
+
+def test_a_signal_is_not_lost_where_exceptions_are():
+    """What is raised in a hook of fork or in a finalizer is only reported by Python."""
+    code = (
+        "import os, signal, threading\n"
+        "from mopsim.spec.command_line import run_app\n"
+        "def app(arguments, standalone_mode):\n"
+        "    os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "    if not os.fork():\n"
+        "        os._exit(0)\n"
+        "    threading.Event().wait(30)\n"
+        "run_app(app, 'mopexec', ['x'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "mopexec: stopped by SIGTERM\n")
+
+
+def test_a_key_that_is_held_down_is_one_ctrl_c(inputs, tmp_path):
+    out = tmp_path / "run"
+    process = start_fake(inputs, out, "slow", steps=1000)
+    wait_for(lambda: steps_done(out) >= 2)
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.03)
+    code, _, err = finish(process)
+    assert (code, len(err.splitlines())) == (130, 1), err
+    assert "go on with --resume" in err
+    assert checkpoint.read_state(checkpoint.find(out)).step == steps_done(out)
+    assert ranks_of(out) == []
+
+
+def test_a_second_ctrl_c_ends_a_step_that_does_not(inputs, tmp_path):
+    out = tmp_path / "run"
+    process = start_fake(inputs, out, "stall:1:4", steps=9, checkpoint_every=2)
+    wait_for(lambda: steps_done(out) >= 3)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(REPEAT_SECONDS + 0.5)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    last = out / "checkpoints" / "step_00000002"
+    rest = f"before a checkpoint was done since the last, {last}; go on with --resume"
+    assert (code, err) == (130, f"mopexec: stopped by SIGINT {rest}")
+    assert time.monotonic() - started < 50
+    assert ranks_of(out) == []
 
 
 @pytest.mark.parametrize("runtime", ["flat_units", "fully_shard"])

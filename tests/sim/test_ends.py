@@ -38,6 +38,15 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def sweep(folder: Path) -> subprocess.Popen[str]:
+    """A sweep in `folder`, marked by it, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mopsim.cli", *CONTEXT],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP": str(folder)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not condition():
@@ -49,11 +58,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
     mark = f"SWEEP={tmp_path}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mopsim.cli", *CONTEXT],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP": str(tmp_path)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = sweep(tmp_path)
     wait_for(lambda: len(marked(mark)) == 3)
     if number in (signal.SIGINT, signal.SIGHUP):  # from the terminal: to the whole group
         os.killpg(process.pid, number)
@@ -65,4 +70,18 @@ def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path
     assert said in err
     assert len(err.splitlines()) == (number != signal.SIGKILL), err
     wait_for(lambda: marked(mark) == [])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
+    process = sweep(tmp_path)
+    wait_for(lambda: len(marked(f"SWEEP={tmp_path}")) == 3)
+    for _ in range(20):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.03)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "mopsim: interrupted\n")
+    wait_for(lambda: marked(f"SWEEP={tmp_path}") == [])
     assert not list(tmp_path.iterdir())
