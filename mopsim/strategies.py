@@ -3,6 +3,7 @@
 from typing import Literal
 
 from mopsim.spec.strategy import (
+    EAGER,
     Activations,
     Attention,
     Dense,
@@ -157,6 +158,7 @@ def fsdp2(
         precision=Precision(
             compute=precision, param=wide, reduce=wide, grad=wide, moments=wide, master="param"
         ),
+        unfused=EAGER,
     )
 
 

@@ -2,7 +2,7 @@
 
 from mopsim.spec.errors import SpecError
 from mopsim.spec.plan import Plan
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import EAGER, Strategy
 
 _RUNTIME = "the fully_shard runtime"
 
@@ -45,7 +45,7 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("precision.attention", precision.attention, ("compute",)),
         ("precision.vocabulary", precision.vocabulary, ("compute",)),
         ("graphs", strategy.graphs, ((),)),
-        ("unfused", strategy.unfused, ((),)),
+        ("unfused", strategy.unfused, (EAGER,)),
     ]
 
 

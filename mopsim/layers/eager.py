@@ -8,7 +8,7 @@ is mopexec's.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from mopsim.layers.tape import Kernel
+from mopsim.layers.tape import Kernel, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +38,67 @@ ADD, ADD_SENT = Passes(1, 2, 1), Passes(1, 4, 3)
 
 
 def composed(
-    kernels: tuple[Kernel, ...], unfused: Collection[str], b: int, wide: int, wings: int
+    kernels: tuple[Kernel, ...],
+    unfused: Collection[str],
+    b: int,
+    wide: int,
+    wings: int,
+    layernorm: bool = False,
 ) -> tuple[Kernel, ...]:
     """A tape's kernels, those named by Strategy.unfused as eager torch composes them.
 
     b, wide: bytes of an element in the compute dtype and in fp32. wings: tensors that an activation reads.
+    layernorm: norms are LayerNorms, for which torch has one kernel (torch.nn.functional.layer_norm).
     """
 
     def one(kernel: Kernel) -> Kernel:
         for part, (belongs, change) in _PARTS.items():
-            if part in unfused and belongs(kernel):
+            if part in unfused and belongs(kernel) and not (part == "norms" and layernorm):
                 return change(kernel, wide / b, wings)
         return kernel
 
-    return tuple(one(kernel) for kernel in kernels)
+    found = tuple(one(kernel) for kernel in kernels)
+    return _weighted(found) if "experts" in unfused else found
+
+
+def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Route weights outside of the products: before an exchange that sums what it returns; else at home,
+    where rows are put in the order of their tokens and summed by one product with the weights, for whose
+    gradient autograd keeps them. Before such an exchange ranks tell each other how many rows go where; rows
+    that do not travel lie in the order of experts already."""
+    last = next((kernel for kernel in kernels if kernel.name == "accumulate"), None)
+    if last is None:
+        return kernels
+    out = last.writes[0].bytes
+    sent = int(last.bytes - out) // 2
+    travels = any(kernel.name == "combine" and kernel.kind == "all_to_all" for kernel in kernels)
+    found: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.name in ("sort", "unsort") and not travels:
+            kernel = replace(kernel, bytes=0.0, launches=0, back_bytes=0.0, back_launches=0)
+        elif kernel.name == "permute" and travels and last.bytes != 2.0 * out:
+            router = next(one for one in kernels if one.name == "router")
+            found.append(
+                Kernel(
+                    "counts", "all_to_all", router.component, (), (), bytes=8.0 * router.matmuls[0].n,
+                    back_bytes=0.0, group=next(one.group for one in kernels if one.name == "combine"),
+                )
+            )  # fmt: skip
+        elif kernel.name == "unsort" and last.bytes == 2.0 * out:
+            kernel = _beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
+        elif kernel is last and last.bytes != 2.0 * out:
+            home = Value("home", sent, "dispatch")
+            moved = 2.0 * sent
+            found.append(
+                replace(kernel, name="permute_back", reads=kernel.reads[:1], writes=(home,), bytes=moved,
+                        back_bytes=moved)
+            )  # fmt: skip
+            kernel = replace(
+                kernel, reads=("home", *kernel.reads[1:]), saves=("home",), indexed=False,
+                bytes=float(sent + out), back_bytes=3.0 * sent,
+            )  # fmt: skip
+        found.append(kernel)
+    return tuple(found)
 
 
 def in_blocks(
@@ -88,7 +135,14 @@ def traffic(passes: Passes, narrow: float, wide: float) -> float:
 
 
 def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    return _instead(kernel, wider, NORM, NORM_BACKWARD)
+    """Keeps its input in fp32 (a copy where it is narrower) and the normed values."""
+    size = int(kernel.writes[0].bytes * wider)
+    kept = [Value(f"{kernel.name}_normed", size, grad=False)]
+    if wider > 1:
+        kept.append(Value(f"{kernel.name}_wide", size, grad=False))
+    found = _instead(kernel, wider, NORM, NORM_BACKWARD)
+    saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
+    return replace(found, writes=(*kernel.writes, *kept), saves=saves)
 
 
 def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -97,17 +151,16 @@ def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 
 def _gated(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    return _instead(kernel, wider, GATED, GATED_BACKWARD) if wings == 2 else kernel
+    """Keeps the result of SiLU beside what it reads."""
+    if wings != 2:
+        return kernel
+    silu = replace(kernel.writes[0], name=f"{kernel.writes[0].name}_silu", grad=False)
+    found = _instead(kernel, wider, GATED, GATED_BACKWARD)
+    return replace(found, writes=(*kernel.writes, silu), saves=(*kernel.saves, silu.name))
 
 
 def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return _beside(kernel, kernel.writes[0].bytes, None, SUM)
-
-
-def _routed(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    if kernel.name == "experts_act":
-        return _gated(kernel, wider, wings)
-    return _beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
 
 
 _PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
@@ -115,7 +168,7 @@ _PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int],
     "rotary": (lambda kernel: kernel.name == "rope", _rotary),
     "activation": (lambda kernel: kernel.name == "act", _gated),
     "residual": (lambda kernel: kernel.name.endswith("residual"), _summed),
-    "experts": (lambda kernel: kernel.name in ("experts_act", "unsort"), _routed),
+    "experts": (lambda kernel: kernel.name == "experts_act", _gated),
 }
 
 

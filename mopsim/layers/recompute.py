@@ -33,12 +33,18 @@ class Plan:
     kept: frozenset[str]
 
 
-def plan(tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = ()) -> Plan:
-    """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out."""
+def plan(
+    tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = (), early: bool = False
+) -> Plan:
+    """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out. early: it
+    stops once the last value that the backward wants is there (torch.utils.checkpoint's early stop).
+    """
     outside = {value.name for value in tape.inputs} | set(tape.outputs)
     saved = {name for kernel in tape.kernels for name in kernel.saves} - outside
     if recompute == "full":
-        again = frozenset(i for i, kernel in enumerate(tape.kernels) if kernel.name not in kept)
+        wanted = [i for i, kernel in enumerate(tape.kernels) if {v.name for v in kernel.writes} & saved]
+        end = max(wanted, default=-1) + 1 if early else len(tape.kernels)
+        again = frozenset(i for i, kernel in enumerate(tape.kernels[:end]) if kernel.name not in kept)
         made = {value.name for kernel in tape.kernels if kernel.name in kept for value in kernel.writes}
         return Plan(frozenset(saved - made), (again,), frozenset(made - outside))
     dropped: set[str] = set()
@@ -126,6 +132,10 @@ def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> li
             for name in tape.kernels[index].reads:
                 if name in chosen.kept:
                     first_saver[name] = min(first_saver.get(name, index), index)
+    for index, kernel in enumerate(tape.kernels):  # kept, although nothing reads it again
+        for value in kernel.writes:
+            if value.name in chosen.kept:
+                first_saver.setdefault(value.name, index)
     due = [
         max(last_saver[v.name] for i in region for v in tape.kernels[i].writes if v.name in chosen.dropped)
         for region in chosen.again

@@ -12,7 +12,7 @@ from mopsim.lowering.staged.step import StageStep
 from mopsim.lowering.tapes.step import Step
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import EAGER, Strategy
 from mopsim.spec.training import TrainSpec
 
 EXPANDED = 3
@@ -63,7 +63,7 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
         return None
     if strategy.runtime == "fully_shard":
         own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
-        return FsdpStep if own and _plain(context) else None
+        return FsdpStep if own and _plain(context) and strategy.unfused == EAGER else None
     if recompute != "full" or strategy.dense.zero != 3:
         return None
     return FlatStep if _plain(context) and not context.runs_autograd else Step

@@ -16,7 +16,11 @@ Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
-Unfused = Literal["norms", "rotary", "activation", "residual", "experts", "accumulation", "fills", "blocks"]
+Unfused = Literal[
+    "norms", "rotary", "activation", "residual", "experts", "copies", "accumulation", "fills", "blocks"
+]
+EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies")
+"""What eager torch composes under its FSDP2: `Strategy.unfused` of what mopexec runs as `fully_shard`."""
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 
 
@@ -199,7 +203,10 @@ class Strategy(Spec, frozen=True, kw_only=True):
     graphs: components whose kernels CUDA graphs replay, so that the host starts one for each run of them;
     `step`: one graph of the whole step.
     unfused: what runs as eager torch composes it, although one kernel could do it: norms, rotary embedding,
-    gated activation, the sum of gradients at a residual, activation and route weights of experts;
+    gated activation, the sum of gradients at a residual, activation and route weights of experts; `copies`:
+    between shards or gradients and the buffers of torch's FSDP2, compiled or not (Megatron-FSDP and the flat
+    parameters of FSDP1 need none), whose torch.utils.checkpoint also stops a full recomputation once the last
+    value that the backward wants is there;
     `accumulation`: of weight gradients into their buffers, after the product that makes them; `fills`: of new
     tensors with a known value, before they are written (torch's deterministic mode);
     `blocks`: the sums over blocks of keys and values where context parallelism gathers them.

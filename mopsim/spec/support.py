@@ -6,7 +6,7 @@ from typing import Any
 from mopsim.spec.errors import SpecError
 from mopsim.spec.layout import interval
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import EAGER, Strategy
 
 #: Model fields and the values that the executor's Transformer implements.
 MODEL: dict[str, tuple[Any, ...]] = {
@@ -59,6 +59,7 @@ RUNTIMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "experts.grad_tier": ("device",),
         "vocabulary.loss": ("full", "chunked", "ring"),
         "activations.recompute": ("full",),
+        "unfused": ((),),
     },
     "fully_shard": {
         "dense.chunk_tokens": (0,),
@@ -67,6 +68,7 @@ RUNTIMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "vocabulary.degree": (1,),
         "activations.recompute": ("none", "full"),
         "precision.master": ("param",),
+        "unfused": (EAGER,),
     },
 }
 

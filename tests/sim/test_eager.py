@@ -45,7 +45,8 @@ def test_what_is_composed_costs_time_and_launches_but_no_products(part: Unfused)
     assert eager.step_time > fused.step_time
     assert eager.num_ops["memory_bound"] > fused.num_ops["memory_bound"]
     assert eager.busy["matmul"] == fused.busy["matmul"]
-    assert eager.peak_memory == fused.peak_memory
+    keeps = part in ("norms", "activation", "experts")
+    assert (eager.peak_memory > fused.peak_memory) == keeps, "autograd keeps what lies between its kernels"
 
 
 def test_natural_shares_are_shares_and_load_the_busiest_rank() -> None:

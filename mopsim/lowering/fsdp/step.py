@@ -2,6 +2,7 @@
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
+from mopsim.lowering.fsdp import loss
 from mopsim.lowering.fsdp.layer import FsdpLayer
 from mopsim.lowering.fsdp.units import FsdpUnits
 from mopsim.lowering.resident import resident
@@ -136,7 +137,7 @@ class FsdpStep:
         b.make("exact", n * V * c.wide, _L)
         b.make("logp", n * V * c.wide, _L)
         works = [
-            self._product(n, V),
+            loss.product(c, n, V),
             Work("memory_bound", bytes=float(n * V * (c.b + 4 * c.wide)), launches=4),
         ]
         b.compute("logits", _C, "forward", -1, works)
@@ -157,7 +158,7 @@ class FsdpStep:
             b.drop("dexact")
         b.make(f"grads {self.edge.name}", self.edge.numel * c.b, "gathered_grads")
         b.make("dhidden", c.hidden)
-        b.compute("logits", _C, "backward", -1, self._back(n, V))
+        b.compute("logits", _C, "backward", -1, loss.back(c, n, V))
         b.drop("dlogits" if c.b != c.wide else "dexact")
 
     def _chunked(self) -> None:
@@ -165,28 +166,14 @@ class FsdpStep:
         b.make(f"grads {self.edge.name}", self.edge.numel * c.b, "gathered_grads")
         b.make("dhidden", c.hidden)
         gradient = float(self.edge.numel * c.b)
-        once = Work("memory_bound", bytes=3 * gradient, launches=2)  # zeroed, and scaled in the backward
-        b.compute("weight gradient", _C, "forward", -1, [once])
+        b.compute("weight gradient", _C, "forward", -1, [loss.once(gradient)])
         for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens):
             n = stop - start
             b.make("exact", n * V * c.wide, _L)
             if c.b != c.wide:
                 b.spike(n * V * c.b, _L)
-            works = [
-                self._product(n, V),
-                # beside the logits' passes, the weight gradient is read again to be added to
-                Work("memory_bound", bytes=n * V * (2 * c.b + 9 * c.wide) + gradient, launches=8),
-            ]
-            works += self._back(n, V)
             b.drop("exact")
-            b.compute("chunk", _C, "forward", -1, works)
-
-    def _product(self, n: int, V: int) -> Work:
-        return Work("matmul", m=n, n=V, k=self.c.model.hidden_size, dtype=self.b.dtype)
-
-    def _back(self, n: int, V: int) -> list[Work]:
-        H, dtype = self.c.model.hidden_size, self.b.dtype
-        return [Work("matmul", m=n, n=H, k=V, dtype=dtype), Work("matmul", m=V, n=H, k=n, dtype=dtype)]
+            b.compute("chunk", _C, "forward", -1, loss.chunk(c, n, V, gradient))
 
     def _update(self) -> None:
         """Norm over all shards, clip in place, fused AdamW where the state is."""

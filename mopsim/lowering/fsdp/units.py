@@ -8,8 +8,9 @@ shards become the gradients.
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
+from mopsim.lowering.fsdp.copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.lowering.units import Unit
-from mopsim.lowering.workload import Work
+from mopsim.lowering.workload import Group, Work
 
 
 class FsdpUnits:
@@ -21,6 +22,7 @@ class FsdpUnits:
         self.there: set[str] = set()
         self.reduced: set[str] = set()
         self.held = ""
+        self.sent: int | None = None
         self.reductions: list[int] = []
         dense = context.strategy.dense
         self.offload = dense.param_tier == "host"
@@ -39,8 +41,7 @@ class FsdpUnits:
             waits.append(uploaded)
         b.make(f"buffer {unit.name}", unit.padded * c.b, "gathered")
         b.spike(unit.shard_numel * (c.b if c.param != c.b else 0), "gathered")
-        work = [Work("memory_bound", bytes=float(unit.shard_numel * (c.param + 3 * c.b)), launches=4)]
-        b.compute(f"copy in {unit.name}", "other", phase, unit.layer, work, *waits)
+        b.compute(f"copy in {unit.name}", "other", phase, unit.layer, [gather_copy(c, unit)], *waits)
         size = float(unit.padded * c.b)
         self.coming[unit.name] = b.issue(
             f"gather {unit.name}", "all_gather", size, unit.group, "other", phase, unit.layer
@@ -56,8 +57,7 @@ class FsdpUnits:
         b.make(f"full {unit.name}", unit.numel * c.b, "gathered")
         if unit.shard == 1:
             b.spike(unit.largest * c.b, "gathered")
-        work = [Work("memory_bound", bytes=2.0 * unit.numel * c.b, launches=4)]
-        b.compute(f"copy out {unit.name}", "other", phase, unit.layer, work, op)
+        b.compute(f"copy out {unit.name}", "other", phase, unit.layer, [gathered_copy(c, unit)], op)
         if unit.shard > 1:
             b.drop(f"buffer {unit.name}")
         self.there.add(unit.name)
@@ -75,41 +75,41 @@ class FsdpUnits:
         if self.held:
             b.drop(self.held)
         b.make(f"reduce {unit.name}", unit.padded * c.reduce, "gathered_grads")
-        work = [Work("memory_bound", bytes=float(unit.padded * (c.b + c.reduce)), launches=4)]
-        b.compute(f"copy in {unit.name}", "other", phase, unit.layer, work)
+        # the buffer before is freed once it is sent (reduce_scatter_max_input_buffers is 1)
+        b.compute(f"copy in {unit.name}", "other", phase, unit.layer, [reduce_copy(c, unit)], self.sent)
         b.drop(f"grads {unit.name}")
         self.held = f"reduce {unit.name}"
         shard = unit.shard_numel * c.reduce
         b.make(f"shard {unit.name}", shard, "grads")
         size = float(unit.padded * c.reduce)
         op = b.issue(f"reduce {unit.name}", "reduce_scatter", size, unit.group, "other", phase, unit.layer)
-        if c.groups.get(unit.replicas) is not None and c.groups[unit.replicas].size > 1:
-            op = b.issue(
-                f"all-reduce {unit.name}",
-                "all_reduce",
-                float(shard),
-                unit.replicas,
-                "other",
-                phase,
-                unit.layer,
+        self.sent = op
+        replicas = c.groups.get(unit.replicas, Group(1, 1))
+        if replicas.size > 1:
+            name, ready = f"all-reduce {unit.name}", (b.last, op)
+            op = b.collective(
+                name, "all_reduce", shard, replicas, "other", phase, layer=unit.layer, deps=ready
             )
         if op is not None:
             self.reductions.append(op)
         if self.offload:
             self._download(unit, phase, shard, op)
         elif unit.name in self.reduced:
-            b.compute(
-                f"accumulate {unit.name}",
-                "other",
-                phase,
-                unit.layer,
-                [Work("memory_bound", bytes=3.0 * shard)],
-                op,
-            )
+            self._accumulate(unit, phase, shard, op)
             b.drop(f"shard {unit.name}")
         else:
             b.rename(f"shard {unit.name}", f"gradient {unit.name}")
         self.reduced.add(unit.name)
+
+    def _accumulate(self, unit: Unit, phase: str, shard: int, op: int | None) -> None:
+        """The shard's gradient of another microbatch is added on the stream that reduced it
+        (`post_reduce_stream`)."""
+        b, name, work = self.b, f"accumulate {unit.name}", [Work("memory_bound", bytes=3.0 * shard)]
+        if op is None:
+            b.compute(name, "other", phase, unit.layer, work)
+            return
+        stream = b.ops[op].stream
+        self.reductions.append(b.add(name, stream, "other", phase, work, layer=unit.layer, deps=(op,)))
 
     def finish(self) -> None:
         """Wait for all reductions; the last buffer is freed."""
@@ -117,7 +117,7 @@ class FsdpUnits:
             self.b.drop(self.held)
             self.held = ""
         self.b.compute("reduced", "other", "backward", -1, [], *self.reductions)
-        self.reductions = []
+        self.reductions, self.sent = [], None
 
     def forget_gradients(self) -> None:
         """The gradient shards of the step die (when the next one begins)."""

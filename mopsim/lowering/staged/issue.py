@@ -1,12 +1,14 @@
 """Issue: ops of one program in order, single ones and whole templates."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
 from mopsim.layers.tape import Step
 from mopsim.lowering.staged.template import START, Template
 from mopsim.lowering.workload import Op, Work, deltas
+
+Between = tuple[int, Callable[[int], None]]
 
 
 class Issue:
@@ -32,22 +34,29 @@ class Issue:
         )  # fmt: skip
         return index
 
-    def play(self, template: Template, layer: int, deps: Sequence[int]) -> tuple[int, ...]:
-        """Append a template; returns the ops that what follows has to wait for."""
-        base, ops, microbatch = len(self.ops), self.ops, self.microbatch
+    def play(
+        self, template: Template, layer: int, deps: Sequence[int], between: Between | None = None
+    ) -> tuple[int, ...]:
+        """Append a template; returns the ops that what follows has to wait for. between: (a place, what is to
+        be issued after the piece there, given its op)."""
+        ops, microbatch = self.ops, self.microbatch
         start = tuple(dict.fromkeys(deps))
-        for offset, piece in enumerate(template.pieces):
+        places: list[int] = []
+        for piece in template.pieces:
             after: tuple[int, ...] = ()
             for dep in piece.deps:
-                after += start if dep == START else (base + dep,)
+                after += start if dep == START else (places[dep],)
+            places.append(len(ops))
             ops.append(
                 Op(
-                    base + offset, piece.name, piece.stream, piece.component, piece.phase, layer,
+                    len(ops), piece.name, piece.stream, piece.component, piece.phase, layer,
                     piece.work, after,
                     piece.peak, piece.net, "", microbatch, piece.awaited,
                 )
             )  # fmt: skip
-        return tuple(start if not template.pieces else (base + end for end in template.ends))
+            if between and len(places) == between[0] + 1:
+                between[1](places[-1])
+        return tuple(start if not template.pieces else (places[end] for end in template.ends))
 
     def weave(self, start: int, middle: int) -> dict[int, int]:
         """Issue ops [start, middle) and those from middle on by turns, a turn ending with a collective.

@@ -8,10 +8,12 @@ from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.region import begin
 from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.lowering.context import Context
+from mopsim.lowering.fsdp.loss import chunk, once
 from mopsim.lowering.staged.template import START, Piece, Template, template
 from mopsim.lowering.workload import Work, deltas
 from mopsim.spec.errors import require
 from mopsim.spec.layout import token_slices
+from mopsim.spec.strategy import EAGER
 
 _C = "vocabulary"
 
@@ -51,9 +53,11 @@ def loss_tape(context: Context) -> Tape:
     kernels += first if split or c.shapes.sequence_parallel else ()
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
     # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
+    # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     torch = zero >= 2 and not vocabulary.fused
-    keeps = ("n", "logits") if vocabulary.fused or torch else ("n",)
+    held = torch and c.strategy.unfused != EAGER
+    keeps = ("n", "logits") if vocabulary.fused or held else ("n",)
     apart = (("logits", elements * c.wide),) if torch else ()
     weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
     kernels.append(
@@ -75,7 +79,8 @@ def loss_tape(context: Context) -> Tape:
                 bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
             )
         )  # fmt: skip
-        moved, back = moved - c.b - 2 * c.wide, back - c.b - c.wide  # log_softmax shifts as it sums
+        # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
+        moved, back = 3 * c.wide, 4 * c.wide
     kernels.append(
         Kernel(
             "cross_entropy", "memory_bound", _C, ("wide" if torch else "logits",), (exact, Value("loss", 0)),
@@ -106,9 +111,15 @@ def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
         piece = Piece("final_norm", "compute", _C, "backward", work, (START,), peak, net)
         return Template((piece,), (0,))
     works: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
+    torch, gradient = c.strategy.unfused == EAGER, float(V * H * c.b)
+    if torch:
+        works.append(once(gradient))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
     for n in sorted(set(rows)):
         count = float(rows.count(n))
+        if torch:
+            works += rows.count(n) * chunk(c, n, V, gradient)
+            continue
         works += [
             Work("matmul", m=n, n=V, k=H, count=count, dtype=dtype),
             Work("matmul", m=n, n=H, k=V, count=count, dtype=dtype),

@@ -68,7 +68,9 @@ class Passes:
             if c.strategy.dense.zero < 3:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
             unfused, wings = c.strategy.unfused, c.model.ffn_matrices - 1
-            tape = replace(tape, kernels=composed(tape.kernels, unfused, c.b, c.wide, wings))
+            layernorm = c.model.norm == "layernorm"
+            kernels = composed(tape.kernels, unfused, c.b, c.wide, wings, layernorm)
+            tape = replace(tape, kernels=kernels)
             if "blocks" in unfused:
                 model, ranks = c.model, c.strategy.attention.sequence
                 shared = model.num_attention_heads / model.num_key_value_heads
@@ -146,7 +148,9 @@ class Passes:
 
     def _plan(self, tape: Tape) -> Plan:
         activations = self.context.strategy.activations
-        return plan(tape, activations.recompute, activations.modules, activations.kept)
+        # where an exchange is replayed, the checkpoint is not torch's
+        early = "copies" in self.context.strategy.unfused and "dispatch" not in activations.kept
+        return plan(tape, activations.recompute, activations.modules, activations.kept, early)
 
 
 def _check(context: Context) -> None:

@@ -1,9 +1,10 @@
 """ZeRO-2 and 3: parameters gathered around their use, gradients reduced in every microbatch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mopsim.layers.tape import Step
 from mopsim.lowering.context import Context
+from mopsim.lowering.fsdp.copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.lowering.staged.data_parallel import message_work, reduction
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.stage import Stage
@@ -27,10 +28,14 @@ class Shards:
         self.c, self.issue, self.stage = context, issue, stage
         self.zero = context.strategy.dense.zero
         self.each = self.zero >= 2
+        self._copies = "copies" in context.strategy.unfused
         self.ops: list[int] = []
         self.reduced: set[str] = set()
         self._full: dict[str, int] = {}
         self._left: Ops = ()
+        self._arrived: set[str] = set()
+        self._sent: Ops = ()
+        self._gone: set[str] = set()
         self.made: dict[str, int] = {}
 
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
@@ -43,9 +48,10 @@ class Shards:
             for index in range(place, min(place + ahead, len(order) - 1) + 1):
                 for unit in self.c.layers[order[index]]:
                     self._gather(unit, phase, self._left)
-            ready = tuple(self._full[unit.name] for unit in self.c.layers[layer] if unit.name in self._full)
+            ready = tuple(op for unit in self.c.layers[layer] for op in self._wait(unit, phase))
         if self.each and phase == "backward":
             memory = [("gathered_grads", self._full_grad(unit)) for unit in self.c.layers[layer]]
+            room = () if self._copies else tuple(self.ops[-1 - len(memory) : -len(memory)])
             ready += (
                 self.issue.add(
                     "gradients",
@@ -53,7 +59,7 @@ class Shards:
                     "other",
                     phase,
                     (),
-                    self.ops[-1 - len(memory) : -len(memory)],
+                    room,
                     memory,
                 ),
             )
@@ -62,7 +68,21 @@ class Shards:
     def after(self, layer: int, phase: str, ready: Ops = ()) -> None:
         """The layer has run."""
         for unit in self.c.layers[layer]:
-            self._leave(unit, phase, ready)
+            if unit.name not in self._gone:
+                self._leave(unit, phase, ready)
+        self._gone.clear()
+
+    def experts_done(self, layer: int) -> Callable[[int], None]:
+        """What FSDP2 does, given the op, when a layer's experts have gone backward: their group of parameters
+        is reduced beside the rest of the layer."""
+
+        def leave(op: int) -> None:
+            unit = self.c.layers[layer][1]
+            if self._copied(unit):
+                self._leave(unit, "backward", (op,))
+                self._gone.add(unit.name)
+
+        return leave
 
     def edge(self, name: str, phase: str) -> Ops:
         """Gathers that the embedding or the head waits for."""
@@ -70,7 +90,7 @@ class Shards:
         if unit is None or self.zero < 3:
             return ()
         self._gather(unit, phase, ())
-        return (self._full[unit.name],) if unit.name in self._full else ()
+        return self._wait(unit, phase)
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
         """The embedding or the head has run; its full gradient came and went if this was its backward."""
@@ -84,21 +104,51 @@ class Shards:
 
     def _gather(self, unit: Unit, phase: str, room: Sequence[int]) -> None:
         group = self.c.groups[unit.group]
-        away = self._place(unit).param_tier == "host"
-        if unit.name in self._full or (group.size == 1 and not away):
+        away, copied = self._place(unit).param_tier == "host", self._copied(unit)
+        if unit.name in self._full or (group.size == 1 and not away and not copied):
             return
         size = unit.padded * self.c.b
         if away:
             memory = (("gathered", size),) if group.size == 1 else ()
             room = (self._copy(unit, "h2d", unit.shard_numel * self.c.param, phase, room, memory),)
         if group.size == 1:
+            if copied and not away:  # a copy in the compute dtype, of nothing that was sent
+                memory = (("gathered", size),)
+                room = (self._pass(f"cast {unit.name}", unit, (), phase, room, memory),)
             self._full[unit.name] = room[0]
             return
+        if copied:
+            room = (self._pass(f"copy in {unit.name}", unit, (gather_copy(self.c, unit),), phase, room),)
         work = (Work("all_gather", bytes=float(size), group=group),)
         self._full[unit.name] = self.issue.add(
             f"gather {unit.name}", stream_of(group), unit.component, phase, work, room, (("gathered", size),),
             layer=unit.layer,
         )  # fmt: skip
+
+    def _wait(self, unit: Unit, phase: str) -> Ops:
+        """What a unit's users wait for; of FSDP2's, its copy-out."""
+        if unit.name not in self._full:
+            return ()
+        if self._copied(unit) and unit.name not in self._arrived:
+            self._arrived.add(unit.name)
+            work, ready = (gathered_copy(self.c, unit),), (self._full[unit.name],)
+            self._full[unit.name] = self._pass(f"copy out {unit.name}", unit, work, phase, ready)
+        return (self._full[unit.name],)
+
+    def _copied(self, unit: Unit) -> bool:
+        """Whether torch's FSDP2 holds it, which copies it (see Strategy.unfused)."""
+        return self._copies and not (unit.component == "experts" and self.c.strategy.experts.plain)
+
+    def _pass(
+        self,
+        name: str,
+        unit: Unit,
+        work: Sequence[Work],
+        phase: str,
+        deps: Sequence[int],
+        memory: Memory = (),
+    ) -> int:
+        return self.issue.add(name, "compute", "other", phase, work, deps, memory, layer=unit.layer)
 
     def _leave(self, unit: Unit, phase: str, ready: Ops) -> None:
         strategy = self.c.strategy
@@ -108,12 +158,17 @@ class Shards:
         keep = phase == "forward" and (root or not strategy.dense.reshard_after_forward)
         if unit.name in self._full and not keep:
             del self._full[unit.name]
+            self._arrived.discard(unit.name)
             memory = (("gathered", -unit.padded * self.c.b),)
             name = f"release {unit.name}"
             self._left = (self.issue.add(name, "compute", unit.component, phase, (), ready, memory),)
         if not self.each or phase != "backward":
             return
         last = ready
+        if self._copied(unit):  # one buffer is on its way at a time (reduce_scatter_max_input_buffers)
+            work: tuple[Work, ...] = (reduce_copy(self.c, unit),)
+            last = (self._pass(f"copy in {unit.name}", unit, work, phase, (*ready, *self._sent)),)
+            self._sent = ()
         for message in reduction(self.c, [unit]):
             last = (
                 self.issue.add(
@@ -125,12 +180,14 @@ class Shards:
                     last,
                 ),
             )
+            self._sent = self._sent or last
         part = unit.shard_numel * self.c.grad
-        left: Memory = (*self._kept_grad(unit, part), ("gathered_grads", -self._full_grad(unit)))
+        kept = self._kept_grad(unit, part)
+        left: Memory = (*kept, ("gathered_grads", -self._full_grad(unit)))
         if self._place(unit).grad_tier == "host":
             self.ops.append(self._copy(unit, "d2h", part, phase, last, left))
             return
-        work = (Work("memory_bound", bytes=3.0 * part),)
+        work = () if kept else (Work("memory_bound", bytes=3.0 * part),)
         stream = self.issue.ops[last[0]].stream if last else "compute"
         self.ops.append(
             self.issue.add(f"accumulate {unit.name}", stream, unit.component, phase, work, last, left)

@@ -188,7 +188,8 @@ class StageStep:
     ) -> Ops:
         waits = self.shards.before(layer, "backward", order)
         waits += self.boundaries.before("backward", microbatch, layer, ready)
-        ready = self.issue.play(self.passes.backward(layer), layer, (*ready, *waits))
+        template, done = self.passes.backward(layer), self.shards.experts_done(layer)
+        ready = self.issue.play(template, layer, (*ready, *waits), (template.products, done))
         self.shards.after(layer, "backward", ready)
         if final and self.overlap.grad_reduce and not self.shards.each:
             self._reduce(self.c.layers[layer], ready)

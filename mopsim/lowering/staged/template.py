@@ -36,6 +36,12 @@ class Template:
     pieces: tuple[Piece, ...]
     ends: tuple[int, ...]
 
+    @property
+    def products(self) -> int:
+        """Place of the last piece with products of experts, -1 without."""
+        kinds = [any(work.kind == "grouped_matmul" for work in piece.work) for piece in self.pieces]
+        return max((place for place, found in enumerate(kinds) if found), default=-1)
+
 
 @dataclass
 class _Draft:

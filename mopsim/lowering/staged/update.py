@@ -46,8 +46,9 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
             last = issue.add(
                 "gather parameters", stream_of(message[2]), _O, _O, message_work(message), (last,)
             )
-    work = (Work("memory_bound", bytes=float(full * c.grad), launches=launches),)
-    issue.add("gradients zeroed", "compute", _O, _O, work, (last,))
+    if not stage.frees_gradients:
+        work = (Work("memory_bound", bytes=float(full * c.grad), launches=launches),)
+        issue.add("gradients zeroed", "compute", _O, _O, work, (last,))
 
 
 def _master(c: Context) -> int:
