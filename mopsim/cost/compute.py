@@ -9,16 +9,18 @@ from mopsim.spec.hardware import WIDE_HEAD, HardwareProfile, MatmulCurve
 from mopsim.spec.units import DTYPE_BYTES
 
 
-def matmul_curve(profile: HardwareProfile, dtype: str, grouped: bool = False) -> MatmulCurve:
+def matmul_curve(
+    profile: HardwareProfile, dtype: str, grouped: bool = False, field: str = "strategy.precision.compute"
+) -> MatmulCurve:
     """The curve of a dtype, of grouped products where there is one. Raises SpecError naming the known
-    dtypes."""
+    dtypes and `field`, which asks for this one."""
     device = profile.device
     for curve in (*(device.grouped_matmul if grouped else ()), *device.matmul):
         if curve.dtype == dtype:
             return curve
     known = ", ".join(curve.dtype for curve in profile.device.matmul)
     raise SpecError(
-        "strategy.precision.compute",
+        field,
         dtype,
         f"has no matmul curve in hardware profile {profile.name} (it has {known})",
     )

@@ -13,7 +13,7 @@ from mopsim.engine.streams import play
 from mopsim.lowering import lower
 from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
 from mopsim.spec.errors import require
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.hardware import HardwareProfile, MatmulCurve
 from mopsim.spec.io import digest
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
@@ -52,6 +52,7 @@ def run(
     timeline: bool = False,
 ) -> SimResult:
     """Play a lowered workload on a profile."""
+    curve = _curve(hardware, strategy)
     priced = for_heads(hardware, model.head_dim)
     prices: dict[int, tuple[Work, float]] = {}
     durations = [_durations(program, priced, prices) for program in workload.programs]
@@ -95,7 +96,6 @@ def run(
         over = "host"
     tokens = training.global_batch * training.seq_len
     model_rate = workload.model_flops / step_time / strategy.world_size
-    curve = matmul_curve(hardware, _matmul_dtype(strategy))
     return SimResult(
         step_time=step_time,
         tokens_per_second=tokens / step_time,
@@ -212,9 +212,13 @@ def _above_peak(
     return upper.device(peak, pools, wires, exact=workload.exact)
 
 
-def _matmul_dtype(strategy: Strategy) -> str:
+def _curve(hardware: HardwareProfile, strategy: Strategy) -> MatmulCurve:
+    """That of a strategy's products. Raises SpecError for a dtype without one, its recipe's or its own."""
     precision = strategy.precision
-    return precision.compute if precision.matmul == "compute" else precision.matmul
+    curve = matmul_curve(hardware, precision.compute)
+    if precision.matmul == "compute":
+        return curve
+    return matmul_curve(hardware, precision.matmul, field="strategy.precision.matmul")
 
 
 def _left(ledger: Ledger) -> Sequence[tuple[str, int]]:

@@ -5,6 +5,7 @@ import msgspec
 import pytest
 
 from mopsim.engine import SimResult, simulate
+from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -39,6 +40,35 @@ def test_eight_and_four_bit_products_are_faster(family: str) -> None:
         found = run(part(strategy, "precision", matmul=matmul)).busy
         busy[matmul] = found["matmul"] + found["grouped_matmul"]
     assert busy["nvfp4"] < 0.9 * busy["fp8"] < 0.9 * 0.8 * busy["compute"]  # loss and router stay as they are
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        FAMILIES["mop"],
+        zero_offload(8, experts=8, loss="chunked"),
+        zero_offload(8, experts=8),
+        FAMILIES["megatron"],
+    ],
+    ids=["ring", "chunked", "full", "vocab_parallel"],
+)
+def test_the_recipe_of_the_output_projection_is_the_loss_s(strategy: Strategy) -> None:
+    """`precision.vocabulary: matmul` in 8 bits: the loss is faster, the other components stay as they are."""
+    model = msgspec.structs.replace(MIXTRAL, num_nextn_predict_layers=1, vocab_size=256_000)
+    recipe = part(strategy, "precision", matmul="fp8")
+    wide, narrow = run(recipe, model), run(part(recipe, "precision", vocabulary="matmul"), model)
+    assert narrow.busy["matmul"] < 0.75 * wide.busy["matmul"]
+    assert narrow.time_by_component["vocabulary"] < 0.9 * wide.time_by_component["vocabulary"]
+    for component in ("attention", "experts", "router"):
+        assert narrow.time_by_component[component] == pytest.approx(wide.time_by_component[component])
+
+
+def test_a_recipe_without_a_curve_is_named_by_its_own_field() -> None:
+    a100 = load_profile("a100-sxm-80g")
+    training = TrainSpec(seq_len=4096, global_batch=32)
+    for strategy in FAMILIES.values():
+        with pytest.raises(SpecError, match=r"^strategy\.precision\.matmul: 'fp8' has no matmul curve"):
+            simulate(MIXTRAL, a100, 1, part(strategy, "precision", matmul="fp8"), training)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

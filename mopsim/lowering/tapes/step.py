@@ -1,5 +1,6 @@
 """One step of a rank: microbatches (forward, loss, backward), then clip and optimizer."""
 
+from mopsim.layers.layer import mtp_projection
 from mopsim.layers.tape import Kernel
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
@@ -27,6 +28,7 @@ class Step:
         self.sharding = Sharding(context, self.builder)
         self.blocks = Blocks(context, self.builder)
         self.reductions: list[int] = []
+        self.projection = mtp_projection(context.model, context.shapes).kernels[1]
 
     def program(self, microbatches: int) -> Program:
         """A step of `microbatches` microbatches."""
@@ -78,9 +80,7 @@ class Step:
         b.rename(f"x{layer}", f"hidden{layer}")
         b.make(f"x{layer}", c.hidden, "boundaries")
         b.spike(2 * c.hidden)
-        H = c.model.hidden_size
-        product = Work("matmul", m=c.tokens, n=H, k=2 * H, dtype=c.strategy.precision.compute)
-        works = (Work("memory_bound", bytes=6.0 * c.hidden, launches=3), product)
+        works = (Work("memory_bound", bytes=6.0 * c.hidden, launches=3), *b.works(self.projection, False))
         waits = [last, *self._ready(layer, "dense")]
         return b.add("projection", "compute", "vocabulary", "forward", works, layer=layer, deps=waits)
 
@@ -90,10 +90,8 @@ class Step:
         b.rename(f"hidden{layer}", f"x{layer}")
         b.rename("dx", "dfurther")
         b.spike(4 * c.hidden)
-        H, dtype = c.model.hidden_size, c.strategy.precision.compute
         works = (
-            Work("matmul", m=c.tokens, n=2 * H, k=H, dtype=dtype),
-            Work("matmul", m=2 * H, n=H, k=c.tokens, dtype=dtype),
+            *b.works(self.projection, True),
             Work("memory_bound", bytes=10.0 * c.hidden, launches=5),
         )
         last = b.add("projection", "compute", "vocabulary", "backward", works, layer=layer, deps=[last])

@@ -1,5 +1,6 @@
 """The loss: full logits, chunks of rows, or the ring over a sharded vocabulary."""
 
+from mopsim.layers.tape import Kernel, Matmul
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.tapes.sharding import Sharding
@@ -27,14 +28,10 @@ def loss(context: Context, builder: Builder, sharding: Sharding, place: int, dep
     return last
 
 
-def _products(c: Context, rows: float, columns: float, backward: bool) -> tuple[Work, ...]:
-    H, dtype = c.model.hidden_size, c.strategy.precision.compute
-    if not backward:
-        return (Work("matmul", m=rows, n=columns, k=H, dtype=dtype),)
-    return (
-        Work("matmul", m=rows, n=H, k=columns, dtype=dtype),
-        Work("matmul", m=columns, n=H, k=rows, dtype=dtype),
-    )
+def _products(c: Context, b: Builder, rows: float, columns: float, backward: bool) -> tuple[Work, ...]:
+    """Of the output projection, in the dtype that the strategy's recipe gives it."""
+    product = Matmul(rows, columns, c.model.hidden_size)
+    return b.works(Kernel("logits", "matmul", _C, (), (), matmuls=(product,)), backward)
 
 
 def _gathered(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
@@ -48,7 +45,7 @@ def _gathered(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
     for start, stop in token_slices(c.tokens, vocabulary.chunk_tokens):
         n = stop - start
         b.make("logits", int(n * V * c.b), "logits")
-        last = b.add("logits", "compute", _C, "forward", _products(c, n, V, False), deps=ready)
+        last = b.add("logits", "compute", _C, "forward", _products(c, b, n, V, False), deps=ready)
         b.make("exact", int(n * V * c.wide), "logits")
         b.make("softmax", int(n * V * c.wide), "logits")
         last = b.add(
@@ -70,7 +67,7 @@ def _gathered(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
             deps=[last],
         )
         b.drop("softmax", "logits")
-        last = b.add("logits", "compute", _C, "backward", _products(c, n, V, True), deps=[last])
+        last = b.add("logits", "compute", _C, "backward", _products(c, b, n, V, True), deps=[last])
         b.drop("dlogits")
     b.flush(_C, "backward")
     if "head" in c.edges:
@@ -108,14 +105,14 @@ def _ring(c: Context, b: Builder, sharding: Sharding, last: int) -> int:
                 b.make("strip", n * columns * c.b, "logits")
                 b.make("exact", n * columns * c.wide, "logits")
                 works = (
-                    *_products(c, n, columns, False),
+                    *_products(c, b, n, columns, False),
                     Work("memory_bound", bytes=4.0 * n * columns * c.wide, launches=6),
                 )
                 last = b.add(
                     "strip", "compute", _C, "recompute" if backward else phase, works, deps=[*ready, arrived]
                 )
                 if backward:
-                    last = b.add("strip", "compute", _C, phase, _products(c, n, columns, True))
+                    last = b.add("strip", "compute", _C, phase, _products(c, b, n, columns, True))
                 b.drop("strip", "exact")
             arrived = sent
         b.flush(_C, phase)
