@@ -179,10 +179,12 @@ def test_a_discarded_input_is_not_kept_cast() -> None:
     ],
 )
 def test_bytes_of_a_logit_at_the_peak_of_the_loss(vocabulary: Vocabulary, bytes_each: int) -> None:
-    """torch's cross entropy of cast logits: they, the log-probabilities and two gradients in fp32."""
+    """torch's cross entropy of cast logits, which its caller holds (not mopexec's): they, the
+    log-probabilities and two gradients in fp32."""
     strategy = with_(
-        fsdp2(8), vocabulary=vocabulary, activations=Activations(recompute="full", kept=("q_proj",))
-    )
+        fsdp2(8), vocabulary=vocabulary, activations=Activations(recompute="full", kept=("q_proj",)),
+        unfused=("copies",),
+    )  # fmt: skip
     model = deep(1, vocab_size=32_000)
     result = simulate(model, MACHINE, 1, strategy, TrainSpec(seq_len=4096, global_batch=8))
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
@@ -200,8 +202,9 @@ def test_tokens_that_arrive_once() -> None:
 
 def test_what_came_from_other_ranks_may_be_kept_for_the_recomputation() -> None:
     strategy = with_(
-        fsdp2(8, experts=8), activations=Activations(recompute="full", kept=("dispatch", "combine"))
-    )
+        fsdp2(8, experts=8), activations=Activations(recompute="full", kept=("dispatch", "combine")),
+        unfused=("copies",),
+    )  # fmt: skip
     model = small(num_hidden_layers=4)
     program = lower(model, strategy, TrainSpec(seq_len=256, global_batch=8)).programs[0]
     exchanges = [op for op in program.ops if {work.kind for work in op.work} == {"all_to_all"}]
