@@ -49,8 +49,10 @@ def test_eight_and_four_bit_products_are_faster(family: str) -> None:
         zero_offload(8, experts=8, loss="chunked"),
         zero_offload(8, experts=8),
         FAMILIES["megatron"],
+        fsdp2(8, experts=8, loss="chunked"),
+        part(FAMILIES["megatron"], "vocabulary", loss="chunked", chunk_tokens=1024, degree=1),
     ],
-    ids=["ring", "chunked", "full", "vocab_parallel"],
+    ids=["ring", "chunked", "full", "vocab_parallel", "fsdp2_chunked", "megatron_chunked"],
 )
 def test_the_recipe_of_the_output_projection_is_the_loss_s(strategy: Strategy) -> None:
     """`precision.vocabulary: matmul` in 8 bits: the loss is faster, the other components stay as they are."""

@@ -21,6 +21,10 @@ def once(gradient: float) -> Work:
 
 
 def chunk(c: Context, n: float, V: float, gradient: float) -> list[Work]:
-    """n rows forward and backward; beside the logits' passes, the head's gradient is read to be added to."""
-    passes = Work("memory_bound", bytes=n * V * (2 * c.b + 9 * c.wide) + gradient, launches=8)
-    return [product(c, n, V), passes, *back(c, n, V)]
+    """n rows forward and backward."""
+    return [product(c, n, V), passes(c, n, V, gradient), *back(c, n, V)]
+
+
+def passes(c: Context, n: float, V: float, gradient: float) -> Work:
+    """Those over a chunk's logits; the head's gradient is read to be added to."""
+    return Work("memory_bound", bytes=n * V * (2 * c.b + 9 * c.wide) + gradient, launches=8)

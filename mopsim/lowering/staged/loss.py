@@ -8,8 +8,9 @@ from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.region import begin
 from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.lowering.context import Context
-from mopsim.lowering.fsdp.loss import chunk, once
+from mopsim.lowering.fsdp.loss import back, once, passes, product
 from mopsim.lowering.staged.template import START, Piece, Template, template
+from mopsim.lowering.staged.works import works
 from mopsim.lowering.workload import Work, deltas
 from mopsim.spec.errors import require
 from mopsim.spec.layout import token_slices
@@ -103,32 +104,33 @@ def loss_tape(context: Context) -> Tape:
 def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
     """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is
     kept."""
-    V, H, dtype = c.model.vocab_size, c.model.hidden_size, c.strategy.precision.compute
-    size = c.hidden
+    V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
     if direction == "backward":
         work = (Work("memory_bound", bytes=4.0 * size, launches=2),)
         peak, net = deltas((("activations", size), ("activations", -size), *freed))
         piece = Piece("final_norm", "compute", _C, "backward", work, (START,), peak, net)
         return Template((piece,), (0,))
-    works: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
+    found: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
     torch, gradient = c.strategy.unfused == EAGER, float(V * H * c.b)
     if torch:
-        works.append(once(gradient))
+        found.append(once(gradient))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
     for n in sorted(set(rows)):
-        count = float(rows.count(n))
-        if torch:
-            works += rows.count(n) * chunk(c, n, V, gradient)
-            continue
-        works += [
-            Work("matmul", m=n, n=V, k=H, count=count, dtype=dtype),
-            Work("matmul", m=n, n=H, k=V, count=count, dtype=dtype),
-            Work("matmul", m=V, n=H, k=n, count=count, dtype=dtype),
-            Work("memory_bound", bytes=count * n * V * 6.0 * c.wide, launches=int(4 * count)),
-        ]
+        eager = passes(c, n, V, gradient)
+        over = eager if torch else Work("memory_bound", bytes=n * V * 6.0 * c.wide, launches=4)
+        found += rows.count(n) * [*_products(c, n), over]
     strip = max(rows) * V * (2 * c.b + c.wide)
     memory = (("activations", 2 * size), ("logits", strip), ("logits", -strip), ("activations", -size))
     peak, net = deltas(memory)
     return Template(
-        (Piece("loss chunks", "compute", _C, "forward", tuple(works), (START,), peak, net),), (0,)
+        (Piece("loss chunks", "compute", _C, "forward", tuple(found), (START,), peak, net),), (0,)
     )
+
+
+def _products(c: Context, rows: int) -> list[Work]:
+    """Of some rows' logits, forward and backward, in the recipe's dtype where it is the vocabulary's too."""
+    V, precision = c.model.vocab_size, c.strategy.precision
+    if precision.vocabulary == "compute" or precision.matmul == "compute":
+        return [product(c, rows, V), *back(c, rows, V)]
+    kernel = Kernel("logits", "matmul", _C, (), (), matmuls=(Matmul(rows, V, c.model.hidden_size),))
+    return [*works(kernel, "forward", c), *works(kernel, "backward", c)]
