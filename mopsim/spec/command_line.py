@@ -68,7 +68,7 @@ def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
         sys.exit(1)
     if isinstance(error, OSError):  # what the system refuses, where nothing nearer said it
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of files, their writers say it
-        where = error.filename or ("standard output" if full else "")
+        where = error.filename or ("standard output or shared memory" if full else "")
         _fail(name, f"{where}: {error.strerror or error}" if where else str(error.strerror or error))
     if type(error).__name__ == "Abort":
         _stopped(name, ())

@@ -85,3 +85,22 @@ def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
     assert (process.returncode, err) == (130, "mopsim: interrupted\n")
     wait_for(lambda: marked(f"SWEEP={tmp_path}") == [])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
+def test_a_full_disk_says_nothing_of_a_cache_of_fonts(tmp_path: Path) -> None:
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "import mopsim.report.style, matplotlib.font_manager\n"
+    )
+    folders = {"MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **folders},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [path for path in tmp_path.iterdir() if path.stat().st_size], "it could not be kept"
