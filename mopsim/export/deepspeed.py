@@ -90,6 +90,8 @@ def _state(s: Strategy) -> Iterator[Gap]:
             yield Gap(
                 f"experts.{tier}", getattr(s.experts, tier), f"differs from dense.{tier}: not in {name}"
             )
+    if s.activations.boundary_tier == "host" and s.activations.recompute == "none":
+        yield Gap("activations.boundary_tier", "host", "needs activations.recompute (cpu_checkpointing)")
     if s.dense.param_tier == "host" and s.dense.zero != 3:
         yield Gap("dense.param_tier", "host", "needs ZeRO-3")
     if s.dense.grad_tier == "host" and s.optimizer.update_on == "device":

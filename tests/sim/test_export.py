@@ -140,6 +140,13 @@ def test_megatron_bridge_offloads_the_inputs_of_layers() -> None:
     assert "activations.boundary_tier" in [gap.field for gap in gaps]
 
 
+def test_deepspeed_offloads_no_input_that_it_does_not_recompute_from() -> None:
+    made = zero_offload(32, experts=8, boundary_tier="host")
+    none = replace(made, activations=replace(made.activations, recompute="none"))
+    with pytest.raises(MopError, match=r"activations\.boundary_tier"):
+        export(plan(none), "deepspeed")
+
+
 def test_deepspeed_by_hand() -> None:
     """64 sequences over 32 data groups of one sequence each: two microbatches."""
     text, gaps = export(plan(zero_offload(32, experts=8, boundary_tier="host")), "deepspeed")
