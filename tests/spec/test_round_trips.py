@@ -97,15 +97,16 @@ def strategies(draw: Any, world_size: int = 64) -> Strategy:
     loss = draw(st.sampled_from(["full", "chunked", "ring", "vocab_parallel"]))
     on_host = draw(st.booleans())
     expert = draw(power)
+    runtime = draw(st.sampled_from(["flat_units", "fully_shard"]))
     return Strategy(
         name=draw(text),
         world_size=world_size,
         micro_batch=draw(st.integers(1, 4)),
-        runtime=draw(st.sampled_from(["flat_units", "fully_shard"])),
+        runtime=runtime,
         pipeline=Pipeline(),
         dense=Dense(
             shard=draw(power),
-            zero=draw(st.sampled_from([0, 1, 2, 3])),
+            zero=draw(st.sampled_from([2, 3] if runtime == "fully_shard" else [0, 1, 2, 3])),
             prefetch=draw(st.integers(0, 3)),
             param_tier=draw(tier),
         ),
