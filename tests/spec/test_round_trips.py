@@ -9,7 +9,7 @@ from mopsim.spec.errors import SpecError
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, HardwareProfile, Quantity
 from mopsim.spec.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
+from mopsim.spec.plan import LONGEST, SHORTEST, HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import (
     Activations,
@@ -230,7 +230,7 @@ def timings(draw: Any) -> KindTiming:
 @st.composite
 def measurements(draw: Any) -> Measurement:
     plan, warmup = draw(plans()), draw(count)
-    times = tuple(draw(st.lists(seconds, min_size=1, max_size=3)))
+    times = tuple(draw(st.lists(st.floats(SHORTEST, LONGEST), min_size=1, max_size=3)))
     return Measurement(
         plan=plan,
         world_size=plan.strategy.world_size,
