@@ -222,7 +222,9 @@ def approximations(row: Row) -> tuple[str, ...]:
     if recipes.recomputed(row, row["recompute"]) != row["recompute"]:
         found.append("full recompute of a few layers: simulated as none")
     if row.get("routing") == "natural":
-        found.append("natural routing: simulated with a published spread of loads")
+        words = recipes.distinct_tokens(row)
+        spread = f"the loads of a text of {words} distinct tokens" if words else "a published spread of loads"
+        found.append(f"natural routing: simulated with {spread}")
     if recipes.hides_experts(row) and not _overlap(row, conventions(row)).experts:
         found.append("expert exchanges hidden behind another microbatch: simulated in sequence")
     if (
