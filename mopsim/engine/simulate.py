@@ -205,10 +205,13 @@ def _above_peak(
     peak: int,
     prices: dict[int, tuple[Work, float]],
 ) -> dict[str, int]:
-    """Bytes above the peak by cause, of the fullest rank."""
+    """Bytes above the peak by cause, of the fullest rank. A CPU has no caching allocator, no pools of streams
+    and no communicators, and mopexec holds it to a limit of live tensors."""
+    if hardware.device_kind == "cpu":
+        return {}
     now = dict(zip(SLOTS, fullest.at_peak, strict=True))
     pools = upper.idle_blocks(strategy.runtime, now, dict(zip(SLOTS, fullest.high, strict=True)))
-    wires = 0 if hardware.device_kind == "cpu" else upper.communication(work for work, _ in prices.values())
+    wires = upper.communication(work for work, _ in prices.values())
     return upper.device(peak, pools, wires, exact=workload.exact)
 
 
