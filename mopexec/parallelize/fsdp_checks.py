@@ -27,7 +27,6 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("runtime", strategy.runtime, ("fully_shard",)),
         ("pipeline.degree", strategy.pipeline.degree, (1,)),
         ("dense.tensor", dense.tensor, (1,)),
-        ("dense.zero", dense.zero, (2, 3)),
         ("dense.chunk_tokens", dense.chunk_tokens, (0,)),
         ("attention.exchange", strategy.attention.exchange, ("ulysses",)),
         ("attention.flash", strategy.attention.flash, (True,)),

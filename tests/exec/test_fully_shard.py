@@ -89,7 +89,6 @@ def test_a_checkpoint_resumes_exactly(results: Results) -> None:
     [
         ("experts", {"chunk_tokens": 64}, "experts.chunk_tokens"),
         ("experts", {"balance": "least_loaded"}, "experts.balance"),
-        ("dense", {"zero": 1}, "dense.zero"),
         ("dense", {"param_tier": "host"}, "dense.param_tier"),
         ("dense", {"chunk_tokens": 8}, "dense.chunk_tokens"),
         ("attention", {"exchange": "ring"}, "attention.exchange"),
