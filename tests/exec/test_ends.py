@@ -11,30 +11,26 @@ import pytest
 
 from mopexec import checkpoint
 from mopexec.dry_run import dry_run
-from mopsim.spec import io
 from mopsim.spec.command_line import REPEAT_SECONDS
 from mopsim.spec.errors import MopError
 from mopsim.strategies import fsdp2
-from tests.exec.test_train import (
+from tests.exec.train_plans import small_model, small_plan
+from tests.exec.train_runs import (
     ROOT,
-    TEXT,
-    _environment,
+    environment,
     finish,
     losses,
     ranks_of,
     start_fake,
     steps_done,
     wait_for,
+    write_inputs,
 )
-from tests.exec.train_plans import small_model, small_plan
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    io.write_yaml(folder / "plan.yaml", small_plan(warmup_steps=2))
-    (folder / "text.txt").write_text(TEXT)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -44,7 +40,7 @@ def test_an_interrupted_verify_leaves_neither_ranks_nor_files(inputs, tmp_path, 
     command = [sys.executable, "-m", "mopexec.cli", "verify", "--plan", str(inputs / "plan.yaml")]
     process = subprocess.Popen(
         [*command, "--steps", "100000"],
-        cwd=ROOT, env={**_environment(), "TMPDIR": str(scratch)}, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**environment(), "TMPDIR": str(scratch)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(lambda: len(ranks_of(scratch)) == 2)
     process.send_signal(number)
@@ -73,6 +69,10 @@ def test_a_signal_during_imports_is_neither_lost_nor_fatal():
         "    threading.Event().wait(30)\n"
         "run_app(app, 'mopexec', ['x'])\n"
     )
+    _is_stopped(code)
+
+
+def _is_stopped(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "mopexec: stopped by SIGTERM\n")
 
@@ -89,8 +89,7 @@ def test_a_signal_is_not_lost_where_exceptions_are():
         "    threading.Event().wait(30)\n"
         "run_app(app, 'mopexec', ['x'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "", "mopexec: stopped by SIGTERM\n")
+    _is_stopped(code)
 
 
 def test_a_key_that_is_held_down_is_one_ctrl_c(inputs, tmp_path):

@@ -1,13 +1,10 @@
 """Training on two ranks: real steps, resuming, and every way to end."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,86 +13,28 @@ from mopexec.cli import main
 from mopsim.spec import io
 from mopsim.spec.plan import Measurement, Plan
 from tests.exec.train_plans import small_plan
+from tests.exec.train_runs import (
+    ROOT,
+    TEXT,
+    common,
+    environment,
+    finish,
+    losses,
+    ranks_of,
+    start_fake,
+    steps_done,
+    train,
+    wait_for,
+    write_inputs,
+)
 
-ROOT = Path(__file__).parents[2]
-TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(2000))
 METRICS = {"step", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "peak_memory_bytes"}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """plan.yaml, text.txt and a cache that the module's runs share."""
-    folder = tmp_path_factory.mktemp("inputs")
-    io.write_yaml(folder / "plan.yaml", small_plan(warmup_steps=2))
-    (folder / "text.txt").write_text(TEXT)
-    return folder
-
-
-def _environment(fake=""):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
-    return {**kept, "FAKE": fake, "OMP_NUM_THREADS": "1"}
-
-
-def train(inputs, out, *arguments):
-    command = [sys.executable, "-m", "mopexec.cli", "train", *_common(inputs, out), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300)
-
-
-def _common(inputs, out):
-    paths = {
-        "--plan": inputs / "plan.yaml",
-        "--data": inputs / "text.txt",
-        "--cache": inputs / "cache",
-        "--out": out,
-    }
-    return [str(item) for pair in paths.items() for item in pair]
-
-
-def start_fake(inputs, out, fake, **options):
-    """The command in a process of its own, with the fake runner."""
-    given = {
-        "plan": str(inputs / "plan.yaml"),
-        "data": str(inputs / "text.txt"),
-        "cache": str(inputs / "cache"),
-        "out": str(out),
-        **options,
-    }
-    command = [sys.executable, "-m", "tests.exec.train_plans", json.dumps(given)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=_environment(fake), **pipes)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err.strip()
-
-
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def ranks_of(out):
-    """Processes that have the run's directory in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(out).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return [pid for pid in found if pid != os.getpid()]
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
-def steps_done(out):
-    path = out / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.is_file() else 0
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +79,7 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(inputs, whole, tmp_path):
 def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, capsys):
     def refused(folder, *arguments):
         with pytest.raises(SystemExit) as end:
-            main(["train", *_common(folder, whole[0]), *arguments])
+            main(["train", *common(folder, whole[0]), *arguments])
         line = capsys.readouterr().err
         assert (end.value.code, line.count("\n")) == (2, 1)
         return line
@@ -167,8 +106,8 @@ def test_an_enforced_limit_stops_the_run_in_one_line_that_names_the_category(inp
 def test_it_is_one_rank_under_the_users_own_torchrun(inputs, whole, tmp_path):
     out = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "mopexec.cli", "train", *_common(inputs, out), "--steps", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=300)
+    command = [*launcher, "-m", "mopexec.cli", "train", *common(inputs, out), "--steps", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(out) == losses(whole[0])[:2]
 

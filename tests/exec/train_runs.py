@@ -1,0 +1,88 @@
+"""Runs of `mopexec train` in processes of their own, for tests of what they leave and how they end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mopsim.spec import io
+from tests.exec.train_plans import small_plan
+
+ROOT = Path(__file__).parents[2]
+TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(2000))
+
+
+def write_inputs(folder):
+    """plan.yaml and text.txt in `folder`, where the cache of the runs goes too; returns it."""
+    io.write_yaml(folder / "plan.yaml", small_plan(warmup_steps=2))
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def environment(fake=""):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
+    return {**kept, "FAKE": fake, "OMP_NUM_THREADS": "1"}
+
+
+def train(inputs, out, *arguments):
+    command = [sys.executable, "-m", "mopexec.cli", "train", *common(inputs, out), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def common(inputs, out):
+    paths = {
+        "--plan": inputs / "plan.yaml",
+        "--data": inputs / "text.txt",
+        "--cache": inputs / "cache",
+        "--out": out,
+    }
+    return [str(item) for pair in paths.items() for item in pair]
+
+
+def start_fake(inputs, out, fake, **options):
+    """The command in a process of its own, with the fake runner."""
+    given = {
+        "plan": str(inputs / "plan.yaml"),
+        "data": str(inputs / "text.txt"),
+        "cache": str(inputs / "cache"),
+        "out": str(out),
+        **options,
+    }
+    command = [sys.executable, "-m", "tests.exec.train_plans", json.dumps(given)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(fake), **pipes)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err.strip()
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def ranks_of(out):
+    """Processes that have the run's directory in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def steps_done(out):
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
