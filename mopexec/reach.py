@@ -4,12 +4,14 @@ Bisected by dry run, confirmed by real steps with the limits enforced by the mem
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,9 @@ def train_one_step(data: str) -> RealStep:
                 "--device-limit", str(device_limit), "--host-limit", str(host_limit),
                 "--routing", "profile", "--profile-steps", "0", "--no-final-checkpoint",
             ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=end_with_parent)
+            done = subprocess.run(
+                command, capture_output=True, text=True, preexec_fn=partial(end_with_parent, os.getpid())
+            )
             return _outcome(done, out)
 
     return step

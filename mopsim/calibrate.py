@@ -28,11 +28,9 @@ from mopsim.calibrate_fit import (
 )
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
-from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, HardwareProfile
+from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
 
-COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
-"""Kinds whose ops the compute stream launches one by one."""
 KIN = (("matmul", "grouped_matmul"), ("optimizer", "host_optimizer"))
 """Kinds that err alike: one that no run exercised is scaled as its kin are."""
 FAMILIES = (COLLECTIVES, ("h2d", "d2h"))

@@ -39,9 +39,12 @@ def run(path: Path, steps: int, max_ranks: int | None, json: str | None) -> int:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    if found is None and not stopped:
+        print(f"mopexec: the ranks ended and left no result; logs in {folder}", file=sys.stderr)
+        return 1
     shutil.rmtree(folder, ignore_errors=True)
     if found is None:
-        print(f"mopexec: stopped by {stopped or 'an unknown cause'}", file=sys.stderr)
+        print(f"mopexec: stopped by {stopped}", file=sys.stderr)
         return signal_code(stopped)
     return _report(found, small, steps, json)
 

@@ -212,7 +212,7 @@ def _above_peak(
     now = dict(zip(SLOTS, fullest.at_peak, strict=True))
     pools = upper.idle_blocks(strategy.runtime, now, dict(zip(SLOTS, fullest.high, strict=True)))
     wires = upper.communication(work for work, _ in prices.values())
-    return upper.device(peak, pools, wires, exact=workload.exact)
+    return upper.device(peak, pools, wires, 0.0 if workload.exact else upper.PROGRAM)
 
 
 def _curve(hardware: HardwareProfile, strategy: Strategy) -> MatmulCurve:

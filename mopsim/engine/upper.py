@@ -31,15 +31,16 @@ PROCESS = 2_056_600 * 1024
 KiB (github.com/pytorch/pytorch issue 113326)."""
 
 
-def device(peak: int, pools: int, wires: int, *, exact: bool) -> dict[str, int]:
+def device(peak: int, pools: int, wires: int, program: float) -> dict[str, int]:
     """Bytes above a peak of live tensors, by cause. pools: of `idle_blocks`; wires: of `communication`.
 
-    exact: the tensors are counted to the byte."""
-    program = 0 if exact else round(PROGRAM * peak)
+    program: what it keeps that is not modelled, over the peak: PROGRAM, or 0 where tensors are counted to the
+    byte."""
+    unmodelled = round(program * peak)
     causes = {
-        "program": program,
+        "program": unmodelled,
         "idle pools": pools,
-        "allocator": round(ALLOCATOR * (peak + program + pools)),
+        "allocator": round(ALLOCATOR * (peak + unmodelled + pools)),
         "communication": wires,
     }
     return {name: size for name, size in causes.items() if size}

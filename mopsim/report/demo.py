@@ -292,11 +292,10 @@ def _sections(report: DemoReport) -> list[Section]:
 
 def result_table(report: DemoReport) -> Any:
     """The result for the terminal: measured and predicted step time, memory, loss."""
-    from rich.table import Table as Terminal
+    from mopsim.report.terminal import table as terminal
 
-    table = Terminal(title="measured step, and how far off its predictions are", title_justify="left")
-    for name in ("strategy", "step", "probed", "piloted", "all runs", "memory", "loss"):
-        table.add_column(name, justify="left" if name == "strategy" else "right")
+    names = ("step", "probed", "piloted", "all runs", "memory", "loss")
+    table = terminal("measured step, and how far off its predictions are", ("strategy",), names)
     for one in report.contenders:
         table.add_row(
             one.name,

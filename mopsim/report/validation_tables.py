@@ -101,8 +101,7 @@ def _verdicts(validation: Validation) -> Grid:
     fits, jobs = capacity(validation.scored), regrets(validation.scored)
     table.add_row("ran, predicted to fit", str(fits.ran), str(fits.ran_right))
     table.add_row("ran out, predicted to", str(fits.ran_out), str(fits.ran_out_right))
-    at_risk = sum(one.verdict == "at risk" for one in validation.scored if one.case.fits)
-    table.add_row("at risk by the upper bound, of those that ran", str(at_risk), "")
+    table.add_row("at risk by the upper bound, of those that ran", str(fits.at_risk), "")
     mean = sum(job.slowdown for job in jobs) / len(jobs) if jobs else None
     table.add_row("jobs with a choice of strategy; mean slowdown of ours", str(len(jobs)), _percent(mean))
     return table
@@ -120,7 +119,7 @@ def _bounds(validation: Validation) -> Grid:
     )
     table.add_row("all", str(runs), str(covered), str(left_out))
     above = margin.excess(validation.scored)
-    table.add_row(f"95 % at most {_percent(above, True)} above the point", "", "", "")
+    table.add_row(f"{margin.QUANTILE:.0%} at most {_percent(above, True)} above the point", "", "", "")
     return table
 
 

@@ -3,8 +3,9 @@ built before it is needed."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,12 +20,13 @@ from mopsim.spec.units import DTYPE_BYTES
 from mopsim.strategies import State, fsdp2, megatron, mop, zero_offload
 
 Column = NDArray[np.int64]
+Number = TypeVar("Number", int, Column)
 Values = Sequence[int] | Sequence[tuple[int, ...]]
 Axes = dict[str | tuple[str, ...], Values]
 
 #: Codes of the `state` column (where the optimizer lives), of the `loss` and of the `exchange` column.
 DEVICE, STREAMED, HOST = 0, 1, 2
-FULL, CHUNKED, RING, VOCAB_PARALLEL = 0, 1, 2, 3
+FULL, CHUNKED, RING = 0, 1, 2
 ULYSSES = 0
 
 PARTS = 4
@@ -62,7 +64,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What a strategy is looked for: every input of the search but its options. `layer_params` is the
+    """What a strategy is looked for: every input of the search but its options. `total_params` is the
     model's total."""
 
     model: ModelSpec
@@ -105,7 +107,7 @@ class Space:
 
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""
-        return self.columns["micro_batch"] * self.problem.training.seq_len // self.columns["sequence"]
+        return _tokens(self.problem, self.columns)
 
 
 def divisors(value: int) -> list[int]:
@@ -162,9 +164,6 @@ def _relations(
     def groups(c: dict[str, Column]) -> Column:
         return np.asarray(stage(c) // np.maximum(c["tensor"] * c["sequence"], 1))
 
-    def tokens(c: dict[str, Column]) -> Column:
-        return c["micro_batch"] * training.seq_len // c["sequence"]
-
     yield (
         "tensor x sequence does not divide the ranks of a stage",
         lambda c: stage(c) % (c["tensor"] * c["sequence"]) == 0,
@@ -194,7 +193,7 @@ def _relations(
     )
     yield (
         "more chunks than tokens",
-        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= tokens(c),
+        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= _tokens(problem, c),
     )
 
 
@@ -237,7 +236,8 @@ def _boundaries(problem: Problem) -> list[tuple[int, ...]]:
     """(on the host, parts of them): none or all; parts of them too where even the shortest piece of a
     sequence could fill the host, whose pinned blocks may be twice as large, and which has state to hold."""
     piece = problem.training.seq_len // max(_sequences(problem))
-    least = problem.model.num_hidden_layers * piece * problem.model.hidden_size * 2
+    each = piece * problem.model.hidden_size * int(DTYPE_BYTES[problem.precision])
+    least = problem.model.num_hidden_layers * each
     some = range(1, PARTS) if 4 * least > problem.hardware.host_limit() else range(0)
     return [(0, PARTS), *((1, parts) for parts in (*some, PARTS))]
 
@@ -336,7 +336,8 @@ def _chunk(tokens: int, slices: int) -> int:
     return 0 if slices <= 1 else ceil_div(tokens, slices)
 
 
-def _tokens(problem: Problem, row: dict[str, int]) -> int:
+def _tokens(problem: Problem, row: Mapping[str, Number]) -> Number:
+    """N, of a row or of a column of them: tokens per rank and microbatch."""
     return problem.training.seq_len * row["micro_batch"] // row["sequence"]
 
 

@@ -15,6 +15,8 @@ WORK_KINDS = (
     "all_to_all", "send_recv", "h2d", "d2h", "optimizer", "host_optimizer",
 )  # fmt: skip
 """Kinds of work: what an op of the simulator is, what the executor times, what calibration scales."""
+COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
+"""Kinds whose ops the compute stream launches one by one."""
 STEP_KINDS = ("step", *(f"step_{runtime}" for runtime in RUNTIMES))
 """What calibration adds to a step beside its ops: of any runtime, and of each that was measured."""
 

@@ -6,11 +6,10 @@ from itertools import pairwise
 from math import inf
 
 from mopsim.engine.record import Span
+from mopsim.spec.hardware import COMPUTE_KINDS
 
 Shares = tuple[tuple[str, float], ...]
 """(kind, share of the time), largest first."""
-
-COMPUTE = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
 
 
 def of_step(step: float, exposed: Mapping[str, float], busy: Mapping[str, float]) -> Shares:
@@ -18,7 +17,7 @@ def of_step(step: float, exposed: Mapping[str, float], busy: Mapping[str, float]
     do."""
     waits = {f"{kind} exposed": seconds for kind, seconds in exposed.items()}
     rest = max(0.0, step - sum(exposed.values()))
-    kernels = {kind: busy.get(kind, 0.0) for kind in COMPUTE}
+    kernels = {kind: busy.get(kind, 0.0) for kind in COMPUTE_KINDS}
     total = sum(kernels.values())
     kinds = {kind: rest * seconds / total for kind, seconds in kernels.items()} if total else {}
     return _shares(kinds | waits | ({} if total else {"compute": rest}))

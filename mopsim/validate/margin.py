@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mopsim.engine import upper
 from mopsim.validate.scoring import Scored, trusted
+from mopsim.validate.simulated import as_read_at_most
 
 QUANTILE = 0.95
 
@@ -60,5 +61,8 @@ def _excess(one: Scored) -> float:
 
 
 def _covers(one: Scored, program: float) -> bool:
-    assert one.case.peak_memory is not None
-    return one.case.peak_memory <= one.most_memory + (program - upper.PROGRAM) * one.simulated.peak_memory
+    case = one.case
+    assert case.peak_memory is not None
+    return case.peak_memory <= as_read_at_most(
+        one.simulated, case.conventions.reading, case.hardware, program
+    )

@@ -36,10 +36,14 @@ def natural(experts: int, ranks: int) -> tuple[float, ...]:
     weights = [exp(width * normal.inv_cdf((e + 0.5) / experts)) for e in range(experts)]
     total = sum(weights)
     shares = tuple(weight / total for weight in weights)
-    orders = [_shuffled(shares, seed) for seed in range(ORDERS)]
-    loads = [busiest(order, ranks) for order in orders]
+    return _typical([_shuffled(shares, seed) for seed in range(ORDERS)], ranks)
+
+
+def _typical(draws: Sequence[tuple[float, ...]], ranks: int) -> tuple[float, ...]:
+    """The draw whose busiest rank is nearest to the mean over all."""
+    loads = [busiest(shares, ranks) for shares in draws]
     usual = fmean(loads)
-    return orders[min(range(ORDERS), key=lambda seed: abs(loads[seed] - usual))]
+    return draws[min(range(len(draws)), key=lambda index: abs(loads[index] - usual))]
 
 
 def busiest(shares: Sequence[float], ranks: int) -> float:
@@ -61,10 +65,7 @@ def repeated(experts: int, top_k: int, ranks: int, words: int) -> tuple[float, .
     All copies of a token choose the same top_k experts, any with the same probability. Which they are differs
     from layer to layer: of ORDERS draws, the one whose busiest of `ranks` ranks is nearest to their mean.
     """
-    draws = [_repeated(experts, top_k, words, seed) for seed in range(ORDERS)]
-    loads = [busiest(shares, ranks) for shares in draws]
-    usual = fmean(loads)
-    return draws[min(range(ORDERS), key=lambda seed: abs(loads[seed] - usual))]
+    return _typical([_repeated(experts, top_k, words, seed) for seed in range(ORDERS)], ranks)
 
 
 def _repeated(experts: int, top_k: int, words: int, seed: int) -> tuple[float, ...]:

@@ -46,9 +46,8 @@ def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str
     }
     found["fits"] = {
         "n": fits.ran + fits.ran_out, "right": fits.right, "ran": fits.ran, "ran_right": fits.ran_right,
-        "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right,
+        "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right, "at_risk": fits.at_risk,
     }  # fmt: skip
-    found["fits"]["at_risk"] = sum(one.verdict == "at risk" for one in scored)
     found["memory_upper"] = {
         "excess": margin.excess(scored), "used": upper.PROGRAM,
         "coverage": {source: vars(one) for source, one in margin.coverage(scored).items()},

@@ -65,14 +65,18 @@ scripts/performance/utils/overrides.py: moe_hybridep_num_sms)."""
 
 def hybrid(row: Row) -> bool:
     """Whether HybridEP exchanges the rows of experts; the other kernels of `deduplicates` are DeepEP's."""
-    deep = row.get("dispatcher") == "deepep" or not row["source"].startswith("megatron-bridge")
-    return deduplicates(row) and not deep
+    named = row.get("dispatcher")
+    return named == "hybridep" or (named != "deepep" and _bridge(row) and deduplicates(row))
+
+
+def _bridge(row: Row) -> bool:
+    return row["source"].startswith("megatron-bridge")
 
 
 def communication_share(row: Row, share: float) -> float:
     """Part of the SMs that the exchanges of the experts take from what runs beside them, where it is not the
     profile's `share`."""
-    if not hybrid(row):
+    if not (hybrid(row) and _bridge(row)):
         return share
     return HYBRID_SMS / (HOPPER_SMS if row["gpu"].startswith("h") else BLACKWELL_SMS)
 
@@ -100,7 +104,7 @@ def eight_bit_attention(row: Row) -> bool:
     return (
         row["precision"] == "mxfp8"
         and moe
-        and row["source"].startswith("megatron-bridge")
+        and _bridge(row)
         and whole_step(row)
         and not (row["model"].startswith("deepseek_v3") and row["gpu"].startswith("gb200"))
     )
@@ -108,13 +112,13 @@ def eight_bit_attention(row: Row) -> bool:
 
 def eight_bit_vocabulary(row: Row) -> bool:
     """Recipes with fp8_output_proj: those of DeepSeek-V3 that replay the whole step."""
-    mine = row["source"].startswith("megatron-bridge") and row["precision"] == "mxfp8"
+    mine = _bridge(row) and row["precision"] == "mxfp8"
     return mine and row["model"].startswith("deepseek_v3") and whole_step(row)
 
 
 def _late(row: Row, notes: str) -> bool:
     """Rows of v0.6.0's time that do not say it."""
     models, machines = WHOLE
-    mine = row["source"].startswith("megatron-bridge") and row["precision"] == "mxfp8"
+    mine = _bridge(row) and row["precision"] == "mxfp8"
     then = "nemo 26.08" in notes or "perf recipe" in notes
     return mine and then and row["model"] in models and row["gpu"] in machines

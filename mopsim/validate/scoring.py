@@ -9,7 +9,7 @@ from statistics import fmean, median
 from mopsim.validate import calibration, regression
 from mopsim.validate.calibration import LAUNCH, Fit, Point
 from mopsim.validate.rows import Case
-from mopsim.validate.simulated import Simulated, as_read, as_read_at_most, verdict
+from mopsim.validate.simulated import Simulated, as_read, as_read_at_most
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Scored:
     @property
     def verdict(self) -> str:
         """fits, at risk or out of memory."""
-        return verdict(self.simulated, self.case.hardware.memory_limit())
+        if not self.simulated.fits:
+            return "out of memory"
+        return "at risk" if self.simulated.at_risk else "fits"
 
 
 def _error(predicted: float, measured: float | None) -> float | None:
@@ -167,11 +169,12 @@ def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Runs that ran (and how many are predicted to fit), runs that ran out (and how many are predicted
-    to)."""
+    """Runs that ran (how many are predicted to fit, how many of these at risk), and runs that ran out (how
+    many are predicted to)."""
 
     ran: int
     ran_right: int
+    at_risk: int
     ran_out: int
     ran_out_right: int
 
@@ -182,9 +185,10 @@ class Capacity:
 
 def capacity(scored: Iterable[Scored]) -> Capacity:
     """What a run does is known where it has a step time or says so itself."""
-    ran = [one.simulated.fits for one in scored if one.case.fits is True]
+    ran = [one.simulated for one in scored if one.case.fits is True]
     out = [one.simulated.fits for one in scored if one.case.fits is False]
-    return Capacity(len(ran), sum(ran), len(out), len(out) - sum(out))
+    right, at_risk = sum(one.fits for one in ran), sum(one.at_risk for one in ran)
+    return Capacity(len(ran), right, at_risk, len(out), len(out) - sum(out))
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mopsim.engine import run, upper
+from mopsim.engine import SimResult, run, upper
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Workload
 from mopsim.spec.errors import MopError
-from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Quantity
+from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, HardwareProfile, Quantity
 from mopsim.spec.processes import pool
 from mopsim.validate.conventions import Reading
 from mopsim.validate.makeup import Shares, of_step
 from mopsim.validate.rows import Case
 
-KERNELS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
 ISSUES = (100e-6, 0.0, 10e-6, 20e-6, 35e-6, 60e-6)
 """Seconds of the host for each kernel that are simulated for the calibration, the extremes first."""
 SAME = 1e-3
@@ -43,6 +42,7 @@ class Simulated:
     idle_blocks: int = 0
     communication: int = 0
     fits: bool = True
+    at_risk: bool = False
     error: str = ""
     seconds: float = 0.0
     makeup: Shares = ()
@@ -63,12 +63,15 @@ def simulate_case(case: Case) -> Simulated:
         return Simulated(error=str(error))
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}")
-    launches = sum(result.num_ops.get(kind, 0) for kind in (*KERNELS, *COLLECTIVES))
+    launches = sum(result.num_ops.get(kind, 0) for kind in (*COMPUTE_KINDS, *COLLECTIVES))
     seconds = time.perf_counter() - began
     peak = result.peak_by_stage[-1] if case.conventions.last_stage else result.peak_memory
     idle, wires = (result.above_peak.get(cause, 0) for cause in ("idle pools", "communication"))
     made = of_step(result.step_time, result.exposed, result.busy)
-    return Simulated(result.step_time, launches, paces, peak, idle, wires, result.fits, "", seconds, made)
+    risk = _at_risk(result, idle, wires)
+    return Simulated(
+        result.step_time, launches, paces, peak, idle, wires, result.fits, risk, "", seconds, made
+    )
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
@@ -120,20 +123,20 @@ def as_read(result: Simulated, reading: Reading, hardware: HardwareProfile) -> f
     return blocks + hardware.device.reserved.si if reading == "device" else blocks
 
 
-def as_read_at_most(result: Simulated, reading: Reading, hardware: HardwareProfile) -> float:
+def as_read_at_most(
+    result: Simulated, reading: Reading, hardware: HardwareProfile, program: float = upper.PROGRAM
+) -> float:
     """Bytes that the instrument would show at most: the causes of mopsim.engine.upper that it sees."""
-    causes = upper.device(result.peak_memory, result.idle_blocks, result.communication, exact=False)
+    causes = upper.device(result.peak_memory, result.idle_blocks, result.communication, program)
     if reading == "allocated":
-        return float(result.peak_memory + causes["program"])
+        return float(result.peak_memory + causes.get("program", 0))
     blocks = result.peak_memory + sum(causes.values()) - causes.get("communication", 0)
     if reading == "reserved":
         return float(blocks)
     return blocks + causes.get("communication", 0) + hardware.device.reserved.si
 
 
-def verdict(result: Simulated, limit: int) -> str:
-    """fits, at risk or out of memory, by the bound for a program that is not mopexec."""
-    if not result.fits:
-        return "out of memory"
-    causes = upper.device(result.peak_memory, result.idle_blocks, result.communication, exact=False)
-    return "at risk" if result.peak_memory + sum(causes.values()) > limit else "fits"
+def _at_risk(result: SimResult, pools: int, wires: int) -> bool:
+    """Whether it fits, but not by the bound of the host or of a device's program that is not mopexec."""
+    most = result.peak_memory + sum(upper.device(result.peak_memory, pools, wires, upper.PROGRAM).values())
+    return result.fits and ("host" in result.at_risk or most > result.memory_limit)

@@ -36,11 +36,11 @@ def test_a_power_of_two_less_than_doubles(size: int) -> None:
 
 def test_the_causes_add_up_by_hand() -> None:
     """100 GB of another program: 10.6 of the program, 5 idle, 6 % of the sum in blocks."""
-    found = upper.device(10**11, 5 * 10**9, 10**9, exact=False)
+    found = upper.device(10**11, 5 * 10**9, 10**9, upper.PROGRAM)
     assert found["program"] == pytest.approx(10.6e9)
     assert found["allocator"] == pytest.approx(0.06 * 115.6e9)
     assert sum(found.values()) == pytest.approx(10.6e9 + 5e9 + 6.936e9 + 1e9)
-    assert "program" not in upper.device(10**11, 0, 0, exact=True)
+    assert "program" not in upper.device(10**11, 0, 0, 0.0)
 
 
 def test_every_group_of_ranks_has_one_communicator() -> None:

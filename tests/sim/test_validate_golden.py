@@ -35,19 +35,33 @@ def test_rows_span_families_and_sources() -> None:
 
 
 MISSED = {
-    "halo-bench-qwen330ba3b-b300x8-bf16-s32768-adcbb": "22 % too fast (6 %): B300's attention is that of"
-    " cuDNN's published table, its filler text uses few experts, and its norms, rotation and activation"
-    " are the fused ones that its pages name, where the lowering of mopexec's own schedule composed them",
-    "halo-bench-qwen330ba3b-b300x8-bf16-s4096-3394e": "47 % too fast (34 %), as the row before: kernels"
-    " fused as its pages say, 0.2 to 0.6 s a step missing at any length (causes.yaml, halo-in-series)",
+    "halo-bench-qwen330ba3b-b300x8-bf16-s32768-adcbb": (
+        0.25,
+        "22 % too fast (6 %): B300's attention is that of"
+        " cuDNN's published table, its filler text uses few experts, and its norms, rotation and activation"
+        " are the fused ones that its pages name, where the lowering of mopexec's own schedule composed them",
+    ),
+    "halo-bench-qwen330ba3b-b300x8-bf16-s4096-3394e": (
+        0.5,
+        "47 % too fast (34 %), as the row before: kernels"
+        " fused as its pages say, 0.2 to 0.6 s a step missing at any length (causes.yaml, halo-in-series)",
+    ),
 }
-"""Rows beyond their tolerance, which stands: what mends one makes its test fail until it leaves this list."""
+"""Rows beyond their tolerance, which stands: what mends one makes its test fail until it leaves this list.
+With how far off they may be meanwhile."""
 
 
 def _case(row: dict[str, str]) -> Any:
     missed = MISSED.get(row["run_id"])
-    marks = [pytest.mark.xfail(strict=True, reason=missed)] if missed else []
+    marks = [pytest.mark.xfail(strict=True, reason=missed[1])] if missed else []
     return pytest.param(row, id=row["run_id"], marks=marks)
+
+
+@pytest.mark.parametrize("name", MISSED)
+def test_a_missed_run_is_missed_by_no_more(name: str, scored: dict[str, Scored]) -> None:
+    error = scored[name].raw_step_error
+    assert error is not None
+    assert abs(error) <= MISSED[name][0]
 
 
 @pytest.mark.parametrize("row", [_case(row) for row in ROWS])
