@@ -29,7 +29,8 @@ import msgspec
 from mopsim.calibrate import load_measurement
 from mopsim.commands.inputs import Inputs, make_plan
 from mopsim.engine import SimResult, simulate
-from mopsim.report.demo import Contender, DemoReport, result_table, write_demo
+from mopsim.report.demo import result_table, write_demo
+from mopsim.report.demo_results import Contender, DemoReport
 from mopsim.spec import io, presets, routing
 from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Quantity

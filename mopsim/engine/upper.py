@@ -62,7 +62,8 @@ def communication(works: Iterable[Work]) -> int:
     for work in works:
         if work.kind in COLLECTIVES and work.group.size > 1:
             size = 2 if work.kind == "send_recv" else work.group.size
-            groups.setdefault((size, min(size, work.group.intra)), set()).add(work.kind)
+            inside = size if work.group.intra == work.group.size else min(work.group.intra, size - 1)
+            groups.setdefault((size, inside), set()).add(work.kind)
     total = 0.0
     for (size, intra), kinds in groups.items():
         total += PAIR if size == 2 else COMMUNICATOR

@@ -47,6 +47,12 @@ class Context:
         return dense.param_tier == "host" or dense.grad_tier == "host"
 
     @property
+    def shards_params(self) -> bool:
+        """Whether parameters live in shards between microbatches: ZeRO-3, and all that torch's FSDP2 does
+        (with zero 2 it keeps them gathered from the forward to the backward)."""
+        return self.strategy.dense.zero == 3 or self.strategy.runtime == "fully_shard"
+
+    @property
     def reshards(self) -> bool:
         """Whether FSDP2 frees a group's parameters after its forward (mopexec.parallelize.fsdp_wrap)."""
         return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward

@@ -56,6 +56,8 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
         not one_stage
         or not strategy.attention.flash
         or strategy.experts.plain
+        or strategy.experts.looped
+        or strategy.experts.dispatch != "all_to_all"
         or strategy.activations.kept
         or context.model.dropout
         or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
@@ -64,7 +66,7 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
     if strategy.runtime == "fully_shard":
         own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
         return FsdpStep if own and _plain(context) and strategy.unfused == EAGER else None
-    if recompute != "full" or strategy.dense.zero != 3:
+    if recompute != "full" or strategy.dense.zero != 3 or strategy.unfused:
         return None
     return FlatStep if _plain(context) and not context.runs_autograd else Step
 

@@ -13,8 +13,7 @@ def resident(context: Context) -> tuple[Step, ...]:
         place = strategy.experts if unit.component == "experts" else strategy.dense
         zero = strategy.dense.zero
         full = unit.padded
-        sharded = zero == 3 or strategy.runtime == "fully_shard"  # zero 2: full from forward to backward
-        held = unit.shard_numel if sharded else full
+        held = unit.shard_numel if context.shards_params else full
         reduced = unit.shard_numel if zero >= 2 else full
         found.append((_at(place.param_tier, "params"), held * context.param))
         if strategy.runtime == "flat_units":  # FSDP2's gradients come and go within the step

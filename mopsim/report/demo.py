@@ -2,178 +2,19 @@
 and after calibration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
-from msgspec.structs import replace
-
 import mopsim
-from mopsim.engine import SimResult
 from mopsim.report.compare import memory_figure, time_figure, timeline_title
+from mopsim.report.demo_results import Contender, DemoReport
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.tables import describe
+from mopsim.report.terminal import table
 from mopsim.report.timeline import timeline_plot
 from mopsim.spec import io
-from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.units import format_bytes, format_seconds
-
-BUSY = 1.4
-"""p90 of a run's steps over p10 from which its machine is called busy: 1.05 to 1.1 when nothing else runs."""
-
-
-@dataclass
-class Contender:
-    """One strategy of the loop: its plan, what was measured, what is predicted.
-
-    as_planned: the short run whose tokens were routed as the plan assumes. probed, piloted, calibrated: by
-    the profile as probed, as calibrated from the pilot runs, and as calibrated from the first two strategies'
-    runs as well, routed as the first strategy's router did. even, worst: by the probed profile, routed as the
-    plan assumes, and every token of an expert-parallel group routed to one rank.
-    """
-
-    name: str
-    plan: Plan
-    measured: Measurement
-    as_planned: Measurement
-    losses: list[float]
-    probed: SimResult = field(init=False)
-    piloted: SimResult = field(init=False)
-    calibrated: SimResult = field(init=False)
-    even: SimResult = field(init=False)
-    worst: SimResult = field(init=False)
-
-    def spread(self) -> tuple[float, float]:
-        """p10 and p90 of the measured step times."""
-        return _spread(self.measured)
-
-    def fall(self) -> float:
-        """By how much of its first value the loss fell, its last being the mean of the last five steps
-        (they are noisy)."""
-        tail = self.losses[-5:]
-        return 1 - sum(tail) / len(tail) / self.losses[0]
-
-    def error(self, result: SimResult) -> float:
-        """Predicted step time against the measured median, relative."""
-        return result.step_time / self.measured.step_time_median - 1
-
-    def memory_error(self) -> float:
-        """Predicted device peak against the tracked one, tokens routed as the plan assumes; relative."""
-        return self.even.peak_memory / self.as_planned.peak_memory - 1
-
-    def worst_memory(self) -> float:
-        """Predicted device peak under the worst routing against the tracked one of the real router."""
-        return self.worst.peak_memory / self.measured.peak_memory - 1
-
-
-def _spread(run: Measurement) -> tuple[float, float]:
-    """p10 and p90 of the step times, s."""
-    times = list(run.step_times)
-    if len(times) < 2:
-        return times[0], times[0]
-    deciles = quantiles(times, n=10, method="inclusive")
-    return deciles[0], deciles[-1]
-
-
-@dataclass
-class DemoReport:
-    """contenders: the best MoP, the best FSDP2, and the held-out strategy last. probed, piloted, calibrated:
-    the profiles."""
-
-    contenders: list[Contender]
-    pilots: list[Measurement]
-    probed: HardwareProfile
-    piloted: HardwareProfile
-    calibrated: HardwareProfile
-    seed: int
-    steps: int
-    commands: list[str]
-    searches: dict[str, dict[str, Any]]
-    command: str
-    replicated: SimResult
-    tracked_steps: int
-
-    def limit(self) -> str:
-        """The device's memory, and what the plain plan would need."""
-        need = format_bytes(self.replicated.peak_memory)
-        limit = format_bytes(self.probed.memory_limit())
-        fits = "fits" if self.replicated.fits else "does not fit"
-        return (
-            f"A rank's device has {limit} here, enforced: a small device so that memory decides. "
-            f"The plain plan, model and optimizer whole on every rank, would need {need} and {fits}. "
-            "The limit is enforced, byte by byte, while the run is built and in its first "
-            f"{self.tracked_steps} steps, which are not timed: no timed step carries the tracker."
-        )
-
-    def verdict(self) -> str:
-        """Who won, whichever it is."""
-        first, second = sorted(self.contenders[:2], key=lambda one: one.measured.step_time_median)
-        fast, slow = first.measured.step_time_median, second.measured.step_time_median
-        apart = "" if _apart(first, second) else " (their spreads overlap: a tie on this machine)"
-        return (
-            f"Winner: {first.name}, {format_seconds(fast)} a step "
-            f"against {format_seconds(slow)} of {second.name}, "
-            f"{slow / fast:.2f}x as fast{apart}"
-        )
-
-    def busy(self) -> list[str]:
-        """The runs whose steps scatter so much that something else was running: their times tell little."""
-        runs = {one.name: one.measured for one in self.contenders}
-        runs |= {one.plan.strategy.name: one for one in self.pilots}
-        return [name for name, run in runs.items() if _spread(run)[1] > BUSY * _spread(run)[0]]
-
-    def warning(self) -> str:
-        """A line where the machine was not quiet, else ''."""
-        runs = self.busy()
-        if not runs:
-            return ""
-        return (
-            f"The machine was not quiet: the steps of {', '.join(runs)} scatter by more than {BUSY - 1:.0%} "
-            "(p10 to p90). Neither these times nor what was calibrated from them are to be trusted. "
-        )
-
-    def piloted_alike(self, one: Contender) -> bool:
-        """Whether the search chose what a pilot run had: it is then no prediction of an unseen strategy."""
-        pilots = [replace(run.plan.strategy, name=one.name) for run in self.pilots]
-        return replace(one.plan.strategy, name=one.name) in pilots
-
-    def orders(self) -> list[tuple[str, str, str, str]]:
-        """Every pair: who is faster as measured, as predicted by the probed profile and by that of the pilot
-        runs, which have seen neither, and whether the last agrees (or is a tie)."""
-        found = []
-        for a, b in combinations(self.contenders, 2):
-            measured = min(a, b, key=lambda one: one.measured.step_time_median)
-            other = b if measured is a else a
-            first = min(a, b, key=lambda one: one.probed.step_time)
-            predicted = min(a, b, key=lambda one: one.piloted.step_time)
-            verdict = "agrees" if measured is predicted else "disagrees"
-            if not _apart(a, b):
-                verdict = "too close to tell: the spreads overlap"
-            found.append(
-                (
-                    f"{measured.name} before {other.name}",
-                    f"{first.name} first ({_ratio(a.probed, b.probed)})",
-                    f"{predicted.name} first ({_ratio(a.piloted, b.piloted)})",
-                    verdict,
-                )
-            )
-        return found
-
-
-def _ratio(a: SimResult, b: SimResult) -> str:
-    """By which factor the slower one is slower."""
-    low, high = sorted((a.step_time, b.step_time))
-    return f"{high / low:.2f}x"
-
-
-def _apart(a: Contender, b: Contender) -> bool:
-    """Whether two medians differ by more than the wider half spread (p10 to p90)."""
-    gap = abs(a.measured.step_time_median - b.measured.step_time_median)
-    return gap > max(high - low for low, high in (a.spread(), b.spread())) / 2
 
 
 def write_demo(folder: Path, report: DemoReport) -> list[Path]:
@@ -292,12 +133,10 @@ def _sections(report: DemoReport) -> list[Section]:
 
 def result_table(report: DemoReport) -> Any:
     """The result for the terminal: measured and predicted step time, memory, loss."""
-    from mopsim.report.terminal import table as terminal
-
     names = ("step", "probed", "piloted", "all runs", "memory", "loss")
-    table = terminal("measured step, and how far off its predictions are", ("strategy",), names)
+    shown = table("measured step, and how far off its predictions are", ("strategy",), names)
     for one in report.contenders:
-        table.add_row(
+        shown.add_row(
             one.name,
             format_seconds(one.measured.step_time_median),
             f"{one.error(one.probed):+.0%}",
@@ -306,7 +145,7 @@ def result_table(report: DemoReport) -> Any:
             format_bytes(one.measured.peak_memory),
             f"{-one.fall():+.0%}",
         )
-    return table
+    return shown
 
 
 def _measured(contenders: Sequence[Contender]) -> Table:

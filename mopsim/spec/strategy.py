@@ -4,7 +4,9 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 (`mopsim.strategies`) are functions that return a value of this one type; nothing branches on its name.
 """
 
-from typing import Literal
+from typing import Literal, get_args
+
+from msgspec.structs import force_setattr
 
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
 from mopsim.spec.errors import require, require_name
@@ -232,6 +234,8 @@ class Strategy(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_name(self.name)
+        known = (word for word in get_args(Unfused) if word in self.unfused)
+        force_setattr(self, "unfused", tuple(known))  # one order, each once: strategies compare
         for field, least in _LEAST.items():
             value = self._at(field)
             require(value >= least, field, value, f"must be at least {least}")

@@ -23,7 +23,7 @@ def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
             if column not in header:
                 raise MopError(f"{where}: has no column {column!r}; columns found: {', '.join(header)[:200]}")
         for column in header:
-            if header.count(column) > 1:
+            if column and header.count(column) > 1:
                 raise MopError(f"{where}: column {column!r} appears twice")
         for cells in lines:
             if len(cells) > len(header):

@@ -15,11 +15,10 @@ from mopsim.engine.streams import play
 from mopsim.lowering import lower
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.workload import Group, Op, Program, Work, Workload
-from mopsim.spec.hardware import WORK_KINDS, Correction, HardwareProfile
+from mopsim.spec.hardware import COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
-from mopsim.validate.makeup import COMPUTE
 from tests.sim.toys import machine, quantity, small
 
 MODEL = small()
@@ -355,7 +354,7 @@ def test_nothing_is_exposed_longer_than_it_is_busy(
     for kind, waited in result.exposed.items():
         if kind not in ("host", "peers"):
             assert waited <= result.busy[kind] * (1 + 1e-6) + 1e-12
-    kernels = sum(result.busy.get(kind, 0.0) for kind in COMPUTE)
+    kernels = sum(result.busy.get(kind, 0.0) for kind in COMPUTE_KINDS)
     parts = kernels + sum(result.exposed.values())
     assert parts >= result.step_time * (1 - 1e-6)
     if name != "fsdp2":  # whose copies into and out of its collectives run beside compute

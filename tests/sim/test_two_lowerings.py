@@ -16,6 +16,12 @@ from mopsim.strategies import fsdp2
 
 LOWER = sys.modules["mopsim.lowering.lower"]
 replace = msgspec.structs.replace
+
+
+def zero2(strategy: Strategy) -> Strategy:
+    return replace(strategy, dense=replace(strategy.dense, zero=2))
+
+
 CASES: dict[str, tuple[str, Strategy, int, int]] = {
     "recompute": ("qwen3_30b_a3b", fsdp2(16, experts=8), 4096, 64),
     "keep": ("qwen3_30b_a3b", fsdp2(16, experts=8, recompute="none"), 4096, 64),
@@ -24,6 +30,7 @@ CASES: dict[str, tuple[str, Strategy, int, int]] = {
     "experts whole": ("qwen3_30b_a3b", fsdp2(16), 4096, 64),
     "replicas": ("qwen3_30b_a3b", fsdp2(16, experts=8, dense_shard=8), 4096, 64),
     "not resharded": ("qwen3_30b_a3b", fsdp2(16, experts=8, reshard=False), 4096, 64),
+    "zero 2": ("qwen3_30b_a3b", zero2(fsdp2(16, experts=8)), 4096, 64),
     "one microbatch": ("qwen3_30b_a3b", fsdp2(16, experts=8), 4096, 16),
     "host-bound": ("qwen3_30b_a3b", fsdp2(16, experts=8), 512, 64),
     "dense": ("llama3_8b", fsdp2(16), 4096, 64),

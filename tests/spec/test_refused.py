@@ -16,8 +16,9 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import EAGER, Strategy
 from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
 
 Path = tuple[str | int, ...]
 
@@ -383,3 +384,9 @@ def test_numbers_are_read_as_people_write_them() -> None:
 def test_quantities_convert_to_si() -> None:
     assert Quantity(value=400, unit="Gbit/s", tag="datasheet", source="s").si == 50e9
     assert Quantity(value=2, unit="GiB", tag="datasheet", source="s").si == 2 * 1024**3
+
+
+def test_what_is_unfused_has_one_order() -> None:
+    """Strategies are compared, and one that equals another is played and run alike."""
+    turned = msgspec.structs.replace(fsdp2(2), unfused=(*reversed(EAGER), EAGER[0]))
+    assert turned == fsdp2(2)

@@ -27,7 +27,8 @@ def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Te
     kind = context.strategy.vocabulary.loss
     require(
         kind != "ring", "strategy.vocabulary.loss", kind,
-        "is lowered only without tensor and pipeline parallelism, under ZeRO-3 with full recomputation",
+        "is lowered only without tensor and pipeline parallelism, under ZeRO-3 with full recomputation, with "
+        "fused kernels and experts that exchange by all_to_all",
     )  # fmt: skip
     if kind == "chunked":
         return _chunked(context, direction, freed)

@@ -65,7 +65,7 @@ class Passes:
             if precision.matmul in CAST and c.strategy.runtime != "fully_shard":  # torchao keeps the inputs
                 share = DTYPE_BYTES[precision.matmul] / c.b
                 tape = quantized(tape, share, c.strategy.activations.modules)
-            if c.strategy.dense.zero < 3:
+            if not c.shards_params:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
             unfused, wings = c.strategy.unfused, c.model.ffn_matrices - 1
             layernorm = c.model.norm == "layernorm"
@@ -82,7 +82,7 @@ class Passes:
         """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true
         ones are added
         into resident buffers: one of each shape (`get_dummy_wgrad`)."""
-        if self.context.strategy.dense.zero == 3:
+        if self.context.shards_params:
             return 0
         kernels = [
             kernel for layer in layers for kernel in self.tape(layer).kernels if kernel.component != "router"

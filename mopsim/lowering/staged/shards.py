@@ -42,7 +42,7 @@ class Shards:
         """Gathers that a layer waits for; those of the next layers are issued too, once the layer before has
         run: `prefetch` + 1 layers are full at a time. Full gradients come alive."""
         ready: Ops = ()
-        if self.zero == 3:
+        if self.c.shards_params:
             place = list(order).index(layer)
             ahead = self.c.strategy.dense.prefetch
             for index in range(place, min(place + ahead, len(order) - 1) + 1):
@@ -87,7 +87,7 @@ class Shards:
     def edge(self, name: str, phase: str) -> Ops:
         """Gathers that the embedding or the head waits for."""
         unit = self.c.edges.get(name)
-        if unit is None or self.zero < 3:
+        if unit is None or not self.c.shards_params:
             return ()
         self._gather(unit, phase, ())
         return self._wait(unit, phase)
@@ -155,7 +155,7 @@ class Shards:
         root = (
             unit.layer < 0 and strategy.runtime == "fully_shard"
         )  # FSDP's root is gathered once a microbatch
-        keep = phase == "forward" and (root or not strategy.dense.reshard_after_forward)
+        keep = phase == "forward" and (root or not self.c.reshards)
         if unit.name in self._full and not keep:
             del self._full[unit.name]
             self._arrived.discard(unit.name)

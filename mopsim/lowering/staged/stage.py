@@ -92,7 +92,7 @@ class Stage:
         for unit in self.units:
             place = strategy.experts if unit.component == "experts" else strategy.dense
             full, shard = unit.padded, unit.shard_numel
-            found.append((_at(place.param_tier, "params"), (shard if zero == 3 else full) * c.param))
+            found.append((_at(place.param_tier, "params"), (shard if c.shards_params else full) * c.param))
             if not self.frees_gradients:
                 found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
             state = shard if zero >= 1 else full

@@ -298,7 +298,7 @@ class StageStep:
     def _gather_updated(self) -> None:
         """Parameters that the last step updated arrive beside the first forward, in the order of their
         use."""
-        if not self.overlap.param_gather or self.c.strategy.dense.zero not in (1, 2):
+        if not self.overlap.param_gather or self.c.strategy.dense.zero == 0 or self.c.shards_params:
             return
         for unit in self.stage.units:
             self.gathered[unit.name] = tuple(

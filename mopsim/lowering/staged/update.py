@@ -41,7 +41,7 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
             work = (Work("memory_bound", bytes=float((held - away) * (master + c.param)), launches=launches),)
             memory = (("grads", -(held - away) * c.wide),) if width > c.grad else ()
             last = issue.add("parameters cast", "compute", _O, _O, work, (last,), memory)
-    if strategy.dense.zero in (1, 2) and not strategy.overlap.param_gather:
+    if strategy.dense.zero and not c.shards_params and not strategy.overlap.param_gather:
         for message in gathering(c, stage.units):
             last = issue.add(
                 "gather parameters", stream_of(message[2]), _O, _O, message_work(message), (last,)
