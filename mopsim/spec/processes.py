@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end_with_parent(parent: int = 0) -> None:
@@ -43,6 +44,9 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, initializer=_begin) as executor:
         try:
+            with _signals_held():  # until `_begin`, a process would answer them as its parent does
+                for _ in range(workers):
+                    executor.submit(os.getpid)
             yield executor
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
@@ -51,9 +55,20 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that end a command wait for the end of the body; processes begun in it begin with them held."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin() -> None:
     """The terminal's Ctrl-C and its end are the parent's to answer; its handlers are not for this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
