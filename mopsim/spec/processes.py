@@ -49,9 +49,9 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
                     executor.submit(os.getpid)
             yield executor
         except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - before:
                 process.kill()
+            executor.shutdown(cancel_futures=True)  # its thread ends now, not beside the interpreter
             raise
 
 
