@@ -1,6 +1,7 @@
 """What is kept of a run: busy and exposed seconds, time by component, spans when asked for."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mopsim.lowering.workload import Op
@@ -30,9 +31,13 @@ class Tally:
 
 class Record:
     """One rank's run. Seconds of the compute stream are booked on components; its waits on what ran meanwhile
-    and was waited for, so that no collective or copy is exposed longer than it is busy."""
+    and was waited for, so that no collective or copy is exposed longer than it is busy.
 
-    def __init__(self, keep_spans: bool) -> None:
+    kinds: of an op of several kinds of work (its index), each kind's share of its seconds.
+    """
+
+    def __init__(self, keep_spans: bool, kinds: Mapping[int, Mapping[str, float]] | None = None) -> None:
+        self.kinds = kinds or {}
         self.tallies: dict[int, Tally] = defaultdict(Tally)
         self.spans: list[Span] | None = [] if keep_spans else None
         self.last: Op | None = None
@@ -47,8 +52,7 @@ class Record:
     def blame(self, op: Op, seconds: float, kind: str = "") -> None:
         """`op` (or what `kind` says) was what the compute stream stood still for."""
         if seconds > 0.0:
-            kind = kind or (op.work[0].kind if op.work else "dependency")
-            self.tallies[op.microbatch].exposed[kind] += seconds
+            self._expose(op, seconds, kind)
 
     def idle(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op` because the host had not issued it."""
@@ -64,7 +68,15 @@ class Record:
     def stolen(self, op: Op, seconds: float) -> None:
         """Compute lost `seconds` to a collective beside it."""
         if seconds > 0.0 and op.work:
-            self.tallies[op.microbatch].exposed[op.work[0].kind] += seconds
+            self._expose(op, seconds)
+
+    def _expose(self, op: Op, seconds: float, kind: str = "") -> None:
+        exposed = self.tallies[op.microbatch].exposed
+        if not kind and op.index in self.kinds:
+            for one, share in self.kinds[op.index].items():
+                exposed[one] += share * seconds
+        else:
+            exposed[kind or (op.work[0].kind if op.work else "dependency")] += seconds
 
     def ended(self, op: Op, ready: float, start: float, end: float, compute: bool) -> None:
         """An op ran from start to end."""

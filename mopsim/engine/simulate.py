@@ -58,7 +58,7 @@ def run(
     durations = [_durations(program, priced, prices) for program in workload.programs]
     limit, host_limit = hardware.memory_limit(), hardware.host_limit(strategy.world_size)
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
-    records = [Record(timeline) for _ in workload.programs]
+    records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
     issue = hardware.host.issue.si if hardware.host.issue else 0.0
     share = hardware.communication_share
     end = play(workload.programs, durations, ledgers, records, share, issue)
@@ -161,6 +161,19 @@ def _durations(
                 priced = prices[id(work)] = (work, seconds(work, hardware))
             total += priced[1]
         found.append(total)
+    return found
+
+
+def _kinds(program: Program, prices: dict[int, tuple[Work, float]]) -> dict[int, dict[str, float]]:
+    """Of ops beside compute that are of several kinds of work: each kind's share of the seconds."""
+    found: dict[int, dict[str, float]] = {}
+    for op in program.ops:
+        if op.stream == "compute" or len(op.work) < 2:
+            continue
+        total = sum(prices[id(work)][1] for work in op.work) or 1.0
+        shares = found[op.index] = {}
+        for work in op.work:
+            shares[work.kind] = shares.get(work.kind, 0.0) + prices[id(work)][1] / total
     return found
 
 

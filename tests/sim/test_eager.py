@@ -103,6 +103,16 @@ def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> N
     assert {work.bytes for work in found} == {4.0 * 64 * model.num_local_experts}
 
 
+def test_what_a_mapped_dispatch_exposes_is_booked_on_its_gather_and_its_exchange() -> None:
+    plan = megatron(4, experts=4)
+    experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated", mapped=True)
+    plan = msgspec.structs.replace(plan, experts=experts)
+    training = TrainSpec(seq_len=4096, global_batch=plan.data_groups * plan.micro_batch)
+    result = simulate(small(), machine(), 1, plan, training)
+    assert result.exposed["all_to_all"] == pytest.approx(result.busy["all_to_all"])
+    assert result.exposed["all_gather"] <= result.busy["all_gather"] * (1 + 1e-9)
+
+
 def test_a_mapped_dispatch_needs_one_that_goes_once_to_a_rank() -> None:
     plan = megatron(4, experts=4)
     with pytest.raises(SpecError, match=r"experts\.mapped"):
