@@ -9,7 +9,7 @@ from mopsim.commands import inputs as read_inputs
 from mopsim.commands.inputs import Inputs
 from mopsim.commands.options import Job
 from mopsim.engine import SimResult, simulate
-from mopsim.report.compare import Sweep, finding, write_compare
+from mopsim.report.compare import Sweep, difference, finding, summary, write_compare
 from mopsim.report.tables import comparison
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
@@ -45,7 +45,7 @@ def run(
     written = write_compare(folder, results, labels, timelines, lines, title, read_inputs.facts(inputs))
     console = read_inputs.human(json)
     console.print(comparison(results, title))
-    console.print(f"{finding(results, labels)}. Written: {', '.join(str(path) for path in written)}")
+    console.print(f"{summary(results, labels)} Written: {', '.join(str(path) for path in written)}")
     for note in read_inputs.notes(strategies, inputs):
         console.print(note, style="yellow")
     if json:
@@ -107,6 +107,7 @@ def _json(
     found: dict[str, object] = {
         "strategies": dict(zip(labels, (result.to_json() for result in results), strict=True)),
         "finding": finding(results, labels),
+        "difference": difference(results, labels),
         "facts": read_inputs.facts(inputs),
     }
     if sweep:

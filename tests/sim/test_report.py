@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from msgspec import structs
 
 from mopsim.engine import SimResult, simulate
-from mopsim.report.compare import Sweep, finding, timeline_title, write_compare
+from mopsim.report.compare import Sweep, difference, finding, timeline_title, write_compare
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
@@ -52,6 +52,15 @@ def test_finding_names_the_winner(results: list[SimResult]) -> None:
     fast = min(results, key=lambda one: one.step_time)
     label = {id(results[0]): "mop", id(results[1]): "fsdp2"}[id(fast)]
     assert finding(results, ["mop", "fsdp2"]).startswith(f"{label} is fastest")
+
+
+def test_difference_names_the_component_that_the_next_best_loses_in(results: list[SimResult]) -> None:
+    fast, slow = sorted(results, key=lambda one: one.step_time)
+    parts = {**fast.time_by_component, "optimizer": fast.time_by_component.get("optimizer", 0.0) + 2.0}
+    slower = replace(slow, step_time=fast.step_time + 2.0, time_by_component=parts)
+    said = difference([fast, slower], ["a", "b"])
+    assert said.startswith("b loses most in optimizer, 2 s, once a step")
+    assert difference([fast], ["a"]) == difference([fast, replace(slower, fits=False)], ["a", "b"]) == ""
 
 
 def test_row_has_a_cell_for_every_column(results: list[SimResult]) -> None:
