@@ -9,6 +9,12 @@ from mopsim.spec.hardware import WIDE_HEAD, HardwareProfile, MatmulCurve
 from mopsim.spec.units import DTYPE_BYTES
 
 
+DROPS_FORWARD, DROPS_BACKWARD = 0.80, 0.65
+"""Rate of a flash kernel that draws a dropout mask over one that does not: 75 to 85 % forward and 60 to 70 %
+backward, at any length (FlashAttention-4 on GB200, Dao-AILab/flash-attention pull request 2597), their
+middles. Other kernels and cards are taken to lose as much: the numbers come of the same generator."""
+
+
 def matmul_curve(
     profile: HardwareProfile, dtype: str, grouped: bool = False, field: str = "strategy.precision.compute"
 ) -> MatmulCurve:
@@ -61,6 +67,8 @@ def attention(work: Work, profile: HardwareProfile) -> float:
     share = (shape.backward if work.backward else shape.forward) * work.seq / (work.seq + shape.seq_half)
     if eight_bit:
         share *= shape.eight_bit_backward if work.backward else shape.eight_bit_forward
+    if work.drops:
+        share *= DROPS_BACKWARD if work.backward else DROPS_FORWARD
     seconds = max(work.flops / (curve.peak.si * share), work.bytes / profile.device.memory_bandwidth.si)
     return seconds + work.launches * profile.device.launch_overhead.si
 

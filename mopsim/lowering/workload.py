@@ -39,6 +39,7 @@ class Work:
     buffer), or transfer. params: of an optimizer update. launches: kernels started for it, one after the
     other; 0: products of a group that another Work starts. calls: what the host starts for it where that
     differs (kernels side by side). group: ranks of a collective.
+    drops: attention draws a dropout mask inside its kernel.
     indexed: rows are read or written by index. duplex: a transfer beside another the other way, with which it
     shares host DRAM.
     """
@@ -52,6 +53,7 @@ class Work:
     bytes: float = 0.0
     seq: int = 0
     backward: bool = False
+    drops: bool = False
     params: float = 0.0
     launches: int = 1
     calls: int = 0

@@ -1,5 +1,7 @@
 """Seconds by hand on the toy machine, and corrections."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -43,6 +45,13 @@ def test_power_bounds_large_products_only() -> None:
     for m, share in ((4096, 0.5), (4 * 4096, 0.6)):
         work = Work("matmul", m=m, n=4096, k=4096, dtype="bfloat16")
         assert seconds(work, profile) == pytest.approx(2 * m * 4096**2 / (share * 100e12))
+
+
+def test_attention_that_drops_runs_at_the_published_share_of_its_rate() -> None:
+    for backward, share in ((False, 0.80), (True, 0.65)):
+        plain = Work("attention", flops=1e15, seq=4096, dtype="bfloat16", backward=backward)
+        drops = replace(plain, drops=True)
+        assert seconds(plain, TOY) / seconds(drops, TOY) == pytest.approx(share, rel=1e-3)
 
 
 def test_attention_of_eight_bit_operands_is_so_many_times_as_fast() -> None:

@@ -222,3 +222,17 @@ def test_a_reentrant_checkpoint_holds_what_it_recomputed() -> None:
     first, second = (simulate(deep(), MACHINE, 1, one, training) for one in (own, deepspeed))
     more = second.highest_by_category["activations"] - first.highest_by_category["activations"]
     assert more > 4096 * 1024 * 2
+
+
+def test_a_flash_kernel_draws_its_mask_and_kept_scores_have_a_kernel_for_it() -> None:
+    plan = megatron(1, recompute="none")
+    training = TrainSpec(seq_len=2048, global_batch=1)
+
+    def drops(dropout: float, flash: bool) -> set[bool]:
+        kept = msgspec.structs.replace(plan, attention=msgspec.structs.replace(plan.attention, flash=flash))
+        model = msgspec.structs.replace(GPT3, dropout=dropout)
+        ops = lower(model, kept, training, 8).programs[0].ops
+        return {work.drops for op in ops for work in op.work if work.kind == "attention"}
+
+    assert drops(0.1, True) == {True}
+    assert drops(0.0, True) == drops(0.1, False) == {False}

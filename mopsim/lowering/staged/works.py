@@ -51,10 +51,11 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         precision = context.strategy.precision
         dtype = precision.matmul if precision.attention == "matmul" else precision.compute
         dtype = precision.compute if dtype == "compute" else dtype
+        drops = context.model.dropout > 0 and context.strategy.attention.flash
         return (
             Work(
                 "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,
-                launches=launches,
+                drops=drops, launches=launches,
             ),
         )  # fmt: skip
     size = kernel.bytes
