@@ -73,6 +73,8 @@ def common(plan: Plan, target: str) -> Iterator[Gap]:
     yield from only((True,), "attention.flash", s.attention.flash, f"is not a setting of {target}")
     yield from only((False,), "vocabulary.upcast", s.vocabulary.upcast, f"is not a setting of {target}")
     yield from only(((),), "activations.kept", s.activations.kept, f"is not mapped to {target}")
+    yield from only((0,), "activations.layers_on_host", s.activations.layers_on_host,
+                    f"is not mapped to {target}")  # fmt: skip
     yield from only((0.0,), "model.dropout", plan.model.dropout, f"is not mapped to {target}")
     if s.experts.balance != "none":
         yield Gap("experts.balance", s.experts.balance, f"is not in {target}")

@@ -59,6 +59,7 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
         or strategy.experts.looped
         or strategy.experts.dispatch != "all_to_all"
         or strategy.activations.kept
+        or strategy.activations.layers_on_host
         or context.model.dropout
         or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
     ):

@@ -54,6 +54,8 @@ def describe(strategy: Strategy) -> str:
         parts.append(
             "boundaries-on-host" + (f"/{format_bytes(budget, 0).replace(' ', '')}" if budget else "")
         )
+    if s.activations.layers_on_host:
+        parts.append(f"{s.activations.layers_on_host}-layers-on-host")
     if s.dense.param_tier == "host":
         parts.append("offload")
     elif s.optimizer.state_tier == "host":

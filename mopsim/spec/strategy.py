@@ -155,7 +155,8 @@ class Activations(Spec, frozen=True, kw_only=True):
 
     boundary_tier host: the inputs of decoder layers go to pinned memory while host_budget bytes per rank last
     (0 = no cap), also where no recomputation starts from them (offload_modules layer_input and attn_norm of
-    Megatron-Core).
+    Megatron-Core). layers_on_host: the first so many decoder layers of a stage keep all that their backward
+    needs in pinned memory (cpu_offloading_num_layers of Megatron-Core and Transformer Engine).
     """
 
     recompute: Literal["none", "selective", "full"] = "full"
@@ -163,6 +164,7 @@ class Activations(Spec, frozen=True, kw_only=True):
     kept: tuple[str, ...] = ()
     boundary_tier: Tier = "device"
     host_budget: int = 0
+    layers_on_host: int = 0
 
 
 class Overlap(Spec, frozen=True, kw_only=True):
@@ -333,6 +335,18 @@ class Strategy(Spec, frozen=True, kw_only=True):
             self.activations.kept,
             f"needs activations.recompute full, not {self.activations.recompute}",
         )
+        beside = (
+            ("activations.recompute none", self.activations.recompute == "none"),
+            ("activations.boundary_tier device", self.activations.boundary_tier == "device"),
+            ("pipeline.degree 1", self.pipeline.degree == 1),
+        )
+        for needed, given in beside:
+            require(
+                not self.activations.layers_on_host or given,
+                "activations.layers_on_host",
+                self.activations.layers_on_host,
+                f"needs {needed}",
+            )
         require(
             not self.activations.kept or self.dense.tensor == 1,
             "activations.kept",
@@ -441,6 +455,12 @@ class Strategy(Spec, frozen=True, kw_only=True):
             self.dense.tensor,
             f"does not divide num_attention_heads {heads}",
         )
+        require(
+            self.activations.layers_on_host <= model.num_hidden_layers,
+            "strategy.activations.layers_on_host",
+            self.activations.layers_on_host,
+            f"is more than num_hidden_layers {model.num_hidden_layers}",
+        )
         stages = self.pipeline.degree * self.pipeline.virtual_stages
         layers = self.pipeline.layers
         require(
@@ -465,5 +485,5 @@ _LEAST = {
     "experts.tensor": 1, "experts.shard": 1, "experts.chunk_tokens": 0, "experts.max_chunks": 1,
     "experts.min_rows": 1,
     "vocabulary.degree": 1, "vocabulary.chunk_tokens": 0, "optimizer.bucket_params": 1, "optimizer.slots": 1,
-    "activations.host_budget": 0,
+    "activations.host_budget": 0, "activations.layers_on_host": 0,
 }  # fmt: skip

@@ -37,6 +37,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "experts.balance": ("none",),
     "experts.plain": (False,),
     "activations.kept": ((),),
+    "activations.layers_on_host": (0,),
     "experts.checkpoint": ("redispatch",),
     "experts.dispatch": ("all_to_all",),
     "vocabulary.fused": (False,),

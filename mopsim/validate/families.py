@@ -103,7 +103,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         ),
         vocabulary=_vocabulary(row, degrees, facts.fused_loss, model),
         optimizer=_optimizer(row, kind),
-        activations=_activations(row, kind, facts.kept if degrees.tensor == 1 else ()),
+        activations=_activations(row, kind, facts.kept if degrees.tensor == 1 else (), model),
         overlap=_overlap(row, facts),
         graphs=recipes.graphs(row),
         unfused=facts.unfused,
@@ -178,12 +178,14 @@ def _optimizer(row: Row, kind: str) -> Optimizer:
     return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
 
 
-def _activations(row: Row, kind: str, kept: tuple[str, ...]) -> Activations:
-    """Raises SpecError for an unknown module. Offloaded fractions are left out (see `approximations`)."""
+def _activations(row: Row, kind: str, kept: tuple[str, ...], model: ModelSpec) -> Activations:
+    """Raises SpecError for an unknown module. An offloaded fraction is of layers (cpu_offloading_num_layers)
+    where no Strategy forbids it, else it is left out (see `approximations`)."""
     tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
     recompute = recipes.recomputed(row, row["recompute"])
     if recompute == "none":
-        return Activations(recompute="none", boundary_tier=tier)
+        away = round((_fraction(row) or 0.0) * model.num_hidden_layers)
+        return Activations(recompute="none", boundary_tier=tier, layers_on_host=away)
     if kept:
         return Activations(recompute="full", kept=kept, boundary_tier=tier)
     if recompute == "full":
@@ -194,6 +196,14 @@ def _activations(row: Row, kind: str, kept: tuple[str, ...]) -> Activations:
         if name not in MODULES:
             raise SpecError("recompute", name, f"is not one of none, full, selective, {known}")
     return Activations(recompute="selective", modules=tuple(dict.fromkeys(names)), boundary_tier=tier)
+
+
+def _fraction(row: Row) -> float | None:
+    """The fraction of the layers whose activations go to the host; None where it is not one, or where
+    recomputation or a pipeline stands beside it."""
+    if row.get("activation_offload", "") in (*UNKNOWN, "none", "boundaries") or row.get("pp") != "1":
+        return None
+    return number(row, "activation_offload") if recipes.recomputed(row, row["recompute"]) == "none" else None
 
 
 def _overlap(row: Row, facts: Conventions) -> Overlap:
@@ -215,7 +225,7 @@ def _overlap(row: Row, facts: Conventions) -> Overlap:
 def approximations(row: Row) -> tuple[str, ...]:
     """What a row says that no Strategy does, and what is simulated instead."""
     found = []
-    if row.get("activation_offload", "") not in (*UNKNOWN, "none", "boundaries"):
+    if row.get("activation_offload", "") not in (*UNKNOWN, "none", "boundaries") and _fraction(row) is None:
         found.append(
             "activations of a fraction of the layers on the host: time as if hidden, memory not scored"
         )

@@ -11,10 +11,11 @@ from mopsim.lowering import lower
 from mopsim.lowering.workload import Program
 from mopsim.search import Options, search
 from mopsim.search.space import Problem, generate
+from mopsim.spec.errors import SpecError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.strategy import Overlap, Strategy
+from mopsim.spec.strategy import Activations, Overlap, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
 from tests.sim.toys import machine, quantity, small
@@ -175,6 +176,56 @@ def test_fsdp_without_recomputation_sends_them_too() -> None:
     assert away.host_memory == 15 * 4096 * 4096 * 2
     assert away.busy["d2h"] > 0
     assert plain.host_memory == 0
+
+
+def with_layers_on_host(strategy: Strategy, layers: int) -> Strategy:
+    activations = msgspec.structs.replace(strategy.activations, layers_on_host=layers)
+    return msgspec.structs.replace(strategy, activations=activations)
+
+
+def test_layers_on_the_host_take_all_they_keep_with_them() -> None:
+    """What leaves comes back, and where copies keep up the device is lighter by it at its peak."""
+    training = TrainSpec(seq_len=4096, global_batch=2)
+    strategy = megatron(2, recompute="none")
+    network = msgspec.structs.replace(DENSE, num_hidden_layers=8)
+    away = with_layers_on_host(strategy, 4)
+    moved = {
+        kind: sum(work.bytes for op in lower(network, away, training).programs[0].ops for work in op.work
+                  if work.kind == kind)
+        for kind in ("d2h", "h2d")
+    }  # fmt: skip
+    assert moved["d2h"] == moved["h2d"] > 0
+    each = moved["d2h"] / 4
+    hardware = machine(memory=10_000.0, link=50_000.0)  # copies end where the next layer runs
+    plain, light = (simulate(network, hardware, 1, one, training) for one in (strategy, away))
+    assert light.host_memory == 4 * each
+    assert light.host_by_category == {"activations": 4 * each}
+    assert plain.peak_memory - light.peak_memory == pytest.approx(4 * each, rel=1e-9)
+    assert light.step_time >= plain.step_time
+    none = with_layers_on_host(strategy, 0)
+    assert simulate(network, hardware, 1, none, training).peak_memory == plain.peak_memory
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"recompute": "full"}, "needs activations.recompute none"),
+        ({"boundary_tier": "host"}, "needs activations.boundary_tier device"),
+        ({"layers_on_host": -1}, "must be"),
+    ],
+)
+def test_layers_on_the_host_are_refused_beside_what_they_exclude(
+    change: dict[str, object], rule: str
+) -> None:
+    fields = {"recompute": "none", "layers_on_host": 2} | change
+    with pytest.raises(SpecError, match=rf"activations\.layers_on_host: .* {rule}"):
+        msgspec.structs.replace(megatron(2), activations=Activations(**fields))  # type: ignore[arg-type]
+
+
+def test_layers_on_the_host_are_at_most_those_there_are() -> None:
+    strategy = with_layers_on_host(megatron(2, recompute="none"), 5)
+    with pytest.raises(SpecError, match=r"layers_on_host: 5 is more than num_hidden_layers 4"):
+        simulate(DENSE, H100, 1, strategy, TrainSpec(seq_len=4096, global_batch=2))
 
 
 def test_the_search_offers_them() -> None:

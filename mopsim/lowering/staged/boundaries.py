@@ -1,7 +1,9 @@
-"""Inputs of layers on the host: down once the layer has run, up again one layer ahead of its backward."""
+"""Inputs of layers, or all that they keep, on the host: down once the layer has run, up again one layer ahead
+of its backward."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from mopsim.layers.tape import Step
 from mopsim.lowering.context import Context
 from mopsim.lowering.schedules import Slot
 from mopsim.lowering.staged.issue import Issue
@@ -20,19 +22,28 @@ class Boundaries:
     recomputation) or of `attn_norm`, whose input is the layer's (megatron/core/pipeline_parallel/
     fine_grained_activation_offload.py): compute never waits for a copy down, the device's bytes are free
     where it ends, pinned buffers are kept for copies to come.
-    buffers: how many of `Context.hidden` bytes the schedule needs.
+
+    kept: what a layer leaves for its backward beside its input; it goes too where `layers_on_host` says so.
+    pinned: bytes of the buffers that the schedule needs.
     """
 
-    def __init__(self, context: Context, issue: Issue, stage: Stage, slots: Sequence[Slot]) -> None:
-        self.issue, self.size = issue, context.hidden
+    def __init__(
+        self,
+        context: Context,
+        issue: Issue,
+        stage: Stage,
+        slots: Sequence[Slot],
+        kept: Callable[[int], tuple[Step, ...]],
+    ) -> None:
+        self.issue, self.size, self.kept = issue, context.hidden, kept
         self.visits: list[Visit] = []
         for phase, microbatch, chunk in slots:
             layers = stage.chunks[chunk] if phase == "forward" else reversed(stage.chunks[chunk])
             kind = "backward" if phase == "input_grad" else phase
             self.visits += [(kind, microbatch, layer) for layer in layers]
         self.places = {visit: place for place, visit in enumerate(self.visits)}
-        self.buffers = 0
-        self._free: list[int] = []
+        self.pinned = 0
+        self._free: dict[int, list[int]] = {}
         self._down: dict[Visit, int] = {}
         self._up: dict[Visit, int] = {}
         self._window: tuple[int, ...] = ()
@@ -43,6 +54,13 @@ class Boundaries:
             room = activations.host_budget // self.size if activations.host_budget else len(self.visits)
             counts = (n for n in range(len(layers), 0, -1) if self._most(set(layers[:n])) <= room)
             self.away = frozenset(layers[: next(counts, 0)])
+        self.whole = activations.layers_on_host > 0
+        if self.whole:
+            self.away = frozenset(layers[: activations.layers_on_host])
+
+    def contents(self, layer: int) -> tuple[Step, ...]:
+        """What of a layer is on the host, by category."""
+        return (("activations", self.size), *(self.kept(layer) if self.whole else ()))
 
     def _most(self, layers: set[int]) -> int:
         """Inputs of these layers that wait for their backward at once."""
@@ -74,9 +92,12 @@ class Boundaries:
         back = ("backward", microbatch, layer)
         if layer not in self.away or self.visits[self.places["forward", microbatch, layer] + 1] == back:
             return
-        room = (self._free.pop(0),) if self._free else ()
-        self.buffers += not room
-        work, memory = (Work("d2h", bytes=float(self.size)),), (("activations", -self.size),)
+        steps = self.contents(layer)
+        size = sum(bytes for _, bytes in steps)
+        free = self._free.get(size)
+        room = (free.pop(0),) if free else ()
+        self.pinned += 0 if room else size
+        work, memory = (Work("d2h", bytes=float(size)),), tuple((name, -bytes) for name, bytes in steps)
         self._down[back] = self.issue.add(
             f"boundary {layer} down", "d2h", "other", "forward", work, (*ready, *room), memory, layer=layer
         )
@@ -85,7 +106,7 @@ class Boundaries:
         """Ops have new indices (see Issue.weave)."""
         for ops in (self._down, self._up):
             ops.update({visit: places.get(op, op) for visit, op in ops.items()})
-        self._free = [places.get(op, op) for op in self._free]
+        self._free = {size: [places.get(op, op) for op in ops] for size, ops in self._free.items()}
         self._window = tuple(places.get(op, op) for op in self._window)
 
     def _bring(self, visit: Visit) -> None:
@@ -94,10 +115,12 @@ class Boundaries:
             return
         phase, microbatch, layer = visit
         now, self.issue.microbatch = self.issue.microbatch, microbatch
-        work, memory = (Work("h2d", bytes=float(self.size)),), (("activations", self.size),)
+        memory = self.contents(layer)
+        size = sum(bytes for _, bytes in memory)
+        work = (Work("h2d", bytes=float(size)),)
         op = self.issue.add(
             f"boundary {layer} up", "h2d", "other", phase, work, (down, *self._window), memory, layer=layer
         )
         self.issue.microbatch = now
         self._up[visit] = op
-        self._free.append(op)
+        self._free.setdefault(size, []).append(op)

@@ -9,7 +9,7 @@ from mopsim.layers.experts import migrating
 from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
-from mopsim.layers.tape import Tape
+from mopsim.layers.tape import Step, Tape
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.loss import loss_template
 from mopsim.lowering.staged.template import Template, template, weight_grads
@@ -62,7 +62,8 @@ class Passes:
             if routes and split and c.migration:
                 tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
             precision = c.strategy.precision
-            if precision.matmul in CAST and c.strategy.runtime != "fully_shard":  # torchao keeps the inputs
+            if precision.matmul in CAST and "copies" not in c.strategy.unfused:
+                # Transformer Engine keeps the cast copies; torchao, beside torch's FSDP2, the inputs
                 share = DTYPE_BYTES[precision.matmul] / c.b
                 tape = quantized(tape, share, c.strategy.activations.modules)
             if not c.shards_params:
@@ -101,6 +102,15 @@ class Passes:
     def weights(self, layer: int) -> Template:
         """Weight gradients that a split backward left."""
         return self._made(("weights", self.key(layer)), lambda: self._weights(self.tape(layer)))
+
+    def kept(self, layer: int) -> tuple[Step, ...]:
+        """What a layer's forward leaves for its backward beside its input and its output, by category."""
+        tape = self.tape(layer)
+        net = {"activations": -self.context.hidden}  # its output
+        for item in forward(tape, self._plan(tape)):
+            for category, size in item.memory:
+                net[category] = net.get(category, 0) + size
+        return tuple((category, size) for category, size in net.items() if size)
 
     def projection(self, direction: str) -> Template:
         """The projection before an MTP layer."""

@@ -43,7 +43,7 @@ class StageStep:
         slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
         first = warm_up(p.degree, p.virtual_stages, self.stage.index, int(pairs))
         paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
-        self.boundaries = Boundaries(self.c, self.issue, self.stage, slots)
+        self.boundaries = Boundaries(self.c, self.issue, self.stage, slots, self.passes.kept)
         self._gather_updated()
         left = self._left(slots)
         place = 0
@@ -63,7 +63,7 @@ class StageStep:
         layers = [layer for chunk in self.stage.chunks for layer in chunk]
         extra = (
             ("framework", self.passes.placeholders((*layers, *self.stage.extra))),
-            ("host/boundaries", self.boundaries.buffers * self.c.hidden),
+            (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
         )
         resident = (*self.stage.resident(), *(step for step in extra if step[1]))
         return Program(tuple(self.issue.ops), self.stage.index, self.c.strategy.stage_ranks, resident)
