@@ -156,14 +156,16 @@ def size(
     global_batch_tokens: Annotated[
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
     ] = "4M",
-    family: Annotated[str, typer.Option(help="families to search, comma-separated")] = "",
+    family: Annotated[
+        str, typer.Option(help="families to search, comma-separated; all, or all that run with --runnable")
+    ] = "",
     max_nodes: Annotated[int, typer.Option(min=1, max=65536, help="nodes at most")] = 512,
     utilisation: Annotated[
         float, typer.Option(help="share of the wall clock that trains (the rest: restarts, checkpoints)")
     ] = 0.9,
     pue: Annotated[float, typer.Option(help="power of the building over power of its machines")] = 1.3,
     max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per node count and family")] = 8,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per node count and family")] = 40,
     runnable: Annotated[bool, typer.Option("--runnable", help="only what mopexec runs today")] = False,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",

@@ -1,10 +1,12 @@
 """`mopsim export`: the plan for TorchTitan, Megatron-Bridge or DeepSpeed."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from mopsim.commands.inputs import human
 from mopsim.export import TARGETS, export
+from mopsim.export.left import left
 from mopsim.spec import io
 from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Plan
@@ -13,7 +15,9 @@ from mopsim.spec.plan import Plan
 def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
     """Read the plan, write the configuration, say what it leaves out."""
     check_outputs({"--out": out, "--json": json}, stdout=("--out", "--json"))
-    text, gaps = export(io.load(Path(plan), Plan, "plan"), to, lossy=lossy)
+    given = io.load(Path(plan), Plan, "plan")
+    text, gaps = export(given, to, lossy=lossy)
+    rest = left(given, gaps)
     console = human("-" if "-" in (out, json) else None)
     if out == "-":
         sys.stdout.write(text)
@@ -22,6 +26,9 @@ def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
         console.print(f"{to} configuration written to {out}; keys checked against {TARGETS[to].checked}")
     for gap in gaps:
         console.print(f"  not expressed: {gap}", style="yellow")
+    if rest:
+        console.print(f"  {rest}", style="yellow")
     if json:
         missing = [{"field": gap.path, "value": gap.value, "why": gap.why} for gap in gaps]
-        io.write_json(json, {"to": to, "out": out, "checked": TARGETS[to].checked, "not_expressed": missing})
+        found = {"to": to, "out": out, "checked": TARGETS[to].checked, "not_expressed": missing}
+        io.write_json(json, found | ({"left": asdict(rest)} if rest else {}))

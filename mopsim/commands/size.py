@@ -1,8 +1,10 @@
 """`mopsim size`: which cluster, and how many nodes of it."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mopsim
@@ -17,10 +19,12 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.outputs import check_outputs
 from mopsim.spec.presets import load_model
+from mopsim.spec.processes import pool
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import DType
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import parse_count, parse_tokens
+from mopsim.strategies import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,9 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
     machines = [load_profile(name) for name in dict.fromkeys(order.hardware)]
     recommend([], order.max_cost)
     console = read_inputs.human(json)
-    sizings: list[Sizing] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("sizing", total=None)
-        for machine in machines:
-            sizings.append(
-                size(request, machine, lambda n, name: bar.update(task, description=f"{n} x {name}"))
-            )
+        sizings = _size_all(request, machines, lambda text: bar.update(task, description=text))
     cheapest, fastest = recommend([p for s in sizings for p in s.tried], order.max_cost)
     title = (
         f"{request.model.name}: {request.goal.tokens:,} tokens within {order.days:g} days, "
@@ -91,6 +91,18 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
     return 0
 
 
+def _size_all(
+    request: Request, machines: Sequence[HardwareProfile], show: Callable[[str], None]
+) -> list[Sizing]:
+    """In the order of `machines`, side by side where there are cores. show: what is being asked."""
+    workers = min(len(machines), os.cpu_count() or 1)
+    if workers < 2:
+        return [size(request, machine, lambda n, name: show(f"{n} x {name}")) for machine in machines]
+    show(", ".join(machine.name for machine in machines))
+    with pool(workers) as processes:
+        return list(processes.map(partial(size, request), machines))
+
+
 def read(order: Order) -> Request:
     """The request of an order. Raises MopError in one line."""
     if not 0 < order.days < 1e6:
@@ -104,7 +116,7 @@ def read(order: Order) -> Request:
         goal=Goal(parse_tokens(order.tokens, "--tokens"), order.days * DAY),
         seq_len=seq_len,
         batch_tokens=parse_count(order.global_batch_tokens, "--global-batch-tokens"),
-        families=read_inputs.families(order.family, DEFAULT_FAMILIES),
+        families=read_inputs.families(order.family, DEFAULT_FAMILIES if order.runnable else FAMILIES),
         max_nodes=order.max_nodes,
         budget=order.budget,
         any_plan=not order.runnable,
@@ -120,7 +132,9 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
     lines = [
         f"Assumed: {a.utilisation:.0%} of the wall clock trains (--utilisation); PUE {a.pue:g} over rated "
         f"power, switches between nodes not counted (--pue); about {request.batch_tokens:,} tokens a step "
-        "(--global-batch-tokens)."
+        "(--global-batch-tokens).",
+        f"Searched: {', '.join(request.families)}, at most {request.budget} simulations of each a node count "
+        f"({sum(one.simulated for one in sizings):,} in all); more may find a cheaper cluster (--budget).",
     ]
     for sizing in sizings:
         lines.append(
@@ -156,6 +170,8 @@ def to_json(
         "seq_len": request.seq_len,
         "global_batch_tokens": request.batch_tokens,
         "assumptions": {"utilisation": request.assumptions.utilisation, "pue": request.assumptions.pue},
+        "families": list(request.families),
+        "budget": request.budget,
         "hardware": [_sizing_json(sizing) for sizing in sizings],
         "recommended": _point_json(cheapest) if cheapest else None,
         "fastest": _point_json(fastest) if fastest else None,

@@ -49,7 +49,8 @@ def header(target: str, checked: str, plan: Plan, gaps: list[Gap]) -> list[str]:
     ]
     if prediction:
         promised = f"{prediction.step_time:.4g} s a step, {prediction.peak_memory / 1024**3:.1f} GiB a device"
-        lines.append(f"mopsim predicts {promised}: of its own runtime, not of this one")
+        whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
+        lines.append(f"mopsim predicts {promised}: of its own runtime, not of this one{whole}")
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]
 
 

@@ -34,7 +34,7 @@ class Request:
     batch_tokens: int
     families: tuple[str, ...] = DEFAULT_FAMILIES
     max_nodes: int = 512
-    budget: int = 8
+    budget: int = 40
     any_plan: bool = True
     assumptions: Assumptions = field(default_factory=Assumptions)
     precision: DType = "bfloat16"

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from mopsim.cli import main
 from mopsim.export import TARGETS, export
 from mopsim.export.gaps import Gap
+from mopsim.export.left import left
 from mopsim.layers.tensors import total_params
 from mopsim.search.space import AXES, Problem, generate
 from mopsim.spec import io
 from mopsim.spec.errors import MopError
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
@@ -283,3 +285,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     err = capsys.readouterr().err
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_what_is_left_of_a_plan_is_simulated() -> None:
+    """A ring over eight ranks of 32K tokens becomes all of their logits, layer inputs stay on the device."""
+    machine = load_profile("h200-sxm-141g")
+    hardware = HardwareRef(
+        name=machine.name, digest=io.digest(machine), num_nodes=2, devices_per_node=8,
+        memory_limit=machine.memory_limit(), host_limit=1,
+    )  # fmt: skip
+    strategy = mop(16, experts=8, vocabulary=8, boundary_tier="host", micro_batch=4)
+    training = TrainSpec(seq_len=32768, global_batch=64)
+    given = Plan(model=load_model("qwen3_30b_a3b"), hardware=hardware, strategy=strategy, training=training)
+    gaps = list(TARGETS["torchtitan"].gaps(given))
+    found = left(given, gaps)
+    assert found is not None
+    assert found.verdict.startswith("out of memory, logits is")
+    assert found.peak_memory > found.memory_limit == machine.memory_limit()
+    assert left(given, [gap for gap in gaps if gap.field.startswith("precision")]) is None
+    other = replace(given, hardware=replace(hardware, digest="0"))
+    assert "is not the one that it was planned on" in str(left(other, gaps))

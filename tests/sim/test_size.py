@@ -57,7 +57,8 @@ def test_energy_counts_the_whole_node_where_its_power_is_known() -> None:
     node = msgspec.structs.replace(priced(), node_power=quantity(6, "kW"))
     goal, assumed = Goal(10**12, 30 * DAY), Assumptions(utilisation=0.5, pue=1.2)
     assert figures(node, 2, 1e6, goal, assumed).energy == pytest.approx(750 * 1.2 * 3.2e7)
-    known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])[1:]
+    _, searched, known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])
+    assert searched.startswith("Searched: mop, fsdp2, at most 3 simulations of each a node count (0 in all)")
     assert "power of a node of 8 devices 6 kW (assumed: toy)" in known
     assert "power of a device 500 W (assumed: toy), hosts not counted" in unknown
 
