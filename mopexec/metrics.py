@@ -23,8 +23,8 @@ from mopsim.spec.units import format_bytes, format_seconds
 class StepMetrics(Spec, frozen=True, kw_only=True):
     """One optimizer step (from 1). Seconds and bytes of the slowest and largest rank; losses per token.
 
-    memory_percent: of the enforced limit, else of the plan's; predicted_step_time_s None where the plan has
-    none.
+    memory_step: the last step whose memory was watched, the peaks are up to there. memory_percent: of the
+    enforced limit, else of the plan's; predicted_step_time_s None where the plan has none.
     """
 
     step: int
@@ -36,6 +36,7 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     tokens_per_s_per_device: float
     peak_memory_bytes: int
     host_memory_bytes: int
+    memory_step: int
     memory_percent: float
     predicted_step_time_s: float | None
 
@@ -122,12 +123,13 @@ class Display:
 
 def step_line(metrics: StepMetrics) -> str:
     """One step for people: loss, gradient norm, memory, speed, and measured over predicted step time."""
+    until = f", to step {metrics.memory_step}" if metrics.memory_step < metrics.step else ""
     parts = [
         f"step: {metrics.step:>4}",
         f"loss: {metrics.loss:8.5f}",
         f"grad_norm: {metrics.grad_norm:7.4f}",
         f"lr: {metrics.lr:.2e}",
-        f"memory: {format_bytes(metrics.peak_memory_bytes)} ({metrics.memory_percent:.1f}%)",
+        f"memory: {format_bytes(metrics.peak_memory_bytes)} ({metrics.memory_percent:.1f}%{until})",
         f"tps: {metrics.tokens_per_s:,.0f}",
         f"time: {format_seconds(metrics.step_time_s)}",
     ]

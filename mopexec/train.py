@@ -28,7 +28,10 @@ from mopsim.spec.routing import RoutingProfile
 
 Build = Callable[..., Runner]
 SUMMARY = "summary.json"
-TRACKED_STEPS = 2  # the memory peak repeats from step to step; later steps run without the tracker's cost
+TRACKED_STEPS = 2
+"""Steps of a process whose memory is watched where nobody asked: later ones run without the tracker's cost. A
+router that learns may need more in a later step, so what is shown says up to which step it was seen.
+"""
 
 
 class Outcome(Spec, frozen=True, kw_only=True):
@@ -44,6 +47,7 @@ class Outcome(Spec, frozen=True, kw_only=True):
     tokens_per_s: float
     peak_memory_bytes: int
     host_memory_bytes: int
+    memory_step: int
     predicted_step_time_s: float | None
 
 
@@ -147,6 +151,7 @@ class _Loop:
             tokens_per_s_per_device=tokens_per_s / self.job.world_size,
             peak_memory_bytes=int(slowest["device"]),
             host_memory_bytes=int(slowest["host"]),
+            memory_step=self.tracking.last(step, self.first_step) + 1,
             memory_percent=100 * slowest["device"] / self.memory_limit if self.memory_limit else 0.0,
             predicted_step_time_s=self.predicted,
         )
@@ -218,6 +223,7 @@ class _Loop:
             tokens_per_s=measured.tokens_per_second,
             peak_memory_bytes=measured.peak_memory,
             host_memory_bytes=measured.host_memory,
+            memory_step=self.tracking.last(self.done - 1, self.first_step) + 1,
             predicted_step_time_s=self.predicted,
         )
         if self.job.rank == 0:
@@ -257,6 +263,10 @@ class _Tracking:
         limited = options.device_limit is not None or options.host_limit is not None
         self._always = limited and not options.tracked_steps
         self._first = options.tracked_steps or TRACKED_STEPS
+
+    def last(self, step: int, first: int) -> int:
+        """The last step (from 0) that was watched up to `step`, in a process that began with `first`."""
+        return step if self._always else min(step, first + self._first - 1)
 
     def step(self, number: int) -> AbstractContextManager[Any]:
         """`number`: from 0, of this process."""

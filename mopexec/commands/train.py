@@ -112,10 +112,13 @@ def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
 
 def _summary(outcome: dict[str, Any]) -> str:
     predicted = outcome["predicted_step_time_s"]
+    seen = outcome["memory_step"]
+    until = f", watched to step {seen}" if seen < outcome["steps_done"] else ""
     against = f" (predicted {format_seconds(predicted)})" if predicted else ""
     return (
         f"{outcome['steps_done']} steps: loss {outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}, "
-        f"{format_seconds(outcome['step_time_s'])} a step{against}, {outcome['tokens_per_s']:,.0f} tokens/s, "
+        f"{format_seconds(outcome['step_time_s'])} a step{against}, "
+        f"{outcome['tokens_per_s']:,.0f} tokens/s over all ranks, "
         f"peak memory {format_bytes(outcome['peak_memory_bytes'])} device, "
-        f"{format_bytes(outcome['host_memory_bytes'])} host; in {outcome['run']}"
+        f"{format_bytes(outcome['host_memory_bytes'])} host{until}; in {outcome['run']}"
     )

@@ -154,7 +154,10 @@ def write_context(
         ),
         Section(
             "MoP over FSDP2",
-            "The same whole steps, in as many microbatches as are fastest for each.",
+            "The same whole steps, in as many microbatches as are fastest for each. A plan that fits goes "
+            "before a faster one at risk, so a more restricted row (starred) can be faster: MoP's lead over "
+            "it is the smaller one in the tables. Larger steps narrow the lead (see the variants), and "
+            "simulated rates lie above the published ones (see below).",
             picture=("ratio.png", "the ratio of throughputs over context length, a line a network"),
         ),
         Section(

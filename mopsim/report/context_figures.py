@@ -143,7 +143,9 @@ def ratio_figure(path: Path, study: Study) -> Path:
         axis.set_ylabel("throughput of MoP over that of FSDP2")
         axis.set_xlabel("context length, tokens")
         axis.grid(axis="y", alpha=0.3)
-        axis.set_title(f"Where both run, MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2")
+        axis.set_title(
+            f"Where both run, MoP is {low:.2f}x to {high:.2f}x as fast as the least restricted FSDP2"
+        )
         legend_below(axis, 4)
     return path
 
@@ -190,6 +192,6 @@ def reach_figure(path: Path, study: Study) -> Path:
         axis.invert_yaxis()
         axis.set_xlabel("longest context that fits, tokens (*: at risk; \u2020: with the smallest step only)")
         axis.set_title(
-            f"MoP reaches {range_of(study, 'mop')} tokens, FSDP2 {farthest(study)}, by how it is restricted"
+            f"MoP reaches {range_of(study, 'mop')} tokens, FSDP2 {farthest(study)} where it runs, by rules"
         )
     return path

@@ -79,13 +79,13 @@ def published_of(case: Case) -> list[Published]:
 
 
 def finding(case: Case, curves: Mapping[str, Curve]) -> str:
-    """Where each contender ends, and how MoP compares with the freest baseline while that runs."""
+    """Where each contender ends, and how MoP compares with the least restricted baseline while that runs."""
     ends = []
     for curve in curves.values():
         stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
         ends.append(f"{curve.contender.label} {reach(curve)}{stop}")
     low, high = span([curves])
-    speed = f"MoP is {low:.2f}x to {high:.2f}x as fast as the freest FSDP2 where both run"
+    speed = f"MoP is {low:.2f}x to {high:.2f}x as fast as the least restricted FSDP2 where both run"
     return f"Reach: {'; '.join(ends)}. {speed}."
 
 

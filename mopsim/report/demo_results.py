@@ -103,7 +103,7 @@ class DemoReport:
         """Who won, whichever it is."""
         first, second = sorted(self.contenders[:2], key=lambda one: one.measured.step_time_median)
         fast, slow = first.measured.step_time_median, second.measured.step_time_median
-        apart = "" if _apart(first, second) else " (their spreads overlap: a tie on this machine)"
+        apart = "" if _apart(first, second) else " (no more than their spread: a tie on this machine)"
         return (
             f"Winner: {first.name}, {format_seconds(fast)} a step "
             f"against {format_seconds(slow)} of {second.name}, "
@@ -142,7 +142,7 @@ class DemoReport:
             predicted = min(a, b, key=lambda one: one.piloted.step_time)
             verdict = "agrees" if measured is predicted else "disagrees"
             if not _apart(a, b):
-                verdict = "too close to tell: the spreads overlap"
+                verdict = "too close to tell: within their spread"
             found.append(
                 (
                     f"{measured.name} before {other.name}",
@@ -161,6 +161,6 @@ def _ratio(a: SimResult, b: SimResult) -> str:
 
 
 def _apart(a: Contender, b: Contender) -> bool:
-    """Whether two medians differ by more than the wider half spread (p10 to p90)."""
+    """Whether two medians differ by more than the wider spread (p10 to p90)."""
     gap = abs(a.measured.step_time_median - b.measured.step_time_median)
-    return gap > max(high - low for low, high in (a.spread(), b.spread())) / 2
+    return gap > max(high - low for low, high in (a.spread(), b.spread()))

@@ -69,8 +69,8 @@ def finding(validation: Validation, measure: str, group: str, groups: dict[str, 
     head = f"{name}: {found.mape:.1%} mean error over {sources}, 9 of 10 rows within {found.p90:.1%}"
     means = by_group(rows, MEASURES[measure], GROUPS[group])
     most = max(((e.mape, key) for key, e in means.items() if e.n >= FEW), default=None)
-    worst = f"worst {group}: {most[1]} {most[0]:.1%} " if most else ""
-    return f"{head}\n{worst}({which})"
+    worst = f"of groups with {FEW} rows or more {most[1]} is worst, {most[0]:.1%}; " if most else ""
+    return f"{head}\n({worst}{which})"
 
 
 def spread(name: str, groups: dict[str, Points]) -> str:
@@ -123,7 +123,9 @@ def _scatter(path: Path, groups: dict[str, Points], unit: str, title: str) -> Pa
             for one in (axis.xaxis, axis.yaxis):
                 one.set_major_formatter(LogFormatter())
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-        axis.legend(loc="upper left", fontsize=8, title="rows, mean error", title_fontsize=8)
+        axis.legend(
+            loc="upper left", fontsize=8, title="rows of every grade, their mean error", title_fontsize=8
+        )
     return path
 
 

@@ -77,7 +77,7 @@ def test_causes_have_names_of_their_own_and_say_what_is_needed() -> None:
 @pytest.mark.parametrize(
     ("name", "row"),
     [
-        ("host-of-megatron-deepspeed", {"source": "vtrain", "tp": "8", "num_gpus": "512"}),
+        ("halo-fixed-time", {"source": "halo-bench", "ep": "8"}),
         ("fabric-of-a-tensor-group", {"source": "vtrain", "tp": "16", "num_gpus": "64"}),
         ("megatron-ci-determinism", {"source": "megatron-ci-golden", "notes": "x; deterministic=True; y"}),
     ],
