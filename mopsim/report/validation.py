@@ -69,8 +69,8 @@ def finding(validation: Validation, measure: str, group: str, groups: dict[str, 
     head = f"{name}: {found.mape:.1%} mean error over {sources}, 9 of 10 rows within {found.p90:.1%}"
     means = by_group(rows, MEASURES[measure], GROUPS[group])
     most = max(((e.mape, key) for key, e in means.items() if e.n >= FEW), default=None)
-    worst = f"of groups with {FEW} rows or more {most[1]} is worst, {most[0]:.1%}; " if most else ""
-    return f"{head}\n({worst}{which})"
+    worst = f"\nworst {group} with {FEW} rows or more: {most[1]}, {most[0]:.1%}" if most else ""
+    return f"{head}{worst}\n({which})"
 
 
 def spread(name: str, groups: dict[str, Points]) -> str:
