@@ -1,6 +1,7 @@
 """What a run says of itself: a JSON line a step, a line a step for people, and the measurement at the end."""
 
 import json
+import math
 import os
 import platform as machine
 import statistics
@@ -74,16 +75,23 @@ def _plain(metrics: StepMetrics) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of an earlier run; a last one cut short by a kill is left out."""
+    """The complete lines of an earlier run, up to one that is cut short or damaged."""
     if not path.is_file():
         return []
     found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
-    return [line for line in found if isinstance(line, dict) and "step" in line]
+        if not (isinstance(line, dict) and type(line.get("step")) is int and _finite(line.get("loss"))):
+            break
+        found.append(line)
+    return found
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 class Display:

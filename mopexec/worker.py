@@ -44,8 +44,9 @@ def main() -> None:
     """Entry of a rank that the launcher started: it ends when the launcher does."""
     end_with_parent(launcher())
     failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started it
+            stream.flush()
     os._exit(failures.exit_code(failure))  # a rank whose peers are gone must not wait for them at exit
 
 

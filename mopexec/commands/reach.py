@@ -44,7 +44,11 @@ def run(
             f"({format_bytes(result.peak_memory)}), {result.first_failing:,} do not: {result.stopped_by}",
             highlight=False,
         )
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "processor": _processor()}
+    environment = {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "processor": _processor(),
+    }
     command = " ".join(["mopexec", *sys.argv[1:]])
     payload = write_reaches(out, found, limits, command, environment)
     if json is not None:

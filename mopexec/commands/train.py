@@ -50,6 +50,7 @@ def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
     first = rank_of_environment() == 0
     if first:
         plans.check_run_directory(Path(options.out), resume=options.resume)
+        _check_same_run(options, plan)
         _prepare_directory(options)
     failure = run_rank(options)
     if failure is not None:
@@ -72,6 +73,18 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     if options.resume:
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
         checkpoint.check_resumable(checkpoint.find(Path(options.out)), wanted, options.steps)
+
+
+def _check_same_run(options: TrainOptions, plan: Plan) -> None:
+    """Refuse to go on as another run, before anything of this one is replaced; ranks hold the text against
+    it. Raises MopError."""
+    from mopexec import checkpoint
+
+    if options.resume:
+        last = checkpoint.find(Path(options.out))
+        seed = plan.training.seed if options.seed is None else options.seed
+        wanted = checkpoint.run_state(plan, 0, seed, checkpoint.read_state(last).text_digest)
+        checkpoint.check_resumable(last, wanted, options.steps)
 
 
 def _prepare_directory(options: TrainOptions) -> None:

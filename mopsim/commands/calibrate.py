@@ -16,7 +16,10 @@ from mopsim.spec.units import format_seconds
 
 def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -> None:
     """Fit, show what remains, write the new profile."""
-    check_outputs({"--out": out, "--json": json})
+    runs = [Path(ref) / "measurement.yaml" if Path(ref).is_dir() else ref for ref in measurements]
+    read = {"--profile": profile, **{f"--measurements {one}": one for one in runs}}
+    check_outputs({"--json": json}, inputs=read)
+    check_outputs({"--out": out, "--json": json}, inputs=dict(list(read.items())[1:]))
     check_output(profile, out)
     result = calibrate(load_profile(profile, "profile"), [load_measurement(ref) for ref in measurements])
     io.write_yaml(Path(out), result.profile)

@@ -83,12 +83,16 @@ def read(order: Order) -> tuple[list[Case], list[int]]:
     if not lengths:
         raise MopError(f"--seq-len: {order.lengths!r} holds no length")
     tokens = parse_count(order.tokens_per_device, "--tokens-per-device")
-    TrainSpec(seq_len=lengths[-1], global_batch=1, routing=order.routing)
+    routing = read_inputs.read_routing(order.routing)
+    training = TrainSpec(seq_len=lengths[-1], global_batch=1, routing=routing)
     hardware = load_profile(order.hardware)
-    cases = [
-        Case(load_model(model), hardware, count, tokens, routing=order.routing)
-        for model, count in zip(models, nodes, strict=True)
-    ]
+    cases = []
+    for name, count in zip(models, nodes, strict=True):
+        if not 0 < count <= 65536:
+            raise MopError(f"--nodes: {count} must lie between 1 and 65,536")
+        model = load_model(name)
+        training.check_model(model)
+        cases.append(Case(model, hardware, count, tokens, routing=routing))
     return cases, lengths
 
 

@@ -8,18 +8,21 @@ from mopsim.commands.inputs import human
 from mopsim.export import TARGETS, export
 from mopsim.export.left import left
 from mopsim.spec import io
+from mopsim.spec.errors import MopError
 from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Plan
 
 
 def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
     """Read the plan, write the configuration, say what it leaves out."""
-    check_outputs({"--out": out, "--json": json}, stdout=("--out", "--json"))
+    check_outputs({"--out": out, "--json": json}, stdout=("--out", "--json"), inputs={"--plan": plan})
     given = io.load(Path(plan), Plan, "plan")
     text, gaps = export(given, to, lossy=lossy)
     rest = left(given, gaps)
     console = human("-" if "-" in (out, json) else None)
     if out == "-":
+        if sys.stdout is None:
+            raise MopError("--out: '-' is standard output, which is closed")
         sys.stdout.write(text)
     else:
         io.write_text(Path(out), text)

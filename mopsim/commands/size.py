@@ -105,8 +105,8 @@ def _size_all(
 
 def read(order: Order) -> Request:
     """The request of an order. Raises MopError in one line."""
-    if not 0 < order.days < 1e6:
-        raise MopError(f"--days: {order.days:g} must be positive, and below a million")
+    if not 1e-3 <= order.days < 1e6:
+        raise MopError(f"--days: {order.days:g} must lie between 0.001 and a million")
     seq_len = parse_count(order.seq_len, "--seq-len")
     model = load_model(order.model)
     routing = read_inputs.read_routing(order.routing)

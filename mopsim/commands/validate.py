@@ -24,7 +24,8 @@ def run(
     """Read, simulate, score, show; write figures and JSON where asked to."""
     if not runs and not components:
         raise MopError("--runs: not given, and no --components: one of them is needed")
-    check_outputs({"--json": json}, {"--out": out})
+    read = {"--runs": runs, "--models": models, "--components": components}
+    check_outputs({"--json": json}, {"--out": out}, inputs=read)
     console = human(json)
     validation = Validation([])
     if runs:

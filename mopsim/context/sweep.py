@@ -17,6 +17,7 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.processes import pool
+from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -39,7 +40,7 @@ class Case:
     nodes: int
     tokens_per_device: int
     accumulate: bool = True
-    routing: str = "balanced"
+    routing: RoutingProfile = "balanced"
     precision: DType = "bfloat16"
 
     @property

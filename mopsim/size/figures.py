@@ -33,8 +33,8 @@ class Assumptions:
     pue: float = 1.3
 
     def __post_init__(self) -> None:
-        if not 0 < self.utilisation <= 1:
-            raise MopError(f"--utilisation: {self.utilisation:g} must lie in (0, 1]")
+        if not 0.001 <= self.utilisation <= 1:
+            raise MopError(f"--utilisation: {self.utilisation:g} must lie between 0.001 and 1")
         if not 1 <= self.pue <= 5:
             raise MopError(f"--pue: {self.pue:g} must lie between 1 and 5")
 

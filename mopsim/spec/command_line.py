@@ -152,6 +152,9 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
     """No option means anything by '': not a path (it would be the working directory), nor a name."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option, equals, value = argument.partition("=")
+        if not argument.isprintable() and any(0xD800 <= ord(one) <= 0xDFFF for one in argument):
+            shown = option if equals else before if before.startswith("--") else "argument"
+            raise MopError(f"{shown}: {argument!r} is not UTF-8")
         if not argument.strip() or (option.startswith("--") and equals and not value.strip()):
             shown = option if equals else before if before.startswith("--") else "argument"
             raise MopError(f"{shown}: '' must not be empty")

@@ -18,13 +18,15 @@ def check_outputs(
     files: Mapping[str, Output] | None = None,
     directories: Mapping[str, Output] | None = None,
     stdout: Sequence[str] = ("--json",),
+    inputs: Mapping[str, Output] | None = None,
 ) -> None:
     """Refuse what can't be written, by option name; None is not asked for, '-' is for those in `stdout`.
 
     A directory where a file is to be (or the other way round), a file above it, no permission, a path of two
-    options. Makes nothing. Raises MopError.
+    options, one of the `inputs` that the command reads. Makes nothing. Raises MopError.
     """
     taken: dict[str, str] = {}
+    read = {os.path.realpath(path): option for option, path in (inputs or {}).items() if path}
     wanted = [(option, path, False) for option, path in (files or {}).items()]
     wanted += [(option, path, True) for option, path in (directories or {}).items()]
     for option, path, is_directory in wanted:
@@ -35,6 +37,8 @@ def check_outputs(
         real = STDOUT if str(path) == STDOUT else os.path.realpath(path)
         if real in taken:
             raise MopError(f"{option}: {path} is where {taken[real]} goes too")
+        if real in read and not is_directory:
+            raise MopError(f"{option}: {path} is what {read[real]} reads")
         taken[real] = option
         if real != STDOUT:
             _check(option, str(path), Path(real), is_directory)

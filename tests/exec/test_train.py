@@ -5,11 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from mopexec.cli import main
+from mopexec.metrics import MetricsFile
 from mopsim.spec import io
 from mopsim.spec.plan import Measurement, Plan
 from tests.exec.train_plans import small_plan
@@ -190,3 +192,15 @@ def test_no_rank_outlives_a_killed_launcher(inputs, tmp_path):
     process.kill()
     finish(process)
     wait_for(lambda: ranks_of(out) == [], seconds=20)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\n", b'{"step": "x"}\n', b'{"step": 2}\n', b'{"step": 2, "loss": NaN}\n']
+)
+def test_metrics_go_on_from_the_last_whole_line(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.5}\n' + damage)
+    found = MetricsFile(path, 2)
+    found.close()
+    assert found.first_loss == 2.5
+    assert path.read_text() == '{"step": 1, "loss": 2.5}\n'

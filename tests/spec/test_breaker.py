@@ -284,3 +284,27 @@ def test_a_sweep_that_repeats_itself_is_refused(
     line = call(capsys, monkeypatch, "compare", *job, "--sweep", "seq-len=1K,2K,1024")
     assert "--sweep: seq-len '1K' is given twice" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["size", "--model", "tiny", "--tokens", "1T", "--days", "1e-320", "--hardware", "h200-sxm-141g"],
+         "--days: 9.99989e-321 must lie between"),
+        (["context", "--model", "tiny", "--nodes", "1", "--hardware", "cpu-2core", "--routing", "50/999",
+          "--out", "out"], "has more hot experts than num_local_experts 8"),
+        (["context", "--model", "tiny", "--nodes", "65537", "--hardware", "cpu-2core", "--out", "out"],
+         "--nodes: 65537 must lie between 1 and 65,536"),
+        (["validate", "--runs", "a.csv", "--json", "a.csv"], "--json: a.csv is what --runs reads"),
+        (["export", "--plan", "a.yaml", "--to", "torchtitan", "--out", "a.yaml"],
+         "--out: a.yaml is what --plan reads"),
+        (["validate", "--runs", "\udcff.csv"], "is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_a_breaker_found(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: File,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert said in call(capsys, monkeypatch, *arguments)
+    assert not list(tmp_path.iterdir())
