@@ -9,7 +9,7 @@ from mopsim.layers.experts import migrating
 from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
-from mopsim.layers.tape import Step, Tape
+from mopsim.layers.tape import Played, Step, Tape
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.loss import loss_template
 from mopsim.lowering.staged.template import Template, template, weight_grads
@@ -106,10 +106,7 @@ class Passes:
     def kept(self, layer: int) -> tuple[Step, ...]:
         """What a layer's forward leaves for its backward beside its input and its output, by category."""
         tape = self.tape(layer)
-        net = {"activations": -self.context.hidden}  # its output
-        for item in forward(tape, self._plan(tape)):
-            for category, size in item.memory:
-                net[category] = net.get(category, 0) + size
+        net = self._net(forward(tape, self._plan(tape)))
         return tuple((category, size) for category, size in net.items() if size)
 
     def projection(self, direction: str) -> Template:
@@ -150,11 +147,15 @@ class Passes:
         chosen = self._plan(tape)
         ins = forward(tape, chosen)
         outs = backward(tape, chosen, held_for_weights(tape, chosen))
-        net = {"activations": -self.context.hidden}  # z, which the next layer frees
-        for item in (*ins, *outs):
+        return weight_grads(tape, self.context, list(self._net((*ins, *outs)).items()))
+
+    def _net(self, played: Iterable[Played]) -> dict[str, int]:
+        """Bytes that are left by category, without the layer's output, which the next layer frees."""
+        net = {"activations": -self.context.hidden}
+        for item in played:
             for category, size in item.memory:
                 net[category] = net.get(category, 0) + size
-        return weight_grads(tape, self.context, list(net.items()))
+        return net
 
     def _plan(self, tape: Tape) -> Plan:
         activations = self.context.strategy.activations
