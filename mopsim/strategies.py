@@ -249,4 +249,5 @@ def megatron(
         precision=Precision(
             compute=precision, param=precision, reduce=wide, grad=wide, moments=wide, master=wide
         ),
+        unfused=("modules",),
     )

@@ -2,7 +2,7 @@
 
 from mopsim.spec.errors import SpecError
 from mopsim.spec.plan import Plan
-from mopsim.spec.strategy import EAGER, Strategy
+from mopsim.spec.strategy import EAGERS, Strategy
 
 _RUNTIME = "the fully_shard runtime"
 
@@ -44,7 +44,7 @@ def _fixed_fields(strategy: Strategy) -> list[tuple[str, object, tuple[object, .
         ("precision.attention", precision.attention, ("compute",)),
         ("precision.vocabulary", precision.vocabulary, ("compute",)),
         ("graphs", strategy.graphs, ((),)),
-        ("unfused", strategy.unfused, (EAGER,)),
+        ("unfused", strategy.unfused, EAGERS),
     ]
 
 

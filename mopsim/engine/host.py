@@ -1,6 +1,6 @@
 """The host thread of a rank: it issues the program's ops kernel by kernel, ahead of the device where it can.
 
-Issuing costs the same time for each kernel, so between two waits of the host the time of every op is known
+Issuing costs the same time for each kernel, and what else the host does is counted in such times, so between two waits of the host the time of every op is known
 beforehand: the thread needs no events but at its waits.
 """
 
@@ -18,7 +18,7 @@ class HostThread:
 
     def __init__(self, env: simpy.Environment, program: Program, cost: float) -> None:
         self.env = env
-        self.kernels = _kernels(program)
+        self.kernels, beside = _kernels(program)
         self.first: list[float] = []
         """Seconds until the first kernel of each op is issued, without waits."""
         self.last: list[float] = []
@@ -26,9 +26,9 @@ class HostThread:
         self.stretch: list[int] = []
         """Waits of the thread before each op."""
         issued, waits = 0.0, 0
-        for op, kernels in zip(program.ops, self.kernels, strict=True):
+        for op, kernels, more in zip(program.ops, self.kernels, beside, strict=True):
             self.first.append((issued + min(1.0, kernels)) * cost)
-            issued += kernels
+            issued += kernels + more
             self.last.append(issued * cost)
             self.stretch.append(waits)
             waits += op.awaited
@@ -68,16 +68,17 @@ class HostThread:
             event.succeed()
 
 
-def _kernels(program: Program) -> list[float]:
-    """Kernels of each op, one graph where they are replayed. Equal work is shared, so it is counted once."""
-    counts: dict[int, tuple[tuple[Work, ...], float]] = {}
-    found = []
+def _kernels(program: Program) -> tuple[list[float], list[float]]:
+    """Kernels of each op, one graph where they are replayed; and what the host does besides, in kernels'
+    worth. Equal work is shared, so it is counted once."""
+    counts: dict[int, tuple[tuple[Work, ...], float, float]] = {}
+    found, beside = [], []
     for op in program.ops:
-        if op.component in program.graphs:
-            found.append(min(1.0, sum(work.issued for work in op.work)))
-            continue
         known = counts.get(id(op.work))
         if known is None:
-            known = counts[id(op.work)] = (op.work, sum(work.issued for work in op.work))
-        found.append(known[1])
-    return found
+            issued, more = sum(work.issued for work in op.work), sum(work.host for work in op.work)
+            known = counts[id(op.work)] = (op.work, issued, more)
+        graph = op.component in program.graphs
+        found.append(min(1.0, known[1]) if graph else known[1])
+        beside.append(0.0 if graph else known[2])
+    return found, beside

@@ -6,7 +6,7 @@ from typing import Any
 
 from mopsim.spec.layout import num_chunks
 from mopsim.spec.plan import Plan
-from mopsim.spec.strategy import EAGER
+from mopsim.spec.strategy import EAGERS
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def common(plan: Plan, target: str) -> Iterator[Gap]:
     """What none of the targets has: rings of the vocabulary, experts in chunks, streamed state, orders."""
     s, training = plan.strategy, plan.training
     tokens = training.tokens_per_rank(s)
-    yield from only(((), EAGER), "unfused", s.unfused, "is not mapped: a matter of how a target is built")
+    yield from only(
+        ((), ("modules",), *EAGERS), "unfused", s.unfused, "is not mapped: a matter of how a target is built"
+    )
     yield from only(((),), "graphs", s.graphs, "is not mapped: what a target can capture differs")
     yield from only(("compute",), "precision.attention", s.precision.attention, "is not mapped")
     yield from only(("compute",), "precision.vocabulary", s.precision.vocabulary, "is not mapped")

@@ -6,13 +6,14 @@ from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
 from mopsim.lowering.flat.step import FlatStep
 from mopsim.lowering.fsdp.step import FsdpStep
+from mopsim.lowering.modules import by_modules
 from mopsim.lowering.pinned import rounding
 from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.step import StageStep
 from mopsim.lowering.tapes.step import Step
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import EAGER, Strategy
+from mopsim.spec.strategy import EAGERS, Strategy
 from mopsim.spec.training import TrainSpec
 
 EXPANDED = 3
@@ -38,6 +39,8 @@ def lower(
         programs = tuple(StageStep(context, passes, stage).program(expanded) for stage in stages)
     else:
         programs = (kind(context).program(expanded),)
+    if "modules" in strategy.unfused:
+        programs = tuple(by_modules(program, strategy) for program in programs)
     if strategy.graphs:
         programs = tuple(replace(program, graphs=strategy.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
@@ -66,8 +69,8 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
         return None
     if strategy.runtime == "fully_shard":
         own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
-        return FsdpStep if own and _plain(context) and strategy.unfused == EAGER else None
-    if recompute != "full" or strategy.dense.zero != 3 or strategy.unfused:
+        return FsdpStep if own and _plain(context) and strategy.unfused in EAGERS else None
+    if recompute != "full" or strategy.dense.zero != 3 or set(strategy.unfused) - {"modules"}:
         return None
     return FlatStep if _plain(context) and not context.runs_autograd else Step
 

@@ -13,6 +13,7 @@ class Unit:
     """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
     copies: ranks that hold one.
 
+    tensors: parameters that it consists of.
     group: name of the shard's process group; replicas: name of the group over which copies beyond `shard`
     are reduced.
     """
@@ -26,6 +27,7 @@ class Unit:
     group: str
     replicas: str
     largest: int = 0
+    tensors: int = 1
 
     @property
     def shard_numel(self) -> int:
@@ -54,6 +56,7 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
                 "expert_shard",
                 "expert_replicas",
                 max(t.numel for t in routed) // split,
+                len(routed),
             )
         )
     return found
@@ -103,4 +106,5 @@ def _dense(
         "dense_shard",
         "dense_replicas",
         max(t.numel for t in mine) // split,
+        len(mine),
     )

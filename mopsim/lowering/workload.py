@@ -38,7 +38,8 @@ class Work:
     m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full
     buffer), or transfer. params: of an optimizer update. launches: kernels started for it, one after the
     other; 0: products of a group that another Work starts. calls: what the host starts for it where that
-    differs (kernels side by side). group: ranks of a collective.
+    differs (kernels side by side). host: what the host does for it besides starting it, in kernels' worth
+    (mopsim.layers.modules). group: ranks of a collective.
     drops: attention draws a dropout mask inside its kernel.
     indexed: rows are read or written by index. duplex: a transfer beside another the other way, with which it
     shares host DRAM.
@@ -57,6 +58,7 @@ class Work:
     params: float = 0.0
     launches: int = 1
     calls: int = 0
+    host: float = 0.0
     indexed: bool = False
     duplex: bool = False
     dtype: str = ""

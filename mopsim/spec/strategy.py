@@ -19,10 +19,21 @@ Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
 Unfused = Literal[
-    "norms", "rotary", "activation", "residual", "experts", "copies", "accumulation", "fills", "blocks"
+    "norms",
+    "rotary",
+    "activation",
+    "residual",
+    "experts",
+    "copies",
+    "accumulation",
+    "fills",
+    "blocks",
+    "modules",
 ]
-EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies")
+EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies", "modules")
 """What eager torch composes under its FSDP2: `Strategy.unfused` of what mopexec runs as `fully_shard`."""
+EAGERS = (EAGER, tuple(word for word in EAGER if word != "modules"))
+"""With and without the host's time of modules, which runs are the same with."""
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 
 
@@ -213,6 +224,8 @@ class Strategy(Spec, frozen=True, kw_only=True):
     value that the backward wants is there;
     `accumulation`: of weight gradients into their buffers, after the product that makes them; `fills`: of new
     tensors with a known value, before they are written (torch's deterministic mode);
+    `modules`: layers are Python modules under autograd, whose host does more than to start kernels
+    (mopsim.layers.modules), as those of torch's eager programs, transformers and Megatron-Core are;
     `blocks`: the sums over blocks of keys and values where context parallelism gathers them.
     runtime: who shards the parameters at run time: `flat_units` (mopexec's own per-layer flat units) or
     `fully_shard` (torch FSDP2, sharding each parameter on dimension 0).

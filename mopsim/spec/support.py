@@ -6,7 +6,7 @@ from typing import Any
 from mopsim.spec.errors import SpecError
 from mopsim.spec.layout import interval
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import EAGER, Strategy
+from mopsim.spec.strategy import EAGERS, Strategy
 
 #: Model fields and the values that the executor's Transformer implements.
 MODEL: dict[str, tuple[Any, ...]] = {
@@ -69,7 +69,7 @@ RUNTIMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "vocabulary.degree": (1,),
         "activations.recompute": ("none", "full"),
         "precision.master": ("param",),
-        "unfused": (EAGER,),
+        "unfused": EAGERS,
     },
 }
 

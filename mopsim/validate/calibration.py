@@ -18,7 +18,7 @@ NOISE = 0.05
 """Relative scatter of repeated runs of one job: the unit in which departures from the prior are weighed."""
 SCALE_PRIOR = 0.3
 """Standard deviation of the scale about 1."""
-LAUNCH, LAUNCH_PRIOR, LAUNCH_LIMIT = 13.5e-6, 20e-6, 100e-6
+LAUNCH, LAUNCH_PRIOR, LAUNCH_LIMIT = 13.5e-6, 5e-6, 100e-6
 """Seconds a launch: of the profiles, its standard deviation, and where it is not a launch any more."""
 CONSTANT_PRIOR, CONSTANT_SHARE = 20e-3, 0.05
 """Standard deviation of the constant, seconds, but no more than this share of the shortest step: what a host

@@ -161,17 +161,18 @@ def _unfused(source: str, notes: str, compiled: bool) -> tuple[Unfused, ...]:
     """torchtitan without torch.compile runs torch's own ops: a composite RMSNorm, a rotation of complex fp32
     numbers; its context parallelism merges blocks eagerly in any case, and its FSDP2 copies, as Halo's does.
     Halo's pages: Liger's norms, rotation and dense activation, but experts by transformers'
-    functions around grouped_mm. Megatron-DeepSpeed's gradients are added by autograd, Megatron-LM's where it
-    is told so; its deterministic mode is torch.use_deterministic_algorithms, which fills what torch.empty
-    makes (torch.utils.deterministic.fill_uninitialized_memory, true by default).
+    functions around grouped_mm. All but compiled ones are Python modules, as Megatron-Core's are too.
+    Megatron-DeepSpeed's gradients are added by autograd, Megatron-LM's where it is told so; its deterministic
+    mode is torch.use_deterministic_algorithms, which fills what torch.empty makes
+    (torch.utils.deterministic.fill_uninitialized_memory, true by default).
     """
     if source == "torchtitan":
-        eager = () if compiled else ("norms", "rotary", "activation", "residual")
+        eager = () if compiled else ("norms", "rotary", "activation", "residual", "modules")
         return ("blocks", "copies", *eager)
     if source == "halo-bench":
-        return ("residual", "experts", "copies")
+        return ("residual", "experts", "copies", "modules")
     apart: tuple[Unfused, ...] = ("accumulation",) if source == "vtrain" or _APART in notes else ()
-    return (*apart, "fills") if _FIXED_ORDER in notes else apart
+    return (*apart, *(("fills",) if _FIXED_ORDER in notes else ()), *(() if compiled else ("modules",)))
 
 
 def _attention(source: str, notes: str) -> Kernel:

@@ -138,7 +138,7 @@ def _paced(device: float, launches: float) -> Point:
 
 
 def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
-    true = Fit(1.3, 30e-6, 0.0, runs=1)
+    true = Fit(1.3, 18e-6, 0.0, runs=1)
     sizes = [(0.1, 9000), (0.2, 9000), (0.5, 9000), (1.0, 9000), (2.0, 9000), (0.05, 9000), (3, 100), (1, 9)]
     points = [
         replace(_paced(s, n), measured=true.apply(_paced(s, n)), model=f"m{i % 4}")
@@ -146,7 +146,7 @@ def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
     ]
     found = calibration.fit(points)
     assert found.scale == pytest.approx(1.3, rel=0.02)
-    assert found.launch == pytest.approx(30e-6, rel=0.02)
+    assert found.launch == pytest.approx(18e-6, rel=0.02)
 
 
 def test_a_launch_is_drawn_to_that_of_the_profile() -> None:

@@ -1,7 +1,10 @@
 """Copies around the collectives of torch's FSDP2, in either lowering
 (torch.distributed.fsdp._fully_shard._fsdp_collectives): foreach_all_gather's input, its copy-out, and
-foreach_reduce_scatter_copy_in."""
+foreach_reduce_scatter_copy_in. What its Python does around them is the host's time of the copies in."""
 
+from collections.abc import Iterable
+
+from mopsim.layers.modules import GATHER, REST, UPDATE, UPDATE_SHARDED
 from mopsim.lowering.context import Context
 from mopsim.lowering.units import Unit
 from mopsim.lowering.workload import Work
@@ -9,7 +12,8 @@ from mopsim.lowering.workload import Work
 
 def gather_copy(c: Context, unit: Unit) -> Work:
     """Shards cast to the compute dtype and copied into the buffer that is sent."""
-    return Work("memory_bound", bytes=float(unit.shard_numel * (c.param + 3 * c.b)), launches=4)
+    size = float(unit.shard_numel * (c.param + 3 * c.b))
+    return Work("memory_bound", bytes=size, launches=4, host=_host(unit, GATHER, 9))
 
 
 def gathered_copy(c: Context, unit: Unit) -> Work:
@@ -19,4 +23,18 @@ def gathered_copy(c: Context, unit: Unit) -> Work:
 
 def reduce_copy(c: Context, unit: Unit) -> Work:
     """Full gradients cast to the reduce dtype and copied into the buffer that is sent."""
-    return Work("memory_bound", bytes=float(unit.padded * (c.b + c.reduce)), launches=4)
+    size = float(unit.padded * (c.b + c.reduce))
+    return Work("memory_bound", bytes=size, launches=4, host=_host(unit, REST, 6))
+
+
+def update_host(c: Context, units: Iterable[Unit], started: int) -> float:
+    """What clipping and updating the parameters of units takes of the host beside the kernels started."""
+    unfused = c.strategy.unfused
+    each = UPDATE_SHARDED if "copies" in unfused else UPDATE if "modules" in unfused else 0.0
+    return max(0.0, each * sum(unit.tensors for unit in units) - started)
+
+
+def _host(unit: Unit, cost: tuple[float, float], started: int) -> float:
+    """What a group of parameters takes of the host beside the copies and collectives that it starts."""
+    alone, each = cost
+    return max(0.0, alone + each * unit.tensors - started)

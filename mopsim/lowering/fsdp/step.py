@@ -3,6 +3,7 @@
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.fsdp import loss
+from mopsim.lowering.fsdp.copies import update_host
 from mopsim.lowering.fsdp.layer import FsdpLayer
 from mopsim.lowering.fsdp.units import FsdpUnits
 from mopsim.lowering.resident import resident
@@ -193,7 +194,7 @@ class FsdpStep:
         agreed = b.issue("norm", "all_reduce", 8, "world", _O, _O)
         works = [
             Work("memory_bound", bytes=2.0 * total * c.grad, launches=count),
-            Work("optimizer", params=total, launches=count),
+            Work("optimizer", params=total, launches=count, host=update_host(c, c.units(), 3 * count)),
         ]
         b.compute("adamw", _O, _O, -1, works, agreed)
 

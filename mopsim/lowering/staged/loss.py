@@ -14,7 +14,7 @@ from mopsim.lowering.staged.works import works
 from mopsim.lowering.workload import Work, deltas
 from mopsim.spec.errors import require
 from mopsim.spec.layout import token_slices
-from mopsim.spec.strategy import EAGER
+from mopsim.spec.strategy import EAGERS
 
 _C = "vocabulary"
 
@@ -58,7 +58,7 @@ def loss_tape(context: Context) -> Tape:
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     torch = zero >= 2 and not vocabulary.fused
-    held = torch and c.strategy.unfused != EAGER
+    held = torch and c.strategy.unfused not in EAGERS
     keeps = ("n", "logits") if vocabulary.fused or held else ("n",)
     apart = (("logits", elements * c.wide),) if torch else ()
     weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
@@ -112,7 +112,7 @@ def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
         piece = Piece("final_norm", "compute", _C, "backward", work, (START,), peak, net)
         return Template((piece,), (0,))
     found: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
-    torch, gradient = c.strategy.unfused == EAGER, float(V * H * c.b)
+    torch, gradient = c.strategy.unfused in EAGERS, float(V * H * c.b)
     if torch:
         found.append(once(gradient))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]

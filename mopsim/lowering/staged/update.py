@@ -4,6 +4,7 @@ gathered."""
 from collections.abc import Sequence
 
 from mopsim.lowering.context import Context
+from mopsim.lowering.fsdp.copies import update_host
 from mopsim.lowering.staged.data_parallel import gathering, message_work
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.stage import Stage
@@ -35,7 +36,8 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
     elif away:
         last = _on_host(c, issue, away, last)
     if held > away:
-        work = (Work("optimizer", params=float(held - away), launches=launches),)
+        host = update_host(c, stage.units, 3 * launches)
+        work = (Work("optimizer", params=float(held - away), launches=launches, host=host),)
         last = issue.add("adamw", "compute", _O, _O, work, (last,))
         if master := _master(c):
             work = (Work("memory_bound", bytes=float((held - away) * (master + c.param)), launches=launches),)

@@ -1,0 +1,24 @@
+"""What the host does for layers made of Python modules: calls of modules, views, autograd's nodes, hooks, and
+their kernels.
+
+In forward passes of a torch Linear, the unit of a profile's `host.issue`. Measured on a CPU with tiny tensors
+for transformers 5.24 and torch 2.13 by `reports/host/measure.py`, whose results (`reports/host/modules.json`)
+these are, rounded; a test holds them together.
+"""
+
+LAYER: dict[str, tuple[float, float]] = {
+    "attention": (64.0, 58.0),
+    "router": (14.0, 14.0),
+    "experts": (33.0, 25.0),
+    "dense_ffn": (18.0, 26.0),
+}
+"""Linears of a component's forward and backward, kernels included. Megatron-Core's own modules, measured
+likewise (`reports/host/megatron_core.json`): 165 a dense layer where these are 166, about 255 one with
+experts where these are 207."""
+CHECKPOINT = 130.0
+"""Linears of recomputing a layer (torch.utils.checkpoint, not reentrant) beside its second forward."""
+GATHER, REST = (14.3, 1.5), (48.7, 1.6)
+"""Linears of a group of FSDP2 and of each of its parameters: whenever it is gathered; and once in a forward
+and backward, for hooks and the reduction."""
+UPDATE, UPDATE_SHARDED = 1.2, 3.7
+"""Linears for each parameter of clipping and a fused AdamW step, of tensors and of FSDP2's DTensors."""

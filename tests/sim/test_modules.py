@@ -1,0 +1,83 @@
+"""The host's time of Python modules: as measured, whatever kernels a lowering counts, and hidden where the
+device is slower."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mopsim.engine import simulate
+from mopsim.layers import modules
+from mopsim.lowering import lower
+from mopsim.lowering.workload import Workload
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron
+
+MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/modules.json").read_text())
+MODEL = load_model("qwen3_30b_a3b")
+replace = msgspec.structs.replace
+
+
+def training(seq_len: int, batch: int) -> TrainSpec:
+    return TrainSpec(seq_len=seq_len, global_batch=batch, routing="balanced")
+
+
+def test_the_constants_are_the_committed_measurement() -> None:
+    for component, (forward, backward) in modules.LAYER.items():
+        found = MEASURED["layer"][component]
+        assert (forward, backward) == pytest.approx((found["forward"], found["backward"]), abs=0.5), component
+    assert pytest.approx(MEASURED["layer"]["checkpoint"]["backward"], rel=0.01) == modules.CHECKPOINT
+    for name, (unit, parameter) in {"gather": modules.GATHER, "rest": modules.REST}.items():
+        found = MEASURED["fsdp2"][name]
+        assert unit == pytest.approx(found["unit"], abs=0.1)
+        assert parameter == pytest.approx(found["parameter"], abs=0.1)
+    whole, sharded = (MEASURED["update"][name] for name in ("whole", "sharded"))
+    assert pytest.approx((whole, sharded), abs=0.1) == (modules.UPDATE, modules.UPDATE_SHARDED)
+
+
+def linears(workload: Workload, layer: int) -> dict[tuple[str, str], float]:
+    """Linears of the host by phase and component, in one layer and microbatch."""
+    found: dict[tuple[str, str], float] = defaultdict(float)
+    for op in workload.programs[0].ops:
+        if op.layer == layer and op.microbatch == 1:
+            found[op.phase, op.component] += sum(work.issued + work.host for work in op.work)
+    return found
+
+
+@pytest.mark.parametrize("strategy", [megatron(8, experts=8), fsdp2(8, experts=8)], ids=["megatron", "fsdp2"])
+def test_a_layer_takes_what_was_measured(strategy: Strategy) -> None:
+    found = linears(lower(MODEL, strategy, training(4096, 32), 8), 5)
+    for component, (forward, backward) in modules.LAYER.items():
+        if component != "dense_ffn":
+            assert found["forward", component] >= forward
+            assert found["backward", component] >= backward
+    assert found["forward", "attention"] == modules.LAYER["attention"][0]
+    if strategy.unfused != ("modules",):
+        assert found["recompute", "attention"] == modules.LAYER["attention"][0] + modules.CHECKPOINT
+
+
+def test_small_steps_are_the_hosts_and_large_ones_are_not() -> None:
+    profile = load_profile("h100-sxm-80g")
+    with_modules = megatron(8, experts=8)
+    fused = replace(with_modules, unfused=())
+    short, shorter = (
+        simulate(MODEL, profile, 1, s, training(256, 32)).step_time for s in (with_modules, fused)
+    )
+    assert short > 1.3 * shorter
+    whole, same = (
+        simulate(MODEL, profile, 1, s, training(32768, 8)).step_time for s in (with_modules, fused)
+    )
+    assert whole == pytest.approx(same, rel=0.01)
+
+
+def test_replayed_graphs_have_no_modules() -> None:
+    profile = load_profile("h100-sxm-80g")
+    graphed = replace(megatron(8), graphs=("step",))
+    fused = replace(graphed, unfused=())
+    first, second = (simulate(MODEL, profile, 1, s, training(256, 32)).step_time for s in (graphed, fused))
+    assert first == second
