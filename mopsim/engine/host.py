@@ -1,7 +1,7 @@
 """The host thread of a rank: it issues the program's ops kernel by kernel, ahead of the device where it can.
 
-Issuing costs the same time for each kernel, and what else the host does is counted in such times, so between two waits of the host the time of every op is known
-beforehand: the thread needs no events but at its waits.
+Issuing costs the same time for each kernel, and what else the host does is counted in such times. So between
+two waits of the host the time of every op is known beforehand: the thread needs no events but at its waits.
 """
 
 import simpy

@@ -1,4 +1,4 @@
-"""The host's time of layers made of Python modules, put on the ops of a program (see mopsim.layers.modules)."""
+"""The host's time of layers made of Python modules (see mopsim.layers.modules), put on the ops of a program."""
 
 from dataclasses import replace
 

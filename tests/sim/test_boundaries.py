@@ -115,7 +115,7 @@ def test_beside_another_microbatch(stages: int) -> None:
     strategy = pipelined("interleaved") if stages > 1 else megatron(16, tensor=2, experts=2, recompute="full")
     strategy = msgspec.structs.replace(strategy, overlap=Overlap(experts=True))
     plain, away = play(strategy), play(on_host(strategy))
-    assert plain.step_time <= away.step_time < 1.01 * plain.step_time
+    assert (1 - 1e-12) * plain.step_time <= away.step_time < 1.01 * plain.step_time
     assert away.peak_by_stage[0] < plain.peak_by_stage[0] - 10 * HIDDEN
     assert away.host_memory >= 10 * HIDDEN
 
