@@ -75,7 +75,9 @@ def find(run: Path) -> Path:
     """The newest complete checkpoint of the run in `run`. Raises MopError where there is none."""
     found = latest(run / "checkpoints")
     if found is None:
-        raise MopError(f"--resume: {run} has no complete checkpoint to go on from")
+        raise MopError(
+            f"--resume: {run} has no complete checkpoint to go on from; begin again in another directory"
+        )
     return found
 
 
@@ -158,6 +160,27 @@ def load(path: Path, runner: Stateful) -> None:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
     torch.set_rng_state(state.pop(_rng_key()))
     runner.load_state_dict(state)
+
+
+def load_newest(newest: Path, runner: Stateful) -> tuple[Path, int, list[str]]:
+    """(checkpoint, steps done, what was passed over and why): `newest`, or where a rank cannot read it the
+    newest before it that all can. Raises MopError where there is none.
+    """
+    passed: list[str] = []
+    for path in reversed([one for one in _complete(newest.parent) if one.name <= newest.name]):
+        problem = _agree(_attempt_load(path, runner))
+        if not problem:
+            return path, read_state(path).step, passed
+        passed.append(problem)
+    raise MopError(f"--resume: none of the {len(passed)} checkpoints can be read; the newest: {passed[0]}")
+
+
+def _attempt_load(path: Path, runner: Stateful) -> str:
+    try:
+        load(path, runner)
+    except MopError as error:
+        return str(error)
+    return ""
 
 
 def _write(aside: Path, runner: Stateful) -> None:

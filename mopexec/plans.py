@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mopexec import lock
 from mopsim.spec import io
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.plan import Plan
@@ -58,12 +59,11 @@ def check_memory(plan: Plan, machine: int) -> None:
 
 def check_run_directory(path: Path, *, resume: bool) -> None:
     """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
-    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    occupied = bool(entries) and entries != {
-        "plan.yaml",
-        "logs",
-    }  # what a run leaves that ended before a step
+    entries = {entry.name for entry in path.iterdir()} - {lock.NAME} if path.is_dir() else set()
+    occupied = bool(entries) and entries != {"plan.yaml", "logs"}  # a run leaves these that makes no step
     if occupied and not resume:
-        raise MopError(f"--out: {path} is not empty; give --resume to go on with it, or another directory")
+        kept = any(path.glob("checkpoints/step_*/run.json"))
+        then = "give --resume to go on with it, or" if kept else "holds no checkpoint to go on from; give"
+        raise MopError(f"--out: {path} is not empty{';' if kept else ' and'} {then} another directory")
     if resume and not occupied:
         raise MopError(f"--resume: {path} holds no run to go on with")

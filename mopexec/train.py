@@ -60,19 +60,21 @@ def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopR
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.TokenDataset(_tokens(options, plan, job), plan.training.seq_len, seed)
     resumed = _find_checkpoint(options, job)
-    done = 0
+    done, passed = 0, list[str]()
     if resumed:
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
-        done = checkpoint.check_resumable(resumed, wanted, options.steps)
+        checkpoint.check_resumable(resumed, wanted, options.steps)
     torch.manual_seed(seed)
     tracking = _Tracking(options)
     with tracking.tracker:
         runner = build(plan, job.platform, routing=options.routing, seed=seed)
     if resumed:
-        checkpoint.load(resumed, runner)
+        resumed, done, passed = checkpoint.load_newest(resumed, runner)
 
     loop = _Loop(options, plan, job, runner, dataset, tracking, stop, done)
     loop.last_checkpoint = resumed
+    for problem in passed:
+        loop.display.say(f"{problem}; going on from the one before")
     try:
         loop.run()
         kinds = {} if loop.stopped_by else loop.profile()

@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,28 @@ import msgspec
 
 from mopexec import data, failures, plans
 from mopexec.environment import rank_of_environment, under_torchrun
+from mopexec.lock import run_lock
 from mopexec.options import TrainOptions
 from mopsim.spec import io
+from mopsim.spec.errors import MopError
 from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Plan
 from mopsim.spec.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run in `out` left: its reports by path, bytes of its steps."""
+
+    out: Path
+    reports: dict[Path, str]
+    steps: int
+
+    def put_back(self) -> None:
+        """Where the new run failed before it made a step."""
+        if _steps_size(self.out) == self.steps and not (self.out / "summary.json").is_file():
+            for path, text in self.reports.items():
+                io.write_text(path, text)
 
 
 def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
@@ -31,16 +50,21 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     tokens = data.prepare(options.data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens))
     _check_with_torch(options, plan)
-    _prepare_directory(options)
+    with run_lock(Path(options.out)):
+        earlier = _prepare_directory(options)
 
-    from mopexec.launch import RankError, launch
+        from mopexec.launch import RankError, launch
 
-    try:
-        stopped_by = launch(options, plan.strategy.world_size, max_restarts=max_restarts)
-    except RankError as error:
-        print(f"mopexec: {error}", file=sys.stderr)
-        return 1
-    return _conclude(options, stopped_by, json)
+        try:
+            stopped_by = launch(options, plan.strategy.world_size, max_restarts=max_restarts)
+        except RankError as error:
+            earlier.put_back()
+            print(f"mopexec: {error}", file=sys.stderr)
+            return 1
+        except MopError:
+            earlier.put_back()
+            raise
+        return _conclude(options, stopped_by, json)
 
 
 def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
@@ -51,12 +75,15 @@ def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
     if first:
         plans.check_run_directory(Path(options.out), resume=options.resume)
         _check_same_run(options, plan)
-        _prepare_directory(options)
-    failure = run_rank(options)
-    if failure is not None:
-        print(f"mopexec: {failures.one_line(failure)}", file=sys.stderr)
-        return failures.exit_code(failure)
-    return _conclude(options, "", json) if first else 0
+    with run_lock(Path(options.out)) if first else nullcontext():
+        earlier = _prepare_directory(options) if first else None
+        failure = run_rank(options)
+        if failure is not None:
+            if earlier is not None:
+                earlier.put_back()
+            print(f"mopexec: {failures.one_line(failure)}", file=sys.stderr)
+            return failures.exit_code(failure)
+        return _conclude(options, "", json) if first else 0
 
 
 def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
@@ -87,13 +114,22 @@ def _check_same_run(options: TrainOptions, plan: Plan) -> None:
         checkpoint.check_resumable(last, wanted, options.steps)
 
 
-def _prepare_directory(options: TrainOptions) -> None:
+def _prepare_directory(options: TrainOptions) -> Earlier:
+    """The plan in, the reports of an earlier run out; returns what they were."""
     out = Path(options.out)
+    reports = [out / name for name in ("plan.yaml", "summary.json", "measurement.yaml")]
+    earlier = Earlier(out, {path: io.read_text(path) for path in reports if path.is_file()}, _steps_size(out))
     io.write_text(out / "plan.yaml", io.read_text(Path(options.plan)))
-    for name in ("summary.json", "measurement.yaml"):
-        (out / name).unlink(missing_ok=True)
+    for path in reports[1:]:
+        path.unlink(missing_ok=True)
     for old in (out / "checkpoints").glob(".writing_*"):
         shutil.rmtree(old, ignore_errors=True)
+    return earlier
+
+
+def _steps_size(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:

@@ -2,6 +2,7 @@
 against.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -240,7 +241,8 @@ class Transformer(nn.Module):
     def update_balance(
         self, rate: float, reduce: Callable[[Tensor], object] = lambda load: None, degree: int = 1
     ) -> Tensor:
-        """Move every router's balance bias by the load since the last call; returns `largest_share` of it.
+        """Move every router's balance bias by the load since the last call; returns `largest_share` of it,
+        NaN where the model has no router.
 
         reduce: sums loads over ranks in place. degree: of expert parallelism.
         """
@@ -253,7 +255,7 @@ class Transformer(nn.Module):
                 busiest.append(largest_share(router.load, degree))
                 balance_step(router.balance_bias, router.load, rate)
                 router.load.zero_()
-        return torch.stack(busiest).mean()
+        return torch.stack(busiest).mean() if busiest else torch.tensor(math.nan)
 
 
 class _Linear(nn.Linear):

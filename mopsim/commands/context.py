@@ -8,6 +8,7 @@ from typing import Any
 
 import mopsim
 from mopsim.commands import inputs as read_inputs
+from mopsim.commands.progress import progress
 from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Curve, Point, Task, Variant, nested, sweep
 from mopsim.context.contenders import OFFLOADED
 from mopsim.context.sweep import totals
@@ -44,19 +45,16 @@ class Order:
 
 def run(order: Order, out: str, json: str | None) -> None:
     """Sweep, show, write the report into `out`."""
-    from rich.progress import Progress
-
     check_outputs({"--json": json}, {"--out": out})
     cases, lengths = read(order)
     contenders, variants = chosen(order.contenders), varied(order.variants)
     tasks = plan(cases, contenders, variants, lengths, order.budget)
     console = read_inputs.human(json)
     found: dict[tuple[str, ...], Curve] = {}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        shown = bar.add_task("sweeping", total=len(tasks))
+    with progress(console, "sweeping", len(tasks)) as shown:
         for key, curve in sweep(tasks, order.jobs or min(4, os.cpu_count() or 1)):
             found[key] = curve
-            bar.update(shown, advance=1, description=" ".join(key))
+            shown(len(found), " ".join(key))
     study = gather(cases, contenders, variants, lengths, found)
     facts = stated(cases)
     write_context(Path(out), study, facts, assumptions(cases, order.budget))

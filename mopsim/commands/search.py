@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mopsim.commands import inputs as read_inputs
 from mopsim.commands.options import Job
+from mopsim.commands.progress import progress
 from mopsim.engine import SimResult
 from mopsim.report.tables import comparison, describe
 from mopsim.search import DEFAULT_FAMILIES, Options, search
@@ -26,21 +27,17 @@ def run(
     json: str | None,
 ) -> None:
     """Search with a progress line, show the ranking, write the winner's plan and the JSON."""
-    from rich.progress import Progress
-
     check_outputs({"--plan": plan, "--json": json})
     inputs = read_inputs.read(job)
     chosen = read_inputs.families(family, FAMILIES if any_plan else DEFAULT_FAMILIES)
     console = read_inputs.human(json)
     options = Options(chosen, top, budget, any_plan, risk, any_routing, inputs.precision)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("searching", total=budget)
+    with progress(console, "searching", budget) as shown:
 
-        def progress(simulated: int, best: SimResult | None) -> None:
-            text = f"best {format_seconds(best.step_time)}" if best else "nothing fits yet"
-            bar.update(task, completed=simulated, description=text)
+        def tell(simulated: int, best: SimResult | None) -> None:
+            shown(simulated, f"best {format_seconds(best.step_time)}" if best else "nothing fits yet")
 
-        found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
+        found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, tell)
     machine = f"{inputs.nodes} x {inputs.hardware.name}"
     where = f"{inputs.model.name} on {machine}, {job.seq_len} tokens, batch {job.global_batch}"
     if found.top:

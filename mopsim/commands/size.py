@@ -9,6 +9,7 @@ from typing import Any
 
 import mopsim
 from mopsim.commands import inputs as read_inputs
+from mopsim.commands.progress import progress
 from mopsim.report.sizing import format_dollars, sizing_table, summary
 from mopsim.search import DEFAULT_FAMILIES
 from mopsim.size import Assumptions, Goal, Point, Sizing, size
@@ -56,16 +57,13 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
     """
     from pathlib import Path
 
-    from rich.progress import Progress
-
     check_outputs({"--plan": plan, "--json": json})
     request = read(order)
     machines = [load_profile(name) for name in dict.fromkeys(order.hardware)]
     recommend([], order.max_cost)
     console = read_inputs.human(json)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("sizing", total=None)
-        sizings = _size_all(request, machines, lambda text: bar.update(task, description=text))
+    with progress(console, "sizing", None) as shown:
+        sizings = _size_all(request, machines, lambda text: shown(0, text))
     cheapest, fastest = recommend([p for s in sizings for p in s.tried], order.max_cost)
     title = (
         f"{request.model.name}: {request.goal.tokens:,} tokens within {order.days:g} days, "

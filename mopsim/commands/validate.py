@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mopsim.commands.inputs import human
+from mopsim.commands.progress import progress
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
 from mopsim.spec import io
@@ -30,13 +31,9 @@ def run(
     validation = Validation([])
     if runs:
         networks = read_rows(Path(models)) if models else {}
-        with console.status("simulating") as status:
-            validation = validate_runs(
-                read_runs(Path(runs)),
-                networks,
-                jobs,
-                lambda n, all_: status.update(f"simulated {n} of {all_}"),
-            )
+        with progress(console, "simulating", None) as shown:
+            rows = read_runs(Path(runs))
+            validation = validate_runs(rows, networks, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"))
     parts = predict_components(read_components(Path(components))) if components else []
     grids, missed = tables(validation, parts), misses(validation, parts)
     for grid in grids:

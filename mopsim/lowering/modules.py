@@ -1,4 +1,4 @@
-"""The host's time of layers made of Python modules (see mopsim.layers.modules), put on the ops of a program."""
+"""The host's time of layers made of Python modules, put on the ops of a program (mopsim.layers.modules)."""
 
 from dataclasses import replace
 

@@ -16,7 +16,7 @@ LARGEST = 1e18
 
 def read_runs(path: Path) -> list[Row]:
     """Rows of a runs CSV. Raises MopError where a run_id is empty or repeats."""
-    rows = read_table(path, RUN_COLUMNS, "runs")
+    rows = _some(read_table(path, RUN_COLUMNS, "runs"), f"runs: {path}")
     seen: set[str] = set()
     for row in rows:
         if not row["run_id"]:
@@ -29,7 +29,13 @@ def read_runs(path: Path) -> list[Row]:
 
 def read_components(path: Path) -> list[Row]:
     """Rows of a components CSV."""
-    return read_table(path, COMPONENT_COLUMNS, "components")
+    return _some(read_table(path, COMPONENT_COLUMNS, "components"), f"components: {path}")
+
+
+def _some(rows: list[Row], where: str) -> list[Row]:
+    if not rows:
+        raise MopError(f"{where}: has no row below its header")
+    return rows
 
 
 def number(row: Row, column: str) -> float | None:

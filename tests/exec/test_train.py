@@ -78,6 +78,48 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(inputs, whole, tmp_path):
     assert (out / "checkpoints" / "step_00000006").is_dir()
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over(inputs, whole, tmp_path):
+    out = tmp_path / "resumed"
+    shutil.copytree(whole[0], out)
+    for part in (out / "checkpoints" / "step_00000006").glob("*.distcp"):
+        part.write_bytes(b"")
+    done = train(inputs, out, "--steps", "7", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "step_00000006: cannot be read" in done.stdout
+    assert losses(out)[:6] == losses(whole[0])
+    for part in out.glob("checkpoints/*/*.distcp"):
+        part.write_bytes(b"")
+    before = {
+        name: (out / name).read_text() for name in ("summary.json", "measurement.yaml", "metrics.jsonl")
+    }
+    done = train(inputs, out, "--steps", "9", "--resume")
+    assert done.returncode == 2, done.stderr
+    assert "none of the 2 checkpoints can be read" in done.stderr
+    assert {name: (out / name).read_text() for name in before} == before
+
+
+def test_two_runs_do_not_share_a_directory(inputs, tmp_path, capsys):
+    out = tmp_path / "run"
+    process = start_fake(inputs, out, "slow", steps=1000)
+    wait_for(lambda: steps_done(out) >= 1)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *common(inputs, out), "--steps", "1000", "--resume"])
+    process.send_signal(signal.SIGINT)
+    finish(process)
+    line = capsys.readouterr().err
+    assert (end.value.code, line.count("\n")) == (2, 1)
+    assert "in use by another run" in line or "no complete checkpoint" in line
+
+
+def test_a_run_without_a_checkpoint_is_not_told_to_resume(inputs, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        main(["train", *common(inputs, out), "--steps", "2"])
+    assert "holds no checkpoint to go on from; give another directory" in capsys.readouterr().err
+
+
 def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, capsys):
     def refused(folder, *arguments):
         with pytest.raises(SystemExit) as end:
