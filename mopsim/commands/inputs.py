@@ -8,6 +8,7 @@ from typing import Any
 
 import mopsim
 from mopsim.commands.options import Job
+from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.search import Options, search
 from mopsim.spec import io
@@ -18,7 +19,7 @@ from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile
-from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.strategy import MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import parse_count
 from mopsim.strategies import FAMILIES
@@ -32,7 +33,7 @@ class Inputs:
     hardware: HardwareProfile
     nodes: int
     training: TrainSpec
-    precision: DType
+    precision: MatmulDType
 
     @property
     def world_size(self) -> int:
@@ -51,7 +52,9 @@ def read(job: Job) -> Inputs:
     )
     model = load_model(job.model)
     training.check_model(model)
-    return Inputs(model, load_profile(job.hardware), job.nodes, training, job.precision)
+    hardware = load_profile(job.hardware)
+    matmul_curve(hardware, job.precision, field="--precision")
+    return Inputs(model, hardware, job.nodes, training, job.precision)
 
 
 def read_routing(text: str) -> RoutingProfile:

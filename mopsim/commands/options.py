@@ -21,7 +21,8 @@ Routing = Annotated[
     ),
 ]
 Precision = Annotated[
-    Literal["bfloat16", "float32", "float64"], typer.Option(help="what matmuls compute in (for a family)")
+    Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"],
+    typer.Option(help="what matmuls compute in (for a family); fp8, mxfp8, nvfp4: beside bfloat16"),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, help="recorded in the plan; the simulation draws no random numbers")
@@ -42,7 +43,7 @@ class Job:
     seq_len: str
     global_batch: int
     routing: str = "balanced"
-    precision: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    precision: Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"] = "bfloat16"
     seed: int = 0
     learning_rate: float = 3e-4
     warmup_steps: int = 0

@@ -10,6 +10,7 @@ from typing import Any
 import mopsim
 from mopsim.commands import inputs as read_inputs
 from mopsim.commands.progress import progress
+from mopsim.cost.compute import matmul_curve
 from mopsim.report.sizing import format_dollars, sizing_table, summary
 from mopsim.search import DEFAULT_FAMILIES
 from mopsim.size import Assumptions, Goal, Point, Sizing, size
@@ -22,7 +23,7 @@ from mopsim.spec.outputs import check_outputs
 from mopsim.spec.presets import load_model
 from mopsim.spec.processes import pool
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.strategy import DType
+from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import parse_count, parse_tokens
 from mopsim.strategies import FAMILIES
@@ -46,7 +47,7 @@ class Order:
     budget: int
     runnable: bool
     routing: str
-    precision: DType
+    precision: MatmulDType
 
 
 def run(order: Order, plan: str | None, json: str | None) -> int:
@@ -60,6 +61,8 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
     check_outputs({"--plan": plan, "--json": json})
     request = read(order)
     machines = [load_profile(name) for name in dict.fromkeys(order.hardware)]
+    for machine in machines:
+        matmul_curve(machine, order.precision, field="--precision")
     recommend([], order.max_cost)
     console = read_inputs.human(json)
     with progress(console, "sizing", None) as shown:

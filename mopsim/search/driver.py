@@ -14,12 +14,12 @@ from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.pool import Pool
-from mopsim.search.space import Axes, Problem, Space, generate
+from mopsim.search.space import IN_8_BITS, Axes, Problem, Space, generate
 from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import worst
-from mopsim.spec.strategy import DType, Strategy
+from mopsim.spec.strategy import CAST, MatmulDType, Strategy
 from mopsim.spec.support import runnable
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import format_bytes
@@ -47,7 +47,7 @@ class Options:
     any_plan: bool = False
     risk: bool = False
     any_routing: bool = False
-    precision: DType = "bfloat16"
+    precision: MatmulDType = "bfloat16"
     axes: Callable[[Problem, Axes], Axes] | None = None
 
 
@@ -135,6 +135,9 @@ def _pool(problem: Problem, family: str, options: Options, result: SearchResult)
     result.candidates += len(space) + space.rejected.total()
     result.rejected.update(space.rejected)
     if not len(space):
+        return None
+    if problem.precision in CAST and family not in IN_8_BITS:
+        result.rejected[f"{family}: has no products in {problem.precision}"] += len(space)
         return None
     reason = None if options.any_plan else runnable(space.build(0), problem.model)
     if reason is not None:

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from msgspec.structs import replace
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import DType, Exchange, Strategy
+from mopsim.spec.strategy import CAST, DType, Exchange, MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import DTYPE_BYTES
 from mopsim.strategies import State, fsdp2, megatron, mop, zero_offload
@@ -65,14 +65,19 @@ DEFAULTS = {
 @dataclass(frozen=True)
 class Problem:
     """What a strategy is looked for: every input of the search but its options. `total_params` is the
-    model's total."""
+    model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16."""
 
     model: ModelSpec
     hardware: HardwareProfile
     num_nodes: int
     training: TrainSpec
     total_params: int
-    precision: DType = "bfloat16"
+    precision: MatmulDType = "bfloat16"
+
+    @property
+    def compute(self) -> DType:
+        """What is not a product computes in."""
+        return "bfloat16" if self.precision in CAST else cast(DType, self.precision)
 
     @property
     def world_size(self) -> int:
@@ -103,7 +108,11 @@ class Space:
     def build(self, index: int) -> Strategy:
         """The Strategy of one row. Raises SpecError where a relation that the columns do not hold breaks."""
         row = self.row(index)
-        return _within_host(self.problem, row, BUILDERS[self.family](self.problem, row))
+        strategy = BUILDERS[self.family](self.problem, row)
+        if self.problem.precision in CAST:
+            precision = replace(strategy.precision, matmul=self.problem.precision)
+            strategy = replace(strategy, precision=precision)
+        return _within_host(self.problem, row, strategy)
 
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""
@@ -236,7 +245,7 @@ def _boundaries(problem: Problem) -> list[tuple[int, ...]]:
     """(on the host, parts of them): none or all; parts of them too where even the shortest piece of a
     sequence could fill the host, whose pinned blocks may be twice as large, and which has state to hold."""
     piece = problem.training.seq_len // max(_sequences(problem))
-    each = piece * problem.model.hidden_size * int(DTYPE_BYTES[problem.precision])
+    each = piece * problem.model.hidden_size * int(DTYPE_BYTES[problem.compute])
     least = problem.model.num_hidden_layers * each
     some = range(1, PARTS) if 4 * least > problem.hardware.host_limit() else range(0)
     return [(0, PARTS), *((1, parts) for parts in (*some, PARTS))]
@@ -357,7 +366,7 @@ def _build_mop(problem: Problem, row: dict[str, int]) -> Strategy:
         state=STATES[row["state"]],
         bucket_params=row["bucket"],
         boundary_tier="host" if row["boundary_host"] else "device",
-        precision=problem.precision,
+        precision=problem.compute,
     )
 
 
@@ -376,7 +385,7 @@ def _build_fsdp2(problem: Problem, row: dict[str, int]) -> Strategy:
         loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
         offload=bool(row["offload"]),
         reshard=bool(row["reshard"]),
-        precision=problem.precision,
+        precision=problem.compute,
     )
 
 
@@ -392,7 +401,7 @@ def _build_zero_offload(problem: Problem, row: dict[str, int]) -> Strategy:
         loss="chunked" if row["loss"] == CHUNKED else "full",
         loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
         boundary_tier="host" if row["boundary_host"] else "device",
-        precision=problem.precision,
+        precision=problem.compute,
     )
 
 
@@ -408,10 +417,12 @@ def _build_megatron(problem: Problem, row: dict[str, int]) -> Strategy:
         micro_batch=row["micro_batch"],
         recompute="full" if row["recompute"] else "none",
         boundary_tier="host" if row["boundary_host"] else "device",
-        precision=problem.precision,
+        precision=problem.compute,
     )
 
 
+IN_8_BITS = ("fsdp2", "megatron")
+"""Families whose products may be cast (CAST)."""
 BUILDERS: dict[str, Callable[[Problem, dict[str, int]], Strategy]] = {
     "mop": _build_mop,
     "fsdp2": _build_fsdp2,

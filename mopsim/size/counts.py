@@ -6,7 +6,7 @@ from mopsim.search.space import divisors
 from mopsim.size.figures import Assumptions, Goal
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import DType
+from mopsim.spec.strategy import MatmulDType
 
 
 def node_counts(most: int) -> list[int]:
@@ -47,7 +47,7 @@ def least_nodes(
     seq_len: int,
     goal: Goal,
     assumptions: Assumptions,
-    precision: DType = "bfloat16",
+    precision: MatmulDType = "bfloat16",
 ) -> int:
     """Nodes below which arithmetic alone is too slow: three times the forward's FLOP at the peak rate of
     the products."""

@@ -12,7 +12,7 @@ from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
-from mopsim.spec.strategy import DType
+from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.units import format_bytes
 
@@ -37,7 +37,7 @@ class Request:
     budget: int = 40
     any_plan: bool = True
     assumptions: Assumptions = field(default_factory=Assumptions)
-    precision: DType = "bfloat16"
+    precision: MatmulDType = "bfloat16"
     routing: RoutingProfile = "balanced"
 
     def training(self, world_size: int) -> TrainSpec:

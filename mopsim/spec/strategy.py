@@ -35,6 +35,8 @@ EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "expe
 EAGERS = (EAGER, tuple(word for word in EAGER if word != "modules"))
 """With and without the host's time of modules, which runs are the same with."""
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
+CAST: tuple[MatmulDType, ...] = ("fp8", "mxfp8", "nvfp4")
+"""Recipes of products whose operands are cast from what everything else computes in."""
 
 
 class Pipeline(Spec, frozen=True, kw_only=True):

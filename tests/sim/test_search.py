@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from mopsim.engine import simulate
 from mopsim.layers.tensors import total_params
-from mopsim.search import Options, search
+from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import bound
 from mopsim.search.driver import TIE
 from mopsim.search.pool import Pool
-from mopsim.search.space import AXES, Problem, generate
+from mopsim.search.space import AXES, IN_8_BITS, Problem, generate
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import worst
+from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.support import runnable
 from mopsim.spec.training import TrainSpec
 
@@ -69,6 +70,53 @@ def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float
     assert bounds.time[index] <= found.step_time * (1 + 1e-9)
     assert bounds.device[index] <= found.peak_memory + 1
     assert bounds.host[index] <= found.host_memory + 1
+
+
+NARROW = (
+    ("h100-sxm-80g", "fp8"),
+    ("b200-sxm-192g", "mxfp8"),
+    ("gb300-288g", "nvfp4"),
+    ("mi300x-192g", "fp8"),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    narrow=st.sampled_from(NARROW),
+    family=st.sampled_from(IN_8_BITS),
+    model=st.sampled_from(("qwen3_30b_a3b", "llama3_8b")),
+    place=st.floats(0, 1, exclude_max=True),
+)
+def test_bounds_hold_where_products_are_cast(
+    narrow: tuple[str, MatmulDType], family: str, model: str, place: float
+) -> None:
+    spec, training = load_model(model), TrainSpec(seq_len=4096, global_batch=64)
+    given_problem = Problem(spec, load_profile(narrow[0]), 2, training, total_params(spec), narrow[1])
+    space = generate(given_problem, family)
+    index = int(place * len(space))
+    bounds, strategy = bound(space), space.build(index)
+    assert strategy.precision.matmul == narrow[1]
+    found = simulate(spec, given_problem.hardware, 2, strategy, training)
+    assert bounds.time[index] <= found.step_time * (1 + 1e-9)
+    assert bounds.device[index] <= found.peak_memory + 1
+    assert bounds.host[index] <= found.host_memory + 1
+
+
+def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
+    model, hardware = load_model("llama3_8b"), load_profile("b200-sxm-192g")
+    training = TrainSpec(seq_len=4096, global_batch=64)
+
+    def asked(families: tuple[str, ...], precision: MatmulDType) -> SearchResult:
+        options = Options(families, any_plan=True, precision=precision, budget=40)
+        return search(model, hardware, 1, training, options)
+
+    wide, narrow = (asked(("megatron",), precision).best for precision in ("bfloat16", "mxfp8"))
+    assert wide is not None
+    assert narrow is not None
+    assert narrow.step_time < wide.step_time
+    refused = asked(("mop",), "mxfp8")
+    assert refused.best is None
+    assert "mop: has no products in mxfp8" in refused.rejected
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

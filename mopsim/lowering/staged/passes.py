@@ -14,10 +14,8 @@ from mopsim.lowering.context import Context
 from mopsim.lowering.staged.loss import loss_template
 from mopsim.lowering.staged.template import Template, template, weight_grads
 from mopsim.spec.errors import require
+from mopsim.spec.strategy import CAST
 from mopsim.spec.units import DTYPE_BYTES
-
-CAST = ("fp8", "mxfp8", "nvfp4")
-"""Recipes whose products read cast copies of their inputs."""
 
 
 class Passes:
