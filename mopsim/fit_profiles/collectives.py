@@ -39,13 +39,19 @@ def wire_bytes(op: str, ranks: Array, size: Array) -> Array:
 
 
 def fit_collective(op: str, ranks: Array, size: Array, seconds: Array, peak: float) -> CollectiveFit:
-    """Robust least squares of the log error; bandwidth at most `peak` (bytes/s a rank, one direction)."""
+    """Robust least squares of the log error; bandwidth at most `peak` (bytes/s a rank, one direction).
+
+    Timings of one group size cannot tell a delay from a delay a rank: all of it then goes by the rank,
+    as the hops of a ring do.
+    """
     wire = wire_bytes(op, ranks, size)
     largest = min(float((wire / seconds).max()), peak)
 
+    sizes = len(np.unique(ranks))
+
     def errors(x: Array) -> Array:
         moved = wire * (1 + (x[3] * 1e6 / wire) ** RAMP)
-        predicted = (x[0] + ranks * x[1]) * 1e-6 + moved / (x[2] * largest)
+        predicted = (x[0] * (sizes > 1) + ranks * x[1]) * 1e-6 + moved / (x[2] * largest)
         return np.asarray(np.log(predicted / seconds))
 
     top = min(1.5, peak / largest)
@@ -55,7 +61,7 @@ def fit_collective(op: str, ranks: Array, size: Array, seconds: Array, peak: flo
     )  # fmt: skip
     x, error = result.x, errors(result.x)
     return CollectiveFit(
-        _microseconds(x[0]), _microseconds(x[1]), round_to(float(x[2]) * largest * 0.9999),
+        _microseconds(x[0]) if sizes > 1 else 0.0, _microseconds(x[1]), round_to(float(x[2]) * largest * 0.9999),
         round_to(float(x[3]) * 1e6, 3), Residuals.of(error), Residuals.of(error[wire > 1e6]),
     )  # fmt: skip
 
