@@ -29,6 +29,8 @@ TIE = 0.005
 """Step times that differ by less (relative) are a tie, which the smaller peak memory decides."""
 
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
+NOT_RUN = "mopexec does not run it"
+"""The reason that one option lifts, so it is named first."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class SearchResult:
         if self.closest:
             over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
             return f"nothing fits: the closest ({self.closest.strategy.name}) is {by} over, stopped by {over}"
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in self.rejected.most_common(3))
+        counted = sorted(self.rejected.items(), key=lambda item: (NOT_RUN not in item[0], -item[1]))
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in counted[:3])
         return f"nothing to run: {reasons or 'no candidates'}"
 
 
@@ -141,7 +144,7 @@ def _pool(problem: Problem, family: str, options: Options, result: SearchResult)
         return None
     reason = None if options.any_plan else runnable(space.build(0), problem.model)
     if reason is not None:
-        result.rejected[f"mopexec does not run it: {reason} (--any plans it all the same)"] += len(space)
+        result.rejected[f"{NOT_RUN}: {reason} (--any plans it all the same)"] += len(space)
         return None
     bounds = bound(space)
     result.bounded += len(space)
