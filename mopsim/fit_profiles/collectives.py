@@ -62,7 +62,8 @@ def fit_collective(op: str, ranks: Array, size: Array, seconds: Array, peak: flo
     x, error = result.x, errors(result.x)
     return CollectiveFit(
         _microseconds(x[0]) if sizes > 1 else 0.0, _microseconds(x[1]),
-        round_to(float(x[2]) * largest * 0.9999), round_to(float(x[3]) * 1e6, 3), Residuals.of(error), Residuals.of(error[wire > 1e6]),
+        round_to(float(x[2]) * largest * 0.9999), round_to(float(x[3]) * 1e6, 3),
+        Residuals.of(error), Residuals.of(error[wire > 1e6]),
     )  # fmt: skip
 
 
