@@ -104,6 +104,8 @@ def _verdicts(validation: Validation) -> Grid:
     table.add_row("at risk by the upper bound, of those that ran", str(fits.at_risk), "")
     mean = sum(job.slowdown for job in jobs) / len(jobs) if jobs else None
     table.add_row("jobs with a choice of strategy; mean slowdown of ours", str(len(jobs)), _percent(mean))
+    alone = sum(job.uncalibrated for job in jobs) / len(jobs) if jobs else None
+    table.add_row("the same, chosen by the profile alone (uncalibrated)", str(len(jobs)), _percent(alone))
     return table
 
 

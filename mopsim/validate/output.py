@@ -66,6 +66,7 @@ def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str
     found["regret"] = {
         "n": len(jobs), "mean": fmean(job.slowdown for job in jobs) if jobs else None,
         "max": max((job.slowdown for job in jobs), default=None),
+        "mean_uncalibrated": fmean(job.uncalibrated for job in jobs) if jobs else None,
         "jobs": [vars(job) for job in jobs],
     }  # fmt: skip
     found["components"] = component_errors(components)

@@ -200,10 +200,16 @@ class Regret:
     picked: str
     best: str
     slowdown: float
+    uncalibrated: float
+    """Slowdown of the pick that the profile alone makes."""
 
 
 def regrets(scored: Iterable[Scored]) -> list[Regret]:
     """Jobs with at least two different strategies, all measured, grade C apart; our pick is calibrated."""
+
+    def slowdown(run: Scored, best: Scored) -> float:
+        return (run.case.step_time or 0.0) / (best.case.step_time or 1.0) - 1.0
+
     jobs: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
     for one in scored:
         if one.case.step_time and trusted(one.case):
@@ -214,10 +220,13 @@ def regrets(scored: Iterable[Scored]) -> list[Regret]:
             continue
         picked = min(runs, key=lambda run: run.calibrated)
         best = min(runs, key=lambda run: run.case.step_time or 0.0)
-        slowdown = (picked.case.step_time or 0.0) / (best.case.step_time or 1.0) - 1.0
+        alone = min(runs, key=lambda run: run.simulated.step_time)
         found.append(
-            Regret(" ".join(job), len(runs), picked.case.row["run_id"], best.case.row["run_id"], slowdown)
-        )
+            Regret(
+                " ".join(job), len(runs), picked.case.row["run_id"], best.case.row["run_id"],
+                slowdown(picked, best), slowdown(alone, best),
+            )
+        )  # fmt: skip
     return found
 
 

@@ -224,6 +224,7 @@ def test_regret_compares_strategies_of_one_job() -> None:
     assert len(jobs) == 1
     assert jobs[0].best == "fast"
     assert jobs[0].slowdown in (0.0, pytest.approx(1 / 3))
+    assert jobs[0].uncalibrated in (0.0, pytest.approx(1 / 3))
 
 
 def test_capacity_counts_both_ways() -> None:
