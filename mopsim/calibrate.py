@@ -26,8 +26,8 @@ from mopsim.calibrate_fit import (
     median_noise,
     scatter,
 )
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
+from mopsim.common import io
+from mopsim.common.errors import MopError
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
 

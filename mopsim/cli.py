@@ -1,7 +1,7 @@
 """mopsim: plan the training of mixture-of-experts models. Heavy imports happen inside the command that
 needs them."""
 
-from mopsim.spec.command_line import quiet_interrupts, run_app
+from mopsim.common.command_line import quiet_interrupts, run_app
 
 quiet_interrupts("mopsim")  # before what takes long
 

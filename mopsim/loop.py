@@ -28,19 +28,20 @@ import msgspec
 
 from mopsim.calibrate import load_measurement
 from mopsim.commands.inputs import Inputs, make_plan
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
+from mopsim.common.processes import end_with_parent
+from mopsim.common.units import parse_bytes
 from mopsim.engine import SimResult, simulate
 from mopsim.report.demo import result_table, write_demo
 from mopsim.report.demo_results import Contender, DemoReport
-from mopsim.spec import io, presets, routing
-from mopsim.spec.errors import MopError
+from mopsim.spec import presets, routing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Measurement, Plan
-from mopsim.spec.processes import end_with_parent
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import parse_bytes
 from mopsim.strategies import fsdp2, mop
 
 MODEL = "tiny"

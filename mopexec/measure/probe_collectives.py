@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mopexec import collectives as comm
+from mopexec.distributed import collectives as comm
 from mopexec.measure.probe_compute import overlap_compute
 from mopexec.measure.probe_fit import overlap_loss
 from mopexec.measure.probe_timing import Sample, Stopwatch, summarize

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
 
 DENSE_PEAKS: dict[str, dict[str, float]] = {
     "H200 NVL": {"bfloat16": 835e12, "float16": 835e12, "float32": 60e12},

@@ -14,6 +14,7 @@ from mopexec.measure.probe_fit import LineFit, fit_attention, fit_line, fit_matm
 from mopexec.measure.probe_machine import Gpu
 from mopexec.measure.probe_ranks import Raw
 from mopexec.measure.probe_timing import Sample
+from mopsim.common.units import DTYPE_BYTES, GIB
 from mopsim.spec.hardware import (
     COLLECTIVES,
     AttentionCurve,
@@ -26,7 +27,6 @@ from mopsim.spec.hardware import (
     Quantity,
     Tag,
 )
-from mopsim.spec.units import DTYPE_BYTES, GIB
 
 RANK_MEMORY = GIB // 2
 """Bytes of one rank's interpreter, torch and communication buffers on a CPU."""

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mopexec.environment import cpu_rank_environment
 from mopexec.measure import probe_compute
 from mopexec.measure.probe_collectives import collectives, communication_share
 from mopexec.measure.probe_compute import DTYPES, Attention
 from mopexec.measure.probe_fit import Shape
 from mopexec.measure.probe_machine import pin_to
 from mopexec.measure.probe_timing import Sample, Stopwatch
-from mopsim.spec.errors import MopError
-from mopsim.spec.processes import end_with_parent
+from mopexec.run.environment import cpu_rank_environment
+from mopsim.common.errors import MopError
+from mopsim.common.processes import end_with_parent
 
 Progress = Callable[[str], None]
 STALL_SECONDS = 180.0

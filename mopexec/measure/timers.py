@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mopexec import collectives
+from mopexec.distributed import collectives
 from mopexec.measure.dispatch import plain_types, returns_alias, tensors_in, writes
 from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import is_host

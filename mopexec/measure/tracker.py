@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mopexec.measure.dispatch import plain_tensors, plain_types, returns_alias, tensors_in
 from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase, uncounted
 from mopexec.measure.shapes import ShapeCache
-from mopsim.spec.errors import MopError
-from mopsim.spec.units import format_bytes
+from mopsim.common.errors import MopError
+from mopsim.common.units import format_bytes
 
 __all__ = [
     "HostRead", "MemoryTracker", "OutOfMemory", "active_tracker", "category", "component", "host_allocation",

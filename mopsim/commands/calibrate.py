@@ -7,11 +7,11 @@ from rich.table import Table
 
 from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement
 from mopsim.commands.inputs import human
+from mopsim.common import io
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import format_seconds
 from mopsim.report.terminal import table
-from mopsim.spec import io
-from mopsim.spec.outputs import check_outputs
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.units import format_seconds
 
 
 def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from mopsim.commands import inputs as read_inputs
 from mopsim.commands.inputs import Inputs
 from mopsim.commands.options import Job
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import parse_count
 from mopsim.engine import SimResult, simulate
 from mopsim.report.compare import Sweep, difference, finding, summary, write_compare
 from mopsim.report.tables import comparison
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
-from mopsim.spec.outputs import check_outputs
-from mopsim.spec.units import parse_count
 from mopsim.strategies import FAMILIES
 
 _SETTINGS = ("seq-len", "nodes")

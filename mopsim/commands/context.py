@@ -9,19 +9,19 @@ from typing import Any
 import mopsim
 from mopsim.commands import inputs as read_inputs
 from mopsim.commands.progress import progress
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import parse_count
 from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Curve, Point, Task, Variant, nested, sweep
 from mopsim.context.contenders import OFFLOADED
 from mopsim.context.sweep import totals
 from mopsim.report.context import write_context
 from mopsim.report.context_words import Study, case_name, finding, summary
 from mopsim.report.tables import describe
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
-from mopsim.spec.outputs import check_outputs
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import parse_count
 
 PAPERS = (("mop_120b", 2), ("mop_241b", 4), ("mop_667b", 8), ("mop_1t", 12))
 """Networks and nodes of 8 H200 of arXiv 2607.01844 and 2609.14306."""

@@ -5,11 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mopsim.commands.inputs import human
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
 from mopsim.export import TARGETS, export
 from mopsim.export.left import left
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
-from mopsim.spec.outputs import check_outputs
 from mopsim.spec.plan import Plan
 
 

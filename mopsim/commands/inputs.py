@@ -8,11 +8,12 @@ from typing import Any
 
 import mopsim
 from mopsim.commands.options import Job
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.units import parse_count
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.search import Options, search
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
@@ -21,7 +22,6 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import parse_count
 from mopsim.strategies import FAMILIES
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from mopsim.commands import inputs as read_inputs
 from mopsim.commands.options import Job
 from mopsim.commands.progress import progress
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.tables import comparison, describe
 from mopsim.search import DEFAULT_FAMILIES, Options, search
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
-from mopsim.spec.outputs import check_outputs
-from mopsim.spec.units import format_seconds
 from mopsim.strategies import FAMILIES
 
 

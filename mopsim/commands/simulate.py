@@ -5,11 +5,11 @@ from pathlib import Path
 
 from mopsim.commands import inputs as read_inputs
 from mopsim.commands.options import Job
+from mopsim.common import io
+from mopsim.common.outputs import check_outputs
 from mopsim.engine import simulate
 from mopsim.report.tables import breakdown, comparison
 from mopsim.report.trace import Timeline, chrome_trace, write_trace
-from mopsim.spec import io
-from mopsim.spec.outputs import check_outputs
 
 
 def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str | None) -> None:

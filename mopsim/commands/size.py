@@ -10,22 +10,22 @@ from typing import Any
 import mopsim
 from mopsim.commands import inputs as read_inputs
 from mopsim.commands.progress import progress
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
+from mopsim.common.processes import pool
+from mopsim.common.units import parse_count, parse_tokens
 from mopsim.cost.compute import matmul_curve
 from mopsim.report.sizing import format_dollars, sizing_table, summary
 from mopsim.search import DEFAULT_FAMILIES
 from mopsim.size import Assumptions, Goal, Point, Sizing, size
 from mopsim.size.figures import DAY
 from mopsim.size.finder import Request, recommend
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Quantity
-from mopsim.spec.outputs import check_outputs
 from mopsim.spec.presets import load_model
-from mopsim.spec.processes import pool
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import parse_count, parse_tokens
 from mopsim.strategies import FAMILIES
 
 

@@ -6,12 +6,12 @@ from rich.table import Table
 
 from mopsim.commands.inputs import human
 from mopsim.commands.progress import progress
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
 from mopsim.spec.model_table import read_rows
-from mopsim.spec.outputs import check_outputs
 from mopsim.validate.components import predict_components
 from mopsim.validate.misses import markdown, missed_json, misses
 from mopsim.validate.output import to_json

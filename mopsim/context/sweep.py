@@ -8,15 +8,15 @@ from typing import Any
 
 import msgspec
 
+from mopsim.common.errors import MopError
+from mopsim.common.processes import pool
 from mopsim.context.contenders import Contender
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search import Options, search
 from mopsim.search.space import Problem
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.processes import pool
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec

@@ -3,10 +3,10 @@ mopsim.spec.hardware."""
 
 import msgspec
 
+from mopsim.common.errors import SpecError
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.lowering.workload import Work
-from mopsim.spec.errors import SpecError
 from mopsim.spec.hardware import WIDE_HEAD, HardwareProfile, MatmulCurve
-from mopsim.spec.units import DTYPE_BYTES
 
 DROPS_FORWARD, DROPS_BACKWARD = 0.80, 0.65
 """Rate of a flash kernel that draws a dropout mask over one that does not: 75 to 85 % forward and 60 to 70 %

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from mopsim.common.io import to_plain
 from mopsim.engine.record import Span
-from mopsim.spec.io import to_plain
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 

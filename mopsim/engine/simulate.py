@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import mopsim
+from mopsim.common.errors import require
+from mopsim.common.io import digest
 from mopsim.cost import seconds
 from mopsim.cost.compute import for_heads, matmul_curve
 from mopsim.engine import upper
@@ -12,9 +14,7 @@ from mopsim.engine.result import SimResult
 from mopsim.engine.streams import play
 from mopsim.lowering import lower
 from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
-from mopsim.spec.errors import require
 from mopsim.spec.hardware import HardwareProfile, MatmulCurve
-from mopsim.spec.io import digest
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec

@@ -1,10 +1,10 @@
 """A plan in the language of what people already run. What a target can't express is refused, or listed."""
 
+from mopsim.common.errors import MopError
 from mopsim.export.deepspeed import DEEPSPEED
 from mopsim.export.gaps import Gap, Target
 from mopsim.export.megatron_bridge import MEGATRON_BRIDGE
 from mopsim.export.torchtitan import TORCHTITAN
-from mopsim.spec.errors import MopError
 from mopsim.spec.plan import Plan
 
 TARGETS: dict[str, Target] = {target.name: target for target in (TORCHTITAN, MEGATRON_BRIDGE, DEEPSPEED)}

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
+from mopsim.common.errors import MopError
+from mopsim.common.io import digest
+from mopsim.common.units import format_bytes
 from mopsim.engine import simulate
 from mopsim.export.gaps import Gap
-from mopsim.spec.errors import MopError
-from mopsim.spec.io import digest
 from mopsim.spec.plan import Plan
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.units import format_bytes
 
 _WITH: dict[str, tuple[str, ...]] = {"vocabulary.loss": ("vocabulary.degree", "vocabulary.chunk_tokens")}
 """Fields that mean nothing without another one."""

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from mopsim.common import io
 from mopsim.export.gaps import Gap, Target, common, header, only
-from mopsim.spec import io
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 

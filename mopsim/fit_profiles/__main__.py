@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mopsim.spec.errors import MopError
-from mopsim.spec.io import to_yaml, write_text
+from mopsim.common.errors import MopError
+from mopsim.common.io import to_yaml, write_text
 
 DATA = Path(__file__).parents[2] / "hardware_profiles" / "data"
 HEADER = (

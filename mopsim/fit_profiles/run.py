@@ -4,16 +4,16 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from mopsim.common.errors import MopError
+from mopsim.common.io import parse_yaml, read_text
+from mopsim.common.units import UNITS
 from mopsim.fit_profiles import assemble, attention, collectives, matmul
 from mopsim.fit_profiles.assemble import Entry, MachineFits
 from mopsim.fit_profiles.attention import AttentionFit
 from mopsim.fit_profiles.collectives import CollectiveFit
 from mopsim.fit_profiles.matmul import MatmulFit
 from mopsim.fit_profiles.tables import Residuals, read_csv, round_to
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile, Tag
-from mopsim.spec.io import parse_yaml, read_text
-from mopsim.spec.units import UNITS
 
 _NONE = Residuals(0, 0.0, 0.0, 0.0)
 

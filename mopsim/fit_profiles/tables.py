@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.spec.errors import MopError
-from mopsim.spec.io import read_text
+from mopsim.common.errors import MopError
+from mopsim.common.io import read_text
 
 Array = NDArray[np.float64]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.layers.experts import Migration, host_work
 from mopsim.layers.shapes import Shapes
 from mopsim.lowering.topology import process_groups
@@ -14,7 +15,6 @@ from mopsim.spec.placement import Placement, at_home, least_loaded
 from mopsim.spec.routing import RoutingProfile, routing_counts
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Context:
 
     @property
     def reshards(self) -> bool:
-        """Whether FSDP2 frees a group's parameters after its forward (mopexec.parallelize.fsdp_wrap)."""
+        """Whether FSDP2 frees a group's parameters after its forward (mopexec.modules.wrap)."""
         return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward
 
     @property

@@ -1,8 +1,8 @@
 """Buffers that live through the whole step, by category and tier."""
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.layers.tape import Step
 from mopsim.lowering.context import Context
-from mopsim.spec.units import DTYPE_BYTES
 
 
 def resident(context: Context) -> tuple[Step, ...]:

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
 from mopsim.report.tables import COLUMNS, row
 from mopsim.report.timeline import timeline_plot
-from mopsim.spec.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mopsim.common.units import format_bytes
 from mopsim.context.published import LARGEST_STEP, SOURCE
 from mopsim.context.sweep import Case, Curve
 from mopsim.report.context_figures import ratio_figure, reach_figure, throughput_figure
@@ -22,7 +23,6 @@ from mopsim.report.context_words import (
 )
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.tables import describe
-from mopsim.spec.units import format_bytes
 
 
 def case_table(case: Case, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import mopsim
+from mopsim.common import io
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.compare import memory_figure, time_figure, timeline_title
 from mopsim.report.demo_results import Contender, DemoReport
 from mopsim.report.page import Page, Section, Table, write_page
@@ -13,8 +15,6 @@ from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.report.timeline import timeline_plot
-from mopsim.spec import io
-from mopsim.spec.units import format_bytes, format_seconds
 
 
 def write_demo(folder: Path, report: DemoReport) -> list[Path]:

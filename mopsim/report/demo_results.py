@@ -7,10 +7,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
-from mopsim.spec.units import format_bytes, format_seconds
 
 BUSY = 1.4
 """p90 of a run's steps over p10 from which its machine is called busy: 1.05 to 1.1 when nothing else runs."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from mopsim.spec.io import write_text
+from mopsim.common.io import write_text
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.transforms import blended_transform_factory
 
+from mopsim.common.units import format_bytes
 from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below, text_on, time_scale
-from mopsim.spec.units import format_bytes
 
 
 @dataclass(frozen=True)

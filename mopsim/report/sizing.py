@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.size.finder import Point, Sizing
-from mopsim.spec.units import format_bytes, format_seconds
 
 COLUMNS = ("machine", "nodes", "devices", "days", "cost", "energy", "MFU")
 """days: wall clock. energy: `>` where hosts are not counted."""

@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from mopsim.spec.errors import MopError
-from mopsim.spec.units import UNITS
+from mopsim.common.errors import MopError
+from mopsim.common.units import UNITS
 
 COLOURS = {
     "params": "#1b4f72",

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.terminal import numbered, size, table
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.units import format_bytes, format_seconds
 
 COLUMNS = (
     "strategy", "step", "tok/s/dev", "MFU", "memory", "at most", "limit", "host", "host at most", "exposed",

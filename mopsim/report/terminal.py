@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mopsim.spec.units import format_bytes
+from mopsim.common.units import format_bytes
 
 
 def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mopsim.common.units import format_bytes
 from mopsim.engine import Span
 from mopsim.lowering.workload import STREAMS
 from mopsim.report.style import byte_scale, colour, figure, time_scale
-from mopsim.spec.units import format_bytes
 
 
 def timeline_plot(

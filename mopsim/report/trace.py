@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mopsim.common.io import write_text
 from mopsim.engine import SimResult, Span
-from mopsim.spec.io import write_text
 
 Event = dict[str, Any]
 MICROSECONDS = 1e6

@@ -9,8 +9,8 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
+from mopsim.common.units import UNITS
 from mopsim.report.style import SERIES, figure
-from mopsim.spec.units import UNITS
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, MEASURES, selections
 from mopsim.validate.run import Validation

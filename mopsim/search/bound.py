@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import matmul_curve
 from mopsim.layers.flops import flops_per_token
 from mopsim.layers.shapes import attention_widths
 from mopsim.layers.tensors import tensors
 from mopsim.search.space import DEVICE, HOST, RING, STREAMED, ULYSSES, Space, offloaded
 from mopsim.spec.categories import RUNTIMES
-from mopsim.spec.units import DTYPE_BYTES
 
 Reals = NDArray[np.float64]
 BLOCK = 1 << 16

@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from msgspec.structs import replace
 
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.pool import Pool
 from mopsim.search.space import IN_8_BITS, Axes, Problem, Space, generate
-from mopsim.spec.errors import MopError, SpecError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import CAST, MatmulDType, Strategy
 from mopsim.spec.support import runnable
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import format_bytes
 
 DEFAULT_FAMILIES = ("mop", "fsdp2", "zero_offload")
 TIE = 0.005

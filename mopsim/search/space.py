@@ -11,12 +11,12 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import CAST, DType, Exchange, MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import DTYPE_BYTES
 from mopsim.strategies import State, fsdp2, megatron, mop, zero_offload
 
 Column = NDArray[np.int64]

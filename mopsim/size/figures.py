@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 
 DAY, HOUR = 86400.0, 3600.0

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mopsim.common.errors import MopError
+from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult
 from mopsim.search import DEFAULT_FAMILIES, Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import Assumptions, Figures, Goal, figures
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import format_bytes
 
 FEW_TOKENS = 8192
 """Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:

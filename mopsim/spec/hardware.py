@@ -4,10 +4,10 @@ from typing import Literal
 
 import msgspec
 
+from mopsim.common.errors import require, require_name
+from mopsim.common.io import Spec
+from mopsim.common.units import CEILINGS, DIMENSIONS, DTYPE_BYTES, UNITS
 from mopsim.spec.categories import RUNTIMES
-from mopsim.spec.errors import require, require_name
-from mopsim.spec.io import Spec
-from mopsim.spec.units import CEILINGS, DIMENSIONS, DTYPE_BYTES, UNITS
 
 Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
 WORK_KINDS = (

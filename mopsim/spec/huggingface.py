@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
-from mopsim.spec.errors import MopError
-from mopsim.spec.io import convert
+from mopsim.common.errors import MopError
+from mopsim.common.io import convert
 from mopsim.spec.model import ModelSpec
 
 Config = dict[str, Any]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mopsim.spec.errors import require
+from mopsim.common.errors import require
 from mopsim.spec.strategy import Order
 
 MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**15

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from mopsim.spec.errors import require, require_name
-from mopsim.spec.io import Spec
+from mopsim.common.errors import require, require_name
+from mopsim.common.io import Spec
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):

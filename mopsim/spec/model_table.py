@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from mopsim.spec.errors import MopError, SpecError
-from mopsim.spec.io import to_plain, to_yaml, write_text
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.io import to_plain, to_yaml, write_text
+from mopsim.common.table import Row, read_table
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.table import Row, read_table
 
 #: Words of the notes column that name a layer ModelSpec has no shapes for.
 INEXPRESSIBLE = (

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from mopsim.common.errors import require, require_at_least, require_name
+from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
-from mopsim.spec.errors import require, require_at_least, require_name
-from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec

@@ -6,9 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
+from mopsim.common.io import convert, exists, parse_yaml, read_yaml
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.io import convert, exists, parse_yaml, read_yaml
 from mopsim.spec.model import ModelSpec
 
 #: One file of many networks, by name: those of the table of published runs (made by mopsim.spec.model_table).

@@ -5,9 +5,9 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
+from mopsim.common.io import convert, exists, load, parse_yaml
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.io import convert, exists, load, parse_yaml
 
 
 @cache

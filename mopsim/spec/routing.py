@@ -10,7 +10,7 @@ from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
 
-from mopsim.spec.errors import require
+from mopsim.common.errors import require
 from mopsim.spec.model import ModelSpec
 
 RoutingProfile = str | tuple[float, ...]

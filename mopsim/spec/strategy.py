@@ -8,11 +8,11 @@ from typing import Literal, get_args
 
 from msgspec.structs import force_setattr
 
+from mopsim.common.errors import require, require_name
+from mopsim.common.io import Spec
+from mopsim.common.units import LARGEST
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
-from mopsim.spec.errors import require, require_name
-from mopsim.spec.io import Spec
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.units import LARGEST
 
 Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from mopsim.spec.errors import SpecError
+from mopsim.common.errors import SpecError
 from mopsim.spec.layout import interval
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import EAGERS, Strategy

@@ -1,8 +1,8 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
+from mopsim.common.errors import require
+from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
-from mopsim.spec.errors import require
-from mopsim.spec.io import Spec
 from mopsim.spec.layout import MOST_CHUNKS, num_chunks
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
 from mopsim.validate.tables import Row, parse_number
 
 

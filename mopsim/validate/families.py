@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from mopsim.common.errors import SpecError
 from mopsim.spec.categories import MODULES
-from mopsim.spec.errors import SpecError
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import (

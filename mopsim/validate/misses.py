@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from mopsim.spec import io
-from mopsim.spec.units import UNITS
+from mopsim.common import io
+from mopsim.common.units import UNITS
 from mopsim.validate import parts
 from mopsim.validate.components import Predicted
 from mopsim.validate.makeup import Shares, words

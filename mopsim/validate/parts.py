@@ -2,6 +2,7 @@
 
 import msgspec
 
+from mopsim.common.units import UNITS
 from mopsim.engine import SimResult, run, simulate
 from mopsim.layers.tensors import tensors
 from mopsim.lowering.fragment import expert_layer
@@ -11,7 +12,6 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import UNITS
 from mopsim.strategies import fsdp2, mop
 from mopsim.validate.component import Component, InexpressibleError
 from mopsim.validate.makeup import Shares, of_spans, of_step

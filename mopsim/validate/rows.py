@@ -5,7 +5,8 @@ from functools import lru_cache
 
 import msgspec
 
-from mopsim.spec.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.units import UNITS
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
@@ -15,7 +16,6 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import UNITS
 from mopsim.validate.attention import with_kernel
 from mopsim.validate.conventions import Conventions, conventions
 from mopsim.validate.families import Degrees, approximations, family, strategy

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import msgspec
 
+from mopsim.common.errors import MopError
+from mopsim.common.processes import pool
 from mopsim.engine import SimResult, run, upper
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Workload
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, HardwareProfile, Quantity
-from mopsim.spec.processes import pool
 from mopsim.validate.conventions import Reading
 from mopsim.validate.makeup import Shares, of_step
 from mopsim.validate.rows import Case

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from mopsim.spec.errors import MopError
-from mopsim.spec.table import Row as Row
-from mopsim.spec.table import read_table
+from mopsim.common.errors import MopError
+from mopsim.common.table import Row as Row
+from mopsim.common.table import read_table
 
 #: Columns that a runs CSV must have; the others of the format may be left out and read as empty.
 RUN_COLUMNS = ("run_id", "source", "model", "gpu", "num_gpus", "precision", "seq_len", "micro_batch")

@@ -16,13 +16,13 @@ from statistics import quantiles
 import msgspec
 
 from mopsim.commands.inputs import Inputs, make_plan
+from mopsim.common import io
+from mopsim.common.units import format_seconds
 from mopsim.engine import simulate
 from mopsim.report.tables import describe
-from mopsim.spec import io
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.units import format_seconds
 from mopsim.strategies import fsdp2, mop
 
 STEPS = 12

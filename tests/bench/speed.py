@@ -17,12 +17,12 @@ from pathlib import Path
 
 import simpy
 
+from mopsim.common.io import write_text
 from mopsim.engine import run, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.lowering import lower
 from mopsim.search.bound import bound
 from mopsim.search.space import AXES, Problem, generate
-from mopsim.spec.io import write_text
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mopsim.spec import io
+from mopsim.common import io
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import DType, Strategy

@@ -7,8 +7,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from mopexec import checkpoint
-from mopexec.parallelize.runner import StepResult
+from mopexec.run import checkpoint
+from mopexec.run.runner import StepResult
 
 
 def build(plan, platform, *, routing, seed):

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopexec.distributed.tiers import Platform
+from mopexec.flat import rows
 from mopexec.model import Routing, Transformer, init_weights
-from mopexec.parallelize import apply, rows
-from mopexec.parallelize.runner import Batch
-from mopexec.tiers import Platform
+from mopexec.run import apply
+from mopexec.run.runner import Batch
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 

@@ -8,12 +8,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from mopexec.dry_run import DryRunResult, tracked_step
+from mopexec.check.dry_run import DryRunResult, tracked_step
+from mopexec.distributed.mesh import Group
+from mopexec.distributed.tiers import Platform
+from mopexec.flat.dispatch import ChunkExchange
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.mesh import Group
-from mopexec.parallelize import apply
-from mopexec.parallelize.dispatch import ChunkExchange
-from mopexec.tiers import Platform
+from mopexec.run import apply
 from mopsim.spec.plan import Plan
 from mopsim.spec.routing import routing_counts
 from tests.exec.flat_parity import make_tokens, my_batches

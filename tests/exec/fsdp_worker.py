@@ -14,13 +14,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.model import Routing, Transformer, init_weights
-from mopexec.parallelize import fully_shard
-from mopexec.parallelize.runner import Batch
-from mopexec.tiers import Platform
+from mopexec.modules import fully_shard
+from mopexec.run.runner import Batch
 from mopsim import strategies
-from mopsim.spec import io, layout
+from mopsim.common import io
+from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import Strategy

@@ -24,7 +24,7 @@ def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> No
     import torch
     import torch.distributed as dist
 
-    from mopexec.tiers import Platform
+    from mopexec.distributed.tiers import Platform
 
     torch.set_num_threads(1)
     platform = Platform.detect()

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mopexec import checkpoint
-from mopsim.spec.errors import MopError, SpecError
+from mopexec.run import checkpoint
+from mopsim.common.errors import MopError, SpecError
 
 STATE = checkpoint.RunState(
     step=3, model="m", model_digest="d", strategy_digest="s", world_size=1, vocab_size=300, seq_len=8,

@@ -7,12 +7,12 @@ import sys
 import msgspec
 import pytest
 
+from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
-from mopexec.scale_down import mechanisms, scale_down
-from mopsim.spec import io
-from mopsim.spec.errors import SpecError
+from mopsim.common import io
+from mopsim.common.errors import SpecError
+from mopsim.common.units import parse_bytes
 from mopsim.spec.plan import Prediction
-from mopsim.spec.units import parse_bytes
 from tests.exec.train_plans import small_plan
 
 
@@ -148,8 +148,8 @@ def test_a_degree_that_does_not_divide_is_refused(capsys, plan):
 
 
 def test_more_ranks_than_accelerators_are_refused():
-    from mopexec.plans import check_devices, check_world
-    from mopsim.spec.errors import SpecError
+    from mopexec.run.plans import check_devices, check_world
+    from mopsim.common.errors import SpecError
 
     check_devices(small_plan(), num_devices=0)
     check_devices(small_plan(), num_devices=2)
@@ -186,7 +186,7 @@ def test_verify_scaled_down_equals_the_single_device(plan):
 
 
 def test_verify_says_where_it_differs(capsys):
-    from mopexec.commands.verify import _report
+    from mopexec.cli.verify import _report
 
     found = {"loss": 0.0, "grad_norm": 1e-3, "gradients": 0.1, "weights": 0.0}
     found |= {"worst_gradient": "head.weight", "worst_weight": "final_norm.weight"}
@@ -214,7 +214,7 @@ def test_sizes_are_read_as_written():
 
 
 def test_ranks_that_outgrow_this_machine_are_refused() -> None:
-    from mopexec.plans import check_memory
+    from mopexec.run.plans import check_memory
 
     plan = small_plan()
     prediction = Prediction(

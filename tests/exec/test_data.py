@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from mopexec import data
-from mopexec.corpus import read_corpus
-from mopexec.feed import Feed
-from mopsim.spec.errors import MopError, SpecError
+from mopexec.run import data
+from mopexec.run.corpus import read_corpus
+from mopexec.run.feed import Feed
+from mopsim.common.errors import MopError, SpecError
 from tests.exec.train_plans import small_plan
 
 TEXT = "the quick brown fox jumps over the lazy dog, twice a day\n" * 400

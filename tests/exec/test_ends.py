@@ -9,10 +9,10 @@ import time
 import msgspec
 import pytest
 
-from mopexec import checkpoint
-from mopexec.dry_run import dry_run
-from mopsim.spec.command_line import REPEAT_SECONDS
-from mopsim.spec.errors import MopError
+from mopexec.check.dry_run import dry_run
+from mopexec.run import checkpoint
+from mopsim.common.command_line import REPEAT_SECONDS
+from mopsim.common.errors import MopError
 from mopsim.strategies import fsdp2
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import (
@@ -55,7 +55,7 @@ def test_a_signal_during_imports_is_neither_lost_nor_fatal():
     """Compiled modules lose an exception that is raised while they import others, or abort on it."""
     code = (
         "import os, signal, sys, threading\n"
-        "from mopsim.spec.command_line import run_app\n"
+        "from mopsim.common.command_line import run_app\n"
         "def app(arguments, standalone_mode):\n"
         "    class Sent:\n"
         "        def find_spec(self, name, path=None, target=None):\n"
@@ -81,7 +81,7 @@ def test_a_signal_is_not_lost_where_exceptions_are():
     """What is raised in a hook of fork or in a finalizer is only reported by Python."""
     code = (
         "import os, signal, threading\n"
-        "from mopsim.spec.command_line import run_app\n"
+        "from mopsim.common.command_line import run_app\n"
         "def app(arguments, standalone_mode):\n"
         "    os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
         "    if not os.fork():\n"

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import torch
 
-from mopexec.dry_run import dry_run
-from mopexec.parallelize.apply import check_supported
-from mopsim.spec.errors import SpecError
+from mopexec.check.dry_run import dry_run
+from mopexec.run.apply import check_supported
+from mopsim.common.errors import SpecError
 from tests.exec.flat_plans import MODEL, make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_FOUR, ALL_TWO, FOUR

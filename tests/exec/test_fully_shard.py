@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mopexec.parallelize.fsdp_checks import check_supported
-from mopsim.spec.errors import SpecError
+from mopexec.modules.checks import check_supported
+from mopsim.common.errors import SpecError
 from tests.exec import fsdp_worker
 
 Results = dict[str, dict[str, float]]

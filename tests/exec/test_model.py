@@ -14,7 +14,7 @@ from mopexec.model.routing import (
     router_scores,
 )
 from mopsim import layers
-from mopsim.spec.errors import SpecError
+from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routed_expert
 

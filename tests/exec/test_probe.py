@@ -20,9 +20,9 @@ from mopexec.measure.probe_fit import (
 from mopexec.measure.probe_profile import build_profile
 from mopexec.measure.probe_ranks import Job, parts, run_ranks
 from mopexec.measure.probe_timing import Stopwatch, measure, summarize
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
+from mopsim.common.io import write_yaml
 from mopsim.spec.hardware import COLLECTIVES
-from mopsim.spec.io import write_yaml
 from mopsim.spec.profiles import load_profile
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker, is_host
-from mopexec.tiers import Platform
 
 
 def test_detection_follows_torch():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mopexec import collectives
+from mopexec.distributed import collectives
 from mopexec.measure.scope import component, host_compute
 from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import mark_host

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import (
     HostRead,
     MemoryTracker,
@@ -17,7 +18,6 @@ from mopexec.measure.tracker import (
     phase,
     recategorize,
 )
-from mopexec.tiers import Platform
 
 
 @pytest.fixture(params=["real", "fake"])

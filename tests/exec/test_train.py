@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mopexec.cli import main
-from mopexec.metrics import MetricsFile
-from mopsim.spec import io
+from mopexec.run.metrics import MetricsFile
+from mopsim.common import io
 from mopsim.spec.plan import Measurement, Plan
 from tests.exec.train_plans import small_plan
 from tests.exec.train_runs import (

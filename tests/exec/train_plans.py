@@ -45,8 +45,8 @@ def small_plan(world_size=2, **training):
 
 
 def main():
-    from mopexec.commands.train import run
-    from mopexec.options import TrainOptions
+    from mopexec.cli.train import run
+    from mopexec.run.options import TrainOptions
 
     options = json.loads(sys.argv[1])
     restarts = options.pop("restarts", 0)

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from mopsim.spec import io
+from mopsim.common import io
 from tests.exec.train_plans import small_plan
 
 ROOT = Path(__file__).parents[2]

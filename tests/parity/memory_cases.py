@@ -3,7 +3,7 @@
 from typing import Any
 
 from mopsim import strategies
-from mopsim.spec import io
+from mopsim.common import io
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import Strategy

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mopexec.dry_run import tracked_step
+from mopexec.check.dry_run import tracked_step
+from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.tiers import Platform
 from tests.parity.memory_cases import cases
 
 

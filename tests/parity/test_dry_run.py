@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mopexec.dry_run import dry_run
+from mopexec.check.dry_run import dry_run
 from mopexec.measure.tracker import OutOfMemory
-from mopsim.spec.errors import SpecError
+from mopsim.common.errors import SpecError
 from tests.parity.memory_cases import cases
 
 HERE = Path(__file__).parent

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from mopexec.dry_run import dry_run
+from mopexec.check.dry_run import dry_run
 from mopsim import strategies
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.training import TrainSpec
@@ -58,7 +58,7 @@ def test_one_trillion_parameters_at_a_million_tokens(capsys):
 
 def test_an_attention_matrix_is_refused(monkeypatch):
     """A tensor of sequence x sequence anywhere in a step ends the dry run."""
-    from mopexec.parallelize.flat_units import FlatRunner
+    from mopexec.flat.flat_units import FlatRunner
 
     step = FlatRunner.step
 

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mopexec import dry_run
+from mopexec.check import dry_run
+from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.parallelize.apply import build
-from mopexec.tiers import Platform
+from mopexec.run.apply import build
 from mopsim.engine import simulate
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan

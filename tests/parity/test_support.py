@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from mopexec.parallelize.apply import check_supported
-from mopsim.spec.errors import SpecError
+from mopexec.run.apply import check_supported
+from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import list_models, load_model

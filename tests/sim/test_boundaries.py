@@ -5,13 +5,13 @@ from typing import Literal
 import msgspec
 import pytest
 
+from mopsim.common.errors import SpecError
 from mopsim.cost import seconds
 from mopsim.engine import SimResult, run, simulate
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Program
 from mopsim.search import Options, search
 from mopsim.search.space import Problem, generate
-from mopsim.spec.errors import SpecError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile

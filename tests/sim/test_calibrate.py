@@ -23,8 +23,8 @@ from mopsim.calibrate_fit import (
     scatter,
 )
 from mopsim.commands import calibrate as command
-from mopsim.spec import io
-from mopsim.spec.errors import MopError, SpecError
+from mopsim.common import io
+from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.hardware import Correction, HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mopsim.cli import main
-from mopsim.spec import io
+from mopsim.common import io
 from mopsim.spec.plan import Plan
 
 JOB = [

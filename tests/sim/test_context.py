@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mopsim.cli import main
+from mopsim.common.errors import SpecError
 from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Task, nested, sweep
 from mopsim.context.contenders import OFFLOADED
 from mopsim.context.sweep import _alike, curve
@@ -16,7 +17,6 @@ from mopsim.engine import simulate
 from mopsim.report.context_words import Study, ratio, reach, short, summary
 from mopsim.search.bound import bound
 from mopsim.search.space import CHUNKED, DEVICE, HOST, generate
-from mopsim.spec.errors import SpecError
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.strategies import fsdp2

@@ -5,10 +5,10 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from mopsim.common.errors import SpecError
 from mopsim.cost import raw_seconds, seconds
 from mopsim.lowering.topology import span
 from mopsim.lowering.workload import Group, Work
-from mopsim.spec.errors import SpecError
 from mopsim.spec.hardware import Correction, MatmulCurve
 from mopsim.spec.profiles import load_profile
 from tests.sim.toys import machine, quantity

@@ -6,13 +6,13 @@ from statistics import fmean
 import msgspec
 import pytest
 
+from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.layers.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
 from mopsim.layers.layer import decoder_layer
 from mopsim.layers.shapes import Shapes
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Work
-from mopsim.spec.errors import SpecError
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Unfused
 from mopsim.spec.training import TrainSpec

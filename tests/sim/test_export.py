@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopsim.cli import main
+from mopsim.common import io
+from mopsim.common.errors import MopError
 from mopsim.export import TARGETS, export
 from mopsim.export.gaps import Gap
 from mopsim.export.left import left
 from mopsim.layers.tensors import total_params
 from mopsim.search.space import AXES, Problem, generate
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile

@@ -4,8 +4,8 @@ another."""
 import msgspec
 import pytest
 
+from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
-from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, run, simulate
 from mopsim.layers import tensors, total_params
 from mopsim.layers.layer import decoder_layer
@@ -12,7 +13,6 @@ from mopsim.layers.tape import Kernel, Matmul
 from mopsim.lowering import lower
 from mopsim.lowering.context import make_context
 from mopsim.lowering.staged.works import works
-from mopsim.spec.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Optimizer, Overlap, Precision, Strategy

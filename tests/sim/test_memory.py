@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.layers import tensors
 from mopsim.layers.layer import decoder_layer
@@ -12,7 +13,6 @@ from mopsim.layers.shapes import Shapes
 from mopsim.layers.tape import Tape
 from mopsim.lowering import lower
 from mopsim.lowering.context import make_context
-from mopsim.spec.errors import SpecError
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy, Vocabulary
 from mopsim.spec.training import TrainSpec

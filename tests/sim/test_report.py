@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from msgspec import structs
 
+from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
 from mopsim.report.compare import Sweep, difference, finding, timeline_title, write_compare
 from mopsim.report.page import Page, Section, Table, write_page
@@ -15,7 +16,6 @@ from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
 from mopsim.report.tables import COLUMNS, describe, row
 from mopsim.report.trace import Timeline, chrome_trace
-from mopsim.spec.errors import MopError
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Pipeline

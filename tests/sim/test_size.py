@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from mopsim.cli import main
 from mopsim.commands.size import stated
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.units import parse_tokens
 from mopsim.size import Assumptions, Goal, figures, size
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import DAY
 from mopsim.size.finder import Point, Request, Sizing, recommend
-from mopsim.spec import io
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Plan
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import parse_tokens
 from tests.sim.toys import machine, quantity, small
 
 MODEL = small()

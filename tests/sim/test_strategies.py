@@ -2,8 +2,8 @@
 
 import pytest
 
-from mopsim.spec.errors import SpecError
-from mopsim.spec.io import convert, to_plain
+from mopsim.common.errors import SpecError
+from mopsim.common.io import convert, to_plain
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.support import runnable, unsupported

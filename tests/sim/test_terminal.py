@@ -5,6 +5,7 @@ import io as text_io
 import pytest
 from rich.console import Console
 
+from mopsim.common.units import format_seconds
 from mopsim.engine import simulate
 from mopsim.report.sizing import sizing_table
 from mopsim.report.tables import breakdown, comparison
@@ -14,7 +15,6 @@ from mopsim.size.finder import Request
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
-from mopsim.spec.units import format_seconds
 from mopsim.strategies import mop
 
 

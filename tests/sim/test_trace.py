@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mopsim.cli import main
-from mopsim.spec.io import write_yaml
+from mopsim.common.io import write_yaml
 from mopsim.strategies import fsdp2, megatron, mop
 
 KEYS = {

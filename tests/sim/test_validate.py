@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from mopsim.cli import app
+from mopsim.common.errors import MopError
+from mopsim.common.units import UNITS
 from mopsim.cost import seconds
 from mopsim.lowering.workload import Group, Work
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.units import UNITS
 from mopsim.validate import calibration
 from mopsim.validate.attention import SCORE_BYTES
 from mopsim.validate.calibration import Fit, Point

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mopsim.cli import main
-from mopsim.spec import io
+from mopsim.common import io
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.strategies import mop

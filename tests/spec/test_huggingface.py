@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
 from mopsim.spec.huggingface import ARCHITECTURES
 from mopsim.spec.presets import load_model
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mopsim.spec.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.model_table import Row, from_row, read_rows
 
 ROW: Row = {

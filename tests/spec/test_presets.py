@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
+from mopsim.common.errors import MopError
+from mopsim.common.io import write_yaml
 from mopsim.layers import active_params, total_params
-from mopsim.spec.errors import MopError
-from mopsim.spec.io import write_yaml
 from mopsim.spec.presets import list_models, load_model
 
 #: Presets held to a wider bound, and why. All others: 1 %.

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from mopsim.common.errors import MopError
+from mopsim.common.io import digest, parse_yaml, to_plain, write_yaml
 from mopsim.fit_profiles.__main__ import DATA, HEADER
 from mopsim.fit_profiles.collectives import check_against_vtrain
 from mopsim.fit_profiles.run import Fitter
 from mopsim.fit_profiles.tables import read_csv
-from mopsim.spec.errors import MopError
 from mopsim.spec.hardware import Quantity
-from mopsim.spec.io import digest, parse_yaml, to_plain, write_yaml
 from mopsim.spec.profiles import list_profiles, load_profile
 
 NAMES = [

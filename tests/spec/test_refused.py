@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from mopsim.spec.errors import MopError
+from mopsim.common.errors import MopError
+from mopsim.common.io import convert, parse_yaml, to_plain
 from mopsim.spec.hardware import Correction, HardwareProfile, Quantity
-from mopsim.spec.io import convert, parse_yaml, to_plain
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.presets import load_model

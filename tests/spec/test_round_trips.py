@@ -5,9 +5,9 @@ from typing import Any
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from mopsim.spec.errors import SpecError
+from mopsim.common.errors import SpecError
+from mopsim.common.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
 from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, HardwareProfile, Quantity
-from mopsim.spec.io import Spec, convert, digest, parse_yaml, to_plain, to_yaml
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import LONGEST, SHORTEST, HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.profiles import load_profile

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopsim.spec.errors import SpecError
-from mopsim.spec.io import convert, parse_yaml, to_yaml
+from mopsim.common.errors import SpecError
+from mopsim.common.io import convert, parse_yaml, to_yaml
 from mopsim.spec.presets import load_model
 from mopsim.spec.routing import (
     RoutingProfile,

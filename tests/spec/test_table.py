@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mopsim.spec.errors import MopError
-from mopsim.spec.table import read_table
+from mopsim.common.errors import MopError
+from mopsim.common.table import read_table
 
 BROKEN = [
     (b"", "has no column 'a'"),

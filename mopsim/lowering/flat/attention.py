@@ -1,4 +1,4 @@
-"""The attention half of a layer: forward, recompute, backward (mopexec.parallelize.attention and
+"""The attention half of a layer: forward, recompute, backward (mopexec.flat.attention and
 .sequence)."""
 
 from mopsim.layers.attention import attention

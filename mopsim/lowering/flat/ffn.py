@@ -1,5 +1,5 @@
 """Dense FFN and shared experts over token slices, each recomputed in its own backward
-(mopexec.parallelize.ffn)."""
+(mopexec.flat.ffn)."""
 
 from mopsim.layers.ffn import ffn
 from mopsim.layers.tape import Kernel

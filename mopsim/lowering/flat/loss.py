@@ -1,4 +1,4 @@
-"""Projection and loss: rows of logits with the gathered head, or Ring-DTP (mopexec.parallelize.vocabulary,
+"""Projection and loss: rows of logits with the gathered head, or Ring-DTP (mopexec.flat.vocabulary,
 .strips)."""
 
 from mopsim.lowering.builder import Builder

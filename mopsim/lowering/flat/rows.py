@@ -8,7 +8,7 @@ SLICE_ROWS = 2048
 
 
 def slice_rows(rows: int) -> int:
-    """Rows of the largest slice, as mopexec.parallelize.rows cuts them."""
+    """Rows of the largest slice, as mopexec.flat.rows cuts them."""
     return min(rows, SLICE_ROWS)
 
 

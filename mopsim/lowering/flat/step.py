@@ -14,7 +14,7 @@ from mopsim.lowering.workload import Program, Work
 
 
 class FlatStep:
-    """Lowers the program of a rank (mopexec.parallelize.flat_units and .layer)."""
+    """Lowers the program of a rank (mopexec.flat.flat_units and .layer)."""
 
     def __init__(self, context: Context) -> None:
         self.c = context

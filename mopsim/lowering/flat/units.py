@@ -1,4 +1,4 @@
-"""Gathering, releasing and reducing flat units (mopexec.parallelize.units)."""
+"""Gathering, releasing and reducing flat units (mopexec.flat.units)."""
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context

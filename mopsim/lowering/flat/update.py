@@ -1,11 +1,11 @@
 """The end of a step: replicas, global norm, AdamW on device, host or streamed
-(mopexec.parallelize.optimizer)."""
+(mopexec.flat.optimizer)."""
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Work
 from mopsim.spec.layout import optimizer_buckets
-from mopsim.spec.units import DTYPE_BYTES
 
 _O = "optimizer"
 

@@ -1,2 +1,2 @@
-"""The `fully_shard` schedule: torch FSDP2 around an autograd model (mopexec.parallelize.fsdp_*,
+"""The `fully_shard` schedule: torch FSDP2 around an autograd model (mopexec.modules,
 mopexec.model)."""

@@ -1,4 +1,4 @@
-"""Attention under autograd (mopexec.model.transformer, mopexec.parallelize.fsdp_sequence)."""
+"""Attention under autograd (mopexec.model.transformer, mopexec.modules.sequence)."""
 
 from mopsim.layers.attention import attention
 from mopsim.lowering.fsdp.block import FsdpBlock

@@ -1,6 +1,6 @@
 """Router and routed experts under autograd: one chunk whose rows live until the backward has used them.
 
-mopexec.parallelize.fsdp_experts and mopexec.model.transformer. Buffers: what frames and saved tensors hold.
+mopexec.modules.experts and mopexec.model.transformer. Buffers: what frames and saved tensors hold.
 """
 
 from dataclasses import replace

@@ -15,7 +15,7 @@ _C, _L = "vocabulary", "logits"
 
 
 class FsdpStep:
-    """Lowers the program of a rank (mopexec.parallelize.fully_shard)."""
+    """Lowers the program of a rank (mopexec.modules.fully_shard)."""
 
     def __init__(self, context: Context) -> None:
         self.c = context

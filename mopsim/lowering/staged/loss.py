@@ -3,6 +3,7 @@ entropy."""
 
 from collections.abc import Sequence
 
+from mopsim.common.errors import require
 from mopsim.layers.attention import norm
 from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.region import begin
@@ -12,7 +13,6 @@ from mopsim.lowering.fsdp.loss import back, once, passes, product
 from mopsim.lowering.staged.template import START, Piece, Template, template
 from mopsim.lowering.staged.works import works
 from mopsim.lowering.workload import Work, deltas
-from mopsim.spec.errors import require
 from mopsim.spec.layout import token_slices
 from mopsim.spec.strategy import EAGERS
 

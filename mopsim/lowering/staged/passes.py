@@ -4,6 +4,8 @@ microbatches."""
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from mopsim.common.errors import require
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.layers.eager import composed, in_blocks
 from mopsim.layers.experts import migrating
 from mopsim.layers.layer import decoder_layer, mtp_projection
@@ -13,9 +15,7 @@ from mopsim.layers.tape import Played, Step, Tape
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.loss import loss_template
 from mopsim.lowering.staged.template import Template, template, weight_grads
-from mopsim.spec.errors import require
 from mopsim.spec.strategy import CAST
-from mopsim.spec.units import DTYPE_BYTES
 
 
 class Passes:

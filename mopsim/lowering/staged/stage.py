@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.layers.tape import Step
 from mopsim.lowering.context import Context
 from mopsim.lowering.units import Unit
 from mopsim.spec.layout import stage_layers
-from mopsim.spec.units import DTYPE_BYTES
 
 
 @dataclass(frozen=True)

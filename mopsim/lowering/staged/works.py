@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Literal
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.layers.quantized import EXACT
 from mopsim.layers.tape import Kernel
 from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Group, Work
 from mopsim.spec.hardware import COLLECTIVES
-from mopsim.spec.units import DTYPE_BYTES
 
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
 CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}

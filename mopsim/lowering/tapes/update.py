@@ -1,10 +1,10 @@
 """The end of a step: global-norm clip, then AdamW on the device, on the host, or streamed through it."""
 
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Work
 from mopsim.spec.layout import optimizer_buckets
-from mopsim.spec.units import DTYPE_BYTES
 
 _O = "optimizer"
 

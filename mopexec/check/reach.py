@@ -1,0 +1,246 @@
+"""How far each plan's context reaches under one device limit and one host limit.
+
+Bisected by dry run, confirmed by real steps with the limits enforced by the memory tracker.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.io import write_text, write_yaml
+from mopsim.common.processes import end_with_parent
+from mopsim.common.units import format_bytes
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import Plan
+
+RealStep = Callable[[Plan, int, int], "StepOutcome"]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One real training step under the limits: whether it ran, what stopped it, tokens/s over all ranks."""
+
+    ran: bool
+    stopped_by: str | None
+    message: str
+    tokens_per_second: float | None
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """One plan's reach. longest, first_failing: tokens of one sequence (multiples of the quantum)."""
+
+    strategy: str
+    model: str
+    world_size: int
+    sequence_degree: int
+    longest: int
+    first_failing: int
+    peak_memory: int
+    host_memory: int
+    stopped_by: str
+    at_longest: StepOutcome | None
+    at_first_failing: StepOutcome | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes of one rank."""
+
+    device: int
+    host: int
+
+
+def with_seq_len(plan: Plan, seq_len: int) -> Plan:
+    """The same plan at another sequence length; its prediction no longer holds and is dropped."""
+    training = msgspec.structs.replace(plan.training, seq_len=seq_len)
+    return msgspec.structs.replace(plan, training=training, prediction=None)
+
+
+def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) -> Reach:
+    """Bisect the longest sequence that fits, in multiples of `quantum` tokens; confirm both sides for real.
+
+    Raises MopError if not even one quantum fits, or if a real step contradicts the dry run.
+    """
+    split = plan.strategy.attention.sequence
+    if quantum % split:
+        raise SpecError("quantum", quantum, f"is not a multiple of the sequence degree {split}")
+    low, high = _bracket(plan, limits, quantum)
+    while high - low > quantum:
+        middle = (low + high) // 2 // quantum * quantum
+        low, high = (middle, high) if _stopper(plan, limits, middle) is None else (low, middle)
+    stopper = _stopper(plan, limits, high)
+    assert stopper is not None
+    result = _dry(plan, low)
+    confirmed = [
+        real_step(with_seq_len(plan, n), limits.device, limits.host) if real_step else None
+        for n in (low, high)
+    ]
+    found = Reach(
+        plan.strategy.name, describe(plan.model), plan.strategy.world_size, split, low, high,
+        result.peak_memory, result.host_memory, stopper, *confirmed,
+    )  # fmt: skip
+    _agree(found)
+    return found
+
+
+def describe(model: ModelSpec) -> str:
+    """A network in one line, with the proportions that decide what fills the memory."""
+    return (
+        f"{model.name}: hidden {model.hidden_size}, {model.num_hidden_layers} layers, "
+        f"vocabulary {model.vocab_size} ({model.vocab_size / model.hidden_size:.0f} x hidden), "
+        f"{model.num_local_experts} experts of width {model.moe_intermediate_size}, "
+        f"top-{model.num_experts_per_tok}"
+    )
+
+
+def _bracket(plan: Plan, limits: Limits, quantum: int) -> tuple[int, int]:
+    """A fitting and a failing length, the second at most twice the first."""
+    low, high = 0, quantum
+    while _stopper(plan, limits, high) is None:
+        low, high = high, 2 * high
+    if low == 0:
+        raise MopError(
+            f"{plan.strategy.name}: not even {quantum} tokens fit: {_stopper(plan, limits, quantum)} stops it"
+        )
+    return low, high
+
+
+def _dry(plan: Plan, seq_len: int) -> Any:
+    from mopexec.check.dry_run import dry_run
+
+    return dry_run(with_seq_len(plan, seq_len))
+
+
+def _stopper(plan: Plan, limits: Limits, seq_len: int) -> str | None:
+    """None where the dry run fits both limits, else the tier and category whose allocation crosses first."""
+    from mopexec.check.dry_run import dry_run
+    from mopexec.measure.tracker import OutOfMemory
+
+    try:
+        dry_run(with_seq_len(plan, seq_len), 0, limits.device, limits.host)
+    except OutOfMemory as error:
+        return f"{error.tier} {error.category} ({error.component} {error.phase})"
+    return None
+
+
+def train_one_step(data: str) -> RealStep:
+    """A real step through `mopexec train`: every rank, limits enforced, routing by the plan's profile."""
+
+    def step(plan: Plan, device_limit: int, host_limit: int) -> StepOutcome:
+        with tempfile.TemporaryDirectory(prefix="mop-reach-") as scratch:
+            path, out = Path(scratch) / "plan.yaml", Path(scratch) / "run"
+            write_yaml(path, plan)
+            command = [
+                sys.executable, "-m", "mopexec.cli", "train", "--plan", str(path), "--data", data,
+                "--steps", "1", "--out", str(out),
+                "--device-limit", str(device_limit), "--host-limit", str(host_limit),
+                "--routing", "profile", "--profile-steps", "0", "--no-final-checkpoint",
+            ]  # fmt: skip
+            done = subprocess.run(
+                command, capture_output=True, text=True, preexec_fn=partial(end_with_parent, os.getpid())
+            )
+            return _outcome(done, out)
+
+    return step
+
+
+def _outcome(done: "subprocess.CompletedProcess[str]", out: Path) -> StepOutcome:
+    if done.returncode == 0:
+        line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        return StepOutcome(True, None, "", line["tokens_per_s"], line["peak_memory_bytes"])
+    lines = [line for line in done.stderr.splitlines() if "over the limit of" in line]
+    if not lines:
+        raise MopError(f"a real step failed for another reason than memory: {done.stderr.strip()[-400:]}")
+    return StepOutcome(False, _category(lines[-1]), lines[-1].strip(), None, None)
+
+
+def _category(message: str) -> str:
+    match = re.search(r"(device|host) memory: (\w+) wants .* in (.+)$", message.strip())
+    return f"{match.group(1)} {match.group(2)} ({match.group(3)})" if match else "unknown"
+
+
+def _agree(found: Reach) -> None:
+    for length, outcome, should in (
+        (found.longest, found.at_longest, True),
+        (found.first_failing, found.at_first_failing, False),
+    ):
+        if outcome is not None and outcome.ran != should:
+            raise MopError(
+                f"{found.strategy}: by the dry run {length} tokens {'fit' if should else 'do not fit'}, "
+                f"a real step {'ran' if outcome.ran else 'was stopped: ' + outcome.message}"
+            )
+
+
+def write_reaches(
+    out: Path, reaches: list[Reach], limits: Limits, command: str, environment: dict[str, str]
+) -> dict[str, Any]:
+    """reach.json and reach.md in `out`, with the limits, the environment and the command that makes them."""
+    payload = {
+        "command": command,
+        "limits": asdict(limits),
+        "environment": environment,
+        "reaches": [asdict(r) for r in reaches],
+    }
+    write_text(out / "reach.json", json.dumps(payload, indent=2) + "\n")
+    write_text(out / "reach.md", _markdown(reaches, limits, command, environment))
+    return payload
+
+
+def _markdown(reaches: list[Reach], limits: Limits, command: str, environment: dict[str, str]) -> str:
+    lines = [
+        "# Context reach under enforced limits", "",
+        f"Limits per rank: device {format_bytes(limits.device)}, host {format_bytes(limits.host)}.",
+        "Lengths are bisected by dry run; the longest fitting and the first failing one are then run as",
+        "real training steps with the limits enforced. tokens/s is of that one step: the first of its run,",
+        "every allocation watched by the tracker, the machine shared. It orders nothing but itself.", "",
+        *(f"Network: {model}." for model in dict.fromkeys(r.model for r in reaches)), "",
+        "| ranks | strategy | sequence degree | longest (tokens) | first failing | device peak at longest "
+        "| host peak | tokens/s at longest | stopped by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in reaches:
+        speed = (
+            f"{r.at_longest.tokens_per_second:,.0f}"
+            if r.at_longest and r.at_longest.tokens_per_second
+            else "not run"
+        )
+        lines.append(
+            f"| {r.world_size} | {r.strategy} | {r.sequence_degree} | {r.longest:,} | {r.first_failing:,} | "
+            f"{format_bytes(r.peak_memory)} | {format_bytes(r.host_memory)} | {speed} | {r.stopped_by} |"
+        )
+    ratios = _ratios(reaches)
+    if ratios:
+        lines += ["", "Reach over the other strategies on as many ranks:", "", *ratios]
+    lines += [
+        "",
+        "Environment: " + ", ".join(f"{k} {v}" for k, v in environment.items()),
+        "",
+        f"Command: `{command}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ratios(reaches: list[Reach]) -> list[str]:
+    lines = []
+    for ranks in sorted({r.world_size for r in reaches}):
+        same = [r for r in reaches if r.world_size == ranks]
+        best = max(same, key=lambda r: r.longest)
+        lines += [
+            f"- {ranks} ranks: {best.strategy} reaches {best.longest / r.longest:.1f}x as far as {r.strategy}"
+            for r in same if r is not best
+        ]  # fmt: skip
+    return lines

@@ -1,0 +1,156 @@
+"""The parallel step against the single-device step, on this machine's ranks: losses, gradients, updated
+weights."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mopexec.model import Transformer, init_weights
+from mopexec.run import failures, plans
+from mopexec.run.apply import build
+from mopexec.run.environment import launcher
+from mopexec.run.job import Job, join
+from mopexec.run.runner import Batch
+from mopsim.common import io
+from mopsim.common.io import Spec
+from mopsim.common.processes import end_with_parent
+from mopsim.spec import layout
+from mopsim.spec.plan import Plan
+
+TOLERANCE = 1e-9  # relative, in float64
+
+
+class Differences(Spec, frozen=True, kw_only=True):
+    """Largest differences over the steps: the loss's and the norm's relative to themselves, each gradient's
+    and each
+    weight's relative to the largest entry of that tensor."""
+
+    loss: float
+    grad_norm: float
+    gradients: float
+    weights: float
+    worst_gradient: str
+    worst_weight: str
+
+    @property
+    def passed(self) -> bool:
+        return max(self.loss, self.grad_norm, self.gradients, self.weights) <= TOLERANCE
+
+
+class Reference:
+    """The single-device model with torch's own clipping and AdamW."""
+
+    def __init__(self, plan: Plan) -> None:
+        training = plan.training
+        self.training = training
+        self.model = Transformer(plan.model, torch.float64, "cpu")
+        init_weights(self.model, training.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            eps=training.eps,
+            weight_decay=training.weight_decay,
+        )
+        self.gradients: dict[str, Tensor] = {}
+
+    def step(self, tokens: Tensor) -> tuple[float, float]:
+        """Loss and gradient norm of one step on the global batch [B, S + 1]; keeps the gradients before
+        clipping."""
+        self.optimizer.zero_grad()
+        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+        loss = loss / (self.training.global_batch * self.training.seq_len)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in self.model.named_parameters()
+        }
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        self.optimizer.step()
+        self.model.update_balance(self.training.bias_update_rate)
+        return loss.item(), norm.item()
+
+
+def compare(plan: Plan, job: Job, steps: int) -> Differences | None:
+    """Train `plan` and, on the first rank, the single-device model on the same random tokens; None on other
+    ranks."""
+    runner = build(plan, job.platform, routing="learned", seed=plan.training.seed)
+    reference = Reference(plan) if job.rank == 0 else None
+    found = {"loss": 0.0, "grad_norm": 0.0}
+    worst = {"gradients": (0.0, ""), "weights": (0.0, "")}
+    for step in range(steps):
+        tokens = _tokens(plan, step)
+        result = runner.step(_batches(plan, tokens, job))
+        gradients, weights = runner.full_gradients(), runner.full_parameters()
+        if reference is None:
+            continue
+        loss, norm = reference.step(tokens)
+        found["loss"] = max(found["loss"], abs(result.loss - loss) / abs(loss))
+        found["grad_norm"] = max(found["grad_norm"], abs(result.grad_norm - norm) / norm)
+        for name, weight in reference.model.named_parameters():
+            for kind, ours, theirs in (
+                ("gradients", gradients[name], reference.gradients[name]),
+                ("weights", weights[name], weight.detach()),
+            ):
+                worst[kind] = max(worst[kind], (_relative(ours, theirs), name))
+    if reference is None:
+        return None
+    return Differences(
+        loss=found["loss"],
+        grad_norm=found["grad_norm"],
+        gradients=worst["gradients"][0],
+        weights=worst["weights"][0],
+        worst_gradient=worst["gradients"][1],
+        worst_weight=worst["weights"][1],
+    )
+
+
+def _tokens(plan: Plan, step: int) -> Tensor:
+    """The global batch of a step [global_batch, seq_len + 1], the same on every rank."""
+    generator = torch.Generator().manual_seed(plan.training.seed + step)
+    shape = (plan.training.global_batch, plan.training.seq_len + 1)
+    return torch.randint(0, plan.model.vocab_size, shape, generator=generator)
+
+
+def _batches(plan: Plan, tokens: Tensor, job: Job) -> list[Batch]:
+    """This rank's microbatches of the global batch, as the feed would cut them."""
+    strategy, training = plan.strategy, plan.training
+    groups = layout.groups(strategy.world_size, strategy.attention.sequence, strategy.attention.order)
+    members = layout.group_containing(groups, job.rank)
+    start, stop = layout.interval(training.seq_len, len(members), members.index(job.rank))
+    found = []
+    for index in range(training.num_microbatches(strategy)):
+        first = (index * strategy.data_groups + groups.index(members)) * strategy.micro_batch
+        rows = tokens[first : first + strategy.micro_batch]
+        inputs, targets = rows[:, start:stop], rows[:, start + 1 : stop + 1]
+        device = job.platform.device
+        found.append(Batch(inputs.contiguous().to(device), targets.contiguous().to(device)))
+    return found
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over the largest entry of `theirs`."""
+    scale = max(theirs.abs().max().item(), 1e-30)
+    return (ours.to("cpu", torch.float64) - theirs).abs().max().item() / scale
+
+
+def main() -> None:
+    """One rank: `-m mopexec.check.verify FOLDER STEPS`; reads plan.yaml there, writes differences.json."""
+    end_with_parent(launcher())
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    failure = None
+    try:
+        with join() as job:
+            found = compare(plans.read_plan(folder / "plan.yaml"), job, steps)
+            if found is not None:
+                io.write_json(str(folder / "differences.json"), found)
+    except Exception as error:
+        failure = failures.report(folder / failures.LOGS, int(os.environ["RANK"]), error)
+    os._exit(failures.exit_code(failure))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""mopexec: train, probe, dry-run, verify. torch is imported inside the commands that need it."""
+
+from mopsim.common.command_line import quiet_interrupts, run_app
+
+quiet_interrupts("mopexec")  # before what takes long
+
+from pathlib import Path  # noqa: E402
+from typing import Annotated, Literal  # noqa: E402
+
+import typer  # noqa: E402
+
+app = typer.Typer(
+    name="mopexec",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train a plan for real, probe this machine, run one rank without hardware, verify a plan.",
+)
+
+PlanPath = Annotated[Path, typer.Option("--plan", help="a plan, as `mopsim search --plan` writes it")]
+Json = Annotated[str | None, typer.Option("--json", help="write the result as JSON ('-' = standard output)")]
+Limit = Annotated[str | None, typer.Option(help="bytes of one rank that may be used: 512MiB, 2GB")]
+
+
+@app.command()
+def train(
+    plan: PlanPath,
+    steps: Annotated[
+        int, typer.Option(min=1, max=10**9, help="optimizer steps in all, earlier ones included")
+    ],
+    out: Annotated[Path, typer.Option(help="the run's directory: new, or one to --resume")],
+    data: Annotated[
+        str, typer.Option(help="file or directory of text; 'python' = ships with Python")
+    ] = "python",
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    device_limit: Limit = None,
+    host_limit: Limit = None,
+    tracked_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, max=10**9, help="first steps whose memory is watched; 0 = all where there is a limit"
+        ),
+    ] = 0,
+    routing: Annotated[
+        Literal["learned", "profile"],
+        typer.Option(help="who chooses experts: the router, or the plan's profile"),
+    ] = "learned",
+    schedule: Annotated[
+        Literal["constant", "cosine"], typer.Option(help="learning rate after warm-up")
+    ] = "constant",
+    warmup_steps_excluded: Annotated[
+        int, typer.Option(min=0, max=10**9, help="first steps not in the measurement")
+    ] = 3,
+    checkpoint_every: Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")] = 0,
+    final_checkpoint: Annotated[bool, typer.Option(help="write one after the last step")] = True,
+    keep: Annotated[int, typer.Option(min=1, max=10**9, help="checkpoints to keep")] = 2,
+    profile_steps: Annotated[
+        int, typer.Option(min=0, max=10**9, help="extra steps timed by kind of work")
+    ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, max=10**9, help="restart failed ranks from the last checkpoint")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**62, help="of weights and data; default: the plan's")
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="where tokenised text is kept")] = None,
+    json: Json = None,
+) -> None:
+    """Train a plan on text; starts the ranks itself, or is one of them under torchrun."""
+    from mopexec.cli.train import run
+    from mopexec.run.options import TrainOptions
+    from mopsim.common.units import parse_bytes
+
+    options = TrainOptions(
+        plan=str(plan),
+        out=str(out),
+        steps=steps,
+        data=data,
+        cache=cache,
+        resume=resume,
+        device_limit=None if device_limit is None else parse_bytes(device_limit, "--device-limit"),
+        host_limit=None if host_limit is None else parse_bytes(host_limit, "--host-limit"),
+        tracked_steps=tracked_steps,
+        routing=routing,
+        schedule=schedule,
+        warmup=warmup_steps_excluded,
+        checkpoint_every=checkpoint_every,
+        final_checkpoint=final_checkpoint,
+        keep=keep,
+        profile_steps=profile_steps,
+        seed=seed,
+        console="stderr" if json == "-" else "stdout",
+    )
+    raise typer.Exit(run(options, json, max_restarts))
+
+
+@app.command()
+def probe(
+    out: Annotated[Path, typer.Option(help="the hardware profile to write")],
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="devices; default: all cores or GPUs")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0.01, max=1000, help="scales the time spent measuring")] = 1.0,
+    json: Json = None,
+) -> None:
+    """Measure this machine into a hardware profile."""
+    from mopexec.cli.probe import run
+
+    run(out, ranks, budget, json)
+
+
+@app.command("dry-run")
+def dry_run(
+    plan: PlanPath,
+    rank: Annotated[int, typer.Option(min=0, max=10**9, help="the rank to be")] = 0,
+    device_limit: Limit = None,
+    host_limit: Limit = None,
+    json: Json = None,
+) -> None:
+    """One rank's memory by category at the plan's full scale, without the hardware."""
+    from mopexec.cli.dry_run import run
+
+    run(plan, rank, device_limit, host_limit, json)
+
+
+@app.command()
+def verify(
+    plan: PlanPath,
+    steps: Annotated[int, typer.Option(min=1, max=10**9, help="optimizer steps to compare")] = 2,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="at most; default: what shows every mechanism")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """The plan's parallel step against the single-device step, scaled down to this machine."""
+    from mopexec.cli.verify import run
+
+    raise typer.Exit(run(plan, steps, ranks, json))
+
+
+@app.command()
+def reach(
+    plan: Annotated[list[Path], typer.Option("--plan", help="a plan; give several to compare")],
+    device_limit: Annotated[str, typer.Option(help="bytes of one rank that may be used: 512MiB, 2GB")],
+    host_limit: Annotated[str, typer.Option(help="bytes of one rank that may be used: 512MiB, 2GB")],
+    out: Annotated[Path, typer.Option(help="the directory for reach.md and reach.json")],
+    quantum: Annotated[str, typer.Option(help="lengths are multiples of this many tokens")] = "256",
+    data: Annotated[
+        str, typer.Option(help="text for the real steps; 'python' = ships with Python")
+    ] = "python",
+    confirm: Annotated[bool, typer.Option(help="run real steps at the longest and the next length")] = True,
+    json: Json = None,
+) -> None:
+    """How long a context each plan trains under enforced limits: by dry run, then by real steps."""
+    from mopexec.cli.reach import run
+
+    run(plan, device_limit, host_limit, quantum, data, confirm, out, json)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    run_app(app, "mopexec", arguments)

@@ -1,0 +1,65 @@
+"""`mopexec reach`: the longest context of each plan under enforced limits."""
+
+import platform
+import sys
+from pathlib import Path
+
+from mopexec.run import plans
+from mopsim.common.io import write_json
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import format_bytes, parse_bytes, parse_count
+
+
+def run(
+    paths: list[Path],
+    device_limit: str,
+    host_limit: str,
+    quantum: str,
+    data: str,
+    confirm: bool,
+    out: Path,
+    json: str | None,
+) -> None:
+    """Bisect every plan by dry run, confirm by real steps, write `out`/reach.md and reach.json."""
+    check_outputs({"--json": json}, {"--out": out})
+    chosen = [plans.read_plan(path) for path in paths]
+    for plan in chosen:
+        plans.check_supported(plan)
+    limits_text = (parse_bytes(device_limit, "--device-limit"), parse_bytes(host_limit, "--host-limit"))
+    step = parse_count(quantum, "--quantum")
+    import torch
+    from rich.console import Console
+
+    from mopexec.check.reach import Limits, reach, train_one_step, write_reaches
+
+    limits = Limits(*limits_text)
+    console = Console(stderr=json == "-")
+    found = []
+    for plan in chosen:
+        with console.status(f"{plan.strategy.name} on {plan.strategy.world_size} ranks"):
+            found.append(reach(plan, limits, step, train_one_step(data) if confirm else None))
+        result = found[-1]
+        console.print(
+            f"{result.strategy} on {result.world_size} ranks: {result.longest:,} tokens fit "
+            f"({format_bytes(result.peak_memory)}), {result.first_failing:,} do not: {result.stopped_by}",
+            highlight=False,
+        )
+    environment = {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "processor": _processor(),
+    }
+    command = " ".join(["mopexec", *sys.argv[1:]])
+    payload = write_reaches(out, found, limits, command, environment)
+    if json is not None:
+        write_json(json, payload)
+    console.print(f"wrote {out / 'reach.md'}", highlight=False)
+
+
+def _processor() -> str:
+    """The card's or the CPU's name."""
+    import torch
+
+    from mopexec.measure.probe_machine import cpu_model
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_model()

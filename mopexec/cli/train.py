@@ -1,0 +1,173 @@
+"""`mopexec train`: hold the plan, the text and the directory against the rules, then start the ranks."""
+
+import os
+import shutil
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mopexec.run import data, failures, plans
+from mopexec.run.environment import rank_of_environment, under_torchrun
+from mopexec.run.lock import run_lock
+from mopexec.run.options import TrainOptions
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import format_bytes, format_seconds
+from mopsim.spec.plan import Plan
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run in `out` left: its reports by path, bytes of its steps."""
+
+    out: Path
+    reports: dict[Path, str]
+    steps: int
+
+    def put_back(self) -> None:
+        """Where the new run failed before it made a step."""
+        if _steps_size(self.out) == self.steps and not (self.out / "summary.json").is_file():
+            for path, text in self.reports.items():
+                io.write_text(path, text)
+
+
+def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
+    """The whole command; returns the exit code: 0, 1 a rank failed, 2 (raised) a mistake, 128 + n for signal
+    n.
+    """
+    cache = data.cache_directory(options.cache)
+    check_outputs({"--json": json}, {"--out": options.out, "--cache": cache})
+    plan = plans.read_plan(Path(options.plan))
+    plans.check_supported(plan)
+    if under_torchrun():
+        return _as_rank(options, plan, json)
+    plans.check_run_directory(Path(options.out), resume=options.resume)
+    tokens = data.prepare(options.data, plan.model.vocab_size, cache)
+    options = msgspec.structs.replace(options, tokens=str(tokens))
+    _check_with_torch(options, plan)
+    with run_lock(Path(options.out)):
+        earlier = _prepare_directory(options)
+
+        from mopexec.run.launch import RankError, launch
+
+        try:
+            stopped_by = launch(options, plan.strategy.world_size, max_restarts=max_restarts)
+        except RankError as error:
+            earlier.put_back()
+            print(f"mopexec: {error}", file=sys.stderr)
+            return 1
+        except MopError:
+            earlier.put_back()
+            raise
+        return _conclude(options, stopped_by, json)
+
+
+def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
+    """One rank of the user's own torchrun: the first one prepares the directory, all then train."""
+    from mopexec.run.worker import run_rank
+
+    first = rank_of_environment() == 0
+    if first:
+        plans.check_run_directory(Path(options.out), resume=options.resume)
+        _check_same_run(options, plan)
+    with run_lock(Path(options.out)) if first else nullcontext():
+        earlier = _prepare_directory(options) if first else None
+        failure = run_rank(options)
+        if failure is not None:
+            if earlier is not None:
+                earlier.put_back()
+            print(f"mopexec: {failures.one_line(failure)}", file=sys.stderr)
+            return failures.exit_code(failure)
+        return _conclude(options, "", json) if first else 0
+
+
+def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
+    """The refusals that need torch: devices of this machine, text too short, a checkpoint of another run."""
+    import torch
+
+    from mopexec.run import checkpoint
+
+    plans.check_devices(plan, torch.cuda.device_count())
+    if not torch.cuda.is_available():
+        plans.check_memory(plan, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    seed = plan.training.seed if options.seed is None else options.seed
+    dataset = data.TokenDataset(Path(options.tokens), plan.training.seq_len, seed)
+    if options.resume:
+        wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
+        checkpoint.check_resumable(checkpoint.find(Path(options.out)), wanted, options.steps)
+
+
+def _check_same_run(options: TrainOptions, plan: Plan) -> None:
+    """Refuse to go on as another run, before anything of this one is replaced; ranks hold the text against
+    it. Raises MopError."""
+    from mopexec.run import checkpoint
+
+    if options.resume:
+        last = checkpoint.find(Path(options.out))
+        seed = plan.training.seed if options.seed is None else options.seed
+        wanted = checkpoint.run_state(plan, 0, seed, checkpoint.read_state(last).text_digest)
+        checkpoint.check_resumable(last, wanted, options.steps)
+
+
+def _prepare_directory(options: TrainOptions) -> Earlier:
+    """The plan in, the reports of an earlier run out; returns what they were."""
+    out = Path(options.out)
+    reports = [out / name for name in ("plan.yaml", "summary.json", "measurement.yaml")]
+    earlier = Earlier(out, {path: io.read_text(path) for path in reports if path.is_file()}, _steps_size(out))
+    io.write_text(out / "plan.yaml", io.read_text(Path(options.plan)))
+    for path in reports[1:]:
+        path.unlink(missing_ok=True)
+    for old in (out / "checkpoints").glob(".writing_*"):
+        shutil.rmtree(old, ignore_errors=True)
+    return earlier
+
+
+def _steps_size(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
+    """Say how it ended, from what the first rank wrote."""
+    from mopexec.run.launch import signal_code
+
+    summary = Path(options.out) / "summary.json"
+    if not summary.is_file():
+        from mopexec.run import checkpoint
+
+        name, last = stopped_by or "an unknown cause", checkpoint.latest(Path(options.out) / "checkpoints")
+        rest = f" since the last, {last}; go on with --resume" if last else ""
+        print(f"mopexec: stopped by {name} before a checkpoint was done{rest}", file=sys.stderr)
+        return signal_code(stopped_by)
+    outcome: dict[str, Any] = msgspec.json.decode(summary.read_bytes())
+    if json is not None:
+        io.write_json(json, outcome)
+    stopped_by = outcome["stopped_by"]
+    if stopped_by:
+        print(
+            f"mopexec: stopped by {stopped_by} after step {outcome['steps_done']}; "
+            f"checkpoint {outcome['checkpoint']}; go on with --resume",
+            file=sys.stderr,
+        )
+        return signal_code(stopped_by)
+    print(_summary(outcome), file=sys.stderr if json == "-" else sys.stdout)
+    return 0
+
+
+def _summary(outcome: dict[str, Any]) -> str:
+    predicted = outcome["predicted_step_time_s"]
+    seen = outcome["memory_step"]
+    until = f", watched to step {seen}" if seen < outcome["steps_done"] else ""
+    against = f" (predicted {format_seconds(predicted)})" if predicted else ""
+    return (
+        f"{outcome['steps_done']} steps: loss {outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}, "
+        f"{format_seconds(outcome['step_time_s'])} a step{against}, "
+        f"{outcome['tokens_per_s']:,.0f} tokens/s over all ranks, "
+        f"peak memory {format_bytes(outcome['peak_memory_bytes'])} device, "
+        f"{format_bytes(outcome['host_memory_bytes'])} host{until}; in {outcome['run']}"
+    )

@@ -1,1 +1,0 @@
-"""What each command of mopexec does, imported when it is called."""

@@ -1,0 +1,157 @@
+"""The attention half of a layer: x1 = x + o_proj(attention(norm(x))), with its own recompute and backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.flat.sequence import SequenceExchange, project_backward
+from mopexec.measure.tracker import component, phase
+from mopexec.model.attention_core import causal_backward, causal_forward
+from mopexec.model.rope import rope_tables, rotate_
+from mopsim.spec.model import ModelSpec
+
+Weights = dict[str, Tensor]
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Any, ...]]
+
+
+class AttentionBlock:
+    """Attention of every layer for one microbatch shape; rotary tables are made once and stay."""
+
+    def __init__(
+        self, spec: ModelSpec, exchange: SequenceExchange, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.spec, self.exchange = spec, exchange
+        start = exchange.group.place * exchange.seq
+        self.cos, self.sin = rope_tables(
+            start, start + exchange.seq, spec.head_dim, spec.rope_theta, dtype, device
+        )
+        self._rows = row_slices(exchange.seq)
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        """x [N, H] to a new x1 [N, H]."""
+        with component("attention"):
+            return self._output(x, self._core(x, weights)[3], weights)
+
+    def recompute(self, x: Tensor, weights: Weights) -> tuple[Tensor, Saved]:
+        """(x1, what `backward` needs: q, k, v and the output of this rank's heads over all positions)."""
+        with component("attention"), phase("recompute"):
+            saved = self._core(x, weights)
+            return self._output(x, saved[3], weights), saved
+
+    def backward(self, grad: Tensor, x: Tensor, saved: list[Saved], weights: Weights, grads: Weights) -> None:
+        """grad [N, H] of x1 becomes that of x, in place; grads += the weights'. Empties `saved` to free it
+        early.
+        """
+        with component("attention"), phase("backward"):
+            dq, dk, dv = self._core_backward(grad, saved.pop(), weights, grads)
+            hidden = rms_norm(x, weights["attention_norm.weight"], self.spec.rms_norm_eps)
+            grad_hidden = self._projection_backward("q", dq, hidden, weights, grads, None)
+            del dq
+            grad_hidden = self._projection_backward("k", dk, hidden, weights, grads, grad_hidden)
+            del dk
+            merged = self.exchange.merge(dv, self.spec.num_key_value_heads)
+            del dv
+            grad_hidden = project_backward(
+                merged,
+                hidden,
+                weights["attention.v_proj.weight"],
+                grads["attention.v_proj.weight"],
+                grad_hidden,
+            )
+            del merged, hidden
+            rms_norm_backward_(
+                grad, x, grad_hidden, weights["attention_norm.weight"], grads["attention_norm.weight"],
+                self.spec.rms_norm_eps,
+            )  # fmt: skip
+
+    def _core(self, x: Tensor, weights: Weights) -> Saved:
+        """q, k, v and output, each [B, S, heads of this rank, d], and what flash attention saves."""
+        exchange, size = self.exchange, self.spec.head_dim
+        hidden = rms_norm(x, weights["attention_norm.weight"], self.spec.rms_norm_eps)
+        packed = [self._project(name, hidden, weights) for name in "qkv"]
+        del hidden
+        received = []
+        while packed:
+            received.append(exchange.to_heads(packed.pop(0)).unflatten(-1, (-1, size)))  # type: ignore[no-untyped-call]
+        q, k, v = received
+        out, sums = causal_forward(q, k, v)
+        return q, k, v, out, sums
+
+    def _project(self, name: str, hidden: Tensor, weights: Weights) -> Tensor:
+        """A projection in the send layout, normed per head and rotated in place where it is q or k."""
+        heads = self.spec.num_attention_heads if name == "q" else self.spec.num_key_value_heads
+        packed = self.exchange.project(hidden, weights[f"attention.{name}_proj.weight"], heads)
+        if name == "v":
+            return packed
+        if self.spec.qk_norm == "head":
+            for block in packed:
+                rows = self._by_head(block)
+                for start, stop in row_slices(rows.shape[0]):
+                    part = rows[start:stop]
+                    part.copy_(
+                        rms_norm(part, weights[f"attention.{name}_norm.weight"], self.spec.rms_norm_eps)
+                    )
+        rotate_(self._by_position(packed), self.cos, self.sin, self._rows)
+        return packed
+
+    def _output(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
+        """x + o_proj of the heads' outputs, back at this rank's positions."""
+        merged = self._local_output(out)
+        return torch.addmm(x, merged, weights["attention.o_proj.weight"].t())
+
+    def _local_output(self, out: Tensor) -> Tensor:
+        """[B, S, heads of this rank, d] to all heads of this rank's positions, [N, heads * d]."""
+        return self.exchange.merge(self.exchange.to_positions(out.flatten(2)), self.spec.num_attention_heads)
+
+    def _core_backward(
+        self, grad: Tensor, saved: Saved, weights: Weights, grads: Weights
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the projections q, k, v in the layout [D, N, w], before rotation and head norm."""
+        q, k, v, out, sums = saved
+        del saved
+        merged = self._local_output(out)
+        add_matmul(grads["attention.o_proj.weight"], grad.t(), merged)
+        del merged
+        packed = self.exchange.project_back(grad, weights["attention.o_proj.weight"])
+        grad_out = self.exchange.to_heads(packed).view(q.shape)
+        del packed
+        found = list(causal_backward(grad_out, q, k, v, out, sums))
+        del grad_out, q, k, v, out, sums
+        result = []
+        while found:
+            result.append(self.exchange.to_positions(found.pop(0).flatten(2)))
+        for packed in result[:2]:
+            rotate_(self._by_position(packed), self.cos, self.sin, self._rows, inverse=True)
+        return result[0], result[1], result[2]
+
+    def _projection_backward(
+        self,
+        name: str,
+        packed: Tensor,
+        hidden: Tensor,
+        weights: Weights,
+        grads: Weights,
+        grad_hidden: Tensor | None,
+    ) -> Tensor:
+        """Backward of the q or k projection and its head norm; returns the gradient of the normed input."""
+        heads = self.spec.num_attention_heads if name == "q" else self.spec.num_key_value_heads
+        merged = self.exchange.merge(packed, heads)
+        weight = weights[f"attention.{name}_proj.weight"]
+        if self.spec.qk_norm == "head":
+            for start, stop in row_slices(merged.shape[0]):
+                before = self._by_head(hidden[start:stop] @ weight.t())
+                part = self._by_head(merged[start:stop])
+                rms_norm_backward_(
+                    part, before, part, weights[f"attention.{name}_norm.weight"],
+                    grads[f"attention.{name}_norm.weight"], self.spec.rms_norm_eps, add=False,
+                )  # fmt: skip
+        return project_backward(merged, hidden, weight, grads[f"attention.{name}_proj.weight"], grad_hidden)
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        return rows.view(rows.shape[0], -1, self.spec.head_dim)
+
+    def _by_position(self, packed: Tensor) -> Tensor:
+        """[D, N, w] as [D, B, s, heads, d]."""
+        return packed.view(packed.shape[0], self.exchange.batch, self.exchange.seq, -1, self.spec.head_dim)

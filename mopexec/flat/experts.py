@@ -1,0 +1,286 @@
+"""The MoE half of a layer: strided chunks through a pipeline dispatch(i+1) | experts(i) | combine(i-1), and
+its backward.
+
+x2 = x1 + sum over routes of weight * expert(norm(x1)) + shared experts(norm(x1)). The weight travels with the
+token and is applied at the expert, so combining is a sum. The backward sends inputs and output gradients
+again, chunk by chunk, and recomputes gate and up only: the output of an expert is not needed, since <dy, a W>
+= <dy W^T, a>.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mopexec.flat.dispatch import Arrival, ChunkExchange
+from mopexec.flat.ffn import add_swiglu_, slice_rows, swiglu_backward
+from mopexec.flat.routes import RoutePlanner, Routes, router_backward
+from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.measure.tracker import category, component, phase
+from mopexec.model.routing import wide
+from mopexec.model.swiglu import swiglu_activation, swiglu_activation_backward
+from mopsim.spec.model import ModelSpec
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class _Chunk:
+    """A chunk on its way to the experts. inverse: place of each (token, slot) among the sorted routes."""
+
+    index: int
+    exchange: ChunkExchange
+    inverse: Tensor
+    route_weights: Arrival
+    rows: list[Arrival]
+
+
+@dataclass
+class _Work:
+    """A chunk at the experts. rows: inputs [R, H], and in the backward output gradients; lists, to free them
+    early.
+    """
+
+    index: int
+    exchange: ChunkExchange
+    inverse: Tensor
+    route_weights: Tensor
+    rows: list[Tensor]
+
+
+@dataclass
+class _Return:
+    """A chunk's results on their way home: token rows, and in the backward the gradients of the route
+    weights.
+    """
+
+    index: int
+    inverse: Tensor
+    rows: Arrival
+    grad_weights: Arrival | None = None
+
+
+class MoEBlock:
+    """Experts of every MoE layer for one microbatch shape. shared_tokens: tokens per slice of the shared
+    experts.
+    """
+
+    def __init__(self, spec: ModelSpec, planner: RoutePlanner, shared_tokens: int) -> None:
+        self.spec, self.planner, self.shared_tokens = spec, planner, shared_tokens
+        self.num_chunks = planner.num_chunks
+
+    def forward_(self, x: Tensor, routes: Routes, weights: Weights, experts: Weights) -> None:
+        """x1 [N, H] becomes x2 in place; weights of the layer's dense unit, experts of its expert unit."""
+        returning: list[_Return] = []
+        coming = [self._dispatch(0, x, routes, weights, None)]
+        for index in range(self.num_chunks):
+            self._add_shared(index, x, weights)
+            work = self._receive(coming.pop())
+            if index + 1 < self.num_chunks:
+                coming.append(self._dispatch(index + 1, x, routes, weights, None))
+            with component("experts"):
+                experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, experts)
+            if returning:
+                self._combine(returning.pop(), x)
+            returning.append(self._send_back(work, None))
+            del work
+        self._combine(returning.pop(), x)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, experts: Weights, grads: Weights,
+        expert_grads: Weights,
+    ) -> None:  # fmt: skip
+        """grad [N, H] of x2 becomes that of x1 in place; x is x1; grads and expert_grads += the weights'."""
+        returning: list[_Return] = []
+        with phase("backward"):
+            coming = [self._dispatch(0, x, routes, weights, grad)]
+            for index in range(self.num_chunks):
+                self._shared_backward(index, grad, x, weights, grads)
+                work = self._receive(coming.pop())
+                if index + 1 < self.num_chunks:
+                    coming.append(self._dispatch(index + 1, x, routes, weights, grad))
+                with component("experts"):
+                    grad_weights = experts_backward_(
+                        work.rows[1],
+                        work.rows[0],
+                        work.route_weights,
+                        work.exchange.counts,
+                        experts,
+                        expert_grads,
+                    )
+                del work.rows[0]
+                if returning:
+                    self._combine_backward(returning.pop(), grad, x, routes, weights, grads)
+                returning.append(self._send_back(work, grad_weights))
+                del work, grad_weights
+            self._combine_backward(returning.pop(), grad, x, routes, weights, grads)
+
+    def _rows(self, x: Tensor, index: int) -> Tensor:
+        """The tokens of strided chunk `index`: a view [c, H]."""
+        return x[index :: self.num_chunks]
+
+    def _hidden(self, x: Tensor, index: int, weights: Weights) -> Tensor:
+        return rms_norm(self._rows(x, index), weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+
+    def _dispatch(
+        self, index: int, x: Tensor, routes: Routes, weights: Weights, grad: Tensor | None
+    ) -> _Chunk:
+        """Send a chunk's tokens and route weights (and, in the backward, output gradients) to the experts."""
+        with component("router"), category("dispatch"):
+            chosen = routes.experts[index :: self.num_chunks]
+            order = chosen.flatten().long().argsort(stable=True)
+            token = order // self.spec.num_experts_per_tok
+            exchange = ChunkExchange(self.planner.group, routes.send[index], routes.receive[index], x.device)
+            with category("activations"):
+                hidden = self._hidden(x, index, weights)
+            route_weights = self.planner.weights(hidden, chosen, weights).flatten().index_select(0, order)
+        with component("experts"), category("dispatch"):
+            sent_weights = exchange.start(route_weights)
+            del route_weights
+            rows = [exchange.start(hidden.index_select(0, token))]
+            del hidden
+            if grad is not None:
+                rows.append(exchange.start(self._rows(grad, index).index_select(0, token)))
+            return _Chunk(index, exchange, order.argsort(), sent_weights, rows)
+
+    def _receive(self, chunk: _Chunk) -> _Work:
+        """Wait for a chunk at the experts; what was sent is freed."""
+        with component("experts"), category("dispatch"):
+            route_weights = chunk.route_weights.take()
+            rows = [arrival.take() for arrival in chunk.rows]
+            return _Work(chunk.index, chunk.exchange, chunk.inverse, route_weights, rows)
+
+    def _send_back(self, work: _Work, grad_weights: Tensor | None) -> _Return:
+        """Send a chunk's only remaining rows home; empties `work.rows`."""
+        with component("experts"), category("dispatch"):
+            back = None if grad_weights is None else work.exchange.start_back([grad_weights])
+            return _Return(work.index, work.inverse, work.exchange.start_back(work.rows), back)
+
+    def _combine(self, returned: _Return, x: Tensor) -> None:
+        """x1 += the sum of each token's routes, for the tokens of the chunk."""
+        with component("experts"), category("dispatch"):
+            rows, target = returned.rows.take(), self._rows(x, returned.index)
+            for start, stop in row_slices(target.shape[0]):
+                target[start:stop].add_(self._sum_routes(rows, returned.inverse, start, stop))
+
+    def _combine_backward(
+        self, returned: _Return, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, grads: Weights
+    ) -> None:
+        """Gradients of a chunk's tokens from their routes and from the router, through the norm,
+        into grad.
+        """
+        with component("experts"), category("dispatch"):
+            rows = returned.rows.take()
+            assert returned.grad_weights is not None
+            grad_weights = returned.grad_weights.take().index_select(0, returned.inverse)
+            grad_weights = grad_weights.view(-1, self.spec.num_experts_per_tok)
+            tokens, target = self._rows(x, returned.index), self._rows(grad, returned.index)
+            chosen = routes.experts[returned.index :: self.num_chunks]
+        for start, stop in row_slices(target.shape[0]):
+            with component("experts"), category("dispatch"):
+                grad_hidden = self._sum_routes(rows, returned.inverse, start, stop)
+            with component("router"):
+                hidden = rms_norm(tokens[start:stop], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                grad_hidden.add_(
+                    router_backward(
+                        grad_weights[start:stop], hidden, chosen[start:stop], weights, grads, self.spec
+                    )
+                )
+                del hidden
+                self._norm_backward(target[start:stop], tokens[start:stop], grad_hidden, weights, grads)
+
+    def _sum_routes(self, rows: Tensor, inverse: Tensor, start: int, stop: int) -> Tensor:
+        """Sum over the routes of tokens [start, stop): [stop - start, H]. Deterministic, unlike a scatter."""
+        top_k = self.spec.num_experts_per_tok
+        gathered = rows.index_select(0, inverse[start * top_k : stop * top_k])
+        return gathered.view(stop - start, top_k, -1).sum(1)
+
+    def _add_shared(self, index: int, x: Tensor, weights: Weights) -> None:
+        """x1 += shared experts, for the tokens of the chunk (they have been sent already)."""
+        if not self.spec.shared_expert_intermediate_size:
+            return
+        with component("shared_experts"):
+            for rows in slice_rows(self._rows(x, index), self.shared_tokens):
+                hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                add_swiglu_(rows, hidden, weights, "moe.shared")
+                del hidden
+
+    def _shared_backward(self, index: int, grad: Tensor, x: Tensor, weights: Weights, grads: Weights) -> None:
+        if not self.spec.shared_expert_intermediate_size:
+            return
+        tokens = slice_rows(self._rows(x, index), self.shared_tokens)
+        with component("shared_experts"):
+            for rows, target in zip(
+                tokens, slice_rows(self._rows(grad, index), self.shared_tokens), strict=True
+            ):
+                hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                grad_hidden = swiglu_backward(target, hidden, weights, grads, "moe.shared")
+                del hidden
+                self._norm_backward(target, rows, grad_hidden, weights, grads)
+                del grad_hidden
+
+    def _norm_backward(
+        self, target: Tensor, x: Tensor, grad: Tensor, weights: Weights, grads: Weights
+    ) -> None:
+        rms_norm_backward_(
+            target, x, grad, weights["ffn_norm.weight"], grads["ffn_norm.weight"], self.spec.rms_norm_eps
+        )
+
+
+def experts_forward_(rows: Tensor, route_weights: Tensor, counts: list[int], experts: Weights) -> None:
+    """Rows [R, H] sorted by expert become weight * expert(row), in place. Temporaries: 2 I rows of one
+    expert.
+    """
+    gates, ups, downs = (experts[f"moe.experts.{name}_proj"].unbind(0) for name in ("gate", "up", "down"))
+    start = 0
+    for count, gate, up, down in zip(counts, gates, ups, downs, strict=True):
+        if count:
+            part = rows[start : start + count]
+            inner = swiglu_activation(part @ gate, part @ up).mul_(route_weights[start : start + count, None])
+            torch.mm(inner, down, out=part)
+            del inner
+        start += count
+
+
+def experts_backward_(
+    rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], experts: Weights, grads: Weights
+) -> Tensor:
+    """Rows [R, H], gradients of weight * expert(input), become gradients of the inputs in place; grads += the
+    weights'.
+
+    Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 5 I rows of one expert.
+    """
+    grad_weights = torch.empty(rows.shape[0], dtype=wide(rows.dtype), device=rows.device)
+    names = [f"moe.experts.{name}_proj" for name in ("gate", "up", "down")]
+    parameters = [tensors[name].unbind(0) for tensors in (experts, grads) for name in names]
+    start = 0
+    for count, gate, up, down, *own in zip(counts, *parameters, strict=True):
+        if count:
+            stop = start + count
+            _one_expert_backward(
+                rows[start:stop], inputs[start:stop], route_weights[start:stop, None],
+                grad_weights[start:stop], (gate, up, down), own,
+            )  # fmt: skip
+        start += count
+    return grad_weights
+
+
+def _one_expert_backward(
+    rows: Tensor, inputs: Tensor, route_weights: Tensor, grad_weights: Tensor, weights: tuple[Tensor, ...],
+    grads: list[Tensor],
+) -> None:  # fmt: skip
+    """`experts_backward_` for the rows of one expert."""
+    gate_weight, up_weight, down_weight = weights
+    gate, up = inputs @ gate_weight, inputs @ up_weight
+    silu = F.silu(gate)
+    inner = silu * up
+    grad_inner = rows @ down_weight.t()
+    grad_weights.copy_((inner * grad_inner).sum(-1, dtype=grad_weights.dtype))
+    add_matmul(grads[2], inner.mul_(route_weights).t(), rows)
+    del inner
+    grad_gate, grad_up = swiglu_activation_backward(grad_inner.mul_(route_weights), gate, up, silu)
+    add_matmul(grads[0], inputs.t(), grad_gate)
+    add_matmul(grads[1], inputs.t(), grad_up)
+    torch.mm(grad_gate, gate_weight.t(), out=rows)
+    rows.addmm_(grad_up, up_weight.t())

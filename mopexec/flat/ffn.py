@@ -1,0 +1,75 @@
+"""Dense SwiGLU and shared experts over token slices, each slice recomputed in its own backward."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_
+from mopexec.measure.tracker import component, phase
+from mopexec.model.swiglu import swiglu_activation, swiglu_activation_backward
+from mopsim.spec import layout
+
+Weights = dict[str, Tensor]
+
+
+class DenseBlock:
+    """The FFN half of a dense layer: x2 = x1 + ffn(norm(x1)), `chunk_tokens` tokens at a time (0 = all)."""
+
+    def __init__(self, chunk_tokens: int, eps: float) -> None:
+        self.chunk_tokens, self.eps = chunk_tokens, eps
+
+    def forward_(self, x: Tensor, weights: Weights) -> None:
+        """x1 [N, H] becomes x2 in place."""
+        with component("dense_ffn"):
+            for start, stop in layout.token_slices(x.shape[0], self.chunk_tokens):
+                hidden = rms_norm(x[start:stop], weights["ffn_norm.weight"], self.eps)
+                add_swiglu_(x[start:stop], hidden, weights, "ffn")
+                del hidden
+
+    def backward(self, grad: Tensor, x: Tensor, weights: Weights, grads: Weights) -> None:
+        """grad [N, H] of x2 becomes that of x1 in place; x is x1; grads += the weights'."""
+        with component("dense_ffn"), phase("backward"):
+            for start, stop in layout.token_slices(x.shape[0], self.chunk_tokens):
+                hidden = rms_norm(x[start:stop], weights["ffn_norm.weight"], self.eps)
+                grad_hidden = swiglu_backward(grad[start:stop], hidden, weights, grads, "ffn")
+                del hidden
+                rms_norm_backward_(
+                    grad[start:stop], x[start:stop], grad_hidden, weights["ffn_norm.weight"],
+                    grads["ffn_norm.weight"], self.eps,
+                )  # fmt: skip
+                del grad_hidden
+
+
+def add_swiglu_(target: Tensor, hidden: Tensor, weights: Weights, prefix: str) -> None:
+    """target [n, H] += SwiGLU of hidden [n, H]. Temporaries: 2 n I."""
+    gate = hidden @ weights[f"{prefix}.gate_proj.weight"].t()
+    up = hidden @ weights[f"{prefix}.up_proj.weight"].t()
+    inner = swiglu_activation(gate, up)
+    del up
+    target.addmm_(inner, weights[f"{prefix}.down_proj.weight"].t())
+
+
+def swiglu_backward(grad: Tensor, hidden: Tensor, weights: Weights, grads: Weights, prefix: str) -> Tensor:
+    """Gradient of hidden [n, H] from that of the output, recomputing the inner products; grads += the
+    weights'.
+
+    Temporaries: 5 n I, then 4 n I and the result.
+    """
+    gate = hidden @ weights[f"{prefix}.gate_proj.weight"].t()
+    up = hidden @ weights[f"{prefix}.up_proj.weight"].t()
+    silu = F.silu(gate)
+    inner = silu * up
+    add_matmul(grads[f"{prefix}.down_proj.weight"], grad.t(), inner)
+    del inner
+    grad_inner = grad @ weights[f"{prefix}.down_proj.weight"]
+    grad_gate, grad_up = swiglu_activation_backward(grad_inner, gate, up, silu)
+    del gate, up, silu, grad_inner
+    add_matmul(grads[f"{prefix}.gate_proj.weight"], grad_gate.t(), hidden)
+    add_matmul(grads[f"{prefix}.up_proj.weight"], grad_up.t(), hidden)
+    return (grad_gate @ weights[f"{prefix}.gate_proj.weight"]).addmm_(
+        grad_up, weights[f"{prefix}.up_proj.weight"]
+    )
+
+
+def slice_rows(x: Tensor, chunk_tokens: int) -> list[Tensor]:
+    """x [n, H] (any strides) as views of at most `chunk_tokens` rows."""
+    return [x[start:stop] for start, stop in layout.token_slices(x.shape[0], chunk_tokens)]

@@ -1,0 +1,211 @@
+"""The flat_units runtime: one rank's training step as an explicit schedule, without an autograd graph.
+
+DESIGN.md, "The schedule of flat_units", is this file in words; the simulator lowers the same schedule.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Mesh
+from mopexec.distributed.tiers import Platform
+from mopexec.flat.boundaries import Boundaries
+from mopexec.flat.layer import LayerSchedule
+from mopexec.flat.optimizer import FlatAdamW
+from mopexec.flat.rows import rms_norm, rms_norm_backward_, row_slices
+from mopexec.flat.units import Unit
+from mopexec.flat.vocabulary import Ring, local_loss
+from mopexec.measure.tracker import category, component, phase
+from mopexec.model.routing import balance_step, largest_share
+from mopexec.run import assemble, shards
+from mopexec.run.runner import Batch, StepResult
+from mopsim.spec.plan import Plan
+
+
+@dataclass
+class FlatModel:
+    """One rank's units and schedules. balance_bias and load [MoE layers, E] float32."""
+
+    embedding: Unit
+    layers: list[LayerSchedule]
+    final: Unit
+    head: Unit
+    boundaries: Boundaries
+    ring: Ring | None
+    balance_bias: Tensor
+    load: Tensor
+    units: list[Unit] = field(init=False)
+
+    def __post_init__(self) -> None:
+        inner = [unit for layer in self.layers for unit in layer.units]
+        self.units = [self.embedding, *inner, self.final, self.head]
+
+
+class FlatRunner:
+    """Runner of the flat_units runtime."""
+
+    def __init__(
+        self, plan: Plan, mesh: Mesh, platform: Platform, model: FlatModel, *, learned: bool
+    ) -> None:
+        self.plan, self.mesh, self.platform, self.model, self.learned = plan, mesh, platform, model, learned
+        strategy, training = plan.strategy, plan.training
+        self.optimizer = FlatAdamW(model.units, strategy.optimizer, strategy.precision, training, platform)
+        self.prefetch, self.loss_chunk = strategy.dense.prefetch, strategy.vocabulary.chunk_tokens
+        self.num_tokens = training.global_batch * training.seq_len
+        self._reducing: list[Unit] = []
+        self._first_moe = plan.model.num_dense_layers
+
+    @torch.no_grad()
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step; `batches` are this rank's microbatches, `training.num_microbatches` of them."""
+        for unit in self.model.units:
+            unit.grads.zero_()
+        loss = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)
+        for batch in batches:
+            loss.add_(self._microbatch(batch))
+        with component("optimizer"), phase("optimizer"):
+            norm = self._finish_gradients(loss)
+            clip = torch.ones_like(norm)
+            if self.plan.training.clip_norm > 0:
+                clip = (self.plan.training.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
+            self.optimizer.step(clip)
+            busiest = self._balance()
+        if self.platform.fake:
+            return StepResult(float("nan"), float("nan"), self.num_tokens)
+        return StepResult(loss.item() / self.num_tokens, norm.item(), self.num_tokens, busiest)
+
+    def set_lr(self, lr: float) -> None:
+        self.optimizer.learning_rate = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flat shards by unit, independent of how many ranks share them."""
+        return shards.state_dict(self.optimizer, self.model.balance_bias)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loading filled the shards in place; takes the step count."""
+        shards.load_state_dict(self.optimizer, state)
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        return assemble.full(self.model.units, [unit.params for unit in self.model.units], self.mesh)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        return assemble.full(self.model.units, [unit.grads for unit in self.model.units], self.mesh)
+
+    def _microbatch(self, batch: Batch) -> Tensor:
+        """Forward, loss, backward; returns the sum of this rank's token losses."""
+        x = self._forward(batch.tokens.flatten())
+        loss, grad = self._loss(x, batch.targets.flatten())
+        del x
+        self._backward(grad)
+        self._embedding_backward(batch.tokens.flatten(), grad)
+        return loss
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        with component("embedding"):
+            x = F.embedding(tokens, model.embedding.weights()["embedding.weight"])
+            model.embedding.release()
+        for index, layer in enumerate(model.layers):
+            for ahead in model.layers[index : index + 1 + self.prefetch]:
+                ahead.gather()
+            model.boundaries.put(index, x)
+            x = layer.forward(x, *self._router_state(index))
+        return x
+
+    def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of token losses, gradient of x [N, H]); the gradient is of the mean over the global batch."""
+        final, head, scale = self.model.final, self.model.head, 1.0 / self.num_tokens
+        eps = self.plan.model.rms_norm_eps
+        with component("vocabulary"):
+            final.gather()
+            weight, rows = final.weights()["final_norm.weight"], head.weights()["head.weight"]
+            hidden = rms_norm(x, weight, eps)
+            grad_rows = head.open_grads()["head.weight"]
+            if self.model.ring is None:
+                loss, grad = local_loss(hidden, targets, rows, grad_rows, scale, self.loss_chunk)
+            else:
+                loss, grad = self.model.ring.loss(hidden, targets, rows, grad_rows, scale)
+            del hidden, rows, grad_rows
+            with phase("backward"):
+                head.release()
+                head.reduce()
+                grad_weight = final.open_grads()["final_norm.weight"]
+                rms_norm_backward_(grad, x, grad, weight, grad_weight, eps, add=False)
+                del weight, grad_weight
+                final.release()
+                final.reduce()
+        self._reducing = [head, final]
+        return loss, grad
+
+    def _backward(self, grad: Tensor) -> None:
+        """grad [N, H] of the last layer's output becomes that of the first layer's input, in place."""
+        layers, boundaries = self.model.layers, self.model.boundaries
+        for index in reversed(range(len(layers))):
+            for ahead in layers[max(0, index - self.prefetch) : index + 1][::-1]:
+                ahead.gather()
+            x = boundaries.take(index)
+            prefetch = functools.partial(boundaries.prefetch, index - 1)
+            layers[index].backward(x, grad, self._finish_reducing, prefetch)
+            self._reducing = list(layers[index].units)
+            del x
+
+    def _embedding_backward(self, tokens: Tensor, grad: Tensor) -> None:
+        embedding = self.model.embedding
+        with component("embedding"), phase("backward"):
+            self._finish_reducing()
+            table = embedding.open_grads()["embedding.weight"]
+            for start, stop in row_slices(grad.shape[0]):
+                table.index_put_((tokens[start:stop],), grad[start:stop].to(table.dtype), accumulate=True)
+            del table
+            embedding.reduce()
+            embedding.finish_reduce()
+
+    def _finish_reducing(self) -> None:
+        """Wait for the gradients on their way, so that no more than one layer's full gradients are alive."""
+        with phase("backward"):
+            for unit in self._reducing:
+                unit.finish_reduce()
+            self._reducing = []
+
+    def _finish_gradients(self, loss: Tensor) -> Tensor:
+        """Sum gradient shards over replicas and the loss over ranks; returns the global gradient norm
+        (0-dim).
+        """
+        units, world = self.model.units, self.mesh.world
+        for unit in units:
+            unit.replicate()
+        for unit in units:
+            unit.finish_replicate()
+        square = torch.zeros_like(loss)
+        for unit in units:
+            norm = torch.linalg.vector_norm(unit.grads, dtype=square.dtype)
+            square.add_(norm.square_().div_(unit.replicas.size))
+        if world.size > 1:
+            both = torch.stack((square, loss))
+            collectives.all_reduce(both, world.handle)
+            square = both[0]
+            loss.copy_(both[1])
+        return square.sqrt_()
+
+    def _router_state(self, index: int) -> tuple[Tensor, Tensor]:
+        place = max(0, index - self._first_moe)
+        return self.model.balance_bias[place], self.model.load[place]
+
+    def _balance(self) -> float:
+        """Move the routers' biases by the load of the whole global batch; returns `StepResult.busiest`."""
+        if not self.learned or not self.plan.model.num_moe_layers:
+            return math.nan
+        with category("activations"):
+            if self.mesh.world.size > 1:
+                collectives.all_reduce(self.model.load, self.mesh.world.handle)
+            busiest = largest_share(self.model.load, self.plan.strategy.experts.degree)
+            for bias, load in zip(self.model.balance_bias, self.model.load, strict=True):
+                balance_step(bias, load, self.plan.training.bias_update_rate)
+            self.model.load.zero_()
+        return math.nan if self.platform.fake else float(busiest)

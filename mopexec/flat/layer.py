@@ -1,0 +1,81 @@
+"""One decoder layer of the flat_units schedule: its units, its forward, and its recompute and backward."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mopexec.flat.attention import AttentionBlock
+from mopexec.flat.experts import MoEBlock
+from mopexec.flat.ffn import DenseBlock
+from mopexec.flat.routes import Routes
+from mopexec.flat.units import Unit, release
+from mopexec.measure.tracker import phase
+
+
+class LayerSchedule:
+    """A layer with its units. moe: None for a dense layer. Routes are kept from forward to backward."""
+
+    def __init__(
+        self,
+        dense: Unit,
+        experts: Unit | None,
+        attention: AttentionBlock,
+        ffn: DenseBlock,
+        moe: MoEBlock | None,
+    ) -> None:
+        self.dense, self.experts, self.attention, self.ffn = dense, experts, attention, ffn
+        self.moe = moe if experts is not None else None
+        self.units = [dense] if experts is None else [dense, experts]
+        self._routes: Routes | None = None
+
+    def gather(self) -> None:
+        """Start gathering the layer's parameters."""
+        for unit in self.units:
+            unit.gather()
+
+    def forward(self, x: Tensor, balance_bias: Tensor, load: Tensor) -> Tensor:
+        """x [N, H] to a new tensor; x is left as it was. balance_bias and load [E] of this layer's router."""
+        weights = self.dense.weights()
+        out = self.attention.forward(x, weights)
+        if self.moe is None:
+            self.ffn.forward_(out, weights)
+        else:
+            assert self.experts is not None
+            self._routes = self.moe.planner.plan(out, weights, balance_bias, load)
+            self.moe.forward_(out, self._routes, weights, self.experts.weights())
+        release(self.units)
+        return out
+
+    def backward(
+        self, x: Tensor, grad: Tensor, before_grads: Callable[[], None], prefetch: Callable[[], None]
+    ) -> None:
+        """grad [N, H] of the layer's output becomes that of x in place; gradients of the units start on their
+        way.
+
+        before_grads is called between the recompute and the first gradient buffer, prefetch (of the next
+        boundary) between the FFN or experts, where memory peaks, and attention.
+        """
+        weights = self.dense.weights()
+        inner, saved = self.attention.recompute(x, weights)
+        kept = [saved]
+        del saved
+        before_grads()
+        grads = self.dense.open_grads()
+        if self.moe is None:
+            self.ffn.backward(grad, inner, weights, grads)
+        else:
+            assert self.experts is not None
+            assert self._routes is not None
+            expert_grads = self.experts.open_grads()
+            self.moe.backward(grad, inner, self._routes, weights, self.experts.weights(), grads, expert_grads)
+            self._routes = None
+            del expert_grads
+            self.experts.release()
+            self.experts.reduce()
+        del inner
+        prefetch()
+        self.attention.backward(grad, x, kept, weights, grads)
+        del grads, weights
+        with phase("backward"):
+            self.dense.release()
+            self.dense.reduce()

@@ -1,0 +1,249 @@
+"""AdamW on flat shards, bucket by bucket: state on the device, on the host, or on the host streamed through
+slots.
+
+The update is torch.optim.AdamW's (decoupled decay on all parameters), by its fused kernel, in the master
+weights' dtype or float32, whichever is wider. Buckets are slices of the shards, so `bucket_params` is a cap.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopexec.distributed.tiers import Platform
+from mopexec.flat.units import Unit
+from mopexec.measure.tracker import category, host_compute
+from mopexec.model.routing import wide
+from mopsim.spec import layout
+from mopsim.spec.strategy import Optimizer, Precision
+from mopsim.spec.training import TrainSpec
+
+
+@dataclass
+class UnitState:
+    """Flat shards [shard_numel]: master (None where the parameter shard is the master), and the moments."""
+
+    master: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """What travels between the tiers, master first."""
+        return [t for t in (self.master, self.exp_avg, self.exp_avg_sq) if t is not None]
+
+
+Slice = tuple[int, int, int]
+
+
+class FlatAdamW:
+    """Optimizer of one rank's units. `step_number` counts updates done."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        optimizer: Optimizer,
+        precision: Precision,
+        training: TrainSpec,
+        platform: Platform,
+    ) -> None:
+        self.units, self.optimizer, self.training, self.platform = list(units), optimizer, training, platform
+        self.learning_rate, self.step_number = training.learning_rate, 0
+        self.master_dtype = getattr(
+            torch, precision.param if precision.master == "param" else precision.master
+        )
+        self.moments_dtype = getattr(torch, precision.moments)
+        self.update_dtype = wide(self.master_dtype)
+        self.on_host = optimizer.state_tier == "host"
+        self.states = [self._make_state(unit, precision.master != "param") for unit in self.units]
+        self.buckets = layout.optimizer_buckets(
+            [unit.shard_numel for unit in self.units], optimizer.bucket_params
+        )
+        self._host_grads, self._host_params = self._host_staging()
+
+    def _make_state(self, unit: Unit, own_master: bool) -> UnitState:
+        def make(dtype: torch.dtype) -> Tensor:
+            if self.on_host:
+                return self.platform.host_empty((unit.shard_numel,), dtype, "optimizer").zero_()
+            with category("optimizer"):
+                return torch.zeros(unit.shard_numel, dtype=dtype, device=self.platform.device)
+
+        master = make(self.master_dtype) if own_master else None
+        return UnitState(master, make(self.moments_dtype), make(self.moments_dtype))
+
+    def _host_staging(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Two buckets of gradients and of parameters in the host tier, where the host updates."""
+        if self.optimizer.update_on == "device":
+            return [], []
+        largest = max(_numel(bucket) for bucket in self.buckets)
+        param = self.units[0].params.dtype
+        return (
+            [self.platform.host_empty((largest,), self.update_dtype, "staging") for _ in range(2)],
+            [self.platform.host_empty((largest,), param, "staging") for _ in range(2)],
+        )
+
+    def adopt_parameters(self) -> None:
+        """Master weights from the parameter shards (once, after initialisation)."""
+        for unit, state in zip(self.units, self.states, strict=True):
+            if state.master is not None:
+                self.platform.copy(state.master, unit.params)
+        self.platform.synchronize()
+
+    def step(self, clip: Tensor) -> None:
+        """Update all parameters from the units' gradient shards times `clip` (a 0-dim tensor in the update
+        dtype).
+        """
+        self.step_number += 1
+        if not self.on_host:
+            for bucket in self.buckets:
+                for piece in bucket:
+                    self._update_on_device(piece, clip)
+        elif self.optimizer.update_on == "host":
+            self._update_by_host(clip)
+        else:
+            self._stream(clip)
+
+    def _update_on_device(self, piece: Slice, clip: Tensor) -> None:
+        unit, state = self.units[piece[0]], self.states[piece[0]]
+        with category("staging"):
+            grad = self._clipped(piece, clip)
+            params = unit.params[piece[1] : piece[2]]
+            master = params if state.master is None else state.master[piece[1] : piece[2]]
+            moments = [t[piece[1] : piece[2]] for t in (state.exp_avg, state.exp_avg_sq)]
+            self._adamw(master, grad, moments)
+            if state.master is not None:
+                params.copy_(master)
+
+    def _stream(self, clip: Tensor) -> None:
+        """State through `slots` slots on the device: H2D | update and refresh of the parameters | D2H, on
+        three streams.
+
+        Staging: slots * largest bucket * (master + moments + one gradient of the bucket being updated).
+        """
+        platform, largest = self.platform, max(_numel(bucket) for bucket in self.buckets)
+        kept = [t.dtype for t in self.states[0].tensors()]
+        with category("staging"):
+            slots = [
+                [torch.empty(largest, dtype=dtype, device=platform.device) for dtype in kept]
+                for _ in range(min(self.optimizer.slots, len(self.buckets)))
+            ]
+        free: list[Any] = [platform.record() for _ in slots]
+        loaded = {0: self._load(self.buckets[0], slots[0], free[0])}
+        for index, bucket in enumerate(self.buckets):
+            place = index % len(slots)
+            following = index + 1
+            if len(slots) > 1 and following < len(self.buckets):
+                other = following % len(slots)
+                loaded[following] = self._load(self.buckets[following], slots[other], free[other])
+            platform.wait(loaded.pop(index))
+            self._update_slot(bucket, slots[place], clip)
+            free[place] = self._store(bucket, slots[place])
+            if len(slots) == 1 and following < len(self.buckets):
+                loaded[following] = self._load(self.buckets[following], slots[0], free[0])
+        for event in free:
+            platform.wait(event)
+
+    def _load(self, bucket: Sequence[Slice], slot: list[Tensor], free: Any) -> Any:
+        """Host state of a bucket into a slot, after the slot is free; returns the event of its arrival."""
+        self.platform.wait(free, "h2d")
+        for host, device in self._pairs(bucket, slot):
+            self.platform.copy(device, host, "h2d")
+        return self.platform.record("h2d")
+
+    def _store(self, bucket: Sequence[Slice], slot: list[Tensor]) -> Any:
+        """A slot back to the host; returns the event after which the slot is free."""
+        self.platform.wait(self.platform.record(), "d2h")
+        for host, device in self._pairs(bucket, slot):
+            self.platform.copy(host, device, "d2h")
+        return self.platform.record("d2h")
+
+    def _pairs(self, bucket: Sequence[Slice], slot: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(host slice, slot slice) of everything that a bucket moves."""
+        found, offset = [], 0
+        for unit, start, stop in bucket:
+            for host, device in zip(self.states[unit].tensors(), slot, strict=True):
+                found.append((host[start:stop], device[offset : offset + stop - start]))
+            offset += stop - start
+        return found
+
+    def _update_slot(self, bucket: Sequence[Slice], slot: list[Tensor], clip: Tensor) -> None:
+        offset = 0
+        for piece in bucket:
+            unit, start, stop = piece
+            here = [t[offset : offset + stop - start] for t in slot]
+            offset += stop - start
+            params = self.units[unit].params[start:stop]
+            with category("staging"):
+                grad = self._clipped(piece, clip)
+                own_master = self.states[unit].master is not None
+                master = here.pop(0) if own_master else params
+                self._adamw(master, grad, here)
+                if own_master:
+                    params.copy_(master)
+                del grad
+
+    def _update_by_host(self, clip: Tensor) -> None:
+        """Gradients down one bucket ahead, update on the host, parameters up."""
+        events = [self._send_grads(0, clip)]
+        for index, bucket in enumerate(self.buckets):
+            if index + 1 < len(self.buckets):
+                events.append(self._send_grads(index + 1, clip))
+            self.platform.wait_host(events[index])
+            place, offset = index % 2, 0
+            for unit, start, stop in bucket:
+                numel, state = stop - start, self.states[unit]
+                refreshed = self._host_params[place][offset : offset + numel]
+                with host_compute(), category("staging"):
+                    grad = self._host_grads[place][offset : offset + numel]
+                    assert state.master is not None, "refused by check_supported"
+                    master = state.master[start:stop]
+                    self._adamw(master, grad, [state.exp_avg[start:stop], state.exp_avg_sq[start:stop]])
+                    refreshed.copy_(master)
+                self.platform.copy(self.units[unit].params[start:stop], refreshed)
+                offset += numel
+            self.platform.wait_host(self.platform.record())
+
+    def _send_grads(self, index: int, clip: Tensor) -> Any:
+        offset = 0
+        for piece in self.buckets[index]:
+            with category("staging"):
+                grad = self._clipped(piece, clip)
+            numel = piece[2] - piece[1]
+            self.platform.wait(self.platform.record(), "d2h")
+            self.platform.copy(self._host_grads[index % 2][offset : offset + numel], grad, "d2h")
+            offset += numel
+        return self.platform.record("d2h")
+
+    def _clipped(self, piece: Slice, clip: Tensor) -> Tensor:
+        unit, start, stop = piece
+        return self.units[unit].grads[start:stop].to(self.update_dtype, copy=True).mul_(clip)
+
+    def _adamw(self, master: Tensor, grad: Tensor, moments: list[Tensor]) -> None:
+        """The fused update in place; tensors in another dtype are widened and written back."""
+        held = [master, *moments]
+        used = [t if t.dtype == self.update_dtype else t.to(self.update_dtype) for t in held]
+        step = torch.full((), float(self.step_number), dtype=torch.float32, device=master.device)
+        training = self.training
+        torch._fused_adamw_(
+            [used[0]],
+            [grad],
+            [used[1]],
+            [used[2]],
+            [],
+            [step],
+            lr=self.learning_rate,
+            beta1=training.beta1,
+            beta2=training.beta2,
+            weight_decay=training.weight_decay,
+            eps=training.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        for kept, value in zip(held, used, strict=True):
+            if kept is not value:
+                kept.copy_(value)
+
+
+def _numel(bucket: Sequence[Slice]) -> int:
+    return sum(stop - start for _, start, stop in bucket)

@@ -1,0 +1,230 @@
+"""Flat units: parameters of one gather, flattened into one buffer, padded, and sharded over a
+group of ranks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Group
+from mopexec.distributed.tiers import Platform
+from mopexec.measure.tracker import category
+from mopexec.model.initialize import initial_value, is_stacked
+from mopsim.spec import layout
+from mopsim.spec.strategy import Precision
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a unit holds, as a slice of a flat order that no sharding changes (so that checkpoints reshard).
+
+    names: parameters in order with their shapes; `prefix` is left out of the names of their views. stack: 0,
+    or the number of experts that this unit holds out of all, from `first` on: then shapes are one expert's
+    and the flat order is expert by expert. rows: None, or the [start, stop) rows of the unit's only parameter
+    (a vocabulary interval).
+    """
+
+    key: str
+    names: tuple[tuple[str, Shape], ...]
+    prefix: str = ""
+    stack: int = 0
+    first: int = 0
+    total_stack: int = 0
+    rows: tuple[int, int] | None = None
+
+    @property
+    def per_copy(self) -> int:
+        """Elements of one expert, or of the whole unit."""
+        return sum(math.prod(shape) for _, shape in self.names)
+
+    @property
+    def numel(self) -> int:
+        """Elements of this unit, without padding."""
+        if self.rows is not None:
+            return (self.rows[1] - self.rows[0]) * self._width
+        return self.per_copy * (self.stack or 1)
+
+    @property
+    def global_start(self) -> int:
+        """Where this unit begins in the flat order of all ranks' units of this key."""
+        return self.rows[0] * self._width if self.rows is not None else self.first * self.per_copy
+
+    @property
+    def global_numel(self) -> int:
+        """Elements of all ranks' units of this key."""
+        return self.per_copy * (self.total_stack or 1)
+
+    @property
+    def _width(self) -> int:
+        return math.prod(self.names[0][1][1:])
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parameters as views of a flat buffer of at least `numel` elements."""
+        if self.rows is not None:
+            return {self.names[0][0]: flat[: self.numel].view(-1, *self.names[0][1][1:])}
+        found: dict[str, Tensor] = {}
+        offset = 0
+        stacked = flat[: self.numel].view(self.stack or 1, self.per_copy)
+        for name, shape in self.names:
+            size = math.prod(shape)
+            part = stacked[:, offset : offset + size]
+            found[name.removeprefix(self.prefix)] = (
+                part.view(self.stack, *shape) if self.stack else part.view(shape)
+            )
+            offset += size
+        return found
+
+    def pieces(self) -> list[tuple[str, int | None, Shape, int]]:
+        """(name, index in its stack, shape, offset in the flat order) of every separately
+        initialised piece.
+        """
+        found: list[tuple[str, int | None, Shape, int]] = []
+        for copy in range(self.stack or 1):
+            offset = copy * self.per_copy
+            for name, shape in self.names:
+                index = self.first + copy if is_stacked(name) else None
+                found.append((name, index, shape, offset))
+                offset += math.prod(shape)
+        return found
+
+
+class Unit:
+    """One rank's part of a unit: resident shards of parameters and gradients, and the transient full buffers.
+
+    gather / wait / release make the full parameters come and go (`gathered`); open_grads, reduce and
+    finish_reduce those of the gradients (`gathered_grads`). With one rank to a shard nothing is copied where
+    dtypes agree.
+    """
+
+    def __init__(
+        self, contents: Contents, shard: Group, replicas: Group, precision: Precision, platform: Platform
+    ) -> None:
+        self.contents, self.shard, self.replicas, self.platform = contents, shard, replicas, platform
+        self.compute, self.reduce_dtype = _dtype(precision.compute), _dtype(precision.reduce)
+        self.shard_numel = layout.shard_numel(contents.numel, shard.size)
+        with category("params"):
+            self.params = torch.empty(self.shard_numel, dtype=_dtype(precision.param), device=platform.device)
+        with category("grads"):
+            self.grads = torch.zeros(self.shard_numel, dtype=_dtype(precision.grad), device=platform.device)
+        self._full: Tensor | None = None
+        self._pending: tuple[collectives.Waitable, Tensor] | None = None
+        self._full_grads: Tensor | None = None
+        self._reducing: tuple[collectives.Waitable, Tensor, Tensor] | None = None
+        self._replicating: collectives.Waitable | None = None
+
+    @property
+    def start(self) -> int:
+        """Place of this rank's shard in the unit's flat order."""
+        return self.shard.place * self.shard_numel
+
+    @property
+    def valid(self) -> int:
+        """Elements of the shard that are not padding."""
+        return max(0, min(self.shard_numel, self.contents.numel - self.start))
+
+    def initialize(self, seed: int) -> None:
+        """Fill the parameter shard as `init_weights` fills the single-device model."""
+        self.params.zero_()
+        if self.platform.fake:
+            return
+        low = self.start + (self.contents.rows[0] * self.contents._width if self.contents.rows else 0)
+        high = low + self.valid
+        for name, index, shape, offset in self.contents.pieces():
+            begin, end = max(low, offset), min(high, offset + math.prod(shape))
+            if begin < end:
+                value = initial_value(name, shape, seed, index).flatten()[begin - offset : end - offset]
+                self.params[begin - low : end - low].copy_(value)
+
+    def gather(self) -> None:
+        """Start gathering the full parameters, unless they are there or on their way."""
+        if self._full is not None:
+            return
+        with category("gathered"):
+            source = self.params if self.params.dtype == self.compute else self.params.to(self.compute)
+            if self.shard.size == 1:
+                self._full = source
+                return
+            self._full = torch.empty(
+                self.shard_numel * self.shard.size, dtype=self.compute, device=self.platform.device
+            )
+        work = collectives.all_gather_single(self._full, source, self.shard.handle, async_op=True)
+        self._pending = (work, source)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Views of the full parameters, gathered by now."""
+        self.gather()
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+        assert self._full is not None
+        return self.contents.views(self._full)
+
+    def release(self) -> None:
+        """Free the full parameters."""
+        assert self._pending is None, f"{self.contents.key} is released while being gathered"
+        self._full = None
+
+    def open_grads(self) -> dict[str, Tensor]:
+        """Views of a zeroed full gradient buffer, or of the gradient shard itself where that is
+        the full one.
+        """
+        assert self._full_grads is None, f"{self.contents.key} has open gradients"
+        if self.shard.size == 1 and self.grads.dtype == self.reduce_dtype:
+            self._full_grads = self.grads
+        else:
+            with category("gathered_grads"):
+                self._full_grads = torch.zeros(
+                    self.shard_numel * self.shard.size, dtype=self.reduce_dtype, device=self.platform.device
+                )
+        return self.contents.views(self._full_grads)
+
+    def reduce(self) -> None:
+        """Start summing the full gradients over the shard's ranks."""
+        full, self._full_grads = self._full_grads, None
+        assert full is not None
+        if full is self.grads:
+            return
+        if self.shard.size == 1:
+            self.grads.add_(full)
+            return
+        with category("gathered_grads"):
+            part = torch.empty(self.shard_numel, dtype=self.reduce_dtype, device=self.platform.device)
+        work = collectives.reduce_scatter_single(part, full, self.shard.handle, async_op=True)
+        self._reducing = (work, part, full)
+
+    def finish_reduce(self) -> None:
+        """Add the summed gradients to the shard and free the buffers."""
+        if self._reducing is not None:
+            work, part, _ = self._reducing
+            self._reducing = None
+            work.wait()
+            self.grads.add_(part)
+
+    def replicate(self) -> None:
+        """Start summing the gradient shard over its replicas (once a step, after the last microbatch)."""
+        if self.replicas.size > 1:
+            self._replicating = collectives.all_reduce(self.grads, self.replicas.handle, async_op=True)
+
+    def finish_replicate(self) -> None:
+        """Wait for `replicate`."""
+        if self._replicating is not None:
+            self._replicating.wait()
+            self._replicating = None
+
+
+def release(units: Sequence[Unit]) -> None:
+    """Free the full parameters of several units."""
+    for unit in units:
+        unit.release()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,1 @@
+"""The `fully_shard` runtime: torch modules under FSDP2."""

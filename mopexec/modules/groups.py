@@ -1,0 +1,65 @@
+"""The device meshes of the `fully_shard` runtime, from the layout's rank groups."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from mopexec.distributed.tiers import Platform
+from mopsim.spec import layout
+from mopsim.spec.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class FsdpGroups:
+    """Views of the W ranks, from this rank.
+
+    dense, experts: the mesh that shards (1-d), or that replicates and shards (2-d, HSDP). experts_whole:
+    [Ep, copies,
+    shard]. expert_copies: copies of each expert shard in the world. expert_group: the Ep ranks
+    that trade tokens; expert_place: this rank's place in it. sequence_group likewise for the D ranks of a
+    sequence.
+    """
+
+    rank: int
+    world: int
+    dense: DeviceMesh
+    experts: DeviceMesh
+    experts_whole: DeviceMesh
+    expert_group: dist.ProcessGroup
+    expert_place: int
+    expert_copies: int
+    sequence_group: dist.ProcessGroup
+    sequence_place: int
+
+
+def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
+    """Collective over all ranks: every rank makes the same groups in the same order."""
+    world, rank, device = strategy.world_size, dist.get_rank(), platform.device.type
+    ranks = layout.replica_groups(world, strategy.experts.degree, strategy.experts.order)
+    experts = _expert_mesh(ranks, strategy.experts.shard, device)
+    sequences = torch.tensor(layout.groups(world, strategy.attention.sequence, strategy.attention.order))
+    sequence = DeviceMesh(device, sequences, mesh_dim_names=("data", "sequence"))
+    shard = strategy.dense.shard
+    copies = torch.tensor(layout.split(range(world), shard))
+    dense = DeviceMesh(device, copies, mesh_dim_names=("replicate", "shard"))
+    return FsdpGroups(
+        rank=rank,
+        world=world,
+        dense=dense if shard < world else dense["shard"],
+        experts=experts["replicate", "shard"] if len(ranks[0]) > strategy.experts.shard else experts["shard"],
+        experts_whole=experts,
+        expert_group=experts.get_group("expert"),
+        expert_place=experts.get_local_rank("expert"),
+        expert_copies=len(ranks[0]) // strategy.experts.shard,
+        sequence_group=sequence.get_group("sequence"),
+        sequence_place=sequence.get_local_rank("sequence"),
+    )
+
+
+def _expert_mesh(replicas: list[list[int]], shard: int, device: str) -> DeviceMesh:
+    """[Ep, copies, shard]: row p holds the ranks with the experts of place p, cut into runs that share one
+    copy."""
+    ranks = torch.tensor([layout.split(row, shard) for row in replicas])
+    return DeviceMesh(device, ranks, mesh_dim_names=("expert", "replicate", "shard"))

@@ -1,0 +1,142 @@
+"""Hooks of the `fully_shard` runtime: component names, memory categories, recompute and boundary offload."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from mopexec.distributed.tiers import Platform
+from mopexec.measure.scope import NOW, category, phase
+from mopexec.measure.tracker import recategorize
+from mopexec.modules.comm import param_groups
+
+
+def name_components(model: Any) -> None:
+    """Name the part of the model that runs, in forward by module hooks and in backward by the gradients
+    that arrive."""
+    _name(model.embedding, "embedding")
+    _name(model.head, "vocabulary")
+    for layer in model.layers:
+        _name(layer.attention, "attention")
+        if layer.is_moe:
+            _name(layer.moe.router, "router")
+            _name(layer.moe.experts, "experts")
+            if layer.moe.shared is not None:
+                _name(layer.moe.shared, "shared_experts")
+        else:
+            _name(layer.ffn, "dense_ffn")
+
+
+def _name(module: nn.Module, name: str) -> None:
+    def before(*_: Any) -> None:
+        NOW.component = name
+
+    def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        NOW.component = "other"
+        tensors = output if isinstance(output, tuple) else (output,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def arrived(_grad: Tensor) -> None:
+        NOW.component = name
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def name_gathers(model: nn.Module) -> None:
+    """Book what FSDP allocates around a gather as `gathered`, full gradients and their reduction as
+    `gathered_grads`."""
+    for group in param_groups(model):
+        group.unshard = _within("gathered", group.unshard)
+        group.post_backward = _within("gathered_grads", group.post_backward)
+        group.wait_for_unshard = _and_book_gradients(group, _within("gathered", group.wait_for_unshard))
+
+
+def _within(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with category(name):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _and_book_gradients(group: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """After the first gather the full parameters exist: book their gradients as soon as autograd
+    accumulates them."""
+    hooked = False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal hooked
+        result = method(*args, **kwargs)
+        if not hooked and all(hasattr(param, "_unsharded_param") for param in group.fsdp_params):
+            hooked = True
+            for param in group.fsdp_params:
+                param._unsharded_param.register_post_accumulate_grad_hook(_book_full)
+        return result
+
+    return call
+
+
+def _book_full(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        recategorize(parameter.grad, "gathered_grads")
+
+
+class Boundaries:
+    """Where checkpointed layers keep their inputs: on the device, or the first `count` of a forward on the
+    host."""
+
+    def __init__(self, platform: Platform, count: int) -> None:
+        self._platform, self._count = platform, count
+
+    def keep(self, layer: int, x: Tensor) -> AbstractContextManager[Any]:
+        """A context for the checkpoint call of `layer`, whose input is x."""
+        recategorize(x, "boundaries")
+        if layer >= self._count:
+            return nullcontext()
+        return saved_tensors_hooks(partial(self._pack, x.untyped_storage()._cdata), self._unpack)
+
+    def _pack(self, storage: int, tensor: Tensor) -> Any:
+        if tensor.untyped_storage()._cdata != storage:
+            return tensor
+        host = self._platform.host_empty(tensor.shape, tensor.dtype, "boundaries")
+        self._platform.copy(host, tensor)
+        return (host,)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with category("boundaries"):
+            x = torch.empty_like(packed[0], device=self._platform.device)
+        self._platform.copy(x, packed[0])
+        return x
+
+
+def recompute_layers(model: Any, boundaries: Boundaries) -> None:
+    """Run every layer under a non-reentrant checkpoint, inside FSDP's hooks: its input is kept, the rest
+    made again."""
+    for index, layer in enumerate(model.layers):
+        setattr(layer, "forward", _Checkpointed(index, layer.forward, boundaries))  # noqa: B010
+
+
+class _Checkpointed:
+    def __init__(self, index: int, forward: Callable[..., Tensor], boundaries: Boundaries) -> None:
+        self._index, self._forward, self._boundaries = index, forward, boundaries
+
+    def __call__(self, x: Tensor, *args: Any) -> Tensor:
+        with self._boundaries.keep(self._index, x):
+            result: Tensor = checkpoint(
+                self._forward, x, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+            )
+        return result
+
+
+def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), phase("recompute")

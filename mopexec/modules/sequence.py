@@ -1,0 +1,56 @@
+"""Ulysses attention under autograd: sequence slices traded for heads, attention over the whole sequence,
+traded back."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mopexec.distributed import collectives
+from mopexec.model.attention_core import causal_attention
+
+
+class UlyssesAttention:
+    """A drop-in for `Attention.core` on D ranks that hold consecutive slices of their sequences.
+
+    KV heads are replicated where there are fewer of them than ranks.
+    """
+
+    def __init__(self, degree: int, group: dist.ProcessGroup) -> None:
+        self._degree, self._group = degree, group
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, S/D, heads, d], k and v [B, S/D, kv_heads, d] to [B, S/D, heads, d]."""
+        kv_heads = k.shape[2]
+        if kv_heads < self._degree:
+            k, v = (t.repeat_interleave(self._degree // kv_heads, dim=2) for t in (k, v))
+        whole = [self._trade(t, to_heads=True) for t in (q, k, v)]
+        return self._trade(causal_attention(whole[0], whole[1], whole[2]), to_heads=False)
+
+    def _trade(self, x: Tensor, *, to_heads: bool) -> Tensor:
+        traded: Tensor = _Trade.apply(x, self._degree, self._group, to_heads)  # type: ignore[no-untyped-call]
+        return traded
+
+
+class _Trade(torch.autograd.Function):
+    """[B, S/D, heads, d] to [B, S, heads/D, d] (to_heads) or the inverse, which is also the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, degree: int, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+        ctx.inverse = (degree, group, not to_heads)
+        return trade(x, degree, group, to_heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return trade(grads[0], *ctx.inverse), None, None, None
+
+
+def trade(x: Tensor, degree: int, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+    """One all-to-all between slices of the sequence (dimension 1) and slices of the heads (dimension 2)."""
+    from_dim, to_dim = (2, 1) if to_heads else (1, 2)
+    sent = torch.stack(x.chunk(degree, dim=from_dim))
+    received = torch.empty_like(sent)
+    collectives.all_to_all_single(received, sent, group=group)
+    del sent
+    return torch.cat(received.unbind(0), dim=to_dim)

@@ -1,0 +1,205 @@
+"""From a plan to a model under torch FSDP2: parallel parts swapped in, `fully_shard` applied, weights made
+shard by shard."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard
+
+from mopexec.distributed.tiers import Platform
+from mopexec.measure.scope import category, host_allocation, uncounted
+from mopexec.model import Routing, Transformer, initial_value
+from mopexec.model.initialize import is_stacked
+from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
+from mopexec.modules.experts import ExpertDispatch
+from mopexec.modules.groups import FsdpGroups
+from mopexec.modules.hooks import Boundaries, name_components, recompute_layers
+from mopexec.modules.loss import chunked_loss, full_loss
+from mopexec.modules.sequence import UlyssesAttention
+from mopsim.spec import layout
+from mopsim.spec.plan import Plan
+from mopsim.spec.strategy import Strategy
+
+
+def build_model(
+    plan: Plan, groups: FsdpGroups, platform: Platform, routing: Routing, seed: int
+) -> Transformer:
+    """The sharded model on this rank; called with (tokens, targets, scale) it gives scale * the loss."""
+    strategy = plan.strategy
+    with uncounted():  # without storage: the shards are what is counted
+        device = "cpu" if platform.fake else "meta"
+        model = Transformer(plan.model, _dtype(strategy.precision.param), device, routing)
+    _spread_experts(model, strategy, groups)
+    if strategy.attention.sequence > 1:
+        for layer in model.layers:
+            layer.attention.core = UlyssesAttention(strategy.attention.sequence, groups.sequence_group)  # type: ignore[union-attr]
+    if strategy.activations.recompute == "full":
+        recompute_layers(model, _boundaries(plan, platform))
+    _attach_loss(model, strategy, groups, plan.training.tokens_per_rank(strategy) // strategy.micro_batch)
+    name_components(model)
+    host = strategy.optimizer.state_tier == "host"
+    with host_allocation("params") if host else category("params"):
+        _shard(model, strategy, groups, platform)
+        if not platform.fake:  # fake parameters became shards when they were sharded
+            model.to_empty(device="cpu" if host else platform.device)
+            _fill(model, groups, seed)
+        fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
+    _reset_routers(model, platform)
+    _tune(model, strategy)
+    return model
+
+
+def shard_dim(local_shape: tuple[int, ...], degree: int) -> int:
+    """Which dimension of an expert stack [E/Ep, ., .] its replicas split: the experts, where they divide
+    evenly."""
+    even = [dim for dim, size in enumerate(local_shape) if size % degree == 0]
+    return even[0] if even else 0
+
+
+def _dtype(name: str) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def _boundaries(plan: Plan, platform: Platform) -> Boundaries:
+    activations = plan.strategy.activations
+    if activations.boundary_tier == "device":
+        return Boundaries(platform, 0)
+    size = plan.training.tokens_per_rank(plan.strategy) * plan.model.hidden_size
+    num_bytes = size * _dtype(plan.strategy.precision.compute).itemsize
+    return Boundaries(
+        platform,
+        layout.offloaded_boundaries(plan.model.num_hidden_layers, num_bytes, activations.host_budget),
+    )
+
+
+def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups) -> None:
+    """Keep this rank's E/Ep experts in every MoE layer, and dispatch to their owners."""
+    for layer in model.layers:
+        if not layer.is_moe:
+            continue
+        for name, stack in list(layer.moe.experts.named_parameters()):
+            own = stack[: stack.shape[0] // strategy.experts.degree].detach()
+            setattr(layer.moe.experts, name, torch.nn.Parameter(own.contiguous()))
+        layer.moe.dispatch = ExpertDispatch(
+            model.routing, model.spec.num_local_experts, strategy.experts.degree, groups.expert_group
+        )
+
+
+def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -> None:
+    """The head computes the loss itself, so that its full weight is there and is freed with FSDP's hooks."""
+    head, chunk = model.head, strategy.vocabulary.chunk_tokens
+
+    def loss(hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
+        if strategy.vocabulary.loss == "chunked":
+            return chunked_loss(hidden, head.weight, targets, scale, chunk)
+        return full_loss(hidden, head.weight, targets, scale)
+
+    def forward(tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
+        hidden = Transformer.forward(model, tokens, groups.sequence_place * seq)
+        return cast(Tensor, head(hidden.flatten(0, 1), targets.flatten(), scale))
+
+    head.forward = loss
+    model.forward = forward
+
+
+def _shard(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platform) -> None:
+    """`fully_shard` per experts, layer, embedding, (final norm, head), and the root, innermost first."""
+    precision = strategy.precision
+    reshard = strategy.dense.zero == 3 and strategy.dense.reshard_after_forward
+    offload = strategy.optimizer.state_tier == "host"
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=_dtype(precision.compute),
+            reduce_dtype=_dtype(precision.reduce),
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=platform.is_cuda) if offload else OffloadPolicy(),
+    }
+    degree = strategy.experts.shard
+
+    def placement(parameter: Tensor) -> Shard:
+        return Shard(shard_dim(tuple(parameter.shape), degree))
+
+    for layer in model.layers:
+        if layer.is_moe:
+            fully_shard(
+                layer.moe.experts, mesh=groups.experts, reshard_after_forward=reshard,
+                shard_placement_fn=placement, **options,
+            )  # fmt: skip
+        fully_shard(layer, mesh=groups.dense, reshard_after_forward=reshard, **options)
+    fully_shard(model.embedding, mesh=groups.dense, reshard_after_forward=reshard, **options)
+    fully_shard([model.final_norm, model.head], mesh=groups.dense, reshard_after_forward=False, **options)
+    fully_shard(model, mesh=groups.dense, **options)
+
+
+def _tune(model: Any, strategy: Strategy) -> None:
+    """Sum gradients (the loss is divided by the global token count), name the buffers, prefetch explicitly.
+
+    Asynchronous all-gathers allocate and copy on the compute stream and free their buffer right after the
+    copy-out.
+    Offloaded shards keep FSDP's own streams, or every copy to the device would stand in the way of the
+    compute.
+    """
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_custom_all_gather(TrackedAllGather())
+        module.set_custom_reduce_scatter(TrackedReduceScatter())
+        module._set_unshard_async_op(strategy.optimizer.state_tier == "device")
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            if group.mesh_info.mesh.size() > 1:
+                group.gradient_divide_factor = 1.0
+    model.embedding.set_unshard_in_backward(False)
+    _prefetch(model, strategy.dense.prefetch)
+
+
+def _prefetch(model: Any, depth: int) -> None:
+    """Gather `depth` modules ahead, forward and backward; 0: none (FSDP's implicit backward prefetch off
+    too)."""
+    chain = [[model.embedding], *([layer] for layer in model.layers), [model.final_norm]]
+    for entry, layer in zip(chain[1:], model.layers, strict=False):
+        if layer.is_moe:
+            entry.append(layer.moe.experts)
+    for place, modules in enumerate(chain):
+        ahead = [module for entry in chain[place + 1 : place + 1 + depth] for module in entry]
+        behind = [m for entry in reversed(chain[max(1, place - depth) : place]) for m in reversed(entry)]
+        if ahead:
+            modules[0].set_modules_to_forward_prefetch(ahead)
+        modules[0].set_modules_to_backward_prefetch(behind or [modules[0]])
+        for inner in modules[1:]:
+            inner.set_modules_to_backward_prefetch([inner])
+
+
+def _reset_routers(model: Any, platform: Platform) -> None:
+    """Balance biases and loads start at zero, on the device."""
+    for layer in model.layers:
+        if layer.is_moe:
+            router = layer.moe.router
+            router.balance_bias = torch.zeros_like(router.balance_bias, device=platform.device)
+            router.load = torch.zeros_like(router.balance_bias)
+
+
+@torch.no_grad()
+def _fill(model: Any, groups: FsdpGroups, seed: int) -> None:
+    """Write the weights that every sharding of this seed starts from, one matrix at a time."""
+    for name, parameter in model.named_parameters():
+        mesh, dim = parameter.device_mesh, parameter.placements[-1].dim
+        shape, target = tuple(parameter.shape), local(parameter)
+        start, stop = layout.interval(shape[dim], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        with uncounted():
+            if not is_stacked(name):
+                target.copy_(initial_value(name, shape, seed)[start:stop])
+                continue
+            first = groups.expert_place * shape[0]
+            for row, expert in enumerate(range(start, stop) if dim == 0 else range(shape[0])):
+                value = initial_value(name, shape[1:], seed, first + expert)
+                target[row].copy_(value if dim == 0 else value.narrow(dim - 1, start, stop - start))

@@ -1,0 +1,1 @@
+"""A training run: from the plan to its runtime, data, steps, checkpoints and metrics."""

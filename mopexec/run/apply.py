@@ -1,0 +1,142 @@
+"""From a plan to a Runner: refuse what no runtime does, then put the mechanisms together in a fixed order."""
+
+from typing import Literal
+
+import torch
+
+from mopexec.distributed.mesh import Group, Mesh, build_mesh
+from mopexec.distributed.tiers import Platform
+from mopexec.flat.attention import AttentionBlock
+from mopexec.flat.boundaries import Boundaries
+from mopexec.flat.contents import layer_contents, outer_contents
+from mopexec.flat.experts import MoEBlock
+from mopexec.flat.ffn import DenseBlock
+from mopexec.flat.flat_units import FlatModel, FlatRunner
+from mopexec.flat.layer import LayerSchedule
+from mopexec.flat.routes import RoutePlanner
+from mopexec.flat.sequence import SequenceExchange
+from mopexec.flat.supported import check_flat_units
+from mopexec.flat.units import Unit
+from mopexec.flat.vocabulary import Ring
+from mopexec.measure.tracker import category
+from mopexec.model.routing import profile_experts
+from mopexec.model.support import check_model
+from mopexec.run.runner import Runner
+from mopsim.spec import layout
+from mopsim.spec.plan import Plan
+
+RoutingChoice = Literal["learned", "profile"]
+
+
+def check_supported(plan: Plan) -> None:
+    """Raise SpecError naming the first field of `plan` that mopexec does not run. Needs no process group."""
+    check_model(plan.model)
+    if plan.strategy.runtime == "fully_shard":
+        from mopexec.modules.checks import check_supported as check_fully_shard
+
+        check_fully_shard(plan)
+    else:
+        check_flat_units(plan.model, plan.strategy)
+
+
+def build(plan: Plan, platform: Platform, *, routing: RoutingChoice = "learned", seed: int = 0) -> Runner:
+    """This rank's Runner, made from `seed`; torch.distributed must be initialised. Raises SpecError."""
+    check_supported(plan)
+    if plan.strategy.runtime == "fully_shard":
+        from mopexec.modules.fully_shard import build as build_fully_shard
+
+        return build_fully_shard(plan, platform, routing=routing, seed=seed)
+    return build_flat_units(plan, platform, routing=routing, seed=seed)
+
+
+@torch.no_grad()
+def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, seed: int) -> FlatRunner:
+    """The flat_units Runner of this rank."""
+    with platform.bookkeeping():
+        mesh = build_mesh(plan.strategy, platform)
+    spec, strategy = plan.model, plan.strategy
+    embedding, final, head = _outer_units(plan, mesh, platform)
+    num_tokens = plan.training.tokens_per_rank(strategy)
+    compute = embedding.compute
+    with category("params"):
+        state = (max(1, spec.num_moe_layers), max(1, spec.num_local_experts))
+        balance_bias, load = (torch.zeros(state, dtype=torch.float32, device=platform.device) for _ in "bl")
+    model = FlatModel(
+        embedding=embedding,
+        layers=_layers(plan, mesh, platform, routing, compute),
+        final=final,
+        head=head,
+        boundaries=Boundaries(
+            strategy.activations, spec.num_hidden_layers, (num_tokens, spec.hidden_size), compute, platform
+        ),
+        ring=_ring(plan, mesh, num_tokens),
+        balance_bias=balance_bias,
+        load=load,
+    )
+    for unit in model.units:
+        unit.initialize(seed)
+    runner = FlatRunner(plan, mesh, platform, model, learned=routing == "learned")
+    runner.optimizer.adopt_parameters()
+    return runner
+
+
+def _outer_units(plan: Plan, mesh: Mesh, platform: Platform) -> tuple[Unit, Unit, Unit]:
+    """Embedding, final norm and head."""
+    strategy, dense = plan.strategy, (mesh.dense_shard, mesh.dense_replicas)
+    rows = None
+    if strategy.vocabulary.loss == "ring":
+        rows = layout.interval(plan.model.vocab_size, strategy.vocabulary.degree, mesh.ring.place)
+    embedding, final, head = outer_contents(plan.model, rows)
+    head_groups = dense if rows is None else (mesh.ring_shard, Group((mesh.rank,), 0, None))
+    return (
+        Unit(embedding, *dense, strategy.precision, platform),
+        Unit(final, *dense, strategy.precision, platform),
+        Unit(head, *head_groups, strategy.precision, platform),
+    )
+
+
+def _layers(
+    plan: Plan, mesh: Mesh, platform: Platform, routing: RoutingChoice, dtype: torch.dtype
+) -> list[LayerSchedule]:
+    spec, strategy, training = plan.model, plan.strategy, plan.training
+    degree = strategy.attention.sequence
+    exchange = SequenceExchange(mesh.sequence, strategy.micro_batch, training.seq_len // degree)
+    with category("activations"):
+        attention = AttentionBlock(spec, exchange, dtype, platform.device)
+    ffn = DenseBlock(strategy.dense.chunk_tokens, spec.rms_norm_eps)
+    moe = _moe(plan, mesh, platform, routing) if spec.num_moe_layers else None
+    found = []
+    for index in range(spec.num_hidden_layers):
+        dense, experts = layer_contents(spec, index, strategy.experts.degree, mesh.experts.place)
+        unit = Unit(dense, mesh.dense_shard, mesh.dense_replicas, strategy.precision, platform)
+        expert_unit = None
+        if experts is not None:
+            expert_unit = Unit(experts, mesh.expert_shard, mesh.expert_replicas, strategy.precision, platform)
+        found.append(LayerSchedule(unit, expert_unit, attention, ffn, moe))
+    return found
+
+
+def _moe(plan: Plan, mesh: Mesh, platform: Platform, routing: RoutingChoice) -> MoEBlock:
+    spec, strategy, training = plan.model, plan.strategy, plan.training
+    num_tokens = training.tokens_per_rank(strategy)
+    chunks = layout.num_chunks(num_tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks)
+    profile = None
+    if routing == "profile":
+        with category("activations"):
+            profile = profile_experts(
+                training.routing,
+                num_tokens,
+                spec.num_local_experts,
+                spec.num_experts_per_tok,
+                platform.device,
+            ).to(torch.int16)
+    planner = RoutePlanner(spec, mesh.experts, profile, training.routing, chunks)
+    return MoEBlock(spec, planner, strategy.dense.chunk_tokens)
+
+
+def _ring(plan: Plan, mesh: Mesh, num_tokens: int) -> Ring | None:
+    vocabulary = plan.strategy.vocabulary
+    if vocabulary.loss != "ring":
+        return None
+    moves_weights = layout.ring_moves_weights(num_tokens, plan.model.vocab_size, vocabulary.degree)
+    return Ring(mesh.ring, plan.model.vocab_size, vocabulary.chunk_tokens, moves_weights=moves_weights)

@@ -1,0 +1,119 @@
+"""Text to train on: a file or directory the user names, or what ships with Python itself."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mopsim.common.errors import MopError
+from mopsim.common.io import exists
+
+#: Stands for the text that ships with Python: its documentation topics and the sources of its library.
+PYTHON = "python"
+
+_PIECE_CHARACTERS = 1 << 20
+_PYTHON_BYTES = 6_000_000
+_SKIPPED = {
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """UTF-8 files in a fixed order, and the digest of their contents (hex, 16 digits)."""
+
+    files: tuple[Path, ...]
+    digest: str
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """Text of at most about 1 MiB that ends at a line's end, and whether it ends its file."""
+        for path in self.files:
+            with path.open(encoding="utf-8", newline="") as file:
+                lines = file.readlines(_PIECE_CHARACTERS)
+                while lines:
+                    following = file.readlines(_PIECE_CHARACTERS)
+                    yield "".join(lines), not following
+                    lines = following
+
+
+def read_corpus(source: str) -> Corpus:
+    """The corpus that `source` names: PYTHON, a file, or a directory (its files, hidden ones apart, by name).
+
+    Raises MopError, naming the path, for what is missing, empty, binary or unreadable.
+    """
+    files = _python_files() if source == PYTHON else _user_files(Path(source))
+    digest, size = hashlib.sha256(), 0
+    for path in files:
+        size += _add(digest, path)
+    if size == 0:
+        raise MopError(f"--data: {source} is empty")
+    return Corpus(tuple(files), digest.hexdigest()[:16])
+
+
+def _python_files() -> list[Path]:
+    """Documentation first, then the library's sources by name, until the cap is reached."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    topics = root / "pydoc_data" / "topics.py"
+    sources = [path for path in _walk(root, ".py") if path != topics]
+    chosen, size = [], 0
+    for path in [topics, *sources]:
+        if path.is_file() and (content := path.stat().st_size):
+            if size + content > _PYTHON_BYTES:
+                continue
+            chosen.append(path)
+            size += content
+    if not chosen:
+        raise MopError(f"--data: Python's library at {root} has no sources; name a file or directory of text")
+    return chosen
+
+
+def _user_files(path: Path) -> list[Path]:
+    if not exists(path):
+        raise MopError(f"--data: {path}: no such file or directory")
+    if not path.is_dir():
+        return [path]
+    files = _walk(path, "")
+    if not files:
+        raise MopError(f"--data: {path} is an empty directory")
+    return files
+
+
+def _walk(root: Path, suffix: str) -> list[Path]:
+    """Regular files below `root` by name; hidden ones, and with a suffix (a library) tests and caches, left
+    out.
+    """
+    found = []
+    for path in sorted(root.rglob(f"*{suffix}")):
+        inner = path.relative_to(root).parts
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in inner)
+        skipped = bool(suffix) and any(part in _SKIPPED for part in inner)
+        if path.is_file() and not hidden and not skipped:
+            found.append(path)
+    return found
+
+
+def _add(digest: "hashlib._Hash", path: Path) -> int:
+    """Check one file, add it to the digest, return its bytes."""
+    size = 0
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while text := file.read(_PIECE_CHARACTERS):
+                if "\0" in text:
+                    raise MopError(f"--data: {path} is binary, UTF-8 text is needed")
+                content = text.encode()
+                digest.update(content)
+                size += len(content)
+    except UnicodeDecodeError:
+        raise MopError(f"--data: {path} is binary or not UTF-8 text") from None
+    except OSError as error:
+        raise MopError(f"--data: {path}: {error.strerror or error}") from None
+    digest.update(b"\0")
+    return size

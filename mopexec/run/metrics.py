@@ -1,0 +1,213 @@
+"""What a run says of itself: a JSON line a step, a line a step for people, and the measurement at the end."""
+
+import json
+import math
+import os
+import platform as machine
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import mopsim
+from mopsim.common.errors import MopError
+from mopsim.common.io import Spec
+from mopsim.common.units import format_bytes, format_seconds
+from mopsim.spec.plan import KindTiming, Measurement, Plan
+from mopsim.spec.routing import RoutingProfile
+
+
+class StepMetrics(Spec, frozen=True, kw_only=True):
+    """One optimizer step (from 1). Seconds and bytes of the slowest and largest rank; losses per token.
+
+    memory_step: the last step whose memory was watched, the peaks are up to there. memory_percent: of the
+    enforced limit, else of the plan's; predicted_step_time_s None where the plan has none.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    step_time_s: float
+    tokens_per_s: float
+    tokens_per_s_per_device: float
+    peak_memory_bytes: int
+    host_memory_bytes: int
+    memory_step: int
+    memory_percent: float
+    predicted_step_time_s: float | None
+
+
+class MetricsFile:
+    """metrics.jsonl: appended a line a step; a resumed run first drops lines after the step that it goes on
+    from.
+    """
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        kept = [line for line in _lines(path) if line["step"] <= steps_done]
+        self.first_loss: float | None = kept[0]["loss"] if kept else None
+        try:
+            aside = path.with_name(f".{path.name}")
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            aside.replace(path)
+            self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    def write(self, metrics: StepMetrics) -> None:
+        if self.first_loss is None:
+            self.first_loss = metrics.loss
+        try:
+            self._file.write(json.dumps(_plain(metrics)) + "\n")
+        except OSError as error:
+            raise MopError(f"{self._file.name}: cannot be written: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _plain(metrics: StepMetrics) -> dict[str, Any]:
+    return {name: getattr(metrics, name) for name in metrics.__struct_fields__}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of an earlier run, up to one that is cut short or damaged."""
+    if not path.is_file():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if not (isinstance(line, dict) and type(line.get("step")) is int and _finite(line.get("loss"))):
+            break
+        found.append(line)
+    return found
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+class Display:
+    """A line a step, under a progress bar where there is a terminal. Silent on all ranks but the first."""
+
+    def __init__(self, *, visible: bool, stderr: bool, steps: int, done: int) -> None:
+        self._console = Console(stderr=stderr, quiet=not visible, highlight=False)
+        self._progress: Progress | None = None
+        if visible and self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._progress.add_task("training", total=steps, completed=done)
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        try:
+            self._console.print(text, markup=False, soft_wrap=True)
+        except OSError as error:
+            where = "standard error" if self._console.stderr else "standard output"
+            raise MopError(f"{where}: cannot be written: {error.strerror or error}") from None
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.say(step_line(metrics))
+        if self._progress:
+            self._progress.advance(self._task)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+def step_line(metrics: StepMetrics) -> str:
+    """One step for people: loss, gradient norm, memory, speed, and measured over predicted step time."""
+    until = f", to step {metrics.memory_step}" if metrics.memory_step < metrics.step else ""
+    parts = [
+        f"step: {metrics.step:>4}",
+        f"loss: {metrics.loss:8.5f}",
+        f"grad_norm: {metrics.grad_norm:7.4f}",
+        f"lr: {metrics.lr:.2e}",
+        f"memory: {format_bytes(metrics.peak_memory_bytes)} ({metrics.memory_percent:.1f}%{until})",
+        f"tps: {metrics.tokens_per_s:,.0f}",
+        f"time: {format_seconds(metrics.step_time_s)}",
+    ]
+    if metrics.predicted_step_time_s:
+        ratio = metrics.step_time_s / metrics.predicted_step_time_s
+        parts.append(f"measured/predicted: {ratio:.2f}")
+    return "  ".join(parts)
+
+
+def environment(platform_name: str) -> dict[str, str]:
+    """Card or CPU model, versions and threads: what a measurement depends on. No names of machines or
+    users.
+    """
+    return {
+        "device": platform_name,
+        "torch": str(torch.__version__),
+        "python": machine.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "cuda": str(torch.version.cuda or ""),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the CPU's model from /proc/cpuinfo."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return machine.processor() or machine.machine()
+
+
+def measurement(
+    plan: Plan,
+    *,
+    step_times: Sequence[float],
+    warmup: int,
+    tokens_per_step: int,
+    kinds: dict[str, KindTiming],
+    memory: dict[str, Any],
+    first_loss: float,
+    last_loss: float,
+    device: torch.device,
+    routing: RoutingProfile,
+) -> Measurement:
+    """The run's Measurement. step_times: slowest rank, every step; the first `warmup` are left out while one
+    remains.
+    """
+    left_out = min(warmup, len(step_times) - 1)
+    steady = tuple(step_times[left_out:])
+    median = statistics.median(steady)
+    return Measurement(
+        plan=plan,
+        world_size=plan.strategy.world_size,
+        steps=len(step_times),
+        warmup=left_out,
+        step_times=steady,
+        step_time_median=median,
+        tokens_per_second=tokens_per_step / median,
+        kinds=kinds,
+        peak_memory=memory["peak_memory"],
+        memory_by_category=memory["memory_by_category"],
+        host_memory=memory["host_memory"],
+        first_loss=first_loss,
+        last_loss=last_loss,
+        environment=environment(device_name(device)),
+        mop_version=mopsim.__version__,
+        routing=routing,
+    )

@@ -1,0 +1,54 @@
+"""What `mopexec train` was asked for: made once by the command, handed to every rank as JSON."""
+
+from typing import Literal
+
+from mopsim.common.errors import require
+from mopsim.common.io import Spec
+
+
+class TrainOptions(Spec, frozen=True, kw_only=True):
+    """One training run.
+
+    plan, data, out, cache: paths as given (data may be "python"). tokens: the prepared tokens' directory,
+    made by the command that launches the ranks ("" = each node's first rank prepares them). device_limit,
+    host_limit: bytes of one rank that the tracker enforces (None = it only watches). tracked_steps: first
+    steps that it watches (0 = all where there is a limit, else 2). warmup: first steps left out of the
+    measurement. checkpoint_every: steps (0 = only at the end). keep: complete checkpoints kept.
+    profile_steps: extra steps at the end that are timed by kind of work; their updates are thrown away.
+    seed None: the plan's.
+    """
+
+    plan: str
+    out: str
+    steps: int
+    data: str = "python"
+    cache: str | None = None
+    tokens: str = ""
+    resume: bool = False
+    device_limit: int | None = None
+    host_limit: int | None = None
+    tracked_steps: int = 0
+    routing: Literal["learned", "profile"] = "learned"
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 3
+    checkpoint_every: int = 0
+    final_checkpoint: bool = True
+    keep: int = 2
+    profile_steps: int = 1
+    seed: int | None = None
+    build: str = "mopexec.run.apply:build"
+    console: Literal["stdout", "stderr"] = "stdout"
+
+    def __post_init__(self) -> None:
+        for field, least in (
+            ("steps", 1),
+            ("tracked_steps", 0),
+            ("warmup", 0),
+            ("checkpoint_every", 0),
+            ("keep", 1),
+            ("profile_steps", 0),
+        ):
+            require(getattr(self, field) >= least, field, getattr(self, field), f"must be at least {least}")
+        for field in ("device_limit", "host_limit", "seed"):
+            value = getattr(self, field)
+            require(value is None or value >= 0, field, value, "must not be negative")

@@ -1,0 +1,69 @@
+"""Reading a plan and holding it against this machine: refusals of one line, before anything is started."""
+
+from pathlib import Path
+
+from mopexec.run import lock
+from mopsim.common import io
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.units import format_bytes
+from mopsim.spec.plan import Plan
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a YAML file. Raises MopError or SpecError naming the field, its value and the rule."""
+    return io.load(path, Plan, "plan")
+
+
+def check_supported(plan: Plan) -> None:
+    """Refuse a model or a mechanism that mopexec does not run, by name. Raises SpecError."""
+    from mopexec.run import apply
+
+    try:
+        apply.check_supported(plan)
+    except SpecError as refusal:
+        raise refusal.within("plan") from None
+
+
+def check_world(plan: Plan, world_size: int) -> None:
+    """Refuse a launch of another number of ranks than the plan is for. Raises SpecError."""
+    wanted = plan.strategy.world_size
+    if world_size != wanted:
+        raise SpecError("plan.strategy.world_size", wanted, f"is not the {world_size} ranks of this launch")
+
+
+def check_devices(plan: Plan, num_devices: int) -> None:
+    """Refuse more ranks than this machine's accelerators (0: a CPU, where ranks may share cores)."""
+    wanted = plan.strategy.world_size
+    if 0 < num_devices < wanted:
+        raise SpecError(
+            "plan.strategy.world_size",
+            wanted,
+            f"is more than the {num_devices} accelerator(s) of this machine; use torchrun for several nodes",
+        )
+
+
+def check_memory(plan: Plan, machine: int) -> None:
+    """Refuse ranks on a CPU that would need more than this machine's memory (`machine` bytes): what is
+    predicted for device and host, on as many ranks, lies in it.
+    """
+    if plan.prediction is None:
+        return
+    ranks = plan.strategy.world_size
+    wanted = ranks * (plan.prediction.peak_memory + plan.prediction.host_memory)
+    if wanted > machine:
+        rule = (
+            f"ranks would need {format_bytes(wanted)} of memory, and this machine has {format_bytes(machine)}"
+        )
+        raise SpecError("plan.strategy.world_size", ranks, rule)
+
+
+def check_run_directory(path: Path, *, resume: bool) -> None:
+    """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
+    entries = {entry.name for entry in path.iterdir()} - {lock.NAME} if path.is_dir() else set()
+    occupied = bool(entries) and entries != {"plan.yaml", "logs"}  # a run leaves these that makes no step
+    if occupied and not resume:
+        kept = any(path.glob("checkpoints/step_*/run.json"))
+        then = "give --resume to go on with it, or" if kept else "holds no checkpoint to go on from; give"
+        raise MopError(f"--out: {path} is not empty{';' if kept else ' and'} {then} another directory")
+    if resume and not occupied:
+        raise MopError(f"--resume: {path} holds no run to go on with")

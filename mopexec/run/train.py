@@ -1,0 +1,328 @@
+"""The training loop of one rank, read top to bottom."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from mopexec.measure.timers import KindTimer
+from mopexec.measure.tracker import MemoryTracker
+from mopexec.run import checkpoint, data
+from mopexec.run.feed import Feed
+from mopexec.run.job import Job
+from mopexec.run.metrics import Display, MetricsFile, StepMetrics, measurement
+from mopexec.run.options import TrainOptions
+from mopexec.run.runner import Runner, StepResult
+from mopexec.run.signals import StopRequest
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.io import Spec
+from mopsim.spec.plan import KindTiming, Plan
+from mopsim.spec.routing import RoutingProfile
+
+Build = Callable[..., Runner]
+SUMMARY = "summary.json"
+TRACKED_STEPS = 2
+"""Steps of a process whose memory is watched where nobody asked: later ones run without the tracker's cost. A
+router that learns may need more in a later step, so what is shown says up to which step it was seen.
+"""
+
+
+class Outcome(Spec, frozen=True, kw_only=True):
+    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''."""
+
+    run: str
+    steps_done: int
+    stopped_by: str
+    checkpoint: str
+    first_loss: float
+    last_loss: float
+    step_time_s: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    host_memory_bytes: int
+    memory_step: int
+    predicted_step_time_s: float | None
+
+
+def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopRequest) -> Outcome:
+    """Train `plan` until options.steps optimizer steps are done in all, on every rank together.
+
+    build: `mopexec.run.apply.build`, or another that returns a Runner. stop: asked after every step.
+    Writes metrics.jsonl, checkpoints/, measurement.yaml and summary.json into options.out. Raises MopError.
+    """
+    seed = plan.training.seed if options.seed is None else options.seed
+    dataset = data.TokenDataset(_tokens(options, plan, job), plan.training.seq_len, seed)
+    resumed = _find_checkpoint(options, job)
+    done, passed = 0, list[str]()
+    if resumed:
+        wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
+        checkpoint.check_resumable(resumed, wanted, options.steps)
+    torch.manual_seed(seed)
+    tracking = _Tracking(options)
+    with tracking.tracker:
+        runner = build(plan, job.platform, routing=options.routing, seed=seed)
+    if resumed:
+        resumed, done, passed = checkpoint.load_newest(resumed, runner)
+
+    loop = _Loop(options, plan, job, runner, dataset, tracking, stop, done)
+    loop.last_checkpoint = resumed
+    for problem in passed:
+        loop.display.say(f"{problem}; going on from the one before")
+    try:
+        loop.run()
+        kinds = {} if loop.stopped_by else loop.profile()
+    finally:
+        loop.close()
+    return loop.conclude(kinds)
+
+
+class _Loop:
+    """The steps of one run: what they share, and what they leave."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        plan: Plan,
+        job: Job,
+        runner: Runner,
+        dataset: data.TokenDataset,
+        tracking: "_Tracking",
+        stop: StopRequest,
+        done: int,
+    ) -> None:
+        self.options, self.plan, self.job, self.runner, self.dataset = options, plan, job, runner, dataset
+        self.tracking, self.stop, self.done, self.first_step = tracking, stop, done, done
+        self.out = Path(options.out)
+        self.feed = Feed(plan, dataset, job.rank, job.platform.device)
+        self.tokens_per_step = plan.training.global_batch * plan.training.seq_len
+        self.memory_limit = options.device_limit or plan.hardware.memory_limit
+        self.predicted = plan.prediction.step_time if plan.prediction else None
+        self.step_times: list[float] = []
+        self.busiest: list[float] = []
+        self.first_loss, self.last_loss = math.nan, math.nan
+        self.stopped_by = ""
+        self.last_checkpoint: Path | None = None
+        first = job.rank == 0
+        self.metrics = MetricsFile(self.out / "metrics.jsonl", done) if first else None
+        self.display = Display(
+            visible=first, stderr=options.console == "stderr", steps=options.steps, done=done
+        )
+
+    def run(self) -> None:
+        """Every step that is left, or those until a signal asks for the end."""
+        for step in range(self.first_step, self.options.steps):
+            lr = learning_rate(self.plan, step, self.options.steps, self.options.schedule)
+            self.runner.set_lr(lr)
+            result, seconds = self._timed_step(step)
+            slowest = _over_ranks(seconds, self.tracking.tracker, self.stop, self.job)
+            self.busiest.append(result.busiest)
+            self._record(self._line(step, lr, result, slowest))
+            stopping = bool(slowest["stop"])
+            if stopping or self._checkpoint_due():
+                self._save()
+            if stopping:
+                self.stopped_by = _signal_name(self.stop)
+                return
+
+    def _timed_step(self, step: int) -> tuple[StepResult, float]:
+        """One optimizer step on this rank, and its seconds. The batches count as memory of the step."""
+        with self.tracking.step(step - self.first_step):
+            batches = self.feed.batches(step)
+            self.job.platform.synchronize()
+            start = time.perf_counter()
+            result = self.runner.step(batches)
+            self.job.platform.synchronize()
+            return result, time.perf_counter() - start
+
+    def _line(self, step: int, lr: float, result: StepResult, slowest: dict[str, float]) -> StepMetrics:
+        tokens_per_s = self.tokens_per_step / slowest["seconds"]
+        return StepMetrics(
+            step=step + 1,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            step_time_s=slowest["seconds"],
+            tokens_per_s=tokens_per_s,
+            tokens_per_s_per_device=tokens_per_s / self.job.world_size,
+            peak_memory_bytes=int(slowest["device"]),
+            host_memory_bytes=int(slowest["host"]),
+            memory_step=self.tracking.last(step, self.first_step) + 1,
+            memory_percent=100 * slowest["device"] / self.memory_limit if self.memory_limit else 0.0,
+            predicted_step_time_s=self.predicted,
+        )
+
+    def _record(self, line: StepMetrics) -> None:
+        self.done = line.step
+        self.step_times.append(line.step_time_s)
+        self.last_loss = line.loss
+        if len(self.step_times) == 1:
+            self.first_loss = line.loss
+        if self.metrics:
+            self.metrics.write(line)
+        self.display.step(line)
+        if not math.isfinite(line.loss) or not math.isfinite(line.grad_norm):
+            raise MopError(
+                f"step {line.step}: loss {line.loss}, gradient norm {line.grad_norm}: "
+                f"the run diverged at learning rate {line.lr:.2e}"
+            )
+
+    def _checkpoint_due(self) -> bool:
+        every = self.options.checkpoint_every
+        last = self.done == self.options.steps and self.options.final_checkpoint
+        return last or (every > 0 and self.done % every == 0)
+
+    def _save(self) -> None:
+        state = checkpoint.run_state(self.plan, self.done, self.dataset.seed, self.dataset.text_digest)
+        root = self.out / "checkpoints"
+        self.last_checkpoint = checkpoint.save(root, self.runner, state, keep=self.options.keep)
+
+    def profile(self) -> dict[str, KindTiming]:
+        """Kinds of work from extra steps after the last one; nothing keeps their updates."""
+        timer = KindTimer(cuda=self.job.platform.is_cuda)
+        for number in range(self.options.profile_steps):
+            batches = self.feed.batches(self.options.steps + number)
+            with timer:
+                self.runner.step(batches)
+        return timer.kinds() if self.options.profile_steps else {}
+
+    def close(self) -> None:
+        self.display.close()
+        if self.metrics:
+            self.metrics.close()
+
+    def conclude(self, kinds: dict[str, KindTiming]) -> Outcome:
+        """Write the measurement of this process's steps, and how the run ended."""
+        earlier = self.metrics.first_loss if self.metrics else None
+        measured = measurement(
+            self.plan,
+            step_times=self.step_times,
+            warmup=self.options.warmup,
+            tokens_per_step=self.tokens_per_step,
+            kinds=kinds,
+            memory=_largest_memory(self.tracking.tracker),
+            first_loss=self.first_loss if earlier is None else earlier,
+            last_loss=self.last_loss,
+            device=self.job.platform.device,
+            routing=_measured_routing(
+                self.plan, self.busiest[min(self.options.warmup, len(self.busiest) - 1) :]
+            ),
+        )
+        outcome = Outcome(
+            run=str(self.out),
+            steps_done=self.done,
+            stopped_by=self.stopped_by,
+            checkpoint=str(self.last_checkpoint or ""),
+            first_loss=measured.first_loss,
+            last_loss=measured.last_loss,
+            step_time_s=measured.step_time_median,
+            tokens_per_s=measured.tokens_per_second,
+            peak_memory_bytes=measured.peak_memory,
+            host_memory_bytes=measured.host_memory,
+            memory_step=self.tracking.last(self.done - 1, self.first_step) + 1,
+            predicted_step_time_s=self.predicted,
+        )
+        if self.job.rank == 0:
+            io.write_yaml(self.out / "measurement.yaml", measured)
+            io.write_json(str(self.out / SUMMARY), outcome)
+        return outcome
+
+
+def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
+    """See Measurement.routing. busiest: of the steady steps."""
+    shares, degree = [share for share in busiest if math.isfinite(share)], plan.strategy.experts.degree
+    if not shares or degree == 1:
+        return plan.training.routing
+    return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"
+
+
+def learning_rate(plan: Plan, step: int, steps: int, schedule: Literal["constant", "cosine"]) -> float:
+    """Of step `step` (from 0): linear warm-up over plan.training.warmup_steps, then constant, or a cosine to
+    a tenth.
+    """
+    peak, warmup = plan.training.learning_rate, plan.training.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant" or steps <= warmup:
+        return peak
+    fraction = (step - warmup) / (steps - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * fraction)))
+
+
+class _Tracking:
+    """The tracker counts while the runner is built and in its first steps; in all, where it has a limit to
+    enforce and options.tracked_steps does not say in how many.
+    """
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.tracker = MemoryTracker(options.device_limit, options.host_limit)
+        limited = options.device_limit is not None or options.host_limit is not None
+        self._always = limited and not options.tracked_steps
+        self._first = options.tracked_steps or TRACKED_STEPS
+
+    def last(self, step: int, first: int) -> int:
+        """The last step (from 0) that was watched up to `step`, in a process that began with `first`."""
+        return step if self._always else min(step, first + self._first - 1)
+
+    def step(self, number: int) -> AbstractContextManager[Any]:
+        """`number`: from 0, of this process."""
+        return self.tracker if self._always or number < self._first else nullcontext()
+
+
+def _tokens(options: TrainOptions, plan: Plan, job: Job) -> Path:
+    """The tokens' directory: prepared by the launching command, or by the first rank of each node."""
+    if options.tokens:
+        return Path(options.tokens)
+    cache = data.cache_directory(options.cache)
+    if job.local_rank == 0:
+        data.prepare(options.data, plan.model.vocab_size, cache)
+    dist.barrier()
+    return data.prepare(options.data, plan.model.vocab_size, cache)
+
+
+def _find_checkpoint(options: TrainOptions, job: Job) -> Path | None:
+    """The checkpoint to go on from: asked for by --resume, or after the launcher restarted a group that had
+    failed.
+    """
+    if not options.resume and job.restart == 0:
+        return None
+    if options.resume and job.restart == 0:
+        return checkpoint.find(Path(options.out))
+    return checkpoint.latest(Path(options.out) / "checkpoints")
+
+
+def _over_ranks(seconds: float, tracker: MemoryTracker, stop: StopRequest, job: Job) -> dict[str, float]:
+    """The largest of every rank's numbers: so the slowest sets the step time, and all stop at the same
+    step.
+    """
+    names = ("seconds", "device", "host", "stop")
+    values = [seconds, float(tracker.peak_memory), float(tracker.host_memory), float(stop.requested)]
+    numbers = torch.tensor(values, dtype=torch.float64, device=job.platform.device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return dict(zip(names, numbers.tolist(), strict=True))
+
+
+def _signal_name(stop: StopRequest) -> str:
+    """The signal that asked for the stop: it may have reached another rank only."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, stop.signal_name)
+    return next((name for name in names if name), "")
+
+
+def _largest_memory(tracker: MemoryTracker) -> dict[str, Any]:
+    """Peaks of the rank with the largest device peak, and the largest host peak."""
+    mine = {
+        "peak_memory": tracker.peak_memory,
+        "memory_by_category": tracker.memory_by_category,
+        "host_memory": tracker.host_memory,
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    largest = max(everyone, key=lambda memory: memory["peak_memory"])
+    return {**largest, "host_memory": max(memory["host_memory"] for memory in everyone)}

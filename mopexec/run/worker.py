@@ -1,0 +1,55 @@
+"""One rank of a training run, from its first line to its exit code.
+
+Run by the launcher: `-m mopexec.run.worker OPTIONS`.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from mopexec.run import failures
+from mopexec.run.environment import launcher, rank_of_environment
+from mopexec.run.options import TrainOptions
+from mopexec.run.signals import StopRequest
+from mopsim.common import io
+from mopsim.common.processes import end_with_parent
+
+
+def run_rank(options: TrainOptions) -> failures.Failure | None:
+    """Train as this rank; returns what went wrong, which is in the run's logs/ too, or None."""
+    from mopexec.run import plans
+    from mopexec.run.job import join
+    from mopexec.run.train import train
+
+    rank = rank_of_environment()
+    try:
+        with StopRequest() as stop:
+            plan = plans.read_plan(Path(options.plan))
+            with join() as job:
+                plans.check_world(plan, job.world_size)
+                train(options, plan, job, _builder(options), stop)
+    except Exception as error:
+        return failures.report(Path(options.out) / failures.LOGS, rank, error)
+    return None
+
+
+def _builder(options: TrainOptions) -> Any:
+    module, name = options.build.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def main() -> None:
+    """Entry of a rank that the launcher started: it ends when the launcher does."""
+    end_with_parent(launcher())
+    failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started it
+            stream.flush()
+    os._exit(failures.exit_code(failure))  # a rank whose peers are gone must not wait for them at exit
+
+
+if __name__ == "__main__":
+    main()

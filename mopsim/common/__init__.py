@@ -1,0 +1,1 @@
+"""What both packages use that is no noun: errors, units, files, tables, signals, processes."""

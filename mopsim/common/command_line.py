@@ -1,0 +1,190 @@
+"""How a command ends, for both packages: a user's mistake is one line on standard error and exit code 2."""
+
+import atexit
+import errno
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from mopsim.common.errors import MopError
+
+REPEAT_SECONDS = 2.0
+"""A key that is held down, or a terminal and a supervisor together, send several signals for one wish."""
+_FRAGILE = ("importlib._bootstrap", "popen_spawn_posix")
+
+
+def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run a typer app and exit: 0 or the command's code, 2 on a user's mistake, 128 + n where signal n ends
+    it (SIGINT, SIGTERM or SIGHUP)."""
+    given = sys.argv[1:] if arguments is None else arguments
+    signals: list[int] = []
+    try:
+        _refuse_empty(given)
+        with _noting_signals(signals):
+            code = app(given, standalone_mode=False)
+    except Exception as error:
+        if signals:  # what an interruption became on its way, in an import or a library
+            _stopped(name, signals)
+        _explain(error, name, given)
+    except KeyboardInterrupt:
+        _stopped(name, signals)
+    if code == 130 and signals:  # typer ends on Ctrl-C without a word
+        _stopped(name, signals)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def quiet_interrupts(name: str) -> None:
+    """For an entry module, before its slow imports: a Ctrl-C outside of `run_app` is one line too."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            before(kind, error, trace)
+            return
+        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+    sys.excepthook = hook
+
+
+def _stopped(name: str, signals: Sequence[int]) -> NoReturn:
+    number = signals[0] if signals else signal.SIGINT
+    said = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    _fail(name, said, 128 + number)
+
+
+def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
+    """End on an error: one line where it is the user's, else the error itself."""
+    if isinstance(error, MopError):
+        _fail(name, str(error))
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        sys.exit(1)
+    if isinstance(error, OSError):  # what the system refuses, where nothing nearer said it
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of files, their writers say it
+        where = error.filename or ("standard output or shared memory" if full else "")
+        _fail(name, f"{where}: {error.strerror or error}" if where else str(error.strerror or error))
+    if type(error).__name__ == "Abort":
+        _stopped(name, ())
+    if not hasattr(error, "format_message"):  # typer's own errors have it; anything else is a bug
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        sys.exit(2)
+    _fail(name, _usage(error, given))
+
+
+@contextmanager
+def _noting_signals(found: list[int]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP are one KeyboardInterrupt and noted in `found`, unless a command handles
+    them itself or whoever started this process had them ignored. More of them within REPEAT_SECONDS are the
+    same wish; later ones are another."""
+    raised, report = -math.inf, sys.unraisablehook
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if number != signal.SIGALRM:
+            found.append(number)
+            if time.monotonic() < raised + REPEAT_SECONDS:
+                return
+        if _fragile(frame):
+            again()
+        else:
+            raised = time.monotonic()
+            raise KeyboardInterrupt
+
+    def again() -> None:
+        signal.signal(signal.SIGALRM, note)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+    def lost(what: "sys.UnraisableHookArgs") -> None:  # raised in a finalizer or beside a fork
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            again()
+        else:
+            report(what)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > raised + REPEAT_SECONDS:
+            os._exit(128 + found[0])
+
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    for number in ours:
+        signal.signal(number, note)
+    sys.unraisablehook = lost
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        if found:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            atexit.register(ignore_signals, tuple(ours))
+        for number, handler in ours.items():
+            if signal.getsignal(number) is note:
+                signal.signal(number, leave if found else handler)
+
+
+def ignore_signals(numbers: Iterable[int]) -> None:
+    """For a process that is ending: another signal changes neither its exit code nor what it said."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _fragile(frame: FrameType | None) -> bool:
+    """Whether an exception at `frame` would be lost or do harm: while a module is imported (compiled ones
+    lose it, or abort on it), or a process of multiprocessing is sent what it starts from."""
+    while frame is not None and not any(name in frame.f_code.co_filename for name in _FRAGILE):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """No option means anything by '': not a path (it would be the working directory), nor a name."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if not argument.isprintable() and any(0xD800 <= ord(one) <= 0xDFFF for one in argument):
+            shown = option if equals else before if before.startswith("--") else "argument"
+            raise MopError(f"{shown}: {argument!r} is not UTF-8")
+        if not argument.strip() or (option.startswith("--") and equals and not value.strip()):
+            shown = option if equals else before if before.startswith("--") else "argument"
+            raise MopError(f"{shown}: '' must not be empty")
+
+
+def _usage(error: Any, arguments: Sequence[str]) -> str:
+    """`--option: 'value' is refused: rule` for a value that the parser refuses, else its own message."""
+    names: list[str] = getattr(getattr(error, "param", None), "opts", None) or []
+    value = next((found for name in names if (found := _value(name, arguments)) is not None), None)
+    if value is None:
+        return str(error.format_message())
+    rule = str(error.message).removeprefix("Value error, ").rstrip(".")
+    if rule.startswith(repr(value)):
+        return f"{names[0]}: {rule}"
+    return f"{names[0]}: {value!r} is refused: {rule[:1].lower()}{rule[1:]}"
+
+
+def _value(option: str, arguments: Sequence[str]) -> str | None:
+    """The last value given to `option`, as typed."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            found = following
+        elif argument.startswith(f"{option}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _fail(name: str, message: str, code: int = 2) -> NoReturn:
+    line = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name may hold anything
+    print(f"{name}: {shown}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,73 @@
+"""Where a command writes, checked before it works: an hour of search must not end at a path it cannot use."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mopsim.common.errors import MopError
+
+STDOUT = "-"
+"""An output path that means standard output, for the options that allow it."""
+
+Output = str | Path | None
+
+
+def check_outputs(
+    files: Mapping[str, Output] | None = None,
+    directories: Mapping[str, Output] | None = None,
+    stdout: Sequence[str] = ("--json",),
+    inputs: Mapping[str, Output] | None = None,
+) -> None:
+    """Refuse what can't be written, by option name; None is not asked for, '-' is for those in `stdout`.
+
+    A directory where a file is to be (or the other way round), a file above it, no permission, a path of two
+    options, one of the `inputs` that the command reads. Makes nothing. Raises MopError.
+    """
+    taken: dict[str, str] = {}
+    read = {os.path.realpath(path): option for option, path in (inputs or {}).items() if path}
+    wanted = [(option, path, False) for option, path in (files or {}).items()]
+    wanted += [(option, path, True) for option, path in (directories or {}).items()]
+    for option, path, is_directory in wanted:
+        if path is None:
+            continue
+        if str(path) == STDOUT and not is_directory and option not in stdout:
+            raise MopError(f"{option}: '-' is standard output, a file is needed")
+        real = STDOUT if str(path) == STDOUT else os.path.realpath(path)
+        if real in taken:
+            raise MopError(f"{option}: {path} is where {taken[real]} goes too")
+        if real in read and not is_directory:
+            raise MopError(f"{option}: {path} is what {read[real]} reads")
+        taken[real] = option
+        if real != STDOUT:
+            _check(option, str(path), Path(real), is_directory)
+
+
+def _check(option: str, shown: str, real: Path, is_directory: bool) -> None:
+    kind = _kind(option, shown, real)
+    if is_directory and kind not in ("", "directory"):
+        raise MopError(f"{option}: {shown} is a file, a directory is needed")
+    if not is_directory and kind == "directory":
+        raise MopError(f"{option}: {shown} is a directory, a file is needed")
+    if not is_directory and kind == "special":
+        raise MopError(f"{option}: {shown} is not a regular file")
+    above = real if kind == "directory" else next(a for a in real.parents if _kind(option, shown, a))
+    if _kind(option, shown, above) != "directory":
+        raise MopError(f"{option}: {shown} cannot be made, {above} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=above):  # without a name where the system can: nothing is left
+            pass
+    except OSError as error:
+        raise MopError(f"{option}: {shown} cannot be written in {above}: {error.strerror or error}") from None
+
+
+def _kind(option: str, shown: str, path: Path) -> str:
+    """'' where nothing is there, else file, directory or special."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise MopError(f"{option}: {shown}: {error.strerror or error}") from None
+    return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special"

@@ -1,0 +1,36 @@
+"""CSVs of a user: read whole, every row as wide as the header, what is none refused in one line."""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from mopsim.common.errors import MopError
+from mopsim.common.io import read_text
+
+Row = dict[str, str]
+
+
+def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
+    """Rows as text by column of the CSV that the user named as `field`; its header must have `columns`, and
+    may have others. Raises MopError naming the column or the line."""
+    where = f"{field}: {path}"
+    lines = csv.reader(io.StringIO(read_text(path, field)), strict=True)
+    rows: list[Row] = []
+    try:
+        header = next((cells for cells in lines if cells), [])
+        for column in columns:
+            if column not in header:
+                raise MopError(f"{where}: has no column {column!r}; columns found: {', '.join(header)[:200]}")
+        for column in header:
+            if column and header.count(column) > 1:
+                raise MopError(f"{where}: column {column!r} appears twice")
+        for cells in lines:
+            if len(cells) > len(header):
+                raise MopError(f"{where}: line {lines.line_num} has more cells than the header")
+            if any(cell.strip() for cell in cells):
+                filled = [*cells, *[""] * (len(header) - len(cells))]
+                rows.append({name: cell.strip() for name, cell in zip(header, filled, strict=True)})
+    except csv.Error as error:
+        raise MopError(f"{where}: line {lines.line_num} is not CSV: {error}") from None
+    return rows

@@ -1,0 +1,104 @@
+"""The only place where scales exist: inside, bytes are int, time is seconds, rates are per second."""
+
+import re
+
+from mopsim.common.errors import MopError
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+#: Factor from a unit as written in a file to the SI unit used inside.
+UNITS: dict[str, float] = {
+    "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
+    "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
+    "s": 1, "ms": 1e-3, "us": 1e-6, "h": 3600,
+    "FLOP/s": 1, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15,
+    "B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GiB/s": GIB, "Gbit/s": 1e9 / 8,
+    "W": 1, "kW": 1e3, "USD/h": 1, "USD": 1, "params/s": 1, "Mparams/s": 1e6, "Gparams/s": 1e9, "1": 1,
+}  # fmt: skip
+
+#: What the units of each dimension are: a bandwidth in GB would be off by a factor nobody notices.
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "memory": ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"),
+    "time": ("s", "ms", "us", "h"),
+    "arithmetic": ("FLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s"),
+    "bandwidth": ("B/s", "MB/s", "GB/s", "TB/s", "GiB/s", "Gbit/s"),
+    "power": ("W", "kW"),
+    "price": ("USD/h",),
+    "update rate": ("params/s", "Mparams/s", "Gparams/s"),
+}
+
+#: No machine has more of it (SI units, per device or link; memory: per node): above, the unit is wrong.
+CEILINGS: dict[str, float] = {
+    "memory": 1e15, "time": 1.0, "arithmetic": 1e17, "bandwidth": 1e14, "power": 1e5, "price": 1e4,
+    "update rate": 1e14,
+}  # fmt: skip
+
+DTYPE_BYTES: dict[str, float] = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "mxfp8": 1.03125, "nvfp4": 0.5625,
+}  # fmt: skip
+
+LARGEST, LARGEST_COUNT = 2**62, 2**40
+"""Bounds of what is read: bytes or tokens that 64 bits hold, and a count (of tokens in a sequence, say) whose
+products with other counts still do."""
+
+_COUNT_SUFFIX = {"": 1, "K": 1024, "M": 1024**2}
+
+
+def parse_bytes(text: str, field: str = "size") -> int:
+    """Bytes from '512MiB', '2GB', '1.5GiB' or a plain number of bytes. Raises MopError otherwise."""
+    match = re.match(r"^\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?B|B?)\s*$", text)
+    if not match:
+        raise MopError(f"{field}: {_shown(text)} is not a size such as 512MiB, 2GB or a number of bytes")
+    size = float(match.group(1)) * UNITS[match.group(2) or "B"]
+    if not 1 <= size <= LARGEST:
+        raise MopError(f"{field}: {_shown(text)} must lie between 1 byte and 2^62")
+    return int(size)
+
+
+def parse_count(text: str, field: str = "count") -> int:
+    """A token count from '32K', '1M' (binary: 128K = 131072) or a plain integer; MopError otherwise."""
+    match = re.match(r"^\s*([0-9]+)\s*([KM]?)\s*$", text)
+    count = float(match.group(1)) * _COUNT_SUFFIX[match.group(2)] if match else 0
+    if count < 1:
+        raise MopError(f"{field}: {_shown(text)} is not a positive count such as 4096, 128K or 1M")
+    if count > LARGEST_COUNT:
+        raise MopError(f"{field}: {_shown(text)} must be at most 2^40")
+    return int(count)
+
+
+def format_bytes(num_bytes: float, digits: int = 2) -> str:
+    """'1.50 GiB', for a table."""
+    for unit, scale in (("TiB", 1024**4), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(num_bytes) >= scale:
+            return f"{num_bytes / scale:.{digits}f} {unit}"
+    return f"{int(num_bytes)} B"
+
+
+LEAST_SECONDS = 1e-12
+"""Below, a time is a rounding error of sums of seconds, and shown as 0."""
+
+
+def format_seconds(seconds: float) -> str:
+    """'1.23 s', '12.3 ms', '45.6 us' or '0', for a table."""
+    if abs(seconds) < LEAST_SECONDS:
+        return "0"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+_DECIMAL_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_tokens(text: str, field: str = "tokens") -> int:
+    """Tokens of a training run: '15T', '1.5T', '500B', '2e12' (decimal: 1T = 10^12); MopError otherwise."""
+    match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?)\s*([KMBT]?)\s*$", text)
+    tokens = float(match.group(1)) * _DECIMAL_SUFFIX[match.group(2)] if match else 0
+    if not 1 <= tokens <= LARGEST:
+        raise MopError(f"{field}: {_shown(text)} is not a number of tokens such as 500B, 1.5T or 2e12")
+    return round(tokens)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
