@@ -1,12 +1,15 @@
-"""Stack: what a program makes of a strategy. Strategy is what a user decides; a stack is what its software does
-anyway: which kernels are fused, what its collectives copy, what its Python costs the host, which dtypes its
-state has, what its memory reading means.
+"""Stack: what a program makes of a strategy.
 
-Every entry is data with a source (`sources`: dotted field -> where it is written, and of which version). A stack
-that nobody wrote is `generic-eager` or `generic-fused`.
+Strategy is what a user decides; a stack is what its software does anyway: which kernels are fused, what its
+collectives copy, what its Python costs the host, which dtypes its state has, what its memory reading means.
+
+Every entry is data with a source (`sources`: dotted field -> where it is written, and of which version). A
+stack that nobody wrote is `generic-eager` or `generic-fused`.
 """
 
 from typing import Literal
+
+import msgspec
 
 from mopsim.common.io import Spec
 from mopsim.spec.categories import Runtime
@@ -14,7 +17,8 @@ from mopsim.spec.categories import Runtime
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
 AttentionKernel = Literal["profile", "flash2", "flash4", "triton", "scores"]
-"""profile: the best that the hardware's profile was measured with. scores: kept in memory, no flash kernel."""
+"""profile: the best that the hardware's profile was measured with. scores: kept in memory, no flash kernel.
+"""
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
 
 
@@ -41,7 +45,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_grads: Built = "fused"
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast"] = "composed"
-    attention: dict[str, AttentionKernel] = {"default": "profile"}
+    attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {"default": "profile"})
     deterministic: bool = False
     fills: bool = False
 
@@ -49,8 +53,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
 class Sharding(Spec, frozen=True, kw_only=True):
     """How state is sharded and gathered.
 
-    copies: between shards or gradients and the buffers of collectives (torch's FSDP2). experts: routed experts'
-    parameters are sharded by what shards the others; else they are plain tensors, whole on every replica.
+    copies: between shards or gradients and the buffers of collectives (torch's FSDP2). experts: routed
+    experts' parameters are sharded by what shards the others; else they are plain tensors, whole on every
+    replica.
     """
 
     copies: bool = False
@@ -58,10 +63,10 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
 
 class Recompute(Spec, frozen=True, kw_only=True):
-    """Habits of recomputation. stops_early: once the last value that the backward wants is there. kept: kernels
-    (categories.KEPT) whose outputs a full recomputation keeps anyway. selective: what `selective` without a list
-    of modules means. chunk_inputs: how the backward of chunked experts has its inputs: sent again
-    (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306)."""
+    """Habits of recomputation. stops_early: once the last value that the backward wants is there. kept:
+    kernels (categories.KEPT) whose outputs a full recomputation keeps anyway. selective: what `selective`
+    without a list of modules means. chunk_inputs: how the backward of chunked experts has its inputs: sent
+    again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306)."""
 
     stops_early: bool = False
     kept: tuple[str, ...] = ()
@@ -124,5 +129,5 @@ class Stack(Spec, frozen=True, kw_only=True):
     dtypes: StateDTypes = StateDTypes()
     hides: Hides = Hides()
     reading: Reading = Reading()
-    communication_share: dict[str, float] = {}
-    sources: dict[str, str] = {}
+    communication_share: dict[str, float] = msgspec.field(default_factory=dict)
+    sources: dict[str, str] = msgspec.field(default_factory=dict)
