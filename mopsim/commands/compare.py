@@ -41,7 +41,7 @@ def run(
         simulate(inputs.model, inputs.hardware, inputs.nodes, result.strategy, inputs.training, timeline=True)
         for result in results
     ]
-    title = f"{inputs.model.name} at {job.seq_len} tokens on {inputs.nodes} x {inputs.hardware.name}"
+    title = f"{inputs.model.name} at {job.seq_len} tokens on {inputs.hardware.cluster(inputs.nodes)}"
     written = write_compare(folder, results, labels, timelines, lines, title, read_inputs.facts(inputs))
     console = read_inputs.human(json)
     console.print(comparison(results, title))

@@ -38,7 +38,7 @@ def run(
             shown(simulated, f"best {format_seconds(best.step_time)}" if best else "nothing fits yet")
 
         found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, tell)
-    machine = f"{inputs.nodes} x {inputs.hardware.name}"
+    machine = inputs.hardware.cluster(inputs.nodes)
     where = f"{inputs.model.name} on {machine}, {job.seq_len} tokens, batch {job.global_batch}"
     if found.top:
         console.print(comparison(found.top, where))

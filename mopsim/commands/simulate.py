@@ -27,7 +27,7 @@ def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str 
     if plan and made:
         io.write_yaml(Path(plan), made)
     console = read_inputs.human(json)
-    console.print(comparison([result], f"{inputs.model.name} on {inputs.nodes} x {inputs.hardware.name}"))
+    console.print(comparison([result], f"{inputs.model.name} on {inputs.hardware.cluster(inputs.nodes)}"))
     console.print(breakdown(result))
     notes = read_inputs.notes([strategy], inputs)
     for note in notes:

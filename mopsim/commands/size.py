@@ -98,7 +98,7 @@ def _size_all(
     """In the order of `machines`, side by side where there are cores. show: what is being asked."""
     workers = min(len(machines), os.cpu_count() or 1)
     if workers < 2:
-        return [size(request, machine, lambda n, name: show(f"{n} x {name}")) for machine in machines]
+        return [size(request, machine, lambda n, name: show(f"{n} nodes of {name}")) for machine in machines]
     show(", ".join(machine.name for machine in machines))
     with pool(workers) as processes:
         return list(processes.map(partial(size, request), machines))

@@ -42,7 +42,7 @@ class Target:
 def header(target: str, checked: str, plan: Plan, gaps: list[Gap]) -> list[str]:
     """The lines that begin every file: what it is, what its keys were checked against, what is missing."""
     hardware, prediction = plan.hardware, plan.prediction
-    ranks = f"{plan.strategy.world_size} ranks ({hardware.num_nodes} x {hardware.name})"
+    ranks = f"{plan.strategy.world_size} ranks ({hardware.num_nodes} nodes of {hardware.name})"
     lines = [
         f"{target} configuration of the plan {plan.strategy.name} for {plan.model.name} on {ranks}",
         f"Keys checked against {checked}",

@@ -88,8 +88,8 @@ def sizing_table(
 
 
 def summary(point: Point | None) -> str:
-    """'16 x h200-sxm-141g: 27.2 days, $120 k' or 'none'."""
+    """'16 nodes (128 devices) of h200-sxm-141g: 27.2 days, $120 k' or 'none'."""
     if point is None or point.figures is None:
         return "none"
     cost = "price unknown" if point.figures.cost is None else format_dollars(point.figures.cost)
-    return f"{point.num_nodes} x {point.hardware.name}: {point.figures.days:,.1f} days, {cost}"
+    return f"{point.hardware.cluster(point.num_nodes)}: {point.figures.days:,.1f} days, {cost}"

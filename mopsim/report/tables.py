@@ -11,60 +11,65 @@ from mopsim.report.terminal import numbered, size, table
 from mopsim.spec.strategy import Strategy
 
 COLUMNS = (
-    "strategy", "step", "tok/s/dev", "MFU", "memory", "at most", "limit", "host", "host at most", "exposed",
+    "strategy", "step", "tok/s/GPU", "MFU", "memory", "at most", "limit", "host", "host at most", "exposed",
     "verdict",
 )  # fmt: skip
-"""tok/s/dev: tokens per second and device. memory: device peak; at most: its upper bound; limit: share of the
+"""tok/s/GPU: tokens per second and device. memory: device peak; at most: its upper bound; limit: share of the
 usable device memory that the peak is. exposed: seconds of compute waiting for communication and copies."""
 
 
 def describe(strategy: Strategy) -> str:
-    """The choices that make a strategy, in a line: only those that differ from the plain case are named."""
+    """A strategy in a line, in Megatron's and TorchTitan's words: what equals the plain case is left out."""
     s = strategy
+    fsdp = s.dense.shard if s.dense.zero == 3 else 1
     degrees = {
-        "TP": s.dense.tensor,
-        "PP": s.pipeline.degree,
-        "VP": s.pipeline.virtual_stages,
-        "D": s.attention.sequence,
-        "Ep": s.experts.degree,
-        "ETP": s.experts.tensor,
-        "P": s.vocabulary.degree,
-        "mb": s.micro_batch,
-    }
-    parts = [f"{name}={value}" for name, value in degrees.items() if value > 1 or name == "mb"]
+        "TP": s.dense.tensor, "PP": s.pipeline.degree, "VP": s.pipeline.virtual_stages,
+        "CP": s.attention.sequence, "EP": s.experts.degree, "ETP": s.experts.tensor, "FSDP": fsdp,
+    }  # fmt: skip
+    parts = [f"{name}={value}" for name, value in degrees.items() if value > 1]
+    if s.dense.zero < 3 and s.dense.shard > 1:
+        parts.append(f"ZeRO-{s.dense.zero}={s.dense.shard}")
+    if s.experts.degree > 1 and s.experts.shard not in (1, s.expert_replicas):
+        parts.append(f"expert-FSDP={s.experts.shard}")
     if s.dense.tensor > 1 and not s.dense.sequence_parallel:
-        parts.append("no-SP")
-    if s.attention.sequence > 1 and s.attention.exchange != "ulysses":
-        parts.append(f"{s.attention.exchange}-CP")
-    if s.dense.shard not in (s.stage_ranks, s.stage_ranks // s.dense.tensor):
-        parts.append(f"shard={s.dense.shard}")
-    if s.experts.shard != s.expert_replicas:
-        parts.append(f"expert-shard={s.experts.shard}")
+        parts.append("sequence-parallel=no")
+    if s.attention.sequence > 1:
+        parts.append(f"CP-by={s.attention.exchange}")
+    parts += [_vocabulary(s), f"mbs={s.micro_batch}"]
     if s.experts.chunk_tokens:
-        parts.append(f"c={s.experts.chunk_tokens}")
+        parts.append(f"expert-chunk={s.experts.chunk_tokens}")
     if s.dense.chunk_tokens:
-        parts.append(f"ffn-c={s.dense.chunk_tokens}")
-    parts.append(
-        f"{s.vocabulary.loss}-loss" + (f"/{s.vocabulary.chunk_tokens}" if s.vocabulary.chunk_tokens else "")
-    )
-    recompute = {"full": "recompute", "none": "no-recompute"}
-    parts.append(recompute.get(s.activations.recompute, f"{s.activations.recompute}-recompute"))
+        parts.append(f"ffn-chunk={s.dense.chunk_tokens}")
+    parts.append(f"recompute={'+'.join(s.activations.modules) or s.activations.recompute}")
+    if away := _offloaded(s):
+        parts.append(f"offload={','.join(away)}")
+    if s.dense.zero == 3 and not s.dense.reshard_after_forward:
+        parts.append("reshard=no")
+    return f"{s.name} {' '.join(parts)}"
+
+
+def _vocabulary(s: Strategy) -> str:
+    """How the vocabulary and its loss are split: over ranks, and over rows."""
+    rows = f"/{s.vocabulary.chunk_tokens}" if s.vocabulary.chunk_tokens else ""
+    if s.vocabulary.loss in ("ring", "vocab_parallel"):
+        return f"vocab-{'ring' if s.vocabulary.loss == 'ring' else 'parallel'}={s.vocabulary.degree}{rows}"
+    return f"loss={s.vocabulary.loss}{rows}"
+
+
+def _offloaded(s: Strategy) -> list[str]:
+    """What is kept on the host."""
+    found = []
     if s.activations.boundary_tier == "host":
         budget = s.activations.host_budget
-        parts.append(
-            "boundaries-on-host" + (f"/{format_bytes(budget, 0).replace(' ', '')}" if budget else "")
-        )
+        found.append("inputs" + (f"/{format_bytes(budget, 0).replace(' ', '')}" if budget else ""))
     if s.activations.layers_on_host:
-        parts.append(f"{s.activations.layers_on_host}-layers-on-host")
+        found.append(f"{s.activations.layers_on_host}-layers")
     if s.dense.param_tier == "host":
-        parts.append("offload")
-    elif s.optimizer.state_tier == "host":
-        parts.append(
-            "host-adam" if s.optimizer.update_on == "host" else f"streamed-adam/{s.optimizer.bucket_params:,}"
-        )
-    if s.dense.zero == 3 and not s.dense.reshard_after_forward:
-        parts.append("no-reshard")
-    return f"{s.name} {' '.join(parts)}"
+        found.append("params")
+    if s.optimizer.state_tier == "host":
+        part = "" if s.optimizer.host_fraction == 1 else f"-{s.optimizer.host_fraction:.0%}"
+        found.append(f"optimizer{part}{'' if s.optimizer.update_on == 'host' else '-streamed'}")
+    return found
 
 
 def row(result: SimResult) -> list[str]:
@@ -107,7 +112,11 @@ def comparison(results: Sequence[SimResult], title: str) -> Group:
     limit = "; ".join(
         f"{format_bytes(device)} of device, {format_bytes(host)} of host" for device, host in limits
     )
-    return Group(shown, numbered(lines), Text(f"tok/s: of a device. Limits of a rank: {limit}", style="dim"))
+    return Group(
+        shown,
+        numbered(lines),
+        Text(f"tok/s: tokens per second per device. Limits of a rank: {limit}", style="dim"),
+    )
 
 
 def _beyond(result: SimResult) -> str:

@@ -365,6 +365,12 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         found = self.corrections.get(f"step_{runtime}") or self.corrections.get("step")
         return found.overhead if found else 0.0
 
+    def cluster(self, num_nodes: int) -> str:
+        """'2 nodes (16 devices) of h200-sxm-141g': nodes and devices told apart."""
+        nodes = "1 node" if num_nodes == 1 else f"{num_nodes:,} nodes"
+        devices = num_nodes * self.devices_per_node
+        return f"{nodes} ({devices:,} device{'s' if devices > 1 else ''}) of {self.name}"
+
     def memory_limit(self) -> int:
         """Bytes of device memory that a plan may use."""
         return int(self.device.memory.si - self.device.reserved.si)

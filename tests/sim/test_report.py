@@ -69,7 +69,7 @@ def test_row_has_a_cell_for_every_column(results: list[SimResult]) -> None:
 
 def test_describe_names_what_differs() -> None:
     text = describe(mop(4, sequence=2, experts=4, vocabulary=2, chunk_tokens=64))
-    for part in ("D=2", "Ep=4", "P=2", "c=64", "ring-loss", "boundaries-on-host", "streamed-adam"):
+    for part in ("CP=2", "EP=4", "vocab-ring=2", "expert-chunk=64", "offload=inputs,optimizer-streamed"):
         assert part in text
 
 
