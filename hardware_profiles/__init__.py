@@ -1,1 +1,1 @@
-"""Machine types, one YAML each. Regenerate all but cpu-2core with `python -m mopsim.fit_profiles`."""
+"""Machine types, one YAML each. Regenerate all but cpu-2core with `python -m hardware_profiles.data.fit`."""

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
+from hardware_profiles.data.fit.__main__ import DATA, HEADER
+from hardware_profiles.data.fit.collectives import check_against_vtrain
+from hardware_profiles.data.fit.run import Fitter
+from hardware_profiles.data.fit.tables import read_csv
 from mopsim.common.errors import MopError
 from mopsim.common.io import digest, parse_yaml, to_plain, write_yaml
-from mopsim.fit_profiles.__main__ import DATA, HEADER
-from mopsim.fit_profiles.collectives import check_against_vtrain
-from mopsim.fit_profiles.run import Fitter
-from mopsim.fit_profiles.tables import read_csv
 from mopsim.spec.hardware import Quantity
 from mopsim.spec.profiles import list_profiles, load_profile
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares, minimize_scalar
 
-from mopsim.fit_profiles.tables import Array, Residuals, column, params, round_to
+from hardware_profiles.data.fit.tables import Array, Residuals, column, params, round_to
 
 #: Columns and depth of the products whose longest are taken to be bounded by power.
 _WIDE = 2048

@@ -1,4 +1,4 @@
-"""`python -m mopsim.fit_profiles`: fit, print the residuals, write the profiles."""
+"""`python -m hardware_profiles.data.fit`: fit, print the residuals, write the profiles."""
 
 import sys
 from pathlib import Path
@@ -9,9 +9,9 @@ import typer
 from mopsim.common.errors import MopError
 from mopsim.common.io import to_yaml, write_text
 
-DATA = Path(__file__).parents[2] / "hardware_profiles" / "data"
+DATA = Path(__file__).parents[1]
 HEADER = (
-    "# Made by `python -m mopsim.fit_profiles` from hardware_profiles/data: change those, not this file.\n"
+    "# Made by `python -m hardware_profiles.data.fit` from hardware_profiles/data: change those, not this file.\n"
 )
 
 
@@ -29,9 +29,9 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the profiles")] = DATA.parent,
 ) -> None:
     """Fit the hardware profiles' curves to measured kernel timings; write one YAML for each machine type."""
-    from mopsim.fit_profiles.collectives import check_against_vtrain
-    from mopsim.fit_profiles.run import Fitter
-    from mopsim.fit_profiles.tables import read_csv
+    from hardware_profiles.data.fit.collectives import check_against_vtrain
+    from hardware_profiles.data.fit.run import Fitter
+    from hardware_profiles.data.fit.tables import read_csv
 
     fitter = Fitter(gemm, nccl, components, machines)
     profiles = fitter.profiles()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from mopsim.fit_profiles.tables import Array, Residuals, column, round_to
+from hardware_profiles.data.fit.tables import Array, Residuals, column, round_to
 
 #: Names of the table -> ours.
 OPS = {

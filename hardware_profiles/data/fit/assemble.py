@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mopsim.fit_profiles.attention import AttentionFit
-from mopsim.fit_profiles.collectives import RAMP, CollectiveFit
-from mopsim.fit_profiles.matmul import MatmulFit
-from mopsim.fit_profiles.tables import round_to
+from hardware_profiles.data.fit.attention import AttentionFit
+from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit
+from hardware_profiles.data.fit.matmul import MatmulFit
+from hardware_profiles.data.fit.tables import round_to
 from mopsim.spec.hardware import (
     COLLECTIVES,
     AttentionCurve,

@@ -4,15 +4,15 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from hardware_profiles.data.fit import assemble, attention, collectives, matmul
+from hardware_profiles.data.fit.assemble import Entry, MachineFits
+from hardware_profiles.data.fit.attention import AttentionFit
+from hardware_profiles.data.fit.collectives import CollectiveFit
+from hardware_profiles.data.fit.matmul import MatmulFit
+from hardware_profiles.data.fit.tables import Residuals, read_csv, round_to
 from mopsim.common.errors import MopError
 from mopsim.common.io import parse_yaml, read_text
 from mopsim.common.units import UNITS
-from mopsim.fit_profiles import assemble, attention, collectives, matmul
-from mopsim.fit_profiles.assemble import Entry, MachineFits
-from mopsim.fit_profiles.attention import AttentionFit
-from mopsim.fit_profiles.collectives import CollectiveFit
-from mopsim.fit_profiles.matmul import MatmulFit
-from mopsim.fit_profiles.tables import Residuals, read_csv, round_to
 from mopsim.spec.hardware import HardwareProfile, Tag
 
 _NONE = Residuals(0, 0.0, 0.0, 0.0)
