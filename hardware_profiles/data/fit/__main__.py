@@ -11,7 +11,8 @@ from mopsim.common.io import to_yaml, write_text
 
 DATA = Path(__file__).parents[1]
 HEADER = (
-    "# Made by `python -m hardware_profiles.data.fit` from hardware_profiles/data: change those, not this file.\n"
+    "# Made by `python -m hardware_profiles.data.fit` from hardware_profiles/data: "
+    "change those, not this file.\n"
 )
 
 
