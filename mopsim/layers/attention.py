@@ -295,7 +295,7 @@ def _flash(core: Kernel, working: float, sums: float) -> Kernel:
 def _kept(core: Kernel, scores: float, dropout: bool, b: int) -> Kernel:
     """Keeps the softmax of the whole square of scores; with dropout also its mask, a byte, and its result
     (5 a s^2 b in arXiv 2205.05198, 4.1). The scores themselves and their gradients come and go."""
-    kept = Value("scores", int(scores * (2 * b + 1 if dropout else b)), grad=False)
+    kept = Value("attention_scores", int(scores * (2 * b + 1 if dropout else b)), grad=False)
     once = int(scores * b)
     # two products, softmax, dropout, a copy; four products, the backward of the others, three copies
     return replace(

@@ -50,8 +50,11 @@ def plan(
     dropped: set[str] = set()
     regions: list[frozenset[int]] = []
     if recompute == "selective":
-        for module in modules:
-            region = _region(tape, module)
+        found = {module: _region(tape, module) for module in modules}
+        taken: frozenset[int] = frozenset()
+        for module in sorted(found, key=lambda name: -len(found[name])):  # a wider one holds the narrower
+            region = found[module] - taken
+            taken |= region
             lost = _lost(tape, region, saved, module in DISCARDED)
             if lost:
                 regions.append(region)
@@ -121,6 +124,7 @@ def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> li
     held: what outlives this pass (see `held_for_weights`).
     """
     values, alive = tape.values, set(tape.outputs)
+    freed = chosen.kept | chosen.dropped
     first_saver: dict[str, int] = {}
     last_saver: dict[str, int] = {}
     for index, kernel in enumerate(tape.kernels):
@@ -130,20 +134,16 @@ def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> li
     for region in chosen.again:  # what a region reads stays until its kernels' own backward
         for index in sorted(region):
             for name in tape.kernels[index].reads:
-                if name in chosen.kept:
+                if name in freed:
                     first_saver[name] = min(first_saver.get(name, index), index)
     for index, kernel in enumerate(tape.kernels):  # kept, although nothing reads it again
         for value in kernel.writes:
             if value.name in chosen.kept:
                 first_saver.setdefault(value.name, index)
-    due = [
-        max(last_saver[v.name] for i in region for v in tape.kernels[i].writes if v.name in chosen.dropped)
-        for region in chosen.again
-    ]
-    freed = chosen.kept | chosen.dropped
+    due = _due(tape, chosen, last_saver)
     played: list[Played] = []
     for index in reversed(range(len(tape.kernels))):
-        for when, region in zip(due, chosen.again, strict=True):
+        for when, region in due:
             if when == index:
                 played += _again(tape, region, chosen.dropped)
         kernel = tape.kernels[index]
@@ -168,6 +168,22 @@ def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> li
                 memory.append((values[name].category, -values[name].bytes))
         played.append(Played(kernel, True, tuple(memory)))
     return played
+
+
+def _due(tape: Tape, chosen: Plan, last_saver: dict[str, int]) -> list[tuple[int, frozenset[int]]]:
+    """Before the backward of which kernel each region runs again: before the first that wants one of
+    its values, or before another region that reads one."""
+    made = {
+        region: {v.name for i in region for v in tape.kernels[i].writes} & chosen.dropped
+        for region in chosen.again
+    }
+    reads = {region: {name for i in region for name in tape.kernels[i].reads} for region in chosen.again}
+    due = {region: max(last_saver[name] for name in names) for region, names in made.items()}
+    for region in sorted(due, key=min, reverse=True):
+        for before, names in made.items():
+            if before is not region and names & reads[region]:
+                due[before] = max(due[before], due[region])
+    return [(due[region], region) for region in sorted(due, key=min)]
 
 
 def _again(tape: Tape, region: frozenset[int], dropped: frozenset[str]) -> list[Played]:

@@ -105,7 +105,10 @@ class Tape:
                 (set(kernel.reads) | set(kernel.saves)) - known - {value.name for value in kernel.writes}
             )
             assert not missing, f"{kernel.name} reads {missing} before they are written"
-            known |= {value.name for value in kernel.writes}
+            made = [value.name for value in kernel.writes]
+            again = {name for name in made if name in known or made.count(name) > 1}
+            assert not again, f"{kernel.name} writes {again} once more"
+            known |= set(made)
 
     @property
     def values(self) -> dict[str, Value]:

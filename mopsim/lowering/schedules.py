@@ -78,6 +78,6 @@ def order(
     """
     if schedule == "interleaved" and virtual > 1:
         return interleaved(stages, virtual, microbatches, stage, ahead)
-    if schedule == "zero_bubble":
+    if schedule == "zero_bubble" and stages > 1:  # nothing to fill in a stage alone
         return zero_bubble(stages, microbatches, stage)
     return one_forward_one_backward(stages, microbatches, stage, ahead)
