@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from mopsim.api.inputs import Inputs, make_plan
 from mopsim.calibrate import load_measurement
-from mopsim.commands.inputs import Inputs, make_plan
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement
-from mopsim.commands.inputs import human
+from mopsim.commands.console import human
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds

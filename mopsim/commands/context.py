@@ -1,13 +1,15 @@
 """`mopsim context`: context length against throughput, for MoP and for FSDP2 under restrictions."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mopsim
-from mopsim.commands import inputs as read_inputs
+from mopsim.api.inputs import Inputs, facts, read_routing
+from mopsim.commands.console import human
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -49,16 +51,16 @@ def run(order: Order, out: str, json: str | None) -> None:
     cases, lengths = read(order)
     contenders, variants = chosen(order.contenders), varied(order.variants)
     tasks = plan(cases, contenders, variants, lengths, order.budget)
-    console = read_inputs.human(json)
+    console = human(json)
     found: dict[tuple[str, ...], Curve] = {}
     with progress(console, "sweeping", len(tasks)) as shown:
         for key, curve in sweep(tasks, order.jobs or min(4, os.cpu_count() or 1)):
             found[key] = curve
             shown(len(found), " ".join(key))
     study = gather(cases, contenders, variants, lengths, found)
-    facts = stated(cases)
-    write_context(Path(out), study, facts, assumptions(cases, order.budget))
-    made = to_json(study, facts, totals(found.values()))
+    made_by = stated(cases)
+    write_context(Path(out), study, made_by, assumptions(cases, order.budget))
+    made = to_json(study, made_by, totals(found.values()))
     io.write_json(str(Path(out) / "context.json"), made)
     console.print(summary(study))
     for case, curves in zip(study.cases, study.curves, strict=True):
@@ -81,7 +83,7 @@ def read(order: Order) -> tuple[list[Case], list[int]]:
     if not lengths:
         raise MopError(f"--seq-len: {order.lengths!r} holds no length")
     tokens = parse_count(order.tokens_per_device, "--tokens-per-device")
-    routing = read_inputs.read_routing(order.routing)
+    routing = read_routing(order.routing)
     training = TrainSpec(seq_len=lengths[-1], global_batch=1, routing=routing)
     hardware = load_profile(order.hardware)
     cases = []
@@ -164,12 +166,12 @@ def gather(
 def stated(cases: Sequence[Case]) -> dict[str, str]:
     """What the report says of its own making."""
     first = cases[0]
-    inputs = read_inputs.Inputs(
+    inputs = Inputs(
         first.model, first.hardware, first.nodes, TrainSpec(seq_len=1, global_batch=1), first.precision
     )
-    facts = read_inputs.facts(inputs)
-    facts["model"] = "; ".join(f"{case.model.name} (digest {io.digest(case.model)})" for case in cases)
-    return facts
+    said = facts(inputs, " ".join(["mopsim", *sys.argv[1:]]))
+    said["model"] = "; ".join(f"{case.model.name} (digest {io.digest(case.model)})" for case in cases)
+    return said
 
 
 def assumptions(cases: Sequence[Case], budget: int) -> list[str]:

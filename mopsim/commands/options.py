@@ -1,9 +1,11 @@
 """Options that several commands share, and the job that they describe."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
 import typer
+
+from mopsim.common.units import parse_count
 
 Model = Annotated[str, typer.Option(help="preset, YAML file or Hugging Face config.json")]
 Hardware = Annotated[str, typer.Option(help="hardware profile: a name or a YAML file")]
@@ -47,3 +49,7 @@ class Job:
     seed: int = 0
     learning_rate: float = 3e-4
     warmup_steps: int = 0
+
+    def keywords(self) -> dict[str, Any]:
+        """The job as the keywords of mopsim.simulate and mopsim.search. Raises MopError naming the option."""
+        return {**asdict(self), "seq_len": parse_count(self.seq_len, "--seq-len")}

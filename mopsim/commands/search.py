@@ -1,8 +1,7 @@
 """`mopsim search`: rank the strategies that fit."""
 
-from pathlib import Path
-
-from mopsim.commands import inputs as read_inputs
+from mopsim.api.run import search
+from mopsim.commands.console import human
 from mopsim.commands.options import Job
 from mopsim.commands.progress import progress
 from mopsim.common import io
@@ -11,8 +10,7 @@ from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.tables import comparison, describe
-from mopsim.search import DEFAULT_FAMILIES, Options, search
-from mopsim.strategies import FAMILIES
+from mopsim.search import DEFAULT_FAMILIES
 
 
 def run(
@@ -28,24 +26,23 @@ def run(
 ) -> None:
     """Search with a progress line, show the ranking, write the winner's plan and the JSON."""
     check_outputs({"--plan": plan, "--json": json})
-    inputs = read_inputs.read(job)
-    chosen = read_inputs.families(family, FAMILIES if any_plan else DEFAULT_FAMILIES)
-    console = read_inputs.human(json)
-    options = Options(chosen, top, budget, any_plan, risk, any_routing, inputs.precision)
+    console = human(json)
     with progress(console, "searching", budget) as shown:
 
         def tell(simulated: int, best: SimResult | None) -> None:
             shown(simulated, f"best {format_seconds(best.step_time)}" if best else "nothing fits yet")
 
-        found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, tell)
-    machine = inputs.hardware.cluster(inputs.nodes)
-    where = f"{inputs.model.name} on {machine}, {job.seq_len} tokens, batch {job.global_batch}"
+        ranking = search(
+            families=family, top=top, budget=budget, runnable=not any_plan, at_risk=risk,
+            any_routing=any_routing, progress=tell, **job.keywords(),
+        )  # fmt: skip
+    found, where = ranking.found, ranking.inputs.where
     if found.top:
         console.print(comparison(found.top, where))
         console.print(f"Winner: {describe(found.top[0].strategy)}")
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses"))
-    plain = [name for name in chosen if name not in DEFAULT_FAMILIES]
+    plain = [name for name in ranking.families if name not in DEFAULT_FAMILIES]
     if plain:
         console.print(
             f"{', '.join(plain)}: planned only, mopexec does not run these (mopsim export writes them)"
@@ -60,8 +57,8 @@ def run(
     for reason, count in found.rejected.most_common():
         console.print(f"  {count:>9,}  {reason}", style="dim")
     if json:
-        io.write_json(json, found.to_json())
+        io.write_json(json, ranking.to_json())
     if plan:
-        if not found.best:
+        if not ranking.best:
             raise MopError(f"--plan: {plan} not written: {found.verdict()}")
-        io.write_yaml(Path(plan), read_inputs.make_plan(inputs, found.best))
+        ranking.best.save_plan(plan)

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import mopsim
-from mopsim.commands import inputs as read_inputs
+from mopsim.api.inputs import Inputs, make_plan, read_families, read_routing
+from mopsim.commands.console import human
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -62,9 +63,9 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
     request = read(order)
     machines = [load_profile(name) for name in dict.fromkeys(order.hardware)]
     for machine in machines:
-        matmul_curve(machine, order.precision, field="--precision")
+        matmul_curve(machine, order.precision, field="precision")
     recommend([], order.max_cost)
-    console = read_inputs.human(json)
+    console = human(json)
     with progress(console, "sizing", None) as shown:
         sizings = _size_all(request, machines, lambda text: shown(0, text))
     cheapest, fastest = recommend([p for s in sizings for p in s.tried], order.max_cost)
@@ -85,10 +86,8 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
         print(f"mopsim: {none}", file=sys.stderr)
         return 1
     if plan:
-        inputs = read_inputs.Inputs(
-            request.model, chosen.hardware, chosen.num_nodes, chosen.training, order.precision
-        )
-        io.write_yaml(Path(plan), read_inputs.make_plan(inputs, chosen.result))
+        inputs = Inputs(request.model, chosen.hardware, chosen.num_nodes, chosen.training, order.precision)
+        io.write_yaml(Path(plan), make_plan(inputs, chosen.result))
     return 0
 
 
@@ -110,14 +109,14 @@ def read(order: Order) -> Request:
         raise MopError(f"--days: {order.days:g} must lie between 0.001 and a million")
     seq_len = parse_count(order.seq_len, "--seq-len")
     model = load_model(order.model)
-    routing = read_inputs.read_routing(order.routing)
+    routing = read_routing(order.routing)
     TrainSpec(seq_len=seq_len, global_batch=1, routing=routing).check_model(model)
     return Request(
         model=model,
         goal=Goal(parse_tokens(order.tokens, "--tokens"), order.days * DAY),
         seq_len=seq_len,
         batch_tokens=parse_count(order.global_batch_tokens, "--global-batch-tokens"),
-        families=read_inputs.families(order.family, DEFAULT_FAMILIES if order.runnable else FAMILIES),
+        families=read_families(order.family, DEFAULT_FAMILIES if order.runnable else FAMILIES),
         max_nodes=order.max_nodes,
         budget=order.budget,
         any_plan=not order.runnable,

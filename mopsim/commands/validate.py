@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.commands.inputs import human
+from mopsim.commands.console import human
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError

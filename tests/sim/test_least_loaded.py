@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mopsim.commands.inputs import read_routing
+from mopsim.api.inputs import read_routing
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
 from mopsim.lowering import lower

@@ -282,7 +282,7 @@ def test_a_sweep_that_repeats_itself_is_refused(
 ) -> None:
     job = ["--model", "tiny", "--hardware", "cpu-2core", *JOB, "--strategy", "fsdp2", "--out", str(tmp_path)]
     line = call(capsys, monkeypatch, "compare", *job, "--sweep", "seq-len=1K,2K,1024")
-    assert "--sweep: seq-len '1K' is given twice" in line
+    assert "sweep: seq_len '1024' is given twice (as '1K')" in line
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,1 @@
+"""What `import mopsim` offers, and what the commands call."""

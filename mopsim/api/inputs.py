@@ -1,0 +1,233 @@
+"""From what a user names to specs: models, profiles, training, strategies. Every refusal is one line.
+
+What is named may be given as a name, a file or the spec itself, by the API and the command line alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mopsim
+from mopsim.api.strategies import StrategyTemplate
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.units import parse_count
+from mopsim.cost.compute import matmul_curve
+from mopsim.engine import SimResult, simulate
+from mopsim.search import Options, search
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan, Prediction
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.routing import RoutingProfile
+from mopsim.spec.strategy import MatmulDType, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
+
+AnyModel = str | Path | ModelSpec
+"""A preset's name, a YAML file, a Hugging Face config.json, or the spec."""
+AnyHardware = str | Path | HardwareProfile
+"""A profile's name, a YAML file, or the spec."""
+AnyStrategy = str | Path | Strategy | Plan | StrategyTemplate
+"""A family's name (its degrees are searched), a strategy or plan file, the spec, or what mopsim.mop, fsdp2,
+zero_offload and megatron return (their world_size is that of the nodes)."""
+Count = int | str
+"""A number of tokens: 32768, "32K" or "1M" (binary)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The specs of a job."""
+
+    model: ModelSpec
+    hardware: HardwareProfile
+    nodes: int
+    training: TrainSpec
+    precision: MatmulDType
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.hardware.devices_per_node
+
+    @property
+    def where(self) -> str:
+        """'mop_120b on 2 nodes (16 devices) of h200-sxm-141g, 131072 tokens, batch 8': a title."""
+        cluster = self.hardware.cluster(self.nodes)
+        training = self.training
+        return f"{self.model.name} on {cluster}, {training.seq_len} tokens, batch {training.global_batch}"
+
+
+def read_inputs(
+    model: AnyModel,
+    hardware: AnyHardware,
+    *,
+    nodes: int,
+    seq_len: Count,
+    global_batch: int,
+    routing: str | Sequence[float] = "balanced",
+    precision: MatmulDType = "bfloat16",
+    learning_rate: float = 3e-4,
+    warmup_steps: int = 0,
+    seed: int = 0,
+) -> Inputs:
+    """Load what a job names. Raises MopError."""
+    if type(nodes) is not int or not 1 <= nodes <= 2**16:
+        raise MopError(f"nodes: {nodes!r} must be an integer between 1 and 65536")
+    training = TrainSpec(
+        seq_len=count(seq_len, "seq_len"),
+        global_batch=global_batch,
+        routing=read_routing(routing),
+        seed=seed,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+    )
+    network = read_model(model)
+    training.check_model(network)
+    machine = read_hardware(hardware)
+    matmul_curve(machine, precision, field="precision")
+    return Inputs(network, machine, nodes, training, precision)
+
+
+def count(value: Count, field: str) -> int:
+    """Tokens of `field`, from 32768, "32K" or "1M". Raises MopError."""
+    return parse_count(str(value), field)
+
+
+def read_model(model: AnyModel) -> ModelSpec:
+    """The model that is named, or given. Raises MopError."""
+    return model if isinstance(model, ModelSpec) else load_model(model)
+
+
+def read_hardware(hardware: AnyHardware) -> HardwareProfile:
+    """The profile that is named, or given. Raises MopError."""
+    return hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
+
+
+def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
+    """A routing profile by name, or the shares in a sequence or YAML file. Raises MopError."""
+    if not isinstance(routing, str):
+        return tuple(float(share) for share in routing)
+    if not routing.endswith((".yaml", ".yml")):
+        return routing
+    shares = io.parse_yaml(io.read_text(Path(routing), "routing"), routing)
+    if not isinstance(shares, list) or not all(type(share) in (int, float) for share in shares):
+        raise MopError(f"routing: {routing}: must be a list of the experts' shares of all routes")
+    return tuple(float(share) for share in shares)
+
+
+def read_families(given: str | Sequence[str] | None, default: Sequence[str]) -> tuple[str, ...]:
+    """Families from a comma-separated list or a sequence. Raises MopError for an unknown one."""
+    listed = given.split(",") if isinstance(given, str) and given else given or default
+    names = tuple(dict.fromkeys(name.strip() for name in listed))
+    for name in names:
+        if name not in FAMILIES:
+            raise MopError(f"family: {name!r} is not one of {', '.join(FAMILIES)}")
+    return names
+
+
+def read_strategy(ref: str | Path) -> Strategy | Plan:
+    """A strategy from its YAML file, or a plan, whose strategy it is."""
+    path = Path(ref)
+    if path.suffix not in (".yaml", ".yml", ".json") and not io.exists(path):
+        raise MopError(f"strategy: {str(ref)!r} is neither a family ({', '.join(FAMILIES)}) nor a YAML file")
+    data = io.read_yaml(path, "strategy")
+    if isinstance(data, dict) and "strategy" in data and "model" in data:
+        return io.convert(data, Plan, "plan", str(path))
+    return io.convert(data, Strategy, "strategy", str(path))
+
+
+def is_family(given: AnyStrategy) -> bool:
+    """Whether it names a family, whose free degrees are searched."""
+    return isinstance(given, str) and given in FAMILIES
+
+
+def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
+    """What the plans among `given` were made for, where it is not this job: their strategy alone is taken."""
+    found = []
+    for one in given:
+        read = read_strategy(one) if isinstance(one, str | Path) and not is_family(one) else one
+        if isinstance(read, Plan):
+            here = {
+                "hardware": (read.hardware.name, inputs.hardware.name),
+                "hardware digest": (read.hardware.digest, io.digest(inputs.hardware)),
+                **{
+                    name: (getattr(read.training, name), getattr(inputs.training, name))
+                    for name in ("seq_len", "global_batch", "routing")
+                },
+            }
+            other = [f"{name} {made} (here {now})" for name, (made, now) in here.items() if made != now]
+            what = str(one) if isinstance(one, str | Path) else "the plan"
+            if other:
+                found.append(
+                    f"note: of {what} only the strategy is taken; it was made for {', '.join(other)}"
+                )
+    return found
+
+
+def strategy_of(given: AnyStrategy, inputs: Inputs) -> Strategy:
+    """The strategy that is named or given, for this model and number of ranks; not a family's name.
+
+    Raises MopError where it is of a plan for another model.
+    """
+    read = read_strategy(given) if isinstance(given, str | Path) else given
+    if isinstance(read, StrategyTemplate):
+        return read.on(inputs.world_size)
+    if isinstance(read, Strategy):
+        return read
+    if read.model != inputs.model:
+        made, here = (f"{one.name} (digest {io.digest(one)})" for one in (read.model, inputs.model))
+        what = given if isinstance(given, str | Path) else "it"
+        raise MopError(f"strategy: {what} is a plan for the model {made}, model is {here}")
+    return read.strategy
+
+
+def resolve(given: AnyStrategy, inputs: Inputs, *, any_plan: bool = True, budget: int = 100) -> SimResult:
+    """The simulated result of a strategy, or of the best (else the closest) strategy of a family."""
+    if not (isinstance(given, str) and given in FAMILIES):
+        strategy = strategy_of(given, inputs)
+        return simulate(inputs.model, inputs.hardware, inputs.nodes, strategy, inputs.training)
+    options = Options((given,), top=1, budget=budget, any_plan=any_plan, precision=inputs.precision)
+    found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
+    result = found.best or found.closest
+    if result is None:
+        raise MopError(f"strategy: {given} has no strategy here: {found.verdict()}")
+    return result
+
+
+def make_plan(inputs: Inputs, result: SimResult) -> Plan:
+    """The plan of a simulated strategy, with what it promises."""
+    hardware = inputs.hardware
+    return Plan(
+        model=inputs.model,
+        hardware=HardwareRef(
+            name=hardware.name,
+            digest=io.digest(hardware),
+            num_nodes=inputs.nodes,
+            devices_per_node=hardware.devices_per_node,
+            memory_limit=hardware.memory_limit(),
+            host_limit=result.host_limit,
+        ),
+        strategy=result.strategy,
+        training=inputs.training,
+        prediction=Prediction(
+            step_time=result.step_time,
+            tokens_per_second=result.tokens_per_second,
+            peak_memory=result.peak_memory,
+            host_memory=result.host_memory,
+            memory_by_category=result.memory_by_category,
+            time_by_kind=result.busy,
+        ),
+        mop_version=mopsim.__version__,
+    )
+
+
+def facts(inputs: Inputs, command: str) -> dict[str, str]:
+    """What a report says of its own making. command: what made it."""
+    return {
+        "command": command,
+        "hardware profile": f"{inputs.hardware.name} (digest {io.digest(inputs.hardware)})",
+        "model": f"{inputs.model.name} (digest {io.digest(inputs.model)})",
+        "version": mopsim.__version__,
+        "seed": str(inputs.training.seed),
+    }

@@ -1,0 +1,229 @@
+"""What the API returns: the keys of the command's JSON, pandas frames of the numbers, a notebook's display.
+
+SI units throughout: seconds, bytes, FLOP/s. pandas is imported by the methods that make frames.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mopsim.api.inputs import Inputs, make_plan
+from mopsim.common import io
+from mopsim.common.units import format_bytes, format_seconds
+from mopsim.engine import SimResult, simulate
+from mopsim.report import tables
+from mopsim.search import SearchResult
+from mopsim.spec.plan import Plan
+from mopsim.spec.strategy import Strategy
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Result(Mapping[str, Any]):
+    """A mapping of the keys that the command's `--json` has; each is an attribute too.
+
+    `frame()` holds the numbers in SI units, `table()` the same as the command prints them.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the keys of the command's JSON."""
+        raise NotImplementedError
+
+    def headline(self) -> str:
+        """What was found, in a line."""
+        raise NotImplementedError
+
+    def _results(self) -> Sequence[SimResult]:
+        """The simulated strategies, a row of the frames each."""
+        raise NotImplementedError
+
+    def frame(self) -> "DataFrame":
+        """A row for each strategy: seconds, bytes, tokens per second."""
+        from pandas import DataFrame
+
+        return DataFrame([_numbers(result) for result in self._results()])
+
+    def table(self) -> "DataFrame":
+        """A row for each strategy, as text for people: the columns of mopsim.report.tables.COLUMNS."""
+        from pandas import DataFrame
+
+        return DataFrame([tables.row(one) for one in self._results()], columns=list(tables.COLUMNS))
+
+    @cached_property
+    def _json(self) -> dict[str, Any]:
+        return self.to_json()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._json[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._json)
+
+    def __len__(self) -> int:
+        return len(self._json)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._json:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; its keys are {', '.join(self)}")
+        return self._json[name]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._json})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.headline()})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the headline above the table."""
+        return f"<p><b>{escape(self.headline())}</b></p>{self.table().to_html(index=False)}"
+
+
+def _numbers(result: SimResult) -> dict[str, Any]:
+    return {
+        "strategy": tables.describe(result.strategy),
+        "step_time_s": result.step_time,
+        "tokens_per_s": result.tokens_per_second,
+        "tokens_per_s_per_device": result.tokens_per_second_per_device,
+        "mfu": result.mfu,
+        "exposed_s": sum(result.exposed.values()),
+        "verdict": result.verdict,
+        "peak_memory_bytes": result.peak_memory,
+        "peak_memory_upper_bytes": result.peak_upper,
+        "memory_limit_bytes": result.memory_limit,
+        "host_memory_bytes": result.host_memory,
+        "host_memory_upper_bytes": result.host_upper,
+        "host_limit_bytes": result.host_limit,
+    }
+
+
+class Simulation(Result):
+    """One optimizer step of one strategy. `result` has more than the keys: mopsim.engine.SimResult."""
+
+    step_time_s: float
+    tokens_per_s: float
+    tokens_per_s_per_device: float
+    model_flops_per_s_per_device: float
+    mfu: float
+    fits: bool
+    verdict: str
+    peak_memory_bytes: int
+    peak_memory_upper_bytes: int
+    memory_limit_bytes: int
+    host_memory_bytes: int
+    memory_by_category_bytes: dict[str, int]
+    time_by_component_s: dict[str, float]
+    exposed_s: dict[str, float]
+    peak_at: dict[str, Any]
+
+    def __init__(self, inputs: Inputs, result: SimResult, notes: Sequence[str] = ()) -> None:
+        self.inputs, self.result, self.notes = inputs, result, list(notes)
+
+    @property
+    def strategy(self) -> Strategy:
+        """The simulated strategy, all degrees filled in."""
+        return self.result.strategy
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.result.to_json(), "notes": self.notes}
+
+    def headline(self) -> str:
+        r = self.result
+        return (
+            f"{tables.describe(r.strategy)}: {format_seconds(r.step_time)} a step, "
+            f"{r.tokens_per_second_per_device:,.0f} tokens/s per device, {format_bytes(r.peak_memory)} of "
+            f"{format_bytes(r.memory_limit)}, {r.verdict}"
+        )
+
+    def _results(self) -> Sequence[SimResult]:
+        return [self.result]
+
+    def memory(self) -> "DataFrame":
+        """Device memory by category, bytes: at the step's peak, and each category's own highest."""
+        from pandas import DataFrame
+
+        highest = self.result.highest_by_category
+        rows = [
+            {
+                "category": name,
+                "at_peak_bytes": self.result.memory_by_category.get(name, 0),
+                "highest_bytes": most,
+            }
+            for name, most in highest.items()
+        ]
+        return DataFrame(rows).sort_values("at_peak_bytes", ascending=False, ignore_index=True)
+
+    def time(self) -> "DataFrame":
+        """Where the step goes, seconds by component (they add up to the step)."""
+        from pandas import DataFrame
+
+        parts = self.result.time_by_component
+        rows = [
+            {"component": name, "seconds": part, "share": part / self.result.step_time}
+            for name, part in parts.items()
+        ]
+        return DataFrame(rows).sort_values("seconds", ascending=False, ignore_index=True)
+
+    def plan(self) -> Plan:
+        """The plan that `mopexec train` runs, with what is predicted of it."""
+        return make_plan(self.inputs, self.result)
+
+    def save_plan(self, path: str | Path) -> None:
+        """Write the plan as YAML. Raises MopError where it cannot be written."""
+        io.write_yaml(Path(path), self.plan())
+
+    def save_trace(self, path: str | Path, job: Mapping[str, Any] | None = None) -> None:
+        """Simulate once more with its timeline, and write it for Perfetto or chrome://tracing (JSON)."""
+        from mopsim.report.trace import Timeline, chrome_trace, write_trace
+
+        facts = {**self.result.provenance, "job": dict(job or {})}
+        write_trace(Path(path), chrome_trace(Timeline.of(self.timeline(), facts)))
+
+    def timeline(self) -> SimResult:
+        """The same step with its spans and memory curve."""
+        i = self.inputs
+        return simulate(i.model, i.hardware, i.nodes, self.result.strategy, i.training, timeline=True)
+
+
+class Ranking(Result):
+    """The strategies that a search found, fastest first. `found` has all that the search counted."""
+
+    candidates: int
+    bounded: int
+    simulated: int
+    rejected: dict[str, int]
+    seconds: float
+    proven: bool
+    verdict: str
+
+    def __init__(self, inputs: Inputs, found: SearchResult, families: Sequence[str]) -> None:
+        self.inputs, self.found, self.families = inputs, found, tuple(families)
+
+    @property
+    def top(self) -> list[Simulation]:
+        """Those ranked, fastest first; empty where nothing fits."""
+        return [Simulation(self.inputs, one) for one in self.found.top]
+
+    @property
+    def best(self) -> Simulation | None:
+        """The winner, or None where nothing fits (`closest` is what misses by least)."""
+        return Simulation(self.inputs, self.found.best) if self.found.best else None
+
+    @property
+    def closest(self) -> Simulation | None:
+        """Where nothing fits: the strategy that misses by least."""
+        one = self.found.closest
+        return Simulation(self.inputs, one) if one and not self.found.top else None
+
+    def to_json(self) -> dict[str, Any]:
+        return self.found.to_json()
+
+    def headline(self) -> str:
+        left = "" if self.found.proven else "; not exhausted: the budget of simulations ended the search"
+        return f"{self.found.verdict()}{left if self.found.top else ''}"
+
+    def _results(self) -> Sequence[SimResult]:
+        closest = self.closest
+        return self.found.top or ([closest.result] if closest else [])

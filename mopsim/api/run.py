@@ -1,0 +1,92 @@
+"""mopsim.simulate and mopsim.search."""
+
+from collections.abc import Callable, Sequence
+
+from mopsim.api.inputs import (
+    AnyHardware,
+    AnyModel,
+    AnyStrategy,
+    Count,
+    notes,
+    read_families,
+    read_inputs,
+    resolve,
+)
+from mopsim.api.results import Ranking, Simulation
+from mopsim.engine import SimResult
+from mopsim.search import DEFAULT_FAMILIES, Options
+from mopsim.search import search as ranked
+from mopsim.spec.strategy import MatmulDType
+from mopsim.strategies import FAMILIES
+
+
+def simulate(
+    model: AnyModel,
+    hardware: AnyHardware,
+    *,
+    strategy: AnyStrategy,
+    seq_len: Count,
+    global_batch: int,
+    nodes: int = 1,
+    routing: str | Sequence[float] = "balanced",
+    precision: MatmulDType = "bfloat16",
+    learning_rate: float = 3e-4,
+    warmup_steps: int = 0,
+    seed: int = 0,
+) -> Simulation:
+    """Simulate one optimizer step: its time, its memory, and what waits for what.
+
+    model: a preset's name, a YAML file, a Hugging Face config.json or a ModelSpec. hardware: a profile's
+    name, a YAML file or a HardwareProfile. nodes: machines of `hardware`. seq_len: tokens of a sequence
+    (32768 or "32K"). global_batch: sequences of one step. strategy: mopsim.mop(...) and its like, a Strategy,
+    a strategy or plan file, or a family's name, whose best strategy is searched. routing: how tokens choose
+    experts (mopsim.spec.routing). precision: of the matrix products where a family is searched.
+    learning_rate, warmup_steps, seed: for the plan that comes of it.
+
+    A strategy that does not fit is a result (`fits` is False). Raises MopError, one line with field, value
+    and rule, for what cannot be: an unknown name, a degree that does not divide, a batch that does not split.
+    """
+    inputs = read_inputs(
+        model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
+        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
+    )  # fmt: skip
+    return Simulation(inputs, resolve(strategy, inputs), notes([strategy], inputs))
+
+
+def search(
+    model: AnyModel,
+    hardware: AnyHardware,
+    *,
+    seq_len: Count,
+    global_batch: int,
+    nodes: int = 1,
+    families: str | Sequence[str] | None = None,
+    top: int = 5,
+    budget: int = 200,
+    runnable: bool = True,
+    at_risk: bool = False,
+    any_routing: bool = False,
+    routing: str | Sequence[float] = "balanced",
+    precision: MatmulDType = "bfloat16",
+    learning_rate: float = 3e-4,
+    warmup_steps: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, SimResult | None], None] | None = None,
+) -> Ranking:
+    """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
+
+    families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all that mopexec runs, or all where
+    runnable is False. top: how many are ranked. budget: simulations at most. runnable: only what mopexec
+    runs. at_risk: rank plans whose upper bound of memory is over the limit like those that fit. any_routing:
+    only plans that fit however unevenly the router chooses. progress(simulated, best so far): called as it
+    goes.
+    The rest as for mopsim.simulate. Raises MopError; that nothing fits is a result.
+    """
+    inputs = read_inputs(
+        model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
+        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
+    )  # fmt: skip
+    chosen = read_families(families, DEFAULT_FAMILIES if runnable else FAMILIES)
+    options = Options(chosen, top, budget, not runnable, at_risk, any_routing, precision)
+    found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
+    return Ranking(inputs, found, chosen)

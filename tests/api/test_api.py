@@ -1,0 +1,153 @@
+"""The Python API: what it returns, what it refuses, and that the commands give the same answers."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mopsim
+from mopsim.cli import main
+from mopsim.common import io
+from mopsim.spec.plan import Plan
+from mopsim.spec.strategy import Strategy
+
+JOB: dict[str, Any] = {"model": "tiny", "hardware": "cpu-2core", "seq_len": 256, "global_batch": 4}
+TINY = mopsim.mop(dtype="float32")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["mopsim", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+
+
+def test_a_step_has_the_keys_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    step = mopsim.simulate(**JOB, strategy=TINY)
+    path, out = tmp_path / "plan.yaml", tmp_path / "out.json"
+    step.save_plan(path)
+    options = ["--seq-len", "256", "--global-batch", "4", "--strategy", str(path), "--json", str(out)]
+    command(monkeypatch, "simulate", "--model", "tiny", "--hardware", "cpu-2core", *options)
+    said = json.loads(out.read_text())
+    assert said == json.loads(json.dumps(io.to_plain(dict(step))))
+    assert said["step_time_s"] == step.step_time_s == step["step_time_s"]
+    assert io.load(path, Plan, "plan").strategy == step.strategy == TINY.on(2)
+
+
+def test_search_is_what_the_command_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = mopsim.search(**JOB, families="mop,fsdp2", budget=6, precision="float32")
+    out = tmp_path / "out.json"
+    options = ["--seq-len", "256", "--global-batch", "4", "--precision", "float32", "--budget", "6"]
+    job = ["--model", "tiny", "--hardware", "cpu-2core", "--family", "mop,fsdp2"]
+    command(monkeypatch, "search", *job, *options, "--json", str(out))
+    said = json.loads(out.read_text())
+    assert found.best is not None
+    assert said["best"]["step_time_s"] == found.best.step_time_s
+    assert said["rejected"] == dict(found.rejected)
+    assert [row["step_time_s"] for row in said["top"]] == list(found.frame()["step_time_s"])
+
+
+def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
+    strategies = {"one": TINY, "chunked": mopsim.mop(dtype="float32", expert_chunk_tokens=64)}
+    found = mopsim.compare(**JOB, strategies=strategies, sweep=("seq_len", ["512", 256]))
+    assert list(found.frame().index) == [0, 1]
+    assert list(found.sweep_frame().index) == [256, 512]
+    assert list(found.sweep_frame().columns) == list(strategies) == list(found.strategies)
+    assert {path.name for path in found.write(tmp_path)} >= {"index.html", "sweep.png"}
+
+
+def test_frames_and_the_notebook_hold_the_same_numbers() -> None:
+    step = mopsim.simulate(**JOB, strategy=TINY)
+    assert step.frame().loc[0, "peak_memory_bytes"] == step.peak_memory_bytes
+    assert step.memory()["at_peak_bytes"].sum() == step.peak_memory_bytes
+    assert step.time()["seconds"].sum() == pytest.approx(step.step_time_s)
+    assert "<table" in step._repr_html_()
+    assert "verdict" in step._repr_html_()
+    assert len(repr(step).splitlines()) == 1
+    assert "step_time_s" in dir(step)
+    with pytest.raises(AttributeError, match="has no 'step_tme'"):
+        _ = step.step_tme
+
+
+FAMILIES = {
+    "mop": ["context_parallel", "expert_parallel", "vocab_parallel"],
+    "fsdp2": ["context_parallel", "expert_parallel", "tensor_parallel"],
+    "zero_offload": ["context_parallel", "expert_parallel"],
+    "megatron": ["tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel"],
+}
+FIELDS = {
+    "context_parallel": "attention.sequence", "expert_parallel": "experts.degree",
+    "vocab_parallel": "vocabulary.degree", "tensor_parallel": "dense.tensor",
+    "pipeline_parallel": "pipeline.degree", "expert_tensor_parallel": "experts.tensor",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_degrees_have_their_usual_names(family: str) -> None:
+    make = getattr(mopsim, family)
+    assert "world_size" not in inspect.signature(make).parameters
+    for name in FAMILIES[family]:
+        strategy = make(**{name: 2}, name="n").on(8)
+        assert isinstance(strategy, Strategy)
+        assert (strategy.world_size, strategy.name) == (8, "n")
+        value: Any = strategy
+        for part in FIELDS[name].split("."):
+            value = getattr(value, part)
+        assert value == 2
+    assert repr(make(micro_batch=2)) == f"{family}(micro_batch=2)"
+
+
+def test_a_strategy_takes_the_world_of_the_nodes() -> None:
+    for nodes in (1, 2):
+        step = mopsim.simulate(
+            "qwen3_30b_a3b", "h200-sxm-141g", nodes=nodes, strategy=mopsim.mop(expert_parallel=8),
+            seq_len="4K", global_batch=16,
+        )  # fmt: skip
+        assert step.strategy.world_size == 8 * nodes
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"strategy": mopsim.mop(expert_parallel=3)}, "experts.degree: 3 does not divide"),
+    ({"strategy": TINY, "seq_len": "12x"}, "seq_len: '12x'"),
+    ({"strategy": TINY, "seq_len": 0}, "seq_len: '0'"),
+    ({"strategy": TINY, "global_batch": 3}, "global_batch: 3"),
+    ({"strategy": TINY, "nodes": 0}, "nodes: 0"),
+    ({"strategy": TINY, "model": "tinny"}, "model: 'tinny'"),
+    ({"strategy": TINY, "hardware": "h900"}, "hardware: 'h900'"),
+    ({"strategy": "nope"}, "strategy: 'nope'"),
+    ({"strategy": TINY, "routing": [0.5, 0.2]}, "routing"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "says"), MISTAKES)
+def test_a_mistake_is_one_line(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(mopsim.MopError) as refused:
+        mopsim.simulate(**JOB | wrong)
+    assert says in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_an_unknown_keyword_names_the_known_ones() -> None:
+    with pytest.raises(TypeError, match="expert_parallel"):
+        mopsim.mop(expert_paralel=8)  # type: ignore[call-arg]
+
+
+def test_every_name_is_documented_and_found() -> None:
+    for name in set(mopsim.__all__) - {"__version__"}:
+        assert (getattr(mopsim, name).__doc__ or "").strip(), name
+        assert name in dir(mopsim)
+    with pytest.raises(AttributeError):
+        _ = mopsim.nothing  # type: ignore[attr-defined]
+
+
+def test_the_import_is_light_and_packages_inside_do_not_take_a_function() -> None:
+    code = (
+        "import sys, mopsim; heavy = {'torch', 'numpy', 'pandas', 'simpy', 'matplotlib', 'scipy', 'typer'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules); from mopsim.search import Options; "
+        "import mopsim.search.driver; assert callable(mopsim.search), mopsim.search"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
