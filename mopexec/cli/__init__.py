@@ -5,9 +5,14 @@ from mopsim.common.command_line import quiet_interrupts, run_app
 quiet_interrupts("mopexec")  # before what takes long
 
 from pathlib import Path  # noqa: E402
-from typing import Annotated, Literal  # noqa: E402
+from typing import Annotated, Any, Literal  # noqa: E402
 
 import typer  # noqa: E402
+
+from mopsim.common.errors import MopError  # noqa: E402
+
+EXTRA = ("torch", "tokenizers", "pynvml")
+"""Modules that the base install lacks: those of `mop[exec]`."""
 
 app = typer.Typer(
     name="mopexec",
@@ -157,6 +162,17 @@ def reach(
     run(plan, device_limit, host_limit, quantum, data, confirm, out, json)
 
 
+def _run(arguments: list[str], standalone_mode: bool) -> Any:
+    """The app; what only `mop[exec]` installs is named where it is missing. Raises MopError then."""
+    try:
+        return app(arguments, standalone_mode=standalone_mode)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA:
+            raise
+        raise MopError(f"{missing} is not installed, mopexec needs it: pip install 'mop[exec]'") from None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    run_app(app, "mopexec", arguments)
+    run_app(_run, "mopexec", arguments)
