@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mopsim.api.compare import Comparison, compare
     from mopsim.api.results import Ranking, Result, Simulation
     from mopsim.api.run import search, simulate
+    from mopsim.api.size import Clusters, size
     from mopsim.api.strategies import StrategyTemplate, fsdp2, megatron, mop, zero_offload
     from mopsim.common.errors import MopError, SpecError
     from mopsim.spec.presets import list_models, load_model
@@ -44,6 +45,7 @@ _WHERE = {
     "simulate": "api.run",
     "search": "api.run",
     "compare": "api.compare",
+    "size": "api.size",
     "mop": "api.strategies",
     "fsdp2": "api.strategies",
     "zero_offload": "api.strategies",
@@ -53,6 +55,7 @@ _WHERE = {
     "Simulation": "api.results",
     "Ranking": "api.results",
     "Comparison": "api.compare",
+    "Clusters": "api.size",
     "load_model": "spec.presets",
     "list_models": "spec.presets",
     "load_hardware": "spec.profiles:load_profile",
@@ -63,6 +66,7 @@ _WHERE = {
 """Where each name of the API is, below `mopsim`; under another name there after the colon."""
 
 __all__ = [
+    "Clusters",
     "Comparison",
     "MopError",
     "Ranking",
@@ -81,6 +85,7 @@ __all__ = [
     "mop",
     "search",
     "simulate",
+    "size",
     "zero_offload",
 ]
 

@@ -8,7 +8,8 @@ from rich.text import Text
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
-from mopsim.size.finder import Point, Sizing
+from mopsim.size.finder import Point, Request, Sizing
+from mopsim.spec.hardware import HardwareProfile, Quantity
 
 COLUMNS = ("machine", "nodes", "devices", "days", "cost", "energy", "MFU")
 """days: wall clock. energy: `>` where hosts are not counted."""
@@ -93,3 +94,36 @@ def summary(point: Point | None) -> str:
         return "none"
     cost = "price unknown" if point.figures.cost is None else format_dollars(point.figures.cost)
     return f"{point.hardware.cluster(point.num_nodes)}: {point.figures.days:,.1f} days, {cost}"
+
+
+def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
+    """What the figures rest on: a line for the assumptions, one a machine for price and power."""
+    a = request.assumptions
+    lines = [
+        f"Assumed: {a.utilisation:.0%} of the wall clock trains (--utilisation); PUE {a.pue:g} over rated "
+        f"power, switches between nodes not counted (--pue); about {request.batch_tokens:,} tokens a step "
+        "(--global-batch-tokens).",
+        f"Searched: {', '.join(request.families)}, at most {request.budget} simulations of each a node count "
+        f"({sum(one.simulated for one in sizings):,} in all); more may find a cheaper cluster (--budget).",
+    ]
+    for sizing in sizings:
+        lines.append(
+            f"{sizing.hardware.name}: price {_quantity(sizing.hardware.price_per_device_hour)}; "
+            f"power {_power(sizing.hardware)}"
+        )
+    return lines
+
+
+def _power(hardware: HardwareProfile) -> str:
+    """What the energy counts (mopsim.size.figures.drawn)."""
+    if hardware.node_power is not None:
+        return f"of a node of {hardware.devices_per_node} devices {_quantity(hardware.node_power)}"
+    if hardware.device.power is not None:
+        return f"of a device {_quantity(hardware.device.power)}, hosts not counted"
+    return "-"
+
+
+def _quantity(quantity: Quantity | None) -> str:
+    if quantity is None:
+        return "-"
+    return f"{quantity.value:g} {quantity.unit} ({quantity.tag}: {' '.join(quantity.source.split())})"

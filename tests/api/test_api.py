@@ -60,6 +60,22 @@ def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
     assert {path.name for path in found.write(tmp_path)} >= {"index.html", "sweep.png"}
 
 
+def test_size_is_what_the_command_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = mopsim.size(
+        "tiny", ["cpu-2core"], tokens="1M", days=1, seq_len=256, global_batch_tokens="1K", families=["mop"],
+        precision="float32", budget=2, max_nodes=4,
+    )  # fmt: skip
+    out = tmp_path / "out.json"
+    options = ["--family", "mop", "--precision", "float32", "--budget", "2", "--max-nodes", "4"]
+    job = ["--model", "tiny", "--hardware", "cpu-2core", "--tokens", "1M", "--days", "1", "--seq-len", "256"]
+    command(monkeypatch, "size", *job, "--global-batch-tokens", "1K", *options, "--json", str(out))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(io.to_plain(dict(found))))
+    assert found.best is not None
+    assert found.frame().loc[0, "nodes"] == found.recommended["nodes"] == found.best.inputs.nodes
+    assert len(found.table()) == 1
+    assert set(found.tried()["hardware"]) == {"cpu-2core"}
+
+
 def test_frames_and_the_notebook_hold_the_same_numbers() -> None:
     step = mopsim.simulate(**JOB, strategy=TINY)
     assert step.frame().loc[0, "peak_memory_bytes"] == step.peak_memory_bytes

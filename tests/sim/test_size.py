@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopsim.cli import main
-from mopsim.commands.size import stated
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.units import parse_tokens
+from mopsim.report.sizing import stated
 from mopsim.size import Assumptions, Goal, figures, size
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import DAY
