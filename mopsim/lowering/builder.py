@@ -1,15 +1,56 @@
-"""Builder: appends ops to a program, keeps the order of streams, and turns played tapes into ops."""
+"""Builder: ops of a program in issue order, single ones, played tapes and whole templates."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from mopsim.layers.tape import Kernel, Played, Step
 from mopsim.lowering.workload import Group, Op, Program, Work, collective_work, deltas
 from mopsim.spec.hardware import COLLECTIVES
 
+START, EXPERTS = -1, -2
+"""Dependencies of a template's ops: what the template as a whole waits for, and what its experts wait for."""
+Memory = tuple[Step, ...]
+Hooks = Mapping[int, Sequence[Callable[[int], None]]]
+"""What is issued inside a template, by the place that it comes before; it gets the op of the place before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Ops recorded once and issued for every layer and microbatch that runs alike.
+
+    pieces: ops whose deps are places in the template, START or EXPERTS. ends: the pieces that what follows
+    has to wait for. memory: what each piece does, in order. before: what is done before a piece (a place
+    after the last one: after all), where hooks may come between. marks: places by name.
+    """
+
+    pieces: tuple[Op, ...]
+    ends: tuple[int, ...]
+    memory: tuple[Memory, ...]
+    before: Mapping[int, Memory]
+    marks: Mapping[str, int]
+
+    def products(self, phase: str) -> tuple[int, int]:
+        """First and last place of a phase with products of experts, -1 without."""
+        found = [
+            place
+            for place, piece in enumerate(self.pieces)
+            if piece.phase == phase and any(work.kind == "grouped_matmul" for work in piece.work)
+        ]
+        return (found[0], found[-1]) if found else (-1, -1)
+
+    @property
+    def backward(self) -> int:
+        """First place that goes backward."""
+        phases = [piece.phase for piece in self.pieces]
+        return phases.index("backward") if "backward" in phases else len(phases)
+
 
 class Builder:
-    """A program under construction. groups: ranks of the collectives named in the tapes.
+    """A program under construction. microbatch: what ops issued now belong to, -1 the optimizer. last: the
+    latest op on the compute stream. experts: what ops of a template wait for that wait for EXPERTS.
 
+    groups: ranks of the collectives named in the tapes.
     products: the work of a kernel's matmuls or attention, forward or (True) backward, where a recipe gives
     them another dtype.
     """
@@ -17,7 +58,7 @@ class Builder:
     def __init__(
         self,
         groups: Mapping[str, Group],
-        dtype: str,
+        dtype: str = "",
         products: Callable[[Kernel, bool], tuple[Work, ...]] | None = None,
     ) -> None:
         self.products = products
@@ -25,8 +66,8 @@ class Builder:
         self.groups = groups
         self.dtype = dtype
         self.microbatch = 0
-        self.marks: dict[int, int] = {}
-        self.last = -1
+        self.last = START
+        self.experts: tuple[int, ...] = ()
         self.alive: dict[str, Step] = {}
         self._pending: list[Step] = []
         self._works: dict[tuple[int, bool], tuple[Kernel, tuple[Work, ...]]] = {}
@@ -34,7 +75,6 @@ class Builder:
     def mark(self, microbatch: int) -> None:
         """From here on, ops belong to `microbatch` (-1: the optimizer)."""
         self.microbatch = microbatch
-        self.marks[microbatch] = len(self.ops)
 
     def make(self, name: str, size: int, category: str = "activations") -> None:
         """A named buffer comes alive with the next op on the compute stream."""
@@ -71,10 +111,7 @@ class Builder:
     ) -> int:  # fmt: skip
         """An op on the compute stream, after what was issued there before and after `waits`."""
         work = tuple(work)
-        self.last = self.add(
-            name, "compute", component, phase, work, layer=layer, deps=waits, awaited=awaited
-        )
-        return self.last
+        return self.add(name, "compute", component, phase, work, waits, layer=layer, awaited=awaited)
 
     def issue(
         self, name: str, kind: str, size: float, group: str, component: str, phase: str, layer: int = -1
@@ -83,58 +120,98 @@ class Builder:
         ranks = self.groups[group]
         if ranks.size == 1:
             return None
-        deps = (self.last,) if self.last >= 0 else ()
-        return self.collective(name, kind, size, ranks, component, phase, layer=layer, deps=deps)
+        return self.collective(name, kind, size, ranks, component, phase, layer=layer, deps=self.so_far())
 
     def flush(self, component: str, phase: str, layer: int = -1) -> None:
         """Put pending changes of memory into an op of their own."""
         if self._pending:
             self.add("memory", "compute", component, phase, layer=layer)
 
+    def so_far(self) -> tuple[int, ...]:
+        """The compute issued so far."""
+        return () if self.last == START else (self.last,)
+
+    def hold(self, memory: Iterable[Step]) -> None:
+        """Memory that changes before the next op on the compute stream."""
+        self._pending += memory
+
     def add(
-        self,
-        name: str,
-        stream: str,
-        component: str,
-        phase: str,
-        work: Sequence[Work] = (),
-        *,
-        layer: int = -1,
-        deps: Iterable[int | None] = (),
-        memory: Iterable[Step] = (),
-        rendezvous: str = "",
-        awaited: bool = False,
-    ) -> int:
+        self, name: str, stream: str, component: str, phase: str, work: Sequence[Work] = (),
+        deps: Iterable[int | None] = (), memory: Iterable[Step] = (), rendezvous: str = "", *,
+        layer: int = -1, awaited: bool = False,
+    ) -> int:  # fmt: skip
         """Append one op; returns its index. Steps of `memory` run in order; their height is held until the
         op ends."""
         if stream == "compute" and self._pending:
             memory = [*self._pending, *memory]
             self._pending.clear()
-        peak, net = deltas(tuple(memory))
-        index = len(self.ops)
+        steps = tuple(memory)
+        peak, net = deltas(steps)
         after = tuple(dict.fromkeys(dep for dep in deps if dep is not None))
+        index = len(self.ops)
         self.ops.append(
             Op(
-                index,
-                name,
-                stream,
-                component,
-                phase,
-                layer,
-                tuple(work),
-                after,
-                peak,
-                net,
-                rendezvous,
-                self.microbatch,
-                awaited,
+                index, name, stream, component, phase, layer, tuple(work), after, peak, net, rendezvous,
+                self.microbatch, awaited,
             )
-        )
+        )  # fmt: skip
+        if stream == "compute":
+            self.last = index
         return index
 
-    def stream_of(self, group: Group) -> str:
-        """The fabric that bounds a collective of this group."""
-        return "scale_up" if group.intra == group.size else "scale_out"
+    def play(
+        self, template: Template, layer: int, deps: Iterable[int], hooks: Hooks | None = None
+    ) -> tuple[int, ...]:
+        """Append a template; returns the ops that what follows has to wait for."""
+        ops, microbatch, beside = self.ops, self.microbatch, hooks or {}
+        start = tuple(dict.fromkeys(deps))
+        places: list[int] = []
+        self.experts = ()
+        for place, piece in enumerate(template.pieces):
+            self._pending += template.before.get(place, ())
+            for hook in beside.get(place, ()):
+                hook(places[-1] if places else START)
+            after: tuple[int, ...] = ()
+            for dep in piece.deps:
+                after += (places[dep],) if dep >= 0 else start if dep == START else self.experts
+            peak, net, index = piece.peak, piece.net, len(ops)
+            if piece.stream == "compute":
+                self.last = index
+                if self._pending:
+                    peak, net = deltas((*self._pending, *template.memory[place]))
+                    self._pending.clear()
+            places.append(index)
+            ops.append(
+                Op(
+                    index, piece.name, piece.stream, piece.component, piece.phase, layer, piece.work, after,
+                    peak, net, "", microbatch, piece.awaited,
+                )
+            )  # fmt: skip
+        self._pending += template.before.get(len(places), ())
+        for hook in beside.get(len(places), ()):
+            hook(places[-1] if places else START)
+        return tuple(start if not template.pieces else (places[end] for end in template.ends))
+
+    def weave(self, start: int, middle: int) -> dict[int, int]:
+        """Issue ops [start, middle) and those from middle on by turns, a turn ending with a collective.
+
+        Returns the new index of each op that moved. Neither part may depend on the other.
+        """
+        turns = [_turns(self.ops[start:middle]), _turns(self.ops[middle:])]
+        woven = [op for pair in zip_longest(*turns, fillvalue=()) for turn in pair for op in turn]
+        moved = {op.index: start + place for place, op in enumerate(woven)}
+        self.ops[start:] = [
+            replace(op, index=moved[op.index], deps=tuple(moved.get(dep, dep) for dep in op.deps))
+            for op in woven
+        ]
+        return moved
+
+    def tail(self) -> tuple[int, ...]:
+        """The last op of every stream."""
+        found: dict[str, int] = {}
+        for op in self.ops:
+            found[op.stream] = op.index
+        return tuple(found.values())
 
     def collective(
         self,
@@ -152,12 +229,12 @@ class Builder:
     ) -> int:
         """A collective over `size` bytes (the full buffer); nothing is sent in a group of one."""
         work = (collective_work(kind, float(size), group),) if group.size > 1 else ()
-        stream = self.stream_of(group) if group.size > 1 else "compute"
+        stream = stream_of(group) if group.size > 1 else "compute"
         return self.add(
             name, stream, component, phase, work, layer=layer, deps=deps, memory=memory, awaited=awaited
         )
 
-    def play(self, played: Sequence[Played], phase: str, layer: int, deps: Iterable[int | None] = ()) -> int:
+    def run(self, played: Sequence[Played], phase: str, layer: int, deps: Iterable[int | None] = ()) -> int:
         """Ops of a played tape: runs of compute kernels of one component joined, collectives on their own
         stream.
 
@@ -192,7 +269,7 @@ class Builder:
             if kernel.kind in COLLECTIVES and group.size > 1:
                 flush()
                 works = self.works(kernel, item.backward)
-                stream = self.stream_of(group)
+                stream = stream_of(group)
                 last = self.add(
                     kernel.name,
                     stream,
@@ -222,7 +299,64 @@ class Builder:
         return self._works[key][1]
 
     def program(self, stage: int, multiplicity: int, resident: Sequence[Step]) -> Program:
-        return Program(tuple(self.ops), stage, multiplicity, tuple(resident), self.marks)
+        return Program(tuple(self.ops), stage, multiplicity, tuple(resident))
+
+
+class Recorder(Builder):
+    """Records a template: its first ops wait for START."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        products: Callable[[Kernel, bool], tuple[Work, ...]] | None = None,
+    ) -> None:
+        super().__init__(groups, products=products)
+        self.memory: list[Memory] = []
+        self._before: dict[int, Memory] = {}
+        self._marks: dict[str, int] = {}
+
+    def so_far(self) -> tuple[int, ...]:
+        return (self.last,)
+
+    def add(
+        self, name: str, stream: str, component: str, phase: str, work: Sequence[Work] = (),
+        deps: Iterable[int | None] = (), memory: Iterable[Step] = (), rendezvous: str = "", *,
+        layer: int = -1, awaited: bool = False,
+    ) -> int:  # fmt: skip
+        steps = (*(self._pending if stream == "compute" else ()), *memory)
+        self.memory.append(steps)
+        if stream == "compute":
+            self._pending.clear()
+        return super().add(
+            name, stream, component, phase, work, deps, steps, rendezvous, layer=layer, awaited=awaited
+        )
+
+    def cut(self, mark: str) -> None:
+        """The player may issue something of its own here."""
+        self._marks[mark] = len(self.ops)
+        self._before[len(self.ops)] = (*self._before.get(len(self.ops), ()), *self._pending)
+        self._pending.clear()
+
+    def template(self, ends: tuple[int, ...] = ()) -> Template:
+        """What was recorded. ends: what follows waits for, the last op where none are given."""
+        self.cut("end")
+        ends = ends or (len(self.ops) - 1,)
+        return Template(tuple(self.ops), ends, tuple(self.memory), self._before, self._marks)
+
+
+def stream_of(group: Group) -> str:
+    """The fabric that bounds a collective of this group."""
+    return "scale_up" if group.intra == group.size else "scale_out"
+
+
+def _turns(ops: Sequence[Op]) -> list[list[Op]]:
+    """Cut after every collective."""
+    found: list[list[Op]] = [[]]
+    for op in ops:
+        found[-1].append(op)
+        if op.stream in ("scale_up", "scale_out"):
+            found.append([])
+    return found
 
 
 def _works(kernel: Kernel, backward: bool, dtype: str, groups: Mapping[str, Group]) -> list[Work]:

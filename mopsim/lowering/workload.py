@@ -120,8 +120,6 @@ class Program:
     stage: int = 0
     multiplicity: int = 1
     resident: tuple[Step, ...] = ()
-    marks: dict[int, int] = field(default_factory=dict)
-    """First op of each microbatch, and of the optimizer under -1."""
     graphs: tuple[str, ...] = ()
 
 

@@ -56,14 +56,14 @@ class FsdpMoE(FsdpBlock):
     def _move_experts(self, layer: int, phase: str) -> None:
         """Weights of experts that least-loaded placement moves arrive, beside the rank's own."""
         if self.moving:
-            self.b.play(self.moving.forward(graph=True), phase, layer, [self.b.last])
+            self.b.run(self.moving.forward(graph=True), phase, layer, [self.b.last])
             for name in ("migrated", "packed"):
                 self.b.adopt(f"{name}.{layer}", self.moving.values[name].bytes, "gathered")
 
     def _return_gradients(self, layer: int) -> None:
         """Gradients of moved experts go home."""
         if self.moving:
-            self.b.play(self.moving.backward(), "backward", layer)
+            self.b.run(self.moving.backward(), "backward", layer)
             for name in ("packed gradient", f"migrated.{layer}"):  # the tape has freed them
                 del self.b.alive[name]
             self.b.drop(f"packed.{layer}")

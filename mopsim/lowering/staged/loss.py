@@ -8,11 +8,12 @@ from mopsim.layers.attention import norm
 from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.region import begin
 from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
+from mopsim.lowering.builder import START, Recorder, Template
 from mopsim.lowering.context import Context
 from mopsim.lowering.fsdp.loss import back, once, passes, product
-from mopsim.lowering.staged.template import START, Piece, Template, template
+from mopsim.lowering.staged.template import template
 from mopsim.lowering.staged.works import works
-from mopsim.lowering.workload import Work, deltas
+from mopsim.lowering.workload import Work
 from mopsim.spec.layout import token_slices
 from mopsim.spec.strategy import EAGERS
 
@@ -105,12 +106,12 @@ def loss_tape(context: Context) -> Tape:
 def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
     """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is
     kept."""
-    V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
+    V, H, size, draft = c.model.vocab_size, c.model.hidden_size, c.hidden, Recorder(c.groups)
     if direction == "backward":
         work = (Work("memory_bound", bytes=4.0 * size, launches=2),)
-        peak, net = deltas((("activations", size), ("activations", -size), *freed))
-        piece = Piece("final_norm", "compute", _C, "backward", work, (START,), peak, net)
-        return Template((piece,), (0,))
+        memory: tuple[Step, ...] = (("activations", size), ("activations", -size), *freed)
+        draft.add("final_norm", "compute", _C, "backward", work, (START,), memory)
+        return draft.template()
     found: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
     torch, gradient = c.strategy.unfused in EAGERS, float(V * H * c.b)
     if torch:
@@ -122,10 +123,8 @@ def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
         found += rows.count(n) * [*_products(c, n), over]
     strip = max(rows) * V * (2 * c.b + c.wide)
     memory = (("activations", 2 * size), ("logits", strip), ("logits", -strip), ("activations", -size))
-    peak, net = deltas(memory)
-    return Template(
-        (Piece("loss chunks", "compute", _C, "forward", tuple(found), (START,), peak, net),), (0,)
-    )
+    draft.add("loss chunks", "compute", _C, "forward", found, (START,), memory)
+    return draft.template()
 
 
 def _products(c: Context, rows: int) -> list[Work]:

@@ -12,9 +12,10 @@ from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
 from mopsim.layers.tape import Played, Step, Tape
+from mopsim.lowering.builder import Template
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.loss import loss_template
-from mopsim.lowering.staged.template import Template, template, weight_grads
+from mopsim.lowering.staged.template import template, weight_grads
 from mopsim.spec.strategy import CAST
 
 

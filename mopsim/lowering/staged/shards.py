@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from mopsim.layers.tape import Step
+from mopsim.lowering.builder import stream_of
 from mopsim.lowering.context import Context
 from mopsim.lowering.fsdp.copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.lowering.staged.data_parallel import message_work, reduction
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.stage import Stage
-from mopsim.lowering.staged.template import stream_of
 from mopsim.lowering.units import Unit
 from mopsim.lowering.workload import Work
 from mopsim.spec.strategy import Dense, Experts

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mopsim.lowering.builder import stream_of
 from mopsim.lowering.context import Context
 from mopsim.lowering.schedules import Slot, order, warm_up
 from mopsim.lowering.staged.boundaries import Boundaries
@@ -10,7 +11,6 @@ from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.shards import Shards
 from mopsim.lowering.staged.stage import Stage
-from mopsim.lowering.staged.template import stream_of
 from mopsim.lowering.staged.update import update
 from mopsim.lowering.units import Unit
 from mopsim.lowering.workload import Program, Work
@@ -27,7 +27,7 @@ class StageStep:
     def __init__(self, context: Context, passes: Passes, index: int) -> None:
         self.c, self.passes = context, passes
         self.stage = Stage(context, index)
-        self.issue = Issue()
+        self.issue = Issue(context.groups)
         self.shards = Shards(context, self.issue, self.stage)
         self.overlap = context.strategy.overlap
         self.after: Ops = ()
@@ -189,7 +189,8 @@ class StageStep:
         waits = self.shards.before(layer, "backward", order)
         waits += self.boundaries.before("backward", microbatch, layer, ready)
         template, done = self.passes.backward(layer), self.shards.experts_done(layer)
-        ready = self.issue.play(template, layer, (*ready, *waits), (template.products, done))
+        hooks = {template.products("backward")[1] + 1: (done,)} if len(self.c.layers[layer]) > 1 else {}
+        ready = self.issue.play(template, layer, (*ready, *waits), hooks)
         self.shards.after(layer, "backward", ready)
         if final and self.overlap.grad_reduce and not self.shards.each:
             self._reduce(self.c.layers[layer], ready)

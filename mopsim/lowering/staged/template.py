@@ -2,117 +2,62 @@
 microbatch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from mopsim.layers.tape import Kernel, Played, Step, Tape
+from mopsim.lowering.builder import START, Recorder, Template, stream_of
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.works import Part, works
-from mopsim.lowering.workload import Deltas, Group, Work, deltas
+from mopsim.lowering.workload import Group, deltas
 from mopsim.spec.hardware import COLLECTIVES
 
-START = -1
-"""A dependency on what the template as a whole waits for."""
 
+class _Draft(Recorder):
+    """A template being made. ready: what the next piece waits for. split: weight gradients come later."""
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One op. deps: places in the template, or START. awaited: by the host (see Op)."""
+    def __init__(self, context: Context, split: bool = False) -> None:
+        super().__init__(context.groups)
+        self.context, self.split = context, split
+        self.ready: tuple[int, ...] = (START,)
+        self.joined: list[Played] = []
 
-    name: str
-    stream: str
-    component: str
-    phase: str
-    work: tuple[Work, ...]
-    deps: tuple[int, ...]
-    peak: Deltas
-    net: Deltas
-    awaited: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """ends: the pieces that what follows has to wait for."""
-
-    pieces: tuple[Piece, ...]
-    ends: tuple[int, ...]
-
-    @property
-    def products(self) -> int:
-        """Place of the last piece with products of experts, -1 without."""
-        kinds = [any(work.kind == "grouped_matmul" for work in piece.work) for piece in self.pieces]
-        return max((place for place, found in enumerate(kinds) if found), default=-1)
-
-
-@dataclass
-class _Draft:
-    """A template being made. pending: what the next piece waits for. split: weight gradients come later."""
-
-    context: Context
-    split: bool = False
-    pieces: list[Piece] = field(default_factory=list)
-    pending: tuple[int, ...] = (START,)
-    run: list[Played] = field(default_factory=list)
-    memory: tuple[Step, ...] = ()
-
-    def add(
-        self, name: str, stream: str, component: str, phase: str, work: tuple[Work, ...], deps: tuple[int,
-        ...],
-        memory: Sequence[Step],
-    ) -> int:  # fmt: skip
-        peak, net = deltas(tuple(memory))
-        self.memory = tuple(memory)
-        self.pieces.append(Piece(name, stream, component, phase, work, deps, peak, net))
-        return len(self.pieces) - 1
-
-    def flush(self, back: str) -> None:
+    def close(self, back: str) -> None:
         """Compute kernels gathered so far become one piece."""
-        if not self.run:
+        if not self.joined:
             return
-        first = self.run[0]
-        work = tuple(w for item in self.run for w in works(item.kernel, self.part(item), self.context))
-        memory = [step for item in self.run for step in item.memory]
-        index = self.add(
-            first.kernel.name,
-            "compute",
-            first.kernel.component,
-            _phase(first, back),
-            work,
-            self.pending,
-            memory,
-        )
-        self.pending = (index,)
-        self.run.clear()
+        first = self.joined[0]
+        work = tuple(w for item in self.joined for w in works(item.kernel, self.part(item), self.context))
+        memory = [step for item in self.joined for step in item.memory]
+        name, component = first.kernel.name, first.kernel.component
+        self.ready = (self.add(name, "compute", component, _phase(first, back), work, self.ready, memory),)
+        self.joined.clear()
 
     def end_with(self, memory: Sequence[Step]) -> None:
         """Memory steps after all others: the last piece's own where everything waits for it."""
-        last = len(self.pieces) - 1
-        if self.pending == (last,) and self.pieces[last].stream == "compute":
-            peak, net = deltas((*self.memory, *memory))
-            self.pieces[last] = replace(self.pieces[last], peak=peak, net=net)
+        last = len(self.ops) - 1
+        if self.ready == (last,) and self.ops[last].stream == "compute":
+            self.memory[last] = (*self.memory[last], *memory)
+            peak, net = deltas(self.memory[last])
+            self.ops[last] = replace(self.ops[last], peak=peak, net=net)
         else:
-            self.pending = (self.add("freed", "compute", "other", "backward", (), self.pending, memory),)
+            self.ready = (self.add("freed", "compute", "other", "backward", (), self.ready, memory),)
 
     def await_last(self) -> None:
         """The host waits for the last piece: how many rows go where decides the sizes of what follows."""
-        if self.pieces:
-            self.pieces[-1] = replace(self.pieces[-1], awaited=True)
+        if self.ops:
+            self.ops[-1] = replace(self.ops[-1], awaited=True)
 
     def part(self, item: Played) -> Part:
         return "forward" if not item.backward else "input_grad" if self.split else "backward"
 
     def talk(self, item: Played, back: str, deps: tuple[int, ...], memory: Sequence[Step]) -> int:
         """A collective on its own stream."""
-        part = "backward" if item.backward else "forward"
-        work = works(item.kernel, part, self.context)  # type: ignore[arg-type]
-        group = self.context.groups[item.kernel.group]
+        part: Part = "backward" if item.backward else "forward"
+        work = works(item.kernel, part, self.context)
+        stream = stream_of(self.context.groups[item.kernel.group])
         return self.add(
-            item.kernel.name, stream_of(group), item.kernel.component, _phase(item, back), work, deps, memory
+            item.kernel.name, stream, item.kernel.component, _phase(item, back), work, deps, memory
         )
-
-
-def stream_of(group: Group) -> str:
-    """The fabric that bounds a collective of this group."""
-    return "scale_up" if group.intra == group.size else "scale_out"
 
 
 def _phase(item: Played, back: str) -> str:
@@ -141,35 +86,35 @@ def template(
         if source is not None and context.groups[source.group].size == 1:
             source = None
         if talks and _beside(item, context):
-            draft.flush(direction)
+            draft.close(direction)
             if _leads(item):  # the next product runs on what has arrived
-                moved = draft.talk(item, direction, draft.pending, item.memory)
-                draft.run.append(played[index + 1])
+                moved = draft.talk(item, direction, draft.ready, item.memory)
+                draft.joined.append(played[index + 1])
                 done.add(index + 1)
-                draft.flush(direction)
+                draft.close(direction)
             else:  # what the product before has made is sent
-                before = draft.pieces[draft.pending[0]].deps if draft.pieces else (START,)
+                before = draft.ops[draft.ready[0]].deps if draft.ops else (START,)
                 moved = draft.talk(item, direction, before, item.memory)
-            draft.pending = (*draft.pending, moved)
+            draft.ready = (*draft.ready, moved)
         elif talks:
-            draft.flush(direction)
+            draft.close(direction)
             if kernel.name == "dispatch" and not item.backward:
                 draft.await_last()
-            draft.pending = (draft.talk(item, direction, draft.pending, item.memory),)
+            draft.ready = (draft.talk(item, direction, draft.ready, item.memory),)
         elif source is not None and (partner := _partner(played, index, source, done)):
-            draft.flush(direction)
+            draft.close(direction)
             done.add(partner)
             _column(draft, item, played[partner])
         else:
             after = played[index + 1] if index + 1 < len(played) else None
             alone = after is not None and _beside(after, context) and not _leads(after)
-            if draft.run and (alone or _splits(draft.run[0], item, direction)):
-                draft.flush(direction)
-            draft.run.append(item)
-    draft.flush(direction)
+            if draft.joined and (alone or _splits(draft.joined[0], item, direction)):
+                draft.close(direction)
+            draft.joined.append(item)
+    draft.close(direction)
     if last:
         draft.end_with(last)
-    return Template(tuple(draft.pieces), draft.pending)
+    return draft.template(draft.ready)
 
 
 def _talks(item: Played, context: Context) -> bool:
@@ -219,7 +164,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     whose sum is scattered, or summed in place, beside the weight gradient (Megatron-Core,
     LinearWithGradAccumulationAndAsyncCommunication)."""
     kernel, again = item.kernel, gathered.kernel
-    start = draft.pending
+    start = draft.ready
     size = int(again.bytes)
     rows = works(again, "forward", draft.context)
     stream = stream_of(draft.context.groups[again.group])
@@ -233,7 +178,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         down = draft.add(
             again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
         )
-        draft.pending = (down,)
+        draft.ready = (down,)
         return
     ready: tuple[int, ...] = ()
     if rows:
@@ -258,7 +203,7 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context),
         (*ready, inner), [*gone, *((("activations", -size),) if rows else ())],
     )  # fmt: skip
-    draft.pending = (weights, down)
+    draft.ready = (weights, down)
 
 
 def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:
@@ -277,4 +222,4 @@ def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template
     work = tuple(w for kernel in reversed(tape.kernels) for w in works(kernel, "weight_grad", context))
     memory = [(category, -size) for category, size in held]
     end = draft.add("weight gradients", "compute", "other", "backward", work, tuple(ready), memory)
-    return Template(tuple(draft.pieces), (end,))
+    return draft.template((end,))

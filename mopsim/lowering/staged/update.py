@@ -4,12 +4,12 @@ gathered."""
 from collections.abc import Sequence
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.lowering.builder import stream_of
 from mopsim.lowering.context import Context
 from mopsim.lowering.fsdp.copies import update_host
 from mopsim.lowering.staged.data_parallel import gathering, message_work
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.stage import Stage
-from mopsim.lowering.staged.template import stream_of
 from mopsim.lowering.workload import Work
 
 _O = "optimizer"

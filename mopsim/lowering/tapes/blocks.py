@@ -73,20 +73,20 @@ class Blocks:
         c, b = self.context, self.builder
         moe = self.is_moe(layer)
         part = "experts" if moe else "dense_ffn"
-        last = b.play(self.played(self._attention(layer), "plain"), "forward", layer, deps)
-        last = b.play(self.played(self._norm(moe), "plain"), "forward", layer, [last])
+        last = b.run(self.played(self._attention(layer), "plain"), "forward", layer, deps)
+        last = b.run(self.played(self._norm(moe), "plain"), "forward", layer, [last])
         b.adopt("y", c.hidden)
         b.adopt("h", c.hidden)
         b.make("out", c.hidden)
         if moe:
             assert self.experts is not None
-            last = b.play(self.played(self._router(), "plain"), "forward", layer, [last])
+            last = b.run(self.played(self._router(), "plain"), "forward", layer, [last])
             self._adopt_routes()
             last = self.experts.forward(layer, "forward", [last, *moe_deps])
             b.drop("choice", "weight")
         for start, stop in self._slices(moe):
             tape = self._slice(stop - start, moe)
-            last = b.play(self.played(tape, "plain"), "forward", layer, [last])
+            last = b.run(self.played(tape, "plain"), "forward", layer, [last])
             b.adopt("f", tape.values["f"].bytes)
             work = (Work("memory_bound", bytes=3.0 * tape.values["f"].bytes),)
             last = b.add("slice added", "compute", part, "forward", work, layer=layer, deps=[last])
@@ -120,13 +120,13 @@ class Blocks:
         # torch's reentrant checkpoint holds what it recomputed while the backward of the layer runs
         held = c.hidden if c.runs_autograd else 0
         b.make("recomputed", held)
-        last = b.play(self.played(attend, "graph"), "recompute", layer, deps)
-        last = b.play(self.played(pre, "graph"), "recompute", layer, [last])
+        last = b.run(self.played(attend, "graph"), "recompute", layer, deps)
+        last = b.run(self.played(pre, "graph"), "recompute", layer, [last])
         b.adopt("y", c.hidden)
         b.adopt("h", c.hidden)
         if moe:
             assert self.experts is not None
-            last = b.play(self.played(self._router(), "graph"), "recompute", layer, [last])
+            last = b.run(self.played(self._router(), "graph"), "recompute", layer, [last])
             self._adopt_routes()
             b.make("dh", c.hidden)
             last = self.experts.backward(layer, [last, *moe_deps])
@@ -134,23 +134,23 @@ class Blocks:
             b.make("dh", c.hidden)
         for start, stop in self._slices(moe):
             tape = self._slice(stop - start, moe)
-            last = b.play(self.played(tape, "graph"), "recompute", layer, [last])
-            last = b.play(self.played(tape, "backward"), "backward", layer, [last])
+            last = b.run(self.played(tape, "graph"), "recompute", layer, [last])
+            last = b.run(self.played(tape, "backward"), "backward", layer, [last])
             b.adopt("dslice", tape.inputs[0].bytes)
             b.drop("dslice")
             b.flush(part, "backward", layer)
         if moe:
             del b.alive["weight"]  # its gradient takes its place, and dies in the router's backward
-            last = b.play(self.played(self._router(), "backward"), "backward", layer, [last])
+            last = b.run(self.played(self._router(), "backward"), "backward", layer, [last])
             b.adopt("dh_router", c.hidden)
             b.drop("dh_router", "choice")
         b.drop("dh", "h")
         b.make("dh2", c.hidden)
-        last = b.play(self.played(pre, "backward"), "backward", layer, [last])
+        last = b.run(self.played(pre, "backward"), "backward", layer, [last])
         del b.alive["dh2"]
         b.adopt("dy", c.hidden)
         b.drop("y")
-        last = b.play(self.played(attend, "backward"), "backward", layer, [last])
+        last = b.run(self.played(attend, "backward"), "backward", layer, [last])
         del b.alive["dy"]
         b.drop("dx", f"x{layer}", "recomputed")
         b.adopt("dx", c.hidden)

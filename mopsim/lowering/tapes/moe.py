@@ -68,7 +68,7 @@ class Experts:
         if key not in self._played:
             run = replace(tape, consumes=()) if mode == "held" else tape
             self._played[key] = (tape, run.backward() if mode == "backward" else run.forward(mode == "graph"))
-        return self.builder.play(self._played[key][1], phase, layer, deps)
+        return self.builder.run(self._played[key][1], phase, layer, deps)
 
     def counts(self, layer: int, phase: str, deps: list[int]) -> int:
         """The exchange of route counts, once per layer; the host waits for it."""
@@ -85,7 +85,7 @@ class Experts:
         """Weights of moved experts arrive; what the products wait for."""
         if self.moving is None:
             return []
-        last = self.builder.play(self.moving.forward(graph=True), phase, layer, [ready])
+        last = self.builder.run(self.moving.forward(graph=True), phase, layer, [ready])
         for name in ("migrated", "packed"):
             self.builder.adopt(name, self.moving.values[name].bytes, "gathered")
         return [last]
@@ -104,7 +104,7 @@ class Experts:
         """Gradients of moved experts go home; the weights are freed."""
         if self.moving is None:
             return after
-        last = self.builder.play(self.moving.backward(), "backward", layer, [after])
+        last = self.builder.run(self.moving.backward(), "backward", layer, [after])
         for name in ("packed gradient", "migrated"):  # the tape has freed them
             del self.builder.alive[name]
         self.builder.drop("packed")
