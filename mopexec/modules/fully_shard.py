@@ -19,7 +19,6 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, component, host_compute, phase
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
-from mopexec.modules.checks import check_supported
 from mopexec.modules.comm import book_gradients, local, place_on_host
 from mopexec.modules.gather import Gathered, global_dtensor
 from mopexec.modules.groups import make_groups
@@ -28,6 +27,7 @@ from mopexec.modules.loss import wide
 from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.wrap import build_model
 from mopexec.run.runner import Batch, StepResult
+from mopexec.run.supported import check_supported
 from mopsim.spec.plan import Plan
 
 

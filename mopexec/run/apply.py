@@ -15,28 +15,16 @@ from mopexec.flat.flat_units import FlatModel, FlatRunner
 from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.routes import RoutePlanner
 from mopexec.flat.sequence import SequenceExchange
-from mopexec.flat.supported import check_flat_units
 from mopexec.flat.units import Unit
 from mopexec.flat.vocabulary import Ring
 from mopexec.measure.tracker import category
 from mopexec.model.routing import profile_experts
-from mopexec.model.support import check_model
 from mopexec.run.runner import Runner
+from mopexec.run.supported import check_supported
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
 RoutingChoice = Literal["learned", "profile"]
-
-
-def check_supported(plan: Plan) -> None:
-    """Raise SpecError naming the first field of `plan` that mopexec does not run. Needs no process group."""
-    check_model(plan.model)
-    if plan.strategy.runtime == "fully_shard":
-        from mopexec.modules.checks import check_supported as check_fully_shard
-
-        check_fully_shard(plan)
-    else:
-        check_flat_units(plan.model, plan.strategy)
 
 
 def build(plan: Plan, platform: Platform, *, routing: RoutingChoice = "learned", seed: int = 0) -> Runner:

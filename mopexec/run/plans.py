@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mopexec.run import lock
+from mopexec.run import lock, supported
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import format_bytes
@@ -16,10 +16,8 @@ def read_plan(path: Path) -> Plan:
 
 def check_supported(plan: Plan) -> None:
     """Refuse a model or a mechanism that mopexec does not run, by name. Raises SpecError."""
-    from mopexec.run import apply
-
     try:
-        apply.check_supported(plan)
+        supported.check_supported(plan)
     except SpecError as refusal:
         raise refusal.within("plan") from None
 

@@ -32,6 +32,6 @@ def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
     if rest:
         console.print(f"  {rest}", style="yellow")
     if json:
-        missing = [{"field": gap.path, "value": gap.value, "why": gap.why} for gap in gaps]
+        missing = [{"field": gap.field, "value": gap.value, "why": gap.rule} for gap in gaps]
         found = {"to": to, "out": out, "checked": TARGETS[to].checked, "not_expressed": missing}
         io.write_json(json, found | ({"left": asdict(rest)} if rest else {}))

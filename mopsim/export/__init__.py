@@ -1,18 +1,19 @@
 """A plan in the language of what people already run. What a target can't express is refused, or listed."""
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, SpecError
 from mopsim.export.deepspeed import DEEPSPEED
-from mopsim.export.gaps import Gap, Target
 from mopsim.export.megatron_bridge import MEGATRON_BRIDGE
+from mopsim.export.target import Target
 from mopsim.export.torchtitan import TORCHTITAN
+from mopsim.spec.capability import refusals
 from mopsim.spec.plan import Plan
 
 TARGETS: dict[str, Target] = {target.name: target for target in (TORCHTITAN, MEGATRON_BRIDGE, DEEPSPEED)}
 
-__all__ = ["TARGETS", "Gap", "Target", "export"]
+__all__ = ["TARGETS", "Target", "export"]
 
 
-def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[Gap]]:
+def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[SpecError]]:
     """(text of the configuration, what it leaves out) of `plan` for the target `to`.
 
     Raises MopError for an unknown target and, unless `lossy`, for a plan that the target cannot express:
@@ -21,8 +22,8 @@ def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[Gap]]
     if to not in TARGETS:
         raise MopError(f"to: {to!r} is not one of {', '.join(TARGETS)}")
     target = TARGETS[to]
-    gaps = list(target.gaps(plan))
+    gaps = list(refusals(plan, by=target.name))
     if gaps and not lossy:
-        more = f" (and {len(gaps) - 1} more: {', '.join(gap.path for gap in gaps[1:])})" if gaps[1:] else ""
+        more = f" (and {len(gaps) - 1} more: {', '.join(gap.field for gap in gaps[1:])})" if gaps[1:] else ""
         raise MopError(f"{gaps[0]}{more}; --lossy writes the rest")
     return target.render(plan, gaps), gaps

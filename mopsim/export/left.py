@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, SpecError
 from mopsim.common.io import digest
 from mopsim.common.units import format_bytes
 from mopsim.engine import simulate
-from mopsim.export.gaps import Gap
 from mopsim.spec.plan import Plan
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
@@ -36,10 +35,11 @@ class Left:
         return f"with the defaults in their place mopsim predicts {memory}: {self.verdict}"
 
 
-def left(plan: Plan, gaps: Sequence[Gap]) -> Left | None:
+def left(plan: Plan, gaps: Sequence[SpecError]) -> Left | None:
     """The plan with the defaults of a Strategy where memory's fields are not expressed, simulated on its own
     profile; None where no such field is missing."""
-    fields = [gap.field for gap in gaps if gap.field.partition(".")[0] in _MEMORY]
+    told = [gap.field.removeprefix("strategy.") for gap in gaps if gap.field.startswith("strategy.")]
+    fields = [field for field in told if field.partition(".")[0] in _MEMORY]
     if not fields:
         return None
     try:

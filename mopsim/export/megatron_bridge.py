@@ -1,10 +1,11 @@
 """Megatron-Bridge: a YAML of overrides for a ConfigContainer; the network is a recipe's, or AutoBridge's."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from mopsim.common import io
-from mopsim.export.gaps import Gap, Target, common, header, only
+from mopsim.common.errors import SpecError
+from mopsim.export.target import Target, header
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 
@@ -29,51 +30,6 @@ MODULES = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe")
 def instances(s: Strategy) -> int:
     """Copies of the sharded state: num_distributed_optimizer_instances."""
     return max(1, s.stage_ranks // (s.dense.tensor * s.dense.shard)) if s.dense.zero else 1
-
-
-def gaps(plan: Plan) -> Iterator[Gap]:
-    """Fields of a plan that Megatron-Bridge has no words for."""
-    s, name = plan.strategy, "Megatron-Bridge"
-    yield from common(plan, name)
-    yield from only(("1f1b", "interleaved"), "pipeline.schedule", s.pipeline.schedule, f"is not in {name}")
-    if s.vocabulary.loss == "full" and s.dense.tensor > 1:
-        yield Gap("vocabulary.loss", "full", f"is not in {name} under tensor parallelism: it splits the head")
-    if s.vocabulary.loss == "vocab_parallel" and s.vocabulary.degree != s.dense.tensor:
-        yield Gap("vocabulary.degree", s.vocabulary.degree, "is not the tensor-parallel degree")
-    if s.dense.zero and s.stage_ranks % (s.dense.tensor * s.dense.shard):
-        yield Gap("dense.shard", s.dense.shard, "does not divide the data-parallel ranks")
-    if s.dense.zero and s.experts.shard * instances(s) != s.expert_replicas:
-        why = (
-            f"is not the {s.expert_replicas // instances(s)} replicas of an expert in one optimizer instance"
-        )
-        yield Gap("experts.shard", s.experts.shard, why)
-    if s.dense.zero == 3:
-        yield from only((True,), "dense.reshard_after_forward", s.dense.reshard_after_forward,
-                        f"with ZeRO-3 is not in {name}")  # fmt: skip
-        yield from only((1,), "pipeline.degree", s.pipeline.degree, "with ZeRO-3 is not mapped")
-    for module in s.activations.modules if s.activations.recompute == "selective" else ():
-        if module not in MODULES:
-            yield Gap("activations.modules", module, f"is not one of {', '.join(MODULES)}")
-    if s.activations.boundary_tier == "host":
-        if s.activations.recompute == "full":
-            why = f"is not in {name}: it offloads activations of layers that it does not recompute"
-            yield Gap("activations.boundary_tier", "host", why)
-        yield from only((0,), "activations.host_budget", s.activations.host_budget, f"is not in {name}")
-    yield from _state(s)
-
-
-def _state(s: Strategy) -> Iterator[Gap]:
-    p, name = s.precision, "Megatron-Bridge"
-    for part, spec in (("dense", s.dense), ("experts", s.experts)):
-        yield from only(("device",), f"{part}.param_tier", spec.param_tier, f"is not in {name}")
-        yield from only(("device",), f"{part}.grad_tier", spec.grad_tier, f"is not in {name}")
-    yield from only(("bfloat16",), "precision.compute", p.compute, "is not mapped: bf16 recipes only")
-    yield from only(("bfloat16",), "precision.param", p.param, f"is not in {name}: weights are bf16")
-    yield from only(("float32",), "precision.master", p.master, f"is not in {name}: masters are fp32")
-    yield from only(("float32",), "precision.moments", p.moments, "is not mapped: moments are fp32")
-    yield from only(tuple(MIXED), "precision.matmul", p.matmul, f"has no recipe in {name}")
-    if p.reduce != p.grad:
-        yield Gap("precision.reduce", p.reduce, f"differs from precision.grad: {name} has one dtype for both")
 
 
 def sections(plan: Plan) -> dict[str, Any]:
@@ -173,7 +129,7 @@ def _layout(plan: Plan) -> str:
     return "|".join(parts)
 
 
-def render(plan: Plan, left_out: list[Gap]) -> str:
+def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The YAML text."""
     lines = [f"# {line}" for line in header("Megatron-Bridge", CHECKED, plan, left_out)]
     lines.append(
@@ -182,4 +138,4 @@ def render(plan: Plan, left_out: list[Gap]) -> str:
     return "\n".join(lines) + "\n" + io.to_yaml(sections(plan))
 
 
-MEGATRON_BRIDGE = Target("megatron-bridge", CHECKED, gaps, render)
+MEGATRON_BRIDGE = Target("megatron-bridge", CHECKED, render)

@@ -1,9 +1,10 @@
 """TorchTitan: a TOML file of its JobConfig. Newer versions configure in Python, with other names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mopsim.export.gaps import Gap, Target, common, header, only
+from mopsim.common.errors import SpecError
+from mopsim.export.target import Target, header
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
@@ -26,68 +27,6 @@ MATMUL = {"fp8": "float8", "mxfp8": "mx"}
 def replicas(s: Strategy) -> int:
     """Copies of the dense state: data_parallel_replicate_degree."""
     return max(1, s.stage_ranks // (s.dense.tensor * s.dense.shard))
-
-
-def gaps(plan: Plan) -> Iterator[Gap]:
-    """Fields of a plan that v0.2.2 has no words for."""
-    s, name = plan.strategy, "TorchTitan"
-    yield from common(plan, name)
-    yield from only((False,), "experts.mapped", s.experts.mapped, f"is not mapped to {name}")
-    if plan.model.name not in MODELS:
-        yield Gap("model.name", plan.model.name, f"is not a model that {name} has a flavor of")
-    yield from only((3,), "dense.zero", s.dense.zero, f"is not in {name}: fully_shard shards everything")
-    if s.dense.shard % s.attention.sequence or s.stage_ranks % (s.dense.tensor * s.dense.shard):
-        yield Gap("dense.shard", s.dense.shard, "is not context parallelism x a data-parallel degree")
-    if s.dense.tensor > 1 and not s.dense.sequence_parallel:
-        yield Gap(
-            "dense.sequence_parallel", False, f"is not in {name}: tensor parallelism always splits rows"
-        )
-    if s.attention.sequence > 1:
-        why = f"is not in {name}: context parallelism gathers keys and values, or rotates them"
-        yield from only(tuple(ROTATE), "attention.exchange", s.attention.exchange, why)
-    yield from _experts(s)
-    if s.vocabulary.loss == "vocab_parallel" and s.vocabulary.degree != s.dense.tensor:
-        yield Gap("vocabulary.degree", s.vocabulary.degree, "is not the tensor-parallel degree")
-    if s.vocabulary.fused:
-        yield Gap("vocabulary.fused", True, f"is not a setting of {name}")
-    if s.pipeline.schedule == "zero_bubble" and s.pipeline.virtual_stages == 1 and s.pipeline.degree > 1:
-        yield Gap("pipeline.schedule", "zero_bubble", "needs two stages a rank or more")
-    yield from only(((),), "pipeline.layers", s.pipeline.layers, f"is not mapped to {name}'s stages")
-    yield from only(("none", "full"), "activations.recompute", s.activations.recompute,
-                    f"of named modules is not in {name}: it selects operators")  # fmt: skip
-    if s.activations.boundary_tier == "host":
-        yield Gap("activations.boundary_tier", "host", f"is not in {name}")
-    yield from _state(s)
-
-
-def _experts(s: Strategy) -> Iterator[Gap]:
-    e = s.experts
-    if e.degree > 1:
-        yield from only((1, s.dense.tensor), "experts.tensor", e.tensor, "must be 1 or the tensor degree")
-    elif e.tensor != s.dense.tensor and e.tensor > 1:
-        yield Gap("experts.tensor", e.tensor, "needs expert parallelism, or must be the tensor degree")
-    if s.stage_ranks // replicas(s) % (e.degree * e.tensor):
-        yield Gap("experts.degree", e.degree, "does not divide the ranks that share one copy of the state")
-    if e.shard * replicas(s) != s.expert_replicas:
-        why = f"is not the {s.expert_replicas // replicas(s)} replicas of an expert in one copy of the state"
-        yield Gap("experts.shard", e.shard, why)
-
-
-def _state(s: Strategy) -> Iterator[Gap]:
-    """Precision and tiers: fp32 masters, all on the device or all on the host."""
-    p, name = s.precision, "TorchTitan"
-    yield from only(("float32",), "precision.param", p.param, "with fp32 moments is not in TorchTitan")
-    yield from only(("param",), "precision.master", p.master, f"is not in {name}: parameters are the master")
-    yield from only(("bfloat16", "float32"), "precision.compute", p.compute, f"is not in {name}")
-    yield from only(("float32",), "precision.reduce", p.reduce, f"is not in {name}: it reduces in fp32")
-    yield from only(("float32",), "precision.moments", p.moments, f"is not in {name}")
-    yield from only(("compute", p.compute, *MATMUL), "precision.matmul", p.matmul, f"is not in {name}")
-    if s.optimizer.host_fraction != 1 and s.optimizer.state_tier == "host":
-        yield Gap("optimizer.host_fraction", s.optimizer.host_fraction, f"is not in {name}: all or nothing")
-    tiers = (s.dense.param_tier, s.dense.grad_tier, s.experts.param_tier, s.experts.grad_tier)
-    if any(tier != s.optimizer.state_tier for tier in tiers):
-        why = f"with state on the {s.optimizer.state_tier} is not in {name}: it offloads all or nothing"
-        yield Gap("dense.param_tier", s.dense.param_tier, why)
 
 
 def sections(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -161,7 +100,7 @@ def _parallelism(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def render(plan: Plan, left_out: list[Gap]) -> str:
+def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     """The TOML text."""
     lines = [f"# {line}" for line in header("TorchTitan", CHECKED, plan, left_out)]
     lines.append("# To be set: model.hf_assets_path, training.dataset, training.steps")
@@ -184,4 +123,4 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-TORCHTITAN = Target("torchtitan", CHECKED, gaps, render)
+TORCHTITAN = Target("torchtitan", CHECKED, render)

@@ -17,11 +17,11 @@ from mopsim.layers.tensors import total_params
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.pool import Pool
 from mopsim.search.space import IN_8_BITS, Axes, Problem, Space, generate
+from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import CAST, MatmulDType, Strategy
-from mopsim.spec.support import runnable
 from mopsim.spec.training import TrainSpec
 
 DEFAULT_FAMILIES = ("mop", "fsdp2", "zero_offload")

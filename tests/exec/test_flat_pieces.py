@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mopexec.check.dry_run import dry_run
-from mopexec.run.apply import check_supported
+from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from tests.exec.flat_plans import MODEL, make_plan
 from tests.exec.spawn import pool

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mopexec.modules.checks import check_supported
+from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from tests.exec import fsdp_worker
 

@@ -16,12 +16,12 @@ from mopsim.search.bound import bound
 from mopsim.search.driver import TIE
 from mopsim.search.pool import Pool
 from mopsim.search.space import AXES, IN_8_BITS, Problem, generate
+from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import MatmulDType
-from mopsim.spec.support import runnable
 from mopsim.spec.training import TrainSpec
 
 CASES = (

@@ -4,9 +4,9 @@ import pytest
 
 from mopsim.common.errors import SpecError
 from mopsim.common.io import convert, to_plain
+from mopsim.spec.capability import Job, refusals, runnable
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Strategy
-from mopsim.spec.support import runnable, unsupported
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 
 FAMILIES = {"mop": mop, "fsdp2": fsdp2, "zero_offload": zero_offload, "megatron": megatron}
@@ -69,7 +69,9 @@ def test_support_names_the_field() -> None:
     assert runnable(mop(2), tiny) is None
     assert runnable(fsdp2(2), tiny) is None
     assert runnable(zero_offload(2), tiny) is None
-    fields = {error.field for error in unsupported(megatron(4, tensor=2, pipeline=2), tiny)}
+    fields = {
+        error.field for error in refusals(Job(tiny, megatron(4, tensor=2, pipeline=2)), by="flat_units")
+    }
     assert {"strategy.pipeline.degree", "strategy.dense.tensor", "strategy.dense.zero"} <= fields
     reason = runnable(mop(2), load_model("deepseek_v3"))
     assert reason is not None

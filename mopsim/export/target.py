@@ -1,0 +1,36 @@
+"""A configuration language, and the header of every file in one. What a language cannot say of a plan is in
+`mopsim.spec.capability`: each gap is the SpecError that names the field of the plan, its value, and why."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mopsim.common.errors import SpecError
+from mopsim.spec.capability import Side
+from mopsim.spec.plan import Plan
+
+
+@dataclass(frozen=True)
+class Target:
+    """One configuration language. checked: the release or commit its keys were checked against.
+
+    render: the file's text, given what it cannot say of the plan.
+    """
+
+    name: Side
+    checked: str
+    render: Callable[[Plan, Sequence[SpecError]], str]
+
+
+def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError]) -> list[str]:
+    """The lines that begin every file: what it is, what its keys were checked against, what is missing."""
+    hardware, prediction = plan.hardware, plan.prediction
+    ranks = f"{plan.strategy.world_size} ranks ({hardware.num_nodes} nodes of {hardware.name})"
+    lines = [
+        f"{target} configuration of the plan {plan.strategy.name} for {plan.model.name} on {ranks}",
+        f"Keys checked against {checked}",
+    ]
+    if prediction:
+        promised = f"{prediction.step_time:.4g} s a step, {prediction.peak_memory / 1024**3:.1f} GiB a device"
+        whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
+        lines.append(f"mopsim predicts {promised}: of its own runtime, not of this one{whole}")
+    return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]

@@ -1,0 +1,75 @@
+"""What each side does with each field: played by the simulator, run by a runtime of mopexec, said to an
+export target. Search, executor, simulator and exports read one table: a value is played or refused by name.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mopsim.common.errors import SpecError
+from mopsim.spec.capability.facts import EXPORTS, SIDES, Job, Row, Side
+from mopsim.spec.capability.rules import RULES
+from mopsim.spec.capability.table import MODEL, ROWS
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import Plan
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+__all__ = [
+    "EXPORTS",
+    "ROWS",
+    "SIDES",
+    "Job",
+    "Row",
+    "Side",
+    "job_of",
+    "model_refusals",
+    "refusals",
+    "runnable",
+]
+
+
+def job_of(plan: Plan) -> Job:
+    """The parts of a plan that the table speaks of."""
+    return Job(plan.model, plan.strategy, plan.training)
+
+
+def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
+    """What `by` does not do of a job: first single fields in the table's order, then relations of two."""
+    if isinstance(job, Plan):
+        job = job_of(job)
+    for path, row in ROWS.items():
+        cell = row.cells[by]
+        if cell.values is None:
+            continue
+        noun, _, field = path.partition(".")
+        owner = getattr(job, noun)
+        if owner is None or not row.concerns(by, job):
+            continue
+        refused = cell.refuse(by, path, _at(owner, field))
+        if refused is not None:
+            yield refused
+    for rule in RULES[by]:
+        yield from rule(job, by)
+
+
+def model_refusals(model: ModelSpec) -> Iterator[SpecError]:
+    """What no runtime of mopexec runs of a model, whatever the strategy."""
+    for field, row in MODEL.items():
+        refused = row.cells["flat_units"].refuse("flat_units", f"model.{field}", getattr(model, field))
+        if refused is not None:
+            yield SpecError(refused.field, refused.value, refused.rule.replace("flat_units", "mopexec"))
+
+
+def runnable(
+    strategy: Strategy, model: ModelSpec, training: TrainSpec | None = None, stack: Stack | None = None
+) -> SpecError | None:
+    """None where the runtime of mopexec that the strategy is for runs it, else the first reason against."""
+    job = Job(model, strategy, training, stack)
+    return next(refusals(job, by=strategy.runtime), None)
+
+
+def _at(spec: Any, path: str) -> Any:
+    for step in path.split("."):
+        spec = getattr(spec, step)
+    return spec

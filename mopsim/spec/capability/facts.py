@@ -1,0 +1,238 @@
+"""What the capability table is written in: a job's parts, a cell for each side, a row for each field."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from mopsim.common.errors import SpecError
+from mopsim.spec.layout import num_chunks
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+Side = Literal["simulator", "flat_units", "fully_shard", "torchtitan", "megatron-bridge", "deepspeed"]
+SIDES: tuple[Side, ...] = get_args(Side)
+EXPORTS: tuple[Side, ...] = ("torchtitan", "megatron-bridge", "deepspeed")
+
+DOES: dict[Side, str] = {
+    "simulator": "simulated",
+    "flat_units": "run by flat_units",
+    "fully_shard": "run by fully_shard",
+    "torchtitan": "in TorchTitan",
+    "megatron-bridge": "in Megatron-Bridge",
+    "deepspeed": "in DeepSpeed",
+}
+"""`<field>: <value> is not ...` in messages."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of a side. training and stack: None where they are not known yet; rows of theirs and
+    rules that need them then refuse nothing."""
+
+    model: ModelSpec
+    strategy: Strategy
+    training: TrainSpec | None = None
+    stack: Stack | None = None
+
+    @property
+    def runtime(self) -> str:
+        """The runtime of mopexec that the job is for."""
+        return self.strategy.runtime
+
+    @property
+    def chunks(self) -> int:
+        """Dispatch chunks of a layer's routed experts (2 where the training is not known yet)."""
+        experts = self.strategy.experts
+        if self.training is None:
+            return 1 if experts.chunk_tokens == 0 else 2
+        tokens = self.training.tokens_per_rank(self.strategy)
+        return num_chunks(tokens, experts.chunk_tokens, experts.max_chunks)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one side does with a field: plays every value (values None), or only these, because of `why`; or
+    it has no part in what the side does (`reads` False), because of `why`."""
+
+    values: tuple[Any, ...] | None = None
+    why: str = ""
+    reads: bool = True
+
+    def refuse(self, side: Side, path: str, value: Any) -> SpecError | None:
+        """The error that names the field, the values that work and the reason; None where the value works."""
+        if self.values is None or value in self.values:
+            return None
+        names = " or ".join(repr(one) for one in self.values)
+        reason = f": {self.why}" if self.why else ""
+        return SpecError(path, value, f"is not {DOES[side]}, only {names}{reason}")
+
+
+ALL = Cell()
+
+
+def only(*values: Any, why: str = "") -> Cell:
+    """These values and no others."""
+    return Cell(values, why)
+
+
+def elsewhere(why: str) -> Cell:
+    """Not read by this side, which is right because of `why`."""
+    return Cell(None, why, reads=False)
+
+
+LABEL = elsewhere("a label, for people")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One field. acts: whether the field has anything to act on in this job; where it has not, simulator and
+    exports pass over its value, while a runtime still refuses what it could not run."""
+
+    cells: dict[Side, Cell]
+    acts: Callable[[Job], bool] | None = None
+
+    def concerns(self, side: Side, job: Job) -> bool:
+        """Whether the side has to do something with the field's value."""
+        return side in ("flat_units", "fully_shard") or self.acts is None or self.acts(job)
+
+
+def row(
+    acts: Callable[[Job], bool] | None = None,
+    *,
+    simulator: Cell = ALL,
+    mopexec: Cell = ALL,
+    flat_units: Cell | None = None,
+    fully_shard: Cell | None = None,
+    exports: Cell = ALL,
+    torchtitan: Cell | None = None,
+    megatron_bridge: Cell | None = None,
+    deepspeed: Cell | None = None,
+) -> Row:
+    """A row; mopexec and exports stand for each runtime and each target that is not named itself."""
+    return Row(
+        {
+            "simulator": simulator,
+            "flat_units": flat_units or mopexec,
+            "fully_shard": fully_shard or mopexec,
+            "torchtitan": torchtitan or exports,
+            "megatron-bridge": megatron_bridge or exports,
+            "deepspeed": deepspeed or exports,
+        },
+        acts,
+    )
+
+
+# Conditions under which a field has something to act on.
+
+
+def pipelined(job: Job) -> bool:
+    return job.strategy.pipeline.degree > 1
+
+
+def scheduled(job: Job) -> bool:
+    """Interleaving one part a stage is 1F1B."""
+    pipeline = job.strategy.pipeline
+    return pipelined(job) and (pipeline.virtual_stages > 1 or pipeline.schedule == "zero_bubble")
+
+
+def tensor_parallel(job: Job) -> bool:
+    return job.strategy.dense.tensor > 1
+
+
+def zero_3(job: Job) -> bool:
+    return job.strategy.dense.zero == 3
+
+
+def gathers_layers(job: Job) -> bool:
+    """Parameters are gathered layer by layer."""
+    return zero_3(job) or job.runtime == "fully_shard"
+
+
+def whole_steps(job: Job) -> bool:
+    """Gradients and parameters travel once a step, not layer by layer."""
+    return not gathers_layers(job)
+
+
+def slices(job: Job) -> bool:
+    """The dense FFN works in more than one slice."""
+    size = job.strategy.dense.chunk_tokens
+    if job.training is None:
+        return size > 0
+    return 0 < size < job.training.tokens_per_rank(job.strategy)
+
+
+def context_parallel(job: Job) -> bool:
+    return job.strategy.attention.sequence > 1
+
+
+def has_experts(job: Job) -> bool:
+    return job.model.num_moe_layers > 0
+
+
+def has_dense(job: Job) -> bool:
+    return job.model.num_dense_layers > 0
+
+
+def expert_parallel(job: Job) -> bool:
+    return has_experts(job) and job.strategy.experts.degree > 1
+
+
+def chunked_experts(job: Job) -> bool:
+    return has_experts(job) and job.chunks > 1
+
+
+def capped_chunks(job: Job) -> bool:
+    """max_chunks makes the chunks larger than chunk_tokens."""
+    return chunked_experts(job) and job.chunks == job.strategy.experts.max_chunks
+
+
+def balanced_experts(job: Job) -> bool:
+    return expert_parallel(job) and job.strategy.experts.balance != "none"
+
+
+def split_vocabulary(job: Job) -> bool:
+    return job.strategy.vocabulary.loss in ("ring", "vocab_parallel")
+
+
+def vocabulary_ring(job: Job) -> bool:
+    return job.strategy.vocabulary.loss == "ring" and job.strategy.vocabulary.degree > 1
+
+
+def logits_in_rows(job: Job) -> bool:
+    return job.strategy.vocabulary.loss in ("chunked", "ring")
+
+
+def state_on_host(job: Job) -> bool:
+    return job.strategy.optimizer.state_tier == "host"
+
+
+def streamed(job: Job) -> bool:
+    """State on the host, update on the device."""
+    return state_on_host(job) and job.strategy.optimizer.update_on == "device"
+
+
+def selective(job: Job) -> bool:
+    return job.strategy.activations.recompute == "selective"
+
+
+def boundaries_on_host(job: Job) -> bool:
+    return job.strategy.activations.boundary_tier == "host"
+
+
+def in_8_bits(job: Job) -> bool:
+    """A recipe casts the operands of products from what everything else computes in."""
+    return job.strategy.precision.matmul in ("fp8", "mxfp8", "nvfp4")
+
+
+def mla(job: Job) -> bool:
+    return job.model.attention == "mla"
+
+
+def gqa(job: Job) -> bool:
+    return job.model.attention == "gqa"
+
+
+def windowed(job: Job) -> bool:
+    return gqa(job) and job.model.sliding_window > 0

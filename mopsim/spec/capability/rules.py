@@ -1,0 +1,323 @@
+"""Relations between fields that a side needs beyond what each field's row says. One small function each."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from msgspec import structs
+
+from mopsim.common.errors import SpecError
+from mopsim.spec.capability.facts import DOES, Job, Side, expert_parallel, has_experts
+from mopsim.spec.categories import MODULES
+from mopsim.spec.layout import interval
+from mopsim.spec.presets import list_models, load_model
+
+Rule = Callable[[Job, Side], Iterator[SpecError]]
+
+AUTO_EP = {
+    "mixtral": "mixtral",
+    "qwen3": "qwen3_moe",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+}
+"""DeepSpeed's AutoEP presets, by the beginning of the model's name."""
+
+
+def auto_ep(name: str) -> str | None:
+    """AutoEP's preset of a network, if it has one."""
+    return next((preset for start, preset in AUTO_EP.items() if name.startswith(start)), None)
+
+
+def _unless(holds: bool, job: Job, field: str, rule: str) -> Iterator[SpecError]:
+    """The error of `strategy.field` unless the relation holds."""
+    if not holds:
+        value: Any = job.strategy
+        for step in field.split("."):
+            value = getattr(value, step)
+        yield SpecError(f"strategy.{field}", value, rule)
+
+
+# mopexec
+
+
+def heads_over_ranks(job: Job, side: Side) -> Iterator[SpecError]:
+    """Ulysses gives each rank whole key and value heads, or each head whole ranks."""
+    degree, heads = job.strategy.attention.sequence, job.model.num_key_value_heads
+    holds = heads % degree == 0 or degree % heads == 0
+    yield from _unless(
+        holds, job, "attention.sequence", f"and num_key_value_heads {heads}: neither divides the other"
+    )
+
+
+def ring_has_rows(job: Job, side: Side) -> Iterator[SpecError]:
+    """Every rank of the vocabulary ring holds rows."""
+    vocabulary, rows = job.strategy.vocabulary, job.model.vocab_size
+    start, stop = interval(rows, vocabulary.degree, vocabulary.degree - 1)
+    rule = f"leaves the last rank no rows of vocab_size {rows}"
+    yield from _unless(vocabulary.loss != "ring" or start < stop, job, "vocabulary.degree", rule)
+
+
+def host_updates_masters(job: Job, side: Side) -> Iterator[SpecError]:
+    holds = job.strategy.optimizer.update_on == "device" or job.strategy.precision.master != "param"
+    rule = "leaves no master weights on the host, where optimizer.update_on is host"
+    yield from _unless(holds, job, "precision.master", rule)
+
+
+def products_in_compute(job: Job, side: Side) -> Iterator[SpecError]:
+    """No recipe casts operands: products run in the compute dtype."""
+    matmul, compute = job.strategy.precision.matmul, job.strategy.precision.compute
+    rule = f"is not {DOES[side]}, only 'compute' or precision.compute {compute!r}"
+    yield from _unless(matmul in ("compute", compute), job, "precision.matmul", rule)
+
+
+def one_state_dtype(job: Job, side: Side) -> Iterator[SpecError]:
+    """torch's optimizer works in the dtype of the FSDP2 shards."""
+    precision = job.strategy.precision
+    for field in ("grad", "moments", "master"):
+        usual = ("param", precision.param) if field == "master" else (precision.param,)
+        rule = f"is not {DOES[side]}, only precision.param {precision.param!r}"
+        yield from _unless(getattr(precision, field) in usual, job, f"precision.{field}", rule)
+
+
+def offloads_together(job: Job, side: Side) -> Iterator[SpecError]:
+    """FSDP2's CPUOffloadPolicy moves parameters, gradients and state together, and the host updates them."""
+    strategy, tier = job.strategy, job.strategy.optimizer.state_tier
+    if job.runtime != "fully_shard":
+        return
+    rule = f"is not {DOES[side]}, only optimizer.state_tier {tier!r}: fully_shard offloads all or nothing"
+    yield from _unless(strategy.optimizer.update_on == tier, job, "optimizer.update_on", rule)
+    for part in ("dense", "experts") if has_experts(job) else ("dense",):
+        for field in ("param_tier", "grad_tier"):
+            yield from _unless(getattr(getattr(strategy, part), field) == tier, job, f"{part}.{field}", rule)
+
+
+def boundaries_need_recompute(job: Job, side: Side) -> Iterator[SpecError]:
+    activations = job.strategy.activations
+    holds = activations.boundary_tier == "device" or activations.recompute == "full"
+    rule = f"is not {DOES[side]}, only with activations.recompute 'full'"
+    yield from _unless(holds, job, "activations.boundary_tier", rule)
+
+
+# the simulator
+
+
+def ring_by_flat_units(job: Job, side: Side) -> Iterator[SpecError]:
+    """FSDP2's head computes the loss of its own tokens."""
+    holds = job.strategy.vocabulary.loss != "ring" or job.runtime != "fully_shard"
+    yield from _unless(holds, job, "vocabulary.loss", "is not simulated under runtime 'fully_shard'")
+
+
+def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
+    """`vocab_parallel` splits the head over the tensor group."""
+    strategy = job.strategy
+    holds = (
+        strategy.vocabulary.loss != "vocab_parallel" or strategy.vocabulary.degree == strategy.dense.tensor
+    )
+    rule = f"is not {DOES[side]} for vocab_parallel, only dense.tensor {strategy.dense.tensor}"
+    yield from _unless(holds, job, "vocabulary.degree", rule)
+
+
+def reshards_after_forward(job: Job, side: Side) -> Iterator[SpecError]:
+    dense = job.strategy.dense
+    holds = dense.reshard_after_forward or dense.zero != 3 or job.runtime == "fully_shard"
+    rule = "is not simulated with ZeRO-3 under runtime 'flat_units', only True"
+    yield from _unless(holds, job, "dense.reshard_after_forward", rule)
+
+
+def plain_latents(job: Job, side: Side) -> Iterator[SpecError]:
+    """Latent attention is simulated without what only grouped queries have."""
+    if job.model.attention == "mla":
+        usual = {"attention_bias": "none", "attention_sinks": False, "qk_norm": "none", "sliding_window": 0}
+        for field, value in usual.items():
+            if getattr(job.model, field) != value:
+                rule = f"is not simulated with attention 'mla', only {value!r}"
+                yield SpecError(f"model.{field}", getattr(job.model, field), rule)
+
+
+# exports
+
+
+def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:
+    """A flavor of TorchTitan is one network: that of the preset with this name."""
+    if job.model.name not in list_models():
+        return
+    preset = load_model(job.model.name)
+    for field in structs.fields(preset):
+        value, flavor = getattr(job.model, field.name), getattr(preset, field.name)
+        if value != flavor and field.name not in ("total_params", "active_params", "source", "assumptions"):
+            yield SpecError(
+                f"model.{field.name}", value, f"is not in TorchTitan's flavor of {preset.name}: {flavor!r}"
+            )
+
+
+def stages_of_a_rank(job: Job, side: Side) -> Iterator[SpecError]:
+    pipeline = job.strategy.pipeline
+    holds = pipeline.degree == 1 or pipeline.virtual_stages > 1 or pipeline.schedule == "1f1b"
+    rule = f"is not {DOES[side]} with pipeline.virtual_stages 1, only '1f1b': it needs two stages a rank"
+    yield from _unless(holds, job, "pipeline.schedule", rule)
+
+
+def copies_of_the_state(job: Job, side: Side) -> int:
+    """Replicas of the dense state (TorchTitan), or of Megatron's optimizer instance."""
+    strategy = job.strategy
+    if side == "megatron-bridge" and not strategy.dense.zero:
+        return 1
+    return max(1, strategy.stage_ranks // (strategy.dense.tensor * strategy.dense.shard))
+
+
+def shards_divide(job: Job, side: Side) -> Iterator[SpecError]:
+    s = job.strategy
+    whole = s.stage_ranks % (s.dense.tensor * s.dense.shard) == 0
+    if side == "torchtitan":
+        rule = "is not context parallelism x a data-parallel degree, as TorchTitan shards"
+        yield from _unless(whole and s.dense.shard % s.attention.sequence == 0, job, "dense.shard", rule)
+    else:
+        rule = "does not divide the data-parallel ranks"
+        yield from _unless(whole or not s.dense.zero, job, "dense.shard", rule)
+
+
+def experts_share_the_copy(job: Job, side: Side) -> Iterator[SpecError]:
+    """One setting shards experts and the other weights: all replicas of an expert within a copy."""
+    s = job.strategy
+    if (side == "megatron-bridge" and not s.dense.zero) or not has_experts(job):
+        return
+    copies = copies_of_the_state(job, side)
+    rule = f"is not the {s.expert_replicas // copies} replicas of an expert in one copy of the state"
+    yield from _unless(s.experts.shard * copies == s.expert_replicas, job, "experts.shard", rule)
+
+
+def titan_expert_ranks(job: Job, side: Side) -> Iterator[SpecError]:
+    s, e = job.strategy, job.strategy.experts
+    if e.degree > 1:
+        rule = "is not in TorchTitan, only 1 or the tensor-parallel degree"
+        yield from _unless(e.tensor in (1, s.dense.tensor), job, "experts.tensor", rule)
+    else:
+        rule = "is not in TorchTitan without expert parallelism, only the tensor-parallel degree"
+        yield from _unless(e.tensor in (1, s.dense.tensor), job, "experts.tensor", rule)
+    whole = s.stage_ranks // copies_of_the_state(job, side) % (e.degree * e.tensor) == 0
+    rule = "does not divide the ranks that share one copy of the state"
+    yield from _unless(whole, job, "experts.degree", rule)
+
+
+def titan_offload(job: Job, side: Side) -> Iterator[SpecError]:
+    s, tier = job.strategy, job.strategy.optimizer.state_tier
+    for part in (s.dense, s.experts):
+        for field in ("param_tier", "grad_tier"):
+            name = f"{'dense' if part is s.dense else 'experts'}.{field}"
+            rule = f"with state on the {tier} is not in TorchTitan: it offloads all or nothing"
+            yield from _unless(getattr(part, field) == tier, job, name, rule)
+
+
+def titan_products(job: Job, side: Side) -> Iterator[SpecError]:
+    precision = job.strategy.precision
+    known = ("compute", precision.compute, "fp8", "mxfp8")
+    rule = f"is not in TorchTitan, only {', '.join(map(repr, known))}"
+    yield from _unless(precision.matmul in known, job, "precision.matmul", rule)
+
+
+def megatron_head(job: Job, side: Side) -> Iterator[SpecError]:
+    s = job.strategy
+    holds = s.vocabulary.loss != "full" or s.dense.tensor == 1
+    rule = "is not in Megatron-Bridge under tensor parallelism, only 'vocab_parallel': it splits the head"
+    yield from _unless(holds, job, "vocabulary.loss", rule)
+
+
+def megatron_fsdp(job: Job, side: Side) -> Iterator[SpecError]:
+    s = job.strategy
+    holds = s.dense.zero != 3 or s.pipeline.degree == 1
+    yield from _unless(holds, job, "pipeline.degree", "with ZeRO-3 is not in Megatron-Bridge, only 1")
+
+
+def megatron_modules(job: Job, side: Side) -> Iterator[SpecError]:
+    activations = job.strategy.activations
+    known = activations.recompute != "selective" or set(activations.modules) <= set(MODULES)
+    rule = f"is not in Megatron-Bridge, only of {', '.join(MODULES)}"
+    yield from _unless(known, job, "activations.modules", rule)
+
+
+def megatron_boundaries(job: Job, side: Side) -> Iterator[SpecError]:
+    activations = job.strategy.activations
+    holds = activations.boundary_tier == "device" or activations.recompute != "full"
+    rule = "with full recomputation is not in Megatron-Bridge: it offloads what it does not recompute"
+    yield from _unless(holds, job, "activations.boundary_tier", rule)
+
+
+def megatron_gradients(job: Job, side: Side) -> Iterator[SpecError]:
+    precision = job.strategy.precision
+    rule = f"differs from precision.grad {precision.grad!r}: Megatron-Bridge has one dtype for both"
+    yield from _unless(precision.reduce == precision.grad, job, "precision.reduce", rule)
+
+
+def deepspeed_degrees(job: Job, side: Side) -> Iterator[SpecError]:
+    s = job.strategy
+    rule = "with sequence parallelism is not in DeepSpeed, only 1"
+    yield from _unless(s.dense.tensor == 1 or s.attention.sequence == 1, job, "dense.tensor", rule)
+    every = s.dense.shard == s.stage_ranks // s.dense.tensor
+    rule = "is not all ranks: DeepSpeed shards over fewer only with ZeRO-3 (MiCS)"
+    yield from _unless(every or s.dense.zero not in (1, 2), job, "dense.shard", rule)
+
+
+def deepspeed_experts(job: Job, side: Side) -> Iterator[SpecError]:
+    s, e = job.strategy, job.strategy.experts
+    if has_experts(job) and s.dense.zero:
+        rule = f"is not the {s.expert_replicas} replicas of an expert, as DeepSpeed shards"
+        yield from _unless(e.shard == s.expert_replicas, job, "experts.shard", rule)
+    if not expert_parallel(job):
+        return
+    rule = f"needs a preset of AutoEP, and {job.model.name} has none"
+    yield from _unless(auto_ep(job.model.name) is not None, job, "experts.degree", rule)
+    rule = "beside AutoEP and ZeRO-3 is not in DeepSpeed"
+    whole = s.dense.zero != 3
+    yield from _unless(s.dense.tensor == 1, job, "dense.tensor", rule)
+    yield from _unless(s.attention.sequence == 1 or whole, job, "attention.sequence", rule)
+    yield from _unless(s.dense.shard == s.stage_ranks or whole, job, "dense.shard", rule)
+
+
+def deepspeed_dtypes(job: Job, side: Side) -> Iterator[SpecError]:
+    p = job.strategy.precision
+    rule = f"is not in DeepSpeed, only precision.compute {p.compute!r}"
+    yield from _unless(p.param == p.compute, job, "precision.param", rule)
+    rule = "is not in DeepSpeed, only 'float32' unless parameters are fp32: it keeps fp32 masters"
+    yield from _unless(p.master != "param" or p.param == "float32", job, "precision.master", rule)
+    yield from products_in_compute(job, side)
+
+
+def deepspeed_offload(job: Job, side: Side) -> Iterator[SpecError]:
+    s = job.strategy
+    for field in ("param_tier", "grad_tier"):
+        rule = f"differs from dense.{field}: not in DeepSpeed"
+        same = getattr(s.dense, field) == getattr(s.experts, field)
+        yield from _unless(same or not has_experts(job), job, f"experts.{field}", rule)
+    boundary = s.activations.boundary_tier == "device" or s.activations.recompute != "none"
+    rule = "is not in DeepSpeed without activations.recompute (cpu_checkpointing)"
+    yield from _unless(boundary, job, "activations.boundary_tier", rule)
+    three = s.dense.zero == 3
+    rule = "is not in DeepSpeed without ZeRO-3"
+    yield from _unless(s.dense.param_tier == "device" or three, job, "dense.param_tier", rule)
+    partly = s.optimizer.state_tier == "host" and s.optimizer.host_fraction != 1
+    yield from _unless(not partly or three, job, "optimizer.host_fraction", rule)
+    grads = s.dense.grad_tier == "device" or s.optimizer.update_on == "host"
+    rule = "is not in DeepSpeed without optimizer.update_on 'host'"
+    yield from _unless(grads, job, "dense.grad_tier", rule)
+    state = s.optimizer.state_tier == "device" or s.dense.zero > 0
+    yield from _unless(state, job, "optimizer.state_tier", "is not in DeepSpeed without ZeRO")
+
+
+RULES: dict[Side, tuple[Rule, ...]] = {
+    "simulator": (
+        ring_by_flat_units, tensor_group_holds_vocabulary, reshards_after_forward, offloads_together,
+        plain_latents,
+    ),
+    "flat_units": (heads_over_ranks, ring_has_rows, host_updates_masters, products_in_compute),
+    "fully_shard": (
+        heads_over_ranks, products_in_compute, one_state_dtype, offloads_together, boundaries_need_recompute,
+    ),
+    "torchtitan": (
+        flavor_is_the_preset, stages_of_a_rank, shards_divide, titan_expert_ranks, experts_share_the_copy,
+        tensor_group_holds_vocabulary, titan_offload, titan_products,
+    ),
+    "megatron-bridge": (
+        megatron_head, tensor_group_holds_vocabulary, shards_divide, experts_share_the_copy, megatron_fsdp,
+        megatron_modules, megatron_boundaries, megatron_gradients,
+    ),
+    "deepspeed": (deepspeed_degrees, deepspeed_experts, deepspeed_dtypes, deepspeed_offload),
+}  # fmt: skip
