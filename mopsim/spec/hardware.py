@@ -179,12 +179,14 @@ class Fabric(Spec, frozen=True, kw_only=True):
 class Device(Spec, frozen=True, kw_only=True):
     """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take.
 
+    architecture: the generation (`hopper`, `blackwell`, ...) by which stacks choose kernels; '' if none
     memory_bandwidth: what kernels reach at large sizes. index_bandwidth: what copies of rows by index reach
     in an eager framework, bytes read and written; without it, memory_bandwidth. grouped_matmul: curves of
     expert products, m being the tokens of one expert; a dtype without one uses `matmul`. attention_wide: of
     query-key heads wider than WIDE_HEAD (MLA), where it differs.
     """
 
+    architecture: str = ""
     memory: Quantity
     reserved: Quantity
     memory_bandwidth: Quantity

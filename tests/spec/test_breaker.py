@@ -22,7 +22,7 @@ JOB = ["--seq-len", "64", "--global-batch", "2"]
 #: What no field takes: of another type, of no size, not finite, of two lines.
 BROKEN: tuple[Any, ...] = ({"a": 1}, "x\ny", -1, 10**30, float("nan"))
 #: Fields of free text, and a rate whose size is the user's own affair.
-FREE = {"source", "notes", "calibrated_from", "assumptions", "routing"}
+FREE = {"architecture", "source", "notes", "calibrated_from", "assumptions", "routing"}
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

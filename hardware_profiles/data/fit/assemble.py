@@ -93,6 +93,7 @@ def profile(name: str, machine: Entry, host: Entry, fits: MachineFits) -> Hardwa
 
 def _device(machine: Entry, fits: MachineFits) -> Device:
     return Device(
+        architecture=machine["architecture"],
         memory=_given(machine["memory"]),
         reserved=_given(machine["reserved"]),
         memory_bandwidth=quantity(
