@@ -110,7 +110,7 @@ def compare(
     global_batch: int,
     nodes: int = 1,
     sweep: tuple[Setting, Sequence[Count]] | None = None,
-    runnable: bool = True,
+    runnable: bool = False,
     budget: int = 60,
     routing: str | Sequence[float] = "balanced",
     precision: MatmulDType = "bfloat16",

@@ -63,7 +63,7 @@ def search(
     families: str | Sequence[str] | None = None,
     top: int = 5,
     budget: int = 200,
-    runnable: bool = True,
+    runnable: bool = False,
     at_risk: bool = False,
     any_routing: bool = False,
     routing: str | Sequence[float] = "balanced",
@@ -75,8 +75,8 @@ def search(
 ) -> Ranking:
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
 
-    families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all that mopexec runs, or all where
-    runnable is False. top: how many are ranked. budget: simulations at most. runnable: only what mopexec
+    families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all, or with `runnable` those that
+    mopexec runs. top: how many are ranked. budget: simulations at most. runnable: only plans that mopexec
     runs. at_risk: rank plans whose upper bound of memory is over the limit like those that fit. any_routing:
     only plans that fit however unevenly the router chooses. progress(simulated, best so far): called as it
     goes.

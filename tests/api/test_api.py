@@ -39,7 +39,7 @@ def test_a_step_has_the_keys_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_search_is_what_the_command_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = mopsim.search(**JOB, families="mop,fsdp2", budget=6, precision="float32")
+    found = mopsim.search(**JOB, families="mop,fsdp2", budget=6, precision="float32", runnable=True)
     out = tmp_path / "out.json"
     options = ["--seq-len", "256", "--global-batch", "4", "--precision", "float32", "--budget", "6"]
     job = ["--model", "tiny", "--hardware", "cpu-2core", "--family", "mop,fsdp2"]
