@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.routing import RoutingProfile, hot, thresholds, turn
+from mopsim.spec.routing import RoutingProfile, even_step, hot, thresholds, turn, warm, whole_strides
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ def profile_experts(
     routing: RoutingProfile, num_tokens: int, num_experts: int, top_k: int, device: torch.device
 ) -> Tensor:
     """`routed_expert` of mopsim.spec.routing, of every token of a rank: [num_tokens, top_k] int64."""
-    position = torch.arange(num_tokens, device=device)[:, None]
     slot = torch.arange(top_k, device=device)[None, :]
     if routing == "balanced":
-        return (position + slot) % num_experts
+        return (_first_choices(num_tokens, num_experts, device) + slot) % num_experts
     skew = hot(routing)
     if skew is None:
         ends = torch.tensor(thresholds(routing, num_experts, top_k), device=device)
@@ -57,8 +56,20 @@ def profile_experts(
     chosen_hot = (slot % count).expand(num_tokens, top_k)
     if count >= num_experts:
         return chosen_hot.contiguous()
-    cold = count + (position + slot) % (num_experts - count)
-    return torch.where(position * 100 < percent * num_tokens, chosen_hot, cold)
+    first = min(warm(percent, num_tokens), num_tokens)
+    chosen = chosen_hot.clone()
+    cold = num_experts - count
+    starts = _first_choices(whole_strides(num_tokens - first), cold, device)[: num_tokens - first]
+    chosen[first:] = count + (starts + slot) % cold
+    return chosen
+
+
+def _first_choices(num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
+    """`first_choice` of mopsim.spec.routing, of every token: [num_tokens, 1] int64."""
+    position = torch.arange(num_tokens, device=device)[:, None]
+    return (
+        position * even_step(num_tokens) % num_tokens * num_experts // num_tokens if num_tokens else position
+    )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ import math
 import re
 from bisect import bisect_right
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from mopsim.common.errors import require
 from mopsim.spec.model import ModelSpec
@@ -21,6 +21,8 @@ _TURN = 2**32
 _STRIDE = 2654435769
 """2^32 over the golden ratio: multiples of it, modulo 2^32, spread evenly in every run and every stride
 (Knuth, The Art of Computer Programming 3, 6.4)."""
+_NEAREST, _STRIDES = 16, 16
+"""Numbers on either side of the golden ratio's that are tried, and strides that are to be even."""
 _SUM_TOLERANCE = 1e-3
 
 
@@ -114,26 +116,74 @@ def turn(position: int) -> int:
     return position * _STRIDE % _TURN
 
 
+@lru_cache(maxsize=1024)
+def even_step(num_tokens: int) -> int:
+    """A of `first_choice`: prime to the tokens and near them over the golden ratio. Of the nearest, that
+    whose multiples K A up to _STRIDES fill the circle best: no large quotient in the continued fraction of
+    K A / N."""
+    near = round(num_tokens * _STRIDE / _TURN)
+    prime = [one for one in range(max(1, near - _NEAREST), near + _NEAREST) if math.gcd(one, num_tokens) == 1]
+    strides = [one for one in range(2, _STRIDES + 1) if num_tokens % one]
+    return min(
+        prime or [1], key=lambda one: max((_quotient(k * one, num_tokens) for k in strides), default=0)
+    )
+
+
+def _quotient(numerator: int, denominator: int) -> int:
+    """The largest quotient in the continued fraction of the part below 1."""
+    largest, over, under = 0, denominator, numerator % denominator
+    while under:
+        quotient, rest = divmod(over, under)
+        largest = max(largest, quotient)
+        over, under = under, rest
+    return largest
+
+
+def first_choice(position: int, num_tokens: int, num_experts: int) -> int:
+    """The first expert of token `position` of `num_tokens` in a profile without preference; the other choices
+    are the experts after it.
+
+    floor((A i mod N) E / N), A prime to N: i -> A i mod N is a permutation, so all N tokens fill the
+    experts evenly (exactly where E divides N), and so do the tokens of every stride that divides N: theirs
+    are equally spaced. Those of another stride are off by a few rows, as A/N is near the golden ratio (Knuth,
+    The Art of Computer Programming 3, 6.4). Counting up, (i mod E), a stride that shares a factor with E
+    never meets some experts.
+    """
+    return position * even_step(num_tokens) % num_tokens * num_experts // num_tokens
+
+
 def routed_expert(
     routing: RoutingProfile, position: int, num_tokens: int, slot: int, num_experts: int, top_k: int
 ) -> int:
     """Expert of token `position` (of `num_tokens` on this rank), choice `slot` < top_k, under a profile.
 
-    balanced: (i + j) mod E; no rank gets more than E/N over the mean of N tokens, nothing where E divides N
-    (every rank begins with the same experts, which get the remainder). r/h: the first r % of positions
-    choose j mod h (so experts below min(h, top_k) only), the others h + ((i + j) mod (E - h))
-    (arXiv 2609.14306; LLEP's profiles). Shares: see `thresholds`.
+    balanced: (first_choice + j) mod E, even in every chunk. r/h: the first r % of positions choose j mod h
+    (so experts below min(h, top_k) only), the others evenly among the E - h after them (arXiv 2609.14306;
+    LLEP's profiles). Shares: see `thresholds`.
     """
     if routing == "balanced":
-        return (position + slot) % num_experts
+        return (first_choice(position, num_tokens, num_experts) + slot) % num_experts
     skew = hot(routing)
     if skew is None:
         ends = thresholds(routing, num_experts, top_k)
         return min(bisect_right(ends, turn(position) + slot * _TURN), num_experts - 1)
     percent, count = skew
-    if position * 100 < percent * num_tokens or count >= num_experts:
+    first = warm(percent, num_tokens)
+    if position < first or count >= num_experts:
         return slot % count
-    return count + (position + slot) % (num_experts - count)
+    cold = num_experts - count
+    return count + (first_choice(position - first, whole_strides(num_tokens - first), cold) + slot) % cold
+
+
+def whole_strides(num_tokens: int) -> int:
+    """The tokens of `first_choice` for so many that the profile leaves over: rounded up, so that strides of
+    2, 4, 8 and 16 divide them."""
+    return -(-num_tokens // 16) * 16
+
+
+def warm(percent: int, num_tokens: int) -> int:
+    """Positions of an `r/h` profile that choose hot experts: the first r %, rounded up."""
+    return -(-percent * num_tokens // 100)
 
 
 @lru_cache(maxsize=4096)
@@ -147,27 +197,58 @@ def routing_counts(
     positions = range(index, num_tokens, chunks)
     skew = hot(routing)
     if routing == "balanced":
-        return _in_turn(positions, num_experts, top_k)
+        return _evenly(positions, num_tokens, num_experts, top_k)
     if skew is None:
         return _by_share(routing, positions, num_experts, top_k)
     percent, count = skew
-    first = num_tokens if count >= num_experts else -(-percent * num_tokens // 100)
-    cold = positions[len(range(index, min(first, num_tokens), chunks)) :]
-    warm = len(positions) - len(cold)
-    front = [warm * len(range(e, top_k, count)) for e in range(min(count, num_experts))]
-    if not len(cold):
+    first = num_tokens if count >= num_experts else warm(percent, num_tokens)
+    hits = len(range(index, min(first, num_tokens), chunks))
+    front = [hits * len(range(e, top_k, count)) for e in range(min(count, num_experts))]
+    if hits == len(positions):
         return (*front, *(0 for _ in range(num_experts - count)))
-    return (*front, *_in_turn(cold, num_experts - count, top_k))
+    cold = positions[hits:]
+    after = range(cold.start - first, num_tokens - first, chunks)
+    return (*front, *_evenly(after, whole_strides(num_tokens - first), num_experts - count, top_k))
 
 
-def _in_turn(positions: range, experts: int, top_k: int) -> tuple[int, ...]:
-    """Counts where position i takes experts (i + j) mod E for j < k, in O(E k)."""
-    period = experts // math.gcd(positions.step, experts)
-    full, rest = divmod(len(positions), period)
-    starts = [0] * experts
-    for i in range(period):
-        starts[(positions.start + i * positions.step) % experts] += full + (i < rest)
-    return tuple(sum(starts[(e - j) % experts] for j in range(top_k)) for e in range(experts))
+def _evenly(positions: range, num_tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
+    """Counts of `first_choice` and the k - 1 experts after it, from a stride of positions, in closed form."""
+    if not len(positions):
+        return (0,) * experts
+    step = even_step(num_tokens)
+    begin, by = positions.start * step % num_tokens, positions.step * step % num_tokens
+    ends = [-(-e * num_tokens // experts) for e in range(experts + 1)]
+    apart = math.gcd(by, num_tokens)
+    if len(positions) * apart == num_tokens:  # once around: equally spaced
+        least = begin % apart
+        below = [max(0, -((least - end) // apart)) for end in ends]
+    else:
+        below = [_below(end, len(positions), begin, by, num_tokens) for end in ends]
+    starts = [upto - before for before, upto in pairwise(below)]
+    whole, rest = divmod(top_k, experts)
+    total, wide = sum(starts), starts * 2
+    return tuple(whole * total + sum(wide[e + experts - rest + 1 : e + experts + 1]) for e in range(experts))
+
+
+def _below(end: int, count: int, begin: int, by: int, modulus: int) -> int:
+    """How many of (begin + by m) mod modulus, m < count, are below `end` (at most the modulus): a value v has
+    floor(v / modulus) - floor((v - end) / modulus) = 1 there, else 0."""
+    start = begin + modulus
+    return _floor_sum(count, modulus, by, start) - _floor_sum(count, modulus, by, start - end)
+
+
+def _floor_sum(count: int, modulus: int, by: int, begin: int) -> int:
+    """The sum of floor((by m + begin) / modulus) over m < count, all at least 0, in O(log modulus): points of
+    the lattice below a line, whose axes are swapped as in Euclid's algorithm."""
+    total = 0
+    while True:
+        total += count * (count - 1) // 2 * (by // modulus) + count * (begin // modulus)
+        by, begin = by % modulus, begin % modulus
+        top = by * count + begin
+        if top < modulus:
+            return total
+        count, begin = divmod(top, modulus)
+        modulus, by = by, modulus
 
 
 def _by_share(routing: RoutingProfile, positions: range, experts: int, top_k: int) -> tuple[int, ...]:

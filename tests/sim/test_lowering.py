@@ -4,9 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mopsim.engine import simulate
 from mopsim.layers import total_params
 from mopsim.lowering import lower, schedules
 from mopsim.lowering.context import make_context
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import routing_counts
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
@@ -101,3 +104,14 @@ def test_dispatch_guarantee_is_the_papers_figure() -> None:
 def test_identical_microbatches_are_not_expanded() -> None:
     workload = lower(MODEL, fsdp2(8), TrainSpec(seq_len=64, global_batch=80), 8)
     assert (workload.microbatches, workload.expanded) == (10, 3)
+
+
+def test_the_number_of_chunks_hardly_moves_a_step() -> None:
+    """Mixtral has 8 experts: chunks 2, 4, 6 and 8 share a factor with them, and are as even as the others."""
+    model, hardware = load_model("mixtral_8x7b"), load_profile("h100-sxm-80g")
+    training = TrainSpec(seq_len=32768, global_batch=8)
+    steps = [
+        simulate(model, hardware, 1, mop(8, experts=8, chunk_tokens=-(-32768 // chunks)), training).step_time
+        for chunks in range(1, 9)
+    ]
+    assert max(steps) <= 1.05 * min(steps)

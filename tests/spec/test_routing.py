@@ -108,3 +108,28 @@ def test_balanced_is_within_experts_over_tokens_of_even(tokens: int, experts: in
         excess = max(loads) * experts / (tokens * top_k * local) - 1
         assert excess <= experts / tokens
         assert excess == pytest.approx(0, abs=1e-12) or tokens % experts
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from((8, 16, 32, 60, 64, 128, 160, 256, 384)), st.integers(1, 8), st.integers(1, 16),
+    st.integers(1, 64), st.integers(0, 400),
+)  # fmt: skip
+def test_every_chunk_is_even(experts: int, top_k: int, chunks: int, rows: int, more: int) -> None:
+    """A chunk of n tokens gives an expert its even share k n / E within a dozen rows, also where the chunks
+    share a factor with the experts; exactly that where E and the chunks divide the tokens."""
+    for tokens in (rows * experts * chunks, rows * experts * chunks + more):
+        even = []
+        for index in range(chunks):
+            counts = routing_counts("balanced", tokens, chunks, index, experts, top_k)
+            mean = top_k * len(range(index, tokens, chunks)) / experts
+            assert sum(counts) == pytest.approx(mean * experts)
+            even.append(max(abs(count - mean) for count in counts))
+        assert max(even) <= (1e-9 if tokens % (experts * chunks) == 0 else 12)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "40/2"])
+def test_a_token_of_a_chunk_has_distinct_experts(profile: RoutingProfile) -> None:
+    for position in range(0, 96, 8):
+        chosen = [routed_expert(profile, position, 96, slot, 16, 2) for slot in range(2)]
+        assert len(set(chosen)) == 2
