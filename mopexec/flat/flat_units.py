@@ -1,6 +1,6 @@
 """The flat_units runtime: one rank's training step as an explicit schedule, without an autograd graph.
 
-DESIGN.md, "The schedule of flat_units", is this file in words; the simulator lowers the same schedule.
+docs/flat-units.md is this file in words; the simulator lowers the same schedule.
 """
 
 import functools

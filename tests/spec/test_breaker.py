@@ -229,7 +229,7 @@ def test_relations_between_files_and_options(
 def test_a_chunk_larger_than_what_there_is_is_one_chunk(
     tmp_path: File, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunk sizes are bounds, not exact sizes: DESIGN.md."""
+    """Chunk sizes are bounds, not exact sizes: docs/adr/0009."""
     monkeypatch.chdir(tmp_path)
     found = []
     for chunk in (64, 10**9):
