@@ -1,10 +1,17 @@
 """Errors that a user can cause. Each prints as one line and ends a command with exit code 2."""
 
+import unicodedata
 from typing import Any
+
+_LONGEST_VALUE = 120
+_LONGEST_LINE = 4000
 
 
 class MopError(Exception):
-    """A user's mistake: shown as one line, exit code 2, never a traceback."""
+    """A user's mistake: shown as one printable line, exit code 2, never a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class SpecError(MopError, ValueError):
@@ -15,7 +22,7 @@ class SpecError(MopError, ValueError):
 
     def __init__(self, field: str, value: Any, rule: str) -> None:
         self.field, self.value, self.rule = field, value, rule
-        super().__init__(f"{field}: {value!r} {rule}")
+        super().__init__(f"{field}: {shown(value)} {rule}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that it crosses processes: an exception is otherwise remade from its message alone."""
@@ -26,6 +33,27 @@ class SpecError(MopError, ValueError):
         return SpecError(f"{prefix}.{self.field}" if prefix else self.field, self.value, self.rule)
 
 
+def one_line(message: str) -> str:
+    """`message` without line breaks; what a terminal would not show, or obey, is written as its escape."""
+    if len(message) > _LONGEST_LINE:
+        message = f"{message[:_LONGEST_LINE]}..."
+    if message.isprintable():
+        return message
+    line = " ".join(part.strip() for part in message.split("\n"))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def shown(value: Any) -> str:
+    """`value` as it stands in a message: its repr, cut where it is long."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 500:
+        return f"an integer of {int(value.bit_length() * 0.30103) + 1:,} digits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # endless digits or nesting inside of it
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
 def require_at_least(owner: Any, least: int, *fields: str) -> None:
     """Raise SpecError naming the first field of `owner` that is below `least`."""
     for field in fields:
@@ -34,8 +62,9 @@ def require_at_least(owner: Any, least: int, *fields: str) -> None:
 
 def require_name(name: str, field: str = "name") -> None:
     """Raise SpecError unless `name` is one line of text: it stands in tables, messages and file names."""
-    plain = bool(name.strip()) and len(name.splitlines()) == 1 and min(name) >= " "
-    require(plain, field, name, "must be one line of text, not empty")
+    breaks = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+    plain = bool(name.strip()) and not breaks and len(name) <= 200
+    require(plain, field, name, "must be one line of text of at most 200 characters, not empty")
 
 
 def require(condition: bool, field: str, value: Any, rule: str) -> None:

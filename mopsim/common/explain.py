@@ -6,9 +6,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from mopsim.common.errors import SpecError
-
-_LONGEST_VALUE = 120
+from mopsim.common.errors import SpecError, shown
 
 
 def explain(error: msgspec.ValidationError, data: Any, kind: Any, prefix: str) -> str:
@@ -22,7 +20,7 @@ def explain(error: msgspec.ValidationError, data: Any, kind: Any, prefix: str) -
     if isinstance(cause, SpecError):
         return str(cause.within(field))
     if match and match.group(1):
-        return f"{field}: {_shown(_wrong_key(_value_at(data, steps)))} is refused as a key: {_lower(message)}"
+        return f"{field}: {shown(_wrong_key(_value_at(data, steps)))} is refused as a key: {_lower(message)}"
     return _rule(message, field, _value_at(data, steps), _type_at(kind, steps))
 
 
@@ -32,7 +30,7 @@ def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
         name = unknown.group(1)
         known = ", ".join(getattr(_struct(wanted), "__struct_fields__", ()))
         inner = value.get(name) if isinstance(value, dict) else value
-        return f"{field}.{name}: {_shown(inner)} is an unknown field; known fields: {known}"
+        return f"{field}.{name[:60]}: {shown(inner)} is an unknown field; known fields: {known}"
     missing = re.match(r"Object missing required field `(.*)`", message)
     if missing:
         return f"{field}.{missing.group(1)}: missing, the field is required"
@@ -40,25 +38,8 @@ def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
         choice for option in _options(wanted) if get_origin(option) is Literal for choice in get_args(option)
     ]
     if allowed:
-        return f"{field}: {_shown(value)} is not one of {', '.join(str(choice) for choice in allowed)}"
-    return f"{field}: {_shown(value)} is refused: {_lower(message)}"
-
-
-def first_not_finite(data: Any, field: str) -> tuple[str, float] | None:
-    """The first NaN or infinity inside plain objects, and the field that holds it."""
-    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
-        return field, data
-    items: list[tuple[str, Any]] = []
-    if isinstance(data, dict):
-        items = [(f"{field}.{key}", value) for key, value in data.items()]
-    elif isinstance(data, list | tuple):
-        items = [(f"{field}[{index}]", value) for index, value in enumerate(data)]
-    return next((found for name, value in items if (found := first_not_finite(value, name))), None)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+        return f"{field}: {shown(value)} is not one of {', '.join(str(choice) for choice in allowed)}"
+    return f"{field}: {shown(value)} is refused: {_lower(message)}"
 
 
 def _lower(message: str) -> str:

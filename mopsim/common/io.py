@@ -3,44 +3,19 @@
 import hashlib
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import yaml
 
 from mopsim.common.errors import MopError
-from mopsim.common.explain import explain, first_not_finite
+from mopsim.common.explain import explain
+from mopsim.common.values import first_unfit
+from mopsim.common.yaml_text import dump_yaml
+from mopsim.common.yaml_text import parse_yaml as parse_yaml
 
 T = TypeVar("T", bound=msgspec.Struct)
-
-_MOST_VALUES = 1_000_000
-_FLOAT_TAG = "tag:yaml.org,2002:float"
-_FLOAT = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key that is given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float | bool) and key in seen:
-                problem = f"the key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key if isinstance(key, str | int | float | bool) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Quotes the strings that _Loader would read as numbers."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,38 +45,9 @@ def exists(path: Path) -> bool:
         return False
 
 
-def parse_yaml(text: str, origin: str) -> Any:
-    """The plain objects of a YAML (or JSON) text. Raises MopError naming `origin` and the line."""
-    try:
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}:" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise MopError(f"{origin}:{where} is not valid YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:  # a date such as 2026-13-45, or nesting without end
-        raise MopError(f"{origin}: is not valid YAML: {error}") from None
-    if _holds_more_than(data, _MOST_VALUES):
-        raise MopError(
-            f"{origin}: holds more than {_MOST_VALUES:,} values, counting aliases as what they repeat"
-        )
-    return data
-
-
 def read_yaml(path: Path, field: str) -> Any:
     """The plain objects of a YAML file that the user named as `field`. Raises MopError."""
     return parse_yaml(read_text(path, field), f"{field}: {path}")
-
-
-def _holds_more_than(data: Any, most: int) -> bool:
-    """Whether plain objects hold more than `most` values; an alias may repeat itself without end."""
-    left, waiting = most, [data]
-    while waiting and left >= 0:
-        value = waiting.pop()
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        left -= 1 + len(inner)
-        waiting.extend(each for each in inner if isinstance(each, dict | list))
-    return left < 0
 
 
 def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
@@ -109,9 +55,9 @@ def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
     head = f"{origin}: " if origin else ""
     if not isinstance(data, dict):
         raise MopError(f"{head}{prefix}: must be a mapping of fields, got {type(data).__name__}")
-    endless = first_not_finite(data, prefix)
-    if endless:
-        raise MopError(f"{head}{endless[0]}: {endless[1]!r} must be a finite number")
+    problem = first_unfit(data, prefix)
+    if problem:
+        raise MopError(f"{head}{problem[0]}: {problem[1]}")
     try:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
@@ -130,7 +76,7 @@ def to_plain(spec: Any) -> Any:
 
 def to_yaml(spec: Any) -> str:
     """The YAML text of a spec, fields in their declared order."""
-    return str(yaml.dump(to_plain(spec), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    return dump_yaml(to_plain(spec))
 
 
 def digest(spec: Any) -> str:

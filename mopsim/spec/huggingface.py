@@ -1,11 +1,15 @@
 """A Hugging Face config.json read as a ModelSpec. Nothing is downloaded: the file is local."""
 
+import re
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
-from mopsim.common.errors import MopError
+import msgspec
+
+from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
+from mopsim.common.values import first_unreadable, number_problem
 from mopsim.spec.model import ModelSpec
 
 Config = dict[str, Any]
@@ -14,12 +18,25 @@ Fields = dict[str, Any]
 
 def from_config(config: Config, origin: str) -> ModelSpec:
     """ModelSpec of a config.json's fields. Raises MopError naming the field, or the unknown architecture."""
+    unreadable = first_unreadable(config)
+    if unreadable:
+        raise MopError(f"{origin}: {unreadable[0]}: {unreadable[1]}")
     architecture = _architecture(config, origin)
     reader = _Reader(config, origin)
     fields = _common(reader) | ARCHITECTURES[architecture](reader)
     fields["name"] = _name(config, origin, architecture)
     fields["source"] = f"{architecture} config, {PurePath(origin).name}"
-    return convert(fields, ModelSpec, "model", origin)
+    try:
+        return convert(fields, ModelSpec, "model", origin)
+    except MopError as error:
+        raise MopError(f"{error}{_read_from(str(error), config)}") from None
+
+
+def _read_from(message: str, config: Config) -> str:
+    """' (from KEY)' where the refused field of ModelSpec has other names in a config."""
+    field = re.search(r"model\.(\w+)", message)
+    keys = [key for key in _OTHER_NAMES.get(field.group(1), ()) if key in config] if field else []
+    return f" (from {', '.join(keys)})" if keys else ""
 
 
 def _architecture(config: Config, origin: str) -> str:
@@ -27,7 +44,7 @@ def _architecture(config: Config, origin: str) -> str:
     if listed is not None and not (
         isinstance(listed, list) and all(isinstance(item, str) for item in listed)
     ):
-        raise MopError(f"{origin}: architectures: {listed!r} must be a list of names")
+        raise MopError(f"{origin}: architectures: {shown(listed)} must be a list of names")
     for name in listed or []:
         if name in ARCHITECTURES:
             return str(name)
@@ -35,7 +52,11 @@ def _architecture(config: Config, origin: str) -> str:
     if not listed and isinstance(kind, str) and kind in MODEL_TYPES:
         return MODEL_TYPES[kind]
     said = listed[0] if listed else kind
-    raise MopError(f"{origin}: architectures: {said!r} is not known; known ones: {', '.join(ARCHITECTURES)}")
+    raise MopError(
+        f"{origin}: architectures: {shown(said)} is not known; known ones: {', '.join(ARCHITECTURES)}; "
+        f"another network can be given as a YAML file of {', '.join(_NEEDED)}, with experts also "
+        "num_local_experts, num_experts_per_tok, moe_intermediate_size, else intermediate_size"
+    )
 
 
 def _name(config: Config, origin: str, architecture: str) -> str:
@@ -57,6 +78,9 @@ class _Reader:
 
     def _get(self, key: str, default: Any) -> Any:
         if self.has(key):
+            problem = number_problem(self.config[key])
+            if problem:
+                raise MopError(f"{self.origin}: {key}: {problem}")
             return self.config[key]
         if default is None:
             raise MopError(f"{self.origin}: {key}: missing, the field is required")
@@ -65,25 +89,32 @@ class _Reader:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise MopError(f"{self.origin}: {key}: {value!r} must be an integer")
+            raise MopError(f"{self.origin}: {key}: {shown(value)} must be an integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise MopError(f"{self.origin}: {key}: {value!r} must be a number")
+            raise MopError(f"{self.origin}: {key}: {shown(value)} must be a number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise MopError(f"{self.origin}: {key}: {value!r} must be true or false")
+            raise MopError(f"{self.origin}: {key}: {shown(value)} must be true or false")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        """A list; an empty one where the key is absent."""
+        value = self._get(key, [])
+        if not isinstance(value, list):
+            raise MopError(f"{self.origin}: {key}: {shown(value)} must be a list")
         return value
 
     def must_be(self, key: str, expected: Any, meaning: str) -> None:
         """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""
         if self.has(key) and self.config[key] != expected:
-            raise MopError(f"{self.origin}: {key}: {self.config[key]!r} is refused: {meaning}")
+            raise MopError(f"{self.origin}: {key}: {shown(self.config[key])} is refused: {meaning}")
 
 
 def _common(r: _Reader) -> Fields:
@@ -151,10 +182,11 @@ def _qwen3(r: _Reader) -> Fields:
 def _qwen_experts(r: _Reader) -> Fields:
     r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
     r.must_be("decoder_sparse_step", 1, "dense layers between MoE layers cannot be expressed")
-    dense = r.config.get("mlp_only_layers") or []
+    dense = r.items("mlp_only_layers")
     if dense != list(range(len(dense))):
         raise MopError(
-            f"{r.origin}: mlp_only_layers: {dense!r} is refused: only leading dense layers can be expressed"
+            f"{r.origin}: mlp_only_layers: {shown(dense)} is refused: only leading dense layers can be "
+            "expressed"
         )
     return {
         "intermediate_size": r.integer("intermediate_size"),
@@ -217,12 +249,12 @@ def _deepseek_v3(r: _Reader) -> Fields:
 
 
 def _gpt_oss(r: _Reader) -> Fields:
-    kinds = r.config.get("layer_types")
-    layers = r.integer("num_hidden_layers")
-    alternating = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
-    if kinds is not None and kinds != alternating:
+    kinds, layers = r.items("layer_types"), r.integer("num_hidden_layers")
+    alternating = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(len(kinds))]
+    if r.has("layer_types") and (len(kinds) != layers or kinds != alternating):
         raise MopError(
-            f"{r.origin}: layer_types: {kinds!r} is refused: only sliding and full in turn can be expressed"
+            f"{r.origin}: layer_types: {shown(kinds)} is refused: only sliding and full in turn, one for "
+            f"each of num_hidden_layers {layers}, can be expressed"
         )
     return {
         "num_local_experts": r.integer("num_local_experts"),
@@ -263,6 +295,17 @@ ARCHITECTURES: dict[str, Callable[[_Reader], Fields]] = {
     "DeepseekV3ForCausalLM": _deepseek_v3,
     "GptOssForCausalLM": _gpt_oss,
     "OlmoeForCausalLM": _olmoe,
+}
+_NEEDED = tuple(field.name for field in msgspec.structs.fields(ModelSpec) if field.required)
+#: Fields of ModelSpec and the keys of configs that they are read from under another name.
+_OTHER_NAMES = {
+    "num_local_experts": ("num_experts", "n_routed_experts"),
+    "moe_intermediate_size": ("intermediate_size",),
+    "shared_expert_intermediate_size": ("n_shared_experts",),
+    "shared_expert_gate": ("shared_expert_intermediate_size",),
+    "first_k_dense_replace": ("mlp_only_layers",),
+    "head_dim": ("hidden_size", "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"),
+    "qk_rope_head_dim": ("qk_nope_head_dim",),
 }
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM",

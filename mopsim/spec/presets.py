@@ -53,6 +53,7 @@ def load_model(ref: str | Path) -> ModelSpec:
         hint = f"near: {', '.join(near)}" if near else f"presets: {', '.join(list_models())}"
         raise MopError(f"model: {name!r} is neither a preset nor a file; {hint}")
     data = read_yaml(path, "model")
-    if isinstance(data, dict) and ("architectures" in data or "model_type" in data):
+    named = isinstance(data, dict) and ("architectures" in data or "model_type" in data)
+    if isinstance(data, dict) and (named or path.name == "config.json"):
         return from_config(data, str(path))
     return convert(data, ModelSpec, "model", str(path))

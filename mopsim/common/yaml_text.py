@@ -1,0 +1,135 @@
+"""YAML (and so JSON) as text, strictly: what surprises in YAML 1.1 is not read, what is refused is named."""
+
+import re
+from typing import Any
+
+import yaml
+
+from mopsim.common.errors import MopError
+from mopsim.common.values import DEEPEST, Endless, first_unreadable, trimmed
+
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = "-+.0123456789"
+_NOT_READ = ("timestamp", "binary", "set", "omap", "pairs")
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+    r"|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
+_INT = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+_MOST_DIGITS = 1000
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4), 1:30 and 2026-01-02 as text, and refuses
+    a key that is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                problem = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key if isinstance(key, str | int | float | bool) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: Any) -> Any:
+        text = self.construct_scalar(node)
+        return self.construct_yaml_int(node) if len(text) <= _MOST_DIGITS else Endless(text)
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes the strings that _Loader, or a plain reader of YAML, would read as numbers or dates."""
+
+
+for _kind in (_Loader, _Dumper):
+    if _kind is _Loader:
+        _kind.yaml_implicit_resolvers = {
+            first: [
+                (tag, rule)
+                for tag, rule in rules
+                if tag.removeprefix(_TAG) not in ("int", "float", *_NOT_READ)
+            ]
+            for first, rules in _kind.yaml_implicit_resolvers.items()
+        }
+        _kind.yaml_constructors = {
+            tag: make
+            for tag, make in _kind.yaml_constructors.items()
+            if tag is None or tag.removeprefix(_TAG) not in _NOT_READ
+        }
+        _kind.add_constructor(f"{_TAG}int", _Loader.construct_integer)
+        _kind.add_implicit_resolver(f"{_TAG}int", _INT, list(_NUMBERS))
+    _kind.add_implicit_resolver(f"{_TAG}float", _FLOAT, list(_NUMBERS))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The plain objects of a YAML (or JSON) text. Raises MopError naming `origin`, and the line or field."""
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        where = f" line {mark.line + 1}:" if mark else ""
+        made = mark if isinstance(error, yaml.constructor.ConstructorError) else None
+        field = _field_at(text, (made.line, made.column) if made else None)
+        raise MopError(f"{origin}:{where} {field}is not valid YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise MopError(f"{origin}: is not valid YAML: {error}") from None
+    problem_at = first_unreadable(data)
+    if problem_at is not None:
+        raise MopError(": ".join(part for part in (origin, *problem_at) if part))
+    return data
+
+
+def dump_yaml(data: Any) -> str:
+    """The YAML text of plain objects, keys in their order."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def _field_at(text: str, place: tuple[int, int] | None) -> str:
+    """'field: ' of what stands at `place` (line, column; from 0), else of where the text breaks off."""
+    if place is None:
+        text = text[: _too_deep(text)]
+    path: list[Any] = []  # of every open mapping its key, None between pairs; of every list its index
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            opens = isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent)
+            if not opens and not isinstance(
+                event, yaml.ScalarEvent | yaml.AliasEvent | yaml.CollectionEndEvent
+            ):
+                continue
+            mark = event.start_mark
+            reached = place is not None and mark is not None and (mark.line, mark.column) >= place
+            if isinstance(event, yaml.CollectionEndEvent):
+                path.pop()
+            elif path and path[-1] is None:  # a key
+                path[-1] = getattr(event, "value", "")
+                if reached:
+                    break
+                if not opens:
+                    continue
+            elif path and isinstance(path[-1], int):
+                path[-1] += 1
+            if reached:
+                break
+            if opens:
+                path.append(None if isinstance(event, yaml.MappingStartEvent) else -1)
+            elif path and isinstance(path[-1], str):  # a value ends its pair
+                path[-1] = None
+    except yaml.YAMLError:
+        pass
+    steps = [
+        f"[{max(step, 0)}]" if isinstance(step, int) else f".{step}" for step in path if step is not None
+    ]
+    found = trimmed("".join(steps).removeprefix("."))
+    return f"{found[:200]}: " if found else ""
+
+
+def _too_deep(text: str) -> int:
+    """Where more brackets are open than any file of ours has: the scanner reads on before it says a word."""
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if bracket.group() in "[{" else -1
+        if depth > 2 * DEEPEST:
+            return bracket.start()
+    return len(text)
