@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
-from mopsim.lowering.flat.step import FlatStep
+from mopsim.lowering.flat.passes import Pairs
 from mopsim.lowering.fsdp.step import FsdpStep
 from mopsim.lowering.modules import by_modules
 from mopsim.lowering.pinned import rounding
@@ -33,25 +33,25 @@ def lower(
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
     kind = _kind(context)
-    if kind is None:
-        passes = Passes(context)
+    if kind is None or kind is Pairs:
+        passes = Pairs(context) if kind else Passes(context)
         stages = range(strategy.pipeline.degree)
         programs = tuple(StageStep(context, passes, stage).program(expanded) for stage in stages)
     else:
-        programs = (kind(context).program(expanded),)
+        programs = (kind(context).program(expanded),)  # type: ignore[union-attr]
     if "modules" in strategy.unfused:
         programs = tuple(by_modules(program, strategy) for program in programs)
     if strategy.graphs:
         programs = tuple(replace(program, graphs=strategy.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
-    exact = kind in (FlatStep, FsdpStep)
+    exact = kind in (Pairs, FsdpStep)
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context)
     )
 
 
-def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
+def _kind(context: Context) -> type[Pairs | FsdpStep | Step] | None:
     """The executor's own schedules where they cover model and strategy; None: the staged lowering."""
     strategy, recompute = context.strategy, context.strategy.activations.recompute
     one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
@@ -72,7 +72,7 @@ def _kind(context: Context) -> type[FlatStep | FsdpStep | Step] | None:
         return FsdpStep if own and _plain(context) and strategy.unfused in EAGERS else None
     if recompute != "full" or strategy.dense.zero != 3 or set(strategy.unfused) - {"modules"}:
         return None
-    return FlatStep if _plain(context) and not context.runs_autograd else Step
+    return Pairs if _plain(context) and not context.runs_autograd else Step
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:

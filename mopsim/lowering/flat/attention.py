@@ -147,7 +147,7 @@ class AttentionLowering:
         if self.D > 1:
             b.drop("merged")
         b.make("grad_packed", self.q_bytes)
-        b.compute("o_proj dgrad", _C, phase, layer, [kernel[0]])
+        b.compute("o_proj dgrad", _C, phase, layer, [kernel[0], *kernel[2:]])
         waiting = self._to_heads(layer, phase, "grad_packed", "grad_out", self.q_bytes)
         local_q, local_kv = self.q_bytes, self.kv_bytes
         b.make("dq_whole", local_q)

@@ -29,11 +29,16 @@ class ExpertsLowering:
         self._router: dict[int, dict[str, Kernel]] = {}
         self._works: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Work]] = {}
 
+    @property
+    def choice(self) -> int:
+        """Bytes of the choices of a layer."""
+        return self.c.tokens * self.k * 2
+
     def plan(self, layer: int) -> None:
         """The router's choice for all tokens and the exchange of counts; the choice is kept for the
         backward."""
         c, b, n = self.c, self.b, self.c.tokens
-        b.make(f"choice{layer}", n * self.k * 2)
+        b.make(f"choice{layer}", self.choice)
         part = slice_rows(n)
         b.spike(part * (self.row + self.H * c.wide) + self.E * (self.H + 3 * part) * c.wide)
         works = [self.rows.norm(part, self.H), *self._routing(n, False)]

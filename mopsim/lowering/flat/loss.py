@@ -1,6 +1,7 @@
 """Projection and loss: rows of logits with the gathered head, or Ring-DTP (mopexec.flat.vocabulary,
 .strips)."""
 
+from mopsim.layers.tape import Kernel, Matmul
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Work
@@ -17,6 +18,7 @@ class LossLowering:
         self.N, self.H, self.V = context.tokens, context.model.hidden_size, context.model.vocab_size
         self.P = context.strategy.vocabulary.degree
         self.rows = ceil_div(self.V, self.P)
+        self._kernels: dict[tuple[int, int], Kernel] = {}
         self.slices = token_slices(self.N, context.strategy.vocabulary.chunk_tokens)
 
     def local(self, *waits: int | None) -> None:
@@ -137,15 +139,17 @@ class LossLowering:
         b.drop("numbers")
         return b.issue("ring numbers", "send_recv", size, "vocabulary", _C, "forward")
 
-    def _product(self, n: int, columns: int) -> list[Work]:
-        return [Work("matmul", m=n, n=columns, k=self.H, dtype=self.b.dtype)]
+    def _product(self, n: int, columns: int) -> tuple[Work, ...]:
+        return self.b.works(self._kernel(n, columns), False)
 
-    def _products_back(self, n: int, columns: int) -> list[Work]:
-        dtype = self.b.dtype
-        return [
-            Work("matmul", m=n, n=self.H, k=columns, dtype=dtype),
-            Work("matmul", m=columns, n=self.H, k=n, dtype=dtype),
-        ]
+    def _products_back(self, n: int, columns: int) -> tuple[Work, ...]:
+        return self.b.works(self._kernel(n, columns), True)
+
+    def _kernel(self, n: int, columns: int) -> Kernel:
+        if (n, columns) not in self._kernels:
+            product = Matmul(n, columns, self.H)
+            self._kernels[n, columns] = Kernel("logits", "matmul", _C, (), (), matmuls=(product,))
+        return self._kernels[n, columns]
 
     def _fold(self, n: int, columns: int) -> Work:
         """Maximum, exponentials in the wide dtype, sum: one wide strip."""

@@ -4,6 +4,7 @@ of its backward."""
 from collections.abc import Callable, Mapping, Sequence
 
 from mopsim.layers.tape import Step
+from mopsim.lowering.builder import Builder, Hooks, Template
 from mopsim.lowering.context import Context
 from mopsim.lowering.schedules import Slot
 from mopsim.lowering.staged.issue import Issue
@@ -109,6 +110,10 @@ class Boundaries:
         self._free = {size: [places.get(op, op) for op in ops] for size, ops in self._free.items()}
         self._window = tuple(places.get(op, op) for op in self._window)
 
+    def beside(self, template: Template, layer: int) -> Hooks:
+        """Copies inside of a layer's backward: none, see PairBoundaries."""
+        return {}
+
     def _bring(self, visit: Visit) -> None:
         down = self._down.pop(visit, None)
         if down is None:
@@ -124,3 +129,55 @@ class Boundaries:
         self.issue.microbatch = now
         self._up[visit] = op
         self._free.setdefault(size, []).append(op)
+
+
+class PairBoundaries:
+    """Copies of a program that lists its forward and backward pairs: the first inputs go down beside their layer
+    while `host_budget` lasts, and come up under the attention's backward of the layer after (mopexec.flat)."""
+
+    whole, pinned = False, 0
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.c, self.b = context, builder
+        self._up: dict[int, int] = {}
+        self._stored: tuple[int, ...] = ()
+
+    def before(self, phase: str, microbatch: int, layer: int, ready: Sequence[int]) -> tuple[int, ...]:
+        """A layer is about to run: its input goes down or is there again. Returns what it has to wait for."""
+        if layer >= self.c.offloaded:
+            return ()
+        if phase == "forward":
+            work = (Work("d2h", bytes=float(self.c.hidden)),)
+            self._stored = (
+                self.b.add(
+                    f"boundary {layer} down", "d2h", "other", phase, work, self.b.so_far(), layer=layer
+                ),
+            )
+            return ()
+        self._bring(layer)
+        return (self._up.pop(layer),)
+
+    def after(self, microbatch: int, layer: int, ready: Sequence[int]) -> None:
+        """A layer's forward has run: its input is freed where it went down."""
+        if layer < self.c.offloaded:
+            self.b.hold((("boundaries", -self.c.hidden),))
+
+    def ahead(self, microbatch: int, layers: Sequence[int]) -> None:
+        """Nothing comes up beside another microbatch's forward."""
+
+    def moved(self, places: Mapping[int, int]) -> None:
+        """Ops of these programs keep their places."""
+
+    def beside(self, template: Template, layer: int) -> Hooks:
+        """The next input comes up once the feed-forward half has gone backward."""
+        return {template.marks["experts"]: (lambda _: self._bring(layer - 1),)}
+
+    def _bring(self, layer: int) -> None:
+        if not 0 <= layer < self.c.offloaded or layer in self._up:
+            return
+        self.b.hold((("boundaries", self.c.hidden),))
+        work = (Work("h2d", bytes=float(self.c.hidden)),)
+        deps = (*self.b.so_far(), *self._stored)
+        self._up[layer] = self.b.add(
+            f"boundary {layer} up", "h2d", "other", "backward", work, deps, layer=layer
+        )

@@ -1,7 +1,7 @@
 """Passes: the templates of a network's layers, embedding and loss, made once for all stages and
 microbatches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from mopsim.common.errors import require
@@ -12,10 +12,17 @@ from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
 from mopsim.layers.tape import Played, Step, Tape
-from mopsim.lowering.builder import Template
+from mopsim.lowering.builder import START, Builder, Recorder, Template
 from mopsim.lowering.context import Context
+from mopsim.lowering.flat.units import FlatUnits
+from mopsim.lowering.schedules import Slot
+from mopsim.lowering.staged.boundaries import Boundaries, PairBoundaries
 from mopsim.lowering.staged.loss import loss_template
+from mopsim.lowering.staged.shards import Shards
+from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.staged.template import template, weight_grads
+from mopsim.lowering.staged.update import update
+from mopsim.lowering.workload import Work
 from mopsim.spec.strategy import CAST
 
 
@@ -25,8 +32,8 @@ class Passes:
 
     def __init__(self, context: Context) -> None:
         strategy = context.strategy
-        _check(context)
         self.context = context
+        self.check()
         attention = strategy.attention
         self.shapes = replace(
             context.shapes,
@@ -37,6 +44,26 @@ class Passes:
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
+
+    def check(self) -> None:
+        """Raise SpecError for what the operators do not do."""
+        _check(self.context)
+
+    def sharding(self, issue: Builder, stage: Stage) -> Shards | FlatUnits:
+        """What gathers parameters and reduces gradients."""
+        return Shards(self.context, issue, stage)
+
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries | PairBoundaries:
+        """What takes inputs of layers to the host."""
+        return Boundaries(self.context, issue, stage, slots, self.kept)
+
+    def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
+        """The end of the step."""
+        update(self.context, stage, issue, reductions)
+
+    def resident(self, stage: Stage) -> tuple[Step, ...]:
+        """What lives through the step."""
+        return stage.resident()
 
     def is_moe(self, layer: int) -> bool:
         model = self.context.model
@@ -124,6 +151,17 @@ class Passes:
     def loss(self, direction: str) -> Template:
         """Final norm, projection and cross entropy: the last hidden state is freed, its gradient made."""
         return self._made(("loss", direction), lambda: loss_template(self.context, direction, self._input))
+
+    def embedding(self) -> Template:
+        """Backward of the embedding: the gradient of the first layer's input is freed."""
+        draft, work = Recorder(self.context.groups), Work("memory_bound", bytes=3.0 * self.context.hidden)
+        draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), self._input)
+        return draft.template()
+
+    @property
+    def left(self) -> tuple[Step, ...]:
+        """What is freed once the embedding's gradient is reduced."""
+        return ()
 
     @property
     def _input(self) -> tuple[tuple[str, int], ...]:

@@ -1,9 +1,9 @@
 """ZeRO-2 and 3: parameters gathered around their use, gradients reduced in every microbatch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mopsim.layers.tape import Step
-from mopsim.lowering.builder import stream_of
+from mopsim.lowering.builder import Hooks, Template, stream_of
 from mopsim.lowering.context import Context
 from mopsim.lowering.fsdp.copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.lowering.staged.data_parallel import message_work, reduction
@@ -72,9 +72,11 @@ class Shards:
                 self._leave(unit, phase, ready)
         self._gone.clear()
 
-    def experts_done(self, layer: int) -> Callable[[int], None]:
-        """What FSDP2 does, given the op, when a layer's experts have gone backward: their group of parameters
-        is reduced beside the rest of the layer."""
+    def beside(self, template: Template, layer: int, phase: str) -> Hooks:
+        """What FSDP2 does when a layer's experts have gone backward: their group of parameters is reduced
+        beside the rest of the layer."""
+        if layer < 0 or phase == "forward" or len(self.c.layers[layer]) == 1:
+            return {}
 
         def leave(op: int) -> None:
             unit = self.c.layers[layer][1]
@@ -82,7 +84,14 @@ class Shards:
                 self._leave(unit, "backward", (op,))
                 self._gone.add(unit.name)
 
-        return leave
+        return {template.products("backward")[1] + 1: (leave,)}
+
+    def begin(self, name: str) -> None:
+        """Before the backward of the embedding."""
+
+    def finish(self) -> Ops:
+        """After the last backward of a microbatch."""
+        return ()
 
     def edge(self, name: str, phase: str) -> Ops:
         """Gathers that the embedding or the head waits for."""

@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 
-from mopsim.lowering.builder import stream_of
+from mopsim.lowering.builder import Hooks, stream_of
 from mopsim.lowering.context import Context
 from mopsim.lowering.schedules import Slot, order, warm_up
-from mopsim.lowering.staged.boundaries import Boundaries
+from mopsim.lowering.staged.boundaries import Boundaries, PairBoundaries
 from mopsim.lowering.staged.data_parallel import gathering, message_work, reduction
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.passes import Passes
-from mopsim.lowering.staged.shards import Shards
 from mopsim.lowering.staged.stage import Stage
-from mopsim.lowering.staged.update import update
 from mopsim.lowering.units import Unit
 from mopsim.lowering.workload import Program, Work
 
@@ -22,13 +20,13 @@ class StageStep:
     """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
     g`."""
 
-    boundaries: Boundaries
+    boundaries: Boundaries | PairBoundaries
 
     def __init__(self, context: Context, passes: Passes, index: int) -> None:
         self.c, self.passes = context, passes
         self.stage = Stage(context, index)
         self.issue = Issue(context.groups)
-        self.shards = Shards(context, self.issue, self.stage)
+        self.shards = passes.sharding(self.issue, self.stage)
         self.overlap = context.strategy.overlap
         self.after: Ops = ()
         self.arriving: dict[str, int] = {}
@@ -43,7 +41,7 @@ class StageStep:
         slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
         first = warm_up(p.degree, p.virtual_stages, self.stage.index, int(pairs))
         paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
-        self.boundaries = Boundaries(self.c, self.issue, self.stage, slots, self.passes.kept)
+        self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
         self._gather_updated()
         left = self._left(slots)
         place = 0
@@ -56,16 +54,17 @@ class StageStep:
                 place += 1
         self.issue.microbatch = -1
         self._reduce_rest()
-        update(self.c, self.stage, self.issue, self.reductions)
+        self.passes.update(self.issue, self.stage, self.reductions)
         if made := sum(self.shards.made.values()):
             memory = (("grads", -made),)
             self.issue.add("gradients freed", "compute", "optimizer", "optimizer", (), (), memory)
+        self.issue.flush("optimizer", "optimizer")
         layers = [layer for chunk in self.stage.chunks for layer in chunk]
         extra = (
             ("framework", self.passes.placeholders((*layers, *self.stage.extra))),
             (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
         )
-        resident = (*self.stage.resident(), *(step for step in extra if step[1]))
+        resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
         return Program(tuple(self.issue.ops), self.stage.index, self.c.strategy.stage_ranks, resident)
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
@@ -138,22 +137,27 @@ class StageStep:
             waits = self.shards.before(layer, "forward", self.stage.chunks[chunk])
             updated = [op for unit in c.layers[layer] for op in self.gathered.pop(unit.name, ())]
             self.boundaries.before("forward", microbatch, layer, ready)
-            ready = issue.play(self.passes.forward(layer), layer, (*ready, *waits, *updated))
+            template = self.passes.forward(layer)
+            beside = self.shards.beside(template, layer, "forward")
+            ready = issue.play(template, layer, (*ready, *waits, *updated), beside)
             self.boundaries.after(microbatch, layer, ready)
             self.shards.after(layer, "forward")
         if part < self.stage.parts - 1:
             self._send("forward", microbatch, part + 1, ready)
             return
         for layer in self.stage.extra:  # each predicts from the hidden state before it
-            ready = issue.play(
-                self.passes.loss("forward"), -1, (*ready, *self.shards.edge("head", "forward"))
-            )
+            ready = self._loss(ready)
             ready = issue.play(self.passes.projection("forward"), layer, ready)
-            ready = issue.play(
-                self.passes.forward(layer), layer, (*ready, *self.shards.before(layer, "forward", [layer]))
-            )
+            template, waits = self.passes.forward(layer), self.shards.before(layer, "forward", [layer])
+            beside = self.shards.beside(template, layer, "forward")
+            ready = issue.play(template, layer, (*ready, *waits), beside)
             self.shards.after(layer, "forward")
-        issue.play(self.passes.loss("forward"), -1, (*ready, *self.shards.edge("head", "forward")))
+        self._loss(ready)
+
+    def _loss(self, ready: Ops) -> Ops:
+        """Final norm, projection on the vocabulary and loss of a hidden state."""
+        waits, template = self.shards.edge("head", "forward"), self.passes.loss("forward")
+        return self.issue.play(template, -1, (*ready, *waits), self.shards.beside(template, -1, "forward"))
 
     def _backward(self, microbatch: int, chunk: int, final: bool) -> None:
         c, issue, part = self.c, self.issue, self.stage.part(chunk)
@@ -178,19 +182,22 @@ class StageStep:
         if part > 0:
             self._send("backward", microbatch, part - 1, ready)
             return
-        work = (Work("memory_bound", bytes=3.0 * c.hidden),)
-        memory = (("activations", -c.hidden),)
-        ready = (issue.add("embedding", "compute", "embedding", "backward", work, ready, memory),)
+        self.shards.begin("embedding")
+        ready = issue.play(self.passes.embedding(), -1, ready)
         self._reduced(ready, "embedding", final)
+        self.shards.finish()
+        issue.hold(self.passes.left)
 
     def _layer_backward(
         self, microbatch: int, layer: int, ready: Ops, order: Sequence[int], final: bool
     ) -> Ops:
         waits = self.shards.before(layer, "backward", order)
         waits += self.boundaries.before("backward", microbatch, layer, ready)
-        template, done = self.passes.backward(layer), self.shards.experts_done(layer)
-        hooks = {template.products("backward")[1] + 1: (done,)} if len(self.c.layers[layer]) > 1 else {}
-        ready = self.issue.play(template, layer, (*ready, *waits), hooks)
+        template = self.passes.backward(layer)
+        beside = _merged(
+            self.shards.beside(template, layer, "backward"), self.boundaries.beside(template, layer)
+        )
+        ready = self.issue.play(template, layer, (*ready, *waits), beside)
         self.shards.after(layer, "backward", ready)
         if final and self.overlap.grad_reduce and not self.shards.each:
             self._reduce(self.c.layers[layer], ready)
@@ -306,3 +313,8 @@ class StageStep:
                 self.issue.add("gather parameters", stream_of(m[2]), m[3], "forward", message_work(m))
                 for m in gathering(self.c, [unit])
             )
+
+
+def _merged(first: Hooks, second: Hooks) -> Hooks:
+    """Hooks of both, at one place those of the first before the others."""
+    return {place: (*first.get(place, ()), *second.get(place, ())) for place in {**first, **second}}

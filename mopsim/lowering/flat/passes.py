@@ -1,0 +1,132 @@
+"""Layers and loss as pairs of a forward and a backward without an autograd graph, as mopexec.flat runs them, each
+recorded as a template. Memory moves on the compute stream, in the order in which the host issues it."""
+
+from collections.abc import Iterable, Sequence
+
+from mopsim.layers.tape import Kernel, Step
+from mopsim.lowering.builder import EXPERTS, START, Builder, Recorder, Template
+from mopsim.lowering.flat.attention import AttentionLowering
+from mopsim.lowering.flat.experts import ExpertsLowering
+from mopsim.lowering.flat.ffn import FfnLowering
+from mopsim.lowering.flat.loss import LossLowering
+from mopsim.lowering.flat.rows import Rows, slice_rows
+from mopsim.lowering.flat.units import FlatUnits
+from mopsim.lowering.flat.update import update
+from mopsim.lowering.resident import resident
+from mopsim.lowering.schedules import Slot
+from mopsim.lowering.staged.boundaries import PairBoundaries
+from mopsim.lowering.staged.passes import Passes
+from mopsim.lowering.staged.stage import Stage
+from mopsim.lowering.staged.works import works
+from mopsim.lowering.workload import Work
+
+_V = "vocabulary"
+
+
+class Pairs(Passes):
+    """Every layer is recomputed from its input; its gradient is one buffer that is changed in place."""
+
+    def recorder(self) -> Recorder:
+        def priced(kernel: Kernel, backward: bool) -> tuple[Work, ...]:
+            return works(kernel, "backward" if backward else "forward", self.context)
+
+        return Recorder(self.context.groups, priced)
+
+    def check(self) -> None:
+        """All of a strategy that comes here is done."""
+
+    def sharding(self, issue: Builder, stage: Stage) -> FlatUnits:
+        return FlatUnits(self.context, issue)
+
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> PairBoundaries:
+        return PairBoundaries(self.context, issue)
+
+    def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
+        update(self.context, issue)
+
+    def resident(self, stage: Stage) -> tuple[Step, ...]:
+        return resident(self.context)
+
+    def placeholders(self, layers: Iterable[int]) -> int:
+        return 0
+
+    @property
+    def left(self) -> tuple[Step, ...]:
+        return self._input
+
+    def forward(self, layer: int) -> Template:
+        return self._made(("forward", self.key(layer)), lambda: self._layer_forward(layer))
+
+    def backward(self, layer: int) -> Template:
+        return self._made(("backward", self.key(layer)), lambda: self._layer_backward(layer))
+
+    def loss(self, direction: str) -> Template:
+        make = self._loss_forward if direction == "forward" else self._loss_backward
+        return self._made(("loss", direction), make)
+
+    def embedding(self) -> Template:
+        return self._made(("embedding",), self._embedding)
+
+    def _layer_forward(self, layer: int) -> Template:
+        c, b = self.context, self.recorder()
+        b.adopt("x", c.hidden)
+        b.rename("x", "input", "boundaries")
+        AttentionLowering(c, b).forward(layer, START)
+        ffn = FfnLowering(c, b)
+        if self.is_moe(layer):
+            experts = ExpertsLowering(c, b, ffn)
+            experts.plan(layer)
+            b.cut("experts")
+            experts.forward(layer, EXPERTS)
+        else:
+            ffn.forward(c.tokens, "dense_ffn", layer)
+        return b.template()
+
+    def _layer_backward(self, layer: int) -> Template:
+        c, b = self.context, self.recorder()
+        attention, ffn = AttentionLowering(c, b), FfnLowering(c, b)
+        b.adopt("x", c.hidden, "boundaries")
+        b.adopt("grad", c.hidden)
+        attention.recompute(layer, START)
+        b.cut("recomputed")
+        if self.is_moe(layer):
+            experts = ExpertsLowering(c, b, ffn)
+            b.adopt(f"choice{layer}", experts.choice)
+            experts.backward(layer, EXPERTS)
+        else:
+            ffn.backward(c.tokens, "dense_ffn", layer)
+        b.drop("x1")
+        b.cut("experts")
+        attention.backward(layer)
+        b.drop("x")
+        return b.template()
+
+    def _loss_forward(self) -> Template:
+        """Of all rows, forward and backward: the gradient of the normed output is made, x stays."""
+        c, b = self.context, self.recorder()
+        norm = Rows(c, b).norm(c.tokens, c.model.hidden_size, "hidden")
+        b.compute("final_norm", _V, "forward", -1, [norm], START)
+        b.cut("head")
+        loss = LossLowering(c, b)
+        if c.strategy.vocabulary.loss == "ring":
+            loss.ring()
+        else:
+            loss.local()
+        b.drop("hidden")
+        return b.template()
+
+    def _loss_backward(self) -> Template:
+        c, b = self.context, self.recorder()
+        b.adopt("x", c.hidden)
+        norm = Rows(c, b).norm_backward(c.tokens, c.model.hidden_size)
+        b.compute("final_norm", _V, "backward", -1, [norm], START)
+        b.drop("x")
+        return b.template()
+
+    def _embedding(self) -> Template:
+        c, b = self.context, self.recorder()
+        if c.reduce != c.b:
+            b.spike(slice_rows(c.tokens) * c.model.hidden_size * c.reduce)
+        work = Work("memory_bound", bytes=3.0 * c.hidden)
+        b.compute("embedding", "embedding", "backward", -1, [work], START)
+        return b.template()
