@@ -114,24 +114,14 @@ def compare(
 @app.command()
 def context(
     out: o.OutDirectory,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="as --model elsewhere; give several. Default: the papers' four", show_default=False
-        ),
-    ] = None,
-    nodes: Annotated[
-        list[int] | None, typer.Option(min=1, help="machines, one for each --model", show_default=False)
-    ] = None,
+    model: Annotated[list[str], typer.Option(help="as --model elsewhere; give several")],
+    nodes: Annotated[list[int], typer.Option(min=1, help="nodes, one for each --model")],
     hardware: o.Hardware = "h200-sxm-141g",
     seq_len: Annotated[
         str, typer.Option(help="context lengths, comma-separated")
     ] = "64K,128K,256K,512K,1M,2M,4M,8M,16M",
     tokens_per_device: Annotated[str, typer.Option(help="tokens of each device in one step")] = "128K",
     contender: Annotated[str, typer.Option(help="comma-separated; default: all", show_default=False)] = "",
-    vary: Annotated[
-        str, typer.Option(help="assumptions to vary for the first --model: all, none, or names")
-    ] = "all",
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 24,
     jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
     routing: o.Routing = "balanced",
@@ -140,9 +130,7 @@ def context(
     """Context length against throughput: MoP, and FSDP2 under one restriction after the other."""
     from mopsim.commands.context import Order, run
 
-    order = Order(
-        model or (), nodes or (), hardware, seq_len, tokens_per_device, contender, vary, budget, jobs, routing
-    )
+    order = Order(model, nodes, hardware, seq_len, tokens_per_device, contender, budget, jobs, routing)
     run(order, out, json)
 
 

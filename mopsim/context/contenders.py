@@ -6,8 +6,11 @@ everything that FSDP2 can be combined with.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
 
+from mopsim.common.io import Spec, convert, parse_yaml
 from mopsim.search.space import (
     AXES,
     CHUNKED,
@@ -23,16 +26,11 @@ from mopsim.search.space import (
 
 _GATHERED = EXCHANGES.index("all_gather")
 _RING = EXCHANGES.index("ring")
+_TIERS = {"device": DEVICE, "host": HOST}
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One line of the figure. `rules`: its restriction in words.
-
-    within: one sequence is split over at most this share of a node's devices (0: over any number of ranks).
-    chunked: the loss may form logits slice by slice. offload: where FSDP2 may keep its state (CPU offload: on
-    the host).
-    """
+class Contender(Spec, frozen=True, kw_only=True):
+    """One line of a sweep: see contenders.yaml. rules: its restriction in words."""
 
     name: str
     label: str
@@ -40,7 +38,7 @@ class Contender:
     family: str = "fsdp2"
     within: float = 0.0
     chunked: bool = False
-    offload: tuple[int, ...] = (DEVICE, HOST)
+    offload: tuple[Literal["device", "host"], ...] = ("device", "host")
 
     def axes(self, problem: Problem, axes: Axes) -> Axes:
         """What is searched: a family's axes, widened to tensor and context parallelism, within the rules."""
@@ -61,7 +59,9 @@ class Contender:
         ]
         losses = axes["loss", "loss_slices"]
         changed["loss", "loss_slices"] = _only(losses, 0, (FULL, CHUNKED) if self.chunked else (FULL,))
-        changed["offload", "state"] = _only(axes["offload", "state"], 1, self.offload)
+        changed["offload", "state"] = _only(
+            axes["offload", "state"], 1, [_TIERS[tier] for tier in self.offload]
+        )
         return changed
 
     def contains(self, other: "Contender") -> bool:
@@ -148,49 +148,8 @@ def _only(pairs: Sequence[object], place: int, allowed: Sequence[int]) -> list[t
     return [pair for pair in pairs if isinstance(pair, tuple) and pair[place] in allowed]
 
 
-CONTENDERS = (
-    Contender(
-        "mop", "MoP", "D by Ulysses, any Ep, rings over a node or all ranks, all four operators", "mop"
-    ),
-    Contender(
-        "fsdp2",
-        "FSDP2, chunked loss, any CP",
-        "any TP x CP (Ulysses, ring or all-gather) over all ranks, loss in chunks, CPU offload",
-        chunked=True,
-    ),
-    Contender(
-        "fsdp2_node_chunked",
-        "FSDP2, chunked loss, CP in a node",
-        "loss in chunks and CPU offload, but one sequence stays in a node (TP x CP <= 8)",
-        within=1.0,
-        chunked=True,
-    ),
-    Contender(
-        "fsdp2_full", "FSDP2, full logits", "any TP x CP and CPU offload, but all logits of a rank at once"
-    ),
-    Contender(
-        "fsdp2_node",
-        "FSDP2, full logits, CP in a node",
-        "all logits at once, and one sequence stays in a node (TP x CP <= 8); CPU offload",
-        within=1.0,
-    ),
-    Contender(
-        "fsdp2_half_node",
-        "FSDP2, full logits, CP in half a node",
-        "all logits at once, and TP x CP <= 4; CPU offload",
-        within=0.5,
-    ),
-    Contender(
-        "fsdp2_device",
-        "FSDP2, full logits, no offload",
-        "all logits at once, any TP x CP, and nothing on the host",
-        offload=(DEVICE,),
-    ),
-)
-"""From the freest to the most restricted."""
-
-OFFLOADED = Contender(
-    "fsdp2_offloaded", "FSDP2, full logits, all on the host", "CPU offload always, all logits at once",
-    offload=(HOST,),
-)  # fmt: skip
-"""Beside the published points only: what CPU offload costs where a step is one sequence."""
+@cache
+def contenders() -> tuple[Contender, ...]:
+    """Those of contenders.yaml, from the freest to the most restricted."""
+    text = files("mopsim.context").joinpath("contenders.yaml").read_text(encoding="utf-8")
+    return tuple(convert(one, Contender, "contender") for one in parse_yaml(text, "contenders.yaml"))

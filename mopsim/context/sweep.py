@@ -1,5 +1,6 @@
 """One contender on one cluster over lengths: a search a length, ascending, until nothing fits."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -128,7 +129,10 @@ class Curve:
 
 
 def sweep(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[tuple[str, ...], Curve]]:
-    """(key, curve) of every task as it is done, the longest begun first; in this process for one job."""
+    """(key, curve) of every task as it is done, the largest network begun first; in this process for one job.
+    jobs: processes, 0: one a core, at most 4."""
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    tasks = sorted(tasks, key=lambda task: -task.case.world_size * task.case.model.num_hidden_layers)
     if jobs == 1:
         for task in tasks:
             yield task.key, curve(task)

@@ -1,193 +1,149 @@
-"""Context length against throughput, as a report: figures, tables, and sentences that follow from them."""
+"""A sweep of context lengths in words, tables and JSON."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-from mopsim.common.units import format_bytes
-from mopsim.context.published import LARGEST_STEP, SOURCE
-from mopsim.context.sweep import Case, Curve
-from mopsim.report.context_figures import ratio_figure, reach_figure, throughput_figure
-from mopsim.report.context_words import (
-    Study,
-    as_printed,
-    case_name,
-    cell,
-    finding,
-    published_of,
-    ratio,
-    reach,
-    short,
-    smaller,
-    summary,
-    times,
-)
-from mopsim.report.page import Page, Section, Table, write_page
+from mopsim.common import io
+from mopsim.context import Case, Contender, Curve, Point
+from mopsim.report.page import Table
 from mopsim.report.tables import describe
 
 
+def short(tokens: int) -> str:
+    """'128K', '1M'."""
+    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= scale and tokens % scale == 0:
+            return f"{tokens // scale}{unit}"
+    return f"{tokens:,}"
+
+
+def reach(curve: Curve) -> str:
+    """The longest length that fits; at least that where the longest asked fits."""
+    longest = curve.longest
+    return f"{'' if curve.end else '>= '}{length_of(longest)}" if longest else "none"
+
+
+def length_of(point: Point | None) -> str:
+    """'256K', marked; 'none'."""
+    return f"{short(point.seq_len)}{marks(point)}" if point else "none"
+
+
+def marks(point: Point) -> str:
+    """A star: at risk. A dagger: of the smallest step."""
+    return ("*" if point.verdict == "at risk" else "") + ("\u2020" if point.small else "")
+
+
+def cell(point: Point | None) -> str:
+    """Tokens per second and device, or what stops it."""
+    if point is None:
+        return ""
+    if point.throughput is None:
+        return f"out: {point.stopped_by}" if point.result else "not legal"
+    return f"{point.throughput:,.0f}{marks(point)}"
+
+
+def ratio(above: Curve, below: Curve, seq_len: int) -> float | None:
+    """Throughput of one over the other's at a length, where both fit with the whole step."""
+    one, other = above.at(seq_len), below.at(seq_len)
+    if any(point and point.small for point in (one, other)):
+        return None
+    if one is None or other is None or not one.throughput or not other.throughput:
+        return None
+    return one.throughput / other.throughput
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def case_name(case: Case) -> str:
+    size = case.model.name.removeprefix("mop_").upper()
+    return f"{size} on {case.world_size} devices"
+
+
 def case_table(case: Case, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
-    """Throughput by contender and length, and MoP's over each baseline's."""
+    """Throughput by contender and length, and the first contender's over each other's."""
     rows = [
         [curve.contender.label, *(cell(curve.at(length)) for length in lengths)] for curve in curves.values()
     ]
-    for name, curve in curves.items():
-        if name != "mop":
-            ratios = [times(ratio(curves["mop"], curve, length)) for length in lengths]
-            if any(ratios):
-                rows.append([f"MoP over {curve.contender.label}", *ratios])
+    first, *others = curves.values()
+    for curve in others:
+        ratios = [times(ratio(first, curve, length)) for length in lengths]
+        if any(ratios):
+            rows.append([f"{first.contender.label} over {curve.contender.label}", *ratios])
     return Table(["tokens/s per device at", *(short(length) for length in lengths)], rows)
 
 
-def rules_table(study: Study) -> Table:
-    """Who competes under which rules, and how far each gets."""
-    rows = []
-    for contender in study.contenders:
-        cells = [contender.label, contender.rules]
-        for curves in study.curves:
-            curve = curves[contender.name]
-            stop = f" ({curve.end.stopped_by})" if curve.end else ""
-            cells.append(f"{reach(curve)}{stop}")
-        rows.append(cells)
-    return Table(["contender", "rules", *(case_name(case) for case in study.cases)], rows)
+def ends(curves: Mapping[str, Curve]) -> str:
+    """Where each contender ends, and what stops it."""
+    found = []
+    for curve in curves.values():
+        stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
+        found.append(f"{curve.contender.label} {reach(curve)}{stop}")
+    return f"Reach: {'; '.join(found)}."
 
 
-def strategies_table(study: Study) -> Table:
-    """The strategies behind the points: at 128K and at the longest context."""
-    rows = []
-    for case, curves in zip(study.cases, study.curves, strict=True):
-        for curve in curves.values():
-            near, far = curve.at(128 * 1024), curve.longest
-            for point in (near, far if far is not near else None):
-                if point is None or point.result is None or not point.fits:
-                    continue
-                result = point.result
-                rows.append(
-                    [
-                        case_name(case), curve.contender.label, short(point.seq_len),
-                        f"{point.global_batch:,}", describe(result.strategy),
-                        format_bytes(result.peak_memory), format_bytes(result.host_memory),
-                        f"{result.mfu:.0%}",
-                    ]
-                )  # fmt: skip
-    return Table(["case", "contender", "context", "batch", "strategy", "device", "host", "MFU"], rows)
+def to_json(
+    cases: Sequence[Case],
+    curves: Sequence[Mapping[str, Curve]],
+    contenders: Sequence[Contender],
+    lengths: Sequence[int],
+) -> dict[str, Any]:
+    """SI units: tokens, seconds, bytes."""
+    return {
+        "lengths": list(lengths),
+        "contenders": {one.name: {"label": one.label, "rules": one.rules} for one in contenders},
+        "cases": [
+            {
+                "model": case.model.name,
+                "hardware": case.hardware.name,
+                "nodes": case.nodes,
+                "devices": case.world_size,
+                "tokens_per_device": case.tokens_per_device,
+                "curves": curves_json(found),
+            }
+            for case, found in zip(cases, curves, strict=True)
+        ],
+    }
 
 
-def variants_table(study: Study) -> Table:
-    """One changed assumption a line: throughputs, ratio and reach."""
-    lengths = [length for length in (128 * 1024, 1024 * 1024) if length in study.lengths] or study.lengths[:1]
-    columns = ["assumption", "why"]
-    for length in lengths:
-        columns += [f"MoP at {short(length)}", f"FSDP2 at {short(length)}", "ratio"]
-    columns += ["MoP reaches", "FSDP2 reaches", "full logits", "CP in a node", "in half a node", "no offload"]
-    rows = []
-    for variant, curves in study.variants:
-        cells = [variant.label, variant.why]
-        for length in lengths:
-            cells += [cell(curves["mop"].at(length)), cell(curves["fsdp2"].at(length))]
-            cells.append(times(ratio(curves["mop"], curves["fsdp2"], length)))
-        cells += [
-            reach(curves[name]) if name in curves and not variant.lengths else ""
-            for name in ("mop", "fsdp2", "fsdp2_full", "fsdp2_node", "fsdp2_half_node", "fsdp2_device")
-        ]
-        rows.append(cells)
-    return Table(columns, rows)
+def curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """Of one case, by contender."""
+    return {
+        name: {
+            "longest": curve.longest.seq_len if curve.longest else None,
+            "longest_with_the_whole_step": curve.whole.seq_len if curve.whole else None,
+            "stopped_by": curve.end.stopped_by if curve.end else None,
+            "strategy_at_longest": _strategy(curve.longest),
+            "points": [_point_json(point) for point in curve.points],
+        }
+        for name, curve in curves.items()
+    }
 
 
-def published_table(study: Study) -> Table | None:
-    """The printed points beside ours; None where no case is one of theirs."""
-    rows = []
-    for case, curves in zip(study.cases, study.curves, strict=True):
-        for point in published_of(case):
-            curve = curves.get(point.contender)
-            found = curve.at(point.seq_len) if curve else None
-            if curve is None or found is None or not found.throughput:
-                continue
-            rows.append(
-                [
-                    case_name(case), curve.contender.label, short(point.seq_len), f"{point.throughput:,.0f}",
-                    point.note, f"{found.throughput:,.0f}", times(found.throughput / point.throughput),
-                ]
-            )  # fmt: skip
-    columns = ["case", "contender", "context", "published", "how", "simulated", "simulated / published"]
-    return Table(columns, rows) if rows else None
+def _strategy(point: Point | None) -> Any:
+    return io.to_plain(point.result.strategy) if point and point.result else None
 
 
-def small_step(study: Study) -> str:
-    """Where the printed ratio can come from: MoP's whole step over FSDP2's with one sequence a step."""
-    found = {variant.name: curves for variant, curves in study.variants}
-    length = 128 * 1024
-    small = found.get("step_8k", {})
-    if "base" not in found or not {"mop", "fsdp2_offloaded", "fsdp2_device"} <= set(small):
-        return ""
-    ours, alike = found["base"]["mop"].at(length), small["mop"].at(length)
-    theirs, resident = small["fsdp2_offloaded"].at(length), small["fsdp2_device"].at(length)
-    if not (ours and alike and theirs and ours.throughput and alike.throughput and theirs.throughput):
-        return ""
-    return (
-        f"The most tokens of one forward and backward on 16 devices are printed too: "
-        f"{LARGEST_STEP['mop'] / 1e6:g}M for MoP, {LARGEST_STEP['fsdp2_full'] / 1e3:g}K for FSDP2, one "
-        f"sequence. With one sequence a step, FSDP2 with full logits and CPU offload is simulated at "
-        f"{cell(theirs)} tokens/s per device (the host's update is paid by that one sequence), with nothing "
-        f"on the host at {cell(resident)}; MoP with as small a step at {cell(alike)}, "
-        f"{alike.throughput / theirs.throughput:.1f}x over CPU offload, and with its whole step at "
-        f"{cell(ours)}, {ours.throughput / theirs.throughput:.1f}x, where 7.6x is printed. So the printed "
-        "ratio is within reach of the simulation only where the baseline offloads everything and does not "
-        "accumulate gradients. The printed rates, MoP's included, lie below the simulated throughout."
-    )
-
-
-def write_context(
-    folder: Path, study: Study, facts: dict[str, str], assumptions: Sequence[str]
-) -> list[Path]:
-    """index.md, index.html and the figures; returns what was written."""
-    written = [
-        throughput_figure(folder / "throughput.png", study),
-        ratio_figure(folder / "ratio.png", study),
-        reach_figure(folder / "reach.png", study),
-    ]
-    sections = [
-        Section(
-            "Throughput over context length",
-            "Both axes are logarithmic. A cross marks the last length that fits before memory ends, a ring "
-            "what fits with the smallest step only.",
-            picture=("throughput.png", "tokens/s per device over context length, a panel a network"),
-        ),
-        Section(
-            "MoP over FSDP2",
-            "The same whole steps, in as many microbatches as are fastest for each. A plan that fits goes "
-            "before a faster one at risk, so a more restricted row (starred) can be faster: MoP's lead over "
-            "it is the smaller one in the tables. Larger steps narrow the lead (see the variants), and "
-            "simulated rates lie above the published ones (see below).",
-            picture=("ratio.png", "the ratio of throughputs over context length, a line a network"),
-        ),
-        Section(
-            "How far, and what stops it",
-            "The longest context, of lengths that double; in brackets the category that crosses the limit in "
-            "the strategy that misses by least. A star: at risk, the upper bound of its memory is beyond a "
-            f"limit. {smaller(study)} " + as_printed(study),
-            rules_table(study),
-            ("reach.png", "the longest context of each contender, by network"),
-        ),
-    ]
-    for case, curves in zip(study.cases, study.curves, strict=True):
-        sections.append(
-            Section(case_name(case), finding(case, curves), case_table(case, curves, study.lengths))
-        )
-    printed = published_table(study)
-    if printed:
-        text = f"{SOURCE}. {small_step(study)}"
-        sections.append(Section("Beside the published points", text, printed))
-    if study.variants:
-        sections.append(
-            Section(
-                f"What is not stated, over its plausible choices ({case_name(study.cases[0])})",
-                "One assumption changed at a time; FSDP2 is the unrestricted one. Blank: as in the first "
-                "line, since the reach is that of the smallest step and so not of the whole step's size.",
-                variants_table(study),
-            )
-        )
-    rows = [[line] for line in assumptions]
-    sections.append(Section("What is assumed", "", Table(["assumption"], rows)))
-    sections.append(Section("The strategies", "", strategies_table(study)))
-    title = "Context length against throughput: MoP and FSDP2, simulated"
-    return written + write_page(folder, Page(title, summary(study), sections, facts))
+def _point_json(point: Point) -> dict[str, Any]:
+    result = point.result
+    found: dict[str, Any] = {
+        "seq_len": point.seq_len,
+        "global_batch": point.global_batch,
+        "smallest_step": point.small,
+        "verdict": point.verdict,
+        "stopped_by": point.stopped_by or None,
+        "tokens_per_s_per_device": point.throughput,
+    }
+    if result:
+        found |= {
+            "step_time_s": result.step_time,
+            "mfu": result.mfu,
+            "peak_memory_bytes": result.peak_memory,
+            "memory_limit_bytes": result.memory_limit,
+            "memory_by_category_bytes": result.memory_by_category,
+            "host_memory_bytes": result.host_memory,
+            "host_limit_bytes": result.host_limit,
+            "strategy": describe(result.strategy),
+        }
+    return found

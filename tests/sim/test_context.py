@@ -10,26 +10,28 @@ import pytest
 
 from mopsim.cli import main
 from mopsim.common.errors import SpecError
-from mopsim.context import CONTENDERS, VARIANTS, Case, Contender, Task, nested, sweep
-from mopsim.context.contenders import OFFLOADED
+from mopsim.context import Case, Contender, Task, contenders, nested, sweep
 from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
-from mopsim.report.context_words import Study, ratio, reach, short, summary
+from mopsim.report.context import ratio, reach, short
 from mopsim.search.bound import bound
 from mopsim.search.space import CHUNKED, DEVICE, HOST, generate
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.strategies import fsdp2
+from reports.context_throughput.make import main as make
+from reports.context_throughput.variants import OFFLOADED, VARIANTS
+from reports.context_throughput.words import Study, summary
 
 K = 1024
-NAMES = {one.name: one for one in CONTENDERS}
+NAMES = {one.name: one for one in contenders()}
 
 
 def case(tokens: int = 128 * K) -> Case:
     return Case(load_model("mop_120b"), load_profile("h200-sxm-141g"), 2, tokens)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda one: one.name)
+@pytest.mark.parametrize("contender", contenders(), ids=lambda one: one.name)
 def test_what_is_searched_keeps_the_rules(contender: Contender) -> None:
     problem = case().problem(128 * K, 16)
     space = generate(problem, contender.family, contender.axes)
@@ -41,7 +43,8 @@ def test_what_is_searched_keeps_the_rules(contender: Contender) -> None:
         assert (c["tensor"] * c["sequence"]).max() == 16
     assert contender.family == "mop" or (c["loss"] == CHUNKED).any() == contender.chunked
     if contender.family == "fsdp2":
-        assert set(np.unique(c["state"])) == set(contender.offload)
+        tiers = {"device": DEVICE, "host": HOST}
+        assert set(np.unique(c["state"])) == {tiers[tier] for tier in contender.offload}
 
 
 @pytest.mark.parametrize("place", range(12))
@@ -167,11 +170,11 @@ def test_names_of_lengths() -> None:
     assert [short(n) for n in (131072, 1 << 20, 1000)] == ["128K", "1M", "1,000"]
 
 
-def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "report"
     command = (
         "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 6 --jobs 1 "
-        f"--vary base,heads_56 --contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
+        f"--contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
     )
     monkeypatch.setattr("sys.argv", command.split())
     with pytest.raises(SystemExit) as ended:
@@ -183,21 +186,31 @@ def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(curves) == {"mop", "fsdp2", "fsdp2_device"}
     assert curves["fsdp2_device"]["stopped_by"] == "logits"
     assert curves["mop"]["strategy_at_longest"]["world_size"] == 16
-    assert curves["mop"]["points"][0]["strategy"].startswith("mop ")
+    assert "FSDP2, full logits, no offload" in (out / "index.md").read_text()
+
+
+def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one network, two lengths, three contenders and two assumptions here."""
+    place = "reports.context_throughput.make"
+    some = [NAMES[name] for name in ("mop", "fsdp2", "fsdp2_device")]
+    monkeypatch.setattr(f"{place}.PAPERS", (("mop_120b", 2),))
+    monkeypatch.setattr(f"{place}.LENGTHS", (128 * K, 1024 * K))
+    monkeypatch.setattr(f"{place}.VARIANTS", (VARIANTS[0], VARIANTS[4]))
+    monkeypatch.setattr(f"{place}.contenders", lambda: some)
+    monkeypatch.setattr("sys.argv", f"make --budget 6 --jobs 1 --out {tmp_path}".split())
+    make()
+    made = json.loads((tmp_path / "context.json").read_text())
     assert [one["name"] for one in made["variants"]] == ["base", "heads_56"]
-    page = (out / "index.md").read_text()
-    assert "FSDP2, full logits, no offload" in page
-    assert "published" in page
+    assert "published" in (tmp_path / "index.md").read_text()
     for picture in ("throughput.png", "ratio.png", "reach.png"):
-        assert (out / picture).stat().st_size > 10_000
+        assert (tmp_path / picture).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("--model mop_120b", "--nodes: 0 given for 1 of --model, one each is needed"),
+        ("--model mop_241b", "--nodes: 1 given for 2 of --model, one each is needed"),
         ("--contender fsdp3", "--contender: 'fsdp3' is not one of"),
-        ("--vary heads", "--vary: 'heads' is not none, all, or one of"),
         ("--seq-len ,", "--seq-len: ',' holds no length"),
         ("--seq-len 12Q", "--seq-len"),
         ("--routing 120/3", "routing"),
@@ -210,7 +223,9 @@ def test_a_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", f"mopsim context --out {tmp_path / 'r'} {arguments}".split())
+    monkeypatch.setattr(
+        "sys.argv", f"mopsim context --model mop_120b --nodes 2 --out {tmp_path / 'r'} {arguments}".split()
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mopsim.context.contenders import Contender
-from mopsim.context.published import POINTS, PRINTED_END, Published
-from mopsim.context.sweep import Case, Curve, Point
-from mopsim.context.variants import Variant
+from mopsim.context import Case, Contender, Curve
+from mopsim.report.context import case_name, length_of, ratio, reach, short
+from reports.context_throughput.published import POINTS, PRINTED_END, Published
+from reports.context_throughput.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -19,58 +19,6 @@ class Study:
     variants: Sequence[tuple[Variant, Mapping[str, Curve]]]
     lengths: Sequence[int]
     contenders: Sequence[Contender]
-
-
-def short(tokens: int) -> str:
-    """'128K', '1M'."""
-    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
-        if tokens >= scale and tokens % scale == 0:
-            return f"{tokens // scale}{unit}"
-    return f"{tokens:,}"
-
-
-def reach(curve: Curve) -> str:
-    """The longest length that fits; at least that where the longest asked fits."""
-    longest = curve.longest
-    return f"{'' if curve.end else '>= '}{_length(longest)}" if longest else "none"
-
-
-def _length(point: Point | None) -> str:
-    """'256K', marked; 'none'."""
-    return f"{short(point.seq_len)}{_marks(point)}" if point else "none"
-
-
-def _marks(point: Point) -> str:
-    """A star: at risk. A dagger: of the smallest step."""
-    return ("*" if point.verdict == "at risk" else "") + ("\u2020" if point.small else "")
-
-
-def cell(point: Point | None) -> str:
-    """Tokens per second and device, or what stops it."""
-    if point is None:
-        return ""
-    if point.throughput is None:
-        return f"out: {point.stopped_by}" if point.result else "not legal"
-    return f"{point.throughput:,.0f}{_marks(point)}"
-
-
-def ratio(above: Curve, below: Curve, seq_len: int) -> float | None:
-    """Throughput of one over the other's at a length, where both fit with the whole step."""
-    one, other = above.at(seq_len), below.at(seq_len)
-    if any(point and point.small for point in (one, other)):
-        return None
-    if one is None or other is None or not one.throughput or not other.throughput:
-        return None
-    return one.throughput / other.throughput
-
-
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def case_name(case: Case) -> str:
-    size = case.model.name.removeprefix("mop_").upper()
-    return f"{size} on {case.world_size} devices"
 
 
 def published_of(case: Case) -> list[Published]:
@@ -135,7 +83,7 @@ def smaller(study: Study) -> str:
     parts = []
     for case, curves in zip(study.cases, study.curves, strict=True):
         found = [
-            f"{curve.contender.label} {reach(curve)} instead of {_length(curve.whole)}"
+            f"{curve.contender.label} {reach(curve)} instead of {length_of(curve.whole)}"
             for curve in curves.values()
             if _further(curve)
         ]

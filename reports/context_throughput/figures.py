@@ -3,19 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mopsim.context.sweep import Case, Curve
-from mopsim.report.context_words import (
-    Study,
-    case_name,
-    farthest,
-    published_of,
-    range_of,
-    ratio,
-    reach,
-    short,
-    span,
-)
+from mopsim.context import Case, Curve
+from mopsim.report.context import case_name, ratio, reach, short
 from mopsim.report.style import SERIES, figure, legend_below
+from reports.context_throughput.words import Study, farthest, published_of, range_of, span
 
 LINES = {
     "mop": ("#ca6f1e", "-", 3.0),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from mopsim.context.sweep import Case
+from mopsim.context import Case, Contender
 from mopsim.spec.model import ModelSpec
 
 
@@ -80,3 +80,9 @@ VARIANTS = (
     Variant("step_1m", "1M tokens a device and step", _step(1024 * 1024), "a large pre-training step", STEP),
     Variant("at_once", "one microbatch a step, as large as is best", _at_once, "no accumulation"),
 )
+
+OFFLOADED = Contender(
+    name="fsdp2_offloaded", label="FSDP2, full logits, all on the host", offload=("host",),
+    rules="CPU offload always, all logits at once",
+)  # fmt: skip
+"""Beside the published points only: what CPU offload costs where a step is one sequence."""

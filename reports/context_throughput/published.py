@@ -8,7 +8,7 @@ SOURCE = "arXiv 2609.14306, figures 6 and 7a"
 
 @dataclass(frozen=True)
 class Published:
-    """Tokens per second and device of one point of the figure; contender as in `CONTENDERS`."""
+    """Tokens per second and device of one point of the figure; contender as in contenders.yaml."""
 
     model: str
     devices: int
