@@ -1,5 +1,5 @@
-"""Layers and loss as pairs of a forward and a backward without an autograd graph, as mopexec.flat runs them, each
-recorded as a template. Memory moves on the compute stream, in the order in which the host issues it."""
+"""Layers and loss as pairs of a forward and a backward without an autograd graph, as mopexec.flat runs them,
+each recorded as a template. Memory moves on the compute stream, in the order in which the host issues it."""
 
 from collections.abc import Iterable, Sequence
 

@@ -31,7 +31,7 @@ class FlatUnits:
         self.own_grads = precision.grad == precision.reduce
 
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
-        """Units of the layer and of `prefetch` layers after it start gathering; what the dense one waits for."""
+        """Units of the layer and of `prefetch` layers after it gather; returns what the dense one waits for."""
         place = list(order).index(layer)
         for target in order[place : place + 1 + self.c.strategy.dense.prefetch]:
             for unit in self.c.layers[target]:
@@ -47,10 +47,12 @@ class FlatUnits:
         if layer < 0:
             return {template.marks["head"]: (head,)} if phase == "forward" else {}
         units = self.c.layers[layer]
+
+        def arrived(_: int) -> None:
+            self._experts(units[1], phase)
+
         if phase == "forward":
-            return (
-                {template.marks["experts"]: (lambda _: self._experts(units[1], phase),)} if units[1:] else {}
-            )
+            return {template.marks["experts"]: (arrived,)} if units[1:] else {}
 
         def recomputed(_: int) -> None:
             self.finish()

@@ -132,8 +132,9 @@ class Boundaries:
 
 
 class PairBoundaries:
-    """Copies of a program that lists its forward and backward pairs: the first inputs go down beside their layer
-    while `host_budget` lasts, and come up under the attention's backward of the layer after (mopexec.flat)."""
+    """Copies of a program that lists its forward and backward pairs: the first inputs go down beside their
+    layer while `host_budget` lasts, and come up under the attention's backward of the layer after
+    (mopexec.flat)."""
 
     whole, pinned = False, 0
 
