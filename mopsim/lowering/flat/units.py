@@ -31,7 +31,7 @@ class FlatUnits:
         self.own_grads = precision.grad == precision.reduce
 
     def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
-        """Units of the layer and of `prefetch` layers after it gather; returns what the dense one waits for."""
+        """Units of this layer and of `prefetch` more gather; returns what the dense one waits for."""
         place = list(order).index(layer)
         for target in order[place : place + 1 + self.c.strategy.dense.prefetch]:
             for unit in self.c.layers[target]:
