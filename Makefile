@@ -1,10 +1,12 @@
-# Two commands: `make demo` runs the whole loop, `make test` passes the tests. Both set everything up first.
+# `make demo` runs the whole loop, `make test` all tests, `make quick` the fast checks. All set everything up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+QUICK := tests/spec tests/docs tests/api tests/sim/test_engine.py tests/sim/test_cost.py tests/sim/test_layers.py \
+	tests/sim/test_strategies.py tests/sim/test_cli.py tests/exec/test_without_torch.py
 
-.PHONY: setup demo test bench check format lint types imports clean
+.PHONY: setup demo test quick bench docs check format lint types imports clean
 
 setup: $(STAMP)
 
@@ -20,8 +22,14 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+quick: setup format lint imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK)
+
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/speed.py reports/benchmarks
+
+docs: setup
+	$(BIN)/python docs/generate.py
 
 check: setup format lint types imports test
 

@@ -10,6 +10,7 @@ from mopsim.lowering.modules import by_modules
 from mopsim.lowering.pinned import rounding
 from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.step import StageStep
+from mopsim.lowering.tapes.step import Step
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import EAGERS, Strategy
@@ -50,7 +51,7 @@ def lower(
     )
 
 
-def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
+def _kind(context: Context) -> type[Pairs | FsdpStep | Step] | None:
     """The executor's own schedules where they cover model and strategy; None: the staged lowering."""
     strategy, recompute = context.strategy, context.strategy.activations.recompute
     one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
@@ -71,7 +72,7 @@ def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
         return FsdpStep if own and _plain(context) and strategy.unfused in EAGERS else None
     if recompute != "full" or strategy.dense.zero != 3 or set(strategy.unfused) - {"modules"}:
         return None
-    return None if context.runs_autograd else Pairs
+    return Pairs if _plain(context) and not context.runs_autograd else Step
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:

@@ -27,7 +27,12 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send
 
 
 class Quantity(Spec, frozen=True, kw_only=True):
-    """A number with its unit (as in units.UNITS), where it comes from, and how far to trust it."""
+    """A number as its source gives it.
+
+    value: a number that is not negative. unit: one of mopsim.common.units.UNITS (`GB/s`, `GiB`, `us`, ...).
+    tag: how far to trust it: a data sheet's, measured, calibrated from runs, or assumed. source: where it
+    comes from.
+    """
 
     value: float
     unit: str
@@ -67,9 +72,13 @@ def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
 class MatmulCurve(Spec, frozen=True, kw_only=True):
     """Seconds of C[m,n] = A[m,k] B[k,n] for one dtype:
 
-    time = max(2mnk / (peak * efficiency * f), bytes / memory bandwidth) + the device's launch overhead,
-    f = m/(m + m_half) * n/(n + n_half) * k/(k + k_half). `efficiency` <= 1: the fraction of peak at large
-    sizes. `held` bounds efficiency * f: what power allows products that follow each other in a step.
+    time = max(2mnk / (P e f), moved / B) + launch, where P is the peak, e the efficiency, B the bandwidth of
+    memory and f = m / (m + m_half) x n / (n + n_half) x k / (k + k_half).
+
+    dtype: the operands' type. peak: the data sheet's rate without sparsity. efficiency: at most 1, the
+    fraction of the peak at large sizes. m_half, n_half, k_half: sizes at which a dimension reaches half of
+    it. held: upper limit on e f, which power sets for products that follow each other in a step. tag: as a
+    Quantity's. source: as a Quantity's.
     """
 
     dtype: str
@@ -91,9 +100,11 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
 
 
 class AttentionCurve(Spec, frozen=True, kw_only=True):
-    """Fraction of the dtype's matmul peak that attention reaches: forward * s / (s + seq_half).
+    """Fraction of the dtype's matmul peak that attention reaches: at s tokens forward x s / (s + seq_half).
 
-    eight_bit_forward, eight_bit_backward: how many times as fast with 8-bit operands.
+    forward, backward: at long sequences, at most 1. seq_half: tokens at which half of it is reached.
+    eight_bit_forward, eight_bit_backward: how many times as fast it is with 8-bit operands. tag: as a
+    Quantity's. source: as a Quantity's.
     """
 
     forward: float
@@ -111,12 +122,15 @@ class AttentionCurve(Spec, frozen=True, kw_only=True):
 
 
 class CollectiveCurve(Spec, frozen=True, kw_only=True):
-    """Seconds of a collective: latency + ranks * latency_per_rank + b / (bandwidth * efficiency(b)).
+    """Seconds of a collective: latency + ranks x latency_per_rank + b / (bandwidth x e(b)), e(b) = 1 / (1 +
+    (bytes_half / b)^ramp).
 
-    `bandwidth` is per rank, one direction. b, the wire bytes per rank of n: all_gather, reduce_scatter,
-    all_to_all (n-1)/n of the full buffer; all_reduce twice that; send_recv the message.
-    efficiency(b) = 1 / (1 + (bytes_half / b)^ramp) is 1/2 at bytes_half; ramp 1 is b / (b + bytes_half),
-    ramp 1/2 the slower rise that NCCL shows from 1 MB to 1 GB.
+    b is the wire bytes of a rank: of n ranks, all_gather, reduce_scatter and all_to_all send (n-1)/n of the
+    full buffer, all_reduce twice that, send_recv the message.
+
+    latency: time of a call without data. latency_per_rank: what each rank of the group adds. bandwidth: what
+    a rank reaches in one direction at large sizes. bytes_half: size at which it reaches half of that. ramp: 1
+    is b / (b + bytes_half), 1/2 the slower rise that NCCL shows from 1 MB to 1 GB.
     """
 
     latency: Quantity
@@ -143,14 +157,16 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
 
 
 class Fabric(Spec, frozen=True, kw_only=True):
-    """A network scope: `scale_up` (NVLink, shared memory, loopback) or `scale_out` (NICs between nodes).
+    """A network: `scale_up` (NVLink, shared memory, loopback) or `scale_out` (NICs between nodes).
 
-    topology: `switch`, where a rank sends all of its bandwidth to any peer; `mesh`, where it has a link to
-    each peer of its domain: peak and curves are those of all its links together (HardwareProfile.peer_share).
-    oversubscription, of scale_out: bandwidth of the NICs under a leaf switch over that of its links to the
-    spine; 1: the fabric blocks nowhere. domains_per_leaf: scale-up domains that reach each other through one
-    leaf: few where a leaf takes all NICs of a node, as many as it has ports where it takes one of each node
-    (rail-optimised; what is for another rail moves inside the domain first, as NCCL's PXN does).
+    peak: bandwidth of one rank, one direction. topology: `switch`, where a rank sends all of its bandwidth to
+    any peer; `mesh`, where it has a link to each peer of its domain, and peak and curves are those of all its
+    links together (HardwareProfile.peer_share). oversubscription: of scale_out, the bandwidth of the NICs
+    under a leaf switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf:
+    scale-up domains that reach each other through one leaf: few where a leaf takes all NICs of a node, as
+    many as it has ports where it takes one of each node (rail-optimised; what is for another rail moves
+    inside the domain first, as NCCL's PXN does). collectives: a curve for each of all_gather, reduce_scatter,
+    all_reduce, all_to_all, send_recv.
     """
 
     peak: Quantity
@@ -177,13 +193,17 @@ class Fabric(Spec, frozen=True, kw_only=True):
 
 
 class Device(Spec, frozen=True, kw_only=True):
-    """One accelerator (or one rank's share of a CPU). reserved: memory that the framework and drivers take.
+    """One accelerator, or one rank's share of a CPU.
 
-    architecture: the generation (`hopper`, `blackwell`, ...) by which stacks choose kernels; '' if none
-    memory_bandwidth: what kernels reach at large sizes. index_bandwidth: what copies of rows by index reach
-    in an eager framework, bytes read and written; without it, memory_bandwidth. grouped_matmul: curves of
-    expert products, m being the tokens of one expert; a dtype without one uses `matmul`. attention_wide: of
-    query-key heads wider than WIDE_HEAD (MLA), where it differs.
+    architecture: the generation (`hopper`, `blackwell`, ...) by which stacks choose kernels; empty if none.
+    memory: what the device has. reserved: memory that the framework and drivers take. memory_bandwidth: what
+    kernels reach at large sizes. memory_bytes_half: bytes of a kernel that reaches half of that.
+    index_bandwidth: what copies of rows by index reach in an eager framework, bytes read and written; without
+    it, memory_bandwidth. launch_overhead: least time of a kernel on the device. matmul: a curve for each
+    dtype. grouped_matmul: curves of expert products, m being the tokens of one expert; a dtype without one
+    uses `matmul`. attention: the curve of heads up to 128 wide. attention_wide: that of wider query-key heads
+    (MLA), where it differs. adam_rate: parameters/s that a fused AdamW updates. power: rated power of one
+    device.
     """
 
     architecture: str = ""
@@ -215,12 +235,8 @@ class Device(Spec, frozen=True, kw_only=True):
         )
         require(len(self.matmul) >= 1, "matmul", self.matmul, "needs at least one curve")
         require(self.memory.si >= 1e6, "memory", self.memory.si, "bytes is below 1 MB: check the unit")
-        require(
-            self.memory_bandwidth.si >= 1e8,
-            "memory_bandwidth",
-            self.memory_bandwidth.si,
-            "bytes/s is below 0.1 GB/s: check the unit",
-        )
+        rate = self.memory_bandwidth.si
+        require(rate >= 1e8, "memory_bandwidth", rate, "bytes/s is below 0.1 GB/s: check the unit")
         require(
             self.index_bandwidth is None or 0 < self.index_bandwidth.si <= self.memory_bandwidth.si,
             "index_bandwidth",
@@ -238,8 +254,10 @@ class Device(Spec, frozen=True, kw_only=True):
 class Host(Spec, frozen=True, kw_only=True):
     """A node's host: DRAM shared by its devices, and the link of each device to it.
 
-    link_sharing: devices that share one link. adam_rate: parameters/s that a rank's share of the host
-    updates. issue: time of a rank's host thread for each kernel, copy or collective that an eager framework
+    memory: DRAM of the node. memory_bandwidth: what all devices of the node share. link_h2d, link_d2h:
+    bandwidth of a device's link, each way. link_latency: time of a copy without data. link_sharing: devices
+    that share one link. adam_rate: parameters/s that a rank's share of the host updates. cores: CPU cores of
+    the node. issue: time of a rank's host thread for each kernel, copy or collective that an eager framework
     starts; without it kernels never wait for the host (replayed graphs; a CPU that runs them itself).
     """
 
@@ -260,12 +278,8 @@ class Host(Spec, frozen=True, kw_only=True):
         require_dimension(self, "time", "link_latency")
         require_dimension(self, "update rate", "adam_rate")
         for field in ("memory_bandwidth", "link_h2d", "link_d2h"):
-            require(
-                getattr(self, field).si >= 1e7,
-                field,
-                getattr(self, field).si,
-                "bytes/s is below 10 MB/s: check the unit",
-            )
+            rate = getattr(self, field).si
+            require(rate >= 1e7, field, rate, "bytes/s is below 10 MB/s: check the unit")
         require(
             self.adam_rate.si >= 1e3, "adam_rate", self.adam_rate.si, "params/s is below 1e3: check the unit"
         )
@@ -273,7 +287,11 @@ class Host(Spec, frozen=True, kw_only=True):
 
 
 class Correction(Spec, frozen=True, kw_only=True):
-    """Calibration of one kind of work: seconds = scale * curve + overhead per op."""
+    """Calibration of one kind of work: seconds = scale x curve + overhead for each op.
+
+    scale: factor of the curve's seconds. overhead: seconds that each op takes more. tag: as a Quantity's.
+    source: the runs it is from.
+    """
 
     scale: float = 1.0
     overhead: float = 0.0
@@ -281,18 +299,23 @@ class Correction(Spec, frozen=True, kw_only=True):
     source: str = ""
 
     def __post_init__(self) -> None:
-        require(0.02 <= self.scale <= 50, "scale", self.scale, "must lie between 0.02 and 50")
+        require_between(self, 0.02, 50, "scale")
         require(-1.0 <= self.overhead <= 1.0, "overhead", self.overhead, "must lie between -1 and 1 second")
 
 
 class HardwareProfile(Spec, frozen=True, kw_only=True):
-    """One machine type: `devices_per_node` devices in a node, `scale_up_size` devices in a scale-up domain.
+    """One machine type.
 
+    name: one line of text. device_kind: which platform its devices are programmed with. devices_per_node: how
+    many a node has. scale_up_size: devices of one scale-up domain. device: each of its devices. host: what
+    the devices of a node share. scale_up, scale_out: the networks inside a domain and between domains.
     node_power: rated input of a whole node: devices, hosts, NICs, switches and fans in it.
     communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU
-    cores; 1: the two cannot overlap at all). corrections: by kind of work, plus STEP_KINDS (a constant per
-    step).
-    calibrated_from: digest of the uncorrected profile that the corrections were fitted on.
+    cores; 1: the two cannot overlap at all). price_per_device_hour: what `mopsim size` charges for one
+    device. corrections: calibration by kind of work; under `step` and `step_` with a runtime, of the constant
+    that each step takes. framework_memory_scale: what a framework keeps, over what is counted.
+    calibrated_from: digest of the uncorrected profile that the corrections were fitted on. notes: what a
+    reader should know.
     """
 
     name: str
@@ -334,18 +357,8 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
             self.scale_up.oversubscription,
             "must be 1: only scale_out has leaves and a spine",
         )
-        require(
-            0 <= self.communication_share <= 1,
-            "communication_share",
-            self.communication_share,
-            "must lie between 0 and 1",
-        )
-        require(
-            1 <= self.framework_memory_scale <= 1.5,
-            "framework_memory_scale",
-            self.framework_memory_scale,
-            "must lie between 1 and 1.5",
-        )
+        require_between(self, 0, 1, "communication_share")
+        require_between(self, 1, 1.5, "framework_memory_scale")
         for kind in self.corrections:
             require(
                 kind in (*WORK_KINDS, *STEP_KINDS),

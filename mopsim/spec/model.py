@@ -7,11 +7,30 @@ from mopsim.common.io import Spec
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
-    """A decoder-only transformer. Layers before `first_k_dense_replace` are dense, the others MoE.
+    """A decoder-only transformer, in the field names of Hugging Face configs. 0 means none.
 
-    Shapes that follow from it live in `mopsim.layers`, once. `total_params` and `active_params` are the
-    published figures (parameters), kept to be checked against, never used in a calculation. dropout: of the
-    outputs of attention and FFN, and of the attention weights where those are kept.
+    name: one line of text, as it appears in tables. hidden_size: width of the residual stream.
+    num_hidden_layers: decoder layers, MTP layers not counted. num_attention_heads: query heads.
+    num_key_value_heads: key and value heads (GQA). head_dim: of queries and keys; of MLA, its two parts
+    together. vocab_size: rows of the embedding. intermediate_size: columns of a dense FFN.
+    first_k_dense_replace: leading layers that are dense; the others route to experts. num_local_experts:
+    routed experts of a layer. num_experts_per_tok: of them, how many a token chooses. moe_intermediate_size:
+    columns of one expert. shared_expert_intermediate_size: columns of all shared experts together.
+    shared_expert_gate: a sigmoid gate scales their output. tie_word_embeddings: the output projection is the
+    embedding. attention: grouped-query or multi-head latent attention. q_lora_rank, kv_lora_rank,
+    qk_nope_head_dim, qk_rope_head_dim, v_head_dim: the sizes of MLA, as in DeepSeek's configs.
+    attention_bias: which projections have a bias. attention_sinks: each head has a learned logit that takes
+    attention away. qk_norm: queries and keys are normalised in each head, or over the full projection.
+    sliding_window: tokens that a windowed layer attends to. sliding_window_period: every so many layers one
+    is windowed, from the first. learned_positions: rows of a learned table of positions; without it, rotary.
+    expert_bias, router_bias, ffn_bias: whether these products have a bias. ffn_matrices: 3 with a gate, 2
+    without. norm: the kind of norm in the layers. num_nextn_predict_layers: MTP layers (DeepSeek-V3).
+    scoring_func: what turns the router's logits into weights. norm_topk_prob: the weights of the chosen
+    experts are normalised. routed_scaling_factor: what these weights are multiplied by. rms_norm_eps: what a
+    norm adds to the mean of squares. rope_theta: base of rotary angles. dropout: rate for the outputs of
+    attention and FFN, and for the attention weights where they are kept. total_params, active_params: the
+    published counts, which are checked against and never used in a calculation. source: where the numbers are
+    from. assumptions: what the source does not say.
     """
 
     name: str

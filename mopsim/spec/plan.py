@@ -16,7 +16,11 @@ SHORTEST, LONGEST = 1e-6, 1e7
 
 
 class HardwareRef(Spec, frozen=True, kw_only=True):
-    """Which profile a plan was made for, and the limits that it was held to (bytes per rank)."""
+    """Which profile a plan was made for, and the limits that it was held to.
+
+    name: the profile's. digest: that of its content. num_nodes, devices_per_node: the cluster. memory_limit:
+    bytes of a device. host_limit: bytes of a rank's share of the host.
+    """
 
     name: str
     digest: str
@@ -32,7 +36,12 @@ class HardwareRef(Spec, frozen=True, kw_only=True):
 
 
 class Prediction(Spec, frozen=True, kw_only=True):
-    """What the simulator promised: seconds, tokens/s, bytes per rank; busy seconds by kind of work."""
+    """What the simulator predicted of a plan.
+
+    step_time: seconds. tokens_per_second: what all devices train together. peak_memory: bytes of a device.
+    host_memory: bytes of a rank. memory_by_category: bytes at the peak. time_by_kind: busy seconds by kind of
+    work.
+    """
 
     step_time: float
     tokens_per_second: float
@@ -49,7 +58,11 @@ class Prediction(Spec, frozen=True, kw_only=True):
 
 
 class Plan(Spec, frozen=True, kw_only=True):
-    """Everything a run needs: model, hardware, strategy, training; and what was predicted of it."""
+    """Everything a run needs, and what was predicted of it.
+
+    model, strategy, training: the whole specs. hardware: the profile's name, digest and limits. prediction:
+    what the simulator expects. mop_version: the version that made the plan.
+    """
 
     model: ModelSpec
     hardware: HardwareRef
@@ -75,7 +88,11 @@ class Plan(Spec, frozen=True, kw_only=True):
 
 
 class KindTiming(Spec, frozen=True, kw_only=True):
-    """One kind of work in one step of one rank: ops, busy seconds (median over steps), FLOP, bytes moved."""
+    """One kind of work in one step of one rank.
+
+    count: number of ops. seconds: busy time, median over steps. seconds_low, seconds_high: least and most of
+    these. flops: FLOP of all ops. bytes: what they move.
+    """
 
     count: int
     seconds: float
@@ -92,12 +109,16 @@ class KindTiming(Spec, frozen=True, kw_only=True):
 
 
 class Measurement(Spec, frozen=True, kw_only=True):
-    """One run, measured: steady steps only (the first `warmup` left out).
+    """One run, measured: steady steps only.
 
-    step_times: seconds of each steady step, slowest rank. kinds: from profiled steps, rank 0. memory: peak
-    bytes by category at the device peak, largest rank, and host bytes. environment: card or CPU, versions,
-    threads. routing: how uneven the router was in the steady steps, as a profile to simulate the run with:
-    `r/h`, r % of a layer's routes to the h experts of the rank that got most, on average.
+    plan: what was run. world_size: number of ranks. steps: how many steady steps. warmup: how many first
+    steps are left out. step_times: seconds of each steady step, slowest rank. step_time_median: seconds of
+    the median step. tokens_per_second: what all ranks train together. kinds: timings by kind of work, from
+    profiled steps of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that
+    peak. host_memory: bytes of the rank that keeps most there. first_loss, last_loss: loss of the first and
+    the last steady step. environment: card or CPU, versions, threads. mop_version: the version that ran.
+    routing: how uneven the router was in the steady steps, as a profile to simulate the run with: `r/h`, r %
+    of a layer's routes to the h experts of the rank that got most, on average.
     """
 
     plan: Plan

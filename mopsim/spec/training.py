@@ -9,11 +9,15 @@ from mopsim.spec.strategy import Strategy
 
 
 class TrainSpec(Spec, frozen=True, kw_only=True):
-    """One optimizer step trains on `global_batch` sequences of `seq_len` tokens.
+    """What one optimizer step trains on: `global_batch` sequences of `seq_len` tokens.
 
-    routing: how tokens choose experts where no router decides (simulation and dry run): "balanced"; "r/h":
-    the first r % of token positions choose experts j mod h for j < top_k; "zipf:s"; or the share of all
-    routes that each expert got in a measurement (see mopsim.spec.routing).
+    seq_len: tokens of a sequence. global_batch: sequences of a step. routing: how tokens choose experts where
+    no router decides (simulation and dry run): "balanced"; "r/h": the first r % of token positions choose
+    experts j mod h for j < top_k; "zipf:s"; or the share of all routes that each expert got in a measurement
+    (see mopsim.spec.routing). learning_rate: its value after warm-up. warmup_steps: steps over which it
+    rises. beta1, beta2, eps, weight_decay: AdamW's constants. clip_norm: global norm that gradients are
+    clipped to. bias_update_rate: step of the router's balance bias. seed: what weights and data are drawn
+    from.
     """
 
     seq_len: int

@@ -1,0 +1,147 @@
+"""Writes docs/reference: every field of every file that a user writes, from the structs and their docstrings.
+
+A struct's docstring says what a field means as `field: meaning`, up to the next field (`a, b: meaning` is of
+both). `python docs/generate.py` writes the pages; with `--check` it fails where one is not current.
+"""
+
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+
+from mopsim.spec import hardware, model, plan, stack, strategy, training
+
+OUT = Path(__file__).parent / "reference"
+PAGES: dict[str, tuple[str, type[msgspec.Struct]]] = {
+    "model": ("A network: `--model`, `mopsim/presets/*.yaml`.", model.ModelSpec),
+    "hardware": ("A machine type: `--hardware`, `hardware_profiles/*.yaml`.", hardware.HardwareProfile),
+    "strategy": ("A strategy: `--strategy`, and part of a plan.", strategy.Strategy),
+    "stack": ("A software stack: what a program makes of a strategy.", stack.Stack),
+    "training": ("What one step trains on; part of a plan.", training.TrainSpec),
+    "plan": ("A plan, as `mopsim search --plan` writes it and `mopexec train` runs it.", plan.Plan),
+    "measurement": ("`measurement.yaml`: from `mopexec train` to `mopsim calibrate`.", plan.Measurement),
+}
+"""What each page is of."""
+
+
+def shown(kind: Any) -> str:
+    """A type as a reader of YAML knows it: `device` or `host`; integer; list of text."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" if value != "" else "empty" for value in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(shown(one) for one in inner)
+    if origin in (tuple, list):
+        return f"list of {shown(inner[0])}"
+    if origin is dict:
+        return f"mapping of {shown(inner[0])} to {shown(inner[1])}"
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return f"[{kind.__name__}](#{kind.__name__.lower()})"
+    if isinstance(kind, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else ()):
+        return shown(kind.__value__)
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def default(field: msgspec.structs.FieldInfo) -> str:
+    """Its default as YAML would have it; `required` where there is none."""
+    if field.default_factory is not msgspec.NODEFAULT:
+        value = field.default_factory()
+    elif field.default is not msgspec.NODEFAULT:
+        value = field.default
+    else:
+        return "required"
+    if isinstance(value, msgspec.Struct):
+        return "its defaults"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value in ("", (), [], {}):
+        return "empty"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def meanings(kind: type[msgspec.Struct]) -> tuple[str, dict[str, str]]:
+    """(what the struct is, what each field means) from its docstring."""
+    names = [field.name for field in msgspec.structs.fields(kind)]
+    text = " ".join((kind.__doc__ or "").split())
+    word = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    heads = list(re.finditer(rf"\b((?:{word})(?:, (?:{word}))*): ", text))
+    ends = [head.start() for head in heads[1:]] + [len(text)] * bool(heads)
+    found: dict[str, str] = {}
+    for head, end in zip(heads, ends, strict=True):
+        meaning = text[head.end() : end].strip().rstrip(";,")
+        for name in head.group(1).split(", "):
+            found[name] = " ".join(filter(None, (found.get(name, ""), meaning)))
+    return text[: heads[0].start()].strip() if heads else text, found
+
+
+def structs(kind: type[msgspec.Struct]) -> list[type[msgspec.Struct]]:
+    """The struct and those inside it, each once, in the order of their fields."""
+    found = [kind]
+    for field in msgspec.structs.fields(kind):
+        for inner in _inside(field.type):
+            found += [one for one in structs(inner) if one not in found]
+    return found
+
+
+def _inside(kind: Any) -> list[type[msgspec.Struct]]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return [kind]
+    return [one for inner in get_args(kind) for one in _inside(inner)]
+
+
+def section(kind: type[msgspec.Struct]) -> str:
+    """The table of one struct."""
+    what, found = meanings(kind)
+    rows = [
+        f"| `{field.name}` | {shown(field.type)} | {default(field)} | {_cell(found.get(field.name, ''))} |"
+        for field in msgspec.structs.fields(kind)
+    ]
+    head = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([f"## {kind.__name__}", "", what, "", *head, *rows])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def pages() -> dict[str, str]:
+    """The text of each page, by file name."""
+    head = "<!-- Made by `make docs` from the structs and their docstrings: change those. -->"
+    taken: dict[type[msgspec.Struct], str] = {kind: name for name, (_, kind) in PAGES.items()}
+    made = {}
+    for name, (what, kind) in PAGES.items():
+        inner = [one for one in structs(kind) if one is kind or taken.get(one) is None]
+        text = "\n\n".join([head, f"# {name.capitalize()}", what, *map(section, inner)]) + "\n"
+        for other, page in taken.items():
+            if page != name:
+                text = text.replace(f"](#{other.__name__.lower()})", f"]({page}.md)")
+        made[f"{name}.md"] = text
+    index = [f"| [{name}]({name}.md) | {what} |" for name, (what, _) in PAGES.items()]
+    lines = [head, "", "# Reference of the files", "", "| page | what it is of |", "|---|---|", *index]
+    return made | {"README.md": "\n".join(lines) + "\n"}
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or with --check return 1 and name those that are not current."""
+    stale = []
+    for name, text in pages().items():
+        path = OUT / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in arguments:
+                path.write_text(text, encoding="utf-8")
+    if stale and "--check" in arguments:
+        print(f"docs/reference is not current: {', '.join(stale)} (make docs)", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

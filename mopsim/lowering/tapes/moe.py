@@ -1,0 +1,240 @@
+"""Routed experts as a three-stage pipeline of chunks: dispatch(i+1) | experts(i) | combine(i-1).
+
+A chunk is cut where it waits for the wire: send | sort, products | give back | sum. Its buffers that outlive
+an op are named `….i`: what arrived, what a graph keeps, what a caller in Python holds until it returns.
+"""
+
+from dataclasses import dataclass, replace
+
+from mopsim.layers.experts import combine, dispatch, experts, migration, on_packed
+from mopsim.layers.tape import Played, Tape
+from mopsim.lowering.builder import Builder
+from mopsim.lowering.context import Context
+from mopsim.lowering.workload import Work
+
+_E = "experts"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tapes of one chunk: h -> arrived -> rows -> out -> returned -> f."""
+
+    send: Tape
+    sort: Tape
+    products: Tape
+    give_back: Tape
+    sum: Tape
+
+
+class Experts:
+    """Lowers the routed experts of MoE layers on one program."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.context, self.builder = context, builder
+        self.split = context.groups["experts"].size > 1
+        moved = context.migration if self.split else None
+        self.moving = migration(moved) if moved else None
+        self.reads = moved.reads if moved else 0
+        self._chunks: dict[tuple[int, tuple[int, ...]], Chunk] = {}
+        self._played: dict[tuple[int, str], tuple[Tape, list[Played]]] = {}
+
+    def chunk(self, index: int) -> Chunk:
+        """The tapes of chunk `index`; chunks of equal size share them."""
+        context = self.context
+        tokens, routes = context.chunk_tokens(index), context.routes(index)
+        key = (tokens, routes)
+        if key not in self._chunks:
+            total, tensor = sum(routes), context.strategy.experts.tensor
+            there = dispatch(context.model, tokens, total, context.b, context.wide, self.split)
+            back = combine(context.model, tokens, total, context.b, self.split)
+            products = experts(context.model, routes, context.b, context.wide, tensor)
+            if self.moving:
+                packed = replace(self.moving.values["packed"], grad=False)  # one gradient for all chunks
+                inputs = (*products.inputs, packed)
+                products = replace(products, inputs=inputs, kernels=on_packed(products.kernels))
+            arrived, returned = there.values["arrived"], back.values["returned"]
+            self._chunks[key] = Chunk(
+                Tape(there.inputs, there.kernels[:-1], ("arrived",)),
+                Tape((arrived,), there.kernels[-1:], ("rows",), consumes=("arrived",)),
+                products,
+                Tape(back.inputs, back.kernels[:-1], ("returned",), consumes=("out",)),
+                Tape((returned,), back.kernels[-1:], ("f",), consumes=("returned",)),
+            )
+        return self._chunks[key]
+
+    def play(self, tape: Tape, mode: str, phase: str, layer: int, deps: list[int]) -> int:
+        """A tape `plain`, as `graph`, `backward`, or `held`: its inputs live on."""
+        key = (id(tape), mode)
+        if key not in self._played:
+            run = replace(tape, consumes=()) if mode == "held" else tape
+            self._played[key] = (tape, run.backward() if mode == "backward" else run.forward(mode == "graph"))
+        return self.builder.run(self._played[key][1], phase, layer, deps)
+
+    def counts(self, layer: int, phase: str, deps: list[int]) -> int:
+        """The exchange of route counts, once per layer; the host waits for it."""
+        experts = self.context.model.num_local_experts
+        size, group = 8.0 * experts * self.context.chunks, self.context.groups["experts"]
+        there = self.builder.collective(
+            "counts", "all_to_all", size, group, "router", phase, layer=layer, deps=deps
+        )
+        return self.builder.add(
+            "counts", "compute", "router", phase, layer=layer, deps=[there], awaited=self.split
+        )
+
+    def _gather_moved(self, layer: int, phase: str, ready: int) -> list[int]:
+        """Weights of moved experts arrive; what the products wait for."""
+        if self.moving is None:
+            return []
+        last = self.builder.run(self.moving.forward(graph=True), phase, layer, [ready])
+        for name in ("migrated", "packed"):
+            self.builder.adopt(name, self.moving.values[name].bytes, "gathered")
+        return [last]
+
+    def _read(self, layer: int, phase: str, deps: list[int]) -> list[int]:
+        """The host reads how many rows of a later chunk go to each rank, once all it has started is done (of
+        the first they are read with the plan)."""
+        if not self.reads:
+            return deps
+        b = self.builder
+        idle = b.add("await", "compute", "router", phase, layer=layer, deps=deps, awaited=True)
+        work = (Work("memory_bound", launches=self.reads),)
+        return [b.add("rows read", "compute", "router", phase, work, layer=layer, deps=[idle], awaited=True)]
+
+    def _return_moved(self, layer: int, after: int) -> int:
+        """Gradients of moved experts go home; the weights are freed."""
+        if self.moving is None:
+            return after
+        last = self.builder.run(self.moving.backward(), "backward", layer, [after])
+        for name in ("packed gradient", "migrated"):  # the tape has freed them
+            del self.builder.alive[name]
+        self.builder.drop("packed")
+        return last
+
+    def _free_moved(self) -> None:
+        if self.moving:
+            self.builder.drop("migrated", "packed")
+
+    def forward(self, layer: int, phase: str, deps: list[int]) -> int:
+        """All chunks forward without a graph; adds into the layer's output. Returns the last op."""
+        last = self._pipeline(layer, phase, deps, keep=False)
+        self._free_moved()
+        return last
+
+    def forward_kept(self, layer: int, phase: str, deps: list[int]) -> int:
+        """All chunks forward, ready for `backward_kept`: of one chunk every intermediate is kept, of several
+        what arrived for each, beside which its products are a checkpoint. Returns the last op.
+
+        As autograd runs it: a caller in Python holds the experts' output until it is home, and under
+        least-loaded placement what arrived as well (both as in the code of arXiv 2601.17111).
+        """
+        return self._pipeline(layer, phase, deps, keep=True)
+
+    def _pipeline(self, layer: int, phase: str, deps: list[int], *, keep: bool) -> int:
+        b, K = self.builder, self.context.chunks
+        ready = self.counts(layer, phase, deps)
+        there = self._gather_moved(layer, phase, ready)
+        sent = [self.play(self.chunk(0).send, "plain", phase, layer, [ready])]
+        back: list[int] = []
+        last = ready
+        for i in range(K):
+            if i + 1 < K:
+                rows = self._read(layer, phase, [ready])
+                sent.append(self.play(self.chunk(i + 1).send, "plain", phase, layer, rows))
+            chunk, graph = self.chunk(i), keep and K == 1
+            hold = keep and (K > 1 or self.moving is not None)
+            done = self.play(chunk.sort, "held" if hold else "plain", phase, layer, [sent[i]])
+            if hold:
+                b.adopt(f"arrived.{i}", chunk.sort.inputs[0].bytes, "dispatch")
+            done = self.play(chunk.products, "graph" if graph else "plain", phase, layer, [done, *there])
+            if graph:
+                b.adopt(f"kept.{i}", chunk.products.saved())
+            if i:
+                last = self._sum(i - 1, phase, layer, back[i - 1])
+            back.append(self.play(chunk.give_back, "held" if keep else "plain", phase, layer, [done]))
+            if keep:
+                b.adopt(f"out.{i}", chunk.give_back.inputs[0].bytes, "dispatch")
+        last = self._sum(K - 1, phase, layer, back[-1])
+        if keep and K == 1 and self.moving:
+            b.drop("arrived.0")
+        return last
+
+    def _sum(self, i: int, phase: str, layer: int, after: int) -> int:
+        last = self.play(self.chunk(i).sum, "plain", phase, layer, [after])
+        if f"out.{i}" in self.builder.alive:
+            self.builder.drop(f"out.{i}")
+        return last
+
+    def backward_kept(self, layer: int, deps: list[int]) -> int:
+        """From the output's gradient to the input's, after `forward_kept`; products of a checkpoint again."""
+        b, K = self.builder, self.context.chunks
+        self._open_moved()
+        last, sent = -1, [self.play(self.chunk(0).send, "plain", "backward", layer, deps)]
+        for i in range(K):
+            chunk = self.chunk(i)
+            if i + 1 < K:
+                sent.append(self.play(self.chunk(i + 1).send, "plain", "backward", layer, deps))
+            done = self.play(chunk.sort, "plain", "backward", layer, [sent[i]])
+            if K > 1:
+                done = self._again(i, layer, done)
+                b.drop(f"arrived.{i}")
+            else:
+                del b.alive["kept.0"]  # the backward frees it
+            done = self.play(chunk.products, "backward", "backward", layer, [done])
+            done = self.play(chunk.give_back, "plain", "backward", layer, [done])
+            last = self.play(chunk.sum, "plain", "backward", layer, [done])
+        return self._return_moved(layer, last)
+
+    def _again(self, i: int, layer: int, after: int) -> int:
+        """The products of a checkpoint from what arrived, with a graph; their output is not needed."""
+        chunk = self.chunk(i)
+        done = self.play(chunk.sort, "held", "recompute", layer, [after])
+        done = self.play(chunk.products, "graph", "recompute", layer, [done])
+        return self._free_output(i, layer, "recompute", done)
+
+    def _free_output(self, i: int, layer: int, phase: str, after: int) -> int:
+        out = self.chunk(i).products.values["out"].bytes
+        freed = [("dispatch", -out)]
+        return self.builder.add("output freed", "compute", _E, phase, layer=layer, deps=[after], memory=freed)
+
+    def backward(self, layer: int, deps: list[int]) -> int:
+        """Chunk by chunk: inputs and output gradients dispatched, products recomputed, their backward,
+        gradients returned."""
+        if self.context.strategy.experts.checkpoint == "nested":
+            return self.backward_kept(layer, [self.forward_kept(layer, "recompute", deps)])
+        K = self.context.chunks
+        ready = [self.counts(layer, "backward", deps)]
+        there = self._gather_moved(layer, "backward", ready[0])
+        self._open_moved()
+        last, sent = ready[0], [self._dispatch_both(0, layer, ready)]
+        for i in range(K):
+            chunk = self.chunk(i)
+            if i + 1 < K:
+                sent.append(self._dispatch_both(i + 1, layer, ready))
+            done = self.play(chunk.sort, "plain", "recompute", layer, [sent[i]])
+            done = self.play(chunk.sort, "plain", "backward", layer, [done])
+            done = self.play(chunk.products, "graph", "recompute", layer, [done, *there])
+            done = self.play(chunk.products, "backward", "backward", layer, [done])
+            last = self._return(i, layer, done)
+        return self._return_moved(layer, last)
+
+    def _open_moved(self) -> None:
+        """The gradient of the packed weights, which all chunks add to."""
+        if self.moving:
+            self.builder.make("packed gradient", self.moving.values["packed"].bytes, "gathered")
+
+    def _dispatch_both(self, i: int, layer: int, deps: list[int]) -> int:
+        """Tokens and the gradients of their results, one after the other."""
+        self.play(self.chunk(i).send, "plain", "backward", layer, deps)
+        return self.play(self.chunk(i).send, "plain", "backward", layer, deps)
+
+    def _return(self, i: int, layer: int, after: int) -> int:
+        """Row gradients back to the tokens' ranks; the recomputed output is freed."""
+        chunk = self.chunk(i)
+        free = self._free_output(i, layer, "backward", after)
+        back = self.play(chunk.give_back, "plain", "backward", layer, [free])
+        last = self.play(chunk.sum, "plain", "backward", layer, [back])
+        row = self.context.model.hidden_size * self.context.b
+        work = (Work("memory_bound", bytes=2.0 * row * self.context.chunk_tokens(i)),)
+        return self.builder.add(
+            "gradients added", "compute", "experts", "backward", work, layer=layer, deps=[last]
+        )

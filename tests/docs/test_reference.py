@@ -1,0 +1,39 @@
+"""docs/reference is made from the structs, is current, and says something of every field."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """docs/generate.py, which is not installed."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        import generate
+    finally:
+        sys.path.remove(str(DOCS))
+    return generate
+
+
+def test_the_reference_is_current(generate: ModuleType) -> None:
+    for name, text in generate.pages().items():
+        assert (DOCS / "reference" / name).read_text(encoding="utf-8") == text, f"{name}: run make docs"
+
+
+def test_every_field_has_a_meaning(generate: ModuleType) -> None:
+    silent = {
+        f"{kind.__name__}.{field.name}"
+        for page, (_, first) in generate.PAGES.items()
+        if page in ("model", "hardware", "training", "plan", "measurement")
+        for kind in generate.structs(first)
+        if kind.__module__ not in ("mopsim.spec.strategy", "mopsim.spec.stack")
+        for field in msgspec.structs.fields(kind)
+        if not generate.meanings(kind)[1].get(field.name)
+    }
+    assert not silent
