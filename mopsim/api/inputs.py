@@ -11,9 +11,11 @@ import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
+from mopsim.layers.counts import counts
 from mopsim.search import Options, search
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -51,6 +53,11 @@ class Inputs:
         return self.nodes * self.hardware.devices_per_node
 
     @property
+    def parameters(self) -> str:
+        """'qwen3_30b_a3b: 30.53 B parameters (stated 30.5 B), 3.353 B active (stated 3.3 B)'."""
+        return f"{self.model.name}: {counts(self.model)}"
+
+    @property
     def where(self) -> str:
         """'mop_120b on 2 nodes (16 devices) of h200-sxm-141g, 131072 tokens, batch 8': a title."""
         cluster = self.hardware.cluster(self.nodes)
@@ -74,14 +81,11 @@ def read_inputs(
     """Load what a job names. Raises MopError."""
     if type(nodes) is not int or not 1 <= nodes <= 2**16:
         raise MopError(f"nodes: {nodes!r} must be an integer between 1 and 65536")
-    training = TrainSpec(
-        seq_len=count(seq_len, "seq_len"),
-        global_batch=global_batch,
-        routing=read_routing(routing),
-        seed=seed,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-    )
+    fields = {
+        "seq_len": count(seq_len, "seq_len"), "global_batch": global_batch, "routing": read_routing(routing),
+        "seed": seed, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
+    }  # fmt: skip
+    training = io.convert(fields, TrainSpec, "training")
     network = read_model(model)
     training.check_model(network)
     machine = read_hardware(hardware)
@@ -95,8 +99,10 @@ def count(value: Count, field: str) -> int:
 
 
 def read_model(model: AnyModel) -> ModelSpec:
-    """The model that is named, or given. Raises MopError."""
-    return model if isinstance(model, ModelSpec) else load_model(model)
+    """The model that is named, or given. Raises MopError, also where it states another total."""
+    found = model if isinstance(model, ModelSpec) else load_model(model)
+    counts(found)
+    return found
 
 
 def read_hardware(hardware: AnyHardware) -> HardwareProfile:
@@ -107,13 +113,13 @@ def read_hardware(hardware: AnyHardware) -> HardwareProfile:
 def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
     """A routing profile by name, or the shares in a sequence or YAML file. Raises MopError."""
     if not isinstance(routing, str):
-        return tuple(float(share) for share in routing)
+        return tuple(routing)
     if not routing.endswith((".yaml", ".yml")):
         return routing
     shares = io.parse_yaml(io.read_text(Path(routing), "routing"), routing)
     if not isinstance(shares, list) or not all(type(share) in (int, float) for share in shares):
         raise MopError(f"routing: {routing}: must be a list of the experts' shares of all routes")
-    return tuple(float(share) for share in shares)
+    return tuple(shares)
 
 
 def read_families(given: str | Sequence[str] | None, default: Sequence[str]) -> tuple[str, ...]:
@@ -122,7 +128,7 @@ def read_families(given: str | Sequence[str] | None, default: Sequence[str]) -> 
     names = tuple(dict.fromkeys(name.strip() for name in listed))
     for name in names:
         if name not in FAMILIES:
-            raise MopError(f"family: {name!r} is not one of {', '.join(FAMILIES)}")
+            raise unknown("family", name, FAMILIES, "family", file=False)
     return names
 
 
@@ -130,7 +136,7 @@ def read_strategy(ref: str | Path) -> Strategy | Plan:
     """A strategy from its YAML file, or a plan, whose strategy it is."""
     path = Path(ref)
     if path.suffix not in (".yaml", ".yml", ".json") and not io.exists(path):
-        raise MopError(f"strategy: {str(ref)!r} is neither a family ({', '.join(FAMILIES)}) nor a YAML file")
+        raise unknown("strategy", str(ref), FAMILIES, "family")
     data = io.read_yaml(path, "strategy")
     if isinstance(data, dict) and "strategy" in data and "model" in data:
         return io.convert(data, Plan, "plan", str(path))

@@ -13,6 +13,7 @@ from mopsim.api.inputs import Inputs, make_plan
 from mopsim.common import io
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult, simulate
+from mopsim.layers.counts import counts
 from mopsim.report import tables
 from mopsim.search import SearchResult
 from mopsim.spec.plan import Plan
@@ -127,7 +128,8 @@ class Simulation(Result):
         return self.result.strategy
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.result.to_json(), "notes": self.notes}
+        parameters = counts(self.inputs.model).to_json()
+        return {**self.result.to_json(), "parameters": parameters, "notes": self.notes}
 
     def headline(self) -> str:
         r = self.result
@@ -218,7 +220,7 @@ class Ranking(Result):
         return Simulation(self.inputs, one) if one and not self.found.top else None
 
     def to_json(self) -> dict[str, Any]:
-        return self.found.to_json()
+        return {**self.found.to_json(), "parameters": counts(self.inputs.model).to_json()}
 
     def headline(self) -> str:
         left = "" if self.found.proven else "; not exhausted: the budget of simulations ended the search"

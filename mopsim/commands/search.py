@@ -37,6 +37,7 @@ def run(
             any_routing=any_routing, progress=tell, **job.keywords(),
         )  # fmt: skip
     found, where = ranking.found, ranking.inputs.where
+    console.print(ranking.inputs.parameters, style="dim")
     if found.top:
         console.print(comparison(found.top, where))
         console.print(f"Winner: {describe(found.top[0].strategy)}")

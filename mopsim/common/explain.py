@@ -7,6 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from mopsim.common.errors import SpecError, shown
+from mopsim.common.nearest import nearest
 
 
 def explain(error: msgspec.ValidationError, data: Any, kind: Any, prefix: str) -> str:
@@ -28,9 +29,11 @@ def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
     unknown = re.match(r"Object contains unknown field `(.*)`", message, re.DOTALL)
     if unknown:
         name = unknown.group(1)
-        known = ", ".join(getattr(_struct(wanted), "__struct_fields__", ()))
+        fields = getattr(_struct(wanted), "__struct_fields__", ())
+        near = nearest(name, fields, 1)
+        hint = f"an unknown field{f', near {near[0]}' if near else ''}; known fields: {', '.join(fields)}"
         inner = value.get(name) if isinstance(value, dict) else value
-        return f"{field}.{name[:60]}: {shown(inner)} is an unknown field; known fields: {known}"
+        return f"{field}.{name[:60]}: {shown(inner)} is {hint}"
     missing = re.match(r"Object missing required field `(.*)`", message)
     if missing:
         return f"{field}.{missing.group(1)}: missing, the field is required"

@@ -2,7 +2,7 @@
 
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import make_context
-from mopsim.lowering.tapes.moe import Experts
+from mopsim.lowering.flat.kept import KeptExperts
 from mopsim.lowering.workload import Work, Workload
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
@@ -18,13 +18,13 @@ def expert_layer(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
     """
     context = make_context(model, strategy, training, domain)
     builder = Builder(context.groups, strategy.precision.compute)
-    part = Experts(context, builder)
+    part = KeptExperts(context, builder)
     builder.mark(0)
     builder.make("out", context.hidden)
     start = builder.add("start", "compute", "experts", "forward")
-    end = part.forward_kept(0, "forward", [start])
+    end = part.forward(0, "forward", [start])
     builder.make("dx", context.hidden)
-    end = part.backward_kept(0, [end])
+    end = part.backward(0, [end])
     builder.drop("dx", "out")
     builder.add(
         "end",

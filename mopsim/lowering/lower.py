@@ -10,7 +10,6 @@ from mopsim.lowering.modules import by_modules
 from mopsim.lowering.pinned import rounding
 from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.step import StageStep
-from mopsim.lowering.tapes.step import Step
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import EAGERS, Strategy
@@ -51,7 +50,7 @@ def lower(
     )
 
 
-def _kind(context: Context) -> type[Pairs | FsdpStep | Step] | None:
+def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
     """The executor's own schedules where they cover model and strategy; None: the staged lowering."""
     strategy, recompute = context.strategy, context.strategy.activations.recompute
     one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
@@ -72,7 +71,7 @@ def _kind(context: Context) -> type[Pairs | FsdpStep | Step] | None:
         return FsdpStep if own and _plain(context) and strategy.unfused in EAGERS else None
     if recompute != "full" or strategy.dense.zero != 3 or set(strategy.unfused) - {"modules"}:
         return None
-    return Pairs if _plain(context) and not context.runs_autograd else Step
+    return None if context.runs_autograd else Pairs
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:

@@ -1,13 +1,12 @@
 """Models by name, by YAML file or by a local Hugging Face config.json."""
 
-import difflib
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mopsim.common.errors import MopError
 from mopsim.common.io import convert, exists, parse_yaml, read_yaml
+from mopsim.common.nearest import unknown
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
@@ -48,10 +47,8 @@ def load_model(ref: str | Path) -> ModelSpec:
     path = Path(ref)
     if exists(path / "config.json"):
         path = path / "config.json"
-    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or exists(path)):
-        near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
-        hint = f"near: {', '.join(near)}" if near else f"presets: {', '.join(list_models())}"
-        raise MopError(f"model: {name!r} is neither a preset nor a file; {hint}")
+    if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
+        raise unknown("model", name, list_models(), "preset")
     data = read_yaml(path, "model")
     named = isinstance(data, dict) and ("architectures" in data or "model_type" in data)
     if isinstance(data, dict) and (named or path.name == "config.json"):

@@ -1,12 +1,11 @@
 """Hardware profiles by name or by YAML file."""
 
-import difflib
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from mopsim.common.errors import MopError
 from mopsim.common.io import convert, exists, load, parse_yaml
+from mopsim.common.nearest import unknown
 from mopsim.spec.hardware import HardwareProfile
 
 
@@ -37,8 +36,6 @@ def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
             parse_yaml(_texts()[name], f"profile {name}"), HardwareProfile, field, f"profile {name}"
         )
     path = Path(ref)
-    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or exists(path)):
-        near = difflib.get_close_matches(name, list_profiles(), n=3, cutoff=0.4)
-        hint = f"near: {', '.join(near)}" if near else f"profiles: {', '.join(list_profiles())}"
-        raise MopError(f"{field}: {name!r} is neither a profile nor a file; {hint}")
+    if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
+        raise unknown(field, name, list_profiles(), "profile")
     return load(path, HardwareProfile, field)

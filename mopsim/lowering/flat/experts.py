@@ -8,10 +8,11 @@ from mopsim.layers.tape import Kernel
 from mopsim.lowering.builder import Builder
 from mopsim.lowering.context import Context
 from mopsim.lowering.flat.ffn import FfnLowering
+from mopsim.lowering.flat.moved import MovedExperts
 from mopsim.lowering.flat.rows import Rows, slice_rows
 from mopsim.lowering.workload import Work
 
-_E, _R, _D, _S = "experts", "router", "dispatch", "shared_experts"
+_E, _R, _D = "experts", "router", "dispatch"
 
 
 class ExpertsLowering:
@@ -21,6 +22,8 @@ class ExpertsLowering:
         self.c, self.b, self.ffn, self.rows = context, builder, ffn, Rows(context, builder)
         model = context.model
         self.H, self.E, self.k = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
+        self.moved = MovedExperts(context, builder)
+        self.up = ("experts_gate", "experts_up") if model.ffn_matrices == 3 else ("experts_up",)
         self.inner = model.moe_intermediate_size // context.strategy.experts.tensor
         self.row = self.H * context.b
         degree = context.strategy.experts.degree
@@ -58,14 +61,16 @@ class ExpertsLowering:
     def forward(self, layer: int, *waits: int | None) -> None:
         """x1 becomes x2 in place. waits: the gather of the expert unit."""
         K = self.c.chunks
+        waits = (*waits, *self.moved.gather(layer, "forward", self.b.last))
         arrived = self._dispatch(0, layer, "forward")
         returning: tuple[int, int | None] | None = None
         for i in range(K):
-            self._shared(i, layer, backward=False)
+            self.ffn.shared(layer, self.c.chunk_tokens(i), backward=False)
             works = self._receive(i, "forward")
             here = arrived
             if i + 1 < K:
                 self._reorder(works, here, layer, "forward")
+                self.moved.read(layer, "forward", self.b.last)
                 arrived = self._dispatch(i + 1, layer, "forward")
             self._experts_forward(i, layer, works, here, *waits)
             if returning is not None:
@@ -73,18 +78,22 @@ class ExpertsLowering:
             returning = (i, self._return(i, layer, "forward"))
         assert returning is not None
         self._combine(*returning, layer)
+        self.moved.free()
 
     def backward(self, layer: int, *waits: int | None) -> None:
         """The gradient of x2 becomes that of x1, in place."""
         K = self.c.chunks
+        waits = (*waits, *self.moved.gather(layer, "backward", self.b.last))
+        self.moved.open()
         arrived = self._dispatch(0, layer, "backward")
         returning: tuple[int, int | None] | None = None
         for i in range(K):
-            self._shared(i, layer, backward=True)
+            self.ffn.shared(layer, self.c.chunk_tokens(i), backward=True)
             works = self._receive(i, "backward")
             here = arrived
             if i + 1 < K:
                 self._reorder(works, here, layer, "backward")
+                self.moved.read(layer, "backward", self.b.last)
                 arrived = self._dispatch(i + 1, layer, "backward")
             self._experts_backward(i, layer, works, here, *waits)
             if returning is not None:
@@ -92,6 +101,7 @@ class ExpertsLowering:
             returning = (i, self._return(i, layer, "backward"))
         assert returning is not None
         self._combine_backward(*returning, layer)
+        self.moved.send_home(layer, self.b.last)
         self.b.drop(f"choice{layer}")
 
     def _receive(self, i: int, phase: str) -> list[Work]:
@@ -224,10 +234,11 @@ class ExpertsLowering:
     ) -> None:
         c = self.c
         _, _, received, most = self._sizes(i)
-        self.b.spike(2 * most * self.inner * c.b)
-        works = [*works, *self._products(i, False, "experts_gate", "experts_up", "experts_down")]
+        self.b.spike(len(self.up) * most * self.inner * c.b)
+        works = [*works, *self._products(i, False, *self.up, "experts_down")]
         active = sum(1 for rows in c.routes(i) if rows)
-        works.append(self.rows.elementwise(received * self.inner, 7 * c.b, 3 * active))
+        passes = 7 if len(self.up) == 2 else 4
+        works.append(self.rows.elementwise(received * self.inner, passes * c.b, 3 * active))
         self.b.compute("experts", _E, "forward", layer, works, arrived, *waits)
 
     def _combine(self, i: int, arrived: int | None, layer: int) -> None:
@@ -255,9 +266,9 @@ class ExpertsLowering:
         b, c = self.b, self.c
         _, _, received, most = self._sizes(i)
         b.make("grad_weights", received * c.wide)
-        b.spike(6 * most * self.inner * c.b)
-        works = [*works, *self._products(i, False, "experts_gate", "experts_up")]
-        works += self._products(i, True, "experts_gate", "experts_up", "experts_down")
+        b.spike((4 if len(self.up) == 1 else 6) * most * self.inner * c.b)
+        works = [*works, *self._products(i, False, *self.up)]
+        works += self._products(i, True, *self.up, "experts_down")
         if c.strategy.precision.reduce != c.strategy.precision.compute:
             b.spike((4 * most + self.H) * self.inner * c.b)
         active = sum(1 for rows in c.routes(i) if rows)
@@ -286,11 +297,3 @@ class ExpertsLowering:
         b.drop("grad_hidden")
         b.compute("router", _R, "backward", layer, works)
         b.drop(f"grads_back.{i}", f"inverse.{i}", "home_weights")
-
-    def _shared(self, i: int, layer: int, *, backward: bool) -> None:
-        if not self.c.model.shared_expert_intermediate_size:
-            return
-        if backward:
-            self.ffn.backward(self.c.chunk_tokens(i), _S, layer)
-        else:
-            self.ffn.forward(self.c.chunk_tokens(i), _S, layer)

@@ -15,6 +15,8 @@ class FfnLowering:
 
     def __init__(self, context: Context, builder: Builder) -> None:
         self.c, self.b, self.rows = context, builder, Rows(context, builder)
+        self.gated = context.model.ffn_matrices == 3
+        self.up = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
         self._kernels: dict[tuple[int, str], dict[str, Kernel]] = {}
 
     def kernels(self, tokens: int, component: str) -> dict[str, Kernel]:
@@ -35,14 +37,16 @@ class FfnLowering:
             n = stop - start
             size = n * self.inner(component) * self.c.b
             works = [self.rows.norm(n, H, "hidden")]
-            b.make("gate", size)
+            if self.gated:
+                b.make("gate", size)
             b.make("up", size)
-            works += self._products(n, component, False, "gate_proj", "up_proj")
-            b.drop("up")
-            works.append(self.rows.elementwise(size, 5, 2))
+            works += self._products(n, component, False, *self.up)
+            if self.gated:
+                b.drop("up")
+            works.append(self._activation(size))
             works += self._products(n, component, False, "down_proj")
             works.append(self.rows.elementwise(n * H * self.c.b, 1, 0))
-            b.drop("gate", "hidden")
+            b.drop("gate" if self.gated else "up", "hidden")
             b.compute("ffn", component, "forward", layer, works, *waits)
 
     def backward(self, tokens: int, component: str, layer: int) -> None:
@@ -52,23 +56,34 @@ class FfnLowering:
             n = stop - start
             size = n * self.inner(component) * self.c.b
             works = [self.rows.norm(n, H, "hidden")]
-            for name in ("gate", "up", "silu", "inner"):
+            for name in ("gate", "up", "silu", "inner") if self.gated else ("up", "inner"):
                 b.make(name, size)
-            works += self._products(n, component, False, "gate_proj", "up_proj")
-            works.append(self.rows.elementwise(size, 5, 2))
+            works += self._products(n, component, False, *self.up)
+            works.append(self._activation(size))
             self._temporary(component)
             b.drop("inner")
             b.make("grad_inner", size)
             works += self._products(n, component, True, "down_proj")
-            works.append(self.rows.elementwise(size, 11, 4))
-            b.drop("gate", "up")
+            works.append(self.rows.elementwise(size, 11, 4) if self.gated else self._activation(size, 3))
+            b.drop(*("gate", "up") if self.gated else ("up",))
             self._temporary(component)
             b.make("grad_hidden", n * H * self.c.b)
-            works += self._products(n, component, True, "gate_proj", "up_proj")
-            b.drop("grad_inner", "silu", "hidden")
+            works += self._products(n, component, True, *self.up)
+            b.drop("grad_inner", *(("silu",) if self.gated else ()), "hidden")
             works.append(self.rows.norm_backward(n, H))
             b.drop("grad_hidden")
             b.compute("ffn", component, "backward", layer, works)
+
+    def shared(self, layer: int, tokens: int = 0, *, backward: bool) -> None:
+        """The shared experts of `tokens` rows (all: 0), where there are any."""
+        if not self.c.model.shared_expert_intermediate_size:
+            return
+        run = self.backward if backward else self.forward
+        run(tokens or self.c.tokens, "shared_experts", layer)
+
+    def _activation(self, size: int, passes: int = 2) -> Work:
+        """SiLU and a product, or GELU, over `size` bytes."""
+        return self.rows.elementwise(size, 5 if self.gated else passes, 2 if self.gated else 1)
 
     def _products(self, tokens: int, component: str, backward: bool, *names: str) -> list[Work]:
         kernels = self.kernels(tokens, component)

@@ -10,6 +10,7 @@ from mopsim.lowering.flat.experts import ExpertsLowering
 from mopsim.lowering.flat.ffn import FfnLowering
 from mopsim.lowering.flat.loss import LossLowering
 from mopsim.lowering.flat.rows import Rows, slice_rows
+from mopsim.lowering.flat.taped import NestedExperts, TapedAttention
 from mopsim.lowering.flat.units import FlatUnits
 from mopsim.lowering.flat.update import update
 from mopsim.lowering.resident import resident
@@ -71,7 +72,7 @@ class Pairs(Passes):
         c, b = self.context, self.recorder()
         b.adopt("x", c.hidden)
         b.rename("x", "input", "boundaries")
-        AttentionLowering(c, b).forward(layer, START)
+        self._attention(b).forward(layer, START)
         ffn = FfnLowering(c, b)
         if self.is_moe(layer):
             experts = ExpertsLowering(c, b, ffn)
@@ -84,7 +85,7 @@ class Pairs(Passes):
 
     def _layer_backward(self, layer: int) -> Template:
         c, b = self.context, self.recorder()
-        attention, ffn = AttentionLowering(c, b), FfnLowering(c, b)
+        attention, ffn = self._attention(b), FfnLowering(c, b)
         b.adopt("x", c.hidden, "boundaries")
         b.adopt("grad", c.hidden)
         attention.recompute(layer, START)
@@ -92,7 +93,11 @@ class Pairs(Passes):
         if self.is_moe(layer):
             experts = ExpertsLowering(c, b, ffn)
             b.adopt(f"choice{layer}", experts.choice)
-            experts.backward(layer, EXPERTS)
+            if c.strategy.experts.checkpoint == "nested":
+                ffn.shared(layer, backward=True)
+                NestedExperts(c, b).backward(layer, EXPERTS)
+            else:
+                experts.backward(layer, EXPERTS)
         else:
             ffn.backward(c.tokens, "dense_ffn", layer)
         b.drop("x1")
@@ -100,6 +105,10 @@ class Pairs(Passes):
         attention.backward(layer)
         b.drop("x")
         return b.template()
+
+    def _attention(self, b: Recorder) -> AttentionLowering | TapedAttention:
+        kind = AttentionLowering if self.context.model.attention == "gqa" else TapedAttention
+        return kind(self.context, b)
 
     def _loss_forward(self) -> Template:
         """Of all rows, forward and backward: the gradient of the normed output is made, x stays."""

@@ -28,16 +28,19 @@ class Update:
         units = context.units()
         self.numels = [unit.shard_numel for unit in units]
         self.total = sum(self.numels)
-        self.buckets = optimizer_buckets(self.numels, self.optimizer.bucket_params)
+        host = self.optimizer.state_tier == "host"
+        self.away = [int(numel * self.optimizer.host_fraction) if host else 0 for numel in self.numels]
+        self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]
+        self.buckets = optimizer_buckets(self.away, self.optimizer.bucket_params)
         self.sizes = [sum(stop - start for _, start, stop in bucket) for bucket in self.buckets]
 
     def lower(self) -> None:
         self._norm()
-        if self.optimizer.state_tier == "device":
+        if any(self.here):
             self._on_device()
-        elif self.optimizer.update_on == "host":
+        if any(self.away) and self.optimizer.update_on == "host":
             self._by_host()
-        else:
+        elif any(self.away):
             self._streamed()
 
     def _norm(self) -> None:
@@ -64,19 +67,17 @@ class Update:
         works = [Work("memory_bound", bytes=params * each, launches=(3 if self.own_master else 2) * pieces)]
         return [*works, Work("optimizer", params=params, launches=pieces)]
 
-    def _largest_piece(self) -> int:
-        return max(stop - start for bucket in self.buckets for _, start, stop in bucket)
-
     def _widened(self, piece: int) -> int:
         """Temporaries of tensors that are not in the update's dtype."""
         found = 0 if DTYPE_BYTES[self.master] == self.wide else self.wide
         return piece * (found + (0 if self.moment == self.wide else 2 * self.wide))
 
     def _on_device(self) -> None:
-        piece = self._largest_piece()
+        buckets = optimizer_buckets(self.here, self.optimizer.bucket_params)
+        piece = max(stop - start for bucket in buckets for _, start, stop in bucket)
         self.b.spike(piece * self.wide + self._widened(piece), "staging")
-        pieces = sum(len(bucket) for bucket in self.buckets)
-        self.b.compute("adamw", _O, _O, -1, self._adam(self.total, pieces))
+        pieces = sum(len(bucket) for bucket in buckets)
+        self.b.compute("adamw", _O, _O, -1, self._adam(sum(self.here), pieces))
 
     def _streamed(self) -> None:
         """H2D master and moments | update | D2H, through the slots."""

@@ -1,0 +1,56 @@
+"""An unknown name is answered with what it most likely means."""
+
+import pytest
+
+from mopsim.api.inputs import read_families
+from mopsim.common.errors import MopError
+from mopsim.common.nearest import nearest
+from mopsim.spec.presets import list_models, load_model
+from mopsim.spec.profiles import list_profiles, load_profile
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("B200", "b200-sxm-192g"), ("GB200", "gb200-186g"), ("h100", "h100-sxm-80g"),
+        ("a100-80gb", "a100-sxm-80g"),
+        ("NVIDIA H200", "h200-sxm-141g"), ("MI300", "mi300x-192g"),
+        ("rtx 4090", "rtx4090-24g"), ("l40", "l40s-48g"),
+    ],
+)  # fmt: skip
+def test_hardware(name: str, first: str) -> None:
+    assert nearest(name, list_profiles())[0] == first
+    with pytest.raises(MopError, match=f"hardware: '{name}' is neither a profile nor a file; near: {first}"):
+        load_profile(name)
+
+
+def test_a_word_in_common_says_more_than_letters() -> None:
+    assert nearest("B200", list_profiles()) == ["b200-sxm-192g"]
+    assert nearest("B300", list_profiles()) == ["b300-sxm-288g"]
+    assert nearest("zzz", list_profiles()) == []
+    assert nearest("", list_profiles()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("qwen3-30b", "qwen3_30b_a3b"), ("Qwen/Qwen3-30B-A3B", "qwen3_30b_a3b"),
+        ("DeepSeek-V3-Base", "deepseek_v3"),
+        ("Mixtral-8x7B-v0.1", "mixtral_8x7b"), ("Llama-3-8B", "llama3_8b"), ("gpt-oss", "gpt_oss_20b"),
+        ("mop120b", "mop_120b"), ("tinny", "tiny"),
+    ],
+)  # fmt: skip
+def test_models(name: str, first: str) -> None:
+    with pytest.raises(MopError, match=f"model: '{name}' is neither a preset nor a file; near: {first}"):
+        load_model(name)
+
+
+def test_what_is_near_nothing_lists_what_there_is() -> None:
+    with pytest.raises(MopError, match="known: deepseek_v2, ") as refused:
+        load_model("bert")
+    assert str(refused.value).count(", ") == len(list_models()) - 1
+
+
+def test_families() -> None:
+    with pytest.raises(MopError, match=r"family: 'fsdp' is not one of .*; near: fsdp2$"):
+        read_families("mop,fsdp", ())
