@@ -67,6 +67,16 @@ class HostThread:
         if event is not None:
             event.succeed()
 
+    def leap(self, first: int, after: int, times: int, period: float) -> float:
+        """Ops [first, after) are taken as repeated `times` times, each `period` seconds long for the device:
+        the thread gets further ahead, or behind. Returns the seconds by which it falls behind in all."""
+        place = self.stretch[after]
+        if self.stretch[first] != place:
+            return 0.0
+        behind = times * (self.first[after] - self.first[first] - period)
+        self.bases[place] += behind
+        return behind
+
 
 def _kernels(program: Program) -> tuple[list[float], list[float]]:
     """Kernels of each op, one graph where they are replayed; and what the host does besides, in kernels'

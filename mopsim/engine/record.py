@@ -1,7 +1,7 @@
 """What is kept of a run: busy and exposed seconds, time by component, spans when asked for."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mopsim.lowering.workload import Op
@@ -33,11 +33,17 @@ class Record:
     """One rank's run. Seconds of the compute stream are booked on components; its waits on what ran meanwhile
     and was waited for, so that no collective or copy is exposed longer than it is busy.
 
-    kinds: of an op of several kinds of work (its index), each kind's share of its seconds.
+    kinds: of an op of several kinds of work (its index), each kind's share of its seconds. starts, ends,
+    issued: seconds of every op (issued: 0 without a host thread).
+    behind: seconds by which the host falls behind in layers that are not played, by the op in their place.
     """
 
     def __init__(self, keep_spans: bool, kinds: Mapping[int, Mapping[str, float]] | None = None) -> None:
         self.kinds = kinds or {}
+        self.starts: Sequence[float] = ()
+        self.ends: Sequence[float] = ()
+        self.issued: list[float] = []
+        self.behind: dict[int, float] = {}
         self.tallies: dict[int, Tally] = defaultdict(Tally)
         self.spans: list[Span] | None = [] if keep_spans else None
         self.last: Op | None = None
@@ -47,10 +53,11 @@ class Record:
     def waited(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op`; `blame` says for what."""
         if seconds > 0.0:
-            self.tallies[op.microbatch].component[op.component] += seconds
+            self.tallies[op.microbatch].component[op.component] += op.times * seconds
 
     def blame(self, op: Op, seconds: float, kind: str = "") -> None:
-        """`op` (or what `kind` says) was what the compute stream stood still for."""
+        """`op` (or what `kind` says) was what the compute stream stood still for. seconds: of all
+        times that the op that waited stands for."""
         if seconds > 0.0:
             self._expose(op, seconds, kind)
 
@@ -58,17 +65,17 @@ class Record:
         """The compute stream stood still before `op` because the host had not issued it."""
         if seconds > 0.0:
             tally = self.tallies[op.microbatch]
-            tally.exposed["host"] += seconds
-            tally.component[op.component] += seconds
+            tally.exposed["host"] += op.times * seconds
+            tally.component[op.component] += op.times * seconds
 
     def held(self, op: Op, seconds: float) -> None:
         """Kernels inside `op`, whose time `ended` books, ran apart because the host issued them late."""
-        self.tallies[op.microbatch].exposed["host"] += seconds
+        self.tallies[op.microbatch].exposed["host"] += op.times * seconds
 
     def stolen(self, op: Op, seconds: float) -> None:
         """Compute lost `seconds` to a collective beside it."""
         if seconds > 0.0 and op.work:
-            self._expose(op, seconds)
+            self._expose(op, op.times * seconds)
 
     def _expose(self, op: Op, seconds: float, kind: str = "") -> None:
         exposed = self.tallies[op.microbatch].exposed
@@ -84,7 +91,7 @@ class Record:
         if compute:
             if tally.start < 0.0:
                 tally.start = ready
-            tally.component[op.component] += end - start
+            tally.component[op.component] += op.times * (end - start)
             self.compute_end = end
         if end >= self.end:
             self.end, self.last = end, op

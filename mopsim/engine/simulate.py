@@ -8,6 +8,7 @@ from mopsim.common.io import digest
 from mopsim.cost import seconds
 from mopsim.cost.compute import for_heads, matmul_curve
 from mopsim.engine import upper
+from mopsim.engine.gaps import added, steady
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
@@ -38,7 +39,7 @@ def simulate(
         strategy.world_size,
         f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}",
     )
-    workload = lower(model, strategy, training, hardware.scale_up_size)
+    workload = lower(model, strategy, training, hardware.scale_up_size, compose=not timeline)
     return run(workload, model, hardware, strategy, training, timeline=timeline)
 
 
@@ -62,6 +63,10 @@ def run(
     issue = hardware.host.issue.si if hardware.host.issue else 0.0
     share = hardware.communication_share
     end = play(workload.programs, durations, ledgers, records, share, issue)
+    if workload.whole and not all(
+        steady(program, record, end) for program, record in zip(workload.programs, records, strict=True)
+    ):
+        return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
 
@@ -72,8 +77,9 @@ def run(
     repeats = (workload.microbatches - expanded) // unit
     period = _period(record, expanded, unit) if repeats else 0.0
     between = hardware.step_overhead(strategy.runtime)
-    step_time = max(end + repeats * period + between, 1e-12)
     weights = {i: 1 + repeats * (expanded - 1 - unit <= i < expanded - 1) for i in record.tallies}
+    hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())
+    step_time = max(end + hidden + repeats * period + between, 1e-12)
     busy, counts, flops = _totals(program, prices, weights)
     framework = round((hardware.framework_memory_scale - 1.0) * ledger.peak)
     peak = ledger.peak + framework
@@ -110,7 +116,7 @@ def run(
         memory_by_category=categories,
         peak_by_stage=tuple(round(hardware.framework_memory_scale * one.peak) for one in ledgers),
         highest_by_category=dict(zip(SLOTS, ledger.high[:NUM_DEVICE_SLOTS], strict=False)),
-        peak_time=ledger.peak_time,
+        peak_time=_peak_time(workload.programs[fullest], records[fullest], ledger),
         peak_component=ledger.peak_op.component if ledger.peak_op else "other",
         peak_phase=ledger.peak_op.phase if ledger.peak_op else "optimizer",
         resident_memory=sum(ledger.resident[:NUM_DEVICE_SLOTS]),
@@ -148,6 +154,13 @@ def run(
     )
 
 
+def _peak_time(program: Program, record: Record, ledger: Ledger) -> float:
+    """Seconds from the start of the step (of the microbatches that are played) to the peak."""
+    if ledger.peak_op is None:
+        return ledger.peak_time
+    return ledger.peak_time + sum(added(program, record, ledger.peak_op.index).values())
+
+
 def _durations(
     program: Program, hardware: HardwareProfile, prices: dict[int, tuple[Work, float]]
 ) -> list[float]:
@@ -183,7 +196,7 @@ def _totals(
     """Busy seconds and ops by kind, and FLOP, of the step of one rank."""
     uses: dict[int, int] = {}
     for op in program.ops:
-        weight = weights.get(op.microbatch, 1)
+        weight = weights.get(op.microbatch, 1) * op.times
         for work in op.work:
             uses[id(work)] = uses.get(id(work), 0) + weight
     busy: dict[str, float] = {}

@@ -11,7 +11,7 @@ import simpy
 from mopsim.engine.host import HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
-from mopsim.lowering.workload import Op, Program
+from mopsim.lowering.workload import Op, Program, first_compute
 
 Process = Generator[simpy.Event, Any, None]
 COMMUNICATION = ("scale_up", "scale_out")
@@ -53,8 +53,11 @@ class Rank:
             record,
         )
         self.meetings, self.host = meetings, host
+        self.repeats = {repeat.gap: repeat for repeat in program.repeats}
+        record.issued = [0.0] * len(program.ops)
         self.done = [False] * len(program.ops)
         self.starts, self.ends = [0.0] * len(program.ops), [0.0] * len(program.ops)
+        record.starts, record.ends = self.starts, self.ends
         self.before = [-1] * len(program.ops)
         """The op that the same stream runs before each."""
         self.waiting: dict[int, simpy.Event] = {}
@@ -73,6 +76,7 @@ class Rank:
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
         """Issue the stream's ops one after the other."""
         env, done, record, ledger, host = self.env, self.done, self.record, self.ledger, self.host
+        program = self.program
         compute, talks = stream == "compute", stream in COMMUNICATION
         for op in ops:
             ready = env.now
@@ -82,12 +86,13 @@ class Rank:
                     yield self.wait_for(dep)
                     if compute and env.now > before:
                         record.waited(op, env.now - before)
-                        self.blame(dep, before, env.now)
+                        self.blame(dep, before, env.now, op.times)
             if host is not None:
                 before = env.now
                 if not host.knows(op.index):
                     yield host.resumed(op.index)
-                late = host.begins(op.index) - env.now
+                record.issued[op.index] = host.begins(op.index)
+                late = record.issued[op.index] - env.now
                 if late > 0.0:
                     yield env.timeout(late)
                 if compute:
@@ -97,8 +102,12 @@ class Rank:
                 yield self.meetings[op.rendezvous].arrive()
                 if compute:
                     record.waited(op, env.now - before)
-                    record.blame(op, env.now - before, "peers")
+                    record.blame(op, op.times * (env.now - before), "peers")
             start = self.starts[op.index] = env.now
+            if host is not None and op.index in self.repeats:
+                repeat = self.repeats[op.index]
+                first, after = (first_compute(program, place) for place in (repeat.first, op.index + 1))
+                record.behind[op.index] = host.leap(first, after, repeat.times, start - self.starts[first])
             ledger.start(op, start)
             duration = self.durations[op.index]
             if duration > 0.0:
@@ -139,22 +148,22 @@ class Rank:
         self._schedule()
         return self.finish
 
-    def blame(self, index: int, since: float, until: float) -> None:
+    def blame(self, index: int, since: float, until: float, times: int) -> None:
         """Book the compute stream's wait for op `index`, backwards in time: while that op ran, on it; before,
         on what it waited for itself. Where that was nothing of this rank: on its peers if they met,
-        else on the host."""
+        else on the host. times: see Op."""
         ops, record, ends = self.program.ops, self.record, self.ends
         while until > since:
             op = ops[index]
             start = max(self.starts[index], since)
             late = min(until, max(self.starts[index] + self.durations[index], start))
-            record.blame(op, until - late, "host")
-            record.blame(op, late - start)
+            record.blame(op, times * (until - late), "host")
+            record.blame(op, times * (late - start))
             until = start
             earlier = (*op.deps, self.before[index]) if self.before[index] >= 0 else op.deps
             index = max(earlier, key=ends.__getitem__, default=-1)
             over = max(ends[index], since) if index >= 0 else since
-            record.blame(op, until - over, "peers" if op.rendezvous else "host")
+            record.blame(op, times * (until - over), "peers" if op.rendezvous else "host")
             until = over
 
     def communicate(self, op: Op, *, begins: bool) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from mopsim.layers.tape import Kernel, Played, Step
-from mopsim.lowering.workload import Group, Op, Program, Work, collective_work, deltas
+from mopsim.lowering.workload import SLOTS, Group, Op, Program, Repeat, Work, collective_work, deltas
 from mopsim.spec.hardware import COLLECTIVES
 
 START, EXPERTS = -1, -2
@@ -66,6 +66,7 @@ class Builder:
         self.groups = groups
         self.dtype = dtype
         self.microbatch = 0
+        self.times = 1
         self.last = START
         self.experts: tuple[int, ...] = ()
         self.alive: dict[str, Step] = {}
@@ -127,6 +128,21 @@ class Builder:
         if self._pending:
             self.add("memory", "compute", component, phase, layer=layer)
 
+    def repeat(self, before: int, first: int, times: int) -> tuple[Repeat, list[Step]]:
+        """An op for `times` more repetitions of the ops from `first` on, and what it leaves of memory."""
+        left: dict[int, int] = {}
+        for op in self.ops[first:]:
+            for slot, size in op.net:
+                left[slot] = left.get(slot, 0) + size * times
+        steps = sorted(((SLOTS[slot], size) for slot, size in left.items() if size), key=lambda step: step[1])
+        self._pending, held = (
+            [],
+            self._pending,
+        )  # changes before the next layer's first op, as between any two
+        gap = self.add(f"{times} more", "compute", "other", self.ops[-1].phase, (), (), steps)
+        self._pending = held
+        return Repeat(before, first, gap, times), steps
+
     def so_far(self) -> tuple[int, ...]:
         """The compute issued so far."""
         return () if self.last == START else (self.last,)
@@ -152,7 +168,7 @@ class Builder:
         self.ops.append(
             Op(
                 index, name, stream, component, phase, layer, tuple(work), after, peak, net, rendezvous,
-                self.microbatch, awaited,
+                self.microbatch, awaited, self.times,
             )
         )  # fmt: skip
         if stream == "compute":
@@ -184,7 +200,7 @@ class Builder:
             ops.append(
                 Op(
                     index, piece.name, piece.stream, piece.component, piece.phase, layer, piece.work, after,
-                    peak, net, "", microbatch, piece.awaited,
+                    peak, net, "", microbatch, piece.awaited, self.times,
                 )
             )  # fmt: skip
         self._pending += template.before.get(len(places), ())

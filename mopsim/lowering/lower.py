@@ -1,6 +1,7 @@
 """model x strategy x training -> Workload."""
 
 from dataclasses import replace
+from functools import partial
 
 from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
@@ -20,10 +21,11 @@ EXPANDED = 3
 
 
 def lower(
-    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int = 8, *, expand: bool = False
-) -> Workload:
-    """The programs of one step. domain: devices of a scale-up domain. expand: lower every microbatch,
-    compose none.
+    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int = 8, *, expand: bool = False,
+    compose: bool = True,
+) -> Workload:  # fmt: skip
+    """The programs of one step. domain: devices of a scale-up domain. expand: every microbatch and layer is
+    played, none is composed; compose: layers are (mopsim.lowering.composed).
 
     Raises SpecError where model, strategy and training do not fit together.
     """
@@ -35,7 +37,10 @@ def lower(
     if kind is None or kind is Pairs:
         passes = Pairs(context) if kind else Passes(context)
         stages = range(strategy.pipeline.degree)
-        programs = tuple(StageStep(context, passes, stage).program(expanded) for stage in stages)
+        programs = tuple(
+            StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
+            for stage in stages
+        )
     else:
         programs = (kind(context).program(expanded),)  # type: ignore[union-attr]
     if "modules" in strategy.unfused:
@@ -45,9 +50,11 @@ def lower(
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
     exact = kind in (Pairs, FsdpStep)
+    whole = partial(lower, model, strategy, training, domain, expand=expand, compose=False)
     return Workload(
-        programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context)
-    )
+        programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
+        whole=whole if any(program.repeats for program in programs) else None,
+    )  # fmt: skip
 
 
 def _kind(context: Context) -> type[Pairs | FsdpStep] | None:

@@ -1,7 +1,7 @@
 """Workload: programs of ops, one program per rank class, each op with stream, work, dependencies and
 memory."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -93,7 +93,8 @@ class Op:
     deps: indices of ops of the same program that must have ended. peak: ledger changes at the op's own
     height, held while it runs; net: what remains when it ends. rendezvous: key shared with an op of another
     program; both start together. awaited: the host thread that issues the ops waits for its end before it
-    issues the next one (a copy of counts to the host, a synchronized receive).
+    issues the next one (a copy of counts to the host, a synchronized receive). times: how often the step does
+    this: once for itself, and once for each layer it stands for (mopsim.lowering.composed).
     """
 
     index: int
@@ -109,6 +110,18 @@ class Op:
     rendezvous: str = ""
     microbatch: int = 0
     awaited: bool = False
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A period of layers that stands for others: ops [before, first) are the period before it, [first,
+    gap) the period; `gap` is the op in whose place it would be repeated `times` times."""
+
+    before: int
+    first: int
+    gap: int
+    times: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +134,7 @@ class Program:
     multiplicity: int = 1
     resident: tuple[Step, ...] = ()
     graphs: tuple[str, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +143,8 @@ class Workload:
 
     unit: microbatches of one repetition; the rest repeats the `unit` before the last lowered one.
     exact: the schedule is mopexec's own, which allocates to the byte what is lowered. pinned: see
-    mopsim.lowering.pinned.rounding.
+    mopsim.lowering.pinned.rounding. whole: makes the same workload with every layer played, where this
+    one has repeats.
     """
 
     programs: tuple[Program, ...]
@@ -140,6 +155,14 @@ class Workload:
     unit: int = 1
     exact: bool = False
     pinned: dict[str, float] = field(default_factory=lambda: {"other": 1.0})
+    whole: "Callable[[], Workload] | None" = None
+
+
+def first_compute(program: Program, index: int) -> int:
+    """The first op on the compute stream from `index` on."""
+    while program.ops[index].stream != "compute":
+        index += 1
+    return index
 
 
 @lru_cache(maxsize=65536)

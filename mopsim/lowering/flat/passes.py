@@ -40,7 +40,7 @@ class Pairs(Passes):
         return FlatUnits(self.context, issue)
 
     def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> PairBoundaries:
-        return PairBoundaries(self.context, issue)
+        return PairBoundaries(self.context, issue, stage)
 
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
         update(self.context, issue)

@@ -44,17 +44,20 @@ class Boundaries:
             self.visits += [(kind, microbatch, layer) for layer in layers]
         self.places = {visit: place for place, visit in enumerate(self.visits)}
         self.pinned = 0
+        self._repeated: set[int] = set()
         self._free: dict[int, list[int]] = {}
         self._down: dict[Visit, int] = {}
         self._up: dict[Visit, int] = {}
         self._window: tuple[int, ...] = ()
         activations = context.strategy.activations
-        layers = [layer for chunk in stage.chunks for layer in chunk]
+        layers = [layer for chunk in stage.every for layer in chunk]
         self.away: frozenset[int] = frozenset()
         if activations.boundary_tier == "host":
-            room = activations.host_budget // self.size if activations.host_budget else len(self.visits)
+            room = (
+                activations.host_budget // self.size if activations.host_budget else len(layers) * len(slots)
+            )
             counts = (n for n in range(len(layers), 0, -1) if self._most(set(layers[:n])) <= room)
-            self.away = frozenset(layers[: next(counts, 0)])
+            self.away = frozenset(layers[: room if stage.degree == 1 else next(counts, 0)])
         self.whole = activations.layers_on_host > 0
         if self.whole:
             self.away = frozenset(layers[: activations.layers_on_host])
@@ -103,6 +106,13 @@ class Boundaries:
             f"boundary {layer} down", "d2h", "other", "forward", work, (*ready, *room), memory, layer=layer
         )
 
+    def repeat(self, layers: Sequence[int], times: int) -> None:
+        """Layers that are not played need buffers of the host, as many as these do `times` over; the first
+        microbatch makes them."""
+        new = [layer for layer in layers if layer in self.away and layer not in self._repeated]
+        self.pinned += times * sum(size for layer in new for _, size in self.contents(layer))
+        self._repeated.update(new)
+
     def moved(self, places: Mapping[int, int]) -> None:
         """Ops have new indices (see Issue.weave)."""
         for ops in (self._down, self._up):
@@ -138,8 +148,10 @@ class PairBoundaries:
 
     whole, pinned = False, 0
 
-    def __init__(self, context: Context, builder: Builder) -> None:
+    def __init__(self, context: Context, builder: Builder, stage: Stage) -> None:
         self.c, self.b = context, builder
+        layers = [layer for chunk in stage.chunks for layer in chunk]
+        self._below = dict(zip(layers[1:], layers, strict=False))
         self._up: dict[int, int] = {}
         self._stored: tuple[int, ...] = ()
 
@@ -163,6 +175,9 @@ class PairBoundaries:
         if layer < self.c.offloaded:
             self.b.hold((("boundaries", -self.c.hidden),))
 
+    def repeat(self, layers: Sequence[int], times: int) -> None:
+        """Buffers of all layers are resident."""
+
     def ahead(self, microbatch: int, layers: Sequence[int]) -> None:
         """Nothing comes up beside another microbatch's forward."""
 
@@ -171,7 +186,7 @@ class PairBoundaries:
 
     def beside(self, template: Template, layer: int) -> Hooks:
         """The next input comes up once the feed-forward half has gone backward."""
-        return {template.marks["experts"]: (lambda _: self._bring(layer - 1),)}
+        return {template.marks["experts"]: (lambda _: self._bring(self._below.get(layer, -1)),)}
 
     def _bring(self, layer: int) -> None:
         if not 0 <= layer < self.c.offloaded or layer in self._up:

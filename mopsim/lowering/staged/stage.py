@@ -1,10 +1,12 @@
 """What one pipeline stage holds: layers by model chunk, edges, units, and what is resident."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.layers.tape import Step
+from mopsim.lowering.composed import Gap, alike, composable, compose
 from mopsim.lowering.context import Context
 from mopsim.lowering.units import Unit
 from mopsim.spec.layout import stage_layers
@@ -12,10 +14,13 @@ from mopsim.spec.layout import stage_layers
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` of `degree`. Model chunk v of it is part v * degree + index of the network."""
+    """Stage `index` of `degree`. Model chunk v of it is part v * degree + index of the network.
+
+    alike: equal for layers that run alike; without it every layer is played."""
 
     context: Context
     index: int
+    alike: Callable[[int], Hashable] | None = None
 
     @property
     def degree(self) -> int:
@@ -26,7 +31,26 @@ class Stage:
         return self.context.strategy.pipeline.virtual_stages
 
     @cached_property
+    def played(self) -> tuple[list[list[int]], tuple[Gap, ...]]:
+        """Layers of each model chunk that are played, and the gaps between them."""
+        if self.alike is None or not composable(self.context):
+            return self.every, ()
+        (layers,) = self.every
+        kinds = [alike(self.context, layer, self.alike(layer)) for layer in layers]
+        shown, gaps = compose(layers, kinds, max(1, self.context.strategy.dense.prefetch))
+        return [shown], gaps
+
+    @property
     def chunks(self) -> list[list[int]]:
+        """Decoder layers of each model chunk that are played."""
+        return self.played[0]
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        return self.played[1]
+
+    @cached_property
+    def every(self) -> list[list[int]]:
         """Decoder layers of each model chunk."""
         layers, given = self.context.model.num_hidden_layers, self.context.strategy.pipeline.layers
         return stage_layers(layers, self.degree, self.virtual, self.index, given)
@@ -68,7 +92,7 @@ class Stage:
         edges, found = self.context.edges, []
         if self.is_first:
             found.append(edges["embedding"])
-        for layer in (*(layer for chunk in self.chunks for layer in chunk), *self.extra):
+        for layer in (*(layer for chunk in self.every for layer in chunk), *self.extra):
             found += self.context.layers[layer]
         if self.is_last:
             found.append(edges["final"])

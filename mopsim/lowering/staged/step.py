@@ -1,5 +1,6 @@
 """One step of one pipeline stage: slots of the schedule, then reduction, clip, optimizer and gathering."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from mopsim.lowering.builder import Hooks, stream_of
@@ -11,7 +12,7 @@ from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.units import Unit
-from mopsim.lowering.workload import Program, Work
+from mopsim.lowering.workload import Program, Repeat, Work
 
 Ops = tuple[int, ...]
 
@@ -22,9 +23,12 @@ class StageStep:
 
     boundaries: Boundaries | PairBoundaries
 
-    def __init__(self, context: Context, passes: Passes, index: int) -> None:
+    def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
         self.c, self.passes = context, passes
-        self.stage = Stage(context, index)
+        self.stage = Stage(context, index, passes.key if compose else None)
+        self.visits: list[int] = []
+        self.repeats: list[Repeat] = []
+        self.stands_for: Counter[str] = Counter()
         self.issue = Issue(context.groups)
         self.shards = passes.sharding(self.issue, self.stage)
         self.overlap = context.strategy.overlap
@@ -55,8 +59,9 @@ class StageStep:
         self.issue.microbatch = -1
         self._reduce_rest()
         self.passes.update(self.issue, self.stage, self.reductions)
-        if made := sum(self.shards.made.values()):
-            memory = (("grads", -made),)
+        freed = self.stands_for
+        freed.update({"grads": sum(self.shards.made.values())})
+        if memory := [(category, -size) for category, size in freed.items() if size]:
             self.issue.add("gradients freed", "compute", "optimizer", "optimizer", (), (), memory)
         self.issue.flush("optimizer", "optimizer")
         layers = [layer for chunk in self.stage.chunks for layer in chunk]
@@ -65,7 +70,8 @@ class StageStep:
             (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
         )
         resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
-        return Program(tuple(self.issue.ops), self.stage.index, self.c.strategy.stage_ranks, resident)
+        ops, ranks = tuple(self.issue.ops), self.c.strategy.stage_ranks
+        return Program(ops, self.stage.index, ranks, resident, repeats=tuple(self.repeats))
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
         phase, microbatch, chunk = slot
@@ -134,6 +140,7 @@ class StageStep:
         c, issue, part = self.c, self.issue, self.stage.part(chunk)
         ready = self._embed() if part == 0 else self._receive("forward", microbatch, part)
         for layer in self.stage.chunks[chunk]:
+            self._visit("forward", layer)
             waits = self.shards.before(layer, "forward", self.stage.chunks[chunk])
             updated = [op for unit in c.layers[layer] for op in self.gathered.pop(unit.name, ())]
             self.boundaries.before("forward", microbatch, layer, ready)
@@ -142,6 +149,7 @@ class StageStep:
             ready = issue.play(template, layer, (*ready, *waits, *updated), beside)
             self.boundaries.after(microbatch, layer, ready)
             self.shards.after(layer, "forward")
+            self._gap("forward", layer)
         if part < self.stage.parts - 1:
             self._send("forward", microbatch, part + 1, ready)
             return
@@ -178,7 +186,9 @@ class StageStep:
             ready = self._receive("backward", microbatch, part)
         order = list(reversed(self.stage.chunks[chunk]))
         for layer in order:
+            self._visit("backward", layer)
             ready = self._layer_backward(microbatch, layer, ready, order, final)
+            self._gap("backward", layer)
         if part > 0:
             self._send("backward", microbatch, part - 1, ready)
             return
@@ -187,6 +197,24 @@ class StageStep:
         self._reduced(ready, "embedding", final)
         self.shards.finish()
         issue.hold(self.passes.left)
+
+    def _visit(self, phase: str, layer: int) -> None:
+        """A layer begins; what it does may stand for others."""
+        self.visits.append(len(self.issue.ops))
+        self.issue.times = 1 + sum(gap.times for gap in self.stage.gaps if layer in gap.stands_for(phase))
+
+    def _gap(self, phase: str, layer: int) -> None:
+        """The layer is over; layers that are not played may come after it."""
+        self.issue.times = 1
+        for gap in self.stage.gaps:
+            if layer != gap.begins_after(phase):
+                continue
+            period = len(gap.lead)
+            repeat, left = self.issue.repeat(self.visits[-2 * period], self.visits[-period], gap.times)
+            self.repeats.append(repeat)
+            self.stands_for.update(dict(left))
+            if phase == "forward":
+                self.boundaries.repeat(gap.lead, gap.times)
 
     def _layer_backward(
         self, microbatch: int, layer: int, ready: Ops, order: Sequence[int], final: bool

@@ -1,0 +1,44 @@
+"""Time of layers that are not played (mopsim.lowering.composed), and whether they may be left out."""
+
+from mopsim.engine.record import Record
+from mopsim.lowering.workload import Program, Repeat, first_compute
+
+STEADY = 5e-4
+"""Part of a step by which the gaps may be wrong, as the periods before them tell."""
+
+
+def added(program: Program, record: Record, until: int | None = None) -> dict[int, float]:
+    """Seconds by microbatch that the gaps stand for; until: of those before that op."""
+    found: dict[int, float] = {}
+    for repeat in program.repeats:
+        if until is None or repeat.gap < until:
+            microbatch = program.ops[repeat.gap].microbatch
+            found[microbatch] = found.get(microbatch, 0.0) + repeat.times * _period(program, record, repeat)
+    return found
+
+
+def steady(program: Program, record: Record, step_time: float) -> bool:
+    """Whether the period before each gap did what the one before that did, an equal time later, on all
+    streams."""
+    return sum(_drift(program, record, repeat) for repeat in program.repeats) <= STEADY * step_time
+
+
+def _period(program: Program, record: Record, repeat: Repeat) -> float:
+    first, after = first_compute(program, repeat.first), first_compute(program, repeat.gap + 1)
+    return record.starts[after] - record.starts[first]
+
+
+def _drift(program: Program, record: Record, repeat: Repeat) -> float:
+    """Seconds by which the gap may be wrong: by as much as an op ends earlier or later in one period than in
+    the other, as often as it is repeated, and by as much as the host's lead is used up before the gap is
+    over; any number where the periods have other ops."""
+    size = repeat.gap - repeat.first
+    if repeat.first - repeat.before != size:
+        return float("inf")
+    first, period = first_compute(program, repeat.first), _period(program, record, repeat)
+    shift = record.starts[first] - record.starts[first_compute(program, repeat.before)]
+    most = abs(period - shift)
+    for index in range(repeat.first, repeat.gap):
+        most = max(most, abs(record.ends[index] - record.ends[index - size] - shift))
+    lead = min(record.starts[index] - record.issued[index] for index in range(repeat.first, repeat.gap))
+    return repeat.times * most + max(0.0, record.behind.get(repeat.gap, 0.0) - lead)

@@ -1,0 +1,85 @@
+"""Layers that are composed take the time, and to the byte the memory, of layers that are all played."""
+
+import random
+
+import pytest
+
+from mopsim.engine import SimResult, run
+from mopsim.lowering import lower
+from mopsim.lowering.composed import compose
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+
+MODELS = ("qwen3_30b_a3b", "gpt_oss_120b", "deepseek_v3", "llama3_8b", "mop_1t")
+
+
+def drawn(seed: int) -> tuple[str, Strategy, int]:
+    """A network, a strategy on 16 ranks and a sequence length."""
+    rng = random.Random(seed)
+    name, two = rng.choice(MODELS), rng.choice((1, 2))
+    experts = 1 if name == "llama3_8b" else rng.choice((1, 4, 8, 16))
+    seq_len = rng.choice((1024, 4096, 16384))
+    found = (
+        mop(
+            16, sequence=two, experts=experts, vocabulary=rng.choice((1, 8)),
+            chunk_tokens=rng.choice((1024, 8192)),
+            boundary_tier=rng.choice(("device", "host")), host_budget=rng.choice((0, 2**30)),
+            state=rng.choice(("device", "host_streamed", "host")),
+        ),
+        fsdp2(
+            16, experts=experts, recompute=rng.choice(("none", "full")), loss=rng.choice(("full", "chunked")),
+            offload=rng.random() < 0.3, tensor=two,
+        ),
+        megatron(
+            16, tensor=two, experts=max(1, experts // two),
+            recompute=rng.choice(("none", "selective", "full")),
+        ),
+        zero_offload(16, experts=experts),
+    )  # fmt: skip
+    return name, rng.choice(found), seq_len
+
+
+def both(name: str, strategy: Strategy, seq_len: int) -> tuple[SimResult, SimResult]:
+    model, hardware = load_model(name), load_profile("h200-sxm-141g")
+    training = TrainSpec(seq_len=seq_len, global_batch=64)
+    found = []
+    for play in (True, False):
+        workload = lower(model, strategy, training, hardware.scale_up_size, compose=play)
+        found.append(run(workload, model, hardware, strategy, training))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_composed_layers_are_those_that_are_played(seed: int) -> None:
+    short, whole = both(*drawn(seed))
+    assert short.step_time == pytest.approx(whole.step_time, rel=1e-3)
+    assert short.peak_memory == whole.peak_memory
+    assert short.memory_by_category == whole.memory_by_category
+    assert short.host_memory == whole.host_memory
+    assert short.host_by_category == whole.host_by_category
+    assert short.flops == pytest.approx(whole.flops, rel=1e-12)
+    assert short.num_ops == whole.num_ops
+    assert short.peak_time == pytest.approx(whole.peak_time, rel=1e-2, abs=1e-3 * whole.step_time)
+    for kind, seconds in whole.busy.items():
+        assert short.busy[kind] == pytest.approx(seconds, rel=1e-9), kind
+    for kind, seconds in whole.exposed.items():
+        assert short.exposed.get(kind, 0.0) == pytest.approx(seconds, abs=2e-3 * whole.step_time), kind
+
+
+def test_most_ops_of_sixty_layers_are_not_played() -> None:
+    short, whole = both("mop_1t", mop(16, experts=16, vocabulary=8), 4096)
+    assert short.num_events < whole.num_events / 3
+
+
+def test_patterns_with_a_period_are_found() -> None:
+    layers = list(range(40))
+    shown, gaps = compose(layers, ["dense"] * 2 + ["window", "full"] * 19, 1)
+    assert shown[:2] == [0, 1]
+    (gap,) = gaps
+    assert len(gap.lead) == len(gap.tail) == 2
+    assert len(shown) + 2 * gap.times == 40
+    assert set(shown) | set(gap.hidden) == set(layers)
+    assert compose(layers, layers, 1) == (layers, ())
