@@ -14,7 +14,9 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from mopsim.spec import hardware, model, plan, stack, strategy, training
+from mopsim.validate import columns
 
+HEAD = "<!-- Made by `make docs` from the structs and their docstrings: change those. -->"
 OUT = Path(__file__).parent / "reference"
 PAGES: dict[str, tuple[str, type[msgspec.Struct]]] = {
     "model": ("A network: `--model`, `mopsim/presets/*.yaml`.", model.ModelSpec),
@@ -111,20 +113,42 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+TABLES = {
+    "runs": ("Measured runs: `mopsim validate --runs FILE.csv`.", columns.RUNS),
+    "components": ("Measured components: `mopsim validate --components FILE.csv`.", columns.COMPONENTS),
+}
+"""What each page of a CSV is of."""
+CELLS = (
+    "An empty cell, or `unknown`, means that the source does not say. A run whose strategy is not fully "
+    "stated is refused by name."
+)
+
+
+def table(name: str) -> str:
+    """The page of a CSV's columns."""
+    what, known = TABLES[name]
+    rows = [
+        f"| `{column}` | {'yes' if one.needed else 'no'} | {_cell(one.meaning)} |"
+        for column, one in known.items()
+    ]
+    head = ["| column | in every header | meaning |", "|---|---|---|"]
+    return "\n\n".join([HEAD, f"# {name.capitalize()}", what, CELLS, "\n".join([*head, *rows])]) + "\n"
+
+
 def pages() -> dict[str, str]:
     """The text of each page, by file name."""
-    head = "<!-- Made by `make docs` from the structs and their docstrings: change those. -->"
     taken: dict[type[msgspec.Struct], str] = {kind: name for name, (_, kind) in PAGES.items()}
     made = {}
     for name, (what, kind) in PAGES.items():
         inner = [one for one in structs(kind) if one is kind or taken.get(one) is None]
-        text = "\n\n".join([head, f"# {name.capitalize()}", what, *map(section, inner)]) + "\n"
+        text = "\n\n".join([HEAD, f"# {name.capitalize()}", what, *map(section, inner)]) + "\n"
         for other, page in taken.items():
             if page != name:
                 text = text.replace(f"](#{other.__name__.lower()})", f"]({page}.md)")
         made[f"{name}.md"] = text
-    index = [f"| [{name}]({name}.md) | {what} |" for name, (what, _) in PAGES.items()]
-    lines = [head, "", "# Reference of the files", "", "| page | what it is of |", "|---|---|", *index]
+    made |= {f"{name}.md": table(name) for name in TABLES}
+    index = [f"| [{name}]({name}.md) | {what} |" for name, (what, _) in (PAGES | TABLES).items()]
+    lines = [HEAD, "", "# Reference of the files", "", "| page | what it is of |", "|---|---|", *index]
     return made | {"README.md": "\n".join(lines) + "\n"}
 
 

@@ -5,10 +5,8 @@ from pathlib import Path
 from mopsim.common.errors import MopError
 from mopsim.common.table import Row as Row
 from mopsim.common.table import read_table
+from mopsim.validate.columns import COMPONENTS, RUNS, needed
 
-#: Columns that a runs CSV must have; the others of the format may be left out and read as empty.
-RUN_COLUMNS = ("run_id", "source", "model", "gpu", "num_gpus", "precision", "seq_len", "micro_batch")
-COMPONENT_COLUMNS = ("component", "gpu", "params", "metric", "value")
 UNKNOWN = ("", "unknown")
 LARGEST = 1e18
 """No measurement and no size is larger, in any of the units of the tables."""
@@ -16,7 +14,7 @@ LARGEST = 1e18
 
 def read_runs(path: Path) -> list[Row]:
     """Rows of a runs CSV. Raises MopError where a run_id is empty or repeats."""
-    rows = _some(read_table(path, RUN_COLUMNS, "runs"), f"runs: {path}")
+    rows = _some(read_table(path, needed(RUNS), "runs"), f"runs: {path}")
     seen: set[str] = set()
     for row in rows:
         if not row["run_id"]:
@@ -29,7 +27,7 @@ def read_runs(path: Path) -> list[Row]:
 
 def read_components(path: Path) -> list[Row]:
     """Rows of a components CSV."""
-    return _some(read_table(path, COMPONENT_COLUMNS, "components"), f"components: {path}")
+    return _some(read_table(path, needed(COMPONENTS), "components"), f"components: {path}")
 
 
 def _some(rows: list[Row], where: str) -> list[Row]:

@@ -1,5 +1,6 @@
 """docs/reference is made from the structs, is current, and says something of every field."""
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -7,7 +8,10 @@ from types import ModuleType
 import msgspec
 import pytest
 
+from mopsim.validate import columns
+
 DOCS = Path(__file__).parents[2] / "docs"
+VALIDATE = Path(columns.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +41,14 @@ def test_every_field_has_a_meaning(generate: ModuleType) -> None:
         if not generate.meanings(kind)[1].get(field.name)
     }
     assert not silent
+
+
+def test_every_column_that_is_read_is_documented() -> None:
+    """`row["x"]`, `row.get("x")`, `number(row, "x")` and `count(row, "x")` of mopsim.validate."""
+    read = re.compile(r"""(?:row\[|row\.get\(|(?:number|count)\((?:\w+\.)*row, )"([a-z_]+)\"""")
+    names = {
+        name for path in VALIDATE.rglob("*.py") for name in read.findall(path.read_text(encoding="utf-8"))
+    }
+    computed = {"reason"}
+    assert "step_time_s" in names
+    assert not names - set(columns.RUNS) - set(columns.COMPONENTS) - computed

@@ -1,0 +1,70 @@
+"""The columns of the tables that `mopsim validate` reads, and what each means (docs/reference/runs.md)."""
+
+from typing import NamedTuple
+
+
+class Column(NamedTuple):
+    """needed: the header must have it. Others may be left out, and a cell may be empty or `unknown`."""
+
+    needed: bool
+    meaning: str
+
+
+_NEED, _MAY = True, False
+
+RUNS: dict[str, Column] = {
+    "run_id": Column(_NEED, "A name that no other row has."),
+    "source": Column(_NEED, "Where it was published, in short. Rows of one source are held out together."),
+    "model": Column(_NEED, "A row of the models table, or a preset."),
+    "num_layers": Column(_MAY, "Decoder layers of the run, where the network was cut; else the model's."),
+    "gpu": Column(_NEED, "A hardware profile."),
+    "num_gpus": Column(_NEED, "Devices in all."),
+    "gpus_per_node": Column(_MAY, "For readers: the profile says it."),
+    "precision": Column(_NEED, "Of the matrix products: bf16, fp16, fp8, mxfp8, nvfp4."),
+    "seq_len": Column(_NEED, "Tokens of a sequence."),
+    "micro_batch": Column(_NEED, "Sequences of a microbatch of one data-parallel rank."),
+    "global_batch": Column(
+        _MAY, "Sequences of an optimizer step; needed where a step time is to be predicted."
+    ),
+    "tp": Column(_MAY, "Tensor-parallel ranks; needed."),
+    "pp": Column(_MAY, "Pipeline-parallel ranks; needed."),
+    "vp": Column(_MAY, "Virtual stages of a pipeline rank; needed with a pipeline."),
+    "cp": Column(_MAY, "Context-parallel ranks; needed."),
+    "ep": Column(_MAY, "Expert-parallel ranks; needed with experts."),
+    "etp": Column(_MAY, "Expert-tensor-parallel ranks; needed with experts."),
+    "dp": Column(_MAY, "For readers: it follows from the other degrees."),
+    "sharding": Column(_MAY, "none, zero1, zero2 or zero3 over the data-parallel ranks; needed."),
+    "recompute": Column(_MAY, "none, full, selective, or modules joined by +; needed."),
+    "optimizer_offload": Column(_MAY, "Fraction of the optimizer's state on the host."),
+    "activation_offload": Column(_MAY, "none, boundaries (inputs of layers), or a fraction of the layers."),
+    "loss": Column(_MAY, "full, vocab_parallel, chunked or fused."),
+    "dispatcher": Column(_MAY, "alltoall, allgather, deepep, hybridep, or none."),
+    "overlap": Column(_MAY, "Communication beside compute, joined by +. A name that is absent is not off."),
+    "routing": Column(_MAY, "balanced, natural or dense; needed with experts."),
+    "tokens_per_s_per_gpu": Column(_MAY, "Measured: tokens/s of all GPUs over their number. For readers."),
+    "model_tflops_per_gpu": Column(_MAY, "Measured, by the source's own count of FLOP. For readers."),
+    "step_time_s": Column(_MAY, "Measured: seconds of an optimizer step."),
+    "peak_memory_gib": Column(_MAY, "Measured: the fullest device, as the program reads its memory."),
+    "fits": Column(_MAY, "yes or oom, for rows that are about capacity."),
+    "quality": Column(_MAY, "A, B or C: how fully the source states the run. C does not calibrate."),
+    "notes": Column(_MAY, "What has no column, in words."),
+    "source_ref": Column(_MAY, "Where in the source."),
+}
+
+COMPONENTS: dict[str, Column] = {
+    "component": Column(_NEED, "What was measured: expert_dispatch, gemm, attention_kernel, all_to_all, ..."),
+    "system": Column(_MAY, "Whose implementation."),
+    "gpu": Column(_NEED, "A hardware profile."),
+    "num_gpus": Column(_MAY, "Devices in all."),
+    "params": Column(_NEED, "Its sizes, as JSON."),
+    "metric": Column(_NEED, "latency_s, flops_per_s, peak_memory_gib, ..."),
+    "value": Column(_NEED, "Measured, SI units (GiB for memory)."),
+    "outcome": Column(_MAY, "ok or oom."),
+    "notes": Column(_MAY, "What has no column, in words."),
+    "source_ref": Column(_MAY, "Where in the source."),
+}
+
+
+def needed(columns: dict[str, Column]) -> tuple[str, ...]:
+    """The columns without which a table is refused."""
+    return tuple(name for name, column in columns.items() if column.needed)
