@@ -28,6 +28,7 @@ from mopsim.calibrate_fit import (
 )
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.spec import upgrade
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
 
@@ -146,7 +147,7 @@ def engine_simulate(plan: Plan, profile: HardwareProfile) -> Simulated:
     """One step of a plan on a profile, by the engine."""
     from mopsim.engine import simulate
 
-    return simulate(plan.model, profile, plan.hardware.num_nodes, plan.strategy, plan.training)
+    return simulate(plan.model, profile, plan.hardware.num_nodes, plan.strategy, plan.training, plan.stack)
 
 
 def calibrate(
@@ -294,7 +295,7 @@ def floor(bare: HardwareProfile, kind: str) -> float:
 def _step_point(run: _Run, simulated: Simulated) -> StepPoint:
     ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
     measured = run.measurement
-    noise, runtime = scatter(measured.step_times), run.plan.strategy.runtime
+    noise, runtime = scatter(measured.step_times), run.plan.stack.runtime or run.plan.stack.name
     return StepPoint(simulated.step_time, ops, measured.step_time_median, noise, runtime)
 
 
@@ -372,7 +373,7 @@ def load_measurement(ref: str | Path) -> Measurement:
     target = path / "measurement.yaml" if path.is_dir() else path
     if not target.exists():
         raise MopError(f"measurements: {str(ref)!r} has no measurement.yaml: the run has not finished")
-    return io.load(target, Measurement, "measurement")
+    return upgrade.load_measurement(target)
 
 
 def check_output(profile: str | Path, out: str | Path) -> None:

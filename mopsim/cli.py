@@ -32,6 +32,7 @@ def simulate(
     precision: o.Precision = "bfloat16",
     trace: o.Trace = None,
     plan: o.PlanOut = None,
+    stack: o.StackName = None,
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
@@ -39,7 +40,7 @@ def simulate(
     from mopsim.commands.simulate import run
 
     run(
-        o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed),
+        o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack),
         strategy,
         trace,
         plan,
@@ -73,6 +74,7 @@ def search(
     precision: o.Precision = "bfloat16",
     learning_rate: Annotated[float, typer.Option(help="of the plan's training")] = 3e-4,
     warmup_steps: Annotated[int, typer.Option(min=0, help="of the plan's training")] = 0,
+    stack: o.StackName = None,
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
@@ -80,8 +82,9 @@ def search(
     from mopsim.commands.search import run
 
     job = o.Job(
-        model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps
-    )
+        model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
+        stack,
+    )  # fmt: skip
     run(job, top, family, any_plan, risk, any_routing, budget, plan, json)
 
 
@@ -101,13 +104,14 @@ def compare(
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 60,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
+    stack: o.StackName = None,
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
     """Tables and figures of several strategies side by side."""
     from mopsim.commands.compare import run
 
-    job = o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed)
+    job = o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack)
     run(job, strategy, out, sweep, any_plan, budget, json)
 
 
@@ -158,6 +162,7 @@ def size(
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
+    stack: o.StackName = None,
     json: o.Json = None,
 ) -> None:
     """Which cluster and how many nodes: time, cost, energy, memory headroom."""
@@ -165,7 +170,7 @@ def size(
 
     order = Order(
         model, tokens, days, hardware, seq_len, global_batch_tokens, family, max_nodes, utilisation, pue,
-        max_cost, budget, runnable, routing, precision,
+        max_cost, budget, runnable, routing, precision, stack,
     )  # fmt: skip
     raise typer.Exit(run(order, plan, json))
 

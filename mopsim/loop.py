@@ -42,6 +42,7 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+from mopsim.spec.upgrade import load_plan
 from mopsim.strategies import fsdp2, mop
 
 MODEL = "tiny"
@@ -294,7 +295,7 @@ def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
 
 def _simulate(plan: Plan, hardware: HardwareProfile) -> SimResult:
     return simulate(
-        plan.model, hardware, plan.hardware.num_nodes, plan.strategy, plan.training, timeline=True
+        plan.model, hardware, plan.hardware.num_nodes, plan.strategy, plan.training, plan.stack, timeline=True
     )
 
 
@@ -316,7 +317,7 @@ def _train(loop: Loop, name: str, steps: int) -> Contender:
     folder = loop.work / name
     lines = [json.loads(line) for line in io.read_text(folder / "metrics.jsonl").splitlines() if line.strip()]
     losses = [float(line["loss"]) for line in lines]
-    plan = io.load(loop.work / f"{name}.yaml", Plan, "plan")
+    plan = load_plan(loop.work / f"{name}.yaml")
     return Contender(name, plan, load_measurement(folder), load_measurement(loop.work / even), losses)
 
 
@@ -331,7 +332,7 @@ def _run_plan(loop: Loop, name: str, out: str, *options: object) -> None:
 def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
     """A third strategy that no calibration has seen: the other degrees, other chunks, everything on the
     host."""
-    plan = io.load(loop.work / "mop.yaml", Plan, "plan")
+    plan = load_plan(loop.work / "mop.yaml")
     seen = plan.strategy
     other = mop(
         RANKS,

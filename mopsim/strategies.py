@@ -3,7 +3,6 @@
 from typing import Literal
 
 from mopsim.spec.strategy import (
-    EAGER,
     Activations,
     Attention,
     Dense,
@@ -21,6 +20,13 @@ from mopsim.spec.strategy import (
 )
 
 FAMILIES = ("mop", "fsdp2", "zero_offload", "megatron")
+STACKS = {
+    "mop": "mopexec-flat",
+    "fsdp2": "mopexec-fsdp2",
+    "zero_offload": "mopexec-flat",
+    "megatron": "megatron-core",
+}
+"""The software that a family's strategies are meant for, where no other is given."""
 
 State = Literal["device", "host_streamed", "host"]
 """Where the optimizer lives: on the device; on the host, streamed through the device; on the host,
@@ -88,7 +94,7 @@ def mop(
         name=name,
         world_size=world_size,
         micro_batch=micro_batch,
-        runtime="flat_units",
+        stack=STACKS["mop"],
         dense=Dense(shard=dense_shard or world_size, prefetch=prefetch, chunk_tokens=ffn_chunk_tokens),
         attention=Attention(sequence=sequence),
         experts=Experts(
@@ -137,7 +143,7 @@ def fsdp2(
         name=name,
         world_size=world_size,
         micro_batch=micro_batch,
-        runtime="fully_shard",
+        stack=STACKS["fsdp2"],
         dense=Dense(
             tensor=tensor,
             shard=dense_shard or max(1, world_size // tensor),
@@ -158,7 +164,6 @@ def fsdp2(
         precision=Precision(
             compute=precision, param=wide, reduce=wide, grad=wide, moments=wide, master="param"
         ),
-        unfused=EAGER,
     )
 
 
@@ -182,7 +187,7 @@ def zero_offload(
         name=name,
         world_size=world_size,
         micro_batch=micro_batch,
-        runtime="flat_units",
+        stack=STACKS["zero_offload"],
         dense=Dense(shard=dense_shard or world_size, prefetch=prefetch),
         attention=Attention(sequence=sequence),
         experts=Experts(degree=experts, shard=expert_shard or max(1, world_size // experts)),
@@ -221,7 +226,7 @@ def megatron(
         name=name,
         world_size=world_size,
         micro_batch=micro_batch,
-        runtime="flat_units",
+        stack=STACKS["megatron"],
         pipeline=Pipeline(
             degree=pipeline,
             virtual_stages=virtual_stages,
@@ -249,5 +254,4 @@ def megatron(
         precision=Precision(
             compute=precision, param=precision, reduce=wide, grad=wide, moments=wide, master=wide
         ),
-        unfused=("modules",),
     )

@@ -81,7 +81,7 @@ def dry_run(
     if not 0 <= rank < world_size:
         raise SpecError("rank", rank, f"must lie between 0 and {world_size - 1}")
     _check_length(plan)
-    fully_shard = plan.strategy.runtime == "fully_shard"
+    fully_shard = plan.stack.runtime == "fully_shard"
     device = torch.device("cpu" if fully_shard else "meta")
     tracker = MemoryTracker(device_limit, host_limit, refuse=quadratic_guard(plan), meta=not fully_shard)
     with fake_world(world_size, rank), _fake_cpu() if fully_shard else nullcontext():
@@ -97,12 +97,13 @@ def _check_length(plan: Plan) -> None:
     chunks = layout.num_chunks(
         training.tokens_per_rank(strategy), strategy.experts.chunk_tokens, strategy.experts.max_chunks
     )
+    runtime = plan.stack.runtime
     rounds, most = microbatches * layers * (_LAYER_ROUNDS + queries + experts * chunks), MOST_ROUNDS
-    if rounds > most[strategy.runtime]:
+    if runtime and rounds > most[runtime]:
         raise MopError(
             f"plan: {microbatches:,} microbatches x {layers:,} layers x ({queries:,} query heads of a KV head"
             f" + {experts:,} experts of a rank x {chunks:,} chunks) are too many to play in a dry run of "
-            f"{strategy.runtime}: {rounds:,} rounds, at most {most[strategy.runtime]:,}"
+            f"{runtime}: {rounds:,} rounds, at most {most[runtime]:,}"
         )
 
 

@@ -41,7 +41,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
         memory_limit=1 << 40,
         host_limit=1 << 40,
     )
-    return Plan(model=model, hardware=hardware, strategy=strategy, training=training)
+    return Plan(model=model, hardware=hardware, strategy=strategy, training=training, stack=plan.stack)
 
 
 def _routing(plan: Plan) -> str:
@@ -59,7 +59,7 @@ def mechanisms(plan: Plan) -> list[str]:
     """What of the plan is at work, for people."""
     s, t = plan.strategy, plan.training
     found = {
-        f"runtime {s.runtime}": True,
+        f"runtime {plan.stack.runtime or 'none'}": True,
         f"dense state sharded over {s.dense.shard}": s.dense.shard > 1,
         f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,
         f"Ulysses over {s.attention.sequence}": s.attention.sequence > 1,

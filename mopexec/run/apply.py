@@ -30,7 +30,7 @@ RoutingChoice = Literal["learned", "profile"]
 def build(plan: Plan, platform: Platform, *, routing: RoutingChoice = "learned", seed: int = 0) -> Runner:
     """This rank's Runner, made from `seed`; torch.distributed must be initialised. Raises SpecError."""
     check_supported(plan)
-    if plan.strategy.runtime == "fully_shard":
+    if plan.stack.runtime == "fully_shard":
         from mopexec.modules.fully_shard import build as build_fully_shard
 
         return build_fully_shard(plan, platform, routing=routing, seed=seed)

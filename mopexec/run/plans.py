@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from mopexec.run import lock, supported
-from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import format_bytes
 from mopsim.spec.plan import Plan
+from mopsim.spec.upgrade import load_plan
 
 
 def read_plan(path: Path) -> Plan:
     """The plan in a YAML file. Raises MopError or SpecError naming the field, its value and the rule."""
-    return io.load(path, Plan, "plan")
+    return load_plan(path)
 
 
 def check_supported(plan: Plan) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from mopsim.api.inputs import (
     AnyHardware,
     AnyModel,
+    AnyStack,
     AnyStrategy,
     Count,
     Inputs,
@@ -117,6 +118,7 @@ def compare(
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
     seed: int = 0,
+    stack: AnyStack | None = None,
 ) -> Comparison:
     """Simulate several strategies side by side.
 
@@ -127,7 +129,7 @@ def compare(
     """
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
-        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
+        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
     )  # fmt: skip
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     if not named:

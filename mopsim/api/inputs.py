@@ -17,12 +17,15 @@ from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.counts import counts
 from mopsim.search import Options, search
+from mopsim.spec import upgrade
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
@@ -31,6 +34,8 @@ AnyModel = str | Path | ModelSpec
 """A preset's name, a YAML file, a Hugging Face config.json, or the spec."""
 AnyHardware = str | Path | HardwareProfile
 """A profile's name, a YAML file, or the spec."""
+AnyStack = str | Path | Stack
+"""A stack's name, a YAML file, or the spec."""
 AnyStrategy = str | Path | Strategy | Plan | StrategyTemplate
 """A family's name (its degrees are searched), a strategy or plan file, the spec, or what mopsim.mop, fsdp2,
 zero_offload and megatron return (their world_size is that of the nodes)."""
@@ -40,13 +45,14 @@ Count = int | str
 
 @dataclass(frozen=True)
 class Inputs:
-    """The specs of a job."""
+    """The specs of a job. stack: the software of all strategies, where it is not each one's own."""
 
     model: ModelSpec
     hardware: HardwareProfile
     nodes: int
     training: TrainSpec
     precision: MatmulDType
+    stack: Stack | None = None
 
     @property
     def world_size(self) -> int:
@@ -77,6 +83,7 @@ def read_inputs(
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
     seed: int = 0,
+    stack: AnyStack | None = None,
 ) -> Inputs:
     """Load what a job names. Raises MopError."""
     if type(nodes) is not int or not 1 <= nodes <= 2**16:
@@ -90,7 +97,7 @@ def read_inputs(
     training.check_model(network)
     machine = read_hardware(hardware)
     matmul_curve(machine, precision, field="precision")
-    return Inputs(network, machine, nodes, training, precision)
+    return Inputs(network, machine, nodes, training, precision, read_stack(stack))
 
 
 def count(value: Count, field: str) -> int:
@@ -108,6 +115,11 @@ def read_model(model: AnyModel) -> ModelSpec:
 def read_hardware(hardware: AnyHardware) -> HardwareProfile:
     """The profile that is named, or given. Raises MopError."""
     return hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
+
+
+def read_stack(stack: AnyStack | None) -> Stack | None:
+    """The stack that is named, or given. Raises MopError."""
+    return load_stack(stack) if isinstance(stack, str | Path) else stack
 
 
 def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
@@ -132,15 +144,15 @@ def read_families(given: str | Sequence[str] | None, default: Sequence[str]) -> 
     return names
 
 
-def read_strategy(ref: str | Path) -> Strategy | Plan:
-    """A strategy from its YAML file, or a plan, whose strategy it is."""
+def read_strategy(ref: str | Path) -> tuple[Strategy, Stack] | Plan:
+    """A strategy from its YAML file, with its stack, or a plan, whose strategy it is."""
     path = Path(ref)
     if path.suffix not in (".yaml", ".yml", ".json") and not io.exists(path):
         raise unknown("strategy", str(ref), FAMILIES, "family")
     data = io.read_yaml(path, "strategy")
     if isinstance(data, dict) and "strategy" in data and "model" in data:
-        return io.convert(data, Plan, "plan", str(path))
-    return io.convert(data, Strategy, "strategy", str(path))
+        return upgrade.read_plan(data, str(path))
+    return upgrade.read_strategy(data, str(path))
 
 
 def is_family(given: AnyStrategy) -> bool:
@@ -171,29 +183,33 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
     return found
 
 
-def strategy_of(given: AnyStrategy, inputs: Inputs) -> Strategy:
-    """The strategy that is named or given, for this model and number of ranks; not a family's name.
+def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
+    """The strategy that is named or given, for this model and number of ranks, and its stack; not a family's
+    name.
 
     Raises MopError where it is of a plan for another model.
     """
     read = read_strategy(given) if isinstance(given, str | Path) else given
     if isinstance(read, StrategyTemplate):
-        return read.on(inputs.world_size)
+        read = read.on(inputs.world_size)
     if isinstance(read, Strategy):
+        return read, inputs.stack or load_stack(read.stack, "strategy.stack")
+    if isinstance(read, tuple):
         return read
     if read.model != inputs.model:
         made, here = (f"{one.name} (digest {io.digest(one)})" for one in (read.model, inputs.model))
         what = given if isinstance(given, str | Path) else "it"
         raise MopError(f"strategy: {what} is a plan for the model {made}, model is {here}")
-    return read.strategy
+    return read.strategy, read.stack
 
 
 def resolve(given: AnyStrategy, inputs: Inputs, *, any_plan: bool = True, budget: int = 100) -> SimResult:
     """The simulated result of a strategy, or of the best (else the closest) strategy of a family."""
     if not (isinstance(given, str) and given in FAMILIES):
-        strategy = strategy_of(given, inputs)
-        return simulate(inputs.model, inputs.hardware, inputs.nodes, strategy, inputs.training)
-    options = Options((given,), top=1, budget=budget, any_plan=any_plan, precision=inputs.precision)
+        strategy, own = strategy_of(given, inputs)
+        stack = inputs.stack or own
+        return simulate(inputs.model, inputs.hardware, inputs.nodes, strategy, inputs.training, stack)
+    options = Options((given,), 1, budget, any_plan=any_plan, precision=inputs.precision, stack=inputs.stack)
     found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
     result = found.best or found.closest
     if result is None:
@@ -216,6 +232,7 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
         ),
         strategy=result.strategy,
         training=inputs.training,
+        stack=result.stack,
         prediction=Prediction(
             step_time=result.step_time,
             tokens_per_second=result.tokens_per_second,

@@ -185,8 +185,8 @@ class Simulation(Result):
 
     def timeline(self) -> SimResult:
         """The same step with its spans and memory curve."""
-        i = self.inputs
-        return simulate(i.model, i.hardware, i.nodes, self.result.strategy, i.training, timeline=True)
+        i, one = self.inputs, self.result
+        return simulate(i.model, i.hardware, i.nodes, one.strategy, i.training, one.stack, timeline=True)
 
 
 class Ranking(Result):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from mopsim.api.inputs import (
     AnyHardware,
     AnyModel,
+    AnyStack,
     AnyStrategy,
     Count,
     notes,
@@ -33,6 +34,7 @@ def simulate(
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
     seed: int = 0,
+    stack: AnyStack | None = None,
 ) -> Simulation:
     """Simulate one optimizer step: its time, its memory, and what waits for what.
 
@@ -41,14 +43,15 @@ def simulate(
     (32768 or "32K"). global_batch: sequences of one step. strategy: mopsim.mop(...) and its like, a Strategy,
     a strategy or plan file, or a family's name, whose best strategy is searched. routing: how tokens choose
     experts (mopsim.spec.routing). precision: of the matrix products where a family is searched.
-    learning_rate, warmup_steps, seed: for the plan that comes of it.
+    learning_rate, warmup_steps, seed: for the plan that comes of it. stack: the software that runs it: a
+    name, a YAML file or a Stack; default: that which the strategy is meant for.
 
     A strategy that does not fit is a result (`fits` is False). Raises MopError, one line with field, value
     and rule, for what cannot be: an unknown name, a degree that does not divide, a batch that does not split.
     """
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
-        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
+        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
     )  # fmt: skip
     return Simulation(inputs, resolve(strategy, inputs), notes([strategy], inputs))
 
@@ -71,6 +74,7 @@ def search(
     learning_rate: float = 3e-4,
     warmup_steps: int = 0,
     seed: int = 0,
+    stack: AnyStack | None = None,
     progress: Callable[[int, SimResult | None], None] | None = None,
 ) -> Ranking:
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
@@ -84,9 +88,9 @@ def search(
     """
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
-        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
+        precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
     )  # fmt: skip
     chosen = read_families(families, DEFAULT_FAMILIES if runnable else FAMILIES)
-    options = Options(chosen, top, budget, not runnable, at_risk, any_routing, precision)
+    options = Options(chosen, top, budget, not runnable, at_risk, any_routing, precision, stack=inputs.stack)
     found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
     return Ranking(inputs, found, chosen)

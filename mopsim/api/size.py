@@ -9,6 +9,7 @@ import mopsim
 from mopsim.api.inputs import (
     AnyHardware,
     AnyModel,
+    AnyStack,
     Count,
     Inputs,
     count,
@@ -16,6 +17,7 @@ from mopsim.api.inputs import (
     read_hardware,
     read_model,
     read_routing,
+    read_stack,
 )
 from mopsim.api.results import Result, Simulation
 from mopsim.common import io
@@ -60,7 +62,9 @@ class Clusters(Result):
         if chosen is None or chosen.result is None:
             return None
         nodes, training = chosen.num_nodes, chosen.training
-        inputs = Inputs(self.request.model, chosen.hardware, nodes, training, self.request.precision)
+        inputs = Inputs(
+            self.request.model, chosen.hardware, nodes, training, self.request.precision, self.request.stack
+        )
         return Simulation(inputs, chosen.result)
 
     def headline(self) -> str:
@@ -107,6 +111,7 @@ class Clusters(Result):
             "global_batch_tokens": request.batch_tokens,
             "assumptions": {"utilisation": request.assumptions.utilisation, "pue": request.assumptions.pue},
             "families": list(request.families),
+            "stack": request.stack.name if request.stack else None,
             "budget": request.budget,
             "hardware": [_sizing_json(sizing) for sizing in sizings],
             "recommended": _point_json(cheapest) if cheapest else None,
@@ -133,6 +138,7 @@ def size(
     routing: str | Sequence[float] = "balanced",
     precision: MatmulDType = "bfloat16",
     jobs: int = 1,
+    stack: AnyStack | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Clusters:
     """The smallest cluster of each machine type that trains `tokens` in `days`, and what it costs.
@@ -162,6 +168,7 @@ def size(
         assumptions=Assumptions(utilisation, pue),
         precision=precision,
         routing=routed,
+        stack=read_stack(stack),
     )
     machines = list({machine.name: machine for machine in map(read_hardware, given)}.values())
     for machine in machines:

@@ -10,13 +10,13 @@ from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.export import TARGETS, export
 from mopsim.export.left import left
-from mopsim.spec.plan import Plan
+from mopsim.spec.upgrade import load_plan
 
 
 def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
     """Read the plan, write the configuration, say what it leaves out."""
     check_outputs({"--out": out, "--json": json}, stdout=("--out", "--json"), inputs={"--plan": plan})
-    given = io.load(Path(plan), Plan, "plan")
+    given = load_plan(plan)
     text, gaps = export(given, to, lossy=lossy)
     rest = left(given, gaps)
     console = human("-" if "-" in (out, json) else None)

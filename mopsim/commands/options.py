@@ -29,6 +29,10 @@ Precision = Annotated[
 Seed = Annotated[
     int, typer.Option(min=0, help="recorded in the plan; the simulation draws no random numbers")
 ]
+StackName = Annotated[
+    str | None,
+    typer.Option("--stack", help="software: a stack's name or YAML file (default: each strategy's own)"),
+]
 Json = Annotated[str | None, typer.Option(help="write the result as JSON here (- for standard output)")]
 PlanOut = Annotated[str | None, typer.Option(help="write the plan (YAML) here, ready for mopexec train")]
 Trace = Annotated[str | None, typer.Option(help="write a Chrome/Perfetto trace (JSON) here")]
@@ -49,6 +53,7 @@ class Job:
     seed: int = 0
     learning_rate: float = 3e-4
     warmup_steps: int = 0
+    stack: str | None = None
 
     def keywords(self) -> dict[str, Any]:
         """The job as the keywords of mopsim.simulate and mopsim.search. Raises MopError naming the option."""

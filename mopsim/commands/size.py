@@ -36,6 +36,7 @@ class Order:
     runnable: bool
     routing: str
     precision: MatmulDType
+    stack: str | None
 
     def keywords(self) -> dict[str, Any]:
         """The order as the keywords of mopsim.size. Raises MopError naming the option."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from mopsim.common.io import to_plain
 from mopsim.engine.record import Span
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -54,6 +55,7 @@ class SimResult:
     flops: float
     strategy: Strategy
     training: TrainSpec
+    stack: Stack
     provenance: dict[str, str]
     num_events: int = 0
     span_stage: int = 0
@@ -117,5 +119,6 @@ class SimResult:
             "time_by_component_s": self.time_by_component,
             "strategy": to_plain(self.strategy),
             "training": to_plain(self.training),
+            "stack": self.stack.name,
             "provenance": self.provenance,
         }

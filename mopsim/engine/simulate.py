@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 import mopsim
 from mopsim.common.errors import require
 from mopsim.common.io import digest
@@ -17,6 +19,8 @@ from mopsim.lowering import lower
 from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
 from mopsim.spec.hardware import HardwareProfile, MatmulCurve
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -27,11 +31,15 @@ def simulate(
     num_nodes: int,
     strategy: Strategy,
     training: TrainSpec,
+    stack: Stack | None = None,
     *,
     timeline: bool = False,
 ) -> SimResult:
-    """Simulate one optimizer step. Raises SpecError where the four inputs do not fit together; never for
-    lack of memory."""
+    """Simulate one optimizer step. stack: that which the strategy names, where none is given. Raises
+    SpecError where the inputs do not fit together; never for lack of memory."""
+    stack = stack or load_stack(strategy.stack, "strategy.stack")
+    if strategy.stack != stack.name:
+        strategy = replace(strategy, stack=stack.name)
     ranks = num_nodes * hardware.devices_per_node
     require(
         strategy.world_size <= ranks,
@@ -39,7 +47,7 @@ def simulate(
         strategy.world_size,
         f"is more than the {ranks} devices of {num_nodes} node(s) of {hardware.name}",
     )
-    workload = lower(model, strategy, training, hardware.scale_up_size, compose=not timeline)
+    workload = lower(model, strategy, training, hardware.scale_up_size, stack, compose=not timeline)
     return run(workload, model, hardware, strategy, training, timeline=timeline)
 
 
@@ -53,6 +61,7 @@ def run(
     timeline: bool = False,
 ) -> SimResult:
     """Play a lowered workload on a profile."""
+    stack = workload.stack
     curve = _curve(hardware, strategy)
     priced = for_heads(hardware, model.head_dim)
     prices: dict[int, tuple[Work, float]] = {}
@@ -76,7 +85,7 @@ def run(
     expanded, unit = workload.expanded, workload.unit
     repeats = (workload.microbatches - expanded) // unit
     period = _period(record, expanded, unit) if repeats else 0.0
-    between = hardware.step_overhead(strategy.runtime)
+    between = hardware.step_overhead(stack.runtime or stack.name)
     weights = {i: 1 + repeats * (expanded - 1 - unit <= i < expanded - 1) for i in record.tallies}
     hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())
     step_time = max(end + hidden + repeats * period + between, 1e-12)
@@ -123,7 +132,7 @@ def run(
         host_memory=host,
         host_limit=host_limit,
         host_by_category=on_host,
-        above_peak=_above_peak(workload, strategy, hardware, ledger, peak, prices),
+        above_peak=_above_peak(workload, hardware, ledger, peak, prices),
         above_host={} if hardware.device_kind == "cpu" else upper.host(on_host, workload.pinned),
         guarantee_memory=workload.guarantee,
         exposed=_sum(record, "exposed", weights),
@@ -133,11 +142,14 @@ def run(
         flops=flops,
         strategy=strategy,
         training=training,
+        stack=stack,
         provenance={
             "profile": hardware.name,
             "profile_digest": digest(hardware),
             "model": model.name,
             "model_digest": digest(model),
+            "stack": stack.name,
+            "stack_digest": digest(stack),
             "version": mopsim.__version__,
         },
         num_events=sum(len(one.ops) for one in workload.programs),
@@ -225,7 +237,6 @@ def _sum(record: Record, field: str, weights: dict[int, int]) -> dict[str, float
 
 def _above_peak(
     workload: Workload,
-    strategy: Strategy,
     hardware: HardwareProfile,
     fullest: Ledger,
     peak: int,
@@ -236,7 +247,7 @@ def _above_peak(
     if hardware.device_kind == "cpu":
         return {}
     now = dict(zip(SLOTS, fullest.at_peak, strict=True))
-    pools = upper.idle_blocks(strategy.runtime, now, dict(zip(SLOTS, fullest.high, strict=True)))
+    pools = upper.idle_blocks(workload.stack.sharding.fsdp, now, dict(zip(SLOTS, fullest.high, strict=True)))
     wires = upper.communication(work for work, _ in prices.values())
     return upper.device(peak, pools, wires, 0.0 if workload.exact else upper.PROGRAM)
 

@@ -46,10 +46,10 @@ def device(peak: int, pools: int, wires: int, program: float) -> dict[str, int]:
     return {name: size for name, size in causes.items() if size}
 
 
-def idle_blocks(runtime: str, at_peak: Mapping[str, int], highest: Mapping[str, int]) -> int:
+def idle_blocks(fsdp: bool, at_peak: Mapping[str, int], highest: Mapping[str, int]) -> int:
     """Bytes that are cached at the peak and serve nobody: torch's caching allocator has a pool for each
-    stream, and FSDP2 gathers parameters and reduces gradients on streams of their own."""
-    if runtime != "fully_shard":
+    stream, and FSDP gathers parameters and reduces gradients on streams of their own."""
+    if not fsdp:
         return 0
     return sum(highest[name] - at_peak.get(name, 0) for name in ("gathered", "grads"))
 

@@ -47,7 +47,7 @@ def left(plan: Plan, gaps: Sequence[SpecError]) -> Left | None:
         if digest(hardware) != plan.hardware.digest:
             return Left(why=f"hardware profile {plan.hardware.name} is not the one that it was planned on")
         strategy = _without(plan.strategy, fields)
-        result = simulate(plan.model, hardware, plan.hardware.num_nodes, strategy, plan.training)
+        result = simulate(plan.model, hardware, plan.hardware.num_nodes, strategy, plan.training, plan.stack)
     except MopError as error:
         return Left(why=str(error))
     over = f", {result.over} is {format_bytes(result.over_bytes)} over" if result.over else ""

@@ -103,7 +103,7 @@ def _model(plan: Plan) -> dict[str, Any]:
             "expert_tensor_parallel_size": s.experts.tensor,
         }
         if s.experts.dispatch == "deduplicated":
-            backend = "hybridep" if s.experts.mapped else "deepep"
+            backend = "hybridep" if plan.stack.kernels.dispatch_map else "deepep"
             found |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
         else:
             found["moe_token_dispatcher_type"] = "alltoall"
@@ -117,7 +117,7 @@ def _model(plan: Plan) -> dict[str, Any]:
         found |= {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]}
     if s.pipeline.degree > 1:
         found["overlap_p2p_comm"] = s.overlap.pipeline
-    found["cross_entropy_loss_fusion"] = s.vocabulary.fused
+    found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss != "composed"
     return found
 
 

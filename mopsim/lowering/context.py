@@ -13,6 +13,8 @@ from mopsim.spec.layout import num_chunks, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.placement import Placement, at_home, least_loaded
 from mopsim.spec.routing import RoutingProfile, routing_counts
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -24,6 +26,7 @@ class Context:
     model: ModelSpec
     strategy: Strategy
     training: TrainSpec
+    stack: Stack
     groups: dict[str, Group]
     shapes: Shapes
     layers: dict[int, list[Unit]]
@@ -50,12 +53,22 @@ class Context:
     def shards_params(self) -> bool:
         """Whether parameters live in shards between microbatches: ZeRO-3, and all that torch's FSDP2 does
         (with zero 2 it keeps them gathered from the forward to the backward)."""
-        return self.strategy.dense.zero == 3 or self.strategy.runtime == "fully_shard"
+        return self.strategy.dense.zero == 3 or self.stack.sharding.fsdp
 
     @property
     def reshards(self) -> bool:
         """Whether FSDP2 frees a group's parameters after its forward (mopexec.modules.wrap)."""
         return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward
+
+    @property
+    def looped(self) -> bool:
+        """Whether the host starts products and casts of routed experts one by one."""
+        return bool(self.model.num_local_experts) and self.stack.kernels.expert_products == "looped"
+
+    @property
+    def mapped(self) -> bool:
+        """Whether a dispatch begins with a gather of the choices of all rows (Kernels.dispatch_map)."""
+        return self.stack.kernels.dispatch_map and self.strategy.experts.dispatch == "deduplicated"
 
     @property
     def hidden(self) -> int:
@@ -147,9 +160,13 @@ def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Grou
     return found
 
 
-def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int) -> Context:
-    """Raises SpecError where strategy, model and training do not fit together."""
+def make_context(
+    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int, stack: Stack | None = None
+) -> Context:
+    """stack: that of the strategy where none is given. Raises SpecError where they do not fit together."""
+    stack = stack or load_stack(strategy.stack, "strategy.stack")
     strategy.check_model(model)
+    stack.check_strategy(strategy)
     training.check_strategy(strategy)
     training.check_model(model)
     precision = strategy.precision
@@ -172,6 +189,7 @@ def make_context(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
         model,
         strategy,
         training,
+        stack,
         _groups(model, strategy, domain),
         shapes,
         {layer: layer_units(model, strategy, layer) for layer in range(count)},

@@ -5,18 +5,21 @@ from mopsim.lowering.context import make_context
 from mopsim.lowering.flat.kept import KeptExperts
 from mopsim.lowering.workload import Work, Workload
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 
-def expert_layer(model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int) -> Workload:
+def expert_layer(
+    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int, stack: Stack
+) -> Workload:
     """Routed experts of one layer, forward and backward, with routing given: x [N, H] -> sum of its routes.
 
     Kept from forward to backward: every intermediate, or what arrived for each of several chunks. Resident: x
     and the rank's experts. No gradients of weights are kept. Raises SpecError where the inputs do not fit
     together.
     """
-    context = make_context(model, strategy, training, domain)
+    context = make_context(model, strategy, training, domain, stack)
     builder = Builder(context.groups, strategy.precision.compute)
     part = KeptExperts(context, builder)
     builder.mark(0)
@@ -36,4 +39,4 @@ def expert_layer(model: ModelSpec, strategy: Strategy, training: TrainSpec, doma
     )
     unit = context.layers[0][1]
     resident = [("params", unit.numel * context.b), ("activations", context.hidden)]
-    return Workload((builder.program(0, strategy.stage_ranks, resident),), 1, 1, 0.0)
+    return Workload((builder.program(0, strategy.stage_ranks, resident),), 1, 1, 0.0, stack=stack)

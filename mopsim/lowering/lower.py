@@ -13,7 +13,8 @@ from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.step import StageStep
 from mopsim.lowering.workload import Workload
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.strategy import EAGERS, Strategy
+from mopsim.spec.stack import EAGERS, Stack
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 EXPANDED = 3
@@ -21,15 +22,23 @@ EXPANDED = 3
 
 
 def lower(
-    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int = 8, *, expand: bool = False,
+    model: ModelSpec,
+    strategy: Strategy,
+    training: TrainSpec,
+    domain: int = 8,
+    stack: Stack | None = None,
+    *,
+    expand: bool = False,
     compose: bool = True,
-) -> Workload:  # fmt: skip
-    """The programs of one step. domain: devices of a scale-up domain. expand: every microbatch and layer is
-    played, none is composed; compose: layers are (mopsim.lowering.composed).
+) -> Workload:
+    """The programs of one step. domain: devices of a scale-up domain. stack: that of the strategy where none
+    is given. expand: every microbatch and layer is played, none is composed; compose: layers are
+    (mopsim.lowering.composed).
 
-    Raises SpecError where model, strategy and training do not fit together.
+    Raises SpecError where model, strategy, training and stack do not fit together.
     """
-    context = make_context(model, strategy, training, domain)
+    context = make_context(model, strategy, training, domain, stack)
+    stack = context.stack
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
@@ -43,29 +52,30 @@ def lower(
         )
     else:
         programs = (kind(context).program(expanded),)  # type: ignore[union-attr]
-    if "modules" in strategy.unfused:
-        programs = tuple(by_modules(program, strategy) for program in programs)
-    if strategy.graphs:
-        programs = tuple(replace(program, graphs=strategy.graphs) for program in programs)
+    if stack.host.modules:
+        programs = tuple(by_modules(program, stack) for program in programs)
+    if stack.host.graphs:
+        programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
     exact = kind in (Pairs, FsdpStep)
-    whole = partial(lower, model, strategy, training, domain, expand=expand, compose=False)
+    whole = partial(lower, model, strategy, training, domain, stack, expand=expand, compose=False)
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
-        whole=whole if any(program.repeats for program in programs) else None,
+        whole=whole if any(program.repeats for program in programs) else None, stack=stack,
     )  # fmt: skip
 
 
 def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
     """The executor's own schedules where they cover model and strategy; None: the staged lowering."""
-    strategy, recompute = context.strategy, context.strategy.activations.recompute
+    strategy, stack = context.strategy, context.stack
+    recompute = strategy.activations.recompute
     one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
     if (
         not one_stage
-        or not strategy.attention.flash
-        or strategy.experts.plain
-        or strategy.experts.looped
+        or not stack.flash
+        or stack.plain_experts(strategy)
+        or context.looped
         or strategy.experts.dispatch != "all_to_all"
         or strategy.activations.kept
         or strategy.activations.layers_on_host
@@ -73,10 +83,10 @@ def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
         or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
     ):
         return None
-    if strategy.runtime == "fully_shard":
+    if stack.sharding.fsdp:
         own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
-        return FsdpStep if own and _plain(context) and strategy.unfused in EAGERS else None
-    if recompute != "full" or strategy.dense.zero != 3 or set(strategy.unfused) - {"modules"}:
+        return FsdpStep if own and _plain(context) and stack.unfused in EAGERS else None
+    if recompute != "full" or strategy.dense.zero != 3 or set(stack.unfused) - {"modules"}:
         return None
     return None if context.runs_autograd else Pairs
 
@@ -97,12 +107,12 @@ def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
 def _plain(context: Context) -> bool:
     """Whether the executor's own schedules cover model and strategy; others are lowered from the layers'
     tapes."""
-    strategy, model = context.strategy, context.model
+    strategy, stack, model = context.strategy, context.stack, context.model
     known = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
-    known = known and strategy.precision.matmul == "compute" and strategy.experts.checkpoint == "redispatch"
+    known = known and strategy.precision.matmul == "compute" and stack.recompute.chunk_inputs == "redispatch"
     known = known and not model.num_nextn_predict_layers
     known = known and (strategy.optimizer.state_tier == "device" or strategy.optimizer.host_fraction == 1)
-    known = known and (strategy.experts.balance == "none" or strategy.runtime == "fully_shard")
+    known = known and (strategy.experts.balance == "none" or stack.sharding.fsdp)
     return known and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"
 
 

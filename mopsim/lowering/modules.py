@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from mopsim.layers.modules import CHECKPOINT, LAYER
 from mopsim.lowering.workload import Op, Program, Work
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.stack import Stack
 
 
-def by_modules(program: Program, strategy: Strategy) -> Program:
+def by_modules(program: Program, stack: Stack) -> Program:
     """The program with what the host does in each pass of a layer beside starting its kernels.
 
     It lies on one op of each component, in the middle of those on the compute stream.
@@ -16,7 +16,7 @@ def by_modules(program: Program, strategy: Strategy) -> Program:
     for op in program.ops:
         if op.stream == "compute" and op.component in LAYER and op.layer >= 0 and op.work:
             groups.setdefault((op.microbatch, op.layer, op.phase, op.component), []).append(op.index)
-    checkpoint = CHECKPOINT if "copies" in strategy.unfused else 0.0
+    checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
     ops, known = list(program.ops), _Known()
     for (_, _, phase, component), places in groups.items():
         forward, backward = LAYER[component]

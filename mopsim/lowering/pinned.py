@@ -22,7 +22,7 @@ def rounding(context: Context) -> dict[str, float]:
     """
     strategy = context.strategy
     found = {"boundaries": _ratio([context.hidden]), "other": _ratio(_shards(context))}
-    if strategy.runtime == "fully_shard":
+    if context.stack.sharding.fsdp:
         return {**found, "optimizer": 1.0}
     total = sum(unit.shard_numel for unit in context.units())
     return {**found, "staging": _ratio([min(strategy.optimizer.bucket_params, total)])}
@@ -31,7 +31,7 @@ def rounding(context: Context) -> dict[str, float]:
 def _shards(context: Context) -> Iterable[int]:
     """Elements of each block of a sharded state; widths are powers of two, so they change no ratio."""
     strategy = context.strategy
-    if strategy.runtime != "fully_shard":
+    if not context.stack.sharding.fsdp:
         return [unit.shard_numel for unit in context.units()]
     experts = strategy.experts.degree * strategy.experts.tensor * strategy.experts.shard
     dense = strategy.dense.tensor * strategy.dense.shard

@@ -16,7 +16,7 @@ def resident(context: Context) -> tuple[Step, ...]:
         held = unit.shard_numel if context.shards_params else full
         reduced = unit.shard_numel if zero >= 2 else full
         found.append((_at(place.param_tier, "params"), held * context.param))
-        if strategy.runtime == "flat_units":  # FSDP2's gradients come and go within the step
+        if not context.stack.sharding.fsdp:  # FSDP2's gradients come and go within the step
             found.append((_at(place.grad_tier, "grads"), reduced * context.grad))
         state = unit.shard_numel if zero >= 1 else full
         moments = 2 * state * int(DTYPE_BYTES[precision.moments])
@@ -37,7 +37,7 @@ def _others(context: Context) -> list[Step]:
     found: list[Step] = [("activations", batches + positions * model.head_dim * context.b)]
     found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
     found.append(("host/boundaries", context.offloaded * context.hidden))
-    if strategy.runtime == "flat_units" and strategy.optimizer.update_on == "host":
+    if not context.stack.sharding.fsdp and strategy.optimizer.update_on == "host":
         numels = [unit.shard_numel for unit in context.units()]
         largest = min(strategy.optimizer.bucket_params, sum(numels))
         master = (

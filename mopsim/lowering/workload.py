@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from mopsim.layers.tape import Step
 from mopsim.spec.categories import CATEGORIES
+from mopsim.spec.stack import Stack
 
 STREAMS = ("compute", "scale_up", "scale_out", "h2d", "d2h", "host")
 SLOTS = (*CATEGORIES, *(f"host/{category}" for category in CATEGORIES))
@@ -144,7 +145,7 @@ class Workload:
     unit: microbatches of one repetition; the rest repeats the `unit` before the last lowered one.
     exact: the schedule is mopexec's own, which allocates to the byte what is lowered. pinned: see
     mopsim.lowering.pinned.rounding. whole: makes the same workload with every layer played, where this
-    one has repeats.
+    one has repeats. stack: the software that the programs are of.
     """
 
     programs: tuple[Program, ...]
@@ -156,6 +157,7 @@ class Workload:
     exact: bool = False
     pinned: dict[str, float] = field(default_factory=lambda: {"other": 1.0})
     whole: "Callable[[], Workload] | None" = None
+    stack: Stack = field(default_factory=lambda: Stack(name="none"))
 
 
 def first_compute(program: Program, index: int) -> int:

@@ -89,7 +89,7 @@ class _Bounder:
         first = space.build(0)
         precision = first.precision
         self.separate_master = precision.master != "param"
-        self.fully_shard = first.runtime == "fully_shard"
+        self.fully_shard = space.stack.sharding.fsdp
         self.compute = DTYPE_BYTES[precision.compute]
         self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
         self.reduce = DTYPE_BYTES[precision.reduce]

@@ -21,6 +21,7 @@ from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import worst
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import CAST, MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -41,6 +42,7 @@ class Options:
     otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
     the router chooses, up to every token of an expert-parallel group on one rank. axes: what makes of a
     family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).
+    stack: the software of all families, where it is not each one's own.
     """
 
     families: tuple[str, ...] = DEFAULT_FAMILIES
@@ -51,6 +53,7 @@ class Options:
     any_routing: bool = False
     precision: MatmulDType = "bfloat16"
     axes: Callable[[Problem, Axes], Axes] | None = None
+    stack: Stack | None = None
 
 
 @dataclass
@@ -120,7 +123,9 @@ def search(
 ) -> SearchResult:
     """The fastest strategies that fit. `progress(simulated, best)` is called after each simulation."""
     started = time.perf_counter()
-    problem = Problem(model, hardware, num_nodes, training, total_params(model), options.precision)
+    problem = Problem(
+        model, hardware, num_nodes, training, total_params(model), options.precision, options.stack
+    )
     result = SearchResult()
     pools = [
         pool for family in options.families if (pool := _pool(problem, family, options, result)) is not None
@@ -142,7 +147,7 @@ def _pool(problem: Problem, family: str, options: Options, result: SearchResult)
     if problem.precision in CAST and family not in IN_8_BITS:
         result.rejected[f"{family}: has no products in {problem.precision}"] += len(space)
         return None
-    reason = None if options.any_plan else runnable(space.build(0), problem.model)
+    reason = None if options.any_plan else runnable(space.build(0), problem.model, stack=space.stack)
     if reason is not None:
         result.rejected[f"{NOT_RUN}: {reason} (--any plans it all the same)"] += len(space)
         return None
@@ -181,7 +186,9 @@ def _run(space: Space, index: int, result: SearchResult, *, count: bool = True) 
         strategy: Strategy = space.build(index)
         strategy.check_model(problem.model)
         problem.training.check_strategy(strategy)
-        simulated = simulate(problem.model, problem.hardware, problem.num_nodes, strategy, problem.training)
+        simulated = simulate(
+            problem.model, problem.hardware, problem.num_nodes, strategy, problem.training, space.stack
+        )
     except SpecError as error:
         result.rejected[f"{error.field} {error.rule}"] += count
         return None
@@ -253,10 +260,12 @@ class _Hunt:
             self.best_at, self.near = (place, position), [int(one) for one in pool.neighbours(position)]
 
     def _fits_any_routing(self, place: int, strategy: Strategy) -> bool:
-        problem = self.pools[place].space.problem
+        space = self.pools[place].space
+        problem = space.problem
         routing = worst(problem.model, strategy.experts.degree)
         training = replace(problem.training, routing=routing)
-        return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training).fits
+        found = simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training, space.stack)
+        return found.fits
 
     def settle(self) -> None:
         """Count what was not simulated: slower by its bound than the last of the top, or out of budget."""

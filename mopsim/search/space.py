@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar, cast
 
 import numpy as np
@@ -15,9 +16,11 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import CAST, DType, Exchange, MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import State, fsdp2, megatron, mop, zero_offload
+from mopsim.strategies import STACKS, State, fsdp2, megatron, mop, zero_offload
 
 Column = NDArray[np.int64]
 Number = TypeVar("Number", int, Column)
@@ -65,7 +68,8 @@ DEFAULTS = {
 @dataclass(frozen=True)
 class Problem:
     """What a strategy is looked for: every input of the search but its options. `total_params` is the
-    model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16."""
+    model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
+    stack: the software, where it is not the family's own."""
 
     model: ModelSpec
     hardware: HardwareProfile
@@ -73,6 +77,7 @@ class Problem:
     training: TrainSpec
     total_params: int
     precision: MatmulDType = "bfloat16"
+    stack: Stack | None = None
 
     @property
     def compute(self) -> DType:
@@ -112,7 +117,14 @@ class Space:
         if self.problem.precision in CAST:
             precision = replace(strategy.precision, matmul=self.problem.precision)
             strategy = replace(strategy, precision=precision)
+        if self.problem.stack:
+            strategy = replace(strategy, stack=self.problem.stack.name)
         return _within_host(self.problem, row, strategy)
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The software that the candidates run on."""
+        return self.problem.stack or load_stack(STACKS[self.family])
 
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""

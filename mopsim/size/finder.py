@@ -13,6 +13,7 @@ from mopsim.size.figures import Assumptions, Figures, Goal, figures
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
 
@@ -39,6 +40,7 @@ class Request:
     assumptions: Assumptions = field(default_factory=Assumptions)
     precision: MatmulDType = "bfloat16"
     routing: RoutingProfile = "balanced"
+    stack: Stack | None = None
 
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""
@@ -105,7 +107,13 @@ class _Asker:
         found: list[SearchResult] = []
         for family in request.families:  # apart, or one family's hopeful guesses spend the others' budget
             options = Options(
-                (family,), 1, request.budget, request.any_plan, precision=request.precision, axes=coarse
+                (family,),
+                1,
+                request.budget,
+                request.any_plan,
+                precision=request.precision,
+                axes=coarse,
+                stack=request.stack,
             )
             found.append(search(request.model, self.hardware, num_nodes, training, options))
         self.simulated += sum(one.simulated for one in found)

@@ -376,7 +376,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         return 1 / (self.scale_up_size - 1) if self.scale_up.topology == "mesh" else 1.0
 
     def step_overhead(self, runtime: str) -> float:
-        """Calibrated seconds per step that no op accounts for, of a runtime (Strategy.runtime)."""
+        """Calibrated seconds per step that no op accounts for, of a runtime of mopexec (Stack.runtime)."""
         found = self.corrections.get(f"step_{runtime}") or self.corrections.get("step")
         return found.overhead if found else 0.0
 

@@ -8,6 +8,7 @@ from mopsim.common.errors import require, require_at_least, require_name
 from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -60,14 +61,15 @@ class Prediction(Spec, frozen=True, kw_only=True):
 class Plan(Spec, frozen=True, kw_only=True):
     """Everything a run needs, and what was predicted of it.
 
-    model, strategy, training: the whole specs. hardware: the profile's name, digest and limits. prediction:
-    what the simulator expects. mop_version: the version that made the plan.
+    model, strategy, training, stack: the whole specs. hardware: the profile's name, digest and limits.
+    prediction: what the simulator expects. mop_version: the version that made the plan.
     """
 
     model: ModelSpec
     hardware: HardwareRef
     strategy: Strategy
     training: TrainSpec
+    stack: Stack
     prediction: Prediction | None = None
     mop_version: str = ""
 
@@ -79,6 +81,9 @@ class Plan(Spec, frozen=True, kw_only=True):
             f"is more than the {ranks} devices of {self.hardware.num_nodes} node(s) of {self.hardware.name}",
         )  # fmt: skip
         self.strategy.check_model(self.model)
+        self.stack.check_strategy(self.strategy)
+        named, rule = self.strategy.stack, f"is not the plan's stack {self.stack.name}"
+        require(named == self.stack.name, "strategy.stack", named, rule)
         self.training.check_strategy(self.strategy)
         self.training.check_model(self.model)
 

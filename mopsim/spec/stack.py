@@ -10,9 +10,12 @@ stack that nobody wrote is `generic-eager` or `generic-fused`.
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
+from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
-from mopsim.spec.categories import Runtime
+from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
+from mopsim.spec.strategy import Strategy
 
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
@@ -20,6 +23,13 @@ AttentionKernel = Literal["profile", "flash2", "flash4", "triton", "scores"]
 """profile: the best that the hardware's profile was measured with. scores: kept in memory, no flash kernel.
 """
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
+DEFAULT = "default"
+"""Key of what counts for every device architecture that has no entry of its own."""
+
+
+def _require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for word in words:
+        require(word in known, field, word, f"is not one of {', '.join(known)}")
 
 
 class Kernels(Spec, frozen=True, kw_only=True):
@@ -30,9 +40,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     `grouped` in one kernel, `looped` expert by expert (Transformer Engine's GroupedLinear). gate_up: one
     product for both, or two. weight_grads: added to their buffer inside the product, or after it. loss: cross
     entropy by several kernels with copies in fp32 (`composed`), one kernel in place of the logits (`fused`),
-    one on a copy of them in fp32 (`upcast`). ring_blocks: merging the blocks of keys and values where context
-    parallelism gathers them. fills: new tensors with a known value are written first (torch's deterministic
-    mode).
+    one on a copy of them in fp32 (`upcast`). logits_held: whoever calls a composed loss holds the logits
+    until its backward is done. loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of
+    keys and values where context parallelism gathers them. dispatch_map: before a deduplicated dispatch every
+    rank gets which experts each row of the group has chosen, a byte for each expert and row (HybridEP).
+    fills: new tensors with a known value are written first (torch's deterministic mode).
     """
 
     norm: Built = "fused"
@@ -45,7 +57,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_grads: Built = "fused"
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast"] = "composed"
-    attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {"default": "profile"})
+    logits_held: bool = True
+    loss_chunks: Built = "fused"
+    dispatch_map: bool = False
+    attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
     deterministic: bool = False
     fills: bool = False
 
@@ -53,11 +68,13 @@ class Kernels(Spec, frozen=True, kw_only=True):
 class Sharding(Spec, frozen=True, kw_only=True):
     """How state is sharded and gathered.
 
-    copies: between shards or gradients and the buffers of collectives (torch's FSDP2). experts: routed
-    experts' parameters are sharded by what shards the others; else they are plain tensors, whole on every
-    replica.
+    fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
+    step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
+    (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
+    spread over ranks are plain tensors, whole on every replica.
     """
 
+    fsdp: bool = False
     copies: bool = False
     experts: bool = True
 
@@ -73,6 +90,10 @@ class Recompute(Spec, frozen=True, kw_only=True):
     selective: tuple[str, ...] = ()
     chunk_inputs: Literal["redispatch", "nested"] = "redispatch"
 
+    def __post_init__(self) -> None:
+        _require_known("kept", self.kept, KEPT)
+        _require_known("selective", self.selective, (*MODULES, *COMPONENTS))
+
 
 class Host(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. graphs:
@@ -80,6 +101,9 @@ class Host(Spec, frozen=True, kw_only=True):
 
     modules: bool = False
     graphs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_known("graphs", self.graphs, ("step", *COMPONENTS))
 
 
 class StateDTypes(Spec, frozen=True, kw_only=True):
@@ -110,11 +134,29 @@ class Reading(Spec, frozen=True, kw_only=True):
     last_stage: bool = False
 
 
+Unfused = Literal[
+    "norms",
+    "rotary",
+    "activation",
+    "residual",
+    "experts",
+    "copies",
+    "accumulation",
+    "fills",
+    "blocks",
+    "modules",
+]
+EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies", "modules")
+"""`Stack.unfused` of mopexec's fully_shard runtime."""
+EAGERS = (EAGER, tuple(word for word in EAGER if word != "modules"))
+
+
 class Stack(Spec, frozen=True, kw_only=True):
-    """One program. runtime: the runtime of mopexec that runs it, empty where none does. explicit: the program
-    is a schedule of forward and backward pairs without an autograd graph (mopexec's flat_units).
-    communication_share: part of the SMs that the experts' exchanges take from what runs beside them, where it
-    is not the profile's; by architecture. extends: the stack whose entries it has where it names none.
+    """One program. runtime: the runtime of mopexec that runs it, empty where none does; never inherited.
+    explicit: the program is a schedule of forward and backward pairs without an autograd graph (mopexec's
+    flat_units). communication_share: part of the SMs that the experts' exchanges take from what runs beside
+    them, where it is not the profile's; by architecture. extends: the stack whose entries it has where it
+    names none.
     """
 
     name: str
@@ -131,3 +173,67 @@ class Stack(Spec, frozen=True, kw_only=True):
     reading: Reading = Reading()
     communication_share: dict[str, float] = msgspec.field(default_factory=dict)
     sources: dict[str, str] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_name(self.name)
+        for architecture, share in self.communication_share.items():
+            require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
+
+    def on(self, architecture: str) -> "Stack":
+        """The stack on one device architecture: `attention` and `communication_share` have `default` only."""
+        kernel, share = self.kernels.attention, self.communication_share
+        found = kernel.get(architecture, kernel.get(DEFAULT, "profile"))
+        named = share.get(architecture, share.get(DEFAULT))
+        part = {} if named is None else {DEFAULT: named}
+        return replace(
+            self, kernels=replace(self.kernels, attention={DEFAULT: found}), communication_share=part
+        )
+
+    @property
+    def attention(self) -> AttentionKernel:
+        """The attention kernel of architectures without an entry of their own."""
+        return self.kernels.attention.get(DEFAULT, "profile")
+
+    @property
+    def flash(self) -> bool:
+        """Whether attention scores are never kept in memory."""
+        return self.attention != "scores"
+
+    @property
+    def unfused(self) -> tuple[Unfused, ...]:
+        """What runs as eager torch composes it, as words in one order."""
+        k = self.kernels
+        found: dict[Unfused, bool] = {
+            "norms": k.norm == "composed",
+            "rotary": k.rotary == "composed",
+            "activation": k.activation == "composed",
+            "residual": k.residual == "composed",
+            "experts": k.expert_rows == "composed",
+            "copies": self.sharding.copies,
+            "accumulation": k.weight_grads == "composed",
+            "fills": k.fills,
+            "blocks": k.ring_blocks == "composed",
+            "modules": self.host.modules,
+        }
+        return tuple(word for word, there in found.items() if there)
+
+    @property
+    def behaviour(self) -> "Stack":
+        """The stack without what changes no number: name, version, runtime, parent and sources."""
+        return replace(self, name="stack", version="", extends="", runtime="", sources={})
+
+    def plain_experts(self, strategy: Strategy) -> bool:
+        """Whether the routed experts are plain tensors, whole on every replica."""
+        return not self.sharding.experts and strategy.experts.degree > 1
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Raise SpecError where the program does not do what a strategy asks."""
+        zero, shard = strategy.dense.zero, strategy.experts.shard
+        require(
+            not self.sharding.fsdp or zero >= 2, "strategy.dense.zero", zero,
+            f"must be 2 or 3 under the stack {self.name}, which shards gradients (sharding.fsdp)",
+        )  # fmt: skip
+        require(
+            not self.plain_experts(strategy) or shard == 1, "strategy.experts.shard", shard,
+            f"must be 1 under the stack {self.name}, which does not shard routed experts (sharding.experts)",
+        )  # fmt: skip

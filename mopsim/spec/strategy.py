@@ -4,36 +4,20 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 (`mopsim.strategies`) are functions that return a value of this one type; nothing branches on its name.
 """
 
-from typing import Literal, get_args
-
-from msgspec.structs import force_setattr
+from typing import Literal
 
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import LARGEST
-from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
+from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
 from mopsim.spec.model import ModelSpec
 
+DEFAULT_STACK = "mopexec-flat"
+"""The stack of a strategy that names none."""
 Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
-Unfused = Literal[
-    "norms",
-    "rotary",
-    "activation",
-    "residual",
-    "experts",
-    "copies",
-    "accumulation",
-    "fills",
-    "blocks",
-    "modules",
-]
-EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies", "modules")
-"""What eager torch composes under its FSDP2: `Strategy.unfused` of what mopexec runs as `fully_shard`."""
-EAGERS = (EAGER, tuple(word for word in EAGER if word != "modules"))
-"""With and without the host's time of modules, which runs are the same with."""
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 CAST: tuple[MatmulDType, ...] = ("fp8", "mxfp8", "nvfp4")
 """Recipes of products whose operands are cast from what everything else computes in."""
@@ -75,14 +59,10 @@ class Dense(Spec, frozen=True, kw_only=True):
 
 
 class Attention(Spec, frozen=True, kw_only=True):
-    """sequence: ranks that share one sequence (D for Ulysses). exchange: how they trade it.
-
-    flash: scores are never kept (arXiv 2205.14135); else their softmax is, from forward to backward.
-    """
+    """sequence: ranks that share one sequence (D for Ulysses). exchange: how they trade it."""
 
     sequence: int = 1
     exchange: Exchange = "ulysses"
-    flash: bool = True
     order: Order = "contiguous"
 
 
@@ -90,38 +70,25 @@ class Experts(Spec, frozen=True, kw_only=True):
     """Routed experts. degree Ep: ranks that whole experts are spread over. tensor: split of an expert (ETP).
 
     shard: ranks among the replicas of one expert (W / Ep of them) that share one copy of its state.
-    plain: the routed experts' parameters are plain tensors, which the runtime that shards the others leaves
-    alone: whole on every replica, used where they lie, their gradients all-reduced.
     chunk_tokens c: local tokens per dispatch chunk (strided positions); 0 = one chunk, intermediates kept.
     max_chunks: K = min(ceil(N / c), max_chunks).
-    checkpoint: how the backward has a chunk's inputs: `redispatch` sends them again, chunk by chunk; `nested`
-    keeps what arrived in the layer's recompute, for all chunks (a checkpoint per chunk inside the layer's,
-    arXiv 2609.14306).
     balance: `least_loaded` moves routed work (and the weights it needs) off ranks with more than `capacity`
     times the mean load, in pieces of min_rows rows or more, where the most loaded rank has `threshold` times
     the mean or more (LLEP, arXiv 2601.17111: alpha, m, lambda).
     dispatch: `all_to_all` sends a token once for each expert; `deduplicated` once to a rank and once to
     another scale-up domain, however many of its experts are there (DeepEP, HybridEP).
-    mapped: before a dispatch, every rank gets which experts each row of the group has chosen, a byte for each
-    expert and row, and reads what it will receive from it (HybridEP).
-    looped: the host starts products and casts expert by expert (Transformer Engine's GroupedLinear), not one
-    kernel for all.
     """
 
     degree: int = 1
     tensor: int = 1
     shard: int = 1
-    plain: bool = False
     chunk_tokens: int = 0
     max_chunks: int = 10
-    checkpoint: Literal["redispatch", "nested"] = "redispatch"
     balance: Literal["none", "least_loaded"] = "none"
     capacity: float = 1.0
     min_rows: int = 1024
     threshold: float = 1.0
     dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
-    mapped: bool = False
-    looped: bool = False
     order: Order = "contiguous"
     param_tier: Tier = "device"
     grad_tier: Tier = "device"
@@ -134,15 +101,11 @@ class Vocabulary(Spec, frozen=True, kw_only=True):
     shards the vocabulary over `degree` ranks with distinct tokens; `vocab_parallel` splits it over the
     tensor group (Megatron).
     chunk_tokens: rows of logits formed at a time, in a round of the ring or in `chunked`; 0 = all.
-    fused: one cross-entropy kernel that works in place of the logits, without copies in fp32; upcast: on a
-    copy of them in fp32.
     """
 
     degree: int = 1
     loss: Literal["full", "chunked", "ring", "vocab_parallel"] = "full"
     chunk_tokens: int = 0
-    fused: bool = False
-    upcast: bool = False
     order: Order = "contiguous"
 
 
@@ -217,26 +180,13 @@ class Precision(Spec, frozen=True, kw_only=True):
 class Strategy(Spec, frozen=True, kw_only=True):
     """How one model is trained on `world_size` ranks, `micro_batch` sequences per microbatch and data group.
 
-    graphs: components whose kernels CUDA graphs replay, so that the host starts one for each run of them;
-    `step`: one graph of the whole step.
-    unfused: what runs as eager torch composes it, although one kernel could do it: norms, rotary embedding,
-    gated activation, the sum of gradients at a residual, activation and route weights of experts; `copies`:
-    between shards or gradients and the buffers of torch's FSDP2, compiled or not (Megatron-FSDP and the flat
-    parameters of FSDP1 need none), whose torch.utils.checkpoint also stops a full recomputation once the last
-    value that the backward wants is there;
-    `accumulation`: of weight gradients into their buffers, after the product that makes them; `fills`: of new
-    tensors with a known value, before they are written (torch's deterministic mode);
-    `modules`: layers are Python modules under autograd, whose host does more than to start kernels
-    (mopsim.layers.modules), as those of torch's eager programs, transformers and Megatron-Core are;
-    `blocks`: the sums over blocks of keys and values where context parallelism gathers them.
-    runtime: who shards the parameters at run time: `flat_units` (mopexec's own per-layer flat units) or
-    `fully_shard` (torch FSDP2, sharding each parameter on dimension 0).
+    stack: the software that it is meant for, where no other is given: a stack's name, or a YAML file.
     """
 
     name: str
     world_size: int
     micro_batch: int = 1
-    runtime: Runtime = "flat_units"
+    stack: str = DEFAULT_STACK
     pipeline: Pipeline = Pipeline()
     dense: Dense = Dense()
     attention: Attention = Attention()
@@ -246,13 +196,10 @@ class Strategy(Spec, frozen=True, kw_only=True):
     activations: Activations = Activations()
     overlap: Overlap = Overlap()
     precision: Precision = Precision()
-    graphs: tuple[str, ...] = ()
-    unfused: tuple[Unfused, ...] = ()
 
     def __post_init__(self) -> None:
         require_name(self.name)
-        known = (word for word in get_args(Unfused) if word in self.unfused)
-        force_setattr(self, "unfused", tuple(known))  # one order, each once: strategies compare
+        require_name(self.stack, "stack")
         for field, least in _LEAST.items():
             value = self._at(field)
             require(value >= least, field, value, f"must be at least {least}")
@@ -312,24 +259,6 @@ class Strategy(Spec, frozen=True, kw_only=True):
             "must be at least 1 for a chunked loss",
         )
         require(
-            self.runtime == "flat_units" or self.dense.zero >= 2,
-            "dense.zero",
-            self.dense.zero,
-            "must be 2 or 3 under runtime fully_shard, which shards gradients",
-        )
-        require(
-            self.experts.dispatch == "deduplicated" or not self.experts.mapped,
-            "experts.mapped",
-            self.experts.mapped,
-            "needs experts.dispatch deduplicated",
-        )
-        require(
-            self.vocabulary.fused or not self.vocabulary.upcast,
-            "vocabulary.upcast",
-            self.vocabulary.upcast,
-            "needs vocabulary.fused",
-        )
-        require(
             self.optimizer.update_on == "device" or self.optimizer.state_tier == "host",
             "optimizer.update_on",
             self.optimizer.update_on,
@@ -369,12 +298,6 @@ class Strategy(Spec, frozen=True, kw_only=True):
             f"needs dense.tensor 1, not {self.dense.tensor}",
         )
         require(
-            not self.experts.plain or self.experts.shard == 1,
-            "experts.shard",
-            self.experts.shard,
-            "must be 1 where experts.plain is true",
-        )
-        require(
             self.pipeline.virtual_stages == 1 or self.pipeline.degree > 1,
             "pipeline.virtual_stages",
             self.pipeline.virtual_stages,
@@ -387,10 +310,6 @@ class Strategy(Spec, frozen=True, kw_only=True):
             f"plays one part a stage, not pipeline.virtual_stages {self.pipeline.virtual_stages}: "
             "needs interleaved",
         )
-        for part in self.graphs:
-            require(
-                part in ("step", *COMPONENTS), "graphs", part, f"is not one of step, {', '.join(COMPONENTS)}"
-            )
         parts = self.pipeline.degree * self.pipeline.virtual_stages
         require(
             len(self.pipeline.layers) in (0, parts) and min(self.pipeline.layers, default=0) >= 0,

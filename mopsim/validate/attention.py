@@ -4,15 +4,12 @@ older ones.
 Shares of the matmul peak, counting the causal half, from publications; nothing here is fitted to a run.
 """
 
-from typing import Literal
-
 import msgspec
 
 from mopsim.cost.compute import matmul
 from mopsim.lowering.workload import Work
 from mopsim.spec.hardware import AttentionCurve, HardwareProfile
-
-Kernel = Literal["profile", "flash2", "flash4", "triton", "unfused"]
+from mopsim.spec.stack import AttentionKernel
 
 FLASH2 = (
     "FlashAttention-2 on A100 (arXiv 2307.08691, figures 4 to 6), on H100 (arXiv 2407.08608, figures 5 and 6)"
@@ -42,7 +39,11 @@ SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 
 
 def with_kernel(
-    hardware: HardwareProfile, kernel: Kernel, head_dim: int, deterministic: bool = False, seq_len: int = 2048
+    hardware: HardwareProfile,
+    kernel: AttentionKernel,
+    head_dim: int,
+    deterministic: bool = False,
+    seq_len: int = 2048,
 ) -> HardwareProfile:
     """The profile with the attention curve of `kernel`; itself where the kernel is the profile's
     or has no numbers.
@@ -53,7 +54,7 @@ def with_kernel(
     if deterministic and kernel == "profile" and hardware.name.startswith(BLACKWELL):
         kernel = "flash2"
     curve = _curve(hardware, kernel, head_dim, seq_len) or hardware.device.attention
-    if deterministic and kernel != "unfused":
+    if deterministic and kernel != "scores":
         curve = msgspec.structs.replace(
             curve, backward=curve.backward * DETERMINISTIC, tag="assumed",
             source=f"{curve.source}; deterministic: arXiv 2601.21824",
@@ -63,10 +64,12 @@ def with_kernel(
     return msgspec.structs.replace(hardware, device=msgspec.structs.replace(hardware.device, attention=curve))
 
 
-def _curve(hardware: HardwareProfile, kernel: Kernel, head_dim: int, seq_len: int) -> AttentionCurve | None:
+def _curve(
+    hardware: HardwareProfile, kernel: AttentionKernel, head_dim: int, seq_len: int
+) -> AttentionCurve | None:
     if kernel == "profile":
         return None
-    if kernel == "unfused":
+    if kernel == "scores":
         return _unfused(hardware, head_dim, seq_len)
     if kernel == "flash4":
         best = hardware.device.attention

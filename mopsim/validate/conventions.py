@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mopsim.spec.strategy import DType, Unfused
-from mopsim.validate.attention import Kernel
+from mopsim.spec.stack import AttentionKernel, Unfused
+from mopsim.spec.strategy import DType
 from mopsim.validate.tables import Row
 
 Reading = Literal["allocated", "reserved", "device"]
@@ -32,7 +32,7 @@ class Conventions:
     they can. sequence_parallel: ranks of a tensor group split the rows outside of its regions.
     dropout: that the program applies where its arguments say nothing. plain_experts: experts that are spread
     over ranks are not sharded over their replicas. kept: kernels that recomputing a layer leaves out.
-    unfused: see Strategy.unfused. deterministic: sums are taken in a fixed order.
+    unfused: see Stack.unfused. deterministic: sums are taken in a fixed order.
     """
 
     compute: DType = "bfloat16"
@@ -45,7 +45,7 @@ class Conventions:
     last_stage: bool = False
     graphs: bool = False
     compiled: bool = False
-    attention: Kernel = "profile"
+    attention: AttentionKernel = "profile"
     fused_loss: bool = False
     overlaps: bool = False
     sequence_parallel: bool = True
@@ -175,14 +175,14 @@ def _unfused(source: str, notes: str, compiled: bool) -> tuple[Unfused, ...]:
     return (*apart, *(("fills",) if _FIXED_ORDER in notes else ()), *(() if compiled else ("modules",)))
 
 
-def _attention(source: str, notes: str) -> Kernel:
+def _attention(source: str, notes: str) -> AttentionKernel:
     """llm-foundry of 2023: attn_impl triton. torch's scaled_dot_product_attention and DeepSpeed's Hugging
     Face models: FlashAttention-2; the pages of halo: FlashAttention-4. Megatron of 2022: scores kept (no
     flash kernel before 2023). Transformer Engine: the profile's.
     """
     local = "attention-backend=unfused" in notes or "transformer-impl=local" in notes
     if local or source == "vtrain" or source == "megatron-selene-2022":
-        return "unfused"
+        return "scores"
     if source == "llm-foundry":
         return "triton"
     if source == "halo-bench":

@@ -7,6 +7,16 @@ from mopsim.common.errors import SpecError
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import (
+    DEFAULT,
+    Built,
+    Host,
+    Kernels,
+    Recompute,
+    Sharding,
+    Stack,
+    Unfused,
+)
 from mopsim.spec.strategy import (
     Activations,
     Attention,
@@ -62,6 +72,40 @@ def family(row: Row) -> str:
     return "fsdp" if sharded else "megatron"
 
 
+def stack(row: Row, facts: Conventions) -> Stack:
+    """The software of a run, from what is known of its source and release."""
+    kind = family(row)
+
+    def built(word: Unfused) -> Built:
+        return "composed" if word in facts.unfused else "fused"
+
+    chunked = row.get("loss", "") in ("chunked", "fused") or _liger_loss(row)
+    fused = facts.fused_loss and not chunked
+    copies = "copies" in facts.unfused
+    return Stack(
+        name=row["source"],
+        version=row.get("source_ref", "") or "unknown",
+        kernels=Kernels(
+            norm=built("norms"),
+            rotary=built("rotary"),
+            activation=built("activation"),
+            residual=built("residual"),
+            expert_rows=built("experts"),
+            expert_products="looped" if kind == "megatron" and not recipes.whole_step(row) else "grouped",
+            weight_grads=built("accumulation"),
+            ring_blocks=built("blocks"),
+            loss=("upcast" if row["source"] in UPCAST else "fused") if fused else "composed",
+            dispatch_map=recipes.hybrid(row),
+            attention={DEFAULT: facts.attention},
+            deterministic=facts.deterministic,
+            fills="fills" in facts.unfused,
+        ),
+        sharding=Sharding(fsdp=kind == "fsdp", copies=copies, experts=not facts.plain_experts),
+        recompute=Recompute(stops_early=copies),
+        host=Host(modules="modules" in facts.unfused, graphs=recipes.graphs(row)),
+    )
+
+
 def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -> Strategy:
     """The Strategy of a run. Raises SpecError naming a value that no Strategy has."""
     kind = family(row)
@@ -76,7 +120,7 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
         name=kind,
         world_size=degrees.world,
         micro_batch=degrees.micro_batch,
-        runtime="fully_shard" if kind == "fsdp" else "flat_units",
+        stack=row["source"],
         pipeline=_pipeline(row, degrees),
         dense=Dense(
             tensor=degrees.tensor,
@@ -89,24 +133,17 @@ def strategy(row: Row, degrees: Degrees, model: ModelSpec, facts: Conventions) -
             param_tier="host" if "parameter offload cpu" in row.get("notes", "").lower() else "device",
             grad_tier="host" if kind == "zero_offload" else "device",
         ),
-        attention=Attention(
-            sequence=degrees.sequence, exchange=_exchange(row, kind), flash=facts.attention != "unfused"
-        ),
+        attention=Attention(sequence=degrees.sequence, exchange=_exchange(row, kind)),
         experts=Experts(
             degree=degrees.experts,
             tensor=degrees.expert_tensor,
             shard=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
-            plain=plain,
             dispatch="deduplicated" if recipes.deduplicates(row) else "all_to_all",
-            mapped=recipes.hybrid(row),
-            looped=kind == "megatron" and model.num_local_experts > 0 and not recipes.whole_step(row),
         ),
-        vocabulary=_vocabulary(row, degrees, facts.fused_loss, model),
+        vocabulary=_vocabulary(row, degrees, model),
         optimizer=_optimizer(row, kind),
         activations=_activations(row, kind, facts.kept if degrees.tensor == 1 else (), model),
         overlap=_overlap(row, facts),
-        graphs=recipes.graphs(row),
-        unfused=facts.unfused,
         precision=Precision(
             compute=facts.compute,
             param=facts.param,
@@ -150,17 +187,22 @@ def _exchange(row: Row, kind: str) -> Literal["ulysses", "ring", "all_gather"]:
     return "all_gather" if kind == "fsdp" else "ring"
 
 
-def _vocabulary(row: Row, degrees: Degrees, fused: bool, model: ModelSpec) -> Vocabulary:
+def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec) -> Vocabulary:
     kind = row.get("loss", "")
     if degrees.tensor > 1 and kind in (*UNKNOWN, "vocab_parallel"):
-        return Vocabulary(degree=degrees.tensor, loss="vocab_parallel", fused=fused)
-    stock = kind in UNKNOWN and "stock trl" in row.get("notes", "").lower()  # Liger's loss is its default
-    if row["source"] == "halo-bench" and (kind == "fused" or stock):
+        return Vocabulary(degree=degrees.tensor, loss="vocab_parallel")
+    if _liger_loss(row):
         return Vocabulary(loss="chunked", chunk_tokens=_liger(row, degrees, model))
     if kind in ("chunked", "fused"):
         return Vocabulary(loss="chunked", chunk_tokens=_TILE)
-    upcast = fused and row["source"] in UPCAST
-    return Vocabulary(loss="full", fused=fused, upcast=upcast)
+    return Vocabulary(loss="full")
+
+
+def _liger_loss(row: Row) -> bool:
+    """Whether Liger's fused linear cross entropy makes the loss: where it says so, and by default of TRL."""
+    kind = row.get("loss", "")
+    stock = kind in UNKNOWN and "stock trl" in row.get("notes", "").lower()
+    return row["source"] == "halo-bench" and (kind == "fused" or stock)
 
 
 def _liger(row: Row, degrees: Degrees, model: ModelSpec) -> int:

@@ -1,5 +1,7 @@
 """Components that are parts of a step: lowered as such and played by the engine."""
 
+from typing import Literal
+
 import msgspec
 
 from mopsim.common.units import UNITS
@@ -10,6 +12,8 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
@@ -183,7 +187,7 @@ def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
     strategy = _expert_strategy(component)
     result = _expert_layer(component, strategy, hardware)
     if component.metric == "speedup":
-        whole = msgspec.structs.replace(strategy.experts, chunk_tokens=0, checkpoint="redispatch")
+        whole = msgspec.structs.replace(strategy.experts, chunk_tokens=0)
         other = msgspec.structs.replace(strategy, experts=whole)
         return _expert_layer(component, other, hardware).step_time / result.step_time
     forward = [span for span in result.spans if span.phase == "forward"]
@@ -219,7 +223,6 @@ def _expert_strategy(component: Component) -> Strategy:
         balance="least_loaded" if "LLEP" in component.system else "none",
         chunk_tokens=int(component.number("chunk_tokens")) if chunked else 0,
         max_chunks=int(component.number("num_chunks")) if chunked else 1,
-        checkpoint="nested" if chunked else "redispatch",
     )
     return msgspec.structs.replace(fsdp2(degree, experts=degree, recompute="none"), experts=experts)
 
@@ -238,8 +241,17 @@ def _expert_layer(component: Component, strategy: Strategy, hardware: HardwarePr
     model = _expert_model(component)
     tokens = int(component.number("tokens_per_rank"))
     training = TrainSpec(seq_len=tokens, global_batch=strategy.world_size, routing=component.text("routing"))
-    workload = expert_layer(model, strategy, training, hardware.scale_up_size)
+    workload = expert_layer(model, strategy, training, hardware.scale_up_size, _nested(strategy))
     return run(workload, model, hardware, strategy, training, timeline=True)
+
+
+def _nested(strategy: Strategy) -> Stack:
+    """PipelinedLLEP keeps the inputs of chunks in the layer's recompute (arXiv 2609.14306)."""
+    stack = load_stack(strategy.stack)
+    how: Literal["nested", "redispatch"] = "nested" if strategy.experts.chunk_tokens else "redispatch"
+    return msgspec.structs.replace(
+        stack, recompute=msgspec.structs.replace(stack.recompute, chunk_inputs=how)
+    )
 
 
 def _beside(component: Component) -> int:

@@ -6,6 +6,7 @@ from functools import lru_cache
 import msgspec
 
 from mopsim.common.errors import MopError, SpecError
+from mopsim.common.io import digest
 from mopsim.common.units import UNITS
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
@@ -14,11 +15,12 @@ from mopsim.spec.model_table import from_row
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.validate.attention import with_kernel
 from mopsim.validate.conventions import Conventions, conventions
-from mopsim.validate.families import Degrees, approximations, family, strategy
+from mopsim.validate.families import Degrees, approximations, family, stack, strategy
 from mopsim.validate.natural import natural, repeated
 from mopsim.validate.recipes import communication_share, distinct_tokens
 from mopsim.validate.tables import UNKNOWN, Row, count, number
@@ -48,6 +50,7 @@ class Case:
     strategy: Strategy
     training: TrainSpec
     conventions: Conventions
+    stack: Stack
     step_time: float | None
     peak_memory: float | None
     fits: bool | None
@@ -56,8 +59,8 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for runs that simulate alike."""
-        facts = self.conventions
-        kernel = facts.attention, facts.deterministic, facts.last_stage, self.hardware.communication_share
+        stack = digest(self.stack.behaviour)
+        kernel = stack, self.conventions.last_stage, self.hardware.communication_share
         return (self.model, self.hardware.name, kernel, self.num_nodes, self.strategy, self.training)
 
 
@@ -81,6 +84,8 @@ def case(row: Row, models: dict[str, Row]) -> Case:
         model = _vocabulary(model, degrees, family(row))
         training = _training(row, degrees, model)
         split.check_model(model)
+        software = stack(row, facts)
+        software.check_strategy(split)
         training.check_strategy(split)
     except SpecError as error:
         raise UnsupportedError(error.field, str(error)) from error
@@ -90,7 +95,8 @@ def case(row: Row, models: dict[str, Row]) -> Case:
     return Case(
         row=row, family=family(row), model=model, hardware=hardware,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), strategy=split, training=training,
-        conventions=facts, step_time=step, peak_memory=memory * GIB if memory and not partial else None,
+        conventions=facts, stack=software, step_time=step,
+        peak_memory=memory * GIB if memory and not partial else None,
         fits=None if partial else _fits(row, step), approximations=taken,
     )  # fmt: skip
 

@@ -56,7 +56,7 @@ def simulate_case(case: Case) -> Simulated:
     began = time.perf_counter()
     try:
         model, hardware, strategy, training = case.model, case.hardware, case.strategy, case.training
-        workload = lower(model, strategy, training, hardware.scale_up_size)
+        workload = lower(model, strategy, training, hardware.scale_up_size, case.stack)
         result = run(workload, model, hardware, strategy, training)
         paces = _paces(case, workload) if hardware.host.issue else ()
     except (MopError, NotImplementedError) as error:

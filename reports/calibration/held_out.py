@@ -21,8 +21,8 @@ from mopsim.common.units import format_seconds
 from mopsim.engine import simulate
 from mopsim.report.tables import describe
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.upgrade import load_measurement, load_plan
 from mopsim.strategies import fsdp2, mop
 
 STEPS = 12
@@ -67,7 +67,7 @@ def _order(fast: str, slow: str, found: dict[str, tuple[int, float, float, list[
 
 def main(work: Path) -> None:
     """Train, predict, write the table."""
-    plan = io.load(work / "mop.yaml", Plan, "plan")
+    plan = load_plan(work / "mop.yaml")
     before = io.load(work / "profile.yaml", HardwareProfile, "hardware")
     after = io.load(work / "piloted.yaml", HardwareProfile, "hardware")
     lines = [
@@ -88,7 +88,7 @@ def main(work: Path) -> None:
         command = ["train", "--plan", str(path), "--steps", str(STEPS), "--profile-steps", "0"]
         command += ["--routing", "profile", "--no-final-checkpoint", "--out", str(out)]
         subprocess.run([sys.executable, "-m", "mopexec.cli", *command], check=True)
-        measured = io.load(out / "measurement.yaml", Measurement, "measurement")
+        measured = load_measurement(out / "measurement.yaml")
         median = measured.step_time_median
         times = sorted(measured.step_times)
         cells = [f"{format_seconds(r.step_time)} ({r.step_time / median - 1:+.0%})" for r in runs]

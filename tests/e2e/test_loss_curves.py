@@ -12,6 +12,7 @@ import pytest
 from mopsim.common import io
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
@@ -45,7 +46,14 @@ def losses(folder: Path, strategy: Strategy, steps: int) -> list[float]:
     """The losses of `steps` optimizer steps of the real command on two ranks."""
     training = TrainSpec(seq_len=64, global_batch=4, learning_rate=3e-3, clip_norm=0.5, seed=1)
     io.write_yaml(
-        folder / "plan.yaml", Plan(model=MODEL, hardware=HARDWARE, strategy=strategy, training=training)
+        folder / "plan.yaml",
+        Plan(
+            model=MODEL,
+            hardware=HARDWARE,
+            strategy=strategy,
+            training=training,
+            stack=load_stack(strategy.stack),
+        ),
     )
     (folder / "text.txt").write_text(TEXT)
     command: list[Any] = [

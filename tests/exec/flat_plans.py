@@ -6,6 +6,7 @@ import msgspec
 
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Precision, Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -53,5 +54,9 @@ def make_plan(
         name="test", digest="0", num_nodes=1, devices_per_node=world, memory_limit=1 << 30, host_limit=1 << 30
     )
     return Plan(
-        model=model, hardware=hardware, strategy=strategy, training=TrainSpec(**(train | (training or {})))
+        model=model,
+        hardware=hardware,
+        strategy=strategy,
+        training=TrainSpec(**(train | (training or {}))),
+        stack=load_stack(strategy.stack),
     )

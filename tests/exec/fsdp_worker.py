@@ -24,6 +24,7 @@ from mopsim.common import io
 from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -102,7 +103,9 @@ def plan_of(strategy: Strategy, routing: str, model: ModelSpec = MODEL) -> Plan:
         memory_limit=1,
         host_limit=1,
     )
-    return Plan(model=model, hardware=hardware, strategy=strategy, training=training)
+    return Plan(
+        model=model, hardware=hardware, strategy=strategy, training=training, stack=load_stack(strategy.stack)
+    )
 
 
 def batches_of(plan: Plan, tokens: Tensor, rank: int) -> list[Batch]:

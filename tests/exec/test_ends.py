@@ -13,6 +13,7 @@ from mopexec.check.dry_run import dry_run
 from mopexec.run import checkpoint
 from mopsim.common.command_line import REPEAT_SECONDS
 from mopsim.common.errors import MopError
+from mopsim.spec.stacks import load_stack
 from mopsim.strategies import fsdp2
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import (
@@ -127,7 +128,7 @@ def test_a_dry_run_that_would_not_end_is_refused(runtime):
     plan = small_plan(global_batch=2)
     many = small_model(num_attention_heads=2 * 10**6)
     strategy = plan.strategy if runtime == "flat_units" else fsdp2(2, precision="float32")
-    plan = msgspec.structs.replace(plan, model=many, strategy=strategy)
+    plan = msgspec.structs.replace(plan, model=many, strategy=strategy, stack=load_stack(strategy.stack))
     with pytest.raises(MopError, match=f"1,000,000 query heads of a KV head.* dry run of {runtime}"):
         dry_run(plan)
 

@@ -5,6 +5,7 @@ import sys
 
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Attention, Dense, Experts, Precision, Strategy, Vocabulary
 from mopsim.spec.training import TrainSpec
 
@@ -36,6 +37,7 @@ def small_plan(world_size=2, **training):
             name="cpu", digest="x", num_nodes=1, devices_per_node=4, memory_limit=1 << 30, host_limit=1 << 30
         ),
         strategy=strategy,
+        stack=load_stack(strategy.stack),
         training=TrainSpec(**{"seq_len": 64, "global_batch": 4, "learning_rate": 3e-3, **training}),
         prediction=Prediction(
             step_time=0.1, tokens_per_second=2560.0, peak_memory=1 << 20, host_memory=0,

@@ -6,6 +6,7 @@ from mopsim import strategies
 from mopsim.common import io
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -51,6 +52,7 @@ def _plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan
             name="test", digest="0", num_nodes=1, devices_per_node=ranks, memory_limit=2**40, host_limit=2**40
         ),
         strategy=strategy,
+        stack=load_stack(strategy.stack),
         training=TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing),
     )
 

@@ -10,6 +10,7 @@ from mopsim import strategies
 from mopsim.common.errors import MopError
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 
 GIB = 1024**3
@@ -34,7 +35,13 @@ def full_scale(routing: str = "balanced") -> Plan:
         host_limit=250 * GIB,
     )
     training = TrainSpec(seq_len=1024 * 1024, global_batch=6, routing=routing)
-    return Plan(model=load_model("mop_1t"), hardware=hardware, strategy=strategy, training=training)
+    return Plan(
+        model=load_model("mop_1t"),
+        hardware=hardware,
+        strategy=strategy,
+        training=training,
+        stack=load_stack(strategy.stack),
+    )
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from mopsim.engine import simulate
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop, zero_offload
@@ -28,7 +29,7 @@ SMALL = small(
 
 def _tracked(plan: Plan) -> MemoryTracker:
     """Peaks of the second step of rank 0."""
-    fsdp = plan.strategy.runtime == "fully_shard"
+    fsdp = plan.stack.runtime == "fully_shard"
     tracker = MemoryTracker(meta=not fsdp)
     with dry_run.fake_world(plan.strategy.world_size, 0), dry_run._fake_cpu() if fsdp else nullcontext():
         platform = Platform(torch.device("cpu" if fsdp else "meta"), fake=True)
@@ -47,7 +48,15 @@ def _check(model: ModelSpec, strategy: Strategy, training: TrainSpec, within: fl
     hardware = HardwareRef(
         name="toy", digest="x", num_nodes=nodes, devices_per_node=8, memory_limit=10**15, host_limit=10**15
     )
-    tracked = _tracked(Plan(model=model, hardware=hardware, strategy=strategy, training=training))
+    tracked = _tracked(
+        Plan(
+            model=model,
+            hardware=hardware,
+            strategy=strategy,
+            training=training,
+            stack=load_stack(strategy.stack),
+        )
+    )
     result = simulate(model, machine(memory=1000), nodes, strategy, training)
     assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=within), (
         result.memory_by_category,

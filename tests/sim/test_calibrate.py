@@ -29,6 +29,7 @@ from mopsim.spec.hardware import Correction, HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -102,6 +103,7 @@ def measured(
             host_limit=10**9,
         ),
         strategy=Strategy(name=name, world_size=2),
+        stack=load_stack("mopexec-flat"),
         training=TrainSpec(seq_len=64, global_batch=2),
     )
     world = simulate(plan, profile)

@@ -6,7 +6,6 @@ from statistics import fmean
 import msgspec
 import pytest
 
-from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.layers.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
 from mopsim.layers.layer import decoder_layer
@@ -14,12 +13,13 @@ from mopsim.layers.shapes import Shapes
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Work
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.strategy import Unfused
+from mopsim.spec.stack import Unfused
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from mopsim.validate.attention import DETERMINISTIC, SCORE_BYTES, with_kernel
 from mopsim.validate.natural import busiest, natural, repeated
 from tests.sim.toys import machine, small
+from tests.software import changed, unfused
 
 ROUTES = (8,) * 8
 ALL: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts")
@@ -40,8 +40,10 @@ def test_a_norm_by_hand() -> None:
 def test_what_is_composed_costs_time_and_launches_but_no_products(part: Unfused) -> None:
     strategy = megatron(8, experts=2)
     training = TrainSpec(seq_len=64, global_batch=strategy.data_groups * strategy.micro_batch)
-    fused = simulate(small(), machine(), 1, strategy, training)
-    eager = simulate(small(), machine(), 1, msgspec.structs.replace(strategy, unfused=(part,)), training)
+    fused, eager = (
+        simulate(small(), machine(), 1, strategy, training, software)
+        for software in (unfused(), unfused(part))
+    )
     assert eager.step_time > fused.step_time
     assert eager.num_ops["memory_bound"] > fused.num_ops["memory_bound"]
     assert eager.busy["matmul"] == fused.busy["matmul"]
@@ -91,9 +93,10 @@ def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> N
     training = TrainSpec(seq_len=64, global_batch=plan.data_groups * plan.micro_batch)
 
     def works(mapped: bool) -> list[Work]:
-        experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated", mapped=mapped)
-        changed = msgspec.structs.replace(plan, experts=experts)
-        program = lower(small(), changed, training, 8).programs[0]
+        experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated")
+        once = msgspec.structs.replace(plan, experts=experts)
+        software = changed("megatron-core", kernels={"dispatch_map": mapped})
+        program = lower(small(), once, training, 8, software).programs[0]
         assert all(op.work[-1].kind == "all_to_all" for op in program.ops if op.name == "dispatch")
         return [work for op in program.ops if op.name == "dispatch" for work in op.work[:-1]]
 
@@ -105,33 +108,25 @@ def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> N
 
 def test_what_a_mapped_dispatch_exposes_is_booked_on_its_gather_and_its_exchange() -> None:
     plan = megatron(4, experts=4)
-    experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated", mapped=True)
+    experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated")
     plan = msgspec.structs.replace(plan, experts=experts)
     training = TrainSpec(seq_len=4096, global_batch=plan.data_groups * plan.micro_batch)
-    result = simulate(small(), machine(), 1, plan, training)
+    software = changed("megatron-core", kernels={"dispatch_map": True})
+    result = simulate(small(), machine(), 1, plan, training, software)
     assert result.exposed["all_to_all"] == pytest.approx(result.busy["all_to_all"])
     assert result.exposed["all_gather"] <= result.busy["all_gather"] * (1 + 1e-9)
-
-
-def test_a_mapped_dispatch_needs_one_that_goes_once_to_a_rank() -> None:
-    plan = megatron(4, experts=4)
-    with pytest.raises(SpecError, match=r"experts\.mapped"):
-        msgspec.structs.replace(plan, experts=msgspec.structs.replace(plan.experts, mapped=True)).check_model(
-            small()
-        )
 
 
 def test_a_deterministic_mode_writes_every_new_tensor_once_more() -> None:
     plan = megatron(1)
     training = TrainSpec(seq_len=64, global_batch=1)
 
-    def layers(unfused: tuple[Unfused, ...]) -> tuple[float, int]:
-        changed = msgspec.structs.replace(plan, unfused=unfused)
-        ops = lower(small(), changed, training, 8).programs[0].ops
+    def layers(*words: Unfused) -> tuple[float, int]:
+        ops = lower(small(), plan, training, 8, unfused(*words)).programs[0].ops
         moved = [w for op in ops if op.phase == "forward" for w in op.work if w.kind == "memory_bound"]
         return sum(w.bytes for w in moved), sum(w.launches for w in moved)
 
-    (plain, few), (filled, more) = layers(()), layers(("fills",))
+    (plain, few), (filled, more) = layers(), layers("fills")
     shapes = Shapes(tokens=64, seq_len=64, fused=True)
     model = small()
     made = [
@@ -163,7 +158,7 @@ def test_blocks_of_keys_and_values_are_merged_by_hand() -> None:
 
 def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> None:
     a100 = load_profile("a100-sxm-80g")
-    rates = {d: with_kernel(a100, "unfused", d, seq_len=2048).device.attention.forward for d in (64, 128)}
+    rates = {d: with_kernel(a100, "scores", d, seq_len=2048).device.attention.forward for d in (64, 128)}
     assert rates[64] < rates[128] < 2 * rates[64]  # a head twice as wide: as many scores, products as slow
     # 0.31 and 0.44 of the peak: 65536 x 2048 x 128 and 65536 x 128 x 2048 of the measured table, with traffic
     peak, bandwidth = 312e12, a100.device.memory_bandwidth.si

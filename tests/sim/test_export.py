@@ -25,6 +25,7 @@ from mopsim.spec.capability import refusals
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
@@ -38,7 +39,13 @@ def plan(strategy: Strategy, model: str = "qwen3_30b_a3b") -> Plan:
         name="toy", digest="0", num_nodes=4, devices_per_node=8, memory_limit=1, host_limit=1
     )
     training = TrainSpec(seq_len=4096, global_batch=64, learning_rate=1e-4, warmup_steps=10)
-    return Plan(model=load_model(model), hardware=hardware, strategy=strategy, training=training)
+    return Plan(
+        model=load_model(model),
+        hardware=hardware,
+        strategy=strategy,
+        training=training,
+        stack=load_stack(strategy.stack),
+    )
 
 
 def fsdp_context() -> Strategy:
@@ -224,7 +231,7 @@ def test_every_strategy_of_the_search_is_written_or_refused(family: str, place: 
     base = plan(mop(32, experts=8))
     toy = machine()
     space = generate(Problem(base.model, toy, 4, base.training, total_params(base.model)), family)
-    made = replace(base, strategy=space.build(int(place * len(space))))
+    made = replace(base, strategy=space.build(int(place * len(space))), stack=space.stack)
     for name, target in TARGETS.items():
         text, gaps = export(made, name, lossy=True)
         assert [str(gap) for gap in gaps] == [str(gap) for gap in refusals(made, by=target.name)]
@@ -296,7 +303,13 @@ def test_what_is_left_of_a_plan_is_simulated() -> None:
     )  # fmt: skip
     strategy = mop(16, experts=8, vocabulary=8, boundary_tier="host", micro_batch=4)
     training = TrainSpec(seq_len=32768, global_batch=64)
-    given = Plan(model=load_model("qwen3_30b_a3b"), hardware=hardware, strategy=strategy, training=training)
+    given = Plan(
+        model=load_model("qwen3_30b_a3b"),
+        hardware=hardware,
+        strategy=strategy,
+        training=training,
+        stack=load_stack(strategy.stack),
+    )
     gaps = list(refusals(given, by="torchtitan"))
     found = left(given, gaps)
     assert found is not None

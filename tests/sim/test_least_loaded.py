@@ -18,6 +18,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
 from mopsim.validate.components import predict_components
+from tests.software import changed
 
 MODEL = msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2)
 MACHINE = load_profile("h200-sxm-141g")
@@ -75,11 +76,12 @@ def test_a_rank_computes_the_same_part_of_every_chunk() -> None:
 
 
 def test_the_host_places_rows_of_divided_experts_and_reads_the_rows_of_every_chunk() -> None:
-    strategy = _with(mop(8, experts=8, chunk_tokens=2048), balance="least_loaded", checkpoint="nested")
+    strategy = _with(mop(8, experts=8, chunk_tokens=2048), balance="least_loaded")
+    nested = changed("mopexec-flat", recompute={"chunk_inputs": "nested"})
 
     def ops(routing: RoutingProfile) -> list[Op]:
         training = TrainSpec(seq_len=8192, global_batch=8, routing=routing)
-        return list(lower(MODEL, strategy, training, 8).programs[0].ops)
+        return list(lower(MODEL, strategy, training, 8, nested).programs[0].ops)
 
     def started(routing: RoutingProfile, name: str) -> set[float]:
         return {sum(work.issued for work in op.work) for op in ops(routing) if op.name == name}
@@ -100,7 +102,8 @@ def test_nested_checkpoints_hold_what_arrived_for_all_chunks() -> None:
     arrived = 65536 * 8 * 2048 * 2
     most = []
     for how in ("redispatch", "nested"):
-        result = simulate(MODEL, MACHINE, 1, _with(chunked, checkpoint=how), training, timeline=True)
+        software = changed("mopexec-flat", recompute={"chunk_inputs": how})
+        result = simulate(MODEL, MACHINE, 1, chunked, training, software, timeline=True)
         most.append(max(result.memory_curve_by_category["dispatch"]))
     assert most[1] > most[0] + arrived / 2
 

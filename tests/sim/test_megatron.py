@@ -19,6 +19,7 @@ from mopsim.spec.strategy import Optimizer, Overlap, Precision, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.sim.toys import machine, quantity, small
+from tests.software import changed
 
 MACHINE = machine(memory=10_000.0)
 
@@ -326,10 +327,10 @@ def test_casts_read_their_source_as_often_as_the_recipe_needs(recipe: str, reads
     kernel = Kernel("up", "grouped_matmul", "experts", (), (), matmuls=product)
     for looped, kernels in ((False, 1), (True, 4)):
         strategy = megatron(8, experts=2)
-        experts = msgspec.structs.replace(strategy.experts, looped=looped)
+        software = changed("megatron-core", kernels={"expert_products": "looped" if looped else "grouped"})
         precision = msgspec.structs.replace(strategy.precision, matmul=recipe)
-        strategy = with_(strategy, experts=experts, precision=precision)
-        context = make_context(small(), strategy, TrainSpec(seq_len=256, global_batch=8), 8)
+        strategy = with_(strategy, precision=precision)
+        context = make_context(small(), strategy, TrainSpec(seq_len=256, global_batch=8), 8, software)
         multiply, cast = works(kernel, "forward", context)
         assert cast.bytes == pytest.approx(4 * 64 * 128 * size, rel=0.04)  # scales of blocks beside
         assert cast.launches == kernels * reads

@@ -11,9 +11,11 @@ from mopsim.engine import SimResult, simulate
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Overlap, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
+from tests.software import changed
 
 GIB = 1024**3
 
@@ -25,9 +27,7 @@ def cut(name: str, layers: int, tensor: int) -> ModelSpec:
     return msgspec.structs.replace(model, num_hidden_layers=layers, vocab_size=rows)
 
 
-def fused(strategy: Strategy) -> Strategy:
-    vocabulary = msgspec.structs.replace(strategy.vocabulary, fused=True)
-    return msgspec.structs.replace(strategy, vocabulary=vocabulary)
+FUSED = changed("megatron-core", kernels={"loss": "fused"})
 
 
 def low(strategy: Strategy, matmul: str, **changes: object) -> Strategy:
@@ -36,10 +36,12 @@ def low(strategy: Strategy, matmul: str, **changes: object) -> Strategy:
     return msgspec.structs.replace(strategy, precision=precision, **changes)
 
 
-def measure(model: ModelSpec, gpu: str, strategy: Strategy, seq_len: int, batch: int) -> SimResult:
+def measure(
+    model: ModelSpec, gpu: str, strategy: Strategy, seq_len: int, batch: int, stack: Stack | None = None
+) -> SimResult:
     hardware = load_profile(gpu)
     nodes = -(-strategy.world_size // hardware.devices_per_node)
-    return simulate(model, hardware, nodes, strategy, TrainSpec(seq_len=seq_len, global_batch=batch))
+    return simulate(model, hardware, nodes, strategy, TrainSpec(seq_len=seq_len, global_batch=batch), stack)
 
 
 B200 = [
@@ -69,8 +71,8 @@ def test_peak_memory_on_b200(
     gib: float,
     within: float,
 ) -> None:
-    strategy = fused(megatron(8, tensor=tp, pipeline=pp, sequence=cp, experts=ep))
-    result = measure(cut(name, layers, tp), "b200-sxm-192g", strategy, seq, batch)
+    strategy = megatron(8, tensor=tp, pipeline=pp, sequence=cp, experts=ep)
+    result = measure(cut(name, layers, tp), "b200-sxm-192g", strategy, seq, batch, FUSED)
     assert result.peak_memory / GIB == pytest.approx(gib, rel=within)
 
 
@@ -84,8 +86,8 @@ def test_peak_memory_on_b200(
     ],
 )  # fmt: skip
 def test_peak_memory_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch: int, gib: float) -> None:
-    strategy = fused(megatron(8, tensor=tp, pipeline=pp))
-    result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch)
+    strategy = megatron(8, tensor=tp, pipeline=pp)
+    result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch, FUSED)
     assert result.peak_memory / GIB == pytest.approx(gib, rel=0.03)
 
 
@@ -99,8 +101,8 @@ def test_peak_memory_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batc
     ],
 )  # fmt: skip
 def test_step_time_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch: int, seconds: float) -> None:
-    strategy = fused(megatron(8, tensor=tp, pipeline=pp))
-    result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch)
+    strategy = megatron(8, tensor=tp, pipeline=pp)
+    result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch, FUSED)
     assert result.step_time == pytest.approx(seconds, rel=0.15)
 
 
@@ -121,7 +123,7 @@ def test_step_time_of_deepseek_v3_on_b200() -> None:
     )
     strategy = msgspec.structs.replace(
         strategy,
-        experts=msgspec.structs.replace(strategy.experts, dispatch="deduplicated", looped=True),
+        experts=msgspec.structs.replace(strategy.experts, dispatch="deduplicated"),
         pipeline=msgspec.structs.replace(strategy.pipeline, layers=(*[4] * 15, 1)),
     )
     result = measure(load_model("deepseek_v3"), "b200-sxm-192g", low(strategy, "mxfp8"), 4096, 4096)
@@ -133,5 +135,6 @@ def test_step_time_of_qwen3_with_hidden_exchanges_on_gb300() -> None:
     strategy = low(megatron(8, experts=8, micro_batch=8, overlap=Overlap(experts=True)), "mxfp8")
     experts = msgspec.structs.replace(strategy.experts, dispatch="deduplicated")
     strategy = msgspec.structs.replace(strategy, experts=experts)
-    result = measure(cut("qwen3_30b_a3b", 48, 1), "gb300-288g", strategy, 4096, 512)
+    grouped = changed("megatron-core", kernels={"expert_products": "grouped"})
+    result = measure(cut("qwen3_30b_a3b", 48, 1), "gb300-288g", strategy, 4096, 512, grouped)
     assert result.step_time == pytest.approx(5.89, rel=0.1)

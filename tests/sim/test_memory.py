@@ -14,11 +14,12 @@ from mopsim.layers.tape import Tape
 from mopsim.lowering import lower
 from mopsim.lowering.context import make_context
 from mopsim.spec.presets import load_model
-from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy, Vocabulary
+from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, zero_offload
 from tests.sim.test_megatron import MACHINE, deep, play, with_
 from tests.sim.toys import small
+from tests.software import changed, unfused
 
 GPT3 = load_model("gpt3_175b")
 
@@ -113,14 +114,16 @@ def test_an_operator_that_is_kept_is_not_run_again() -> None:
 
 
 def test_plain_experts_are_whole_on_every_replica_and_used_where_they_lie() -> None:
-    strategy = with_(fsdp2(8, experts=4, recompute="full"), runtime="fully_shard")
-    plain = with_(strategy, experts=msgspec.structs.replace(strategy.experts, shard=1, plain=True))
-    model = small(num_hidden_layers=4)
-    sharded, whole = (play(model, one, 8) for one in (strategy, plain))
+    strategy = fsdp2(8, experts=4, recompute="full")
+    plain = with_(strategy, experts=msgspec.structs.replace(strategy.experts, shard=1))
+    software = changed("mopexec-fsdp2", sharding={"experts": False})
+    model, training = small(num_hidden_layers=4), TrainSpec(seq_len=256, global_batch=8)
+    sharded = simulate(model, MACHINE, 1, strategy, training)
+    whole = simulate(model, MACHINE, 1, plain, training, software)
     experts = sum(t.numel for t in tensors(model) if t.routed) // 4
     assert whole.memory_by_category["optimizer"] >= 2 * 4 * experts
     assert whole.resident_memory > sharded.resident_memory
-    ops = lower(model, plain, TrainSpec(seq_len=256, global_batch=8)).programs[0].ops
+    ops = lower(model, plain, training, stack=software).programs[0].ops
     assert not [op.name for op in ops if op.name.startswith("gather") and "experts" in op.name]
 
 
@@ -171,22 +174,15 @@ def test_a_discarded_input_is_not_kept_cast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "bytes_each"),
-    [
-        (Vocabulary(), 2 + 3 * 4),
-        (Vocabulary(fused=True), 2 + 2),
-        (Vocabulary(fused=True, upcast=True), 2 + 4 + 2),
-    ],
+    ("loss", "bytes_each"), [("composed", 2 + 3 * 4), ("fused", 2 + 2), ("upcast", 2 + 4 + 2)]
 )
-def test_bytes_of_a_logit_at_the_peak_of_the_loss(vocabulary: Vocabulary, bytes_each: int) -> None:
+def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: str, bytes_each: int) -> None:
     """torch's cross entropy of cast logits, which its caller holds (not mopexec's): they, the
     log-probabilities and two gradients in fp32."""
-    strategy = with_(
-        fsdp2(8), vocabulary=vocabulary, activations=Activations(recompute="full", kept=("q_proj",)),
-        unfused=("copies",),
-    )  # fmt: skip
+    strategy = with_(fsdp2(8), activations=Activations(recompute="full", kept=("q_proj",)))
+    software = unfused("copies", kernels={"loss": loss}, sharding={"fsdp": True})
     model = deep(1, vocab_size=32_000)
-    result = simulate(model, MACHINE, 1, strategy, TrainSpec(seq_len=4096, global_batch=8))
+    result = simulate(model, MACHINE, 1, strategy, TrainSpec(seq_len=4096, global_batch=8), software)
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
 
 
@@ -202,11 +198,11 @@ def test_tokens_that_arrive_once() -> None:
 
 def test_what_came_from_other_ranks_may_be_kept_for_the_recomputation() -> None:
     strategy = with_(
-        fsdp2(8, experts=8), activations=Activations(recompute="full", kept=("dispatch", "combine")),
-        unfused=("copies",),
-    )  # fmt: skip
+        fsdp2(8, experts=8), activations=Activations(recompute="full", kept=("dispatch", "combine"))
+    )
+    software = unfused("copies", sharding={"fsdp": True})
     model = small(num_hidden_layers=4)
-    program = lower(model, strategy, TrainSpec(seq_len=256, global_batch=8)).programs[0]
+    program = lower(model, strategy, TrainSpec(seq_len=256, global_batch=8), 8, software).programs[0]
     exchanges = [op for op in program.ops if {work.kind for work in op.work} == {"all_to_all"}]
     assert {op.phase for op in exchanges} == {"forward", "backward"}
     assert len(exchanges) == 4 * model.num_moe_layers
@@ -229,9 +225,10 @@ def test_a_flash_kernel_draws_its_mask_and_kept_scores_have_a_kernel_for_it() ->
     training = TrainSpec(seq_len=2048, global_batch=1)
 
     def drops(dropout: float, flash: bool) -> set[bool]:
-        kept = msgspec.structs.replace(plan, attention=msgspec.structs.replace(plan.attention, flash=flash))
+        kernel = "profile" if flash else "scores"
+        software = changed("megatron-core", kernels={"attention": {"default": kernel}})
         model = msgspec.structs.replace(GPT3, dropout=dropout)
-        ops = lower(model, kept, training, 8).programs[0].ops
+        ops = lower(model, plan, training, 8, software).programs[0].ops
         return {work.drops for op in ops for work in op.work if work.kind == "attention"}
 
     assert drops(0.1, True) == {True}

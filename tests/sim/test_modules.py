@@ -14,9 +14,11 @@ from mopsim.lowering import lower
 from mopsim.lowering.workload import Workload
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron
+from tests.software import unfused
 
 MEASURED = json.loads((Path(__file__).parents[2] / "reports/host/modules.json").read_text())
 MODEL = load_model("qwen3_30b_a3b")
@@ -57,27 +59,21 @@ def test_a_layer_takes_what_was_measured(strategy: Strategy) -> None:
             assert found["forward", component] >= forward
             assert found["backward", component] >= backward
     assert found["forward", "attention"] == modules.LAYER["attention"][0]
-    if strategy.unfused != ("modules",):
+    if load_stack(strategy.stack).sharding.copies:
         assert found["recompute", "attention"] == modules.LAYER["attention"][0] + modules.CHECKPOINT
 
 
 def test_small_steps_are_the_hosts_and_large_ones_are_not() -> None:
     profile = load_profile("h100-sxm-80g")
-    with_modules = megatron(8, experts=8)
-    fused = replace(with_modules, unfused=())
-    short, shorter = (
-        simulate(MODEL, profile, 1, s, training(256, 32)).step_time for s in (with_modules, fused)
-    )
+    strategy, both = megatron(8, experts=8), (unfused("modules"), unfused())
+    short, shorter = (simulate(MODEL, profile, 1, strategy, training(256, 32), s).step_time for s in both)
     assert short > 1.3 * shorter
-    whole, same = (
-        simulate(MODEL, profile, 1, s, training(32768, 8)).step_time for s in (with_modules, fused)
-    )
+    whole, same = (simulate(MODEL, profile, 1, strategy, training(32768, 8), s).step_time for s in both)
     assert whole == pytest.approx(same, rel=0.01)
 
 
 def test_replayed_graphs_have_no_modules() -> None:
     profile = load_profile("h100-sxm-80g")
-    graphed = replace(megatron(8), graphs=("step",))
-    fused = replace(graphed, unfused=())
-    first, second = (simulate(MODEL, profile, 1, s, training(256, 32)).step_time for s in (graphed, fused))
+    both = (unfused("modules", host={"graphs": ("step",)}), unfused(host={"graphs": ("step",)}))
+    first, second = (simulate(MODEL, profile, 1, megatron(8), training(256, 32), s).step_time for s in both)
     assert first == second

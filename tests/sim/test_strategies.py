@@ -24,8 +24,8 @@ def test_mop_is_the_papers() -> None:
     full recompute."""
     s = mop(16, sequence=2, experts=16, vocabulary=8)
     assert (s.attention.sequence, s.experts.degree, s.vocabulary.degree, s.dense.shard) == (2, 16, 8, 16)
-    assert (s.runtime, s.vocabulary.loss, s.activations.recompute, s.activations.boundary_tier) == (
-        "flat_units",
+    assert (s.stack, s.vocabulary.loss, s.activations.recompute, s.activations.boundary_tier) == (
+        "mopexec-flat",
         "ring",
         "full",
         "host",
@@ -41,7 +41,7 @@ def test_experts_are_sharded_over_their_replicas() -> None:
 
 def test_fsdp2_holds_its_master_in_the_shard() -> None:
     s = fsdp2(8, offload=True)
-    assert s.runtime == "fully_shard"
+    assert s.stack == "mopexec-fsdp2"
     assert (s.precision.param, s.precision.compute, s.precision.master) == ("float32", "bfloat16", "param")
     assert (s.dense.param_tier, s.dense.grad_tier, s.optimizer.state_tier, s.optimizer.update_on) == (
         "host",

@@ -10,9 +10,12 @@ import pytest
 from mopsim.engine import SimResult, simulate
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.strategy import EAGER, Strategy
+from mopsim.spec.stack import EAGER
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2
+from tests.software import unfused
 
 LOWER = sys.modules["mopsim.lowering.lower"]
 replace = msgspec.structs.replace
@@ -73,7 +76,7 @@ def test_kernels_are_the_strategys_not_the_lowerings(monkeypatch: pytest.MonkeyP
     """Told of kernels that fuse, an FSDP2 job is faster, and no longer what mopexec runs to the byte."""
     name, strategy, seq_len, batch = CASES["recompute"]
     training = TrainSpec(seq_len=seq_len, global_batch=batch, routing="balanced")
-    assert strategy.unfused == EAGER
-    fused = replace(strategy, unfused=("copies",))
-    quick = simulate(load_model(name), load_profile("h200-sxm-141g"), 2, fused, training)
+    assert load_stack(strategy.stack).unfused == EAGER
+    fused = unfused("copies", sharding={"fsdp": True})
+    quick = simulate(load_model(name), load_profile("h200-sxm-141g"), 2, strategy, training, fused)
     assert quick.step_time < 0.9 * own("recompute").step_time

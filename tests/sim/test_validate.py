@@ -66,7 +66,7 @@ def row(run_id: str = "r", model: str = "llama3_8b", **changes: str) -> dict[str
 def test_a_row_becomes_the_strategy_it_describes() -> None:
     found = case(row(cp="2", dp="4", micro_batch="2", recompute="none"), MODELS)
     assert found.family == "fsdp"
-    assert found.strategy.runtime == "fully_shard"
+    assert found.stack.sharding.fsdp
     assert (found.strategy.attention.sequence, found.strategy.data_groups) == (2, 4)
     assert (found.strategy.dense.zero, found.strategy.dense.shard) == (3, 8)
     assert found.strategy.activations.recompute == "none"

@@ -29,7 +29,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "strategy.optimizer.bucket_params": (1000, 100_000_000),
     "strategy.experts.capacity": (1.0, 1.5),
     "strategy.experts.threshold": (1.0, 1.5),
-    "strategy.graphs": ((), ("attention",), ("step",)),
+    "strategy.stack": ("mopexec-flat", "mopexec-fsdp2", "megatron-core"),
     "model.dropout": (0.0, 0.1),
     "model.rms_norm_eps": (1e-6, 1e-5),
     "model.sliding_window": (0, 16),

@@ -11,6 +11,7 @@ from mopsim.spec.hardware import COLLECTIVES, WORK_KINDS, Correction, Fabric, Ha
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import LONGEST, SHORTEST, HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import (
     Activations,
     Attention,
@@ -97,16 +98,16 @@ def strategies(draw: Any, world_size: int = 64) -> Strategy:
     loss = draw(st.sampled_from(["full", "chunked", "ring", "vocab_parallel"]))
     on_host = draw(st.booleans())
     expert = draw(power)
-    runtime = draw(st.sampled_from(["flat_units", "fully_shard"]))
+    stack = draw(st.sampled_from(["mopexec-flat", "mopexec-fsdp2"]))
     return Strategy(
         name=draw(text),
         world_size=world_size,
         micro_batch=draw(st.integers(1, 4)),
-        runtime=runtime,
+        stack=stack,
         pipeline=Pipeline(),
         dense=Dense(
             shard=draw(power),
-            zero=draw(st.sampled_from([2, 3] if runtime == "fully_shard" else [0, 1, 2, 3])),
+            zero=draw(st.sampled_from([2, 3] if stack == "mopexec-fsdp2" else [0, 1, 2, 3])),
             prefetch=draw(st.integers(0, 3)),
             param_tier=draw(tier),
         ),
@@ -192,6 +193,7 @@ def plans(draw: Any) -> Plan:
     return Plan(
         model=model,
         strategy=strategy,
+        stack=load_stack(strategy.stack),
         training=training,
         mop_version=draw(text),
         hardware=HardwareRef(

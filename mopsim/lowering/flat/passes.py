@@ -93,7 +93,7 @@ class Pairs(Passes):
         if self.is_moe(layer):
             experts = ExpertsLowering(c, b, ffn)
             b.adopt(f"choice{layer}", experts.choice)
-            if c.strategy.experts.checkpoint == "nested":
+            if c.stack.recompute.chunk_inputs == "nested":
                 ffn.shared(layer, backward=True)
                 NestedExperts(c, b).backward(layer, EXPERTS)
             else:

@@ -29,8 +29,7 @@ def reduce_copy(c: Context, unit: Unit) -> Work:
 
 def update_host(c: Context, units: Iterable[Unit], started: int) -> float:
     """What clipping and updating the parameters of units takes of the host beside the kernels started."""
-    unfused = c.strategy.unfused
-    each = UPDATE_SHARDED if "copies" in unfused else UPDATE if "modules" in unfused else 0.0
+    each = UPDATE_SHARDED if c.stack.sharding.copies else UPDATE if c.stack.host.modules else 0.0
     return max(0.0, each * sum(unit.tensors for unit in units) - started)
 
 

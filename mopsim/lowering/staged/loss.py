@@ -15,7 +15,6 @@ from mopsim.lowering.staged.template import template
 from mopsim.lowering.staged.works import works
 from mopsim.lowering.workload import Work
 from mopsim.spec.layout import token_slices
-from mopsim.spec.strategy import EAGERS
 
 _C = "vocabulary"
 
@@ -44,13 +43,14 @@ def loss_tape(context: Context) -> Tape:
     """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept
     (Megatron-LM)."""
     c, vocabulary = context, context.strategy.vocabulary
-    tensor = c.strategy.dense.tensor
+    tensor, kernel = c.strategy.dense.tensor, c.stack.kernels.loss
+    fused = kernel != "composed"
     split = vocabulary.loss == "vocab_parallel" and tensor > 1
     rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it
     columns = c.model.vocab_size / (tensor if split else 1)
     H, elements = c.model.hidden_size, int(rows * columns)
     zero = c.strategy.dense.zero
-    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not vocabulary.fused)
+    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not fused)
     kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
     first, source = begin("gather_n", "n", H, _C, c.shapes)
     kernels += first if split or c.shapes.sequence_parallel else ()
@@ -58,9 +58,9 @@ def loss_tape(context: Context) -> Tape:
     # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
-    torch = zero >= 2 and not vocabulary.fused
-    held = torch and c.strategy.unfused not in EAGERS
-    keeps = ("n", "logits") if vocabulary.fused or held else ("n",)
+    torch = zero >= 2 and not fused
+    held = torch and c.stack.kernels.logits_held
+    keeps = ("n", "logits") if fused or held else ("n",)
     apart = (("logits", elements * c.wide),) if torch else ()
     weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
     kernels.append(
@@ -69,12 +69,12 @@ def loss_tape(context: Context) -> Tape:
             weight_grad=weight,
         )
     )  # fmt: skip
-    in_place = vocabulary.fused and not vocabulary.upcast
+    in_place = kernel == "fused" or (fused and split)  # a split loss casts no logits
     exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.
-    moved = 3 * c.b if vocabulary.fused else c.b + 9 * c.wide
-    back = 2 * c.b if vocabulary.fused else c.b + 3 * c.wide
+    moved = 3 * c.b if fused else c.b + 9 * c.wide
+    back = 2 * c.b if fused else c.b + 3 * c.wide
     if torch:
         kernels.append(
             Kernel(
@@ -88,7 +88,7 @@ def loss_tape(context: Context) -> Tape:
         Kernel(
             "cross_entropy", "memory_bound", _C, ("wide" if torch else "logits",), (exact, Value("loss", 0)),
             saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
-            back_bytes=float(elements * back), launches=1 if vocabulary.fused else 6 - torch,
+            back_bytes=float(elements * back), launches=1 if fused else 6 - torch,
             back_launches=2 - torch,
             back_scratch=apart,
         )
@@ -113,7 +113,7 @@ def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
         draft.add("final_norm", "compute", _C, "backward", work, (START,), memory)
         return draft.template()
     found: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
-    torch, gradient = c.strategy.unfused in EAGERS, float(V * H * c.b)
+    torch, gradient = c.stack.kernels.loss_chunks == "composed", float(V * H * c.b)
     if torch:
         found.append(once(gradient))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]

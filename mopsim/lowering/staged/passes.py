@@ -38,7 +38,7 @@ class Passes:
         self.shapes = replace(
             context.shapes,
             exchange=attention.exchange,
-            flash=attention.flash,
+            flash=context.stack.flash,
             fused=not strategy.activations.kept,
         )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
@@ -88,13 +88,13 @@ class Passes:
             if routes and split and c.migration:
                 tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
             precision = c.strategy.precision
-            if precision.matmul in CAST and "copies" not in c.strategy.unfused:
+            if precision.matmul in CAST and not c.stack.sharding.copies:
                 # Transformer Engine keeps the cast copies; torchao, beside torch's FSDP2, the inputs
                 share = DTYPE_BYTES[precision.matmul] / c.b
                 tape = quantized(tape, share, c.strategy.activations.modules)
             if not c.shards_params:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
-            unfused, wings = c.strategy.unfused, c.model.ffn_matrices - 1
+            unfused, wings = c.stack.unfused, c.model.ffn_matrices - 1
             layernorm = c.model.norm == "layernorm"
             kernels = composed(tape.kernels, unfused, c.b, c.wide, wings, layernorm)
             tape = replace(tape, kernels=kernels)
@@ -197,7 +197,7 @@ class Passes:
     def _plan(self, tape: Tape) -> Plan:
         activations = self.context.strategy.activations
         # where an exchange is replayed, the checkpoint is not torch's
-        early = "copies" in self.context.strategy.unfused and "dispatch" not in activations.kept
+        early = self.context.stack.recompute.stops_early and "dispatch" not in activations.kept
         return plan(tape, activations.recompute, activations.modules, activations.kept, early)
 
 
@@ -206,10 +206,10 @@ def _check(context: Context) -> None:
     strategy = context.strategy
     attention = strategy.attention
     require(
-        attention.flash or attention.exchange == "ulysses" or attention.sequence == 1,
-        "strategy.attention.flash",
-        attention.flash,
-        f"must be true where attention.exchange is {attention.exchange}",
+        context.stack.flash or attention.exchange == "ulysses" or attention.sequence == 1,
+        "stack.kernels.attention",
+        context.stack.attention,
+        f"keeps scores, which no program does where attention.exchange is {attention.exchange}",
     )
     rule = "is lowered only with ZeRO-3 and full recomputation, without tensor and pipeline parallelism"
     require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, rule)

@@ -28,7 +28,7 @@ class Shards:
         self.c, self.issue, self.stage = context, issue, stage
         self.zero = context.strategy.dense.zero
         self.each = self.zero >= 2
-        self._copies = "copies" in context.strategy.unfused
+        self._copies = context.stack.sharding.copies
         self.ops: list[int] = []
         self.reduced: set[str] = set()
         self._full: dict[str, int] = {}
@@ -145,8 +145,10 @@ class Shards:
         return (self._full[unit.name],)
 
     def _copied(self, unit: Unit) -> bool:
-        """Whether torch's FSDP2 holds it, which copies it (see Strategy.unfused)."""
-        return self._copies and not (unit.component == "experts" and self.c.strategy.experts.plain)
+        """Whether torch's FSDP2 holds it, which copies it (see Sharding.copies)."""
+        return self._copies and not (
+            unit.component == "experts" and self.c.stack.plain_experts(self.c.strategy)
+        )
 
     def _pass(
         self,
@@ -160,10 +162,7 @@ class Shards:
         return self.issue.add(name, "compute", "other", phase, work, deps, memory, layer=unit.layer)
 
     def _leave(self, unit: Unit, phase: str, ready: Ops) -> None:
-        strategy = self.c.strategy
-        root = (
-            unit.layer < 0 and strategy.runtime == "fully_shard"
-        )  # FSDP's root is gathered once a microbatch
+        root = unit.layer < 0 and self.c.stack.sharding.fsdp  # FSDP's root is gathered once a microbatch
         keep = phase == "forward" and (root or not self.c.reshards)
         if unit.name in self._full and not keep:
             del self._full[unit.name]

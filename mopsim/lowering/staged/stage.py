@@ -106,7 +106,7 @@ class Stage:
     def frees_gradients(self) -> bool:
         """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
         strategy = self.context.strategy
-        return strategy.runtime == "fully_shard" and strategy.dense.grad_tier == "device"
+        return self.context.stack.sharding.fsdp and strategy.dense.grad_tier == "device"
 
     def resident(self) -> tuple[Step, ...]:
         """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases."""

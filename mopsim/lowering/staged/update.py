@@ -58,7 +58,7 @@ def _master(c: Context) -> int:
     in a kernel of its own (Megatron-LM, Float16OptimizerWithFloat16Params and DistributedOptimizer,
     `_copy_main_params_to_model_params`)."""
     master = c.strategy.precision.master
-    if master == "param" or c.strategy.runtime == "fully_shard":
+    if master == "param" or c.stack.sharding.fsdp:
         return 0
     return int(DTYPE_BYTES[master])
 

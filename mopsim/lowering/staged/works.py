@@ -20,7 +20,7 @@ rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; 
 def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     """The work of a kernel's forward, its backward, or one half of its backward."""
     found = _works(kernel, part, context)
-    fills = "fills" in context.strategy.unfused and found and kernel.kind not in COLLECTIVES
+    fills = context.stack.kernels.fills and found and kernel.kind not in COLLECTIVES
     return (*found, *_fills(kernel, part, context)) if fills else found
 
 
@@ -29,7 +29,7 @@ def _fills(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     gradients that are not added where they belong at once."""
     values = kernel.writes if part == "forward" else tuple(v for v in kernel.writes if v.grad)
     sizes = [value.bytes for value in values if value.bytes] if part != "weight_grad" else []
-    if part in ("backward", "weight_grad") and "accumulation" in context.strategy.unfused:
+    if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":
         sizes += [int(one.n * one.k * one.count * context.b) for one in kernel.matmuls]
     return (Work("memory_bound", bytes=float(sum(sizes)), launches=len(sizes)),) if sizes else ()
 
@@ -51,7 +51,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         precision = context.strategy.precision
         dtype = precision.matmul if precision.attention == "matmul" else precision.compute
         dtype = precision.compute if dtype == "compute" else dtype
-        drops = context.model.dropout > 0 and context.strategy.attention.flash
+        drops = context.model.dropout > 0 and context.stack.flash
         return (
             Work(
                 "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,
@@ -71,17 +71,17 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         if group.size == 1:
             return ()
         work = Work(kind, bytes=size, launches=launches, group=group)
-        mapped = kernel.name == "dispatch" and forward and context.strategy.experts.mapped
+        mapped = kernel.name == "dispatch" and forward and context.mapped
         return (*_map(context, group), work) if mapped else (work,)
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    indexed = kernel.indexed and "experts" in context.strategy.unfused
+    indexed = kernel.indexed and context.stack.kernels.expert_rows == "composed"
     work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed)
     return (work,) if size or launches else ()
 
 
 def _map(context: Context, group: Group) -> tuple[Work, ...]:
-    """The choices of all rows of a group, gathered and read (see Experts.mapped)."""
+    """The choices of all rows of a group, gathered and read (see Kernels.dispatch_map)."""
     size = float(group.size * context.tokens * context.model.num_local_experts)
     return (
         Work("all_gather", bytes=size, group=replace(group, choices=0.0)),
@@ -94,7 +94,7 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     recipe = precision.compute if precision.matmul == "compute" else precision.matmul
     eight_bit = kernel.component == "vocabulary" and precision.vocabulary == "matmul"
     dtype = precision.compute if kernel.component in EXACT and not eight_bit else recipe
-    looped = kernel.kind == "grouped_matmul" and context.strategy.experts.looped
+    looped = kernel.kind == "grouped_matmul" and context.looped
     found = []
     for place, one in enumerate(kernel.matmuls):
         launches = int(place == 0 or kernel.kind != "grouped_matmul")
@@ -115,7 +115,7 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         launches = reads * (sum(int(m.count) for m in kernel.matmuls) if looped else 1)
         each = reads * DTYPE_BYTES[precision.compute] + 2 * DTYPE_BYTES[dtype]
         found.append(Work("memory_bound", bytes=rows * each, launches=launches))
-    if part in ("backward", "weight_grad") and "accumulation" in context.strategy.unfused:
+    if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":
         # each gradient is read, its buffer read and written
         size = sum(m.n * m.k * m.count for m in kernel.matmuls) * (context.b + 2 * context.grad)
         found.append(Work("memory_bound", bytes=size, launches=len(kernel.matmuls)))

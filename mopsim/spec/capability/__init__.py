@@ -8,6 +8,7 @@ from typing import Any
 from mopsim.common.errors import SpecError
 from mopsim.spec.capability.facts import EXPORTS, SIDES, Job, Row, Side
 from mopsim.spec.capability.rules import RULES
+from mopsim.spec.capability.software import no_runtime
 from mopsim.spec.capability.table import MODEL, ROWS
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
@@ -24,6 +25,7 @@ __all__ = [
     "Side",
     "job_of",
     "model_refusals",
+    "not_run",
     "refusals",
     "runnable",
 ]
@@ -31,7 +33,7 @@ __all__ = [
 
 def job_of(plan: Plan) -> Job:
     """The parts of a plan that the table speaks of."""
-    return Job(plan.model, plan.strategy, plan.training)
+    return Job(plan.model, plan.strategy, plan.training, plan.stack)
 
 
 def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
@@ -43,7 +45,7 @@ def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
         if cell.values is None:
             continue
         noun, _, field = path.partition(".")
-        owner = getattr(job, noun)
+        owner = job.software if noun == "stack" else getattr(job, noun)
         if owner is None or not row.concerns(by, job):
             continue
         refused = cell.refuse(by, path, _at(owner, field))
@@ -64,9 +66,19 @@ def model_refusals(model: ModelSpec) -> Iterator[SpecError]:
 def runnable(
     strategy: Strategy, model: ModelSpec, training: TrainSpec | None = None, stack: Stack | None = None
 ) -> SpecError | None:
-    """None where the runtime of mopexec that the strategy is for runs it, else the first reason against."""
-    job = Job(model, strategy, training, stack)
-    return next(refusals(job, by=strategy.runtime), None)
+    """None where mopexec runs the strategy on the stack (its own, where none is given), else the first reason
+    against."""
+    return next(not_run(Job(model, strategy, training, stack)), None)
+
+
+def not_run(job: Job | Plan) -> Iterator[SpecError]:
+    """What mopexec does not run of a job, by the runtime of its stack."""
+    if isinstance(job, Plan):
+        job = job_of(job)
+    refused = no_runtime(job)
+    if refused is not None:
+        yield refused
+    yield from refusals(job, by=job.software.runtime or "flat_units")
 
 
 def _at(spec: Any, path: str) -> Any:

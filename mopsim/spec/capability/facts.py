@@ -8,6 +8,7 @@ from mopsim.common.errors import SpecError
 from mopsim.spec.layout import num_chunks
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -28,8 +29,8 @@ DOES: dict[Side, str] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of a side. training and stack: None where they are not known yet; rows of theirs and
-    rules that need them then refuse nothing."""
+    """What is asked of a side. training: None where it is not known yet; its rows and rules that need it then
+    refuse nothing. stack: that which the strategy names, where None."""
 
     model: ModelSpec
     strategy: Strategy
@@ -37,9 +38,14 @@ class Job:
     stack: Stack | None = None
 
     @property
-    def runtime(self) -> str:
-        """The runtime of mopexec that the job is for."""
-        return self.strategy.runtime
+    def software(self) -> Stack:
+        """The stack of the job."""
+        return self.stack or load_stack(self.strategy.stack, "strategy.stack")
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether the program shards parameters by groups of modules, whatever `dense.zero` says."""
+        return self.software.sharding.fsdp
 
     @property
     def chunks(self) -> int:
@@ -147,7 +153,7 @@ def zero_3(job: Job) -> bool:
 
 def gathers_layers(job: Job) -> bool:
     """Parameters are gathered layer by layer."""
-    return zero_3(job) or job.runtime == "fully_shard"
+    return zero_3(job) or job.fsdp
 
 
 def whole_steps(job: Job) -> bool:

@@ -7,6 +7,7 @@ from msgspec import structs
 
 from mopsim.common.errors import SpecError
 from mopsim.spec.capability.facts import DOES, Job, Side, expert_parallel, has_experts
+from mopsim.spec.capability.software import software_is_the_runtimes
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
 from mopsim.spec.presets import list_models, load_model
@@ -81,7 +82,7 @@ def one_state_dtype(job: Job, side: Side) -> Iterator[SpecError]:
 def offloads_together(job: Job, side: Side) -> Iterator[SpecError]:
     """FSDP2's CPUOffloadPolicy moves parameters, gradients and state together, and the host updates them."""
     strategy, tier = job.strategy, job.strategy.optimizer.state_tier
-    if job.runtime != "fully_shard":
+    if not job.fsdp:
         return
     rule = f"is not {DOES[side]}, only optimizer.state_tier {tier!r}: fully_shard offloads all or nothing"
     yield from _unless(strategy.optimizer.update_on == tier, job, "optimizer.update_on", rule)
@@ -102,8 +103,10 @@ def boundaries_need_recompute(job: Job, side: Side) -> Iterator[SpecError]:
 
 def ring_by_flat_units(job: Job, side: Side) -> Iterator[SpecError]:
     """FSDP2's head computes the loss of its own tokens."""
-    holds = job.strategy.vocabulary.loss != "ring" or job.runtime != "fully_shard"
-    yield from _unless(holds, job, "vocabulary.loss", "is not simulated under runtime 'fully_shard'")
+    holds = job.strategy.vocabulary.loss != "ring" or not job.fsdp
+    yield from _unless(
+        holds, job, "vocabulary.loss", f"is not simulated under the stack {job.software.name}, which is FSDP"
+    )
 
 
 def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
@@ -118,8 +121,8 @@ def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
 
 def reshards_after_forward(job: Job, side: Side) -> Iterator[SpecError]:
     dense = job.strategy.dense
-    holds = dense.reshard_after_forward or dense.zero != 3 or job.runtime == "fully_shard"
-    rule = "is not simulated with ZeRO-3 under runtime 'flat_units', only True"
+    holds = dense.reshard_after_forward or dense.zero != 3 or job.fsdp
+    rule = f"is not simulated with ZeRO-3 under the stack {job.software.name}, only True"
     yield from _unless(holds, job, "dense.reshard_after_forward", rule)
 
 
@@ -307,9 +310,12 @@ RULES: dict[Side, tuple[Rule, ...]] = {
         ring_by_flat_units, tensor_group_holds_vocabulary, reshards_after_forward, offloads_together,
         plain_latents,
     ),
-    "flat_units": (heads_over_ranks, ring_has_rows, host_updates_masters, products_in_compute),
+    "flat_units": (
+        software_is_the_runtimes, heads_over_ranks, ring_has_rows, host_updates_masters, products_in_compute,
+    ),
     "fully_shard": (
-        heads_over_ranks, products_in_compute, one_state_dtype, offloads_together, boundaries_need_recompute,
+        software_is_the_runtimes, heads_over_ranks, products_in_compute, one_state_dtype, offloads_together,
+        boundaries_need_recompute,
     ),
     "torchtitan": (
         flavor_is_the_preset, stages_of_a_rank, shards_divide, titan_expert_ranks, experts_share_the_copy,

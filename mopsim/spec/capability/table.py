@@ -36,7 +36,6 @@ from mopsim.spec.capability.facts import (
     windowed,
     zero_3,
 )
-from mopsim.spec.strategy import EAGERS
 
 _WIDE = ("float64", "float32", "bfloat16")
 _SCALED = "mopexec does not scale the loss, as float16 needs"
@@ -56,7 +55,7 @@ STRATEGY: dict[str, Row] = {
         deepspeed=elsewhere("the launcher's"),
     ),
     "micro_batch": row(),
-    "runtime": row(flat_units=only("flat_units"), fully_shard=only("fully_shard"), exports=_PROGRAM),
+    "stack": row(simulator=LABEL, mopexec=LABEL, exports=_PROGRAM),
     "pipeline.degree": row(mopexec=only(1), deepspeed=only(1, why="it is code there, not configuration")),
     "pipeline.virtual_stages": row(pipelined),
     "pipeline.layers": row(pipelined, torchtitan=only((), why="its stages are cut by a number of layers")),
@@ -94,28 +93,19 @@ STRATEGY: dict[str, Row] = {
         torchtitan=only("all_gather", "ring", why="it gathers keys and values, or rotates them"),
         deepspeed=only("ulysses"),
     ),
-    "attention.flash": row(mopexec=only(True), exports=only(True, why=_UNSET)),
     "attention.order": row(context_parallel, exports=only("contiguous", why="its groups are contiguous")),
     "experts.degree": row(has_experts),
     "experts.tensor": row(has_experts, mopexec=only(1), deepspeed=only(1)),
     "experts.shard": row(has_experts),
-    "experts.plain": row(has_experts, mopexec=only(False), exports=only(False)),
     "experts.chunk_tokens": row(
         chunked_experts, fully_shard=only(0), exports=only(0, why="it has one dispatch a layer")
     ),
     "experts.max_chunks": row(capped_chunks),
-    "experts.checkpoint": row(
-        chunked_experts, mopexec=only("redispatch"), exports=only("redispatch", why="it has no chunks")
-    ),
     "experts.balance": row(expert_parallel, mopexec=only("none"), exports=only("none")),
     "experts.capacity": row(balanced_experts),
     "experts.min_rows": row(balanced_experts),
     "experts.threshold": row(balanced_experts),
     "experts.dispatch": row(expert_parallel, mopexec=only("all_to_all"), deepspeed=only("all_to_all")),
-    "experts.mapped": row(
-        expert_parallel, mopexec=only(False), torchtitan=only(False), deepspeed=only(False)
-    ),
-    "experts.looped": row(has_experts, mopexec=only(False), exports=_PROGRAM),
     "experts.order": row(expert_parallel, exports=only("contiguous", why="its groups are contiguous")),
     "experts.param_tier": row(has_experts, flat_units=only("device"), megatron_bridge=only("device")),
     "experts.grad_tier": row(
@@ -133,10 +123,6 @@ STRATEGY: dict[str, Row] = {
         deepspeed=only("full"),
     ),
     "vocabulary.chunk_tokens": row(logits_in_rows),
-    "vocabulary.fused": row(
-        mopexec=only(False), torchtitan=only(False, why=_UNSET), deepspeed=only(False, why=_UNSET)
-    ),
-    "vocabulary.upcast": row(mopexec=only(False), exports=only(False, why=_UNSET)),
     "vocabulary.order": row(vocabulary_ring, exports=only("contiguous")),
     "optimizer.state_tier": row(),
     "optimizer.update_on": row(
@@ -209,12 +195,6 @@ STRATEGY: dict[str, Row] = {
     ),
     "precision.attention": row(in_8_bits, mopexec=only("compute"), exports=only("compute")),
     "precision.vocabulary": row(in_8_bits, mopexec=only("compute"), exports=only("compute")),
-    "graphs": row(mopexec=only(()), exports=only((), why="what a target can capture differs")),
-    "unfused": row(
-        flat_units=only(()),
-        fully_shard=only(*EAGERS),
-        exports=only((), ("modules",), *EAGERS, why="a matter of how a target is built"),
-    ),
 }
 
 _SIZE = row(exports=_NETWORK)
@@ -305,6 +285,9 @@ _KERNELS = (
     "weight_grads",
     "ring_blocks",
     "loss",
+    "logits_held",
+    "loss_chunks",
+    "dispatch_map",
     "attention",
     "deterministic",
     "fills",
@@ -314,7 +297,7 @@ _HIDES = ("grad_reduce", "param_gather", "pipeline", "tensor", "experts")
 _OWN = (
     "explicit",
     *(f"kernels.{name}" for name in _KERNELS),
-    "sharding.copies", "sharding.experts",
+    "sharding.fsdp", "sharding.copies", "sharding.experts",
     "recompute.stops_early", "recompute.kept", "recompute.selective", "recompute.chunk_inputs",
     "host.modules", "host.graphs",
     *(f"dtypes.{name}" for name in _DTYPES),

@@ -1,0 +1,32 @@
+"""Whether a runtime of mopexec is the program that a stack describes."""
+
+from collections.abc import Iterator
+
+from mopsim.common.errors import SpecError
+from mopsim.spec.capability.facts import DOES, Job, Side
+from mopsim.spec.stacks import load_stack
+
+SHIPPED: dict[str, str] = {"flat_units": "mopexec-flat", "fully_shard": "mopexec-fsdp2"}
+"""Stacks that describe what mopexec's runtimes really do."""
+_SECTIONS = ("kernels", "sharding", "recompute", "host")
+_COUNTED = ("host.modules",)
+"""Entries that change what is counted of a program, not the program."""
+
+
+def software_is_the_runtimes(job: Job, side: Side) -> Iterator[SpecError]:
+    """Every entry of the stack is what the runtime does."""
+    known = load_stack(SHIPPED[side])
+    for section in _SECTIONS:
+        ours, theirs = getattr(known, section), getattr(job.software, section)
+        for field in ours.__struct_fields__:
+            runs, says = getattr(ours, field), getattr(theirs, field)
+            if runs != says and f"{section}.{field}" not in _COUNTED:
+                yield SpecError(f"stack.{section}.{field}", says, f"is not {DOES[side]}, only {runs!r}")
+
+
+def no_runtime(job: Job) -> SpecError | None:
+    """The error of a stack that no runtime of mopexec runs."""
+    if job.software.runtime:
+        return None
+    rule = f"of the stack {job.software.name}: mopexec runs {' and '.join(SHIPPED.values())} only"
+    return SpecError("stack.runtime", "", rule)

@@ -1,0 +1,145 @@
+"""Stacks by name or by YAML file: entries with their sources, `extends` resolved.
+
+    name: my-fork
+    version: "1.4 (2026-10)"
+    extends: torchtitan
+    kernels:
+      source: my_fork/model.py          # of every entry of the section that names none of its own
+      norm: fused
+      rotary: {value: fused, source: my_fork/kernels/rotary.py}
+
+An entry at the top (`runtime`, `communication_share`, ...) has the `source` at the top. An entry without a
+source is refused, so that a reader can check each.
+"""
+
+import difflib
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mopsim.common.errors import MopError
+from mopsim.common.io import convert, exists, parse_yaml, read_text
+from mopsim.spec.stack import Stack
+
+SECTIONS = ("kernels", "sharding", "recompute", "host", "dtypes", "hides", "reading")
+_NAMES = ("name", "version", "extends", "source")
+_OWN = ("runtime",)
+"""Entries that a child does not have from its parent: whoever changes a program is not that program."""
+
+
+@cache
+def _texts() -> dict[str, str]:
+    folder = files("mopsim") / "stacks"
+    return {
+        e.name.removesuffix(".yaml"): e.read_text("utf-8")
+        for e in folder.iterdir()
+        if e.name.endswith(".yaml")
+    }
+
+
+def list_stacks() -> list[str]:
+    """Names that load_stack accepts, sorted."""
+    return sorted(_texts())
+
+
+def load_stack(ref: str | Path, field: str = "stack") -> Stack:
+    """The stack that `field` names: a shipped one, or a YAML file; with what it extends.
+
+    Raises MopError in one line: an unknown name with near ones and the known, a missing file, an entry that
+    breaks a rule or has no source, a stack that extends itself.
+    """
+    name = str(ref)
+    if name in _texts():
+        return _named(name)
+    path = Path(ref)
+    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or exists(path)):
+        raise MopError(f"{field}: {name!r} is neither a stack nor a file; {_hint(name)}")
+    return _stack(read_text(path, field), str(path), field, ())
+
+
+@cache
+def _named(name: str) -> Stack:
+    return _stack(_texts()[name], f"stack {name}", "stack", (name,))
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name, list_stacks(), n=3, cutoff=0.5)
+    return (f"near: {', '.join(near)}; " if near else "") + f"stacks: {', '.join(list_stacks())}"
+
+
+def _stack(text: str, origin: str, field: str, seen: tuple[str, ...]) -> Stack:
+    stack = convert(_resolved(text, origin, field, seen), Stack, field, origin)
+    if not stack.version.strip():
+        raise MopError(f"{origin}: {field}.version: '' must say of which version the entries are")
+    return stack
+
+
+def _resolved(text: str, origin: str, field: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    """Plain fields of a Stack: the file's over those of what it extends. seen: names on the way here."""
+    data = parse_yaml(text, origin)
+    if not isinstance(data, dict):
+        raise MopError(f"{origin}: {field}: must be a mapping of fields, got {type(data).__name__}")
+    own = _flat(data, origin, field)
+    parent = data.get("extends") or ""
+    if not parent:
+        return own
+    if not isinstance(parent, str) or parent not in _texts():
+        hint = _hint(str(parent))
+        raise MopError(f"{origin}: {field}.extends: {parent!r} is not a stack; {hint}")
+    if parent in seen:
+        round_trip = " -> ".join((*seen, parent))
+        raise MopError(f"{origin}: {field}.extends: {parent!r} leads back to itself: {round_trip}")
+    base = _resolved(_texts()[parent], f"stack {parent}", "stack", (*seen, parent))
+    return _over(base, own)
+
+
+def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a child over its parent's; a source goes with the entry that it is of."""
+    found = {key: value for key, value in base.items() if key not in _OWN}
+    sources = {key: text for key, text in base["sources"].items() if key not in _OWN}
+    for key, value in own.items():
+        if key in SECTIONS and isinstance(value, dict):
+            found[key] = {**found.get(key, {}), **value}
+        else:
+            found[key] = value
+    return {**found, "sources": {**sources, **own["sources"]}}
+
+
+def _flat(data: dict[str, Any], origin: str, field: str) -> dict[str, Any]:
+    """The fields of a file without their sources, which are put in `sources` by dotted field."""
+    found: dict[str, Any] = {key: data[key] for key in ("name", "version", "extends") if key in data}
+    sources: dict[str, str] = {}
+    for path, value, source in _entries(data):
+        if not isinstance(source, str) or not source.strip():
+            raise MopError(
+                f"{origin}: {field}.{'.'.join(path)}: {value!r} has no source: say where it is written, as "
+                "{value: ..., source: ...} or as the section's `source`"
+            )
+        sources[".".join(path)] = source
+        if len(path) == 1:
+            found[path[0]] = value
+        else:
+            found.setdefault(path[0], {})[path[1]] = value
+    return {**found, "sources": sources}
+
+
+def _entries(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(path, value, source) of every entry of a file."""
+    for key, value in data.items():
+        if key in _NAMES:
+            continue
+        if key in SECTIONS and isinstance(value, dict):
+            for name, entry in value.items():
+                if name != "source":
+                    yield ((key, str(name)), *_split(entry, value.get("source")))
+        else:
+            yield ((str(key),), *_split(value, data.get("source")))
+
+
+def _split(entry: Any, source: Any) -> tuple[Any, Any]:
+    """(value, source) of an entry, which may have a source of its own."""
+    if isinstance(entry, dict) and set(entry) == {"value", "source"}:
+        return entry["value"], entry["source"]
+    return entry, source

@@ -1,0 +1,154 @@
+"""Files of before the stacks: what a strategy said of its program becomes a stack.
+
+Until version 0.1 a strategy had `runtime`, `unfused`, `graphs`, `attention.flash`, `experts.plain`, `looped`,
+`mapped` and `checkpoint`, `vocabulary.fused` and `upcast`. Plans, measurements and strategies with them still
+load.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from mopsim.common.io import Spec, convert, read_yaml, to_plain
+from mopsim.spec.categories import Runtime
+from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.stack import (
+    EAGERS,
+    Built,
+    Host,
+    Kernels,
+    Recompute,
+    Sharding,
+    Stack,
+    Unfused,
+)
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import DEFAULT_STACK, Strategy
+
+
+class _Attention(Spec, frozen=True, kw_only=True):
+    flash: bool = True
+
+
+class _Experts(Spec, frozen=True, kw_only=True):
+    plain: bool = False
+    looped: bool = False
+    mapped: bool = False
+    checkpoint: Literal["redispatch", "nested"] = "redispatch"
+
+
+class _Vocabulary(Spec, frozen=True, kw_only=True):
+    fused: bool = False
+    upcast: bool = False
+
+
+class _Old(Spec, frozen=True, kw_only=True):
+    """The fields that a strategy no longer has."""
+
+    runtime: Runtime = "flat_units"
+    unfused: tuple[Unfused, ...] = ()
+    graphs: tuple[str, ...] = ()
+    attention: _Attention = _Attention()
+    experts: _Experts = _Experts()
+    vocabulary: _Vocabulary = _Vocabulary()
+
+
+_SECTIONS: dict[str, type[Spec]] = {
+    "attention": _Attention,
+    "experts": _Experts,
+    "vocabulary": _Vocabulary,
+}
+_TOP = ("runtime", "unfused", "graphs")
+
+
+def read_plan(data: Any, origin: str, field: str = "plan") -> Plan:
+    """A plan of plain objects, of any version. Raises MopError naming the field."""
+    return convert(_plan(data, field), Plan, field, origin)
+
+
+def load_plan(path: Path | str, field: str = "plan") -> Plan:
+    """A plan's YAML file, of any version. Raises MopError naming file and field."""
+    return read_plan(read_yaml(Path(path), field), str(path), field)
+
+
+def load_measurement(path: Path | str, field: str = "measurement") -> Measurement:
+    """A measurement's YAML file, of any version. Raises MopError naming file and field."""
+    data = read_yaml(Path(path), field)
+    if isinstance(data, dict) and "plan" in data:
+        data = {**data, "plan": _plan(data["plan"], f"{field}.plan")}
+    return convert(data, Measurement, field, str(path))
+
+
+def read_strategy(data: Any, origin: str, field: str = "strategy") -> tuple[Strategy, Stack]:
+    """A strategy of plain objects, of any version, and the stack that it is meant for."""
+    stack = None
+    if isinstance(data, dict):
+        data, stack = split(data, field)
+    strategy = convert(data, Strategy, field, origin)
+    return strategy, stack or load_stack(strategy.stack, f"{field}.stack")
+
+
+def _plan(data: Any, field: str) -> Any:
+    if not isinstance(data, dict) or "stack" in data or not isinstance(data.get("strategy"), dict):
+        return data
+    strategy, stack = split(data["strategy"], f"{field}.strategy")
+    if stack is None:
+        stack = load_stack(strategy.get("stack", DEFAULT_STACK), f"{field}.stack")
+    return {**data, "strategy": strategy, "stack": to_plain(stack)}
+
+
+def split(data: dict[str, Any], field: str) -> tuple[dict[str, Any], Stack | None]:
+    """A strategy's fields without the old ones, and the stack that these say; None where there are none."""
+    old: dict[str, Any] = {key: data[key] for key in _TOP if key in data}
+    new = {key: value for key, value in data.items() if key not in _TOP}
+    for name, kind in _SECTIONS.items():
+        given = data.get(name)
+        if not isinstance(given, dict):
+            continue
+        gone = {key: value for key, value in given.items() if key in kind.__struct_fields__}
+        if gone:
+            old[name] = gone
+            new[name] = {key: value for key, value in given.items() if key not in gone}
+    if not old or "stack" in data:
+        return data, None
+    stack = _stack(convert(old, _Old, field))
+    return {**new, "stack": stack.name}, stack
+
+
+def _stack(old: _Old) -> Stack:
+    """The stack that the old fields say; a shipped one where it is the same."""
+
+    def built(word: Unfused) -> Built:
+        return "composed" if word in old.unfused else "fused"
+
+    words = tuple(word for word in dict.fromkeys(EAGERS[0]) if word in old.unfused)
+    eager = words in EAGERS and len(words) == len(set(old.unfused))
+    vocabulary, experts = old.vocabulary, old.experts
+    copies = "copies" in old.unfused
+    found = Stack(
+        name="upgraded",
+        version="strategy of mop 0.1.0",
+        runtime=old.runtime,
+        explicit=old.runtime == "flat_units" and not old.unfused,
+        kernels=Kernels(
+            norm=built("norms"),
+            rotary=built("rotary"),
+            activation=built("activation"),
+            residual=built("residual"),
+            expert_rows=built("experts"),
+            expert_products="looped" if experts.looped else "grouped",
+            weight_grads=built("accumulation"),
+            ring_blocks=built("blocks"),
+            loss="upcast" if vocabulary.upcast else "fused" if vocabulary.fused else "composed",
+            logits_held=not eager,
+            loss_chunks="composed" if eager else "fused",
+            dispatch_map=experts.mapped,
+            attention={"default": "profile" if old.attention.flash else "scores"},
+            fills="fills" in old.unfused,
+        ),
+        sharding=Sharding(fsdp=old.runtime == "fully_shard", copies=copies, experts=not experts.plain),
+        recompute=Recompute(stops_early=copies, chunk_inputs=experts.checkpoint),
+        host=Host(modules="modules" in old.unfused, graphs=old.graphs),
+        sources={"kernels": "the fields of a strategy of mop 0.1.0"},
+    )
+    shipped = (load_stack(name) for name in ("mopexec-flat", "mopexec-fsdp2"))
+    return next((one for one in shipped if one.behaviour == found.behaviour), found)

@@ -1,0 +1,91 @@
+"""Stacks: every entry has a source, a child has its parent's entries, and a wrong entry is one line."""
+
+from pathlib import Path
+
+import pytest
+
+from mopsim.common.errors import MopError
+from mopsim.spec.stacks import SECTIONS, list_stacks, load_stack
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", list_stacks())
+def test_a_shipped_stack_has_its_name_a_version_and_sources(name: str) -> None:
+    stack = load_stack(name)
+    assert stack.name == name
+    assert stack.version
+    for field, source in stack.sources.items():
+        section = field.partition(".")[0]
+        assert section in (*SECTIONS, "runtime", "explicit", "communication_share")
+        assert len(source) > 5
+
+
+def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_path: Path) -> None:
+    parent = load_stack("mopexec-fsdp2")
+    path = written(
+        tmp_path,
+        "name: mine\nextends: mopexec-fsdp2\nkernels:\n  source: mine.py\n  norm: fused\n"
+        "  rotary: {value: fused, source: rotary.py}\n",
+    )
+    child = load_stack(path)
+    assert (child.kernels.norm, child.kernels.rotary, child.kernels.activation) == ("fused",) * 2 + (
+        "composed",
+    )
+    assert child.sharding == parent.sharding
+    assert (child.sources["kernels.norm"], child.sources["kernels.rotary"]) == ("mine.py", "rotary.py")
+    assert child.sources["kernels.activation"] == parent.sources["kernels.activation"]
+    assert (parent.runtime, child.runtime) == ("fully_shard", "")
+    assert child.version == parent.version
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nversion: b\nkernels: {norm: fast, source: s}", "stack.kernels.norm: 'fast' is not one of"),
+        ("name: a\nversion: b\nkernels: {norm: fused}", "stack.kernels.norm: 'fused' has no source"),
+        ("name: a\nversion: b\nexplicit: true", "stack.explicit: True has no source"),
+        ("name: a\nkernels: {norm: fused, source: s}", "stack.version: '' must say"),
+        ("name: a\nversion: b\nkernels: {nrm: fused, source: s}", "stack.kernels.nrm: 'fused' is an unknown"),
+        ("name: a\nversion: b\nkernels: 3\nsource: s", "stack.kernels: 3"),
+        ("name: a\nextends: megatron", "stack.extends: 'megatron' is not a stack; near: megatron-core"),
+        ("- a", "stack: must be a mapping"),
+        ("name: a\nversion: b\nhost: {graphs: [router, all], source: s}", "stack.host.graphs: 'all' is not"),
+        ("name: a\nversion: b\nsource: s\ncommunication_share: {hopper: 2}", "communication_share.hopper: 2"),
+        ("name: [a]\nversion: b", "stack.name"),
+    ],
+)
+def test_a_wrong_entry_is_one_line_with_file_field_and_rule(text: str, says: str, tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(MopError) as refused:
+        load_stack(path)
+    line = str(refused.value)
+    assert line.startswith(str(path))
+    assert says in line
+    assert len(line.splitlines()) == 1
+
+
+def test_an_unknown_stack_has_a_near_name_and_lists_the_known_ones() -> None:
+    with pytest.raises(MopError) as refused:
+        load_stack("megatron-cor", "--stack")
+    line = str(refused.value)
+    assert line.startswith("--stack: 'megatron-cor' is neither a stack nor a file; near: megatron-core")
+    assert all(name in line for name in list_stacks())
+
+
+def test_a_stack_that_extends_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"a": "name: a\nextends: b\n", "b": "name: b\nextends: a\n"}
+    monkeypatch.setattr("mopsim.spec.stacks._texts", lambda: texts)
+    monkeypatch.setattr("mopsim.spec.stacks._named", lambda name: load_unnamed(name, texts))
+    with pytest.raises(MopError, match="'a' leads back to itself: a -> b -> a"):
+        load_stack("a")
+
+
+def load_unnamed(name: str, texts: dict[str, str]) -> object:
+    from mopsim.spec.stacks import _stack
+
+    return _stack(texts[name], f"stack {name}", "stack", (name,))

@@ -1,0 +1,108 @@
+"""Plans, measurements and strategies of before the stacks still load, and mean what they meant."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.upgrade import load_measurement, load_plan, read_strategy
+
+ROOT = Path(__file__).parents[2]
+EAGER = ["norms", "rotary", "activation", "residual", "experts", "copies", "modules"]
+
+
+def committed() -> dict[str, Any]:
+    """Plain objects of every committed YAML file with a strategy or a plan in it, by path."""
+    found = {}
+    for folder in ("reports", "tests", "examples", "docs"):
+        for path in sorted((ROOT / folder).rglob("*.yaml")):
+            data = io.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+            if isinstance(data, dict) and {"strategy", "plan"} & set(data):
+                found[str(path.relative_to(ROOT))] = data
+    return found
+
+
+FILES = committed()
+
+
+def test_there_are_files_to_upgrade() -> None:
+    assert len(FILES) >= 6
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_committed_file_loads(name: str) -> None:
+    plan: Plan | Measurement
+    if "plan" in FILES[name]:
+        plan = load_measurement(ROOT / name).plan
+    else:
+        plan = load_plan(ROOT / name)
+    assert plan.strategy.stack == plan.stack.name
+
+
+def strategy(**fields: Any) -> dict[str, Any]:
+    return {"name": "old", "world_size": 8, **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "stack"),
+    [
+        ({}, "mopexec-flat"),
+        ({"runtime": "flat_units", "unfused": []}, "mopexec-flat"),
+        ({"runtime": "fully_shard", "unfused": EAGER}, "mopexec-fsdp2"),
+        ({"runtime": "fully_shard", "unfused": EAGER[:-1]}, "upgraded"),
+        ({"runtime": "fully_shard", "unfused": ["copies"]}, "upgraded"),
+        ({"unfused": ["modules"], "graphs": ["router"]}, "upgraded"),
+    ],
+)
+def test_old_fields_become_a_stack(fields: dict[str, Any], stack: str) -> None:
+    read, software = read_strategy(strategy(**fields), "a.yaml")
+    assert (read.stack, software.name) == (stack, stack)
+    assert list(software.unfused) == fields.get("unfused", [])
+    assert list(software.host.graphs) == fields.get("graphs", [])
+    assert software.sharding.fsdp == (fields.get("runtime") == "fully_shard")
+
+
+def test_old_fields_inside_sections() -> None:
+    data = strategy(
+        attention={"flash": False, "sequence": 2},
+        experts={"plain": True, "looped": True, "mapped": True, "checkpoint": "nested", "degree": 4},
+        vocabulary={"fused": True, "upcast": True},
+    )
+    read, software = read_strategy(data, "a.yaml")
+    assert (read.attention.sequence, read.experts.degree) == (2, 4)
+    kernels = software.kernels
+    assert (kernels.expert_products, kernels.dispatch_map, kernels.loss) == ("looped", True, "upcast")
+    assert (software.flash, software.sharding.experts) == (False, False)
+    assert software.recompute.chunk_inputs == "nested"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"runtime": "fsdp"}, "strategy.runtime: 'fsdp' is not one of flat_units, fully_shard"),
+        ({"unfused": ["norm"]}, "strategy.unfused"),
+        ({"vocabulary": {"fused": 1}}, "strategy.vocabulary.fused: 1"),
+        ({"stack": "mopexec-flat", "runtime": "flat_units"}, "strategy.runtime: 'flat_units' is an unknown"),
+        ({"stack": "nobody"}, "strategy.stack: 'nobody' is neither a stack nor a file"),
+    ],
+)
+def test_a_wrong_old_field_is_one_line(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(MopError) as refused:
+        read_strategy(strategy(**fields), "a.yaml")
+    assert says in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_plan_names_the_stack_that_it_holds() -> None:
+    name, data = next((name, data) for name, data in FILES.items() if "strategy" in data)
+    plan = load_plan(ROOT / name)
+    again = io.to_plain(plan)
+    assert io.convert(again, Plan, "plan") == plan
+    other = next(one for one in ("mopexec-flat", "mopexec-fsdp2") if one != plan.stack.name)
+    with pytest.raises(MopError, match=r"plan\.(strategy\.)?stack"):
+        io.convert({**again, "stack": io.to_plain(load_stack(other))}, Plan, "plan")
+    assert data
