@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert, exists, parse_yaml, read_text
 from mopsim.spec.stack import Stack
 
@@ -87,7 +87,7 @@ def _resolved(text: str, origin: str, field: str, seen: tuple[str, ...]) -> dict
         return own
     if not isinstance(parent, str) or parent not in _texts():
         hint = _hint(str(parent))
-        raise MopError(f"{origin}: {field}.extends: {parent!r} is not a stack; {hint}")
+        raise MopError(f"{origin}: {field}.extends: {shown(parent)} is not a stack; {hint}")
     if parent in seen:
         round_trip = " -> ".join((*seen, parent))
         raise MopError(f"{origin}: {field}.extends: {parent!r} leads back to itself: {round_trip}")
@@ -114,8 +114,8 @@ def _flat(data: dict[str, Any], origin: str, field: str) -> dict[str, Any]:
     for path, value, source in _entries(data):
         if not isinstance(source, str) or not source.strip():
             raise MopError(
-                f"{origin}: {field}.{'.'.join(path)}: {value!r} has no source: say where it is written, as "
-                "{value: ..., source: ...} or as the section's `source`"
+                f"{origin}: {field}.{'.'.join(path)}: {shown(value)} has no source: write "
+                "{value: ..., source: ...}, or `source` in the section"
             )
         sources[".".join(path)] = source
         if len(path) == 1:

@@ -9,13 +9,15 @@ from typing import Any
 
 from mopsim.api.inputs import read_strategy
 from mopsim.calibrate import load_measurement
-from mopsim.common.io import load, to_plain
+from mopsim.common.io import to_plain
 from mopsim.spec.hardware import Correction
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import SECTIONS, load_stack
 from mopsim.spec.training import TrainSpec
+from mopsim.spec.upgrade import load_plan
 from mopsim.strategies import mop
 from tests.spec import test_huggingface as huggingface
 
@@ -142,6 +144,7 @@ def plan() -> Plan:
         model=load_model("tiny"),
         strategy=STRATEGY,
         training=TrainSpec(seq_len=64, global_batch=2),
+        stack=load_stack(STRATEGY.stack),
         hardware=HardwareRef(
             name="h", digest="d", num_nodes=1, devices_per_node=2, memory_limit=1, host_limit=1
         ),
@@ -169,6 +172,18 @@ def profile() -> dict[str, Any]:
         curves = fields[fabric]["collectives"]
         fields[fabric]["collectives"] = {"all_gather": curves.pop("all_gather"), **curves}
     return fields
+
+
+def stack() -> dict[str, Any]:
+    """Every entry of a stack, as its file has them."""
+    fields = plain(Stack(name="s", version="1", communication_share={"hopper": 0.1}))
+    for name, section in fields.items():
+        if name in SECTIONS:
+            section["source"] = "a page"
+    return {key: fields[key] for key in fields if key != "sources"} | {
+        "source": "a page",
+        "extends": "mopexec-flat",
+    }
 
 
 def plain(spec: Any) -> Any:
@@ -209,8 +224,8 @@ KINDS = {
     "model": Kind(plain(load_model("deepseek_v3")), load_model),
     "hardware": Kind(profile(), load_profile),
     "strategy": Kind(plain(STRATEGY), lambda path: read_strategy(str(path))),
-    "plan": Kind(plain(plan()), lambda path: load(path, Plan, "plan"), whole=("model", "strategy")),
+    "plan": Kind(plain(plan()), load_plan, whole=("model", "strategy", "stack")),
     "measurement": Kind(plain(measurement()), load_measurement, whole=("plan",)),
-    "stack": Kind(plain(Stack(name="s")), lambda path: load(path, Stack, "stack")),
+    "stack": Kind(stack(), load_stack),
     **{f"config of {name}": Kind(config, load_model, "config.json") for name, config in CONFIGS.items()},
 }
