@@ -260,35 +260,11 @@ def _replicated(plan: Plan, hardware: HardwareProfile) -> SimResult:
 def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
     target = loop.work / f"search-{family}.json"
     loop.mopsim(
-        "search",
-        "--model",
-        MODEL,
-        "--hardware",
-        str(profile),
-        "--nodes",
-        "1",
-        "--seq-len",
-        str(SEQ_LEN),
-        "--global-batch",
-        str(GLOBAL_BATCH),
-        "--family",
-        family,
-        "--precision",
-        PRECISION,
-        "--budget",
-        "150",
-        "--any-routing",
-        "--learning-rate",
-        str(LEARNING_RATE),
-        "--warmup-steps",
-        str(WARMUP_STEPS),
-        "--seed",
-        str(loop.seed),
-        "--plan",
-        str(loop.work / f"{family}.yaml"),
-        "--json",
-        str(target),
-    )
+        "search", "--model", MODEL, "--hardware", str(profile), "--nodes", "1", "--seq-len", str(SEQ_LEN),
+        "--global-batch", str(GLOBAL_BATCH), "--family", family, "--precision", PRECISION, "--budget", "150",
+        "--any-routing", "--learning-rate", str(LEARNING_RATE), "--warmup-steps", str(WARMUP_STEPS),
+        "--seed", str(loop.seed), "--plan", str(loop.work / f"{family}.yaml"), "--json", str(target),
+    )  # fmt: skip
     result: dict[str, Any] = json.loads(io.read_text(target))
     return result
 

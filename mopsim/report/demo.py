@@ -10,7 +10,7 @@ from mopsim.common import io
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.compare import memory_figure, time_figure, timeline_title
 from mopsim.report.demo_results import Contender, DemoReport
-from mopsim.report.page import Page, Section, Table, write_page
+from mopsim.report.page import Page, Section, Table, templates, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
@@ -67,57 +67,42 @@ def difference(one: Sequence[float], other: Sequence[float], steps: int) -> floa
     return max(abs(a - b) / abs(b) for a, b in zip(one[:steps], other[:steps], strict=False))
 
 
-def _sections(report: DemoReport) -> list[Section]:
+def _texts(report: DemoReport) -> dict[str, str]:
+    """What the sections say, by block of templates/demo.j2."""
     contenders = report.contenders
-    apart = difference(contenders[0].losses, contenders[1].losses, 10)
+    over = [one.worst_memory() for one in contenders]
+    template = templates().get_template("demo.j2")
+    facts = template.new_context(
+        {
+            "steps": report.steps, "tracked_steps": report.tracked_steps,
+            "limit": format_bytes(report.probed.memory_limit()),
+            "plain_need": format_bytes(report.replicated.peak_memory), "plain_fits": report.replicated.fits,
+            "pilots": [describe(run.plan.strategy) for run in report.pilots],
+            "first": contenders[0].name, "second": contenders[1].name, "held_out": contenders[-1].name,
+            "routing": contenders[0].measured.routing,
+            "seen": [one.name for one in contenders if report.piloted_alike(one)],
+            "apart": difference(contenders[0].losses, contenders[1].losses, 10),
+            "falls": [one.fall() for one in contenders[:2]],
+            "even": max(abs(one.memory_error()) for one in contenders),
+            "least": min(over), "most": max(over),
+        }
+    )  # fmt: skip
+    return {name: "".join(block(facts)).strip() for name, block in template.blocks.items()}
+
+
+def _sections(report: DemoReport) -> list[Section]:
+    contenders, texts = report.contenders, _texts(report)
+    compared = ("predicted.png", "step time predicted before and after calibration, and measured")
+    orders = ("measured", "predicted before calibration", "predicted after the pilot runs", "verdict")
+    peak = ("memory.png", "predicted device memory at the peak")
+    parts = ("time.png", "simulated step time by component, calibrated profile")
     return [
-        Section(
-            "Measured",
-            "The best MoP and the best FSDP2 plan that the search found for this machine, "
-            "and a third that calibration has not seen, "
-            f"each trained on the same text with the same seed: "
-            f"{report.steps} steps, the third for half of them. {report.limit()}",
-            _measured(contenders),
-        ),
-        Section(
-            "Predicted against measured",
-            "The profile is calibrated first from two short pilot runs, one of each runtime, that no search "
-            f"chose ({' and '.join(describe(run.plan.strategy) for run in report.pilots)}, evenly routed): "
-            "what it says of the three strategies is predicted, and the search used it. Then it is "
-            f"calibrated from the runs of {contenders[0].name} and {contenders[1].name} too; "
-            f"{contenders[-1].name} is held out from both. A young router is uneven: all are predicted with "
-            f"the routing that {contenders[0].name}'s run measured ({contenders[0].measured.routing}: "
-            f"percent of a layer's routes on the experts of the busier rank / those experts)."
-            + _alike(report),
-            _predicted(contenders),
-            ("predicted.png", "step time predicted before and after calibration, and measured"),
-        ),
-        Section(
-            "Order by step time",
-            table=Table(
-                ("measured", "predicted before calibration", "predicted after the pilot runs", "verdict"),
-                report.orders(),
-            ),
-        ),
-        Section(
-            "Loss",
-            "Same data, same seed: the first two curves differ by at most "
-            f"{apart:.1e} (relative) in the first 10 steps (asked: 1e-4 in float32: "
-            f"{'met' if apart <= 1e-4 else 'NOT met'}). From the first step to the mean of the last five "
-            f"the losses fall by {' and '.join(f'{one.fall():.0%}' for one in contenders[:2])} "
-            f"(asked: 20 %: {'met' if min(one.fall() for one in contenders[:2]) >= 0.2 else 'NOT met'}).",
-            picture=("loss.png", "training loss per step"),
-        ),
-        Section(
-            "Memory by category",
-            _memory_text(contenders),
-            _memory(contenders),
-            ("memory.png", "predicted device memory at the peak"),
-        ),
-        Section(
-            "Step time by component",
-            picture=("time.png", "simulated step time by component, calibrated profile"),
-        ),
+        Section("Measured", texts["measured"], _measured(contenders)),
+        Section("Predicted against measured", texts["predicted"], _predicted(contenders), compared),
+        Section("Order by step time", table=Table(orders, report.orders())),
+        Section("Loss", texts["loss"], picture=("loss.png", "training loss per step")),
+        Section("Memory by category", texts["memory"], _memory(contenders), peak),
+        Section("Step time by component", picture=parts),
         *(
             Section(
                 f"Timeline of {one.name}",
@@ -195,24 +180,6 @@ def _predicted(contenders: Sequence[Contender]) -> Table:
         "after the first two's runs",
     )
     return Table(names, rows)
-
-
-def _alike(report: DemoReport) -> str:
-    """A sentence where the search chose a pilot's own strategy, else ''."""
-    alike = [one.name for one in report.contenders if report.piloted_alike(one)]
-    return f" {' and '.join(alike)} is what a pilot run had: seen, not predicted." if alike else ""
-
-
-def _memory_text(contenders: Sequence[Contender]) -> str:
-    even = max(abs(one.memory_error()) for one in contenders)
-    over = [one.worst_memory() for one in contenders]
-    return (
-        f"Predicted from shapes alone, before any run: within {even:.1%} of the tracked peaks where tokens "
-        "are routed evenly, as the plan assumes (asked: 5 %). A young router is uneven, so plans are chosen "
-        "to fit even if it sends every token to one rank; what that would take is predicted too, and is "
-        f"{min(over):+.1%} to {max(over):+.1%} against the peak with the router as it learned. "
-        "In the picture: the prediction for even routing."
-    )
 
 
 def _memory(contenders: Sequence[Contender]) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from mopsim.common.units import format_bytes, format_seconds
+from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
@@ -86,18 +86,6 @@ class DemoReport:
     command: str
     replicated: SimResult
     tracked_steps: int
-
-    def limit(self) -> str:
-        """The device's memory, and what the plain plan would need."""
-        need = format_bytes(self.replicated.peak_memory)
-        limit = format_bytes(self.probed.memory_limit())
-        fits = "fits" if self.replicated.fits else "does not fit"
-        return (
-            f"A rank's device has {limit} here, enforced: a small device so that memory decides. "
-            f"The plain plan, model and optimizer whole on every rank, would need {need} and {fits}. "
-            "The limit is enforced, byte by byte, while the run is built and in its first "
-            f"{self.tracked_steps} steps, which are not timed: no timed step carries the tracker."
-        )
 
     def verdict(self) -> str:
         """Who won, whichever it is."""
