@@ -76,7 +76,6 @@ class Rank:
     def run(self, stream: str, ops: Sequence[Op]) -> Process:
         """Issue the stream's ops one after the other."""
         env, done, record, ledger, host = self.env, self.done, self.record, self.ledger, self.host
-        program = self.program
         compute, talks = stream == "compute", stream in COMMUNICATION
         for op in ops:
             ready = env.now
@@ -106,7 +105,7 @@ class Rank:
             start = self.starts[op.index] = env.now
             if host is not None and op.index in self.repeats:
                 repeat = self.repeats[op.index]
-                first, after = (first_compute(program, place) for place in (repeat.first, op.index + 1))
+                first, after = (first_compute(self.program, place) for place in (repeat.first, op.index + 1))
                 record.behind[op.index] = host.leap(first, after, repeat.times, start - self.starts[first])
             ledger.start(op, start)
             duration = self.durations[op.index]

@@ -1,0 +1,218 @@
+"""What a played step comes to: seconds, bytes by category, busy and exposed time -> SimResult."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mopsim
+from mopsim.common.io import digest
+from mopsim.cost.compute import matmul_curve
+from mopsim.engine import upper
+from mopsim.engine.gaps import added
+from mopsim.engine.ledger import Ledger
+from mopsim.engine.record import Record
+from mopsim.engine.result import SimResult
+from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+Prices = dict[int, tuple[Work, float]]
+"""Seconds of each work object alone, by its id."""
+DEVICE, HOST = SLOTS[:NUM_DEVICE_SLOTS], SLOTS[NUM_DEVICE_SLOTS:]
+
+
+@dataclass(frozen=True)
+class Played:
+    """A workload after it was played: a record and a ledger of each program. end: seconds, without what is
+    repeated."""
+
+    workload: Workload
+    records: list[Record]
+    ledgers: list[Ledger]
+    prices: Prices
+    end: float
+
+    @property
+    def slowest(self) -> int:
+        return max(range(len(self.records)), key=lambda i: self.records[i].end)
+
+    @property
+    def fullest(self) -> int:
+        return max(range(len(self.ledgers)), key=lambda i: self.ledgers[i].peak)
+
+
+def account(
+    played: Played, model: ModelSpec, hardware: HardwareProfile, strategy: Strategy, training: TrainSpec
+) -> SimResult:
+    """The result of a played step."""
+    workload = played.workload
+    time = _time(played, hardware)
+    tokens, step_time = training.global_batch * training.seq_len, time["step_time"]
+    rate = workload.model_flops / step_time / strategy.world_size
+    return SimResult(
+        tokens_per_second=tokens / step_time,
+        tokens_per_second_per_device=tokens / step_time / strategy.world_size,
+        model_flops_per_second_per_device=rate,
+        mfu=rate / matmul_peak(hardware, strategy),
+        **time,
+        **_memory(played, hardware, strategy),
+        **_curves(played),
+        guarantee_memory=workload.guarantee,
+        strategy=strategy,
+        training=training,
+        stack=workload.stack,
+        provenance={
+            "profile": hardware.name,
+            "profile_digest": digest(hardware),
+            "model": model.name,
+            "model_digest": digest(model),
+            "stack": workload.stack.name,
+            "stack_digest": digest(workload.stack),
+            "version": mopsim.__version__,
+        },
+        num_events=sum(len(one.ops) for one in workload.programs),
+    )
+
+
+def matmul_peak(hardware: HardwareProfile, strategy: Strategy) -> float:
+    """FLOP/s of a strategy's products. Raises SpecError for a dtype without a curve."""
+    precision = strategy.precision
+    curve = matmul_curve(hardware, precision.compute)
+    if precision.matmul != "compute":
+        curve = matmul_curve(hardware, precision.matmul, field="strategy.precision.matmul")
+    return curve.peak.si
+
+
+def _time(played: Played, hardware: HardwareProfile) -> dict[str, Any]:
+    """Seconds of the step of the rank that ends last, with microbatches and layers that are repeated."""
+    workload, place = played.workload, played.slowest
+    record, program = played.records[place], workload.programs[place]
+    expanded, unit = workload.expanded, workload.unit
+    repeats = (workload.microbatches - expanded) // unit
+    weights = {i: 1 + repeats * (expanded - 1 - unit <= i < expanded - 1) for i in record.tallies}
+    hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())
+    period = _period(record, expanded, unit) if repeats else 0.0
+    between = hardware.step_overhead(workload.stack.runtime or workload.stack.name)
+    busy, counts, flops = _totals(program, played.prices, weights)
+    components = _sum(record, "component", weights) | ({"runtime": between} if between else {})
+    return {
+        "step_time": max(played.end + hidden + repeats * period + between, 1e-12),
+        "time_by_component": components,
+        "exposed": _sum(record, "exposed", weights),
+        "busy": busy,
+        "num_ops": counts,
+        "flops": flops,
+        "span_stage": program.stage,
+        "spans": record.spans or [],
+    }
+
+
+def _memory(played: Played, hardware: HardwareProfile, strategy: Strategy) -> dict[str, Any]:
+    """Bytes of the fullest rank, on the device and on the host, and whether they fit."""
+    workload, place = played.workload, played.fullest
+    ledger, op = played.ledgers[place], played.ledgers[place].peak_op
+    limit, host_limit = hardware.memory_limit(), hardware.host_limit(strategy.world_size)
+    framework = round((hardware.framework_memory_scale - 1.0) * ledger.peak)
+    peak, host = ledger.peak + framework, max(one.host_peak for one in played.ledgers)
+    categories = {name: size for name, size in zip(DEVICE, ledger.at_peak, strict=False) if size}
+    if framework:
+        categories["framework"] = categories.get("framework", 0) + framework
+    on_host = _on_host(max(played.ledgers, key=lambda one: one.host_peak))
+    over = ledger.over or ("framework" if peak > limit else "host" if host > host_limit else None)
+    return {
+        "fits": over is None,
+        "over": over,
+        "over_bytes": max(0, peak - limit) or max(0, host - host_limit),
+        "peak_memory": peak,
+        "memory_limit": limit,
+        "memory_by_category": categories,
+        "peak_by_stage": tuple(round(hardware.framework_memory_scale * one.peak) for one in played.ledgers),
+        "highest_by_category": dict(zip(DEVICE, ledger.high, strict=False)),
+        "peak_time": _peak_time(workload.programs[place], played.records[place], ledger),
+        "peak_component": op.component if op else "other",
+        "peak_phase": op.phase if op else "optimizer",
+        "resident_memory": sum(ledger.resident[:NUM_DEVICE_SLOTS]),
+        "host_memory": host,
+        "host_limit": host_limit,
+        "host_by_category": on_host,
+        "above_peak": _above_peak(workload, hardware, ledger, peak, played.prices),
+        "above_host": {} if hardware.device_kind == "cpu" else upper.host(on_host, workload.pinned),
+        "memory_stage": workload.programs[place].stage,
+    }
+
+
+def _on_host(ledger: Ledger) -> dict[str, int]:
+    """Bytes on the host by category, at their peak."""
+    found = zip(HOST, ledger.at_host_peak[NUM_DEVICE_SLOTS:], strict=True)
+    return {name.removeprefix("host/"): size for name, size in found if size}
+
+
+def _curves(played: Played) -> dict[str, Any]:
+    """Memory of the fullest rank over time, where it was kept."""
+    curve = played.ledgers[played.fullest].curve
+    if curve is None:
+        return {}
+    return {
+        "memory_curve": [(time, sum(now[:NUM_DEVICE_SLOTS])) for time, now in curve],
+        "memory_curve_by_category": {
+            name: [now[slot] for _, now in curve] for slot, name in enumerate(DEVICE)
+        },
+    }
+
+
+def _peak_time(program: Program, record: Record, ledger: Ledger) -> float:
+    """Seconds from the start of the step (of the microbatches that are played) to the peak."""
+    if ledger.peak_op is None:
+        return ledger.peak_time
+    return ledger.peak_time + sum(added(program, record, ledger.peak_op.index).values())
+
+
+def _totals(
+    program: Program, prices: Prices, weights: dict[int, int]
+) -> tuple[dict[str, float], dict[str, int], float]:
+    """Busy seconds and ops by kind, and FLOP, of the step of one rank."""
+    uses: dict[int, int] = {}
+    for op in program.ops:
+        weight = weights.get(op.microbatch, 1) * op.times
+        for work in op.work:
+            uses[id(work)] = uses.get(id(work), 0) + weight
+    busy: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    flops = 0.0
+    for key, times in uses.items():
+        work, price = prices[key]
+        busy[work.kind] = busy.get(work.kind, 0.0) + times * price
+        counts[work.kind] = counts.get(work.kind, 0) + int(times * work.issued)
+        flops += times * (work.flops + 2 * work.m * work.n * work.k * work.count)
+    return busy, counts, flops
+
+
+def _period(record: Record, expanded: int, unit: int) -> float:
+    """Seconds that one more repetition adds: between the starts of the last two that were expanded."""
+    return record.tallies[expanded - 1].start - record.tallies[expanded - 1 - unit].start
+
+
+def _sum(record: Record, field: str, weights: dict[int, int]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for index, tally in record.tallies.items():
+        for key, value in getattr(tally, field).items():
+            found[key] = found.get(key, 0.0) + weights[index] * value
+    return found
+
+
+def _above_peak(
+    workload: Workload,
+    hardware: HardwareProfile,
+    fullest: Ledger,
+    peak: int,
+    prices: dict[int, tuple[Work, float]],
+) -> dict[str, int]:
+    """Bytes above the peak by cause, of the fullest rank. A CPU has no caching allocator, no pools of streams
+    and no communicators, and mopexec holds it to a limit of live tensors."""
+    if hardware.device_kind == "cpu":
+        return {}
+    now = dict(zip(SLOTS, fullest.at_peak, strict=True))
+    pools = upper.idle_blocks(workload.stack.sharding.fsdp, now, dict(zip(SLOTS, fullest.high, strict=True)))
+    wires = upper.communication(work for work, _ in prices.values())
+    return upper.device(peak, pools, wires, 0.0 if workload.exact else upper.PROGRAM)
