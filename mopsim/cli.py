@@ -218,6 +218,9 @@ def validate(
         str | None, typer.Option(help="CSV of the networks they train; names it lacks are presets")
     ] = None,
     components: Annotated[str | None, typer.Option(help="CSV of measured components")] = None,
+    cases: Annotated[
+        list[str] | None, typer.Option(help="file of cases (JSON lines or YAML); give several")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="folder for figures of predicted against measured")] = None,
     jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
     json: o.Json = None,
@@ -225,7 +228,7 @@ def validate(
     """Predicted against measured: errors out of sample, by source, GPU and family."""
     from mopsim.commands.validate import run
 
-    run(runs, models, components, out, jobs, json)
+    run(runs, models, components, cases or [], out, jobs, json)
 
 
 @app.command()

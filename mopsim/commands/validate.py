@@ -1,4 +1,4 @@
-"""`mopsim validate`: predicted against measured, for the user's own CSVs or for published ones."""
+"""`mopsim validate`: predicted against measured, for cases, or for the rows of a user's tables."""
 
 from pathlib import Path
 
@@ -12,41 +12,50 @@ from mopsim.common.outputs import check_outputs
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
 from mopsim.spec.model_table import read_rows
+from mopsim.validate.case import Case, read_cases
 from mopsim.validate.components import predict_components
-from mopsim.validate.misses import markdown, missed_json, misses
 from mopsim.validate.output import to_json
-from mopsim.validate.run import Validation, validate_runs
+from mopsim.validate.run import Refused, Validation, cases_of, validate
 from mopsim.validate.tables import read_components, read_runs
 
 
 def run(
-    runs: str | None, models: str | None, components: str | None, out: str | None, jobs: int, json: str | None
-) -> None:
-    """Read, simulate, score, show; write figures and JSON where asked to."""
-    if not runs and not components:
-        raise MopError("--runs: not given, and no --components: one of them is needed")
+    runs: str | None, models: str | None, components: str | None, cases: list[str], out: str | None, jobs:
+    int, json: str | None,
+) -> None:  # fmt: skip
+    """Read, simulate, score, show; write tables, a figure and JSON where asked to."""
+    if not runs and not components and not cases:
+        raise MopError("--runs: not given, and no --cases or --components: one of them is needed")
     read = {"--runs": runs, "--models": models, "--components": components}
-    check_outputs({"--json": json}, {"--out": out}, inputs=read)
+    check_outputs(
+        {"--json": json}, {"--out": out}, inputs={**read, **{f"--cases {one}": one for one in cases}}
+    )
     console = human(json)
-    validation = Validation([])
-    if runs:
-        networks = read_rows(Path(models)) if models else {}
-        with progress(console, "simulating", None) as shown:
-            rows = read_runs(Path(runs))
-            validation = validate_runs(rows, networks, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"))
+    known, refused = _cases(runs, models, cases)
+    with progress(console, "simulating", None) as shown:
+        found = validate(known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"))
+    validation = Validation(found.scored, refused + found.refused)
     parts = predict_components(read_components(Path(components))) if components else []
-    grids, missed = tables(validation, parts), misses(validation, parts)
+    grids = tables(validation, parts)
     for grid in grids:
         console.print(_shown(grid))
     if out:
         from mopsim.report.validation import figures
 
-        for path in figures(Path(out), validation, parts):
+        for path in figures(Path(out), validation):
             console.print(f"written {path}")
-        io.write_text(Path(out) / "misses.md", markdown(missed))
         io.write_text(Path(out) / "tables.md", "\n".join(grid.markdown() for grid in grids))
     if json:
-        io.write_json(json, to_json(validation, parts) | missed_json(missed))
+        io.write_json(json, to_json(validation, parts))
+
+
+def _cases(runs: str | None, models: str | None, files: list[str]) -> tuple[list[Case], list[Refused]]:
+    """The cases of the files, and those of the rows; with the rows that are none."""
+    known = [case for one in files for case in read_cases(Path(one))]
+    if not runs:
+        return known, []
+    found, refused = cases_of(read_runs(Path(runs)), read_rows(Path(models)) if models else {})
+    return known + found, refused
 
 
 def _shown(grid: Grid) -> Table:

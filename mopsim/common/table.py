@@ -11,7 +11,11 @@ from mopsim.common.io import read_text
 Row = dict[str, str]
 
 
-def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
+SURPLUS = "(surplus cells)"
+"""Column of a row with more cells than the header, where such rows are asked for: what is wrong with it."""
+
+
+def read_table(path: Path, columns: Iterable[str], field: str, surplus: bool = False) -> list[Row]:
     """Rows as text by column of the CSV that the user named as `field`; its header must have `columns`, and
     may have others. Raises MopError naming the column or the line."""
     where = f"{field}: {path}"
@@ -26,11 +30,13 @@ def read_table(path: Path, columns: Iterable[str], field: str) -> list[Row]:
             if column and header.count(column) > 1:
                 raise MopError(f"{where}: column {column!r} appears twice")
         for cells in lines:
-            if len(cells) > len(header):
-                raise MopError(f"{where}: line {lines.line_num} has more cells than the header")
+            wide = f"line {lines.line_num} has more cells than the header" if len(cells) > len(header) else ""
+            if wide and not surplus:
+                raise MopError(f"{where}: {wide}")
             if any(cell.strip() for cell in cells):
                 filled = [*cells, *[""] * (len(header) - len(cells))]
-                rows.append({name: cell.strip() for name, cell in zip(header, filled, strict=True)})
+                row = {name: cell.strip() for name, cell in zip(header, filled, strict=False)}
+                rows.append({**row, SURPLUS: wide} if wide else row)
     except csv.Error as error:
         raise MopError(f"{where}: line {lines.line_num} is not CSV: {error}") from None
     return rows

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import require
 from mopsim.cost import seconds
 from mopsim.cost.compute import for_heads
+from mopsim.cost.stack import as_used
 from mopsim.engine.account import Played, Prices, account, matmul_peak
 from mopsim.engine.gaps import steady
 from mopsim.engine.ledger import Ledger
@@ -61,20 +62,21 @@ def run(
     """Play a lowered workload on a profile. Composed layers that turn out not to repeat each other are played
     whole."""
     matmul_peak(hardware, strategy)
-    priced = for_heads(hardware, model.head_dim)
+    used = as_used(hardware, workload.stack, model.head_dim, training.seq_len)
+    priced = for_heads(used, model.head_dim)
     prices: Prices = {}
     durations = [_durations(program, priced, prices) for program in workload.programs]
     limit = hardware.memory_limit()
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
     issue = hardware.host.issue.si if hardware.host.issue else 0.0
-    end = play(workload.programs, durations, ledgers, records, hardware.communication_share, issue)
+    end = play(workload.programs, durations, ledgers, records, used.communication_share, issue)
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
-    return account(Played(workload, records, ledgers, prices, end), model, hardware, strategy, training)
+    return account(Played(workload, records, ledgers, prices, end), model, used, strategy, training)
 
 
 def _durations(program: Program, hardware: HardwareProfile, prices: Prices) -> list[float]:

@@ -16,7 +16,7 @@ PROGRAM = 0.106
 """What a program other than mopexec, whose tensors are counted to the byte, keeps beyond what is modelled: of
 the published peaks of grade A and B, sources weighing alike, 95 % are at most this far above the prediction:
 of so few sources, as far as the farthest (a reading of NVML in alst-recipes; 0.094 without that source).
-`mopsim validate --runs` prints the number, and how often the bound holds where it leaves the source out."""
+`reports/validation` prints the number, and how often the bound holds where it leaves the source out."""
 PAIR, COMMUNICATOR = 544 * 2**20, 688 * 2**20
 """Bytes of a communicator of two ranks, and of more: "544 MB" and "688 MB" on four A100 with NVLink
 (github.com/NVIDIA/nccl issue 964), whole numbers of the driver's 2 MiB pages only in MiB."""

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from mopsim.validate import margin
 from mopsim.validate.components import Predicted
-from mopsim.validate.output import GROUPS, MEASURES, component_errors, selections, worst
+from mopsim.validate.output import GROUPS, MEASURES, component_errors, memory_within, selections, worst
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import Errors, by_group, capacity, over_sources, regrets
 
@@ -38,7 +37,7 @@ def tables(validation: Validation, parts: list[Predicted]) -> list[Grid]:
     if validation.scored:
         found.append(_selections(validation))
         found += [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
-        found += [_worst(validation), _verdicts(validation), _bounds(validation)]
+        found += [_worst(validation), _verdicts(validation)]
     if validation.refused:
         found.append(_refused(validation))
     if parts:
@@ -72,7 +71,7 @@ def _selections(validation: Validation) -> Grid:
 
 
 def _groups(validation: Validation, group: str) -> Grid:
-    names = ("calibrated", "bias", "uncalibrated", "regression", "memory")
+    names = ("calibrated", "bias", "uncalibrated", "memory")
     table = Grid(f"mean errors by {group}, all rows", (group,), ("n", *names))
     found = {name: by_group(validation.scored, value, GROUPS[group]) for name, value in MEASURES.items()}
     step = found["step_time_s"]
@@ -80,7 +79,7 @@ def _groups(validation: Validation, group: str) -> Grid:
         cells: list[str] = [str(step[key].n) if key in step else ""]
         cells.append(_percent(step[key].mape) if key in step else "")
         cells.append(_percent(step[key].bias, True) if key in step else "")
-        for name in ("step_time_s_uncalibrated", "step_time_s_regression", "peak_memory_bytes"):
+        for name in ("step_time_s_uncalibrated", "peak_memory_bytes"):
             cells.append(_percent(found[name][key].mape) if key in found[name] else "")
         table.add_row(key, *cells)
     return table
@@ -89,10 +88,8 @@ def _groups(validation: Validation, group: str) -> Grid:
 def _worst(validation: Validation) -> Grid:
     table = Grid("the ten largest errors of step time", ("run",), ("measured s", "predicted s", "error"))
     for one in worst(validation.scored, 10):
-        measured = one.case.step_time or 0.0
-        table.add_row(
-            one.case.row["run_id"], f"{measured:.3f}", f"{one.calibrated:.3f}", _percent(one.step_error, True)
-        )
+        measured = one.case.measured.step_time or 0.0
+        table.add_row(one.case.id, f"{measured:.3f}", f"{one.calibrated:.3f}", _percent(one.step_error, True))
     return table
 
 
@@ -102,26 +99,12 @@ def _verdicts(validation: Validation) -> Grid:
     table.add_row("ran, predicted to fit", str(fits.ran), str(fits.ran_right))
     table.add_row("ran out, predicted to", str(fits.ran_out), str(fits.ran_out_right))
     table.add_row("at risk by the upper bound, of those that ran", str(fits.at_risk), "")
+    within = memory_within(validation.scored)
+    table.add_row("measured peaks (A, B), within the upper bound", *map(str, within))
     mean = sum(job.slowdown for job in jobs) / len(jobs) if jobs else None
     table.add_row("jobs with a choice of strategy; mean slowdown of ours", str(len(jobs)), _percent(mean))
     alone = sum(job.uncalibrated for job in jobs) / len(jobs) if jobs else None
     table.add_row("the same, chosen by the profile alone (uncalibrated)", str(len(jobs)), _percent(alone))
-    return table
-
-
-def _bounds(validation: Validation) -> Grid:
-    """How often measured peaks of grade A and B lie within the upper bound, by source."""
-    table = Grid("measured peaks within the upper bound (A, B)", ("source",), ("n", "within", "left out"))
-    found = margin.coverage(validation.scored)
-    for source, one in found.items():
-        table.add_row(source, str(one.runs), str(one.covered), str(one.left_out))
-    runs = sum(one.runs for one in found.values())
-    covered, left_out = (
-        sum(getattr(one, name) for one in found.values()) for name in ("covered", "left_out")
-    )
-    table.add_row("all", str(runs), str(covered), str(left_out))
-    above = margin.excess(validation.scored)
-    table.add_row(f"{margin.QUANTILE:.0%} at most {_percent(above, True)} above the point", "", "", "")
     return table
 
 

@@ -1,1 +1,20 @@
-"""Predicted against measured: published runs and components, simulated, calibrated out of sample, scored."""
+"""Predicted against measured: cases of runs -> simulations -> scores. Rows of a table become cases first."""
+
+from mopsim.validate.case import Case, Measured, Source, read_cases, write_cases
+from mopsim.validate.components import Predicted, predict_components
+from mopsim.validate.run import Refused, Validation, cases_of, validate, validate_runs
+
+__all__ = [
+    "Case",
+    "Measured",
+    "Predicted",
+    "Refused",
+    "Source",
+    "Validation",
+    "cases_of",
+    "predict_components",
+    "read_cases",
+    "validate",
+    "validate_runs",
+    "write_cases",
+]

@@ -46,6 +46,16 @@ RUNS: dict[str, Column] = {
     "step_time_s": Column(_MAY, "Measured: seconds of an optimizer step."),
     "peak_memory_gib": Column(_MAY, "Measured: the fullest device, as the program reads its memory."),
     "fits": Column(_MAY, "yes or oom, for rows that are about capacity."),
+    "stack": Column(
+        _MAY, "The software that ran it: a stack's name. Else looked up by `source`, else generic."
+    ),
+    "graphs": Column(_MAY, "What CUDA graphs replay: step, or components joined by +. Else read in notes."),
+    "sequence_parallel": Column(_MAY, "`no` where tensor-parallel ranks keep all rows outside of products."),
+    "cp_exchange": Column(_MAY, "Context parallelism by ulysses, ring or all_gather. Else the family's."),
+    "filler_tokens": Column(_MAY, "Distinct tokens of a text that repeats them, with natural routing."),
+    "strategy.*, stack.*, model.*": Column(
+        _MAY, "Any field of these by its dotted name: wins over columns, notes and recipes."
+    ),
     "quality": Column(_MAY, "A, B or C: how fully the source states the run. C does not calibrate."),
     "notes": Column(_MAY, "What has no column, in words."),
     "source_ref": Column(_MAY, "Where in the source."),

@@ -1,9 +1,13 @@
 """One measured component as a record."""
 
 import json
+import re
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 
 from mopsim.common.errors import MopError
+from mopsim.common.io import parse_yaml
 from mopsim.validate.tables import Row, parse_number
 
 
@@ -36,6 +40,11 @@ class Component:
     def metric(self) -> str:
         return self.row["metric"]
 
+    def does(self, what: str) -> bool:
+        """Whether its system does it (data/systems.yaml)."""
+        pattern = _systems()[what]
+        return re.search(pattern, self.system.lower()) is not None
+
     def number(self, name: str) -> float:
         """A parameter as a number. Raises InexpressibleError where it is missing or none."""
         try:
@@ -45,6 +54,12 @@ class Component:
 
     def text(self, name: str) -> str:
         return str(self.params.get(name, ""))
+
+
+@cache
+def _systems() -> dict[str, str]:
+    text = files("mopsim.validate").joinpath("data/systems.yaml").read_text(encoding="utf-8")
+    return dict(parse_yaml(text, "systems.yaml"))
 
 
 def parse(row: Row) -> Component:

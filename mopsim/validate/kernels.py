@@ -43,7 +43,7 @@ def attention(component: Component, hardware: HardwareProfile) -> float:
     batch = float(str(component.params.get("batch", 1)))
     products = ATTENTION_PRODUCTS["backward" if backward else "forward"]
     full = products * 2.0 * batch * heads * float(seq) ** 2 * width
-    masked = "efficiency table" in component.system
+    masked = component.does("counts_half")
     work = Work(
         "attention", flops=full / 2 if masked else full, seq=seq, backward=backward, dtype=_dtype(component)
     )
@@ -53,7 +53,7 @@ def attention(component: Component, hardware: HardwareProfile) -> float:
 def all_to_all(component: Component, hardware: HardwareProfile) -> float:
     """Seconds of an exchange among `ep` ranks, or bytes/s of its slowest link."""
     ranks = int(component.number("ep"))
-    choices = int(component.number("top_k")) if component.system.startswith(("DeepEP", "HybridEP")) else 0
+    choices = int(component.number("top_k")) if component.does("deduplicated") else 0
     group = Group(ranks, min(ranks, hardware.scale_up_size), choices)
     if "bytes_per_rank" in component.params:
         size = component.number("bytes_per_rank")

@@ -5,25 +5,31 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from mopsim.engine import upper
-from mopsim.validate import margin
 from mopsim.validate.components import IN_SAMPLE, Predicted
-from mopsim.validate.run import Refused, Validation
-from mopsim.validate.scoring import Errors, Measure, Scored, by_group, capacity, errors, over_sources, regrets
-from mopsim.validate.tables import Row
+from mopsim.validate.run import Refused, Validation, about
+from mopsim.validate.scoring import (
+    Errors,
+    Measure,
+    Scored,
+    by_group,
+    capacity,
+    errors,
+    over_sources,
+    regrets,
+    trusted,
+)
 
 MEASURES: dict[str, Measure] = {
     "step_time_s": lambda one: one.step_error,
     "step_time_s_uncalibrated": lambda one: one.raw_step_error,
-    "step_time_s_regression": lambda one: one.regression_error,
     "peak_memory_bytes": lambda one: one.memory_error,
 }
 GROUPS: dict[str, Callable[[Scored], str]] = {
-    "source": lambda one: one.case.row["source"],
-    "gpu": lambda one: one.case.row["gpu"],
+    "source": lambda one: one.case.source.name,
+    "gpu": lambda one: one.case.hardware,
     "family": lambda one: one.case.family,
-    "precision": lambda one: one.case.row["precision"],
-    "quality": lambda one: one.case.row.get("quality", ""),
+    "precision": lambda one: one.case.precision,
+    "quality": lambda one: one.case.quality,
 }
 
 
@@ -48,10 +54,7 @@ def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str
         "n": fits.ran + fits.ran_out, "right": fits.right, "ran": fits.ran, "ran_right": fits.ran_right,
         "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right, "at_risk": fits.at_risk,
     }  # fmt: skip
-    found["memory_upper"] = {
-        "excess": margin.excess(scored), "used": upper.PROGRAM,
-        "coverage": {source: vars(one) for source, one in margin.coverage(scored).items()},
-    }  # fmt: skip
+    found["memory_upper"] = dict(zip(("n", "within"), memory_within(scored), strict=True))
     found["unsupported"] = len(validation.refused)
     found["unsupported_by_field"] = dict(Counter(one.field for one in validation.refused).most_common())
     found["selections"] = {
@@ -73,16 +76,23 @@ def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str
     return found
 
 
+def memory_within(scored: Iterable[Scored]) -> tuple[int, int]:
+    """Runs of grade A and B whose peak was read, and of how many it lies within the upper bound."""
+    read = [(one.case.measured.peak_memory, one.most_memory) for one in scored if trusted(one.case)]
+    known = [(peak, most) for peak, most in read if peak is not None]
+    return len(known), sum(peak <= most for peak, most in known)
+
+
 def selections(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
     """The rows that the figures are stated for."""
     rows = list(scored)
-    good = [one for one in rows if one.case.row.get("quality", "A") in ("A", "B")]
+    good = [one for one in rows if one.case.quality in ("A", "B")]
     return {
-        "bf16_fp16_AB": [one for one in good if one.case.row["precision"] in ("bf16", "fp16")],
-        "bf16_AB": [one for one in good if one.case.row["precision"] == "bf16"],
+        "bf16_fp16_AB": [one for one in good if one.case.precision in ("bf16", "fp16")],
+        "bf16_AB": [one for one in good if one.case.precision == "bf16"],
         "fp8_mxfp8_A": [
             one for one in rows
-            if one.case.row["precision"] in ("fp8", "mxfp8") and one.case.row.get("quality", "A") == "A"
+            if one.case.precision in ("fp8", "mxfp8") and one.case.quality == "A"
         ],
         "AB": good,
     }  # fmt: skip
@@ -112,33 +122,28 @@ def _plain(found: Errors | None) -> dict[str, Any] | None:
     return None if found is None else dict(found.to_json())
 
 
-def _identity(row: Row) -> dict[str, Any]:
-    return {name: row.get(name, "") for name in ("run_id", "source", "model", "gpu", "precision", "quality")}
-
-
 def _run(one: Scored) -> dict[str, Any]:
-    case = one.case
+    case, measured = one.case, one.case.measured
     return {
-        **_identity(case.row), "status": "simulated", "family": case.family,
+        **about(case), "status": "simulated", "family": case.family, "stack": case.stack,
         "num_gpus": case.strategy.world_size, "calibrated": one.out_of_sample,
-        "measured_step_time_s": case.step_time,
+        "measured_step_time_s": measured.step_time,
         "predicted_step_time_s": one.calibrated, "step_time_s_error": one.step_error,
         "uncalibrated_step_time_s": one.simulated.step_time,
         "uncalibrated_step_time_s_error": one.raw_step_error,
-        "regression_step_time_s": one.regression, "regression_step_time_s_error": one.regression_error,
-        "measured_peak_memory_bytes": case.peak_memory,
+        "measured_peak_memory_bytes": measured.peak_memory,
         "predicted_peak_memory_bytes": one.peak_memory,
         "predicted_peak_memory_upper_bytes": one.most_memory, "peak_memory_bytes_error": one.memory_error,
-        "measured_fits": case.fits, "predicted_fits": one.simulated.fits,
+        "measured_fits": measured.fits, "predicted_fits": one.simulated.fits,
         "predicted_verdict": one.verdict,
-        "approximations": list(case.approximations),
+        "assumptions": list(case.assumptions), "approximations": list(case.approximations),
         "calibration": {"scale": one.fit.scale, "launch_s": one.fit.launch, "constant_s": one.fit.constant,
                         "fitted_on": one.fit.runs},
     }  # fmt: skip
 
 
 def _refused(one: Refused) -> dict[str, Any]:
-    return {**_identity(one.row), "status": "unsupported", "reason": f"{one.field}: {one.reason}"}
+    return {**one.about, "status": "unsupported", "reason": f"{one.field}: {one.reason}"}
 
 
 def _component(one: Predicted) -> dict[str, Any]:

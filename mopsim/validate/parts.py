@@ -18,7 +18,6 @@ from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from mopsim.validate.component import Component, InexpressibleError
-from mopsim.validate.makeup import Shares, of_spans, of_step
 
 GIB = UNITS["GiB"]
 LIBRARIES = 2 * 32 * 2**20
@@ -120,7 +119,7 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
         name="head", hidden_size=hidden, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8,
         head_dim=64, vocab_size=vocabulary, intermediate_size=64,
     )  # fmt: skip
-    ring = component.system == "Ring-DTP"
+    ring = component.does("ring")
     rows = ceil_div(vocabulary, degree) if ring else vocabulary
     weight = rows * hidden * 4 / GIB
     resident = weight + (tokens * hidden * 4 + tokens * 8 + LIBRARIES) / GIB
@@ -198,19 +197,13 @@ def expert_dispatch(component: Component, hardware: HardwareProfile) -> float:
     return (peak + _beside(component)) / GIB
 
 
-def makeup(component: Component, hardware: HardwareProfile) -> Shares:
-    """What a predicted time of one of the parts is made of; nothing where it is not of a played program."""
+def played(component: Component, hardware: HardwareProfile) -> SimResult | None:
+    """The program that a component's time is read from; None where there is none."""
     if component.kind == "expert_dispatch":
-        spans = _expert_layer(component, _expert_strategy(component), hardware).spans
-        forward = component.text("pass") == "forward"
-        return of_spans(span for span in spans if span.phase == "forward" or not forward)
+        return _expert_layer(component, _expert_strategy(component), hardware)
     if component.kind == "optimizer_step":
-        spans = _optimizer(component, hardware, _groups(component)).spans
-        return of_spans(span for span in spans if span.component == "optimizer")
-    if component.kind == "checkpoint_offload":
-        result = _offloaded(component, hardware)
-        return of_step(result.step_time, result.exposed, result.busy)
-    return ()
+        return _optimizer(component, hardware, _groups(component))
+    return _offloaded(component, hardware) if component.kind == "checkpoint_offload" else None
 
 
 def _expert_strategy(component: Component) -> Strategy:
@@ -220,7 +213,7 @@ def _expert_strategy(component: Component) -> Strategy:
     chunked = "num_chunks" in component.params
     experts = Experts(
         degree=degree,
-        balance="least_loaded" if "LLEP" in component.system else "none",
+        balance="least_loaded" if component.does("least_loaded") else "none",
         chunk_tokens=int(component.number("chunk_tokens")) if chunked else 0,
         max_chunks=int(component.number("num_chunks")) if chunked else 1,
     )

@@ -1,166 +1,146 @@
-"""One measured run -> the four inputs of the simulator, or the reason why it cannot be simulated."""
+"""One row of a runs table -> a case, or the reason why it cannot be simulated. Columns are those of any
+program; what they leave unsaid is data (mopsim.validate.facts)."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar
 
-import msgspec
+from msgspec.structs import replace
 
+from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError
-from mopsim.common.io import digest
+from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
-from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.model_table import from_row
-from mopsim.spec.presets import load_model
-from mopsim.spec.profiles import load_profile
+from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
-from mopsim.validate.attention import with_kernel
-from mopsim.validate.conventions import Conventions, conventions
-from mopsim.validate.families import Degrees, approximations, family, stack, strategy
+from mopsim.validate.case import Case, Changes, Measured, Source, machine
+from mopsim.validate.facts import Facts, facts
 from mopsim.validate.natural import natural, repeated
-from mopsim.validate.recipes import communication_share, distinct_tokens
+from mopsim.validate.parallelism import Degrees, UnsupportedError, family, strategy
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
+P = ParamSpec("P")
+T = TypeVar("T")
 GIB = UNITS["GiB"]
 NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "recompute")
 """Fields without which a run is not determined; vp with a pipeline, ep, etp and routing with experts also."""
+EAGER, FUSED = "generic-eager", "generic-fused"
+VOCABULARY_ROWS = 128
+"""Megatron-LM pads the vocabulary to a multiple of so many rows for each tensor rank
+(make_vocab_size_divisible_by)."""
 
 
-class UnsupportedError(Exception):
-    """A row that cannot be simulated: the field, and what about it."""
+def read_case(row: Row, models: dict[str, Row]) -> Case:
+    """The row as a case. models: rows of a models table by name; others are presets.
 
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
-
-
-@dataclass(frozen=True)
-class Case:
-    """A run ready to simulate. step_time s, peak_memory bytes, fits: as measured, None where not."""
-
-    row: Row
-    family: str
-    model: ModelSpec
-    hardware: HardwareProfile
-    num_nodes: int
-    strategy: Strategy
-    training: TrainSpec
-    conventions: Conventions
-    stack: Stack
-    step_time: float | None
-    peak_memory: float | None
-    fits: bool | None
-    approximations: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for runs that simulate alike."""
-        stack = digest(self.stack.behaviour)
-        kernel = stack, self.conventions.last_stage, self.hardware.communication_share
-        return (self.model, self.hardware.name, kernel, self.num_nodes, self.strategy, self.training)
-
-
-def case(row: Row, models: dict[str, Row]) -> Case:
-    """The row as a case. Raises UnsupportedError naming the field, MopError where a cell is malformed."""
+    Raises UnsupportedError naming the field, MopError where a cell is malformed.
+    """
+    if row.get(SURPLUS):
+        raise UnsupportedError("row", row[SURPLUS])
     for field in NEEDED:
         if row.get(field, "") in UNKNOWN:
             raise UnsupportedError(field, "not stated by the source")
-    facts = conventions(row)
-    model = msgspec.structs.replace(_model(row, models), dropout=facts.dropout)
-    degrees = _degrees(row, model)
-    length = count(row, "seq_len") or 1
-    hardware = with_kernel(
-        _hardware(row["gpu"]), facts.attention, model.head_dim, facts.deterministic, length
-    )
-    hardware = in_rings(hardware) if facts.deterministic else hardware
-    share = communication_share(row, hardware.communication_share)
-    hardware = msgspec.structs.replace(hardware, communication_share=share)
     try:
-        split = strategy(row, degrees, model, facts)
-        model = _vocabulary(model, degrees, family(row))
-        training = _training(row, degrees, model)
-        split.check_model(model)
-        software = stack(row, facts)
-        software.check_strategy(split)
-        training.check_strategy(split)
+        return _case(facts(row), models)
     except SpecError as error:
         raise UnsupportedError(error.field, str(error)) from error
-    memory, step = number(row, "peak_memory_gib"), number(row, "step_time_s")
-    taken = approximations(row)
-    partial = any("memory not scored" in note for note in taken)
+
+
+def _case(known: Facts, models: dict[str, Row]) -> Case:
+    row = known.row
+    named, changes = _model(known, models)
+    model = named if isinstance(named, ModelSpec) else load_model(named)
+    degrees = _degrees(row, model)
+    hardware = _refused("gpu", machine, row["gpu"])
+    stack, assumed = _stack(row)
+    program = _refused("stack", changed, stack, known.of("stack"), "stack")
+    split, approximations = strategy(known, degrees, changed(model, changes, "model"), program)
+    if split.name == "megatron":
+        rows = VOCABULARY_ROWS * degrees.tensor
+        padded = ceil_div(model.vocab_size, rows) * rows
+        changes |= {"vocab_size": padded} if padded != model.vocab_size else {}
+    model = changed(model, changes, "model")
+    training, routed = _training(known, degrees, model)
+    approximations += routed
+    split.check_model(model)
+    training.check_strategy(split)
+    training.check_model(model)
+    program.check_strategy(split)
     return Case(
-        row=row, family=family(row), model=model, hardware=hardware,
-        num_nodes=ceil_div(degrees.world, hardware.devices_per_node), strategy=split, training=training,
-        conventions=facts, stack=software, step_time=step,
-        peak_memory=memory * GIB if memory and not partial else None,
-        fits=None if partial else _fits(row, step), approximations=taken,
+        id=row["run_id"], model=named, hardware=row["gpu"], strategy=split, training=training,
+        num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
+        stack_changes=known.of("stack"), measured=_measured(row, approximations), precision=row["precision"],
+        quality=_quality(row), assumptions=(*assumed, *known.rules), approximations=approximations,
+        source=Source(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
     )  # fmt: skip
 
 
-def _fits(row: Row, step: float | None) -> bool | None:
-    """A run with a step time ran; others say so, or say nothing."""
-    if row.get("fits") == "oom":
-        return False
-    return True if step or row.get("fits") == "yes" else None
-
-
-@lru_cache(maxsize=64)
-def _profile(name: str) -> HardwareProfile:
-    return load_profile(name)
-
-
-def _hardware(name: str) -> HardwareProfile:
+def _refused(field: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `make` returns; its refusal is that of the row's field."""
     try:
-        return _profile(name)
+        return make(*args, **kwargs)
     except MopError as error:
-        raise UnsupportedError("gpu", str(error)) from error
+        raise UnsupportedError(field, str(error)) from error
 
 
-def in_rings(hardware: HardwareProfile) -> HardwareProfile:
-    """The profile whose all-reduces inside a domain are a reduce-scatter and an all-gather: rings (NCCL_ALGO
-    in the configurations of Megatron's deterministic tests), without the sums that NVSwitch makes."""
-    curves = hardware.scale_up.collectives
-    first, second, old = curves["reduce_scatter"], curves["all_gather"], curves["all_reduce"]
-    rate = 2 / (1 / first.bandwidth.si + 1 / second.bandwidth.si)
-    if rate >= old.bandwidth.si:
-        return hardware
-    bandwidth = Quantity(
-        value=rate, unit="B/s", tag="assumed", source="reduce-scatter and all-gather in turn"
-    )
-    changed = {**curves, "all_reduce": msgspec.structs.replace(old, bandwidth=bandwidth)}
-    fabric = msgspec.structs.replace(hardware.scale_up, collectives=changed)
-    return msgspec.structs.replace(hardware, scale_up=fabric)
+def _stack(row: Row) -> tuple[Stack, tuple[str, ...]]:
+    """The stack that the row names, or that its source does; else a general one, which is told."""
+    named = row["stack"]
+    if named:
+        return _refused("stack", load_stack, named), ()
+    usual = FUSED if family(row) == "megatron" else EAGER
+    text = f"stack {usual}: none is stated, and none is known of the source {row['source']!r}"
+    return load_stack(usual), (text,)
 
 
-def _model(row: Row, models: dict[str, Row]) -> ModelSpec:
-    """The network, cut to the run's layers, with a position table as long as the run's sequences."""
-    name = row["model"]
+def _measured(row: Row, approximations: tuple[str, ...]) -> Measured:
+    """Whether it fits: a run with a step time ran; others say so, or say nothing."""
+    memory, step = number(row, "peak_memory_gib"), number(row, "step_time_s")
+    fits = False if row.get("fits") == "oom" else True if step or row.get("fits") == "yes" else None
+    if any("memory not scored" in note for note in approximations):
+        memory = fits = None
+    return Measured(step_time=step or None, peak_memory=memory * GIB if memory else None, fits=fits)
+
+
+def _quality(row: Row) -> Literal["A", "B", "C"]:
+    named = row.get("quality", "") or "A"
+    grades: dict[str, Literal["A", "B", "C"]] = {"A": "A", "B": "B", "C": "C"}
+    if named not in grades:
+        raise MopError(f"{row['run_id']}: quality: {named!r} is not one of A, B, C")
+    return grades[named]
+
+
+def _model(known: Facts, models: dict[str, Row]) -> tuple[str | ModelSpec, Changes]:
+    """The network, and what the run changes of it: cut to its layers, with a position table as long as its
+    sequences, and what rules say."""
+    row, name = known.row, known.row["model"]
     try:
         model = from_row(models[name]) if name in models else load_model(name)
     except SpecError as error:
         raise UnsupportedError("model", str(error)) from error
     except MopError as error:
         raise UnsupportedError("model", f"{name!r} is neither in the models CSV nor a preset") from error
+    changes: Changes = {}
     layers = count(row, "num_layers") or model.num_hidden_layers
-    changes: dict[str, object] = {}
     if layers != model.num_hidden_layers:
         changes["num_hidden_layers"] = layers
         changes["first_k_dense_replace"] = min(model.first_k_dense_replace, layers)
     if model.learned_positions:
         changes["learned_positions"] = count(row, "seq_len") or model.learned_positions
-    return msgspec.structs.replace(model, **changes) if changes else model
+    preset = name in list_models() and _priced(load_model(name)) == _priced(model)
+    return (name if preset else model), {**changes, **known.of("model")}
 
 
-def _vocabulary(model: ModelSpec, degrees: Degrees, kind: str) -> ModelSpec:
-    """Megatron pads the vocabulary to a multiple of 128 rows a tensor rank."""
-    if kind != "megatron":
-        return model
-    step = 128 * degrees.tensor
-    return msgspec.structs.replace(model, vocab_size=ceil_div(model.vocab_size, step) * step)
+def _priced(model: ModelSpec) -> ModelSpec:
+    """The network without what no step's time or memory depends on."""
+    return replace(
+        model, source="", assumptions=(), rms_norm_eps=1e-6, rope_theta=1.0, routed_scaling_factor=1.0
+    )
 
 
 def _degrees(row: Row, model: ModelSpec) -> Degrees:
@@ -186,25 +166,28 @@ def _degrees(row: Row, model: ModelSpec) -> Degrees:
     )
 
 
-def _training(row: Row, degrees: Degrees, model: ModelSpec) -> TrainSpec:
+def _training(known: Facts, degrees: Degrees, model: ModelSpec) -> tuple[TrainSpec, tuple[str, ...]]:
     """A run that only says whether it fits needs no batch: one microbatch for each data group."""
+    row = known.row
     batch = count(row, "global_batch")
     if batch is None:
         if number(row, "step_time_s") is not None or row.get("fits", "") not in ("yes", "oom"):
             raise UnsupportedError("global_batch", "not stated by the source")
         groups = degrees.world // (degrees.tensor * degrees.pipeline * degrees.sequence)
         batch = degrees.micro_batch * max(1, groups)
-    return TrainSpec(
-        seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=_routing(row, degrees, model)
-    )
+    routing, told = _routing(row, degrees, model)
+    return TrainSpec(seq_len=count(row, "seq_len") or 1, global_batch=batch, routing=routing), told
 
 
-def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> RoutingProfile:
+def _routing(row: Row, degrees: Degrees, model: ModelSpec) -> tuple[RoutingProfile, tuple[str, ...]]:
     """Even unless the row says `natural`; then as its text makes it."""
-    experts = model.num_local_experts
-    if row.get("routing") != "natural" or not experts:
-        return "balanced"
-    words = distinct_tokens(row)
+    experts, head = model.num_local_experts, "natural routing: simulated with"
+    if row.get("routing") != "natural":
+        return "balanced", ()
+    words = count(row, "filler_tokens")
+    if not experts:
+        return "balanced", ()
     if words:
-        return repeated(experts, model.num_experts_per_tok, degrees.experts, words)
-    return natural(experts, degrees.experts)
+        shares = repeated(experts, model.num_experts_per_tok, degrees.experts, words)
+        return shares, (f"{head} the loads of a text of {words} distinct tokens",)
+    return natural(experts, degrees.experts), (f"{head} a published spread of loads",)

@@ -1,21 +1,25 @@
-"""Errors of predictions: rows averaged within a source, then sources; capacity; regret."""
+"""Errors of predictions: runs averaged within a source, then sources; capacity; choice of strategy."""
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from mopsim.validate import calibration, regression
+from msgspec.structs import replace
+
+from mopsim.common import io
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, Point
-from mopsim.validate.rows import Case
+from mopsim.validate.case import Case
 from mopsim.validate.simulated import Simulated, as_read, as_read_at_most
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A simulated run. Seconds and bytes; calibrated and regression are of fits that never saw this run's
-    network. peak_memory, most_memory: the point and the upper bound, as the source's instrument reads.
+    """A simulated run. Seconds and bytes; calibrated is of a fit that never saw this run's network.
+    peak_memory, most_memory: the point and the upper bound, as the source's instrument reads.
 
     out_of_sample: whether there was another network of the same source and GPU to calibrate on.
     """
@@ -24,7 +28,6 @@ class Scored:
     simulated: Simulated
     fit: Fit
     calibrated: float
-    regression: float | None
     peak_memory: float
     most_memory: float
 
@@ -35,19 +38,15 @@ class Scored:
     @property
     def step_error(self) -> float | None:
         """Relative error of the calibrated step time; None where none was measured."""
-        return _error(self.calibrated, self.case.step_time)
+        return _error(self.calibrated, self.case.measured.step_time)
 
     @property
     def raw_step_error(self) -> float | None:
-        return _error(self.simulated.step_time, self.case.step_time)
-
-    @property
-    def regression_error(self) -> float | None:
-        return None if self.regression is None else _error(self.regression, self.case.step_time)
+        return _error(self.simulated.step_time, self.case.measured.step_time)
 
     @property
     def memory_error(self) -> float | None:
-        return _error(self.peak_memory, self.case.peak_memory)
+        return _error(self.peak_memory, self.case.measured.peak_memory)
 
     @property
     def verdict(self) -> str:
@@ -61,55 +60,49 @@ def _error(predicted: float, measured: float | None) -> float | None:
     return predicted / measured - 1.0 if measured else None
 
 
-def network(name: str) -> str:
-    """The network that is held out together: variants without the MTP layer are the same network."""
-    return name.removesuffix("_nomtp")
+def network(case: Case) -> str:
+    """The network that is held out together: cut to other layers, or without its MTP layers, it is the
+    same."""
+    model = case.model if isinstance(case.model, ModelSpec) else load_model(case.model)
+    return io.digest(replace(model, name="network", source="", assumptions=(), num_nextn_predict_layers=0))
 
 
-def stack(case: Case) -> tuple[str, str]:
-    """(source, GPU): a software stack on a machine, the unit of calibration."""
-    return case.row["source"], case.row["gpu"]
+def software(case: Case) -> tuple[str, str]:
+    """(source, hardware): a program on a machine, the unit of calibration."""
+    return case.source.name, case.hardware
 
 
 def trusted(case: Case) -> bool:
     """Whether a run may be calibrated on: not a headline, a derived or a latency-dominated one (grade C)."""
-    return case.row.get("quality", "A") != "C"
+    return case.quality != "C"
 
 
 def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
-    """Calibrate per stack, leave one network out; results with an error are left out by the caller."""
+    """Calibrate per source and hardware, leave one network out; results with an error are left out by the
+    caller."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, case in enumerate(cases):
-        groups[stack(case)].append(index)
+        groups[software(case)].append(index)
     found: dict[int, Scored] = {}
     for members in groups.values():
-        timed = [i for i in members if cases[i].step_time]
-        models = [network(cases[i].row["model"]) for i in timed]
-        points = [
-            _point(results[i], cases[i].step_time or 0.0, model)
-            for i, model in zip(timed, models, strict=True)
-        ]
-        issue = cases[members[0]].hardware.host.issue
-        seconds = issue.si if issue else LAUNCH
-        usable = [trusted(cases[i]) for i in timed]
-        held = calibration.held_out(points, usable, seconds)
-        fits = dict(zip(timed, held, strict=True))
-        measured = [p.measured for p in points]
-        baseline = regression.held_out([cases[i] for i in timed], models, measured, usable)
-        lines = dict(zip(timed, baseline, strict=True))
-        by_index = dict(zip(timed, points, strict=True))
+        points = {i: point for i in members if (point := _point(cases[i], results[i]))}
+        issue = cases[members[0]].profile().host.issue
+        usable = [trusted(cases[i]) for i in points]
+        held = calibration.held_out(list(points.values()), usable, issue.si if issue else LAUNCH)
+        fits = dict(zip(points, held, strict=True))
         for i in members:
-            case, result = cases[i], results[i]
-            used = fits.get(i, Fit())
-            step = used.apply(by_index[i]) if i in by_index else result.step_time
-            peak = as_read(result, case.conventions.reading, case.hardware)
-            most = as_read_at_most(result, case.conventions.reading, case.hardware)
-            found[i] = Scored(case, result, used, step, lines.get(i), peak, most)
+            case, result, used = cases[i], results[i], fits.get(i, Fit())
+            step = used.apply(points[i]) if i in points else result.step_time
+            reading, hardware = case.program().reading.memory, case.profile()
+            peak = as_read(result, reading, hardware)
+            found[i] = Scored(case, result, used, step, peak, as_read_at_most(result, reading, hardware))
     return [found[i] for i in range(len(cases))]
 
 
-def _point(result: Simulated, measured: float, model: str) -> Point:
-    return Point(result.step_time, result.paces, measured, model)
+def _point(case: Case, result: Simulated) -> Point | None:
+    """The run as what a calibration is fitted to; None where no step time was measured."""
+    measured = case.measured.step_time
+    return Point(result.step_time, result.paces, measured, network(case)) if measured else None
 
 
 @dataclass(frozen=True)
@@ -157,7 +150,7 @@ def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
     """Rows averaged within a source, then sources; the median, the largest and the percentile are over all
     rows."""
     rows = list(scored)
-    sources = by_group(rows, measure, lambda one: one.case.row["source"])
+    sources = by_group(rows, measure, lambda one: one.case.source.name)
     everything = errors(measure(one) for one in rows)
     if everything is None:
         return None
@@ -185,15 +178,18 @@ class Capacity:
 
 def capacity(scored: Iterable[Scored]) -> Capacity:
     """What a run does is known where it has a step time or says so itself."""
-    ran = [one.simulated for one in scored if one.case.fits is True]
-    out = [one.simulated.fits for one in scored if one.case.fits is False]
+    ran = [one.simulated for one in scored if one.case.measured.fits is True]
+    out = [one.simulated.fits for one in scored if one.case.measured.fits is False]
     right, at_risk = sum(one.fits for one in ran), sum(one.at_risk for one in ran)
     return Capacity(len(ran), right, at_risk, len(out), len(out) - sum(out))
 
 
 @dataclass(frozen=True)
 class Regret:
-    """Runs of one job that differ only in strategy: what our pick costs against the true best."""
+    """Runs of one job that differ only in strategy: what our pick costs against the true best.
+
+    uncalibrated: slowdown of the pick that the profile alone makes.
+    """
 
     job: str
     runs: int
@@ -201,56 +197,40 @@ class Regret:
     best: str
     slowdown: float
     uncalibrated: float
-    """Slowdown of the pick that the profile alone makes."""
 
 
 def regrets(scored: Iterable[Scored]) -> list[Regret]:
     """Jobs with at least two different strategies, all measured, grade C apart; our pick is calibrated."""
 
     def slowdown(run: Scored, best: Scored) -> float:
-        return (run.case.step_time or 0.0) / (best.case.step_time or 1.0) - 1.0
+        return (run.case.measured.step_time or 0.0) / (best.case.measured.step_time or 1.0) - 1.0
 
     jobs: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
     for one in scored:
-        if one.case.step_time and trusted(one.case):
+        if one.case.measured.step_time and trusted(one.case):
             jobs[_job(one.case)].append(one)
     found = []
     for job, runs in jobs.items():
         if len({run.case.strategy for run in runs}) < 2:
             continue
         picked = min(runs, key=lambda run: run.calibrated)
-        best = min(runs, key=lambda run: run.case.step_time or 0.0)
+        best = min(runs, key=lambda run: run.case.measured.step_time or 0.0)
         alone = min(runs, key=lambda run: run.simulated.step_time)
         found.append(
             Regret(
-                " ".join(job), len(runs), picked.case.row["run_id"], best.case.row["run_id"],
-                slowdown(picked, best), slowdown(alone, best),
+                " ".join(job[:5]), len(runs), picked.case.id, best.case.id, slowdown(picked, best),
+                slowdown(alone, best),
             )
         )  # fmt: skip
     return found
 
 
 def _job(case: Case) -> tuple[str, ...]:
-    """Everything but the strategy: what is trained, on what, with which release and switches of the
-    software."""
-    row = case.row
-    release = re.search(r"nemo [\d.]+", row.get("notes", "").lower())
-    software = [release.group(0)] if release else []
-    software += [
-        word
-        for word in ("compile", "async tp", "framework halo", "framework stock")
-        if word in row["notes"].lower()
-    ]
-    software += [row.get("dispatcher", ""), row.get("overlap", "")]
-    names = (
-        "source",
-        "model",
-        "num_layers",
-        "gpu",
-        "num_gpus",
-        "precision",
-        "seq_len",
-        "global_batch",
-        "routing",
-    )
-    return (*(row.get(name, "") for name in names), *software)
+    """Everything but the strategy: what is trained, on what, by which software."""
+    training, overlap = case.training, case.strategy.overlap
+    sizes = (f"{case.strategy.world_size} devices", f"{training.seq_len} x {training.global_batch}")
+    routed = "" if training.routing == "balanced" else "unevenly routed"
+    layers = str(case.network().num_hidden_layers)
+    chosen = (case.precision, case.strategy.experts.dispatch, io.digest(overlap), routed, layers)
+    program = (case.stack, io.digest(case.program().behaviour))
+    return (case.source.name, case.model_name, case.hardware, *sizes, *chosen, *program)

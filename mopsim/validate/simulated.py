@@ -3,40 +3,37 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import msgspec
+from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
 from mopsim.common.processes import pool
 from mopsim.engine import SimResult, run, upper
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Workload
-from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, HardwareProfile, Quantity
-from mopsim.validate.conventions import Reading
-from mopsim.validate.makeup import Shares, of_step
-from mopsim.validate.rows import Case
+from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.validate.case import Case
 
 ISSUES = (100e-6, 0.0, 10e-6, 20e-6, 35e-6, 60e-6)
 """Seconds of the host for each kernel that are simulated for the calibration, the extremes first."""
 SAME = 1e-3
 """Relative difference between the extremes below which the host does not matter."""
 RESERVED = 1.03
-"""Blocks of the caching allocator over live tensors: "a few per cent up to about 6 %" (truth/README.md), so
-3 %."""
+"""Blocks of the caching allocator over live tensors: a few per cent up to about 6 % in published runs, so 3
+%."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What is kept of a simulation. error: why there is none. launches: kernels and collectives of one rank.
+    """What is kept of a simulation. error: why there is none.
 
     paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
-    does not matter. idle_blocks, communication: bytes, see mopsim.engine.upper.
-    makeup: what the step is made of.
+    does not matter. idle_blocks, communication: bytes, see mopsim.engine.upper. busy, exposed: seconds by
+    kind.
     """
 
     step_time: float = 0.0
-    launches: int = 0
     paces: tuple[tuple[float, float], ...] = ()
     peak_memory: int = 0
     idle_blocks: int = 0
@@ -45,7 +42,8 @@ class Simulated:
     at_risk: bool = False
     error: str = ""
     seconds: float = 0.0
-    makeup: Shares = ()
+    busy: dict[str, float] = field(default_factory=dict)
+    exposed: dict[str, float] = field(default_factory=dict)
 
 
 Progress = Callable[[int, int], None]
@@ -55,32 +53,30 @@ def simulate_case(case: Case) -> Simulated:
     """One case, uncalibrated; a refusal becomes `error`."""
     began = time.perf_counter()
     try:
-        model, hardware, strategy, training = case.model, case.hardware, case.strategy, case.training
-        workload = lower(model, strategy, training, hardware.scale_up_size, case.stack)
-        result = run(workload, model, hardware, strategy, training)
+        model, hardware, stack = case.network(), case.profile(), case.program()
+        workload = lower(model, case.strategy, case.training, hardware.scale_up_size, stack)
+        result = run(workload, model, hardware, case.strategy, case.training)
         paces = _paces(case, workload) if hardware.host.issue else ()
     except (MopError, NotImplementedError) as error:
         return Simulated(error=str(error))
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:
         return Simulated(error=f"simulator failed: {type(error).__name__} {error}")
-    launches = sum(result.num_ops.get(kind, 0) for kind in (*COMPUTE_KINDS, *COLLECTIVES))
-    seconds = time.perf_counter() - began
-    peak = result.peak_by_stage[-1] if case.conventions.last_stage else result.peak_memory
+    peak = result.peak_by_stage[-1] if stack.reading.last_stage else result.peak_memory
     idle, wires = (result.above_peak.get(cause, 0) for cause in ("idle pools", "communication"))
-    made = of_step(result.step_time, result.exposed, result.busy)
-    risk = _at_risk(result, idle, wires)
     return Simulated(
-        result.step_time, launches, paces, peak, idle, wires, result.fits, risk, "", seconds, made
-    )
+        step_time=result.step_time, paces=paces, peak_memory=peak, idle_blocks=idle, communication=wires,
+        fits=result.fits, at_risk=_at_risk(result, idle, wires), seconds=time.perf_counter() - began,
+        busy=dict(result.busy), exposed=dict(result.exposed),
+    )  # fmt: skip
 
 
 def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
     """Seconds of the step by the host's time for each kernel."""
     found: dict[float, float] = {}
+    profile = case.profile()
     for issue in ISSUES:
-        host = msgspec.structs.replace(case.hardware.host, issue=_seconds(issue))
-        hardware = msgspec.structs.replace(case.hardware, host=host)
-        found[issue] = run(workload, case.model, hardware, case.strategy, case.training).step_time
+        hardware = replace(profile, host=replace(profile.host, issue=_seconds(issue)))
+        found[issue] = run(workload, case.network(), hardware, case.strategy, case.training).step_time
         if issue == 0.0 and found[ISSUES[0]] < found[issue] * (1 + SAME):
             return ()
     return tuple(sorted(found.items()))
@@ -93,8 +89,9 @@ def _seconds(value: float) -> Quantity:
 def simulate_all(cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None) -> list[Simulated]:
     """Results in the order of `cases`. jobs: processes, 0 = as many as there are cores, at most 4."""
     first: dict[tuple[object, ...], int] = {}
-    for index, case in enumerate(cases):
-        first.setdefault(case.key, index)
+    keys = [case.alike() for case in cases]
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
     unique = [cases[index] for index in first.values()]
     workers = min(jobs or min(os.cpu_count() or 1, 4), max(1, len(unique) // 8))
     if workers <= 1:
@@ -103,7 +100,7 @@ def simulate_all(cases: Sequence[Case], jobs: int = 0, progress: Progress | None
         with pool(workers) as processes:
             found = _collect(processes.map(simulate_case, unique, chunksize=4), len(unique), progress)
     by_key = dict(zip(first, found, strict=True))
-    return [by_key[case.key] for case in cases]
+    return [by_key[key] for key in keys]
 
 
 def _collect(results: Iterable[Simulated], total: int, progress: Progress | None) -> list[Simulated]:
@@ -115,7 +112,7 @@ def _collect(results: Iterable[Simulated], total: int, progress: Progress | None
     return found
 
 
-def as_read(result: Simulated, reading: Reading, hardware: HardwareProfile) -> float:
+def as_read(result: Simulated, reading: str, hardware: HardwareProfile) -> float:
     """Bytes that the source's instrument would show for a simulated peak of live tensors."""
     if reading == "allocated":
         return float(result.peak_memory)
@@ -124,7 +121,7 @@ def as_read(result: Simulated, reading: Reading, hardware: HardwareProfile) -> f
 
 
 def as_read_at_most(
-    result: Simulated, reading: Reading, hardware: HardwareProfile, program: float = upper.PROGRAM
+    result: Simulated, reading: str, hardware: HardwareProfile, program: float = upper.PROGRAM
 ) -> float:
     """Bytes that the instrument would show at most: the causes of mopsim.engine.upper that it sees."""
     causes = upper.device(result.peak_memory, result.idle_blocks, result.communication, program)

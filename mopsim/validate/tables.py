@@ -13,8 +13,9 @@ LARGEST = 1e18
 
 
 def read_runs(path: Path) -> list[Row]:
-    """Rows of a runs CSV. Raises MopError where a run_id is empty or repeats."""
-    rows = _some(read_table(path, needed(RUNS), "runs"), f"runs: {path}")
+    """Rows of a runs CSV; one with too many cells has SURPLUS. Raises MopError where a run_id is empty or
+    repeats."""
+    rows = _some(read_table(path, needed(RUNS), "runs", surplus=True), f"runs: {path}")
     seen: set[str] = set()
     for row in rows:
         if not row["run_id"]:

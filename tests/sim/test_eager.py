@@ -2,10 +2,12 @@
 
 import random
 from statistics import fmean
+from typing import Any
 
 import msgspec
 import pytest
 
+from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
 from mopsim.layers.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
 from mopsim.layers.layer import decoder_layer
@@ -13,15 +15,20 @@ from mopsim.layers.shapes import Shapes
 from mopsim.lowering import lower
 from mopsim.lowering.workload import Work
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.stack import Unfused
+from mopsim.spec.stack import Kernels, Stack, Unfused
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
-from mopsim.validate.attention import DETERMINISTIC, SCORE_BYTES, with_kernel
 from mopsim.validate.natural import busiest, natural, repeated
 from tests.sim.toys import machine, small
 from tests.software import changed, unfused
 
 ROUTES = (8,) * 8
+
+
+def stack(**kernels: Any) -> Stack:
+    return Stack(name="mine", kernels=Kernels(**kernels))
+
+
 ALL: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts")
 
 
@@ -158,7 +165,8 @@ def test_blocks_of_keys_and_values_are_merged_by_hand() -> None:
 
 def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> None:
     a100 = load_profile("a100-sxm-80g")
-    rates = {d: with_kernel(a100, "scores", d, seq_len=2048).device.attention.forward for d in (64, 128)}
+    kept = stack(attention={"default": "scores"})
+    rates = {d: as_used(a100, kept, d, 2048).device.attention.forward for d in (64, 128)}
     assert rates[64] < rates[128] < 2 * rates[64]  # a head twice as wide: as many scores, products as slow
     # 0.31 and 0.44 of the peak: 65536 x 2048 x 128 and 65536 x 128 x 2048 of the measured table, with traffic
     peak, bandwidth = 312e12, a100.device.memory_bandwidth.si
@@ -168,10 +176,11 @@ def test_kept_scores_are_as_fast_as_narrow_products_and_the_traffic_allow() -> N
 
 def test_a_fixed_order_slows_attention_backward() -> None:
     hopper, blackwell = load_profile("h100-sxm-80g"), load_profile("b200-sxm-192g")
-    free, fixed = hopper.device.attention, with_kernel(hopper, "profile", 128, True).device.attention
+    ordered = stack(deterministic=True)
+    free, fixed = hopper.device.attention, as_used(hopper, ordered, 128, 2048).device.attention
     assert (fixed.forward, fixed.backward) == (free.forward, free.backward * DETERMINISTIC)
-    flash2 = with_kernel(hopper, "flash2", 128).device.attention
-    there = with_kernel(blackwell, "profile", 128, True).device.attention
+    flash2 = as_used(hopper, stack(attention={"default": "flash2"}), 128, 2048).device.attention
+    there = as_used(blackwell, ordered, 128, 2048).device.attention
     rate, other = 989.4e12 * flash2.forward / 132, 2250e12 * there.forward / 148
     assert other == pytest.approx(rate, rel=1e-3)
-    assert with_kernel(blackwell, "profile", 128) == blackwell
+    assert as_used(blackwell, stack(), 128, 2048) == blackwell

@@ -1,20 +1,19 @@
 """Rows beyond their tolerance: which, what their prediction is made of, and whose cause they are."""
 
-import csv
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from mopsim.cli import app
 from mopsim.engine.record import Span
-from mopsim.report.validation import finding, spread
+from mopsim.report.validation import spread
 from mopsim.validate.components import predict_components
-from mopsim.validate.makeup import of_spans, of_step, words
-from mopsim.validate.misses import UNKNOWN, Cause, load_causes, markdown, misses
-from mopsim.validate.run import Validation
+from mopsim.validate.run import Validation, validate_runs
+from reports.validation import regression
+from reports.validation.figures import finding
+from reports.validation.makeup import of_spans, of_step, words
+from reports.validation.misses import UNKNOWN, Cause, load_causes, markdown, misses, row_of
+from tests.sim.test_validate import MODELS, row
 
 LAYER = {
     "ep": 8, "expert_hidden": 4096, "hidden": 4096, "num_experts": 128, "pass": "forward", "top_k": 4,
@@ -97,28 +96,47 @@ def test_a_cause_excuses_only_rows_that_have_it() -> None:
     assert not causes["exchange-over-nodes"].fits("step_time", -0.2, dense)
 
 
-def test_what_has_no_cause_is_counted(tmp_path: Path) -> None:
-    path, out = tmp_path / "components.csv", tmp_path / "json"
-    row = _part(0.2) | {"gpu": "h100-sxm-80g"}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerow(row)
-    command = ["validate", "--components", str(path), "--json", str(out), "--out", str(tmp_path / "report")]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
-    (miss,) = json.loads(out.read_text())["misses"]
-    assert json.loads(out.read_text())["misses_by_cause"] == {miss["cause"]: 1}
-    page = (tmp_path / "report" / "misses.md").read_text()
+def test_what_has_no_cause_is_counted() -> None:
+    found = misses(Validation([]), predict_components([_part(0.2) | {"gpu": "h100-sxm-80g"}]))
+    page = markdown(found)
     assert page.startswith("# Every row beyond its tolerance\n\n1 misses, 0 of them not explained.")
     assert "latency_s routing=balanced pass=forward" in page
-    strange = predict_components([_part(0.2)])
-    assert "1 of them not explained" in markdown(
-        [replace(miss, cause=UNKNOWN) for miss in misses(Validation([]), strange)]
-    )
+    assert "1 of them not explained" in markdown([replace(miss, cause=UNKNOWN) for miss in found])
+
+
+def test_a_run_is_matched_by_the_words_of_the_table() -> None:
+    one = validate_runs([row(tp="2", sharding="zero1", notes="said")], MODELS, jobs=1).scored[0]
+    found = row_of(one.case)
+    for name in (
+        "source",
+        "model",
+        "gpu",
+        "tp",
+        "pp",
+        "ep",
+        "seq_len",
+        "micro_batch",
+        "num_gpus",
+        "recompute",
+    ):
+        assert found[name] == row(tp="2")[name]
+    assert found["notes"] == "said"
+
+
+def test_the_regression_is_fitted_on_no_run_that_the_calibration_may_not_use() -> None:
+    def found(quality: str) -> tuple[int, float | None]:
+        cut = {"num_layers": "2", "ep": "8", "routing": "balanced", "sharding": "zero1"}
+        other = row("other", model="deepseek_v3", quality=quality, **cut)
+        scored = validate_runs([row("one"), other], MODELS, jobs=1).scored
+        return scored[0].fit.runs, regression.of_scored(scored).get("one")
+
+    runs, predicted = found("B")
+    assert runs == 1
+    assert predicted is not None
+    assert found("C") == (0, None)
 
 
 def test_a_figure_is_titled_by_its_finding() -> None:
     groups = {"a": [(1.0, 1.1)], "b": [(2.0, 1.0), (1.0, 1.0)]}
-    assert spread("step time", groups) == "step time: mean error from 10.0% (a)\nto 25.0% (b)"
-    assert finding(Validation([]), "step_time_s", "gpu", {"a": [(1.0, 1.1)]}).endswith("a 10.0% mean error")
+    assert spread("step_time", groups) == "Step time: mean error from 10.0% (a)\nto 25.0% (b)"
+    assert finding(Validation([]), "step_time", "gpu", {"a": [(1.0, 1.1)]}).endswith("a 10.0% mean error")

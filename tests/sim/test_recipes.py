@@ -1,61 +1,101 @@
-"""What rows become by the recipes that they ran: layouts, graphs, hidden exchanges, 8-bit attention."""
+"""What rows become by data: notes in a standard form, and what recipes set for a network or a release."""
+
+from pathlib import Path
 
 import pytest
 
-from mopsim.validate import recipes
-from tests.sim.test_validate import row
+from mopsim.common.errors import MopError
+from mopsim.spec.stacks import load_stack
+from mopsim.validate.case import read_cases, write_cases
+from mopsim.validate.facts import facts, rules, stack_names
+from mopsim.validate.rows import read_case
+from tests.sim.test_validate import MODELS, row
 
 
 def bridge(model: str, gpu: str, notes: str, **changes: str) -> dict[str, str]:
-    return row(source="megatron-bridge-perf", model=model, gpu=gpu, notes=notes, precision="mxfp8", **changes)
+    cells = {
+        "source": "megatron-bridge-perf",
+        "precision": "mxfp8",
+        "sharding": "zero1",
+        "routing": "balanced",
+    }
+    return row(model=model, gpu=gpu, notes=notes, **(cells | changes))
+
+
+def test_every_stack_that_is_named_exists() -> None:
+    named = {*stack_names().values(), *(rule.set["stack"] for rule in rules() if "stack" in rule.set)}
+    for name in named:
+        assert load_stack(name).name == name
+
+
+def test_rules_have_names_of_their_own_and_sources() -> None:
+    assert len({rule.id for rule in rules()}) == len(rules())
+    assert all(rule.when and rule.set and rule.source for rule in rules())
 
 
 @pytest.mark.parametrize(
     ("notes", "graphs"),
     [
-        ("CUDA graph full_iteration:[]", ("step",)),
-        ("CUDA graph transformer_engine:['attn', 'moe_router', 'mamba']; MTP", ("attention", "router")),
-        ("cuda graphs: attn, moe_router, moe_preprocess.", ("attention", "router")),
-        ("CUDA graph transformer_engine:mlp", ("dense_ffn",)),
-        ("cuda graphs: off. INCONSISTENT", ()),
-        ("CUDA graph none; eager baseline of CUDA-graph A/B", ()),
-        ("NeMo 26.04", ()),
+        ("CUDA graph full_iteration:[]", ["step"]),
+        ("CUDA graph transformer_engine:['attn', 'moe_router', 'mamba']; MTP", ["attention", "router"]),
+        ("cuda graphs: attn, moe_router, moe_preprocess.", ["attention", "router"]),
+        ("CUDA graph transformer_engine:mlp", ["dense_ffn"]),
+        ("cuda graphs: off. INCONSISTENT", None),
+        ("CUDA graph none; eager baseline of CUDA-graph A/B", None),
+        ("NeMo 26.04", None),
     ],
 )  # fmt: skip
-def test_graphs_by_the_notes(notes: str, graphs: tuple[str, ...]) -> None:
-    assert recipes.graphs(bridge("llama3_8b", "b200-sxm-192g", notes)) == graphs
+def test_graphs_by_the_notes(notes: str, graphs: list[str] | None) -> None:
+    found = facts(bridge("llama3_8b", "b200-sxm-192g", notes))
+    assert found.settings.get("stack.host.graphs") == graphs
 
 
 def test_the_last_release_replays_the_whole_step() -> None:
-    said = bridge("deepseek_v3", "gb300-288g", "NeMo 26.08; config fields from recipe (exact)")
-    assert recipes.graphs(said) == ("step",)
-    assert recipes.hides_experts(said)
-    assert recipes.deduplicates(said)
-    assert recipes.eight_bit_attention(said)
-    assert recipes.eight_bit_vocabulary(said)
-    assert not recipes.eight_bit_attention({**said, "gpu": "gb200-186g"})
-    earlier = {**said, "notes": "NeMo 26.04"}
-    assert recipes.graphs(earlier) == ()
-    assert not recipes.hides_experts(earlier)
-    assert not recipes.deduplicates(earlier)
-    assert not recipes.eight_bit_attention(earlier)
-    assert recipes.graphs({**said, "source": "mine"}) == ()
+    said = bridge("deepseek_v3", "gb300-288g", "NeMo 26.08; fields from recipe", num_layers="61", ep="8")
+    found = read_case(said, MODELS)
+    assert found.program().host.graphs == ("step",)
+    assert found.program().kernels.expert_products == "grouped"
+    assert found.strategy.overlap.experts
+    assert found.strategy.experts.dispatch == "deduplicated"
+    assert (found.strategy.precision.attention, found.strategy.precision.vocabulary) == ("matmul", "matmul")
+    assert "late-mxfp8" in found.assumptions
+    assert read_case({**said, "gpu": "gb200-186g"}, MODELS).strategy.precision.attention == "compute"
+    for other in ({"notes": "NeMo 26.04"}, {"source": "mine"}, {"stack": "megatron-core"}):
+        plain = read_case({**said, **other}, MODELS)
+        assert plain.program().host.graphs == ()
+        assert not plain.strategy.overlap.experts
+        assert plain.strategy.experts.dispatch == "all_to_all"
+        assert plain.strategy.precision.attention == "compute"
+
+
+def test_a_cell_of_the_table_wins_over_every_rule() -> None:
+    said = bridge("deepseek_v3", "gb300-288g", "NeMo 26.08", num_layers="61", ep="8")
+    said |= {"graphs": "attention", "strategy.overlap.experts": "false", "stack.kernels.loss": "composed"}
+    found = read_case(said, MODELS)
+    assert found.program().host.graphs == ("attention",)
+    assert not found.strategy.overlap.experts
+    assert found.program().kernels.loss == "composed"
 
 
 def test_recompute_of_a_few_layers_is_none() -> None:
-    few = bridge("llama3_8b", "h100-sxm-80g", "recompute only in part of the layers: full(block,5 layers)")
-    assert recipes.recomputed(few, "full") == "none"
-    assert recipes.recomputed({**few, "pp": "4"}, "full") == "full"
-    assert recipes.recomputed(row(), "full") == "full"
+    few = bridge("llama3_8b", "h100-sxm-80g", "recompute only in part: full(block,5 layers)", precision="fp8")
+    found = read_case(few, MODELS)
+    assert found.strategy.activations.recompute == "none"
+    assert "full recompute of a few layers: simulated as none" in found.approximations
+    assert read_case({**few, "notes": ""}, MODELS).strategy.activations.recompute == "full"
 
 
 def test_layouts_hold_the_whole_network() -> None:
-    for parts, layers in recipes.DEEPSEEK_LAYERS.items():
-        assert len(layers) == parts
+    layouts = [rule for rule in rules() if "strategy.pipeline.layers" in rule.set]
+    for rule in layouts:
+        layers = rule.set["strategy.pipeline.layers"]
+        assert f"^{len(layers)}$" == rule.when["stages"]
         assert sum(layers) == 61
-    assert recipes.layers(row(model="deepseek_v3", num_layers=""), 16)[-1] == 1
-    assert recipes.layers(row(model="deepseek_v3", num_layers="4"), 8) == ()
-    assert recipes.layers(row(num_layers="80"), 8) == ()
+    assert len(layouts) == 3
+    key = "strategy.pipeline.layers"
+    assert facts(row(model="deepseek_v3", num_layers="", pp="8", vp="2")).settings[key][-1] == 1
+    assert key not in facts(row(model="deepseek_v3", num_layers="4", pp="8")).settings
+    assert key not in facts(row(num_layers="80", pp="8")).settings
 
 
 @pytest.mark.parametrize(
@@ -63,14 +103,44 @@ def test_layouts_hold_the_whole_network() -> None:
     [
         ("megatron-bridge-cards", "hybridep", "h100-sxm-80g", 32 / 132),
         ("megatron-bridge-perf", "hybridep", "b200-sxm-192g", 32 / 148),
-        ("megatron-bridge-perf", "deepep", "h100-sxm-80g", 0.15),
-        ("megatron-bridge-perf", "alltoall", "h100-sxm-80g", 0.15),
-        ("halo-bench", "hybridep", "b300-sxm-288g", 0.15),
+        ("megatron-bridge-perf", "deepep", "h100-sxm-80g", None),
+        ("megatron-bridge-perf", "alltoall", "h100-sxm-80g", None),
+        ("halo-bench", "hybridep", "b300-sxm-288g", None),
     ],
 )
 def test_hybrid_exchanges_take_the_recipes_share(
-    source: str, dispatcher: str, gpu: str, share: float
+    source: str, dispatcher: str, gpu: str, share: float | None
 ) -> None:
-    one = {"source": source, "dispatcher": dispatcher, "gpu": gpu, "model": "qwen3_30b_a3b"}
-    assert recipes.hybrid(one | {"precision": "bf16"}) == (dispatcher == "hybridep")
-    assert recipes.communication_share(one | {"precision": "bf16"}, 0.15) == pytest.approx(share)
+    cells = {"model": "qwen3_30b_a3b", "num_layers": "48", "ep": "8", "routing": "balanced"}
+    one = row(source=source, dispatcher=dispatcher, gpu=gpu, **cells)
+    stack = read_case(one, MODELS).program()
+    assert stack.kernels.dispatch_map == (dispatcher == "hybridep")
+    assert stack.communication_share.get("default") == (pytest.approx(share) if share else None)
+
+
+def test_a_case_is_the_same_when_read_again(tmp_path: Path) -> None:
+    said = bridge("deepseek_v3", "gb300-288g", "NeMo 26.08", num_layers="61", ep="8")
+    cases = [read_case(said, MODELS), read_case(row("b"), MODELS)]
+    write_cases(tmp_path / "some.jsonl", cases)
+    assert read_cases(tmp_path / "some.jsonl") == cases
+    assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("llama3_8b", "lama3"), "case 1: model"),
+        (("generic-eager", "nobody"), "case 1: strategy.stack"),
+        (('"num_nodes":1', '"num_nodes":0'), "case 1.num_nodes: 0 must be at least 1"),
+        (('"name":"mine"', '"nom":"mine"'), "case 1.source.nom: 'mine' is an unknown field"),
+        (('{"id"', '{"id'), "line 1 is not JSON"),
+    ],
+)
+def test_a_wrong_entry_of_a_case_is_one_line(change: tuple[str, str], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "cases.jsonl"
+    write_cases(path, [read_case(row(), MODELS)])
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(MopError) as refused:
+        read_cases(path)
+    assert str(refused.value).startswith(f"cases: {path}: {says}")
+    assert "\n" not in str(refused.value)

@@ -11,16 +11,17 @@ from mopsim.cli import app
 from mopsim.common.errors import MopError
 from mopsim.common.units import UNITS
 from mopsim.cost import seconds
+from mopsim.cost.stack import SCORE_BYTES, as_used
 from mopsim.lowering.workload import Group, Work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import calibration
-from mopsim.validate.attention import SCORE_BYTES
 from mopsim.validate.calibration import Fit, Point
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
-from mopsim.validate.rows import UnsupportedError, case
-from mopsim.validate.run import validate_runs
+from mopsim.validate.parallelism import UnsupportedError
+from mopsim.validate.rows import read_case
+from mopsim.validate.run import cases_of, validate_runs
 from mopsim.validate.scoring import capacity, errors, over_sources, regrets
 from mopsim.validate.tables import count, number, read_runs
 
@@ -64,19 +65,21 @@ def row(run_id: str = "r", model: str = "llama3_8b", **changes: str) -> dict[str
 
 
 def test_a_row_becomes_the_strategy_it_describes() -> None:
-    found = case(row(cp="2", dp="4", micro_batch="2", recompute="none"), MODELS)
+    found = read_case(row(cp="2", dp="4", micro_batch="2", recompute="none"), MODELS)
     assert found.family == "fsdp"
-    assert found.stack.sharding.fsdp
+    assert found.program().sharding.fsdp
+    assert found.stack == "generic-eager"
+    assert "none is known of the source 'mine'" in found.assumptions[0]
     assert (found.strategy.attention.sequence, found.strategy.data_groups) == (2, 4)
     assert (found.strategy.dense.zero, found.strategy.dense.shard) == (3, 8)
     assert found.strategy.activations.recompute == "none"
     assert found.training.num_microbatches(found.strategy) == 2
-    assert found.peak_memory == 40 * UNITS["GiB"]
+    assert found.measured.peak_memory == 40 * UNITS["GiB"]
 
 
 def test_megatron_degrees_and_padded_vocabulary() -> None:
-    found = case(
-        row(tp="2", pp="2", vp="2", dp="2", sharding="zero1", precision="fp8", source="megatron-bridge-x"),
+    found = read_case(
+        row(tp="2", pp="2", vp="2", dp="2", sharding="zero1", precision="fp8", stack="megatron-bridge"),
         MODELS,
     )
     assert found.family == "megatron"
@@ -84,13 +87,13 @@ def test_megatron_degrees_and_padded_vocabulary() -> None:
     assert (found.strategy.dense.tensor, found.strategy.dense.shard, found.strategy.dense.zero) == (2, 2, 1)
     assert found.strategy.precision.matmul == "fp8"
     assert found.strategy.precision.grad == "bfloat16"
-    assert found.model.vocab_size % 256 == 0
+    assert found.network().vocab_size % 256 == 0
 
 
 def test_a_cut_network_keeps_its_leading_dense_layers() -> None:
-    model = case(
+    model = read_case(
         row(model="deepseek_v3", num_layers="2", ep="8", routing="balanced", sharding="zero1"), MODELS
-    ).model
+    ).network()
     assert (model.num_hidden_layers, model.first_k_dense_replace) == (2, 2)
 
 
@@ -103,6 +106,9 @@ def test_a_cut_network_keeps_its_leading_dense_layers() -> None:
         ({"pp": "2", "dp": "4", "vp": "", "sharding": "zero1"}, "vp"),
         ({"gpu": "abacus"}, "gpu"),
         ({"model": "nobody"}, "model"),
+        ({"stack": "nobody"}, "stack"),
+        ({"stack.kernels.norm": "melted"}, "stack"),
+        ({"strategy.experts.degree": "3"}, "experts.degree"),
         ({"precision": "int3"}, "precision"),
         ({"sharding": "zero9"}, "sharding"),
         ({"recompute": "the_good_parts"}, "recompute"),
@@ -112,19 +118,19 @@ def test_a_cut_network_keeps_its_leading_dense_layers() -> None:
 )
 def test_what_cannot_be_simulated_names_the_field(changes: dict[str, str], field: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        case({**row(), **changes}, MODELS)
+        read_case({**row(), **changes}, MODELS)
     assert caught.value.field == field
 
 
 def test_a_run_about_capacity_needs_no_batch() -> None:
-    found = case(row(global_batch="", step_time_s="", fits="oom"), MODELS)
+    found = read_case(row(global_batch="", step_time_s="", fits="oom"), MODELS)
     assert found.training.global_batch == found.strategy.data_groups
-    assert found.fits is False
+    assert found.measured.fits is False
 
 
 def test_malformed_cells_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(MopError, match="step_time_s: 'soon' is not a number"):
-        case(row(step_time_s="soon"), MODELS)
+        read_case(row(step_time_s="soon"), MODELS)
     path = tmp_path / "runs.csv"
     path.write_text("run_id,source\na,b\n")
     with pytest.raises(MopError, match="has no column 'model'"):
@@ -176,7 +182,7 @@ def test_sources_count_alike_however_many_rows_they_have() -> None:
     rows = [row(f"a{i}", step_time_s="2.0") for i in range(4)] + [row("b", source="other", step_time_s="2.0")]
     rows += [row("c", source="other", step_time_s="")]
     scored = validate_runs(rows, MODELS, jobs=1).scored
-    found = over_sources(scored, lambda one: 0.1 if one.case.row["source"] == "mine" else 0.3)
+    found = over_sources(scored, lambda one: 0.1 if one.case.source.name == "mine" else 0.3)
     assert found is not None
     assert found.mape == pytest.approx(0.2)
     assert errors([None]) is None
@@ -184,7 +190,8 @@ def test_sources_count_alike_however_many_rows_they_have() -> None:
 
 def test_a_deterministic_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> None:
     free = load_profile("h100-sxm-80g")
-    fixed = case(row(tp="4", notes="deterministic=true", sharding="zero1"), MODELS).hardware
+    run = read_case(row(tp="4", notes="deterministic=true", sharding="zero1"), MODELS)
+    fixed = as_used(run.profile(), run.program(), 128, 4096)
 
     def took(kind: str, profile: HardwareProfile) -> float:
         return seconds(Work(kind, bytes=1e9, group=Group(4, 4)), profile)
@@ -192,19 +199,6 @@ def test_a_deterministic_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> N
     parts = took("reduce_scatter", free) + took("all_gather", free)
     assert took("all_reduce", free) < took("all_reduce", fixed) == pytest.approx(parts, rel=0.05)
     assert took("all_gather", free) == took("all_gather", fixed)
-
-
-def test_the_regression_is_fitted_on_no_run_that_the_calibration_may_not_use() -> None:
-    def found(quality: str) -> tuple[int, float | None]:
-        cut = {"num_layers": "2", "ep": "8", "routing": "balanced", "sharding": "zero1"}
-        other = row("other", model="deepseek_v3", quality=quality, **cut)
-        one = validate_runs([row("one"), other], MODELS, jobs=1).scored[0]
-        return one.fit.runs, one.regression
-
-    runs, predicted = found("B")
-    assert runs == 1
-    assert predicted is not None
-    assert found("C") == (0, None)
 
 
 def test_equal_rows_are_simulated_once_and_scored_each() -> None:
@@ -278,6 +272,15 @@ def test_command_writes_json_and_figures(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text())["runs"][0]["run_id"] == "a"
     assert (tmp_path / "figures" / "step_time_by_source.png").stat().st_size > 1000
+
+
+def test_a_row_with_too_many_cells_is_refused_alone(tmp_path: Path) -> None:
+    path, cells = tmp_path / "runs.csv", row("a")
+    wide = [*row("b").values(), "more"]
+    path.write_text("\n".join(",".join(line) for line in (cells, cells.values(), wide)))
+    known, refused = cases_of(read_runs(path), MODELS)
+    assert [case.id for case in known] == ["a"]
+    assert [(one.field, one.reason) for one in refused] == [("row", "line 3 has more cells than the header")]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "abc"])

@@ -24,7 +24,7 @@ ROWS = read_runs(DATA / "golden_runs.csv")
 def scored() -> dict[str, Scored]:
     found = validate_runs(ROWS, read_rows(DATA / "golden_models.csv"), jobs=1)
     assert not found.refused, [(one.field, one.reason) for one in found.refused]
-    return {one.case.row["run_id"]: one for one in found.scored}
+    return {one.case.id: one for one in found.scored}
 
 
 def test_rows_span_families_and_sources() -> None:

@@ -1,6 +1,6 @@
 """The baseline a simulator must beat: six nonnegative coefficients on what a spreadsheet knows of a run."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from mopsim.layers import active_params, flops_per_token, total_params
-from mopsim.validate.rows import Case
+from mopsim.validate.case import Case
+from mopsim.validate.scoring import Scored, network, software, trusted
 
 
 def features(case: Case) -> list[float]:
@@ -20,7 +21,7 @@ def features(case: Case) -> list[float]:
     exchanges.
     gradient_bytes: reduction and gathering of parameters. messages: collectives and layers started.
     """
-    model, s, training, hardware = case.model, case.strategy, case.training, case.hardware
+    model, s, training, hardware = case.network(), case.strategy, case.training, case.profile()
     micro = training.num_microbatches(s)
     layers = model.num_hidden_layers / s.pipeline.degree
     tokens = training.tokens_per_rank(s) / s.dense.tensor * micro
@@ -82,3 +83,23 @@ def _solve(
     scale = np.maximum(design.max(axis=0), 1e-30)
     found, _ = nnls(design / scale / seconds[:, None] * weight[:, None], weight)
     return np.asarray(found / scale)
+
+
+def of_scored(scored: Sequence[Scored]) -> dict[str, float]:
+    """Relative error of the step time by case, fitted per source and hardware on other networks as the
+    calibration is."""
+    groups: dict[tuple[str, str], list[Scored]] = defaultdict(list)
+    for one in scored:
+        if one.case.measured.step_time:
+            groups[software(one.case)].append(one)
+    found = {}
+    for members in groups.values():
+        cases = [one.case for one in members]
+        measured = [case.measured.step_time or 0.0 for case in cases]
+        lines = held_out(
+            cases, [network(case) for case in cases], measured, [trusted(case) for case in cases]
+        )
+        for case, line, seconds in zip(cases, lines, measured, strict=True):
+            if line is not None:
+                found[case.id] = line / seconds - 1.0
+    return found

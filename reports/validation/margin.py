@@ -24,7 +24,7 @@ class Coverage:
 def excess(scored: Iterable[Scored]) -> float | None:
     """What a measured peak is above the predicted one, over it: the quantile over the runs of grade A and B,
     a source's runs together weighing as much as another's. None where no peak was read."""
-    rows = [(one.case.row["source"], _excess(one)) for one in _read(scored)]
+    rows = [(one.case.source.name, _excess(one)) for one in _read(scored)]
     if not rows:
         return None
     counts = Counter(source for source, _ in rows)
@@ -40,9 +40,9 @@ def coverage(scored: Iterable[Scored]) -> dict[str, Coverage]:
     """By source, of the runs of grade A and B."""
     rows = _read(scored)
     found = {}
-    for source in sorted({one.case.row["source"] for one in rows}):
-        mine = [one for one in rows if one.case.row["source"] == source]
-        others = excess(one for one in rows if one.case.row["source"] != source)
+    for source in sorted({one.case.source.name for one in rows}):
+        mine = [one for one in rows if one.case.source.name == source]
+        others = excess(one for one in rows if one.case.source.name != source)
         found[source] = Coverage(
             len(mine),
             sum(_covers(one, upper.PROGRAM) for one in mine),
@@ -52,17 +52,17 @@ def coverage(scored: Iterable[Scored]) -> dict[str, Coverage]:
 
 
 def _read(scored: Iterable[Scored]) -> list[Scored]:
-    return [one for one in scored if one.case.peak_memory and trusted(one.case)]
+    return [one for one in scored if one.case.measured.peak_memory and trusted(one.case)]
 
 
 def _excess(one: Scored) -> float:
-    assert one.case.peak_memory is not None
-    return one.case.peak_memory / one.peak_memory - 1.0
+    assert one.case.measured.peak_memory is not None
+    return one.case.measured.peak_memory / one.peak_memory - 1.0
 
 
 def _covers(one: Scored, program: float) -> bool:
     case = one.case
-    assert case.peak_memory is not None
-    return case.peak_memory <= as_read_at_most(
-        one.simulated, case.conventions.reading, case.hardware, program
+    assert case.measured.peak_memory is not None
+    return case.measured.peak_memory <= as_read_at_most(
+        one.simulated, case.program().reading.memory, case.profile(), program
     )

@@ -4,19 +4,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from mopsim.common import io
 from mopsim.common.units import UNITS
-from mopsim.validate import parts
+from mopsim.validate.case import Case
 from mopsim.validate.components import Predicted
-from mopsim.validate.makeup import Shares, words
 from mopsim.validate.output import selections
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import Scored, regrets
+from reports.validation.makeup import Shares, of_component, of_step, words
 
 TOLERANCE = 0.12
 """Largest error of a source's step times, of 8-bit step times and of a peak memory that the figures allow."""
@@ -76,8 +76,8 @@ class Miss:
 
 def load_causes() -> tuple[Cause, ...]:
     """The hand-kept causes, in the order in which they are tried."""
-    text = files("mopsim.validate").joinpath("causes.yaml").read_text(encoding="utf-8")
-    return tuple(io.convert(one, Cause, "causes") for one in io.parse_yaml(text, "causes.yaml"))
+    plain = io.read_yaml(Path(__file__).with_name("causes.yaml"), "causes")
+    return tuple(io.convert(one, Cause, "causes") for one in plain)
 
 
 def misses(validation: Validation, components: Sequence[Predicted]) -> list[Miss]:
@@ -104,45 +104,66 @@ def _cause(causes: Sequence[Cause], quantity: str, error: float, row: Mapping[st
     return next((cause.id for cause in causes if cause.fits(quantity, error, row)), UNKNOWN)
 
 
+def row_of(case: Case) -> dict[str, str]:
+    """What the patterns of a cause are matched with: a run by the words of the runs table."""
+    s, stack = case.strategy, case.program()
+    sender = "hybridep" if stack.kernels.dispatch_map else "deepep"
+    return {
+        "run_id": case.id, "source": case.source.name, "notes": case.source.notes, "model": case.model_name,
+        "gpu": case.hardware, "precision": case.precision, "stack": case.stack,
+        "num_gpus": str(s.world_size), "seq_len": str(case.training.seq_len),
+        "micro_batch": str(s.micro_batch), "tp": str(s.dense.tensor), "pp": str(s.pipeline.degree),
+        "cp": str(s.attention.sequence), "ep": str(s.experts.degree),
+        "dispatcher": sender if s.experts.dispatch == "deduplicated" else "alltoall",
+        "recompute": "selective" if s.activations.kept else s.activations.recompute,
+    }  # fmt: skip
+
+
 def _group(one: Scored) -> tuple[str, str, str]:
-    return one.case.row["source"], one.case.row["gpu"], one.case.family
+    return one.case.source.name, one.case.hardware, one.case.family
+
+
+def _makeup(one: Scored) -> Shares:
+    return of_step(one.simulated.step_time, one.simulated.exposed, one.simulated.busy)
 
 
 def _runs(scored: Sequence[Scored], causes: Sequence[Cause]) -> list[Miss]:
     chosen = selections(scored)
     timed = [*chosen["bf16_fp16_AB"], *chosen["fp8_mxfp8_A"]]
     found: list[tuple[Measured, Scored, float, float, float | None]] = [
-        ("step_time", one, one.case.step_time or 0.0, one.calibrated, one.step_error) for one in timed
+        ("step_time", one, one.case.measured.step_time or 0.0, one.calibrated, one.step_error)
+        for one in timed
     ]
     found += [
-        ("peak_memory", one, one.case.peak_memory or 0.0, one.peak_memory, one.memory_error)
+        ("peak_memory", one, one.case.measured.peak_memory or 0.0, one.peak_memory, one.memory_error)
         for one in chosen["AB"]
     ]
     beyond = [case for case in found if case[4] is not None and abs(case[4]) > TOLERANCE]
     for one in scored:
-        if one.case.fits is not None and one.case.fits != one.simulated.fits:
-            fits, predicted = float(one.case.fits), float(one.simulated.fits)
+        if one.case.measured.fits is not None and one.case.measured.fits != one.simulated.fits:
+            fits, predicted = float(one.case.measured.fits), float(one.simulated.fits)
             beyond.append(("verdict", one, fits, predicted, predicted - fits))
     return [
         Miss(
-            quantity, _group(one), one.case.row["run_id"], measured, predicted, error or 0.0,
-            one.simulated.makeup, _cause(causes, quantity, error or 0.0, one.case.row),
+            quantity, _group(one), one.case.id, measured, predicted, error or 0.0,
+            _makeup(one), _cause(causes, quantity, error or 0.0, row_of(one.case)),
         )
         for quantity, one, measured, predicted, error in beyond
     ]  # fmt: skip
 
 
 def _jobs(scored: Sequence[Scored], causes: Sequence[Cause]) -> list[Miss]:
-    by_name = {one.case.row["run_id"]: one for one in scored}
+    by_name = {one.case.id: one for one in scored}
     found = []
     for job in regrets(scored):
         if job.slowdown > SLOWDOWN:
             best, picked = by_name[job.best], by_name[job.picked]
             found.append(
                 Miss(
-                    "regret", _group(picked), f"{job.picked} for {job.best}", best.case.step_time or 0.0,
-                    picked.case.step_time or 0.0, job.slowdown, picked.simulated.makeup,
-                    _cause(causes, "regret", job.slowdown, picked.case.row),
+                    "regret", _group(picked), f"{job.picked} for {job.best}",
+                    best.case.measured.step_time or 0.0,
+                    picked.case.measured.step_time or 0.0, job.slowdown, _makeup(picked),
+                    _cause(causes, "regret", job.slowdown, row_of(picked.case)),
                 )
             )  # fmt: skip
     return found
@@ -161,7 +182,7 @@ def _component(one: Predicted, causes: Sequence[Cause]) -> Miss | None:
     quantity: Measured = "component_time" if time else "component_memory"
     return Miss(
         quantity, (part.kind, part.row["gpu"], part.system), _name(one), part.value, one.predicted, one.error,
-        parts.makeup(part, one.hardware) if time and one.hardware else (),
+        of_component(part, one.hardware) if time and one.hardware else (),
         _cause(causes, quantity, one.error, row),
     )  # fmt: skip
 
@@ -184,7 +205,7 @@ def markdown(found: Sequence[Miss]) -> str:
         f" more than {SLOWDOWN:.0%} slower than the best; components: {PART_TIME:.0%} in time,"
         f" {PART_MEMORY:.0%} in memory. `made of` is the predicted time before calibration: kernels, and"
         " what the compute stream waits for (exposed). Seconds, GiB and the units of the components. Causes"
-        " are kept by hand in `mopsim/validate/causes.yaml`.", "",
+        " are kept by hand in `reports/validation/causes.yaml`.", "",
         "| cause | misses | why | what would mend it |", "|---|---:|---|---|",
     ]  # fmt: skip
     for name, count in counts.items():

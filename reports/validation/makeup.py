@@ -6,7 +6,9 @@ from itertools import pairwise
 from math import inf
 
 from mopsim.engine.record import Span
-from mopsim.spec.hardware import COMPUTE_KINDS
+from mopsim.spec.hardware import COMPUTE_KINDS, HardwareProfile
+from mopsim.validate import parts
+from mopsim.validate.component import Component
 
 Shares = tuple[tuple[str, float], ...]
 """(kind, share of the time), largest first."""
@@ -36,6 +38,19 @@ def of_spans(spans: Iterable[Span]) -> Shares:
         else:
             found[f"{'+'.join(sorted(running))} exposed" if running else "idle"] += end - start
     return _shares(found)
+
+
+def of_component(component: Component, hardware: HardwareProfile) -> Shares:
+    """Of a component's predicted time; nothing where it is not of a played program."""
+    result = parts.played(component, hardware)
+    if result is None:
+        return ()
+    if component.kind == "expert_dispatch":
+        forward = component.text("pass") == "forward"
+        return of_spans(span for span in result.spans if span.phase == "forward" or not forward)
+    if component.kind == "optimizer_step":
+        return of_spans(span for span in result.spans if span.component == "optimizer")
+    return of_step(result.step_time, result.exposed, result.busy)
 
 
 def words(shares: Shares, most: int = 4) -> str:

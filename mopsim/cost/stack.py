@@ -1,0 +1,142 @@
+"""A machine as a stack uses it: its attention kernel, sums in a fixed order, the SMs that its exchanges
+take."""
+
+from functools import cache
+from importlib.resources import files
+
+import msgspec
+from msgspec.structs import replace
+
+from mopsim.common import io
+from mopsim.cost.compute import matmul
+from mopsim.lowering.workload import Work
+from mopsim.spec.hardware import AttentionCurve, HardwareProfile, Quantity
+from mopsim.spec.stack import Stack
+
+DETERMINISTIC = 1 - 0.379
+"""Backward rate in a fixed order of sums: up to 37.9 % below the free one (FlashAttention-3 on H800, arXiv
+2601.21824). cuDNN's is taken to lose as much."""
+DETERMINISTIC_KERNEL = {"blackwell": "flash2"}
+"""Where the profile's kernel has no fixed order, by architecture: Transformer Engine leaves cuDNN for
+FlashAttention-2 (its get_attention_backend)."""
+SCORE_BYTES = {"forward": 4.0 + 5.0, "backward": 5.0 + 6.0}
+"""Traffic of one attention score where scores are kept, beside that of the products that make and read them:
+the scaled masked softmax reads and writes it, so does dropout, with a mask of a byte; in the backward dropout
+reads and writes its gradient and reads the mask, the softmax the same and its result. Two bytes an element.
+"""
+SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
+"""Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
+
+
+class Shares(io.Spec, frozen=True, kw_only=True):
+    """Of the peak that attention reaches at long sequences. of: FLOP/s of that peak, 0: the device's."""
+
+    forward: float
+    backward: float
+    seq_half: float = 0.0
+    of: float = 0.0
+
+
+class Kernel(io.Spec, frozen=True, kw_only=True, rename={"like": "as"}):
+    """One attention kernel: see kernels.yaml."""
+
+    source: str
+    shares: dict[str, Shares] = msgspec.field(default_factory=dict)
+    like: str = ""
+    slower: float = 1.0
+    forward_at_most: float = 1.0
+
+
+@cache
+def kernels() -> dict[str, Kernel]:
+    """The kernels that are known, by name."""
+    text = files("mopsim.cost").joinpath("kernels.yaml").read_text(encoding="utf-8")
+    plain = io.parse_yaml(text, "kernels.yaml")
+    return {name: io.convert(one, Kernel, name, "kernels.yaml") for name, one in plain.items()}
+
+
+def as_used(hardware: HardwareProfile, stack: Stack, head_dim: int, seq_len: int) -> HardwareProfile:
+    """The profile with what the stack makes of it: the curve of its attention kernel, all-reduces without
+    sums in the switch where sums have a fixed order, its share of SMs beside exchanges. seq_len: of kept
+    scores."""
+    architecture = hardware.device.architecture
+    here = stack.on(architecture)
+    fixed = stack.kernels.deterministic
+    kernel = str(here.attention)
+    if fixed and kernel == "profile":
+        kernel = DETERMINISTIC_KERNEL.get(architecture, kernel)
+    curve = _scores(hardware, head_dim, seq_len) if kernel == "scores" else _curve(hardware, kernel)
+    if fixed and kernel != "scores":
+        source = f"{curve.source}; deterministic: arXiv 2601.21824"
+        curve = replace(curve, backward=curve.backward * DETERMINISTIC, tag="assumed", source=source)
+    share = next(iter(here.communication_share.values()), hardware.communication_share)
+    if fixed:
+        hardware = _in_rings(hardware)
+    if curve is hardware.device.attention and share == hardware.communication_share:
+        return hardware
+    return replace(hardware, device=replace(hardware.device, attention=curve), communication_share=share)
+
+
+def _curve(hardware: HardwareProfile, name: str) -> AttentionCurve:
+    """The curve of a kernel; the profile's where nothing is known of it on this architecture."""
+    own = hardware.device.attention
+    kernel = kernels().get(name)
+    if kernel is None:
+        return own
+    if kernel.forward_at_most < own.forward:
+        source = f"{own.source}; {kernel.source}"
+        return replace(own, forward=kernel.forward_at_most, tag="assumed", source=source)
+    base = kernels()[kernel.like] if kernel.like else kernel
+    shares = base.shares.get(hardware.device.architecture)
+    if shares is None:
+        return own
+    slower = kernel.slower * (_peak(hardware) / shares.of if shares.of else 1.0)
+    return AttentionCurve(
+        forward=shares.forward / slower, backward=shares.backward / slower, seq_half=shares.seq_half,
+        tag="assumed", source=base.source if base is kernel else f"{base.source}; {kernel.source}",
+    )  # fmt: skip
+
+
+def _peak(hardware: HardwareProfile) -> float:
+    return max(curve.peak.si for curve in hardware.device.matmul if curve.dtype in ("bfloat16", "float16"))
+
+
+def _scores(hardware: HardwareProfile, head_dim: int, seq_len: int) -> AttentionCurve:
+    """Scores written to memory, whole square: time of a head's scores over the FLOP that a causal kernel
+    would count for them. The products are narrow on one side (head_dim): the profile's curve, which is
+    fitted to measured products of that kind too, prices them.
+    """
+    S, d = seq_len, head_dim
+    making, taking = (_product(hardware, S, n, k) for n, k in ((S, d), (d, S)))
+    shares = {}
+    for phase, products in (("forward", 2), ("backward", 5)):
+        made, taken = SCORE_PRODUCTS[phase]
+        rest = SCORE_BYTES[phase] * S * S / hardware.device.memory_bandwidth.si
+        shares[phase] = (
+            products * float(d) * S * S / (made * making + taken * taking + rest) / _peak(hardware)
+        )
+    return AttentionCurve(
+        forward=shares["forward"], backward=shares["backward"], tag="assumed",
+        source="narrow products by the profile's curve, and a softmax over stored scores by its traffic",
+    )  # fmt: skip
+
+
+def _product(hardware: HardwareProfile, m: int, n: int, k: int) -> float:
+    """Seconds of one of many products in a launch."""
+    work = Work("matmul", m=m, n=n, k=k, count=1, dtype="bfloat16")
+    return matmul(work, hardware) - hardware.device.launch_overhead.si
+
+
+def _in_rings(hardware: HardwareProfile) -> HardwareProfile:
+    """The profile whose all-reduces inside a domain are a reduce-scatter and an all-gather: rings (NCCL_ALGO
+    in the configurations of Megatron's deterministic tests), without the sums that NVSwitch makes."""
+    curves = hardware.scale_up.collectives
+    first, second, old = curves["reduce_scatter"], curves["all_gather"], curves["all_reduce"]
+    rate = 2 / (1 / first.bandwidth.si + 1 / second.bandwidth.si)
+    if rate >= old.bandwidth.si:
+        return hardware
+    bandwidth = Quantity(
+        value=rate, unit="B/s", tag="assumed", source="reduce-scatter and all-gather in turn"
+    )
+    changed = {**curves, "all_reduce": replace(old, bandwidth=bandwidth)}
+    return replace(hardware, scale_up=replace(hardware.scale_up, collectives=changed))

@@ -1,0 +1,169 @@
+"""Case: one measured run, self-contained, in the project's own words. A file of cases is JSON lines or
+YAML."""
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mopsim.common import io
+from mopsim.common.changes import changed, sparse
+from mopsim.common.errors import MopError, require, require_at_least, require_name
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+Changes = dict[str, Any]
+"""Dotted field -> value that differs from the preset's."""
+
+
+class Measured(io.Spec, frozen=True, kw_only=True):
+    """What was measured, None where it was not. step_time: s; peak_memory: bytes, as the stack's `reading`
+    says; fits: whether it ran."""
+
+    step_time: float | None = None
+    peak_memory: float | None = None
+    fits: bool | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("step_time", "peak_memory"):
+            value = getattr(self, field)
+            require(value is None or value > 0, field, value, "must be positive, or be left out")
+
+
+class Source(io.Spec, frozen=True, kw_only=True):
+    """Who published the run, where it is written, and what is said of it beside."""
+
+    name: str = ""
+    ref: str = ""
+    notes: str = ""
+
+
+class Case(io.Spec, frozen=True, kw_only=True):
+    """One run. model: a preset's name, or the network itself; hardware: a profile's name.
+
+    precision: name of the products' dtype, by which errors are grouped. quality: A, every field that a
+    simulation needs is known; B, one or two are not; C, more, or the number is derived. assumptions: what the
+    run does not say and is taken so. approximations: what it does and no strategy says.
+    """
+
+    id: str
+    model: str | ModelSpec
+    hardware: str
+    num_nodes: int
+    strategy: Strategy
+    training: TrainSpec
+    model_changes: Changes = msgspec.field(default_factory=dict)
+    stack_changes: Changes = msgspec.field(default_factory=dict)
+    measured: Measured = Measured()
+    precision: str = ""
+    quality: Literal["A", "B", "C"] = "A"
+    assumptions: tuple[str, ...] = ()
+    approximations: tuple[str, ...] = ()
+    source: Source = Source()
+
+    def __post_init__(self) -> None:
+        require_name(self.id, "id")
+        require_at_least(self, 1, "num_nodes")
+
+    @property
+    def model_name(self) -> str:
+        return self.model if isinstance(self.model, str) else self.model.name
+
+    @property
+    def stack(self) -> str:
+        """The strategy's stack, by name."""
+        return self.strategy.stack
+
+    @property
+    def family(self) -> str:
+        """The strategy's name, by which errors are grouped."""
+        return self.strategy.name
+
+    def network(self) -> ModelSpec:
+        """The network that was trained. Raises MopError naming the field."""
+        return _network(self.model, _key(self.model_changes))
+
+    def profile(self) -> HardwareProfile:
+        """The hardware. Raises MopError."""
+        return machine(self.hardware)
+
+    def program(self) -> Stack:
+        """The stack with what this run changes of it. Raises MopError naming the field."""
+        return _program(self.stack, _key(self.stack_changes))
+
+    def alike(self) -> tuple[object, ...]:
+        """Equal for cases that simulate alike."""
+        program = self.program()
+        inputs = (self.network(), self.hardware, self.num_nodes, self.strategy, self.training)
+        return (*inputs, io.digest(program.behaviour), program.reading)
+
+
+def _key(changes: Changes) -> str:
+    return json.dumps(changes, sort_keys=True)
+
+
+@cache
+def _network(model: str | ModelSpec, changes: str) -> ModelSpec:
+    return changed(
+        load_model(model) if isinstance(model, str) else model, json.loads(changes), "model_changes"
+    )
+
+
+@cache
+def machine(name: str) -> HardwareProfile:
+    """A profile by name, read once."""
+    return load_profile(name)
+
+
+@cache
+def _program(name: str, changes: str) -> Stack:
+    return changed(load_stack(name, "strategy.stack"), json.loads(changes), "stack_changes")
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Cases of a file: JSON lines (.jsonl), else a YAML list. Raises MopError with file, case, field and
+    rule."""
+    text = io.read_text(path, "cases")
+    where = f"cases: {path}"
+    if path.suffix == ".jsonl":
+        lines = [line for line in text.splitlines() if line.strip()]
+        plain = [_json(line, f"{where}: line {number}") for number, line in enumerate(lines, 1)]
+    else:
+        plain = io.parse_yaml(text, where)
+    if not isinstance(plain, list) or not plain:
+        raise MopError(f"{where}: must be a list of cases")
+    cases = [io.convert(one, Case, f"case {number}", where) for number, one in enumerate(plain, 1)]
+    seen: set[str] = set()
+    for number, case in enumerate(cases, 1):
+        if case.id in seen:
+            raise MopError(f"{where}: case {number}.id: {case.id!r} appears twice")
+        seen.add(case.id)
+        try:
+            case.network()
+            case.profile()
+            case.program().check_strategy(case.strategy)
+        except MopError as error:
+            raise MopError(f"{where}: case {number}: {error}") from None
+    return cases
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MopError(f"{where} is not JSON: {error}") from None
+
+
+def write_cases(path: Path, cases: Iterable[Case]) -> None:
+    """JSON lines, fields with their defaults left out."""
+    lines = [json.dumps(sparse(case), ensure_ascii=False, separators=(",", ":")) for case in cases]
+    io.write_text(path, "".join(f"{line}\n" for line in lines))

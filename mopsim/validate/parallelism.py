@@ -1,0 +1,257 @@
+"""The columns of a run -> a Strategy. What a program does anyway is its stack's, and nothing here asks which
+program it is."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from mopsim.common.changes import changed
+from mopsim.common.errors import MopError, SpecError
+from mopsim.spec.categories import MODULES
+from mopsim.spec.layout import ceil_div
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack, StateDType
+from mopsim.spec.strategy import (
+    Activations,
+    Attention,
+    Dense,
+    DType,
+    Exchange,
+    Experts,
+    MatmulDType,
+    Optimizer,
+    Overlap,
+    Pipeline,
+    Precision,
+    Strategy,
+    Vocabulary,
+)  # fmt: skip
+from mopsim.validate.facts import Facts
+from mopsim.validate.tables import UNKNOWN, Row, count, number
+
+ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
+    "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
+}  # fmt: skip
+DEDUPLICATED = ("deepep", "hybridep")
+"""Dispatchers that send a token once to a rank."""
+EXCHANGES: dict[str, Exchange] = {"fsdp": "all_gather", "zero_offload": "ulysses", "megatron": "ring"}
+"""Context parallelism of each family where the row says none: Megatron's is a ring, torch's gathers keys
+and values, DeepSpeed's is Ulysses."""
+SELECTIVE = {"megatron": "core_attn", "fsdp": "mlp", "zero_offload": "mlp"}
+"""`selective` without a list of modules, where the stack has none: Megatron's core attention; of programs
+that save by operator, the FFN."""
+TILE = 8192
+"""Tokens of a tile of a chunked loss, where the source does not say: memory no longer depends on it."""
+FEW = re.compile(r"full\(block,(\d+) layers\)")
+"""Note of Megatron's recompute_method block with recompute_num_layers."""
+T = TypeVar("T")
+
+
+class UnsupportedError(Exception):
+    """A row that cannot be simulated: the field, and what about it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Parallel degrees and the microbatch of a run."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    virtual: int
+    sequence: int
+    experts: int
+    expert_tensor: int
+    micro_batch: int
+
+    @property
+    def stage_ranks(self) -> int:
+        return self.world // self.pipeline
+
+
+def family(row: Row) -> str:
+    """fsdp: state gathered and freed (ZeRO-2/3); zero_offload: with the optimizer on the host; else
+    megatron."""
+    sharded = row.get("sharding") in ("zero2", "zero3")
+    if sharded and row.get("optimizer_offload", "") not in (*UNKNOWN, "0"):
+        return "zero_offload"
+    return "fsdp" if sharded else "megatron"
+
+
+def strategy(
+    known: Facts, degrees: Degrees, model: ModelSpec, stack: Stack
+) -> tuple[Strategy, tuple[str, ...]]:
+    """The Strategy of a run, and what it does that no Strategy says. Raises SpecError naming a value."""
+    row, kind = known.row, family(known.row)
+    zero = _lookup(ZERO, row, "sharding")
+    reshard = zero == 3
+    if kind == "fsdp":  # shards parameters in any case, and keeps them gathered under ZeRO-2
+        zero = 3
+    plain = not stack.sharding.experts and degrees.experts > 1
+    spread = degrees.experts * degrees.expert_tensor
+    activations, approximations = _activations(row, kind, model, stack)
+    found = Strategy(
+        name=kind,
+        world_size=degrees.world,
+        micro_batch=degrees.micro_batch,
+        stack=stack.name,
+        pipeline=Pipeline(
+            degree=degrees.pipeline,
+            virtual_stages=degrees.virtual,
+            schedule="interleaved" if degrees.virtual > 1 else "1f1b",
+        ),
+        dense=Dense(
+            tensor=degrees.tensor,
+            sequence_parallel=degrees.tensor == 1 or row.get("sequence_parallel") != "no",
+            shard=max(1, degrees.stage_ranks // degrees.tensor) if zero else 1,
+            zero=zero,
+            reshard_after_forward=reshard,
+            prefetch=1 if zero == 3 else 0,
+            grad_tier="host" if kind == "zero_offload" else "device",
+        ),
+        attention=Attention(sequence=degrees.sequence, exchange=_exchange(row, kind)),
+        experts=Experts(
+            degree=degrees.experts,
+            tensor=degrees.expert_tensor,
+            shard=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
+            dispatch="deduplicated" if row.get("dispatcher") in DEDUPLICATED else "all_to_all",
+        ),
+        vocabulary=_vocabulary(row, degrees, model),
+        optimizer=_optimizer(row),
+        activations=activations,
+        overlap=_overlap(row, stack),
+        precision=_precision(row, stack),
+    )
+    return _settled(found, known, approximations)
+
+
+def _settled(
+    found: Strategy, known: Facts, approximations: tuple[str, ...]
+) -> tuple[Strategy, tuple[str, ...]]:
+    """With the settings of the row; without an overlap that its pipeline has no other microbatch for."""
+    settings = known.of("strategy")
+    try:
+        found = changed(found, settings, "strategy")
+    except MopError as error:
+        raise UnsupportedError(str(error).split(":")[0].removeprefix("strategy."), str(error)) from error
+    if (
+        known.row["recompute"] == "selective"
+        and found.name != "megatron"
+        and "activations.kept" not in settings
+    ):
+        approximations += ("selective recompute of single ops: simulated as that of the FFN",)
+    if not found.overlap.experts or found.pipeline.degree == 1 or found.pipeline.virtual_stages > 1:
+        return found, approximations
+    text = "expert exchanges hidden behind another microbatch: simulated in sequence"
+    return changed(found, {"overlap.experts": False}, "strategy"), (*approximations, text)
+
+
+def _lookup(known: Mapping[str, T], row: Row, column: str) -> T:
+    value = row.get(column, "")
+    if value not in known:
+        raise SpecError(column, value, f"is not one of {', '.join(known)}")
+    return known[value]
+
+
+def _exchange(row: Row, kind: str) -> Exchange:
+    if row.get("cp") == "1":
+        return "ulysses"
+    named: dict[str, Exchange] = {one: one for one in EXCHANGES.values()}
+    return _lookup(named, row, "cp_exchange") if row.get("cp_exchange") else EXCHANGES[kind]
+
+
+def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec) -> Vocabulary:
+    kind = row.get("loss", "")
+    if degrees.tensor > 1 and kind in (*UNKNOWN, "vocab_parallel"):
+        return Vocabulary(degree=degrees.tensor, loss="vocab_parallel")
+    if kind == "fused":
+        return Vocabulary(loss="chunked", chunk_tokens=_linear_cross_entropy(row, degrees, model))
+    return Vocabulary(loss="chunked", chunk_tokens=TILE) if kind == "chunked" else Vocabulary()
+
+
+def _linear_cross_entropy(row: Row, degrees: Degrees, model: ModelSpec) -> int:
+    """Rows of a chunk of a fused linear cross entropy, whose logits take as much memory as its input
+    (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py): the next power of two."""
+    rows = degrees.micro_batch * (count(row, "seq_len") or 1) // degrees.sequence
+    chunk = ceil_div(rows, ceil_div(model.vocab_size, model.hidden_size))
+    return int(2 ** (chunk - 1).bit_length())
+
+
+def _optimizer(row: Row) -> Optimizer:
+    fraction = number(row, "optimizer_offload") or 0.0
+    if fraction == 0.0:
+        return Optimizer()
+    return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
+
+
+def _activations(row: Row, kind: str, model: ModelSpec, stack: Stack) -> tuple[Activations, tuple[str, ...]]:
+    """Raises SpecError for an unknown module. An offloaded fraction is of layers
+    (cpu_offloading_num_layers) where neither recomputation nor a pipeline stands beside it, else it is left
+    out."""
+    tier: Literal["device", "host"] = "host" if row.get("activation_offload") == "boundaries" else "device"
+    recompute, told = row["recompute"], []
+    if recompute == "full" and _few(row):
+        recompute = "none"
+        told.append("full recompute of a few layers: simulated as none")
+    away = 0.0
+    if row.get("activation_offload", "") not in (*UNKNOWN, "none", "boundaries"):
+        away = number(row, "activation_offload") or 0.0
+        if row.get("pp") != "1" or recompute != "none":
+            away = 0.0
+            told.append(
+                "activations of a fraction of the layers on the host: time as if hidden, memory not scored"
+            )
+    if recompute == "none":
+        layers = round(away * model.num_hidden_layers)
+        return Activations(recompute="none", boundary_tier=tier, layers_on_host=layers), tuple(told)
+    if recompute == "full":
+        return Activations(recompute="full", boundary_tier=tier), tuple(told)
+    usual = stack.recompute.selective or (SELECTIVE[kind],)
+    names = [name for each in recompute.split("+") for name in (usual if each == "selective" else (each,))]
+    for name in names:
+        if name not in MODULES:
+            raise SpecError("recompute", name, f"is not one of none, full, selective, {', '.join(MODULES)}")
+    return Activations(recompute="selective", modules=tuple(dict.fromkeys(names)), boundary_tier=tier), tuple(
+        told
+    )
+
+
+def _few(row: Row) -> bool:
+    """Whether fewer than half of the layers are recomputed (FEW)."""
+    found, layers = FEW.search(row.get("notes", "").lower()), count(row, "num_layers")
+    return bool(found and layers and int(found.group(1)) * (count(row, "pp") or 1) < layers / 2)
+
+
+def _overlap(row: Row, stack: Stack) -> Overlap:
+    """What the row names, and what the stack hides by default: absence from a list does not mean off, `none`
+    does."""
+    named, hides = row.get("overlap", ""), stack.hides
+    parts = () if named in UNKNOWN else named.split("+")
+    usual = named != "none"
+    return Overlap(
+        grad_reduce="dp" in parts or (usual and hides.grad_reduce),
+        param_gather="dp" in parts or (usual and hides.param_gather),
+        pipeline="pp" in parts or (usual and hides.pipeline),
+        tensor="tp" in parts or (usual and hides.tensor),
+        experts="ep" in parts or (usual and hides.experts),
+    )
+
+
+def _precision(row: Row, stack: Stack) -> Precision:
+    """The recipe's, and the dtypes that the stack gives its state."""
+    compute: DType = "float16" if row["precision"] == "fp16" else "bfloat16"
+    dtypes = stack.dtypes
+
+    def of(name: StateDType) -> DType:
+        return compute if name == "compute" else name
+
+    return Precision(
+        compute=compute, param=of(dtypes.param), reduce=of(dtypes.reduce), grad=of(dtypes.grad),
+        moments=of(dtypes.moments), master=dtypes.master, matmul=_lookup(MATMUL, row, "precision"),
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Makes this report: python -m reports.validation.make, from the cases beside it.
+
+With --runs and --models (tables of published runs, which are not part of this repository) the cases are
+resolved first; --components predicts a table of components too. Two to ten minutes on two cores.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from mopsim.common import io
+from mopsim.report.validation_tables import Grid, tables
+from mopsim.spec.model_table import read_rows
+from mopsim.validate import (
+    Case,
+    Refused,
+    Validation,
+    cases_of,
+    predict_components,
+    read_cases,
+    validate,
+    write_cases,
+)
+from mopsim.validate.output import GROUPS, MEASURES, selections, to_json
+from mopsim.validate.scoring import by_group, errors
+from mopsim.validate.tables import read_components, read_runs
+from reports.validation import margin, regression
+from reports.validation.figures import figures
+from reports.validation.misses import markdown, missed_json, misses
+
+HERE = Path(__file__).parent
+CASES = HERE / "cases"
+
+
+def main() -> None:
+    """Read or resolve the cases, simulate, write tables, misses and figures."""
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--runs", type=Path, help="table of published runs (CSV)")
+    asked.add_argument("--models", type=Path, help="table of the networks that they train (CSV)")
+    asked.add_argument("--components", type=Path, help="table of measured components (CSV)")
+    asked.add_argument("--json", help="write the result as JSON here")
+    asked.add_argument("--jobs", type=int, default=0)
+    asked.add_argument("--resolve-only", action="store_true", help="write the cases and stop")
+    options = asked.parse_args()
+    refused: list[Refused] = []
+    if options.runs:
+        refused = resolve(options.runs, options.models)
+        if options.resolve_only:
+            return
+    cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
+    found = validate(cases, options.jobs, lambda n, of: print(f"\r{n} of {of}", end="", flush=True))
+    print()
+    validation = Validation(found.scored, refused + found.refused)
+    parts = predict_components(read_components(options.components)) if options.components else []
+    grids = [*tables(validation, parts), _by_source(validation), _bounds(validation)]
+    missed = misses(validation, parts)
+    io.write_text(HERE / "tables.md", "\n".join(grid.markdown() for grid in grids))
+    io.write_text(HERE / "misses.md", markdown(missed))
+    figures(HERE, validation, parts)
+    if options.json:
+        io.write_json(options.json, to_json(validation, parts) | missed_json(missed))
+
+
+def resolve(runs: Path, models: Path | None) -> list[Refused]:
+    """Write the rows of a table as cases, a file for each source; returns the rows that are none."""
+    cases, refused = cases_of(read_runs(runs), read_rows(models) if models else {})
+    sources: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        sources[case.source.name].append(case)
+    for source, some in sources.items():
+        write_cases(CASES / f"{source}.jsonl", some)
+    print(f"{len(cases)} cases in {CASES}, {len(refused)} rows refused")
+    return refused
+
+
+def _by_source(validation: Validation) -> Grid:
+    """The runs that the figures are stated for, beside what six coefficients make of them."""
+    table = Grid(
+        "bf16 and fp16, A and B, by source",
+        ("source",),
+        ("runs", "held out", "bias", "uncalibrated", "regression"),
+    )
+    chosen = selections(validation.scored)["bf16_fp16_AB"]
+    lines = regression.of_scored(validation.scored)
+    held, alone = (
+        by_group(chosen, MEASURES[name], GROUPS["source"])
+        for name in ("step_time_s", "step_time_s_uncalibrated")
+    )
+    for source, found in sorted(held.items()):
+        line = errors(lines.get(one.case.id) for one in chosen if one.case.source.name == source)
+        last = f"{line.mape:.1%}" if line else "none"
+        table.add_row(
+            source, str(found.n), f"{found.mape:.1%}", f"{found.bias:+.1%}", f"{alone[source].mape:.1%}", last
+        )
+    return table
+
+
+def _bounds(validation: Validation) -> Grid:
+    """How often measured peaks of grade A and B lie within the upper bound, by source."""
+    table = Grid("measured peaks within the upper bound (A, B)", ("source",), ("n", "within", "left out"))
+    for source, one in margin.coverage(validation.scored).items():
+        table.add_row(source, str(one.runs), str(one.covered), str(one.left_out))
+    above = margin.excess(validation.scored)
+    if above is not None:
+        table.add_row(f"{margin.QUANTILE:.0%} at most {above:+.1%} above the point", "", "", "")
+    return table
+
+
+if __name__ == "__main__":
+    main()
