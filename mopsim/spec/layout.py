@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from mopsim.common.errors import require
 from mopsim.spec.strategy import Order
 
-MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**15
-"""Pieces that tokens or parameters may be cut into: more is a slip of the pen, and would take forever."""
+MOST_MICROBATCHES, MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**12, 2**12
+"""Pieces that a batch, the tokens of a rank or its parameters may be cut into: more is a slip of the pen, and
+would take forever."""
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -64,14 +65,22 @@ def ring_moves_weights(num_tokens: int, vocab_size: int, degree: int) -> bool:
     return num_tokens > ceil_div(vocab_size, degree)
 
 
+def check_buckets(params: int, bucket_params: int) -> None:
+    """Raise SpecError where buckets of `bucket_params` cut the `params` of a rank into more than
+    MOST_BUCKETS."""
+    rule = (
+        f"cuts the {params} parameters of a rank into more than {MOST_BUCKETS} buckets; "
+        f"{ceil_div(params, MOST_BUCKETS)} or more will do"
+    )
+    require(params <= bucket_params * MOST_BUCKETS, "strategy.optimizer.bucket_params", bucket_params, rule)
+
+
 def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[list[tuple[int, int, int]]]:
     """Buckets of at most `bucket_params` parameters: (unit, start, stop) slices of the shards, in order.
 
     Raises SpecError where there would be more than MOST_BUCKETS.
     """
-    total = sum(shard_numels)
-    rule = f"cuts the {total} parameters of a rank into more than {MOST_BUCKETS} buckets"
-    require(total <= bucket_params * MOST_BUCKETS, "strategy.optimizer.bucket_params", bucket_params, rule)
+    check_buckets(sum(shard_numels), bucket_params)
     buckets: list[list[tuple[int, int, int]]] = []
     room = 0
     for unit, numel in enumerate(shard_numels):

@@ -252,18 +252,16 @@ def _floor_sum(count: int, modulus: int, by: int, begin: int) -> int:
 
 
 def _by_share(routing: RoutingProfile, positions: range, experts: int, top_k: int) -> tuple[int, ...]:
-    """Counts of `thresholds`: every turn is searched once with the sorted positions."""
+    """Counts of `thresholds`, in closed form: how many positions lie in each expert's part of a turn."""
     ends = thresholds(routing, experts, top_k)
-    turns = sorted(turn(position) for position in positions)
+    begin, by = turn(positions.start), turn(positions.step)
     counts = [0] * experts
     for slot in range(top_k):
         base, before = slot * _TURN, 0
-        for e, end in enumerate(ends):
-            if end <= base:
-                continue
-            upto = bisect_right(turns, end - base - 1)
+        for e in range(bisect_right(ends, base), experts):
+            upto = _below(min(ends[e] - base, _TURN), len(positions), begin, by, _TURN)
             counts[e] += upto - before
             before = upto
-            if upto == len(turns):
+            if upto == len(positions):
                 break
     return tuple(counts)

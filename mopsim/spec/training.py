@@ -3,7 +3,7 @@
 from mopsim.common.errors import require
 from mopsim.common.io import Spec
 from mopsim.spec import routing as profiles
-from mopsim.spec.layout import MOST_CHUNKS, num_chunks
+from mopsim.spec.layout import MOST_CHUNKS, MOST_MICROBATCHES, ceil_div, num_chunks
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 
@@ -67,8 +67,8 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             f"is not a multiple of micro_batch {strategy.micro_batch} x data groups {strategy.data_groups}",
         )
         microbatches = self.num_microbatches(strategy)
-        rule = f"makes {microbatches} microbatches, more than {MOST_CHUNKS}"
-        require(microbatches <= MOST_CHUNKS, "training.global_batch", self.global_batch, rule)
+        rule = f"makes {microbatches} microbatches, more than {MOST_MICROBATCHES}"
+        require(microbatches <= MOST_MICROBATCHES, "training.global_batch", self.global_batch, rule)
         pipeline = strategy.pipeline
         require(
             pipeline.virtual_stages == 1 or self.num_microbatches(strategy) % pipeline.degree == 0,
@@ -98,7 +98,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             ("experts", experts.chunk_tokens, experts.max_chunks),
         ):
             chunks = num_chunks(tokens, size, most)
-            rule = f"cuts the {tokens} tokens of a rank into {chunks} chunks, more than {MOST_CHUNKS}"
+            rule = (
+                f"cuts the {tokens} tokens of a rank into {chunks} chunks, more than {MOST_CHUNKS}; "
+                f"{ceil_div(tokens, MOST_CHUNKS)} or more will do"
+            )
             require(chunks <= MOST_CHUNKS, f"strategy.{field}.chunk_tokens", size, rule)
 
     def num_microbatches(self, strategy: Strategy) -> int:

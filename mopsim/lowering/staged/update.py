@@ -11,6 +11,7 @@ from mopsim.lowering.staged.data_parallel import gathering, message_work
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.workload import Work
+from mopsim.spec.layout import check_buckets
 
 _O = "optimizer"
 
@@ -103,6 +104,7 @@ def _streamed(c: Context, issue: Issue, params: int, last: int) -> int:
     precision, optimizer = c.strategy.precision, c.strategy.optimizer
     each = 2 * int(DTYPE_BYTES[precision.moments])
     each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])
+    check_buckets(params, optimizer.bucket_params)
     bucket = min(params, optimizer.bucket_params)
     staging = optimizer.slots * bucket * each
     issue.add("staging", "compute", _O, _O, (), (last,), (("staging", staging),))
