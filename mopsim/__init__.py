@@ -16,8 +16,8 @@
 | compare | several strategies side by side, over a sweep of lengths or nodes; `.write(folder)` for a report |
 | size | which machine type, and how many nodes, to train in time: days, cost, energy |
 | mop, fsdp2, zero_offload, megatron | a strategy of each family, by the usual names of its degrees |
-| load_model, load_hardware | a network or a machine type, by name or file |
-| list_models, list_hardware | the names that these know |
+| load_model, load_hardware, load_stack | a network, a machine type or a program's habits, by name or file |
+| list_models, list_hardware, list_stacks | the names that these know |
 
 Units are SI: seconds, bytes, FLOP/s, tokens/s. A mistake raises MopError: one line with field, value, rule.
 The commands of `mopsim` call these functions. Nothing is imported before it is used.
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mopsim.spec.presets import list_models, load_model
     from mopsim.spec.profiles import list_profiles as list_hardware
     from mopsim.spec.profiles import load_profile as load_hardware
+    from mopsim.spec.stacks import list_stacks, load_stack
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,8 @@ _WHERE = {
     "list_models": "spec.presets",
     "load_hardware": "spec.profiles:load_profile",
     "list_hardware": "spec.profiles:list_profiles",
+    "load_stack": "spec.stacks",
+    "list_stacks": "spec.stacks",
     "MopError": "common.errors",
     "SpecError": "common.errors",
 }
@@ -79,8 +82,10 @@ __all__ = [
     "fsdp2",
     "list_hardware",
     "list_models",
+    "list_stacks",
     "load_hardware",
     "load_model",
+    "load_stack",
     "megatron",
     "mop",
     "search",

@@ -35,16 +35,17 @@ def _require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -
 class Kernels(Spec, frozen=True, kw_only=True):
     """Which implementation runs each operation.
 
-    attention: by device architecture (`ampere`, `hopper`, ...), `default` for the others. deterministic: sums
-    in a fixed order. expert_rows: gated activation and route weights of routed experts; expert_products:
-    `grouped` in one kernel, `looped` expert by expert (Transformer Engine's GroupedLinear). gate_up: one
-    product for both, or two. weight_grads: added to their buffer inside the product, or after it. loss: cross
-    entropy by several kernels with copies in fp32 (`composed`), one kernel in place of the logits (`fused`),
-    one on a copy of them in fp32 (`upcast`). logits_held: whoever calls a composed loss holds the logits
-    until its backward is done. loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of
-    keys and values where context parallelism gathers them. dispatch_map: before a deduplicated dispatch every
-    rank gets which experts each row of the group has chosen, a byte for each expert and row (HybridEP).
-    fills: new tensors with a known value are written first (torch's deterministic mode).
+    norm, rotary, activation, residual: one kernel, or as eager torch composes it. attention: by device
+    architecture (`ampere`, `hopper`, ...), `default` for the others. deterministic: sums in a fixed order.
+    expert_rows: gated activation and route weights of routed experts; expert_products: `grouped` in one
+    kernel, `looped` expert by expert (Transformer Engine's GroupedLinear). gate_up: one product for both, or
+    two. weight_grads: added to their buffer inside the product, or after it. loss: cross entropy by several
+    kernels with copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of
+    them in fp32 (`upcast`). logits_held: whoever calls a composed loss holds the logits until its backward is
+    done. loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of keys and values where
+    context parallelism gathers them. dispatch_map: before a deduplicated dispatch every rank gets which
+    experts each row of the group has chosen, a byte for each expert and row (HybridEP). fills: new tensors
+    with a known value are written first (torch's deterministic mode).
     """
 
     norm: Built = "fused"
@@ -107,7 +108,11 @@ class Host(Spec, frozen=True, kw_only=True):
 
 
 class StateDTypes(Spec, frozen=True, kw_only=True):
-    """Dtypes that a program gives its state where a strategy does not say: see Precision."""
+    """Dtypes that a program gives its state where a strategy does not say; `compute` is that of the products.
+
+    param: of resident parameter shards. reduce: of gradient communication. grad: of gradient shards. moments:
+    of the optimizer's moments. master: of master weights; "param": the parameter shard is the master.
+    """
 
     param: StateDType = "compute"
     reduce: StateDType = "compute"
@@ -117,7 +122,11 @@ class StateDTypes(Spec, frozen=True, kw_only=True):
 
 
 class Hides(Spec, frozen=True, kw_only=True):
-    """Communication that the program hides by default, where a strategy does not say: see Overlap."""
+    """Communication that the program hides by default, where a strategy does not say: see Overlap.
+
+    grad_reduce: reductions of gradients. param_gather: gathers of updated parameters. pipeline: sends between
+    stages. tensor: exchanges of tensor-parallel regions. experts: dispatch and combine.
+    """
 
     grad_reduce: bool = False
     param_gather: bool = False
@@ -127,8 +136,11 @@ class Hides(Spec, frozen=True, kw_only=True):
 
 
 class Reading(Spec, frozen=True, kw_only=True):
-    """What its reported peak memory is: live tensors (`allocated`), the caching allocator's blocks
-    (`reserved`), the whole device (`device`, NVML). last_stage: of the last pipeline stage only."""
+    """What its reported peak memory is.
+
+    memory: live tensors (`allocated`), the caching allocator's blocks (`reserved`), or the whole device as
+    NVML has it (`device`). last_stage: it is of the last pipeline stage only.
+    """
 
     memory: Literal["allocated", "reserved", "device"] = "allocated"
     last_stage: bool = False
@@ -152,11 +164,17 @@ EAGERS = (EAGER, tuple(word for word in EAGER if word != "modules"))
 
 
 class Stack(Spec, frozen=True, kw_only=True):
-    """One program. runtime: the runtime of mopexec that runs it, empty where none does; never inherited.
-    explicit: the program is a schedule of forward and backward pairs without an autograd graph (mopexec's
-    flat_units). communication_share: part of the SMs that the experts' exchanges take from what runs beside
-    them, where it is not the profile's; by architecture. extends: the stack whose entries it has where it
-    names none.
+    """One program.
+
+    name: one line of text. version: of the program. extends: the stack whose entries it has where it names
+    none. runtime: the runtime of mopexec that runs it, empty where none does; never inherited. explicit: the
+    program is a schedule of forward and backward pairs without an autograd graph (mopexec's flat_units).
+    kernels: the implementation of each operation. sharding: how state is sharded and gathered. recompute:
+    habits of recomputation. host: what its Python costs. dtypes: of state, where a strategy does not say.
+    hides: communication that is hidden by default. reading: what its memory reading means.
+    communication_share: part of the SMs that the experts' exchanges take from what runs beside them, by
+    architecture, where it is not the profile's. sources: by dotted field, where an entry is written and of
+    which version.
     """
 
     name: str

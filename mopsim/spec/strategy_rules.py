@@ -1,0 +1,135 @@
+"""The rules of a Strategy, in order: (what must hold, the field, the rule where it does not)."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from mopsim.common.units import LARGEST
+from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
+from mopsim.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from mopsim.spec.strategy import Strategy
+
+Rules = Iterator[tuple[bool, str, str]]
+
+LEAST = {
+    "world_size": 1, "micro_batch": 1, "pipeline.degree": 1, "pipeline.virtual_stages": 1, "dense.tensor": 1,
+    "dense.shard": 1, "dense.prefetch": 0, "dense.chunk_tokens": 0, "attention.sequence": 1,
+    "experts.degree": 1, "experts.tensor": 1, "experts.shard": 1, "experts.chunk_tokens": 0,
+    "experts.max_chunks": 1, "experts.min_rows": 1, "vocabulary.degree": 1, "vocabulary.chunk_tokens": 0,
+    "optimizer.bucket_params": 1, "optimizer.slots": 1, "activations.host_budget": 0,
+    "activations.layers_on_host": 0,
+}  # fmt: skip
+"""Integers of a strategy, and the least that each may be."""
+
+
+def own(s: "Strategy") -> Rules:
+    """Rules of a strategy alone."""
+    return chain(_ranges(s), _degrees(s), _state(s), _activations(s), _pipeline(s))
+
+
+def _ranges(s: "Strategy") -> Rules:
+    for field, least in LEAST.items():
+        value = s.at(field)
+        assert isinstance(value, int)
+        yield value >= least, field, f"must be at least {least}"
+        yield value <= LARGEST, field, "must be at most 2^62"
+    yield 0 <= s.optimizer.host_fraction <= 1, "optimizer.host_fraction", "must lie between 0 and 1"
+    for field, ratio in (("capacity", s.experts.capacity), ("threshold", s.experts.threshold)):
+        yield 1 <= ratio <= 1e6, f"experts.{field}", "must lie between 1 and 1e6"
+
+
+def _degrees(s: "Strategy") -> Rules:
+    """Each degree divides what it is a view of."""
+    divides = f"does not divide world_size {s.world_size}"
+    yield s.world_size % s.pipeline.degree == 0, "pipeline.degree", divides
+    ranks = s.stage_ranks
+    of_a_stage = f"does not divide the {ranks} ranks of a stage"
+    for field, degree in (
+        ("dense.tensor", s.dense.tensor),
+        ("dense.shard", s.dense.shard),
+        ("attention.sequence", s.attention.sequence),
+        ("experts.degree", s.experts.degree),
+        ("vocabulary.degree", s.vocabulary.degree),
+    ):
+        yield ranks % degree == 0, field, of_a_stage
+    split = s.experts.degree * s.experts.tensor
+    yield ranks % split == 0, "experts.tensor", f"times experts.degree {s.experts.degree} {of_a_stage}"
+    replicas = f"does not divide the {s.expert_replicas} replicas of an expert"
+    yield s.expert_replicas % s.experts.shard == 0, "experts.shard", replicas
+    split = s.dense.tensor * s.attention.sequence
+    yield ranks % split == 0, "attention.sequence", f"times dense.tensor {s.dense.tensor} {of_a_stage}"
+
+
+def _state(s: "Strategy") -> Rules:
+    """The loss has what it splits by; the optimizer's update has its state at hand."""
+    loss, degree = s.vocabulary.loss, s.vocabulary.degree
+    whole = f"does not split the vocabulary, but vocabulary.degree is {degree}"
+    yield degree == 1 or loss in ("ring", "vocab_parallel"), "vocabulary.loss", whole
+    chunked = loss == "chunked"
+    least = "must be at least 1 for a chunked loss"
+    yield not chunked or s.vocabulary.chunk_tokens >= 1, "vocabulary.chunk_tokens", least
+    on_host = s.optimizer.state_tier == "host"
+    yield (
+        s.optimizer.update_on == "device" or on_host,
+        "optimizer.update_on",
+        "needs optimizer.state_tier host",
+    )
+
+
+def _activations(s: "Strategy") -> Rules:
+    a, known = s.activations, (*MODULES, *COMPONENTS)
+    for module in a.modules:
+        yield module in known, "activations.modules", f"names {module!r}, not one of {', '.join(known)}"
+    for kernel in a.kept:
+        yield kernel in KEPT, "activations.kept", f"names {kernel!r}, not one of {', '.join(KEPT)}"
+    full = f"needs activations.recompute full, not {a.recompute}"
+    yield not a.kept or a.recompute == "full", "activations.kept", full
+    for needed, given in (
+        ("activations.recompute none", a.recompute == "none"),
+        ("activations.boundary_tier device", a.boundary_tier == "device"),
+        ("pipeline.degree 1", s.pipeline.degree == 1),
+    ):
+        yield not a.layers_on_host or given, "activations.layers_on_host", f"needs {needed}"
+    alone = f"needs dense.tensor 1, not {s.dense.tensor}"
+    yield not a.kept or s.dense.tensor == 1, "activations.kept", alone
+
+
+def _pipeline(s: "Strategy") -> Rules:
+    p = s.pipeline
+    virtual = p.virtual_stages > 1
+    yield not virtual or p.degree > 1, "pipeline.virtual_stages", "needs a pipeline.degree above 1"
+    one_part = f"plays one part a stage, not pipeline.virtual_stages {p.virtual_stages}: needs interleaved"
+    yield not virtual or p.schedule == "interleaved", "pipeline.schedule", one_part
+    parts = p.degree * p.virtual_stages
+    listed = f"must be a count of layers, 0 or more, for each of the {parts} parts"
+    yield len(p.layers) in (0, parts) and min(p.layers, default=0) >= 0, "pipeline.layers", listed
+    between = "needs pipeline.virtual_stages above 1 in a pipeline"
+    yield not s.overlap.experts or p.degree == 1 or virtual, "overlap.experts", between
+
+
+def with_model(s: "Strategy", model: ModelSpec) -> Rules:
+    """Rules of a strategy for one model."""
+    experts, heads, layers = model.num_local_experts, model.num_attention_heads, model.num_hidden_layers
+    if experts:
+        rule = f"does not divide num_local_experts {experts}"
+        yield experts % s.experts.degree == 0, "experts.degree", rule
+    else:
+        yield s.experts.degree == 1, "experts.degree", "must be 1 for a model without experts"
+    head = "needs a head of its own, but model.tie_word_embeddings is true"
+    yield s.vocabulary.loss != "ring" or not model.tie_word_embeddings, "vocabulary.loss", head
+    tensor = s.dense.tensor
+    if s.attention.exchange == "ulysses":
+        rule = f"times dense.tensor {tensor} does not divide num_attention_heads {heads}"
+        yield heads % (s.attention.sequence * tensor) == 0, "attention.sequence", rule
+    rows = "must be true where dense.tensor is above 1 for a model with experts"
+    yield s.dense.sequence_parallel or tensor == 1 or not experts, "dense.sequence_parallel", rows
+    yield heads % tensor == 0, "dense.tensor", f"does not divide num_attention_heads {heads}"
+    away = s.activations.layers_on_host
+    yield away <= layers, "activations.layers_on_host", f"is more than num_hidden_layers {layers}"
+    stages, listed = s.pipeline.degree * s.pipeline.virtual_stages, s.pipeline.layers
+    rule = f"is {sum(listed)} layers, not the num_hidden_layers {layers}"
+    yield not listed or sum(listed) == layers, "pipeline.layers", rule
+    rule = f"times virtual_stages {s.pipeline.virtual_stages} is more than num_hidden_layers {layers}"
+    yield bool(listed) or stages <= layers, "pipeline.degree", rule
