@@ -142,7 +142,7 @@ def test_megatron_is_not_run_and_says_why() -> None:
     space = generate(problem(0), "megatron")
     reason = runnable(space.build(0), space.problem.model)
     assert reason is not None
-    assert reason.field.startswith("strategy.")
+    assert reason.field == "stack.runtime"
 
 
 def test_search_without_a_budget_finds_the_best_of_all() -> None:
