@@ -221,14 +221,19 @@ def validate(
     cases: Annotated[
         list[str] | None, typer.Option(help="file of cases (JSON lines or YAML); give several")
     ] = None,
+    stack: o.StackName = None,
     out: Annotated[str | None, typer.Option(help="folder for figures of predicted against measured")] = None,
     jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
+    hold_out: Annotated[
+        Literal["source", "model", "none"],
+        typer.Option(help="what a prediction has not learned from: its source, its network, or nothing"),
+    ] = "model",
     json: o.Json = None,
 ) -> None:
     """Predicted against measured: errors out of sample, by source, GPU and family."""
     from mopsim.commands.validate import run
 
-    run(runs, models, components, cases or [], out, jobs, json)
+    run(runs, models, components, cases or [], stack or "", out, jobs, hold_out, json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from msgspec.structs import replace
 from rich.table import Table
 
 from mopsim.commands.console import human
@@ -12,6 +13,8 @@ from mopsim.common.outputs import check_outputs
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
 from mopsim.spec.model_table import read_rows
+from mopsim.spec.stacks import load_stack
+from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case, read_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
@@ -20,8 +23,8 @@ from mopsim.validate.tables import read_components, read_runs
 
 
 def run(
-    runs: str | None, models: str | None, components: str | None, cases: list[str], out: str | None, jobs:
-    int, json: str | None,
+    runs: str | None, models: str | None, components: str | None, cases: list[str], stack: str,
+    out: str | None, jobs: int, hold_out: HoldOut, json: str | None,
 ) -> None:  # fmt: skip
     """Read, simulate, score, show; write tables, a figure and JSON where asked to."""
     if not runs and not components and not cases:
@@ -31,9 +34,9 @@ def run(
         {"--json": json}, {"--out": out}, inputs={**read, **{f"--cases {one}": one for one in cases}}
     )
     console = human(json)
-    known, refused = _cases(runs, models, cases)
+    known, refused = _cases(runs, models, cases, stack)
     with progress(console, "simulating", None) as shown:
-        found = validate(known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"))
+        found = validate(known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out)
     validation = Validation(found.scored, refused + found.refused)
     parts = predict_components(read_components(Path(components))) if components else []
     grids = tables(validation, parts)
@@ -49,13 +52,25 @@ def run(
         io.write_json(json, to_json(validation, parts))
 
 
-def _cases(runs: str | None, models: str | None, files: list[str]) -> tuple[list[Case], list[Refused]]:
-    """The cases of the files, and those of the rows; with the rows that are none."""
+def _cases(
+    runs: str | None, models: str | None, files: list[str], stack: str
+) -> tuple[list[Case], list[Refused]]:
+    """The cases of the files, and those of the rows; with the rows that are none. stack: of all of them, if
+    it is given."""
     known = [case for one in files for case in read_cases(Path(one))]
+    if stack:
+        load_stack(stack, "--stack")
+        known = [_under(case, stack) for case in known]
     if not runs:
         return known, []
-    found, refused = cases_of(read_runs(Path(runs)), read_rows(Path(models)) if models else {})
+    rows = [{**row, "stack": stack or row.get("stack", "")} for row in read_runs(Path(runs))]
+    found, refused = cases_of(rows, read_rows(Path(models)) if models else {})
     return known + found, refused
+
+
+def _under(case: Case, stack: str) -> Case:
+    """The same run by other software."""
+    return replace(case, strategy=replace(case.strategy, stack=stack), stack_changes={})
 
 
 def _shown(grid: Grid) -> Table:

@@ -9,6 +9,7 @@ fit never saw.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ CONSTANT_PRIOR, CONSTANT_SHARE = 20e-3, 0.05
 does once in a step."""
 STARTS = (1e-6, 1e-5, 4e-5)
 
+HoldOut = Literal["source", "model", "none"]
 Array = NDArray[np.float64]
 
 
@@ -101,12 +103,20 @@ def _robust(z: Array) -> Array:
     return np.asarray(np.sign(z) * np.sqrt(2 * (np.sqrt(1 + z**2) - 1)))
 
 
-def held_out(points: Sequence[Point], usable: Sequence[bool] = (), issue: float = LAUNCH) -> list[Fit]:
-    """For each point, the fit on the usable points of all other networks; Fit() (uncalibrated) without any.
+def held_out(
+    points: Sequence[Point], usable: Sequence[bool] = (), issue: float = LAUNCH, hold_out: HoldOut = "model"
+) -> list[Fit]:
+    """For each point, the fit on the usable points that it may have learned from; Fit() (uncalibrated)
+    without any.
 
-    usable: whether a point may be fitted on (all, where not given). issue: see `fit`.
+    usable: whether a point may be fitted on (all, where not given). issue: see `fit`. hold_out: `model`, all
+    other networks; `source`, nothing of the same source, which all points are of; `none`, all, its own too.
     """
+    if hold_out == "source":
+        return [Fit() for _ in points]
     known = [p for p, use in zip(points, usable or [True] * len(points), strict=True) if use]
+    if hold_out == "none":
+        return [fit(known, issue)] * len(points)
     models = {p.model for p in points}
     by_model = {model: fit([p for p in known if p.model != model], issue) for model in models}
     return [by_model[p.model] for p in points]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case
 from mopsim.validate.parallelism import UnsupportedError
 from mopsim.validate.rows import read_case
@@ -42,8 +43,10 @@ def cases_of(rows: Sequence[Row], models: dict[str, Row]) -> tuple[list[Case], l
     return cases, refused
 
 
-def validate(cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None) -> Validation:
-    """Simulate and score every case that can be."""
+def validate(
+    cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None, hold_out: HoldOut = "model"
+) -> Validation:
+    """Simulate and score every case that can be. hold_out: what a prediction may not have learned from."""
     results = simulate_all(cases, jobs, progress)
     refused = [
         Refused(about(case), "simulator", result.error)
@@ -51,7 +54,7 @@ def validate(cases: Sequence[Case], jobs: int = 0, progress: Progress | None = N
         if result.error
     ]
     good = [i for i, result in enumerate(results) if not result.error]
-    return Validation(score([cases[i] for i in good], [results[i] for i in good]), refused)
+    return Validation(score([cases[i] for i in good], [results[i] for i in good], hold_out), refused)
 
 
 def validate_runs(

@@ -11,7 +11,7 @@ from mopsim.common import io
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.validate import calibration
-from mopsim.validate.calibration import LAUNCH, Fit, Point
+from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, Point
 from mopsim.validate.case import Case
 from mopsim.validate.simulated import Simulated, as_read, as_read_at_most
 
@@ -77,9 +77,9 @@ def trusted(case: Case) -> bool:
     return case.quality != "C"
 
 
-def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
-    """Calibrate per source and hardware, leave one network out; results with an error are left out by the
-    caller."""
+def score(cases: Sequence[Case], results: Sequence[Simulated], hold_out: HoldOut = "model") -> list[Scored]:
+    """Calibrate per source and hardware, leave out what `hold_out` says (calibration.held_out); results with
+    an error are left out by the caller."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, case in enumerate(cases):
         groups[software(case)].append(index)
@@ -88,7 +88,7 @@ def score(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Scored]:
         points = {i: point for i in members if (point := _point(cases[i], results[i]))}
         issue = cases[members[0]].profile().host.issue
         usable = [trusted(cases[i]) for i in points]
-        held = calibration.held_out(list(points.values()), usable, issue.si if issue else LAUNCH)
+        held = calibration.held_out(list(points.values()), usable, issue.si if issue else LAUNCH, hold_out)
         fits = dict(zip(points, held, strict=True))
         for i in members:
             case, result, used = cases[i], results[i], fits.get(i, Fit())

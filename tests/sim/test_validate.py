@@ -17,6 +17,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import calibration
 from mopsim.validate.calibration import Fit, Point
+from mopsim.validate.case import write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
 from mopsim.validate.parallelism import UnsupportedError
@@ -178,6 +179,14 @@ def test_no_network_is_calibrated_on_itself() -> None:
     assert calibration.held_out(points[:1]) == [Fit()]
 
 
+def test_what_is_held_out_is_asked_for() -> None:
+    points = [Point(1.0, (), 1.2, "a"), Point(2.0, (), 2.4, "b"), Point(3.0, (), 3.6, "c")]
+    assert calibration.held_out(points, hold_out="source") == [Fit()] * 3
+    fits = calibration.held_out(points, hold_out="none")
+    assert {one.runs for one in fits} == {3}
+    assert {one.runs for one in calibration.held_out(points)} == {2}
+
+
 def test_sources_count_alike_however_many_rows_they_have() -> None:
     rows = [row(f"a{i}", step_time_s="2.0") for i in range(4)] + [row("b", source="other", step_time_s="2.0")]
     rows += [row("c", source="other", step_time_s="")]
@@ -252,25 +261,18 @@ def test_json_has_the_agreed_keys() -> None:
 
 
 def test_command_writes_json_and_figures(tmp_path: Path) -> None:
-    path, out = tmp_path / "runs.csv", tmp_path / "json"
+    path, cases, out = tmp_path / "runs.csv", tmp_path / "cases.jsonl", tmp_path / "json"
     cells = row("a")
     path.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
-    result = CliRunner().invoke(
-        app,
-        [
-            "validate",
-            "--runs",
-            str(path),
-            "--json",
-            str(out),
-            "--out",
-            str(tmp_path / "figures"),
-            "--jobs",
-            "1",
-        ],
-    )
+    write_cases(cases, [read_case(row("b"), MODELS)])
+    command = f"validate --runs {path} --cases {cases} --json {out} --out {tmp_path / 'figures'} --jobs 1"
+    options = "--stack torchtitan --hold-out source"
+    result = CliRunner().invoke(app, f"{command} {options}".split())
     assert result.exit_code == 0, result.output
-    assert json.loads(out.read_text())["runs"][0]["run_id"] == "a"
+    found = {run["run_id"]: run for run in json.loads(out.read_text())["runs"]}
+    assert set(found) == {"a", "b"}
+    assert {run["stack"] for run in found.values()} == {"torchtitan"}
+    assert found["a"]["predicted_step_time_s"] == found["a"]["uncalibrated_step_time_s"]
     assert (tmp_path / "figures" / "step_time_by_source.png").stat().st_size > 1000
 
 
