@@ -1,4 +1,4 @@
-"""mopsim: plan the training of mixture-of-experts models. Heavy imports happen inside the command that
+"""The commands of mopsim: they read options, call the API and print. Heavy imports happen in the command that
 needs them."""
 
 from mopsim.common.command_line import quiet_interrupts, run_app
@@ -36,7 +36,7 @@ def simulate(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """One strategy: step time, memory by category, and what is exposed."""
+    """Simulate one strategy: step time, memory by category, exposed time."""
     from mopsim.commands.simulate import run
 
     run(
@@ -72,8 +72,8 @@ def search(
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
-    learning_rate: Annotated[float, typer.Option(help="of the plan's training")] = 3e-4,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="of the plan's training")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="recorded in the plan")] = 3e-4,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="recorded in the plan")] = 0,
     stack: o.StackName = None,
     seed: o.Seed = 0,
     json: o.Json = None,
@@ -99,7 +99,7 @@ def compare(
     nodes: o.Nodes = 1,
     sweep: Annotated[str | None, typer.Option(help="seq-len=32K,64K,... or nodes=1,2,...")] = None,
     any_plan: Annotated[
-        bool, typer.Option("--any", help="families may use what mopexec does not run yet")
+        bool, typer.Option("--any", help="also strategies that mopexec does not run yet")
     ] = False,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 60,
     routing: o.Routing = "balanced",
@@ -108,7 +108,7 @@ def compare(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Tables and figures of several strategies side by side."""
+    """Simulate several strategies side by side: tables and figures."""
     from mopsim.commands.compare import run
 
     job = o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack)
@@ -127,11 +127,13 @@ def context(
     tokens_per_device: Annotated[str, typer.Option(help="tokens of each device in one step")] = "128K",
     contender: Annotated[str, typer.Option(help="comma-separated; default: all", show_default=False)] = "",
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 24,
-    jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, max=1024, help="processes; 0: one for each core, at most 4")
+    ] = 0,
     routing: o.Routing = "balanced",
     json: o.Json = None,
 ) -> None:
-    """Context length against throughput: MoP, and FSDP2 under one restriction after the other."""
+    """Sweep the context length: throughput of MoP, and of FSDP2 under each of some restrictions."""
     from mopsim.commands.context import Order, run
 
     order = Order(model, nodes, hardware, seq_len, tokens_per_device, contender, budget, jobs, routing)
@@ -165,7 +167,7 @@ def size(
     stack: o.StackName = None,
     json: o.Json = None,
 ) -> None:
-    """Which cluster and how many nodes: time, cost, energy, memory headroom."""
+    """Find the machine type and number of nodes that train in time: days, cost, energy, free memory."""
     from mopsim.commands.size import Order, run
 
     order = Order(
@@ -187,7 +189,7 @@ def export(
     ] = False,
     json: o.Json = None,
 ) -> None:
-    """The plan in the language of what people already run; what it cannot say is refused."""
+    """Write a plan as a TorchTitan, Megatron-Bridge or DeepSpeed configuration, or refuse it by field."""
     from mopsim.commands.export import run
 
     run(plan, to, out, lossy, json)
@@ -205,7 +207,7 @@ def calibrate(
         list[str] | None, typer.Argument(help="further run directories", show_default=False)
     ] = None,
 ) -> None:
-    """A corrected profile from measured runs, with what remains unexplained."""
+    """Correct a hardware profile by measured runs; show what remains unexplained."""
     from mopsim.commands.calibrate import run
 
     run(profile, [*measurements, *(more or [])], out, json)
@@ -223,14 +225,16 @@ def validate(
     ] = None,
     stack: o.StackName = None,
     out: Annotated[str | None, typer.Option(help="folder for figures of predicted against measured")] = None,
-    jobs: Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one a core, at most 4")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, max=1024, help="processes; 0: one for each core, at most 4")
+    ] = 0,
     hold_out: Annotated[
         Literal["source", "model", "none"],
         typer.Option(help="what a prediction has not learned from: its source, its network, or nothing"),
     ] = "model",
     json: o.Json = None,
 ) -> None:
-    """Predicted against measured: errors out of sample, by source, GPU and family."""
+    """Predict measured runs and show the errors, out of sample, by source, GPU and family."""
     from mopsim.commands.validate import run
 
     run(runs, models, components, cases or [], stack or "", out, jobs, hold_out, json)
@@ -242,7 +246,7 @@ def demo(
     seed: o.Seed = 0,
     steps: Annotated[int, typer.Option(min=20, help="training steps of each strategy")] = 40,
 ) -> None:
-    """The closed loop on this machine: probe, search, train, calibrate, predict, report."""
+    """Run the whole loop on this machine: probe, search, train, calibrate, predict, report."""
     from mopsim.loop import run
 
     run(out, seed, steps)

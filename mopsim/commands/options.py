@@ -9,7 +9,7 @@ from mopsim.common.units import parse_count
 
 Model = Annotated[str, typer.Option(help="preset, YAML file or Hugging Face config.json")]
 Hardware = Annotated[str, typer.Option(help="hardware profile: a name or a YAML file")]
-Nodes = Annotated[int, typer.Option(min=1, max=65536, help="machines")]
+Nodes = Annotated[int, typer.Option(min=1, max=65536, help="number of nodes")]
 SeqLen = Annotated[str, typer.Option(help="tokens per sequence: 4096, 128K, 1M")]
 GlobalBatch = Annotated[int, typer.Option(min=1, help="sequences per optimizer step")]
 OneStrategy = Annotated[
