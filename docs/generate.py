@@ -4,15 +4,19 @@ A struct's docstring says what a field means as `field: meaning`, up to the next
 both). `python docs/generate.py` writes the pages; with `--check` it fails where one is not current.
 """
 
+import inspect
 import re
 import sys
+import textwrap
 import types
 import typing
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+import mopsim
 from mopsim.spec import hardware, model, plan, stack, strategy, training
 from mopsim.validate import columns
 
@@ -135,6 +139,41 @@ def table(name: str) -> str:
     return "\n\n".join([HEAD, f"# {name.capitalize()}", what, CELLS, "\n".join([*head, *rows])]) + "\n"
 
 
+def interface() -> str:
+    """The page of the Python API: a signature and a docstring for each name."""
+    functions = [name for name in mopsim.__all__ if inspect.isfunction(getattr(mopsim, name))]
+    classes = [name for name in mopsim.__all__ if inspect.isclass(getattr(mopsim, name))]
+    parts = [HEAD, "# Python API", inspect.cleandoc(mopsim.__doc__ or "").split("\n\n")[-1]]
+    for name in functions:
+        one = getattr(mopsim, name)
+        call = f"```\nmopsim.{name}({_arguments(one)})\n```"
+        parts += [f"## {name}", call, inspect.getdoc(one) or ""]
+    for name in classes:
+        one = getattr(mopsim, name)
+        public = [member for member in vars(one) if not member.startswith("_")]
+        methods = [member for member in public if callable(getattr(one, member)) or _is_property(one, member)]
+        lines = [f"- `{member}`: {_first_line(getattr(one, member))}" for member in methods]
+        parts += [f"## {name}", inspect.getdoc(one) or "", "\n".join(lines)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _arguments(function: Any) -> str:
+    """The parameters with their defaults, without types."""
+    plain = [one.replace(annotation=one.empty) for one in inspect.signature(function).parameters.values()]
+    text = str(inspect.Signature(plain))[1:-1]
+    return "\n    " + "\n    ".join(textwrap.wrap(text, 100)) + "\n" if len(text) > 100 else text
+
+
+def _is_property(kind: type, member: str) -> bool:
+    return isinstance(inspect.getattr_static(kind, member), property | cached_property)
+
+
+def _first_line(member: Any) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join((inspect.getdoc(member) or "").split())
+    return text.partition(". ")[0].rstrip(".") + "." if text else ""
+
+
 def pages() -> dict[str, str]:
     """The text of each page, by file name."""
     taken: dict[type[msgspec.Struct], str] = {kind: name for name, (_, kind) in PAGES.items()}
@@ -146,9 +185,10 @@ def pages() -> dict[str, str]:
             if page != name:
                 text = text.replace(f"](#{other.__name__.lower()})", f"]({page}.md)")
         made[f"{name}.md"] = text
-    made |= {f"{name}.md": table(name) for name in TABLES}
+    made |= {f"{name}.md": table(name) for name in TABLES} | {"api.md": interface()}
     index = [f"| [{name}]({name}.md) | {what} |" for name, (what, _) in (PAGES | TABLES).items()]
-    lines = [HEAD, "", "# Reference of the files", "", "| page | what it is of |", "|---|---|", *index]
+    index.append("| [api](api.md) | What `import mopsim` offers. |")
+    lines = [HEAD, "", "# Reference", "", "| page | what it is of |", "|---|---|", *index]
     return made | {"README.md": "\n".join(lines) + "\n"}
 
 

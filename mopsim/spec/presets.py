@@ -30,7 +30,7 @@ def _truth() -> dict[str, Any]:
 
 
 def list_models() -> list[str]:
-    """Names that load_model accepts, sorted."""
+    """Names of the shipped networks, sorted."""
     return sorted({*_texts(), *_truth()} - {TRUTH_MODELS})
 
 

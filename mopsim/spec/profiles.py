@@ -21,7 +21,7 @@ def _texts() -> dict[str, str]:
 
 
 def list_profiles() -> list[str]:
-    """Names that load_profile accepts, sorted."""
+    """Names of the shipped machine types, sorted."""
     return sorted(_texts())
 
 

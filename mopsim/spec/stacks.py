@@ -40,7 +40,7 @@ def _texts() -> dict[str, str]:
 
 
 def list_stacks() -> list[str]:
-    """Names that load_stack accepts, sorted."""
+    """Names of the shipped stacks, sorted."""
     return sorted(_texts())
 
 
