@@ -1,0 +1,115 @@
+"""A strategy that is valid is played to its end or refused in one line that names a field; nothing asserts."""
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from mopsim.common.errors import SpecError
+from mopsim.engine import simulate
+from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from tests.sim.toys import small
+
+DRAWN, PLAYED = 600, 40
+MODELS = {
+    "plain": small(num_hidden_layers=4, qk_norm="head"),
+    "dense": small(
+        num_local_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, first_k_dense_replace=0,
+        shared_expert_intermediate_size=0, num_hidden_layers=4,
+    ),
+    "tied": small(tie_word_embeddings=True, num_hidden_layers=4, ffn_matrices=2, dropout=0.1),
+    "latent": msgspec.structs.replace(
+        load_model("deepseek_v3"), num_hidden_layers=5, first_k_dense_replace=1, hidden_size=256,
+        num_local_experts=16, vocab_size=1024, intermediate_size=512, moe_intermediate_size=128
+    ),
+}  # fmt: skip
+
+
+def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
+    """Plain fields of a strategy, most at their defaults."""
+    pick = draw.choice
+    stages, tensor = pick([1, 1, 1, 2, 4]), pick([1, 1, 2])
+    ranks = 8 // stages
+    virtual = pick([1, 1, 2]) if stages == 2 else 1
+    recompute = pick(["none", "selective", "full", "full"])
+    loss = pick(["full", "chunked", "ring", "vocab_parallel"])
+    runtime = pick(["flat_units", "fully_shard"])
+    host = pick([True, False])
+    return {
+        "name": "random", "world_size": 8, "micro_batch": pick([1, 2]), "runtime": runtime,
+        "pipeline": {
+            "degree": stages, "virtual_stages": virtual,
+            "schedule": "interleaved" if virtual > 1 else pick(["1f1b", "zero_bubble", "interleaved"]),
+        },
+        "dense": {
+            "tensor": tensor, "shard": pick([1, ranks // tensor or 1]), "zero": pick([0, 1, 2, 3, 3]),
+            "sequence_parallel": pick([True, True, False]), "reshard_after_forward": pick([True, False]),
+            "prefetch": pick([0, 1, 2]), "chunk_tokens": pick([0, 0, 100]),
+            "param_tier": pick(["device", "device", "device", "host"]),
+            "grad_tier": pick(["device", "device", "device", "host"]),
+        },
+        "attention": {
+            "sequence": pick([1, 1, 2]), "exchange": pick(["ulysses", "ulysses", "all_gather", "ring"]),
+            "flash": pick([True, True, False]),
+        },
+        "experts": {
+            "degree": pick([1, 2, 4]) if moe else 1, "chunk_tokens": pick([0, 0, 100]),
+            "checkpoint": pick(["redispatch", "nested"]), "balance": pick(["none", "none", "least_loaded"]),
+            "dispatch": pick(["all_to_all", "all_to_all", "deduplicated"]), "min_rows": 1,
+            "tensor": pick([1, 1, 1, 2]) if moe else 1, "plain": pick([False, False, True]),
+        },
+        "vocabulary": {
+            "loss": loss, "chunk_tokens": pick([64, 100]) if loss == "chunked" else pick([0, 64]),
+            "degree": pick([1, ranks]) if loss == "ring" else tensor if loss == "vocab_parallel" else 1,
+            "fused": pick([True, False]),
+        },
+        "optimizer": {
+            "state_tier": "host" if host else "device", "update_on": pick(["device", "host"]) if host else "device",
+            "host_fraction": pick([1.0, 0.5, 0.0]), "bucket_params": pick([1000, 10**8]), "slots": pick([1, 2]),
+        },
+        "activations": {
+            "recompute": recompute,
+            "modules": draw.sample([*MODULES, *COMPONENTS], 3) if recompute == "selective" else [],
+            "kept": draw.sample(KEPT, 2) if recompute == "full" and draw.random() < 0.2 else [],
+            "boundary_tier": pick(["device", "host"]), "host_budget": pick([0, 100_000]),
+            "layers_on_host": pick([0, 0, 0, 2]),
+        },
+        "overlap": {name: pick([False, True]) for name in ("grad_reduce", "param_gather", "pipeline", "tensor")}
+        | {"experts": pick([False, False, True])},
+        "precision": {"matmul": pick(["compute", "compute", "fp8"]), "master": pick(["float32", "param"])},
+        "unfused": draw.sample(["norms", "rotary", "copies", "modules", "experts", "accumulation"], pick([0, 2, 6])),
+    }  # fmt: skip
+
+
+def _played(model: ModelSpec, machine: HardwareProfile, draw: random.Random) -> bool:
+    try:
+        strategy = msgspec.convert(_fields(draw, bool(model.num_local_experts)), Strategy)
+    except (SpecError, msgspec.ValidationError):
+        return False
+    batch = strategy.data_groups * strategy.micro_batch * draw.choice([1, 4])
+    training = TrainSpec(
+        seq_len=512, global_batch=batch, routing=draw.choice(["balanced", "60/2", "zipf:1.2"])
+    )
+    try:
+        result = simulate(model, machine, 1, strategy, training)
+    except SpecError:
+        return False
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}\n{strategy}\n{training}") from error
+    assert result.step_time > 0
+    assert result.peak_memory > 0
+    return True
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_valid_strategies_are_played_or_refused(name: str) -> None:
+    draw, machine = random.Random(f"strategies of {name}"), load_profile("h200-sxm-141g")
+    played = sum(_played(MODELS[name], machine, draw) for _ in range(DRAWN))
+    assert played > PLAYED
