@@ -43,13 +43,6 @@ class Context:
         return self.shapes.tokens
 
     @property
-    def runs_autograd(self) -> bool:
-        """Whether state that the executor's own schedules keep on the device says that torch's autograd runs
-        the layers, as under DeepSpeed."""
-        dense = self.strategy.dense
-        return dense.param_tier == "host" or dense.grad_tier == "host"
-
-    @property
     def shards_params(self) -> bool:
         """Whether parameters live in shards between microbatches: ZeRO-3, and all that torch's FSDP2 does
         (with zero 2 it keeps them gathered from the forward to the backward)."""

@@ -5,7 +5,7 @@ from functools import partial
 
 from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
-from mopsim.lowering.flat.passes import Pairs
+from mopsim.lowering.flat.passes import Pairs, paired
 from mopsim.lowering.fsdp.step import FsdpStep
 from mopsim.lowering.modules import by_modules
 from mopsim.lowering.pinned import rounding
@@ -67,12 +67,16 @@ def lower(
 
 
 def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
-    """The executor's own schedules where they cover model and strategy; None: the staged lowering."""
+    """Pairs where the stack is a schedule of them, FsdpStep where mopexec's FSDP2 covers model and strategy;
+    None: operators from the layers' tapes."""
     strategy, stack = context.strategy, context.stack
+    if stack.explicit:
+        return Pairs if paired(context) else None
     recompute = strategy.activations.recompute
     one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
     if (
-        not one_stage
+        not stack.sharding.fsdp
+        or not one_stage
         or not stack.flash
         or stack.plain_experts(strategy)
         or context.looped
@@ -83,12 +87,8 @@ def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
         or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
     ):
         return None
-    if stack.sharding.fsdp:
-        own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
-        return FsdpStep if own and _plain(context) and stack.unfused in EAGERS else None
-    if recompute != "full" or strategy.dense.zero != 3 or set(stack.unfused) - {"modules"}:
-        return None
-    return None if context.runs_autograd else Pairs
+    own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
+    return FsdpStep if own and _plain(context) and stack.unfused in EAGERS else None
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:

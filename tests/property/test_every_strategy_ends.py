@@ -1,10 +1,11 @@
-"""A strategy that is valid is played to its end or refused in one line that names a field; nothing asserts."""
+"""A valid strategy is played to its end or refused in one line that names a field; nothing asserts."""
 
 import random
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
@@ -13,6 +14,8 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from tests.sim.toys import small
@@ -25,7 +28,7 @@ MODELS = {
         shared_expert_intermediate_size=0, num_hidden_layers=4,
     ),
     "tied": small(tie_word_embeddings=True, num_hidden_layers=4, ffn_matrices=2, dropout=0.1),
-    "latent": msgspec.structs.replace(
+    "latent": replace(
         load_model("deepseek_v3"), num_hidden_layers=5, first_k_dense_replace=1, hidden_size=256,
         num_local_experts=16, vocab_size=1024, intermediate_size=512, moe_intermediate_size=128
     ),
@@ -40,10 +43,9 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
     virtual = pick([1, 1, 2]) if stages == 2 else 1
     recompute = pick(["none", "selective", "full", "full"])
     loss = pick(["full", "chunked", "ring", "vocab_parallel"])
-    runtime = pick(["flat_units", "fully_shard"])
     host = pick([True, False])
     return {
-        "name": "random", "world_size": 8, "micro_batch": pick([1, 2]), "runtime": runtime,
+        "name": "random", "world_size": 8, "micro_batch": pick([1, 2]), "stack": pick(list_stacks()),
         "pipeline": {
             "degree": stages, "virtual_stages": virtual,
             "schedule": "interleaved" if virtual > 1 else pick(["1f1b", "zero_bubble", "interleaved"]),
@@ -57,22 +59,21 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
         },
         "attention": {
             "sequence": pick([1, 1, 2]), "exchange": pick(["ulysses", "ulysses", "all_gather", "ring"]),
-            "flash": pick([True, True, False]),
         },
         "experts": {
             "degree": pick([1, 2, 4]) if moe else 1, "chunk_tokens": pick([0, 0, 100]),
-            "checkpoint": pick(["redispatch", "nested"]), "balance": pick(["none", "none", "least_loaded"]),
+            "balance": pick(["none", "none", "least_loaded"]),
             "dispatch": pick(["all_to_all", "all_to_all", "deduplicated"]), "min_rows": 1,
-            "tensor": pick([1, 1, 1, 2]) if moe else 1, "plain": pick([False, False, True]),
+            "tensor": pick([1, 1, 1, 2]) if moe else 1,
         },
         "vocabulary": {
             "loss": loss, "chunk_tokens": pick([64, 100]) if loss == "chunked" else pick([0, 64]),
             "degree": pick([1, ranks]) if loss == "ring" else tensor if loss == "vocab_parallel" else 1,
-            "fused": pick([True, False]),
         },
         "optimizer": {
-            "state_tier": "host" if host else "device", "update_on": pick(["device", "host"]) if host else "device",
-            "host_fraction": pick([1.0, 0.5, 0.0]), "bucket_params": pick([1000, 10**8]), "slots": pick([1, 2]),
+            "state_tier": "host" if host else "device", "host_fraction": pick([1.0, 0.5, 0.0]),
+            "update_on": pick(["device", "host"]) if host else "device",
+            "bucket_params": pick([10**6, 10**8]), "slots": pick([1, 2]),
         },
         "activations": {
             "recompute": recompute,
@@ -81,11 +82,37 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
             "boundary_tier": pick(["device", "host"]), "host_budget": pick([0, 100_000]),
             "layers_on_host": pick([0, 0, 0, 2]),
         },
-        "overlap": {name: pick([False, True]) for name in ("grad_reduce", "param_gather", "pipeline", "tensor")}
-        | {"experts": pick([False, False, True])},
+        "overlap": {
+            "grad_reduce": pick([False, True]), "param_gather": pick([False, True]),
+            "pipeline": pick([False, True]), "tensor": pick([False, True]),
+            "experts": pick([False, False, True]),
+        },
         "precision": {"matmul": pick(["compute", "compute", "fp8"]), "master": pick(["float32", "param"])},
-        "unfused": draw.sample(["norms", "rotary", "copies", "modules", "experts", "accumulation"], pick([0, 2, 6])),
     }  # fmt: skip
+
+
+def _stack(draw: random.Random, name: str) -> Stack:
+    """The stack with some entries changed."""
+    pick, built = draw.choice, ["fused", "composed"]
+    stack, kernels = (
+        load_stack(name),
+        ("norm", "rotary", "activation", "residual", "expert_rows", "weight_grads"),
+    )
+    if draw.random() < 0.5:
+        return stack
+    changed = {kernel: pick(built) for kernel in kernels}
+    return replace(
+        stack,
+        kernels=replace(
+            stack.kernels, **changed, expert_products=pick(["grouped", "looped"]), fills=pick([True, False]),
+            loss=pick(["composed", "fused", "upcast"]), attention={"default": pick(["profile", "scores"])},
+        ),
+        sharding=replace(stack.sharding, copies=pick([True, False]), experts=pick([True, True, False])),
+        recompute=replace(
+            stack.recompute, stops_early=pick([True, False]), chunk_inputs=pick(["redispatch", "nested"])
+        ),
+        host=replace(stack.host, modules=pick([True, False]), graphs=pick([(), ("attention",), ("step",)])),
+    )  # fmt: skip
 
 
 def _played(model: ModelSpec, machine: HardwareProfile, draw: random.Random) -> bool:
@@ -93,16 +120,17 @@ def _played(model: ModelSpec, machine: HardwareProfile, draw: random.Random) -> 
         strategy = msgspec.convert(_fields(draw, bool(model.num_local_experts)), Strategy)
     except (SpecError, msgspec.ValidationError):
         return False
+    stack = _stack(draw, strategy.stack)
     batch = strategy.data_groups * strategy.micro_batch * draw.choice([1, 4])
     training = TrainSpec(
         seq_len=512, global_batch=batch, routing=draw.choice(["balanced", "60/2", "zipf:1.2"])
     )
     try:
-        result = simulate(model, machine, 1, strategy, training)
+        result = simulate(model, machine, 1, strategy, training, stack)
     except SpecError:
         return False
     except Exception as error:
-        raise AssertionError(f"{type(error).__name__}: {error}\n{strategy}\n{training}") from error
+        raise AssertionError(f"{type(error).__name__}: {error}\n{strategy}\n{training}\n{stack}") from error
     assert result.step_time > 0
     assert result.peak_memory > 0
     return True

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from mopsim.layers.tape import Kernel, Step
 from mopsim.lowering.builder import EXPERTS, START, Builder, Recorder, Template
+from mopsim.lowering.context import Context
 from mopsim.lowering.flat.attention import AttentionLowering
 from mopsim.lowering.flat.experts import ExpertsLowering
 from mopsim.lowering.flat.ffn import FfnLowering
@@ -22,6 +23,22 @@ from mopsim.lowering.staged.works import works
 from mopsim.lowering.workload import Work
 
 _V = "vocabulary"
+
+
+def paired(context: Context) -> bool:
+    """Whether there are pairs of a strategy's operators: none of those that tensor parallelism splits, none of
+    a layer that keeps more than its input."""
+    strategy, activations = context.strategy, context.strategy.activations
+    one = strategy.pipeline.degree == strategy.dense.tensor == strategy.experts.tensor == 1
+    return (
+        one
+        and strategy.dense.zero == 3
+        and activations.recompute == "full"
+        and not activations.kept
+        and not context.model.dropout
+        and (strategy.attention.exchange == "ulysses" or strategy.attention.sequence == 1)
+        and (strategy.experts.dispatch == "all_to_all" or strategy.experts.degree == 1)
+    )
 
 
 class Pairs(Passes):

@@ -9,6 +9,7 @@ from mopsim.lowering.builder import Builder, Hooks, Template
 from mopsim.lowering.context import Context
 from mopsim.lowering.units import Unit
 from mopsim.lowering.workload import Work
+from mopsim.spec.strategy import Dense, Experts
 
 Ops = tuple[int, ...]
 
@@ -107,8 +108,9 @@ class FlatUnits:
         b = self.b
         for unit, op in self.reducing:
             work = Work("memory_bound", bytes=float(unit.shard_numel * (self.c.reduce + 2 * self.c.grad)))
-            b.compute(f"accumulate {unit.name}", unit.component, "backward", unit.layer, [work], op)
+            done = b.compute(f"accumulate {unit.name}", unit.component, "backward", unit.layer, [work], op)
             b.drop(f"grads {unit.name}", f"part {unit.name}")
+            self._download(unit, done)
         self.reducing = []
         return ()
 
@@ -117,18 +119,40 @@ class FlatUnits:
         if unit.name in self.gathering:
             return
         b, c = self.b, self.c
-        if self.cast:
+        up = self._upload(unit, phase)
+        if self.cast or up is not None:
             b.make(f"cast {unit.name}", unit.shard_numel * c.b, "gathered")
+        if self.cast:
             work = Work("memory_bound", bytes=float(unit.shard_numel * (c.b + c.param)))
-            b.compute(f"cast {unit.name}", unit.component, phase, unit.layer, [work])
+            b.compute(f"cast {unit.name}", unit.component, phase, unit.layer, [work], up)
         if unit.shard == 1:
-            self.gathering[unit.name] = None
+            self.gathering[unit.name] = up
             return
         size = unit.padded * c.b
         b.make(f"full {unit.name}", size, "gathered")
-        self.gathering[unit.name] = b.issue(
-            f"gather {unit.name}", "all_gather", size, unit.group, unit.component, phase, unit.layer
-        )
+        self.gathering[unit.name] = b.collective(
+            f"gather {unit.name}", "all_gather", size, c.groups[unit.group], unit.component, phase,
+            layer=unit.layer, deps=(*b.so_far(), up),
+        )  # fmt: skip
+
+    def _upload(self, unit: Unit, phase: str) -> int | None:
+        """A shard that lives on the host comes up."""
+        if self._place(unit).param_tier == "device":
+            return None
+        work = (Work("h2d", bytes=float(unit.shard_numel * self.c.param)),)
+        name, deps = f"upload {unit.name}", self.b.so_far()
+        return self.b.add(name, "h2d", unit.component, phase, work, deps, layer=unit.layer)
+
+    def _place(self, unit: Unit) -> Dense | Experts:
+        strategy = self.c.strategy
+        return strategy.experts if unit.component == "experts" else strategy.dense
+
+    def _download(self, unit: Unit, ready: int) -> None:
+        """A gradient shard that lives on the host goes down, to be added to the one there."""
+        if self._place(unit).grad_tier == "host":
+            work = (Work("d2h", bytes=float(unit.shard_numel * self.c.grad)),)
+            name = f"download {unit.name}"
+            self.b.add(name, "d2h", unit.component, "backward", work, (ready,), layer=unit.layer)
 
     @property
     def _head(self) -> Unit:
@@ -176,6 +200,7 @@ class FlatUnits:
                 work = Work("memory_bound", bytes=float(unit.padded * (self.c.reduce + 2 * self.c.grad)))
                 b.compute(f"accumulate {unit.name}", unit.component, phase, unit.layer, [work])
                 b.drop(f"grads {unit.name}")
+            self._download(unit, b.last)
             return
         size = unit.padded * self.c.reduce
         b.make(f"part {unit.name}", unit.shard_numel * self.c.reduce, "gathered_grads")
