@@ -41,17 +41,25 @@ def plan(
     """
     outside = {value.name for value in tape.inputs} | set(tape.outputs)
     saved = {name for kernel in tape.kernels for name in kernel.saves} - outside
+    own = frozenset(i for i, kernel in enumerate(tape.kernels) if kernel.slices > 1)
     if recompute == "full":
-        wanted = [i for i, kernel in enumerate(tape.kernels) if {v.name for v in kernel.writes} & saved]
-        end = max(wanted, default=-1) + 1 if early else len(tape.kernels)
-        again = frozenset(i for i, kernel in enumerate(tape.kernels[:end]) if kernel.name not in kept)
+        wanted = [
+            i
+            for i, kernel in enumerate(tape.kernels)
+            if i not in own and {v.name for v in kernel.writes} & saved
+        ]
+        end = max(wanted, default=-1) + 1 if early or own else len(tape.kernels)
+        again = frozenset(
+            i for i, kernel in enumerate(tape.kernels[:end]) if kernel.name not in kept and i not in own
+        )
         made = {value.name for kernel in tape.kernels if kernel.name in kept for value in kernel.writes}
-        return Plan(frozenset(saved - made), (again,), frozenset(made - outside))
-    dropped: set[str] = set()
-    regions: list[frozenset[int]] = []
+        regions = [region for region in (again, own) if _made(tape, region) & (saved - made)]
+        return Plan(frozenset(saved - made), tuple(regions), frozenset(made - outside))
+    regions = [own] if own else []
+    dropped = _lost(tape, own, saved, discard=False)
     if recompute == "selective":
         found = {module: _region(tape, module) for module in modules}
-        taken: frozenset[int] = frozenset()
+        taken = own
         for module in sorted(found, key=lambda name: -len(found[name])):  # a wider one holds the narrower
             region = found[module] - taken
             taken |= region
@@ -86,6 +94,10 @@ def _lost(tape: Tape, region: frozenset[int], saved: set[str], discard: bool) ->
         return written
     others = {name for i, kernel in enumerate(tape.kernels) if i not in region for name in kernel.saves}
     return written - others
+
+
+def _made(tape: Tape, region: frozenset[int]) -> set[str]:
+    return {value.name for i in region for value in tape.kernels[i].writes}
 
 
 def _written(tape: Tape, region: frozenset[int], name: str) -> bool:

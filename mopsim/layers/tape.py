@@ -47,7 +47,8 @@ class Kernel:
     indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
     of its own for it.
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the
-    unit's buffer. group: whose ranks a collective joins.
+    unit's buffer. group: whose ranks a collective joins. slices: of its rows that it runs over one by one,
+    recomputed each in its own backward.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Kernel:
     indexed: bool = False
     group: str = ""
     back_kind: str = ""
+    slices: int = 1
 
     @property
     def total_flops(self) -> float:

@@ -18,6 +18,12 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 
+PAIRS_ONLY = (
+    "needs a stack that is explicit (mopexec-flat), ZeRO-3 and full recomputation, without tensor or "
+    "pipeline parallelism"
+)
+"""Of what only pairs of a forward and a backward do."""
+
 
 @dataclass(frozen=True)
 class Context:

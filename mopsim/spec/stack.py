@@ -81,12 +81,15 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
 
 class Recompute(Spec, frozen=True, kw_only=True):
-    """Habits of recomputation. stops_early: once the last value that the backward wants is there. kept:
+    """Habits of recomputation. stops_early: once the last value that the backward wants is there.
+    holds_output: what a layer's recomputation puts out lives until its backward is over (a reentrant
+    torch.utils.checkpoint). kept:
     kernels (categories.KEPT) whose outputs a full recomputation keeps anyway. selective: what `selective`
     without a list of modules means. chunk_inputs: how the backward of chunked experts has its inputs: sent
     again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306)."""
 
     stops_early: bool = False
+    holds_output: bool = False
     kept: tuple[str, ...] = ()
     selective: tuple[str, ...] = ()
     chunk_inputs: Literal["redispatch", "nested"] = "redispatch"

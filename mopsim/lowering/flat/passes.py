@@ -26,8 +26,8 @@ _V = "vocabulary"
 
 
 def paired(context: Context) -> bool:
-    """Whether there are pairs of a strategy's operators: none of those that tensor parallelism splits, none of
-    a layer that keeps more than its input."""
+    """Whether there are pairs of a strategy's operators: none of those that tensor parallelism splits, none
+    of a layer that keeps more than its input."""
     strategy, activations = context.strategy, context.strategy.activations
     one = strategy.pipeline.degree == strategy.dense.tensor == strategy.experts.tensor == 1
     return (

@@ -9,7 +9,7 @@ from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.region import begin
 from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.lowering.builder import START, Recorder, Template
-from mopsim.lowering.context import Context
+from mopsim.lowering.context import PAIRS_ONLY, Context
 from mopsim.lowering.fsdp.loss import back, once, passes, product
 from mopsim.lowering.staged.template import template
 from mopsim.lowering.staged.works import works
@@ -22,14 +22,10 @@ _C = "vocabulary"
 def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Template:
     """Forward or backward of the loss. freed: memory steps that end the backward.
 
-    Raises SpecError for the ring, which is lowered without tensor and pipeline parallelism only.
+    Raises SpecError for the ring.
     """
     kind = context.strategy.vocabulary.loss
-    require(
-        kind != "ring", "strategy.vocabulary.loss", kind,
-        "is lowered only without tensor and pipeline parallelism, under ZeRO-3 with full recomputation, with "
-        "fused kernels and experts that exchange by all_to_all",
-    )  # fmt: skip
+    require(kind != "ring", "strategy.vocabulary.loss", kind, PAIRS_ONLY)
     if kind == "chunked":
         return _chunked(context, direction, freed)
     tape = loss_tape(context)

@@ -11,9 +11,10 @@ from mopsim.layers.experts import migrating
 from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
 from mopsim.layers.recompute import Plan, backward, forward, held_for_weights, plan, without_weight_grads
+from mopsim.layers.slices import in_slices
 from mopsim.layers.tape import Played, Step, Tape
 from mopsim.lowering.builder import START, Builder, Recorder, Template
-from mopsim.lowering.context import Context
+from mopsim.lowering.context import PAIRS_ONLY, Context
 from mopsim.lowering.flat.units import FlatUnits
 from mopsim.lowering.schedules import Slot
 from mopsim.lowering.staged.boundaries import Boundaries, PairBoundaries
@@ -102,6 +103,9 @@ class Passes:
                 model, ranks = c.model, c.strategy.attention.sequence
                 shared = model.num_attention_heads / model.num_key_value_heads
                 tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, shared, c.b, c.wide))
+            if 0 < c.strategy.dense.chunk_tokens < c.tokens:
+                kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
+                tape = replace(tape, kernels=kernels)
             self._tapes[key] = tape
         return self._tapes[key]
 
@@ -178,7 +182,10 @@ class Passes:
     def _backward(self, tape: Tape) -> Template:
         chosen = self._plan(tape)
         held = held_for_weights(tape, chosen) if self.split else frozenset()
-        return template(backward(tape, chosen, held), self.context, "backward", self._input, self.split)
+        played = backward(tape, chosen, held)
+        if self.context.stack.recompute.holds_output and chosen.again:
+            played = _holding(played, (("activations", self.context.hidden),))
+        return template(played, self.context, "backward", self._input, self.split)
 
     def _weights(self, tape: Tape) -> Template:
         chosen = self._plan(tape)
@@ -201,6 +208,13 @@ class Passes:
         return plan(tape, activations.recompute, activations.modules, activations.kept, early)
 
 
+def _holding(played: list[Played], made: tuple[Step, ...]) -> list[Played]:
+    """A pass with memory that lives as long as it."""
+    freed = tuple((category, -size) for category, size in made)
+    found = [replace(played[0], memory=(*made, *played[0].memory)), *played[1:]]
+    return [*found[:-1], replace(found[-1], memory=(*found[-1].memory, *freed))]
+
+
 def _check(context: Context) -> None:
     """Raise SpecError for what only the executor's own schedules do."""
     strategy = context.strategy
@@ -211,7 +225,11 @@ def _check(context: Context) -> None:
         context.stack.attention,
         f"keeps scores, which no program does where attention.exchange is {attention.exchange}",
     )
-    rule = "is lowered only with ZeRO-3 and full recomputation, without tensor and pipeline parallelism"
-    require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, rule)
+    require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, PAIRS_ONLY)
     slices = strategy.dense.chunk_tokens
-    require(slices == 0 or slices >= context.tokens, "strategy.dense.chunk_tokens", slices, rule)
+    require(
+        slices == 0 or slices >= context.tokens or strategy.dense.tensor == 1,
+        "strategy.dense.chunk_tokens",
+        slices,
+        f"needs dense.tensor 1, not {strategy.dense.tensor}",
+    )
