@@ -12,11 +12,11 @@ from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
-from mopsim.spec.model_table import read_rows
 from mopsim.spec.stacks import load_stack
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case, read_cases
 from mopsim.validate.components import predict_components
+from mopsim.validate.models import read_rows
 from mopsim.validate.output import to_json
 from mopsim.validate.run import Refused, Validation, cases_of, validate
 from mopsim.validate.tables import read_components, read_runs

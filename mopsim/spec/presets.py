@@ -10,7 +10,7 @@ from mopsim.common.nearest import unknown
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
-#: One file of many networks, by name: those of the table of published runs (made by mopsim.spec.model_table).
+#: Many networks by name: those of the table of published runs (made by reports/validation/presets.py).
 TRUTH_MODELS = "truth_models"
 
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError
+from mopsim.common.rules import Facts
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
@@ -27,7 +28,6 @@ from mopsim.spec.strategy import (
     Strategy,
     Vocabulary,
 )  # fmt: skip
-from mopsim.validate.facts import Facts
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}

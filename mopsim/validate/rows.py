@@ -8,18 +8,19 @@ from msgspec.structs import replace
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError
+from mopsim.common.rules import Facts
 from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.model_table import from_row
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.validate.case import Case, Changes, Measured, Source, machine
-from mopsim.validate.facts import Facts, facts
+from mopsim.validate.facts import facts
+from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
 from mopsim.validate.parallelism import Degrees, UnsupportedError, family, strategy
 from mopsim.validate.tables import UNKNOWN, Row, count, number
@@ -75,7 +76,8 @@ def _case(known: Facts, models: dict[str, Row]) -> Case:
         id=row["run_id"], model=named, hardware=row["gpu"], strategy=split, training=training,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
         stack_changes=known.of("stack"), measured=_measured(row, approximations), precision=row["precision"],
-        quality=_quality(row), assumptions=(*assumed, *known.rules), approximations=approximations,
+        quality=_quality(row), approximations=approximations,
+        assumptions=(*assumed, *(rule.id for rule in known.rules)),
         source=Source(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
     )  # fmt: skip
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from mopsim.common.errors import MopError
+from mopsim.common.rules import UNKNOWN as UNKNOWN
 from mopsim.common.table import Row as Row
 from mopsim.common.table import read_table
 from mopsim.validate.columns import COMPONENTS, RUNS, needed
 
-UNKNOWN = ("", "unknown")
 LARGEST = 1e18
 """No measurement and no size is larger, in any of the units of the tables."""
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mopsim.common import io
 from mopsim.report.validation_tables import Grid, tables
-from mopsim.spec.model_table import read_rows
 from mopsim.validate import (
     Case,
     Refused,
@@ -21,6 +20,7 @@ from mopsim.validate import (
     validate,
     write_cases,
 )
+from mopsim.validate.models import read_rows
 from mopsim.validate.output import GROUPS, MEASURES, selections, to_json
 from mopsim.validate.scoring import by_group, errors
 from mopsim.validate.tables import read_components, read_runs

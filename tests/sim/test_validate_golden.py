@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mopsim.spec.model_table import read_rows
+from mopsim.validate.models import read_rows
 from mopsim.validate.run import validate_runs
 from mopsim.validate.scoring import Scored
 from mopsim.validate.tables import read_runs

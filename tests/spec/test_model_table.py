@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mopsim.common.errors import MopError, SpecError
-from mopsim.spec.model_table import Row, from_row, read_rows
+from mopsim.validate.models import Row, from_row, read_rows
 
 ROW: Row = {
     "model": "m",

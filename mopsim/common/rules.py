@@ -1,0 +1,96 @@
+"""Rules as data: what a table's row leaves unsaid in its columns, by patterns over its cells."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+
+from mopsim.common.io import Spec, convert, parse_yaml
+from mopsim.common.table import Row
+
+UNKNOWN = ("", "unknown")
+"""Cells that say nothing."""
+
+
+class Rule(Spec, frozen=True, kw_only=True):
+    """when: column -> regular expression searched in the cell in lower case, all must be found; unless: none
+    may be. set: column, or dotted field, -> value; `column+` adds to a list of words joined by +. source:
+    where it is written. told: an assumption to tell where it changed something. refuse: why a row cannot be
+    expressed.
+    """
+
+    id: str
+    when: dict[str, str]
+    source: str
+    set: dict[str, Any] = msgspec.field(default_factory=dict)
+    unless: dict[str, str] = msgspec.field(default_factory=dict)
+    told: str = ""
+    refuse: str = ""
+
+    def fits(self, row: Row) -> bool:
+        """Whether the rule is of this row."""
+
+        def found(column: str, pattern: str) -> bool:
+            return re.search(pattern, row.get(column, "").lower()) is not None
+
+        return all(found(*each) for each in self.when.items()) and not any(
+            found(*each) for each in self.unless.items()
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """row: with the cells that rules filled. settings: dotted fields -> values. rules: those that were used;
+    told: what is assumed."""
+
+    row: Row
+    settings: dict[str, Any]
+    rules: tuple[Rule, ...]
+    told: tuple[str, ...]
+
+    def of(self, root: str) -> dict[str, Any]:
+        """The settings below a root (`strategy`), by the rest of their path."""
+        head = f"{root}."
+        return {key.removeprefix(head): value for key, value in self.settings.items() if key.startswith(head)}
+
+
+def load_rules(package: str, *names: str) -> tuple[Rule, ...]:
+    """The rules of YAML files of a package, in their order. Raises MopError."""
+    found: list[Rule] = []
+    for name in names:
+        text = files(package).joinpath(name).read_text(encoding="utf-8")
+        found += [convert(one, Rule, "rule", name) for one in parse_yaml(text, name)]
+    return tuple(found)
+
+
+def applied(rules: Iterable[Rule], row: Row, roots: tuple[str, ...], more: Row | None = None) -> Facts:
+    """What rules say of a row. A cell that the row states is never replaced; of rules, the last counts.
+    roots: heads of dotted fields. more: cells that are derived from the row's, which rules may replace."""
+    cells, settings = {**row, **(more or {})}, dict[str, Any]()
+    used, told = [], []
+    for rule in rules:
+        if not rule.fits(cells):
+            continue
+        used.append(rule)
+        changed = [_put(name, value, row, cells, settings, roots) for name, value in rule.set.items()]
+        if rule.told and any(changed):
+            told.append(rule.told)
+    return Facts(cells, settings, tuple(used), tuple(told))
+
+
+def _put(
+    name: str, value: Any, row: Row, cells: Row, settings: dict[str, Any], roots: tuple[str, ...]
+) -> bool:
+    """Set a field, or a cell that the row leaves empty; whether it did."""
+    column = name.removesuffix("+")
+    if name.startswith(roots):
+        settings[name] = value
+        return True
+    if row.get(column, "") not in UNKNOWN:
+        return False
+    words = cells.get(column, "").split("+") if name != column and cells.get(column) else []
+    cells[column] = "+".join(dict.fromkeys([*words, str(value)]))
+    return True

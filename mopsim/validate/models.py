@@ -1,0 +1,102 @@
+"""Networks as rows of a table (columns of models.csv): one row -> one ModelSpec, or the reason why not."""
+
+from functools import cache
+from pathlib import Path
+
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.rules import Rule, applied, load_rules
+from mopsim.common.table import Row, read_table
+from mopsim.spec.model import ModelSpec
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Rows of a models CSV by their `model` column. Raises MopError where it is missing or a name repeats."""
+    rows: dict[str, Row] = {}
+    for row in read_table(path, ("model",), "models"):
+        if row["model"] in rows:
+            raise MopError(f"models: {path}: model {row['model']!r} appears twice")
+        rows[row["model"]] = row
+    return rows
+
+
+@cache
+def model_rules() -> tuple[Rule, ...]:
+    """What notes say, and what rows leave open."""
+    return load_rules("mopsim.validate", "data/models.yaml")
+
+
+def from_row(row: Row) -> ModelSpec:
+    """One row as a ModelSpec; what the row leaves open is filled by rules and listed in `assumptions`.
+
+    Raises SpecError naming the column that is missing, or the kind of layer that ModelSpec can't express.
+    """
+    name = row["model"]
+    known = applied(model_rules(), row, ("model.",))
+    for rule in known.rules:
+        if rule.refuse:
+            raise SpecError(f"models.{name}", rule.id, f"{rule.refuse}, which ModelSpec cannot express")
+    filled = known.row
+    fields: dict[str, object] = {
+        "name": name,
+        "hidden_size": _need(filled, "hidden"),
+        "num_hidden_layers": _need(filled, "num_layers"),
+        "num_attention_heads": _need(filled, "num_heads"),
+        "num_key_value_heads": _need(filled, "num_kv_heads"),
+        "head_dim": _need(filled, "head_dim"),
+        "vocab_size": _need(filled, "vocab_size"),
+        "tie_word_embeddings": _get(filled, "tied_embeddings") == 1,
+        "num_nextn_predict_layers": _get(filled, "mtp_layers"),
+        "sliding_window": _get(filled, "sliding_window"),
+        "total_params": _published(row, "total_params_b"),
+        "active_params": _published(row, "active_params_b"),
+        "source": row.get("source", ""),
+        "assumptions": known.told,
+    }
+    fields |= _latent(filled) | _ffn(filled) | known.of("model")
+    return ModelSpec(**fields)  # type: ignore[arg-type]
+
+
+def _get(row: Row, column: str) -> int:
+    text = row.get(column, "")
+    try:
+        return int(float(text)) if text else 0
+    except (ValueError, OverflowError):
+        raise SpecError(f"models.{row['model']}.{column}", text, "is not a number") from None
+
+
+def _need(row: Row, column: str) -> int:
+    if not row.get(column):
+        raise SpecError(f"models.{row['model']}.{column}", "", "is empty, the column is needed")
+    return _get(row, column)
+
+
+def _published(row: Row, column: str) -> float | None:
+    text = row.get(column, "")
+    try:
+        return float(text) * 1e9 if text else None
+    except ValueError:
+        raise SpecError(f"models.{row['model']}.{column}", text, "is not a number") from None
+
+
+def _latent(row: Row) -> dict[str, object]:
+    """The sizes of MLA."""
+    if row.get("attention") != "mla":
+        return {}
+    columns = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    sizes: dict[str, object] = {column: _get(row, column) for column in columns}
+    width = _get(row, "qk_nope_head_dim") + _get(row, "qk_rope_head_dim")
+    return {"attention": "mla", "head_dim": width, **sizes}
+
+
+def _ffn(row: Row) -> dict[str, object]:
+    experts = _get(row, "num_experts")
+    if not experts:
+        return {"intermediate_size": _need(row, "dense_ffn_hidden")}
+    return {
+        "num_local_experts": experts,
+        "num_experts_per_tok": _need(row, "top_k"),
+        "moe_intermediate_size": _need(row, "expert_ffn_hidden"),
+        "shared_expert_intermediate_size": _get(row, "shared_ffn_hidden"),
+        "first_k_dense_replace": _need(row, "num_dense_layers"),
+        "intermediate_size": _get(row, "dense_ffn_hidden"),
+    }
