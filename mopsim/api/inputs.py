@@ -196,6 +196,8 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
         return read, inputs.stack or load_stack(read.stack, "strategy.stack")
     if isinstance(read, tuple):
         return read
+    if not isinstance(read, Plan):
+        raise MopError(f"strategy: {read!r} is not a family, a file, a Strategy, a Plan or mopsim.mop(...)")
     if read.model != inputs.model:
         made, here = (f"{one.name} (digest {io.digest(one)})" for one in (read.model, inputs.model))
         what = given if isinstance(given, str | Path) else "it"
