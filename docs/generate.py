@@ -119,11 +119,12 @@ def _cell(text: str) -> str:
 
 TABLES = {
     "runs": ("Measured runs: `mopsim validate --runs FILE.csv`.", columns.RUNS),
+    "models": ("The networks of measured runs: `mopsim validate --models FILE.csv`.", columns.MODELS),
     "components": ("Measured components: `mopsim validate --components FILE.csv`.", columns.COMPONENTS),
 }
 """What each page of a CSV is of."""
 CELLS = (
-    "An empty cell, or `unknown`, means that the source does not say. A run whose strategy is not fully "
+    "An empty cell, or `unknown`, means that the source does not say. A run or network that is not fully "
     "stated is refused by name."
 )
 

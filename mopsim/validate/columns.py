@@ -61,6 +61,36 @@ RUNS: dict[str, Column] = {
     "source_ref": Column(_MAY, "Where in the source."),
 }
 
+MODELS: dict[str, Column] = {
+    "model": Column(_NEED, "The name that a runs table uses. No other row has it."),
+    "num_layers": Column(_MAY, "Decoder layers; needed."),
+    "num_dense_layers": Column(_MAY, "Leading layers with a dense FFN; needed with experts."),
+    "hidden": Column(_MAY, "Width of the residual stream; needed."),
+    "dense_ffn_hidden": Column(_MAY, "Columns of a dense FFN; needed without experts."),
+    "num_heads": Column(_MAY, "Query heads; needed."),
+    "num_kv_heads": Column(_MAY, "Key and value heads; needed."),
+    "head_dim": Column(_MAY, "Width of a query or key head; needed."),
+    "attention": Column(_MAY, "`mla` for multi-head latent attention; else grouped-query."),
+    "q_lora_rank": Column(_MAY, "Rank of MLA's queries."),
+    "kv_lora_rank": Column(_MAY, "Rank of MLA's keys and values."),
+    "qk_nope_head_dim": Column(_MAY, "Part of MLA's heads without positions."),
+    "qk_rope_head_dim": Column(_MAY, "Part of MLA's heads with positions."),
+    "v_head_dim": Column(_MAY, "Width of MLA's value heads."),
+    "num_experts": Column(_MAY, "Routed experts of a layer; 0 or empty for a dense network."),
+    "top_k": Column(_MAY, "Experts that a token chooses; needed with experts."),
+    "expert_ffn_hidden": Column(_MAY, "Columns of one expert; needed with experts."),
+    "num_shared_experts": Column(_MAY, "For readers: shared_ffn_hidden says what they cost."),
+    "shared_ffn_hidden": Column(_MAY, "Columns of all shared experts together."),
+    "vocab_size": Column(_MAY, "Rows of the embedding; needed."),
+    "tied_embeddings": Column(_MAY, "1 where the output projection is the embedding."),
+    "mtp_layers": Column(_MAY, "MTP layers."),
+    "sliding_window": Column(_MAY, "Tokens that a windowed layer attends to."),
+    "total_params_b": Column(_MAY, "Published count, 1e9 parameters; checked against."),
+    "active_params_b": Column(_MAY, "Published count of a token's parameters, 1e9; checked against."),
+    "notes": Column(_MAY, "What has no column, in words."),
+    "source": Column(_MAY, "Where the numbers are from."),
+}
+
 COMPONENTS: dict[str, Column] = {
     "component": Column(_NEED, "What was measured: expert_dispatch, gemm, attention_kernel, all_to_all, ..."),
     "system": Column(_MAY, "Whose implementation."),

@@ -7,12 +7,13 @@ from mopsim.common.errors import MopError, SpecError
 from mopsim.common.rules import Rule, applied, load_rules
 from mopsim.common.table import Row, read_table
 from mopsim.spec.model import ModelSpec
+from mopsim.validate.columns import MODELS, needed
 
 
 def read_rows(path: Path) -> dict[str, Row]:
     """Rows of a models CSV by their `model` column. Raises MopError where it is missing or a name repeats."""
     rows: dict[str, Row] = {}
-    for row in read_table(path, ("model",), "models"):
+    for row in read_table(path, needed(MODELS), "models"):
         if row["model"] in rows:
             raise MopError(f"models: {path}: model {row['model']!r} appears twice")
         rows[row["model"]] = row
