@@ -57,18 +57,18 @@ def search(
     nodes: o.Nodes = 1,
     top: Annotated[int, typer.Option(min=1, max=10**6, help="how many strategies to rank")] = 5,
     family: Annotated[
-        str, typer.Option(help="families to search, comma-separated: mop,fsdp2,zero_offload,megatron")
+        str,
+        typer.Option(help="families to search, comma-separated; default: mop,fsdp2,zero_offload,megatron"),
     ] = "",
-    any_plan: Annotated[
-        bool, typer.Option("--any", help="also strategies and models that mopexec does not run yet")
-    ] = False,
+    runnable: o.Runnable = False,
+    any_plan: o.AnyPlan = False,
     risk: Annotated[
         bool, typer.Option("--risk", help="rank plans at risk (an upper bound of memory over its limit) too")
     ] = False,
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
     ] = False,
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations at most")] = 200,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations at most of each family")] = 100,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
@@ -85,7 +85,7 @@ def search(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
         stack,
     )  # fmt: skip
-    run(job, top, family, any_plan, risk, any_routing, budget, plan, json)
+    run(job, top, family, runnable, risk, any_routing, budget, plan, json)
 
 
 @app.command()
@@ -98,9 +98,8 @@ def compare(
     strategy: Annotated[list[str], typer.Option(help="a strategy YAML or a family; give several")],
     nodes: o.Nodes = 1,
     sweep: Annotated[str | None, typer.Option(help="seq-len=32K,64K,... or nodes=1,2,...")] = None,
-    any_plan: Annotated[
-        bool, typer.Option("--any", help="also strategies that mopexec does not run yet")
-    ] = False,
+    runnable: o.Runnable = False,
+    any_plan: o.AnyPlan = False,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 60,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
@@ -112,7 +111,7 @@ def compare(
     from mopsim.commands.compare import run
 
     job = o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack)
-    run(job, strategy, out, sweep, any_plan, budget, json)
+    run(job, strategy, out, sweep, runnable, budget, json)
 
 
 @app.command()
@@ -150,9 +149,7 @@ def size(
     global_batch_tokens: Annotated[
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
     ] = "4M",
-    family: Annotated[
-        str, typer.Option(help="families to search, comma-separated; all, or all that run with --runnable")
-    ] = "",
+    family: Annotated[str, typer.Option(help="families to search, comma-separated; default: all")] = "",
     max_nodes: Annotated[int, typer.Option(min=1, max=65536, help="nodes at most")] = 512,
     utilisation: Annotated[
         float, typer.Option(help="share of the wall clock that trains (the rest: restarts, checkpoints)")
@@ -160,7 +157,7 @@ def size(
     pue: Annotated[float, typer.Option(help="power of the building over power of its machines")] = 1.3,
     max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per node count and family")] = 40,
-    runnable: Annotated[bool, typer.Option("--runnable", help="only what mopexec runs today")] = False,
+    runnable: o.Runnable = False,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",

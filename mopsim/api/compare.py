@@ -12,6 +12,7 @@ from mopsim.api.inputs import (
     AnyStrategy,
     Count,
     Inputs,
+    Resolved,
     count,
     facts,
     is_family,
@@ -24,6 +25,7 @@ from mopsim.api.strategies import StrategyTemplate
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult
 from mopsim.report.compare import Sweep, difference, finding, summary
+from mopsim.search.result import plan_json
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
 
@@ -41,9 +43,11 @@ class Comparison(Result):
     difference: str
 
     def __init__(
-        self, inputs: Inputs, results: Mapping[str, SimResult], sweep: Sweep | None, notes: Sequence[str]
+        self, inputs: Inputs, resolved: Mapping[str, Resolved], sweep: Sweep | None, notes: Sequence[str]
     ) -> None:
-        self.inputs, self.results, self.sweep, self.notes = inputs, dict(results), sweep, list(notes)
+        self.inputs, self.sweep, self.notes = inputs, sweep, list(notes)
+        self.results = {label: one.result for label, one in resolved.items()}
+        self.gaps = {label: one.found.gap for label, one in resolved.items() if one.found}
 
     @property
     def simulations(self) -> dict[str, Simulation]:
@@ -53,8 +57,9 @@ class Comparison(Result):
     def to_json(self) -> dict[str, Any]:
         labels, results = list(self.results), list(self.results.values())
         found: dict[str, Any] = {
-            "strategies": {label: result.to_json() for label, result in self.results.items()},
-            "finding": finding(results, labels),
+            "strategies": {label: self._strategy(label) for label in labels},
+            "finding": finding(results, labels, self.gaps),
+            "proven": all(gap == 0 for gap in self.gaps.values()),
             "difference": difference(results, labels),
             "facts": facts(self.inputs, "mopsim.compare"),
         }
@@ -70,7 +75,14 @@ class Comparison(Result):
         return found
 
     def headline(self) -> str:
-        return summary(list(self.results.values()), list(self.results))
+        return summary(list(self.results.values()), list(self.results), self.gaps)
+
+    def _strategy(self, label: str) -> dict[str, Any]:
+        """The keys of one strategy; of a family's best, whether its search was exhausted."""
+        found = plan_json(self.results[label], self.inputs.model)
+        if label in self.gaps:
+            found |= {"proven": self.gaps[label] == 0, "gap": self.gaps[label]}
+        return found
 
     def _results(self) -> Sequence[SimResult]:
         return list(self.results.values())
@@ -98,7 +110,7 @@ class Comparison(Result):
         timelines = [simulation.timeline() for simulation in self.simulations.values()]
         return write_compare(
             Path(folder), list(self.results.values()), list(self.results), timelines, self.sweep, title,
-            facts(inputs, command),
+            facts(inputs, command), self.gaps,
         )  # fmt: skip
 
 
@@ -134,13 +146,11 @@ def compare(
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     if not named:
         raise MopError("strategies: none is given, nothing to compare")
-    options: dict[str, Any] = {"any_plan": not runnable, "budget": budget}
+    options: dict[str, Any] = {"runnable": runnable, "budget": budget}
     points = read_sweep(*sweep) if sweep else None
-    results = {
-        label: resolve(one, inputs, any_plan=not runnable, budget=budget) for label, one in named.items()
-    }
+    resolved = {label: resolve(one, inputs, **options) for label, one in named.items()}
     swept = _sweep(inputs, named, *points, options) if points else None
-    return Comparison(inputs, results, swept, notes(list(named.values()), inputs))
+    return Comparison(inputs, resolved, swept, notes(list(named.values()), inputs))
 
 
 def _labelled(strategies: Sequence[AnyStrategy]) -> dict[str, AnyStrategy]:
@@ -206,6 +216,6 @@ def _at(inputs: Inputs, setting: str, value: int) -> Inputs:
 def _point(given: AnyStrategy, inputs: Inputs, options: dict[str, Any]) -> SimResult | None:
     """A result, or None where the strategy is not legal at this point."""
     try:
-        return resolve(given, inputs, **options)
+        return resolve(given, inputs, **options).result
     except MopError:
         return None

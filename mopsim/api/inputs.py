@@ -16,7 +16,7 @@ from mopsim.common.units import parse_count
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.counts import counts
-from mopsim.search import Options, search
+from mopsim.search import Options, SearchResult, search
 from mopsim.spec import upgrade
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -205,18 +205,27 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     return read.strategy, read.stack
 
 
-def resolve(given: AnyStrategy, inputs: Inputs, *, any_plan: bool = True, budget: int = 100) -> SimResult:
+@dataclass(frozen=True)
+class Resolved:
+    """A simulated strategy; of a family's best, the search that found it."""
+
+    result: SimResult
+    found: SearchResult | None = None
+
+
+def resolve(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget: int = 100) -> Resolved:
     """The simulated result of a strategy, or of the best (else the closest) strategy of a family."""
     if not (isinstance(given, str) and given in FAMILIES):
         strategy, own = strategy_of(given, inputs)
         stack = inputs.stack or own
-        return simulate(inputs.model, inputs.hardware, inputs.nodes, strategy, inputs.training, stack)
-    options = Options((given,), 1, budget, any_plan=any_plan, precision=inputs.precision, stack=inputs.stack)
+        i = inputs
+        return Resolved(simulate(i.model, i.hardware, i.nodes, strategy, i.training, stack))
+    options = Options((given,), 1, budget, runnable, precision=inputs.precision, stack=inputs.stack)
     found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
     result = found.best or found.closest
     if result is None:
         raise MopError(f"strategy: {given} has no strategy here: {found.verdict()}")
-    return result
+    return Resolved(result, found)
 
 
 def make_plan(inputs: Inputs, result: SimResult) -> Plan:

@@ -16,6 +16,7 @@ from mopsim.engine import SimResult, simulate
 from mopsim.layers.counts import counts
 from mopsim.report import tables
 from mopsim.search import SearchResult
+from mopsim.search.result import plan_json
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 
@@ -129,7 +130,7 @@ class Simulation(Result):
 
     def to_json(self) -> dict[str, Any]:
         parameters = counts(self.inputs.model).to_json()
-        return {**self.result.to_json(), "parameters": parameters, "notes": self.notes}
+        return {**plan_json(self.result, self.inputs.model), "parameters": parameters, "notes": self.notes}
 
     def headline(self) -> str:
         r = self.result
@@ -198,6 +199,8 @@ class Ranking(Result):
     rejected: dict[str, int]
     seconds: float
     proven: bool
+    gap: float | None
+    best_by_family: dict[str, dict[str, Any] | None]
     verdict: str
 
     def __init__(self, inputs: Inputs, found: SearchResult, families: Sequence[str]) -> None:
@@ -223,8 +226,7 @@ class Ranking(Result):
         return {**self.found.to_json(), "parameters": counts(self.inputs.model).to_json()}
 
     def headline(self) -> str:
-        left = "" if self.found.proven else "; not exhausted: the budget of simulations ended the search"
-        return f"{self.found.verdict()}{left if self.found.top else ''}"
+        return f"{self.found.verdict()}; {self.found.exhausted()}"
 
     def _results(self) -> Sequence[SimResult]:
         closest = self.closest

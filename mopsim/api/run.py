@@ -15,7 +15,7 @@ from mopsim.api.inputs import (
 )
 from mopsim.api.results import Ranking, Simulation
 from mopsim.engine import SimResult
-from mopsim.search import DEFAULT_FAMILIES, Options
+from mopsim.search import Options
 from mopsim.search import search as ranked
 from mopsim.spec.strategy import MatmulDType
 from mopsim.strategies import FAMILIES
@@ -53,7 +53,9 @@ def simulate(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
     )  # fmt: skip
-    return Simulation(inputs, resolve(strategy, inputs), notes([strategy], inputs))
+    one = resolve(strategy, inputs)
+    said = [one.found.exhausted()] if one.found else []
+    return Simulation(inputs, one.result, [*notes([strategy], inputs), *said])
 
 
 def search(
@@ -65,7 +67,7 @@ def search(
     nodes: int = 1,
     families: str | Sequence[str] | None = None,
     top: int = 5,
-    budget: int = 200,
+    budget: int = 100,
     runnable: bool = False,
     at_risk: bool = False,
     any_routing: bool = False,
@@ -79,18 +81,18 @@ def search(
 ) -> Ranking:
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
 
-    families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all, or with `runnable` those that
-    mopexec runs. top: how many are ranked. budget: simulations at most. runnable: only plans that mopexec
-    runs. at_risk: rank plans whose upper bound of memory is over the limit like those that fit. any_routing:
-    only plans that fit however unevenly the router chooses. progress(simulated, best so far): called as it
-    goes.
+    families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: how many are ranked. budget:
+    simulations at most of each family, so that more families are never worse. runnable: only plans that
+    mopexec runs. at_risk: rank plans whose upper bound of memory is over the limit like those that fit.
+    any_routing: only plans that fit however unevenly the router chooses. progress(simulated, best so far):
+    called as it goes.
     The rest as for mopsim.simulate. Raises MopError; that nothing fits is a result.
     """
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
     )  # fmt: skip
-    chosen = read_families(families, DEFAULT_FAMILIES if runnable else FAMILIES)
-    options = Options(chosen, top, budget, not runnable, at_risk, any_routing, precision, stack=inputs.stack)
+    chosen = read_families(families, FAMILIES)
+    options = Options(chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack)
     found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
     return Ranking(inputs, found, chosen)

@@ -27,7 +27,6 @@ from mopsim.common.units import parse_tokens
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult
 from mopsim.report.sizing import COLUMNS, row, summary
-from mopsim.search import DEFAULT_FAMILIES
 from mopsim.size import Assumptions, Goal, Point, Sizing
 from mopsim.size import size as sized
 from mopsim.size.figures import DAY
@@ -161,10 +160,10 @@ def size(
         goal=Goal(parse_tokens(str(tokens), "tokens"), days * DAY),
         seq_len=length,
         batch_tokens=count(global_batch_tokens, "global_batch_tokens"),
-        families=read_families(families, DEFAULT_FAMILIES if runnable else FAMILIES),
+        families=read_families(families, FAMILIES),
         max_nodes=max_nodes,
         budget=budget,
-        any_plan=not runnable,
+        runnable=runnable,
         assumptions=Assumptions(utilisation, pue),
         precision=precision,
         routing=routed,
@@ -238,5 +237,7 @@ def _point_json(point: Point) -> dict[str, Any]:
         "tokens_per_s": result.tokens_per_second,
         "memory_headroom_bytes": result.memory_limit - result.peak_memory,
         "host_headroom_bytes": result.host_limit - result.host_memory,
+        "proven": point.gap == 0,
+        "gap": point.gap,
         "result": result.to_json(),
     }

@@ -20,16 +20,14 @@ def run(
     strategies: Sequence[str],
     out: str,
     sweep: str | None,
-    any_plan: bool,
+    runnable: bool,
     budget: int,
     json: str | None,
 ) -> None:
     """Compare, show, write the report into `out`."""
     check_outputs({"--json": json}, {"--out": out})
     swept = split_sweep(sweep) if sweep else None
-    found = compare(
-        strategies=strategies, sweep=swept, runnable=not any_plan, budget=budget, **job.keywords()
-    )
+    found = compare(strategies=strategies, sweep=swept, runnable=runnable, budget=budget, **job.keywords())
     written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]))
     console = human(json)
     console.print(comparison(list(found.results.values()), found.inputs.where))

@@ -36,6 +36,10 @@ StackName = Annotated[
 Json = Annotated[str | None, typer.Option(help="write the result as JSON here (- for standard output)")]
 PlanOut = Annotated[str | None, typer.Option(help="write the plan (YAML) here, ready for mopexec train")]
 Trace = Annotated[str | None, typer.Option(help="write a Chrome/Perfetto trace (JSON) here")]
+Runnable = Annotated[bool, typer.Option("--runnable", help="only plans that mopexec runs today")]
+AnyPlan = Annotated[
+    bool, typer.Option("--any", hidden=True, help="of old commands: what it asked for is the default now")
+]
 OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
 
 

@@ -11,18 +11,8 @@ from importlib.resources import files
 from typing import Literal
 
 from mopsim.common.io import Spec, convert, parse_yaml
-from mopsim.search.space import (
-    AXES,
-    CHUNKED,
-    DEVICE,
-    EXCHANGES,
-    FULL,
-    HOST,
-    ULYSSES,
-    Axes,
-    Problem,
-    divisors,
-)
+from mopsim.search.problem import CHUNKED, DEVICE, EXCHANGES, FULL, HOST, ULYSSES, Axes, Problem, divisors
+from mopsim.search.space import AXES
 
 _GATHERED = EXCHANGES.index("all_gather")
 _RING = EXCHANGES.index("ring")

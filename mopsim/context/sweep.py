@@ -15,7 +15,7 @@ from mopsim.context.contenders import Contender
 from mopsim.engine import SimResult, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.search import Options, search
-from mopsim.search.space import Problem
+from mopsim.search.problem import Problem
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
@@ -270,7 +270,7 @@ def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> 
     once = small or not case.accumulate
     for batch in batches:
         options = Options(
-            (task.contender.family,), TOP, task.budget, any_plan=True, precision=case.precision,
+            (task.contender.family,), TOP, task.budget, precision=case.precision,
             axes=task.contender.at_once if once else task.contender.axes,
         )  # fmt: skip
         problem = case.problem(seq_len, batch)

@@ -11,6 +11,7 @@ from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
 from mopsim.report.tables import COLUMNS, row
 from mopsim.report.timeline import timeline_plot
+from mopsim.search.result import format_gap
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,19 @@ class Sweep:
     results: dict[str, list[SimResult | None]]
 
 
-def finding(results: Sequence[SimResult], labels: Sequence[str]) -> str:
-    """One sentence: the winner and by how much, or that nothing fits."""
+Gaps = Mapping[str, float | None]
+"""Of strategies that a search found, by label: SearchResult.gap."""
+
+
+def finding(results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None) -> str:
+    """One sentence: the winner and by how much, or that nothing fits; and whose search was not exhausted."""
+    left = [f"{label} by at most {format_gap(gap)}" for label, gap in (gaps or {}).items() if gap]
+    if not left:
+        return _winner(results, labels)
+    return f"{_winner(results, labels)} (not exhausted: plans left out may be faster, {', '.join(left)})"
+
+
+def _winner(results: Sequence[SimResult], labels: Sequence[str]) -> str:
     order = sorted((r.step_time, label) for r, label in zip(results, labels, strict=True) if r.fits)
     if not order:
         return "No strategy fits"
@@ -49,9 +61,9 @@ def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:
     return f"{name} loses most in {kind.replace('_', ' ')}, {format_seconds(more[kind])}{note}"
 
 
-def summary(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+def summary(results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None) -> str:
     """The finding, and where the difference lies."""
-    found = finding(results, labels), difference(results, labels)
+    found = finding(results, labels, gaps), difference(results, labels)
     return " ".join(f"{one}." for one in found if one)
 
 
@@ -94,7 +106,7 @@ def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str])
         waits.append(Bar(label, _ordered(result.exposed), f"{waiting(result):.0%} of the step"))
     most = max(zip(map(waiting, results), labels, strict=True))
     titles = (
-        f"Simulated step: {finding(results, labels)}",
+        f"Simulated step: {_winner(results, labels)}",
         f"Waiting: {most[1]} waits most, {most[0]:.0%} of its step",
     )
     return time_bars(path, bars, waits, titles)
@@ -130,6 +142,7 @@ def write_compare(
     sweep: Sweep | None,
     title: str,
     facts: dict[str, str],
+    gaps: Gaps | None = None,
 ) -> list[Path]:
     """index.md, index.html and PNGs of a comparison; returns what was written."""
     written = [
@@ -166,7 +179,7 @@ def write_compare(
                 f"Timeline of {label}", picture=(name, "streams of one simulated step, and device memory")
             )
         )
-    return written + write_page(folder, Page(title, summary(results, labels), sections, facts))
+    return written + write_page(folder, Page(title, summary(results, labels, gaps), sections, facts))
 
 
 def sweep_figure(path: Path, sweep: Sweep) -> Path:

@@ -8,6 +8,7 @@ from rich.text import Text
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
+from mopsim.search.result import proof
 from mopsim.size.finder import Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 
@@ -93,7 +94,8 @@ def summary(point: Point | None) -> str:
     if point is None or point.figures is None:
         return "none"
     cost = "price unknown" if point.figures.cost is None else format_dollars(point.figures.cost)
-    return f"{point.hardware.cluster(point.num_nodes)}: {point.figures.days:,.1f} days, {cost}"
+    cluster = point.hardware.cluster(point.num_nodes)
+    return f"{cluster}: {point.figures.days:,.1f} days, {cost} ({proof(point.gap)})"
 
 
 def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:

@@ -1,6 +1,6 @@
 """Tables for the terminal and for reports: what a buyer asks of a strategy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group
 from rich.text import Text
@@ -117,6 +117,20 @@ def comparison(results: Sequence[SimResult], title: str) -> Group:
         numbered(lines),
         Text(f"tok/s: tokens per second per device. Limits of a rank: {limit}", style="dim"),
     )
+
+
+def best_of_each(best: Mapping[str, SimResult | None]) -> Text:
+    """The best strategy of each family, and how the others compare with the fastest."""
+    fastest = min((one.step_time for one in best.values() if one), default=0.0)
+    lines = []
+    for family, one in best.items():
+        if one is None:
+            lines.append(f"best of {family}: nothing fits")
+            continue
+        speed = f"{one.tokens_per_second_per_device:,.0f} tokens/s per device"
+        part = "" if one.step_time == fastest else f" ({fastest / one.step_time:.2f} of the fastest)"
+        lines.append(f"best of {family}: {speed}{part}, {describe(one.strategy)}")
+    return Text("\n".join(lines))
 
 
 def _beyond(result: SimResult) -> str:

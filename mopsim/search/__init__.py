@@ -1,5 +1,7 @@
 """Search over strategies: generate, bound, simulate, rank."""
 
-from mopsim.search.driver import DEFAULT_FAMILIES, Options, SearchResult, search
+from mopsim.search.driver import search
+from mopsim.search.options import Options
+from mopsim.search.result import SearchResult
 
-__all__ = ["DEFAULT_FAMILIES", "Options", "SearchResult", "search"]
+__all__ = ["Options", "SearchResult", "search"]

@@ -5,38 +5,40 @@ rates instead
 of curves, no dependencies between streams, no transients but those that any schedule needs.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import matmul_curve
-from mopsim.layers.flops import flops_per_token
-from mopsim.layers.shapes import attention_widths
+from mopsim.layers.attention import attention
+from mopsim.layers.experts import experts
+from mopsim.layers.ffn import fused_ffn
+from mopsim.layers.flops import flops_per_token, layer_kinds
+from mopsim.layers.shapes import Shapes, attention_widths
 from mopsim.layers.tensors import tensors
-from mopsim.search.space import DEVICE, HOST, RING, STREAMED, ULYSSES, Space, offloaded
+from mopsim.search.problem import DEVICE, HOST, RING, STREAMED, ULYSSES, Problem, offloaded
+from mopsim.search.space import Space
+from mopsim.search.wires import Message, Reals, Wires
 from mopsim.spec.categories import RUNTIMES
+from mopsim.spec.strategy import CAST
 
-Reals = NDArray[np.float64]
 BLOCK = 1 << 16
 """Rows bounded at a time: what is in between fits the cache, and little memory."""
-Message = tuple[str, Reals, Reals, Reals]
-"""(kind of collective, bytes of the full buffer, ranks, times in a step)."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower bounds per row of a space. guess: a time that adds what the bound lets overlap; it orders,
-    never rejects.
+    """Lower bounds per row of a space, seconds and bytes; parts: what that on `device` is made of.
 
-    parts: what the bound on `device` is made of, by category.
+    gathered: bytes of weights that a device gathers for use, not a bound.
     """
 
     time: Reals
-    guess: Reals
     device: Reals
     host: Reals
+    gathered: Reals
     parts: dict[str, Reals]
 
 
@@ -68,9 +70,7 @@ def bound(space: Space) -> Bounds:
     if not len(space):
         empty = np.zeros(0)
         return Bounds(empty, empty, empty, empty, {})
-    sizes = Sizes.of(space)
-    starts = range(0, len(space), BLOCK)
-    blocks = [_Bounder(space.part(start, start + BLOCK), sizes).all() for start in starts]
+    blocks = [one.all() for one in bounders(space)]
     if len(blocks) == 1:
         return blocks[0]
 
@@ -78,10 +78,41 @@ def bound(space: Space) -> Bounds:
         return np.concatenate([getattr(one, name) for one in blocks])
 
     parts = {name: np.concatenate([one.parts[name] for one in blocks]) for name in blocks[0].parts}
-    return Bounds(joined("time"), joined("guess"), joined("device"), joined("host"), parts)
+    return Bounds(joined("time"), joined("device"), joined("host"), joined("gathered"), parts)
 
 
-class _Bounder:
+def bounders(space: Space) -> Iterator["Bounder"]:
+    """What bounds the rows of a space, block by block."""
+    sizes = Sizes.of(space)
+    for start in range(0, len(space), BLOCK):
+        yield Bounder(space.part(start, start + BLOCK), sizes)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a token's backward wants of a layer: of its attention, of its routed experts, and of a whole
+    layer of the kind that keeps least. 0 where operands are cast: they may be kept as they were cast."""
+
+    attention: float
+    experts: float
+    least: float
+
+    @staticmethod
+    def of(problem: Problem, each: float, fused: bool) -> "Kept":
+        """fused: of the implementation that keeps least, with fused kernels."""
+        model, rows = problem.model, problem.training.seq_len
+        if problem.precision in CAST:
+            return Kept(0.0, 0.0, 0.0)
+        shapes = Shapes(rows, rows, width=int(each), fused=fused)
+        least = min(attention(model, shapes, layer).saved() for layer in range(model.num_hidden_layers))
+        routes, dense = (rows * model.num_experts_per_tok,), float("inf")
+        routed = experts(model, routes, int(each), 4, fused=fused).saved() if model.num_local_experts else 0
+        if model.num_dense_layers:
+            dense = fused_ffn(model, model.intermediate_size, "dense_ffn", shapes).saved()
+        return Kept(least / rows, routed / rows, (least + min(routed or dense, dense)) / rows)
+
+
+class Bounder:
     def __init__(self, space: Space, sizes: Sizes) -> None:
         self.space, self.problem, self.sizes = space, space.problem, sizes
         self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
@@ -96,6 +127,7 @@ class _Bounder:
         self.moments = 2 * DTYPE_BYTES[precision.moments]
         self.wide = DTYPE_BYTES[precision.moments]
         self.dtype = precision.compute if precision.matmul == "compute" else precision.matmul
+        self.wires = Wires(self.hardware, self.problem.world_size)
         self.tokens = space.tokens().astype(np.float64)
         world, c = self.problem.world_size, self.c
         self.stage = world / c["pipeline"]
@@ -103,14 +135,14 @@ class _Bounder:
             c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
         )
         self.ring = c["loss"] == RING
+        self.kept = Kept.of(self.problem, self.compute, not self.fully_shard)
         layers = self.model.num_hidden_layers
         self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
         """Share of the layer inputs that goes to the host."""
 
     def all(self) -> Bounds:
         device, parts = self.device_memory()
-        time, guess = self.times()
-        return Bounds(time, guess, device, self.host_memory(), parts)
+        return Bounds(self.time(), device, self.host_memory(), self.gathered(), parts)
 
     def held(self) -> tuple[Reals, Reals]:
         """Parameters per rank: (that the weights take, that the optimizer state takes). Ceilings left out."""
@@ -129,26 +161,32 @@ class _Bounder:
         streamed = self.c["state"] == STREAMED
         return np.asarray(np.where(streamed | self.separate_master, self.wide, 0.0))
 
-    def boundary(self) -> Reals:
-        """Bytes of the layer inputs that wait for the backward; without recompute, of one more value as
-        wide."""
-        m, c = self.model, self.c
-        kept = (
-            np.where(c["recompute"] == 1, 0, m.hidden_size)
-            if self.fully_shard
-            else np.zeros_like(self.tokens)
-        )
-        width = m.hidden_size + kept
-        return np.asarray(
-            m.num_hidden_layers / c["pipeline"] * self.tokens / c["tensor"] * width * self.compute
-        )
+    def inputs(self) -> Reals:
+        """Bytes of the layer inputs that wait for the backward."""
+        rows = self.model.num_hidden_layers / self.c["pipeline"] * self.tokens / self.c["tensor"]
+        return np.asarray(rows * self.model.hidden_size * self.compute)
+
+    def waiting(self) -> Reals:
+        """Bytes of one microbatch on the device that wait for the backward: the layer inputs that do not go
+        to the host, or, without recomputation, all that it wants."""
+        full = self.inputs()
+        some = full / (self.model.hidden_size * self.compute) * self.kept.least
+        stay = np.where(self.c["recompute"] == 1, full, np.maximum(some, full))
+        return np.asarray(stay - self.away * full)
+
+    def in_backward(self) -> Reals:
+        """Bytes that autograd wants of the last layer at once, where it is recomputed; the flat runtime's own
+        backward frees them as it goes."""
+        again = (self.c["recompute"] == 1) & self.fully_shard
+        whole = self.kept.attention + self.kept.experts
+        return np.asarray(self.tokens / self.c["tensor"] * np.where(again, whole, 0.0))
 
     def moved(self) -> Reals:
         """Bytes of the layer inputs of a microbatch that go to the host: in staged programs (ZeRO below 3)
         not the last layer's, whose backward may come next."""
         layers = self.model.num_hidden_layers / self.c["pipeline"]
         last = np.where(self.c["zero"] == 3, 0, np.minimum(1 / layers, 1))
-        return np.asarray(self.away * self.boundary() * (1 - last))
+        return np.asarray(self.away * self.inputs() * (1 - last))
 
     def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
         c, on_device = self.c, self.c["state"] == DEVICE
@@ -157,11 +195,15 @@ class _Bounder:
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
         optimizer = np.where(on_device, state * (self.master() + self.moments), 0)
         early = np.zeros_like(grads) if self.fully_shard else grads
-        boundaries = (1 - self.away) * self.boundary()
+        boundaries = self.waiting()
         vocabulary = self.model.vocab_size / np.maximum(c["vocabulary"], c["tensor"])
         logits = self.tokens / c["loss_slices"] * vocabulary * self.compute
         resident = params + optimizer
-        peak = np.maximum(resident + early + boundaries + logits, resident + grads)
+        last = np.maximum(
+            logits, self.in_backward() - boundaries * c["pipeline"] / self.model.num_hidden_layers
+        )
+        peak = np.maximum(resident + early + boundaries + last, resident + grads)
+        peak = np.maximum(peak, self.first_stage(boundaries))
         parts = {
             "params": params,
             "grads": grads,
@@ -171,44 +213,67 @@ class _Bounder:
         }
         return peak, parts
 
+    def first_stage(self, boundaries: Reals) -> Reals:
+        """Bytes that the first stage of a pipeline keeps of the microbatches under way."""
+        c = self.c
+        under_way = np.minimum(np.minimum(c["pipeline"], self.microbatches), np.maximum(self.microbatches, 1))
+        even = self.model.num_hidden_layers // c["pipeline"] * c["pipeline"] / self.model.num_hidden_layers
+        return np.asarray(under_way * even * boundaries)
+
     def host_memory(self) -> Reals:
         weights, state = self.held()
         off = np.where(self.c["state"] == DEVICE, 0, state * (self.master() + self.moments))
         off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
         return off + self.moved()
 
-    def times(self) -> tuple[Reals, Reals]:
-        """(bound: the slowest stream, then the optimizer; guess: the streams one after the other).
+    def gathered(self) -> Reals:
+        """Bytes of weights gathered for a layer and the next, or of all that stay until the backward."""
+        c, layers = self.c, float(self.model.num_hidden_layers)
+        experts = self.sizes.experts / (c["experts"] * c["expert_tensor"])
+        whole = (self.sizes.dense / c["tensor"] + experts) * self.compute
+        each = np.minimum(whole, 2 * whole / layers)
+        held = np.where(c["reshard"] == 1, each, whole)
+        return np.asarray(np.where(c["zero"] == 3, held, 0.0))
 
-        Compute loses `communication_share` beside a busy fabric.
-        """
-        up, out = self.wire_times(self.messages())
-        wires, compute, copies = np.maximum(up, out), self.compute_time(), self.copy_time()
-        after = self.optimizer_time() + self.constant()
-        slowest = np.maximum.reduce([compute + self.hardware.communication_share * wires, wires, copies])
-        likely = sum(self.wire_times(self.likely()))
-        return np.asarray(slowest + after), np.asarray(compute + up + out + likely + after)
+    def time(self) -> Reals:
+        """The slowest stream, then the optimizer. Compute loses `communication_share` to a busy fabric."""
+        wires = np.maximum(*self.busy([*self.weights(), *self.exchanges(), *self.ring_blocks()]))
+        busy = self.slowest_stage() + self.hardware.communication_share * wires
+        slowest = np.maximum.reduce([busy, wires, self.copy_time()])
+        return np.asarray(slowest + self.optimizer_time() + self.constant())
 
     def constant(self) -> float:
         """Calibrated seconds per step: what any runtime needs at least."""
         return min(self.hardware.step_overhead(runtime) for runtime in RUNTIMES)
 
     def scale(self, kind: str) -> float:
-        """What calibration multiplies a kind of work by; 0 where a negative overhead could undo any of it."""
-        correction = self.hardware.corrections.get(kind)
-        if correction is None:
-            return 1.0
-        return correction.scale if correction.overhead >= 0 else 0.0
+        return self.wires.scale(kind)
 
     def compute_time(self) -> Reals:
         """Products of forward, backward (twice) and recompute at the best rate of the curve, and kernel
-        launches.
+        launches, of the mean rank: every degree splits the work of a step over ranks."""
+        return self.work(flops_per_token(self.model, self.problem.training.seq_len)) + self.launches()
 
-        Every degree splits the work of a step over ranks, so the mean rank does 1/W of it and the
-        slowest no less.
-        """
+    def slowest_stage(self) -> Reals:
+        """`compute_time` of the slowest rank: of a pipeline, the last stage, which has the loss, or the last
+        of those that have a layer more; with what a microbatch takes on the way there and back."""
+        c, training = self.c, self.problem.training
+        mean = self.compute_time()
+        if not bool((c["pipeline"] > 1).any()):
+            return mean
+        stages, parts = c["pipeline"], c["pipeline"] * c["virtual_stages"]
+        kinds = layer_kinds(self.model, training.seq_len)
+        layer = np.minimum.reduce([self.work(dict(flops)) for flops, _ in kinds]) * stages
+        head = self.work({"vocabulary": flops_per_token(self.model, training.seq_len)["vocabulary"]}) * stages
+        few, extra = np.divmod(self.model.num_hidden_layers, parts)
+        one, ahead = layer / self.microbatches, np.minimum(extra, stages) - 1
+        last = c["virtual_stages"] * few * layer + head + (stages - 1) * few * one
+        most = (c["virtual_stages"] * few + 1) * layer + ahead * (few + 1) * one
+        return np.asarray(np.maximum.reduce([mean, last, np.where(extra > 0, most, 0.0)]))
+
+    def work(self, flops: Mapping[str, float]) -> Reals:
+        """Seconds of a rank's share of forward FLOP by component, with backward and recompute."""
         training, device = self.problem.training, self.hardware.device
-        flops = flops_per_token(self.model, training.seq_len)
         share = training.seq_len * training.global_batch / self.problem.world_size
         curve = matmul_curve(self.hardware, self.dtype)
         grouped_curves = [one for one in device.grouped_matmul if one.dtype == self.dtype] or [curve]
@@ -221,107 +286,75 @@ class _Bounder:
         rate = max(one.peak.si * one.efficiency for one in grouped_curves)
         seconds = seconds + share * grouped / rate * self.scale("grouped_matmul")
         attention = (1 + again) / device.attention.forward + 2.5 / device.attention.backward
-        seconds = seconds + share * core / curve.peak.si * attention * self.scale("attention")
+        return np.asarray(seconds + share * core / curve.peak.si * attention * self.scale("attention"))
+
+    def launches(self) -> Reals:
+        """Seconds of starting kernels."""
         chunks = np.maximum(self.c["chunks"], 1) * self.sizes.moe_layers
-        launches = self.microbatches * 20 * (self.model.num_hidden_layers + chunks) / self.c["pipeline"]
-        return np.asarray(
-            seconds + launches * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
-        )
+        count = self.microbatches * 20 * (self.model.num_hidden_layers + chunks) / self.c["pipeline"]
+        scale = min(self.scale("memory_bound"), 1.0)
+        return np.asarray(count * self.hardware.device.launch_overhead.si * scale)
 
-    def wire_times(self, messages: list[Message]) -> list[Reals]:
-        """Seconds of each fabric that messages keep busy."""
-        fabric = {"scale_up": np.zeros(len(self.space)), "scale_out": np.zeros(len(self.space))}
-        for kind, size, ranks, count in messages:
-            domain = np.minimum(ranks, self.hardware.scale_up_size)
-            crosses = ranks > domain
-            live = np.where(ranks > 1, count, 0) * self.scale(kind)
-            for name, chosen in (("scale_up", ~crosses), ("scale_out", crosses)):
-                fabric[name] += np.where(chosen, live * self.message_time(kind, size, ranks, domain, name), 0)
-        return list(fabric.values())
+    def busy(self, messages: Iterable[Message]) -> tuple[Reals, Reals]:
+        """Seconds in which messages keep (scale-up, scale-out) busy."""
+        up, out = np.zeros(len(self.space)), np.zeros(len(self.space))
+        for message in messages:
+            inside, across = self.wires.seconds(message)
+            up, out = up + inside, out + across
+        return up, out
 
-    def message_time(self, kind: str, size: Reals, ranks: Reals, domain: Reals, name: str) -> Reals:
-        """Seconds of one collective over `size` bytes; mopsim.cost.communication without its half sizes.
-
-        Inside a domain: over the links of a mesh that lead to the group, or over NICs where those are faster
-        (the ranks may lie in as many domains).
-        """
-        curve = getattr(self.hardware, name).collectives[kind]
-        rate: Reals | float = curve.bandwidth.si
-        if name == "scale_up":
-            peers = np.asarray(1 if kind == "send_recv" else np.maximum(ranks - 1, 1))
-            nics = self.hardware.scale_out.collectives[kind].bandwidth.si
-            rate = np.maximum(rate * np.minimum(1, peers * self.hardware.peer_share), min(rate, nics))
-        if kind == "send_recv":
-            part = size
-        elif name == "scale_up":
-            part = size * (ranks - 1) / ranks
-        elif kind == "all_to_all":
-            part = size * (ranks - domain) / ranks
-        else:
-            part = size / domain * (1 - domain / ranks)
-        return np.asarray(curve.latency.si + part / rate)
-
-    def messages(self) -> list[Message]:
-        """The collectives that no schedule avoids: gathers and reductions of weights, sequence and expert
-        exchanges, the ring."""
+    def weights(self) -> list[Message]:
+        """Gathers and reductions of weights that no schedule of ZeRO-3 avoids."""
         c, m = self.c, self.model
+        if not (c["zero"] == 3).all():
+            return []
         layers = float(m.num_hidden_layers)
-        found: list[Message] = []
-        if (c["zero"] == 3).all():
-            dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers / c["tensor"]
-            gathers = np.maximum(c["recompute"], c["reshard"]) + 1
-            found.append(
-                (
-                    "all_gather",
-                    dense * self.compute,
-                    c["dense_shard"],
-                    layers * self.microbatches * gathers,
-                )
-            )
-            found.append(
-                ("reduce_scatter", dense * self.reduce, c["dense_shard"], layers * self.microbatches)
-            )
-            unit = self.sizes.largest_expert_unit / c["experts"]
-            times = self.sizes.moe_layers * self.microbatches
-            found.append(("all_gather", unit * self.compute, c["expert_shard"], times * gathers))
-            found.append(("reduce_scatter", unit * self.reduce, c["expert_shard"], times))
-            found += self.exchanges()
-        if (self.ring & (c["vocabulary"] > 1)).any():
-            rows = m.vocab_size / c["vocabulary"]
-            block = np.minimum(self.tokens, rows) * m.hidden_size * self.compute
-            found.append(("send_recv", block, c["vocabulary"], 2 * (c["vocabulary"] - 1) * self.microbatches))
-        return found
+        dense = (self.sizes.dense - m.vocab_size * m.hidden_size) / layers / c["tensor"]
+        gathers = c["reshard"] + 1
+        unit = self.sizes.largest_expert_unit / c["experts"]
+        times, experts = layers * self.microbatches, self.sizes.moe_layers * self.microbatches
+        shard, copies, apart = c["dense_shard"], c["expert_shard"], c["experts"] * c["expert_tensor"]
+        return [
+            Message("all_gather", dense * self.compute, shard, times * gathers, c["tensor"]),
+            Message("reduce_scatter", dense * self.reduce, shard, times, c["tensor"]),
+            Message("all_gather", unit * self.compute, copies, experts * gathers, apart),
+            Message("reduce_scatter", unit * self.reduce, copies, experts, apart),
+        ]
 
-    def likely(self) -> list[Message]:
-        """Collectives of a usual schedule, for the guess: rows gathered and scattered around the two tensor
-        regions of a layer (arXiv 2205.05198), keys and values gathered over a sequence not split by heads."""
+    def ring_blocks(self) -> list[Message]:
+        """Blocks of the output projection or of the tokens that go round the vocabulary ring."""
         c, m = self.c, self.model
-        passes = self.microbatches * (2 + c["recompute"]) * m.num_hidden_layers / c["pipeline"]
-        rows = self.tokens * m.hidden_size * self.compute
-        qk, v = attention_widths(m)
-        heads = m.num_key_value_heads if m.attention == "gqa" else m.num_attention_heads
-        keys = self.tokens * c["sequence"] * heads / c["tensor"] * (qk + v) * self.compute
-        split = np.where(c["exchange"] == ULYSSES, 1, c["sequence"])
-        return [("all_gather", rows, c["tensor"], 4 * passes), ("all_gather", keys, split, passes)]
+        if not (self.ring & (c["vocabulary"] > 1)).any():
+            return []
+        rows = m.vocab_size / c["vocabulary"]
+        block = np.minimum(self.tokens, rows) * m.hidden_size * self.compute
+        return [Message("send_recv", block, c["vocabulary"], 2 * (c["vocabulary"] - 1) * self.microbatches)]
 
     def exchanges(self) -> list[Message]:
         """Sequence and expert all-to-alls of forward, recompute and backward."""
         c, m = self.c, self.model
         tokens = self.tokens / c["tensor"]
         qk, v = attention_widths(m)
-        passes = self.microbatches * (2 + c["recompute"]) * m.num_hidden_layers
+        passes = self.microbatches * (2 + c["recompute"]) * m.num_hidden_layers / c["pipeline"]
         sent = tokens * m.num_attention_heads * min(qk, v) * self.compute
         routes = tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
-        times = self.microbatches * self.sizes.moe_layers * np.maximum(c["chunks"], 1) * (4 + c["recompute"])
+        moe_layers = self.sizes.moe_layers / c["pipeline"] * np.maximum(c["chunks"], 1)
+        times = self.microbatches * moe_layers * (4 + c["recompute"])
         heads = np.where(c["exchange"] == ULYSSES, c["sequence"], 1)
-        return [("all_to_all", sent, heads, 2 * passes), ("all_to_all", routes, c["experts"], times)]
+        return [
+            Message("all_to_all", sent, heads, 2 * passes, c["tensor"]),
+            Message("all_to_all", routes, c["experts"], times, c["expert_tensor"]),
+        ]
 
     def copy_time(self) -> Reals:
-        """Boundaries out and back over the host link."""
-        host = self.hardware.host
-        moved = self.moved() * self.microbatches
-        scale = max(self.scale("h2d") / host.link_h2d.si, self.scale("d2h") / host.link_d2h.si)
-        return moved * scale * self.hardware.host.link_sharing
+        """Layer inputs out and back over the host link, the slower way; with offload the weights up for each
+        use and their gradients down."""
+        c, host = self.c, self.hardware.host
+        moved, offload = self.moved() * self.microbatches, c["offload"] * self.held()[0] * self.microbatches
+        uses = c["reshard"] + 1
+        up = (moved + offload * uses * self.param) * self.scale("h2d") / host.link_h2d.si
+        down = (moved + offload * self.grad) * self.scale("d2h") / host.link_d2h.si
+        return np.asarray(np.maximum(up, down) * host.link_sharing)
 
     def optimizer_time(self) -> Reals:
         _, state = self.held()

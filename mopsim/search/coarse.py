@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mopsim.search.space import Axes, Problem, Values
+from mopsim.search.problem import Axes, Problem, Values
 
 
 def coarse(problem: Problem, axes: Axes) -> Axes:

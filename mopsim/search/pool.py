@@ -1,13 +1,18 @@
-"""The candidates of a family that the bounds let through, and what simulation teaches about their memory."""
+"""The candidates of a family that the bounds let through, and what simulations teach of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mopsim.search.bound import Bounds
-from mopsim.search.space import Column, Space
+from mopsim.search.guess import guess
+from mopsim.search.learn import Memory, Times
+from mopsim.search.problem import Column
+from mopsim.search.seeds import textbook
+from mopsim.search.space import Space
+from mopsim.search.wires import Reals
 
 #: Columns that one decision sets together: neighbours differ in one group.
 _TOGETHER = {
@@ -20,82 +25,75 @@ _TOGETHER = {
 }
 #: Columns that decide how large transients are beside the tokens of a rank.
 _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute")
+HOPE = 0.03
+"""Part by which a value of a column that was never simulated is taken to be faster than known."""
 
 
 @dataclass
 class Pool:
     """Candidates in order of their guessed time. A position counts in that order; `rows[position]` is a
-    row of the space."""
+    row of the space. seeds: positions of textbook layouts, tried first."""
 
     space: Space
     rows: Column
-    time: NDArray[np.float64]
-    guess: NDArray[np.float64]
-    device: NDArray[np.float64]
-    host: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    kinds: Column
+    time: Reals
+    host: Reals
+    memory: Memory
+    times: Times
+    seeds: list[int]
     taken: NDArray[np.bool_]
-    excess: dict[int, list[float]] = field(default_factory=dict)
-    host_rise: list[float] = field(default_factory=list)
+    host_rise: list[float]
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
         """The rows `keep` of a space; equal guesses in order of memory."""
-        rows = keep[np.lexsort((bounds.device[keep], bounds.guess[keep]))]
-        shapes = np.stack([space.columns[name][rows] for name in _TRANSIENT])
-        _, kinds = np.unique(shapes, axis=1, return_inverse=True)
-        tokens = space.tokens()[rows].astype(np.float64)
-        taken = np.zeros(len(rows), dtype=np.bool_)
-        return Pool(
-            space,
-            rows,
-            bounds.time[rows],
-            bounds.guess[rows],
-            bounds.device[rows],
-            bounds.host[rows],
-            tokens,
-            kinds.reshape(-1),
-            taken,
+        likely = np.maximum(guess(space.take(keep)), bounds.time[keep])
+        order = np.lexsort((bounds.device[keep], likely))
+        rows, likely = keep[order], likely[order]
+        kept = space.take(rows)
+        _, kinds = np.unique(
+            np.stack([kept.columns[name] for name in _TRANSIENT]), axis=1, return_inverse=True
         )
+        each = kept.tokens() / kept.columns["tensor"].astype(np.float64)
+        parts = np.stack([bounds.gathered[rows], each, bounds.parts["boundaries"][rows]])
+        memory = Memory(bounds.device[rows], parts, kinds.reshape(-1))
+        times = Times.of(likely, list(kept.columns.values()))
+        taken = np.zeros(len(rows), dtype=np.bool_)
+        seeds = textbook(kept, likely)
+        return Pool(space, rows, bounds.time[rows], bounds.host[rows], memory, times, seeds, taken, [])
 
-    def learn(self, position: int, peak_memory: int, host_memory: int) -> None:
-        """Note how far above its bounds a simulated candidate's memory was: the device's per token of a rank,
-        the host's as a ratio."""
-        above = max(0.0, peak_memory - float(self.device[position])) / float(self.tokens[position])
-        self.excess.setdefault(int(self.kinds[position]), []).append(above)
+    def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
+        """Note what a simulated candidate took."""
+        self.memory.learn(position, peak_memory)
+        self.times.learn(position, step_time)
         if self.host[position] > 0:
             self.host_rise.append(host_memory / float(self.host[position]))
 
-    def expected_memory(self, *, hopeful: bool = False) -> NDArray[np.float64]:
-        """The bound, and the median excess of the simulated candidates alike in chunks (else of all; none
-        if `hopeful`)."""
-        if not self.excess:
-            return self.device
-        usual = 0.0 if hopeful else median(value for values in self.excess.values() for value in values)
-        extra = np.full(int(self.kinds.max()) + 1, usual)
-        for kind, values in self.excess.items():
-            extra[kind] = median(values)
-        return self.device + extra[self.kinds] * self.tokens
+    def room(self) -> tuple[NDArray[np.bool_], Reals]:
+        """Of each candidate: whether it is expected to fit; its expected share of what there is."""
+        hardware = self.space.problem.hardware
+        rise = median(self.host_rise) if self.host_rise else 1.0
+        device = self.memory.expected() / hardware.memory_limit()
+        host = self.host * rise / max(hardware.host_limit(), 1)
+        share = np.maximum(device, host)
+        return share <= 1, share
 
-    def first(self, below: float) -> tuple[bool, int] | None:
-        """(expected not to fit, position) of the untaken candidate of the best guess whose bound is
-        under `below` s.
-
-        Those expected not to fit the device or the host come last, the leanest first: a guess orders
-        the work, only bounds and simulations reject.
-        """
+    def next(self, below: float, fits: NDArray[np.bool_], share: Reals) -> int | None:
+        """The untaken candidate of the least expected time whose bound is under `below` seconds; where none
+        is expected to fit, the leanest."""
         usable = ~self.taken & (self.time < below)
         if not usable.any():
             return None
-        hardware = self.space.problem.hardware
-        rise = median(self.host_rise) if self.host_rise else 1.0
-        safe = self.host * rise <= hardware.host_limit()
-        fitting = usable & safe & (self.expected_memory() <= hardware.memory_limit())
-        if fitting.any():
-            return False, int(np.argmax(fitting))
-        lean = np.where(usable, self.expected_memory(hopeful=True) / hardware.memory_limit(), np.inf)
-        return True, int(np.argmin(np.where(safe, lean, lean + 1.0)))
+        likely = usable & fits
+        if likely.any():
+            return int(np.argmin(np.where(likely, self.times.expected(HOPE), np.inf)))
+        return int(np.argmin(np.where(usable, share, np.inf)))
+
+    def bold(self, below: float, may_fit: NDArray[np.bool_]) -> int | None:
+        """The untaken candidate of the least expected time, if that is under `below` seconds."""
+        expected = np.where(~self.taken & may_fit, self.times.expected(HOPE), np.inf)
+        position = int(np.argmin(expected))
+        return position if expected[position] < below else None
 
     def neighbours(self, position: int) -> Column:
         """Positions one decision away from `position`, best guess first."""

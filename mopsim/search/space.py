@@ -3,90 +3,40 @@ built before it is needed."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar, cast
 
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.spec.hardware import HardwareProfile
+from mopsim.search.build import build
+from mopsim.search.problem import (
+    CHUNKED,
+    DEFAULTS,
+    DEVICE,
+    EXCHANGES,
+    FULL,
+    HOST,
+    PARTS,
+    RING,
+    STREAMED,
+    ULYSSES,
+    Axes,
+    Column,
+    Problem,
+    divisors,
+    tokens,
+)
 from mopsim.spec.layout import ceil_div
-from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import CAST, DType, Exchange, MatmulDType, Strategy
-from mopsim.spec.training import TrainSpec
-from mopsim.strategies import STACKS, State, fsdp2, megatron, mop, zero_offload
+from mopsim.spec.strategy import Strategy
+from mopsim.strategies import STACKS
 
-Column = NDArray[np.int64]
-Number = TypeVar("Number", int, Column)
-Values = Sequence[int] | Sequence[tuple[int, ...]]
-Axes = dict[str | tuple[str, ...], Values]
-
-#: Codes of the `state` column (where the optimizer lives), of the `loss` and of the `exchange` column.
-DEVICE, STREAMED, HOST = 0, 1, 2
-FULL, CHUNKED, RING = 0, 1, 2
-ULYSSES = 0
-
-PARTS = 4
-"""`boundary_parts` of so many are the layer inputs that go to the host, where they do."""
-
-STATES: tuple[State, ...] = ("device", "host_streamed", "host")
-EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
-
-DEFAULTS = {
-    "micro_batch": 1,
-    "tensor": 1,
-    "pipeline": 1,
-    "virtual_stages": 1,
-    "sequence": 1,
-    "exchange": ULYSSES,
-    "experts": 1,
-    "expert_tensor": 1,
-    "expert_shard": 1,
-    "vocabulary": 1,
-    "dense_shard": 1,
-    "chunks": 0,
-    "ffn_slices": 1,
-    "loss": FULL,
-    "loss_slices": 1,
-    "state": DEVICE,
-    "bucket": 100_000_000,
-    "boundary_host": 0,
-    "boundary_parts": PARTS,
-    "recompute": 1,
-    "reshard": 1,
-    "offload": 0,
-    "zero": 3,
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a strategy is looked for: every input of the search but its options. `total_params` is the
-    model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
-    stack: the software, where it is not the family's own."""
-
-    model: ModelSpec
-    hardware: HardwareProfile
-    num_nodes: int
-    training: TrainSpec
-    total_params: int
-    precision: MatmulDType = "bfloat16"
-    stack: Stack | None = None
-
-    @property
-    def compute(self) -> DType:
-        """What is not a product computes in."""
-        return "bfloat16" if self.precision in CAST else cast(DType, self.precision)
-
-    @property
-    def world_size(self) -> int:
-        return self.num_nodes * self.hardware.devices_per_node
+IN_8_BITS = ("fsdp2", "megatron")
+"""Families whose products may be cast (CAST)."""
 
 
 @dataclass(frozen=True)
@@ -107,19 +57,20 @@ class Space:
         columns = {name: column[start:stop] for name, column in self.columns.items()}
         return Space(self.family, self.problem, columns)
 
+    def take(self, rows: Column) -> "Space":
+        """The rows of these places, in their order."""
+        columns = {
+            name: column[rows] if column.strides[0] else np.broadcast_to(column[:1], len(rows))
+            for name, column in self.columns.items()
+        }
+        return Space(self.family, self.problem, columns)
+
     def row(self, index: int) -> dict[str, int]:
         return {name: int(column[index]) for name, column in self.columns.items()}
 
     def build(self, index: int) -> Strategy:
         """The Strategy of one row. Raises SpecError where a relation that the columns do not hold breaks."""
-        row = self.row(index)
-        strategy = BUILDERS[self.family](self.problem, row)
-        if self.problem.precision in CAST:
-            precision = replace(strategy.precision, matmul=self.problem.precision)
-            strategy = replace(strategy, precision=precision)
-        if self.problem.stack:
-            strategy = replace(strategy, stack=self.problem.stack.name)
-        return _within_host(self.problem, row, strategy)
+        return build(self.family, self.problem, self.row(index))
 
     @cached_property
     def stack(self) -> Stack:
@@ -128,11 +79,7 @@ class Space:
 
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""
-        return _tokens(self.problem, self.columns)
-
-
-def divisors(value: int) -> list[int]:
-    return [d for d in range(1, value + 1) if value % d == 0]
+        return tokens(self.problem, self.columns)
 
 
 def generate(problem: Problem, family: str, change: Callable[[Problem, Axes], Axes] | None = None) -> Space:
@@ -214,12 +161,16 @@ def _relations(
     )
     yield (
         "more chunks than tokens",
-        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= _tokens(problem, c),
+        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= tokens(problem, c),
     )
 
 
 def _micro_batches(problem: Problem) -> list[int]:
-    return [size for size in (1, 2, 4, 8) if problem.training.global_batch % size == 0]
+    """Up to the whole global batch: powers of two, and those times its odd part."""
+    batch = problem.training.global_batch
+    twos = batch & -batch
+    powers = [1 << i for i in range(twos.bit_length())]
+    return sorted({part * power for part in (1, batch // twos) for power in powers})
 
 
 def _sequences(problem: Problem) -> list[int]:
@@ -261,20 +212,6 @@ def _boundaries(problem: Problem) -> list[tuple[int, ...]]:
     least = problem.model.num_hidden_layers * each
     some = range(1, PARTS) if 4 * least > problem.hardware.host_limit() else range(0)
     return [(0, PARTS), *((1, parts) for parts in (*some, PARTS))]
-
-
-def offloaded(layers: int, parts: Column | int) -> Column:
-    """Layers whose inputs go to the host, of `parts` of PARTS: rounded down, at least one."""
-    return np.maximum(layers * np.asarray(parts, dtype=np.int64) // PARTS, 1)
-
-
-def _within_host(problem: Problem, row: dict[str, int], strategy: Strategy) -> Strategy:
-    """The strategy with a budget of the host for a part of the layer inputs."""
-    if not row["boundary_host"] or row["boundary_parts"] == PARTS:
-        return strategy
-    each = _tokens(problem, row) * problem.model.hidden_size * int(DTYPE_BYTES[strategy.precision.compute])
-    budget = int(offloaded(problem.model.num_hidden_layers, row["boundary_parts"])) * each
-    return replace(strategy, activations=replace(strategy.activations, host_budget=budget))
 
 
 def _slices(used: bool) -> list[int]:
@@ -349,95 +286,4 @@ AXES = {
     "fsdp2": _fsdp2_axes,
     "zero_offload": _zero_offload_axes,
     "megatron": _megatron_axes,
-}
-
-
-def _chunk(tokens: int, slices: int) -> int:
-    """Tokens per slice; 0 (= all at once) for one slice."""
-    return 0 if slices <= 1 else ceil_div(tokens, slices)
-
-
-def _tokens(problem: Problem, row: Mapping[str, Number]) -> Number:
-    """N, of a row or of a column of them: tokens per rank and microbatch."""
-    return problem.training.seq_len * row["micro_batch"] // row["sequence"]
-
-
-def _build_mop(problem: Problem, row: dict[str, int]) -> Strategy:
-    tokens = _tokens(problem, row)
-    return mop(
-        problem.world_size,
-        sequence=row["sequence"],
-        experts=row["experts"],
-        vocabulary=row["vocabulary"],
-        micro_batch=row["micro_batch"],
-        dense_shard=row["dense_shard"],
-        expert_shard=row["expert_shard"],
-        chunk_tokens=ceil_div(tokens, max(row["chunks"], 1)),
-        ffn_chunk_tokens=_chunk(tokens, row["ffn_slices"]),
-        loss_chunk_tokens=_chunk(tokens, row["loss_slices"]),
-        state=STATES[row["state"]],
-        bucket_params=row["bucket"],
-        boundary_tier="host" if row["boundary_host"] else "device",
-        precision=problem.compute,
-    )
-
-
-def _build_fsdp2(problem: Problem, row: dict[str, int]) -> Strategy:
-    tokens = _tokens(problem, row)
-    return fsdp2(
-        problem.world_size,
-        tensor=row["tensor"],
-        sequence=row["sequence"],
-        exchange=EXCHANGES[row["exchange"]],
-        experts=row["experts"],
-        micro_batch=row["micro_batch"],
-        dense_shard=row["dense_shard"],
-        recompute="full" if row["recompute"] else "none",
-        loss="chunked" if row["loss"] == CHUNKED else "full",
-        loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
-        offload=bool(row["offload"]),
-        reshard=bool(row["reshard"]),
-        precision=problem.compute,
-    )
-
-
-def _build_zero_offload(problem: Problem, row: dict[str, int]) -> Strategy:
-    tokens = _tokens(problem, row)
-    return zero_offload(
-        problem.world_size,
-        sequence=row["sequence"],
-        experts=row["experts"],
-        micro_batch=row["micro_batch"],
-        dense_shard=row["dense_shard"],
-        expert_shard=row["expert_shard"],
-        loss="chunked" if row["loss"] == CHUNKED else "full",
-        loss_chunk_tokens=ceil_div(tokens, row["loss_slices"]),
-        boundary_tier="host" if row["boundary_host"] else "device",
-        precision=problem.compute,
-    )
-
-
-def _build_megatron(problem: Problem, row: dict[str, int]) -> Strategy:
-    return megatron(
-        problem.world_size,
-        tensor=row["tensor"],
-        pipeline=row["pipeline"],
-        virtual_stages=row["virtual_stages"],
-        sequence=row["sequence"],
-        experts=row["experts"],
-        expert_tensor=row["expert_tensor"],
-        micro_batch=row["micro_batch"],
-        recompute="full" if row["recompute"] else "none",
-        boundary_tier="host" if row["boundary_host"] else "device",
-        precision=problem.compute,
-    )
-
-
-IN_8_BITS = ("fsdp2", "megatron")
-"""Families whose products may be cast (CAST)."""
-BUILDERS: dict[str, Callable[[Problem, dict[str, int]], Strategy]] = {
-    "mop": _build_mop,
-    "fsdp2": _build_fsdp2,
-    "zero_offload": _build_zero_offload,
-    "megatron": _build_megatron,
 }

@@ -2,7 +2,7 @@
 
 from mopsim.cost.compute import matmul_curve
 from mopsim.layers.flops import flops_per_token
-from mopsim.search.space import divisors
+from mopsim.search.problem import divisors
 from mopsim.size.figures import Assumptions, Goal
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult
-from mopsim.search import DEFAULT_FAMILIES, Options, SearchResult, search
+from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import Assumptions, Figures, Goal, figures
@@ -16,6 +16,7 @@ from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
 
 FEW_TOKENS = 8192
 """Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
@@ -26,17 +27,17 @@ the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."
 class Request:
     """What is to be trained, and how the answer is looked for. batch_tokens: wanted tokens per step.
 
-    budget: simulations per node count and family. any_plan: also what mopexec does not run.
+    budget: simulations per node count and family. runnable: only what mopexec runs.
     """
 
     model: ModelSpec
     goal: Goal
     seq_len: int
     batch_tokens: int
-    families: tuple[str, ...] = DEFAULT_FAMILIES
+    families: tuple[str, ...] = FAMILIES
     max_nodes: int = 512
     budget: int = 40
-    any_plan: bool = True
+    runnable: bool = False
     assumptions: Assumptions = field(default_factory=Assumptions)
     precision: MatmulDType = "bfloat16"
     routing: RoutingProfile = "balanced"
@@ -60,6 +61,7 @@ class Point:
     figures: Figures | None
     in_time: bool
     why: str
+    gap: float | None = None
 
     @property
     def num_devices(self) -> int:
@@ -104,27 +106,19 @@ class _Asker:
     def _ask(self, num_nodes: int) -> Point:
         request = self.request
         training = request.training(num_nodes * self.hardware.devices_per_node)
-        found: list[SearchResult] = []
-        for family in request.families:  # apart, or one family's hopeful guesses spend the others' budget
-            options = Options(
-                (family,),
-                1,
-                request.budget,
-                request.any_plan,
-                precision=request.precision,
-                axes=coarse,
-                stack=request.stack,
-            )
-            found.append(search(request.model, self.hardware, num_nodes, training, options))
-        self.simulated += sum(one.simulated for one in found)
-        fitting = [one.best for one in found if one.best and one.best.verdict == "fits"]
-        best = min(fitting, key=lambda one: one.step_time, default=None)
-        if best is None:
+        options = Options(
+            request.families, 1, request.budget, request.runnable, precision=request.precision, axes=coarse,
+            stack=request.stack,
+        )  # fmt: skip
+        found = search(request.model, self.hardware, num_nodes, training, options)
+        self.simulated += found.simulated
+        best = found.best
+        if best is None or best.verdict != "fits":
             return Point(self.hardware, num_nodes, training, None, None, False, _memory_reason(found))
         bill = figures(self.hardware, num_nodes, best.tokens_per_second, request.goal, request.assumptions)
         in_time = bill.seconds <= request.goal.seconds
         why = "" if in_time else f"too slow: {bill.days:,.1f} days{_small_batch(training, best)}"
-        return Point(self.hardware, num_nodes, training, best, bill, in_time, why)
+        return Point(self.hardware, num_nodes, training, best, bill, in_time, why, found.gap)
 
 
 def size(
@@ -189,16 +183,15 @@ def _small_batch(training: TrainSpec, result: SimResult) -> str:
     return f" ({tokens:,} tokens a device and step: a larger global batch is faster)"
 
 
-def _memory_reason(found: Sequence[SearchResult]) -> str:
-    """What stops searches that found nothing with room to spare."""
-    if any(one.best for one in found):
+def _memory_reason(found: SearchResult) -> str:
+    """What stops a search that found nothing with room to spare."""
+    if found.best:
         return "fits only at risk: the upper bound of its memory is beyond the limit"
-    closest = [one.closest for one in found if one.closest]
-    if closest:
-        least = min(closest, key=lambda one: one.over_bytes)
+    least = found.closest
+    if least:
         by = format_bytes(least.over_bytes)
         return f"does not fit: {least.over or 'memory'} is {by} over in the closest strategy"
-    return found[0].verdict()
+    return found.verdict()
 
 
 def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[Point | None, Point | None]:

@@ -22,7 +22,8 @@ from mopsim.engine import run, simulate
 from mopsim.layers.tensors import total_params
 from mopsim.lowering import lower
 from mopsim.search.bound import bound
-from mopsim.search.space import AXES, Problem, generate
+from mopsim.search.problem import Problem
+from mopsim.search.space import AXES, generate
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy

@@ -15,7 +15,8 @@ from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
 from mopsim.report.context import ratio, reach, short
 from mopsim.search.bound import bound
-from mopsim.search.space import CHUNKED, DEVICE, HOST, generate
+from mopsim.search.problem import CHUNKED, DEVICE, HOST
+from mopsim.search.space import generate
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.strategies import fsdp2

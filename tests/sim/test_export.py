@@ -20,7 +20,8 @@ from mopsim.common.errors import MopError, SpecError
 from mopsim.export import TARGETS, export
 from mopsim.export.left import left
 from mopsim.layers.tensors import total_params
-from mopsim.search.space import AXES, Problem, generate
+from mopsim.search.problem import Problem
+from mopsim.search.space import AXES, generate
 from mopsim.spec.capability import refusals
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model

@@ -1,0 +1,181 @@
+"""The simulations of one family: which candidate comes next, and what is kept of those simulated."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from msgspec.structs import replace
+
+from mopsim.common.errors import MopError, SpecError
+from mopsim.engine import SimResult, simulate
+from mopsim.search.options import Options
+from mopsim.search.pool import Pool
+from mopsim.search.result import NOT_RUN, SearchResult
+from mopsim.search.space import Space
+from mopsim.spec.capability import runnable
+from mopsim.spec.routing import worst
+from mopsim.spec.strategy import Strategy
+
+TIE = 0.005
+"""Step times that differ by less (relative) are a tie, which the smaller peak memory decides."""
+PATIENCE, LEAST_PATIENCE = 0.4, 40
+"""Part of the budget, and simulations at least, without a faster one after which a hunt ends."""
+SLACK = 0.15
+"""Part of the memory by which what is expected may be wrong: now and then a fast candidate is tried that is
+expected to need so much too much."""
+SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
+
+Progress = Callable[[int, SimResult | None], None]
+
+
+@dataclass
+class Hunt:
+    """One family, alone: what other families find moves nothing here, so that more families are never worse.
+
+    First the textbook layouts, then by turns a neighbour of the best so far and the candidate of the least
+    expected time. found: of this family alone.
+    """
+
+    pool: Pool
+    options: Options
+    found: SearchResult
+    best_at: int | None = None
+    near: list[int] = field(default_factory=list)
+    idle: int = 0
+
+    def run(self, progress: Callable[[SearchResult], None]) -> None:
+        """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
+        patience = max(LEAST_PATIENCE, round(PATIENCE * self.options.budget))
+        while self.found.simulated < self.options.budget and self.idle < patience:
+            position = self.next()
+            if position is None:
+                break
+            self.pool.taken[position] = True
+            row = int(self.pool.rows[position])
+            simulated = None if self.not_run(row) else run_row(self.pool.space, row, self.found)
+            if simulated is not None:
+                self.note(position, simulated)
+                progress(self.found)
+
+    def not_run(self, row: int) -> bool:
+        """Whether only what mopexec runs is asked for, and this is not; counted."""
+        if not self.options.runnable:
+            return False
+        space = self.pool.space
+        reason = runnable(space.build(row), space.problem.model, space.problem.training, space.stack)
+        self.found.rejected[f"{NOT_RUN}: {reason}"] += reason is not None
+        return reason is not None
+
+    def last(self) -> float:
+        """Step time that a candidate must beat to be ranked."""
+        top = self.found.top
+        return max(one.step_time for one in top) if len(top) >= self.options.top else float("inf")
+
+    def next(self) -> int | None:
+        """The position to simulate now, or None where no bound is good enough."""
+        pool, below = self.pool, self.last()
+        fits, share = pool.room()
+        while pool.seeds:
+            position = pool.seeds.pop(0)
+            if not pool.taken[position] and pool.time[position] < below and fits[position]:
+                return position
+        if self.found.top and self.found.simulated % 4 == 2:
+            bold = pool.bold(self.found.top[0].step_time, share <= 1 + SLACK)
+            if bold is not None:
+                return bold
+        if self.best_at is not None and self.found.simulated % 2:
+            while self.near:
+                position = self.near.pop(0)
+                if not pool.taken[position] and pool.time[position] < below and fits[position]:
+                    return position
+        return pool.next(below, fits, share)
+
+    def note(self, position: int, simulated: SimResult) -> None:
+        """Learn from one simulation and rank it."""
+        pool, found = self.pool, self.found
+        self.idle += bool(found.top)
+        memory = (simulated.peak_memory, simulated.host_memory)
+        if not self.options.risk:
+            memory = (simulated.peak_upper, simulated.host_upper)
+        pool.learn(position, *memory, simulated.step_time)
+        reason = self._refused(simulated)
+        if reason is not None:
+            found.rejected[reason] += 1
+            return
+        found.rejected[SLOWER] += len(found.top) == self.options.top
+        fastest = min((one.step_time for one in found.top), default=float("inf"))
+        found.top = sorted([*found.top, simulated], key=rank)[: self.options.top]
+        if simulated.step_time < fastest:
+            self.idle = 0
+            self.best_at = position
+            near = pool.neighbours(position)
+            expected = pool.times.expected(0.0)[near]
+            self.near = [int(one) for one in near[np.argsort(expected, kind="stable")]]
+
+    def _refused(self, simulated: SimResult) -> str | None:
+        """Why a simulated candidate is not ranked."""
+        found, options = self.found, self.options
+        if not simulated.fits:
+            keep_closest(simulated, found)
+            return f"does not fit, simulated: {simulated.over}"
+        if options.any_routing and not self._fits_any_routing(simulated.strategy):
+            return "does not fit where the router sends all tokens to one rank"
+        if any(_same(simulated, one) for one in found.top):
+            return "equal in time and memory to one ranked"
+        if simulated.verdict == "at risk" and not options.risk:
+            found.risky = sorted([*found.risky, simulated], key=rank)[: options.top]
+            return risk(simulated)
+        return None
+
+    def _fits_any_routing(self, strategy: Strategy) -> bool:
+        problem, stack = self.pool.space.problem, self.pool.space.stack
+        training = replace(problem.training, routing=worst(problem.model, strategy.experts.degree))
+        return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training, stack).fits
+
+    def left(self) -> np.ndarray:
+        """Lower bounds of the step time of the candidates that were not simulated."""
+        return self.pool.time[~self.pool.taken]
+
+
+def rank(result: SimResult) -> tuple[int, int]:
+    """Fastest first; step times within TIE of each other count as equal, and then the smaller peak leads."""
+    return int(math.log(result.step_time) / math.log1p(TIE)), result.peak_memory
+
+
+def risk(result: SimResult) -> str:
+    return f"at risk: the upper bound of {' and '.join(result.at_risk)} memory is over (--risk ranks it)"
+
+
+def _same(one: SimResult, other: SimResult) -> bool:
+    return (one.step_time, one.peak_memory, one.host_memory) == (
+        other.step_time,
+        other.peak_memory,
+        other.host_memory,
+    )
+
+
+def run_row(space: Space, index: int, found: SearchResult, *, count: bool = True) -> SimResult | None:
+    """Simulate one row; None (and a reason counted, if `count`) where a rule refuses it."""
+    problem = space.problem
+    try:
+        strategy: Strategy = space.build(index)
+        strategy.check_model(problem.model)
+        problem.training.check_strategy(strategy)
+        simulated = simulate(
+            problem.model, problem.hardware, problem.num_nodes, strategy, problem.training, space.stack
+        )
+    except SpecError as error:
+        found.rejected[f"{error.field} {error.rule}"] += count
+        return None
+    except MopError as error:
+        found.rejected[str(error)] += count
+        return None
+    found.simulated += 1
+    return simulated
+
+
+def keep_closest(simulated: SimResult | None, found: SearchResult) -> None:
+    """Keep of two that miss their limits the one that misses by less."""
+    if simulated is not None and (found.closest is None or simulated.over_bytes < found.closest.over_bytes):
+        found.closest = simulated

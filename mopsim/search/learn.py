@@ -1,0 +1,116 @@
+"""What simulations teach of the candidates that were not simulated: their memory and their time.
+
+Both correct closed-form estimates (`mopsim.search.bound`, `mopsim.search.guess`) and order the work; only
+bounds and simulations reject a candidate.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+Reals = NDArray[np.float64]
+Column = NDArray[np.int64]
+
+_GIB = float(2**30)
+_DOUBT = 0.02
+"""Weight of the assumption that what is gathered takes what the closed form says, beside one simulation."""
+
+
+@dataclass
+class Memory:
+    """Peak memory above its lower bound: per kind of candidate a constant (the gathered weights) and a slope
+    in the tokens of a rank, both at least 0, by least squares.
+
+    parts: bytes or tokens of each candidate, a row for each regressor, the gathered weights first. kinds: of
+    each candidate, those whose transients are alike.
+    """
+
+    bound: Reals
+    parts: Reals
+    kinds: Column
+    seen: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    _fitted: dict[int, Reals] = field(default_factory=dict)
+
+    def learn(self, position: int, peak: float) -> None:
+        """Note the simulated peak of a candidate, bytes."""
+        kind = int(self.kinds[position])
+        self.seen.setdefault(kind, []).append((position, peak - float(self.bound[position])))
+        self._fitted = {}
+
+    def expected(self) -> Reals:
+        """Peak memory of every candidate, bytes: its bound, and what its kind (else all) has above it."""
+        if not self._fitted:
+            every = [one for seen in self.seen.values() for one in seen]
+            self._fitted = {-1: self._fit(every)} | {kind: self._fit(one) for kind, one in self.seen.items()}
+        usual = self._fitted[-1]
+        weights = np.tile(usual, (int(self.kinds.max(initial=0)) + 1, 1))
+        for kind, fitted in self._fitted.items():
+            if kind >= 0:
+                weights[kind] = fitted
+        above = np.einsum("ij,ji->i", weights[self.kinds], self.parts)
+        return np.asarray(self.bound + above)
+
+    def _fit(self, seen: list[tuple[int, float]]) -> Reals:
+        """Bytes for each unit of each part; of the gathered weights near 1, of the others near 0, where too
+        few simulations say."""
+        least = np.zeros(len(self.parts))
+        least[0] = 1.0
+        if not seen:
+            return least
+        scale = self.parts.max(axis=1, initial=1.0)
+        rows = (self.parts[:, [position for position, _ in seen]] / scale[:, None]).T
+        above = np.array([max(0.0, above) for _, above in seen]) / _GIB
+        doubt = np.diag(rows.mean(axis=0) * np.where(least > 0, _DOUBT, _DOUBT / 10))
+        believed = doubt @ (least * scale / _GIB)
+        found, _ = nnls(np.concatenate([rows, doubt]), np.concatenate([above, believed]))
+        return np.asarray(found * _GIB / scale)
+
+
+@dataclass
+class Times:
+    """Step times: the guess, times a factor for each value of each column (ridge regression of the
+    logarithm), optimistic where a value was seldom simulated.
+
+    codes: of each column the place of each candidate's value among that column's values.
+    """
+
+    guess: Reals
+    codes: list[Column]
+    sizes: list[int]
+    seen: list[tuple[int, float]] = field(default_factory=list)
+
+    @staticmethod
+    def of(guess: Reals, columns: list[Column]) -> "Times":
+        """Columns of one value say nothing and are left out."""
+        codes, sizes = [], []
+        for column in columns:
+            values, places = np.unique(column, return_inverse=True)
+            if len(values) > 1:
+                codes.append(places.reshape(-1).astype(np.int64))
+                sizes.append(len(values))
+        return Times(guess, codes, sizes)
+
+    def learn(self, position: int, seconds: float) -> None:
+        """Note the simulated step time of a candidate."""
+        self.seen.append((position, seconds))
+
+    def expected(self, hope: float) -> Reals:
+        """Step time of every candidate, seconds. hope: by how much (as a fraction) a value that was never
+        simulated is taken to be better."""
+        if not self.seen:
+            return self.guess
+        where = np.array([position for position, _ in self.seen])
+        ratio = np.log([seconds / self.guess[position] for position, seconds in self.seen])
+        usual = float(np.median(ratio))
+        mine = [codes[where] for codes in self.codes]
+        alike = sum((codes[:, None] == codes[None, :]).astype(np.float64) for codes in mine)
+        kernel = np.asarray(alike) + np.eye(len(where))
+        dual = np.linalg.solve(kernel, ratio - usual)
+        factor = np.full(len(self.guess), usual)
+        for codes, own, size in zip(self.codes, mine, self.sizes, strict=True):
+            weight = np.bincount(own, dual, size)
+            optimism = hope / (1 + np.bincount(own, minlength=size))
+            factor += (weight - optimism)[codes]
+        return np.asarray(self.guess * np.exp(factor))

@@ -1,0 +1,31 @@
+"""What is asked of a search."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mopsim.search.problem import Axes, Problem
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import MatmulDType
+from mopsim.strategies import FAMILIES
+
+
+@dataclass(frozen=True)
+class Options:
+    """top: how many are ranked. budget: simulations at most of each family. runnable: only what mopexec runs.
+
+    risk: rank plans at risk (an upper bound of their memory is beyond its limit) like those that fit;
+    otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
+    the router chooses, up to every token of an expert-parallel group on one rank. axes: what makes of a
+    family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).
+    stack: the software of all families, where it is not each one's own.
+    """
+
+    families: tuple[str, ...] = FAMILIES
+    top: int = 5
+    budget: int = 100
+    runnable: bool = False
+    risk: bool = False
+    any_routing: bool = False
+    precision: MatmulDType = "bfloat16"
+    axes: Callable[[Problem, Axes], Axes] | None = None
+    stack: Stack | None = None

@@ -1,0 +1,95 @@
+"""What a search is asked about, and the codes of a candidate's columns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import CAST, DType, Exchange, MatmulDType
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import State
+
+Column = NDArray[np.int64]
+Number = TypeVar("Number", int, Column)
+Values = Sequence[int] | Sequence[tuple[int, ...]]
+Axes = dict[str | tuple[str, ...], Values]
+
+#: Codes of the `state` column (where the optimizer lives), of the `loss` and of the `exchange` column.
+DEVICE, STREAMED, HOST = 0, 1, 2
+FULL, CHUNKED, RING = 0, 1, 2
+ULYSSES = 0
+
+PARTS = 4
+"""`boundary_parts` of so many are the layer inputs that go to the host, where they do."""
+
+STATES: tuple[State, ...] = ("device", "host_streamed", "host")
+EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
+
+DEFAULTS = {
+    "micro_batch": 1,
+    "tensor": 1,
+    "pipeline": 1,
+    "virtual_stages": 1,
+    "sequence": 1,
+    "exchange": ULYSSES,
+    "experts": 1,
+    "expert_tensor": 1,
+    "expert_shard": 1,
+    "vocabulary": 1,
+    "dense_shard": 1,
+    "chunks": 0,
+    "ffn_slices": 1,
+    "loss": FULL,
+    "loss_slices": 1,
+    "state": DEVICE,
+    "bucket": 100_000_000,
+    "boundary_host": 0,
+    "boundary_parts": PARTS,
+    "recompute": 1,
+    "reshard": 1,
+    "offload": 0,
+    "zero": 3,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a strategy is looked for: every input of the search but its options. `total_params` is the
+    model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
+    stack: the software, where it is not the family's own."""
+
+    model: ModelSpec
+    hardware: HardwareProfile
+    num_nodes: int
+    training: TrainSpec
+    total_params: int
+    precision: MatmulDType = "bfloat16"
+    stack: Stack | None = None
+
+    @property
+    def compute(self) -> DType:
+        """What is not a product computes in."""
+        return "bfloat16" if self.precision in CAST else cast(DType, self.precision)
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.hardware.devices_per_node
+
+
+def divisors(value: int) -> list[int]:
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
+def offloaded(layers: int, parts: Column | int) -> Column:
+    """Layers whose inputs go to the host, of `parts` of PARTS: rounded down, at least one."""
+    return np.maximum(layers * np.asarray(parts, dtype=np.int64) // PARTS, 1)
+
+
+def tokens(problem: Problem, row: Mapping[str, Number]) -> Number:
+    """N, of a row or of a column of them: tokens per rank and microbatch."""
+    return problem.training.seq_len * row["micro_batch"] // row["sequence"]

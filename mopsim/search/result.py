@@ -1,0 +1,106 @@
+"""What a search found, what it left out, and how much faster what it left out can be at most."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from mopsim.common.units import format_bytes
+from mopsim.engine import SimResult
+from mopsim.spec.capability import runnable
+from mopsim.spec.model import ModelSpec
+
+NOT_RUN = "mopexec does not run it"
+"""The reason that one option lifts, so it is named first."""
+
+
+@dataclass
+class SearchResult:
+    """What a search did. top: fitting results, fastest first (ties by memory). closest: the one that misses
+    by least, where none fits. risky: fitting results at risk, left out of `top` unless nothing else fits.
+    best_by_family: the best of each family that was asked for, None where nothing of it fits.
+
+    candidates: every combination of values; each is in `top` or counted once in `rejected`. bounded: those of
+    them that are legal (and that mopexec runs, if only those were asked for). simulated: events played.
+
+    gap: how much faster than the best any candidate left out can be at most, as a fraction, from the lower
+    bounds of those left out; 0 where none can be faster, None where candidates are left and nothing fits.
+    """
+
+    model: ModelSpec
+    candidates: int = 0
+    bounded: int = 0
+    simulated: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    bound_seconds: float = 0.0
+    gap: float | None = 0.0
+    top: list[SimResult] = field(default_factory=list)
+    closest: SimResult | None = None
+    risky: list[SimResult] = field(default_factory=list)
+    best_by_family: dict[str, SimResult | None] = field(default_factory=dict)
+
+    @property
+    def best(self) -> SimResult | None:
+        return self.top[0] if self.top else None
+
+    @property
+    def proven(self) -> bool:
+        """No candidate left out can beat the best (or, where nothing fits, none is left)."""
+        return self.gap == 0
+
+    def to_json(self) -> dict[str, object]:
+        """The keys of the `search` command."""
+        found = [plan_json(result, self.model) for result in self.top]
+        return {
+            "candidates": self.candidates,
+            "bounded": self.bounded,
+            "simulated": self.simulated,
+            "rejected": dict(self.rejected.most_common()),
+            "seconds": self.seconds,
+            "bound_seconds": self.bound_seconds,
+            "proven": self.proven,
+            "gap": self.gap,
+            "best": found[0] if found else None,
+            "best_by_family": {
+                family: plan_json(result, self.model) if result else None
+                for family, result in self.best_by_family.items()
+            },
+            "top": found,
+            "closest": plan_json(self.closest, self.model) if self.closest and not found else None,
+            "verdict": self.verdict(),
+        }
+
+    def verdict(self) -> str:
+        """One line: what was found, or what stops everything and by how much."""
+        if self.best:
+            speed = f"{self.best.tokens_per_second_per_device:,.0f} tokens/s per device"
+            return f"{self.best.strategy.name}: {speed}, {self.best.verdict}"
+        if self.closest:
+            over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
+            return f"nothing fits: the closest ({self.closest.strategy.name}) is {by} over, stopped by {over}"
+        counted = sorted(self.rejected.items(), key=lambda item: (NOT_RUN not in item[0], -item[1]))
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in counted[:3])
+        return f"nothing to run: {reasons or 'no candidates'}"
+
+    def exhausted(self) -> str:
+        """What is to stand beside a winner: that it is proven, or how much faster what is left out can be."""
+        return proof(self.gap)
+
+
+def proof(gap: float | None) -> str:
+    """Whether a search is exhausted, in words."""
+    if gap == 0:
+        return "proven: no plan left out can be faster"
+    if gap is None:
+        return "not exhausted: a plan left out may fit"
+    return f"not exhausted: a plan left out is at most {format_gap(gap)} faster"
+
+
+def format_gap(gap: float) -> str:
+    """'0.4 %', '47 %', '160 %'."""
+    return f"{gap:.{0 if gap >= 0.1 else 1}%}".replace("%", " %")
+
+
+def plan_json(result: SimResult, model: ModelSpec) -> dict[str, object]:
+    """The keys of a simulated strategy, and whether mopexec runs it."""
+    runs = runnable(result.strategy, model, result.training, result.stack) is None
+    return {**result.to_json(), "runnable": runs}

@@ -1,0 +1,103 @@
+"""Seconds of collectives for a whole space at once: mopsim.cost.communication over columns of numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopsim.spec.hardware import CollectiveCurve, HardwareProfile
+
+Reals = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A collective that each rank takes part in `times` times a step.
+
+    size: bytes of the full buffer. ranks: of the group, each `stride` ranks after the one before.
+    """
+
+    kind: str
+    size: Reals
+    ranks: Reals
+    times: Reals | float
+    stride: Reals | float = 1.0
+
+
+@dataclass(frozen=True)
+class Wires:
+    """The fabrics of a job of so many ranks."""
+
+    hardware: HardwareProfile
+    world_size: int
+
+    @property
+    def domain(self) -> int:
+        """Ranks of a scale-up domain: as many of each as divide the job (mopsim.lowering.topology)."""
+        most = min(self.hardware.scale_up_size, self.world_size)
+        return next(size for size in range(most, 0, -1) if self.world_size % size == 0)
+
+    def seconds(self, message: Message) -> tuple[Reals, Reals]:
+        """Seconds in which a message keeps (scale-up, scale-out) busy: one of the two."""
+        n = np.asarray(message.ranks)
+        intra = np.minimum(n, np.maximum(np.ceil(self.domain / np.maximum(message.stride, 1)), 1))
+        times = np.where(n > 1, message.times, 0.0) * self.scale(message.kind)
+        inside = intra >= n
+        up = np.where(
+            inside, times * self._inside(message.kind, n, self._wire(message.kind, message.size, n)), 0
+        )
+        return up, np.where(inside, 0, times * self._across(message, n, intra))
+
+    def scale(self, kind: str) -> float:
+        """What calibration multiplies a kind of work by; 0 where a negative overhead could undo any of it."""
+        correction = self.hardware.corrections.get(kind)
+        if correction is None:
+            return 1.0
+        return correction.scale if correction.overhead >= 0 else 0.0
+
+    @staticmethod
+    def _wire(kind: str, size: Reals, ranks: Reals) -> Reals:
+        """Bytes that a rank sends to the others of its group."""
+        if kind == "send_recv":
+            return size
+        return np.asarray((2.0 if kind == "all_reduce" else 1.0) * size * (ranks - 1) / np.maximum(ranks, 1))
+
+    def _inside(self, kind: str, ranks: Reals, wire: Reals) -> Reals:
+        curve, share = self.hardware.scale_up.collectives[kind], self.hardware.peer_share
+        if kind == "send_recv":
+            return _curve(curve, np.ones_like(ranks), wire / share)
+        return _curve(curve, ranks, wire / np.clip((ranks - 1) * share, 1e-9, 1.0))
+
+    def _across(self, message: Message, n: Reals, intra: Reals) -> Reals:
+        """Of a group over several domains: over the NICs, and inside the domains at the same time."""
+        kind, domains = message.kind, n / intra
+        curve = self.hardware.scale_out.collectives[kind]
+        crossing = self._crossing(kind, domains)
+        if kind == "send_recv":
+            return _curve(curve, np.ones_like(n), message.size * crossing)
+        if kind == "all_to_all":
+            outside, within = message.size * (n - intra) / n, message.size * (intra - 1) / n
+            slow = _curve(curve, n, outside * crossing)
+        else:
+            outside = self._wire(kind, message.size / intra, domains)
+            within = self._wire(kind, message.size, intra)
+            slow = _curve(curve, domains, outside * crossing)
+        return np.maximum(slow, np.where(intra > 1, self._inside(kind, intra, within), 0.0))
+
+    def _crossing(self, kind: str, domains: Reals) -> Reals:
+        """How many times as long bytes between domains take for the spine's sake."""
+        fabric = self.hardware.scale_out
+        leaf = fabric.domains_per_leaf
+        share = (
+            (domains - leaf) / np.maximum(domains - 1, 1)
+            if kind == "all_to_all"
+            else np.full_like(domains, 1 / leaf)
+        )
+        return np.where(domains <= leaf, 1.0, np.maximum(1.0, fabric.oversubscription * share))
+
+
+def _curve(curve: CollectiveCurve, ranks: Reals, wire: Reals) -> Reals:
+    """latency + ranks x latency_per_rank + wire / (bandwidth x efficiency(wire)), see CollectiveCurve."""
+    wire = np.maximum(wire, 1e-9)
+    moved = wire * (1 + (curve.bytes_half / wire) ** curve.ramp)
+    return np.asarray(curve.latency.si + ranks * curve.latency_per_rank.si + moved / curve.bandwidth.si)

@@ -1,0 +1,151 @@
+"""Each family is searched by itself; what a search leaves out is said; memory and time are learned."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mopsim.engine import SimResult, simulate
+from mopsim.layers.tensors import total_params
+from mopsim.report.compare import finding
+from mopsim.search import Options, SearchResult, search
+from mopsim.search.bound import bound
+from mopsim.search.hunt import TIE, rank
+from mopsim.search.learn import Memory, Times
+from mopsim.search.pool import Pool
+from mopsim.search.problem import Problem
+from mopsim.search.space import generate
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
+from tests.sim.test_search import with_memory
+
+TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
+TRAINING = TrainSpec(seq_len=512, global_batch=4)
+
+
+def asked(families: tuple[str, ...], budget: int, memory: float = 70e6) -> SearchResult:
+    options = Options(families, top=2, budget=budget, precision="float32")
+    return search(TINY, with_memory(CPU, memory), 1, TRAINING, options)
+
+
+def test_more_families_are_never_worse() -> None:
+    """Also where the budget is spent: a family finds the same whoever is searched beside it."""
+    alone = {family: asked((family,), 6).best for family in FAMILIES}
+    for count in (2, 4):
+        for families in itertools.combinations(FAMILIES, count):
+            found = asked(families, 6)
+            assert found.best_by_family.keys() == set(families)
+            for family in families:
+                mine, beside = alone[family], found.best_by_family[family]
+                assert (mine is None) == (beside is None)
+                if mine and beside and found.best:
+                    assert beside.strategy == mine.strategy
+                    assert rank(found.best) <= rank(mine)
+
+
+def test_best_of_each_family_and_what_runs_are_in_the_json() -> None:
+    found = asked(("mop", "megatron"), 4)
+    written = found.to_json()
+    best = written["best_by_family"]
+    assert isinstance(best, dict)
+    assert list(best) == ["mop", "megatron"]
+    assert best["mop"]["runnable"] is True
+    assert best["megatron"]["runnable"] is False
+    assert written["gap"] == found.gap
+    assert not found.proven
+    assert "not exhausted" in found.exhausted()
+
+
+@pytest.mark.parametrize("family", ["fsdp2", "zero_offload"])
+@pytest.mark.parametrize("memory", [40e6, 70e6])
+def test_small_spaces_enumerated_whole(family: str, memory: float) -> None:
+    """The best of a small budget is the best of all, and the gap that it tells is not exceeded."""
+    hardware = with_memory(CPU, memory)
+    problem = Problem(TINY, hardware, 1, TRAINING, total_params(TINY), "float32")
+    space = generate(problem, family)
+    every: list[SimResult] = []
+    for index in range(len(space)):
+        result = simulate(TINY, hardware, 1, space.build(index), TRAINING)
+        if result.verdict == "fits":
+            every.append(result)
+    found = asked((family,), 40, memory)
+    if not every:
+        assert found.best is None or found.best.verdict == "at risk"
+        return
+    fastest = min(one.step_time for one in every)
+    assert found.best is not None
+    assert found.gap is not None
+    assert found.best.step_time <= fastest * (1 + TIE)
+    assert fastest >= found.best.step_time / (1 + found.gap) * (1 - 1e-9)
+
+
+def test_a_search_is_deterministic() -> None:
+    first, second = asked(FAMILIES, 8), asked(FAMILIES, 8)
+    assert [one.strategy for one in first.top] == [one.strategy for one in second.top]
+    assert first.rejected == second.rejected
+
+
+def test_memory_is_a_constant_and_a_slope() -> None:
+    """From three candidates: gathered weights do not grow with the tokens of a rank."""
+    tokens = np.array([1e3, 2e3, 4e3, 8e3, 64e3])
+    gathered = np.array([3e9, 3e9, 6e9, 3e9, 6e9])
+    parts = np.stack([gathered, tokens, np.zeros(5)])
+    resident = np.full(5, 10e9)
+    truth = resident + 1.5 * gathered + 2e5 * tokens
+    memory = Memory(resident, parts, np.zeros(5, dtype=np.int64))
+    for position in (0, 1, 2):
+        memory.learn(position, truth[position])
+    assert memory.expected() == pytest.approx(truth, rel=0.15)
+    before = Memory(resident, parts, np.zeros(5, dtype=np.int64)).expected()
+    assert before == pytest.approx(resident + gathered)
+
+
+def test_times_are_learned_by_column() -> None:
+    """A value that was slower than guessed in one candidate is expected to be in others."""
+    columns = [np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.zeros(4, dtype=np.int64)]
+    times = Times.of(np.ones(4), columns)
+    assert len(times.codes) == 2
+    times.learn(0, 1.0)
+    times.learn(2, 2.0)
+    expected = times.expected(0.0)
+    assert expected[3] > expected[1]
+    assert times.expected(0.1)[1] < expected[1]
+
+
+def test_textbook_layouts_come_first() -> None:
+    """Experts inside a node, one sequence a microbatch, 1 to 16 stages, with and without recomputation."""
+    model, hardware = load_model("qwen3_30b_a3b"), load_profile("h100-sxm-80g")
+    training = TrainSpec(seq_len=4096, global_batch=256)
+    problem = Problem(model, hardware, 4, training, total_params(model))
+    space = generate(problem, "megatron")
+    pool = Pool.of(space, bound(space), np.arange(len(space)))
+    first = [space.row(int(pool.rows[position])) for position in pool.seeds]
+    for stages in (1, 2, 4, 8, 16):
+        for again in (0, 1):
+            assert any(
+                row["pipeline"] == stages and row["recompute"] == again and row["micro_batch"] == 1
+                and row["tensor"] == 1 and row["experts"] <= 8
+                for row in first
+            )  # fmt: skip
+
+
+def test_the_microbatch_may_be_the_whole_local_batch() -> None:
+    model, hardware = load_model("olmoe_1b_7b"), load_profile("rtx4090-24g")
+    training = TrainSpec(seq_len=4096, global_batch=24 * 8)
+    space = generate(Problem(model, hardware, 1, training, total_params(model)), "fsdp2")
+    data_parallel = space.columns["sequence"] == 1
+    assert int(space.columns["micro_batch"][data_parallel].max()) == 24
+    assert {1, 2, 4, 8, 12, 16, 24} - {12, 16} <= set(space.columns["micro_batch"].tolist())
+
+
+def test_a_ratio_says_that_a_search_was_not_exhausted() -> None:
+    found = asked(("zero_offload", "fsdp2"), 4)
+    results = [one for one in found.best_by_family.values() if one]
+    text = finding(results, list(found.best_by_family), {"fsdp2": 0.25, "zero_offload": 0.0})
+    assert "is fastest" in text
+    assert "not exhausted" in text
+    assert "fsdp2 by at most 25 %" in text
+    assert "zero_offload by" not in text
+    assert "not exhausted" not in finding(results, list(found.best_by_family), {"fsdp2": 0.0})
