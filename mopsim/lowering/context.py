@@ -9,6 +9,7 @@ from mopsim.layers.shapes import Shapes
 from mopsim.lowering.topology import process_groups
 from mopsim.lowering.units import Unit, edge_units, layer_units
 from mopsim.lowering.workload import Group
+from mopsim.spec.capability import Job, refusals
 from mopsim.spec.layout import num_chunks, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.placement import Placement, at_home, least_loaded
@@ -162,12 +163,15 @@ def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Grou
 def make_context(
     model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int, stack: Stack | None = None
 ) -> Context:
-    """stack: that of the strategy where none is given. Raises SpecError where they do not fit together."""
+    """stack: that of the strategy where none is given. Raises SpecError where they do not fit together, or
+    are not simulated."""
     stack = stack or load_stack(strategy.stack, "strategy.stack")
     strategy.check_model(model)
     stack.check_strategy(strategy)
     training.check_strategy(strategy)
     training.check_model(model)
+    for refused in refusals(Job(model, strategy, training, stack), by="simulator"):
+        raise refused
     precision = strategy.precision
     b = int(DTYPE_BYTES[precision.compute])
     dense = strategy.dense

@@ -173,6 +173,11 @@ def context_parallel(job: Job) -> bool:
     return job.strategy.attention.sequence > 1
 
 
+def context_groups(job: Job) -> bool:
+    """There is more than one group of ranks that share a sequence."""
+    return 1 < job.strategy.attention.sequence < job.strategy.stage_ranks
+
+
 def has_experts(job: Job) -> bool:
     return job.model.num_moe_layers > 0
 
@@ -183,6 +188,11 @@ def has_dense(job: Job) -> bool:
 
 def expert_parallel(job: Job) -> bool:
     return has_experts(job) and job.strategy.experts.degree > 1
+
+
+def expert_groups(job: Job) -> bool:
+    """There is more than one group of ranks that the experts are spread over."""
+    return expert_parallel(job) and job.strategy.expert_replicas > 1
 
 
 def chunked_experts(job: Job) -> bool:
@@ -202,8 +212,10 @@ def split_vocabulary(job: Job) -> bool:
     return job.strategy.vocabulary.loss in ("ring", "vocab_parallel")
 
 
-def vocabulary_ring(job: Job) -> bool:
-    return job.strategy.vocabulary.loss == "ring" and job.strategy.vocabulary.degree > 1
+def vocabulary_rings(job: Job) -> bool:
+    """There is more than one ring of vocabulary shards."""
+    vocabulary = job.strategy.vocabulary
+    return vocabulary.loss == "ring" and 1 < vocabulary.degree < job.strategy.stage_ranks
 
 
 def logits_in_rows(job: Job) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from msgspec import structs
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.facts import DOES, Job, Side, expert_parallel, has_experts
+from mopsim.spec.capability.facts import DOES, Job, Side, expert_parallel, has_experts, slices, whole_steps
 from mopsim.spec.capability.software import software_is_the_runtimes
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
@@ -63,6 +63,14 @@ def host_updates_masters(job: Job, side: Side) -> Iterator[SpecError]:
     yield from _unless(holds, job, "precision.master", rule)
 
 
+def gradients_no_wider(job: Job, side: Side) -> Iterator[SpecError]:
+    """The norm and the update work in the masters' dtype, or fp32 where that is wider."""
+    precision = job.strategy.precision
+    masters = precision.param if precision.master == "param" else precision.master
+    rule = f"is not {DOES[side]}, only with masters (precision.master) in float64"
+    yield from _unless(precision.grad != "float64" or masters == "float64", job, "precision.grad", rule)
+
+
 def products_in_compute(job: Job, side: Side) -> Iterator[SpecError]:
     """No recipe casts operands: products run in the compute dtype."""
     matmul, compute = job.strategy.precision.matmul, job.strategy.precision.compute
@@ -117,6 +125,28 @@ def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
     )
     rule = f"is not {DOES[side]} for vocab_parallel, only dense.tensor {strategy.dense.tensor}"
     yield from _unless(holds, job, "vocabulary.degree", rule)
+
+
+def slices_by_flat_units(job: Job, side: Side) -> Iterator[SpecError]:
+    """Under FSDP2 the dense FFN runs on all tokens at once."""
+    holds = not slices(job) or not job.fsdp
+    rule = f"is not simulated under the stack {job.software.name}, which is FSDP, only 0"
+    yield from _unless(holds, job, "dense.chunk_tokens", rule)
+
+
+def experts_overlap_below_zero_3(job: Job, side: Side) -> Iterator[SpecError]:
+    """Exchanges of one microbatch run beside another where layers need no gathers in between."""
+    holds = not job.strategy.overlap.experts or not expert_parallel(job) or whole_steps(job)
+    rule = "is not simulated where parameters are gathered layer by layer (dense.zero 3), only False"
+    yield from _unless(holds, job, "overlap.experts", rule)
+
+
+def host_gradients_as_params(job: Job, side: Side) -> Iterator[SpecError]:
+    """FSDP2 offloads gradients in the dtype of the shards."""
+    strategy, precision = job.strategy, job.strategy.precision
+    offloaded = job.fsdp and strategy.dense.grad_tier == "host"
+    rule = f"is not simulated on the host under FSDP, only precision.param {precision.param!r}"
+    yield from _unless(not offloaded or precision.grad == precision.param, job, "precision.grad", rule)
 
 
 def reshards_after_forward(job: Job, side: Side) -> Iterator[SpecError]:
@@ -308,10 +338,11 @@ def deepspeed_offload(job: Job, side: Side) -> Iterator[SpecError]:
 RULES: dict[Side, tuple[Rule, ...]] = {
     "simulator": (
         ring_by_flat_units, tensor_group_holds_vocabulary, reshards_after_forward, offloads_together,
-        plain_latents,
+        plain_latents, slices_by_flat_units, experts_overlap_below_zero_3, host_gradients_as_params,
     ),
     "flat_units": (
-        software_is_the_runtimes, heads_over_ranks, ring_has_rows, host_updates_masters, products_in_compute,
+        software_is_the_runtimes, heads_over_ranks, ring_has_rows, host_updates_masters, gradients_no_wider,
+        products_in_compute,
     ),
     "fully_shard": (
         software_is_the_runtimes, heads_over_ranks, products_in_compute, one_state_dtype, offloads_together,

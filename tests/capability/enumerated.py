@@ -23,12 +23,13 @@ ROOTS: dict[str, type[Spec]] = {
 REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "strategy.activations.modules": (("core_attn",), ("layernorm", "moe"), ("mlp",), ("moe_act",)),
     "strategy.activations.kept": (("q_proj",), ("attention_core", "dispatch")),
-    "strategy.activations.host_budget": (0, 1 << 15),
+    "strategy.activations.host_budget": (0, 1 << 14),
     "strategy.pipeline.layers": ((1, 3), (2, 2), (1, 1, 1, 1)),
     "strategy.optimizer.host_fraction": (0.0, 0.5, 1.0),
-    "strategy.optimizer.bucket_params": (1000, 100_000_000),
+    "strategy.optimizer.bucket_params": (100_000, 100_000_000),
     "strategy.experts.capacity": (1.0, 1.5),
-    "strategy.experts.threshold": (1.0, 1.5),
+    "strategy.experts.threshold": (1.0, 50.0),
+    "strategy.experts.min_rows": (1, 100_000),
     "strategy.stack": ("mopexec-flat", "mopexec-fsdp2", "megatron-core"),
     "model.dropout": (0.0, 0.1),
     "model.rms_norm_eps": (1e-6, 1e-5),
@@ -40,8 +41,8 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "training.beta1": (0.9, 0.8),
     "training.beta2": (0.95, 0.99),
     "training.bias_update_rate": (1e-3, 0.0),
-    "stack.kernels.attention": ({"default": "profile"}, {"default": "scores"}, {"hopper": "flash2"}),
-    "stack.communication_share": ({}, {"hopper": 0.1}),
+    "stack.kernels.attention": ({"default": "profile"}, {"default": "scores"}, {"blackwell": "flash2"}),
+    "stack.communication_share": ({}, {"blackwell": 0.1}),
     "stack.sources": ({}, {"kernels.norm": "a test"}),
     "stack.recompute.kept": ((), ("attention_core",)),
     "stack.recompute.selective": ((), ("core_attn",)),
@@ -78,7 +79,7 @@ def values(path: str, kind: Any) -> tuple[Any, ...]:
     if bool in kinds:
         return (False, True)
     if int in kinds:
-        return (0, 1, 2, 4, 16)
+        return (0, 1, 2, 4)
     if float in kinds:
         return (0.0, 1e-3, 0.5, 2.0)
     assert str in kinds, f"{path}: no values known for {kind}"

@@ -1,0 +1,75 @@
+"""An export writes a field or refuses it by name: another value makes another file."""
+
+import pytest
+
+from mopsim.export import export
+from mopsim.spec.capability import Job, Side
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.presets import load_model
+from mopsim.spec.strategy import Overlap, Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, megatron, zero_offload
+from tests.capability.jobs import refusal, replace, variants
+
+HARDWARE = HardwareRef(
+    name="any", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
+)
+TRAINING = TrainSpec(seq_len=4096, global_batch=64)
+
+
+def said() -> dict[str, tuple[Side, Strategy]]:
+    """Strategies that a target can say in full, with its mechanisms at work."""
+    tuned = megatron(
+        8, tensor=2, pipeline=2, virtual_stages=2, experts=2, recompute="selective",
+        overlap=Overlap(grad_reduce=True, pipeline=True, tensor=True),
+    )  # fmt: skip
+    inputs = megatron(8, sequence=2, experts=2, boundary_tier="host")
+    hosted = replace(
+        inputs, optimizer=replace(inputs.optimizer, state_tier="host", update_on="host", host_fraction=0.5)
+    )
+    sharded = megatron(8, experts=2)
+    sharded = replace(sharded, dense=replace(sharded.dense, zero=3, prefetch=1, reshard_after_forward=True))
+    gathered = fsdp2(8, sequence=2, exchange="all_gather", experts=2)
+    return {
+        "torchtitan": ("torchtitan", fsdp2(8, experts=2)),
+        "torchtitan, tensor": ("torchtitan", fsdp2(8, tensor=2, experts=2)),
+        "torchtitan, gathered": ("torchtitan", gathered),
+        "torchtitan, offloaded": ("torchtitan", fsdp2(8, offload=True)),
+        "megatron-bridge": ("megatron-bridge", tuned),
+        "megatron-bridge, inputs": ("megatron-bridge", inputs),
+        "megatron-bridge, hosted": ("megatron-bridge", hosted),
+        "megatron-bridge, fsdp": ("megatron-bridge", sharded),
+        "deepspeed": ("deepspeed", zero_offload(8, experts=2, boundary_tier="host")),
+        "deepspeed, ulysses": ("deepspeed", zero_offload(8, sequence=2, dense_shard=4)),
+    }
+
+
+CASES = said()
+
+
+def file(job: Job, target: Side) -> str:
+    """The file without its remarks: what the target reads."""
+    assert job.training is not None
+    plan = Plan(
+        model=job.model, hardware=HARDWARE, strategy=job.strategy, training=job.training, stack=job.software
+    )
+    text, gaps = export(plan, target)
+    assert not gaps
+    return "\n".join(
+        line for line in text.splitlines() if not line.startswith("#") and '"_about"' not in line
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_field_is_written_or_refused_and_never_ignored(name: str) -> None:
+    target, strategy = CASES[name]
+    job = Job(load_model("qwen3_30b_a3b"), strategy, TRAINING)
+    base = file(job, target)
+    wrong = []
+    for variant in variants(name, job, ("strategy", "model", "training")):
+        if refusal(variant, target) is not None or variant.path == "strategy.name":
+            continue
+        same = file(variant.job, target) == base
+        if same and variant.reads(target) and variant.acts:
+            wrong.append(f"{variant}: ignored")
+    assert not wrong, "\n" + "\n".join(wrong)

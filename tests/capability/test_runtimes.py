@@ -1,0 +1,137 @@
+"""mopexec runs a field or refuses it by name: another value makes another program.
+
+A program is what a dry run does: every op of the step with the shapes and dtypes of its tensors and its
+numbers, the groups of ranks, and the memory by category.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from mopexec.check.dry_run import dry_run
+from mopexec.measure.tracker import MemoryTracker
+from mopexec.run.supported import check_supported
+from mopsim.common.errors import SpecError
+from mopsim.spec.capability import Job
+from mopsim.spec.plan import HardwareRef, Plan
+from tests.capability.jobs import Variant, jobs, refusal, replace, variants
+
+HARDWARE = HardwareRef(
+    name="any", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
+)
+
+
+def small(job: Job) -> Job:
+    """Three layers and one microbatch: of every kind of layer one at least, and one to prefetch beyond."""
+    assert job.training is not None
+    training = replace(job.training, global_batch=job.strategy.micro_batch * job.strategy.data_groups)
+    return Job(replace(job.model, num_hidden_layers=3), job.strategy, training, job.stack)
+
+
+NOUNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "mop": (("strategy",), ("model", "training")),
+    "mop, state updated on the host": (("strategy",),),
+    "zero_offload": (("strategy",),),
+    "fsdp2": (("strategy",), ("model",), ("training",)),
+    "fsdp2, offloaded": (("strategy",),),
+}
+"""What is varied of which job, test by test. fully_shard plays on fake tensors, a second each: one value a
+field."""
+JOBS: dict[str, Job] = {name: small(job) for name, job in jobs().items() if name in NOUNS}
+
+OUTSIDE = {
+    "training.warmup_steps": "the training loop sets the learning rate",
+    "training.seed": "values of the weights, which a dry run has not",
+    "training.bias_update_rate": "routers that learn; a dry run routes by profile",
+}
+"""Fields that mopexec reads outside of what a dry run plays."""
+
+
+def plan_of(job: Job) -> Plan:
+    assert job.training is not None
+    return Plan(
+        model=job.model, hardware=HARDWARE, strategy=job.strategy, training=job.training, stack=job.software
+    )
+
+
+@contextmanager
+def recorded(seen: "hashlib._Hash", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every op that a tracker sees, and every group of ranks that is made, goes into the digest."""
+    dispatch, new_group, mesh = MemoryTracker.__torch_dispatch__, dist.new_group, DeviceMesh.__init__
+
+    def op(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.update(f"{func} {_words(args)} {_words(kwargs or {})}".encode())
+        return dispatch(self, func, types, args, kwargs)
+
+    def group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        seen.update(f"group {ranks}".encode())
+        return new_group(ranks, *args, **kwargs)
+
+    def ranks(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.update(f"mesh {[one.tolist() for one in args if isinstance(one, torch.Tensor)]}".encode())
+        mesh(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceMesh, "__init__", ranks)
+        patch.setattr(MemoryTracker, "__torch_dispatch__", op)
+        patch.setattr(dist, "new_group", group)
+        yield
+
+
+def _words(value: Any) -> str:
+    """Shapes and dtypes of tensors, numbers as they are; nothing that differs from process to process."""
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)}{value.dtype}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_words, value))}]"
+    if isinstance(value, dict):
+        return f"[{','.join(f'{key}:{_words(one)}' for key, one in value.items())}]"
+    return str(value) if isinstance(value, (bool, int, float, str, torch.dtype)) else type(value).__name__
+
+
+def program(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """What rank 0 does in one step."""
+    seen = hashlib.sha256()
+    with recorded(seen, monkeypatch):
+        run = dry_run(plan_of(job))
+    return seen.hexdigest(), run.memory_by_category, run.host_by_category, run.resident_by_category
+
+
+@pytest.mark.parametrize(("name", "nouns"), [(name, nouns) for name, some in NOUNS.items() for nouns in some])
+def test_a_field_is_run_or_refused_and_never_ignored(
+    name: str, nouns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = JOBS[name]
+    side = job.software.runtime
+    assert side != ""
+    program(job, monkeypatch)  # torch caches what it propagates through DTensors
+    base = program(job, monkeypatch)
+    assert program(job, monkeypatch) == base
+    wrong, played = [], set()
+    for variant in variants(name, job, nouns):
+        refused = refusal(variant, side)
+        assert (refused is not None) == executor_refuses(variant), variant
+        if refused is not None or (side == "fully_shard" and variant.path in played):
+            continue
+        played.add(variant.path)
+        found = "same" if program(variant.job, monkeypatch) == base else "changed"
+        if found == "same" and variant.reads(side) and variant.acts and variant.path not in OUTSIDE:
+            wrong.append(f"{variant}: ignored")
+        if found == "changed" and not variant.reads(side):
+            wrong.append(f"{variant}: read, though the table says that it is not")
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def executor_refuses(variant: Variant) -> bool:
+    """Whether mopexec itself does."""
+    try:
+        check_supported(plan_of(variant.job))
+    except SpecError:
+        return True
+    return False

@@ -1,0 +1,118 @@
+"""The simulator plays a field or refuses it by name: another value, another program; never a traceback."""
+
+from dataclasses import replace
+
+import pytest
+
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.engine import simulate
+from mopsim.lowering import lower
+from mopsim.lowering.workload import Workload
+from mopsim.spec.capability import ROWS, Job
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Stack
+from tests.capability.enumerated import at
+from tests.capability.jobs import Variant, jobs, refusal, variants
+
+JOBS = jobs()
+HARDWARE = load_profile("b200-sxm-192g")
+DOMAIN = 2
+"""Devices of a scale-up domain: four domains of the eight ranks, so that the order of a group matters."""
+
+
+def program(job: Job) -> Workload:
+    """The programs of a step, whatever the name of what makes them."""
+    assert job.training is not None
+    found = lower(job.model, job.strategy, job.training, DOMAIN, job.stack)
+    return replace(found, whole=None, stack=Stack(name="none"))
+
+
+def same_bytes(variant: Variant) -> bool:
+    """Whether the field is a dtype of state, as large as the one before."""
+    before = at(JOBS[variant.base], variant.path)
+    sizes = {DTYPE_BYTES.get(value) for value in (before, variant.value) if isinstance(value, str)}
+    return variant.path.startswith("strategy.precision.") and len(sizes) == 1 and None not in sizes
+
+
+GAPS = {
+    ("mop, latent", "strategy.precision.reduce"),  # lowered from tapes, whose gradients travel as computed
+}
+"""(job, field) that a lowering still ignores."""
+
+
+def known(variant: Variant) -> bool:
+    """Whether the same program is right, or a gap that is written down."""
+    return same_bytes(variant) or (variant.base, variant.path) in GAPS
+
+
+def outcome(variant: Variant, base: Workload) -> str:
+    """What the simulator does with a variant: refused, changed or same."""
+    if refusal(variant, "simulator") is not None:
+        return "refused"
+    try:
+        return "same" if program(variant.job) == base else "changed"
+    except SpecError as error:
+        return f"refused: {error.field}"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_field_is_played_or_refused_and_never_ignored(name: str) -> None:
+    base = program(JOBS[name])
+    wrong = []
+    for variant in variants(name, JOBS[name], ("strategy", "model", "training")):
+        try:
+            found = outcome(variant, base)
+        except MopError as error:
+            wrong.append(f"{variant}: {error}")
+            continue
+        except Exception as error:
+            wrong.append(f"{variant}: TRACEBACK {error!r}"[:300])
+            continue
+        if found == "same" and variant.reads("simulator") and variant.acts and not known(variant):
+            wrong.append(f"{variant}: ignored")
+        if found == "changed" and not variant.reads("simulator"):
+            wrong.append(f"{variant}: read, though the table says that it is not")
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+UNREAD = {
+    "dtypes", "hides", "reading",  # of strategies that leave them open, and of what a reported peak counts
+    "explicit", "communication_share",
+    "kernels.gate_up", "kernels.logits_held", "kernels.loss_chunks", "kernels.deterministic",
+    "recompute.stops_early", "recompute.kept", "recompute.selective",
+}  # fmt: skip
+"""Entries and sections of a stack that no program is made of yet."""
+ON = (
+    "mop",
+    "mop, latent",
+    "fsdp2, offloaded",
+    "fsdp2, gathered keys",
+    "megatron, selective",
+    "megatron, fp8",
+)
+
+
+def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all() -> None:
+    """Played: other programs, or another time or memory of the same ones."""
+    found: dict[str, set[str]] = {}
+    for name in ON:
+        job = JOBS[name]
+        base = program(job), played(job)
+        for variant in variants(name, job, ("stack",)):
+            seen = outcome(variant, base[0])
+            if seen == "same" and played(variant.job) != base[1]:
+                seen = "changed"
+            found.setdefault(variant.path, set()).add(seen)
+    ignored = {
+        path for path, seen in found.items() if seen == {"same"} and ROWS[path].cells["simulator"].reads
+    }
+    fields = {path.removeprefix("stack.") for path in ignored}
+    assert not {field for field in fields if not {field, field.partition(".")[0]} & UNREAD}
+
+
+def played(job: Job) -> tuple[float, int, int]:
+    """Seconds and bytes of a step."""
+    assert job.training is not None
+    result = simulate(job.model, HARDWARE, 1, job.strategy, job.training, stack=job.stack)
+    return result.step_time, result.peak_memory, result.host_memory

@@ -1,0 +1,42 @@
+"""The capability table names every field of the specs, and only values that the specs have."""
+
+import pytest
+
+from mopsim.export import TARGETS
+from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, refusals, runnable
+from mopsim.spec.presets import load_model
+from mopsim.strategies import fsdp2, mop, zero_offload
+from tests.capability.enumerated import ROOTS, leaves, values
+
+FIELDS = {path: kind for noun in ROOTS for path, kind in leaves(noun)}
+
+
+def test_every_field_has_a_row_and_every_row_a_field() -> None:
+    assert set(ROWS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_row_names_values_that_the_field_can_have(side: str) -> None:
+    """A runtime may differ from the default only where the family that it runs says so."""
+    for path, row in ROWS.items():
+        cell = row.cells[side]  # type: ignore[index]
+        known = values(path, FIELDS[path])
+        if cell.values is not None and all(isinstance(value, str) for value in known):
+            assert path == "model.name" or set(cell.values) <= set(known), path
+
+
+def test_what_each_family_says_by_itself_is_run_by_its_runtime() -> None:
+    tiny = load_model("tiny")
+    for strategy in (mop(8, experts=2), zero_offload(8), fsdp2(8, experts=2), fsdp2(8, offload=True)):
+        assert runnable(strategy, tiny) is None
+
+
+def test_a_refusal_names_field_value_and_what_works() -> None:
+    strategy = mop(8)
+    job = Job(load_model("deepseek_v3"), strategy)
+    first = next(refusals(job, by="flat_units"))
+    assert str(first) == "model.attention: 'mla' is not run by flat_units, only 'gqa'"
+
+
+def test_export_sides_are_the_targets() -> None:
+    assert set(TARGETS) == set(EXPORTS)
