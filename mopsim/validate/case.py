@@ -21,6 +21,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 Changes = dict[str, Any]
 """Dotted field -> value that differs from the preset's."""
 
@@ -50,9 +51,9 @@ class Source(io.Spec, frozen=True, kw_only=True):
 class Case(io.Spec, frozen=True, kw_only=True):
     """One run. model: a preset's name, or the network itself; hardware: a profile's name.
 
-    precision: name of the products' dtype, by which errors are grouped. quality: A, every field that a
-    simulation needs is known; B, one or two are not; C, more, or the number is derived. assumptions: what the
-    run does not say and is taken so. approximations: what it does and no strategy says.
+    quality: A, every field that a simulation needs is known; B, one or two are not; C, more, or the number is
+    derived. assumptions: what the run does not say and is taken so, and the rules that were used.
+    approximations: what it does and no strategy says.
     """
 
     id: str
@@ -64,7 +65,6 @@ class Case(io.Spec, frozen=True, kw_only=True):
     model_changes: Changes = msgspec.field(default_factory=dict)
     stack_changes: Changes = msgspec.field(default_factory=dict)
     measured: Measured = Measured()
-    precision: str = ""
     quality: Literal["A", "B", "C"] = "A"
     assumptions: tuple[str, ...] = ()
     approximations: tuple[str, ...] = ()
@@ -82,6 +82,13 @@ class Case(io.Spec, frozen=True, kw_only=True):
     def stack(self) -> str:
         """The strategy's stack, by name."""
         return self.strategy.stack
+
+    @property
+    def precision(self) -> str:
+        """The dtype or recipe of products, by which errors are grouped."""
+        chosen = self.strategy.precision
+        name = chosen.compute if chosen.matmul == "compute" else chosen.matmul
+        return SHORT.get(name, name)
 
     @property
     def family(self) -> str:

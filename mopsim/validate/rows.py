@@ -75,7 +75,7 @@ def _case(known: Facts, models: dict[str, Row]) -> Case:
     return Case(
         id=row["run_id"], model=named, hardware=row["gpu"], strategy=split, training=training,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
-        stack_changes=known.of("stack"), measured=_measured(row, approximations), precision=row["precision"],
+        stack_changes=known.of("stack"), measured=_measured(row, approximations),
         quality=_quality(row), approximations=approximations,
         assumptions=(*assumed, *(rule.id for rule in known.rules)),
         source=Source(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
