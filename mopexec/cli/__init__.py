@@ -25,6 +25,21 @@ app = typer.Typer(
 PlanPath = Annotated[Path, typer.Option("--plan", help="a plan, as `mopsim search --plan` writes it")]
 Json = Annotated[str | None, typer.Option("--json", help="write the result as JSON ('-' = standard output)")]
 Limit = Annotated[str | None, typer.Option(help="bytes of one rank that may be used: 512MiB, 2GB")]
+TrackedSteps = Annotated[
+    int,
+    typer.Option(
+        min=0, max=10**9, help="first steps whose memory is watched; 0 = all where there is a limit"
+    ),
+]
+Routing = Annotated[
+    Literal["learned", "profile"],
+    typer.Option(help="who chooses experts: the router, or the plan's profile"),
+]
+ProfileSteps = Annotated[int, typer.Option(min=0, max=10**9, help="extra steps timed by kind of work")]
+Restarts = Annotated[
+    int, typer.Option(min=0, max=10**9, help="restart failed ranks from the last checkpoint")
+]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**62, help="of weights and data; default: the plan's")]
 
 
 @app.command()
@@ -40,16 +55,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     device_limit: Limit = None,
     host_limit: Limit = None,
-    tracked_steps: Annotated[
-        int,
-        typer.Option(
-            min=0, max=10**9, help="first steps whose memory is watched; 0 = all where there is a limit"
-        ),
-    ] = 0,
-    routing: Annotated[
-        Literal["learned", "profile"],
-        typer.Option(help="who chooses experts: the router, or the plan's profile"),
-    ] = "learned",
+    tracked_steps: TrackedSteps = 0,
+    routing: Routing = "learned",
     schedule: Annotated[
         Literal["constant", "cosine"], typer.Option(help="learning rate after warm-up")
     ] = "constant",
@@ -59,15 +66,9 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")] = 0,
     final_checkpoint: Annotated[bool, typer.Option(help="write one after the last step")] = True,
     keep: Annotated[int, typer.Option(min=1, max=10**9, help="checkpoints to keep")] = 2,
-    profile_steps: Annotated[
-        int, typer.Option(min=0, max=10**9, help="extra steps timed by kind of work")
-    ] = 1,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, max=10**9, help="restart failed ranks from the last checkpoint")
-    ] = 0,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**62, help="of weights and data; default: the plan's")
-    ] = None,
+    profile_steps: ProfileSteps = 1,
+    max_restarts: Restarts = 0,
+    seed: Seed = None,
     cache: Annotated[str | None, typer.Option(help="where tokenised text is kept")] = None,
     json: Json = None,
 ) -> None:
@@ -108,7 +109,7 @@ def probe(
     budget: Annotated[float, typer.Option(min=0.01, max=1000, help="scales the time spent measuring")] = 1.0,
     json: Json = None,
 ) -> None:
-    """Measure this machine into a hardware profile."""
+    """Measure this machine and write its hardware profile."""
     from mopexec.cli.probe import run
 
     run(out, ranks, budget, json)
@@ -122,7 +123,7 @@ def dry_run(
     host_limit: Limit = None,
     json: Json = None,
 ) -> None:
-    """One rank's memory by category at the plan's full scale, without the hardware."""
+    """Show one rank's memory by category at the plan's full scale, without the hardware."""
     from mopexec.cli.dry_run import run
 
     run(plan, rank, device_limit, host_limit, json)
@@ -137,7 +138,7 @@ def verify(
     ] = None,
     json: Json = None,
 ) -> None:
-    """The plan's parallel step against the single-device step, scaled down to this machine."""
+    """Check the plan's parallel step against the single-device step, scaled down to this machine."""
     from mopexec.cli.verify import run
 
     raise typer.Exit(run(plan, steps, ranks, json))
@@ -156,7 +157,7 @@ def reach(
     confirm: Annotated[bool, typer.Option(help="run real steps at the longest and the next length")] = True,
     json: Json = None,
 ) -> None:
-    """How long a context each plan trains under enforced limits: by dry run, then by real steps."""
+    """Find how long a context each plan trains under enforced limits: by dry run, then by real steps."""
     from mopexec.cli.reach import run
 
     run(plan, device_limit, host_limit, quantum, data, confirm, out, json)

@@ -1,5 +1,7 @@
 """ModelSpec: the dimensions of a transformer, in Hugging Face field names."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Literal
 
 from mopsim.common.errors import require, require_name
@@ -78,92 +80,11 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     assumptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in (
-            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "vocab_size",
-        ):  # fmt: skip
-            require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
-            require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
-        layers = self.num_hidden_layers
-        require(layers <= 10_000, "num_hidden_layers", layers, "must be at most 10000")
-        for field in (
-            "intermediate_size", "first_k_dense_replace", "num_local_experts", "num_experts_per_tok",
-            "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
-            "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "learned_positions",
-            "num_nextn_predict_layers",
-        ):  # fmt: skip
-            require(getattr(self, field) >= 0, field, getattr(self, field), "must not be negative")
-            require(getattr(self, field) <= 2**40, field, getattr(self, field), "must be at most 2^40")
+        for holds, field, rule in _sizes(self):
+            require(holds, field, getattr(self, field), rule)
         require_name(self.name)
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "num_key_value_heads", self.num_key_value_heads,
-            f"does not divide num_attention_heads {self.num_attention_heads}",
-        )  # fmt: skip
-        require(
-            self.first_k_dense_replace <= self.num_hidden_layers,
-            "first_k_dense_replace", self.first_k_dense_replace,
-            f"is more than num_hidden_layers {self.num_hidden_layers}",
-        )  # fmt: skip
-        require(
-            self.num_dense_layers == 0 or self.intermediate_size >= 1,
-            "intermediate_size", self.intermediate_size, "must be at least 1 where a layer is dense",
-        )  # fmt: skip
-        if self.num_local_experts:
-            require(
-                1 <= self.num_experts_per_tok <= self.num_local_experts,
-                "num_experts_per_tok", self.num_experts_per_tok,
-                f"must lie between 1 and num_local_experts {self.num_local_experts}",
-            )  # fmt: skip
-            require(
-                self.moe_intermediate_size >= 1,
-                "moe_intermediate_size",
-                self.moe_intermediate_size,
-                "must be at least 1 where there are experts",
-            )
-        else:
-            for field in ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"):
-                value = getattr(self, field)
-                require(
-                    value == 0,
-                    field,
-                    value,
-                    "must be 0 where num_local_experts is 0: there are no MoE layers",
-                )
-        for field in ("total_params", "active_params"):
-            value = getattr(self, field)
-            require(value is None or 1 <= value <= 1e18, field, value, "must lie between 1 and 1e18")
-        rotated = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
-        require(
-            bool(self.learned_positions) or getattr(self, rotated) % 2 == 0,
-            rotated, getattr(self, rotated), "must be even: rotary positions turn pairs of elements",
-        )  # fmt: skip
-        if self.attention == "mla":
-            for field in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1 for mla")
-            require(
-                self.head_dim == self.qk_nope_head_dim + self.qk_rope_head_dim,
-                "head_dim", self.head_dim, "must be qk_nope_head_dim + qk_rope_head_dim for mla",
-            )  # fmt: skip
-        else:
-            for field in (
-                "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-            ):  # fmt: skip
-                require(getattr(self, field) == 0, field, getattr(self, field), "must be 0 for gqa")
-        for field, low, high in (
-            ("rms_norm_eps", 1e-12, 0.1), ("routed_scaling_factor", 1e-3, 1e3), ("rope_theta", 1.0, 1e12),
-            ("sliding_window_period", 1, 10_000), ("num_local_experts", 0, 2**16),
-            ("num_nextn_predict_layers", 0, 100),
-        ):  # fmt: skip
-            value = getattr(self, field)
-            require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
-        require(
-            self.shared_expert_intermediate_size >= 1 or not self.shared_expert_gate,
-            "shared_expert_gate",
-            self.shared_expert_gate,
-            "gates nothing: shared_expert_intermediate_size is 0",
-        )  # fmt: skip
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
+        for holds, field, rule in chain(_layers(self), _attention(self), _numbers(self)):
+            require(holds, field, getattr(self, field), rule)
 
     @property
     def num_dense_layers(self) -> int:
@@ -181,3 +102,80 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     def window(self, layer: int) -> int:
         """Sliding-window width of `layer` in tokens; 0 is full causal attention."""
         return self.sliding_window if self.sliding_window and layer % self.sliding_window_period == 0 else 0
+
+
+Rules = Iterator[tuple[bool, str, str]]
+"""(what must hold, the field, the rule where it does not)."""
+_NEEDED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+_OPTIONAL = (
+    "intermediate_size", "first_k_dense_replace", "num_local_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window", "learned_positions",
+    "num_nextn_predict_layers",
+)  # fmt: skip
+_MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_MOE = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+_RANGES = (
+    ("rms_norm_eps", 1e-12, 0.1), ("routed_scaling_factor", 1e-3, 1e3), ("rope_theta", 1.0, 1e12),
+    ("sliding_window_period", 1, 10_000), ("num_local_experts", 0, 2**16),
+    ("num_nextn_predict_layers", 0, 100),
+)  # fmt: skip
+
+
+def _sizes(m: ModelSpec) -> Rules:
+    for field in _NEEDED:
+        yield getattr(m, field) >= 1, field, "must be at least 1"
+        yield getattr(m, field) <= 2**40, field, "must be at most 2^40"
+    yield m.num_hidden_layers <= 10_000, "num_hidden_layers", "must be at most 10000"
+    for field in _OPTIONAL:
+        yield getattr(m, field) >= 0, field, "must not be negative"
+        yield getattr(m, field) <= 2**40, field, "must be at most 2^40"
+
+
+def _layers(m: ModelSpec) -> Rules:
+    """Dense layers have an FFN; MoE layers have experts to choose from."""
+    heads, layers, experts = m.num_attention_heads, m.num_hidden_layers, m.num_local_experts
+    grouped = f"does not divide num_attention_heads {heads}"
+    yield heads % m.num_key_value_heads == 0, "num_key_value_heads", grouped
+    more = f"is more than num_hidden_layers {layers}"
+    yield m.first_k_dense_replace <= layers, "first_k_dense_replace", more
+    dense = "must be at least 1 where a layer is dense"
+    yield m.num_dense_layers == 0 or m.intermediate_size >= 1, "intermediate_size", dense
+    if experts:
+        rule = f"must lie between 1 and num_local_experts {experts}"
+        yield 1 <= m.num_experts_per_tok <= experts, "num_experts_per_tok", rule
+        rule = "must be at least 1 where there are experts"
+        yield m.moe_intermediate_size >= 1, "moe_intermediate_size", rule
+    else:
+        rule = "must be 0 where num_local_experts is 0: there are no MoE layers"
+        for field in _MOE:
+            yield getattr(m, field) == 0, field, rule
+
+
+def _attention(m: ModelSpec) -> Rules:
+    for field in ("total_params", "active_params"):
+        value = getattr(m, field)
+        yield value is None or 1 <= value <= 1e18, field, "must lie between 1 and 1e18"
+    latent = m.attention == "mla"
+    rotated = "qk_rope_head_dim" if latent else "head_dim"
+    even = bool(m.learned_positions) or getattr(m, rotated) % 2 == 0
+    yield even, rotated, "must be even: rotary positions turn pairs of elements"
+    if not latent:
+        for field in _MLA:
+            yield getattr(m, field) == 0, field, "must be 0 for gqa"
+        return
+    for field in _MLA[1:]:
+        yield getattr(m, field) >= 1, field, "must be at least 1 for mla"
+    parts = m.qk_nope_head_dim + m.qk_rope_head_dim
+    yield m.head_dim == parts, "head_dim", "must be qk_nope_head_dim + qk_rope_head_dim for mla"
+
+
+def _numbers(m: ModelSpec) -> Rules:
+    for field, low, high in _RANGES:
+        yield low <= getattr(m, field) <= high, field, f"must lie between {low:g} and {high:g}"
+    gated = "gates nothing: shared_expert_intermediate_size is 0"
+    yield m.shared_expert_intermediate_size >= 1 or not m.shared_expert_gate, "shared_expert_gate", gated
+    yield 0 <= m.dropout < 1, "dropout", "must lie in [0, 1)"
