@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from mopexec.run import checkpoint
 from mopexec.run.runner import StepResult
+from tests.patience import HANG
 
 
 def build(plan, platform, *, routing, seed):
@@ -56,7 +57,7 @@ class FakeRunner:
             if what == "interrupt":
                 os.kill(os.getpid(), signal.SIGINT)
             if what == "stall":
-                time.sleep(60)
+                time.sleep(2 * HANG)
             if what == "raise":
                 raise ValueError("the weights went missing\nand more")
 
@@ -68,7 +69,7 @@ class FakeRunner:
 
     def _end(self, rank):
         os.kill(os.getpid() if rank else os.getppid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(2 * HANG)
 
     def load_state_dict(self, state):
         self.weight.copy_(state["weight"])

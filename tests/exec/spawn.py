@@ -14,6 +14,8 @@ import tempfile
 import traceback
 from typing import Any
 
+from tests.patience import HANG
+
 
 def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> None:
     if not cuda:
@@ -55,9 +57,9 @@ class Pool:
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
-        self._collect(300)
+        self._collect(HANG)
 
-    def run(self, module: str, function: str, *arguments: Any, timeout: float = 120) -> list[Any]:
+    def run(self, module: str, function: str, *arguments: Any, timeout: float = HANG) -> list[Any]:
         """Results by rank of `module.function(platform, *arguments)`, called on all ranks together.
 
         Raises AssertionError with the first traceback; the pool is gone then, since its ranks are out of

@@ -14,6 +14,7 @@ from mopsim.common.errors import SpecError
 from mopsim.common.units import parse_bytes
 from mopsim.spec.plan import Prediction
 from tests.exec.train_plans import small_plan
+from tests.patience import HANG
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_dry_run_over_a_limit_is_one_line(capsys, plan):
 
 def test_verify_scaled_down_equals_the_single_device(plan):
     command = [sys.executable, "-m", "mopexec.cli", "verify", "--plan", str(plan), "--json", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["passed"]
@@ -204,7 +205,7 @@ def test_scaling_down_keeps_every_mechanism():
 
 def test_help_needs_no_torch():
     code = "import mopexec.cli, sys; assert 'torch' not in sys.modules; mopexec.cli.main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in ("train", "probe", "dry-run", "verify"))
 

@@ -27,6 +27,7 @@ from tests.exec.train_runs import (
     wait_for,
     write_inputs,
 )
+from tests.patience import HANG
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_an_interrupted_verify_leaves_neither_ranks_nor_files(inputs, tmp_path, 
     )  # fmt: skip
     wait_for(lambda: len(ranks_of(scratch)) == 2)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 128 + number
     assert err == f"mopexec: stopped by {number.name}\n"
     assert ranks_of(scratch) == []
@@ -74,7 +75,9 @@ def test_a_signal_during_imports_is_neither_lost_nor_fatal():
 
 
 def _is_stopped(code):
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG
+    )
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "mopexec: stopped by SIGTERM\n")
 
 
@@ -111,7 +114,6 @@ def test_a_second_ctrl_c_ends_a_step_that_does_not(inputs, tmp_path):
     out = tmp_path / "run"
     process = start_fake(inputs, out, "stall:1:4", steps=9, checkpoint_every=2)
     wait_for(lambda: steps_done(out) >= 3)
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
     time.sleep(REPEAT_SECONDS + 0.5)
     process.send_signal(signal.SIGTERM)
@@ -119,7 +121,6 @@ def test_a_second_ctrl_c_ends_a_step_that_does_not(inputs, tmp_path):
     last = out / "checkpoints" / "step_00000002"
     rest = f"before a checkpoint was done since the last, {last}; go on with --resume"
     assert (code, err) == (130, f"mopexec: stopped by SIGINT {rest}")
-    assert time.monotonic() - started < 50
     assert ranks_of(out) == []
 
 
@@ -149,7 +150,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(inputs, tmp_path, p
     code, _, err = finish(start_fake(inputs, out, fake, steps=9, checkpoint_every=2))
     expected = (-signal.SIGKILL, 0) if "launcher" in fake else (1, 1)
     assert (code, len(err.splitlines())) == expected, err
-    wait_for(lambda: ranks_of(out) == [], seconds=20)
+    wait_for(lambda: ranks_of(out) == [])
     assert checkpoint.read_state(checkpoint.find(out)).step == 4
     assert len(list((out / "checkpoints").glob(".writing_*"))) == fake.startswith("saving")
     code, _, err = finish(start_fake(inputs, out, "", steps=9, resume=True))

@@ -12,6 +12,7 @@ import torch
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from tests.exec import fsdp_worker
+from tests.patience import HANG
 
 Results = dict[str, dict[str, float]]
 WORKER = Path(fsdp_worker.__file__)
@@ -29,7 +30,7 @@ def spawn(world: int, folder: Path, cases: list[str]) -> Results:
             environment = environment | {"LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=300) for process in processes]
+        codes = [process.wait(timeout=HANG) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -29,6 +29,7 @@ from tests.exec.train_runs import (
     wait_for,
     write_inputs,
 )
+from tests.patience import HANG
 
 METRICS = {"step", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "peak_memory_bytes"}
 
@@ -151,7 +152,7 @@ def test_it_is_one_rank_under_the_users_own_torchrun(inputs, whole, tmp_path):
     out = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "mopexec.cli", "train", *common(inputs, out), "--steps", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert losses(out) == losses(whole[0])[:2]
 
@@ -233,7 +234,7 @@ def test_no_rank_outlives_a_killed_launcher(inputs, tmp_path):
     assert len(ranks_of(out)) == 3
     process.kill()
     finish(process)
-    wait_for(lambda: ranks_of(out) == [], seconds=20)
+    wait_for(lambda: ranks_of(out) == [])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mopsim
+from tests.patience import HANG
 
 HIDE = """
 import sys
@@ -25,7 +26,7 @@ def run(package: str, hidden: set[str], *arguments: str) -> "subprocess.Complete
     """A command of `package` in a process where the modules `hidden` cannot be imported."""
     code = HIDE.format(package=package, hidden=hidden, arguments=list(arguments))
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=False
     )
 
 

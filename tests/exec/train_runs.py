@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mopsim.common import io
 from tests.exec.train_plans import small_plan
+from tests.patience import HANG
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(2000))
@@ -28,7 +29,7 @@ def environment(fake=""):
 
 def train(inputs, out, *arguments):
     command = [sys.executable, "-m", "mopexec.cli", "train", *common(inputs, out), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG)
 
 
 def common(inputs, out):
@@ -56,7 +57,7 @@ def start_fake(inputs, out, fake, **options):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG)
     return process.returncode, out, err.strip()
 
 
@@ -76,7 +77,7 @@ def ranks_of(out):
     return [pid for pid in found if pid != os.getpid()]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=HANG):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

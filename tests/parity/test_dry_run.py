@@ -13,6 +13,7 @@ from mopexec.check.dry_run import dry_run
 from mopexec.measure.tracker import OutOfMemory
 from mopsim.common.errors import SpecError
 from tests.parity.memory_cases import cases
+from tests.patience import HANG
 
 HERE = Path(__file__).parent
 SAME = (
@@ -37,7 +38,7 @@ def trained(request, tmp_path_factory):
         )
         for rank in range(world)
     ]
-    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    errors = [worker.communicate(timeout=HANG)[1] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), "\n".join(errors)
     return world, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import HANG
+
 ROOT = Path(__file__).parents[2]
 CONTEXT = [
     "context",
@@ -48,7 +50,7 @@ def sweep(folder: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
@@ -64,7 +66,7 @@ def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     said = "" if number == signal.SIGKILL else "interrupted" if number == signal.SIGINT else number.name
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), err
     assert said in err
@@ -81,7 +83,7 @@ def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.03)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     assert (process.returncode, err) == (130, "mopsim: interrupted\n")
     wait_for(lambda: marked(f"SWEEP={tmp_path}") == [])
     assert not list(tmp_path.iterdir())
@@ -100,7 +102,7 @@ def test_a_full_disk_says_nothing_of_a_cache_of_fonts(tmp_path: Path) -> None:
         env={**os.environ, **folders},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert not [path for path in tmp_path.iterdir() if path.stat().st_size], "it could not be kept"

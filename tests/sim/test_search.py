@@ -2,6 +2,7 @@
 fits."""
 
 import itertools
+import time
 
 import msgspec
 import numpy as np
@@ -251,15 +252,13 @@ def test_more_memory_never_makes_the_best_slower() -> None:
 
 
 def test_bounds_cost_microseconds() -> None:
-    """Two seconds of slack on what takes about half a second: a hundred thousand candidates and more."""
-    import time
-
+    """Two seconds of the CPU for what takes about half of one: a hundred thousand candidates and more."""
     p = problem(4)
-    started = time.perf_counter()
+    started = time.process_time()
     space = generate(p, "mop")
     bound(space)
     assert len(space) > 100_000
-    assert (time.perf_counter() - started) / len(space) < 2e-5
+    assert (time.process_time() - started) / len(space) < 2e-5
 
 
 def test_neighbours_differ_in_one_decision() -> None:

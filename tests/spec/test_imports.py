@@ -5,11 +5,13 @@ import sys
 
 import pytest
 
+from tests.patience import HANG
+
 
 def loaded_after(statement: str) -> set[str]:
     code = f"{statement}; import sys; print(' '.join(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=True
     )
     return set(done.stdout.split())
 
