@@ -58,7 +58,7 @@ def test_the_last_release_replays_the_whole_step() -> None:
     assert found.strategy.overlap.experts
     assert found.strategy.experts.dispatch == "deduplicated"
     assert (found.strategy.precision.attention, found.strategy.precision.vocabulary) == ("matmul", "matmul")
-    assert "late-mxfp8" in found.assumptions
+    assert "late-mxfp8-of-deepseek-v3" in found.assumptions
     assert read_case({**said, "gpu": "gb200-186g"}, MODELS).strategy.precision.attention == "compute"
     for other in ({"notes": "NeMo 26.04"}, {"source": "mine"}, {"stack": "megatron-core"}):
         plain = read_case({**said, **other}, MODELS)
@@ -91,7 +91,7 @@ def test_layouts_hold_the_whole_network() -> None:
         layers = rule.set["strategy.pipeline.layers"]
         assert f"^{len(layers)}$" == rule.when["stages"]
         assert sum(layers) == 61
-    assert len(layouts) == 3
+    assert len(layouts) == 4
     key = "strategy.pipeline.layers"
     assert facts(row(model="deepseek_v3", num_layers="", pp="8", vp="2")).settings[key][-1] == 1
     assert key not in facts(row(model="deepseek_v3", num_layers="4", pp="8")).settings
