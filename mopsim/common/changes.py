@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert, to_plain
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -23,7 +23,7 @@ def changed(spec: T, changes: Mapping[str, Any], prefix: str) -> T:
         for name in outer:
             place = place.get(name) if isinstance(place, dict) else None
         if not isinstance(place, dict):
-            raise MopError(f"{prefix}.{path}: {value!r} is given to a field that is none")
+            raise MopError(f"{prefix}.{path}: {shown(value)} is given to a field that is none")
         place[last] = value
     return convert(plain, type(spec), prefix)
 

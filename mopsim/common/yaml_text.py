@@ -71,7 +71,7 @@ def parse_yaml(text: str, origin: str) -> Any:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         where = f" line {mark.line + 1}:" if mark else ""
         made = mark if isinstance(error, yaml.constructor.ConstructorError) else None
-        field = _field_at(text, (made.line, made.column) if made else None)
+        field = field_at(text, (made.line, made.column) if made else None)
         raise MopError(f"{origin}:{where} {field}is not valid YAML: {problem}") from None
     except (ValueError, RecursionError) as error:
         raise MopError(f"{origin}: is not valid YAML: {error}") from None
@@ -86,7 +86,7 @@ def dump_yaml(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _field_at(text: str, place: tuple[int, int] | None) -> str:
+def field_at(text: str, place: tuple[int, int] | None) -> str:
     """'field: ' of what stands at `place` (line, column; from 0), else of where the text breaks off."""
     if place is None:
         text = text[: _too_deep(text)]

@@ -12,7 +12,6 @@ An entry at the top (`runtime`, `communication_share`, ...) has the `source` at 
 source is refused, so that a reader can check each.
 """
 
-import difflib
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
@@ -21,6 +20,7 @@ from typing import Any
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert, exists, parse_yaml, read_text
+from mopsim.common.nearest import unknown
 from mopsim.spec.stack import Stack
 
 SECTIONS = ("kernels", "sharding", "recompute", "host", "dtypes", "hides", "reading")
@@ -54,19 +54,14 @@ def load_stack(ref: str | Path, field: str = "stack") -> Stack:
     if name in _texts():
         return _named(name)
     path = Path(ref)
-    if not (path.suffix in (".yaml", ".yml", ".json") or "/" in name or exists(path)):
-        raise MopError(f"{field}: {name!r} is neither a stack nor a file; {_hint(name)}")
+    if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
+        raise unknown(field, name, list_stacks(), "stack")
     return _stack(read_text(path, field), str(path), field, ())
 
 
 @cache
 def _named(name: str) -> Stack:
     return _stack(_texts()[name], f"stack {name}", "stack", (name,))
-
-
-def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, list_stacks(), n=3, cutoff=0.5)
-    return (f"near: {', '.join(near)}; " if near else "") + f"stacks: {', '.join(list_stacks())}"
 
 
 def _stack(text: str, origin: str, field: str, seen: tuple[str, ...]) -> Stack:
@@ -86,8 +81,7 @@ def _resolved(text: str, origin: str, field: str, seen: tuple[str, ...]) -> dict
     if not parent:
         return own
     if not isinstance(parent, str) or parent not in _texts():
-        hint = _hint(str(parent))
-        raise MopError(f"{origin}: {field}.extends: {shown(parent)} is not a stack; {hint}")
+        raise unknown(f"{origin}: {field}.extends", str(parent), list_stacks(), "stack", file=False)
     if parent in seen:
         round_trip = " -> ".join((*seen, parent))
         raise MopError(f"{origin}: {field}.extends: {parent!r} leads back to itself: {round_trip}")

@@ -12,6 +12,7 @@ import msgspec
 from mopsim.common import io
 from mopsim.common.changes import changed, sparse
 from mopsim.common.errors import MopError, require, require_at_least, require_name
+from mopsim.common.json_text import parse_json
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
@@ -143,7 +144,7 @@ def read_cases(path: Path) -> list[Case]:
     where = f"cases: {path}"
     if path.suffix == ".jsonl":
         lines = [line for line in text.splitlines() if line.strip()]
-        plain = [_json(line, f"{where}: line {number}") for number, line in enumerate(lines, 1)]
+        plain = [parse_json(line, f"{where}: line {number}") for number, line in enumerate(lines, 1)]
     else:
         plain = io.parse_yaml(text, where)
     if not isinstance(plain, list) or not plain:
@@ -161,13 +162,6 @@ def read_cases(path: Path) -> list[Case]:
         except MopError as error:
             raise MopError(f"{where}: case {number}: {error}") from None
     return cases
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MopError(f"{where} is not JSON: {error}") from None
 
 
 def write_cases(path: Path, cases: Iterable[Case]) -> None:

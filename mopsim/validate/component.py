@@ -1,13 +1,13 @@
 """One measured component as a record."""
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.io import parse_yaml
+from mopsim.common.json_text import parse_json
 from mopsim.validate.tables import Row, parse_number
 
 
@@ -64,15 +64,8 @@ def _systems() -> dict[str, str]:
 
 def parse(row: Row) -> Component:
     """Raises MopError where params is no JSON object or the value no number."""
-    try:
-        params = json.loads(row["params"] or "{}", parse_constant=_refuse)
-    except ValueError as error:
-        raise MopError(f"{row['component']}: params: {error}") from None
+    params = parse_json(row["params"] or "{}", f"{row['component']}: params")
     if not isinstance(params, dict):
-        raise MopError(f"{row['component']}: params: {row['params']!r} is not a JSON object")
+        raise MopError(f"{row['component']}: params: {shown(row['params'])} is not a JSON object")
     value = parse_number(row["value"], f"{row['component']}: value") if row["value"] else None
     return Component(row, params, value)
-
-
-def _refuse(text: str) -> None:
-    raise ValueError(f"{text} is not a finite number")

@@ -47,4 +47,5 @@ def facts(row: Row) -> Facts:
 def _stages(row: Row) -> str:
     """Parts of the pipeline: its degree times its virtual stages; '' where one is no number."""
     degrees = (row.get("pp", ""), row.get("vp", "") or "1")
-    return str(int(degrees[0]) * int(degrees[1])) if all(one.isdigit() for one in degrees) else ""
+    plain = all(one.isdecimal() and len(one) < 10 for one in degrees)
+    return str(int(degrees[0]) * int(degrees[1])) if plain else ""

@@ -7,7 +7,7 @@ from typing import Literal, ParamSpec, TypeVar
 from msgspec.structs import replace
 
 from mopsim.common.changes import changed
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError, shown
 from mopsim.common.rules import Facts
 from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
@@ -113,7 +113,7 @@ def _quality(row: Row) -> Literal["A", "B", "C"]:
     named = row.get("quality", "") or "A"
     grades: dict[str, Literal["A", "B", "C"]] = {"A": "A", "B": "B", "C": "C"}
     if named not in grades:
-        raise MopError(f"{row['run_id']}: quality: {named!r} is not one of A, B, C")
+        raise MopError(f"{row['run_id']}: quality: {shown(named)} is not one of A, B, C")
     return grades[named]
 
 
@@ -126,7 +126,7 @@ def _model(known: Facts, models: dict[str, Row]) -> tuple[str | ModelSpec, Chang
     except SpecError as error:
         raise UnsupportedError("model", str(error)) from error
     except MopError as error:
-        raise UnsupportedError("model", f"{name!r} is neither in the models CSV nor a preset") from error
+        raise UnsupportedError("model", f"{shown(name)} is neither in the models CSV nor a preset") from error
     changes: Changes = {}
     layers = count(row, "num_layers") or model.num_hidden_layers
     if layers != model.num_hidden_layers:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, SpecError, require_name, shown
 from mopsim.common.rules import UNKNOWN as UNKNOWN
 from mopsim.common.table import Row as Row
 from mopsim.common.table import read_table
@@ -20,8 +20,12 @@ def read_runs(path: Path) -> list[Row]:
     for row in rows:
         if not row["run_id"]:
             raise MopError(f"runs: {path}: a row has no run_id")
+        try:
+            require_name(row["run_id"], "run_id")
+        except SpecError as error:
+            raise MopError(f"runs: {path}: {error}") from None
         if row["run_id"] in seen:
-            raise MopError(f"{path}: run_id {row['run_id']!r} appears twice")
+            raise MopError(f"runs: {path}: run_id {row['run_id']!r} appears twice")
         seen.add(row["run_id"])
     return rows
 
@@ -49,9 +53,9 @@ def parse_number(text: str, where: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise MopError(f"{where}: {text!r} is not a number") from None
+        raise MopError(f"{where}: {shown(text)} is not a number") from None
     if not 0 <= value <= LARGEST:
-        raise MopError(f"{where}: {text!r} must be from 0 to {LARGEST:g}")
+        raise MopError(f"{where}: {shown(text)} must be from 0 to {LARGEST:g}")
     return value
 
 
@@ -62,6 +66,6 @@ def count(row: Row, column: str) -> int | None:
         return None
     if value != int(value) or value < 1:
         raise MopError(
-            f"{row.get('run_id', 'row')}: {column}: {row[column]!r} is not a positive whole number"
+            f"{row.get('run_id', 'row')}: {column}: {shown(row[column])} is not a positive whole number"
         )
     return int(value)

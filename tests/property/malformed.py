@@ -19,6 +19,7 @@ from mopsim.spec.stacks import SECTIONS, load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
 from mopsim.strategies import mop
+from mopsim.validate.case import Case, Measured, Source, read_cases
 from tests.spec import test_huggingface as huggingface
 
 Path = tuple[str | int, ...]
@@ -164,6 +165,15 @@ def measurement() -> Measurement:
     )  # fmt: skip
 
 
+def case() -> Case:
+    return Case(
+        id="run", model="tiny", hardware="h200-sxm-141g", num_nodes=1, strategy=STRATEGY,
+        training=TrainSpec(seq_len=64, global_batch=2), model_changes={"num_hidden_layers": 3},
+        stack_changes={"host.modules": True}, measured=Measured(step_time=1.0, peak_memory=1.0, fits=True),
+        precision="bf16", approximations=("a",), source=Source(name="s", ref="r", notes="n"),
+    )  # fmt: skip
+
+
 def profile() -> dict[str, Any]:
     """Of its collectives' curves only one is broken: the others are of the same type."""
     fields: dict[str, Any] = plain(load_profile("h200-sxm-141g"))
@@ -227,5 +237,6 @@ KINDS = {
     "plan": Kind(plain(plan()), load_plan, whole=("model", "strategy", "stack")),
     "measurement": Kind(plain(measurement()), load_measurement, whole=("plan",)),
     "stack": Kind(stack(), load_stack),
+    "case": Kind(plain(case()), read_cases, "cases.jsonl", whole=("strategy", "training")),
     **{f"config of {name}": Kind(config, load_model, "config.json") for name, config in CONFIGS.items()},
 }

@@ -1,0 +1,38 @@
+"""JSON as text, as strictly as YAML: a key given twice, digits or nesting without end are named."""
+
+import json
+from typing import Any
+
+from mopsim.common.errors import MopError, shown
+from mopsim.common.values import Endless, first_unfit
+from mopsim.common.yaml_text import field_at
+
+_MOST_DIGITS = 1000
+
+
+def parse_json(text: str, origin: str) -> Any:
+    """The plain objects of a JSON text. Raises MopError naming `origin` and the field."""
+    try:
+        data = json.loads(text, object_pairs_hook=_mapping, parse_int=_integer)
+    except RecursionError:
+        raise MopError(f"{origin}: {field_at(text, None)}is nested too deeply") from None
+    except ValueError as error:
+        broken = text[: error.pos] if isinstance(error, json.JSONDecodeError) else text
+        raise MopError(f"{origin}: {field_at(broken, None)}is not valid JSON: {error}") from None
+    problem = first_unfit(data)
+    if problem is not None:
+        raise MopError(": ".join(part for part in (origin, *problem) if part))
+    return data
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is given twice")
+        found[key] = value
+    return found
+
+
+def _integer(text: str) -> int | Endless:
+    return int(text) if len(text) <= _MOST_DIGITS else Endless(text)
