@@ -1,6 +1,7 @@
 """JSON as text, as strictly as YAML: a key given twice, digits or nesting without end are named."""
 
 import json
+import re
 from typing import Any
 
 from mopsim.common.errors import MopError, shown
@@ -8,6 +9,7 @@ from mopsim.common.values import Endless, first_unfit
 from mopsim.common.yaml_text import field_at
 
 _MOST_DIGITS = 1000
+_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:')
 
 
 def parse_json(text: str, origin: str) -> Any:
@@ -17,8 +19,9 @@ def parse_json(text: str, origin: str) -> Any:
     except RecursionError:
         raise MopError(f"{origin}: {field_at(text, None)}is nested too deeply") from None
     except ValueError as error:
-        broken = text[: error.pos] if isinstance(error, json.JSONDecodeError) else text
-        raise MopError(f"{origin}: {field_at(broken, None)}is not valid JSON: {error}") from None
+        keys = _KEY.findall(text[: error.pos]) if isinstance(error, json.JSONDecodeError) else []
+        field = f"{keys[-1][:100]}: " if keys else ""
+        raise MopError(f"{origin}: {field}is not valid JSON: {error}") from None
     problem = first_unfit(data)
     if problem is not None:
         raise MopError(": ".join(part for part in (origin, *problem) if part))

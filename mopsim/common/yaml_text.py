@@ -1,6 +1,7 @@
 """YAML (and so JSON) as text, strictly: what surprises in YAML 1.1 is not read, what is refused is named."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -86,43 +87,48 @@ def dump_yaml(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
+@dataclass
+class _Open:
+    """A mapping or list that is being read. step: the key or index that was read last."""
+
+    is_mapping: bool
+    step: Any = None
+    wants_key: bool = True
+
+
 def field_at(text: str, place: tuple[int, int] | None) -> str:
     """'field: ' of what stands at `place` (line, column; from 0), else of where the text breaks off."""
     if place is None:
         text = text[: _too_deep(text)]
-    path: list[Any] = []  # of every open mapping its key, None between pairs; of every list its index
+    opened: list[_Open] = []
     try:
         for event in yaml.parse(text, Loader=_Loader):
-            opens = isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent)
-            if not opens and not isinstance(
-                event, yaml.ScalarEvent | yaml.AliasEvent | yaml.CollectionEndEvent
-            ):
-                continue
-            mark = event.start_mark
-            reached = place is not None and mark is not None and (mark.line, mark.column) >= place
             if isinstance(event, yaml.CollectionEndEvent):
-                path.pop()
-            elif path and path[-1] is None:  # a key
-                path[-1] = getattr(event, "value", "")
-                if reached:
+                opened.pop()
+            elif isinstance(event, yaml.NodeEvent):
+                if opened:
+                    _advance(opened[-1], event)
+                mark = event.start_mark
+                if place is not None and mark is not None and (mark.line, mark.column) >= place:
                     break
-                if not opens:
-                    continue
-            elif path and isinstance(path[-1], int):
-                path[-1] += 1
-            if reached:
-                break
-            if opens:
-                path.append(None if isinstance(event, yaml.MappingStartEvent) else -1)
-            elif path and isinstance(path[-1], str):  # a value ends its pair
-                path[-1] = None
+                if isinstance(event, yaml.CollectionStartEvent):
+                    opened.append(_Open(isinstance(event, yaml.MappingStartEvent)))
     except yaml.YAMLError:
         pass
-    steps = [
-        f"[{max(step, 0)}]" if isinstance(step, int) else f".{step}" for step in path if step is not None
-    ]
-    found = trimmed("".join(steps).removeprefix("."))
+    steps = [one.step for one in opened if one.step not in (None, "")]
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    found = trimmed(path.removeprefix("."))
     return f"{found[:200]}: " if found else ""
+
+
+def _advance(place: _Open, event: yaml.NodeEvent) -> None:
+    """A node was read in `place`: an item, a key, or the value of one."""
+    if not place.is_mapping:
+        place.step = 0 if place.step is None else place.step + 1
+    else:
+        if place.wants_key:
+            place.step = getattr(event, "value", "")
+        place.wants_key = not place.wants_key
 
 
 def _too_deep(text: str) -> int:

@@ -12,8 +12,8 @@ import pytest
 
 from mopsim.common.errors import MopError
 from mopsim.common.table import Row
-from mopsim.spec.model_table import from_row, read_rows
 from mopsim.validate.components import predict_components
+from mopsim.validate.models import from_row, read_rows
 from mopsim.validate.parallelism import UnsupportedError
 from mopsim.validate.rows import read_case
 from mopsim.validate.tables import read_components, read_runs
