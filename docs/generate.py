@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 import mopsim
-from mopsim.spec import hardware, model, plan, stack, strategy, training
+from mopsim.spec import capability, hardware, model, plan, stack, strategy, training
 from mopsim.validate import columns
 
 HEAD = "<!-- Made by `make docs` from the structs and their docstrings: change those. -->"
@@ -140,6 +140,35 @@ def table(name: str) -> str:
     return "\n\n".join([HEAD, f"# {name.capitalize()}", what, CELLS, "\n".join([*head, *rows])]) + "\n"
 
 
+CAPABILITY = "Which values of each field are simulated, run by each runtime of mopexec, and exported."
+
+
+def capabilities() -> str:
+    """The page of the capability table: a row for each field, a column for each side."""
+    notes: dict[str, int] = {}
+    head = [f"| field | {' | '.join(capability.SIDES)} |", f"|---{'|---' * len(capability.SIDES)}|"]
+    rows = []
+    for path, row in capability.ROWS.items():
+        cells = [_capability(row.cells[side], notes) for side in capability.SIDES]
+        rows.append(f"| `{path}` | {' | '.join(cells)} |")
+    meaning = (
+        "*all*: every value that the field can have. A list: these values; others are refused by name. *-*: "
+        "the field has no part in what this side does. A field that has nothing to act on in a job (an order "
+        "of groups where there is one) is passed over. Relations between two fields are functions of "
+        "`mopsim/spec/capability/rules.py`. Numbers are notes below the table."
+    )
+    told = [f"{number}. {note}" for note, number in notes.items()]
+    body = "\n".join([*head, *rows])
+    return "\n\n".join([HEAD, "# Capability", CAPABILITY, meaning, body, "\n".join(told)]) + "\n"
+
+
+def _capability(cell: capability.Cell, notes: dict[str, int]) -> str:
+    """One cell; its reason becomes a note with a number."""
+    values = ", ".join(f"`{value!r}`" for value in cell.values or ())
+    text = values or ("all" if cell.reads else "-")
+    return f"{text} ({notes.setdefault(cell.why, len(notes) + 1)})" if cell.why else text
+
+
 def interface() -> str:
     """The page of the Python API: a signature and a docstring for each name."""
     functions = [name for name in mopsim.__all__ if inspect.isfunction(getattr(mopsim, name))]
@@ -187,7 +216,9 @@ def pages() -> dict[str, str]:
                 text = text.replace(f"](#{other.__name__.lower()})", f"]({page}.md)")
         made[f"{name}.md"] = text
     made |= {f"{name}.md": table(name) for name in TABLES} | {"api.md": interface()}
+    made["capability.md"] = capabilities()
     index = [f"| [{name}]({name}.md) | {what} |" for name, (what, _) in (PAGES | TABLES).items()]
+    index.append(f"| [capability](capability.md) | {CAPABILITY} |")
     index.append("| [api](api.md) | What `import mopsim` offers. |")
     lines = [HEAD, "", "# Reference", "", "| page | what it is of |", "|---|---|", *index]
     return made | {"README.md": "\n".join(lines) + "\n"}

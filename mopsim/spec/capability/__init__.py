@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.facts import EXPORTS, SIDES, Job, Row, Side
+from mopsim.spec.capability.facts import EXPORTS, SIDES, Cell, Job, Row, Side
 from mopsim.spec.capability.rules import RULES
 from mopsim.spec.capability.software import no_runtime
 from mopsim.spec.capability.table import MODEL, ROWS
@@ -20,6 +20,7 @@ __all__ = [
     "EXPORTS",
     "ROWS",
     "SIDES",
+    "Cell",
     "Job",
     "Row",
     "Side",

@@ -6,6 +6,7 @@ side that a row does not name takes every value. Relations between fields are in
 
 from mopsim.spec.capability.facts import (
     LABEL,
+    Cell,
     Row,
     balanced_experts,
     boundaries_on_host,
@@ -318,7 +319,9 @@ STACK: dict[str, Row] = {
     "runtime": row(
         simulator=LABEL, flat_units=only("flat_units"), fully_shard=only("fully_shard"), exports=_PROGRAM
     ),
-    **dict.fromkeys(_OWN, row(exports=_PROGRAM)),
+    **dict.fromkeys(
+        _OWN, row(mopexec=Cell(why="as the stack says that describes the runtime"), exports=_PROGRAM)
+    ),
 }
 
 ROWS: dict[str, Row] = {
