@@ -31,6 +31,7 @@ from mopsim.common.errors import MopError
 from mopsim.spec import upgrade
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.stack import Stack
 
 KIN = (("matmul", "grouped_matmul"), ("optimizer", "host_optimizer"))
 """Kinds that err alike: one that no run exercised is scaled as its kin are."""
@@ -86,12 +87,14 @@ class Residual:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The new profile. uncertainty: relative standard error of a predicted step. runs: digests."""
+    """The new profile. uncertainty: relative standard error of a predicted step. runs: digests. stacks:
+    names of the software that ran."""
 
     profile: HardwareProfile
     residuals: tuple[Residual, ...]
     uncertainty: float
     runs: tuple[str, ...]
+    stacks: tuple[str, ...] = ()
 
     def step_errors(self, which: str) -> list[float]:
         """Relative errors of the step, one per run: `which` is before, after or held_out."""
@@ -114,6 +117,7 @@ class CalibrationResult:
             "digest": io.digest(self.profile),
             "calibrated_from": self.profile.calibrated_from,
             "runs": list(self.runs),
+            "stacks": list(self.stacks),
             "uncertainty": self.uncertainty,
             "step_errors": {which: self.step_errors(which) for which in ("before", "after", "held_out")},
             "corrections": io.to_plain(self.profile.corrections),
@@ -173,7 +177,8 @@ def calibrate(
     for run, unseen in zip(runs, held_out, strict=True):
         before = simulate(run.plan, profile) if profile.corrections else run.base
         residuals += _residuals(run, before, simulate(run.plan, new), unseen)
-    return CalibrationResult(new, tuple(residuals), _uncertainty(runs, residuals), tuple(digests))
+    stacks = tuple(dict.fromkeys(run.plan.stack.name for run in runs))
+    return CalibrationResult(new, tuple(residuals), _uncertainty(runs, residuals), tuple(digests), stacks)
 
 
 def uncorrected(profile: HardwareProfile) -> HardwareProfile:
@@ -374,6 +379,15 @@ def load_measurement(ref: str | Path) -> Measurement:
     if not target.exists():
         raise MopError(f"measurements: {str(ref)!r} has no measurement.yaml: the run has not finished")
     return upgrade.load_measurement(target)
+
+
+def on_stack(measurement: Measurement, stack: Stack) -> Measurement:
+    """The same run, told to be of another program. Raises MopError where it does not do the
+    strategy."""
+    plan = measurement.plan
+    strategy = msgspec.structs.replace(plan.strategy, stack=stack.name)
+    plan = msgspec.structs.replace(plan, strategy=strategy, stack=stack)
+    return msgspec.structs.replace(measurement, plan=plan)
 
 
 def check_output(profile: str | Path, out: str | Path) -> None:

@@ -199,6 +199,7 @@ def calibrate(
         list[str], typer.Option(help="run directories (or measurement.yaml files) of mopexec train")
     ],
     out: Annotated[str, typer.Option(help="where to write the new profile (YAML)")],
+    stack: o.StackName = None,
     json: o.Json = None,
     more: Annotated[
         list[str] | None, typer.Argument(help="further run directories", show_default=False)
@@ -207,7 +208,7 @@ def calibrate(
     """Correct a hardware profile by measured runs; show what remains unexplained."""
     from mopsim.commands.calibrate import run
 
-    run(profile, [*measurements, *(more or [])], out, json)
+    run(profile, [*measurements, *(more or [])], out, json, stack)
 
 
 @app.command()

@@ -28,6 +28,9 @@ STACKS = {
 }
 """The software that a family's strategies are meant for, where no other is given."""
 
+AS_STACK = Overlap(grad_reduce=None, param_gather=None, pipeline=None, tensor=None, experts=None)
+"""Communication is hidden as the software does it."""
+
 State = Literal["device", "host_streamed", "host"]
 """Where the optimizer lives: on the device; on the host, streamed through the device; on the host,
 updated there."""
@@ -217,11 +220,13 @@ def megatron(
 ) -> Strategy:
     """Megatron-Core: tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
-    ZeRO-1; gradients are kept and reduced in fp32; `sequence` is context parallelism by ring exchange;
+    ZeRO-1; gradients are kept and reduced in the stack's dtype (fp32 by Megatron-Core's arguments), and what
+    is hidden is the stack's, where `overlap` is None. `sequence` is context parallelism by ring exchange;
     ETP may differ from TP (parallel folding). Not run by mopexec: simulated, and exported.
     """
     stage_ranks = max(1, world_size // max(pipeline, 1))
     wide = _wide(precision)
+    grads: Literal["stack", "float64"] = "float64" if wide == "float64" else "stack"
     return Strategy(
         name=name,
         world_size=world_size,
@@ -250,8 +255,8 @@ def megatron(
             modules=modules if recompute == "selective" else (),
             boundary_tier=boundary_tier,
         ),
-        overlap=overlap or Overlap(),
+        overlap=overlap or AS_STACK,
         precision=Precision(
-            compute=precision, param=precision, reduce=wide, grad=wide, moments=wide, master=wide
+            compute=precision, param=precision, reduce=grads, grad=grads, moments=wide, master=wide
         ),
     )

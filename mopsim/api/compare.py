@@ -58,6 +58,7 @@ class Comparison(Result):
         labels, results = list(self.results), list(self.results.values())
         found: dict[str, Any] = {
             "strategies": {label: self._strategy(label) for label in labels},
+            "stack": self.inputs.stack.name if self.inputs.stack else None,
             "finding": finding(results, labels, self.gaps),
             "proven": all(gap == 0 for gap in self.gaps.values()),
             "difference": difference(results, labels),

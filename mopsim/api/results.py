@@ -223,7 +223,9 @@ class Ranking(Result):
         return Simulation(self.inputs, one) if one and not self.found.top else None
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.found.to_json(), "parameters": counts(self.inputs.model).to_json()}
+        """`stack`: that of all families by name, null where each has its own."""
+        stack, parameters = self.inputs.stack, counts(self.inputs.model).to_json()
+        return {**self.found.to_json(), "stack": stack.name if stack else None, "parameters": parameters}
 
     def headline(self) -> str:
         return f"{self.found.verdict()}; {self.found.exhausted()}"

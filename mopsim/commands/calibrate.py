@@ -5,23 +5,30 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement
+from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement, on_stack
 from mopsim.commands.console import human
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds
 from mopsim.report.terminal import table
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 
 
-def run(profile: str, measurements: Sequence[str], out: str, json: str | None) -> None:
+def run(
+    profile: str, measurements: Sequence[str], out: str, json: str | None, stack: str | None = None
+) -> None:
     """Fit, show what remains, write the new profile."""
     runs = [Path(ref) / "measurement.yaml" if Path(ref).is_dir() else ref for ref in measurements]
     read = {"--profile": profile, **{f"--measurements {one}": one for one in runs}}
     check_outputs({"--json": json}, inputs=read)
     check_outputs({"--out": out, "--json": json}, inputs=dict(list(read.items())[1:]))
     check_output(profile, out)
-    result = calibrate(load_profile(profile, "profile"), [load_measurement(ref) for ref in measurements])
+    given = [load_measurement(ref) for ref in measurements]
+    if stack:
+        software = load_stack(stack, "--stack")
+        given = [on_stack(one, software) for one in given]
+    result = calibrate(load_profile(profile, "profile"), given)
     io.write_yaml(Path(out), result.profile)
     console = human(json)
     console.print(residuals(result))

@@ -31,7 +31,7 @@ def unknown(field: str, name: str, known: Iterable[str], kind: str, file: bool =
     names = list(known)
     near = nearest(name.replace("\\", "/").rstrip("/").rpartition("/")[2], names)
     hints = [f"near: {', '.join(near)}"] if near else []
-    if file and (len(names) <= 20 or not near):
+    if file and (len(names) <= 40 or not near):
         hints.append(f"known: {', '.join(names)}")
     what = f"neither a {kind} nor a file" if file else f"not one of {', '.join(names)}"
     return MopError("; ".join([f"{field}: {shown(name)} is {what}", *hints]))

@@ -39,6 +39,7 @@ def simulate(
     stack = stack or load_stack(strategy.stack, "strategy.stack")
     if strategy.stack != stack.name:
         strategy = replace(strategy, stack=stack.name)
+    strategy = stack.resolve(strategy)
     ranks = num_nodes * hardware.devices_per_node
     require(
         strategy.world_size <= ranks,

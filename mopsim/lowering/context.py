@@ -166,6 +166,7 @@ def make_context(
     """stack: that of the strategy where none is given. Raises SpecError where they do not fit together, or
     are not simulated."""
     stack = stack or load_stack(strategy.stack, "strategy.stack")
+    strategy = stack.resolve(strategy)
     strategy.check_model(model)
     stack.check_strategy(strategy)
     training.check_strategy(strategy)

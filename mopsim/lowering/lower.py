@@ -38,7 +38,7 @@ def lower(
     Raises SpecError where model, strategy, training and stack do not fit together.
     """
     context = make_context(model, strategy, training, domain, stack)
-    stack = context.stack
+    strategy, stack = context.strategy, context.stack
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
@@ -98,7 +98,7 @@ def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
     """
     stages = strategy.pipeline.degree
     if stages == 1:
-        return 1, min(total, EXPANDED + strategy.overlap.experts)
+        return 1, min(total, EXPANDED + bool(strategy.overlap.experts))
     unit = stages if strategy.pipeline.virtual_stages > 1 else 1
     base = 3 * stages if unit > 1 else 2 * stages + 4
     return unit, total - unit * max(0, (total - base) // unit)

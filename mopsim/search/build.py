@@ -8,8 +8,9 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.problem import CHUNKED, EXCHANGES, PARTS, STATES, Problem, offloaded
 from mopsim.search.problem import tokens as tokens_of
 from mopsim.spec.layout import ceil_div
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import CAST, Strategy
-from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+from mopsim.strategies import STACKS, fsdp2, megatron, mop, zero_offload
 
 
 def build(family: str, problem: Problem, row: dict[str, int]) -> Strategy:
@@ -18,8 +19,8 @@ def build(family: str, problem: Problem, row: dict[str, int]) -> Strategy:
     if problem.precision in CAST:
         precision = replace(strategy.precision, matmul=problem.precision)
         strategy = replace(strategy, precision=precision)
-    if problem.stack:
-        strategy = replace(strategy, stack=problem.stack.name)
+    stack = problem.stack or load_stack(STACKS[family])
+    strategy = stack.resolve(replace(strategy, stack=stack.name))
     return _within_host(problem, row, strategy)
 
 

@@ -312,10 +312,10 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     node_power: rated input of a whole node: devices, hosts, NICs, switches and fans in it.
     communication_share: fraction of compute throughput lost while a collective runs beside it (SMs, or CPU
     cores; 1: the two cannot overlap at all). price_per_device_hour: what `mopsim size` charges for one
-    device. corrections: calibration by kind of work; under `step` and `step_` with a runtime, of the constant
-    that each step takes. framework_memory_scale: what a framework keeps, over what is counted.
-    calibrated_from: digest of the uncorrected profile that the corrections were fitted on. notes: what a
-    reader should know.
+    device. corrections: calibration by kind of work; under `step`, and `step_` with a runtime or a
+    stack, of the constant that each step takes. framework_memory_scale: what a framework keeps,
+    over what is counted. calibrated_from: digest of the uncorrected profile that the corrections were
+    fitted on. notes: what a reader should know.
     """
 
     name: str
@@ -361,10 +361,10 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         require_between(self, 1, 1.5, "framework_memory_scale")
         for kind in self.corrections:
             require(
-                kind in (*WORK_KINDS, *STEP_KINDS),
+                kind in (*WORK_KINDS, *STEP_KINDS) or kind.startswith("step_"),
                 "corrections",
                 kind,
-                f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}",
+                f"is not one of {', '.join((*WORK_KINDS, *STEP_KINDS))}, nor step_ with the name of a stack",
             )
 
     @property

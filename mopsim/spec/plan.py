@@ -1,6 +1,6 @@
 """Plan: a validated choice, ready to run. Measurement: what one run of it really did."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from msgspec.structs import replace
 
@@ -84,12 +84,25 @@ class Plan(Spec, frozen=True, kw_only=True):
         self.stack.check_strategy(self.strategy)
         named, rule = self.strategy.stack, f"is not the plan's stack {self.stack.name}"
         require(named == self.stack.name, "strategy.stack", named, rule)
+        for part, field in unsaid(self.strategy, self.stack):
+            value = getattr(getattr(self.strategy, part), field)
+            require(False, f"strategy.{part}.{field}", value, "must be said in a plan, not left to the stack")
         self.training.check_strategy(self.strategy)
         self.training.check_model(self.model)
 
     def routed(self, routing: profiles.RoutingProfile) -> "Plan":
         """The same plan under another routing."""
         return replace(self, training=replace(self.training, routing=routing))
+
+
+def unsaid(strategy: Strategy, stack: Stack) -> Iterator[tuple[str, str]]:
+    """(part, field) of what a strategy leaves to its stack."""
+    whole = stack.resolve(strategy)
+    for part in ("precision", "overlap", "activations"):
+        ours, theirs = getattr(strategy, part), getattr(whole, part)
+        yield from (
+            (part, one) for one in ours.__struct_fields__ if getattr(ours, one) != getattr(theirs, one)
+        )
 
 
 class KindTiming(Spec, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ Every entry is data with a source (`sources`: dotted field -> where it is writte
 stack that nobody wrote is `generic-eager` or `generic-fused`.
 """
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -15,8 +15,10 @@ from msgspec.structs import replace
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
 
+T = TypeVar("T", bound=Spec)
+_STATE = ("param", "reduce", "grad", "moments")
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
 AttentionKernel = Literal["profile", "flash2", "flash4", "triton", "scores"]
@@ -30,6 +32,13 @@ DEFAULT = "default"
 def _require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
     for word in words:
         require(word in known, field, word, f"is not one of {', '.join(known)}")
+
+
+def _filled(given: T, stack: Spec, blank: object) -> T:
+    """A part of a strategy, its blank fields as the stack has them."""
+    fields = (name for name in stack.__struct_fields__ if getattr(given, name) == blank)
+    found = {name: getattr(stack, name) for name in fields}
+    return replace(given, **found) if found else given
 
 
 class Kernels(Spec, frozen=True, kw_only=True):
@@ -83,10 +92,10 @@ class Sharding(Spec, frozen=True, kw_only=True):
 class Recompute(Spec, frozen=True, kw_only=True):
     """Habits of recomputation. stops_early: once the last value that the backward wants is there.
     holds_output: what a layer's recomputation puts out lives until its backward is over (a reentrant
-    torch.utils.checkpoint). kept:
-    kernels (categories.KEPT) whose outputs a full recomputation keeps anyway. selective: what `selective`
-    without a list of modules means. chunk_inputs: how the backward of chunked experts has its inputs: sent
-    again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306)."""
+    torch.utils.checkpoint). selective: modules that `selective` without a list of them runs again. kept:
+    kernels (categories.KEPT) that it keeps instead, running all others again (needs dense.tensor 1, else
+    `selective` counts). chunk_inputs: how the backward of chunked experts has its inputs: sent again
+    (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306)."""
 
     stops_early: bool = False
     holds_output: bool = False
@@ -242,6 +251,36 @@ class Stack(Spec, frozen=True, kw_only=True):
     def behaviour(self) -> "Stack":
         """The stack without what changes no number: name, version, runtime, parent and sources."""
         return replace(self, name="stack", version="", extends="", runtime="", sources={})
+
+    def resolve(self, strategy: Strategy) -> Strategy:
+        """The strategy with the stack's entries where it leaves them to the stack: dtypes of state, hidden
+        communication, and what `selective` recomputation without modules means."""
+        found = replace(
+            strategy,
+            precision=self._precision(strategy.precision),
+            overlap=self._overlap(strategy),
+            activations=self._activations(strategy),
+        )
+        return strategy if found == strategy else found
+
+    def _precision(self, precision: Precision) -> Precision:
+        found = _filled(precision, self.dtypes, "stack")
+        computed = {name: precision.compute for name in _STATE if getattr(found, name) == "compute"}
+        return replace(found, **computed) if computed else found
+
+    def _overlap(self, strategy: Strategy) -> Overlap:
+        """Experts' exchanges are hidden where there is another microbatch to hide them behind."""
+        found, pipeline = _filled(strategy.overlap, self.hides, None), strategy.pipeline
+        behind = pipeline.degree == 1 or pipeline.virtual_stages > 1
+        return found if behind or strategy.overlap.experts else replace(found, experts=False)
+
+    def _activations(self, strategy: Strategy) -> Activations:
+        given, own = strategy.activations, self.recompute
+        if given.recompute != "selective" or given.modules:
+            return given
+        if own.kept and strategy.dense.tensor == 1:
+            return replace(given, recompute="full", kept=own.kept)
+        return replace(given, modules=own.selective)
 
     def plain_experts(self, strategy: Strategy) -> bool:
         """Whether the routed experts are plain tensors, whole on every replica."""

@@ -158,6 +158,7 @@ class Activations(Spec, frozen=True, kw_only=True):
 
 class Overlap(Spec, frozen=True, kw_only=True):
     """Communication that runs beside compute where parameters are not gathered layer by layer (ZeRO below 3).
+    Null: as the stack does it.
 
     grad_reduce: gradients of a layer while the last microbatch's backward goes on. param_gather: updated
     parameters while the next forward begins. pipeline: sends between stages. tensor: gathers and scatters of
@@ -165,15 +166,15 @@ class Overlap(Spec, frozen=True, kw_only=True):
     beside the backward of another, layer by layer, and the other way round.
     """
 
-    grad_reduce: bool = False
-    param_gather: bool = False
-    pipeline: bool = False
-    tensor: bool = False
-    experts: bool = False
+    grad_reduce: bool | None = False
+    param_gather: bool | None = False
+    pipeline: bool | None = False
+    tensor: bool | None = False
+    experts: bool | None = False
 
 
 class Precision(Spec, frozen=True, kw_only=True):
-    """Dtypes.
+    """Dtypes; "stack" where the stack's dtype counts.
 
     compute: of matmul inputs, activations and gathered parameters. param: of resident parameter shards.
     reduce: of gradient communication. grad: of gradient shards. moments: of the optimizer's moments. master:
@@ -183,11 +184,11 @@ class Precision(Spec, frozen=True, kw_only=True):
     """
 
     compute: DType = "bfloat16"
-    param: DType = "bfloat16"
-    reduce: DType = "bfloat16"
-    grad: DType = "bfloat16"
-    moments: DType = "float32"
-    master: Literal["param", "float64", "float32"] = "float32"
+    param: DType | Literal["stack"] = "bfloat16"
+    reduce: DType | Literal["stack"] = "bfloat16"
+    grad: DType | Literal["stack"] = "bfloat16"
+    moments: DType | Literal["stack"] = "float32"
+    master: Literal["param", "float64", "float32", "stack"] = "float32"
     matmul: MatmulDType | Literal["compute"] = "compute"
     attention: Literal["compute", "matmul"] = "compute"
     vocabulary: Literal["compute", "matmul"] = "compute"

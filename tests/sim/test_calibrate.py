@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from mopsim import calibrate as calibration
-from mopsim.calibrate import COMPUTE_KINDS, calibrate
+from mopsim.calibrate import COMPUTE_KINDS, calibrate, on_stack
 from mopsim.calibrate_fit import (
     KIN_PRIOR,
     SCALE_PRIOR,
@@ -341,3 +341,10 @@ def test_a_step_of_no_time_or_of_years_is_refused(seconds: float) -> None:
     run = measured("a", MACHINE)
     with pytest.raises(MopError, match=r"step_times\[0\]: .* must be the seconds of a step"):
         msgspec.structs.replace(run, step_times=(seconds,) * len(run.step_times), step_time_median=seconds)
+
+
+def test_measured_runs_may_be_told_to_be_of_another_program() -> None:
+    run = on_stack(measured("a", MACHINE), load_stack("deepspeed"))
+    assert run.plan.stack == load_stack("deepspeed")
+    assert run.plan.strategy.stack == "deepspeed"
+    assert calibrate(PROFILE, [run], simulate).to_json()["stacks"] == ["deepspeed"]

@@ -41,7 +41,7 @@ class StageStep:
     def program(self, microbatches: int) -> Program:
         """A step of `microbatches` microbatches."""
         p = self.c.strategy.pipeline
-        pairs = self.overlap.experts and not self.shards.each and p.schedule != "zero_bubble"
+        pairs = bool(self.overlap.experts) and not self.shards.each and p.schedule != "zero_bubble"
         slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
         first = warm_up(p.degree, p.virtual_stages, self.stage.index, int(pairs))
         paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages

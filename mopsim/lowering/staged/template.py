@@ -127,7 +127,7 @@ def _talks(item: Played, context: Context) -> bool:
 
 def _beside(item: Played, context: Context) -> bool:
     """Whether a collective runs in blocks beside one product: the ring; where told, a region's edges."""
-    tensor = context.strategy.overlap.tensor and item.kernel.group == "tensor"
+    tensor = bool(context.strategy.overlap.tensor) and item.kernel.group == "tensor"
     return _talks(item, context) and (
         item.kernel.name == "ring" or (tensor and item.kernel.kind != "all_reduce")
     )

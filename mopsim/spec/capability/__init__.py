@@ -3,6 +3,7 @@ export target. Search, executor, simulator and exports read one table: a value i
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from mopsim.common.errors import SpecError
@@ -41,6 +42,7 @@ def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
     """What `by` does not do of a job: first single fields in the table's order, then relations of two."""
     if isinstance(job, Plan):
         job = job_of(job)
+    job = replace(job, strategy=job.software.resolve(job.strategy))
     for path, row in ROWS.items():
         cell = row.cells[by]
         if cell.values is None:
