@@ -30,7 +30,7 @@ from mopsim.api.inputs import Inputs, make_plan
 from mopsim.calibrate import load_measurement
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, whole_directory
 from mopsim.common.processes import end_with_parent
 from mopsim.common.units import parse_bytes
 from mopsim.engine import SimResult, simulate
@@ -127,11 +127,11 @@ def run(out: str, seed: int, steps: int) -> None:
     console.print("[bold]The closed loop on this machine[/bold]")
     started = time.perf_counter()
     report = _loop(loop)
-    with loop.stage("write the report"):
-        written = write_demo(folder, report)
+    with loop.stage("write the report"), whole_directory(folder) as aside:
+        names = [path.name for path in write_demo(aside, report)]
     console.print(result_table(report))
     console.print(
-        f"{report.warning()}{report.verdict()}\nReport: {written[-2]} and {written[-1].name}, "
+        f"{report.warning()}{report.verdict()}\nReport: {folder / names[-2]} and {names[-1]}, "
         f"{time.perf_counter() - started:.0f} s in all"
     )
 

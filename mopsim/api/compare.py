@@ -23,6 +23,7 @@ from mopsim.api.inputs import (
 from mopsim.api.results import Result, Simulation
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common.errors import MopError
+from mopsim.common.outputs import whole_directory
 from mopsim.engine import SimResult
 from mopsim.report.compare import Sweep, difference, finding, summary
 from mopsim.search.result import plan_json
@@ -102,17 +103,20 @@ class Comparison(Result):
         return DataFrame(columns, index=Index(self.sweep.values, name=self.sweep.setting))
 
     def write(self, folder: str | Path, command: str = "mopsim.compare") -> list[Path]:
-        """Write the report (index.md, index.html, figures) into `folder`; returns what was written."""
+        """Write the report (index.md, index.html, figures) into `folder`, all of it or nothing; returns the
+        files."""
         from mopsim.report.compare import write_compare
 
         inputs = self.inputs
         cluster = inputs.hardware.cluster(inputs.nodes)
         title = f"{inputs.model.name} at {inputs.training.seq_len} tokens on {cluster}"
         timelines = [simulation.timeline() for simulation in self.simulations.values()]
-        return write_compare(
-            Path(folder), list(self.results.values()), list(self.results), timelines, self.sweep, title,
-            facts(inputs, command), self.gaps,
-        )  # fmt: skip
+        with whole_directory(Path(folder)) as aside:
+            written = write_compare(
+                aside, list(self.results.values()), list(self.results), timelines, self.sweep, title,
+                facts(inputs, command), self.gaps,
+            )  # fmt: skip
+        return [Path(folder) / path.relative_to(aside) for path in written]
 
 
 def compare(

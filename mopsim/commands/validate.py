@@ -9,7 +9,7 @@ from mopsim.commands.console import human
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, whole_directory
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
 from mopsim.spec.stacks import load_stack
@@ -45,9 +45,11 @@ def run(
     if out:
         from mopsim.report.validation import figures
 
-        for path in figures(Path(out), validation):
-            console.print(f"written {path}")
-        io.write_text(Path(out) / "tables.md", "\n".join(grid.markdown() for grid in grids))
+        with whole_directory(Path(out)) as aside:
+            written = [path.name for path in figures(aside, validation)]
+            io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
+        for name in written:
+            console.print(f"written {Path(out) / name}")
     if json:
         io.write_json(json, to_json(validation, parts))
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, one_line, shown
 
 REPEAT_SECONDS = 2.0
 """A key that is held down, or a terminal and a supervisor together, send several signals for one wish."""
@@ -153,11 +153,11 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option, equals, value = argument.partition("=")
         if not argument.isprintable() and any(0xD800 <= ord(one) <= 0xDFFF for one in argument):
-            shown = option if equals else before if before.startswith("--") else "argument"
-            raise MopError(f"{shown}: {argument!r} is not UTF-8")
+            name = option if equals else before if before.startswith("--") else "argument"
+            raise MopError(f"{name}: {shown(argument)} is not UTF-8")
         if not argument.strip() or (option.startswith("--") and equals and not value.strip()):
-            shown = option if equals else before if before.startswith("--") else "argument"
-            raise MopError(f"{shown}: '' must not be empty")
+            name = option if equals else before if before.startswith("--") else "argument"
+            raise MopError(f"{name}: '' must not be empty")
 
 
 def _usage(error: Any, arguments: Sequence[str]) -> str:
@@ -169,7 +169,7 @@ def _usage(error: Any, arguments: Sequence[str]) -> str:
     rule = str(error.message).removeprefix("Value error, ").rstrip(".")
     if rule.startswith(repr(value)):
         return f"{names[0]}: {rule}"
-    return f"{names[0]}: {value!r} is refused: {rule[:1].lower()}{rule[1:]}"
+    return f"{names[0]}: {shown(value)} is refused: {rule[:1].lower()}{rule[1:]}"
 
 
 def _value(option: str, arguments: Sequence[str]) -> str | None:
@@ -184,7 +184,5 @@ def _value(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _fail(name: str, message: str, code: int = 2) -> NoReturn:
-    line = " ".join(message.split())
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name may hold anything
-    print(f"{name}: {shown}", file=sys.stderr)
+    print(f"{name}: {one_line(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

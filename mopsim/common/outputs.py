@@ -1,9 +1,11 @@
 """Where a command writes, checked before it works: an hour of search must not end at a path it cannot use."""
 
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mopsim.common.errors import MopError
@@ -71,3 +73,36 @@ def _kind(option: str, shown: str, path: Path) -> str:
     except OSError as error:
         raise MopError(f"{option}: {shown}: {error.strerror or error}") from None
     return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special"
+
+
+@contextmanager
+def whole_directory(folder: Path) -> Iterator[Path]:
+    """A new directory beside `folder` for the body to write in. When it ends well all of its files go to
+    `folder`, over those of the same name; when it does not nothing of it is left. Raises MopError where the
+    disk is full, or `folder` cannot be made."""
+    target = Path(os.path.realpath(folder))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield aside
+            _move(aside, target)
+        except MopError as error:  # of a file of the report: named where it was to be
+            raise MopError(str(error).replace(str(aside), str(folder))) from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise MopError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _move(aside: Path, target: Path) -> None:
+    if not target.exists():
+        aside.chmod(0o755)
+        aside.rename(target)
+        return
+    for path in sorted(aside.rglob("*")):
+        place = target / path.relative_to(aside)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            path.replace(place)

@@ -1,0 +1,47 @@
+"""A report is written whole or not at all."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import whole_directory
+
+
+def _broken(out: Path, error: BaseException) -> None:
+    with whole_directory(out) as aside:
+        (aside / "a.md").write_text("new")
+        raise error
+
+
+def test_a_report_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MopError, match="out: cannot be written: No space left on device"):
+        _broken(tmp_path / "out", OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(MopError, match=r"^a\.md: odd$"):
+        _broken(tmp_path / "out", MopError("a.md: odd"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_report_stays_until_the_new_one_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.md").write_text("old")
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        _broken(out, KeyboardInterrupt())
+    assert (out / "a.md").read_text() == "old"
+    with whole_directory(out) as aside:
+        (aside / "a.md").write_text("new")
+        (aside / "parts").mkdir()
+        (aside / "parts" / "b.md").write_text("b")
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {
+        "out/a.md", "out/mine.txt", "out/parts/b.md",
+    }  # fmt: skip
+    assert (out / "a.md").read_text() == "new"
+
+
+def test_a_new_report_is_readable_by_all(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "far" / "out") as aside:
+        (aside / "a.md").write_text("a")
+    assert (tmp_path / "far" / "out").stat().st_mode & 0o777 == 0o755
