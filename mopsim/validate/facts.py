@@ -34,7 +34,9 @@ def facts(row: Row) -> Facts:
     vp; `graphs` are the components that CUDA graphs replay, joined by +, or `step`."""
     stack = row.get("stack", "")
     named = stack_names().get(row["source"], "") if stack in UNKNOWN else stack
-    known = applied(rules(), row, ROOTS, {"stack": named, "stages": _stages(row)})
+    names = " ".join(row.get(column, "") for column in ("source", "source_ref", "notes"))
+    more = {"stack": named, "stages": _stages(row), "names": names}
+    known = applied(rules(), row, ROOTS, more)
     settings, graphs = dict(known.settings), known.row.get("graphs", "")
     if graphs not in (*UNKNOWN, "none"):
         settings["stack.host.graphs"] = graphs.split("+")

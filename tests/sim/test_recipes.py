@@ -28,6 +28,25 @@ def test_every_stack_that_is_named_exists() -> None:
         assert load_stack(name).name == name
 
 
+@pytest.mark.parametrize(
+    ("source", "notes", "sharding", "stack"),
+    [
+        ("new", "NeMo AutoModel 25.11, FSDP2", "zero3", "nemo-automodel"),
+        ("torchtitan-2026", "", "zero3", "torchtitan"),
+        ("new", "Megatron-LM core_r0.15", "zero1", "megatron-core"),
+        ("new", "DeepSpeed ZeRO-3", "zero3", "deepspeed"),
+        ("new", "our own trainer", "zero3", "generic-eager"),
+        ("new", "our own trainer", "zero1", "generic-fused"),
+    ],
+)
+def test_a_source_never_seen_has_the_stack_that_it_names(
+    source: str, notes: str, sharding: str, stack: str
+) -> None:
+    found = read_case(row(source=source, notes=notes, sharding=sharding), MODELS)
+    assert found.stack == stack
+    assert any("generic" in text for text in found.assumptions) == stack.startswith("generic")
+
+
 def test_rules_have_names_of_their_own_and_sources() -> None:
     assert len({rule.id for rule in rules()}) == len(rules())
     assert all(rule.when and rule.set and rule.source for rule in rules())
@@ -133,7 +152,7 @@ def test_a_case_is_the_same_when_read_again(tmp_path: Path) -> None:
         (("generic-eager", "nobody"), "case 1: strategy.stack"),
         (('"num_nodes":1', '"num_nodes":0'), "case 1.num_nodes: 0 must be at least 1"),
         (('"name":"mine"', '"nom":"mine"'), "case 1.source.nom: 'mine' is an unknown field"),
-        (('{"id"', '{"id'), "line 1 is not JSON"),
+        (('{"id"', '{"id'), "line 1: is not valid JSON"),
     ],
 )
 def test_a_wrong_entry_of_a_case_is_one_line(change: tuple[str, str], says: str, tmp_path: Path) -> None:
