@@ -37,3 +37,20 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_places_that_are_named_exist(page: Path) -> None:
     named = {found.rstrip("/") for found in NAMED.findall(page.read_text(encoding="utf-8"))}
     assert not [place for place in named if not (ROOT / place).exists()]
+
+
+RECORDS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.stem)
+def test_a_record_is_dated_listed_and_a_page_at_most(record: Path) -> None:
+    text, number = record.read_text(encoding="utf-8"), record.name[:4]
+    assert text.startswith(f"# {number}. ")
+    assert re.search(r"^Date: 20\d\d-\d\d-\d\d\. Status: ", text, re.M)
+    assert len(text.splitlines()) <= 60
+    assert record.name in (record.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_records_are_numbered_once() -> None:
+    numbers = [int(record.name[:4]) for record in RECORDS]
+    assert numbers == list(range(1, len(numbers) + 1))
