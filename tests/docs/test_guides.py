@@ -2,8 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+import mopexec.cli
+import mopsim.cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -37,6 +42,21 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_places_that_are_named_exist(page: Path) -> None:
     named = {found.rstrip("/") for found in NAMED.findall(page.read_text(encoding="utf-8"))}
     assert not [place for place in named if not (ROOT / place).exists()]
+
+
+COMMAND = re.compile(r"^(?:\.venv/bin/)?(mopsim|mopexec) +([a-z][a-z-]*)(.*)$", re.M)
+APPS = {"mopsim": mopsim.cli.app, "mopexec": mopexec.cli.app}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    blocks = re.findall(r"```(?:\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    for package, command, rest in (found for block in blocks for found in COMMAND.findall(block)):
+        commands: dict[str, Any] = typer.main.get_command(APPS[package]).commands  # type: ignore[attr-defined]
+        assert command in commands, f"{package} {command}"
+        known = {option for one in commands[command].params for option in (*one.opts, *one.secondary_opts)}
+        asked = set(re.findall(r"--[a-z][a-z-]*", rest.partition("#")[0]))
+        assert asked <= known, f"{package} {command}: {asked - known}"
 
 
 RECORDS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
