@@ -108,10 +108,14 @@ class Case(io.Spec, frozen=True, kw_only=True):
         """The stack with what this run changes of it. Raises MopError naming the field."""
         return _program(self.stack, _key(self.stack_changes))
 
+    def resolved(self) -> Strategy:
+        """The strategy with the stack's entries where it leaves them to the stack."""
+        return self.program().resolve(self.strategy)
+
     def alike(self) -> tuple[object, ...]:
         """Equal for cases that simulate alike."""
         program = self.program()
-        inputs = (self.network(), self.hardware, self.num_nodes, self.strategy, self.training)
+        inputs = (self.network(), self.hardware, self.num_nodes, self.resolved(), self.training)
         return (*inputs, io.digest(program.behaviour), program.reading)
 
 

@@ -12,7 +12,7 @@ from mopsim.common.rules import Facts
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.stack import Stack, StateDType
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import (
     Activations,
     Attention,
@@ -125,26 +125,21 @@ def strategy(
         vocabulary=_vocabulary(row, degrees, model),
         optimizer=_optimizer(row),
         activations=activations,
-        overlap=_overlap(row, stack),
-        precision=_precision(row, stack),
+        overlap=_overlap(row),
+        precision=_precision(row),
     )
-    return _settled(found, known, approximations)
+    return _settled(found, known, stack, approximations)
 
 
 def _settled(
-    found: Strategy, known: Facts, approximations: tuple[str, ...]
+    found: Strategy, known: Facts, stack: Stack, approximations: tuple[str, ...]
 ) -> tuple[Strategy, tuple[str, ...]]:
     """With the settings of the row; without an overlap that its pipeline has no other microbatch for."""
-    settings = known.of("strategy")
     try:
-        found = changed(found, settings, "strategy")
+        found = changed(found, known.of("strategy"), "strategy")
     except MopError as error:
         raise UnsupportedError(str(error).split(":")[0].removeprefix("strategy."), str(error)) from error
-    if (
-        known.row["recompute"] == "selective"
-        and found.name != "megatron"
-        and "activations.kept" not in settings
-    ):
+    if stack.resolve(found).activations.modules == ("mlp",) and known.row["recompute"] == "selective":
         approximations += ("selective recompute of single ops: simulated as that of the FFN",)
     if not found.overlap.experts or found.pipeline.degree == 1 or found.pipeline.virtual_stages > 1:
         return found, approximations
@@ -212,14 +207,16 @@ def _activations(row: Row, kind: str, model: ModelSpec, stack: Stack) -> tuple[A
         return Activations(recompute="none", boundary_tier=tier, layers_on_host=layers), tuple(told)
     if recompute == "full":
         return Activations(recompute="full", boundary_tier=tier), tuple(told)
+    own = bool(stack.recompute.selective or stack.recompute.kept)
+    if recompute == "selective" and own:
+        return Activations(recompute="selective", boundary_tier=tier), tuple(told)
     usual = stack.recompute.selective or (SELECTIVE[kind],)
     names = [name for each in recompute.split("+") for name in (usual if each == "selective" else (each,))]
     for name in names:
         if name not in MODULES:
             raise SpecError("recompute", name, f"is not one of none, full, selective, {', '.join(MODULES)}")
-    return Activations(recompute="selective", modules=tuple(dict.fromkeys(names)), boundary_tier=tier), tuple(
-        told
-    )
+    modules = tuple(dict.fromkeys(names))
+    return Activations(recompute="selective", modules=modules, boundary_tier=tier), tuple(told)
 
 
 def _few(row: Row) -> bool:
@@ -228,30 +225,21 @@ def _few(row: Row) -> bool:
     return bool(found and layers and int(found.group(1)) * (count(row, "pp") or 1) < layers / 2)
 
 
-def _overlap(row: Row, stack: Stack) -> Overlap:
-    """What the row names, and what the stack hides by default: absence from a list does not mean off, `none`
+def _overlap(row: Row) -> Overlap:
+    """What the row names; the rest is the stack's habit: absence from a list does not mean off, `none`
     does."""
-    named, hides = row.get("overlap", ""), stack.hides
+    named = row.get("overlap", "")
+    if named == "none":
+        return Overlap()
     parts = () if named in UNKNOWN else named.split("+")
-    usual = named != "none"
-    return Overlap(
-        grad_reduce="dp" in parts or (usual and hides.grad_reduce),
-        param_gather="dp" in parts or (usual and hides.param_gather),
-        pipeline="pp" in parts or (usual and hides.pipeline),
-        tensor="tp" in parts or (usual and hides.tensor),
-        experts="ep" in parts or (usual and hides.experts),
-    )
+    dp, pp, tp, ep = (True if part in parts else None for part in ("dp", "pp", "tp", "ep"))
+    return Overlap(grad_reduce=dp, param_gather=dp, pipeline=pp, tensor=tp, experts=ep)
 
 
-def _precision(row: Row, stack: Stack) -> Precision:
-    """The recipe's, and the dtypes that the stack gives its state."""
+def _precision(row: Row) -> Precision:
+    """The recipe's; dtypes of state are the stack's."""
     compute: DType = "float16" if row["precision"] == "fp16" else "bfloat16"
-    dtypes = stack.dtypes
-
-    def of(name: StateDType) -> DType:
-        return compute if name == "compute" else name
-
     return Precision(
-        compute=compute, param=of(dtypes.param), reduce=of(dtypes.reduce), grad=of(dtypes.grad),
-        moments=of(dtypes.moments), master=dtypes.master, matmul=_lookup(MATMUL, row, "precision"),
+        compute=compute, param="stack", reduce="stack", grad="stack", moments="stack", master="stack",
+        matmul=_lookup(MATMUL, row, "precision"),
     )  # fmt: skip

@@ -211,7 +211,7 @@ def regrets(scored: Iterable[Scored]) -> list[Regret]:
             jobs[_job(one.case)].append(one)
     found = []
     for job, runs in jobs.items():
-        if len({run.case.strategy for run in runs}) < 2:
+        if len({run.case.resolved() for run in runs}) < 2:
             continue
         picked = min(runs, key=lambda run: run.calibrated)
         best = min(runs, key=lambda run: run.case.measured.step_time or 0.0)
@@ -227,7 +227,7 @@ def regrets(scored: Iterable[Scored]) -> list[Regret]:
 
 def _job(case: Case) -> tuple[str, ...]:
     """Everything but the strategy: what is trained, on what, by which software."""
-    training, overlap = case.training, case.strategy.overlap
+    training, overlap = case.training, case.resolved().overlap
     sizes = (f"{case.strategy.world_size} devices", f"{training.seq_len} x {training.global_batch}")
     routed = "" if training.routing == "balanced" else "unevenly routed"
     layers = str(case.network().num_hidden_layers)

@@ -54,8 +54,9 @@ def simulate_case(case: Case) -> Simulated:
     began = time.perf_counter()
     try:
         model, hardware, stack = case.network(), case.profile(), case.program()
-        workload = lower(model, case.strategy, case.training, hardware.scale_up_size, stack)
-        result = run(workload, model, hardware, case.strategy, case.training)
+        strategy = case.resolved()
+        workload = lower(model, strategy, case.training, hardware.scale_up_size, stack)
+        result = run(workload, model, hardware, strategy, case.training)
         paces = _paces(case, workload) if hardware.host.issue else ()
     except (MopError, NotImplementedError) as error:
         return Simulated(error=str(error))
@@ -76,7 +77,7 @@ def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
     profile = case.profile()
     for issue in ISSUES:
         hardware = replace(profile, host=replace(profile.host, issue=_seconds(issue)))
-        found[issue] = run(workload, case.network(), hardware, case.strategy, case.training).step_time
+        found[issue] = run(workload, case.network(), hardware, case.resolved(), case.training).step_time
         if issue == 0.0 and found[ISSUES[0]] < found[issue] * (1 + SAME):
             return ()
     return tuple(sorted(found.items()))

@@ -106,7 +106,7 @@ def _cause(causes: Sequence[Cause], quantity: str, error: float, row: Mapping[st
 
 def row_of(case: Case) -> dict[str, str]:
     """What the patterns of a cause are matched with: a run by the words of the runs table."""
-    s, stack = case.strategy, case.program()
+    s, stack = case.resolved(), case.program()
     sender = "hybridep" if stack.kernels.dispatch_map else "deepep"
     return {
         "run_id": case.id, "source": case.source.name, "notes": case.source.notes, "model": case.model_name,

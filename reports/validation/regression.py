@@ -21,7 +21,7 @@ def features(case: Case) -> list[float]:
     exchanges.
     gradient_bytes: reduction and gathering of parameters. messages: collectives and layers started.
     """
-    model, s, training, hardware = case.network(), case.strategy, case.training, case.profile()
+    model, s, training, hardware = case.network(), case.resolved(), case.training, case.profile()
     micro = training.num_microbatches(s)
     layers = model.num_hidden_layers / s.pipeline.degree
     tokens = training.tokens_per_rank(s) / s.dense.tensor * micro

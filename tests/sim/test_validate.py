@@ -87,7 +87,7 @@ def test_megatron_degrees_and_padded_vocabulary() -> None:
     assert found.strategy.pipeline.schedule == "interleaved"
     assert (found.strategy.dense.tensor, found.strategy.dense.shard, found.strategy.dense.zero) == (2, 2, 1)
     assert found.strategy.precision.matmul == "fp8"
-    assert found.strategy.precision.grad == "bfloat16"
+    assert found.resolved().precision.grad == "bfloat16"
     assert found.network().vocab_size % 256 == 0
 
 
