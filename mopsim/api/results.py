@@ -86,6 +86,7 @@ class Result(Mapping[str, Any]):
 def _numbers(result: SimResult) -> dict[str, Any]:
     return {
         "strategy": tables.describe(result.strategy),
+        "stack": result.stack.name,
         "step_time_s": result.step_time,
         "tokens_per_s": result.tokens_per_second,
         "tokens_per_s_per_device": result.tokens_per_second_per_device,
@@ -135,7 +136,7 @@ class Simulation(Result):
     def headline(self) -> str:
         r = self.result
         return (
-            f"{tables.describe(r.strategy)}: {format_seconds(r.step_time)} a step, "
+            f"{tables.describe(r.strategy)} on {r.stack.name}: {format_seconds(r.step_time)} a step, "
             f"{r.tokens_per_second_per_device:,.0f} tokens/s per device, {format_bytes(r.peak_memory)} of "
             f"{format_bytes(r.memory_limit)}, {r.verdict}"
         )
