@@ -135,7 +135,7 @@ class Hunt:
 
     def left(self) -> np.ndarray:
         """Lower bounds of the step time of the candidates that were not simulated."""
-        return self.pool.time[~self.pool.taken]
+        return np.concatenate([self.pool.time[~self.pool.taken], self.pool.rest])
 
 
 def rank(result: SimResult) -> tuple[int, int]:

@@ -86,9 +86,9 @@ class Times:
         """Columns of one value say nothing and are left out."""
         codes, sizes = [], []
         for column in columns:
-            values, places = np.unique(column, return_inverse=True)
+            values, places = coded(column)
             if len(values) > 1:
-                codes.append(places.reshape(-1).astype(np.int64))
+                codes.append(places)
                 sizes.append(len(values))
         return Times(guess, codes, sizes)
 
@@ -114,3 +114,18 @@ class Times:
             optimism = hope / (1 + np.bincount(own, minlength=size))
             factor += (weight - optimism)[codes]
         return np.asarray(self.guess * np.exp(factor))
+
+
+def coded(column: Column) -> tuple[Column, Column]:
+    """(the values of a column, ascending; the place of each row's among them)."""
+    if not column.strides[0]:  # one value
+        return column[:1], np.zeros(len(column), dtype=np.int64)
+    if int(column.max()) > 1 << 20:
+        values, places = np.unique(column, return_inverse=True)
+        return values, places.reshape(-1).astype(np.int64)
+    there = np.zeros(int(column.max()) + 1, dtype=np.bool_)
+    there[column] = True
+    values = np.flatnonzero(there)
+    table = np.zeros(len(there), dtype=np.int64)
+    table[values] = np.arange(len(values))
+    return values, table[column]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mopsim.search.bound import Bounds
 from mopsim.search.guess import guess
-from mopsim.search.learn import Memory, Times
+from mopsim.search.learn import Memory, Times, coded
 from mopsim.search.problem import Column
 from mopsim.search.seeds import textbook
 from mopsim.search.space import Space
@@ -25,6 +25,8 @@ _TOGETHER = {
 }
 #: Columns that decide how large transients are beside the tokens of a rank.
 _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute")
+MOST = 200_000
+"""Candidates that a pool holds: three in four of the best guesses, one in four the leanest of the others."""
 HOPE = 0.03
 """Part by which a value of a column that was never simulated is taken to be faster than known."""
 
@@ -32,7 +34,8 @@ HOPE = 0.03
 @dataclass
 class Pool:
     """Candidates in order of their guessed time. A position counts in that order; `rows[position]` is a
-    row of the space. seeds: positions of textbook layouts, tried first."""
+    row of the space. seeds: positions of textbook layouts, tried first. rest: lower bounds of the times of
+    those beyond MOST."""
 
     space: Space
     rows: Column
@@ -43,24 +46,28 @@ class Pool:
     seeds: list[int]
     taken: NDArray[np.bool_]
     host_rise: list[float]
+    rest: Reals
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
         """The rows `keep` of a space; equal guesses in order of memory."""
         likely = np.maximum(guess(space.take(keep)), bounds.time[keep])
         order = np.lexsort((bounds.device[keep], likely))
-        rows, likely = keep[order], likely[order]
+        order, rest = _most(order, bounds.device[keep] + bounds.gathered[keep])
+        rows, likely, beyond = keep[order], likely[order], bounds.time[keep[rest]]
         kept = space.take(rows)
-        _, kinds = np.unique(
-            np.stack([kept.columns[name] for name in _TRANSIENT]), axis=1, return_inverse=True
-        )
+        kinds = np.zeros(len(rows), dtype=np.int64)
+        for name in _TRANSIENT:
+            values, codes = coded(kept.columns[name])
+            kinds = kinds * len(values) + codes
         each = kept.tokens() / kept.columns["tensor"].astype(np.float64)
         parts = np.stack([bounds.gathered[rows], each, bounds.parts["boundaries"][rows]])
-        memory = Memory(bounds.device[rows], parts, kinds.reshape(-1))
+        memory = Memory(bounds.device[rows], parts, coded(kinds)[1])
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
         seeds = textbook(kept, likely)
-        return Pool(space, rows, bounds.time[rows], bounds.host[rows], memory, times, seeds, taken, [])
+        time, host = bounds.time[rows], bounds.host[rows]
+        return Pool(space, rows, time, host, memory, times, seeds, taken, [], beyond)
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""
@@ -109,3 +116,13 @@ class Pool:
             return np.zeros(0, dtype=np.int64)
         count = np.sum(np.stack(list(groups.values())), axis=0)
         return np.flatnonzero(count == 1).astype(np.int64)
+
+
+def _most(order: Column, memory: Reals) -> tuple[Column, Column]:
+    """(MOST places of an order, in it; the others). memory: that each place is expected to need."""
+    if len(order) <= MOST:
+        return order, order[:0]
+    first, others = order[: MOST * 3 // 4], order[MOST * 3 // 4 :]
+    lean = np.zeros(len(others), dtype=np.bool_)
+    lean[np.argsort(memory[others], kind="stable")[: MOST - len(first)]] = True
+    return np.concatenate([first, others[lean]]), others[~lean]

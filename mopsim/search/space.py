@@ -218,13 +218,20 @@ def _slices(used: bool) -> list[int]:
     return [1, 8] if used else [1]
 
 
+def _rings(problem: Problem) -> list[int]:
+    """Ranks of a vocabulary ring: within a node, or all: a ring over some nodes is as slow as over all."""
+    rings = {*divisors(problem.hardware.devices_per_node), problem.world_size}
+    most = problem.model.vocab_size
+    return sorted(d for d in rings if problem.world_size % d == 0 and d <= most)
+
+
 def _mop_axes(problem: Problem) -> Axes:
     model = problem.model
     return {
         "micro_batch": _micro_batches(problem),
         "sequence": _sequences(problem),
         ("experts", "expert_shard"): _expert_pairs(problem),
-        "vocabulary": [d for d in divisors(problem.world_size) if d <= model.vocab_size],
+        "vocabulary": _rings(problem),
         "dense_shard": _dense_shards(problem),
         "chunks": [1, 2, 4, 8] if model.num_local_experts else [1],
         "ffn_slices": _slices(model.num_dense_layers > 0 or model.shared_expert_intermediate_size > 0),

@@ -1,6 +1,7 @@
 """Each family is searched by itself; what a search leaves out is said; memory and time are learned."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -149,3 +150,20 @@ def test_a_ratio_says_that_a_search_was_not_exhausted() -> None:
     assert "fsdp2 by at most 25 %" in text
     assert "zero_offload by" not in text
     assert "not exhausted" not in finding(results, list(found.best_by_family), {"fsdp2": 0.0})
+
+
+def test_a_large_pool_holds_the_fastest_and_the_leanest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are left out, and count in the gap."""
+    monkeypatch.setattr(sys.modules[Pool.__module__], "MOST", 40)
+    problem = Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32")
+    space = generate(problem, "mop")
+    bounds = bound(space)
+    pool = Pool.of(space, bounds, np.arange(len(space)))
+    assert len(pool.rows) == 40
+    assert len(pool.rest) == len(space) - 40
+    need = bounds.device + bounds.gathered
+    assert need[pool.rows].min() == need.min()
+    found = asked(("mop",), 60)
+    assert found.gap is not None
+    assert found.gap > 0
+    assert sum(found.rejected.values()) + len(found.top) == found.candidates
