@@ -20,10 +20,10 @@ demo: setup
 	$(BIN)/mopsim demo --out reports/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 quick: setup format lint imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(QUICK)
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/speed.py reports/benchmarks
