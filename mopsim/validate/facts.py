@@ -41,7 +41,7 @@ def facts(row: Row) -> Facts:
     if graphs not in (*UNKNOWN, "none"):
         settings["stack.host.graphs"] = graphs.split("+")
     for name, cell in row.items():
-        if name.startswith(ROOTS) and cell:
+        if name.startswith(ROOTS) and cell not in UNKNOWN:
             settings[name] = io.parse_yaml(cell, f"{row.get('run_id', 'row')}: {name}")
     return replace(known, settings=settings)
 

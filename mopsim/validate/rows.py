@@ -60,12 +60,13 @@ def _case(known: Facts, models: dict[str, Row]) -> Case:
     hardware = _refused("gpu", machine, row["gpu"])
     stack, assumed = _stack(row)
     program = _refused("stack", changed, stack, known.of("stack"), "stack")
-    split, approximations = strategy(known, degrees, changed(model, changes, "model"), program)
+    model = _refused("model", changed, model, changes, "model")
+    split, approximations = strategy(known, degrees, model, program)
     if split.name == "megatron":
         rows = VOCABULARY_ROWS * degrees.tensor
         padded = ceil_div(model.vocab_size, rows) * rows
         changes |= {"vocab_size": padded} if padded != model.vocab_size else {}
-    model = changed(model, changes, "model")
+    model = _refused("model", changed, model, changes, "model")
     training, routed = _training(known, degrees, model)
     approximations += routed
     split.check_model(model)
