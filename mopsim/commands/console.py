@@ -5,6 +5,6 @@ from typing import Any
 
 def human(json: str | None) -> Any:
     """A rich console: standard output, or standard error where standard output carries the JSON."""
-    from rich.console import Console
+    from mopsim.common.console import LastingConsole
 
-    return Console(stderr=json == "-", highlight=False)
+    return LastingConsole(stderr=json == "-", highlight=False)

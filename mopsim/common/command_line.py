@@ -36,6 +36,8 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
         _stopped(name, signals)
     if code == 130 and signals:  # typer ends on Ctrl-C without a word
         _stopped(name, signals)
+    atexit.unregister(ignore_signals)
+    atexit.register(ignore_signals, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))  # all is said and done
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,6 +1,9 @@
-"""A report is written whole or not at all."""
+"""A report is written whole or not at all; a command ends well where its reader, or its user, is gone."""
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +48,29 @@ def test_a_new_report_is_readable_by_all(tmp_path: Path) -> None:
     with whole_directory(tmp_path / "far" / "out") as aside:
         (aside / "a.md").write_text("a")
     assert (tmp_path / "far" / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_command_whose_reader_is_gone_works_on(tmp_path: Path) -> None:
+    code = (
+        "from mopsim.common.console import LastingConsole\n"
+        "console = LastingConsole()\n"
+        "for _ in range(3): console.print('x')\n"
+        f"open({str(tmp_path / 'done')!r}, 'w').close()\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "done").exists()
+
+
+def test_a_signal_after_the_work_is_done_changes_nothing() -> None:
+    code = (
+        "import atexit, os, signal\n"
+        "from mopsim.common.command_line import run_app\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), one) for one in (signal.SIGINT, signal.SIGTERM)])\n"
+        "run_app(lambda arguments, standalone_mode: print('done'), 'mopsim', ['x'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
