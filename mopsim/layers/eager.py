@@ -8,7 +8,7 @@ is mopexec's.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from mopsim.layers.tape import Kernel, Value
+from mopsim.layers.tape import Kernel, Step, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ NORM, NORM_BACKWARD = Passes(2, 8, 7), Passes(2, 24, 16)
 """Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
 ROTARY = Passes(2, 4, 3)
 """Cast, complex product, cast; the backward is the same the other way."""
+HALVES, HALVES_BACKWARD = Passes(9, 0, 7), Passes(14, 0, 9)
+"""Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd."""
 GATED, GATED_BACKWARD = Passes(5, 0, 2), Passes(9, 0, 3)
 """SiLU and a product; two products and SiLU's backward."""
 SUM = Passes(3, 0, 1)
@@ -58,7 +60,44 @@ def composed(
         return kernel
 
     found = tuple(one(kernel) for kernel in kernels)
-    return _weighted(found) if "experts" in unfused else found
+    if "exchange" in unfused:
+        found = tuple(part for kernel in found for part in _traded(kernel))
+    found = _weighted(found) if "experts" in unfused else found
+    return _shared_gradients(_added(found)) if "residual" in unfused else found
+
+
+def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """The gradient of a sum is that of what was added, no tensor of its own."""
+    names = {kernel.reads[0] for kernel in kernels if kernel.name.endswith("residual")}
+    names |= {name for kernel in kernels if kernel.name == "shared_sum" for name in kernel.reads}
+    return tuple(
+        replace(kernel, writes=tuple(replace(v, grad=False) if v.name in names else v for v in kernel.writes))
+        for kernel in kernels
+    )
+
+
+def _added(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Gradients of a value that several kernels read are added by autograd, one pass each; where one of the
+    kernels is a residual's, that has the sum already."""
+    readers: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        if kernel.kind in ("matmul", "grouped_matmul") or kernel.name == "permute":
+            readers.setdefault(kernel.reads[0], []).append(kernel)
+    sizes = {value.name: value.bytes for kernel in kernels for value in kernel.writes}
+    found: list[Kernel] = []
+    for kernel in kernels:
+        name = kernel.reads[0] if kernel.reads else ""
+        more = len(readers.get(name, ())) - 1
+        if more > 0 and kernel is readers[name][0] and name in sizes:
+            back = float(SUM.narrow * sizes[name] * more)
+            found.append(
+                Kernel(
+                    f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
+                    back_bytes=back, back_launches=more * SUM.launches,
+                )
+            )  # fmt: skip
+        found.append(kernel)
+    return tuple(found)
 
 
 def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
@@ -76,7 +115,14 @@ def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     for kernel in kernels:
         if kernel.name in ("sort", "unsort") and not travels:
             kernel = replace(kernel, bytes=0.0, launches=0, back_bytes=0.0, back_launches=0)
-        elif kernel.name == "permute" and travels and last.bytes != 2.0 * out:
+        if kernel.name == "permute" and kernel.writes[0].bytes:
+            routes = next(one for one in kernels if one.name == "top_k").writes[0].bytes // 8
+            index = Value("route_order", 16 * routes, "dispatch", grad=False)
+            kernel = replace(
+                kernel, writes=(*kernel.writes, index), saves=(*kernel.saves, index.name),
+                scratch=(("dispatch", 8 * routes),),
+            )  # fmt: skip
+        if kernel.name == "permute" and travels and last.bytes != 2.0 * out:
             router = next(one for one in kernels if one.name == "router")
             found.append(
                 Kernel(
@@ -135,14 +181,24 @@ def traffic(passes: Passes, narrow: float, wide: float) -> float:
 
 
 def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps its input in fp32 (a copy where it is narrower) and the normed values."""
-    size = int(kernel.writes[0].bytes * wider)
+    """Keeps its input in fp32 (a copy where it is narrower) and the normed values; the product with the
+    weight is in fp32 too, and the backward holds four and a half of them (three and a half)."""
+    narrow = kernel.writes[0].bytes
+    size = int(narrow * wider)
     kept = [Value(f"{kernel.name}_normed", size, grad=False)]
     if wider > 1:
         kept.append(Value(f"{kernel.name}_wide", size, grad=False))
     found = _instead(kernel, wider, NORM, NORM_BACKWARD)
     saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
-    return replace(found, writes=(*kernel.writes, *kept), saves=saves)
+    working = int((4.5 if wider > 1 else 3.5) * size) - narrow
+    return replace(
+        found, writes=(*kernel.writes, *kept), saves=saves, scratch=_one(size if wider > 1 else 0),
+        back_scratch=_one(working),
+    )  # fmt: skip
+
+
+def _one(size: float) -> tuple[Step, ...]:
+    return (("activations", int(size)),)
 
 
 def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -150,13 +206,79 @@ def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(found, launches=2 * ROTARY.launches, back_launches=2 * ROTARY.launches)
 
 
+def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    size = kernel.writes[0].bytes
+    found = _instead(kernel, wider, HALVES, HALVES_BACKWARD)
+    return replace(found, scratch=_one(size), back_scratch=_one(1.5 * size))
+
+
 def _gated(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps the result of SiLU beside what it reads."""
-    if wings != 2:
+    """Keeps the result of SiLU beside what it reads. Apart already: two tensors in one kernel."""
+    if wings != 2 or kernel.name not in ("act", "experts_act"):
         return kernel
     silu = replace(kernel.writes[0], name=f"{kernel.writes[0].name}_silu", grad=False)
     found = _instead(kernel, wider, GATED, GATED_BACKWARD)
     return replace(found, writes=(*kernel.writes, silu), saves=(*kernel.saves, silu.name))
+
+
+def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the copy of its input in fp32 that its product reads."""
+    if wider == 1:
+        return kernel
+    (_, size), *_ = kernel.scratch
+    wide = Value("router_wide", size, grad=False)
+    return replace(kernel, writes=(*kernel.writes, wide), saves=(wide.name,), scratch=())
+
+
+def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Products of one expert after another. Their outputs are put together, as are the gradients of their
+    inputs; of what lies between only one expert has gradients at a time."""
+    if kernel.name != "experts_down":
+        return replace(kernel, writes=tuple(replace(value, grad=False) for value in kernel.writes))
+    rows, total = kernel.writes[0].bytes, sum(one.m * one.count for one in kernel.matmuls)
+    most = max((one.m for one in kernel.matmuls), default=0.0)
+    wing = rows / total * kernel.matmuls[0].k / kernel.matmuls[0].n if total else 0.0
+    return replace(
+        kernel, scratch=(("dispatch", rows),), back_scratch=(("activations", int(3 * most * wing)),)
+    )
+
+
+def gradients_stay(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Gradients of parameters appear kernel by kernel, last to first, and stay until their group's are all
+    there: the routed experts' are a group, and the others'."""
+    made, found = {True: 0, False: 0}, []
+    routed = [kernel.name.startswith("experts_") for kernel in kernels]
+    for place in reversed(range(len(kernels))):
+        kernel, inside = kernels[place], routed[place]
+        if not inside and not any(routed[:place]) and made[True]:
+            made[True] = 0  # summed into their shards
+        made[inside] += kernel.weight_grad
+        alive = (("gathered_grads", sum(made.values())),)
+        found.append(replace(kernel, weight_grad=0, back_scratch=(*alive, *kernel.back_scratch)))
+    return tuple(reversed(found))
+
+
+def _traded(kernel: Kernel) -> tuple[Kernel, ...]:
+    """An exchange between slices of the sequence and of the heads, tensor by tensor: blocks for the ranks are
+    stacked, sent, and what arrives is put together."""
+    if kernel.name not in ("sequence_to_heads", "heads_to_sequence"):
+        return (kernel,)
+    found: list[Kernel] = []
+    for name, out in zip(kernel.reads, kernel.writes, strict=True):
+        stacked, sent = (replace(out, name=f"{out.name}_{word}") for word in ("stacked", "sent"))
+        copy = Kernel(
+            "stack", "memory_bound", kernel.component, (name,), (stacked,), bytes=2.0 * out.bytes,
+            back_bytes=2.0 * out.bytes,
+        )  # fmt: skip
+        found += [
+            copy,
+            replace(
+                kernel, reads=(stacked.name,), writes=(sent,), bytes=float(out.bytes), launches=1, scratch=(),
+                back_scratch=(),
+            ),
+            replace(copy, name="put_together", reads=(sent.name,), writes=(out,)),
+        ]  # fmt: skip
+    return tuple(found)
 
 
 def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
@@ -165,10 +287,13 @@ def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 _PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
     "norms": (lambda kernel: kernel.name.endswith("norm"), _norm),
+    "halves": (lambda kernel: kernel.name.startswith("rope"), _halves),
     "rotary": (lambda kernel: kernel.name == "rope", _rotary),
     "activation": (lambda kernel: kernel.name == "act", _gated),
     "residual": (lambda kernel: kernel.name.endswith("residual"), _summed),
     "experts": (lambda kernel: kernel.name == "experts_act", _gated),
+    "router": (lambda kernel: kernel.name == "router", _router),
+    "pieces": (lambda kernel: kernel.name.startswith("experts_"), _one_by_one),
 }
 
 

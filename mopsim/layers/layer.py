@@ -72,7 +72,7 @@ def _moe(
     arrived = sum(routes) // shapes.expert_tensor
     keep = {"h": "u"}
     found = _renamed(router(model, N, b, wide), "", keep)
-    shared = model.shared_expert_intermediate_size
+    shared = model.shared_expert_intermediate_size if shapes.fused else 0
     if shared:
         tape = fused_ffn(model, shared, "shared_experts", shapes)
         found += _renamed(tape, "shared_", keep)
@@ -83,7 +83,7 @@ def _moe(
         )
         sent = (_without_copy(sent[0]), replace(sent[1], writes=(once,)), *sent[2:])
     found += _same_back(sent)
-    products = experts(model, routes, b, wide, shapes.expert_tensor, fused=True).kernels
+    products = _unweighted(experts(model, routes, b, wide, shapes.expert_tensor, fused=shapes.fused).kernels)
     if shapes.expert_tensor > 1:
         products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
     found += products
@@ -97,7 +97,29 @@ def _moe(
     last = replace(
         back[-1], reads=tuple("back_" + r if r == "returned" else r for r in reads), writes=(total,)
     )
-    return found + back[:-1] + (last,)
+    found += (*back[:-1], last)
+    return found if shapes.fused else _shared_after(model, shapes, found)
+
+
+def _shared_after(model: ModelSpec, shapes: Shapes, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Shared experts run once the routed ones have, whose sum theirs is added to."""
+    width, size = model.shared_expert_intermediate_size, shapes.tokens * model.hidden_size * shapes.width
+    if not width:
+        return kernels
+    tape = ffn(model, shapes.tokens, width, shapes.width, "shared_experts")
+    routed = replace(kernels[-1], writes=(Value("routed", size),))
+    add = Kernel(
+        "shared_sum", "memory_bound", "shared_experts", ("routed", "shared_f"), (Value("f", size),),
+        bytes=3.0 * size, back_bytes=0.0, back_launches=0,
+    )  # fmt: skip
+    return (*kernels[:-1], routed, *_renamed(tape, "shared_", {"h": "u"}), add)
+
+
+def _unweighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Products without a pass for the route weights: SwiGLU applies them, or the sum of a token's routes."""
+    if kernels[-1].name != "route_weight":
+        return kernels
+    return (*kernels[:-2], replace(kernels[-2], writes=kernels[-1].writes))
 
 
 def _distinct(model: ModelSpec, tokens: int, local: int) -> int:

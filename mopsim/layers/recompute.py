@@ -112,6 +112,7 @@ def forward(tape: Tape, chosen: Plan) -> list[Played]:
     for index, kernel in enumerate(tape.kernels):
         for name in (*(value.name for value in kernel.writes), *kernel.reads):
             last[name] = index
+    last |= dict.fromkeys(tape.held, len(tape.kernels) - 1)
     values = tape.values
     played = []
     for index, kernel in enumerate(tape.kernels):
@@ -205,6 +206,7 @@ def _again(tape: Tape, region: frozenset[int], dropped: frozenset[str]) -> list[
     for index in order:
         for name in (*(value.name for value in tape.kernels[index].writes), *tape.kernels[index].reads):
             last[name] = index
+    last |= {name: order[-1] for name in tape.held if name in last}
     made: set[str] = set()
     values = tape.values
     played = []

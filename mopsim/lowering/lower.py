@@ -6,7 +6,6 @@ from functools import partial
 from mopsim.layers.flops import flops_per_token
 from mopsim.lowering.context import Context, make_context
 from mopsim.lowering.flat.passes import Pairs, paired
-from mopsim.lowering.fsdp.step import FsdpStep
 from mopsim.lowering.modules import by_modules
 from mopsim.lowering.pinned import rounding
 from mopsim.lowering.staged.passes import Passes
@@ -43,22 +42,19 @@ def lower(
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
     kind = _kind(context)
-    if kind is None or kind is Pairs:
-        passes = Pairs(context) if kind else Passes(context)
-        stages = range(strategy.pipeline.degree)
-        programs = tuple(
-            StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
-            for stage in stages
-        )
-    else:
-        programs = (kind(context).program(expanded),)  # type: ignore[union-attr]
+    passes = Pairs(context) if kind else Passes(context)
+    stages = range(strategy.pipeline.degree)
+    programs = tuple(
+        StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
+        for stage in stages
+    )
     if stack.host.modules:
         programs = tuple(by_modules(program, stack) for program in programs)
     if stack.host.graphs:
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
-    exact = kind in (Pairs, FsdpStep)
+    exact = kind is Pairs or _as_mopexec_shards(context)
     whole = partial(lower, model, strategy, training, domain, stack, expand=expand, compose=False)
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
@@ -66,12 +62,14 @@ def lower(
     )  # fmt: skip
 
 
-def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
-    """Pairs where the stack is a schedule of them, FsdpStep where mopexec's FSDP2 covers model and strategy;
-    None: operators from the layers' tapes."""
+def _kind(context: Context) -> type[Pairs] | None:
+    """Pairs where the stack is a schedule of them; None: operators from the layers' tapes."""
+    return Pairs if context.stack.explicit and paired(context) else None
+
+
+def _as_mopexec_shards(context: Context) -> bool:
+    """Whether mopexec runs it under torch's FSDP2, so that its memory is known."""
     strategy, stack = context.strategy, context.stack
-    if stack.explicit:
-        return Pairs if paired(context) else None
     recompute = strategy.activations.recompute
     one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
     if (
@@ -86,9 +84,10 @@ def _kind(context: Context) -> type[Pairs | FsdpStep] | None:
         or context.model.dropout
         or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
     ):
-        return None
+        return False
     own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
-    return FsdpStep if own and _plain(context) and stack.unfused in EAGERS else None
+    own = own and stack.unfused in EAGERS and stack.kernels.rotary == "halves"
+    return own and _plain(context)
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:

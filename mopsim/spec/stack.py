@@ -44,25 +44,33 @@ def _filled(given: T, stack: Spec, blank: object) -> T:
 class Kernels(Spec, frozen=True, kw_only=True):
     """Which implementation runs each operation.
 
-    norm, rotary, activation, residual: one kernel, or as eager torch composes it. attention: by device
-    architecture (`ampere`, `hopper`, ...), `default` for the others. deterministic: sums in a fixed order.
-    expert_rows: gated activation and route weights of routed experts; expert_products: `grouped` in one
-    kernel, `looped` expert by expert (Transformer Engine's GroupedLinear). gate_up: one product for both, or
-    two. weight_grads: added to their buffer inside the product, or after it. loss: cross entropy by several
-    kernels with copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of
-    them in fp32 (`upcast`). logits_held: whoever calls a composed loss holds the logits until its backward is
-    done. loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of keys and values where
+    norm, rotary, activation, residual: one kernel, or as eager torch composes it; rotary embedding by
+    products of complex numbers (`composed`) or of halves (`halves`). router: its product's input is cast to
+    fp32 and kept (`composed`), or cast inside it. attention: by device architecture (`ampere`, `hopper`,
+    ...), `default` for the others. deterministic: sums in a fixed order. expert_rows: gated activation and
+    route weights of routed experts; expert_products: `grouped` in one kernel, `looped` expert by expert
+    (Transformer Engine's GroupedLinear). expert_outputs: made in one tensor (`whole`), or expert by expert
+    and put together (`pieces`), as are the gradients of their inputs. sequence_exchange: Ulysses' tensors
+    in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
+    and one for queries, keys and values, or one each, shared experts after the routed ones. weight_grads:
+    added to their buffer inside the product, or after it. loss: cross entropy by several kernels with
+    copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
+    (`upcast`). logits_held: whoever calls a composed loss holds the logits until its backward is done.
+    loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of keys and values where
     context parallelism gathers them. dispatch_map: before a deduplicated dispatch every rank gets which
     experts each row of the group has chosen, a byte for each expert and row (HybridEP). fills: new tensors
     with a known value are written first (torch's deterministic mode).
     """
 
     norm: Built = "fused"
-    rotary: Built = "fused"
+    rotary: Literal["fused", "composed", "halves"] = "fused"
     activation: Built = "fused"
     residual: Built = "fused"
     expert_rows: Built = "fused"
     expert_products: Literal["grouped", "looped"] = "grouped"
+    expert_outputs: Literal["whole", "pieces"] = "whole"
+    router: Built = "fused"
+    sequence_exchange: Built = "fused"
     gate_up: Literal["joined", "separate"] = "joined"
     weight_grads: Built = "fused"
     ring_blocks: Built = "fused"
@@ -81,12 +89,14 @@ class Sharding(Spec, frozen=True, kw_only=True):
     fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
     step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
     (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
-    spread over ranks are plain tensors, whole on every replica.
+    spread over ranks are plain tensors, whole on every replica. agreements: at the end of a step ranks sum
+    the loss and each router's load, one exchange each.
     """
 
     fsdp: bool = False
     copies: bool = False
     experts: bool = True
+    agreements: bool = False
 
 
 class Recompute(Spec, frozen=True, kw_only=True):
@@ -95,13 +105,16 @@ class Recompute(Spec, frozen=True, kw_only=True):
     torch.utils.checkpoint). selective: modules that `selective` without a list of them runs again. kept:
     kernels (categories.KEPT) that it keeps instead, running all others again (needs dense.tensor 1, else
     `selective` counts). chunk_inputs: how the backward of chunked experts has its inputs: sent again
-    (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306)."""
+    (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306). inputs: those that are on
+    the host come up one layer ahead, the last stays (`ahead`, Megatron-Core), or each when its backward asks
+    for it (`asked`, autograd's hooks on saved tensors)."""
 
     stops_early: bool = False
     holds_output: bool = False
     kept: tuple[str, ...] = ()
     selective: tuple[str, ...] = ()
     chunk_inputs: Literal["redispatch", "nested"] = "redispatch"
+    inputs: Literal["ahead", "asked"] = "ahead"
 
     def __post_init__(self) -> None:
         _require_known("kept", self.kept, KEPT)
@@ -110,9 +123,11 @@ class Recompute(Spec, frozen=True, kw_only=True):
 
 class Host(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. graphs:
-    components whose kernels CUDA graphs replay; `step`: one graph of the whole step."""
+    components whose kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a
+    layer's Python frame (residual stream, norm's output, sum of routes) live until it has run."""
 
     modules: bool = False
+    frames: bool = False
     graphs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -235,7 +250,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         k = self.kernels
         found: dict[Unfused, bool] = {
             "norms": k.norm == "composed",
-            "rotary": k.rotary == "composed",
+            "rotary": k.rotary != "fused",
             "activation": k.activation == "composed",
             "residual": k.residual == "composed",
             "experts": k.expert_rows == "composed",
@@ -246,6 +261,18 @@ class Stack(Spec, frozen=True, kw_only=True):
             "modules": self.host.modules,
         }
         return tuple(word for word, there in found.items() if there)
+
+    @property
+    def composes(self) -> tuple[str, ...]:
+        """What of a layer runs as eager torch composes it."""
+        k = self.kernels
+        more = {
+            "router": k.router == "composed",
+            "halves": k.rotary == "halves",
+            "exchange": k.sequence_exchange == "composed",
+            "pieces": k.expert_outputs == "pieces",
+        }
+        return (*self.unfused, *(word for word, there in more.items() if there))
 
     @property
     def behaviour(self) -> "Stack":

@@ -86,7 +86,6 @@ def _moved(name: str) -> dict[str, tuple[float, float]]:
 
 
 OPEN = {
-    "the recipe is what computes": "MoP -39 % and 3 %, ZeRO-Offload -7 % and 54 %, FSDP2 6 % and 64 %",
     "all of the state but a thousandth": "ZeRO-Offload -7 % and 54 %, FSDP2 -10 % and 65 %",
     "a dispatcher among one": "ZeRO-Offload -6 % and 101 %, FSDP2 -10 % and 2 %",
 }

@@ -39,6 +39,12 @@ class FlatUnits:
                 self.gather(unit, phase)
         return self._wait(self.c.layers[layer][0], phase)
 
+    def start(self, order: Sequence[int]) -> None:
+        """A forward begins."""
+
+    def turn(self, order: Sequence[int]) -> None:
+        """A forward is over."""
+
     def beside(self, template: Template, layer: int, phase: str) -> Hooks:
         """What happens inside of a layer, or of the loss (layer -1)."""
 

@@ -24,6 +24,9 @@ class Boundaries:
     fine_grained_activation_offload.py): compute never waits for a copy down, the device's bytes are free
     where it ends, pinned buffers are kept for copies to come.
 
+    hooked: autograd's hooks on saved tensors pack and unpack them instead (mopexec.modules.hooks): every
+    input goes, and comes up when its backward asks for it.
+
     kept: what a layer leaves for its backward beside its input; it goes too where `layers_on_host` says so.
     pinned: bytes of the buffers that the schedule needs.
     """
@@ -37,6 +40,8 @@ class Boundaries:
         kept: Callable[[int], tuple[Step, ...]],
     ) -> None:
         self.issue, self.size, self.kept = issue, context.hidden, kept
+        full = context.strategy.activations.recompute == "full"
+        self.hooked = full and context.stack.recompute.inputs == "asked"
         self.visits: list[Visit] = []
         for phase, microbatch, chunk in slots:
             layers = stage.chunks[chunk] if phase == "forward" else reversed(stage.chunks[chunk])
@@ -82,7 +87,7 @@ class Boundaries:
             return ()
         self._window = tuple(ready) or self._window
         place = self.places[visit]
-        for one in self.visits[place : place + 2]:
+        for one in self.visits[place : place + (1 if self.hooked else 2)]:
             self._bring(one)
         return (self._up.pop(visit),) if visit in self._up else ()
 
@@ -94,7 +99,8 @@ class Boundaries:
     def after(self, microbatch: int, layer: int, ready: Sequence[int]) -> None:
         """A layer's forward has run: its input goes down, into a buffer whose copy up is over."""
         back = ("backward", microbatch, layer)
-        if layer not in self.away or self.visits[self.places["forward", microbatch, layer] + 1] == back:
+        follows = self.visits[self.places["forward", microbatch, layer] + 1] == back
+        if layer not in self.away or (follows and not self.hooked):
             return
         steps = self.contents(layer)
         size = sum(bytes for _, bytes in steps)

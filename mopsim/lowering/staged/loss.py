@@ -8,11 +8,11 @@ from mopsim.layers.attention import norm
 from mopsim.layers.recompute import backward, forward, plan
 from mopsim.layers.region import begin
 from mopsim.layers.tape import Kernel, Matmul, Step, Tape, Value
-from mopsim.lowering.builder import START, Recorder, Template
+from mopsim.lowering.builder import Template
 from mopsim.lowering.context import PAIRS_ONLY, Context
-from mopsim.lowering.fsdp.loss import back, once, passes, product
-from mopsim.lowering.staged.template import template
-from mopsim.lowering.staged.works import works
+from mopsim.lowering.staged.entropy import back, once, passes, product
+from mopsim.lowering.staged.template import followed, template
+from mopsim.lowering.staged.works import implemented, works
 from mopsim.lowering.workload import Work
 from mopsim.spec.layout import token_slices
 
@@ -29,10 +29,17 @@ def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Te
     if kind == "chunked":
         return _chunked(context, direction, freed)
     tape = loss_tape(context)
-    chosen = plan(tape, "none", ())
+    chosen, early, late = plan(tape, "none", ()), *_freed(tape, context, freed)
     if direction == "forward":
-        return template(forward(tape, chosen), context, "forward")
-    return template(backward(tape, chosen), context, "backward", freed)
+        return template(forward(tape, chosen), context, "forward", early)
+    return template(backward(tape, chosen), context, "backward", late)
+
+
+def _freed(tape: Tape, c: Context, freed: Sequence[Step]) -> tuple[Sequence[Step], Sequence[Step]]:
+    """Where the hidden state dies: at the end of the forward if nothing wants it after, else of the
+    backward."""
+    wanted = c.model.num_nextn_predict_layers or any("x" in kernel.saves for kernel in tape.kernels)
+    return ((), freed) if wanted else (freed, ())
 
 
 def loss_tape(context: Context) -> Tape:
@@ -96,19 +103,19 @@ def loss_tape(context: Context) -> Tape:
                 group="tensor", back_bytes=0.0,
             )
         )  # fmt: skip
-    return Tape((Value("x", c.hidden),), tuple(kernels), ())
+    return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
 
 
 def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
     """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is
     kept."""
-    V, H, size, draft = c.model.vocab_size, c.model.hidden_size, c.hidden, Recorder(c.groups)
+    V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
+    kernels = (norm("final_norm", "x", "n", c.tokens, H, c.b, _C),)
+    tape = Tape((Value("x", size),), implemented(kernels, c), ("n",))
+    chosen, early, late = plan(tape, "none", ()), *_freed(tape, c, freed)
     if direction == "backward":
-        work = (Work("memory_bound", bytes=4.0 * size, launches=2),)
-        memory: tuple[Step, ...] = (("activations", size), ("activations", -size), *freed)
-        draft.add("final_norm", "compute", _C, "backward", work, (START,), memory)
-        return draft.template()
-    found: list[Work] = [Work("memory_bound", bytes=2.0 * size)]
+        return template(backward(tape, chosen), c, "backward", late)
+    found: list[Work] = []
     torch, gradient = c.stack.kernels.loss_chunks == "composed", float(V * H * c.b)
     if torch:
         found.append(once(gradient))
@@ -117,10 +124,12 @@ def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
         eager = passes(c, n, V, gradient)
         over = eager if torch else Work("memory_bound", bytes=n * V * 6.0 * c.wide, launches=4)
         found += rows.count(n) * [*_products(c, n), over]
-    strip = max(rows) * V * (2 * c.b + c.wide)
-    memory = (("activations", 2 * size), ("logits", strip), ("logits", -strip), ("activations", -size))
-    draft.add("loss chunks", "compute", _C, "forward", found, (START,), memory)
-    return draft.template()
+    # mopexec's chunk holds its logits in fp32 and, at its begin or end, in the compute dtype
+    strip = max(rows) * V * ((c.b if torch else 2 * c.b) + c.wide)
+    strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0
+    memory = (("activations", size), ("logits", strip), ("logits", -strip), ("activations", -size))
+    first = template(forward(tape, chosen), c, "forward", early)
+    return followed(first, "loss chunks", _C, "forward", found, memory)
 
 
 def _products(c: Context, rows: int) -> list[Work]:

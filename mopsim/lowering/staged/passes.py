@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mopsim.common.errors import require
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.layers.eager import composed, in_blocks
+from mopsim.layers.eager import in_blocks
 from mopsim.layers.experts import migrating
 from mopsim.layers.layer import decoder_layer, mtp_projection
 from mopsim.layers.quantized import quantized
@@ -23,6 +23,7 @@ from mopsim.lowering.staged.shards import Shards
 from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.staged.template import template, weight_grads
 from mopsim.lowering.staged.update import update
+from mopsim.lowering.staged.works import implemented
 from mopsim.lowering.workload import Work
 from mopsim.spec.strategy import CAST
 
@@ -40,7 +41,7 @@ class Passes:
             context.shapes,
             exchange=attention.exchange,
             flash=context.stack.flash,
-            fused=not strategy.activations.kept,
+            fused=not strategy.activations.kept and context.stack.kernels.gate_up == "joined",
         )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}
@@ -95,11 +96,11 @@ class Passes:
                 tape = quantized(tape, share, c.strategy.activations.modules)
             if not c.shards_params:
                 tape = replace(tape, kernels=without_weight_grads(tape.kernels))
-            unfused, wings = c.stack.unfused, c.model.ffn_matrices - 1
-            layernorm = c.model.norm == "layernorm"
-            kernels = composed(tape.kernels, unfused, c.b, c.wide, wings, layernorm)
-            tape = replace(tape, kernels=kernels)
-            if "blocks" in unfused:
+            held = ("y", "u", "routed") if c.stack.host.frames else ()  # variables of the layer's frame
+            kernels = implemented(tape.kernels, c)
+            made = {value.name for kernel in kernels for value in kernel.writes}
+            tape = replace(tape, kernels=kernels, held=tuple(name for name in held if name in made))
+            if c.stack.kernels.ring_blocks == "composed":
                 model, ranks = c.model, c.strategy.attention.sequence
                 shared = model.num_attention_heads / model.num_key_value_heads
                 tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, shared, c.b, c.wide))
@@ -122,11 +123,11 @@ class Passes:
         return int(sum(n * k for n, k in shapes) * self.context.param)
 
     def forward(self, layer: int) -> Template:
-        """x -> z, which is new; x stays."""
+        """x -> z, which is new; x stays where the backward wants it."""
         return self._made(("forward", self.key(layer)), lambda: self._forward(self.tape(layer)))
 
     def backward(self, layer: int) -> Template:
-        """z's gradient -> x's; x is freed. Weight gradients included unless `split`."""
+        """z's gradient -> x's; x is freed where it stayed. Weight gradients included unless `split`."""
         return self._made(("backward", self.key(layer)), lambda: self._backward(self.tape(layer)))
 
     def weights(self, layer: int) -> Template:
@@ -177,15 +178,25 @@ class Passes:
         return self._templates[key]
 
     def _forward(self, tape: Tape) -> Template:
-        return template(forward(tape, self._plan(tape)), self.context, "forward")
+        gone = () if self._wants_input(tape) else self._input
+        return template(forward(tape, self._plan(tape)), self.context, "forward", gone)
+
+    def _wants_input(self, tape: Tape) -> bool:
+        """Whether anything reads a layer's input in its backward: not where all that a layer keeps is made
+        of it, as a norm that torch composes keeps its copy in fp32. What goes to the host is kept whole."""
+        activations = self.context.strategy.activations
+        away = activations.boundary_tier == "host" or activations.layers_on_host > 0
+        saved = any("x" in kernel.saves for kernel in tape.kernels)
+        return away or saved or activations.recompute != "none" or self.split
 
     def _backward(self, tape: Tape) -> Template:
         chosen = self._plan(tape)
         held = held_for_weights(tape, chosen) if self.split else frozenset()
+        freed = self._input if self._wants_input(tape) else ()
         played = backward(tape, chosen, held)
         if self.context.stack.recompute.holds_output and chosen.again:
             played = _holding(played, (("activations", self.context.hidden),))
-        return template(played, self.context, "backward", self._input, self.split)
+        return template(played, self.context, "backward", freed, self.split)
 
     def _weights(self, tape: Tape) -> Template:
         chosen = self._plan(tape)

@@ -169,8 +169,11 @@ class StageStep:
 
     def _backward(self, microbatch: int, chunk: int, final: bool) -> None:
         c, issue, part = self.c, self.issue, self.stage.part(chunk)
+        order = list(reversed(self.stage.chunks[chunk]))
         if part == self.stage.parts - 1:
-            ready = issue.play(self.passes.loss("backward"), -1, self.shards.edge("head", "backward"))
+            waits = self.shards.edge("head", "backward")
+            self.shards.turn((*reversed(self.stage.extra), *order))
+            ready = issue.play(self.passes.loss("backward"), -1, waits)
             self._reduced(ready, "head", final and not self.stage.extra)
             for layer in reversed(self.stage.extra):
                 ready = self._layer_backward(microbatch, layer, ready, [layer], final)
@@ -184,18 +187,18 @@ class StageStep:
                 )
         else:
             ready = self._receive("backward", microbatch, part)
-        order = list(reversed(self.stage.chunks[chunk]))
         for layer in order:
             self._visit("backward", layer)
             ready = self._layer_backward(microbatch, layer, ready, order, final)
             self._gap("backward", layer)
         if part > 0:
             self._send("backward", microbatch, part - 1, ready)
+            self.after = (*self.after, *self.shards.finish())
             return
         self.shards.begin("embedding")
         ready = issue.play(self.passes.embedding(), -1, ready)
         self._reduced(ready, "embedding", final)
-        self.shards.finish()
+        self.after = (*self.after, *self.shards.finish())
         issue.hold(self.passes.left)
 
     def _visit(self, phase: str, layer: int) -> None:
@@ -244,6 +247,7 @@ class StageStep:
     def _embed(self) -> Ops:
         c = self.c
         waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
+        self.shards.start(self.stage.chunks[0])
         size = float(c.shapes.region_tokens * c.model.hidden_size * c.b)
         work = (Work("memory_bound", bytes=2.0 * size),)
         memory = (("activations", c.hidden),)

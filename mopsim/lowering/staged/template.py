@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mopsim.layers.tape import Kernel, Played, Step, Tape
-from mopsim.lowering.builder import START, Recorder, Template, stream_of
+from mopsim.lowering.builder import START, Memory, Recorder, Template, stream_of
 from mopsim.lowering.context import Context
 from mopsim.lowering.staged.works import Part, works
-from mopsim.lowering.workload import Group, deltas
+from mopsim.lowering.workload import Group, Op, Work, deltas
 from mopsim.spec.hardware import COLLECTIVES
 
 
@@ -108,13 +108,23 @@ def template(
         else:
             after = played[index + 1] if index + 1 < len(played) else None
             alone = after is not None and _beside(after, context) and not _leads(after)
-            if draft.joined and (alone or _splits(draft.joined[0], item, direction)):
+            if draft.joined and (alone or _splits(draft.joined[0], item, direction, context)):
                 draft.close(direction)
             draft.joined.append(item)
     draft.close(direction)
     if last:
         draft.end_with(last)
     return draft.template(draft.ready)
+
+
+def followed(
+    first: Template, name: str, component: str, phase: str, work: Sequence[Work], memory: Memory
+) -> Template:
+    """A template with one op of compute after it."""
+    peak, net = deltas(memory)
+    place = len(first.pieces)
+    piece = Op(place, name, "compute", component, phase, -1, tuple(work), first.ends, peak, net)
+    return replace(first, pieces=(*first.pieces, piece), ends=(place,), memory=(*first.memory, memory))
 
 
 def _talks(item: Played, context: Context) -> bool:
@@ -153,9 +163,14 @@ def _partner(played: Sequence[Played], index: int, source: Kernel, done: set[int
     return next((i for i in found if i not in done), 0)
 
 
-def _splits(first: Played, item: Played, direction: str) -> bool:
-    return first.kernel.component != item.kernel.component or _phase(first, direction) != _phase(
-        item, direction
+def _splits(first: Played, item: Played, direction: str, context: Context) -> bool:
+    """Whether an item begins another op: of another component or phase, or of the routed experts, whose
+    parameters torch's FSDP2 has in a group of their own."""
+    inside = [one.kernel.name.startswith("experts_") for one in (first, item)]
+    return (
+        first.kernel.component != item.kernel.component
+        or _phase(first, direction) != _phase(item, direction)
+        or (context.stack.sharding.copies and inside[0] != inside[1])
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.lowering.builder import stream_of
 from mopsim.lowering.context import Context
-from mopsim.lowering.fsdp.copies import update_host
+from mopsim.lowering.staged.copies import update_host
 from mopsim.lowering.staged.data_parallel import gathering, message_work
 from mopsim.lowering.staged.issue import Issue
 from mopsim.lowering.staged.stage import Stage
@@ -23,6 +23,7 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
     full = sum(u.shard_numel if strategy.dense.zero >= 2 else u.padded for u in stage.units)
     launches = max(1, len(stage.units) // 8)
     width, ready = _main_gradients(c, issue, held - int(held * stage.away), launches, reductions)
+    ready = _agreed(c, issue, ready) if c.stack.sharding.agreements else ready
     work = (Work("memory_bound", bytes=float(held * width), launches=launches),)
     norm = issue.add("norm", "compute", _O, _O, work, ready)
     world = c.groups["world"]
@@ -52,6 +53,18 @@ def update(c: Context, stage: Stage, issue: Issue, reductions: Sequence[int]) ->
     if not stage.frees_gradients:
         work = (Work("memory_bound", bytes=float(full * c.grad), launches=launches),)
         issue.add("gradients zeroed", "compute", _O, _O, work, (last,))
+
+
+def _agreed(c: Context, issue: Issue, ready: tuple[int, ...]) -> tuple[int, ...]:
+    """What all ranks sum beside gradients (see Sharding.agreements)."""
+    world = c.groups["world"]
+    if world.size == 1:
+        return ready
+    sizes = [8.0] + [4.0 * c.model.num_local_experts] * c.model.num_moe_layers
+    for size in sizes:
+        work = (Work("all_reduce", bytes=size, group=world),)
+        ready = (issue.add("agree", stream_of(world), _O, _O, work, ready),)
+    return ready
 
 
 def _master(c: Context) -> int:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.layers.eager import composed, gradients_stay
 from mopsim.layers.quantized import EXACT
 from mopsim.layers.tape import Kernel
 from mopsim.lowering.context import Context
@@ -15,6 +16,14 @@ CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
 """Times that a cast reads its source: fp8 by current scaling first for the largest value; nvfp4 for that, by
 rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; what casts add to products is
 6.1, 4.8 and 7.0 at full bandwidth on B300 (Transformer Engine's GEMM profiling tutorial)."""
+
+
+def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """A layer's or the loss's kernels as the program runs them."""
+    model = context.model
+    wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
+    found = composed(kernels, context.stack.composes, context.b, context.wide, wings, layernorm)
+    return gradients_stay(found) if context.stack.sharding.copies else found
 
 
 def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:

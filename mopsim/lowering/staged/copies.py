@@ -1,4 +1,4 @@
-"""Copies around the collectives of torch's FSDP2, in either lowering
+"""Copies around the collectives of torch's FSDP2
 (torch.distributed.fsdp._fully_shard._fsdp_collectives): foreach_all_gather's input, its copy-out, and
 foreach_reduce_scatter_copy_in. What its Python does around them is the host's time of the copies in."""
 

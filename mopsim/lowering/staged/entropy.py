@@ -1,4 +1,4 @@
-"""Kernels of cross entropy as eager torch runs it, in either lowering. n: rows; V: of the vocabulary."""
+"""Kernels of a chunked cross entropy. n: rows; V: of the vocabulary."""
 
 from mopsim.lowering.context import Context
 from mopsim.lowering.workload import Work
@@ -18,11 +18,6 @@ def back(c: Context, n: float, V: float) -> list[Work]:
 def once(gradient: float) -> Work:
     """The head's gradient (bytes) of a chunked loss, zeroed before the chunks and scaled in the backward."""
     return Work("memory_bound", bytes=3 * gradient, launches=2)
-
-
-def chunk(c: Context, n: float, V: float, gradient: float) -> list[Work]:
-    """n rows forward and backward."""
-    return [product(c, n, V), passes(c, n, V, gradient), *back(c, n, V)]
 
 
 def passes(c: Context, n: float, V: float, gradient: float) -> Work:

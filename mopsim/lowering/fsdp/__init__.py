@@ -1,2 +1,0 @@
-"""The `fully_shard` schedule: torch FSDP2 around an autograd model (mopexec.modules,
-mopexec.model)."""
