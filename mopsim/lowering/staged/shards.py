@@ -277,47 +277,39 @@ class Shards:
 
     def _reduce(self, unit: Unit, ready: Ops) -> None:
         """The full gradient is summed into the shard's."""
-        last, freed = ready, self._full_grad(unit)
-        if self._copied(
-            unit
-        ):  # the buffer before is freed once it is sent (reduce_scatter_max_input_buffers)
-            self._release(unit, "backward", ready)
-            size, freed = unit.padded * self.c.reduce, 0
-            full = unit.numel * self.c.b
-            opened = 0 if unit.name in self._opened else full
-            steps = (opened, -self._held, size, -full)
-            memory = tuple(("gathered_grads", step) for step in steps)
-            self._opened.discard(unit.name)
-            work: tuple[Work, ...] = (reduce_copy(self.c, unit),)
-            name = f"copy in {unit.name}"
-            last = (self._pass(name, unit, work, "backward", (*ready, *self._sent), memory),)
-            self._sent, self._held = (), size
-        part = unit.shard_numel * self.c.grad
-        kept = self._kept_grad(unit, part)
-        shard = (("grads", part),) if self._copied(unit) else ()
+        part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
+        last = self._sent_off(unit, part, ready) if copied else ready
         for message in reduction(self.c, [unit]):
-            kind = f"reduce {unit.name}"
-            work = message_work(message)
-            last = (
-                self.issue.add(
-                    kind, stream_of(message[2]), self._component(unit), "backward", work, last, shard,
-                    layer=unit.layer,
-                ),
-            )  # fmt: skip
-            self._sent, shard = self._sent or last, ()
-        left = (*shard, *kept, ("gathered_grads", -freed))
-        if self._copied(unit):  # the shard's gradient stays, or goes where it is added up
-            left = (*shard, *(() if kept else (("grads", -part),)))
+            name, work = f"reduce {unit.name}", message_work(message)
+            stream, part_of = stream_of(message[2]), self._component(unit)
+            last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)
+            self._sent = self._sent or last
+        kept = self._kept_grad(unit, part)
+        left = () if copied else (*kept, ("gathered_grads", -self._full_grad(unit)))
         if self._place(unit).grad_tier == "host":
             done = self._copy(unit, "d2h", part, "backward", last, (*left, *self._landing(unit)))
         else:
             work = () if kept else (Work("memory_bound", bytes=3.0 * part),)
             stream = self.issue.ops[last[0]].stream if last else "compute"
-            done = self.issue.add(
-                f"accumulate {unit.name}", stream, self._component(unit), "backward", work, last, left
-            )
+            part_of = self._component(unit)
+            done = self.issue.add(f"accumulate {unit.name}", stream, part_of, "backward", work, last, left)
+        if copied and not kept:  # added to what is there already, or to what is on the host
+            self.issue.hold((("grads", -part),))
         self.ops.append(done)
         self._unfinished.append(done)
+
+    def _sent_off(self, unit: Unit, part: int, ready: Ops) -> Ops:
+        """FSDP2's full gradient becomes the buffer that is reduced; that of the reduction before is freed
+        once it is sent (reduce_scatter_max_input_buffers)."""
+        self._release(unit, "backward", ready)
+        full, size = unit.numel * self.c.b, unit.padded * self.c.reduce
+        opened = 0 if unit.name in self._opened else full
+        memory = [("gathered_grads", step) for step in (opened, -self._held, size, -full)]
+        work, name = (reduce_copy(self.c, unit),), f"copy in {unit.name}"
+        op = self._pass(name, unit, work, "backward", (*ready, *self._sent), (*memory, ("grads", part)))
+        self._opened.discard(unit.name)
+        self._sent, self._held = (), size
+        return (op,)
 
     def _landing(self, unit: Unit) -> Memory:
         """FSDP2's gradient arrives in a buffer of its own, and is added to that of another microbatch."""
