@@ -11,8 +11,9 @@ from mopsim.lowering.pinned import rounding
 from mopsim.lowering.staged.passes import Passes
 from mopsim.lowering.staged.step import StageStep
 from mopsim.lowering.workload import Workload
+from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.stack import EAGERS, Stack
+from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
@@ -41,8 +42,7 @@ def lower(
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
-    kind = _kind(context)
-    passes = Pairs(context) if kind else Passes(context)
+    passes = Pairs(context) if stack.explicit and paired(context) else Passes(context)
     stages = range(strategy.pipeline.degree)
     programs = tuple(
         StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
@@ -54,40 +54,12 @@ def lower(
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
-    exact = kind is Pairs or _as_mopexec_shards(context)
+    exact = runnable(strategy, model, training, stack) is None
     whole = partial(lower, model, strategy, training, domain, stack, expand=expand, compose=False)
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
         whole=whole if any(program.repeats for program in programs) else None, stack=stack,
     )  # fmt: skip
-
-
-def _kind(context: Context) -> type[Pairs] | None:
-    """Pairs where the stack is a schedule of them; None: operators from the layers' tapes."""
-    return Pairs if context.stack.explicit and paired(context) else None
-
-
-def _as_mopexec_shards(context: Context) -> bool:
-    """Whether mopexec runs it under torch's FSDP2, so that its memory is known."""
-    strategy, stack = context.strategy, context.stack
-    recompute = strategy.activations.recompute
-    one_stage = strategy.pipeline.degree == 1 and strategy.dense.tensor == 1 and strategy.experts.tensor == 1
-    if (
-        not stack.sharding.fsdp
-        or not one_stage
-        or not stack.flash
-        or stack.plain_experts(strategy)
-        or context.looped
-        or strategy.experts.dispatch != "all_to_all"
-        or strategy.activations.kept
-        or strategy.activations.layers_on_host
-        or context.model.dropout
-        or (strategy.attention.exchange != "ulysses" and strategy.attention.sequence > 1)
-    ):
-        return False
-    own = recompute == "full" or (recompute == "none" and strategy.activations.boundary_tier == "device")
-    own = own and stack.unfused in EAGERS and stack.kernels.rotary == "halves"
-    return own and _plain(context)
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
@@ -101,18 +73,6 @@ def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
     unit = stages if strategy.pipeline.virtual_stages > 1 else 1
     base = 3 * stages if unit > 1 else 2 * stages + 4
     return unit, total - unit * max(0, (total - base) // unit)
-
-
-def _plain(context: Context) -> bool:
-    """Whether the executor's own schedules cover model and strategy; others are lowered from the layers'
-    tapes."""
-    strategy, stack, model = context.strategy, context.stack, context.model
-    known = model.attention == "gqa" and model.ffn_matrices == 3 and "head" in context.edges
-    known = known and strategy.precision.matmul == "compute" and stack.recompute.chunk_inputs == "redispatch"
-    known = known and not model.num_nextn_predict_layers
-    known = known and (strategy.optimizer.state_tier == "device" or strategy.optimizer.host_fraction == 1)
-    known = known and (strategy.experts.balance == "none" or stack.sharding.fsdp)
-    return known and strategy.dense.tensor == 1 and strategy.vocabulary.loss != "vocab_parallel"
 
 
 def guarantee(context: Context) -> int:

@@ -13,8 +13,7 @@ from mopsim.lowering.flat.loss import LossLowering
 from mopsim.lowering.flat.rows import Rows, slice_rows
 from mopsim.lowering.flat.taped import NestedExperts, TapedAttention
 from mopsim.lowering.flat.units import FlatUnits
-from mopsim.lowering.flat.update import update
-from mopsim.lowering.resident import resident
+from mopsim.lowering.flat.update import PairUpdate
 from mopsim.lowering.schedules import Slot
 from mopsim.lowering.staged.boundaries import PairBoundaries
 from mopsim.lowering.staged.passes import Passes
@@ -60,10 +59,17 @@ class Pairs(Passes):
         return PairBoundaries(self.context, issue, stage)
 
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
-        update(self.context, issue)
+        PairUpdate(self.context, issue, stage).run(reductions)
 
     def resident(self, stage: Stage) -> tuple[Step, ...]:
-        return resident(self.context)
+        """Beside a stage's: pinned buffers of inputs that go to the host, and of the bucket on its way."""
+        c, found = self.context, [("host/boundaries", self.context.offloaded * self.context.hidden)]
+        if c.strategy.optimizer.update_on == "host":
+            precision = c.strategy.precision
+            master = precision.param if precision.master == "param" else precision.master
+            largest = min(c.strategy.optimizer.bucket_params, sum(unit.shard_numel for unit in stage.units))
+            found.append(("host/staging", 2 * largest * ((8 if master == "float64" else 4) + c.param)))
+        return (*stage.resident(), *(step for step in found if step[1]))
 
     def placeholders(self, layers: Iterable[int]) -> int:
         return 0

@@ -22,7 +22,7 @@ from mopsim.lowering.staged.loss import loss_template
 from mopsim.lowering.staged.shards import Shards
 from mopsim.lowering.staged.stage import Stage
 from mopsim.lowering.staged.template import template, weight_grads
-from mopsim.lowering.staged.update import update
+from mopsim.lowering.staged.update import Update
 from mopsim.lowering.staged.works import implemented
 from mopsim.lowering.workload import Work
 from mopsim.spec.strategy import CAST
@@ -61,7 +61,7 @@ class Passes:
 
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
         """The end of the step."""
-        update(self.context, stage, issue, reductions)
+        Update(self.context, issue, stage).run(reductions)
 
     def resident(self, stage: Stage) -> tuple[Step, ...]:
         """What lives through the step."""
