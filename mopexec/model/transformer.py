@@ -190,7 +190,7 @@ class Layer(nn.Module):
 
 class Transformer(nn.Module):
     """Decoder-only transformer of a ModelSpec. Parameter names and shapes are those of
-    `mopsim.layers.parameters`.
+    `mopsim.graph.parameters`.
 
     Raises SpecError for a spec that the executor does not run (`check_model`). Weights are uninitialised:
     `init_weights`.

@@ -15,7 +15,7 @@ from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
-from mopsim.layers.counts import counts
+from mopsim.graph.counts import counts
 from mopsim.search import Options, SearchResult, search
 from mopsim.spec import upgrade
 from mopsim.spec.hardware import HardwareProfile

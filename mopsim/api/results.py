@@ -13,7 +13,7 @@ from mopsim.api.inputs import Inputs, make_plan
 from mopsim.common import io
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult, simulate
-from mopsim.layers.counts import counts
+from mopsim.graph.counts import counts
 from mopsim.report import tables
 from mopsim.search import SearchResult
 from mopsim.search.result import plan_json

@@ -13,7 +13,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.processes import pool
 from mopsim.context.contenders import Contender
 from mopsim.engine import SimResult, simulate
-from mopsim.layers.tensors import total_params
+from mopsim.graph.tensors import total_params
 from mopsim.search import Options, search
 from mopsim.search.problem import Problem
 from mopsim.spec.hardware import HardwareProfile

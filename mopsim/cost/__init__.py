@@ -2,7 +2,7 @@
 
 from mopsim.cost.communication import collective, transfer
 from mopsim.cost.compute import attention, host_optimizer, matmul, memory_bound, optimizer
-from mopsim.lowering.workload import Work
+from mopsim.program.workload import Work
 from mopsim.spec.hardware import HardwareProfile
 
 _BY_KIND = {

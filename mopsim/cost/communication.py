@@ -1,6 +1,6 @@
 """Seconds of collectives and host transfers."""
 
-from mopsim.lowering.workload import Work
+from mopsim.program.workload import Work
 from mopsim.spec.hardware import CollectiveCurve, Fabric, HardwareProfile
 
 

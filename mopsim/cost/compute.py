@@ -5,7 +5,7 @@ import msgspec
 
 from mopsim.common.errors import SpecError
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.lowering.workload import Work
+from mopsim.program.workload import Work
 from mopsim.spec.hardware import WIDE_HEAD, HardwareProfile, MatmulCurve
 
 DROPS_FORWARD, DROPS_BACKWARD = 0.80, 0.65

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from mopsim.common import io
 from mopsim.cost.compute import matmul
-from mopsim.lowering.workload import Work
+from mopsim.program.workload import Work
 from mopsim.spec.hardware import AttentionCurve, HardwareProfile, Quantity
 from mopsim.spec.stack import Stack
 

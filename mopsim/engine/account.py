@@ -11,7 +11,7 @@ from mopsim.engine.gaps import added
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
-from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
+from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy

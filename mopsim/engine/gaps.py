@@ -1,7 +1,7 @@
-"""Time of layers that are not played (mopsim.lowering.composed), and whether they may be left out."""
+"""Time of layers that are not played (mopsim.program.composed), and whether they may be left out."""
 
 from mopsim.engine.record import Record
-from mopsim.lowering.workload import Program, Repeat, first_compute
+from mopsim.program.workload import Program, Repeat, first_compute
 
 STEADY = 5e-4
 """Part of a step by which the gaps may be wrong, as the periods before them tell."""

@@ -6,7 +6,7 @@ two waits of the host the time of every op is known beforehand: the thread needs
 
 import simpy
 
-from mopsim.lowering.workload import Program, Work
+from mopsim.program.workload import Program, Work
 
 
 class HostThread:

@@ -1,7 +1,7 @@
 """The memory ledger: bytes by category and tier as ops start and end, with the peak's time and cause."""
 
-from mopsim.layers.tape import Step
-from mopsim.lowering.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Deltas, Op
+from mopsim.graph.tape import Step
+from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Deltas, Op
 
 
 class Ledger:

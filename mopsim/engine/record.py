@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mopsim.lowering.workload import Op
+from mopsim.program.workload import Op
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
 from mopsim.engine.streams import play
-from mopsim.lowering import lower
-from mopsim.lowering.workload import SLOTS, Program, Workload
+from mopsim.program import lower
+from mopsim.program.workload import SLOTS, Program, Workload
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack

@@ -11,7 +11,7 @@ import simpy
 from mopsim.engine.host import HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
-from mopsim.lowering.workload import Op, Program, first_compute
+from mopsim.program.workload import Op, Program, first_compute
 
 Process = Generator[simpy.Event, Any, None]
 COMMUNICATION = ("scale_up", "scale_out")
@@ -217,7 +217,7 @@ def play(
     """Run all programs to the end; returns the time at which the last op ended. issue: seconds of the host
     for each kernel; 0: it is never late.
 
-    Raises AssertionError that lists the ops left when none can go on: a deadlock in the lowering, never a
+    Raises AssertionError that lists the ops left when none can go on: a deadlock in the program, never a
     user's mistake.
     """
     env = simpy.Environment()

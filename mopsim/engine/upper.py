@@ -6,7 +6,7 @@ asks for the worst).
 
 from collections.abc import Iterable, Mapping
 
-from mopsim.lowering.workload import Work
+from mopsim.program.workload import Work
 from mopsim.spec.hardware import COLLECTIVES
 
 ALLOCATOR = 0.06
@@ -76,7 +76,7 @@ def communication(works: Iterable[Work]) -> int:
 
 def host(by_category: Mapping[str, int], rounding: Mapping[str, float]) -> dict[str, int]:
     """Bytes above what the tensors on the host of a rank with a device of its own take, by cause. rounding:
-    see mopsim.lowering.pinned."""
+    see mopsim.program.pinned."""
     pinned = sum(size * (rounding.get(name, rounding["other"]) - 1.0) for name, size in by_category.items())
     causes = {"pinned blocks": round(pinned), "process": PROCESS}
     return {name: size for name, size in causes.items() if size}

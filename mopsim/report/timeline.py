@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mopsim.common.units import format_bytes
 from mopsim.engine import Span
-from mopsim.lowering.workload import STREAMS
+from mopsim.program.workload import STREAMS
 from mopsim.report.style import byte_scale, colour, figure, time_scale
 
 

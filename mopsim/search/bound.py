@@ -12,12 +12,12 @@ import numpy as np
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import matmul_curve
-from mopsim.layers.attention import attention
-from mopsim.layers.experts import experts
-from mopsim.layers.ffn import fused_ffn
-from mopsim.layers.flops import flops_per_token, layer_kinds
-from mopsim.layers.shapes import Shapes, attention_widths
-from mopsim.layers.tensors import tensors
+from mopsim.graph.attention import attention
+from mopsim.graph.experts import experts
+from mopsim.graph.ffn import fused_ffn
+from mopsim.graph.flops import flops_per_token, layer_kinds
+from mopsim.graph.shapes import Shapes, attention_widths
+from mopsim.graph.tensors import tensors
 from mopsim.search.problem import DEVICE, HOST, RING, STREAMED, ULYSSES, Problem, offloaded
 from mopsim.search.space import Space
 from mopsim.search.wires import Message, Reals, Wires

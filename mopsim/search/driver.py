@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mopsim.engine import SimResult
-from mopsim.layers.tensors import total_params
+from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.hunt import SLOWER, Hunt, keep_closest, rank, risk, run_row
 from mopsim.search.options import Options

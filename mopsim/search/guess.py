@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mopsim.layers.shapes import attention_widths
+from mopsim.graph.shapes import attention_widths
 from mopsim.search.bound import Bounder, bounders
 from mopsim.search.problem import ULYSSES
 from mopsim.search.space import Space

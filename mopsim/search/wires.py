@@ -33,7 +33,7 @@ class Wires:
 
     @property
     def domain(self) -> int:
-        """Ranks of a scale-up domain: as many of each as divide the job (mopsim.lowering.topology)."""
+        """Ranks of a scale-up domain: as many of each as divide the job (mopsim.program.topology)."""
         most = min(self.hardware.scale_up_size, self.world_size)
         return next(size for size in range(most, 0, -1) if self.world_size % size == 0)
 

@@ -1,7 +1,7 @@
 """Which node counts are worth asking about, and the global batch that suits each."""
 
 from mopsim.cost.compute import matmul_curve
-from mopsim.layers.flops import flops_per_token
+from mopsim.graph.flops import flops_per_token
 from mopsim.search.problem import divisors
 from mopsim.size.figures import Assumptions, Goal
 from mopsim.spec.hardware import HardwareProfile

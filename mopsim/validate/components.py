@@ -1,4 +1,4 @@
-"""All components: predicted through the same cost and lowering as whole steps."""
+"""All components: predicted through the same programs and costs as whole steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 
 from mopsim.cost import seconds
 from mopsim.cost.compute import for_heads
-from mopsim.lowering.workload import Group, Work
+from mopsim.program.workload import Group, Work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.validate.component import Component, InexpressibleError
 

@@ -6,8 +6,8 @@ import msgspec
 
 from mopsim.common.units import UNITS
 from mopsim.engine import SimResult, run, simulate
-from mopsim.layers.tensors import tensors
-from mopsim.lowering.fragment import expert_layer
+from mopsim.graph.tensors import tensors
+from mopsim.program.fragment import expert_layer
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import ceil_div, offloaded_boundaries
 from mopsim.spec.model import ModelSpec

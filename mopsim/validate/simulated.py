@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from mopsim.common.errors import MopError
 from mopsim.common.processes import pool
 from mopsim.engine import SimResult, run, upper
-from mopsim.lowering import lower
-from mopsim.lowering.workload import Workload
+from mopsim.program import lower
+from mopsim.program.workload import Workload
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.validate.case import Case
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from mopsim.layers import active_params, flops_per_token, total_params
+from mopsim.graph import active_params, flops_per_token, total_params
 from mopsim.validate.case import Case
 from mopsim.validate.scoring import Scored, network, software, trusted
 

@@ -19,8 +19,8 @@ import simpy
 
 from mopsim.common.io import write_text
 from mopsim.engine import run, simulate
-from mopsim.layers.tensors import total_params
-from mopsim.lowering import lower
+from mopsim.graph.tensors import total_params
+from mopsim.program import lower
 from mopsim.search.bound import bound
 from mopsim.search.problem import Problem
 from mopsim.search.space import AXES, generate

@@ -7,8 +7,8 @@ import pytest
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine import simulate
-from mopsim.lowering import lower
-from mopsim.lowering.workload import Workload
+from mopsim.program import lower
+from mopsim.program.workload import Workload
 from mopsim.spec.capability import ROWS, Job
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack

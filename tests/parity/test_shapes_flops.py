@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mopexec.model import Routing, Transformer
-from mopsim.layers import buffers, flops_per_token, parameters
+from mopsim.graph import buffers, flops_per_token, parameters
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 

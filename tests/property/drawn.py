@@ -7,7 +7,7 @@ import msgspec
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
-from mopsim.lowering.context import make_context
+from mopsim.program.context import make_context
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile

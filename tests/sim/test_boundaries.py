@@ -8,8 +8,8 @@ import pytest
 from mopsim.common.errors import SpecError
 from mopsim.cost import seconds
 from mopsim.engine import SimResult, run, simulate
-from mopsim.lowering import lower
-from mopsim.lowering.workload import Program
+from mopsim.program import lower
+from mopsim.program.workload import Program
 from mopsim.search import Options, search
 from mopsim.search.problem import Problem
 from mopsim.search.space import generate

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from mopsim.engine import SimResult, run
-from mopsim.lowering import lower
-from mopsim.lowering.composed import compose
+from mopsim.program import lower
+from mopsim.program.composed import compose
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy

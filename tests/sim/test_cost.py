@@ -7,8 +7,8 @@ import pytest
 
 from mopsim.common.errors import SpecError
 from mopsim.cost import raw_seconds, seconds
-from mopsim.lowering.topology import span
-from mopsim.lowering.workload import Group, Work
+from mopsim.program.topology import span
+from mopsim.program.workload import Group, Work
 from mopsim.spec.hardware import Correction, MatmulCurve
 from mopsim.spec.profiles import load_profile
 from tests.sim.toys import machine, quantity

@@ -9,11 +9,11 @@ import pytest
 
 from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
-from mopsim.layers.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
-from mopsim.layers.layer import decoder_layer
-from mopsim.layers.shapes import Shapes
-from mopsim.lowering import lower
-from mopsim.lowering.workload import Work
+from mopsim.graph.layer import decoder_layer
+from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
+from mopsim.graph.shapes import Shapes
+from mopsim.program import lower
+from mopsim.program.workload import Work
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Kernels, Stack, Unfused
 from mopsim.spec.training import TrainSpec

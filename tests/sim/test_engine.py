@@ -12,9 +12,9 @@ from mopsim.engine import run, simulate
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.streams import play
-from mopsim.lowering import lower
-from mopsim.lowering.builder import Builder
-from mopsim.lowering.workload import Group, Op, Program, Work, Workload
+from mopsim.program import lower
+from mopsim.program.builder import Builder
+from mopsim.program.workload import Group, Op, Program, Work, Workload
 from mopsim.spec.hardware import COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec

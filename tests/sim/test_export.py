@@ -19,7 +19,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.export import TARGETS, export
 from mopsim.export.left import left
-from mopsim.layers.tensors import total_params
+from mopsim.graph.tensors import total_params
 from mopsim.search.problem import Problem
 from mopsim.search.space import AXES, generate
 from mopsim.spec.capability import refusals

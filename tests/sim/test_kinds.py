@@ -1,5 +1,5 @@
-"""What a strategy says is simulated, whichever lowering plays it: no field is read by one and lost by
-another."""
+"""What a strategy says is simulated, whoever's operators play it: no field is read under one stack and lost
+under another."""
 
 import msgspec
 import pytest
@@ -75,10 +75,7 @@ def test_a_recipe_without_a_curve_is_named_by_its_own_field() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_that_predicts_further_costs_time_and_memory(family: str) -> None:
-    """One MTP layer beside four decoder layers, one more loss (a third of a layer), and a projection.
-
-    In 8 bits, so that one lowering plays both: mopexec's own schedules have no MTP layer.
-    """
+    """One MTP layer beside four decoder layers, one more loss (a third of a layer), and a projection."""
     further = msgspec.structs.replace(MIXTRAL, num_nextn_predict_layers=1)
     strategy = part(FAMILIES[family], "precision", matmul="fp8")
     plain, more = (run(strategy, model) for model in (MIXTRAL, further))

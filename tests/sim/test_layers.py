@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopsim.layers import active_params, flops_per_token, parameters, total_params
-from mopsim.layers.attention import attention
-from mopsim.layers.experts import experts, router
-from mopsim.layers.ffn import ffn
-from mopsim.layers.shapes import Shapes, causal_pairs
-from mopsim.layers.tape import Tape, peak
+from mopsim.graph import active_params, flops_per_token, parameters, total_params
+from mopsim.graph.attention import attention
+from mopsim.graph.experts import experts, router
+from mopsim.graph.ffn import ffn
+from mopsim.graph.shapes import Shapes, causal_pairs
+from mopsim.graph.tape import Tape, peak
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from tests.sim.toys import small

@@ -8,9 +8,9 @@ import pytest
 from mopsim.api.inputs import read_routing
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
-from mopsim.lowering import lower
-from mopsim.lowering.context import make_context
-from mopsim.lowering.workload import Op
+from mopsim.program import lower
+from mopsim.program.context import make_context
+from mopsim.program.workload import Op
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile, routing_counts

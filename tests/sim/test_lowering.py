@@ -1,13 +1,13 @@
-"""Units, routes, pipeline orders and the guarantee of the lowering."""
+"""Units, routes, pipeline orders and the guarantee of dispatch."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopsim.engine import simulate
-from mopsim.layers import total_params
-from mopsim.lowering import lower, schedules
-from mopsim.lowering.context import make_context
+from mopsim.graph import total_params
+from mopsim.program import lower, pipeline
+from mopsim.program.context import make_context
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import routing_counts
@@ -53,7 +53,7 @@ def test_routes_are_those_of_the_layout(tokens: int, chunks: int, routing: str, 
 @given(st.integers(1, 6), st.integers(1, 12), st.sampled_from(["1f1b", "zero_bubble"]))
 def test_pipeline_orders_do_everything_once(stages: int, microbatches: int, name: str) -> None:
     for stage in range(stages):
-        order = schedules.order(name, stages, 1, microbatches, stage)
+        order = pipeline.order(name, stages, 1, microbatches, stage)
         assert len(set(order)) == len(order)
         forwards = [m for phase, m, _ in order if phase == "forward"]
         assert forwards == list(range(microbatches))
@@ -69,7 +69,7 @@ def test_pipeline_orders_do_everything_once(stages: int, microbatches: int, name
 @pytest.mark.parametrize(("stages", "virtual", "microbatches"), [(2, 2, 4), (4, 2, 8), (4, 3, 12)])
 def test_interleaved_orders_can_be_played(stages: int, virtual: int, microbatches: int) -> None:
     """Every slot runs once its predecessor on the ring of model chunks has run: no deadlock."""
-    orders = [schedules.interleaved(stages, virtual, microbatches, stage) for stage in range(stages)]
+    orders = [pipeline.interleaved(stages, virtual, microbatches, stage) for stage in range(stages)]
     places, done = [0] * stages, set()
     last = stages * virtual - 1
 

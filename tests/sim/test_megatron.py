@@ -5,14 +5,14 @@ import pytest
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, run, simulate
-from mopsim.layers import tensors, total_params
-from mopsim.layers.layer import decoder_layer
-from mopsim.layers.recompute import forward, plan
-from mopsim.layers.shapes import Shapes
-from mopsim.layers.tape import Kernel, Matmul
-from mopsim.lowering import lower
-from mopsim.lowering.context import make_context
-from mopsim.lowering.staged.works import works
+from mopsim.graph import tensors, total_params
+from mopsim.graph.layer import decoder_layer
+from mopsim.graph.rewrites.recompute import forward, plan
+from mopsim.graph.shapes import Shapes
+from mopsim.graph.tape import Kernel, Matmul
+from mopsim.program import lower
+from mopsim.program.context import make_context
+from mopsim.program.works import works
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Optimizer, Overlap, Precision, Strategy

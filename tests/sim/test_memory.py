@@ -1,18 +1,18 @@
-"""Peak memory of the staged lowering, held against formulas of the papers and hand counts."""
+"""Peak memory of programs, held against formulas of the papers and hand counts."""
 
 import msgspec
 import pytest
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
-from mopsim.layers import tensors
-from mopsim.layers.layer import decoder_layer
-from mopsim.layers.quantized import quantized
-from mopsim.layers.recompute import backward, forward, plan
-from mopsim.layers.shapes import Shapes
-from mopsim.layers.tape import Tape
-from mopsim.lowering import lower
-from mopsim.lowering.context import make_context
+from mopsim.graph import tensors
+from mopsim.graph.layer import decoder_layer
+from mopsim.graph.rewrites.quantized import quantized
+from mopsim.graph.rewrites.recompute import backward, forward, plan
+from mopsim.graph.shapes import Shapes
+from mopsim.graph.tape import Tape
+from mopsim.program import lower
+from mopsim.program.context import make_context
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy
 from mopsim.spec.training import TrainSpec

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from mopsim.engine import simulate
-from mopsim.layers import modules
-from mopsim.lowering import lower
-from mopsim.lowering.workload import Workload
+from mopsim.graph import host_costs as modules
+from mopsim.program import lower
+from mopsim.program.workload import Workload
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack

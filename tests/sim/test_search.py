@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
-from mopsim.layers.tensors import total_params
+from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import bound
 from mopsim.search.hunt import TIE

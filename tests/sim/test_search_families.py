@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mopsim.engine import SimResult, simulate
-from mopsim.layers.tensors import total_params
+from mopsim.graph.tensors import total_params
 from mopsim.report.compare import finding
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import bound

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from mopsim.cost import seconds
 from mopsim.engine import run, simulate
-from mopsim.lowering import lower
-from mopsim.lowering.workload import Op
+from mopsim.program import lower
+from mopsim.program.workload import Op
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mopsim.engine import SimResult, simulate, upper
-from mopsim.lowering.pinned import power_of_two
-from mopsim.lowering.workload import Group, Work, collective_work
+from mopsim.program.pinned import power_of_two
+from mopsim.program.workload import Group, Work, collective_work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop

@@ -12,7 +12,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.units import UNITS
 from mopsim.cost import seconds
 from mopsim.cost.stack import SCORE_BYTES, as_used
-from mopsim.lowering.workload import Group, Work
+from mopsim.program.workload import Group, Work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import calibration

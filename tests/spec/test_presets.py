@@ -6,8 +6,8 @@ import pytest
 from mopsim.api.inputs import read_model
 from mopsim.common.errors import MopError
 from mopsim.common.io import write_yaml
-from mopsim.layers import active_params, total_params
-from mopsim.layers.counts import counts, tolerance
+from mopsim.graph import active_params, total_params
+from mopsim.graph.counts import counts, tolerance
 from mopsim.spec.presets import list_models, load_model
 
 REQUIRED = (

@@ -1,0 +1,328 @@
+"""The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core,
+output, residual."""
+
+from dataclasses import replace
+
+from mopsim.graph.region import begin, end
+from mopsim.graph.shapes import Shapes, attention_widths, causal_pairs
+from mopsim.graph.tape import Kernel, Matmul, Tape, Value
+from mopsim.spec.model import ModelSpec
+
+_C = "attention"
+
+
+def attention(model: ModelSpec, shapes: Shapes, layer: int) -> Tape:
+    """x [N,H] -> y [N,H]. N = shapes.tokens; heads are split over `sequence` x `tensor` inside the core."""
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
+    x, y = Value("x", N * H * b), Value("y", N * H * b)
+    kernels = [norm("attention_norm", "x", "h", N, H, b, _C)]
+    projected, values = (_mla if model.attention == "mla" else _gqa)(model, shapes)
+    kernels += projected
+    kernels += _core(model, shapes, layer, values)
+    _, v_width = attention_widths(model)
+    k = model.num_attention_heads * v_width / shapes.tensor
+
+    def product(out: Value) -> Kernel:
+        return linear("o_proj", "o", out, shapes.region_tokens, H, k, b, _C)
+
+    kernels += end("scatter_a", product, Value("a", N * H * b), _C, shapes)
+    kernels.append(residual("attention_residual", "a", "x", y, model, shapes, _C))
+    return Tape((x,), tuple(kernels), ("y",))
+
+
+def residual(
+    name: str, branch: str, stream: str, out: Value, model: ModelSpec, shapes: Shapes, component: str
+) -> Kernel:
+    """out = stream + dropout(branch). A dropout keeps its mask, a byte an element (arXiv 2205.05198, 4.1)."""
+    elements = shapes.tokens * model.hidden_size
+    mask = Value(f"{branch}_mask", elements, grad=False)
+    masks = (mask,) if model.dropout else ()
+    return Kernel(
+        name, "memory_bound", component, (branch, stream), (out, *masks),
+        saves=tuple(one.name for one in masks), bytes=3 * out.bytes + elements * len(masks),
+        back_bytes=(2 * out.bytes + elements) * len(masks), back_launches=len(masks),
+    )  # fmt: skip
+
+
+def norm(name: str, source: str, target: str, tokens: int, size: int, b: int, component: str) -> Kernel:
+    """RMSNorm (or LayerNorm) over `size`: reads and writes tokens x size."""
+    out = Value(target, tokens * size * b)
+    return Kernel(
+        name, "memory_bound", component, (source,), (out,), saves=(source,), bytes=2 * out.bytes,
+        back_bytes=4 * out.bytes, back_launches=2, weight_grad=size * b,
+    )  # fmt: skip
+
+
+def linear(
+    name: str, source: str, out: Value, m: float, n: float, k: float, b: int, component: str, keeps: str = ""
+) -> Kernel:
+    """out[m,n] = source[m,k] W[n,k]^T. keeps: what the backward starts from instead of the source."""
+    return Kernel(
+        name,
+        "matmul",
+        component,
+        (source,),
+        (out,),
+        saves=(keeps or source,),
+        matmuls=(Matmul(m, n, k),),
+        weight_grad=int(n * k * b),
+    )
+
+
+def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    N, H, b, d = shapes.region_tokens, model.hidden_size, shapes.width, model.head_dim
+    heads, kv = model.num_attention_heads / shapes.tensor, max(1, model.num_key_value_heads / shapes.tensor)
+    sizes = {"q": heads * d, "k": kv * d, "v": kv * d}
+    if shapes.fused:
+        return _gqa_fused(model, shapes, sizes)
+    kernels = [
+        linear(f"{name}_proj", "h", Value(f"{name}0", int(N * size * b)), N, size, H, b, _C)
+        for name, size in sizes.items()
+    ]
+    names = {"q": "q0", "k": "k0", "v": "v0"}
+    if model.qk_norm != "none":
+        for name in "qk":
+            kernels.append(norm(f"{name}_norm", f"{name}0", f"{name}1", N, int(sizes[name]), b, _C))
+            names[name] = f"{name}1"
+    for name in "qk":
+        out = Value(f"{name}r", int(N * sizes[name] * b))
+        kernels.append(
+            Kernel(
+                f"rope_{name}",
+                "memory_bound",
+                _C,
+                (names[name],),
+                (out,),
+                bytes=4 * out.bytes,
+                launches=5,
+                back_launches=7,
+            )
+        )
+    q, k = (Value(f"{name}r", int(N * sizes[name] * b)) for name in "qk")
+    return kernels, (q, k, Value("v0", int(N * sizes["v"] * b)))
+
+
+def _gqa_fused(
+    model: ModelSpec, shapes: Shapes, sizes: dict[str, float]
+) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    """One product for q, k and v; one kernel rotates q and k."""
+    N, H, b = shapes.region_tokens, model.hidden_size, shapes.width
+    width = sum(sizes.values())
+    first, source = begin("gather_h", "h", H, _C, shapes)
+    made = {name: Value(f"{name}0", int(N * size * b)) for name, size in sizes.items()}
+    kernels = [
+        *first,
+        Kernel(
+            "qkv_proj", "matmul", _C, (source,), tuple(made.values()),
+            saves=("h",), matmuls=(Matmul(N, width, H),), weight_grad=int(width * H * b),
+        ),
+    ]  # fmt: skip
+    names = {"q": "q0", "k": "k0"}
+    if model.qk_norm != "none":
+        for name in "qk":
+            kernels.append(norm(f"{name}_norm", f"{name}0", f"{name}1", N, int(sizes[name]), b, _C))
+            names[name] = f"{name}1"
+    if model.learned_positions:
+        return kernels, (made["q"], made["k"], made["v"])
+    q, k = (Value(f"{name}r", made[name].bytes) for name in "qk")
+    moved = 2 * (q.bytes + k.bytes)
+    kernels.append(
+        Kernel(
+            "rope",
+            "memory_bound",
+            _C,
+            tuple(names.values()),
+            (q, k),
+            bytes=moved,
+            back_bytes=moved,
+            launches=2,
+        )
+    )
+    return kernels, (q, k, made["v"])
+
+
+def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
+    """Down-projections on the rank's own rows; a tensor-parallel region begins after (Megatron-Core)."""
+    M, N, H, b = shapes.tokens, shapes.region_tokens, model.hidden_size, shapes.width
+    heads = model.num_attention_heads / shapes.tensor
+    rope, rank = model.qk_rope_head_dim, model.kv_lora_rank
+    qk, v = attention_widths(model)
+    q_value = Value("q0", int(N * heads * qk * b))
+    kernels: list[Kernel] = []
+    if model.q_lora_rank:
+        kernels.append(
+            linear("q_a_proj", "h", Value("qa", M * model.q_lora_rank * b), M, model.q_lora_rank, H, b, _C)
+        )
+        kernels.append(norm("q_a_norm", "qa", "qn", M, model.q_lora_rank, b, _C))
+        first, source = begin("gather_q", "qn", model.q_lora_rank, _C, shapes)
+        kernels += first
+        kernels.append(linear("q_b_proj", source, q_value, N, heads * qk, model.q_lora_rank, b, _C, "qn"))
+    else:
+        first, source = begin("gather_h", "h", H, _C, shapes)
+        kernels += first
+        kernels.append(linear("q_proj", source, q_value, N, heads * qk, H, b, _C, "h"))
+    kernels.append(linear("kv_a_proj", "h", Value("kva", M * (rank + rope) * b), M, rank + rope, H, b, _C))
+    kernels.append(norm("kv_a_norm", "kva", "kvn", M, rank, b, _C))
+    up = heads * (model.qk_nope_head_dim + v)
+    first, source = begin("gather_kv", "kvn", rank, _C, shapes)
+    kernels += first
+    kernels.append(linear("kv_b_proj", source, Value("kvb", int(N * up * b)), N, up, rank, b, _C, "kvn"))
+    q, k, value = (
+        Value("qr", int(N * heads * qk * b)),
+        Value("kr", int(N * heads * qk * b)),
+        Value("v0", int(N * heads * v * b)),
+    )
+    total = q.bytes + k.bytes + value.bytes
+    kernels.append(
+        Kernel(
+            "rope",
+            "memory_bound",
+            _C,
+            ("q0", "kvb", "kva"),
+            (q, k, value),
+            bytes=2 * total,
+            launches=2 if shapes.fused else 10,
+            back_launches=2 if shapes.fused else 14,
+        )
+    )
+    return kernels, (q, k, value)
+
+
+def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Value, Value]) -> list[Kernel]:
+    """The exchange over the ranks of a sequence and the attention core. Writes `o`.
+
+    Ulysses: head shards over the whole sequence. all_gather: keys and values of all ranks, own queries.
+    Ring: key-value blocks go round beside the products with the block before; with the causal halves dealt
+    out evenly (zig-zag), every rank computes 1/sequence of the pairs.
+    """
+    if shapes.exchange == "ulysses" or shapes.sequence == 1:
+        return _head_sharded(model, shapes, layer, values)
+    d, b = shapes.sequence, shapes.width
+    heads = model.num_attention_heads / shapes.tensor
+    qk, v_width = attention_widths(model)
+    pairs = causal_pairs(shapes.seq_len, model.window(layer)) * shapes.region_tokens / shapes.seq_len
+    out = Value("o", int(shapes.region_tokens * heads * v_width * b))
+    lse = Value("lse", int(shapes.region_tokens * heads * 4), grad=False)
+    q, k, v = values
+    own = k.bytes + v.bytes
+    inner, kernels = (q.name, k.name, v.name), []
+    if shapes.exchange == "ring":
+        kernels.append(
+            Kernel(
+                "ring", "send_recv", _C, (k.name, v.name), (Value("moving", own, grad=False),),
+                bytes=float(own * (d - 1)), back_bytes=float(2 * own * (d - 1)), launches=d - 1,
+                group="sequence",
+            )
+        )  # fmt: skip
+    else:
+        whole = (Value("kg", k.bytes * d), Value("vg", v.bytes * d))
+        kernels.append(
+            Kernel(
+                "gather_kv_blocks", "all_gather", _C, (k.name, v.name), whole, bytes=float(own * d),
+                launches=2, group="sequence", back_kind="reduce_scatter",
+            )
+        )  # fmt: skip
+        inner = (q.name, "kg", "vg")
+    chunk = shapes.seq_len // d if shapes.exchange == "ring" else shapes.seq_len
+    reads = (*inner, "moving") if shapes.exchange == "ring" else inner
+    kernels.append(
+        Kernel(
+            "attention_core", "attention", _C, reads, (out, lse),
+            saves=(q.name, k.name, v.name, "o", "lse"), flops=2 * pairs * heads * (qk + v_width), seq=chunk,
+            launches=d if shapes.exchange == "ring" else 1,
+            bytes=q.bytes + own * d + out.bytes,
+            back_scratch=(("activations", int(shapes.region_tokens * heads * qk * 4)),),
+        )
+    )  # fmt: skip
+    return kernels
+
+
+def _head_sharded(
+    model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Value, Value]
+) -> list[Kernel]:
+    """Exchange to head shards, attention over the whole sequence, exchange back."""
+    d, b = shapes.sequence, shapes.width
+    heads = model.num_attention_heads / (shapes.tensor * d)
+    qk, v_width = attention_widths(model)
+    sequences = shapes.attended / shapes.seq_len
+    pairs = causal_pairs(shapes.seq_len, model.window(layer)) * sequences
+    out = Value("os" if d > 1 else "o", int(shapes.attended * heads * v_width * b))
+    inner, kernels = values, []
+    if d > 1:
+        inner = tuple(
+            Value(f"{value.name}s", _exchanged(value.bytes, d, model, shapes, i))
+            for i, value in enumerate(values)
+        )  # type: ignore[assignment]
+        reads = tuple(value.name for value in values)
+        kernels.append(_exchange("sequence_to_heads", reads, inner))
+    reads = tuple(value.name for value in inner)
+    core = Kernel(
+        "attention_core",
+        "attention",
+        _C,
+        reads,
+        (out,),
+        flops=2 * pairs * heads * (qk + v_width),
+        seq=shapes.seq_len,
+        bytes=sum(v.bytes for v in inner) + out.bytes,
+    )
+    rows = shapes.attended * heads
+    if shapes.flash:
+        shared = model.attention == "gqa" and inner[1].bytes < inner[0].bytes and not shapes.fused
+        core = _flash(core, rows * qk * 4 + shared * rows * (qk + v_width) * b, rows * 4)
+    else:
+        core = _kept(core, rows * shapes.seq_len, model.dropout > 0, b)
+    kernels.append(core)
+    if d > 1:
+        kernels.append(_exchange("heads_to_sequence", ("os",), (Value("o", out.bytes),)))
+    return kernels
+
+
+def _flash(core: Kernel, working: float, sums: float) -> Kernel:
+    """Keeps its inputs, its output and `sums` bytes, an fp32 number for each row and head (arXiv 2205.14135).
+
+    working: bytes of its backward, which adds up the queries' gradient in fp32 (arXiv 2307.08691, algorithm
+    2); FlashAttention-2, torch's kernel, also makes those of keys and values for each query head where heads
+    share them (flash_api.cpp: dq_accum, dk_expanded, dv_expanded).
+    """
+    out, lse = core.writes[0], Value("lse", int(sums), grad=False)
+    return replace(
+        core, writes=(out, lse), saves=(*core.reads, out.name, lse.name),
+        back_scratch=(("activations", int(working)),),
+    )  # fmt: skip
+
+
+def _kept(core: Kernel, scores: float, dropout: bool, b: int) -> Kernel:
+    """Keeps the softmax of the whole square of scores; with dropout also its mask, a byte, and its result
+    (5 a s^2 b in arXiv 2205.05198, 4.1). The scores themselves and their gradients come and go."""
+    kept = Value("attention_scores", int(scores * (2 * b + 1 if dropout else b)), grad=False)
+    once = int(scores * b)
+    # two products, softmax, dropout, a copy; four products, the backward of the others, three copies
+    return replace(
+        core, launches=4 + dropout, back_launches=8 + dropout,
+        writes=(*core.writes, kept), saves=(*core.reads, kept.name),
+        scratch=(("activations", once),), back_scratch=(("activations", 2 * once),),
+    )  # fmt: skip
+
+
+def _exchanged(size: int, degree: int, model: ModelSpec, shapes: Shapes, index: int) -> int:
+    """Bytes after the exchange: the same, but KV heads are replicated where `degree` exceeds them."""
+    kv = max(1, model.num_key_value_heads // shapes.tensor)
+    return size if index == 0 or model.attention == "mla" else size * max(degree, kv) // kv
+
+
+def _exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> Kernel:
+    """An all-to-all splits along the first dimension, so that each tensor is copied before and after it."""
+    copies = 2 * max(value.bytes for value in writes)
+    return Kernel(
+        name,
+        "all_to_all",
+        _C,
+        reads,
+        writes,
+        bytes=float(sum(value.bytes for value in writes)),
+        launches=len(writes),
+        group="sequence",
+        scratch=(("activations", copies),),
+        back_scratch=(("activations", copies),),
+    )

@@ -1,0 +1,248 @@
+"""The tapes of a router and of routed experts: choose, send (dispatch), multiply (grouped), send back
+(combine)."""
+
+from collections.abc import Sequence
+
+from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
+from mopsim.spec.model import ModelSpec
+
+_C, _R = "experts", "router"
+
+
+def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
+    """h [n,H] -> choices [n,k] and weights [n,k]: logits in at least fp32, scores, biased top-k."""
+    H, E, k = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
+    scores = tokens * E * wide
+    kernels = (
+        Kernel(
+            "router",
+            "matmul",
+            _R,
+            ("h",),
+            (Value("router_logits", scores),),
+            saves=("h",),
+            matmuls=(Matmul(tokens, E, H),),
+            weight_grad=E * H * wide,
+            scratch=((("activations", tokens * H * wide),) if wide != b else ()),
+            back_scratch=((("activations", tokens * H * wide),) if wide != b else ()),
+        ),
+        Kernel(
+            "scores",
+            "memory_bound",
+            _R,
+            ("router_logits",),
+            (Value("scores", scores),),
+            saves=("scores",),
+            bytes=2 * scores,
+        ),
+        Kernel(
+            "top_k",
+            "memory_bound",
+            _R,
+            ("scores",),
+            (Value("choice", tokens * k * 8, grad=False), Value("weight", tokens * k * wide)),
+            saves=("choice",),
+            bytes=3 * scores,
+            launches=6,
+            back_launches=4,
+            scratch=(("activations", scores),),
+            back_scratch=(("activations", scores),),
+        ),
+    )
+    return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
+
+
+def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, split: bool) -> Tape:
+    """Rows of h in route order and over the wire: `tokens` x k routes leave, `routes` arrive (category
+    dispatch)."""
+    row = model.hidden_size * b
+    sent = tokens * model.num_experts_per_tok
+    arrived = routes if split else sent
+    kernels = [
+        Kernel(
+            "permute",
+            "memory_bound",
+            _C,
+            ("h",),
+            (Value("sent", sent * row, "dispatch"),),
+            bytes=2 * sent * row,
+            launches=4,
+            indexed=True,
+        ),
+    ]
+    if split:
+        kernels.append(
+            Kernel(
+                "dispatch",
+                "all_to_all",
+                _C,
+                ("sent",),
+                (Value("arrived", arrived * row, "dispatch"),),
+                bytes=float(max(sent, arrived) * row),
+                group="experts",
+            )
+        )
+    else:
+        kernels.append(
+            Kernel("dispatch", "view", _C, ("sent",), (Value("arrived", 0, "dispatch"),), launches=0)
+        )
+    kernels.append(
+        Kernel(
+            "sort",
+            "memory_bound",
+            _C,
+            ("arrived",),
+            (Value("rows", arrived * row, "dispatch"),),
+            bytes=2 * arrived * row,
+            launches=2,
+            indexed=True,
+        )
+    )
+    return Tape((Value("h", tokens * row),), tuple(kernels), ("rows",))
+
+
+def experts(
+    model: ModelSpec, routes: Sequence[int], b: int, wide: int, tensor: int = 1, fused: bool = False
+) -> Tape:
+    """Grouped products over rows sorted by expert. routes: rows of each of this rank's experts.
+
+    fused: gate and up in one product, and SwiGLU applies the route weights, so that no output is kept.
+    """
+    H, inner = model.hidden_size, model.moe_intermediate_size / tensor
+    if fused:
+        return _fused(model, routes, inner, b, wide)
+    total = sum(routes)
+    row, wing = H * b, int(inner * b)
+    rows, act, out = (
+        Value("rows", total * row, "dispatch"),
+        Value("act", total * wing),
+        Value("out", total * row, "dispatch"),
+    )
+    kernels = []
+    if model.ffn_matrices == 3:
+        for name in ("gate", "up"):
+            kernels.append(
+                _grouped(f"experts_{name}", "rows", Value(name, total * wing), routes, inner, H, b)
+            )
+        kernels.append(
+            Kernel(
+                "experts_silu",
+                "memory_bound",
+                _C,
+                ("gate",),
+                (Value("silu", total * wing),),
+                saves=("gate",),
+                bytes=2.0 * total * wing,
+            )
+        )
+        kernels.append(
+            Kernel(
+                "experts_gated",
+                "memory_bound",
+                _C,
+                ("silu", "up"),
+                (act,),
+                saves=("silu", "up"),
+                bytes=3.0 * total * wing,
+                back_launches=2,
+            )
+        )
+    else:
+        kernels.append(_grouped("experts_up", "rows", Value("up", total * wing), routes, inner, H, b))
+        kernels.append(
+            Kernel(
+                "experts_gelu", "memory_bound", _C, ("up",), (act,), saves=("up",), bytes=2.0 * total * wing
+            )
+        )
+    kernels.append(
+        _grouped("experts_down", "act", Value("down", total * row, "dispatch"), routes, H, inner, b)
+    )
+    kernels.append(
+        Kernel(
+            "route_weight",
+            "memory_bound",
+            _C,
+            ("down",),
+            (out,),
+            saves=("down",),
+            bytes=2.0 * total * row,
+            back_launches=3,
+        )
+    )
+    return Tape((rows,), tuple(kernels), ("out",), consumes=("rows",))
+
+
+def _fused(model: ModelSpec, routes: Sequence[int], inner: float, b: int, wide: int) -> Tape:
+    H, total = model.hidden_size, sum(routes)
+    size, wings = int(total * inner * b), 2 if model.ffn_matrices == 3 else 1
+    rows, out = Value("rows", total * H * b, "dispatch"), Value("out", total * H * b, "dispatch")
+    wide_value, act = Value("gate_up", wings * size), Value("act", size)
+    kernels = (
+        _grouped("experts_up", "rows", wide_value, routes, wings * inner, H, b),
+        Kernel(
+            "experts_act", "memory_bound", _C, ("gate_up",), (act,), saves=("gate_up",),
+            bytes=(wings + 1) * size, back_bytes=(2 * wings + 1) * size,
+        ),
+        _grouped("experts_down", "act", out, routes, H, inner, b),
+    )  # fmt: skip
+    return Tape((rows,), kernels, ("out",), consumes=("rows",))
+
+
+def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
+    """Results back to the tokens' ranks and summed over the k routes of a token."""
+    row = model.hidden_size * b
+    sent = tokens * model.num_experts_per_tok
+    arrived = routes if split else sent
+    kernels = [
+        Kernel(
+            "unsort",
+            "memory_bound",
+            _C,
+            ("out",),
+            (Value("back", arrived * row, "dispatch"),),
+            bytes=2.0 * arrived * row,
+            indexed=True,
+        )
+    ]
+    if split:
+        kernels.append(
+            Kernel(
+                "combine",
+                "all_to_all",
+                _C,
+                ("back",),
+                (Value("returned", sent * row, "dispatch"),),
+                bytes=float(max(sent, arrived) * row),
+                group="experts",
+            )
+        )
+    else:
+        kernels.append(
+            Kernel("combine", "view", _C, ("back",), (Value("returned", 0, "dispatch"),), launches=0)
+        )
+    kernels.append(
+        Kernel(
+            "accumulate",
+            "memory_bound",
+            _C,
+            ("returned",),
+            (Value("f", 0),),
+            bytes=2.0 * sent * row + tokens * row,
+            indexed=True,
+        )
+    )
+    return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",), consumes=("out",))
+
+
+def _grouped(name: str, source: str, out: Value, routes: Sequence[int], n: float, k: float, b: int) -> Kernel:
+    """One product per expert; experts with equal rows are counted together."""
+    sizes: dict[int, int] = {}
+    for rows in routes:
+        if rows:
+            sizes[rows] = sizes.get(rows, 0) + 1
+    matmuls = tuple(Matmul(m, n, k, count) for m, count in sizes.items())
+    grad: tuple[Step, ...] = ()
+    return Kernel(
+        name, "grouped_matmul", _C, (source,), (out,), saves=(source,), matmuls=matmuls,
+        weight_grad=int(len(routes) * n * k * b), back_scratch=grad,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Model FLOP: the arithmetic of the network itself, from the same tapes as everything else."""
+
+from functools import lru_cache
+
+from mopsim.graph.attention import attention
+from mopsim.graph.experts import experts, router
+from mopsim.graph.ffn import ffn
+from mopsim.graph.shapes import Shapes
+from mopsim.spec.model import ModelSpec
+
+
+@lru_cache(maxsize=1024)
+def _layer_flops(model: ModelSpec, seq_len: int, layer: int, moe: bool) -> tuple[tuple[str, float], ...]:
+    """Forward FLOP of one layer over one whole sequence."""
+    S, k = seq_len, model.num_experts_per_tok
+    tapes = [attention(model, Shapes(S, S), layer)]
+    if moe:
+        tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2, 4)]
+        if model.shared_expert_intermediate_size:
+            tapes.append(ffn(model, S, model.shared_expert_intermediate_size, 2, "shared_experts"))
+    else:
+        tapes.append(ffn(model, S, model.intermediate_size, 2, "dense_ffn"))
+    found: dict[str, float] = {}
+    for tape in tapes:
+        for kernel in tape.kernels:
+            key = "attention_core" if kernel.kind == "attention" else kernel.component
+            found[key] = found.get(key, 0.0) + kernel.total_flops
+    return tuple(found.items())
+
+
+@lru_cache(maxsize=1024)
+def _kinds(model: ModelSpec, seq_len: int) -> tuple[tuple[tuple[tuple[str, float], ...], int], ...]:
+    """(forward FLOP over one whole sequence, number of layers) of each kind of decoder layer."""
+    first: dict[tuple[int, bool], int] = {}
+    count: dict[tuple[int, bool], int] = {}
+    for layer in range(model.num_hidden_layers):
+        key = (model.window(layer), model.is_moe_layer(layer))
+        first.setdefault(key, layer)
+        count[key] = count.get(key, 0) + 1
+    return tuple((_layer_flops(model, seq_len, first[key], key[1]), many) for key, many in count.items())
+
+
+def layer_kinds(model: ModelSpec, seq_len: int) -> list[tuple[dict[str, float], int]]:
+    """(forward FLOP of one token by component, number of layers) of each kind of decoder layer."""
+    return [
+        ({name: flops / seq_len for name, flops in layer}, many) for layer, many in _kinds(model, seq_len)
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
+    found: dict[str, float] = {}
+    for layer, many in _kinds(model, seq_len):
+        for name, flops in layer:
+            found[name] = found.get(name, 0.0) + many * flops
+    head = 2.0 * seq_len * model.hidden_size * model.vocab_size
+    for _ in range(model.num_nextn_predict_layers):
+        for name, flops in _layer_flops(
+            model, seq_len, model.num_hidden_layers, bool(model.num_local_experts)
+        ):
+            found[name] = found.get(name, 0.0) + flops
+        head += 2.0 * seq_len * model.hidden_size * model.vocab_size + 4.0 * seq_len * model.hidden_size**2
+    found["vocabulary"] = head
+    return tuple((name, flops / seq_len) for name, flops in found.items())
+
+
+def flops_per_token(model: ModelSpec, seq_len: int) -> dict[str, float]:
+    """Forward FLOP of one token of a sequence of `seq_len`, by component; causal attention counted half.
+
+    `attention` holds the projections, `attention_core` the products with keys and values. A training step
+    is 3 times the sum (PaLM, arXiv 2204.02311, appendix B), recomputation not counted.
+    """
+    return dict(_flops(model, seq_len))

@@ -1,0 +1,172 @@
+"""The tape of a whole decoder layer with fused kernels, as Megatron-Core and compiled graphs run it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import comb
+
+from mopsim.graph.attention import attention, linear, norm, residual
+from mopsim.graph.experts import combine, dispatch, experts, router
+from mopsim.graph.ffn import ffn, fused_ffn
+from mopsim.graph.region import gather, scatter
+from mopsim.graph.shapes import Shapes
+from mopsim.graph.tape import Kernel, Tape, Value
+from mopsim.spec.model import ModelSpec
+
+
+def decoder_layer(
+    model: ModelSpec,
+    shapes: Shapes,
+    layer: int,
+    routes: Sequence[int] = (),
+    split: bool = False,
+    deduplicated: bool = False,
+) -> Tape:
+    """x [N,H] -> z [N,H]. routes: rows of each expert of this rank, empty for a dense layer.
+
+    split: experts are spread over ranks, so that rows travel. deduplicated: the kernels of the exchange take
+    rows as they lie and sum what returns (DeepEP, HybridEP), so that no copy for each route is made.
+    """
+    size = shapes.tokens * model.hidden_size * shapes.width
+    moe = bool(routes)
+    part = "experts" if moe else "dense_ffn"
+    first = attention(model, shapes, layer)
+    second = _norm(model, shapes, "router" if moe else "dense_ffn")
+    third = _moe(model, shapes, routes, split, deduplicated) if moe else _dense(model, shapes)
+    add = residual("ffn_residual", "f", "y", Value("z", size), model, shapes, part)
+    kernels = first.kernels + second.kernels + third + (add,)
+    return Tape(first.inputs, kernels, ("z",))
+
+
+def mtp_projection(model: ModelSpec, shapes: Shapes) -> Tape:
+    """Hidden state and next token's embedding, normed, [N,2H] -> x [N,H] (arXiv 2412.19437 2.2)."""
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
+    size = N * H * b
+    kernels = (
+        Kernel(
+            "mtp_norms", "memory_bound", "vocabulary", ("x",), (Value("pair", 2 * size),), saves=("x",),
+            bytes=4 * size, back_bytes=6 * size, launches=3, back_launches=4,
+        ),
+        linear("mtp_projection", "pair", Value("z", size), N, H, 2 * H, b, "vocabulary"),
+    )  # fmt: skip
+    return Tape((Value("x", size),), kernels, ("z",))
+
+
+def _norm(model: ModelSpec, shapes: Shapes, component: str) -> Tape:
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
+    return Tape((Value("y", N * H * b),), (norm("ffn_norm", "y", "u", N, H, b, component),), ("u",))
+
+
+def _dense(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
+    if shapes.fused:
+        tape = fused_ffn(model, model.intermediate_size, "dense_ffn", shapes)
+    else:
+        tape = ffn(model, shapes.tokens, model.intermediate_size, shapes.width, "dense_ffn")
+    return _renamed(tape, "ffn_", {"h": "u", "f": "f"})
+
+
+def _moe(
+    model: ModelSpec, shapes: Shapes, routes: Sequence[int], split: bool, deduplicated: bool
+) -> tuple[Kernel, ...]:
+    """Router, shared experts, dispatch, routed experts, combine: f is the sum."""
+    N, H, b, wide = shapes.tokens, model.hidden_size, shapes.width, shapes.wide
+    arrived = sum(routes) // shapes.expert_tensor
+    keep = {"h": "u"}
+    found = _renamed(router(model, N, b, wide), "", keep)
+    shared = model.shared_expert_intermediate_size if shapes.fused else 0
+    if shared:
+        tape = fused_ffn(model, shared, "shared_experts", shapes)
+        found += _renamed(tape, "shared_", keep)
+    sent = _renamed(dispatch(model, N, arrived, b, wide, split), "sent_", keep | {"rows": "rows"})
+    if split and deduplicated:
+        once = Value(
+            sent[1].writes[0].name, min(arrived, _distinct(model, N, len(routes))) * H * b, "dispatch"
+        )
+        sent = (_without_copy(sent[0]), replace(sent[1], writes=(once,)), *sent[2:])
+    found += _same_back(sent)
+    products = _unweighted(experts(model, routes, b, wide, shapes.expert_tensor, fused=shapes.fused).kernels)
+    if shapes.expert_tensor > 1:
+        products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
+    found += products
+    back = _renamed(combine(model, N, arrived, b, split), "back_", {"out": "out"})
+    if split and deduplicated:
+        returned = replace(back[-2], writes=(replace(back[-2].writes[0], bytes=N * H * b),))
+        back = (*back[:-2], returned, replace(back[-1], bytes=2.0 * N * H * b))
+    back = _same_back(back)
+    total = Value("f", N * H * b)
+    reads = ("returned", "shared_f") if shared else ("returned",)
+    last = replace(
+        back[-1], reads=tuple("back_" + r if r == "returned" else r for r in reads), writes=(total,)
+    )
+    found += (*back[:-1], last)
+    return found if shapes.fused else _shared_after(model, shapes, found)
+
+
+def _shared_after(model: ModelSpec, shapes: Shapes, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Shared experts run once the routed ones have, whose sum theirs is added to."""
+    width, size = model.shared_expert_intermediate_size, shapes.tokens * model.hidden_size * shapes.width
+    if not width:
+        return kernels
+    tape = ffn(model, shapes.tokens, width, shapes.width, "shared_experts")
+    routed = replace(kernels[-1], writes=(Value("routed", size),))
+    add = Kernel(
+        "shared_sum", "memory_bound", "shared_experts", ("routed", "shared_f"), (Value("f", size),),
+        bytes=3.0 * size, back_bytes=0.0, back_launches=0,
+    )  # fmt: skip
+    return (*kernels[:-1], routed, *_renamed(tape, "shared_", {"h": "u"}), add)
+
+
+def _unweighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Products without a pass for the route weights: SwiGLU applies them, or the sum of a token's routes."""
+    if kernels[-1].name != "route_weight":
+        return kernels
+    return (*kernels[:-2], replace(kernels[-2], writes=kernels[-1].writes))
+
+
+def _distinct(model: ModelSpec, tokens: int, local: int) -> int:
+    """Tokens that arrive at a rank with `local` experts which gets each once: those of all ranks that choose
+    at least one of its experts. Choices are taken as even, whatever the routing: which rank gets most differs
+    from layer to layer, and what is kept of them is kept of all."""
+    experts, chosen = model.num_local_experts, model.num_experts_per_tok
+    none = comb(experts - local, chosen) / comb(experts, chosen)
+    return round(tokens * experts / local * (1 - none))
+
+
+def _without_copy(kernel: Kernel) -> Kernel:
+    """A permutation that the exchange does itself."""
+    writes = tuple(replace(value, bytes=0) for value in kernel.writes)
+    return replace(kernel, kind="view", writes=writes, bytes=0, launches=0)
+
+
+def _same_back(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """The backward of a permutation is a permutation."""
+    return tuple(
+        replace(kernel, back_bytes=kernel.bytes) if kernel.kind == "memory_bound" else kernel
+        for kernel in kernels
+    )
+
+
+def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tuple[Kernel, ...]:
+    """Rows of all ranks that split an expert are gathered before and scattered after (`size` bytes)."""
+    whole, out = Value("rows_g", size * ranks, "dispatch"), Value("out", size, "dispatch")
+    first = replace(kernels[0], reads=("rows_g",), saves=("rows",))
+    last = replace(kernels[-1], writes=(Value("out_p", size * ranks, "dispatch"),))
+    before = gather("gather_rows", "rows", whole, "experts", "expert_tensor")
+    after = scatter("scatter_rows", "out_p", out, size * ranks, "experts", "expert_tensor")
+    return (before, first, *kernels[1:-1], last, after)
+
+
+def _renamed(tape: Tape, prefix: str, keep: dict[str, str]) -> tuple[Kernel, ...]:
+    """The tape's kernels with `prefix` before the names of its values, apart from those in `keep`."""
+
+    def name(old: str) -> str:
+        return keep.get(old, prefix + old)
+
+    return tuple(
+        replace(
+            kernel,
+            reads=tuple(name(value) for value in kernel.reads),
+            writes=tuple(replace(value, name=name(value.name)) for value in kernel.writes),
+            saves=tuple(name(value) for value in kernel.saves),
+        )
+        for kernel in tape.kernels
+    )

@@ -1,0 +1,1 @@
+"""Rewrites of a layer's tape, kernels to kernels: what eager torch composes, recomputation, casts, slices."""

@@ -1,0 +1,319 @@
+"""What eager torch does where software with fused kernels runs one: each as a few kernels, some with numbers
+in fp32 in between.
+
+Traffic in passes over a tensor in the compute dtype (narrow) and over its fp32 copies (wide); that of a norm
+is mopexec's.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from mopsim.graph.tape import Kernel, Step, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Passes over a tensor in the compute dtype and in fp32, and the kernels that make them."""
+
+    narrow: int
+    wide: int
+    launches: int
+
+
+NORM, NORM_BACKWARD = Passes(2, 8, 7), Passes(2, 24, 16)
+"""Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
+ROTARY = Passes(2, 4, 3)
+"""Cast, complex product, cast; the backward is the same the other way."""
+HALVES, HALVES_BACKWARD = Passes(9, 0, 7), Passes(14, 0, 9)
+"""Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd."""
+GATED, GATED_BACKWARD = Passes(5, 0, 2), Passes(9, 0, 3)
+"""SiLU and a product; two products and SiLU's backward."""
+SUM = Passes(3, 0, 1)
+"""Two gradients of a residual stream added."""
+WEIGHTED, WEIGHTED_BACKWARD = Passes(2, 0, 1), Passes(5, 0, 3)
+"""Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
+
+MERGE = Passes(1, 9, 10)
+"""A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
+ADD, ADD_SENT = Passes(1, 2, 1), Passes(1, 4, 3)
+"""A block's gradient added to a sum in fp32; that of keys and values packed for the next rank too."""
+
+
+def composed(
+    kernels: tuple[Kernel, ...],
+    unfused: Collection[str],
+    b: int,
+    wide: int,
+    wings: int,
+    layernorm: bool = False,
+) -> tuple[Kernel, ...]:
+    """A tape's kernels, those named by Strategy.unfused as eager torch composes them.
+
+    b, wide: bytes of an element in the compute dtype and in fp32. wings: tensors that an activation reads.
+    layernorm: norms are LayerNorms, for which torch has one kernel (torch.nn.functional.layer_norm).
+    """
+
+    def one(kernel: Kernel) -> Kernel:
+        for part, (belongs, change) in _PARTS.items():
+            if part in unfused and belongs(kernel) and not (part == "norms" and layernorm):
+                return change(kernel, wide / b, wings)
+        return kernel
+
+    found = tuple(one(kernel) for kernel in kernels)
+    if "exchange" in unfused:
+        found = tuple(part for kernel in found for part in _traded(kernel))
+    found = _weighted(found) if "experts" in unfused else found
+    return _shared_gradients(_added(found)) if "residual" in unfused else found
+
+
+def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """The gradient of a sum is that of what was added, no tensor of its own."""
+    names = {kernel.reads[0] for kernel in kernels if kernel.name.endswith("residual")}
+    names |= {name for kernel in kernels if kernel.name == "shared_sum" for name in kernel.reads}
+    return tuple(
+        replace(kernel, writes=tuple(replace(v, grad=False) if v.name in names else v for v in kernel.writes))
+        for kernel in kernels
+    )
+
+
+def _added(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Gradients of a value that several kernels read are added by autograd, one pass each; where one of the
+    kernels is a residual's, that has the sum already."""
+    readers: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        if kernel.kind in ("matmul", "grouped_matmul") or kernel.name == "permute":
+            readers.setdefault(kernel.reads[0], []).append(kernel)
+    sizes = {value.name: value.bytes for kernel in kernels for value in kernel.writes}
+    found: list[Kernel] = []
+    for kernel in kernels:
+        name = kernel.reads[0] if kernel.reads else ""
+        more = len(readers.get(name, ())) - 1
+        if more > 0 and kernel is readers[name][0] and name in sizes:
+            back = float(SUM.narrow * sizes[name] * more)
+            found.append(
+                Kernel(
+                    f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
+                    back_bytes=back, back_launches=more * SUM.launches,
+                )
+            )  # fmt: skip
+        found.append(kernel)
+    return tuple(found)
+
+
+def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Route weights outside of the products: before an exchange that sums what it returns; else at home,
+    where rows are put in the order of their tokens and summed by one product with the weights, for whose
+    gradient autograd keeps them. Before such an exchange ranks tell each other how many rows go where; rows
+    that do not travel lie in the order of experts already."""
+    last = next((kernel for kernel in kernels if kernel.name == "accumulate"), None)
+    if last is None:
+        return kernels
+    out = last.writes[0].bytes
+    sent = int(last.bytes - out) // 2
+    travels = any(kernel.name == "combine" and kernel.kind == "all_to_all" for kernel in kernels)
+    found: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.name in ("sort", "unsort") and not travels:
+            kernel = replace(kernel, bytes=0.0, launches=0, back_bytes=0.0, back_launches=0)
+        if kernel.name == "permute" and kernel.writes[0].bytes:
+            routes = next(one for one in kernels if one.name == "top_k").writes[0].bytes // 8
+            index = Value("route_order", 16 * routes, "dispatch", grad=False)
+            kernel = replace(
+                kernel, writes=(*kernel.writes, index), saves=(*kernel.saves, index.name),
+                scratch=(("dispatch", 8 * routes),),
+            )  # fmt: skip
+        if kernel.name == "permute" and travels and last.bytes != 2.0 * out:
+            router = next(one for one in kernels if one.name == "router")
+            found.append(
+                Kernel(
+                    "counts", "all_to_all", router.component, (), (), bytes=8.0 * router.matmuls[0].n,
+                    back_bytes=0.0, group=next(one.group for one in kernels if one.name == "combine"),
+                )
+            )  # fmt: skip
+        elif kernel.name == "unsort" and last.bytes == 2.0 * out:
+            kernel = _beside(kernel, kernel.writes[0].bytes, WEIGHTED, WEIGHTED_BACKWARD)
+        elif kernel is last and last.bytes != 2.0 * out:
+            home = Value("home", sent, "dispatch")
+            moved = 2.0 * sent
+            found.append(
+                replace(kernel, name="permute_back", reads=kernel.reads[:1], writes=(home,), bytes=moved,
+                        back_bytes=moved)
+            )  # fmt: skip
+            kernel = replace(
+                kernel, reads=("home", *kernel.reads[1:]), saves=("home",), indexed=False,
+                bytes=float(sent + out), back_bytes=3.0 * sent,
+            )  # fmt: skip
+        found.append(kernel)
+    return tuple(found)
+
+
+def in_blocks(
+    kernels: tuple[Kernel, ...], ranks: int, shared: float, b: int, wide: int
+) -> tuple[Kernel, ...]:
+    """A tape's kernels with what torch's context parallelism does around the attention of every block of keys
+    and values (torch.distributed.tensor.experimental._attention): in fp32 and eagerly, it merges a block's
+    output into those before, and in the backward adds the gradients of queries, keys and values.
+
+    ranks: that share a sequence, one block each. shared: query heads of a KV head, whose keys and values are
+    repeated before. b, wide: bytes of an element in the compute dtype and in fp32.
+    """
+    gather = next((kernel for kernel in kernels if kernel.name == "gather_kv_blocks"), None)
+    if gather is None:
+        return kernels
+    place = next(i for i, kernel in enumerate(kernels) if kernel.name == "attention_core")
+    out, own, wider = kernels[place].writes[0].bytes, gather.bytes / ranks, wide / b
+    all_heads, later = own * shared, ranks - 1
+    merge = Kernel(
+        "merge_blocks", "memory_bound", gather.component, ("o",), (),
+        bytes=out * (MERGE.narrow * ranks + 1 + (MERGE.wide * later + 2) * wider)
+        + (own + all_heads) + 2 * all_heads * later,
+        launches=MERGE.launches * later + 5,
+        back_bytes=ranks * (traffic(ADD, out, out * wider) + traffic(ADD_SENT, all_heads, all_heads * wider))
+        + 2 * all_heads * later + (out + all_heads) * (1 + 2 * wider),
+        back_launches=(ADD.launches + ADD_SENT.launches) * ranks + 6,
+    )  # fmt: skip
+    return (*kernels[: place + 1], merge, *kernels[place + 1 :])
+
+
+def traffic(passes: Passes, narrow: float, wide: float) -> float:
+    """Bytes, of a tensor of `narrow` bytes in the compute dtype and `wide` in fp32."""
+    return passes.narrow * narrow + passes.wide * wide
+
+
+def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps its input in fp32 (a copy where it is narrower) and the normed values; the product with the
+    weight is in fp32 too, and the backward holds four and a half of them (three and a half)."""
+    narrow = kernel.writes[0].bytes
+    size = int(narrow * wider)
+    kept = [Value(f"{kernel.name}_normed", size, grad=False)]
+    if wider > 1:
+        kept.append(Value(f"{kernel.name}_wide", size, grad=False))
+    found = _instead(kernel, wider, NORM, NORM_BACKWARD)
+    saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
+    working = int((4.5 if wider > 1 else 3.5) * size) - narrow
+    return replace(
+        found, writes=(*kernel.writes, *kept), saves=saves, scratch=_one(size if wider > 1 else 0),
+        back_scratch=_one(working),
+    )  # fmt: skip
+
+
+def _one(size: float) -> tuple[Step, ...]:
+    return (("activations", int(size)),)
+
+
+def _rotary(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    found = _instead(kernel, wider, ROTARY, ROTARY)
+    return replace(found, launches=2 * ROTARY.launches, back_launches=2 * ROTARY.launches)
+
+
+def _halves(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    size = kernel.writes[0].bytes
+    found = _instead(kernel, wider, HALVES, HALVES_BACKWARD)
+    return replace(found, scratch=_one(size), back_scratch=_one(1.5 * size))
+
+
+def _gated(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the result of SiLU beside what it reads. Apart already: two tensors in one kernel."""
+    if wings != 2 or kernel.name not in ("act", "experts_act"):
+        return kernel
+    silu = replace(kernel.writes[0], name=f"{kernel.writes[0].name}_silu", grad=False)
+    found = _instead(kernel, wider, GATED, GATED_BACKWARD)
+    return replace(found, writes=(*kernel.writes, silu), saves=(*kernel.saves, silu.name))
+
+
+def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the copy of its input in fp32 that its product reads."""
+    if wider == 1:
+        return kernel
+    (_, size), *_ = kernel.scratch
+    wide = Value("router_wide", size, grad=False)
+    return replace(kernel, writes=(*kernel.writes, wide), saves=(wide.name,), scratch=())
+
+
+def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Products of one expert after another. Their outputs are put together, as are the gradients of their
+    inputs; of what lies between only one expert has gradients at a time."""
+    if kernel.name != "experts_down":
+        return replace(kernel, writes=tuple(replace(value, grad=False) for value in kernel.writes))
+    rows, total = kernel.writes[0].bytes, sum(one.m * one.count for one in kernel.matmuls)
+    most = max((one.m for one in kernel.matmuls), default=0.0)
+    wing = rows / total * kernel.matmuls[0].k / kernel.matmuls[0].n if total else 0.0
+    return replace(
+        kernel, scratch=(("dispatch", rows),), back_scratch=(("activations", int(3 * most * wing)),)
+    )
+
+
+def gradients_stay(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Gradients of parameters appear kernel by kernel, last to first, and stay until their group's are all
+    there: the routed experts' are a group, and the others'."""
+    made, found = {True: 0, False: 0}, []
+    routed = [kernel.name.startswith("experts_") for kernel in kernels]
+    for place in reversed(range(len(kernels))):
+        kernel, inside = kernels[place], routed[place]
+        if not inside and not any(routed[:place]) and made[True]:
+            made[True] = 0  # summed into their shards
+        made[inside] += kernel.weight_grad
+        alive = (("gathered_grads", sum(made.values())),)
+        found.append(replace(kernel, weight_grad=0, back_scratch=(*alive, *kernel.back_scratch)))
+    return tuple(reversed(found))
+
+
+def _traded(kernel: Kernel) -> tuple[Kernel, ...]:
+    """An exchange between slices of the sequence and of the heads, tensor by tensor: blocks for the ranks are
+    stacked, sent, and what arrives is put together."""
+    if kernel.name not in ("sequence_to_heads", "heads_to_sequence"):
+        return (kernel,)
+    found: list[Kernel] = []
+    for name, out in zip(kernel.reads, kernel.writes, strict=True):
+        stacked, sent = (replace(out, name=f"{out.name}_{word}") for word in ("stacked", "sent"))
+        copy = Kernel(
+            "stack", "memory_bound", kernel.component, (name,), (stacked,), bytes=2.0 * out.bytes,
+            back_bytes=2.0 * out.bytes,
+        )  # fmt: skip
+        found += [
+            copy,
+            replace(
+                kernel, reads=(stacked.name,), writes=(sent,), bytes=float(out.bytes), launches=1, scratch=(),
+                back_scratch=(),
+            ),
+            replace(copy, name="put_together", reads=(sent.name,), writes=(out,)),
+        ]  # fmt: skip
+    return tuple(found)
+
+
+def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    return _beside(kernel, kernel.writes[0].bytes, None, SUM)
+
+
+_PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
+    "norms": (lambda kernel: kernel.name.endswith("norm"), _norm),
+    "halves": (lambda kernel: kernel.name.startswith("rope"), _halves),
+    "rotary": (lambda kernel: kernel.name == "rope", _rotary),
+    "activation": (lambda kernel: kernel.name == "act", _gated),
+    "residual": (lambda kernel: kernel.name.endswith("residual"), _summed),
+    "experts": (lambda kernel: kernel.name == "experts_act", _gated),
+    "router": (lambda kernel: kernel.name == "router", _router),
+    "pieces": (lambda kernel: kernel.name.startswith("experts_"), _one_by_one),
+}
+
+
+def _instead(kernel: Kernel, wider: float, forward: Passes, backward: Passes) -> Kernel:
+    size = sum(value.bytes for value in kernel.writes)
+    return replace(
+        kernel, bytes=traffic(forward, size, size * wider), launches=forward.launches,
+        back_bytes=traffic(backward, size, size * wider), back_launches=backward.launches,
+    )  # fmt: skip
+
+
+def _beside(kernel: Kernel, size: float, forward: Passes | None, backward: Passes) -> Kernel:
+    """Beside what the kernel does already."""
+    back = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+    launches = kernel.launches if kernel.back_launches is None else kernel.back_launches
+    found = replace(
+        kernel, back_bytes=back + backward.narrow * size, back_launches=launches + backward.launches
+    )
+    if forward is None:
+        return found
+    return replace(
+        found, bytes=kernel.bytes + forward.narrow * size, launches=kernel.launches + forward.launches
+    )

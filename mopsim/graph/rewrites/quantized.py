@@ -1,0 +1,35 @@
+"""What is kept of the inputs of products in 8 or 4 bits: the cast copy that the weight gradient reads."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mopsim.graph.rewrites.recompute import DISCARDED, MODULES
+from mopsim.graph.tape import Kernel, Tape, Value
+
+EXACT = ("router", "vocabulary")
+"""Components whose products stay in the compute dtype under an 8-bit or 4-bit recipe."""
+
+
+def quantized(tape: Tape, share: float, modules: Sequence[str]) -> Tape:
+    """The tape with a cast copy, `share` of the bytes of what is cast, kept for each product instead of its
+    input (Transformer Engine saves the columnwise copy of an input, never the input).
+
+    modules: recomputed ones. A product whose input such a module makes and discards keeps the input, which is
+    made again (Megatron-Core sets save_original_input there).
+    """
+    values = tape.values
+    names = {name for module in modules if module in DISCARDED for name in MODULES[module]}
+    again = {value.name for kernel in tape.kernels if kernel.name in names for value in kernel.writes}
+    kernels = []
+    for kernel in tape.kernels:
+        saved = kernel.saves[0] if kernel.saves else ""
+        if kernel.matmuls and kernel.component not in EXACT and saved not in again:
+            kernels.append(_cast(kernel, values[saved], share))
+        else:
+            kernels.append(kernel)
+    return replace(tape, kernels=tuple(kernels))
+
+
+def _cast(kernel: Kernel, source: Value, share: float) -> Kernel:
+    copy = Value(f"{kernel.name}_in", int(source.bytes * share), source.category, grad=False)
+    return replace(kernel, writes=(*kernel.writes, copy), saves=(copy.name, *kernel.saves[1:]))

@@ -1,0 +1,207 @@
+"""Context: everything that a program of one strategy looks up: sizes, groups, units, routing."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.rewrites.migration import Migration, host_work
+from mopsim.graph.shapes import Shapes
+from mopsim.program.topology import process_groups
+from mopsim.program.units import Unit, edge_units, layer_units
+from mopsim.program.workload import Group
+from mopsim.spec.capability import Job, refusals
+from mopsim.spec.layout import num_chunks, offloaded_boundaries
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.placement import Placement, at_home, least_loaded
+from mopsim.spec.routing import RoutingProfile, routing_counts
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Experts, Strategy
+from mopsim.spec.training import TrainSpec
+
+PAIRS_ONLY = (
+    "needs a stack that is explicit (mopexec-flat), ZeRO-3 and full recomputation, without tensor or "
+    "pipeline parallelism"
+)
+"""Of what only pairs of a forward and a backward do."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One rank's view. b: bytes of the compute dtype; wide: of the dtype of sums (at least fp32)."""
+
+    model: ModelSpec
+    strategy: Strategy
+    training: TrainSpec
+    stack: Stack
+    groups: dict[str, Group]
+    shapes: Shapes
+    layers: dict[int, list[Unit]]
+    edges: dict[str, Unit]
+    chunks: int
+    b: int
+    wide: int
+    param: int
+    grad: int
+    reduce: int
+
+    @property
+    def tokens(self) -> int:
+        return self.shapes.tokens
+
+    @property
+    def shards_params(self) -> bool:
+        """Whether parameters live in shards between microbatches: ZeRO-3, and all that torch's FSDP2 does
+        (with zero 2 it keeps them gathered from the forward to the backward)."""
+        return self.strategy.dense.zero == 3 or self.stack.sharding.fsdp
+
+    @property
+    def reshards(self) -> bool:
+        """Whether FSDP2 frees a group's parameters after its forward (mopexec.modules.wrap)."""
+        return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward
+
+    @property
+    def looped(self) -> bool:
+        """Whether the host starts products and casts of routed experts one by one."""
+        return bool(self.model.num_local_experts) and self.stack.kernels.expert_products == "looped"
+
+    @property
+    def mapped(self) -> bool:
+        """Whether a dispatch begins with a gather of the choices of all rows (Kernels.dispatch_map)."""
+        return self.stack.kernels.dispatch_map and self.strategy.experts.dispatch == "deduplicated"
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of one [N, H] tensor in the compute dtype."""
+        return self.shapes.tokens * self.model.hidden_size * self.b
+
+    @property
+    def offloaded(self) -> int:
+        """Boundaries that go to the host, the first ones."""
+        activations = self.strategy.activations
+        if activations.boundary_tier == "device":
+            return 0
+        return offloaded_boundaries(self.model.num_hidden_layers, self.hidden, activations.host_budget)
+
+    def units(self) -> list[Unit]:
+        """All units of the rank in forward order."""
+        first = [self.edges["embedding"]]
+        middle = [unit for layer in sorted(self.layers) for unit in self.layers[layer]]
+        return first + middle + [self.edges[name] for name in ("final", "head") if name in self.edges]
+
+    def chunk_tokens(self, index: int) -> int:
+        """Tokens of strided chunk `index`."""
+        return len(range(index, self.tokens, self.chunks))
+
+    def routes(self, index: int) -> tuple[int, ...]:
+        """Rows of each expert that the most loaded rank computes, from chunk `index` of all ranks of its
+        expert group."""
+        model, how = self.model, self.strategy.experts
+        return _routes(
+            self.training.routing, self.tokens, self.chunks, index, model.num_local_experts,
+            model.num_experts_per_tok, how.degree, how,
+        )  # fmt: skip
+
+    @property
+    def migration(self) -> Migration | None:
+        """What least-loaded placement moves in a layer, None where experts stay at home."""
+        model, how = self.model, self.strategy.experts
+        if how.balance == "none" or not model.num_local_experts:
+            return None
+        place, busiest = _placement(
+            self.training.routing, self.tokens, model.num_local_experts, model.num_experts_per_tok,
+            how.degree, how,
+        )  # fmt: skip
+        each = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size // how.tensor * self.b
+        most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.degree))
+        own = model.num_local_experts // how.degree
+        host = host_work(model.num_local_experts, how.degree, *place.divided())
+        return Migration(place.received(busiest) * each, own * each, most * each, *host)
+
+
+@lru_cache(maxsize=1024)
+def _placement(
+    routing: RoutingProfile, tokens: int, experts: int, top_k: int, degree: int, how: Experts
+) -> tuple[Placement, int]:
+    """Where the rows of a layer are computed, and the rank that holds most: rows first, then the weights of
+    others. Every rank of the group sends alike, so an expert's rows are `degree` times one rank's."""
+    counts = [degree * count for count in routing_counts(routing, tokens, 1, 0, experts, top_k)]
+    if how.balance == "least_loaded":
+        place = least_loaded(counts, degree, how.capacity, how.min_rows, how.threshold)
+    else:
+        place = at_home(counts, degree)
+    loads = [sum(rows.values()) for rows in place.rows]
+    near = [rank for rank in range(degree) if loads[rank] >= max(loads) - degree]
+    return place, max(near, key=lambda rank: (place.received(rank), loads[rank]))
+
+
+@lru_cache(maxsize=4096)
+def _routes(
+    routing: RoutingProfile, tokens: int, chunks: int, index: int, experts: int, top_k: int, degree: int,
+    how: Experts,
+) -> tuple[int, ...]:  # fmt: skip
+    """Rows of each expert that the busiest rank computes in a chunk: of a moved expert the same part of every
+    chunk, as strided chunks are alike."""
+    counts = [degree * count for count in routing_counts(routing, tokens, chunks, index, experts, top_k)]
+    if how.balance == "none":
+        return max(
+            (tuple(counts[i : i + experts // degree]) for i in range(0, experts, experts // degree)), key=sum
+        )
+    place, busiest = _placement(routing, tokens, experts, top_k, degree, how)
+    whole = [sum(rows.get(e, 0) for rows in place.rows) for e in range(experts)]
+    return tuple(counts[e] * rows // whole[e] for e, rows in place.rows[busiest].items())
+
+
+def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Group]:
+    """Process groups; that of the experts knows how many a token chooses where copies are sent once."""
+    found = process_groups(strategy, domain)
+    if strategy.experts.dispatch == "deduplicated":
+        found["experts"] = replace(found["experts"], choices=model.num_experts_per_tok)
+    return found
+
+
+def make_context(
+    model: ModelSpec, strategy: Strategy, training: TrainSpec, domain: int, stack: Stack | None = None
+) -> Context:
+    """stack: that of the strategy where none is given. Raises SpecError where they do not fit together, or
+    are not simulated."""
+    stack = stack or load_stack(strategy.stack, "strategy.stack")
+    strategy = stack.resolve(strategy)
+    strategy.check_model(model)
+    stack.check_strategy(strategy)
+    training.check_strategy(strategy)
+    training.check_model(model)
+    for refused in refusals(Job(model, strategy, training, stack), by="simulator"):
+        raise refused
+    precision = strategy.precision
+    b = int(DTYPE_BYTES[precision.compute])
+    dense = strategy.dense
+    tokens = training.tokens_per_rank(strategy) // (dense.tensor if dense.sequence_parallel else 1)
+    wide = 8 if precision.compute == "float64" else 4
+    shapes = Shapes(
+        tokens,
+        training.seq_len,
+        strategy.attention.sequence,
+        strategy.dense.tensor,
+        strategy.experts.tensor,
+        b,
+        wide,
+        sequence_parallel=dense.sequence_parallel,
+    )
+    count = model.num_hidden_layers + model.num_nextn_predict_layers
+    return Context(
+        model,
+        strategy,
+        training,
+        stack,
+        _groups(model, strategy, domain),
+        shapes,
+        {layer: layer_units(model, strategy, layer) for layer in range(count)},
+        edge_units(model, strategy),
+        num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks),
+        b,
+        wide,
+        int(DTYPE_BYTES[precision.param]),
+        int(DTYPE_BYTES[precision.grad]),
+        int(DTYPE_BYTES[precision.reduce]),
+    )

@@ -1,0 +1,44 @@
+"""Data parallelism: gathering parameters, reducing gradients, by unit or all at once."""
+
+from collections.abc import Sequence
+
+from mopsim.program.context import Context
+from mopsim.program.units import Unit
+from mopsim.program.workload import Group, Work
+
+Message = tuple[str, float, Group, str]
+"""(kind, bytes of the full buffer, ranks, component)."""
+
+
+def reduction(context: Context, units: Sequence[Unit]) -> list[Message]:
+    """What sums the gradients of units over all ranks that hold them: scatter over the shard, then the
+    replicas."""
+    return _messages(context, units, float(context.reduce), "reduce_scatter", "all_reduce")
+
+
+def gathering(context: Context, units: Sequence[Unit]) -> list[Message]:
+    """What brings the updated parameters of units back from their shards."""
+    return _messages(context, units, float(context.param), "all_gather", "")
+
+
+def _messages(c: Context, units: Sequence[Unit], width: float, first: str, second: str) -> list[Message]:
+    sizes: dict[tuple[str, Group, str], float] = {}
+    zero = c.strategy.dense.zero
+    for unit in units:
+        shard, replicas = c.groups[unit.group], c.groups.get(unit.replicas, Group(1, 1))
+        size = unit.padded * width
+        if shard.size > 1 and (zero >= 1 or second):
+            kind = first if zero >= 1 else second
+            sizes[kind, shard, unit.component] = sizes.get((kind, shard, unit.component), 0.0) + size
+        if second and replicas.size > 1:
+            part = size / shard.size if zero >= 1 else size
+            sizes[second, replicas, unit.component] = (
+                sizes.get((second, replicas, unit.component), 0.0) + part
+            )
+    return [(kind, size, group, component) for (kind, group, component), size in sizes.items()]
+
+
+def message_work(message: Message) -> tuple[Work, ...]:
+    """The work of a message."""
+    kind, size, group, _ = message
+    return (Work(kind, bytes=size, group=group),)

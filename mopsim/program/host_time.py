@@ -1,0 +1,49 @@
+"""The host's time of layers made of Python modules, put on the ops of a program (mopsim.graph.host_costs)."""
+
+from dataclasses import replace
+
+from mopsim.graph.host_costs import CHECKPOINT, LAYER
+from mopsim.program.workload import Op, Program, Work
+from mopsim.spec.stack import Stack
+
+
+def by_modules(program: Program, stack: Stack) -> Program:
+    """The program with what the host does in each pass of a layer beside starting its kernels.
+
+    It lies on one op of each component, in the middle of those on the compute stream.
+    """
+    groups: dict[tuple[int, int, str, str], list[int]] = {}
+    for op in program.ops:
+        if op.stream == "compute" and op.component in LAYER and op.layer >= 0 and op.work:
+            groups.setdefault((op.microbatch, op.layer, op.phase, op.component), []).append(op.index)
+    checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
+    ops, known = list(program.ops), _Known()
+    for (_, _, phase, component), places in groups.items():
+        forward, backward = LAYER[component]
+        whole = backward if phase == "backward" else forward
+        whole += checkpoint if phase == "recompute" and component == "attention" else 0.0
+        more = whole - sum(known.issued(ops[place]) for place in places)
+        if more > 0:
+            middle = places[len(places) // 2]
+            ops[middle] = replace(ops[middle], work=known.hosted(ops[middle].work, more))
+    return replace(program, ops=tuple(ops))
+
+
+class _Known:
+    """Equal work stays one object, so that it is counted and priced once."""
+
+    def __init__(self) -> None:
+        self._issued: dict[int, tuple[tuple[Work, ...], float]] = {}
+        self._hosted: dict[tuple[int, float], tuple[Work, ...]] = {}
+
+    def issued(self, op: Op) -> float:
+        found = self._issued.get(id(op.work))
+        if found is None:
+            found = self._issued[id(op.work)] = (op.work, sum(work.issued for work in op.work))
+        return found[1]
+
+    def hosted(self, work: tuple[Work, ...], more: float) -> tuple[Work, ...]:
+        key = (id(work), more)
+        if key not in self._hosted:
+            self._hosted[key] = (replace(work[0], host=more), *work[1:])
+        return self._hosted[key]

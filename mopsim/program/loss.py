@@ -1,0 +1,141 @@
+"""The loss as a tape: final norm, projection on the vocabulary (split over the tensor group or not), cross
+entropy."""
+
+from collections.abc import Sequence
+
+from mopsim.common.errors import require
+from mopsim.graph.attention import norm
+from mopsim.graph.region import begin
+from mopsim.graph.rewrites.recompute import backward, forward, plan
+from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
+from mopsim.program.context import PAIRS_ONLY, Context
+from mopsim.program.entropy import back, once, passes, product
+from mopsim.program.taped import followed, template
+from mopsim.program.template import Template
+from mopsim.program.workload import Work
+from mopsim.program.works import implemented, works
+from mopsim.spec.layout import token_slices
+
+_C = "vocabulary"
+
+
+def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Template:
+    """Forward or backward of the loss. freed: memory steps that end the backward.
+
+    Raises SpecError for the ring.
+    """
+    kind = context.strategy.vocabulary.loss
+    require(kind != "ring", "strategy.vocabulary.loss", kind, PAIRS_ONLY)
+    if kind == "chunked":
+        return _chunked(context, direction, freed)
+    tape = loss_tape(context)
+    chosen, early, late = plan(tape, "none", ()), *_freed(tape, context, freed)
+    if direction == "forward":
+        return template(forward(tape, chosen), context, "forward", early)
+    return template(backward(tape, chosen), context, "backward", late)
+
+
+def _freed(tape: Tape, c: Context, freed: Sequence[Step]) -> tuple[Sequence[Step], Sequence[Step]]:
+    """Where the hidden state dies: at the end of the forward if nothing wants it after, else of the
+    backward."""
+    wanted = c.model.num_nextn_predict_layers or any("x" in kernel.saves for kernel in tape.kernels)
+    return ((), freed) if wanted else (freed, ())
+
+
+def loss_tape(context: Context) -> Tape:
+    """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept
+    (Megatron-LM)."""
+    c, vocabulary = context, context.strategy.vocabulary
+    tensor, kernel = c.strategy.dense.tensor, c.stack.kernels.loss
+    fused = kernel != "composed"
+    split = vocabulary.loss == "vocab_parallel" and tensor > 1
+    rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it
+    columns = c.model.vocab_size / (tensor if split else 1)
+    H, elements = c.model.hidden_size, int(rows * columns)
+    zero = c.strategy.dense.zero
+    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not fused)
+    kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
+    first, source = begin("gather_n", "n", H, _C, c.shapes)
+    kernels += first if split or c.shapes.sequence_parallel else ()
+    # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
+    # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
+    # mopexec's holds them no longer than their cast.
+    # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
+    torch = zero >= 2 and not fused
+    held = torch and c.stack.kernels.logits_held
+    keeps = ("n", "logits") if fused or held else ("n",)
+    apart = (("logits", elements * c.wide),) if torch else ()
+    weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
+    kernels.append(
+        Kernel(
+            "logits", "matmul", _C, (source,), (logits,), saves=keeps, matmuls=(Matmul(rows, columns, H),),
+            weight_grad=weight,
+        )
+    )  # fmt: skip
+    in_place = kernel == "fused" or (fused and split)  # a split loss casts no logits
+    exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
+    # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
+    # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.
+    moved = 3 * c.b if fused else c.b + 9 * c.wide
+    back = 2 * c.b if fused else c.b + 3 * c.wide
+    if torch:
+        kernels.append(
+            Kernel(
+                "cast", "memory_bound", _C, ("logits",), (Value("wide", elements * c.wide, "logits"),),
+                bytes=float(elements * (c.b + c.wide)), back_bytes=float(elements * (c.b + c.wide)),
+            )
+        )  # fmt: skip
+        # log_softmax reads twice and writes; back, the picked ones' gradient is filled, two read, one written
+        moved, back = 3 * c.wide, 4 * c.wide
+    kernels.append(
+        Kernel(
+            "cross_entropy", "memory_bound", _C, ("wide" if torch else "logits",), (exact, Value("loss", 0)),
+            saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
+            back_bytes=float(elements * back), launches=1 if fused else 6 - torch,
+            back_launches=2 - torch,
+            back_scratch=apart,
+        )
+    )  # fmt: skip
+    if split:
+        kernels.append(
+            Kernel(
+                "loss_sums", "all_reduce", _C, ("loss",), (Value("total", 0),), bytes=4.0 * rows, launches=3,
+                group="tensor", back_bytes=0.0,
+            )
+        )  # fmt: skip
+    return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
+
+
+def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
+    """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is
+    kept."""
+    V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
+    kernels = (norm("final_norm", "x", "n", c.tokens, H, c.b, _C),)
+    tape = Tape((Value("x", size),), implemented(kernels, c), ("n",))
+    chosen, early, late = plan(tape, "none", ()), *_freed(tape, c, freed)
+    if direction == "backward":
+        return template(backward(tape, chosen), c, "backward", late)
+    found: list[Work] = []
+    torch, gradient = c.stack.kernels.loss_chunks == "composed", float(V * H * c.b)
+    if torch:
+        found.append(once(gradient))
+    rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
+    for n in sorted(set(rows)):
+        eager = passes(c, n, V, gradient)
+        over = eager if torch else Work("memory_bound", bytes=n * V * 6.0 * c.wide, launches=4)
+        found += rows.count(n) * [*_products(c, n), over]
+    # mopexec's chunk holds its logits in fp32 and, at its begin or end, in the compute dtype
+    strip = max(rows) * V * ((c.b if torch else 2 * c.b) + c.wide)
+    strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0
+    memory = (("activations", size), ("logits", strip), ("logits", -strip), ("activations", -size))
+    first = template(forward(tape, chosen), c, "forward", early)
+    return followed(first, "loss chunks", _C, "forward", found, memory)
+
+
+def _products(c: Context, rows: int) -> list[Work]:
+    """Of some rows' logits, forward and backward, in the recipe's dtype where it is the vocabulary's too."""
+    V, precision = c.model.vocab_size, c.strategy.precision
+    if precision.vocabulary == "compute" or precision.matmul == "compute":
+        return [product(c, rows, V), *back(c, rows, V)]
+    kernel = Kernel("logits", "matmul", _C, (), (), matmuls=(Matmul(rows, V, c.model.hidden_size),))
+    return [*works(kernel, "forward", c), *works(kernel, "backward", c)]

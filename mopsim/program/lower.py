@@ -1,0 +1,90 @@
+"""model x strategy x training -> Workload."""
+
+from dataclasses import replace
+from functools import partial
+
+from mopsim.graph.flops import flops_per_token
+from mopsim.program.context import Context, make_context
+from mopsim.program.host_time import by_modules
+from mopsim.program.pairs.layer_pairs import Pairs, paired
+from mopsim.program.passes import Passes
+from mopsim.program.pinned import rounding
+from mopsim.program.step import StageStep
+from mopsim.program.workload import Workload
+from mopsim.spec.capability import runnable
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+EXPANDED = 3
+"""Microbatches lowered where they are all alike: the first, a repeating one and the last."""
+
+
+def lower(
+    model: ModelSpec,
+    strategy: Strategy,
+    training: TrainSpec,
+    domain: int = 8,
+    stack: Stack | None = None,
+    *,
+    expand: bool = False,
+    compose: bool = True,
+) -> Workload:
+    """The programs of one step. domain: devices of a scale-up domain. stack: that of the strategy where none
+    is given. expand: every microbatch and layer is played, none is composed; compose: layers are
+    (mopsim.program.composed).
+
+    Raises SpecError where model, strategy, training and stack do not fit together.
+    """
+    context = make_context(model, strategy, training, domain, stack)
+    strategy, stack = context.strategy, context.stack
+    total = training.num_microbatches(strategy)
+    unit, expanded = _expansion(strategy, total)
+    expanded = total if expand else expanded
+    passes = Pairs(context) if stack.explicit and paired(context) else Passes(context)
+    stages = range(strategy.pipeline.degree)
+    programs = tuple(
+        StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
+        for stage in stages
+    )
+    if stack.host.modules:
+        programs = tuple(by_modules(program, stack) for program in programs)
+    if stack.host.graphs:
+        programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
+    tokens = training.global_batch * training.seq_len
+    flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
+    exact = runnable(strategy, model, training, stack) is None
+    whole = partial(lower, model, strategy, training, domain, stack, expand=expand, compose=False)
+    return Workload(
+        programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
+        whole=whole if any(program.repeats for program in programs) else None, stack=stack,
+    )  # fmt: skip
+
+
+def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
+    """(microbatches of a repetition, microbatches lowered): the rest repeats the last repetition but one.
+
+    A pipeline is in its steady state once it is full, which takes two rounds of the stages.
+    """
+    stages = strategy.pipeline.degree
+    if stages == 1:
+        return 1, min(total, EXPANDED + bool(strategy.overlap.experts))
+    unit = stages if strategy.pipeline.virtual_stages > 1 else 1
+    base = 3 * stages if unit > 1 else 2 * stages + 4
+    return unit, total - unit * max(0, (total - base) // unit)
+
+
+def guarantee(context: Context) -> int:
+    """Dispatch bytes that no routing exceeds: 2 Ep k c_eff H b (arXiv 2607.01844)."""
+    model = context.model
+    if not model.num_local_experts:
+        return 0
+    return (
+        2
+        * context.strategy.experts.degree
+        * model.num_experts_per_tok
+        * context.chunk_tokens(0)
+        * model.hidden_size
+        * context.b
+    )

@@ -1,0 +1,239 @@
+"""The attention half of a layer: forward, recompute, backward (mopexec.flat.attention and
+.sequence)."""
+
+from mopsim.graph.attention import attention
+from mopsim.graph.tape import Kernel
+from mopsim.program.builder import Builder
+from mopsim.program.context import Context
+from mopsim.program.pairs.rows import Rows, slice_rows
+from mopsim.program.workload import Work
+
+_C = "attention"
+
+
+class AttentionPair:
+    """x1 = x + o_proj(attention(norm(x))). Buffers by name: what the executor's variables hold."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.c, self.b, self.rows = context, builder, Rows(context, builder)
+        model, D = context.model, context.shapes.sequence
+        self.N, self.H, self.D = context.tokens, model.hidden_size, D
+        self.B = context.strategy.micro_batch
+        self.d = model.head_dim
+        self.heads, self.kv = model.num_attention_heads, model.num_key_value_heads
+        self.kv_blocks = min(D, self.kv)
+        self.q_bytes = self.N * self.heads * self.d * context.b
+        self.kv_bytes = self.N * self.kv * self.d * context.b * D // self.kv_blocks
+        self.kv_merged = self.N * self.kv * self.d * context.b
+        self.sums = self.N * self.heads * context.wide
+        self.repeats = max(1, (self.heads // D) // (self.kv // self.kv_blocks))
+        self._kernels: dict[int, dict[str, Kernel]] = {}
+
+    def kernel(self, layer: int, name: str) -> Kernel:
+        window = self.c.model.window(layer)
+        if window not in self._kernels:
+            tape = attention(self.c.model, self.c.shapes, layer)
+            self._kernels[window] = {kernel.name: kernel for kernel in tape.kernels}
+        return self._kernels[window][name]
+
+    def works(self, layer: int, backward: bool, *names: str) -> list[Work]:
+        return [work for name in names for work in self.b.works(self.kernel(layer, name), backward)]
+
+    def forward(self, layer: int, *waits: int | None) -> None:
+        """Makes `x1`; x is left as it was."""
+        self._core(layer, "forward", waits)
+        self.b.drop("q", "k", "v", "sums")
+        self._output(layer, "forward")
+        self.b.drop("out")
+
+    def recompute(self, layer: int, *waits: int | None) -> None:
+        """Makes `x1` and keeps q, k, v, out and sums."""
+        self._core(layer, "recompute", waits)
+        self._output(layer, "recompute")
+
+    def backward(self, layer: int) -> None:
+        """The gradient of x1 (`grad`, there already) becomes that of x, in place."""
+        b, N, H = self.b, self.N, self.H
+        self._core_backward(layer)
+        works = [self.rows.norm(N, H, "hidden")]
+        works += self._projection_backward(layer, "q", self.heads, self.q_bytes)
+        works += self._projection_backward(layer, "k", self.kv, self.kv_merged)
+        works += self._projection_backward(layer, "v", self.kv, self.kv_merged)
+        b.drop("hidden")
+        works.append(self.rows.norm_backward(N, H))
+        b.compute("projections", _C, "backward", layer, works)
+        b.drop("grad_hidden")
+
+    def _core(self, layer: int, phase: str, waits: tuple[int | None, ...]) -> None:
+        b, N = self.b, self.N
+        works = [self.rows.norm(N, self.H, "hidden")]
+        for name, size, heads in (
+            ("q", self.q_bytes, self.heads),
+            ("k", self.kv_bytes, self.kv),
+            ("v", self.kv_bytes, self.kv),
+        ):
+            b.make(f"{name}_packed", size)
+            copies = max(1, self.D // heads)
+            works += self.works(layer, False, f"{name}_proj") * copies
+            if name != "v":
+                works += self._head_norm(name, size)
+                works.append(self._rotate(size))
+        b.compute("projections", _C, phase, layer, works, *waits)
+        b.drop("hidden")
+        waiting = None
+        for name, size in (("q", self.q_bytes), ("k", self.kv_bytes), ("v", self.kv_bytes)):
+            waiting = self._to_heads(layer, phase, f"{name}_packed", name, size)
+        b.make("out", self.q_bytes)
+        b.make("sums", self.sums)
+        if self.repeats > 1:
+            b.spike(2 * self.q_bytes // self.repeats)
+        works = self.works(layer, False, "attention_core")
+        if self.repeats > 1:
+            works.append(self.rows.elementwise(self.q_bytes, 2, self.repeats))
+        b.compute("attention_core", _C, phase, layer, works, waiting)
+
+    def _output(self, layer: int, phase: str) -> None:
+        """x1 = x + o_proj of the heads' outputs."""
+        b = self.b
+        waiting = self._local_output(layer, phase)
+        b.make("x1", self.c.hidden)
+        works = [*self._merge_work(), *self.works(layer, False, "o_proj")]
+        b.compute("o_proj", _C, phase, layer, works, waiting)
+        if self.D > 1:
+            b.drop("merged")
+
+    def _local_output(self, layer: int, phase: str) -> int | None:
+        """out -> `merged`, all heads of this rank's positions; a view without an exchange."""
+        if self.D == 1:
+            return None
+        b = self.b
+        if self.B > 1:
+            b.make("send", self.q_bytes)
+            b.compute("pack", _C, phase, layer, [self.rows.elementwise(self.q_bytes, 2, 1)])
+        b.make("received", self.q_bytes)
+        b.flush(_C, phase, layer)
+        waiting = b.issue("heads_to_sequence", "all_to_all", self.q_bytes, "sequence", _C, phase, layer)
+        if self.B > 1:
+            b.drop("send")
+        b.make("merged", self.q_bytes)
+        b.drop("received")
+        return waiting
+
+    def _merge_work(self) -> list[Work]:
+        return [self.rows.elementwise(self.q_bytes, 2, 1)] if self.D > 1 else []
+
+    def _to_heads(self, layer: int, phase: str, source: str, target: str, size: int) -> int | None:
+        """The send layout becomes all positions of this rank's heads."""
+        b = self.b
+        if self.D == 1:
+            b.rename(source, target)
+            return None
+        b.make(target, size)
+        b.flush(_C, phase, layer)
+        waiting = b.issue("sequence_to_heads", "all_to_all", size, "sequence", _C, phase, layer)
+        if self.B > 1:
+            b.spike(size)
+            b.compute("unpack", _C, phase, layer, [self.rows.elementwise(size, 2, 1)], waiting)
+        b.drop(source)
+        return waiting
+
+    def _core_backward(self, layer: int) -> None:
+        """Makes dq, dk, dv in the send layout; frees what the recompute kept."""
+        b, phase = self.b, "backward"
+        waiting = self._local_output(layer, phase)
+        kernel = self.works(layer, True, "o_proj")
+        b.compute("o_proj wgrad", _C, phase, layer, [*self._merge_work(), kernel[1]], waiting)
+        self._weight_gradient(self.heads * self.d, self.H)
+        if self.D > 1:
+            b.drop("merged")
+        b.make("grad_packed", self.q_bytes)
+        b.compute("o_proj dgrad", _C, phase, layer, [kernel[0], *kernel[2:]])
+        waiting = self._to_heads(layer, phase, "grad_packed", "grad_out", self.q_bytes)
+        local_q, local_kv = self.q_bytes, self.kv_bytes
+        b.make("dq_whole", local_q)
+        b.make("dk_whole", local_kv)
+        b.make("dv_whole", local_kv)
+        if self.repeats > 1:
+            b.spike(local_q // self.repeats + 2 * local_kv)
+        works = self.works(layer, True, "attention_core")
+        if self.repeats > 1:
+            works.append(self.rows.elementwise(local_q + 3 * local_kv * self.repeats, 2, 3 * self.repeats))
+        b.compute("attention_core", _C, phase, layer, works, waiting)
+        b.drop("grad_out", "q", "k", "v", "out", "sums")
+        for name, size in (("dq", local_q), ("dk", local_kv), ("dv", local_kv)):
+            waiting = self._to_positions(layer, f"{name}_whole", name, size)
+        works = [self._rotate(local_q), self._rotate(local_kv)]
+        b.compute("rotate", _C, phase, layer, works, waiting)
+
+    def _to_positions(self, layer: int, source: str, target: str, size: int) -> int | None:
+        b = self.b
+        if self.D == 1:
+            b.rename(source, target)
+            return None
+        if self.B > 1:
+            b.make("send", size)
+        b.make(target, size)
+        b.flush(_C, "backward", layer)
+        waiting = b.issue("heads_to_sequence", "all_to_all", size, "sequence", _C, "backward", layer)
+        b.drop(*(("send",) if self.B > 1 else ()), source)
+        return waiting
+
+    def _projection_backward(self, layer: int, name: str, heads: int, merged: int) -> list[Work]:
+        """Merges d`name`, its head norm's gradient, both products; makes `grad_hidden` on the first call."""
+        b = self.b
+        works: list[Work] = []
+        blocks = min(self.D, heads)
+        if blocks < self.D:
+            b.make("summed", merged)
+            works.append(self.rows.elementwise(self.kv_bytes, 2, 1))
+        if blocks > 1:
+            b.make("merged", merged)
+            works.append(self.rows.elementwise(merged, 2, 1))
+        if blocks < self.D and blocks > 1:
+            b.drop("summed")
+        if name != "v" and self.c.model.qk_norm == "head":
+            part = slice_rows(self.N)
+            size = heads * self.d
+            b.spike(2 * part * size * self.c.b)
+            works += self.works(layer, False, f"{name}_proj")
+            works.append(self.rows.norm_backward(slice_rows(self.N), size))
+        if "grad_hidden" not in b.alive:
+            b.make("grad_hidden", self.c.hidden)
+        works += self.works(layer, True, f"{name}_proj")
+        self._weight_gradient(heads * self.d, self.H)
+        if name == "v":
+            b.drop(f"d{name}")
+        if blocks > 1:
+            b.drop("merged")
+        elif blocks < self.D:
+            b.drop("summed")
+        if name != "v":
+            b.drop(f"d{name}")
+        return works
+
+    def _weight_gradient(self, out: int, inputs: int) -> None:
+        """The temporary of a weight gradient whose dtype is not the buffer's."""
+        if self.c.strategy.precision.reduce != self.c.strategy.precision.compute:
+            self.b.spike(out * inputs * self.c.b)
+
+    def _head_norm(self, name: str, size: int) -> list[Work]:
+        """Norm of q or k per head, block by block, copied back in place."""
+        if self.c.model.qk_norm != "head":
+            return []
+        heads = self.heads if name == "q" else self.kv_bytes // (self.N * self.d * self.c.b)
+        blocks = self.D
+        part = slice_rows(self.N)
+        width = heads * self.d // blocks
+        self.b.spike(part * width * (self.c.b + self.c.wide))
+        work = self.rows.pass_(self.N, width * blocks, 5 * self.c.b + 4 * self.c.wide, 9 * blocks)
+        return [work]
+
+    def _rotate(self, size: int) -> Work:
+        """Rotation in place, slice by slice of positions: one and a half slices of temporaries."""
+        positions = self.c.training.seq_len // self.D
+        part = slice_rows(positions)
+        self.b.spike(1.5 * size * part / positions / 1)
+        elements = size / self.c.b
+        return Work(
+            "memory_bound", bytes=6.0 * size, launches=6 * max(1, -(-positions // part)) if elements else 0
+        )

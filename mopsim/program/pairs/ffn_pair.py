@@ -1,0 +1,95 @@
+"""Dense FFN and shared experts over token slices, each recomputed in its own backward
+(mopexec.flat.ffn)."""
+
+from mopsim.graph.ffn import ffn
+from mopsim.graph.tape import Kernel
+from mopsim.program.builder import Builder
+from mopsim.program.context import Context
+from mopsim.program.pairs.rows import Rows
+from mopsim.program.workload import Work
+from mopsim.spec.layout import token_slices
+
+
+class FfnPair:
+    """x += ffn(norm(x)) in place, and its backward into the gradient, slice by slice."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.c, self.b, self.rows = context, builder, Rows(context, builder)
+        self.gated = context.model.ffn_matrices == 3
+        self.up = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
+        self._kernels: dict[tuple[int, str], dict[str, Kernel]] = {}
+
+    def kernels(self, tokens: int, component: str) -> dict[str, Kernel]:
+        key = (tokens, component)
+        if key not in self._kernels:
+            tape = ffn(self.c.model, tokens, self.inner(component), self.c.b, component)
+            self._kernels[key] = {kernel.name: kernel for kernel in tape.kernels}
+        return self._kernels[key]
+
+    def inner(self, component: str) -> int:
+        model = self.c.model
+        return model.intermediate_size if component == "dense_ffn" else model.shared_expert_intermediate_size
+
+    def forward(self, tokens: int, component: str, layer: int, *waits: int | None) -> None:
+        """All slices of `tokens` tokens."""
+        b, H = self.b, self.c.model.hidden_size
+        for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
+            n = stop - start
+            size = n * self.inner(component) * self.c.b
+            works = [self.rows.norm(n, H, "hidden")]
+            if self.gated:
+                b.make("gate", size)
+            b.make("up", size)
+            works += self._products(n, component, False, *self.up)
+            if self.gated:
+                b.drop("up")
+            works.append(self._activation(size))
+            works += self._products(n, component, False, "down_proj")
+            works.append(self.rows.elementwise(n * H * self.c.b, 1, 0))
+            b.drop("gate" if self.gated else "up", "hidden")
+            b.compute("ffn", component, "forward", layer, works, *waits)
+
+    def backward(self, tokens: int, component: str, layer: int) -> None:
+        """All slices: recompute, gradients of weights and input, through the norm into the gradient."""
+        b, H = self.b, self.c.model.hidden_size
+        for start, stop in token_slices(tokens, self.c.strategy.dense.chunk_tokens):
+            n = stop - start
+            size = n * self.inner(component) * self.c.b
+            works = [self.rows.norm(n, H, "hidden")]
+            for name in ("gate", "up", "silu", "inner") if self.gated else ("up", "inner"):
+                b.make(name, size)
+            works += self._products(n, component, False, *self.up)
+            works.append(self._activation(size))
+            self._temporary(component)
+            b.drop("inner")
+            b.make("grad_inner", size)
+            works += self._products(n, component, True, "down_proj")
+            works.append(self.rows.elementwise(size, 11, 4) if self.gated else self._activation(size, 3))
+            b.drop(*("gate", "up") if self.gated else ("up",))
+            self._temporary(component)
+            b.make("grad_hidden", n * H * self.c.b)
+            works += self._products(n, component, True, *self.up)
+            b.drop("grad_inner", *(("silu",) if self.gated else ()), "hidden")
+            works.append(self.rows.norm_backward(n, H))
+            b.drop("grad_hidden")
+            b.compute("ffn", component, "backward", layer, works)
+
+    def shared(self, layer: int, tokens: int = 0, *, backward: bool) -> None:
+        """The shared experts of `tokens` rows (all: 0), where there are any."""
+        if not self.c.model.shared_expert_intermediate_size:
+            return
+        run = self.backward if backward else self.forward
+        run(tokens or self.c.tokens, "shared_experts", layer)
+
+    def _activation(self, size: int, passes: int = 2) -> Work:
+        """SiLU and a product, or GELU, over `size` bytes."""
+        return self.rows.elementwise(size, 5 if self.gated else passes, 2 if self.gated else 1)
+
+    def _products(self, tokens: int, component: str, backward: bool, *names: str) -> list[Work]:
+        kernels = self.kernels(tokens, component)
+        return [work for name in names for work in self.b.works(kernels[name], backward)]
+
+    def _temporary(self, component: str) -> None:
+        """A weight gradient in the compute dtype, where the buffer has another."""
+        if self.c.strategy.precision.reduce != self.c.strategy.precision.compute:
+            self.b.spike(self.inner(component) * self.c.model.hidden_size * self.c.b)

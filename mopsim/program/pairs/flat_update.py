@@ -1,0 +1,75 @@
+"""The end of a step of flat units: replicas, global norm, AdamW bucket by bucket (mopexec.flat.optimizer)."""
+
+from collections.abc import Sequence
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.program.builder import Builder
+from mopsim.program.context import Context
+from mopsim.program.stage import Stage
+from mopsim.program.update import Bucket, Update
+from mopsim.program.workload import Work
+from mopsim.spec.layout import optimizer_buckets
+
+_O = "optimizer"
+
+
+class PairUpdate(Update):
+    """Clip and AdamW over buckets of the flat shards, in the dtype `wide`."""
+
+    def __init__(self, context: Context, builder: Builder, stage: Stage) -> None:
+        super().__init__(context, builder, stage)
+        precision = context.strategy.precision
+        master = precision.param if precision.master == "param" else precision.master
+        self.wide = 8 if master == "float64" else 4
+        self.casts = (DTYPE_BYTES[master] != self.wide) + 2 * (self.moment != self.wide)
+
+    def _clipped(self, reductions: Sequence[int]) -> int:
+        """Gradient shards over replicas, then the global norm: one number over all ranks."""
+        c, b = self.c, self.b
+        arrived = []
+        for unit in self.stage.units:
+            if unit.replicas:
+                size, name = unit.shard_numel * c.grad, f"replicate {unit.name}"
+                arrived.append(b.issue(name, "all_reduce", size, unit.replicas, _O, _O, unit.layer))
+        total, launches = sum(self.numels), 4 * len(self.numels)
+        work = [Work("memory_bound", bytes=float(total * c.grad), launches=launches)]
+        b.compute("norm", _O, _O, -1, work, *arrived)
+        agreed = b.issue("norm", "all_reduce", 2 * self.wide, "world", _O, _O)
+        loads = 4.0 * c.model.num_local_experts * c.model.num_moe_layers
+        balanced = b.issue("balance", "all_reduce", loads, "world", _O, _O) if loads else None
+        return b.compute("clip", _O, _O, -1, [Work("memory_bound", launches=4)], agreed, balanced)
+
+    def _adam(self, bucket: Bucket) -> list[Work]:
+        """Clipped gradients in the wide dtype, the fused update, the refresh of the parameter shard."""
+        return self._updated([bucket])
+
+    def _updated(self, buckets: list[Bucket]) -> list[Work]:
+        c = self.c
+        each = c.grad + 3.0 * self.wide + ((self.wide + c.param) if self.own_master else 0)
+        lengths = [stop - start for bucket in buckets for _, start, stop in bucket]
+        self.b.spike(max(lengths) * self.wide * (1 + self.casts), "staging")
+        params, pieces = sum(lengths), len(lengths)
+        work = Work("memory_bound", bytes=params * each, launches=(3 if self.own_master else 2) * pieces)
+        return [work, Work("optimizer", params=params, launches=pieces)]
+
+    def _on_device(self, last: int) -> int:
+        buckets = optimizer_buckets(self.here, self.optimizer.bucket_params)
+        return self.b.compute("adamw", _O, _O, -1, self._updated(buckets))
+
+    def _over(self, last: int) -> None:
+        """Parameter shards are refreshed by the update, gradients zeroed by the next step's units."""
+
+    def _host_buckets(self) -> list[Bucket]:
+        return self.buckets
+
+    def _send(self, bucket: Bucket, after: int) -> int:
+        """Clipped, in the wide dtype."""
+        b, pieces = self.b, len(bucket)
+        size, longest = (f(stop - start for _, start, stop in bucket) for f in (sum, max))
+        b.spike(longest * self.wide * min(2, pieces), "staging")
+        work = [Work("memory_bound", bytes=size * (self.c.grad + 3.0 * self.wide), launches=2 * pieces)]
+        done = b.compute("clip bucket", _O, _O, -1, work, after)
+        if self.dense.grad_tier == "host":
+            return done
+        copy = (Work("d2h", bytes=float(size * self.wide), launches=pieces),)
+        return b.add("gradients down", "d2h", _O, _O, copy, (done,))

@@ -1,0 +1,64 @@
+"""Parts of a layer of which no pair is written, from their tapes: attention other than grouped queries, and
+experts under nested checkpoints."""
+
+from mopsim.graph.attention import attention
+from mopsim.graph.experts import router
+from mopsim.graph.tape import Tape
+from mopsim.program.builder import Builder
+from mopsim.program.context import Context
+from mopsim.program.pairs.kept_experts import KeptExperts
+from mopsim.program.pairs.rows import Rows
+
+
+class TapedAttention:
+    """x1 = x + o_proj(attention(norm(x))), as AttentionPair."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.c, self.b = context, builder
+
+    def forward(self, layer: int, *waits: int | None) -> None:
+        self._play(layer, "forward", False, waits)
+
+    def recompute(self, layer: int, *waits: int | None) -> None:
+        """Makes `x1` and keeps what the backward needs."""
+        self._play(layer, "recompute", True, waits)
+
+    def backward(self, layer: int) -> None:
+        """The gradient of x1 becomes that of x: one takes the other's place."""
+        self.b.run(self._tape(layer).backward(), "backward", layer)
+
+    def _play(self, layer: int, phase: str, graph: bool, waits: tuple[int | None, ...]) -> None:
+        self.b.run(self._tape(layer).forward(graph), phase, layer, waits)
+        self.b.adopt("x1", self.c.hidden)
+
+    def _tape(self, layer: int) -> Tape:
+        return attention(self.c.model, self.c.shapes, layer)
+
+
+class NestedExperts:
+    """The backward of experts whose inputs the layer's recomputation dispatches and keeps (arXiv
+    2609.14306)."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.c, self.b = context, builder
+        self.kept, self.rows = KeptExperts(context, builder), Rows(context, builder)
+        self.router = router(context.model, context.tokens, context.b, context.wide)
+
+    def backward(self, layer: int, *waits: int | None) -> None:
+        """The gradient of x2 becomes that of x1, in place."""
+        c, b = self.c, self.b
+        H, tokens = c.model.hidden_size, c.tokens
+        last = b.compute("norm", "router", "recompute", layer, [self.rows.norm(tokens, H, "hidden")])
+        last = b.run(self.router.forward(graph=True), "recompute", layer, [last])
+        for name in ("choice", "weight"):
+            b.adopt(name, self.router.values[name].bytes)
+        last = self.kept.forward(layer, "recompute", [last], waits)
+        b.make("grad_hidden", c.hidden)
+        last = self.kept.backward(layer, [last])
+        del b.alive["weight"]  # its gradient takes its place, and dies in the router's backward
+        b.run(self.router.backward(), "backward", layer, [last])
+        b.adopt("grad_router", c.hidden)
+        b.drop("grad_router", "choice")
+        norm = self.rows.norm_backward(tokens, H)
+        b.compute("norm", "router", "backward", layer, [norm])
+        b.drop("grad_hidden", "hidden", f"choice{layer}")

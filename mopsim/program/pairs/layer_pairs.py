@@ -1,0 +1,165 @@
+"""Layers and loss as pairs of a forward and a backward without an autograd graph, as mopexec.flat runs them,
+each recorded as a template. Memory moves on the compute stream, in the order in which the host issues it."""
+
+from collections.abc import Iterable, Sequence
+
+from mopsim.graph.tape import Kernel, Step
+from mopsim.program.builder import Builder, Recorder
+from mopsim.program.context import Context
+from mopsim.program.offload import PairBoundaries
+from mopsim.program.pairs.attention_pair import AttentionPair
+from mopsim.program.pairs.experts_pair import ExpertsPair
+from mopsim.program.pairs.ffn_pair import FfnPair
+from mopsim.program.pairs.flat_units import FlatUnits
+from mopsim.program.pairs.flat_update import PairUpdate
+from mopsim.program.pairs.from_tapes import NestedExperts, TapedAttention
+from mopsim.program.pairs.ring_loss import LossPair
+from mopsim.program.pairs.rows import Rows, slice_rows
+from mopsim.program.passes import Passes
+from mopsim.program.pipeline import Slot
+from mopsim.program.stage import Stage
+from mopsim.program.template import EXPERTS, START, Template
+from mopsim.program.workload import Work
+from mopsim.program.works import works
+
+_V = "vocabulary"
+
+
+def paired(context: Context) -> bool:
+    """Whether there are pairs of a strategy's operators: none of those that tensor parallelism splits, none
+    of a layer that keeps more than its input."""
+    strategy, activations = context.strategy, context.strategy.activations
+    one = strategy.pipeline.degree == strategy.dense.tensor == strategy.experts.tensor == 1
+    return (
+        one
+        and strategy.dense.zero == 3
+        and activations.recompute == "full"
+        and not activations.kept
+        and not context.model.dropout
+        and (strategy.attention.exchange == "ulysses" or strategy.attention.sequence == 1)
+        and (strategy.experts.dispatch == "all_to_all" or strategy.experts.degree == 1)
+    )
+
+
+class Pairs(Passes):
+    """Every layer is recomputed from its input; its gradient is one buffer that is changed in place."""
+
+    def recorder(self) -> Recorder:
+        def priced(kernel: Kernel, backward: bool) -> tuple[Work, ...]:
+            return works(kernel, "backward" if backward else "forward", self.context)
+
+        return Recorder(self.context.groups, priced)
+
+    def check(self) -> None:
+        """All of a strategy that comes here is done."""
+
+    def sharding(self, issue: Builder, stage: Stage) -> FlatUnits:
+        return FlatUnits(self.context, issue)
+
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> PairBoundaries:
+        return PairBoundaries(self.context, issue, stage)
+
+    def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
+        PairUpdate(self.context, issue, stage).run(reductions)
+
+    def resident(self, stage: Stage) -> tuple[Step, ...]:
+        """Beside a stage's: pinned buffers of inputs that go to the host, and of the bucket on its way."""
+        c, found = self.context, [("host/boundaries", self.context.offloaded * self.context.hidden)]
+        if c.strategy.optimizer.update_on == "host":
+            precision = c.strategy.precision
+            master = precision.param if precision.master == "param" else precision.master
+            largest = min(c.strategy.optimizer.bucket_params, sum(unit.shard_numel for unit in stage.units))
+            found.append(("host/staging", 2 * largest * ((8 if master == "float64" else 4) + c.param)))
+        return (*stage.resident(), *(step for step in found if step[1]))
+
+    def placeholders(self, layers: Iterable[int]) -> int:
+        return 0
+
+    @property
+    def left(self) -> tuple[Step, ...]:
+        return self._input
+
+    def forward(self, layer: int) -> Template:
+        return self._made(("forward", self.key(layer)), lambda: self._layer_forward(layer))
+
+    def backward(self, layer: int) -> Template:
+        return self._made(("backward", self.key(layer)), lambda: self._layer_backward(layer))
+
+    def loss(self, direction: str) -> Template:
+        make = self._loss_forward if direction == "forward" else self._loss_backward
+        return self._made(("loss", direction), make)
+
+    def embedding(self) -> Template:
+        return self._made(("embedding",), self._embedding)
+
+    def _layer_forward(self, layer: int) -> Template:
+        c, b = self.context, self.recorder()
+        b.adopt("x", c.hidden)
+        b.rename("x", "input", "boundaries")
+        self._attention(b).forward(layer, START)
+        ffn = FfnPair(c, b)
+        if self.is_moe(layer):
+            experts = ExpertsPair(c, b, ffn)
+            experts.plan(layer)
+            b.cut("experts")
+            experts.forward(layer, EXPERTS)
+        else:
+            ffn.forward(c.tokens, "dense_ffn", layer)
+        return b.template()
+
+    def _layer_backward(self, layer: int) -> Template:
+        c, b = self.context, self.recorder()
+        attention, ffn = self._attention(b), FfnPair(c, b)
+        b.adopt("x", c.hidden, "boundaries")
+        b.adopt("grad", c.hidden)
+        attention.recompute(layer, START)
+        b.cut("recomputed")
+        if self.is_moe(layer):
+            experts = ExpertsPair(c, b, ffn)
+            b.adopt(f"choice{layer}", experts.choice)
+            if c.stack.recompute.chunk_inputs == "nested":
+                ffn.shared(layer, backward=True)
+                NestedExperts(c, b).backward(layer, EXPERTS)
+            else:
+                experts.backward(layer, EXPERTS)
+        else:
+            ffn.backward(c.tokens, "dense_ffn", layer)
+        b.drop("x1")
+        b.cut("experts")
+        attention.backward(layer)
+        b.drop("x")
+        return b.template()
+
+    def _attention(self, b: Recorder) -> AttentionPair | TapedAttention:
+        kind = AttentionPair if self.context.model.attention == "gqa" else TapedAttention
+        return kind(self.context, b)
+
+    def _loss_forward(self) -> Template:
+        """Of all rows, forward and backward: the gradient of the normed output is made, x stays."""
+        c, b = self.context, self.recorder()
+        norm = Rows(c, b).norm(c.tokens, c.model.hidden_size, "hidden")
+        b.compute("final_norm", _V, "forward", -1, [norm], START)
+        b.cut("head")
+        loss = LossPair(c, b)
+        if c.strategy.vocabulary.loss == "ring":
+            loss.ring()
+        else:
+            loss.local()
+        b.drop("hidden")
+        return b.template()
+
+    def _loss_backward(self) -> Template:
+        c, b = self.context, self.recorder()
+        b.adopt("x", c.hidden)
+        norm = Rows(c, b).norm_backward(c.tokens, c.model.hidden_size)
+        b.compute("final_norm", _V, "backward", -1, [norm], START)
+        b.drop("x")
+        return b.template()
+
+    def _embedding(self) -> Template:
+        c, b = self.context, self.recorder()
+        if c.reduce != c.b:
+            b.spike(slice_rows(c.tokens) * c.model.hidden_size * c.reduce)
+        work = Work("memory_bound", bytes=3.0 * c.hidden)
+        b.compute("embedding", "embedding", "backward", -1, [work], START)
+        return b.template()

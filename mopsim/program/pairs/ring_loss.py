@@ -1,0 +1,169 @@
+"""Projection and loss: rows of logits with the gathered head, or Ring-DTP (mopexec.flat.vocabulary,
+.strips)."""
+
+from mopsim.graph.tape import Kernel, Matmul
+from mopsim.program.builder import Builder
+from mopsim.program.context import Context
+from mopsim.program.workload import Work
+from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
+
+_C, _L = "vocabulary", "logits"
+
+
+class LossPair:
+    """From `hidden` (the normed last output) to `grad`, its gradient; adds to the head's gradient buffer."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.c, self.b = context, builder
+        self.N, self.H, self.V = context.tokens, context.model.hidden_size, context.model.vocab_size
+        self.P = context.strategy.vocabulary.degree
+        self.rows = ceil_div(self.V, self.P)
+        self._kernels: dict[tuple[int, int], Kernel] = {}
+        self.slices = token_slices(self.N, context.strategy.vocabulary.chunk_tokens)
+
+    def local(self, *waits: int | None) -> None:
+        """All of the vocabulary at hand; forward and backward of a slice before the next."""
+        b, c = self.b, self.c
+        b.make("grad", c.hidden)
+        for start, stop in self.slices:
+            n = stop - start
+            b.make("numbers", 3 * n * c.wide, _L)
+            b.make("strip", n * self.V * c.b, _L)
+            works = [*self._product(n, self.V), self._fold(n, self.V)]
+            b.compute("logits", _C, "forward", -1, works, *waits)
+            works = [self._gradient(n, self.V), *self._products_back(n, self.V)]
+            self._temporary(self.V)
+            b.compute("logits", _C, "backward", -1, works)
+            b.drop("strip", "numbers")
+
+    def ring(self, *waits: int | None) -> None:
+        """Both passes around the ring."""
+        weights = ring_moves_weights(self.N, self.V, self.P)
+        self._fold_pass(weights, *waits)
+        self.b.make("normaliser", self.N * self.c.wide, _L)
+        self.b.spike(self.N * self.c.wide, _L)
+        self.b.drop("fold")
+        self._backward_pass(weights)
+        self.b.drop("normaliser")
+
+    def _fold_pass(self, weights: bool, *waits: int | None) -> None:
+        """Forward: three numbers per token."""
+        b, c = self.b, self.c
+        b.make("fold", 3 * self.N * c.wide, _L)
+        coming: int | None = None
+        for turn in range(self.P):
+            following = self._send(weights, turn, "forward", targets=8)
+            for start, stop in self.slices:
+                n = stop - start
+                b.make("strip", n * self.rows * c.b, _L)
+                works = [*self._product(n, self.rows), self._fold(n, self.rows)]
+                b.drop("strip")
+                b.compute("strip", _C, "forward", -1, works, coming, *waits)
+            coming = following
+            if not weights:
+                coming = self._pass_numbers(coming)
+            self._next(turn)
+        self._last()
+
+    def _backward_pass(self, weights: bool) -> None:
+        """Backward: the gradient of what moves travels with it and comes home."""
+        b, c = self.b, self.c
+        size = self.rows * self.H * c.reduce if weights else c.hidden
+        if weights:
+            b.make("grad", c.hidden)
+        coming: int | None = None
+        travelling: int | None = None
+        for turn in range(self.P):
+            following = self._send(weights, turn, "backward", targets=8 + c.wide)
+            b.make("own", size, _L)
+            for start, stop in self.slices:
+                n = stop - start
+                b.make("strip", n * self.rows * c.b, _L)
+                works = [
+                    *self._product(n, self.rows),
+                    self._gradient(n, self.rows),
+                    *self._products_back(n, self.rows),
+                ]
+                self._temporary(self.rows)
+                b.drop("strip")
+                b.compute("strip", _C, "backward", -1, works, coming)
+            add = [Work("memory_bound", bytes=3.0 * size)]
+            b.compute(
+                "join",
+                _C,
+                "backward",
+                -1,
+                add if turn else [Work("memory_bound", bytes=float(size))],
+                travelling,
+            )
+            if turn:
+                b.drop("incoming", "sent")
+            b.make("incoming", size, _L)
+            travelling = b.issue("ring gradient", "send_recv", size, "vocabulary", _C, "backward")
+            b.rename("own", "sent")
+            coming = following
+            self._next(turn)
+        self._last()
+        if not weights:
+            b.make("grad", c.hidden)
+        b.compute("arrive", _C, "backward", -1, [Work("memory_bound", bytes=3.0 * size)], travelling)
+        b.drop("incoming", "sent")
+
+    def _send(self, weights: bool, turn: int, phase: str, targets: int) -> int | None:
+        """The next round's block (or tokens), on its way."""
+        if turn == self.P - 1:
+            return None
+        size = self.rows * self.H * self.c.b if weights else self.c.hidden + targets * self.N
+        self.b.make("coming", size, _L)
+        return self.b.issue("ring", "send_recv", size, "vocabulary", _C, phase)
+
+    def _next(self, turn: int) -> None:
+        """What has come takes the place of what was here."""
+        b = self.b
+        if "here" in b.alive:
+            b.drop("here")
+        if "coming" in b.alive:
+            b.rename("coming", "here")
+
+    def _last(self) -> None:
+        if "here" in self.b.alive:
+            self.b.drop("here")
+        self.b.flush(_C, "forward")
+
+    def _pass_numbers(self, before: int | None) -> int | None:
+        """The three numbers go on with their tokens."""
+        b, size = self.b, 3 * self.N * self.c.wide
+        b.make("numbers", size, _L)
+        b.spike(size, _L)
+        b.compute("numbers", _C, "forward", -1, [Work("memory_bound", bytes=2.0 * size)], before)
+        b.drop("numbers")
+        return b.issue("ring numbers", "send_recv", size, "vocabulary", _C, "forward")
+
+    def _product(self, n: int, columns: int) -> tuple[Work, ...]:
+        return self.b.works(self._kernel(n, columns), False)
+
+    def _products_back(self, n: int, columns: int) -> tuple[Work, ...]:
+        return self.b.works(self._kernel(n, columns), True)
+
+    def _kernel(self, n: int, columns: int) -> Kernel:
+        if (n, columns) not in self._kernels:
+            product = Matmul(n, columns, self.H)
+            self._kernels[n, columns] = Kernel("logits", "matmul", _C, (), (), matmuls=(product,))
+        return self._kernels[n, columns]
+
+    def _fold(self, n: int, columns: int) -> Work:
+        """Maximum, exponentials in the wide dtype, sum: one wide strip."""
+        wide = self.c.wide
+        self.b.spike(n * columns * wide + 4 * n * wide, _L)
+        return Work("memory_bound", bytes=float(n * columns * (2 * self.c.b + 4 * wide)), launches=18)
+
+    def _gradient(self, n: int, columns: int) -> Work:
+        """Probabilities in the wide dtype, then the gradient in the strip's memory."""
+        wide = self.c.wide
+        self.b.spike(n * columns * wide + 5 * n * 8, _L)
+        return Work("memory_bound", bytes=float(n * columns * (2 * self.c.b + 6 * wide)), launches=10)
+
+    def _temporary(self, columns: int) -> None:
+        precision = self.c.strategy.precision
+        if precision.reduce != precision.compute:
+            self.b.spike(columns * self.H * self.c.b, _L)

@@ -1,0 +1,53 @@
+"""Element-wise passes of the schedule: sliced norms and rotations, their temporaries and their traffic."""
+
+from mopsim.program.builder import Builder
+from mopsim.program.context import Context
+from mopsim.program.workload import Work, memory_work
+
+SLICE_ROWS = 2048
+
+
+def slice_rows(rows: int) -> int:
+    """Rows of the largest slice, as mopexec.flat.rows cuts them."""
+    return min(rows, SLICE_ROWS)
+
+
+class Rows:
+    """Temporaries and work of element-wise passes over rows."""
+
+    def __init__(self, context: Context, builder: Builder) -> None:
+        self.b, self.width, self.wide = builder, context.b, context.wide
+        self.cast = context.wide != context.b
+
+    def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
+        """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back
+        by the caller)."""
+        b, part = self.b, slice_rows(rows)
+        out = rows * size * self.width
+        if name:
+            b.make(name, out, category)
+        else:
+            b.spike(out, category)
+        b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
+        return self.pass_(rows, size, 3 * self.width + 4 * self.wide, 8, 1)
+
+    def norm_backward(self, rows: int, size: int, category: str = "activations") -> Work:
+        """Gradient of RMSNorm added into a buffer that is there already."""
+        part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
+        held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * self.wide
+        self.b.spike(held + (1 + self.cast) * size * self.wide, category)
+        return self.pass_(rows, size, 4 * self.width + 16 * self.wide, 15, 2)
+
+    def pass_(self, rows: float, size: float, bytes_each: float, launches: int, once: int = 0) -> Work:
+        """Memory-bound work of `launches` kernels per slice and `once` more, with `bytes_each` per element
+        in all."""
+        count = max(1, -(-int(rows) // SLICE_ROWS)) * launches + once
+        return memory_work(float(rows * size * bytes_each), count)
+
+    def by_index(self, size: float, rows: int = 0) -> Work:
+        """A copy of `size` bytes by index, at once or in slices of `rows`."""
+        return memory_work(2.0 * size, max(1, -(-rows // SLICE_ROWS)), indexed=True)
+
+    def elementwise(self, elements: float, bytes_each: float, launches: int) -> Work:
+        """Memory-bound work of `launches` kernels over all elements."""
+        return memory_work(float(elements * bytes_each), launches)

@@ -1,0 +1,254 @@
+"""Passes: the templates of a network's layers, embedding and loss, made once for all stages and
+microbatches."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from mopsim.common.errors import require
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.layer import decoder_layer, mtp_projection
+from mopsim.graph.rewrites.eager import in_blocks
+from mopsim.graph.rewrites.migration import migrating
+from mopsim.graph.rewrites.quantized import quantized
+from mopsim.graph.rewrites.recompute import (
+    Plan,
+    backward,
+    forward,
+    held_for_weights,
+    plan,
+    without_weight_grads,
+)
+from mopsim.graph.rewrites.slices import in_slices
+from mopsim.graph.tape import Played, Step, Tape
+from mopsim.program.builder import Builder, Recorder
+from mopsim.program.context import PAIRS_ONLY, Context
+from mopsim.program.loss import loss_template
+from mopsim.program.offload import Boundaries, PairBoundaries
+from mopsim.program.pairs.flat_units import FlatUnits
+from mopsim.program.pipeline import Slot
+from mopsim.program.shards import Shards
+from mopsim.program.stage import Stage
+from mopsim.program.taped import template, weight_grads
+from mopsim.program.template import START, Template
+from mopsim.program.update import Update
+from mopsim.program.workload import Work
+from mopsim.program.works import implemented
+from mopsim.spec.strategy import CAST
+
+
+class Passes:
+    """Layers that are alike share their templates. split: backward and weight gradients apart (zero
+    bubble)."""
+
+    def __init__(self, context: Context) -> None:
+        strategy = context.strategy
+        self.context = context
+        self.check()
+        attention = strategy.attention
+        self.shapes = replace(
+            context.shapes,
+            exchange=attention.exchange,
+            flash=context.stack.flash,
+            fused=not strategy.activations.kept and context.stack.kernels.gate_up == "joined",
+        )
+        self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
+        self._tapes: dict[tuple[object, ...], Tape] = {}
+        self._templates: dict[tuple[object, ...], Template] = {}
+
+    def check(self) -> None:
+        """Raise SpecError for what the operators do not do."""
+        _check(self.context)
+
+    def sharding(self, issue: Builder, stage: Stage) -> Shards | FlatUnits:
+        """What gathers parameters and reduces gradients."""
+        return Shards(self.context, issue, stage)
+
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries | PairBoundaries:
+        """What takes inputs of layers to the host."""
+        return Boundaries(self.context, issue, stage, slots, self.kept)
+
+    def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
+        """The end of the step."""
+        Update(self.context, issue, stage).run(reductions)
+
+    def resident(self, stage: Stage) -> tuple[Step, ...]:
+        """What lives through the step."""
+        return stage.resident()
+
+    def is_moe(self, layer: int) -> bool:
+        model = self.context.model
+        return model.is_moe_layer(layer) if layer < model.num_hidden_layers else bool(model.num_local_experts)
+
+    def key(self, layer: int) -> tuple[object, ...]:
+        """Equal for layers that run alike."""
+        model = self.context.model
+        mtp = layer >= model.num_hidden_layers
+        return (model.window(layer) if not mtp else 0, self.is_moe(layer))
+
+    def tape(self, layer: int) -> Tape:
+        """A layer's tape; weight gradients are added into resident buffers."""
+        key = self.key(layer)
+        if key not in self._tapes:
+            c, experts = self.context, self.context.strategy.experts
+            routes: tuple[int, ...] = ()
+            if self.is_moe(layer):
+                routes = tuple(count * experts.tensor for count in c.routes(0))
+            split, once = c.groups["experts"].size > 1, experts.dispatch == "deduplicated"
+            tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
+            if routes and split and c.migration:
+                tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
+            precision = c.strategy.precision
+            if precision.matmul in CAST and not c.stack.sharding.copies:
+                # Transformer Engine keeps the cast copies; torchao, beside torch's FSDP2, the inputs
+                share = DTYPE_BYTES[precision.matmul] / c.b
+                tape = quantized(tape, share, c.strategy.activations.modules)
+            if not c.shards_params:
+                tape = replace(tape, kernels=without_weight_grads(tape.kernels))
+            held = ("y", "u", "routed") if c.stack.host.frames else ()  # variables of the layer's frame
+            kernels = implemented(tape.kernels, c)
+            made = {value.name for kernel in kernels for value in kernel.writes}
+            tape = replace(tape, kernels=kernels, held=tuple(name for name in held if name in made))
+            if c.stack.kernels.ring_blocks == "composed":
+                model, ranks = c.model, c.strategy.attention.sequence
+                shared = model.num_attention_heads / model.num_key_value_heads
+                tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, shared, c.b, c.wide))
+            if 0 < c.strategy.dense.chunk_tokens < c.tokens:
+                kernels = in_slices(tape.kernels, c.tokens, c.strategy.dense.chunk_tokens)
+                tape = replace(tape, kernels=kernels)
+            self._tapes[key] = tape
+        return self._tapes[key]
+
+    def placeholders(self, layers: Iterable[int]) -> int:
+        """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true
+        ones are added
+        into resident buffers: one of each shape (`get_dummy_wgrad`)."""
+        if self.context.shards_params:
+            return 0
+        kernels = [
+            kernel for layer in layers for kernel in self.tape(layer).kernels if kernel.component != "router"
+        ]
+        shapes = {(one.n, one.k) for kernel in kernels for one in kernel.matmuls}
+        return int(sum(n * k for n, k in shapes) * self.context.param)
+
+    def forward(self, layer: int) -> Template:
+        """x -> z, which is new; x stays where the backward wants it."""
+        return self._made(("forward", self.key(layer)), lambda: self._forward(self.tape(layer)))
+
+    def backward(self, layer: int) -> Template:
+        """z's gradient -> x's; x is freed where it stayed. Weight gradients included unless `split`."""
+        return self._made(("backward", self.key(layer)), lambda: self._backward(self.tape(layer)))
+
+    def weights(self, layer: int) -> Template:
+        """Weight gradients that a split backward left."""
+        return self._made(("weights", self.key(layer)), lambda: self._weights(self.tape(layer)))
+
+    def kept(self, layer: int) -> tuple[Step, ...]:
+        """What a layer's forward leaves for its backward beside its input and its output, by category."""
+        tape = self.tape(layer)
+        net = self._net(forward(tape, self._plan(tape)))
+        return tuple((category, size) for category, size in net.items() if size)
+
+    def projection(self, direction: str) -> Template:
+        """The projection before an MTP layer."""
+        tape = mtp_projection(self.context.model, self.shapes)
+        tape = replace(tape, kernels=without_weight_grads(tape.kernels))
+        none = plan(tape, "none", ())
+
+        def make() -> Template:
+            if direction == "forward":
+                return template(forward(tape, none), self.context, "forward")
+            return template(backward(tape, none), self.context, "backward")
+
+        return self._made(("projection", direction), make)
+
+    def loss(self, direction: str) -> Template:
+        """Final norm, projection and cross entropy: the last hidden state is freed, its gradient made."""
+        return self._made(("loss", direction), lambda: loss_template(self.context, direction, self._input))
+
+    def embedding(self) -> Template:
+        """Backward of the embedding: the gradient of the first layer's input is freed."""
+        draft, work = Recorder(self.context.groups), Work("memory_bound", bytes=3.0 * self.context.hidden)
+        draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), self._input)
+        return draft.template()
+
+    @property
+    def left(self) -> tuple[Step, ...]:
+        """What is freed once the embedding's gradient is reduced."""
+        return ()
+
+    @property
+    def _input(self) -> tuple[tuple[str, int], ...]:
+        return (("activations", -self.context.hidden),)
+
+    def _made(self, key: tuple[object, ...], make: Callable[[], Template]) -> Template:
+        if key not in self._templates:
+            self._templates[key] = make()
+        return self._templates[key]
+
+    def _forward(self, tape: Tape) -> Template:
+        gone = () if self._wants_input(tape) else self._input
+        return template(forward(tape, self._plan(tape)), self.context, "forward", gone)
+
+    def _wants_input(self, tape: Tape) -> bool:
+        """Whether anything reads a layer's input in its backward: not where all that a layer keeps is made
+        of it, as a norm that torch composes keeps its copy in fp32. What goes to the host is kept whole."""
+        activations = self.context.strategy.activations
+        away = activations.boundary_tier == "host" or activations.layers_on_host > 0
+        saved = any("x" in kernel.saves for kernel in tape.kernels)
+        return away or saved or activations.recompute != "none" or self.split
+
+    def _backward(self, tape: Tape) -> Template:
+        chosen = self._plan(tape)
+        held = held_for_weights(tape, chosen) if self.split else frozenset()
+        freed = self._input if self._wants_input(tape) else ()
+        played = backward(tape, chosen, held)
+        if self.context.stack.recompute.holds_output and chosen.again:
+            played = _holding(played, (("activations", self.context.hidden),))
+        return template(played, self.context, "backward", freed, self.split)
+
+    def _weights(self, tape: Tape) -> Template:
+        chosen = self._plan(tape)
+        ins = forward(tape, chosen)
+        outs = backward(tape, chosen, held_for_weights(tape, chosen))
+        return weight_grads(tape, self.context, list(self._net((*ins, *outs)).items()))
+
+    def _net(self, played: Iterable[Played]) -> dict[str, int]:
+        """Bytes that are left by category, without the layer's output, which the next layer frees."""
+        net = {"activations": -self.context.hidden}
+        for item in played:
+            for category, size in item.memory:
+                net[category] = net.get(category, 0) + size
+        return net
+
+    def _plan(self, tape: Tape) -> Plan:
+        activations = self.context.strategy.activations
+        # where an exchange is replayed, the checkpoint is not torch's
+        early = self.context.stack.recompute.stops_early and "dispatch" not in activations.kept
+        return plan(tape, activations.recompute, activations.modules, activations.kept, early)
+
+
+def _holding(played: list[Played], made: tuple[Step, ...]) -> list[Played]:
+    """A pass with memory that lives as long as it."""
+    freed = tuple((category, -size) for category, size in made)
+    found = [replace(played[0], memory=(*made, *played[0].memory)), *played[1:]]
+    return [*found[:-1], replace(found[-1], memory=(*found[-1].memory, *freed))]
+
+
+def _check(context: Context) -> None:
+    """Raise SpecError for what only the executor's own schedules do."""
+    strategy = context.strategy
+    attention = strategy.attention
+    require(
+        context.stack.flash or attention.exchange == "ulysses" or attention.sequence == 1,
+        "stack.kernels.attention",
+        context.stack.attention,
+        f"keeps scores, which no program does where attention.exchange is {attention.exchange}",
+    )
+    require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, PAIRS_ONLY)
+    slices = strategy.dense.chunk_tokens
+    require(
+        slices == 0 or slices >= context.tokens or strategy.dense.tensor == 1,
+        "strategy.dense.chunk_tokens",
+        slices,
+        f"needs dense.tensor 1, not {strategy.dense.tensor}",
+    )

@@ -1,0 +1,344 @@
+"""ZeRO-2 and 3: parameters gathered around their use, gradients reduced in every microbatch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from mopsim.graph.tape import Step
+from mopsim.program.builder import Builder, stream_of
+from mopsim.program.context import Context
+from mopsim.program.data_parallel import message_work, reduction
+from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
+from mopsim.program.stage import Stage
+from mopsim.program.template import Hooks, Template
+from mopsim.program.units import Unit
+from mopsim.program.workload import Work
+from mopsim.spec.strategy import Dense, Experts
+
+Ops = tuple[int, ...]
+Memory = tuple[Step, ...]
+
+
+class Shards:
+    """Under ZeRO-3 a unit is gathered `prefetch` layers ahead and freed after use; under 2 and 3 its full
+    gradient is reduced right after its backward.
+
+    With the copies of torch's FSDP2 (`copied`) every parameter group has a life of its own: what is gathered
+    ahead is a buffer, from which the parameters are copied where they are used; a layer's experts are copied
+    out when they run and reduced while the rest of the layer goes backward; one reduction's buffer is on its
+    way at a time (torch.distributed.fsdp._fully_shard).
+
+    each: whether gradients are reduced in every microbatch. made: bytes of gradients that live to the end of
+    the step, by unit.
+    """
+
+    def __init__(self, context: Context, issue: Builder, stage: Stage) -> None:
+        self.c, self.issue, self.stage = context, issue, stage
+        self.zero = context.strategy.dense.zero
+        self.each = self.zero >= 2
+        self.copied = context.stack.sharding.copies and self.each
+        self.ops: list[int] = []
+        self.reduced: set[str] = set()
+        self.made: dict[str, int] = {}
+        self._landed: set[str] = set()
+        self._opened: set[str] = set()
+        self._coming: dict[str, int] = {}
+        self._there: dict[str, int] = {}
+        self._left: Ops = ()
+        self._sent: Ops = ()
+        self._held = self._deferred = 0
+        self._unfinished: list[int] = []
+
+    def before(self, layer: int, phase: str, order: Sequence[int]) -> Ops:
+        """Gathers that a layer waits for; those of the next layers are issued too, once the layer before has
+        run: `prefetch` + 1 layers are full at a time. Full gradients come alive."""
+        ready: Ops = ()
+        units = self.c.layers[layer]
+        if self.c.shards_params:
+            ready = tuple(op for u in units if not self._beside(u) for op in self._wait(u, phase))
+            if phase == "backward":
+                for unit in filter(self._beside, units):  # gathered now, copied out when they run
+                    self._gather(unit, phase, ready or self._left)
+            self.ahead(layer, phase, order)
+        whole = [unit for unit in units if not self._copied(unit)]
+        if self.each and phase == "backward" and whole:
+            memory = [("gathered_grads", self._full_grad(unit)) for unit in whole]
+            room = () if self.copied else tuple(self.ops[-1 - len(memory) : -len(memory)])
+            ready += (self.issue.add("gradients", "compute", "other", phase, (), room, memory),)
+        return ready
+
+    def ahead(self, layer: int, phase: str, order: Sequence[int]) -> None:
+        """Start the gathers of the `prefetch` layers after `layer` (-1: of the first ones), and of the head
+        after the last one."""
+        if not self.c.shards_params:
+            return
+        places = list(order)
+        place = places.index(layer) if layer in places else -1
+        for index in range(place + 1, place + 1 + self.c.strategy.dense.prefetch):
+            if index < len(places):
+                units = self.c.layers[places[index]]
+                for unit in units[::-1] if phase == "backward" and self.copied else units:
+                    self._gather(unit, phase, self._left)
+            elif index == len(places) and phase == "forward" and self.copied and self._has_head:
+                self._gather(self.edge_unit("head"), phase, self._left)
+
+    def start(self, order: Sequence[int]) -> None:
+        """A forward begins: torch's FSDP2 gathers for its first layers beside the embedding."""
+        if self.copied:
+            self.ahead(-1, "forward", order)
+
+    def turn(self, order: Sequence[int]) -> None:
+        """The forward is over: torch's FSDP2 gathers for the backward's first layers beside the loss."""
+        if self.copied:
+            self._free_deferred()
+            self.ahead(-1, "backward", order)
+
+    def beside(self, template: Template, layer: int, phase: str) -> Hooks:
+        """What a layer's parameter groups do while it runs."""
+        if not self.copied:
+            return {}
+        if layer < 0:
+            early = self._has_head and self.c.strategy.vocabulary.loss == "chunked"
+            return {0: (self._begin_loss,)} if early and phase == "forward" else {}
+        found: dict[int, list[Callable[[int], None]]] = {}
+
+        def at(place: int, do: Callable[[int], None]) -> None:
+            found.setdefault(place, []).append(do)
+
+        for unit in filter(self._beside, self.c.layers[layer]):
+            first, last = template.products(phase if phase == "forward" else "recompute")
+            at(max(first, 0), lambda op, unit=unit: self._arrive(unit, phase))  # type: ignore[misc]
+            if phase == "forward":
+                at(last + 1, lambda op, unit=unit: self._release(unit, phase))  # type: ignore[misc]
+                continue
+            at(max(last + 1, 0), lambda op: self._free_deferred())
+            last = template.products("backward")[1]
+            at(last + 1, lambda op, unit=unit: self._reduce(unit, (op,)))  # type: ignore[misc]
+        return found
+
+    def after(self, layer: int, phase: str, ready: Ops = ()) -> None:
+        """The layer has run."""
+        for unit in self.c.layers[layer]:
+            if self._beside(unit):
+                continue
+            self._release(unit, phase, ready)
+            if self.each and phase == "backward":
+                self._reduce(unit, ready)
+
+    def edge(self, name: str, phase: str) -> Ops:
+        """Gathers that the embedding or the head waits for."""
+        if name not in self.c.edges or not self.c.shards_params:
+            return ()
+        return self._wait(self.edge_unit(name), phase)
+
+    def edge_unit(self, name: str) -> Unit:
+        """torch's FSDP2 has final norm and head in one group of parameters."""
+        unit, final = self.c.edges.get(name), self.c.edges["final"]
+        if name != "head" or not self.copied:
+            assert unit is not None
+            return unit
+        if unit is None:
+            return final
+        return replace(unit, numel=unit.numel + final.numel, tensors=unit.tensors + final.tensors)
+
+    def done(self, name: str, phase: str, ready: Ops = ()) -> None:
+        """The embedding or the head has run; its full gradient came and went if this was its backward."""
+        if name not in self.c.edges:
+            return
+        unit = self.edge_unit(name)
+        if self.copied and phase == "backward":
+            self._reduce(unit, ready)
+            return
+        if self.each and phase == "backward":
+            memory: Memory = (("gathered_grads", self._full_grad(unit)),)
+            ready = (self.issue.add("gradients", "compute", unit.component, phase, (), ready, memory),)
+        self._release(unit, phase, ready)
+        if self.each and phase == "backward":
+            self._reduce(unit, ready)
+
+    def begin(self, name: str) -> None:
+        """Before the backward of the embedding."""
+
+    def _begin_loss(self, _: int) -> None:
+        """A chunked loss makes the head's gradient in its forward."""
+        unit = self.edge_unit("head")
+        if unit.name not in self._opened:
+            self._opened.add(unit.name)
+            memory = (("gathered_grads", unit.numel * self.c.b),)
+            self._pass(f"gradients {unit.name}", unit, (), "forward", (), memory)
+
+    @property
+    def _has_head(self) -> bool:
+        return self.stage.is_last and "head" in self.c.edges
+
+    def finish(self) -> Ops:
+        """A microbatch has gone backward: torch's FSDP2 waits for all of its reductions and frees the last
+        buffer."""
+        if not self.copied:
+            return ()
+        memory = (("gathered_grads", -self._held),)
+        done = self.issue.add("reduced", "compute", "other", "backward", (), self._unfinished, memory)
+        self._held, self._sent = 0, ()
+        self._unfinished.clear()
+        return (done,)
+
+    def _gather(self, unit: Unit, phase: str, room: Sequence[int]) -> None:
+        """Start an all-gather: a prefetch, or the unit's own."""
+        group, away = self.c.groups[unit.group], self._place(unit).param_tier == "host"
+        copied = self._copied(unit)
+        if unit.name in self._coming or unit.name in self._there:
+            return
+        if group.size == 1 and not away and not copied:
+            return
+        shard, size = unit.shard_numel * self.c.param, unit.padded * self.c.b
+        if away:
+            whole = group.size == 1 and not copied
+            room = (self._copy(unit, "h2d", shard, phase, room, (("gathered", size),) if whole else ()),)
+        if group.size == 1:
+            self._coming[unit.name] = room[0] if room else -1
+            return
+        memory: Memory = (("gathered", size),)
+        if copied:
+            cast = unit.shard_numel * self.c.b if self.c.param != self.c.b else 0
+            alive = max(cast, shard if away else 0)
+            memory = (("gathered", size), ("gathered", alive), ("gathered", -alive))
+            work = (gather_copy(self.c, unit),)
+            room, memory = (self._pass(f"copy in {unit.name}", unit, work, phase, room, memory),), ()
+        sent = (Work("all_gather", bytes=float(size), group=group),)
+        self._coming[unit.name] = self.issue.add(
+            f"gather {unit.name}", stream_of(group), self._component(unit), phase, sent, room, memory,
+            layer=unit.layer,
+        )  # fmt: skip
+
+    def _wait(self, unit: Unit, phase: str) -> Ops:
+        """What a unit's users wait for; of FSDP2's, its copy-out."""
+        self._gather(unit, phase, self._left)
+        if unit.name in self._coming:
+            op = self._coming.pop(unit.name)
+            self._there[unit.name] = self._out(unit, phase, op) if self._copied(unit) else op
+        return (self._there[unit.name],) if unit.name in self._there else ()
+
+    def _arrive(self, unit: Unit, phase: str) -> None:
+        self._wait(unit, phase)
+
+    def _out(self, unit: Unit, phase: str, op: int) -> int:
+        """What has arrived becomes parameters; of a shard that is whole, casts. Offloaded shards are sent
+        from a stream of their own, for which the buffer outlives the forward's copy-out until the next one,
+        or until the root's forward ends (`all_gather_state`); experts that are recomputed are a root."""
+        alone = self.c.groups[unit.group].size == 1
+        size = unit.padded * self.c.b
+        memory = [size, unit.largest * self.c.b, -unit.largest * self.c.b] if alone else [size, -size]
+        if not alone and self._place(unit).param_tier == "host":
+            recomputed = self.c.strategy.activations.recompute == "full" and self._beside(unit)
+            if phase == "forward" or recomputed:
+                memory, self._deferred = [-self._deferred, size], size
+        deps, work = (op,) if op >= 0 else (), (gathered_copy(self.c, unit),)
+        steps = tuple(("gathered", step) for step in memory)
+        return self._pass(f"copy out {unit.name}", unit, work, phase, deps, steps)
+
+    def _free_deferred(self) -> None:
+        if self._deferred:
+            memory, self._deferred = (("gathered", -self._deferred),), 0
+            self.issue.add("buffer freed", "compute", "other", "forward", (), (), memory)
+
+    def _beside(self, unit: Unit) -> bool:
+        """Whether it is a group of parameters inside of another's module."""
+        return unit.component == "experts" and self._copied(unit)
+
+    def _component(self, unit: Unit) -> str:
+        """What its exchanges are booked on: those of torch's FSDP2 like its copies."""
+        return "other" if self._copied(unit) else unit.component
+
+    def _copied(self, unit: Unit) -> bool:
+        """Whether torch's FSDP2 holds it, which copies it."""
+        plain = self.c.stack.plain_experts(self.c.strategy)
+        return self.copied and not (unit.component == "experts" and plain)
+
+    def _pass(
+        self,
+        name: str,
+        unit: Unit,
+        work: Sequence[Work],
+        phase: str,
+        deps: Sequence[int],
+        memory: Memory = (),
+    ) -> int:
+        return self.issue.add(name, "compute", "other", phase, work, deps, memory, layer=unit.layer)
+
+    def _release(self, unit: Unit, phase: str, ready: Ops = ()) -> None:
+        """Full parameters are freed, where they are."""
+        root = unit.layer < 0 and unit.name != "embedding" and self.c.stack.sharding.fsdp
+        if phase == "forward" and (root or not self.c.reshards):
+            return  # FSDP's root is gathered once a microbatch
+        if self._there.pop(unit.name, None) is None:
+            return
+        memory = (("gathered", -unit.padded * self.c.b),)
+        name = f"release {unit.name}"
+        self._left = (self.issue.add(name, "compute", unit.component, phase, (), ready, memory),)
+
+    def _reduce(self, unit: Unit, ready: Ops) -> None:
+        """The full gradient is summed into the shard's."""
+        part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
+        last = self._sent_off(unit, part, ready) if copied else ready
+        for message in reduction(self.c, [unit]):
+            name, work = f"reduce {unit.name}", message_work(message)
+            stream, part_of = stream_of(message[2]), self._component(unit)
+            last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)
+            self._sent = self._sent or last
+        kept = self._kept_grad(unit, part)
+        left = () if copied else (*kept, ("gathered_grads", -self._full_grad(unit)))
+        if self._place(unit).grad_tier == "host":
+            done = self._copy(unit, "d2h", part, "backward", last, (*left, *self._landing(unit)))
+        else:
+            work = () if kept else (Work("memory_bound", bytes=3.0 * part),)
+            stream = self.issue.ops[last[0]].stream if last else "compute"
+            part_of = self._component(unit)
+            done = self.issue.add(f"accumulate {unit.name}", stream, part_of, "backward", work, last, left)
+        if copied and not kept:  # added to what is there already, or to what is on the host
+            self.issue.hold((("grads", -part),))
+        self.ops.append(done)
+        self._unfinished.append(done)
+
+    def _sent_off(self, unit: Unit, part: int, ready: Ops) -> Ops:
+        """FSDP2's full gradient becomes the buffer that is reduced; that of the reduction before is freed
+        once it is sent (reduce_scatter_max_input_buffers)."""
+        self._release(unit, "backward", ready)
+        full, size = unit.numel * self.c.b, unit.padded * self.c.reduce
+        opened = 0 if unit.name in self._opened else full
+        memory = [("gathered_grads", step) for step in (opened, -self._held, size, -full)]
+        work, name = (reduce_copy(self.c, unit),), f"copy in {unit.name}"
+        op = self._pass(name, unit, work, "backward", (*ready, *self._sent), (*memory, ("grads", part)))
+        self._opened.discard(unit.name)
+        self._sent, self._held = (), size
+        return (op,)
+
+    def _landing(self, unit: Unit) -> Memory:
+        """FSDP2's gradient arrives in a buffer of its own, and is added to that of another microbatch."""
+        if not self._copied(unit) or unit.name not in self._landed:
+            self._landed.add(unit.name)
+            return ()
+        piece = -(-unit.largest // unit.shard) * self.c.reduce
+        return (("host/grads", piece), ("host/grads", -piece))
+
+    def _full_grad(self, unit: Unit) -> int:
+        """Bytes of a unit's whole gradient before it is reduced; a whole one that stays is the unit's own."""
+        own = unit.shard == 1 and self.stage.frees_gradients and self.c.grad == self.c.b
+        return 0 if own else unit.padded * self.c.grad
+
+    def _kept_grad(self, unit: Unit, size: int) -> Memory:
+        """The gradient shard, where the first backward makes it."""
+        if unit.name in self.made or not self.stage.frees_gradients:
+            return ()
+        self.made[unit.name] = size
+        return (("grads", size),)
+
+    def _place(self, unit: Unit) -> Dense | Experts:
+        strategy = self.c.strategy
+        return strategy.experts if unit.component == "experts" else strategy.dense
+
+    def _copy(
+        self, unit: Unit, way: str, size: int, phase: str, deps: Sequence[int], memory: Sequence[Step] = ()
+    ) -> int:
+        """A shard between the host and the device."""
+        work = (Work(way, bytes=float(size), launches=4),)
+        name = f"{'upload' if way == 'h2d' else 'download'} {unit.name}"
+        return self.issue.add(name, way, unit.component, phase, work, deps, memory, layer=unit.layer)

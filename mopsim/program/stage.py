@@ -1,0 +1,143 @@
+"""What one pipeline stage holds: layers by model chunk, edges, units, and what is resident."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.tape import Step
+from mopsim.program.composed import Gap, alike, composable, compose
+from mopsim.program.context import Context
+from mopsim.program.units import Unit
+from mopsim.spec.layout import stage_layers
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Stage `index` of `degree`. Model chunk v of it is part v * degree + index of the network.
+
+    alike: equal for layers that run alike; without it every layer is played."""
+
+    context: Context
+    index: int
+    alike: Callable[[int], Hashable] | None = None
+
+    @property
+    def degree(self) -> int:
+        return self.context.strategy.pipeline.degree
+
+    @property
+    def virtual(self) -> int:
+        return self.context.strategy.pipeline.virtual_stages
+
+    @cached_property
+    def played(self) -> tuple[list[list[int]], tuple[Gap, ...]]:
+        """Layers of each model chunk that are played, and the gaps between them."""
+        if self.alike is None or not composable(self.context):
+            return self.every, ()
+        (layers,) = self.every
+        kinds = [alike(self.context, layer, self.alike(layer)) for layer in layers]
+        shown, gaps = compose(layers, kinds, max(1, self.context.strategy.dense.prefetch))
+        return [shown], gaps
+
+    @property
+    def chunks(self) -> list[list[int]]:
+        """Decoder layers of each model chunk that are played."""
+        return self.played[0]
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        return self.played[1]
+
+    @cached_property
+    def every(self) -> list[list[int]]:
+        """Decoder layers of each model chunk."""
+        layers, given = self.context.model.num_hidden_layers, self.context.strategy.pipeline.layers
+        return stage_layers(layers, self.degree, self.virtual, self.index, given)
+
+    @property
+    def extra(self) -> range:
+        """MTP layers, which live beside the loss."""
+        model = self.context.model
+        first = model.num_hidden_layers
+        return range(first, first + model.num_nextn_predict_layers) if self.is_last else range(0)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.degree - 1
+
+    def part(self, chunk: int) -> int:
+        """Place of a model chunk in the network."""
+        return chunk * self.degree + self.index
+
+    @property
+    def parts(self) -> int:
+        return self.degree * self.virtual
+
+    @cached_property
+    def shares_embedding(self) -> bool:
+        """Whether first and last stage each hold the embedding: tied to the head, or looked up by MTP
+        layers."""
+        return self.degree > 1 and (
+            "head" not in self.context.edges or self.context.model.num_nextn_predict_layers > 0
+        )
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Units in forward order."""
+        edges, found = self.context.edges, []
+        if self.is_first:
+            found.append(edges["embedding"])
+        for layer in (*(layer for chunk in self.every for layer in chunk), *self.extra):
+            found += self.context.layers[layer]
+        if self.is_last:
+            found.append(edges["final"])
+            if "head" in edges:
+                found.append(edges["head"])
+            if self.shares_embedding:
+                found.append(edges["embedding"])
+        return found
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
+        strategy = self.context.strategy
+        return self.context.stack.sharding.fsdp and strategy.dense.grad_tier == "device"
+
+    def resident(self) -> tuple[Step, ...]:
+        """Parameters, gradients and optimizer state of one rank; batches, rotary tables, balancing biases."""
+        c, strategy = self.context, self.context.strategy
+        precision, zero = strategy.precision, strategy.dense.zero
+        found: list[Step] = []
+        for unit in self.units:
+            place = strategy.experts if unit.component == "experts" else strategy.dense
+            full, shard = unit.padded, unit.shard_numel
+            found.append((_at(place.param_tier, "params"), (shard if c.shards_params else full) * c.param))
+            if not self.frees_gradients:
+                found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
+            state = shard if zero >= 1 else full
+            each = 2 * int(DTYPE_BYTES[precision.moments])
+            each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])
+            away = int(state * each * self.away)
+            found += [("optimizer", state * each - away), ("host/optimizer", away)]
+        model = c.model
+        batches = 2 * 8 * c.shapes.region_tokens * c.training.num_microbatches(strategy)
+        tables = c.training.seq_len // strategy.attention.sequence * model.head_dim
+        tables *= c.b if c.stack.explicit else c.wide
+        found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
+        found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
+        return tuple(step for step in found if step[1])
+
+    @property
+    def away(self) -> float:
+        """Part of the optimizer state that is on the host."""
+        optimizer = self.context.strategy.optimizer
+        return optimizer.host_fraction if optimizer.state_tier == "host" else 0.0
+
+
+def _at(tier: str, category: str) -> str:
+    return f"host/{category}" if tier == "host" else category

@@ -1,0 +1,352 @@
+"""One step of one pipeline stage: slots of the schedule, then reduction, clip, optimizer and gathering."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from mopsim.program.builder import Builder, stream_of
+from mopsim.program.context import Context
+from mopsim.program.data_parallel import gathering, message_work, reduction
+from mopsim.program.offload import Boundaries, PairBoundaries
+from mopsim.program.passes import Passes
+from mopsim.program.pipeline import Slot, order, warm_up
+from mopsim.program.stage import Stage
+from mopsim.program.template import Hooks
+from mopsim.program.units import Unit
+from mopsim.program.workload import Program, Repeat, Work
+
+Ops = tuple[int, ...]
+
+
+class StageStep:
+    """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
+    g`."""
+
+    boundaries: Boundaries | PairBoundaries
+
+    def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
+        self.c, self.passes = context, passes
+        self.stage = Stage(context, index, passes.key if compose else None)
+        self.visits: list[int] = []
+        self.repeats: list[Repeat] = []
+        self.stands_for: Counter[str] = Counter()
+        self.issue = Builder(context.groups)
+        self.shards = passes.sharding(self.issue, self.stage)
+        self.overlap = context.strategy.overlap
+        self.after: Ops = ()
+        self.arriving: dict[str, int] = {}
+        self.unsent: list[tuple[str, int, int, Ops]] | None = None
+        self.gathered: dict[str, Ops] = {}
+        self.reductions: list[int] = []
+
+    def program(self, microbatches: int) -> Program:
+        """A step of `microbatches` microbatches."""
+        p = self.c.strategy.pipeline
+        pairs = bool(self.overlap.experts) and not self.shards.each and p.schedule != "zero_bubble"
+        slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
+        first = warm_up(p.degree, p.virtual_stages, self.stage.index, int(pairs))
+        paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
+        self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
+        self._gather_updated()
+        left = self._left(slots)
+        place = 0
+        while place < len(slots):
+            if paired and [slot[0] for slot in slots[place : place + 2]] == ["forward", "backward"]:
+                self._pair(slots[place], slots[place + 1], left, pairs)
+                place += 2
+            else:
+                self._slot(slots[place], left)
+                place += 1
+        self.issue.microbatch = -1
+        self._reduce_rest()
+        self.passes.update(self.issue, self.stage, self.reductions)
+        freed = self.stands_for
+        freed.update({"grads": sum(self.shards.made.values())})
+        if memory := [(category, -size) for category, size in freed.items() if size]:
+            self.issue.add("gradients freed", "compute", "optimizer", "optimizer", (), (), memory)
+        self.issue.flush("optimizer", "optimizer")
+        layers = [layer for chunk in self.stage.chunks for layer in chunk]
+        extra = (
+            ("framework", self.passes.placeholders((*layers, *self.stage.extra))),
+            (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
+        )
+        resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
+        ops, ranks = tuple(self.issue.ops), self.c.strategy.stage_ranks
+        return Program(ops, self.stage.index, ranks, resident, repeats=tuple(self.repeats))
+
+    def _slot(self, slot: Slot, left: dict[int, int]) -> None:
+        phase, microbatch, chunk = slot
+        self.issue.microbatch = microbatch
+        if phase == "forward":
+            self._forward(microbatch, chunk)
+            return
+        if phase == "weight_grad":
+            self._weights(microbatch, chunk, left)
+            return
+        final = phase == "backward" and left[chunk] == 1
+        self._backward(microbatch, chunk, final)
+        if phase == "backward":
+            left[chunk] -= 1
+
+    def _pair(self, forward: Slot, backward: Slot, left: dict[int, int], woven: bool) -> None:
+        """A forward and another microbatch's backward. woven: side by side, each computes while the other
+        talks, as DualPipe (arXiv 2412.19437) and Megatron-Core overlap the communication of experts.
+
+        What both need from neighbours and what both leave for them travels together, before and after, unless
+        it overlaps (Megatron-Core's `send_forward_backward_recv_forward_backward`): one after the other, two
+        stages could each wait for what the other has yet to issue.
+        """
+        together = not self.overlap.pipeline
+        if together:
+            self._arrive(forward, backward)
+            self.unsent = []
+        if woven:
+            self.boundaries.ahead(backward[1], self.stage.chunks[backward[2]][::-1])
+        start = len(self.issue.ops)
+        self._slot(forward, left)
+        middle, sent = len(self.issue.ops), self.after
+        if woven:
+            self.after = ()
+        self._slot(backward, left)
+        moved = self.issue.weave(start, middle) if woven else {}
+        if woven:
+            self.after = tuple(moved.get(op, op) for op in (*sent, *self.after))
+            self.reductions = [moved.get(op, op) for op in self.reductions]
+            self.boundaries.moved(moved)
+        unsent, self.unsent = self.unsent or [], None
+        for way, microbatch, part, ready in unsent:
+            self._send(way, microbatch, part, tuple(moved.get(op, op) for op in ready))
+
+    def _arrive(self, *slots: Slot) -> None:
+        """Receives of several slots, issued before the host waits for them all."""
+        needed = []
+        for way, microbatch, chunk in slots:
+            part = self.stage.part(chunk)
+            if part != (0 if way == "forward" else self.stage.parts - 1):
+                needed.append((way, microbatch, part))
+        for place, (way, microbatch, part) in enumerate(needed):
+            self.issue.microbatch = microbatch
+            op = self._posted(way, microbatch, part, place == len(needed) - 1)
+            self.arriving[f"{way} {microbatch} {part}"] = op
+
+    def _left(self, slots: Sequence[Slot]) -> dict[int, int]:
+        """Passes to come that make weight gradients, by chunk."""
+        found: dict[int, int] = {}
+        for phase, _, chunk in slots:
+            if phase in ("backward", "weight_grad"):
+                found[chunk] = found.get(chunk, 0) + 1
+        return found
+
+    def _forward(self, microbatch: int, chunk: int) -> None:
+        c, issue, part = self.c, self.issue, self.stage.part(chunk)
+        ready = self._embed() if part == 0 else self._receive("forward", microbatch, part)
+        for layer in self.stage.chunks[chunk]:
+            self._visit("forward", layer)
+            waits = self.shards.before(layer, "forward", self.stage.chunks[chunk])
+            updated = [op for unit in c.layers[layer] for op in self.gathered.pop(unit.name, ())]
+            self.boundaries.before("forward", microbatch, layer, ready)
+            template = self.passes.forward(layer)
+            beside = self.shards.beside(template, layer, "forward")
+            ready = issue.play(template, layer, (*ready, *waits, *updated), beside)
+            self.boundaries.after(microbatch, layer, ready)
+            self.shards.after(layer, "forward")
+            self._gap("forward", layer)
+        if part < self.stage.parts - 1:
+            self._send("forward", microbatch, part + 1, ready)
+            return
+        for layer in self.stage.extra:  # each predicts from the hidden state before it
+            ready = self._loss(ready)
+            ready = issue.play(self.passes.projection("forward"), layer, ready)
+            template, waits = self.passes.forward(layer), self.shards.before(layer, "forward", [layer])
+            beside = self.shards.beside(template, layer, "forward")
+            ready = issue.play(template, layer, (*ready, *waits), beside)
+            self.shards.after(layer, "forward")
+        self._loss(ready)
+
+    def _loss(self, ready: Ops) -> Ops:
+        """Final norm, projection on the vocabulary and loss of a hidden state."""
+        waits, template = self.shards.edge("head", "forward"), self.passes.loss("forward")
+        return self.issue.play(template, -1, (*ready, *waits), self.shards.beside(template, -1, "forward"))
+
+    def _backward(self, microbatch: int, chunk: int, final: bool) -> None:
+        c, issue, part = self.c, self.issue, self.stage.part(chunk)
+        order = list(reversed(self.stage.chunks[chunk]))
+        if part == self.stage.parts - 1:
+            waits = self.shards.edge("head", "backward")
+            self.shards.turn((*reversed(self.stage.extra), *order))
+            ready = issue.play(self.passes.loss("backward"), -1, waits)
+            self._reduced(ready, "head", final and not self.stage.extra)
+            for layer in reversed(self.stage.extra):
+                ready = self._layer_backward(microbatch, layer, ready, [layer], final)
+                ready = issue.play(self.passes.projection("backward"), layer, ready)
+                # the two gradients of one hidden state are added
+                ready = issue.play(self.passes.loss("backward"), -1, ready)
+                add = (Work("memory_bound", bytes=3.0 * c.hidden),)
+                memory = (("activations", -c.hidden),)
+                ready = (
+                    issue.add("gradients added", "compute", "vocabulary", "backward", add, ready, memory),
+                )
+        else:
+            ready = self._receive("backward", microbatch, part)
+        for layer in order:
+            self._visit("backward", layer)
+            ready = self._layer_backward(microbatch, layer, ready, order, final)
+            self._gap("backward", layer)
+        if part > 0:
+            self._send("backward", microbatch, part - 1, ready)
+            self.after = (*self.after, *self.shards.finish())
+            return
+        self.shards.begin("embedding")
+        ready = issue.play(self.passes.embedding(), -1, ready)
+        self._reduced(ready, "embedding", final)
+        self.after = (*self.after, *self.shards.finish())
+        issue.hold(self.passes.left)
+
+    def _visit(self, phase: str, layer: int) -> None:
+        """A layer begins; what it does may stand for others."""
+        self.visits.append(len(self.issue.ops))
+        self.issue.times = 1 + sum(gap.times for gap in self.stage.gaps if layer in gap.stands_for(phase))
+
+    def _gap(self, phase: str, layer: int) -> None:
+        """The layer is over; layers that are not played may come after it."""
+        self.issue.times = 1
+        for gap in self.stage.gaps:
+            if layer != gap.begins_after(phase):
+                continue
+            period = len(gap.lead)
+            repeat, left = self.issue.repeat(self.visits[-2 * period], self.visits[-period], gap.times)
+            self.repeats.append(repeat)
+            self.stands_for.update(dict(left))
+            if phase == "forward":
+                self.boundaries.repeat(gap.lead, gap.times)
+
+    def _layer_backward(
+        self, microbatch: int, layer: int, ready: Ops, order: Sequence[int], final: bool
+    ) -> Ops:
+        waits = self.shards.before(layer, "backward", order)
+        waits += self.boundaries.before("backward", microbatch, layer, ready)
+        template = self.passes.backward(layer)
+        beside = _merged(
+            self.shards.beside(template, layer, "backward"), self.boundaries.beside(template, layer)
+        )
+        ready = self.issue.play(template, layer, (*ready, *waits), beside)
+        self.shards.after(layer, "backward", ready)
+        if final and self.overlap.grad_reduce and not self.shards.each:
+            self._reduce(self.c.layers[layer], ready)
+        return ready
+
+    def _weights(self, microbatch: int, chunk: int, left: dict[int, int]) -> None:
+        left[chunk] -= 1
+        ready: Ops = ()
+        extra = self.stage.extra if self.stage.part(chunk) == self.stage.parts - 1 else ()
+        for layer in reversed((*self.stage.chunks[chunk], *extra)):
+            self.boundaries.before("weight_grad", microbatch, layer, ready)
+            ready = self.issue.play(self.passes.weights(layer), layer, ())
+            if left[chunk] == 0 and self.overlap.grad_reduce and not self.shards.each:
+                self._reduce(self.c.layers[layer], ready)
+
+    def _embed(self) -> Ops:
+        c = self.c
+        waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
+        self.shards.start(self.stage.chunks[0])
+        size = float(c.shapes.region_tokens * c.model.hidden_size * c.b)
+        work = (Work("memory_bound", bytes=2.0 * size),)
+        memory = (("activations", c.hidden),)
+        ready = self.issue.add(
+            "embedding", "compute", "embedding", "forward", work, (*self.after, *waits), memory
+        )
+        self.after = ()
+        self.shards.done("embedding", "forward")
+        group = c.groups["tensor"]
+        if group.size == 1:
+            return (ready,)
+        kind = "reduce_scatter" if c.shapes.sequence_parallel else "all_reduce"
+        work = (Work(kind, bytes=size, group=group),)  # partial rows of a split vocabulary
+        return (self.issue.add("embedding", stream_of(group), "embedding", "forward", work, (ready,)),)
+
+    def _receive(self, way: str, microbatch: int, part: int) -> Ops:
+        """An activation or a gradient arrives from a neighbour."""
+        op = self.arriving.pop(f"{way} {microbatch} {part}", None)
+        if op is None:
+            op = self._posted(way, microbatch, part, not self.overlap.pipeline)
+        ready, self.after = (op, *self.after), ()
+        return ready
+
+    def _posted(self, way: str, microbatch: int, part: int, awaited: bool) -> int:
+        """A receive into a new buffer. awaited: Megatron-Core synchronizes the device after an exchange that
+        is not overlapped (`batch_p2p_sync`)."""
+        memory = (("activations", self.c.hidden),)
+        return self.issue.add(
+            f"receive {way}", f"{way}_in", "other", way, self._sent(), (), memory,
+            f"{way} {microbatch} {part}", awaited=awaited,
+        )  # fmt: skip
+
+    def _send(self, way: str, microbatch: int, part: int, ready: Ops) -> None:
+        """To a neighbour, and freed; without overlap, what comes next waits for it."""
+        if self.unsent is not None:
+            self.unsent.append((way, microbatch, part, ready))
+            return
+        self.issue.microbatch = microbatch
+        memory = (("activations", -self.c.hidden),)
+        op = self.issue.add(
+            f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory,
+            f"{way} {microbatch} {part}",
+        )  # fmt: skip
+        if not self.overlap.pipeline:
+            self.after = (*self.after, op)
+
+    def _sent(self) -> tuple[Work, ...]:
+        return (Work("send_recv", bytes=float(self.c.hidden), group=self.c.groups["stage"]),)
+
+    def _reduced(self, ready: Ops, edge: str, final: bool) -> None:
+        """The gradients of an edge are whole: reduced now where that overlaps."""
+        self.shards.done(edge, "backward", ready)
+        if final and self.overlap.grad_reduce and not self.shards.each and edge in self.c.edges:
+            self._reduce([self.c.edges[edge]], ready)
+
+    def _reduce(self, units: Sequence[Unit], ready: Ops) -> None:
+        self.shards.reduced.update(unit.name for unit in units)
+        for message in reduction(self.c, units):
+            op = self.issue.add(
+                "reduce gradients",
+                stream_of(message[2]),
+                message[3],
+                "backward",
+                message_work(message),
+                ready,
+            )
+            self.reductions.append(op)
+
+    def _reduce_rest(self) -> None:
+        """Units whose gradients are not reduced yet, after all passes."""
+        if self.shards.each:
+            self.reductions += self.shards.ops
+            return
+        rest = [unit for unit in self.stage.units if unit.name not in self.shards.reduced]
+        self._reduce(rest, self.issue.tail())
+        if self.stage.shares_embedding and (self.stage.is_first or self.stage.is_last):
+            unit = self.c.edges["embedding"]
+            work = (
+                Work("all_reduce", bytes=float(unit.padded * self.c.reduce), group=self.c.groups["stage"]),
+            )
+            self.reductions.append(
+                self.issue.add(
+                    "shared embedding", "scale_out", "embedding", "backward", work,
+                    tuple(self.reductions), (), "shared embedding",
+                )
+            )  # fmt: skip
+
+    def _gather_updated(self) -> None:
+        """Parameters that the last step updated arrive beside the first forward, in the order of their
+        use."""
+        if not self.overlap.param_gather or self.c.strategy.dense.zero == 0 or self.c.shards_params:
+            return
+        for unit in self.stage.units:
+            self.gathered[unit.name] = tuple(
+                self.issue.add("gather parameters", stream_of(m[2]), m[3], "forward", message_work(m))
+                for m in gathering(self.c, [unit])
+            )
+
+
+def _merged(first: Hooks, second: Hooks) -> Hooks:
+    """Hooks of both, at one place those of the first before the others."""
+    return {place: (*first.get(place, ()), *second.get(place, ())) for place in {**first, **second}}

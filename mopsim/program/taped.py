@@ -1,0 +1,241 @@
+"""Op templates: a played tape as ops whose dependencies are relative, made once and issued for every
+microbatch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mopsim.graph.tape import Kernel, Played, Step, Tape
+from mopsim.program.builder import Recorder, stream_of
+from mopsim.program.context import Context
+from mopsim.program.template import START, Memory, Template
+from mopsim.program.workload import Group, Op, Work, deltas
+from mopsim.program.works import Part, works
+from mopsim.spec.hardware import COLLECTIVES
+
+
+class _Draft(Recorder):
+    """A template being made. ready: what the next piece waits for. split: weight gradients come later."""
+
+    def __init__(self, context: Context, split: bool = False) -> None:
+        super().__init__(context.groups)
+        self.context, self.split = context, split
+        self.ready: tuple[int, ...] = (START,)
+        self.joined: list[Played] = []
+
+    def close(self, back: str) -> None:
+        """Compute kernels gathered so far become one piece."""
+        if not self.joined:
+            return
+        first = self.joined[0]
+        work = tuple(w for item in self.joined for w in works(item.kernel, self.part(item), self.context))
+        memory = [step for item in self.joined for step in item.memory]
+        name, component = first.kernel.name, first.kernel.component
+        self.ready = (self.add(name, "compute", component, _phase(first, back), work, self.ready, memory),)
+        self.joined.clear()
+
+    def end_with(self, memory: Sequence[Step]) -> None:
+        """Memory steps after all others: the last piece's own where everything waits for it."""
+        last = len(self.ops) - 1
+        if self.ready == (last,) and self.ops[last].stream == "compute":
+            self.memory[last] = (*self.memory[last], *memory)
+            peak, net = deltas(self.memory[last])
+            self.ops[last] = replace(self.ops[last], peak=peak, net=net)
+        else:
+            self.ready = (self.add("freed", "compute", "other", "backward", (), self.ready, memory),)
+
+    def await_last(self) -> None:
+        """The host waits for the last piece: how many rows go where decides the sizes of what follows."""
+        if self.ops:
+            self.ops[-1] = replace(self.ops[-1], awaited=True)
+
+    def part(self, item: Played) -> Part:
+        return "forward" if not item.backward else "input_grad" if self.split else "backward"
+
+    def talk(self, item: Played, back: str, deps: tuple[int, ...], memory: Sequence[Step]) -> int:
+        """A collective on its own stream."""
+        part: Part = "backward" if item.backward else "forward"
+        work = works(item.kernel, part, self.context)
+        stream = stream_of(self.context.groups[item.kernel.group])
+        return self.add(
+            item.kernel.name, stream, item.kernel.component, _phase(item, back), work, deps, memory
+        )
+
+
+def _phase(item: Played, back: str) -> str:
+    """back: `backward` in a reverse pass, where kernels that run forward are a recomputation."""
+    return "backward" if item.backward else ("recompute" if back == "backward" else "forward")
+
+
+def template(
+    played: Sequence[Played], context: Context, direction: str, last: Sequence[Step] = (), split: bool = False
+) -> Template:
+    """Ops of a played tape. direction: forward or backward. last: memory steps after all.
+
+    split: without the weight gradients, which `weight_grads` holds.
+
+    Runs of compute kernels of one component are one op; collectives lie on the stream of their fabric.
+    """
+    draft = _Draft(context, split)
+    gathers = {name: item.kernel for item in played for name in _region(item.kernel)}
+    done: set[int] = set()
+    for index, item in enumerate(played):
+        kernel = item.kernel
+        if index in done:
+            continue
+        talks = _talks(item, context)
+        source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
+        if source is not None and context.groups[source.group].size == 1:
+            source = None
+        if talks and _beside(item, context):
+            draft.close(direction)
+            if _leads(item):  # the next product runs on what has arrived
+                moved = draft.talk(item, direction, draft.ready, item.memory)
+                draft.joined.append(played[index + 1])
+                done.add(index + 1)
+                draft.close(direction)
+            else:  # what the product before has made is sent
+                before = draft.ops[draft.ready[0]].deps if draft.ops else (START,)
+                moved = draft.talk(item, direction, before, item.memory)
+            draft.ready = (*draft.ready, moved)
+        elif talks:
+            draft.close(direction)
+            if kernel.name == "dispatch" and not item.backward:
+                draft.await_last()
+            draft.ready = (draft.talk(item, direction, draft.ready, item.memory),)
+        elif source is not None and (partner := _partner(played, index, source, done)):
+            draft.close(direction)
+            done.add(partner)
+            _column(draft, item, played[partner])
+        else:
+            after = played[index + 1] if index + 1 < len(played) else None
+            alone = after is not None and _beside(after, context) and not _leads(after)
+            if draft.joined and (alone or _splits(draft.joined[0], item, direction, context)):
+                draft.close(direction)
+            draft.joined.append(item)
+    draft.close(direction)
+    if last:
+        draft.end_with(last)
+    return draft.template(draft.ready)
+
+
+def followed(
+    first: Template, name: str, component: str, phase: str, work: Sequence[Work], memory: Memory
+) -> Template:
+    """A template with one op of compute after it."""
+    peak, net = deltas(memory)
+    place = len(first.pieces)
+    piece = Op(place, name, "compute", component, phase, -1, tuple(work), first.ends, peak, net)
+    return replace(first, pieces=(*first.pieces, piece), ends=(place,), memory=(*first.memory, memory))
+
+
+def _talks(item: Played, context: Context) -> bool:
+    """Whether this is a collective of several ranks that moves something this way."""
+    kernel = item.kernel
+    back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+    moved = back if item.backward else kernel.bytes
+    return kernel.kind in COLLECTIVES and context.groups.get(kernel.group, Group(1, 1)).size > 1 and moved > 0
+
+
+def _beside(item: Played, context: Context) -> bool:
+    """Whether a collective runs in blocks beside one product: the ring; where told, a region's edges."""
+    tensor = bool(context.strategy.overlap.tensor) and item.kernel.group == "tensor"
+    return _talks(item, context) and (
+        item.kernel.name == "ring" or (tensor and item.kernel.kind != "all_reduce")
+    )
+
+
+def _leads(item: Played) -> bool:
+    """Whether that product comes after the collective: in the forward, or in the backward of a scatter."""
+    return item.backward == (item.kernel.kind == "reduce_scatter")
+
+
+def _region(kernel: Kernel) -> tuple[str, ...]:
+    """What the products of a region read, where the kernel begins one."""
+    if kernel.group not in ("tensor", "expert_tensor"):
+        return ()
+    if kernel.kind == "all_reduce" and not kernel.writes and not kernel.bytes:
+        return kernel.reads
+    return tuple(value.name for value in kernel.writes) if kernel.kind == "all_gather" else ()
+
+
+def _partner(played: Sequence[Played], index: int, source: Kernel, done: set[int]) -> int:
+    """Place of the backward of what begins a product's region; 0 where another product took it already."""
+    found = (i for i in range(index, len(played)) if played[i].kernel is source and played[i].backward)
+    return next((i for i in found if i not in done), 0)
+
+
+def _splits(first: Played, item: Played, direction: str, context: Context) -> bool:
+    """Whether an item begins another op: of another component or phase, or of the routed experts, whose
+    parameters torch's FSDP2 has in a group of their own."""
+    inside = [one.kernel.name.startswith("experts_") for one in (first, item)]
+    return (
+        first.kernel.component != item.kernel.component
+        or _phase(first, direction) != _phase(item, direction)
+        or (context.stack.sharding.copies and inside[0] != inside[1])
+    )
+
+
+def _column(draft: _Draft, item: Played, gathered: Played) -> None:
+    """Backward of a product that begins a region: gathered rows are gathered again beside the input gradient,
+    whose sum is scattered, or summed in place, beside the weight gradient (Megatron-Core,
+    LinearWithGradAccumulationAndAsyncCommunication)."""
+    kernel, again = item.kernel, gathered.kernel
+    start = draft.ready
+    size = int(again.bytes)
+    rows = works(again, "forward", draft.context)
+    stream = stream_of(draft.context.groups[again.group])
+    if draft.split:
+        inner = draft.add(
+            kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad",
+            draft.context), start,
+            item.memory,
+        )  # fmt: skip
+        scattered = works(again, "backward", draft.context)
+        down = draft.add(
+            again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
+        )
+        draft.ready = (down,)
+        return
+    ready: tuple[int, ...] = ()
+    if rows:
+        held = [("activations", size)]
+        ready = (draft.add(again.name, stream, kernel.component, "backward", rows, start, held),)
+    made = [step for step in item.memory if step[1] > 0]
+    gone = [step for step in item.memory if step[1] < 0]
+    inner = draft.add(
+        kernel.name,
+        "compute",
+        kernel.component,
+        "backward",
+        works(kernel, "input_grad", draft.context),
+        start,
+        made,
+    )
+    scattered = works(again, "backward", draft.context)
+    down = draft.add(
+        again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
+    )  # fmt: skip
+    weights = draft.add(
+        kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context),
+        (*ready, inner), [*gone, *((("activations", -size),) if rows else ())],
+    )  # fmt: skip
+    draft.ready = (weights, down)
+
+
+def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:
+    """The weight gradients of a tape's products; frees the `held` bytes of their operands, by category."""
+    draft = _Draft(context)
+    gathers = {name: kernel for kernel in tape.kernels for name in _region(kernel)}
+    ready: list[int] = [START]
+    for kernel in reversed(tape.kernels):
+        if not kernel.matmuls:
+            continue
+        source = gathers.get(kernel.reads[0])
+        if source is not None and context.groups[source.group].size > 1:
+            stream = stream_of(context.groups[source.group])
+            rows = works(source, "forward", context)
+            ready.append(draft.add(source.name, stream, kernel.component, "backward", rows, (START,), ()))
+    work = tuple(w for kernel in reversed(tape.kernels) for w in works(kernel, "weight_grad", context))
+    memory = [(category, -size) for category, size in held]
+    end = draft.add("weight gradients", "compute", "other", "backward", work, tuple(ready), memory)
+    return draft.template((end,))

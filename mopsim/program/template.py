@@ -1,0 +1,44 @@
+"""Templates: ops recorded once and issued for every layer and microbatch that runs alike."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mopsim.graph.tape import Step
+from mopsim.program.workload import Op
+
+START, EXPERTS = -1, -2
+"""Dependencies of a template's ops: what the template as a whole waits for, and what its experts wait for."""
+Memory = tuple[Step, ...]
+Hooks = Mapping[int, Sequence[Callable[[int], None]]]
+"""What is issued inside a template, by the place that it comes before; it gets the op of the place before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Ops recorded once and issued for every layer and microbatch that runs alike.
+
+    pieces: ops whose deps are places in the template, START or EXPERTS. ends: the pieces that what follows
+    has to wait for. memory: what each piece does, in order. before: what is done before a piece (a place
+    after the last one: after all), where hooks may come between. marks: places by name.
+    """
+
+    pieces: tuple[Op, ...]
+    ends: tuple[int, ...]
+    memory: tuple[Memory, ...]
+    before: Mapping[int, Memory]
+    marks: Mapping[str, int]
+
+    def products(self, phase: str) -> tuple[int, int]:
+        """First and last place of a phase with products of experts, -1 without."""
+        found = [
+            place
+            for place, piece in enumerate(self.pieces)
+            if piece.phase == phase and any(work.kind == "grouped_matmul" for work in piece.work)
+        ]
+        return (found[0], found[-1]) if found else (-1, -1)
+
+    @property
+    def backward(self) -> int:
+        """First place that goes backward."""
+        phases = [piece.phase for piece in self.pieces]
+        return phases.index("backward") if "backward" in phases else len(phases)

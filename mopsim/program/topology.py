@@ -1,0 +1,57 @@
+"""Process groups of a strategy as sizes and spans over scale-up domains, from the rank lists of layout.py."""
+
+from collections.abc import Iterable, Sequence
+
+from mopsim.program.workload import Group
+from mopsim.spec.layout import groups, replica_groups, split
+from mopsim.spec.strategy import Strategy
+
+
+def span(ranks: Sequence[int], domain: int, offset: int = 0) -> Group:
+    """The group's size and how many of its ranks share a scale-up domain of `domain` devices: in the domain
+    with the fewest, whose ranks have the most to send outside."""
+    counts: dict[int, int] = {}
+    for rank in ranks:
+        place = (rank + offset) // domain
+        counts[place] = counts.get(place, 0) + 1
+    return Group(len(ranks), min(counts.values()))
+
+
+def worst(all_groups: Iterable[Sequence[int]], domain: int) -> Group:
+    """The group that the others wait for, of groups of one size: the one spread most over the domains."""
+    return min((span(ranks, domain) for ranks in all_groups), key=lambda group: group.intra)
+
+
+def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
+    """Groups by the names that tapes and units use; of each name the one spread most over the domains.
+
+    A job larger than a domain takes as many devices of each, as schedulers place it (64 of 72 for 256 ranks).
+    """
+    ranks, s = strategy.stage_ranks, strategy
+    domain = next(size for size in range(min(domain, s.world_size), 0, -1) if s.world_size % size == 0)
+    tensor, expert_tensor = s.dense.tensor, s.experts.tensor
+    sequences = groups(ranks, s.attention.sequence * tensor, s.attention.order)
+    experts = groups(ranks, s.experts.degree * expert_tensor, s.experts.order)
+    holders = replica_groups(ranks, s.experts.degree * expert_tensor, s.experts.order)
+    dense = range(0, ranks, tensor)
+    expert_copies = [copy for group in holders for copy in split(group, s.experts.shard)]
+    expert_same = [group[place :: s.experts.shard] for group in holders for place in range(s.experts.shard)]
+    ring = worst(groups(ranks, s.vocabulary.degree, s.vocabulary.order), domain)
+    found = {
+        "world": span(range(ranks), domain),
+        "sequence": worst((group[::tensor] for group in sequences), domain),
+        "tensor": worst(split(range(ranks), tensor), domain),
+        "experts": worst((group[::expert_tensor] for group in experts), domain),
+        "expert_tensor": worst((group[:expert_tensor] for group in experts), domain),
+        "vocabulary": ring,
+        "ring": ring,
+        "vocabulary_shard": worst(replica_groups(ranks, s.vocabulary.degree, s.vocabulary.order), domain),
+        "dense_shard": worst(split(dense, s.dense.shard), domain),
+        "dense_replicas": worst(
+            (dense[i :: s.dense.shard] for i in range(min(s.dense.shard, len(dense)))), domain
+        ),
+        "expert_shard": worst(expert_copies, domain),
+        "expert_replicas": worst(expert_same, domain),
+    }
+    found["stage"] = Group(2, 2 if ranks < domain and ranks * s.pipeline.degree <= domain else 1)
+    return found

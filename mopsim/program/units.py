@@ -1,0 +1,110 @@
+"""Units: the parameters that are gathered and reduced together, and how each is sharded."""
+
+from dataclasses import dataclass
+
+from mopsim.graph.tensors import Tensor, tensors
+from mopsim.spec.layout import ceil_div, shard_numel
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
+    copies: ranks that hold one.
+
+    tensors: parameters that it consists of.
+    group: name of the shard's process group; replicas: name of the group over which copies beyond `shard`
+    are reduced.
+    """
+
+    name: str
+    component: str
+    layer: int
+    numel: int
+    shard: int
+    copies: int
+    group: str
+    replicas: str
+    largest: int = 0
+    tensors: int = 1
+
+    @property
+    def shard_numel(self) -> int:
+        return shard_numel(self.numel, self.shard)
+
+    @property
+    def padded(self) -> int:
+        return self.shard_numel * self.shard
+
+
+def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
+    """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts."""
+    mine = [tensor for tensor in tensors(model) if tensor.layer == layer]
+    dense, routed = [t for t in mine if not t.routed], [t for t in mine if t.routed]
+    found = [_dense(model, strategy, f"layers.{layer}.dense", "attention", layer, dense)]
+    if routed:
+        split = strategy.experts.degree * strategy.experts.tensor
+        found.append(
+            Unit(
+                f"layers.{layer}.experts",
+                "experts",
+                layer,
+                sum(t.numel for t in routed) // split,
+                strategy.experts.shard,
+                strategy.expert_replicas,
+                "expert_shard",
+                "expert_replicas",
+                max(t.numel for t in routed) // split,
+                len(routed),
+            )
+        )
+    return found
+
+
+def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
+    """Units outside the layers: embedding, final norm, head (absent when tied)."""
+    by_name = {tensor.name: tensor for tensor in tensors(model) if tensor.layer < 0}
+    found = {}
+    embedding = [t for name, t in by_name.items() if "embedding" in name]
+    found["embedding"] = _dense(model, strategy, "embedding", "embedding", -1, embedding)
+    final = [t for name, t in by_name.items() if name.startswith("final_norm")]
+    found["final"] = _dense(model, strategy, "final", "vocabulary", -1, final)
+    if "head.weight" in by_name:
+        head, degree = by_name["head.weight"], strategy.vocabulary.degree
+        if strategy.vocabulary.loss == "ring":
+            rows, copies = ceil_div(model.vocab_size, degree), strategy.stage_ranks // degree
+            found["head"] = Unit(
+                "head",
+                "vocabulary",
+                -1,
+                rows * model.hidden_size,
+                copies,
+                copies,
+                "vocabulary_shard",
+                "",
+                rows * model.hidden_size,
+            )
+        else:
+            found["head"] = _dense(model, strategy, "head", "vocabulary", -1, [head])
+    return found
+
+
+def _dense(
+    model: ModelSpec, strategy: Strategy, name: str, component: str, layer: int, mine: list[Tensor]
+) -> Unit:
+    split = strategy.dense.tensor
+    numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
+    copies = strategy.stage_ranks // split
+    return Unit(
+        name,
+        component,
+        layer,
+        numel,
+        strategy.dense.shard,
+        copies,
+        "dense_shard",
+        "dense_replicas",
+        max(t.numel for t in mine) // split,
+        len(mine),
+    )

@@ -1,0 +1,176 @@
+"""The end of a step: global-norm clip, AdamW on the device, by the host or streamed through the device,
+parameters gathered."""
+
+from collections.abc import Sequence
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.program.builder import Builder, stream_of
+from mopsim.program.context import Context
+from mopsim.program.data_parallel import gathering, message_work
+from mopsim.program.fsdp2_copies import update_host
+from mopsim.program.stage import Stage
+from mopsim.program.workload import Work
+from mopsim.spec.layout import optimizer_buckets
+
+_O = "optimizer"
+Bucket = list[tuple[int, int, int]]
+
+
+class Update:
+    """Of a stage whose layers autograd runs. All stages agree on the norm before any updates.
+
+    away: parameters of each unit whose state is on the host; here: of the others.
+    """
+
+    def __init__(self, context: Context, builder: Builder, stage: Stage) -> None:
+        self.c, self.b, self.stage = context, builder, stage
+        strategy = context.strategy
+        self.optimizer, self.dense = strategy.optimizer, strategy.dense
+        self.moment = int(DTYPE_BYTES[strategy.precision.moments])
+        master = strategy.precision.master
+        self.own_master = 0 if master == "param" else int(DTYPE_BYTES[master])
+        self.numels = [u.shard_numel if self.dense.zero >= 1 else u.padded for u in stage.units]
+        self.away = [int(numel * stage.away) for numel in self.numels]
+        self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]
+        self.launches = max(1, len(stage.units) // 8)
+        self.buckets = optimizer_buckets(self.away, self.optimizer.bucket_params)
+
+    def run(self, reductions: Sequence[int]) -> None:
+        """Ops after all gradients (`reductions`) are summed."""
+        last = self._clipped(reductions)
+        if any(self.away):
+            last = self._streamed(last) if self.optimizer.update_on == "device" else self._by_host(last)
+        if any(self.here):
+            last = self._on_device(last)
+        self._over(last)
+
+    def _clipped(self, reductions: Sequence[int]) -> int:
+        b, held = self.b, sum(self.numels)
+        self.width, ready = self._main_gradients(reductions)
+        ready = self._agreed(ready) if self.c.stack.sharding.agreements else ready
+        last = b.compute("norm", _O, _O, -1, [self._passes(held * self.width)], *ready)
+        world, key = self.c.groups["world"], "norm" if self.stage.degree > 1 else ""
+        sums = (Work("all_reduce", bytes=8.0, group=world),) if world.size > 1 else ()
+        agreed = b.add("norm", stream_of(world), _O, _O, sums, (last,), (), key, awaited=True)
+        return b.compute("clip", _O, _O, -1, [self._passes(2 * held * self.width)], agreed)
+
+    def _main_gradients(self, reductions: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """Gradients as the update on the device reads them: (bytes of one, what the norm waits for).
+
+        Narrow ones are copied to fp32 (`_copy_model_grads_to_main_grads`); those of a scaled fp16 loss are
+        divided by the scale and searched for inf and nan, whose count the host reads
+        (`_unscale_main_grads_and_check_for_nan`).
+        """
+        c, b, held = self.c, self.b, sum(self.here)
+        ready = (*reductions, *b.tail())
+        if not self._master or not held:
+            return c.grad, ready
+        if c.grad < c.wide:
+            work, memory = (self._passes(held * (c.grad + c.wide)),), (("grads", held * c.wide),)
+            ready = (b.add("main gradients", "compute", _O, _O, work, ready, memory),)
+        if c.strategy.precision.compute == "float16":
+            work = (self._passes(2 * held * c.wide),)
+            ready = (b.add("unscale", "compute", _O, _O, work, ready, awaited=True),)
+        return max(c.grad, c.wide), ready
+
+    def _agreed(self, ready: tuple[int, ...]) -> tuple[int, ...]:
+        """What all ranks sum beside gradients (see Sharding.agreements)."""
+        world, model = self.c.groups["world"], self.c.model
+        if world.size > 1:
+            for size in [8.0] + [4.0 * model.num_local_experts] * model.num_moe_layers:
+                work = (Work("all_reduce", bytes=size, group=world),)
+                ready = (self.b.add("agree", stream_of(world), _O, _O, work, ready),)
+        return ready
+
+    @property
+    def _master(self) -> int:
+        """Bytes of a master weight beside the parameter, which a program without torch's fully_shard casts
+        back in a kernel of its own (Megatron-LM, Float16OptimizerWithFloat16Params and DistributedOptimizer,
+        `_copy_main_params_to_model_params`)."""
+        return 0 if self.c.stack.sharding.fsdp else self.own_master
+
+    def _passes(self, size: float) -> Work:
+        return Work("memory_bound", bytes=float(size), launches=self.launches)
+
+    def _on_device(self, last: int) -> int:
+        c, b, params = self.c, self.b, sum(self.here)
+        host = update_host(c, self.stage.units, 3 * self.launches)
+        work = Work("optimizer", params=float(params), launches=self.launches, host=host)
+        last = b.compute("adamw", _O, _O, -1, [work], last)
+        if self._master:
+            memory = (("grads", -params * c.wide),) if self.width > c.grad else ()
+            cast = (self._passes(params * (self._master + c.param)),)
+            last = b.add("parameters cast", "compute", _O, _O, cast, (last,), memory)
+        return last
+
+    def _over(self, last: int) -> None:
+        """Parameters are whole again, gradients zero."""
+        c, b, zero = self.c, self.b, self.dense.zero
+        if zero and not c.shards_params and not c.strategy.overlap.param_gather:
+            for message in gathering(c, self.stage.units):
+                stream = stream_of(message[2])
+                last = b.add("gather parameters", stream, _O, _O, message_work(message), (last,))
+        if not self.stage.frees_gradients:
+            full = sum(u.shard_numel if zero >= 2 else u.padded for u in self.stage.units)
+            b.compute("gradients zeroed", _O, _O, -1, [self._passes(full * c.grad)], last)
+
+    def _adam(self, bucket: Bucket) -> list[Work]:
+        """One bucket on the device; what comes and goes is spiked."""
+        return [Work("optimizer", params=float(_size(bucket)))]
+
+    def _streamed(self, last: int) -> int:
+        """H2D master, moments and gradients that are on the host | update | D2H, through `slots` slots."""
+        b, sizes = self.b, [_size(bucket) for bucket in self.buckets]
+        slots, count = min(self.optimizer.slots, len(sizes)), len(sizes)
+        each = 2 * self.moment + self.own_master
+        up_each = each + (self.c.grad if self.dense.grad_tier == "host" else 0)
+        b.make("slots", slots * max(sizes) * up_each, "staging")
+        free = [b.compute("slots", _O, _O, -1, [], last)] * slots
+        up: dict[int, int] = {}
+        for index, bucket in enumerate(self.buckets):
+            for ahead in range(index, min(index + min(slots, 2), count)):
+                if ahead not in up:
+                    work = self._copy("h2d", sizes[ahead] * up_each, len(self.buckets[ahead]))
+                    deps = (free[ahead % slots],)
+                    up[ahead] = b.add(f"state {ahead} up", "h2d", _O, _O, work, deps)
+            done = b.compute(f"adamw {index}", _O, _O, -1, self._adam(bucket), up[index])
+            work = self._copy("d2h", sizes[index] * each, len(bucket))
+            free[index % slots] = b.add(f"state {index} down", "d2h", _O, _O, work, (done,))
+        last = b.compute("slots freed", _O, _O, -1, [], *free)
+        b.drop("slots")
+        return last
+
+    def _copy(self, way: str, size: float, pieces: int) -> tuple[Work, ...]:
+        launches = pieces * (2 + bool(self.own_master))
+        return (Work(way, bytes=float(size), launches=launches, duplex=True),)
+
+    def _by_host(self, last: int) -> int:
+        """Gradients down one bucket ahead, AdamW on the host, parameters up; less what lives on the host."""
+        b, buckets = self.b, self._host_buckets()
+        down, before = [self._send(buckets[0], last)], last
+        for index, bucket in enumerate(buckets):
+            if index + 1 < len(buckets):
+                down.append(self._send(buckets[index + 1], last))
+            size = _size(bucket)
+            work = (Work("host_optimizer", params=size, launches=len(bucket)),)
+            deps = (down[index], last if last != before else None)
+            last = b.add(f"host adamw {index}", "host", _O, _O, work, deps)
+            if self.dense.param_tier == "device":
+                work = (Work("h2d", bytes=float(size * self.c.param), launches=len(bucket)),)
+                last = b.add(f"parameters {index} up", "h2d", _O, _O, work, (last,))
+        return b.compute("updated", _O, _O, -1, [], last)
+
+    def _host_buckets(self) -> list[Bucket]:
+        """What goes down at a time: all."""
+        return [[(0, 0, sum(self.away))]]
+
+    def _send(self, bucket: Bucket, after: int) -> int:
+        """Gradients of a bucket go down."""
+        if self.dense.grad_tier == "host":
+            return after
+        work = (Work("d2h", bytes=float(_size(bucket) * self.c.grad)),)
+        return self.b.add("gradients to host", "d2h", _O, _O, work, (after,))
+
+
+def _size(bucket: Bucket) -> int:
+    return sum(stop - start for _, start, stop in bucket)

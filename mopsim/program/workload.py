@@ -1,0 +1,192 @@
+"""Workload: programs of ops, one program per rank class, each op with stream, work, dependencies and
+memory."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from mopsim.graph.tape import Step
+from mopsim.spec.categories import CATEGORIES
+from mopsim.spec.stack import Stack
+
+STREAMS = ("compute", "scale_up", "scale_out", "h2d", "d2h", "host")
+SLOTS = (*CATEGORIES, *(f"host/{category}" for category in CATEGORIES))
+"""Ledger slots: a category on the device, or `host/` and a category on the host."""
+SLOT = {name: index for index, name in enumerate(SLOTS)}
+NUM_DEVICE_SLOTS = len(CATEGORIES)
+
+Deltas = tuple[tuple[int, int], ...]
+"""(slot, bytes) changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
+
+    choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
+    chooses where the busiest rank gets more than the mean; 0: all travel.
+    """
+
+    size: int
+    intra: int
+    choices: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One kernel, transfer or collective. Which fields count depends on `kind` (see mopsim.cost).
+
+    m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full
+    buffer), or transfer. params: of an optimizer update. launches: kernels started for it, one after the
+    other; 0: products of a group that another Work starts. calls: what the host starts for it where that
+    differs (kernels side by side). host: what the host does for it besides starting it, in kernels' worth
+    (mopsim.graph.host_costs). group: ranks of a collective.
+    drops: attention draws a dropout mask inside its kernel.
+    indexed: rows are read or written by index. duplex: a transfer beside another the other way, with which it
+    shares host DRAM.
+    """
+
+    kind: str
+    flops: float = 0.0
+    m: float = 0.0
+    n: float = 0.0
+    k: float = 0.0
+    count: float = 1.0
+    bytes: float = 0.0
+    seq: int = 0
+    backward: bool = False
+    drops: bool = False
+    params: float = 0.0
+    launches: int = 1
+    calls: int = 0
+    host: float = 0.0
+    indexed: bool = False
+    duplex: bool = False
+    dtype: str = ""
+    group: Group = Group(1, 1)
+
+    @property
+    def issued(self) -> float:
+        """Kernels, copies or collectives that the host starts for it, and that a timer would count."""
+        if self.calls:
+            return float(self.calls)
+        if self.kind == "grouped_matmul":
+            return float(self.launches)
+        return self.count if self.kind == "matmul" else float(max(self.launches, 1))
+
+
+@lru_cache(maxsize=65536)
+def memory_work(num_bytes: float, launches: int, indexed: bool = False) -> Work:
+    """Memory-bound work; equal work is one object, so that it is priced once."""
+    return Work("memory_bound", bytes=num_bytes, launches=launches, indexed=indexed)
+
+
+@lru_cache(maxsize=65536)
+def collective_work(kind: str, num_bytes: float, group: Group) -> Work:
+    """A collective over `num_bytes`; equal work is one object."""
+    return Work(kind, bytes=num_bytes, group=group)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """What one stream does between two dependencies.
+
+    deps: indices of ops of the same program that must have ended. peak: ledger changes at the op's own
+    height, held while it runs; net: what remains when it ends. rendezvous: key shared with an op of another
+    program; both start together. awaited: the host thread that issues the ops waits for its end before it
+    issues the next one (a copy of counts to the host, a synchronized receive). times: how often the step does
+    this: once for itself, and once for each layer it stands for (mopsim.program.composed).
+    """
+
+    index: int
+    name: str
+    stream: str
+    component: str
+    phase: str
+    layer: int
+    work: tuple[Work, ...]
+    deps: tuple[int, ...] = ()
+    peak: Deltas = ()
+    net: Deltas = ()
+    rendezvous: str = ""
+    microbatch: int = 0
+    awaited: bool = False
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A period of layers that stands for others: ops [before, first) are the period before it, [first,
+    gap) the period; `gap` is the op in whose place it would be repeated `times` times."""
+
+    before: int
+    first: int
+    gap: int
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What one class of ranks does in a step. stage: of the pipeline. multiplicity: ranks of this class.
+    graphs: see Strategy."""
+
+    ops: tuple[Op, ...]
+    stage: int = 0
+    multiplicity: int = 1
+    resident: tuple[Step, ...] = ()
+    graphs: tuple[str, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """All programs of a step. microbatches: in the step; expanded: of them lowered.
+
+    unit: microbatches of one repetition; the rest repeats the `unit` before the last lowered one.
+    exact: the schedule is mopexec's own, which allocates to the byte what is lowered. pinned: see
+    mopsim.program.pinned.rounding. whole: makes the same workload with every layer played, where this
+    one has repeats. stack: the software that the programs are of.
+    """
+
+    programs: tuple[Program, ...]
+    microbatches: int
+    expanded: int
+    model_flops: float
+    guarantee: int = 0
+    unit: int = 1
+    exact: bool = False
+    pinned: dict[str, float] = field(default_factory=lambda: {"other": 1.0})
+    whole: "Callable[[], Workload] | None" = None
+    stack: Stack = field(default_factory=lambda: Stack(name="none"))
+
+
+def first_compute(program: Program, index: int) -> int:
+    """The first op on the compute stream from `index` on."""
+    while program.ops[index].stream != "compute":
+        index += 1
+    return index
+
+
+@lru_cache(maxsize=65536)
+def deltas(memory: tuple[Step, ...]) -> tuple[Deltas, Deltas]:
+    """(changes at the highest device height of a memory script, changes at its end)."""
+    run: dict[int, int] = {}
+    height = top = 0
+    best: dict[int, int] = {}
+    host: dict[int, int] = {}
+    for category, size in memory:
+        slot = SLOT[category]
+        run[slot] = run.get(slot, 0) + size
+        if slot < NUM_DEVICE_SLOTS:
+            height += size
+            if height > top:
+                top, best = height, {s: v for s, v in run.items() if s < NUM_DEVICE_SLOTS}
+        elif run[slot] > host.get(slot, 0):
+            host[slot] = run[slot]
+    peak = {**best, **host}
+    return tuple((s, v) for s, v in peak.items() if v), tuple((s, v) for s, v in run.items() if v)
+
+
+def merge(memory: Iterable[Step]) -> tuple[Step, ...]:
+    """A memory script without empty steps."""
+    return tuple(step for step in memory if step[1])

@@ -1,0 +1,131 @@
+"""Kernel -> work, with the matmul recipe of a strategy."""
+
+from dataclasses import replace
+from typing import Literal
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.rewrites.eager import composed, gradients_stay
+from mopsim.graph.rewrites.quantized import EXACT
+from mopsim.graph.tape import Kernel
+from mopsim.program.context import Context
+from mopsim.program.workload import Group, Work
+from mopsim.spec.hardware import COLLECTIVES
+
+Part = Literal["forward", "backward", "input_grad", "weight_grad"]
+CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
+"""Times that a cast reads its source: fp8 by current scaling first for the largest value; nvfp4 for that, by
+rows, and by columns through a Hadamard transform. 6, 4 and 7 bytes an element; what casts add to products is
+6.1, 4.8 and 7.0 at full bandwidth on B300 (Transformer Engine's GEMM profiling tutorial)."""
+
+
+def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, ...]:
+    """A layer's or the loss's kernels as the program runs them."""
+    model = context.model
+    wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
+    found = composed(kernels, context.stack.composes, context.b, context.wide, wings, layernorm)
+    return gradients_stay(found) if context.stack.sharding.copies else found
+
+
+def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
+    """The work of a kernel's forward, its backward, or one half of its backward."""
+    found = _works(kernel, part, context)
+    fills = context.stack.kernels.fills and found and kernel.kind not in COLLECTIVES
+    return (*found, *_fills(kernel, part, context)) if fills else found
+
+
+def _fills(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
+    """New tensors are written once before the kernel writes them: outputs, their gradients, and weight
+    gradients that are not added where they belong at once."""
+    values = kernel.writes if part == "forward" else tuple(v for v in kernel.writes if v.grad)
+    sizes = [value.bytes for value in values if value.bytes] if part != "weight_grad" else []
+    if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":
+        sizes += [int(one.n * one.k * one.count * context.b) for one in kernel.matmuls]
+    return (Work("memory_bound", bytes=float(sum(sizes)), launches=len(sizes)),) if sizes else ()
+
+
+def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
+    if kernel.kind == "view":
+        return ()
+    if kernel.kind in ("matmul", "grouped_matmul"):
+        return _products(kernel, part, context)
+    if part == "weight_grad":
+        return ()
+    forward = part == "forward"
+    launches = kernel.launches
+    if not forward and kernel.back_launches is not None:
+        launches = kernel.back_launches
+    if kernel.kind == "attention":
+        # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
+        flops, moved = (kernel.flops, kernel.bytes) if forward else (2.5 * kernel.flops, 2 * kernel.bytes)
+        precision = context.strategy.precision
+        dtype = precision.matmul if precision.attention == "matmul" else precision.compute
+        dtype = precision.compute if dtype == "compute" else dtype
+        drops = context.model.dropout > 0 and context.stack.flash
+        return (
+            Work(
+                "attention", flops=flops, seq=kernel.seq, bytes=moved, backward=not forward, dtype=dtype,
+                drops=drops, launches=launches,
+            ),
+        )  # fmt: skip
+    size = kernel.bytes
+    if kernel.kind in COLLECTIVES:
+        if not forward and kernel.back_bytes is not None:
+            size = kernel.back_bytes
+        kind = kernel.kind if forward or not kernel.back_kind else kernel.back_kind
+        group = context.groups.get(kernel.group, Group(1, 1))
+        if not size:
+            return ()
+        if group.choices:  # of the rows that the busiest rank gets: kernel.bytes holds each once a choice
+            group = replace(group, choices=kernel.bytes / context.hidden)
+        if group.size == 1:
+            return ()
+        work = Work(kind, bytes=size, launches=launches, group=group)
+        mapped = kernel.name == "dispatch" and forward and context.mapped
+        return (*_map(context, group), work) if mapped else (work,)
+    if not forward:
+        size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
+    indexed = kernel.indexed and context.stack.kernels.expert_rows == "composed"
+    work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed)
+    return (work,) if size or launches else ()
+
+
+def _map(context: Context, group: Group) -> tuple[Work, ...]:
+    """The choices of all rows of a group, gathered and read (see Kernels.dispatch_map)."""
+    size = float(group.size * context.tokens * context.model.num_local_experts)
+    return (
+        Work("all_gather", bytes=size, group=replace(group, choices=0.0)),
+        Work("memory_bound", bytes=size),
+    )
+
+
+def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
+    precision = context.strategy.precision
+    recipe = precision.compute if precision.matmul == "compute" else precision.matmul
+    eight_bit = kernel.component == "vocabulary" and precision.vocabulary == "matmul"
+    dtype = precision.compute if kernel.component in EXACT and not eight_bit else recipe
+    looped = kernel.kind == "grouped_matmul" and context.looped
+    found = []
+    for place, one in enumerate(kernel.matmuls):
+        launches = int(place == 0 or kernel.kind != "grouped_matmul")
+        shapes = {
+            "forward": (one.m, one.n, one.k),
+            "input_grad": (one.m, one.k, one.n),
+            "weight_grad": (one.k, one.n, one.m),
+        }
+        for name, (m, n, k) in shapes.items():
+            if part == name or (part == "backward" and name != "forward"):
+                calls = int(one.count) if looped else 0
+                work = Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype)
+                found.append(replace(work, calls=calls, launches=launches))
+    if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute] and part != "weight_grad":
+        # inputs (forward) or output gradients (backward) are cast once, by rows and by columns
+        rows = sum(m.m * m.count * (m.k if part == "forward" else m.n) for m in kernel.matmuls)
+        reads = CAST_READS.get(dtype, 1)
+        launches = reads * (sum(int(m.count) for m in kernel.matmuls) if looped else 1)
+        each = reads * DTYPE_BYTES[precision.compute] + 2 * DTYPE_BYTES[dtype]
+        found.append(Work("memory_bound", bytes=rows * each, launches=launches))
+    if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":
+        # each gradient is read, its buffer read and written
+        size = sum(m.n * m.k * m.count for m in kernel.matmuls) * (context.b + 2 * context.grad)
+        found.append(Work("memory_bound", bytes=size, launches=len(kernel.matmuls)))
+    return tuple(found)
