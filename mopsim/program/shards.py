@@ -306,7 +306,8 @@ class Shards:
         opened = 0 if unit.name in self._opened else full
         memory = [("gathered_grads", step) for step in (opened, -self._held, size, -full)]
         work, name = (reduce_copy(self.c, unit),), f"copy in {unit.name}"
-        op = self._pass(name, unit, work, "backward", (*ready, *self._sent), (*memory, ("grads", part)))
+        op = self._pass(name, unit, work, "backward", (*ready, *self._sent), memory)
+        self.issue.hold((("grads", part),))
         self._opened.discard(unit.name)
         self._sent, self._held = (), size
         return (op,)
