@@ -304,7 +304,7 @@ class Shards:
         self._release(unit, "backward", ready)
         full, size = unit.numel * self.c.b, unit.padded * self.c.reduce
         opened = 0 if unit.name in self._opened else full
-        memory = [("gathered_grads", step) for step in (opened, -self._held, size, -full)]
+        memory = tuple(("gathered_grads", step) for step in (opened, -self._held, size, -full))
         work, name = (reduce_copy(self.c, unit),), f"copy in {unit.name}"
         op = self._pass(name, unit, work, "backward", (*ready, *self._sent), memory)
         self.issue.hold((("grads", part),))

@@ -203,7 +203,9 @@ def test_zero_levels_hold_less_and_less() -> None:
     found = []
     for zero in (0, 1, 2, 3):
         strategy = megatron(4)
-        dense = msgspec.structs.replace(strategy.dense, zero=zero, shard=4 if zero else 1)
+        dense = msgspec.structs.replace(
+            strategy.dense, zero=zero, shard=4 if zero else 1, reshard_after_forward=True
+        )
         found.append(play(deep(), with_(strategy, dense=dense), 8).resident_memory)
     assert found == sorted(found, reverse=True)
     assert len(set(found)) == 4
