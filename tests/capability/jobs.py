@@ -75,7 +75,7 @@ def jobs() -> dict[str, Job]:
     found, uneven = {}, replace(TRAINING, routing="70/2")
     for name, (model, strategy) in strategies().items():
         training = uneven if "balanced" in name else TRAINING
-        found[name] = Job(models()[model], strategy, training, load_stack(strategy.stack))
+        found[name] = Job(models()[model], strategy, training, load_stack(strategy.stack)).settled
     return found
 
 
@@ -138,12 +138,12 @@ def variants(base: str, job: Job, nouns: tuple[str, ...]) -> Iterator[Variant]:
                     continue
                 try:
                     new = with_part(job, noun, changed(owner, field, value))
-                    new = named_stack(new) if path == "strategy.stack" else new
+                    new = (named_stack(new) if path == "strategy.stack" else new).settled
                 except MopError:
                     continue
                 row = ROWS[path]
                 acts = row.acts is None or row.acts(job) or row.acts(new)
-                acts = acts and not same_meaning(job, new, path)
+                acts = acts and new != job and not same_meaning(job, new, path)
                 yield Variant(base, path, value, new, acts)
 
 

@@ -63,7 +63,7 @@ def file(job: Job, target: Side) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_a_field_is_written_or_refused_and_never_ignored(name: str) -> None:
     target, strategy = CASES[name]
-    job = Job(load_model("qwen3_30b_a3b"), strategy, TRAINING)
+    job = Job(load_model("qwen3_30b_a3b"), strategy, TRAINING).settled
     base = file(job, target)
     wrong = []
     for variant in variants(name, job, ("strategy", "model", "training")):

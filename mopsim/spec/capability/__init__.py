@@ -3,7 +3,6 @@ export target. Search, executor, simulator and exports read one table: a value i
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from mopsim.common.errors import SpecError
@@ -42,7 +41,7 @@ def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
     """What `by` does not do of a job: first single fields in the table's order, then relations of two."""
     if isinstance(job, Plan):
         job = job_of(job)
-    job = replace(job, strategy=job.software.resolve(job.strategy))
+    job = job.settled
     for path, row in ROWS.items():
         cell = row.cells[by]
         if cell.values is None:

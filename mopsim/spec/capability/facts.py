@@ -1,7 +1,7 @@
 """What the capability table is written in: a job's parts, a cell for each side, a row for each field."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from mopsim.common.errors import SpecError
@@ -41,6 +41,11 @@ class Job:
     def software(self) -> Stack:
         """The stack of the job."""
         return self.stack or load_stack(self.strategy.stack, "strategy.stack")
+
+    @property
+    def settled(self) -> "Job":
+        """The job with what its strategy leaves to the stack filled in."""
+        return replace(self, strategy=self.software.resolve(self.strategy))
 
     @property
     def fsdp(self) -> bool:
