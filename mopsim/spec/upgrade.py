@@ -8,6 +8,8 @@ load.
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec.structs import replace
+
 from mopsim.common.io import Spec, convert, read_yaml, to_plain
 from mopsim.spec.categories import Runtime
 from mopsim.spec.plan import Measurement, Plan
@@ -124,6 +126,8 @@ def _stack(old: _Old) -> Stack:
     eager = words in EAGERS and len(words) == len(set(old.unfused))
     vocabulary, experts = old.vocabulary, old.experts
     copies = "copies" in old.unfused
+    if eager and old.runtime == "fully_shard":
+        return _eager(old)
     found = Stack(
         name="upgraded",
         version="strategy of mop 0.1.0",
@@ -150,5 +154,26 @@ def _stack(old: _Old) -> Stack:
         host=Host(modules="modules" in old.unfused, graphs=old.graphs),
         sources={"kernels": "the fields of a strategy of mop 0.1.0"},
     )
-    shipped = (load_stack(name) for name in ("mopexec-flat", "mopexec-fsdp2"))
-    return next((one for one in shipped if one.behaviour == found.behaviour), found)
+    shipped = load_stack("mopexec-flat")
+    return shipped if shipped.behaviour == found.behaviour else found
+
+
+def _eager(old: _Old) -> Stack:
+    """What mopexec's fully_shard runtime does, with what else the old fields say."""
+    base, vocabulary, experts = load_stack("mopexec-fsdp2"), old.vocabulary, old.experts
+    changes: dict[str, dict[str, Any]] = {
+        "kernels": {
+            "expert_products": "looped" if experts.looped else "grouped",
+            "dispatch_map": experts.mapped,
+        },
+        "sharding": {"experts": not experts.plain},
+        "recompute": {"chunk_inputs": experts.checkpoint},
+        "host": {"modules": "modules" in old.unfused, "graphs": old.graphs},
+    }
+    if vocabulary.fused:
+        changes["kernels"]["loss"] = "upcast" if vocabulary.upcast else "fused"
+    if not old.attention.flash:
+        changes["kernels"]["attention"] = {"default": "scores"}
+    parts = {name: replace(getattr(base, name), **new) for name, new in changes.items()}
+    found = replace(base, **parts)
+    return base if found.behaviour == base.behaviour else replace(found, name="upgraded")
