@@ -5,6 +5,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from mopsim.common.units import LARGEST
+from mopsim.common.working import near_divisors
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES
 from mopsim.spec.model import ModelSpec
 
@@ -42,10 +43,9 @@ def _ranges(s: "Strategy") -> Rules:
 
 def _degrees(s: "Strategy") -> Rules:
     """Each degree divides what it is a view of."""
-    divides = f"does not divide world_size {s.world_size}"
-    yield s.world_size % s.pipeline.degree == 0, "pipeline.degree", divides
+    yield _divides(s.world_size, s.pipeline.degree, "pipeline.degree", f"world_size {s.world_size}")
     ranks = s.stage_ranks
-    of_a_stage = f"does not divide the {ranks} ranks of a stage"
+    stage = f"the {ranks} ranks of a stage"
     for field, degree in (
         ("dense.tensor", s.dense.tensor),
         ("dense.shard", s.dense.shard),
@@ -53,13 +53,19 @@ def _degrees(s: "Strategy") -> Rules:
         ("experts.degree", s.experts.degree),
         ("vocabulary.degree", s.vocabulary.degree),
     ):
-        yield ranks % degree == 0, field, of_a_stage
-    split = s.experts.degree * s.experts.tensor
-    yield ranks % split == 0, "experts.tensor", f"times experts.degree {s.experts.degree} {of_a_stage}"
-    replicas = f"does not divide the {s.expert_replicas} replicas of an expert"
-    yield s.expert_replicas % s.experts.shard == 0, "experts.shard", replicas
+        yield _divides(ranks, degree, field, stage)
+    split, not_split = s.experts.degree * s.experts.tensor, "does not divide"
+    yield ranks % split == 0, "experts.tensor", f"times experts.degree {s.experts.degree} {not_split} {stage}"
+    replicas = s.expert_replicas
+    yield _divides(replicas, s.experts.shard, "experts.shard", f"the {replicas} replicas of an expert")
     split = s.dense.tensor * s.attention.sequence
-    yield ranks % split == 0, "attention.sequence", f"times dense.tensor {s.dense.tensor} {of_a_stage}"
+    yield ranks % split == 0, "attention.sequence", f"times dense.tensor {s.dense.tensor} {not_split} {stage}"
+
+
+def _divides(total: int, degree: int, field: str, what: str) -> tuple[bool, str, str]:
+    """The rule that `degree` divides `total`, which is `what`; broken, it names the nearest that do."""
+    fits = total % degree == 0
+    return fits, field, f"does not divide {what}{'' if fits else near_divisors(total, degree)}"
 
 
 def _state(s: "Strategy") -> Rules:
@@ -113,8 +119,7 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     """Rules of a strategy for one model."""
     experts, heads, layers = model.num_local_experts, model.num_attention_heads, model.num_hidden_layers
     if experts:
-        rule = f"does not divide num_local_experts {experts}"
-        yield experts % s.experts.degree == 0, "experts.degree", rule
+        yield _divides(experts, s.experts.degree, "experts.degree", f"num_local_experts {experts}")
     else:
         yield s.experts.degree == 1, "experts.degree", "must be 1 for a model without experts"
     head = "needs a head of its own, but model.tie_word_embeddings is true"
@@ -125,7 +130,7 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
         yield heads % (s.attention.sequence * tensor) == 0, "attention.sequence", rule
     rows = "must be true where dense.tensor is above 1 for a model with experts"
     yield s.dense.sequence_parallel or tensor == 1 or not experts, "dense.sequence_parallel", rows
-    yield heads % tensor == 0, "dense.tensor", f"does not divide num_attention_heads {heads}"
+    yield _divides(heads, tensor, "dense.tensor", f"num_attention_heads {heads}")
     away = s.activations.layers_on_host
     yield away <= layers, "activations.layers_on_host", f"is more than num_hidden_layers {layers}"
     stages, listed = s.pipeline.degree * s.pipeline.virtual_stages, s.pipeline.layers

@@ -1,7 +1,8 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
-from mopsim.common.errors import require
+from mopsim.common.errors import SpecError, require
 from mopsim.common.io import Spec
+from mopsim.common.working import near_multiples
 from mopsim.spec import routing as profiles
 from mopsim.spec.layout import MOST_CHUNKS, MOST_MICROBATCHES, ceil_div, num_chunks
 from mopsim.spec.model import ModelSpec
@@ -60,12 +61,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the batch or the sequence does not divide over the strategy's ranks."""
         per_step = strategy.micro_batch * strategy.data_groups
-        require(
-            self.global_batch % per_step == 0,
-            "training.global_batch",
-            self.global_batch,
-            f"is not a multiple of micro_batch {strategy.micro_batch} x data groups {strategy.data_groups}",
-        )
+        if self.global_batch % per_step:
+            needed = f"micro_batch {strategy.micro_batch} x data groups {strategy.data_groups}"
+            rule, works = f"is not a multiple of {needed}", near_multiples(self.global_batch, per_step)
+            raise SpecError("training.global_batch", self.global_batch, f"{rule}{works}")
         microbatches = self.num_microbatches(strategy)
         rule = f"makes {microbatches} microbatches, more than {MOST_MICROBATCHES}"
         require(microbatches <= MOST_MICROBATCHES, "training.global_batch", self.global_batch, rule)
@@ -79,13 +78,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         )
         dense = strategy.dense
         split = strategy.attention.sequence * (dense.tensor if dense.sequence_parallel else 1)
-        require(
-            self.seq_len % split == 0,
-            "training.seq_len",
-            self.seq_len,
-            f"is not a multiple of the sequence split {split}",
-        )
-
+        if self.seq_len % split:
+            works = near_multiples(self.seq_len, split)
+            rule = f"is not a multiple of the sequence split {split}{works}"
+            raise SpecError("training.seq_len", self.seq_len, rule)
         self._check_chunks(strategy)
 
     def _check_chunks(self, strategy: Strategy) -> None:

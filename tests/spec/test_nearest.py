@@ -5,8 +5,10 @@ import pytest
 from mopsim.api.inputs import read_families
 from mopsim.common.errors import MopError
 from mopsim.common.nearest import nearest
+from mopsim.common.working import near_divisors, near_multiples
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import list_profiles, load_profile
+from mopsim.spec.strategy import Dense, Strategy
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,15 @@ def test_what_is_near_nothing_lists_what_there_is() -> None:
 def test_families() -> None:
     with pytest.raises(MopError, match=r"family: 'fsdp' is not one of .*; near: fsdp2$"):
         read_families("mop,fsdp", ())
+
+
+def test_a_degree_that_divides_nothing_is_answered_with_those_that_do() -> None:
+    assert near_divisors(8, 3) == "; 2 or 4 will do"
+    assert near_divisors(8, 9) == "; 8 will do"
+    assert near_divisors(2**40 + 15, 2**39) == ""
+    assert near_multiples(50, 16) == "; 48 or 64 will do"
+    assert near_multiples(3, 16) == "; 16 will do"
+    with pytest.raises(
+        MopError, match=r"dense\.shard: 3 does not divide the 8 ranks of a stage; 2 or 4 will"
+    ):
+        Strategy(name="s", world_size=8, dense=Dense(shard=3))
