@@ -11,18 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.cost.compute import matmul_curve
-from mopsim.graph.attention import attention
-from mopsim.graph.experts import experts
-from mopsim.graph.ffn import fused_ffn
+from mopsim.cost.compute import for_heads, matmul_curve
 from mopsim.graph.flops import flops_per_token, layer_kinds
-from mopsim.graph.shapes import Shapes, attention_widths
+from mopsim.graph.shapes import attention_widths
 from mopsim.graph.tensors import tensors
-from mopsim.search.problem import DEVICE, HOST, RING, STREAMED, ULYSSES, Problem, offloaded
+from mopsim.search.layer import Layer
+from mopsim.search.problem import DEVICE, HOST, RING, STREAMED, ULYSSES, offloaded
 from mopsim.search.space import Space
 from mopsim.search.wires import Message, Reals, Wires
 from mopsim.spec.categories import RUNTIMES
-from mopsim.spec.strategy import CAST
 
 BLOCK = 1 << 16
 """Rows bounded at a time: what is in between fits the cache, and little memory."""
@@ -88,30 +85,6 @@ def bounders(space: Space) -> Iterator["Bounder"]:
         yield Bounder(space.part(start, start + BLOCK), sizes)
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that a token's backward wants of a layer: of its attention, of its routed experts, and of a whole
-    layer of the kind that keeps least. 0 where operands are cast: they may be kept as they were cast."""
-
-    attention: float
-    experts: float
-    least: float
-
-    @staticmethod
-    def of(problem: Problem, each: float, fused: bool) -> "Kept":
-        """fused: of the implementation that keeps least, with fused kernels."""
-        model, rows = problem.model, problem.training.seq_len
-        if problem.precision in CAST:
-            return Kept(0.0, 0.0, 0.0)
-        shapes = Shapes(rows, rows, width=int(each), fused=fused)
-        least = min(attention(model, shapes, layer).saved() for layer in range(model.num_hidden_layers))
-        routes, dense = (rows * model.num_experts_per_tok,), float("inf")
-        routed = experts(model, routes, int(each), 4, fused=fused).saved() if model.num_local_experts else 0
-        if model.num_dense_layers:
-            dense = fused_ffn(model, model.intermediate_size, "dense_ffn", shapes).saved()
-        return Kept(least / rows, routed / rows, (least + min(routed or dense, dense)) / rows)
-
-
 class Bounder:
     def __init__(self, space: Space, sizes: Sizes) -> None:
         self.space, self.problem, self.sizes = space, space.problem, sizes
@@ -135,7 +108,7 @@ class Bounder:
             c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
         )
         self.ring = c["loss"] == RING
-        self.kept = Kept.of(self.problem, self.compute, not self.fully_shard)
+        self.layer = Layer.of(self.problem, self.compute, not self.fully_shard)
         layers = self.model.num_hidden_layers
         self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
         """Share of the layer inputs that goes to the host."""
@@ -170,7 +143,7 @@ class Bounder:
         """Bytes of one microbatch on the device that wait for the backward: the layer inputs that do not go
         to the host, or, without recomputation, all that it wants."""
         full = self.inputs()
-        some = full / (self.model.hidden_size * self.compute) * self.kept.least
+        some = full / (self.model.hidden_size * self.compute) * self.layer.least
         stay = np.where(self.c["recompute"] == 1, full, np.maximum(some, full))
         return np.asarray(stay - self.away * full)
 
@@ -178,7 +151,7 @@ class Bounder:
         """Bytes that autograd wants of the last layer at once, where it is recomputed; the flat runtime's own
         backward frees them as it goes."""
         again = (self.c["recompute"] == 1) & self.fully_shard
-        whole = self.kept.attention + self.kept.experts
+        whole = self.layer.attention + self.layer.experts
         return np.asarray(self.tokens / self.c["tensor"] * np.where(again, whole, 0.0))
 
     def moved(self) -> Reals:
@@ -252,7 +225,16 @@ class Bounder:
     def compute_time(self) -> Reals:
         """Products of forward, backward (twice) and recompute at the best rate of the curve, and kernel
         launches, of the mean rank: every degree splits the work of a step over ranks."""
-        return self.work(flops_per_token(self.model, self.problem.training.seq_len)) + self.launches()
+        flops = flops_per_token(self.model, self.problem.training.seq_len)
+        return self.work(flops) + self.passes() + self.launches()
+
+    def passes(self) -> Reals:
+        """Seconds of the memory traffic of kernels that are no products, forward and backward."""
+        training, device = self.problem.training, self.hardware.device
+        share = training.seq_len * training.global_batch / self.problem.world_size
+        traffic = self.model.num_hidden_layers * self.layer.attention_traffic * (1 + self.c["recompute"] / 2)
+        traffic = traffic + self.sizes.moe_layers * self.layer.experts_traffic
+        return np.asarray(share * traffic / device.memory_bandwidth.si * self.scale("memory_bound"))
 
     def slowest_stage(self) -> Reals:
         """`compute_time` of the slowest rank: of a pipeline, the last stage, which has the loss, or the last
@@ -280,12 +262,15 @@ class Bounder:
         again = self.c["recompute"]
         core, experts, head = (flops.get(name, 0.0) for name in ("attention_core", "experts", "vocabulary"))
         rest = sum(flops.values()) - core - experts - head
+        length = training.seq_len
         matmul = (3 + again) * rest + 3 * head
         grouped = (3 + again * 2 / 3) * experts
-        seconds = share * matmul / (curve.peak.si * curve.efficiency) * self.scale("matmul")
-        rate = max(one.peak.si * one.efficiency for one in grouped_curves)
+        rate = curve.peak.si * min(curve.efficiency, curve.held)
+        seconds = share * matmul / rate * self.scale("matmul")
+        rate = max(one.peak.si * min(one.efficiency, one.held) for one in grouped_curves)
         seconds = seconds + share * grouped / rate * self.scale("grouped_matmul")
-        attention = (1 + again) / device.attention.forward + 2.5 / device.attention.backward
+        shape = for_heads(self.hardware, self.model.head_dim).device.attention
+        attention = ((1 + again) / shape.forward + 2.5 / shape.backward) * (length + shape.seq_half) / length
         return np.asarray(seconds + share * core / curve.peak.si * attention * self.scale("attention"))
 
     def launches(self) -> Reals:
