@@ -24,11 +24,12 @@ def run(
     check_outputs({"--json": json}, inputs=read)
     check_outputs({"--out": out, "--json": json}, inputs=dict(list(read.items())[1:]))
     check_output(profile, out)
+    known = load_profile(profile, "profile")
     given = [load_measurement(ref) for ref in measurements]
     if stack:
         software = load_stack(stack, "--stack")
         given = [on_stack(one, software) for one in given]
-    result = calibrate(load_profile(profile, "profile"), given)
+    result = calibrate(known, given)
     io.write_yaml(Path(out), result.profile)
     console = human(json)
     console.print(residuals(result))
