@@ -58,14 +58,16 @@ class Case:
 @dataclass(frozen=True)
 class Point:
     """The best of a contender at one length, or what stops it. result: the best, else the closest that
-    misses; None where no strategy is legal (`why`). small: of the smallest legal step, one sequence for each
-    group of ranks that shares one, as the whole step of the case does not fit."""
+    misses; None where no strategy is legal (`why`). gap: how much faster than it a strategy that the
+    search left out can be at most, as a fraction (0 where nothing fits). small: of the smallest legal step,
+    one sequence for each group of ranks that shares one, as the whole step of the case does not fit."""
 
     seq_len: int
     global_batch: int
     result: SimResult | None
     why: str = ""
     small: bool = False
+    gap: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -259,7 +261,10 @@ def _best(points: Sequence[Point]) -> Point:
     that misses by least."""
     fitting = [point for point in points if point.fits]
     if fitting:
-        return max(fitting, key=lambda one: (not one.small, one.verdict == "fits", one.throughput or 0.0))
+        best = max(fitting, key=lambda one: (not one.small, one.verdict == "fits", one.throughput or 0.0))
+        alike = [one for one in fitting if one.small == best.small and one.throughput]
+        most = max((one.throughput or 0.0) * (1 + one.gap) for one in alike)
+        return replace(best, gap=max(0.0, most / (best.throughput or most) - 1))
     missing = [point for point in points if point.result]
     return min(missing, key=lambda point: point.result.over_bytes if point.result else 0, default=points[0])
 
@@ -276,7 +281,8 @@ def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> 
         problem = case.problem(seq_len, batch)
         found = search(case.model, case.hardware, case.nodes, problem.training, options)
         result = found.best or found.closest
-        point = Point(seq_len, batch, result, "" if result else found.verdict(), small)
+        gap = found.gap if found.best and found.gap else 0.0
+        point = Point(seq_len, batch, result, "" if result else found.verdict(), small, gap)
         yield Found(point, found.top, found.simulated, found.seconds)
 
 

@@ -7,6 +7,7 @@ from mopsim.common import io
 from mopsim.context import Case, Contender, Curve, Point
 from mopsim.report.page import Table
 from mopsim.report.tables import describe
+from mopsim.search.result import format_gap
 
 
 def short(tokens: int) -> str:
@@ -80,7 +81,17 @@ def ends(curves: Mapping[str, Curve]) -> str:
     for curve in curves.values():
         stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
         found.append(f"{curve.contender.label} {reach(curve)}{stop}")
-    return f"Reach: {'; '.join(found)}."
+    return f"Reach: {'; '.join(found)}.{left_out(curves)}"
+
+
+def left_out(curves: Mapping[str, Curve]) -> str:
+    """That the ratios are of searches that were not exhausted, and by how much each may be short."""
+    gaps = {
+        curve.contender.label: max((one.gap for one in curve.points), default=0.0)
+        for curve in curves.values()
+    }
+    short_of = [f"{label} by at most {format_gap(gap)}" for label, gap in gaps.items() if gap]
+    return f" Not exhausted: plans left out may be faster, {', '.join(short_of)}." if short_of else ""
 
 
 def to_json(
@@ -134,6 +145,7 @@ def _point_json(point: Point) -> dict[str, Any]:
         "verdict": point.verdict,
         "stopped_by": point.stopped_by or None,
         "tokens_per_s_per_device": point.throughput,
+        "gap": point.gap,
     }
     if result:
         found |= {
