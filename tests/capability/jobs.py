@@ -8,6 +8,7 @@ import msgspec
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.capability import ROWS, Job, Side, refusals
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
@@ -16,6 +17,9 @@ from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.capability.enumerated import at, changed, leaves, values
 
 replace = msgspec.structs.replace
+HARDWARE = HardwareRef(
+    name="any", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
+)
 TRAINING = TrainSpec(seq_len=64, global_batch=16)
 
 
@@ -99,7 +103,9 @@ class Variant:
 
 def same_meaning(before: Job, after: Job, path: str) -> bool:
     """Whether both values of the field say the same beside the rest of the job."""
-    old, new = before.strategy, after.strategy
+    old, new = decided(before), decided(after)
+    if old == new:
+        return True
     if path in ("strategy.experts.chunk_tokens", "strategy.experts.max_chunks"):
         return before.chunks == after.chunks
     if path == "strategy.pipeline.layers":
@@ -119,6 +125,19 @@ def same_meaning(before: Job, after: Job, path: str) -> bool:
     if path == "strategy.experts.plain":
         return new.expert_replicas == 1
     return False
+
+
+def decided(job: Job) -> Strategy:
+    """The job's strategy with the stack's entries where it leaves them to the stack."""
+    return job.software.resolve(job.strategy)
+
+
+def plan_of(job: Job) -> Plan:
+    """The job as a plan, which leaves nothing to its stack."""
+    assert job.training is not None
+    return Plan(
+        model=job.model, hardware=HARDWARE, strategy=decided(job), training=job.training, stack=job.software
+    )
 
 
 def _even(job: Job) -> int:
@@ -153,7 +172,8 @@ def refusal(variant: Variant, side: Side) -> SpecError | None:
     if refused is not None:
         noun, _, field = refused.field.partition(".")
         assert refused.field in ROWS, variant
-        assert refused.value == at(getattr(variant.job, noun), field), variant
+        owner = decided(variant.job) if noun == "strategy" else getattr(variant.job, noun)
+        assert refused.value == at(owner, field), variant
         assert str(refused).startswith(f"{refused.field}: "), variant
         assert "\n" not in str(refused), variant
     return refused

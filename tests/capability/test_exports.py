@@ -4,16 +4,12 @@ import pytest
 
 from mopsim.export import export
 from mopsim.spec.capability import Job, Side
-from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Overlap, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, zero_offload
-from tests.capability.jobs import refusal, replace, variants
+from tests.capability.jobs import plan_of, refusal, replace, variants
 
-HARDWARE = HardwareRef(
-    name="any", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
-)
 TRAINING = TrainSpec(seq_len=4096, global_batch=64)
 
 
@@ -49,11 +45,7 @@ CASES = said()
 
 def file(job: Job, target: Side) -> str:
     """The file without its remarks: what the target reads."""
-    assert job.training is not None
-    plan = Plan(
-        model=job.model, hardware=HARDWARE, strategy=job.strategy, training=job.training, stack=job.software
-    )
-    text, gaps = export(plan, target)
+    text, gaps = export(plan_of(job), target)
     assert not gaps
     return "\n".join(
         line for line in text.splitlines() if not line.startswith("#") and '"_about"' not in line

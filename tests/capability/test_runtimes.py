@@ -19,12 +19,7 @@ from mopexec.measure.tracker import MemoryTracker
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from mopsim.spec.capability import Job
-from mopsim.spec.plan import HardwareRef, Plan
-from tests.capability.jobs import Variant, jobs, refusal, replace, variants
-
-HARDWARE = HardwareRef(
-    name="any", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
-)
+from tests.capability.jobs import Variant, jobs, plan_of, refusal, replace, variants
 
 
 def small(job: Job) -> Job:
@@ -51,13 +46,6 @@ OUTSIDE = {
     "training.bias_update_rate": "routers that learn; a dry run routes by profile",
 }
 """Fields that mopexec reads outside of what a dry run plays."""
-
-
-def plan_of(job: Job) -> Plan:
-    assert job.training is not None
-    return Plan(
-        model=job.model, hardware=HARDWARE, strategy=job.strategy, training=job.training, stack=job.software
-    )
 
 
 @contextmanager

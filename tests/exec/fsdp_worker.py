@@ -54,11 +54,11 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
         "ulysses": (make(sequence=world), "learned"),
         "experts_world": (make(experts=world, recompute="full"), "learned"),
         "everything": (make(**everything, prefetch=2), "learned"),
-        "everything_skewed": (make(**everything), "60/3"),
-        "everything_float32": (make(**everything, precision="float32"), "learned"),
     }
     if world < 4:
         found |= {
+            "everything_skewed": (make(**everything), "60/3"),
+            "everything_float32": (make(**everything, precision="float32"), "learned"),
             "bfloat16": (make(**everything, precision="bfloat16"), "learned"),
             "recompute": (make(recompute="full"), "learned"),
             "chunked_microbatches": (make(loss="chunked", loss_chunk_tokens=5, micro_batch=2), "learned"),
