@@ -36,6 +36,7 @@ class Shards:
         self.zero = context.strategy.dense.zero
         self.each = self.zero >= 2
         self.copied = context.stack.sharding.copies and self.each
+        self._modules = context.stack.sharding.groups == "modules"
         self.ops: list[int] = []
         self.reduced: set[str] = set()
         self.made: dict[str, int] = {}
@@ -52,7 +53,7 @@ class Shards:
         """Gathers that a layer waits for; those of the next layers are issued too, once the layer before has
         run: `prefetch` + 1 layers are full at a time. Full gradients come alive."""
         ready: Ops = ()
-        units = self.c.layers[layer]
+        units = self._groups(layer)
         if self.c.shards_params:
             ready = tuple(op for u in units if not self._beside(u) for op in self._wait(u, phase))
             if phase == "backward":
@@ -75,7 +76,7 @@ class Shards:
         place = places.index(layer) if layer in places else -1
         for index in range(place + 1, place + 1 + self.c.strategy.dense.prefetch):
             if index < len(places):
-                units = self.c.layers[places[index]]
+                units = self._groups(places[index])
                 for unit in units[::-1] if phase == "backward" and self.copied else units:
                     self._gather(unit, phase, self._left)
             elif index == len(places) and phase == "forward" and self.copied and self._has_head:
@@ -104,7 +105,7 @@ class Shards:
         def at(place: int, do: Callable[[int], None]) -> None:
             found.setdefault(place, []).append(do)
 
-        for unit in filter(self._beside, self.c.layers[layer]):
+        for unit in filter(self._beside, self._groups(layer)):
             first, last = template.products(phase if phase == "forward" else "recompute")
             at(max(first, 0), lambda op, unit=unit: self._arrive(unit, phase))  # type: ignore[misc]
             if phase == "forward":
@@ -117,7 +118,7 @@ class Shards:
 
     def after(self, layer: int, phase: str, ready: Ops = ()) -> None:
         """The layer has run."""
-        for unit in self.c.layers[layer]:
+        for unit in self._groups(layer):
             if self._beside(unit):
                 continue
             self._release(unit, phase, ready)
@@ -240,9 +241,18 @@ class Shards:
             memory, self._deferred = (("gathered", -self._deferred),), 0
             self.issue.add("buffer freed", "compute", "other", "forward", (), (), memory)
 
+    def _groups(self, layer: int) -> list[Unit]:
+        """A layer's parameters as they are gathered and reduced together (see Sharding.groups)."""
+        units = self.c.layers[layer]
+        apart = self._modules or not self.copied or len({unit.shard for unit in units}) > 1
+        if apart or not all(map(self._copied, units)):
+            return units
+        numel, tensors = sum(unit.numel for unit in units), sum(unit.tensors for unit in units)
+        return [replace(units[0], numel=numel, tensors=tensors, largest=max(unit.largest for unit in units))]
+
     def _beside(self, unit: Unit) -> bool:
         """Whether it is a group of parameters inside of another's module."""
-        return unit.component == "experts" and self._copied(unit)
+        return unit.component == "experts" and self._modules and self._copied(unit)
 
     def _component(self, unit: Unit) -> str:
         """What its exchanges are booked on: those of torch's FSDP2 like its copies."""
@@ -266,7 +276,8 @@ class Shards:
 
     def _release(self, unit: Unit, phase: str, ready: Ops = ()) -> None:
         """Full parameters are freed, where they are."""
-        root = unit.layer < 0 and unit.name != "embedding" and self.c.stack.sharding.fsdp
+        root = unit.layer < 0 and self.c.stack.sharding.fsdp
+        root = root and not (unit.name == "embedding" and self._modules)
         if phase == "forward" and (root or not self.c.reshards):
             return  # FSDP's root is gathered once a microbatch
         if self._there.pop(unit.name, None) is None:

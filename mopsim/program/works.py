@@ -23,7 +23,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     found = composed(kernels, context.stack.composes, context.b, context.wide, wings, layernorm)
-    return gradients_stay(found) if context.stack.sharding.copies else found
+    sharding = context.stack.sharding
+    return gradients_stay(found, sharding.groups == "modules") if sharding.copies else found
 
 
 def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:

@@ -90,13 +90,17 @@ class Sharding(Spec, frozen=True, kw_only=True):
     step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
     (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
     spread over ranks are plain tensors, whole on every replica. agreements: at the end of a step ranks sum
-    the loss and each router's load, one exchange each.
+    the loss and each router's load, one exchange each. groups: parameters
+    that are gathered and reduced together are a layer's, and those of the root, which is gathered once a
+    microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are groups of
+    their own too (`modules`).
     """
 
     fsdp: bool = False
     copies: bool = False
     experts: bool = True
     agreements: bool = False
+    groups: Literal["layers", "modules"] = "layers"
 
 
 class Recompute(Spec, frozen=True, kw_only=True):

@@ -243,11 +243,11 @@ def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
     )
 
 
-def gradients_stay(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+def gradients_stay(kernels: tuple[Kernel, ...], apart: bool) -> tuple[Kernel, ...]:
     """Gradients of parameters appear kernel by kernel, last to first, and stay until their group's are all
-    there: the routed experts' are a group, and the others'."""
+    there. apart: the routed experts' are a group of their own."""
     made, found = {True: 0, False: 0}, []
-    routed = [kernel.name.startswith("experts_") for kernel in kernels]
+    routed = [apart and kernel.name.startswith("experts_") for kernel in kernels]
     for place in reversed(range(len(kernels))):
         kernel, inside = kernels[place], routed[place]
         if not inside and not any(routed[:place]) and made[True]:

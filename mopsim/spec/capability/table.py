@@ -303,7 +303,7 @@ _HIDES = ("grad_reduce", "param_gather", "pipeline", "tensor", "experts")
 _OWN = (
     "explicit",
     *(f"kernels.{name}" for name in _KERNELS),
-    "sharding.fsdp", "sharding.copies", "sharding.experts", "sharding.agreements",
+    "sharding.fsdp", "sharding.copies", "sharding.experts", "sharding.agreements", "sharding.groups",
     "recompute.stops_early", "recompute.holds_output", "recompute.inputs",
     "recompute.kept", "recompute.selective", "recompute.chunk_inputs",
     "host.modules", "host.graphs", "host.frames",
