@@ -20,6 +20,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop, zero_offload
+from tests.parity.memory_cases import cases
 from tests.sim.toys import machine, small
 
 SMALL = small(
@@ -90,6 +91,15 @@ def test_demo_sized_models(index: int) -> None:
     _check(SMALL, strategy, training, 0.01)
 
 
+SMALL_PLANS = cases(4)
+
+
+@pytest.mark.parametrize("name", SMALL_PLANS)
+def test_every_mechanism_in_small(name: str) -> None:
+    plan = SMALL_PLANS[name]
+    _check(plan.model, plan.strategy, plan.training, 0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "world"), [("mop_120b", 16), ("mop_241b", 32), ("mop_667b", 64), ("mop_1t", 96)]
@@ -100,4 +110,4 @@ def test_the_papers_networks(name: str, world: int, seq_len: int, sequence: int,
     build_strategy = mop if family is mop else fsdp2
     extra = {"vocabulary": 8} if family is mop else {}
     strategy = build_strategy(world, sequence=sequence, experts=world, **extra)  # type: ignore[arg-type]
-    _check(load_model(name), strategy, TrainSpec(seq_len=seq_len, global_batch=world // sequence), 0.03)
+    _check(load_model(name), strategy, TrainSpec(seq_len=seq_len, global_batch=world // sequence), 0.01)

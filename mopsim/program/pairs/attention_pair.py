@@ -195,8 +195,10 @@ class AttentionPair:
             part = slice_rows(self.N)
             size = heads * self.d
             b.spike(2 * part * size * self.c.b)
+            b.make("before", part * size * self.c.b)
             works += self.works(layer, False, f"{name}_proj")
-            works.append(self.rows.norm_backward(slice_rows(self.N), size))
+            works.append(self.rows.norm_backward(part, size, heads=heads))
+            b.drop("before")
         if "grad_hidden" not in b.alive:
             b.make("grad_hidden", self.c.hidden)
         works += self.works(layer, True, f"{name}_proj")

@@ -31,11 +31,11 @@ class Rows:
         b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
         return self.pass_(rows, size, 3 * self.width + 4 * self.wide, 8, 1)
 
-    def norm_backward(self, rows: int, size: int, category: str = "activations") -> Work:
-        """Gradient of RMSNorm added into a buffer that is there already."""
+    def norm_backward(self, rows: int, size: int, category: str = "activations", heads: int = 1) -> Work:
+        """Gradient of RMSNorm added into a buffer that is there already. heads: normed one by one."""
         part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
-        held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * self.wide
-        self.b.spike(held + (1 + self.cast) * size * self.wide, category)
+        held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * heads * self.wide
+        self.b.spike(held + (1 + self.cast) * size // heads * self.wide, category)
         return self.pass_(rows, size, 4 * self.width + 16 * self.wide, 15, 2)
 
     def pass_(self, rows: float, size: float, bytes_each: float, launches: int, once: int = 0) -> Work:
