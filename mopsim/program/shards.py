@@ -176,6 +176,7 @@ class Shards:
         buffer."""
         if not self.copied:
             return ()
+        self._free_deferred()
         memory = (("gathered_grads", -self._held),)
         done = self.issue.add("reduced", "compute", "other", "backward", (), self._unfinished, memory)
         self._held, self._sent = 0, ()
