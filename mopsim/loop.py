@@ -174,7 +174,7 @@ def _loop(loop: Loop) -> DemoReport:
         routed = _as_routed(plan, contenders[0].measured)
         contender.probed = _simulate(routed, hardware)
         contender.piloted, contender.calibrated = (_simulate(routed, one) for one in corrected)
-        worst = routing.worst(plan.model, plan.strategy.experts.degree)
+        worst = routing.worst(plan.model, plan.strategy.experts.expert_parallel)
         contender.even, contender.worst = (_simulate(one, hardware) for one in (plan, plan.routed(worst)))
     return DemoReport(
         contenders,
@@ -228,8 +228,8 @@ def _calibrate(loop: Loop, profile: Path, runs: list[Path], out: Path) -> None:
 
 def _as_routed(plan: Plan, seen: Measurement) -> Plan:
     """`plan` with the routing of a run of the same degree, model, data and seed; else as it is."""
-    degree = seen.plan.strategy.experts.degree
-    return plan.routed(seen.routing) if plan.strategy.experts.degree == degree else plan
+    degree = seen.plan.strategy.experts.expert_parallel
+    return plan.routed(seen.routing) if plan.strategy.experts.expert_parallel == degree else plan
 
 
 def _small(machine: HardwareProfile) -> HardwareProfile:
@@ -312,10 +312,10 @@ def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
     seen = plan.strategy
     other = mop(
         RANKS,
-        sequence=RANKS if seen.attention.sequence == 1 else 1,
+        sequence=RANKS if seen.attention.context_parallel == 1 else 1,
         micro_batch=2,
-        experts=RANKS if seen.experts.degree == 1 else 1,
-        vocabulary=RANKS if seen.vocabulary.degree == 1 else 1,
+        experts=RANKS if seen.experts.expert_parallel == 1 else 1,
+        vocabulary=RANKS if seen.vocabulary.vocab_parallel == 1 else 1,
         chunk_tokens=128,
         loss_chunk_tokens=128,
         state="host_streamed",

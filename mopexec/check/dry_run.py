@@ -93,7 +93,7 @@ def _check_length(plan: Plan) -> None:
     model, strategy, training = plan.model, plan.strategy, plan.training
     microbatches, layers = training.num_microbatches(strategy), model.num_hidden_layers
     queries = model.num_attention_heads // model.num_key_value_heads
-    experts = model.num_local_experts // strategy.experts.degree
+    experts = model.num_local_experts // strategy.experts.expert_parallel
     chunks = layout.num_chunks(
         training.tokens_per_rank(strategy), strategy.experts.chunk_tokens, strategy.experts.max_chunks
     )
@@ -182,7 +182,7 @@ def _batches(plan: Plan, platform: Platform) -> list[Any]:
     """A step's microbatches as the data loader gives them: tokens and targets in tensors of their own."""
     from mopexec.run.runner import Batch
 
-    shape = (plan.strategy.micro_batch, plan.training.seq_len // plan.strategy.attention.sequence)
+    shape = (plan.strategy.micro_batch, plan.training.seq_len // plan.strategy.attention.context_parallel)
     count = plan.training.num_microbatches(plan.strategy)
 
     def zeros() -> Tensor:

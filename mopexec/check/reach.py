@@ -74,7 +74,7 @@ def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) 
 
     Raises MopError if not even one quantum fits, or if a real step contradicts the dry run.
     """
-    split = plan.strategy.attention.sequence
+    split = plan.strategy.attention.context_parallel
     if quantum % split:
         raise SpecError("quantum", quantum, f"is not a multiple of the sequence degree {split}")
     low, high = _bracket(plan, limits, quantum)

@@ -60,16 +60,16 @@ def mechanisms(plan: Plan) -> list[str]:
     s, t = plan.strategy, plan.training
     found = {
         f"runtime {plan.stack.runtime or 'none'}": True,
-        f"dense state sharded over {s.dense.shard}": s.dense.shard > 1,
+        f"dense state sharded over {s.dense.fsdp}": s.dense.fsdp > 1,
         f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,
-        f"Ulysses over {s.attention.sequence}": s.attention.sequence > 1,
-        f"experts over {s.experts.degree}": s.experts.degree > 1,
-        f"expert state sharded over {s.experts.shard}": s.experts.shard > 1,
+        f"Ulysses over {s.attention.context_parallel}": s.attention.context_parallel > 1,
+        f"experts over {s.experts.expert_parallel}": s.experts.expert_parallel > 1,
+        f"expert state sharded over {s.experts.expert_fsdp}": s.experts.expert_fsdp > 1,
         f"expert dispatch in chunks of {s.experts.chunk_tokens} tokens": s.experts.chunk_tokens > 0,
-        f"vocabulary ring over {s.vocabulary.degree}": s.vocabulary.loss == "ring",
+        f"vocabulary ring over {s.vocabulary.vocab_parallel}": s.vocabulary.loss == "ring",
         f"loss in chunks of {s.vocabulary.chunk_tokens} tokens": s.vocabulary.chunk_tokens > 0,
         f"recompute {s.activations.recompute}": s.activations.recompute != "none",
-        "boundaries on the host": s.activations.boundary_tier == "host",
+        "boundaries on the host": s.activations.layer_inputs == "host",
         f"optimizer state on the host, updated on the {s.optimizer.update_on}": s.optimizer.state_tier
         == "host",
         f"{t.num_microbatches(s)} microbatches": t.num_microbatches(s) > 1,
@@ -81,11 +81,11 @@ def mechanisms(plan: Plan) -> list[str]:
 def _ranks(strategy: Strategy, max_ranks: int) -> int:
     """1, 2, or 4 where a degree lies between one and all ranks."""
     degrees = (
-        strategy.dense.shard,
-        strategy.attention.sequence,
-        strategy.experts.degree,
-        strategy.vocabulary.degree,
-        strategy.experts.shard,
+        strategy.dense.fsdp,
+        strategy.attention.context_parallel,
+        strategy.experts.expert_parallel,
+        strategy.vocabulary.vocab_parallel,
+        strategy.experts.expert_fsdp,
     )
     between = any(1 < degree < strategy.world_size for degree in degrees)
     wanted = min(strategy.world_size, 4 if between else 2, max_ranks)
@@ -98,8 +98,8 @@ def _degrees(strategy: Strategy, ranks: int) -> Strategy:
     def scaled(degree: int) -> int:
         return 1 if degree == 1 else ranks if degree == strategy.world_size else min(2, ranks)
 
-    experts = scaled(strategy.experts.degree)
-    replicas, shard = ranks // experts, strategy.experts.shard
+    experts = scaled(strategy.experts.expert_parallel)
+    replicas, shard = ranks // experts, strategy.experts.expert_fsdp
     if shard == strategy.expert_replicas:
         shard = replicas
     else:
@@ -108,10 +108,10 @@ def _degrees(strategy: Strategy, ranks: int) -> Strategy:
         strategy,
         world_size=ranks,
         micro_batch=min(strategy.micro_batch, 2),
-        dense=replace(strategy.dense, shard=scaled(strategy.dense.shard)),
-        attention=replace(strategy.attention, sequence=scaled(strategy.attention.sequence)),
-        experts=replace(strategy.experts, degree=experts, shard=shard),
-        vocabulary=replace(strategy.vocabulary, degree=scaled(strategy.vocabulary.degree)),
+        dense=replace(strategy.dense, fsdp=scaled(strategy.dense.fsdp)),
+        attention=replace(strategy.attention, context_parallel=scaled(strategy.attention.context_parallel)),
+        experts=replace(strategy.experts, expert_parallel=experts, expert_fsdp=shard),
+        vocabulary=replace(strategy.vocabulary, vocab_parallel=scaled(strategy.vocabulary.vocab_parallel)),
         precision=_float64(strategy.precision),
     )
 
@@ -152,9 +152,9 @@ def _vocabulary(plan: Plan, strategy: Strategy, num_tokens: int) -> int:
     """Rows so that the ring moves what it moves at full scale; not a multiple of its degree."""
     at_scale = plan.training.tokens_per_rank(plan.strategy)
     full = plan.strategy.vocabulary
-    weights_move = layout.ring_moves_weights(at_scale, plan.model.vocab_size, full.degree)
+    weights_move = layout.ring_moves_weights(at_scale, plan.model.vocab_size, full.vocab_parallel)
     rows = num_tokens // 2 if weights_move else num_tokens * 2
-    return max(strategy.vocabulary.degree * rows + 1, 17)
+    return max(strategy.vocabulary.vocab_parallel * rows + 1, 17)
 
 
 def _model(model: ModelSpec, vocab_size: int) -> ModelSpec:

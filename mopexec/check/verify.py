@@ -118,7 +118,9 @@ def _tokens(plan: Plan, step: int) -> Tensor:
 def _batches(plan: Plan, tokens: Tensor, job: Job) -> list[Batch]:
     """This rank's microbatches of the global batch, as the feed would cut them."""
     strategy, training = plan.strategy, plan.training
-    groups = layout.groups(strategy.world_size, strategy.attention.sequence, strategy.attention.order)
+    groups = layout.groups(
+        strategy.world_size, strategy.attention.context_parallel, strategy.attention.rank_placement
+    )
     members = layout.group_containing(groups, job.rank)
     start, stop = layout.interval(training.seq_len, len(members), members.index(job.rank))
     found = []

@@ -64,13 +64,15 @@ def build_mesh(strategy: Strategy, platform: Platform) -> Mesh:
     rank, size = dist.get_rank(), strategy.world_size
     assert dist.get_world_size() == size, f"{dist.get_world_size()} ranks run a plan for {size}"
     everyone = list(range(size))
-    dense_copies = layout.split(everyone, strategy.dense.shard)
-    expert_groups = layout.groups(size, strategy.experts.degree, strategy.experts.order)
-    holders = layout.replica_groups(size, strategy.experts.degree, strategy.experts.order)
-    expert_copies = [copy for group in holders for copy in layout.split(group, strategy.experts.shard)]
-    expert_same = [same for group in holders for same in _across(layout.split(group, strategy.experts.shard))]
-    sequences = layout.groups(size, strategy.attention.sequence, strategy.attention.order)
-    degree, order = strategy.vocabulary.degree, strategy.vocabulary.order
+    dense_copies = layout.split(everyone, strategy.dense.fsdp)
+    expert_groups = layout.groups(size, strategy.experts.expert_parallel, strategy.experts.rank_placement)
+    holders = layout.replica_groups(size, strategy.experts.expert_parallel, strategy.experts.rank_placement)
+    expert_copies = [copy for group in holders for copy in layout.split(group, strategy.experts.expert_fsdp)]
+    expert_same = [
+        same for group in holders for same in _across(layout.split(group, strategy.experts.expert_fsdp))
+    ]
+    sequences = layout.groups(size, strategy.attention.context_parallel, strategy.attention.rank_placement)
+    degree, order = strategy.vocabulary.vocab_parallel, strategy.vocabulary.rank_placement
 
     def axis(all_groups: Sequence[Sequence[int]]) -> Group:
         return _make(all_groups, rank, platform)

@@ -29,7 +29,7 @@ class Boundaries:
         self.platform, self.shape, self.dtype = platform, shape, dtype
         num_bytes = shape[0] * shape[1] * dtype.itemsize
         self.offloaded = 0
-        if activations.boundary_tier == "host":
+        if activations.layer_inputs == "host":
             self.offloaded = layout.offloaded_boundaries(count, num_bytes, activations.host_budget)
         self._host = [platform.host_empty(shape, dtype, "boundaries") for _ in range(self.offloaded)]
         self._kept: dict[int, Tensor] = {}

@@ -204,7 +204,7 @@ class FlatRunner:
         with category("activations"):
             if self.mesh.world.size > 1:
                 collectives.all_reduce(self.model.load, self.mesh.world.handle)
-            busiest = largest_share(self.model.load, self.plan.strategy.experts.degree)
+            busiest = largest_share(self.model.load, self.plan.strategy.experts.expert_parallel)
             for bias, load in zip(self.model.balance_bias, self.model.load, strict=True):
                 balance_step(bias, load, self.plan.training.bias_update_rate)
             self.model.load.zero_()

@@ -87,7 +87,7 @@ class FullyShardRunner:
                 busiest = self.model.update_balance(
                     self._plan.training.bias_update_rate,
                     collectives.all_reduce,
-                    self._plan.strategy.experts.degree,
+                    self._plan.strategy.experts.expert_parallel,
                 )
         if self._platform.fake:
             return StepResult(0.0, norm, tokens)
@@ -146,7 +146,7 @@ class FullyShardRunner:
         return {n: local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
 
     def _shards(self) -> list[Shard]:
-        copies = self._groups.world // self._plan.strategy.dense.shard
+        copies = self._groups.world // self._plan.strategy.dense.fsdp
         return [
             Shard(name, local(p), self._groups.expert_copies if ".experts." in name else copies)
             for name, p in self.model.named_parameters()

@@ -21,9 +21,11 @@ class Gathered:
     def __init__(self, strategy: Strategy, platform: Platform) -> None:
         self._platform = platform
         self._world = strategy.world_size
-        self._dense = [list(range(strategy.dense.shard))]
-        replicas = layout.replica_groups(self._world, strategy.experts.degree, strategy.experts.order)
-        self._experts = [row[: strategy.experts.shard] for row in replicas]
+        self._dense = [list(range(strategy.dense.fsdp))]
+        replicas = layout.replica_groups(
+            self._world, strategy.experts.expert_parallel, strategy.experts.rank_placement
+        )
+        self._experts = [row[: strategy.experts.expert_fsdp] for row in replicas]
 
     def whole(self, name: str, parameter: Any, shard: Tensor | None) -> Tensor:
         """The full tensor of `parameter` from this rank's `shard` (None: this rank has none, as of a padded

@@ -37,22 +37,26 @@ class FsdpGroups:
 def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
     """Collective over all ranks: every rank makes the same groups in the same order."""
     world, rank, device = strategy.world_size, dist.get_rank(), platform.device.type
-    ranks = layout.replica_groups(world, strategy.experts.degree, strategy.experts.order)
-    experts = _expert_mesh(ranks, strategy.experts.shard, device)
-    sequences = torch.tensor(layout.groups(world, strategy.attention.sequence, strategy.attention.order))
+    ranks = layout.replica_groups(world, strategy.experts.expert_parallel, strategy.experts.rank_placement)
+    experts = _expert_mesh(ranks, strategy.experts.expert_fsdp, device)
+    sequences = torch.tensor(
+        layout.groups(world, strategy.attention.context_parallel, strategy.attention.rank_placement)
+    )
     sequence = DeviceMesh(device, sequences, mesh_dim_names=("data", "sequence"))
-    shard = strategy.dense.shard
+    shard = strategy.dense.fsdp
     copies = torch.tensor(layout.split(range(world), shard))
     dense = DeviceMesh(device, copies, mesh_dim_names=("replicate", "shard"))
     return FsdpGroups(
         rank=rank,
         world=world,
         dense=dense if shard < world else dense["shard"],
-        experts=experts["replicate", "shard"] if len(ranks[0]) > strategy.experts.shard else experts["shard"],
+        experts=experts["replicate", "shard"]
+        if len(ranks[0]) > strategy.experts.expert_fsdp
+        else experts["shard"],
         experts_whole=experts,
         expert_group=experts.get_group("expert"),
         expert_place=experts.get_local_rank("expert"),
-        expert_copies=len(ranks[0]) // strategy.experts.shard,
+        expert_copies=len(ranks[0]) // strategy.experts.expert_fsdp,
         sequence_group=sequence.get_group("sequence"),
         sequence_place=sequence.get_local_rank("sequence"),
     )

@@ -38,9 +38,10 @@ def build_model(
         device = "cpu" if platform.fake else "meta"
         model = Transformer(plan.model, _dtype(strategy.precision.param), device, routing)
     _spread_experts(model, strategy, groups)
-    if strategy.attention.sequence > 1:
+    if strategy.attention.context_parallel > 1:
         for layer in model.layers:
-            layer.attention.core = UlyssesAttention(strategy.attention.sequence, groups.sequence_group)  # type: ignore[union-attr]
+            core = UlyssesAttention(strategy.attention.context_parallel, groups.sequence_group)
+            layer.attention.core = core  # type: ignore[union-attr]
     if strategy.activations.recompute == "full":
         recompute_layers(model, _boundaries(plan, platform))
     _attach_loss(model, strategy, groups, plan.training.tokens_per_rank(strategy) // strategy.micro_batch)
@@ -70,7 +71,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _boundaries(plan: Plan, platform: Platform) -> Boundaries:
     activations = plan.strategy.activations
-    if activations.boundary_tier == "device":
+    if activations.layer_inputs == "device":
         return Boundaries(platform, 0)
     size = plan.training.tokens_per_rank(plan.strategy) * plan.model.hidden_size
     num_bytes = size * _dtype(plan.strategy.precision.compute).itemsize
@@ -86,10 +87,10 @@ def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups) -> None:
         if not layer.is_moe:
             continue
         for name, stack in list(layer.moe.experts.named_parameters()):
-            own = stack[: stack.shape[0] // strategy.experts.degree].detach()
+            own = stack[: stack.shape[0] // strategy.experts.expert_parallel].detach()
             setattr(layer.moe.experts, name, torch.nn.Parameter(own.contiguous()))
         layer.moe.dispatch = ExpertDispatch(
-            model.routing, model.spec.num_local_experts, strategy.experts.degree, groups.expert_group
+            model.routing, model.spec.num_local_experts, strategy.experts.expert_parallel, groups.expert_group
         )
 
 
@@ -123,7 +124,7 @@ def _shard(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platfor
         ),
         "offload_policy": CPUOffloadPolicy(pin_memory=platform.is_cuda) if offload else OffloadPolicy(),
     }
-    degree = strategy.experts.shard
+    degree = strategy.experts.expert_fsdp
 
     def placement(parameter: Tensor) -> Shard:
         return Shard(shard_dim(tuple(parameter.shape), degree))

@@ -73,7 +73,7 @@ def _outer_units(plan: Plan, mesh: Mesh, platform: Platform) -> tuple[Unit, Unit
     strategy, dense = plan.strategy, (mesh.dense_shard, mesh.dense_replicas)
     rows = None
     if strategy.vocabulary.loss == "ring":
-        rows = layout.interval(plan.model.vocab_size, strategy.vocabulary.degree, mesh.ring.place)
+        rows = layout.interval(plan.model.vocab_size, strategy.vocabulary.vocab_parallel, mesh.ring.place)
     embedding, final, head = outer_contents(plan.model, rows)
     head_groups = dense if rows is None else (mesh.ring_shard, Group((mesh.rank,), 0, None))
     return (
@@ -87,7 +87,7 @@ def _layers(
     plan: Plan, mesh: Mesh, platform: Platform, routing: RoutingChoice, dtype: torch.dtype
 ) -> list[LayerSchedule]:
     spec, strategy, training = plan.model, plan.strategy, plan.training
-    degree = strategy.attention.sequence
+    degree = strategy.attention.context_parallel
     exchange = SequenceExchange(mesh.sequence, strategy.micro_batch, training.seq_len // degree)
     with category("activations"):
         attention = AttentionBlock(spec, exchange, dtype, platform.device)
@@ -95,7 +95,7 @@ def _layers(
     moe = _moe(plan, mesh, platform, routing) if spec.num_moe_layers else None
     found = []
     for index in range(spec.num_hidden_layers):
-        dense, experts = layer_contents(spec, index, strategy.experts.degree, mesh.experts.place)
+        dense, experts = layer_contents(spec, index, strategy.experts.expert_parallel, mesh.experts.place)
         unit = Unit(dense, mesh.dense_shard, mesh.dense_replicas, strategy.precision, platform)
         expert_unit = None
         if experts is not None:
@@ -126,5 +126,5 @@ def _ring(plan: Plan, mesh: Mesh, num_tokens: int) -> Ring | None:
     vocabulary = plan.strategy.vocabulary
     if vocabulary.loss != "ring":
         return None
-    moves_weights = layout.ring_moves_weights(num_tokens, plan.model.vocab_size, vocabulary.degree)
+    moves_weights = layout.ring_moves_weights(num_tokens, plan.model.vocab_size, vocabulary.vocab_parallel)
     return Ring(mesh.ring, plan.model.vocab_size, vocabulary.chunk_tokens, moves_weights=moves_weights)

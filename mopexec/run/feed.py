@@ -16,8 +16,8 @@ class Feed:
 
     def __init__(self, plan: Plan, dataset: TokenDataset, rank: int, device: torch.device) -> None:
         strategy, training = plan.strategy, plan.training
-        degree = strategy.attention.sequence
-        all_groups = layout.groups(strategy.world_size, degree, strategy.attention.order)
+        degree = strategy.attention.context_parallel
+        all_groups = layout.groups(strategy.world_size, degree, strategy.attention.rank_placement)
         members = layout.group_containing(all_groups, rank)
         self.group, self.place = all_groups.index(members), members.index(rank)
         self.start, self.stop = layout.interval(training.seq_len, degree, self.place)

@@ -236,7 +236,10 @@ class _Loop:
 
 def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
     """See Measurement.routing. busiest: of the steady steps."""
-    shares, degree = [share for share in busiest if math.isfinite(share)], plan.strategy.experts.degree
+    shares, degree = (
+        [share for share in busiest if math.isfinite(share)],
+        plan.strategy.experts.expert_parallel,
+    )
     if not shares or degree == 1:
         return plan.training.routing
     return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"

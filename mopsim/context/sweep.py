@@ -213,7 +213,7 @@ def _moved(task: Task, seq_len: int, batch: int, results: Sequence[SimResult], s
     }
     found: list[SimResult] = []
     for strategy in sorted(strategies, key=str) if case.accumulate else ():
-        if strategy.dense.tensor * strategy.attention.sequence > most:
+        if strategy.dense.tensor_parallel * strategy.attention.context_parallel > most:
             continue
         try:
             found.append(simulate(case.model, case.hardware, case.nodes, strategy, training))
@@ -231,9 +231,9 @@ def _alike(strategy: Strategy, times: float) -> Iterator[Strategy]:
     """A strategy for sequences `times` as long: itself; split over as many more ranks; in so much smaller
     microbatches."""
     yield strategy
-    split, micro = strategy.attention.sequence * times, strategy.micro_batch / times
+    split, micro = strategy.attention.context_parallel * times, strategy.micro_batch / times
     change = msgspec.structs.replace
-    ranks = strategy.dense.tensor * split
+    ranks = strategy.dense.tensor_parallel * split
     if split >= 1 and split.is_integer() and strategy.world_size % ranks == 0:
         yield change(strategy, attention=change(strategy.attention, sequence=int(split)))
     if micro >= 1 and micro.is_integer():

@@ -70,7 +70,7 @@ def run(
     limit = hardware.memory_limit()
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
-    issue = hardware.host.issue.si if hardware.host.issue else 0.0
+    issue = hardware.host.cpu_launch_time.si if hardware.host.cpu_launch_time else 0.0
     end = play(workload.programs, durations, ledgers, records, used.communication_share, issue)
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):

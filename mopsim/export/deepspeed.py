@@ -46,20 +46,20 @@ def sections(plan: Plan) -> dict[str, Any]:
         found["scheduler"] = {"type": "WarmupLR", "params": warmup}
     if s.precision.compute in ("bfloat16", "float16"):
         found[SHORT[s.precision.compute]] = {"enabled": True}
-    if s.attention.sequence > 1:
-        found["sequence_parallel_size"] = s.attention.sequence
-    if s.dense.tensor > 1:
-        found["tensor_parallel"] = {"autotp_size": s.dense.tensor}
-    if s.experts.degree > 1:
+    if s.attention.context_parallel > 1:
+        found["sequence_parallel_size"] = s.attention.context_parallel
+    if s.dense.tensor_parallel > 1:
+        found["tensor_parallel"] = {"autotp_size": s.dense.tensor_parallel}
+    if s.experts.expert_parallel > 1:
         found["expert_parallel"] = {
             "enabled": True,
-            "autoep_size": s.experts.degree,
+            "autoep_size": s.experts.expert_parallel,
             "preset_model": auto_ep(plan.model.name),
         }
     if s.activations.recompute != "none":
         found["activation_checkpointing"] = {
             "partition_activations": False,
-            "cpu_checkpointing": s.activations.boundary_tier == "host",
+            "cpu_checkpointing": s.activations.layer_inputs == "host",
         }
     return found
 
@@ -69,8 +69,8 @@ def _zero(s: Strategy) -> dict[str, Any]:
         "stage": s.dense.zero,
         "overlap_comm": s.overlap.grad_reduce or s.dense.zero == 3,
     }
-    if s.dense.zero == 3 and s.dense.shard != s.stage_ranks // s.dense.tensor:
-        found["mics_shard_size"] = s.dense.shard
+    if s.dense.zero == 3 and s.dense.fsdp != s.stage_ranks // s.dense.tensor_parallel:
+        found["mics_shard_size"] = s.dense.fsdp
     if s.optimizer.state_tier == "host" and s.dense.zero:
         found["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if s.dense.zero == 3:
@@ -85,7 +85,7 @@ def render(plan: Plan, left_out: Sequence[SpecError]) -> str:
     about = header("DeepSpeed", CHECKED, plan, [])
     if plan.strategy.activations.recompute == "full":
         about.append("The model turns recomputation on, layer by layer (gradient_checkpointing_enable)")
-    if plan.strategy.attention.sequence > 1:
+    if plan.strategy.attention.context_parallel > 1:
         about.append(
             "UlyssesSPAttentionHF.register_with_transformers takes sequence_parallel_size and gives the mpu"
         )

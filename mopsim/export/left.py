@@ -13,7 +13,9 @@ from mopsim.spec.plan import Plan
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 
-_WITH: dict[str, tuple[str, ...]] = {"vocabulary.loss": ("vocabulary.degree", "vocabulary.chunk_tokens")}
+_WITH: dict[str, tuple[str, ...]] = {
+    "vocabulary.loss": ("vocabulary.vocab_parallel", "vocabulary.chunk_tokens")
+}
 """Fields that mean nothing without another one."""
 _MEMORY = ("vocabulary", "experts", "dense", "activations", "optimizer")
 """Sections whose fields decide what a device holds; a target's own precisions are its own."""

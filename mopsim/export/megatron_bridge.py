@@ -29,7 +29,7 @@ MODULES = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe")
 
 def instances(s: Strategy) -> int:
     """Copies of the sharded state: num_distributed_optimizer_instances."""
-    return max(1, s.stage_ranks // (s.dense.tensor * s.dense.shard)) if s.dense.zero else 1
+    return max(1, s.stage_ranks // (s.dense.tensor_parallel * s.dense.fsdp)) if s.dense.zero else 1
 
 
 def sections(plan: Plan) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def sections(plan: Plan) -> dict[str, Any]:
         "rng": {"seed": t.seed},
         "mixed_precision": MIXED.get(s.precision.matmul, "bf16_mixed"),
     }
-    if s.overlap.tensor and s.dense.tensor > 1:
+    if s.overlap.tensor and s.dense.tensor_parallel > 1:
         beside = {key: found["ddp"][key] for key in ("overlap_grad_reduce", "overlap_param_gather")}
         found["comm_overlap"] = {"tp_comm_overlap": True, **beside}
     if instances(s) > 1:
@@ -85,26 +85,28 @@ def _model(plan: Plan) -> dict[str, Any]:
     s = plan.strategy
     found: dict[str, Any] = {
         "seq_length": plan.training.seq_len,
-        "tensor_model_parallel_size": s.dense.tensor,
-        "sequence_parallel": s.dense.tensor > 1 and s.dense.sequence_parallel,
-        "pipeline_model_parallel_size": s.pipeline.degree,
+        "tensor_model_parallel_size": s.dense.tensor_parallel,
+        "sequence_parallel": s.dense.tensor_parallel > 1 and s.dense.sequence_parallel,
+        "pipeline_model_parallel_size": s.pipeline.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": (
             s.pipeline.virtual_stages if s.pipeline.virtual_stages > 1 else None
         ),
-        "context_parallel_size": s.attention.sequence,
+        "context_parallel_size": s.attention.context_parallel,
     }
     if s.pipeline.layers:
         found["pipeline_model_parallel_layout"] = _layout(plan)
-    if s.attention.sequence > 1:
-        found["cp_comm_type"] = EXCHANGE[s.attention.exchange]
+    if s.attention.context_parallel > 1:
+        found["cp_comm_type"] = EXCHANGE[s.attention.cp_comm_type]
     if plan.model.num_local_experts:
         found |= {
-            "expert_model_parallel_size": s.experts.degree,
-            "expert_tensor_parallel_size": s.experts.tensor,
+            "expert_model_parallel_size": s.experts.expert_parallel,
+            "expert_tensor_parallel_size": s.experts.expert_tensor_parallel,
         }
-        if s.experts.dispatch == "deduplicated":
-            backend = "hybridep" if plan.stack.kernels.dispatch_map else "deepep"
-            found |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
+        if s.experts.token_dispatcher != "alltoall":
+            found |= {
+                "moe_token_dispatcher_type": "flex",
+                "moe_flex_dispatcher_backend": s.experts.token_dispatcher,
+            }
         else:
             found["moe_token_dispatcher_type"] = "alltoall"
     recompute = s.activations.recompute
@@ -113,9 +115,9 @@ def _model(plan: Plan) -> dict[str, Any]:
         found |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
         found["recompute_modules"] = [name for name in s.activations.modules if name in MODULES]
-    if s.activations.boundary_tier == "host" and recompute != "full":
+    if s.activations.layer_inputs == "host" and recompute != "full":
         found |= {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]}
-    if s.pipeline.degree > 1:
+    if s.pipeline.pipeline_parallel > 1:
         found["overlap_p2p_comm"] = s.overlap.pipeline
     found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss != "composed"
     return found

@@ -26,13 +26,13 @@ MATMUL = {"fp8": "float8", "mxfp8": "mx"}
 
 def replicas(s: Strategy) -> int:
     """Copies of the dense state: data_parallel_replicate_degree."""
-    return max(1, s.stage_ranks // (s.dense.tensor * s.dense.shard))
+    return max(1, s.stage_ranks // (s.dense.tensor_parallel * s.dense.fsdp))
 
 
 def sections(plan: Plan) -> dict[str, dict[str, Any]]:
     """Sections and keys of the JobConfig."""
     s, t = plan.strategy, plan.training
-    pipelined = s.pipeline.degree > 1
+    pipelined = s.pipeline.pipeline_parallel > 1
     local = t.global_batch // s.data_groups if pipelined else s.micro_batch
     model, flavor = MODELS.get(plan.model.name, ("", ""))
     found: dict[str, dict[str, Any]] = {
@@ -77,19 +77,19 @@ def _parallelism(plan: Plan) -> dict[str, Any]:
     s = plan.strategy
     found: dict[str, Any] = {
         "data_parallel_replicate_degree": replicas(s),
-        "data_parallel_shard_degree": max(1, s.dense.shard // s.attention.sequence),
+        "data_parallel_shard_degree": max(1, s.dense.fsdp // s.attention.context_parallel),
         "fsdp_reshard_after_forward": "always" if s.dense.reshard_after_forward else "never",
-        "tensor_parallel_degree": s.dense.tensor,
+        "tensor_parallel_degree": s.dense.tensor_parallel,
         "disable_loss_parallel": s.vocabulary.loss != "vocab_parallel",
-        "context_parallel_degree": s.attention.sequence,
-        "context_parallel_rotate_method": ROTATE.get(s.attention.exchange, "allgather"),
-        "expert_parallel_degree": s.experts.degree,
-        "expert_tensor_parallel_degree": s.experts.tensor,
-        "expert_parallel_comm_backend": "deepep" if s.experts.dispatch == "deduplicated" else "standard",
-        "pipeline_parallel_degree": s.pipeline.degree,
+        "context_parallel_degree": s.attention.context_parallel,
+        "context_parallel_rotate_method": ROTATE.get(s.attention.cp_comm_type, "allgather"),
+        "expert_parallel_degree": s.experts.expert_parallel,
+        "expert_tensor_parallel_degree": s.experts.expert_tensor_parallel,
+        "expert_parallel_comm_backend": "deepep" if s.experts.token_dispatcher != "alltoall" else "standard",
+        "pipeline_parallel_degree": s.pipeline.pipeline_parallel,
     }
-    if s.pipeline.degree > 1:
-        parts = s.pipeline.degree * s.pipeline.virtual_stages
+    if s.pipeline.pipeline_parallel > 1:
+        parts = s.pipeline.pipeline_parallel * s.pipeline.virtual_stages
         found |= {
             "pipeline_parallel_schedule": SCHEDULES[s.pipeline.schedule],
             "pipeline_parallel_microbatch_size": s.micro_batch,

@@ -1,9 +1,9 @@
-"""What the host does for layers made of Python modules: calls of modules, views, autograd's nodes, hooks, and
-their kernels.
+"""What the host does for layers made of Python modules: calls of modules, views, autograd's nodes, hooks,
+and their kernels.
 
-In forward passes of a torch Linear, the unit of a profile's `host.issue`. Measured on a CPU with tiny tensors
-for transformers 5.24 and torch 2.13 by `reports/host/measure.py`, whose results (`reports/host/modules.json`)
-these are, rounded; a test holds them together.
+In forward passes of a torch Linear, the unit of a profile's `host.cpu_launch_time`. Measured on a CPU with
+tiny tensors for transformers 5.24 and torch 2.13 by `reports/host/measure.py`, whose results
+(`reports/host/modules.json`) these are, rounded; a test holds them together.
 """
 
 LAYER: dict[str, tuple[float, float]] = {

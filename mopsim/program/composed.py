@@ -81,12 +81,12 @@ def alike(context: Context, layer: int, kind: Hashable) -> Hashable:
     parameters, where their inputs wait for the backward."""
     strategy = context.strategy
     units = tuple((u.component, u.padded, u.shard, u.shard_numel, u.group) for u in context.layers[layer])
-    return kind, units, layer < context.offloaded, layer < strategy.activations.layers_on_host
+    return kind, units, layer < context.offloaded, layer < strategy.activations.cpu_offload_layers
 
 
 def composable(context: Context) -> bool:
     """Whether nothing reaches further than the layers that are gathered ahead: one stage, gradients
     reduced in every microbatch or after all of them."""
     strategy, overlap = context.strategy, context.strategy.overlap
-    one = strategy.pipeline.degree == strategy.pipeline.virtual_stages == 1
+    one = strategy.pipeline.pipeline_parallel == strategy.pipeline.virtual_stages == 1
     return one and not (overlap.grad_reduce or overlap.param_gather or overlap.experts)

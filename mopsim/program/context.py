@@ -67,8 +67,8 @@ class Context:
 
     @property
     def mapped(self) -> bool:
-        """Whether a dispatch begins with a gather of the choices of all rows (Kernels.dispatch_map)."""
-        return self.stack.kernels.dispatch_map and self.strategy.experts.dispatch == "deduplicated"
+        """Whether a dispatch begins with a gather of the choices of all rows."""
+        return self.strategy.experts.token_dispatcher == "hybridep"
 
     @property
     def hidden(self) -> int:
@@ -79,7 +79,7 @@ class Context:
     def offloaded(self) -> int:
         """Boundaries that go to the host, the first ones."""
         activations = self.strategy.activations
-        if activations.boundary_tier == "device":
+        if activations.layer_inputs == "device":
             return 0
         return offloaded_boundaries(self.model.num_hidden_layers, self.hidden, activations.host_budget)
 
@@ -99,7 +99,7 @@ class Context:
         model, how = self.model, self.strategy.experts
         return _routes(
             self.training.routing, self.tokens, self.chunks, index, model.num_local_experts,
-            model.num_experts_per_tok, how.degree, how,
+            model.num_experts_per_tok, how.expert_parallel, how,
         )  # fmt: skip
 
     @property
@@ -110,12 +110,18 @@ class Context:
             return None
         place, busiest = _placement(
             self.training.routing, self.tokens, model.num_local_experts, model.num_experts_per_tok,
-            how.degree, how,
+            how.expert_parallel, how,
         )  # fmt: skip
-        each = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size // how.tensor * self.b
-        most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.degree))
-        own = model.num_local_experts // how.degree
-        host = host_work(model.num_local_experts, how.degree, *place.divided())
+        each = (
+            model.ffn_matrices
+            * model.hidden_size
+            * model.moe_intermediate_size
+            // how.expert_tensor_parallel
+            * self.b
+        )
+        most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.expert_parallel))
+        own = model.num_local_experts // how.expert_parallel
+        host = host_work(model.num_local_experts, how.expert_parallel, *place.divided())
         return Migration(place.received(busiest) * each, own * each, most * each, *host)
 
 
@@ -155,7 +161,7 @@ def _routes(
 def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Group]:
     """Process groups; that of the experts knows how many a token chooses where copies are sent once."""
     found = process_groups(strategy, domain)
-    if strategy.experts.dispatch == "deduplicated":
+    if strategy.experts.token_dispatcher != "alltoall":
         found["experts"] = replace(found["experts"], choices=model.num_experts_per_tok)
     return found
 
@@ -176,14 +182,14 @@ def make_context(
     precision = strategy.precision
     b = int(DTYPE_BYTES[precision.compute])
     dense = strategy.dense
-    tokens = training.tokens_per_rank(strategy) // (dense.tensor if dense.sequence_parallel else 1)
+    tokens = training.tokens_per_rank(strategy) // (dense.tensor_parallel if dense.sequence_parallel else 1)
     wide = 8 if precision.compute == "float64" else 4
     shapes = Shapes(
         tokens,
         training.seq_len,
-        strategy.attention.sequence,
-        strategy.dense.tensor,
-        strategy.experts.tensor,
+        strategy.attention.context_parallel,
+        strategy.dense.tensor_parallel,
+        strategy.experts.expert_tensor_parallel,
         b,
         wide,
         sequence_parallel=dense.sequence_parallel,

@@ -46,7 +46,7 @@ def loss_tape(context: Context) -> Tape:
     """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept
     (Megatron-LM)."""
     c, vocabulary = context, context.strategy.vocabulary
-    tensor, kernel = c.strategy.dense.tensor, c.stack.kernels.loss
+    tensor, kernel = c.strategy.dense.tensor_parallel, c.stack.kernels.loss
     fused = kernel != "composed"
     split = vocabulary.loss == "vocab_parallel" and tensor > 1
     rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it

@@ -43,7 +43,7 @@ def lower(
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
     passes = Pairs(context) if stack.explicit and paired(context) else Passes(context)
-    stages = range(strategy.pipeline.degree)
+    stages = range(strategy.pipeline.pipeline_parallel)
     programs = tuple(
         StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
         for stage in stages
@@ -67,7 +67,7 @@ def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
 
     A pipeline is in its steady state once it is full, which takes two rounds of the stages.
     """
-    stages = strategy.pipeline.degree
+    stages = strategy.pipeline.pipeline_parallel
     if stages == 1:
         return 1, min(total, EXPANDED + bool(strategy.overlap.experts))
     unit = stages if strategy.pipeline.virtual_stages > 1 else 1
@@ -82,7 +82,7 @@ def guarantee(context: Context) -> int:
         return 0
     return (
         2
-        * context.strategy.experts.degree
+        * context.strategy.experts.expert_parallel
         * model.num_experts_per_tok
         * context.chunk_tokens(0)
         * model.hidden_size

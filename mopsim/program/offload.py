@@ -57,15 +57,15 @@ class Boundaries:
         activations = context.strategy.activations
         layers = [layer for chunk in stage.every for layer in chunk]
         self.away: frozenset[int] = frozenset()
-        if activations.boundary_tier == "host":
+        if activations.layer_inputs == "host":
             room = (
                 activations.host_budget // self.size if activations.host_budget else len(layers) * len(slots)
             )
             counts = (n for n in range(len(layers), 0, -1) if self._most(set(layers[:n])) <= room)
             self.away = frozenset(layers[: room if stage.degree == 1 else next(counts, 0)])
-        self.whole = activations.layers_on_host > 0
+        self.whole = activations.cpu_offload_layers > 0
         if self.whole:
-            self.away = frozenset(layers[: activations.layers_on_host])
+            self.away = frozenset(layers[: activations.cpu_offload_layers])
 
     def contents(self, layer: int) -> tuple[Step, ...]:
         """What of a layer is on the host, by category."""

@@ -47,11 +47,11 @@ class Passes:
         attention = strategy.attention
         self.shapes = replace(
             context.shapes,
-            exchange=attention.exchange,
+            exchange=attention.cp_comm_type,
             flash=context.stack.flash,
-            fused=not strategy.activations.kept and context.stack.kernels.gate_up == "joined",
+            fused=not strategy.activations.save_ops and context.stack.kernels.gate_up == "joined",
         )
-        self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.degree > 1
+        self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
 
@@ -92,8 +92,8 @@ class Passes:
             c, experts = self.context, self.context.strategy.experts
             routes: tuple[int, ...] = ()
             if self.is_moe(layer):
-                routes = tuple(count * experts.tensor for count in c.routes(0))
-            split, once = c.groups["experts"].size > 1, experts.dispatch == "deduplicated"
+                routes = tuple(count * experts.expert_tensor_parallel for count in c.routes(0))
+            split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
             tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
             if routes and split and c.migration:
                 tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
@@ -109,7 +109,7 @@ class Passes:
             made = {value.name for kernel in kernels for value in kernel.writes}
             tape = replace(tape, kernels=kernels, held=tuple(name for name in held if name in made))
             if c.stack.kernels.ring_blocks == "composed":
-                model, ranks = c.model, c.strategy.attention.sequence
+                model, ranks = c.model, c.strategy.attention.context_parallel
                 shared = model.num_attention_heads / model.num_key_value_heads
                 tape = replace(tape, kernels=in_blocks(tape.kernels, ranks, shared, c.b, c.wide))
             if 0 < c.strategy.dense.chunk_tokens < c.tokens:
@@ -193,7 +193,7 @@ class Passes:
         """Whether anything reads a layer's input in its backward: not where all that a layer keeps is made
         of it, as a norm that torch composes keeps its copy in fp32. What goes to the host is kept whole."""
         activations = self.context.strategy.activations
-        away = activations.boundary_tier == "host" or activations.layers_on_host > 0
+        away = activations.layer_inputs == "host" or activations.cpu_offload_layers > 0
         saved = any("x" in kernel.saves for kernel in tape.kernels)
         return away or saved or activations.recompute != "none" or self.split
 
@@ -223,8 +223,8 @@ class Passes:
     def _plan(self, tape: Tape) -> Plan:
         activations = self.context.strategy.activations
         # where an exchange is replayed, the checkpoint is not torch's
-        early = self.context.stack.recompute.stops_early and "dispatch" not in activations.kept
-        return plan(tape, activations.recompute, activations.modules, activations.kept, early)
+        early = self.context.stack.recompute.stops_early and "dispatch" not in activations.save_ops
+        return plan(tape, activations.recompute, activations.modules, activations.save_ops, early)
 
 
 def _holding(played: list[Played], made: tuple[Step, ...]) -> list[Played]:
@@ -239,16 +239,16 @@ def _check(context: Context) -> None:
     strategy = context.strategy
     attention = strategy.attention
     require(
-        context.stack.flash or attention.exchange == "ulysses" or attention.sequence == 1,
+        context.stack.flash or attention.cp_comm_type == "ulysses" or attention.context_parallel == 1,
         "stack.kernels.attention",
         context.stack.attention,
-        f"keeps scores, which no program does where attention.exchange is {attention.exchange}",
+        f"keeps scores, which no program does where attention.cp_comm_type is {attention.cp_comm_type}",
     )
     require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, PAIRS_ONLY)
     slices = strategy.dense.chunk_tokens
     require(
-        slices == 0 or slices >= context.tokens or strategy.dense.tensor == 1,
+        slices == 0 or slices >= context.tokens or strategy.dense.tensor_parallel == 1,
         "strategy.dense.chunk_tokens",
         slices,
-        f"needs dense.tensor 1, not {strategy.dense.tensor}",
+        f"needs dense.tensor_parallel 1, not {strategy.dense.tensor_parallel}",
     )

@@ -33,8 +33,12 @@ def _shards(context: Context) -> Iterable[int]:
     strategy = context.strategy
     if not context.stack.sharding.fsdp:
         return [unit.shard_numel for unit in context.units()]
-    experts = strategy.experts.degree * strategy.experts.tensor * strategy.experts.shard
-    dense = strategy.dense.tensor * strategy.dense.shard
+    experts = (
+        strategy.experts.expert_parallel
+        * strategy.experts.expert_tensor_parallel
+        * strategy.experts.expert_fsdp
+    )
+    dense = strategy.dense.tensor_parallel * strategy.dense.fsdp
     return [ceil_div(tensor.numel, experts if tensor.routed else dense) for tensor in tensors(context.model)]
 
 

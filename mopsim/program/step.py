@@ -42,8 +42,10 @@ class StageStep:
         """A step of `microbatches` microbatches."""
         p = self.c.strategy.pipeline
         pairs = bool(self.overlap.experts) and not self.shards.each and p.schedule != "zero_bubble"
-        slots = order(p.schedule, p.degree, p.virtual_stages, microbatches, self.stage.index, int(pairs))
-        first = warm_up(p.degree, p.virtual_stages, self.stage.index, int(pairs))
+        slots = order(
+            p.schedule, p.pipeline_parallel, p.virtual_stages, microbatches, self.stage.index, int(pairs)
+        )
+        first = warm_up(p.pipeline_parallel, p.virtual_stages, self.stage.index, int(pairs))
         paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
         self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
         self._gather_updated()

@@ -29,14 +29,16 @@ def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
     """
     ranks, s = strategy.stage_ranks, strategy
     domain = next(size for size in range(min(domain, s.world_size), 0, -1) if s.world_size % size == 0)
-    tensor, expert_tensor = s.dense.tensor, s.experts.tensor
-    sequences = groups(ranks, s.attention.sequence * tensor, s.attention.order)
-    experts = groups(ranks, s.experts.degree * expert_tensor, s.experts.order)
-    holders = replica_groups(ranks, s.experts.degree * expert_tensor, s.experts.order)
+    tensor, expert_tensor = s.dense.tensor_parallel, s.experts.expert_tensor_parallel
+    sequences = groups(ranks, s.attention.context_parallel * tensor, s.attention.rank_placement)
+    experts = groups(ranks, s.experts.expert_parallel * expert_tensor, s.experts.rank_placement)
+    holders = replica_groups(ranks, s.experts.expert_parallel * expert_tensor, s.experts.rank_placement)
     dense = range(0, ranks, tensor)
-    expert_copies = [copy for group in holders for copy in split(group, s.experts.shard)]
-    expert_same = [group[place :: s.experts.shard] for group in holders for place in range(s.experts.shard)]
-    ring = worst(groups(ranks, s.vocabulary.degree, s.vocabulary.order), domain)
+    expert_copies = [copy for group in holders for copy in split(group, s.experts.expert_fsdp)]
+    expert_same = [
+        group[place :: s.experts.expert_fsdp] for group in holders for place in range(s.experts.expert_fsdp)
+    ]
+    ring = worst(groups(ranks, s.vocabulary.vocab_parallel, s.vocabulary.rank_placement), domain)
     found = {
         "world": span(range(ranks), domain),
         "sequence": worst((group[::tensor] for group in sequences), domain),
@@ -45,13 +47,15 @@ def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
         "expert_tensor": worst((group[:expert_tensor] for group in experts), domain),
         "vocabulary": ring,
         "ring": ring,
-        "vocabulary_shard": worst(replica_groups(ranks, s.vocabulary.degree, s.vocabulary.order), domain),
-        "dense_shard": worst(split(dense, s.dense.shard), domain),
+        "vocabulary_shard": worst(
+            replica_groups(ranks, s.vocabulary.vocab_parallel, s.vocabulary.rank_placement), domain
+        ),
+        "dense_shard": worst(split(dense, s.dense.fsdp), domain),
         "dense_replicas": worst(
-            (dense[i :: s.dense.shard] for i in range(min(s.dense.shard, len(dense)))), domain
+            (dense[i :: s.dense.fsdp] for i in range(min(s.dense.fsdp, len(dense)))), domain
         ),
         "expert_shard": worst(expert_copies, domain),
         "expert_replicas": worst(expert_same, domain),
     }
-    found["stage"] = Group(2, 2 if ranks < domain and ranks * s.pipeline.degree <= domain else 1)
+    found["stage"] = Group(2, 2 if ranks < domain and ranks * s.pipeline.pipeline_parallel <= domain else 1)
     return found

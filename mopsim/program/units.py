@@ -44,14 +44,14 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
     dense, routed = [t for t in mine if not t.routed], [t for t in mine if t.routed]
     found = [_dense(model, strategy, f"layers.{layer}.dense", "attention", layer, dense)]
     if routed:
-        split = strategy.experts.degree * strategy.experts.tensor
+        split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
         found.append(
             Unit(
                 f"layers.{layer}.experts",
                 "experts",
                 layer,
                 sum(t.numel for t in routed) // split,
-                strategy.experts.shard,
+                strategy.experts.expert_fsdp,
                 strategy.expert_replicas,
                 "expert_shard",
                 "expert_replicas",
@@ -71,7 +71,7 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
     final = [t for name, t in by_name.items() if name.startswith("final_norm")]
     found["final"] = _dense(model, strategy, "final", "vocabulary", -1, final)
     if "head.weight" in by_name:
-        head, degree = by_name["head.weight"], strategy.vocabulary.degree
+        head, degree = by_name["head.weight"], strategy.vocabulary.vocab_parallel
         if strategy.vocabulary.loss == "ring":
             rows, copies = ceil_div(model.vocab_size, degree), strategy.stage_ranks // degree
             found["head"] = Unit(
@@ -93,7 +93,7 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
 def _dense(
     model: ModelSpec, strategy: Strategy, name: str, component: str, layer: int, mine: list[Tensor]
 ) -> Unit:
-    split = strategy.dense.tensor
+    split = strategy.dense.tensor_parallel
     numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
     copies = strategy.stage_ranks // split
     return Unit(
@@ -101,7 +101,7 @@ def _dense(
         component,
         layer,
         numel,
-        strategy.dense.shard,
+        strategy.dense.fsdp,
         copies,
         "dense_shard",
         "dense_replicas",

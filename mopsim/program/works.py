@@ -91,7 +91,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
 
 
 def _map(context: Context, group: Group) -> tuple[Work, ...]:
-    """The choices of all rows of a group, gathered and read (see Kernels.dispatch_map)."""
+    """The choices of all rows of a group, gathered and read (HybridEP)."""
     size = float(group.size * context.tokens * context.model.num_local_experts)
     return (
         Work("all_gather", bytes=size, group=replace(group, choices=0.0)),

@@ -128,7 +128,11 @@ def timeline_title(result: SimResult, label: str) -> str:
     part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
     between = result.time_by_component.get("runtime", 0.0) / result.step_time
     undrawn = f", {between:.0%} between ops (not drawn)" if between >= 0.005 else ""
-    seen, full, stages = result.span_stage + 1, result.memory_stage + 1, result.strategy.pipeline.degree
+    seen, full, stages = (
+        result.span_stage + 1,
+        result.memory_stage + 1,
+        result.strategy.pipeline.pipeline_parallel,
+    )
     where = f"\nof {stages} stages: streams of stage {seen}, memory of stage {full}" if stages > 1 else ""
     step = format_seconds(result.step_time)
     return f"{label}: {step} a step, {waiting(result):.0%} of it waiting for data{undrawn}{part}{where}"

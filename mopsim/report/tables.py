@@ -21,20 +21,21 @@ usable device memory that the peak is. exposed: seconds of compute waiting for c
 def describe(strategy: Strategy) -> str:
     """A strategy in a line, in Megatron's and TorchTitan's words: what equals the plain case is left out."""
     s = strategy
-    fsdp = s.dense.shard if s.dense.zero == 3 else 1
+    fsdp = s.dense.fsdp if s.dense.zero == 3 else 1
     degrees = {
-        "TP": s.dense.tensor, "PP": s.pipeline.degree, "VP": s.pipeline.virtual_stages,
-        "CP": s.attention.sequence, "EP": s.experts.degree, "ETP": s.experts.tensor, "FSDP": fsdp,
+        "TP": s.dense.tensor_parallel, "PP": s.pipeline.pipeline_parallel, "VP": s.pipeline.virtual_stages,
+        "CP": s.attention.context_parallel, "EP": s.experts.expert_parallel, 
+        "ETP": s.experts.expert_tensor_parallel, "FSDP": fsdp,
     }  # fmt: skip
     parts = [f"{name}={value}" for name, value in degrees.items() if value > 1]
-    if s.dense.zero < 3 and s.dense.shard > 1:
-        parts.append(f"ZeRO-{s.dense.zero}={s.dense.shard}")
-    if s.experts.degree > 1 and s.experts.shard not in (1, s.expert_replicas):
-        parts.append(f"expert-FSDP={s.experts.shard}")
-    if s.dense.tensor > 1 and not s.dense.sequence_parallel:
+    if s.dense.zero < 3 and s.dense.fsdp > 1:
+        parts.append(f"ZeRO-{s.dense.zero}={s.dense.fsdp}")
+    if s.experts.expert_parallel > 1 and s.experts.expert_fsdp not in (1, s.expert_replicas):
+        parts.append(f"expert-FSDP={s.experts.expert_fsdp}")
+    if s.dense.tensor_parallel > 1 and not s.dense.sequence_parallel:
         parts.append("sequence-parallel=no")
-    if s.attention.sequence > 1:
-        parts.append(f"CP-by={s.attention.exchange}")
+    if s.attention.context_parallel > 1:
+        parts.append(f"CP-by={s.attention.cp_comm_type}")
     parts += [_vocabulary(s), f"mbs={s.micro_batch}"]
     if s.experts.chunk_tokens:
         parts.append(f"expert-chunk={s.experts.chunk_tokens}")
@@ -52,18 +53,19 @@ def _vocabulary(s: Strategy) -> str:
     """How the vocabulary and its loss are split: over ranks, and over rows."""
     rows = f"/{s.vocabulary.chunk_tokens}" if s.vocabulary.chunk_tokens else ""
     if s.vocabulary.loss in ("ring", "vocab_parallel"):
-        return f"vocab-{'ring' if s.vocabulary.loss == 'ring' else 'parallel'}={s.vocabulary.degree}{rows}"
+        kind = s.vocabulary.loss.removeprefix("vocab_")
+        return f"vocab-{kind}={s.vocabulary.vocab_parallel}{rows}"
     return f"loss={s.vocabulary.loss}{rows}"
 
 
 def _offloaded(s: Strategy) -> list[str]:
     """What is kept on the host."""
     found = []
-    if s.activations.boundary_tier == "host":
+    if s.activations.layer_inputs == "host":
         budget = s.activations.host_budget
         found.append("inputs" + (f"/{format_bytes(budget, 0).replace(' ', '')}" if budget else ""))
-    if s.activations.layers_on_host:
-        found.append(f"{s.activations.layers_on_host}-layers")
+    if s.activations.cpu_offload_layers:
+        found.append(f"{s.activations.cpu_offload_layers}-layers")
     if s.dense.param_tier == "host":
         found.append("params")
     if s.optimizer.state_tier == "host":

@@ -130,7 +130,7 @@ class Hunt:
 
     def _fits_any_routing(self, strategy: Strategy) -> bool:
         problem, stack = self.pool.space.problem, self.pool.space.stack
-        training = replace(problem.training, routing=worst(problem.model, strategy.experts.degree))
+        training = replace(problem.training, routing=worst(problem.model, strategy.experts.expert_parallel))
         return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training, stack).fits
 
     def left(self) -> np.ndarray:

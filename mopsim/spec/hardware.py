@@ -257,8 +257,9 @@ class Host(Spec, frozen=True, kw_only=True):
     memory: DRAM of the node. memory_bandwidth: what all devices of the node share. link_h2d, link_d2h:
     bandwidth of a device's link, each way. link_latency: time of a copy without data. link_sharing: devices
     that share one link. adam_rate: parameters/s that a rank's share of the host updates. cores: CPU cores of
-    the node. issue: time of a rank's host thread for each kernel, copy or collective that an eager framework
-    starts; without it kernels never wait for the host (replayed graphs; a CPU that runs them itself).
+    the node. cpu_launch_time: time of a rank's host thread for each kernel, copy or collective that an eager
+    framework starts; without it kernels never wait for the host (replayed graphs; a CPU that runs them
+    itself).
     """
 
     memory: Quantity
@@ -269,11 +270,11 @@ class Host(Spec, frozen=True, kw_only=True):
     link_sharing: int = 1
     adam_rate: Quantity
     cores: int = 1
-    issue: Quantity | None = None
+    cpu_launch_time: Quantity | None = None
 
     def __post_init__(self) -> None:
         require_dimension(self, "memory", "memory")
-        require_dimension(self, "time", "issue")
+        require_dimension(self, "time", "cpu_launch_time")
         require_dimension(self, "bandwidth", "memory_bandwidth", "link_h2d", "link_d2h")
         require_dimension(self, "time", "link_latency")
         require_dimension(self, "update rate", "adam_rate")

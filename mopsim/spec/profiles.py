@@ -4,8 +4,9 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from mopsim.common.io import convert, exists, load, parse_yaml
+from mopsim.common.io import convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
+from mopsim.spec import renamed
 from mopsim.spec.hardware import HardwareProfile
 
 
@@ -32,10 +33,9 @@ def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
     """
     name = str(ref)
     if name in _texts():
-        return convert(
-            parse_yaml(_texts()[name], f"profile {name}"), HardwareProfile, field, f"profile {name}"
-        )
+        text = parse_yaml(_texts()[name], f"profile {name}")
+        return convert(text, HardwareProfile, field, f"profile {name}")
     path = Path(ref)
     if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
         raise unknown(field, name, list_profiles(), "profile")
-    return load(path, HardwareProfile, field)
+    return convert(renamed.hardware(read_yaml(path, field)), HardwareProfile, field, str(path))

@@ -57,8 +57,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
     (`upcast`). logits_held: whoever calls a composed loss holds the logits until its backward is done.
     loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of keys and values where
-    context parallelism gathers them. dispatch_map: before a deduplicated dispatch every rank gets which
-    experts each row of the group has chosen, a byte for each expert and row (HybridEP). fills: new tensors
+    context parallelism gathers them.  fills: new tensors
     with a known value are written first (torch's deterministic mode).
     """
 
@@ -77,7 +76,6 @@ class Kernels(Spec, frozen=True, kw_only=True):
     loss: Literal["composed", "fused", "upcast"] = "composed"
     logits_held: bool = True
     loss_chunks: Built = "fused"
-    dispatch_map: bool = False
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
     deterministic: bool = False
     fills: bool = False
@@ -107,11 +105,11 @@ class Recompute(Spec, frozen=True, kw_only=True):
     """Habits of recomputation. stops_early: once the last value that the backward wants is there.
     holds_output: what a layer's recomputation puts out lives until its backward is over (a reentrant
     torch.utils.checkpoint). selective: modules that `selective` without a list of them runs again. kept:
-    kernels (categories.KEPT) that it keeps instead, running all others again (needs dense.tensor 1, else
-    `selective` counts). chunk_inputs: how the backward of chunked experts has its inputs: sent again
-    (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306). inputs: those that are on
-    the host come up one layer ahead, the last stays (`ahead`, Megatron-Core), or each when its backward asks
-    for it (`asked`, autograd's hooks on saved tensors)."""
+    kernels (categories.KEPT) that it keeps instead, running all others again (needs dense.tensor_parallel
+    1, else `selective` counts). chunk_inputs: how the backward of chunked experts has its inputs: sent
+    again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306). inputs: those
+    that are on the host come up one layer ahead, the last stays (`ahead`, Megatron-Core), or each when
+    its backward asks for it (`asked`, autograd's hooks on saved tensors)."""
 
     stops_early: bool = False
     holds_output: bool = False
@@ -302,29 +300,29 @@ class Stack(Spec, frozen=True, kw_only=True):
     def _overlap(self, strategy: Strategy) -> Overlap:
         """Experts' exchanges are hidden where there is another microbatch to hide them behind."""
         found, pipeline = _filled(strategy.overlap, self.hides, None), strategy.pipeline
-        behind = pipeline.degree == 1 or pipeline.virtual_stages > 1
+        behind = pipeline.pipeline_parallel == 1 or pipeline.virtual_stages > 1
         return found if behind or strategy.overlap.experts else replace(found, experts=False)
 
     def _activations(self, strategy: Strategy) -> Activations:
         given, own = strategy.activations, self.recompute
         if given.recompute != "selective" or given.modules:
             return given
-        if own.kept and strategy.dense.tensor == 1:
+        if own.kept and strategy.dense.tensor_parallel == 1:
             return replace(given, recompute="full", kept=own.kept)
         return replace(given, modules=own.selective)
 
     def plain_experts(self, strategy: Strategy) -> bool:
         """Whether the routed experts are plain tensors, whole on every replica."""
-        return not self.sharding.experts and strategy.experts.degree > 1
+        return not self.sharding.experts and strategy.experts.expert_parallel > 1
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the program does not do what a strategy asks."""
-        zero, shard = strategy.dense.zero, strategy.experts.shard
+        zero, shard = strategy.dense.zero, strategy.experts.expert_fsdp
         require(
             not self.sharding.fsdp or zero >= 2, "strategy.dense.zero", zero,
             f"must be 2 or 3 under the stack {self.name}, which shards gradients (sharding.fsdp)",
         )  # fmt: skip
         require(
-            not self.plain_experts(strategy) or shard == 1, "strategy.experts.shard", shard,
+            not self.plain_experts(strategy) or shard == 1, "strategy.experts.expert_fsdp", shard,
             f"must be 1 under the stack {self.name}, which does not shard routed experts (sharding.experts)",
         )  # fmt: skip

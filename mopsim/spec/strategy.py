@@ -16,6 +16,7 @@ DEFAULT_STACK = "mopexec-flat"
 Tier = Literal["device", "host"]
 Order = Literal["contiguous", "strided"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 Exchange = Literal["ulysses", "ring", "all_gather"]
 MatmulDType = Literal["float64", "float32", "bfloat16", "float16", "fp8", "mxfp8", "nvfp4"]
 CAST: tuple[MatmulDType, ...] = ("fp8", "mxfp8", "nvfp4")
@@ -25,13 +26,14 @@ CAST: tuple[MatmulDType, ...] = ("fp8", "mxfp8", "nvfp4")
 class Pipeline(Spec, frozen=True, kw_only=True):
     """Pipeline parallelism: the only degree that factors the world.
 
-    degree: stages. virtual_stages: parts that each stage holds (interleaved schedule). layers: decoder layers
-    of each of the degree x virtual_stages parts, in the network's order; empty = as even as can be.
-    Embedding, MTP layers and loss lie in the first and the last part. schedule: order of forwards and
-    backwards; `interleaved` goes with virtual_stages above 1, `zero_bubble` splits the backward.
+    pipeline_parallel: stages. virtual_stages: parts that each stage holds (interleaved schedule). layers:
+    decoder layers of each of the pipeline_parallel x virtual_stages parts, in the network's order; empty =
+    as even as can be. Embedding, MTP layers and loss lie in the first and the last part. schedule: order of
+    forwards and backwards; `interleaved` goes with virtual_stages above 1, `zero_bubble` splits the
+    backward.
     """
 
-    degree: int = 1
+    pipeline_parallel: int = 1
     virtual_stages: int = 1
     layers: tuple[int, ...] = ()
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
@@ -40,18 +42,19 @@ class Pipeline(Spec, frozen=True, kw_only=True):
 class Dense(Spec, frozen=True, kw_only=True):
     """Attention projections, norms, router, dense FFN, shared experts and embedding.
 
-    tensor: tensor-parallel ranks. sequence_parallel: outside the products that `tensor` splits, its ranks
+    tensor_parallel: tensor-parallel ranks. sequence_parallel: outside the products that these split, they
     split the rows (arXiv 2205.05198); otherwise each holds all of them and sums travel by all-reduce (arXiv
-    1909.08053). shard: ranks that share one copy of the state (FSDP; below the stage's ranks the copies are
-    replicated, HSDP). zero: what is sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
-    reshard_after_forward: parameters are freed after the forward and gathered again for the backward.
-    prefetch: layers whose parameters are gathered ahead of use. param_tier, grad_tier: where the shards lie.
-    chunk_tokens: tokens per slice of dense FFN and shared experts, recomputed slice by slice; 0 = one slice.
+    1909.08053). fsdp: ranks that share one copy of the state (fully sharded data parallel; below the stage's
+    ranks the copies are replicated, HSDP). zero: what is sharded: 0 nothing, 1 optimizer state, 2 and
+    gradients, 3 and parameters. reshard_after_forward: parameters are freed after the forward and gathered
+    again for the backward. prefetch: layers whose parameters are gathered ahead of use. param_tier,
+    grad_tier: where the shards lie. chunk_tokens: tokens per slice of dense FFN and shared experts,
+    recomputed slice by slice; 0 = one slice.
     """
 
-    tensor: int = 1
+    tensor_parallel: int = 1
     sequence_parallel: bool = True
-    shard: int = 1
+    fsdp: int = 1
     zero: Literal[0, 1, 2, 3] = 3
     reshard_after_forward: bool = True
     prefetch: int = 1
@@ -63,42 +66,43 @@ class Dense(Spec, frozen=True, kw_only=True):
 class Attention(Spec, frozen=True, kw_only=True):
     """The attention core.
 
-    sequence: context-parallel ranks, which share one sequence. exchange: how they trade it: heads for
-    positions (Ulysses), blocks of keys and values in a ring, or all of them at once. order: whether
-    neighbouring ranks or every n-th form a group.
+    context_parallel: context-parallel ranks, which share one sequence. cp_comm_type: how they trade it:
+    heads for positions (Ulysses), blocks of keys and values in a ring, or all of them at once.
+    rank_placement: whether neighbouring ranks or every n-th form a group.
     """
 
-    sequence: int = 1
-    exchange: Exchange = "ulysses"
-    order: Order = "contiguous"
+    context_parallel: int = 1
+    cp_comm_type: Exchange = "ulysses"
+    rank_placement: Order = "contiguous"
 
 
 class Experts(Spec, frozen=True, kw_only=True):
     """Routed experts.
 
-    degree: expert-parallel ranks, which whole experts are spread over. tensor: expert-tensor-parallel ranks,
-    which split an expert. shard: ranks among the replicas of one expert that share one copy of its state.
-    chunk_tokens: local tokens per dispatch chunk (strided positions); 0 = one chunk. max_chunks: chunks at
-    most: there are min(ceil(tokens / chunk_tokens), max_chunks). balance: `least_loaded` moves routed work,
-    and the weights it needs, off overloaded ranks (LLEP, arXiv 2601.17111). capacity: of LLEP, the load above
-    which a rank is overloaded, in means (alpha). min_rows: of LLEP, the least piece that is moved (m).
-    threshold: of LLEP, the load of the most loaded rank from which it acts, in means (lambda). dispatch:
-    `all_to_all` sends a token once for each expert; `deduplicated` once to a rank and once to another
-    scale-up domain, however many of its experts are there (DeepEP, HybridEP). order: whether neighbouring
+    expert_parallel: expert-parallel ranks, which whole experts are spread over. expert_tensor_parallel:
+    ranks that split an expert. expert_fsdp: ranks among the replicas of one expert that share one copy of
+    its state. chunk_tokens: local tokens per dispatch chunk (strided positions); 0 = one chunk. max_chunks:
+    chunks at most: there are min(ceil(tokens / chunk_tokens), max_chunks). balance: `least_loaded` moves
+    routed work, and the weights it needs, off overloaded ranks (LLEP, arXiv 2601.17111). capacity: of LLEP,
+    the load above which a rank is overloaded, in means (alpha). min_rows: of LLEP, the least piece that is
+    moved (m). threshold: of LLEP, the load of the most loaded rank from which it acts, in means (lambda).
+    token_dispatcher: `alltoall` sends a token once for each expert; `deepep` and `hybridep` once to a rank
+    and once to another scale-up domain, however many of its experts are there; before a `hybridep` dispatch
+    every rank gets which experts each row of the group has chosen. rank_placement: whether neighbouring
     ranks or every n-th form a group. param_tier, grad_tier: where the shards lie.
     """
 
-    degree: int = 1
-    tensor: int = 1
-    shard: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+    expert_fsdp: int = 1
     chunk_tokens: int = 0
     max_chunks: int = 10
     balance: Literal["none", "least_loaded"] = "none"
     capacity: float = 1.0
     min_rows: int = 1024
     threshold: float = 1.0
-    dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
-    order: Order = "contiguous"
+    token_dispatcher: Dispatcher = "alltoall"
+    rank_placement: Order = "contiguous"
     param_tier: Tier = "device"
     grad_tier: Tier = "device"
 
@@ -106,17 +110,17 @@ class Experts(Spec, frozen=True, kw_only=True):
 class Vocabulary(Spec, frozen=True, kw_only=True):
     """Output projection and loss.
 
-    degree: vocabulary-parallel ranks. loss: `full` keeps N x V logits; `chunked` forms them chunk_tokens rows
-    at a time; `ring` (Ring-DTP) shards the vocabulary over `degree` ranks with distinct tokens;
-    `vocab_parallel` splits it over the tensor group (Megatron). chunk_tokens: rows of logits formed at a
-    time, in a round of the ring or in `chunked`; 0 = all. order: whether neighbouring ranks or every n-th
-    form a group.
+    vocab_parallel: vocabulary-parallel ranks. loss: `full` keeps N x V logits; `chunked` forms them
+    chunk_tokens rows at a time; `ring` (Ring-DTP) shards the vocabulary over these ranks with distinct
+    tokens; `vocab_parallel` splits it over the tensor group (Megatron). chunk_tokens: rows of logits formed
+    at a time, in a round of the ring or in `chunked`; 0 = all. rank_placement: whether neighbouring ranks or
+    every n-th form a group.
     """
 
-    degree: int = 1
+    vocab_parallel: int = 1
     loss: Literal["full", "chunked", "ring", "vocab_parallel"] = "full"
     chunk_tokens: int = 0
-    order: Order = "contiguous"
+    rank_placement: Order = "contiguous"
 
 
 class Optimizer(Spec, frozen=True, kw_only=True):
@@ -139,21 +143,22 @@ class Activations(Spec, frozen=True, kw_only=True):
     """What is kept from the forward to the backward, and where.
 
     recompute: none, selective (the modules named), or full (each layer from its input). modules: what
-    selective recomputation runs again; empty = the program's own choice. kept: kernels of a layer
-    (categories.KEPT) whose outputs a full recomputation keeps and which it does not run again: torch's
-    selective activation checkpointing by operator. boundary_tier: where the inputs of decoder layers wait,
+    selective recomputation runs again; empty = the program's own choice. save_ops: kernels of a
+    layer (categories.KEPT) whose outputs a full recomputation keeps and which it does not run again: torch's
+    selective activation checkpointing by operator. layer_inputs: where the inputs of decoder layers wait,
     also where no recomputation starts from them (offload_modules layer_input and attn_norm of Megatron-Core).
-    host_budget: bytes of them per rank that go to pinned memory, the first ones; 0 = no cap. layers_on_host:
+    host_budget: bytes of them per rank that go to pinned memory, the first ones; 0 = no cap.
+    cpu_offload_layers:
     the first so many decoder layers of a stage keep all that their backward needs in pinned memory
     (cpu_offloading_num_layers of Megatron-Core and Transformer Engine).
     """
 
     recompute: Literal["none", "selective", "full"] = "full"
     modules: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    boundary_tier: Tier = "device"
+    save_ops: tuple[str, ...] = ()
+    layer_inputs: Tier = "device"
     host_budget: int = 0
-    layers_on_host: int = 0
+    cpu_offload_layers: int = 0
 
 
 class Overlap(Spec, frozen=True, kw_only=True):
@@ -234,17 +239,17 @@ class Strategy(Spec, frozen=True, kw_only=True):
     @property
     def stage_ranks(self) -> int:
         """Ranks of one pipeline stage: what every other degree is a view of."""
-        return self.world_size // self.pipeline.degree
+        return self.world_size // self.pipeline.pipeline_parallel
 
     @property
     def data_groups(self) -> int:
         """Groups of ranks that work on distinct sequences (the data-parallel degree)."""
-        return self.stage_ranks // (self.dense.tensor * self.attention.sequence)
+        return self.stage_ranks // (self.dense.tensor_parallel * self.attention.context_parallel)
 
     @property
     def expert_replicas(self) -> int:
         """Ranks of a stage that hold the same expert slice."""
-        return self.stage_ranks // (self.experts.degree * self.experts.tensor)
+        return self.stage_ranks // (self.experts.expert_parallel * self.experts.expert_tensor_parallel)
 
     def check_model(self, model: ModelSpec) -> None:
         """Raise SpecError where a degree does not fit the model."""

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 Rules = Iterator[tuple[bool, str, str]]
 
 LEAST = {
-    "world_size": 1, "micro_batch": 1, "pipeline.degree": 1, "pipeline.virtual_stages": 1, "dense.tensor": 1,
-    "dense.shard": 1, "dense.prefetch": 0, "dense.chunk_tokens": 0, "attention.sequence": 1,
-    "experts.degree": 1, "experts.tensor": 1, "experts.shard": 1, "experts.chunk_tokens": 0,
-    "experts.max_chunks": 1, "experts.min_rows": 1, "vocabulary.degree": 1, "vocabulary.chunk_tokens": 0,
-    "optimizer.bucket_params": 1, "optimizer.slots": 1, "activations.host_budget": 0,
-    "activations.layers_on_host": 0,
+    "world_size": 1, "micro_batch": 1, "pipeline.pipeline_parallel": 1, "pipeline.virtual_stages": 1,
+    "dense.tensor_parallel": 1, "dense.fsdp": 1, "dense.prefetch": 0, "dense.chunk_tokens": 0,
+    "attention.context_parallel": 1, "experts.expert_parallel": 1, "experts.expert_tensor_parallel": 1,
+    "experts.expert_fsdp": 1, "experts.chunk_tokens": 0, "experts.max_chunks": 1, "experts.min_rows": 1,
+    "vocabulary.vocab_parallel": 1, "vocabulary.chunk_tokens": 0, "optimizer.bucket_params": 1,
+    "optimizer.slots": 1, "activations.host_budget": 0, "activations.cpu_offload_layers": 0,
 }  # fmt: skip
 """Integers of a strategy, and the least that each may be."""
 
@@ -43,23 +43,35 @@ def _ranges(s: "Strategy") -> Rules:
 
 def _degrees(s: "Strategy") -> Rules:
     """Each degree divides what it is a view of."""
-    yield _divides(s.world_size, s.pipeline.degree, "pipeline.degree", f"world_size {s.world_size}")
+    yield _divides(
+        s.world_size, s.pipeline.pipeline_parallel, "pipeline.pipeline_parallel", f"world_size {s.world_size}"
+    )
     ranks = s.stage_ranks
     stage = f"the {ranks} ranks of a stage"
     for field, degree in (
-        ("dense.tensor", s.dense.tensor),
-        ("dense.shard", s.dense.shard),
-        ("attention.sequence", s.attention.sequence),
-        ("experts.degree", s.experts.degree),
-        ("vocabulary.degree", s.vocabulary.degree),
+        ("dense.tensor_parallel", s.dense.tensor_parallel),
+        ("dense.fsdp", s.dense.fsdp),
+        ("attention.context_parallel", s.attention.context_parallel),
+        ("experts.expert_parallel", s.experts.expert_parallel),
+        ("vocabulary.vocab_parallel", s.vocabulary.vocab_parallel),
     ):
         yield _divides(ranks, degree, field, stage)
-    split, not_split = s.experts.degree * s.experts.tensor, "does not divide"
-    yield ranks % split == 0, "experts.tensor", f"times experts.degree {s.experts.degree} {not_split} {stage}"
+    split, not_split = s.experts.expert_parallel * s.experts.expert_tensor_parallel, "does not divide"
+    yield (
+        ranks % split == 0,
+        "experts.expert_tensor_parallel",
+        f"times experts.expert_parallel {s.experts.expert_parallel} {not_split} {stage}",
+    )
     replicas = s.expert_replicas
-    yield _divides(replicas, s.experts.shard, "experts.shard", f"the {replicas} replicas of an expert")
-    split = s.dense.tensor * s.attention.sequence
-    yield ranks % split == 0, "attention.sequence", f"times dense.tensor {s.dense.tensor} {not_split} {stage}"
+    yield _divides(
+        replicas, s.experts.expert_fsdp, "experts.expert_fsdp", f"the {replicas} replicas of an expert"
+    )
+    split = s.dense.tensor_parallel * s.attention.context_parallel
+    yield (
+        ranks % split == 0,
+        "attention.context_parallel",
+        f"times dense.tensor_parallel {s.dense.tensor_parallel} {not_split} {stage}",
+    )
 
 
 def _divides(total: int, degree: int, field: str, what: str) -> tuple[bool, str, str]:
@@ -70,8 +82,8 @@ def _divides(total: int, degree: int, field: str, what: str) -> tuple[bool, str,
 
 def _state(s: "Strategy") -> Rules:
     """The loss has what it splits by; the optimizer's update has its state at hand."""
-    loss, degree = s.vocabulary.loss, s.vocabulary.degree
-    whole = f"does not split the vocabulary, but vocabulary.degree is {degree}"
+    loss, degree = s.vocabulary.loss, s.vocabulary.vocab_parallel
+    whole = f"does not split the vocabulary, but vocabulary.vocab_parallel is {degree}"
     yield degree == 1 or loss in ("ring", "vocab_parallel"), "vocabulary.loss", whole
     chunked = loss == "chunked"
     least = "must be at least 1 for a chunked loss"
@@ -88,53 +100,63 @@ def _activations(s: "Strategy") -> Rules:
     a, known = s.activations, (*MODULES, *COMPONENTS)
     for module in a.modules:
         yield module in known, "activations.modules", f"names {module!r}, not one of {', '.join(known)}"
-    for kernel in a.kept:
-        yield kernel in KEPT, "activations.kept", f"names {kernel!r}, not one of {', '.join(KEPT)}"
+    for kernel in a.save_ops:
+        yield kernel in KEPT, "activations.save_ops", f"names {kernel!r}, not one of {', '.join(KEPT)}"
     full = f"needs activations.recompute full, not {a.recompute}"
-    yield not a.kept or a.recompute == "full", "activations.kept", full
+    yield not a.save_ops or a.recompute == "full", "activations.save_ops", full
     for needed, given in (
         ("activations.recompute none", a.recompute == "none"),
-        ("activations.boundary_tier device", a.boundary_tier == "device"),
-        ("pipeline.degree 1", s.pipeline.degree == 1),
+        ("activations.layer_inputs device", a.layer_inputs == "device"),
+        ("pipeline.pipeline_parallel 1", s.pipeline.pipeline_parallel == 1),
     ):
-        yield not a.layers_on_host or given, "activations.layers_on_host", f"needs {needed}"
-    alone = f"needs dense.tensor 1, not {s.dense.tensor}"
-    yield not a.kept or s.dense.tensor == 1, "activations.kept", alone
+        yield not a.cpu_offload_layers or given, "activations.cpu_offload_layers", f"needs {needed}"
+    alone = f"needs dense.tensor_parallel 1, not {s.dense.tensor_parallel}"
+    yield not a.save_ops or s.dense.tensor_parallel == 1, "activations.save_ops", alone
 
 
 def _pipeline(s: "Strategy") -> Rules:
     p = s.pipeline
     virtual = p.virtual_stages > 1
-    yield not virtual or p.degree > 1, "pipeline.virtual_stages", "needs a pipeline.degree above 1"
+    yield (
+        not virtual or p.pipeline_parallel > 1,
+        "pipeline.virtual_stages",
+        "needs a pipeline.pipeline_parallel above 1",
+    )
     one_part = f"plays one part a stage, not pipeline.virtual_stages {p.virtual_stages}: needs interleaved"
     yield not virtual or p.schedule == "interleaved", "pipeline.schedule", one_part
-    parts = p.degree * p.virtual_stages
+    parts = p.pipeline_parallel * p.virtual_stages
     listed = f"must be a count of layers, 0 or more, for each of the {parts} parts"
     yield len(p.layers) in (0, parts) and min(p.layers, default=0) >= 0, "pipeline.layers", listed
     between = "needs pipeline.virtual_stages above 1 in a pipeline"
-    yield not s.overlap.experts or p.degree == 1 or virtual, "overlap.experts", between
+    yield not s.overlap.experts or p.pipeline_parallel == 1 or virtual, "overlap.experts", between
 
 
 def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     """Rules of a strategy for one model."""
     experts, heads, layers = model.num_local_experts, model.num_attention_heads, model.num_hidden_layers
     if experts:
-        yield _divides(experts, s.experts.degree, "experts.degree", f"num_local_experts {experts}")
+        yield _divides(
+            experts, s.experts.expert_parallel, "experts.expert_parallel", f"num_local_experts {experts}"
+        )
     else:
-        yield s.experts.degree == 1, "experts.degree", "must be 1 for a model without experts"
+        yield (
+            s.experts.expert_parallel == 1,
+            "experts.expert_parallel",
+            "must be 1 for a model without experts",
+        )
     head = "needs a head of its own, but model.tie_word_embeddings is true"
     yield s.vocabulary.loss != "ring" or not model.tie_word_embeddings, "vocabulary.loss", head
-    tensor = s.dense.tensor
-    if s.attention.exchange == "ulysses":
-        rule = f"times dense.tensor {tensor} does not divide num_attention_heads {heads}"
-        yield heads % (s.attention.sequence * tensor) == 0, "attention.sequence", rule
-    rows = "must be true where dense.tensor is above 1 for a model with experts"
+    tensor = s.dense.tensor_parallel
+    if s.attention.cp_comm_type == "ulysses":
+        rule = f"times dense.tensor_parallel {tensor} does not divide num_attention_heads {heads}"
+        yield heads % (s.attention.context_parallel * tensor) == 0, "attention.context_parallel", rule
+    rows = "must be true where dense.tensor_parallel is above 1 for a model with experts"
     yield s.dense.sequence_parallel or tensor == 1 or not experts, "dense.sequence_parallel", rows
-    yield _divides(heads, tensor, "dense.tensor", f"num_attention_heads {heads}")
-    away = s.activations.layers_on_host
-    yield away <= layers, "activations.layers_on_host", f"is more than num_hidden_layers {layers}"
-    stages, listed = s.pipeline.degree * s.pipeline.virtual_stages, s.pipeline.layers
+    yield _divides(heads, tensor, "dense.tensor_parallel", f"num_attention_heads {heads}")
+    away = s.activations.cpu_offload_layers
+    yield away <= layers, "activations.cpu_offload_layers", f"is more than num_hidden_layers {layers}"
+    stages, listed = s.pipeline.pipeline_parallel * s.pipeline.virtual_stages, s.pipeline.layers
     rule = f"is {sum(listed)} layers, not the num_hidden_layers {layers}"
     yield not listed or sum(listed) == layers, "pipeline.layers", rule
     rule = f"times virtual_stages {s.pipeline.virtual_stages} is more than num_hidden_layers {layers}"
-    yield bool(listed) or stages <= layers, "pipeline.degree", rule
+    yield bool(listed) or stages <= layers, "pipeline.pipeline_parallel", rule

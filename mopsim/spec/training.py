@@ -70,14 +70,16 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         require(microbatches <= MOST_MICROBATCHES, "training.global_batch", self.global_batch, rule)
         pipeline = strategy.pipeline
         require(
-            pipeline.virtual_stages == 1 or self.num_microbatches(strategy) % pipeline.degree == 0,
+            pipeline.virtual_stages == 1 or self.num_microbatches(strategy) % pipeline.pipeline_parallel == 0,
             "training.global_batch",
             self.global_batch,
-            f"makes {self.num_microbatches(strategy)} microbatches, not a multiple of pipeline.degree "
-            f"{pipeline.degree} as interleaving needs",
+            f"makes {self.num_microbatches(strategy)} microbatches, not a multiple of "
+            f"pipeline.pipeline_parallel {pipeline.pipeline_parallel} as interleaving needs",
         )
         dense = strategy.dense
-        split = strategy.attention.sequence * (dense.tensor if dense.sequence_parallel else 1)
+        split = strategy.attention.context_parallel * (
+            dense.tensor_parallel if dense.sequence_parallel else 1
+        )
         if self.seq_len % split:
             works = near_multiples(self.seq_len, split)
             rule = f"is not a multiple of the sequence split {split}{works}"
@@ -106,4 +108,4 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
 
     def tokens_per_rank(self, strategy: Strategy) -> int:
         """N: tokens of one microbatch that one rank owns outside tensor-parallel regions."""
-        return self.seq_len * strategy.micro_batch // strategy.attention.sequence
+        return self.seq_len * strategy.micro_batch // strategy.attention.context_parallel

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from msgspec.structs import replace
 
 from mopsim.common.io import Spec, convert, read_yaml, to_plain
+from mopsim.spec import renamed
 from mopsim.spec.categories import Runtime
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.stack import (
@@ -90,8 +91,10 @@ def read_strategy(data: Any, origin: str, field: str = "strategy") -> tuple[Stra
 
 
 def _plan(data: Any, field: str) -> Any:
-    if not isinstance(data, dict) or "stack" in data or not isinstance(data.get("strategy"), dict):
+    if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
         return data
+    if "stack" in data:
+        return {**data, "strategy": renamed.strategy(data["strategy"])}
     strategy, stack = split(data["strategy"], f"{field}.strategy")
     if stack is None:
         stack = load_stack(strategy.get("stack", DEFAULT_STACK), f"{field}.stack")
@@ -99,7 +102,9 @@ def _plan(data: Any, field: str) -> Any:
 
 
 def split(data: dict[str, Any], field: str) -> tuple[dict[str, Any], Stack | None]:
-    """A strategy's fields without the old ones, and the stack that these say; None where there are none."""
+    """A strategy's fields under their present names, without those that a stack has now, and the stack that
+    these say; None where there are none."""
+    data = renamed.strategy(data)
     old: dict[str, Any] = {key: data[key] for key in _TOP if key in data}
     new = {key: value for key, value in data.items() if key not in _TOP}
     for name, kind in _SECTIONS.items():
@@ -145,7 +150,6 @@ def _stack(old: _Old) -> Stack:
             loss="upcast" if vocabulary.upcast else "fused" if vocabulary.fused else "composed",
             logits_held=not eager,
             loss_chunks="composed" if eager else "fused",
-            dispatch_map=experts.mapped,
             attention={"default": "profile" if old.attention.flash else "scores"},
             fills="fills" in old.unfused,
         ),
@@ -164,7 +168,6 @@ def _eager(old: _Old) -> Stack:
     changes: dict[str, dict[str, Any]] = {
         "kernels": {
             "expert_products": "looped" if experts.looped else "grouped",
-            "dispatch_map": experts.mapped,
         },
         "sharding": {"experts": not experts.plain},
         "recompute": {"chunk_inputs": experts.checkpoint},

@@ -17,6 +17,7 @@ from mopsim.spec.strategy import (
     Activations,
     Attention,
     Dense,
+    Dispatcher,
     DType,
     Exchange,
     Experts,
@@ -34,7 +35,7 @@ ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
     "bf16": "compute", "fp16": "compute", "fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
-DEDUPLICATED = ("deepep", "hybridep")
+DISPATCHERS: dict[str, Dispatcher] = {"deepep": "deepep", "hybridep": "hybridep"}
 """Dispatchers that send a token once to a rank."""
 EXCHANGES: dict[str, Exchange] = {"fsdp": "all_gather", "zero_offload": "ulysses", "megatron": "ring"}
 """Context parallelism of each family where the row says none: Megatron's is a ring, torch's gathers keys
@@ -102,25 +103,25 @@ def strategy(
         micro_batch=degrees.micro_batch,
         stack=stack.name,
         pipeline=Pipeline(
-            degree=degrees.pipeline,
+            pipeline_parallel=degrees.pipeline,
             virtual_stages=degrees.virtual,
             schedule="interleaved" if degrees.virtual > 1 else "1f1b",
         ),
         dense=Dense(
-            tensor=degrees.tensor,
+            tensor_parallel=degrees.tensor,
             sequence_parallel=degrees.tensor == 1 or row.get("sequence_parallel") != "no",
-            shard=max(1, degrees.stage_ranks // degrees.tensor) if zero else 1,
+            fsdp=max(1, degrees.stage_ranks // degrees.tensor) if zero else 1,
             zero=zero,
             reshard_after_forward=reshard,
             prefetch=1 if zero == 3 else 0,
             grad_tier="host" if kind == "zero_offload" else "device",
         ),
-        attention=Attention(sequence=degrees.sequence, exchange=_exchange(row, kind)),
+        attention=Attention(context_parallel=degrees.sequence, cp_comm_type=_exchange(row, kind)),
         experts=Experts(
-            degree=degrees.experts,
-            tensor=degrees.expert_tensor,
-            shard=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
-            dispatch="deduplicated" if row.get("dispatcher") in DEDUPLICATED else "all_to_all",
+            expert_parallel=degrees.experts,
+            expert_tensor_parallel=degrees.expert_tensor,
+            expert_fsdp=max(1, degrees.stage_ranks // spread) if zero and not plain else 1,
+            token_dispatcher=DISPATCHERS.get(row.get("dispatcher", ""), "alltoall"),
         ),
         vocabulary=_vocabulary(row, degrees, model),
         optimizer=_optimizer(row),
@@ -141,7 +142,11 @@ def _settled(
         raise UnsupportedError(str(error).split(":")[0].removeprefix("strategy."), str(error)) from error
     if stack.resolve(found).activations.modules == ("mlp",) and known.row["recompute"] == "selective":
         approximations += ("selective recompute of single ops: simulated as that of the FFN",)
-    if not found.overlap.experts or found.pipeline.degree == 1 or found.pipeline.virtual_stages > 1:
+    if (
+        not found.overlap.experts
+        or found.pipeline.pipeline_parallel == 1
+        or found.pipeline.virtual_stages > 1
+    ):
         return found, approximations
     text = "expert exchanges hidden behind another microbatch: simulated in sequence"
     return changed(found, {"overlap.experts": False}, "strategy"), (*approximations, text)
@@ -164,7 +169,7 @@ def _exchange(row: Row, kind: str) -> Exchange:
 def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec) -> Vocabulary:
     kind = row.get("loss", "")
     if degrees.tensor > 1 and kind in (*UNKNOWN, "vocab_parallel"):
-        return Vocabulary(degree=degrees.tensor, loss="vocab_parallel")
+        return Vocabulary(vocab_parallel=degrees.tensor, loss="vocab_parallel")
     if kind == "fused":
         return Vocabulary(loss="chunked", chunk_tokens=_linear_cross_entropy(row, degrees, model))
     return Vocabulary(loss="chunked", chunk_tokens=TILE) if kind == "chunked" else Vocabulary()
@@ -204,19 +209,19 @@ def _activations(row: Row, kind: str, model: ModelSpec, stack: Stack) -> tuple[A
             )
     if recompute == "none":
         layers = round(away * model.num_hidden_layers)
-        return Activations(recompute="none", boundary_tier=tier, layers_on_host=layers), tuple(told)
+        return Activations(recompute="none", layer_inputs=tier, cpu_offload_layers=layers), tuple(told)
     if recompute == "full":
-        return Activations(recompute="full", boundary_tier=tier), tuple(told)
+        return Activations(recompute="full", layer_inputs=tier), tuple(told)
     own = bool(stack.recompute.selective or stack.recompute.kept)
     if recompute == "selective" and own:
-        return Activations(recompute="selective", boundary_tier=tier), tuple(told)
+        return Activations(recompute="selective", layer_inputs=tier), tuple(told)
     usual = stack.recompute.selective or (SELECTIVE[kind],)
     names = [name for each in recompute.split("+") for name in (usual if each == "selective" else (each,))]
     for name in names:
         if name not in MODULES:
             raise SpecError("recompute", name, f"is not one of none, full, selective, {', '.join(MODULES)}")
     modules = tuple(dict.fromkeys(names))
-    return Activations(recompute="selective", modules=modules, boundary_tier=tier), tuple(told)
+    return Activations(recompute="selective", modules=modules, layer_inputs=tier), tuple(told)
 
 
 def _few(row: Row) -> bool:

@@ -212,7 +212,7 @@ def _expert_strategy(component: Component) -> Strategy:
     degree = int(component.number("ep"))
     chunked = "num_chunks" in component.params
     experts = Experts(
-        degree=degree,
+        expert_parallel=degree,
         balance="least_loaded" if component.does("least_loaded") else "none",
         chunk_tokens=int(component.number("chunk_tokens")) if chunked else 0,
         max_chunks=int(component.number("num_chunks")) if chunked else 1,

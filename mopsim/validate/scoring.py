@@ -86,7 +86,7 @@ def score(cases: Sequence[Case], results: Sequence[Simulated], hold_out: HoldOut
     found: dict[int, Scored] = {}
     for members in groups.values():
         points = {i: point for i in members if (point := _point(cases[i], results[i]))}
-        issue = cases[members[0]].profile().host.issue
+        issue = cases[members[0]].profile().host.cpu_launch_time
         usable = [trusted(cases[i]) for i in points]
         held = calibration.held_out(list(points.values()), usable, issue.si if issue else LAUNCH, hold_out)
         fits = dict(zip(points, held, strict=True))
@@ -231,6 +231,6 @@ def _job(case: Case) -> tuple[str, ...]:
     sizes = (f"{case.strategy.world_size} devices", f"{training.seq_len} x {training.global_batch}")
     routed = "" if training.routing == "balanced" else "unevenly routed"
     layers = str(case.network().num_hidden_layers)
-    chosen = (case.precision, case.strategy.experts.dispatch, io.digest(overlap), routed, layers)
+    chosen = (case.precision, case.strategy.experts.token_dispatcher, io.digest(overlap), routed, layers)
     program = (case.stack, io.digest(case.program().behaviour))
     return (case.source.name, case.model_name, case.hardware, *sizes, *chosen, *program)

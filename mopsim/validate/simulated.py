@@ -57,7 +57,7 @@ def simulate_case(case: Case) -> Simulated:
         strategy = case.resolved()
         workload = lower(model, strategy, case.training, hardware.scale_up_size, stack)
         result = run(workload, model, hardware, strategy, case.training)
-        paces = _paces(case, workload) if hardware.host.issue else ()
+        paces = _paces(case, workload) if hardware.host.cpu_launch_time else ()
     except (MopError, NotImplementedError) as error:
         return Simulated(error=str(error))
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:
@@ -76,7 +76,7 @@ def _paces(case: Case, workload: Workload) -> tuple[tuple[float, float], ...]:
     found: dict[float, float] = {}
     profile = case.profile()
     for issue in ISSUES:
-        hardware = replace(profile, host=replace(profile.host, issue=_seconds(issue)))
+        hardware = replace(profile, host=replace(profile.host, cpu_launch_time=_seconds(issue)))
         found[issue] = run(workload, case.network(), hardware, case.resolved(), case.training).step_time
         if issue == 0.0 and found[ISSUES[0]] < found[issue] * (1 + SAME):
             return ()

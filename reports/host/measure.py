@@ -1,13 +1,12 @@
 """What the host does for the layers of eager software, in forward passes of a torch Linear.
 
-    pip install transformers==5.24.0
-    python reports/host/measure.py --json reports/host/modules.json
+pip install transformers==5.24.0 python reports/host/measure.py --json reports/host/modules.json
 
 Python, torch's dispatcher and autograd cost a host the same whether the kernels are large or small, so tiny
 tensors on a CPU show it: no kernel runs long. The unit is the forward of one torch Linear of the same size,
-timed on the same core, because that is what is published for other hosts (`host.issue` of a profile). torch's
-grouped product loops over experts on a CPU, which no GPU's does, so one op of autograd stands for it. FSDP2
-runs in a fake process group of eight ranks, in which collectives cost nothing.
+timed on the same core, because that is what is published for other hosts (`host.cpu_launch_time` of a
+profile). torch's grouped product loops over experts on a CPU, which no GPU's does, so one op of autograd
+stands for it. FSDP2 runs in a fake process group of eight ranks, in which collectives cost nothing.
 """
 
 import argparse

@@ -106,16 +106,16 @@ def _cause(causes: Sequence[Cause], quantity: str, error: float, row: Mapping[st
 
 def row_of(case: Case) -> dict[str, str]:
     """What the patterns of a cause are matched with: a run by the words of the runs table."""
-    s, stack = case.resolved(), case.program()
-    sender = "hybridep" if stack.kernels.dispatch_map else "deepep"
+    s = case.resolved()
     return {
         "run_id": case.id, "source": case.source.name, "notes": case.source.notes, "model": case.model_name,
         "gpu": case.hardware, "precision": case.precision, "stack": case.stack,
         "num_gpus": str(s.world_size), "seq_len": str(case.training.seq_len),
-        "micro_batch": str(s.micro_batch), "tp": str(s.dense.tensor), "pp": str(s.pipeline.degree),
-        "cp": str(s.attention.sequence), "ep": str(s.experts.degree),
-        "dispatcher": sender if s.experts.dispatch == "deduplicated" else "alltoall",
-        "recompute": "selective" if s.activations.kept else s.activations.recompute,
+        "micro_batch": str(s.micro_batch), "tp": str(s.dense.tensor_parallel),
+        "pp": str(s.pipeline.pipeline_parallel),
+        "cp": str(s.attention.context_parallel), "ep": str(s.experts.expert_parallel),
+        "dispatcher": s.experts.token_dispatcher,
+        "recompute": "selective" if s.activations.save_ops else s.activations.recompute,
     }  # fmt: skip
 
 

@@ -23,9 +23,9 @@ def features(case: Case) -> list[float]:
     """
     model, s, training, hardware = case.network(), case.resolved(), case.training, case.profile()
     micro = training.num_microbatches(s)
-    layers = model.num_hidden_layers / s.pipeline.degree
-    tokens = training.tokens_per_rank(s) / s.dense.tensor * micro
-    recompute = "selective" if s.activations.kept else s.activations.recompute
+    layers = model.num_hidden_layers / s.pipeline.pipeline_parallel
+    tokens = training.tokens_per_rank(s) / s.dense.tensor_parallel * micro
+    recompute = "selective" if s.activations.save_ops else s.activations.recompute
     passes = {"none": 3.0, "selective": 3.2, "full": 4.0}[recompute]
     flops = (
         passes
@@ -33,13 +33,22 @@ def features(case: Case) -> list[float]:
         * training.global_batch
         * training.seq_len
     )
-    filled = micro * s.pipeline.virtual_stages / (micro * s.pipeline.virtual_stages + s.pipeline.degree - 1)
+    filled = (
+        micro
+        * s.pipeline.virtual_stages
+        / (micro * s.pipeline.virtual_stages + s.pipeline.pipeline_parallel - 1)
+    )
     peak = max(curve.peak.si for curve in hardware.device.matmul if curve.dtype == _dtype(case))
-    held = total_params(model) / s.pipeline.degree / s.dense.tensor / s.experts.degree
-    held = max(held, active_params(model) / s.pipeline.degree / s.dense.tensor)
+    held = (
+        total_params(model)
+        / s.pipeline.pipeline_parallel
+        / s.dense.tensor_parallel
+        / s.experts.expert_parallel
+    )
+    held = max(held, active_params(model) / s.pipeline.pipeline_parallel / s.dense.tensor_parallel)
     hidden = 2.0 * tokens * model.hidden_size * layers
-    exchanged = hidden * (8 * (s.dense.tensor > 1) + 4 * (s.attention.sequence > 1))
-    exchanged += hidden * 4 * model.num_experts_per_tok * (s.experts.degree > 1)
+    exchanged = hidden * (8 * (s.dense.tensor_parallel > 1) + 4 * (s.attention.context_parallel > 1))
+    exchanged += hidden * 4 * model.num_experts_per_tok * (s.experts.expert_parallel > 1)
     spread = s.stage_ranks > hardware.scale_up_size
     fabric = (hardware.scale_out if spread else hardware.scale_up).peak.si
     rounds = 3 * micro if s.dense.zero == 3 else 2
@@ -49,7 +58,7 @@ def features(case: Case) -> list[float]:
         17.0 * hidden / hardware.device.memory_bandwidth.si,
         exchanged / hardware.scale_up.peak.si,
         2.0 * held * rounds * (s.data_groups > 1) / fabric,
-        layers * micro * s.pipeline.virtual_stages + s.pipeline.degree,
+        layers * micro * s.pipeline.virtual_stages + s.pipeline.pipeline_parallel,
     ]
 
 

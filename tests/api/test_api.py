@@ -97,9 +97,10 @@ FAMILIES = {
     "megatron": ["tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel"],
 }
 FIELDS = {
-    "context_parallel": "attention.sequence", "expert_parallel": "experts.degree",
-    "vocab_parallel": "vocabulary.degree", "tensor_parallel": "dense.tensor",
-    "pipeline_parallel": "pipeline.degree", "expert_tensor_parallel": "experts.tensor",
+    "context_parallel": "attention.context_parallel", "expert_parallel": "experts.expert_parallel",
+    "vocab_parallel": "vocabulary.vocab_parallel", "tensor_parallel": "dense.tensor_parallel",
+    "pipeline_parallel": "pipeline.pipeline_parallel",
+    "expert_tensor_parallel": "experts.expert_tensor_parallel",
 }  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def test_a_strategy_takes_the_world_of_the_nodes() -> None:
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"strategy": mopsim.mop(expert_parallel=3)}, "experts.degree: 3 does not divide"),
+    ({"strategy": mopsim.mop(expert_parallel=3)}, "experts.expert_parallel: 3 does not divide"),
     ({"strategy": TINY, "seq_len": "12x"}, "seq_len: '12x'"),
     ({"strategy": TINY, "seq_len": 0}, "seq_len: '0'"),
     ({"strategy": TINY, "global_batch": 3}, "global_batch: 3"),

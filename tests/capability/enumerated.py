@@ -22,7 +22,7 @@ ROOTS: dict[str, type[Spec]] = {
 
 REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "strategy.activations.modules": (("core_attn",), ("layernorm", "moe"), ("mlp",), ("moe_act",)),
-    "strategy.activations.kept": (("q_proj",), ("attention_core", "dispatch")),
+    "strategy.activations.save_ops": (("q_proj",), ("attention_core", "dispatch")),
     "strategy.activations.host_budget": (0, 1 << 14),
     "strategy.pipeline.layers": ((1, 3), (2, 2), (1, 1, 1, 1)),
     "strategy.optimizer.host_fraction": (0.0, 0.5, 1.0),

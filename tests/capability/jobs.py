@@ -45,12 +45,12 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
         bucket_params=100_000, host_budget=1 << 14,
     )  # fmt: skip
     gathered = fsdp2(8, sequence=2, exchange="all_gather", experts=2, recompute="none")
-    gathered = replace(gathered, experts=replace(gathered.experts, shard=1))
+    gathered = replace(gathered, experts=replace(gathered.experts, expert_fsdp=1))
     moved = megatron(8, experts=4)
     moved = replace(moved, experts=replace(moved.experts, balance="least_loaded", min_rows=1, capacity=1.1))
     deep = megatron(8, experts=4)
     deep = replace(
-        deep, experts=replace(deep.experts, dispatch="deduplicated"),
+        deep, experts=replace(deep.experts, token_dispatcher="deepep"),
         precision=replace(deep.precision, matmul="fp8"),
     )  # fmt: skip
     return {
@@ -112,7 +112,7 @@ def same_meaning(before: Job, after: Job, path: str) -> bool:
         return {*old.pipeline.layers, *new.pipeline.layers} == {_even(before)}
     if path == "strategy.vocabulary.loss":
         whole = {old.vocabulary.loss, new.vocabulary.loss} == {"full", "vocab_parallel"}
-        return whole and new.vocabulary.degree == 1
+        return whole and new.vocabulary.vocab_parallel == 1
     if path == "strategy.activations.recompute":
         both = {old.activations.recompute, new.activations.recompute}
         return both == {"none", "selective"} and not new.activations.modules
@@ -143,7 +143,7 @@ def plan_of(job: Job) -> Plan:
 def _even(job: Job) -> int:
     """Layers of each part of a pipeline that is cut evenly."""
     pipeline = job.strategy.pipeline
-    return job.model.num_hidden_layers // (pipeline.degree * pipeline.virtual_stages)
+    return job.model.num_hidden_layers // (pipeline.pipeline_parallel * pipeline.virtual_stages)
 
 
 def variants(base: str, job: Job, nouns: tuple[str, ...]) -> Iterator[Variant]:

@@ -27,8 +27,8 @@ def make_tokens(plan: Plan, step: int) -> Tensor:
 def my_batches(plan: Plan, tokens: Tensor, rank: int, device: torch.device) -> list[Batch]:
     """This rank's microbatches out of a global batch: data group g takes its run of sequences."""
     strategy = plan.strategy
-    degree = strategy.attention.sequence
-    groups = layout.groups(strategy.world_size, degree, strategy.attention.order)
+    degree = strategy.attention.context_parallel
+    groups = layout.groups(strategy.world_size, degree, strategy.attention.rank_placement)
     data, group = next((i, group) for i, group in enumerate(groups) if rank in group)
     place, part = group.index(rank), plan.training.seq_len // degree
     found = []
@@ -52,7 +52,7 @@ class Reference:
         choice = (
             Routing()
             if routing == "learned"
-            else Routing(plan.training.routing, strategy.micro_batch, strategy.attention.sequence)
+            else Routing(plan.training.routing, strategy.micro_batch, strategy.attention.context_parallel)
         )
         self.model = Transformer(plan.model, getattr(torch, strategy.precision.compute), device, choice)
         init_weights(self.model, 7)

@@ -42,7 +42,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """A plan of ZeRO-3 over all ranks with `changes` per component of the strategy."""
     base = Strategy(name="test", world_size=world, micro_batch=micro_batch, precision=precision(dtype))
-    base = msgspec.structs.replace(base, dense=msgspec.structs.replace(base.dense, shard=world))
+    base = msgspec.structs.replace(base, dense=msgspec.structs.replace(base.dense, fsdp=world))
     fields = {
         name: msgspec.structs.replace(getattr(base, name), **values) for name, values in changes.items()
     }

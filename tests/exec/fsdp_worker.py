@@ -111,9 +111,11 @@ def plan_of(strategy: Strategy, routing: str, model: ModelSpec = MODEL) -> Plan:
 def batches_of(plan: Plan, tokens: Tensor, rank: int) -> list[Batch]:
     """This rank's microbatches of tokens [global_batch, S + 1]."""
     strategy = plan.strategy
-    groups = layout.groups(strategy.world_size, strategy.attention.sequence, strategy.attention.order)
+    groups = layout.groups(
+        strategy.world_size, strategy.attention.context_parallel, strategy.attention.rank_placement
+    )
     data = next(i for i, group in enumerate(groups) if rank in group)
-    place, part = groups[data].index(rank), SEQ // strategy.attention.sequence
+    place, part = groups[data].index(rank), SEQ // strategy.attention.context_parallel
     found = []
     for index in range(plan.training.num_microbatches(strategy)):
         first = (index * len(groups) + data) * strategy.micro_batch
@@ -130,7 +132,7 @@ class Reference:
         profile = (
             Routing()
             if routing == "learned"
-            else Routing(routing, strategy.micro_batch, strategy.attention.sequence)
+            else Routing(routing, strategy.micro_batch, strategy.attention.context_parallel)
         )
         self.model = Transformer(plan.model, getattr(torch, strategy.precision.param), "cpu", profile)
         init_weights(self.model, SEED)

@@ -144,8 +144,10 @@ def test_mechanisms_that_are_not_run_are_refused_by_name(capsys, plan, tmp_path)
 
 
 def test_a_degree_that_does_not_divide_is_refused(capsys, plan):
-    edited(plan, attention__sequence=3)
-    assert "strategy.attention.sequence: 3 does not divide" in refusal(capsys, "verify", "--plan", plan)
+    edited(plan, attention__context_parallel=3)
+    assert "strategy.attention.context_parallel: 3 does not divide" in refusal(
+        capsys, "verify", "--plan", plan
+    )
 
 
 def test_more_ranks_than_accelerators_are_refused():

@@ -114,7 +114,7 @@ def test_every_layout_of_the_ranks_trains_on_the_same_tokens(dataset):
         plan = small_plan(world_size=4, global_batch=8)
         strategy = msgspec.structs.replace(
             plan.strategy,
-            attention=msgspec.structs.replace(plan.strategy.attention, sequence=degree),
+            attention=msgspec.structs.replace(plan.strategy.attention, context_parallel=degree),
             micro_batch=micro_batch,
         )
         plan = msgspec.structs.replace(plan, strategy=strategy)

@@ -52,10 +52,10 @@ def test_a_dry_run_has_the_memory_of_a_real_step_to_the_byte(changes: dict[str, 
     ("component", "field", "value"),
     [
         ("dense", "zero", 2),
-        ("dense", "tensor", 2),
+        ("dense", "tensor_parallel", 2),
         ("dense", "param_tier", "host"),
-        ("attention", "exchange", "ring"),
-        ("experts", "tensor", 2),
+        ("attention", "cp_comm_type", "ring"),
+        ("experts", "expert_tensor_parallel", 2),
         ("experts", "balance", "least_loaded"),
         ("activations", "recompute", "none"),
         ("precision", "matmul", "fp8"),
@@ -71,13 +71,13 @@ def test_unsupported_strategies_are_refused_by_field(component: str, field: str,
 
 def test_heads_that_do_not_split_are_refused() -> None:
     model = msgspec.structs.replace(MODEL, num_attention_heads=12, num_key_value_heads=3)
-    with pytest.raises(SpecError, match=r"strategy\.attention\.sequence"):
+    with pytest.raises(SpecError, match=r"strategy\.attention\.context_parallel"):
         check_supported(make_plan(2, {"attention": {"sequence": 2}}, model=model))
 
 
 def test_a_ring_with_empty_rows_is_refused() -> None:
     model = msgspec.structs.replace(MODEL, vocab_size=5)
-    with pytest.raises(SpecError, match=r"strategy\.vocabulary\.degree"):
+    with pytest.raises(SpecError, match=r"strategy\.vocabulary\.vocab_parallel"):
         check_supported(make_plan(4, {"vocabulary": {"loss": "ring", "degree": 4}}, model=model))
 
 

@@ -25,10 +25,10 @@ def small_plan(world_size=2, **training):
     strategy = Strategy(
         name="mop",
         world_size=world_size,
-        dense=Dense(shard=world_size),
-        attention=Attention(sequence=world_size),
-        experts=Experts(degree=world_size, chunk_tokens=16),
-        vocabulary=Vocabulary(degree=world_size, loss="ring"),
+        dense=Dense(fsdp=world_size),
+        attention=Attention(context_parallel=world_size),
+        experts=Experts(expert_parallel=world_size, chunk_tokens=16),
+        vocabulary=Vocabulary(vocab_parallel=world_size, loss="ring"),
         precision=FLOAT32,
     )
     return Plan(

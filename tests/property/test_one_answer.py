@@ -37,20 +37,32 @@ SYNONYMS: dict[str, tuple[Callable[[Strategy], bool], Synonym]] = {
         lambda s: not s.vocabulary.chunk_tokens,
         _in("vocabulary", chunk_tokens=2**20),
     ),
-    "an exchange among one": (lambda s: s.attention.sequence == 1, _in("attention", exchange="ring")),
-    "an order of one": (lambda s: s.attention.sequence == 1, _in("attention", order="strided")),
-    "a dispatcher among one": (lambda s: s.experts.degree == 1, _in("experts", dispatch="deduplicated")),
+    "an exchange among one": (
+        lambda s: s.attention.context_parallel == 1,
+        _in("attention", cp_comm_type="ring"),
+    ),
+    "an order of one": (
+        lambda s: s.attention.context_parallel == 1,
+        _in("attention", rank_placement="strided"),
+    ),
+    "a dispatcher among one": (
+        lambda s: s.experts.expert_parallel == 1,
+        _in("experts", token_dispatcher="deepep"),
+    ),
     "a schedule of one stage": (
-        lambda s: s.pipeline.degree == 1,
+        lambda s: s.pipeline.pipeline_parallel == 1,
         _in("pipeline", schedule="interleaved"),
     ),
     "a budget that nothing exceeds": (
         lambda s: not s.activations.host_budget,
         _in("activations", host_budget=2**50),
     ),
-    "sends among one stage": (lambda s: s.pipeline.degree == 1, _in("overlap", pipeline=True)),
-    "regions of one rank": (lambda s: s.dense.tensor == 1, _in("overlap", tensor=True)),
-    "a sequence split of one": (lambda s: s.dense.tensor == 1, _in("dense", sequence_parallel=False)),
+    "sends among one stage": (lambda s: s.pipeline.pipeline_parallel == 1, _in("overlap", pipeline=True)),
+    "regions of one rank": (lambda s: s.dense.tensor_parallel == 1, _in("overlap", tensor=True)),
+    "a sequence split of one": (
+        lambda s: s.dense.tensor_parallel == 1,
+        _in("dense", sequence_parallel=False),
+    ),
 }
 """What means the same: (where it does, the strategy written so)."""
 

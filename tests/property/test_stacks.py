@@ -98,7 +98,7 @@ def test_selective_recomputation_means_what_the_program_means() -> None:
     strategy = replace(fsdp2(8), activations=Activations(recompute="selective"))
     assert load_stack("megatron-core").resolve(strategy).activations.modules == ("core_attn",)
     kept = load_stack("torchtitan").resolve(strategy).activations
-    assert (kept.recompute, kept.kept[0]) == ("full", "q_proj")
+    assert (kept.recompute, kept.save_ops[0]) == ("full", "q_proj")
     split = replace(fsdp2(8, tensor=2), activations=Activations(recompute="selective"))
     assert load_stack("torchtitan").resolve(split).activations.modules == ("mlp",)
     listed = replace(strategy, activations=Activations(recompute="selective", modules=("moe",)))

@@ -37,7 +37,7 @@ DENSE = small(
 
 
 def on_host(strategy: Strategy, budget: int = 0) -> Strategy:
-    activations = msgspec.structs.replace(strategy.activations, boundary_tier="host", host_budget=budget)
+    activations = msgspec.structs.replace(strategy.activations, layer_inputs="host", host_budget=budget)
     return msgspec.structs.replace(strategy, activations=activations)
 
 
@@ -180,7 +180,7 @@ def test_fsdp_without_recomputation_sends_them_too() -> None:
 
 
 def with_layers_on_host(strategy: Strategy, layers: int) -> Strategy:
-    activations = msgspec.structs.replace(strategy.activations, layers_on_host=layers)
+    activations = msgspec.structs.replace(strategy.activations, cpu_offload_layers=layers)
     return msgspec.structs.replace(strategy, activations=activations)
 
 
@@ -211,7 +211,7 @@ def test_layers_on_the_host_take_all_they_keep_with_them() -> None:
     ("change", "rule"),
     [
         ({"recompute": "full"}, "needs activations.recompute none"),
-        ({"boundary_tier": "host"}, "needs activations.boundary_tier device"),
+        ({"boundary_tier": "host"}, "needs activations.layer_inputs device"),
         ({"layers_on_host": -1}, "must be"),
     ],
 )
@@ -219,7 +219,7 @@ def test_layers_on_the_host_are_refused_beside_what_they_exclude(
     change: dict[str, object], rule: str
 ) -> None:
     fields = {"recompute": "none", "layers_on_host": 2} | change
-    with pytest.raises(SpecError, match=rf"activations\.layers_on_host: .* {rule}"):
+    with pytest.raises(SpecError, match=rf"activations\.cpu_offload_layers: .* {rule}"):
         msgspec.structs.replace(megatron(2), activations=Activations(**fields))  # type: ignore[arg-type]
 
 
@@ -236,8 +236,8 @@ def test_the_search_offers_them() -> None:
     assert set(space.columns["boundary_host"].tolist()) == {0, 1}
     best = search(MIXTRAL, H100, 2, training, Options(("megatron",), budget=30)).best
     assert best is not None
-    assert best.strategy.activations.boundary_tier == "host"
-    activations = msgspec.structs.replace(best.strategy.activations, boundary_tier="device")
+    assert best.strategy.activations.layer_inputs == "host"
+    activations = msgspec.structs.replace(best.strategy.activations, layer_inputs="device")
     twin = msgspec.structs.replace(best.strategy, activations=activations)
     stays = simulate(MIXTRAL, H100, 2, twin, training)
     assert stays.peak_memory > best.peak_memory

@@ -153,9 +153,9 @@ def test_a_step_of_one_sequence_and_one_microbatch() -> None:
 def test_what_is_best_elsewhere_stays_legal() -> None:
     """As many tokens a rank for another length, only where tensor x sequence still divides the ranks."""
     wide = fsdp2(16, tensor=8, sequence=2, exchange="all_gather", micro_batch=2)
-    assert {one.attention.sequence for one in _alike(wide, 2.0)} == {2}
+    assert {one.attention.context_parallel for one in _alike(wide, 2.0)} == {2}
     assert {one.micro_batch for one in _alike(wide, 2.0)} == {2, 1}
-    assert {(one.attention.sequence, one.micro_batch) for one in _alike(wide, 0.5)} == {
+    assert {(one.attention.context_parallel, one.micro_batch) for one in _alike(wide, 0.5)} == {
         (2, 2),
         (1, 2),
         (2, 4),

@@ -84,7 +84,7 @@ def test_a_row_goes_once_to_a_rank_however_many_of_its_choices_lie_there() -> No
     """4 experts on 4 ranks, 2 a token: at worst every row goes to the busiest rank, not more than once."""
     model = msgspec.structs.replace(small(), num_local_experts=4, num_experts_per_tok=2)
     plan = megatron(4, experts=4)
-    once = msgspec.structs.replace(plan.experts, dispatch="deduplicated")
+    once = msgspec.structs.replace(plan.experts, token_dispatcher="deepep")
     plan = msgspec.structs.replace(plan, experts=once)
 
     def exchanged(routing: str) -> float:
@@ -100,9 +100,11 @@ def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> N
     training = TrainSpec(seq_len=64, global_batch=plan.data_groups * plan.micro_batch)
 
     def works(mapped: bool) -> list[Work]:
-        experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated")
-        once = msgspec.structs.replace(plan, experts=experts)
-        software = changed("megatron-core", kernels={"dispatch_map": mapped})
+        sent = "hybridep" if mapped else "deepep"
+        once = msgspec.structs.replace(
+            plan, experts=msgspec.structs.replace(plan.experts, token_dispatcher=sent)
+        )
+        software = changed("megatron-core")
         program = lower(small(), once, training, 8, software).programs[0]
         assert all(op.work[-1].kind == "all_to_all" for op in program.ops if op.name == "dispatch")
         return [work for op in program.ops if op.name == "dispatch" for work in op.work[:-1]]
@@ -115,11 +117,10 @@ def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> N
 
 def test_what_a_mapped_dispatch_exposes_is_booked_on_its_gather_and_its_exchange() -> None:
     plan = megatron(4, experts=4)
-    experts = msgspec.structs.replace(plan.experts, dispatch="deduplicated")
+    experts = msgspec.structs.replace(plan.experts, token_dispatcher="hybridep")
     plan = msgspec.structs.replace(plan, experts=experts)
     training = TrainSpec(seq_len=4096, global_batch=plan.data_groups * plan.micro_batch)
-    software = changed("megatron-core", kernels={"dispatch_map": True})
-    result = simulate(small(), machine(), 1, plan, training, software)
+    result = simulate(small(), machine(), 1, plan, training, changed("megatron-core"))
     assert result.exposed["all_to_all"] == pytest.approx(result.busy["all_to_all"])
     assert result.exposed["all_gather"] <= result.busy["all_gather"] * (1 + 1e-9)
 

@@ -265,7 +265,7 @@ def test_skew_costs_time_and_memory() -> None:
 
 
 def _eager(microseconds: float) -> HardwareProfile:
-    host = msgspec.structs.replace(machine().host, issue=quantity(microseconds, "us"))
+    host = msgspec.structs.replace(machine().host, cpu_launch_time=quantity(microseconds, "us"))
     return msgspec.structs.replace(machine(), host=host)
 
 
@@ -347,7 +347,7 @@ def test_nothing_is_exposed_longer_than_it_is_busy(
         "pipeline": megatron(8, tensor=2, pipeline=2, experts=2),
     }[name]
     toy = machine(scale_up=wire, share=share)
-    host = msgspec.structs.replace(toy.host, issue=quantity(issue, "us"))
+    host = msgspec.structs.replace(toy.host, cpu_launch_time=quantity(issue, "us"))
     training = TrainSpec(seq_len=512, global_batch=8 * batches)
     result = simulate(small(), msgspec.structs.replace(toy, host=host), 1, strategy, training)
     assert set(result.exposed) <= {*result.busy, "host", "peers"}

@@ -52,8 +52,8 @@ def plan(strategy: Strategy, model: str = "qwen3_30b_a3b") -> Plan:
 def fsdp_context() -> Strategy:
     """FSDP2 on 32 ranks, context parallelism 2 by all-gather, HSDP over two nodes."""
     made = fsdp2(32, experts=8, sequence=2, dense_shard=16)
-    attention = replace(made.attention, exchange="all_gather")
-    return replace(made, attention=attention, experts=replace(made.experts, shard=2))
+    attention = replace(made.attention, cp_comm_type="all_gather")
+    return replace(made, attention=attention, experts=replace(made.experts, expert_fsdp=2))
 
 
 def test_torchtitan_by_hand() -> None:
@@ -147,13 +147,13 @@ def test_megatron_bridge_offloads_the_inputs_of_layers() -> None:
     assert not [gap for gap in gaps if gap.field.startswith("strategy.activations")]
     text, gaps = offloading("full")
     assert "offload_modules" not in yaml.safe_load(text)["model"]
-    assert "strategy.activations.boundary_tier" in [gap.field for gap in gaps]
+    assert "strategy.activations.layer_inputs" in [gap.field for gap in gaps]
 
 
 def test_deepspeed_offloads_no_input_that_it_does_not_recompute_from() -> None:
     made = zero_offload(32, experts=8, boundary_tier="host")
     none = replace(made, activations=replace(made.activations, recompute="none"))
-    with pytest.raises(MopError, match=r"activations\.boundary_tier"):
+    with pytest.raises(MopError, match=r"activations\.layer_inputs"):
         export(plan(none), "deepspeed")
 
 
@@ -187,10 +187,10 @@ REFUSED: list[tuple[Callable[[], Strategy], str, str]] = [
     (lambda: mop(32, experts=8, vocabulary=8), "deepspeed", "strategy.vocabulary.loss: 'ring'"),
     (lambda: mop(32, experts=8, vocabulary=8), "torchtitan", "strategy.vocabulary.loss: 'ring'"),
     (lambda: mop(32, experts=8, vocabulary=8), "megatron-bridge", "strategy.vocabulary.loss: 'ring'"),
-    (lambda: megatron(32, pipeline=2, experts=8), "deepspeed", "strategy.pipeline.degree: 2"),
-    (lambda: fsdp2(32, sequence=2), "torchtitan", "strategy.attention.exchange: 'ulysses'"),
+    (lambda: megatron(32, pipeline=2, experts=8), "deepspeed", "strategy.pipeline.pipeline_parallel: 2"),
+    (lambda: fsdp2(32, sequence=2), "torchtitan", "strategy.attention.cp_comm_type: 'ulysses'"),
     (lambda: fsdp2(32, loss="chunked"), "torchtitan", "strategy.vocabulary.loss: 'chunked'"),
-    (lambda: zero_offload(32, sequence=2, experts=8), "deepspeed", "strategy.attention.sequence: 2"),
+    (lambda: zero_offload(32, sequence=2, experts=8), "deepspeed", "strategy.attention.context_parallel: 2"),
     (lambda: megatron(32, tensor=2, experts=8), "torchtitan", "strategy.dense.zero: 1"),
     (lambda: fsdp2(32), "megatron-bridge", "strategy.precision.param: 'float32'"),
     (lambda: fsdp2(32), "deepspeed", "strategy.precision.param: 'float32'"),

@@ -105,7 +105,7 @@ def test_hosts_that_wait_for_each_other_go_on(
     stages: int, virtual: int, microbatches: int, woven: bool, overlap: Overlap
 ) -> None:
     """Hosts wait for route counts and for receives; parts of two stages on both sides of each other."""
-    host = msgspec.structs.replace(MACHINE.host, issue=quantity(10, "us"))
+    host = msgspec.structs.replace(MACHINE.host, cpu_launch_time=quantity(10, "us"))
     slow = msgspec.structs.replace(MACHINE, host=host)
     overlap = msgspec.structs.replace(overlap, experts=woven)
     strategy = megatron(2 * stages, pipeline=stages, virtual_stages=virtual, experts=2, overlap=overlap)
@@ -204,7 +204,7 @@ def test_zero_levels_hold_less_and_less() -> None:
     for zero in (0, 1, 2, 3):
         strategy = megatron(4)
         dense = msgspec.structs.replace(
-            strategy.dense, zero=zero, shard=4 if zero else 1, reshard_after_forward=True
+            strategy.dense, zero=zero, fsdp=4 if zero else 1, reshard_after_forward=True
         )
         found.append(play(deep(), with_(strategy, dense=dense), 8).resident_memory)
     assert found == sorted(found, reverse=True)
@@ -227,7 +227,7 @@ def test_recomputation_trades_memory_for_time() -> None:
 def test_context_parallelism_divides_activations(exchange: str) -> None:
     def at(sequence: int) -> SimResult:
         strategy = megatron(8, sequence=sequence, tensor=2)
-        attention = msgspec.structs.replace(strategy.attention, exchange=exchange)
+        attention = msgspec.structs.replace(strategy.attention, cp_comm_type=exchange)
         return play(deep(num_key_value_heads=8), with_(strategy, attention=attention), 8, 1024)
 
     one, four = at(1), at(4)
@@ -358,15 +358,47 @@ def test_parts_hold_the_layers_they_are_given(layers: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("model", "strategy", "message"),
     [
-        (small(), lambda: megatron(16, tensor=16), "dense.tensor: 16 does not divide num_attention_heads 8"),
-        (small(), lambda: megatron(8, pipeline=8), "pipeline.degree: 8 .* more than num_hidden_layers 3"),
-        (small(), lambda: megatron(16, experts=16), "experts.degree: 16 does not divide num_local_experts 8"),
-        (deep(), lambda: megatron(8, experts=2), "experts.degree: 2 must be 1 for a model without experts"),
-        (deep(8), lambda: megatron(4, pipeline=4, virtual_stages=2), "6 .* multiple of pipeline.degree 4"),
+        (
+            small(),
+            lambda: megatron(16, tensor=16),
+            "dense.tensor_parallel: 16 does not divide num_attention_heads 8",
+        ),
+        (
+            small(),
+            lambda: megatron(8, pipeline=8),
+            "pipeline.pipeline_parallel: 8 .* more than num_hidden_layers 3",
+        ),
+        (
+            small(),
+            lambda: megatron(16, experts=16),
+            "experts.expert_parallel: 16 does not divide num_local_experts 8",
+        ),
+        (
+            deep(),
+            lambda: megatron(8, experts=2),
+            "experts.expert_parallel: 2 must be 1 for a model without experts",
+        ),
+        (
+            deep(8),
+            lambda: megatron(4, pipeline=4, virtual_stages=2),
+            "6 .* multiple of pipeline.pipeline_parallel 4",
+        ),
         (small(), lambda: with_(megatron(8, pipeline=2), overlap=Overlap(experts=True)), "overlap.experts"),
-        (small(), lambda: parted(1, 2, 0), "pipeline.layers: .* each of the 2 parts"),
-        (small(), lambda: parted(3, -1), "pipeline.layers: .* 0 or more"),
-        (small(), lambda: parted(2, 2), "pipeline.layers: .* is 4 layers, not the num_hidden_layers 3"),
+        (
+            small(),
+            lambda: parted(1, 2, 0),
+            "pipeline.layers: .* each of the 2 parts",
+        ),
+        (
+            small(),
+            lambda: parted(3, -1),
+            "pipeline.layers: .* 0 or more",
+        ),
+        (
+            small(),
+            lambda: parted(2, 2),
+            "pipeline.layers: .* is 4 layers, not the num_hidden_layers 3",
+        ),
     ],
 )  # fmt: skip
 def test_impossible_splits_are_refused_in_a_line(model: ModelSpec, strategy: object, message: str) -> None:
@@ -406,5 +438,5 @@ def test_tensor_parallel_communication_runs_beside_its_products() -> None:
 def test_what_only_the_executors_schedules_do_is_refused() -> None:
     strategy = megatron(4, tensor=2)
     changed = with_(strategy, dense=msgspec.structs.replace(strategy.dense, chunk_tokens=8))
-    with pytest.raises(SpecError, match=r"chunk_tokens.* needs dense.tensor 1"):
+    with pytest.raises(SpecError, match=r"chunk_tokens.* needs dense.tensor_parallel 1"):
         play(deep(), changed, 4)

@@ -123,7 +123,7 @@ def test_step_time_of_deepseek_v3_on_b200() -> None:
     )
     strategy = msgspec.structs.replace(
         strategy,
-        experts=msgspec.structs.replace(strategy.experts, dispatch="deduplicated"),
+        experts=msgspec.structs.replace(strategy.experts, token_dispatcher="deepep"),
         pipeline=msgspec.structs.replace(strategy.pipeline, layers=(*[4] * 15, 1)),
     )
     result = measure(load_model("deepseek_v3"), "b200-sxm-192g", low(strategy, "mxfp8"), 4096, 4096)
@@ -133,7 +133,7 @@ def test_step_time_of_deepseek_v3_on_b200() -> None:
 def test_step_time_of_qwen3_with_hidden_exchanges_on_gb300() -> None:
     """8 GB300, EP 8, MXFP8, HybridEP with expert communication hidden: 5.89 s for 512 sequences of 4096."""
     strategy = low(megatron(8, experts=8, micro_batch=8, overlap=Overlap(experts=True)), "mxfp8")
-    experts = msgspec.structs.replace(strategy.experts, dispatch="deduplicated")
+    experts = msgspec.structs.replace(strategy.experts, token_dispatcher="deepep")
     strategy = msgspec.structs.replace(strategy, experts=experts)
     grouped = changed("megatron-core", kernels={"expert_products": "grouped"})
     result = measure(cut("qwen3_30b_a3b", 48, 1), "gb300-288g", strategy, 4096, 512, grouped)

@@ -115,7 +115,7 @@ def test_an_operator_that_is_kept_is_not_run_again() -> None:
 
 def test_plain_experts_are_whole_on_every_replica_and_used_where_they_lie() -> None:
     strategy = fsdp2(8, experts=4, recompute="full")
-    plain = with_(strategy, experts=msgspec.structs.replace(strategy.experts, shard=1))
+    plain = with_(strategy, experts=msgspec.structs.replace(strategy.experts, expert_fsdp=1))
     software = changed("mopexec-fsdp2", sharding={"experts": False})
     model, training = small(num_hidden_layers=4), TrainSpec(seq_len=256, global_batch=8)
     sharded = simulate(model, MACHINE, 1, strategy, training)
@@ -129,7 +129,7 @@ def test_plain_experts_are_whole_on_every_replica_and_used_where_they_lie() -> N
 
 def test_gradients_of_fsdp_live_from_the_first_backward_to_the_end_of_the_step() -> None:
     strategy = with_(fsdp2(8), experts=Experts(), pipeline=Pipeline())
-    kept_ops = with_(strategy, activations=Activations(recompute="full", kept=("q_proj",)))
+    kept_ops = with_(strategy, activations=Activations(recompute="full", save_ops=("q_proj",)))
     result = simulate(deep(), MACHINE, 1, kept_ops, TrainSpec(seq_len=256, global_batch=32), timeline=True)
     curve = result.memory_curve_by_category["grads"]
     assert curve[0] == 0
@@ -179,7 +179,7 @@ def test_a_discarded_input_is_not_kept_cast() -> None:
 def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: str, bytes_each: int) -> None:
     """torch's cross entropy of cast logits, which its caller holds (not mopexec's): they, the
     log-probabilities and two gradients in fp32."""
-    strategy = with_(fsdp2(8), activations=Activations(recompute="full", kept=("q_proj",)))
+    strategy = with_(fsdp2(8), activations=Activations(recompute="full", save_ops=("q_proj",)))
     software = unfused("copies", kernels={"loss": loss}, sharding={"fsdp": True})
     model = deep(1, vocab_size=32_000)
     result = simulate(model, MACHINE, 1, strategy, TrainSpec(seq_len=4096, global_batch=8), software)
@@ -198,7 +198,7 @@ def test_tokens_that_arrive_once() -> None:
 
 def test_what_came_from_other_ranks_may_be_kept_for_the_recomputation() -> None:
     strategy = with_(
-        fsdp2(8, experts=8), activations=Activations(recompute="full", kept=("dispatch", "combine"))
+        fsdp2(8, experts=8), activations=Activations(recompute="full", save_ops=("dispatch", "combine"))
     )
     software = unfused("copies", sharding={"fsdp": True})
     model = small(num_hidden_layers=4)

@@ -90,7 +90,9 @@ def test_timeline_title_says_the_step(results: list[SimResult]) -> None:
 
 def test_timeline_title_says_which_stages_are_drawn(results: list[SimResult]) -> None:
     assert "stage" not in timeline_title(results[0], "mop")
-    strategy = structs.replace(fsdp2(2, precision="float32"), pipeline=Pipeline(degree=2), world_size=4)
+    strategy = structs.replace(
+        fsdp2(2, precision="float32"), pipeline=Pipeline(pipeline_parallel=2), world_size=4
+    )
     staged = replace(results[0], strategy=strategy, span_stage=1, memory_stage=0)
     assert "of 2 stages: streams of stage 2, memory of stage 1" in timeline_title(staged, "megatron")
 

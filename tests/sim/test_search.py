@@ -220,7 +220,7 @@ def test_a_plan_may_be_asked_to_fit_any_routing() -> None:
     hardware = with_memory(p.hardware, 34e6)
     found = search(p.model, hardware, 1, p.training, options)
     for one in found.top:
-        routing = worst(p.model, one.strategy.experts.degree)
+        routing = worst(p.model, one.strategy.experts.expert_parallel)
         training = msgspec.structs.replace(p.training, routing=routing)
         assert simulate(p.model, hardware, 1, one.strategy, training).fits
     assert found.top

@@ -33,10 +33,10 @@ def strategies(draw: st.DrawFn) -> Strategy:
     )  # fmt: skip
     pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule if stages > 1 else "1f1b")
     exchange = draw(st.sampled_from(["ring", "all_gather", "ulysses"]))
-    attention = msgspec.structs.replace(strategy.attention, exchange=exchange)
+    attention = msgspec.structs.replace(strategy.attention, cp_comm_type=exchange)
     overlap = msgspec.structs.replace(strategy.overlap, pipeline=draw(st.booleans()))
     tier = draw(st.sampled_from(["device", "host"]))
-    activations = msgspec.structs.replace(strategy.activations, boundary_tier=tier)
+    activations = msgspec.structs.replace(strategy.activations, layer_inputs=tier)
     return msgspec.structs.replace(
         strategy, pipeline=pipeline, attention=attention, overlap=overlap, activations=activations
     )
@@ -82,12 +82,12 @@ def test_inputs_on_the_host_save_memory_on_every_stage_and_no_time(strategy: Str
         simulate(
             MODEL,
             H100,
-            strategy.pipeline.degree,
+            strategy.pipeline.pipeline_parallel,
             msgspec.structs.replace(strategy, activations=one),
             training,
         )
         for one in (
-            msgspec.structs.replace(strategy.activations, boundary_tier=tier) for tier in ("device", "host")
+            msgspec.structs.replace(strategy.activations, layer_inputs=tier) for tier in ("device", "host")
         )
     )
     assert stays.step_time <= goes.step_time * (1 + 1e-9)
@@ -105,7 +105,7 @@ def test_what_a_stage_sends_another_receives(strategy: Strategy) -> None:
         for op in program.ops:
             if op.rendezvous and op.name.startswith(("send", "receive")):
                 met.setdefault(op.rendezvous, []).append((program.stage, op))
-    parts = strategy.pipeline.degree * strategy.pipeline.virtual_stages
+    parts = strategy.pipeline.pipeline_parallel * strategy.pipeline.virtual_stages
     assert len(met) == 2 * training.num_microbatches(strategy) * (parts - 1)
     for ops in met.values():
         (_, one), (_, other) = ops

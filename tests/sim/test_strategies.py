@@ -23,8 +23,13 @@ def test_mop_is_the_papers() -> None:
     """arXiv 2607.01844: bf16 weights and gradients on the device, fp32 state streamed from the host,
     full recompute."""
     s = mop(16, sequence=2, experts=16, vocabulary=8)
-    assert (s.attention.sequence, s.experts.degree, s.vocabulary.degree, s.dense.shard) == (2, 16, 8, 16)
-    assert (s.stack, s.vocabulary.loss, s.activations.recompute, s.activations.boundary_tier) == (
+    assert (
+        s.attention.context_parallel,
+        s.experts.expert_parallel,
+        s.vocabulary.vocab_parallel,
+        s.dense.fsdp,
+    ) == (2, 16, 8, 16)
+    assert (s.stack, s.vocabulary.loss, s.activations.recompute, s.activations.layer_inputs) == (
         "mopexec-flat",
         "ring",
         "full",
@@ -35,8 +40,8 @@ def test_mop_is_the_papers() -> None:
 
 
 def test_experts_are_sharded_over_their_replicas() -> None:
-    assert mop(16, experts=4).experts.shard == 4
-    assert fsdp2(16, experts=2).experts.shard == 8
+    assert mop(16, experts=4).experts.expert_fsdp == 4
+    assert fsdp2(16, experts=2).experts.expert_fsdp == 8
 
 
 def test_fsdp2_holds_its_master_in_the_shard() -> None:
@@ -56,11 +61,11 @@ def test_float64_is_float64_everywhere() -> None:
 
 
 def test_a_degree_that_does_not_divide_is_refused_by_name() -> None:
-    with pytest.raises(SpecError, match=r"attention.sequence: 3 does not divide the 8 ranks"):
+    with pytest.raises(SpecError, match=r"attention.context_parallel: 3 does not divide the 8 ranks"):
         mop(8, sequence=3)
-    with pytest.raises(SpecError, match=r"experts.degree: 5 does not divide"):
+    with pytest.raises(SpecError, match=r"experts.expert_parallel: 5 does not divide"):
         fsdp2(8, experts=5)
-    with pytest.raises(SpecError, match=r"dense.tensor: 3 does not divide"):
+    with pytest.raises(SpecError, match=r"dense.tensor_parallel: 3 does not divide"):
         megatron(8, tensor=3)
 
 
@@ -72,7 +77,11 @@ def test_support_names_the_field() -> None:
     fields = {
         error.field for error in refusals(Job(tiny, megatron(4, tensor=2, pipeline=2)), by="flat_units")
     }
-    assert {"strategy.pipeline.degree", "strategy.dense.tensor", "strategy.dense.zero"} <= fields
+    assert {
+        "strategy.pipeline.pipeline_parallel",
+        "strategy.dense.tensor_parallel",
+        "strategy.dense.zero",
+    } <= fields
     reason = runnable(mop(2), load_model("deepseek_v3"))
     assert reason is not None
     assert reason.field == "model.attention"

@@ -71,8 +71,8 @@ def test_a_row_becomes_the_strategy_it_describes() -> None:
     assert found.program().sharding.fsdp
     assert found.stack == "generic-eager"
     assert "none is known of the source 'mine'" in found.assumptions[0]
-    assert (found.strategy.attention.sequence, found.strategy.data_groups) == (2, 4)
-    assert (found.strategy.dense.zero, found.strategy.dense.shard) == (3, 8)
+    assert (found.strategy.attention.context_parallel, found.strategy.data_groups) == (2, 4)
+    assert (found.strategy.dense.zero, found.strategy.dense.fsdp) == (3, 8)
     assert found.strategy.activations.recompute == "none"
     assert found.training.num_microbatches(found.strategy) == 2
     assert found.measured.peak_memory == 40 * UNITS["GiB"]
@@ -85,7 +85,11 @@ def test_megatron_degrees_and_padded_vocabulary() -> None:
     )
     assert found.family == "megatron"
     assert found.strategy.pipeline.schedule == "interleaved"
-    assert (found.strategy.dense.tensor, found.strategy.dense.shard, found.strategy.dense.zero) == (2, 2, 1)
+    assert (found.strategy.dense.tensor_parallel, found.strategy.dense.fsdp, found.strategy.dense.zero) == (
+        2,
+        2,
+        1,
+    )
     assert found.strategy.precision.matmul == "fp8"
     assert found.resolved().precision.grad == "bfloat16"
     assert found.network().vocab_size % 256 == 0
@@ -109,7 +113,7 @@ def test_a_cut_network_keeps_its_leading_dense_layers() -> None:
         ({"model": "nobody"}, "model"),
         ({"stack": "nobody"}, "stack"),
         ({"stack.kernels.norm": "melted"}, "stack"),
-        ({"strategy.experts.degree": "3"}, "experts.degree"),
+        ({"strategy.experts.expert_parallel": "3"}, "experts.expert_parallel"),
         ({"precision": "int3"}, "precision"),
         ({"sharding": "zero9"}, "sharding"),
         ({"recompute": "the_good_parts"}, "recompute"),

@@ -64,7 +64,5 @@ def test_a_degree_that_divides_nothing_is_answered_with_those_that_do() -> None:
     assert near_divisors(2**40 + 15, 2**39) == ""
     assert near_multiples(50, 16) == "; 48 or 64 will do"
     assert near_multiples(3, 16) == "; 16 will do"
-    with pytest.raises(
-        MopError, match=r"dense\.shard: 3 does not divide the 8 ranks of a stage; 2 or 4 will"
-    ):
-        Strategy(name="s", world_size=8, dense=Dense(shard=3))
+    with pytest.raises(MopError, match=r"dense\.fsdp: 3 does not divide the 8 ranks of a stage; 2 or 4 will"):
+        Strategy(name="s", world_size=8, dense=Dense(fsdp=3))

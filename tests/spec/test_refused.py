@@ -198,8 +198,13 @@ def test_a_missing_field_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "path", "value", "rule"),
     [
-        ("strategy", ("dense", "shard"), 3, r"strategy\.dense\.shard: 3 does not divide the 8 ranks"),
-        ("strategy", ("experts", "degree"), 12, r"strategy\.experts\.degree: 12 does not divide"),
+        ("strategy", ("dense", "fsdp"), 3, r"strategy\.dense\.fsdp: 3 does not divide the 8 ranks"),
+        (
+            "strategy",
+            ("experts", "expert_parallel"),
+            12,
+            r"strategy\.experts\.expert_parallel: 12 does not divide",
+        ),
         (
             "strategy",
             ("precision", "compute"),
@@ -214,7 +219,7 @@ def test_a_missing_field_is_named(name: str) -> None:
         ),
         (
             "strategy",
-            ("vocabulary", "degree"),
+            ("vocabulary", "vocab_parallel"),
             2,
             r"strategy\.vocabulary\.loss: 'full' does not split the vocabulary",
         ),

@@ -106,15 +106,20 @@ def strategies(draw: Any, world_size: int = 64) -> Strategy:
         stack=stack,
         pipeline=Pipeline(),
         dense=Dense(
-            shard=draw(power),
+            fsdp=draw(power),
             zero=draw(st.sampled_from([2, 3] if stack == "mopexec-fsdp2" else [0, 1, 2, 3])),
             prefetch=draw(st.integers(0, 3)),
             param_tier=draw(tier),
         ),
-        attention=Attention(sequence=draw(power), order=draw(order)),
-        experts=Experts(degree=expert, shard=draw(power), chunk_tokens=draw(count), order=draw(order)),
+        attention=Attention(context_parallel=draw(power), rank_placement=draw(order)),
+        experts=Experts(
+            expert_parallel=expert,
+            expert_fsdp=draw(power),
+            chunk_tokens=draw(count),
+            rank_placement=draw(order),
+        ),
         vocabulary=Vocabulary(
-            degree=draw(power) if loss in ("ring", "vocab_parallel") else 1,
+            vocab_parallel=draw(power) if loss in ("ring", "vocab_parallel") else 1,
             loss=loss,
             chunk_tokens=draw(size) if loss == "chunked" else 0,
         ),
@@ -124,7 +129,7 @@ def strategies(draw: Any, world_size: int = 64) -> Strategy:
             bucket_params=draw(size),
             host_fraction=draw(st.floats(0, 1)),
         ),
-        activations=Activations(boundary_tier=draw(tier), host_budget=draw(count)),
+        activations=Activations(layer_inputs=draw(tier), host_budget=draw(count)),
         precision=Precision(compute=draw(st.sampled_from(["float32", "bfloat16"]))),
     )
 

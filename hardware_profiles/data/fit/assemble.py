@@ -184,7 +184,9 @@ def _host(host: Entry) -> Host:
         link_sharing=host["sharing"],
         adam_rate=_given(host["adam"]),
         cores=host["cores"],
-        issue=_given(host["issue"]) if "issue" in host else quantity(13.5, "us", "assumed", ISSUE_SOURCE),
+        cpu_launch_time=_given(host["cpu_launch_time"])
+        if "cpu_launch_time" in host
+        else quantity(13.5, "us", "assumed", ISSUE_SOURCE),
     )
 
 

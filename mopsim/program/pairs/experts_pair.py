@@ -24,9 +24,9 @@ class ExpertsPair:
         self.H, self.E, self.k = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
         self.moved = MovedExperts(context, builder)
         self.up = ("experts_gate", "experts_up") if model.ffn_matrices == 3 else ("experts_up",)
-        self.inner = model.moe_intermediate_size // context.strategy.experts.tensor
+        self.inner = model.moe_intermediate_size // context.strategy.experts.expert_tensor_parallel
         self.row = self.H * context.b
-        degree = context.strategy.experts.degree
+        degree = context.strategy.experts.expert_parallel
         self.split = degree > 1
         self.ordered = self.split and self.E // degree > 1
         self._router: dict[int, dict[str, Kernel]] = {}
@@ -223,7 +223,9 @@ class ExpertsPair:
         routes = self.c.routes(i)
         key = (routes, backward, names)
         if key not in self._works:
-            tape = experts(self.c.model, routes, self.c.b, self.c.wide, self.c.strategy.experts.tensor)
+            tape = experts(
+                self.c.model, routes, self.c.b, self.c.wide, self.c.strategy.experts.expert_tensor_parallel
+            )
             kernels = {kernel.name: kernel for kernel in tape.kernels}
             works = [work for name in names for work in self.b.works(kernels[name], backward)]
             self._works[key] = [replace(work, launches=int(work.count)) for work in works]

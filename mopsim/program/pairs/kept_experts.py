@@ -47,7 +47,7 @@ class KeptExperts:
         tokens, routes = context.chunk_tokens(index), context.routes(index)
         key = (tokens, routes)
         if key not in self._chunks:
-            total, tensor = sum(routes), context.strategy.experts.tensor
+            total, tensor = sum(routes), context.strategy.experts.expert_tensor_parallel
             there = dispatch(context.model, tokens, total, context.b, context.wide, self.split)
             back = combine(context.model, tokens, total, context.b, self.split)
             products = experts(context.model, routes, context.b, context.wide, tensor)

@@ -29,15 +29,20 @@ def paired(context: Context) -> bool:
     """Whether there are pairs of a strategy's operators: none of those that tensor parallelism splits, none
     of a layer that keeps more than its input."""
     strategy, activations = context.strategy, context.strategy.activations
-    one = strategy.pipeline.degree == strategy.dense.tensor == strategy.experts.tensor == 1
+    one = (
+        strategy.pipeline.pipeline_parallel
+        == strategy.dense.tensor_parallel
+        == strategy.experts.expert_tensor_parallel
+        == 1
+    )
     return (
         one
         and strategy.dense.zero == 3
         and activations.recompute == "full"
-        and not activations.kept
+        and not activations.save_ops
         and not context.model.dropout
-        and (strategy.attention.exchange == "ulysses" or strategy.attention.sequence == 1)
-        and (strategy.experts.dispatch == "all_to_all" or strategy.experts.degree == 1)
+        and (strategy.attention.cp_comm_type == "ulysses" or strategy.attention.context_parallel == 1)
+        and (strategy.experts.token_dispatcher == "alltoall" or strategy.experts.expert_parallel == 1)
     )
 
 

@@ -16,7 +16,7 @@ class LossPair:
     def __init__(self, context: Context, builder: Builder) -> None:
         self.c, self.b = context, builder
         self.N, self.H, self.V = context.tokens, context.model.hidden_size, context.model.vocab_size
-        self.P = context.strategy.vocabulary.degree
+        self.P = context.strategy.vocabulary.vocab_parallel
         self.rows = ceil_div(self.V, self.P)
         self._kernels: dict[tuple[int, int], Kernel] = {}
         self.slices = token_slices(self.N, context.strategy.vocabulary.chunk_tokens)

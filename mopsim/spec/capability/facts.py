@@ -139,7 +139,7 @@ def row(
 
 
 def pipelined(job: Job) -> bool:
-    return job.strategy.pipeline.degree > 1
+    return job.strategy.pipeline.pipeline_parallel > 1
 
 
 def scheduled(job: Job) -> bool:
@@ -149,7 +149,7 @@ def scheduled(job: Job) -> bool:
 
 
 def tensor_parallel(job: Job) -> bool:
-    return job.strategy.dense.tensor > 1
+    return job.strategy.dense.tensor_parallel > 1
 
 
 def zero_3(job: Job) -> bool:
@@ -175,12 +175,12 @@ def slices(job: Job) -> bool:
 
 
 def context_parallel(job: Job) -> bool:
-    return job.strategy.attention.sequence > 1
+    return job.strategy.attention.context_parallel > 1
 
 
 def context_groups(job: Job) -> bool:
     """There is more than one group of ranks that share a sequence."""
-    return 1 < job.strategy.attention.sequence < job.strategy.stage_ranks
+    return 1 < job.strategy.attention.context_parallel < job.strategy.stage_ranks
 
 
 def has_experts(job: Job) -> bool:
@@ -192,7 +192,7 @@ def has_dense(job: Job) -> bool:
 
 
 def expert_parallel(job: Job) -> bool:
-    return has_experts(job) and job.strategy.experts.degree > 1
+    return has_experts(job) and job.strategy.experts.expert_parallel > 1
 
 
 def expert_groups(job: Job) -> bool:
@@ -220,7 +220,7 @@ def split_vocabulary(job: Job) -> bool:
 def vocabulary_rings(job: Job) -> bool:
     """There is more than one ring of vocabulary shards."""
     vocabulary = job.strategy.vocabulary
-    return vocabulary.loss == "ring" and 1 < vocabulary.degree < job.strategy.stage_ranks
+    return vocabulary.loss == "ring" and 1 < vocabulary.vocab_parallel < job.strategy.stage_ranks
 
 
 def logits_in_rows(job: Job) -> bool:
@@ -241,7 +241,7 @@ def selective(job: Job) -> bool:
 
 
 def boundaries_on_host(job: Job) -> bool:
-    return job.strategy.activations.boundary_tier == "host"
+    return job.strategy.activations.layer_inputs == "host"
 
 
 def in_8_bits(job: Job) -> bool:

@@ -42,19 +42,22 @@ def _unless(holds: bool, job: Job, field: str, rule: str) -> Iterator[SpecError]
 
 def heads_over_ranks(job: Job, side: Side) -> Iterator[SpecError]:
     """Ulysses gives each rank whole key and value heads, or each head whole ranks."""
-    degree, heads = job.strategy.attention.sequence, job.model.num_key_value_heads
+    degree, heads = job.strategy.attention.context_parallel, job.model.num_key_value_heads
     holds = heads % degree == 0 or degree % heads == 0
     yield from _unless(
-        holds, job, "attention.sequence", f"and num_key_value_heads {heads}: neither divides the other"
+        holds,
+        job,
+        "attention.context_parallel",
+        f"and num_key_value_heads {heads}: neither divides the other",
     )
 
 
 def ring_has_rows(job: Job, side: Side) -> Iterator[SpecError]:
     """Every rank of the vocabulary ring holds rows."""
     vocabulary, rows = job.strategy.vocabulary, job.model.vocab_size
-    start, stop = interval(rows, vocabulary.degree, vocabulary.degree - 1)
+    start, stop = interval(rows, vocabulary.vocab_parallel, vocabulary.vocab_parallel - 1)
     rule = f"leaves the last rank no rows of vocab_size {rows}"
-    yield from _unless(vocabulary.loss != "ring" or start < stop, job, "vocabulary.degree", rule)
+    yield from _unless(vocabulary.loss != "ring" or start < stop, job, "vocabulary.vocab_parallel", rule)
 
 
 def host_updates_masters(job: Job, side: Side) -> Iterator[SpecError]:
@@ -101,9 +104,9 @@ def offloads_together(job: Job, side: Side) -> Iterator[SpecError]:
 
 def boundaries_need_recompute(job: Job, side: Side) -> Iterator[SpecError]:
     activations = job.strategy.activations
-    holds = activations.boundary_tier == "device" or activations.recompute == "full"
+    holds = activations.layer_inputs == "device" or activations.recompute == "full"
     rule = f"is not {DOES[side]}, only with activations.recompute 'full'"
-    yield from _unless(holds, job, "activations.boundary_tier", rule)
+    yield from _unless(holds, job, "activations.layer_inputs", rule)
 
 
 # the simulator
@@ -121,10 +124,13 @@ def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
     """`vocab_parallel` splits the head over the tensor group."""
     strategy = job.strategy
     holds = (
-        strategy.vocabulary.loss != "vocab_parallel" or strategy.vocabulary.degree == strategy.dense.tensor
+        strategy.vocabulary.loss != "vocab_parallel"
+        or strategy.vocabulary.vocab_parallel == strategy.dense.tensor_parallel
     )
-    rule = f"is not {DOES[side]} for vocab_parallel, only dense.tensor {strategy.dense.tensor}"
-    yield from _unless(holds, job, "vocabulary.degree", rule)
+    rule = (
+        f"is not {DOES[side]} for vocab_parallel, only dense.tensor_parallel {strategy.dense.tensor_parallel}"
+    )
+    yield from _unless(holds, job, "vocabulary.vocab_parallel", rule)
 
 
 def slices_by_flat_units(job: Job, side: Side) -> Iterator[SpecError]:
@@ -184,7 +190,7 @@ def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:
 
 def stages_of_a_rank(job: Job, side: Side) -> Iterator[SpecError]:
     pipeline = job.strategy.pipeline
-    holds = pipeline.degree == 1 or pipeline.virtual_stages > 1 or pipeline.schedule == "1f1b"
+    holds = pipeline.pipeline_parallel == 1 or pipeline.virtual_stages > 1 or pipeline.schedule == "1f1b"
     rule = f"is not {DOES[side]} with pipeline.virtual_stages 1, only '1f1b': it needs two stages a rank"
     yield from _unless(holds, job, "pipeline.schedule", rule)
 
@@ -194,18 +200,20 @@ def copies_of_the_state(job: Job, side: Side) -> int:
     strategy = job.strategy
     if side == "megatron-bridge" and not strategy.dense.zero:
         return 1
-    return max(1, strategy.stage_ranks // (strategy.dense.tensor * strategy.dense.shard))
+    return max(1, strategy.stage_ranks // (strategy.dense.tensor_parallel * strategy.dense.fsdp))
 
 
 def shards_divide(job: Job, side: Side) -> Iterator[SpecError]:
     s = job.strategy
-    whole = s.stage_ranks % (s.dense.tensor * s.dense.shard) == 0
+    whole = s.stage_ranks % (s.dense.tensor_parallel * s.dense.fsdp) == 0
     if side == "torchtitan":
         rule = "is not context parallelism x a data-parallel degree, as TorchTitan shards"
-        yield from _unless(whole and s.dense.shard % s.attention.sequence == 0, job, "dense.shard", rule)
+        yield from _unless(
+            whole and s.dense.fsdp % s.attention.context_parallel == 0, job, "dense.fsdp", rule
+        )
     else:
         rule = "does not divide the data-parallel ranks"
-        yield from _unless(whole or not s.dense.zero, job, "dense.shard", rule)
+        yield from _unless(whole or not s.dense.zero, job, "dense.fsdp", rule)
 
 
 def experts_share_the_copy(job: Job, side: Side) -> Iterator[SpecError]:
@@ -215,20 +223,32 @@ def experts_share_the_copy(job: Job, side: Side) -> Iterator[SpecError]:
         return
     copies = copies_of_the_state(job, side)
     rule = f"is not the {s.expert_replicas // copies} replicas of an expert in one copy of the state"
-    yield from _unless(s.experts.shard * copies == s.expert_replicas, job, "experts.shard", rule)
+    yield from _unless(s.experts.expert_fsdp * copies == s.expert_replicas, job, "experts.expert_fsdp", rule)
 
 
 def titan_expert_ranks(job: Job, side: Side) -> Iterator[SpecError]:
     s, e = job.strategy, job.strategy.experts
-    if e.degree > 1:
+    if e.expert_parallel > 1:
         rule = "is not in TorchTitan, only 1 or the tensor-parallel degree"
-        yield from _unless(e.tensor in (1, s.dense.tensor), job, "experts.tensor", rule)
+        yield from _unless(
+            e.expert_tensor_parallel in (1, s.dense.tensor_parallel),
+            job,
+            "experts.expert_tensor_parallel",
+            rule,
+        )
     else:
         rule = "is not in TorchTitan without expert parallelism, only the tensor-parallel degree"
-        yield from _unless(e.tensor in (1, s.dense.tensor), job, "experts.tensor", rule)
-    whole = s.stage_ranks // copies_of_the_state(job, side) % (e.degree * e.tensor) == 0
+        yield from _unless(
+            e.expert_tensor_parallel in (1, s.dense.tensor_parallel),
+            job,
+            "experts.expert_tensor_parallel",
+            rule,
+        )
+    whole = (
+        s.stage_ranks // copies_of_the_state(job, side) % (e.expert_parallel * e.expert_tensor_parallel) == 0
+    )
     rule = "does not divide the ranks that share one copy of the state"
-    yield from _unless(whole, job, "experts.degree", rule)
+    yield from _unless(whole, job, "experts.expert_parallel", rule)
 
 
 def titan_offload(job: Job, side: Side) -> Iterator[SpecError]:
@@ -249,15 +269,17 @@ def titan_products(job: Job, side: Side) -> Iterator[SpecError]:
 
 def megatron_head(job: Job, side: Side) -> Iterator[SpecError]:
     s = job.strategy
-    holds = s.vocabulary.loss != "full" or s.dense.tensor == 1
+    holds = s.vocabulary.loss != "full" or s.dense.tensor_parallel == 1
     rule = "is not in Megatron-Bridge under tensor parallelism, only 'vocab_parallel': it splits the head"
     yield from _unless(holds, job, "vocabulary.loss", rule)
 
 
 def megatron_fsdp(job: Job, side: Side) -> Iterator[SpecError]:
     s = job.strategy
-    holds = s.dense.zero != 3 or s.pipeline.degree == 1
-    yield from _unless(holds, job, "pipeline.degree", "with ZeRO-3 is not in Megatron-Bridge, only 1")
+    holds = s.dense.zero != 3 or s.pipeline.pipeline_parallel == 1
+    yield from _unless(
+        holds, job, "pipeline.pipeline_parallel", "with ZeRO-3 is not in Megatron-Bridge, only 1"
+    )
 
 
 def megatron_modules(job: Job, side: Side) -> Iterator[SpecError]:
@@ -269,9 +291,9 @@ def megatron_modules(job: Job, side: Side) -> Iterator[SpecError]:
 
 def megatron_boundaries(job: Job, side: Side) -> Iterator[SpecError]:
     activations = job.strategy.activations
-    holds = activations.boundary_tier == "device" or activations.recompute != "full"
+    holds = activations.layer_inputs == "device" or activations.recompute != "full"
     rule = "with full recomputation is not in Megatron-Bridge: it offloads what it does not recompute"
-    yield from _unless(holds, job, "activations.boundary_tier", rule)
+    yield from _unless(holds, job, "activations.layer_inputs", rule)
 
 
 def megatron_gradients(job: Job, side: Side) -> Iterator[SpecError]:
@@ -283,26 +305,28 @@ def megatron_gradients(job: Job, side: Side) -> Iterator[SpecError]:
 def deepspeed_degrees(job: Job, side: Side) -> Iterator[SpecError]:
     s = job.strategy
     rule = "with sequence parallelism is not in DeepSpeed, only 1"
-    yield from _unless(s.dense.tensor == 1 or s.attention.sequence == 1, job, "dense.tensor", rule)
-    every = s.dense.shard == s.stage_ranks // s.dense.tensor
+    yield from _unless(
+        s.dense.tensor_parallel == 1 or s.attention.context_parallel == 1, job, "dense.tensor_parallel", rule
+    )
+    every = s.dense.fsdp == s.stage_ranks // s.dense.tensor_parallel
     rule = "is not all ranks: DeepSpeed shards over fewer only with ZeRO-3 (MiCS)"
-    yield from _unless(every or s.dense.zero not in (1, 2), job, "dense.shard", rule)
+    yield from _unless(every or s.dense.zero not in (1, 2), job, "dense.fsdp", rule)
 
 
 def deepspeed_experts(job: Job, side: Side) -> Iterator[SpecError]:
     s, e = job.strategy, job.strategy.experts
     if has_experts(job) and s.dense.zero:
         rule = f"is not the {s.expert_replicas} replicas of an expert, as DeepSpeed shards"
-        yield from _unless(e.shard == s.expert_replicas, job, "experts.shard", rule)
+        yield from _unless(e.expert_fsdp == s.expert_replicas, job, "experts.expert_fsdp", rule)
     if not expert_parallel(job):
         return
     rule = f"needs a preset of AutoEP, and {job.model.name} has none"
-    yield from _unless(auto_ep(job.model.name) is not None, job, "experts.degree", rule)
+    yield from _unless(auto_ep(job.model.name) is not None, job, "experts.expert_parallel", rule)
     rule = "beside AutoEP and ZeRO-3 is not in DeepSpeed"
     whole = s.dense.zero != 3
-    yield from _unless(s.dense.tensor == 1, job, "dense.tensor", rule)
-    yield from _unless(s.attention.sequence == 1 or whole, job, "attention.sequence", rule)
-    yield from _unless(s.dense.shard == s.stage_ranks or whole, job, "dense.shard", rule)
+    yield from _unless(s.dense.tensor_parallel == 1, job, "dense.tensor_parallel", rule)
+    yield from _unless(s.attention.context_parallel == 1 or whole, job, "attention.context_parallel", rule)
+    yield from _unless(s.dense.fsdp == s.stage_ranks or whole, job, "dense.fsdp", rule)
 
 
 def deepspeed_dtypes(job: Job, side: Side) -> Iterator[SpecError]:
@@ -320,9 +344,9 @@ def deepspeed_offload(job: Job, side: Side) -> Iterator[SpecError]:
         rule = f"differs from dense.{field}: not in DeepSpeed"
         same = getattr(s.dense, field) == getattr(s.experts, field)
         yield from _unless(same or not has_experts(job), job, f"experts.{field}", rule)
-    boundary = s.activations.boundary_tier == "device" or s.activations.recompute != "none"
+    boundary = s.activations.layer_inputs == "device" or s.activations.recompute != "none"
     rule = "is not in DeepSpeed without activations.recompute (cpu_checkpointing)"
-    yield from _unless(boundary, job, "activations.boundary_tier", rule)
+    yield from _unless(boundary, job, "activations.layer_inputs", rule)
     three = s.dense.zero == 3
     rule = "is not in DeepSpeed without ZeRO-3"
     yield from _unless(s.dense.param_tier == "device" or three, job, "dense.param_tier", rule)

@@ -59,17 +59,19 @@ STRATEGY: dict[str, Row] = {
     ),
     "micro_batch": row(),
     "stack": row(exports=_PROGRAM),
-    "pipeline.degree": row(mopexec=only(1), deepspeed=only(1, why="it is code there, not configuration")),
+    "pipeline.pipeline_parallel": row(
+        mopexec=only(1), deepspeed=only(1, why="it is code there, not configuration")
+    ),
     "pipeline.virtual_stages": row(pipelined),
     "pipeline.layers": row(pipelined, torchtitan=only((), why="its stages are cut by a number of layers")),
     "pipeline.schedule": row(scheduled, megatron_bridge=only("1f1b", "interleaved")),
-    "dense.tensor": row(mopexec=only(1)),
+    "dense.tensor_parallel": row(mopexec=only(1)),
     "dense.sequence_parallel": row(
         tensor_parallel,
         torchtitan=only(True, why="tensor parallelism always splits rows"),
         deepspeed=only(False, why="AutoTP sums by all-reduce"),
     ),
-    "dense.shard": row(),
+    "dense.fsdp": row(),
     "dense.zero": row(
         flat_units=only(3),
         fully_shard=only(2, 3),
@@ -89,17 +91,19 @@ STRATEGY: dict[str, Row] = {
         deepspeed=elsewhere("gradients go where offload_optimizer is"),
     ),
     "dense.chunk_tokens": row(slices, fully_shard=only(0), exports=only(0, why=_UNSET)),
-    "attention.sequence": row(),
-    "attention.exchange": row(
+    "attention.context_parallel": row(),
+    "attention.cp_comm_type": row(
         context_parallel,
         mopexec=only("ulysses"),
         torchtitan=only("all_gather", "ring", why="it gathers keys and values, or rotates them"),
         deepspeed=only("ulysses"),
     ),
-    "attention.order": row(context_groups, exports=only("contiguous", why="its groups are contiguous")),
-    "experts.degree": row(has_experts),
-    "experts.tensor": row(has_experts, mopexec=only(1), deepspeed=only(1)),
-    "experts.shard": row(has_experts),
+    "attention.rank_placement": row(
+        context_groups, exports=only("contiguous", why="its groups are contiguous")
+    ),
+    "experts.expert_parallel": row(has_experts),
+    "experts.expert_tensor_parallel": row(has_experts, mopexec=only(1), deepspeed=only(1)),
+    "experts.expert_fsdp": row(has_experts),
     "experts.chunk_tokens": row(
         chunked_experts, fully_shard=only(0), exports=only(0, why="it has one dispatch a layer")
     ),
@@ -108,8 +112,8 @@ STRATEGY: dict[str, Row] = {
     "experts.capacity": row(balanced_experts),
     "experts.min_rows": row(balanced_experts),
     "experts.threshold": row(balanced_experts),
-    "experts.dispatch": row(expert_parallel, mopexec=only("all_to_all"), deepspeed=only("all_to_all")),
-    "experts.order": row(expert_groups, exports=only("contiguous", why="its groups are contiguous")),
+    "experts.token_dispatcher": row(expert_parallel, mopexec=only("alltoall"), deepspeed=only("alltoall")),
+    "experts.rank_placement": row(expert_groups, exports=only("contiguous", why="its groups are contiguous")),
     "experts.param_tier": row(has_experts, flat_units=only("device"), megatron_bridge=only("device")),
     "experts.grad_tier": row(
         has_experts,
@@ -117,7 +121,7 @@ STRATEGY: dict[str, Row] = {
         megatron_bridge=only("device"),
         deepspeed=elsewhere("gradients go where offload_optimizer is"),
     ),
-    "vocabulary.degree": row(split_vocabulary, fully_shard=only(1)),
+    "vocabulary.vocab_parallel": row(split_vocabulary, fully_shard=only(1)),
     "vocabulary.loss": row(
         flat_units=only("full", "chunked", "ring"),
         fully_shard=only("full", "chunked"),
@@ -126,7 +130,7 @@ STRATEGY: dict[str, Row] = {
         deepspeed=only("full"),
     ),
     "vocabulary.chunk_tokens": row(logits_in_rows),
-    "vocabulary.order": row(vocabulary_rings, exports=only("contiguous")),
+    "vocabulary.rank_placement": row(vocabulary_rings, exports=only("contiguous")),
     "optimizer.state_tier": row(),
     "optimizer.update_on": row(
         state_on_host, exports=only("host", why="it does not stream the state through the device")
@@ -145,12 +149,12 @@ STRATEGY: dict[str, Row] = {
         deepspeed=only("none", "full"),
     ),
     "activations.modules": row(selective),
-    "activations.kept": row(mopexec=only(()), exports=only(())),
-    "activations.boundary_tier": row(torchtitan=only("device")),
+    "activations.save_ops": row(mopexec=only(()), exports=only(())),
+    "activations.layer_inputs": row(torchtitan=only("device")),
     "activations.host_budget": row(
         boundaries_on_host, megatron_bridge=only(0, why=_UNSET), deepspeed=only(0, why=_UNSET)
     ),
-    "activations.layers_on_host": row(mopexec=only(0), exports=only(0)),
+    "activations.cpu_offload_layers": row(mopexec=only(0), exports=only(0)),
     "overlap.grad_reduce": row(whole_steps, mopexec=only(False), torchtitan=only(False)),
     "overlap.param_gather": row(
         whole_steps, mopexec=only(False), torchtitan=only(False), deepspeed=only(False, why=_UNSET)
@@ -290,7 +294,6 @@ _KERNELS = (
     "loss",
     "logits_held",
     "loss_chunks",
-    "dispatch_map",
     "router",
     "sequence_exchange",
     "expert_outputs",
