@@ -150,7 +150,9 @@ def capabilities() -> str:
     rows = []
     for path, row in capability.ROWS.items():
         cells = [_capability(row.cells[side], notes) for side in capability.SIDES]
-        rows.append(f"| `{path}` | {' | '.join(cells)} |")
+        name = "every other `stack` field" if row is capability.PROGRAM else f"`{path}`"
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    rows = list(dict.fromkeys(rows))
     meaning = (
         "*all*: every value that the field can have. A list: these values; others are refused by name. *-*: "
         "the field has no part in what this side does. A field that has nothing to act on in a job (an order "

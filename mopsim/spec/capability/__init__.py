@@ -9,7 +9,7 @@ from mopsim.common.errors import SpecError
 from mopsim.spec.capability.facts import EXPORTS, SIDES, Cell, Job, Row, Side
 from mopsim.spec.capability.rules import RULES
 from mopsim.spec.capability.software import no_runtime
-from mopsim.spec.capability.table import MODEL, ROWS
+from mopsim.spec.capability.table import MODEL, PROGRAM, ROWS
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.stack import Stack
@@ -18,6 +18,7 @@ from mopsim.spec.training import TrainSpec
 
 __all__ = [
     "EXPORTS",
+    "PROGRAM",
     "ROWS",
     "SIDES",
     "Cell",

@@ -6,7 +6,7 @@ from typing import Any
 from msgspec import structs
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.facts import DOES, Job, Side, expert_parallel, has_experts, slices, whole_steps
+from mopsim.spec.capability.facts import DOES, Job, Side, expert_parallel, has_experts, whole_steps
 from mopsim.spec.capability.software import software_is_the_runtimes
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
@@ -112,14 +112,6 @@ def boundaries_need_recompute(job: Job, side: Side) -> Iterator[SpecError]:
 # the simulator
 
 
-def ring_by_flat_units(job: Job, side: Side) -> Iterator[SpecError]:
-    """FSDP2's head computes the loss of its own tokens."""
-    holds = job.strategy.vocabulary.loss != "ring" or not job.fsdp
-    yield from _unless(
-        holds, job, "vocabulary.loss", f"is not simulated under the stack {job.software.name}, which is FSDP"
-    )
-
-
 def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
     """`vocab_parallel` splits the head over the tensor group."""
     strategy = job.strategy
@@ -133,26 +125,11 @@ def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
     yield from _unless(holds, job, "vocabulary.vocab_parallel", rule)
 
 
-def slices_by_flat_units(job: Job, side: Side) -> Iterator[SpecError]:
-    """Under FSDP2 the dense FFN runs on all tokens at once."""
-    holds = not slices(job) or not job.fsdp
-    rule = f"is not simulated under the stack {job.software.name}, which is FSDP, only 0"
-    yield from _unless(holds, job, "dense.chunk_tokens", rule)
-
-
 def experts_overlap_below_zero_3(job: Job, side: Side) -> Iterator[SpecError]:
     """Exchanges of one microbatch run beside another where layers need no gathers in between."""
     holds = not job.strategy.overlap.experts or not expert_parallel(job) or whole_steps(job)
     rule = "is not simulated where parameters are gathered layer by layer (dense.zero 3), only False"
     yield from _unless(holds, job, "overlap.experts", rule)
-
-
-def host_gradients_as_params(job: Job, side: Side) -> Iterator[SpecError]:
-    """FSDP2 offloads gradients in the dtype of the shards."""
-    strategy, precision = job.strategy, job.strategy.precision
-    offloaded = job.fsdp and strategy.dense.grad_tier == "host"
-    rule = f"is not simulated on the host under FSDP, only precision.param {precision.param!r}"
-    yield from _unless(not offloaded or precision.grad == precision.param, job, "precision.grad", rule)
 
 
 def reshards_after_forward(job: Job, side: Side) -> Iterator[SpecError]:
@@ -361,8 +338,8 @@ def deepspeed_offload(job: Job, side: Side) -> Iterator[SpecError]:
 
 RULES: dict[Side, tuple[Rule, ...]] = {
     "simulator": (
-        ring_by_flat_units, tensor_group_holds_vocabulary, reshards_after_forward, offloads_together,
-        plain_latents, slices_by_flat_units, experts_overlap_below_zero_3, host_gradients_as_params,
+        tensor_group_holds_vocabulary, reshards_after_forward, offloads_together, plain_latents,
+        experts_overlap_below_zero_3,
     ),
     "flat_units": (
         software_is_the_runtimes, heads_over_ranks, ring_has_rows, host_updates_masters, gradients_no_wider,

@@ -312,10 +312,13 @@ _OWN = (
     "host.modules", "host.graphs", "host.frames",
     *(f"dtypes.{name}" for name in _DTYPES),
     *(f"hides.{name}" for name in _HIDES),
-    "reading.memory", "reading.last_stage",
     "communication_share",
 )  # fmt: skip
 """What a program does anyway. A runtime of mopexec runs its own; a target is another program."""
+
+PROGRAM = row(mopexec=Cell(why="as the stack says that describes the runtime"), exports=_PROGRAM)
+"""The row of all that a program does anyway."""
+_READING = elsewhere("what a reported peak counts, which mopsim validate compares with")
 
 STACK: dict[str, Row] = {
     "name": _NAMED,
@@ -326,8 +329,10 @@ STACK: dict[str, Row] = {
         simulator=LABEL, flat_units=only("flat_units"), fully_shard=only("fully_shard"), exports=_PROGRAM
     ),
     **dict.fromkeys(
-        _OWN, row(mopexec=Cell(why="as the stack says that describes the runtime"), exports=_PROGRAM)
+        ("reading.memory", "reading.last_stage"),
+        row(simulator=_READING, mopexec=_READING, exports=_PROGRAM),
     ),
+    **dict.fromkeys(_OWN, PROGRAM),
 }
 
 ROWS: dict[str, Row] = {
