@@ -111,65 +111,40 @@ def experts(
     H, inner = model.hidden_size, model.moe_intermediate_size / tensor
     if fused:
         return _fused(model, routes, inner, b, wide)
-    total = sum(routes)
-    row, wing = H * b, int(inner * b)
-    rows, act, out = (
-        Value("rows", total * row, "dispatch"),
-        Value("act", total * wing),
-        Value("out", total * row, "dispatch"),
-    )
-    kernels = []
-    if model.ffn_matrices == 3:
-        for name in ("gate", "up"):
-            kernels.append(
-                _grouped(f"experts_{name}", "rows", Value(name, total * wing), routes, inner, H, b)
-            )
-        kernels.append(
-            Kernel(
-                "experts_silu",
-                "memory_bound",
-                _C,
-                ("gate",),
-                (Value("silu", total * wing),),
-                saves=("gate",),
-                bytes=2.0 * total * wing,
-            )
-        )
-        kernels.append(
-            Kernel(
-                "experts_gated",
-                "memory_bound",
-                _C,
-                ("silu", "up"),
-                (act,),
-                saves=("silu", "up"),
-                bytes=3.0 * total * wing,
-                back_launches=2,
-            )
-        )
-    else:
-        kernels.append(_grouped("experts_up", "rows", Value("up", total * wing), routes, inner, H, b))
-        kernels.append(
-            Kernel(
-                "experts_gelu", "memory_bound", _C, ("up",), (act,), saves=("up",), bytes=2.0 * total * wing
-            )
-        )
-    kernels.append(
-        _grouped("experts_down", "act", Value("down", total * row, "dispatch"), routes, H, inner, b)
-    )
-    kernels.append(
+    total, category = sum(routes), "dispatch"
+    size, wing = total * H * b, total * int(inner * b)
+    kernels = (
+        *_activated(model, routes, inner, wing, b),
+        _grouped("experts_down", "act", Value("down", size, category), routes, H, inner, b),
         Kernel(
-            "route_weight",
-            "memory_bound",
-            _C,
-            ("down",),
-            (out,),
-            saves=("down",),
-            bytes=2.0 * total * row,
-            back_launches=3,
-        )
-    )
-    return Tape((rows,), tuple(kernels), ("out",), consumes=("rows",))
+            "route_weight", "memory_bound", _C, ("down",), (Value("out", size, category),), saves=("down",),
+            bytes=2.0 * size, back_launches=3,
+        ),
+    )  # fmt: skip
+    return Tape((Value("rows", size, category),), kernels, ("out",), consumes=("rows",))
+
+
+def _activated(
+    model: ModelSpec, routes: Sequence[int], inner: float, wing: int, b: int
+) -> tuple[Kernel, ...]:
+    """rows -> act, of `wing` bytes: gated, or without a gate."""
+    H, act = model.hidden_size, Value("act", wing)
+    up = _grouped("experts_up", "rows", Value("up", wing), routes, inner, H, b)
+    if model.ffn_matrices != 3:
+        gelu = Kernel("experts_gelu", "memory_bound", _C, ("up",), (act,), saves=("up",), bytes=2.0 * wing)
+        return up, gelu
+    return (
+        _grouped("experts_gate", "rows", Value("gate", wing), routes, inner, H, b),
+        up,
+        Kernel(
+            "experts_silu", "memory_bound", _C, ("gate",), (Value("silu", wing),), saves=("gate",),
+            bytes=2.0 * wing,
+        ),
+        Kernel(
+            "experts_gated", "memory_bound", _C, ("silu", "up"), (act,), saves=("silu", "up"),
+            bytes=3.0 * wing, back_launches=2,
+        ),
+    )  # fmt: skip
 
 
 def _fused(model: ModelSpec, routes: Sequence[int], inner: float, b: int, wide: int) -> Tape:

@@ -66,12 +66,8 @@ def loss_tape(context: Context) -> Tape:
     keeps = ("n", "logits") if fused or held else ("n",)
     apart = (("logits", elements * c.wide),) if torch else ()
     weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
-    kernels.append(
-        Kernel(
-            "logits", "matmul", _C, (source,), (logits,), saves=keeps, matmuls=(Matmul(rows, columns, H),),
-            weight_grad=weight,
-        )
-    )  # fmt: skip
+    product = (Matmul(rows, columns, H),)
+    kernels.append(Kernel("logits", "matmul", _C, (source,), (logits,), keeps, product, weight_grad=weight))
     in_place = kernel == "fused" or (fused and split)  # a split loss casts no logits
     exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
