@@ -40,12 +40,13 @@ def plan(strategy: Strategy, model: str = "qwen3_30b_a3b") -> Plan:
         name="toy", digest="0", num_nodes=4, devices_per_node=8, memory_limit=1, host_limit=1
     )
     training = TrainSpec(seq_len=4096, global_batch=64, learning_rate=1e-4, warmup_steps=10)
+    stack = load_stack(strategy.stack)
     return Plan(
         model=load_model(model),
         hardware=hardware,
-        strategy=strategy,
+        strategy=stack.resolve(strategy),
         training=training,
-        stack=load_stack(strategy.stack),
+        stack=stack,
     )
 
 
