@@ -67,7 +67,7 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
             "zero2": (make(reshard=False), "learned"),
             "skewed": (make(experts=world, recompute="full"), "95/4"),
             "boundaries_on_host": (
-                changed(make(recompute="full", micro_batch=2), "activations", boundary_tier="host"), "learned"
+                changed(make(recompute="full", micro_batch=2), "activations", layer_inputs="host"), "learned"
             ),
         }  # fmt: skip
     if world == 4:

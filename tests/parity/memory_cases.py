@@ -39,7 +39,7 @@ def cases(world: int) -> dict[str, Plan]:
         "fsdp2_skewed": _plan(strategies.fsdp2(world, **fsdp), "60/3"),
         "fsdp2_offload": _plan(strategies.fsdp2(world, **fsdp, offload=True, prefetch=2)),
         "fsdp2_keep": _plan(strategies.fsdp2(world, recompute="none", reshard=False), batch=2 * world),
-        "fsdp2_boundaries": _plan(_changed(strategies.fsdp2(world), "activations", boundary_tier="host")),
+        "fsdp2_boundaries": _plan(_changed(strategies.fsdp2(world), "activations", layer_inputs="host")),
     }
 
 
