@@ -308,7 +308,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         if given.recompute != "selective" or given.modules:
             return given
         if own.kept and strategy.dense.tensor_parallel == 1:
-            return replace(given, recompute="full", kept=own.kept)
+            return replace(given, recompute="full", save_ops=own.kept)
         return replace(given, modules=own.selective)
 
     def plain_experts(self, strategy: Strategy) -> bool:

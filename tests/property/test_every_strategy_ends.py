@@ -47,28 +47,28 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
     return {
         "name": "random", "world_size": 8, "micro_batch": pick([1, 2]), "stack": pick(list_stacks()),
         "pipeline": {
-            "degree": stages, "virtual_stages": virtual,
+            "pipeline_parallel": stages, "virtual_stages": virtual,
             "schedule": "interleaved" if virtual > 1 else pick(["1f1b", "zero_bubble", "interleaved"]),
         },
         "dense": {
-            "tensor": tensor, "shard": pick([1, ranks // tensor or 1]), "zero": pick([0, 1, 2, 3, 3]),
+            "tensor_parallel": tensor, "fsdp": pick([1, ranks // tensor or 1]), "zero": pick([0, 1, 2, 3, 3]),
             "sequence_parallel": pick([True, True, False]), "reshard_after_forward": pick([True, False]),
             "prefetch": pick([0, 1, 2]), "chunk_tokens": pick([0, 0, 100]),
             "param_tier": pick(["device", "device", "device", "host"]),
             "grad_tier": pick(["device", "device", "device", "host"]),
         },
         "attention": {
-            "sequence": pick([1, 1, 2]), "exchange": pick(["ulysses", "ulysses", "all_gather", "ring"]),
+            "context_parallel": pick([1, 1, 2]), "cp_comm_type": pick(["ulysses", "ulysses", "all_gather", "ring"]),
         },
         "experts": {
-            "degree": pick([1, 2, 4]) if moe else 1, "chunk_tokens": pick([0, 0, 100]),
+            "expert_parallel": pick([1, 2, 4]) if moe else 1, "chunk_tokens": pick([0, 0, 100]),
             "balance": pick(["none", "none", "least_loaded"]),
-            "dispatch": pick(["all_to_all", "all_to_all", "deduplicated"]), "min_rows": 1,
-            "tensor": pick([1, 1, 1, 2]) if moe else 1,
+            "token_dispatcher": pick(["alltoall", "alltoall", "deepep", "hybridep"]), "min_rows": 1,
+            "expert_tensor_parallel": pick([1, 1, 1, 2]) if moe else 1,
         },
         "vocabulary": {
             "loss": loss, "chunk_tokens": pick([64, 100]) if loss == "chunked" else pick([0, 64]),
-            "degree": pick([1, ranks]) if loss == "ring" else tensor if loss == "vocab_parallel" else 1,
+            "vocab_parallel": pick([1, ranks]) if loss == "ring" else tensor if loss == "vocab_parallel" else 1,
         },
         "optimizer": {
             "state_tier": "host" if host else "device", "host_fraction": pick([1.0, 0.5, 0.0]),
@@ -78,9 +78,9 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
         "activations": {
             "recompute": recompute,
             "modules": draw.sample([*MODULES, *COMPONENTS], 3) if recompute == "selective" else [],
-            "kept": draw.sample(KEPT, 2) if recompute == "full" and draw.random() < 0.2 else [],
-            "boundary_tier": pick(["device", "host"]), "host_budget": pick([0, 100_000]),
-            "layers_on_host": pick([0, 0, 0, 2]),
+            "save_ops": draw.sample(KEPT, 2) if recompute == "full" and draw.random() < 0.2 else [],
+            "layer_inputs": pick(["device", "host"]), "host_budget": pick([0, 100_000]),
+            "cpu_offload_layers": pick([0, 0, 0, 2]),
         },
         "overlap": {
             "grad_reduce": pick([False, True]), "param_gather": pick([False, True]),
