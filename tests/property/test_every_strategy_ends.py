@@ -58,7 +58,8 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
             "grad_tier": pick(["device", "device", "device", "host"]),
         },
         "attention": {
-            "context_parallel": pick([1, 1, 2]), "cp_comm_type": pick(["ulysses", "ulysses", "all_gather", "ring"]),
+            "context_parallel": pick([1, 1, 2]),
+            "cp_comm_type": pick(["ulysses", "ulysses", "all_gather", "ring"]),
         },
         "experts": {
             "expert_parallel": pick([1, 2, 4]) if moe else 1, "chunk_tokens": pick([0, 0, 100]),
@@ -68,7 +69,7 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
         },
         "vocabulary": {
             "loss": loss, "chunk_tokens": pick([64, 100]) if loss == "chunked" else pick([0, 64]),
-            "vocab_parallel": pick([1, ranks]) if loss == "ring" else tensor if loss == "vocab_parallel" else 1,
+            "vocab_parallel": {"ring": pick([1, ranks]), "vocab_parallel": tensor}.get(loss, 1),
         },
         "optimizer": {
             "state_tier": "host" if host else "device", "host_fraction": pick([1.0, 0.5, 0.0]),
