@@ -23,10 +23,10 @@ from tests.capability.jobs import Variant, jobs, plan_of, refusal, replace, vari
 
 
 def small(job: Job) -> Job:
-    """Three layers and one microbatch: of every kind of layer one at least, and one to prefetch beyond."""
+    """One microbatch; of every kind of layer one, and for flat_units one to prefetch beyond."""
     assert job.training is not None
     training = replace(job.training, global_batch=job.strategy.micro_batch * job.strategy.data_groups)
-    return Job(replace(job.model, num_hidden_layers=3), job.strategy, training, job.stack)
+    return Job(replace(job.model, num_hidden_layers=3 - job.fsdp), job.strategy, training, job.stack)
 
 
 NOUNS: dict[str, tuple[tuple[str, ...], ...]] = {

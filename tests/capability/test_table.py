@@ -6,7 +6,7 @@ from mopsim.export import TARGETS
 from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, refusals, runnable
 from mopsim.spec.presets import load_model
 from mopsim.strategies import fsdp2, mop, zero_offload
-from tests.capability.enumerated import ROOTS, leaves, values
+from tests.capability.enumerated import REPRESENTATIVE, ROOTS, leaves, values
 
 FIELDS = {path: kind for noun in ROOTS for path, kind in leaves(noun)}
 
@@ -40,3 +40,7 @@ def test_a_refusal_names_field_value_and_what_works() -> None:
 
 def test_export_sides_are_the_targets() -> None:
     assert set(TARGETS) == set(EXPORTS)
+
+
+def test_representative_values_are_of_fields() -> None:
+    assert set(REPRESENTATIVE) <= set(FIELDS)

@@ -44,7 +44,7 @@ def test_an_interrupted_verify_leaves_neither_ranks_nor_files(inputs, tmp_path, 
         [*command, "--steps", "100000"],
         cwd=ROOT, env={**environment(), "TMPDIR": str(scratch)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for(lambda: len(ranks_of(scratch)) == 2)
+    wait_for(lambda: len(ranks_of(scratch)) == 2, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=HANG)
     assert process.returncode == 128 + number
@@ -99,7 +99,7 @@ def test_a_signal_is_not_lost_where_exceptions_are():
 def test_a_key_that_is_held_down_is_one_ctrl_c(inputs, tmp_path):
     out = tmp_path / "run"
     process = start_fake(inputs, out, "slow", steps=1000)
-    wait_for(lambda: steps_done(out) >= 2)
+    wait_for(lambda: steps_done(out) >= 2, process)
     for _ in range(20):
         process.send_signal(signal.SIGINT)
         time.sleep(0.03)
@@ -113,7 +113,7 @@ def test_a_key_that_is_held_down_is_one_ctrl_c(inputs, tmp_path):
 def test_a_second_ctrl_c_ends_a_step_that_does_not(inputs, tmp_path):
     out = tmp_path / "run"
     process = start_fake(inputs, out, "stall:1:4", steps=9, checkpoint_every=2)
-    wait_for(lambda: steps_done(out) >= 3)
+    wait_for(lambda: steps_done(out) >= 3, process)
     process.send_signal(signal.SIGINT)
     time.sleep(REPEAT_SECONDS + 0.5)
     process.send_signal(signal.SIGTERM)

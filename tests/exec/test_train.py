@@ -102,7 +102,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, whole, tmp_path):
 def test_two_runs_do_not_share_a_directory(inputs, tmp_path, capsys):
     out = tmp_path / "run"
     process = start_fake(inputs, out, "slow", steps=1000)
-    wait_for(lambda: steps_done(out) >= 1)
+    wait_for(lambda: steps_done(out) >= 1, process)
     with pytest.raises(SystemExit) as end:
         main(["train", *common(inputs, out), "--steps", "1000", "--resume"])
     process.send_signal(signal.SIGINT)
@@ -160,7 +160,7 @@ def test_it_is_one_rank_under_the_users_own_torchrun(inputs, whole, tmp_path):
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint_and_no_orphans(inputs, tmp_path):
     out = tmp_path / "run"
     process = start_fake(inputs, out, "slow", steps=1000)
-    wait_for(lambda: steps_done(out) >= 2)
+    wait_for(lambda: steps_done(out) >= 2, process)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130
@@ -230,7 +230,7 @@ def test_a_run_on_a_gpu_trains_resumes_and_measures(tmp_path):
 def test_no_rank_outlives_a_killed_launcher(inputs, tmp_path):
     out = tmp_path / "run"
     process = start_fake(inputs, out, "slow", steps=1000)
-    wait_for(lambda: steps_done(out) >= 1)
+    wait_for(lambda: steps_done(out) >= 1, process)
     assert len(ranks_of(out)) == 3
     process.kill()
     finish(process)

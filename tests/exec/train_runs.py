@@ -77,9 +77,11 @@ def ranks_of(out):
     return [pid for pid in found if pid != os.getpid()]
 
 
-def wait_for(condition, seconds=HANG):
-    end = time.monotonic() + seconds
+def wait_for(condition, process=None):
+    """Wait until it holds; no longer than `process` lives, if it is of that."""
+    end = time.monotonic() + HANG
     while not condition():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
 

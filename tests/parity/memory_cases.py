@@ -43,6 +43,12 @@ def cases(world: int) -> dict[str, Plan]:
     }
 
 
+def trained(world: int) -> dict[str, Plan]:
+    """The plans that are trained for real: on four ranks those where more than two do something else."""
+    wide = ("mop", "mop_skewed", "mop_replicas", "zero_offload", "fsdp2", "fsdp2_offload")
+    return {name: plan for name, plan in cases(world).items() if world == 2 or name in wide}
+
+
 def _plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:
     ranks = strategy.world_size
     smallest = strategy.data_groups * strategy.micro_batch

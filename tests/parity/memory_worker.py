@@ -11,7 +11,7 @@ import torch.distributed as dist
 from mopexec.check.dry_run import tracked_step
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
-from tests.parity.memory_cases import cases
+from tests.parity.memory_cases import trained
 
 
 def main(rank: int, world: int, folder: Path, only: list[str]) -> None:
@@ -20,7 +20,7 @@ def main(rank: int, world: int, folder: Path, only: list[str]) -> None:
         "gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world
     )
     found = {}
-    for name, plan in cases(world).items():
+    for name, plan in trained(world).items():
         if only and name not in only:
             continue
         found[name] = tracked_step(plan, rank, Platform(torch.device("cpu")), MemoryTracker()).to_json()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mopexec.check.dry_run import dry_run
 from mopexec.measure.tracker import OutOfMemory
 from mopsim.common.errors import SpecError
+from tests.parity import memory_cases
 from tests.parity.memory_cases import cases
 from tests.patience import HANG
 
@@ -45,7 +46,7 @@ def trained(request, tmp_path_factory):
 
 def test_a_dry_run_is_real_training_to_the_byte(trained):
     world, ranks = trained
-    for name, plan in cases(world).items():
+    for name, plan in memory_cases.trained(world).items():
         for rank in {0, world - 1}:
             dry, real = dry_run(plan, rank).to_json(), ranks[rank][name]
             assert {key: dry[key] for key in SAME} == {key: real[key] for key in SAME}, f"{name}, rank {rank}"

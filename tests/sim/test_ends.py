@@ -19,8 +19,6 @@ CONTEXT = [
     "mop_120b",
     "--nodes",
     "2",
-    "--vary",
-    "none",
     "--jobs",
     "2",
     "--out",
@@ -49,9 +47,11 @@ def sweep(folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
+    """Wait until it holds; no longer than `process` lives, if it is of that."""
     end = time.monotonic() + HANG
     while not condition():
+        assert process is None or process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
 
@@ -61,7 +61,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
     mark = f"SWEEP={tmp_path}"
     process = sweep(tmp_path)
-    wait_for(lambda: len(marked(mark)) == 3)
+    wait_for(lambda: len(marked(mark)) == 3, process)
     if number in (signal.SIGINT, signal.SIGHUP):  # from the terminal: to the whole group
         os.killpg(process.pid, number)
     else:
@@ -78,7 +78,7 @@ def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
     process = sweep(tmp_path)
-    wait_for(lambda: len(marked(f"SWEEP={tmp_path}")) == 3)
+    wait_for(lambda: len(marked(f"SWEEP={tmp_path}")) == 3, process)
     for _ in range(20):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
