@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-QUICK := tests/spec tests/docs tests/api tests/sim/test_engine.py tests/sim/test_cost.py tests/sim/test_layers.py \
+QUICK := tests/spec tests/docs tests/api tests/capability/test_table.py tests/capability/test_exports.py \
+	tests/sim/test_engine.py tests/sim/test_cost.py tests/sim/test_layers.py \
 	tests/sim/test_strategies.py tests/sim/test_cli.py tests/exec/test_without_torch.py
 
 .PHONY: setup demo test quick bench docs check format lint types imports clean
