@@ -235,7 +235,7 @@ def _alike(strategy: Strategy, times: float) -> Iterator[Strategy]:
     change = msgspec.structs.replace
     ranks = strategy.dense.tensor_parallel * split
     if split >= 1 and split.is_integer() and strategy.world_size % ranks == 0:
-        yield change(strategy, attention=change(strategy.attention, sequence=int(split)))
+        yield change(strategy, attention=change(strategy.attention, context_parallel=int(split)))
     if micro >= 1 and micro.is_integer():
         yield change(strategy, micro_batch=int(micro))
 

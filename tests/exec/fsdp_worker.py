@@ -74,11 +74,11 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
         found |= {
             "hsdp": (make(dense_shard=2), "learned"),
             "experts_strided": (
-                changed(make(experts=2, recompute="full"), "experts", order="strided"),
+                changed(make(experts=2, recompute="full"), "experts", rank_placement="strided"),
                 "60/3",
             ),
             SPLIT_INSIDE: (make(experts=2, recompute="full"), "learned"),
-            "experts_replicated": (changed(make(experts=2), "experts", shard=1), "learned"),
+            "experts_replicated": (changed(make(experts=2), "experts", expert_fsdp=1), "learned"),
         }
     return found
 

@@ -18,7 +18,7 @@ ALONE = {
     "experts": {"chunk_tokens": 3},
     "vocabulary": {"loss": "ring", "chunk_tokens": 6},
     "optimizer": {"state_tier": "host", "bucket_params": 900},
-    "activations": {"boundary_tier": "host"},
+    "activations": {"layer_inputs": "host"},
 }
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 

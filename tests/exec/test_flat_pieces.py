@@ -29,7 +29,7 @@ def test_a_checkpoint_loads_under_another_strategy_and_world_size(tmp_path: Path
     loss, weights = pool(4).run(
         PIECES, "train_and_save", make_plan(4, ALL_FOUR, micro_batch=2), tmp_path / "c"
     )[0]
-    for world, changes in ((2, ALL_TWO), (2, {"vocabulary": {"loss": "ring", "degree": 2}}), (1, {})):
+    for world, changes in ((2, ALL_TWO), (2, {"vocabulary": {"loss": "ring", "vocab_parallel": 2}}), (1, {})):
         plan = make_plan(world, changes, micro_batch=2)
         again, found = pool(world).run(PIECES, "load_and_train", plan, tmp_path / "c")[0]
         assert again == pytest.approx(loss, rel=1e-12)
@@ -72,13 +72,13 @@ def test_unsupported_strategies_are_refused_by_field(component: str, field: str,
 def test_heads_that_do_not_split_are_refused() -> None:
     model = msgspec.structs.replace(MODEL, num_attention_heads=12, num_key_value_heads=3)
     with pytest.raises(SpecError, match=r"strategy\.attention\.context_parallel"):
-        check_supported(make_plan(2, {"attention": {"sequence": 2}}, model=model))
+        check_supported(make_plan(2, {"attention": {"context_parallel": 2}}, model=model))
 
 
 def test_a_ring_with_empty_rows_is_refused() -> None:
     model = msgspec.structs.replace(MODEL, vocab_size=5)
     with pytest.raises(SpecError, match=r"strategy\.vocabulary\.vocab_parallel"):
-        check_supported(make_plan(4, {"vocabulary": {"loss": "ring", "degree": 4}}, model=model))
+        check_supported(make_plan(4, {"vocabulary": {"loss": "ring", "vocab_parallel": 4}}, model=model))
 
 
 def test_host_fractions_are_refused() -> None:

@@ -18,20 +18,20 @@ DENSE = msgspec.structs.replace(
 
 TWO: dict[str, dict[str, Any]] = {
     "zero3": {},
-    "replicated": {"dense": {"shard": 1}},
+    "replicated": {"dense": {"fsdp": 1}},
     "prefetch_none": {"dense": {"prefetch": 0}},
     "prefetch_two": {"dense": {"prefetch": 2}},
     "ffn_slices": {"dense": {"chunk_tokens": 5}},
-    "ulysses": {"attention": {"sequence": 2}},
-    "expert_parallel": {"experts": {"degree": 2}},
-    "experts_sharded": {"experts": {"degree": 1, "shard": 2}},
-    "chunked_dispatch": {"experts": {"degree": 2, "chunk_tokens": 5}},
-    "chunked_alone": {"experts": {"degree": 1, "chunk_tokens": 6}},
+    "ulysses": {"attention": {"context_parallel": 2}},
+    "expert_parallel": {"experts": {"expert_parallel": 2}},
+    "experts_sharded": {"experts": {"expert_parallel": 1, "expert_fsdp": 2}},
+    "chunked_dispatch": {"experts": {"expert_parallel": 2, "chunk_tokens": 5}},
+    "chunked_alone": {"experts": {"expert_parallel": 1, "chunk_tokens": 6}},
     "chunked_loss": {"vocabulary": {"loss": "chunked", "chunk_tokens": 7}},
-    "ring_activations": {"vocabulary": {"loss": "ring", "degree": 2}},
-    "ring_activations_chunked": {"vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 6}},
-    "boundaries": {"activations": {"boundary_tier": "host"}},
-    "boundaries_partly": {"activations": {"boundary_tier": "host", "host_budget": 2 * 16 * 16 * 8}},
+    "ring_activations": {"vocabulary": {"loss": "ring", "vocab_parallel": 2}},
+    "ring_activations_chunked": {"vocabulary": {"loss": "ring", "vocab_parallel": 2, "chunk_tokens": 6}},
+    "boundaries": {"activations": {"layer_inputs": "host"}},
+    "boundaries_partly": {"activations": {"layer_inputs": "host", "host_budget": 2 * 16 * 16 * 8}},
     "host_update": {"optimizer": {"state_tier": "host", "update_on": "host", "bucket_params": 700}},
     "streamed": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 2}},
     "streamed_three_slots": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 3}},
@@ -41,29 +41,30 @@ TWO: dict[str, dict[str, Any]] = {
 }
 ALL_TWO: dict[str, dict[str, Any]] = {
     "dense": {"prefetch": 1, "chunk_tokens": 5},
-    "attention": {"sequence": 2},
-    "experts": {"degree": 2, "chunk_tokens": 3},
-    "vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 6},
+    "attention": {"context_parallel": 2},
+    "experts": {"expert_parallel": 2, "chunk_tokens": 3},
+    "vocabulary": {"loss": "ring", "vocab_parallel": 2, "chunk_tokens": 6},
     "optimizer": {"state_tier": "host", "bucket_params": 900},
-    "activations": {"boundary_tier": "host", "host_budget": 3000},
+    "activations": {"layer_inputs": "host", "host_budget": 3000},
 }
 FOUR: dict[str, dict[str, Any]] = {
-    "zero3_replicas": {"dense": {"shard": 2}},
-    "ulysses_kv_replicated": {"attention": {"sequence": 4}},
-    "ulysses_strided": {"attention": {"sequence": 2, "order": "strided"}},
-    "experts_replicated": {"experts": {"degree": 2, "shard": 1, "chunk_tokens": 5}},
-    "experts_sharded": {"experts": {"degree": 2, "shard": 2, "order": "strided"}},
-    "experts_hybrid": {"experts": {"degree": 1, "shard": 2}},
-    "experts_all": {"experts": {"degree": 4, "chunk_tokens": 5}},
-    "ring_all": {"vocabulary": {"loss": "ring", "degree": 4, "chunk_tokens": 7}},
-    "ring_half": {"vocabulary": {"loss": "ring", "degree": 2, "order": "strided"}},
+    "zero3_replicas": {"dense": {"fsdp": 2}},
+    "ulysses_kv_replicated": {"attention": {"context_parallel": 4}},
+    "ulysses_strided": {"attention": {"context_parallel": 2, "rank_placement": "strided"}},
+    "experts_replicated": {"experts": {"expert_parallel": 2, "expert_fsdp": 1, "chunk_tokens": 5}},
+    "experts_sharded": {"experts": {"expert_parallel": 2, "expert_fsdp": 2, "rank_placement": "strided"}},
+    "experts_hybrid": {"experts": {"expert_parallel": 1, "expert_fsdp": 2}},
+    "experts_all": {"experts": {"expert_parallel": 4, "chunk_tokens": 5}},
+    "ring_all": {"vocabulary": {"loss": "ring", "vocab_parallel": 4, "chunk_tokens": 7}},
+    "ring_half": {"vocabulary": {"loss": "ring", "vocab_parallel": 2, "rank_placement": "strided"}},
 }
 ALL_FOUR: dict[str, dict[str, Any]] = {
-    "dense": {"shard": 2, "prefetch": 2, "chunk_tokens": 3}, "attention": {"sequence": 2, "order": "strided"},
-    "experts": {"degree": 2, "shard": 2, "chunk_tokens": 4},
-    "vocabulary": {"loss": "ring", "degree": 4, "chunk_tokens": 5},
+    "dense": {"fsdp": 2, "prefetch": 2, "chunk_tokens": 3},
+    "attention": {"context_parallel": 2, "rank_placement": "strided"},
+    "experts": {"expert_parallel": 2, "expert_fsdp": 2, "chunk_tokens": 4},
+    "vocabulary": {"loss": "ring", "vocab_parallel": 4, "chunk_tokens": 5},
     "optimizer": {"state_tier": "host", "update_on": "host", "bucket_params": 600},
-    "activations": {"boundary_tier": "host", "host_budget": 5000},
+    "activations": {"layer_inputs": "host", "host_budget": 5000},
 }  # fmt: skip
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
@@ -99,7 +100,12 @@ def test_all_mechanisms_on_four_ranks(dtype: str) -> None:
 
 @pytest.mark.parametrize("profile", ["balanced", "95/2", "100/1", "50/8", "zipf:1.1"])
 def test_routing_profiles(profile: str) -> None:
-    check(2, {"experts": {"degree": 2, "chunk_tokens": 5}}, routing="profile", training={"routing": profile})
+    check(
+        2,
+        {"experts": {"expert_parallel": 2, "chunk_tokens": 5}},
+        routing="profile",
+        training={"routing": profile},
+    )
 
 
 @pytest.mark.parametrize("profile", ["80/3"])
@@ -109,19 +115,19 @@ def test_a_skewed_profile_with_all_mechanisms(profile: str) -> None:
 
 @pytest.mark.parametrize("micro_batch", [2, 4])
 def test_microbatches_of_several_sequences(micro_batch: int) -> None:
-    check(2, {"attention": {"sequence": 2}}, micro_batch=micro_batch)
+    check(2, {"attention": {"context_parallel": 2}}, micro_batch=micro_batch)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "strided"])
 def test_ring_moves_weights_where_tokens_outnumber_its_rows(order: str) -> None:
     check(
         4,
-        {"vocabulary": {"loss": "ring", "degree": 2, "order": order}},
+        {"vocabulary": {"loss": "ring", "vocab_parallel": 2, "rank_placement": order}},
         training={"seq_len": 64, "global_batch": 4},
     )
     check(
         2,
-        {"vocabulary": {"loss": "ring", "degree": 2, "chunk_tokens": 9}},
+        {"vocabulary": {"loss": "ring", "vocab_parallel": 2, "chunk_tokens": 9}},
         training={"seq_len": 64, "global_batch": 2},
     )
 
@@ -131,7 +137,7 @@ def test_softmax_scores_without_normalising_or_head_norms() -> None:
 
 
 def test_a_dense_model() -> None:
-    check(2, {"dense": {"chunk_tokens": 6}, "attention": {"sequence": 2}}, model=DENSE)
+    check(2, {"dense": {"chunk_tokens": 6}, "attention": {"context_parallel": 2}}, model=DENSE)
 
 
 def test_element_wise_work_in_several_slices() -> None:

@@ -211,21 +211,21 @@ def test_layers_on_the_host_take_all_they_keep_with_them() -> None:
     ("change", "rule"),
     [
         ({"recompute": "full"}, "needs activations.recompute none"),
-        ({"boundary_tier": "host"}, "needs activations.layer_inputs device"),
-        ({"layers_on_host": -1}, "must be"),
+        ({"layer_inputs": "host"}, "needs activations.layer_inputs device"),
+        ({"cpu_offload_layers": -1}, "must be"),
     ],
 )
 def test_layers_on_the_host_are_refused_beside_what_they_exclude(
     change: dict[str, object], rule: str
 ) -> None:
-    fields = {"recompute": "none", "layers_on_host": 2} | change
+    fields = {"recompute": "none", "cpu_offload_layers": 2} | change
     with pytest.raises(SpecError, match=rf"activations\.cpu_offload_layers: .* {rule}"):
         msgspec.structs.replace(megatron(2), activations=Activations(**fields))  # type: ignore[arg-type]
 
 
 def test_layers_on_the_host_are_at_most_those_there_are() -> None:
     strategy = with_layers_on_host(megatron(2, recompute="none"), 5)
-    with pytest.raises(SpecError, match=r"layers_on_host: 5 is more than num_hidden_layers 4"):
+    with pytest.raises(SpecError, match=r"cpu_offload_layers: 5 is more than num_hidden_layers 4"):
         simulate(DENSE, H100, 1, strategy, TrainSpec(seq_len=4096, global_batch=2))
 
 

@@ -50,7 +50,7 @@ def test_eight_and_four_bit_products_are_faster(family: str) -> None:
         zero_offload(8, experts=8),
         FAMILIES["megatron"],
         fsdp2(8, experts=8, loss="chunked"),
-        part(FAMILIES["megatron"], "vocabulary", loss="chunked", chunk_tokens=1024, degree=1),
+        part(FAMILIES["megatron"], "vocabulary", loss="chunked", chunk_tokens=1024, vocab_parallel=1),
     ],
     ids=["ring", "chunked", "full", "vocab_parallel", "fsdp2_chunked", "megatron_chunked"],
 )
