@@ -36,5 +36,6 @@ def run(path: Path, rank: int, device_limit: str | None, host_limit: str | None,
     console = Console(stderr=json == "-")
     console.print(table)
     console.print(
-        f"peak in {result.peak_component}, {result.peak_phase}; {result.seconds:.1f} s", highlight=False
+        f"peak in {result.peak_component}, {result.peak_phase}; the dry run took {result.seconds:.1f} s",
+        highlight=False,
     )

@@ -138,7 +138,7 @@ def step_line(metrics: StepMetrics) -> str:
         f"grad_norm: {metrics.grad_norm:7.4f}",
         f"lr: {metrics.lr:.2e}",
         f"memory: {format_bytes(metrics.peak_memory_bytes)} ({metrics.memory_percent:.1f}%{until})",
-        f"tps: {metrics.tokens_per_s:,.0f}",
+        f"tps of all ranks: {metrics.tokens_per_s:,.0f}",
         f"time: {format_seconds(metrics.step_time_s)}",
     ]
     if metrics.predicted_step_time_s:

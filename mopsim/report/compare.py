@@ -113,7 +113,7 @@ def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str])
 
 
 def waiting(result: SimResult) -> float:
-    """Share of the step in which compute waits for communication and copies."""
+    """Share of the step in which compute waits for communication, copies and the host."""
     return sum(result.exposed.values()) / result.step_time
 
 
@@ -135,7 +135,7 @@ def timeline_title(result: SimResult, label: str) -> str:
     )
     where = f"\nof {stages} stages: streams of stage {seen}, memory of stage {full}" if stages > 1 else ""
     step = format_seconds(result.step_time)
-    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting for data{undrawn}{part}{where}"
+    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting{undrawn}{part}{where}"
 
 
 def write_compare(

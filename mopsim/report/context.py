@@ -58,7 +58,8 @@ def times(value: float | None) -> str:
 
 
 def case_name(case: Case) -> str:
-    size = case.model.name.removeprefix("mop_").upper()
+    name = case.model.name
+    size = name.removeprefix("mop_").upper() if name.startswith("mop_") else name
     return f"{size} on {case.world_size} devices"
 
 

@@ -48,7 +48,7 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
             axis.set_xlim(0, largest / scale * 1.36 or 1.0)
             axis.set_title(title)
         above.set_xlabel(f"simulated step by component, waiting included, {unit}")
-        below.set_xlabel(f"of it waiting for communication and copies, {unit}")
+        below.set_xlabel(f"of it waiting for communication, copies and the host, {unit}")
         legend_below(above)
         legend_below(below)
     return path

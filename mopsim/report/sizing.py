@@ -41,8 +41,8 @@ def _details(point: Point) -> str:
     return (
         f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
         f"({tokens:,} tokens) a step, {point.num_steps:,.0f} steps of {format_seconds(result.step_time)}, "
-        f"{result.tokens_per_second:,.0f} tokens/s; {bill.device_hours:,.0f} device-hours; free: device "
-        f"{_headroom(result.memory_limit, result.peak_memory)}, at least "
+        f"{result.tokens_per_second:,.0f} tokens/s in all; {bill.device_hours:,.0f} device-hours; free: "
+        f"device {_headroom(result.memory_limit, result.peak_memory)}, at least "
         f"{_headroom(result.memory_limit, result.peak_upper)}; host "
         f"{_headroom(result.host_limit, result.host_memory)}, at least "
         f"{_headroom(result.host_limit, result.host_upper)}"

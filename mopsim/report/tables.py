@@ -15,7 +15,8 @@ COLUMNS = (
     "verdict",
 )  # fmt: skip
 """tok/s/GPU: tokens per second and device. memory: device peak; at most: its upper bound; limit: share of the
-usable device memory that the peak is. exposed: seconds of compute waiting for communication and copies."""
+usable device memory that the peak is. exposed: seconds of compute waiting for communication, copies and
+the host."""
 
 
 def describe(strategy: Strategy) -> str:
@@ -117,7 +118,11 @@ def comparison(results: Sequence[SimResult], title: str) -> Group:
     return Group(
         shown,
         numbered(lines),
-        Text(f"tok/s: tokens per second per device. Limits of a rank: {limit}", style="dim"),
+        Text(
+            "tok/s: tokens per second per device. wait: share of the step in which compute waits. at most: "
+            f"upper bound of the memory before it. Limits of a rank: {limit}",
+            style="dim",
+        ),
     )
 
 
@@ -127,7 +132,7 @@ def best_of_each(best: Mapping[str, SimResult | None]) -> Text:
     lines = []
     for family, one in best.items():
         if one is None:
-            lines.append(f"best of {family}: nothing fits")
+            lines.append(f"best of {family}: none (the counts below say why)")
             continue
         speed = f"{one.tokens_per_second_per_device:,.0f} tokens/s per device"
         part = "" if one.step_time == fastest else f" ({fastest / one.step_time:.2f} of the fastest)"
