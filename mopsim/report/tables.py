@@ -31,7 +31,8 @@ def describe(strategy: Strategy) -> str:
     parts = [f"{name}={value}" for name, value in degrees.items() if value > 1]
     if s.dense.zero < 3 and s.dense.fsdp > 1:
         parts.append(f"ZeRO-{s.dense.zero}={s.dense.fsdp}")
-    if s.experts.expert_parallel > 1 and s.experts.expert_fsdp not in (1, s.expert_replicas):
+    usual = (1, s.expert_replicas) if s.experts.expert_parallel > 1 else (s.dense.fsdp,)
+    if s.experts.expert_fsdp not in usual:
         parts.append(f"expert-FSDP={s.experts.expert_fsdp}")
     if s.dense.tensor_parallel > 1 and not s.dense.sequence_parallel:
         parts.append("sequence-parallel=no")
