@@ -207,7 +207,7 @@ def _markdown(reaches: list[Reach], limits: Limits, command: str, environment: d
         "real training steps with the limits enforced. tokens/s is of that one step: the first of its run,",
         "every allocation watched by the tracker, the machine shared. It orders nothing but itself.", "",
         *(f"Network: {model}." for model in dict.fromkeys(r.model for r in reaches)), "",
-        "| ranks | strategy | sequence degree | longest (tokens) | first failing | device peak at longest "
+        "| ranks | strategy | CP | longest (tokens) | first failing | device peak at longest "
         "| host peak | tokens/s at longest | stopped by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -32,7 +32,8 @@ def timeline_plot(
                     [(s.start / scale, (s.end - s.start) / scale) for s in chosen],
                     (row - 0.4, 0.8),
                     color=colour(component),
-                    linewidth=0.5,  # so that a copy of microseconds is seen
+                    # an edge shows a copy of microseconds; on the compute lane it would hide its neighbours
+                    linewidth=0.0 if stream == "compute" else 0.5,
                 )
                 used[component] = colour(component)
         lanes.set_yticks(range(len(streams)), [stream.replace("_", " ") for stream in streams])
@@ -42,7 +43,7 @@ def timeline_plot(
         lanes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
         size, factor = byte_scale(max([value for _, value in curve] + [1]))
         times, values = [t / scale for t, _ in curve], [value / factor for _, value in curve]
-        memory.fill_between(times, values, step="post", color="#85c1e9")
+        memory.fill_between(times, values, step="post", color="#d7bde2")
         if limit and curve and limit < 1.6 * max(value for _, value in curve):
             memory.axhline(
                 limit / factor, color="#c0392b", linestyle="--", label=f"limit {format_bytes(limit)}"
