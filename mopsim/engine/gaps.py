@@ -31,11 +31,13 @@ def _period(program: Program, record: Record, repeat: Repeat) -> float:
 def _drift(program: Program, record: Record, repeat: Repeat) -> float:
     """Seconds by which the gap may be wrong: by as much as an op ends earlier or later in one period than in
     the other, as often as it is repeated, and by as much as the host's lead is used up before the gap is
-    over; any number where the periods have other ops."""
+    over; any number where the periods have other ops, or where a stream still works off what earlier layers
+    left it: that would be done within the gap."""
     size = repeat.gap - repeat.first
-    if repeat.first - repeat.before != size:
-        return float("inf")
     first, period = first_compute(program, repeat.first), _period(program, record, repeat)
+    backlog = max(record.ends[: repeat.before], default=0.0) > record.starts[first]
+    if repeat.first - repeat.before != size or backlog:
+        return float("inf")
     shift = record.starts[first] - record.starts[first_compute(program, repeat.before)]
     most = abs(period - shift)
     for index in range(repeat.first, repeat.gap):

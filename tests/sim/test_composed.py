@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from msgspec import structs
 
 from mopsim.engine import SimResult, run
 from mopsim.program import lower
@@ -42,9 +43,11 @@ def drawn(seed: int) -> tuple[str, Strategy, int]:
     return name, rng.choice(found), seq_len
 
 
-def both(name: str, strategy: Strategy, seq_len: int) -> tuple[SimResult, SimResult]:
-    model, hardware = load_model(name), load_profile("h200-sxm-141g")
-    training = TrainSpec(seq_len=seq_len, global_batch=64)
+def both(
+    name: str, strategy: Strategy, seq_len: int, card: str = "h200-sxm-141g", batch: int = 64
+) -> tuple[SimResult, SimResult]:
+    model, hardware = load_model(name), load_profile(card)
+    training = TrainSpec(seq_len=seq_len, global_batch=batch)
     found = []
     for play in (True, False):
         workload = lower(model, strategy, training, hardware.scale_up_size, compose=play)
@@ -67,6 +70,17 @@ def test_composed_layers_are_those_that_are_played(seed: int) -> None:
         assert short.busy[kind] == pytest.approx(seconds, rel=1e-9), kind
     for kind, seconds in whole.exposed.items():
         assert short.exposed.get(kind, 0.0) == pytest.approx(seconds, abs=2e-3 * whole.step_time), kind
+
+
+@pytest.mark.parametrize(("card", "seq_len"), [("a100-sxm-80g", 4096), ("h100-sxm-80g", 4864)])
+def test_what_earlier_layers_left_a_stream_is_not_held_over_a_gap(card: str, seq_len: int) -> None:
+    """Copies down of the first layers are still on their way while layers that copy nothing run."""
+    strategy = megatron(8, recompute="none")
+    away = structs.replace(strategy.activations, cpu_offload_layers=8)
+    strategy = structs.replace(strategy, activations=away)
+    short, whole = both("llama3_8b", strategy, seq_len, card, batch=8)
+    assert short.step_time == pytest.approx(whole.step_time, rel=1e-9)
+    assert (short.peak_memory, short.fits) == (whole.peak_memory, whole.fits)
 
 
 def test_most_ops_of_sixty_layers_are_not_played() -> None:
