@@ -18,7 +18,7 @@ from mopsim.spec.routing import worst
 from mopsim.spec.strategy import Strategy
 
 TIE = 0.005
-"""Step times that differ by less (relative) are a tie, which the smaller peak memory decides."""
+"""Step times that differ by less (relative) are a tie, which memory decides."""
 PATIENCE, LEAST_PATIENCE = 0.4, 40
 """Part of the budget, and simulations at least, without a faster one after which a hunt ends."""
 SLACK = 0.15
@@ -138,9 +138,11 @@ class Hunt:
         return np.concatenate([self.pool.time[~self.pool.taken], self.pool.rest])
 
 
-def rank(result: SimResult) -> tuple[int, int]:
-    """Fastest first; step times within TIE of each other count as equal, and then the smaller peak leads."""
-    return int(math.log(result.step_time) / math.log1p(TIE)), result.peak_memory
+def rank(result: SimResult) -> tuple[int, bool, int]:
+    """Fastest first; step times within TIE of each other count as equal: then what keeps nothing on the host
+    leads, and then the smaller peak."""
+    tied = int(math.log(result.step_time) / math.log1p(TIE))
+    return tied, result.host_memory > 0, result.peak_memory
 
 
 def risk(result: SimResult) -> str:
