@@ -229,8 +229,7 @@ def megatron(
     is hidden is the stack's, where `overlap` is None. `sequence` is context parallelism by ring exchange;
     ETP may differ from TP (parallel folding). Not run by mopexec: simulated, and exported.
     """
-    stage_ranks = max(1, world_size // max(pipeline, 1))
-    wide = _wide(precision)
+    stage_ranks, wide = max(1, world_size // max(pipeline, 1)), _wide(precision)
     grads: Literal["stack", "float64"] = "float64" if wide == "float64" else "stack"
     return Strategy(
         name=name,
