@@ -13,7 +13,7 @@ from mopexec.model.routing import (
     route_weights_backward,
     router_scores,
 )
-from mopsim import layers
+from mopsim import graph
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routed_expert
@@ -59,7 +59,7 @@ def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
     ):
         model = Transformer(spec(**changes), torch.float32)
         actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        assert actual == layers.parameters(spec(**changes))
+        assert actual == graph.parameters(spec(**changes))
 
 
 def test_the_busiest_rank_of_an_expert_parallel_group() -> None:
