@@ -3,6 +3,7 @@
 SI units throughout: seconds, bytes, FLOP/s. pandas is imported by the methods that make frames.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
@@ -30,17 +31,17 @@ class Result(Mapping[str, Any]):
     `frame()` holds the numbers in SI units, `table()` the same as the command prints them.
     """
 
+    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Plain values under the keys of the command's JSON."""
-        raise NotImplementedError
 
+    @abstractmethod
     def headline(self) -> str:
         """What was found, in a line."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _results(self) -> Sequence[SimResult]:
         """The simulated strategies, a row of the frames each."""
-        raise NotImplementedError
 
     def frame(self) -> "DataFrame":
         """A row for each strategy: seconds, bytes, tokens per second."""

@@ -133,3 +133,7 @@ def assumptions(cases: Sequence[Case], budget: int) -> list[str]:
     for case in cases:
         lines += [f"{case.model.name}: {' '.join(text.split())}" for text in case.model.assumptions]
     return list(dict.fromkeys(lines))
+
+
+if __name__ == "__main__":
+    main()
