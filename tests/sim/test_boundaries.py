@@ -230,15 +230,15 @@ def test_layers_on_the_host_are_at_most_those_there_are() -> None:
 
 
 def test_the_search_offers_them() -> None:
-    """With and without in the space; as fast with less memory, with leads."""
+    """With and without in the space; as fast with less memory, without leads: a tie needs no copies."""
     training = TrainSpec(seq_len=4096, global_batch=16)
     space = generate(Problem(MIXTRAL, H100, 2, training, 10**10), "megatron")
     assert set(space.columns["boundary_host"].tolist()) == {0, 1}
     best = search(MIXTRAL, H100, 2, training, Options(("megatron",), budget=30)).best
     assert best is not None
-    assert best.strategy.activations.layer_inputs == "host"
-    activations = msgspec.structs.replace(best.strategy.activations, layer_inputs="device")
+    assert best.strategy.activations.layer_inputs == "device"
+    activations = msgspec.structs.replace(best.strategy.activations, layer_inputs="host")
     twin = msgspec.structs.replace(best.strategy, activations=activations)
-    stays = simulate(MIXTRAL, H100, 2, twin, training)
-    assert stays.peak_memory > best.peak_memory
-    assert best.step_time < 1.005 * stays.step_time
+    goes = simulate(MIXTRAL, H100, 2, twin, training)
+    assert goes.peak_memory < best.peak_memory
+    assert goes.step_time == pytest.approx(best.step_time, rel=0.005)
