@@ -30,7 +30,9 @@ def main(folder: Path) -> None:
         budget=16,
         top=3,
     )
-    print(ranking.table()[["strategy", "step", "tok/s/GPU", "memory", "verdict"]].to_string(index=False))
+    print(
+        ranking.table()[["strategy", "step", "tokens/s per GPU", "memory", "verdict"]].to_string(index=False)
+    )
     if ranking.best is None:
         raise SystemExit(ranking.verdict)
     plan, result = folder / "plan.yaml", folder / "dry-run.json"

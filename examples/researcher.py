@@ -39,7 +39,7 @@ def plot(found: pd.DataFrame, path: Path) -> None:
         speed.plot(rows["seq_len"], rows["tokens_per_s_per_device"], marker="o", label=f"EP={degree}")
         memory.plot(rows["seq_len"], rows["peak_memory_bytes"] / 2**30, marker="o", label=f"EP={degree}")
     memory.axhline(found["memory_limit_bytes"].iloc[0] / 2**30, color="grey", linestyle="--", label="limit")
-    for axis, label in ((speed, "tokens/s of a device"), (memory, "peak memory of a device, GiB")):
+    for axis, label in ((speed, "tokens/s per GPU"), (memory, "peak memory of a device, GiB")):
         axis.set(xlabel="sequence length, tokens", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.legend()

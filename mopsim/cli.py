@@ -98,6 +98,11 @@ def compare(
     strategy: Annotated[list[str], typer.Option(help="a strategy YAML or a family; give several")],
     nodes: o.Nodes = 1,
     sweep: Annotated[str | None, typer.Option(help="seq-len=32K,64K,... or nodes=1,2,...")] = None,
+    hold: Annotated[
+        Literal["tokens-per-step", "sequences-per-step", "tokens-per-device"],
+        typer.Option(help="what the sweep holds constant; the global batch follows"),
+    ] = "tokens-per-step",
+    formats: o.Format = "png",
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 60,
@@ -111,7 +116,7 @@ def compare(
     from mopsim.commands.compare import run
 
     job = o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack)
-    run(job, strategy, out, sweep, runnable, budget, json)
+    run(job, strategy, out, sweep, hold, formats, runnable, budget, json)
 
 
 @app.command()
@@ -223,6 +228,7 @@ def validate(
     ] = None,
     stack: o.StackName = None,
     out: Annotated[str | None, typer.Option(help="folder for figures of predicted against measured")] = None,
+    formats: o.Format = "png",
     jobs: Annotated[
         int, typer.Option(min=0, max=1024, help="processes; 0: one for each core, at most 4")
     ] = 0,
@@ -235,7 +241,7 @@ def validate(
     """Predict measured runs and show the errors, out of sample, by source, GPU and family."""
     from mopsim.commands.validate import run
 
-    run(runs, models, components, cases or [], stack or "", out, jobs, hold_out, json)
+    run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, json)
 
 
 @app.command()

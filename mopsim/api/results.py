@@ -122,8 +122,15 @@ class Simulation(Result):
     exposed_s: dict[str, float]
     peak_at: dict[str, Any]
 
-    def __init__(self, inputs: Inputs, result: SimResult, notes: Sequence[str] = ()) -> None:
-        self.inputs, self.result, self.notes = inputs, result, list(notes)
+    def __init__(
+        self,
+        inputs: Inputs,
+        result: SimResult,
+        notes: Sequence[str] = (),
+        found: SearchResult | None = None,
+    ) -> None:
+        """found: the search whose best this is, where a family was named."""
+        self.inputs, self.result, self.notes, self.found = inputs, result, list(notes), found
 
     @property
     def strategy(self) -> Strategy:
@@ -132,13 +139,14 @@ class Simulation(Result):
 
     def to_json(self) -> dict[str, Any]:
         parameters = counts(self.inputs.model).to_json()
-        return {**plan_json(self.result, self.inputs.model), "parameters": parameters, "notes": self.notes}
+        keys = {**plan_json(self.result, self.inputs.model), "parameters": parameters, "notes": self.notes}
+        return keys | ({"proven": self.found.proven, "gap": self.found.gap} if self.found else {})
 
     def headline(self) -> str:
         r = self.result
         return (
             f"{tables.describe(r.strategy)} on {r.stack.name}: {format_seconds(r.step_time)} a step, "
-            f"{r.tokens_per_second_per_device:,.0f} tokens/s per device, {format_bytes(r.peak_memory)} of "
+            f"{r.tokens_per_second_per_device:,.0f} tokens/s per GPU, {format_bytes(r.peak_memory)} of "
             f"{format_bytes(r.memory_limit)}, {r.verdict}"
         )
 

@@ -8,6 +8,7 @@ from mopsim.api.inputs import (
     AnyStack,
     AnyStrategy,
     Count,
+    Inputs,
     notes,
     read_families,
     read_inputs,
@@ -53,9 +54,15 @@ def simulate(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
     )  # fmt: skip
-    one = resolve(strategy, inputs)
+    return played(strategy, inputs)
+
+
+def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget: int = 100) -> Simulation:
+    """One step of a strategy, or of the best of a family: what simulate, compare and its sweeps are made of.
+    runnable, budget: of a family's search."""
+    one = resolve(given, inputs, runnable=runnable, budget=budget)
     said = [one.found.exhausted()] if one.found else []
-    return Simulation(inputs, one.result, [*notes([strategy], inputs), *said])
+    return Simulation(inputs, one.result, [*notes([given], inputs), *said], one.found)
 
 
 def search(

@@ -4,12 +4,15 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from mopsim.api.compare import Setting, compare
+from mopsim.api.compare import compare
+from mopsim.api.sweep import Hold, Setting
 from mopsim.commands.console import human
 from mopsim.commands.options import Job
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
+from mopsim.report.compare import swept_table
+from mopsim.report.formats import read_formats
 from mopsim.report.tables import comparison
 
 _SETTINGS = {"seq-len": "seq_len", "nodes": "nodes"}
@@ -20,6 +23,8 @@ def run(
     strategies: Sequence[str],
     out: str,
     sweep: str | None,
+    hold: str,
+    formats: str,
     runnable: bool,
     budget: int,
     json: str | None,
@@ -27,10 +32,16 @@ def run(
     """Compare, show, write the report into `out`."""
     check_outputs({"--json": json}, {"--out": out})
     swept = split_sweep(sweep) if sweep else None
-    found = compare(strategies=strategies, sweep=swept, runnable=runnable, budget=budget, **job.keywords())
-    written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]))
+    kinds = read_formats(formats)
+    found = compare(
+        strategies=strategies, sweep=swept, hold=cast(Hold, hold.replace("-", "_")), runnable=runnable,
+        budget=budget, **job.keywords(),
+    )  # fmt: skip
+    written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]), kinds)
     console = human(json)
     console.print(comparison(list(found.results.values()), found.inputs.where))
+    if found.sweep:
+        console.print(swept_table(found.sweep))
     console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")
     for note in found.notes:
         console.print(note, style="yellow")

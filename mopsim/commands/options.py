@@ -40,6 +40,12 @@ Runnable = Annotated[bool, typer.Option("--runnable", help="only plans that mope
 AnyPlan = Annotated[
     bool, typer.Option("--any", hidden=True, help="of old commands: what it asked for is the default now")
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", help="of the figures: png, svg, pdf, comma-separated; PNGs always, for the page"
+    ),
+]
 OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
 
 

@@ -10,6 +10,7 @@ from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, whole_directory
+from mopsim.report.formats import read_formats, saved_as
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
 from mopsim.spec.stacks import load_stack
@@ -24,7 +25,7 @@ from mopsim.validate.tables import read_components, read_runs
 
 def run(
     runs: str | None, models: str | None, components: str | None, cases: list[str], stack: str,
-    out: str | None, jobs: int, hold_out: HoldOut, json: str | None,
+    out: str | None, formats: str, jobs: int, hold_out: HoldOut, json: str | None,
 ) -> None:  # fmt: skip
     """Read, simulate, score, show; write tables, a figure and JSON where asked to."""
     if not runs and not components and not cases:
@@ -33,7 +34,7 @@ def run(
     check_outputs(
         {"--json": json}, {"--out": out}, inputs={**read, **{f"--cases {one}": one for one in cases}}
     )
-    console = human(json)
+    console, kinds = human(json), read_formats(formats)
     known, refused = _cases(runs, models, cases, stack)
     with progress(console, "simulating", None) as shown:
         found = validate(known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out)
@@ -45,8 +46,9 @@ def run(
     if out:
         from mopsim.report.validation import figures
 
-        with whole_directory(Path(out)) as aside:
-            written = [path.name for path in figures(aside, validation)]
+        with whole_directory(Path(out)) as aside, saved_as(kinds):
+            figures(aside, validation)
+            written = sorted(path.name for path in aside.iterdir())
             io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
         for name in written:
             console.print(f"written {Path(out) / name}")

@@ -2,26 +2,54 @@
 the others."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from rich.console import Group
+from rich.text import Text
 
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
-from mopsim.report.tables import COLUMNS, row
+from mopsim.report.tables import COLUMNS, describe, row
+from mopsim.report.terminal import size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import format_gap
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Throughput per strategy over the values of one setting; None where there is no result."""
+    """Strategies over the values of one setting (names: as they were written), by label; None where there is
+    no result.
+
+    bands: tokens/s of a GPU at the ends of an interval, where there is one. refused: why there is no result.
+    batches, lengths: sequences of a step, tokens of a sequence, at each value. hold: what is constant.
+    """
 
     setting: str
     values: Sequence[int]
     names: Sequence[str]
-    results: dict[str, list[SimResult | None]]
+    results: Mapping[str, Sequence[SimResult | None]]
+    bands: Mapping[str, Sequence[tuple[float, float] | None]] = field(default_factory=dict)
+    refused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    batches: Sequence[int] = ()
+    lengths: Sequence[int] = ()
+    hold: str = ""
+
+    @property
+    def held(self) -> str:
+        """'held constant: tokens per step (1,048,576)', and where that is not exact."""
+        if not self.hold:
+            return ""
+        tokens = [batch * length for batch, length in zip(self.batches, self.lengths, strict=True)]
+        if self.hold != "tokens per step":
+            return f"held constant: {self.hold}; tokens per step {min(tokens):,} to {max(tokens):,}"
+        usual = max(set(tokens), key=tokens.count)
+        other = [
+            f"{name} has {count:,}" for name, count in zip(self.names, tokens, strict=True) if count != usual
+        ]
+        return "; ".join([f"held constant: tokens per step ({usual:,})", *other])
 
 
 Gaps = Mapping[str, float | None]
@@ -97,23 +125,24 @@ def _memory_remark(result: SimResult) -> str:
     return f"{format_bytes(result.over_bytes)} over: {result.over}"
 
 
-def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str]) -> Path:
-    """The step by component, and how much of it waits for what."""
+def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str], unit: str = "GPU") -> Path:
+    """The step by component, and how much of it is exposed to what. unit: what a device is called."""
     bars, waits = [], []
     for result, label in zip(results, labels, strict=True):
-        note = remark(result.tokens_per_second_per_device, result.fits, result.over, result.over_bytes)
+        rate = f"{result.tokens_per_second_per_device:,.0f} tokens/s per {unit}"
+        note = rate if result.fits else remark(result.over, result.over_bytes)
         bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits))
-        waits.append(Bar(label, _ordered(result.exposed), f"{waiting(result):.0%} of the step"))
-    most = max(zip(map(waiting, results), labels, strict=True))
+        waits.append(Bar(label, _ordered(result.exposed), f"{exposed_share(result):.0%} of the step"))
+    most = max(zip(map(exposed_share, results), labels, strict=True))
     titles = (
         f"Simulated step: {_winner(results, labels)}",
-        f"Waiting: {most[1]} waits most, {most[0]:.0%} of its step",
+        f"Exposed: {most[1]} most, {most[0]:.0%} of its step",
     )
     return time_bars(path, bars, waits, titles)
 
 
-def waiting(result: SimResult) -> float:
-    """Share of the step in which compute waits for communication, copies and the host."""
+def exposed_share(result: SimResult) -> float:
+    """Share of the step in which compute waits for communication, copies or the host."""
     return sum(result.exposed.values()) / result.step_time
 
 
@@ -122,7 +151,7 @@ def _ordered(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def timeline_title(result: SimResult, label: str) -> str:
-    """What the picture shows: the step's length, its waiting, how many microbatches and which stages."""
+    """What the picture shows: the step's length, what is exposed, how many microbatches and which stages."""
     drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
     total = result.training.num_microbatches(result.strategy)
     part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
@@ -135,7 +164,7 @@ def timeline_title(result: SimResult, label: str) -> str:
     )
     where = f"\nof {stages} stages: streams of stage {seen}, memory of stage {full}" if stages > 1 else ""
     step = format_seconds(result.step_time)
-    return f"{label}: {step} a step, {waiting(result):.0%} of it waiting{undrawn}{part}{where}"
+    return f"{label}: {step} a step, {exposed_share(result):.0%} of it exposed{undrawn}{part}{where}"
 
 
 def write_compare(
@@ -168,6 +197,7 @@ def write_compare(
         sections.append(
             Section(
                 f"Over {sweep.setting}",
+                sweep.held,
                 table=_sweep_table(sweep),
                 picture=("sweep.png", f"throughput over {sweep.setting}"),
             )
@@ -206,19 +236,48 @@ def sweep_figure(path: Path, sweep: Sweep) -> Path:
     else:
         title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {sweep.setting} {name}"
     xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
-    return sweep_lines(path, sweep.values, series, title, xlabel, sweep.names)
+    xlabel = "; ".join(filter(None, (xlabel, sweep.held)))
+    return sweep_lines(path, sweep.values, series, title, xlabel, sweep.names, sweep.bands)
+
+
+def swept_table(sweep: Sweep) -> Group:
+    """Every point on the terminal: its numbers, and under them its plan."""
+    shown = table(
+        f"over {sweep.setting}; {sweep.held}", (sweep.setting, "strategy"),
+        ("batch", "step", "tokens/s\nper GPU", "exposed", "memory"),
+    )  # fmt: skip
+    shown.add_column("verdict")
+    plans = []
+    for index, name in enumerate(sweep.names):
+        for label, points in sweep.results.items():
+            result = points[index]
+            batch = f"{sweep.batches[index]:,}" if sweep.batches else ""
+            if result is None:
+                shown.add_row(name, label, batch, *["-"] * 4, "no legal strategy", style="red")
+                plans.append(Text(f"{name} {label}: {sweep.refused.get(label, [''] * (index + 1))[index]}"))
+                continue
+            shown.add_row(
+                name, label, batch, format_seconds(result.step_time),
+                f"{result.tokens_per_second_per_device:,.0f}", f"{exposed_share(result):.0%}",
+                size(result.peak_memory), result.verdict.removesuffix(" of memory"),
+                style="" if result.fits else "red",
+            )  # fmt: skip
+            plans.append(Text(f"{name} {label}: {describe(result.strategy)}"))
+    return Group(shown, *plans)
 
 
 def _sweep_table(sweep: Sweep) -> Table:
+    """A row for each value and strategy, its plan among them."""
+    columns = [sweep.setting, *(["batch"] if sweep.batches else []), "label", *COLUMNS]
     rows = []
-    for label, points in sweep.results.items():
-        cells = [label]
-        for result in points:
+    for index, name in enumerate(sweep.names):
+        head = [name, *(f"{batch:,}" for batch in sweep.batches[index : index + 1])]
+        for label, points in sweep.results.items():
+            result = points[index]
             if result is None:
-                cells.append("no legal strategy")
-            elif result.fits:
-                cells.append(f"{result.tokens_per_second_per_device:,.0f}")
+                why = sweep.refused[label][index] if label in sweep.refused else ""
+                cells = [f"no legal strategy{': ' if why else ''}{why}", *[""] * (len(COLUMNS) - 1)]
             else:
-                cells.append(f"does not fit ({result.over})")
-        rows.append(cells)
-    return Table([f"tokens/s per device at {sweep.setting}", *sweep.names], rows)
+                cells = row(result)
+            rows.append([*head, label, *cells])
+    return Table(columns, rows)

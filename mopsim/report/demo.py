@@ -27,7 +27,7 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
     before = [abs(one.error(one.probed)) for one in contenders]
     written = [
         memory_figure(folder / "memory.png", [one.even for one in contenders], labels),
-        time_figure(folder / "time.png", results, labels),
+        time_figure(folder / "time.png", results, labels, unit="rank"),
         loss_lines(
             folder / "loss.png", {one.name: one.losses for one in contenders}, _loss_title(contenders)
         ),
@@ -152,7 +152,7 @@ def _measured(contenders: Sequence[Contender]) -> Table:
         (
             "strategy",
             "step, median (p10 to p90)",
-            "tokens/s",
+            "tokens/s, all ranks",
             "device memory",
             "host memory",
             "loss, first to mean of last 5",

@@ -39,7 +39,7 @@ def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str
 
 
 def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tuple[str, str]) -> Path:
-    """Above: the step by component, stacked. Below: how much of it waits, by what it waits for."""
+    """Above: the step by component, stacked. Below: what of it is exposed, by what compute waits for."""
     largest = max(sum(bar.parts.values()) for bar in bars)
     unit, scale = time_scale(largest)
     with figure(path, 10, 4.2 + 1.24 * len(bars), 2) as (above, below):
@@ -47,8 +47,8 @@ def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tup
             _stack(axis, chosen, scale, largest / scale)
             axis.set_xlim(0, largest / scale * 1.36 or 1.0)
             axis.set_title(title)
-        above.set_xlabel(f"simulated step by component, waiting included, {unit}")
-        below.set_xlabel(f"of it waiting for communication, copies and the host, {unit}")
+        above.set_xlabel(f"simulated step by component, exposed time included, {unit}")
+        below.set_xlabel(f"exposed: compute waits for communication, copies or the host, {unit}")
         legend_below(above)
         legend_below(below)
     return path
@@ -94,8 +94,10 @@ def sweep_lines(
     title: str,
     xlabel: str,
     names: Sequence[str],
+    bands: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
 ) -> Path:
-    """Throughput over a swept setting; a cross on the floor where no strategy of a family fits (None)."""
+    """Throughput over a swept setting; a cross on the floor where no strategy of a family fits (None). bands:
+    the ends of each point's interval, where it has one."""
     with figure(path, 10, 5.2) as (axis,):
         for index, (label, points) in enumerate(series.items()):
             tint = SERIES[index % len(SERIES)]
@@ -103,6 +105,11 @@ def sweep_lines(
             axis.plot(
                 [x for x, _ in good], [y for _, y in good], marker="o", color=tint, linewidth=2, label=label
             )
+            known = zip(values, points, (bands or {}).get(label) or [None] * len(points), strict=True)
+            band = [(x, *ends) for x, y, ends in known if y is not None and ends]
+            if band:
+                at, low, high = zip(*band, strict=True)
+                axis.fill_between(at, low, high, color=tint, alpha=0.18, linewidth=0)
             lost = [x for x, y in zip(values, points, strict=True) if y is None]
             height = [0.03 + 0.05 * index] * len(lost)
             axis.scatter(
@@ -123,7 +130,7 @@ def sweep_lines(
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel(xlabel)
-        axis.set_ylabel("tokens/s per device")
+        axis.set_ylabel("tokens/s per GPU")
         axis.set_title(title)
         axis.grid(axis="y", alpha=0.3)
         legend_below(axis, 5)
@@ -203,8 +210,6 @@ def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> Path:
     return path
 
 
-def remark(tokens_per_second: float, fits: bool, over: str | None, over_bytes: float) -> str:
-    """What to write at the end of a strategy's bar: its speed, or what stops it."""
-    if fits:
-        return f"{tokens_per_second:,.0f} tokens/s/device"
+def remark(over: str | None, over_bytes: float) -> str:
+    """What to write at the end of the bar of a strategy that does not fit."""
     return f"does not fit: {over or 'memory'}, {format_bytes(over_bytes)} over"

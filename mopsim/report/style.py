@@ -14,6 +14,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from mopsim.common.errors import MopError
 from mopsim.common.units import UNITS
+from mopsim.report.formats import also
 
 COLOURS = {
     "params": "#1b4f72",
@@ -67,6 +68,8 @@ RC: Any = {
     "legend.fontsize": 10,
     "figure.dpi": 110,
     "savefig.dpi": 110,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "mopsim",
 }
 
 
@@ -95,24 +98,35 @@ def time_scale(largest: float) -> tuple[str, float]:
     return ("s", 1.0) if largest >= 1 else ("ms", 1e-3)
 
 
+_UNDATED: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""So that a figure of the same numbers is the same file."""
+
+
 @contextmanager
 def figure(
     path: Path, width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any
 ) -> Iterator[list[Axes]]:
-    """Axes, row by row, of a figure that is saved to `path` at the end, aside and then renamed."""
+    """Axes, row by row, of a figure that is saved to `path` at the end (and beside it, under `saved_as`),
+    aside and then renamed."""
     with matplotlib.rc_context({**RC, "backend": "agg"}):
         fig = Figure(figsize=(width, height), layout="constrained")
         axes = fig.subplots(rows, columns, squeeze=False, **grid)
         yield [axis for row in axes for axis in row]
-        aside = path.with_name(f".{path.stem}.aside{path.suffix}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(aside, format=path.suffix[1:])
-            aside.replace(path)
-        except OSError as error:
-            if path.parent.is_dir():
-                aside.unlink(missing_ok=True)
-            raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
+        for kind in dict.fromkeys((path.suffix[1:], *also())):
+            _save(fig, path.with_suffix(f".{kind}"))
+
+
+def _save(fig: Figure, path: Path) -> None:
+    kind = path.suffix[1:]
+    aside = path.with_name(f".{path.stem}.aside{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(aside, format=kind, metadata=_UNDATED.get(kind))
+        aside.replace(path)
+    except OSError as error:
+        if path.parent.is_dir():
+            aside.unlink(missing_ok=True)
+        raise MopError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def legend_below(axis: Axes, columns: int = 6) -> None:

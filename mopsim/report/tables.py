@@ -11,10 +11,10 @@ from mopsim.report.terminal import numbered, size, table
 from mopsim.spec.strategy import Strategy
 
 COLUMNS = (
-    "strategy", "step", "tok/s/GPU", "MFU", "memory", "at most", "limit", "host", "host at most", "exposed",
-    "verdict",
+    "strategy", "step", "tokens/s per GPU", "MFU", "memory", "at most", "limit", "host", "host at most",
+    "exposed", "verdict",
 )  # fmt: skip
-"""tok/s/GPU: tokens per second and device. memory: device peak; at most: its upper bound; limit: share of the
+"""memory: device peak; at most: its upper bound; limit: share of the
 usable device memory that the peak is. exposed: seconds of compute waiting for communication, copies and
 the host."""
 
@@ -99,8 +99,9 @@ def row(result: SimResult) -> list[str]:
 
 def comparison(results: Sequence[SimResult], title: str) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed."""
-    names = ("step", "tok/s", "MFU", "wait", "memory", "at most", "host", "at most")
+    names = ("step", "tokens/s\nper GPU", "MFU", "exposed", "memory", "at most", "host", "at most")
     shown = table(title, ("#",), names)
+    shown.padding = 0  # eight numbers in 80 columns
     shown.add_column("verdict")
     lines = []
     for number, result in enumerate(results, 1):
@@ -120,8 +121,8 @@ def comparison(results: Sequence[SimResult], title: str) -> Group:
         shown,
         numbered(lines),
         Text(
-            "tok/s: tokens per second per device. wait: share of the step in which compute waits. at most: "
-            f"upper bound of the memory before it. Limits of a rank: {limit}",
+            "exposed: share of the step in which compute waits for communication, copies or the host. at "
+            f"most: upper bound of the memory before it. Limits of a rank: {limit}",
             style="dim",
         ),
     )
@@ -135,7 +136,7 @@ def best_of_each(best: Mapping[str, SimResult | None]) -> Text:
         if one is None:
             lines.append(f"best of {family}: none (the counts below say why)")
             continue
-        speed = f"{one.tokens_per_second_per_device:,.0f} tokens/s per device"
+        speed = f"{one.tokens_per_second_per_device:,.0f} tokens/s per GPU"
         part = "" if one.step_time == fastest else f" ({fastest / one.step_time:.2f} of the fastest)"
         lines.append(f"best of {family}: {speed}{part}, {describe(one.strategy)}")
     return Text("\n".join(lines))

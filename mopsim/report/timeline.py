@@ -45,10 +45,11 @@ def timeline_plot(
         times, values = [t / scale for t, _ in curve], [value / factor for _, value in curve]
         memory.fill_between(times, values, step="post", color="#d7bde2")
         if limit and curve and limit < 1.6 * max(value for _, value in curve):
-            memory.axhline(
-                limit / factor, color="#c0392b", linestyle="--", label=f"limit {format_bytes(limit)}"
-            )
-            memory.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+            memory.axhline(limit / factor, color="#c0392b", linestyle="--")
+            memory.annotate(
+                f" limit {format_bytes(limit)}", (1.0, limit / factor), xycoords=("axes fraction", "data"),
+                va="center", color="#c0392b", annotation_clip=False,
+            )  # fmt: skip
         memory.set_ylim(bottom=0)
         memory.set_ylabel(f"device memory, {size}")
         memory.set_xlabel(f"time in the step, {unit}")

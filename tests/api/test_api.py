@@ -57,6 +57,11 @@ def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
     found = mopsim.compare(**JOB, strategies=strategies, sweep=("seq_len", ["512", 256]))
     assert list(found.frame().index) == [0, 1]
     assert list(found.sweep_frame().index) == [256, 512]
+    assert found["sweep"]["global_batch"] == [4, 2]
+    alone = mopsim.simulate(**JOB, strategy=TINY)
+    assert json.dumps(found.strategies["one"]) == json.dumps(io.to_plain(dict(alone)))
+    held = mopsim.compare(**JOB, strategies=strategies, sweep=("nodes", [1, 2]), hold="tokens_per_device")
+    assert held["sweep"]["global_batch"] == [4, 8]
     assert list(found.sweep_frame().columns) == list(strategies) == list(found.strategies)
     assert {path.name for path in found.write(tmp_path)} >= {"index.html", "sweep.png"}
 

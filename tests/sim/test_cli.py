@@ -80,13 +80,21 @@ def test_search_writes_a_plan_that_reads_back(monkeypatch: pytest.MonkeyPatch, t
     assert call(monkeypatch, "simulate", *JOB, "--strategy", str(plan)) == 0
 
 
-def test_compare_writes_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compare_writes_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "report"
     strategies = ["--strategy", "mop", "--strategy", "fsdp2", "--budget", "4", "--sweep", "seq-len=128,256"]
-    assert call(monkeypatch, "compare", *JOB, *strategies, "--out", str(folder)) == 0
-    assert {"index.md", "index.html", "memory.png", "time.png", "sweep.png"} <= {
+    options = ["--format", "svg,pdf", "--json", str(tmp_path / "c.json")]
+    assert call(monkeypatch, "compare", *JOB, *strategies, "--out", str(folder), *options) == 0
+    assert {"index.md", "index.html", "memory.png", "time.png", "sweep.png", "sweep.svg", "sweep.pdf"} <= {
         path.name for path in folder.iterdir()
     }
+    swept = json.loads((tmp_path / "c.json").read_text())["sweep"]
+    assert (swept["values"], swept["global_batch"], swept["hold"]) == ([128, 256], [8, 4], "tokens_per_step")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "held constant: tokens per step (1,024)" in said
+    assert all(f"{length} {label}" in said for length in (128, 256) for label in ("mop", "fsdp2"))
 
 
 MISTAKES = [
@@ -101,6 +109,7 @@ MISTAKES = [
     (["search", *JOB, "--routing", "often"], "routing: 'often'"),
     (["compare", *JOB, "--strategy", "mop", "--out", __file__], "is a file"),
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--sweep", "batch=1"], "sweep: 'batch=1'"),
+    (["compare", *JOB, "--strategy", "mop", "--out", "x", "--format", "gif"], "format: 'gif' is not one of"),
     (["frobnicate"], "No such command"),
     (["search"], "Missing option"),
 ]

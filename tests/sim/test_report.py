@@ -10,7 +10,8 @@ from msgspec import structs
 
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
-from mopsim.report.compare import Sweep, difference, finding, timeline_title, write_compare
+from mopsim.report.compare import Sweep, _sweep_table, difference, finding, timeline_title, write_compare
+from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
@@ -46,6 +47,25 @@ def test_compare_writes_pictures_and_pages(results: list[SimResult], tmp_path: P
     assert "mopsim compare ..." in text
     assert all(f"({path.name})" in text for path in written if path.suffix == ".png")
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_figure_is_saved_in_every_format_the_same_each_time(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        with saved_as(("svg", "pdf")):
+            loss_lines(tmp_path / folder / "loss.png", {"mop": [7.6, 6.5, 6.0]}, "falls")
+    for name in ("loss.png", "loss.svg", "loss.pdf"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    with pytest.raises(MopError, match="format: 'gif' is not one of png, svg, pdf"), saved_as(("gif",)):
+        pass
+
+
+def test_a_sweep_says_what_it_holds(results: list[SimResult]) -> None:
+    points = {"mop": [results[0], None]}
+    sweep = Sweep("seq-len", [256, 768], ["256", "768"], points, {}, {"mop": ["", "x: 1 is not 2"]}, [6, 2],
+                  [256, 768], "tokens per step")  # fmt: skip
+    assert sweep.held == "held constant: tokens per step (1,536)"
+    assert "768 has 2,304" in replace(sweep, batches=[6, 3]).held
+    assert "no legal strategy: x: 1 is not 2" in str(_sweep_table(sweep).rows)
 
 
 def test_finding_names_the_winner(results: list[SimResult]) -> None:
