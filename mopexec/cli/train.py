@@ -99,7 +99,7 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     dataset = data.TokenDataset(Path(options.tokens), plan.training.seq_len, seed)
     if options.resume:
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
-        checkpoint.check_resumable(checkpoint.find(Path(options.out)), wanted, options.steps)
+        checkpoint.check_resumable(Path(options.out), wanted, options.steps)
 
 
 def _check_same_run(options: TrainOptions, plan: Plan) -> None:
@@ -107,11 +107,11 @@ def _check_same_run(options: TrainOptions, plan: Plan) -> None:
     it. Raises MopError."""
     from mopexec.run import checkpoint
 
-    if options.resume:
-        last = checkpoint.find(Path(options.out))
+    found = checkpoint.newest_state(Path(options.out)) if options.resume else None
+    if found is not None:
         seed = plan.training.seed if options.seed is None else options.seed
-        wanted = checkpoint.run_state(plan, 0, seed, checkpoint.read_state(last).text_digest)
-        checkpoint.check_resumable(last, wanted, options.steps)
+        wanted = checkpoint.run_state(plan, 0, seed, found[1].text_digest)
+        checkpoint.check_resumable(Path(options.out), wanted, options.steps)
 
 
 def _prepare_directory(options: TrainOptions) -> Earlier:

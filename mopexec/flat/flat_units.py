@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Mesh
 from mopexec.distributed.tiers import Platform
+from mopexec.flat import state as training_state
 from mopexec.flat.boundaries import Boundaries
 from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.optimizer import FlatAdamW
@@ -23,7 +24,7 @@ from mopexec.flat.units import Unit
 from mopexec.flat.vocabulary import Ring, local_loss
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model.routing import balance_step, largest_share
-from mopexec.run import assemble, shards
+from mopexec.run import assemble
 from mopexec.run.runner import Batch, StepResult
 from mopsim.spec.plan import Plan
 
@@ -84,12 +85,12 @@ class FlatRunner:
         self.optimizer.learning_rate = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Flat shards by unit, independent of how many ranks share them."""
-        return shards.state_dict(self.optimizer, self.model.balance_bias)
+        """See `mopexec.run.shards`."""
+        return training_state.state_dict(self.optimizer, self.model.balance_bias)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loading filled the shards in place; takes the step count."""
-        shards.load_state_dict(self.optimizer, state)
+        """Take what loading did not fill in place."""
+        training_state.load_state_dict(self.optimizer, state)
 
     def full_parameters(self) -> dict[str, Tensor]:
         return assemble.full(self.model.units, [unit.params for unit in self.model.units], self.mesh)

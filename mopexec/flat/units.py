@@ -3,7 +3,7 @@ group of ranks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,20 @@ class Contents:
         return found
 
 
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, start + numel) of parameter `name`, or of copy `index` of its stack, each of `shape`:
+    they lie at `place` in the shard.
+    """
+
+    name: str
+    index: int | None
+    shape: Shape
+    start: int
+    place: int
+    numel: int
+
+
 class Unit:
     """One rank's part of a unit: resident shards of parameters and gradients, and the transient full buffers.
 
@@ -133,13 +147,20 @@ class Unit:
         self.params.zero_()
         if self.platform.fake:
             return
-        low = self.start + (self.contents.rows[0] * self.contents._width if self.contents.rows else 0)
+        for part in self.parts():
+            value = initial_value(part.name, part.shape, seed, part.index).flatten()
+            here = self.params[part.place : part.place + part.numel]
+            here.copy_(value[part.start : part.start + part.numel])
+
+    def parts(self) -> Iterator["Part"]:
+        """What this rank's shard holds of each piece of the unit, in order."""
+        rows = self.contents.rows
+        low = self.start + (rows[0] * self.contents._width if rows else 0)
         high = low + self.valid
         for name, index, shape, offset in self.contents.pieces():
             begin, end = max(low, offset), min(high, offset + math.prod(shape))
             if begin < end:
-                value = initial_value(name, shape, seed, index).flatten()[begin - offset : end - offset]
-                self.params[begin - low : end - low].copy_(value)
+                yield Part(name, index, shape, begin - offset, begin - low, end - begin)
 
     def gather(self) -> None:
         """Start gathering the full parameters, unless they are there or on their way."""

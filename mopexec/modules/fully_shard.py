@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.scope import NOW, category, component, host_compute, phase
+from mopexec.measure.scope import NOW, category, component, phase
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
 from mopexec.modules.comm import book_gradients, local, place_on_host
@@ -27,6 +27,7 @@ from mopexec.modules.loss import wide
 from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.wrap import build_model
 from mopexec.run.runner import Batch, StepResult
+from mopexec.run.shards import STEP, of_dtensor
 from mopexec.run.supported import check_supported
 from mopsim.spec.plan import Plan
 
@@ -98,28 +99,25 @@ class FullyShardRunner:
         self._optimizer.set_lr(lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters and moments as DTensors of their global shape, sharing the live storage; balance
-        biases; steps."""
-        state: dict[str, Any] = {}
+        """See `mopexec.run.shards`; shares the live memory."""
         moments = self._optimizer.state()
+        steps = next(iter(moments["step"].values()), torch.zeros(()))
+        state: dict[str, Any] = {STEP: steps.detach().clone().to("cpu", torch.int64)}
         for name, parameter in self.model.named_parameters():
-            state[f"model.{name}"] = self._global(name, parameter, local(parameter))
-            for kind in ("exp_avg", "exp_avg_sq"):
-                value = moments[kind].get(name, torch.empty_like(local(parameter)))
-                state[f"optimizer.{name}.{kind}"] = self._global(name, parameter, value)
+            values = {"value": local(parameter)} | {
+                kind: moments[kind].get(name, torch.empty_like(local(parameter)))
+                for kind in ("exp_avg", "exp_avg_sq")
+            }
+            for kind, value in values.items():
+                state[f"{name}.{kind}"] = of_dtensor(self._global(name, parameter, value))
         for name, buffer in self.model.named_buffers():
-            state[f"model.{name}"] = buffer
-        state["optimizer.step"] = next(iter(moments["step"].values()), torch.zeros(())).detach().clone()
+            state[name] = buffer
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a filled `state_dict` (a no-op for what was filled in place)."""
-        with torch.no_grad(), host_compute() if self._host else category("params"):
-            for key, live in self.state_dict().items():
-                if key != "optimizer.step":
-                    local(live).copy_(local(state[key]))
-            for step in self._optimizer.state()["step"].values():
-                step.copy_(state["optimizer.step"])
+        """Take what loading did not fill in place: the step count."""
+        for step in self._optimizer.state()["step"].values():
+            step.fill_(int(state[STEP]))
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter by its single-device name, whole, on every rank."""

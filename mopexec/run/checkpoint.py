@@ -1,16 +1,24 @@
 """Checkpoints: written aside by torch.distributed.checkpoint, renamed when complete, so a half one is never
 met.
+
+run.json says what the checkpoint belongs to, and the SHA-256 of every other file: a changed byte is seen
+when it is read. Tensors do not depend on the runtime or on the number of ranks (`mopexec.run.shards`).
 """
 
+import hashlib
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -22,16 +30,30 @@ from mopsim.spec.plan import Plan
 
 _NAME = re.compile(r"step_(\d{8})")
 _META = "run.json"
+_FORMAT = 2
+"""1: flat tensors of one runtime's own units."""
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    CheckpointException,
+)
 _ARCHIVE = "inline_container"  # torch's archive writer says where in its source a write fell short, not why
 
 
 class RunState(Spec, frozen=True, kw_only=True):
-    """What a checkpoint belongs to. `step`: optimizer steps done, which is the data position too."""
+    """What a checkpoint belongs to. `step`: optimizer steps done, which is the data position too.
+
+    world_size: of the ranks that wrote it. files: SHA-256 (hex) of each file beside run.json.
+    """
 
     step: int
+    format: int = 1
+    files: dict[str, str] = msgspec.field(default_factory=dict)
     model: str
     model_digest: str
-    strategy_digest: str
     world_size: int
     vocab_size: int
     seq_len: int
@@ -55,7 +77,7 @@ def run_state(plan: Plan, step: int, seed: int, text_digest: str) -> RunState:
         step=step,
         model=model.name,
         model_digest=io.digest(model),
-        strategy_digest=io.digest(plan.strategy),
+        format=_FORMAT,
         world_size=plan.strategy.world_size,
         vocab_size=model.vocab_size,
         seq_len=training.seq_len,
@@ -71,16 +93,6 @@ def latest(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def find(run: Path) -> Path:
-    """The newest complete checkpoint of the run in `run`. Raises MopError where there is none."""
-    found = latest(run / "checkpoints")
-    if found is None:
-        raise MopError(
-            f"--resume: {run} has no complete checkpoint to go on from; begin again in another directory"
-        )
-    return found
-
-
 def _complete(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
@@ -92,16 +104,31 @@ def read_state(path: Path) -> RunState:
     return io.load(path / _META, RunState, "checkpoint")
 
 
-def check_state(found: RunState, wanted: RunState, path: Path) -> None:
-    """Refuse to go on with a checkpoint of another model, vocabulary, world size, strategy, batch, seed or
-    text.
+def newest_state(run: Path) -> tuple[Path, RunState] | None:
+    """The newest checkpoint of the run in `run` whose run.json can be read, and what it says; None
+    where there is no checkpoint. Raises MopError where none can be read.
     """
+    problem: MopError | None = None
+    for path in reversed(_complete(run / "checkpoints")):
+        try:
+            return path, read_state(path)
+        except MopError as error:
+            problem = problem or error
+    if problem:
+        raise problem
+    return None
+
+
+def check_state(found: RunState, wanted: RunState, path: Path) -> None:
+    """Refuse to go on with a checkpoint of another model, vocabulary, batch, seed or text. The strategy, the
+    runtime and the number of ranks may be others.
+    """
+    if found.format != _FORMAT:
+        raise MopError(f"--resume: checkpoint {path} was written by an earlier version of mopexec")
     for field, label in (
         ("vocab_size", "plan.model.vocab_size"),
         ("model", "plan.model.name"),
         ("model_digest", "plan.model (digest)"),
-        ("world_size", "plan.strategy.world_size"),
-        ("strategy_digest", "plan.strategy (digest)"),
         ("seq_len", "plan.training.seq_len"),
         ("global_batch", "plan.training.global_batch"),
         ("seed", "seed"),
@@ -112,13 +139,18 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
             raise SpecError(label, want, f"is not the {have!r} that checkpoint {path} was made with")
 
 
-def check_resumable(path: Path, wanted: RunState, steps: int) -> int:
-    """Steps done in the checkpoint at `path`. Refuses another run's, and one already at `steps`."""
-    found = read_state(path)
-    check_state(found, wanted, path)
-    if found.step >= steps:
-        raise MopError(f"--steps: {steps} is not more than the {found.step} that checkpoint {path} has done")
-    return found.step
+def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:
+    """The newest checkpoint of the run in `run` that says what it belongs to, None where there is
+    none. Refuses another run's, and one already at `steps`.
+    """
+    found = newest_state(run)
+    if found is None:
+        return None
+    path, state = found
+    check_state(state, wanted, path)
+    if state.step >= steps:
+        raise MopError(f"--steps: {steps} is not more than the {state.step} that checkpoint {path} has done")
+    return path
 
 
 def save(root: Path, runner: Stateful, state: RunState, *, keep: int) -> Path:
@@ -135,8 +167,11 @@ def save(root: Path, runner: Stateful, state: RunState, *, keep: int) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
     problem = _attempt(lambda: root.mkdir(parents=True, exist_ok=True)) if first else ""
     problem = _agree(problem) or _agree(_attempt(lambda: _write(aside, runner)))
+    files: dict[str, str] = {}
+    problem = problem or _attempt(lambda: files.update(_checksums(aside)))
     if not problem and first:
-        problem = _attempt(lambda: _complete_directory(aside, final, state))
+        complete = msgspec.structs.replace(state, files=files)
+        problem = _attempt(lambda: _complete_directory(aside, final, complete))
     if problem := _agree(problem):
         if first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -150,15 +185,21 @@ def save(root: Path, runner: Stateful, state: RunState, *, keep: int) -> Path:
 
 
 def load(path: Path, runner: Stateful) -> None:
-    """Put the checkpoint at `path` into the runner (in place, on all ranks together) and restore the RNG
-    state.
+    """Put the checkpoint at `path` into the runner (in place, on all ranks together), and this rank's random
+    state where as many ranks wrote it. Raises MopError, naming the file, for one that is damaged.
     """
-    state = _tensors(runner)
+    written_by = read_state(path)
+    if problem := _agree(_attempt(lambda: _check_files(path, written_by))):
+        raise MopError(f"checkpoint {path}: {problem}")
+    state = runner.state_dict()
+    if own_random_state := written_by.world_size == dist.get_world_size():
+        state[_rng_key()] = torch.get_rng_state()
     try:
-        load_tensors(state, checkpoint_id=str(path))
-    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        load_tensors(state, checkpoint_id=str(path), storage_reader=_Reader(path))
+    except _UNREADABLE as error:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
-    torch.set_rng_state(state.pop(_rng_key()))
+    if own_random_state:
+        torch.set_rng_state(state.pop(_rng_key()))
     runner.load_state_dict(state)
 
 
@@ -201,6 +242,73 @@ def _tensors(runner: Stateful) -> dict[str, Any]:
 
 def _rng_key() -> str:
     return f"rng.rank{dist.get_rank()}"
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 by name of every file that the ranks wrote, on every rank; each hashes its share."""
+    mine: dict[str, str] = {}
+    problem = _attempt(lambda: mine.update({p.name: _sha256(p) for p in _share(sorted(directory.iterdir()))}))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (problem, mine))
+    if problem := next((found for found, _ in everyone if found), ""):
+        raise MopError(problem)
+    return {name: digest for _, sums in everyone for name, digest in sums.items()}
+
+
+def _check_files(path: Path, state: RunState) -> None:
+    """Hold this rank's share of the files against run.json. Raises MopError naming the file."""
+    for name, wanted in _share(sorted(state.files.items())):
+        file = path / name
+        if not file.is_file():
+            raise MopError(f"{name} is missing")
+        if _sha256(file) != wanted:
+            raise MopError(f"{name} is not as it was written (its SHA-256 differs)")
+
+
+def _share(items: list[Any]) -> list[Any]:
+    """This rank's part of `items`."""
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Reader(FileSystemReader):
+    """torch's reader; the pickled `.metadata` may name the classes that torch writes there, and no others."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Data classes of torch.distributed.checkpoint, shapes and dtypes: nothing that can run code."""
+
+    _METADATA = (
+        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata StorageMeta "
+        "TensorProperties _MEM_FORMAT_ENCODING"
+    )
+    _ALLOWED = frozenset(
+        {("torch.distributed.checkpoint.metadata", name) for name in _METADATA.split()}
+        | {("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath")}
+        | {
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint holds")
+        return super().find_class(module, name)
 
 
 def _complete_directory(aside: Path, final: Path, state: RunState) -> None:

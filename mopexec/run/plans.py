@@ -59,9 +59,9 @@ def check_run_directory(path: Path, *, resume: bool) -> None:
     """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
     entries = {entry.name for entry in path.iterdir()} - {lock.NAME} if path.is_dir() else set()
     occupied = bool(entries) and entries != {"plan.yaml", "logs"}  # a run leaves these that makes no step
+    run = bool(entries & {"metrics.jsonl", "checkpoints"})
     if occupied and not resume:
-        kept = any(path.glob("checkpoints/step_*/run.json"))
-        then = "give --resume to go on with it, or" if kept else "holds no checkpoint to go on from; give"
-        raise MopError(f"--out: {path} is not empty{';' if kept else ' and'} {then} another directory")
-    if resume and not occupied:
+        rest = "give --resume to go on with it, or another directory" if run else "give another directory"
+        raise MopError(f"--out: {path} is not empty; {rest}")
+    if resume and not run:
         raise MopError(f"--resume: {path} holds no run to go on with")

@@ -59,11 +59,10 @@ def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopR
     """
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.TokenDataset(_tokens(options, plan, job), plan.training.seq_len, seed)
-    resumed = _find_checkpoint(options, job)
-    done, passed = 0, list[str]()
-    if resumed:
+    resumed, done, passed = None, 0, list[str]()
+    if options.resume or job.restart:
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
-        checkpoint.check_resumable(resumed, wanted, options.steps)
+        resumed = checkpoint.check_resumable(Path(options.out), wanted, options.steps)
     torch.manual_seed(seed)
     tracking = _Tracking(options)
     with tracking.tracker:
@@ -75,6 +74,8 @@ def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopR
     loop.last_checkpoint = resumed
     for problem in passed:
         loop.display.say(f"{problem}; going on from the one before")
+    if options.resume and not resumed:
+        loop.display.say(f"{options.out} has no checkpoint yet: it begins again with the first step")
     try:
         loop.run()
         kinds = {} if loop.stopped_by else loop.profile()
@@ -287,17 +288,6 @@ def _tokens(options: TrainOptions, plan: Plan, job: Job) -> Path:
         data.prepare(options.data, plan.model.vocab_size, cache)
     dist.barrier()
     return data.prepare(options.data, plan.model.vocab_size, cache)
-
-
-def _find_checkpoint(options: TrainOptions, job: Job) -> Path | None:
-    """The checkpoint to go on from: asked for by --resume, or after the launcher restarted a group that had
-    failed.
-    """
-    if not options.resume and job.restart == 0:
-        return None
-    if options.resume and job.restart == 0:
-        return checkpoint.find(Path(options.out))
-    return checkpoint.latest(Path(options.out) / "checkpoints")
 
 
 def _over_ranks(seconds: float, tracker: MemoryTracker, stop: StopRequest, job: Job) -> dict[str, float]:

@@ -106,7 +106,7 @@ def test_a_key_that_is_held_down_is_one_ctrl_c(inputs, tmp_path):
     code, _, err = finish(process)
     assert (code, len(err.splitlines())) == (130, 1), err
     assert "go on with --resume" in err
-    assert checkpoint.read_state(checkpoint.find(out)).step == steps_done(out)
+    assert checkpoint.newest_state(out)[1].step == steps_done(out)
     assert ranks_of(out) == []
 
 
@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(inputs, tmp_path, p
     expected = (-signal.SIGKILL, 0) if "launcher" in fake else (1, 1)
     assert (code, len(err.splitlines())) == expected, err
     wait_for(lambda: ranks_of(out) == [])
-    assert checkpoint.read_state(checkpoint.find(out)).step == 4
+    assert checkpoint.newest_state(out)[1].step == 4
     assert len(list((out / "checkpoints").glob(".writing_*"))) == fake.startswith("saving")
     code, _, err = finish(start_fake(inputs, out, "", steps=9, resume=True))
     assert code == 0, err

@@ -86,7 +86,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, whole, tmp_path):
         part.write_bytes(b"")
     done = train(inputs, out, "--steps", "7", "--resume")
     assert done.returncode == 0, done.stderr
-    assert "step_00000006: cannot be read" in done.stdout
+    assert (
+        "__0_0.distcp is not as it was written (its SHA-256 differs); going on from the one before"
+        in done.stdout
+    )
     assert losses(out)[:6] == losses(whole[0])
     for part in out.glob("checkpoints/*/*.distcp"):
         part.write_bytes(b"")
@@ -109,16 +112,30 @@ def test_two_runs_do_not_share_a_directory(inputs, tmp_path, capsys):
     finish(process)
     line = capsys.readouterr().err
     assert (end.value.code, line.count("\n")) == (2, 1)
-    assert "in use by another run" in line or "no complete checkpoint" in line
+    assert "in use by another run" in line
 
 
-def test_a_run_without_a_checkpoint_is_not_told_to_resume(inputs, tmp_path, capsys):
+def test_what_is_no_run_is_neither_overwritten_nor_resumed(inputs, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "metrics.jsonl").write_text("")
-    with pytest.raises(SystemExit):
-        main(["train", *common(inputs, out), "--steps", "2"])
-    assert "holds no checkpoint to go on from; give another directory" in capsys.readouterr().err
+    (out / "letter.txt").write_text("dear")
+    for arguments, line in (([], "is not empty; give another directory"), (["--resume"], "holds no run")):
+        with pytest.raises(SystemExit):
+            main(["train", *common(inputs, out), "--steps", "2", *arguments])
+        assert line in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_resume(inputs, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start_fake(inputs, out, "slow", steps=1000)
+    wait_for(lambda: steps_done(out) >= 1, process)
+    process.kill()
+    finish(process)
+    wait_for(lambda: not ranks_of(out))
+    done = train(inputs, out, "--steps", "6", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint yet: it begins again with the first step" in done.stdout
+    assert losses(out) == losses(whole[0])
 
 
 def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, capsys):

@@ -1,0 +1,51 @@
+"""A flat runner's training state by parameter, as `mopexec.run.shards` has it for every runtime."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopexec.flat.optimizer import FlatAdamW
+from mopexec.flat.units import Unit
+from mopexec.run.shards import STEP, FlatShards, Piece
+
+ROUTER = "router.weight"
+
+
+def state_dict(optimizer: FlatAdamW, balance_bias: Tensor) -> dict[str, Any]:
+    """Values and moments by parameter, sharing the live memory; the routers' biases [MoE layers, E] by
+    router.
+    """
+    optimizer.platform.synchronize()
+    found: dict[str, Any] = {STEP: torch.tensor(optimizer.step_number)}
+    for unit, state in zip(optimizer.units, optimizer.states, strict=True):
+        value = unit.params if state.master is None else state.master
+        kinds = {"value": value, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        for kind, flat in kinds.items():
+            found |= {f"{name}.{kind}": shards for name, shards in _by_parameter(unit, flat).items()}
+    routers = [name for unit in optimizer.units for name, _ in unit.contents.names if name.endswith(ROUTER)]
+    for row, name in enumerate(routers):
+        found[f"{name.removesuffix('weight')}balance_bias"] = balance_bias[row]
+    return found
+
+
+def load_state_dict(optimizer: FlatAdamW, state: dict[str, Any]) -> None:
+    """Take what loading did not fill in place: the step count, and the parameters of their master weights."""
+    optimizer.step_number = int(state[STEP])
+    for unit, kept in zip(optimizer.units, optimizer.states, strict=True):
+        if kept.master is not None:
+            optimizer.platform.copy(unit.params, kept.master)
+    optimizer.platform.synchronize()
+
+
+def _by_parameter(unit: Unit, flat: Tensor) -> dict[str, FlatShards]:
+    pieces: dict[str, list[Piece]] = {name: [] for name, _ in unit.contents.names}
+    for part in unit.parts():
+        start = (part.index or 0) * math.prod(part.shape) + part.start
+        pieces[part.name].append(Piece(start, flat[part.place : part.place + part.numel]))
+    copies = unit.contents.total_stack or 1
+    return {
+        name: FlatShards.of(pieces[name], copies * math.prod(shape), flat)
+        for name, shape in unit.contents.names
+    }

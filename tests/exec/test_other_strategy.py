@@ -1,0 +1,43 @@
+"""A run goes on at another number of ranks, in the other runtime and under another strategy."""
+
+import msgspec
+import pytest
+
+from mopsim import strategies
+from mopsim.common import io
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Precision
+from tests.exec.train_plans import small_plan
+from tests.exec.train_runs import losses, train, write_inputs
+
+FLOAT64 = Precision(compute="float64", param="float64", reduce="float64", grad="float64", master="param",
+                    moments="float64")  # fmt: skip
+
+
+def in_float64(plan):
+    return msgspec.structs.replace(plan, strategy=msgspec.structs.replace(plan.strategy, precision=FLOAT64))
+
+
+def fsdp2_plan(world_size, **options):
+    strategy = strategies.fsdp2(world_size, precision="float64", **options)
+    return msgspec.structs.replace(
+        small_plan(warmup_steps=2), strategy=strategy, stack=load_stack(strategy.stack)
+    )
+
+
+def test_the_losses_go_on_as_if_undisturbed(tmp_path):
+    inputs = write_inputs(tmp_path)
+    plans = [
+        in_float64(small_plan(2, warmup_steps=2)),
+        fsdp2_plan(4, experts=2, recompute="full"),
+        in_float64(small_plan(1, warmup_steps=2)),
+    ]
+    out, whole = tmp_path / "parts", tmp_path / "whole"
+    for number, plan in enumerate(plans):
+        io.write_yaml(inputs / "plan.yaml", plan)
+        resume = ["--resume"] if number else []
+        done = train(inputs, out, "--steps", str(2 * number + 2), *resume)
+        assert done.returncode == 0, done.stderr
+    io.write_yaml(inputs / "plan.yaml", plans[0])
+    assert train(inputs, whole, "--steps", "6").returncode == 0
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-9)
