@@ -195,9 +195,10 @@ def _loop(loop: Loop) -> DemoReport:
 def pilot_strategies() -> tuple[Strategy, Strategy]:
     """One plain strategy of each runtime; together they run every kind of work but the update on the host."""
     return (
-        mop(RANKS, experts=RANKS, vocabulary=RANKS, chunk_tokens=256, bucket_params=1_000_000,
-            precision=PRECISION, name="pilot-mop"),
-        fsdp2(RANKS, loss="chunked", loss_chunk_tokens=128, precision=PRECISION, name="pilot-fsdp2"),
+        mop(RANKS, expert_parallel=RANKS, vocab_parallel=RANKS, expert_chunk_tokens=256,
+        optimizer_bucket_params=1_000_000,
+            dtype=PRECISION, name="pilot-mop"),
+        fsdp2(RANKS, loss="chunked", loss_chunk_tokens=128, dtype=PRECISION, name="pilot-fsdp2"),
     )  # fmt: skip
 
 
@@ -247,11 +248,11 @@ def _replicated(plan: Plan, hardware: HardwareProfile) -> SimResult:
     """The plain plan: the whole model, its gradients and its optimizer on every rank's device."""
     plain = mop(
         RANKS,
-        dense_shard=1,
-        expert_shard=1,
-        state="device",
-        boundary_tier="device",
-        precision=PRECISION,
+        fsdp=1,
+        expert_fsdp=1,
+        optimizer="device",
+        offload_inputs=False,
+        dtype=PRECISION,
         name="replicated",
     )
     return simulate(plan.model, hardware, 1, plain, plan.training)
@@ -312,16 +313,16 @@ def _held_out(loop: Loop, hardware: HardwareProfile) -> None:
     seen = plan.strategy
     other = mop(
         RANKS,
-        sequence=RANKS if seen.attention.context_parallel == 1 else 1,
+        context_parallel=RANKS if seen.attention.context_parallel == 1 else 1,
         micro_batch=2,
-        experts=RANKS if seen.experts.expert_parallel == 1 else 1,
-        vocabulary=RANKS if seen.vocabulary.vocab_parallel == 1 else 1,
-        chunk_tokens=128,
+        expert_parallel=RANKS if seen.experts.expert_parallel == 1 else 1,
+        vocab_parallel=RANKS if seen.vocabulary.vocab_parallel == 1 else 1,
+        expert_chunk_tokens=128,
         loss_chunk_tokens=128,
-        state="host_streamed",
-        bucket_params=500_000,
-        boundary_tier="host",
-        precision=PRECISION,
+        optimizer="host_streamed",
+        optimizer_bucket_params=500_000,
+        offload_inputs=True,
+        dtype=PRECISION,
         name="held-out",
     )
     _write_plan(loop, "held-out", plan.model, hardware, other, plan.training)

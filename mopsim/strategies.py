@@ -1,4 +1,8 @@
-"""Strategy families: functions that return a Strategy. Nothing anywhere branches on a name."""
+"""Strategy families: functions that return a Strategy. Nothing anywhere branches on a name.
+
+A degree says over how many ranks something is split; 1 = not at all. `fsdp` and `expert_fsdp` are the ranks
+that share one copy of the state; 0 = all that there are.
+"""
 
 from typing import Literal
 
@@ -6,6 +10,7 @@ from mopsim.spec.strategy import (
     Activations,
     Attention,
     Dense,
+    Dispatcher,
     DType,
     Exchange,
     Experts,
@@ -56,138 +61,153 @@ def _low_precision(precision: DType, *, keep_master: bool) -> Precision:
     )
 
 
-def _state(state: State, bucket_params: int = 100_000_000, slots: int = 2) -> Optimizer:
-    tier: Tier = "device" if state == "device" else "host"
+def _state(
+    state: State, bucket_params: int = 100_000_000, slots: int = 2, host_fraction: float = 1.0
+) -> Optimizer:
     side: Tier = "host" if state == "host" else "device"
-    return Optimizer(state_tier=tier, update_on=side, bucket_params=bucket_params, slots=slots)
+    return Optimizer(
+        state_tier=_tier(state != "device"),
+        update_on=side,
+        bucket_params=bucket_params,
+        slots=slots,
+        host_fraction=host_fraction if state != "device" else 1.0,
+    )
+
+
+def _tier(on_host: bool) -> Tier:
+    return "host" if on_host else "device"
 
 
 def mop(
     world_size: int,
     *,
-    sequence: int = 1,
-    experts: int = 1,
-    vocabulary: int = 1,
+    context_parallel: int = 1,
+    expert_parallel: int = 1,
+    vocab_parallel: int = 1,
+    fsdp: int = 0,
+    expert_fsdp: int = 0,
     micro_batch: int = 1,
-    dense_shard: int = 0,
-    expert_shard: int = 0,
-    chunk_tokens: int = 8192,
-    max_chunks: int = 10,
+    expert_chunk_tokens: int = 8192,
+    max_expert_chunks: int = 10,
     ffn_chunk_tokens: int = 0,
     loss_chunk_tokens: int = 0,
-    state: State = "host_streamed",
-    bucket_params: int = 100_000_000,
-    slots: int = 2,
-    boundary_tier: Tier = "host",
-    host_budget: int = 0,
+    optimizer: State = "host_streamed",
+    optimizer_bucket_params: int = 100_000_000,
+    optimizer_slots: int = 2,
+    offload_inputs: bool = True,
+    offload_inputs_bytes: int = 0,
     prefetch: int = 1,
-    order: Order = "contiguous",
-    precision: DType = "bfloat16",
+    rank_placement: Order = "contiguous",
+    dtype: DType = "bfloat16",
     name: str = "mop",
 ) -> Strategy:
-    """Mixture-of-Parallelisms (arXiv 2607.01844): D = sequence, Ep = experts, P = vocabulary, each
-    chosen alone.
+    """Mixture-of-Parallelisms (arXiv 2607.01844): ZeRO-3, chunked experts, ring loss, recompute.
 
-    Dense weights ZeRO-3 over `dense_shard` ranks, experts chunked by `chunk_tokens` (c), ring
-    vocabulary, fp32
-    state on the host streamed in buckets of `bucket_params` (beta), full recompute, boundaries on the host.
-    dense_shard and expert_shard 0 = as many ranks as there are. `order` places the expert groups.
+    Each degree is chosen alone: D = context_parallel, Ep = expert_parallel, P = vocab_parallel.
+    expert_chunk_tokens: tokens of a rank that are dispatched at a time (c), in at most max_expert_chunks.
+    ffn_chunk_tokens, loss_chunk_tokens: tokens of a slice of the dense FFN and of the loss; 0 = all at once.
+    optimizer: where AdamW's fp32 state lives: `device`; `host_streamed`, moved through the device in buckets
+    of optimizer_bucket_params parameters (beta) and optimizer_slots buffers; `host`, which updates it too.
+    offload_inputs: layer inputs wait for their backward in pinned host memory, offload_inputs_bytes of it at
+    most per rank (0 = no cap). prefetch: layers whose parameters are gathered ahead of use. rank_placement:
+    of the expert groups.
     """
     return Strategy(
         name=name,
         world_size=world_size,
         micro_batch=micro_batch,
         stack=STACKS["mop"],
-        dense=Dense(fsdp=dense_shard or world_size, prefetch=prefetch, chunk_tokens=ffn_chunk_tokens),
-        attention=Attention(context_parallel=sequence),
+        dense=Dense(fsdp=fsdp or world_size, prefetch=prefetch, chunk_tokens=ffn_chunk_tokens),
+        attention=Attention(context_parallel=context_parallel),
         experts=Experts(
-            expert_parallel=experts,
-            expert_fsdp=expert_shard or max(1, world_size // experts),
-            chunk_tokens=chunk_tokens,
-            max_chunks=max_chunks,
-            rank_placement=order,
+            expert_parallel=expert_parallel,
+            expert_fsdp=expert_fsdp or max(1, world_size // expert_parallel),
+            chunk_tokens=expert_chunk_tokens,
+            max_chunks=max_expert_chunks,
+            rank_placement=rank_placement,
         ),
-        vocabulary=Vocabulary(vocab_parallel=vocabulary, loss="ring", chunk_tokens=loss_chunk_tokens),
-        optimizer=_state(state, bucket_params, slots),
-        activations=Activations(recompute="full", layer_inputs=boundary_tier, host_budget=host_budget),
-        precision=_low_precision(precision, keep_master=state != "device"),
+        vocabulary=Vocabulary(vocab_parallel=vocab_parallel, loss="ring", chunk_tokens=loss_chunk_tokens),
+        optimizer=_state(optimizer, optimizer_bucket_params, optimizer_slots),
+        activations=Activations(
+            recompute="full", layer_inputs=_tier(offload_inputs), host_budget=offload_inputs_bytes
+        ),
+        precision=_low_precision(dtype, keep_master=optimizer != "device"),
     )
 
 
 def fsdp2(
     world_size: int,
     *,
-    tensor: int = 1,
-    sequence: int = 1,
-    exchange: Exchange = "ulysses",
-    experts: int = 1,
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
+    context_exchange: Exchange = "ulysses",
+    expert_parallel: int = 1,
+    fsdp: int = 0,
     micro_batch: int = 1,
-    dense_shard: int = 0,
     recompute: Literal["none", "full"] = "full",
     loss: Literal["full", "chunked"] = "full",
     loss_chunk_tokens: int = 1024,
     offload: bool = False,
-    reshard: bool = True,
+    reshard_after_forward: bool = True,
     prefetch: int = 1,
-    precision: DType = "bfloat16",
+    dtype: DType = "bfloat16",
     name: str = "fsdp2",
 ) -> Strategy:
-    """torch FSDP2 as its users tune it: fp32 sharded parameters (the master), compute in `precision`.
+    """torch's FSDP2 as its users tune it: fp32 sharded parameters (the master), computed in `dtype`,
+    gradients reduced in fp32.
 
-    Gradients are reduced in fp32. dense_shard below world_size is HSDP. offload: torch's CPUOffloadPolicy,
-    which keeps parameters, gradients and optimizer on the host and updates them there. Experts by expert
-    parallelism over `experts` ranks, sharded over their replicas. tensor above 1: tensor parallelism with
-    sequence as TorchTitan does it, and its loss over the split vocabulary, whatever `loss` says.
+    fsdp: below the world it is HSDP. offload: parameters, gradients and optimizer on the host, updated there
+    (CPUOffloadPolicy). context_exchange: how context-parallel ranks trade a sequence. Experts are sharded
+    over their replicas. tensor_parallel above 1 has sequence parallelism and the loss over the split
+    vocabulary, whatever `loss` says, as in TorchTitan.
     """
-    wide = _wide(precision)
-    tier: Tier = "host" if offload else "device"
-    split = tensor > 1
+    wide, tier = _wide(dtype), _tier(offload)
+    split = tensor_parallel > 1
     return Strategy(
         name=name,
         world_size=world_size,
         micro_batch=micro_batch,
         stack=STACKS["fsdp2"],
         dense=Dense(
-            tensor_parallel=tensor,
-            fsdp=dense_shard or max(1, world_size // tensor),
-            reshard_after_forward=reshard,
+            tensor_parallel=tensor_parallel,
+            fsdp=fsdp or max(1, world_size // tensor_parallel),
+            reshard_after_forward=reshard_after_forward,
             prefetch=prefetch,
             param_tier=tier,
             grad_tier=tier,
         ),
-        attention=Attention(context_parallel=sequence, cp_comm_type=exchange),
+        attention=Attention(context_parallel=context_parallel, cp_comm_type=context_exchange),
         experts=Experts(
-            expert_parallel=experts,
-            expert_fsdp=max(1, world_size // experts),
+            expert_parallel=expert_parallel,
+            expert_fsdp=max(1, world_size // expert_parallel),
             param_tier=tier,
             grad_tier=tier,
         ),
         vocabulary=Vocabulary(
-            vocab_parallel=tensor,
+            vocab_parallel=tensor_parallel,
             loss="vocab_parallel" if split else loss,
             chunk_tokens=loss_chunk_tokens if loss == "chunked" and not split else 0,
         ),
         optimizer=_state("host" if offload else "device"),
         activations=Activations(recompute=recompute),
-        precision=Precision(
-            compute=precision, param=wide, reduce=wide, grad=wide, moments=wide, master="param"
-        ),
+        precision=Precision(compute=dtype, param=wide, reduce=wide, grad=wide, moments=wide, master="param"),
     )
 
 
 def zero_offload(
     world_size: int,
     *,
-    sequence: int = 1,
-    experts: int = 1,
+    context_parallel: int = 1,
+    expert_parallel: int = 1,
+    fsdp: int = 0,
+    expert_fsdp: int = 0,
     micro_batch: int = 1,
-    dense_shard: int = 0,
-    expert_shard: int = 0,
     loss: Literal["full", "chunked"] = "full",
     loss_chunk_tokens: int = 1024,
-    boundary_tier: Tier = "device",
+    offload_inputs: bool = False,
+    offload_inputs_bytes: int = 0,
     prefetch: int = 1,
-    precision: DType = "bfloat16",
+    dtype: DType = "bfloat16",
     name: str = "zero_offload",
 ) -> Strategy:
     """ZeRO-Offload (arXiv 2101.06840) on ZeRO-3: weights and gradients on the device, AdamW on the host."""
@@ -196,73 +216,78 @@ def zero_offload(
         world_size=world_size,
         micro_batch=micro_batch,
         stack=STACKS["zero_offload"],
-        dense=Dense(fsdp=dense_shard or world_size, prefetch=prefetch),
-        attention=Attention(context_parallel=sequence),
-        experts=Experts(expert_parallel=experts, expert_fsdp=expert_shard or max(1, world_size // experts)),
+        dense=Dense(fsdp=fsdp or world_size, prefetch=prefetch),
+        attention=Attention(context_parallel=context_parallel),
+        experts=Experts(
+            expert_parallel=expert_parallel,
+            expert_fsdp=expert_fsdp or max(1, world_size // expert_parallel),
+        ),
         vocabulary=Vocabulary(loss=loss, chunk_tokens=loss_chunk_tokens if loss == "chunked" else 0),
         optimizer=_state("host"),
-        activations=Activations(recompute="full", layer_inputs=boundary_tier),
-        precision=_low_precision(precision, keep_master=True),
+        activations=Activations(
+            recompute="full", layer_inputs=_tier(offload_inputs), host_budget=offload_inputs_bytes
+        ),
+        precision=_low_precision(dtype, keep_master=True),
     )
 
 
 def megatron(
     world_size: int,
     *,
-    tensor: int = 1,
-    pipeline: int = 1,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     virtual_stages: int = 1,
-    sequence: int = 1,
-    experts: int = 1,
-    expert_tensor: int = 1,
+    stage_layers: tuple[int, ...] = (),
+    context_parallel: int = 1,
+    context_exchange: Exchange = "ring",
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int = 1,
+    token_dispatcher: Dispatcher = "alltoall",
     micro_batch: int = 1,
     recompute: Literal["none", "selective", "full"] = "none",
-    modules: tuple[str, ...] = ("core_attn",),
-    boundary_tier: Tier = "device",
+    recompute_modules: tuple[str, ...] = ("core_attn",),
+    offload_inputs: bool = False,
+    optimizer_on_host: float = 0.0,
     overlap: Overlap | None = None,
-    precision: DType = "bfloat16",
+    dtype: DType = "bfloat16",
     name: str = "megatron",
 ) -> Strategy:
     """Megatron-Core: tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
-    ZeRO-1; gradients are kept and reduced in the stack's dtype (fp32 by Megatron-Core's arguments), and what
-    is hidden is the stack's, where `overlap` is None. `sequence` is context parallelism by ring exchange;
-    ETP may differ from TP (parallel folding). Not run by mopexec: simulated, and exported.
+    virtual_stages: parts of a pipeline rank (interleaved schedule). stage_layers: decoder layers of each part
+    (empty: as even as can be). context_exchange: how context-parallel ranks trade a sequence.
+    token_dispatcher: how rows reach their experts. recompute_modules: what `selective` runs again.
+    optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap: which
+    communication runs beside compute; None: what the stack hides. ZeRO-1 over all ranks of a stage; gradients
+    are kept and reduced in the stack's dtype (fp32 by Megatron-Core's arguments). expert_tensor_parallel may
+    differ from tensor_parallel (parallel folding). mopexec does not run it; `mopsim export` writes it.
     """
-    stage_ranks, wide = max(1, world_size // max(pipeline, 1)), _wide(precision)
+    stage_ranks, wide = max(1, world_size // max(pipeline_parallel, 1)), _wide(dtype)
     grads: Literal["stack", "float64"] = "float64" if wide == "float64" else "stack"
     return Strategy(
-        name=name,
-        world_size=world_size,
-        micro_batch=micro_batch,
-        stack=STACKS["megatron"],
+        name=name, world_size=world_size, micro_batch=micro_batch, stack=STACKS["megatron"],
+        dense=Dense(
+            tensor_parallel=tensor_parallel, fsdp=max(1, stage_ranks // tensor_parallel), zero=1,
+            reshard_after_forward=False, prefetch=0,
+        ),
         pipeline=Pipeline(
-            pipeline_parallel=pipeline,
-            virtual_stages=virtual_stages,
+            pipeline_parallel=pipeline_parallel, virtual_stages=virtual_stages, layers=stage_layers,
             schedule="interleaved" if virtual_stages > 1 else "1f1b",
         ),
-        dense=Dense(
-            tensor_parallel=tensor,
-            fsdp=max(1, stage_ranks // tensor),
-            zero=1,
-            reshard_after_forward=False,
-            prefetch=0,
-        ),
-        attention=Attention(context_parallel=sequence, cp_comm_type="ring"),
+        attention=Attention(context_parallel=context_parallel, cp_comm_type=context_exchange),
         experts=Experts(
-            expert_parallel=experts,
-            expert_tensor_parallel=expert_tensor,
-            expert_fsdp=max(1, stage_ranks // (experts * expert_tensor)),
+            expert_parallel=expert_parallel, expert_tensor_parallel=expert_tensor_parallel,
+            expert_fsdp=max(1, stage_ranks // (expert_parallel * expert_tensor_parallel)),
+            token_dispatcher=token_dispatcher,
         ),
-        vocabulary=Vocabulary(vocab_parallel=tensor, loss="vocab_parallel" if tensor > 1 else "full"),
-        optimizer=_state("device"),
+        vocabulary=Vocabulary(
+            vocab_parallel=tensor_parallel, loss="vocab_parallel" if tensor_parallel > 1 else "full"
+        ),
+        optimizer=_state("host" if optimizer_on_host else "device", host_fraction=optimizer_on_host),
         activations=Activations(
-            recompute=recompute,
-            modules=modules if recompute == "selective" else (),
-            layer_inputs=boundary_tier,
+            recompute=recompute, layer_inputs=_tier(offload_inputs),
+            modules=recompute_modules if recompute == "selective" else (),
         ),
         overlap=overlap or AS_STACK,
-        precision=Precision(
-            compute=precision, param=precision, reduce=grads, grad=grads, moments=wide, master=wide
-        ),
-    )
+        precision=Precision(compute=dtype, param=dtype, reduce=grads, grad=grads, moments=wide, master=wide),
+    )  # fmt: skip

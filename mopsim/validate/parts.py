@@ -61,8 +61,8 @@ def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int
     ranks = int(component.row.get("num_gpus") or 8)
     if groups:
         strategy = mop(
-            ranks, experts=ranks, bucket_params=round(sum(groups) / len(groups)),
-            slots=int(component.number("slots")), boundary_tier="device",
+            ranks, expert_parallel=ranks, optimizer_bucket_params=round(sum(groups) / len(groups)),
+            optimizer_slots=int(component.number("slots")), offload_inputs=False,
         )  # fmt: skip
         strategy = msgspec.structs.replace(
             strategy,
@@ -70,7 +70,7 @@ def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int
             precision=msgspec.structs.replace(strategy.precision, grad="float32"),
         )
     else:
-        strategy = mop(ranks, experts=ranks, state="host", boundary_tier="device")
+        strategy = mop(ranks, expert_parallel=ranks, optimizer="host", offload_inputs=False)
     return _step(component, _plain(model), strategy, 4096, hardware)
 
 
@@ -128,9 +128,11 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
     if component.metric == "resident_memory_gib":
         return resident
     if ring:
-        strategy = mop(degree, vocabulary=degree, state="device", boundary_tier="device", precision="float32")
+        strategy = mop(
+            degree, vocab_parallel=degree, optimizer="device", offload_inputs=False, dtype="float32"
+        )
     else:
-        strategy = fsdp2(degree, dense_shard=1, recompute="none", precision="float32")
+        strategy = fsdp2(degree, fsdp=1, recompute="none", dtype="float32")
     result = _step(component, model, strategy, tokens, hardware)
     if component.metric == "latency_s":
         return _seconds(result, "vocabulary", ("forward",))
@@ -174,8 +176,9 @@ def _offloaded(component: Component, hardware: HardwareProfile) -> SimResult:
     ranks = int(component.row.get("num_gpus") or 8)
     budget = component.number("host_budget_gib_per_rank")
     strategy = mop(
-        ranks, sequence=int(component.number("sp")), experts=int(component.number("ep")), state="device",
-        boundary_tier="host" if budget else "device", host_budget=int(budget * GIB), vocabulary=ranks,
+        ranks, context_parallel=int(component.number("sp")), expert_parallel=int(component.number("ep")),
+        optimizer="device",
+        offload_inputs=budget > 0, offload_inputs_bytes=int(budget * GIB), vocab_parallel=ranks,
     )  # fmt: skip
     seq = int(component.number("tokens_per_step")) // ranks * ranks
     return _step(component, model, strategy, seq, hardware)
@@ -217,7 +220,7 @@ def _expert_strategy(component: Component) -> Strategy:
         chunk_tokens=int(component.number("chunk_tokens")) if chunked else 0,
         max_chunks=int(component.number("num_chunks")) if chunked else 1,
     )
-    return msgspec.structs.replace(fsdp2(degree, experts=degree, recompute="none"), experts=experts)
+    return msgspec.structs.replace(fsdp2(degree, expert_parallel=degree, recompute="none"), experts=experts)
 
 
 def _expert_model(component: Component) -> ModelSpec:

@@ -33,22 +33,25 @@ def strategies() -> dict[str, tuple[Strategy, int]]:
     """(strategy, sequence length) by name."""
     return {
         "mop-ep": (
-            mop(2, micro_batch=1, experts=2, vocabulary=2, chunk_tokens=256, state="device",
-                boundary_tier="host", precision=WIDE, name="mop-ep"), 512,
+            mop(2, micro_batch=1, expert_parallel=2, vocab_parallel=2, expert_chunk_tokens=256,
+            optimizer="device",
+                offload_inputs=True, dtype=WIDE, name="mop-ep"), 512,
         ),
         "mop-d": (
-            mop(2, micro_batch=2, sequence=2, chunk_tokens=512, loss_chunk_tokens=256, state="host_streamed",
-                bucket_params=1_000_000, boundary_tier="device", precision=WIDE, name="mop-d"), 1024,
+            mop(2, micro_batch=2, context_parallel=2, expert_chunk_tokens=512, loss_chunk_tokens=256,
+            optimizer="host_streamed",
+                optimizer_bucket_params=1_000_000, offload_inputs=False, dtype=WIDE, name="mop-d"), 1024,
         ),
         "mop-shared": (
-            mop(2, micro_batch=1, experts=2, vocabulary=2, dense_shard=1, chunk_tokens=512, state="host",
-                boundary_tier="host", precision=WIDE, name="mop-shared"), 512,
+            mop(2, micro_batch=1, expert_parallel=2, vocab_parallel=2, fsdp=1, expert_chunk_tokens=512,
+            optimizer="host",
+                offload_inputs=True, dtype=WIDE, name="mop-shared"), 512,
         ),
-        "fsdp2-ep": (fsdp2(2, micro_batch=1, experts=2, precision=WIDE, name="fsdp2-ep"), 512),
-        "fsdp2-offload": (fsdp2(2, micro_batch=2, offload=True, precision=WIDE, name="fsdp2-offload"), 512),
-        "fsdp2-plain": (fsdp2(2, micro_batch=2, precision=WIDE, name="fsdp2-plain"), 512),
+        "fsdp2-ep": (fsdp2(2, micro_batch=1, expert_parallel=2, dtype=WIDE, name="fsdp2-ep"), 512),
+        "fsdp2-offload": (fsdp2(2, micro_batch=2, offload=True, dtype=WIDE, name="fsdp2-offload"), 512),
+        "fsdp2-plain": (fsdp2(2, micro_batch=2, dtype=WIDE, name="fsdp2-plain"), 512),
         "fsdp2-d": (
-            fsdp2(2, micro_batch=1, sequence=2, loss="chunked", loss_chunk_tokens=128, precision=WIDE,
+            fsdp2(2, micro_batch=1, context_parallel=2, loss="chunked", loss_chunk_tokens=128, dtype=WIDE,
                   name="fsdp2-d"), 1024,
         ),
     }  # fmt: skip

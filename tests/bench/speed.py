@@ -69,22 +69,24 @@ PAPER = TrainSpec(seq_len=M, global_batch=64)
 STEPS = (
     Step(
         "667B on 64, MoP at 1M tokens", "mop_667b", H200, 8,
-        mop(64, sequence=8, experts=8, vocabulary=8, chunk_tokens=32 * K, ffn_chunk_tokens=16 * K,
+        mop(64, context_parallel=8, expert_parallel=8, vocab_parallel=8, expert_chunk_tokens=32 * K,
+        ffn_chunk_tokens=16 * K,
             loss_chunk_tokens=16 * K),
         PAPER,
     ),
     Step(
         "667B on 64, FSDP2 at 1M tokens", "mop_667b", H200, 8,
-        fsdp2(64, sequence=16, experts=8, loss="chunked", loss_chunk_tokens=2 * K, offload=True), PAPER,
+        fsdp2(64, context_parallel=16, expert_parallel=8, loss="chunked", loss_chunk_tokens=2 * K,
+        offload=True), PAPER,
     ),
     Step(
         "235B on 256, Megatron of 8 stages", "qwen3_235b_a22b", "h100-sxm-80g", 32,
-        megatron(256, tensor=2, pipeline=8, experts=32, recompute="full"),
+        megatron(256, tensor_parallel=2, pipeline_parallel=8, expert_parallel=32, recompute="full"),
         TrainSpec(seq_len=4 * K, global_batch=1024),
     ),
     Step(
         "530B on 280, Megatron of 35 stages, 3 parts each", "turing_530b", "a100-sxm-80g", 35,
-        megatron(280, tensor=8, pipeline=35, virtual_stages=3, recompute="full"),
+        megatron(280, tensor_parallel=8, pipeline_parallel=35, virtual_stages=3, recompute="full"),
         TrainSpec(seq_len=2 * K, global_batch=280),
     ),
 )  # fmt: skip

@@ -41,14 +41,17 @@ def models() -> dict[str, ModelSpec]:
 def strategies() -> dict[str, tuple[str, Strategy]]:
     """(model, strategy on eight ranks) by name: each family with its mechanisms at work."""
     chunked = mop(
-        8, sequence=2, experts=4, vocabulary=2, chunk_tokens=8, ffn_chunk_tokens=8, loss_chunk_tokens=8,
-        bucket_params=100_000, host_budget=1 << 14,
+        8, context_parallel=2, expert_parallel=4, vocab_parallel=2, expert_chunk_tokens=8,
+        ffn_chunk_tokens=8, loss_chunk_tokens=8,
+        optimizer_bucket_params=100_000, offload_inputs_bytes=1 << 14,
     )  # fmt: skip
-    gathered = fsdp2(8, sequence=2, exchange="all_gather", experts=2, recompute="none")
+    gathered = fsdp2(
+        8, context_parallel=2, context_exchange="all_gather", expert_parallel=2, recompute="none"
+    )
     gathered = replace(gathered, experts=replace(gathered.experts, expert_fsdp=1))
-    moved = megatron(8, experts=4)
+    moved = megatron(8, expert_parallel=4)
     moved = replace(moved, experts=replace(moved.experts, balance="least_loaded", min_rows=1, capacity=1.1))
-    deep = megatron(8, experts=4)
+    deep = megatron(8, expert_parallel=4)
     deep = replace(
         deep, experts=replace(deep.experts, token_dispatcher="deepep"),
         precision=replace(deep.precision, matmul="fp8"),
@@ -56,19 +59,37 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
     return {
         "mop": ("moe", chunked),
         "mop, capped": ("moe", replace(chunked, experts=replace(chunked.experts, max_chunks=2))),
-        "mop, state updated on the host": ("moe", mop(8, experts=2, vocabulary=4, state="host")),
-        "mop, windowed": ("windowed", mop(8, experts=2, state="device")),
-        "mop, dense": ("dense", mop(8, sequence=2, vocabulary=2, bucket_params=100_000)),
-        "mop, latent": ("latent", mop(8, sequence=2, experts=4, vocabulary=2, bucket_params=100_000)),
-        "fsdp2": ("moe", fsdp2(8, experts=2, loss="chunked", loss_chunk_tokens=16)),
-        "fsdp2, offloaded": ("moe", fsdp2(8, experts=2, sequence=2, offload=True)),
-        "fsdp2, tensor": ("moe", fsdp2(8, tensor=2, experts=2)),
+        "mop, state updated on the host": (
+            "moe",
+            mop(8, expert_parallel=2, vocab_parallel=4, optimizer="host"),
+        ),
+        "mop, windowed": ("windowed", mop(8, expert_parallel=2, optimizer="device")),
+        "mop, dense": (
+            "dense",
+            mop(8, context_parallel=2, vocab_parallel=2, optimizer_bucket_params=100_000),
+        ),
+        "mop, latent": (
+            "latent",
+            mop(8, context_parallel=2, expert_parallel=4, vocab_parallel=2, optimizer_bucket_params=100_000),
+        ),
+        "fsdp2": ("moe", fsdp2(8, expert_parallel=2, loss="chunked", loss_chunk_tokens=16)),
+        "fsdp2, offloaded": ("moe", fsdp2(8, expert_parallel=2, context_parallel=2, offload=True)),
+        "fsdp2, tensor": ("moe", fsdp2(8, tensor_parallel=2, expert_parallel=2)),
         "fsdp2, gathered keys": ("moe", gathered),
-        "zero_offload": ("moe", zero_offload(8, experts=2, boundary_tier="host")),
-        "megatron": ("moe", megatron(8, tensor=2, pipeline=2, virtual_stages=2, experts=2)),
-        "megatron, selective": ("moe", megatron(8, tensor=2, pipeline=2, experts=4, recompute="selective")),
-        "megatron, context": ("moe", megatron(8, sequence=2, experts=2, recompute="full")),
-        "megatron, latent": ("latent", megatron(8, tensor=2, pipeline=2, experts=2)),
+        "zero_offload": ("moe", zero_offload(8, expert_parallel=2, offload_inputs=True)),
+        "megatron": (
+            "moe",
+            megatron(8, tensor_parallel=2, pipeline_parallel=2, virtual_stages=2, expert_parallel=2),
+        ),
+        "megatron, selective": (
+            "moe",
+            megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=4, recompute="selective"),
+        ),
+        "megatron, context": ("moe", megatron(8, context_parallel=2, expert_parallel=2, recompute="full")),
+        "megatron, latent": (
+            "latent",
+            megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2),
+        ),
         "megatron, balanced": ("moe", moved),
         "megatron, fp8": ("moe", deep),
     }

@@ -16,27 +16,27 @@ TRAINING = TrainSpec(seq_len=4096, global_batch=64)
 def said() -> dict[str, tuple[Side, Strategy]]:
     """Strategies that a target can say in full, with its mechanisms at work."""
     tuned = megatron(
-        8, tensor=2, pipeline=2, virtual_stages=2, experts=2, recompute="selective",
+        8, tensor_parallel=2, pipeline_parallel=2, virtual_stages=2, expert_parallel=2, recompute="selective",
         overlap=Overlap(grad_reduce=True, pipeline=True, tensor=True),
     )  # fmt: skip
-    inputs = megatron(8, sequence=2, experts=2, boundary_tier="host")
+    inputs = megatron(8, context_parallel=2, expert_parallel=2, offload_inputs=True)
     hosted = replace(
         inputs, optimizer=replace(inputs.optimizer, state_tier="host", update_on="host", host_fraction=0.5)
     )
-    sharded = megatron(8, experts=2)
+    sharded = megatron(8, expert_parallel=2)
     sharded = replace(sharded, dense=replace(sharded.dense, zero=3, prefetch=1, reshard_after_forward=True))
-    gathered = fsdp2(8, sequence=2, exchange="all_gather", experts=2)
+    gathered = fsdp2(8, context_parallel=2, context_exchange="all_gather", expert_parallel=2)
     return {
-        "torchtitan": ("torchtitan", fsdp2(8, experts=2)),
-        "torchtitan, tensor": ("torchtitan", fsdp2(8, tensor=2, experts=2)),
+        "torchtitan": ("torchtitan", fsdp2(8, expert_parallel=2)),
+        "torchtitan, tensor": ("torchtitan", fsdp2(8, tensor_parallel=2, expert_parallel=2)),
         "torchtitan, gathered": ("torchtitan", gathered),
         "torchtitan, offloaded": ("torchtitan", fsdp2(8, offload=True)),
         "megatron-bridge": ("megatron-bridge", tuned),
         "megatron-bridge, inputs": ("megatron-bridge", inputs),
         "megatron-bridge, hosted": ("megatron-bridge", hosted),
         "megatron-bridge, fsdp": ("megatron-bridge", sharded),
-        "deepspeed": ("deepspeed", zero_offload(8, experts=2, boundary_tier="host")),
-        "deepspeed, ulysses": ("deepspeed", zero_offload(8, sequence=2, dense_shard=4)),
+        "deepspeed": ("deepspeed", zero_offload(8, expert_parallel=2, offload_inputs=True)),
+        "deepspeed, ulysses": ("deepspeed", zero_offload(8, context_parallel=2, fsdp=4)),
     }
 
 

@@ -27,7 +27,12 @@ def test_a_row_names_values_that_the_field_can_have(side: str) -> None:
 
 def test_what_each_family_says_by_itself_is_run_by_its_runtime() -> None:
     tiny = load_model("tiny")
-    for strategy in (mop(8, experts=2), zero_offload(8), fsdp2(8, experts=2), fsdp2(8, offload=True)):
+    for strategy in (
+        mop(8, expert_parallel=2),
+        zero_offload(8),
+        fsdp2(8, expert_parallel=2),
+        fsdp2(8, offload=True),
+    ):
         assert runnable(strategy, tiny) is None
 
 

@@ -31,14 +31,21 @@ HARDWARE = HardwareRef(
 
 def every_mechanism(precision: DType) -> Strategy:
     return mop(
-        2, sequence=2, experts=2, vocabulary=2, chunk_tokens=16, ffn_chunk_tokens=16, loss_chunk_tokens=16,
-        bucket_params=3000, boundary_tier="host", host_budget=9000, precision=precision,
+        2, context_parallel=2, expert_parallel=2, vocab_parallel=2, expert_chunk_tokens=16,
+        ffn_chunk_tokens=16, loss_chunk_tokens=16,
+        optimizer_bucket_params=3000, offload_inputs=True, offload_inputs_bytes=9000, dtype=precision,
     )  # fmt: skip
 
 
 def baseline(precision: DType) -> Strategy:
     return fsdp2(
-        2, sequence=2, experts=2, offload=True, loss="chunked", loss_chunk_tokens=16, precision=precision
+        2,
+        context_parallel=2,
+        expert_parallel=2,
+        offload=True,
+        loss="chunked",
+        loss_chunk_tokens=16,
+        dtype=precision,
     )
 
 

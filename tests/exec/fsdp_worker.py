@@ -42,43 +42,44 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
     """Strategy and routing of every case, by name."""
 
     def make(**options: Any) -> Strategy:
-        return strategies.fsdp2(world, **{"precision": "float64", "recompute": "none", **options})
+        return strategies.fsdp2(world, **{"dtype": "float64", "recompute": "none", **options})
 
     pair = min(world, 2)
     everything: dict[str, Any] = {
-        "experts": pair, "sequence": pair, "recompute": "full", "loss": "chunked", "loss_chunk_tokens": 5,
+        "expert_parallel": pair, "context_parallel": pair, "recompute": "full", "loss": "chunked",
+        "loss_chunk_tokens": 5,
         "offload": True,
     }  # fmt: skip
     found = {
         "plain": (make(), "learned"),
-        "ulysses": (make(sequence=world), "learned"),
-        "experts_world": (make(experts=world, recompute="full"), "learned"),
+        "ulysses": (make(context_parallel=world), "learned"),
+        "experts_world": (make(expert_parallel=world, recompute="full"), "learned"),
         "everything": (make(**everything, prefetch=2), "learned"),
     }
     if world < 4:
         found |= {
             "everything_skewed": (make(**everything), "60/3"),
-            "everything_float32": (make(**everything, precision="float32"), "learned"),
-            "bfloat16": (make(**everything, precision="bfloat16"), "learned"),
+            "everything_float32": (make(**everything, dtype="float32"), "learned"),
+            "bfloat16": (make(**everything, dtype="bfloat16"), "learned"),
             "recompute": (make(recompute="full"), "learned"),
             "chunked_microbatches": (make(loss="chunked", loss_chunk_tokens=5, micro_batch=2), "learned"),
-            "offload": (make(offload=True, experts=pair, recompute="full"), "learned"),
-            "no_prefetch": (make(prefetch=0, recompute="full", experts=pair), "learned"),
-            "zero2": (make(reshard=False), "learned"),
-            "skewed": (make(experts=world, recompute="full"), "95/4"),
+            "offload": (make(offload=True, expert_parallel=pair, recompute="full"), "learned"),
+            "no_prefetch": (make(prefetch=0, recompute="full", expert_parallel=pair), "learned"),
+            "zero2": (make(reshard_after_forward=False), "learned"),
+            "skewed": (make(expert_parallel=world, recompute="full"), "95/4"),
             "boundaries_on_host": (
                 changed(make(recompute="full", micro_batch=2), "activations", layer_inputs="host"), "learned"
             ),
         }  # fmt: skip
     if world == 4:
         found |= {
-            "hsdp": (make(dense_shard=2), "learned"),
+            "hsdp": (make(fsdp=2), "learned"),
             "experts_strided": (
-                changed(make(experts=2, recompute="full"), "experts", rank_placement="strided"),
+                changed(make(expert_parallel=2, recompute="full"), "experts", rank_placement="strided"),
                 "60/3",
             ),
-            SPLIT_INSIDE: (make(experts=2, recompute="full"), "learned"),
-            "experts_replicated": (changed(make(experts=2), "experts", expert_fsdp=1), "learned"),
+            SPLIT_INSIDE: (make(expert_parallel=2, recompute="full"), "learned"),
+            "experts_replicated": (changed(make(expert_parallel=2), "experts", expert_fsdp=1), "learned"),
         }
     return found
 

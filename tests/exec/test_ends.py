@@ -128,7 +128,7 @@ def test_a_second_ctrl_c_ends_a_step_that_does_not(inputs, tmp_path):
 def test_a_dry_run_that_would_not_end_is_refused(runtime):
     plan = small_plan(global_batch=2)
     many = small_model(num_attention_heads=2 * 10**6)
-    strategy = plan.strategy if runtime == "flat_units" else fsdp2(2, precision="float32")
+    strategy = plan.strategy if runtime == "flat_units" else fsdp2(2, dtype="float32")
     plan = msgspec.structs.replace(plan, model=many, strategy=strategy, stack=load_stack(strategy.stack))
     with pytest.raises(MopError, match=f"1,000,000 query heads of a KV head.* dry run of {runtime}"):
         dry_run(plan)

@@ -19,7 +19,7 @@ def in_float64(plan):
 
 
 def fsdp2_plan(world_size, **options):
-    strategy = strategies.fsdp2(world_size, precision="float64", **options)
+    strategy = strategies.fsdp2(world_size, dtype="float64", **options)
     return msgspec.structs.replace(
         small_plan(warmup_steps=2), strategy=strategy, stack=load_stack(strategy.stack)
     )
@@ -29,7 +29,7 @@ def test_the_losses_go_on_as_if_undisturbed(tmp_path):
     inputs = write_inputs(tmp_path)
     plans = [
         in_float64(small_plan(2, warmup_steps=2)),
-        fsdp2_plan(4, experts=2, recompute="full"),
+        fsdp2_plan(4, expert_parallel=2, recompute="full"),
         in_float64(small_plan(1, warmup_steps=2)),
     ]
     out, whole = tmp_path / "parts", tmp_path / "whole"

@@ -22,23 +22,36 @@ MODEL = ModelSpec(
 def cases(world: int) -> dict[str, Plan]:
     """The plans for `world` ranks, by name."""
     everything: dict[str, Any] = {
-        "sequence": 2, "experts": world, "vocabulary": world, "chunk_tokens": 20, "max_chunks": 3,
-        "ffn_chunk_tokens": 16, "loss_chunk_tokens": 20, "bucket_params": 5000, "slots": 2,
+        "context_parallel": 2, "expert_parallel": world, "vocab_parallel": world,
+        "expert_chunk_tokens": 20, "max_expert_chunks": 3,
+        "ffn_chunk_tokens": 16, "loss_chunk_tokens": 20, "optimizer_bucket_params": 5000,
+        "optimizer_slots": 2,
     }  # fmt: skip
-    fsdp: dict[str, Any] = {"sequence": 2, "experts": 2, "loss": "chunked", "loss_chunk_tokens": 20}
+    fsdp: dict[str, Any] = {
+        "context_parallel": 2,
+        "expert_parallel": 2,
+        "loss": "chunked",
+        "loss_chunk_tokens": 20,
+    }
     return {
         "mop": _plan(strategies.mop(world, **everything)),
         "mop_skewed": _plan(strategies.mop(world, **everything), "60/3"),
         "mop_zipf": _plan(strategies.mop(world, **everything), "zipf:1.2"),
-        "mop_budget": _plan(strategies.mop(world, **everything, host_budget=40000), "95/4"),
-        "mop_replicas": _plan(strategies.mop(world, **{**everything, "experts": 2, "vocabulary": 2})),
-        "mop_host_update": _plan(strategies.mop(world, **everything, state="host")),
-        "mop_microbatches": _plan(strategies.mop(world, **{**everything, "state": "device"}), batch=world),
-        "zero_offload": _plan(strategies.zero_offload(world, experts=2)),
+        "mop_budget": _plan(strategies.mop(world, **everything, offload_inputs_bytes=40000), "95/4"),
+        "mop_replicas": _plan(
+            strategies.mop(world, **{**everything, "expert_parallel": 2, "vocab_parallel": 2})
+        ),
+        "mop_host_update": _plan(strategies.mop(world, **everything, optimizer="host")),
+        "mop_microbatches": _plan(
+            strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world
+        ),
+        "zero_offload": _plan(strategies.zero_offload(world, expert_parallel=2)),
         "fsdp2": _plan(strategies.fsdp2(world, **fsdp)),
         "fsdp2_skewed": _plan(strategies.fsdp2(world, **fsdp), "60/3"),
         "fsdp2_offload": _plan(strategies.fsdp2(world, **fsdp, offload=True, prefetch=2)),
-        "fsdp2_keep": _plan(strategies.fsdp2(world, recompute="none", reshard=False), batch=2 * world),
+        "fsdp2_keep": _plan(
+            strategies.fsdp2(world, recompute="none", reshard_after_forward=False), batch=2 * world
+        ),
         "fsdp2_boundaries": _plan(_changed(strategies.fsdp2(world), "activations", layer_inputs="host")),
     }
 

@@ -19,10 +19,10 @@ GIB = 1024**3
 def full_scale(routing: str = "balanced") -> Plan:
     strategy = strategies.mop(
         96,
-        sequence=16,
-        experts=96,
-        vocabulary=8,
-        chunk_tokens=8192,
+        context_parallel=16,
+        expert_parallel=96,
+        vocab_parallel=8,
+        expert_chunk_tokens=8192,
         ffn_chunk_tokens=8192,
         loss_chunk_tokens=8192,
     )

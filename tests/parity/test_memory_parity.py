@@ -70,17 +70,20 @@ def _check(model: ModelSpec, strategy: Strategy, training: TrainSpec, within: fl
 
 
 DEMO = [
-    mop(2, experts=2, sequence=2, vocabulary=2, chunk_tokens=1024, bucket_params=50_000),
-    mop(2, experts=2, vocabulary=2, chunk_tokens=0, boundary_tier="device", state="device"),
+    mop(2, expert_parallel=2, context_parallel=2, vocab_parallel=2, expert_chunk_tokens=1024,
+    optimizer_bucket_params=50_000),
+    mop(2, expert_parallel=2, vocab_parallel=2, expert_chunk_tokens=0, offload_inputs=False,
+    optimizer="device"),
     mop(
-        4, experts=2, sequence=2, vocabulary=2, dense_shard=2, precision="float32", chunk_tokens=2048,
-        ffn_chunk_tokens=512, bucket_params=30_000, loss_chunk_tokens=512,
+        4, expert_parallel=2, context_parallel=2, vocab_parallel=2, fsdp=2, dtype="float32",
+        expert_chunk_tokens=2048,
+        ffn_chunk_tokens=512, optimizer_bucket_params=30_000, loss_chunk_tokens=512,
     ),
-    zero_offload(2, experts=2, loss="chunked"),
-    fsdp2(2, experts=2, sequence=2),
-    fsdp2(2, experts=2, loss="chunked", precision="float32"),
-    fsdp2(2, sequence=2, offload=True, loss="chunked", loss_chunk_tokens=512),
-    fsdp2(2, experts=2, recompute="none"),
+    zero_offload(2, expert_parallel=2, loss="chunked"),
+    fsdp2(2, expert_parallel=2, context_parallel=2),
+    fsdp2(2, expert_parallel=2, loss="chunked", dtype="float32"),
+    fsdp2(2, context_parallel=2, offload=True, loss="chunked", loss_chunk_tokens=512),
+    fsdp2(2, expert_parallel=2, recompute="none"),
 ]  # fmt: skip
 
 
@@ -108,6 +111,6 @@ def test_every_mechanism_in_small(name: str) -> None:
 @pytest.mark.parametrize("family", [mop, fsdp2])
 def test_the_papers_networks(name: str, world: int, seq_len: int, sequence: int, family: object) -> None:
     build_strategy = mop if family is mop else fsdp2
-    extra = {"vocabulary": 8} if family is mop else {}
-    strategy = build_strategy(world, sequence=sequence, experts=world, **extra)  # type: ignore[arg-type]
+    extra = {"vocab_parallel": 8} if family is mop else {}
+    strategy = build_strategy(world, context_parallel=sequence, expert_parallel=world, **extra)  # type: ignore[arg-type]
     _check(load_model(name), strategy, TrainSpec(seq_len=seq_len, global_batch=world // sequence), 0.01)

@@ -47,34 +47,35 @@ def random_strategies(count: int, seed: int = 9) -> Iterator[tuple[str, Case]]:
 
 def _mop(draw: random.Random, world: int, moe: bool) -> Strategy:
     return mop(
-        world, sequence=draw.choice([1, 2]), experts=draw.choice([2, 8]) if moe else 1,
-        vocabulary=draw.choice([2, 8]), chunk_tokens=draw.choice([0, 1024, 8192]),
+        world, context_parallel=draw.choice([1, 2]), expert_parallel=draw.choice([2, 8]) if moe else 1,
+        vocab_parallel=draw.choice([2, 8]), expert_chunk_tokens=draw.choice([0, 1024, 8192]),
         ffn_chunk_tokens=draw.choice([0, 1024]), loss_chunk_tokens=draw.choice([0, 1024]),
-        state=draw.choice(["device", "host_streamed", "host"]),
-        boundary_tier=draw.choice(["device", "host"]), dense_shard=draw.choice([0, 8]),
+        optimizer=draw.choice(["device", "host_streamed", "host"]),
+        offload_inputs=draw.choice([False, True]), fsdp=draw.choice([0, 8]),
     )  # fmt: skip
 
 
 def _zero(draw: random.Random, world: int, moe: bool) -> Strategy:
     return zero_offload(
-        world, sequence=draw.choice([1, 2]), experts=draw.choice([2, 8]) if moe else 1,
-        loss=draw.choice(["full", "chunked"]), boundary_tier=draw.choice(["device", "host"]),
+        world, context_parallel=draw.choice([1, 2]), expert_parallel=draw.choice([2, 8]) if moe else 1,
+        loss=draw.choice(["full", "chunked"]), offload_inputs=draw.choice([False, True]),
     )  # fmt: skip
 
 
 def _fsdp(draw: random.Random, world: int, moe: bool) -> Strategy:
     return fsdp2(
-        world, sequence=draw.choice([1, 2]), experts=draw.choice([1, 8]) if moe else 1,
+        world, context_parallel=draw.choice([1, 2]), expert_parallel=draw.choice([1, 8]) if moe else 1,
         recompute=draw.choice(["none", "full"]), loss=draw.choice(["full", "chunked"]),
-        offload=draw.choice([False, False, True]), reshard=draw.choice([True, True, False]),
-        dense_shard=draw.choice([0, 8]), prefetch=draw.choice([0, 1, 2]),
+        offload=draw.choice([False, False, True]), reshard_after_forward=draw.choice([True, True, False]),
+        fsdp=draw.choice([0, 8]), prefetch=draw.choice([0, 1, 2]),
     )  # fmt: skip
 
 
 def _megatron(draw: random.Random, world: int, moe: bool) -> Strategy:
     return megatron(
-        world, tensor=draw.choice([1, 2]), pipeline=draw.choice([1, 2]), sequence=draw.choice([1, 2]),
-        experts=draw.choice([1, 4]) if moe else 1,
+        world, tensor_parallel=draw.choice([1, 2]), pipeline_parallel=draw.choice([1, 2]),
+        context_parallel=draw.choice([1, 2]),
+        expert_parallel=draw.choice([1, 4]) if moe else 1,
         recompute=draw.choice(["none", "selective", "full"]),  # type: ignore[arg-type]
     )  # fmt: skip
 

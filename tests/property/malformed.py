@@ -137,7 +137,7 @@ def without(data: Any, path: Path) -> Any:
     return {key: value for key, value in data.items() if key != path[0]}
 
 
-STRATEGY = mop(2, precision="float32", chunk_tokens=16)
+STRATEGY = mop(2, dtype="float32", expert_chunk_tokens=16)
 
 
 def plan() -> Plan:

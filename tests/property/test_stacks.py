@@ -18,12 +18,12 @@ from mopsim.strategies import AS_STACK, STACKS, fsdp2, megatron, mop, zero_offlo
 
 MODEL = replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2, total_params=None, active_params=None)
 FAMILIES: dict[str, Strategy] = {
-    "mop": mop(8, experts=8, vocabulary=8),
-    "fsdp2": fsdp2(8, experts=8),
-    "fsdp2, kept": fsdp2(8, experts=8, recompute="none", loss="chunked"),
-    "zero_offload": zero_offload(8, experts=8),
-    "megatron": megatron(8, tensor=2, experts=4),
-    "megatron, pipeline": megatron(8, pipeline=2, experts=4, recompute="full"),
+    "mop": mop(8, expert_parallel=8, vocab_parallel=8),
+    "fsdp2": fsdp2(8, expert_parallel=8),
+    "fsdp2, kept": fsdp2(8, expert_parallel=8, recompute="none", loss="chunked"),
+    "zero_offload": zero_offload(8, expert_parallel=8),
+    "megatron": megatron(8, tensor_parallel=2, expert_parallel=4),
+    "megatron, pipeline": megatron(8, pipeline_parallel=2, expert_parallel=4, recompute="full"),
 }
 TRAINING = TrainSpec(seq_len=2048, global_batch=16)
 
@@ -99,7 +99,7 @@ def test_selective_recomputation_means_what_the_program_means() -> None:
     assert load_stack("megatron-core").resolve(strategy).activations.modules == ("core_attn",)
     kept = load_stack("torchtitan").resolve(strategy).activations
     assert (kept.recompute, kept.save_ops[0]) == ("full", "q_proj")
-    split = replace(fsdp2(8, tensor=2), activations=Activations(recompute="selective"))
+    split = replace(fsdp2(8, tensor_parallel=2), activations=Activations(recompute="selective"))
     assert load_stack("torchtitan").resolve(split).activations.modules == ("mlp",)
     listed = replace(strategy, activations=Activations(recompute="selective", modules=("moe",)))
     assert load_stack("torchtitan").resolve(listed) == listed
@@ -107,7 +107,7 @@ def test_selective_recomputation_means_what_the_program_means() -> None:
 
 def test_exchanges_are_hidden_where_a_pipeline_has_another_microbatch() -> None:
     graph = load_stack("megatron-bridge-graph")
-    plain, interleaved = megatron(8, pipeline=2), megatron(8, pipeline=2, virtual_stages=2)
+    plain, interleaved = megatron(8, pipeline_parallel=2), megatron(8, pipeline_parallel=2, virtual_stages=2)
     assert not graph.resolve(plain).overlap.experts
     assert graph.resolve(interleaved).overlap.experts
     said = replace(plain, pipeline=Pipeline(), overlap=Overlap(experts=True))

@@ -34,7 +34,9 @@ def test_a_missed_figure_is_said(speed: ModuleType) -> None:
 
 
 def test_events_are_those_of_the_simulation(speed: ModuleType) -> None:
-    step = speed.Step("", "tiny", "cpu-2core", 1, mop(2, experts=2), TrainSpec(seq_len=128, global_batch=4))
+    step = speed.Step(
+        "", "tiny", "cpu-2core", 1, mop(2, expert_parallel=2), TrainSpec(seq_len=128, global_batch=4)
+    )
     assert speed.simpy_events(step) == speed.simpy_events(step) > 100
 
 

@@ -43,8 +43,9 @@ def on_host(strategy: Strategy, budget: int = 0) -> Strategy:
 
 def pipelined(schedule: str, recompute: Recompute = "full", **changes: object) -> Strategy:
     strategy = megatron(
-        4 * STAGES, tensor=2, pipeline=STAGES, virtual_stages=2 if schedule == "interleaved" else 1,
-        experts=2, recompute=recompute,
+        4 * STAGES, tensor_parallel=2, pipeline_parallel=STAGES,
+        virtual_stages=2 if schedule == "interleaved" else 1,
+        expert_parallel=2, recompute=recompute,
     )  # fmt: skip
     pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule)
     return msgspec.structs.replace(strategy, pipeline=pipeline, **changes)
@@ -113,7 +114,11 @@ def test_copies_save_memory_and_never_time(schedule: str, recompute: Recompute) 
 @pytest.mark.parametrize("stages", [1, STAGES])
 def test_beside_another_microbatch(stages: int) -> None:
     """A forward woven with another's backward: what comes up does so before the pair."""
-    strategy = pipelined("interleaved") if stages > 1 else megatron(16, tensor=2, experts=2, recompute="full")
+    strategy = (
+        pipelined("interleaved")
+        if stages > 1
+        else megatron(16, tensor_parallel=2, expert_parallel=2, recompute="full")
+    )
     strategy = msgspec.structs.replace(strategy, overlap=Overlap(experts=True))
     plain, away = play(strategy), play(on_host(strategy))
     assert (1 - 1e-12) * plain.step_time <= away.step_time < 1.01 * plain.step_time
@@ -171,7 +176,7 @@ def test_one_microbatch_by_hand(link: float) -> None:
 
 def test_fsdp_without_recomputation_sends_them_too() -> None:
     """The executor's own schedule has no boundaries there."""
-    strategy = fsdp2(8, experts=8, recompute="none")
+    strategy = fsdp2(8, expert_parallel=8, recompute="none")
     training = TrainSpec(seq_len=4096, global_batch=8)
     plain, away = (simulate(MIXTRAL, H100, 1, one, training) for one in (strategy, on_host(strategy)))
     assert away.host_memory == 15 * 4096 * 4096 * 2

@@ -25,20 +25,21 @@ def drawn(seed: int) -> tuple[str, Strategy, int]:
     seq_len = rng.choice((1024, 4096, 16384))
     found = (
         mop(
-            16, sequence=two, experts=experts, vocabulary=rng.choice((1, 8)),
-            chunk_tokens=rng.choice((1024, 8192)),
-            boundary_tier=rng.choice(("device", "host")), host_budget=rng.choice((0, 2**30)),
-            state=rng.choice(("device", "host_streamed", "host")),
+            16, context_parallel=two, expert_parallel=experts, vocab_parallel=rng.choice((1, 8)),
+            expert_chunk_tokens=rng.choice((1024, 8192)),
+            offload_inputs=rng.choice((False, True)), offload_inputs_bytes=rng.choice((0, 2**30)),
+            optimizer=rng.choice(("device", "host_streamed", "host")),
         ),
         fsdp2(
-            16, experts=experts, recompute=rng.choice(("none", "full")), loss=rng.choice(("full", "chunked")),
-            offload=rng.random() < 0.3, tensor=two,
+            16, expert_parallel=experts, recompute=rng.choice(("none", "full")), loss=rng.choice(("full",
+            "chunked")),
+            offload=rng.random() < 0.3, tensor_parallel=two,
         ),
         megatron(
-            16, tensor=two, experts=max(1, experts // two),
+            16, tensor_parallel=two, expert_parallel=max(1, experts // two),
             recompute=rng.choice(("none", "selective", "full")),
         ),
-        zero_offload(16, experts=experts),
+        zero_offload(16, expert_parallel=experts),
     )  # fmt: skip
     return name, rng.choice(found), seq_len
 
@@ -84,7 +85,7 @@ def test_what_earlier_layers_left_a_stream_is_not_held_over_a_gap(card: str, seq
 
 
 def test_most_ops_of_sixty_layers_are_not_played() -> None:
-    short, whole = both("mop_1t", mop(16, experts=16, vocabulary=8), 4096)
+    short, whole = both("mop_1t", mop(16, expert_parallel=16, vocab_parallel=8), 4096)
     assert short.num_events < whole.num_events / 3
 
 

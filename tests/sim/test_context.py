@@ -152,7 +152,7 @@ def test_a_step_of_one_sequence_and_one_microbatch() -> None:
 
 def test_what_is_best_elsewhere_stays_legal() -> None:
     """As many tokens a rank for another length, only where tensor x sequence still divides the ranks."""
-    wide = fsdp2(16, tensor=8, sequence=2, exchange="all_gather", micro_batch=2)
+    wide = fsdp2(16, tensor_parallel=8, context_parallel=2, context_exchange="all_gather", micro_batch=2)
     assert {one.attention.context_parallel for one in _alike(wide, 2.0)} == {2}
     assert {one.micro_batch for one in _alike(wide, 2.0)} == {2, 1}
     assert {(one.attention.context_parallel, one.micro_batch) for one in _alike(wide, 0.5)} == {

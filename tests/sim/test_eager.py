@@ -45,7 +45,7 @@ def test_a_norm_by_hand() -> None:
 
 @pytest.mark.parametrize("part", [*ALL, "accumulation"])
 def test_what_is_composed_costs_time_and_launches_but_no_products(part: Unfused) -> None:
-    strategy = megatron(8, experts=2)
+    strategy = megatron(8, expert_parallel=2)
     training = TrainSpec(seq_len=64, global_batch=strategy.data_groups * strategy.micro_batch)
     fused, eager = (
         simulate(small(), machine(), 1, strategy, training, software)
@@ -83,7 +83,7 @@ def test_copies_of_a_word_choose_alike_and_load_few_ranks() -> None:
 def test_a_row_goes_once_to_a_rank_however_many_of_its_choices_lie_there() -> None:
     """4 experts on 4 ranks, 2 a token: at worst every row goes to the busiest rank, not more than once."""
     model = msgspec.structs.replace(small(), num_local_experts=4, num_experts_per_tok=2)
-    plan = megatron(4, experts=4)
+    plan = megatron(4, expert_parallel=4)
     once = msgspec.structs.replace(plan.experts, token_dispatcher="deepep")
     plan = msgspec.structs.replace(plan, experts=once)
 
@@ -96,7 +96,7 @@ def test_a_row_goes_once_to_a_rank_however_many_of_its_choices_lie_there() -> No
 
 
 def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> None:
-    plan = megatron(4, experts=4)
+    plan = megatron(4, expert_parallel=4)
     training = TrainSpec(seq_len=64, global_batch=plan.data_groups * plan.micro_batch)
 
     def works(mapped: bool) -> list[Work]:
@@ -116,7 +116,7 @@ def test_a_mapped_dispatch_gathers_the_choices_of_all_rows_once_a_forward() -> N
 
 
 def test_what_a_mapped_dispatch_exposes_is_booked_on_its_gather_and_its_exchange() -> None:
-    plan = megatron(4, experts=4)
+    plan = megatron(4, expert_parallel=4)
     experts = msgspec.structs.replace(plan.experts, token_dispatcher="hybridep")
     plan = msgspec.structs.replace(plan, experts=experts)
     training = TrainSpec(seq_len=4096, global_batch=plan.data_groups * plan.micro_batch)

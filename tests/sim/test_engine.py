@@ -110,31 +110,34 @@ STRATEGIES = st.one_of(
     st.builds(
         mop,
         st.just(8),
-        sequence=st.sampled_from([1, 2, 8]),
-        experts=st.sampled_from([1, 2, 8]),
-        vocabulary=st.sampled_from([1, 4]),
-        chunk_tokens=st.sampled_from([0, 64, 500]),
-        dense_shard=st.sampled_from([1, 4, 8]),
-        state=st.sampled_from(["device", "host", "host_streamed"]),
-        boundary_tier=st.sampled_from(["device", "host"]),
+        context_parallel=st.sampled_from([1, 2, 8]),
+        expert_parallel=st.sampled_from([1, 2, 8]),
+        vocab_parallel=st.sampled_from([1, 4]),
+        expert_chunk_tokens=st.sampled_from([0, 64, 500]),
+        fsdp=st.sampled_from([1, 4, 8]),
+        optimizer=st.sampled_from(["device", "host", "host_streamed"]),
+        offload_inputs=st.sampled_from([False, True]),
         prefetch=st.integers(0, 2),
         ffn_chunk_tokens=st.sampled_from([0, 100]),
-        bucket_params=st.sampled_from([1000, 10**8]),
-        precision=st.sampled_from(["bfloat16", "float32"]),
+        optimizer_bucket_params=st.sampled_from([1000, 10**8]),
+        dtype=st.sampled_from(["bfloat16", "float32"]),
     ),
     st.builds(
         fsdp2,
         st.just(8),
-        sequence=st.sampled_from([1, 2]),
-        experts=st.sampled_from([1, 8]),
+        context_parallel=st.sampled_from([1, 2]),
+        expert_parallel=st.sampled_from([1, 8]),
         recompute=st.sampled_from(["none", "full"]),
         loss=st.sampled_from(["full", "chunked"]),
         offload=st.booleans(),
         prefetch=st.integers(0, 2),
-        precision=st.sampled_from(["bfloat16", "float32"]),
+        dtype=st.sampled_from(["bfloat16", "float32"]),
     ),
     st.builds(
-        zero_offload, st.just(8), experts=st.sampled_from([1, 8]), loss=st.sampled_from(["full", "chunked"])
+        zero_offload,
+        st.just(8),
+        expert_parallel=st.sampled_from([1, 8]),
+        loss=st.sampled_from(["full", "chunked"]),
     ),
 )
 ROUTINGS = st.sampled_from(["balanced", "90/2", "50/4"])
@@ -232,7 +235,7 @@ def test_components_add_up_to_the_step(strategy: Strategy, routing: str) -> None
 
 
 def test_timeline_peaks_where_the_table_says() -> None:
-    strategy = mop(8, sequence=2, experts=8, vocabulary=4)
+    strategy = mop(8, context_parallel=2, expert_parallel=8, vocab_parallel=4)
     training = _training(strategy, 2, "balanced")
     result = simulate(MODEL, machine(), 1, strategy, training, timeline=True)
     assert max(size for _, size in result.memory_curve) == result.peak_memory
@@ -242,7 +245,7 @@ def test_timeline_peaks_where_the_table_says() -> None:
 
 
 def test_step_constant_and_launches_are_paid() -> None:
-    strategy = mop(8, experts=8)
+    strategy = mop(8, expert_parallel=8)
     training = _training(strategy, 1, "balanced")
     device = msgspec.structs.replace(machine().device, launch_overhead=quantity(10, "us"))
     slower = msgspec.structs.replace(machine(), device=device)
@@ -256,7 +259,7 @@ def test_step_constant_and_launches_are_paid() -> None:
 
 
 def test_skew_costs_time_and_memory() -> None:
-    strategy = fsdp2(8, experts=8)
+    strategy = fsdp2(8, expert_parallel=8)
     even = simulate(MODEL, machine(), 1, strategy, _training(strategy, 1, "balanced"))
     skewed = simulate(MODEL, machine(), 1, strategy, _training(strategy, 1, "90/2"))
     assert skewed.step_time > even.step_time
@@ -315,7 +318,7 @@ def test_a_graph_is_one_launch_and_a_graph_of_the_step_none() -> None:
 @pytest.mark.parametrize("experts", [1, 8])
 def test_time_scales_with_host_and_device_together(experts: int) -> None:
     """What calibration relies on: twice the seconds of everything are twice the step."""
-    strategy = fsdp2(8, experts=experts)
+    strategy = fsdp2(8, expert_parallel=experts)
     training = _training(strategy, 2, "balanced")
     once = simulate(MODEL, _eager(10), 1, strategy, training)
     corrections = {kind: Correction(scale=2.0) for kind in WORK_KINDS}
@@ -341,10 +344,17 @@ def test_nothing_is_exposed_longer_than_it_is_busy(
     """Waits are booked on what ran meanwhile: a collective is not blamed for what it queued behind. A step is
     the undisturbed kernels, and what is exposed."""
     strategy = {
-        "mop": mop(8, sequence=2, experts=4, vocabulary=8, boundary_tier="host", chunk_tokens=128),
-        "fsdp2": fsdp2(8, sequence=2, experts=4, recompute="full"),
-        "megatron": megatron(8, tensor=2, experts=4),
-        "pipeline": megatron(8, tensor=2, pipeline=2, experts=2),
+        "mop": mop(
+            8,
+            context_parallel=2,
+            expert_parallel=4,
+            vocab_parallel=8,
+            offload_inputs=True,
+            expert_chunk_tokens=128,
+        ),
+        "fsdp2": fsdp2(8, context_parallel=2, expert_parallel=4, recompute="full"),
+        "megatron": megatron(8, tensor_parallel=2, expert_parallel=4),
+        "pipeline": megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2),
     }[name]
     toy = machine(scale_up=wire, share=share)
     host = msgspec.structs.replace(toy.host, cpu_launch_time=quantity(issue, "us"))

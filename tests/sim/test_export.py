@@ -52,7 +52,7 @@ def plan(strategy: Strategy, model: str = "qwen3_30b_a3b") -> Plan:
 
 def fsdp_context() -> Strategy:
     """FSDP2 on 32 ranks, context parallelism 2 by all-gather, HSDP over two nodes."""
-    made = fsdp2(32, experts=8, sequence=2, dense_shard=16)
+    made = fsdp2(32, expert_parallel=8, context_parallel=2, fsdp=16)
     attention = replace(made.attention, cp_comm_type="all_gather")
     return replace(made, attention=attention, experts=replace(made.experts, expert_fsdp=2))
 
@@ -84,14 +84,22 @@ def test_torchtitan_by_hand() -> None:
 
 
 def test_torchtitan_offloads_all_or_nothing() -> None:
-    text, _ = export(plan(fsdp2(32, experts=8, offload=True)), "torchtitan")
+    text, _ = export(plan(fsdp2(32, expert_parallel=8, offload=True)), "torchtitan")
     assert tomllib.loads(text)["training"]["enable_cpu_offload"] is True
     with pytest.raises(MopError, match=r"precision\.param"):
-        export(plan(zero_offload(32, experts=8)), "torchtitan")
+        export(plan(zero_offload(32, expert_parallel=8)), "torchtitan")
 
 
 def test_megatron_bridge_by_hand() -> None:
-    made = megatron(32, tensor=2, pipeline=2, virtual_stages=2, sequence=2, experts=8, recompute="selective")
+    made = megatron(
+        32,
+        tensor_parallel=2,
+        pipeline_parallel=2,
+        virtual_stages=2,
+        context_parallel=2,
+        expert_parallel=8,
+        recompute="selective",
+    )
     made = replace(made, activations=replace(made.activations, modules=("core_attn", "moe_act")))
     text, gaps = export(plan(made), "megatron-bridge")
     found = yaml.safe_load(text)
@@ -119,7 +127,7 @@ def test_megatron_bridge_by_hand() -> None:
 
 
 def test_parts_of_a_pipeline_are_written_or_refused() -> None:
-    made = megatron(32, pipeline=2, experts=8)
+    made = megatron(32, pipeline_parallel=2, expert_parallel=8)
     made = replace(made, pipeline=replace(made.pipeline, layers=(26, 22)))
     text, _ = export(plan(made), "megatron-bridge")
     layout = yaml.safe_load(text)["model"]["pipeline_model_parallel_layout"]
@@ -129,7 +137,7 @@ def test_parts_of_a_pipeline_are_written_or_refused() -> None:
 
 
 def test_megatron_bridge_offloads_a_fraction_of_the_state() -> None:
-    made = megatron(32, experts=8)
+    made = megatron(32, expert_parallel=8)
     host = replace(made.optimizer, state_tier="host", update_on="host", host_fraction=0.5)
     found = yaml.safe_load(export(plan(replace(made, optimizer=host)), "megatron-bridge")[0])
     assert found["optimizer"]["optimizer_cpu_offload"] is True
@@ -138,7 +146,7 @@ def test_megatron_bridge_offloads_a_fraction_of_the_state() -> None:
 
 def test_megatron_bridge_offloads_the_inputs_of_layers() -> None:
     def offloading(recompute: Literal["none", "full"]) -> tuple[str, list[SpecError]]:
-        made = megatron(32, experts=8, recompute=recompute, boundary_tier="host")
+        made = megatron(32, expert_parallel=8, recompute=recompute, offload_inputs=True)
         return export(plan(made), "megatron-bridge", lossy=True)
 
     text, gaps = offloading("none")
@@ -152,7 +160,7 @@ def test_megatron_bridge_offloads_the_inputs_of_layers() -> None:
 
 
 def test_deepspeed_offloads_no_input_that_it_does_not_recompute_from() -> None:
-    made = zero_offload(32, experts=8, boundary_tier="host")
+    made = zero_offload(32, expert_parallel=8, offload_inputs=True)
     none = replace(made, activations=replace(made.activations, recompute="none"))
     with pytest.raises(MopError, match=r"activations\.layer_inputs"):
         export(plan(none), "deepspeed")
@@ -160,7 +168,7 @@ def test_deepspeed_offloads_no_input_that_it_does_not_recompute_from() -> None:
 
 def test_deepspeed_by_hand() -> None:
     """64 sequences over 32 data groups of one sequence each: two microbatches."""
-    text, gaps = export(plan(zero_offload(32, experts=8, boundary_tier="host")), "deepspeed")
+    text, gaps = export(plan(zero_offload(32, expert_parallel=8, offload_inputs=True)), "deepspeed")
     found = json.loads(text)
     assert not gaps
     assert found["train_batch_size"] == 64
@@ -178,21 +186,33 @@ def test_deepspeed_by_hand() -> None:
 
 
 def test_deepspeed_ulysses_and_shards_over_fewer_ranks() -> None:
-    found = json.loads(export(plan(zero_offload(32, sequence=4, dense_shard=8)), "deepspeed")[0])
+    found = json.loads(export(plan(zero_offload(32, context_parallel=4, fsdp=8)), "deepspeed")[0])
     assert found["sequence_parallel_size"] == 4
     assert found["gradient_accumulation_steps"] == 8
     assert found["zero_optimization"]["mics_shard_size"] == 8
 
 
 REFUSED: list[tuple[Callable[[], Strategy], str, str]] = [
-    (lambda: mop(32, experts=8, vocabulary=8), "deepspeed", "strategy.vocabulary.loss: 'ring'"),
-    (lambda: mop(32, experts=8, vocabulary=8), "torchtitan", "strategy.vocabulary.loss: 'ring'"),
-    (lambda: mop(32, experts=8, vocabulary=8), "megatron-bridge", "strategy.vocabulary.loss: 'ring'"),
-    (lambda: megatron(32, pipeline=2, experts=8), "deepspeed", "strategy.pipeline.pipeline_parallel: 2"),
-    (lambda: fsdp2(32, sequence=2), "torchtitan", "strategy.attention.cp_comm_type: 'ulysses'"),
+    (lambda: mop(32, expert_parallel=8, vocab_parallel=8), "deepspeed", "strategy.vocabulary.loss: 'ring'"),
+    (lambda: mop(32, expert_parallel=8, vocab_parallel=8), "torchtitan", "strategy.vocabulary.loss: 'ring'"),
+    (
+        lambda: mop(32, expert_parallel=8, vocab_parallel=8),
+        "megatron-bridge",
+        "strategy.vocabulary.loss: 'ring'",
+    ),
+    (
+        lambda: megatron(32, pipeline_parallel=2, expert_parallel=8),
+        "deepspeed",
+        "strategy.pipeline.pipeline_parallel: 2",
+    ),
+    (lambda: fsdp2(32, context_parallel=2), "torchtitan", "strategy.attention.cp_comm_type: 'ulysses'"),
     (lambda: fsdp2(32, loss="chunked"), "torchtitan", "strategy.vocabulary.loss: 'chunked'"),
-    (lambda: zero_offload(32, sequence=2, experts=8), "deepspeed", "strategy.attention.context_parallel: 2"),
-    (lambda: megatron(32, tensor=2, experts=8), "torchtitan", "strategy.dense.zero: 1"),
+    (
+        lambda: zero_offload(32, context_parallel=2, expert_parallel=8),
+        "deepspeed",
+        "strategy.attention.context_parallel: 2",
+    ),
+    (lambda: megatron(32, tensor_parallel=2, expert_parallel=8), "torchtitan", "strategy.dense.zero: 1"),
     (lambda: fsdp2(32), "megatron-bridge", "strategy.precision.param: 'float32'"),
     (lambda: fsdp2(32), "deepspeed", "strategy.precision.param: 'float32'"),
 ]
@@ -223,14 +243,14 @@ def test_an_unknown_model_has_no_flavor() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_file_says_what_its_keys_were_checked_against(target: str) -> None:
-    text, _ = export(plan(mop(32, experts=8)), target, lossy=True)
+    text, _ = export(plan(mop(32, expert_parallel=8)), target, lossy=True)
     assert f"Keys checked against {TARGETS[target].checked}" in text
 
 
 @settings(deadline=None, max_examples=60)
 @given(family=st.sampled_from(sorted(AXES)), place=st.floats(0, 1, exclude_max=True))
 def test_every_strategy_of_the_search_is_written_or_refused(family: str, place: float) -> None:
-    base = plan(mop(32, experts=8))
+    base = plan(mop(32, expert_parallel=8))
     toy = machine()
     space = generate(Problem(base.model, toy, 4, base.training, total_params(base.model)), family)
     made = replace(base, strategy=space.build(int(place * len(space))), stack=space.stack)
@@ -261,7 +281,7 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     source, out = tmp_path / "plan.yaml", tmp_path / "ds.json"
-    io.write_yaml(source, plan(mop(32, experts=8, vocabulary=8)))
+    io.write_yaml(source, plan(mop(32, expert_parallel=8, vocab_parallel=8)))
     common = ["--plan", str(source), "--to", "deepspeed", "--out", str(out)]
     assert call(monkeypatch, *common) == 2
     err = capsys.readouterr().err
@@ -303,7 +323,7 @@ def test_what_is_left_of_a_plan_is_simulated() -> None:
         name=machine.name, digest=io.digest(machine), num_nodes=2, devices_per_node=8,
         memory_limit=machine.memory_limit(), host_limit=1,
     )  # fmt: skip
-    strategy = mop(16, experts=8, vocabulary=8, boundary_tier="host", micro_batch=4)
+    strategy = mop(16, expert_parallel=8, vocab_parallel=8, offload_inputs=True, micro_batch=4)
     training = TrainSpec(seq_len=32768, global_batch=64)
     given = Plan(
         model=load_model("qwen3_30b_a3b"),

@@ -16,9 +16,9 @@ from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 B200 = load_profile("b200-sxm-192g")
 MIXTRAL = msgspec.structs.replace(load_model("mixtral_8x7b"), num_hidden_layers=4)
 FAMILIES = {
-    "mop": mop(8, experts=8, vocabulary=8, boundary_tier="device"),
-    "fsdp2": fsdp2(8, experts=8),
-    "megatron": megatron(8, tensor=2, experts=4),
+    "mop": mop(8, expert_parallel=8, vocab_parallel=8, offload_inputs=False),
+    "fsdp2": fsdp2(8, expert_parallel=8),
+    "megatron": megatron(8, tensor_parallel=2, expert_parallel=4),
 }
 
 
@@ -46,10 +46,10 @@ def test_eight_and_four_bit_products_are_faster(family: str) -> None:
     "strategy",
     [
         FAMILIES["mop"],
-        zero_offload(8, experts=8, loss="chunked"),
-        zero_offload(8, experts=8),
+        zero_offload(8, expert_parallel=8, loss="chunked"),
+        zero_offload(8, expert_parallel=8),
         FAMILIES["megatron"],
-        fsdp2(8, experts=8, loss="chunked"),
+        fsdp2(8, expert_parallel=8, loss="chunked"),
         part(FAMILIES["megatron"], "vocabulary", loss="chunked", chunk_tokens=1024, vocab_parallel=1),
     ],
     ids=["ring", "chunked", "full", "vocab_parallel", "fsdp2_chunked", "megatron_chunked"],
@@ -85,7 +85,9 @@ def test_a_layer_that_predicts_further_costs_time_and_memory(family: str) -> Non
 
 
 @pytest.mark.parametrize("update", ["host", "device"])
-@pytest.mark.parametrize("strategy", [zero_offload(8, experts=8), FAMILIES["mop"]], ids=["zero", "mop"])
+@pytest.mark.parametrize(
+    "strategy", [zero_offload(8, expert_parallel=8), FAMILIES["mop"]], ids=["zero", "mop"]
+)
 def test_a_part_of_the_optimizer_on_the_host_costs_a_part_of_its_time(
     strategy: Strategy, update: str
 ) -> None:
@@ -117,7 +119,7 @@ def test_zero_2_keeps_parameters_until_the_backward_under_fsdp2() -> None:
 
 
 def test_hybrid_sharding_reduces_over_replicas_and_holds_more() -> None:
-    whole, hybrid = run(fsdp2(8, experts=1)), run(fsdp2(8, experts=1, dense_shard=4))
+    whole, hybrid = run(fsdp2(8, expert_parallel=1)), run(fsdp2(8, expert_parallel=1, fsdp=4))
     assert hybrid.resident_memory > whole.resident_memory
     assert hybrid.busy["all_reduce"] > whole.busy["all_reduce"]
     assert hybrid.busy["all_gather"] < whole.busy["all_gather"]

@@ -23,9 +23,9 @@ from tests.software import changed
 MODEL = msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2)
 MACHINE = load_profile("h200-sxm-141g")
 FAMILIES = {
-    "mop": mop(8, experts=8, vocabulary=8),
-    "fsdp2": fsdp2(8, experts=8, loss="chunked"),
-    "megatron": megatron(8, experts=8, recompute="full"),
+    "mop": mop(8, expert_parallel=8, vocab_parallel=8),
+    "fsdp2": fsdp2(8, expert_parallel=8, loss="chunked"),
+    "megatron": megatron(8, expert_parallel=8, recompute="full"),
 }
 SHARES = (0.1, *(0.9 / 127,) * 127)
 
@@ -62,7 +62,9 @@ def test_nothing_moves_where_loads_are_even(family: str) -> None:
 
 
 def test_a_rank_computes_the_same_part_of_every_chunk() -> None:
-    strategy = _with(mop(8, experts=8, chunk_tokens=1024, max_chunks=8), balance="least_loaded")
+    strategy = _with(
+        mop(8, expert_parallel=8, expert_chunk_tokens=1024, max_expert_chunks=8), balance="least_loaded"
+    )
     training = TrainSpec(seq_len=8192, global_batch=8, routing="60/16")
     context = make_context(MODEL, strategy, training, 8)
     routes = 8 * sum(routing_counts("60/16", 8192, 1, 0, 128, 8)) / 8
@@ -76,7 +78,7 @@ def test_a_rank_computes_the_same_part_of_every_chunk() -> None:
 
 
 def test_the_host_places_rows_of_divided_experts_and_reads_the_rows_of_every_chunk() -> None:
-    strategy = _with(mop(8, experts=8, chunk_tokens=2048), balance="least_loaded")
+    strategy = _with(mop(8, expert_parallel=8, expert_chunk_tokens=2048), balance="least_loaded")
     nested = changed("mopexec-flat", recompute={"chunk_inputs": "nested"})
 
     def ops(routing: RoutingProfile) -> list[Op]:
@@ -98,7 +100,7 @@ def test_the_host_places_rows_of_divided_experts_and_reads_the_rows_of_every_chu
 
 def test_nested_checkpoints_hold_what_arrived_for_all_chunks() -> None:
     training = TrainSpec(seq_len=65536, global_batch=8)
-    chunked = mop(8, experts=8, vocabulary=8, chunk_tokens=8192)
+    chunked = mop(8, expert_parallel=8, vocab_parallel=8, expert_chunk_tokens=8192)
     arrived = 65536 * 8 * 2048 * 2
     most = []
     for how in ("redispatch", "nested"):

@@ -21,7 +21,7 @@ MODEL = small()
 @settings(deadline=None)
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 8]))
 def test_units_hold_every_parameter_once(shard: int, experts: int, vocabulary: int) -> None:
-    strategy = mop(8, experts=experts, dense_shard=shard, vocabulary=vocabulary)
+    strategy = mop(8, expert_parallel=experts, fsdp=shard, vocab_parallel=vocabulary)
     units = make_context(MODEL, strategy, TrainSpec(seq_len=64, global_batch=8), 8).units()
     held = 0.0
     for unit in units:
@@ -40,7 +40,9 @@ def test_units_hold_every_parameter_once(shard: int, experts: int, vocabulary: i
 )
 def test_routes_are_those_of_the_layout(tokens: int, chunks: int, routing: str, degree: int) -> None:
     """The most loaded rank's rows: `degree` senders that all route alike."""
-    strategy = mop(8, experts=degree, chunk_tokens=max(1, tokens // chunks), max_chunks=chunks)
+    strategy = mop(
+        8, expert_parallel=degree, expert_chunk_tokens=max(1, tokens // chunks), max_expert_chunks=chunks
+    )
     context = make_context(MODEL, strategy, TrainSpec(seq_len=tokens, global_batch=8, routing=routing), 8)
     for index in range(context.chunks):
         counts = routing_counts(routing, tokens, context.chunks, index, 8, 2)
@@ -96,7 +98,7 @@ def test_interleaved_orders_can_be_played(stages: int, virtual: int, microbatche
 def test_dispatch_guarantee_is_the_papers_figure() -> None:
     """2 Ep k c_eff H b at W=96, H=7168, k=8, N=65,536, K=10 is 134 GiB (arXiv 2607.01844)."""
     model = small(hidden_size=7168, num_local_experts=96, num_experts_per_tok=8, first_k_dense_replace=0)
-    strategy = mop(96, experts=96, chunk_tokens=1000, max_chunks=10)
+    strategy = mop(96, expert_parallel=96, expert_chunk_tokens=1000, max_expert_chunks=10)
     workload = lower(model, strategy, TrainSpec(seq_len=65536, global_batch=96), 8)
     assert workload.guarantee / 1024**3 == pytest.approx(134, abs=0.5)
 
@@ -111,7 +113,9 @@ def test_the_number_of_chunks_hardly_moves_a_step() -> None:
     model, hardware = load_model("mixtral_8x7b"), load_profile("h100-sxm-80g")
     training = TrainSpec(seq_len=32768, global_batch=8)
     steps = [
-        simulate(model, hardware, 1, mop(8, experts=8, chunk_tokens=-(-32768 // chunks)), training).step_time
+        simulate(
+            model, hardware, 1, mop(8, expert_parallel=8, expert_chunk_tokens=-(-32768 // chunks)), training
+        ).step_time
         for chunks in range(1, 9)
     ]
     assert max(steps) <= 1.05 * min(steps)

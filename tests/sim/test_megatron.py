@@ -82,7 +82,9 @@ def test_selective_recomputation_drops_what_it_names() -> None:
 @pytest.mark.parametrize("stages", [2, 4])
 def test_composed_microbatches_equal_expanded_ones(schedule: str, stages: int) -> None:
     virtual = 2 if schedule == "interleaved" else 1
-    strategy = megatron(8 * stages, tensor=2, pipeline=stages, virtual_stages=virtual, experts=2)
+    strategy = megatron(
+        8 * stages, tensor_parallel=2, pipeline_parallel=stages, virtual_stages=virtual, expert_parallel=2
+    )
     pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule)
     strategy = with_(strategy, pipeline=pipeline)
     model = small(num_hidden_layers=8)
@@ -108,7 +110,9 @@ def test_hosts_that_wait_for_each_other_go_on(
     host = msgspec.structs.replace(MACHINE.host, cpu_launch_time=quantity(10, "us"))
     slow = msgspec.structs.replace(MACHINE, host=host)
     overlap = msgspec.structs.replace(overlap, experts=woven)
-    strategy = megatron(2 * stages, pipeline=stages, virtual_stages=virtual, experts=2, overlap=overlap)
+    strategy = megatron(
+        2 * stages, pipeline_parallel=stages, virtual_stages=virtual, expert_parallel=2, overlap=overlap
+    )
     training = TrainSpec(seq_len=64, global_batch=2 * microbatches)
     result = simulate(small(num_hidden_layers=12), slow, 4, strategy, training)
     free = simulate(small(num_hidden_layers=12), MACHINE, 4, strategy, training)
@@ -118,7 +122,7 @@ def test_hosts_that_wait_for_each_other_go_on(
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
 def test_a_schedule_of_one_part_a_stage_is_refused_for_several(schedule: str) -> None:
-    strategy = megatron(4, pipeline=2, virtual_stages=2)
+    strategy = megatron(4, pipeline_parallel=2, virtual_stages=2)
     pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule)
     with pytest.raises(SpecError, match=rf"pipeline.schedule: '{schedule}' .* needs interleaved"):
         with_(strategy, pipeline=pipeline)
@@ -127,7 +131,7 @@ def test_a_schedule_of_one_part_a_stage_is_refused_for_several(schedule: str) ->
 @pytest.mark.parametrize(("stages", "virtual", "microbatches"), [(4, 1, 8), (4, 2, 8), (2, 4, 4), (8, 1, 16)])
 def test_bubble_of_equal_stages(stages: int, virtual: int, microbatches: int) -> None:
     """(p - 1) / (m v) of arXiv 2104.04473, on a network whose embedding and loss hardly count."""
-    strategy = megatron(stages, pipeline=stages, virtual_stages=virtual)
+    strategy = megatron(stages, pipeline_parallel=stages, virtual_stages=virtual)
     model = deep(8 if virtual < 4 else 16)
     found = play(model, strategy, microbatches, 16384)  # long sequences: the optimizer hardly counts
     one = play(model, megatron(1), microbatches, 16384)
@@ -136,7 +140,7 @@ def test_bubble_of_equal_stages(stages: int, virtual: int, microbatches: int) ->
 
 
 def test_zero_bubble_is_faster_and_holds_more() -> None:
-    strategy = megatron(4, pipeline=4)
+    strategy = megatron(4, pipeline_parallel=4)
     zero = with_(strategy, pipeline=msgspec.structs.replace(strategy.pipeline, schedule="zero_bubble"))
     plain, split = play(deep(), strategy, 8), play(deep(), zero, 8)
     assert split.step_time < plain.step_time
@@ -145,7 +149,7 @@ def test_zero_bubble_is_faster_and_holds_more() -> None:
 
 def test_zero_bubble_splits_the_layers_that_predict_further() -> None:
     """Their weight gradients come later too: the same products in a step, nothing left over."""
-    strategy = megatron(4, pipeline=4)
+    strategy = megatron(4, pipeline_parallel=4)
     zero = with_(strategy, pipeline=msgspec.structs.replace(strategy.pipeline, schedule="zero_bubble"))
     model = deep(num_nextn_predict_layers=2)
     plain, split = play(model, strategy, 8), play(model, zero, 8)
@@ -163,7 +167,13 @@ def test_bytes_of_deepseek_v3(tensor: int, pipeline: int, experts: int, etp: int
     multi_latent_attention.py: parallel_mode "duplicated").
     """
     model, world = load_model("deepseek_v3"), 512
-    strategy = megatron(world, tensor=tensor, pipeline=pipeline, experts=experts, expert_tensor=etp)
+    strategy = megatron(
+        world,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        expert_parallel=experts,
+        expert_tensor_parallel=etp,
+    )
     workload = lower(model, strategy, TrainSpec(seq_len=4096, global_batch=1024), 8)
     held = {"params": 0, "grads": 0, "optimizer": 0}
     for program in workload.programs:
@@ -190,9 +200,9 @@ def test_bytes_of_deepseek_v3(tensor: int, pipeline: int, experts: int, etp: int
 
 def test_the_worst_stage_is_reported() -> None:
     """Equal layers: the first stage holds the most microbatches of 1F1B."""
-    strategy, model = megatron(4, pipeline=4), deep()
+    strategy, model = megatron(4, pipeline_parallel=4), deep()
     result = play(model, strategy, 8)
-    one = play(model, megatron(4, pipeline=1), 4)
+    one = play(model, megatron(4, pipeline_parallel=1), 4)
     layer = decoder_layer(model, Shapes(256, 256, fused=True), 0)
     kept = sum(size for item in forward(layer, plan(layer, "none", ())) for _, size in item.memory)
     assert result.memory_by_category["activations"] >= 4 * 2 * kept  # 4 in flight, of 2 layers
@@ -213,7 +223,13 @@ def test_zero_levels_hold_less_and_less() -> None:
 
 def test_recomputation_trades_memory_for_time() -> None:
     results = [
-        play(deep(), megatron(8, tensor=2, pipeline=2, recompute=recompute, modules=modules), 32)
+        play(
+            deep(),
+            megatron(
+                8, tensor_parallel=2, pipeline_parallel=2, recompute=recompute, recompute_modules=modules
+            ),
+            32,
+        )
         for recompute, modules in (("none", ()), ("selective", ("mlp",)), ("full", ()))
     ]
     memory = [result.peak_memory for result in results]
@@ -226,7 +242,7 @@ def test_recomputation_trades_memory_for_time() -> None:
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "ulysses"])
 def test_context_parallelism_divides_activations(exchange: str) -> None:
     def at(sequence: int) -> SimResult:
-        strategy = megatron(8, sequence=sequence, tensor=2)
+        strategy = megatron(8, context_parallel=sequence, tensor_parallel=2)
         attention = msgspec.structs.replace(strategy.attention, cp_comm_type=exchange)
         return play(deep(num_key_value_heads=8), with_(strategy, attention=attention), 8, 1024)
 
@@ -238,13 +254,13 @@ def test_context_parallelism_divides_activations(exchange: str) -> None:
 
 
 def test_a_ring_hides_behind_long_attention() -> None:
-    strategy = megatron(4, sequence=4)
+    strategy = megatron(4, context_parallel=4)
     result = play(deep(), strategy, 1, 32768)
     assert result.exposed.get("send_recv", 0.0) < 0.05 * result.busy["send_recv"]
 
 
 def test_overlapped_gradients_and_parameters_cost_less() -> None:
-    strategy = megatron(8, tensor=2)
+    strategy = megatron(8, tensor_parallel=2)
     hidden = with_(strategy, overlap=Overlap(grad_reduce=True, param_gather=True))
     plain, overlapped = (play(deep(), one, 8) for one in (strategy, hidden))
     assert overlapped.step_time < plain.step_time
@@ -288,8 +304,8 @@ def test_experts_have_data_parallel_groups_of_their_own() -> None:
     """TP 2 x EP 8 folded on 8 ranks: experts are not split by the tensor group, and travel over all 8
     ranks."""
     model = small()
-    folded = play(model, megatron(8, tensor=2, experts=8), 8)
-    split = play(model, megatron(8, tensor=2, experts=4, expert_tensor=2), 8)
+    folded = play(model, megatron(8, tensor_parallel=2, expert_parallel=8), 8)
+    split = play(model, megatron(8, tensor_parallel=2, expert_parallel=4, expert_tensor_parallel=2), 8)
     assert folded.busy["all_to_all"] > 0
     assert split.busy["all_gather"] > folded.busy["all_gather"]
     assert folded.resident_memory == pytest.approx(split.resident_memory, rel=0.01)
@@ -298,7 +314,7 @@ def test_experts_have_data_parallel_groups_of_their_own() -> None:
 def test_tied_embeddings_are_summed_over_first_and_last_stage() -> None:
     model = deep(vocab_size=4096, tie_word_embeddings=True)
     tied, untied = (
-        lower(one, megatron(4, pipeline=4), TrainSpec(seq_len=256, global_batch=4), 8)
+        lower(one, megatron(4, pipeline_parallel=4), TrainSpec(seq_len=256, global_batch=4), 8)
         for one in (model, deep(vocab_size=4096))
     )
     names = [sum(op.name == "shared embedding" for op in program.ops) for program in tied.programs]
@@ -310,7 +326,7 @@ def test_tied_embeddings_are_summed_over_first_and_last_stage() -> None:
 @pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
 @pytest.mark.parametrize("vocabulary", ["compute", "matmul"])
 def test_a_recipe_prices_the_loss_where_it_says_so(matmul: str, vocabulary: str) -> None:
-    strategy = megatron(2, tensor=2)
+    strategy = megatron(2, tensor_parallel=2)
     precision = msgspec.structs.replace(strategy.precision, matmul=matmul, vocabulary=vocabulary)
     workload = lower(deep(), with_(strategy, precision=precision), TrainSpec(seq_len=256, global_batch=2), 8)
     dtypes = {
@@ -328,7 +344,7 @@ def test_casts_read_their_source_as_often_as_the_recipe_needs(recipe: str, reads
     product = (Matmul(64, 32, 128, count=4),)
     kernel = Kernel("up", "grouped_matmul", "experts", (), (), matmuls=product)
     for looped, kernels in ((False, 1), (True, 4)):
-        strategy = megatron(8, experts=2)
+        strategy = megatron(8, expert_parallel=2)
         software = changed("megatron-core", kernels={"expert_products": "looped" if looped else "grouped"})
         precision = msgspec.structs.replace(strategy.precision, matmul=recipe)
         strategy = with_(strategy, precision=precision)
@@ -341,7 +357,7 @@ def test_casts_read_their_source_as_often_as_the_recipe_needs(recipe: str, reads
 
 def parted(*layers: int) -> Strategy:
     """A pipeline of two stages whose parts hold `layers`."""
-    strategy = megatron(8, pipeline=2)
+    strategy = megatron(8, pipeline_parallel=2)
     return with_(strategy, pipeline=msgspec.structs.replace(strategy.pipeline, layers=layers))
 
 
@@ -360,30 +376,31 @@ def test_parts_hold_the_layers_they_are_given(layers: tuple[int, ...]) -> None:
     [
         (
             small(),
-            lambda: megatron(16, tensor=16),
+            lambda: megatron(16, tensor_parallel=16),
             "dense.tensor_parallel: 16 does not divide num_attention_heads 8",
         ),
         (
             small(),
-            lambda: megatron(8, pipeline=8),
+            lambda: megatron(8, pipeline_parallel=8),
             "pipeline.pipeline_parallel: 8 .* more than num_hidden_layers 3",
         ),
         (
             small(),
-            lambda: megatron(16, experts=16),
+            lambda: megatron(16, expert_parallel=16),
             "experts.expert_parallel: 16 does not divide num_local_experts 8",
         ),
         (
             deep(),
-            lambda: megatron(8, experts=2),
+            lambda: megatron(8, expert_parallel=2),
             "experts.expert_parallel: 2 must be 1 for a model without experts",
         ),
         (
             deep(8),
-            lambda: megatron(4, pipeline=4, virtual_stages=2),
+            lambda: megatron(4, pipeline_parallel=4, virtual_stages=2),
             "6 .* multiple of pipeline.pipeline_parallel 4",
         ),
-        (small(), lambda: with_(megatron(8, pipeline=2), overlap=Overlap(experts=True)), "overlap.experts"),
+        (small(), lambda: with_(megatron(8, pipeline_parallel=2), overlap=Overlap(experts=True)),
+        "overlap.experts"),
         (
             small(),
             lambda: parted(1, 2, 0),
@@ -409,7 +426,7 @@ def test_impossible_splits_are_refused_in_a_line(model: ModelSpec, strategy: obj
 @pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (4, 2), (2, 4)])
 def test_expert_exchanges_hide_behind_another_microbatch(pipeline: int, virtual: int) -> None:
     model = small(num_hidden_layers=8, hidden_size=1024, moe_intermediate_size=4096, head_dim=128)
-    strategy = megatron(4 * pipeline, pipeline=pipeline, virtual_stages=virtual, experts=4)
+    strategy = megatron(4 * pipeline, pipeline_parallel=pipeline, virtual_stages=virtual, expert_parallel=4)
     beside = with_(strategy, overlap=Overlap(experts=True))
     training = TrainSpec(seq_len=1024, global_batch=4 * 6 * 4)
     plain = play(model, strategy, training.global_batch, 1024)
@@ -425,7 +442,7 @@ def test_expert_exchanges_hide_behind_another_microbatch(pipeline: int, virtual:
 
 
 def test_tensor_parallel_communication_runs_beside_its_products() -> None:
-    strategy = megatron(4, tensor=4)
+    strategy = megatron(4, tensor_parallel=4)
     beside = with_(strategy, overlap=Overlap(tensor=True))
     plain, hidden = (play(deep(), one, 4, 4096) for one in (strategy, beside))
     assert hidden.step_time < plain.step_time
@@ -436,7 +453,7 @@ def test_tensor_parallel_communication_runs_beside_its_products() -> None:
 
 
 def test_what_only_the_executors_schedules_do_is_refused() -> None:
-    strategy = megatron(4, tensor=2)
+    strategy = megatron(4, tensor_parallel=2)
     changed = with_(strategy, dense=msgspec.structs.replace(strategy.dense, chunk_tokens=8))
     with pytest.raises(SpecError, match=r"chunk_tokens.* needs dense.tensor_parallel 1"):
         play(deep(), changed, 4)

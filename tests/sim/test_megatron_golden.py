@@ -71,7 +71,7 @@ def test_peak_memory_on_b200(
     gib: float,
     within: float,
 ) -> None:
-    strategy = megatron(8, tensor=tp, pipeline=pp, sequence=cp, experts=ep)
+    strategy = megatron(8, tensor_parallel=tp, pipeline_parallel=pp, context_parallel=cp, expert_parallel=ep)
     result = measure(cut(name, layers, tp), "b200-sxm-192g", strategy, seq, batch, FUSED)
     assert result.peak_memory / GIB == pytest.approx(gib, rel=within)
 
@@ -86,7 +86,7 @@ def test_peak_memory_on_b200(
     ],
 )  # fmt: skip
 def test_peak_memory_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch: int, gib: float) -> None:
-    strategy = megatron(8, tensor=tp, pipeline=pp)
+    strategy = megatron(8, tensor_parallel=tp, pipeline_parallel=pp)
     result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch, FUSED)
     assert result.peak_memory / GIB == pytest.approx(gib, rel=0.03)
 
@@ -101,7 +101,7 @@ def test_peak_memory_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batc
     ],
 )  # fmt: skip
 def test_step_time_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch: int, seconds: float) -> None:
-    strategy = megatron(8, tensor=tp, pipeline=pp)
+    strategy = megatron(8, tensor_parallel=tp, pipeline_parallel=pp)
     result = measure(cut(name, layers, tp), "a100-pcie-80g", strategy, 4096, batch, FUSED)
     assert result.step_time == pytest.approx(seconds, rel=0.15)
 
@@ -109,7 +109,9 @@ def test_step_time_on_a100_pcie(name: str, layers: int, tp: int, pp: int, batch:
 def test_step_time_of_llama3_70b_fp8_on_h100() -> None:
     """64 H100, TP 4 x PP 8 x VP 5, 256 sequences of 8192: 20.0 s on the page of NeMo 26.02.01."""
     overlap = Overlap(grad_reduce=True, param_gather=True, pipeline=True)
-    strategy = low(megatron(64, tensor=4, pipeline=8, virtual_stages=5, overlap=overlap), "fp8")
+    strategy = low(
+        megatron(64, tensor_parallel=4, pipeline_parallel=8, virtual_stages=5, overlap=overlap), "fp8"
+    )
     result = measure(cut("llama3_70b", 80, 4), "h100-sxm-80g", strategy, 8192, 256)
     assert result.step_time == pytest.approx(20.0, rel=0.1)
 
@@ -119,7 +121,12 @@ def test_step_time_of_deepseek_v3_on_b200() -> None:
     23.3 s on the page of NeMo 26.04."""
     overlap = Overlap(grad_reduce=True, param_gather=True, pipeline=True)
     strategy = megatron(
-        256, pipeline=16, experts=8, recompute="selective", modules=("mla_up_proj",), overlap=overlap
+        256,
+        pipeline_parallel=16,
+        expert_parallel=8,
+        recompute="selective",
+        recompute_modules=("mla_up_proj",),
+        overlap=overlap,
     )
     strategy = msgspec.structs.replace(
         strategy,
@@ -132,7 +139,7 @@ def test_step_time_of_deepseek_v3_on_b200() -> None:
 
 def test_step_time_of_qwen3_with_hidden_exchanges_on_gb300() -> None:
     """8 GB300, EP 8, MXFP8, HybridEP with expert communication hidden: 5.89 s for 512 sequences of 4096."""
-    strategy = low(megatron(8, experts=8, micro_batch=8, overlap=Overlap(experts=True)), "mxfp8")
+    strategy = low(megatron(8, expert_parallel=8, micro_batch=8, overlap=Overlap(experts=True)), "mxfp8")
     experts = msgspec.structs.replace(strategy.experts, token_dispatcher="deepep")
     strategy = msgspec.structs.replace(strategy, experts=experts)
     grouped = changed("megatron-core", kernels={"expert_products": "grouped"})

@@ -54,7 +54,7 @@ def test_a_backward_leaves_the_gradient_of_the_input_alone(sequence_parallel: bo
 
 def test_sums_travel_by_all_reduce_where_rows_are_not_split() -> None:
     """Two all-reduces forward and two backward a layer (arXiv 1909.08053); the same bytes on the wire."""
-    strategy = megatron(4, tensor=4)
+    strategy = megatron(4, tensor_parallel=4)
     split, whole = (play(deep(), one, 4, 4096) for one in (strategy, without_rows_split(strategy)))
     assert whole.busy["all_reduce"] > 0
     assert "reduce_scatter" not in whole.busy
@@ -70,13 +70,13 @@ def test_sums_travel_by_all_reduce_where_rows_are_not_split() -> None:
 
 def test_experts_need_split_rows() -> None:
     with pytest.raises(SpecError, match=r"sequence_parallel.*must be true"):
-        play(small(), without_rows_split(megatron(4, tensor=2, experts=2)), 8)
+        play(small(), without_rows_split(megatron(4, tensor_parallel=2, expert_parallel=2)), 8)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
 def test_gathered_layers_never_run_further_ahead_than_prefetch(prefetch: int) -> None:
     """However slow the layers: FSDP frees a layer before it gathers beyond the next ones."""
-    strategy = megatron(8, recompute="selective", modules=("mlp",))
+    strategy = megatron(8, recompute="selective", recompute_modules=("mlp",))
     dense = msgspec.structs.replace(strategy.dense, zero=3, reshard_after_forward=True, prefetch=prefetch)
     strategy = with_(strategy, dense=dense)
     result = play(deep(), strategy, 8, 4096)
@@ -114,7 +114,7 @@ def test_an_operator_that_is_kept_is_not_run_again() -> None:
 
 
 def test_plain_experts_are_whole_on_every_replica_and_used_where_they_lie() -> None:
-    strategy = fsdp2(8, experts=4, recompute="full")
+    strategy = fsdp2(8, expert_parallel=4, recompute="full")
     plain = with_(strategy, experts=msgspec.structs.replace(strategy.experts, expert_fsdp=1))
     software = changed("mopexec-fsdp2", sharding={"experts": False})
     model, training = small(num_hidden_layers=4), TrainSpec(seq_len=256, global_batch=8)
@@ -198,7 +198,8 @@ def test_tokens_that_arrive_once() -> None:
 
 def test_what_came_from_other_ranks_may_be_kept_for_the_recomputation() -> None:
     strategy = with_(
-        fsdp2(8, experts=8), activations=Activations(recompute="full", save_ops=("dispatch", "combine"))
+        fsdp2(8, expert_parallel=8),
+        activations=Activations(recompute="full", save_ops=("dispatch", "combine")),
     )
     software = unfused("copies", sharding={"fsdp": True})
     model = small(num_hidden_layers=4)

@@ -51,7 +51,9 @@ def linears(workload: Workload, layer: int) -> dict[tuple[str, str], float]:
     return found
 
 
-@pytest.mark.parametrize("strategy", [megatron(8, experts=8), fsdp2(8, experts=8)], ids=["megatron", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy", [megatron(8, expert_parallel=8), fsdp2(8, expert_parallel=8)], ids=["megatron", "fsdp2"]
+)
 def test_a_layer_takes_what_was_measured(strategy: Strategy) -> None:
     found = linears(lower(MODEL, strategy, training(4096, 32), 8, compose=False), 5)
     for component, (forward, backward) in modules.LAYER.items():
@@ -65,7 +67,7 @@ def test_a_layer_takes_what_was_measured(strategy: Strategy) -> None:
 
 def test_small_steps_are_the_hosts_and_large_ones_are_not() -> None:
     profile = load_profile("h100-sxm-80g")
-    strategy, both = megatron(8, experts=8), (unfused("modules"), unfused())
+    strategy, both = megatron(8, expert_parallel=8), (unfused("modules"), unfused())
     short, shorter = (simulate(MODEL, profile, 1, strategy, training(256, 32), s).step_time for s in both)
     assert short > 1.3 * shorter
     whole, same = (simulate(MODEL, profile, 1, strategy, training(32768, 8), s).step_time for s in both)

@@ -30,7 +30,7 @@ PNG = b"\x89PNG"
 def results() -> list[SimResult]:
     model, hardware = load_model("tiny"), load_profile("cpu-2core")
     training = TrainSpec(seq_len=256, global_batch=4)
-    strategies = [mop(2, experts=2, precision="float32"), fsdp2(2, precision="float32")]
+    strategies = [mop(2, expert_parallel=2, dtype="float32"), fsdp2(2, dtype="float32")]
     return [simulate(model, hardware, 1, one, training, timeline=True) for one in strategies]
 
 
@@ -88,7 +88,7 @@ def test_row_has_a_cell_for_every_column(results: list[SimResult]) -> None:
 
 
 def test_describe_names_what_differs() -> None:
-    text = describe(mop(4, sequence=2, experts=4, vocabulary=2, chunk_tokens=64))
+    text = describe(mop(4, context_parallel=2, expert_parallel=4, vocab_parallel=2, expert_chunk_tokens=64))
     for part in ("CP=2", "EP=4", "vocab-ring=2", "expert-chunk=64", "offload=inputs,optimizer-streamed"):
         assert part in text
 
@@ -111,7 +111,7 @@ def test_timeline_title_says_the_step(results: list[SimResult]) -> None:
 def test_timeline_title_says_which_stages_are_drawn(results: list[SimResult]) -> None:
     assert "stage" not in timeline_title(results[0], "mop")
     strategy = structs.replace(
-        fsdp2(2, precision="float32"), pipeline=Pipeline(pipeline_parallel=2), world_size=4
+        fsdp2(2, dtype="float32"), pipeline=Pipeline(pipeline_parallel=2), world_size=4
     )
     staged = replace(results[0], strategy=strategy, span_stage=1, memory_stage=0)
     assert "of 2 stages: streams of stage 2, memory of stage 1" in timeline_title(staged, "megatron")

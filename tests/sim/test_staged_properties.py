@@ -27,8 +27,9 @@ def strategies(draw: st.DrawFn) -> Strategy:
     several = schedule == "interleaved" and stages > 1
     tensor, sequence = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     strategy = megatron(
-        8 * stages, pipeline=stages, virtual_stages=2 if several else 1, tensor=tensor, sequence=sequence,
-        experts=draw(st.sampled_from([1, 4])), expert_tensor=draw(st.sampled_from([1, 2])),
+        8 * stages, pipeline_parallel=stages, virtual_stages=2 if several else 1, tensor_parallel=tensor,
+        context_parallel=sequence,
+        expert_parallel=draw(st.sampled_from([1, 4])), expert_tensor_parallel=draw(st.sampled_from([1, 2])),
         recompute=draw(st.sampled_from(["none", "selective", "full"])),
     )  # fmt: skip
     pipeline = msgspec.structs.replace(strategy.pipeline, schedule=schedule if stages > 1 else "1f1b")

@@ -15,14 +15,14 @@ FAMILIES = {"mop": mop, "fsdp2": fsdp2, "zero_offload": zero_offload, "megatron"
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["bfloat16", "float32", "float64"])
 def test_a_family_survives_yaml(family: str, precision: str) -> None:
-    strategy = FAMILIES[family](8, precision=precision)  # type: ignore[operator]
+    strategy = FAMILIES[family](8, dtype=precision)  # type: ignore[operator]
     assert convert(to_plain(strategy), Strategy, "strategy") == strategy
 
 
 def test_mop_is_the_papers() -> None:
     """arXiv 2607.01844: bf16 weights and gradients on the device, fp32 state streamed from the host,
     full recompute."""
-    s = mop(16, sequence=2, experts=16, vocabulary=8)
+    s = mop(16, context_parallel=2, expert_parallel=16, vocab_parallel=8)
     assert (
         s.attention.context_parallel,
         s.experts.expert_parallel,
@@ -40,8 +40,8 @@ def test_mop_is_the_papers() -> None:
 
 
 def test_experts_are_sharded_over_their_replicas() -> None:
-    assert mop(16, experts=4).experts.expert_fsdp == 4
-    assert fsdp2(16, experts=2).experts.expert_fsdp == 8
+    assert mop(16, expert_parallel=4).experts.expert_fsdp == 4
+    assert fsdp2(16, expert_parallel=2).experts.expert_fsdp == 8
 
 
 def test_fsdp2_holds_its_master_in_the_shard() -> None:
@@ -55,18 +55,18 @@ def test_fsdp2_holds_its_master_in_the_shard() -> None:
 
 def test_float64_is_float64_everywhere() -> None:
     for family in (mop, fsdp2, zero_offload):
-        p = family(2, precision="float64").precision
+        p = family(2, dtype="float64").precision
         assert {p.compute, p.param, p.reduce, p.grad, p.moments} == {"float64"}
         assert p.master in ("param", "float64")
 
 
 def test_a_degree_that_does_not_divide_is_refused_by_name() -> None:
     with pytest.raises(SpecError, match=r"attention.context_parallel: 3 does not divide the 8 ranks"):
-        mop(8, sequence=3)
+        mop(8, context_parallel=3)
     with pytest.raises(SpecError, match=r"experts.expert_parallel: 5 does not divide"):
-        fsdp2(8, experts=5)
+        fsdp2(8, expert_parallel=5)
     with pytest.raises(SpecError, match=r"dense.tensor_parallel: 3 does not divide"):
-        megatron(8, tensor=3)
+        megatron(8, tensor_parallel=3)
 
 
 def test_support_names_the_field() -> None:
@@ -75,7 +75,8 @@ def test_support_names_the_field() -> None:
     assert runnable(fsdp2(2), tiny) is None
     assert runnable(zero_offload(2), tiny) is None
     fields = {
-        error.field for error in refusals(Job(tiny, megatron(4, tensor=2, pipeline=2)), by="flat_units")
+        error.field
+        for error in refusals(Job(tiny, megatron(4, tensor_parallel=2, pipeline_parallel=2)), by="flat_units")
     }
     assert {
         "strategy.pipeline.pipeline_parallel",

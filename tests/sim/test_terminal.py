@@ -32,7 +32,14 @@ def rows(lines: list[str]) -> list[str]:
 
 def test_a_large_job_stays_in_its_lines() -> None:
     hardware = load_profile("h200-sxm-141g")
-    strategy = mop(96, sequence=8, experts=32, vocabulary=96, chunk_tokens=8192, boundary_tier="host")
+    strategy = mop(
+        96,
+        context_parallel=8,
+        expert_parallel=32,
+        vocab_parallel=96,
+        expert_chunk_tokens=8192,
+        offload_inputs=True,
+    )
     result = simulate(load_model("mop_1t"), hardware, 12, strategy, TrainSpec(seq_len=2**20, global_batch=12))
     lines = shown(comparison([result] * 12, "a job"))
     found = rows(lines)

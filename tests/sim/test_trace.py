@@ -19,9 +19,9 @@ KEYS = {
     "e": {"ph", "pid", "tid", "ts", "name", "cat", "id"},
 }
 CASES = {
-    "mop": (mop(8, sequence=2, experts=8, vocabulary=8, chunk_tokens=2048), 16),
-    "fsdp2": (fsdp2(8, experts=8, offload=True), 32),
-    "pipeline": (megatron(8, pipeline=4, experts=2), 16),
+    "mop": (mop(8, context_parallel=2, expert_parallel=8, vocab_parallel=8, expert_chunk_tokens=2048), 16),
+    "fsdp2": (fsdp2(8, expert_parallel=8, offload=True), 32),
+    "pipeline": (megatron(8, pipeline_parallel=4, expert_parallel=2), 16),
 }
 Event = dict[str, Any]
 

@@ -74,9 +74,9 @@ def test_a_process_is_what_time_printed() -> None:
 
 def played(hardware: HardwareProfile, name: str = "mop") -> SimResult:
     strategy = {
-        "mop": lambda: mop(8, sequence=2, experts=4, vocabulary=8, boundary_tier="host"),
-        "fsdp2": lambda: fsdp2(8, experts=4, recompute="full"),
-        "megatron": lambda: megatron(8, tensor=2, experts=4),
+        "mop": lambda: mop(8, context_parallel=2, expert_parallel=4, vocab_parallel=8, offload_inputs=True),
+        "fsdp2": lambda: fsdp2(8, expert_parallel=4, recompute="full"),
+        "megatron": lambda: megatron(8, tensor_parallel=2, expert_parallel=4),
     }[name]()
     return simulate(small(), hardware, 1, strategy, TrainSpec(seq_len=512, global_batch=8))
 

@@ -60,7 +60,9 @@ def _profile() -> dict[str, Any]:
     return found
 
 
-STRATEGY = plain(mop(2, precision="float32", chunk_tokens=16, state="host_streamed", bucket_params=10**6))
+STRATEGY = plain(
+    mop(2, dtype="float32", expert_chunk_tokens=16, optimizer="host_streamed", optimizer_bucket_params=10**6)
+)
 FILES: dict[str, Any] = {"model": plain(load_model("tiny")), "hardware": _profile(), "strategy": STRATEGY}
 
 
