@@ -50,8 +50,21 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="the run's directory: new, or one to --resume")],
     data: Annotated[
-        str, typer.Option(help="file or directory of text; 'python' = ships with Python")
-    ] = "python",
+        str | None,
+        typer.Option(
+            help="text, JSON lines or Parquet (.jsonl, .parquet), token ids (Megatron's .bin, .npy), a "
+            "directory of such text, or a YAML mixture; 'python' = ships with Python, default without a GPU"
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="tokenizer.json or its directory; default: one trained on the text"),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="field of a record with its text")] = "text",
+    loss_mask: Annotated[
+        Literal["auto", "all", "assistant"],
+        typer.Option(help="what counts in the loss; auto: a chat's assistant messages, all other text"),
+    ] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     device_limit: Limit = None,
     host_limit: Limit = None,
@@ -73,7 +86,8 @@ def train(
     json: Json = None,
 ) -> None:
     """Train a plan on text; starts the ranks itself, or is one of them under torchrun."""
-    from mopexec.cli.train import run
+    from mopexec.cli.train import data_source, run
+    from mopexec.data import DataOptions
     from mopexec.run.options import TrainOptions
     from mopsim.common.units import parse_bytes
 
@@ -81,7 +95,9 @@ def train(
         plan=str(plan),
         out=str(out),
         steps=steps,
-        data=data,
+        data=DataOptions(
+            source=data_source(data), tokenizer=tokenizer, text_field=text_field, loss_mask=loss_mask
+        ),
         cache=cache,
         resume=resume,
         device_limit=None if device_limit is None else parse_bytes(device_limit, "--device-limit"),

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from mopexec.run import data, failures, plans
+from mopexec import data
+from mopexec.run import failures, plans
 from mopexec.run.environment import rank_of_environment, under_torchrun
 from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
@@ -65,6 +66,18 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
             earlier.put_back()
             raise
         return _conclude(options, stopped_by, json)
+
+
+def data_source(given: str | None) -> str:
+    """What to train on: asked for on a machine with GPUs, the text that ships with Python elsewhere. Raises
+    MopError.
+    """
+    if given is None:
+        import torch
+
+        if torch.cuda.is_available():
+            raise MopError("--data: is needed: name a file or directory to train on, or 'python' to try")
+    return given or data.PYTHON
 
 
 def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:

@@ -58,7 +58,7 @@ class FlatRunner:
         strategy, training = plan.strategy, plan.training
         self.optimizer = FlatAdamW(model.units, strategy.optimizer, strategy.precision, training, platform)
         self.prefetch, self.loss_chunk = strategy.dense.prefetch, strategy.vocabulary.chunk_tokens
-        self.num_tokens = training.global_batch * training.seq_len
+        self.num_tokens = self._counted = training.global_batch * training.seq_len
         self._reducing: list[Unit] = []
         self._first_moe = plan.model.num_dense_layers
 
@@ -68,6 +68,7 @@ class FlatRunner:
         for unit in self.model.units:
             unit.grads.zero_()
         loss = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)
+        self._counted = batches[0].num_targets or self.num_tokens
         for batch in batches:
             loss.add_(self._microbatch(batch))
         with component("optimizer"), phase("optimizer"):
@@ -79,7 +80,7 @@ class FlatRunner:
             busiest = self._balance()
         if self.platform.fake:
             return StepResult(float("nan"), float("nan"), self.num_tokens)
-        return StepResult(loss.item() / self.num_tokens, norm.item(), self.num_tokens, busiest)
+        return StepResult(loss.item() / self._counted, norm.item(), self.num_tokens, busiest)
 
     def set_lr(self, lr: float) -> None:
         self.optimizer.learning_rate = lr
@@ -121,7 +122,7 @@ class FlatRunner:
 
     def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of token losses, gradient of x [N, H]); the gradient is of the mean over the global batch."""
-        final, head, scale = self.model.final, self.model.head, 1.0 / self.num_tokens
+        final, head, scale = self.model.final, self.model.head, 1.0 / self._counted
         eps = self.plan.model.rms_norm_eps
         with component("vocabulary"):
             final.gather()

@@ -2,6 +2,7 @@
 and freed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,15 @@ class Fold:
             torch.zeros(num_tokens, dtype=accurate, device=device),
         )
 
-    def normaliser(self) -> Tensor:
-        """log of the sum of exponentials, [N]."""
-        return self.maximum + self.total.log()
+    def finish(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of the sum of exponentials [N], sum of the losses of targets [N] that count).
+
+        Where a target is below 0 the normaliser is infinite, so that the gradient is zero.
+        """
+        normaliser = self.maximum + self.total.log()
+        ignored = targets < 0
+        total = (normaliser - self.target).masked_fill_(ignored, 0.0).sum()
+        return normaliser.masked_fill_(ignored, math.inf), total
 
     def add(self, strip: Tensor, targets: Tensor, first: int, start: int, stop: int) -> None:
         """Fold in the strip [stop - start, rows] of tokens [start, stop) and vocabulary rows from

@@ -35,8 +35,8 @@ def local_loss(
             fold = Fold.empty(stop - start, hidden.dtype, hidden.device)
             strip = rows @ head.t()
             fold.add(strip, wanted, 0, 0, stop - start)
-            normaliser = fold.normaliser()
-            total.add_((normaliser - fold.target).sum())
+            normaliser, loss = fold.finish(wanted)
+            total.add_(loss)
             with phase("backward"):
                 strip_gradient_(strip, wanted, normaliser, 0, scale)
                 torch.mm(strip, head, out=grad_hidden[start:stop])
@@ -66,8 +66,7 @@ class Ring:
         with component("vocabulary"), category("logits"):
             if self.moves_weights:
                 fold = self._fold_moving_weights(hidden, targets, block)
-                normaliser = fold.normaliser()
-                total = (normaliser - fold.target).sum()
+                normaliser, total = fold.finish(targets)
                 del fold
                 with phase("backward"):
                     grad = self._backward_moving_weights(
@@ -75,8 +74,7 @@ class Ring:
                     )
             else:
                 fold = self._fold_moving_activations(hidden, targets, block)
-                normaliser = fold.normaliser()
-                total = (normaliser - fold.target).sum()
+                normaliser, total = fold.finish(targets)
                 del fold
                 with phase("backward"):
                     grad = self._backward_moving_activations(

@@ -76,8 +76,9 @@ class FullyShardRunner:
         tokens = self._plan.training.global_batch * self._plan.training.seq_len
         dtype = wide(getattr(torch, self._plan.strategy.precision.compute))
         total = torch.zeros((), dtype=dtype, device=self._platform.device)
+        counted = batches[0].num_targets or tokens
         for batch in batches:
-            total += self._forward_backward(batch, 1.0 / tokens)
+            total += self._forward_backward(batch, 1.0 / counted)
         collectives.all_reduce(total)
         with phase("optimizer"), component("optimizer"):
             grads = self._gradients()

@@ -1,6 +1,7 @@
 """Cross entropy behind FSDP's head: full logits by autograd, or token chunks with the gradient made chunk
 by chunk."""
 
+import math
 from typing import Any
 
 import torch
@@ -67,12 +68,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _chunk(rows: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Loss (0-d) of rows [c, H] and the gradient of their logits [c, V] in the compute dtype."""
+    """Loss (0-d) of rows [c, H] and the gradient of their logits [c, V] in the compute dtype; targets below
+    0 do not count."""
     with category("logits"):
         logits = F.linear(rows, weight).to(wide(rows.dtype))
         normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-        picked = logits.gather(1, targets[:, None])
-        loss = (normaliser - picked).sum() * scale
+        counted = (targets >= 0)[:, None]
+        wanted = targets.clamp(min=0)[:, None]
+        loss = (normaliser - logits.gather(1, wanted)).mul_(counted).sum() * scale
+        normaliser.masked_fill_(~counted, math.inf)
         logits.sub_(normaliser).exp_()
-        logits.scatter_add_(1, targets[:, None], torch.full_like(picked, -1.0))
+        logits.scatter_add_(1, wanted, counted.to(logits.dtype).neg_())
         return loss, logits.mul_(scale).to(rows.dtype)

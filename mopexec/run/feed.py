@@ -5,8 +5,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mopexec.run.data import TokenDataset, sequence_indices
+from mopexec.data import TokenDataset, sequence_indices
 from mopexec.run.runner import Batch
+from mopsim.common.errors import MopError
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
@@ -27,9 +28,15 @@ class Feed:
 
     def batches(self, step: int) -> list[Batch]:
         """The microbatches of step `step` (from 0), each [micro_batch, seq_len / D]."""
-        return [self._batch(step, microbatch) for microbatch in range(self.num_microbatches)]
+        first = step * self.global_batch
+        counted = self.dataset.num_targets(range(first, first + self.global_batch))
+        if not counted:
+            raise MopError(
+                f"--data: no target of step {step + 1} counts in the loss (--loss-mask all counts all)"
+            )
+        return [self._batch(step, microbatch, counted) for microbatch in range(self.num_microbatches)]
 
-    def _batch(self, step: int, microbatch: int) -> Batch:
+    def _batch(self, step: int, microbatch: int, counted: int) -> Batch:
         indices = sequence_indices(
             step,
             microbatch,
@@ -39,7 +46,7 @@ class Feed:
             data_groups=self.data_groups,
         )
         tokens, targets = self.dataset.batch(indices, self.start, self.stop)
-        return Batch(self._on_device(tokens), self._on_device(targets))
+        return Batch(self._on_device(tokens), self._on_device(targets), counted)
 
     def _on_device(self, values: npt.NDArray[np.int64]) -> Tensor:
         """A tensor of its own memory, so that a tracker counts it."""

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from mopexec.data import DataOptions
 from mopsim.common.errors import require
 from mopsim.common.io import Spec
 
@@ -9,7 +10,7 @@ from mopsim.common.io import Spec
 class TrainOptions(Spec, frozen=True, kw_only=True):
     """One training run.
 
-    plan, data, out, cache: paths as given (data may be "python"). tokens: the prepared tokens' directory,
+    plan, out, cache: paths as given. data: what is trained on. tokens: the prepared tokens' directory,
     made by the command that launches the ranks ("" = each node's first rank prepares them). device_limit,
     host_limit: bytes of one rank that the tracker enforces (None = it only watches). tracked_steps: first
     steps that it watches (0 = all where there is a limit, else 2). warmup: first steps left out of the
@@ -21,7 +22,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     plan: str
     out: str
     steps: int
-    data: str = "python"
+    data: DataOptions = DataOptions()
     cache: str | None = None
     tokens: str = ""
     resume: bool = False

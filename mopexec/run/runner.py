@@ -11,16 +11,18 @@ from torch import Tensor
 class Batch:
     """One rank's slice of one microbatch: tokens and targets, each [micro_batch, seq_len / D] int64.
 
+    A target below 0 does not count in the loss; num_targets: how many of the global batch count, 0 = all.
     The sequence slice is contiguous: place p of a sequence group holds positions [p * S/D, (p + 1) * S/D).
     """
 
     tokens: Tensor
     targets: Tensor
+    num_targets: int = 0
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean per token over the global batch; grad_norm: before clipping; tokens: of the global batch.
+    """loss: mean per counted target; grad_norm: before clipping; tokens: of the global batch.
 
     busiest: part of a layer's routes that went to the expert-parallel rank that got most, mean over layers;
     nan where no router chose.

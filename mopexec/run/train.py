@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from mopexec import data
 from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.run import checkpoint, data
+from mopexec.run import checkpoint
 from mopexec.run.feed import Feed
 from mopexec.run.job import Job
 from mopexec.run.metrics import Display, MetricsFile, StepMetrics, measurement
@@ -76,6 +77,7 @@ def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopR
         loop.display.say(f"{problem}; going on from the one before")
     if options.resume and not resumed:
         loop.display.say(f"{options.out} has no checkpoint yet: it begins again with the first step")
+    loop.say_data()
     try:
         loop.run()
         kinds = {} if loop.stopped_by else loop.profile()
@@ -114,6 +116,15 @@ class _Loop:
         self.metrics = MetricsFile(self.out / "metrics.jsonl", done) if first else None
         self.display = Display(
             visible=first, stderr=options.console == "stderr", steps=options.steps, done=done
+        )
+
+    def say_data(self) -> None:
+        """Size of the data, and how often the run goes over it."""
+        held = self.dataset.num_windows * self.dataset.seq_len
+        taken = self.options.steps * self.tokens_per_step
+        self.display.say(
+            f"data: {self.dataset.num_tokens:,} tokens; {self.options.steps} steps take {taken:,}, "
+            f"{taken / held:.2g} epochs of it"
         )
 
     def run(self) -> None:

@@ -1,17 +1,33 @@
 """Text in, tokens out: what is refused by name, and batches that no layout of the ranks changes."""
 
+import json
+import struct
+
 import msgspec
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from mopexec.run import data
-from mopexec.run.corpus import read_corpus
+from mopexec import data
+from mopexec.data import DataOptions
+from mopexec.data.chat import Chat
+from mopexec.data.corpus import read_corpus
+from mopexec.data.dataset import IGNORED
+from mopexec.data.documents import Reading
+from mopexec.data.tokenizer import END_OF_TEXT
 from mopexec.run.feed import Feed
 from mopsim.common.errors import MopError, SpecError
 from tests.exec.train_plans import small_plan
 
 TEXT = "the quick brown fox jumps over the lazy dog, twice a day\n" * 400
+
+
+READING = Reading("text", "auto", Chat())
+
+
+def prepared(source, vocab_size, cache, **options):
+    return data.prepare(DataOptions(source=str(source), **options), vocab_size, cache)
 
 
 @pytest.fixture
@@ -23,29 +39,28 @@ def text(tmp_path):
 
 @pytest.fixture
 def dataset(text, tmp_path):
-    return data.TokenDataset(data.prepare(str(text), 300, tmp_path / "cache"), seq_len=64, seed=1)
+    return data.TokenDataset(prepared(text, 300, tmp_path / "cache"), seq_len=64, seed=1)
 
 
 def test_tokens_give_back_the_text(text, tmp_path):
-    from tokenizers import Tokenizer
 
-    directory = data.prepare(str(text), 300, tmp_path / "cache")
-    tokens = data.TokenDataset(directory, 8, 0).tokens
+    directory = prepared(text, 300, tmp_path / "cache")
+    tokens = data.TokenDataset(directory, 8, 0).parts[0].tokens
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     assert tokenizer.decode(tokens.tolist()) == TEXT
-    assert tokens[-1] == tokenizer.token_to_id(data.END_OF_TEXT)
+    assert tokens[-1] == tokenizer.token_to_id(END_OF_TEXT)
     assert int(tokens.max()) < 300
 
 
 def test_a_text_is_tokenised_once_and_another_never_meets_it(text, tmp_path):
     cache = tmp_path / "cache"
-    first = data.prepare(str(text), 300, cache)
-    stamp = (first / "tokens.bin").stat().st_mtime_ns
-    assert data.prepare(str(text), 300, cache) == first
-    assert (first / "tokens.bin").stat().st_mtime_ns == stamp
-    assert data.prepare(str(text), 301, cache) != first
+    first = prepared(text, 300, cache)
+    stamp = (first / "tokens0.bin").stat().st_mtime_ns
+    assert prepared(text, 300, cache) == first
+    assert (first / "tokens0.bin").stat().st_mtime_ns == stamp
+    assert prepared(text, 301, cache) != first
     text.write_text(TEXT + "more")
-    assert data.prepare(str(text), 300, cache) != first
+    assert prepared(text, 300, cache) != first
     assert not list(cache.glob(".making*"))
 
 
@@ -57,7 +72,7 @@ def test_a_directory_is_read_by_name_without_hidden_files(tmp_path):
     (folder / "empty.txt").write_text("")
     (folder / ".hidden").write_bytes(b"\xff\xfe")
     corpus = read_corpus(str(folder))
-    assert [text for text, _ in corpus.pieces()] == ["b", "a"]
+    assert [piece.text for piece in corpus.pieces(READING)] == ["b", "a"]
 
 
 def test_the_text_that_ships_with_python_is_there():
@@ -73,7 +88,7 @@ def test_empty_and_binary_files_are_refused_by_name(tmp_path, content, line):
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(MopError, match=line) as refusal:
-        data.prepare(str(path), 300, tmp_path / "cache")
+        prepared(path, 300, tmp_path / "cache")
     assert str(path) in str(refusal.value)
     assert not (tmp_path / "cache").exists()
 
@@ -88,15 +103,15 @@ def test_missing_text_and_empty_directories_are_refused(tmp_path):
 
 def test_a_vocabulary_below_the_bytes_and_a_short_text_are_refused(text, tmp_path):
     with pytest.raises(SpecError, match=r"plan\.model\.vocab_size: 256 is below 257"):
-        data.prepare(str(text), 256, tmp_path)
-    directory = data.prepare(str(text), 300, tmp_path)
+        prepared(text, 256, tmp_path)
+    directory = prepared(text, 300, tmp_path)
     with pytest.raises(MopError, match="too few for one sequence"):
         data.TokenDataset(directory, 1_000_000, 0)
 
 
 def test_a_cache_that_is_a_file_is_refused(text):
     with pytest.raises(MopError, match="--cache"):
-        data.prepare(str(text), 300, text)
+        prepared(text, 300, text)
 
 
 def test_targets_are_the_next_tokens_and_an_epoch_meets_every_window_once(dataset):
@@ -126,3 +141,151 @@ def test_every_layout_of_the_ranks_trains_on_the_same_tokens(dataset):
                 parts[first : first + micro_batch, feed.start : feed.stop] = batch.tokens
         whole = parts if whole is None else whole
         assert torch.equal(whole, parts)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def decoded(directory, dataset):
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return tokenizer, tokenizer.decode(dataset.parts[0].tokens.tolist(), skip_special_tokens=False)
+
+
+def test_json_lines_are_trained_on_as_their_texts(tmp_path):
+    records = [{"text": f"story {i} of a fox", "id": i} for i in range(40)]
+    directory = prepared(write_lines(tmp_path / "a.jsonl", records), 300, tmp_path / "cache")
+    _, text = decoded(directory, data.TokenDataset(directory, 8, 0))
+    assert text == "".join(record["text"] + END_OF_TEXT for record in records)
+
+
+def test_only_the_assistants_messages_count(tmp_path):
+    chat = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
+    path = write_lines(tmp_path / "chat.jsonl", [{"messages": chat}] * 30)
+    directory = prepared(path, 300, tmp_path / "cache")
+    dataset = data.TokenDataset(directory, 16, 0)
+    _, targets = dataset.batch(list(range(dataset.num_windows)), 0, 16)
+    tokenizer, _ = decoded(directory, dataset)
+    counted = tokenizer.decode(targets[targets != IGNORED].tolist(), skip_special_tokens=False)
+    assert set(counted.replace("assistant: four\n" + END_OF_TEXT, "|")) <= set(
+        "|assitn: four\n" + END_OF_TEXT
+    )
+    assert "two" not in counted
+    assert dataset.num_targets(range(dataset.num_windows)) == (targets != IGNORED).sum() < targets.size
+    everything = prepared(path, 300, tmp_path / "cache", loss_mask="all")
+    assert not data.TokenDataset(everything, 16, 0).masked
+
+
+def test_a_chat_is_written_by_the_tokenizers_template(tmp_path):
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = Chat(template, (("eos_token", "</s>"),))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert chat.parts(messages, "x:1") == [("user", "<|user|>a</s>"), ("assistant", "<|assistant|>b</s>")]
+    with pytest.raises(MopError, match="x:1: the chat template rewrites earlier messages"):
+        Chat("{{ messages | length }}").parts(messages, "x:1")
+    with pytest.raises(MopError, match="x:1: the tokenizer's chat template"):
+        Chat("{{ ''.__class__.__mro__ }}{{ raise_exception('no') }}").parts(messages, "x:1")
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("{", "a.jsonl:2: is not a line of JSON"),
+        ('{"body": "x"}', "a.jsonl:2: has no text in 'text' and no 'messages'; it has 'body'"),
+        ("[1]", "a.jsonl:2: is not an object"),
+        ('{"messages": [{"role": "user"}]}', "a.jsonl:2: 'messages' is not a list of objects"),
+    ],
+)
+def test_a_line_without_its_text_is_refused_by_its_number(tmp_path, line, rule):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(MopError) as refusal:
+        prepared(path, 300, tmp_path / "cache")
+    assert rule in str(refusal.value)
+
+
+def test_a_parquet_file_gives_the_texts_of_its_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"body": ["one fox", "two foxes"] * 20}), tmp_path / "a.parquet")
+    directory = prepared(tmp_path / "a.parquet", 300, tmp_path / "cache", text_field="body")
+    assert decoded(directory, data.TokenDataset(directory, 8, 0))[1].startswith(f"one fox{END_OF_TEXT}two")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(MopError, match=r"b\.parquet: is not a Parquet file"):
+        prepared(tmp_path / "b.parquet", 300, tmp_path / "cache")
+
+
+def write_megatron(stem, sequences):
+    """An indexed dataset of int32 ids."""
+    lengths = np.array([len(s) for s in sequences], dtype="<i4")
+    places = (np.cumsum(lengths) - lengths).astype("<i8") * 4
+    documents = np.arange(len(sequences) + 1, dtype="<i8")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, len(sequences), len(documents))
+    stem.with_suffix(".idx").write_bytes(head + lengths.tobytes() + places.tobytes() + documents.tobytes())
+    stem.with_suffix(".bin").write_bytes(np.concatenate(sequences).astype("<i4").tobytes())
+    return stem.with_suffix(".bin")
+
+
+def test_megatrons_token_files_are_read_where_they_lie(tmp_path):
+    ids = [np.arange(50) % 300, np.arange(30) % 7]
+    path = write_megatron(tmp_path / "corpus", ids)
+    dataset = data.TokenDataset(prepared(path, 300, tmp_path / "cache"), 8, 0)
+    assert np.array_equal(dataset.parts[0].tokens, np.concatenate(ids))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(MopError, match=r"corpus\.bin: has 316 bytes, corpus\.idx says 320: it is cut short"):
+        prepared(path, 300, tmp_path / "cache")
+    path.with_suffix(".idx").write_bytes(b"MMIDIDX\x00\x00")
+    with pytest.raises(MopError, match=r"corpus\.idx: is not an index"):
+        prepared(path, 300, tmp_path / "cache")
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused_with_their_place(tmp_path):
+    np.save(tmp_path / "ids.npy", np.array([1, 2, 300] * 20))
+    with pytest.raises(SpecError, match=r"--data: 300 is token 2 of .*ids\.npy, outside plan\.model"):
+        prepared(tmp_path / "ids.npy", 300, tmp_path / "cache")
+    dataset = data.TokenDataset(prepared(tmp_path / "ids.npy", 301, tmp_path / "cache"), 8, 0)
+    assert int(dataset.window(0)[0].max()) == 300
+    (tmp_path / "short.npy").write_bytes((tmp_path / "ids.npy").read_bytes()[:200])
+    with pytest.raises(MopError, match=r"short\.npy: is no \.npy file of token ids, or is cut short"):
+        prepared(tmp_path / "short.npy", 301, tmp_path / "cache")
+
+
+def test_a_given_tokenizer_is_used_and_one_of_another_vocabulary_refused(text, tmp_path):
+    made = prepared(text, 300, tmp_path / "cache")
+    again = prepared(text, 512, tmp_path / "cache", tokenizer=str(made))
+    one, other = (data.TokenDataset(path, 8, 0).parts[0].tokens for path in (made, again))
+    assert np.array_equal(one, other)
+    with pytest.raises(SpecError, match=r"--tokenizer: 29. is an id in .*beyond plan\.model\.vocab_size 280"):
+        prepared(text, 280, tmp_path / "cache", tokenizer=str(made))
+    with pytest.raises(MopError, match=r"--tokenizer: .*nowhere"):
+        prepared(text, 280, tmp_path / "cache", tokenizer=str(tmp_path / "nowhere"))
+
+
+def test_a_mixture_gives_each_source_its_share(tmp_path):
+    np.save(tmp_path / "a.npy", np.full(2000, 1))
+    np.save(tmp_path / "b.npy", np.full(3000, 2))
+    mixture = tmp_path / "mix.yaml"
+    mixture.write_text("sources:\n- {path: a.npy, weight: 3}\n- {path: b.npy}\n")
+    dataset = data.TokenDataset(prepared(mixture, 300, tmp_path / "cache"), 8, 0)
+    firsts = [int(dataset.window(index)[0][0]) for index in range(2000)]
+    assert firsts.count(1) == 1500
+    assert abs(firsts[:100].count(1) - 75) <= 1
+    mixture.write_text("sources:\n- {path: a.npy, weight: -3}\n")
+    with pytest.raises(MopError, match=r"mix\.yaml: data\.sources\[0\]\.weight: -3\.0 must be above 0"):
+        prepared(mixture, 300, tmp_path / "cache")
+
+
+def test_a_damaged_cache_is_made_again(text, tmp_path):
+    cache = tmp_path / "cache"
+    directory = prepared(text, 300, cache)
+    whole = (directory / "tokens0.bin").read_bytes()
+    for name, content in (
+        ("tokens0.bin", whole[:-8]),
+        ("tokens0.bin", b"x" + whole[1:]),
+        ("meta.json", b"{"),
+    ):
+        (directory / name).write_bytes(content)
+        assert prepared(text, 300, cache) == directory
+        assert (directory / "tokens0.bin").read_bytes() == whole

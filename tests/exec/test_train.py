@@ -86,10 +86,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, whole, tmp_path):
         part.write_bytes(b"")
     done = train(inputs, out, "--steps", "7", "--resume")
     assert done.returncode == 0, done.stderr
-    assert (
-        "__0_0.distcp is not as it was written (its SHA-256 differs); going on from the one before"
-        in done.stdout
-    )
+    assert ".distcp is not as it was written (its SHA-256 differs)" in done.stdout
+    assert "going on from the one before" in done.stdout
     assert losses(out)[:6] == losses(whole[0])
     for part in out.glob("checkpoints/*/*.distcp"):
         part.write_bytes(b"")

@@ -3,6 +3,7 @@
 import json
 import sys
 
+from mopsim.common import io
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan, Prediction
 from mopsim.spec.stacks import load_stack
@@ -52,7 +53,8 @@ def main():
 
     options = json.loads(sys.argv[1])
     restarts = options.pop("restarts", 0)
-    sys.exit(run(TrainOptions(build="tests.exec.fake_runner:build", **options), None, restarts))
+    options["build"] = "tests.exec.fake_runner:build"
+    sys.exit(run(io.convert(options, TrainOptions, "options"), None, restarts))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def start_fake(inputs, out, fake, **options):
     """The command in a process of its own, with the fake runner."""
     given = {
         "plan": str(inputs / "plan.yaml"),
-        "data": str(inputs / "text.txt"),
+        "data": {"source": str(inputs / "text.txt")},
         "cache": str(inputs / "cache"),
         "out": str(out),
         **options,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mopexec.data.documents import Piece, Reading, is_records
 from mopsim.common.errors import MopError
 from mopsim.common.io import exists
 
@@ -28,20 +29,18 @@ _SKIPPED = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """UTF-8 files in a fixed order, and the digest of their contents (hex, 16 digits)."""
+    """Files in a fixed order, and the digest of their contents (hex, 16 digits)."""
 
     files: tuple[Path, ...]
     digest: str
 
-    def pieces(self) -> Iterator[tuple[str, bool]]:
-        """Text of at most about 1 MiB that ends at a line's end, and whether it ends its file."""
+    def pieces(self, reading: Reading) -> Iterator[Piece]:
+        """All documents. Raises MopError naming the file and the line or row."""
         for path in self.files:
-            with path.open(encoding="utf-8", newline="") as file:
-                lines = file.readlines(_PIECE_CHARACTERS)
-                while lines:
-                    following = file.readlines(_PIECE_CHARACTERS)
-                    yield "".join(lines), not following
-                    lines = following
+            try:
+                yield from reading.pieces(path)
+            except OSError as error:
+                raise MopError(f"--data: {path}: {error.strerror or error}") from None
 
 
 def read_corpus(source: str) -> Corpus:
@@ -52,7 +51,7 @@ def read_corpus(source: str) -> Corpus:
     files = _python_files() if source == PYTHON else _user_files(Path(source))
     digest, size = hashlib.sha256(), 0
     for path in files:
-        size += _add(digest, path)
+        size += _add_records(digest, path) if is_records(path) else _add_text(digest, path)
     if size == 0:
         raise MopError(f"--data: {source} is empty")
     return Corpus(tuple(files), digest.hexdigest()[:16])
@@ -100,7 +99,7 @@ def _walk(root: Path, suffix: str) -> list[Path]:
     return found
 
 
-def _add(digest: "hashlib._Hash", path: Path) -> int:
+def _add_text(digest: "hashlib._Hash", path: Path) -> int:
     """Check one file, add it to the digest, return its bytes."""
     size = 0
     try:
@@ -117,3 +116,13 @@ def _add(digest: "hashlib._Hash", path: Path) -> int:
         raise MopError(f"--data: {path}: {error.strerror or error}") from None
     digest.update(b"\0")
     return size
+
+
+def _add_records(digest: "hashlib._Hash", path: Path) -> int:
+    """Add a file of records to the digest, return its bytes."""
+    try:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+            return file.tell()
+    except OSError as error:
+        raise MopError(f"--data: {path}: {error.strerror or error}") from None

@@ -1,0 +1,7 @@
+"""Data: files into tokens once, and batches in an order that no layout of the ranks changes."""
+
+from mopexec.data.corpus import PYTHON
+from mopexec.data.dataset import TokenDataset, sequence_indices
+from mopexec.data.prepare import DataOptions, cache_directory, prepare
+
+__all__ = ["PYTHON", "DataOptions", "TokenDataset", "cache_directory", "prepare", "sequence_indices"]

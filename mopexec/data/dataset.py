@@ -1,0 +1,128 @@
+"""Batches from a directory of tokens, in an order that only the seed and the index decide."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mopexec.data.prepare import Part, read_meta
+from mopsim.common.errors import MopError
+
+IGNORED = -100
+"""Target of a token that does not count in the loss; torch's `ignore_index`."""
+_PERIOD = 1024
+"""Sequences after which every source of a mixture has its share, to one sequence."""
+
+Ids = npt.NDArray[np.int64]
+
+
+class TokenDataset:
+    """Sequences of `seq_len` tokens and their targets. Each source is cut into windows of seq_len tokens; the
+    order of its windows is a fresh permutation an epoch of that source.
+    """
+
+    def __init__(self, directory: Path, seq_len: int, seed: int) -> None:
+        meta = read_meta(directory)
+        self.vocab_size, self.text_digest = meta.vocab_size, meta.digest
+        self.seq_len, self.seed = seq_len, seed
+        self.parts = [_Windows(directory, part, seq_len) for part in meta.parts]
+        self.masked = any(part.mask is not None for part in self.parts)
+        self._period = _shares([part.weight for part in meta.parts])
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all sources."""
+        return sum(len(part.tokens) for part in self.parts)
+
+    @property
+    def num_windows(self) -> int:
+        """Sequences of all sources."""
+        return sum(part.num_windows for part in self.parts)
+
+    def window(self, index: int) -> tuple[Ids, Ids]:
+        """Tokens and targets [seq_len] of sequence `index` of the run (from 0, counted over all steps)."""
+        part, epoch, place = self._place(index)
+        number = self.parts.index(part)
+        start = int(_order(self.seed, number, epoch, part.num_windows)[place]) * self.seq_len
+        return part.at(start, self.seq_len)
+
+    def batch(self, indices: list[int], start: int, stop: int) -> tuple[Ids, Ids]:
+        """Tokens and targets [len(indices), stop - start]: positions [start, stop) of each sequence."""
+        windows = [self.window(index) for index in indices]
+        return np.stack([w[0][start:stop] for w in windows]), np.stack([w[1][start:stop] for w in windows])
+
+    def num_targets(self, indices: range) -> int:
+        """Tokens of these sequences that count in the loss."""
+        if not self.masked:
+            return len(indices) * self.seq_len
+        return sum(int((self.window(index)[1] != IGNORED).sum()) for index in indices)
+
+    def _place(self, index: int) -> tuple["_Windows", int, int]:
+        """(source, its epoch, window of that epoch) of a sequence of the run."""
+        if len(self.parts) == 1:
+            return (self.parts[0], *divmod(index, self.parts[0].num_windows))
+        turn, place = divmod(index, _PERIOD)
+        number = int(self._period[place])
+        mine = self._period == number
+        earlier = turn * int(mine.sum()) + int(mine[:place].sum())
+        return (self.parts[number], *divmod(earlier, self.parts[number].num_windows))
+
+
+class _Windows:
+    """One source: its ids and mask, mapped."""
+
+    def __init__(self, directory: Path, part: Part, seq_len: int) -> None:
+        path = directory / part.tokens  # an absolute path stays itself
+        try:
+            self.tokens: npt.NDArray[Any] = np.memmap(
+                path, dtype=part.dtype, mode="r", offset=part.offset, shape=(part.num_tokens,)
+            )
+            self.mask = np.memmap(directory / part.mask, np.uint8, "r") if part.mask else None
+        except (OSError, ValueError):
+            raise MopError(
+                f"{path}: is missing or cut short; delete {directory} to have it made again"
+            ) from None
+        self.num_windows = (part.num_tokens - 1) // seq_len
+        if self.num_windows < 1:
+            raise MopError(
+                f"--data: the text has {part.num_tokens} tokens, "
+                f"too few for one sequence of plan.training.seq_len {seq_len}"
+            )
+
+    def at(self, start: int, length: int) -> tuple[Ids, Ids]:
+        text = np.asarray(self.tokens[start : start + length + 1], dtype=np.int64)
+        targets = text[1:]
+        if self.mask is not None:
+            counted = np.asarray(self.mask[start + 1 : start + length + 1], dtype=bool)
+            targets = np.where(counted, targets, IGNORED)
+        return text[:-1], targets
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, part: int, epoch: int, num_windows: int) -> npt.NDArray[np.int64]:
+    key = (seed, epoch) if part == 0 else (seed, epoch, part)
+    return np.random.default_rng(key).permutation(num_windows)
+
+
+def _shares(weights: list[float]) -> npt.NDArray[np.int64]:
+    """Source of each sequence of a period: each takes the next place where it lags its share most."""
+    share = np.array(weights) / sum(weights)
+    found, given = np.zeros(_PERIOD, dtype=np.int64), np.zeros(len(weights))
+    for place in range(_PERIOD):
+        found[place] = int(np.argmax(share * (place + 1) - given))
+        given[found[place]] += 1
+    return found
+
+
+def sequence_indices(
+    step: int, microbatch: int, group: int, *, global_batch: int, micro_batch: int, data_groups: int
+) -> list[int]:
+    """Run-wide indices of the `micro_batch` sequences of one data group's microbatch in one step (all from
+    0).
+
+    A step takes the same global_batch sequences however they are spread over groups and microbatches.
+    """
+    first = step * global_batch + (microbatch * data_groups + group) * micro_batch
+    return list(range(first, first + micro_batch))

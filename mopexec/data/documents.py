@@ -1,0 +1,112 @@
+"""Documents of one file as pieces of text: plain text, JSON lines of texts or chats, columns of Parquet."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mopexec.data.chat import Chat
+from mopsim.common.errors import MopError
+
+LossMask = Literal["auto", "all", "assistant"]
+_PIECE_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of at most about 1 MiB. counted: whether its tokens count in the loss; ends: its document ends."""
+
+    text: str
+    counted: bool = True
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become text. text_field: of a record with a text; loss_mask: which messages of a chat
+    count ("auto" = those of the assistant). chat: how messages are written.
+    """
+
+    text_field: str
+    loss_mask: LossMask
+    chat: Chat
+
+    def pieces(self, path: Path) -> Iterator[Piece]:
+        """The file's documents. Raises MopError naming the file and the line or row."""
+        return _READERS.get(path.suffix.lower(), _text)(path, self)
+
+    def record(self, record: Any, where: str) -> Iterator[Piece]:
+        """One record: a text under `text_field`, or a chat under `messages`."""
+        if not isinstance(record, dict):
+            raise MopError(f"--data: {where}: is not an object with {self.text_field!r} or 'messages'")
+        if "messages" in record and self.text_field not in record:
+            counted = ("assistant",) if self.loss_mask != "all" else None
+            parts = self.chat.parts(record["messages"], where)
+            for index, (role, message) in enumerate(parts):
+                yield Piece(message, counted is None or role in counted, index == len(parts) - 1)
+            return
+        text = record.get(self.text_field)
+        if not isinstance(text, str):
+            raise MopError(
+                f"--data: {where}: has no text in {self.text_field!r} and no 'messages'; it has "
+                f"{', '.join(sorted(map(repr, record))[:6]) or 'nothing'} (--text-field names another)"
+            )
+        yield Piece(text, self.loss_mask != "assistant", True)
+
+
+def is_records(path: Path) -> bool:
+    """Whether the file is read record by record."""
+    return path.suffix.lower() in _READERS
+
+
+def _text(path: Path, _reading: Reading) -> Iterator[Piece]:
+    """Pieces that end at a line's end."""
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = file.readlines(_PIECE_CHARACTERS)
+        while lines:
+            following = file.readlines(_PIECE_CHARACTERS)
+            yield Piece("".join(lines), ends=not following)
+            lines = following
+
+
+def _json_lines(path: Path, reading: Reading) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                raise MopError(f"--data: {where}: is not a line of JSON") from None
+            yield from reading.record(record, where)
+
+
+def _parquet(path: Path, reading: Reading) -> Iterator[Piece]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise MopError(
+            f"--data: {path}: pyarrow is not installed, Parquet needs it: pip install pyarrow"
+        ) from None
+    try:
+        file = parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield from reading.record(record, f"{path}: row {number}")
+    except (ArrowException, OSError) as error:
+        raise MopError(f"--data: {path}: is not a Parquet file that can be read: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,243 @@
+"""From what --data names to a directory of tokens: made once, aside, then renamed into the cache."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mopexec.data.chat import Chat
+from mopexec.data.corpus import Corpus, read_corpus
+from mopexec.data.documents import LossMask, Piece, Reading
+from mopexec.data.token_files import TokenFile, open_token_file
+from mopexec.data.tokenizer import END_OF_TEXT, GivenTokenizer, read_tokenizer, train_tokenizer
+from mopsim.common import io
+from mopsim.common.errors import MopError, require
+from mopsim.common.io import Spec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+META = "meta.json"
+_FORMAT = 2
+
+
+class DataOptions(Spec, frozen=True, kw_only=True):
+    """source: a file, a directory, "python", or a YAML mixture. tokenizer: a tokenizer.json or its directory;
+    None = one trained on the text. text_field, loss_mask: see `Reading`.
+    """
+
+    source: str = "python"
+    tokenizer: str | None = None
+    text_field: str = "text"
+    loss_mask: LossMask = "auto"
+
+
+class Source(Spec, frozen=True, kw_only=True):
+    """One entry of a mixture: `weight` is its share of the sequences, relative to the others'."""
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.weight < float("inf"), "weight", self.weight, "must be above 0")
+
+
+class Mixture(Spec, frozen=True, kw_only=True):
+    """A YAML file of `sources`; paths are relative to the file."""
+
+    sources: list[Source]
+
+    def __post_init__(self) -> None:
+        require(bool(self.sources), "sources", self.sources, "must name one source or more")
+
+
+class Part(Spec, frozen=True, kw_only=True):
+    """Token ids of one source. tokens: file, absolute or in the directory; mask: file of one byte a token,
+    0 = does not count in the loss ("" = all count). digest: SHA-256 of the ids' bytes.
+    """
+
+    tokens: str
+    dtype: str
+    offset: int
+    num_tokens: int
+    weight: float
+    digest: str
+    mask: str = ""
+
+
+class Meta(Spec, frozen=True, kw_only=True):
+    """meta.json of a directory of tokens. digest: of the contents and of how they were read."""
+
+    vocab_size: int
+    digest: str
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class _Text:
+    corpus: Corpus
+    weight: float
+
+
+@dataclass(frozen=True)
+class _Ids:
+    file: TokenFile
+    digest: str
+    weight: float
+
+
+def cache_directory(given: str | None) -> Path:
+    """Where tokenised text is kept: what the user gave, or mopexec's place in the XDG cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(given) if given else Path(base) / "mopexec"
+
+
+def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
+    """The directory of the tokens of `options`, for a model of `vocab_size`: taken from the cache where it
+    is whole, else made.
+
+    Raises MopError for what cannot be read, with file and line or place, SpecError for a tokenizer or an id
+    beyond the vocabulary.
+    """
+    given = read_tokenizer(options.tokenizer, vocab_size) if options.tokenizer else None
+    sources = [_open(source, vocab_size) for source in _sources(options.source)]
+    reading = Reading(options.text_field, options.loss_mask, given.chat if given else Chat())
+    digest = _digest(options, sources, given)
+    final = cache / f"tokens-v{_FORMAT}-{digest}-{vocab_size}"
+    if _is_whole(final):
+        return final
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=cache, prefix=".making-"))
+    except OSError as error:
+        raise MopError(f"--cache: {cache} cannot be written: {error.strerror or error}") from None
+    try:
+        parts = list(_parts(sources, reading, given, vocab_size, aside))
+        meta = Meta(vocab_size=vocab_size, digest=digest, parts=parts)
+        (aside / META).write_text(json.dumps(io.to_plain(meta)))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    except OSError as error:
+        if not _is_whole(final):  # else another run was faster, with the same content
+            why = (
+                error.strerror or f"the disk is full or a limit is reached ({error})"
+            )  # numpy gives no reason
+            raise MopError(f"--cache: {cache} cannot be written: {why}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def read_meta(directory: Path) -> Meta:
+    """Raises MopError for what is not a directory of tokens."""
+    return io.load(directory / META, Meta, "tokens")
+
+
+def _sources(source: str) -> list[Source]:
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        return [Source(path=source)]
+    mixture = io.load(path, Mixture, "data")
+    return [Source(path=str(path.parent / one.path), weight=one.weight) for one in mixture.sources]
+
+
+def _open(source: Source, vocab_size: int) -> _Text | _Ids:
+    file = open_token_file(Path(source.path))
+    if file is None:
+        return _Text(read_corpus(source.path), source.weight)
+    return _Ids(file, file.check(vocab_size), source.weight)
+
+
+def _digest(options: DataOptions, sources: Sequence[_Text | _Ids], given: GivenTokenizer | None) -> str:
+    contents = [(s.corpus.digest if isinstance(s, _Text) else s.digest, s.weight) for s in sources]
+    tokenizer = [given.text, given.end, given.chat.template] if given else []
+    how = [contents, tokenizer, options.text_field, options.loss_mask]
+    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether every file of a directory in the cache is as it was written."""
+    try:
+        meta = read_meta(directory)
+        return all(
+            Path(part.tokens).is_absolute() or _file_digest(directory / part.tokens) == part.digest
+            for part in meta.parts
+        )
+    except (MopError, OSError):
+        return False
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts(
+    sources: Sequence[_Text | _Ids],
+    reading: Reading,
+    given: GivenTokenizer | None,
+    vocab_size: int,
+    directory: Path,
+) -> Iterator[Part]:
+    """Tokenise every text with one tokenizer, which is kept beside them."""
+    texts = [source.corpus for source in sources if isinstance(source, _Text)]
+    tokenizer, end = None, END_OF_TEXT
+    if texts:
+        everything = chain.from_iterable(corpus.pieces(reading) for corpus in texts)
+        tokenizer = given.load() if given else train_tokenizer((p.text for p in everything), vocab_size)
+        end = given.end if given else END_OF_TEXT
+        tokenizer.save(str(directory / "tokenizer.json"))
+    for number, source in enumerate(sources):
+        if isinstance(source, _Ids):
+            file = source.file
+            yield Part(
+                tokens=str(file.path), dtype=file.dtype, offset=file.offset, num_tokens=file.num_tokens,
+                weight=source.weight, digest=source.digest,
+            )  # fmt: skip
+        else:
+            assert tokenizer is not None
+            pieces = source.corpus.pieces(reading)
+            yield _tokenise(pieces, tokenizer, end, vocab_size, directory, number, source.weight)
+
+
+def _tokenise(
+    pieces: Iterator[Piece],
+    tokenizer: "Tokenizer",
+    end: str,
+    vocab_size: int,
+    directory: Path,
+    number: int,
+    weight: float,
+) -> Part:
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    end_id = tokenizer.token_to_id(end)
+    tokens, mask = directory / f"tokens{number}.bin", directory / f"mask{number}.bin"
+    num_tokens, masked, digest = 0, False, hashlib.sha256()
+    with tokens.open("wb") as ids_file, mask.open("wb") as mask_file:
+        for batch in _batched(pieces, 16):
+            encoded = tokenizer.encode_batch([piece.text for piece in batch], add_special_tokens=False)
+            for found, piece in zip(encoded, batch, strict=True):
+                ids = np.array(found.ids + [end_id] * piece.ends, dtype=dtype)
+                ids.tofile(ids_file)
+                np.full(len(ids), piece.counted, dtype=np.uint8).tofile(mask_file)
+                digest.update(ids.tobytes())
+                num_tokens, masked = num_tokens + len(ids), masked or not piece.counted
+    if not masked:
+        mask.unlink()
+    return Part(
+        tokens=tokens.name, dtype=dtype.str, offset=0, num_tokens=num_tokens, weight=weight,
+        digest=digest.hexdigest(), mask=mask.name if masked else "",
+    )  # fmt: skip
+
+
+def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(items, size)):
+        yield batch

@@ -1,0 +1,103 @@
+"""Files that hold token ids already: Megatron's .bin with its .idx, and one-dimensional .npy."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mopsim.common.errors import MopError, SpecError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # 6 and 7 are floats
+_SCAN = 1 << 24  # tokens
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """`num_tokens` ids of `dtype` from byte `offset` on of `path`."""
+
+    path: Path
+    dtype: str
+    offset: int
+    num_tokens: int
+
+    def tokens(self) -> npt.NDArray[Any]:
+        """The ids [num_tokens], mapped, not read."""
+        mapped: npt.NDArray[Any] = np.memmap(
+            self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.num_tokens,)
+        )
+        return mapped
+
+    def check(self, vocab_size: int) -> str:
+        """Refuse an id beyond the vocabulary, with its place; returns the content's SHA-256 (hex)."""
+        digest, tokens = hashlib.sha256(), self.tokens()
+        for start in range(0, self.num_tokens, _SCAN):
+            part = np.asarray(tokens[start : start + _SCAN])
+            wrong = np.flatnonzero((part >= vocab_size) | (part < 0))
+            if wrong.size:
+                place = start + int(wrong[0])
+                raise SpecError(
+                    "--data",
+                    int(tokens[place]),
+                    f"is token {place} of {self.path}, outside plan.model.vocab_size {vocab_size}",
+                )
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
+
+def open_token_file(path: Path) -> TokenFile | None:
+    """The ids in `path`, None where it is text. Raises MopError for a file that is cut short or malformed."""
+    try:
+        if path.suffix == ".npy":
+            return _npy(path)
+        if path.suffix in (".bin", ".idx"):
+            return _megatron(path.with_suffix(""))
+    except OSError as error:
+        raise MopError(f"--data: {error.filename or path}: {error.strerror or error}") from None
+    return None
+
+
+def _npy(path: Path) -> TokenFile:
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise MopError(f"--data: {path}: is no .npy file of token ids, or is cut short ({error})") from None
+    if (
+        not isinstance(mapped, np.memmap)
+        or mapped.ndim != 1
+        or mapped.dtype.kind not in "iu"
+        or not mapped.size
+    ):
+        raise MopError(f"--data: {path}: is not one dimension of integers, one id or more")
+    return TokenFile(path.absolute(), mapped.dtype.str, mapped.offset, mapped.size)
+
+
+def _megatron(stem: Path) -> TokenFile:
+    """An indexed dataset, format version 1: header, lengths (int32) and byte places (int64) of sequences."""
+    index, binary = Path(f"{stem}.idx"), Path(f"{stem}.bin")
+    with index.open("rb") as file:
+        head = file.read(34)
+    if len(head) < 34 or head[:9] != _MAGIC:
+        raise MopError(f"--data: {index}: is not an index of Megatron's (its first bytes are others)")
+    version, code = int.from_bytes(head[9:17], "little"), head[17]
+    count = int.from_bytes(head[18:26], "little")
+    dtype = _CODES.get(code, "")
+    if version != 1 or not dtype:
+        raise MopError(f"--data: {index}: version {version}, type code {code}: not version 1 of integer ids")
+    if index.stat().st_size < 34 + 12 * count:
+        raise MopError(f"--data: {index}: is cut short: {count} sequences need {34 + 12 * count} bytes")
+    lengths = np.fromfile(index, "<i4", count, offset=34)
+    places = np.fromfile(index, "<i8", count, offset=34 + 4 * count)
+    size = np.dtype(dtype).itemsize
+    ends = np.cumsum(lengths.astype(np.int64) * size)
+    if count == 0 or not np.array_equal(places, ends - lengths.astype(np.int64) * size):
+        raise MopError(f"--data: {index}: its sequences are not one behind the other")
+    if binary.stat().st_size != int(ends[-1]):
+        raise MopError(
+            f"--data: {binary}: has {binary.stat().st_size} bytes, {index.name} says {int(ends[-1])}: "
+            "it is cut short or of another index"
+        )
+    return TokenFile(binary.absolute(), np.dtype(dtype).str, 0, int(ends[-1]) // size)

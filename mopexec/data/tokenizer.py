@@ -1,0 +1,122 @@
+"""Tokenizers: a model's own from its files, or a byte-level BPE trained on the text."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mopexec.data.chat import Chat
+from mopsim.common.errors import MopError, SpecError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|return|>", "<｜end▁of▁sentence｜>")
+_TRAINING_CHARACTERS = 4 << 20  # what the BPE learns its merges from: enough, and bounded in time
+
+
+@dataclass(frozen=True)
+class GivenTokenizer:
+    """A tokenizer.json, with what tokenizer_config.json beside it says. end: text of the token that ends a
+    document.
+    """
+
+    path: Path
+    text: str
+    end: str
+    chat: Chat
+
+    def load(self) -> "Tokenizer":
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self.text)
+
+
+def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
+    """The tokenizer in a file, or in a directory as models are published in. Raises MopError, and
+    SpecError for one whose vocabulary is not the model's.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(given)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
+    except OSError as error:
+        raise MopError(f"--tokenizer: {path}: {error.strerror or error}") from None
+    except Exception as error:  # the library raises Exception itself
+        raise MopError(f"--tokenizer: {path}: is no tokenizer.json ({error})") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise SpecError(
+            "--tokenizer", largest, f"is an id in {path}, beyond plan.model.vocab_size {vocab_size}"
+        )
+    config = _config(path.with_name("tokenizer_config.json"))
+    specials = {
+        name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
+    end = specials["eos_token"] or next((t for t in _ENDS if tokenizer.token_to_id(t) is not None), "")
+    if tokenizer.token_to_id(end) is None:
+        raise MopError(
+            f"--tokenizer: {path}: no token is known to end a text; name it as eos_token in "
+            f"{path.with_name('tokenizer_config.json')}"
+        )
+    template = config.get("chat_template") or _template(path.with_name("chat_template.jinja"))
+    chat = Chat(template if isinstance(template, str) else "", tuple(specials.items()))
+    return GivenTokenizer(path, text, end, chat)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """A byte-level BPE of at most `vocab_size` tokens, from the first 4 Mi characters of `texts`. Raises
+    SpecError for a vocabulary below 257.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise SpecError(
+            "plan.model.vocab_size",
+            vocab_size,
+            f"is below {SMALLEST_VOCABULARY}, the least for byte-level text",
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_first(texts), trainer)
+    return tokenizer
+
+
+def _first(texts: Iterable[str]) -> Iterable[str]:
+    room = _TRAINING_CHARACTERS
+    for text in texts:
+        yield text[:room]
+        room -= len(text)
+        if room <= 0:
+            return
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _template(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _content(token: Any) -> str:
+    """A special token's text: written as such, or as an object with `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
