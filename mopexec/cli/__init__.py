@@ -41,6 +41,24 @@ Restarts = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**62, help="of weights and data; default: the plan's")]
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="text, JSON lines or Parquet (.jsonl, .parquet), token ids (Megatron's .bin, .npy), a directory "
+        "of such text, or a YAML mixture; 'python' = ships with Python, default without a GPU"
+    ),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="tokenizer.json or its directory; default: one trained on the text")
+]
+LossMask = Annotated[
+    Literal["auto", "all", "assistant"],
+    typer.Option(help="what counts in the loss; auto: a chat's assistant messages, all other text"),
+]
+Schedule = Annotated[Literal["constant", "cosine"], typer.Option(help="learning rate after warm-up")]
+Excluded = Annotated[int, typer.Option(min=0, max=10**9, help="first steps not in the measurement")]
+Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
+
 
 @app.command()
 def train(
@@ -49,34 +67,18 @@ def train(
         int, typer.Option(min=1, max=10**9, help="optimizer steps in all, earlier ones included")
     ],
     out: Annotated[Path, typer.Option(help="the run's directory: new, or one to --resume")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="text, JSON lines or Parquet (.jsonl, .parquet), token ids (Megatron's .bin, .npy), a "
-            "directory of such text, or a YAML mixture; 'python' = ships with Python, default without a GPU"
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="tokenizer.json or its directory; default: one trained on the text"),
-    ] = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
     text_field: Annotated[str, typer.Option(help="field of a record with its text")] = "text",
-    loss_mask: Annotated[
-        Literal["auto", "all", "assistant"],
-        typer.Option(help="what counts in the loss; auto: a chat's assistant messages, all other text"),
-    ] = "auto",
+    loss_mask: LossMask = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     device_limit: Limit = None,
     host_limit: Limit = None,
     tracked_steps: TrackedSteps = 0,
     routing: Routing = "learned",
-    schedule: Annotated[
-        Literal["constant", "cosine"], typer.Option(help="learning rate after warm-up")
-    ] = "constant",
-    warmup_steps_excluded: Annotated[
-        int, typer.Option(min=0, max=10**9, help="first steps not in the measurement")
-    ] = 3,
-    checkpoint_every: Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")] = 0,
+    schedule: Schedule = "constant",
+    warmup_steps_excluded: Excluded = 3,
+    checkpoint_every: Every = 0,
     final_checkpoint: Annotated[bool, typer.Option(help="write one after the last step")] = True,
     keep: Annotated[int, typer.Option(min=1, max=10**9, help="checkpoints to keep")] = 2,
     profile_steps: ProfileSteps = 1,
