@@ -22,7 +22,7 @@ def main(folder: str) -> None:
         seq_len=SEQ_LEN,
         families=["mop", "fsdp2"],
         max_nodes=64,
-        budget=6,
+        simulations=4,
     )
     print(clusters.table().to_string(index=False))
     print(clusters.headline())

@@ -148,20 +148,41 @@ def context(
 def size(
     model: o.Model,
     tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
-    days: Annotated[float, typer.Option(help="wall-clock days that it may take")],
     hardware: Annotated[list[str], typer.Option(help="a hardware profile or YAML file; give several")],
+    days: Annotated[float | None, typer.Option(help="wall-clock days that it may take")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="dollars that it may cost (with --buy: to buy it)")
+    ] = None,
     seq_len: o.SeqLen = "4096",
     global_batch_tokens: Annotated[
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
     ] = "4M",
     family: Annotated[str, typer.Option(help="families to search, comma-separated; default: all")] = "",
     max_nodes: Annotated[int, typer.Option(min=1, max=65536, help="nodes at most")] = 512,
+    confidence: Annotated[float, typer.Option(help="probability of the deadline that will do")] = 0.5,
+    price: Annotated[
+        list[str] | None, typer.Option(help="NAME=DOLLARS per device and hour, instead of the profile's")
+    ] = None,
+    reserved: Annotated[bool, typer.Option("--reserved", help="rent at reserved prices")] = False,
+    buy: Annotated[bool, typer.Option("--buy", help="as a purchase, not as rent")] = False,
+    capex: Annotated[list[str] | None, typer.Option(help="NAME=DOLLARS of a node, for --buy")] = None,
+    years: Annotated[float | None, typer.Option(help="years over which a purchase is written off")] = None,
+    sites: Annotated[
+        str | None, typer.Option(help="YAML list of data centres: power price, PUE, carbon, space, rent")
+    ] = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, or a YAML file, instead of a shipped assumption")
+    ] = None,
     utilisation: Annotated[
-        float, typer.Option(help="share of the wall clock that trains (the rest: restarts, checkpoints)")
-    ] = 0.9,
-    pue: Annotated[float, typer.Option(help="power of the building over power of its machines")] = 1.3,
+        float | None, typer.Option(help="share of the wall clock that trains, instead of reckoned goodput")
+    ] = None,
+    pue: Annotated[
+        float | None, typer.Option(help="power of the building over power of its machines")
+    ] = None,
     max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per node count and family")] = 40,
+    simulations: Annotated[
+        int, typer.Option(min=1, max=10**6, help="of each family, where a node count is searched")
+    ] = 6,
     runnable: o.Runnable = False,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
@@ -169,12 +190,13 @@ def size(
     stack: o.StackName = None,
     json: o.Json = None,
 ) -> None:
-    """Find the machine type and number of nodes that train in time: days, cost, energy, free memory."""
+    """Find the machine type and number of nodes that train in time, or within a budget: days, cost, risk."""
     from mopsim.commands.size import Order, run
 
     order = Order(
-        model, tokens, days, hardware, seq_len, global_batch_tokens, family, max_nodes, utilisation, pue,
-        max_cost, budget, runnable, routing, precision, stack,
+        model, tokens, days, budget, hardware, seq_len, global_batch_tokens, family, max_nodes, confidence,
+        price or [], reserved, buy, capex or [], years, sites, assume or [], utilisation, pue, max_cost,
+        simulations, runnable, routing, precision, stack,
     )  # fmt: skip
     raise typer.Exit(run(order, plan, json))
 

@@ -1,6 +1,6 @@
 """mopsim.size: which machine type, and how many nodes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +20,18 @@ from mopsim.api.inputs import (
     read_stack,
 )
 from mopsim.api.results import Result, Simulation
-from mopsim.common import io
+from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, sizing_json
 from mopsim.common.errors import MopError
 from mopsim.common.processes import pool
 from mopsim.common.units import parse_tokens
 from mopsim.cost.compute import matmul_curve
-from mopsim.engine import SimResult
+from mopsim.engine import SimResult, simulate
 from mopsim.report.sizing import COLUMNS, row, summary
-from mopsim.size import Assumptions, Goal, Point, Sizing
-from mopsim.size import size as sized
+from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, size_all
+from mopsim.size.ask import Answer, Ask, answer
+from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.finder import Request, recommend
+from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
@@ -39,11 +40,15 @@ from mopsim.strategies import FAMILIES
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+Told = Callable[[int, int, str], None]
+
 
 class Clusters(Result):
-    """For each machine type the smallest cluster that trains in time, or why there is none.
+    """For each machine type the cluster that does it, or why there is none.
 
-    `cheapest` and `fastest` (within max_cost) are of all clusters that were tried; None where none will do.
+    `cheapest` and `fastest` (within max_cost) are of all clusters that were tried and do; `chosen` is the one
+    recommended: the cheapest, or where only a budget was given (or no price is known) the fastest; None where
+    none will do, and `miss` is then the nearest. `pareto`: what no other cluster beats in cost and time.
     """
 
     recommended: dict[str, Any] | None
@@ -51,20 +56,34 @@ class Clusters(Result):
 
     def __init__(self, request: Request, sizings: Sequence[Sizing], max_cost: float | None) -> None:
         self.request, self.sizings = request, list(sizings)
-        tried = [point for sizing in sizings for point in sizing.tried]
-        self.cheapest, self.fastest = recommend(tried, max_cost)
+        self.points = [point for sizing in sizings for point in sizing.tried if point.figures]
+        self.cheapest, self.fastest = recommend(self.points, max_cost)
+        by_time = request.goal.seconds is None
+        self.chosen: Point | None = self.fastest if by_time else self.cheapest or self.fastest
+
+    @property
+    def miss(self) -> Miss | None:
+        """The nearest miss, where no cluster will do."""
+        goal = self.request.goal
+        return None if self.chosen else nearest_miss(self.points, goal, self.request.confidence)
+
+    @property
+    def front(self) -> list[Point]:
+        """The Pareto front of cost and time, cheapest first."""
+        return pareto(self.points)
 
     @cached_property
     def best(self) -> Simulation | None:
-        """The step of the recommended cluster: the cheapest, or the fastest where no price is known."""
-        chosen = self.cheapest or self.fastest
+        """The step of the recommended cluster, simulated once more with its timeline."""
+        chosen = self.chosen
         if chosen is None or chosen.result is None:
             return None
-        nodes, training = chosen.num_nodes, chosen.training
+        nodes, training, plan = chosen.num_nodes, chosen.training, chosen.result
         inputs = Inputs(
             self.request.model, chosen.hardware, nodes, training, self.request.precision, self.request.stack
         )
-        return Simulation(inputs, chosen.result)
+        whole = simulate(inputs.model, inputs.hardware, nodes, plan.strategy, training, plan.stack)
+        return Simulation(inputs, whole)
 
     def headline(self) -> str:
         return f"cheapest: {summary(self.cheapest)}; fastest: {summary(self.fastest)}"
@@ -79,44 +98,55 @@ class Clusters(Result):
         """A row for each machine type: seconds, dollars, joules, bytes; else NaN and the `reason`."""
         from pandas import DataFrame
 
+        inner = ("result", "strategy", "network", "reliability", "cost_by_part_usd", "sites")
         rows = [
-            {"hardware": sizing.hardware.name, "reason": sizing.why}
-            | ({} if sizing.best is None else _point_json(sizing.best))
-            for sizing in self.sizings
+            ({} if one.best is None else point_json(one.best, self.request))
+            | {"hardware": one.hardware.name, "reason": one.why}
+            for one in self.sizings
         ]
-        return DataFrame([{name: one for name, one in row.items() if name != "result"} for row in rows])
+        return DataFrame([{name: one for name, one in row.items() if name not in inner} for row in rows])
 
     def tried(self) -> "DataFrame":
         """A row for each cluster that was tried."""
         from pandas import DataFrame
 
-        return DataFrame(
-            [{"hardware": s.hardware.name} | _tried_json(point) for s in self.sizings for point in s.tried]
-        )
+        rows = [one for machine in self["hardware"] for one in _named(machine)]
+        return DataFrame(rows)
 
     def table(self) -> "DataFrame":
         """A row for each machine type that can, as text for people."""
         from pandas import DataFrame
 
-        return DataFrame([row(point) for point in self._points()], columns=list(COLUMNS))
+        goal = self.request.goal
+        return DataFrame([row(point, goal) for point in self._points()], columns=list(COLUMNS))
 
     def to_json(self) -> dict[str, Any]:
-        request, sizings, cheapest, fastest = self.request, self.sizings, self.cheapest, self.fastest
+        request, goal = self.request, self.request.goal
         return {
             "model": request.model.name,
-            "tokens": request.goal.tokens,
-            "deadline_s": request.goal.seconds,
+            "tokens": goal.tokens,
+            "deadline_s": goal.seconds,
+            "budget_usd": goal.budget,
+            "confidence": request.confidence,
             "seq_len": request.seq_len,
             "global_batch_tokens": request.batch_tokens,
-            "assumptions": {"utilisation": request.assumptions.utilisation, "pue": request.assumptions.pue},
+            "paid": "bought" if request.terms.buy else "reserved" if request.terms.reserved else "on demand",
+            "assumptions": assumptions_json(request),
             "families": list(request.families),
             "stack": request.stack.name if request.stack else None,
-            "budget": request.budget,
-            "hardware": [_sizing_json(sizing) for sizing in sizings],
-            "recommended": _point_json(cheapest) if cheapest else None,
-            "fastest": _point_json(fastest) if fastest else None,
+            "budget": request.simulations,
+            "hardware": [sizing_json(sizing, request) for sizing in self.sizings],
+            "recommended": point_json(self.chosen, request) if self.chosen else None,
+            "fastest": point_json(self.fastest, request) if self.fastest else None,
+            "nearest_miss": miss_json(self.miss, request),
+            "points": [brief_json(point, request) for point in self.points],
+            "pareto": [brief_json(point, request) for point in self.front],
             "version": mopsim.__version__,
         }
+
+
+def _named(machine: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    return ({"hardware": machine["name"]} | tried for tried in machine["tried"])
 
 
 def size(
@@ -124,120 +154,110 @@ def size(
     hardware: AnyHardware | Sequence[AnyHardware],
     *,
     tokens: int | str,
-    days: float,
+    days: float | None = None,
+    budget: float | None = None,
     seq_len: Count = 4096,
     global_batch_tokens: Count = "4M",
     families: str | Sequence[str] | None = None,
     runnable: bool = False,
     max_nodes: int = 512,
-    utilisation: float = 0.9,
-    pue: float = 1.3,
+    confidence: float = 0.5,
+    prices: Mapping[str, float] | None = None,
+    reserved: bool = False,
+    buy: bool = False,
+    capex: Mapping[str, float] | None = None,
+    sites: str | Path | None = None,
+    assumptions: Mapping[str, float] | None = None,
+    utilisation: float | None = None,
     max_cost: float | None = None,
-    budget: int = 40,
+    simulations: int = DEFAULT_SIMULATIONS,
     routing: str | Sequence[float] = "balanced",
     precision: MatmulDType = "bfloat16",
     jobs: int = 1,
     stack: AnyStack | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Told | None = None,
 ) -> Clusters:
-    """The smallest cluster of each machine type that trains `tokens` in `days`, and what it costs.
+    """The cluster of each machine type that trains `tokens` in `days` and within `budget`, and what it costs.
 
     hardware: one machine type or several, as for mopsim.simulate. tokens: to train on, decimal ("1T"). days:
-    wall clock. global_batch_tokens: tokens of a step (binary, "4M"), fitted to each cluster. families,
-    runnable: as for mopsim.search. max_nodes: at most. utilisation: share of the wall clock that trains.
-    pue: power of the building over that of its machines. max_cost: dollars, for `fastest`. budget:
-    simulations of a family at each node count. jobs: processes. progress(text): told what is being tried.
+    wall clock; budget: dollars (of the rent of the run, or with `buy` of the purchase); one of them at least.
+    With a budget alone the fastest cluster is recommended, else the cheapest. confidence: probability of
+    meeting the deadline that will do. global_batch_tokens: tokens of a step (binary, "4M"), fitted to each
+    cluster. families, runnable: as for mopsim.search. max_nodes: at most. prices: dollars per device and hour
+    by profile; reserved: the profile's price times `reserved_factor`. buy: as a purchase; capex: dollars of a
+    node by profile. sites: a YAML file of data centres (mopsim/size/sites.yaml is one). assumptions: values
+    in place of mopsim/size/assumptions.yaml, by name. utilisation: share of the wall clock that trains, in
+    place of what failures leave. max_cost: dollars, for `fastest`. simulations: of a family, where a node
+    count is searched. jobs: processes. progress(done, known so far, what was asked).
 
     That no cluster will do is a result. Raises MopError.
     """
     given = [hardware] if isinstance(hardware, str | Path | HardwareProfile) else list(hardware)
-    if not 1e-3 <= days < 1e6:
-        raise MopError(f"days: {days:g} must lie between 0.001 and a million")
     network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
     TrainSpec(seq_len=length, global_batch=1, routing=routed).check_model(network)
-    request = Request(
-        model=network,
-        goal=Goal(parse_tokens(str(tokens), "tokens"), days * DAY),
-        seq_len=length,
-        batch_tokens=count(global_batch_tokens, "global_batch_tokens"),
-        families=read_families(families, FAMILIES),
-        max_nodes=max_nodes,
-        budget=budget,
-        runnable=runnable,
-        assumptions=Assumptions(utilisation, pue),
-        precision=precision,
-        routing=routed,
-        stack=read_stack(stack),
-    )
     machines = list({machine.name: machine for machine in map(read_hardware, given)}.values())
+    goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
+    request = Request(
+        network, goal, length, count(global_batch_tokens, "global_batch_tokens"),
+        read_families(families, FAMILIES), max_nodes, simulations, runnable,
+        assume(assumptions, utilisation), _terms(machines, buy, reserved, prices or {}, capex or {}),
+        read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
+    )  # fmt: skip
     for machine in machines:
         matmul_curve(machine, precision, field="precision")
-    recommend([], max_cost)  # refuses a bad one before the work
-    return Clusters(request, _size_all(request, machines, jobs, progress or (lambda text: None)), max_cost)
+    return Clusters(request, _size_all(request, machines, jobs, progress), max_cost)
+
+
+def _goal(tokens: int, days: float | None, budget: float | None, max_cost: float | None) -> Goal:
+    """Raises MopError for limits out of range, or none at all. max_cost alone is a budget."""
+    if days is not None and not 1e-3 <= days < 1e6:
+        raise MopError(f"days: {days:g} must lie between 0.001 and a million")
+    for name, dollars in (("budget", budget), ("max-cost", max_cost)):
+        if dollars is not None and not 0 < dollars < 1e15:
+            raise MopError(f"--{name}: {dollars:g} must be positive, and below 1e15 dollars")
+    limit = budget if budget is not None or days is not None else max_cost
+    if days is None and limit is None:
+        raise MopError("days: none given; --days, --budget or both are needed")
+    return Goal(tokens, None if days is None else days * DAY, limit)
+
+
+def _confidence(confidence: float) -> float:
+    if not 0.01 <= confidence <= 0.999:
+        raise MopError(f"--confidence: {confidence:g} must lie between 0.01 and 0.999")
+    return confidence
+
+
+def _terms(
+    machines: Sequence[HardwareProfile],
+    buy: bool,
+    reserved: bool,
+    prices: Mapping[str, float],
+    capex: Mapping[str, float],
+) -> Terms:
+    """Raises MopError for a price of a machine that was not asked for, or out of range."""
+    names = {machine.name for machine in machines}
+    for option, given, most in (("price", prices, 1e4), ("capex", capex, 1e9)):
+        for name, dollars in given.items():
+            if name not in names:
+                raise MopError(f"--{option}: {name!r} is not one of {', '.join(sorted(names))}")
+            if not 0 < dollars < most:
+                raise MopError(f"--{option} {name}: {dollars:g} must be above 0 and below {most:g} dollars")
+    bought = with_capex(node_prices(), capex)
+    unknown = sorted(names - set(bought)) if buy else []
+    if unknown:
+        raise MopError(f"--buy: no price of a node of {', '.join(unknown)} is known; --capex NAME=DOLLARS")
+    return Terms(buy, reserved, dict(prices), bought)
 
 
 def _size_all(
-    request: Request, machines: Sequence[HardwareProfile], jobs: int, show: Callable[[str], None]
+    request: Request, machines: Sequence[HardwareProfile], jobs: int, progress: Told | None
 ) -> list[Sizing]:
-    """In the order of `machines`, side by side in at most `jobs` processes. show: what is being asked."""
-    workers = min(len(machines), jobs)
-    if workers < 2:
-        return [sized(request, one, lambda n, name: show(f"{n} nodes of {name}")) for one in machines]
-    show(", ".join(machine.name for machine in machines))
-    with pool(workers) as processes:
-        return list(processes.map(partial(sized, request), machines))
+    """In the order of `machines`; questions side by side in at most `jobs` processes."""
+    if jobs < 2:
+        return size_all(request, machines, progress=progress)
+    with pool(jobs) as processes:
 
+        def ask(asks: Sequence[Ask]) -> Iterable[Answer]:
+            return processes.map(partial(answer, request), asks)
 
-def _sizing_json(sizing: Sizing) -> dict[str, Any]:
-    price, power = sizing.hardware.price_per_device_hour, sizing.hardware.device.power
-    node = sizing.hardware.node_power
-    return {
-        "name": sizing.hardware.name,
-        "digest": io.digest(sizing.hardware),
-        "can": sizing.best is not None,
-        "reason": sizing.why or None,
-        "price_per_device_hour_usd": price.si if price else None,
-        "price_source": f"{price.tag}: {price.source}" if price else None,
-        "device_power_w": power.si if power else None,
-        "node_power_w": node.si if node else None,
-        "hosts_in_energy": node is not None,
-        "simulated": sizing.simulated,
-        "best": _point_json(sizing.best) if sizing.best else None,
-        "tried": [_tried_json(point) for point in sizing.tried],
-    }
-
-
-def _tried_json(point: Point) -> dict[str, Any]:
-    bill = point.figures
-    return {
-        "nodes": point.num_nodes,
-        "in_time": point.in_time,
-        "reason": point.why or None,
-        "duration_s": bill.seconds if bill else None,
-        "cost_usd": bill.cost if bill else None,
-    }
-
-
-def _point_json(point: Point) -> dict[str, Any]:
-    result, bill = point.result, point.figures
-    assert result is not None
-    assert bill is not None
-    return {
-        "hardware": point.hardware.name,
-        "nodes": point.num_nodes,
-        "devices": point.num_devices,
-        "duration_s": bill.seconds,
-        "days": bill.days,
-        "device_seconds": bill.device_seconds,
-        "device_hours": bill.device_hours,
-        "cost_usd": bill.cost,
-        "energy_j": bill.energy,
-        "steps": point.num_steps,
-        "global_batch": point.training.global_batch,
-        "tokens_per_s": result.tokens_per_second,
-        "memory_headroom_bytes": result.memory_limit - result.peak_memory,
-        "host_headroom_bytes": result.host_limit - result.host_memory,
-        "proven": point.gap == 0,
-        "gap": point.gap,
-        "result": result.to_json(),
-    }
+        return size_all(request, machines, ask, progress)

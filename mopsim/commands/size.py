@@ -13,8 +13,12 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count, parse_tokens
-from mopsim.report.sizing import format_dollars, sizing_table, stated, summary
+from mopsim.report.sizing import format_dollars, missed, sizing_table, stated, summary
+from mopsim.size.assumptions import read_values
 from mopsim.spec.strategy import MatmulDType
+
+NONE = 3
+"""Exit code where no cluster will do."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,25 @@ class Order:
 
     model: str
     tokens: str
-    days: float
+    days: float | None
+    budget: float | None
     hardware: Sequence[str]
     seq_len: str
     global_batch_tokens: str
     families: str
     max_nodes: int
-    utilisation: float
-    pue: float
+    confidence: float
+    prices: Sequence[str]
+    reserved: bool
+    buy: bool
+    capex: Sequence[str]
+    years: float | None
+    sites: str | None
+    assumptions: Sequence[str]
+    utilisation: float | None
+    pue: float | None
     max_cost: float | None
-    budget: int
+    simulations: int
     runnable: bool
     routing: str
     precision: MatmulDType
@@ -41,42 +54,48 @@ class Order:
     def keywords(self) -> dict[str, Any]:
         """The order as the keywords of mopsim.size. Raises MopError naming the option."""
         batch = parse_count(self.global_batch_tokens, "--global-batch-tokens")
-        return {
+        named = {"pue": self.pue, "years": self.years}
+        assumed = read_values(self.assumptions, "--assume")
+        assumed |= {name: one for name, one in named.items() if one is not None}
+        found = {
             **asdict(self),
             "seq_len": parse_count(self.seq_len, "--seq-len"),
             "tokens": parse_tokens(self.tokens, "--tokens"),
             "global_batch_tokens": batch,
+            "prices": read_values(self.prices, "--price"),
+            "capex": read_values(self.capex, "--capex"),
+            "assumptions": assumed,
         }
+        return {name: value for name, value in found.items() if name not in named}
 
 
 def run(order: Order, plan: str | None, json: str | None) -> int:
     """Size each machine type, show the answer, write the recommended plan and the JSON.
 
-    Returns the exit code: 0, or 1 where no cluster will do (the JSON says so too). Raises MopError where a
-    plan was asked for then.
+    Returns the exit code: 0, or NONE where no cluster will do (the JSON says so too). Raises MopError where
+    a plan was asked for then.
     """
     check_outputs({"--plan": plan, "--json": json})
     console = human(json)
     with progress(console, "sizing", None) as shown:
-        found = size(jobs=os.cpu_count() or 1, progress=lambda text: shown(0, text), **order.keywords())
-    request = found.request
-    title = (
-        f"{request.model.name}: {request.goal.tokens:,} tokens within {order.days:g} days, "
-        f"sequences of {request.seq_len:,}"
-    )
-    console.print(sizing_table(found.sizings, found.cheapest, title, stated(request, found.sizings)))
+        found = size(
+            jobs=os.cpu_count() or 1,
+            progress=lambda done, total, text: shown(done, f"{done} of {total} so far: {text}"),
+            **order.keywords(),
+        )
+    request, chosen = found.request, found.chosen
+    console.print(sizing_table(found.sizings, chosen, request, stated(request, found.sizings)))
     within = "" if order.max_cost is None else f" within {format_dollars(order.max_cost)}"
-    console.print(
-        f"Recommended (cheapest): {summary(found.cheapest)}\nFastest{within}: {summary(found.fastest)}"
-    )
+    kind = "fastest" if request.goal.seconds is None else "cheapest"
+    console.print(f"Recommended ({kind}): {summary(chosen)}\nFastest{within}: {summary(found.fastest)}")
     if json:
         io.write_json(json, found.to_json())
-    if found.best is None:
-        none = f"no cluster of at most {order.max_nodes} nodes will do"
+    if chosen is None:
+        none = f"no cluster of at most {order.max_nodes} nodes will do; {missed(found.miss)}"
         if plan:
             raise MopError(f"--plan: {plan} not written: {none}")
         print(f"mopsim: {none}", file=sys.stderr)
-        return 1
-    if plan:
+        return NONE
+    if plan and found.best:
         found.best.save_plan(plan)
     return 0

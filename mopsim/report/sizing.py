@@ -1,5 +1,6 @@
 """The tables of `mopsim size`: what a buyer asks of a cluster."""
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Group
@@ -9,27 +10,38 @@ from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
-from mopsim.size.finder import Point, Request, Sizing
+from mopsim.size.assumptions import DEFAULT
+from mopsim.size.figures import DAY, Figures, Goal
+from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 
-COLUMNS = ("machine", "nodes", "devices", "days", "cost", "energy", "MFU")
-"""days: wall clock. energy: `>` where hosts are not counted."""
+COLUMNS = ("machine", "nodes", "devices", "days", "90 %", "in time", "cost", "goodput", "MFU")
+"""days: wall clock, expected; 90 %: between which it ends with that probability; in time: probability of the
+deadline. goodput: share of the wall clock that trains."""
 
 
-def row(point: Point) -> list[str]:
+def row(point: Point, goal: Goal) -> list[str]:
     """The cells of COLUMNS for a point that fits; '-' where the profile does not say."""
     result, bill = point.result, point.figures
     assert result is not None
     assert bill is not None
+    low, high = (one / DAY for one in bill.seconds_interval())
+    certain = bill.p_within(goal.seconds)
     return [
         point.hardware.name,
         f"{point.num_nodes:,}",
         f"{point.num_devices:,}",
-        f"{bill.days:,.1f}",
+        _days(bill.days),
+        f"{_days(low)}-{_days(high)}",
+        "-" if certain is None else f"{certain:.0%}",
         "-" if bill.cost is None else format_dollars(bill.cost),
-        _energy(point),
+        f"{bill.goodput.share:.1%}" if bill.goodput else "-",
         f"{result.mfu:.1%}",
     ]
+
+
+def _days(days: float) -> str:
+    return f"{days:,.{0 if days >= 100 else 1 if days >= 1 else 2}f}"
 
 
 def _details(point: Point) -> str:
@@ -41,7 +53,8 @@ def _details(point: Point) -> str:
     return (
         f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
         f"({tokens:,} tokens) a step, {point.num_steps:,.0f} steps of {format_seconds(result.step_time)}, "
-        f"{result.tokens_per_second:,.0f} tokens/s in all; {bill.device_hours:,.0f} device-hours; free: "
+        f"{result.tokens_per_second:,.0f} tokens/s in all; {_paid(point, bill)}{_failures(bill)}"
+        f"{bill.device_hours:,.0f} device-hours; free: "
         f"device {_headroom(result.memory_limit, result.peak_memory)}, at least "
         f"{_headroom(result.memory_limit, result.peak_upper)}; host "
         f"{_headroom(result.host_limit, result.host_memory)}, at least "
@@ -49,7 +62,30 @@ def _details(point: Point) -> str:
     )
 
 
+def _paid(point: Point, bill: Figures) -> str:
+    """What is paid for beside the nodes that train, and at once."""
+    more = bill.billed_nodes - point.num_nodes
+    said = f"{more:,} more node{'s' if more > 1 else ''} paid for (spares, whole racks); " if more else ""
+    if bill.capex is not None:
+        wires = bill.network.price / bill.capex if bill.network else 0.0
+        said += f"{format_dollars(bill.capex)} to buy it, {wires:.0%} of that the network; "
+    if bill.carbon is not None:
+        said += f"{_energy(point)}, {bill.carbon / 1e3:,.3g} t CO2; "
+    return said
+
+
+def _failures(bill: Figures) -> str:
+    good = bill.goodput
+    if good is None or good.mtbf > bill.seconds:
+        return ""
+    return (
+        f"a failure every {good.mtbf / 3600:,.3g} h, a checkpoint of {format_bytes(good.checkpoint_bytes)} "
+        f"every {format_seconds(good.interval)}; "
+    )
+
+
 def _energy(point: Point) -> str:
+    """'12.3 MWh'; `>` where hosts are not counted."""
     energy = point.figures.energy if point.figures else None
     if energy is None:
         return "-"
@@ -73,10 +109,10 @@ def _headroom(limit: int, used: int) -> str:
 
 
 def sizing_table(
-    sizings: Sequence[Sizing], recommended: Point | None, title: str, assumptions: Sequence[str]
+    sizings: Sequence[Sizing], recommended: Point | None, request: Request, assumptions: Sequence[str]
 ) -> Group:
-    """One line a machine: its smallest cluster that trains in time, or why it can't; then each strategy."""
-    shown = table(title, COLUMNS[:1], COLUMNS[1:])
+    """One line a machine: its cluster that does, or why there is none; then each strategy."""
+    shown = table(title(request), COLUMNS[:1], COLUMNS[1:])
     lines: list[Text] = []
     for sizing in sizings:
         if sizing.best is None:
@@ -84,36 +120,76 @@ def sizing_table(
             lines.append(Text(f"{sizing.hardware.name}: cannot: {sizing.why}", style="red"))
             continue
         chosen = recommended is not None and recommended is sizing.best
-        shown.add_row(*row(sizing.best), style="bold green" if chosen else None)
+        shown.add_row(*row(sizing.best, request.goal), style="bold green" if chosen else None)
         lines.append(Text(_details(sizing.best)))
     return Group(shown, *lines, *(Text(line, style="dim") for line in assumptions))
+
+
+def title(request: Request) -> str:
+    """'qwen3_235b_a22b: 10,000,000,000,000 tokens within 60 days, sequences of 4,096'."""
+    goal = request.goal
+    limits = [] if goal.seconds is None else [f"{goal.seconds / DAY:g} days"]
+    limits += [] if goal.budget is None else [format_dollars(goal.budget)]
+    return (
+        f"{request.model.name}: {goal.tokens:,} tokens within {' and '.join(limits)}, "
+        f"sequences of {request.seq_len:,}"
+    )
 
 
 def summary(point: Point | None) -> str:
     """'16 nodes (128 devices) of h200-sxm-141g: 27.2 days, $120 k' or 'none'."""
     if point is None or point.figures is None:
         return "none"
-    cost = "price unknown" if point.figures.cost is None else format_dollars(point.figures.cost)
+    bill = point.figures
+    cost = "price unknown" if bill.cost is None else format_dollars(bill.cost)
     cluster = point.hardware.cluster(point.num_nodes)
-    return f"{cluster}: {point.figures.days:,.1f} days, {cost} ({proof(point.gap)})"
+    where = f" in {bill.site}" if bill.site != DEFAULT else ""
+    return f"{cluster}{where}: {bill.days:,.1f} days, {cost} ({proof(point.gap)})"
+
+
+def missed(miss: Miss | None) -> str:
+    """What comes nearest, and the smallest change that would do."""
+    if miss is None:
+        return "nothing fits: no number of nodes was found on which the model trains"
+    point, changes = miss.point, []
+    if miss.days is not None:
+        changes.append(f"--days {math.ceil(miss.days * 100) / 100:g}")
+    if miss.dollars is not None:
+        changes.append(f"--budget {math.ceil(miss.dollars)}")
+    more = f", or about {miss.nodes:,} nodes (--max-nodes)" if miss.nodes else ""
+    return f"nearest: {summary(point)}; it would do with {' and '.join(changes) or 'a price'}{more}"
 
 
 def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
-    """What the figures rest on: a line for the assumptions, one a machine for price and power."""
+    """What the figures rest on: lines for the assumptions, one a machine for price and power."""
     a = request.assumptions
+    trains = "goodput from failures, checkpoints and stragglers (--assume, --utilisation)"
+    if a.utilisation is not None:
+        trains = f"{a.utilisation:.0%} of the wall clock trains (--utilisation)"
     lines = [
-        f"Assumed: {a.utilisation:.0%} of the wall clock trains (--utilisation); PUE {a.pue:g} over rated "
-        f"power, switches between nodes not counted (--pue); about {request.batch_tokens:,} tokens a step "
-        "(--global-batch-tokens).",
-        f"Searched: {', '.join(request.families)}, at most {request.budget} simulations of each a node count "
-        f"({sum(one.simulated for one in sizings):,} in all); more may find a cheaper cluster (--budget).",
+        f"Assumed: {trains}; PUE {a.pue:g}, {a.draw_share:.0%} of rated power drawn (--assume); about "
+        f"{request.batch_tokens:,} tokens a step (--global-batch-tokens).",
+        f"Searched: {', '.join(request.families)}, at most {request.simulations} simulations of each where a "
+        f"node count is searched ({sum(one.simulated for one in sizings):,} in all); more may find a cheaper "
+        "cluster (--simulations).",
     ]
     for sizing in sizings:
         lines.append(
-            f"{sizing.hardware.name}: price {_quantity(sizing.hardware.price_per_device_hour)}; "
-            f"power {_power(sizing.hardware)}"
+            f"{sizing.hardware.name}: {_price(request, sizing.hardware)}; power {_power(sizing.hardware)}"
         )
     return lines
+
+
+def _price(request: Request, hardware: HardwareProfile) -> str:
+    """What is paid for a device or a node, and who says so."""
+    terms = request.terms
+    if terms.buy and hardware.name in terms.capex:
+        one = terms.capex[hardware.name]
+        return f"{format_dollars(one.value)} a node ({one.tag}, {one.dated}: {one.source})"
+    if hardware.name in terms.rent:
+        return f"price {terms.rent[hardware.name]:g} USD/h (given)"
+    kind = f" x {request.assumptions.reserved_factor:g} reserved" if terms.reserved else ""
+    return f"price {_quantity(hardware.price_per_device_hour)}{kind}"
 
 
 def _power(hardware: HardwareProfile) -> str:

@@ -1,6 +1,22 @@
-"""Which cluster, and how many nodes of it: time to train, cost, energy, headroom."""
+"""Which cluster, and how many nodes of it: time to train, cost, energy, and how sure."""
 
-from mopsim.size.figures import Assumptions, Figures, Goal, figures
-from mopsim.size.finder import Point, Sizing, size
+from mopsim.size.assumptions import Assumptions, Site, assume
+from mopsim.size.figures import Figures, Goal, Step, Terms, figures
+from mopsim.size.finder import size, size_all
+from mopsim.size.points import Point, Request, Sizing
 
-__all__ = ["Assumptions", "Figures", "Goal", "Point", "Sizing", "figures", "size"]
+__all__ = [
+    "Assumptions",
+    "Figures",
+    "Goal",
+    "Point",
+    "Request",
+    "Site",
+    "Sizing",
+    "Step",
+    "Terms",
+    "assume",
+    "figures",
+    "size",
+    "size_all",
+]

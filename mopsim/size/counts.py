@@ -3,7 +3,6 @@
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.search.problem import divisors
-from mopsim.size.figures import Assumptions, Goal
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import MatmulDType
@@ -45,12 +44,13 @@ def least_nodes(
     model: ModelSpec,
     hardware: HardwareProfile,
     seq_len: int,
-    goal: Goal,
-    assumptions: Assumptions,
+    tokens: int,
+    seconds: float,
+    share: float = 1.0,
     precision: MatmulDType = "bfloat16",
 ) -> int:
-    """Nodes below which arithmetic alone is too slow: three times the forward's FLOP at the peak rate of
-    the products."""
-    flops = 3 * sum(flops_per_token(model, seq_len).values()) * goal.tokens
+    """Nodes below which arithmetic alone takes longer than `share` of `seconds`: three times the forward's
+    FLOP at the peak rate of the products."""
+    flops = 3 * sum(flops_per_token(model, seq_len).values()) * tokens
     rate = matmul_curve(hardware, precision).peak.si * hardware.devices_per_node
-    return max(1, int(-(-flops // (rate * goal.seconds * assumptions.utilisation))))
+    return max(1, int(-(-flops // (rate * seconds * share))))

@@ -1,54 +1,84 @@
-"""From a simulated step to a bill: days, device hours, money, energy. Pure arithmetic, SI units."""
+"""From a simulated step to a bill: days, money, energy, carbon, and how sure they are. Pure arithmetic, SI
+units."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from scipy.special import ndtr, ndtri
 
 from mopsim.common.errors import MopError
+from mopsim.size.assumptions import HERE, Assumptions, Capex, Site, assume, known
+from mopsim.size.fabric import Network, network
+from mopsim.size.goodput import HOUR, Goodput, goodput
 from mopsim.spec.hardware import HardwareProfile
 
-DAY, HOUR = 86400.0, 3600.0
+DAY = 86400.0
+YEAR_HOURS = 8766.0
+LEVEL = 0.9
+"""Probability of the intervals that are shown."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Train `tokens` within `seconds` of wall clock."""
+    """Train `tokens` within `seconds` of wall clock and within `budget` dollars; None: no limit."""
 
     tokens: int
-    seconds: float
+    seconds: float | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or not self.seconds > 0:
+        if self.tokens < 1 or (self.seconds is not None and not self.seconds > 0):
             raise MopError("goal: tokens and days must be positive")
+        if self.budget is not None and not 0 < self.budget < 1e15:
+            raise MopError(f"--budget: {self.budget:g} must be positive, and below 1e15 dollars")
 
 
 @dataclass(frozen=True)
-class Assumptions:
-    """What no profile knows.
+class Terms:
+    """How machines are paid for. buy: as a purchase, written off over `Assumptions.years`; else as rent,
+    reserved or on demand. rent: dollars per device and hour by profile, in place of the profile's. capex:
+    dollars of a node by profile, where known."""
 
-    utilisation: share of the wall clock that trains; the rest is restarts, checkpoints and repairs.
-    pue: power of the building over power of the machines in it (power usage effectiveness); new and large
-    facilities reach 1.3 (Uptime Institute's survey of 2024, whose mean is 1.56).
-    """
+    buy: bool = False
+    reserved: bool = False
+    rent: Mapping[str, float] = field(default_factory=dict)
+    capex: Mapping[str, Capex] = field(default_factory=dict)
 
-    utilisation: float = 0.9
-    pue: float = 1.3
+    def price(self, hardware: HardwareProfile, site: Site, a: Assumptions) -> float | None:
+        """Dollars of a device and hour as rent; None where nobody says. A price that is given is what is
+        paid, reserved or not."""
+        for given in (self.rent, site.rent):
+            if hardware.name in given:
+                return given[hardware.name]
+        listed = hardware.price_per_device_hour
+        return listed.si * (a.reserved_factor if self.reserved else 1.0) if listed else None
 
-    def __post_init__(self) -> None:
-        if not 0.001 <= self.utilisation <= 1:
-            raise MopError(f"--utilisation: {self.utilisation:g} must lie between 0.001 and 1")
-        if not 1 <= self.pue <= 5:
-            raise MopError(f"--pue: {self.pue:g} must lie between 1 and 5")
+
+ON_DEMAND = Terms()
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The bill of one training run: seconds, device seconds, dollars, joules; None where the profile does not
-    say. tokens: trained on in all."""
+    """The bill of one training run. seconds: wall clock, expected. device_seconds: of all devices that are
+    paid for: whole racks, spares too. billed_nodes: those. cost: dollars, None where no price is known;
+    parts: of it. capex: dollars that a purchase takes at once. energy: joules, None where the power is not
+    known; carbon: kilograms of CO2. deviation: standard, of ln(seconds). middle: seconds at the median."""
 
     tokens: float
     seconds: float
     device_seconds: float
     cost: float | None
     energy: float | None
+    billed_nodes: int = 0
+    parts: Mapping[str, float] = field(default_factory=dict)
+    capex: float | None = None
+    carbon: float | None = None
+    goodput: Goodput | None = None
+    network: Network | None = None
+    site: str = ""
+    middle: float = 0.0
+    deviation: float = 0.0
 
     @property
     def days(self) -> float:
@@ -58,6 +88,31 @@ class Figures:
     def device_hours(self) -> float:
         return self.device_seconds / HOUR
 
+    @property
+    def outlay(self) -> float | None:
+        """Dollars that a budget must cover: the purchase, or the rent of the run."""
+        return self.cost if self.capex is None else self.capex
+
+    def seconds_interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Seconds of wall clock between which the run ends with probability `level`."""
+        wide = math.exp(self.deviation * float(ndtri((1 + level) / 2)))
+        return self.middle / wide, self.middle * wide
+
+    def cost_interval(self, level: float = LEVEL) -> tuple[float, float] | None:
+        """Dollars likewise: the run is paid by the hour; prices are as given."""
+        if self.cost is None:
+            return None
+        low, high = (one / self.seconds for one in self.seconds_interval(level))
+        return self.cost * low, self.cost * high
+
+    def p_within(self, seconds: float | None) -> float | None:
+        """Probability that the run ends within `seconds`."""
+        if seconds is None:
+            return None
+        if not self.deviation:
+            return float(seconds >= self.middle)
+        return float(ndtr(math.log(seconds / self.middle) / self.deviation))
+
 
 def drawn(hardware: HardwareProfile) -> float | None:
     """Rated watts for each device: its share of the node; without node_power its own, hosts not counted."""
@@ -66,25 +121,121 @@ def drawn(hardware: HardwareProfile) -> float | None:
     return hardware.device.power.si if hardware.device.power else None
 
 
+def unit_nodes(hardware: HardwareProfile) -> int:
+    """Nodes that are sold together: a scale-up domain of several nodes is one rack."""
+    return max(1, hardware.scale_up_size // hardware.devices_per_node)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run repeats. tokens_per_second: of the whole cluster, while it trains. checkpoint: bytes. low,
+    high: factors of the step time between which it lies with probability LEVEL; None: by
+    `step_time_spread`."""
+
+    tokens_per_second: float
+    checkpoint: float = 0.0
+    low: float | None = None
+    high: float | None = None
+
+
 def figures(
     hardware: HardwareProfile,
     num_nodes: int,
-    tokens_per_second: float,
+    step: Step,
     goal: Goal,
-    assumptions: Assumptions = Assumptions(),
+    assumptions: Assumptions | None = None,
+    terms: Terms = ON_DEMAND,
+    site: Site = HERE,
 ) -> Figures:
-    """Figures of training `goal.tokens` at `tokens_per_second` of the whole cluster.
+    """The bill of training `goal.tokens` on `num_nodes` that all train, at a site.
 
-    seconds = tokens / (tokens/s x utilisation); cost = price x device hours; energy = power x PUE x device
-    seconds: `drawn` throughout. Switches between nodes are not counted.
+    seconds = tokens / (tokens/s x goodput). Paid are the nodes and their spares, in whole racks. energy =
+    rated power x draw x PUE x seconds of all of them, switches too.
     """
-    seconds = goal.tokens / (tokens_per_second * assumptions.utilisation)
-    device_seconds = seconds * num_nodes * hardware.devices_per_node
-    price, power = hardware.price_per_device_hour, drawn(hardware)
+    a = (assumptions or assume()).at(site)
+    good = goodput(hardware, num_nodes, step.checkpoint, a)
+    unit = unit_nodes(hardware)
+    billed = -(-(num_nodes + good.spares) // unit) * unit
+    devices = billed * hardware.devices_per_node
+    seconds = goal.tokens / (step.tokens_per_second * good.share)
+    wires = network(hardware, billed, a)
+    rated = drawn(hardware)
+    watts = None if rated is None else (rated * devices * a.draw_share + wires.power) * a.pue
+    energy = None if watts is None else watts * seconds
+    kwh = None if energy is None else energy / 3.6e6
+    capex, parts = None, dict[str, float]()
+    if terms.buy:
+        capex, parts = _bought(hardware, billed, seconds, kwh, rated, wires, a, terms)
+    elif (price := terms.price(hardware, site, a)) is not None:
+        parts = {"rent": price * devices * seconds / HOUR}
+    middle, deviation = _spread(hardware, num_nodes, step, seconds, good, a)
     return Figures(
         tokens=goal.tokens,
         seconds=seconds,
-        device_seconds=device_seconds,
-        cost=price.si * device_seconds / HOUR if price else None,
-        energy=None if power is None else power * assumptions.pue * device_seconds,
+        device_seconds=seconds * devices,
+        cost=sum(parts.values()) if parts else None,
+        energy=energy,
+        billed_nodes=billed,
+        parts=parts,
+        capex=capex,
+        carbon=None if kwh is None else kwh * a.carbon / 1e3,
+        goodput=good,
+        network=wires,
+        site=site.name,
+        middle=middle,
+        deviation=deviation,
     )
+
+
+def _bought(
+    hardware: HardwareProfile,
+    nodes: int,
+    seconds: float,
+    kwh: float | None,
+    rated: float | None,
+    wires: Network,
+    a: Assumptions,
+    terms: Terms,
+) -> tuple[float | None, dict[str, float]]:
+    """(dollars to buy `nodes` with network and storage, the run's share by part): an annuity over the years,
+    less what is left of the machines then, over the hours in use. (None, nothing) where no price is known."""
+    price = terms.capex.get(hardware.name)
+    if price is None:
+        return None, {}
+    devices = nodes * hardware.devices_per_node
+    bought = {
+        "machines": nodes * price.value,
+        "network": wires.price,
+        "storage": devices * a.storage_capacity * a.storage_price,
+    }
+    left = {"machines": a.residual * bought["machines"] / (1 + a.interest) ** a.years}
+    recovery = a.interest / -math.expm1(-a.years * math.log1p(a.interest)) if a.interest else 1 / a.years
+    yearly = {name: (value - left.get(name, 0.0)) * recovery for name, value in bought.items()}
+    yearly["support"] = a.support_share * bought["machines"]
+    yearly["staff"] = a.staff_cost * devices
+    yearly["space"] = a.space_price * 12 * ((rated or 0.0) * devices + wires.power) / 1e3
+    part = seconds / HOUR / (YEAR_HOURS * a.usage)
+    parts = {name: value * part for name, value in yearly.items()}
+    parts["energy"] = (kwh or 0.0) * a.power_price
+    return sum(bought.values()), parts
+
+
+def _spread(
+    hardware: HardwareProfile, nodes: int, step: Step, seconds: float, good: Goodput, a: Assumptions
+) -> tuple[float, float]:
+    """(median seconds, deviation of ln(seconds)): the step's own interval, the chance of failures, and how
+    well their rate is known; independent, to first order."""
+    wide = float(ndtri((1 + LEVEL) / 2))
+    middle, of_step = seconds, a.step_time_spread
+    if step.low is not None and step.high is not None:
+        middle = seconds * math.sqrt(step.low * step.high)
+        of_step = math.log(step.high / step.low) / (2 * wide)
+    chance = good.deviation / math.sqrt(seconds)
+    rate = 0.0
+    if a.utilisation is None and "failure_rate" not in a.given:
+        ends = [
+            goodput(hardware, nodes, step.checkpoint, a.with_(failure_rate=one)).share
+            for one in (known()["failure_rate"].low, known()["failure_rate"].high)
+        ]
+        rate = math.log(ends[0] / ends[1]) / (2 * wide)
+    return middle, math.sqrt(of_step**2 + chance**2 + rate**2)

@@ -1,211 +1,251 @@
-"""The smallest number of nodes of one machine type that trains in time: a search at each count it asks."""
+"""How many nodes: searches at a few counts, their plans carried to the others, then closing in on the limit.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+A search at every count would miss here and there, and more nodes would look slower. So a count is asked with
+the plans of its neighbours, which stay fast as the data-parallel degree grows; searches at every third
+doubling bring new ones.
+"""
 
-from mopsim.common.errors import MopError
-from mopsim.common.units import format_bytes
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
 from mopsim.engine import SimResult
-from mopsim.search import Options, SearchResult, search
-from mopsim.search.coarse import coarse
-from mopsim.size.counts import global_batch, least_nodes, node_counts
-from mopsim.size.figures import Assumptions, Figures, Goal, figures
+from mopsim.size.ask import Answer, Ask, answer, judged
+from mopsim.size.counts import least_nodes, node_counts
+from mopsim.size.points import Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.model import ModelSpec
-from mopsim.spec.routing import RoutingProfile
-from mopsim.spec.stack import Stack
-from mopsim.spec.strategy import MatmulDType
-from mopsim.spec.training import TrainSpec
-from mopsim.strategies import FAMILIES
 
-FEW_TOKENS = 8192
-"""Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
-the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
+EVERY = 3
+"""Doublings from one search to the next."""
+AROUND = 4
+"""Counts below the least that arithmetic asks for, as a factor: cheaper and slower ones, for the Pareto."""
+SLOWER = 1.005
+"""More nodes that are not faster by so much are no faster."""
+DEEP = 8
+"""Times as many simulations where the answer is."""
 
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be trained, and how the answer is looked for. batch_tokens: wanted tokens per step.
-
-    budget: simulations per node count and family. runnable: only what mopexec runs.
-    """
-
-    model: ModelSpec
-    goal: Goal
-    seq_len: int
-    batch_tokens: int
-    families: tuple[str, ...] = FAMILIES
-    max_nodes: int = 512
-    budget: int = 40
-    runnable: bool = False
-    assumptions: Assumptions = field(default_factory=Assumptions)
-    precision: MatmulDType = "bfloat16"
-    routing: RoutingProfile = "balanced"
-    stack: Stack | None = None
-
-    def training(self, world_size: int) -> TrainSpec:
-        """The training at `world_size` ranks: the global batch is fitted to them."""
-        batch = global_batch(world_size, self.seq_len, self.batch_tokens)
-        return TrainSpec(seq_len=self.seq_len, global_batch=batch, routing=self.routing)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One node count of one machine type. result: the fastest strategy that fits with room to spare, if one
-    was found; `why` says what is wrong with a point that does not do."""
-
-    hardware: HardwareProfile
-    num_nodes: int
-    training: TrainSpec
-    result: SimResult | None
-    figures: Figures | None
-    in_time: bool
-    why: str
-    gap: float | None = None
-
-    @property
-    def num_devices(self) -> int:
-        return self.num_nodes * self.hardware.devices_per_node
-
-    @property
-    def num_steps(self) -> float:
-        """Optimizer steps of the whole training, from its figures; 0 where nothing fits."""
-        tokens = self.training.seq_len * self.training.global_batch
-        return self.figures.tokens / tokens if self.figures else 0.0
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """The answer for one machine type. best: the smallest cluster found that trains in time; tried: every
-    node count asked, ascending; why: the reason where there is none."""
-
-    hardware: HardwareProfile
-    best: Point | None
-    tried: list[Point]
-    why: str = ""
-    simulated: int = 0
+Rounds = Generator[list[Ask], list[Answer], Sizing]
+Mapper = Callable[[Sequence[Ask]], Iterable[Answer]]
 
 
 @dataclass
-class _Asker:
-    """Searches at node counts, each once."""
+class _Known:
+    """What was found of one machine type so far."""
 
     request: Request
     hardware: HardwareProfile
-    progress: Callable[[int, str], None] | None
+    answers: dict[int, Answer] = field(default_factory=dict)
     points: dict[int, Point] = field(default_factory=dict)
     simulated: int = 0
 
-    def at(self, num_nodes: int) -> Point:
-        if num_nodes not in self.points:
-            if self.progress:
-                self.progress(num_nodes, self.hardware.name)
-            self.points[num_nodes] = self._ask(num_nodes)
-        return self.points[num_nodes]
-
-    def _ask(self, num_nodes: int) -> Point:
-        request = self.request
-        training = request.training(num_nodes * self.hardware.devices_per_node)
-        options = Options(
-            request.families, 1, request.budget, request.runnable, precision=request.precision, axes=coarse,
-            stack=request.stack,
-        )  # fmt: skip
-        found = search(request.model, self.hardware, num_nodes, training, options)
+    def note(self, ask: Ask, found: Answer) -> None:
+        """Keep an answer, unless the count has a faster one."""
         self.simulated += found.simulated
-        best = found.best
-        if best is None or best.verdict != "fits":
-            return Point(self.hardware, num_nodes, training, None, None, False, _memory_reason(found))
-        bill = figures(self.hardware, num_nodes, best.tokens_per_second, request.goal, request.assumptions)
-        in_time = bill.seconds <= request.goal.seconds
-        why = "" if in_time else f"too slow: {bill.days:,.1f} days{_small_batch(training, best)}"
-        return Point(self.hardware, num_nodes, training, best, bill, in_time, why, found.gap)
+        before = self.answers.get(ask.num_nodes)
+        if before is None or _time(found) < _time(before):
+            self.answers[ask.num_nodes] = found
+            self.points[ask.num_nodes] = judged(self.request, ask, found)
+
+    def search(self, count: int, families: tuple[str, ...] = (), times: int = 1) -> Ask:
+        request = self.request
+        return Ask(
+            self.hardware, count, self.near(count), families or request.families, request.simulations * times
+        )
+
+    def carry(self, count: int) -> Ask:
+        return Ask(self.hardware, count, self.near(count))
+
+    def near(self, count: int) -> tuple[SimResult, ...]:
+        """The fastest plan of the nearest counts that have one, below and above, and the next family's of
+        either, if that is nearly as fast."""
+        ready = sorted(n for n, found in self.answers.items() if found.plans and n != count)
+        below = [n for n in ready if n < count][-1:]
+        above = [n for n in ready if n > count][:1]
+        plans: list[SimResult] = []
+        for n in (*below, *above):
+            first, *others = self.answers[n].plans
+            plans += [first, *(one for one in others[:1] if one.step_time < 1.1 * first.step_time)]
+        return tuple(plans)
+
+
+def _time(found: Answer) -> float:
+    return found.plans[0].step_time if found.plans else float("inf")
+
+
+def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
+    """Yields rounds of questions, is sent their answers, returns the sizing of one machine type."""
+    counts, too_slow = _counts(request, hardware)
+    known = _Known(request, hardware)
+    doubled = [count for count in counts if count & (count - 1) == 0 or count == counts[-1]]
+    searched = sorted(doubled[::-1][::EVERY])
+    yield from _round(known, [known.search(count) for count in searched])
+    others = [count for count in doubled if count not in searched]
+    yield from _round(known, [known.carry(count) for count in others])
+    yield from _round(known, [known.search(count) for count in others if not known.answers[count].plans])
+    yield from _mend(known)
+    yield from _close_in(known, counts)
+    yield from _deepen(known, counts)
+    return _sizing(known, too_slow)
+
+
+def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str]:
+    """(the node counts worth asking about, why none can do): the largest alone, for what it misses by, where
+    arithmetic says that none is enough."""
+    counts, goal = node_counts(request.max_nodes), request.goal
+    if goal.seconds is None:
+        return counts, ""
+    share = request.assumptions.utilisation or 1.0
+    least = least_nodes(
+        request.model, hardware, request.seq_len, goal.tokens, goal.seconds, share, request.precision
+    )
+    if least > request.max_nodes:
+        allowed = f"{request.max_nodes:,} allowed (--max-nodes)"
+        return counts[-1:], f"not fast enough: {least:,} nodes at the peak rate of products, {allowed}"
+    return [count for count in counts if count * AROUND >= least], ""
+
+
+def _round(known: _Known, asks: list[Ask]) -> Generator[list[Ask], list[Answer], None]:
+    if asks:
+        for ask, found in zip(asks, (yield asks), strict=True):
+            known.note(ask, found)
+
+
+def _mend(known: _Known) -> Generator[list[Ask], list[Answer], None]:
+    """Ask again, with a search, where more nodes came out slower than fewer."""
+    yield from _round(known, [known.search(count) for count, _ in _slower(known)])
+
+
+def _slower(known: _Known) -> list[tuple[int, int]]:
+    """(count, fewer nodes that are as fast), ascending."""
+    found, best, at = [], float("inf"), 0
+    for count in sorted(known.points):
+        bill = known.points[count].figures
+        if bill is None:
+            continue
+        if bill.seconds * SLOWER > best:
+            found.append((count, at))
+        if bill.seconds < best:
+            best, at = bill.seconds, count
+    return found
+
+
+def _close_in(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+    """Ask the counts between the last that fails a limit and the first that keeps it, halving."""
+    while True:
+        between = [one for edge in _edges(known) if (one := _middle(known, counts, *edge))]
+        if not between:
+            return
+        yield from _round(known, [known.carry(count) for count in dict.fromkeys(between)])
+
+
+def _edges(known: _Known) -> Iterator[tuple[int, int]]:
+    """Neighbouring counts of which one keeps the deadline, or the budget, and the other does not."""
+    asked = sorted(known.points)
+    for low, high in pairwise(asked):
+        one, other = known.points[low], known.points[high]
+        if one.in_time != other.in_time or (one.figures and one.affordable != other.affordable):
+            yield low, high
+
+
+def _middle(known: _Known, counts: Sequence[int], low: int, high: int) -> int:
+    inside = [count for count in counts if low < count < high and count not in known.points]
+    return inside[len(inside) // 2] if inside else 0
+
+
+def _deepen(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+    """A longer search of the leading families at the answer; a faster plan may need fewer nodes, so again."""
+    done: set[int] = set()
+    while (best := _best(known)) and best.num_nodes not in done:
+        done.add(best.num_nodes)
+        first, *others = known.answers[best.num_nodes].plans
+        near = [one for one in others if one.step_time < 1.05 * first.step_time]
+        families = tuple(one.strategy.name for one in (first, *near))
+        yield from _round(known, [known.search(best.num_nodes, families, DEEP)])
+        place = counts.index(best.num_nodes)
+        step = 1 if known.request.goal.seconds is None else -1
+        if 0 <= place + step < len(counts):
+            yield from _round(known, [known.carry(counts[place + step])])
+
+
+def _best(known: _Known) -> Point | None:
+    """The smallest cluster that does; of a budget alone the fastest, with the fewest nodes among equals."""
+    done = [known.points[count] for count in sorted(known.points) if known.points[count].does]
+    if known.request.goal.seconds is not None:
+        return min(done, key=lambda one: (one.figures.cost or 0.0, one.num_nodes), default=None)  # type: ignore[union-attr]
+    return min(done, key=lambda one: (one.figures.seconds, one.num_nodes), default=None)  # type: ignore[union-attr]
+
+
+def _sizing(known: _Known, too_slow: str) -> Sizing:
+    slower = dict(_slower(known))
+    tried = [_marked(known.points[count], slower.get(count)) for count in sorted(known.points)]
+    best = _best(known)
+    if best is not None:
+        return Sizing(known.hardware, best, tried, "", known.simulated)
+    fitting = [point for point in tried if point.figures]
+    worst = (fitting or tried)[-1]
+    cluster = f"{worst.num_nodes:,} node{'s' if worst.num_nodes > 1 else ''}"
+    why = too_slow or f"{worst.why}, with {cluster}"
+    return Sizing(known.hardware, None, tried, why, known.simulated)
+
+
+def _marked(point: Point, fewer: int | None) -> Point:
+    if fewer is None or point.figures is None:
+        return point
+    why = f"no faster than {fewer:,} nodes"
+    return replace(point, why=f"{point.why}; {why}" if point.why else why)
+
+
+def size_all(
+    request: Request,
+    machines: Sequence[HardwareProfile],
+    mapper: Mapper | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Sizing]:
+    """The sizing of every machine type, in their order. Questions of one round of all machines are answered
+    side by side: mapper(asks) yields their answers in order. progress(done, known so far, what was asked)."""
+    rounds = [sizing(request, one) for one in machines]
+    found: list[Sizing | None] = [None] * len(machines)
+    waiting: list[tuple[int, list[Ask]]] = []
+    for place in range(len(machines)):
+        _send(rounds, found, waiting, place, None)
+    done = total = 0
+    while waiting:
+        now, waiting = waiting, []
+        asks = [ask for _, group in now for ask in group]
+        total += len(asks)
+        answers: list[Answer] = []
+        for ask, one in zip(asks, (mapper or _here(request))(asks), strict=True):
+            answers.append(one)
+            done += 1
+            if progress:
+                progress(done, total, ask.hardware.cluster(ask.num_nodes))
+        for place, group in now:
+            mine, answers = answers[: len(group)], answers[len(group) :]
+            _send(rounds, found, waiting, place, mine)
+    return [one for one in found if one is not None]
+
+
+def _send(
+    rounds: list[Rounds],
+    found: list[Sizing | None],
+    waiting: list[tuple[int, list[Ask]]],
+    place: int,
+    answers: list[Answer] | None,
+) -> None:
+    """Go on with one machine: its next questions to `waiting`, or its sizing to `found`."""
+    try:
+        asks = next(rounds[place]) if answers is None else rounds[place].send(answers)
+        waiting.append((place, asks))
+    except StopIteration as ended:
+        found[place] = ended.value
+
+
+def _here(request: Request) -> Mapper:
+    return lambda asks: (answer(request, ask) for ask in asks)
 
 
 def size(
-    request: Request, hardware: HardwareProfile, progress: Callable[[int, str], None] | None = None
+    request: Request, hardware: HardwareProfile, progress: Callable[[int, int, str], None] | None = None
 ) -> Sizing:
-    """The smallest cluster of `hardware` that does it, or why there is none.
-
-    Time falls and memory eases as nodes are added, so a count that fails rules out those below it. Starts
-    where arithmetic alone could do, then jumps to what the measured rate asks for, then closes in between
-    the largest count that failed and the smallest that did, over `node_counts`. `progress(nodes, machine)`
-    is called before each search.
-    """
-    least = least_nodes(
-        request.model, hardware, request.seq_len, request.goal, request.assumptions, request.precision
-    )
-    counts = [count for count in node_counts(request.max_nodes) if count >= least]
-    if not counts:
-        why = f"not fast enough: {least} nodes at the peak rate of products, {request.max_nodes} allowed"
-        return Sizing(hardware, None, [], why)
-    asker = _Asker(request, hardware, progress)
-    best = _close_in(asker, counts, request.goal)
-    tried = [asker.points[count] for count in sorted(asker.points)]
-    if best is None:
-        worst = asker.at(counts[-1])
-        why = f"{worst.why}, with {worst.num_nodes} nodes" if worst.why else "nothing fits"
-        return Sizing(hardware, None, tried, why, asker.simulated)
-    return Sizing(hardware, best, tried, "", asker.simulated)
-
-
-def _close_in(asker: _Asker, counts: Sequence[int], goal: Goal) -> Point | None:
-    """Bisection over the places of `counts`, guided by the rate of the last count that fits."""
-    low, high = -1, len(counts)
-    place = 0
-    while high - low > 1:
-        point = asker.at(counts[place])
-        if point.in_time:
-            high = place
-        else:
-            low = place
-        place = _next(point, counts, low, high, goal)
-    return asker.at(counts[high]) if high < len(counts) else None
-
-
-def _next(point: Point, counts: Sequence[int], low: int, high: int, goal: Goal) -> int:
-    """The place to ask next, strictly between `low` and `high`: the count that the rate per node of `point`
-    asks for (twice the nodes where nothing fits), else the middle."""
-    if point.figures:
-        wanted = point.num_nodes * point.figures.seconds / goal.seconds
-    elif high == len(counts):
-        wanted = 2.0 * point.num_nodes
-    else:
-        return (low + high) // 2
-    guess = next((place for place, count in enumerate(counts) if count >= wanted), len(counts) - 1)
-    return min(max(guess, low + 1), max(high - 1, low + 1))
-
-
-def _small_batch(training: TrainSpec, result: SimResult) -> str:
-    """A hint where a device has so few tokens in a step that it waits for weights and gradients."""
-    tokens = training.seq_len * training.global_batch // result.strategy.world_size
-    if tokens >= FEW_TOKENS:
-        return ""
-    return f" ({tokens:,} tokens a device and step: a larger global batch is faster)"
-
-
-def _memory_reason(found: SearchResult) -> str:
-    """What stops a search that found nothing with room to spare."""
-    if found.best:
-        return "fits only at risk: the upper bound of its memory is beyond the limit"
-    least = found.closest
-    if least:
-        by = format_bytes(least.over_bytes)
-        return f"does not fit: {least.over or 'memory'} is {by} over in the closest strategy"
-    return found.verdict()
-
-
-def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[Point | None, Point | None]:
-    """(cheapest, fastest within `max_cost` dollars) of the points that train in time; a machine without a
-    price is never the cheapest, nor within a budget. Raises MopError for a budget that is not positive."""
-    if max_cost is not None and not 0 < max_cost < 1e15:
-        raise MopError(f"--max-cost: {max_cost:g} must be positive, and below 1e15 dollars")
-    done = [(point, point.figures) for point in points if point.in_time and point.figures]
-    priced = [(bill.cost, point.num_nodes, point) for point, bill in done if bill.cost is not None]
-    affordable = [
-        (bill.seconds, point.num_nodes, point)
-        for point, bill in done
-        if max_cost is None or (bill.cost is not None and bill.cost <= max_cost)
-    ]
-    cheapest = min(priced, key=lambda one: one[:2])[2] if priced else None
-    fastest = min(affordable, key=lambda one: one[:2])[2] if affordable else None
-    return cheapest, fastest
+    """The answer for one machine type, in this process."""
+    return size_all(request, [hardware], progress=progress)[0]

@@ -69,10 +69,10 @@ def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
 def test_size_is_what_the_command_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = mopsim.size(
         "tiny", ["cpu-2core"], tokens="1M", days=1, seq_len=256, global_batch_tokens="1K", families=["mop"],
-        precision="float32", budget=2, max_nodes=4,
+        precision="float32", simulations=2, max_nodes=4,
     )  # fmt: skip
     out = tmp_path / "out.json"
-    options = ["--family", "mop", "--precision", "float32", "--budget", "2", "--max-nodes", "4"]
+    options = ["--family", "mop", "--precision", "float32", "--simulations", "2", "--max-nodes", "4"]
     job = ["--model", "tiny", "--hardware", "cpu-2core", "--tokens", "1M", "--days", "1", "--seq-len", "256"]
     command(monkeypatch, "size", *job, "--global-batch-tokens", "1K", *options, "--json", str(out))
     assert json.loads(out.read_text()) == json.loads(json.dumps(io.to_plain(dict(found))))

@@ -15,10 +15,10 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.units import parse_tokens
 from mopsim.report.sizing import stated
-from mopsim.size import Assumptions, Goal, figures, size
+from mopsim.size import Goal, Point, Request, Sizing, Step, assume, figures, size
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import DAY
-from mopsim.size.finder import Point, Request, Sizing, recommend
+from mopsim.size.points import recommend
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Plan
 from mopsim.spec.training import TrainSpec
@@ -38,13 +38,14 @@ def priced(name: str = "toy", price: float = 2.0) -> HardwareProfile:
 
 def request(seconds: float, tokens: int = 10**12, max_nodes: int = 64) -> Request:
     goal = Goal(tokens, seconds)
-    return Request(MODEL, goal, 512, 2**17, ("mop", "fsdp2"), max_nodes=max_nodes, budget=3)
+    return Request(MODEL, goal, 512, 2**17, ("mop", "fsdp2"), max_nodes=max_nodes, simulations=3)
 
 
 def test_the_bill_by_hand() -> None:
     """10^12 tokens at 10^6 tokens/s, half the time useful: 2*10^6 s; 2 nodes of 8 devices: 3.2*10^7 device
-    seconds; at 2 USD/h 17,777.78 USD; at 500 W and PUE 1.5 2.4*10^10 J."""
-    bill = figures(priced(), 2, 1e6, Goal(10**12, 30 * DAY), Assumptions(utilisation=0.5, pue=1.5))
+    seconds; at 2 USD/h 17,777.78 USD; at 500 W drawn and PUE 1.5 2.4*10^10 J for them."""
+    a = assume({"pue": 1.5, "draw_share": 1.0, "switch_power": 0.0}, 0.5)
+    bill = figures(priced(), 2, Step(1e6), Goal(10**12, 30 * DAY), a)
     assert bill.seconds == pytest.approx(2e6)
     assert bill.days == pytest.approx(2e6 / 86400)
     assert bill.device_seconds == pytest.approx(3.2e7)
@@ -55,16 +56,16 @@ def test_the_bill_by_hand() -> None:
 def test_energy_counts_the_whole_node_where_its_power_is_known() -> None:
     """6 kW a node of 8 is 750 W a device, of which the device itself draws 500."""
     node = msgspec.structs.replace(priced(), node_power=quantity(6, "kW"))
-    goal, assumed = Goal(10**12, 30 * DAY), Assumptions(utilisation=0.5, pue=1.2)
-    assert figures(node, 2, 1e6, goal, assumed).energy == pytest.approx(750 * 1.2 * 3.2e7)
+    goal, a = Goal(10**12, 30 * DAY), assume({"pue": 1.2, "draw_share": 1.0, "switch_power": 0.0}, 0.5)
+    assert figures(node, 2, Step(1e6), goal, a).energy == pytest.approx(750 * 1.2 * 3.2e7)
     _, searched, known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])
-    assert searched.startswith("Searched: mop, fsdp2, at most 3 simulations of each a node count (0 in all)")
+    assert searched.startswith("Searched: mop, fsdp2, at most 3 simulations of each where a node count")
     assert "power of a node of 8 devices 6 kW (assumed: toy)" in known
     assert "power of a device 500 W (assumed: toy), hosts not counted" in unknown
 
 
 def test_what_the_profile_does_not_say_is_none() -> None:
-    bill = figures(machine(), 1, 1e6, Goal(10**12, DAY))
+    bill = figures(machine(), 1, Step(1e6), Goal(10**12, DAY))
     assert bill.cost is None
     assert bill.energy is None
 
@@ -106,7 +107,7 @@ def test_a_global_batch_leaves_room_for_microbatches() -> None:
     assert global_batch(64, 2**20, 2**22) == 4
 
 
-def test_the_smallest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() -> None:
+def test_the_cheapest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() -> None:
     alone = size(request(400 * DAY, max_nodes=1), priced()).best
     assert alone is not None
     assert alone.figures is not None
@@ -119,19 +120,22 @@ def test_the_smallest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() 
     assert sizing.best.figures.seconds <= seconds
     assert sizing.best.result is not None
     assert sizing.best.result.verdict == "fits"
-    smaller = [point for point in sizing.tried if point.num_nodes < sizing.best.num_nodes]
-    assert not any(point.in_time for point in smaller)
+    cost = sizing.best.figures.cost
+    assert cost is not None
+    done = [point.figures.cost for point in sizing.tried if point.in_time and point.figures]
+    assert cost == min(one for one in done if one is not None)
     allowed = node_counts(64)
     before = allowed[allowed.index(sizing.best.num_nodes) - 1]
-    least = least_nodes(MODEL, priced(), 512, goal.goal, goal.assumptions)
+    least = least_nodes(MODEL, priced(), 512, goal.goal.tokens, seconds)
     assert before < least or any(point.num_nodes == before for point in sizing.tried)
 
 
-def test_too_slow_is_said_without_a_simulation() -> None:
+def test_too_slow_says_so_and_how_long_the_largest_takes() -> None:
     sizing = size(request(1.0), priced())
     assert sizing.best is None
-    assert sizing.simulated == 0
     assert "not fast enough" in sizing.why
+    assert [point.num_nodes for point in sizing.tried] == [64]
+    assert sizing.tried[0].figures is not None
 
 
 def test_what_does_not_fit_names_the_category() -> None:
@@ -153,15 +157,14 @@ def test_recommended_is_the_cheapest_and_the_fastest_keeps_the_budget() -> None:
     assert fastest is not None
     assert fastest.figures is not None
     assert recommend(points, max_cost=1e-6) == (cheapest, None)
-    with pytest.raises(MopError, match="max-cost"):
-        recommend(points, max_cost=0)
     unpriced = Point(machine(), 1, TrainSpec(seq_len=1, global_batch=1), fastest.result,
-                     figures(machine(), 1, 1e9, Goal(1, 1)), True, "")  # fmt: skip
+                     figures(machine(), 1, Step(1e9), Goal(1, 1)), True, "")  # fmt: skip
     assert recommend([unpriced]) == (None, unpriced)
 
 
-JOB = ["size", "--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch-tokens",
-       "1K", "--precision", "float32", "--family", "mop", "--budget", "2", "--max-nodes", "4"]  # fmt: skip
+JOB = ["size", "--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "256",
+       "--global-batch-tokens", "1K", "--precision", "float32", "--family", "mop", "--simulations", "2",
+       "--max-nodes", "4"]  # fmt: skip
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -186,7 +189,7 @@ def test_the_command_writes_json_in_si_units_and_a_plan(
     assert best["cost_usd"] == pytest.approx(
         found["hardware"][0]["price_per_device_hour_usd"] * best["device_seconds"] / 3600
     )
-    assert best["duration_s"] == pytest.approx(1e6 / best["tokens_per_s"] / 0.9)
+    assert best["duration_s"] == pytest.approx(1e6 / best["tokens_per_s"] / best["goodput"])
     assert found["recommended"]["nodes"] == best["nodes"]
     assert io.load(plan, Plan, "plan").hardware.num_nodes == best["nodes"]
 
@@ -202,6 +205,16 @@ MISTAKES = [
     (["--tokens", "1M", "--days", "1", "--routing", "often"], "routing: 'often'"),
     (["--tokens", "1M", "--days", "1", "--max-cost", "-3"], "max-cost: -3"),
     (["--tokens", "1M", "--days", "1", "--max-nodes", "0"], "--max-nodes"),
+    (["--tokens", "1M", "--budget", "-3"], "budget: -3 must be positive"),
+    (["--tokens", "1M"], "days: none given"),
+    (["--tokens", "1M", "--days", "1", "--confidence", "1"], "confidence: 1 must lie between"),
+    (["--tokens", "1M", "--days", "1", "--price", "cpu-2core=-1"], "price cpu-2core: -1 must be above 0"),
+    (["--tokens", "1M", "--days", "1", "--price", "h900=1"], "price: 'h900' is not one of cpu-2core"),
+    (["--tokens", "1M", "--days", "1", "--price", "cpu-2core=dear"], "cpu-2core: 'dear' is not a number"),
+    (["--tokens", "1M", "--days", "1", "--assume", "failure_rate=2"], "failure_rate: 2 must lie between"),
+    (["--tokens", "1M", "--days", "1", "--assume", "failur_rate=2"], "near: failure_rate"),
+    (["--tokens", "1M", "--days", "1", "--buy", "--years", "0"], "years: 0 must lie between 0.25 and 20"),
+    (["--tokens", "1M", "--days", "1", "--sites", "none.yaml"], "none.yaml: no such file"),
     (["--days", "1"], "Missing option"),
     (["--tokens", "100T", "--days", "1", "--plan", "never.yaml"], "never.yaml not written"),
 ]

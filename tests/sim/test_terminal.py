@@ -11,7 +11,7 @@ from mopsim.report.sizing import sizing_table
 from mopsim.report.tables import breakdown, comparison
 from mopsim.size import Goal, size
 from mopsim.size.figures import DAY
-from mopsim.size.finder import Request
+from mopsim.size.points import Request
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
@@ -57,9 +57,9 @@ def test_a_large_job_stays_in_its_lines() -> None:
 def test_a_sizing_stays_in_its_lines() -> None:
     machines = [load_profile(name) for name in ("a100-pcie-80g", "gb300-288g")]
     goal = Goal(10**11, 365 * DAY)
-    request = Request(load_model("tiny"), goal, 4096, 2**20, ("mop",), max_nodes=2, budget=1)
+    request = Request(load_model("tiny"), goal, 4096, 2**20, ("mop",), max_nodes=2, simulations=1)
     sizings = [size(request, machine) for machine in machines]
-    found = rows(shown(sizing_table(sizings, None, "a job", [])))
+    found = rows(shown(sizing_table(sizings, None, request, [])))
     for line, machine in zip(found[1:], machines, strict=False):
         assert line.startswith(machine.name)
 

@@ -275,8 +275,10 @@ def test_a_sizing_without_an_answer_says_so_and_is_no_success(
     monkeypatch.setattr(sys, "argv", ["mopsim", "size", *asked])
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 1
-    assert "no cluster of at most 1 nodes will do" in capsys.readouterr().err
+    assert end.value.code == 3
+    said = capsys.readouterr().err
+    assert "no cluster of at most 1 nodes will do; nearest: 1 node" in said
+    assert "it would do with --days" in said
 
 
 def test_a_sweep_that_repeats_itself_is_refused(

@@ -1,0 +1,127 @@
+"""The JSON of `mopsim size`: SI units, dollars, kilograms; days and gpus for whoever reads it."""
+
+from dataclasses import asdict
+from typing import Any
+
+from mopsim.common import io
+from mopsim.report.tables import describe
+from mopsim.size.assumptions import NAMES, known
+from mopsim.size.figures import DAY, LEVEL, Figures
+from mopsim.size.points import Miss, Point, Request, Sizing
+
+
+def sizing_json(sizing: Sizing, request: Request) -> dict[str, Any]:
+    """One machine type."""
+    price, power = sizing.hardware.price_per_device_hour, sizing.hardware.device.power
+    node, paid = sizing.hardware.node_power, request.terms.price
+    return {
+        "name": sizing.hardware.name,
+        "digest": io.digest(sizing.hardware),
+        "can": sizing.best is not None,
+        "reason": sizing.why or None,
+        "price_per_device_hour_usd": paid(sizing.hardware, request.sites[0], request.assumptions),
+        "price_source": f"{price.tag}: {price.source}" if price else None,
+        "device_power_w": power.si if power else None,
+        "node_power_w": node.si if node else None,
+        "hosts_in_energy": node is not None,
+        "simulated": sizing.simulated,
+        "best": point_json(sizing.best, request) if sizing.best else None,
+        "tried": [_tried_json(point) for point in sizing.tried],
+    }
+
+
+def _tried_json(point: Point) -> dict[str, Any]:
+    bill = point.figures
+    return {
+        "nodes": point.num_nodes,
+        "in_time": point.in_time,
+        "reason": point.why or None,
+        "duration_s": bill.seconds if bill else None,
+        "cost_usd": bill.cost if bill else None,
+    }
+
+
+def point_json(point: Point, request: Request) -> dict[str, Any]:
+    """A cluster that fits, with its step."""
+    result, bill = point.result, point.figures
+    assert result is not None
+    assert bill is not None
+    return {
+        **brief_json(point, request),
+        "devices": point.num_devices,
+        "duration_s": bill.seconds,
+        "days": bill.days,
+        "device_seconds": bill.device_seconds,
+        "device_hours": bill.device_hours,
+        "energy_j": bill.energy,
+        "steps": point.num_steps,
+        "global_batch": point.training.global_batch,
+        "tokens_per_s": result.tokens_per_second,
+        "memory_headroom_bytes": result.memory_limit - result.peak_memory,
+        "host_headroom_bytes": result.host_limit - result.host_memory,
+        "proven": point.gap == 0,
+        "gap": point.gap,
+        "network": asdict(bill.network) if bill.network else None,
+        "reliability": asdict(bill.goodput) if bill.goodput else None,
+        "cost_by_part_usd": dict(bill.parts),
+        "sites": [_site_json(one) for one in point.sites],
+        "result": result.to_json(),
+    }
+
+
+def brief_json(point: Point, request: Request) -> dict[str, Any]:
+    """A cluster that fits, in a line."""
+    bill, goal = point.figures, request.goal
+    assert bill is not None
+    assert point.result is not None
+    low, high = bill.seconds_interval()
+    costs = bill.cost_interval()
+    return {
+        "hardware": point.hardware.name,
+        "nodes": point.num_nodes,
+        "gpus": point.num_devices,
+        "billed_nodes": bill.billed_nodes,
+        "spare_nodes": bill.goodput.spares if bill.goodput else 0,
+        "days": bill.days,
+        "days_interval": [low / DAY, high / DAY],
+        "cost_usd": bill.cost,
+        "cost_interval": list(costs) if costs else None,
+        "capex_usd": bill.capex,
+        "energy_j": bill.energy,
+        "carbon_kg": bill.carbon,
+        "site": bill.site,
+        "p_deadline": bill.p_within(goal.seconds),
+        "goodput": bill.goodput.share if bill.goodput else None,
+        "in_time": point.in_time,
+        "within_budget": point.affordable,
+        "reason": point.why or None,
+        "strategy": io.to_plain(point.result.strategy),
+        "strategy_line": describe(point.result.strategy),
+        "stack": point.result.stack.name,
+    }
+
+
+def _site_json(bill: Figures) -> dict[str, Any]:
+    return {
+        "site": bill.site, "cost_usd": bill.cost, "capex_usd": bill.capex, "energy_j": bill.energy,
+        "carbon_kg": bill.carbon,
+    }  # fmt: skip
+
+
+def miss_json(miss: Miss | None, request: Request) -> dict[str, Any] | None:
+    """The nearest cluster that does not do, and the limits that would."""
+    if miss is None:
+        return None
+    needs = {"days": miss.days, "budget_usd": miss.dollars, "nodes": miss.nodes}
+    return {**brief_json(miss.point, request), "needs": {name: one for name, one in needs.items() if one}}
+
+
+def assumptions_json(request: Request) -> dict[str, Any]:
+    """Every assumption in use. `utilisation`: None where it is reckoned from failures, for each cluster."""
+    a, shipped = request.assumptions, known()
+    return {
+        "utilisation": a.utilisation,
+        **{name: getattr(a, name) for name in NAMES},
+        "interval_level": LEVEL,
+        "sources": {name: "given" if name in a.given else shipped[name].source for name in NAMES},
+    }

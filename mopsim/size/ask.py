@@ -1,0 +1,148 @@
+"""One question of a sizing: the fastest plan at a node count, from plans of other counts and a search."""
+
+from dataclasses import dataclass, replace
+
+from mopsim.common.units import format_bytes
+from mopsim.engine import SimResult
+from mopsim.graph.tensors import total_params
+from mopsim.search import Options, SearchResult, search
+from mopsim.search.coarse import coarse
+from mopsim.size.carry import carried, played
+from mopsim.size.figures import Step, figures
+from mopsim.size.goodput import state_bytes
+from mopsim.size.points import Point, Request, quantile
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.training import TrainSpec
+
+FEW_TOKENS = 8192
+"""Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
+the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A node count of a machine type. plans: of other counts, tried first. simulations: of each of the
+    families that is searched; 0: none is."""
+
+    hardware: HardwareProfile
+    num_nodes: int
+    plans: tuple[SimResult, ...] = ()
+    families: tuple[str, ...] = ()
+    simulations: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """plans: the fastest that fits of each family, fastest first, without their timelines. why: what stops
+    everything where there is none."""
+
+    plans: tuple[SimResult, ...]
+    simulated: int
+    why: str = ""
+    gap: float | None = None
+
+
+def answer(request: Request, ask: Ask) -> Answer:
+    """Simulate and search."""
+    training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
+    fitting, simulated = _carried(request, ask, training)
+    why, gap = "no plan of another number of nodes fits here", None
+    if ask.simulations:
+        options = Options(
+            ask.families, 1, ask.simulations, request.runnable, precision=request.precision, axes=coarse,
+            stack=request.stack,
+        )  # fmt: skip
+        found = search(request.model, ask.hardware, ask.num_nodes, training, options)
+        simulated += found.simulated
+        fitting += [one for one in found.best_by_family.values() if one is not None]
+        why, gap = _memory_reason(found), found.gap
+    best: dict[str, SimResult] = {}
+    for one in sorted(fitting, key=lambda one: one.step_time):
+        if one.verdict == "fits":
+            best.setdefault(one.strategy.name, one)
+    plans = tuple(_small(one) for one in best.values())
+    if plans and gap is not None and ask.plans:
+        gap = None if plans[0].step_time < min(one.step_time for one in fitting) else gap
+    return Answer(plans, simulated, "" if plans else why, gap)
+
+
+def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], int]:
+    """The plans of other counts as they are here: of each the first form that fits."""
+    found: list[SimResult] = []
+    simulated, seen = 0, set()
+    world = ask.num_nodes * ask.hardware.devices_per_node
+    for plan in ask.plans:
+        for strategy in carried(plan.strategy, world):
+            if strategy in seen:
+                continue
+            seen.add(strategy)
+            one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, plan.stack)
+            simulated += one is not None
+            if one is not None and one.verdict == "fits":
+                found.append(one)
+                break
+    return found, simulated
+
+
+def _small(result: SimResult) -> SimResult:
+    """Without what draws a timeline: it goes from process to process."""
+    return replace(result, spans=[], memory_curve=[], memory_curve_by_category={})
+
+
+def judged(request: Request, ask: Ask, found: Answer) -> Point:
+    """The point of an answer: its bill at every site, and whether it will do."""
+    training = request.training(ask.num_nodes * ask.hardware.devices_per_node)
+    if not found.plans:
+        return Point(ask.hardware, ask.num_nodes, training, None, None, False, found.why)
+    return billed(request, ask.hardware, ask.num_nodes, training, found.plans[0], found.gap)
+
+
+def billed(
+    request: Request,
+    hardware: HardwareProfile,
+    num_nodes: int,
+    training: TrainSpec,
+    best: SimResult,
+    gap: float | None = None,
+) -> Point:
+    """The point of a simulated plan."""
+    goal = request.goal
+    step = step_of(request, best)
+    bills = tuple(
+        figures(hardware, num_nodes, step, goal, request.assumptions, request.terms, site)
+        for site in request.sites
+    )
+    bill = min(bills, key=lambda one: float("inf") if one.cost is None else one.cost)
+    in_time = goal.seconds is None or quantile(bill, request.confidence) <= goal.seconds
+    affordable = goal.budget is None or (bill.outlay is not None and bill.outlay <= goal.budget)
+    why = []
+    if not in_time:
+        why.append(f"too slow: {bill.days:,.1f} days{_small_batch(training, best)}")
+    if not affordable:
+        why.append("no price is known" if bill.outlay is None else f"too dear: ${bill.outlay:,.0f}")
+    return Point(hardware, num_nodes, training, best, bill, in_time, "; ".join(why), gap, affordable, bills)
+
+
+def step_of(request: Request, result: SimResult) -> Step:
+    """What the run repeats, of a simulated step."""
+    checkpoint = state_bytes(total_params(request.model), result.strategy.precision)
+    return Step(result.tokens_per_second, checkpoint)
+
+
+def _small_batch(training: TrainSpec, result: SimResult) -> str:
+    """A hint where a device has so few tokens in a step that it waits for weights and gradients."""
+    tokens = training.seq_len * training.global_batch // result.strategy.world_size
+    if tokens >= FEW_TOKENS:
+        return ""
+    return f" ({tokens:,} tokens a device and step: a larger global batch is faster)"
+
+
+def _memory_reason(found: SearchResult) -> str:
+    """What stops a search that found nothing with room to spare."""
+    if found.best:
+        return "fits only at risk: the upper bound of its memory is beyond the limit"
+    least = found.closest
+    if least:
+        by = format_bytes(least.over_bytes)
+        return f"does not fit: {least.over or 'memory'} is {by} over in the closest strategy"
+    return found.verdict()

@@ -1,0 +1,145 @@
+"""The share of the wall clock that trains: failures, checkpoints, restarts, stragglers, spare nodes.
+
+Pure arithmetic, SI units. J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart
+dumps", Future Generation Computer Systems 22 (2006); J. W. Young, CACM 17 (1974).
+"""
+
+import math
+from dataclasses import dataclass
+
+from scipy.special import ndtri, pdtr
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.size.assumptions import Assumptions
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.strategy import Precision
+
+HOUR = 3600.0
+LONGEST = 86400.0
+"""Seconds between checkpoints at most: people evaluate and restart by hand too."""
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """share: of the wall clock that trains at the simulated speed. lost: the rest of it by cause. mtbf:
+    seconds between interruptions of the job. interval: seconds of training between checkpoints; blocked: that
+    training waits for one; write: until it is on storage; restart: from a failure until training goes on, the
+    checkpoint read. deviation: of the wall clock of one training second, standard, per root second: what
+    chance adds (times the root of the seconds). spares: nodes that stand by; ready: probability that they
+    replace all that are broken at one time, which the job waits for otherwise."""
+
+    share: float
+    lost: dict[str, float]
+    mtbf: float
+    checkpoint_bytes: float
+    interval: float
+    blocked: float
+    write: float
+    restart: float
+    deviation: float
+    spares: int
+    ready: float
+
+
+def state_bytes(parameters: float, precision: Precision) -> float:
+    """Bytes of a checkpoint: master weights (or the weights themselves) and both moments of AdamW."""
+    master = precision.param if precision.master == "param" else precision.master
+    return parameters * (_bytes(master) + 2 * _bytes(precision.moments))
+
+
+def _bytes(dtype: str) -> float:
+    return DTYPE_BYTES.get(dtype, 4.0)
+
+
+def checkpoint_interval(blocked: float, mtbf: float) -> float:
+    """Seconds of training between checkpoints that lose least (Daly 2006, equation 37; to first order Young's
+    sqrt(2 x blocked x mtbf))."""
+    if blocked >= 2 * mtbf:
+        return mtbf
+    part = math.sqrt(blocked / (2 * mtbf))
+    return math.sqrt(2 * blocked * mtbf) * (1 + part / 3 + part * part / 9) - blocked
+
+
+def wall_clock(interval: float, blocked: float, restart: float, mtbf: float) -> float:
+    """Expected wall clock of a second of training (Daly 2006, equation 20); failures are Poisson."""
+    if math.isinf(mtbf):
+        return (interval + blocked) / interval
+    grown = min((interval + blocked) / mtbf, 500.0)
+    return mtbf * math.exp(min(restart / mtbf, 100.0)) * math.expm1(grown) / interval
+
+
+def slowest(count: int, spread: float) -> float:
+    """Step time over that of a node of 8 devices, where the slowest of `count` devices sets the pace.
+
+    Speeds are normal with deviation `spread`; the largest of n is expected at the quantile (n - 0.375) / (n +
+    0.25) (Blom 1958). The profiles' curves were measured on nodes of 8.
+    """
+    return 1 + spread * max(0.0, _largest(count) - _largest(8))
+
+
+def _largest(count: int) -> float:
+    return float(ndtri((count - 0.375) / (count + 0.25)))
+
+
+def spare_nodes(nodes: int, hardware: HardwareProfile, a: Assumptions) -> tuple[int, float]:
+    """(nodes that stand by, probability that no repair is waited for): so many that a useful second costs
+    least, (nodes + spares) / probability. Broken nodes are Poisson with mean nodes x failures x repair time.
+    """
+    mean = nodes * hardware.devices_per_node * a.failure_rate / HOUR * a.hardware_share * a.repair_time
+    most = min(nodes, int(mean + 6 * math.sqrt(mean)) + 2)
+    chances = [float(pdtr(spares, mean)) for spares in range(most + 1)]
+    least = min(range(most + 1), key=lambda spares: (nodes + spares) / max(chances[spares], 1e-9))
+    return least, chances[least]
+
+
+def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumptions) -> Goodput:
+    """Goodput of `nodes` whose checkpoints have `checkpoint` bytes in all.
+
+    A checkpoint is written by all devices at once at `checkpoint_bandwidth` each. Asynchronous: training
+    waits for the copy to the host, the next one waits until the last is written, and what is read after a
+    failure is older by the write. `Assumptions.utilisation` replaces the share, not the rest.
+    """
+    devices = nodes * hardware.devices_per_node
+    mtbf = HOUR / (devices * a.failure_rate) if a.failure_rate else math.inf
+    write = checkpoint / (devices * a.checkpoint_bandwidth)
+    copy = checkpoint / devices * hardware.host.link_sharing / hardware.host.link_d2h.si
+    later = a.checkpoint_asynchronous >= 0.5
+    blocked, old = (min(copy, write), write) if later else (write, 0.0)
+    restart = a.restart_time + write + old
+    best = LONGEST if math.isinf(mtbf) else checkpoint_interval(blocked, mtbf)
+    interval = min(max(best, old, 1.0), LONGEST)
+    wall = wall_clock(interval, blocked, restart, mtbf)
+    slow = slowest(devices, a.straggler_spread)
+    spares, ready = spare_nodes(nodes, hardware, a)
+    share = max(ready / (wall * slow), 1e-6) if a.utilisation is None else a.utilisation
+    cycle = interval + blocked
+    square = cycle * cycle / 3 + cycle * restart + restart * restart
+    return Goodput(
+        share=share,
+        lost=_lost(share, wall, slow, ready, (blocked / interval, restart / mtbf)),
+        mtbf=mtbf,
+        checkpoint_bytes=checkpoint,
+        interval=interval,
+        blocked=blocked,
+        write=write,
+        restart=restart,
+        deviation=math.sqrt(square / mtbf),
+        spares=spares,
+        ready=ready,
+    )
+
+
+def _lost(
+    share: float, wall: float, slow: float, ready: float, causes: tuple[float, float]
+) -> dict[str, float]:
+    """Shares of the wall clock: waiting for repairs, then for stragglers, the others as they make up Daly's
+    wall clock. causes: of a second of training, the checkpoints' and the restarts'."""
+    checkpoints, restarts = causes
+    repairs = min(1 - ready, 1 - share)
+    waits = min(ready * (1 - 1 / slow), 1 - share - repairs)
+    rest, extra = 1 - share - repairs - waits, wall - 1
+    parts = {"checkpoints": checkpoints, "restarts": min(restarts, max(0.0, extra - checkpoints))}
+    parts["work done again"] = max(0.0, extra - sum(parts.values()))
+    whole = sum(parts.values())
+    scaled = {name: rest * part / whole if whole else 0.0 for name, part in parts.items()}
+    return {"repairs": repairs, "stragglers": waits, **scaled}

@@ -1,0 +1,167 @@
+"""What is asked of a sizing and what it answers: requests, points, the recommendation, near misses."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mopsim.engine import SimResult
+from mopsim.size.assumptions import HERE, Assumptions, Site, assume
+from mopsim.size.counts import global_batch
+from mopsim.size.figures import DAY, ON_DEMAND, Figures, Goal, Terms
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.routing import RoutingProfile
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import MatmulDType
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
+
+DEFAULT_SIMULATIONS = 6
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained, and how the answer is looked for. batch_tokens: wanted tokens per step.
+
+    simulations: of each family, where a node count is searched; eight times as many where the answer is.
+    runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
+    """
+
+    model: ModelSpec
+    goal: Goal
+    seq_len: int
+    batch_tokens: int
+    families: tuple[str, ...] = FAMILIES
+    max_nodes: int = 512
+    simulations: int = DEFAULT_SIMULATIONS
+    runnable: bool = False
+    assumptions: Assumptions = field(default_factory=assume)
+    terms: Terms = ON_DEMAND
+    sites: tuple[Site, ...] = (HERE,)
+    confidence: float = 0.5
+    precision: MatmulDType = "bfloat16"
+    routing: RoutingProfile = "balanced"
+    stack: Stack | None = None
+
+    def training(self, world_size: int) -> TrainSpec:
+        """The training at `world_size` ranks: the global batch is fitted to them."""
+        batch = global_batch(world_size, self.seq_len, self.batch_tokens)
+        return TrainSpec(seq_len=self.seq_len, global_batch=batch, routing=self.routing)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One node count of one machine type. result: the fastest strategy that fits with room to spare, if one
+    was found; figures: of its cheapest site; sites: of each. in_time: soon enough with the confidence asked;
+    affordable: within the budget. `why` says what is wrong with a point that does not do. gap: as a
+    search's, None where its strategy is one of a smaller or larger cluster."""
+
+    hardware: HardwareProfile
+    num_nodes: int
+    training: TrainSpec
+    result: SimResult | None
+    figures: Figures | None
+    in_time: bool
+    why: str
+    gap: float | None = None
+    affordable: bool = True
+    sites: tuple[Figures, ...] = ()
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_nodes * self.hardware.devices_per_node
+
+    @property
+    def does(self) -> bool:
+        """Whether it is in time and within the budget."""
+        return self.figures is not None and self.in_time and self.affordable
+
+    @property
+    def num_steps(self) -> float:
+        """Optimizer steps of the whole training, from its figures; 0 where nothing fits."""
+        tokens = self.training.seq_len * self.training.global_batch
+        return self.figures.tokens / tokens if self.figures else 0.0
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The answer for one machine type. best: the smallest cluster found that does (of a budget alone, the
+    fastest); tried: every node count asked, ascending; why: the reason where there is none."""
+
+    hardware: HardwareProfile
+    best: Point | None
+    tried: list[Point]
+    why: str = ""
+    simulated: int = 0
+
+
+def _priced(point: Point) -> tuple[float, float, int, Point] | None:
+    bill = point.figures
+    if bill is None or bill.cost is None:
+        return None
+    return bill.cost, bill.seconds, point.num_nodes, point
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in cost and time, cheapest first; those without a price left out."""
+    front: list[Point] = []
+    fastest = float("inf")
+    for _, seconds, _, point in sorted(filter(None, map(_priced, points)), key=lambda one: one[:3]):
+        if seconds < fastest:
+            front.append(point)
+            fastest = seconds
+    return front
+
+
+def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[Point | None, Point | None]:
+    """(cheapest, fastest within `max_cost` dollars of outlay) of the points that do; a machine without a
+    price is never the cheapest, nor within a budget."""
+    done = [(point, point.figures) for point in points if point.does and point.figures]
+    priced = [one for one in (_priced(point) for point, _ in done) if one]
+    affordable = [
+        (bill.seconds, point.num_nodes, point)
+        for point, bill in done
+        if max_cost is None or (bill.outlay is not None and bill.outlay <= max_cost)
+    ]
+    cheapest = min(priced, key=lambda one: one[:3])[3] if priced else None
+    fastest = min(affordable, key=lambda one: one[:2])[2] if affordable else None
+    return cheapest, fastest
+
+
+@dataclass(frozen=True)
+class Miss:
+    """The point that misses by least, and what would make it do. over: how many times the limit it needs.
+    days, dollars: limits that would do; None where it keeps that one. nodes: that would be in time if they
+    all added as much, for a point that is late and within the budget."""
+
+    point: Point
+    over: float
+    days: float | None
+    dollars: float | None
+    nodes: int | None
+
+
+def nearest_miss(points: Sequence[Point], goal: Goal, confidence: float) -> Miss | None:
+    """Of the points that fit and do not do: the one whose worse limit is missed by the smallest factor."""
+    found: list[tuple[float, float, Miss]] = []
+    for point in points:
+        bill = point.figures
+        if bill is None or point.does:
+            continue
+        needed = quantile(bill, confidence)
+        late = needed / goal.seconds if goal.seconds else 0.0
+        outlay = bill.outlay if bill.outlay is not None else float("inf")
+        dear = outlay / goal.budget if goal.budget else 0.0
+        more = math.ceil(point.num_nodes * late) if late > 1 >= dear else None
+        days, dollars = needed / DAY if late > 1 else None, outlay if dear > 1 else None
+        miss = Miss(point, max(late, dear), days, dollars, more)
+        found.append((miss.over, outlay, miss))
+    return min(found, key=lambda one: one[:2])[2] if found else None
+
+
+def quantile(bill: Figures, probability: float) -> float:
+    """Seconds within which the run ends with `probability`."""
+    if probability == 0.5:
+        return bill.middle
+    low, high = bill.seconds_interval(abs(2 * probability - 1))
+    return high if probability > 0.5 else low

@@ -1,0 +1,167 @@
+"""Sizing's arithmetic by hand: failures and checkpoints, the network's bill, rent and purchase, chances."""
+
+import math
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mopsim.common.errors import MopError
+from mopsim.size import Goal, Step, Terms, assume, figures
+from mopsim.size.assumptions import Site, known, node_prices, read_sites, with_capex
+from mopsim.size.fabric import network
+from mopsim.size.figures import DAY, YEAR_HOURS
+from mopsim.size.goodput import checkpoint_interval, goodput, slowest, spare_nodes, wall_clock
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.profiles import list_profiles, load_profile
+from tests.sim.toys import machine, quantity
+
+H100 = load_profile("h100-sxm-80g")
+
+
+def test_every_assumption_has_a_source_and_lies_within_its_bounds() -> None:
+    assert all(one.source and one.says for one in known().values())
+    assert set(node_prices()) == set(list_profiles())
+    assert all(one.low <= one.value <= one.high for one in node_prices().values())
+
+
+def test_the_checkpoint_interval_is_youngs_to_first_order_and_dalys_optimum() -> None:
+    """60 s every 10^6 s of failures: sqrt(2 x 60 x 10^6) = 10,954 s; no other interval loses less."""
+    best = checkpoint_interval(60.0, 1e6)
+    assert best == pytest.approx(math.sqrt(2 * 60 * 1e6), rel=0.01)
+    least = wall_clock(best, 60.0, 600.0, 1e6)
+    for other in (best / 2, best * 0.9, best * 1.1, best * 2):
+        assert wall_clock(other, 60.0, 600.0, 1e6) > least * 0.9999999
+    assert checkpoint_interval(60.0, 20.0) == 20.0
+
+
+def test_without_failures_only_checkpoints_and_stragglers_cost() -> None:
+    a = assume({"failure_rate": 0.0, "straggler_spread": 0.0})
+    good = goodput(H100, 2, 1e12, a)
+    assert good.share == pytest.approx(86400 / (86400 + good.blocked))
+    assert math.isinf(good.mtbf)
+    assert good.spares == 0
+
+
+def test_llama_3_trained_nine_tenths_of_its_time_and_stopped_every_three_hours() -> None:
+    """arXiv 2407.21783: 16,384 H100, 419 interruptions in 54 days, more than 90 % of the time effective;
+    405 billion parameters of 12 bytes a checkpoint."""
+    good = goodput(H100, 2048, 405e9 * 12, assume())
+    assert good.mtbf == pytest.approx(54 * DAY / 419, rel=0.01)
+    lost = good.lost["checkpoints"] + good.lost["restarts"] + good.lost["work done again"]
+    assert 0.01 < lost < 0.12
+    assert sum(good.lost.values()) == pytest.approx(1 - good.share)
+
+
+@settings(deadline=None)
+@given(nodes=st.integers(1, 4096), more=st.integers(1, 4096))
+def test_more_nodes_train_a_smaller_share_of_the_time(nodes: int, more: int) -> None:
+    a = assume()
+    few, many = (goodput(H100, n, 3e12, a) for n in (nodes, nodes + more))
+    assert many.mtbf < few.mtbf
+    assert many.share / many.ready < few.share / few.ready + 0.005  # checkpoints are faster on more nodes
+
+
+def test_the_slowest_of_a_node_is_the_node() -> None:
+    assert slowest(8, 0.02) == 1.0
+    assert 1.03 < slowest(4096, 0.02) < 1.05
+    assert slowest(4096, 0.0) == 1.0
+
+
+def test_spares_make_a_useful_second_cheapest() -> None:
+    """1,250 nodes of 8 devices, one failure per 10,000 device-hours, a day of repair: 24 are broken on
+    average, so more than 24 stand by, and one more or less costs more. A node alone has none."""
+    a = assume({"failure_rate": 1e-4, "hardware_share": 1.0, "repair_time": 86400})
+    spares, ready = spare_nodes(1250, H100, a)
+    assert 24 < spares < 60
+    assert 0.98 < ready < 1
+    assert spare_nodes(1, H100, a)[0] == 0
+    assert spare_nodes(1250, H100, assume({"failure_rate": 0.0})) == (0, 1.0)
+
+
+def test_a_network_of_1024_gpus_is_the_published_one() -> None:
+    """NVIDIA Quantum-2: 1,024 ports on 64-port switches take 32 leaves and 16 spines."""
+    found = network(H100, 128, assume())
+    assert (found.ports, found.tiers, found.switches, found.links) == (1024, 2, 48, 2048)
+    assert 1.75e6 < found.price < 2.35e6
+    assert network(H100, 1, assume()).switches == 0
+    assert network(H100, 8, assume()).tiers == 1
+    assert network(H100, 512, assume()).tiers == 3
+    scale_out = msgspec.structs.replace(H100.scale_out, oversubscription=3.0)
+    cheap = network(msgspec.structs.replace(H100, scale_out=scale_out), 128, assume())
+    assert cheap.switches < 40
+    with pytest.raises(MopError, match="too few for"):
+        network(H100, 60000, assume({"switch_ports": 16}))
+
+
+def bought() -> HardwareProfile:
+    return msgspec.structs.replace(machine(), name="toy", node_power=quantity(8, "kW"))
+
+
+def test_a_purchase_by_hand() -> None:
+    """One node of 100,000 USD over 2 years without interest, residual, storage, staff or support, always in
+    use: 100,000 / (2 x 8,766 h) an hour; 8 kW at 0.1 USD/kWh and 100 USD/kW/month beside it."""
+    values = {
+        "years": 2, "interest": 0, "residual": 0, "usage": 1, "support_share": 0, "staff_cost": 0,
+        "storage_capacity": 0, "space_price": 100, "power_price": 0.1, "pue": 1, "draw_share": 1,
+    }  # fmt: skip
+    terms = Terms(buy=True, capex=with_capex({}, {"toy": 1e5}))
+    bill = figures(bought(), 1, Step(1e6), Goal(10**12, DAY), assume(values, 1.0), terms)
+    hours = 1e6 / 3600
+    assert bill.capex == pytest.approx(1e5)
+    assert bill.parts["machines"] == pytest.approx(1e5 / (2 * YEAR_HOURS) * hours)
+    assert bill.parts["space"] == pytest.approx(100 * 12 * 8 / YEAR_HOURS * hours)
+    assert bill.parts["energy"] == pytest.approx(8 * hours * 0.1)
+    assert bill.cost == pytest.approx(sum(bill.parts.values()))
+    assert bill.outlay == bill.capex
+
+
+def test_racks_are_paid_whole() -> None:
+    rack = load_profile("gb200-186g")
+    bill = figures(rack, 16, Step(1e6), Goal(10**12, DAY))
+    assert bill.billed_nodes == 18
+    assert bill.device_seconds == pytest.approx(bill.seconds * 72)
+
+
+def test_prices_of_a_site_a_user_and_a_term() -> None:
+    site = Site(name="here", rent={"h100-sxm-80g": 1.5}, pue=1.1, carbon=30)
+    a = assume()
+    listed = H100.price_per_device_hour
+    assert listed is not None
+    assert Terms().price(H100, Site(name="x"), a) == listed.si
+    assert Terms(reserved=True).price(H100, Site(name="x"), a) == pytest.approx(listed.si * a.reserved_factor)
+    assert Terms().price(H100, site, a) == 1.5
+    assert Terms(rent={"h100-sxm-80g": 9.0}).price(H100, site, a) == 9.0
+    clean = figures(H100, 4, Step(1e6), Goal(10**12, DAY), a, Terms(), site)
+    dirty = figures(H100, 4, Step(1e6), Goal(10**12, DAY), a)
+    assert clean.carbon is not None
+    assert dirty.carbon is not None
+    assert clean.carbon / dirty.carbon == pytest.approx(30 / a.carbon * 1.1 / a.pue)
+
+
+def test_the_shipped_sites_are_read() -> None:
+    assert next(site.name for site in read_sites("mopsim/size/sites.yaml")) == "united-states"
+
+
+def test_chances_of_the_deadline() -> None:
+    """The median is even odds; the interval of 90 % leaves 5 % on either side; certain where nothing
+    spreads."""
+    bill = figures(H100, 64, Step(1e6), Goal(10**13, DAY))
+    low, high = bill.seconds_interval()
+    assert bill.p_within(bill.middle) == pytest.approx(0.5)
+    assert bill.p_within(high) == pytest.approx(0.95)
+    assert bill.p_within(low) == pytest.approx(0.05)
+    assert bill.p_within(None) is None
+    sharp = figures(
+        H100, 64, Step(1e6), Goal(10**13, DAY), assume({"step_time_spread": 0, "failure_rate": 0})
+    )
+    assert sharp.p_within(sharp.seconds * 0.999) == 0.0
+    assert sharp.p_within(sharp.seconds) == 1.0
+
+
+def test_a_steps_own_interval_moves_the_median() -> None:
+    step = Step(1e6, 0.0, low=1.0, high=1.44)
+    bill = figures(H100, 64, step, Goal(10**13, DAY), assume({"failure_rate": 0}))
+    assert bill.middle == pytest.approx(bill.seconds * 1.2)
+    assert bill.seconds_interval()[0] == pytest.approx(bill.seconds, rel=1e-6)
