@@ -83,7 +83,9 @@ def dry_run(
     _check_length(plan)
     fully_shard = plan.stack.runtime == "fully_shard"
     device = torch.device("cpu" if fully_shard else "meta")
-    tracker = MemoryTracker(device_limit, host_limit, refuse=quadratic_guard(plan), meta=not fully_shard)
+    tracker = MemoryTracker(
+        device_limit, host_limit, refuse=quadratic_guard(plan), meta=not fully_shard, device=device
+    )
     with fake_world(world_size, rank), _fake_cpu() if fully_shard else nullcontext():
         return tracked_step(plan, rank, Platform(device, fake=True), tracker)
 

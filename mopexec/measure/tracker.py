@@ -30,7 +30,6 @@ __all__ = [
 CUDA_BLOCK = 512  # bytes: the CUDA caching allocator rounds every block up to this
 _HOST_MARK = "mop_host_category"  # attribute of a storage's Python object, which lives as long as the storage
 _ALLOCATE, _NOTHING, _RESIZE = 0, 1, 2
-_HAS_CUDA = torch.cuda.is_available()
 
 
 class OutOfMemory(MopError):  # noqa: N818
@@ -89,7 +88,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     device_limit, host_limit: bytes; the allocation that crosses one raises OutOfMemory. timeline: keep
     (op index, device bytes) after every change in `timeline`. refuse: called with each new tensor, may raise.
     meta: meta tensors stand for memory (a dry run), and a ShapeCache runs the ops; otherwise they are shape
-    propagation and nothing.
+    propagation and nothing. device: what holds the device tier (None: a GPU where this machine has one);
+    beside a GPU every CPU tensor is on the host.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         timeline: bool = False,
         refuse: Callable[[Any, Tensor], None] | None = None,
         meta: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._live: dict[int, _Entry] = {}
@@ -107,6 +108,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device.limit, self._host.limit = device_limit, host_limit
         self._num_host = 0
         self._refuse, self._meta = refuse, meta
+        self._on_gpu = device.type == "cuda" if device else torch.cuda.is_available()
         self._shapes = ShapeCache() if meta else None
         self.num_ops = 0
         self.timeline: list[tuple[int, int]] | None = [] if timeline else None
@@ -164,7 +166,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._move(entry, name, entry.host)
             else:
                 host = storage.__dict__.get(_HOST_MARK) is not None
-                self._add(storage, local.is_cuda, name, host or (_HAS_CUDA and not local.is_cuda))
+                self._add(storage, local.is_cuda, name, host or (self._on_gpu and not local.is_cuda))
 
     def __enter__(self) -> "MemoryTracker":
         global _active
@@ -219,7 +221,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._refuse is not None:
                 self._refuse(func, tensor)
             is_cuda = tensor.is_cuda
-            host = not is_cuda and (_HAS_CUDA or NOW.tier == "host")
+            host = not is_cuda and (self._on_gpu or NOW.tier == "host")
             self._add(storage, is_cuda, NOW.category, host)
         elif _EFFECTS[func] == _RESIZE:
             self._resized(entry, storage, tensor.is_cuda)

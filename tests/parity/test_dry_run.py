@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from mopexec.check.dry_run import dry_run
@@ -50,6 +51,15 @@ def test_a_dry_run_is_real_training_to_the_byte(trained):
         for rank in {0, world - 1}:
             dry, real = dry_run(plan, rank).to_json(), ranks[rank][name]
             assert {key: dry[key] for key in SAME} == {key: real[key] for key in SAME}, f"{name}, rank {rank}"
+
+
+def test_a_gpu_in_the_machine_that_plans_changes_nothing(monkeypatch):
+    for plan in cases(2).values():
+        here = dry_run(plan).to_json()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "is_available", lambda: True)
+            there = dry_run(plan).to_json()
+        assert {key: there[key] for key in SAME} == {key: here[key] for key in SAME}
 
 
 def test_limits_are_held_at_the_allocation_that_crosses_them():
