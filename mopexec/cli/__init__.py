@@ -55,7 +55,10 @@ LossMask = Annotated[
     Literal["auto", "all", "assistant"],
     typer.Option(help="what counts in the loss; auto: a chat's assistant messages, all other text"),
 ]
-Schedule = Annotated[Literal["constant", "cosine"], typer.Option(help="learning rate after warm-up")]
+Schedule = Annotated[
+    Literal["constant", "linear", "cosine", "wsd"],
+    typer.Option(help="learning rate after warm-up; wsd: constant, falling in the last fifth"),
+]
 Excluded = Annotated[int, typer.Option(min=0, max=10**9, help="first steps not in the measurement")]
 Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
 
@@ -131,6 +134,24 @@ def probe(
     from mopexec.cli.probe import run
 
     run(out, ranks, budget, json)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def launch(
+    plan: PlanPath,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="of `mopexec train`, after --: --data, --steps, --out, ...")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="a script for sbatch")] = False,
+    torchrun: Annotated[bool, typer.Option("--torchrun", help="a script to run on each node")] = False,
+    script: Annotated[str | None, typer.Option(help="write it here instead of printing it")] = None,
+) -> None:
+    """Write what a cluster needs to train a plan."""
+    from mopexec.cli.launch import run
+
+    if slurm == torchrun:
+        raise MopError("launch: give one of --slurm and --torchrun")
+    run(plan, "slurm" if slurm else "torchrun", script, options or [])
 
 
 @app.command("dry-run")

@@ -12,7 +12,7 @@ import msgspec
 
 from mopexec import data
 from mopexec.run import failures, plans
-from mopexec.run.environment import rank_of_environment, under_torchrun
+from mopexec.run.environment import adopt_slurm, rank_of_environment, under_torchrun
 from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
@@ -45,6 +45,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     check_outputs({"--json": json}, {"--out": options.out, "--cache": cache})
     plan = plans.read_plan(Path(options.plan))
     plans.check_supported(plan)
+    adopt_slurm()
     if under_torchrun():
         return _as_rank(options, plan, json)
     plans.check_run_directory(Path(options.out), resume=options.resume)

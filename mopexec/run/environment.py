@@ -1,14 +1,50 @@
 """What a launcher tells its ranks in environment variables; no torch needed to read it."""
 
 import os
+import re
 
 LAUNCHER = "MOPEXEC_LAUNCHER"
 """The process that started the ranks."""
 
 
+PORT = 29500
+"""Where ranks of several nodes meet, unless the launcher says otherwise; torchrun's own default."""
+
+
 def under_torchrun() -> bool:
     """Whether torchrun (or a launcher that sets the same variables) started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def adopt_slurm() -> None:
+    """Set torchrun's variables from SLURM's where `srun` started a task for each rank and nothing else did.
+
+    The port is shifted by the job's number, so that two jobs on a node do not meet.
+    """
+    own = os.environ
+    tasks = own.get("SLURM_NTASKS", "")
+    if under_torchrun() or "SLURM_PROCID" not in own or not tasks.isdecimal() or int(tasks) < 2:
+        return
+    local = own.get("SLURM_TASKS_PER_NODE", own.get("SLURM_NTASKS_PER_NODE", tasks))
+    number = own.get("SLURM_JOB_ID", "0")
+    own.update(
+        RANK=own["SLURM_PROCID"],
+        WORLD_SIZE=tasks,
+        LOCAL_RANK=own.get("SLURM_LOCALID", "0"),
+        LOCAL_WORLD_SIZE=re.match(r"\d*", local).group() or tasks,  # type: ignore[union-attr]
+    )
+    own.setdefault("MASTER_ADDR", first_host(own.get("SLURM_JOB_NODELIST", "localhost")))
+    own.setdefault("MASTER_PORT", str(PORT + (int(number) % 1000 if number.isdecimal() else 0)))
+
+
+def first_host(hosts: str) -> str:
+    """The first name of SLURM's list of hosts: `gpu[003-005,9],x` is gpu003."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?([^,\[\]]*)", hosts)
+    if found is None:
+        return hosts
+    rest = hosts[found.end() :]
+    behind = re.match(r"[^\]]*\]([^,]*)", rest)
+    return found.group(1) + (found.group(2) or "") + (behind.group(1) if found.group(2) and behind else "")
 
 
 def rank_of_environment() -> int:

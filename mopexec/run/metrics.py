@@ -24,11 +24,14 @@ from mopsim.spec.routing import RoutingProfile
 class StepMetrics(Spec, frozen=True, kw_only=True):
     """One optimizer step (from 1). Seconds and bytes of the slowest and largest rank; losses per token.
 
+    since: first step of the process that made it; strategy: digest of the plan's.
     memory_step: the last step whose memory was watched, the peaks are up to there. memory_percent: of the
     enforced limit, else of the plan's; predicted_step_time_s None where the plan has none.
     """
 
     step: int
+    since: int
+    strategy: str
     loss: float
     grad_norm: float
     lr: float
@@ -48,7 +51,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, steps_done: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= steps_done]
+        kept = self._earlier = [line for line in _lines(path) if line["step"] <= steps_done]
         self.first_loss: float | None = kept[0]["loss"] if kept else None
         try:
             aside = path.with_name(f".{path.name}")
@@ -65,6 +68,14 @@ class MetricsFile:
             self._file.write(json.dumps(_plain(metrics)) + "\n")
         except OSError as error:
             raise MopError(f"{self._file.name}: cannot be written: {error.strerror or error}") from None
+
+    def step_times(self, strategy: str) -> list[list[float]]:
+        """Seconds of the earlier steps under `strategy` (its digest), a list for each process."""
+        by_process: dict[Any, list[float]] = {}
+        for line in self._earlier:
+            if line.get("strategy") == strategy and _finite(line.get("step_time_s")):
+                by_process.setdefault(line.get("since"), []).append(float(line["step_time_s"]))
+        return list(by_process.values())
 
     def close(self) -> None:
         self._file.close()
@@ -177,7 +188,7 @@ def device_name(device: torch.device) -> str:
 def measurement(
     plan: Plan,
     *,
-    step_times: Sequence[float],
+    step_times: Sequence[Sequence[float]],
     warmup: int,
     tokens_per_step: int,
     kinds: dict[str, KindTiming],
@@ -187,17 +198,20 @@ def measurement(
     device: torch.device,
     routing: RoutingProfile,
 ) -> Measurement:
-    """The run's Measurement. step_times: slowest rank, every step; the first `warmup` are left out while one
-    remains.
+    """The run's Measurement. step_times: slowest rank, every step of each process of the run; of each the
+    first `warmup` are left out, of the last while one remains.
     """
-    left_out = min(warmup, len(step_times) - 1)
-    steady = tuple(step_times[left_out:])
+    *before, last = step_times
+    kept = [times[warmup:] for times in before] + [last[min(warmup, len(last) - 1) :]]
+    steady = tuple(seconds for times in kept for seconds in times)
+    steps = sum(map(len, step_times))
     median = statistics.median(steady)
     return Measurement(
         plan=plan,
         world_size=plan.strategy.world_size,
-        steps=len(step_times),
-        warmup=left_out,
+        steps=steps,
+        warmup=steps - len(steady),
+        resumed=len(before),
         step_times=steady,
         step_time_median=median,
         tokens_per_second=tokens_per_step / median,

@@ -6,6 +6,9 @@ from mopexec.data import DataOptions
 from mopsim.common.errors import require
 from mopsim.common.io import Spec
 
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+"""Learning rate after warm-up; all but constant end at a tenth, "wsd" falls in the last fifth only."""
+
 
 class TrainOptions(Spec, frozen=True, kw_only=True):
     """One training run.
@@ -30,7 +33,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     host_limit: int | None = None
     tracked_steps: int = 0
     routing: Literal["learned", "profile"] = "learned"
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup: int = 3
     checkpoint_every: int = 0
     final_checkpoint: bool = True

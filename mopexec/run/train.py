@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from mopexec.run import checkpoint
 from mopexec.run.feed import Feed
 from mopexec.run.job import Job
 from mopexec.run.metrics import Display, MetricsFile, StepMetrics, measurement
-from mopexec.run.options import TrainOptions
+from mopexec.run.options import Schedule, TrainOptions
 from mopexec.run.runner import Runner, StepResult
 from mopexec.run.signals import StopRequest
 from mopsim.common import io
@@ -107,6 +107,7 @@ class _Loop:
         self.tokens_per_step = plan.training.global_batch * plan.training.seq_len
         self.memory_limit = options.device_limit or plan.hardware.memory_limit
         self.predicted = plan.prediction.step_time if plan.prediction else None
+        self.strategy = io.digest(plan.strategy)
         self.step_times: list[float] = []
         self.busiest: list[float] = []
         self.first_loss, self.last_loss = math.nan, math.nan
@@ -157,6 +158,8 @@ class _Loop:
         tokens_per_s = self.tokens_per_step / slowest["seconds"]
         return StepMetrics(
             step=step + 1,
+            since=self.first_step + 1,
+            strategy=self.strategy,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,
@@ -212,9 +215,10 @@ class _Loop:
     def conclude(self, kinds: dict[str, KindTiming]) -> Outcome:
         """Write the measurement of this process's steps, and how the run ended."""
         earlier = self.metrics.first_loss if self.metrics else None
+        before = self.metrics.step_times(self.strategy) if self.metrics else []
         measured = measurement(
             self.plan,
-            step_times=self.step_times,
+            step_times=[*before, self.step_times],
             warmup=self.options.warmup,
             tokens_per_step=self.tokens_per_step,
             kinds=kinds,
@@ -257,9 +261,9 @@ def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
     return f"{100 * statistics.fmean(shares):.0f}/{plan.model.num_local_experts // degree}"
 
 
-def learning_rate(plan: Plan, step: int, steps: int, schedule: Literal["constant", "cosine"]) -> float:
-    """Of step `step` (from 0): linear warm-up over plan.training.warmup_steps, then constant, or a cosine to
-    a tenth.
+def learning_rate(plan: Plan, step: int, steps: int, schedule: Schedule) -> float:
+    """Of step `step` (from 0): linear warm-up over plan.training.warmup_steps, then what `schedule` says,
+    from the plan's rate to a tenth of it.
     """
     peak, warmup = plan.training.learning_rate, plan.training.warmup_steps
     if step < warmup:
@@ -267,7 +271,15 @@ def learning_rate(plan: Plan, step: int, steps: int, schedule: Literal["constant
     if schedule == "constant" or steps <= warmup:
         return peak
     fraction = (step - warmup) / (steps - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * fraction)))
+    return peak * (0.1 + 0.9 * _LEFT[schedule](fraction))
+
+
+_LEFT: dict[Schedule, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "wsd": lambda done: min(1.0, (1 - done) / 0.2),
+}
+"""Part of the fall that is left after a part of the steps; warm-up, stable, decay as in arXiv 2404.06395."""
 
 
 class _Tracking:

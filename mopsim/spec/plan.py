@@ -129,14 +129,15 @@ class KindTiming(Spec, frozen=True, kw_only=True):
 class Measurement(Spec, frozen=True, kw_only=True):
     """One run, measured: steady steps only.
 
-    plan: what was run. world_size: number of ranks. steps: how many steady steps. warmup: how many first
-    steps are left out. step_times: seconds of each steady step, slowest rank. step_time_median: seconds of
-    the median step. tokens_per_second: what all ranks train together. kinds: timings by kind of work, from
-    profiled steps of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that
-    peak. host_memory: bytes of the rank that keeps most there. first_loss, last_loss: loss of the first and
-    the last steady step. environment: card or CPU, versions, threads. mop_version: the version that ran.
-    routing: how uneven the router was in the steady steps, as a profile to simulate the run with: `r/h`, r %
-    of a layer's routes to the h experts of the rank that got most, on average.
+    plan: what was run. world_size: number of ranks. steps: how many steps. warmup: how many first steps
+    of its processes are left out. resumed: how often it was resumed under this plan's strategy.
+    step_times: seconds of each steady step, slowest rank. step_time_median: seconds of the median step.
+    tokens_per_second: what all ranks train together. kinds: timings by kind of work, from profiled steps
+    of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that peak.
+    host_memory: bytes of the rank that keeps most there. first_loss, last_loss: loss of the first and the
+    last steady step. environment: card or CPU, versions, threads. mop_version: the version that ran.
+    routing: how uneven the router was in the steady steps, as a profile to simulate the run with: `r/h`,
+    r % of a layer's routes to the h experts of the rank that got most, on average.
     """
 
     plan: Plan
@@ -155,13 +156,15 @@ class Measurement(Spec, frozen=True, kw_only=True):
     environment: dict[str, str]
     mop_version: str = ""
     routing: profiles.RoutingProfile = "balanced"
+    resumed: int = 0
 
     def __post_init__(self) -> None:
         ranks = self.plan.strategy.world_size
         require(self.world_size == ranks, "world_size", self.world_size, f"is not the plan's {ranks}")
         require_at_least(
-            self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory"
-        )
+            self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory",
+            "resumed",
+        )  # fmt: skip
         times, steady = self.step_times, self.steps - self.warmup
         require(
             1 <= steady == len(times), "steps", self.steps, f"less warmup is not the {len(times)} step_times"

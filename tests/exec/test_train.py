@@ -12,6 +12,7 @@ import torch
 
 from mopexec.cli import main
 from mopexec.run.metrics import MetricsFile
+from mopexec.run.train import learning_rate
 from mopsim.common import io
 from mopsim.spec.plan import Measurement, Plan
 from tests.exec.train_plans import small_plan
@@ -77,6 +78,20 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(inputs, whole, tmp_path):
     assert "step:    3" not in done.stdout
     assert losses(out) == losses(whole[0])
     assert (out / "checkpoints" / "step_00000006").is_dir()
+    measured = io.load(out / "measurement.yaml", Measurement, "measurement")
+    assert (measured.steps, measured.warmup, measured.resumed) == (6, 5, 1), "three of each process at most"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [1, 1, 1]), ("linear", [1, 0.55, 0.1]), ("cosine", [1, 0.55, 0.1]), ("wsd", [1, 1, 0.1]),
+    ],
+)  # fmt: skip
+def test_learning_rates_after_warm_up(schedule, rates):
+    plan = small_plan(learning_rate=1.0, warmup_steps=4)
+    assert learning_rate(plan, 1, 104, schedule) == 0.5
+    assert [learning_rate(plan, step, 104, schedule) for step in (4, 54, 104)] == pytest.approx(rates)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(inputs, whole, tmp_path):

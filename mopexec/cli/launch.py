@@ -1,0 +1,87 @@
+"""`mopexec launch`: what a cluster needs to train a plan, as a SLURM script or as torchrun's command."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from mopexec.run import plans
+from mopexec.run.environment import PORT
+from mopsim.common import io
+from mopsim.common.errors import MopError, SpecError
+from mopsim.common.outputs import check_outputs
+from mopsim.spec.plan import Plan
+
+Kind = Literal["slurm", "torchrun"]
+
+_SLURM = """#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={devices}
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=TERM@600
+# {summary}
+# Before its time is over the job gets SIGTERM: a checkpoint is written, and a requeued job goes on from it.
+set -euo pipefail
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+resume=$(test -e {out}/metrics.jsonl && echo --resume || true)
+srun torchrun --nnodes={nodes} --nproc-per-node={devices} --max-restarts=3 \\
+  --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" \\
+  -m mopexec.cli train {arguments} $resume
+"""
+
+_TORCHRUN = """#!/bin/bash
+# {summary}
+# Run this on each of the {nodes} node(s), with HEAD set to the first one's address.
+set -euo pipefail
+torchrun --nnodes={nodes} --nproc-per-node={devices} --max-restarts=3 \\
+  --rdzv-id={name} --rdzv-backend=c10d --rdzv-endpoint="${{HEAD:-localhost}}:{port}" \\
+  -m mopexec.cli train {arguments} "$@"
+"""
+
+_TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
+
+
+def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> None:
+    """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
+    check_outputs({"--script": script})
+    plan = plans.read_plan(path)
+    plans.check_supported(plan)
+    text = render(plan, path, kind, options)
+    if script is None:
+        print(text, end="")
+    else:
+        io.write_text(Path(script), text)
+
+
+def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str]) -> str:
+    """The script for `plan`, which lies at `path`. Raises SpecError for ranks that fill no whole nodes,
+    MopError for options without a run's directory.
+    """
+    ranks, devices = plan.strategy.world_size, plan.hardware.devices_per_node
+    if ranks % devices and ranks > devices:
+        raise SpecError("plan.strategy.world_size", ranks, f"fills no whole nodes of {devices} devices")
+    return _TEMPLATES[kind].format(
+        name=re.sub(r"[^A-Za-z0-9_.-]+", "-", f"mop-{plan.model.name}"),
+        nodes=max(1, ranks // devices),
+        devices=min(ranks, devices),
+        port=PORT,
+        out=shlex.quote(_run_directory(options)),
+        arguments=shlex.join(["--plan", str(path), *options]),
+        summary=f"{plan.model.name}, {plan.strategy.name}: {ranks} ranks on {plan.hardware.name}",
+    )
+
+
+def _run_directory(options: Sequence[str]) -> str:
+    for option, value in pairwise([*options, ""]):
+        if option == "--out" and value:
+            return value
+        if option.startswith("--out="):
+            return option.removeprefix("--out=")
+    raise MopError(
+        "--out: is needed among the options of `mopexec train`: mopexec launch ... -- --out DIR ..."
+    )

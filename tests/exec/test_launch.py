@@ -1,0 +1,93 @@
+"""Scripts for a cluster, and SLURM's variables as a rank's place."""
+
+import subprocess
+
+import msgspec
+import pytest
+
+from mopexec.cli import main
+from mopexec.run import environment
+from mopsim.common import io
+from tests.exec.train_plans import small_plan
+
+OPTIONS = ["--", "--data", "my data.jsonl", "--steps", "9", "--out", "/runs/a b"]
+
+
+@pytest.fixture
+def plan(tmp_path):
+    made = small_plan(4)
+    hardware = msgspec.structs.replace(made.hardware, num_nodes=2, devices_per_node=2)
+    io.write_yaml(tmp_path / "plan.yaml", msgspec.structs.replace(made, hardware=hardware))
+    return tmp_path / "plan.yaml"
+
+
+def launched(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", *map(str, arguments)])
+    return end.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", ["slurm", "torchrun"])
+def test_a_script_starts_a_rank_for_each_device(kind, plan, capsys):
+    code, text, _ = launched(capsys, "--plan", plan, f"--{kind}", *OPTIONS)
+    assert code == 0
+    assert "--nnodes=2 --nproc-per-node=2" in text
+    assert "--data 'my data.jsonl' --steps 9 --out '/runs/a b'" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    if kind == "slurm":
+        assert "#SBATCH --nodes=2" in text
+        assert "#SBATCH --gpus-per-node=2" in text
+        assert "test -e '/runs/a b'/metrics.jsonl && echo --resume" in text
+
+
+def test_a_script_can_be_written(plan, tmp_path, capsys):
+    launched(capsys, "--plan", plan, "--slurm", "--script", tmp_path / "job.sh", *OPTIONS)
+    assert (tmp_path / "job.sh").read_text().startswith("#!/bin/bash\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "give one of --slurm and --torchrun"),
+        (["--slurm", "--torchrun"], "give one of --slurm and --torchrun"),
+        (["--slurm"], "--out: is needed"),
+    ],
+)
+def test_what_is_missing_is_said(arguments, line, plan, capsys):
+    code, _, error = launched(capsys, "--plan", plan, *arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert line in error
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu7", "gpu7"), ("gpu7,gpu9", "gpu7"), ("gpu[003-005,9],x", "gpu003"), ("a-b[12].eu,c", "a-b12.eu"),
+        ("r1[8,10]", "r18"), ("localhost", "localhost"),
+    ],
+)  # fmt: skip
+def test_the_first_host_of_slurms_list(hosts, first):
+    assert environment.first_host(hosts) == first
+
+
+def test_tasks_of_srun_are_ranks(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    given = {
+        "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "4(x2)",
+        "SLURM_JOB_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "12007",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment.adopt_slurm()
+    found = {name: environment.os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    assert environment.os.environ["LOCAL_WORLD_SIZE"] == "4"
+    assert environment.os.environ["MASTER_ADDR"] == "gpu03"
+    assert environment.os.environ["MASTER_PORT"] == "29507"
+    assert environment.under_torchrun()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    environment.adopt_slurm()
+    assert not environment.under_torchrun()
