@@ -15,6 +15,7 @@
 | search | which strategy is fastest on given nodes; `.best.save_plan(path)` for `mopexec train` |
 | compare | several strategies side by side, over a sweep of lengths or nodes; `.write(folder)` for a report |
 | size | which machine type, and how many nodes, to train in time: days, cost, energy |
+| explore | a result of these as one offline page: tables that filter, Pareto scatter, timelines that zoom |
 | mop, fsdp2, zero_offload, megatron | a strategy of each family, by the usual names of its degrees |
 | load_model, load_hardware, load_stack | a network, a machine type or a program's habits, by name or file |
 | list_models, list_hardware, list_stacks | the names that these know |
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mopsim.api.compare import Comparison, compare
+    from mopsim.api.explore import explore
     from mopsim.api.results import Ranking, Result, Simulation
     from mopsim.api.run import search, simulate
     from mopsim.api.size import Clusters, size
@@ -47,6 +49,7 @@ _WHERE = {
     "search": "api.run",
     "compare": "api.compare",
     "size": "api.size",
+    "explore": "api.explore",
     "mop": "api.strategies",
     "fsdp2": "api.strategies",
     "zero_offload": "api.strategies",
@@ -79,6 +82,7 @@ __all__ = [
     "StrategyTemplate",
     "__version__",
     "compare",
+    "explore",
     "fsdp2",
     "list_hardware",
     "list_models",

@@ -267,6 +267,26 @@ def validate(
 
 
 @app.command()
+def explore(
+    result: Annotated[
+        str, typer.Argument(help="what search, compare, size, validate or simulate wrote with --json")
+    ],
+    out: Annotated[str, typer.Option(help="the page (HTML)")],
+    timelines: Annotated[
+        int, typer.Option(min=0, max=100, help="simulate so many steps once more, for their timelines")
+    ] = 3,
+    model: Annotated[list[str] | None, typer.Option(help="the result's model, where it is no preset")] = None,
+    hardware: Annotated[
+        list[str] | None, typer.Option(help="the result's hardware, where it is no shipped profile")
+    ] = None,
+) -> None:
+    """Write a result as one page that sorts, filters and zooms, and needs no network."""
+    from mopsim.commands.explore import run
+
+    run(result, out, timelines, model or [], hardware or [])
+
+
+@app.command()
 def demo(
     out: o.OutDirectory = "reports/demo",
     seed: o.Seed = 0,

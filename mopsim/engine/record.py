@@ -9,7 +9,7 @@ from mopsim.program.workload import Op
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """An op on the timeline, seconds."""
+    """An op on the timeline, seconds. layer: of the network, -1 for what is of none."""
 
     stream: str
     name: str
@@ -18,6 +18,7 @@ class Span:
     start: float
     end: float
     microbatch: int = 0
+    layer: int = -1
 
 
 @dataclass(slots=True)
@@ -96,4 +97,5 @@ class Record:
         if end >= self.end:
             self.end, self.last = end, op
         if self.spans is not None and end > start:
-            self.spans.append(Span(op.stream, op.name, op.component, op.phase, start, end, op.microbatch))
+            where = op.stream, op.name, op.component, op.phase
+            self.spans.append(Span(*where, start, end, op.microbatch, op.layer))

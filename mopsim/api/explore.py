@@ -1,0 +1,87 @@
+"""mopsim.explore: a result as one page that needs no network."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mopsim.api.inputs import AnyHardware, AnyModel, read_hardware, read_model
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.json_text import parse_json
+from mopsim.engine import SimResult, simulate
+from mopsim.report.explore.page import html
+from mopsim.report.explore.steps import Step
+from mopsim.report.explore.views import explorer, kind_of, steps_of
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+
+def explore(
+    result: Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    timelines: int = 3,
+    models: Sequence[AnyModel] = (),
+    hardware: Sequence[AnyHardware] = (),
+) -> list[str]:
+    """Write `out`, one HTML file of tables, plots and timelines of a result; nothing is fetched from it.
+
+    result: what simulate, search, compare or size return, or a file that they or `mopsim validate` wrote with
+    --json. timelines: so many of its steps, the first, are simulated once more for their timelines. models,
+    hardware: those of the result, where they are neither presets nor shipped profiles. Returns notes: which
+    timelines are left out, and why. Raises MopError.
+    """
+    origin = str(result) if isinstance(result, str | Path) else "result"
+    data = read_result(Path(result)) if isinstance(result, str | Path) else io.to_plain(dict(result))
+    kind = kind_of(data, origin)
+    known: dict[str, dict[str, Any]] = {
+        "model": {io.digest(one): one for one in map(read_model, models)},
+        "profile": {io.digest(one): one for one in map(read_hardware, hardware)},
+    }
+    drawn: dict[str, SimResult] = {}
+    notes: list[str] = []
+    steps = steps_of(data, kind)
+    for step in steps[:timelines]:
+        try:
+            drawn[step.label] = _replayed(step, known)
+        except MopError as error:
+            notes.append(f"No timeline of {step.label}: {error}")
+    io.write_text(Path(out), html(explorer(data, kind, steps, drawn, notes)))
+    return notes
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The JSON of a command. Raises MopError."""
+    data = parse_json(io.read_text(path, "result"), f"result: {path}")
+    if not isinstance(data, dict):
+        raise MopError(f"result: {path}: must be a mapping of keys, got {type(data).__name__}")
+    return data
+
+
+def _replayed(step: Step, known: Mapping[str, Mapping[str, Any]]) -> SimResult:
+    """The same step once more, with its timeline. Raises MopError where it would be another."""
+    made = step.found.get("provenance") or {}
+    loaders: dict[str, Callable[[str], Any]] = {
+        "model": read_model,
+        "profile": read_hardware,
+        "stack": load_stack,
+    }
+    found: dict[str, Any] = {}
+    for noun, load in loaders.items():
+        name, digest = made.get(noun), made.get(f"{noun}_digest")
+        if name is None or digest is None:
+            raise MopError(f"the result does not say its {noun}")
+        one = known.get(noun, {}).get(digest) or load(name)
+        if io.digest(one) != digest:
+            option = {"model": "--model", "profile": "--hardware"}.get(noun, "")
+            hint = f"; give the file by {option}" if option else ""
+            raise MopError(f"{noun} {name} is not the one of the result (digest {digest}){hint}")
+        found[noun] = one
+    strategy = io.convert(step.found["strategy"], Strategy, "strategy")
+    training = io.convert(step.found["training"], TrainSpec, "training")
+    machine = found["profile"]
+    nodes, rest = divmod(strategy.world_size, machine.devices_per_node)
+    if rest:
+        raise MopError(f"{strategy.world_size} ranks are not whole nodes of {machine.name}")
+    return simulate(found["model"], machine, nodes, strategy, training, found["stack"], timeline=True)

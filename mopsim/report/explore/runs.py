@@ -1,0 +1,80 @@
+"""Views of a validation: runs, predicted against measured, what is unsupported, components."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mopsim.report.explore.page import View
+from mopsim.report.explore.steps import Cell, Json, Step, ends, table
+
+_QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
+_RUN: tuple[tuple[str, str, str], ...] = (
+    ("run", "text", "run_id"), ("source", "text", "source"), ("family", "text", "family"),
+    ("model", "text", "model"), ("GPU", "text", "gpu"), ("GPUs", "number", "num_gpus"),
+    ("precision", "text", "precision"), ("grade", "text", "quality"), ("stack", "text", "stack"),
+    ("measured step", "seconds", "measured_step_time_s"),
+    ("predicted step", "seconds", "predicted_step_time_s"), ("error", "fraction", "step_time_s_error"),
+    ("measured memory", "bytes", "measured_peak_memory_bytes"),
+    ("predicted memory", "bytes", "predicted_peak_memory_bytes"),
+    ("memory error", "fraction", "peak_memory_bytes_error"), ("P(fits)", "fraction", "p_fits"),
+    ("verdict", "text", "predicted_verdict"),
+)  # fmt: skip
+
+
+def run_views(result: Json, steps: list[Step]) -> list[View]:
+    """Predicted against measured: a table, two scatters, and what is unsupported."""
+    simulated = [one for one in result["runs"] if one["status"] == "simulated"]
+    marks = [str(one.get("predicted_verdict", "")) for one in simulated]
+    rows = [[_plain(one.get(key)) for _, _, key in _RUN] for one in simulated]
+    views = [table("Runs", [(title, kind) for title, kind, _ in _RUN], rows, marks=marks)]
+    views += [
+        _against(title, kind, key, simulated)
+        for title, kind, key in _QUANTITIES
+        if any(one.get(f"measured_{key}") and one.get(f"predicted_{key}") for one in simulated)
+    ]
+    refused = [[one["run_id"], one["reason"]] for one in result["runs"] if one["status"] != "simulated"]
+    if refused:
+        views.append(table("Unsupported runs", [("run", "text"), ("reason", "text")], refused))
+    parts = result.get("components") or []
+    if parts:
+        kept = [("component", "text"), ("metric", "text"), ("params", "text"), ("value", "number"),
+                ("predicted", "number"), ("error", "fraction"), ("reason", "text")]  # fmt: skip
+        cells = [[_plain(one.get(name)) for name, _ in kept] for one in parts]
+        views.append(table("Components", kept, cells))
+    return views
+
+
+def _plain(value: Any) -> Cell:
+    return value if value is None or isinstance(value, int | float | str) else str(value)
+
+
+def _against(title: str, kind: str, key: str, runs: Sequence[Json]) -> View:
+    series: dict[str, list[View]] = {}
+    for one in runs:
+        measured, predicted = one.get(f"measured_{key}"), one.get(f"predicted_{key}")
+        if not measured or not predicted:
+            continue
+        low, high = ends(one, f"predicted_{key.rpartition('_')[0]}_interval_{key.rpartition('_')[2]}")
+        series.setdefault(str(one.get("source", "runs")), []).append(
+            {
+                "x": measured,
+                "y": predicted,
+                "name": one["run_id"],
+                "mark": str(one.get("predicted_verdict", "")),
+                "yr": None if low is None else [low, high],
+                "rows": [
+                    ("measured", measured, kind),
+                    ("predicted", predicted, kind),
+                    ("error", predicted / measured - 1, "fraction"),
+                    ("at least", low, kind),
+                    ("at most", high, kind),
+                    ("family", one.get("family"), "text"),
+                    ("GPU", one.get("gpu"), "text"),
+                ],
+            }
+        )
+    return {
+        "kind": "plot", "title": f"{title}: predicted against measured", "diagonal": True,
+        "x": {"name": f"measured {title.lower()}", "type": kind, "log": True},
+        "y": {"name": f"predicted {title.lower()}", "type": kind, "log": True},
+        "series": [{"name": name, "line": False, "points": points} for name, points in series.items()],
+    }  # fmt: skip

@@ -1,0 +1,222 @@
+"""Views of simulated steps: a table, time against memory, bars, a timeline. A step is JSON of `simulate`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mopsim.common.errors import MopError
+from mopsim.common.io import convert
+from mopsim.engine import SimResult
+from mopsim.program.workload import STREAMS
+from mopsim.report.explore.page import View
+from mopsim.report.tables import describe
+from mopsim.spec.strategy import Strategy
+
+Json = Mapping[str, Any]
+Cell = str | float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A simulated step and what it is called in the result."""
+
+    label: str
+    found: Json
+
+    @property
+    def plan(self) -> str:
+        """The strategy in a line."""
+        return plan_of(self.found["strategy"])
+
+    @property
+    def verdict(self) -> str:
+        return str(self.found.get("verdict") or ("fits" if self.found["fits"] else "out of memory"))
+
+
+def plan_of(strategy: Json | str) -> str:
+    """A strategy of a file in a line; its name where the file has fields that this version does not."""
+    if isinstance(strategy, str):
+        return strategy
+    try:
+        return describe(convert(dict(strategy), Strategy, "strategy"))
+    except MopError:
+        return str(strategy.get("name", "strategy"))
+
+
+def exposed(found: Json) -> float:
+    """Share of the step in which compute waits for communication, copies or the host."""
+    return float(sum(found["exposed_s"].values()) / found["step_time_s"])
+
+
+def ends(found: Json, key: str) -> tuple[float | None, float | None]:
+    """The ends of an interval; None where the result has none."""
+    low, high = found.get(key) or (None, None)
+    return low, high
+
+
+COLUMNS: tuple[tuple[str, str, Any], ...] = (
+    ("label", "text", lambda one: one.label),
+    ("strategy", "text", lambda one: one.plan),
+    ("verdict", "text", lambda one: one.verdict),
+    ("step", "seconds", lambda one: one.found["step_time_s"]),
+    ("step at least", "seconds", lambda one: ends(one.found, "step_time_interval_s")[0]),
+    ("step at most", "seconds", lambda one: ends(one.found, "step_time_interval_s")[1]),
+    ("tokens/s per GPU", "number", lambda one: one.found["tokens_per_s_per_device"]),
+    ("MFU", "fraction", lambda one: one.found["mfu"]),
+    ("exposed", "fraction", lambda one: exposed(one.found)),
+    ("memory", "bytes", lambda one: one.found["peak_memory_bytes"]),
+    ("memory at most", "bytes", lambda one: one.found.get("peak_memory_upper_bytes")),
+    ("limit", "bytes", lambda one: one.found["memory_limit_bytes"]),
+    ("host", "bytes", lambda one: one.found.get("host_memory_bytes")),
+    ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
+    ("gap", "fraction", lambda one: one.found.get("gap")),
+    ("mopexec runs it", "text", lambda one: {True: "yes", False: "no"}.get(one.found.get("runnable"))),
+    ("stack", "text", lambda one: one.found.get("stack")),
+)
+"""Name, type, and what a step has of it."""
+
+
+def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], note: str = "",
+          marks: Sequence[str] = ()) -> View:  # fmt: skip
+    """Columns (name, type) without those that no row fills. marks: a state for each row."""
+    kept = [place for place in range(len(columns)) if any(row[place] not in (None, "") for row in rows)]
+    return {
+        "kind": "table", "title": title, "note": note, "marks": list(marks),
+        "columns": [{"name": columns[place][0], "type": columns[place][1]} for place in kept],
+        "rows": [[row[place] for place in kept] for row in rows],
+    }  # fmt: skip
+
+
+def step_table(title: str, steps: Sequence[Step], note: str = "") -> View:
+    """A row for each step."""
+    rows = [[get(one) for _, _, get in COLUMNS] for one in steps]
+    return table(
+        title, [(name, kind) for name, kind, _ in COLUMNS], rows, note, [one.verdict for one in steps]
+    )
+
+
+def told(step: Step) -> list[tuple[str, Cell, str]]:
+    """What a point says of itself."""
+    found = step.found
+    low, high = ends(found, "step_time_interval_s")
+    return [
+        ("plan", step.plan, "text"), ("verdict", step.verdict, "text"),
+        ("step", found["step_time_s"], "seconds"), ("at least", low, "seconds"), ("at most", high, "seconds"),
+        ("tokens/s per GPU", found["tokens_per_s_per_device"], "number"), ("MFU", found["mfu"], "fraction"),
+        ("exposed", exposed(found), "fraction"), ("memory", found["peak_memory_bytes"], "bytes"),
+        ("memory at most", found.get("peak_memory_upper_bytes"), "bytes"),
+        ("P(fits)", found.get("p_fits"), "fraction"),
+    ]  # fmt: skip
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other beats in both (smaller is better)."""
+    return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
+
+
+def pareto(steps: Sequence[Step]) -> View:
+    """Step time against memory, the front among those that fit."""
+    best = iter(front([_at(one) for one in steps if one.found["fits"]]))
+    series: dict[str, list[View]] = {}
+    for one in steps:
+        x, y = _at(one)
+        low, high = ends(one.found, "step_time_interval_s")
+        series.setdefault(str(one.found["strategy"].get("name", one.label)), []).append(
+            {
+                "x": x,
+                "y": y,
+                "mark": one.verdict,
+                "name": one.label,
+                "rows": told(one),
+                "xr": None if low is None else [low, high],
+                "yr": one.found.get("peak_memory_interval_bytes"),
+                "front": bool(one.found["fits"] and next(best)),
+            }
+        )
+    limits = {one.found["memory_limit_bytes"] for one in steps}
+    largest = max(_at(one)[1] for one in steps)
+    return {
+        "kind": "plot", "title": "Step time against memory",
+        "x": {"name": "step time", "type": "seconds"},
+        "y": {"name": "device memory at the peak", "type": "bytes", "zero": True},
+        "series": [{"name": name, "line": False, "points": points} for name, points in series.items()],
+        "limits": [{"value": one, "name": "limit"} for one in limits if one < 3 * largest],
+    }  # fmt: skip
+
+
+def _at(step: Step) -> tuple[float, float]:
+    return float(step.found["step_time_s"]), float(step.found["peak_memory_bytes"])
+
+
+MOST_BARS = 12
+
+
+def bars(steps: Sequence[Step]) -> list[View]:
+    """Memory of the peak by category, time by component, and what is exposed, of the first steps."""
+    shown = steps[:MOST_BARS]
+    least = min(one.found["memory_limit_bytes"] for one in shown)
+    near = least < 3 * max(one.found["peak_memory_bytes"] for one in shown)
+    kinds = (
+        (
+            "memory",
+            "Memory at the peak by category",
+            "bytes",
+            "memory_by_category_bytes",
+            least if near else None,
+        ),
+        ("components", "Step time by component", "seconds", "time_by_component_s", None),
+        ("waits", "Exposed time by what compute waits for", "seconds", "exposed_s", None),
+    )
+    return [
+        {
+            "kind": "bars", "space": space, "title": title, "type": unit, "limit": limit,
+            "rows": [
+                {"name": one.label, "parts": one.found[key], "note": one.verdict if unit == "bytes" else ""}
+                for one in shown
+            ],
+        }
+        for space, title, unit, key, limit in kinds
+        if any(sum(one.found[key].values()) > 0 for one in shown)
+    ]  # fmt: skip
+
+
+def _short(seconds: float) -> float:
+    """Seconds to a part in a million: a page holds thousands."""
+    return float(f"{seconds:.6g}")
+
+
+def timeline(label: str, result: SimResult) -> View:
+    """Spans and memory of a step that was simulated with its timeline."""
+    used = dict.fromkeys(span.stream for span in result.spans)
+    streams = sorted(used, key=lambda name: STREAMS.index(name) if name in STREAMS else len(STREAMS))
+    names: dict[str, int] = {}
+    components: dict[str, int] = {}
+    phases: dict[str, int] = {}
+    spans = [
+        [
+            streams.index(one.stream), _short(one.start), _short(one.end),
+            names.setdefault(one.name, len(names)),
+            components.setdefault(one.component, len(components)), phases.setdefault(one.phase, len(phases)),
+            one.microbatch, one.layer,
+        ]
+        for one in result.spans
+    ]  # fmt: skip
+    drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
+    total = result.training.num_microbatches(result.strategy)
+    stages = result.strategy.pipeline.pipeline_parallel
+    said = [
+        f"{drawn} of {total} microbatches are drawn" if drawn < total else "",
+        f"streams of stage {result.span_stage + 1}, memory of stage {result.memory_stage + 1} of {stages}"
+        if stages > 1 else "",
+    ]  # fmt: skip
+    near = result.memory_limit < 3 * result.peak_memory
+    return {
+        "kind": "timeline", "title": f"Timeline of {label}", "note": "; ".join(filter(None, said)),
+        "streams": streams, "names": list(names), "components": list(components), "phases": list(phases),
+        "spans": spans, "end": max((one.end for one in result.spans), default=result.step_time),
+        "limit": result.memory_limit if near else None,
+        "memory": {
+            "times": [_short(time) for time, _ in result.memory_curve],
+            "categories": {k: v for k, v in result.memory_curve_by_category.items() if any(v)},
+        },
+    }  # fmt: skip

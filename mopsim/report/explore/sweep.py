@@ -1,0 +1,71 @@
+"""Views of a sweep: throughput over a setting, with the plan at each point."""
+
+from typing import Any
+
+from mopsim.report.explore.page import View
+from mopsim.report.explore.steps import Cell, Json, Step, ends, table, told
+
+
+def sweep_views(sweep: Json) -> list[View]:
+    """Throughput over a setting, the plan at each point, and the points as a table."""
+    values, batches = sweep["values"], sweep.get("global_batch") or [None] * len(sweep["values"])
+    said = f"Held constant: {sweep['hold'].replace('_', ' ')}." if sweep.get("hold") else ""
+    series, rows, marks = [], [], []
+    for label, found in sweep["results"].items():
+        refused = sweep.get("refused", {}).get(label) or [None] * len(values)
+        points = []
+        for value, batch, one, why in zip(values, batches, found, refused, strict=True):
+            step = Step(label, one) if one else None
+            rows.append([value, label, batch, *_swept(step, why)])
+            marks.append(step.verdict if step else "out of memory")
+            points.append(_swept_point(value, batch, step, why))
+        series.append({"name": label, "line": True, "points": points})
+    names = [
+        (sweep["setting"], "number"), ("label", "text"), ("batch", "number"), ("verdict", "text"),
+        ("step", "seconds"), ("tokens/s per GPU", "number"), ("memory", "bytes"), ("plan", "text"),
+    ]  # fmt: skip
+    title = f"Throughput over {sweep['setting']}"
+    axis = {
+        "name": sweep["setting"],
+        "type": "number",
+        "log": True,
+        "ticks": [[one, _short(one)] for one in values],
+    }
+    plot = {
+        "kind": "plot", "title": title, "note": said, "series": series, "x": axis,
+        "y": {"name": "tokens/s per GPU", "type": "number", "zero": True},
+    }  # fmt: skip
+    return [plot, table(f"Points over {sweep['setting']}", names, rows, said, marks)]
+
+
+def _swept(step: Step | None, why: str | None) -> list[Cell]:
+    if step is None:
+        return ["no legal strategy", None, None, None, why or ""]
+    one = step.found
+    return [
+        step.verdict,
+        one["step_time_s"],
+        one["tokens_per_s_per_device"],
+        one["peak_memory_bytes"],
+        step.plan,
+    ]
+
+
+def _swept_point(value: float, batch: int | None, step: Step | None, why: str | None) -> View:
+    rows: list[Any] = [("at", value, "number"), ("batch", batch, "number")]
+    if step is None or not step.found["fits"]:
+        told_ = told(step) if step else [("", f"no legal strategy: {why or ''}", "text")]
+        return {"x": value, "y": None, "mark": "out of memory", "rows": [*rows, *told_]}
+    one, (low, high) = step.found, ends(step.found, "step_time_interval_s")
+    rate = one["tokens_per_s_per_device"] * one["step_time_s"]
+    return {
+        "x": value, "y": one["tokens_per_s_per_device"], "mark": step.verdict, "rows": [*rows, *told(step)],
+        "yr": [rate / high, rate / low] if low and high else None,
+    }  # fmt: skip
+
+
+def _short(value: int) -> str:
+    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
+        if value >= scale and value % scale == 0:
+            return f"{value // scale}{unit}"
+    return f"{value:,}"

@@ -1,0 +1,87 @@
+// A table that sorts by its heads and filters by the row under them.
+function compared(a, b) {
+  if (a === null || a === undefined) return b === null || b === undefined ? 0 : 1; // unknown comes last, both ways
+  if (b === null || b === undefined) return -1;
+  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+}
+
+// '> 10', '<= 2', '3..5', or text that a cell contains; null where it cannot be read.
+function condition(text, column) {
+  const asked = text.trim();
+  if (!asked) return () => true;
+  if (column.type === "text") return (value) => String(value ?? "").toLowerCase().includes(asked.toLowerCase());
+  const range = asked.match(/^(-?[\d.,]+)\s*\.\.\s*(-?[\d.,]+)$/);
+  const bound = asked.match(/^(>=|<=|>|<|=)?\s*(-?[\d.,]+)$/);
+  const read = (digits) => Number(digits.replaceAll(",", "")) * column.unit.scale;
+  const known = (test) => (value) => typeof value === "number" && test(value);
+  if (range) { const [low, high] = [read(range[1]), read(range[2])]; return known((value) => value >= low && value <= high); }
+  if (!bound || Number.isNaN(read(bound[2]))) return null;
+  const than = read(bound[2]), near = Math.abs(than) * 5e-3;
+  const tests = {
+    ">": (value) => value > than, ">=": (value) => value >= than, "<": (value) => value < than,
+    "<=": (value) => value <= than, "=": (value) => Math.abs(value - than) <= near,
+  };
+  return known(tests[bound[1] || "="]);
+}
+
+function table(view, index) {
+  const rows = view.rows.map((row, place) => ({ cells: row, place, mark: (view.marks || [])[place] || "" }));
+  const columns = view.columns.map((column, place) => ({
+    ...column, place, unit: unitOf(column.type, view.rows.map((row) => row[place])), test: () => true,
+    values: [...new Set(view.rows.map((row) => row[place]).filter((value) => value !== null && value !== ""))],
+  }));
+  let sorted = null, down = false, search = "";
+  const body = el("tbody"), count = el("p", { class: "count", role: "status" });
+  const heads = columns.map((column) => el("th", { scope: "col", "aria-sort": "none", class: column.type },
+    el("button", { type: "button", on: { click: () => sort(column) } }, titled(column.name, column.unit),
+      el("span", { class: "arrow", "aria-hidden": "true" }))));
+
+  function sort(column) {
+    if (sorted === column && down) sorted = null;
+    else if (sorted === column) down = true;
+    else { sorted = column; down = false; }
+    heads.forEach((head, place) => {
+      const here = columns[place] === sorted;
+      head.setAttribute("aria-sort", here ? (down ? "descending" : "ascending") : "none");
+    });
+    fill();
+  }
+  function cell(value, column) {
+    const text = column.type === "text" ? String(value ?? "") : number(value === null ? null : value / column.unit.scale);
+    return el(column.place ? "td" : "th", { class: `${column.type} ${text.length > 40 ? "long" : text.length <= 20 ? "brief" : ""}`, scope: column.place ? null : "row" }, text);
+  }
+  function fill() {
+    let shown = rows.filter((row) => columns.every((column) => column.test(row.cells[column.place])) &&
+      (!search || row.cells.some((value) => String(value ?? "").toLowerCase().includes(search))));
+    if (sorted) {
+      const sign = down ? -1 : 1, at = sorted.place;
+      const known = (row) => row.cells[at] !== null && row.cells[at] !== undefined;
+      shown = shown.slice().sort((a, b) => (known(a) && known(b) ? sign : 1) * compared(a.cells[at], b.cells[at]) || a.place - b.place);
+    }
+    body.replaceChildren(...shown.map((row) => el("tr", { class: STATES[row.mark] ?? row.mark }, ...columns.map((column) => cell(row.cells[column.place], column)))));
+    count.textContent = `${shown.length} of ${rows.length} rows`;
+  }
+  function filter(column) {
+    const changed = (event) => {
+      const test = condition(event.target.value, column);
+      event.target.setAttribute("aria-invalid", test === null);
+      column.test = test || (() => true);
+      fill();
+    };
+    if (column.type === "text" && column.values.length > 1 && column.values.length <= 12 && column.values.every((value) => value.length <= 40)) {
+      const options = ["", ...column.values.map(String).sort()].map((value) => el("option", { value }, value || "all"));
+      const chosen = (event) => { const asked = event.target.value; column.test = (value) => !asked || String(value) === asked; fill(); };
+      return el("select", { "aria-label": `Filter ${column.name}`, on: { change: chosen } }, ...options);
+    }
+    const hint = column.type === "text" ? "contains" : "> 1, 2..3";
+    return el("input", { type: "text", "aria-label": `Filter ${column.name}: ${hint}`, placeholder: hint, on: { input: changed } });
+  }
+  const searched = (event) => { search = event.target.value.trim().toLowerCase(); fill(); };
+  const find = el("label", { class: "search" }, "Search ", el("input", { type: "search", on: { input: searched } }));
+  fill();
+  const caption = el("caption", { class: "hidden" }, view.title);
+  const grid = el("table", {}, caption, el("thead", {}, el("tr", {}, ...heads),
+    el("tr", { class: "filters" }, ...columns.map((column) => el("td", {}, rows.length > 1 ? filter(column) : null)))), body);
+  return [rows.length > 1 ? el("div", { class: "controls" }, find, count) : null,
+    el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${view.title}, table` }, grid)];
+}

@@ -1,0 +1,152 @@
+"""From the JSON of a command to the views of a page: a maker for each kind of result, told apart by keys."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mopsim.common.errors import MopError
+from mopsim.common.units import format_seconds
+from mopsim.engine import SimResult
+from mopsim.report.explore.clusters import cluster_views
+from mopsim.report.explore.page import Explorer, View
+from mopsim.report.explore.runs import run_views
+from mopsim.report.explore.steps import Json, Step, bars, pareto, step_table, table, timeline
+from mopsim.report.explore.sweep import sweep_views
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a command's JSON is known by, the steps in it (the first ones get timelines), and its views."""
+
+    name: str
+    keys: frozenset[str]
+    steps: Callable[[Json], list[Step]]
+    views: Callable[[Json, list[Step]], list[View]]
+    headline: Callable[[Json], str]
+
+
+def kind_of(result: Json, origin: str) -> Kind:
+    """Raises MopError where no command writes such a result."""
+    for kind in KINDS:
+        if kind.keys <= set(result):
+            return kind
+    names = ", ".join(kind.name for kind in KINDS)
+    raise MopError(f"{origin}: is not a result of {names} (their --json): keys {', '.join(list(result)[:8])}")
+
+
+def steps_of(result: Json, kind: Kind) -> list[Step]:
+    """The simulated steps in a result. Raises MopError where it lacks a key."""
+    with _readable(kind):
+        steps = kind.steps(result)
+        for one in steps:
+            step_table("", [one])
+    return steps
+
+
+def explorer(
+    result: Json, kind: Kind, steps: list[Step], timelines: Mapping[str, SimResult], notes: Sequence[str]
+) -> Explorer:
+    """The page of a result. timelines: by the step's label. Raises MopError where the result lacks a key."""
+    with _readable(kind):
+        views, headline = kind.views(result, steps), str(kind.headline(result))
+        views += [timeline(label, one) for label, one in timelines.items()]
+        first = steps[0].found.get("provenance", {}) if steps else {}
+        facts = {"result of": f"mopsim {kind.name}", **first, **result.get("facts", {})}
+        known = {name: str(value) for name, value in facts.items()}
+        return Explorer(f"{_subject(result, steps)}{kind.name}", headline, views, notes, known)
+
+
+@contextmanager
+def _readable(kind: Kind) -> Iterator[None]:
+    """A key that is missing or of another type is the file's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
+        raise MopError(f"result: of mopsim {kind.name}, {what}") from None
+
+
+def _subject(result: Json, steps: Sequence[Step]) -> str:
+    found = steps[0].found.get("provenance", {}) if steps else {}
+    name, where = found.get("model") or result.get("model"), found.get("profile")
+    return f"{name}{f' on {where}' if where else ''}: " if name else ""
+
+
+def _of_simulate(result: Json) -> list[Step]:
+    return [Step(str(result["strategy"].get("name", "strategy")), result)]
+
+
+def _of_search(result: Json) -> list[Step]:
+    """Those ranked, then the best of families that are not among them."""
+    ranked = [Step(f"{place}, {one['strategy']['name']}", one) for place, one in enumerate(result["top"], 1)]
+    ranked = ranked or ([Step("closest", result["closest"])] if result.get("closest") else [])
+    known = [one.found["strategy"] for one in ranked]
+    rest = [
+        Step(f"best of {family}", one)
+        for family, one in result.get("best_by_family", {}).items()
+        if one and one["strategy"] not in known
+    ]
+    return ranked + rest
+
+
+def _of_compare(result: Json) -> list[Step]:
+    return [Step(label, one) for label, one in result["strategies"].items()]
+
+
+def _step_views(title: str, steps: list[Step]) -> list[View]:
+    if not steps:
+        return []
+    scatter = [pareto(steps)] if len(steps) > 1 else []
+    return [step_table(title, steps), *scatter, *bars(steps)]
+
+
+def _simulate(result: Json, steps: list[Step]) -> list[View]:
+    return _step_views("The step", steps)
+
+
+def _search(result: Json, steps: list[Step]) -> list[View]:
+    left = sorted(result["rejected"].items(), key=lambda one: -one[1])
+    names = [("reason", "text"), ("candidates", "number")]
+    views = _step_views("Ranked strategies", steps)
+    return [*views, table("Why candidates are not ranked", names, [list(one) for one in left])]
+
+
+def _compare(result: Json, steps: list[Step]) -> list[View]:
+    views = _step_views("The strategies", steps)
+    return [*views[:1], *(sweep_views(result["sweep"]) if "sweep" in result else []), *views[1:]]
+
+
+def _of_size(result: Json) -> list[Step]:
+    return [
+        Step(f"{one['name']}, {one['best']['nodes']} nodes", one["best"]["result"])
+        for one in result["hardware"]
+        if one.get("best")
+    ]
+
+
+def _errors(result: Json) -> str:
+    """What the summary says of the step time."""
+    found = result["summary"].get("step_time_s")
+    count = sum(one["status"] == "simulated" for one in result["runs"])
+    return f"{count} runs simulated" + (f", mean error of step time {found['mape']:.1%}" if found else "")
+
+
+def _recommended(result: Json) -> str:
+    best = result.get("recommended")
+    return f"Recommended: {best['nodes']} nodes of {best['hardware']}" if best else "No cluster will do"
+
+
+def _said(result: Json) -> str:
+    one = Step("", result)
+    speed = f"{result['tokens_per_s_per_device']:,.0f} tokens/s per GPU"
+    return f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
+
+
+KINDS = (
+    Kind("compare", frozenset({"strategies", "finding"}), _of_compare, _compare, lambda one: one["finding"]),
+    Kind("search", frozenset({"top", "candidates"}), _of_search, _search, lambda one: one["verdict"]),
+    Kind("size", frozenset({"hardware", "deadline_s"}), _of_size, cluster_views, _recommended),
+    Kind("validate", frozenset({"runs", "summary"}), lambda _: [], run_views, _errors),
+    Kind("simulate", frozenset({"step_time_s", "strategy"}), _of_simulate, _simulate, _said),
+)
+"""The first whose keys a result has is its kind."""

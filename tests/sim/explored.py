@@ -1,0 +1,46 @@
+"""Small results of every kind that the explorer shows."""
+
+import json
+from typing import Any
+
+import mopsim
+from mopsim.common import io
+
+JOB: dict[str, Any] = {"model": "tiny", "hardware": "cpu-2core", "seq_len": 256, "global_batch": 4}
+STRATEGIES = {"mop": mopsim.mop(dtype="float32"), "fsdp2": mopsim.fsdp2(dtype="float32")}
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """The JSON of each command, by its name."""
+    job = {name: JOB[name] for name in ("model", "hardware", "seq_len")}
+    made = {
+        "simulate": mopsim.simulate(**JOB, strategy=STRATEGIES["mop"]),
+        "search": mopsim.search(**JOB, families="mop,fsdp2", budget=8, top=12, precision="float32"),
+        "compare": mopsim.compare(**JOB, strategies=STRATEGIES, sweep=("seq_len", [128, 256, 1024])),
+        "size": mopsim.size(
+            **job, tokens="1M", days=1, global_batch_tokens="1K", families=["mop"], precision="float32",
+            budget=2, max_nodes=4,
+        ),
+        "validate": validation(),
+    }  # fmt: skip
+    return {name: json.loads(json.dumps(io.to_plain(dict(one)))) for name, one in made.items()}
+
+
+def validation() -> dict[str, Any]:
+    """As `mopsim validate --json`: measured runs, one over the limit, one refused."""
+    runs = [
+        {
+            "run_id": f"run-{place}",
+            "source": f"source {place % 2}", "model": "tiny", "gpu": "cpu-2core",
+            "status": "simulated", "family": "mop", "stack": "mopexec-flat", "num_gpus": 2,
+            "precision": "bf16",
+            "quality": "A", "measured_step_time_s": 1.0 + place, "predicted_step_time_s": 1.1 * (1 + place),
+            "step_time_s_error": 0.1, "measured_peak_memory_bytes": 2**30 * (1 + place),
+            "predicted_peak_memory_bytes": 2**30 * (1 + place), "peak_memory_bytes_error": 0.0,
+            "predicted_verdict": ("fits", "at risk", "out of memory")[place % 3],
+            "predicted_step_time_interval_s": [0.9 * (1 + place), 1.3 * (1 + place)], "p_fits": 0.9,
+        }
+        for place in range(6)
+    ]  # fmt: skip
+    refused = {"run_id": "run-x", "source": "source 0", "status": "unsupported", "reason": "strategy: none"}
+    return {"runs": [*runs, refused], "components": [], "summary": {"step_time_s": {"mape": 0.1}}}

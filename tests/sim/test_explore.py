@@ -1,0 +1,113 @@
+"""The explorer's page as a file: what is in it, what it may fetch, and what it refuses."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mopsim
+from mopsim.common import io
+from mopsim.report.explore.page import html
+from mopsim.report.explore.steps import front
+from mopsim.report.explore.views import explorer, kind_of, steps_of
+from tests.sim.explored import JOB, results
+
+KINDS = ("simulate", "search", "compare", "size", "validate")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return results()
+
+
+def views(data: dict[str, Any]) -> list[dict[str, Any]]:
+    kind = kind_of(data, "x")
+    return list(explorer(data, kind, steps_of(data, kind), {}, []).views)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_its_views(made: dict[str, dict[str, Any]], kind: str) -> None:
+    found = views(made[kind])
+    assert kind_of(made[kind], "x").name == kind
+    assert found[0]["kind"] == "table"
+    assert all(
+        len(row) == len(one["columns"]) for one in found if one["kind"] == "table" for row in one["rows"]
+    )
+    assert {one["kind"] for one in found} >= ({"plot"} if kind != "simulate" else {"bars"})
+
+
+def test_a_page_holds_what_it_needs_and_names_no_address(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    step = mopsim.simulate(**JOB, strategy=mopsim.mop(dtype="float32"))
+    assert mopsim.explore(step, path) == []
+    text = path.read_text()
+    assert set(re.findall(r"https?://[^\s\"'<)]+", text)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, not fetched
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)
+    assert policy is not None
+    assert "default-src &#39;none&#39;" in policy.group(1)
+    assert not re.search(r"unsafe|\*|https?:", policy.group(1))
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    timeline = data["views"][-1]
+    assert timeline["kind"] == "timeline"
+    assert max(span[2] for span in timeline["spans"]) == pytest.approx(step.step_time_s, rel=1e-5)
+    peak = max(map(sum, zip(*timeline["memory"]["categories"].values(), strict=True)))
+    assert peak == step.peak_memory_bytes
+
+
+def test_text_of_a_result_stays_text(made: dict[str, dict[str, Any]]) -> None:
+    data = json.loads(json.dumps(made["compare"]))
+    data["strategies"] = {"</script><script>alert(1)</script>": next(iter(data["strategies"].values()))}
+    kind = kind_of(data, "x")
+    assert "<script>alert" not in html(explorer(data, kind, steps_of(data, kind), {}, ["<b>"]))
+
+
+def test_intervals_become_bands_and_columns(made: dict[str, dict[str, Any]]) -> None:
+    data = json.loads(json.dumps(made["compare"]))
+    steps = [
+        *data["strategies"].values(),
+        *(one for row in data["sweep"]["results"].values() for one in row if one),
+    ]
+    for one in steps:
+        one["step_time_interval_s"] = [0.9 * one["step_time_s"], 1.2 * one["step_time_s"]]
+        one["p_fits"] = 0.97
+    found = {one["title"]: one for one in views(data)}
+    names = {column["name"] for column in found["The strategies"]["columns"]}
+    assert {"step at least", "step at most", "P(fits)"} <= names
+    point = found["Throughput over seq-len"]["series"][0]["points"][0]
+    assert point["yr"] == pytest.approx([point["y"] / 1.2, point["y"] / 0.9])
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    assert front([(1, 5), (2, 3), (3, 4), (4, 1), (1, 5)]) == [True, True, False, True, True]
+
+
+def test_a_timeline_of_another_profile_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    step = dict(mopsim.simulate(**JOB, strategy=mopsim.mop(dtype="float32")))
+    step["provenance"] = {**step["provenance"], "profile_digest": "0" * 12}
+    (note,) = mopsim.explore(step, tmp_path / "page.html")
+    assert "profile cpu-2core is not the one of the result" in note
+    assert "--hardware" in note
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{}", "is not a result of compare, search, size, validate, simulate"),
+        ("[]", "must be a mapping of keys"),
+        ("{", "is not valid JSON"),
+        ('{"step_time_s": 1, "strategy": {}}', "lacks"),
+        ('{"step_time_s": "x", "strategy": 3}', "of mopsim simulate"),
+        ('{"top": 3, "candidates": 1}', "of mopsim search"),
+    ],
+)
+def test_what_is_no_result_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "result.json"
+    io.write_text(path, text)
+    with pytest.raises(mopsim.MopError, match=re.escape(says)) as refused:
+        mopsim.explore(path, tmp_path / "page.html")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "page.html").exists()
