@@ -185,6 +185,9 @@ def size(
     ] = 6,
     runnable: o.Runnable = False,
     plan: o.PlanOut = None,
+    out: Annotated[
+        str | None, typer.Option(help="folder for decision.html: rivals, risks, what-if, what to measure")
+    ] = None,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
     stack: o.StackName = None,
@@ -198,7 +201,7 @@ def size(
         price or [], reserved, buy, capex or [], years, sites, assume or [], utilisation, pue, max_cost,
         simulations, runnable, routing, precision, stack,
     )  # fmt: skip
-    raise typer.Exit(run(order, plan, json))
+    raise typer.Exit(run(order, plan, json, out))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """mopsim.size: which machine type, and how many nodes of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ from mopsim.api.inputs import (
 )
 from mopsim.api.results import Result, Simulation
 from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, sizing_json
+from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.common.outputs import whole_directory
 from mopsim.common.processes import pool
 from mopsim.common.units import parse_tokens
 from mopsim.cost.compute import matmul_curve
@@ -32,6 +35,8 @@ from mopsim.size.ask import Answer, Ask, answer
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
 from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend
+from mopsim.size.settle import settle
+from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
@@ -84,6 +89,33 @@ class Clusters(Result):
         )
         whole = simulate(inputs.model, inputs.hardware, nodes, plan.strategy, training, plan.stack)
         return Simulation(inputs, whole)
+
+    def what_if(self) -> list[Swing]:
+        """Every input of the recommended cluster (or the nearest miss) moved to its low and its high value,
+        alone; the largest change first. Simulates its plan with every kind of work faster and slower."""
+        subject = self.chosen or (self.miss.point if self.miss else None)
+        return what_if(self.request, subject, self.points) if subject else []
+
+    def write(self, folder: str | Path, command: str = "mopsim.size") -> list[Path]:
+        """Write decision.html, its figures (PNG, SVG), what_if.json and size.json into `folder`, all or
+        nothing; returns the files. command: what made it."""
+        from mopsim.report.decision import Decision, write_decision
+
+        swings = self.what_if()
+        subject = self.chosen or (self.miss.point if self.miss else None)
+        settled = settle(subject, swings) if subject else []
+        said = {"command": command, "version": mopsim.__version__} | {
+            f"hardware profile {one.hardware.name}": io.digest(one.hardware) for one in self.sizings
+        }
+        decision = Decision(
+            self.request, self.sizings, self.points, self.front, self.chosen, self.miss, swings, settled, said
+        )
+        with whole_directory(Path(folder)) as aside:
+            write_decision(aside, decision)
+            io.write_json(str(aside / "what_if.json"), [asdict(one) for one in swings])
+            io.write_json(str(aside / "size.json"), self.to_json())
+            written = sorted(path.name for path in aside.iterdir())
+        return [Path(folder) / name for name in written]
 
     def headline(self) -> str:
         return f"cheapest: {summary(self.cheapest)}; fastest: {summary(self.fastest)}"

@@ -1,12 +1,14 @@
 """The JSON of `mopsim size`: SI units, dollars, kilograms; days and gpus for whoever reads it."""
 
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 from mopsim.common import io
 from mopsim.report.tables import describe
 from mopsim.size.assumptions import NAMES, known
 from mopsim.size.figures import DAY, LEVEL, Figures
+from mopsim.size.goodput import Goodput
 from mopsim.size.points import Miss, Point, Request, Sizing
 
 
@@ -62,11 +64,18 @@ def point_json(point: Point, request: Request) -> dict[str, Any]:
         "proven": point.gap == 0,
         "gap": point.gap,
         "network": asdict(bill.network) if bill.network else None,
-        "reliability": asdict(bill.goodput) if bill.goodput else None,
+        "reliability": _reliability(bill.goodput),
         "cost_by_part_usd": dict(bill.parts),
         "sites": [_site_json(one) for one in point.sites],
         "result": result.to_json(),
     }
+
+
+def _reliability(good: Goodput | None) -> dict[str, Any] | None:
+    """What fails, and what it costs; None between failures that never come."""
+    if good is None:
+        return None
+    return asdict(good) | {"mtbf": good.mtbf if isfinite(good.mtbf) else None}
 
 
 def brief_json(point: Point, request: Request) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`mopsim size`: which cluster, and how many nodes of it."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -69,13 +70,13 @@ class Order:
         return {name: value for name, value in found.items() if name not in named}
 
 
-def run(order: Order, plan: str | None, json: str | None) -> int:
-    """Size each machine type, show the answer, write the recommended plan and the JSON.
+def run(order: Order, plan: str | None, json: str | None, out: str | None = None) -> int:
+    """Size each machine type, show the answer, write the recommended plan, the JSON and the page.
 
     Returns the exit code: 0, or NONE where no cluster will do (the JSON says so too). Raises MopError where
     a plan was asked for then.
     """
-    check_outputs({"--plan": plan, "--json": json})
+    check_outputs({"--plan": plan, "--json": json}, {"--out": out})
     console = human(json)
     with progress(console, "sizing", None) as shown:
         found = size(
@@ -90,6 +91,9 @@ def run(order: Order, plan: str | None, json: str | None) -> int:
     console.print(f"Recommended ({kind}): {summary(chosen)}\nFastest{within}: {summary(found.fastest)}")
     if json:
         io.write_json(json, found.to_json())
+    if out:
+        for path in found.write(out, shlex.join(["mopsim", *sys.argv[1:]])):
+            print(f"wrote {path}", file=sys.stderr)
     if chosen is None:
         none = f"no cluster of at most {order.max_nodes} nodes will do; {missed(found.miss)}"
         if plan:

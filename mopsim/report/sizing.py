@@ -31,16 +31,24 @@ def row(point: Point, goal: Goal) -> list[str]:
         point.hardware.name,
         f"{point.num_nodes:,}",
         f"{point.num_devices:,}",
-        _days(bill.days),
-        f"{_days(low)}-{_days(high)}",
-        "-" if certain is None else f"{certain:.0%}",
+        format_days(bill.days),
+        f"{format_days(low)}-{format_days(high)}",
+        odds(certain),
         "-" if bill.cost is None else format_dollars(bill.cost),
         f"{bill.goodput.share:.1%}" if bill.goodput else "-",
         f"{result.mfu:.1%}",
     ]
 
 
-def _days(days: float) -> str:
+def odds(probability: float | None) -> str:
+    """'72%', '>99%', '<1%' or '-'."""
+    if probability is None:
+        return "-"
+    return ">99%" if probability > 0.99 else "<1%" if probability < 0.01 else f"{probability:.0%}"
+
+
+def format_days(days: float) -> str:
+    """'123', '12.3' or '0.12'."""
     return f"{days:,.{0 if days >= 100 else 1 if days >= 1 else 2}f}"
 
 

@@ -8,7 +8,7 @@ from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.size.carry import carried, played
-from mopsim.size.figures import Step, figures
+from mopsim.size.figures import LEVEL, Step, figures
 from mopsim.size.goodput import state_bytes
 from mopsim.size.points import Point, Request, quantile
 from mopsim.spec.hardware import HardwareProfile
@@ -64,6 +64,17 @@ def answer(request: Request, ask: Ask) -> Answer:
     if plans and gap is not None and ask.plans:
         gap = None if plans[0].step_time < min(one.step_time for one in fitting) else gap
     return Answer(plans, simulated, "" if plans else why, gap)
+
+
+def merged(before: Answer, after: Answer) -> Answer:
+    """Two answers of one question: the faster plan of each family, the gap of the fastest."""
+    best: dict[str, SimResult] = {}
+    for one in sorted((*before.plans, *after.plans), key=lambda one: one.step_time):
+        best.setdefault(one.strategy.name, one)
+    plans = tuple(best.values())
+    fastest = [one for one in (after, before) if one.plans and one.plans[0] is plans[0]]
+    last = fastest[0] if fastest else after
+    return Answer(plans, before.simulated + after.simulated, "" if plans else after.why, last.gap)
 
 
 def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], int]:
@@ -126,7 +137,11 @@ def billed(
 def step_of(request: Request, result: SimResult) -> Step:
     """What the run repeats, of a simulated step."""
     checkpoint = state_bytes(total_params(request.model), result.strategy.precision)
-    return Step(result.tokens_per_second, checkpoint)
+    interval = getattr(result, "step_time_interval", None)
+    if interval is None:
+        return Step(result.tokens_per_second, checkpoint)
+    low, high = (seconds / result.step_time for seconds in interval(LEVEL))
+    return Step(result.tokens_per_second, checkpoint, low, high)
 
 
 def _small_batch(training: TrainSpec, result: SimResult) -> str:

@@ -99,6 +99,7 @@ class Assumptions:
     carbon: float
     space_price: float
     reserved_factor: float
+    rent_spread: float
     years: float
     usage: float
     interest: float

@@ -17,6 +17,8 @@ DAY = 86400.0
 YEAR_HOURS = 8766.0
 LEVEL = 0.9
 """Probability of the intervals that are shown."""
+WIDE = float(ndtri((1 + LEVEL) / 2))
+"""Standard deviations to either end of them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Figures:
     """The bill of one training run. seconds: wall clock, expected. device_seconds: of all devices that are
     paid for: whole racks, spares too. billed_nodes: those. cost: dollars, None where no price is known;
     parts: of it. capex: dollars that a purchase takes at once. energy: joules, None where the power is not
-    known; carbon: kilograms of CO2. deviation: standard, of ln(seconds). middle: seconds at the median."""
+    known; carbon: kilograms of CO2. deviation: standard, of ln(seconds); step_deviation: what of it is the
+    step's. middle: seconds at the median."""
 
     tokens: float
     seconds: float
@@ -79,6 +82,7 @@ class Figures:
     site: str = ""
     middle: float = 0.0
     deviation: float = 0.0
+    step_deviation: float = 0.0
 
     @property
     def days(self) -> float:
@@ -168,7 +172,7 @@ def figures(
         capex, parts = _bought(hardware, billed, seconds, kwh, rated, wires, a, terms)
     elif (price := terms.price(hardware, site, a)) is not None:
         parts = {"rent": price * devices * seconds / HOUR}
-    middle, deviation = _spread(hardware, num_nodes, step, seconds, good, a)
+    middle, deviation, of_step = _spread(hardware, num_nodes, step, seconds, good, a)
     return Figures(
         tokens=goal.tokens,
         seconds=seconds,
@@ -184,6 +188,7 @@ def figures(
         site=site.name,
         middle=middle,
         deviation=deviation,
+        step_deviation=of_step,
     )
 
 
@@ -222,14 +227,13 @@ def _bought(
 
 def _spread(
     hardware: HardwareProfile, nodes: int, step: Step, seconds: float, good: Goodput, a: Assumptions
-) -> tuple[float, float]:
-    """(median seconds, deviation of ln(seconds)): the step's own interval, the chance of failures, and how
-    well their rate is known; independent, to first order."""
-    wide = float(ndtri((1 + LEVEL) / 2))
+) -> tuple[float, float, float]:
+    """(median seconds, deviation of ln(seconds), the step's part of it): the step's own interval, the chance
+    of failures, and how well their rate is known; independent, to first order."""
     middle, of_step = seconds, a.step_time_spread
     if step.low is not None and step.high is not None:
         middle = seconds * math.sqrt(step.low * step.high)
-        of_step = math.log(step.high / step.low) / (2 * wide)
+        of_step = math.log(step.high / step.low) / (2 * WIDE)
     chance = good.deviation / math.sqrt(seconds)
     rate = 0.0
     if a.utilisation is None and "failure_rate" not in a.given:
@@ -237,5 +241,5 @@ def _spread(
             goodput(hardware, nodes, step.checkpoint, a.with_(failure_rate=one)).share
             for one in (known()["failure_rate"].low, known()["failure_rate"].high)
         ]
-        rate = math.log(ends[0] / ends[1]) / (2 * wide)
-    return middle, math.sqrt(of_step**2 + chance**2 + rate**2)
+        rate = math.log(ends[0] / ends[1]) / (2 * WIDE)
+    return middle, math.sqrt(of_step**2 + chance**2 + rate**2), of_step

@@ -10,17 +10,20 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from mopsim.engine import SimResult
-from mopsim.size.ask import Answer, Ask, answer, judged
+from mopsim.size.ask import Answer, Ask, answer, judged, merged
 from mopsim.size.counts import least_nodes, node_counts
-from mopsim.size.points import Point, Request, Sizing
+from mopsim.size.points import Point, Request, Sizing, nearest_miss
 from mopsim.spec.hardware import HardwareProfile
 
 EVERY = 3
 """Doublings from one search to the next."""
 AROUND = 4
-"""Counts below the least that arithmetic asks for, as a factor: cheaper and slower ones, for the Pareto."""
+"""How far, as a factor, counts below the least that arithmetic asks for are asked (cheaper and slower ones,
+for the Pareto), and a plan is handed on."""
 SLOWER = 1.005
 """More nodes that are not faster by so much are no faster."""
+HOPE = 1.5
+"""A limit missed by a larger factor is not looked into."""
 DEEP = 8
 """Times as many simulations where the answer is."""
 
@@ -39,12 +42,13 @@ class _Known:
     simulated: int = 0
 
     def note(self, ask: Ask, found: Answer) -> None:
-        """Keep an answer, unless the count has a faster one."""
+        """Keep an answer; of each family the faster plan, where the count was asked before."""
         self.simulated += found.simulated
         before = self.answers.get(ask.num_nodes)
-        if before is None or _time(found) < _time(before):
-            self.answers[ask.num_nodes] = found
-            self.points[ask.num_nodes] = judged(self.request, ask, found)
+        if before is not None:
+            found = merged(before, found)
+        self.answers[ask.num_nodes] = found
+        self.points[ask.num_nodes] = judged(self.request, ask, found)
 
     def search(self, count: int, families: tuple[str, ...] = (), times: int = 1) -> Ask:
         request = self.request
@@ -66,10 +70,6 @@ class _Known:
             first, *others = self.answers[n].plans
             plans += [first, *(one for one in others[:1] if one.step_time < 1.1 * first.step_time)]
         return tuple(plans)
-
-
-def _time(found: Answer) -> float:
-    return found.plans[0].step_time if found.plans else float("inf")
 
 
 def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
@@ -153,18 +153,37 @@ def _middle(known: _Known, counts: Sequence[int], low: int, high: int) -> int:
 
 
 def _deepen(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
-    """A longer search of the leading families at the answer; a faster plan may need fewer nodes, so again."""
+    """A longer search of the leading families at the answer. A faster plan goes to the counts around it,
+    and the answer may then be another, so again."""
     done: set[int] = set()
-    while (best := _best(known)) and best.num_nodes not in done:
+    while (best := _best(known) or _almost(known)) and best.num_nodes not in done:
         done.add(best.num_nodes)
         first, *others = known.answers[best.num_nodes].plans
         near = [one for one in others if one.step_time < 1.05 * first.step_time]
         families = tuple(one.strategy.name for one in (first, *near))
         yield from _round(known, [known.search(best.num_nodes, families, DEEP)])
-        place = counts.index(best.num_nodes)
-        step = 1 if known.request.goal.seconds is None else -1
-        if 0 <= place + step < len(counts):
-            yield from _round(known, [known.carry(counts[place + step])])
+        yield from _round(known, _worse(known, best.num_nodes, counts))
+        yield from _close_in(known, counts)
+
+
+def _almost(known: _Known) -> Point | None:
+    """Where nothing does: what a longer search may still bring within the limits."""
+    miss = nearest_miss(list(known.points.values()), known.request.goal, known.request.confidence)
+    return miss.point if miss and miss.over < HOPE else None
+
+
+def _worse(known: _Known, count: int, counts: Sequence[int]) -> list[Ask]:
+    """The plan of `count` at the counts around it that use a device less well, and at its two neighbours."""
+    plan, place = known.answers[count].plans[:1], counts.index(count)
+    beside = [one for one in counts[max(0, place - 1) : place + 2] if one not in known.points]
+    rate = plan[0].tokens_per_second_per_device
+    around = [
+        other
+        for other, found in known.answers.items()
+        if count / AROUND <= other <= count * AROUND
+        and (not found.plans or found.plans[0].tokens_per_second_per_device * SLOWER < rate)
+    ]
+    return [Ask(known.hardware, one, plan) for one in sorted({*beside, *around} - {count})]
 
 
 def _best(known: _Known) -> Point | None:

@@ -1,0 +1,292 @@
+"""decision.html: what to sign, on one page that needs nothing beside it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mopsim.common.io import write_text
+from mopsim.common.units import format_bytes, format_seconds
+from mopsim.report.page import templates
+from mopsim.report.sizing import format_days, format_dollars, missed, odds, title
+from mopsim.report.sizing_plots import cost_time, tornado
+from mopsim.report.tables import describe
+from mopsim.search.result import proof
+from mopsim.size.assumptions import DEFAULT, NAMES, known
+from mopsim.size.figures import DAY, Figures
+from mopsim.size.points import Miss, Point, Request, Sizing
+from mopsim.size.settle import Settled
+from mopsim.size.whatif import Swing
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table. rows: a key, then the cells; the row whose key is `chosen` stands out. text: columns of it."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: Sequence[str] = ()
+    chosen: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it."""
+
+    request: Request
+    sizings: Sequence[Sizing]
+    points: Sequence[Point]
+    front: Sequence[Point]
+    chosen: Point | None
+    miss: Miss | None
+    swings: Sequence[Swing]
+    settled: Sequence[Settled]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def subject(self) -> Point | None:
+        return self.chosen or (self.miss.point if self.miss else None)
+
+
+def write_decision(folder: Path, decision: Decision) -> list[Path]:
+    """Write decision.html and its figures (PNG and SVG) into `folder`; returns the files."""
+    figures, drawn = [], {"pareto": "", "tornado": ""}
+    subject, goal = decision.subject, decision.request.goal
+    for kind in ("png", "svg"):
+        if decision.points:
+            path = folder / f"pareto.{kind}"
+            figures.append(cost_time(path, decision.points, decision.front, decision.chosen, goal))
+        if subject and decision.swings:
+            figures.append(tornado(folder / f"tornado.{kind}", decision.swings, subject))
+    for path in figures:
+        if path.suffix == ".svg":
+            text = path.read_text("utf-8")
+            drawn[path.stem] = text[text.index("<svg") :]
+    page = folder / "decision.html"
+    shown = templates(escape=True).get_template("decision.html.j2").render(**content(decision), **drawn)
+    write_text(page, shown)
+    return [page, *figures]
+
+
+def content(d: Decision) -> dict[str, object]:
+    """What the template shows, but for its figures."""
+    subject = d.subject
+    bill = subject.figures if subject else None
+    return {
+        "title": "Which cluster to sign for" if d.chosen else "No cluster will do",
+        "question": title(d.request),
+        "found": d.chosen is not None,
+        "answer": answer(d),
+        "cards": _cards(d, subject, bill) if subject and bill else [],
+        "why": why(d),
+        "rivals": _rivals(d),
+        "parts": _parts(bill),
+        "network": _network(bill),
+        "sites": _sites(subject),
+        "risks": risks(d),
+        "measures": _measures(d.settled),
+        "now": f"{d.settled[0].before:.0%}" if d.settled else "",
+        "assumptions": _assumptions(d.request),
+        "facts": d.facts,
+    }
+
+
+def answer(d: Decision) -> str:
+    """The recommendation in a sentence; where there is none, the nearest miss."""
+    if d.chosen is None or d.chosen.figures is None:
+        return f"Nothing that was tried will do. {missed(d.miss).capitalize()}."
+    point, bill, terms = d.chosen, d.chosen.figures, d.request.terms
+    verb = "Buy" if terms.buy else "Reserve" if terms.reserved else "Rent"
+    low, high = (one / DAY for one in bill.seconds_interval())
+    where = "" if bill.site == DEFAULT else f" in {bill.site}"
+    paid = point.hardware.cluster(bill.billed_nodes)
+    use = f" and train on {point.num_nodes:,} of them" if bill.billed_nodes > point.num_nodes else ""
+    text = (
+        f"{verb} {paid}{where}{use}: {format_days(bill.days)} days "
+        f"({format_days(low)} to {format_days(high)} with 90 %)"
+    )
+    if bill.cost is not None:
+        text += f", {format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
+    certain = bill.p_within(d.request.goal.seconds)
+    return text + (f"; the deadline is met with probability {odds(certain)}." if certain else ".")
+
+
+def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
+    low, high = (one / DAY for one in bill.seconds_interval())
+    result, good, costs = point.result, bill.goodput, bill.cost_interval()
+    certain = bill.p_within(d.request.goal.seconds)
+    cards = [
+        ("days, 90 %", f"{format_days(low)} to {format_days(high)}"),
+        ("probability of the deadline", None if certain is None else odds(certain)),
+        ("cost, 90 %", " to ".join(map(format_dollars, costs)) if costs else None),
+        ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
+        ("of the wall clock trains", f"{good.share:.1%}" if good else None),
+        ("model FLOP utilisation", f"{result.mfu:.1%}" if result else None),
+        ("energy", None if bill.energy is None else f"{bill.energy / 3.6e9:,.0f} MWh"),
+        ("CO2", None if bill.carbon is None else f"{bill.carbon / 1e3:,.0f} t"),
+    ]
+    return [{"name": name, "value": value} for name, value in cards if value]
+
+
+def why(d: Decision) -> list[str]:
+    """What makes the cluster the answer: its plan, what bounds the step, how far the others are."""
+    subject = d.subject
+    if subject is None or subject.result is None or subject.figures is None:
+        return [f"{one.hardware.name}: {one.why}" for one in d.sizings]
+    result, training = subject.result, subject.training
+    waits = sorted(result.exposed.items(), key=lambda item: -item[1])
+    heaviest = [
+        f"{name.replace('_', ' ')} {seconds / result.step_time:.0%}"
+        for name, seconds in waits[:3]
+        if seconds > 0.005 * result.step_time
+    ]
+    lines = [
+        f"Plan: {describe(result.strategy)} on {result.stack.name}; {training.global_batch:,} sequences a "
+        f"step, {format_seconds(result.step_time)} each, {subject.num_steps:,.0f} steps.",
+        f"Of a step compute waits for {', '.join(heaviest) or 'next to nothing'}; device memory is filled to "
+        f"{result.peak_memory / result.memory_limit:.0%}.",
+    ]
+    for sizing in d.sizings:
+        other = sizing.best
+        if other is None:
+            lines.append(f"{sizing.hardware.name} cannot: {sizing.why}.")
+        elif other is not subject and other.figures:
+            lines.append(_against(other, subject))
+    return lines
+
+
+def _against(other: Point, chosen: Point) -> str:
+    """'h200-sxm-141g: 200 nodes take 58 days, 1.24 times the cost'."""
+    mine, theirs = chosen.figures, other.figures
+    assert mine is not None
+    assert theirs is not None
+    text = f"{other.hardware.cluster(other.num_nodes)}: {format_days(theirs.days)} days"
+    if mine.cost and theirs.cost:
+        text += f", {theirs.cost / mine.cost:.2f} times the cost"
+    return text + "."
+
+
+def _rivals(d: Decision) -> Grid:
+    """The best of each machine, the front, and the next sizes of the one chosen."""
+    subject = d.subject
+    near = [one for one in d.points if subject and one.hardware.name == subject.hardware.name]
+    near = sorted(near, key=lambda one: abs(one.num_nodes - (subject.num_nodes if subject else 0)))[:4]
+    best = [one.best for one in d.sizings if one.best]
+    shown = {_key(one): one for one in (*best, *d.front, *near) if one.figures}
+    rows = sorted(shown.values(), key=lambda one: (one.hardware.name, one.num_nodes))
+    columns = ["machine", "nodes", "devices", "days", "90 %", "in time", "cost", "goodput", "plan", "remark"]
+    return Grid(
+        columns,
+        [[_key(one), *_rival(one, d.request)] for one in rows],
+        ("machine", "plan", "remark"),
+        _key(subject) if subject else "",
+    )
+
+
+def _key(point: Point) -> str:
+    return f"{point.hardware.name} {point.num_nodes}"
+
+
+def _rival(point: Point, request: Request) -> list[str]:
+    bill, result = point.figures, point.result
+    assert bill is not None
+    assert result is not None
+    low, high = (one / DAY for one in bill.seconds_interval())
+    certain = bill.p_within(request.goal.seconds)
+    return [
+        point.hardware.name, f"{point.num_nodes:,}", f"{point.num_devices:,}", format_days(bill.days),
+        f"{format_days(low)}-{format_days(high)}", odds(certain),
+        "-" if bill.cost is None else format_dollars(bill.cost),
+        f"{bill.goodput.share:.1%}" if bill.goodput else "-", describe(result.strategy), point.why,
+    ]  # fmt: skip
+
+
+def _parts(bill: Figures | None) -> Grid:
+    parts = dict(bill.parts) if bill else {}
+    whole = sum(parts.values())
+    rows = [[name, name, format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
+    return Grid(["part", "of this run", "share"], rows)
+
+
+def _network(bill: Figures | None) -> str:
+    if bill is None or bill.network is None or not bill.network.switches:
+        return ""
+    wires = bill.network
+    share = f", {wires.price / bill.capex:.0%} of the purchase" if bill.capex else ""
+    return (
+        f"Network: {wires.ports:,} ports, {wires.tiers} tier{'s' if wires.tiers > 1 else ''}, "
+        f"{wires.switches:,} switch{'es' if wires.switches > 1 else ''}, {wires.links:,} links, "
+        f"oversubscribed {wires.oversubscription:g} to 1: {format_dollars(wires.price)}{share}."
+    )
+
+
+def _sites(point: Point | None) -> Grid:
+    bills = point.sites if point and len(point.sites) > 1 else ()
+    rows = [
+        [
+            one.site, one.site, "-" if one.cost is None else format_dollars(one.cost),
+            "-" if one.energy is None else f"{one.energy / 3.6e9:,.0f} MWh",
+            "-" if one.carbon is None else f"{one.carbon / 1e3:,.0f} t",
+        ]
+        for one in bills
+    ]  # fmt: skip
+    chosen = point.figures.site if point and point.figures else ""
+    return Grid(["site", "cost", "energy", "CO2"], rows, ("site",), chosen)
+
+
+def risks(d: Decision) -> list[str]:
+    """What may go otherwise."""
+    subject = d.subject
+    if subject is None or subject.result is None or subject.figures is None:
+        return ["No plan fits in memory at any size that was tried."]
+    result, bill, terms = subject.result, subject.figures, d.request.terms
+    lines = [
+        f"The step time is predicted: {proof(subject.gap)}; its error makes most of the interval of days."
+    ]
+    if bill.goodput:
+        good, lost = bill.goodput, bill.goodput.lost
+        worst = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4)
+        lines.append(
+            f"A failure every {good.mtbf / 3600:,.3g} hours, {bill.seconds / good.mtbf:,.2g} in the run; a "
+            f"checkpoint of {format_bytes(good.checkpoint_bytes)} every {format_seconds(good.interval)}. "
+            f"Lost of the wall clock: {worst or 'next to nothing'}. Spare nodes: {good.spares:,}."
+        )
+    room = 1 - result.peak_upper / result.memory_limit
+    lines.append(
+        f"Device memory: at least {room:.0%} is free by the upper bound, evenly routed as planned; a router "
+        "that learns is uneven."
+    )
+    price = subject.hardware.price_per_device_hour
+    if terms.buy:
+        one = terms.capex[subject.hardware.name]
+        lines.append(
+            f"The price of a node is {one.tag}, of {one.dated}: between {format_dollars(one.low)} and "
+            f"{format_dollars(one.high)} ({one.source})."
+        )
+    elif subject.hardware.name not in terms.rent and price:
+        lines.append(f"The price is {price.tag}: {' '.join(price.source.split())}.")
+    if d.swings:
+        names = ", ".join(one.name.replace("_", " ") for one in d.swings[:3])
+        lines.append(f"What moves the answer most: {names}.")
+    return lines
+
+
+def _measures(settled: Sequence[Settled]) -> Grid:
+    rows = [
+        [one.benchmark.name, one.benchmark.name, f"{one.benchmark.nodes}", one.benchmark.how,
+         f"{one.before:.0%} to {one.after:.0%}"]
+        for one in settled
+    ]  # fmt: skip
+    return Grid(["measure", "nodes", "how", "half-width"], rows, ("measure", "how"))
+
+
+def _assumptions(request: Request) -> Grid:
+    a, shipped = request.assumptions, known()
+    rows = [
+        [
+            name, name, f"{getattr(a, name):g} {shipped[name].unit}",
+            f"{shipped[name].low:g} to {shipped[name].high:g}", shipped[name].says,
+            "given" if name in a.given else f"{shipped[name].tag}: {shipped[name].source}",
+        ]
+        for name in NAMES
+    ]  # fmt: skip
+    return Grid(["name", "value", "range", "what", "source"], rows, ("name", "what", "source"))

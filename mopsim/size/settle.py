@@ -1,0 +1,59 @@
+"""What to measure before signing: what each micro-benchmark would leave of the interval of days."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mopsim.size.benchmarks import Benchmark, measurements, tag_of
+from mopsim.size.figures import WIDE, Figures
+from mopsim.size.points import Point
+from mopsim.size.whatif import Swing
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a measurement leaves of the interval of days. before, after: half its width over its middle."""
+
+    benchmark: Benchmark
+    before: float
+    after: float
+
+
+def settle(point: Point, swings: Sequence[Swing]) -> list[Settled]:
+    """What each measurement would leave of the interval of days, best first; the last is the plan itself.
+
+    A kind's share of the variance of ln(days) is the square of a quarter of its swing's width in
+    deviations; together they are at most that of the step, whose rest no measurement of a part settles.
+    """
+    bill, known_now = point.figures, measurements()
+    assert bill is not None
+    of_step = bill.step_deviation**2
+    rest = max(bill.deviation**2 - of_step, 0.0)
+    parts = {
+        one.name: (math.log(one.high.days / one.low.days) / (2 * WIDE)) ** 2
+        for one in swings
+        if any(one.name in benchmark.kinds for benchmark in known_now.benchmarks)
+    }
+    scale = min(1.0, of_step / sum(parts.values())) if parts else 0.0
+    found = []
+    for benchmark in known_now.benchmarks:
+        gained = 0.0
+        for kind in benchmark.kinds:
+            before = known_now.spread[tag_of(point.hardware, kind)]
+            gained += parts.get(kind, 0.0) * scale * max(0.0, 1 - (known_now.after / before) ** 2)
+        if gained:
+            found.append(_settled(benchmark, bill, bill.deviation**2 - gained))
+    whole = Benchmark(
+        name="the plan itself, shortened to few layers or nodes",
+        kinds=(),
+        nodes=max(1, min(4, point.num_nodes)),
+        how="mopexec train, or the exported configuration, for 50 steps; then mopsim calibrate and size",
+    )
+    left = min(known_now.calibrated**2, of_step) + rest
+    return [*sorted(found, key=lambda one: one.after), _settled(whole, bill, left)]
+
+
+def _settled(benchmark: Benchmark, bill: Figures, variance: float) -> Settled:
+    return Settled(
+        benchmark, math.expm1(WIDE * bill.deviation), math.expm1(WIDE * math.sqrt(max(variance, 0.0)))
+    )

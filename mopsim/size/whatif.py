@@ -1,0 +1,229 @@
+"""What if: every input moved to its low and its high value, alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from msgspec.structs import replace as altered
+
+from mopsim.engine import SimResult
+from mopsim.size.ask import billed
+from mopsim.size.assumptions import known
+from mopsim.size.benchmarks import measurements, tag_of
+from mopsim.size.carry import played
+from mopsim.size.figures import LEVEL, WIDE, Figures
+from mopsim.size.points import Point, Request
+from mopsim.spec.hardware import Correction, HardwareProfile
+from mopsim.spec.training import TrainSpec
+
+LEAST = 0.002
+"""Changes of days and cost (relative) below which an input is left out."""
+SEEN = 0.02
+"""Share of a step that a kind of work takes, below which its speed is left alone."""
+
+
+@dataclass(frozen=True)
+class End:
+    """What one end of an input gives. value: of the input, in its unit."""
+
+    value: float
+    days: float
+    cost: float | None
+    p_deadline: float | None
+
+
+@dataclass(frozen=True)
+class Swing:
+    """One input, alone at its low and its high value; the others stay. says: what it is. source: of the
+    range."""
+
+    name: str
+    says: str
+    unit: str
+    low: End
+    high: End
+    source: str
+
+    def width(self, of: Callable[[End], float | None]) -> float:
+        """Between the ends, of a quantity."""
+        low, high = of(self.low), of(self.high)
+        return abs(high - low) if low is not None and high is not None else 0.0
+
+
+def what_if(request: Request, point: Point, neighbours: Sequence[Point] = ()) -> list[Swing]:
+    """Every input of a point's bill at its two ends: assumptions by their range, the step time by its
+    interval, the speed of each kind of work (the plan simulated again), prices, the batch. neighbours: other
+    node counts of the machine. Largest change of cost (of days, where no price is known) first."""
+    swings = [
+        *_assumptions(request, point),
+        *_step_time(request, point),
+        *_prices(request, point),
+        *_speeds(request, point),
+        *_batches(request, point),
+        *_nodes(request, point, neighbours),
+    ]
+    shown = [one for one in swings if _matters(one, point)]
+    return sorted(shown, key=lambda one: -max(_share(one, point, "cost"), _share(one, point, "days")))
+
+
+def _share(swing: Swing, point: Point, name: str) -> float:
+    bill = point.figures
+    whole = getattr(bill, name) if bill else None
+    return swing.width(lambda end: getattr(end, name)) / whole if whole else 0.0
+
+
+def _matters(swing: Swing, point: Point) -> bool:
+    return max(_share(swing, point, "cost"), _share(swing, point, "days")) > LEAST
+
+
+def _end(value: float, request: Request, bill: Figures) -> End:
+    return End(value, bill.days, bill.cost, bill.p_within(request.goal.seconds))
+
+
+def _bill(request: Request, point: Point, result: SimResult | None = None) -> Figures:
+    """The bill at the point's own site, of another result or with another request."""
+    assert point.figures is not None
+    assert point.result is not None
+    sites = tuple(site for site in request.sites if site.name == point.figures.site)
+    here = replace(request, sites=sites)
+    chosen = result or point.result
+    made = billed(here, point.hardware, point.num_nodes, chosen.training, chosen)
+    assert made.figures is not None
+    return made.figures
+
+
+def _assumptions(request: Request, point: Point) -> list[Swing]:
+    """Those that the user did not give, nor the site."""
+    assert point.figures is not None
+    site = next(one for one in request.sites if one.name == point.figures.site)
+    given = request.assumptions.at(site).given
+    found = []
+    for name, one in known().items():
+        if name not in given and name != "step_time_spread":
+            ends = [
+                _end(value, request, _bill(_with(request, **{name: value}), point))
+                for value in (one.low, one.high)
+            ]
+            found.append(Swing(name, one.says, one.unit, ends[0], ends[1], one.source))
+    return found
+
+
+def _with(request: Request, **values: float) -> Request:
+    return replace(request, assumptions=request.assumptions.with_(**values))
+
+
+def _step_time(request: Request, point: Point) -> list[Swing]:
+    """The whole step at the ends of the interval of days: chance included."""
+    bill, result = point.figures, point.result
+    assert bill is not None
+    assert result is not None
+    ends = []
+    for seconds in bill.seconds_interval():
+        factor = seconds / bill.seconds
+        slower = replace(result, tokens_per_second=result.tokens_per_second / factor)
+        ends.append(_end(result.step_time * factor, request, _bill(request, point, slower)))
+    says = "step time, between the ends of the prediction's interval"
+    return [Swing("step_time", says, "s", ends[0], ends[1], f"{LEVEL:.0%} interval of the prediction")]
+
+
+def _prices(request: Request, point: Point) -> list[Swing]:
+    """The price of a device-hour, or of a node."""
+    terms, name = request.terms, point.hardware.name
+    assert point.figures is not None
+    if terms.buy:
+        price = terms.capex[name]
+        values, unit, source = (price.low, price.high), "USD/node", price.source
+        requests = [
+            replace(
+                request,
+                terms=replace(terms, capex={**terms.capex, name: altered(price, value=value)}),
+            )
+            for value in values
+        ]
+    else:
+        paid = terms.price(point.hardware, request.sites[0], request.assumptions)
+        if paid is None or name in terms.rent:
+            return []
+        spread = known()["rent_spread"]
+        values, unit, source = (paid / (1 + spread.value), paid * (1 + spread.value)), "USD/h", spread.source
+        requests = [
+            replace(request, terms=replace(terms, rent={**terms.rent, name: value})) for value in values
+        ]
+    ends = [_end(v, request, _bill(one, point)) for v, one in zip(values, requests, strict=True)]
+    return [Swing("price", "price of the machine", unit, ends[0], ends[1], source)]
+
+
+def _speeds(request: Request, point: Point) -> list[Swing]:
+    """Each kind of work that takes a share of the step, faster and slower by what its tag leaves open."""
+    return [swing for kind in _kinds(point) if (swing := _speed(request, point, kind)) is not None]
+
+
+def _kinds(point: Point) -> list[str]:
+    result = point.result
+    assert result is not None
+    known_kinds = {kind for one in measurements().benchmarks for kind in one.kinds}
+    return [
+        kind for kind, busy in result.busy.items() if kind in known_kinds and busy > SEEN * result.step_time
+    ]
+
+
+def _speed(request: Request, point: Point, kind: str) -> Swing | None:
+    tag = tag_of(point.hardware, kind)
+    spread = measurements().spread[tag]
+    ends = []
+    for factor in (math.exp(-WIDE * spread), math.exp(WIDE * spread)):
+        result = _replayed(request, point, _slowed(point.hardware, kind, factor))
+        if result is None:
+            return None
+        ends.append(_end(factor, request, _bill(request, point, result)))
+    says = f"seconds of {kind.replace('_', ' ')} over the profile's ({tag})"
+    return Swing(kind, says, "x", ends[0], ends[1], measurements().spread_source)
+
+
+def _slowed(hardware: HardwareProfile, kind: str, factor: float) -> HardwareProfile:
+    own = hardware.corrections.get(kind, Correction())
+    scale = min(max(own.scale * factor, 0.02), 50.0)
+    return altered(hardware, corrections={**hardware.corrections, kind: altered(own, scale=scale)})
+
+
+def _replayed(
+    request: Request, point: Point, hardware: HardwareProfile, training: TrainSpec | None = None
+) -> SimResult | None:
+    plan = point.result
+    assert plan is not None
+    batch = training or point.training
+    return played(request.model, hardware, point.num_nodes, plan.strategy, batch, plan.stack)
+
+
+def _batches(request: Request, point: Point) -> list[Swing]:
+    """Half and twice the tokens of a step, by the same plan."""
+    ends = []
+    for factor in (0.5, 2.0):
+        batch = point.training.global_batch * factor
+        if batch % 1:
+            return []
+        training = altered(point.training, global_batch=int(batch))
+        result = _replayed(request, point, point.hardware, training)
+        if result is None or not result.fits:
+            return []
+        ends.append(_end(batch * training.seq_len, request, _bill(request, point, result)))
+    says = "tokens of a step, by the same plan"
+    return [Swing("global_batch_tokens", says, "tokens", ends[0], ends[1], "half and twice what was asked")]
+
+
+def _nodes(request: Request, point: Point, neighbours: Sequence[Point]) -> list[Swing]:
+    """The next smaller and larger cluster that was tried."""
+    mine = [one for one in neighbours if one.figures and one.hardware.name == point.hardware.name]
+    below = max(
+        (one for one in mine if one.num_nodes < point.num_nodes), key=lambda p: p.num_nodes, default=None
+    )
+    above = min(
+        (one for one in mine if one.num_nodes > point.num_nodes), key=lambda p: p.num_nodes, default=None
+    )
+    ends = [
+        _end(one.num_nodes, request, one.figures)
+        for one in (below or point, above or point)
+        if one.figures is not None
+    ]
+    says = "nodes: the next smaller and larger cluster that was tried"
+    return [Swing("nodes", says, "nodes", ends[0], ends[1], "a choice")]

@@ -1,0 +1,176 @@
+"""Answers of a sizing beyond the bill: Pareto, near misses, what-if, measurements, the page to sign by."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mopsim
+from mopsim.api.size import Clusters
+from mopsim.common import io
+from mopsim.size import Goal, Point
+from mopsim.size.figures import DAY, WIDE
+from mopsim.size.points import nearest_miss, pareto
+from mopsim.size.settle import settle
+
+JOB: dict[str, Any] = {
+    "tokens": "300B", "seq_len": 4096, "families": ["mop", "megatron"], "max_nodes": 16, "simulations": 2,
+    "global_batch_tokens": "1M",
+}  # fmt: skip
+MACHINES = ["h100-sxm-80g", "gb200-186g"]
+
+
+@pytest.fixture(scope="module")
+def found() -> Clusters:
+    return mopsim.size("olmoe_1b_7b", MACHINES, days=10, **JOB)
+
+
+def test_the_front_is_beaten_by_nothing(found: Clusters) -> None:
+    front = found.front
+    assert front == pareto(found.points)
+    for point in found.points:
+        for kept in front:
+            assert kept.figures is not None
+            assert point.figures is not None
+            assert point.figures.cost is not None
+            assert kept.figures.cost is not None
+            better = point.figures.cost < kept.figures.cost and point.figures.seconds < kept.figures.seconds
+            assert not better
+
+
+def test_json_has_what_a_buyer_asks(found: Clusters) -> None:
+    data = found.to_json()
+    wanted = {
+        "hardware",
+        "nodes",
+        "gpus",
+        "days_interval",
+        "cost_interval",
+        "p_deadline",
+        "goodput",
+        "strategy",
+    }
+    assert data["points"]
+    for point in (*data["points"], *data["pareto"], data["recommended"]):
+        assert wanted <= set(point)
+        low, high = point["days_interval"]
+        assert low < point["days"] < high
+        assert 0 < point["goodput"] < 1
+        assert 0 <= point["p_deadline"] <= 1
+    assert data["nearest_miss"] is None
+    assert data["recommended"]["p_deadline"] >= 0.5
+    assert json.dumps(io.to_plain(data), allow_nan=False)
+
+
+def test_more_nodes_are_not_slower_or_it_is_said(found: Clusters) -> None:
+    for name in MACHINES:
+        seconds = float("inf")
+        for point in (one for one in found.points if one.hardware.name == name):
+            assert point.figures is not None
+            assert point.figures.seconds < seconds * 1.006 or "no faster than" in point.why
+            seconds = min(seconds, point.figures.seconds)
+
+
+def test_what_if_moves_days_and_cost_and_a_measurement_narrows_them(found: Clusters) -> None:
+    chosen = found.chosen
+    assert chosen is not None
+    assert chosen.figures is not None
+    swings = found.what_if()
+    names = {one.name for one in swings}
+    assert {"step_time", "price", "matmul"} <= names
+    bill = chosen.figures
+    for swing in swings:
+        if swing.name in ("step_time", "matmul", "grouped_matmul", "repair_time"):
+            assert swing.low.days < bill.days < swing.high.days
+    time = next(one for one in swings if one.name == "step_time")
+    assert (time.low.days * DAY, time.high.days * DAY) == pytest.approx(bill.seconds_interval())
+    left = settle(chosen, swings)
+    assert all(0 < one.after <= one.before for one in left)
+    assert left[-1].after == min(one.after for one in left)
+    assert left[0].before == pytest.approx(2.718281828 ** (WIDE * bill.deviation) - 1)
+
+
+def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> None:
+    written = {path.name for path in found.write(tmp_path / "out")}
+    wanted = {
+        "decision.html",
+        "pareto.png",
+        "pareto.svg",
+        "tornado.png",
+        "tornado.svg",
+        "what_if.json",
+        "size.json",
+    }
+    assert written == wanted
+    page = (tmp_path / "out" / "decision.html").read_text("utf-8")
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert page.count("<svg") == 2
+    for said in ("Rivals", "Risks", "What if", "What to measure before signing", "nccl-tests", "Rent "):
+        assert said in page
+    assert "None" not in page
+
+
+def test_a_budget_is_searched_for_and_the_fastest_within_it_is_recommended(found: Clusters) -> None:
+    chosen = found.chosen
+    assert chosen is not None
+    assert chosen.figures is not None
+    assert chosen.figures.cost is not None
+    budget = chosen.figures.cost * 1.3
+    rich = mopsim.size("olmoe_1b_7b", MACHINES, budget=budget, **JOB)
+    assert rich.chosen is not None
+    assert rich.chosen.figures is not None
+    assert rich.chosen.figures.cost is not None
+    assert rich.chosen.figures.cost <= budget
+    assert rich.chosen.figures.seconds <= chosen.figures.seconds
+    assert rich.to_json()["deadline_s"] is None
+    assert rich.to_json()["recommended"]["p_deadline"] is None
+
+
+def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> None:
+    none = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=0.9, **JOB | {"max_nodes": 8})
+    assert none.chosen is None
+    assert none.best is None
+    miss = none.miss
+    assert miss is not None
+    assert miss.days is not None
+    assert miss.days > 0.9
+    assert miss.nodes is not None
+    assert miss.nodes > 8
+    assert none.to_json()["nearest_miss"]["needs"]["days"] == miss.days
+    again = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **JOB | {"max_nodes": 8})
+    assert again.chosen is not None
+    none.write(tmp_path / "none")
+    assert "No cluster will do" in (tmp_path / "none" / "decision.html").read_text("utf-8")
+
+
+def test_a_miss_of_two_limits_names_both(found: Clusters) -> None:
+    def too_much(point: Point) -> Point:
+        return replace(point, in_time=False, affordable=False)
+
+    miss = nearest_miss([too_much(one) for one in found.points], Goal(1, 1.0, 1.0), 0.5)
+    assert miss is not None
+    assert miss.days is not None
+    assert miss.dollars is not None
+    assert miss.nodes is None
+
+
+def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
+    bought = mopsim.size(
+        "olmoe_1b_7b", ["h100-sxm-80g"], days=10, buy=True, sites="mopsim/size/sites.yaml", **JOB
+    )
+    chosen = bought.chosen
+    assert chosen is not None
+    assert chosen.figures is not None
+    assert chosen.figures.capex is not None
+    assert chosen.figures.cost is not None
+    assert chosen.figures.capex > chosen.figures.cost > 0
+    assert chosen.figures.site == "norway"
+    assert len(chosen.sites) == 4
+    bought.write(tmp_path)
+    page = (tmp_path / "decision.html").read_text("utf-8")
+    assert "Where it could stand" in page
+    assert "machines" in page
+    assert "years" in {one.name for one in bought.what_if()}
