@@ -47,8 +47,9 @@ class Kernel:
     indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
     of its own for it.
     weight_grad: bytes of the parameter gradients that its backward makes before they are added to the
-    unit's buffer. group: whose ranks a collective joins. slices: of its rows that it runs over one by one,
-    recomputed each in its own backward.
+    unit's buffer. group: whose ranks a collective joins. region: of kernels that run again for their own
+    backward, whatever else is recomputed. beside: a collective beside which what follows runs, up to the
+    first kernel that needs what it brings.
     """
 
     name: str
@@ -70,7 +71,8 @@ class Kernel:
     indexed: bool = False
     group: str = ""
     back_kind: str = ""
-    slices: int = 1
+    region: str = ""
+    beside: bool = False
 
     @property
     def total_flops(self) -> float:

@@ -19,12 +19,6 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 
-PAIRS_ONLY = (
-    "needs a stack that is explicit (mopexec-flat), ZeRO-3 and full recomputation, without tensor or "
-    "pipeline parallelism"
-)
-"""Of what only pairs of a forward and a backward do."""
-
 
 @dataclass(frozen=True)
 class Context:
@@ -93,12 +87,13 @@ class Context:
         """Tokens of strided chunk `index`."""
         return len(range(index, self.tokens, self.chunks))
 
-    def routes(self, index: int) -> tuple[int, ...]:
-        """Rows of each expert that the most loaded rank computes, from chunk `index` of all ranks of its
-        expert group."""
+    def routes(self, index: int | None = None) -> tuple[int, ...]:
+        """Rows of each expert that the most loaded rank computes, from chunk `index` (or all) of all ranks of
+        its expert group."""
         model, how = self.model, self.strategy.experts
+        chunks = 1 if index is None else self.chunks
         return _routes(
-            self.training.routing, self.tokens, self.chunks, index, model.num_local_experts,
+            self.training.routing, self.tokens, chunks, index or 0, model.num_local_experts,
             model.num_experts_per_tok, how.expert_parallel, how,
         )  # fmt: skip
 

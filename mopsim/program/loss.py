@@ -3,15 +3,16 @@ entropy."""
 
 from collections.abc import Sequence
 
-from mopsim.common.errors import require
 from mopsim.graph.attention import norm
 from mopsim.graph.region import begin
 from mopsim.graph.rewrites.recompute import backward, forward, plan
 from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
-from mopsim.program.context import PAIRS_ONLY, Context
+from mopsim.program.builder import Recorder
+from mopsim.program.context import Context
 from mopsim.program.entropy import back, once, passes, product
-from mopsim.program.taped import followed, template
-from mopsim.program.template import Template
+from mopsim.program.strip_loss import StripLoss
+from mopsim.program.taped import template
+from mopsim.program.template import START, Template
 from mopsim.program.workload import Work
 from mopsim.program.works import implemented, works
 from mopsim.spec.layout import token_slices
@@ -20,19 +21,15 @@ _C = "vocabulary"
 
 
 def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Template:
-    """Forward or backward of the loss. freed: memory steps that end the backward.
-
-    Raises SpecError for the ring.
-    """
+    """Forward or backward of the loss. freed: memory steps that end the backward."""
     kind = context.strategy.vocabulary.loss
-    require(kind != "ring", "strategy.vocabulary.loss", kind, PAIRS_ONLY)
-    if kind == "chunked":
-        return _chunked(context, direction, freed)
-    tape = loss_tape(context)
+    at_once = kind in ("chunked", "ring")
+    tape = _norm(context) if at_once else loss_tape(context)
     chosen, early, late = plan(tape, "none", ()), *_freed(tape, context, freed)
-    if direction == "forward":
-        return template(forward(tape, chosen), context, "forward", early)
-    return template(backward(tape, chosen), context, "backward", late)
+    if direction == "backward":
+        return template(backward(tape, chosen), context, "backward", late)
+    first = template(forward(tape, chosen), context, "forward", early)
+    return first.then(_chunks(context) if kind == "chunked" else _ring(context)) if at_once else first
 
 
 def _freed(tape: Tape, c: Context, freed: Sequence[Step]) -> tuple[Sequence[Step], Sequence[Step]]:
@@ -102,15 +99,24 @@ def loss_tape(context: Context) -> Tape:
     return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
 
 
-def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
-    """`chunk_tokens` rows of logits at a time, forward and backward at once; the gradient of the input is
-    kept."""
+def _norm(c: Context) -> Tape:
+    """x [N,H] -> n [N,H], whose gradient is there once the loss has been."""
+    kernels = (norm("final_norm", "x", "n", c.tokens, c.model.hidden_size, c.b, _C),)
+    return Tape((Value("x", c.hidden),), implemented(kernels, c), ("n",))
+
+
+def _ring(c: Context) -> Template:
+    """Both passes around the ring of vocabulary shards; n gives way to its gradient."""
+    b = Recorder(c.groups, lambda kernel, back: works(kernel, "backward" if back else "forward", c))
+    b.adopt("n", c.hidden)
+    StripLoss(c, b).ring(START)
+    b.drop("n")
+    return b.template()
+
+
+def _chunks(c: Context) -> Template:
+    """`chunk_tokens` rows of logits at a time, forward and backward at once; n gives way to its gradient."""
     V, H, size = c.model.vocab_size, c.model.hidden_size, c.hidden
-    kernels = (norm("final_norm", "x", "n", c.tokens, H, c.b, _C),)
-    tape = Tape((Value("x", size),), implemented(kernels, c), ("n",))
-    chosen, early, late = plan(tape, "none", ()), *_freed(tape, c, freed)
-    if direction == "backward":
-        return template(backward(tape, chosen), c, "backward", late)
     found: list[Work] = []
     torch, gradient = c.stack.kernels.loss_chunks == "composed", float(V * H * c.b)
     if torch:
@@ -124,8 +130,9 @@ def _chunked(c: Context, direction: str, freed: Sequence[Step]) -> Template:
     strip = max(rows) * V * ((c.b if torch else 2 * c.b) + c.wide)
     strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0
     memory = (("activations", size), ("logits", strip), ("logits", -strip), ("activations", -size))
-    first = template(forward(tape, chosen), c, "forward", early)
-    return followed(first, "loss chunks", _C, "forward", found, memory)
+    b = Recorder(c.groups)
+    b.add("loss chunks", "compute", _C, "forward", found, (START,), memory)
+    return b.template()
 
 
 def _products(c: Context, rows: int) -> list[Work]:

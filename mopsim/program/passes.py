@@ -4,7 +4,6 @@ microbatches."""
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from mopsim.common.errors import require
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.layer import decoder_layer, mtp_projection
 from mopsim.graph.rewrites.eager import in_blocks
@@ -21,7 +20,7 @@ from mopsim.graph.rewrites.recompute import (
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder
-from mopsim.program.context import PAIRS_ONLY, Context
+from mopsim.program.context import Context
 from mopsim.program.loss import loss_template
 from mopsim.program.offload import Boundaries, PairBoundaries
 from mopsim.program.pairs.flat_units import FlatUnits
@@ -43,7 +42,6 @@ class Passes:
     def __init__(self, context: Context) -> None:
         strategy = context.strategy
         self.context = context
-        self.check()
         attention = strategy.attention
         self.shapes = replace(
             context.shapes,
@@ -54,10 +52,6 @@ class Passes:
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
-
-    def check(self) -> None:
-        """Raise SpecError for what the operators do not do."""
-        _check(self.context)
 
     def sharding(self, issue: Builder, stage: Stage) -> Shards | FlatUnits:
         """What gathers parameters and reduces gradients."""
@@ -92,7 +86,7 @@ class Passes:
             c, experts = self.context, self.context.strategy.experts
             routes: tuple[int, ...] = ()
             if self.is_moe(layer):
-                routes = tuple(count * experts.expert_tensor_parallel for count in c.routes(0))
+                routes = tuple(count * experts.expert_tensor_parallel for count in c.routes())
             split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
             tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)
             if routes and split and c.migration:
@@ -232,23 +226,3 @@ def _holding(played: list[Played], made: tuple[Step, ...]) -> list[Played]:
     freed = tuple((category, -size) for category, size in made)
     found = [replace(played[0], memory=(*made, *played[0].memory)), *played[1:]]
     return [*found[:-1], replace(found[-1], memory=(*found[-1].memory, *freed))]
-
-
-def _check(context: Context) -> None:
-    """Raise SpecError for what only the executor's own schedules do."""
-    strategy = context.strategy
-    attention = strategy.attention
-    require(
-        context.stack.flash or attention.cp_comm_type == "ulysses" or attention.context_parallel == 1,
-        "stack.kernels.attention",
-        context.stack.attention,
-        f"keeps scores, which no program does where attention.cp_comm_type is {attention.cp_comm_type}",
-    )
-    require(context.chunks == 1, "strategy.experts.chunk_tokens", strategy.experts.chunk_tokens, PAIRS_ONLY)
-    slices = strategy.dense.chunk_tokens
-    require(
-        slices == 0 or slices >= context.tokens or strategy.dense.tensor_parallel == 1,
-        "strategy.dense.chunk_tokens",
-        slices,
-        f"needs dense.tensor_parallel 1, not {strategy.dense.tensor_parallel}",
-    )

@@ -98,7 +98,7 @@ class Shards:
         if not self.copied:
             return {}
         if layer < 0:
-            early = self._has_head and self.c.strategy.vocabulary.loss == "chunked"
+            early = self._has_head and self.c.strategy.vocabulary.loss in ("chunked", "ring")
             return {0: (self._begin_loss,)} if early and phase == "forward" else {}
         found: dict[int, list[Callable[[int], None]]] = {}
 
@@ -132,9 +132,10 @@ class Shards:
         return self._wait(self.edge_unit(name), phase)
 
     def edge_unit(self, name: str) -> Unit:
-        """torch's FSDP2 has final norm and head in one group of parameters."""
+        """torch's FSDP2 has final norm and head in one group of parameters, unless other ranks share the
+        head."""
         unit, final = self.c.edges.get(name), self.c.edges["final"]
-        if name != "head" or not self.copied:
+        if name != "head" or not self.copied or (unit and unit.group != final.group):
             assert unit is not None
             return unit
         if unit is None:
@@ -160,7 +161,7 @@ class Shards:
         """Before the backward of the embedding."""
 
     def _begin_loss(self, _: int) -> None:
-        """A chunked loss makes the head's gradient in its forward."""
+        """A loss in strips makes the head's gradient in its forward."""
         unit = self.edge_unit("head")
         if unit.name not in self._opened:
             self._opened.add(unit.name)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from mopsim.graph.tape import Kernel, Played, Step, Tape
 from mopsim.program.builder import Recorder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.template import START, Memory, Template
-from mopsim.program.workload import Group, Op, Work, deltas
+from mopsim.program.template import START, Template
+from mopsim.program.workload import Group, deltas
 from mopsim.program.works import Part, works
 from mopsim.spec.hardware import COLLECTIVES
 
@@ -21,6 +21,8 @@ class _Draft(Recorder):
         self.context, self.split = context, split
         self.ready: tuple[int, ...] = (START,)
         self.joined: list[Played] = []
+        self.coming: dict[str, int] = {}
+        self.counted = False
 
     def close(self, back: str) -> None:
         """Compute kernels gathered so far become one piece."""
@@ -44,9 +46,23 @@ class _Draft(Recorder):
             self.ready = (self.add("freed", "compute", "other", "backward", (), self.ready, memory),)
 
     def await_last(self) -> None:
-        """The host waits for the last piece: how many rows go where decides the sizes of what follows."""
-        if self.ops:
+        """The host waits for the last piece: how many rows go where decides the sizes of what follows, of all
+        chunks."""
+        if self.ops and not self.counted:
             self.ops[-1] = replace(self.ops[-1], awaited=True)
+        self.counted = True
+
+    def send(self, item: Played, back: str) -> None:
+        """A collective beside which what follows runs until it needs what comes."""
+        op = self.talk(item, back, self.ready, item.memory)
+        self.coming |= dict.fromkeys(_brings(item), op)
+
+    def receive(self, item: Played, back: str) -> None:
+        """What a kernel needs is waited for."""
+        arrived = {self.coming.pop(name) for name in _needs(item) if name in self.coming}
+        if arrived:
+            self.close(back)
+            self.ready = (*self.ready, *sorted(arrived))
 
     def part(self, item: Played) -> Part:
         return "forward" if not item.backward else "input_grad" if self.split else "backward"
@@ -82,6 +98,7 @@ def template(
         kernel = item.kernel
         if index in done:
             continue
+        draft.receive(item, direction)
         talks = _talks(item, context)
         source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
         if source is not None and context.groups[source.group].size == 1:
@@ -101,6 +118,9 @@ def template(
             draft.close(direction)
             if kernel.name == "dispatch" and not item.backward:
                 draft.await_last()
+            if kernel.beside:
+                draft.send(item, direction)
+                continue
             draft.ready = (draft.talk(item, direction, draft.ready, item.memory),)
         elif source is not None and (partner := _partner(played, index, source, done)):
             draft.close(direction)
@@ -113,19 +133,22 @@ def template(
                 draft.close(direction)
             draft.joined.append(item)
     draft.close(direction)
+    draft.ready = (*draft.ready, *sorted(set(draft.coming.values())))
     if last:
         draft.end_with(last)
     return draft.template(draft.ready)
 
 
-def followed(
-    first: Template, name: str, component: str, phase: str, work: Sequence[Work], memory: Memory
-) -> Template:
-    """A template with one op of compute after it."""
-    peak, net = deltas(memory)
-    place = len(first.pieces)
-    piece = Op(place, name, "compute", component, phase, -1, tuple(work), first.ends, peak, net)
-    return replace(first, pieces=(*first.pieces, piece), ends=(place,), memory=(*first.memory, memory))
+def _brings(item: Played) -> list[str]:
+    """What a kernel makes, the gradient of a value as `d/name`."""
+    kernel = item.kernel
+    return [f"d/{name}" for name in kernel.reads] if item.backward else [v.name for v in kernel.writes]
+
+
+def _needs(item: Played) -> list[str]:
+    """What a kernel starts from, written as `_brings` does."""
+    kernel = item.kernel
+    return [f"d/{v.name}" for v in kernel.writes] if item.backward else list(kernel.reads)
 
 
 def _talks(item: Played, context: Context) -> bool:

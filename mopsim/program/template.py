@@ -1,7 +1,7 @@
 """Templates: ops recorded once and issued for every layer and microbatch that runs alike."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mopsim.graph.tape import Step
 from mopsim.program.workload import Op
@@ -37,8 +37,18 @@ class Template:
         ]
         return (found[0], found[-1]) if found else (-1, -1)
 
-    @property
-    def backward(self) -> int:
-        """First place that goes backward."""
-        phases = [piece.phase for piece in self.pieces]
-        return phases.index("backward") if "backward" in phases else len(phases)
+    def then(self, after: "Template") -> "Template":
+        """This, and after it the other."""
+        by = len(self.pieces)
+
+        def moved(deps: tuple[int, ...]) -> tuple[int, ...]:
+            found = [self.ends if dep == START else (dep + by if dep >= 0 else dep,) for dep in deps]
+            return tuple(place for places in found for place in places)
+
+        pieces = tuple(replace(piece, deps=moved(piece.deps)) for piece in after.pieces)
+        before = dict(self.before)
+        for place, steps in after.before.items():
+            before[by + place] = (*before.get(by + place, ()), *steps)
+        marks = {**self.marks, **{name: by + place for name, place in after.marks.items()}}
+        memory = self.memory + after.memory
+        return Template(self.pieces + pieces, moved(after.ends), memory, before, marks)

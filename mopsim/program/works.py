@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import composed, gradients_stay
 from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.tape import Kernel
@@ -23,6 +24,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     found = composed(kernels, context.stack.composes, context.b, context.wide, wings, layernorm)
+    parts = [context.chunk_tokens(i) / context.tokens for i in range(context.chunks)]
+    found = in_chunks(found, parts, context.strategy.activations.recompute == "full")
     sharding = context.stack.sharding
     return gradients_stay(found, sharding.groups == "modules") if sharding.copies else found
 

@@ -1,1 +1,2 @@
-"""Rewrites of a layer's tape, kernels to kernels: what eager torch composes, recomputation, casts, slices."""
+"""Rewrites of a layer's tape, kernels to kernels: what eager torch composes, recomputation, casts, slices,
+chunks."""

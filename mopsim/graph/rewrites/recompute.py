@@ -1,5 +1,6 @@
 """Recomputation of parts of a tape: what is dropped in the forward and made again in the backward."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from mopsim.graph.tape import Kernel, Played, Step, Tape
@@ -41,21 +42,19 @@ def plan(
     """
     outside = {value.name for value in tape.inputs} | set(tape.outputs)
     saved = {name for kernel in tape.kernels for name in kernel.saves} - outside
-    own = frozenset(i for i, kernel in enumerate(tape.kernels) if kernel.slices > 1)
+    apart = _apart(tape, kept)
+    own = frozenset(index for region in apart for index in region)
     if recompute == "full":
-        wanted = [
-            i
-            for i, kernel in enumerate(tape.kernels)
-            if i not in own and {v.name for v in kernel.writes} & saved
-        ]
-        end = max(wanted, default=-1) + 1 if early or own else len(tape.kernels)
-        again = frozenset(
-            i for i, kernel in enumerate(tape.kernels[:end]) if kernel.name not in kept and i not in own
-        )
-        made = {value.name for kernel in tape.kernels if kernel.name in kept for value in kernel.writes}
-        regions = [region for region in (again, own) if _made(tape, region) & (saved - made)]
+        after = _after(tape, own)
+        count = len(tape.kernels)
+        wanted = [i for i in range(count) if i not in own | after and _made(tape, {i}) & saved]
+        end = max(wanted, default=-1) + 1 if early or own else count
+        again = frozenset(i for i in range(end) if tape.kernels[i].name not in kept) - own - after
+        made = _made(tape, [i for i in range(count) if tape.kernels[i].name in kept])
+        made |= _made(tape, after) & saved
+        regions = [region for region in (again, *apart) if _made(tape, region) & (saved - made)]
         return Plan(frozenset(saved - made), tuple(regions), frozenset(made - outside))
-    regions = [own] if own else []
+    regions = list(apart)
     dropped = _lost(tape, own, saved, discard=False)
     if recompute == "selective":
         found = {module: _region(tape, module) for module in modules}
@@ -77,6 +76,25 @@ def plan(
     return Plan(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
 
 
+def _apart(tape: Tape, kept: tuple[str, ...]) -> tuple[frozenset[int], ...]:
+    """Regions that run again in their own backward, without the kernels that are kept."""
+    found: dict[str, set[int]] = {}
+    for index, kernel in enumerate(tape.kernels):
+        if kernel.region and kernel.name not in kept:
+            found.setdefault(kernel.region, set()).add(index)
+    return tuple(map(frozenset, found.values()))
+
+
+def _after(tape: Tape, own: frozenset[int]) -> frozenset[int]:
+    """Kernels outside of regions of their own that read what those make, at first hand or not."""
+    names, found = _made(tape, own), set()
+    for index, kernel in enumerate(tape.kernels):
+        if index not in own and names & set(kernel.reads):
+            found.add(index)
+            names |= _made(tape, {index})
+    return frozenset(found)
+
+
 def _region(tape: Tape, module: str) -> frozenset[int]:
     names = MODULES.get(module)
     parts = WIDER.get(module, (module,) if module in COMPONENTS else ())
@@ -96,7 +114,7 @@ def _lost(tape: Tape, region: frozenset[int], saved: set[str], discard: bool) ->
     return written - others
 
 
-def _made(tape: Tape, region: frozenset[int]) -> set[str]:
+def _made(tape: Tape, region: Collection[int]) -> set[str]:
     return {value.name for i in region for value in tape.kernels[i].writes}
 
 

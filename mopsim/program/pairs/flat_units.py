@@ -77,7 +77,7 @@ class FlatUnits:
         """The layer has run."""
         units = self.c.layers[layer]
         if phase == "forward":
-            self._release(*units)
+            self._release(*units if self.c.reshards else ())
         else:
             self._release(units[0])
             self._reduce(units[0])

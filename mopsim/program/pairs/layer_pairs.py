@@ -13,11 +13,11 @@ from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.flat_units import FlatUnits
 from mopsim.program.pairs.flat_update import PairUpdate
 from mopsim.program.pairs.from_tapes import NestedExperts, TapedAttention
-from mopsim.program.pairs.ring_loss import LossPair
 from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.passes import Passes
 from mopsim.program.pipeline import Slot
 from mopsim.program.stage import Stage
+from mopsim.program.strip_loss import StripLoss
 from mopsim.program.template import EXPERTS, START, Template
 from mopsim.program.workload import Work
 from mopsim.program.works import works
@@ -54,9 +54,6 @@ class Pairs(Passes):
             return works(kernel, "backward" if backward else "forward", self.context)
 
         return Recorder(self.context.groups, priced)
-
-    def check(self) -> None:
-        """All of a strategy that comes here is done."""
 
     def sharding(self, issue: Builder, stage: Stage) -> FlatUnits:
         return FlatUnits(self.context, issue)
@@ -145,7 +142,7 @@ class Pairs(Passes):
         norm = Rows(c, b).norm(c.tokens, c.model.hidden_size, "hidden")
         b.compute("final_norm", _V, "forward", -1, [norm], START)
         b.cut("head")
-        loss = LossPair(c, b)
+        loss = StripLoss(c, b)
         if c.strategy.vocabulary.loss == "ring":
             loss.ring()
         else:

@@ -6,7 +6,15 @@ from typing import Any
 from msgspec import structs
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.facts import DOES, Job, Side, expert_parallel, has_experts, whole_steps
+from mopsim.spec.capability.facts import (
+    DOES,
+    Job,
+    Side,
+    expert_parallel,
+    has_experts,
+    slices,
+    whole_steps,
+)
 from mopsim.spec.capability.software import software_is_the_runtimes
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
@@ -128,15 +136,36 @@ def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
 def experts_overlap_below_zero_3(job: Job, side: Side) -> Iterator[SpecError]:
     """Exchanges of one microbatch run beside another where layers need no gathers in between."""
     holds = not job.strategy.overlap.experts or not expert_parallel(job) or whole_steps(job)
-    rule = "is not simulated where parameters are gathered layer by layer (dense.zero 3), only False"
+    rule = (
+        "is not simulated where parameters are gathered layer by layer (dense.zero 3), only False: a layer's "
+    )
+    rule += "gathers would wait for the other microbatch's"
     yield from _unless(holds, job, "overlap.experts", rule)
 
 
-def reshards_after_forward(job: Job, side: Side) -> Iterator[SpecError]:
+def ring_has_rows_of_its_own(job: Job, side: Side) -> Iterator[SpecError]:
+    """Every rank of a vocabulary ring has other tokens."""
     dense = job.strategy.dense
-    holds = dense.reshard_after_forward or dense.zero != 3 or job.fsdp
-    rule = f"is not simulated with ZeRO-3 under the stack {job.software.name}, only True"
-    yield from _unless(holds, job, "dense.reshard_after_forward", rule)
+    holds = job.strategy.vocabulary.loss != "ring" or dense.tensor_parallel == 1 or dense.sequence_parallel
+    rule = "is not simulated under tensor parallelism without dense.sequence_parallel: ranks have equal rows"
+    yield from _unless(holds, job, "vocabulary.loss", rule)
+
+
+def slices_of_whole_rows(job: Job, side: Side) -> Iterator[SpecError]:
+    """A slice of the FFN's rows passes all of its columns."""
+    holds = not slices(job) or job.strategy.dense.tensor_parallel == 1
+    rule = (
+        f"needs dense.tensor_parallel 1, not {job.strategy.dense.tensor_parallel}: slices are not exchanged"
+    )
+    yield from _unless(holds, job, "dense.chunk_tokens", rule)
+
+
+def kept_scores_see_whole_sequences(job: Job, side: Side) -> Iterator[SpecError]:
+    """Blocks of keys and values are merged by the sums that flash kernels keep."""
+    stack, attention = job.software, job.strategy.attention
+    if not stack.flash and attention.cp_comm_type != "ulysses" and attention.context_parallel > 1:
+        rule = f"keeps scores, which no program does where attention.cp_comm_type is {attention.cp_comm_type}"
+        yield SpecError("stack.kernels.attention", stack.kernels.attention, rule)
 
 
 def plain_latents(job: Job, side: Side) -> Iterator[SpecError]:
@@ -338,8 +367,8 @@ def deepspeed_offload(job: Job, side: Side) -> Iterator[SpecError]:
 
 RULES: dict[Side, tuple[Rule, ...]] = {
     "simulator": (
-        tensor_group_holds_vocabulary, reshards_after_forward, offloads_together, plain_latents,
-        experts_overlap_below_zero_3,
+        tensor_group_holds_vocabulary, offloads_together, plain_latents, experts_overlap_below_zero_3,
+        kept_scores_see_whole_sequences, slices_of_whole_rows, ring_has_rows_of_its_own,
     ),
     "flat_units": (
         software_is_the_runtimes, heads_over_ranks, ring_has_rows, host_updates_masters, gradients_no_wider,

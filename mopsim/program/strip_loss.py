@@ -1,5 +1,5 @@
-"""Projection and loss: rows of logits with the gathered head, or Ring-DTP (mopexec.flat.vocabulary,
-.strips)."""
+"""Projection and loss whose gradients are made beside it, a strip of logits at a time: with the whole head at
+hand, or around a ring of vocabulary shards (Ring-DTP; mopexec.flat.vocabulary, .strips)."""
 
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
@@ -10,7 +10,7 @@ from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
 _C, _L = "vocabulary", "logits"
 
 
-class LossPair:
+class StripLoss:
     """From `hidden` (the normed last output) to `grad`, its gradient; adds to the head's gradient buffer."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
