@@ -72,7 +72,7 @@ def with_seq_len(plan: Plan, seq_len: int) -> Plan:
 def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) -> Reach:
     """Bisect the longest sequence that fits, in multiples of `quantum` tokens; confirm both sides for real.
 
-    Raises MopError if not even one quantum fits, or if a real step contradicts the dry run.
+    Where not even one quantum fits the longest is 0. Raises MopError if a real step contradicts the dry run.
     """
     split = plan.strategy.attention.context_parallel
     if quantum % split:
@@ -83,14 +83,15 @@ def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) 
         low, high = (middle, high) if _stopper(plan, limits, middle) is None else (low, middle)
     stopper = _stopper(plan, limits, high)
     assert stopper is not None
-    result = _dry(plan, low)
+    result = _dry(plan, low) if low else None
+    peak, host = (result.peak_memory, result.host_memory) if result else (0, 0)
     confirmed = [
-        real_step(with_seq_len(plan, n), limits.device, limits.host) if real_step else None
+        real_step(with_seq_len(plan, n), limits.device, limits.host) if real_step and n else None
         for n in (low, high)
     ]
     found = Reach(
         plan.strategy.name, describe(plan.model), plan.strategy.world_size, split, low, high,
-        result.peak_memory, result.host_memory, stopper, *confirmed,
+        peak, host, stopper, *confirmed,
     )  # fmt: skip
     _agree(found)
     return found
@@ -107,14 +108,10 @@ def describe(model: ModelSpec) -> str:
 
 
 def _bracket(plan: Plan, limits: Limits, quantum: int) -> tuple[int, int]:
-    """A fitting and a failing length, the second at most twice the first."""
+    """A fitting and a failing length, the second at most twice the first; 0 fits always."""
     low, high = 0, quantum
     while _stopper(plan, limits, high) is None:
         low, high = high, 2 * high
-    if low == 0:
-        raise MopError(
-            f"{plan.strategy.name}: not even {quantum} tokens fit: {_stopper(plan, limits, quantum)} stops it"
-        )
     return low, high
 
 
@@ -241,6 +238,6 @@ def _ratios(reaches: list[Reach]) -> list[str]:
         best = max(same, key=lambda r: r.longest)
         lines += [
             f"- {ranks} ranks: {best.strategy} reaches {best.longest / r.longest:.1f}x as far as {r.strategy}"
-            for r in same if r is not best
+            for r in same if r is not best and r.longest
         ]  # fmt: skip
     return lines

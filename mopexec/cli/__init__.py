@@ -60,6 +60,10 @@ Schedule = Annotated[
     typer.Option(help="learning rate after warm-up; wsd: constant, falling in the last fifth"),
 ]
 Excluded = Annotated[int, typer.Option(min=0, max=10**9, help="first steps not in the measurement")]
+EvalData = Annotated[str | None, typer.Option(help="held-out data, as --data; its loss is in the metrics")]
+EvalEvery = Annotated[int, typer.Option(min=0, max=10**9, help="steps between evaluations; 0 = at the end")]
+EvalBatches = Annotated[int, typer.Option(min=1, max=10**9, help="global batches of an evaluation, at most")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")]
 Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
 
 
@@ -74,7 +78,10 @@ def train(
     tokenizer: Tokenizer = None,
     text_field: Annotated[str, typer.Option(help="field of a record with its text")] = "text",
     loss_mask: LossMask = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    eval_data: EvalData = None,
+    eval_every: EvalEvery = 0,
+    eval_batches: EvalBatches = 8,
+    resume: Resume = False,
     device_limit: Limit = None,
     host_limit: Limit = None,
     tracked_steps: TrackedSteps = 0,
@@ -91,34 +98,10 @@ def train(
     json: Json = None,
 ) -> None:
     """Train a plan on text; starts the ranks itself, or is one of them under torchrun."""
-    from mopexec.cli.train import data_source, run
-    from mopexec.data import DataOptions
-    from mopexec.run.options import TrainOptions
-    from mopsim.common.units import parse_bytes
+    given = dict(locals())
+    from mopexec.cli.train import options_of, run
 
-    options = TrainOptions(
-        plan=str(plan),
-        out=str(out),
-        steps=steps,
-        data=DataOptions(
-            source=data_source(data), tokenizer=tokenizer, text_field=text_field, loss_mask=loss_mask
-        ),
-        cache=cache,
-        resume=resume,
-        device_limit=None if device_limit is None else parse_bytes(device_limit, "--device-limit"),
-        host_limit=None if host_limit is None else parse_bytes(host_limit, "--host-limit"),
-        tracked_steps=tracked_steps,
-        routing=routing,
-        schedule=schedule,
-        warmup=warmup_steps_excluded,
-        checkpoint_every=checkpoint_every,
-        final_checkpoint=final_checkpoint,
-        keep=keep,
-        profile_steps=profile_steps,
-        seed=seed,
-        console="stderr" if json == "-" else "stdout",
-    )
-    raise typer.Exit(run(options, json, max_restarts))
+    raise typer.Exit(run(options_of(given), json, max_restarts))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mopexec import data
+from mopexec.data import DataOptions
 from mopexec.run import failures, plans
 from mopexec.run.environment import adopt_slurm, rank_of_environment, under_torchrun
 from mopexec.run.lock import run_lock
@@ -18,7 +19,7 @@ from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
-from mopsim.common.units import format_bytes, format_seconds
+from mopsim.common.units import format_bytes, format_seconds, parse_bytes
 from mopsim.spec.plan import Plan
 
 
@@ -49,8 +50,8 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     if under_torchrun():
         return _as_rank(options, plan, json)
     plans.check_run_directory(Path(options.out), resume=options.resume)
-    tokens = data.prepare(options.data, plan.model.vocab_size, cache)
-    options = msgspec.structs.replace(options, tokens=str(tokens))
+    tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
+    options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
     _check_with_torch(options, plan)
     with run_lock(Path(options.out)):
         earlier = _prepare_directory(options)
@@ -67,6 +68,29 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
             earlier.put_back()
             raise
         return _conclude(options, stopped_by, json)
+
+
+_LIMITS = ("device_limit", "host_limit")
+_DATA = ("tokenizer", "text_field", "loss_mask")
+
+
+def options_of(given: dict[str, Any]) -> TrainOptions:
+    """The run that the command's options ask for. Raises MopError, SpecError."""
+    source = DataOptions(source=data_source(given["data"]), **{name: given[name] for name in _DATA})
+    held_out = given["eval_data"]
+    as_they_are = {name: given[name] for name in TrainOptions.__struct_fields__ if name in given}
+    return TrainOptions(
+        **as_they_are
+        | {"plan": str(given["plan"]), "out": str(given["out"]), "data": source}
+        | {"eval_data": held_out and msgspec.structs.replace(source, source=held_out)}
+        | {name: _bytes(given[name], name) for name in _LIMITS}
+        | {"warmup": given["warmup_steps_excluded"]}
+        | {"console": "stderr" if given["json"] == "-" else "stdout"}
+    )
+
+
+def _bytes(text: str | None, name: str) -> int | None:
+    return None if text is None else parse_bytes(text, f"--{name.replace('_', '-')}")
 
 
 def data_source(given: str | None) -> str:

@@ -2,6 +2,14 @@
 
 from mopexec.data.corpus import PYTHON
 from mopexec.data.dataset import TokenDataset, sequence_indices
-from mopexec.data.prepare import DataOptions, cache_directory, prepare
+from mopexec.data.prepare import DataOptions, cache_directory, prepare, prepare_all
 
-__all__ = ["PYTHON", "DataOptions", "TokenDataset", "cache_directory", "prepare", "sequence_indices"]
+__all__ = [
+    "PYTHON",
+    "DataOptions",
+    "TokenDataset",
+    "cache_directory",
+    "prepare",
+    "prepare_all",
+    "sequence_indices",
+]

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from mopexec.data.chat import Chat
@@ -134,6 +135,22 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
+
+
+def prepare_all(
+    training: DataOptions, evaluation: DataOptions | None, vocab_size: int, cache: Path
+) -> tuple[Path, Path | None]:
+    """(tokens to train on, tokens held out): both by the same tokenizer. Raises as `prepare`."""
+    tokens = prepare(training, vocab_size, cache)
+    if evaluation is None:
+        return tokens, None
+    own = tokens / "tokenizer.json"
+    if evaluation.tokenizer is None and own.is_file():
+        evaluation = msgspec.structs.replace(evaluation, tokenizer=str(own))
+    held_out = prepare(evaluation, vocab_size, cache)
+    if evaluation.tokenizer is None and (held_out / "tokenizer.json").is_file():
+        raise MopError("--eval-data: is text, and --data is token ids: name their --tokenizer")
+    return tokens, held_out
 
 
 def read_meta(directory: Path) -> Meta:

@@ -46,6 +46,10 @@ class Boundaries:
         self.platform.copy(self._host[layer], x, "d2h")
         self._stored = self.platform.record("d2h")
 
+    def forget(self) -> None:
+        """Drop what is kept for a backward that will not come."""
+        self._kept.clear()
+
     def prefetch(self, layer: int) -> None:
         """Start bringing an offloaded boundary back; nothing for others."""
         if not 0 <= layer < self.offloaded or layer in self._coming:

@@ -82,6 +82,23 @@ class FlatRunner:
             return StepResult(float("nan"), float("nan"), self.num_tokens)
         return StepResult(loss.item() / self._counted, norm.item(), self.num_tokens, busiest)
 
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> float:
+        """See `Runner.evaluate`. The head's gradients come with its losses; the next step zeroes them."""
+        load = self.model.load.clone()
+        self._counted = batches[0].num_targets or self.num_tokens
+        total = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)
+        for batch in batches:
+            loss, _ = self._loss(self._forward(batch.tokens.flatten()), batch.targets.flatten())
+            self._finish_reducing()
+            self.model.boundaries.forget()
+            for layer in self.model.layers:
+                layer.forget()
+            total.add_(loss)
+        collectives.all_reduce(total, self.mesh.world.handle)
+        self.model.load.copy_(load)
+        return total.item() / self._counted
+
     def set_lr(self, lr: float) -> None:
         self.optimizer.learning_rate = lr
 

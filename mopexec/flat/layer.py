@@ -46,6 +46,10 @@ class LayerSchedule:
         release(self.units)
         return out
 
+    def forget(self) -> None:
+        """Drop what the forward kept for a backward that will not come."""
+        self._routes = None
+
     def backward(
         self, x: Tensor, grad: Tensor, before_grads: Callable[[], None], prefetch: Callable[[], None]
     ) -> None:

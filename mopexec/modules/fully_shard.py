@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mopexec.distributed import collectives
@@ -19,6 +20,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, component, phase
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
+from mopexec.model.transformer import Router
 from mopexec.modules.comm import book_gradients, local, place_on_host
 from mopexec.modules.gather import Gathered, global_dtensor
 from mopexec.modules.groups import make_groups
@@ -94,6 +96,25 @@ class FullyShardRunner:
         if self._platform.fake:
             return StepResult(0.0, norm, tokens)
         return StepResult(float(total.item()), norm, tokens, float(busiest))
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> float:
+        """See `Runner.evaluate`."""
+        training = self._plan.training
+        counted = batches[0].num_targets or training.global_batch * training.seq_len
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        loads = [router.load.clone() for router in routers]
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            total += self.model(batch.tokens, batch.targets, 1.0 / counted).cpu()
+        total = total.to(self._platform.device)
+        collectives.all_reduce(total)
+        for router, load in zip(routers, loads, strict=True):
+            router.load.copy_(load)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return total.item()
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on."""

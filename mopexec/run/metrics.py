@@ -24,9 +24,10 @@ from mopsim.spec.routing import RoutingProfile
 class StepMetrics(Spec, frozen=True, kw_only=True):
     """One optimizer step (from 1). Seconds and bytes of the slowest and largest rank; losses per token.
 
-    since: first step of the process that made it; strategy: digest of the plan's.
-    memory_step: the last step whose memory was watched, the peaks are up to there. memory_percent: of the
-    enforced limit, else of the plan's; predicted_step_time_s None where the plan has none.
+    eval_loss: per token of the held-out data after this step, where it was asked for. since: first step
+    of the process that made it; strategy: digest of the plan's. memory_step: the last step whose memory
+    was watched, the peaks are up to there. memory_percent: of the enforced limit, else of the plan's;
+    predicted_step_time_s None where the plan has none.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     memory_step: int
     memory_percent: float
     predicted_step_time_s: float | None
+    eval_loss: float | None = None
 
 
 class MetricsFile:
@@ -152,6 +154,8 @@ def step_line(metrics: StepMetrics) -> str:
         f"tps of all ranks: {metrics.tokens_per_s:,.0f}",
         f"time: {format_seconds(metrics.step_time_s)}",
     ]
+    if metrics.eval_loss is not None:
+        parts.insert(2, f"eval_loss: {metrics.eval_loss:8.5f}")
     if metrics.predicted_step_time_s:
         ratio = metrics.step_time_s / metrics.predicted_step_time_s
         parts.append(f"measured/predicted: {ratio:.2f}")

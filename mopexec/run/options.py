@@ -18,8 +18,9 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     host_limit: bytes of one rank that the tracker enforces (None = it only watches). tracked_steps: first
     steps that it watches (0 = all where there is a limit, else 2). warmup: first steps left out of the
     measurement. checkpoint_every: steps (0 = only at the end). keep: complete checkpoints kept.
-    profile_steps: extra steps at the end that are timed by kind of work; their updates are thrown away.
-    seed None: the plan's.
+    eval_data, eval_tokens: held-out data and its prepared tokens; eval_every: steps between evaluations
+    (0 = only at the end), each of at most eval_batches global batches. profile_steps: extra steps at the
+    end that are timed by kind of work; their updates are thrown away. seed None: the plan's.
     """
 
     plan: str
@@ -33,6 +34,10 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     host_limit: int | None = None
     tracked_steps: int = 0
     routing: Literal["learned", "profile"] = "learned"
+    eval_data: DataOptions | None = None
+    eval_tokens: str = ""
+    eval_every: int = 0
+    eval_batches: int = 8
     schedule: Schedule = "constant"
     warmup: int = 3
     checkpoint_every: int = 0
@@ -46,6 +51,8 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field, least in (
             ("steps", 1),
+            ("eval_every", 0),
+            ("eval_batches", 1),
             ("tracked_steps", 0),
             ("warmup", 0),
             ("checkpoint_every", 0),

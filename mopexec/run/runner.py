@@ -41,6 +41,12 @@ class Runner(Protocol):
         """One optimizer step on this rank's microbatches."""
         ...
 
+    def evaluate(self, batches: list[Batch]) -> float:
+        """Mean loss per counted target of a global batch, on every rank; training goes on as if it had not
+        been asked.
+        """
+        ...
+
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on."""
         ...

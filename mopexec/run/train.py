@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -104,6 +105,7 @@ class _Loop:
         self.tracking, self.stop, self.done, self.first_step = tracking, stop, done, done
         self.out = Path(options.out)
         self.feed = Feed(plan, dataset, job.rank, job.platform.device)
+        self.evaluation = _Evaluation.of(options, plan, job, dataset.seed)
         self.tokens_per_step = plan.training.global_batch * plan.training.seq_len
         self.memory_limit = options.device_limit or plan.hardware.memory_limit
         self.predicted = plan.prediction.step_time if plan.prediction else None
@@ -136,7 +138,10 @@ class _Loop:
             result, seconds = self._timed_step(step)
             slowest = _over_ranks(seconds, self.tracking.tracker, self.stop, self.job)
             self.busiest.append(result.busiest)
-            self._record(self._line(step, lr, result, slowest))
+            line = self._line(step, lr, result, slowest)
+            if self.evaluation and self.evaluation.due(line.step):
+                line = msgspec.structs.replace(line, eval_loss=self.evaluation.loss(self.runner))
+            self._record(line)
             stopping = bool(slowest["stop"])
             if stopping or self._checkpoint_due():
                 self._save()
@@ -250,6 +255,34 @@ class _Loop:
         return outcome
 
 
+class _Evaluation:
+    """The same first sequences of the held-out data, each time."""
+
+    def __init__(self, feed: Feed, batches: int, every: int, steps: int) -> None:
+        self.feed, self.batches, self.every, self.steps = feed, batches, every, steps
+
+    @classmethod
+    def of(cls, options: TrainOptions, plan: Plan, job: Job, seed: int) -> "_Evaluation | None":
+        """None where there is no held-out data."""
+        if options.eval_data is None:
+            return None
+        tokens = (
+            Path(options.eval_tokens) if options.eval_tokens else _tokens(options, plan, job, held_out=True)
+        )
+        dataset = data.TokenDataset(tokens, plan.training.seq_len, seed)
+        enough = max(1, dataset.num_windows // plan.training.global_batch)
+        feed = Feed(plan, dataset, job.rank, job.platform.device)
+        return cls(feed, min(options.eval_batches, enough), options.eval_every, options.steps)
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` (from 1)."""
+        return step == self.steps or (self.every > 0 and step % self.every == 0)
+
+    def loss(self, runner: Runner) -> float:
+        """Mean over the global batches."""
+        return statistics.fmean(runner.evaluate(self.feed.batches(index)) for index in range(self.batches))
+
+
 def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
     """See Measurement.routing. busiest: of the steady steps."""
     shares, degree = (
@@ -302,15 +335,16 @@ class _Tracking:
         return self.tracker if self._always or number < self._first else nullcontext()
 
 
-def _tokens(options: TrainOptions, plan: Plan, job: Job) -> Path:
+def _tokens(options: TrainOptions, plan: Plan, job: Job, *, held_out: bool = False) -> Path:
     """The tokens' directory: prepared by the launching command, or by the first rank of each node."""
-    if options.tokens:
+    if options.tokens and not held_out:
         return Path(options.tokens)
     cache = data.cache_directory(options.cache)
     if job.local_rank == 0:
-        data.prepare(options.data, plan.model.vocab_size, cache)
+        data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     dist.barrier()
-    return data.prepare(options.data, plan.model.vocab_size, cache)
+    training, evaluation = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
+    return evaluation if held_out and evaluation else training
 
 
 def _over_ranks(seconds: float, tracker: MemoryTracker, stop: StopRequest, job: Job) -> dict[str, float]:
