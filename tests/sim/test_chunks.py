@@ -25,7 +25,7 @@ def chunked(strategy: Strategy, chunks: int) -> Strategy:
 
 
 def on(stack: str) -> Strategy:
-    family = megatron(8, experts=8, recompute="full") if "megatron" in stack else fsdp2(8, experts=8)
+    family = megatron(8, expert_parallel=8, recompute="full") if "megatron" in stack else fsdp2(8, expert_parallel=8)
     return replace(family, stack=stack)
 
 
@@ -62,7 +62,7 @@ def test_chunks_take_less_memory(stack: str) -> None:
 
 def test_without_recomputation_all_chunks_are_kept() -> None:
     hardware = load_profile("h200-sxm-141g")
-    strategy = megatron(8, experts=8, recompute="none")
+    strategy = megatron(8, expert_parallel=8, recompute="none")
     kept = [simulate(MODEL, hardware, 1, chunked(strategy, n), TRAINING) for n in (1, 4)]
     assert kept[1].peak_memory == pytest.approx(kept[0].peak_memory, rel=0.1)
 
@@ -89,7 +89,7 @@ def test_a_ring_of_vocabulary_shards_under_every_stack(stack: str) -> None:
 
 
 def test_stages_and_regions_take_chunks_and_rings() -> None:
-    strategy = megatron(8, tensor=2, pipeline=2, experts=2, recompute="full")
+    strategy = megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2, recompute="full")
     vocabulary = replace(strategy.vocabulary, loss="ring", vocab_parallel=4, chunk_tokens=1024)
     whole = replace(strategy, vocabulary=vocabulary)
     hardware = load_profile("h200-sxm-141g")
@@ -100,7 +100,7 @@ def test_stages_and_regions_take_chunks_and_rings() -> None:
 @pytest.mark.parametrize("stack", ["mopexec-flat", "deepspeed", "megatron-core"])
 def test_gathered_parameters_may_stay_under_every_stack(stack: str) -> None:
     """One gather of each unit in a microbatch instead of two, and more memory."""
-    strategy = replace(fsdp2(8, experts=8, recompute="full"), stack=stack)
+    strategy = replace(fsdp2(8, expert_parallel=8, recompute="full"), stack=stack)
     optimizer = replace(strategy.optimizer, update_on="device")
     strategy = replace(strategy, optimizer=optimizer)
     kept = replace(strategy, dense=replace(strategy.dense, reshard_after_forward=False))
