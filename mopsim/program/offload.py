@@ -25,7 +25,9 @@ class Boundaries:
     where it ends, pinned buffers are kept for copies to come.
 
     hooked: autograd's hooks on saved tensors pack and unpack them instead (mopexec.modules.hooks): every
-    input goes, and comes up when its backward asks for it.
+    input goes, and comes up when its backward asks for it. explicit: a program that lists its operators
+    (mopexec.flat) sends an input down beside its layer and frees it after, and takes it up again under the
+    attention's backward of the layer after; its buffers on the host are there from the start.
 
     kept: what a layer leaves for its backward beside its input; it goes too where `layers_on_host` says so.
     pinned: bytes of the buffers that the schedule needs.
@@ -38,8 +40,9 @@ class Boundaries:
         stage: Stage,
         slots: Sequence[Slot],
         kept: Callable[[int], tuple[Step, ...]],
+        explicit: bool = False,
     ) -> None:
-        self.issue, self.size, self.kept = issue, context.hidden, kept
+        self.issue, self.size, self.kept, self.explicit = issue, context.hidden, kept, explicit
         full = context.strategy.activations.recompute == "full"
         self.hooked = full and context.stack.recompute.inputs == "asked"
         self.visits: list[Visit] = []
@@ -54,6 +57,7 @@ class Boundaries:
         self._down: dict[Visit, int] = {}
         self._up: dict[Visit, int] = {}
         self._window: tuple[int, ...] = ()
+        self._newest: tuple[int, ...] = ()
         activations = context.strategy.activations
         layers = [layer for chunk in stage.every for layer in chunk]
         self.away: frozenset[int] = frozenset()
@@ -66,10 +70,16 @@ class Boundaries:
         self.whole = activations.cpu_offload_layers > 0
         if self.whole:
             self.away = frozenset(layers[: activations.cpu_offload_layers])
+        if explicit:
+            self.pinned = len(self.away) * self.size
 
     def contents(self, layer: int) -> tuple[Step, ...]:
         """What of a layer is on the host, by category."""
-        return (("activations", self.size), *(self.kept(layer) if self.whole else ()))
+        category = "boundaries" if self.explicit else "activations"
+        return ((category, self.size), *(self.kept(layer) if self.whole else ()))
+
+    def _gone(self, layer: int) -> tuple[Step, ...]:
+        return tuple((category, -size) for category, size in self.contents(layer))
 
     def _most(self, layers: set[int]) -> int:
         """Inputs of these layers that wait for their backward at once."""
@@ -85,9 +95,12 @@ class Boundaries:
         visit = (phase, microbatch, layer)
         if visit not in self.places or not self.away:
             return ()
+        if self.explicit and phase == "forward":
+            self._take(visit, self.issue.so_far())
+            return ()
         self._window = tuple(ready) or self._window
         place = self.places[visit]
-        for one in self.visits[place : place + (1 if self.hooked else 2)]:
+        for one in self.visits[place : place + (1 if self.hooked or self.explicit else 2)]:
             self._bring(one)
         return (self._up.pop(visit),) if visit in self._up else ()
 
@@ -98,24 +111,37 @@ class Boundaries:
 
     def after(self, microbatch: int, layer: int, ready: Sequence[int]) -> None:
         """A layer's forward has run: its input goes down, into a buffer whose copy up is over."""
-        back = ("backward", microbatch, layer)
-        follows = self.visits[self.places["forward", microbatch, layer] + 1] == back
-        if layer not in self.away or (follows and not self.hooked):
+        visit = ("forward", microbatch, layer)
+        follows = self.visits[self.places[visit] + 1] == ("backward", microbatch, layer)
+        if layer not in self.away:
             return
-        steps = self.contents(layer)
-        size = sum(bytes for _, bytes in steps)
+        if self.explicit:
+            self.issue.hold(self._gone(layer))
+        elif self.hooked or not follows:
+            self._take(visit, ready)
+
+    def _take(self, visit: Visit, ready: Sequence[int]) -> None:
+        """A copy down. Of an explicit program its memory is freed by who waits for it."""
+        _, microbatch, layer = visit
+        if layer not in self.away:
+            return
+        size = sum(bytes for _, bytes in self.contents(layer))
         free = self._free.get(size)
         room = (free.pop(0),) if free else ()
-        self.pinned += 0 if room else size
-        work, memory = (Work("d2h", bytes=float(size)),), tuple((name, -bytes) for name, bytes in steps)
-        self._down[back] = self.issue.add(
+        self.pinned += 0 if room or self.explicit else size
+        work = (Work("d2h", bytes=float(size)),)
+        memory = () if self.explicit else self._gone(layer)
+        op = self.issue.add(
             f"boundary {layer} down", "d2h", "other", "forward", work, (*ready, *room), memory, layer=layer
         )
+        self._down["backward", microbatch, layer] = op
+        self._newest = (op,)
 
     def repeat(self, layers: Sequence[int], times: int) -> None:
         """Layers that are not played need buffers of the host, as many as these do `times` over; the first
         microbatch makes them."""
         new = [layer for layer in layers if layer in self.away and layer not in self._repeated]
+        new = [] if self.explicit else new
         self.pinned += times * sum(size for layer in new for _, size in self.contents(layer))
         self._repeated.update(new)
 
@@ -127,8 +153,12 @@ class Boundaries:
         self._window = tuple(places.get(op, op) for op in self._window)
 
     def beside(self, template: Template, layer: int) -> Hooks:
-        """Copies inside of a layer's backward: none, see PairBoundaries."""
-        return {}
+        """Inside of a layer's backward an explicit program takes up the next input, before the attention's."""
+        if not self.explicit or not self.away:
+            return {}
+        place = self.places.get(("backward", self.issue.microbatch, layer), len(self.visits)) + 1
+        following = self.visits[place : place + 1]
+        return {template.marks["experts"]: [lambda _, visit=visit: self._bring(visit) for visit in following]}
 
     def _bring(self, visit: Visit) -> None:
         down = self._down.pop(visit, None)
@@ -136,70 +166,14 @@ class Boundaries:
             return
         phase, microbatch, layer = visit
         now, self.issue.microbatch = self.issue.microbatch, microbatch
-        memory = self.contents(layer)
+        memory, after = self.contents(layer), (down, *self._window)
         size = sum(bytes for _, bytes in memory)
+        if self.explicit:
+            self.issue.hold(memory)
+            memory, after = (), (*self.issue.so_far(), *self._newest)
         work = (Work("h2d", bytes=float(size)),)
-        op = self.issue.add(
-            f"boundary {layer} up", "h2d", "other", phase, work, (down, *self._window), memory, layer=layer
-        )
+        op = self.issue.add(f"boundary {layer} up", "h2d", "other", phase, work, after, memory, layer=layer)
         self.issue.microbatch = now
         self._up[visit] = op
-        self._free.setdefault(size, []).append(op)
-
-
-class PairBoundaries:
-    """Copies of a program that lists its forward and backward pairs: the first inputs go down beside their
-    layer while `host_budget` lasts, and come up under the attention's backward of the layer after
-    (mopexec.flat)."""
-
-    whole, pinned = False, 0
-
-    def __init__(self, context: Context, builder: Builder, stage: Stage) -> None:
-        self.c, self.b = context, builder
-        layers = [layer for chunk in stage.chunks for layer in chunk]
-        self._below = dict(zip(layers[1:], layers, strict=False))
-        self._up: dict[int, int] = {}
-        self._stored: tuple[int, ...] = ()
-
-    def before(self, phase: str, microbatch: int, layer: int, ready: Sequence[int]) -> tuple[int, ...]:
-        """A layer is about to run: its input goes down or is there again. Returns what it has to wait for."""
-        if layer >= self.c.offloaded:
-            return ()
-        if phase == "forward":
-            work = (Work("d2h", bytes=float(self.c.hidden)),)
-            self._stored = (
-                self.b.add(
-                    f"boundary {layer} down", "d2h", "other", phase, work, self.b.so_far(), layer=layer
-                ),
-            )
-            return ()
-        self._bring(layer)
-        return (self._up.pop(layer),)
-
-    def after(self, microbatch: int, layer: int, ready: Sequence[int]) -> None:
-        """A layer's forward has run: its input is freed where it went down."""
-        if layer < self.c.offloaded:
-            self.b.hold((("boundaries", -self.c.hidden),))
-
-    def repeat(self, layers: Sequence[int], times: int) -> None:
-        """Buffers of all layers are resident."""
-
-    def ahead(self, microbatch: int, layers: Sequence[int]) -> None:
-        """Nothing comes up beside another microbatch's forward."""
-
-    def moved(self, places: Mapping[int, int]) -> None:
-        """Ops of these programs keep their places."""
-
-    def beside(self, template: Template, layer: int) -> Hooks:
-        """The next input comes up once the feed-forward half has gone backward."""
-        return {template.marks["experts"]: (lambda _: self._bring(self._below.get(layer, -1)),)}
-
-    def _bring(self, layer: int) -> None:
-        if not 0 <= layer < self.c.offloaded or layer in self._up:
-            return
-        self.b.hold((("boundaries", self.c.hidden),))
-        work = (Work("h2d", bytes=float(self.c.hidden)),)
-        deps = (*self.b.so_far(), *self._stored)
-        self._up[layer] = self.b.add(
-            f"boundary {layer} up", "h2d", "other", "backward", work, deps, layer=layer
-        )
+        if not self.explicit:
+            self._free.setdefault(size, []).append(op)

@@ -22,7 +22,7 @@ from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
 from mopsim.program.loss import loss_template
-from mopsim.program.offload import Boundaries, PairBoundaries
+from mopsim.program.offload import Boundaries
 from mopsim.program.pairs.flat_units import FlatUnits
 from mopsim.program.pipeline import Slot
 from mopsim.program.shards import Shards
@@ -57,7 +57,7 @@ class Passes:
         """What gathers parameters and reduces gradients."""
         return Shards(self.context, issue, stage)
 
-    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries | PairBoundaries:
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries:
         """What takes inputs of layers to the host."""
         return Boundaries(self.context, issue, stage, slots, self.kept)
 

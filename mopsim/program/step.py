@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, message_work, reduction
-from mopsim.program.offload import Boundaries, PairBoundaries
+from mopsim.program.offload import Boundaries
 from mopsim.program.passes import Passes
 from mopsim.program.pipeline import Slot, order, warm_up
 from mopsim.program.stage import Stage
@@ -21,7 +21,7 @@ class StageStep:
     """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
     g`."""
 
-    boundaries: Boundaries | PairBoundaries
+    boundaries: Boundaries
 
     def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
         self.c, self.passes = context, passes

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from mopsim.graph.tape import Kernel, Step
 from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
-from mopsim.program.offload import PairBoundaries
+from mopsim.program.offload import Boundaries
 from mopsim.program.pairs.attention_pair import AttentionPair
 from mopsim.program.pairs.experts_pair import ExpertsPair
 from mopsim.program.pairs.ffn_pair import FfnPair
@@ -58,21 +58,21 @@ class Pairs(Passes):
     def sharding(self, issue: Builder, stage: Stage) -> FlatUnits:
         return FlatUnits(self.context, issue)
 
-    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> PairBoundaries:
-        return PairBoundaries(self.context, issue, stage)
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries:
+        return Boundaries(self.context, issue, stage, slots, self.kept, explicit=True)
 
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
         PairUpdate(self.context, issue, stage).run(reductions)
 
     def resident(self, stage: Stage) -> tuple[Step, ...]:
-        """Beside a stage's: pinned buffers of inputs that go to the host, and of the bucket on its way."""
-        c, found = self.context, [("host/boundaries", self.context.offloaded * self.context.hidden)]
+        """Beside a stage's: pinned buffers of the bucket on its way to the host."""
+        c, found = self.context, list(stage.resident())
         if c.strategy.optimizer.update_on == "host":
             precision = c.strategy.precision
             master = precision.param if precision.master == "param" else precision.master
             largest = min(c.strategy.optimizer.bucket_params, sum(unit.shard_numel for unit in stage.units))
             found.append(("host/staging", 2 * largest * ((8 if master == "float64" else 4) + c.param)))
-        return (*stage.resident(), *(step for step in found if step[1]))
+        return tuple(found)
 
     def placeholders(self, layers: Iterable[int]) -> int:
         return 0
