@@ -1,13 +1,12 @@
 """Builder: ops of a program in issue order, single ones, played tapes and whole templates."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
-from mopsim.graph.tape import Kernel, Played, Step
+from mopsim.graph.tape import Step
 from mopsim.program.template import START, Hooks, Memory, Template
 from mopsim.program.workload import SLOTS, Group, Op, Program, Repeat, Work, collective_work, deltas
-from mopsim.spec.hardware import COLLECTIVES
 
 
 class Builder:
@@ -15,27 +14,17 @@ class Builder:
     latest op on the compute stream. experts: what ops of a template wait for that wait for EXPERTS.
 
     groups: ranks of the collectives named in the tapes.
-    products: the work of a kernel's matmuls or attention, forward or (True) backward, where a recipe gives
-    them another dtype.
     """
 
-    def __init__(
-        self,
-        groups: Mapping[str, Group],
-        dtype: str = "",
-        products: Callable[[Kernel, bool], tuple[Work, ...]] | None = None,
-    ) -> None:
-        self.products = products
+    def __init__(self, groups: Mapping[str, Group]) -> None:
         self.ops: list[Op] = []
         self.groups = groups
-        self.dtype = dtype
         self.microbatch = 0
         self.times = 1
         self.last = START
         self.experts: tuple[int, ...] = ()
         self.alive: dict[str, Step] = {}
         self._pending: list[Step] = []
-        self._works: dict[tuple[int, bool], tuple[Kernel, tuple[Work, ...]]] = {}
 
     def mark(self, microbatch: int) -> None:
         """From here on, ops belong to `microbatch` (-1: the optimizer)."""
@@ -214,70 +203,6 @@ class Builder:
             name, stream, component, phase, work, layer=layer, deps=deps, memory=memory, awaited=awaited
         )
 
-    def run(self, played: Sequence[Played], phase: str, layer: int, deps: Iterable[int | None] = ()) -> int:
-        """Ops of a played tape: runs of compute kernels of one component joined, collectives on their own
-        stream.
-
-        Every op waits for the one before it. Returns the last op's index.
-        """
-        after = [dep for dep in deps if dep is not None]
-        run: list[Played] = []
-        last = -1
-
-        def flush() -> None:
-            nonlocal last, after
-            if run:
-                kernel = run[0].kernel
-                works = [work for item in run for work in self.works(item.kernel, item.backward)]
-                memory = tuple(step for item in run for step in item.memory)
-                last = self.add(
-                    kernel.name,
-                    "compute",
-                    kernel.component,
-                    phase,
-                    works,
-                    layer=layer,
-                    deps=after,
-                    memory=memory,
-                )
-                after = [last]
-                run.clear()
-
-        for item in played:
-            kernel = item.kernel
-            group = self.groups.get(kernel.group, Group(1, 1))
-            if kernel.kind in COLLECTIVES and group.size > 1:
-                flush()
-                works = self.works(kernel, item.backward)
-                stream = stream_of(group)
-                last = self.add(
-                    kernel.name,
-                    stream,
-                    kernel.component,
-                    phase,
-                    works,
-                    layer=layer,
-                    deps=after,
-                    memory=item.memory,
-                )
-                after = [last]
-                continue
-            if run and run[0].kernel.component != kernel.component:
-                flush()
-            run.append(item)
-        flush()
-        return last
-
-    def works(self, kernel: Kernel, backward: bool) -> tuple[Work, ...]:
-        """The work of one pass of a kernel: products forward, or the two products of each backward."""
-        key = (id(kernel), backward)  # the kernel is kept beside its work, so that its id stays its own
-        if key not in self._works:
-            if self.products and kernel.kind in ("matmul", "grouped_matmul", "attention"):
-                self._works[key] = (kernel, self.products(kernel, backward))
-            else:
-                self._works[key] = (kernel, tuple(_works(kernel, backward, self.dtype, self.groups)))
-        return self._works[key][1]
-
     def program(self, stage: int, multiplicity: int, resident: Sequence[Step]) -> Program:
         return Program(tuple(self.ops), stage, multiplicity, tuple(resident))
 
@@ -285,12 +210,8 @@ class Builder:
 class Recorder(Builder):
     """Records a template: its first ops wait for START."""
 
-    def __init__(
-        self,
-        groups: Mapping[str, Group],
-        products: Callable[[Kernel, bool], tuple[Work, ...]] | None = None,
-    ) -> None:
-        super().__init__(groups, products=products)
+    def __init__(self, groups: Mapping[str, Group]) -> None:
+        super().__init__(groups)
         self.memory: list[Memory] = []
         self._before: dict[int, Memory] = {}
         self._marks: dict[str, int] = {}
@@ -310,6 +231,24 @@ class Recorder(Builder):
         return super().add(
             name, stream, component, phase, work, deps, steps, rendezvous, layer=layer, awaited=awaited
         )
+
+    def play(
+        self, template: Template, layer: int, deps: Iterable[int | None], hooks: Hooks | None = None
+    ) -> tuple[int, ...]:
+        """A template inside of the one that is recorded."""
+        start = tuple(dep for dep in deps if dep is not None)
+        places: list[int] = []
+        for place, piece in enumerate(template.pieces):
+            self._pending += template.before.get(place, ())
+            after = tuple(one for dep in piece.deps for one in (start if dep == START else (places[dep],)))
+            places.append(
+                self.add(
+                    piece.name, piece.stream, piece.component, piece.phase, piece.work, after,
+                    template.memory[place], layer=layer, awaited=piece.awaited,
+                )
+            )  # fmt: skip
+        self._pending += template.before.get(len(places), ())
+        return tuple(places[end] for end in template.ends)
 
     def cut(self, mark: str) -> None:
         """The player may issue something of its own here."""
@@ -337,45 +276,3 @@ def _turns(ops: Sequence[Op]) -> list[list[Op]]:
         if op.stream in ("scale_up", "scale_out"):
             found.append([])
     return found
-
-
-def _works(kernel: Kernel, backward: bool, dtype: str, groups: Mapping[str, Group]) -> list[Work]:
-    if kernel.kind == "view":
-        return []
-    launches = kernel.launches
-    if backward and kernel.back_launches is not None:
-        launches = kernel.back_launches
-    if kernel.kind in ("matmul", "grouped_matmul"):
-        found = []
-        for place, one in enumerate(kernel.matmuls):
-            started = int(place == 0 or kernel.kind != "grouped_matmul")
-            shapes = [(one.m, one.k, one.n), (one.k, one.n, one.m)] if backward else [(one.m, one.n, one.k)]
-            for m, n, k in shapes:
-                found.append(Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype, launches=started))
-        return found
-    if kernel.kind == "attention":
-        factor = 2.5 if backward else 1.0  # 5 products against 2 (FlashAttention-2, arXiv 2307.08691)
-        return [
-            Work(
-                "attention",
-                flops=factor * kernel.flops,
-                seq=kernel.seq,
-                bytes=2 * kernel.bytes if backward else kernel.bytes,
-                backward=backward,
-                dtype=dtype,
-            )
-        ]
-    if kernel.kind in COLLECTIVES:
-        return [
-            Work(
-                kernel.kind,
-                bytes=kernel.bytes,
-                launches=launches,
-                group=groups.get(kernel.group, Group(1, 1)),
-            )
-        ]
-    size = kernel.bytes
-    if backward:
-        size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
-    work = Work("memory_bound", bytes=size, launches=launches, indexed=kernel.indexed)
-    return [work] if size or launches else []

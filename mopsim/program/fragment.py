@@ -20,7 +20,7 @@ def expert_layer(
     together.
     """
     context = make_context(model, strategy, training, domain, stack)
-    builder = Builder(context.groups, strategy.precision.compute)
+    builder = Builder(context.groups)
     part = KeptExperts(context, builder)
     builder.mark(0)
     builder.make("out", context.hidden)

@@ -107,7 +107,7 @@ def _norm(c: Context) -> Tape:
 
 def _ring(c: Context) -> Template:
     """Both passes around the ring of vocabulary shards; n gives way to its gradient."""
-    b = Recorder(c.groups, lambda kernel, back: works(kernel, "backward" if back else "forward", c))
+    b = Recorder(c.groups)
     b.adopt("n", c.hidden)
     StripLoss(c, b).ring(START)
     b.drop("n")

@@ -153,7 +153,7 @@ class Boundaries:
         self._window = tuple(places.get(op, op) for op in self._window)
 
     def beside(self, template: Template, layer: int) -> Hooks:
-        """Inside of a layer's backward an explicit program takes up the next input, before the attention's."""
+        """Inside of a layer's backward an explicit program takes up the next input."""
         if not self.explicit or not self.away:
             return {}
         place = self.places.get(("backward", self.issue.microbatch, layer), len(self.visits)) + 1

@@ -5,6 +5,7 @@ from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.workload import Work
+from mopsim.program.works import works
 from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
 
 _C, _L = "vocabulary", "logits"
@@ -140,10 +141,10 @@ class StripLoss:
         return b.issue("ring numbers", "send_recv", size, "vocabulary", _C, "forward")
 
     def _product(self, n: int, columns: int) -> tuple[Work, ...]:
-        return self.b.works(self._kernel(n, columns), False)
+        return works(self._kernel(n, columns), "forward", self.c)
 
     def _products_back(self, n: int, columns: int) -> tuple[Work, ...]:
-        return self.b.works(self._kernel(n, columns), True)
+        return works(self._kernel(n, columns), "backward", self.c)
 
     def _kernel(self, n: int, columns: int) -> Kernel:
         if (n, columns) not in self._kernels:

@@ -1,11 +1,11 @@
 """Op templates: a played tape as ops whose dependencies are relative, made once and issued for every
 microbatch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mopsim.graph.tape import Kernel, Played, Step, Tape
-from mopsim.program.builder import Recorder, stream_of
+from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.template import START, Template
 from mopsim.program.workload import Group, deltas
@@ -149,6 +149,15 @@ def _needs(item: Played) -> list[str]:
     """What a kernel starts from, written as `_brings` does."""
     kernel = item.kernel
     return [f"d/{v.name}" for v in kernel.writes] if item.backward else list(kernel.reads)
+
+
+def play(
+    builder: Builder, context: Context, played: Sequence[Played], phase: str, layer: int,
+    deps: Iterable[int | None] = (),
+) -> int:  # fmt: skip
+    """A played tape among the ops of a program; returns its last op."""
+    direction = "forward" if phase == "forward" else "backward"
+    return builder.play(template(played, context, direction), layer, [d for d in deps if d is not None])[-1]
 
 
 def _talks(item: Played, context: Context) -> bool:

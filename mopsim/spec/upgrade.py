@@ -133,17 +133,18 @@ def _stack(old: _Old) -> Stack:
     copies = "copies" in old.unfused
     if eager and old.runtime == "fully_shard":
         return _eager(old)
+    explicit = old.runtime == "flat_units" and not old.unfused
     found = Stack(
         name="upgraded",
         version="strategy of mop 0.1.0",
         runtime=old.runtime,
-        explicit=old.runtime == "flat_units" and not old.unfused,
+        explicit=explicit,
         kernels=Kernels(
             norm=built("norms"),
             rotary=built("rotary"),
             activation=built("activation"),
             residual=built("residual"),
-            expert_rows=built("experts"),
+            expert_rows="composed" if explicit else built("experts"),
             expert_products="looped" if experts.looped else "grouped",
             weight_grads=built("accumulation"),
             ring_blocks=built("blocks"),

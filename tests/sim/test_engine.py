@@ -33,7 +33,7 @@ def _play(builder: Builder, share: float, durations: list[float]) -> tuple[float
 
 def _overlap() -> Builder:
     """A collective of 2 s beside compute of 3 s, then compute of 1 s that waits for both."""
-    builder = Builder(GROUPS, "bfloat16")
+    builder = Builder(GROUPS)
     talk = builder.add(
         "talk", "scale_up", "other", "forward", [Work("all_gather", bytes=1, group=GROUPS["pair"])]
     )
@@ -59,7 +59,7 @@ def test_exposed_time_is_waiting_and_what_was_taken() -> None:
 
 
 def test_ledger_holds_the_height_of_an_op() -> None:
-    builder = Builder({}, "bfloat16")
+    builder = Builder({})
     builder.make("a", 10)
     builder.spike(100)
     builder.make("b", 5, "logits")
@@ -84,7 +84,7 @@ def test_deadlock_names_the_ops() -> None:
 
 def test_rendezvous_starts_both_sides_together() -> None:
     def program(stage: int, before: bool) -> Program:
-        builder = Builder({}, "bfloat16")
+        builder = Builder({})
         if before:
             builder.add("work", "compute", "other", "forward", [Work("memory_bound", bytes=1)])
         builder.add(

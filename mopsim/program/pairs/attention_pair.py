@@ -37,7 +37,7 @@ class AttentionPair:
         return self._kernels[window][name]
 
     def works(self, layer: int, backward: bool, *names: str) -> list[Work]:
-        return [work for name in names for work in self.b.works(self.kernel(layer, name), backward)]
+        return [work for name in names for work in self.rows.works(self.kernel(layer, name), backward)]
 
     def forward(self, layer: int, *waits: int | None) -> None:
         """Makes `x1`; x is left as it was."""

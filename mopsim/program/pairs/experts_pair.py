@@ -138,11 +138,14 @@ class ExpertsPair:
             tape = router(self.c.model, tokens, self.c.b, self.c.wide)
             self._router[tokens] = {kernel.name: kernel for kernel in tape.kernels}
         kernels = self._router[tokens]
-        found = [*self.b.works(kernels["router"], False), *self.b.works(kernels["scores"], False)]
+        found = [*self.rows.works(kernels["router"], False), *self.rows.works(kernels["scores"], False)]
         if backward:
-            found += [*self.b.works(kernels["router"], True), *self.b.works(kernels["top_k"], True)]
+            found += [
+                *self.rows.works(kernels["router"], True),
+                *self.rows.works(kernels["top_k"], True),
+            ]
         else:
-            found += self.b.works(kernels["top_k"], False)
+            found += self.rows.works(kernels["top_k"], False)
         cast = self.rows.elementwise(tokens * self.H, self.c.b + self.c.wide, 2)
         return [cast, *found]
 
@@ -227,7 +230,7 @@ class ExpertsPair:
                 self.c.model, routes, self.c.b, self.c.wide, self.c.strategy.experts.expert_tensor_parallel
             )
             kernels = {kernel.name: kernel for kernel in tape.kernels}
-            works = [work for name in names for work in self.b.works(kernels[name], backward)]
+            works = [work for name in names for work in self.rows.works(kernels[name], backward)]
             self._works[key] = [replace(work, launches=int(work.count)) for work in works]
         return self._works[key]
 

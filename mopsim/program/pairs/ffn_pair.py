@@ -87,7 +87,7 @@ class FfnPair:
 
     def _products(self, tokens: int, component: str, backward: bool, *names: str) -> list[Work]:
         kernels = self.kernels(tokens, component)
-        return [work for name in names for work in self.b.works(kernels[name], backward)]
+        return [work for name in names for work in self.rows.works(kernels[name], backward)]
 
     def _temporary(self, component: str) -> None:
         """A weight gradient in the compute dtype, where the buffer has another."""

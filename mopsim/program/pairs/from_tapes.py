@@ -8,6 +8,7 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.kept_experts import KeptExperts
 from mopsim.program.pairs.rows import Rows
+from mopsim.program.taped import play
 
 
 class TapedAttention:
@@ -25,10 +26,10 @@ class TapedAttention:
 
     def backward(self, layer: int) -> None:
         """The gradient of x1 becomes that of x: one takes the other's place."""
-        self.b.run(self._tape(layer).backward(), "backward", layer)
+        play(self.b, self.c, self._tape(layer).backward(), "backward", layer)
 
     def _play(self, layer: int, phase: str, graph: bool, waits: tuple[int | None, ...]) -> None:
-        self.b.run(self._tape(layer).forward(graph), phase, layer, waits)
+        play(self.b, self.c, self._tape(layer).forward(graph), phase, layer, waits)
         self.b.adopt("x1", self.c.hidden)
 
     def _tape(self, layer: int) -> Tape:
@@ -49,14 +50,14 @@ class NestedExperts:
         c, b = self.c, self.b
         H, tokens = c.model.hidden_size, c.tokens
         last = b.compute("norm", "router", "recompute", layer, [self.rows.norm(tokens, H, "hidden")])
-        last = b.run(self.router.forward(graph=True), "recompute", layer, [last])
+        last = play(b, c, self.router.forward(graph=True), "recompute", layer, [last])
         for name in ("choice", "weight"):
             b.adopt(name, self.router.values[name].bytes)
         last = self.kept.forward(layer, "recompute", [last], waits)
         b.make("grad_hidden", c.hidden)
         last = self.kept.backward(layer, [last])
         del b.alive["weight"]  # its gradient takes its place, and dies in the router's backward
-        b.run(self.router.backward(), "backward", layer, [last])
+        play(b, c, self.router.backward(), "backward", layer, [last])
         b.adopt("grad_router", c.hidden)
         b.drop("grad_router", "choice")
         norm = self.rows.norm_backward(tokens, H)

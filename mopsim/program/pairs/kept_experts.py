@@ -15,6 +15,7 @@ from mopsim.graph.tape import Played, Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.moved_experts import MovedExperts
+from mopsim.program.taped import play
 
 _E = "experts"
 
@@ -71,7 +72,7 @@ class KeptExperts:
         if key not in self._played:
             run = replace(tape, consumes=()) if mode == "held" else tape
             self._played[key] = (tape, run.backward() if mode == "backward" else run.forward(mode == "graph"))
-        return self.builder.run(self._played[key][1], phase, layer, deps)
+        return play(self.builder, self.context, self._played[key][1], phase, layer, deps)
 
     def counts(self, layer: int, phase: str, deps: list[int]) -> int:
         """The exchange of route counts, once per layer; the host waits for it."""

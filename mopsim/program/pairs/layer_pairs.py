@@ -3,7 +3,7 @@ each recorded as a template. Memory moves on the compute stream, in the order in
 
 from collections.abc import Iterable, Sequence
 
-from mopsim.graph.tape import Kernel, Step
+from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
 from mopsim.program.offload import Boundaries
@@ -20,7 +20,6 @@ from mopsim.program.stage import Stage
 from mopsim.program.strip_loss import StripLoss
 from mopsim.program.template import EXPERTS, START, Template
 from mopsim.program.workload import Work
-from mopsim.program.works import works
 
 _V = "vocabulary"
 
@@ -50,10 +49,7 @@ class Pairs(Passes):
     """Every layer is recomputed from its input; its gradient is one buffer that is changed in place."""
 
     def recorder(self) -> Recorder:
-        def priced(kernel: Kernel, backward: bool) -> tuple[Work, ...]:
-            return works(kernel, "backward" if backward else "forward", self.context)
-
-        return Recorder(self.context.groups, priced)
+        return Recorder(self.context.groups)
 
     def sharding(self, issue: Builder, stage: Stage) -> FlatUnits:
         return FlatUnits(self.context, issue)

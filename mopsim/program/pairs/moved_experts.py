@@ -4,6 +4,7 @@ from mopsim.graph.rewrites.migration import migration
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
+from mopsim.program.taped import play
 from mopsim.program.workload import Work
 
 
@@ -14,7 +15,7 @@ class MovedExperts:
     """
 
     def __init__(self, context: Context, builder: Builder) -> None:
-        self.b = builder
+        self.c, self.b = context, builder
         moved = context.migration if context.groups["experts"].size > 1 else None
         self._tape = migration(moved) if moved else None
         self.reads = moved.reads if moved else 0
@@ -31,7 +32,7 @@ class MovedExperts:
         """Weights arrive; returns what the products wait for."""
         if not self:
             return []
-        last = self.b.run(self.tape.forward(graph=True), phase, layer, [ready])
+        last = play(self.b, self.c, self.tape.forward(graph=True), phase, layer, [ready])
         for name in ("migrated", "packed"):
             self.b.adopt(name, self.tape.values[name].bytes, "gathered")
         return [last]
@@ -60,7 +61,7 @@ class MovedExperts:
         """Gradients go home; the weights are freed."""
         if not self:
             return ready
-        last = self.b.run(self.tape.backward(), "backward", layer, [ready])
+        last = play(self.b, self.c, self.tape.backward(), "backward", layer, [ready])
         for name in ("packed gradient", "migrated"):  # the tape has freed them
             del self.b.alive[name]
         self.b.drop("packed")

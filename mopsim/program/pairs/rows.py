@@ -1,8 +1,10 @@
 """Element-wise passes of the schedule: sliced norms and rotations, their temporaries and their traffic."""
 
+from mopsim.graph.tape import Kernel
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.workload import Work, memory_work
+from mopsim.program.works import works
 
 SLICE_ROWS = 2048
 
@@ -16,8 +18,12 @@ class Rows:
     """Temporaries and work of element-wise passes over rows."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
-        self.b, self.width, self.wide = builder, context.b, context.wide
+        self.c, self.b, self.width, self.wide = context, builder, context.b, context.wide
         self.cast = context.wide != context.b
+
+    def works(self, kernel: Kernel, backward: bool) -> tuple[Work, ...]:
+        """The work of one pass of a kernel."""
+        return works(kernel, "backward" if backward else "forward", self.c)
 
     def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
         """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back
