@@ -25,7 +25,11 @@ def chunked(strategy: Strategy, chunks: int) -> Strategy:
 
 
 def on(stack: str) -> Strategy:
-    family = megatron(8, expert_parallel=8, recompute="full") if "megatron" in stack else fsdp2(8, expert_parallel=8)
+    family = (
+        megatron(8, expert_parallel=8, recompute="full")
+        if "megatron" in stack
+        else fsdp2(8, expert_parallel=8)
+    )
     return replace(family, stack=stack)
 
 
