@@ -6,7 +6,7 @@ import msgspec
 from mopsim.common.errors import SpecError
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.program.workload import Work
-from mopsim.spec.hardware import WIDE_HEAD, HardwareProfile, MatmulCurve
+from mopsim.spec.hardware import NARROW_HEAD, WIDE_HEAD, HardwareProfile, MatmulCurve
 
 DROPS_FORWARD, DROPS_BACKWARD = 0.80, 0.65
 """Rate of a flash kernel that draws a dropout mask over one that does not: 75 to 85 % forward and 60 to 70 %
@@ -49,11 +49,11 @@ def matmul(work: Work, profile: HardwareProfile) -> float:
 def for_heads(profile: HardwareProfile, head_dim: int) -> HardwareProfile:
     """The profile whose `attention` is the curve for heads of this width."""
     device = profile.device
-    if head_dim <= WIDE_HEAD or device.attention_wide is None:
+    curve = device.attention_wide if head_dim > WIDE_HEAD else None
+    curve = device.attention_narrow if head_dim <= NARROW_HEAD else curve
+    if curve is None or curve is device.attention:
         return profile
-    return msgspec.structs.replace(
-        profile, device=msgspec.structs.replace(device, attention=device.attention_wide)
-    )
+    return msgspec.structs.replace(profile, device=msgspec.structs.replace(device, attention=curve))
 
 
 def attention(work: Work, profile: HardwareProfile) -> float:
@@ -64,6 +64,7 @@ def attention(work: Work, profile: HardwareProfile) -> float:
     shape, eight_bit = profile.device.attention, DTYPE_BYTES[work.dtype] < 2
     curve = matmul_curve(profile, "bfloat16" if eight_bit else work.dtype)
     share = (shape.backward if work.backward else shape.forward) * work.seq / (work.seq + shape.seq_half)
+    share = min(share, shape.held)
     if eight_bit:
         share *= shape.eight_bit_backward if work.backward else shape.eight_bit_forward
     if work.drops:

@@ -8,9 +8,9 @@ import msgspec
 from msgspec.structs import replace
 
 from mopsim.common import io
-from mopsim.cost.compute import matmul
+from mopsim.cost.compute import for_heads, matmul
 from mopsim.program.workload import Work
-from mopsim.spec.hardware import AttentionCurve, HardwareProfile, Quantity
+from mopsim.spec.hardware import NARROW_HEAD, AttentionCurve, HardwareProfile, Quantity
 from mopsim.spec.stack import Stack
 
 DETERMINISTIC = 1 - 0.379
@@ -37,11 +37,19 @@ class Shares(io.Spec, frozen=True, kw_only=True):
     of: float = 0.0
 
 
+class Narrow(io.Spec, frozen=True, kw_only=True):
+    """How many times as fast at heads of up to 64: as at wider ones, or as the profile's kernel there."""
+
+    forward: float = 1.0
+    backward: float = 1.0
+
+
 class Kernel(io.Spec, frozen=True, kw_only=True, rename={"like": "as"}):
     """One attention kernel: see kernels.yaml."""
 
     source: str
     shares: dict[str, Shares] = msgspec.field(default_factory=dict)
+    narrow: Narrow = Narrow()
     like: str = ""
     slower: float = 1.0
     forward_at_most: float = 1.0
@@ -56,44 +64,52 @@ def kernels() -> dict[str, Kernel]:
 
 
 def as_used(hardware: HardwareProfile, stack: Stack, head_dim: int, seq_len: int) -> HardwareProfile:
-    """The profile with what the stack makes of it: the curve of its attention kernel, all-reduces without
-    sums in the switch where sums have a fixed order, its share of SMs beside exchanges. seq_len: of kept
-    scores."""
+    """The profile with what the stack makes of it: the curve of its attention kernel at heads of this width,
+    all-reduces without sums in the switch where sums have a fixed order, its share of SMs beside exchanges.
+    seq_len: of kept scores."""
+    hardware = for_heads(hardware, head_dim)
     architecture = hardware.device.architecture
     here = stack.on(architecture)
     fixed = stack.kernels.deterministic
     kernel = str(here.attention)
     if fixed and kernel == "profile":
         kernel = DETERMINISTIC_KERNEL.get(architecture, kernel)
-    curve = _scores(hardware, head_dim, seq_len) if kernel == "scores" else _curve(hardware, kernel)
+    scores = kernel == "scores"
+    curve = _scores(hardware, head_dim, seq_len) if scores else _curve(hardware, kernel, head_dim)
     if fixed and kernel != "scores":
         source = f"{curve.source}; deterministic: arXiv 2601.21824"
         curve = replace(curve, backward=curve.backward * DETERMINISTIC, tag="assumed", source=source)
     share = next(iter(here.communication_share.values()), hardware.communication_share)
     if fixed:
         hardware = _in_rings(hardware)
-    if curve is hardware.device.attention and share == hardware.communication_share:
+    if curve == hardware.device.attention and share == hardware.communication_share:
         return hardware
     return replace(hardware, device=replace(hardware.device, attention=curve), communication_share=share)
 
 
-def _curve(hardware: HardwareProfile, name: str) -> AttentionCurve:
+def _curve(hardware: HardwareProfile, name: str, head_dim: int) -> AttentionCurve:
     """The curve of a kernel; the profile's where nothing is known of it on this architecture."""
     own = hardware.device.attention
     kernel = kernels().get(name)
     if kernel is None:
         return own
-    if kernel.forward_at_most < own.forward:
-        source = f"{own.source}; {kernel.source}"
-        return replace(own, forward=kernel.forward_at_most, tag="assumed", source=source)
     base = kernels()[kernel.like] if kernel.like else kernel
+    narrow = base.narrow if head_dim <= NARROW_HEAD else Narrow()
     shares = base.shares.get(hardware.device.architecture)
+    if shares is None and not base.shares:
+        forward, backward = own.forward * narrow.forward, own.backward * narrow.backward
+        forward = min(forward, kernel.forward_at_most)
+        if (forward, backward) == (own.forward, own.backward):
+            return own
+        source = f"{own.source}; {kernel.source}"
+        return replace(own, forward=forward, backward=backward, tag="assumed", source=source)
     if shares is None:
         return own
     slower = kernel.slower * (_peak(hardware) / shares.of if shares.of else 1.0)
     return AttentionCurve(
-        forward=shares.forward / slower, backward=shares.backward / slower, seq_half=shares.seq_half,
-        tag="assumed", source=base.source if base is kernel else f"{base.source}; {kernel.source}",
+        forward=shares.forward * narrow.forward / slower, backward=shares.backward * narrow.backward / slower,
+        seq_half=shares.seq_half, held=own.held, tag="assumed",
+        source=base.source if base is kernel else f"{base.source}; {kernel.source}",
     )  # fmt: skip
 
 

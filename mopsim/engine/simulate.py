@@ -6,7 +6,6 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import require
 from mopsim.cost import seconds
-from mopsim.cost.compute import for_heads
 from mopsim.cost.stack import as_used
 from mopsim.engine.account import Played, Prices, account, matmul_peak
 from mopsim.engine.gaps import steady
@@ -64,9 +63,8 @@ def run(
     whole."""
     matmul_peak(hardware, strategy)
     used = as_used(hardware, workload.stack, model.head_dim, training.seq_len)
-    priced = for_heads(used, model.head_dim)
     prices: Prices = {}
-    durations = [_durations(program, priced, prices) for program in workload.programs]
+    durations = [_durations(program, used, prices) for program in workload.programs]
     limit = hardware.memory_limit()
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]

@@ -4,7 +4,7 @@ output, residual."""
 from dataclasses import replace
 
 from mopsim.graph.region import begin, end
-from mopsim.graph.shapes import Shapes, attention_widths, causal_pairs
+from mopsim.graph.shapes import Shapes, attended_span, attention_widths, causal_pairs
 from mopsim.graph.tape import Kernel, Matmul, Tape, Value
 from mopsim.spec.model import ModelSpec
 
@@ -224,6 +224,7 @@ def _core(model: ModelSpec, shapes: Shapes, layer: int, values: tuple[Value, Val
         )  # fmt: skip
         inner = (q.name, "kg", "vg")
     chunk = shapes.seq_len // d if shapes.exchange == "ring" else shapes.seq_len
+    chunk = attended_span(chunk, model.window(layer))
     reads = (*inner, "moving") if shapes.exchange == "ring" else inner
     kernels.append(
         Kernel(
@@ -263,7 +264,7 @@ def _head_sharded(
         reads,
         (out,),
         flops=2 * pairs * heads * (qk + v_width),
-        seq=shapes.seq_len,
+        seq=attended_span(shapes.seq_len, model.window(layer)),
         bytes=sum(v.bytes for v in inner) + out.bytes,
     )
     rows = shapes.attended * heads

@@ -47,6 +47,12 @@ def causal_pairs(seq_len: int, window: int = 0) -> float:
     return window * (window + 1) / 2 + (seq_len - window) * window
 
 
+def attended_span(seq_len: int, window: int = 0) -> int:
+    """The causal sequence without a window whose queries see as many keys on average: tiles of a band's edges
+    are computed whole, as those of the diagonal are, so that a kernel is as efficient on the two."""
+    return seq_len if window == 0 or window >= seq_len else round(2 * causal_pairs(seq_len, window) / seq_len)
+
+
 def attention_widths(model: ModelSpec) -> tuple[int, int]:
     """(query-key, value) elements of a head."""
     if model.attention == "mla":

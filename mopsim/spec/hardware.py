@@ -20,8 +20,8 @@ COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optim
 STEP_KINDS = ("step", *(f"step_{runtime}" for runtime in RUNTIMES))
 """What calibration adds to a step beside its ops: of any runtime, and of each that was measured."""
 
-WIDE_HEAD = 128
-"""Query-key head dimension above which attention kernels take other tiles."""
+NARROW_HEAD, WIDE_HEAD = 64, 128
+"""Query-key head dimensions up to which, and above which, attention kernels have rates of their own."""
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 
@@ -102,14 +102,16 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
 class AttentionCurve(Spec, frozen=True, kw_only=True):
     """Fraction of the dtype's matmul peak that attention reaches: at s tokens forward x s / (s + seq_half).
 
-    forward, backward: at long sequences, at most 1. seq_half: tokens at which half of it is reached.
-    eight_bit_forward, eight_bit_backward: how many times as fast it is with 8-bit operands. tag: as a
+    forward, backward: at long sequences, at most 1. seq_half: tokens at which half of it is reached; in a
+    window, s is twice the keys that a query sees on average, as it is without. held: upper limit on the
+    fraction, which power sets for kernels that follow each other in a step. eight_bit_forward, eight_bit_backward: how many times as fast it is with 8-bit operands. tag: as a
     Quantity's. source: as a Quantity's.
     """
 
     forward: float
     backward: float
     seq_half: float = 0.0
+    held: float = 1.0
     eight_bit_forward: float = 1.0
     eight_bit_backward: float = 1.0
     tag: Tag
@@ -117,7 +119,7 @@ class AttentionCurve(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_between(self, 0.1, 10, "eight_bit_forward", "eight_bit_backward")
-        require_between(self, 1e-4, 1, "forward", "backward")
+        require_between(self, 1e-4, 1, "forward", "backward", "held")
         require_between(self, 0, 1e9, "seq_half")
 
 
@@ -201,8 +203,9 @@ class Device(Spec, frozen=True, kw_only=True):
     index_bandwidth: what copies of rows by index reach in an eager framework, bytes read and written; without
     it, memory_bandwidth. launch_overhead: least time of a kernel on the device. matmul: a curve for each
     dtype. grouped_matmul: curves of expert products, m being the tokens of one expert; a dtype without one
-    uses `matmul`. attention: the curve of heads up to 128 wide. attention_wide: that of wider query-key heads
-    (MLA), where it differs. adam_rate: parameters/s that a fused AdamW updates. power: rated power of one
+    uses `matmul`. attention: the curve of heads up to 128 wide. attention_narrow: that of heads up to 64, whose
+    products are smaller beside as many exponentials, where it differs. attention_wide: that of query-key
+    heads above 128 (MLA), where it differs. adam_rate: parameters/s that a fused AdamW updates. power: rated power of one
     device.
     """
 
@@ -216,6 +219,7 @@ class Device(Spec, frozen=True, kw_only=True):
     matmul: tuple[MatmulCurve, ...]
     grouped_matmul: tuple[MatmulCurve, ...] = ()
     attention: AttentionCurve
+    attention_narrow: AttentionCurve | None = None
     attention_wide: AttentionCurve | None = None
     adam_rate: Quantity
     power: Quantity | None = None

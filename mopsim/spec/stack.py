@@ -21,7 +21,7 @@ T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
-AttentionKernel = Literal["profile", "flash2", "flash4", "triton", "scores"]
+AttentionKernel = Literal["profile", "flash2", "flash4", "flex", "triton", "scores"]
 """profile: the best that the hardware's profile was measured with. scores: kept in memory, no flash kernel.
 """
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]

@@ -1,7 +1,7 @@
 """Datasheet numbers (machines.yaml) + fits -> HardwareProfile."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from hardware_profiles.data.fit.attention import AttentionFit
 from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit
@@ -57,8 +57,8 @@ class MachineFits:
     bandwidth: float
     bandwidth_tag: Tag
     bandwidth_source: str
-    attention: AttentionFit
-    attention_wide: AttentionFit | None
+    attention: dict[str, AttentionFit]
+    """By class of heads: "", narrow, wide."""
     attention_tag: Tag
     collectives: dict[str, CollectiveFit]
     collectives_tag: Tag
@@ -112,8 +112,9 @@ def _device(machine: Entry, fits: MachineFits) -> Device:
             for dtype in machine["peaks"]
             if dtype not in ("float32", "float64")
         ),
-        attention=_attention(fits.attention, fits.attention_tag),
-        attention_wide=_attention(fits.attention_wide, fits.attention_tag) if fits.attention_wide else None,
+        attention=_attention(fits.attention[""], fits.attention_tag),
+        attention_narrow=_attention(fits.attention.get("narrow"), fits.attention_tag),
+        attention_wide=_attention(fits.attention.get("wide"), fits.attention_tag),
         adam_rate=quantity(
             round_to(fits.bandwidth / ADAM_BYTES / 1e9, 3), "Gparams/s", "assumed",
             f"memory bandwidth by {ADAM_BYTES} bytes a parameter",
@@ -122,9 +123,13 @@ def _device(machine: Entry, fits: MachineFits) -> Device:
     )  # fmt: skip
 
 
-def _attention(fit: AttentionFit, tag: Tag) -> AttentionCurve:
-    return AttentionCurve(
-        forward=fit.forward, backward=fit.backward, seq_half=fit.seq_half,
+@overload
+def _attention(fit: AttentionFit, tag: Tag) -> AttentionCurve: ...
+@overload
+def _attention(fit: AttentionFit | None, tag: Tag) -> AttentionCurve | None: ...
+def _attention(fit: AttentionFit | None, tag: Tag) -> AttentionCurve | None:
+    return None if fit is None else AttentionCurve(
+        forward=fit.forward, backward=fit.backward, seq_half=fit.seq_half, held=fit.held,
         eight_bit_forward=fit.eight_bit[0], eight_bit_backward=fit.eight_bit[1], tag=tag, source=fit.source,
     )  # fmt: skip
 

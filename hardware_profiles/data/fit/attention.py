@@ -6,7 +6,8 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from hardware_profiles.data.fit.tables import Array, Residuals, column, params, round_to
-from mopsim.spec.hardware import WIDE_HEAD
+from mopsim.graph.shapes import attended_span
+from mopsim.spec.hardware import NARROW_HEAD, WIDE_HEAD
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,27 @@ class AttentionFit:
     source: str
     eight_bit: tuple[float, float] = (1.0, 1.0)
     """How many times as fast with 8-bit operands, forward and backward."""
+    held: float = 1.0
+
+
+#: Heads of 64 over heads of 128, backward, cuDNN on H100, 16384 tokens (arXiv 2407.08608, figure 6).
+NARROW_BACKWARD = 433 / 516
+
+
+def under_power(fit: AttentionFit, products: float) -> AttentionFit:
+    """The fit, held by power at the share of the peak at which products are: one sweep of training's kernels on
+    B200 (SimuMax) has long attention at 0.473 forward and 0.479 backward, and long products at 0.486."""
+    return replace(fit, held=products)
+
+
+def _in_class(row: dict[str, str], heads: str) -> bool:
+    """Whether a row is of heads up to 64 (narrow), above 128 (wide), or between."""
+    width = int(params(row)["qk_head_dim"])
+    return heads == ("narrow" if width <= NARROW_HEAD else "wide" if width > WIDE_HEAD else "")
 
 
 def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> AttentionFit:
-    seq = np.array([float(params(row)["seq_len"]) for row in rows])
+    seq = np.array([float(attended_span(params(row)["seq_len"], params(row).get("window", 0))) for row in rows])
     backward = np.array(["backward" in row["params"] for row in rows])
 
     def errors(x: Array) -> Array:
@@ -37,20 +55,22 @@ def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> 
     )
 
 
-def fit_cudnn(rows: list[dict[str, str]], gpu: str, peak: float, wide: bool) -> AttentionFit:
-    """cuDNN's training kernels by length: heads of 128, or of 192 and more (wide), the causal half counted.
+def fit_cudnn(rows: list[dict[str, str]], gpu: str, peak: float, heads: str) -> AttentionFit:
+    """cuDNN's training kernels by length: heads of 128, of 64 (narrow, in windows too), or of 192 and more
+    (wide), the causal half counted.
 
     8-bit operands: the mean ratio of MXFP8 to bf16 rates of one shape, of FP8 where MXFP8 was not run.
     """
     mine = [row for row in rows if row["gpu"] == gpu and row["system"] == "cuDNN SDPA"]
-    mine = [row for row in mine if (int(params(row)["qk_head_dim"]) > WIDE_HEAD) == wide]
+    mine = [row for row in mine if _in_class(row, heads)]
     rates: dict[str, dict[tuple[object, ...], float]] = {"bf16": {}, "fp8": {}, "mxfp8": {}}
     for row in mine:
         shape = params(row)
         rates[shape["precision"]][shape["model"], shape["pass_"], shape["seq_len"]] = float(row["value"])
     narrow = rates["mxfp8"] or rates["fp8"]
-    heads = "of 192 and more" if wide else "of 128"
-    source = f"cuDNN SDPA on {gpu}, causal, heads {heads}, 2048 to 32768 tokens (components.csv)"
+    widths = {"wide": "of 192 and more", "narrow": "of 64, with windows of 128 and 1024 and without"}
+    widths = widths.get(heads, "of 128")
+    source = f"cuDNN SDPA on {gpu}, causal, heads {widths}, 2048 to 32768 tokens (components.csv)"
     bf16 = [row for row in mine if params(row)["precision"] == "bf16"]
     fit = _fit(bf16, column(bf16, "value"), source, peak)
     gains = []

@@ -86,11 +86,11 @@ class Fitter:
         fit, tag, source = self._dense(name, machine)
         bandwidth, bandwidth_tag, bandwidth_source = self._bandwidth(machine)
         grouped = self._grouped(curves["grouped"], name) if "grouped" in curves else None
-        shape, wide, shape_tag = self._attention(name, curves["gemm"])
+        shapes, shape_tag = self._attention(name, curves["gemm"], fit.held)
         node, node_tag, node_source = self._collectives(machine)
         return MachineFits(
             fit, tag, source, self._fp8(curves["gemm"]), grouped, bandwidth, bandwidth_tag, bandwidth_source,
-            shape, wide, shape_tag, node, node_tag, node_source,
+            shapes, shape_tag, node, node_tag, node_source,
         )  # fmt: skip
 
     def _table(self, gpu: str) -> tuple[MatmulFit, float]:
@@ -209,23 +209,32 @@ class Fitter:
         fits = {
             b200: attention.fit_blackwell(rows, peaks[b200], wide=False),
             f"{b200}_wide": attention.fit_blackwell(rows, peaks[b200], wide=True),
-            h200: attention.fit_cudnn(rows, h200, peaks[h200], wide=False),
+            h200: attention.fit_cudnn(rows, h200, peaks[h200], ""),
             f"{h200}_wide": attention.fit_hopper(rows, peaks[h200]),
         }
         for name in ("gb200-186g", "gb300-288g"):
-            fits[name] = attention.fit_cudnn(rows, name, peaks[name], wide=False)
-            fits[f"{name}_wide"] = attention.fit_cudnn(rows, name, peaks[name], wide=True)
+            for heads in ("", "narrow", "wide"):
+                key = f"{name}_{heads}" if heads else name
+                fits[key] = attention.fit_cudnn(rows, name, peaks[name], heads)
+        fits[f"{b200}_narrow"] = fits["gb200-186g_narrow"]
+        fits[f"{h200}_narrow"] = replace(
+            attention.fit_cudnn(rows, h200, peaks[h200], "narrow"),
+            backward=round_to(fits[h200].backward * attention.NARROW_BACKWARD),
+        )
         self.report |= {f"attention {name}": str(fit.residuals) for name, fit in fits.items()}
         return fits
 
-    def _attention(self, name: str, gpu: str) -> tuple[AttentionFit, AttentionFit | None, Tag]:
-        """The curves of a machine: its own, or those of the card of its architecture that was measured."""
+    def _attention(self, name: str, gpu: str, products: float) -> tuple[dict[str, AttentionFit], Tag]:
+        """The curves of a machine by class of heads: its own, or those of the card of its architecture that was
+        measured, as far as power lets them. products: share of the peak at which it holds products."""
         fits = self._attention_fits
         owner = name if name in fits else ATTENTION_OF.get(gpu, "")
-        if owner:
-            return fits[owner], fits[f"{owner}_wide"], "measured" if owner == name else "assumed"
-        family = "a100" if gpu.startswith("a100") else "amd" if ":mi" in gpu else "ada"
-        return ASSUMED_ATTENTION[family], None, "assumed"
+        if not owner:
+            family = "a100" if gpu.startswith("a100") else "amd" if ":mi" in gpu else "ada"
+            return {"": ASSUMED_ATTENTION[family]}, "assumed"
+        found = {heads: fits[f"{owner}_{heads}" if heads else owner] for heads in ("", "narrow", "wide")}
+        found = {heads: attention.under_power(fit, products) for heads, fit in found.items()}
+        return found, "measured" if owner == name else "assumed"
 
     def node(self, gpu: str) -> dict[str, CollectiveFit]:
         """Those inside a node of one GPU of the NCCL table. L40S: 8 ranks, since 2 and 4 share a switch."""
