@@ -41,7 +41,8 @@ class Work:
     other; 0: products of a group that another Work starts. calls: what the host starts for it where that
     differs (kernels side by side). host: what the host does for it besides starting it, in kernels' worth
     (mopsim.graph.host_costs). group: ranks of a collective.
-    drops: attention draws a dropout mask inside its kernel.
+    drops: attention draws a dropout mask inside its kernel. gradient: of a product that makes a weight
+    gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
     indexed: rows are read or written by index. duplex: a transfer beside another the other way, with which it
     shares host DRAM.
     """
@@ -56,6 +57,7 @@ class Work:
     seq: int = 0
     backward: bool = False
     drops: bool = False
+    gradient: float = 0.0
     params: float = 0.0
     launches: int = 1
     calls: int = 0

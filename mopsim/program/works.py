@@ -102,6 +102,13 @@ def _map(context: Context, group: Group) -> tuple[Work, ...]:
     )
 
 
+def _gradient(context: Context) -> float:
+    """Bytes that a weight gradient's product moves for each element: of a fresh tensor, or of the sum in the
+    buffer that gradients are added to."""
+    fresh = context.stack.sharding.fsdp or context.stack.kernels.weight_grads == "composed"
+    return float(context.b if fresh else 2 * context.grad)
+
+
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
     recipe = precision.compute if precision.matmul == "compute" else precision.matmul
@@ -120,7 +127,8 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
             if part == name or (part == "backward" and name != "forward"):
                 calls = int(one.count) if looped else 0
                 work = Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype)
-                found.append(replace(work, calls=calls, launches=launches))
+                gradient = _gradient(context) if name == "weight_grad" and one.weight else 0.0
+                found.append(replace(work, calls=calls, launches=launches, gradient=gradient))
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute] and part != "weight_grad":
         # inputs (forward) or output gradients (backward) are cast once, by rows and by columns
         rows = sum(m.m * m.count * (m.k if part == "forward" else m.n) for m in kernel.matmuls)

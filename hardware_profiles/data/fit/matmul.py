@@ -84,10 +84,14 @@ def longest_rate(m: Array, n: Array, k: Array, seconds: Array, peak: float) -> f
 def fit_grouped(rows: list[dict[str, str]], dense: MatmulFit, peak: float, bandwidth: float) -> MatmulFit:
     """Curve of grouped products (params M, N, K; FLOP/s): efficiency and m_half fitted, other halves kept.
 
-    Forward, input-gradient and weight-gradient products are pooled: a step runs one of each.
+    Forward and input-gradient products are pooled. Weight gradients have the rows inside (k), and traffic of
+    their own (mopsim.cost.compute.EXPERT_GRADIENTS_EXPOSED).
     """
+    rows = [row for row in rows if params(row)["stage"] != "bwd_grad_w"]
     shape = [params(row) for row in rows]
     m, n, k = (np.array([float(s[name]) for s in shape]) for name in ("M", "N", "K"))
+    back = np.array([s["stage"] == "bwd_grad_act" for s in shape])
+    n, k = np.where(back, k, n), np.where(back, n, k)
     seconds = 2 * m * n * k / column(rows, "value")
 
     def errors(x: Array) -> Array:

@@ -187,7 +187,7 @@ class Fitter:
         fit = matmul.fit_grouped(rows, dense, peak, self._bandwidth(machine)[0])
         self.report[f"grouped matmul {owner}"] = str(fit.residuals)
         share = min(1.0, fit.efficiency / dense.efficiency)
-        source = f"grouped products of {owner}, forward and both gradients pooled (components.csv)"
+        source = f"grouped products of {owner}, forward and gradients of inputs (components.csv)"
         return share, fit.m_half, "measured" if owner == name else "assumed", source
 
     def _fp8(self, gpu: str) -> dict[str, tuple[float, str]]:
