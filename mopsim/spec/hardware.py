@@ -102,10 +102,9 @@ class MatmulCurve(Spec, frozen=True, kw_only=True):
 class AttentionCurve(Spec, frozen=True, kw_only=True):
     """Fraction of the dtype's matmul peak that attention reaches: at s tokens forward x s / (s + seq_half).
 
-    forward, backward: at long sequences, at most 1. seq_half: tokens at which half of it is reached; in a
-    window, s is twice the keys that a query sees on average, as it is without. held: upper limit on the
-    fraction, which power sets for kernels that follow each other in a step. eight_bit_forward, eight_bit_backward: how many times as fast it is with 8-bit operands. tag: as a
-    Quantity's. source: as a Quantity's.
+    forward, backward: at long sequences, at most 1. seq_half: tokens at which half of it is reached; s is
+    twice the keys that a query sees, in a window too. held: upper limit, as of a product. eight_bit_forward,
+    eight_bit_backward: times as fast with 8-bit operands. tag, source: as a Quantity's.
     """
 
     forward: float
@@ -203,10 +202,9 @@ class Device(Spec, frozen=True, kw_only=True):
     index_bandwidth: what copies of rows by index reach in an eager framework, bytes read and written; without
     it, memory_bandwidth. launch_overhead: least time of a kernel on the device. matmul: a curve for each
     dtype. grouped_matmul: curves of expert products, m being the tokens of one expert; a dtype without one
-    uses `matmul`. attention: the curve of heads up to 128 wide. attention_narrow: that of heads up to 64, whose
-    products are smaller beside as many exponentials, where it differs. attention_wide: that of query-key
-    heads above 128 (MLA), where it differs. adam_rate: parameters/s that a fused AdamW updates. power: rated power of one
-    device.
+    uses `matmul`. attention: the curve of heads up to 128 wide. attention_narrow, attention_wide: those of
+    query-key heads up to 64 and above 128 (MLA), where they differ. adam_rate: parameters/s that a fused
+    AdamW updates. power: rated power of one device.
     """
 
     architecture: str = ""

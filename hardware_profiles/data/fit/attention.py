@@ -27,8 +27,8 @@ NARROW_BACKWARD = 433 / 516
 
 
 def under_power(fit: AttentionFit, products: float) -> AttentionFit:
-    """The fit, held by power at the share of the peak at which products are: one sweep of training's kernels on
-    B200 (SimuMax) has long attention at 0.473 forward and 0.479 backward, and long products at 0.486."""
+    """The fit, held by power at the share of the peak at which products are: one sweep of training's kernels
+    on B200 (SimuMax) has long attention at 0.473 forward and 0.479 backward, and long products at 0.486."""
     return replace(fit, held=products)
 
 
@@ -39,7 +39,9 @@ def _in_class(row: dict[str, str], heads: str) -> bool:
 
 
 def _fit(rows: list[dict[str, str]], rates: Array, source: str, peak: float) -> AttentionFit:
-    seq = np.array([float(attended_span(params(row)["seq_len"], params(row).get("window", 0))) for row in rows])
+    seq = np.array(
+        [float(attended_span(params(row)["seq_len"], params(row).get("window", 0))) for row in rows]
+    )
     backward = np.array(["backward" in row["params"] for row in rows])
 
     def errors(x: Array) -> Array:
@@ -68,9 +70,8 @@ def fit_cudnn(rows: list[dict[str, str]], gpu: str, peak: float, heads: str) -> 
         shape = params(row)
         rates[shape["precision"]][shape["model"], shape["pass_"], shape["seq_len"]] = float(row["value"])
     narrow = rates["mxfp8"] or rates["fp8"]
-    widths = {"wide": "of 192 and more", "narrow": "of 64, with windows of 128 and 1024 and without"}
-    widths = widths.get(heads, "of 128")
-    source = f"cuDNN SDPA on {gpu}, causal, heads {widths}, 2048 to 32768 tokens (components.csv)"
+    widths = {"": "of 128", "wide": "of 192 and more", "narrow": "of 64, windows of 128 and 1024 too"}
+    source = f"cuDNN SDPA on {gpu}, causal, heads {widths[heads]}, 2048 to 32768 tokens (components.csv)"
     bf16 = [row for row in mine if params(row)["precision"] == "bf16"]
     fit = _fit(bf16, column(bf16, "value"), source, peak)
     gains = []

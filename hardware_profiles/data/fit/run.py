@@ -225,8 +225,8 @@ class Fitter:
         return fits
 
     def _attention(self, name: str, gpu: str, products: float) -> tuple[dict[str, AttentionFit], Tag]:
-        """The curves of a machine by class of heads: its own, or those of the card of its architecture that was
-        measured, as far as power lets them. products: share of the peak at which it holds products."""
+        """The curves of a machine by class of heads: its own, or those of the card of its architecture that
+        was measured, as far as power lets them. products: share of the peak at which it holds products."""
         fits = self._attention_fits
         owner = name if name in fits else ATTENTION_OF.get(gpu, "")
         if not owner:
