@@ -15,9 +15,9 @@ middles. Other kernels and cards are taken to lose as much: the numbers come of 
 
 
 GRADIENTS_EXPOSED = {8.0: 0.35}
-"""Share of a dense weight gradient's own traffic that adds to its product's time, by bytes an element read
-and written: of fp32 sums 0.26 on A100 and 0.43 on B200, their middle; of bf16's 4 nothing (tables of training's
-products, SimuMax)."""
+"""Share of a dense weight gradient's own traffic that adds to its product's time, by bytes of an element read
+and written: of fp32 sums 0.26 on A100 and 0.43 on B200, their middle; of bf16's 4 nothing (tables of
+training's products, SimuMax)."""
 EXPERT_GRADIENTS_EXPOSED = 0.9
 """The same of an expert's, whose few rows hide little: with it 36 products of 128 to 9832 rows an expert on
 B200, summed in bf16 and fp32, are met within 7.5 % by median, 14 % in nine of ten (the same tables)."""
