@@ -40,7 +40,7 @@ def shown(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{value}`" if value != "" else "empty" for value in inner)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(shown(one) for one in inner)
+        return " or ".join(shown(one) for one in inner if one is not msgspec.UnsetType)
     if origin in (tuple, list):
         return f"list of {shown(inner[0])}"
     if origin is dict:
@@ -67,7 +67,7 @@ def default(field: msgspec.structs.FieldInfo) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if value in ("", (), [], {}):
+    if value in ("", (), [], {}, msgspec.UNSET):
         return "empty"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 

@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
         top=3,
     )
     print(
-        ranking.table()[["strategy", "step", "tokens/s per GPU", "memory", "verdict"]].to_string(index=False)
+        ranking.table()[["strategy", "step", "tokens/s per GPU", "memory", "P(fits)"]].to_string(index=False)
     )
     if ranking.best is None:
         raise SystemExit(ranking.verdict)

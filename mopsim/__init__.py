@@ -16,6 +16,7 @@
 | compare | several strategies side by side, over a sweep of lengths or nodes; `.write(folder)` for a report |
 | size | which machine type, and how many nodes, to train in time: days, cost, energy |
 | explore | a result of these as one offline page: tables that filter, Pareto scatter, timelines that zoom |
+| interval | between which values the measured step time, throughput and memory will lie |
 | mop, fsdp2, zero_offload, megatron | a strategy of each family, by the usual names of its degrees |
 | load_model, load_hardware, load_stack | a network, a machine type or a program's habits, by name or file |
 | list_models, list_hardware, list_stacks | the names that these know |
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mopsim.api.compare import Comparison, compare
     from mopsim.api.explore import explore
+    from mopsim.api.interval import Interval, interval
     from mopsim.api.results import Ranking, Result, Simulation
     from mopsim.api.run import search, simulate
     from mopsim.api.size import Clusters, size
@@ -50,11 +52,13 @@ _WHERE = {
     "compare": "api.compare",
     "size": "api.size",
     "explore": "api.explore",
+    "interval": "api.interval",
     "mop": "api.strategies",
     "fsdp2": "api.strategies",
     "zero_offload": "api.strategies",
     "megatron": "api.strategies",
     "StrategyTemplate": "api.strategies",
+    "Interval": "api.interval",
     "Result": "api.results",
     "Simulation": "api.results",
     "Ranking": "api.results",
@@ -74,6 +78,7 @@ _WHERE = {
 __all__ = [
     "Clusters",
     "Comparison",
+    "Interval",
     "MopError",
     "Ranking",
     "Result",
@@ -84,6 +89,7 @@ __all__ = [
     "compare",
     "explore",
     "fsdp2",
+    "interval",
     "list_hardware",
     "list_models",
     "list_stacks",

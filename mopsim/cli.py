@@ -34,18 +34,17 @@ def simulate(
     plan: o.PlanOut = None,
     stack: o.StackName = None,
     seed: o.Seed = 0,
+    interval: o.Interval = 0.9,
     json: o.Json = None,
 ) -> None:
     """Simulate one strategy: step time, memory by category, exposed time."""
     from mopsim.commands.simulate import run
 
-    run(
-        o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack),
-        strategy,
-        trace,
-        plan,
-        json,
-    )
+    job = o.Job(
+        model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
+        interval=interval,
+    )  # fmt: skip
+    run(job, strategy, trace, plan, json)
 
 
 @app.command()
@@ -63,7 +62,7 @@ def search(
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
     risk: Annotated[
-        bool, typer.Option("--risk", help="rank plans at risk (an upper bound of memory over its limit) too")
+        bool, typer.Option("--risk", help="rank plans that fit with a probability below 0.9 too")
     ] = False,
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
@@ -76,6 +75,7 @@ def search(
     warmup_steps: Annotated[int, typer.Option(min=0, help="recorded in the plan")] = 0,
     stack: o.StackName = None,
     seed: o.Seed = 0,
+    interval: o.Interval = 0.9,
     json: o.Json = None,
 ) -> None:
     """Rank the strategies that fit; write the winner as a plan."""
@@ -83,7 +83,7 @@ def search(
 
     job = o.Job(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
-        stack,
+        stack, interval,
     )  # fmt: skip
     run(job, top, family, runnable, risk, any_routing, budget, plan, json)
 
@@ -110,12 +110,16 @@ def compare(
     precision: o.Precision = "bfloat16",
     stack: o.StackName = None,
     seed: o.Seed = 0,
+    interval: o.Interval = 0.9,
     json: o.Json = None,
 ) -> None:
     """Simulate several strategies side by side: tables and figures."""
     from mopsim.commands.compare import run
 
-    job = o.Job(model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack)
+    job = o.Job(
+        model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
+        interval=interval,
+    )  # fmt: skip
     run(job, strategy, out, sweep, hold, formats, runnable, budget, json)
 
 
@@ -260,13 +264,14 @@ def validate(
     hold_out: Annotated[
         Literal["source", "model", "none"],
         typer.Option(help="what a prediction has not learned from: its source, its network, or nothing"),
-    ] = "model",
+    ] = "source",
+    interval: o.Interval = 0.9,
     json: o.Json = None,
 ) -> None:
-    """Predict measured runs and show the errors, out of sample, by source, GPU and family."""
+    """Predict measured runs; show the errors, and how many intervals hold, of sources never seen."""
     from mopsim.commands.validate import run
 
-    run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, json)
+    run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, interval, json)
 
 
 @app.command()

@@ -127,6 +127,7 @@ def compare(
     warmup_steps: int = 0,
     seed: int = 0,
     stack: AnyStack | None = None,
+    interval: float = 0.9,
 ) -> Comparison:
     """Simulate several strategies side by side.
 
@@ -139,6 +140,7 @@ def compare(
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
+        interval=interval,
     )  # fmt: skip
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     if not named:

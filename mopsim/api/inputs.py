@@ -16,6 +16,7 @@ from mopsim.common.units import parse_count
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
+from mopsim.intervals import check_level
 from mopsim.search import Options, SearchResult, search
 from mopsim.spec import upgrade
 from mopsim.spec.hardware import HardwareProfile
@@ -45,7 +46,8 @@ Count = int | str
 
 @dataclass(frozen=True)
 class Inputs:
-    """The specs of a job. stack: the software of all strategies, where it is not each one's own."""
+    """The specs of a job. stack: the software of all strategies, where it is not each one's own. interval:
+    probability that the intervals of its predictions are to have."""
 
     model: ModelSpec
     hardware: HardwareProfile
@@ -53,6 +55,7 @@ class Inputs:
     training: TrainSpec
     precision: MatmulDType
     stack: Stack | None = None
+    interval: float = 0.9
 
     @property
     def world_size(self) -> int:
@@ -84,6 +87,7 @@ def read_inputs(
     warmup_steps: int = 0,
     seed: int = 0,
     stack: AnyStack | None = None,
+    interval: float = 0.9,
 ) -> Inputs:
     """Load what a job names. Raises MopError."""
     if type(nodes) is not int or not 1 <= nodes <= 2**16:
@@ -97,7 +101,7 @@ def read_inputs(
     training.check_model(network)
     machine = read_hardware(hardware)
     matmul_curve(machine, precision, field="precision")
-    return Inputs(network, machine, nodes, training, precision, read_stack(stack))
+    return Inputs(network, machine, nodes, training, precision, read_stack(stack), check_level(interval))
 
 
 def count(value: Count, field: str) -> int:

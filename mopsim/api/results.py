@@ -85,20 +85,24 @@ class Result(Mapping[str, Any]):
 
 
 def _numbers(result: SimResult) -> dict[str, Any]:
+    (fast, slow), (least, most) = result.step_time_interval(), result.peak_memory_interval()
     return {
         "strategy": tables.describe(result.strategy),
         "stack": result.stack.name,
         "step_time_s": result.step_time,
+        "step_time_low_s": fast,
+        "step_time_high_s": slow,
         "tokens_per_s": result.tokens_per_second,
         "tokens_per_s_per_device": result.tokens_per_second_per_device,
         "mfu": result.mfu,
         "exposed_s": sum(result.exposed.values()),
         "verdict": result.verdict,
         "peak_memory_bytes": result.peak_memory,
-        "peak_memory_upper_bytes": result.peak_upper,
+        "peak_memory_low_bytes": least,
+        "peak_memory_high_bytes": most,
+        "p_fits": result.p_fits,
         "memory_limit_bytes": result.memory_limit,
         "host_memory_bytes": result.host_memory,
-        "host_memory_upper_bytes": result.host_upper,
         "host_limit_bytes": result.host_limit,
     }
 
@@ -112,7 +116,10 @@ class Simulation(Result):
     model_flops_per_s_per_device: float
     mfu: float
     fits: bool
+    p_fits: float
     verdict: str
+    step_time_interval_s: list[float]
+    peak_memory_interval_bytes: list[float]
     peak_memory_bytes: int
     peak_memory_upper_bytes: int
     memory_limit_bytes: int
@@ -139,7 +146,8 @@ class Simulation(Result):
 
     def to_json(self) -> dict[str, Any]:
         parameters = counts(self.inputs.model).to_json()
-        keys = {**plan_json(self.result, self.inputs.model), "parameters": parameters, "notes": self.notes}
+        plan = plan_json(self.result, self.inputs.model, self.inputs.interval)
+        keys = {**plan, "parameters": parameters, "notes": self.notes}
         return keys | ({"proven": self.found.proven, "gap": self.found.gap} if self.found else {})
 
     def headline(self) -> str:
@@ -235,7 +243,11 @@ class Ranking(Result):
     def to_json(self) -> dict[str, Any]:
         """`stack`: that of all families by name, null where each has its own."""
         stack, parameters = self.inputs.stack, counts(self.inputs.model).to_json()
-        return {**self.found.to_json(), "stack": stack.name if stack else None, "parameters": parameters}
+        return {
+            **self.found.to_json(self.inputs.interval),
+            "stack": stack.name if stack else None,
+            "parameters": parameters,
+        }
 
     def headline(self) -> str:
         return f"{self.found.verdict()}; {self.found.exhausted()}"

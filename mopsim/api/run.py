@@ -36,6 +36,7 @@ def simulate(
     warmup_steps: int = 0,
     seed: int = 0,
     stack: AnyStack | None = None,
+    interval: float = 0.9,
 ) -> Simulation:
     """Simulate one optimizer step: its time, its memory, and what waits for what.
 
@@ -45,7 +46,8 @@ def simulate(
     a strategy or plan file, or a family's name, whose best strategy is searched. routing: how tokens choose
     experts (mopsim.spec.routing). precision: of the matrix products where a family is searched.
     learning_rate, warmup_steps, seed: for the plan that comes of it. stack: the software that runs it: a
-    name, a YAML file or a Stack; default: that which the strategy is meant for.
+    name, a YAML file or a Stack; default: that which the strategy is meant for. interval: probability of the
+    intervals of its time and memory.
 
     A strategy that does not fit is a result (`fits` is False). Raises MopError, one line with field, value
     and rule, for what cannot be: an unknown name, a degree that does not divide, a batch that does not split.
@@ -53,6 +55,7 @@ def simulate(
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
+        interval=interval,
     )  # fmt: skip
     return played(strategy, inputs)
 
@@ -84,13 +87,14 @@ def search(
     warmup_steps: int = 0,
     seed: int = 0,
     stack: AnyStack | None = None,
+    interval: float = 0.9,
     progress: Callable[[int, SimResult | None], None] | None = None,
 ) -> Ranking:
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
 
     families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: how many are ranked. budget:
     simulations at most of each family, so that more families are never worse. runnable: only plans that
-    mopexec runs. at_risk: rank plans whose upper bound of memory is over the limit like those that fit.
+    mopexec runs. at_risk: rank plans that fit, with whatever probability, like those that most likely do.
     any_routing: only plans that fit however unevenly the router chooses. progress(simulated, best so far):
     called as it goes.
     The rest as for mopsim.simulate. Raises MopError; that nothing fits is a result.
@@ -98,6 +102,7 @@ def search(
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
+        interval=interval,
     )  # fmt: skip
     chosen = read_families(families, FAMILIES)
     options = Options(chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack)

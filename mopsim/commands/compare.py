@@ -39,7 +39,7 @@ def run(
     )  # fmt: skip
     written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]), kinds)
     console = human(json)
-    console.print(comparison(list(found.results.values()), found.inputs.where))
+    console.print(comparison(list(found.results.values()), found.inputs.where, found.inputs.interval))
     if found.sweep:
         console.print(swept_table(found.sweep))
     console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")

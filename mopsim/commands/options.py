@@ -46,6 +46,9 @@ Format = Annotated[
         "--format", help="of the figures: png, svg, pdf, comma-separated; PNGs always, for the page"
     ),
 ]
+Interval = Annotated[
+    float, typer.Option(help="probability that what is measured lies in the intervals of time and memory")
+]
 OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
 
 
@@ -64,6 +67,7 @@ class Job:
     learning_rate: float = 3e-4
     warmup_steps: int = 0
     stack: str | None = None
+    interval: float = 0.9
 
     def keywords(self) -> dict[str, Any]:
         """The job as the keywords of mopsim.simulate and mopsim.search. Raises MopError naming the option."""

@@ -35,14 +35,14 @@ def run(
             families=family, top=top, budget=budget, runnable=runnable, at_risk=risk,
             any_routing=any_routing, progress=tell, **job.keywords(),
         )  # fmt: skip
-    found, where = ranking.found, ranking.inputs.where
+    found, where, level = ranking.found, ranking.inputs.where, ranking.inputs.interval
     console.print(ranking.inputs.parameters, style="dim")
     if found.top:
-        console.print(comparison(found.top, where))
+        console.print(comparison(found.top, where, level))
         console.print(f"Winner: {describe(found.top[0].strategy)}; {found.exhausted()}")
         console.print(best_of_each(found.best_by_family))
     elif found.closest:
-        console.print(comparison([found.closest], f"{where}: the closest that misses"))
+        console.print(comparison([found.closest], f"{where}: the closest that misses", level))
     refused = [one for one in ranking.top if not one.runnable]
     if refused:
         console.print(

@@ -22,7 +22,7 @@ def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str 
         io.write_yaml(Path(plan), made)
     console = human(json)
     console.print(step.inputs.parameters, style="dim")
-    console.print(comparison([step.result], step.inputs.where))
+    console.print(comparison([step.result], step.inputs.where, step.inputs.interval))
     console.print(breakdown(step.result))
     for note in step.notes:
         console.print(note, style="yellow")

@@ -1,5 +1,6 @@
 """`mopsim validate`: predicted against measured, for cases, or for the rows of a user's tables."""
 
+import dataclasses
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -10,6 +11,7 @@ from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, whole_directory
+from mopsim.intervals import check_level
 from mopsim.report.formats import read_formats, saved_as
 from mopsim.report.terminal import table
 from mopsim.report.validation_tables import Grid, tables
@@ -19,17 +21,18 @@ from mopsim.validate.case import Case, read_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.models import read_rows
 from mopsim.validate.output import to_json
-from mopsim.validate.run import Refused, Validation, cases_of, validate
+from mopsim.validate.run import Refused, cases_of, validate
 from mopsim.validate.tables import read_components, read_runs
 
 
 def run(
     runs: str | None, models: str | None, components: str | None, cases: list[str], stack: str,
-    out: str | None, formats: str, jobs: int, hold_out: HoldOut, json: str | None,
+    out: str | None, formats: str, jobs: int, hold_out: HoldOut, level: float, json: str | None,
 ) -> None:  # fmt: skip
     """Read, simulate, score, show; write tables, a figure and JSON where asked to."""
     if not runs and not components and not cases:
         raise MopError("--runs: not given, and no --cases or --components: one of them is needed")
+    check_level(level, "--interval")
     read = {"--runs": runs, "--models": models, "--components": components}
     check_outputs(
         {"--json": json}, {"--out": out}, inputs={**read, **{f"--cases {one}": one for one in cases}}
@@ -38,9 +41,9 @@ def run(
     known, refused = _cases(runs, models, cases, stack)
     with progress(console, "simulating", None) as shown:
         found = validate(known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out)
-    validation = Validation(found.scored, refused + found.refused)
+    validation = dataclasses.replace(found, refused=refused + found.refused)
     parts = predict_components(read_components(Path(components))) if components else []
-    grids = tables(validation, parts)
+    grids = tables(validation, parts, level)
     for grid in grids:
         console.print(_shown(grid))
     if out:
@@ -53,7 +56,7 @@ def run(
         for name in written:
             console.print(f"written {Path(out) / name}")
     if json:
-        io.write_json(json, to_json(validation, parts))
+        io.write_json(json, to_json(validation, parts, level))
 
 
 def _cases(

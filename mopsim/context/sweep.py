@@ -75,8 +75,13 @@ class Point:
 
     @property
     def verdict(self) -> str:
-        """fits, at risk, out of memory, or not legal."""
+        """With what probability it fits, out of memory, or not legal."""
         return self.result.verdict if self.result else "not legal"
+
+    @property
+    def sure(self) -> bool:
+        """Whether it fits, and most likely will."""
+        return self.result is not None and self.result.sure
 
     @property
     def throughput(self) -> float | None:
@@ -261,7 +266,7 @@ def _best(points: Sequence[Point]) -> Point:
     that misses by least."""
     fitting = [point for point in points if point.fits]
     if fitting:
-        best = max(fitting, key=lambda one: (not one.small, one.verdict == "fits", one.throughput or 0.0))
+        best = max(fitting, key=lambda one: (not one.small, one.sure, one.throughput or 0.0))
         alike = [one for one in fitting if one.small == best.small and one.throughput]
         most = max((one.throughput or 0.0) * (1 + one.gap) for one in alike)
         return replace(best, gap=max(0.0, most / (best.throughput or most) - 1))

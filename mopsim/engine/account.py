@@ -11,6 +11,7 @@ from mopsim.engine.gaps import added
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
+from mopsim.intervals import Facts, network, products
 from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOTS, Program, Work, Workload
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -71,8 +72,17 @@ def account(
             "stack_digest": digest(workload.stack),
             "version": mopsim.__version__,
         },
+        facts=facts(model, hardware, strategy, workload),
         num_events=sum(len(one.ops) for one in workload.programs),
     )
+
+
+def facts(model: ModelSpec, hardware: HardwareProfile, strategy: Strategy, workload: Workload) -> Facts:
+    """What the errors of this prediction are grouped by."""
+    return Facts(
+        stack=workload.stack.name, hardware=hardware.name, precision=products(strategy.precision),
+        network=network(model), exact=workload.exact, seen=hardware.runs_seen,
+    )  # fmt: skip
 
 
 def matmul_peak(hardware: HardwareProfile, strategy: Strategy) -> float:
@@ -215,4 +225,4 @@ def _above_peak(
     now = dict(zip(SLOTS, fullest.at_peak, strict=True))
     pools = upper.idle_blocks(workload.stack.sharding.fsdp, now, dict(zip(SLOTS, fullest.high, strict=True)))
     wires = upper.communication(work for work, _ in prices.values())
-    return upper.device(peak, pools, wires, 0.0 if workload.exact else upper.PROGRAM)
+    return upper.device(peak, pools, wires)

@@ -1,13 +1,18 @@
 """SimResult: what one simulated step costs in time and memory. SI units."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mopsim.common.io import to_plain
 from mopsim.engine.record import Span
+from mopsim.intervals import SURE, Facts, Memory, Spread, of_peak_memory, of_step_time
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+
+UPPER = 0.95
+"""Probability with which the bytes of the `_upper` keys are enough."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,9 @@ class SimResult:
     pipeline that had not come so far.
 
     above_peak, above_host: bytes that may come on top of the peak and of host_memory, by cause
-    (mopsim.engine.upper). verdict: `fits` where the upper bounds are within the limits, `at risk` where only
-    the points are, `out of memory` where a point is not; `fits` is false there alone. at_risk: what is."""
+    (mopsim.engine.upper). fits: whether the points are within the limits; p_fits: the probability that what
+    will be measured is, of errors like those of published runs (mopsim.intervals). facts: what they are
+    grouped by."""
 
     step_time: float
     tokens_per_second: float
@@ -57,6 +63,7 @@ class SimResult:
     training: TrainSpec
     stack: Stack
     provenance: dict[str, str]
+    facts: Facts
     num_events: int = 0
     span_stage: int = 0
     memory_stage: int = 0
@@ -64,34 +71,61 @@ class SimResult:
     memory_curve: list[tuple[float, int]] = field(default_factory=list)
     memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
 
-    @property
-    def peak_upper(self) -> int:
-        """Bytes that the fullest rank's device holds at most."""
-        return self.peak_memory + sum(self.above_peak.values())
+    @cached_property
+    def device(self) -> Memory:
+        """What the fullest rank's device will hold."""
+        return Memory(self.peak_memory, sum(self.above_peak.values()), of_peak_memory(self.facts))
+
+    @cached_property
+    def host(self) -> Memory:
+        """What a rank will take of its host: its tensors are counted."""
+        return Memory(self.host_memory, sum(self.above_host.values()), Spread(0.0, 0.0))
+
+    @cached_property
+    def p_device(self) -> float:
+        """Probability that the device's memory is enough."""
+        return self.device.below(self.memory_limit)
+
+    @cached_property
+    def p_host(self) -> float:
+        """Probability that the host's memory is enough."""
+        return self.host.below(self.host_limit)
 
     @property
-    def host_upper(self) -> int:
-        """Bytes that a rank takes of its host at most."""
-        return self.host_memory + sum(self.above_host.values())
+    def p_fits(self) -> float:
+        """Probability that device and host are enough."""
+        return self.p_device * self.p_host
+
+    @property
+    def sure(self) -> bool:
+        """Whether it fits, and most likely will."""
+        return self.fits and self.p_fits >= SURE
 
     @property
     def verdict(self) -> str:
-        if not self.fits:
-            return "out of memory"
-        return "at risk" if self.at_risk else "fits"
+        return f"fits with probability {self.p_fits:.2f}" if self.fits else "out of memory"
 
-    @property
-    def at_risk(self) -> tuple[str, ...]:
-        """Which upper bounds are beyond their limit: device, host."""
-        beyond = {
-            "device": self.peak_upper > self.memory_limit,
-            "host": self.host_upper > self.host_limit,
-        }
-        return tuple(name for name, over in beyond.items() if over)
+    def step_time_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """Seconds between which a measured step lies with probability `level`."""
+        return of_step_time(self.facts).interval(self.step_time, level)
 
-    def to_json(self) -> dict[str, Any]:
-        """The keys of `mopsim simulate --json`: seconds, bytes, FLOP/s."""
+    def peak_memory_interval(self, level: float = 0.9) -> tuple[float, float]:
+        """Bytes of live tensors between which a measured peak lies with probability `level`."""
+        return of_peak_memory(self.facts).interval(self.peak_memory, level)
+
+    def intervals(self, level: float = 0.9) -> dict[str, Any]:
+        """The keys of every prediction's uncertainty."""
         return {
+            "interval": level,
+            "step_time_interval_s": list(self.step_time_interval(level)),
+            "peak_memory_interval_bytes": list(self.peak_memory_interval(level)),
+            "p_fits": self.p_fits,
+        }
+
+    def to_json(self, level: float = 0.9) -> dict[str, Any]:
+        """The keys of `mopsim simulate --json`: seconds, bytes, FLOP/s. level: of the intervals."""
+        return {
+            **self.intervals(level),
             "step_time_s": self.step_time,
             "tokens_per_s": self.tokens_per_second,
             "tokens_per_s_per_device": self.tokens_per_second_per_device,
@@ -102,14 +136,14 @@ class SimResult:
             "over": self.over,
             "over_bytes": self.over_bytes,
             "peak_memory_bytes": self.peak_memory,
-            "peak_memory_upper_bytes": self.peak_upper,
+            "peak_memory_upper_bytes": round(self.device.quantile(UPPER)),
             "above_peak_bytes": self.above_peak,
             "memory_limit_bytes": self.memory_limit,
             "memory_by_category_bytes": self.memory_by_category,
             "peak_at": {"time_s": self.peak_time, "component": self.peak_component, "phase": self.peak_phase},
             "resident_memory_bytes": self.resident_memory,
             "host_memory_bytes": self.host_memory,
-            "host_memory_upper_bytes": self.host_upper,
+            "host_memory_upper_bytes": round(self.host.quantile(UPPER)),
             "above_host_bytes": self.above_host,
             "host_limit_bytes": self.host_limit,
             "host_by_category_bytes": self.host_by_category,

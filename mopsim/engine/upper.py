@@ -1,4 +1,4 @@
-"""Upper bounds of memory: what may come on top of the tensors that the ledger counts, cause by cause.
+"""What may come on top of the tensors that the ledger counts, at most, cause by cause.
 
 The routing is the one that `training.routing` states; another is another simulation (`search --any-routing`
 asks for the worst).
@@ -12,11 +12,6 @@ from mopsim.spec.hardware import COLLECTIVES
 ALLOCATOR = 0.06
 """Blocks of torch's caching allocator over live tensors: "a few per cent up to about 6 %" (the README of the
 published runs)."""
-PROGRAM = 0.106
-"""What a program other than mopexec, whose tensors are counted to the byte, keeps beyond what is modelled: of
-the published peaks of grade A and B, sources weighing alike, 95 % are at most this far above the prediction:
-of so few sources, as far as the farthest (a reading of NVML in alst-recipes; 0.094 without that source).
-`reports/validation` prints the number, and how often the bound holds where it leaves the source out."""
 PAIR, COMMUNICATOR = 544 * 2**20, 688 * 2**20
 """Bytes of a communicator of two ranks, and of more: "544 MB" and "688 MB" on four A100 with NVLink
 (github.com/NVIDIA/nccl issue 964), whole numbers of the driver's 2 MiB pages only in MiB."""
@@ -31,18 +26,9 @@ PROCESS = 2_056_600 * 1024
 KiB (github.com/pytorch/pytorch issue 113326)."""
 
 
-def device(peak: int, pools: int, wires: int, program: float) -> dict[str, int]:
-    """Bytes above a peak of live tensors, by cause. pools: of `idle_blocks`; wires: of `communication`.
-
-    program: what it keeps that is not modelled, over the peak: PROGRAM, or 0 where tensors are counted to the
-    byte."""
-    unmodelled = round(program * peak)
-    causes = {
-        "program": unmodelled,
-        "idle pools": pools,
-        "allocator": round(ALLOCATOR * (peak + unmodelled + pools)),
-        "communication": wires,
-    }
+def device(peak: int, pools: int, wires: int) -> dict[str, int]:
+    """Bytes above a peak of live tensors, by cause. pools: of `idle_blocks`; wires: of `communication`."""
+    causes = {"idle pools": pools, "allocator": round(ALLOCATOR * (peak + pools)), "communication": wires}
     return {name: size for name, size in causes.items() if size}
 
 

@@ -30,8 +30,8 @@ def length_of(point: Point | None) -> str:
 
 
 def marks(point: Point) -> str:
-    """A star: at risk. A dagger: of the smallest step."""
-    return ("*" if point.verdict == "at risk" else "") + ("\u2020" if point.small else "")
+    """A star: fits, but with a probability below 0.9. A dagger: of the smallest step."""
+    return ("*" if point.fits and not point.sure else "") + ("\u2020" if point.small else "")
 
 
 def cell(point: Point | None) -> str:

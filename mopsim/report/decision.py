@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_seconds
+from mopsim.engine.result import UPPER
 from mopsim.report.page import templates
 from mopsim.report.sizing import format_days, format_dollars, missed, odds, title
 from mopsim.report.sizing_plots import cost_time, tornado
@@ -250,10 +251,10 @@ def risks(d: Decision) -> list[str]:
             f"checkpoint of {format_bytes(good.checkpoint_bytes)} every {format_seconds(good.interval)}. "
             f"Lost of the wall clock: {worst or 'next to nothing'}. Spare nodes: {good.spares:,}."
         )
-    room = 1 - result.peak_upper / result.memory_limit
+    room = 1 - result.device.quantile(UPPER) / result.memory_limit
     lines.append(
-        f"Device memory: at least {room:.0%} is free by the upper bound, evenly routed as planned; a router "
-        "that learns is uneven."
+        f"Device memory: {room:.0%} or more is free with a probability of {UPPER:.0%}, evenly routed as "
+        "planned; a router that learns is uneven."
     )
     price = subject.hardware.price_per_device_hour
     if terms.buy:

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.text import Text
 
 from mopsim.common.units import format_bytes, format_seconds
-from mopsim.report.tables import describe
+from mopsim.report.tables import describe, probability
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
@@ -63,10 +63,9 @@ def _details(point: Point) -> str:
         f"({tokens:,} tokens) a step, {point.num_steps:,.0f} steps of {format_seconds(result.step_time)}, "
         f"{result.tokens_per_second:,.0f} tokens/s in all; {_paid(point, bill)}{_failures(bill)}"
         f"{bill.device_hours:,.0f} device-hours; free: "
-        f"device {_headroom(result.memory_limit, result.peak_memory)}, at least "
-        f"{_headroom(result.memory_limit, result.peak_upper)}; host "
-        f"{_headroom(result.host_limit, result.host_memory)}, at least "
-        f"{_headroom(result.host_limit, result.host_upper)}"
+        f"device {_headroom(result.memory_limit, result.peak_memory)}; host "
+        f"{_headroom(result.host_limit, result.host_memory)}; fits with probability "
+        f"{probability(result.p_fits)}"
     )
 
 

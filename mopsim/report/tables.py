@@ -1,22 +1,23 @@
 """Tables for the terminal and for reports: what a buyer asks of a strategy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Group
 from rich.text import Text
 
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
+from mopsim.intervals import SURE
 from mopsim.report.terminal import numbered, size, table
 from mopsim.spec.strategy import Strategy
 
 COLUMNS = (
-    "strategy", "step", "tokens/s per GPU", "MFU", "memory", "at most", "limit", "host", "host at most",
-    "exposed", "verdict",
+    "strategy", "step", "step, 90 %", "tokens/s per GPU", "MFU", "memory", "memory, 90 %", "limit", "host",
+    "exposed", "P(fits)",
 )  # fmt: skip
-"""memory: device peak; at most: its upper bound; limit: share of the
-usable device memory that the peak is. exposed: seconds of compute waiting for communication, copies and
-the host."""
+"""90 %: between which two values a measured one lies with this probability. memory: device peak; limit: share
+of the usable device memory that the peak is. exposed: seconds of compute waiting for communication, copies
+and the host."""
 
 
 def describe(strategy: Strategy) -> str:
@@ -78,39 +79,62 @@ def _offloaded(s: Strategy) -> list[str]:
 
 def row(result: SimResult) -> list[str]:
     """The cells of COLUMNS."""
-    verdict = result.verdict
+    verdict = probability(result.p_fits)
     if not result.fits:
         verdict = f"does not fit: {result.over}, {format_bytes(result.over_bytes)} over"
     exposed = sum(result.exposed.values())
     return [
         describe(result.strategy),
         format_seconds(result.step_time),
+        between(result.step_time_interval(), format_seconds),
         f"{result.tokens_per_second_per_device:,.0f}",
         f"{result.mfu:.1%}",
         format_bytes(result.peak_memory),
-        format_bytes(result.peak_upper),
+        between(result.peak_memory_interval(), format_bytes),
         f"{result.peak_memory / result.memory_limit:.0%}",
         format_bytes(result.host_memory),
-        format_bytes(result.host_upper),
         f"{format_seconds(exposed)} ({exposed / result.step_time:.0%})",
         verdict,
     ]
 
 
-def comparison(results: Sequence[SimResult], title: str) -> Group:
-    """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed."""
-    names = ("step", "tokens/s\nper GPU", "MFU", "exposed", "memory", "at most", "host", "at most")
+def between(interval: tuple[float, float], show: Callable[[float], str]) -> str:
+    """'1.01 s to 2.3 s'."""
+    return " to ".join(map(show, interval))
+
+
+def beside(interval: tuple[float, float], value: float, text: str) -> str:
+    """'1.01-2.30': an interval in the unit that a value is shown in beside it. text: the value as shown."""
+    scale = float(text.split()[0].replace(",", "")) / value if value else 1.0
+    return "-".join(
+        f"{end * scale:,.3g}" if end * scale < 1000 else f"{end * scale:,.0f}" for end in interval
+    )
+
+
+def probability(value: float) -> str:
+    """'0.97'; what rounds to 0 or 1 is not certain."""
+    return ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"
+
+
+def comparison(results: Sequence[SimResult], title: str, level: float = 0.9) -> Group:
+    """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
+    level: of the intervals."""
+    names = ("step", f"{level:.0%}", "tokens/s\nper GPU", "MFU", "exposed", "memory", f"{level:.0%}", "host")
     shown = table(title, ("#",), names)
     shown.padding = 0  # eight numbers in 80 columns
-    shown.add_column("verdict")
+    shown.add_column("P(fits)", justify="right")
     lines = []
     for number, result in enumerate(results, 1):
         exposed, style = sum(result.exposed.values()), "" if result.fits else "red"
+        step = format_seconds(result.step_time)
         shown.add_row(
-            str(number), format_seconds(result.step_time), f"{result.tokens_per_second_per_device:,.0f}",
+            str(number), step,
+            beside(result.step_time_interval(level), result.step_time, step),
+            f"{result.tokens_per_second_per_device:,.0f}",
             f"{result.mfu:.0%}", f"{exposed / result.step_time:.0%}", size(result.peak_memory),
-            size(result.peak_upper), size(result.host_memory), size(result.host_upper),
-            result.verdict.removesuffix(" of memory"), style=style,
+            beside(result.peak_memory_interval(level), result.peak_memory, size(result.peak_memory)),
+            size(result.host_memory),
+            probability(result.p_fits) if result.fits else "out", style=style,
         )  # fmt: skip
         lines.append(Text(f"{describe(result.strategy)}{_beyond(result)}", style=style))
     limits = {(result.memory_limit, result.host_limit) for result in results}
@@ -121,8 +145,9 @@ def comparison(results: Sequence[SimResult], title: str) -> Group:
         shown,
         numbered(lines),
         Text(
-            "exposed: share of the step in which compute waits for communication, copies or the host. at "
-            f"most: upper bound of the memory before it. Limits of a rank: {limit}",
+            "exposed: share of the step in which compute waits for communication, copies or the host. "
+            f"{level:.0%}: where a measured value lies with that probability. P(fits): that the memory is "
+            f"enough. Limits of a rank: {limit}",
             style="dim",
         ),
     )
@@ -146,12 +171,11 @@ def _beyond(result: SimResult) -> str:
     """What is over a limit, or may be."""
     if not result.fits:
         return f": {result.over} is {format_bytes(result.over_bytes)} over"
-    bounds = {
-        "device": (result.peak_upper, result.memory_limit), "host": (result.host_upper, result.host_limit),
-    }  # fmt: skip
+    chances = {"device": result.p_device, "host": result.p_host}
     return "".join(
-        f": at risk, {name} memory may be {format_bytes(bounds[name][0] - bounds[name][1])} over"
-        for name in result.at_risk
+        f": {name} memory is enough with probability {probability(chance)}"
+        for name, chance in chances.items()
+        if chance < SURE
     )
 
 

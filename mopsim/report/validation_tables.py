@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mopsim.validate.components import Predicted
-from mopsim.validate.output import GROUPS, MEASURES, component_errors, memory_within, selections, worst
+from mopsim.validate.output import GROUPS, LEVEL, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import Errors, by_group, capacity, over_sources, regrets
+from mopsim.validate.uncertain import Coverage, coverage
+
+LONGEST_REASON = 90
+"""Letters of a refusal's reason that a table has room for."""
 
 
 @dataclass
@@ -30,12 +34,12 @@ class Grid:
         return "\n".join(lines) + "\n"
 
 
-def tables(validation: Validation, parts: list[Predicted]) -> list[Grid]:
-    """What the user sees: accuracy by selection and group, the worst, capacity, what is unsupported,
-    components."""
+def tables(validation: Validation, parts: list[Predicted], level: float = LEVEL) -> list[Grid]:
+    """What the user sees: accuracy by hold-out, selection and group, intervals, the worst, capacity, what is
+    unsupported, components. level: of the intervals."""
     found: list[Grid] = []
     if validation.scored:
-        found.append(_selections(validation))
+        found += [_selections(validation), _hold_outs(validation), *_intervals(validation, level)]
         found += [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
         found += [_worst(validation), _verdicts(validation)]
     if validation.refused:
@@ -70,6 +74,54 @@ def _selections(validation: Validation) -> Grid:
     return table
 
 
+def _hold_outs(validation: Validation) -> Grid:
+    """Leave one source out, and leave one network out."""
+    names = tuple(validation.held)
+    columns = [text for name in names for text in (f"{name} left out", "bias")]
+    table = Grid("errors by what a prediction has not learned from", ("rows", "quantity"), ("n", *columns))
+    chosen = {name: selections(rows) for name, rows in validation.held.items()}
+    for selection in next(iter(chosen.values()), {}):
+        for measure in UNITS.values():
+            found = [over_sources(chosen[name][selection], MEASURES[measure]) for name in names]
+            if found[0] is None:
+                continue
+            cells = [text for one in found if one for text in (_percent(one.mape), _percent(one.bias, True))]
+            table.add_row(selection, measure, str(found[0].n), *cells)
+    return table
+
+
+def _intervals(validation: Validation, level: float) -> list[Grid]:
+    """How many intervals hold, and how wide they are."""
+    found = []
+    for quantity, unit in UNITS.items():
+        table = Grid(f"{level:.0%} intervals of {unit}, grades A and B", ("source",), ())
+        held = {name: coverage(rows, quantity, level) for name, rows in validation.held.items()}
+        known = {name: one for name, one in held.items() if one is not None}
+        if not known:
+            continue
+        table.right = ("runs", *(text for name in known for text in (f"{name} left out", "width")))
+        first = next(iter(known.values()))
+        for source, (_, runs) in sorted(first.by_source.items()):
+            cells = [text for one in known.values() for text in (_percent(_share(one, source)), "")]
+            table.add_row(source, str(runs), *cells)
+        shares = [
+            (
+                "all runs",
+                [text for one in known.values() for text in (_percent(one.share), _percent(one.width))],
+            ),
+            ("sources alike", [t for one in known.values() for t in (_percent(one.share_of_sources), "")]),
+        ]
+        for name, cells in shares:
+            table.add_row(name, str(first.runs), *cells)
+        found.append(table)
+    return found
+
+
+def _share(one: Coverage, source: str) -> float:
+    held, runs = one.by_source[source]
+    return held / runs
+
+
 def _groups(validation: Validation, group: str) -> Grid:
     names = ("calibrated", "bias", "uncalibrated", "memory")
     table = Grid(f"mean errors by {group}, all rows", (group,), ("n", *names))
@@ -96,11 +148,8 @@ def _worst(validation: Validation) -> Grid:
 def _verdicts(validation: Validation) -> Grid:
     table = Grid("capacity and choice", ("what",), ("n", "right"))
     fits, jobs = capacity(validation.scored), regrets(validation.scored)
-    table.add_row("ran, predicted to fit", str(fits.ran), str(fits.ran_right))
-    table.add_row("ran out, predicted to", str(fits.ran_out), str(fits.ran_out_right))
-    table.add_row("at risk by the upper bound, of those that ran", str(fits.at_risk), "")
-    within = memory_within(validation.scored)
-    table.add_row("measured peaks (A, B), within the upper bound", *map(str, within))
+    table.add_row("ran, P(fits) above 0.5", str(fits.ran), str(fits.ran_right))
+    table.add_row("ran out, predicted to, or P(fits) at most 0.5", str(fits.ran_out), str(fits.ran_out_right))
     mean = sum(job.slowdown for job in jobs) / len(jobs) if jobs else None
     table.add_row("jobs with a choice of strategy; mean slowdown of ours", str(len(jobs)), _percent(mean))
     alone = sum(job.uncalibrated for job in jobs) / len(jobs) if jobs else None
@@ -111,8 +160,7 @@ def _verdicts(validation: Validation) -> Grid:
 def _refused(validation: Validation) -> Grid:
     counts: dict[tuple[str, str], int] = {}
     for one in validation.refused:
-        reason = one.reason if one.field != "simulator" else one.reason[:90]
-        key = (one.field, reason)
+        key = (one.field, one.told.removeprefix(f"{one.field}: ")[:LONGEST_REASON])
         counts[key] = counts.get(key, 0) + 1
     table = Grid(f"{len(validation.refused)} rows unsupported", ("field", "reason"), ("rows",))
     for (name, reason), count in sorted(counts.items(), key=lambda item: -item[1]):

@@ -10,7 +10,7 @@ import numpy as np
 from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounds, bound
-from mopsim.search.hunt import SLOWER, Hunt, keep_closest, rank, risk, run_row
+from mopsim.search.hunt import RISK, SLOWER, Hunt, keep_closest, rank, run_row
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
@@ -90,7 +90,7 @@ def _merge(hunts: dict[str, Hunt], options: Options, result: SearchResult) -> No
     ranked = [one for hunt in hunts.values() for one in hunt.found.top]
     if not ranked:
         ranked = [one for hunt in hunts.values() for one in hunt.found.risky]
-        result.rejected.subtract(risk(one) for one in ranked)
+        result.rejected[RISK] -= len(ranked)
         for hunt in hunts.values():
             hunt.found.top = hunt.found.risky
     result.top = sorted(ranked, key=rank)[: options.top]

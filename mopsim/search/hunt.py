@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
+from mopsim.intervals import SURE
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.result import NOT_RUN, SearchResult
@@ -24,6 +25,7 @@ PATIENCE, LEAST_PATIENCE = 0.4, 40
 SLACK = 0.15
 """Part of the memory by which what is expected may be wrong: now and then a fast candidate is tried that is
 expected to need so much too much."""
+RISK = f"fits with a probability below {SURE} (--risk ranks it)"
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
 
 Progress = Callable[[int, SimResult | None], None]
@@ -97,7 +99,7 @@ class Hunt:
         self.idle += bool(found.top)
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
-            memory = (simulated.peak_upper, simulated.host_upper)
+            memory = (round(simulated.device.quantile(SURE)), round(simulated.host.quantile(SURE)))
         pool.learn(position, *memory, simulated.step_time)
         reason = self._refused(simulated)
         if reason is not None:
@@ -123,9 +125,9 @@ class Hunt:
             return "does not fit where the router sends all tokens to one rank"
         if any(_same(simulated, one) for one in found.top):
             return "equal in time and memory to one ranked"
-        if simulated.verdict == "at risk" and not options.risk:
+        if not simulated.sure and not options.risk:
             found.risky = sorted([*found.risky, simulated], key=rank)[: options.top]
-            return risk(simulated)
+            return RISK
         return None
 
     def _fits_any_routing(self, strategy: Strategy) -> bool:
@@ -143,10 +145,6 @@ def rank(result: SimResult) -> tuple[int, bool, int]:
     leads, and then the smaller peak."""
     tied = int(math.log(result.step_time) / math.log1p(TIE))
     return tied, result.host_memory > 0, result.peak_memory
-
-
-def risk(result: SimResult) -> str:
-    return f"at risk: the upper bound of {' and '.join(result.at_risk)} memory is over (--risk ranks it)"
 
 
 def _same(one: SimResult, other: SimResult) -> bool:

@@ -15,7 +15,8 @@ NOT_RUN = "mopexec does not run it"
 @dataclass
 class SearchResult:
     """What a search did. top: fitting results, fastest first (ties by memory). closest: the one that misses
-    by least, where none fits. risky: fitting results at risk, left out of `top` unless nothing else fits.
+    by least, where none fits. risky: results that fit with a probability below
+    SURE, left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
 
     candidates: every combination of values; each is in `top` or counted once in `rejected`. bounded: those of
@@ -47,9 +48,9 @@ class SearchResult:
         """No candidate left out can beat the best (or, where nothing fits, none is left)."""
         return self.gap == 0
 
-    def to_json(self) -> dict[str, object]:
-        """The keys of the `search` command."""
-        found = [plan_json(result, self.model) for result in self.top]
+    def to_json(self, level: float = 0.9) -> dict[str, object]:
+        """The keys of the `search` command. level: of the intervals."""
+        found = [plan_json(result, self.model, level) for result in self.top]
         return {
             "candidates": self.candidates,
             "bounded": self.bounded,
@@ -61,11 +62,11 @@ class SearchResult:
             "gap": self.gap,
             "best": found[0] if found else None,
             "best_by_family": {
-                family: plan_json(result, self.model) if result else None
+                family: plan_json(result, self.model, level) if result else None
                 for family, result in self.best_by_family.items()
             },
             "top": found,
-            "closest": plan_json(self.closest, self.model) if self.closest and not found else None,
+            "closest": plan_json(self.closest, self.model, level) if self.closest and not found else None,
             "verdict": self.verdict(),
         }
 
@@ -100,7 +101,7 @@ def format_gap(gap: float) -> str:
     return f"{gap:.{0 if gap >= 0.1 else 1}%}".replace("%", " %")
 
 
-def plan_json(result: SimResult, model: ModelSpec) -> dict[str, object]:
-    """The keys of a simulated strategy, and whether mopexec runs it."""
+def plan_json(result: SimResult, model: ModelSpec, level: float = 0.9) -> dict[str, object]:
+    """The keys of a simulated strategy, and whether mopexec runs it. level: of the intervals."""
     runs = runnable(result.strategy, model, result.training, result.stack) is None
-    return {**result.to_json(), "runnable": runs}
+    return {**result.to_json(level), "runnable": runs}

@@ -58,7 +58,7 @@ def answer(request: Request, ask: Ask) -> Answer:
         why, gap = _memory_reason(found), found.gap
     best: dict[str, SimResult] = {}
     for one in sorted(fitting, key=lambda one: one.step_time):
-        if one.verdict == "fits":
+        if one.sure:
             best.setdefault(one.strategy.name, one)
     plans = tuple(_small(one) for one in best.values())
     if plans and gap is not None and ask.plans:
@@ -89,7 +89,7 @@ def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimR
             seen.add(strategy)
             one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, plan.stack)
             simulated += one is not None
-            if one is not None and one.verdict == "fits":
+            if one is not None and one.sure:
                 found.append(one)
                 break
     return found, simulated
@@ -155,7 +155,7 @@ def _small_batch(training: TrainSpec, result: SimResult) -> str:
 def _memory_reason(found: SearchResult) -> str:
     """What stops a search that found nothing with room to spare."""
     if found.best:
-        return "fits only at risk: the upper bound of its memory is beyond the limit"
+        return f"fits with a probability of {found.best.p_fits:.2f} only"
     least = found.closest
     if least:
         by = format_bytes(least.over_bytes)

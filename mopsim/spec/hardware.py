@@ -6,10 +6,13 @@ import msgspec
 
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
-from mopsim.common.units import CEILINGS, DIMENSIONS, DTYPE_BYTES, UNITS
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.categories import RUNTIMES
+from mopsim.spec.observed import Observed
+from mopsim.spec.quantity import Quantity as Quantity
+from mopsim.spec.quantity import Tag as Tag
+from mopsim.spec.quantity import require_between, require_dimension
 
-Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
 WORK_KINDS = (
     "matmul", "grouped_matmul", "attention", "memory_bound", "all_gather", "reduce_scatter", "all_reduce",
     "all_to_all", "send_recv", "h2d", "d2h", "optimizer", "host_optimizer",
@@ -24,49 +27,6 @@ NARROW_HEAD, WIDE_HEAD = 64, 128
 """Query-key head dimensions up to which, and above which, attention kernels have rates of their own."""
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
-
-
-class Quantity(Spec, frozen=True, kw_only=True):
-    """A number as its source gives it.
-
-    value: a number that is not negative. unit: one of mopsim.common.units.UNITS (`GB/s`, `GiB`, `us`, ...).
-    tag: how far to trust it: a data sheet's, measured, calibrated from runs, or assumed. source: where it
-    comes from.
-    """
-
-    value: float
-    unit: str
-    tag: Tag
-    source: str
-
-    def __post_init__(self) -> None:
-        require(self.unit in UNITS, "unit", self.unit, f"is not one of {', '.join(UNITS)}")
-        require(self.value >= 0, "value", self.value, "must not be negative")
-        require(bool(self.source), "source", self.source, "must name where the number comes from")
-
-    @property
-    def si(self) -> float:
-        """The value in bytes, seconds, FLOP/s, bytes/s, watts, dollars per hour or parameters/s."""
-        return self.value * UNITS[self.unit]
-
-
-def require_between(owner: Spec, low: float, high: float, *fields: str) -> None:
-    """Raise SpecError naming the first field of `owner` that lies outside [low, high]."""
-    for field in fields:
-        value = getattr(owner, field)
-        require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
-
-
-def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
-    """Raise SpecError where a quantity of `owner` has a unit of another dimension (see units.DIMENSIONS)."""
-    for field in fields:
-        quantity = getattr(owner, field)
-        if quantity is not None:
-            known = DIMENSIONS[dimension]
-            rule = f"is not a unit of {dimension}: {', '.join(known)}"
-            require(quantity.unit in known, f"{field}.unit", quantity.unit, rule)
-            ceiling = f"{known[0]} is above {CEILINGS[dimension]:g}: check the unit"
-            require(quantity.si <= CEILINGS[dimension], field, quantity.si, ceiling)
 
 
 class MatmulCurve(Spec, frozen=True, kw_only=True):
@@ -318,7 +278,8 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     device. corrections: calibration by kind of work; under `step`, and `step_` with a runtime or a
     stack, of the constant that each step takes. framework_memory_scale: what a framework keeps,
     over what is counted. calibrated_from: digest of the uncorrected profile that the corrections were
-    fitted on. notes: what a reader should know.
+    fitted on. observed: what was left of the runs of the calibration, which narrows the intervals of
+    predictions. notes: what a reader should know.
     """
 
     name: str
@@ -335,6 +296,7 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
     corrections: dict[str, Correction] = msgspec.field(default_factory=dict)
     framework_memory_scale: float = 1.0
     calibrated_from: str = ""
+    observed: tuple[Observed, ...] | msgspec.UnsetType = msgspec.UNSET
     notes: str = ""
 
     def __post_init__(self) -> None:
@@ -377,6 +339,11 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         A group of n ranks in a domain has min(1, (n - 1) * peer_share) of it.
         """
         return 1 / (self.scale_up_size - 1) if self.scale_up.topology == "mesh" else 1.0
+
+    @property
+    def runs_seen(self) -> tuple[Observed, ...]:
+        """`observed`, empty where it is left out."""
+        return () if isinstance(self.observed, msgspec.UnsetType) else self.observed
 
     def step_overhead(self, runtime: str) -> float:
         """Calibrated seconds per step that no op accounts for, of a runtime of mopexec (Stack.runtime)."""

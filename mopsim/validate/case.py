@@ -13,6 +13,7 @@ from mopsim.common import io
 from mopsim.common.changes import changed, sparse
 from mopsim.common.errors import MopError, require, require_at_least, require_name
 from mopsim.common.json_text import parse_json
+from mopsim.intervals import network, products
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
@@ -22,7 +23,6 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 Changes = dict[str, Any]
 """Dotted field -> value that differs from the preset's."""
 
@@ -87,9 +87,7 @@ class Case(io.Spec, frozen=True, kw_only=True):
     @property
     def precision(self) -> str:
         """The dtype or recipe of products, by which errors are grouped."""
-        chosen = self.strategy.precision
-        name = chosen.compute if chosen.matmul == "compute" else chosen.matmul
-        return SHORT.get(name, name)
+        return products(self.strategy.precision)
 
     @property
     def family(self) -> str:
@@ -99,6 +97,10 @@ class Case(io.Spec, frozen=True, kw_only=True):
     def network(self) -> ModelSpec:
         """The network that was trained. Raises MopError naming the field."""
         return _network(self.model, _key(self.model_changes))
+
+    def identity(self) -> str:
+        """The network that is held out together, by its digest: cut to other layers it is the same."""
+        return _identity(self.model)
 
     def profile(self) -> HardwareProfile:
         """The hardware. Raises MopError."""
@@ -117,6 +119,11 @@ class Case(io.Spec, frozen=True, kw_only=True):
         program = self.program()
         inputs = (self.network(), self.hardware, self.num_nodes, self.resolved(), self.training)
         return (*inputs, io.digest(program.behaviour), program.reading)
+
+
+@cache
+def _identity(model: str | ModelSpec) -> str:
+    return network(load_model(model) if isinstance(model, str) else model)
 
 
 def _key(changes: Changes) -> str:

@@ -16,9 +16,11 @@ from mopsim.validate.scoring import (
     errors,
     over_sources,
     regrets,
-    trusted,
 )
+from mopsim.validate.uncertain import NAMES, Name, coverage
 
+UNITS: dict[Name, str] = {"step_time": "step_time_s", "peak_memory": "peak_memory_bytes"}
+"""The keys of what has an interval."""
 MEASURES: dict[str, Measure] = {
     "step_time_s": lambda one: one.step_error,
     "step_time_s_uncalibrated": lambda one: one.raw_step_error,
@@ -33,18 +35,24 @@ GROUPS: dict[str, Callable[[Scored], str]] = {
 }
 
 
-def to_json(validation: Validation, components: Sequence[Predicted]) -> dict[str, Any]:
-    """Seconds and bytes; errors are relative, positive where the prediction is too large."""
-    runs = [_run(one) for one in validation.scored] + [_refused(one) for one in validation.refused]
+LEVEL = 0.9
+"""Probability of the intervals where none is asked for."""
+
+
+def to_json(validation: Validation, components: Sequence[Predicted], level: float = LEVEL) -> dict[str, Any]:
+    """Seconds and bytes; errors are relative, positive where the prediction is too large. level: of the
+    intervals."""
+    runs = [_run(one, level) for one in validation.scored] + [_refused(one) for one in validation.refused]
     return {
         "runs": runs,
         "components": [_component(one) for one in components],
-        "summary": summary(validation, components),
+        "summary": summary(validation, components, level),
     }
 
 
-def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str, Any]:
-    """Per quantity over all simulated rows, by the selections that are judged, and by group."""
+def summary(validation: Validation, components: Sequence[Predicted], level: float = LEVEL) -> dict[str, Any]:
+    """Per quantity over all simulated rows, by the selections that are judged, and by group; the headline is
+    of the hold-out that was asked for, and `hold_out` has them side by side."""
     scored = validation.scored
     fits = capacity(scored)
     found: dict[str, Any] = {
@@ -52,9 +60,11 @@ def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str
     }
     found["fits"] = {
         "n": fits.ran + fits.ran_out, "right": fits.right, "ran": fits.ran, "ran_right": fits.ran_right,
-        "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right, "at_risk": fits.at_risk,
+        "ran_out": fits.ran_out, "ran_out_right": fits.ran_out_right,
     }  # fmt: skip
-    found["memory_upper"] = dict(zip(("n", "within"), memory_within(scored), strict=True))
+    found["interval"] = level
+    found["coverage"] = coverages(scored, level)
+    found["hold_out"] = {name: _held(rows, level) for name, rows in validation.held.items()}
     found["unsupported"] = len(validation.refused)
     found["unsupported_by_field"] = dict(Counter(one.field for one in validation.refused).most_common())
     found["selections"] = {
@@ -76,11 +86,20 @@ def summary(validation: Validation, components: Sequence[Predicted]) -> dict[str
     return found
 
 
-def memory_within(scored: Iterable[Scored]) -> tuple[int, int]:
-    """Runs of grade A and B whose peak was read, and of how many it lies within the upper bound."""
-    read = [(one.case.measured.peak_memory, one.most_memory) for one in scored if trusted(one.case)]
-    known = [(peak, most) for peak, most in read if peak is not None]
-    return len(known), sum(peak <= most for peak, most in known)
+def coverages(scored: Iterable[Scored], level: float) -> dict[str, Any]:
+    """How many intervals of runs of grade A and B hold what was measured, by quantity."""
+    rows = list(scored)
+    found = {UNITS[name]: coverage(rows, name, level) for name in NAMES}
+    return {name: one.to_json() if one else None for name, one in found.items()}
+
+
+def _held(scored: Sequence[Scored], level: float) -> dict[str, Any]:
+    """The errors and the coverage under one hold-out."""
+    found = {
+        name: {measure: _plain(over_sources(rows, MEASURES[measure])) for measure in UNITS.values()}
+        for name, rows in {"all": list(scored), **selections(scored)}.items()
+    }
+    return {**found.pop("all"), "selections": found, "coverage": coverages(scored, level)}
 
 
 def selections(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
@@ -122,7 +141,7 @@ def _plain(found: Errors | None) -> dict[str, Any] | None:
     return None if found is None else dict(found.to_json())
 
 
-def _run(one: Scored) -> dict[str, Any]:
+def _run(one: Scored, level: float) -> dict[str, Any]:
     case, measured = one.case, one.case.measured
     return {
         **about(case), "status": "simulated", "family": case.family, "stack": case.stack,
@@ -133,7 +152,10 @@ def _run(one: Scored) -> dict[str, Any]:
         "uncalibrated_step_time_s_error": one.raw_step_error,
         "measured_peak_memory_bytes": measured.peak_memory,
         "predicted_peak_memory_bytes": one.peak_memory,
-        "predicted_peak_memory_upper_bytes": one.most_memory, "peak_memory_bytes_error": one.memory_error,
+        "peak_memory_bytes_error": one.memory_error,
+        "predicted_step_time_interval_s": list(one.interval("step_time", level)),
+        "predicted_peak_memory_interval_bytes": list(one.interval("peak_memory", level)),
+        "p_fits": one.p_fits,
         "measured_fits": measured.fits, "predicted_fits": one.simulated.fits,
         "predicted_verdict": one.verdict,
         "assumptions": list(case.assumptions), "approximations": list(case.approximations),
@@ -143,7 +165,7 @@ def _run(one: Scored) -> dict[str, Any]:
 
 
 def _refused(one: Refused) -> dict[str, Any]:
-    return {**one.about, "status": "unsupported", "reason": f"{one.field}: {one.reason}"}
+    return {**one.about, "status": "unsupported", "field": one.field, "reason": one.told}
 
 
 def _component(one: Predicted) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """A whole validation: cases -> simulations -> scores. Rows of a table become cases first."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case
 from mopsim.validate.parallelism import UnsupportedError
 from mopsim.validate.rows import read_case
 from mopsim.validate.scoring import Scored, score
-from mopsim.validate.simulated import Progress, simulate_all
+from mopsim.validate.simulated import Progress, Simulated, simulate_all
 from mopsim.validate.tables import Row
+
+SIDE_BY_SIDE: tuple[HoldOut, ...] = ("source", "model")
+"""Hold-outs that every validation states."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,20 @@ class Refused:
     field: str
     reason: str
 
+    @property
+    def told(self) -> str:
+        """`field: reason`, the field once."""
+        return self.reason if self.reason.startswith(f"{self.field}:") else f"{self.field}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Validation:
-    """scored: runs that were simulated, in their order. refused: the others."""
+    """scored: runs that were simulated, in their order. refused: the others. held: the same runs scored under
+    each hold-out that was asked for."""
 
     scored: list[Scored]
     refused: list[Refused] = field(default_factory=list)
+    held: dict[HoldOut, list[Scored]] = field(default_factory=dict)
 
 
 def cases_of(rows: Sequence[Row], models: dict[str, Row]) -> tuple[list[Case], list[Refused]]:
@@ -44,17 +54,26 @@ def cases_of(rows: Sequence[Row], models: dict[str, Row]) -> tuple[list[Case], l
 
 
 def validate(
-    cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None, hold_out: HoldOut = "model"
+    cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None, hold_out: HoldOut = "source"
 ) -> Validation:
-    """Simulate and score every case that can be. hold_out: what a prediction may not have learned from."""
+    """Simulate and score every case that can be. hold_out: what a prediction may not have learned from, for
+    `scored`; `held` has both its source and its network."""
     results = simulate_all(cases, jobs, progress)
-    refused = [
-        Refused(about(case), "simulator", result.error)
-        for case, result in zip(cases, results, strict=True)
-        if result.error
-    ]
-    good = [i for i, result in enumerate(results) if not result.error]
-    return Validation(score([cases[i] for i in good], [results[i] for i in good], hold_out), refused)
+    known = [(case, result) for case, result in zip(cases, results, strict=True) if not result.error]
+    held = scored_by(known, hold_out)
+    return Validation(held[hold_out], refused_of(cases, results), held)
+
+
+def refused_of(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Refused]:
+    """Cases that were not simulated, each with the field that is to blame."""
+    pairs = zip(cases, results, strict=True)
+    return [Refused(about(case), result.field, result.error) for case, result in pairs if result.error]
+
+
+def scored_by(known: Sequence[tuple[Case, Simulated]], hold_out: HoldOut) -> dict[HoldOut, list[Scored]]:
+    """The runs under SIDE_BY_SIDE and `hold_out`."""
+    cases, results = [case for case, _ in known], [result for _, result in known]
+    return {one: score(cases, results, one) for one in dict.fromkeys((*SIDE_BY_SIDE, hold_out))}
 
 
 def validate_runs(
@@ -63,7 +82,7 @@ def validate_runs(
     """Simulate and score every row that can be. Raises MopError for a malformed cell."""
     cases, refused = cases_of(rows, models)
     found = validate(cases, jobs, progress)
-    return Validation(found.scored, refused + found.refused)
+    return replace(found, refused=refused + found.refused)
 
 
 def about(case: Case) -> dict[str, str]:

@@ -1,25 +1,23 @@
 """Errors of predictions: runs averaged within a source, then sources; capacity; choice of strategy."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from msgspec.structs import replace
-
 from mopsim.common import io
-from mopsim.spec.model import ModelSpec
-from mopsim.spec.presets import load_model
+from mopsim.intervals import Cell, Memory, Spread, cells
 from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, Point
 from mopsim.validate.case import Case
-from mopsim.validate.simulated import Simulated, as_read, as_read_at_most
+from mopsim.validate.simulated import Simulated, as_read
+from mopsim.validate.uncertain import Name, cell, expected
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A simulated run. Seconds and bytes; calibrated is of a fit that never saw this run's network.
-    peak_memory, most_memory: the point and the upper bound, as the source's instrument reads.
+    """A simulated run. Seconds and bytes. calibrated: by the runs that the hold-out leaves; peak_memory: as
+    the source's instrument reads. step_spread, memory_spread: the errors to expect of both.
 
     out_of_sample: whether there was another network of the same source and GPU to calibrate on.
     """
@@ -29,7 +27,32 @@ class Scored:
     fit: Fit
     calibrated: float
     peak_memory: float
-    most_memory: float
+    step_spread: Spread
+    memory_spread: Spread
+
+    @property
+    def trusted(self) -> bool:
+        return trusted(self.case)
+
+    def predicted(self, name: Name) -> float:
+        """Seconds, or bytes as the instrument reads."""
+        return self.calibrated if name == "step_time" else self.peak_memory
+
+    def interval(self, name: Name, level: float) -> tuple[float, float]:
+        """Where the measured value lies with probability `level`."""
+        error = self.step_spread if name == "step_time" else self.memory_spread
+        return error.interval(self.predicted(name), level)
+
+    @property
+    def p_fits(self) -> float:
+        """Probability that device and host are enough."""
+        one = self.simulated
+        return Memory(one.fullest, one.above, self.memory_spread).below(one.limit) * one.p_host
+
+    @property
+    def likely(self) -> bool:
+        """Whether it is predicted to fit, and rather does."""
+        return self.simulated.fits and self.p_fits > 0.5
 
     @property
     def out_of_sample(self) -> bool:
@@ -50,21 +73,11 @@ class Scored:
 
     @property
     def verdict(self) -> str:
-        """fits, at risk or out of memory."""
-        if not self.simulated.fits:
-            return "out of memory"
-        return "at risk" if self.simulated.at_risk else "fits"
+        return f"fits with probability {self.p_fits:.2f}" if self.simulated.fits else "out of memory"
 
 
 def _error(predicted: float, measured: float | None) -> float | None:
     return predicted / measured - 1.0 if measured else None
-
-
-def network(case: Case) -> str:
-    """The network that is held out together: cut to other layers, or without its MTP layers, it is the
-    same."""
-    model = case.model if isinstance(case.model, ModelSpec) else load_model(case.model)
-    return io.digest(replace(model, name="network", source="", assumptions=(), num_nextn_predict_layers=0))
 
 
 def software(case: Case) -> tuple[str, str]:
@@ -77,7 +90,7 @@ def trusted(case: Case) -> bool:
     return case.quality != "C"
 
 
-def score(cases: Sequence[Case], results: Sequence[Simulated], hold_out: HoldOut = "model") -> list[Scored]:
+def score(cases: Sequence[Case], results: Sequence[Simulated], hold_out: HoldOut = "source") -> list[Scored]:
     """Calibrate per source and hardware, leave out what `hold_out` says (calibration.held_out); results with
     an error are left out by the caller."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -85,24 +98,79 @@ def score(cases: Sequence[Case], results: Sequence[Simulated], hold_out: HoldOut
         groups[software(case)].append(index)
     found: dict[int, Scored] = {}
     for members in groups.values():
-        points = {i: point for i in members if (point := _point(cases[i], results[i]))}
-        issue = cases[members[0]].profile().host.cpu_launch_time
-        usable = [trusted(cases[i]) for i in points]
-        held = calibration.held_out(list(points.values()), usable, issue.si if issue else LAUNCH, hold_out)
-        fits = dict(zip(points, held, strict=True))
-        for i in members:
-            case, result, used = cases[i], results[i], fits.get(i, Fit())
-            step = used.apply(points[i]) if i in points else result.step_time
-            reading, hardware = case.program().reading.memory, case.profile()
-            peak = as_read(result, reading, hardware)
-            found[i] = Scored(case, result, used, step, peak, as_read_at_most(result, reading, hardware))
+        runs = [(cases[i], results[i]) for i in members]
+        found |= zip(members, _score_group(runs, hold_out), strict=True)
     return [found[i] for i in range(len(cases))]
+
+
+def _score_group(runs: Sequence[tuple[Case, Simulated]], hold_out: HoldOut) -> list[Scored]:
+    """Runs of one source and machine type."""
+    points = {i: point for i, run in enumerate(runs) if (point := _point(*run))}
+    issue = runs[0][0].profile().host.cpu_launch_time
+    usable = [trusted(runs[i][0]) for i in points]
+    held = calibration.held_out(list(points.values()), usable, issue.si if issue else LAUNCH, hold_out)
+    fits = dict(zip(points, held, strict=True))
+    expect = _Expected(runs, points, hold_out)
+    found = []
+    for i, (case, result) in enumerate(runs):
+        used = fits.get(i, Fit())
+        step = used.apply(points[i]) if i in points else result.step_time
+        peak = as_read(result, case.program().reading.memory, case.profile())
+        found.append(
+            Scored(case, result, used, step, peak, expect.step_time(case, used), expect.peak_memory(case))
+        )
+    return found
+
+
+class _Expected:
+    """The errors to expect of runs of a group, given those of the group that the hold-out leaves."""
+
+    def __init__(
+        self, runs: Sequence[tuple[Case, Simulated]], points: Mapping[int, Point], hold_out: HoldOut
+    ) -> None:
+        self.runs, self.points, self.hold_out = runs, points, hold_out
+        self.found: dict[object, Spread] = {}
+
+    def _known(self, case: Case, i: int) -> bool:
+        other = self.runs[i][0]
+        if self.hold_out == "source" or not trusted(other):
+            return False
+        return self.hold_out == "none" or other.identity() != case.identity()
+
+    def step_time(self, case: Case, used: Fit) -> Spread:
+        """Of a time that `used` predicts."""
+        return self._of("step_time", case, used)
+
+    def peak_memory(self, case: Case) -> Spread:
+        return self._of("peak_memory", case, None)
+
+    def _of(self, name: Name, case: Case, used: Fit | None) -> Spread:
+        key = (name, cell(case), used)
+        if key not in self.found:
+            known = [i for i in range(len(self.runs)) if self._known(case, i)]
+            errors = self._peaks(known) if used is None else self._steps(known, used)
+            self.found[key] = expected(case, name, cells(errors))
+        return self.found[key]
+
+    def _steps(self, known: Sequence[int], used: Fit) -> list[Cell]:
+        points = self.points
+        return [
+            cell(self.runs[i][0], points[i].measured, used.apply(points[i])) for i in known if i in points
+        ]
+
+    def _peaks(self, known: Sequence[int]) -> list[Cell]:
+        found = []
+        for case, result in (self.runs[i] for i in known):
+            if case.measured.peak_memory:
+                peak = as_read(result, case.program().reading.memory, case.profile())
+                found.append(cell(case, case.measured.peak_memory, peak))
+        return found
 
 
 def _point(case: Case, result: Simulated) -> Point | None:
     """The run as what a calibration is fitted to; None where no step time was measured."""
     measured = case.measured.step_time
-    return Point(result.step_time, result.paces, measured, network(case)) if measured else None
+    return Point(result.step_time, result.paces, measured, case.identity()) if measured else None
 
 
 @dataclass(frozen=True)
@@ -162,12 +230,11 @@ def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Runs that ran (how many are predicted to fit, how many of these at risk), and runs that ran out (how
-    many are predicted to)."""
+    """Runs that ran, and how many of them are predicted to fit with P(fits) above 0.5; runs that ran out, and
+    how many of them are not."""
 
     ran: int
     ran_right: int
-    at_risk: int
     ran_out: int
     ran_out_right: int
 
@@ -178,10 +245,9 @@ class Capacity:
 
 def capacity(scored: Iterable[Scored]) -> Capacity:
     """What a run does is known where it has a step time or says so itself."""
-    ran = [one.simulated for one in scored if one.case.measured.fits is True]
-    out = [one.simulated.fits for one in scored if one.case.measured.fits is False]
-    right, at_risk = sum(one.fits for one in ran), sum(one.at_risk for one in ran)
-    return Capacity(len(ran), right, at_risk, len(out), len(out) - sum(out))
+    known = [(one.case.measured.fits, one.likely) for one in scored]
+    ran, out = ([likely for fits, likely in known if fits is said] for said in (True, False))
+    return Capacity(len(ran), sum(ran), len(out), len(out) - sum(out))
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as made
 
 from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
 from mopsim.common.processes import pool
-from mopsim.engine import SimResult, run, upper
+from mopsim.engine import run
 from mopsim.program import lower
 from mopsim.program.workload import Workload
 from mopsim.spec.hardware import HardwareProfile, Quantity
@@ -26,24 +27,28 @@ RESERVED = 1.03
 
 @dataclass(frozen=True)
 class Simulated:
-    """What is kept of a simulation. error: why there is none.
+    """What is kept of a simulation. error: why there is none; field: of what.
 
     paces: (seconds of the host for each kernel, seconds of the step), by rising cost; empty where the host
-    does not matter. idle_blocks, communication: bytes, see mopsim.engine.upper. busy, exposed: seconds by
-    kind.
+    does not matter. Bytes: peak_memory of the ranks whose memory is read; fullest: of the fullest rank;
+    idle_blocks: see mopsim.engine.upper; above: what may come on top of the fullest, at most; limit: what a
+    device may use. p_host: probability that the host has enough. busy, exposed: seconds by kind.
     """
 
     step_time: float = 0.0
     paces: tuple[tuple[float, float], ...] = ()
     peak_memory: int = 0
+    fullest: int = 0
     idle_blocks: int = 0
-    communication: int = 0
+    above: int = 0
+    limit: int = 0
+    p_host: float = 1.0
     fits: bool = True
-    at_risk: bool = False
     error: str = ""
+    field: str = ""
     seconds: float = 0.0
-    busy: dict[str, float] = field(default_factory=dict)
-    exposed: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, float] = made(default_factory=dict)
+    exposed: dict[str, float] = made(default_factory=dict)
 
 
 Progress = Callable[[int, int], None]
@@ -59,15 +64,15 @@ def simulate_case(case: Case) -> Simulated:
         result = run(workload, model, hardware, strategy, case.training)
         paces = _paces(case, workload) if hardware.host.cpu_launch_time else ()
     except MopError as error:
-        return Simulated(error=str(error))
+        return Simulated(error=str(error), field=str(error).split(":")[0])
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:
-        return Simulated(error=f"simulator failed: {type(error).__name__} {error}")
+        return Simulated(error=f"simulator failed: {type(error).__name__} {error}", field="simulator")
     peak = result.peak_by_stage[-1] if stack.reading.last_stage else result.peak_memory
-    idle, wires = (result.above_peak.get(cause, 0) for cause in ("idle pools", "communication"))
     return Simulated(
-        step_time=result.step_time, paces=paces, peak_memory=peak, idle_blocks=idle, communication=wires,
-        fits=result.fits, at_risk=_at_risk(result, idle, wires), seconds=time.perf_counter() - began,
-        busy=dict(result.busy), exposed=dict(result.exposed),
+        step_time=result.step_time, paces=paces, peak_memory=peak, fullest=result.peak_memory,
+        idle_blocks=result.above_peak.get("idle pools", 0), above=sum(result.above_peak.values()),
+        limit=result.memory_limit, p_host=result.p_host, fits=result.fits,
+        seconds=time.perf_counter() - began, busy=dict(result.busy), exposed=dict(result.exposed),
     )  # fmt: skip
 
 
@@ -119,22 +124,3 @@ def as_read(result: Simulated, reading: str, hardware: HardwareProfile) -> float
         return float(result.peak_memory)
     blocks = (result.peak_memory + result.idle_blocks) * RESERVED
     return blocks + hardware.device.reserved.si if reading == "device" else blocks
-
-
-def as_read_at_most(
-    result: Simulated, reading: str, hardware: HardwareProfile, program: float = upper.PROGRAM
-) -> float:
-    """Bytes that the instrument would show at most: the causes of mopsim.engine.upper that it sees."""
-    causes = upper.device(result.peak_memory, result.idle_blocks, result.communication, program)
-    if reading == "allocated":
-        return float(result.peak_memory + causes.get("program", 0))
-    blocks = result.peak_memory + sum(causes.values()) - causes.get("communication", 0)
-    if reading == "reserved":
-        return float(blocks)
-    return blocks + causes.get("communication", 0) + hardware.device.reserved.si
-
-
-def _at_risk(result: SimResult, pools: int, wires: int) -> bool:
-    """Whether it fits, but not by the bound of the host or of a device's program that is not mopexec."""
-    most = result.peak_memory + sum(upper.device(result.peak_memory, pools, wires, upper.PROGRAM).values())
-    return result.fits and ("host" in result.at_risk or most > result.memory_limit)

@@ -9,7 +9,7 @@ from scipy.optimize import nnls
 
 from mopsim.graph import active_params, flops_per_token, total_params
 from mopsim.validate.case import Case
-from mopsim.validate.scoring import Scored, network, software, trusted
+from mopsim.validate.scoring import Scored, software, trusted
 
 
 def features(case: Case) -> list[float]:
@@ -106,7 +106,7 @@ def of_scored(scored: Sequence[Scored]) -> dict[str, float]:
         cases = [one.case for one in members]
         measured = [case.measured.step_time or 0.0 for case in cases]
         lines = held_out(
-            cases, [network(case) for case in cases], measured, [trusted(case) for case in cases]
+            cases, [case.identity() for case in cases], measured, [trusted(case) for case in cases]
         )
         for case, line, seconds in zip(cases, lines, measured, strict=True):
             if line is not None:

@@ -88,7 +88,7 @@ def test_frames_and_the_notebook_hold_the_same_numbers() -> None:
     assert step.memory()["at_peak_bytes"].sum() == step.peak_memory_bytes
     assert step.time()["seconds"].sum() == pytest.approx(step.step_time_s)
     assert "<table" in step._repr_html_()
-    assert "verdict" in step._repr_html_()
+    assert "P(fits)" in step._repr_html_()
     assert len(repr(step).splitlines()) == 1
     assert "step_time_s" in dir(step)
     with pytest.raises(AttributeError, match="has no 'step_tme'"):

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from mopsim import calibrate as calibration
-from mopsim.calibrate import COMPUTE_KINDS, calibrate, on_stack
-from mopsim.calibrate_fit import (
+from mopsim.calibrate import calibrate, on_stack
+from mopsim.calibrate.fit import (
     KIN_PRIOR,
     SCALE_PRIOR,
     KindPoint,
@@ -25,7 +25,7 @@ from mopsim.calibrate_fit import (
 from mopsim.commands import calibrate as command
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
-from mopsim.spec.hardware import Correction, HardwareProfile
+from mopsim.spec.hardware import COMPUTE_KINDS, Correction, HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan
 from mopsim.spec.profiles import load_profile

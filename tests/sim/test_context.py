@@ -114,7 +114,8 @@ def test_the_reach_is_not_of_the_size_of_the_step() -> None:
     assert found.end is not None
     assert found.end.stopped_by == "logits"
     assert reach(found) == "256K*\u2020"
-    assert found.points[0].verdict == "at risk"
+    assert found.points[0].fits
+    assert not found.points[0].sure
     assert found.points[1].global_batch == 1
     tiny = curve(Task(("x",), case(8 * K), NAMES["fsdp2_device"], (256 * K, 512 * K), 12))
     assert tiny.longest is not None

@@ -127,7 +127,7 @@ def test_the_regression_is_fitted_on_no_run_that_the_calibration_may_not_use() -
     def found(quality: str) -> tuple[int, float | None]:
         cut = {"num_layers": "2", "ep": "8", "routing": "balanced", "sharding": "zero1"}
         other = row("other", model="deepseek_v3", quality=quality, **cut)
-        scored = validate_runs([row("one"), other], MODELS, jobs=1).scored
+        scored = validate_runs([row("one"), other], MODELS, jobs=1).held["model"]
         return scored[0].fit.runs, regression.of_scored(scored).get("one")
 
     runs, predicted = found("B")

@@ -119,7 +119,7 @@ def test_the_cheapest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() 
     assert sizing.best.figures is not None
     assert sizing.best.figures.seconds <= seconds
     assert sizing.best.result is not None
-    assert sizing.best.result.verdict == "fits"
+    assert sizing.best.result.sure
     cost = sizing.best.figures.cost
     assert cost is not None
     done = [point.figures.cost for point in sizing.tried if point.in_time and point.figures]

@@ -44,7 +44,7 @@ def test_a_large_job_stays_in_its_lines() -> None:
     lines = shown(comparison([result] * 12, "a job"))
     found = rows(lines)
     head = lines[lines.index(found[0]) - 1] + found[0]
-    assert {"#", "step", "tokens/s", "per", "GPU", "MFU", "exposed", "memory", "host", "verdict"} <= {
+    assert {"#", "step", "tokens/s", "per", "GPU", "MFU", "exposed", "memory", "host", "P(fits)"} <= {
         *head.split()
     }
     assert [line.split()[0] for line in found[1:13]] == [str(number) for number in range(1, 13)]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from mopsim.calibrate_fit import (
+from mopsim.calibrate.fit import (
     SCALES,
     KindPoint,
     StepPoint,

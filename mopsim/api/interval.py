@@ -1,0 +1,34 @@
+"""mopsim.interval: how far a prediction may be off."""
+
+from typing import NamedTuple
+
+from mopsim.api.results import Simulation
+from mopsim.engine import SimResult
+from mopsim.intervals import check_level
+
+
+class Interval(NamedTuple):
+    """(low, high) of what will be measured, each with the probability that was asked for: step_time in
+    seconds, tokens_per_second of all devices together, peak_memory in bytes of the fullest device. p_fits:
+    probability that the memory of device and host is enough."""
+
+    step_time: tuple[float, float]
+    tokens_per_second: tuple[float, float]
+    peak_memory: tuple[float, float]
+    p_fits: float
+
+
+def interval(prediction: Simulation | SimResult, level: float = 0.9) -> Interval:
+    """Where the measured values of a prediction lie with probability `level`, as likely below as above.
+
+    Errors are taken to be like those of published runs that have the stack, the machine type, the precision
+    or the network in common with it, and wider for what nobody has published (mopsim.intervals); runs that
+    its profile was calibrated on narrow them. A time may lie above the prediction on both sides, where
+    runs like it were slower than simulated. Raises MopError for a level outside 0.01 to 0.999.
+    """
+    result = prediction.result if isinstance(prediction, Simulation) else prediction
+    fast, slow = result.step_time_interval(check_level(level, "level"))
+    tokens = result.training.seq_len * result.training.global_batch
+    return Interval(
+        (fast, slow), (tokens / slow, tokens / fast), result.peak_memory_interval(level), result.p_fits
+    )

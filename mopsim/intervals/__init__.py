@@ -1,0 +1,34 @@
+"""How far a prediction may be off: distributions of measured over predicted, from published runs."""
+
+from mopsim.intervals.errors import Cell, Deviations, Errors, Quantity, cells, known_errors
+from mopsim.intervals.memory import Memory
+from mopsim.intervals.spread import (
+    SURE,
+    Facts,
+    Spread,
+    check_level,
+    network,
+    of_peak_memory,
+    of_step_time,
+    products,
+    spread,
+)
+
+__all__ = [
+    "SURE",
+    "Cell",
+    "Deviations",
+    "Errors",
+    "Facts",
+    "Memory",
+    "Quantity",
+    "Spread",
+    "cells",
+    "check_level",
+    "known_errors",
+    "network",
+    "of_peak_memory",
+    "of_step_time",
+    "products",
+    "spread",
+]

@@ -1,0 +1,102 @@
+"""The errors of published runs by what they have in common: fitted data, read once (`errors.yaml`)."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from statistics import fmean
+
+import msgspec
+from msgspec.structs import astuple, replace
+
+from mopsim.common.errors import require_at_least
+from mopsim.common.io import Spec, convert, parse_yaml
+
+LEVELS = ("common", "stack", "hardware", "precision", "network", "source", "source_network")
+"""What runs may have in common, each with a deviation of its own."""
+
+
+class Deviations(Spec, frozen=True, kw_only=True):
+    """Standard deviations of ln(measured / predicted), by what the part of the error belongs to: all runs,
+    a stack, a machine type, a precision, a network, a source, a network in a source, a run. widening: what
+    all are multiplied by, so that a nominal 90 % held 90 % of the runs of sources that were left out, the
+    sources weighing alike."""
+
+    common: float
+    stack: float
+    hardware: float
+    precision: float
+    network: float
+    source: float
+    source_network: float
+    run: float
+    widening: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, *LEVELS, "run", "widening")
+
+
+class Cell(Spec, frozen=True, kw_only=True):
+    """Runs alike in all levels. mean: of their ln(measured / predicted); squares: sum of the squared
+    departures from it."""
+
+    source: str
+    stack: str
+    hardware: str
+    precision: str
+    network: str
+    runs: int
+    mean: float
+    squares: float = 0.0
+
+    def level(self, name: str) -> str:
+        """What equals that of another cell where the two have this level in common."""
+        if name == "common":
+            return ""
+        return f"{self.source} {self.network}" if name == "source_network" else str(getattr(self, name))
+
+
+def cells(runs: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Runs (cells of one each) that are alike in all levels, as one cell."""
+    groups: dict[Cell, list[float]] = defaultdict(list)
+    for run in runs:
+        groups[replace(run, runs=1, mean=0.0, squares=0.0)].append(run.mean)
+    found = []
+    for key, errors in sorted(groups.items(), key=lambda item: astuple(item[0])):
+        mean = fmean(errors)
+        squares = sum((error - mean) ** 2 for error in errors)
+        found.append(replace(key, runs=len(errors), mean=round(mean, 5), squares=round(squares, 6)))
+    return tuple(found)
+
+
+class Quantity(Spec, frozen=True, kw_only=True):
+    """What is known of one quantity's error. without: the deviations as fitted without a source, by its
+    name."""
+
+    deviations: Deviations
+    cells: tuple[Cell, ...]
+    without: dict[str, Deviations] = msgspec.field(default_factory=dict)
+
+    def leaving_out(self, source: str) -> "Quantity":
+        """As if this source had never been seen."""
+        kept = tuple(cell for cell in self.cells if cell.source != source)
+        return Quantity(deviations=self.without.get(source, self.deviations), cells=kept)
+
+
+class Errors(Spec, frozen=True, kw_only=True):
+    """The data of `errors.yaml`. made_by: the command that fits it; exact: standard deviation of ln(measured
+    / predicted) of the peak of a program that allocates to the byte what is simulated, exact_source: whence.
+    """
+
+    made_by: str
+    exact: float
+    exact_source: str
+    step_time: Quantity
+    peak_memory: Quantity
+
+
+@cache
+def known_errors() -> Errors:
+    """What is installed."""
+    text = files("mopsim.intervals").joinpath("errors.yaml").read_text("utf-8")
+    return convert(parse_yaml(text, "errors.yaml"), Errors, "errors", "mopsim/intervals/errors.yaml")

@@ -1,0 +1,162 @@
+"""From facts known before a run to the distribution of ln(measured / predicted).
+
+The error of a run is a sum of parts: one that all runs share, one of its stack, machine type, precision,
+network, source, network in the source, and one of its own. Each part is normal with the deviation that was
+fitted for its level, so that runs co-vary by the levels that they share, and what is known of one tells
+something of another: the normal's conditional mean and variance. What nobody has run keeps the whole
+variance of its level.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import exp, sqrt
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
+
+from mopsim.common.errors import require
+from mopsim.common.io import digest
+from mopsim.intervals.errors import LEVELS, Cell, Deviations, Quantity, known_errors
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.observed import Observed
+from mopsim.spec.strategy import Precision
+
+Array = NDArray[np.float64]
+ITS_OWN = "(this user's)"
+"""The source of the runs in a calibrated profile, and of what is predicted from it."""
+SURE = 0.9
+"""Probability of fitting from which a plan is taken without being asked to take risks."""
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+LOWEST_LEVEL, HIGHEST_LEVEL = 0.01, 0.999
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a prediction before its run.
+
+    stack: the software's name. hardware: the profile's. precision: see `products`. network: see `network`.
+    exact: the program allocates to the byte what is simulated. seen: runs of the same user on the
+    same machines.
+    """
+
+    stack: str
+    hardware: str
+    precision: str
+    network: str = ""
+    exact: bool = False
+    seen: tuple[Observed, ...] = ()
+
+
+def network(model: ModelSpec) -> str:
+    """Digest of a network, whatever its name and source; without its MTP layers it is the same."""
+    return digest(replace(model, name="network", source="", assumptions=(), num_nextn_predict_layers=0))
+
+
+def products(precision: Precision) -> str:
+    """The dtype or recipe of matrix products: bf16, fp16, fp8, ..."""
+    name = precision.compute if precision.matmul == "compute" else precision.matmul
+    return SHORT.get(name, name)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """ln(measured / predicted) is normal with this mean and standard deviation."""
+
+    mean: float
+    deviation: float
+
+    def quantile(self, probability: float) -> float:
+        return self.mean + self.deviation * float(ndtri(probability))
+
+    def below(self, ratio: float) -> float:
+        """Probability that measured / predicted is at most `ratio`."""
+        if self.deviation <= 0:
+            return float(ratio >= exp(self.mean))
+        return float(ndtr((np.log(max(ratio, 1e-30)) - self.mean) / self.deviation))
+
+    def interval(self, predicted: float, level: float = 0.9) -> tuple[float, float]:
+        """Between which two values, in the prediction's unit, the measured one lies with probability `level`,
+        and is as likely to be below as above."""
+        check_level(level)
+        low, high = self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
+        return predicted * exp(low), predicted * exp(high)
+
+
+def check_level(level: float, field: str = "interval") -> float:
+    """The probability that an interval is to have. Raises SpecError."""
+    rule = f"must lie between {LOWEST_LEVEL} and {HIGHEST_LEVEL}"
+    require(LOWEST_LEVEL <= level <= HIGHEST_LEVEL, field, level, rule)
+    return level
+
+
+@lru_cache(maxsize=4096)
+def of_step_time(facts: Facts) -> Spread:
+    """The error to expect of a step time."""
+    return spread(known_errors().step_time, *_asked(facts, "step_time"))
+
+
+@lru_cache(maxsize=4096)
+def of_peak_memory(facts: Facts) -> Spread:
+    """The error to expect of a peak of tensors on the device."""
+    if facts.exact:
+        return Spread(0.0, known_errors().exact)
+    return spread(known_errors().peak_memory, *_asked(facts, "peak_memory"))
+
+
+def _asked(facts: Facts, quantity: str) -> tuple[Cell, tuple[Cell, ...]]:
+    asked = Cell(
+        source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
+        network=facts.network, runs=1, mean=0.0,
+    )  # fmt: skip
+    seen = tuple(
+        Cell(
+            source=ITS_OWN, stack=one.stack, hardware=facts.hardware, precision=one.precision,
+            network=one.network, runs=one.runs, mean=found,
+        )
+        for one in facts.seen
+        if (found := getattr(one, quantity)) is not None
+    )  # fmt: skip
+    return asked, seen
+
+
+def spread(quantity: Quantity, asked: Cell, seen: tuple[Cell, ...] = ()) -> Spread:
+    """The error of a run like `asked`, given the cells of `quantity` and those seen beside them."""
+    cells, sd = (*quantity.cells, *seen), quantity.deviations
+    runs = run_variances(cells, sd)
+    own = runs.get(asked.source, sd.run**2)
+    prior = sum(getattr(sd, level) ** 2 for level in LEVELS) + own
+    if not cells:
+        return Spread(0.0, sd.widening * sqrt(prior))
+    between = covariance(cells, cells, sd) + np.diag([runs[one.source] / one.runs for one in cells])
+    to_asked = covariance(cells, [asked], sd)[:, 0]
+    weights = np.linalg.solve(between, to_asked)
+    mean = float(weights @ np.array([cell.mean for cell in cells]))
+    return Spread(mean, sd.widening * sqrt(max(prior - float(weights @ to_asked), own)))
+
+
+def covariance(some: Sequence[Cell], others: Sequence[Cell], sd: Deviations) -> Array:
+    """Of the means of two lists of cells, without what each run has alone."""
+    found = np.zeros((len(some), len(others)))
+    for level in LEVELS:
+        left, right = (np.array([cell.level(level) for cell in cells]) for cells in (some, others))
+        found += getattr(sd, level) ** 2 * (left[:, None] == right[None, :])
+    return found
+
+
+SHRINK = 8
+"""Degrees of freedom that the deviation of all runs counts for beside the runs of a source: a source's own
+scatter decides where it has more."""
+
+
+def run_variances(cells: Sequence[Cell], sd: Deviations) -> dict[str, float]:
+    """Variance of a run's own part, by source: the scatter within its cells, drawn to that of all runs (the
+    mean of the scaled inverse chi-square)."""
+    found: dict[str, float] = {}
+    for source in {cell.source for cell in cells}:
+        mine = [cell for cell in cells if cell.source == source]
+        free, squares = sum(cell.runs - 1 for cell in mine), sum(cell.squares for cell in mine)
+        found[source] = (SHRINK * sd.run**2 + squares) / (SHRINK + free)
+    return found

@@ -1,0 +1,52 @@
+"""A number as its source gives it, and the rules that numbers of a profile keep."""
+
+from typing import Literal
+
+from mopsim.common.errors import require
+from mopsim.common.io import Spec
+from mopsim.common.units import CEILINGS, DIMENSIONS, UNITS
+
+Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
+
+
+class Quantity(Spec, frozen=True, kw_only=True):
+    """A number as its source gives it.
+
+    value: a number that is not negative. unit: one of mopsim.common.units.UNITS (`GB/s`, `GiB`, `us`, ...).
+    tag: how far to trust it: a data sheet's, measured, calibrated from runs, or assumed. source: where it
+    comes from.
+    """
+
+    value: float
+    unit: str
+    tag: Tag
+    source: str
+
+    def __post_init__(self) -> None:
+        require(self.unit in UNITS, "unit", self.unit, f"is not one of {', '.join(UNITS)}")
+        require(self.value >= 0, "value", self.value, "must not be negative")
+        require(bool(self.source), "source", self.source, "must name where the number comes from")
+
+    @property
+    def si(self) -> float:
+        """The value in bytes, seconds, FLOP/s, bytes/s, watts, dollars per hour or parameters/s."""
+        return self.value * UNITS[self.unit]
+
+
+def require_between(owner: Spec, low: float, high: float, *fields: str) -> None:
+    """Raise SpecError naming the first field of `owner` that lies outside [low, high]."""
+    for field in fields:
+        value = getattr(owner, field)
+        require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
+
+
+def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
+    """Raise SpecError where a quantity of `owner` has a unit of another dimension (see units.DIMENSIONS)."""
+    for field in fields:
+        quantity = getattr(owner, field)
+        if quantity is not None:
+            known = DIMENSIONS[dimension]
+            rule = f"is not a unit of {dimension}: {', '.join(known)}"
+            require(quantity.unit in known, f"{field}.unit", quantity.unit, rule)
+            ceiling = f"{known[0]} is above {CEILINGS[dimension]:g}: check the unit"
+            require(quantity.si <= CEILINGS[dimension], field, quantity.si, ceiling)

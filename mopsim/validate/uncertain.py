@@ -1,0 +1,78 @@
+"""Intervals of runs: what their errors have in common with those of other runs, and how many they hold."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import log
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, Literal
+
+from mopsim.intervals import Cell, Errors, Quantity, Spread, known_errors, spread
+from mopsim.validate.case import Case
+
+if TYPE_CHECKING:
+    from mopsim.validate.scoring import Scored
+
+Name = Literal["step_time", "peak_memory"]
+NAMES: tuple[Name, ...] = ("step_time", "peak_memory")
+
+
+def cell(case: Case, measured: float | None = None, predicted: float = 1.0) -> Cell:
+    """A run by what it may have in common with others, and its error where it was measured."""
+    return Cell(
+        source=case.source.name, stack=case.stack, hardware=case.hardware, precision=case.precision,
+        network=case.identity(), runs=1, mean=log(measured / predicted) if measured else 0.0,
+    )  # fmt: skip
+
+
+def expected(case: Case, name: Name, own: Sequence[Cell] = (), errors: Errors | None = None) -> Spread:
+    """The error to expect of a run, as if its source had never been seen, but for `own` runs of it."""
+    known: Quantity = getattr(errors or known_errors(), name)
+    return spread(known.leaving_out(case.source.name), cell(case), tuple(own))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Of runs of grade A and B: how many lie within their interval, by source (held, runs); width: median of
+    its length over the prediction."""
+
+    by_source: dict[str, tuple[int, int]]
+    width: float
+
+    @property
+    def runs(self) -> int:
+        return sum(count for _, count in self.by_source.values())
+
+    @property
+    def share(self) -> float:
+        """Of the runs."""
+        return sum(held for held, _ in self.by_source.values()) / self.runs
+
+    @property
+    def share_of_sources(self) -> float:
+        """Sources weighing alike."""
+        return fmean(held / count for held, count in self.by_source.values())
+
+    def to_json(self) -> dict[str, Any]:
+        by_source = {name: {"n": n, "within": held} for name, (held, n) in self.by_source.items()}
+        return {
+            "n": self.runs, "within": sum(held for held, _ in self.by_source.values()),
+            "coverage": self.share, "coverage_sources_alike": self.share_of_sources,
+            "median_width": self.width, "by_source": by_source,
+        }  # fmt: skip
+
+
+def coverage(scored: Iterable["Scored"], name: Name, level: float) -> Coverage | None:
+    """None where nothing was measured."""
+    held: dict[str, list[bool]] = defaultdict(list)
+    widths = []
+    for one in scored:
+        measured = getattr(one.case.measured, name)
+        if measured is None or not one.trusted:
+            continue
+        low, high = one.interval(name, level)
+        held[one.case.source.name].append(low <= measured <= high)
+        widths.append((high - low) / one.predicted(name))
+    if not widths:
+        return None
+    return Coverage({source: (sum(some), len(some)) for source, some in held.items()}, median(widths))

@@ -1,0 +1,47 @@
+"""Fits the errors to expect of a prediction to the runs of a validation, and installs them."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import mopsim.intervals
+from mopsim.calibrate.errors import fit_errors
+from mopsim.common import io
+from mopsim.common.changes import sparse
+from mopsim.common.yaml_text import dump_yaml
+from mopsim.intervals import Cell, Errors
+from mopsim.validate.case import Case
+from mopsim.validate.scoring import trusted
+from mopsim.validate.simulated import Simulated, as_read
+from mopsim.validate.uncertain import cell
+
+INSTALLED = Path(mopsim.intervals.__file__).with_name("errors.yaml")
+MADE_BY = "python -m reports.validation.make"
+EXACT = 0.006
+EXACT_SOURCE = (
+    "tests/parity: peaks that the dry run plays lie within 1 %, which is taken for the 90 % interval"
+)
+
+
+def learn(runs: Iterable[tuple[Case, Simulated]]) -> Errors:
+    """From runs of grade A and B, as simulated: uncalibrated, and without a refusal."""
+    times: list[Cell] = []
+    peaks: list[Cell] = []
+    for case, result in runs:
+        if not trusted(case) or result.error:
+            continue
+        if case.measured.step_time:
+            times.append(cell(case, case.measured.step_time, result.step_time))
+        if case.measured.peak_memory:
+            peak = as_read(result, case.program().reading.memory, case.profile())
+            peaks.append(cell(case, case.measured.peak_memory, peak))
+    return Errors(
+        made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE,
+        step_time=fit_errors(times), peak_memory=fit_errors(peaks),
+    )  # fmt: skip
+
+
+def install(runs: Sequence[tuple[Case, Simulated]]) -> None:
+    """Write what is learned where mopsim reads it."""
+    errors = learn(runs)
+    io.write_text(INSTALLED, dump_yaml(sparse(errors)))
+    mopsim.intervals.known_errors.cache_clear()
