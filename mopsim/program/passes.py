@@ -197,7 +197,7 @@ class Passes:
         freed = self._input if self._wants_input(tape) else ()
         played = backward(tape, chosen, held)
         if self.context.stack.recompute.holds_output and chosen.again:
-            played = _holding(played, (("activations", self.context.hidden),))
+            played = _holding(played, ("activations", self.context.hidden))
         return template(played, self.context, "backward", freed, self.split)
 
     def _weights(self, tape: Tape) -> Template:
@@ -221,8 +221,13 @@ class Passes:
         return plan(tape, activations.recompute, activations.modules, activations.save_ops, early)
 
 
-def _holding(played: list[Played], made: tuple[Step, ...]) -> list[Played]:
-    """A pass with memory that lives as long as it."""
-    freed = tuple((category, -size) for category, size in made)
-    found = [replace(played[0], memory=(*made, *played[0].memory)), *played[1:]]
-    return [*found[:-1], replace(found[-1], memory=(*found[-1].memory, *freed))]
+def _holding(played: list[Played], one: Step) -> list[Played]:
+    """A reverse pass that begins and ends in a caller, who holds the layer's output, and its gradient once
+    that has been used."""
+    category, size = one
+    turn = next(place for place, item in enumerate(played) if item.backward)
+    found = list(played)
+    found[0] = replace(found[0], memory=(one, *found[0].memory))
+    found[turn] = replace(found[turn], memory=(*found[turn].memory, one))
+    found[-1] = replace(found[-1], memory=(*found[-1].memory, (category, -2 * size)))
+    return found

@@ -103,13 +103,13 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
 class Recompute(Spec, frozen=True, kw_only=True):
     """Habits of recomputation. stops_early: once the last value that the backward wants is there.
-    holds_output: what a layer's recomputation puts out lives until its backward is over (a reentrant
-    torch.utils.checkpoint). selective: modules that `selective` without a list of them runs again. kept:
-    kernels (categories.KEPT) that it keeps instead, running all others again (needs dense.tensor_parallel
-    1, else `selective` counts). chunk_inputs: how the backward of chunked experts has its inputs: sent
-    again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv 2609.14306). inputs: those
-    that are on the host come up one layer ahead, the last stays (`ahead`, Megatron-Core), or each when
-    its backward asks for it (`asked`, autograd's hooks on saved tensors)."""
+    holds_output: what a layer's recomputation puts out and its gradient live until its backward is over (a
+    reentrant torch.utils.checkpoint). selective: modules that `selective` without a list of them runs
+    again. kept: kernels (categories.KEPT) that it keeps instead, running all others again (needs
+    dense.tensor_parallel 1, else `selective` counts). chunk_inputs: how the backward of chunked experts
+    has its inputs: sent again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv
+    2609.14306). inputs: those that are on the host come up one layer ahead, the last stays (`ahead`,
+    Megatron-Core), or each when its backward asks for it (`asked`, autograd's hooks on saved tensors)."""
 
     stops_early: bool = False
     holds_output: bool = False
