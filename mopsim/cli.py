@@ -274,6 +274,68 @@ def validate(
     run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, interval, json)
 
 
+profiles = typer.Typer(no_args_is_help=True, help="Hardware profiles.")
+app.add_typer(profiles, name="profile")
+
+
+@profiles.command("new")
+def profile_new(
+    out: Annotated[str, typer.Option(help="where to write the profile (YAML)")],
+    name: Annotated[str | None, typer.Option(help="of the machine type, as h20-sxm-96g")] = None,
+    memory: o.Figure = None,
+    memory_bandwidth: o.Figure = None,
+    bf16: o.Figure = None,
+    fp8: o.Figure = None,
+    scale_up: o.Figure = None,
+    nic: o.Figure = None,
+    host_link: o.Figure = None,
+    host_memory: o.Figure = None,
+    power: o.Figure = None,
+    node_power: o.Figure = None,
+    price: o.Figure = None,
+    devices_per_node: Annotated[int | None, typer.Option(min=1, max=65536, help="GPUs of a node")] = None,
+    scale_up_size: Annotated[
+        int | None, typer.Option(min=1, max=65536, help="GPUs of one NVLink domain")
+    ] = None,
+    near: Annotated[
+        str | None, typer.Option(help="the known card that fills the rest; default: nearest")
+    ] = None,
+    architecture: Annotated[
+        str, typer.Option(help="look for the nearest card of this one: hopper, ...")
+    ] = "",
+    source: Annotated[
+        str | None, typer.Option(help="where the figures come from: a data sheet, a page")
+    ] = None,
+    tag: Annotated[
+        Literal["datasheet", "measured", "assumed"], typer.Option(help="of the figures")
+    ] = "datasheet",
+    ask: Annotated[bool, typer.Option("--ask", help="ask for what is not given")] = False,
+    model: Annotated[str | None, typer.Option(help="of the reference job, as elsewhere")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, max=65536, help="of the reference job")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="of the reference job")] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, help="of the reference job")] = None,
+    family: Annotated[str | None, typer.Option(help="families searched for its strategy")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, max=10**6, help="simulations of each family")] = None,
+    json: o.Json = None,
+) -> None:
+    """Describe a card that nobody measured: its figures, the nearest known card for the rest, and how much
+    each of those assumptions moves the step of a reference job."""
+    from mopsim.commands.profile import Card, run
+
+    figures = {
+        "memory": memory, "memory-bandwidth": memory_bandwidth, "bf16": bf16, "fp8": fp8,
+        "scale-up": scale_up, "nic": nic, "host-link": host_link, "host-memory": host_memory, "power": power,
+        "node-power": node_power, "price": price,
+    }  # fmt: skip
+    given = {figure: text for figure, text in figures.items() if text is not None}
+    card = Card(name, given, near, architecture, devices_per_node, scale_up_size, source, tag)
+    job = {
+        "model": model, "nodes": nodes, "seq_len": seq_len, "global_batch": global_batch, "families": family,
+        "budget": budget,
+    }  # fmt: skip
+    run(card, {key: value for key, value in job.items() if value is not None}, out, ask, json)
+
+
 @app.command()
 def explore(
     result: Annotated[

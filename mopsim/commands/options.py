@@ -49,6 +49,9 @@ Format = Annotated[
 Interval = Annotated[
     float, typer.Option(help="probability that what is measured lies in the intervals of time and memory")
 ]
+Figure = Annotated[
+    str | None, typer.Option(help="of the data sheet, with its unit (docs/profile-from-a-data-sheet.md)")
+]
 OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
 
 

@@ -11,7 +11,7 @@ from mopsim.spec.categories import RUNTIMES
 from mopsim.spec.observed import Observed
 from mopsim.spec.quantity import Quantity as Quantity
 from mopsim.spec.quantity import Tag as Tag
-from mopsim.spec.quantity import require_between, require_dimension
+from mopsim.spec.quantity import require_between, require_dimension, require_slower
 
 WORK_KINDS = (
     "matmul", "grouped_matmul", "attention", "memory_bound", "all_gather", "reduce_scatter", "all_reduce",
@@ -322,6 +322,12 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
             self.scale_up.oversubscription,
             "must be 1: only scale_out has leaves and a spine",
         )
+        if self.device_kind != "cpu":  # whose ranks share the memory that their links are made of
+            links = {
+                "host.link_h2d": self.host.link_h2d, "host.link_d2h": self.host.link_d2h,
+                "scale_up.peak": self.scale_up.peak, "scale_out.peak": self.scale_out.peak,
+            }  # fmt: skip
+            require_slower(links, self.device.memory_bandwidth)
         require_between(self, 0, 1, "communication_share")
         require_between(self, 1, 1.5, "framework_memory_scale")
         for kind in self.corrections:

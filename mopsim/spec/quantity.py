@@ -1,5 +1,6 @@
 """A number as its source gives it, and the rules that numbers of a profile keep."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from mopsim.common.errors import require
@@ -50,3 +51,14 @@ def require_dimension(owner: Spec, dimension: str, *fields: str) -> None:
             require(quantity.unit in known, f"{field}.unit", quantity.unit, rule)
             ceiling = f"{known[0]} is above {CEILINGS[dimension]:g}: check the unit"
             require(quantity.si <= CEILINGS[dimension], field, quantity.si, ceiling)
+
+
+def require_slower(links: Mapping[str, Quantity], memory: Quantity) -> None:
+    """Raise SpecError naming the first link (by field) that is faster than the device's memory,
+    where what comes over it is written."""
+    for field, link in links.items():
+        rule = (
+            f"{link.unit} is faster than device.memory_bandwidth, {memory.value:g} {memory.unit}, which "
+            "writes what the link brings: check the unit (bits, both ways, a node's)"
+        )
+        require(link.si <= memory.si, field, link.value, rule)

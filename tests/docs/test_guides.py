@@ -54,8 +54,12 @@ def test_commands_and_their_options_exist(page: Path) -> None:
     for package, command, rest in (found for block in blocks for found in COMMAND.findall(block)):
         commands: dict[str, Any] = typer.main.get_command(APPS[package]).commands  # type: ignore[attr-defined]
         assert command in commands, f"{package} {command}"
-        known = {option for one in commands[command].params for option in (*one.opts, *one.secondary_opts)}
-        asked = set(re.findall(r"--[a-z][a-z-]*", rest.partition("#")[0]))
+        asked_of = commands[command]
+        if inner := getattr(asked_of, "commands", None):
+            assert rest.split()[0] in inner, f"{package} {command} {rest}"
+            asked_of = inner[rest.split()[0]]
+        known = {option for one in asked_of.params for option in (*one.opts, *one.secondary_opts)}
+        asked = set(re.findall(r"--[a-z][a-z0-9-]*", rest.partition("#")[0]))
         assert asked <= known, f"{package} {command}: {asked - known}"
 
 

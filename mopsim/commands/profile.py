@@ -1,0 +1,153 @@
+"""`mopsim profile new`: a hardware profile from a data sheet, and what its assumptions are worth."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from mopsim.api.run import search
+from mopsim.api.sensitivity import Moved, sensitivity
+from mopsim.commands.console import human
+from mopsim.commands.progress import progress
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import format_seconds
+from mopsim.engine import SimResult
+from mopsim.report.tables import describe
+from mopsim.report.terminal import table
+from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
+from mopsim.spec.new_card import FIGURES, figures_of, nearest_card, new_card
+from mopsim.spec.profiles import list_profiles, load_profile
+
+BY = 0.2
+"""How far each assumption is moved."""
+QUIET = 5e-4
+"""Below this change of the step time an assumption is only named."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a card, as typed. figures: by the names of mopsim.spec.new_card.FIGURES."""
+
+    name: str | None
+    figures: Mapping[str, str]
+    near: str | None
+    architecture: str
+    devices_per_node: int | None
+    scale_up_size: int | None
+    source: str | None
+    tag: Tag
+
+
+def reference_job(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of mopsim.search: the job on which assumptions are weighed, as given, else as shipped."""
+    text = files("hardware_profiles").joinpath("data", "reference_job.yaml").read_text("utf-8")
+    return {**io.parse_yaml(text, "reference_job.yaml"), **given}
+
+
+def run(card: Card, job: Mapping[str, Any], out: str, ask: bool, json: str | None) -> None:
+    """Ask for what is not given, write the profile, show what each assumption moves. job: what of the
+    reference job is not as shipped."""
+    check_outputs({"--out": out, "--json": json})
+    console = human(json)
+    name, source, figures = card.name, card.source, dict(card.figures)
+    if ask:
+        console.print("Enter leaves a figure to the nearest known card, and tags it as assumed.")
+        name = name or typer.prompt("name of the machine type, as h20-sxm-96g", err=json == "-")
+        source = source or typer.prompt("where its figures come from", err=json == "-")
+        for figure in FIGURES:
+            if figure.name not in figures:
+                asked = f"{figure.meaning}, {figure.unit}"
+                text = typer.prompt(asked, default="", show_default=False, err=json == "-").strip()
+                figures |= {figure.name: text} if text else {}
+    if not name or not source:
+        raise MopError(f"--{'source' if name else 'name'}: not given, it is needed (or --ask)")
+    profile, near = made(card, name, source, figures)
+    io.write_yaml(Path(out), profile)
+    console.print(filled(profile, near, figures))
+    console.print(f"Written: {out}")
+    weighed = _weigh(profile, reference_job(job), console)
+    if json:
+        io.write_json(json, {"profile": profile, "near": near.name, **weighed})
+
+
+def made(
+    card: Card, name: str, source: str, figures: Mapping[str, str]
+) -> tuple[HardwareProfile, HardwareProfile]:
+    """The new profile, and the card that fills it. Raises MopError."""
+    given: dict[str, Quantity] = {
+        one.name: one.read(figures[one.name], card.tag, source) for one in FIGURES if one.name in figures
+    }
+    if card.near:
+        near = load_profile(card.near, "near")
+    else:
+        near = nearest_card([load_profile(one) for one in list_profiles()], given, card.architecture)
+    return new_card(name, given, near, card.devices_per_node, card.scale_up_size), near
+
+
+def filled(profile: HardwareProfile, near: HardwareProfile, figures: Mapping[str, str]) -> Any:
+    """The figures of the new profile, and where each comes from."""
+    shown = table(f"{profile.name}: what is not given is as {near.name}", ("figure",), ("value",))
+    shown.add_column("from")
+    for name, one in figures_of(profile).items():
+        known = "given" if name in figures else f"assumed, as {near.name}"
+        if name == "memory-bandwidth" and name in figures:
+            known = "given, times the share that kernels reach"
+        shown.add_row(name, f"{one.value:g} {one.unit}", known)
+    return shown
+
+
+def _weigh(profile: HardwareProfile, job: Mapping[str, Any], console: Any) -> dict[str, Any]:
+    """Simulate the reference job with each assumption 20 % lower and higher; show and return what moves."""
+    with progress(console, "weighing assumptions", None) as shown:
+        ranking = search(hardware=profile, top=1, **job)
+        best = ranking.best
+        if best is None:
+            console.print(f"No assumption is weighed: {ranking.headline()} (--model, --nodes, --seq-len)")
+            return {"reference": None, "assumptions": []}
+        found = sensitivity(best, BY, lambda done, what: shown(done, what))
+    console.print(weights(found, best.result, f"{ranking.inputs.where}: {describe(best.strategy)}"))
+    return {"reference": best.to_json(), "assumptions": [_json(one, best.result) for one in found]}
+
+
+def weights(found: list[Moved], base: SimResult, title: str) -> Group:
+    """The assumptions that move the step, most first; the names of those that do not."""
+    shown = table(
+        f"a step of {format_seconds(base.step_time)}, with each assumption 20 % lower and higher",
+        ("assumption",), ("value", "lower", "higher"),
+    )  # fmt: skip
+    moving = [one for one in found if one.swing(base) >= QUIET]
+    for one in moving:
+        cells = [
+            "-" if end is None else f"{change:+.1%}"
+            for end, change in zip((one.low, one.high), one.steps(base), strict=True)
+        ]
+        turned = [
+            f"{end.verdict} if {where}"
+            for end, where in ((one.low, "lower"), (one.high, "higher"))
+            if end is not None and end.verdict != base.verdict
+        ]
+        shown.add_row(", ".join([one.name, *turned]), one.value, *cells)
+    quiet = [one.name for one in found if one.swing(base) < QUIET]
+    lines = [
+        Text(title, style="dim"),
+        Text("An assumed price moves the cost as much as itself.", style="dim"),
+    ]
+    if quiet:
+        lines.append(Text(f"Under {QUIET:.2%} on this job: {', '.join(quiet)}", style="dim"))
+    return Group(shown, *lines)
+
+
+def _json(one: Moved, base: SimResult) -> dict[str, Any]:
+    low, high = one.steps(base)
+    return {
+        "name": one.name, "value": one.value, "step_time_lower": low, "step_time_higher": high,
+        "verdict_lower": one.low.verdict if one.low else None,
+        "verdict_higher": one.high.verdict if one.high else None,
+    }  # fmt: skip

@@ -1,0 +1,158 @@
+"""A profile from a data sheet: what is given, what follows it, what is assumed, and what that is worth."""
+
+import json
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mopsim
+from mopsim.api.sensitivity import assumptions, sensitivity
+from mopsim.cli import main
+from mopsim.common.io import to_plain
+from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.spec.new_card import figures_of, nearest_card, new_card
+from mopsim.spec.profiles import list_profiles, load_profile
+
+NEAR = load_profile("h200-sxm-141g")
+
+
+def sheet(value: float, unit: str) -> Quantity:
+    return Quantity(value=value, unit=unit, tag="datasheet", source="a sheet")
+
+
+FIGURES = {
+    "memory": sheet(96, "GB"), "memory-bandwidth": sheet(2.4, "TB/s"), "bf16": sheet(494.7, "TFLOP/s"),
+    "scale-up": sheet(225, "GB/s"), "power": sheet(400, "W"),
+}  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str, typed: str = "") -> int:
+    monkeypatch.setattr(sys, "argv", ["mopsim", "profile", "new", *arguments])
+    monkeypatch.setattr(sys, "stdin", StringIO(typed))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def tags(node: Any, found: set[str]) -> set[str]:
+    if isinstance(node, dict):
+        found |= {node["tag"]} if "tag" in node else set()
+        node = list(node.values())
+    for one in node if isinstance(node, list | tuple) else ():
+        tags(one, found)
+    return found
+
+
+def test_what_follows_a_figure_scales_with_it() -> None:
+    card = new_card("new", FIGURES, NEAR)
+    half = pytest.approx(0.5, rel=1e-3)
+    assert card.device.memory_bandwidth.si / NEAR.device.memory_bandwidth.si == half  # 2.4 of 4.8 TB/s
+    assert card.device.adam_rate.si / NEAR.device.adam_rate.si == half
+    rates = {one.dtype: one.peak.si for one in card.device.matmul}
+    assert [rates[one.dtype] / one.peak.si for one in NEAR.device.matmul] == [half] * len(rates)
+    for name, curve in card.scale_up.collectives.items():
+        assert curve.bandwidth.si / NEAR.scale_up.collectives[name].bandwidth.si == half
+    assert card.node_power is not None
+    assert card.node_power.si == pytest.approx(10200 - 8 * 300)
+    assert card.scale_out == new_card("other", {}, NEAR).scale_out
+
+
+def test_what_is_not_given_is_assumed_and_says_of_which_card() -> None:
+    assert tags(to_plain(new_card("new", {}, NEAR)), set()) == {"assumed"}
+    card = new_card("new", FIGURES, NEAR)
+    assert card.device.memory.tag == card.device.matmul[0].peak.tag == "datasheet"
+    assert card.host.link_h2d.tag == "assumed"
+    assert card.host.link_h2d.source.startswith("as h200-sxm-141g (measured): nvbandwidth")
+
+
+def test_a_card_is_nearest_to_itself() -> None:
+    known = [load_profile(name) for name in list_profiles()]
+    for one in known:
+        if one.device.architecture:
+            found = nearest_card(known, figures_of(one), one.device.architecture)
+            assert figures_of(found) == figures_of(one)
+    with pytest.raises(mopsim.MopError, match="architecture: 'volta' is not one of ada, ampere"):
+        nearest_card(known, {}, "volta")
+
+
+def test_sensitivity_moves_what_it_says() -> None:
+    card = new_card("new", FIGURES, NEAR)
+    job = {"nodes": 1, "seq_len": "4K", "global_batch": 16, "strategy": mopsim.mop(expert_parallel=8)}
+    found = sensitivity(mopsim.simulate("olmoe_1b_7b", card, **job))
+    names = [one.name for one in found]
+    assert names == list(dict.fromkeys(names))
+    assert {"device.matmul.*.efficiency", "scale_up.collectives.*.bandwidth", "host.link_h2d"} <= set(names)
+    base = mopsim.simulate("olmoe_1b_7b", card, **job).result
+    assert [one.swing(base) for one in found] == sorted((one.swing(base) for one in found), reverse=True)
+    products = next(one for one in found if one.name == "device.matmul.*.efficiency")
+    lower, higher = products.steps(base)
+    assert higher < 0 < lower
+
+
+def test_only_assumptions_are_weighed() -> None:
+    assert "device.memory" not in assumptions(to_plain(new_card("new", FIGURES, NEAR)))
+    assert "device.memory" in assumptions(to_plain(new_card("new", {}, NEAR)))
+
+
+def test_the_command_asks_and_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, said = tmp_path / "new.yaml", tmp_path / "new.json"
+    typed = "new-card\na sheet\n96 GB\n4.0TB/s\n148\n" + "\n" * 7 + "1.2\n"
+    job = ["--model", "olmoe_1b_7b", "--nodes", "1", "--seq-len", "4K", "--global-batch", "16"]
+    options = ["--architecture", "hopper", "--family", "mop", "--budget", "1", "--json", str(said)]
+    assert call(monkeypatch, "--ask", "--out", str(out), *job, *options, typed=typed) == 0
+    card = mopsim.load_hardware(out)
+    assert (card.name, card.device.memory.si, card.device.architecture) == ("new-card", 96e9, "hopper")
+    assert card.price_per_device_hour is not None
+    assert card.price_per_device_hour.value == 1.2
+    printed = capsys.readouterr().out
+    assert "with each assumption 20 % lower and higher" in printed
+    found = json.loads(said.read_text())
+    assert found["assumptions"][0].keys() >= {"name", "value", "step_time_lower", "step_time_higher"}
+
+
+MISTAKES = [
+    (["--name", "x"], "--source: not given"),
+    (["--source", "x"], "--name: not given"),
+    (
+        ["--name", "x", "--source", "s", "--memory", "96 TFLOP/s"],
+        "memory: '96 TFLOP/s' is not a number of B, KB",
+    ),
+    (["--name", "x", "--source", "s", "--nic", "fast"], "nic: 'fast' is not a number of B/s"),
+    (["--name", "x", "--source", "s", "--near", "h900"], "near: 'h900' is neither a profile nor a file"),
+    (
+        ["--name", "x", "--source", "s", "--near", "a100-sxm-80g", "--fp8", "1"],
+        "fp8: a100-sxm-80g has no fp8",
+    ),
+    (
+        ["--name", "x", "--source", "s", "--near", "h200-sxm-141g", "--nic", "50TB/s"],
+        "is faster than device.mem",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_a_mistake_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    arguments: list[str], says: str,
+) -> None:  # fmt: skip
+    assert call(monkeypatch, *arguments, "--out", str(tmp_path / "new.yaml")) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["host.link_h2d", "scale_up.peak", "scale_out.peak"])
+def test_a_link_faster_than_memory_is_refused_with_the_reason(field: str) -> None:
+    data = to_plain(NEAR)
+    part, name = field.split(".")
+    data[part][name] = {**data[part][name], "value": 4.2, "unit": "TB/s"}
+    with pytest.raises(
+        mopsim.MopError, match=f"hardware.{field}: 4.2 TB/s is faster than device.memory_bandwidth"
+    ):
+        mopsim.common.io.convert(data, HardwareProfile, "hardware")
