@@ -35,6 +35,7 @@ def simulate(
     stack: o.StackName = None,
     seed: o.Seed = 0,
     interval: o.Interval = 0.9,
+    seal: o.Seal = None,
     json: o.Json = None,
 ) -> None:
     """Simulate one strategy: step time, memory by category, exposed time."""
@@ -44,7 +45,7 @@ def simulate(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
         interval=interval,
     )  # fmt: skip
-    run(job, strategy, trace, plan, json)
+    run(job, strategy, trace, plan, seal, json)
 
 
 @app.command()
@@ -76,6 +77,7 @@ def search(
     stack: o.StackName = None,
     seed: o.Seed = 0,
     interval: o.Interval = 0.9,
+    seal: o.Seal = None,
     json: o.Json = None,
 ) -> None:
     """Rank the strategies that fit; write the winner as a plan."""
@@ -85,7 +87,7 @@ def search(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
         stack, interval,
     )  # fmt: skip
-    run(job, top, family, runnable, risk, any_routing, budget, plan, json)
+    run(job, top, family, runnable, risk, any_routing, budget, plan, seal, json)
 
 
 @app.command()
@@ -266,11 +268,17 @@ def validate(
         typer.Option(help="what a prediction has not learned from: its source, its network, or nothing"),
     ] = "source",
     interval: o.Interval = 0.9,
+    sealed: Annotated[str | None, typer.Option(help="a prediction that --seal wrote before its run")] = None,
+    measurements: Annotated[str | None, typer.Option(help="with --sealed: its run's directory")] = None,
     json: o.Json = None,
 ) -> None:
     """Predict measured runs; show the errors, and how many intervals hold, of sources never seen."""
+    from mopsim.commands.sealed import run as score_sealed
     from mopsim.commands.validate import run
 
+    if sealed:
+        score_sealed(sealed, measurements, json)
+        return
     run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, interval, json)
 
 

@@ -20,6 +20,7 @@ from mopsim.search import SearchResult
 from mopsim.search.result import plan_json
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
+from mopsim.validate.sealed import seal
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -194,6 +195,12 @@ class Simulation(Result):
     def save_plan(self, path: str | Path) -> None:
         """Write the plan as YAML. Raises MopError where it cannot be written."""
         io.write_yaml(Path(path), self.plan())
+
+    def seal(self, path: str | Path) -> str:
+        """Write the prediction, its intervals and all that it was made from before the run, under a hash,
+        which is returned; `mopsim validate --sealed` scores it. Raises MopError where it can't be written."""
+        i = self.inputs
+        return seal(Path(path), self.plan(), i.hardware, self.result, i.interval)
 
     def save_trace(self, path: str | Path, job: Mapping[str, Any] | None = None) -> None:
         """Simulate once more with its timeline, and write it for Perfetto or chrome://tracing (JSON)."""

@@ -1,17 +1,16 @@
 """What runs teach: a profile corrected by a user's own runs, and the errors to expect from published ones."""
 
+from mopsim.calibrate.observed import expected
 from mopsim.calibrate.profile import (
     UNSEEN_STRATEGY,
     CalibrationResult,
     Residual,
     calibrate,
-    check_output,
     engine_simulate,
     floor,
-    load_measurement,
-    on_stack,
     uncorrected,
 )
+from mopsim.calibrate.runs import check_output, load_measurement, on_stack
 
 __all__ = [
     "UNSEEN_STRATEGY",
@@ -20,6 +19,7 @@ __all__ = [
     "calibrate",
     "check_output",
     "engine_simulate",
+    "expected",
     "floor",
     "load_measurement",
     "on_stack",

@@ -11,7 +11,6 @@ on the uncorrected curves: calibrating twice is calibrating once with more runs.
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -26,12 +25,11 @@ from mopsim.calibrate.fit import (
     median_noise,
     scatter,
 )
+from mopsim.calibrate.observed import Seen, observed
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.spec import upgrade
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
-from mopsim.spec.stack import Stack
 
 KIN = (("matmul", "grouped_matmul"), ("optimizer", "host_optimizer"))
 """Kinds that err alike: one that no run exercised is scaled as its kin are."""
@@ -122,6 +120,7 @@ class CalibrationResult:
             "step_errors": {which: self.step_errors(which) for which in ("before", "after", "held_out")},
             "corrections": io.to_plain(self.profile.corrections),
             "framework_memory_scale": self.profile.framework_memory_scale,
+            "observed": io.to_plain(self.profile.runs_seen),
             "residuals": rows,
         }
 
@@ -173,17 +172,23 @@ def calibrate(
         for i, run in enumerate(runs):
             others = [other for other in runs if other is not run]
             held_out[i] = simulate(run.plan, _corrected(profile, bare, others, simulate))
-    residuals = []
+    residuals, seen = [], []
     for run, unseen in zip(runs, held_out, strict=True):
         before = simulate(run.plan, profile) if profile.corrections else run.base
-        residuals += _residuals(run, before, simulate(run.plan, new), unseen)
+        after = simulate(run.plan, new)
+        told = unseen or after
+        seen.append(Seen(run.measurement, run.digest, told.step_time, told.peak_memory))
+        residuals += _residuals(run, before, after, unseen)
+    new = msgspec.structs.replace(new, observed=observed(seen))
     stacks = tuple(dict.fromkeys(run.plan.stack.name for run in runs))
     return CalibrationResult(new, tuple(residuals), _uncertainty(runs, residuals), tuple(digests), stacks)
 
 
 def uncorrected(profile: HardwareProfile) -> HardwareProfile:
     """The profile by its curves alone: what corrections are fitted on."""
-    return msgspec.structs.replace(profile, corrections={}, framework_memory_scale=1.0)
+    return msgspec.structs.replace(
+        profile, corrections={}, framework_memory_scale=1.0, observed=msgspec.UNSET
+    )
 
 
 def _check(profile: HardwareProfile, measurements: Sequence[Measurement], digests: Sequence[str]) -> None:
@@ -368,29 +373,3 @@ def _uncertainty(runs: Sequence[_Run], residuals: Sequence[Residual]) -> float:
     spread = sum(error**2 for error in errors) / (len(errors) if held_out else 1)
     noise = statistics.fmean(run.noise**2 for run in runs)
     return float((spread + noise) ** 0.5)
-
-
-def load_measurement(ref: str | Path) -> Measurement:
-    """The measurement of a run: its directory, or the file itself. Raises MopError in one line."""
-    path = Path(ref)
-    if not io.exists(path):
-        raise MopError(f"measurements: {str(ref)!r} is neither a run directory nor a measurement.yaml")
-    target = path / "measurement.yaml" if path.is_dir() else path
-    if not target.exists():
-        raise MopError(f"measurements: {str(ref)!r} has no measurement.yaml: the run has not finished")
-    return upgrade.load_measurement(target)
-
-
-def on_stack(measurement: Measurement, stack: Stack) -> Measurement:
-    """The same run, told to be of another program. Raises MopError where it does not do the
-    strategy."""
-    plan = measurement.plan
-    strategy = msgspec.structs.replace(plan.strategy, stack=stack.name)
-    plan = msgspec.structs.replace(plan, strategy=strategy, stack=stack)
-    return msgspec.structs.replace(measurement, plan=plan)
-
-
-def check_output(profile: str | Path, out: str | Path) -> None:
-    """Raise MopError where the new profile would be written over the one it is fitted from."""
-    if io.exists(Path(profile)) and io.exists(Path(out)) and Path(out).samefile(profile):
-        raise MopError(f"out: {str(out)!r} is the profile that is calibrated: name another file, it is kept")

@@ -5,12 +5,21 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.calibrate import CalibrationResult, calibrate, check_output, load_measurement, on_stack
+from mopsim.calibrate import (
+    CalibrationResult,
+    calibrate,
+    check_output,
+    expected,
+    load_measurement,
+    on_stack,
+)
 from mopsim.commands.console import human
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds
 from mopsim.report.terminal import table
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.plan import Plan
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 
@@ -37,6 +46,11 @@ def run(
         f"{result.profile.name} (digest {io.digest(result.profile)}) written to {out}; "
         f"expect a step within about {result.uncertainty:.0%}"
     )
+    for plan in {one.plan.stack.name: one.plan for one in given}.values():
+        console.print(
+            f"90 % of further runs on {plan.stack.name}: {_departures(plan, result.profile)} of the "
+            f"prediction (by {known.name}: {_departures(plan, known)})"
+        )
     if len(result.runs) == 1:
         console.print(
             "one run: no run was held out to tell the error, and what another runtime costs is guessed; add "
@@ -44,6 +58,11 @@ def run(
         )
     if json:
         io.write_json(json, result.to_json())
+
+
+def _departures(plan: Plan, profile: HardwareProfile) -> str:
+    """'-12 % to +18 %': where a measured step lies."""
+    return " to ".join(f"{end - 1:+.0%}" for end in expected(plan, profile).interval(1.0))
 
 
 def residuals(result: CalibrationResult) -> Table:

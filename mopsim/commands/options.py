@@ -52,6 +52,12 @@ Interval = Annotated[
 Figure = Annotated[
     str | None, typer.Option(help="of the data sheet, with its unit (docs/profile-from-a-data-sheet.md)")
 ]
+Seal = Annotated[
+    str | None,
+    typer.Option(
+        help="write the prediction with its inputs here, hashed, for validate --sealed after the run"
+    ),
+]
 OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
 
 

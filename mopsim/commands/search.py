@@ -21,10 +21,11 @@ def run(
     any_routing: bool,
     budget: int,
     plan: str | None,
+    seal: str | None,
     json: str | None,
 ) -> None:
     """Search with a progress line, show the ranking, write the winner's plan and the JSON."""
-    check_outputs({"--plan": plan, "--json": json})
+    check_outputs({"--plan": plan, "--seal": seal, "--json": json})
     console = human(json)
     with progress(console, "searching", None) as shown:
 
@@ -58,7 +59,10 @@ def run(
         console.print(f"  {count:>9,}  {reason}", style="dim")
     if json:
         io.write_json(json, ranking.to_json())
-    if plan:
-        if not ranking.best:
-            raise MopError(f"--plan: {plan} not written: {found.verdict()}")
+    for option, path in (("--plan", plan), ("--seal", seal)):
+        if path and not ranking.best:
+            raise MopError(f"{option}: {path} not written: {found.verdict()}")
+    if plan and ranking.best:
         ranking.best.save_plan(plan)
+    if seal and ranking.best:
+        console.print(f"sealed in {seal}: sha256 {ranking.best.seal(seal)}")

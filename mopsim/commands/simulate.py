@@ -11,19 +11,24 @@ from mopsim.common.outputs import check_outputs
 from mopsim.report.tables import breakdown, comparison
 
 
-def run(job: Job, strategy: str, trace: str | None, plan: str | None, json: str | None) -> None:
+def run(
+    job: Job, strategy: str, trace: str | None, plan: str | None, seal: str | None, json: str | None
+) -> None:
     """Simulate, show, and write what was asked for."""
-    check_outputs({"--trace": trace, "--plan": plan, "--json": json})
+    check_outputs({"--trace": trace, "--plan": plan, "--seal": seal, "--json": json})
     step = simulate(strategy=strategy, **job.keywords())
     made = step.plan() if plan else None
     if trace:
         step.save_trace(trace, asdict(job))
     if plan and made:
         io.write_yaml(Path(plan), made)
+    sealed = step.seal(seal) if seal else ""
     console = human(json)
     console.print(step.inputs.parameters, style="dim")
     console.print(comparison([step.result], step.inputs.where, step.inputs.interval))
     console.print(breakdown(step.result))
+    if sealed:
+        console.print(f"sealed in {seal}: sha256 {sealed}")
     for note in step.notes:
         console.print(note, style="yellow")
     if json:

@@ -88,6 +88,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
+def format_probability(value: float) -> str:
+    """'0.97', '>0.99' or '<0.01': what rounds to 0 or 1 is not certain."""
+    return ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"
+
+
 _DECIMAL_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from mopsim.common.io import to_plain
+from mopsim.common.units import format_probability
 from mopsim.engine.record import Span
 from mopsim.intervals import SURE, Facts, Memory, Spread, of_peak_memory, of_step_time
 from mopsim.spec.stack import Stack
@@ -103,7 +104,15 @@ class SimResult:
 
     @property
     def verdict(self) -> str:
-        return f"fits with probability {self.p_fits:.2f}" if self.fits else "out of memory"
+        """P(fits) in words: `fits` from SURE on, `may not fit` below, `out of memory` where a point does not."""
+        if not self.fits:
+            return "out of memory"
+        return "fits" if self.sure else "may not fit"
+
+    @property
+    def odds(self) -> str:
+        """'fits with probability 0.97' or 'out of memory'."""
+        return f"fits with probability {format_probability(self.p_fits)}" if self.fits else self.verdict
 
     def step_time_interval(self, level: float = 0.9) -> tuple[float, float]:
         """Seconds between which a measured step lies with probability `level`."""

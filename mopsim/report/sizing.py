@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
-from mopsim.common.units import format_bytes, format_seconds
-from mopsim.report.tables import describe, probability
+from mopsim.common.units import format_bytes, format_probability, format_seconds
+from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
@@ -65,7 +65,7 @@ def _details(point: Point) -> str:
         f"{bill.device_hours:,.0f} device-hours; free: "
         f"device {_headroom(result.memory_limit, result.peak_memory)}; host "
         f"{_headroom(result.host_limit, result.host_memory)}; fits with probability "
-        f"{probability(result.p_fits)}"
+        f"{format_probability(result.p_fits)}"
     )
 
 

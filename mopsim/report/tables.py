@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Group
 from rich.text import Text
 
-from mopsim.common.units import format_bytes, format_seconds
+from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals import SURE
 from mopsim.report.terminal import numbered, size, table
@@ -79,7 +79,7 @@ def _offloaded(s: Strategy) -> list[str]:
 
 def row(result: SimResult) -> list[str]:
     """The cells of COLUMNS."""
-    verdict = probability(result.p_fits)
+    verdict = format_probability(result.p_fits)
     if not result.fits:
         verdict = f"does not fit: {result.over}, {format_bytes(result.over_bytes)} over"
     exposed = sum(result.exposed.values())
@@ -111,11 +111,6 @@ def beside(interval: tuple[float, float], value: float, text: str) -> str:
     )
 
 
-def probability(value: float) -> str:
-    """'0.97'; what rounds to 0 or 1 is not certain."""
-    return ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"
-
-
 def comparison(results: Sequence[SimResult], title: str, level: float = 0.9) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
     level: of the intervals."""
@@ -134,7 +129,7 @@ def comparison(results: Sequence[SimResult], title: str, level: float = 0.9) -> 
             f"{result.mfu:.0%}", f"{exposed / result.step_time:.0%}", size(result.peak_memory),
             beside(result.peak_memory_interval(level), result.peak_memory, size(result.peak_memory)),
             size(result.host_memory),
-            probability(result.p_fits) if result.fits else "out", style=style,
+            format_probability(result.p_fits) if result.fits else "out", style=style,
         )  # fmt: skip
         lines.append(Text(f"{describe(result.strategy)}{_beyond(result)}", style=style))
     limits = {(result.memory_limit, result.host_limit) for result in results}
@@ -173,7 +168,7 @@ def _beyond(result: SimResult) -> str:
         return f": {result.over} is {format_bytes(result.over_bytes)} over"
     chances = {"device": result.p_device, "host": result.p_host}
     return "".join(
-        f": {name} memory is enough with probability {probability(chance)}"
+        f": {name} memory is enough with probability {format_probability(chance)}"
         for name, chance in chances.items()
         if chance < SURE
     )

@@ -11,8 +11,10 @@ import msgspec
 
 from mopsim.common import io
 from mopsim.common.changes import changed, sparse
-from mopsim.common.errors import MopError, require, require_at_least, require_name
+from mopsim.common.errors import MopError, SpecError, require, require_at_least, require_name
 from mopsim.common.json_text import parse_json
+from mopsim.cost.compute import matmul_curve
+from mopsim.graph.flops import flops_per_token
 from mopsim.intervals import network, products
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -23,6 +25,8 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
+PASSES = 3
+"""A backward pass takes twice the FLOP of the forward one."""
 Changes = dict[str, Any]
 """Dotted field -> value that differs from the preset's."""
 
@@ -148,6 +152,32 @@ def _program(name: str, changes: str) -> Stack:
     return changed(load_stack(name, "strategy.stack"), json.loads(changes), "stack_changes")
 
 
+def least_time(case: Case) -> float:
+    """Seconds that a step takes at least: model FLOP of its tokens, nothing recomputed, over the fastest peak
+    that its products may have. Raises MopError naming the field."""
+    model, training, hardware = case.network(), case.training, case.profile()
+    precision = case.resolved().precision
+    chosen = {precision.compute, precision.matmul} - {"compute"}
+    peak = max(matmul_curve(hardware, one).peak.si for one in chosen)
+    tokens = training.seq_len * training.global_batch
+    flops = PASSES * sum(flops_per_token(model, training.seq_len).values()) * tokens
+    return flops / (peak * case.strategy.world_size)
+
+
+def check_possible(case: Case) -> None:
+    """Raise SpecError where a measured step beats the limit of its hardware."""
+    measured = case.measured.step_time
+    if measured is None:
+        return
+    least = least_time(case)
+    if measured < least:
+        raise SpecError(
+            "measured.step_time", measured,
+            f"seconds beat the limit: {least:.3g} s is what the network's FLOP take at the peak of "
+            f"{case.strategy.world_size} devices of {case.hardware}; check the time, the batch, the devices",
+        )  # fmt: skip
+
+
 def read_cases(path: Path) -> list[Case]:
     """Cases of a file: JSON lines (.jsonl), else a YAML list. Raises MopError with file, case, field and
     rule."""
@@ -170,6 +200,7 @@ def read_cases(path: Path) -> list[Case]:
             case.network()
             case.profile()
             case.program().check_strategy(case.strategy)
+            check_possible(case)
         except MopError as error:
             raise MopError(f"{where}: case {number}: {error}") from None
     return cases

@@ -18,7 +18,7 @@ from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
-from mopsim.validate.case import Case, Changes, Measured, Source, machine
+from mopsim.validate.case import Case, Changes, Measured, Source, check_possible, machine
 from mopsim.validate.facts import facts
 from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
@@ -73,7 +73,7 @@ def _case(known: Facts, models: dict[str, Row]) -> Case:
     training.check_strategy(split)
     training.check_model(model)
     program.check_strategy(split)
-    return Case(
+    case = Case(
         id=row["run_id"], model=named, hardware=row["gpu"], strategy=split, training=training,
         num_nodes=ceil_div(degrees.world, hardware.devices_per_node), model_changes=changes,
         stack_changes=known.of("stack"), measured=_measured(row, approximations),
@@ -81,6 +81,8 @@ def _case(known: Facts, models: dict[str, Row]) -> Case:
         assumptions=(*assumed, *(rule.id for rule in known.rules)),
         source=Source(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
     )  # fmt: skip
+    _refused("step_time_s", check_possible, case)
+    return case
 
 
 def _refused(field: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

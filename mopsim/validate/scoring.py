@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from mopsim.common import io
+from mopsim.common.units import format_probability
 from mopsim.intervals import Cell, Memory, Spread, cells
 from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, Point
@@ -73,7 +74,11 @@ class Scored:
 
     @property
     def verdict(self) -> str:
-        return f"fits with probability {self.p_fits:.2f}" if self.simulated.fits else "out of memory"
+        return (
+            f"fits with probability {format_probability(self.p_fits)}"
+            if self.simulated.fits
+            else "out of memory"
+        )
 
 
 def _error(predicted: float, measured: float | None) -> float | None:

@@ -348,3 +348,32 @@ def test_measured_runs_may_be_told_to_be_of_another_program() -> None:
     assert run.plan.stack == load_stack("deepspeed")
     assert run.plan.strategy.stack == "deepspeed"
     assert calibrate(PROFILE, [run], simulate).to_json()["stacks"] == ["deepspeed"]
+
+
+def test_few_runs_narrow_the_interval_and_it_holds_a_run_that_they_lack() -> None:
+    truth = {"per_op": 6e-6, "constant": 2e-3}
+    unseen, widths = measured("c", MACHINE, **truth), []
+    for names in ("", "a", "ab"):
+        runs = [measured(name, MACHINE, **truth) for name in names]
+        profile = calibrate(PROFILE, runs, simulate).profile if runs else PROFILE
+        assert sum(one.runs for one in profile.runs_seen) == len(runs)
+        low, high = calibration.expected(unseen.plan, profile).interval(
+            simulate(unseen.plan, profile).step_time
+        )
+        widths.append(high / low)
+        assert not runs or low <= unseen.step_time_median <= high
+    assert widths == sorted(widths, reverse=True)
+    assert widths[2] < 0.8 * widths[0]
+
+
+def test_what_was_observed_goes_through_a_file_and_nothing_else_changes_the_digest(tmp_path: Path) -> None:
+    assert "observed" not in io.to_plain(PROFILE)
+    result = calibrate(PROFILE, [measured(name, MACHINE) for name in "ab"], simulate)
+    path = tmp_path / "profile.yaml"
+    io.write_yaml(path, result.profile)
+    assert load_profile(path) == result.profile
+    bad = path.read_text().replace("runs: 2", "runs: 0")
+    assert bad != path.read_text()
+    path.write_text(bad)
+    with pytest.raises(MopError, match=r"hardware\.observed\[0\]\.runs: 0 must be at least 1"):
+        load_profile(path)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -17,7 +18,7 @@ from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import calibration
 from mopsim.validate.calibration import Fit, Point
-from mopsim.validate.case import write_cases
+from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
 from mopsim.validate.parallelism import UnsupportedError
@@ -106,6 +107,7 @@ def test_a_cut_network_keeps_its_leading_dense_layers() -> None:
     ("changes", "field"),
     [
         ({"recompute": "unknown"}, "recompute"),
+        ({"step_time_s": "0.01"}, "step_time_s"),
         ({"micro_batch": ""}, "micro_batch"),
         ({"global_batch": ""}, "global_batch"),
         ({"pp": "2", "dp": "4", "vp": "", "sharding": "zero1"}, "vp"),
@@ -299,3 +301,47 @@ def test_a_cell_that_is_no_measure_is_one_line_that_names_it(text: str) -> None:
 def test_traffic_of_a_kept_score_is_that_of_softmax_and_dropout() -> None:
     """Elements of two bytes, masks of one: softmax, dropout; dropout, softmax, which reads its result."""
     assert SCORE_BYTES == {"forward": 2 * 2 + (2 * 2 + 1), "backward": (2 * 2 + 1) + 3 * 2}
+
+
+def test_a_time_that_beats_the_hardware_is_refused_in_a_line(tmp_path: Path) -> None:
+    case = read_case(row(), MODELS)
+    least = least_time(case)
+    flops = 3 * 2 * 8.03e9 * 16 * 4096
+    assert least == pytest.approx(flops / (8 * 989.4e12), rel=0.15)
+    fast = msgspec.structs.replace(case, measured=Measured(step_time=0.99 * least))
+    write_cases(tmp_path / "cases.jsonl", [fast])
+    with pytest.raises(
+        MopError, match=r"case 1: measured\.step_time: .* seconds beat the limit: .* s is what"
+    ):
+        read_cases(tmp_path / "cases.jsonl")
+    write_cases(tmp_path / "cases.jsonl", [case])
+    assert read_cases(tmp_path / "cases.jsonl") == [case]
+
+
+def test_a_refusal_names_its_field_once() -> None:
+    strange = {"ep": "3", "model": "qwen3_30b_a3b", "num_layers": "48", "routing": "balanced"}
+    rows = [row("a", recompute="unknown"), row("b", sharding="zero1", **strange)]
+    found = to_json(validate_runs(rows, MODELS, jobs=1), [])
+    assert [one["status"] for one in found["runs"]] == ["unsupported"] * 2
+    for one in found["runs"]:
+        assert one["reason"].startswith(f"{one['field']}: ")
+        assert one["reason"].count(f"{one['field']}:") == 1
+
+
+def test_an_interval_learns_from_what_the_hold_out_leaves() -> None:
+    """Of networks of a source that are all twice as slow as simulated: nothing, if the source is left out;
+    something, if the network is."""
+    models = {"one": "llama3_8b", "two": "qwen3_8b", "three": "llama2_7b"}
+    alone = validate_runs([row(name, model) for name, model in models.items()], MODELS, jobs=1).scored
+    slow = [
+        row(name, model, step_time_s=str(2 * one.simulated.step_time))
+        for (name, model), one in zip(models.items(), alone, strict=True)
+    ]
+    held = validate_runs(slow, MODELS, jobs=1).held
+    (source, *_), (network, *_) = held["source"], held["model"]
+    low, high = source.interval("step_time", 0.9)
+    assert low < source.simulated.step_time < high < 2 * source.simulated.step_time * 1.2
+    near, far = network.interval("step_time", 0.9)
+    assert far / near < high / low
+    assert near < (network.case.measured.step_time or 0.0) < far
+    assert 0 <= source.p_fits <= 1

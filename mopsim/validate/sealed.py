@@ -1,0 +1,138 @@
+"""Predictions that are sealed before the run: a file of the inputs and what is predicted of them, under a
+hash that shows whether a byte was changed, and scored when the run was measured."""
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mopsim
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.engine import SimResult
+from mopsim.intervals import known_errors
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.plan import Measurement, Plan
+
+FORMAT = "mopsim sealed prediction 1"
+PARTS = ("model", "strategy", "training", "stack")
+"""What of a plan a run must have in common with the sealed one."""
+
+
+class Sealed(io.Spec, frozen=True, kw_only=True):
+    """A prediction, and all that it was made from.
+
+    plan: model, strategy, training, stack and cluster. hardware: the whole profile. interval: probability of
+    the intervals. step_time_s, peak_memory_bytes: predicted, with their intervals (low, high). p_fits:
+    probability that the memory is enough. versions: of mopsim, Python and the digest of the errors that the
+    intervals are made of. made: when, UTC.
+    """
+
+    plan: Plan
+    hardware: HardwareProfile
+    interval: float
+    step_time_s: float
+    step_time_interval_s: tuple[float, float]
+    peak_memory_bytes: int
+    peak_memory_interval_bytes: tuple[float, float]
+    fits: bool
+    p_fits: float
+    versions: dict[str, str]
+    made: str
+
+
+def seal(path: Path, plan: Plan, hardware: HardwareProfile, result: SimResult, level: float) -> str:
+    """Write the sealed prediction of a plan; returns its hash. Raises MopError where it cannot be written."""
+    sealed = Sealed(
+        plan=plan, hardware=hardware, interval=level, step_time_s=result.step_time,
+        step_time_interval_s=result.step_time_interval(level), peak_memory_bytes=result.peak_memory,
+        peak_memory_interval_bytes=result.peak_memory_interval(level), fits=result.fits,
+        p_fits=result.p_fits, versions=_versions(), made=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    content = io.to_plain(sealed)
+    found = _hash(content)
+    text = json.dumps({"format": FORMAT, "sha256": found, "sealed": content}, indent=1)
+    io.write_text(path, text + "\n")
+    return found
+
+
+def _versions() -> dict[str, str]:
+    errors = io.digest(known_errors())
+    return {"mopsim": mopsim.__version__, "python": platform.python_version(), "errors": errors}
+
+
+def _hash(content: Any) -> str:
+    """SHA-256 of the canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_sealed(path: Path) -> Sealed:
+    """A sealed prediction, as it was sealed. Raises MopError where a byte of it was changed since."""
+    whole = io.read_yaml(path, "sealed")
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        raise MopError(f"sealed: {path}: is not a sealed prediction: its format is not {FORMAT!r}")
+    told, content = whole.get("sha256"), whole.get("sealed")
+    if not isinstance(content, dict) or told != _hash(content):
+        raise MopError(
+            f"sealed: {path}: altered after it was sealed: sha256 {told!s:.12} is not that of its content, "
+            f"{_hash(content):.12}"
+        )
+    return io.convert(content, Sealed, "sealed", str(path))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One quantity of a sealed prediction beside what was measured: seconds or bytes."""
+
+    quantity: str
+    predicted: float
+    low: float
+    high: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1.0
+
+    @property
+    def within(self) -> bool:
+        return self.low <= self.measured <= self.high
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "quantity": self.quantity, "predicted": self.predicted, "interval": [self.low, self.high],
+            "measured": self.measured, "error": self.error, "within": self.within,
+        }  # fmt: skip
+
+
+def outcomes(sealed: Sealed, run: Measurement) -> list[Outcome]:
+    """What became of it. Raises MopError where the run is of something else than was sealed."""
+    for part in PARTS:
+        ours, theirs = (io.digest(getattr(plan, part)) for plan in (sealed.plan, run.plan))
+        if ours != theirs:
+            raise MopError(f"measurements: plan.{part}: {theirs} is not what was sealed, {ours}")
+    ours, theirs = io.digest(sealed.hardware), run.plan.hardware.digest
+    if ours != theirs:
+        raise MopError(f"measurements: plan.hardware.digest: {theirs} is not what was sealed, {ours}")
+    found = [Outcome("step_time_s", sealed.step_time_s, *sealed.step_time_interval_s, run.step_time_median)]
+    if run.peak_memory > 0:
+        peak = (float(sealed.peak_memory_bytes), *sealed.peak_memory_interval_bytes)
+        found.append(Outcome("peak_memory_bytes", *peak, float(run.peak_memory)))
+    return found
+
+
+def score_json(sealed: Sealed, run: Measurement) -> dict[str, Any]:
+    """The keys of `mopsim validate --sealed --json`."""
+    return {
+        "sealed": {
+            "made": sealed.made, "versions": sealed.versions, "interval": sealed.interval,
+            "p_fits": sealed.p_fits, "hardware": sealed.hardware.name,
+            "model": sealed.plan.model.name, "strategy": io.to_plain(sealed.plan.strategy),
+        },
+        "outcomes": [one.to_json() for one in outcomes(sealed, run)],
+        "routing_as_sealed": run.routing == sealed.plan.training.routing,
+    }  # fmt: skip

@@ -1,0 +1,79 @@
+"""Sealed predictions: written before a run, refused where a byte was changed, scored by the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import mopsim
+from mopsim.api.results import Simulation
+from mopsim.cli import app
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.spec.plan import Measurement
+from mopsim.validate.sealed import open_sealed
+
+
+def predicted(**changes: int) -> Simulation:
+    job = {"seq_len": 256, "global_batch": 4, **changes}
+    return mopsim.simulate("tiny", "cpu-2core", strategy=mopsim.fsdp2(), interval=0.8, **job)
+
+
+def measured(step: Simulation, folder: Path, seconds: float, peak: int = 0) -> Path:
+    run = Measurement(
+        plan=step.plan(), world_size=2, steps=2, warmup=1, step_times=(seconds,), step_time_median=seconds,
+        tokens_per_second=1.0, kinds={}, peak_memory=peak, memory_by_category={}, host_memory=0,
+        first_loss=1.0, last_loss=1.0, environment={},
+    )  # fmt: skip
+    io.write_yaml(folder / "measurement.yaml", run)
+    return folder
+
+
+def scored(sealed: Path, run: Path | None, tmp_path: Path) -> tuple[int, str, dict[str, object]]:
+    out = tmp_path / "scored.json"
+    command = ["validate", "--sealed", str(sealed), "--json", str(out)]
+    done = CliRunner().invoke(app, command + (["--measurements", str(run)] if run else []))
+    text = done.output if done.exception is None else f"{done.output}{done.exception}"
+    return done.exit_code, text, json.loads(out.read_text()) if out.exists() else {}
+
+
+def test_a_sealed_prediction_is_scored_by_its_run(tmp_path: Path) -> None:
+    step, path = predicted(), tmp_path / "sealed.json"
+    assert len(step.seal(path)) == 64
+    low, high = step.result.step_time_interval(0.8)
+    run = measured(step, tmp_path / "run", 0.99 * high, 2 * step.peak_memory_bytes)
+    code, text, found = scored(path, run, tmp_path)
+    assert code == 0, text
+    time, memory = found["outcomes"]
+    assert (time["quantity"], time["within"], memory["within"]) == ("step_time_s", True, False)
+    assert time["interval"] == [low, high]
+    assert memory["error"] == pytest.approx(-0.5)
+    assert found["sealed"]["p_fits"] == step.p_fits
+    assert set(found["sealed"]["versions"]) == {"mopsim", "python", "errors"}
+
+
+@pytest.mark.parametrize("number", ['"interval": 0.8', '"seq_len": 256', '"hidden_size": 256'])
+def test_a_changed_byte_is_seen(tmp_path: Path, number: str) -> None:
+    step, path = predicted(), tmp_path / "sealed.json"
+    step.seal(path)
+    text = path.read_text()
+    assert number in text
+    path.write_text(text.replace(number, f"{number}1", 1))
+    with pytest.raises(
+        MopError, match=r"altered after it was sealed: sha256 [0-9a-f]{12} is not that of its"
+    ):
+        open_sealed(path)
+
+
+def test_another_run_does_not_score_it(tmp_path: Path) -> None:
+    step, path = predicted(), tmp_path / "sealed.json"
+    step.seal(path)
+    other = measured(predicted(global_batch=8), tmp_path / "run", 1.0)
+    code, text, _ = scored(path, other, tmp_path)
+    assert code
+    assert "plan.training" in text
+    assert "is not what was sealed" in text
+    assert "--measurements: not given" in scored(path, None, tmp_path)[1]
+    with pytest.raises(MopError, match="is not a sealed prediction"):
+        open_sealed(other / "measurement.yaml")
