@@ -156,7 +156,7 @@ class Simulation(Result):
         return (
             f"{tables.describe(r.strategy)} on {r.stack.name}: {format_seconds(r.step_time)} a step, "
             f"{r.tokens_per_second_per_device:,.0f} tokens/s per GPU, {format_bytes(r.peak_memory)} of "
-            f"{format_bytes(r.memory_limit)}, {r.verdict}"
+            f"{format_bytes(r.memory_limit)}, {r.odds}"
         )
 
     def _results(self) -> Sequence[SimResult]:

@@ -75,7 +75,7 @@ class Point:
 
     @property
     def verdict(self) -> str:
-        """With what probability it fits, out of memory, or not legal."""
+        """fits, may not fit, out of memory, or not legal."""
         return self.result.verdict if self.result else "not legal"
 
     @property

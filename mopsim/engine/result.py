@@ -104,7 +104,7 @@ class SimResult:
 
     @property
     def verdict(self) -> str:
-        """P(fits) in words: `fits` from SURE on, `may not fit` below, `out of memory` where a point does not."""
+        """P(fits) in words: `fits` from SURE on, else `may not fit`; `out of memory` where a point is not."""
         if not self.fits:
             return "out of memory"
         return "fits" if self.sure else "may not fit"

@@ -155,7 +155,7 @@ def _small_batch(training: TrainSpec, result: SimResult) -> str:
 def _memory_reason(found: SearchResult) -> str:
     """What stops a search that found nothing with room to spare."""
     if found.best:
-        return f"{found.best.verdict} only"
+        return f"{found.best.odds} only"
     least = found.closest
     if least:
         by = format_bytes(least.over_bytes)

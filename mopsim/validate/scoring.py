@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from mopsim.common import io
-from mopsim.common.units import format_probability
-from mopsim.intervals import Cell, Memory, Spread, cells
+from mopsim.intervals import SURE, Cell, Memory, Spread, cells
 from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, Point
 from mopsim.validate.case import Case
@@ -74,11 +73,10 @@ class Scored:
 
     @property
     def verdict(self) -> str:
-        return (
-            f"fits with probability {format_probability(self.p_fits)}"
-            if self.simulated.fits
-            else "out of memory"
-        )
+        """P(fits) in words, as SimResult.verdict."""
+        if not self.simulated.fits:
+            return "out of memory"
+        return "fits" if self.p_fits >= SURE else "may not fit"
 
 
 def _error(predicted: float, measured: float | None) -> float | None:

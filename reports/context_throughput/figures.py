@@ -181,7 +181,9 @@ def reach_figure(path: Path, study: Study) -> Path:
         axis.minorticks_off()
         axis.set_yticks(ticks, names)
         axis.invert_yaxis()
-        axis.set_xlabel("longest context that fits, tokens (*: at risk; \u2020: with the smallest step only)")
+        axis.set_xlabel(
+            "longest context that fits, tokens (*: may not fit; \u2020: with the smallest step only)"
+        )
         axis.set_title(
             f"MoP reaches {range_of(study, 'mop')} tokens, FSDP2 {farthest(study)} where it runs, by rules"
         )

@@ -129,16 +129,16 @@ def write_context(
         Section(
             "MoP over FSDP2",
             "The same whole steps, in as many microbatches as are fastest for each. A plan that fits goes "
-            "before a faster one at risk, so a more restricted row (starred) can be faster: MoP's lead over "
-            "it is the smaller one in the tables. Larger steps narrow the lead (see the variants), and "
+            "before a faster one that may not, so a more restricted row (starred) can be faster: MoP's lead "
+            "over it is the smaller one in the tables. Larger steps narrow the lead (see the variants), and "
             "simulated rates lie above the published ones (see below).",
             picture=("ratio.png", "the ratio of throughputs over context length, a line a network"),
         ),
         Section(
             "How far, and what stops it",
             "The longest context, of lengths that double; in brackets the category that crosses the limit in "
-            "the strategy that misses by least. A star: at risk, the upper bound of its memory is beyond a "
-            f"limit. {smaller(study)} " + as_printed(study),
+            "the strategy that misses by least. A star: it fits with a probability below 0.9. "
+            f"{smaller(study)} " + as_printed(study),
             rules_table(study),
             ("reach.png", "the longest context of each contender, by network"),
         ),

@@ -69,7 +69,7 @@ def test_small_spaces_enumerated_whole(family: str, memory: float) -> None:
     every: list[SimResult] = []
     for index in range(len(space)):
         result = simulate(TINY, hardware, 1, space.build(index), TRAINING)
-        if result.verdict == "fits":
+        if result.sure:
             every.append(result)
     found = asked((family,), 40, memory)
     if not every:

@@ -36,7 +36,7 @@ const SHAPES = [
   "M-5,0A5,5 0 1 0 5,0A5,5 0 1 0 -5,0Z", "M-5,-5H5V5H-5Z", "M0,-6L6,5H-6Z", "M0,-7L6,0L0,7L-6,0Z",
   "M0,6L6,-5H-6Z", "M-6,-2H-2V-6H2V-2H6V2H2V6H-2V2H-6Z", "M0,-6L6,-1L4,6H-4L-6,-1Z", "M-6,-6L6,6M6,-6L-6,6",
 ];
-const STATES = { fits: "", "at risk": "at-risk", "out of memory": "over" };
+const STATES = { fits: "", "may not fit": "at-risk", "out of memory": "over" };
 
 // A column or an axis has one unit, the largest that its largest value reaches.
 const UNITS = {

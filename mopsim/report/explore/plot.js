@@ -30,7 +30,7 @@ function scaled(axis, values, from, to) {
 const line = (points) => `M${points.map((one) => one.map((value) => value.toFixed(1)).join(",")).join("L")}`;
 
 function marker(index, mark, tint) {
-  const hollow = mark === "at risk", over = mark === "out of memory";
+  const hollow = mark === "may not fit", over = mark === "out of memory";
   const shape = svg("path", { d: SHAPES[over ? 7 : index % 7], fill: hollow || over ? "#fff" : tint, stroke: hollow || over ? tint : "#222", "stroke-width": hollow || over ? 2.5 : 1 });
   return hollow || over ? svg("g", {}, svg("path", { d: SHAPES[over ? 7 : index % 7], fill: "none", stroke: "#222", "stroke-width": 4.5 }), shape) : shape;
 }
@@ -108,7 +108,7 @@ function plot(view) {
   const toggled = (name, on) => { if (on) hidden.delete(name); else hidden.add(name); draw(last); };
   drawn(box, (width) => { last = width; draw(width); });
   const used = new Set(inside.map((one) => (one.y === null ? "out of memory" : one.mark)));
-  const says = [used.has("at risk") ? "hollow: at risk (its upper bound of memory is over the limit)" : "", used.has("out of memory") ? "cross: does not fit" : "",
+  const says = [used.has("may not fit") ? "hollow: may not fit (with a probability below 0.9)" : "", used.has("out of memory") ? "cross: does not fit" : "",
     inside.some((one) => one.front) ? "dashed line: Pareto front" : "", view.diagonal ? "grey: within 10 % of measured" : "",
     inside.some((one) => one.yr || one.xr) ? "bands and bars: intervals" : ""].filter(Boolean).join("; ");
   return [legend(names, (index) => marker(index, "", PALETTE[index % 8]), toggled), box, says ? el("p", { class: "says" }, `${says}.`) : null];

@@ -65,7 +65,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("MFU", "fraction", lambda one: one.found["mfu"]),
     ("exposed", "fraction", lambda one: exposed(one.found)),
     ("memory", "bytes", lambda one: one.found["peak_memory_bytes"]),
-    ("memory at most", "bytes", lambda one: one.found.get("peak_memory_upper_bytes")),
+    ("memory, 95 %", "bytes", lambda one: one.found.get("peak_memory_upper_bytes")),
     ("limit", "bytes", lambda one: one.found["memory_limit_bytes"]),
     ("host", "bytes", lambda one: one.found.get("host_memory_bytes")),
     ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
@@ -104,7 +104,7 @@ def told(step: Step) -> list[tuple[str, Cell, str]]:
         ("step", found["step_time_s"], "seconds"), ("at least", low, "seconds"), ("at most", high, "seconds"),
         ("tokens/s per GPU", found["tokens_per_s_per_device"], "number"), ("MFU", found["mfu"], "fraction"),
         ("exposed", exposed(found), "fraction"), ("memory", found["peak_memory_bytes"], "bytes"),
-        ("memory at most", found.get("peak_memory_upper_bytes"), "bytes"),
+        ("memory, 95 %", found.get("peak_memory_upper_bytes"), "bytes"),
         ("P(fits)", found.get("p_fits"), "fraction"),
     ]  # fmt: skip
 
