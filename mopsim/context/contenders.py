@@ -11,8 +11,8 @@ from importlib.resources import files
 from typing import Literal
 
 from mopsim.common.io import Spec, convert, parse_yaml
+from mopsim.search.axes import axes_of
 from mopsim.search.problem import CHUNKED, DEVICE, EXCHANGES, FULL, HOST, ULYSSES, Axes, Problem, divisors
-from mopsim.search.space import AXES
 
 _GATHERED = EXCHANGES.index("all_gather")
 _RING = EXCHANGES.index("ring")
@@ -81,7 +81,7 @@ class Contender(Spec, frozen=True, kw_only=True):
 
     def most_split(self, problem: Problem) -> int:
         """Ranks that can share one sequence."""
-        key, values = _splitting(self.axes(problem, AXES[self.family](problem)))
+        key, values = _splitting(self.axes(problem, axes_of(problem, self.family)))
         heads, found = problem.model.num_attention_heads, [1]
         for value in values:
             split, row = _split(key, value), _row(key, value)

@@ -16,8 +16,9 @@ from mopsim.graph.flops import flops_per_token, layer_kinds
 from mopsim.graph.shapes import attention_widths
 from mopsim.graph.tensors import tensors
 from mopsim.search.layer import Layer
-from mopsim.search.problem import DEVICE, HOST, RING, STREAMED, ULYSSES, offloaded
+from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, ULYSSES, offloaded
 from mopsim.search.space import Space
+from mopsim.search.stages import IDEAL, load
 from mopsim.search.wires import Message, Reals, Wires
 from mopsim.spec.categories import RUNTIMES
 
@@ -112,6 +113,8 @@ class Bounder:
         layers = self.model.num_hidden_layers
         self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
         """Share of the layer inputs that goes to the host."""
+        self.state_away = np.where(c["state"] == DEVICE, 0.0, c["state_parts"] / PARTS)
+        """Share of the optimizer state that is on the host."""
 
     def all(self) -> Bounds:
         device, parts = self.device_memory()
@@ -141,10 +144,11 @@ class Bounder:
 
     def waiting(self) -> Reals:
         """Bytes of one microbatch on the device that wait for the backward: the layer inputs that do not go
-        to the host, or, without recomputation, all that it wants."""
+        to the host, or, without any recomputation, all that it wants."""
         full = self.inputs()
         some = full / (self.model.hidden_size * self.compute) * self.layer.least
-        stay = np.where(self.c["recompute"] == 1, full, np.maximum(some, full))
+        again = (self.c["recompute"] == 1) | (self.c["modules"] > 0)
+        stay = np.where(again, full, np.maximum(some, full))
         return np.asarray(stay - self.away * full)
 
     def in_backward(self) -> Reals:
@@ -162,15 +166,16 @@ class Bounder:
         return np.asarray(self.away * self.inputs() * (1 - last))
 
     def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
-        c, on_device = self.c, self.c["state"] == DEVICE
+        c = self.c
         weights, state = self.held()
         params = np.where(c["offload"] == 1, 0, weights * self.param)
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
-        optimizer = np.where(on_device, state * (self.master() + self.moments), 0)
+        optimizer = (1 - self.state_away) * state * (self.master() + self.moments)
         early = np.zeros_like(grads) if self.fully_shard else grads
         boundaries = self.waiting()
         vocabulary = self.model.vocab_size / np.maximum(c["vocabulary"], c["tensor"])
         logits = self.tokens / c["loss_slices"] * vocabulary * self.compute
+        logits = np.where(c["pipeline"] == 1, logits, 0.0)  # of a stage with fewer layers, it may be
         resident = params + optimizer
         last = np.maximum(
             logits, self.in_backward() - boundaries * c["pipeline"] / self.model.num_hidden_layers
@@ -195,7 +200,7 @@ class Bounder:
 
     def host_memory(self) -> Reals:
         weights, state = self.held()
-        off = np.where(self.c["state"] == DEVICE, 0, state * (self.master() + self.moments))
+        off = self.state_away * state * (self.master() + self.moments)
         off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
         return off + self.moved()
 
@@ -237,21 +242,25 @@ class Bounder:
         return np.asarray(share * traffic / device.memory_bandwidth.si * self.scale("memory_bound"))
 
     def slowest_stage(self) -> Reals:
-        """`compute_time` of the slowest rank: of a pipeline, the last stage, which has the loss, or the last
-        of those that have a layer more; with what a microbatch takes on the way there and back."""
+        """`compute_time` of the slowest rank: of a pipeline, the stage whose layers (of the last, with the
+        loss) and what a microbatch takes on the way there and back are most."""
         c, training = self.c, self.problem.training
         mean = self.compute_time()
         if not bool((c["pipeline"] > 1).any()):
             return mean
-        stages, parts = c["pipeline"], c["pipeline"] * c["virtual_stages"]
         kinds = layer_kinds(self.model, training.seq_len)
-        layer = np.minimum.reduce([self.work(dict(flops)) for flops, _ in kinds]) * stages
-        head = self.work({"vocabulary": flops_per_token(self.model, training.seq_len)["vocabulary"]}) * stages
-        few, extra = np.divmod(self.model.num_hidden_layers, parts)
-        one, ahead = layer / self.microbatches, np.minimum(extra, stages) - 1
-        last = c["virtual_stages"] * few * layer + head + (stages - 1) * few * one
-        most = (c["virtual_stages"] * few + 1) * layer + ahead * (few + 1) * one
-        return np.asarray(np.maximum.reduce([mean, last, np.where(extra > 0, most, 0.0)]))
+        layer = np.minimum.reduce([self.work(dict(flops)) for flops, _ in kinds]) * c["pipeline"]
+        flops = {"vocabulary": flops_per_token(self.model, training.seq_len)["vocabulary"]}
+        head, one, found = self.work(flops) * c["pipeline"], layer / self.microbatches, mean.copy()
+        laid = (c["pipeline"] * 1000 + c["virtual_stages"]) * 10 + c["layout"]
+        chosen = (c["pipeline"] > 1) & (c["layout"] != IDEAL)
+        for code in np.unique(laid[chosen]).astype(np.int64).tolist():
+            rows, stages = laid == code, code // 10000
+            stage = load(self.model, stages, code // 10 % 1000, code % 10)
+            each = np.outer(layer[rows], stage.layers) + np.outer(one[rows], stage.before)
+            each[:, -1] += head[rows]
+            found[rows] = np.maximum(found[rows], each.max(axis=1))
+        return found
 
     def work(self, flops: Mapping[str, float]) -> Reals:
         """Seconds of a rank's share of forward FLOP by component, with backward and recompute."""
@@ -298,7 +307,8 @@ class Bounder:
         gathers = c["reshard"] + 1
         unit = self.sizes.largest_expert_unit / c["experts"]
         times, experts = layers * self.microbatches, self.sizes.moe_layers * self.microbatches
-        shard, copies, apart = c["dense_shard"], c["expert_shard"], c["experts"] * c["expert_tensor"]
+        shard, copies = c["dense_shard"], c["expert_shard"]
+        apart = np.where(c["strided"] == 1, 1, c["experts"] * c["expert_tensor"])
         return [
             Message("all_gather", dense * self.compute, shard, times * gathers, c["tensor"]),
             Message("reduce_scatter", dense * self.reduce, shard, times, c["tensor"]),
@@ -326,9 +336,11 @@ class Bounder:
         moe_layers = self.sizes.moe_layers / c["pipeline"] * np.maximum(c["chunks"], 1)
         times = self.microbatches * moe_layers * (4 + c["recompute"])
         heads = np.where(c["exchange"] == ULYSSES, c["sequence"], 1)
+        far = np.where(c["strided"] == 1, self.stage / c["experts"], c["expert_tensor"])
+        once = np.where(c["dispatcher"] > 0, m.num_experts_per_tok, 0)
         return [
             Message("all_to_all", sent, heads, 2 * passes, c["tensor"]),
-            Message("all_to_all", routes, c["experts"], times, c["expert_tensor"]),
+            Message("all_to_all", routes, c["experts"], times, far, once),
         ]
 
     def copy_time(self) -> Reals:
@@ -344,10 +356,9 @@ class Bounder:
     def optimizer_time(self) -> Reals:
         _, state = self.held()
         device, host = self.hardware.device, self.hardware.host
-        on_device = state / device.adam_rate.si * self.scale("optimizer")
-        streamed = (
-            state * (self.wide + self.moments) / host.link_h2d.si * host.link_sharing * self.scale("h2d")
-        )
-        on_host = state / host.adam_rate.si * self.scale("host_optimizer")
-        code = self.c["state"]
-        return np.asarray(np.where(code == DEVICE, on_device, np.where(code == HOST, on_host, streamed)))
+        on_device = (1 - self.state_away) * state / device.adam_rate.si * self.scale("optimizer")
+        each = self.scale("h2d") / host.link_h2d.si * host.link_sharing
+        streamed = self.state_away * state * (self.wide + self.moments) * each
+        on_host = self.state_away * state / host.adam_rate.si * self.scale("host_optimizer")
+        away = np.where(self.c["state"] == HOST, on_host, streamed)
+        return np.asarray(np.maximum(on_device, away))

@@ -9,12 +9,23 @@ from msgspec.structs import replace
 
 from mopsim import strategies
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.search.problem import CHUNKED, EXCHANGES, PARTS, STATES, Problem, offloaded
+from mopsim.search.problem import (
+    CHUNKED,
+    DEVICE,
+    DISPATCHERS,
+    EXCHANGES,
+    PARTS,
+    RECOMPUTED,
+    STATES,
+    Problem,
+    offloaded,
+)
 from mopsim.search.problem import tokens as tokens_of
+from mopsim.search.stages import IDEAL, layers_of
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import CAST, Strategy
-from mopsim.strategies import STACKS
+from mopsim.strategies import AS_STACK, STACKS
 
 Row = dict[str, int]
 
@@ -58,11 +69,19 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     "tensor_parallel": _column("tensor"),
     "pipeline_parallel": _column("pipeline"),
     "virtual_stages": _column("virtual_stages"),
+    "stage_layers": lambda problem, row: (
+        layers_of(problem.model, row["pipeline"], row["virtual_stages"], row["layout"]) or ()
+    ),
     "context_parallel": _column("sequence"),
     "context_exchange": lambda problem, row: EXCHANGES[row["exchange"]],
     "expert_parallel": _column("experts"),
     "expert_tensor_parallel": _column("expert_tensor"),
     "expert_fsdp": _column("expert_shard"),
+    "rank_placement": lambda problem, row: "strided" if row["strided"] else "contiguous",
+    "token_dispatcher": lambda problem, row: DISPATCHERS[row["dispatcher"]],
+    "overlap": lambda problem, row: (
+        replace(AS_STACK, experts=True) if row["overlap"] and row["layout"] != IDEAL else AS_STACK
+    ),
     "vocab_parallel": _column("vocabulary"),
     "fsdp": _column("dense_shard"),
     "expert_chunk_tokens": lambda problem, row: ceil_div(tokens_of(problem, row), max(row["chunks"], 1)),
@@ -70,10 +89,14 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     "loss": lambda problem, row: "chunked" if row["loss"] == CHUNKED else "full",
     "loss_chunk_tokens": _slices("loss_slices"),
     "optimizer": lambda problem, row: STATES[row["state"]],
+    "optimizer_on_host": lambda problem, row: 0.0 if row["state"] == DEVICE else row["state_parts"] / PARTS,
     "optimizer_bucket_params": _column("bucket"),
     "offload_inputs": lambda problem, row: bool(row["boundary_host"]),
     "offload_inputs_bytes": _budget,
-    "recompute": lambda problem, row: "full" if row["recompute"] else "none",
+    "recompute": lambda problem, row: (
+        "full" if row["recompute"] else "selective" if row["modules"] else "none"
+    ),
+    "recompute_modules": lambda problem, row: RECOMPUTED[row["modules"]],
     "offload": lambda problem, row: bool(row["offload"]),
     "reshard_after_forward": lambda problem, row: bool(row["reshard"]),
     "dtype": lambda problem, row: problem.compute,

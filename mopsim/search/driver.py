@@ -15,7 +15,8 @@ from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.result import NOT_RUN, SearchResult
-from mopsim.search.space import IN_8_BITS, Space, generate
+from mopsim.search.space import IN_8_BITS, Space
+from mopsim.search.staged import candidates
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -117,20 +118,21 @@ def _gap(left: Sequence[float], best: SimResult | None) -> float | None:
 
 def _pool(problem: Problem, family: str, options: Options, result: SearchResult) -> Pool | None:
     """Generate and bound a family; count what memory rules out. None where nothing is left."""
-    space = generate(problem, family, options.axes)
-    result.candidates += len(space) + space.rejected.total()
+    space, beyond = candidates(problem, family, options.axes)
+    every = len(space) + len(beyond)
+    result.candidates += every + space.rejected.total()
     result.rejected.update(space.rejected)
     if not len(space):
         return None
     if problem.precision in CAST and family not in IN_8_BITS:
-        result.rejected[f"{family}: has no products in {problem.precision}"] += len(space)
+        result.rejected[f"{family}: has no products in {problem.precision}"] += every
         return None
     reason = runnable(space.build(0), problem.model, stack=space.stack) if options.runnable else None
     if reason is not None:
-        result.rejected[f"{NOT_RUN}: {reason}"] += len(space)
+        result.rejected[f"{NOT_RUN}: {reason}"] += every
         return None
     bounds = bound(space)
-    result.bounded += len(space)
+    result.bounded += every
     device, host = problem.hardware.memory_limit(), problem.hardware.host_limit()
     over = bounds.device > device
     names = list(bounds.parts)
@@ -142,7 +144,9 @@ def _pool(problem: Problem, family: str, options: Options, result: SearchResult)
     if not len(keep):
         _closest(space, bounds, result)
         return None
-    return Pool.of(space, bounds, keep.astype(np.int64))
+    pool = Pool.of(space, bounds, keep.astype(np.int64))
+    pool.rest = np.concatenate([pool.rest, beyond])
+    return pool
 
 
 def _closest(space: Space, bounds: Bounds, result: SearchResult) -> None:

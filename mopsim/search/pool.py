@@ -19,12 +19,15 @@ _TOGETHER = {
     "expert_shard": "experts",
     "expert_tensor": "experts",
     "boundary_parts": "boundary_host",
+    "layout": "virtual_stages",
+    "modules": "recompute",
     "bucket": "state",
+    "state_parts": "state",
     "offload": "state",
     "loss_slices": "loss",
 }
 #: Columns that decide how large transients are beside the tokens of a rank.
-_TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute")
+_TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute", "modules")
 MOST = 200_000
 """Candidates that a pool holds: three in four of the best guesses, one in four the leanest of the others."""
 HOPE = 0.03

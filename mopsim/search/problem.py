@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
-from mopsim.spec.strategy import CAST, DType, Exchange, MatmulDType
+from mopsim.spec.strategy import CAST, Dispatcher, DType, Exchange, MatmulDType
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import State
 
@@ -25,21 +25,32 @@ FULL, CHUNKED, RING = 0, 1, 2
 ULYSSES = 0
 
 PARTS = 4
-"""`boundary_parts` of so many are the layer inputs that go to the host, where they do."""
+"""`boundary_parts` of so many are the layer inputs that go to the host, where they do; `state_parts` of so
+many is the optimizer state that does."""
 
 STATES: tuple[State, ...] = ("device", "host_streamed", "host")
 EXCHANGES: tuple[Exchange, ...] = ("ulysses", "ring", "all_gather")
+DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "deepep", "hybridep")
+RECOMPUTED: tuple[tuple[str, ...], ...] = (
+    (), ("core_attn",), ("layernorm",), ("moe_act",), ("layernorm", "moe_act"), ("mla_up_proj",), ("mlp",),
+    ("mla_up_proj", "mlp"), ("mla_up_proj", "layernorm", "moe_act"), ("moe",), ("mla_up_proj", "moe"),
+)  # fmt: skip
+"""Modules that selective recomputation runs again, by the code in the `modules` column: those of published
+recipes of Megatron-Bridge (perf_recipes/) and of Megatron-Core's default, and whole experts."""
 
 DEFAULTS = {
     "micro_batch": 1,
     "tensor": 1,
     "pipeline": 1,
     "virtual_stages": 1,
+    "layout": 0,
     "sequence": 1,
     "exchange": ULYSSES,
     "experts": 1,
     "expert_tensor": 1,
     "expert_shard": 1,
+    "strided": 0,
+    "dispatcher": 0,
     "vocabulary": 1,
     "dense_shard": 1,
     "chunks": 0,
@@ -47,13 +58,16 @@ DEFAULTS = {
     "loss": FULL,
     "loss_slices": 1,
     "state": DEVICE,
+    "state_parts": PARTS,
     "bucket": 100_000_000,
     "boundary_host": 0,
     "boundary_parts": PARTS,
     "recompute": 1,
+    "modules": 0,
     "reshard": 1,
     "offload": 0,
     "zero": 3,
+    "overlap": 0,
 }
 
 

@@ -3,33 +3,17 @@ built before it is needed."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.common.units import DTYPE_BYTES
+from mopsim.search.axes import MINOR, axes_of
 from mopsim.search.build import build
-from mopsim.search.problem import (
-    CHUNKED,
-    DEFAULTS,
-    DEVICE,
-    EXCHANGES,
-    FULL,
-    HOST,
-    PARTS,
-    RING,
-    STREAMED,
-    ULYSSES,
-    Axes,
-    Column,
-    Problem,
-    divisors,
-    tokens,
-)
-from mopsim.spec.layout import ceil_div
+from mopsim.search.problem import DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
+from mopsim.search.stages import EVEN, IDEAL, layers_of
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
@@ -37,6 +21,10 @@ from mopsim.strategies import STACKS
 
 IN_8_BITS = ("fsdp2", "megatron")
 """Families whose products may be cast (CAST)."""
+
+Columns = dict[str, Column]
+Relation = tuple[str, tuple[str, ...], Callable[[Columns], NDArray[np.bool_]]]
+"""What a row breaks; the columns that it is about beside those of the ranks; whether rows keep it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ class Space:
 
     family: str
     problem: Problem
-    columns: dict[str, Column]
+    columns: Columns
     rejected: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
@@ -59,11 +47,12 @@ class Space:
 
     def take(self, rows: Column) -> "Space":
         """The rows of these places, in their order."""
-        columns = {
-            name: column[rows] if column.strides[0] else np.broadcast_to(column[:1], len(rows))
-            for name, column in self.columns.items()
-        }
-        return Space(self.family, self.problem, columns)
+        return Space(self.family, self.problem, _taken(self.columns, rows))
+
+    def having(self, **values: int) -> "Space":
+        """The same rows with other values in some columns."""
+        same = {name: np.broadcast_to(np.int64(value), len(self)) for name, value in values.items()}
+        return Space(self.family, self.problem, {**self.columns, **same})
 
     def row(self, index: int) -> dict[str, int]:
         return {name: int(column[index]) for name, column in self.columns.items()}
@@ -84,213 +73,201 @@ class Space:
 
 def generate(problem: Problem, family: str, change: Callable[[Problem, Axes], Axes] | None = None) -> Space:
     """All legal candidates of a family: the product of its axes (as `change` leaves them), less the rows that
-    break a relation between two."""
-    axes = AXES[family](problem)
-    columns = _product(change(problem, axes) if change else axes)
+    break a relation between two; what breaks one of the first axes is not multiplied by the others."""
+    axes = axes_of(problem, family)
+    axes = change(problem, axes) if change else axes
+    return expanded(trunk(problem, family, axes), axes)
+
+
+def trunk(problem: Problem, family: str, axes: Axes) -> Space:
+    """The legal rows of the axes that are not minor; the columns of these have no meaning yet."""
+    minor = minor_of(axes)
+    columns = _product({key: values for key, values in axes.items() if key not in minor})
     rejected: Counter[str] = Counter()
+    return Space(family, problem, _legal(problem, columns, rejected, set(), _named(minor)), rejected)
+
+
+def expanded(space: Space, axes: Axes) -> Space:
+    """The rows of a trunk, each with every legal combination of the minor axes' values."""
+    columns, rejected, later = space.columns, Counter(space.rejected), minor_of(axes)
+    for key, values in list(later.items()):
+        del later[key]
+        columns = _times(columns, key, values)
+        columns = _legal(space.problem, columns, rejected, set(_names(key)), _named(later))
+    return Space(space.family, space.problem, columns, rejected)
+
+
+def minor_of(axes: Axes) -> Axes:
+    """The minor axes among some; `MINOR` says what bounds each."""
+    return {key: values for key, values in axes.items() if key in MINOR}
+
+
+def _named(axes: Axes) -> set[str]:
+    return {name for key in axes for name in _names(key)}
+
+
+def _legal(
+    problem: Problem, columns: Columns, rejected: Counter[str], new: set[str], later: set[str]
+) -> Columns:
+    """The rows that keep the relations about columns that are new (all, where none is named), none of which
+    comes later; the others are counted."""
     keep = np.ones(len(columns["micro_batch"]), dtype=np.bool_)
-    for reason, legal in _relations(problem, columns):
+    for reason, about, legal in _relations(problem, columns):
+        if (new and not new.intersection(about)) or later.intersection(about):
+            continue
         broken = keep & ~legal(columns)
         if broken.any():
             rejected[reason] += int(broken.sum())
             keep &= ~broken
-    count = int(keep.sum())
-    if count < len(keep):
-        columns = {
-            name: column[keep] if column.strides[0] else np.broadcast_to(column[:1], count)
-            for name, column in columns.items()
-        }
-    return Space(family, problem, columns, rejected)
+    return columns if keep.all() else _taken(columns, np.flatnonzero(keep))
 
 
-def _product(axes: Axes) -> dict[str, Column]:
-    """Columns of the Cartesian product, the last axis fastest. A key that is a tuple of names takes tuples of
-    values that go together. A column of one value takes no memory (a stride of 0)."""
-    size = math.prod(len(values) for values in axes.values())
-    columns: dict[str, Column] = {
-        name: np.broadcast_to(np.int64(value), size) for name, value in DEFAULTS.items()
+def _times(columns: Columns, key: str | tuple[str, ...], values: Values) -> Columns:
+    """Every row with every value of one more axis, which varies fastest."""
+    count = len(columns["micro_batch"])
+    columns = _taken(columns, np.repeat(np.arange(count), len(values)))
+    return columns | _product({key: values}, count, _names(key))
+
+
+def _names(key: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key
+
+
+def _taken(columns: Columns, rows: Column) -> Columns:
+    return {
+        name: column[rows] if column.strides[0] else np.broadcast_to(column[:1], len(rows))
+        for name, column in columns.items()
     }
-    inner = size
+
+
+def _product(axes: Axes, repeats: int = 1, names: Iterable[str] = tuple(DEFAULTS)) -> Columns:
+    """Columns of the Cartesian product, the last axis fastest, so many times over. A key that is a tuple of
+    names takes tuples of values that go together. A column of one value takes no memory (a stride of 0)."""
+    size = repeats * math.prod(len(values) for values in axes.values())
+    columns: Columns = {name: np.broadcast_to(np.int64(DEFAULTS[name]), size) for name in names}
+    inner = size // repeats
     for key, values in axes.items():
         table = np.array(values, dtype=np.int64).reshape(len(values), -1)
         outer, inner = size // inner, inner // len(values)
-        for position, name in enumerate((key,) if isinstance(key, str) else key):
-            columns[name] = np.tile(np.repeat(table[:, position], inner), outer)
+        for position, name in enumerate(_names(key)):
+            if len(values) == 1:
+                columns[name] = np.broadcast_to(table[0, position], size)
+            else:
+                columns[name] = np.tile(np.repeat(table[:, position], inner), outer)
     return columns
 
 
-def _relations(
-    problem: Problem, columns: dict[str, Column]
-) -> Iterable[tuple[str, Callable[[dict[str, Column]], NDArray[np.bool_]]]]:
+def _relations(problem: Problem, columns: Columns) -> Iterator[Relation]:
+    yield from _over_ranks(problem)
+    yield from _over_layers(problem)
+    yield (
+        "more chunks than tokens",
+        ("chunks", "ffn_slices", "loss_slices"),
+        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= tokens(problem, c),
+    )
+    yield (
+        "modules are recomputed where layers are not",
+        ("modules",),
+        lambda c: (c["modules"] == 0) | (c["recompute"] == 0),
+    )
+    yield (
+        "a way to reach experts is chosen where they are on other ranks",
+        ("dispatcher",),
+        lambda c: (c["dispatcher"] == 0) | (c["experts"] > 1),
+    )
+    yield (
+        "exchanges of experts overlap where they are on other ranks, and between virtual stages",
+        ("overlap", "virtual_stages"),
+        lambda c: (
+            (c["overlap"] == 0)
+            | ((c["experts"] > 1) & ((c["pipeline"] == 1) | (c["virtual_stages"] > 1)))
+            | (c["layout"] == IDEAL)
+        ),
+    )
+    yield (
+        "a way to trade a sequence is chosen where it is split",
+        ("exchange",),
+        lambda c: (c["exchange"] == columns["exchange"][0]) | (c["sequence"] > 1),
+    )
+    yield (
+        "a placement of experts is chosen where it differs",
+        ("strided",),
+        lambda c: (
+            (c["strided"] == 0) | ((c["experts"] > 1) & (c["experts"] < problem.world_size // c["pipeline"]))
+        ),
+    )
+
+
+def _over_ranks(problem: Problem) -> Iterable[Relation]:
     world, model, training = problem.world_size, problem.model, problem.training
     batch = training.global_batch
     experts = max(model.num_local_experts, 1)
 
-    def stage(c: dict[str, Column]) -> Column:
+    def stage(c: Columns) -> Column:
         return world // c["pipeline"]
 
-    def groups(c: dict[str, Column]) -> Column:
+    def groups(c: Columns) -> Column:
         return np.asarray(stage(c) // np.maximum(c["tensor"] * c["sequence"], 1))
 
     yield (
         "tensor x sequence does not divide the ranks of a stage",
+        (),
         lambda c: stage(c) % (c["tensor"] * c["sequence"]) == 0,
     )
     yield (
         "experts x expert_tensor does not divide the ranks of a stage",
+        (),
         lambda c: stage(c) % (c["experts"] * c["expert_tensor"]) == 0,
     )
     yield (
         "tensor x sequence does not divide num_attention_heads, which Ulysses splits",
+        ("exchange",),
         lambda c: (
             (c["exchange"] != ULYSSES) | (model.num_attention_heads % (c["tensor"] * c["sequence"]) == 0)
         ),
     )
-    yield "expert degree does not divide num_local_experts", lambda c: experts % c["experts"] == 0
+    yield "expert degree does not divide num_local_experts", (), lambda c: experts % c["experts"] == 0
     yield (
         "expert shard does not divide the expert replicas",
+        (),
         lambda c: stage(c) // (c["experts"] * c["expert_tensor"]) % c["expert_shard"] == 0,
     )
     yield (
         "global batch is not a multiple of micro_batch x data groups",
+        (),
         lambda c: batch % (c["micro_batch"] * np.maximum(groups(c), 1)) == 0,
     )
     yield (
         "seq_len is not a multiple of the sequence split",
+        (),
         lambda c: training.seq_len % (c["sequence"] * c["tensor"]) == 0,
     )
     yield (
-        "more chunks than tokens",
-        lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= tokens(problem, c),
+        "microbatches are not a multiple of the stages, as interleaving needs",
+        ("virtual_stages",),
+        lambda c: (
+            (c["virtual_stages"] == 1)
+            | (batch // (c["micro_batch"] * np.maximum(groups(c), 1)) % c["pipeline"] == 0)
+        ),
     )
 
 
-def _micro_batches(problem: Problem) -> list[int]:
-    """Up to the whole global batch: powers of two, and those times its odd part."""
-    batch = problem.training.global_batch
-    twos = batch & -batch
-    powers = [1 << i for i in range(twos.bit_length())]
-    return sorted({part * power for part in (1, batch // twos) for power in powers})
+def _over_layers(problem: Problem) -> Iterable[Relation]:
+    """Layouts that lay the layers over a pipeline in a way of their own; uneven ones where none is better."""
 
+    def legal(stages: int, virtual: int, layout: int) -> bool:
+        if layout == IDEAL:
+            return True
+        if virtual > 1 and stages == 1:
+            return False
+        if layout == EVEN and virtual > 1 and problem.model.num_hidden_layers % (stages * virtual):
+            return False
+        return layers_of(problem.model, stages, virtual, layout) is not None
 
-def _sequences(problem: Problem) -> list[int]:
-    heads, length = problem.model.num_attention_heads, problem.training.seq_len
-    return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]
+    def kept(c: Columns) -> NDArray[np.bool_]:
+        codes = (c["pipeline"] * 1000 + c["virtual_stages"]) * 10 + c["layout"]
+        values, places = np.unique(codes, return_inverse=True)
+        table = [legal(code // 10000, code // 10 % 1000, code % 10) for code in values.tolist()]
+        return np.asarray(np.array(table, dtype=np.bool_)[places])
 
-
-def _expert_degrees(problem: Problem) -> list[int]:
-    experts = max(problem.model.num_local_experts, 1)
-    return [d for d in divisors(problem.world_size) if experts % d == 0]
-
-
-def _dense_shards(problem: Problem) -> list[int]:
-    """All ranks, one node (the copies replicated over nodes), or none where the model is small."""
-    world, node = problem.world_size, problem.hardware.devices_per_node
-    small = problem.total_params <= 2e9
-    return sorted({world, node if world % node == 0 else world, 1 if small else world}, reverse=True)
-
-
-def _expert_pairs(problem: Problem) -> list[tuple[int, ...]]:
-    """(degree, shard): the replicas of an expert share its state, or each holds all of it."""
-    world = problem.world_size
-    return sorted({pair for d in _expert_degrees(problem) for pair in ((d, world // d), (d, 1))})
-
-
-def _states(problem: Problem) -> list[tuple[int, ...]]:
-    """(state, bucket): on the device; streamed in buckets; updated by the host."""
-    per_rank = ceil_div(problem.total_params, problem.world_size)
-    whole = DEFAULTS["bucket"]
-    buckets = [25_000_000, whole] if per_rank > 50_000_000 else sorted({max(1, ceil_div(per_rank, 4)), whole})
-    return [(DEVICE, whole), *((STREAMED, bucket) for bucket in buckets), (HOST, whole)]
-
-
-def _boundaries(problem: Problem) -> list[tuple[int, ...]]:
-    """(on the host, parts of them): none or all; parts of them too where even the shortest piece of a
-    sequence could fill the host, whose pinned blocks may be twice as large, and which has state to hold."""
-    piece = problem.training.seq_len // max(_sequences(problem))
-    each = piece * problem.model.hidden_size * int(DTYPE_BYTES[problem.compute])
-    least = problem.model.num_hidden_layers * each
-    some = range(1, PARTS) if 4 * least > problem.hardware.host_limit() else range(0)
-    return [(0, PARTS), *((1, parts) for parts in (*some, PARTS))]
-
-
-def _slices(used: bool) -> list[int]:
-    return [1, 8] if used else [1]
-
-
-def _rings(problem: Problem) -> list[int]:
-    """Ranks of a vocabulary ring: within a node, or all: a ring over some nodes is as slow as over all."""
-    rings = {*divisors(problem.hardware.devices_per_node), problem.world_size}
-    most = problem.model.vocab_size
-    return sorted(d for d in rings if problem.world_size % d == 0 and d <= most)
-
-
-def _mop_axes(problem: Problem) -> Axes:
-    model = problem.model
-    return {
-        "micro_batch": _micro_batches(problem),
-        "sequence": _sequences(problem),
-        ("experts", "expert_shard"): _expert_pairs(problem),
-        "vocabulary": _rings(problem),
-        "dense_shard": _dense_shards(problem),
-        "chunks": [1, 2, 4, 8] if model.num_local_experts else [1],
-        "ffn_slices": _slices(model.num_dense_layers > 0 or model.shared_expert_intermediate_size > 0),
-        "loss": [RING],
-        "loss_slices": _slices(True),
-        ("state", "bucket"): _states(problem),
-        ("boundary_host", "boundary_parts"): _boundaries(problem),
-    }
-
-
-def _fsdp2_axes(problem: Problem) -> Axes:
-    world = problem.world_size
-    return {
-        "micro_batch": _micro_batches(problem),
-        "sequence": _sequences(problem),
-        ("experts", "expert_shard"): [(d, world // d) for d in _expert_degrees(problem)],
-        "dense_shard": [shard for shard in _dense_shards(problem) if shard > 1 or world == 1],
-        ("loss", "loss_slices"): [(FULL, 1), (CHUNKED, 8), (CHUNKED, 32)],
-        ("offload", "state"): [(0, DEVICE), (1, HOST)],
-        "recompute": [0, 1],
-        "reshard": [0, 1],
-    }
-
-
-def _zero_offload_axes(problem: Problem) -> Axes:
-    return {
-        "micro_batch": _micro_batches(problem),
-        "sequence": _sequences(problem),
-        ("experts", "expert_shard"): _expert_pairs(problem),
-        "dense_shard": _dense_shards(problem),
-        ("loss", "loss_slices"): [(FULL, 1), (CHUNKED, 8)],
-        "state": [HOST],
-        ("boundary_host", "boundary_parts"): _boundaries(problem),
-    }
-
-
-def _megatron_axes(problem: Problem) -> Axes:
-    model, world, node = problem.model, problem.world_size, problem.hardware.devices_per_node
-    tensor = [d for d in divisors(world) if d <= node and model.num_attention_heads % d == 0]
-    expert = sorted(
-        {(d, t) for d in _expert_degrees(problem) for t in (1, *(t for t in tensor if world % (d * t) == 0))}
-    )
-    return {
-        "micro_batch": _micro_batches(problem),
-        "tensor": tensor,
-        "pipeline": [d for d in divisors(world) if d <= model.num_hidden_layers],
-        "sequence": [d for d in divisors(world) if problem.training.seq_len % d == 0 and d <= 64],
-        "exchange": [EXCHANGES.index("ring")],
-        ("experts", "expert_tensor"): expert,
-        "recompute": [0, 1],
-        "boundary_host": [0, 1],
-        "zero": [1],
-        "reshard": [0],
-    }
-
-
-AXES = {
-    "mop": _mop_axes,
-    "fsdp2": _fsdp2_axes,
-    "zero_offload": _zero_offload_axes,
-    "megatron": _megatron_axes,
-}
+    yield "the layers are not laid out over the stages so", ("virtual_stages",), kept

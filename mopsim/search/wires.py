@@ -14,7 +14,9 @@ Reals = NDArray[np.float64]
 class Message:
     """A collective that each rank takes part in `times` times a step.
 
-    size: bytes of the full buffer. ranks: of the group, each `stride` ranks after the one before.
+    size: bytes of the full buffer. ranks: of the group, each `stride` ranks after the one before. choices: of
+    an all-to-all that sends a row once to a domain and once to a rank, the ranks that it is meant for; 0: a
+    row for each.
     """
 
     kind: str
@@ -22,6 +24,7 @@ class Message:
     ranks: Reals
     times: Reals | float
     stride: Reals | float = 1.0
+    choices: Reals | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,8 @@ class Wires:
         intra = np.minimum(n, np.maximum(np.ceil(self.domain / np.maximum(message.stride, 1)), 1))
         times = np.where(n > 1, message.times, 0.0) * self.scale(message.kind)
         inside = intra >= n
-        up = np.where(
-            inside, times * self._inside(message.kind, n, self._wire(message.kind, message.size, n)), 0
-        )
+        wire = self._wire(message.kind, message.size, n) * _distinct(n, message.choices)
+        up = np.where(inside, times * self._inside(message.kind, n, wire), 0)
         return up, np.where(inside, 0, times * self._across(message, n, intra))
 
     def scale(self, kind: str) -> float:
@@ -76,8 +78,9 @@ class Wires:
         if kind == "send_recv":
             return _curve(curve, np.ones_like(n), message.size * crossing)
         if kind == "all_to_all":
-            outside, within = message.size * (n - intra) / n, message.size * (intra - 1) / n
-            slow = _curve(curve, n, outside * crossing)
+            outside = message.size * (n - intra) / n * _distinct(domains, message.choices)
+            within = message.size * (intra - 1) / n * _distinct(n, message.choices)
+            slow = _curve(curve, np.where(np.asarray(message.choices) > 0, domains, n), outside * crossing)
         else:
             outside = self._wire(kind, message.size / intra, domains)
             within = self._wire(kind, message.size, intra)
@@ -94,6 +97,12 @@ class Wires:
             else np.full_like(domains, 1 / leaf)
         )
         return np.where(domains <= leaf, 1.0, np.maximum(1.0, fabric.oversubscription * share))
+
+
+def _distinct(places: Reals, choices: Reals | float) -> Reals:
+    """Rows sent to places, of those that would be sent once for each of a row's choices of one."""
+    most = np.maximum(choices, 1)
+    return np.where(np.asarray(choices) > 0, places * (1 - (1 - 1 / places) ** most) / most, 1.0)
 
 
 def _curve(curve: CollectiveCurve, ranks: Reals, wire: Reals) -> Reals:

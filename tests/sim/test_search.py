@@ -3,6 +3,7 @@ fits."""
 
 import itertools
 import time
+from functools import cache
 
 import msgspec
 import numpy as np
@@ -14,11 +15,12 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
-from mopsim.search.bound import bound
+from mopsim.search.bound import Bounds, bound
 from mopsim.search.hunt import TIE
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
-from mopsim.search.space import AXES, IN_8_BITS, generate
+from mopsim.search.space import IN_8_BITS, Space, generate
+from mopsim.search.staged import candidates
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.presets import load_model
@@ -26,6 +28,7 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
 
 CASES = (
     ("tiny", "cpu-2core", 1, 512, 4, "float32"),
@@ -55,17 +58,23 @@ def with_memory(hardware: HardwareProfile, device: float, host: float | None = N
     return new if host is None else replace(new, host=replace(new.host, memory=size(host)))
 
 
+@cache
+def bounded(case: int, family: str) -> tuple[Space, Bounds]:
+    """What is bounded row by row of a family's space."""
+    space, _ = candidates(problem(case), family)
+    return space, bound(space)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     case=st.integers(0, len(CASES) - 1),
-    family=st.sampled_from(sorted(AXES)),
+    family=st.sampled_from(sorted(FAMILIES)),
     place=st.floats(0, 1, exclude_max=True),
 )
 def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float) -> None:
     given_problem = problem(case)
-    space = generate(given_problem, family)
+    space, bounds = bounded(case, family)
     index = int(place * len(space))
-    bounds = bound(space)
     strategy = space.build(index)
     try:
         found = simulate(
@@ -101,9 +110,9 @@ def test_bounds_hold_where_products_are_cast(
 ) -> None:
     spec, training = load_model(model), TrainSpec(seq_len=4096, global_batch=64)
     given_problem = Problem(spec, load_profile(narrow[0]), 2, training, total_params(spec), narrow[1])
-    space = generate(given_problem, family)
-    index = int(place * len(space))
-    bounds, strategy = bound(space), space.build(index)
+    space, _ = candidates(given_problem, family)
+    space = space.take(np.array([int(place * len(space))]))
+    index, bounds, strategy = 0, bound(space), space.build(0)
     assert strategy.precision.matmul == narrow[1]
     found = simulate(spec, given_problem.hardware, 2, strategy, training)
     assert bounds.time[index] <= found.step_time * (1 + 1e-9)
@@ -129,10 +138,10 @@ def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-@pytest.mark.parametrize("family", sorted(AXES))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_generated_row_is_a_legal_strategy(case: int, family: str) -> None:
     given_problem = problem(case)
-    space = generate(given_problem, family)
+    space, _ = bounded(case, family)
     assert len(space)
     for index in np.linspace(0, len(space) - 1, 40).astype(int):
         strategy = space.build(int(index))

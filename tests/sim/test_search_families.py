@@ -115,23 +115,6 @@ def test_times_are_learned_by_column() -> None:
     assert times.expected(0.1)[1] < expected[1]
 
 
-def test_textbook_layouts_come_first() -> None:
-    """Experts inside a node, one sequence a microbatch, 1 to 16 stages, with and without recomputation."""
-    model, hardware = load_model("qwen3_30b_a3b"), load_profile("h100-sxm-80g")
-    training = TrainSpec(seq_len=4096, global_batch=256)
-    problem = Problem(model, hardware, 4, training, total_params(model))
-    space = generate(problem, "megatron")
-    pool = Pool.of(space, bound(space), np.arange(len(space)))
-    first = [space.row(int(pool.rows[position])) for position in pool.seeds]
-    for stages in (1, 2, 4, 8, 16):
-        for again in (0, 1):
-            assert any(
-                row["pipeline"] == stages and row["recompute"] == again and row["micro_batch"] == 1
-                and row["tensor"] == 1 and row["experts"] <= 8
-                for row in first
-            )  # fmt: skip
-
-
 def test_the_microbatch_may_be_the_whole_local_batch() -> None:
     model, hardware = load_model("olmoe_1b_7b"), load_profile("rtx4090-24g")
     training = TrainSpec(seq_len=4096, global_batch=24 * 8)

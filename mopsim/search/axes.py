@@ -1,0 +1,243 @@
+"""The axes of the families' spaces: what is decided, which values it may take, in which families."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.search.problem import (
+    CHUNKED,
+    DEFAULTS,
+    DEVICE,
+    DISPATCHERS,
+    EXCHANGES,
+    FULL,
+    HOST,
+    PARTS,
+    RECOMPUTED,
+    RING,
+    STREAMED,
+    Axes,
+    Problem,
+    Values,
+    divisors,
+)
+from mopsim.search.stages import IDEAL, RULES
+from mopsim.spec.layout import ceil_div
+
+MOP, FSDP2, ZERO, MEGATRON = ("mop",), ("fsdp2",), ("zero_offload",), ("megatron",)
+FLAT = (*MOP, *ZERO)
+ALL = (*FLAT, *FSDP2, *MEGATRON)
+VIRTUAL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
+"""Virtual stages of a pipeline rank: those of published recipes, and what lies between."""
+MOST_CONTEXT = 64
+"""Ranks of a Megatron context-parallel group at most."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """columns: that are set together, by one decision. values: of them, of a problem; an axis without values
+    is left out. families: that have it.
+
+    A minor axis moves a step less than those that it depends on: a large space is cut down before these are
+    multiplied out. fast: values of it, one of which bounds the time from below whatever the axis is; lean:
+    those that bound the device memory.
+    """
+
+    columns: tuple[str, ...]
+    values: Callable[[Problem], Values]
+    families: tuple[str, ...]
+    fast: tuple[tuple[int, ...], ...] = ()
+    lean: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str | tuple[str, ...]:
+        """Its name in `Axes`."""
+        return self.columns if len(self.columns) > 1 else self.columns[0]
+
+
+def axes_of(problem: Problem, family: str) -> Axes:
+    """The axes of a family and their values, the last one fastest."""
+    found: Axes = {}
+    for axis in AXES:
+        if family in axis.families and len(values := axis.values(problem)):
+            found[axis.key] = values
+    return found
+
+
+def _micro_batches(problem: Problem) -> list[int]:
+    """Up to the whole global batch: powers of two, and those times its odd part."""
+    batch = problem.training.global_batch
+    twos = batch & -batch
+    powers = [1 << i for i in range(twos.bit_length())]
+    return sorted({part * power for part in (1, batch // twos) for power in powers})
+
+
+def _sequences(problem: Problem) -> list[int]:
+    heads, length = problem.model.num_attention_heads, problem.training.seq_len
+    return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]
+
+
+def _contexts(problem: Problem) -> list[int]:
+    length = problem.training.seq_len
+    return [d for d in divisors(problem.world_size) if length % d == 0 and d <= MOST_CONTEXT]
+
+
+def _expert_degrees(problem: Problem) -> list[int]:
+    experts = max(problem.model.num_local_experts, 1)
+    return [d for d in divisors(problem.world_size) if experts % d == 0]
+
+
+def _dense_shards(problem: Problem) -> list[int]:
+    """All ranks, one node (the copies replicated over nodes), or none where the model is small."""
+    world, node = problem.world_size, problem.hardware.devices_per_node
+    small = problem.total_params <= 2e9
+    return sorted({world, node if world % node == 0 else world, 1 if small else world}, reverse=True)
+
+
+def _whole_or_node(problem: Problem) -> list[int]:
+    return [shard for shard in _dense_shards(problem) if shard > 1 or problem.world_size == 1]
+
+
+def _expert_pairs(problem: Problem) -> list[tuple[int, ...]]:
+    """(degree, shard): the replicas of an expert share its state, or each holds all of it."""
+    world = problem.world_size
+    return sorted({pair for d in _expert_degrees(problem) for pair in ((d, world // d), (d, 1))})
+
+
+def _shared_experts(problem: Problem) -> list[tuple[int, ...]]:
+    return [(degree, problem.world_size // degree) for degree in _expert_degrees(problem)]
+
+
+def _tensor(problem: Problem) -> list[int]:
+    node, heads = problem.hardware.devices_per_node, problem.model.num_attention_heads
+    return [d for d in divisors(problem.world_size) if d <= node and heads % d == 0]
+
+
+def _split_experts(problem: Problem) -> list[tuple[int, ...]]:
+    """(degree, ranks that split an expert, within a node)."""
+    world = problem.world_size
+    tensor = {1, *(_tensor(problem) if problem.model.num_local_experts else ())}
+    return sorted((d, t) for d in _expert_degrees(problem) for t in tensor if world % (d * t) == 0)
+
+
+def _pipelines(problem: Problem) -> list[int]:
+    return [d for d in divisors(problem.world_size) if d <= problem.model.num_hidden_layers]
+
+
+def _stages(problem: Problem) -> list[tuple[int, ...]]:
+    """(virtual stages, layout of the layers)."""
+    return [(virtual, layout) for virtual in VIRTUAL for layout in RULES]
+
+
+def _modules(problem: Problem) -> list[int]:
+    """Sets of modules that the network has."""
+    model = problem.model
+    has = {
+        "mla_up_proj": model.attention == "mla", "moe": model.num_local_experts > 0,
+        "moe_act": model.num_local_experts > 0, "mlp": model.num_dense_layers > 0,
+    }  # fmt: skip
+    return [code for code, names in enumerate(RECOMPUTED) if all(has.get(name, True) for name in names)]
+
+
+def _dispatchers(problem: Problem) -> list[int]:
+    """DeepEP copies within a node; HybridEP over the whole of a scale-up domain beyond one."""
+    if not problem.model.num_local_experts:
+        return []
+    hardware = problem.hardware
+    once = "hybridep" if hardware.scale_up_size > hardware.devices_per_node else "deepep"
+    return [0, DISPATCHERS.index(once)]
+
+
+def _overlaps(problem: Problem) -> list[int]:
+    return [0, 1] if problem.model.num_local_experts else []
+
+
+def _states(problem: Problem) -> list[tuple[int, ...]]:
+    """(state, bucket): on the device; streamed in buckets; updated by the host."""
+    per_rank = ceil_div(problem.total_params, problem.world_size)
+    whole = DEFAULTS["bucket"]
+    buckets = [25_000_000, whole] if per_rank > 50_000_000 else sorted({max(1, ceil_div(per_rank, 4)), whole})
+    return [(DEVICE, whole), *((STREAMED, bucket) for bucket in buckets), (HOST, whole)]
+
+
+def _host_states(problem: Problem) -> list[tuple[int, ...]]:
+    """(state, parts of it on the host): off the device only where it takes much of it, spread over all."""
+    each = 12 * problem.total_params / problem.world_size
+    if each < problem.hardware.memory_limit() / 4:
+        return []
+    return [(DEVICE, PARTS), (HOST, PARTS // 2), (HOST, PARTS)]
+
+
+def _boundaries(problem: Problem) -> list[tuple[int, ...]]:
+    """(on the host, parts of them): none or all; parts of them too where even the shortest piece of a
+    sequence could fill the host, whose pinned blocks may be twice as large, and which has state to hold."""
+    piece = problem.training.seq_len // max(_sequences(problem))
+    each = piece * problem.model.hidden_size * int(DTYPE_BYTES[problem.compute])
+    least = problem.model.num_hidden_layers * each
+    some = range(1, PARTS) if 4 * least > problem.hardware.host_limit() else range(0)
+    return [(0, PARTS), *((1, parts) for parts in (*some, PARTS))]
+
+
+def _rings(problem: Problem) -> list[int]:
+    """Ranks of a vocabulary ring: within a node, or all: a ring over some nodes is as slow as over all."""
+    rings = {*divisors(problem.hardware.devices_per_node), problem.world_size}
+    most = problem.model.vocab_size
+    return sorted(d for d in rings if problem.world_size % d == 0 and d <= most)
+
+
+def _chunks(problem: Problem) -> list[int]:
+    return [1, 2, 4, 8] if problem.model.num_local_experts else [1]
+
+
+def _ffn_slices(problem: Problem) -> list[int]:
+    model = problem.model
+    return [1, 8] if model.num_dense_layers > 0 or model.shared_expert_intermediate_size > 0 else []
+
+
+def _placements(problem: Problem) -> list[int]:
+    """Experts on neighbours, or on every n-th rank, so that the replicas of one are in a node."""
+    return [0, 1] if problem.model.num_local_experts and problem.num_nodes > 1 else []
+
+
+def _just(*values: int | tuple[int, ...]) -> Callable[[Problem], Values]:
+    return lambda problem: list(values)  # type: ignore[return-value]
+
+
+AXES: tuple[Axis, ...] = (
+    Axis(("micro_batch",), _micro_batches, ALL),
+    Axis(("tensor",), _tensor, MEGATRON),
+    Axis(("pipeline",), _pipelines, MEGATRON),
+    Axis(("sequence",), _sequences, (*FLAT, *FSDP2)),
+    Axis(("sequence",), _contexts, MEGATRON),
+    Axis(("experts", "expert_shard"), _expert_pairs, FLAT),
+    Axis(("experts", "expert_shard"), _shared_experts, FSDP2),
+    Axis(("experts", "expert_tensor"), _split_experts, MEGATRON),
+    Axis(("vocabulary",), _rings, MOP),
+    Axis(("dense_shard",), _dense_shards, FLAT),
+    Axis(("dense_shard",), _whole_or_node, FSDP2),
+    Axis(("chunks",), _chunks, MOP),
+    Axis(("loss",), _just(RING), MOP),
+    Axis(("loss", "loss_slices"), _just((FULL, 1), (CHUNKED, 8), (CHUNKED, 32)), FSDP2),
+    Axis(("loss", "loss_slices"), _just((FULL, 1), (CHUNKED, 8)), ZERO),
+    Axis(("state", "bucket"), _states, MOP),
+    Axis(("state",), _just(HOST), ZERO),
+    Axis(("offload", "state"), _just((0, DEVICE), (1, HOST)), FSDP2),
+    Axis(("boundary_host", "boundary_parts"), _boundaries, FLAT),
+    Axis(("boundary_host",), _just(0, 1), MEGATRON),
+    Axis(("recompute",), _just(0, 1), (*FSDP2, *MEGATRON)),
+    Axis(("reshard",), _just(0, 1), FSDP2),
+    Axis(("zero",), _just(1), MEGATRON),
+    Axis(("reshard",), _just(0), MEGATRON),
+    Axis(("virtual_stages", "layout"), _stages, MEGATRON, ((1, IDEAL),), (1, IDEAL)),
+    Axis(("modules",), _modules, MEGATRON, ((0,),), (1,)),
+    Axis(("dispatcher",), _dispatchers, MEGATRON, ((1,),), (1,)),
+    Axis(("overlap",), _overlaps, MEGATRON, ((1,),), (0,)),
+    Axis(("exchange",), _just(1, 2, 0), MEGATRON, ((1,),), (1,)),
+    Axis(("state", "state_parts"), _host_states, MEGATRON, ((DEVICE, PARTS),), (HOST, PARTS)),
+    Axis(("strided",), _placements, MOP, ((0,), (1,)), (0,)),
+    Axis(("ffn_slices",), _ffn_slices, MOP, ((1,),), (8,)),
+    Axis(("loss_slices",), _just(1, 8), MOP, ((1,),), (8,)),
+)
+"""In order of effect."""
+MINOR = {axis.key: axis for axis in AXES if axis.fast}
+assert EXCHANGES[1] == "ring"

@@ -1,0 +1,215 @@
+"""The space holds what people run; what is not multiplied out is bounded from below."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from mopsim.common.errors import SpecError
+from mopsim.engine import simulate
+from mopsim.graph.tensors import total_params
+from mopsim.search import Options, search
+from mopsim.search.axes import MINOR, axes_of
+from mopsim.search.bound import bound
+from mopsim.search.guess import guess
+from mopsim.search.problem import PARTS, Problem
+from mopsim.search.seeds import Recipe, published, recipes, textbook
+from mopsim.search.space import Space, expanded, generate, minor_of, trunk
+from mopsim.search.staged import bounds_of, candidates
+from mopsim.search.stages import ENDS, EVEN, FRONT, layers_of
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.presets import list_models, load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.training import TrainSpec
+
+LLAMA_405B = ModelSpec(
+    name="llama31_405b", hidden_size=16384, num_hidden_layers=126, num_attention_heads=128,
+    num_key_value_heads=8, head_dim=128, vocab_size=128256, intermediate_size=53248,
+)  # fmt: skip
+"""https://huggingface.co/meta-llama/Llama-3.1-405B/blob/main/config.json"""
+
+
+def problem(recipe: Recipe) -> Problem:
+    """The run of a recipe."""
+    model = load_model(recipe.model) if recipe.model in list_models() else LLAMA_405B
+    hardware = load_profile(recipe.hardware)
+    training = TrainSpec(seq_len=recipe.seq_len, global_batch=recipe.global_batch)
+    nodes = recipe.devices // hardware.devices_per_node
+    return Problem(model, hardware, nodes, training, total_params(model))
+
+
+def rows_of(recipe: Recipe, space: Space, free: set[str]) -> np.ndarray:
+    """Rows that have all that a recipe says, but of free columns."""
+    return np.flatnonzero(
+        np.logical_and.reduce([mask for name, mask in recipe.masks(space) if name not in free])
+    )
+
+
+def own_space(recipe: Recipe) -> tuple[Space, int]:
+    """The part of the recipe's space around it, and its own place there."""
+    asked = problem(recipe)
+    axes = axes_of(asked, "megatron")
+    free = {name for key in minor_of(axes) for name in MINOR[key].columns}
+    first = trunk(asked, "megatron", axes)
+    around = expanded(first.take(rows_of(recipe, first, free)), axes)
+    found = rows_of(recipe, around, set())
+    assert len(found)
+    return around, int(found[0])
+
+
+NAMED = [f"{one.model}-{one.hardware}-{one.devices}-{one.global_batch}" for one in recipes()]
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=NAMED)
+def test_a_published_recipe_is_in_the_space_of_its_run_and_comes_first(recipe: Recipe) -> None:
+    space, place = own_space(recipe)
+    strategy = space.build(place)
+    strategy.check_model(space.problem.model)
+    space.problem.training.check_strategy(strategy)
+    assert strategy.pipeline.pipeline_parallel == recipe.pipeline
+    assert strategy.experts.expert_parallel == recipe.experts
+    assert strategy.activations.modules == recipe.modules
+    assert place in published(space, guess(space))
+    assert 0.5 < space.problem.total_params / (recipe.parameters * 1e9) < 2
+
+
+SEARCHED = {
+    "deepseek_v3": "gb300-288g", "qwen3_235b_a22b": "b200-sxm-192g", "kimi_k2": "gb200-186g",
+    "gpt_oss_120b": "b200-sxm-192g", "mixtral_8x7b": "h100-sxm-80g", "llama3_70b": "h100-sxm-80g",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SEARCHED)
+def test_the_search_is_no_worse_than_a_published_recipe(model: str) -> None:
+    recipe = next(one for one in recipes() if (one.model, one.hardware) == (model, SEARCHED[model]))
+    space, place = own_space(recipe)
+    asked = space.problem
+    own = simulate(asked.model, asked.hardware, asked.num_nodes, space.build(place), asked.training)
+    options = Options(("megatron",), budget=6, risk=True)
+    found = search(asked.model, asked.hardware, asked.num_nodes, asked.training, options)
+    assert found.best is not None
+    assert not own.fits or found.best.step_time <= own.step_time
+
+
+@pytest.mark.parametrize(
+    ("layers", "mtp", "stages", "virtual", "layout", "expected"),
+    [
+        (61, 1, 8, 4, ENDS, (1, *[2] * 30, 0)),
+        (61, 0, 16, 2, ENDS, (1, *[2] * 30, 0)),
+        (61, 1, 4, 4, FRONT, (*[4] * 15, 1)),
+        (61, 0, 8, 1, FRONT, (*[8] * 7, 5)),
+        (126, 0, 16, 8, ENDS, (0, *[1] * 126, 0)),
+        (94, 0, 8, 4, ENDS, (2, *[3] * 30, 2)),
+        (80, 0, 4, 5, FRONT, None),
+        (80, 0, 4, 5, EVEN, ()),
+        (30, 0, 4, 8, ENDS, (0, *[1] * 30, 0)),
+        (36, 0, 32, 1, FRONT, None),
+        (8, 0, 4, 4, EVEN, None),
+    ],
+)
+def test_layouts(
+    layers: int, mtp: int, stages: int, virtual: int, layout: int, expected: tuple[int, ...] | None
+) -> None:
+    model = ModelSpec(
+        name="some", hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=16, vocab_size=128, intermediate_size=64, num_nextn_predict_layers=mtp,
+    )  # fmt: skip
+    assert layers_of(model, stages, virtual, layout) == expected
+
+
+CASES = (
+    ("tiny", "cpu-2core", 2, 512, 16, "megatron"),
+    ("qwen3_30b_a3b", "h100-sxm-80g", 4, 4096, 256, "megatron"),
+    ("deepseek_v3", "gb200-186g", 64, 4096, 4096, "megatron"),
+    ("deepseek_v3", "h200-sxm-141g", 16, 32768, 128, "mop"),
+    ("mixtral_8x7b", "h100-sxm-80g", 1, 8192, 64, "megatron"),
+)
+
+
+def asked(case: tuple[str, str, int, int, int, str]) -> Problem:
+    name, hardware, nodes, seq_len, batch, _ = case
+    model = load_model(name)
+    training = TrainSpec(seq_len=seq_len, global_batch=batch)
+    return Problem(model, load_profile(hardware), nodes, training, total_params(model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_multiplied_out_is_bounded_below_all_that_it_stands_for(
+    case: tuple[str, str, int, int, int, str],
+) -> None:
+    given = asked(case)
+    axes = axes_of(given, case[-1])
+    first = trunk(given, case[-1], axes)
+    rows = np.linspace(0, len(first) - 1, 60).astype(int)
+    time, miss = bounds_of(first.take(rows), axes)
+    hardware = given.hardware
+    for place, row in enumerate(rows):
+        mine = bound(expanded(first.take(np.array([row])), axes))
+        assert time[place] <= mine.time.min(initial=np.inf) * (1 + 1e-9)
+        shares = np.maximum(mine.device / hardware.memory_limit(), mine.host / max(hardware.host_limit(), 1))
+        assert miss[place] <= shares.min(initial=np.inf) * (1 + 1e-9)
+
+
+@cache
+def large() -> tuple[Space, np.ndarray]:
+    return candidates(asked(CASES[1]), "megatron")
+
+
+def test_a_large_space_keeps_seeds_and_counts_the_rest() -> None:
+    """Experts inside a node, one sequence a microbatch, 1 to 16 stages, with and without recomputation."""
+    space, rest = large()
+    assert len(rest) > 0
+    assert len(space) < 500_000
+    seeds = [space.row(place) for place in textbook(space, guess(space))]
+    for stages in (1, 2, 4, 8, 16):
+        for again in (0, 1):
+            assert any(
+                row["pipeline"] == stages and row["recompute"] == again and row["micro_batch"] == 1
+                and row["tensor"] == 1 and row["experts"] <= 8
+                for row in seeds
+            )  # fmt: skip
+
+
+def test_rows_of_a_large_space_are_legal_strategies() -> None:
+    space, _ = large()
+    given = space.problem
+    for index in np.linspace(0, len(space) - 1, 150).astype(int):
+        strategy = space.build(int(index))
+        strategy.check_model(given.model)
+        given.training.check_strategy(strategy)
+    assert {name for name, column in space.columns.items() if len(np.unique(column)) > 1} >= {
+        "virtual_stages", "layout", "modules", "dispatcher", "overlap", "exchange", "expert_tensor",
+    }  # fmt: skip
+
+
+def test_a_small_space_is_whole() -> None:
+    given = asked(CASES[0])
+    space, rest = candidates(given, "megatron")
+    assert len(rest) == 0
+    assert len(space) == len(generate(given, "megatron"))
+    rows = {tuple(space.row(index).values()) for index in range(len(space))}
+    assert len(rows) == len(space)
+
+
+def test_part_of_the_optimizer_may_be_on_the_host_where_it_is_large() -> None:
+    columns = candidates(asked(CASES[4]), "megatron")[0].columns
+    assert set(zip(columns["state"].tolist(), columns["state_parts"].tolist(), strict=True)) == {
+        (0, PARTS), (2, PARTS // 2), (2, PARTS),
+    }  # fmt: skip
+    assert set(large()[0].columns["state"].tolist()) == {0}
+
+
+def test_strided_experts_lie_apart() -> None:
+    given = asked(CASES[3])
+    axes = axes_of(given, "mop")
+    first = trunk(given, "mop", axes)
+    space = expanded(first.take(np.flatnonzero(first.columns["experts"] == 8)[:1]), axes)
+    places = {space.build(index).experts.rank_placement for index in range(len(space))}
+    assert places == {"contiguous", "strided"}
+
+
+def test_a_layout_that_cannot_be_is_refused_by_name() -> None:
+    space, place = own_space(recipes()[0])
+    with pytest.raises(SpecError, match="virtual_stages 20 is more than num_hidden_layers 61"):
+        space.having(**space.row(place) | {"virtual_stages": 20}).build(0).check_model(space.problem.model)
