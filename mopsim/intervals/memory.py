@@ -4,11 +4,14 @@ which only bounds are published."""
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr
 
 from mopsim.intervals.spread import Spread
 
-SHARES = tuple((i + 0.5) / 64 for i in range(64))
+SHARES = (np.arange(64) + 0.5) / 64
 """Of the causes on top: as likely one share of their bound as another, since no more is known."""
+CLOSE = 1e-6
+"""Of a quantile, relative."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,16 @@ class Memory:
 
     def below(self, limit: float) -> float:
         """Probability that no more than `limit` bytes are needed."""
-        if not self.tensors:
-            return float(np.mean([share * self.above <= limit for share in SHARES]))
-        return float(np.mean([self._tensors_below(limit - share * self.above) for share in SHARES]))
-
-    def _tensors_below(self, limit: float) -> float:
-        return self.error.below(limit / self.tensors) if limit > 0 else 0.0
+        left = limit - SHARES * self.above
+        if self.error.deviation <= 0 or self.tensors <= 0:
+            return float(np.mean(left >= self.tensors * np.exp(self.error.mean)))
+        ratios = np.log(np.maximum(left, 1e-9) / self.tensors)
+        return float(np.mean(ndtr((ratios - self.error.mean) / self.error.deviation)))
 
     def quantile(self, probability: float) -> float:
         """Bytes that are enough with this probability."""
-        low, high = 0.0, self.tensors * float(np.exp(self.error.quantile(0.9999))) + self.above
-        while high - low > max(1.0, 1e-6 * high):
+        low, high = 0.0, self.tensors * float(np.exp(self.error.quantile(1 - CLOSE))) + self.above
+        while high - low > max(1.0, CLOSE * high):
             middle = (low + high) / 2
             low, high = (low, middle) if self.below(middle) >= probability else (middle, high)
         return high

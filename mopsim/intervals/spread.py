@@ -15,7 +15,7 @@ from math import exp, sqrt
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtri
 
 from mopsim.common.errors import require
 from mopsim.common.io import digest
@@ -70,12 +70,6 @@ class Spread:
 
     def quantile(self, probability: float) -> float:
         return self.mean + self.deviation * float(ndtri(probability))
-
-    def below(self, ratio: float) -> float:
-        """Probability that measured / predicted is at most `ratio`."""
-        if self.deviation <= 0:
-            return float(ratio >= exp(self.mean))
-        return float(ndtr((np.log(max(ratio, 1e-30)) - self.mean) / self.deviation))
 
     def interval(self, predicted: float, level: float = 0.9) -> tuple[float, float]:
         """Between which two values, in the prediction's unit, the measured one lies with probability `level`,
