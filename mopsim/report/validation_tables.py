@@ -7,7 +7,7 @@ from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, LEVEL, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import Errors, by_group, capacity, over_sources, regrets
-from mopsim.validate.uncertain import Coverage, coverage
+from mopsim.validate.uncertain import coverage
 
 LONGEST_REASON = 90
 """Letters of a refusal's reason that a table has room for."""
@@ -91,35 +91,24 @@ def _hold_outs(validation: Validation) -> Grid:
 
 
 def _intervals(validation: Validation, level: float) -> list[Grid]:
-    """How many intervals hold, and how wide they are."""
+    """How many intervals hold what was measured, and how wide they are."""
     found = []
     for quantity, unit in UNITS.items():
-        table = Grid(f"{level:.0%} intervals of {unit}, grades A and B", ("source",), ())
         held = {name: coverage(rows, quantity, level) for name, rows in validation.held.items()}
         known = {name: one for name, one in held.items() if one is not None}
         if not known:
             continue
-        table.right = ("runs", *(text for name in known for text in (f"{name} left out", "width")))
-        first = next(iter(known.values()))
+        columns = tuple(f"{name} left out" for name in known)
+        table = Grid(f"{level:.0%} intervals of {unit} that hold, A and B", ("source",), ("runs", *columns))
+        first, every = next(iter(known.values())), list(known.values())
         for source, (_, runs) in sorted(first.by_source.items()):
-            cells = [text for one in known.values() for text in (_percent(_share(one, source)), "")]
-            table.add_row(source, str(runs), *cells)
-        shares = [
-            (
-                "all runs",
-                [text for one in known.values() for text in (_percent(one.share), _percent(one.width))],
-            ),
-            ("sources alike", [t for one in known.values() for t in (_percent(one.share_of_sources), "")]),
-        ]
-        for name, cells in shares:
-            table.add_row(name, str(first.runs), *cells)
+            table.add_row(source, str(runs), *(_percent(one.share_of(source)) for one in every))
+        total = str(first.runs)
+        table.add_row("all runs", total, *(_percent(one.share) for one in every))
+        table.add_row("sources weighing alike", total, *(_percent(one.share_of_sources) for one in every))
+        table.add_row("median width over the prediction", total, *(_percent(one.width) for one in every))
         found.append(table)
     return found
-
-
-def _share(one: Coverage, source: str) -> float:
-    held, runs = one.by_source[source]
-    return held / runs
 
 
 def _groups(validation: Validation, group: str) -> Grid:

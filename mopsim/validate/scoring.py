@@ -1,7 +1,7 @@
 """Errors of predictions: runs averaged within a source, then sources; capacity; choice of strategy."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -101,73 +101,65 @@ def score(cases: Sequence[Case], results: Sequence[Simulated], hold_out: HoldOut
         groups[software(case)].append(index)
     found: dict[int, Scored] = {}
     for members in groups.values():
-        runs = [(cases[i], results[i]) for i in members]
-        found |= zip(members, _score_group(runs, hold_out), strict=True)
+        group = Group([(cases[i], results[i]) for i in members])
+        found |= zip(members, group.scored(hold_out), strict=True)
     return [found[i] for i in range(len(cases))]
 
 
-def _score_group(runs: Sequence[tuple[Case, Simulated]], hold_out: HoldOut) -> list[Scored]:
-    """Runs of one source and machine type."""
-    points = {i: point for i, run in enumerate(runs) if (point := _point(*run))}
-    issue = runs[0][0].profile().host.cpu_launch_time
-    usable = [trusted(runs[i][0]) for i in points]
-    held = calibration.held_out(list(points.values()), usable, issue.si if issue else LAUNCH, hold_out)
-    fits = dict(zip(points, held, strict=True))
-    expect = _Expected(runs, points, hold_out)
-    found = []
-    for i, (case, result) in enumerate(runs):
-        used = fits.get(i, Fit())
-        step = used.apply(points[i]) if i in points else result.step_time
-        peak = as_read(result, case.program().reading.memory, case.profile())
-        found.append(
-            Scored(case, result, used, step, peak, expect.step_time(case, used), expect.peak_memory(case))
-        )
-    return found
+class Group:
+    """Runs of one source and machine type, by their place: what is calibrated and expected of some, given
+    others. points: of those whose time was measured. issue: seconds of the host a launch."""
 
+    def __init__(self, runs: Sequence[tuple[Case, Simulated]]) -> None:
+        self.runs = list(runs)
+        self.points = {i: point for i, run in enumerate(runs) if (point := _point(*run))}
+        issue = runs[0][0].profile().host.cpu_launch_time
+        self.issue = issue.si if issue else LAUNCH
+        self._found: dict[object, Spread] = {}
 
-class _Expected:
-    """The errors to expect of runs of a group, given those of the group that the hold-out leaves."""
+    def scored(self, hold_out: HoldOut) -> list[Scored]:
+        """All runs, each by what the hold-out leaves."""
+        usable = [trusted(self.runs[i][0]) for i in self.points]
+        held = calibration.held_out(list(self.points.values()), usable, self.issue, hold_out)
+        fits = dict(zip(self.points, held, strict=True))
+        found = []
+        for i, (case, result) in enumerate(self.runs):
+            used, known = fits.get(i, Fit()), self._left(case, hold_out)
+            step = used.apply(self.points[i]) if i in self.points else result.step_time
+            spreads = self.given(known, i, used), self.given(known, i, None)
+            found.append(Scored(case, result, used, step, self._peak(i), *spreads))
+        return found
 
-    def __init__(
-        self, runs: Sequence[tuple[Case, Simulated]], points: Mapping[int, Point], hold_out: HoldOut
-    ) -> None:
-        self.runs, self.points, self.hold_out = runs, points, hold_out
-        self.found: dict[object, Spread] = {}
+    def _left(self, case: Case, hold_out: HoldOut) -> tuple[int, ...]:
+        """Places of the runs that a prediction may learn from."""
+        if hold_out == "source":
+            return ()
+        known = (i for i, (other, _) in enumerate(self.runs) if trusted(other))
+        return tuple(i for i in known if hold_out == "none" or self.runs[i][0].identity() != case.identity())
 
-    def _known(self, case: Case, i: int) -> bool:
-        other = self.runs[i][0]
-        if self.hold_out == "source" or not trusted(other):
-            return False
-        return self.hold_out == "none" or other.identity() != case.identity()
+    def given(self, known: Sequence[int], place: int, used: Fit | None) -> Spread:
+        """The error to expect of a run, given others: of its time as `used` predicts it, or of its peak."""
+        case = self.runs[place][0]
+        name: Name = "step_time" if used else "peak_memory"
+        key = (tuple(known), cell(case), used)
+        if key not in self._found:
+            seen = self._times(known, used) if used else self._peaks(known)
+            self._found[key] = expected(case, name, cells(seen))
+        return self._found[key]
 
-    def step_time(self, case: Case, used: Fit) -> Spread:
-        """Of a time that `used` predicts."""
-        return self._of("step_time", case, used)
-
-    def peak_memory(self, case: Case) -> Spread:
-        return self._of("peak_memory", case, None)
-
-    def _of(self, name: Name, case: Case, used: Fit | None) -> Spread:
-        key = (name, cell(case), used)
-        if key not in self.found:
-            known = [i for i in range(len(self.runs)) if self._known(case, i)]
-            errors = self._peaks(known) if used is None else self._steps(known, used)
-            self.found[key] = expected(case, name, cells(errors))
-        return self.found[key]
-
-    def _steps(self, known: Sequence[int], used: Fit) -> list[Cell]:
+    def _times(self, known: Sequence[int], used: Fit) -> list[Cell]:
         points = self.points
         return [
             cell(self.runs[i][0], points[i].measured, used.apply(points[i])) for i in known if i in points
         ]
 
     def _peaks(self, known: Sequence[int]) -> list[Cell]:
-        found = []
-        for case, result in (self.runs[i] for i in known):
-            if case.measured.peak_memory:
-                peak = as_read(result, case.program().reading.memory, case.profile())
-                found.append(cell(case, case.measured.peak_memory, peak))
-        return found
+        read = [(i, self.runs[i][0].measured.peak_memory) for i in known]
+        return [cell(self.runs[i][0], measured, self._peak(i)) for i, measured in read if measured]
+
+    def _peak(self, place: int) -> float:
+        case, result = self.runs[place]
+        return as_read(result, case.program().reading.memory, case.profile())
 
 
 def _point(case: Case, result: Simulated) -> Point | None:

@@ -48,10 +48,15 @@ class Coverage:
         """Of the runs."""
         return sum(held for held, _ in self.by_source.values()) / self.runs
 
+    def share_of(self, source: str) -> float:
+        """Of the runs of one source."""
+        held, runs = self.by_source[source]
+        return held / runs
+
     @property
     def share_of_sources(self) -> float:
         """Sources weighing alike."""
-        return fmean(held / count for held, count in self.by_source.values())
+        return fmean(map(self.share_of, self.by_source))
 
     def to_json(self) -> dict[str, Any]:
         by_source = {name: {"n": n, "within": held} for name, (held, n) in self.by_source.items()}

@@ -1,7 +1,8 @@
 """Makes this report: python -m reports.validation.make, from the cases beside it.
 
-With --runs and --models (tables of published runs, which are not part of this repository) the cases are
-resolved first; --components predicts a table of components too. Two to ten minutes on two cores.
+The errors to expect (mopsim/intervals/errors.yaml) are learned from the same simulations. With --runs and
+--models (tables of published runs, which are not part of this repository) the cases are resolved first;
+--components predicts a table of components too. Two to ten minutes on two cores.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from mopsim.validate.simulated import simulate_all
 from mopsim.validate.tables import read_components, read_runs
 from reports.validation import errors as expected
 from reports.validation import regression
+from reports.validation.few_runs import few_runs
 from reports.validation.figures import figures
 from reports.validation.misses import markdown, missed_json, misses
 
@@ -52,7 +54,7 @@ def main() -> None:
     cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
     validation = _validated(cases, options.jobs, refused)
     parts = predict_components(read_components(options.components)) if options.components else []
-    grids = [*tables(validation, parts), _by_source(validation)]
+    grids = [*tables(validation, parts), few_runs(validation.scored), _by_source(validation)]
     missed = misses(validation, parts)
     io.write_text(HERE / "tables.md", "\n".join(grid.markdown() for grid in grids))
     io.write_text(HERE / "misses.md", markdown(missed))

@@ -140,8 +140,8 @@ def _runs(scored: Sequence[Scored], causes: Sequence[Cause]) -> list[Miss]:
     ]
     beyond = [case for case in found if case[4] is not None and abs(case[4]) > TOLERANCE]
     for one in scored:
-        if one.case.measured.fits is not None and one.case.measured.fits != one.simulated.fits:
-            fits, predicted = float(one.case.measured.fits), float(one.simulated.fits)
+        if one.case.measured.fits is not None and one.case.measured.fits != one.likely:
+            fits, predicted = float(one.case.measured.fits), one.p_fits * one.simulated.fits
             beyond.append(("verdict", one, fits, predicted, predicted - fits))
     return [
         Miss(
