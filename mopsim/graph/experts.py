@@ -209,6 +209,18 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
     return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",), consumes=("out",))
 
 
+def routed(
+    model: ModelSpec, tokens: int, routes: Sequence[int], b: int, wide: int, split: bool, tensor: int = 1
+) -> Tape:
+    """h [n,H] -> f, the sum of its routes: the counts of rows, dispatch, products and combine."""
+    there = dispatch(model, tokens, sum(routes), b, wide, split)
+    products = experts(model, routes, b, wide, tensor)
+    back = combine(model, tokens, sum(routes), b, split)
+    size = 8.0 * model.num_local_experts
+    counts = Kernel("counts", "all_to_all", _R, (), (), bytes=size, back_bytes=0.0, group="experts")
+    return Tape(there.inputs, (counts, *there.kernels, *products.kernels, *back.kernels), ("f",))
+
+
 def _grouped(name: str, source: str, out: Value, routes: Sequence[int], n: float, k: float, b: int) -> Kernel:
     """One product per expert; experts with equal rows are counted together."""
     sizes: dict[int, int] = {}

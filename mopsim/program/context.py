@@ -87,6 +87,11 @@ class Context:
         """Tokens of strided chunk `index`."""
         return len(range(index, self.tokens, self.chunks))
 
+    @property
+    def shares(self) -> list[float]:
+        """Of the tokens, by chunk."""
+        return [self.chunk_tokens(index) / self.tokens for index in range(self.chunks)]
+
     def routes(self, index: int | None = None) -> tuple[int, ...]:
         """Rows of each expert that the most loaded rank computes, from chunk `index` (or all) of all ranks of
         its expert group."""

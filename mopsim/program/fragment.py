@@ -1,13 +1,35 @@
 """Parts of a layer as workloads of their own, as benchmarks of operators run them."""
 
+from dataclasses import replace
+
+from mopsim.graph.experts import routed
+from mopsim.graph.rewrites.migration import migrating
+from mopsim.graph.rewrites.recompute import backward, forward, plan
+from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
-from mopsim.program.context import make_context
-from mopsim.program.pairs.kept_experts import KeptExperts
+from mopsim.program.context import Context, make_context
+from mopsim.program.taped import play
 from mopsim.program.workload import Work, Workload
+from mopsim.program.works import chunked
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+
+
+def kept_experts(context: Context) -> Tape:
+    """Routed experts whose inputs are kept for the backward: of one chunk with all that products keep; of
+    several what arrived for each, from which the products run again.
+
+    A caller in Python holds the output of one chunk until it is home, and under least-loaded placement what
+    arrived as well (both as in the code of arXiv 2601.17111).
+    """
+    c, split = context, context.groups["experts"].size > 1
+    tensor, moved = c.strategy.experts.expert_tensor_parallel, c.migration if split else None
+    tape = routed(c.model, c.tokens, c.routes(), c.b, c.wide, split, tensor)
+    kernels = migrating(tape.kernels, moved) if moved else tape.kernels
+    held = () if c.chunks > 1 else ("out", "arrived") if moved else ("out",)
+    return replace(tape, kernels=chunked(kernels, c, "sort"), held=held)
 
 
 def expert_layer(
@@ -15,28 +37,20 @@ def expert_layer(
 ) -> Workload:
     """Routed experts of one layer, forward and backward, with routing given: x [N, H] -> sum of its routes.
 
-    Kept from forward to backward: every intermediate, or what arrived for each of several chunks. Resident: x
-    and the rank's experts. No gradients of weights are kept. Raises SpecError where the inputs do not fit
-    together.
+    Resident: x and the rank's experts. No gradients of weights are kept. Raises SpecError where the inputs do
+    not fit together.
     """
     context = make_context(model, strategy, training, domain, stack)
-    builder = Builder(context.groups)
-    part = KeptExperts(context, builder)
-    builder.mark(0)
+    builder, tape = Builder(context.groups), kept_experts(context)
+    chosen = plan(tape, "none", ())
     builder.make("out", context.hidden)
     start = builder.add("start", "compute", "experts", "forward")
-    end = part.forward(0, "forward", [start])
-    builder.make("dx", context.hidden)
-    end = part.backward(0, [end])
+    end = play(builder, context, forward(tape, chosen), "forward", 0, [start])
+    end = play(builder, context, backward(tape, chosen), "backward", 0, [end])
+    builder.adopt("dx", context.hidden)
     builder.drop("dx", "out")
-    builder.add(
-        "end",
-        "compute",
-        "experts",
-        "backward",
-        (Work("memory_bound", bytes=2.0 * context.hidden),),
-        deps=[end],
-    )
+    work = (Work("memory_bound", bytes=2.0 * context.hidden),)
+    builder.add("end", "compute", "experts", "backward", work, [end])
     unit = context.layers[0][1]
     resident = [("params", unit.numel * context.b), ("activations", context.hidden)]
     return Workload((builder.program(0, strategy.stage_ranks, resident),), 1, 1, 0.0, stack=stack)

@@ -12,6 +12,9 @@ from mopsim.program.workload import Group, deltas
 from mopsim.program.works import Part, works
 from mopsim.spec.hardware import COLLECTIVES
 
+_READ = ("place", "rows read")
+"""Kernels before which the host waits for what they are made from; of the last for its end, too."""
+
 
 class _Draft(Recorder):
     """A template being made. ready: what the next piece waits for. split: weight gradients come later."""
@@ -48,14 +51,53 @@ class _Draft(Recorder):
     def await_last(self) -> None:
         """The host waits for the last piece: how many rows go where decides the sizes of what follows, of all
         chunks."""
-        if self.ops and not self.counted:
-            self.ops[-1] = replace(self.ops[-1], awaited=True)
+        if not self.counted:
+            self.awaited()
         self.counted = True
 
-    def send(self, item: Played, back: str) -> None:
-        """A collective beside which what follows runs until it needs what comes."""
+    def awaited(self) -> None:
+        """The host waits for what it has started."""
+        if self.ops:
+            self.ops[-1] = replace(self.ops[-1], awaited=True)
+
+    def join(self, item: Played, following: Played | None, back: str) -> None:
+        """A kernel on the compute stream, an op with those before it unless something comes between."""
+        context, name = self.context, item.kernel.name
+        if name in _READ and item.backward:
+            return
+        alone = following is not None and _beside(following, context) and not _leads(following)
+        if name in _READ or (self.joined and (alone or _splits(self.joined[0], item, back, context))):
+            self.close(back)
+        if name in _READ:  # the host reads what has been made so far
+            self.awaited()
+        self.joined.append(item)
+        if name == _READ[-1]:
+            self.close(back)
+            self.awaited()
+
+    def blocks(self, item: Played, following: Played | None, place: int, back: str) -> set[int]:
+        """A collective in blocks beside the product after it, or that before; places of what is done too."""
+        self.close(back)
+        if _leads(item) and following:  # the next product runs on what has arrived
+            moved = self.talk(item, back, self.ready, item.memory)
+            self.joined.append(following)
+            self.close(back)
+        else:  # what the product before has made is sent
+            before = self.ops[self.ready[0]].deps if self.ops else (START,)
+            moved = self.talk(item, back, before, item.memory)
+        self.ready = (*self.ready, moved)
+        return {place + 1} if _leads(item) else set()
+
+    def exchange(self, item: Played, back: str) -> None:
+        """A collective that what follows waits for, or runs beside until it needs what comes."""
+        self.close(back)
+        if item.kernel.name == "dispatch" and not item.backward:
+            self.await_last()
         op = self.talk(item, back, self.ready, item.memory)
-        self.coming |= dict.fromkeys(_brings(item), op)
+        if item.kernel.beside:
+            self.coming |= dict.fromkeys(_brings(item), op)
+        else:
+            self.ready = (op,)
 
     def receive(self, item: Played, back: str) -> None:
         """What a kernel needs is waited for."""
@@ -103,35 +145,17 @@ def template(
         source = gathers.get(kernel.reads[0]) if kernel.matmuls and item.backward else None
         if source is not None and context.groups[source.group].size == 1:
             source = None
+        following = played[index + 1] if index + 1 < len(played) else None
         if talks and _beside(item, context):
-            draft.close(direction)
-            if _leads(item):  # the next product runs on what has arrived
-                moved = draft.talk(item, direction, draft.ready, item.memory)
-                draft.joined.append(played[index + 1])
-                done.add(index + 1)
-                draft.close(direction)
-            else:  # what the product before has made is sent
-                before = draft.ops[draft.ready[0]].deps if draft.ops else (START,)
-                moved = draft.talk(item, direction, before, item.memory)
-            draft.ready = (*draft.ready, moved)
+            done |= draft.blocks(item, following, index, direction)
         elif talks:
-            draft.close(direction)
-            if kernel.name == "dispatch" and not item.backward:
-                draft.await_last()
-            if kernel.beside:
-                draft.send(item, direction)
-                continue
-            draft.ready = (draft.talk(item, direction, draft.ready, item.memory),)
+            draft.exchange(item, direction)
         elif source is not None and (partner := _partner(played, index, source, done)):
             draft.close(direction)
             done.add(partner)
             _column(draft, item, played[partner])
         else:
-            after = played[index + 1] if index + 1 < len(played) else None
-            alone = after is not None and _beside(after, context) and not _leads(after)
-            if draft.joined and (alone or _splits(draft.joined[0], item, direction, context)):
-                draft.close(direction)
-            draft.joined.append(item)
+            draft.join(item, following, direction)
     draft.close(direction)
     draft.ready = (*draft.ready, *sorted(set(draft.coming.values())))
     if last:

@@ -6,6 +6,7 @@ from typing import Literal
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import composed, gradients_stay
+from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
@@ -24,10 +25,16 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     found = composed(kernels, context.stack.composes, context.b, context.wide, wings, layernorm)
-    parts = [context.chunk_tokens(i) / context.tokens for i in range(context.chunks)]
-    found = in_chunks(found, parts, context.strategy.activations.recompute == "full")
+    found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding
     return gradients_stay(found, sharding.groups == "modules") if sharding.copies else found
+
+
+def chunked(kernels: tuple[Kernel, ...], context: Context, again: str) -> tuple[Kernel, ...]:
+    """The kernels, of routed experts in the strategy's chunks (see in_chunks)."""
+    moved = context.migration
+    between = (rows_read(moved),) if moved and moved.reads else ()
+    return in_chunks(kernels, context.shares, again, between)
 
 
 def works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:

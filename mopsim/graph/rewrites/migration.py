@@ -71,10 +71,17 @@ def migrating(kernels: tuple[Kernel, ...], moved: Migration) -> tuple[Kernel, ..
 
 
 def on_packed(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """Grouped products that take their weights from the `packed` tensor."""
-    return tuple(
-        replace(kernel, reads=(*kernel.reads, "packed"), saves=(*kernel.saves, "packed"))
-        if kernel.kind == "grouped_matmul"
-        else kernel
-        for kernel in kernels
-    )
+    """Grouped products that take their weights from the `packed` tensor, which lives to the last of them, the
+    first to make its gradient."""
+    last = [kernel for kernel in kernels if kernel.kind == "grouped_matmul"][-1]
+
+    def changed(kernel: Kernel) -> Kernel:
+        reads = (*kernel.reads, "packed") if kernel is last else kernel.reads
+        return replace(kernel, reads=reads, saves=(*kernel.saves, "packed"))
+
+    return tuple(changed(kernel) if kernel.kind == "grouped_matmul" else kernel for kernel in kernels)
+
+
+def rows_read(moved: Migration) -> Kernel:
+    """The host reads how many rows of a later chunk go to each rank, once all that it started is done."""
+    return Kernel("rows read", "memory_bound", _R, (), (), launches=moved.reads, back_launches=0)

@@ -3,10 +3,11 @@ experts under nested checkpoints."""
 
 from mopsim.graph.attention import attention
 from mopsim.graph.experts import router
+from mopsim.graph.rewrites.recompute import backward, forward, plan
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
-from mopsim.program.pairs.kept_experts import KeptExperts
+from mopsim.program.fragment import kept_experts
 from mopsim.program.pairs.rows import Rows
 from mopsim.program.taped import play
 
@@ -41,21 +42,21 @@ class NestedExperts:
     2609.14306)."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
-        self.c, self.b = context, builder
-        self.kept, self.rows = KeptExperts(context, builder), Rows(context, builder)
+        self.c, self.b, self.rows = context, builder, Rows(context, builder)
         self.router = router(context.model, context.tokens, context.b, context.wide)
 
     def backward(self, layer: int, *waits: int | None) -> None:
         """The gradient of x2 becomes that of x1, in place."""
         c, b = self.c, self.b
-        H, tokens = c.model.hidden_size, c.tokens
+        H, tokens, tape = c.model.hidden_size, c.tokens, kept_experts(c)
+        chosen = plan(tape, "none", ())
         last = b.compute("norm", "router", "recompute", layer, [self.rows.norm(tokens, H, "hidden")])
         last = play(b, c, self.router.forward(graph=True), "recompute", layer, [last])
         for name in ("choice", "weight"):
             b.adopt(name, self.router.values[name].bytes)
-        last = self.kept.forward(layer, "recompute", [last], waits)
-        b.make("grad_hidden", c.hidden)
-        last = self.kept.backward(layer, [last])
+        last = play(b, c, forward(tape, chosen), "recompute", layer, [last, *waits])
+        last = play(b, c, backward(tape, chosen), "backward", layer, [last])
+        b.adopt("grad_hidden", c.hidden)
         del b.alive["weight"]  # its gradient takes its place, and dies in the router's backward
         play(b, c, self.router.backward(), "backward", layer, [last])
         b.adopt("grad_router", c.hidden)
