@@ -103,7 +103,7 @@ class Comparison(Result):
         with whole_directory(Path(folder)) as aside, saved_as(formats):
             write_compare(
                 aside, list(self.results.values()), list(self.results), timelines, self.sweep, title,
-                facts(inputs, command), self.gaps,
+                facts(inputs, command), self.gaps, inputs.interval,
             )  # fmt: skip
             written = [path.name for path in aside.iterdir()]
         return [Path(folder) / name for name in sorted(written)]

@@ -33,9 +33,14 @@ class Moved:
 
     def swing(self, base: SimResult) -> float:
         """The larger change; infinite where a verdict turns."""
-        if any(one is not None and one.verdict != base.verdict for one in (self.low, self.high)):
+        if any(turns(one, base) for one in (self.low, self.high)):
             return float("inf")
         return max(map(abs, self.steps(base)))
+
+
+def turns(one: SimResult | None, base: SimResult) -> bool:
+    """Whether one fits, or most likely does, and the other not."""
+    return one is not None and (one.fits, one.sure) != (base.fits, base.sure)
 
 
 def sensitivity(

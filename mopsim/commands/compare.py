@@ -41,7 +41,7 @@ def run(
     console = human(json)
     console.print(comparison(list(found.results.values()), found.inputs.where, found.inputs.interval))
     if found.sweep:
-        console.print(swept_table(found.sweep))
+        console.print(swept_table(found.sweep, found.inputs.interval))
     console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")
     for note in found.notes:
         console.print(note, style="yellow")

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from mopsim.api.run import search
-from mopsim.api.sensitivity import Moved, sensitivity
+from mopsim.api.sensitivity import Moved, sensitivity, turns
 from mopsim.commands.console import human
 from mopsim.commands.progress import progress
 from mopsim.common import io
@@ -131,7 +131,7 @@ def weights(found: list[Moved], base: SimResult, title: str) -> Group:
         turned = [
             f"{end.verdict} if {where}"
             for end, where in ((one.low, "lower"), (one.high, "higher"))
-            if end is not None and end.verdict != base.verdict
+            if end is not None and turns(end, base)
         ]
         shown.add_row(", ".join([one.name, *turned]), one.value, *cells)
     quiet = [one.name for one in found if one.swing(base) < QUIET]

@@ -50,7 +50,7 @@ def run(
         from mopsim.report.validation import figures
 
         with whole_directory(Path(out)) as aside, saved_as(kinds):
-            figures(aside, validation)
+            figures(aside, validation, level)
             written = sorted(path.name for path in aside.iterdir())
             io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
         for name in written:

@@ -12,7 +12,7 @@ from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
-from mopsim.report.tables import COLUMNS, describe, row
+from mopsim.report.tables import COLUMNS, beside, describe, probability, row
 from mopsim.report.terminal import size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import format_gap
@@ -95,12 +95,21 @@ def summary(results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | No
     return " ".join(f"{one}." for one in found if one)
 
 
-def memory_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str]) -> Path:
-    """Memory at the peak by category, with the limit; the title says who fits."""
+def memory_figure(
+    path: Path, results: Sequence[SimResult], labels: Sequence[str], level: float | None = None
+) -> Path:
+    """Memory at the peak by category, with the limit; the title says who fits. level: of an interval that is
+    drawn over each bar."""
     lost = [label for result, label in zip(results, labels, strict=True) if not result.fits]
     title = f"Peak memory: {', '.join(lost)} over the limit" if lost else _least(results, labels)
     bars = [
-        Bar(label, {k: float(v) for k, v in r.memory_by_category.items()}, _memory_remark(r), not r.fits)
+        Bar(
+            label,
+            {k: float(v) for k, v in r.memory_by_category.items()},
+            _memory_remark(r),
+            not r.fits,
+            r.peak_memory_interval(level) if level else None,
+        )
         for r, label in zip(results, labels, strict=True)
     ]
     limit = min(result.memory_limit for result in results)
@@ -125,13 +134,18 @@ def _memory_remark(result: SimResult) -> str:
     return f"{format_bytes(result.over_bytes)} over: {result.over}"
 
 
-def time_figure(path: Path, results: Sequence[SimResult], labels: Sequence[str], unit: str = "GPU") -> Path:
-    """The step by component, and how much of it is exposed to what. unit: what a device is called."""
+def time_figure(
+    path: Path, results: Sequence[SimResult], labels: Sequence[str], unit: str = "GPU",
+    level: float | None = None,
+) -> Path:  # fmt: skip
+    """The step by component, and how much of it is exposed to what. unit: what a device is called. level: of
+    an interval that is drawn over each step."""
     bars, waits = [], []
     for result, label in zip(results, labels, strict=True):
         rate = f"{result.tokens_per_second_per_device:,.0f} tokens/s per {unit}"
         note = rate if result.fits else remark(result.over, result.over_bytes)
-        bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits))
+        ends = result.step_time_interval(level) if level else None
+        bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits, ends))
         waits.append(Bar(label, _ordered(result.exposed), f"{exposed_share(result):.0%} of the step"))
     most = max(zip(map(exposed_share, results), labels, strict=True))
     titles = (
@@ -176,24 +190,29 @@ def write_compare(
     title: str,
     facts: dict[str, str],
     gaps: Gaps | None = None,
+    level: float = 0.9,
 ) -> list[Path]:
-    """index.md, index.html and PNGs of a comparison; returns what was written."""
+    """index.md, index.html and PNGs of a comparison; returns what was written. level: of the intervals."""
     written = [
-        memory_figure(folder / "memory.png", results, labels),
-        time_figure(folder / "time.png", results, labels),
+        memory_figure(folder / "memory.png", results, labels, level),
+        time_figure(folder / "time.png", results, labels, level=level),
     ]
+    whiskers = f"Lines over the bars: a measured value lies between their ends with probability {level:.0%}."
     sections = [
         Section("The strategies", table=Table(COLUMNS, [row(result) for result in results])),
         Section(
             "Memory by category",
+            whiskers,
             picture=("memory.png", "device memory at the peak, by category, and the limit"),
         ),
         Section(
-            "Step time by component", picture=("time.png", "step time by component and exposed communication")
+            "Step time by component",
+            whiskers,
+            picture=("time.png", "step time by component and exposed communication"),
         ),
     ]
     if sweep:
-        written.append(sweep_figure(folder / "sweep.png", sweep))
+        written.append(sweep_figure(folder / "sweep.png", sweep, level))
         sections.append(
             Section(
                 f"Over {sweep.setting}",
@@ -216,8 +235,8 @@ def write_compare(
     return written + write_page(folder, Page(title, summary(results, labels, gaps), sections, facts))
 
 
-def sweep_figure(path: Path, sweep: Sweep) -> Path:
-    """Throughput over the setting, crosses where memory ends."""
+def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9) -> Path:
+    """Throughput over the setting, crosses where memory ends. level: of the bands."""
     series = {
         label: [r.tokens_per_second_per_device if r and r.fits else None for r in points]
         for label, points in sweep.results.items()
@@ -237,29 +256,31 @@ def sweep_figure(path: Path, sweep: Sweep) -> Path:
         title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {sweep.setting} {name}"
     xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
     xlabel = "; ".join(filter(None, (xlabel, sweep.held)))
-    return sweep_lines(path, sweep.values, series, title, xlabel, sweep.names, sweep.bands)
+    return sweep_lines(path, sweep.values, series, title, xlabel, sweep.names, sweep.bands, level)
 
 
-def swept_table(sweep: Sweep) -> Group:
-    """Every point on the terminal: its numbers, and under them its plan."""
+def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
+    """Every point on the terminal: its numbers, and under them its plan. level: of the intervals."""
     shown = table(
         f"over {sweep.setting}; {sweep.held}", (sweep.setting, "strategy"),
-        ("batch", "step", "tokens/s\nper GPU", "exposed", "memory"),
+        ("batch", "step", f"{level:.0%}", "tokens/s\nper GPU", "exposed", "memory", "P(fits)"),
     )  # fmt: skip
-    shown.add_column("verdict")
+    shown.padding = 0  # seven numbers in 80 columns
     plans = []
     for index, name in enumerate(sweep.names):
         for label, points in sweep.results.items():
             result = points[index]
             batch = f"{sweep.batches[index]:,}" if sweep.batches else ""
             if result is None:
-                shown.add_row(name, label, batch, *["-"] * 4, "no legal strategy", style="red")
-                plans.append(Text(f"{name} {label}: {sweep.refused.get(label, [''] * (index + 1))[index]}"))
+                shown.add_row(name, label, batch, *["-"] * 6, style="red")
+                why = sweep.refused.get(label, [""] * (index + 1))[index]
+                plans.append(Text(f"{name} {label}: no legal strategy: {why}"))
                 continue
+            step = format_seconds(result.step_time)
             shown.add_row(
-                name, label, batch, format_seconds(result.step_time),
+                name, label, batch, step, beside(result.step_time_interval(level), result.step_time, step),
                 f"{result.tokens_per_second_per_device:,.0f}", f"{exposed_share(result):.0%}",
-                size(result.peak_memory), result.verdict.removesuffix(" of memory"),
+                size(result.peak_memory), probability(result.p_fits) if result.fits else "out",
                 style="" if result.fits else "red",
             )  # fmt: skip
             plans.append(Text(f"{name} {label}: {describe(result.strategy)}"))

@@ -14,17 +14,24 @@ from mopsim.report.style import SERIES, byte_scale, colour, figure, legend_below
 
 @dataclass(frozen=True)
 class Bar:
-    """One strategy's bar: parts (name -> bytes or seconds) and a remark written at its end."""
+    """One strategy's bar: parts (name -> bytes or seconds) and a remark written at its end. interval: where a
+    measured total lies."""
 
     label: str
     parts: Mapping[str, float]
     remark: str = ""
     bad: bool = False
+    interval: tuple[float, float] | None = None
+
+    @property
+    def end(self) -> float:
+        """What of the bar is furthest to the right."""
+        return max(sum(self.parts.values()), self.interval[1] if self.interval else 0.0)
 
 
 def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str) -> Path:
     """Peak memory by category, stacked, one bar per strategy, with the device's limit as a line."""
-    totals = [sum(bar.parts.values()) for bar in bars]
+    totals = [bar.end for bar in bars]
     unit, scale = byte_scale(max([*totals, limit or 0]))
     with figure(path, 10, 2.2 + 0.62 * len(bars)) as (axis,):
         if limit:
@@ -40,7 +47,7 @@ def memory_bars(path: Path, bars: Sequence[Bar], limit: float | None, title: str
 
 def time_bars(path: Path, bars: Sequence[Bar], waits: Sequence[Bar], titles: tuple[str, str]) -> Path:
     """Above: the step by component, stacked. Below: what of it is exposed, by what compute waits for."""
-    largest = max(sum(bar.parts.values()) for bar in bars)
+    largest = max(bar.end for bar in bars)
     unit, scale = time_scale(largest)
     with figure(path, 10, 4.2 + 1.24 * len(bars), 2) as (above, below):
         for axis, chosen, title in ((above, bars, titles[0]), (below, waits, titles[1])):
@@ -80,7 +87,13 @@ def _stack(axis: Axes, bars: Sequence[Bar], scale: float, high: float, clear: fl
                 )
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, bar in enumerate(bars):
-        place = clear if left[row] <= clear else left[row]
+        if bar.interval:
+            low, high = (end / scale for end in bar.interval)
+            ends = [
+                row + 0.21 + step for step in (-0.07, 0.07, 0, 0, 0.07, -0.07)
+            ]  # below the parts' numbers
+            axis.plot([low, low, low, high, high, high], ends, color="#212f3c", linewidth=1.4)
+        place = clear if bar.end / scale <= clear else bar.end / scale
         tint = "#c0392b" if bar.bad else "#212f3c"
         axis.text(place, row, f"  {bar.remark}", va="center", fontsize=10, color=tint)
     axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
@@ -95,9 +108,10 @@ def sweep_lines(
     xlabel: str,
     names: Sequence[str],
     bands: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
+    level: float = 0.9,
 ) -> Path:
     """Throughput over a swept setting; a cross on the floor where no strategy of a family fits (None). bands:
-    the ends of each point's interval, where it has one."""
+    the ends of each point's interval, where it has one; level: its probability."""
     with figure(path, 10, 5.2) as (axis,):
         for index, (label, points) in enumerate(series.items()):
             tint = SERIES[index % len(SERIES)]
@@ -121,6 +135,10 @@ def sweep_lines(
                 color=tint,
                 zorder=5,
                 transform=blended_transform_factory(axis.transData, axis.transAxes),
+            )
+        if any(ends for found in (bands or {}).values() for ends in found):
+            axis.fill_between(
+                [], [], [], color="#515a5a", alpha=0.18, linewidth=0, label=f"{level:.0%} interval"
             )
         if any(y is None for points in series.values() for y in points):
             axis.scatter([], [], marker="x", color="#515a5a", label="no strategy fits")

@@ -13,38 +13,47 @@ from mopsim.common.units import UNITS
 from mopsim.report.style import SERIES, figure
 from mopsim.validate.run import Validation
 from mopsim.validate.scoring import Scored
+from mopsim.validate.uncertain import Name
 
 Points = list[tuple[float, float]]
 """(measured, predicted)."""
+Ends = Mapping[tuple[float, float], tuple[float, float]]
+"""Of a point, the ends of its prediction's interval."""
 BAND = 0.1
 """Relative error that the grey band shows."""
 
 
-def figures(folder: Path, validation: Validation) -> list[Path]:
-    """Write the figures that there are points for; returns their paths."""
+def figures(folder: Path, validation: Validation, level: float | None = None) -> list[Path]:
+    """Write the figures that there are points for; returns their paths. level: of the intervals, if any are
+    drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    return by(folder, validation, "source", lambda one: one.case.source.name, spread)
+    return by(folder, validation, "source", lambda one: one.case.source.name, spread, level)
 
 
 def by(
     folder: Path, validation: Validation, name: str, key: Callable[[Scored], str],
-    title: Callable[[str, Mapping[str, Points]], str],
+    title: Callable[[str, Mapping[str, Points]], str], level: float | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Step times and peaks by group. title: of a quantity and its groups."""
-    times: dict[str, Points] = defaultdict(list)
-    peaks: dict[str, Points] = defaultdict(list)
-    for one in validation.scored:
-        measured = one.case.measured
-        if measured.step_time:
-            times[key(one)].append((measured.step_time, one.calibrated))
-        if measured.peak_memory:
-            peaks[key(one)].append((measured.peak_memory / UNITS["GiB"], one.peak_memory / UNITS["GiB"]))
-    asked = (("step_time", times, "seconds of a step"), ("peak_memory", peaks, "GiB at the peak"))
-    return [
-        scatter(folder / f"{quantity}_by_{name}.png", groups, unit, title(quantity, groups))
-        for quantity, groups, unit in asked
-        if groups
-    ]
+    """Step times and peaks by group. title: of a quantity and its groups. level: as of `figures`."""
+    asked: tuple[tuple[Name, str, float], ...] = (
+        ("step_time", "seconds of a step", 1.0), ("peak_memory", "GiB at the peak", UNITS["GiB"]),
+    )  # fmt: skip
+    written = []
+    for quantity, unit, scale in asked:
+        groups: dict[str, Points] = defaultdict(list)
+        ends: dict[tuple[float, float], tuple[float, float]] = {}
+        for one in validation.scored:
+            measured = getattr(one.case.measured, quantity)
+            if measured:
+                point = measured / scale, one.predicted(quantity) / scale
+                groups[key(one)].append(point)
+                if level:
+                    low, high = one.interval(quantity, level)
+                    ends[point] = low / scale, high / scale
+        if groups:
+            path = folder / f"{quantity}_by_{name}.png"
+            written.append(scatter(path, groups, unit, title(quantity, groups), ends))
+    return written
 
 
 def spread(name: str, groups: Mapping[str, Points]) -> str:
@@ -62,15 +71,22 @@ def mean_error(points: Points) -> float:
     return fmean(abs(predicted / measured - 1) for measured, predicted in points)
 
 
-def scatter(path: Path, groups: Mapping[str, Points], unit: str, title: str) -> Path:
+def scatter(
+    path: Path, groups: Mapping[str, Points], unit: str, title: str, ends: Ends | None = None
+) -> Path:
     """Measured on the horizontal, predicted on the vertical axis, both logarithmic; the diagonal and a
-    band."""
+    band. ends: of a line through a point, its interval."""
     with figure(path, 8.5, 7) as (axis,):
         for index, (name, points) in enumerate(sorted(groups.items())):
             axis.scatter(
                 [p[0] for p in points], [max(p[1], 1e-12) for p in points], s=22, alpha=0.7,
                 color=SERIES[index % len(SERIES)], marker="os^Dvx+"[index // len(SERIES) % 7],
                 label=f"{name}: {len(points)}, {mean_error(points):.0%}",
+            )  # fmt: skip
+            known = [(x, *ends[x, y]) for x, y in points if ends and (x, y) in ends]
+            axis.vlines(
+                [x for x, _, _ in known], [low for _, low, _ in known], [high for _, _, high in known],
+                color=SERIES[index % len(SERIES)], alpha=0.35, linewidth=1,
             )  # fmt: skip
         values = [value for points in groups.values() for pair in points for value in pair if value > 0]
         _diagonal(axis, min(values), max(values))

@@ -37,8 +37,9 @@ def validation() -> dict[str, Any]:
             "quality": "A", "measured_step_time_s": 1.0 + place, "predicted_step_time_s": 1.1 * (1 + place),
             "step_time_s_error": 0.1, "measured_peak_memory_bytes": 2**30 * (1 + place),
             "predicted_peak_memory_bytes": 2**30 * (1 + place), "peak_memory_bytes_error": 0.0,
-            "predicted_verdict": ("fits", "may not fit", "out of memory")[place % 3],
-            "predicted_step_time_interval_s": [0.9 * (1 + place), 1.3 * (1 + place)], "p_fits": 0.9,
+            "predicted_fits": place % 3 < 2,
+            "predicted_step_time_interval_s": [0.9 * (1 + place), 1.3 * (1 + place)],
+            "p_fits": (0.99, 0.7, 0.1)[place % 3],
         }
         for place in range(6)
     ]  # fmt: skip

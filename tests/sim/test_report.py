@@ -47,6 +47,7 @@ def test_compare_writes_pictures_and_pages(results: list[SimResult], tmp_path: P
     assert "mopsim compare ..." in text
     assert all(f"({path.name})" in text for path in written if path.suffix == ".png")
     assert {path.name for path in tmp_path.iterdir()} == names
+    assert "Lines over the bars: a measured value lies between their ends with probability 90%" in text
 
 
 def test_a_figure_is_saved_in_every_format_the_same_each_time(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Views of a sizing: the clusters that were tried, cost against time, days over nodes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopsim.report.explore.page import View
@@ -8,20 +8,22 @@ from mopsim.report.explore.steps import Json, Step, bars, ends, front, plan_of, 
 
 DAY = 86400.0
 _CLUSTER = [
-    ("hardware", "text"), ("nodes", "number"), ("GPUs", "number"), ("in time", "text"), ("days", "number"),
+    ("hardware", "text"), ("nodes", "number"), ("GPUs", "number"), ("in time", "text"),
+    ("within budget", "text"), ("days", "number"),
     ("days at least", "number"), ("days at most", "number"), ("P(deadline)", "fraction"), ("cost", "dollars"),
     ("cost at least", "dollars"), ("cost at most", "dollars"), ("goodput", "fraction"), ("plan", "text"),
-    ("reason", "text"),
+    ("purchase", "dollars"), ("energy", "joules"), ("CO2, t", "number"), ("site", "text"), ("reason", "text"),
 ]  # fmt: skip
 
 
 def _clusters(result: Json) -> list[dict[str, Any]]:
-    """Every cluster that was tried, as one list of rows."""
-    if result.get("points"):
-        return [dict(one) for one in result["points"]]
-    return [
+    """Every cluster that was tried, as one list of rows; first those that fit, which say more."""
+    tried = [
         {"hardware": machine["name"], **one} for machine in result["hardware"] for one in machine["tried"]
     ]
+    points = [dict(one) for one in result.get("points") or []]
+    known = {(one["hardware"], one["nodes"]) for one in points}
+    return points + [one for one in tried if (one["hardware"], one["nodes"]) not in known]
 
 
 def cluster_views(result: Json, steps: list[Step]) -> list[View]:
@@ -31,15 +33,15 @@ def cluster_views(result: Json, steps: list[Step]) -> list[View]:
     marks = [
         "recommended"
         if (one["hardware"], one["nodes"]) == chosen
+        else _UNFIT
+        if "no" in _answers(one)
         else ""
-        if one["in time"] == "yes"
-        else "over"
         for one in rows
     ]
     cells = [[one[name] for name, _ in _CLUSTER] for one in rows]
     costed = [one for one in rows if one["days"] is not None and one["cost"] is not None]
     views = [
-        table("Clusters that were tried", _CLUSTER, cells, "Green: recommended. Grey: not in time.", marks)
+        table("Clusters that were tried", _CLUSTER, cells, "Green: recommended. Grey: will not do.", marks)
     ]
     if costed:
         views.append(_scatter("Cost against time", costed, result))
@@ -51,19 +53,31 @@ def cluster_views(result: Json, steps: list[Step]) -> list[View]:
     return views
 
 
+_UNFIT = "out of memory"
+"""The mark of a cluster that will not do, as of a strategy that does not fit."""
+
+
+def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["in time"], row["within budget"]
+
+
+def _said(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
 def _cluster(one: Json) -> dict[str, Any]:
     """A row of _CLUSTER, from either way in which `size` says it."""
     seconds = one.get("duration_s")
     days, cost = ends(one, "days_interval"), ends(one, "cost_interval")
-    in_time = one.get("in_time")
     return {
         "hardware": one["hardware"], "nodes": one["nodes"], "GPUs": one.get("gpus") or one.get("devices"),
-        "in time": "" if in_time is None else "yes" if in_time else "no",
+        "in time": _said(one.get("in_time")), "within budget": _said(one.get("within_budget")),
         "days": one.get("days") or (seconds / DAY if seconds else None),
         "days at least": days[0], "days at most": days[1], "P(deadline)": one.get("p_deadline"),
         "cost": one.get("cost_usd"), "cost at least": cost[0], "cost at most": cost[1],
         "goodput": one.get("goodput"), "plan": plan_of(one["strategy"]) if one.get("strategy") else None,
-        "reason": one.get("reason"),
+        "reason": one.get("reason"), "purchase": one.get("capex_usd"), "energy": one.get("energy_j"),
+        "CO2, t": one["carbon_kg"] / 1e3 if one.get("carbon_kg") else None, "site": one.get("site"),
     }  # fmt: skip
 
 
@@ -100,7 +114,7 @@ def _scatter(title: str, rows: Sequence[dict[str, Any]], result: Json) -> View:
     deadline = result.get("deadline_s")
     return {
         "kind": "plot", "title": title, "note": f"Asked: {deadline / DAY:g} days." if deadline else "",
-        "x": {"name": "days", "type": "number"}, "y": {"name": "cost", "type": "dollars"},
+        "x": {"name": "days", "type": "number", "log": True}, "y": {"name": "cost", "type": "dollars"},
         "series": series,
     }  # fmt: skip
 

@@ -4,27 +4,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, Json, Step, ends, table
+from mopsim.report.explore.steps import Cell, Json, Step, ends, state_of, table
 
 _QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
+_STEP = "predicted_step_time_interval_s"
 _RUN: tuple[tuple[str, str, str], ...] = (
     ("run", "text", "run_id"), ("source", "text", "source"), ("family", "text", "family"),
     ("model", "text", "model"), ("GPU", "text", "gpu"), ("GPUs", "number", "num_gpus"),
     ("precision", "text", "precision"), ("grade", "text", "quality"), ("stack", "text", "stack"),
     ("measured step", "seconds", "measured_step_time_s"),
-    ("predicted step", "seconds", "predicted_step_time_s"), ("error", "fraction", "step_time_s_error"),
+    ("predicted step", "seconds", "predicted_step_time_s"), ("step at least", "seconds", "step low"),
+    ("step at most", "seconds", "step high"), ("error", "fraction", "step_time_s_error"),
     ("measured memory", "bytes", "measured_peak_memory_bytes"),
     ("predicted memory", "bytes", "predicted_peak_memory_bytes"),
     ("memory error", "fraction", "peak_memory_bytes_error"), ("P(fits)", "fraction", "p_fits"),
-    ("verdict", "text", "predicted_verdict"),
+    ("verdict", "text", "state"),
 )  # fmt: skip
 
 
 def run_views(result: Json, steps: list[Step]) -> list[View]:
     """Predicted against measured: a table, two scatters, and what is unsupported."""
     simulated = [one for one in result["runs"] if one["status"] == "simulated"]
-    marks = [str(one.get("predicted_verdict", "")) for one in simulated]
-    rows = [[_plain(one.get(key)) for _, _, key in _RUN] for one in simulated]
+    known = [
+        {**one, "state": _state(one), **dict(zip(("step low", "step high"), ends(one, _STEP), strict=True))}
+        for one in simulated
+    ]
+    marks = [str(one["state"]) for one in known]
+    rows = [[_plain(one.get(key)) for _, _, key in _RUN] for one in known]
     views = [table("Runs", [(title, kind) for title, kind, _ in _RUN], rows, marks=marks)]
     views += [
         _against(title, kind, key, simulated)
@@ -43,6 +49,10 @@ def run_views(result: Json, steps: list[Step]) -> list[View]:
     return views
 
 
+def _state(run: Json) -> str:
+    return state_of(run.get("predicted_fits", True), run.get("p_fits"), str(run.get("predicted_verdict", "")))
+
+
 def _plain(value: Any) -> Cell:
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
@@ -59,7 +69,7 @@ def _against(title: str, kind: str, key: str, runs: Sequence[Json]) -> View:
                 "x": measured,
                 "y": predicted,
                 "name": one["run_id"],
-                "mark": str(one.get("predicted_verdict", "")),
+                "mark": _state(one),
                 "yr": None if low is None else [low, high],
                 "rows": [
                     ("measured", measured, kind),

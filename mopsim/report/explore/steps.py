@@ -7,6 +7,7 @@ from typing import Any
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert
 from mopsim.engine import SimResult
+from mopsim.intervals import SURE
 from mopsim.program.workload import STREAMS
 from mopsim.report.explore.page import View
 from mopsim.report.tables import describe
@@ -29,8 +30,21 @@ class Step:
         return plan_of(self.found["strategy"])
 
     @property
+    def state(self) -> str:
+        """'fits', 'may not fit' (it fits, but not surely) or 'out of memory'."""
+        return state_of(bool(self.found["fits"]), self.found.get("p_fits"), self.verdict)
+
+    @property
     def verdict(self) -> str:
         return str(self.found.get("verdict") or ("fits" if self.found["fits"] else "out of memory"))
+
+
+def state_of(fits: bool, p_fits: float | None, verdict: str = "") -> str:
+    """How a row or a point is marked. p_fits: probability, in a file that has it."""
+    if not fits:
+        return "out of memory"
+    unsure = p_fits < SURE if p_fits is not None else verdict in ("may not fit", "at risk")
+    return "may not fit" if unsure else "fits"
 
 
 def plan_of(strategy: Json | str) -> str:
@@ -57,7 +71,7 @@ def ends(found: Json, key: str) -> tuple[float | None, float | None]:
 COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("label", "text", lambda one: one.label),
     ("strategy", "text", lambda one: one.plan),
-    ("verdict", "text", lambda one: one.verdict),
+    ("verdict", "text", lambda one: one.state),
     ("step", "seconds", lambda one: one.found["step_time_s"]),
     ("step at least", "seconds", lambda one: ends(one.found, "step_time_interval_s")[0]),
     ("step at most", "seconds", lambda one: ends(one.found, "step_time_interval_s")[1]),
@@ -90,9 +104,7 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
 def step_table(title: str, steps: Sequence[Step], note: str = "") -> View:
     """A row for each step."""
     rows = [[get(one) for _, _, get in COLUMNS] for one in steps]
-    return table(
-        title, [(name, kind) for name, kind, _ in COLUMNS], rows, note, [one.verdict for one in steps]
-    )
+    return table(title, [(name, kind) for name, kind, _ in COLUMNS], rows, note, [one.state for one in steps])
 
 
 def told(step: Step) -> list[tuple[str, Cell, str]]:
@@ -100,7 +112,7 @@ def told(step: Step) -> list[tuple[str, Cell, str]]:
     found = step.found
     low, high = ends(found, "step_time_interval_s")
     return [
-        ("plan", step.plan, "text"), ("verdict", step.verdict, "text"),
+        ("plan", step.plan, "text"), ("verdict", step.state, "text"),
         ("step", found["step_time_s"], "seconds"), ("at least", low, "seconds"), ("at most", high, "seconds"),
         ("tokens/s per GPU", found["tokens_per_s_per_device"], "number"), ("MFU", found["mfu"], "fraction"),
         ("exposed", exposed(found), "fraction"), ("memory", found["peak_memory_bytes"], "bytes"),
@@ -125,7 +137,7 @@ def pareto(steps: Sequence[Step]) -> View:
             {
                 "x": x,
                 "y": y,
-                "mark": one.verdict,
+                "mark": one.state,
                 "name": one.label,
                 "rows": told(one),
                 "xr": None if low is None else [low, high],
@@ -154,8 +166,9 @@ MOST_BARS = 12
 def bars(steps: Sequence[Step]) -> list[View]:
     """Memory of the peak by category, time by component, and what is exposed, of the first steps."""
     shown = steps[:MOST_BARS]
-    least = min(one.found["memory_limit_bytes"] for one in shown)
-    near = least < 3 * max(one.found["peak_memory_bytes"] for one in shown)
+    limits = {one.found["memory_limit_bytes"] for one in shown}
+    least = min(limits)
+    near = len(limits) == 1 and least < 3 * max(one.found["peak_memory_bytes"] for one in shown)
     kinds = (
         (
             "memory",
@@ -171,7 +184,7 @@ def bars(steps: Sequence[Step]) -> list[View]:
         {
             "kind": "bars", "space": space, "title": title, "type": unit, "limit": limit,
             "rows": [
-                {"name": one.label, "parts": one.found[key], "note": one.verdict if unit == "bytes" else ""}
+                {"name": one.label, "parts": one.found[key], "note": one.state if unit == "bytes" else ""}
                 for one in shown
             ],
         }

@@ -17,7 +17,7 @@ def sweep_views(sweep: Json) -> list[View]:
         for value, batch, one, why in zip(values, batches, found, refused, strict=True):
             step = Step(label, one) if one else None
             rows.append([value, label, batch, *_swept(step, why)])
-            marks.append(step.verdict if step else "out of memory")
+            marks.append(step.state if step else "out of memory")
             points.append(_swept_point(value, batch, step, why))
         series.append({"name": label, "line": True, "points": points})
     names = [
@@ -43,7 +43,7 @@ def _swept(step: Step | None, why: str | None) -> list[Cell]:
         return ["no legal strategy", None, None, None, why or ""]
     one = step.found
     return [
-        step.verdict,
+        step.state,
         one["step_time_s"],
         one["tokens_per_s_per_device"],
         one["peak_memory_bytes"],
@@ -59,7 +59,7 @@ def _swept_point(value: float, batch: int | None, step: Step | None, why: str | 
     one, (low, high) = step.found, ends(step.found, "step_time_interval_s")
     rate = one["tokens_per_s_per_device"] * one["step_time_s"]
     return {
-        "x": value, "y": one["tokens_per_s_per_device"], "mark": step.verdict, "rows": [*rows, *told(step)],
+        "x": value, "y": one["tokens_per_s_per_device"], "mark": step.state, "rows": [*rows, *told(step)],
         "yr": [rate / high, rate / low] if low and high else None,
     }  # fmt: skip
 
