@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Group
 from rich.text import Text
 
-from mopsim.common.units import format_bytes, format_seconds
+from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
-from mopsim.report.tables import COLUMNS, beside, describe, probability, row
+from mopsim.report.tables import COLUMNS, beside, describe, row
 from mopsim.report.terminal import size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import format_gap
@@ -280,7 +280,7 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
             shown.add_row(
                 name, label, batch, step, beside(result.step_time_interval(level), result.step_time, step),
                 f"{result.tokens_per_second_per_device:,.0f}", f"{exposed_share(result):.0%}",
-                size(result.peak_memory), probability(result.p_fits) if result.fits else "out",
+                size(result.peak_memory), format_probability(result.p_fits) if result.fits else "out",
                 style="" if result.fits else "red",
             )  # fmt: skip
             plans.append(Text(f"{name} {label}: {describe(result.strategy)}"))
