@@ -8,6 +8,10 @@ from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.strategy import Precision, Strategy
 
 _HIDDEN, _HEADS, _HEAD_DIM, _INNER, _EXPERTS = 32, 4, 8, 24, 8
+_LATENT_DIM, _WINDOW, _LIMIT = 12, 5, 0.01  # a window shorter than a sequence, a limit that clamps
+_LATENT = {
+    "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6
+}  # fmt: skip
 _CLIP_NORM = 0.05  # far below the norm of the first gradients, so that clipping is at work
 
 
@@ -57,9 +61,18 @@ def _routing(plan: Plan) -> str:
 
 def mechanisms(plan: Plan) -> list[str]:
     """What of the plan is at work, for people."""
-    s, t = plan.strategy, plan.training
+    s, t, m = plan.strategy, plan.training, plan.model
     found = {
         f"runtime {plan.stack.runtime or 'none'}": True,
+        "latent attention": m.attention == "mla",
+        "sliding windows": m.sliding_window > 0,
+        "attention sinks": m.attention_sinks,
+        f"rotary positions scaled by {m.rope_scaling.rope_type}": m.rope_scaling.rope_type != "default",
+        "clamped SwiGLU": m.swiglu_limit > 0,
+        f"experts of {m.topk_group} of {m.n_group} groups": m.topk_group < m.n_group,
+        "routers' balance loss": t.router_aux_loss_coef > 0,
+        "routers' z-loss": t.router_z_loss_coef > 0,
+        f"{m.num_nextn_predict_layers} MTP modules": m.num_nextn_predict_layers > 0 and t.mtp_loss_coef > 0,
         f"dense state sharded over {s.dense.fsdp}": s.dense.fsdp > 1,
         f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,
         f"Ulysses over {s.attention.context_parallel}": s.attention.context_parallel > 1,
@@ -159,14 +172,20 @@ def _vocabulary(plan: Plan, strategy: Strategy, num_tokens: int) -> int:
 
 def _model(model: ModelSpec, vocab_size: int) -> ModelSpec:
     moe, dense = model.num_moe_layers > 0, model.num_dense_layers > 0
-    heads, kv = model.num_attention_heads, model.num_key_value_heads
+    heads, kv, latent = model.num_attention_heads, model.num_key_value_heads, model.attention == "mla"
+    sizes: dict[str, int] = {name: size for name, size in _LATENT.items() if latent and getattr(model, name)}
+    if model.topk_method != "greedy":
+        sizes |= {"n_group": min(model.n_group, 4), "topk_group": min(model.topk_group, 2)}
     return msgspec.structs.replace(
         model,
         hidden_size=_HIDDEN,
         num_hidden_layers=3 if moe and dense else 2,
         num_attention_heads=_HEADS,
-        num_key_value_heads=_HEADS if kv == heads else min(kv, 2),
-        head_dim=_HEAD_DIM,
+        num_key_value_heads=_HEADS if kv == heads or latent else min(kv, 2),
+        head_dim=_LATENT_DIM if latent else _HEAD_DIM,
+        sliding_window=min(model.sliding_window, _WINDOW),
+        swiglu_limit=_LIMIT if model.swiglu_limit else 0.0,
+        num_nextn_predict_layers=min(model.num_nextn_predict_layers, 2),
         vocab_size=vocab_size,
         intermediate_size=2 * _INNER if model.intermediate_size else 0,
         first_k_dense_replace=(1 if dense else 0) if moe else min(model.first_k_dense_replace, 2),
@@ -176,4 +195,5 @@ def _model(model: ModelSpec, vocab_size: int) -> ModelSpec:
         shared_expert_intermediate_size=_INNER if model.shared_expert_intermediate_size else 0,
         total_params=None,
         active_params=None,
+        **sizes,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mopexec.model import Transformer, init_weights
+from mopexec.model.auxiliary import Auxiliary
 from mopexec.run import failures, plans
 from mopexec.run.apply import build
 from mopexec.run.environment import launcher
@@ -47,6 +48,9 @@ class Reference:
         training = plan.training
         self.training = training
         self.model = Transformer(plan.model, torch.float64, "cpu")
+        self.model.set_auxiliary(
+            Auxiliary(training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
+        )
         init_weights(self.model, training.seed)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -61,8 +65,8 @@ class Reference:
         """Loss and gradient norm of one step on the global batch [B, S + 1]; keeps the gradients before
         clipping."""
         self.optimizer.zero_grad()
-        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
-        loss = loss / (self.training.global_batch * self.training.seq_len)
+        scale = 1 / (self.training.global_batch * self.training.seq_len)
+        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous(), scale=scale)
         loss.backward()  # type: ignore[no-untyped-call]
         self.gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone()

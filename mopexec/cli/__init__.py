@@ -11,7 +11,7 @@ import typer  # noqa: E402
 
 from mopsim.common.errors import MopError  # noqa: E402
 
-EXTRA = ("torch", "tokenizers", "pynvml")
+EXTRA = ("torch", "tokenizers", "pynvml", "safetensors")
 """Modules that the base install lacks: those of `mop[exec]`."""
 
 app = typer.Typer(
@@ -63,6 +63,9 @@ Excluded = Annotated[int, typer.Option(min=0, max=10**9, help="first steps not i
 EvalData = Annotated[str | None, typer.Option(help="held-out data, as --data; its loss is in the metrics")]
 EvalEvery = Annotated[int, typer.Option(min=0, max=10**9, help="steps between evaluations; 0 = at the end")]
 EvalBatches = Annotated[int, typer.Option(min=1, max=10**9, help="global batches of an evaluation, at most")]
+InitFrom = Annotated[
+    Path | None, typer.Option(help="Hugging Face directory whose weights the run begins with")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")]
 Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
 
@@ -81,6 +84,7 @@ def train(
     eval_data: EvalData = None,
     eval_every: EvalEvery = 0,
     eval_batches: EvalBatches = 8,
+    init_from: InitFrom = None,
     resume: Resume = False,
     device_limit: Limit = None,
     host_limit: Limit = None,
@@ -164,6 +168,22 @@ def verify(
     from mopexec.cli.verify import run
 
     raise typer.Exit(run(plan, steps, ranks, json))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option("--run", help="the directory of a run of `mopexec train`")],
+    out: Annotated[Path, typer.Option(help="the new directory to write")],
+    to: Annotated[Literal["hf"], typer.Option(help="format: hf is Hugging Face's")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="of the tensors; default: as the run began, else as it computes")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Write a run's newest checkpoint as safetensors and config.json, which transformers loads."""
+    from mopexec.cli.export import run as write
+
+    write(run, out, dtype, json)
 
 
 @app.command()

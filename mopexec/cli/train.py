@@ -82,6 +82,7 @@ def options_of(given: dict[str, Any]) -> TrainOptions:
     return TrainOptions(
         **as_they_are
         | {"plan": str(given["plan"]), "out": str(given["out"]), "data": source}
+        | {"init_from": str(given["init_from"] or "")}
         | {"eval_data": held_out and msgspec.structs.replace(source, source=held_out)}
         | {name: _bytes(given[name], name) for name in _LIMITS}
         | {"warmup": given["warmup_steps_excluded"]}
@@ -133,6 +134,10 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     plans.check_devices(plan, torch.cuda.device_count())
     if not torch.cuda.is_available():
         plans.check_memory(plan, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if options.init_from:
+        from mopexec.weights.begin import open_weights
+
+        open_weights(Path(options.init_from), plan).files.close()
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.TokenDataset(Path(options.tokens), plan.training.seq_len, seed)
     if options.resume:
@@ -160,6 +165,10 @@ def _prepare_directory(options: TrainOptions) -> Earlier:
     io.write_text(out / "plan.yaml", io.read_text(Path(options.plan)))
     for path in reports[1:]:
         path.unlink(missing_ok=True)
+    if options.init_from:
+        from mopexec.weights.begin import keep_config
+
+        keep_config(Path(options.init_from), out)
     for old in (out / "checkpoints").glob(".writing_*"):
         shutil.rmtree(old, ignore_errors=True)
     return earlier

@@ -8,8 +8,8 @@ from torch import Tensor
 from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.flat.sequence import SequenceExchange, project_backward
 from mopexec.measure.tracker import component, phase
-from mopexec.model.attention_core import causal_backward, causal_forward
-from mopexec.model.rope import rope_tables, rotate_
+from mopexec.model.attention_core import Core, causal_backward, causal_forward
+from mopexec.model.rope import rope_tables, rotate_, softmax_scale
 from mopsim.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
@@ -23,10 +23,9 @@ class AttentionBlock:
         self, spec: ModelSpec, exchange: SequenceExchange, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.spec, self.exchange = spec, exchange
+        self.core = Core(softmax_scale(spec))
         start = exchange.group.place * exchange.seq
-        self.cos, self.sin = rope_tables(
-            start, start + exchange.seq, spec.head_dim, spec.rope_theta, dtype, device
-        )
+        self.cos, self.sin = rope_tables(spec, start, start + exchange.seq, dtype, device)
         self._rows = row_slices(exchange.seq)
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
@@ -76,7 +75,7 @@ class AttentionBlock:
         while packed:
             received.append(exchange.to_heads(packed.pop(0)).unflatten(-1, (-1, size)))  # type: ignore[no-untyped-call]
         q, k, v = received
-        out, sums = causal_forward(q, k, v)
+        out, sums = causal_forward(q, k, v, self.core)
         return q, k, v, out, sums
 
     def _project(self, name: str, hidden: Tensor, weights: Weights) -> Tensor:
@@ -117,7 +116,7 @@ class AttentionBlock:
         packed = self.exchange.project_back(grad, weights["attention.o_proj.weight"])
         grad_out = self.exchange.to_heads(packed).view(q.shape)
         del packed
-        found = list(causal_backward(grad_out, q, k, v, out, sums))
+        found = list(causal_backward(grad_out, q, k, v, out, sums, self.core)[:3])
         del grad_out, q, k, v, out, sums
         result = []
         while found:

@@ -13,7 +13,8 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import category
-from mopexec.model.initialize import initial_value, is_stacked
+from mopexec.model.initialize import is_stacked
+from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.strategy import Precision
 
@@ -142,15 +143,17 @@ class Unit:
         """Elements of the shard that are not padding."""
         return max(0, min(self.shard_numel, self.contents.numel - self.start))
 
-    def initialize(self, seed: int) -> None:
-        """Fill the parameter shard as `init_weights` fills the single-device model."""
+    def initialize(self, source: Source) -> None:
+        """Fill the parameter shard with this rank's part of the single-device model's weights."""
         self.params.zero_()
         if self.platform.fake:
             return
         for part in self.parts():
-            value = initial_value(part.name, part.shape, seed, part.index).flatten()
+            width, stop = math.prod(part.shape[1:]), part.start + part.numel
+            first, last = part.start // width, -(-stop // width)
+            rows = source.read(part.name, part.shape, part.index, 0, first, last).reshape(-1)
             here = self.params[part.place : part.place + part.numel]
-            here.copy_(value[part.start : part.start + part.numel])
+            here.copy_(rows[part.start - first * width : stop - first * width])
 
     def parts(self) -> Iterator["Part"]:
         """What this rank's shard holds of each piece of the unit, in order."""

@@ -1,69 +1,165 @@
 """Causal attention in O(N) memory, called explicitly so that no backend is chosen behind our back.
 
 CPU and fake tensors use the CPU flash op; CUDA uses flash for half precision. CUDA has no flash kernel for
-float32 and float64, so there (tests only) the quadratic math kernel stands in. Shapes: q [B, S, heads, d], k
-and v [B, S, kv_heads, d].
+float32 and float64, so there (tests only) the quadratic formula stands in. Shapes: q [B, S, heads, d], k
+[B, S, kv_heads, d], v [B, S, kv_heads, e]. The kernels take one width for all three: the narrower ones are
+padded with zeros on the way in.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
+
+from mopexec.model import sinks as attention_sinks
 
 _HALF = (torch.bfloat16, torch.float16)
 _ATEN: Any = torch.ops.aten
+Saved = tuple[Any, ...]
 
 
-def causal_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """(out [B, S, heads, d], saved for the backward: the log-sum-exp [B, heads, S] and, on CUDA, the random
-    state).
+@dataclass(frozen=True)
+class Core:
+    """What a layer's attention computes beyond its inputs. scale: of the products of queries and keys.
+    window: tokens that a query attends to, itself included; 0: all before it.
     """
-    if q.is_cuda:
-        return _cuda_forward(q, k, v) if q.dtype in _HALF else (_math(q, k, v), ())
+
+    scale: float
+    window: int = 0
+
+
+def causal_forward(
+    q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """(out [B, S, heads, e], saved for the backward: log-sum-exps and, on CUDA, the random state).
+
+    sinks: a logit for each query head that takes attention away.
+    """
+    if q.is_cuda and q.dtype not in _HALF:
+        return _formula(q, k, v, core, sinks), ()
+    width = max(q.shape[-1], v.shape[-1])
+    forward = _cuda_forward if q.is_cuda else _cpu_forward
+    out, saved = forward(_padded(q, width), _padded(k, width), _padded(v, width), core)
+    if out.shape[-1] > v.shape[-1]:
+        out = out[..., : v.shape[-1]].contiguous()
+    if sinks is not None:
+        saved = attention_sinks.join_(out, saved, sinks)
+    return out, saved
+
+
+def causal_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and the sinks from that of `out`; all as the inputs' shapes."""
+    if q.is_cuda and q.dtype not in _HALF:
+        return _formula_backward(grad, q, k, v, core, sinks)
+    grad_sinks = None if sinks is None else attention_sinks.backward(grad, out, saved, sinks)
+    width = max(q.shape[-1], v.shape[-1])
+    backward = _cuda_backward if q.is_cuda else _cpu_backward
+    grad, query, key, value, out = (_padded(t, width) for t in (grad, q, k, v, out))
+    dq, dk, dv = backward(grad, query, key, value, out, saved, core)
+    return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]], grad_sinks
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, Saved]:
     repeats = q.shape[2] // k.shape[2]
     key, value = k.transpose(1, 2), v.transpose(1, 2)
-    if repeats == 1:
-        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q.transpose(1, 2), key, value, 0.0, True)
+    if repeats == 1 and not _windowed(q, core):
+        out, lse = _op(q.transpose(1, 2), key, value, core, None)
         return out.transpose(1, 2), (lse,)
     result = torch.empty_like(q)
     sums = []
     for query, part in zip(_by_repeat(q, repeats), _by_repeat(result, repeats), strict=True):
-        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)
-        part.copy_(out)
-        sums.append(lse)
+        pieces = []
+        for rows, keys, mask in _blocks(q, core):
+            out, lse = _op(query[:, :, rows], key[:, :, keys], value[:, :, keys], core, mask)
+            part[:, :, rows].copy_(out)
+            pieces.append(lse)
+        sums.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
     return result, tuple(sums)
 
 
-def causal_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple[Any, ...]
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of `out`; all as the inputs' shapes."""
-    if q.is_cuda:
-        return (
-            _cuda_backward(grad, q, k, v, out, saved) if q.dtype in _HALF else _math_backward(grad, q, k, v)
-        )
     repeats = q.shape[2] // k.shape[2]
     key, value = k.transpose(1, 2), v.transpose(1, 2)
-    backward = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
-    if repeats == 1:
-        grads = backward(
-            grad.transpose(1, 2), q.transpose(1, 2), key, value, out.transpose(1, 2), saved[0], 0.0, True
-        )
+    if repeats == 1 and not _windowed(q, core):
+        whole = (grad.transpose(1, 2), q.transpose(1, 2), key, value, out.transpose(1, 2))
+        grads = _op_backward(*whole, saved[0], core, None)
         return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
     grad_q = torch.empty_like(q)
     grad_k = grad_v = None
     views = (_by_repeat(t, repeats) for t in (grad, q, out, grad_q))
     for (grad_out, query, output, part), lse in zip(zip(*views, strict=True), saved, strict=True):
-        dq, dk, dv = backward(grad_out, query, key, value, output, lse, 0.0, True)
-        part.copy_(dq)
-        grad_k = dk if grad_k is None else grad_k.add_(dk)
-        grad_v = dv if grad_v is None else grad_v.add_(dv)
-        del dq, dk, dv
+        for rows, keys, mask in _blocks(q, core):
+            dq, dk, dv = _op_backward(
+                grad_out[:, :, rows], query[:, :, rows], key[:, :, keys], value[:, :, keys],
+                output[:, :, rows], lse[:, :, rows], core, mask,
+            )  # fmt: skip
+            part[:, :, rows].copy_(dq)
+            grad_k, grad_v = _added(grad_k, dk, key, keys), _added(grad_v, dv, value, keys)
+            del dq, dk, dv
     assert grad_k is not None
     assert grad_v is not None
     return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+
+
+def _added(total: Tensor | None, part: Tensor, like: Tensor, keys: slice) -> Tensor:
+    """The gradients of keys (or values) so far with those of one block of them."""
+    if total is None:
+        if part.shape == like.shape:
+            return part
+        total = torch.zeros_like(like)
+    total[:, :, keys].add_(part)
+    return total
+
+
+def _windowed(q: Tensor, core: Core) -> bool:
+    return 0 < core.window < q.shape[1]
+
+
+def _blocks(q: Tensor, core: Core) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """(queries, keys that they attend to, mask [queries, keys] of what is added to their products) of each
+    block of a window's queries; all at once without a window.
+    """
+    length, window = q.shape[1], core.window
+    if not _windowed(q, core):
+        yield slice(0, length), slice(0, length), None
+        return
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window + 1)
+        ahead = (
+            torch.arange(first, stop, device=q.device) - torch.arange(start, stop, device=q.device)[:, None]
+        )
+        mask = torch.zeros((stop - start, stop - first), dtype=q.dtype, device=q.device)
+        mask.masked_fill_((ahead > 0) | (ahead <= -window), float("-inf"))
+        yield slice(start, stop), slice(first, stop), mask
+
+
+def _op(query: Tensor, key: Tensor, value: Tensor, core: Core, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, mask is None, attn_mask=mask, scale=core.scale
+    )
+    return out, lse
+
+
+def _op_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, core: Core,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grads: tuple[Tensor, Tensor, Tensor] = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, mask is None, attn_mask=mask, scale=core.scale
+    )
+    return grads
 
 
 def _by_repeat(x: Tensor, repeats: int) -> list[Tensor]:
@@ -77,58 +173,76 @@ def _by_repeat(x: Tensor, repeats: int) -> list[Tensor]:
     return [grouped[:, :, :, index].transpose(1, 2) for index in range(repeats)]
 
 
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    out, *rest = _ATEN._scaled_dot_product_flash_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True
-    )
-    return out.transpose(1, 2), tuple(rest[:7])
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, Saved]:
+    left, right = (core.window - 1, 0) if _windowed(q, core) else (None, None)
+    out, *rest = _ATEN._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=core.scale,
+        window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return out, tuple(rest[:3])
 
 
 def _cuda_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple[Any, ...]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
-    dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
-        grad.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
-        lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset,
+    left, right = (core.window - 1, 0) if _windowed(q, core) else (None, None)
+    lse, seed, unused = saved
+    grads: tuple[Tensor, Tensor, Tensor] = _ATEN._flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, unused,
+        scale=core.scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return grads
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
+def _formula(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None) -> Tensor:
+    """softmax(q k^T) v with the whole square of products, differentiable."""
+    key, value = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    products = torch.einsum("bshd,bthd->bhst", q, key) * core.scale
+    place = torch.arange(q.shape[1], device=q.device)
+    ahead = place[None, :] - place[:, None]
+    hidden = ahead > 0
+    if core.window:
+        hidden = hidden | (ahead <= -core.window)
+    products = products.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*products.shape[:3], 1)
+        products = torch.cat((products, column), dim=-1)
+    return torch.einsum("bhst,bthd->bshd", products.softmax(-1)[..., : k.shape[1]], value)
 
 
-def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _formula_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    given = [t for t in (q, k, v, sinks) if t is not None]
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        dq, dk, dv = torch.autograd.grad(_math(*leaves), leaves, grad)
-    return dq, dk, dv
+        leaves = [t.detach().requires_grad_() for t in given]
+        out = _formula(leaves[0], leaves[1], leaves[2], core, leaves[3] if sinks is not None else None)
+        dq, dk, dv, *rest = torch.autograd.grad(out, leaves, grad)
+    return dq, dk, dv, rest[0] if rest else None
 
 
 class CausalAttention(torch.autograd.Function):
     """`causal_forward` under autograd: saves q, k, v, the output and the log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, saved = causal_forward(q, k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, core: Core) -> Tensor:
+        out, saved = causal_forward(q, k, v, core, sinks)
+        ctx.core, ctx.sinks = core, sinks is not None
         ctx.plain = [None if isinstance(value, Tensor) else (value,) for value in saved]
-        ctx.save_for_backward(q, k, v, out, *(value for value in saved if isinstance(value, Tensor)))
+        tensors = (value for value in saved if isinstance(value, Tensor))
+        ctx.save_for_backward(q, k, v, out, *([] if sinks is None else [sinks]), *tensors)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, *tensors = ctx.saved_tensors
+        sinks = tensors.pop(0) if ctx.sinks else None
         rest = iter(tensors)
         saved = tuple(next(rest) if plain is None else plain[0] for plain in ctx.plain)
-        return causal_backward(grads[0], q, k, v, out, saved)
+        return *causal_backward(grads[0], q, k, v, out, saved, ctx.core, sinks), None
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention [B, S, heads, d] with grouped KV heads, differentiable."""
-    result: Tensor = CausalAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None) -> Tensor:
+    """Causal attention [B, S, heads, e] with grouped KV heads, differentiable."""
+    result: Tensor = CausalAttention.apply(q, k, v, sinks, core)  # type: ignore[no-untyped-call]
     return result

@@ -1,26 +1,98 @@
-"""Rotary position embedding (arXiv 2104.09864), in the half-split layout of Hugging Face's Llama."""
+"""Rotary position embedding (arXiv 2104.09864): tables and rotation in at least fp32, as bf16 loses positions
+beyond 100K (arXiv 2411.13476). Halves of a head turn together, as in Hugging Face's Llama, or neighbours.
+"""
+
+import math
 
 import torch
 from torch import Tensor
 
 from mopexec.model.routing import wide
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.rope import RopeScaling
 
 
 def rope_tables(
-    start: int, stop: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec, start: int, stop: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [stop - start, head_dim / 2], of positions [start, stop)."""
+    """(cos, sin), each [stop - start, rotated elements / 2], of positions [start, stop); fp32, or float64
+    where `dtype` is.
+    """
     accurate = wide(dtype)
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=accurate, device=device) / head_dim)
+    frequency = frequencies(spec, accurate, device)
     angle = torch.outer(torch.arange(start, stop, dtype=accurate, device=device), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    size = vector_factor(spec.rope_scaling)
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if size == 1.0 else (cos * size, sin * size)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., S, heads, d] rotated by its position, differentiable; cos and sin [S, d/2]."""
-    first, second = x.chunk(2, dim=-1)
+def frequencies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angle per position of each pair of elements, scaled as `spec.rope_scaling` says."""
+    scaling, width = spec.rope_scaling, rotated(spec)
+    base = spec.rope_theta ** (-torch.arange(0, width, 2, dtype=dtype, device=device) / width)
+    if scaling.rope_type == "default":
+        return base
+    if scaling.rope_type == "yarn":
+        kept = 1 - _yarn_ramp(scaling, width, spec.rope_theta, base)
+    else:
+        turns = scaling.original_max_position_embeddings * base / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return base * kept + base / scaling.factor * (1 - kept)
+
+
+def rotated(spec: ModelSpec) -> int:
+    """Elements of a head that are rotated."""
+    return spec.qk_rope_head_dim if spec.attention == "mla" else spec.head_dim
+
+
+def vector_factor(scaling: RopeScaling) -> float:
+    """What rotated queries and keys are multiplied by (arXiv 2309.00071, 3.4)."""
+    if scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.mscale and scaling.mscale_all_dim:
+        return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+    return _mscale(scaling.factor, 1.0)
+
+
+def softmax_scale(spec: ModelSpec) -> float:
+    """What the products of queries and keys are multiplied by; with YaRN DeepSeek's also by its own factor
+    (DeepSeek-V2's published model code).
+    """
+    scale, scaling = 1 / math.sqrt(spec.head_dim), spec.rope_scaling
+    if spec.attention == "mla" and scaling.rope_type == "yarn" and scaling.mscale_all_dim:
+        scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_ramp(scaling: RopeScaling, width: int, theta: float, like: Tensor) -> Tensor:
+    """Per pair: 0 where the frequency is kept, 1 where it is interpolated, a line between."""
+
+    def pair(turns: float) -> float:
+        length = scaling.original_max_position_embeddings
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    place = torch.arange(width // 2, dtype=like.dtype, device=like.device)
+    return ((place - low) / (high - low or 0.001)).clamp(0, 1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """x [..., S, heads, d] rotated by its position, differentiable; cos and sin [S, d/2].
+
+    interleaved: pairs are neighbours in x; the result holds the halves one after the other, which no product
+    of queries and keys can tell.
+    """
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def rotate_(
@@ -29,13 +101,13 @@ def rotate_(
     """`rotate` in place on x [..., S, heads, d], position slices `rows` at a time; inverse rotates back (the
     backward).
 
-    Temporaries: 3/2 of a slice.
+    Temporaries: a slice and a half in the dtype of the tables.
     """
     for start, stop in rows:
         first, second = x[..., start:stop, :, :].chunk(2, dim=-1)
         c, s = cos[start:stop, None, :], sin[start:stop, None, :]
         if inverse:
             s = -s
-        crossed = first * s
-        first.mul_(c).sub_(second * s)
-        second.mul_(c).add_(crossed)
+        turned = (first * c).addcmul_(second, s, value=-1)
+        second.copy_((second * c).addcmul_(first, s))
+        first.copy_(turned)

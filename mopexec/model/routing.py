@@ -83,10 +83,17 @@ def router_scores(logits: Tensor, spec: ModelSpec) -> Tensor:
 
 
 def choose_experts(scores: Tensor, balance_bias: Tensor, spec: ModelSpec) -> Tensor:
-    """Experts [N, top_k] (int64): the best of scores + bias; the bias steers the choice and never
-    the weight.
+    """Experts [N, top_k] (int64): the best of scores + bias, in the best groups where the model has some; the
+    bias steers the choice and never the weight.
     """
-    return torch.topk(scores + balance_bias.to(scores.dtype), spec.num_experts_per_tok, dim=-1).indices
+    wanted = scores + balance_bias.to(scores.dtype)
+    if spec.topk_group < spec.n_group:
+        groups = wanted.view(wanted.shape[0], spec.n_group, -1)
+        best = groups.topk(2 if spec.topk_method == "noaux_tc" else 1, dim=-1).values.sum(-1)
+        out = torch.ones_like(best, dtype=torch.bool)
+        out.scatter_(1, best.topk(spec.topk_group, dim=-1).indices, False)
+        wanted = groups.masked_fill(out[..., None], float("-inf")).view_as(wanted)
+    return torch.topk(wanted, spec.num_experts_per_tok, dim=-1).indices
 
 
 def route_weights(scores: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:

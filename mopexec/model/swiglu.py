@@ -1,5 +1,9 @@
 """SwiGLU products: per-expert matmuls over routes sorted by expert."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,28 +14,93 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-def grouped_swiglu(x: Tensor, counts: list[int], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Clamp:
+    """SwiGLU of GPT-OSS (arXiv 2508.10925): gate at most `limit`, up within it, a sigmoid of alpha times the
+    gate, and up + 1.
+    """
+
+    limit: float
+    alpha: float
+
+
+class _Clamped(torch.autograd.Function):
+    """(min(up) + 1) * gate * sigmoid(alpha gate) of clamped products; keeps the two, no more."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.clamp = clamp
+        return clamped_activation(gate, up, clamp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return *clamped_activation_backward(grads[0], gate, up, ctx.clamp), None
+
+
+def clamped_activation(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
+    """The activation of clamped gate and up, [R, I] each."""
+    bounded = gate.clamp(max=clamp.limit)
+    result = (bounded * clamp.alpha).sigmoid_().mul_(bounded)
+    del bounded
+    return result.mul_(up.clamp(-clamp.limit, clamp.limit).add_(1))
+
+
+def clamped_activation_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, clamp: Clamp
+) -> tuple[Tensor, Tensor]:
+    """(grad of gate, grad of up) from that of `clamped_activation`."""
+    bounded = gate.clamp(max=clamp.limit)
+    sigmoid = (bounded * clamp.alpha).sigmoid_()
+    grad_up = (bounded * sigmoid).mul_(grad).mul_(up.abs() <= clamp.limit)
+    slope = bounded.mul_(1 - sigmoid).mul_(clamp.alpha).add_(1).mul_(sigmoid)
+    del sigmoid
+    slope.mul_(up.clamp(-clamp.limit, clamp.limit).add_(1)).mul_(grad).mul_(gate <= clamp.limit)
+    return slope, grad_up
+
+
+def activate(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
+    """SwiGLU's activation, differentiable."""
+    if clamp is None:
+        return F.silu(gate) * up
+    result: Tensor = _Clamped.apply(gate, up, clamp)  # type: ignore[no-untyped-call]
+    return result
+
+
+def grouped_swiglu(x: Tensor, counts: list[int], stacks: Mapping[str, Tensor], clamp: Clamp | None) -> Tensor:
     """SwiGLU of rows sorted by expert, differentiable.
 
-    x [sum(counts), H]; counts: rows of each expert; gate and up [E, H, I], down [E, I, H]. torch's grouped
-    matmul takes bf16 on CUDA (with 16-byte rows); elsewhere one matmul per expert, which float64 needs.
+    x [sum(counts), H]; counts: rows of each expert; stacks: gate_proj and up_proj [E, H, I], down_proj
+    [E, I, H], and their biases [E, .] where there are any. torch's grouped matmul takes bf16 on CUDA (with
+    16-byte rows); elsewhere one matmul per expert, which float64 needs.
     """
-    if (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and x.shape[1] % 8 == 0
-        and gate.shape[2] % 8 == 0
-        and x.shape[0]
-    ):
+    gate, up, down = (stacks[f"{name}_proj"] for name in ("gate", "up", "down"))
+    biased = "gate_proj_bias" in stacks
+    grouped = x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
+    if grouped and x.shape[1] % 8 == 0 and gate.shape[2] % 8 == 0:
         ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-        hidden = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
-        return F.grouped_mm(hidden, down, offs=ends)
-    parts = [
-        (F.silu(rows @ g) * (rows @ u)) @ d
-        for rows, g, u, d in zip(
-            torch.split(x, counts), gate.unbind(0), up.unbind(0), down.unbind(0), strict=True
+        repeats = torch.tensor(counts, device=x.device)
+
+        def product(rows: Tensor, name: str) -> Tensor:
+            out = F.grouped_mm(rows, stacks[f"{name}_proj"], offs=ends)
+            if not biased:
+                return out
+            bias = stacks[f"{name}_proj_bias"]
+            return out + bias.repeat_interleave(repeats, dim=0, output_size=out.shape[0])
+
+        return product(activate(product(x, "gate"), product(x, "up"), clamp), "down")
+    experts = zip(gate.unbind(0), up.unbind(0), down.unbind(0), strict=True)
+    rows = torch.split(x, counts)
+    if not biased:
+        return torch.cat(
+            [activate(r @ g, r @ u, clamp) @ d for r, (g, u, d) in zip(rows, experts, strict=True)]
         )
-    ]
+    biases = zip(*(stacks[f"{name}_proj_bias"].unbind(0) for name in ("gate", "up", "down")), strict=True)
+    parts = []
+    for r, (g, u, d), (bg, bu, bd) in zip(rows, experts, biases, strict=True):
+        inner = activate(torch.addmm(bg, r, g), torch.addmm(bu, r, u), clamp)
+        parts.append(torch.addmm(bd, inner, d))
     return torch.cat(parts)
 
 

@@ -3,189 +3,95 @@ against.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mopexec.model.attention_core import causal_attention
-from mopexec.model.rope import rope_tables, rotate
-from mopexec.model.routing import (
-    Routing,
-    balance_step,
-    choose_experts,
-    count_routes,
-    largest_share,
-    route_weights,
-    router_scores,
-    wide,
-)
+from mopexec.data.dataset import IGNORED
+from mopexec.model.attention import Attention
+from mopexec.model.auxiliary import Auxiliary, attach
+from mopexec.model.moe import MoE
+from mopexec.model.parts import FeedForward, RMSNorm, linear
+from mopexec.model.rope import rope_tables
+from mopexec.model.routing import Routing, balance_step, largest_share, wide
 from mopexec.model.support import check_model
-from mopexec.model.swiglu import grouped_swiglu, swiglu
 from mopsim.spec.model import ModelSpec
 
-AttentionCore = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 (float64 in float64)."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Grouped-query causal attention with rotary positions. `core` may be replaced (sequence parallelism)."""
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.spec = spec
-        width, kv_width = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-        self.q_proj = _linear(spec.hidden_size, width, dtype, device)
-        self.k_proj = _linear(spec.hidden_size, kv_width, dtype, device)
-        self.v_proj = _linear(spec.hidden_size, kv_width, dtype, device)
-        self.o_proj = _linear(width, spec.hidden_size, dtype, device)
-        if spec.qk_norm == "head":
-            self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, dtype, device)
-            self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, dtype, device)
-        self.core: AttentionCore = causal_attention
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, H] to [B, S, H]; cos and sin [S, head_dim / 2] of the tokens' positions."""
-        batch, seq, _ = x.shape
-        q = self.q_proj(x).view(batch, seq, self.spec.num_attention_heads, self.spec.head_dim)
-        k = self.k_proj(x).view(batch, seq, self.spec.num_key_value_heads, self.spec.head_dim)
-        v = self.v_proj(x).view(batch, seq, self.spec.num_key_value_heads, self.spec.head_dim)
-        if self.spec.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = self.core(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        result: Tensor = self.o_proj(out.reshape(batch, seq, -1))
-        return result
-
-
-class FeedForward(nn.Module):
-    """Dense SwiGLU, also the shared expert."""
-
-    def __init__(self, hidden: int, inner: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.gate_proj = _linear(hidden, inner, dtype, device)
-        self.up_proj = _linear(hidden, inner, dtype, device)
-        self.down_proj = _linear(inner, hidden, dtype, device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-
-
-class Router(nn.Module):
-    """Chooses top_k experts per token. `load` counts routes since the last `update_balance`."""
-
-    balance_bias: Tensor
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.spec = spec
-        self.weight = nn.Parameter(
-            torch.empty(spec.num_local_experts, spec.hidden_size, dtype=dtype, device=device)
-        )
-        self.register_buffer(
-            "balance_bias", torch.zeros(spec.num_local_experts, dtype=torch.float32, device=device)
-        )
-        self.load = torch.zeros(spec.num_local_experts, dtype=torch.float32, device=device)
-
-    def forward(self, x: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(experts [N, top_k] int64, weights [N, top_k] in float32 or float64) of tokens x [N, H].
-
-        experts: the choice, where a routing profile makes it instead of the router.
-        """
-        logits = F.linear(x.to(wide(x.dtype)), self.weight.to(wide(x.dtype)))
-        scores = router_scores(logits, self.spec)
-        if experts is None:
-            with torch.no_grad():
-                experts = choose_experts(scores, self.balance_bias, self.spec)
-                count_routes(self.load, experts)
-        return experts, route_weights(scores, experts, self.spec)
-
-
-class Experts(nn.Module):
-    """The routed experts, stacked: gate_proj and up_proj [E, H, I], down_proj [E, I, H]."""
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        shape = (spec.num_local_experts, spec.hidden_size, spec.moe_intermediate_size)
-        self.gate_proj = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.up_proj = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1], dtype=dtype, device=device))
-
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert [R, H] to [R, H]."""
-        return grouped_swiglu(x, counts, self.gate_proj, self.up_proj, self.down_proj)
-
-
-Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
-
-
-def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Experts) -> Tensor:
-    """Sum over a token's routes of weight times expert output: x [N, H], experts and weights [N, top_k] to
-    [N, H].
+@dataclass(frozen=True)
+class Given:
+    """What all layers of a forward share. cos, sin [S, rotated / 2]; experts [N, top_k] where a profile chose
+    them; scale: of the losses of routers.
     """
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.zeros(module.gate_proj.shape[0], dtype=torch.float32, device=x.device)
-    count_routes(counts, experts)
-    token = order // experts.shape[1]
-    out = module(x[token], [int(count) for count in counts.tolist()])
-    routed = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
-    return routed.index_add(0, token, out * weights.flatten()[order, None]).to(x.dtype)
 
-
-class MoE(nn.Module):
-    """Router, routed experts and shared experts. `dispatch` may be replaced (expert parallelism)."""
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.router = Router(spec, dtype, device)
-        self.experts = Experts(spec, dtype, device)
-        self.shared: FeedForward | None = None
-        if spec.shared_expert_intermediate_size:
-            self.shared = FeedForward(spec.hidden_size, spec.shared_expert_intermediate_size, dtype, device)
-        self.dispatch: Dispatch = dispatch_locally
-
-    def forward(self, x: Tensor, experts: Tensor | None) -> Tensor:
-        """Tokens [N, H] to [N, H]; experts [N, top_k] where a profile chose them."""
-        chosen, weights = self.router(x, experts)
-        out = self.dispatch(x, chosen, weights, self.experts)
-        return out if self.shared is None else out + self.shared(x)
+    cos: Tensor
+    sin: Tensor
+    experts: Tensor | None = None
+    scale: float = 1.0
 
 
 class Layer(nn.Module):
     """Pre-norm decoder layer: attention, then a dense FFN or MoE."""
 
-    def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, index: int, moe: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
-        self.attention = Attention(spec, dtype, device)
+        self.attention = Attention(spec, index, dtype, device)
         self.ffn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
-        self.is_moe = spec.is_moe_layer(index)
-        if self.is_moe:
+        self.is_moe = moe
+        if moe:
             self.moe = MoE(spec, dtype, device)
         else:
-            self.ffn = FeedForward(spec.hidden_size, spec.intermediate_size, dtype, device)
+            inner, bias = spec.intermediate_size, spec.ffn_bias
+            self.ffn = FeedForward(spec.hidden_size, inner, dtype, device, bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, experts: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, given: Given) -> Tensor:
         """[B, S, H] to [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        x = x + self.attention(self.attention_norm(x), given.cos, given.sin)
         hidden: Tensor = self.ffn_norm(x)
         if self.is_moe:
-            inner: Tensor = self.moe(hidden.flatten(0, 1), experts).view_as(x)
+            moe = self.moe(hidden.flatten(0, 1), given.experts, x.shape[0], given.scale)
+            inner: Tensor = moe.view_as(x)
         else:
             inner = self.ffn(hidden)
         return x + inner
+
+
+class Mtp(nn.Module):
+    """One multi-token-prediction module (arXiv 2412.19437, 2.2): hidden states of the model, or of the module
+    before, and the embedding of the next token, each normed, projected to one, through a layer.
+    """
+
+    def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        norms = [RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device) for _ in range(3)]
+        self.embedding_norm, self.hidden_norm = norms[0], norms[1]
+        self.projection = linear(2 * spec.hidden_size, spec.hidden_size, dtype, device)
+        layer = spec.num_hidden_layers + index
+        self.layer = Layer(spec, layer, spec.num_local_experts > 0, dtype, device)
+        self.final_norm = norms[2]
+
+    def forward(self, hidden: Tensor, embedded: Tensor, given: Given) -> Tensor:
+        """Normed hidden states [B, S, H] of the model and embeddings [B, S, H] of the tokens that follow, to
+        normed hidden states.
+        """
+        pair = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
+        result: Tensor = self.final_norm(self.layer(self.projection(pair), given))
+        return result
+
+
+@dataclass(frozen=True)
+class Term:
+    """One cross entropy of the objective: normed hidden [B, S, H], targets [B, S], its weight."""
+
+    hidden: Tensor
+    targets: Tensor
+    weight: float
 
 
 class Transformer(nn.Module):
@@ -206,36 +112,92 @@ class Transformer(nn.Module):
         check_model(spec)
         super().__init__()
         device = torch.device(device)
-        self.spec, self.routing = spec, routing
+        self.spec, self.routing, self.auxiliary = spec, routing, Auxiliary()
         table = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=table)
         self.layers = nn.ModuleList(
-            Layer(spec, index, dtype, device) for index in range(spec.num_hidden_layers)
+            Layer(spec, index, spec.is_moe_layer(index), dtype, device)
+            for index in range(spec.num_hidden_layers)
         )
         self.final_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
-        self.head = _linear(spec.hidden_size, spec.vocab_size, dtype, device)
+        self.head = linear(spec.hidden_size, spec.vocab_size, dtype, device)
+        if spec.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+        self.mtp = nn.ModuleList(
+            Mtp(spec, index, dtype, device) for index in range(spec.num_nextn_predict_layers)
+        )
+
+    def set_auxiliary(self, auxiliary: Auxiliary) -> None:
+        """Train with these losses beside the cross entropy."""
+        self.auxiliary = auxiliary
+        for layer in self.blocks():
+            if layer.is_moe:
+                layer.moe.router.auxiliary = auxiliary
+
+    def blocks(self) -> Iterator[Layer]:
+        """Every decoder layer, those of MTP modules last."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer
+        for module in self.mtp:
+            assert isinstance(module, Mtp)
+            yield module.layer
+
+    def given(self, tokens: Tensor, start: int, scale: float) -> Given:
+        """What the layers share in a forward of tokens [B, S] at positions from `start` on."""
+        batch, seq = tokens.shape
+        weight = self.embedding.weight
+        cos, sin = rope_tables(self.spec, start, start + seq, weight.dtype, weight.device)
+        experts = None
+        if not self.routing.learned and self.spec.num_moe_layers:
+            experts = self.routing.experts(self.spec, batch, seq, weight.device)
+        return Given(cos, sin, experts, scale)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Normed hidden states [B, S, H] of tokens [B, S]; start: position of the first token (a sequence's
         slice).
         """
-        batch, seq = tokens.shape
+        return self._hidden(tokens, self.given(tokens, start, 1.0))
+
+    def _hidden(self, tokens: Tensor, given: Given) -> Tensor:
         x = self.embedding(tokens)
-        cos, sin = rope_tables(
-            start, start + seq, self.spec.head_dim, self.spec.rope_theta, x.dtype, x.device
-        )
-        experts = None
-        if not self.routing.learned and self.spec.num_moe_layers:
-            experts = self.routing.experts(self.spec, batch, seq, x.device)
         for layer in self.layers:
-            x = layer(x, cos, sin, experts)
+            x = layer(x, given)
         hidden: Tensor = self.final_norm(x)
         return hidden
 
-    def loss(self, tokens: Tensor, targets: Tensor, start: int = 0) -> Tensor:
-        """Sum over tokens of the cross entropy of targets [B, S], in float32 (float64 in float64)."""
-        logits = self.head(self(tokens, start)).flatten(0, 1)
-        return F.cross_entropy(logits.to(wide(logits.dtype)), targets.flatten(), reduction="sum")
+    def terms(self, tokens: Tensor, following: Tensor, start: int, scale: float) -> list[Term]:
+        """The cross entropies of a step: the model's, then those of MTP modules, which are weighed only where
+        the objective has them.
+
+        tokens [B, S]; following [B, S + d]: the tokens after each of them, with d MTP modules d more at the
+        end (IGNORED beyond the text).
+        """
+        seq = tokens.shape[1]
+        given = self.given(tokens, start, scale)
+        hidden = self._hidden(tokens, given)
+        found = [Term(hidden, following[:, :seq], scale)]
+        for depth, module in enumerate(self.mtp if self.auxiliary.mtp else ()):
+            ahead = following[:, depth : depth + seq]
+            hidden = module(hidden, self.embedding(ahead.clamp(min=0)), given)
+            weight = scale * self.auxiliary.mtp / len(self.mtp)
+            found.append(Term(hidden, following[:, depth + 1 : depth + 1 + seq], weight))
+        return found
+
+    def loss(self, tokens: Tensor, targets: Tensor, start: int = 0, scale: float = 1.0) -> Tensor:
+        """`scale` times the sum over tokens of the cross entropy of targets [B, S], in float32 (float64 in
+        float64). Its backward also has the other losses of the objective, times `scale`.
+        """
+        following = F.pad(targets, (0, len(self.mtp)), value=IGNORED)
+        main, *others = (self._cross_entropy(term) for term in self.terms(tokens, following, start, scale))
+        for loss in others:
+            main = attach(main, loss)
+        return main
+
+    def _cross_entropy(self, term: Term) -> Tensor:
+        logits = self.head(term.hidden).flatten(0, 1)
+        targets = term.targets.flatten()
+        return F.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction="sum") * term.weight
 
     @torch.no_grad()
     def update_balance(
@@ -247,23 +209,11 @@ class Transformer(nn.Module):
         reduce: sums loads over ranks in place. degree: of expert parallelism.
         """
         busiest = []
-        for layer in self.layers:
-            if getattr(layer, "is_moe", False):
-                router = layer.moe.router  # type: ignore[union-attr]
-                assert isinstance(router, Router)
+        for layer in self.blocks():
+            if layer.is_moe:
+                router = layer.moe.router
                 reduce(router.load)
                 busiest.append(largest_share(router.load, degree))
                 balance_step(router.balance_bias, router.load, rate)
                 router.load.zero_()
-        return torch.stack(busiest).mean() if busiest else torch.tensor(math.nan)
-
-
-class _Linear(nn.Linear):
-    """A bias-free nn.Linear whose weight [outputs, inputs] is left as it is made: `init_weights` fills it."""
-
-    def reset_parameters(self) -> None:
-        """Nothing: torch.nn.utils.skip_init would not work on fake tensors."""
-
-
-def _linear(inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    return _Linear(inputs, outputs, bias=False, dtype=dtype, device=device)
+        return torch.stack(busiest).nanmean() if busiest else torch.tensor(math.nan)

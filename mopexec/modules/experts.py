@@ -127,11 +127,11 @@ class ExpertDispatch:
 
 
 def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The stable order that sorts keys [R], and its inverse."""
+    """The stable order that sorts keys [R], and its inverse, int32: both are kept for the backward."""
     order = keys.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return order, inverse
+    inverse = torch.empty_like(order, dtype=torch.int32)
+    inverse[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
+    return order.to(torch.int32), inverse
 
 
 def _by_expert(counts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor] | None:

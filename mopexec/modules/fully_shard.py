@@ -20,7 +20,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, component, phase
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
-from mopexec.model.transformer import Router
+from mopexec.model.moe import Router
 from mopexec.modules.comm import book_gradients, local, place_on_host
 from mopexec.modules.gather import Gathered, global_dtensor
 from mopexec.modules.groups import make_groups
@@ -31,23 +31,24 @@ from mopexec.modules.wrap import build_model
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import STEP, of_dtensor
 from mopexec.run.supported import check_supported
+from mopexec.weights.source import Source
 from mopsim.spec.plan import Plan
 
 
 def build(
-    plan: Plan, platform: Platform, *, routing: Literal["learned", "profile"] = "learned", seed: int = 0
+    plan: Plan, platform: Platform, *, routing: Literal["learned", "profile"] = "learned", source: Source
 ) -> "FullyShardRunner":
     """One rank of a run of `plan` (collective). Raises SpecError naming a field that this runtime does not
     run."""
     check_supported(plan)
-    return FullyShardRunner(plan, platform, routing, seed)
+    return FullyShardRunner(plan, platform, routing, source)
 
 
 class FullyShardRunner:
     """See `mopexec.run.runner.Runner`."""
 
     def __init__(
-        self, plan: Plan, platform: Platform, routing: Literal["learned", "profile"], seed: int
+        self, plan: Plan, platform: Platform, routing: Literal["learned", "profile"], source: Source
     ) -> None:
         strategy = plan.strategy
         self._plan, self._platform = plan, platform
@@ -56,7 +57,7 @@ class FullyShardRunner:
         profile = Routing() if routing == "learned" else Routing(plan.training.routing, strategy.micro_batch)
         self._learned = profile.learned
         with category("params"):
-            self.model: Any = build_model(plan, self._groups, platform, profile, seed)
+            self.model: Any = build_model(plan, self._groups, platform, profile, source)
         self._host = strategy.optimizer.state_tier == "host"
         self._host_grads: dict[str, Tensor] = {}
         if self._host:

@@ -21,7 +21,7 @@ def name_components(model: Any) -> None:
     that arrive."""
     _name(model.embedding, "embedding")
     _name(model.head, "vocabulary")
-    for layer in model.layers:
+    for layer in model.blocks():
         _name(layer.attention, "attention")
         if layer.is_moe:
             _name(layer.moe.router, "router")
@@ -120,9 +120,9 @@ class Boundaries:
 
 
 def recompute_layers(model: Any, boundaries: Boundaries) -> None:
-    """Run every layer under a non-reentrant checkpoint, inside FSDP's hooks: its input is kept, the rest
-    made again."""
-    for index, layer in enumerate(model.layers):
+    """Run every layer (and MTP module) under a non-reentrant checkpoint, inside FSDP's hooks: its input is
+    kept, the rest made again."""
+    for index, layer in enumerate((*model.layers, *model.mtp)):
         setattr(layer, "forward", _Checkpointed(index, layer.forward, boundaries))  # noqa: B010
 
 

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mopexec.data.dataset import IGNORED
 from mopexec.distributed import collectives
-from mopexec.model.attention_core import causal_attention
+from mopexec.model.attention_core import Core, causal_attention
+from mopexec.modules.groups import FsdpGroups
 
 
 class UlyssesAttention:
@@ -20,13 +22,17 @@ class UlyssesAttention:
     def __init__(self, degree: int, group: dist.ProcessGroup) -> None:
         self._degree, self._group = degree, group
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S/D, heads, d], k and v [B, S/D, kv_heads, d] to [B, S/D, heads, d]."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None) -> Tensor:
+        """q [B, S/D, heads, d], k [B, S/D, kv_heads, d], v [B, S/D, kv_heads, e] to [B, S/D, heads, e]; sinks
+        [heads].
+        """
         kv_heads = k.shape[2]
         if kv_heads < self._degree:
             k, v = (t.repeat_interleave(self._degree // kv_heads, dim=2) for t in (k, v))
         whole = [self._trade(t, to_heads=True) for t in (q, k, v)]
-        return self._trade(causal_attention(whole[0], whole[1], whole[2]), to_heads=False)
+        if sinks is not None:
+            sinks = sinks.chunk(self._degree)[dist.get_rank(self._group)]
+        return self._trade(causal_attention(whole[0], whole[1], whole[2], core, sinks), to_heads=False)
 
     def _trade(self, x: Tensor, *, to_heads: bool) -> Tensor:
         traded: Tensor = _Trade.apply(x, self._degree, self._group, to_heads)  # type: ignore[no-untyped-call]
@@ -54,3 +60,19 @@ def trade(x: Tensor, degree: int, group: dist.ProcessGroup, to_heads: bool) -> T
     collectives.all_to_all_single(received, sent, group=group)
     del sent
     return torch.cat(received.unbind(0), dim=to_dim)
+
+
+def following_tokens(targets: Tensor, depth: int, groups: FsdpGroups) -> Tensor:
+    """Targets [B, s] of this rank's positions and `depth` more, of the ranks after it: [B, s + depth];
+    IGNORED beyond the sequence's end.
+    """
+    batch, seq = targets.shape
+    ends = targets.new_full((batch, depth), IGNORED)
+    group, place = groups.sequence_group, groups.sequence_place
+    degree = dist.get_world_size(group)
+    if degree > 1:
+        everyone = targets.new_empty((degree, batch, seq))
+        collectives.all_gather_single(everyone.view(-1, seq), targets.contiguous(), group)
+        whole = torch.cat((*everyone.unbind(0), ends), dim=1)
+        ends = whole[:, (place + 1) * seq : (place + 1) * seq + depth]
+    return torch.cat((targets, ends), dim=1)

@@ -14,23 +14,28 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
+from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_allocation, uncounted
-from mopexec.model import Routing, Transformer, initial_value
+from mopexec.model import Routing, Transformer
+from mopexec.model.auxiliary import Auxiliary, attach
 from mopexec.model.initialize import is_stacked
+from mopexec.model.moe import Router
+from mopexec.model.transformer import Term
 from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
 from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.groups import FsdpGroups
 from mopexec.modules.hooks import Boundaries, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, full_loss
-from mopexec.modules.sequence import UlyssesAttention
+from mopexec.modules.sequence import UlyssesAttention, following_tokens
+from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 
 
 def build_model(
-    plan: Plan, groups: FsdpGroups, platform: Platform, routing: Routing, seed: int
+    plan: Plan, groups: FsdpGroups, platform: Platform, routing: Routing, source: Source
 ) -> Transformer:
     """The sharded model on this rank; called with (tokens, targets, scale) it gives scale * the loss."""
     strategy = plan.strategy
@@ -38,10 +43,12 @@ def build_model(
         device = "cpu" if platform.fake else "meta"
         model = Transformer(plan.model, _dtype(strategy.precision.param), device, routing)
     _spread_experts(model, strategy, groups)
+    model.set_auxiliary(_auxiliary(plan, groups))
     if strategy.attention.context_parallel > 1:
-        for layer in model.layers:
-            core = UlyssesAttention(strategy.attention.context_parallel, groups.sequence_group)
-            layer.attention.core = core  # type: ignore[union-attr]
+        for layer in model.blocks():
+            layer.attention.core = UlyssesAttention(
+                strategy.attention.context_parallel, groups.sequence_group
+            )
     if strategy.activations.recompute == "full":
         recompute_layers(model, _boundaries(plan, platform))
     _attach_loss(model, strategy, groups, plan.training.tokens_per_rank(strategy) // strategy.micro_batch)
@@ -51,9 +58,11 @@ def build_model(
         _shard(model, strategy, groups, platform)
         if not platform.fake:  # fake parameters became shards when they were sharded
             model.to_empty(device="cpu" if host else platform.device)
-            _fill(model, groups, seed)
+            if plan.model.tie_word_embeddings:
+                model.head.weight = model.embedding.weight
+            _fill(model, groups, source)
         fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
-    _reset_routers(model, platform)
+    _reset_routers(model, platform, source)
     _tune(model, strategy)
     return model
 
@@ -83,7 +92,7 @@ def _boundaries(plan: Plan, platform: Platform) -> Boundaries:
 
 def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups) -> None:
     """Keep this rank's E/Ep experts in every MoE layer, and dispatch to their owners."""
-    for layer in model.layers:
+    for layer in model.blocks():
         if not layer.is_moe:
             continue
         for name, stack in list(layer.moe.experts.named_parameters()):
@@ -94,20 +103,42 @@ def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups) -> None:
         )
 
 
+def _auxiliary(plan: Plan, groups: FsdpGroups) -> Auxiliary:
+    """The losses beside the cross entropy; counts of routes of a sequence are added up over its ranks."""
+    training = plan.training
+
+    def over_sequence(counts: Tensor) -> None:
+        collectives.all_reduce(counts, groups.sequence_group)
+
+    shared = {"sum_over_sequence": over_sequence} if plan.strategy.attention.context_parallel > 1 else {}
+    return Auxiliary(
+        training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef, **shared
+    )
+
+
 def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -> None:
-    """The head computes the loss itself, so that its full weight is there and is freed with FSDP's hooks."""
+    """The head computes all losses itself, so that its full weight is there, and freed by FSDP's hooks."""
     head, chunk = model.head, strategy.vocabulary.chunk_tokens
 
-    def loss(hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def one(term: Term) -> Tensor:
+        hidden, targets = term.hidden.flatten(0, 1), term.targets.flatten()
         if strategy.vocabulary.loss == "chunked":
-            return chunked_loss(hidden, head.weight, targets, scale, chunk)
-        return full_loss(hidden, head.weight, targets, scale)
+            return chunked_loss(hidden, head.weight, targets, term.weight, chunk)
+        return full_loss(hidden, head.weight, targets, term.weight)
+
+    def losses(terms: list[Term]) -> Tensor:
+        main = one(terms[0])
+        for term in terms[1:]:
+            main = attach(main, one(term))
+        return main
 
     def forward(tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
-        hidden = Transformer.forward(model, tokens, groups.sequence_place * seq)
-        return cast(Tensor, head(hidden.flatten(0, 1), targets.flatten(), scale))
+        following = targets
+        if len(model.mtp):
+            following = following_tokens(targets, len(model.mtp), groups)
+        return cast(Tensor, head(model.terms(tokens, following, groups.sequence_place * seq, scale)))
 
-    head.forward = loss
+    head.forward = losses
     model.forward = forward
 
 
@@ -129,15 +160,20 @@ def _shard(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platfor
     def placement(parameter: Tensor) -> Shard:
         return Shard(shard_dim(tuple(parameter.shape), degree))
 
-    for layer in model.layers:
+    for layer in model.blocks():
         if layer.is_moe:
             fully_shard(
                 layer.moe.experts, mesh=groups.experts, reshard_after_forward=reshard,
                 shard_placement_fn=placement, **options,
             )  # fmt: skip
-        fully_shard(layer, mesh=groups.dense, reshard_after_forward=reshard, **options)
-    fully_shard(model.embedding, mesh=groups.dense, reshard_after_forward=reshard, **options)
-    fully_shard([model.final_norm, model.head], mesh=groups.dense, reshard_after_forward=False, **options)
+    for module in (*model.layers, *model.mtp):
+        fully_shard(module, mesh=groups.dense, reshard_after_forward=reshard, **options)
+    last = [model.final_norm, model.head]
+    if model.spec.tie_word_embeddings:
+        last.insert(0, model.embedding)  # FSDP keeps a shared weight in one group
+    else:
+        fully_shard(model.embedding, mesh=groups.dense, reshard_after_forward=reshard, **options)
+    fully_shard(last, mesh=groups.dense, reshard_after_forward=False, **options)
     fully_shard(model, mesh=groups.dense, **options)
 
 
@@ -159,17 +195,20 @@ def _tune(model: Any, strategy: Strategy) -> None:
         for group in module._get_fsdp_state()._fsdp_param_groups:
             if group.mesh_info.mesh.size() > 1:
                 group.gradient_divide_factor = 1.0
-    model.embedding.set_unshard_in_backward(False)
+    if not model.spec.tie_word_embeddings:
+        model.embedding.set_unshard_in_backward(False)
     _prefetch(model, strategy.dense.prefetch)
 
 
 def _prefetch(model: Any, depth: int) -> None:
     """Gather `depth` modules ahead, forward and backward; 0: none (FSDP's implicit backward prefetch off
     too)."""
-    chain = [[model.embedding], *([layer] for layer in model.layers), [model.final_norm]]
-    for entry, layer in zip(chain[1:], model.layers, strict=False):
+    units = [[module] for module in (*model.layers, *model.mtp)]
+    for entry, layer in zip(units, model.blocks(), strict=True):
         if layer.is_moe:
             entry.append(layer.moe.experts)
+    last = [] if model.spec.tie_word_embeddings else [[model.final_norm]]
+    chain = [[model.embedding], *units, *last]
     for place, modules in enumerate(chain):
         ahead = [module for entry in chain[place + 1 : place + 1 + depth] for module in entry]
         behind = [m for entry in reversed(chain[max(1, place - depth) : place]) for m in reversed(entry)]
@@ -180,27 +219,29 @@ def _prefetch(model: Any, depth: int) -> None:
             inner.set_modules_to_backward_prefetch([inner])
 
 
-def _reset_routers(model: Any, platform: Platform) -> None:
-    """Balance biases and loads start at zero, on the device."""
-    for layer in model.layers:
-        if layer.is_moe:
-            router = layer.moe.router
-            router.balance_bias = torch.zeros_like(router.balance_bias, device=platform.device)
-            router.load = torch.zeros_like(router.balance_bias)
+def _reset_routers(model: Any, platform: Platform, source: Source) -> None:
+    """Balance biases start at zero or as in the source, loads at zero, on the device."""
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            module.balance_bias = torch.zeros_like(module.balance_bias, device=platform.device)
+            module.load = torch.zeros_like(module.balance_bias)
+            start = None if platform.fake else source.buffer(f"{name}.balance_bias")
+            if start is not None:
+                module.balance_bias.copy_(start)
 
 
 @torch.no_grad()
-def _fill(model: Any, groups: FsdpGroups, seed: int) -> None:
-    """Write the weights that every sharding of this seed starts from, one matrix at a time."""
+def _fill(model: Any, groups: FsdpGroups, source: Source) -> None:
+    """Write this rank's part of the source's weights, one matrix at a time."""
     for name, parameter in model.named_parameters():
         mesh, dim = parameter.device_mesh, parameter.placements[-1].dim
         shape, target = tuple(parameter.shape), local(parameter)
         start, stop = layout.interval(shape[dim], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
         with uncounted():
             if not is_stacked(name):
-                target.copy_(initial_value(name, shape, seed)[start:stop])
+                target.copy_(source.read(name, shape, None, 0, start, stop))
                 continue
             first = groups.expert_place * shape[0]
             for row, expert in enumerate(range(start, stop) if dim == 0 else range(shape[0])):
-                value = initial_value(name, shape[1:], seed, first + expert)
-                target[row].copy_(value if dim == 0 else value.narrow(dim - 1, start, stop - start))
+                part = (0, 0, None) if dim == 0 else (dim - 1, start, stop)
+                target[row].copy_(source.read(name, shape[1:], first + expert, *part))

@@ -21,24 +21,35 @@ from mopexec.measure.tracker import category
 from mopexec.model.routing import profile_experts
 from mopexec.run.runner import Runner
 from mopexec.run.supported import check_supported
+from mopexec.weights.source import Seeded, Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 
 RoutingChoice = Literal["learned", "profile"]
 
 
-def build(plan: Plan, platform: Platform, *, routing: RoutingChoice = "learned", seed: int = 0) -> Runner:
-    """This rank's Runner, made from `seed`; torch.distributed must be initialised. Raises SpecError."""
+def build(
+    plan: Plan,
+    platform: Platform,
+    *,
+    routing: RoutingChoice = "learned",
+    seed: int = 0,
+    weights: Source | None = None,
+) -> Runner:
+    """This rank's Runner, with `weights`, or drawn from `seed`; torch.distributed must be initialised. Raises
+    SpecError.
+    """
     check_supported(plan)
+    source = weights or Seeded(seed)
     if plan.stack.runtime == "fully_shard":
         from mopexec.modules.fully_shard import build as build_fully_shard
 
-        return build_fully_shard(plan, platform, routing=routing, seed=seed)
-    return build_flat_units(plan, platform, routing=routing, seed=seed)
+        return build_fully_shard(plan, platform, routing=routing, source=source)
+    return build_flat_units(plan, platform, routing=routing, source=source)
 
 
 @torch.no_grad()
-def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, seed: int) -> FlatRunner:
+def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, source: Source) -> FlatRunner:
     """The flat_units Runner of this rank."""
     with platform.bookkeeping():
         mesh = build_mesh(plan.strategy, platform)
@@ -62,7 +73,11 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
         load=load,
     )
     for unit in model.units:
-        unit.initialize(seed)
+        unit.initialize(source)
+    for row, layer in enumerate(range(spec.num_dense_layers, spec.num_hidden_layers)):
+        bias = source.buffer(f"layers.{layer}.moe.router.balance_bias")
+        if bias is not None:
+            balance_bias[row].copy_(bias)
     runner = FlatRunner(plan, mesh, platform, model, learned=routing == "learned")
     runner.optimizer.adopt_parameters()
     return runner

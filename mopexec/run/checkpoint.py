@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -203,6 +204,25 @@ def load(path: Path, runner: Stateful) -> None:
     runner.load_state_dict(state)
 
 
+def check_alone(path: Path, state: RunState) -> None:
+    """Refuse, in one process without ranks, a checkpoint that is damaged or of an earlier version."""
+    if state.format != _FORMAT:
+        raise MopError(f"checkpoint {path} was written by an earlier version of mopexec")
+    try:
+        _check_files(path, state)
+    except (OSError, MopError) as error:
+        raise MopError(f"checkpoint {path}: {_root_cause(error)}") from None
+
+
+def read_alone(path: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state` from the checkpoint at `path` in one process without ranks."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch: there are no ranks
+            load_tensors(state, checkpoint_id=str(path), storage_reader=_Reader(path), no_dist=True)
+    except _UNREADABLE as error:
+        raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
+
+
 def load_newest(newest: Path, runner: Stateful) -> tuple[Path, int, list[str]]:
     """(checkpoint, steps done, what was passed over and why): `newest`, or where a rank cannot read it the
     newest before it that all can. Raises MopError where there is none.
@@ -266,7 +286,9 @@ def _check_files(path: Path, state: RunState) -> None:
 
 
 def _share(items: list[Any]) -> list[Any]:
-    """This rank's part of `items`."""
+    """This rank's part of `items`; all of them in a process without ranks."""
+    if not dist.is_initialized():
+        return items
     return items[dist.get_rank() :: dist.get_world_size()]
 
 

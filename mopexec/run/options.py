@@ -29,6 +29,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     data: DataOptions = DataOptions()
     cache: str | None = None
     tokens: str = ""
+    init_from: str = ""
     resume: bool = False
     device_limit: int | None = None
     host_limit: int | None = None

@@ -68,7 +68,8 @@ def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopR
     torch.manual_seed(seed)
     tracking = _Tracking(options)
     with tracking.tracker:
-        runner = build(plan, job.platform, routing=options.routing, seed=seed)
+        begin = _weights(options, plan, resumed)
+        runner = build(plan, job.platform, routing=options.routing, seed=seed, **begin)
     if resumed:
         resumed, done, passed = checkpoint.load_newest(resumed, runner)
 
@@ -313,6 +314,17 @@ _LEFT: dict[Schedule, Callable[[float], float]] = {
     "wsd": lambda done: min(1.0, (1 - done) / 0.2),
 }
 """Part of the fall that is left after a part of the steps; warm-up, stable, decay as in arXiv 2404.06395."""
+
+
+def _weights(options: TrainOptions, plan: Plan, resumed: Path | None) -> dict[str, Any]:
+    """What the runner is built with beside a seed: the weights of --init-from, unless a checkpoint has
+    others.
+    """
+    if not options.init_from or resumed:
+        return {}
+    from mopexec.weights.begin import open_weights
+
+    return {"weights": open_weights(Path(options.init_from), plan)}
 
 
 class _Tracking:

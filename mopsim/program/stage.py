@@ -126,8 +126,8 @@ class Stage:
             found += [("optimizer", state * each - away), ("host/optimizer", away)]
         model = c.model
         batches = 2 * 8 * c.shapes.region_tokens * c.training.num_microbatches(strategy)
-        tables = c.training.seq_len // strategy.attention.context_parallel * model.head_dim
-        tables *= c.b if c.stack.explicit else c.wide
+        rotated = model.qk_rope_head_dim if model.attention == "mla" else model.head_dim
+        tables = c.training.seq_len // strategy.attention.context_parallel * rotated * c.wide
         found.append(("activations", (batches if self.is_first or self.is_last else 0) + tables))
         found.append(("params", 8 * max(1, model.num_moe_layers) * max(1, model.num_local_experts)))
         return tuple(step for step in found if step[1])

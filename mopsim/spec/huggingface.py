@@ -11,6 +11,7 @@ from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert
 from mopsim.common.values import first_unreadable, number_problem
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.rope import RopeScaling
 
 Config = dict[str, Any]
 Fields = dict[str, Any]
@@ -76,6 +77,11 @@ class _Reader:
     def has(self, key: str) -> bool:
         return self.config.get(key) is not None
 
+    def present(self, *keys: str) -> str:
+        """The key of several for one thing (transformers has renamed some) that the config has, or the
+        first."""
+        return next((key for key in keys if self.has(key)), keys[0])
+
     def _get(self, key: str, default: Any) -> Any:
         if self.has(key):
             problem = number_problem(self.config[key])
@@ -111,6 +117,13 @@ class _Reader:
             raise MopError(f"{self.origin}: {key}: {shown(value)} must be a list")
         return value
 
+    def mapping(self, key: str, default: Config) -> Config:
+        """A mapping; `default` where the key is absent."""
+        value = self._get(key, default)
+        if not isinstance(value, dict):
+            raise MopError(f"{self.origin}: {key}: {shown(value)} must be a mapping")
+        return value
+
     def must_be(self, key: str, expected: Any, meaning: str) -> None:
         """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""
         if self.has(key) and self.config[key] != expected:
@@ -120,6 +133,7 @@ class _Reader:
 def _common(r: _Reader) -> Fields:
     heads = r.integer("num_attention_heads")
     hidden = r.integer("hidden_size")
+    r.must_be("hidden_act", "silu", "only SwiGLU can be expressed")
     if heads < 1:
         raise MopError(f"{r.origin}: num_attention_heads: {heads} must be at least 1")
     return {
@@ -131,8 +145,34 @@ def _common(r: _Reader) -> Fields:
         "vocab_size": r.integer("vocab_size"),
         "tie_word_embeddings": r.flag("tie_word_embeddings", False),
         "rms_norm_eps": r.number("rms_norm_eps", 1e-6),
-        "rope_theta": r.number("rope_theta", 10000.0),
-    }
+    } | _rope(r)
+
+
+_SCALING = {field.name: field.default for field in msgspec.structs.fields(RopeScaling)}
+
+
+def _rope(r: _Reader, theta: float = 10000.0, usual: Config | None = None) -> Fields:
+    """Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` with both.
+    theta, usual: where the config has neither."""
+    key = "rope_parameters" if r.has("rope_parameters") else "rope_scaling"
+    given = r.mapping(key, usual or {})
+    inner = _Reader(given, f"{r.origin}: {key}")
+    found = {"rope_theta": inner.number("rope_theta", r.number("rope_theta", theta))}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+        return found
+    if kind not in ("yarn", "llama3"):
+        raise MopError(f"{r.origin}: {key}: {shown(kind)} is refused: yarn and llama3 can be expressed")
+    if inner.has("attention_factor"):
+        raise MopError(f"{inner.origin}: attention_factor: cannot be expressed, only YaRN's own rule")
+    scaling: Fields = {"rope_type": kind}
+    longest = r.integer("max_position_embeddings", 0)
+    original = inner.integer("original_max_position_embeddings", longest)
+    scaling["original_max_position_embeddings"] = original
+    scaling["factor"] = inner.number("factor", longest / original if original else None)
+    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"):
+        scaling[name] = inner.number(name, float(_SCALING[name]))
+    return found | {"rope_scaling": scaling | {"truncate": inner.flag("truncate", True)}}
 
 
 def _window(r: _Reader) -> Fields:
@@ -191,7 +231,7 @@ def _qwen_experts(r: _Reader) -> Fields:
     return {
         "intermediate_size": r.integer("intermediate_size"),
         "first_k_dense_replace": len(dense),
-        "num_local_experts": r.integer("num_experts"),
+        "num_local_experts": r.integer(r.present("num_experts", "num_local_experts")),
         "num_experts_per_tok": r.integer("num_experts_per_tok"),
         "moe_intermediate_size": r.integer("moe_intermediate_size"),
         "norm_topk_prob": r.flag("norm_topk_prob", False),
@@ -227,25 +267,39 @@ def _deepseek(r: _Reader) -> Fields:
         "v_head_dim": r.integer("v_head_dim"),
         "intermediate_size": r.integer("intermediate_size"),
         "first_k_dense_replace": r.integer("first_k_dense_replace", 0),
-        "num_local_experts": r.integer("n_routed_experts"),
+        "num_local_experts": r.integer(r.present("n_routed_experts", "num_local_experts")),
         "num_experts_per_tok": r.integer("num_experts_per_tok"),
         "moe_intermediate_size": expert,
         "shared_expert_intermediate_size": r.integer("n_shared_experts", 0) * expert,
         "norm_topk_prob": r.flag("norm_topk_prob", False),
         "routed_scaling_factor": r.number("routed_scaling_factor", 1.0),
+        "rope_interleave": r.flag("rope_interleave", True),
     }
+
+
+def _grouped(r: _Reader, method: str) -> Fields:
+    """Groups of experts that a token is limited to; without, 'greedy'."""
+    if method == "greedy":
+        return {}
+    groups = {"n_group": r.integer("n_group", 1), "topk_group": r.integer("topk_group", 1)}
+    return {"topk_method": method, **groups}
 
 
 def _deepseek_v2(r: _Reader) -> Fields:
-    return _deepseek(r) | {"scoring_func": r.config.get("scoring_func") or "softmax"}
+    method = r.config.get("topk_method") or "greedy"
+    return _deepseek(r) | {"scoring_func": r.config.get("scoring_func") or "softmax"} | _grouped(r, method)
 
 
 def _deepseek_v3(r: _Reader) -> Fields:
-    return _deepseek(r) | {
-        "scoring_func": r.config.get("scoring_func") or "sigmoid",
-        "norm_topk_prob": r.flag("norm_topk_prob", True),
-        "num_nextn_predict_layers": r.integer("num_nextn_predict_layers", 0),
-    }
+    return (
+        _deepseek(r)
+        | {
+            "scoring_func": r.config.get("scoring_func") or "sigmoid",
+            "norm_topk_prob": r.flag("norm_topk_prob", True),
+            "num_nextn_predict_layers": r.integer(r.present("num_nextn_predict_layers", "num_mtp_layers"), 0),
+        }
+        | _grouped(r, "noaux_tc")
+    )
 
 
 def _gpt_oss(r: _Reader) -> Fields:
@@ -266,14 +320,24 @@ def _gpt_oss(r: _Reader) -> Fields:
         "attention_sinks": True,
         "expert_bias": True,
         "router_bias": True,
-        "rope_theta": r.number("rope_theta", 150000.0),
+        "swiglu_limit": r.number("swiglu_limit", 7.0),
+        "swiglu_alpha": r.number("swiglu_alpha", 1.702),
         "rms_norm_eps": r.number("rms_norm_eps", 1e-5),
-    }
+    } | _rope(r, 150000.0, _GPT_OSS_ROPE)
+
+
+_GPT_OSS_ROPE: Config = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+"""What a GPT-OSS config means that says nothing of it (openai/gpt-oss-20b config.json)."""
 
 
 def _olmoe(r: _Reader) -> Fields:
+    if r.has("clip_qkv"):
+        raise MopError(f"{r.origin}: clip_qkv: clipped queries, keys and values cannot be expressed")
     return {
-        "num_local_experts": r.integer("num_experts", 64),
+        "num_local_experts": r.integer(r.present("num_experts", "num_local_experts"), 64),
         "num_experts_per_tok": r.integer("num_experts_per_tok", 8),
         "moe_intermediate_size": r.integer("intermediate_size"),
         "norm_topk_prob": r.flag("norm_topk_prob", False),

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
+from mopsim.spec.rope import RopeScaling
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
@@ -28,11 +29,17 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     expert_bias, router_bias, ffn_bias: whether these products have a bias. ffn_matrices: 3 with a gate, 2
     without. norm: the kind of norm in the layers. num_nextn_predict_layers: MTP layers (DeepSeek-V3).
     scoring_func: what turns the router's logits into weights. norm_topk_prob: the weights of the chosen
-    experts are normalised. routed_scaling_factor: what these weights are multiplied by. rms_norm_eps: what a
-    norm adds to the mean of squares. rope_theta: base of rotary angles. dropout: rate for the outputs of
-    attention and FFN, and for the attention weights where they are kept. total_params, active_params: the
-    published counts, which are checked against and never used in a calculation. source: where the numbers are
-    from. assumptions: what the source does not say.
+    experts are normalised. routed_scaling_factor: what these weights are multiplied by. topk_method: experts
+    are chosen among all, or of some groups only: those with the best expert (group_limited_greedy,
+    DeepSeek-V2), or with the best two together (noaux_tc, DeepSeek-V3). n_group: groups of experts.
+    topk_group: groups that a token is limited to. swiglu_limit: what the gate and up products of experts are
+    clamped to, with up + 1, as in GPT-OSS; 0 is plain SwiGLU. swiglu_alpha: what the gate is multiplied by in
+    its sigmoid, where there is a limit. rms_norm_eps: what a norm adds to the mean of squares.
+    rope_theta: base of rotary angles. rope_interleave: rotary positions turn neighbouring elements, not those
+    half a head apart. rope_scaling: of rotary frequencies, for longer sequences than first trained on.
+    dropout: rate for the outputs of attention and FFN, and for the attention weights where they are kept.
+    total_params, active_params: the published counts, which are checked against and never used in a
+    calculation. source: where the numbers are from. assumptions: what the source does not say.
     """
 
     name: str
@@ -72,8 +79,15 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     norm_topk_prob: bool = True
     dropout: float = 0.0
     routed_scaling_factor: float = 1.0
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
+    n_group: int = 1
+    topk_group: int = 1
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 1.0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_interleave: bool = False
+    rope_scaling: RopeScaling = RopeScaling()
     total_params: float | None = None
     active_params: float | None = None
     source: str = ""
@@ -83,7 +97,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         for holds, field, rule in _sizes(self):
             require(holds, field, getattr(self, field), rule)
         require_name(self.name)
-        for holds, field, rule in chain(_layers(self), _attention(self), _numbers(self)):
+        for holds, field, rule in chain(_layers(self), _attention(self), _numbers(self), _groups(self)):
             require(holds, field, getattr(self, field), rule)
 
     @property
@@ -121,7 +135,8 @@ _MOE = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermedi
 _RANGES = (
     ("rms_norm_eps", 1e-12, 0.1), ("routed_scaling_factor", 1e-3, 1e3), ("rope_theta", 1.0, 1e12),
     ("sliding_window_period", 1, 10_000), ("num_local_experts", 0, 2**16),
-    ("num_nextn_predict_layers", 0, 100),
+    ("num_nextn_predict_layers", 0, 100), ("n_group", 1, 2**16), ("topk_group", 1, 2**16),
+    ("swiglu_limit", 0.0, 1e6), ("swiglu_alpha", 1e-3, 1e3),
 )  # fmt: skip
 
 
@@ -171,6 +186,24 @@ def _attention(m: ModelSpec) -> Rules:
         yield getattr(m, field) >= 1, field, "must be at least 1 for mla"
     parts = m.qk_nope_head_dim + m.qk_rope_head_dim
     yield m.head_dim == parts, "head_dim", "must be qk_nope_head_dim + qk_rope_head_dim for mla"
+
+
+def _groups(m: ModelSpec) -> Rules:
+    """Experts are chosen from some groups of equal size, which hold enough of them."""
+    greedy = m.topk_method == "greedy"
+    for field in ("n_group", "topk_group"):
+        rule = "must be 1 for topk_method 'greedy'"
+        yield not greedy or getattr(m, field) == 1, field, rule
+    yield m.topk_group <= m.n_group, "topk_group", f"is more than n_group {m.n_group}"
+    if greedy:
+        return
+    experts = m.num_local_experts
+    yield experts % m.n_group == 0, "n_group", f"does not divide num_local_experts {experts}"
+    size = experts // m.n_group
+    held = f"groups of {size} experts hold fewer than num_experts_per_tok {m.num_experts_per_tok}"
+    yield m.topk_group * size >= m.num_experts_per_tok, "topk_group", held
+    two = m.topk_method != "noaux_tc" or size >= 2
+    yield two, "n_group", "leaves groups of one expert, and 'noaux_tc' takes the best two"
 
 
 def _numbers(m: ModelSpec) -> Rules:

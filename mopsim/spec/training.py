@@ -17,8 +17,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     experts j mod h for j < top_k; "zipf:s"; or the share of all routes that each expert got in a measurement
     (see mopsim.spec.routing). learning_rate: its value after warm-up. warmup_steps: steps over which it
     rises. beta1, beta2, eps, weight_decay: AdamW's constants. clip_norm: global norm that gradients are
-    clipped to. bias_update_rate: step of the router's balance bias. seed: what weights and data are drawn
-    from.
+    clipped to. bias_update_rate: step of the router's balance bias. router_aux_loss_coef: weight of the
+    routers' balance loss of each sequence (arXiv 2412.19437, equation 17). router_z_loss_coef: weight of the
+    mean square of the routers' log-sum-exp (arXiv 2202.08906). mtp_loss_coef: weight of the mean loss of MTP
+    modules; 0.3 is DeepSeek-V3's (arXiv 2412.19437, 4.2). seed: what weights and data are drawn from.
     """
 
     seq_len: int
@@ -32,6 +34,9 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     bias_update_rate: float = 1e-3
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    mtp_loss_coef: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,7 +49,8 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
             require(getattr(self, field) > 0, field, getattr(self, field), "must be positive")
         for field, most in (
             ("learning_rate", 10), ("eps", 1), ("warmup_steps", 2**40), ("weight_decay", 10),
-            ("clip_norm", 1e12), ("bias_update_rate", 1), ("seed", 2**62),
+            ("clip_norm", 1e12), ("bias_update_rate", 1), ("router_aux_loss_coef", 1e3),
+            ("router_z_loss_coef", 1e3), ("mtp_loss_coef", 1e3), ("seed", 2**62),
         ):  # fmt: skip
             value = getattr(self, field)
             require(0 <= value <= most, field, value, f"must lie between 0 and {most:g}")

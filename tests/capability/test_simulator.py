@@ -24,10 +24,10 @@ DOMAIN = 2
 
 
 def program(job: Job) -> Workload:
-    """The programs of a step, whatever the name of what makes them."""
+    """The programs of a step, whatever the name of what makes them, and whether mopexec runs it."""
     assert job.training is not None
     found = lower(job.model, job.strategy, job.training, DOMAIN, job.stack)
-    return replace(found, whole=None, stack=Stack(name="none"))
+    return replace(found, whole=None, stack=Stack(name="none"), exact=False)
 
 
 def same_bytes(variant: Variant) -> bool:

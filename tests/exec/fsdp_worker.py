@@ -17,8 +17,10 @@ from torch import Tensor
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.model import Routing, Transformer, init_weights
+from mopexec.model.auxiliary import Auxiliary
 from mopexec.modules import fully_shard
 from mopexec.run.runner import Batch
+from mopexec.weights.source import Seeded
 from mopsim import strategies
 from mopsim.common import io
 from mopsim.spec import layout
@@ -136,6 +138,13 @@ class Reference:
             else Routing(routing, strategy.micro_batch, strategy.attention.context_parallel)
         )
         self.model = Transformer(plan.model, getattr(torch, strategy.precision.param), "cpu", profile)
+        self.model.set_auxiliary(
+            Auxiliary(
+                plan.training.router_aux_loss_coef,
+                plan.training.router_z_loss_coef,
+                plan.training.mtp_loss_coef,
+            )
+        )
         init_weights(self.model, SEED)
         t = plan.training
         self.optimizer = torch.optim.AdamW(
@@ -145,7 +154,8 @@ class Reference:
 
     def step(self, tokens: Tensor) -> tuple[float, float, dict[str, Tensor]]:
         self.optimizer.zero_grad()
-        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:]) / (tokens.shape[0] * SEQ)
+        scale = 1 / (tokens.shape[0] * SEQ)
+        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:], scale=scale)
         loss.backward()
         grads = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.training.clip_norm)
@@ -163,7 +173,10 @@ def run_case(name: str, strategy: Strategy, routing: str, rank: int) -> dict[str
     tracker = MemoryTracker()
     with tracker:
         runner = fully_shard.build(
-            plan, Platform.detect(), routing="learned" if routing == "learned" else "profile", seed=SEED
+            plan,
+            Platform.detect(),
+            routing="learned" if routing == "learned" else "profile",
+            source=Seeded(SEED),
         )
     generator = torch.Generator().manual_seed(1)
     result = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "parameters": 0.0}
@@ -196,12 +209,12 @@ def resumed(directory: Path, rank: int, world: int) -> dict[str, float]:
     plan = plan_of(strategy, routing)
     tokens = torch.randint(0, MODEL.vocab_size, (8, SEQ + 1), generator=torch.Generator().manual_seed(2))
     batches = batches_of(plan, tokens, rank)
-    runner = fully_shard.build(plan, Platform.detect(), seed=SEED)
+    runner = fully_shard.build(plan, Platform.detect(), source=Seeded(SEED))
     runner.step(batches)
     dcp.save(runner.state_dict(), checkpoint_id=str(directory))
     runner.step(batches)
     expected = runner.full_parameters()
-    other = fully_shard.build(plan, Platform.detect(), seed=SEED + 1)
+    other = fully_shard.build(plan, Platform.detect(), source=Seeded(SEED + 1))
     state = other.state_dict()
     dcp.load(state, checkpoint_id=str(directory))
     other.load_state_dict(state)

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from mopexec.model import Routing, Transformer, init_weights
-from mopexec.model.attention_core import causal_attention
+from mopexec.model.attention_core import Core, causal_attention
+from mopexec.model.auxiliary import Auxiliary
 from mopexec.model.routing import (
     largest_share,
     profile_experts,
@@ -13,6 +14,7 @@ from mopexec.model.routing import (
     route_weights_backward,
     router_scores,
 )
+from mopexec.model.swiglu import Clamp, activate
 from mopsim import graph
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
@@ -39,6 +41,10 @@ def spec(**changes: object) -> ModelSpec:
     return ModelSpec(**(fields | changes))
 
 
+LATENT: dict[str, object] = {
+    "attention": "mla", "qk_norm": "none", "head_dim": 6, "q_lora_rank": 10, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
 NO_EXPERTS = dict.fromkeys(
     (
         "num_local_experts",
@@ -56,6 +62,10 @@ def test_parameter_names_and_shapes_are_the_declared_ones() -> None:
         {},
         {"qk_norm": "none", "shared_expert_intermediate_size": 0},
         NO_EXPERTS,
+        {"qk_norm": "full", "attention_bias": "qkvo", "attention_sinks": True, "ffn_bias": True},
+        {"expert_bias": True, "router_bias": True, "shared_expert_gate": True, "tie_word_embeddings": True},
+        {**LATENT, "num_nextn_predict_layers": 2},
+        {**LATENT, "q_lora_rank": 0},
     ):
         model = Transformer(spec(**changes), torch.float32)
         actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -78,7 +88,7 @@ def test_causal_attention_equals_the_plain_formula(kv_heads: int) -> None:
     key, value = (t.repeat_interleave(4 // kv_heads, dim=2) for t in (k, v))
     scores = torch.einsum("bshd,bthd->bhst", q, key) / 8**0.5
     expected = torch.einsum("bhst,bthd->bshd", scores.masked_fill(~mask, float("-inf")).softmax(-1), value)
-    actual = causal_attention(q, k, v)
+    actual = causal_attention(q, k, v, Core(8**-0.5))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(expected)
     for a, b in zip(
@@ -160,15 +170,91 @@ def test_balancing_raises_the_bias_of_underused_experts() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("attention_bias", "qkv"),
-        ("sliding_window", 4),
-        ("tie_word_embeddings", True),
-        ("shared_expert_gate", True),
-        ("num_nextn_predict_layers", 1),
+        ("learned_positions", 64),
+        ("norm", "layernorm"),
         ("ffn_matrices", 2),
-        ("qk_norm", "full"),
+        ("dropout", 0.1),
     ],
 )
 def test_unsupported_models_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(SpecError, match=f"model.{field}"):
         Transformer(spec(**{field: value}), torch.float32)
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, core: Core, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention by the whole square of products: a window, a sink in the softmax."""
+    repeats, length = q.shape[2] // k.shape[2], q.shape[1]
+    key, value = (t.repeat_interleave(repeats, dim=2) for t in (k, v))
+    behind = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (behind >= 0) & (behind < (core.window or length))
+    scores = torch.einsum("bshd,bthd->bhst", q, key) * core.scale
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[None, :, None, None].expand(q.shape[0], -1, length, 1)), dim=-1)
+    return torch.einsum("bhst,bthd->bshd", scores.softmax(-1)[..., :length], value)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("window", [0, 1, 3, 4, 11, 40])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("widths", [(8, 8), (8, 4), (4, 8)])
+def test_windows_sinks_and_widths(
+    kv_heads: int, window: int, with_sinks: bool, widths: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 11, 4, widths[0]), (2, 11, kv_heads, widths[0]), (2, 11, kv_heads, widths[1])]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
+    core = Core(0.3, window)
+    expected = plain_attention(*inputs, core, sinks)
+    actual = causal_attention(*inputs, core, sinks)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    leaves, grad = [*inputs, *([] if sinks is None else [sinks])], torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(actual, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_clamped_swiglu_equals_autograd() -> None:
+    torch.manual_seed(0)
+    gate, up = (torch.randn(40, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    low, high = gate.clamp(max=0.7), up.clamp(-0.7, 0.7)
+    expected = (high + 1) * low * (1.7 * low).sigmoid()
+    actual = activate(gate, up, Clamp(0.7, 1.7))
+    torch.testing.assert_close(actual, expected)
+    grad = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(actual, (gate, up), grad),
+        torch.autograd.grad(expected, (gate, up), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_losses_of_routers_steer_and_are_not_told() -> None:
+    """Their gradient is that of the losses by their definition, and the loss is the cross entropy alone."""
+    tokens = torch.arange(24).view(2, 12) % 37
+    gradients, losses = [], []
+    seen: list[torch.Tensor] = []
+    for auxiliary in (Auxiliary(), Auxiliary(balance=0.5, z=0.3)):
+        model = Transformer(spec(num_hidden_layers=2), torch.float64)
+        init_weights(model, 0)
+        model.set_auxiliary(auxiliary)
+        model.layers[1].moe.router.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        loss = model.loss(tokens, tokens, scale=1 / 24)
+        router = model.layers[1].moe.router
+        weight = router.weight
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, weight, retain_graph=True)[0])
+    logits = F.linear(seen[0].detach(), weight)
+    scores = logits.softmax(-1)
+    chosen = F.one_hot(scores.topk(2).indices, 8).sum(1).double()
+    share = chosen.view(2, 12, 8).sum(1) * 8 / 24
+    balance = (scores.view(2, 12, 8).mean(1) * share).sum(1).mean()
+    z = logits.logsumexp(-1).square().mean()
+    (expected,) = torch.autograd.grad(0.5 * balance + 0.3 * z, weight)
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, rtol=1e-9, atol=1e-12)
+    assert losses[0] == losses[1]

@@ -5,6 +5,7 @@ Nothing is fitted: both start from the same plan. The second step counts, when o
 
 from contextlib import nullcontext
 
+import msgspec
 import pytest
 import torch
 
@@ -92,6 +93,26 @@ def test_demo_sized_models(index: int) -> None:
     strategy = DEMO[index]
     training = TrainSpec(seq_len=8192, global_batch=2 * strategy.data_groups)
     _check(SMALL, strategy, training, 0.01)
+
+
+LATENT = msgspec.structs.replace(
+    SMALL, attention="mla", num_key_value_heads=8, head_dim=24, q_lora_rank=48, kv_lora_rank=32,
+    qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, topk_method="noaux_tc", n_group=4, topk_group=2,
+)  # fmt: skip
+SINKS = msgspec.structs.replace(
+    SMALL, attention_bias="qkvo", attention_sinks=True, sliding_window=64, sliding_window_period=2,
+    expert_bias=True, router_bias=True, swiglu_limit=7.0, swiglu_alpha=1.702,
+    shared_expert_intermediate_size=0,
+)  # fmt: skip
+"""Like DeepSeek's and like GPT-OSS's."""
+
+
+@pytest.mark.parametrize("model", [LATENT, SINKS], ids=["latent", "sinks"])
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
+    """Within 2 %: the routers' small tensors count in networks this small."""
+    strategy = fsdp2(2, expert_parallel=2, context_parallel=2 if loss == "full" else 1, loss=loss)  # type: ignore[arg-type]
+    _check(model, strategy, TrainSpec(seq_len=2048, global_batch=2 * strategy.data_groups), 0.02)
 
 
 SMALL_PLANS = cases(4)

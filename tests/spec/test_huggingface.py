@@ -112,6 +112,18 @@ DEEPSEEK_V3 = {
     "scoring_func": "sigmoid",
     "num_nextn_predict_layers": 1,
     "attention_bias": False,
+    "topk_method": "noaux_tc",
+    "n_group": 8,
+    "topk_group": 4,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
 }
 DEEPSEEK_V2 = DEEPSEEK_V3 | {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -127,6 +139,10 @@ DEEPSEEK_V2 = DEEPSEEK_V3 | {
     "norm_topk_prob": False,
     "routed_scaling_factor": 16.0,
     "scoring_func": "softmax",
+    "topk_method": "group_limited_greedy",
+    "n_group": 8,
+    "topk_group": 3,
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
 }
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"],

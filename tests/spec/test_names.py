@@ -21,7 +21,12 @@ DEFAULTS = {
     "mopsim/validate/rows.py": {"generic-eager", "generic-fused"},
 }
 """What a command, a family or a strategy takes where nothing is said, and what mopexec runs."""
-OTHERS = ("mopsim/export/", "mopsim/spec/capability/", "mopsim/spec/huggingface.py")
+OTHERS = (
+    "mopsim/export/",
+    "mopsim/spec/capability/",
+    "mopsim/spec/huggingface.py",
+    "mopexec/weights/config.py",
+)
 """What others call their own: targets of exports and what these know, types of Hugging Face's configs."""
 TARGETS = {"deepspeed", "megatron-bridge", "torchtitan"}
 

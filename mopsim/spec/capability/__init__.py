@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.facts import EXPORTS, SIDES, Cell, Job, Row, Side
+from mopsim.spec.capability.facts import EXPORTS, RUNTIMES, SIDES, Cell, Job, Row, Side
 from mopsim.spec.capability.rules import RULES
 from mopsim.spec.capability.software import no_runtime
 from mopsim.spec.capability.table import MODEL, PROGRAM, ROWS
@@ -61,9 +61,11 @@ def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
 def model_refusals(model: ModelSpec) -> Iterator[SpecError]:
     """What no runtime of mopexec runs of a model, whatever the strategy."""
     for field, row in MODEL.items():
-        refused = row.cells["flat_units"].refuse("flat_units", f"model.{field}", getattr(model, field))
-        if refused is not None:
-            yield SpecError(refused.field, refused.value, refused.rule.replace("flat_units", "mopexec"))
+        value = _at(model, field)
+        refused = [row.cells[side].refuse(side, f"model.{field}", value) for side in RUNTIMES]
+        first = refused[0]
+        if first is not None and all(refused):
+            yield SpecError(first.field, first.value, first.rule.replace(RUNTIMES[0], "mopexec"))
 
 
 def runnable(

@@ -14,6 +14,7 @@ from mopsim.spec.training import TrainSpec
 
 Side = Literal["simulator", "flat_units", "fully_shard", "torchtitan", "megatron-bridge", "deepspeed"]
 SIDES: tuple[Side, ...] = get_args(Side)
+RUNTIMES: tuple[Side, ...] = ("flat_units", "fully_shard")
 EXPORTS: tuple[Side, ...] = ("torchtitan", "megatron-bridge", "deepspeed")
 
 DOES: dict[Side, str] = {
@@ -106,7 +107,7 @@ class Row:
 
     def concerns(self, side: Side, job: Job) -> bool:
         """Whether the side has to do something with the field's value."""
-        return side in ("flat_units", "fully_shard") or self.acts is None or self.acts(job)
+        return side in RUNTIMES or self.acts is None or self.acts(job)
 
 
 def row(
@@ -259,3 +260,8 @@ def gqa(job: Job) -> bool:
 
 def windowed(job: Job) -> bool:
     return gqa(job) and job.model.sliding_window > 0
+
+
+def predicts_further(job: Job) -> bool:
+    """There are MTP modules."""
+    return job.model.num_nextn_predict_layers > 0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from mopsim.common.errors import SpecError
 from mopsim.spec.capability.facts import (
@@ -50,14 +50,12 @@ def _unless(holds: bool, job: Job, field: str, rule: str) -> Iterator[SpecError]
 
 def heads_over_ranks(job: Job, side: Side) -> Iterator[SpecError]:
     """Ulysses gives each rank whole key and value heads, or each head whole ranks."""
-    degree, heads = job.strategy.attention.context_parallel, job.model.num_key_value_heads
+    degree, model = job.strategy.attention.context_parallel, job.model
+    name = "num_attention_heads" if model.attention == "mla" else "num_key_value_heads"
+    heads = getattr(model, name)
     holds = heads % degree == 0 or degree % heads == 0
-    yield from _unless(
-        holds,
-        job,
-        "attention.context_parallel",
-        f"and num_key_value_heads {heads}: neither divides the other",
-    )
+    rule = f"and {name} {heads}: neither divides the other"
+    yield from _unless(holds, job, "attention.context_parallel", rule)
 
 
 def ring_has_rows(job: Job, side: Side) -> Iterator[SpecError]:
@@ -186,12 +184,22 @@ def flavor_is_the_preset(job: Job, side: Side) -> Iterator[SpecError]:
     if job.model.name not in list_models():
         return
     preset = load_model(job.model.name)
-    for field in structs.fields(preset):
-        value, flavor = getattr(job.model, field.name), getattr(preset, field.name)
-        if value != flavor and field.name not in ("total_params", "active_params", "source", "assumptions"):
-            yield SpecError(
-                f"model.{field.name}", value, f"is not in TorchTitan's flavor of {preset.name}: {flavor!r}"
-            )
+    flavors = dict(_values(preset))
+    for path, value in _values(job.model):
+        flavor = flavors[path]
+        if value != flavor and path not in ("total_params", "active_params", "source", "assumptions"):
+            rule = f"is not in TorchTitan's flavor of {preset.name}: {flavor!r}"
+            yield SpecError(f"model.{path}", value, rule)
+
+
+def _values(spec: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every field that holds no struct."""
+    for field in structs.fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, Struct):
+            yield from _values(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
 
 
 def stages_of_a_rank(job: Job, side: Side) -> Iterator[SpecError]:

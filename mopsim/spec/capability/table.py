@@ -26,6 +26,7 @@ from mopsim.spec.capability.facts import (
     mla,
     only,
     pipelined,
+    predicts_further,
     row,
     scheduled,
     selective,
@@ -39,6 +40,7 @@ from mopsim.spec.capability.facts import (
     windowed,
     zero_3,
 )
+from mopsim.spec.rope import RopeScaling
 
 _WIDE = ("float64", "float32", "bfloat16")
 _SCALED = "mopexec does not scale the loss, as float16 needs"
@@ -230,32 +232,42 @@ MODEL: dict[str, Row] = {
     "num_experts_per_tok": _ROUTED,
     "moe_intermediate_size": _ROUTED,
     "shared_expert_intermediate_size": _ROUTED,
-    "shared_expert_gate": row(has_experts, mopexec=only(False), exports=_NETWORK),
-    "tie_word_embeddings": row(mopexec=only(False), exports=_NETWORK),
-    "attention": row(mopexec=only("gqa"), exports=_NETWORK),
+    "shared_expert_gate": row(has_experts, flat_units=only(False), exports=_NETWORK),
+    "tie_word_embeddings": row(flat_units=only(False), exports=_NETWORK),
+    "attention": row(flat_units=only("gqa"), exports=_NETWORK),
     "q_lora_rank": _LOW_RANK,
     "kv_lora_rank": _LOW_RANK,
     "qk_nope_head_dim": _LOW_RANK,
     "qk_rope_head_dim": _LOW_RANK,
     "v_head_dim": _LOW_RANK,
-    "attention_bias": row(mopexec=only("none"), exports=_NETWORK),
-    "attention_sinks": row(mopexec=only(False), exports=_NETWORK),
-    "qk_norm": row(mopexec=only("none", "head"), exports=_NETWORK),
-    "sliding_window": row(mopexec=only(0), exports=_NETWORK),
+    "attention_bias": row(flat_units=only("none"), exports=_NETWORK),
+    "attention_sinks": row(flat_units=only(False), exports=_NETWORK),
+    "qk_norm": row(flat_units=only("none", "head"), exports=_NETWORK),
+    "sliding_window": row(flat_units=only(0), exports=_NETWORK),
     "sliding_window_period": row(windowed, exports=_NETWORK),
-    "expert_bias": row(has_experts, mopexec=only(False), exports=_NETWORK),
-    "router_bias": row(has_experts, mopexec=only(False), exports=_NETWORK),
+    "expert_bias": row(has_experts, flat_units=only(False), exports=_NETWORK),
+    "router_bias": row(has_experts, flat_units=only(False), exports=_NETWORK),
     "ffn_matrices": row(mopexec=only(3), exports=_NETWORK),
-    "ffn_bias": row(mopexec=only(False), exports=_NETWORK),
+    "ffn_bias": row(has_dense, flat_units=only(False), exports=_NETWORK),
     "norm": row(mopexec=only("rmsnorm"), exports=_NETWORK),
     "learned_positions": row(mopexec=only(0), exports=_NETWORK),
-    "num_nextn_predict_layers": row(mopexec=only(0), exports=_NETWORK),
+    "num_nextn_predict_layers": row(flat_units=only(0), exports=_NETWORK),
     "scoring_func": _ROUTER,
     "norm_topk_prob": _ROUTER,
     "dropout": row(mopexec=only(0.0), exports=only(0.0, why="it is not written")),
     "routed_scaling_factor": _ROUTER,
+    "topk_method": _ROUTER,
+    "n_group": _ROUTER,
+    "topk_group": _ROUTER,
+    "swiglu_limit": row(has_experts, simulator=_NUMBERS, flat_units=only(0.0), exports=_NETWORK),
+    "swiglu_alpha": row(has_experts, simulator=_NUMBERS, exports=_NETWORK),
     "rms_norm_eps": row(simulator=_NUMBERS, exports=_NETWORK),
     "rope_theta": row(simulator=_NUMBERS, exports=_NETWORK),
+    "rope_interleave": row(simulator=_NUMBERS, flat_units=only(False), exports=_NETWORK),
+    **{
+        f"rope_scaling.{field}": row(simulator=_NUMBERS, exports=_NETWORK)
+        for field in RopeScaling.__struct_fields__
+    },
     "total_params": row(simulator=elsewhere(_STATED), mopexec=elsewhere(_STATED), exports=_NETWORK),
     "active_params": row(simulator=elsewhere(_STATED), mopexec=elsewhere(_STATED), exports=_NETWORK),
     "source": _NAMED,
@@ -278,6 +290,13 @@ TRAINING: dict[str, Row] = {
     "bias_update_rate": row(
         has_experts, simulator=_NUMBERS, exports=only(1e-3, why="router biases are set in model code")
     ),
+    **dict.fromkeys(
+        ("router_aux_loss_coef", "router_z_loss_coef"),
+        row(
+            has_experts, simulator=_NUMBERS, flat_units=only(0.0), exports=only(0.0, why="it is not written")
+        ),
+    ),
+    "mtp_loss_coef": row(predicts_further, simulator=_NUMBERS, exports=only(0.3, why="it is not written")),
     "seed": row(simulator=_NUMBERS, deepspeed=only(0, why="the training script sets it")),
 }
 

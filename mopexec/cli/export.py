@@ -1,0 +1,23 @@
+"""`mopexec export`: a run's newest checkpoint in Hugging Face's format."""
+
+import sys
+from pathlib import Path
+
+from mopsim.common import io
+from mopsim.common.outputs import check_outputs
+from mopsim.common.units import format_bytes
+
+
+def run(directory: Path, out: Path, dtype: str | None, json: str | None) -> None:
+    """Write `out`, say what it is."""
+    check_outputs({"--json": json})
+    from mopexec.weights.export import export
+
+    found = export(directory, out, dtype)
+    if json is not None:
+        io.write_json(json, found)
+    print(
+        f"{found.architecture}: step {found.step}, {found.tensors} tensors, {format_bytes(found.bytes)} in "
+        f"{found.dtype}, {found.files} file(s); in {found.out}",
+        file=sys.stderr if json == "-" else sys.stdout,
+    )

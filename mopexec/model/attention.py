@@ -1,0 +1,135 @@
+"""The attention block: grouped-query or multi-head latent projections, rotary positions, core, output."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mopexec.model.attention_core import Core, causal_attention
+from mopexec.model.parts import RMSNorm, linear
+from mopexec.model.rope import rotate, softmax_scale
+from mopsim.spec.model import ModelSpec
+
+AttentionCore = Callable[[Tensor, Tensor, Tensor, Core, Tensor | None], Tensor]
+LATENT_EPS = 1e-6
+"""Of the norms over latents: the default of DeepSeek's RMSNorm, whatever its config says (model code of
+DeepSeek-V2 and V3)."""
+
+
+class Attention(nn.Module):
+    """Causal attention of one layer. `core` may be replaced (sequence parallelism)."""
+
+    def __init__(self, spec: ModelSpec, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        self.what = Core(softmax_scale(spec), spec.window(layer))
+        (_add_latent if spec.attention == "mla" else _add_grouped)(self, spec, dtype, device)
+        width = spec.num_attention_heads * value_width(spec)
+        output_bias = spec.attention_bias == "qkvo"
+        self.o_proj = linear(width, spec.hidden_size, dtype, device, output_bias)
+        self.sinks: nn.Parameter | None = None
+        if spec.attention_sinks:
+            self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads, dtype=dtype, device=device))
+        self.core: AttentionCore = causal_attention
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions."""
+        q, k, v = project(self.spec, dict(self.named_parameters()), x, cos, sin)
+        out = self.core(q, k, v, self.what, self.sinks)
+        del q, k, v
+        result: Tensor = self.o_proj(out.flatten(2))
+        return result
+
+
+def value_width(spec: ModelSpec) -> int:
+    """Elements of a head's values."""
+    return spec.v_head_dim if spec.attention == "mla" else spec.head_dim
+
+
+def _add_grouped(block: nn.Module, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    size, bias = spec.head_dim, spec.attention_bias != "none"
+    widths = {
+        "q": spec.num_attention_heads * size,
+        "k": spec.num_key_value_heads * size,
+        "v": spec.num_key_value_heads * size,
+    }
+    for name, width in widths.items():
+        block.add_module(f"{name}_proj", linear(spec.hidden_size, width, dtype, device, bias))
+    for name in () if spec.qk_norm == "none" else "qk":
+        width = size if spec.qk_norm == "head" else widths[name]
+        block.add_module(f"{name}_norm", RMSNorm(width, spec.rms_norm_eps, dtype, device))
+
+
+def _add_latent(block: nn.Module, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    hidden, heads, rank = spec.hidden_size, spec.num_attention_heads, spec.kv_lora_rank
+    if spec.q_lora_rank:
+        block.add_module("q_a_proj", linear(hidden, spec.q_lora_rank, dtype, device))
+        block.add_module("q_a_norm", RMSNorm(spec.q_lora_rank, LATENT_EPS, dtype, device))
+        block.add_module("q_b_proj", linear(spec.q_lora_rank, heads * spec.head_dim, dtype, device))
+    else:
+        block.add_module("q_proj", linear(hidden, heads * spec.head_dim, dtype, device))
+    block.add_module("kv_a_proj", linear(hidden, rank + spec.qk_rope_head_dim, dtype, device))
+    block.add_module("kv_a_norm", RMSNorm(rank, LATENT_EPS, dtype, device))
+    up = heads * (spec.qk_nope_head_dim + spec.v_head_dim)
+    block.add_module("kv_b_proj", linear(rank, up, dtype, device))
+
+
+Weights = Mapping[str, Tensor]
+
+
+def project(
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [B, S, heads, d] and keys [B, S, kv_heads, d], and values, of normed x [B, S, H].
+
+    weights: of the block, by their names in it.
+    """
+    return (_latent if spec.attention == "mla" else _grouped)(spec, weights, x, cos, sin)
+
+
+def _grouped(
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = []
+    for name in "qkv":
+        rows = _product(weights, f"{name}_proj", x)
+        norm = weights.get(f"{name}_norm.weight")
+        if norm is not None and spec.qk_norm == "full":
+            rows = F.rms_norm(rows, norm.shape, norm, spec.rms_norm_eps)
+        rows = rows.unflatten(-1, (-1, spec.head_dim))  # type: ignore[no-untyped-call]
+        if norm is not None and spec.qk_norm == "head":
+            rows = F.rms_norm(rows, norm.shape, norm, spec.rms_norm_eps)
+        found.append(rows)
+    q, k, v = found
+    return rotate(q, cos, sin, spec.rope_interleave), rotate(k, cos, sin, spec.rope_interleave), v
+
+
+def _latent(
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, and keys and values from a latent that they share; one rotated key part for all heads (arXiv
+    2405.04434, 2.1).
+    """
+    nope, rope, heads = spec.qk_nope_head_dim, spec.qk_rope_head_dim, spec.num_attention_heads
+    if spec.q_lora_rank:
+        low = _normed(weights, "q_a_norm", _product(weights, "q_a_proj", x))
+        q = _product(weights, "q_b_proj", low)
+    else:
+        q = _product(weights, "q_proj", x)
+    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split((nope, rope), dim=-1)  # type: ignore[no-untyped-call]
+    latent, k_rope = torch.split(_product(weights, "kv_a_proj", x), [spec.kv_lora_rank, rope], dim=-1)
+    both = _product(weights, "kv_b_proj", _normed(weights, "kv_a_norm", latent))
+    k_nope, v = both.unflatten(-1, (heads, -1)).split((nope, spec.v_head_dim), dim=-1)  # type: ignore[no-untyped-call]
+    k_rope = rotate(k_rope[:, :, None], cos, sin, spec.rope_interleave).expand(-1, -1, heads, -1)
+    q = torch.cat((q_nope, rotate(q_rope, cos, sin, spec.rope_interleave)), dim=-1)
+    return q, torch.cat((k_nope, k_rope), dim=-1), v.contiguous()  # the view would keep keys alive too
+
+
+def _product(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def _normed(weights: Weights, name: str, x: Tensor) -> Tensor:
+    weight = weights[f"{name}.weight"]
+    return F.rms_norm(x, weight.shape, weight, LATENT_EPS)

@@ -1,0 +1,69 @@
+"""Losses of routers that steer the gradient beside the cross entropy, and are no part of the loss that is
+told.
+
+Both are written so that no split of the ranks changes them: the balance loss is one of each sequence (arXiv
+2412.19437, equations 17 to 20), the z-loss one of each token (arXiv 2202.08906, equation 5).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopsim.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """Weights of the losses in the objective, of a mean over tokens.
+
+    balance: of the routers' balance loss. z: of their z-loss. mtp: of the MTP modules' loss, a mean over the
+    modules (arXiv 2412.19437, equation 25). sum_over_sequence: adds up [B, E] counts in place over the ranks
+    that share sequences.
+    """
+
+    balance: float = 0.0
+    z: float = 0.0
+    mtp: float = 0.0
+    sum_over_sequence: Callable[[Tensor], object] = lambda counts: None
+
+
+class _Attach(torch.autograd.Function):
+    """A tensor as it is; the backward also sends 1 to `loss`, so that its gradient joins the others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], torch.ones_like(ctx.like)
+
+
+def attach(x: Tensor, loss: Tensor) -> Tensor:
+    """x, with the gradient of the scalar `loss` in whatever backward passes through it."""
+    attached: Tensor = _Attach.apply(x, loss)  # type: ignore[no-untyped-call]
+    return attached
+
+
+def router_loss(
+    logits: Tensor, scores: Tensor, experts: Tensor, batch: int, spec: ModelSpec, weights: Auxiliary
+) -> Tensor:
+    """Sum over tokens of the routers' losses; logits and scores [B * s, E], experts [B * s, top_k] of s
+    positions of each of `batch` sequences.
+    """
+    total = logits.new_zeros(())
+    if weights.z:
+        total = total + weights.z * logits.logsumexp(-1).square().sum()
+    if weights.balance:
+        counts = torch.zeros(batch, spec.num_local_experts, dtype=scores.dtype, device=scores.device)
+        chosen = experts.view(batch, -1)
+        counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
+        weights.sum_over_sequence(counts)
+        share = counts * spec.num_local_experts / counts.sum(1, keepdim=True)
+        part = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        total = total + weights.balance * (part.view(batch, -1, part.shape[-1]).sum(1) * share).sum()
+    return total

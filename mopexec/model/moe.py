@@ -1,0 +1,116 @@
+"""The MoE block: router, routed experts, shared experts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mopexec.model.auxiliary import Auxiliary, attach, router_loss
+from mopexec.model.parts import FeedForward, linear
+from mopexec.model.routing import choose_experts, count_routes, route_weights, router_scores, wide
+from mopexec.model.swiglu import Clamp, grouped_swiglu
+from mopsim.spec.model import ModelSpec
+
+
+class Router(nn.Module):
+    """Chooses top_k experts per token. `load` counts routes since the last `update_balance`."""
+
+    balance_bias: Tensor
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec, self.auxiliary = spec, Auxiliary()
+        experts = spec.num_local_experts
+        self.weight = nn.Parameter(torch.empty(experts, spec.hidden_size, dtype=dtype, device=device))
+        self.bias: nn.Parameter | None = None
+        if spec.router_bias:
+            self.bias = nn.Parameter(torch.empty(experts, dtype=dtype, device=device))
+        self.register_buffer("balance_bias", torch.zeros(experts, dtype=torch.float32, device=device))
+        self.load = torch.zeros(experts, dtype=torch.float32, device=device)
+
+    def forward(
+        self, x: Tensor, experts: Tensor | None, batch: int = 1, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(experts [N, top_k] int64, weights [N, top_k] in float32 or float64) of tokens x [N, H].
+
+        experts: the choice, where a routing profile makes it instead of the router. batch: sequences that the
+        tokens are of. scale: of the routers' losses.
+        """
+        accurate = wide(x.dtype)
+        bias = None if self.bias is None else self.bias.to(accurate)
+        logits = F.linear(x.to(accurate), self.weight.to(accurate), bias)
+        scores = router_scores(logits, self.spec)
+        if experts is None:
+            with torch.no_grad():
+                experts = choose_experts(scores, self.balance_bias, self.spec)
+                count_routes(self.load, experts)
+        weights = route_weights(scores, experts, self.spec)
+        if self.auxiliary.balance or self.auxiliary.z:
+            loss = router_loss(logits, scores, experts, batch, self.spec, self.auxiliary)
+            weights = attach(weights, loss * scale)
+        return experts, weights
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: gate_proj and up_proj [E, H, I], down_proj [E, I, H], biases [E, .]."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        count, hidden, inner = spec.num_local_experts, spec.hidden_size, spec.moe_intermediate_size
+        self.clamp = Clamp(spec.swiglu_limit, spec.swiglu_alpha) if spec.swiglu_limit else None
+        for name, shape in (("gate", (hidden, inner)), ("up", (hidden, inner)), ("down", (inner, hidden))):
+            stack = torch.empty((count, *shape), dtype=dtype, device=device)
+            self.register_parameter(f"{name}_proj", nn.Parameter(stack))
+            if spec.expert_bias:
+                bias = torch.empty((count, shape[1]), dtype=dtype, device=device)
+                self.register_parameter(f"{name}_proj_bias", nn.Parameter(bias))
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by expert [R, H] to [R, H]."""
+        return grouped_swiglu(x, counts, dict(self.named_parameters()), self.clamp)
+
+
+Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
+
+
+def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Experts) -> Tensor:
+    """Sum over a token's routes of weight times expert output: x [N, H], experts and weights [N, top_k] to
+    [N, H].
+    """
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    stack = module.get_parameter("gate_proj")
+    counts = torch.zeros(stack.shape[0], dtype=torch.float32, device=x.device)
+    count_routes(counts, experts)
+    token = order // experts.shape[1]
+    out = module(x[token], [int(count) for count in counts.tolist()])
+    routed = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
+    return routed.index_add(0, token, out * weights.flatten()[order, None]).to(x.dtype)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts. `dispatch` may be replaced (expert parallelism)."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.router = Router(spec, dtype, device)
+        self.experts = Experts(spec, dtype, device)
+        self.shared: FeedForward | None = None
+        self.shared_gate: nn.Linear | None = None
+        if spec.shared_expert_intermediate_size:
+            self.shared = FeedForward(spec.hidden_size, spec.shared_expert_intermediate_size, dtype, device)
+        if spec.shared_expert_gate:
+            self.shared_gate = linear(spec.hidden_size, 1, dtype, device)
+        self.dispatch: Dispatch = dispatch_locally
+
+    def forward(self, x: Tensor, experts: Tensor | None, batch: int = 1, scale: float = 1.0) -> Tensor:
+        """Tokens [N, H] of `batch` sequences to [N, H]; experts [N, top_k] where a profile chose them."""
+        chosen, weights = self.router(x, experts, batch, scale)
+        out = self.dispatch(x, chosen, weights, self.experts)
+        if self.shared is None:
+            return out
+        shared: Tensor = self.shared(x)
+        if self.shared_gate is not None:
+            shared = self.shared_gate(x).sigmoid() * shared
+        return out + shared

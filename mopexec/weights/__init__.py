@@ -1,0 +1,1 @@
+"""Weights in Hugging Face's format: which tensor of a file holds which parameter, in and out."""

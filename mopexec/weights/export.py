@@ -1,0 +1,187 @@
+"""The newest checkpoint of a run as a Hugging Face directory: safetensors, config.json, tokenizer.
+
+One process reads interval by interval what a file holds, so no more than a file's tensors are in memory; it
+needs neither the ranks nor the device that trained.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mopexec.model.initialize import is_stacked
+from mopexec.run import checkpoint, plans
+from mopexec.run.shards import FlatShards, Piece
+from mopexec.weights.begin import KEPT, architecture
+from mopexec.weights.config import to_config
+from mopexec.weights.files import INDEX, SINGLE, read_config
+from mopexec.weights.layout import Layout
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.common.io import Spec
+
+FILE_BYTES = 5 * 10**9
+"""Largest file, as transformers' save_pretrained has it, unless one tensor is larger."""
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+class Exported(Spec, frozen=True, kw_only=True):
+    """What was written. bytes: of the tensors. step: optimizer steps of the checkpoint."""
+
+    out: str
+    checkpoint: str
+    step: int
+    architecture: str
+    dtype: str
+    tensors: int
+    files: int
+    bytes: int
+
+
+def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FILE_BYTES) -> Exported:
+    """Write the run's newest checkpoint to the new directory `out`.
+
+    dtype: of the tensors; None: that of the weights that the run began with, else what it computes in.
+    Raises MopError.
+    """
+    plan = plans.read_plan(run / "plan.yaml")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MopError(f"--out: {out} is not empty; give another directory")
+    newest = checkpoint.newest_state(run)
+    if newest is None:
+        raise MopError(f"--run: {run} has no checkpoint to export")
+    path, state = newest
+    checkpoint.check_alone(path, state)
+    kept = run / KEPT
+    config = read_config(kept) if (kept / "config.json").is_file() else to_config(plan.model)
+    layout = Layout(plan.model, architecture(config, kept))
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or plan.strategy.precision.compute
+    if dtype not in DTYPES:
+        raise MopError(f"--dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
+    config.pop("dtype", None)
+    writer = _Writer(layout, path, DTYPES[dtype], file_bytes)
+    aside = out.parent / f".writing_{out.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        total, files = writer.write(aside)
+        if kept.is_dir():
+            shutil.copytree(kept, aside, dirs_exist_ok=True)
+        io.write_text(aside / "config.json", json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n")
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    except OSError as error:
+        raise MopError(f"--out: {out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Exported(
+        out=str(out), checkpoint=str(path), step=state.step, architecture=layout.family.architecture,
+        dtype=dtype, tensors=len(writer.tensors), files=files, bytes=total,
+    )  # fmt: skip
+
+
+class _Writer:
+    """The tensors of one checkpoint in the files of a directory."""
+
+    def __init__(self, layout: Layout, path: Path, dtype: torch.dtype, file_bytes: int) -> None:
+        self.layout, self.path, self.dtype, self.file_bytes = layout, path, dtype, file_bytes
+        wanted = layout.wanted()
+        self.tensors = {name: want.shape for name, want in wanted.items()}
+        if layout.family.writes_copies:
+            copied = {name: original for name, original in layout.copies().items() if original in wanted}
+            self.copies = {name: original for name, original in copied.items() if "layers" in name}
+        else:
+            self.copies = {}
+        self.tensors |= {name: wanted[original].shape for name, original in self.copies.items()}
+        self.held: dict[str, list[tuple[str, int | None]]] = {}
+        for name, shape in layout.held():
+            for expert in range(shape[0]) if is_stacked(name) else (None,):
+                self.held.setdefault(layout.tensor(name, expert), []).append((name, expert))
+        self._check_biases()
+
+    def write(self, folder: Path) -> tuple[int, int]:
+        """(bytes of all tensors, files)."""
+        groups = list(self._groups())
+        entries: dict[str, str] = {}
+        for number, names in enumerate(groups):
+            file = SINGLE if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+            save_file(self._read(names), folder / file, metadata={"format": "pt"})
+            entries |= dict.fromkeys(names, file)
+        total = sum(map(self._bytes, self.tensors))
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(entries.items()))}
+            io.write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        return total, len(groups)
+
+    def _bytes(self, name: str) -> int:
+        return math.prod(self.tensors[name]) * self._dtype(name).itemsize
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Balance biases are fp32, as they are in training."""
+        held = self.held.get(name)
+        return torch.float32 if held and held[0][0] in self.layout.buffers else self.dtype
+
+    def _groups(self) -> Iterator[list[str]]:
+        """Tensors in order, in groups of at most `file_bytes`."""
+        group: list[str] = []
+        size = 0
+        for name in self.tensors:
+            if group and size + self._bytes(name) > self.file_bytes:
+                yield group
+                group, size = [], 0
+            group.append(name)
+            size += self._bytes(name)
+        yield group
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        """The tensors of one file, from the checkpoint."""
+        found = {name: torch.empty(self.tensors[name], dtype=self._dtype(name)) for name in names}
+        pieces: dict[str, list[Piece]] = {}
+        buffers: dict[str, Tensor] = {}
+        targets: list[tuple[Tensor, Tensor]] = []
+        for name, tensor in found.items():
+            for parameter, expert in self.held[self.copies.get(name, name)]:
+                view = self.layout.view(parameter, expert, tensor)
+                if parameter in self.layout.buffers:
+                    value = buffers[parameter] = torch.empty(view.shape, dtype=torch.float32)
+                else:
+                    value = torch.empty(view.numel(), dtype=torch.float32)
+                    pieces.setdefault(parameter, []).append(Piece((expert or 0) * view.numel(), value))
+                targets.append((view, value))
+        self._load(pieces, buffers)
+        for view, value in targets:
+            view.copy_(value.view(view.shape))
+        return found
+
+    def _load(self, pieces: dict[str, list[Piece]], buffers: dict[str, Tensor]) -> None:
+        state: dict[str, Any] = dict(buffers)
+        for name, parts in pieces.items():
+            total = math.prod(self.layout.parameters[name])
+            state[f"{name}.value"] = FlatShards.of(parts, total, parts[0].values)
+        checkpoint.read_alone(self.path, state)
+
+    def _check_biases(self) -> None:
+        """Refuse what the files would not say: a balance bias that moved, where they have no place for it."""
+        lost = [name for name in self.layout.buffers if self.layout.place(name) is None]
+        if not lost:
+            return
+        values = {name: torch.zeros(self.layout.buffers[name]) for name in lost}
+        self._load({}, values)
+        moved = next((name for name, value in values.items() if bool(value.any())), None)
+        if moved:
+            raise MopError(
+                f"{moved}: is not zero, and {self.layout.family.architecture} has no place for a router's "
+                "balance bias; train with plan.training.bias_update_rate 0"
+            )

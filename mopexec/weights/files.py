@@ -1,0 +1,136 @@
+"""Safetensors files of a Hugging Face directory: one, or several with an index. Tensors are mapped, not read:
+what is never touched is never loaded.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mopexec.weights.layout import Layout
+from mopsim.common import io
+from mopsim.common.errors import MopError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class Files:
+    """The tensors of a directory, by name. Raises MopError naming the file that cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path, listed in self._listed():
+            for name in self._names(path):
+                self.files[name] = path
+            for name in listed:
+                if self.files.get(name) != path:
+                    raise MopError(f"{folder / INDEX}: {name}: is not in {path.name}, where the index has it")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor, in safetensors' words: BF16, F32, ..."""
+        return str(self._file(name).get_slice(name).get_dtype())
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, mapped from its file."""
+        found: Tensor = self._file(name).get_tensor(name)
+        return found
+
+    def close(self) -> None:
+        """Unmap everything."""
+        for path in list(self._open):
+            self._open.pop(path).__exit__(None, None, None)
+
+    def _listed(self) -> list[tuple[Path, list[str]]]:
+        """The files, and what the index says they hold."""
+        if (self.folder / INDEX).is_file():
+            path = self.folder / INDEX
+            try:
+                entries: dict[str, str] = msgspec.json.decode(io.read_text(path))["weight_map"]
+                names: dict[str, list[str]] = {}
+                for tensor, file in entries.items():
+                    names.setdefault(file, []).append(tensor)
+            except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+                raise MopError(f"{path}: weight_map: must map tensors to files") from None
+            return [(self.folder / file, listed) for file, listed in sorted(names.items())]
+        if (self.folder / SINGLE).is_file():
+            return [(self.folder / SINGLE, [])]
+        raise MopError(f"--init-from: {self.folder}: holds neither {SINGLE} nor {INDEX}")
+
+    def _names(self, path: Path) -> list[str]:
+        if not path.is_file():
+            raise MopError(f"{self.folder / INDEX}: {path.name}: no such file")
+        try:
+            self._open[path] = safe_open(str(path), framework="pt").__enter__()  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise MopError(f"{path}: is not a safetensors file: {error}") from None
+        return list(self._open[path].keys())
+
+    def _file(self, name: str) -> Any:
+        return self._open[self.files[name]]
+
+
+class Weights:
+    """Parameters read from a Hugging Face directory, every tensor accounted for. Raises MopError."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.layout, self.files = layout, Files(folder)
+        check(self.files, layout)
+
+    def read(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, dim: int = 0, start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Part [start, stop) along `dim` of a parameter (of its expert `index`, whose shape is `shape`)."""
+        tensor = self.files.tensor(self.layout.tensor(name, index))
+        view = self.layout.view(name, index, tensor)
+        assert tuple(view.shape) == tuple(shape), f"{name}: {tuple(view.shape)} is not {shape}"
+        return view.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
+
+    def buffer(self, name: str) -> Tensor | None:
+        """A buffer, or None where the files have none."""
+        if self.layout.place(name) is None:
+            return None
+        return self.files.tensor(self.layout.tensor(name))
+
+
+def check(files: Files, layout: Layout) -> None:
+    """Raise MopError for the first tensor that is missing, that no parameter is read from, or that has
+    another shape or no floating-point numbers.
+    """
+    wanted, copies = layout.wanted(), layout.copies()
+    for name, want in wanted.items():
+        if name not in files.files:
+            raise MopError(f"{files.folder}: {name}: missing; {want.parameter} is read from it")
+    for name, path in files.files.items():
+        if name not in wanted and name not in copies:
+            architecture = layout.family.architecture
+            raise MopError(f"{path}: {name}: is no tensor of this {architecture} (config.json)")
+        shape = wanted[copies.get(name, name)].shape
+        if files.shape(name) != shape:
+            raise MopError(f"{path}: {name}: shape {list(files.shape(name))} is not {list(shape)}")
+        if files.dtype(name) not in FLOATS:
+            rule = f"only {', '.join(FLOATS)} are read: dequantise the weights first"
+            raise MopError(f"{path}: {name}: dtype {files.dtype(name)}: {rule}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a directory. Raises MopError where it is none, or the weights are quantised."""
+    path = folder / "config.json"
+    config = None
+    with suppress(msgspec.DecodeError):
+        config = msgspec.json.decode(io.read_text(path, "--init-from"))
+    if not isinstance(config, dict):
+        raise MopError(f"{path}: is not a JSON object")
+    if config.get("quantization_config"):
+        raise MopError(f"{path}: quantization_config: quantised weights are not read: dequantise them first")
+    return config

@@ -1,0 +1,39 @@
+"""What parameters are filled from: drawn from a seed, or read from files."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from mopexec.model.initialize import initial_value
+
+
+class Source(Protocol):
+    """Parts of parameters by name, in the single-device model's shapes."""
+
+    def read(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, dim: int = 0, start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Part [start, stop) along `dim` of a parameter (of slice `index` of its first dimension, whose shape
+        is `shape`), on the CPU.
+        """
+
+    def buffer(self, name: str) -> Tensor | None:
+        """A buffer; None: it starts at zero."""
+
+
+class Seeded:
+    """The weights that every sharding of this seed starts from."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def read(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, dim: int = 0, start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        whole = initial_value(name, shape, self._seed, index)
+        return whole.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
+
+    def buffer(self, name: str) -> Tensor | None:
+        return None

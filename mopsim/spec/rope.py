@@ -1,0 +1,48 @@
+"""How rotary positions are scaled beyond the length that a network was first trained on."""
+
+from typing import Literal
+
+from mopsim.common.errors import require
+from mopsim.common.io import Spec
+
+
+class RopeScaling(Spec, frozen=True, kw_only=True):
+    """Scaling of rotary frequencies, in the keys of Hugging Face's `rope_scaling`. They change numbers, no
+    shapes.
+
+    rope_type: none; YaRN (arXiv 2309.00071), which interpolates low frequencies and keeps high ones; or
+    Llama 3.1's, the same with other bounds. factor: how much longer sequences may be than
+    original_max_position_embeddings. original_max_position_embeddings: tokens of a sequence in the first
+    training. beta_fast, beta_slow: of YaRN, turns within that length above which a frequency is kept, and
+    below which it is interpolated. truncate: of YaRN, these bounds are rounded to whole pairs of elements.
+    mscale, mscale_all_dim: of YaRN in DeepSeek's configs, weights of the length in the size of the rotated
+    vectors and in the scale of the softmax; 0 leaves both to YaRN's own rule. low_freq_factor,
+    high_freq_factor: of Llama 3.1, turns below which a frequency is interpolated, and above which it is kept.
+    """
+
+    rope_type: Literal["default", "yarn", "llama3"] = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        for field, low, high in (
+            ("factor", 1.0, 1e6), ("original_max_position_embeddings", 0, 2**40), ("beta_fast", 1e-3, 1e6),
+            ("beta_slow", 1e-3, 1e6), ("mscale", 0.0, 100.0), ("mscale_all_dim", 0.0, 100.0),
+            ("low_freq_factor", 1e-3, 1e6), ("high_freq_factor", 1e-3, 1e6),
+        ):  # fmt: skip
+            value = getattr(self, field)
+            require(low <= value <= high, field, value, f"must lie between {low:g} and {high:g}")
+        scaled = self.rope_type != "default"
+        original = self.original_max_position_embeddings
+        rule = f"must be at least 1 with rope_type {self.rope_type!r}"
+        require(not scaled or original >= 1, "original_max_position_embeddings", original, rule)
+        rule = f"must be below high_freq_factor {self.high_freq_factor:g}"
+        apart = self.low_freq_factor < self.high_freq_factor
+        require(apart, "low_freq_factor", self.low_freq_factor, rule)

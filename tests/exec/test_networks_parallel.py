@@ -1,0 +1,69 @@
+"""Every network trained in parallel equals the single-device model in float64: loss, gradients, weights."""
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from mopexec.check.scale_down import scale_down
+from mopexec.check.verify import TOLERANCE
+from mopexec.run.supported import check_supported
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.presets import list_models, load_model
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2
+from tests.exec.spawn import pool
+
+QUANTITIES = ("loss", "grad_norm", "gradients", "weights")
+EVERYTHING: dict[str, Any] = {
+    "expert_parallel": 2, "context_parallel": 2, "recompute": "full", "loss": "chunked",
+    "loss_chunk_tokens": 5,
+}  # fmt: skip
+AUXILIARY = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01, "mtp_loss_coef": 0.3}
+
+
+def small(model: ModelSpec, strategy: Strategy, **training: float) -> Plan:
+    """The plan on two ranks, scaled down."""
+    hardware = HardwareRef(
+        name="test", digest="0", num_nodes=1, devices_per_node=2, memory_limit=1 << 40, host_limit=1 << 40
+    )
+    steps = TrainSpec(seq_len=32, global_batch=4 * strategy.data_groups, **training)  # type: ignore[arg-type]
+    stack = load_stack(strategy.stack)
+    return scale_down(Plan(model=model, hardware=hardware, strategy=strategy, training=steps, stack=stack), 2)
+
+
+def check(plan: Plan) -> None:
+    check_supported(plan)
+    found = pool(2).run("tests.exec.network_parity", "differences", plan)[0]
+    assert max(found[name] for name in QUANTITIES) <= TOLERANCE, found
+
+
+GATED = [
+    name for name in list_models() if load_model(name).num_moe_layers and load_model(name).ffn_matrices == 3
+]
+"""Networks with experts; mopexec runs no FFN without a gate."""
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_every_preset_of_experts_trains(name: str) -> None:
+    check(small(load_model(name), fsdp2(2, **EVERYTHING), **AUXILIARY))
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "gated shared expert": {"shared_expert_gate": True},
+    "biases": {"attention_bias": "qkvo", "ffn_bias": True, "router_bias": True, "expert_bias": True},
+    "two MTP modules": {"num_nextn_predict_layers": 2},
+    "full norm": {"qk_norm": "full"},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_no_preset_has(switch: str) -> None:
+    model = replace(load_model("tiny"), **SWITCHES[switch])
+    plain = fsdp2(2, recompute="none", loss="full")
+    check(small(model, plain, **AUXILIARY))
+    check(small(model, fsdp2(2, **EVERYTHING, offload=True), **AUXILIARY))

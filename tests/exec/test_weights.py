@@ -1,0 +1,260 @@
+"""Weights in Hugging Face's format: in, out, byte for byte; every tensor is accounted for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from mopexec.cli import main
+from mopexec.model import Transformer
+from mopexec.weights.begin import difference, open_weights
+from mopexec.weights.config import to_config
+from mopexec.weights.export import export
+from mopexec.weights.files import INDEX
+from mopexec.weights.load import fill
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.spec.capability import runnable
+from mopsim.spec.huggingface import from_config
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.presets import list_models, load_model
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import fsdp2, mop
+from tests.exec import hf_models
+from tests.exec.spawn import pool
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def plan_of(folder: Path, strategy: Strategy, **training: Any) -> Plan:
+    """A plan for the network of a Hugging Face directory."""
+    hardware = HardwareRef(
+        name="test", digest="0", num_nodes=1, devices_per_node=2, memory_limit=1 << 40, host_limit=1 << 40
+    )
+    fields = {"seq_len": 24, "global_batch": 2, "bias_update_rate": 0.0, "learning_rate": 1e-3} | training
+    steps, stack = TrainSpec(**fields), load_stack(strategy.stack)
+    model = load_model(folder)
+    return Plan(model=model, hardware=hardware, strategy=strategy, training=steps, stack=stack)
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """Type, shape and bytes of every tensor of a directory."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            found[name] = f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content
+    return found
+
+
+def refusal(folder: Path) -> str:
+    """The line that refuses a directory."""
+    with pytest.raises(MopError) as error:
+        open_weights(folder, plan_of(folder, fsdp2(2)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE directory with an index and several files."""
+    folder = tmp_path_factory.mktemp("qwen")
+    hf_models.make("qwen3_moe").save_pretrained(folder, max_shard_size="40KB")
+    assert (folder / INDEX).is_file()
+    return folder
+
+
+def changed(folder: Path, to: Path, change: Any) -> Path:
+    """A copy of a directory in one file, its tensors changed."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    change(tensors)
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors")
+    (to / "config.json").write_text((folder / "config.json").read_text())
+    return to
+
+
+def test_every_tensor_is_accounted_for(qwen: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    missing = changed(qwen, tmp_path / "missing", lambda tensors: tensors.pop(name))
+    assert refusal(missing) == f"{missing}: {name}: missing; layers.1.moe.experts.up_proj is read from it"
+    extra = changed(qwen, tmp_path / "extra", lambda tensors: tensors.update({"a.weight": torch.zeros(2)}))
+    assert refusal(extra) == (
+        f"{extra / 'model.safetensors'}: a.weight: is no tensor of this Qwen3MoeForCausalLM (config.json)"
+    )
+    other = changed(qwen, tmp_path / "shape", lambda tensors: tensors.update({name: torch.zeros(3, 4)}))
+    assert refusal(other) == f"{other / 'model.safetensors'}: {name}: shape [3, 4] is not [20, 32]"
+    integers = {name: torch.zeros(20, 32, dtype=torch.int8)}
+    quantised = changed(qwen, tmp_path / "dtype", lambda tensors: tensors.update(integers))
+    assert f"{name}: dtype I8: only BF16, F16, F32, F64 are read" in refusal(quantised)
+
+
+def test_damaged_directories(qwen: Path, tmp_path: Path) -> None:
+    config = json.loads((qwen / "config.json").read_text())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text(json.dumps(config))
+    assert "holds neither model.safetensors nor" in refusal(empty)
+    (empty / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0not json")
+    assert "is not a safetensors file" in refusal(empty)
+    (empty / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    assert "quantization_config: quantised weights are not read" in refusal(empty)
+
+
+def test_another_network_or_a_lost_bias_is_refused_by_the_field(qwen: Path) -> None:
+    plan = plan_of(qwen, fsdp2(2))
+    other = msgspec.structs.replace(plan, model=msgspec.structs.replace(plan.model, rope_theta=5.0))
+    with pytest.raises(MopError, match=r"^plan\.model\.rope_theta: 5\.0 is not the 10000\.0 of --init-from"):
+        open_weights(qwen, other)
+    with pytest.raises(
+        MopError, match=r"^plan\.training\.bias_update_rate: 0\.001 must be 0: weights of Qwen3"
+    ):
+        open_weights(qwen, plan_of(qwen, fsdp2(2), bias_update_rate=1e-3))
+
+
+def test_a_part_is_read_alone(qwen: Path) -> None:
+    weights = open_weights(qwen, plan_of(qwen, fsdp2(2)))
+    model = Transformer(weights.layout.spec, torch.float32)
+    fill(model, weights)
+    up = model.get_parameter("layers.2.moe.experts.up_proj").detach()
+    part = weights.read("layers.2.moe.experts.up_proj", (32, 20), 5, 1, 7, 13)
+    assert torch.equal(part, up[5][:, 7:13])
+    q = model.get_parameter("layers.0.attention.q_proj.weight").detach()
+    assert torch.equal(weights.read("layers.0.attention.q_proj.weight", (64, 32), None, 0, 3, 9), q[3:9])
+
+
+KNOWN = [name for name in list_models() if name != "tiny" and not name.startswith("mop_")]
+
+
+@pytest.mark.parametrize("family", hf_models.CONFIGS)
+def test_a_config_comes_back(family: str, tmp_path: Path) -> None:
+    spec = load_model(hf_models.save(hf_models.make(family), tmp_path))
+    assert difference(from_config(to_config(spec), "config.json"), spec) is None
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if "config.json" in load_model(name).source])
+def test_presets_have_configs(name: str) -> None:
+    spec = load_model(name)
+    assert difference(from_config(to_config(spec), "config.json"), spec) is None
+
+
+def test_a_network_that_no_architecture_says_is_refused() -> None:
+    with pytest.raises(MopError, match="no architecture of LlamaForCausalLM"):
+        to_config(load_model("mop_120b"))
+
+
+RUNTIMES = {
+    "fully_shard": fsdp2(2, expert_parallel=2, dtype="float32"),
+    "flat_units": mop(2, expert_parallel=2, vocab_parallel=2, dtype="float32"),
+}
+
+
+def runs() -> list[tuple[str, str]]:
+    """Every family under every runtime that runs its network."""
+    return [(family, name) for family in hf_models.CONFIGS for name in RUNTIMES]
+
+
+def strategy_of(runtime: str, folder: Path) -> Strategy:
+    """Experts over the ranks, where there are any."""
+    strategy = RUNTIMES[runtime]
+    if load_model(folder).num_moe_layers:
+        return strategy
+    experts = msgspec.structs.replace(strategy.experts, expert_parallel=1, expert_fsdp=2)
+    return msgspec.structs.replace(strategy, experts=experts)
+
+
+@pytest.mark.parametrize(("family", "runtime"), runs())
+def test_in_and_out(family: str, runtime: str, tmp_path: Path) -> None:
+    """Read by two ranks and written again, the files are the same to the byte; after two steps transformers
+    has the loss that the runner tells.
+    """
+    folder = hf_models.save(hf_models.make(family), tmp_path / "given")
+    plan = plan_of(folder, strategy_of(runtime, folder))
+    if runnable(plan.strategy, plan.model, plan.training) is not None:
+        pytest.skip("not run by this runtime")
+    tokens = hf_models.tokens()
+    loss = pool(2).run("tests.exec.weights_worker", "begin_and_save", plan, folder, tmp_path / "run", tokens)[
+        0
+    ]
+
+    export(tmp_path / "run" / "begun", tmp_path / "again", file_bytes=30_000)
+    assert (tmp_path / "again" / INDEX).is_file()
+    assert stored(tmp_path / "again") == stored(folder)
+    export(tmp_path / "run" / "trained", tmp_path / "out")
+    assert stored(tmp_path / "out") != stored(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        logits = theirs(input_ids=tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_new_network_gets_a_config_of_its_own(tmp_path: Path) -> None:
+    """A run that began at random is exported as the architecture that says its network."""
+    folder = hf_models.save(hf_models.make("mixtral"), tmp_path / "given")
+    plan = plan_of(folder, RUNTIMES["flat_units"])
+    tokens = hf_models.tokens()
+    loss = pool(2).run("tests.exec.weights_worker", "begin_and_save", plan, None, tmp_path / "run", tokens)[0]
+    found = export(tmp_path / "run" / "trained", tmp_path / "out")
+    assert (found.architecture, found.dtype) == ("MixtralForCausalLM", "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = theirs(input_ids=tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_exports_that_would_lose_something_are_refused(tmp_path: Path) -> None:
+    folder = hf_models.save(hf_models.make("mixtral"), tmp_path / "given")
+    plan = plan_of(folder, RUNTIMES["fully_shard"], bias_update_rate=0.01)
+    arguments = (plan, None, tmp_path / "run", hf_models.tokens())
+    pool(2).run("tests.exec.weights_worker", "begin_and_save", *arguments)
+    with pytest.raises(MopError, match=r"balance_bias: is not zero, and MixtralForCausalLM has no place"):
+        export(tmp_path / "run" / "trained", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".writing*"))
+    with pytest.raises(MopError, match=r"--out: .* is not empty"):
+        export(tmp_path / "run" / "trained", folder)
+    for path in (tmp_path / "run" / "begun" / "checkpoints").glob("step_*"):
+        shutil.rmtree(path)
+    with pytest.raises(MopError, match="has no checkpoint to export"):
+        export(tmp_path / "run" / "begun", tmp_path / "out")
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """train --init-from, then export: the config and a tokenizer file come along."""
+    folder = hf_models.save(hf_models.make("llama", vocab_size=300), tmp_path / "given")
+    (folder / "tokenizer_config.json").write_text("{}")
+    io.write_yaml(tmp_path / "plan.yaml", plan_of(folder, fsdp2(1, dtype="float32")))
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 400)
+    command = [
+        sys.executable, "-m", "mopexec.cli", "train", "--plan", str(tmp_path / "plan.yaml"), "--steps", "2",
+        "--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache"), "--profile-steps", "0",
+        "--out", str(tmp_path / "run"), "--init-from",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    wrong = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(SystemExit) as end:
+        main(["export", "--run", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")])
+    assert end.value.code in (0, None)
+    assert "LlamaForCausalLM: step 2" in capsys.readouterr().out
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    assert stored(tmp_path / "out").keys() == stored(folder).keys()
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

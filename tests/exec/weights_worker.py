@@ -1,0 +1,34 @@
+"""What one rank does in the tests of weights: begins a run, checkpoints it, trains two steps, again."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mopexec.distributed.tiers import Platform
+from mopexec.run import checkpoint
+from mopexec.run.apply import build
+from mopexec.weights.begin import keep_config, open_weights
+from mopsim.common import io
+from mopsim.spec.plan import Plan
+from tests.exec.flat_parity import my_batches
+
+
+def begin_and_save(platform: Platform, plan: Plan, folder: Path | None, out: Path, tokens: Tensor) -> float:
+    """Checkpoints `out`/begun and `out`/trained of a run with the weights in `folder` (None: at random);
+    returns the loss of the second on tokens [B, S + 1].
+    """
+    weights = None if folder is None else open_weights(folder, plan)
+    runner = build(plan, platform, weights=weights)
+    batches = my_batches(plan, tokens, dist.get_rank(), platform.device)
+    for name, steps in (("begun", 0), ("trained", 2)):
+        for _ in range(steps):
+            runner.step(batches)
+        if dist.get_rank() == 0:
+            io.write_yaml(out / name / "plan.yaml", plan)
+            if folder is not None:
+                keep_config(folder, out / name)
+        dist.barrier()
+        state = checkpoint.run_state(plan, steps, 0, "")
+        checkpoint.save(out / name / "checkpoints", runner, state, keep=1)
+    return runner.step(batches).loss
