@@ -88,13 +88,18 @@ def attention(work: Work, profile: HardwareProfile) -> float:
     return seconds + work.launches * profile.device.launch_overhead.si
 
 
+SERIAL_ROW = 740e-3 / 713268
+"""Seconds a row that torch's index_put_ adds to the same row as those before it: 713,268 of 384 elements in
+bf16 take 740 ms (pytorch issue 137425). Wider rows are added side by side."""
+
+
 def memory_bound(work: Work, profile: HardwareProfile) -> float:
     """`launches` kernels that share `bytes` of traffic; the rate falls for small kernels by bytes_half."""
     device = profile.device
     bandwidth = device.index_bandwidth if work.indexed and device.index_bandwidth else device.memory_bandwidth
     launches = max(work.launches, 1)
     moved = work.bytes + launches * device.memory_bytes_half if work.bytes else 0.0
-    return moved / bandwidth.si + launches * device.launch_overhead.si
+    return moved / bandwidth.si + launches * device.launch_overhead.si + work.serial * SERIAL_ROW
 
 
 def optimizer(work: Work, profile: HardwareProfile) -> float:

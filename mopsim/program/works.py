@@ -5,7 +5,7 @@ from typing import Literal
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import composed, gradients_stay
+from mopsim.graph.rewrites.eager import biased, composed, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.tape import Kernel
@@ -25,6 +25,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     found = composed(kernels, context.stack.composes, context.b, context.wide, wings, layernorm)
+    if model.expert_bias and context.stack.kernels.expert_bias != "fused":
+        found = biased(found, context.stack.kernels.expert_bias == "indexed")
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding
     return gradients_stay(found, sharding.groups == "modules") if sharding.copies else found
@@ -96,7 +98,8 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     indexed = kernel.indexed and context.stack.kernels.expert_rows == "composed"
-    work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed)
+    serial = 0.0 if forward else kernel.back_serial
+    work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed, serial=serial)
     return (work,) if size or launches else ()
 
 

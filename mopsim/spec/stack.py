@@ -50,7 +50,9 @@ class Kernels(Spec, frozen=True, kw_only=True):
     ...), `default` for the others. deterministic: sums in a fixed order. expert_rows: gated activation and
     route weights of routed experts; expert_products: `grouped` in one kernel, `looped` expert by expert
     (Transformer Engine's GroupedLinear). expert_outputs: made in one tensor (`whole`), or expert by expert
-    and put together (`pieces`), as are the gradients of their inputs. sequence_exchange: Ulysses' tensors
+    and put together (`pieces`), as are the gradients of their inputs. expert_bias: added inside the product
+    (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch adds it
+    up row after row (`indexed`). sequence_exchange: Ulysses' tensors
     in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
     and one for queries, keys and values, or one each, shared experts after the routed ones. weight_grads:
     added to their buffer inside the product, or after it. loss: cross entropy by several kernels with
@@ -68,6 +70,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_rows: Built = "fused"
     expert_products: Literal["grouped", "looped"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
+    expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
     router: Built = "fused"
     sequence_exchange: Built = "fused"
     gate_up: Literal["joined", "separate"] = "joined"

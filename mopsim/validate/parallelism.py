@@ -106,6 +106,7 @@ def strategy(
             pipeline_parallel=degrees.pipeline,
             virtual_stages=degrees.virtual,
             schedule="interleaved" if degrees.virtual > 1 else "1f1b",
+            layers=edges_counted(model.num_hidden_layers, degrees.pipeline * degrees.virtual),
         ),
         dense=Dense(
             tensor_parallel=degrees.tensor,
@@ -130,6 +131,16 @@ def strategy(
         precision=_precision(row),
     )
     return _settled(found, known, stack, approximations)
+
+
+def edges_counted(layers: int, parts: int) -> tuple[int, ...]:
+    """Layers of each part of a pipeline whose embedding and loss count as a layer each, where only so all parts
+    are alike (126 layers in 8, 64 or 128 parts): Megatron-Core's account_for_embedding_in_pipeline_split and
+    account_for_loss_in_pipeline_split, torchtitan's generate_llm_fqn_per_model_part. Else empty."""
+    each, left = divmod(layers + 2, parts)
+    if parts < 3 or left or layers % parts == 0:
+        return ()
+    return (each - 1, *(each,) * (parts - 2), each - 1)
 
 
 def _settled(

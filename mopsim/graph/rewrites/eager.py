@@ -33,6 +33,9 @@ SUM = Passes(3, 0, 1)
 WEIGHTED, WEIGHTED_BACKWARD = Passes(2, 0, 1), Passes(5, 0, 3)
 """Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
 
+BIASED = Passes(4, 0, 2)
+"""An expert's bias gathered for each row; rows and biases read, their sums written."""
+
 MERGE = Passes(1, 9, 10)
 """A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
 ADD, ADD_SENT = Passes(1, 2, 1), Passes(1, 4, 3)
@@ -241,6 +244,27 @@ def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(
         kernel, scratch=(("dispatch", rows),), back_scratch=(("activations", int(3 * most * wing)),)
     )
+
+
+def biased(kernels: tuple[Kernel, ...], indexed: bool) -> tuple[Kernel, ...]:
+    """Products of experts with their bias gathered for every row and added. Its gradient: one product over the
+    rows' gradients, or, indexed, torch's index_put_, which adds the rows of an expert one after the other."""
+    found: list[Kernel] = []
+    for kernel in kernels:
+        found.append(kernel)
+        if not kernel.name.startswith("experts_") or not kernel.matmuls:
+            continue
+        out = kernel.writes[0]
+        most = max((one.m for one in kernel.matmuls), default=0.0)
+        found.append(
+            Kernel(
+                f"{kernel.name}_bias", "memory_bound", kernel.component, (out.name,), (),
+                bytes=float(BIASED.narrow * out.bytes), launches=BIASED.launches, back_bytes=float(out.bytes),
+                back_launches=5 if indexed else 2, back_serial=most if indexed else 0.0,
+                scratch=_one(out.bytes),
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
 def gradients_stay(kernels: tuple[Kernel, ...], apart: bool) -> tuple[Kernel, ...]:

@@ -316,6 +316,7 @@ _KERNELS = (
     "router",
     "sequence_exchange",
     "expert_outputs",
+    "expert_bias",
     "attention",
     "deterministic",
     "fills",
