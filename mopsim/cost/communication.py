@@ -9,12 +9,26 @@ def _seconds(curve: CollectiveCurve, ranks: float, wire: float) -> float:
     return curve.latency.si + ranks * curve.latency_per_rank.si + curve.moved(wire) / curve.bandwidth.si
 
 
-def _inside(kind: str, profile: HardwareProfile, ranks: int, wire: float) -> float:
-    """Seconds in a domain, over those of a device's links that lead to the group; send_recv: to one peer."""
+def _inside(kind: str, profile: HardwareProfile, ranks: int, wire: float, block: int = 0) -> float:
+    """Seconds in a domain, over those of a device's links that lead to the group; send_recv: to one peer.
+    block: see Group."""
     curve = profile.scale_up.collectives[kind]
     if kind == "send_recv":
         return _seconds(curve, 1, wire / profile.peer_share)
-    return _seconds(curve, ranks, wire / min(1.0, (ranks - 1) * profile.peer_share))
+    share = min(1.0, (ranks - 1) * profile.peer_share) * _bridged(kind, profile, ranks, block)
+    return _seconds(curve, ranks, wire / share)
+
+
+def _bridged(kind: str, profile: HardwareProfile, ranks: int, block: int) -> float:
+    """Of a domain's bandwidth, what a group of so many ranks has for its place under the host bridges. Groups
+    over several bridges cross all at once, each with its part of the link between them."""
+    bridges = profile.scale_up.bridges
+    if bridges is None or not block:
+        return 1.0
+    if block <= bridges.devices:
+        return bridges.faster.get(kind, 1.0)
+    crossing = profile.scale_up_size / ranks
+    return min(1.0, bridges.link.si / crossing / profile.scale_up.collectives[kind].bandwidth.si)
 
 
 def _crossing(kind: str, fabric: Fabric, domains: float) -> float:
@@ -57,14 +71,15 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     if work.group.choices:
         return launches * _deduplicated(work, profile, size / work.group.choices)
     if intra == n:
-        return launches * _inside(work.kind, profile, n, factor * size * (n - 1) / n)
+        return launches * _inside(work.kind, profile, n, factor * size * (n - 1) / n, work.group.block)
     if work.kind == "all_to_all":
         inside, outside = size * (intra - 1) / n, size * (n - intra) / n
     else:
         inside = factor * size * (intra - 1) / intra
         outside = factor * size / intra * (domains - 1) / domains
     slow = _seconds(out, domains if work.kind != "all_to_all" else n, outside * crossing)
-    return launches * max(slow, _inside(work.kind, profile, intra, inside) if intra > 1 else 0.0)
+    block = work.group.block
+    return launches * max(slow, _inside(work.kind, profile, intra, inside, block) if intra > 1 else 0.0)
 
 
 def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:

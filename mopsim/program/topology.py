@@ -10,16 +10,21 @@ from mopsim.spec.strategy import Strategy
 def span(ranks: Sequence[int], domain: int, offset: int = 0) -> Group:
     """The group's size and how many of its ranks share a scale-up domain of `domain` devices: in the domain
     with the fewest, whose ranks have the most to send outside."""
-    counts: dict[int, int] = {}
+    places: dict[int, list[int]] = {}
     for rank in ranks:
-        place = (rank + offset) // domain
-        counts[place] = counts.get(place, 0) + 1
-    return Group(len(ranks), min(counts.values()))
+        places.setdefault((rank + offset) // domain, []).append((rank + offset) % domain)
+    block = max(_block(min(inside), max(inside)) for inside in places.values())
+    return Group(len(ranks), min(len(inside) for inside in places.values()), block=block)
+
+
+def _block(first: int, last: int) -> int:
+    """Size of the smallest aligned block of a power of two that holds both places."""
+    return 1 << (first ^ last).bit_length()
 
 
 def worst(all_groups: Iterable[Sequence[int]], domain: int) -> Group:
     """The group that the others wait for, of groups of one size: the one spread most over the domains."""
-    return min((span(ranks, domain) for ranks in all_groups), key=lambda group: group.intra)
+    return min((span(ranks, domain) for ranks in all_groups), key=lambda group: (group.intra, -group.block))
 
 
 def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:

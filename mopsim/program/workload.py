@@ -24,12 +24,14 @@ class Group:
     """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
 
     choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
-    chooses where the busiest rank gets more than the mean; 0: all travel.
+    chooses where the busiest rank gets more than the mean; 0: all travel. block: devices of the smallest
+    aligned block (a power of two) of a domain that holds its ranks there, 0 where it is not known.
     """
 
     size: int
     intra: int
     choices: float = 0.0
+    block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class Work:
     (mopsim.graph.host_costs). group: ranks of a collective.
     drops: attention draws a dropout mask inside its kernel. gradient: of a product that makes a weight
     gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
-    indexed: rows are read or written by index. serial: rows added to one row, one after the other. duplex: a transfer beside another the other way, with which it
-    shares host DRAM.
+    indexed: rows are read or written by index. serial: rows added to one row, one after the other. duplex: a
+    transfer beside another the other way, with which it shares host DRAM.
     """
 
     kind: str

@@ -68,7 +68,9 @@ class Wires:
         curve, share = self.hardware.scale_up.collectives[kind], self.hardware.peer_share
         if kind == "send_recv":
             return _curve(curve, np.ones_like(ranks), wire / share)
-        return _curve(curve, ranks, wire / np.clip((ranks - 1) * share, 1e-9, 1.0))
+        bridges = self.hardware.scale_up.bridges
+        faster = bridges.faster.get(kind, 1.0) if bridges else 1.0  # at best under one bridge
+        return _curve(curve, ranks, wire / np.clip((ranks - 1) * share, 1e-9, 1.0) / faster)
 
     def _across(self, message: Message, n: Reals, intra: Reals) -> Reals:
         """Of a group over several domains: over the NICs, and inside the domains at the same time."""

@@ -105,16 +105,31 @@ class CollectiveCurve(Spec, frozen=True, kw_only=True):
         require_dimension(self, "bandwidth", "bandwidth")
         require_between(self, 0, 1e12, "bytes_half")
         require_between(self, 0.1, 1, "ramp")
-        require(
-            self.bandwidth.si >= 1e6,
-            "bandwidth",
-            self.bandwidth.si,
-            "bytes/s is below 1 MB/s: check the unit",
-        )
+        rate = self.bandwidth.si
+        require(rate >= 1e6, "bandwidth", rate, "bytes/s is below 1 MB/s: check the unit")
 
     def moved(self, wire: float) -> float:
         """Bytes that cost as much at full bandwidth as `wire` bytes do: wire / efficiency(wire)."""
         return wire * (1 + (self.bytes_half / wire) ** self.ramp) if wire > 0 else 0.0
+
+
+class Bridges(Spec, frozen=True, kw_only=True):
+    """Host bridges (sockets, PCIe root complexes) that a domain's devices lie under.
+
+    devices: under one bridge. faster: by collective, times the domain's bandwidth for a group under one
+    bridge. link: bandwidth between bridges, each way, which groups that cross it at once share.
+    """
+
+    devices: int
+    faster: dict[str, float]
+    link: Quantity
+
+    def __post_init__(self) -> None:
+        require_dimension(self, "bandwidth", "link")
+        require_between(self, 1, 2**16, "devices")
+        for name, times in self.faster.items():
+            require(name in COLLECTIVES, "faster", name, f"is not one of {', '.join(COLLECTIVES)}")
+            require(1 <= times <= 100, f"faster.{name}", times, "must lie between 1 and 100")
 
 
 class Fabric(Spec, frozen=True, kw_only=True):
@@ -126,14 +141,15 @@ class Fabric(Spec, frozen=True, kw_only=True):
     under a leaf switch over that of its links to the spine; 1 if the fabric blocks nowhere. domains_per_leaf:
     scale-up domains that reach each other through one leaf: few where a leaf takes all NICs of a node, as
     many as it has ports where it takes one of each node (rail-optimised; what is for another rail moves
-    inside the domain first, as NCCL's PXN does). collectives: a curve for each of all_gather, reduce_scatter,
-    all_reduce, all_to_all, send_recv.
+    inside the domain first, as NCCL's PXN does). bridges: of scale_up without a switch. collectives: a curve
+    for each of all_gather, reduce_scatter, all_reduce, all_to_all, send_recv.
     """
 
     peak: Quantity
     topology: Literal["switch", "mesh"] = "switch"
     oversubscription: float = 1.0
     domains_per_leaf: int = 1
+    bridges: Bridges | None = None
     collectives: dict[str, CollectiveCurve]
 
     def __post_init__(self) -> None:
@@ -144,13 +160,10 @@ class Fabric(Spec, frozen=True, kw_only=True):
             require(name in COLLECTIVES, "collectives", name, f"is not one of {', '.join(COLLECTIVES)}")
         for name in COLLECTIVES:
             require(name in self.collectives, "collectives", sorted(self.collectives), f"lacks {name}")
+        rule = f"exceeds the fabric's peak {self.peak.value} {self.peak.unit}"
         for name, curve in self.collectives.items():
-            require(
-                curve.bandwidth.si <= self.peak.si * 1.0001,
-                f"collectives.{name}.bandwidth",
-                curve.bandwidth.value,
-                f"exceeds the fabric's peak {self.peak.value} {self.peak.unit}",
-            )
+            fits = curve.bandwidth.si <= self.peak.si * 1.0001
+            require(fits, f"collectives.{name}.bandwidth", curve.bandwidth.value, rule)
 
 
 class Device(Spec, frozen=True, kw_only=True):
@@ -205,12 +218,8 @@ class Device(Spec, frozen=True, kw_only=True):
             self.index_bandwidth.si if self.index_bandwidth else None,
             "must be above 0 and no more than memory_bandwidth",
         )
-        require(
-            self.reserved.si < self.memory.si,
-            "reserved",
-            self.reserved.si,
-            "is not less than the device memory",
-        )
+        rule = "is not less than the device memory"
+        require(self.reserved.si < self.memory.si, "reserved", self.reserved.si, rule)
 
 
 class Host(Spec, frozen=True, kw_only=True):

@@ -134,9 +134,10 @@ def strategy(
 
 
 def edges_counted(layers: int, parts: int) -> tuple[int, ...]:
-    """Layers of each part of a pipeline whose embedding and loss count as a layer each, where only so all parts
-    are alike (126 layers in 8, 64 or 128 parts): Megatron-Core's account_for_embedding_in_pipeline_split and
-    account_for_loss_in_pipeline_split, torchtitan's generate_llm_fqn_per_model_part. Else empty."""
+    """Layers of each part of a pipeline whose embedding and loss count as a layer each, where only so all
+    parts are alike (126 layers in 8, 64 or 128 parts): Megatron-Core's
+    account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split, torchtitan's
+    generate_llm_fqn_per_model_part. Else empty."""
     each, left = divmod(layers + 2, parts)
     if parts < 3 or left or layers % parts == 0:
         return ()

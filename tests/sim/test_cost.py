@@ -118,9 +118,9 @@ def test_amd_cards_reach_no_more_than_their_links(name: str, link: float) -> Non
 
 
 def test_spans_follow_the_rank_lists() -> None:
-    assert span(range(16), 8) == Group(16, 8)
-    assert span([0, 8, 16, 24], 8) == Group(4, 1)
-    assert span([0, 4, 8, 12], 8) == Group(4, 2)
+    assert span(range(16), 8) == Group(16, 8, block=8)
+    assert span([0, 8, 16, 24], 8) == Group(4, 1, block=1)
+    assert span([0, 4, 8, 12], 8) == Group(4, 2, block=8)
 
 
 def test_transfers_share_the_link() -> None:

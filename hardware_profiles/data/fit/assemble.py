@@ -10,6 +10,7 @@ from hardware_profiles.data.fit.tables import round_to
 from mopsim.spec.hardware import (
     COLLECTIVES,
     AttentionCurve,
+    Bridges,
     CollectiveCurve,
     Device,
     Fabric,
@@ -220,8 +221,13 @@ def _scale_up(machine: Entry, fits: MachineFits) -> Fabric:
     return Fabric(
         peak=_given(machine["scale_up"]),
         topology=machine.get("topology", "switch"),
+        bridges=_bridges(machine["bridges"]) if "bridges" in machine else None,
         collectives={op: curves[op] for op in COLLECTIVES},
     )
+
+
+def _bridges(given: Entry) -> Bridges:
+    return Bridges(devices=given["devices"], faster=given["faster"], link=_given(given["link"]))
 
 
 def _scale_out(machine: Entry) -> Fabric:

@@ -247,8 +247,8 @@ def _one_by_one(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 
 def biased(kernels: tuple[Kernel, ...], indexed: bool) -> tuple[Kernel, ...]:
-    """Products of experts with their bias gathered for every row and added. Its gradient: one product over the
-    rows' gradients, or, indexed, torch's index_put_, which adds the rows of an expert one after the other."""
+    """Products of experts with their bias gathered for every row and added. Its gradient: one product over
+    the rows' gradients, or, indexed, torch's index_put_, which adds an expert's rows one after the other."""
     found: list[Kernel] = []
     for kernel in kernels:
         found.append(kernel)

@@ -1,0 +1,82 @@
+"""Prices that shape or place decide: attention in a window and by head width, sums of weight gradients,
+biases of experts, groups under host bridges; and pipelines whose edges count as layers."""
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from mopsim.cost import seconds
+from mopsim.cost.compute import EXPERT_GRADIENTS_EXPOSED, SERIAL_ROW, for_heads
+from mopsim.graph.shapes import attended_span, causal_pairs
+from mopsim.program.topology import span
+from mopsim.program.workload import Group, Work
+from mopsim.spec.hardware import Bridges
+from mopsim.spec.profiles import load_profile
+from mopsim.validate.parallelism import edges_counted
+from tests.sim.toys import machine, quantity
+
+TOY = machine()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tokens", "window", "heads", "milliseconds"),
+    [("b200-sxm-192g", 8192, 128, 64, 0.113408), ("b200-sxm-192g", 32768, 128, 64, 0.436928)],
+)
+def test_attention_in_a_window_is_met_on_a_card_it_was_not_fitted_on(
+    gpu: str, tokens: int, window: int, heads: int, milliseconds: float
+) -> None:
+    """Forward at heads of 64, cuDNN 9.27 (NVIDIA/cudnn-frontend, benchmark/attention_inference, gpt_oss):
+    the curve is GB200's."""
+    flops = 4 * causal_pairs(tokens, window) * 64 * heads
+    work = Work("attention", flops=flops, seq=attended_span(tokens, window), dtype="bfloat16")
+    found = seconds(work, for_heads(load_profile(gpu), 64))
+    assert found == pytest.approx(milliseconds / 1e3, rel=0.15)
+
+
+def test_a_window_as_long_as_the_sequence_is_none() -> None:
+    assert attended_span(4096) == attended_span(4096, 4096) == attended_span(4096, 9999) == 4096
+    assert attended_span(32768, 128) == pytest.approx(2 * 128, rel=0.01)
+
+
+def test_attention_is_held_by_power() -> None:
+    shape = msgspec.structs.replace(TOY.device.attention, held=0.4)
+    held = msgspec.structs.replace(TOY, device=msgspec.structs.replace(TOY.device, attention=shape))
+    work = Work("attention", flops=1e15, seq=4096, dtype="bfloat16")
+    assert seconds(work, held) == pytest.approx(seconds(work, TOY) * 0.5 / 0.4)
+    back = replace(work, backward=True)  # at 0.25 already
+    assert seconds(back, held) == seconds(back, TOY)
+
+
+def test_a_weight_gradient_moves_the_sum_that_it_is_added_to() -> None:
+    plain = Work("grouped_matmul", m=4096, n=1024, k=64, count=8, dtype="bfloat16")
+    summed = replace(plain, gradient=8.0)
+    more = EXPERT_GRADIENTS_EXPOSED * 8.0 * 8 * 4096 * 1024 / TOY.device.memory_bandwidth.si
+    assert seconds(summed, TOY) - seconds(plain, TOY) == pytest.approx(more)
+    dense = replace(plain, kind="matmul", count=1, gradient=4.0)
+    assert seconds(dense, TOY) == seconds(replace(dense, gradient=0.0), TOY)
+
+
+def test_rows_added_to_one_row_wait_for_each_other() -> None:
+    work = Work("memory_bound", bytes=1e6, serial=1000.0)
+    assert seconds(work, TOY) == pytest.approx(1e-6 + 1000 * SERIAL_ROW)
+
+
+def test_groups_under_one_bridge_are_fast_and_those_across_share_the_link() -> None:
+    bridges = Bridges(devices=4, faster={"all_gather": 2.0}, link=quantity(100, "GB/s"))
+    up = msgspec.structs.replace(TOY.scale_up, bridges=bridges)
+    profile = msgspec.structs.replace(TOY, scale_up=up)
+    groups = {"whole": span(range(8), 8), "near": span(range(4), 8), "across": span(range(0, 8, 2), 8)}
+    assert {name: group.block for name, group in groups.items()} == {"whole": 8, "near": 4, "across": 8}
+    for name, rate in (("whole", 100e9), ("near", 200e9), ("across", 50e9)):
+        work = Work("all_gather", bytes=8e9, group=groups[name])
+        wire = 8e9 * (groups[name].size - 1) / groups[name].size
+        assert seconds(work, profile) == pytest.approx(wire / rate), name
+    unknown = Work("all_gather", bytes=8e9, group=Group(4, 4))
+    assert seconds(unknown, profile) == seconds(unknown, TOY)
+
+
+def test_edges_count_as_layers_where_only_so_parts_are_alike() -> None:
+    assert edges_counted(126, 64) == (1, *(2,) * 62, 1)
+    assert edges_counted(126, 128) == (0, *(1,) * 126, 0)
+    assert edges_counted(80, 16) == edges_counted(61, 16) == edges_counted(126, 1) == ()
