@@ -1,0 +1,139 @@
+"""Intervals: the conditional normal by hand, what narrows and widens them, and the fit on drawn sources."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import asdict, replace
+
+from mopsim.calibrate.errors import fit_errors, weighted_quantile
+from mopsim.intervals import (
+    Cell,
+    Deviations,
+    Facts,
+    Memory,
+    Quantity,
+    Spread,
+    cells,
+    known_errors,
+    of_step_time,
+    spread,
+)
+from mopsim.intervals.errors import LEVELS
+from mopsim.spec.observed import Observed
+from mopsim.spec.profiles import list_profiles
+from mopsim.spec.stacks import list_stacks
+
+NONE = Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0))
+
+
+def cell(source: str = "s", stack: str = "a", network: str = "n", mean: float = 0.0, runs: int = 1) -> Cell:
+    """Runs whose scatter about their mean is 0.1."""
+    return Cell(
+        source=source, stack=stack, hardware="h", precision="bf16", network=network, runs=runs, mean=mean,
+        squares=0.01 * (runs - 1),
+    )  # fmt: skip
+
+
+def test_what_runs_share_is_learned_by_the_share_that_it_has() -> None:
+    """Of four runs of a stack: 0.3 x 0.04 / (0.04 + 0.01 / 4), and what is left of the variance."""
+    sd = replace(NONE, stack=0.2, run=0.1)
+    known = Quantity(deviations=sd, cells=(cell(mean=0.3, runs=4),))
+    weight = 0.04 / (0.04 + 0.01 / 4)
+    found = spread(known, cell("other"))
+    assert found.mean == pytest.approx(0.3 * weight)
+    assert found.deviation == pytest.approx(math.sqrt(0.04 * (1 - weight) + 0.01))
+    unseen = spread(known, cell("other", stack="b"))
+    assert (unseen.mean, unseen.deviation) == (0.0, pytest.approx(math.sqrt(0.05)))
+    doubled = Quantity(deviations=replace(sd, widening=2.0), cells=known.cells)
+    assert spread(doubled, cell("other")).deviation == pytest.approx(2 * found.deviation)
+
+
+def test_a_left_out_source_leaves_its_deviations_too() -> None:
+    sd, other = replace(NONE, stack=0.2, run=0.1), replace(NONE, stack=0.4, run=0.1)
+    known = Quantity(deviations=sd, cells=(cell("s"), cell("t", mean=0.5)), without={"t": other})
+    assert known.leaving_out("t") == Quantity(deviations=other, cells=(cell("s"),))
+    assert known.leaving_out("nobody") == Quantity(deviations=sd, cells=known.cells)
+
+
+@given(st.floats(-1, 1), st.floats(0.01, 1), st.floats(0.02, 0.98), st.floats(1e-3, 1e9))
+def test_an_interval_has_its_probability(mean: float, deviation: float, level: float, value: float) -> None:
+    low, high = Spread(mean, deviation).interval(value, level)
+    memory = Memory(value, 0.0, Spread(mean, deviation))
+    assert memory.below(high) - memory.below(low) == pytest.approx(level, abs=1e-6)
+    assert memory.below(low) == pytest.approx((1 - level) / 2, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(st.floats(1e6, 1e12), st.floats(0, 1e12), st.floats(0, 0.5), st.floats(0.02, 0.98))
+def test_bytes_that_are_enough(tensors: float, above: float, deviation: float, probability: float) -> None:
+    memory = Memory(tensors, above, Spread(0.0, deviation))
+    enough = memory.quantile(probability)
+    assert memory.below(enough * (1 + 1e-5)) >= probability - 1e-9
+    assert memory.below(enough * (1 - 1e-4) - 2) <= probability + 1e-3
+
+
+def test_what_nobody_ran_is_wider_than_what_somebody_did() -> None:
+    def width(stack: str, hardware: str, network: str = "", **more: tuple[Observed, ...]) -> float:
+        return of_step_time(Facts(stack, hardware, "bf16", network, **more)).deviation
+
+    known = width("simumax", "b200-sxm-192g")
+    assert known < width("generic-eager", "b200-sxm-192g") < width("generic-eager", "my-machine") * 1.0001
+    seen = Observed(stack="mine", precision="bf16", network="n", runs=2, step_time=0.01)
+    one, two = (width("mine", "my-machine", "n", seen=(replace(seen, runs=n),)) for n in (1, 6))
+    assert two < one < width("mine", "my-machine", "n")
+
+
+def test_the_installed_errors_are_of_what_is_installed() -> None:
+    errors = known_errors()
+    for quantity in (errors.step_time, errors.peak_memory):
+        sources = {one.source for one in quantity.cells}
+        assert set(quantity.without) == sources
+        assert len(sources) >= 6
+        assert {one.stack for one in quantity.cells} <= set(list_stacks())
+        assert {one.hardware for one in quantity.cells} <= set(list_profiles())
+        assert 0.3 < quantity.deviations.widening < 3
+        assert quantity.cells == tuple(sorted(quantity.cells, key=lambda one: list(asdict(one).values())[:5]))
+
+
+def drawn(seed: int, sources: int = 10) -> list[Cell]:
+    """Runs of sources with a stack each, off by 0.2, and 0.1 of their own."""
+    random = np.random.default_rng(seed)
+    runs = []
+    for source in range(sources):
+        shared = random.normal(0.05, 0.2)
+        for network in "xyz":
+            runs += [
+                cell(str(source), str(source), network, shared + random.normal(0, 0.1)) for _ in range(4)
+            ]
+    return runs
+
+
+@pytest.mark.slow
+def test_nine_of_ten_runs_of_left_out_sources_are_held() -> None:
+    shares = []
+    for seed in range(2):
+        runs = drawn(seed)
+        fitted = fit_errors(runs)
+        sd = fitted.deviations
+        assert sd.run == pytest.approx(0.1, rel=0.2)
+        held = []
+        for run in runs:
+            expected = spread(fitted.leaving_out(run.source), run)
+            held.append(expected.quantile(0.05) <= run.mean <= expected.quantile(0.95))
+        shares.append(np.mean(held))
+    assert 0.8 <= np.mean(shares) <= 0.98
+
+
+def test_cells_are_of_runs_alike() -> None:
+    some = cells([cell(mean=0.1), cell(mean=0.3), cell("t", mean=0.2)])
+    assert [(one.source, one.runs, one.mean) for one in some] == [("s", 2, 0.2), ("t", 1, 0.2)]
+    assert some[0].squares == pytest.approx(0.02)
+
+
+def test_a_weighted_quantile() -> None:
+    assert weighted_quantile([3.0, 1.0, 2.0], [1.0, 1.0, 1.0], 0.5) == 2.0
+    assert weighted_quantile([3.0, 1.0, 2.0], [8.0, 1.0, 1.0], 0.5) == 3.0
+    assert weighted_quantile([3.0, 1.0], [1.0, 1.0], 1.0) == 3.0
