@@ -25,7 +25,7 @@ class Memory:
     def below(self, limit: float) -> float:
         """Probability that no more than `limit` bytes are needed."""
         left = limit - SHARES * self.above
-        if self.error.deviation <= 0 or self.tensors <= 0:
+        if self.error.deviation < CLOSE or self.tensors <= 0:
             return float(np.mean(left >= self.tensors * np.exp(self.error.mean)))
         ratios = np.log(np.maximum(left, 1e-9) / self.tensors)
         return float(np.mean(ndtr((ratios - self.error.mean) / self.error.deviation)))
