@@ -347,7 +347,7 @@ def profile_new(
 @app.command()
 def explore(
     result: Annotated[
-        str, typer.Argument(help="what search, compare, size, validate or simulate wrote with --json")
+        str, typer.Argument(help="what simulate, search, compare, size, context or validate wrote (--json)")
     ],
     out: Annotated[str, typer.Option(help="the page (HTML)")],
     timelines: Annotated[

@@ -27,10 +27,10 @@ def explore(
 ) -> list[str]:
     """Write `out`, one HTML file of tables, plots and timelines of a result; nothing is fetched from it.
 
-    result: what simulate, search, compare or size return, or a file that they or `mopsim validate` wrote with
-    --json. timelines: so many of its steps, the first, are simulated once more for their timelines. models,
-    hardware: those of the result, where they are neither presets nor shipped profiles. Returns notes: which
-    timelines are left out, and why. Raises MopError.
+    result: what simulate, search, compare or size return, or the JSON of a command in a file, of `mopsim
+    context` and `mopsim validate` too. timelines: so many of its steps, the first, are simulated once more
+    for their timelines. models, hardware: those of the result, where they are neither presets nor shipped
+    profiles. Returns notes: which timelines are left out, and why. Raises MopError.
     """
     origin = str(result) if isinstance(result, str | Path) else "result"
     data = read_result(Path(result)) if isinstance(result, str | Path) else io.to_plain(dict(result))

@@ -10,7 +10,7 @@ import mopsim
 from tests.e2e.browser import complaints, requested, size, start
 from tests.sim.explored import results
 
-KINDS = ("simulate", "search", "compare", "size", "validate")
+KINDS = ("simulate", "search", "compare", "size", "context", "validate")
 pytestmark = pytest.mark.xdist_group("browser")
 
 

@@ -21,9 +21,31 @@ def results() -> dict[str, dict[str, Any]]:
             **job, tokens="1M", days=1, global_batch_tokens="1K", families=["mop"], precision="float32",
             budget=2, max_nodes=4,
         ),
+        "context": context(),
         "validate": validation(),
     }  # fmt: skip
     return {name: json.loads(json.dumps(io.to_plain(dict(one)))) for name, one in made.items()}
+
+
+def context() -> dict[str, Any]:
+    """As `mopsim context --json`: one contender that ends, one that does not."""
+
+    def point(length: int, fits: bool) -> dict[str, Any]:
+        return {
+            "seq_len": length, "global_batch": 2**20 // length, "smallest_step": False,
+            "verdict": "fits" if fits else "out of memory", "stopped_by": None if fits else "logits",
+            "tokens_per_s_per_device": 2**30 / length if fits else None, "gap": 0.1, "step_time_s": 1.0,
+            "mfu": 0.4, "peak_memory_bytes": 2**30, "strategy": "mop EP=8",
+        }  # fmt: skip
+
+    lengths = [2**15, 2**16, 2**17]
+    curves = {
+        "mop": {"longest": 2**17, "points": [point(one, True) for one in lengths]},
+        "fsdp2": {"longest": 2**16, "points": [point(one, one < 2**17) for one in lengths]},
+    }
+    case = {"model": "tiny", "devices": 2, "tokens_per_device": 2**17, "curves": curves}
+    labels = {name: {"label": name, "rules": ""} for name in curves}
+    return {"lengths": lengths, "contenders": labels, "cases": [case]}
 
 
 def validation() -> dict[str, Any]:

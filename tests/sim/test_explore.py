@@ -14,7 +14,7 @@ from mopsim.report.explore.steps import front
 from mopsim.report.explore.views import explorer, kind_of, steps_of
 from tests.sim.explored import JOB, results
 
-KINDS = ("simulate", "search", "compare", "size", "validate")
+KINDS = ("simulate", "search", "compare", "size", "context", "validate")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def views(data: dict[str, Any]) -> list[dict[str, Any]]:
 def test_every_kind_has_its_views(made: dict[str, dict[str, Any]], kind: str) -> None:
     found = views(made[kind])
     assert kind_of(made[kind], "x").name == kind
-    assert found[0]["kind"] == "table"
+    assert found[0]["kind"] == ("plot" if kind == "context" else "table")
     assert all(
         len(row) == len(one["columns"]) for one in found if one["kind"] == "table" for row in one["rows"]
     )
@@ -96,7 +96,7 @@ def test_a_timeline_of_another_profile_is_left_out_with_the_reason(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{}", "is not a result of compare, search, size, validate, simulate"),
+        ("{}", "is not a result of compare, search, size, validate, context, simulate"),
         ("[]", "must be a mapping of keys"),
         ("{", "is not valid JSON"),
         ('{"step_time_s": 1, "strategy": {}}', "lacks"),

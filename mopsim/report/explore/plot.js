@@ -74,7 +74,7 @@ function plot(view) {
     for (const limit of limits)
       root.append(svg("line", { class: "limit", x1: left, x2: right, y1: sy.at(limit.at), y2: sy.at(limit.at) }),
         svg("text", { class: "limit", x: right - 4, y: sy.at(limit.at) - 5, "text-anchor": "end" }, `${limit.name} ${told(limit.value, y.type)}`));
-    const place = (one) => [sx.at(value(one.x, x)), one.y === null ? bottom : sy.at(value(one.y, y))];
+    const place = (one) => [sx.at(value(one.x, x)), one.y === null ? bottom - 8 : sy.at(value(one.y, y))];
     for (const series of shown) {
       const known = series.points.filter((one) => one.y !== null);
       const banded = known.filter((one) => one.yr);

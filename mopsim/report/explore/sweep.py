@@ -29,7 +29,7 @@ def sweep_views(sweep: Json) -> list[View]:
         "name": sweep["setting"],
         "type": "number",
         "log": True,
-        "ticks": [[one, _short(one)] for one in values],
+        "ticks": [[one, short(one)] for one in values],
     }
     plot = {
         "kind": "plot", "title": title, "note": said, "series": series, "x": axis,
@@ -64,7 +64,8 @@ def _swept_point(value: float, batch: int | None, step: Step | None, why: str | 
     }  # fmt: skip
 
 
-def _short(value: int) -> str:
+def short(value: int) -> str:
+    """'128K', '1M' or the number."""
     for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
         if value >= scale and value % scale == 0:
             return f"{value // scale}{unit}"

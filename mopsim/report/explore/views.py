@@ -8,6 +8,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.explore.clusters import cluster_views
+from mopsim.report.explore.context import context_views, reach
 from mopsim.report.explore.page import Explorer, View
 from mopsim.report.explore.runs import run_views
 from mopsim.report.explore.steps import Json, Step, bars, pareto, step_table, table, timeline
@@ -147,6 +148,7 @@ KINDS = (
     Kind("search", frozenset({"top", "candidates"}), _of_search, _search, lambda one: one["verdict"]),
     Kind("size", frozenset({"hardware", "deadline_s"}), _of_size, cluster_views, _recommended),
     Kind("validate", frozenset({"runs", "summary"}), lambda _: [], run_views, _errors),
+    Kind("context", frozenset({"lengths", "contenders", "cases"}), lambda _: [], context_views, reach),
     Kind("simulate", frozenset({"step_time_s", "strategy"}), _of_simulate, _simulate, _said),
 )
 """The first whose keys a result has is its kind."""

@@ -1,0 +1,76 @@
+"""Views of a context sweep: throughput over context length, a plot and a table for each network."""
+
+from typing import Any
+
+from mopsim.report.explore.page import View
+from mopsim.report.explore.steps import Cell, Json, Step, table
+from mopsim.report.explore.sweep import short
+
+_COLUMNS = (
+    ("context", "text", "context"), ("tokens", "number", "seq_len"), ("contender", "text", "contender"),
+    ("verdict", "text", "verdict"), ("stopped by", "text", "stopped_by"),
+    ("tokens/s per GPU", "number", "tokens_per_s_per_device"), ("batch", "number", "global_batch"),
+    ("step", "seconds", "step_time_s"), ("MFU", "fraction", "mfu"), ("memory", "bytes", "peak_memory_bytes"),
+    ("host", "bytes", "host_memory_bytes"), ("gap", "fraction", "gap"), ("plan", "text", "strategy"),
+)  # fmt: skip
+"""Name, type, and key of a point."""
+
+
+def context_views(result: Json, steps: list[Step]) -> list[View]:
+    """steps: none, the JSON has no whole ones."""
+    found: list[View] = []
+    for case in result["cases"]:
+        where = f"{case['model']} on {case['devices']} GPUs"
+        points = [
+            _told(point, str(result["contenders"][name]["label"]))
+            for name, curve in case["curves"].items()
+            for point in curve["points"]
+        ]
+        rows: list[list[Cell]] = [[one.get(key) for _, _, key in _COLUMNS] for one in points]
+        held = f"Held constant: {case['tokens_per_device']:,} tokens of a GPU and step (a sequence at least)."
+        names = [(name, kind) for name, kind, _ in _COLUMNS]
+        marks = [_mark(one) for one in points]
+        found += [
+            _plot(f"Throughput over context length: {where}", held, result["lengths"], points),
+            table(f"Points: {where}", names, rows, held, marks),
+        ]
+    return found
+
+
+def _told(point: Json, label: str) -> dict[str, Any]:
+    return {**point, "contender": label, "context": short(point["seq_len"])}
+
+
+def _mark(point: Json) -> str:
+    return str(point["verdict"]) if point["tokens_per_s_per_device"] is not None else "out of memory"
+
+
+def _plot(title: str, note: str, lengths: list[int], points: list[dict[str, Any]]) -> View:
+    series: dict[str, list[View]] = {}
+    for one in points:
+        series.setdefault(one["contender"], []).append(
+            {
+                "x": one["seq_len"],
+                "y": one["tokens_per_s_per_device"],
+                "mark": _mark(one),
+                "rows": [(name, one.get(key), kind) for name, kind, key in _COLUMNS if key != "contender"],
+            }
+        )
+    return {
+        "kind": "plot", "title": title, "note": note,
+        "x": {"name": "context length", "type": "number", "log": True,
+              "ticks": [[one, short(one)] for one in lengths]},
+        "y": {"name": "tokens/s per GPU", "type": "number", "zero": True},
+        "series": [{"name": name, "line": True, "points": found} for name, found in series.items()],
+    }  # fmt: skip
+
+
+def reach(result: Json) -> str:
+    """How far the first contender comes in each case."""
+    first = next(iter(result["contenders"]))
+    ends = [
+        f"{case['model']} to {short(longest) if (longest := case['curves'][first]['longest']) else 'none'}"
+        for case in result["cases"]
+        if first in case["curves"]
+    ]
+    return f"{result['contenders'][first]['label']} reaches: {', '.join(ends)}"
