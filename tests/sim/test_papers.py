@@ -1,0 +1,26 @@
+"""The papers' own runs in their stated layouts: the shape of the speed, and where memory ends."""
+
+import pytest
+
+from reports.papers.make import resident_bytes, shape_errors, simulated
+from reports.papers.published import POINTS
+
+FIRST = POINTS[0].source
+
+
+def of(source, model, program):
+    points = [p for p in POINTS if (p.source, p.model, p.program) == (source, model, program)]
+    return [(point, simulated(point)) for point in points]
+
+
+def test_mops_shape_over_context_comes_out_once_one_point_is_fixed():
+    assert all(abs(error) < 0.25 for error in shape_errors(of(FIRST, "mop_120b", "mop")))
+
+
+@pytest.mark.parametrize("model", ["mop_120b", "mop_1t"])
+def test_the_baseline_ends_where_it_is_printed_to_end(model):
+    """Which is said by the limit of the memory to 2 %: a context twice as long needs far more."""
+    for point, one in of(FIRST, model, "fsdp2"):
+        kept = resident_bytes(point) if model == "mop_1t" else 0
+        part = (one.peak_memory_bytes + kept) / one.memory_limit_bytes
+        assert part < 0.92 if point.tokens_per_s else part > 0.98
