@@ -188,7 +188,7 @@ def size(
     max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
     simulations: Annotated[
         int, typer.Option(min=1, max=10**6, help="of each family, where a node count is searched")
-    ] = 6,
+    ] = 4,
     runnable: o.Runnable = False,
     plan: o.PlanOut = None,
     out: Annotated[

@@ -101,6 +101,7 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         "site": bill.site,
         "p_deadline": bill.p_within(goal.seconds),
         "goodput": bill.goodput.share if bill.goodput else None,
+        "measured_over_predicted": bill.measured_over_predicted,
         "in_time": point.in_time,
         "within_budget": point.affordable,
         "reason": point.why or None,

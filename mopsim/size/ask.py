@@ -11,7 +11,10 @@ from mopsim.size.carry import carried, played
 from mopsim.size.figures import LEVEL, Step, figures
 from mopsim.size.goodput import state_bytes
 from mopsim.size.points import Point, Request, quantile
+from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.stack import Stack
+from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 FEW_TOKENS = 8192
@@ -78,21 +81,21 @@ def merged(before: Answer, after: Answer) -> Answer:
 
 
 def _carried(request: Request, ask: Ask, training: TrainSpec) -> tuple[list[SimResult], int]:
-    """The plans of other counts as they are here: of each the first form that fits."""
+    """The plans of other counts as they are here, in every form."""
     found: list[SimResult] = []
-    simulated, seen = 0, set()
+    seen: list[Strategy] = []
     world = ask.num_nodes * ask.hardware.devices_per_node
     for plan in ask.plans:
-        for strategy in carried(plan.strategy, world):
-            if strategy in seen:
-                continue
-            seen.add(strategy)
-            one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, plan.stack)
-            simulated += one is not None
-            if one is not None and one.sure:
-                found.append(one)
-                break
-    return found, simulated
+        for strategy in carried(plan.strategy, world, training.global_batch):
+            if strategy not in seen and _asked_for(request, strategy, training, plan.stack):
+                seen.append(strategy)
+                one = played(request.model, ask.hardware, ask.num_nodes, strategy, training, plan.stack)
+                found += [one] if one is not None else []
+    return found, len(found)
+
+
+def _asked_for(request: Request, strategy: Strategy, training: TrainSpec, stack: Stack) -> bool:
+    return not request.runnable or runnable(strategy, request.model, training, stack) is None
 
 
 def _small(result: SimResult) -> SimResult:
@@ -137,10 +140,9 @@ def billed(
 def step_of(request: Request, result: SimResult) -> Step:
     """What the run repeats, of a simulated step."""
     checkpoint = state_bytes(total_params(request.model), result.strategy.precision)
-    interval = getattr(result, "step_time_interval", None)
-    if interval is None:
+    if "step_time_spread" in request.assumptions.given:
         return Step(result.tokens_per_second, checkpoint)
-    low, high = (seconds / result.step_time for seconds in interval(LEVEL))
+    low, high = (seconds / result.step_time for seconds in result.step_time_interval(LEVEL))
     return Step(result.tokens_per_second, checkpoint, low, high)
 
 

@@ -92,6 +92,7 @@ class Assumptions:
     repair_time: float
     checkpoint_bandwidth: float
     checkpoint_asynchronous: float
+    checkpoint_stall: float
     straggler_spread: float
     draw_share: float
     pue: float

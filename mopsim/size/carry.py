@@ -1,6 +1,8 @@
-"""A strategy of one cluster on another of the same machines: shards grow with the ranks, degrees stay."""
+"""A strategy of one cluster on another of the same machines: one degree grows with the ranks."""
 
 from collections.abc import Iterator
+from fractions import Fraction
+from math import gcd
 
 from msgspec.structs import replace
 
@@ -13,34 +15,67 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 
-def carried(strategy: Strategy, world_size: int) -> Iterator[Strategy]:
-    """`strategy` on `world_size` ranks: tensor, pipeline, context and expert degrees as they are. First with
-    shards and vocabulary groups over the same part of all ranks, then over as many ranks as before; what
-    breaks a rule of the strategy is left out."""
+def carried(strategy: Strategy, world_size: int, batch: int) -> Iterator[Strategy]:
+    """`strategy` on `world_size` ranks and `batch` sequences, in every form that breaks no rule of its own.
+
+    More ranks become data-parallel ones, or ranks that share a sequence, or (of a plan that has them) stages
+    or tensor-parallel ranks; the other degrees stay. Shards are over the same part of the ranks as before,
+    else over as many. A microbatch shrinks to what divides the batch.
+    """
+    ratio = Fraction(world_size, strategy.world_size)
     seen: list[Strategy] = []
-    for grows in (True, False):
-        ratio = world_size / strategy.world_size if grows else 1.0
-        try:
-            found = _scaled(strategy, world_size, ratio)
-        except MopError:
-            continue
-        if found is not None and found not in seen:
-            seen.append(found)
-            yield found
+    for degrees in _degrees(strategy, ratio):
+        for same_part in (True, False):
+            try:
+                found = _form(strategy, world_size, batch, degrees, same_part)
+            except MopError:
+                continue
+            if found is not None:
+                if found not in seen:
+                    seen.append(found)
+                    yield found
+                break
 
 
-def _scaled(strategy: Strategy, world_size: int, ratio: float) -> Strategy | None:
-    """None where a degree is no whole number."""
-    s = strategy
-    dense, experts = s.dense.fsdp * ratio, s.experts.expert_fsdp * ratio
-    whole = s.vocabulary.vocab_parallel == s.world_size and s.world_size > 1
-    vocabulary = world_size if whole else s.vocabulary.vocab_parallel
-    if dense % 1 or experts % 1 or world_size % s.pipeline.pipeline_parallel or min(dense, experts) < 1:
+def _degrees(s: Strategy, ratio: Fraction) -> list[tuple[Fraction, Fraction, Fraction]]:
+    """(stages, tensor-parallel ranks, context-parallel ranks) to try."""
+    stages, tensor, context = (
+        Fraction(one)
+        for one in (s.pipeline.pipeline_parallel, s.dense.tensor_parallel, s.attention.context_parallel)
+    )
+    found = [(stages, tensor, context), (stages, tensor, context * ratio)]
+    found += [(stages * ratio, tensor, context)] if stages > 1 else []
+    found += [(stages, tensor * ratio, context)] if tensor > 1 else []
+    return found
+
+
+def _form(
+    s: Strategy, world_size: int, batch: int, degrees: tuple[Fraction, ...], same_part: bool
+) -> Strategy | None:
+    """None where a number is not whole."""
+    if any(one.denominator > 1 or one < 1 for one in degrees):
         return None
+    stages, tensor, context = (int(one) for one in degrees)
+    ranks, over = divmod(world_size, stages)
+    groups, more = divmod(ranks, tensor * context)
+    if over or more or not groups or batch % groups:
+        return None
+    grown = Fraction(ranks, s.stage_ranks) if same_part else Fraction(1)
+    dense, experts = s.dense.fsdp * grown, s.experts.expert_fsdp * grown
+    if dense.denominator > 1 or experts.denominator > 1:
+        return None
+    whole = s.vocabulary.vocab_parallel == s.world_size > 1
+    vocabulary = world_size if whole else s.vocabulary.vocab_parallel
+    if s.vocabulary.loss == "vocab_parallel":
+        vocabulary = vocabulary * tensor // s.dense.tensor_parallel
+    as_before = stages == s.pipeline.pipeline_parallel
     return replace(
         s,
         world_size=world_size,
-        dense=replace(s.dense, fsdp=int(dense)),
+        micro_batch=gcd(s.micro_batch, batch // groups),
+        pipeline=s.pipeline if as_before else replace(s.pipeline, pipeline_parallel=stages, layers=()),
+        dense=replace(s.dense, fsdp=int(dense), tensor_parallel=tensor),
+        attention=replace(s.attention, context_parallel=context),
         experts=replace(s.experts, expert_fsdp=int(experts)),
         vocabulary=replace(s.vocabulary, vocab_parallel=vocabulary),
     )

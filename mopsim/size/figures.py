@@ -10,7 +10,7 @@ from scipy.special import ndtr, ndtri
 from mopsim.common.errors import MopError
 from mopsim.size.assumptions import HERE, Assumptions, Capex, Site, assume, known
 from mopsim.size.fabric import Network, network
-from mopsim.size.goodput import HOUR, Goodput, goodput
+from mopsim.size.goodput import HOUR, Goodput, goodput, whole_racks
 from mopsim.spec.hardware import HardwareProfile
 
 DAY = 86400.0
@@ -65,8 +65,9 @@ class Figures:
     """The bill of one training run. seconds: wall clock, expected. device_seconds: of all devices that are
     paid for: whole racks, spares too. billed_nodes: those. cost: dollars, None where no price is known;
     parts: of it. capex: dollars that a purchase takes at once. energy: joules, None where the power is not
-    known; carbon: kilograms of CO2. deviation: standard, of ln(seconds); step_deviation: what of it is the
-    step's. middle: seconds at the median."""
+    known; carbon: kilograms of CO2. deviation: standard, of ln(seconds), whose
+    median they are; step_deviation: what of it is the step's. measured_over_predicted: of the step, the
+    median, which the seconds contain."""
 
     tokens: float
     seconds: float
@@ -80,9 +81,9 @@ class Figures:
     goodput: Goodput | None = None
     network: Network | None = None
     site: str = ""
-    middle: float = 0.0
     deviation: float = 0.0
     step_deviation: float = 0.0
+    measured_over_predicted: float = 1.0
 
     @property
     def days(self) -> float:
@@ -100,7 +101,7 @@ class Figures:
     def seconds_interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Seconds of wall clock between which the run ends with probability `level`."""
         wide = math.exp(self.deviation * float(ndtri((1 + level) / 2)))
-        return self.middle / wide, self.middle * wide
+        return self.seconds / wide, self.seconds * wide
 
     def cost_interval(self, level: float = LEVEL) -> tuple[float, float] | None:
         """Dollars likewise: the run is paid by the hour; prices are as given."""
@@ -114,8 +115,8 @@ class Figures:
         if seconds is None:
             return None
         if not self.deviation:
-            return float(seconds >= self.middle)
-        return float(ndtr(math.log(seconds / self.middle) / self.deviation))
+            return float(seconds >= self.seconds)
+        return float(ndtr(math.log(seconds / self.seconds) / self.deviation))
 
 
 def drawn(hardware: HardwareProfile) -> float | None:
@@ -123,11 +124,6 @@ def drawn(hardware: HardwareProfile) -> float | None:
     if hardware.node_power is not None:
         return hardware.node_power.si / hardware.devices_per_node
     return hardware.device.power.si if hardware.device.power else None
-
-
-def unit_nodes(hardware: HardwareProfile) -> int:
-    """Nodes that are sold together: a scale-up domain of several nodes is one rack."""
-    return max(1, hardware.scale_up_size // hardware.devices_per_node)
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,11 @@ class Step:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def middle(self) -> float:
+        """Median of measured over predicted step time."""
+        return 1.0 if self.low is None or self.high is None else math.sqrt(self.low * self.high)
+
 
 def figures(
     hardware: HardwareProfile,
@@ -153,15 +154,15 @@ def figures(
 ) -> Figures:
     """The bill of training `goal.tokens` on `num_nodes` that all train, at a site.
 
-    seconds = tokens / (tokens/s x goodput). Paid are the nodes and their spares, in whole racks. energy =
+    seconds = tokens / (tokens/s x goodput), times the middle of the step's interval. Paid are the nodes and
+    their spares, in whole racks. energy =
     rated power x draw x PUE x seconds of all of them, switches too.
     """
     a = (assumptions or assume()).at(site)
     good = goodput(hardware, num_nodes, step.checkpoint, a)
-    unit = unit_nodes(hardware)
-    billed = -(-(num_nodes + good.spares) // unit) * unit
+    billed = whole_racks(hardware, num_nodes + good.spares)
     devices = billed * hardware.devices_per_node
-    seconds = goal.tokens / (step.tokens_per_second * good.share)
+    seconds = goal.tokens / (step.tokens_per_second * good.share) * step.middle
     wires = network(hardware, billed, a)
     rated = drawn(hardware)
     watts = None if rated is None else (rated * devices * a.draw_share + wires.power) * a.pue
@@ -172,7 +173,7 @@ def figures(
         capex, parts = _bought(hardware, billed, seconds, kwh, rated, wires, a, terms)
     elif (price := terms.price(hardware, site, a)) is not None:
         parts = {"rent": price * devices * seconds / HOUR}
-    middle, deviation, of_step = _spread(hardware, num_nodes, step, seconds, good, a)
+    deviation, of_step = _spread(hardware, num_nodes, step, seconds, good, a)
     return Figures(
         tokens=goal.tokens,
         seconds=seconds,
@@ -186,9 +187,9 @@ def figures(
         goodput=good,
         network=wires,
         site=site.name,
-        middle=middle,
         deviation=deviation,
         step_deviation=of_step,
+        measured_over_predicted=step.middle,
     )
 
 
@@ -227,12 +228,11 @@ def _bought(
 
 def _spread(
     hardware: HardwareProfile, nodes: int, step: Step, seconds: float, good: Goodput, a: Assumptions
-) -> tuple[float, float, float]:
-    """(median seconds, deviation of ln(seconds), the step's part of it): the step's own interval, the chance
+) -> tuple[float, float]:
+    """(deviation of ln(seconds), the step's part of it): the step's own interval, the chance
     of failures, and how well their rate is known; independent, to first order."""
-    middle, of_step = seconds, a.step_time_spread
+    of_step = a.step_time_spread
     if step.low is not None and step.high is not None:
-        middle = seconds * math.sqrt(step.low * step.high)
         of_step = math.log(step.high / step.low) / (2 * WIDE)
     chance = good.deviation / math.sqrt(seconds)
     rate = 0.0
@@ -242,4 +242,4 @@ def _spread(
             for one in (known()["failure_rate"].low, known()["failure_rate"].high)
         ]
         rate = math.log(ends[0] / ends[1]) / (2 * WIDE)
-    return middle, math.sqrt(of_step**2 + chance**2 + rate**2), of_step
+    return math.sqrt(of_step**2 + chance**2 + rate**2), of_step

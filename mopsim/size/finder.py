@@ -18,14 +18,13 @@ from mopsim.spec.hardware import HardwareProfile
 EVERY = 3
 """Doublings from one search to the next."""
 AROUND = 4
-"""How far, as a factor, counts below the least that arithmetic asks for are asked (cheaper and slower ones,
-for the Pareto), and a plan is handed on."""
+"""How far, as a factor, a faster plan is handed on to other counts."""
 SLOWER = 1.005
 """More nodes that are not faster by so much are no faster."""
 HOPE = 1.5
 """A limit missed by a larger factor is not looked into."""
-DEEP = 8
-"""Times as many simulations where the answer is."""
+DEEP, AGAIN = 4, 2
+"""Times as many simulations where the answer is; answers at most that are looked at so."""
 
 Rounds = Generator[list[Ask], list[Answer], Sizing]
 Mapper = Callable[[Sequence[Ask]], Iterable[Answer]]
@@ -60,16 +59,11 @@ class _Known:
         return Ask(self.hardware, count, self.near(count))
 
     def near(self, count: int) -> tuple[SimResult, ...]:
-        """The fastest plan of the nearest counts that have one, below and above, and the next family's of
-        either, if that is nearly as fast."""
+        """The fastest plan of the nearest counts that have one, below and above."""
         ready = sorted(n for n, found in self.answers.items() if found.plans and n != count)
         below = [n for n in ready if n < count][-1:]
         above = [n for n in ready if n > count][:1]
-        plans: list[SimResult] = []
-        for n in (*below, *above):
-            first, *others = self.answers[n].plans
-            plans += [first, *(one for one in others[:1] if one.step_time < 1.1 * first.step_time)]
-        return tuple(plans)
+        return tuple(self.answers[n].plans[0] for n in (*below, *above))
 
 
 def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
@@ -101,7 +95,7 @@ def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str
     if least > request.max_nodes:
         allowed = f"{request.max_nodes:,} allowed (--max-nodes)"
         return counts[-1:], f"not fast enough: {least:,} nodes at the peak rate of products, {allowed}"
-    return [count for count in counts if count * AROUND >= least], ""
+    return [count for count in counts if count >= least], ""
 
 
 def _round(known: _Known, asks: list[Ask]) -> Generator[list[Ask], list[Answer], None]:
@@ -130,33 +124,32 @@ def _slower(known: _Known) -> list[tuple[int, int]]:
 
 
 def _close_in(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
-    """Ask the counts between the last that fails a limit and the first that keeps it, halving."""
+    """Ask the counts between one that fails a limit and its neighbour that keeps it, all of them: the batch
+    that fits a count may make a smaller one faster."""
     while True:
-        between = [one for edge in _edges(known) if (one := _middle(known, counts, *edge))]
+        between = [count for edge in _edges(known) for count in _inside(known, counts, *edge)]
         if not between:
             return
-        yield from _round(known, [known.carry(count) for count in dict.fromkeys(between)])
+        yield from _round(known, [known.carry(count) for count in between])
 
 
 def _edges(known: _Known) -> Iterator[tuple[int, int]]:
     """Neighbouring counts of which one keeps the deadline, or the budget, and the other does not."""
-    asked = sorted(known.points)
-    for low, high in pairwise(asked):
+    for low, high in pairwise(sorted(known.points)):
         one, other = known.points[low], known.points[high]
         if one.in_time != other.in_time or (one.figures and one.affordable != other.affordable):
             yield low, high
 
 
-def _middle(known: _Known, counts: Sequence[int], low: int, high: int) -> int:
-    inside = [count for count in counts if low < count < high and count not in known.points]
-    return inside[len(inside) // 2] if inside else 0
+def _inside(known: _Known, counts: Sequence[int], low: int, high: int) -> list[int]:
+    return [count for count in counts if low < count < high and count not in known.points]
 
 
 def _deepen(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
     """A longer search of the leading families at the answer. A faster plan goes to the counts around it,
     and the answer may then be another, so again."""
     done: set[int] = set()
-    while (best := _best(known) or _almost(known)) and best.num_nodes not in done:
+    while (best := _best(known) or _almost(known)) and best.num_nodes not in done and len(done) < AGAIN:
         done.add(best.num_nodes)
         first, *others = known.answers[best.num_nodes].plans
         near = [one for one in others if one.step_time < 1.05 * first.step_time]

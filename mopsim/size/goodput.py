@@ -81,14 +81,21 @@ def _largest(count: int) -> float:
     return float(ndtri((count - 0.375) / (count + 0.25)))
 
 
+def whole_racks(hardware: HardwareProfile, nodes: int) -> int:
+    """Nodes that are sold where `nodes` are wanted: a scale-up domain of several nodes is one rack."""
+    unit = max(1, hardware.scale_up_size // hardware.devices_per_node)
+    return -(-nodes // unit) * unit
+
+
 def spare_nodes(nodes: int, hardware: HardwareProfile, a: Assumptions) -> tuple[int, float]:
     """(nodes that stand by, probability that no repair is waited for): so many that a useful second costs
-    least, (nodes + spares) / probability. Broken nodes are Poisson with mean nodes x failures x repair time.
-    """
+    least, nodes that are sold over the probability. Broken nodes are Poisson with mean nodes x failures x
+    repair time."""
     mean = nodes * hardware.devices_per_node * a.failure_rate / HOUR * a.hardware_share * a.repair_time
     most = min(nodes, int(mean + 6 * math.sqrt(mean)) + 2)
     chances = [float(pdtr(spares, mean)) for spares in range(most + 1)]
-    least = min(range(most + 1), key=lambda spares: (nodes + spares) / max(chances[spares], 1e-9))
+    sold = [whole_racks(hardware, nodes + spares) for spares in range(most + 1)]
+    least = min(range(most + 1), key=lambda spares: sold[spares] / max(chances[spares], 1e-9))
     return least, chances[least]
 
 
@@ -104,7 +111,7 @@ def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumpt
     write = checkpoint / (devices * a.checkpoint_bandwidth)
     copy = checkpoint / devices * hardware.host.link_sharing / hardware.host.link_d2h.si
     later = a.checkpoint_asynchronous >= 0.5
-    blocked, old = (min(copy, write), write) if later else (write, 0.0)
+    blocked, old = (min(max(copy, a.checkpoint_stall), max(copy, write)), write) if later else (write, 0.0)
     restart = a.restart_time + write + old
     best = LONGEST if math.isinf(mtbf) else checkpoint_interval(blocked, mtbf)
     interval = min(max(best, old, 1.0), LONGEST)

@@ -16,14 +16,14 @@ from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
-DEFAULT_SIMULATIONS = 6
+DEFAULT_SIMULATIONS = 4
 
 
 @dataclass(frozen=True)
 class Request:
     """What is to be trained, and how the answer is looked for. batch_tokens: wanted tokens per step.
 
-    simulations: of each family, where a node count is searched; eight times as many where the answer is.
+    simulations: of each family, where a node count is searched; four times as many where the answer is.
     runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
     """
 
@@ -162,6 +162,6 @@ def nearest_miss(points: Sequence[Point], goal: Goal, confidence: float) -> Miss
 def quantile(bill: Figures, probability: float) -> float:
     """Seconds within which the run ends with `probability`."""
     if probability == 0.5:
-        return bill.middle
+        return bill.seconds
     low, high = bill.seconds_interval(abs(2 * probability - 1))
     return high if probability > 0.5 else low

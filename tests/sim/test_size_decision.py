@@ -83,7 +83,7 @@ def test_what_if_moves_days_and_cost_and_a_measurement_narrows_them(found: Clust
     assert {"step_time", "price", "matmul"} <= names
     bill = chosen.figures
     for swing in swings:
-        if swing.name in ("step_time", "matmul", "grouped_matmul", "repair_time"):
+        if swing.name in ("step_time", "matmul", "grouped_matmul"):
             assert swing.low.days < bill.days < swing.high.days
     time = next(one for one in swings if one.name == "step_time")
     assert (time.low.days * DAY, time.high.days * DAY) == pytest.approx(bill.seconds_interval())

@@ -149,7 +149,7 @@ def test_chances_of_the_deadline() -> None:
     spreads."""
     bill = figures(H100, 64, Step(1e6), Goal(10**13, DAY))
     low, high = bill.seconds_interval()
-    assert bill.p_within(bill.middle) == pytest.approx(0.5)
+    assert bill.p_within(bill.seconds) == pytest.approx(0.5)
     assert bill.p_within(high) == pytest.approx(0.95)
     assert bill.p_within(low) == pytest.approx(0.05)
     assert bill.p_within(None) is None
@@ -162,6 +162,8 @@ def test_chances_of_the_deadline() -> None:
 
 def test_a_steps_own_interval_moves_the_median() -> None:
     step = Step(1e6, 0.0, low=1.0, high=1.44)
-    bill = figures(H100, 64, step, Goal(10**13, DAY), assume({"failure_rate": 0}))
-    assert bill.middle == pytest.approx(bill.seconds * 1.2)
-    assert bill.seconds_interval()[0] == pytest.approx(bill.seconds, rel=1e-6)
+    a = assume({"failure_rate": 0})
+    bill = figures(H100, 64, step, Goal(10**13, DAY), a)
+    point = figures(H100, 64, Step(1e6), Goal(10**13, DAY), a).seconds
+    assert bill.seconds == pytest.approx(point * 1.2)
+    assert bill.seconds_interval()[0] == pytest.approx(point, rel=1e-6)
