@@ -23,7 +23,6 @@ from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
 from mopsim.program.loss import loss_template
 from mopsim.program.offload import Boundaries
-from mopsim.program.pairs.flat_units import FlatUnits
 from mopsim.program.pipeline import Slot
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
@@ -53,7 +52,7 @@ class Passes:
         self._tapes: dict[tuple[object, ...], Tape] = {}
         self._templates: dict[tuple[object, ...], Template] = {}
 
-    def sharding(self, issue: Builder, stage: Stage) -> Shards | FlatUnits:
+    def sharding(self, issue: Builder, stage: Stage) -> Shards:
         """What gathers parameters and reduces gradients."""
         return Shards(self.context, issue, stage)
 

@@ -52,7 +52,7 @@ class Pairs(Passes):
         return Recorder(self.context.groups)
 
     def sharding(self, issue: Builder, stage: Stage) -> FlatUnits:
-        return FlatUnits(self.context, issue)
+        return FlatUnits(self.context, issue, stage)
 
     def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries:
         return Boundaries(self.context, issue, stage, slots, self.kept, explicit=True)
