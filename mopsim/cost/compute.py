@@ -93,13 +93,20 @@ SERIAL_ROW = 740e-3 / 713268
 bf16 take 740 ms (pytorch issue 137425). Wider rows are added side by side."""
 
 
+ATOMIC_SUMS = 1.17e11
+"""Elements a second that torch's index_add_ adds in bf16, by compare and swap: 108e9 on H100 (4M rows of 128
+in 4.72 ms, pytorch pull request 175760), 124e9 on B300 (16,384 rows of 2,880 in 0.38 ms, whitecircle/halo,
+docs, optimization/grouped-gemm.md): their middle."""
+
+
 def memory_bound(work: Work, profile: HardwareProfile) -> float:
     """`launches` kernels that share `bytes` of traffic; the rate falls for small kernels by bytes_half."""
     device = profile.device
     bandwidth = device.index_bandwidth if work.indexed and device.index_bandwidth else device.memory_bandwidth
     launches = max(work.launches, 1)
     moved = work.bytes + launches * device.memory_bytes_half if work.bytes else 0.0
-    return moved / bandwidth.si + launches * device.launch_overhead.si + work.serial * SERIAL_ROW
+    seconds = max(moved / bandwidth.si, work.sums / ATOMIC_SUMS) + work.serial * SERIAL_ROW
+    return seconds + launches * device.launch_overhead.si
 
 
 def optimizer(work: Work, profile: HardwareProfile) -> float:

@@ -45,8 +45,9 @@ class Work:
     (mopsim.graph.host_costs). group: ranks of a collective.
     drops: attention draws a dropout mask inside its kernel. gradient: of a product that makes a weight
     gradient, bytes of an element that it moves: written, or read and written where it is added to a buffer.
-    indexed: rows are read or written by index. serial: rows added to one row, one after the other. duplex: a
-    transfer beside another the other way, with which it shares host DRAM.
+    indexed: rows are read or written by index. sums: elements added by atomic operations in bf16. serial:
+    rows added to one row, one after the other. duplex: a transfer beside another the other way, with which
+    it shares host DRAM.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Work:
     host: float = 0.0
     indexed: bool = False
     serial: float = 0.0
+    sums: float = 0.0
     duplex: bool = False
     dtype: str = ""
     group: Group = Group(1, 1)

@@ -98,9 +98,22 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     if not forward:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     indexed = kernel.indexed and context.stack.kernels.expert_rows == "composed"
-    serial = 0.0 if forward else kernel.back_serial
-    work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed, serial=serial)
+    sums = size / 2 / context.b if _adds(kernel, forward, context) else 0.0
+    work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums)
+    work = replace(work, serial=0.0 if forward else kernel.back_serial)
     return (work,) if size or launches else ()
+
+
+def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:
+    """Whether a pass of a permutation adds rows up, those of a token's routes, by atomic operations. Rows sent
+    once to a rank are put apart, and together again, where they have arrived."""
+    experts, how = context.strategy.experts, context.stack.kernels.row_sums
+    dense = context.model.num_experts_per_tok >= experts.expert_parallel
+    if how == "gathered" or (how == "atomic_if_sparse" and dense):
+        return False
+    once = experts.token_dispatcher != "alltoall" and experts.expert_parallel > 1
+    names = {True: ("accumulate", "unsort"), False: ("permute", "sort")}
+    return kernel.indexed and kernel.name == names[forward][once]
 
 
 def _map(context: Context, group: Group) -> tuple[Work, ...]:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from mopsim.cost import seconds
-from mopsim.cost.compute import EXPERT_GRADIENTS_EXPOSED, SERIAL_ROW, for_heads
+from mopsim.cost.compute import ATOMIC_SUMS, EXPERT_GRADIENTS_EXPOSED, SERIAL_ROW, for_heads
 from mopsim.graph.shapes import attended_span, causal_pairs
 from mopsim.program.topology import span
 from mopsim.program.workload import Group, Work
@@ -60,6 +60,12 @@ def test_a_weight_gradient_moves_the_sum_that_it_is_added_to() -> None:
 def test_rows_added_to_one_row_wait_for_each_other() -> None:
     work = Work("memory_bound", bytes=1e6, serial=1000.0)
     assert seconds(work, TOY) == pytest.approx(1e-6 + 1000 * SERIAL_ROW)
+
+
+def test_atomic_sums_bound_what_traffic_does_not() -> None:
+    few, many = (Work("memory_bound", bytes=1e9, sums=sums) for sums in (1e6, 1e9))
+    assert seconds(few, TOY) == pytest.approx(1e-3)
+    assert seconds(many, TOY) == pytest.approx(1e9 / ATOMIC_SUMS)
 
 
 def test_groups_under_one_bridge_are_fast_and_those_across_share_the_link() -> None:

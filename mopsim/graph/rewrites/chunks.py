@@ -75,6 +75,7 @@ def _part(kernel: Kernel, share: float, suffix: str, inner: set[str], region: st
         writes=tuple(replace(v, name=v.name + suffix, bytes=int(v.bytes * share)) for v in kernel.writes),
         matmuls=tuple(replace(one, m=one.m * share) for one in kernel.matmuls),
         back_bytes=None if kernel.back_bytes is None else kernel.back_bytes * share,
+        back_serial=kernel.back_serial * share,
         scratch=scaled(kernel.scratch), weight_grad=kernel.weight_grad - added,
         back_scratch=(*scaled(kernel.back_scratch), *((("activations", added),) if added else ())),
         region=region, beside=kernel.kind == "all_to_all",

@@ -317,6 +317,7 @@ _KERNELS = (
     "sequence_exchange",
     "expert_outputs",
     "expert_bias",
+    "row_sums",
     "attention",
     "deterministic",
     "fills",
