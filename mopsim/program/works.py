@@ -105,8 +105,8 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
 
 
 def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:
-    """Whether a pass of a permutation adds rows up, those of a token's routes, by atomic operations. Rows sent
-    once to a rank are put apart, and together again, where they have arrived."""
+    """Whether a pass of a permutation adds rows up, those of a token's routes, by atomic operations. Rows
+    sent once to a rank are put apart, and together again, where they have arrived."""
     experts, how = context.strategy.experts, context.stack.kernels.row_sums
     dense = context.model.num_experts_per_tok >= experts.expert_parallel
     if how == "gathered" or (how == "atomic_if_sparse" and dense):
