@@ -1,7 +1,7 @@
 """`mopsim profile new`: a hardware profile from a data sheet, and what its assumptions are worth."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
-from mopsim.common.units import format_seconds
+from mopsim.common.units import format_seconds, parse_count
 from mopsim.engine import SimResult
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
@@ -56,31 +56,51 @@ def run(card: Card, job: Mapping[str, Any], out: str, ask: bool, json: str | Non
     reference job is not as shipped."""
     check_outputs({"--out": out, "--json": json})
     console = human(json)
-    name, source, figures = card.name, card.source, dict(card.figures)
     if ask:
         console.print("Enter leaves a figure to the nearest known card, and tags it as assumed.")
-        name = name or typer.prompt("name of the machine type, as h20-sxm-96g", err=json == "-")
-        source = source or typer.prompt("where its figures come from", err=json == "-")
-        for figure in FIGURES:
-            if figure.name not in figures:
-                asked = f"{figure.meaning}, {figure.unit}"
-                text = typer.prompt(asked, default="", show_default=False, err=json == "-").strip()
-                figures |= {figure.name: text} if text else {}
-    if not name or not source:
-        raise MopError(f"--{'source' if name else 'name'}: not given, it is needed (or --ask)")
-    profile, near = made(card, name, source, figures)
+        card = asked(card, err=json == "-")
+    if not card.name or not card.source:
+        raise MopError(f"--{'source' if card.name else 'name'}: not given, it is needed (or --ask)")
+    profile, near = made(card)
     io.write_yaml(Path(out), profile)
-    console.print(filled(profile, near, figures))
+    console.print(filled(profile, near, card.figures))
     console.print(f"Written: {out}")
     weighed = _weigh(profile, reference_job(job), console)
     if json:
         io.write_json(json, {"profile": profile, "near": near.name, **weighed})
 
 
-def made(
-    card: Card, name: str, source: str, figures: Mapping[str, str]
-) -> tuple[HardwareProfile, HardwareProfile]:
+def asked(card: Card, err: bool) -> Card:
+    """The card with what its user typed for what was not given. err: the questions go to standard error."""
+
+    def answer(question: str, default: str | None = None) -> str:
+        shown = default is None
+        return str(typer.prompt(question, default=default, show_default=shown, err=err)).strip()
+
+    name = card.name or answer("name of the machine type, as h20-sxm-96g")
+    source = card.source or answer("where its figures come from")
+    architecture = card.architecture
+    if not card.near and not architecture:
+        architecture = answer("architecture of the card, as hopper (Enter: any)", "")
+    devices = card.devices_per_node
+    if devices is None and (typed := answer("GPUs of a node", "")):
+        devices = parse_count(typed, "devices-per-node")
+    figures = dict(card.figures)
+    for figure in FIGURES:
+        while figure.name not in figures and (typed := answer(f"{figure.meaning}, {figure.unit}", "")):
+            try:
+                figure.read(typed, card.tag, source)
+                figures[figure.name] = typed
+            except MopError as error:  # asked again
+                typer.echo(str(error), err=True)
+    return replace(
+        card, name=name, source=source, architecture=architecture, devices_per_node=devices, figures=figures
+    )
+
+
+def made(card: Card) -> tuple[HardwareProfile, HardwareProfile]:
     """The new profile, and the card that fills it. Raises MopError."""
+    name, source, figures = str(card.name), str(card.source), card.figures
     given: dict[str, Quantity] = {
         one.name: one.read(figures[one.name], card.tag, source) for one in FIGURES if one.name in figures
     }

@@ -9,6 +9,7 @@ import pytest
 
 import mopsim
 from mopsim.common import io
+from mopsim.report import explore
 from mopsim.report.explore.page import html
 from mopsim.report.explore.steps import front
 from mopsim.report.explore.views import explorer, kind_of, steps_of
@@ -111,3 +112,16 @@ def test_what_is_no_result_is_one_line(tmp_path: Path, text: str, says: str) -> 
         mopsim.explore(path, tmp_path / "page.html")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_colours_are_okabe_and_itos_and_have_a_shape_beside_them() -> None:
+    text = (Path(explore.__file__).parent / "core.js").read_text(encoding="utf-8")
+    found = re.search(r"const PALETTE = \[(.*?)\]", text)
+    assert found is not None
+    palette = re.findall(r"#[0-9A-F]{6}", found.group(1))
+    assert set(palette) == {
+        "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+    }  # fmt: skip
+    shapes = re.search(r"const SHAPES = \[(.*?)\];", text, re.S)
+    assert shapes is not None
+    assert len(set(re.findall(r'"(M[^"]+)"', shapes.group(1)))) == 8

@@ -101,15 +101,16 @@ def test_the_command_asks_and_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out, said = tmp_path / "new.yaml", tmp_path / "new.json"
-    typed = "new-card\na sheet\n96 GB\n4.0TB/s\n148\n" + "\n" * 7 + "1.2\n"
+    typed = "new-card\na sheet\nhopper\n8\n96 GB\n4.0TB/s\nmany\n148\n" + "\n" * 7 + "1.2\n"
     job = ["--model", "olmoe_1b_7b", "--nodes", "1", "--seq-len", "4K", "--global-batch", "16"]
-    options = ["--architecture", "hopper", "--family", "mop", "--budget", "1", "--json", str(said)]
+    options = ["--family", "mop", "--budget", "1", "--json", str(said)]
     assert call(monkeypatch, "--ask", "--out", str(out), *job, *options, typed=typed) == 0
     card = mopsim.load_hardware(out)
     assert (card.name, card.device.memory.si, card.device.architecture) == ("new-card", 96e9, "hopper")
     assert card.price_per_device_hour is not None
     assert card.price_per_device_hour.value == 1.2
-    printed = capsys.readouterr().out
+    printed, complained = capsys.readouterr()
+    assert "bf16: 'many' is not a number of FLOP/s" in complained  # and asked again
     assert "with each assumption 20 % lower and higher" in printed
     found = json.loads(said.read_text())
     assert found["assumptions"][0].keys() >= {"name", "value", "step_time_lower", "step_time_higher"}
