@@ -41,7 +41,7 @@ def tables(validation: Validation, parts: list[Predicted], level: float = LEVEL)
     if validation.scored:
         found += [_selections(validation), _hold_outs(validation), *_intervals(validation, level)]
         found += [_groups(validation, group) for group in ("source", "gpu", "family", "precision")]
-        found += [_worst(validation), _verdicts(validation)]
+        found += [_worst(validation, level), _verdicts(validation)]
     if validation.refused:
         found.append(_refused(validation))
     if parts:
@@ -77,8 +77,8 @@ def _selections(validation: Validation) -> Grid:
 def _hold_outs(validation: Validation) -> Grid:
     """Leave one source out, and leave one network out."""
     names = tuple(validation.held)
-    columns = [text for name in names for text in (f"{name} left out", "bias")]
-    table = Grid("errors by what a prediction has not learned from", ("rows", "quantity"), ("n", *columns))
+    columns = [text for name in names for text in (f"{name} out", "bias")]
+    table = Grid("errors with the whole source left out, and with the network only", ("rows", "quantity"), ("n", *columns))
     chosen = {name: selections(rows) for name, rows in validation.held.items()}
     for selection in next(iter(chosen.values()), {}):
         for measure in UNITS.values():
@@ -98,7 +98,7 @@ def _intervals(validation: Validation, level: float) -> list[Grid]:
         known = {name: one for name, one in held.items() if one is not None}
         if not known:
             continue
-        columns = tuple(f"{name} left out" for name in known)
+        columns = tuple(f"{name} out" for name in known)
         table = Grid(f"{level:.0%} intervals of {unit} that hold, A and B", ("source",), ("runs", *columns))
         first, every = next(iter(known.values())), list(known.values())
         for source, (_, runs) in sorted(first.by_source.items()):
@@ -126,11 +126,15 @@ def _groups(validation: Validation, group: str) -> Grid:
     return table
 
 
-def _worst(validation: Validation) -> Grid:
-    table = Grid("the ten largest errors of step time", ("run",), ("measured s", "predicted s", "error"))
+def _worst(validation: Validation, level: float) -> Grid:
+    names = ("measured s", "predicted s", f"{level:.0%}", "error")
+    table = Grid("the ten largest errors of step time", ("run",), names)
     for one in worst(validation.scored, 10):
         measured = one.case.measured.step_time or 0.0
-        table.add_row(one.case.id, f"{measured:.3f}", f"{one.calibrated:.3f}", _percent(one.step_error, True))
+        ends = " to ".join(f"{end:.3g}" for end in one.interval("step_time", level))
+        table.add_row(
+            one.case.id, f"{measured:.3f}", f"{one.calibrated:.3f}", ends, _percent(one.step_error, True)
+        )
     return table
 
 
