@@ -78,7 +78,11 @@ def _hold_outs(validation: Validation) -> Grid:
     """Leave one source out, and leave one network out."""
     names = tuple(validation.held)
     columns = [text for name in names for text in (f"{name} out", "bias")]
-    table = Grid("errors with the whole source left out, and with the network only", ("rows", "quantity"), ("n", *columns))
+    table = Grid(
+        "errors with the whole source left out, and with the network only",
+        ("rows", "quantity"),
+        ("n", *columns),
+    )
     chosen = {name: selections(rows) for name, rows in validation.held.items()}
     for selection in next(iter(chosen.values()), {}):
         for measure in UNITS.values():

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mopsim.common import io
-from mopsim.report.validation_tables import Grid, tables
+from mopsim.report.validation_tables import tables
 from mopsim.validate import (
     Case,
     Refused,
@@ -21,13 +21,12 @@ from mopsim.validate import (
     write_cases,
 )
 from mopsim.validate.models import read_rows
-from mopsim.validate.output import GROUPS, MEASURES, selections, to_json
+from mopsim.validate.output import to_json
 from mopsim.validate.run import refused_of, scored_by
-from mopsim.validate.scoring import by_group, errors
 from mopsim.validate.simulated import simulate_all
 from mopsim.validate.tables import read_components, read_runs
 from reports.validation import errors as expected
-from reports.validation import regression
+from reports.validation import headline
 from reports.validation.few_runs import few_runs
 from reports.validation.figures import figures
 from reports.validation.misses import markdown, missed_json, misses
@@ -37,7 +36,7 @@ CASES = HERE / "cases"
 
 
 def main() -> None:
-    """Read or resolve the cases, simulate, write tables, misses and figures."""
+    """Read or resolve the cases, simulate, write tables, misses, figures and the README's figures."""
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--runs", type=Path, help="table of published runs (CSV)")
     asked.add_argument("--models", type=Path, help="table of the networks that they train (CSV)")
@@ -54,11 +53,13 @@ def main() -> None:
     cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
     validation = _validated(cases, options.jobs, refused)
     parts = predict_components(read_components(options.components)) if options.components else []
-    grids = [*tables(validation, parts), few_runs(validation.scored), _by_source(validation)]
+    few = few_runs(validation.scored)
+    grids = [*tables(validation, parts), few]
     missed = misses(validation, parts)
     io.write_text(HERE / "tables.md", "\n".join(grid.markdown() for grid in grids))
     io.write_text(HERE / "misses.md", markdown(missed))
     figures(HERE, validation, parts)
+    headline.install(validation, parts, few)
     if options.json:
         io.write_json(options.json, to_json(validation, parts) | missed_json(missed))
 
@@ -84,28 +85,6 @@ def resolve(runs: Path, models: Path | None) -> list[Refused]:
         write_cases(CASES / f"{source}.jsonl", some)
     print(f"{len(cases)} cases in {CASES}, {len(refused)} rows refused")
     return refused
-
-
-def _by_source(validation: Validation) -> Grid:
-    """The runs that the figures are stated for, beside what six coefficients make of them."""
-    table = Grid(
-        "bf16 and fp16, A and B, by source",
-        ("source",),
-        ("runs", "held out", "bias", "uncalibrated", "regression"),
-    )
-    chosen = selections(validation.scored)["bf16_fp16_AB"]
-    lines = regression.of_scored(validation.scored)
-    held, alone = (
-        by_group(chosen, MEASURES[name], GROUPS["source"])
-        for name in ("step_time_s", "step_time_s_uncalibrated")
-    )
-    for source, found in sorted(held.items()):
-        line = errors(lines.get(one.case.id) for one in chosen if one.case.source.name == source)
-        last = f"{line.mape:.1%}" if line else "none"
-        table.add_row(
-            source, str(found.n), f"{found.mape:.1%}", f"{found.bias:+.1%}", f"{alone[source].mape:.1%}", last
-        )
-    return table
 
 
 if __name__ == "__main__":
