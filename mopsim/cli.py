@@ -87,7 +87,7 @@ def search(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
         stack, interval,
     )  # fmt: skip
-    run(job, top, family, runnable, risk, any_routing, budget, plan, seal, json)
+    raise typer.Exit(run(job, top, family, runnable, risk, any_routing, budget, plan, seal, json))
 
 
 @app.command()

@@ -15,9 +15,13 @@ from mopsim.common import io
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
+from mopsim.graph.tensors import total_params
 from mopsim.report import tables
-from mopsim.search import SearchResult
+from mopsim.search import Options, SearchResult
+from mopsim.search.miss import would_fit
+from mopsim.search.problem import Problem
 from mopsim.search.result import plan_json
+from mopsim.search.why import why
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.validate.sealed import seal
@@ -228,8 +232,8 @@ class Ranking(Result):
     best_by_family: dict[str, dict[str, Any] | None]
     verdict: str
 
-    def __init__(self, inputs: Inputs, found: SearchResult, families: Sequence[str]) -> None:
-        self.inputs, self.found, self.families = inputs, found, tuple(families)
+    def __init__(self, inputs: Inputs, found: SearchResult, options: Options) -> None:
+        self.inputs, self.found, self.options = inputs, found, options
 
     @property
     def top(self) -> list[Simulation]:
@@ -247,14 +251,33 @@ class Ranking(Result):
         one = self.found.closest
         return Simulation(self.inputs, one) if one and not self.found.top else None
 
+    @cached_property
+    def why(self) -> list[str]:
+        """What bounds the step, what each restriction costs, what would change the answer, and the rivals;
+        where nothing fits, what would. A line each; simulates some plans on other hardware, or searches."""
+        i = self.inputs
+        total = total_params(i.model)
+        problem = Problem(i.model, i.hardware, i.nodes, i.training, total, i.precision, i.stack)
+        return why(self.found, problem) if self.found.best else would_fit(self.found, problem, self.options)
+
     def to_json(self) -> dict[str, Any]:
         """`stack`: that of all families by name, null where each has its own."""
+        return {**self._plain, "why": self.why}
+
+    @cached_property
+    def _plain(self) -> dict[str, Any]:
+        """The keys that are known without `why`."""
         stack, parameters = self.inputs.stack, counts(self.inputs.model).to_json()
         return {
             **self.found.to_json(self.inputs.interval),
             "stack": stack.name if stack else None,
             "parameters": parameters,
         }
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and name in self._plain:
+            return self._plain[name]
+        return super().__getattr__(name)
 
     def headline(self) -> str:
         return f"{self.found.verdict()}; {self.found.exhausted()}"

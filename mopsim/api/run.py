@@ -107,4 +107,4 @@ def search(
     chosen = read_families(families, FAMILIES)
     options = Options(chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack)
     found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
-    return Ranking(inputs, found, chosen)
+    return Ranking(inputs, found, options)

@@ -1,15 +1,19 @@
 """`mopsim search`: rank the strategies that fit."""
 
+import sys
+
 from mopsim.api.run import search
 from mopsim.commands.console import human
 from mopsim.commands.options import Job
 from mopsim.commands.progress import progress
 from mopsim.common import io
-from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
-from mopsim.report.tables import best_of_each, comparison, describe
+from mopsim.report.tables import best_of_others, comparison
+
+NOTHING_FITS = 3
+"""Exit code where no plan fits, or none may be run."""
 
 
 def run(
@@ -23,8 +27,9 @@ def run(
     plan: str | None,
     seal: str | None,
     json: str | None,
-) -> None:
-    """Search with a progress line, show the ranking, write the winner's plan and the JSON."""
+) -> int:
+    """Search with a progress line, show the ranking and why it is so, write the winner's plan and the JSON.
+    Returns the exit code: 3 where nothing fits."""
     check_outputs({"--plan": plan, "--seal": seal, "--json": json})
     console = human(json)
     with progress(console, "searching", None) as shown:
@@ -39,11 +44,14 @@ def run(
     found, where, level = ranking.found, ranking.inputs.where, ranking.inputs.interval
     console.print(ranking.inputs.parameters, style="dim")
     if found.top:
-        console.print(comparison(found.top, where, level))
-        console.print(f"Winner: {describe(found.top[0].strategy)}; {found.exhausted()}")
-        console.print(best_of_each(found.best_by_family))
+        console.print(comparison(found.top, where, level, found.free))
+        console.print(best_of_others(found.best_by_family))
     elif found.closest:
         console.print(comparison([found.closest], f"{where}: the closest that misses", level))
+    with progress(console, "asking why", None):
+        lines = ranking.why
+    for line in lines:
+        console.print(f"- {line}")
     refused = [one for one in ranking.top if not one.runnable]
     if refused:
         console.print(
@@ -51,9 +59,10 @@ def run(
             "leaves them out; mopsim export writes them)"
         )
     rate = found.bounded / max(found.bound_seconds, 1e-9)
+    said = found.exhausted() if found.top else found.verdict()
     console.print(
-        f"{found.verdict()}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
-        f"{found.simulated} simulated, {found.seconds:.1f} s; {found.exhausted()}"
+        f"{said}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
+        f"{found.simulated} simulated, {found.seconds:.1f} s"
     )
     for reason, count in found.rejected.most_common():
         console.print(f"  {count:>9,}  {reason}", style="dim")
@@ -61,8 +70,9 @@ def run(
         io.write_json(json, ranking.to_json())
     for option, path in (("--plan", plan), ("--seal", seal)):
         if path and not ranking.best:
-            raise MopError(f"{option}: {path} not written: {found.verdict()}")
+            print(f"mopsim: {option}: {path} not written: {found.verdict()}", file=sys.stderr)
     if plan and ranking.best:
         ranking.best.save_plan(plan)
     if seal and ranking.best:
         console.print(f"sealed in {seal}: sha256 {ranking.best.seal(seal)}")
+    return 0 if ranking.best else NOTHING_FITS

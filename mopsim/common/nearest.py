@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 from mopsim.common.errors import MopError, shown
 
+FEW = 40
+"""Names up to which a refusal lists them all."""
+LISTED = {"preset": "listed by python -c 'import mopsim; print(mopsim.list_models())'"}
+"""Where the names of a kind are listed."""
 _SAME, _PREFIX = 1.0, 0.6
 
 
@@ -27,12 +31,14 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 def unknown(field: str, name: str, known: Iterable[str], kind: str, file: bool = True) -> MopError:
     """The refusal of a `name` that is no `kind` (file: nor a file): near names, and all that are known
-    where they are few or none is near."""
+    where they are few, else where their list is."""
     names = list(known)
     near = nearest(name.replace("\\", "/").rstrip("/").rpartition("/")[2], names)
     hints = [f"near: {', '.join(near)}"] if near else []
-    if file and (len(names) <= 40 or not near):
+    if file and len(names) <= FEW:
         hints.append(f"known: {', '.join(names)}")
+    elif file:
+        hints.append(f"{len(names)} are known, {LISTED.get(kind, 'see docs/')}")
     what = f"neither a {kind} nor a file" if file else f"not one of {', '.join(names)}"
     return MopError("; ".join([f"{field}: {shown(name)} is {what}", *hints]))
 

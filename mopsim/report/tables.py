@@ -1,6 +1,7 @@
 """Tables for the terminal and for reports: what a buyer asks of a strategy."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Group
 from rich.text import Text
@@ -9,7 +10,7 @@ from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals import SURE
 from mopsim.report.terminal import numbered, size, table
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.line import describe as describe
 
 COLUMNS = (
     "strategy", "step", "step, 90 %", "tokens/s per GPU", "MFU", "memory", "memory, 90 %", "limit", "host",
@@ -18,63 +19,6 @@ COLUMNS = (
 """90 %: between which two values a measured one lies with this probability. memory: device peak; limit: share
 of the usable device memory that the peak is. exposed: seconds of compute waiting for communication, copies
 and the host."""
-
-
-def describe(strategy: Strategy) -> str:
-    """A strategy in a line, in Megatron's and TorchTitan's words: what equals the plain case is left out."""
-    s = strategy
-    fsdp = s.dense.fsdp if s.dense.zero == 3 else 1
-    degrees = {
-        "TP": s.dense.tensor_parallel, "PP": s.pipeline.pipeline_parallel, "VP": s.pipeline.virtual_stages,
-        "CP": s.attention.context_parallel, "EP": s.experts.expert_parallel, 
-        "ETP": s.experts.expert_tensor_parallel, "FSDP": fsdp,
-    }  # fmt: skip
-    parts = [f"{name}={value}" for name, value in degrees.items() if value > 1]
-    if s.dense.zero < 3 and s.dense.fsdp > 1:
-        parts.append(f"ZeRO-{s.dense.zero}={s.dense.fsdp}")
-    usual = (1, s.expert_replicas) if s.experts.expert_parallel > 1 else (s.dense.fsdp,)
-    if s.experts.expert_fsdp not in usual:
-        parts.append(f"expert-FSDP={s.experts.expert_fsdp}")
-    if s.dense.tensor_parallel > 1 and not s.dense.sequence_parallel:
-        parts.append("sequence-parallel=no")
-    if s.attention.context_parallel > 1:
-        parts.append(f"CP-by={s.attention.cp_comm_type}")
-    parts += [_vocabulary(s), f"mbs={s.micro_batch}"]
-    if s.experts.chunk_tokens:
-        parts.append(f"expert-chunk={s.experts.chunk_tokens}")
-    if s.dense.chunk_tokens:
-        parts.append(f"ffn-chunk={s.dense.chunk_tokens}")
-    parts.append(f"recompute={'+'.join(s.activations.modules) or s.activations.recompute}")
-    if away := _offloaded(s):
-        parts.append(f"offload={','.join(away)}")
-    if s.dense.zero == 3 and not s.dense.reshard_after_forward:
-        parts.append("reshard=no")
-    return f"{s.name} {' '.join(parts)}"
-
-
-def _vocabulary(s: Strategy) -> str:
-    """How the vocabulary and its loss are split: over ranks, and over rows."""
-    rows = f"/{s.vocabulary.chunk_tokens}" if s.vocabulary.chunk_tokens else ""
-    if s.vocabulary.loss in ("ring", "vocab_parallel"):
-        kind = s.vocabulary.loss.removeprefix("vocab_")
-        return f"vocab-{kind}={s.vocabulary.vocab_parallel}{rows}"
-    return f"loss={s.vocabulary.loss}{rows}"
-
-
-def _offloaded(s: Strategy) -> list[str]:
-    """What is kept on the host."""
-    found = []
-    if s.activations.layer_inputs == "host":
-        budget = s.activations.host_budget
-        found.append("inputs" + (f"/{format_bytes(budget, 0).replace(' ', '')}" if budget else ""))
-    if s.activations.cpu_offload_layers:
-        found.append(f"{s.activations.cpu_offload_layers}-layers")
-    if s.dense.param_tier == "host":
-        found.append("params")
-    if s.optimizer.state_tier == "host":
-        part = "" if s.optimizer.host_fraction == 1 else f"-{s.optimizer.host_fraction:.0%}"
-        found.append(f"optimizer{part}{'' if s.optimizer.update_on == 'host' else '-streamed'}")
-    return found
 
 
 def row(result: SimResult) -> list[str]:
@@ -111,9 +55,14 @@ def beside(interval: tuple[float, float], value: float, text: str) -> str:
     )
 
 
-def comparison(results: Sequence[SimResult], title: str, level: float = 0.9) -> Group:
+def comparison(
+    results: Sequence[SimResult],
+    title: str,
+    level: float = 0.9,
+    free: Sequence[Mapping[str, Sequence[Any]]] = (),
+) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
-    level: of the intervals."""
+    level: of the intervals. free: of each, `SearchResult.free`."""
     names = ("step", f"{level:.0%}", "tokens/s\nper GPU", "MFU", "exposed", "memory", f"{level:.0%}", "host")
     shown = table(title, ("#",), names)
     shown.padding = 0  # eight numbers in 80 columns
@@ -131,7 +80,8 @@ def comparison(results: Sequence[SimResult], title: str, level: float = 0.9) -> 
             size(result.host_memory),
             format_probability(result.p_fits) if result.fits else "out", style=style,
         )  # fmt: skip
-        lines.append(Text(f"{describe(result.strategy)}{_beyond(result)}", style=style))
+        also = freedom(free[number - 1]) if free else ""
+        lines.append(Text(f"{describe(result.strategy)}{_beyond(result)}{also}", style=style))
     limits = {(result.memory_limit, result.host_limit) for result in results}
     limit = "; ".join(
         f"{format_bytes(device)} of device, {format_bytes(host)} of host" for device, host in limits
@@ -148,16 +98,28 @@ def comparison(results: Sequence[SimResult], title: str, level: float = 0.9) -> 
     )
 
 
-def best_of_each(best: Mapping[str, SimResult | None]) -> Text:
-    """The best strategy of each family, and how the others compare with the fastest."""
+def freedom(fields: Mapping[str, Sequence[Any]]) -> str:
+    """'; as fast: micro_batch 1 or 2, dense.fsdp 8 or 16': what a row's plans differ in."""
+    said = (f"{name} {' or '.join(map(_value, values))}" for name, values in fields.items())
+    return f"; as fast: {', '.join(said)}" if fields else ""
+
+
+def _value(value: Any) -> str:
+    return "+".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value).lower()
+
+
+def best_of_others(best: Mapping[str, SimResult | None]) -> Text:
+    """The best strategy of each family but the fastest one's, and how they compare with it."""
     fastest = min((one.step_time for one in best.values() if one), default=0.0)
     lines = []
     for family, one in best.items():
+        if one and one.step_time == fastest:
+            continue
         if one is None:
             lines.append(f"best of {family}: none (the counts below say why)")
             continue
         speed = f"{one.tokens_per_second_per_device:,.0f} tokens/s per GPU"
-        part = "" if one.step_time == fastest else f" ({fastest / one.step_time:.2f} of the fastest)"
+        part = f" ({fastest / one.step_time:.2f} of the fastest)"
         lines.append(f"best of {family}: {speed}{part}, {describe(one.strategy)}")
     return Text("\n".join(lines))
 

@@ -17,6 +17,7 @@ from mopsim.search.problem import Problem
 from mopsim.search.result import NOT_RUN, SearchResult
 from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import candidates
+from mopsim.search.ties import TIED, rows
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -80,6 +81,7 @@ def _add(result: SearchResult, found: SearchResult) -> None:
     result.bounded += found.bounded
     result.simulated += found.simulated
     result.rejected.update(found.rejected)
+    result.played += found.played
     keep_closest(found.closest, result)
 
 
@@ -94,8 +96,11 @@ def _merge(hunts: dict[str, Hunt], options: Options, result: SearchResult) -> No
         result.rejected[RISK] -= len(ranked)
         for hunt in hunts.values():
             hunt.found.top = hunt.found.risky
-    result.top = sorted(ranked, key=rank)[: options.top]
-    result.rejected[SLOWER] += len(ranked) - len(result.top)
+    found = rows(sorted(ranked, key=rank), options.top)
+    result.top, result.free = [row.best for row in found], [row.freedom() for row in found]
+    tied = sum(len(row.tied) for row in found)
+    result.rejected[TIED] += tied
+    result.rejected[SLOWER] += len(ranked) - len(result.top) - tied
     result.gap = _gap([bound for hunt in hunts.values() for bound in hunt.left()], result.best)
 
 
@@ -104,7 +109,7 @@ def _settle(hunt: Hunt, options: Options, result: SearchResult) -> None:
     left = hunt.left()
     slower = int((left >= hunt.last()).sum())
     spent = hunt.found.simulated >= options.budget
-    reason = "budget of simulations spent" if spent else "left out: nothing faster came for long"
+    reason = "not tried: budget of simulations spent" if spent else "not tried: those before were no faster"
     result.rejected["slower, bound: cannot beat those ranked"] += slower
     result.rejected[reason] += len(left) - slower
 

@@ -97,6 +97,7 @@ class Hunt:
         """Learn from one simulation and rank it."""
         pool, found = self.pool, self.found
         self.idle += bool(found.top)
+        found.played.append(simulated)
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
             memory = (round(simulated.device.quantile(SURE)), round(simulated.host.quantile(SURE)))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from mopsim.common.units import format_bytes
 from mopsim.engine import SimResult
@@ -18,6 +19,9 @@ class SearchResult:
     by least, where none fits. risky: results that fit with a probability below
     SURE, left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
+
+    free: for each of `top`, the fields that may have other values in a plan of its family that is as fast
+    (within TIE), with the values. played: all results.
 
     candidates: every combination of values; each is in `top` or counted once in `rejected`. bounded: those of
     them that are legal (and that mopexec runs, if only those were asked for). simulated: events played.
@@ -38,6 +42,8 @@ class SearchResult:
     closest: SimResult | None = None
     risky: list[SimResult] = field(default_factory=list)
     best_by_family: dict[str, SimResult | None] = field(default_factory=dict)
+    free: list[dict[str, list[Any]]] = field(default_factory=list)
+    played: list[SimResult] = field(default_factory=list)
 
     @property
     def best(self) -> SimResult | None:
@@ -50,7 +56,10 @@ class SearchResult:
 
     def to_json(self, level: float = 0.9) -> dict[str, object]:
         """The keys of the `search` command. level: of the intervals."""
-        found = [plan_json(result, self.model, level) for result in self.top]
+        found = [
+            {**plan_json(result, self.model, level), "as_fast": free}
+            for result, free in zip(self.top, self.free, strict=True)
+        ]
         return {
             "candidates": self.candidates,
             "bounded": self.bounded,

@@ -22,6 +22,8 @@ from mopsim.strategies import STACKS
 IN_8_BITS = ("fsdp2", "megatron")
 """Families whose products may be cast (CAST)."""
 
+NO_CHOICE = ""
+"""The reason against values of an axis that mean nothing in a row: no candidates, and not counted."""
 Columns = dict[str, Column]
 Relation = tuple[str, tuple[str, ...], Callable[[Columns], NDArray[np.bool_]]]
 """What a row breaks; the columns that it is about beside those of the ranks; whether rows keep it."""
@@ -117,7 +119,7 @@ def _legal(
             continue
         broken = keep & ~legal(columns)
         if broken.any():
-            rejected[reason] += int(broken.sum())
+            rejected[reason] += int(broken.sum()) if reason != NO_CHOICE else 0
             keep &= ~broken
     return columns if keep.all() else _taken(columns, np.flatnonzero(keep))
 
@@ -166,17 +168,17 @@ def _relations(problem: Problem, columns: Columns) -> Iterator[Relation]:
         lambda c: np.maximum.reduce([c["chunks"], c["ffn_slices"], c["loss_slices"]]) <= tokens(problem, c),
     )
     yield (
-        "modules are recomputed where layers are not",
+        NO_CHOICE,  # modules are recomputed where layers are not
         ("modules",),
         lambda c: (c["modules"] == 0) | (c["recompute"] == 0),
     )
     yield (
-        "a way to reach experts is chosen where they are on other ranks",
+        NO_CHOICE,  # a way to reach experts is chosen where they are on other ranks
         ("dispatcher",),
         lambda c: (c["dispatcher"] == 0) | (c["experts"] > 1),
     )
     yield (
-        "exchanges of experts overlap where they are on other ranks, and between virtual stages",
+        NO_CHOICE,  # exchanges of experts overlap where they are on other ranks, and between virtual stages
         ("overlap", "virtual_stages"),
         lambda c: (
             (c["overlap"] == 0)
@@ -185,12 +187,12 @@ def _relations(problem: Problem, columns: Columns) -> Iterator[Relation]:
         ),
     )
     yield (
-        "a way to trade a sequence is chosen where it is split",
+        NO_CHOICE,  # a way to trade a sequence is chosen where it is split
         ("exchange",),
         lambda c: (c["exchange"] == columns["exchange"][0]) | (c["sequence"] > 1),
     )
     yield (
-        "a placement of experts is chosen where it differs",
+        NO_CHOICE,  # a placement of experts is chosen where it differs
         ("strided",),
         lambda c: (
             (c["strided"] == 0) | ((c["experts"] > 1) & (c["experts"] < problem.world_size // c["pipeline"]))
@@ -270,4 +272,4 @@ def _over_layers(problem: Problem) -> Iterable[Relation]:
         table = [legal(code // 10000, code // 10 % 1000, code % 10) for code in values.tolist()]
         return np.asarray(np.array(table, dtype=np.bool_)[places])
 
-    yield "the layers are not laid out over the stages so", ("virtual_stages",), kept
+    yield NO_CHOICE, ("virtual_stages",), kept

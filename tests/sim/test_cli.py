@@ -128,11 +128,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_plan_of_nothing_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     job = ["--model", "deepseek_v3", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "2"]
-    assert call(monkeypatch, "search", *job, "--plan", str(plan)) == 2
+    assert call(monkeypatch, "search", *job, "--plan", str(plan)) == 3
     assert not plan.exists()
 
 
-def test_nothing_fits_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_fits_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "s.json"
     job = [
         "--model",
@@ -146,7 +146,7 @@ def test_nothing_fits_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         "--budget",
         "10",
     ]
-    assert call(monkeypatch, "search", *job, "--json", str(out)) == 0
+    assert call(monkeypatch, "search", *job, "--json", str(out)) == 3
     found = json.loads(out.read_text())
     assert found["best"] is None
     assert "nothing fits" in found["verdict"]

@@ -1,0 +1,92 @@
+"""Where nothing fits: the nearest miss, and the smallest changes that would make a plan fit."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from msgspec.structs import replace as changed
+
+from mopsim.common.errors import MopError
+from mopsim.common.units import format_bytes
+from mopsim.cost.compute import matmul_curve
+from mopsim.search.driver import search
+from mopsim.search.options import Options
+from mopsim.search.problem import Problem
+from mopsim.search.result import SearchResult
+from mopsim.spec.line import describe
+from mopsim.spec.strategy import MatmulDType
+
+TRIES = 3
+"""Simulations of each family that a change gets."""
+DOUBLINGS = 6
+"""How often nodes are doubled, or the sequence halved, at most."""
+NARROWER: dict[str, tuple[MatmulDType, ...]] = {
+    "float64": ("float32", "bfloat16"), "float32": ("bfloat16",), "bfloat16": ("mxfp8", "fp8"),
+}  # fmt: skip
+
+Change = tuple[str, Problem]
+
+
+def would_fit(found: SearchResult, problem: Problem, options: Options) -> list[str]:
+    """A line each: what is missed and by how much; of each kind of change the smallest that a short search
+    finds a plan for."""
+    lines = []
+    if (one := found.closest) is not None:
+        host = one.over == "host"
+        limit, where = (one.host_limit, "host") if host else (one.memory_limit, "device")
+        most = "" if host else f", most of it {one.over}"
+        lines.append(
+            f"the nearest miss is {format_bytes(one.over_bytes)} over the {where} memory of a rank "
+            f"({one.over_bytes / max(limit, 1):.0%} more would do{most}): {describe(one.strategy)}"
+        )
+    kinds = (_nodes(problem), _lengths(problem), _bits(problem), _hosts(found, problem))
+    for kind in kinds:
+        for said, other in kind:
+            if (plan := _fits(other, options)) is not None:
+                lines.append(f"{said} would fit: {plan}")
+                break
+    if len(lines) == (found.closest is not None):
+        lines.append("no change of nodes, sequence, bits or host memory alone was found that would fit")
+    return lines
+
+
+def _fits(problem: Problem, options: Options) -> str | None:
+    """A plan that fits, in a line."""
+    short = replace(options, top=1, budget=TRIES, precision=problem.precision, stack=problem.stack)
+    p = problem
+    best = search(p.model, p.hardware, p.num_nodes, p.training, short).best
+    return describe(best.strategy) if best else None
+
+
+def _nodes(problem: Problem) -> Iterator[Change]:
+    for doubled in range(1, DOUBLINGS + 1):
+        nodes = problem.num_nodes << doubled
+        yield f"{nodes} nodes instead of {problem.num_nodes}", replace(problem, num_nodes=nodes)
+
+
+def _lengths(problem: Problem) -> Iterator[Change]:
+    whole = problem.training.seq_len
+    for halved in range(1, DOUBLINGS + 1):
+        length = whole >> halved
+        if length >= 512 and whole % (1 << halved) == 0:
+            training = changed(problem.training, seq_len=length)
+            yield f"sequences of {length:,} tokens instead of {whole:,}", replace(problem, training=training)
+
+
+def _bits(problem: Problem) -> Iterator[Change]:
+    for precision in NARROWER.get(problem.precision, ()):
+        try:
+            matmul_curve(problem.hardware, precision)
+        except MopError:
+            continue
+        yield f"{precision} instead of {problem.precision}", replace(problem, precision=precision)
+
+
+def _hosts(found: SearchResult, problem: Problem) -> Iterator[Change]:
+    """A larger host, where a plan was seen that misses nothing else."""
+    if not any(one.over == "host" for one in found.played):
+        return
+    host = problem.hardware.host
+    for times in (2, 4):
+        memory = changed(host.memory, value=host.memory.value * times)
+        hardware = changed(problem.hardware, host=changed(host, memory=memory))
+        yield f"{format_bytes(memory.si)} of host memory a node", replace(problem, hardware=hardware)

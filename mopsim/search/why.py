@@ -1,0 +1,188 @@
+"""Why a search's answer is what it is: what bounds the step, what each restriction costs, what would change
+the answer, and the nearest rivals of other families."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mopsim.common.errors import MopError
+from mopsim.common.io import convert, to_plain
+from mopsim.common.units import format_bytes, format_seconds
+from mopsim.engine import SimResult, simulate
+from mopsim.search.hunt import TIE
+from mopsim.search.problem import Problem
+from mopsim.search.result import SearchResult
+from mopsim.spec.capability import runnable
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.line import describe
+
+WAITS = {
+    "all_gather": "all-gathers", "reduce_scatter": "reductions of gradients", "all_reduce": "all-reduces",
+    "all_to_all": "all-to-alls of experts and sequences", "send_recv": "sends between neighbours",
+    "h2d": "copies from the host", "d2h": "copies to the host", "peers": "other pipeline stages",
+    "host": "the host, which starts kernels late", "host_optimizer": "the optimizer on the host",
+}  # fmt: skip
+"""What compute waits for, by kind of `SimResult.exposed`."""
+SOME, MUCH = 0.02, 0.15
+"""Shares of a step from which waiting for something is told, and is said to bound the step."""
+MORE = 2.0
+"""By what factor a link is made faster, to see whether the answer changes."""
+GAIN = 0.02
+"""Part by which a plan must be faster for the memory that it lacks to be told."""
+NEAR, RIVALS = 2.0, 3
+"""Rivals of up to so many times the best step time, and so many of them, are played on faster links."""
+LINKS = {
+    "the network between nodes": ("scale_out", ("peak", "bandwidth")),
+    "the link to the host": ("host", ("link_h2d", "link_d2h", "memory_bandwidth")),
+}
+"""What may be faster: a part of the profile, and its fields at any depth."""
+
+Rule = Callable[[SimResult], bool]
+
+
+def why(found: SearchResult, problem: Problem) -> list[str]:
+    """A line each; none where nothing fits. Plays the best of the families again on faster links."""
+    if found.best is None:
+        return []
+    fits = [one for one in found.played if one.fits]
+    lines = [_bounds(found.best)]
+    lines += [_costs(found.best, name, rule, fits) for name, rule in _restrictions(found)]
+    lines += [line for line in (_memory(found, "device"), _memory(found, "host")) if line]
+    lines += [line for line in (_faster(found, problem, name) for name in LINKS) if line]
+    return [*lines, *_rivals(found)]
+
+
+def _bounds(best: SimResult) -> str:
+    """Where the step goes, and what it waits for most."""
+    step = best.step_time
+    parts = sorted(best.time_by_component.items(), key=lambda item: -item[1])[:3]
+    spent = ", ".join(f"{name} {part / step:.0%}" for name, part in parts)
+    waits = _waits(best)
+    most = max(best.exposed.values(), default=0.0) / step
+    what = "waiting bounds it" if most >= MUCH else "compute bounds it"
+    said = ", ".join(f"{share:.0%} for {name}" for name, share in waits) or "next to nothing"
+    return f"the step of {format_seconds(step)} goes to {spent}; {what}: compute waits {said}"
+
+
+def _waits(one: SimResult) -> list[tuple[str, float]]:
+    """(What compute waits for, share of the step), most first."""
+    shares = sorted(((part / one.step_time, name) for name, part in one.exposed.items()), reverse=True)
+    return [(WAITS.get(name, name.replace("_", " ")), share) for share, name in shares[:3] if share >= SOME]
+
+
+def _restrictions(found: SearchResult) -> Iterator[tuple[str, Rule]]:
+    """Rules that a user may have, of those that the best does not keep."""
+    best = found.best
+    assert best is not None
+    rules: dict[str, Rule] = {
+        "only what mopexec runs": lambda one: (
+            runnable(one.strategy, found.model, one.training, one.stack) is None
+        ),
+        "nothing on the host": lambda one: one.host_memory == 0,
+        "no recomputation": lambda one: one.strategy.activations.recompute == "none",
+        "no pipeline": lambda one: one.strategy.pipeline.pipeline_parallel == 1,
+        "no tensor parallelism": lambda one: one.strategy.dense.tensor_parallel == 1,
+    }
+    for name, rule in rules.items():
+        if not rule(best):
+            yield name, rule
+
+
+def _costs(best: SimResult, name: str, rule: Rule, fits: Sequence[SimResult]) -> str:
+    kept = min((one for one in fits if rule(one)), key=lambda one: one.step_time, default=None)
+    if kept is None:
+        return f"{name}: no such plan among the {len(fits)} simulated that fit"
+    slower = kept.step_time / best.step_time - 1
+    cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%}"
+    return f"{name}: {cost}, {format_seconds(kept.step_time)}, {describe(kept.strategy)}"
+
+
+def _memory(found: SearchResult, where: str) -> str | None:
+    """The least memory that would make a faster plan fit."""
+    best = found.best
+    assert best is not None
+    over = [
+        one for one in found.played
+        if not one.fits and one.step_time * (1 + GAIN) < best.step_time and _over(one, where) > 0
+        and _over(one, "host" if where == "device" else "device") <= 0
+    ]  # fmt: skip
+    if not over:
+        return None
+    one = min(over, key=lambda one: _over(one, where))
+    limit, missing = (one.memory_limit if where == "device" else one.host_limit), _over(one, where)
+    gain = best.step_time / one.step_time - 1
+    return (
+        f"with {missing / limit:.0%} more {where} memory a rank ({format_bytes(missing)}) "
+        f"a plan fits that is {gain:.0%} faster: {describe(one.strategy)}"
+    )
+
+
+def _over(one: SimResult, where: str) -> int:
+    """Bytes by which a limit is missed."""
+    if where == "device":
+        return one.peak_memory - one.memory_limit
+    return one.host_memory - one.host_limit
+
+
+def _faster(found: SearchResult, problem: Problem, name: str) -> str | None:
+    """What the best of the families do where a link is faster; None where there is none or none uses it."""
+    best = found.best
+    assert best is not None
+    hardware = faster(problem.hardware, *LINKS[name], MORE)
+    near = [one for one in _others(found) if one.step_time <= NEAR * best.step_time][: RIVALS - 1]
+    if hardware is None or (name == "the network between nodes" and problem.num_nodes == 1):
+        return None
+    if name == "the link to the host" and not any(one.host_memory for one in (best, *near)):
+        return None
+    again = [
+        simulate(problem.model, hardware, problem.num_nodes, one.strategy, one.training, one.stack)
+        for one in (best, *near)
+    ]
+    first = min(again, key=lambda one: one.step_time)
+    gain = best.step_time / again[0].step_time - 1
+    takes = f"takes {format_seconds(again[0].step_time)} ({gain:.0%} faster)"
+    takes = takes if gain > TIE else "takes as long"
+    said = f"with {name} {MORE:g} times as fast the step {takes}"
+    if first.step_time * (1 + TIE) < again[0].step_time:
+        return f"{said}, and {first.strategy.name} is best: {format_seconds(first.step_time)}"
+    return f"{said}; the order stays"
+
+
+def faster(
+    hardware: HardwareProfile, part: str, fields: Sequence[str], factor: float
+) -> HardwareProfile | None:
+    """The machine with the quantities of these names, in one part of its profile, so many times as large;
+    None where such a profile would be refused."""
+    data = to_plain(hardware)
+
+    def grow(node: Any) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            if key in fields and isinstance(value, dict) and "value" in value:
+                value["value"] *= factor
+            else:
+                grow(value)
+
+    grow(data[part])
+    try:
+        return convert(data, HardwareProfile, "hardware")
+    except MopError:
+        return None
+
+
+def _others(found: SearchResult) -> list[SimResult]:
+    """The best of the other families, fastest first."""
+    best = found.best
+    assert best is not None
+    others = [one for one in found.best_by_family.values() if one and one.strategy.name != best.strategy.name]
+    return sorted(others, key=lambda one: one.step_time)
+
+
+def _rivals(found: SearchResult) -> list[str]:
+    """How the best of each other family compares, and what it waits for."""
+    best = found.best
+    assert best is not None
+    lines = []
+    for one in _others(found):
+        waits = _waits(one)
+        said = f", waits {waits[0][1]:.0%} for {waits[0][0]}" if waits else ", waits for next to nothing"
+        lines.append(f"{one.strategy.name} takes {one.step_time / best.step_time:.2f} times as long{said}")
+    return lines

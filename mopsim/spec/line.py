@@ -1,0 +1,81 @@
+"""A strategy in a line of text."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from mopsim.common.units import format_bytes
+from mopsim.spec.strategy import Strategy
+
+
+def describe(strategy: Strategy) -> str:
+    """A strategy in a line, in Megatron's and TorchTitan's words: what equals the plain case is left out."""
+    s = strategy
+    fsdp = s.dense.fsdp if s.dense.zero == 3 else 1
+    degrees = {
+        "DP": s.data_groups, "TP": s.dense.tensor_parallel, "PP": s.pipeline.pipeline_parallel,
+        "VP": s.pipeline.virtual_stages, "CP": s.attention.context_parallel, "EP": s.experts.expert_parallel,
+        "ETP": s.experts.expert_tensor_parallel, "FSDP": fsdp,
+    }  # fmt: skip
+    parts = [f"{name}={value}" for name, value in degrees.items() if value > 1]
+    if s.dense.zero < 3 and s.dense.fsdp > 1:
+        parts.append(f"ZeRO-{s.dense.zero}={s.dense.fsdp}")
+    usual = (1, s.expert_replicas) if s.experts.expert_parallel > 1 else (s.dense.fsdp,)
+    if s.experts.expert_fsdp not in usual:
+        parts.append(f"expert-FSDP={s.experts.expert_fsdp}")
+    if s.dense.tensor_parallel > 1 and not s.dense.sequence_parallel:
+        parts.append("sequence-parallel=no")
+    if s.attention.context_parallel > 1:
+        parts.append(f"CP-by={s.attention.cp_comm_type}")
+    if s.pipeline.layers:
+        parts.append(f"layers={_runs(s.pipeline.layers)}")
+    if s.experts.expert_parallel > 1:
+        parts += _experts(s)
+    parts += [_vocabulary(s), f"mbs={s.micro_batch}"]
+    if s.experts.chunk_tokens:
+        parts.append(f"expert-chunk={s.experts.chunk_tokens}")
+    if s.dense.chunk_tokens:
+        parts.append(f"ffn-chunk={s.dense.chunk_tokens}")
+    parts.append(f"recompute={'+'.join(s.activations.modules) or s.activations.recompute}")
+    if away := _offloaded(s):
+        parts.append(f"offload={','.join(away)}")
+    if s.dense.zero == 3 and not s.dense.reshard_after_forward:
+        parts.append("reshard=no")
+    return f"{s.name} {' '.join(parts)}"
+
+
+def _vocabulary(s: Strategy) -> str:
+    """How the vocabulary and its loss are split: over ranks, and over rows."""
+    rows = f"/{s.vocabulary.chunk_tokens}" if s.vocabulary.chunk_tokens else ""
+    if s.vocabulary.loss in ("ring", "vocab_parallel") and s.vocabulary.vocab_parallel > 1:
+        kind = s.vocabulary.loss.removeprefix("vocab_")
+        return f"vocab-{kind}={s.vocabulary.vocab_parallel}{rows}"
+    return f"loss={s.vocabulary.loss}{rows}"
+
+
+def _runs(counts: Sequence[int]) -> str:
+    """'1,30x2,0': how many parts in a row have so many layers."""
+    runs = [(value, len(list(same))) for value, same in groupby(counts)]
+    return ",".join(f"{times}x{value}" if times > 1 else str(value) for value, times in runs)
+
+
+def _experts(s: Strategy) -> list[str]:
+    """How rows reach experts on other ranks, where it is not the plain way."""
+    found = [] if s.experts.token_dispatcher == "alltoall" else [f"dispatch={s.experts.token_dispatcher}"]
+    found += ["experts-apart"] if s.experts.rank_placement == "strided" else []
+    return found + (["overlap=experts"] if s.overlap.experts else [])
+
+
+def _offloaded(s: Strategy) -> list[str]:
+    """What is kept on the host."""
+    found = []
+    if s.activations.layer_inputs == "host":
+        budget = s.activations.host_budget
+        found.append("inputs" + (f"/{format_bytes(budget, 0).replace(' ', '')}" if budget else ""))
+    if s.activations.cpu_offload_layers:
+        found.append(f"{s.activations.cpu_offload_layers}-layers")
+    if s.dense.param_tier == "host":
+        found.append("params")
+    if s.optimizer.state_tier == "host":
+        part = "" if s.optimizer.host_fraction == 1 else f"-{s.optimizer.host_fraction:.0%}"
+        found.append(f"optimizer{part}{'' if s.optimizer.update_on == 'host' else '-streamed'}")
+    return found

@@ -1,0 +1,131 @@
+"""Ties are one row; the answer says why; where nothing fits, what would."""
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+import mopsim
+from mopsim.cli import app
+from mopsim.common.units import GIB
+from mopsim.engine import SimResult
+from mopsim.graph.tensors import total_params
+from mopsim.report.tables import freedom
+from mopsim.search import Options, SearchResult, search
+from mopsim.search.hunt import TIE
+from mopsim.search.miss import would_fit
+from mopsim.search.problem import Problem
+from mopsim.search.ties import TIED, rows
+from mopsim.search.why import LINKS, faster, why
+from mopsim.spec.presets import load_model
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.training import TrainSpec
+from tests.sim.test_search import with_memory
+
+TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
+TRAINING = TrainSpec(seq_len=512, global_batch=4)
+OPTIONS = Options(budget=10, precision="float32")
+
+
+def given(memory: float = 8e9) -> tuple[SearchResult, Problem]:
+    hardware = with_memory(CPU, memory)
+    found = search(TINY, hardware, 1, TRAINING, OPTIONS)
+    return found, Problem(TINY, hardware, 1, TRAINING, total_params(TINY), "float32")
+
+
+FOUND, PROBLEM = given()
+
+
+def test_ties_of_a_family_are_one_row() -> None:
+    for place, one in enumerate(FOUND.top):
+        for other in FOUND.top[place + 1 :]:
+            apart = abs(one.step_time - other.step_time) > TIE * min(one.step_time, other.step_time)
+            assert apart or one.strategy.name != other.strategy.name
+    assert sum(FOUND.rejected.values()) + len(FOUND.top) == FOUND.candidates
+    assert len(FOUND.free) == len(FOUND.top)
+
+
+def tied(result: SimResult, seconds: float, **fields: int) -> SimResult:
+    return replace(result, step_time=seconds, strategy=msgspec.structs.replace(result.strategy, **fields))
+
+
+def test_what_is_free_in_a_row_is_named() -> None:
+    best = FOUND.top[0]
+    near, far = tied(best, best.step_time * 1.004, micro_batch=7), tied(best, best.step_time * 1.1)
+    found = rows([best, near, far], 5)
+    assert [len(row.tied) for row in found] == [1, 0]
+    assert found[0].freedom() == {"micro_batch": [best.strategy.micro_batch, 7]}
+    assert freedom(found[0].freedom()) == f"; as fast: micro_batch {best.strategy.micro_batch} or 7"
+    assert freedom({}) == ""
+    assert freedom({"activations.modules": [("moe_act", "mlp"), ()]}).endswith("moe_act+mlp or none")
+    assert TIED
+
+
+def test_why_says_what_bounds_and_what_restrictions_cost() -> None:
+    lines = why(FOUND, PROBLEM)
+    assert lines[0].startswith("the step of ")
+    assert "compute waits" in lines[0]
+    best = FOUND.best
+    assert best is not None
+    others = {one.strategy.name for one in FOUND.best_by_family.values() if one} - {best.strategy.name}
+    for family in others:
+        assert any(line.startswith(f"{family} takes ") for line in lines)
+    kept = [line for line in lines if line.startswith("only what mopexec runs")]
+    assert len(kept) == (best.strategy.name == "megatron")
+    assert lines == why(FOUND, PROBLEM)
+
+
+def test_more_memory_that_would_help_is_told() -> None:
+    """A plan that is faster and does not fit by 1 GiB."""
+    best = FOUND.best
+    assert best is not None
+    over = replace(
+        best, step_time=best.step_time / 2, fits=False, over="optimizer",
+        peak_memory=best.memory_limit + GIB, over_bytes=GIB,
+    )  # fmt: skip
+    lines = why(replace(FOUND, played=[*FOUND.played, over]), PROBLEM)
+    assert any("more device memory a rank (1.00 GiB)" in line and "100% faster" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_faster_link_is_faster_and_nothing_else_changes(name: str) -> None:
+    hardware = load_profile("h100-sxm-80g")
+    found = faster(hardware, *LINKS[name], 2.0)
+    assert found is not None
+    assert found.device == hardware.device
+    assert found.scale_up == hardware.scale_up
+    curves = [one.scale_out.collectives["all_to_all"].bandwidth.si for one in (hardware, found)]
+    links = [one.host.link_h2d.si for one in (hardware, found)]
+    assert sorted([curves[1] / curves[0], links[1] / links[0]]) == [1, 2]
+
+
+def test_where_nothing_fits_the_smallest_changes_are_told() -> None:
+    found, problem = given(12e6)
+    assert found.best is None
+    assert why(found, problem) == []
+    lines = would_fit(found, problem, OPTIONS)
+    assert lines[0].startswith("the nearest miss is ")
+    assert "over the device memory" in lines[0]
+    assert any(
+        line.startswith("2 nodes instead of 1 would fit") or "tokens instead of" in line for line in lines
+    )
+
+
+def test_the_command_ends_with_3_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--model mixtral_8x22b --hardware rtx4090-24g --seq-len 64K --global-batch 8 --budget 2"
+    code = app(["search", *arguments.split(), "--family", "fsdp2", "--json", "-"], standalone_mode=False)
+    assert code == 3
+    said = capsys.readouterr()
+    assert '"why"' in said.out
+    assert "nothing fits" in said.err or "nothing to run" in said.err
+
+
+def test_why_is_asked_for_only_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranking = mopsim.search("tiny", "cpu-2core", seq_len=512, global_batch=4, families=["fsdp2"], budget=3)
+    monkeypatch.setattr("mopsim.api.results.why", lambda *_: pytest.fail("why is asked"))
+    assert ranking.simulated == 3
+    assert ranking.gap is None or ranking.gap >= 0
+    monkeypatch.setattr("mopsim.api.results.why", lambda *_: ["because"])
+    assert ranking.why == ["because"]
+    assert ranking.to_json()["why"] == ["because"]
+    assert ranking["why"] == ["because"]
