@@ -28,13 +28,20 @@ SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
 
 
+CLOCK_BY_POWER = 0.58
+"""Exponent of the rate that a card's power leaves to kernels that use all of it: peaks of B200 and GB200
+(2250 at 1000 W, 2500 at 1200 W), as for products of a Hopper card of 500 W (hardware_profiles/data)."""
+
+
 class Shares(io.Spec, frozen=True, kw_only=True):
-    """Of the peak that attention reaches at long sequences. of: FLOP/s of that peak, 0: the device's."""
+    """Of the peak that attention reaches at long sequences. of: FLOP/s of that peak, 0: the device's. watts: of
+    the card that was measured, 0: not known; one of less runs at the clock that its power leaves."""
 
     forward: float
     backward: float
     seq_half: float = 0.0
     of: float = 0.0
+    watts: float = 0.0
 
 
 class Narrow(io.Spec, frozen=True, kw_only=True):
@@ -105,12 +112,18 @@ def _curve(hardware: HardwareProfile, name: str, head_dim: int) -> AttentionCurv
         return replace(own, forward=forward, backward=backward, tag="assumed", source=source)
     if shares is None:
         return own
-    slower = kernel.slower * (_peak(hardware) / shares.of if shares.of else 1.0)
+    slower = kernel.slower * (_peak(hardware) / shares.of if shares.of else 1.0) * _clocked(hardware, shares)
     return AttentionCurve(
         forward=shares.forward * narrow.forward / slower, backward=shares.backward * narrow.backward / slower,
         seq_half=shares.seq_half, held=own.held, tag="assumed",
         source=base.source if base is kernel else f"{base.source}; {kernel.source}",
     )  # fmt: skip
+
+
+def _clocked(hardware: HardwareProfile, shares: Shares) -> float:
+    """How many times slower a card of less power than the measured one is."""
+    power = hardware.device.power
+    return max(1.0, shares.watts / power.si) ** CLOCK_BY_POWER if power and power.si else 1.0
 
 
 def _peak(hardware: HardwareProfile) -> float:

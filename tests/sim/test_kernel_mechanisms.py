@@ -8,11 +8,13 @@ import pytest
 
 from mopsim.cost import seconds
 from mopsim.cost.compute import ATOMIC_SUMS, EXPERT_GRADIENTS_EXPOSED, SERIAL_ROW, for_heads
+from mopsim.cost.stack import CLOCK_BY_POWER, as_used
 from mopsim.graph.shapes import attended_span, causal_pairs
 from mopsim.program.topology import span
 from mopsim.program.workload import Group, Work
 from mopsim.spec.hardware import Bridges
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import Kernels, Stack
 from mopsim.validate.parallelism import edges_counted
 from tests.sim.toys import machine, quantity
 
@@ -46,6 +48,13 @@ def test_attention_is_held_by_power() -> None:
     assert seconds(work, held) == pytest.approx(seconds(work, TOY) * 0.5 / 0.4)
     back = replace(work, backward=True)  # at 0.25 already
     assert seconds(back, held) == seconds(back, TOY)
+
+
+def test_a_card_of_less_power_runs_a_kernel_at_a_lower_clock() -> None:
+    stack = Stack(name="flash2", kernels=Kernels(attention={"default": "flash2"}))
+    full, less = (as_used(load_profile(f"h100-sxm-{size}"), stack, 128, 8192) for size in ("80g", "96g"))
+    ratio = less.device.attention.forward / full.device.attention.forward
+    assert ratio == pytest.approx((500 / 700) ** CLOCK_BY_POWER)
 
 
 def test_a_weight_gradient_moves_the_sum_that_it_is_added_to() -> None:
