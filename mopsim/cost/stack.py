@@ -34,8 +34,9 @@ CLOCK_BY_POWER = 0.58
 
 
 class Shares(io.Spec, frozen=True, kw_only=True):
-    """Of the peak that attention reaches at long sequences. of: FLOP/s of that peak, 0: the device's. watts: of
-    the card that was measured, 0: not known; one of less runs at the clock that its power leaves."""
+    """Of the peak that attention reaches at long sequences. of: FLOP/s of that peak, 0: the device's.
+    watts: of the card that was measured, 0: not known; one of less runs at the clock that its power leaves.
+    """
 
     forward: float
     backward: float
