@@ -49,7 +49,10 @@ Data = Annotated[
     ),
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="tokenizer.json or its directory; default: one trained on the text")
+    str | None,
+    typer.Option(
+        help="tokenizer.json or its directory; default: that of --init-from, else trained on the text"
+    ),
 ]
 LossMask = Annotated[
     Literal["auto", "all", "assistant"],

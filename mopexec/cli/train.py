@@ -71,12 +71,18 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
 
 
 _LIMITS = ("device_limit", "host_limit")
-_DATA = ("tokenizer", "text_field", "loss_mask")
+_DATA = ("text_field", "loss_mask")
 
 
 def options_of(given: dict[str, Any]) -> TrainOptions:
     """The run that the command's options ask for. Raises MopError, SpecError."""
-    source = DataOptions(source=data_source(given["data"]), **{name: given[name] for name in _DATA})
+    weights = given["init_from"]
+    beside = weights and (Path(weights) / "tokenizer.json").is_file()
+    source = DataOptions(
+        source=data_source(given["data"]),
+        tokenizer=given["tokenizer"] or (str(weights) if beside else None),
+        **{name: given[name] for name in _DATA},
+    )
     held_out = given["eval_data"]
     as_they_are = {name: given[name] for name in TrainOptions.__struct_fields__ if name in given}
     return TrainOptions(
