@@ -69,7 +69,7 @@ class Site(Spec, frozen=True, kw_only=True):
         for name in SITE:
             value = getattr(self, name)
             if value is not None:
-                check(name, value, name)
+                check(name, value)
         for name, price in self.rent.items():
             require(0 < price < 1e4, f"rent.{name}", price, "must be above 0 and below 10000 USD/h")
 
@@ -158,19 +158,16 @@ def with_capex(prices: Mapping[str, Capex], given: Mapping[str, float]) -> dict[
     return {**prices, **own}
 
 
-def check(name: str, value: Any, field: str = "") -> None:
-    """Raise MopError unless `name` is an assumption and `value` within its bounds."""
-    found, head = known().get(name), field or f"--assume {name}"
+def check(name: str, value: Any) -> None:
+    """Raise SpecError unless `name` is an assumption and `value` a number within its bounds."""
+    found = known().get(name)
     if found is None:
         raise unknown("--assume", name, known(), "assumption", file=False)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise MopError(f"{head}: {value!r} must be a number")
-    problem = number_problem(value)
-    if problem:
-        raise MopError(f"{head}: {problem}")
-    if not found.least <= value <= found.most:
-        between = f"between {found.least:g} and {found.most:g} {found.unit}"
-        raise MopError(f"{head}: {value:g} must lie {between} ({found.says})")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not number_problem(value)
+    require(number, name, value, "must be a finite number")
+    unit = "" if found.unit == "1" else f" {found.unit}"
+    rule = f"must lie between {found.least:g} and {found.most:g}{unit} ({found.says})"
+    require(found.least <= value <= found.most, name, value, rule)
 
 
 def assume(given: Mapping[str, float] | None = None, utilisation: float | None = None) -> Assumptions:

@@ -11,7 +11,7 @@ from mopsim.engine import SimResult, simulate
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import Pipeline, Strategy
 from mopsim.spec.training import TrainSpec
 
 
@@ -68,17 +68,24 @@ def _form(
     vocabulary = world_size if whole else s.vocabulary.vocab_parallel
     if s.vocabulary.loss == "vocab_parallel":
         vocabulary = vocabulary * tensor // s.dense.tensor_parallel
-    as_before = stages == s.pipeline.pipeline_parallel
+    micro_batch = gcd(s.micro_batch, batch // groups)
     return replace(
         s,
         world_size=world_size,
-        micro_batch=gcd(s.micro_batch, batch // groups),
-        pipeline=s.pipeline if as_before else replace(s.pipeline, pipeline_parallel=stages, layers=()),
+        micro_batch=micro_batch,
+        pipeline=_pipeline(s.pipeline, stages, batch // groups // micro_batch),
         dense=replace(s.dense, fsdp=int(dense), tensor_parallel=tensor),
         attention=replace(s.attention, context_parallel=context),
         experts=replace(s.experts, expert_fsdp=int(experts)),
         vocabulary=replace(s.vocabulary, vocab_parallel=vocabulary),
     )
+
+
+def _pipeline(given: Pipeline, stages: int, microbatches: int) -> Pipeline:
+    """With other stages the layers are spread anew; interleaving needs multiples of them as microbatches."""
+    if given.virtual_stages > 1 and microbatches % stages:
+        return Pipeline(pipeline_parallel=stages)
+    return given if stages == given.pipeline_parallel else replace(given, pipeline_parallel=stages, layers=())
 
 
 def played(

@@ -1,6 +1,8 @@
 """Sizing's arithmetic by hand: failures and checkpoints, the network's bill, rent and purchase, chances."""
 
 import math
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -142,6 +144,22 @@ def test_prices_of_a_site_a_user_and_a_term() -> None:
 
 def test_the_shipped_sites_are_read() -> None:
     assert next(site.name for site in read_sites("mopsim/size/sites.yaml")) == "united-states"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- name: a\n  pue: 0.5\n", "site 1.pue: 0.5 must lie between 1 and 5"),
+        ("- name: a\n- name: a\n", "has a name twice"),
+        ("name: a\n", "must be a list of sites"),
+        ("- name: a\n  rent: {h100-sxm-80g: -1}\n", "site 1.rent.h100-sxm-80g: -1.0 must be above 0"),
+        ("- name: a\n  colour: red\n", "site 1.colour: 'red' is an unknown field"),
+    ],
+)
+def test_a_site_that_cannot_be_is_refused_by_name(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "sites.yaml").write_text(text)
+    with pytest.raises(MopError, match=re.escape(says)):
+        read_sites(tmp_path / "sites.yaml")
 
 
 def test_chances_of_the_deadline() -> None:

@@ -1,0 +1,75 @@
+"""A plan of one cluster on another: degrees that stay, ranks that are used, batches that divide."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from mopsim.common.errors import MopError
+from mopsim.size.carry import carried
+from mopsim.spec.strategy import Attention, Dense, Experts, Pipeline, Strategy
+from mopsim.spec.training import TrainSpec
+
+
+def plan(
+    world: int = 64, stages: int = 4, context: int = 1, tensor: int = 1, micro_batch: int = 1
+) -> Strategy:
+    ranks = world // stages
+    return Strategy(
+        name="plan",
+        world_size=world,
+        micro_batch=micro_batch,
+        pipeline=Pipeline(pipeline_parallel=stages),
+        dense=Dense(fsdp=ranks, tensor_parallel=tensor, zero=1),
+        attention=Attention(context_parallel=context),
+        experts=Experts(expert_parallel=8, expert_fsdp=max(1, ranks // 8)),
+    )
+
+
+def test_data_parallel_ranks_grow_first_then_those_of_a_sequence_then_stages() -> None:
+    first, second, third = carried(plan(), 128, 64)
+    assert (first.pipeline.pipeline_parallel, first.attention.context_parallel, first.dense.fsdp) == (
+        4,
+        1,
+        32,
+    )
+    assert first.experts.expert_parallel == 8
+    assert first.experts.expert_fsdp == 4
+    assert (second.pipeline.pipeline_parallel, second.attention.context_parallel) == (4, 2)
+    assert (third.pipeline.pipeline_parallel, third.dense.fsdp) == (8, 16)
+
+
+def test_there_and_back_is_the_same_plan() -> None:
+    there = next(carried(plan(), 256, 256))
+    assert plan() in list(carried(there, 64, 256))
+
+
+def test_a_batch_that_does_not_divide_takes_a_smaller_microbatch_or_another_form() -> None:
+    assert next(carried(plan(micro_batch=4), 128, 96)).micro_batch == 1
+    assert all(96 % (one.micro_batch * one.data_groups) == 0 for one in carried(plan(micro_batch=4), 384, 96))
+
+
+def test_interleaving_needs_microbatches_in_multiples_of_the_stages() -> None:
+    whole = replace(plan(), pipeline=Pipeline(pipeline_parallel=4, virtual_stages=2, schedule="interleaved"))
+    assert next(carried(whole, 128, 128)).pipeline.virtual_stages == 2
+    assert next(carried(whole, 128, 96)).pipeline == Pipeline(pipeline_parallel=4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    world=st.sampled_from([8, 16, 48, 64, 320, 576]),
+    more=st.sampled_from([8, 24, 64, 128, 160, 1152]),
+    stages=st.sampled_from([1, 2, 4]),
+    context=st.sampled_from([1, 2]),
+    tensor=st.sampled_from([1, 2]),
+    batch=st.sampled_from([16, 96, 1024]),
+)
+def test_every_form_uses_all_ranks_and_divides_the_batch(
+    world: int, more: int, stages: int, context: int, tensor: int, batch: int
+) -> None:
+    try:
+        given_plan = plan(world, stages, context, tensor)
+    except MopError:
+        return
+    for found in carried(given_plan, more, batch):
+        assert found.world_size == more
+        TrainSpec(seq_len=2**10 * 3**3 * 5, global_batch=batch).check_strategy(found)
