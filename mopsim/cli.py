@@ -197,6 +197,7 @@ def size(
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
     stack: o.StackName = None,
+    interval: o.Interval = 0.9,
     json: o.Json = None,
 ) -> None:
     """Find the machine type and number of nodes that train in time, or within a budget: days, cost, risk."""
@@ -205,7 +206,7 @@ def size(
     order = Order(
         model, tokens, days, budget, hardware, seq_len, global_batch_tokens, family, max_nodes, confidence,
         price or [], reserved, buy, capex or [], years, sites, assume or [], utilisation, pue, max_cost,
-        simulations, runnable, routing, precision, stack,
+        simulations, runnable, routing, precision, stack, interval,
     )  # fmt: skip
     raise typer.Exit(run(order, plan, json, out))
 

@@ -29,6 +29,7 @@ from mopsim.common.processes import pool
 from mopsim.common.units import parse_tokens
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
+from mopsim.intervals import check_level
 from mopsim.report.sizing import COLUMNS, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, size_all
 from mopsim.size.ask import Answer, Ask, answer
@@ -149,8 +150,7 @@ class Clusters(Result):
         """A row for each machine type that can, as text for people."""
         from pandas import DataFrame
 
-        goal = self.request.goal
-        return DataFrame([row(point, goal) for point in self._points()], columns=list(COLUMNS))
+        return DataFrame([row(point, self.request) for point in self._points()], columns=list(COLUMNS))
 
     def to_json(self) -> dict[str, Any]:
         request, goal = self.request, self.request.goal
@@ -207,6 +207,7 @@ def size(
     precision: MatmulDType = "bfloat16",
     jobs: int = 1,
     stack: AnyStack | None = None,
+    interval: float = 0.9,
     progress: Told | None = None,
 ) -> Clusters:
     """The cluster of each machine type that trains `tokens` in `days` and within `budget`, and what it costs.
@@ -220,7 +221,8 @@ def size(
     node by profile. sites: a YAML file of data centres (mopsim/size/sites.yaml is one). assumptions: values
     in place of mopsim/size/assumptions.yaml, by name. utilisation: share of the wall clock that trains, in
     place of what failures leave. max_cost: dollars, for `fastest`. simulations: of a family, where a node
-    count is searched. jobs: processes. progress(done, known so far, what was asked).
+    count is searched. interval: probability of the intervals of days, cost, step time and memory. jobs:
+    processes. progress(done, known so far, what was asked).
 
     That no cluster will do is a result. Raises MopError.
     """
@@ -234,6 +236,7 @@ def size(
         read_families(families, FAMILIES), max_nodes, simulations, runnable,
         assume(assumptions, utilisation), _terms(machines, buy, reserved, prices or {}, capex or {}),
         read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
+        check_level(interval),
     )  # fmt: skip
     for machine in machines:
         matmul_curve(machine, precision, field="precision")

@@ -7,7 +7,7 @@ from typing import Any
 from mopsim.common import io
 from mopsim.report.tables import describe
 from mopsim.size.assumptions import NAMES, known
-from mopsim.size.figures import DAY, LEVEL, Figures
+from mopsim.size.figures import DAY, Figures
 from mopsim.size.goodput import Goodput
 from mopsim.size.points import Miss, Point, Request, Sizing
 
@@ -67,7 +67,7 @@ def point_json(point: Point, request: Request) -> dict[str, Any]:
         "reliability": _reliability(bill.goodput),
         "cost_by_part_usd": dict(bill.parts),
         "sites": [_site_json(one) for one in point.sites],
-        "result": result.to_json(),
+        "result": result.to_json(request.interval),
     }
 
 
@@ -83,8 +83,8 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
     bill, goal = point.figures, request.goal
     assert bill is not None
     assert point.result is not None
-    low, high = bill.seconds_interval()
-    costs = bill.cost_interval()
+    low, high = bill.seconds_interval(request.interval)
+    costs = bill.cost_interval(request.interval)
     return {
         "hardware": point.hardware.name,
         "nodes": point.num_nodes,
@@ -132,6 +132,6 @@ def assumptions_json(request: Request) -> dict[str, Any]:
     return {
         "utilisation": a.utilisation,
         **{name: getattr(a, name) for name in NAMES},
-        "interval_level": LEVEL,
+        "interval_level": request.interval,
         "sources": {name: "given" if name in a.given else shipped[name].source for name in NAMES},
     }

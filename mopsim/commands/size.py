@@ -51,6 +51,7 @@ class Order:
     routing: str
     precision: MatmulDType
     stack: str | None
+    interval: float
 
     def keywords(self) -> dict[str, Any]:
         """The order as the keywords of mopsim.size. Raises MopError naming the option."""

@@ -11,7 +11,7 @@ from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
-from mopsim.size.figures import DAY, Figures, Goal
+from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 
@@ -20,13 +20,13 @@ COLUMNS = ("machine", "nodes", "devices", "days", "90 %", "in time", "cost", "go
 deadline. goodput: share of the wall clock that trains."""
 
 
-def row(point: Point, goal: Goal) -> list[str]:
+def row(point: Point, request: Request) -> list[str]:
     """The cells of COLUMNS for a point that fits; '-' where the profile does not say."""
     result, bill = point.result, point.figures
     assert result is not None
     assert bill is not None
-    low, high = (one / DAY for one in bill.seconds_interval())
-    certain = bill.p_within(goal.seconds)
+    low, high = (one / DAY for one in bill.seconds_interval(request.interval))
+    certain = bill.p_within(request.goal.seconds)
     return [
         point.hardware.name,
         f"{point.num_nodes:,}",
@@ -119,7 +119,8 @@ def sizing_table(
     sizings: Sequence[Sizing], recommended: Point | None, request: Request, assumptions: Sequence[str]
 ) -> Group:
     """One line a machine: its cluster that does, or why there is none; then each strategy."""
-    shown = table(title(request), COLUMNS[:1], COLUMNS[1:])
+    names = [f"{request.interval:.0%}" if name == "90 %" else name for name in COLUMNS]
+    shown = table(title(request), names[:1], names[1:])
     lines: list[Text] = []
     for sizing in sizings:
         if sizing.best is None:
@@ -127,7 +128,7 @@ def sizing_table(
             lines.append(Text(f"{sizing.hardware.name}: cannot: {sizing.why}", style="red"))
             continue
         chosen = recommended is not None and recommended is sizing.best
-        shown.add_row(*row(sizing.best, request.goal), style="bold green" if chosen else None)
+        shown.add_row(*row(sizing.best, request), style="bold green" if chosen else None)
         lines.append(Text(_details(sizing.best)))
     return Group(shown, *lines, *(Text(line, style="dim") for line in assumptions))
 

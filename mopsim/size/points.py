@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mopsim.engine import SimResult
 from mopsim.size.assumptions import HERE, Assumptions, Site, assume
 from mopsim.size.counts import global_batch
-from mopsim.size.figures import DAY, ON_DEMAND, Figures, Goal, Terms
+from mopsim.size.figures import DAY, LEVEL, ON_DEMAND, Figures, Goal, Terms
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile
@@ -25,6 +25,7 @@ class Request:
 
     simulations: of each family, where a node count is searched; four times as many where the answer is.
     runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
+    interval: that of the intervals of days and cost.
     """
 
     model: ModelSpec
@@ -42,6 +43,7 @@ class Request:
     precision: MatmulDType = "bfloat16"
     routing: RoutingProfile = "balanced"
     stack: Stack | None = None
+    interval: float = LEVEL
 
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""
