@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mopsim.common.errors import MopError
+
 View = dict[str, Any]
 SCRIPTS = ("core.js", "table.js", "plot.js", "bars.js", "timeline.js", "page.js")
 """In this order: later ones use earlier ones."""
@@ -29,7 +31,7 @@ class Explorer:
 
 def html(found: Explorer) -> str:
     """The page. Its content security policy allows the scripts and the style inside by their hash, and no
-    address at all."""
+    address at all. Raises MopError for what JSON cannot hold."""
     texts = files(__package__)
     script = "\n".join(texts.joinpath(name).read_text("utf-8") for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
@@ -38,7 +40,10 @@ def html(found: Explorer) -> str:
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
         "form-action 'none'"
     )
-    data = json.dumps(asdict(found), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    try:
+        data = json.dumps(asdict(found), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    except ValueError:
+        raise MopError("result: a number in it, or a sum, is beyond 1e308") from None
     environment = Environment(
         loader=PackageLoader("mopsim.report", "explore"), autoescape=True, undefined=StrictUndefined
     )
