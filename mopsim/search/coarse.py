@@ -3,13 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-from mopsim.search.problem import Axes, Problem, Values
+from mopsim.search.problem import EXCHANGES, PARTS, RECOMPUTED, Axes, Problem, Values
+
+USUAL = ((), ("layernorm", "moe_act"), ("mla_up_proj", "mlp"), ("moe",))
+"""Sets of recomputed modules that are kept."""
 
 
 def coarse(problem: Problem, axes: Axes) -> Axes:
     """The axes with what moves a step's time by per cents thinned out; degrees stay.
 
-    A ring spans a node or all ranks; loss and dense FFN go slice by slice; one bucket size a state.
+    A ring spans a node or all ranks; loss and dense FFN go slice by slice; one bucket size a state; virtual
+    stages are powers of two; sequences are traded in a ring; experts lie side by
+    side; all of the optimizer is on the host or none.
     """
     ring = {problem.hardware.devices_per_node, problem.world_size}
     keep: dict[Any, Callable[[Any], bool]] = {
@@ -17,6 +22,11 @@ def coarse(problem: Problem, axes: Axes) -> Axes:
         "chunks": lambda value: value in (1, 4),
         "ffn_slices": lambda value: value > 1,
         "loss_slices": lambda value: value > 1,
+        ("virtual_stages", "layout"): lambda value: value[0] in (1, 2, 4, 8),
+        "modules": lambda value: RECOMPUTED[value] in USUAL,
+        "exchange": lambda value: EXCHANGES[value] == "ring",
+        "strided": lambda value: value == 0,
+        ("state", "state_parts"): lambda value: value[1] == PARTS,
     }
     return {key: _thin(key, values, keep.get(key)) for key, values in axes.items()}
 

@@ -1,5 +1,6 @@
 """Layouts that a practitioner tries first: every search simulates them, so that it is never worse."""
 
+import math
 from collections.abc import Collection, Iterator
 from functools import cache
 from importlib.resources import files
@@ -80,12 +81,15 @@ def textbook(space: Space, likely: Reals, free: Collection[str] = ()) -> list[in
 
 
 def published(space: Space, likely: Reals, free: Collection[str] = ()) -> list[int]:
-    """The best guess of the rows that agree with each recipe for this network, or one of its size."""
-    found = []
-    for recipe in recipes() if space.family == "megatron" else ():
-        ratio = space.problem.total_params / (recipe.parameters * 1e9)
-        if not 1 / ALIKE <= ratio <= ALIKE:
-            continue
+    """The best guess of the rows that agree with each recipe, those for this network first, then those for
+    networks of its size."""
+    found, model = [], space.problem.model.name
+
+    def apart(recipe: Recipe) -> float:
+        return abs(math.log(space.problem.total_params / (recipe.parameters * 1e9)))
+
+    alike = [one for one in recipes() if space.family == "megatron" and apart(one) <= math.log(ALIKE)]
+    for recipe in sorted(alike, key=lambda one: (one.model != model, apart(one))):
         masks = [mask for name, mask in recipe.masks(space) if name not in free]
         first = _first(np.logical_and.reduce(masks), likely)
         if first is not None:

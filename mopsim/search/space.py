@@ -145,9 +145,9 @@ def _taken(columns: Columns, rows: Column) -> Columns:
 def _product(axes: Axes, repeats: int = 1, names: Iterable[str] = tuple(DEFAULTS)) -> Columns:
     """Columns of the Cartesian product, the last axis fastest, so many times over. A key that is a tuple of
     names takes tuples of values that go together. A column of one value takes no memory (a stride of 0)."""
-    size = repeats * math.prod(len(values) for values in axes.values())
+    inner = math.prod(len(values) for values in axes.values())
+    size = repeats * inner
     columns: Columns = {name: np.broadcast_to(np.int64(DEFAULTS[name]), size) for name in names}
-    inner = size // repeats
     for key, values in axes.items():
         table = np.array(values, dtype=np.int64).reshape(len(values), -1)
         outer, inner = size // inner, inner // len(values)

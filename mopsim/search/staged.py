@@ -16,7 +16,7 @@ from mopsim.search.seeds import textbook
 from mopsim.search.space import Space, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
 
-WHOLE = 300_000
+WHOLE = 150_000
 """Rows up to which a space is multiplied out."""
 SAMPLE, BATCH = 500, 100
 """Rows of a trunk that tell how many each becomes; that are multiplied out at a time."""

@@ -1,5 +1,6 @@
 """The space holds what people run; what is not multiplied out is bounded from below."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,6 +12,7 @@ from mopsim.graph.tensors import total_params
 from mopsim.search import Options, search
 from mopsim.search.axes import MINOR, axes_of
 from mopsim.search.bound import bound
+from mopsim.search.coarse import coarse
 from mopsim.search.guess import guess
 from mopsim.search.problem import PARTS, Problem
 from mopsim.search.seeds import Recipe, published, recipes, textbook
@@ -21,6 +23,7 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
 
 LLAMA_405B = ModelSpec(
     name="llama31_405b", hidden_size=16384, num_hidden_layers=126, num_attention_heads=128,
@@ -181,6 +184,32 @@ def test_rows_of_a_large_space_are_legal_strategies() -> None:
     assert {name for name, column in space.columns.items() if len(np.unique(column)) > 1} >= {
         "virtual_stages", "layout", "modules", "dispatcher", "overlap", "exchange", "expert_tensor",
     }  # fmt: skip
+
+
+def test_no_candidates_is_no_error() -> None:
+    """A batch that no layout divides: 7 sequences over 2 ranks of a sequence that cannot be split."""
+    tiny = asked(CASES[0])
+    odd = replace(tiny, num_nodes=1, training=TrainSpec(seq_len=511, global_batch=7))
+    for family in FAMILIES:
+        space, rest = candidates(odd, family)
+        assert len(space) + len(rest) == 0 or family == "megatron"
+    found = search(
+        odd.model, odd.hardware, 1, odd.training, Options(("fsdp2",), budget=2, precision="float32")
+    )
+    assert found.best is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_coarse_space_is_a_part_of_the_whole_one(case: tuple[str, str, int, int, int, str]) -> None:
+    given, family = asked(case), case[-1]
+    every = axes_of(given, family)
+    for key, values in coarse(given, every).items():
+        assert len(values)
+        assert set(values) <= set(every[key])
+    first = trunk(given, family, every)
+    some = first.take(np.linspace(0, len(first) - 1, 50).astype(int))
+    for index in range(len(some)):
+        assert len(expanded(some.take(np.array([index])), coarse(given, every)))
 
 
 def test_a_small_space_is_whole() -> None:
