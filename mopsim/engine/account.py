@@ -24,7 +24,7 @@ DEVICE, HOST = SLOTS[:NUM_DEVICE_SLOTS], SLOTS[NUM_DEVICE_SLOTS:]
 
 
 @dataclass(frozen=True)
-class Played:
+class PlayedStep:
     """A workload after it was played: a record and a ledger of each program. end: seconds, without what is
     repeated."""
 
@@ -44,7 +44,7 @@ class Played:
 
 
 def account(
-    played: Played, model: ModelSpec, hardware: HardwareProfile, strategy: Strategy, training: TrainSpec
+    played: PlayedStep, model: ModelSpec, hardware: HardwareProfile, strategy: Strategy, training: TrainSpec
 ) -> SimResult:
     """The result of a played step."""
     workload = played.workload
@@ -94,7 +94,7 @@ def matmul_peak(hardware: HardwareProfile, strategy: Strategy) -> float:
     return curve.peak.si
 
 
-def _time(played: Played, hardware: HardwareProfile) -> dict[str, Any]:
+def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
     """Seconds of the step of the rank that ends last, with microbatches and layers that are repeated."""
     workload, place = played.workload, played.slowest
     record, program = played.records[place], workload.programs[place]
@@ -118,7 +118,7 @@ def _time(played: Played, hardware: HardwareProfile) -> dict[str, Any]:
     }
 
 
-def _memory(played: Played, hardware: HardwareProfile, strategy: Strategy) -> dict[str, Any]:
+def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -> dict[str, Any]:
     """Bytes of the fullest rank, on the device and on the host, and whether they fit."""
     workload, place = played.workload, played.fullest
     ledger, op = played.ledgers[place], played.ledgers[place].peak_op
@@ -158,7 +158,7 @@ def _on_host(ledger: Ledger) -> dict[str, int]:
     return {name.removeprefix("host/"): size for name, size in found if size}
 
 
-def _curves(played: Played) -> dict[str, Any]:
+def _curves(played: PlayedStep) -> dict[str, Any]:
     """Memory of the fullest rank over time, where it was kept."""
     curve = played.ledgers[played.fullest].curve
     if curve is None:

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import require
 from mopsim.cost import seconds
 from mopsim.cost.stack import as_used
-from mopsim.engine.account import Played, Prices, account, matmul_peak
+from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
 from mopsim.engine.gaps import steady
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
@@ -75,7 +75,7 @@ def run(
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
-    return account(Played(workload, records, ledgers, prices, end), model, used, strategy, training)
+    return account(PlayedStep(workload, records, ledgers, prices, end), model, used, strategy, training)
 
 
 def _durations(program: Program, hardware: HardwareProfile, prices: Prices) -> list[float]:

@@ -15,7 +15,7 @@ Visit = tuple[str, int, int]
 """(phase, microbatch, layer): what a program does to a layer."""
 
 
-class Boundaries:
+class OffloadedInputs:
     """The copies of one stage, whatever the schedule: its visits of layers, in program order, say which comes
     next. An input that the next visit needs again stays, as does that of an MTP layer.
 

@@ -10,7 +10,7 @@ from mopsim.graph.rewrites.eager import in_blocks
 from mopsim.graph.rewrites.migration import migrating
 from mopsim.graph.rewrites.quantized import quantized
 from mopsim.graph.rewrites.recompute import (
-    Plan,
+    Recomputation,
     backward,
     forward,
     held_for_weights,
@@ -22,7 +22,7 @@ from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
 from mopsim.program.loss import loss_template
-from mopsim.program.offload import Boundaries
+from mopsim.program.offload import OffloadedInputs
 from mopsim.program.pipeline import Slot
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
@@ -56,9 +56,9 @@ class Passes:
         """What gathers parameters and reduces gradients."""
         return Shards(self.context, issue, stage)
 
-    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries:
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> OffloadedInputs:
         """What takes inputs of layers to the host."""
-        return Boundaries(self.context, issue, stage, slots, self.kept)
+        return OffloadedInputs(self.context, issue, stage, slots, self.kept)
 
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
         """The end of the step."""
@@ -213,7 +213,7 @@ class Passes:
                 net[category] = net.get(category, 0) + size
         return net
 
-    def _plan(self, tape: Tape) -> Plan:
+    def _plan(self, tape: Tape) -> Recomputation:
         activations = self.context.strategy.activations
         # where an exchange is replayed, the checkpoint is not torch's
         early = self.context.stack.recompute.stops_early and "dispatch" not in activations.save_ops

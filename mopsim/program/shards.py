@@ -9,13 +9,10 @@ from mopsim.program.context import Context
 from mopsim.program.data_parallel import message_work, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
-from mopsim.program.template import Hooks, Template
+from mopsim.program.template import Hooks, Memory, Ops, Template
 from mopsim.program.units import Unit
 from mopsim.program.workload import Work
 from mopsim.spec.strategy import Dense, Experts
-
-Ops = tuple[int, ...]
-Memory = tuple[Step, ...]
 
 
 class Shards:

@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, message_work, reduction
-from mopsim.program.offload import Boundaries
+from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
 from mopsim.program.pipeline import Slot, order, warm_up
 from mopsim.program.stage import Stage
-from mopsim.program.template import Hooks
+from mopsim.program.template import Hooks, Ops
 from mopsim.program.units import Unit
 from mopsim.program.workload import Program, Repeat, Work
-
-Ops = tuple[int, ...]
 
 
 class StageStep:
     """Lowers the program of one stage. Microbatch i of part g sends under `forward i g` and `backward i
     g`."""
 
-    boundaries: Boundaries
+    boundaries: OffloadedInputs
 
     def __init__(self, context: Context, passes: Passes, index: int, *, compose: bool = True) -> None:
         self.c, self.passes = context, passes

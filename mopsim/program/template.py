@@ -9,6 +9,7 @@ from mopsim.program.workload import Op
 START, EXPERTS = -1, -2
 """Dependencies of a template's ops: what the template as a whole waits for, and what its experts wait for."""
 Memory = tuple[Step, ...]
+Ops = tuple[int, ...]
 Hooks = Mapping[int, Sequence[Callable[[int], None]]]
 """What is issued inside a template, by the place that it comes before; it gets the op of the place before."""
 

@@ -12,7 +12,7 @@ from mopsim.graph.tape import Kernel, Step, Value
 
 
 @dataclass(frozen=True, slots=True)
-class Passes:
+class TensorPasses:
     """Passes over a tensor in the compute dtype and in fp32, and the kernels that make them."""
 
     narrow: int
@@ -20,25 +20,25 @@ class Passes:
     launches: int
 
 
-NORM, NORM_BACKWARD = Passes(2, 8, 7), Passes(2, 24, 16)
+NORM, NORM_BACKWARD = TensorPasses(2, 8, 7), TensorPasses(2, 24, 16)
 """Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
-ROTARY = Passes(2, 4, 3)
+ROTARY = TensorPasses(2, 4, 3)
 """Cast, complex product, cast; the backward is the same the other way."""
-HALVES, HALVES_BACKWARD = Passes(9, 0, 7), Passes(14, 0, 9)
+HALVES, HALVES_BACKWARD = TensorPasses(9, 0, 7), TensorPasses(14, 0, 9)
 """Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd."""
-GATED, GATED_BACKWARD = Passes(5, 0, 2), Passes(9, 0, 3)
+GATED, GATED_BACKWARD = TensorPasses(5, 0, 2), TensorPasses(9, 0, 3)
 """SiLU and a product; two products and SiLU's backward."""
-SUM = Passes(3, 0, 1)
+SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
-WEIGHTED, WEIGHTED_BACKWARD = Passes(2, 0, 1), Passes(5, 0, 3)
+WEIGHTED, WEIGHTED_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(5, 0, 3)
 """Rows times their route weights; the gradient of the rows, and of the weights by a product and a sum."""
 
-BIASED = Passes(4, 0, 2)
+BIASED = TensorPasses(4, 0, 2)
 """An expert's bias gathered for each row; rows and biases read, their sums written."""
 
-MERGE = Passes(1, 9, 10)
+MERGE = TensorPasses(1, 9, 10)
 """A block's output cast, subtracted from the sum so far, scaled, subtracted again; so its log-sum-exp."""
-ADD, ADD_SENT = Passes(1, 2, 1), Passes(1, 4, 3)
+ADD, ADD_SENT = TensorPasses(1, 2, 1), TensorPasses(1, 4, 3)
 """A block's gradient added to a sum in fp32; that of keys and values packed for the next rank too."""
 
 
@@ -178,7 +178,7 @@ def in_blocks(
     return (*kernels[: place + 1], merge, *kernels[place + 1 :])
 
 
-def traffic(passes: Passes, narrow: float, wide: float) -> float:
+def traffic(passes: TensorPasses, narrow: float, wide: float) -> float:
     """Bytes, of a tensor of `narrow` bytes in the compute dtype and `wide` in fp32."""
     return passes.narrow * narrow + passes.wide * wide
 
@@ -321,7 +321,7 @@ _PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int],
 }
 
 
-def _instead(kernel: Kernel, wider: float, forward: Passes, backward: Passes) -> Kernel:
+def _instead(kernel: Kernel, wider: float, forward: TensorPasses, backward: TensorPasses) -> Kernel:
     size = sum(value.bytes for value in kernel.writes)
     return replace(
         kernel, bytes=traffic(forward, size, size * wider), launches=forward.launches,
@@ -329,7 +329,7 @@ def _instead(kernel: Kernel, wider: float, forward: Passes, backward: Passes) ->
     )  # fmt: skip
 
 
-def _beside(kernel: Kernel, size: float, forward: Passes | None, backward: Passes) -> Kernel:
+def _beside(kernel: Kernel, size: float, forward: TensorPasses | None, backward: TensorPasses) -> Kernel:
     """Beside what the kernel does already."""
     back = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     launches = kernel.launches if kernel.back_launches is None else kernel.back_launches

@@ -22,7 +22,7 @@ DISCARDED = ("layernorm", "moe_act", "mla_up_proj")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recomputation:
     """dropped: saved values that the forward frees all the same. kept: saved values that stay.
 
     again: regions of kernels to run again, each once, before the first kernel of the backward that wants one
@@ -36,7 +36,7 @@ class Plan:
 
 def plan(
     tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = (), early: bool = False
-) -> Plan:
+) -> Recomputation:
     """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out. early: it
     stops once the last value that the backward wants is there (torch.utils.checkpoint's early stop).
     """
@@ -53,7 +53,7 @@ def plan(
         made = _made(tape, [i for i in range(count) if tape.kernels[i].name in kept])
         made |= _made(tape, after) & saved
         regions = [region for region in (again, *apart) if _made(tape, region) & (saved - made)]
-        return Plan(frozenset(saved - made), tuple(regions), frozenset(made - outside))
+        return Recomputation(frozenset(saved - made), tuple(regions), frozenset(made - outside))
     regions = list(apart)
     dropped = _lost(tape, own, saved, discard=False)
     if recompute == "selective":
@@ -73,7 +73,7 @@ def plan(
         for name in tape.kernels[index].reads
         if not _written(tape, region, name)
     } - outside
-    return Plan(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
+    return Recomputation(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
 
 
 def _apart(tape: Tape, kept: tuple[str, ...]) -> tuple[frozenset[int], ...]:
@@ -122,7 +122,7 @@ def _written(tape: Tape, region: frozenset[int], name: str) -> bool:
     return any(value.name == name for i in region for value in tape.kernels[i].writes)
 
 
-def forward(tape: Tape, chosen: Plan) -> list[Played]:
+def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
     """A forward run that leaves `chosen.kept` alive, beside the tape's outputs."""
     inputs = {value.name for value in tape.inputs}
     keep = inputs | set(tape.outputs) | chosen.kept
@@ -142,14 +142,14 @@ def forward(tape: Tape, chosen: Plan) -> list[Played]:
     return played
 
 
-def held_for_weights(tape: Tape, chosen: Plan) -> frozenset[str]:
+def held_for_weights(tape: Tape, chosen: Recomputation) -> frozenset[str]:
     """Values and (as `d/name`) gradients that weight gradients put off need."""
     products = [kernel for kernel in tape.kernels if kernel.matmuls]
     saved = {name for kernel in products for name in kernel.saves} & (chosen.kept | chosen.dropped)
     return frozenset(saved | {f"d/{value.name}" for kernel in products for value in kernel.writes})
 
 
-def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> list[Played]:
+def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset()) -> list[Played]:
     """The reverse of `forward`, regions run again where they are wanted. The inputs' gradients stay.
 
     held: what outlives this pass (see `held_for_weights`).
@@ -201,7 +201,7 @@ def backward(tape: Tape, chosen: Plan, held: frozenset[str] = frozenset()) -> li
     return played
 
 
-def _due(tape: Tape, chosen: Plan, last_saver: dict[str, int]) -> list[tuple[int, frozenset[int]]]:
+def _due(tape: Tape, chosen: Recomputation, last_saver: dict[str, int]) -> list[tuple[int, frozenset[int]]]:
     """Before the backward of which kernel each region runs again: before the first that wants one of
     its values, or before another region that reads one."""
     made = {

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
-from mopsim.program.shards import Ops, Shards
+from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
-from mopsim.program.template import Hooks, Template
+from mopsim.program.template import Hooks, Ops, Template
 from mopsim.program.units import Unit
 from mopsim.program.workload import Work
 

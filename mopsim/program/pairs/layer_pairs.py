@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
-from mopsim.program.offload import Boundaries
+from mopsim.program.offload import OffloadedInputs
 from mopsim.program.pairs.attention_pair import AttentionPair
 from mopsim.program.pairs.experts_pair import ExpertsPair
 from mopsim.program.pairs.ffn_pair import FfnPair
@@ -54,8 +54,8 @@ class Pairs(Passes):
     def sharding(self, issue: Builder, stage: Stage) -> FlatUnits:
         return FlatUnits(self.context, issue, stage)
 
-    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> Boundaries:
-        return Boundaries(self.context, issue, stage, slots, self.kept, explicit=True)
+    def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> OffloadedInputs:
+        return OffloadedInputs(self.context, issue, stage, slots, self.kept, explicit=True)
 
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
         PairUpdate(self.context, issue, stage).run(reductions)
