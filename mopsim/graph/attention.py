@@ -58,15 +58,9 @@ def linear(
 ) -> Kernel:
     """out[m,n] = source[m,k] W[n,k]^T. keeps: what the backward starts from instead of the source."""
     return Kernel(
-        name,
-        "matmul",
-        component,
-        (source,),
-        (out,),
-        saves=(keeps or source,),
-        matmuls=(Matmul(m, n, k),),
+        name, "matmul", component, (source,), (out,), saves=(keeps or source,), matmuls=(Matmul(m, n, k),),
         weight_grad=int(n * k * b),
-    )
+    )  # fmt: skip
 
 
 def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, Value, Value]]:
@@ -88,16 +82,10 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
         out = Value(f"{name}r", int(N * sizes[name] * b))
         kernels.append(
             Kernel(
-                f"rope_{name}",
-                "memory_bound",
-                _C,
-                (names[name],),
-                (out,),
-                bytes=4 * out.bytes,
-                launches=5,
+                f"rope_{name}", "memory_bound", _C, (names[name],), (out,), bytes=4 * out.bytes, launches=5,
                 back_launches=7,
             )
-        )
+        )  # fmt: skip
     q, k = (Value(f"{name}r", int(N * sizes[name] * b)) for name in "qk")
     return kernels, (q, k, Value("v0", int(N * sizes["v"] * b)))
 
@@ -128,16 +116,10 @@ def _gqa_fused(
     moved = 2 * (q.bytes + k.bytes)
     kernels.append(
         Kernel(
-            "rope",
-            "memory_bound",
-            _C,
-            tuple(names.values()),
-            (q, k),
-            bytes=moved,
-            back_bytes=moved,
+            "rope", "memory_bound", _C, tuple(names.values()), (q, k), bytes=moved, back_bytes=moved,
             launches=2,
         )
-    )
+    )  # fmt: skip
     return kernels, (q, k, made["v"])
 
 
@@ -175,16 +157,10 @@ def _mla(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     total = q.bytes + k.bytes + value.bytes
     kernels.append(
         Kernel(
-            "rope",
-            "memory_bound",
-            _C,
-            ("q0", "kvb", "kva"),
-            (q, k, value),
-            bytes=2 * total,
-            launches=2 if shapes.fused else 10,
-            back_launches=2 if shapes.fused else 14,
+            "rope", "memory_bound", _C, ("q0", "kvb", "kva"), (q, k, value), bytes=2 * total,
+            launches=2 if shapes.fused else 10, back_launches=2 if shapes.fused else 14,
         )
-    )
+    )  # fmt: skip
     return kernels, (q, k, value)
 
 
@@ -258,15 +234,10 @@ def _head_sharded(
         kernels.append(_exchange("sequence_to_heads", reads, inner))
     reads = tuple(value.name for value in inner)
     core = Kernel(
-        "attention_core",
-        "attention",
-        _C,
-        reads,
-        (out,),
-        flops=2 * pairs * heads * (qk + v_width),
+        "attention_core", "attention", _C, reads, (out,), flops=2 * pairs * heads * (qk + v_width),
         seq=attended_span(shapes.seq_len, model.window(layer)),
         bytes=sum(v.bytes for v in inner) + out.bytes,
-    )
+    )  # fmt: skip
     rows = shapes.attended * heads
     if shapes.flash:
         shared = model.attention == "gqa" and inner[1].bytes < inner[0].bytes and not shapes.fused
@@ -316,14 +287,7 @@ def _exchange(name: str, reads: tuple[str, ...], writes: tuple[Value, ...]) -> K
     """An all-to-all splits along the first dimension, so that each tensor is copied before and after it."""
     copies = 2 * max(value.bytes for value in writes)
     return Kernel(
-        name,
-        "all_to_all",
-        _C,
-        reads,
-        writes,
-        bytes=float(sum(value.bytes for value in writes)),
-        launches=len(writes),
-        group="sequence",
-        scratch=(("activations", copies),),
+        name, "all_to_all", _C, reads, writes, bytes=float(sum(value.bytes for value in writes)),
+        launches=len(writes), group="sequence", scratch=(("activations", copies),),
         back_scratch=(("activations", copies),),
-    )
+    )  # fmt: skip

@@ -36,19 +36,12 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
             bytes=2 * scores,
         ),
         Kernel(
-            "top_k",
-            "memory_bound",
-            _R,
-            ("scores",),
+            "top_k", "memory_bound", _R, ("scores",),
             (Value("choice", tokens * k * 8, grad=False), Value("weight", tokens * k * wide)),
-            saves=("choice",),
-            bytes=3 * scores,
-            launches=6,
-            back_launches=4,
-            scratch=(("activations", scores),),
-            back_scratch=(("activations", scores),),
+            saves=("choice",), bytes=3 * scores, launches=6, back_launches=4,
+            scratch=(("activations", scores),), back_scratch=(("activations", scores),),
         ),
-    )
+    )  # fmt: skip
     return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
 
 
@@ -60,44 +53,27 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, spli
     arrived = routes if split else sent
     kernels = [
         Kernel(
-            "permute",
-            "memory_bound",
-            _C,
-            ("h",),
-            (Value("sent", sent * row, "dispatch"),),
-            bytes=2 * sent * row,
-            launches=4,
-            indexed=True,
+            "permute", "memory_bound", _C, ("h",), (Value("sent", sent * row, "dispatch"),),
+            bytes=2 * sent * row, launches=4, indexed=True,
         ),
-    ]
+    ]  # fmt: skip
     if split:
         kernels.append(
             Kernel(
-                "dispatch",
-                "all_to_all",
-                _C,
-                ("sent",),
-                (Value("arrived", arrived * row, "dispatch"),),
-                bytes=float(max(sent, arrived) * row),
-                group="experts",
+                "dispatch", "all_to_all", _C, ("sent",), (Value("arrived", arrived * row, "dispatch"),),
+                bytes=float(max(sent, arrived) * row), group="experts",
             )
-        )
+        )  # fmt: skip
     else:
         kernels.append(
             Kernel("dispatch", "view", _C, ("sent",), (Value("arrived", 0, "dispatch"),), launches=0)
         )
     kernels.append(
         Kernel(
-            "sort",
-            "memory_bound",
-            _C,
-            ("arrived",),
-            (Value("rows", arrived * row, "dispatch"),),
-            bytes=2 * arrived * row,
-            launches=2,
-            indexed=True,
+            "sort", "memory_bound", _C, ("arrived",), (Value("rows", arrived * row, "dispatch"),),
+            bytes=2 * arrived * row, launches=2, indexed=True,
         )
-    )
+    )  # fmt: skip
     return Tape((Value("h", tokens * row),), tuple(kernels), ("rows",))
 
 
@@ -170,42 +146,27 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
     arrived = routes if split else sent
     kernels = [
         Kernel(
-            "unsort",
-            "memory_bound",
-            _C,
-            ("out",),
-            (Value("back", arrived * row, "dispatch"),),
-            bytes=2.0 * arrived * row,
-            indexed=True,
+            "unsort", "memory_bound", _C, ("out",), (Value("back", arrived * row, "dispatch"),),
+            bytes=2.0 * arrived * row, indexed=True,
         )
-    ]
+    ]  # fmt: skip
     if split:
         kernels.append(
             Kernel(
-                "combine",
-                "all_to_all",
-                _C,
-                ("back",),
-                (Value("returned", sent * row, "dispatch"),),
-                bytes=float(max(sent, arrived) * row),
-                group="experts",
+                "combine", "all_to_all", _C, ("back",), (Value("returned", sent * row, "dispatch"),),
+                bytes=float(max(sent, arrived) * row), group="experts",
             )
-        )
+        )  # fmt: skip
     else:
         kernels.append(
             Kernel("combine", "view", _C, ("back",), (Value("returned", 0, "dispatch"),), launches=0)
         )
     kernels.append(
         Kernel(
-            "accumulate",
-            "memory_bound",
-            _C,
-            ("returned",),
-            (Value("f", 0),),
-            bytes=2.0 * sent * row + tokens * row,
-            indexed=True,
+            "accumulate", "memory_bound", _C, ("returned",), (Value("f", 0),),
+            bytes=2.0 * sent * row + tokens * row, indexed=True,
         )
-    )
+    )  # fmt: skip
     return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",), consumes=("out",))
 
 

@@ -17,27 +17,16 @@ def ffn(model: ModelSpec, tokens: int, width: int, b: int, component: str) -> Ta
         kernels.append(linear("up_proj", "h", Value("up", size), tokens, width, H, b, component))
         kernels.append(
             Kernel(
-                "silu",
-                "memory_bound",
-                component,
-                ("gate",),
-                (Value("silu", size),),
-                saves=("gate",),
+                "silu", "memory_bound", component, ("gate",), (Value("silu", size),), saves=("gate",),
                 bytes=2 * size,
             )
-        )
+        )  # fmt: skip
         kernels.append(
             Kernel(
-                "gated",
-                "memory_bound",
-                component,
-                ("silu", "up"),
-                (act,),
-                saves=("silu", "up"),
-                bytes=3 * size,
-                back_launches=2,
+                "gated", "memory_bound", component, ("silu", "up"), (act,), saves=("silu", "up"),
+                bytes=3 * size, back_launches=2,
             )
-        )
+        )  # fmt: skip
     else:
         kernels.append(linear("up_proj", "h", Value("up", size), tokens, width, H, b, component))
         kernels.append(

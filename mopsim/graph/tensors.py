@@ -64,13 +64,9 @@ def layer_tensors(model: ModelSpec, layer: int, prefix: str, moe: bool) -> list[
     found += _experts(model, f"{prefix}.moe.experts", layer)
     if model.shared_expert_intermediate_size:
         found += _ffn(
-            model,
-            f"{prefix}.moe.shared",
-            model.shared_expert_intermediate_size,
-            "shared_experts",
-            layer,
+            model, f"{prefix}.moe.shared", model.shared_expert_intermediate_size, "shared_experts", layer,
             False,
-        )
+        )  # fmt: skip
         if model.shared_expert_gate:
             found.append(
                 Tensor(f"{prefix}.moe.shared_gate.weight", (1, H), "shared_experts", layer, whole=True)

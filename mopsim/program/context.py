@@ -185,29 +185,14 @@ def make_context(
     tokens = training.tokens_per_rank(strategy) // (dense.tensor_parallel if dense.sequence_parallel else 1)
     wide = 8 if precision.compute == "float64" else 4
     shapes = Shapes(
-        tokens,
-        training.seq_len,
-        strategy.attention.context_parallel,
-        strategy.dense.tensor_parallel,
-        strategy.experts.expert_tensor_parallel,
-        b,
-        wide,
-        sequence_parallel=dense.sequence_parallel,
-    )
+        tokens, training.seq_len, strategy.attention.context_parallel, strategy.dense.tensor_parallel,
+        strategy.experts.expert_tensor_parallel, b, wide, sequence_parallel=dense.sequence_parallel,
+    )  # fmt: skip
     count = model.num_hidden_layers + model.num_nextn_predict_layers
     return Context(
-        model,
-        strategy,
-        training,
-        stack,
-        _groups(model, strategy, domain),
-        shapes,
-        {layer: layer_units(model, strategy, layer) for layer in range(count)},
-        edge_units(model, strategy),
-        num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks),
-        b,
-        wide,
-        int(DTYPE_BYTES[precision.param]),
-        int(DTYPE_BYTES[precision.grad]),
+        model, strategy, training, stack, _groups(model, strategy, domain), shapes,
+        {layer: layer_units(model, strategy, layer) for layer in range(count)}, edge_units(model, strategy),
+        num_chunks(tokens, strategy.experts.chunk_tokens, strategy.experts.max_chunks), b, wide,
+        int(DTYPE_BYTES[precision.param]), int(DTYPE_BYTES[precision.grad]),
         int(DTYPE_BYTES[precision.reduce]),
-    )
+    )  # fmt: skip

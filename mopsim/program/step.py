@@ -307,13 +307,9 @@ class StageStep:
         self.shards.reduced.update(unit.name for unit in units)
         for message in reduction(self.c, units):
             op = self.issue.add(
-                "reduce gradients",
-                stream_of(message[2]),
-                message[3],
-                "backward",
-                message_work(message),
+                "reduce gradients", stream_of(message[2]), message[3], "backward", message_work(message),
                 ready,
-            )
+            )  # fmt: skip
             self.reductions.append(op)
 
     def _reduce_rest(self) -> None:

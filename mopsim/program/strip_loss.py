@@ -90,13 +90,9 @@ class StripLoss:
                 b.compute("strip", _C, "backward", -1, works, coming)
             add = [Work("memory_bound", bytes=3.0 * size)]
             b.compute(
-                "join",
-                _C,
-                "backward",
-                -1,
-                add if turn else [Work("memory_bound", bytes=float(size))],
+                "join", _C, "backward", -1, add if turn else [Work("memory_bound", bytes=float(size))],
                 travelling,
-            )
+            )  # fmt: skip
             if turn:
                 b.drop("incoming", "sent")
             b.make("incoming", size, _L)

@@ -259,14 +259,9 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     made = [step for step in item.memory if step[1] > 0]
     gone = [step for step in item.memory if step[1] < 0]
     inner = draft.add(
-        kernel.name,
-        "compute",
-        kernel.component,
-        "backward",
-        works(kernel, "input_grad", draft.context),
-        start,
-        made,
-    )
+        kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad", draft.context),
+        start, made,
+    )  # fmt: skip
     scattered = works(again, "backward", draft.context)
     down = draft.add(
         again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory

@@ -47,18 +47,11 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
         split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
         found.append(
             Unit(
-                f"layers.{layer}.experts",
-                "experts",
-                layer,
-                sum(t.numel for t in routed) // split,
-                strategy.experts.expert_fsdp,
-                strategy.expert_replicas,
-                "expert_shard",
-                "expert_replicas",
-                max(t.numel for t in routed) // split,
-                len(routed),
+                f"layers.{layer}.experts", "experts", layer, sum(t.numel for t in routed) // split,
+                strategy.experts.expert_fsdp, strategy.expert_replicas, "expert_shard", "expert_replicas",
+                max(t.numel for t in routed) // split, len(routed),
             )
-        )
+        )  # fmt: skip
     return found
 
 
@@ -75,16 +68,9 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
         if strategy.vocabulary.loss == "ring":
             rows, copies = ceil_div(model.vocab_size, degree), strategy.stage_ranks // degree
             found["head"] = Unit(
-                "head",
-                "vocabulary",
-                -1,
+                "head", "vocabulary", -1, rows * model.hidden_size, copies, copies, "vocabulary_shard", "",
                 rows * model.hidden_size,
-                copies,
-                copies,
-                "vocabulary_shard",
-                "",
-                rows * model.hidden_size,
-            )
+            )  # fmt: skip
         else:
             found["head"] = _dense(model, strategy, "head", "vocabulary", -1, [head])
     return found
@@ -97,14 +83,6 @@ def _dense(
     numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
     copies = strategy.stage_ranks // split
     return Unit(
-        name,
-        component,
-        layer,
-        numel,
-        strategy.dense.fsdp,
-        copies,
-        "dense_shard",
-        "dense_replicas",
-        max(t.numel for t in mine) // split,
-        len(mine),
-    )
+        name, component, layer, numel, strategy.dense.fsdp, copies, "dense_shard", "dense_replicas",
+        max(t.numel for t in mine) // split, len(mine),
+    )  # fmt: skip

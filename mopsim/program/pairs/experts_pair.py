@@ -49,14 +49,9 @@ class ExpertsPair:
         size = 8.0 * self.E * c.chunks
         arrived = b.issue("counts", "all_to_all", size, "experts", _R, "forward", layer)
         b.compute(
-            "counts",
-            _R,
-            "forward",
-            layer,
-            [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)],
-            arrived,
-            awaited=arrived is not None,
-        )
+            "counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)],
+            arrived, awaited=arrived is not None,
+        )  # fmt: skip
 
     def forward(self, layer: int, *waits: int | None) -> None:
         """x1 becomes x2 in place. waits: the gather of the expert unit."""
