@@ -1,8 +1,8 @@
 """A tape: the kernels of a piece of a model in order, with what each reads, writes and keeps for its
 backward.
 
-From one tape come FLOPs, memory traffic, message sizes, and the memory of a run without a graph, of a run
-with one, and of its backward. Nothing else in the simulator counts them.
+From one tape come FLOPs, memory traffic, message sizes, and the memory of its runs (mopsim.graph.liveness).
+Nothing else in the simulator counts them.
 """
 
 from collections.abc import Iterable
@@ -130,76 +130,20 @@ class Tape:
             found[kernel.component] = found.get(kernel.component, 0.0) + kernel.total_flops
         return found
 
-    def saved(self) -> int:
-        """Bytes that a run with a graph leaves for its backward, inputs and outputs apart."""
-        values = self.values
-        outside = self._outside()
-        names = {name for kernel in self.kernels for name in kernel.saves} - outside
-        return sum(values[name].bytes for name in names)
-
-    def forward(self, graph: bool) -> list[Played]:
-        """A forward run: values die after their last reader, unless saved (with a graph) or an output."""
-        values, last = self.values, self._last_reads()
-        outside = self._outside()
-        keep = outside | ({name for kernel in self.kernels for name in kernel.saves} if graph else set())
-        played = []
-        for index, kernel in enumerate(self.kernels):
-            memory = [(value.category, value.bytes) for value in kernel.writes]
-            memory += _scratch(kernel.scratch)
-            dead = [name for name, when in last.items() if when == index and name not in keep]
-            memory += [(values[name].category, -values[name].bytes) for name in dead]
-            played.append(Played(kernel, False, tuple(memory)))
-        return played
-
-    def backward(self) -> list[Played]:
-        """The reverse of a run with a graph: starts with the outputs' gradients alive, ends with the
-        inputs'."""
-        values = self.values
-        outside = self._outside()
-        saved = {name for kernel in self.kernels for name in kernel.saves} - outside
-        first_saver: dict[str, int] = {}
-        for index, kernel in enumerate(self.kernels):
-            for name in kernel.saves:
-                first_saver.setdefault(name, index)
-        alive = set(self.outputs)
-        played = []
-        for index in reversed(range(len(self.kernels))):
-            kernel = self.kernels[index]
-            memory: list[Step] = _scratch_open(kernel.back_scratch)
-            if kernel.weight_grad:
-                memory += _scratch((("activations", kernel.weight_grad),))
-            for name in kernel.reads:
-                value = values[name]
-                if value.grad and value.bytes:
-                    memory.append((value.category, value.bytes))
-                    if name in alive:  # a second consumer: the engine adds in place and drops one
-                        memory.append((value.category, -value.bytes))
-                    alive.add(name)
-            memory += _scratch_close(kernel.back_scratch)
-            for value in kernel.writes:
-                if value.grad and value.name in alive:
-                    memory.append((value.category, -value.bytes))
-                    alive.discard(value.name)
-            memory += [
-                (values[name].category, -values[name].bytes) for name in saved if first_saver[name] == index
-            ]
-            played.append(Played(kernel, True, tuple(memory)))
-        return played
-
-    def _outside(self) -> set[str]:
+    @property
+    def outside(self) -> set[str]:
         """Values that this tape neither makes to free nor frees."""
         return {value.name for value in self.inputs} - set(self.consumes) | set(self.outputs)
 
-    def _last_reads(self) -> dict[str, int]:
-        last: dict[str, int] = {}
-        for index, kernel in enumerate(self.kernels):
-            for value in kernel.writes:
-                last[value.name] = index
-            for name in kernel.reads:
-                last[name] = index
-        for name in self.held:
-            last[name] = len(self.kernels) - 1
-        return last
+    @property
+    def kept(self) -> set[str]:
+        """Values that its backward starts from, inputs and outputs apart."""
+        return {name for kernel in self.kernels for name in kernel.saves} - self.outside
+
+    def saved(self) -> int:
+        """Bytes of those."""
+        values = self.values
+        return sum(values[name].bytes for name in self.kept)
 
 
 def renamed(tape: Tape, component: str) -> Tape:
@@ -214,15 +158,3 @@ def peak(memory: Iterable[Step]) -> int:
         height += size
         top = max(top, height)
     return top
-
-
-def _scratch(steps: Iterable[Step]) -> list[Step]:
-    return _scratch_open(steps) + _scratch_close(steps)
-
-
-def _scratch_open(steps: Iterable[Step]) -> list[Step]:
-    return list(steps)
-
-
-def _scratch_close(steps: Iterable[Step]) -> list[Step]:
-    return [(category, -size) for category, size in steps]

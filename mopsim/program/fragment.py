@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from mopsim.graph.experts import routed
+from mopsim.graph.liveness import backward, forward
 from mopsim.graph.rewrites.migration import migrating
-from mopsim.graph.rewrites.recompute import backward, forward, plan
+from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context, make_context

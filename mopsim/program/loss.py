@@ -4,8 +4,8 @@ entropy."""
 from collections.abc import Sequence
 
 from mopsim.graph.attention import norm
+from mopsim.graph.liveness import backward, everything, forward
 from mopsim.graph.region import begin
-from mopsim.graph.rewrites.recompute import backward, forward, plan
 from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
 from mopsim.program.builder import Recorder
 from mopsim.program.context import Context
@@ -25,7 +25,7 @@ def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Te
     kind = context.strategy.vocabulary.loss
     at_once = kind in ("chunked", "ring")
     tape = _norm(context) if at_once else loss_tape(context)
-    chosen, early, late = plan(tape, "none", ()), *_freed(tape, context, freed)
+    chosen, early, late = everything(tape), *_freed(tape, context, freed)
     if direction == "backward":
         return template(backward(tape, chosen), context, "backward", late)
     first = template(forward(tape, chosen), context, "forward", early)

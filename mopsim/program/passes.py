@@ -6,17 +6,11 @@ from dataclasses import replace
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.layer import decoder_layer, mtp_projection
+from mopsim.graph.liveness import Recomputation, backward, everything, forward, held_for_weights
 from mopsim.graph.rewrites.eager import in_blocks
 from mopsim.graph.rewrites.migration import migrating
 from mopsim.graph.rewrites.quantized import quantized
-from mopsim.graph.rewrites.recompute import (
-    Recomputation,
-    backward,
-    forward,
-    held_for_weights,
-    plan,
-    without_weight_grads,
-)
+from mopsim.graph.rewrites.recompute import plan, without_weight_grads
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder
@@ -145,7 +139,7 @@ class Passes:
         """The projection before an MTP layer."""
         tape = mtp_projection(self.context.model, self.shapes)
         tape = replace(tape, kernels=without_weight_grads(tape.kernels))
-        none = plan(tape, "none", ())
+        none = everything(tape)
 
         def make() -> Template:
             if direction == "forward":

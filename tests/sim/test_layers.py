@@ -8,6 +8,7 @@ from mopsim.graph import active_params, flops_per_token, parameters, total_param
 from mopsim.graph.attention import attention
 from mopsim.graph.experts import experts, router
 from mopsim.graph.ffn import ffn
+from mopsim.graph.liveness import NOTHING, backward, everything, forward
 from mopsim.graph.shapes import Shapes, causal_pairs
 from mopsim.graph.tape import Tape, peak
 from mopsim.spec.model import ModelSpec
@@ -95,12 +96,12 @@ def test_tapes_leave_what_they_say(tokens: int, degree: int, qk_norm: str) -> No
         values = tape.values
         outputs = sum(values[name].bytes for name in tape.outputs)
         consumed = sum(values[name].bytes for name in tape.consumes)
-        plain = [step for played in tape.forward(False) for step in played.memory]
-        graph = [step for played in tape.forward(True) for step in played.memory]
+        plain = [step for played in forward(tape, NOTHING) for step in played.memory]
+        graph = [step for played in forward(tape, everything(tape)) for step in played.memory]
         assert sum(size for _, size in plain) == outputs - consumed
         assert sum(size for _, size in graph) == outputs - consumed + tape.saved()
         assert peak(graph) >= peak(plain)
-        back = [step for played in tape.backward() for step in played.memory]
+        back = [step for played in backward(tape, everything(tape)) for step in played.memory]
         grads = sum(value.bytes for value in tape.inputs if value.grad)
         outputs = sum(values[name].bytes for name in tape.outputs if values[name].grad)
         assert sum(size for _, size in back) == grads - outputs - tape.saved()

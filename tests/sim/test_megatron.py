@@ -7,7 +7,8 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, run, simulate
 from mopsim.graph import tensors, total_params
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.recompute import forward, plan
+from mopsim.graph.liveness import forward
+from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program import lower

@@ -7,8 +7,9 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.graph import tensors
 from mopsim.graph.layer import decoder_layer
+from mopsim.graph.liveness import backward, forward
 from mopsim.graph.rewrites.quantized import quantized
-from mopsim.graph.rewrites.recompute import backward, forward, plan
+from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Tape
 from mopsim.program import lower

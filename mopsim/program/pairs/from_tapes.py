@@ -3,7 +3,8 @@ experts under nested checkpoints."""
 
 from mopsim.graph.attention import attention
 from mopsim.graph.experts import router
-from mopsim.graph.rewrites.recompute import backward, forward, plan
+from mopsim.graph.liveness import NOTHING, backward, everything, forward
+from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
@@ -27,10 +28,12 @@ class TapedAttention:
 
     def backward(self, layer: int) -> None:
         """The gradient of x1 becomes that of x: one takes the other's place."""
-        play(self.b, self.c, self._tape(layer).backward(), "backward", layer)
+        tape = self._tape(layer)
+        play(self.b, self.c, backward(tape, everything(tape)), "backward", layer)
 
     def _play(self, layer: int, phase: str, graph: bool, waits: tuple[int | None, ...]) -> None:
-        play(self.b, self.c, self._tape(layer).forward(graph), phase, layer, waits)
+        tape = self._tape(layer)
+        play(self.b, self.c, forward(tape, everything(tape) if graph else NOTHING), phase, layer, waits)
         self.b.adopt("x1", self.c.hidden)
 
     def _tape(self, layer: int) -> Tape:
@@ -51,14 +54,14 @@ class NestedExperts:
         H, tokens, tape = c.model.hidden_size, c.tokens, kept_experts(c)
         chosen = plan(tape, "none", ())
         last = b.compute("norm", "router", "recompute", layer, [self.rows.norm(tokens, H, "hidden")])
-        last = play(b, c, self.router.forward(graph=True), "recompute", layer, [last])
+        last = play(b, c, forward(self.router, everything(self.router)), "recompute", layer, [last])
         for name in ("choice", "weight"):
             b.adopt(name, self.router.values[name].bytes)
         last = play(b, c, forward(tape, chosen), "recompute", layer, [last, *waits])
         last = play(b, c, backward(tape, chosen), "backward", layer, [last])
         b.adopt("grad_hidden", c.hidden)
         del b.alive["weight"]  # its gradient takes its place, and dies in the router's backward
-        play(b, c, self.router.backward(), "backward", layer, [last])
+        play(b, c, backward(self.router, everything(self.router)), "backward", layer, [last])
         b.adopt("grad_router", c.hidden)
         b.drop("grad_router", "choice")
         norm = self.rows.norm_backward(tokens, H)

@@ -1,5 +1,6 @@
 """Weights of experts that least-loaded placement moves to other ranks (mopsim.graph.experts.migration)."""
 
+from mopsim.graph.liveness import backward, everything, forward
 from mopsim.graph.rewrites.migration import migration
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
@@ -32,7 +33,7 @@ class MovedExperts:
         """Weights arrive; returns what the products wait for."""
         if not self:
             return []
-        last = play(self.b, self.c, self.tape.forward(graph=True), phase, layer, [ready])
+        last = play(self.b, self.c, forward(self.tape, everything(self.tape)), phase, layer, [ready])
         for name in ("migrated", "packed"):
             self.b.adopt(name, self.tape.values[name].bytes, "gathered")
         return [last]
@@ -61,7 +62,7 @@ class MovedExperts:
         """Gradients go home; the weights are freed."""
         if not self:
             return ready
-        last = play(self.b, self.c, self.tape.backward(), "backward", layer, [ready])
+        last = play(self.b, self.c, backward(self.tape, everything(self.tape)), "backward", layer, [ready])
         for name in ("packed gradient", "migrated"):  # the tape has freed them
             del self.b.alive[name]
         self.b.drop("packed")
