@@ -59,13 +59,13 @@ def loss_tape(context: Context) -> Tape:
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     torch = zero >= 2 and not fused
-    held = torch and c.stack.kernels.logits_held
-    keeps = ("n", "logits") if fused or held else ("n",)
+    in_place = kernel == "fused" or (fused and split)  # a split loss casts no logits
+    held = (torch or fused) and c.stack.kernels.logits_held
+    keeps = ("n", "logits") if in_place or held else ("n",)
     apart = (("logits", elements * c.wide),) if torch else ()
     weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
     product = (Matmul(rows, columns, H),)
     kernels.append(Kernel("logits", "matmul", _C, (source,), (logits,), keeps, product, weight_grad=weight))
-    in_place = kernel == "fused" or (fused and split)  # a split loss casts no logits
     exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.

@@ -59,7 +59,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     and one for queries, keys and values, or one each, shared experts after the routed ones. weight_grads:
     added to their buffer inside the product, or after it. loss: cross entropy by several kernels with
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
-    (`upcast`). logits_held: whoever calls a composed loss holds the logits until its backward is done.
+    (`upcast`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
+    backward is done.
     loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of keys and values where
     context parallelism gathers them.  fills: new tensors
     with a known value are written first (torch's deterministic mode).
