@@ -169,6 +169,8 @@ def test_hovering_shows_and_a_legend_hides(driver: Any, pages: dict[str, Path]) 
 
 
 def test_a_timeline_zooms_and_is_walked(driver: Any, pages: dict[str, Path]) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
     opened(driver, pages["simulate"])
     box = find(driver, ".chart.timeline")[0]
 
@@ -182,6 +184,13 @@ def test_a_timeline_zooms_and_is_walked(driver: Any, pages: dict[str, Path]) -> 
     driver.execute_script("arguments[0].focus()", box)
     press(driver, "\ue011")  # Home
     assert widest() == pytest.approx(whole)
+    lane = find(driver, ".lane")[0]
+    drag = ActionChains(driver).move_to_element_with_offset(lane, -100, 0).click_and_hold()
+    drag.move_by_offset(60, 0).release().perform()
+    settle(driver)
+    assert widest() > whole
+    assert not find(driver, ".range")
+    press(driver, "\ue011")
     press(driver, "\ue014", "\ue014", "+")
     assert find(driver, ".chosen")
     said = find(driver, ".selected")[0].text

@@ -87,17 +87,31 @@ function timeline(view) {
     const timeAt = (event) => from + ((event.clientX - box.getBoundingClientRect().x - left) / (right - left)) * (to - from);
     root.addEventListener("pointermove", (event) => {
       const time = timeAt(event);
-      if (dragged !== null) return;
+      if (dragged !== null) { // the range that is chosen
+        const [x1, x2] = [at(dragged.time), event.clientX - box.getBoundingClientRect().x].sort((a, b) => a - b);
+        dragged.range.setAttribute("x", Math.max(left, x1));
+        dragged.range.setAttribute("width", Math.max(0, Math.min(right, x2) - Math.max(left, x1)));
+        return;
+      }
       if (event.target.span) tip.show(rowsOf(event.target.span), event);
       else if (event.offsetY > floor && time >= 0 && time <= end) tip.show([["time", seconds(time)], ["memory", told(totals[sample(time)], "bytes")],
         ...categories.map((name) => [spoken(name), told(view.memory.categories[name][sample(time)], "bytes")]).filter((row) => !row[1].startsWith("0"))], event);
       else tip.hide();
     });
     root.addEventListener("pointerleave", () => tip.hide());
-    root.addEventListener("pointerdown", (event) => { dragged = { time: timeAt(event), x: event.clientX, at: event.target.at }; event.preventDefault(); box.focus(); });
+    root.addEventListener("pointerdown", (event) => { 
+      const range = svg("rect", { class: "range", x: event.offsetX, y: top, width: 0, height: memoryFloor - top });
+      dragged = { time: timeAt(event), x: event.clientX, at: event.target.at, range };
+      root.append(range);
+      root.setPointerCapture(event.pointerId);
+      event.preventDefault();
+      box.focus({ preventScroll: true });
+      tip.hide();
+    });
     root.addEventListener("pointerup", (event) => {
       if (dragged === null) return;
       const { time, x, at: hit } = dragged, stop = timeAt(event);
+      dragged.range.remove();
       dragged = null;
       if (Math.abs(event.clientX - x) > 6) window_(Math.min(time, stop), Math.max(time, stop));
       else if (hit) choose(...hit);
