@@ -1,5 +1,6 @@
 """The attention half of a layer: x1 = x + o_proj(attention(norm(x))), with its own recompute and backward."""
 
+import copy
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ Saved = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Any, ...]]
 
 
 class AttentionBlock:
-    """Attention of every layer for one microbatch shape; rotary tables are made once and stay."""
+    """Attention of every layer for one microbatch shape; rotary tables are made once and stay.
+
+    core: of a full layer; `windowed` gives the block of a layer with a window.
+    """
 
     def __init__(
         self, spec: ModelSpec, exchange: SequenceExchange, dtype: torch.dtype, device: torch.device
@@ -27,6 +31,12 @@ class AttentionBlock:
         start = exchange.group.place * exchange.seq
         self.cos, self.sin = rope_tables(spec, start, start + exchange.seq, dtype, device)
         self._rows = row_slices(exchange.seq)
+
+    def windowed(self, window: int) -> "AttentionBlock":
+        """The same block for layers that attend to `window` tokens (0: all)."""
+        block = copy.copy(self)
+        block.core = Core(self.core.scale, window)
+        return block
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         """x [N, H] to a new x1 [N, H]."""
@@ -67,6 +77,12 @@ class AttentionBlock:
 
     def _core(self, x: Tensor, weights: Weights) -> Saved:
         """q, k, v and output, each [B, S, heads of this rank, d], and what flash attention saves."""
+        q, k, v = self._received(x, weights)
+        out, sums = causal_forward(q, k, v, self.core, self._sinks(weights))
+        return q, k, v, out, sums
+
+    def _received(self, x: Tensor, weights: Weights) -> list[Tensor]:
+        """q, k and v of all positions of this rank's heads."""
         exchange, size = self.exchange, self.spec.head_dim
         hidden = rms_norm(x, weights["attention_norm.weight"], self.spec.rms_norm_eps)
         packed = [self._project(name, hidden, weights) for name in "qkv"]
@@ -74,9 +90,12 @@ class AttentionBlock:
         received = []
         while packed:
             received.append(exchange.to_heads(packed.pop(0)).unflatten(-1, (-1, size)))  # type: ignore[no-untyped-call]
-        q, k, v = received
-        out, sums = causal_forward(q, k, v, self.core)
-        return q, k, v, out, sums
+        return received
+
+    def _sinks(self, values: Weights) -> Tensor | None:
+        """The part of the sinks (or of their gradients) of this rank's heads, a view."""
+        sinks = values.get("attention.sinks")
+        return None if sinks is None else sinks.chunk(self.exchange.degree)[self.exchange.group.place]
 
     def _project(self, name: str, hidden: Tensor, weights: Weights) -> Tensor:
         """A projection in the send layout, normed per head and rotated in place where it is q or k."""
@@ -98,7 +117,9 @@ class AttentionBlock:
     def _output(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
         """x + o_proj of the heads' outputs, back at this rank's positions."""
         merged = self._local_output(out)
-        return torch.addmm(x, merged, weights["attention.o_proj.weight"].t())
+        result = torch.addmm(x, merged, weights["attention.o_proj.weight"].t())
+        bias = weights.get("attention.o_proj.bias")
+        return result if bias is None else result.add_(bias)
 
     def _local_output(self, out: Tensor) -> Tensor:
         """[B, S, heads of this rank, d] to all heads of this rank's positions, [N, heads * d]."""
@@ -112,18 +133,30 @@ class AttentionBlock:
         del saved
         merged = self._local_output(out)
         add_matmul(grads["attention.o_proj.weight"], grad.t(), merged)
+        if "attention.o_proj.bias" in grads:
+            grads["attention.o_proj.bias"].add_(grad.sum(0))
         del merged
         packed = self.exchange.project_back(grad, weights["attention.o_proj.weight"])
-        grad_out = self.exchange.to_heads(packed).view(q.shape)
+        grad_out = self.exchange.to_heads(packed).view(out.shape)
         del packed
-        found = list(causal_backward(grad_out, q, k, v, out, sums, self.core)[:3])
+        *found, grad_sinks = causal_backward(grad_out, q, k, v, out, sums, self.core, self._sinks(weights))
         del grad_out, q, k, v, out, sums
+        own_sinks = self._sinks(grads)
+        if own_sinks is not None and grad_sinks is not None:
+            own_sinks.add_(grad_sinks)
         result = []
         while found:
-            result.append(self.exchange.to_positions(found.pop(0).flatten(2)))
-        for packed in result[:2]:
-            rotate_(self._by_position(packed), self.cos, self.sin, self._rows, inverse=True)
+            part = found.pop(0)
+            assert part is not None
+            result.append(self.exchange.to_positions(part.flatten(2)))
+            del part
+        self._unrotate_(result[:2])
         return result[0], result[1], result[2]
+
+    def _unrotate_(self, packed: list[Tensor]) -> None:
+        """Gradients of rotated queries and keys become those before the rotation."""
+        for part in packed:
+            rotate_(self._by_position(part), self.cos, self.sin, self._rows, inverse=True)
 
     def _projection_backward(
         self,

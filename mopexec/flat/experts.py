@@ -14,12 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mopexec.flat.dispatch import Arrival, ChunkExchange
-from mopexec.flat.ffn import add_swiglu_, slice_rows, swiglu_backward
+from mopexec.flat.ffn import add_shared_, shared_backward, slice_rows
 from mopexec.flat.routes import RoutePlanner, Routes, router_backward
 from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model.routing import wide
-from mopexec.model.swiglu import swiglu_activation, swiglu_activation_backward
+from mopexec.model.swiglu import (
+    Clamp,
+    clamp_of,
+    clamped_activation,
+    clamped_activation_backward,
+    swiglu_activation,
+    swiglu_activation_backward,
+)
 from mopsim.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
@@ -68,7 +75,7 @@ class MoEBlock:
 
     def __init__(self, spec: ModelSpec, planner: RoutePlanner, shared_tokens: int) -> None:
         self.spec, self.planner, self.shared_tokens = spec, planner, shared_tokens
-        self.num_chunks = planner.num_chunks
+        self.num_chunks, self.clamp = planner.num_chunks, clamp_of(spec)
 
     def forward_(self, x: Tensor, routes: Routes, weights: Weights, experts: Weights) -> None:
         """x1 [N, H] becomes x2 in place; weights of the layer's dense unit, experts of its expert unit."""
@@ -80,7 +87,7 @@ class MoEBlock:
             if index + 1 < self.num_chunks:
                 coming.append(self._dispatch(index + 1, x, routes, weights, None))
             with component("experts"):
-                experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, experts)
+                experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, experts, self.clamp)
             if returning:
                 self._combine(returning.pop(), x)
             returning.append(self._send_back(work, None))
@@ -108,6 +115,7 @@ class MoEBlock:
                         work.exchange.counts,
                         experts,
                         expert_grads,
+                        self.clamp,
                     )
                 del work.rows[0]
                 if returning:
@@ -203,7 +211,7 @@ class MoEBlock:
         with component("shared_experts"):
             for rows in slice_rows(self._rows(x, index), self.shared_tokens):
                 hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                add_swiglu_(rows, hidden, weights, "moe.shared")
+                add_shared_(rows, hidden, weights)
                 del hidden
 
     def _shared_backward(self, index: int, grad: Tensor, x: Tensor, weights: Weights, grads: Weights) -> None:
@@ -215,7 +223,7 @@ class MoEBlock:
                 tokens, slice_rows(self._rows(grad, index), self.shared_tokens), strict=True
             ):
                 hidden = rms_norm(rows, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                grad_hidden = swiglu_backward(target, hidden, weights, grads, "moe.shared")
+                grad_hidden = shared_backward(target, hidden, weights, grads)
                 del hidden
                 self._norm_backward(target, rows, grad_hidden, weights, grads)
                 del grad_hidden
@@ -228,59 +236,105 @@ class MoEBlock:
         )
 
 
-def experts_forward_(rows: Tensor, route_weights: Tensor, counts: list[int], experts: Weights) -> None:
+@dataclass
+class _Expert:
+    """Parameters of one expert, or their gradients; biases are None where the network has none."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+def _each(experts: Weights) -> list[_Expert]:
+    stacks = [experts[f"moe.experts.{name}_proj"].unbind(0) for name in ("gate", "up", "down")]
+    biases = [experts.get(f"moe.experts.{name}_proj_bias") for name in ("gate", "up", "down")]
+    none = (None,) * len(stacks[0])
+    return [
+        _Expert(*parts)
+        for parts in zip(*stacks, *(none if one is None else one.unbind(0) for one in biases), strict=True)
+    ]
+
+
+def experts_forward_(
+    rows: Tensor, route_weights: Tensor, counts: list[int], experts: Weights, clamp: Clamp | None = None
+) -> None:
     """Rows [R, H] sorted by expert become weight * expert(row), in place. Temporaries: 2 I rows of one
     expert.
     """
-    gates, ups, downs = (experts[f"moe.experts.{name}_proj"].unbind(0) for name in ("gate", "up", "down"))
     start = 0
-    for count, gate, up, down in zip(counts, gates, ups, downs, strict=True):
+    for count, expert in zip(counts, _each(experts), strict=True):
         if count:
             part = rows[start : start + count]
-            inner = swiglu_activation(part @ gate, part @ up).mul_(route_weights[start : start + count, None])
-            torch.mm(inner, down, out=part)
+            weight = route_weights[start : start + count, None]
+            gate, up = (
+                _product(part, expert.gate, expert.gate_bias),
+                _product(part, expert.up, expert.up_bias),
+            )
+            inner = swiglu_activation(gate, up) if clamp is None else clamped_activation(gate, up, clamp)
+            del gate, up
+            torch.mm(inner.mul_(weight), expert.down, out=part)
+            if expert.down_bias is not None:
+                part.addcmul_(weight.to(part.dtype), expert.down_bias)
             del inner
         start += count
 
 
 def experts_backward_(
-    rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], experts: Weights, grads: Weights
-) -> Tensor:
+    rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], experts: Weights, grads: Weights,
+    clamp: Clamp | None = None,
+) -> Tensor:  # fmt: skip
     """Rows [R, H], gradients of weight * expert(input), become gradients of the inputs in place; grads += the
     weights'.
 
     Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 5 I rows of one expert.
     """
     grad_weights = torch.empty(rows.shape[0], dtype=wide(rows.dtype), device=rows.device)
-    names = [f"moe.experts.{name}_proj" for name in ("gate", "up", "down")]
-    parameters = [tensors[name].unbind(0) for tensors in (experts, grads) for name in names]
     start = 0
-    for count, gate, up, down, *own in zip(counts, *parameters, strict=True):
+    for count, expert, own in zip(counts, _each(experts), _each(grads), strict=True):
         if count:
             stop = start + count
             _one_expert_backward(
                 rows[start:stop], inputs[start:stop], route_weights[start:stop, None],
-                grad_weights[start:stop], (gate, up, down), own,
+                grad_weights[start:stop], expert, own, clamp,
             )  # fmt: skip
         start += count
     return grad_weights
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
 def _one_expert_backward(
-    rows: Tensor, inputs: Tensor, route_weights: Tensor, grad_weights: Tensor, weights: tuple[Tensor, ...],
-    grads: list[Tensor],
+    rows: Tensor, inputs: Tensor, route_weights: Tensor, grad_weights: Tensor, expert: _Expert, own: _Expert,
+    clamp: Clamp | None,
 ) -> None:  # fmt: skip
     """`experts_backward_` for the rows of one expert."""
-    gate_weight, up_weight, down_weight = weights
-    gate, up = inputs @ gate_weight, inputs @ up_weight
-    silu = F.silu(gate)
-    inner = silu * up
-    grad_inner = rows @ down_weight.t()
+    gate, up = _product(inputs, expert.gate, expert.gate_bias), _product(inputs, expert.up, expert.up_bias)
+    if clamp is None:
+        silu = F.silu(gate)
+        inner = silu * up
+    else:
+        inner = clamped_activation(gate, up, clamp)
+    grad_inner = rows @ expert.down.t()
     grad_weights.copy_((inner * grad_inner).sum(-1, dtype=grad_weights.dtype))
-    add_matmul(grads[2], inner.mul_(route_weights).t(), rows)
+    add_matmul(own.down, inner.mul_(route_weights).t(), rows)
     del inner
-    grad_gate, grad_up = swiglu_activation_backward(grad_inner.mul_(route_weights), gate, up, silu)
-    add_matmul(grads[0], inputs.t(), grad_gate)
-    add_matmul(grads[1], inputs.t(), grad_up)
-    torch.mm(grad_gate, gate_weight.t(), out=rows)
-    rows.addmm_(grad_up, up_weight.t())
+    if expert.down_bias is not None and own.down_bias is not None:
+        grad_weights.add_((rows * expert.down_bias).sum(-1, dtype=grad_weights.dtype))
+        own.down_bias.add_((rows * route_weights).sum(0))
+    grad_inner.mul_(route_weights)
+    if clamp is None:
+        grad_gate, grad_up = swiglu_activation_backward(grad_inner, gate, up, silu)
+    else:
+        grad_gate, grad_up = clamped_activation_backward(grad_inner, gate, up, clamp)
+    add_matmul(own.gate, inputs.t(), grad_gate)
+    add_matmul(own.up, inputs.t(), grad_up)
+    for bias, grad in ((own.gate_bias, grad_gate), (own.up_bias, grad_up)):
+        if bias is not None:
+            bias.add_(grad.sum(0))
+    torch.mm(grad_gate, expert.gate.t(), out=rows)
+    rows.addmm_(grad_up, expert.up.t())

@@ -1,5 +1,6 @@
 """Dense SwiGLU and shared experts over token slices, each slice recomputed in its own backward."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -73,3 +74,31 @@ def swiglu_backward(grad: Tensor, hidden: Tensor, weights: Weights, grads: Weigh
 def slice_rows(x: Tensor, chunk_tokens: int) -> list[Tensor]:
     """x [n, H] (any strides) as views of at most `chunk_tokens` rows."""
     return [x[start:stop] for start, stop in layout.token_slices(x.shape[0], chunk_tokens)]
+
+
+def add_shared_(target: Tensor, hidden: Tensor, weights: Weights) -> None:
+    """target [n, H] += the shared experts of hidden [n, H], times their gate where there is one."""
+    gate = weights.get("moe.shared_gate.weight")
+    if gate is None:
+        add_swiglu_(target, hidden, weights, "moe.shared")
+        return
+    out = torch.zeros_like(hidden)
+    add_swiglu_(out, hidden, weights, "moe.shared")
+    target.addcmul_(out, (hidden @ gate.t()).sigmoid_())
+
+
+def shared_backward(grad: Tensor, hidden: Tensor, weights: Weights, grads: Weights) -> Tensor:
+    """Gradient of hidden [n, H] from that of the output; grads += the weights'. With a gate g, the output is
+    g f(h): f is run again for the gate's gradient <grad, f> g (1 - g).
+    """
+    gate = weights.get("moe.shared_gate.weight")
+    if gate is None:
+        return swiglu_backward(grad, hidden, weights, grads, "moe.shared")
+    share = (hidden @ gate.t()).sigmoid_()
+    out = torch.zeros_like(hidden)
+    add_swiglu_(out, hidden, weights, "moe.shared")
+    grad_logit = out.mul_(grad).sum(-1, keepdim=True).mul_(share).mul_(1 - share)
+    del out
+    grad_hidden = swiglu_backward(grad * share, hidden, weights, grads, "moe.shared")
+    add_matmul(grads["moe.shared_gate.weight"], grad_logit.t(), hidden)
+    return grad_hidden.addmm_(grad_logit, gate)

@@ -100,7 +100,9 @@ class RoutePlanner:
 def _logits(hidden: Tensor, weights: Weights) -> Tensor:
     """Router logits [n, E] in the wide dtype."""
     accurate = wide(hidden.dtype)
-    return F.linear(hidden.to(accurate), weights["moe.router.weight"].to(accurate))
+    bias = weights.get("moe.router.bias")
+    bias = None if bias is None else bias.to(accurate)
+    return F.linear(hidden.to(accurate), weights["moe.router.weight"].to(accurate), bias)
 
 
 def router_backward(
@@ -112,4 +114,6 @@ def router_backward(
     grad_logits = route_weights_backward(grad, scores, experts.long(), spec)
     del scores
     grads["moe.router.weight"].add_(grad_logits.t() @ hidden.to(accurate))
+    if "moe.router.bias" in grads:
+        grads["moe.router.bias"].add_(grad_logits.sum(0))
     return (grad_logits @ weights["moe.router.weight"].to(accurate)).to(hidden.dtype)

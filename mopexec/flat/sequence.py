@@ -35,6 +35,12 @@ class SequenceExchange:
             torch.mm(x, weight[block * width : (block + 1) * width].t(), out=packed[place])
         return packed
 
+    def pack(self, rows: Tensor, heads: int) -> Tensor:
+        """Rows [N, heads * d] in the send layout [D, N, width of a block]."""
+        blocks = self.blocks(heads)
+        packed = torch.stack(rows.chunk(blocks, dim=1)) if blocks > 1 else rows[None]
+        return packed if blocks == self.degree else packed.repeat_interleave(self.degree // blocks, dim=0)
+
     def project_back(self, grad: Tensor, weight: Tensor) -> Tensor:
         """grad [N, H] times weight [H, width], as the send layout [D, N, width / D] (the output projection's
         dgrad).

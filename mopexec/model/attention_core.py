@@ -174,24 +174,35 @@ def _by_repeat(x: Tensor, repeats: int) -> list[Tensor]:
 
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, Saved]:
-    left, right = (core.window - 1, 0) if _windowed(q, core) else (None, None)
-    out, *rest = _ATEN._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=core.scale,
-        window_size_left=left, window_size_right=right,
-    )  # fmt: skip
-    return out, tuple(rest[:3])
+    """The op of torch's scaled_dot_product_attention; for a window the one below it, which takes one."""
+    if _windowed(q, core):
+        out, *rest = _ATEN._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=core.scale,
+            window_size_left=core.window - 1, window_size_right=0,
+        )  # fmt: skip
+        return out, tuple(rest[:3])
+    out, *rest = _ATEN._scaled_dot_product_flash_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True, scale=core.scale
+    )
+    return out.transpose(1, 2), tuple(rest[:7])
 
 
 def _cuda_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core
 ) -> tuple[Tensor, Tensor, Tensor]:
-    left, right = (core.window - 1, 0) if _windowed(q, core) else (None, None)
-    lse, seed, unused = saved
-    grads: tuple[Tensor, Tensor, Tensor] = _ATEN._flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, unused,
-        scale=core.scale, window_size_left=left, window_size_right=right,
+    if _windowed(q, core):
+        lse, seed, unused = saved
+        grads: tuple[Tensor, Tensor, Tensor] = _ATEN._flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, unused,
+            scale=core.scale, window_size_left=core.window - 1, window_size_right=0,
+        )  # fmt: skip
+        return grads
+    lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
+    dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
+        grad.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
+        lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=core.scale,
     )  # fmt: skip
-    return grads
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mopexec.model.auxiliary import Auxiliary, attach, router_loss
 from mopexec.model.parts import FeedForward, linear
 from mopexec.model.routing import choose_experts, count_routes, route_weights, router_scores, wide
-from mopexec.model.swiglu import Clamp, grouped_swiglu
+from mopexec.model.swiglu import clamp_of, grouped_swiglu
 from mopsim.spec.model import ModelSpec
 
 
@@ -58,7 +58,7 @@ class Experts(nn.Module):
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         count, hidden, inner = spec.num_local_experts, spec.hidden_size, spec.moe_intermediate_size
-        self.clamp = Clamp(spec.swiglu_limit, spec.swiglu_alpha) if spec.swiglu_limit else None
+        self.clamp = clamp_of(spec)
         for name, shape in (("gate", (hidden, inner)), ("up", (hidden, inner)), ("down", (inner, hidden))):
             stack = torch.empty((count, *shape), dtype=dtype, device=device)
             self.register_parameter(f"{name}_proj", nn.Parameter(stack))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mopsim.spec.model import ModelSpec
+
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """(silu(x gate^T) * (x up^T)) down^T for weights stored [out, in]; x [N, H]."""
@@ -22,6 +24,11 @@ class Clamp:
 
     limit: float
     alpha: float
+
+
+def clamp_of(spec: ModelSpec) -> Clamp | None:
+    """How the network's experts clamp, None where they do not."""
+    return Clamp(spec.swiglu_limit, spec.swiglu_alpha) if spec.swiglu_limit else None
 
 
 class _Clamped(torch.autograd.Function):

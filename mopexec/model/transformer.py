@@ -80,8 +80,13 @@ class Mtp(nn.Module):
         """Normed hidden states [B, S, H] of the model and embeddings [B, S, H] of the tokens that follow, to
         normed hidden states.
         """
+        result: Tensor = self.final_norm(self.layer(self.join(hidden, embedded), given))
+        return result
+
+    def join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Both normed and projected to one, [B, S, H]."""
         pair = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        result: Tensor = self.final_norm(self.layer(self.projection(pair), given))
+        result: Tensor = self.projection(pair)
         return result
 
 

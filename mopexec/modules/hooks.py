@@ -120,10 +120,19 @@ class Boundaries:
 
 
 def recompute_layers(model: Any, boundaries: Boundaries) -> None:
-    """Run every layer (and MTP module) under a non-reentrant checkpoint, inside FSDP's hooks: its input is
-    kept, the rest made again."""
-    for index, layer in enumerate((*model.layers, *model.mtp)):
-        setattr(layer, "forward", _Checkpointed(index, layer.forward, boundaries))  # noqa: B010
+    """Run every layer, and the projection before that of an MTP module, under a non-reentrant checkpoint,
+    inside FSDP's hooks: its inputs are kept, the rest made again."""
+    for index, layer in enumerate(model.blocks()):
+        layer.forward = _Checkpointed(index, layer.forward, boundaries)
+    for module in model.mtp:
+        module.join = partial(_again, module.join)
+
+
+def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    result: Tensor = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+    )
+    return result
 
 
 class _Checkpointed:
@@ -132,10 +141,7 @@ class _Checkpointed:
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         with self._boundaries.keep(self._index, x):
-            result: Tensor = checkpoint(
-                self._forward, x, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
-            )
-        return result
+            return _again(self._forward, x, *args)
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -8,6 +8,7 @@ from mopexec.distributed.mesh import Group, Mesh, build_mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.attention import AttentionBlock
 from mopexec.flat.boundaries import Boundaries
+from mopexec.flat.composed import ComposedAttention, needs_composed
 from mopexec.flat.contents import layer_contents, outer_contents
 from mopexec.flat.experts import MoEBlock
 from mopexec.flat.ffn import DenseBlock
@@ -105,7 +106,8 @@ def _layers(
     degree = strategy.attention.context_parallel
     exchange = SequenceExchange(mesh.sequence, strategy.micro_batch, training.seq_len // degree)
     with category("activations"):
-        attention = AttentionBlock(spec, exchange, dtype, platform.device)
+        block = ComposedAttention if needs_composed(spec) else AttentionBlock
+        attention = block(spec, exchange, dtype, platform.device)
     ffn = DenseBlock(strategy.dense.chunk_tokens, spec.rms_norm_eps)
     moe = _moe(plan, mesh, platform, routing) if spec.num_moe_layers else None
     found = []
@@ -115,7 +117,7 @@ def _layers(
         expert_unit = None
         if experts is not None:
             expert_unit = Unit(experts, mesh.expert_shard, mesh.expert_replicas, strategy.precision, platform)
-        found.append(LayerSchedule(unit, expert_unit, attention, ffn, moe))
+        found.append(LayerSchedule(unit, expert_unit, attention.windowed(spec.window(index)), ffn, moe))
     return found
 
 

@@ -54,12 +54,20 @@ def lower(
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
-    exact = runnable(strategy, model, training, stack) is None
+    exact = held_to_the_byte(model) and runnable(strategy, model, training, stack) is None
     whole = partial(lower, model, strategy, training, domain, stack, expand=expand, compose=False)
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
         whole=whole if any(program.repeats for program in programs) else None, stack=stack,
     )  # fmt: skip
+
+
+def held_to_the_byte(model: ModelSpec) -> bool:
+    """Whether the tapes of the network keep what mopexec's modules keep, within the 1 % that tests/parity
+    hold; others are 2 to 8 % off: latents, MTP modules, operands of a gate and of a clamp.
+    """
+    further = model.num_nextn_predict_layers or model.shared_expert_gate or model.swiglu_limit
+    return model.attention == "gqa" and not further
 
 
 def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def test_a_refusal_names_field_value_and_what_works() -> None:
     strategy = mop(8)
     job = Job(load_model("deepseek_v3"), strategy)
     first = next(refusals(job, by="flat_units"))
-    assert str(first) == "model.attention: 'mla' is not run by flat_units, only 'gqa'"
+    assert str(first) == "model.num_nextn_predict_layers: 1 is not run by flat_units, only 0"
 
 
 def test_export_sides_are_the_targets() -> None:

@@ -8,13 +8,14 @@ from msgspec.structs import replace
 from mopexec.check.scale_down import scale_down
 from mopexec.check.verify import TOLERANCE
 from mopexec.run.supported import check_supported
+from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2
+from mopsim.strategies import fsdp2, mop
 from tests.exec.spawn import pool
 
 QUANTITIES = ("loss", "grad_norm", "gradients", "weights")
@@ -52,6 +53,18 @@ def test_every_preset_of_experts_trains(name: str) -> None:
     check(small(load_model(name), fsdp2(2, **EVERYTHING), **AUXILIARY))
 
 
+FLAT: dict[str, Any] = {
+    "expert_parallel": 2, "context_parallel": 2, "vocab_parallel": 2, "expert_chunk_tokens": 1024,
+    "ffn_chunk_tokens": 1024, "loss_chunk_tokens": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_every_preset_of_experts_trains_flat(name: str) -> None:
+    """Without MTP modules, which flat_units refuses by name."""
+    check(small(replace(load_model(name), num_nextn_predict_layers=0), mop(2, **FLAT)))
+
+
 SWITCHES: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "gated shared expert": {"shared_expert_gate": True},
@@ -67,3 +80,6 @@ def test_what_no_preset_has(switch: str) -> None:
     plain = fsdp2(2, recompute="none", loss="full")
     check(small(model, plain, **AUXILIARY))
     check(small(model, fsdp2(2, **EVERYTHING, offload=True), **AUXILIARY))
+    strategy = mop(2, **FLAT)
+    if runnable(strategy, model) is None:
+        check(small(model, strategy))

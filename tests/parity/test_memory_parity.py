@@ -45,20 +45,18 @@ def _tracked(plan: Plan) -> MemoryTracker:
     return tracker
 
 
-def _check(model: ModelSpec, strategy: Strategy, training: TrainSpec, within: float) -> None:
+def _plan(model: ModelSpec, strategy: Strategy, training: TrainSpec) -> Plan:
     nodes = max(1, strategy.world_size // 8)
     hardware = HardwareRef(
         name="toy", digest="x", num_nodes=nodes, devices_per_node=8, memory_limit=10**15, host_limit=10**15
     )
-    tracked = _tracked(
-        Plan(
-            model=model,
-            hardware=hardware,
-            strategy=strategy,
-            training=training,
-            stack=load_stack(strategy.stack),
-        )
-    )
+    stack = load_stack(strategy.stack)
+    return Plan(model=model, hardware=hardware, strategy=strategy, training=training, stack=stack)
+
+
+def _check(model: ModelSpec, strategy: Strategy, training: TrainSpec, within: float) -> None:
+    nodes = max(1, strategy.world_size // 8)
+    tracked = _tracked(_plan(model, strategy, training))
     result = simulate(model, machine(memory=1000), nodes, strategy, training)
     assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=within), (
         result.memory_by_category,
@@ -105,14 +103,32 @@ SINKS = msgspec.structs.replace(
     shared_expert_intermediate_size=0,
 )  # fmt: skip
 """Like DeepSeek's and like GPT-OSS's."""
+MTP = msgspec.structs.replace(SMALL, num_nextn_predict_layers=1)
 
 
-@pytest.mark.parametrize("model", [LATENT, SINKS], ids=["latent", "sinks"])
+@pytest.mark.parametrize(
+    ("model", "within"), [(LATENT, 0.02), (SINKS, 0.02), (MTP, 0.04)], ids=["latent", "sinks", "mtp"]
+)
 @pytest.mark.parametrize("loss", ["full", "chunked"])
-def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
-    """Within 2 %: the routers' small tensors count in networks this small."""
+def test_other_networks_under_fsdp2(model: ModelSpec, within: float, loss: str) -> None:
+    """The simulator does not prefetch the layer of an MTP module, and holds its logits together."""
     strategy = fsdp2(2, expert_parallel=2, context_parallel=2 if loss == "full" else 1, loss=loss)  # type: ignore[arg-type]
-    _check(model, strategy, TrainSpec(seq_len=2048, global_batch=2 * strategy.data_groups), 0.02)
+    _check(model, strategy, TrainSpec(seq_len=2048, global_batch=2 * strategy.data_groups), within)
+
+
+MOP = mop(2, expert_parallel=2, context_parallel=2, vocab_parallel=2, expert_chunk_tokens=512)
+
+
+def test_windows_and_sinks_under_mop() -> None:
+    _check(SINKS, MOP, TrainSpec(seq_len=2048, global_batch=2), 0.01)
+
+
+def test_latents_under_mop_are_bounded() -> None:
+    """mopexec makes again what the simulator keeps of latents between recompute and backward."""
+    training = TrainSpec(seq_len=2048, global_batch=2)
+    tracked = _tracked(_plan(LATENT, MOP, training))
+    predicted = simulate(LATENT, machine(memory=1000), 1, MOP, training).peak_memory
+    assert tracked.peak_memory <= predicted <= 1.1 * tracked.peak_memory
 
 
 SMALL_PLANS = cases(4)

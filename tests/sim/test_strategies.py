@@ -85,4 +85,4 @@ def test_support_names_the_field() -> None:
     } <= fields
     reason = runnable(mop(2), load_model("deepseek_v3"))
     assert reason is not None
-    assert reason.field == "model.attention"
+    assert reason.field == "model.num_nextn_predict_layers"
