@@ -80,7 +80,8 @@ class Hunt:
         fits, share = pool.room()
         while pool.seeds:
             position = pool.seeds.pop(0)
-            if not pool.taken[position] and pool.time[position] < below and fits[position]:
+            tried = fits[position] or position in pool.published
+            if not pool.taken[position] and pool.time[position] < below and tried:
                 return position
         if self.found.top and self.found.simulated % 4 == 2:
             bold = pool.bold(self.found.top[0].step_time, share <= 1 + SLACK)

@@ -10,7 +10,7 @@ from mopsim.search.bound import Bounds
 from mopsim.search.guess import guess
 from mopsim.search.learn import Memory, Times, coded
 from mopsim.search.problem import Column
-from mopsim.search.seeds import textbook
+from mopsim.search.seeds import published, textbook
 from mopsim.search.space import Space
 from mopsim.search.wires import Reals
 
@@ -37,8 +37,8 @@ HOPE = 0.03
 @dataclass
 class Pool:
     """Candidates in order of their guessed time. A position counts in that order; `rows[position]` is a
-    row of the space. seeds: positions of textbook layouts, tried first. rest: lower bounds of the times of
-    those beyond MOST."""
+    row of the space. seeds: positions of textbook layouts, tried first; published: those of recipes,
+    whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST."""
 
     space: Space
     rows: Column
@@ -50,6 +50,7 @@ class Pool:
     taken: NDArray[np.bool_]
     host_rise: list[float]
     rest: Reals
+    published: frozenset[int] = frozenset()
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
@@ -68,9 +69,9 @@ class Pool:
         memory = Memory(bounds.device[rows], parts, coded(kinds)[1])
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
-        seeds = textbook(kept, likely)
+        seeds, known = textbook(kept, likely), frozenset(published(kept, likely))
         time, host = bounds.time[rows], bounds.host[rows]
-        return Pool(space, rows, time, host, memory, times, seeds, taken, [], beyond)
+        return Pool(space, rows, time, host, memory, times, seeds, taken, [], beyond, known)
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""

@@ -6,8 +6,9 @@ from typing import Any
 
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert, to_plain
-from mopsim.common.units import format_bytes, format_seconds
+from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult, simulate
+from mopsim.intervals import SURE
 from mopsim.search.hunt import TIE
 from mopsim.search.problem import Problem
 from mopsim.search.result import SearchResult
@@ -43,10 +44,11 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     """A line each; none where nothing fits. Plays the best of the families again on faster links."""
     if found.best is None:
         return []
-    fits = [one for one in found.played if one.fits]
+    sure = min(SURE, found.best.p_fits)
+    fits = [one for one in found.played if one.fits and one.p_fits >= sure]
     lines = [_bounds(found.best)]
     lines += [_costs(found.best, name, rule, fits) for name, rule in _restrictions(found)]
-    lines += [line for line in (_memory(found, "device"), _memory(found, "host")) if line]
+    lines += [line for line in (_risky(found), _memory(found, "device"), _memory(found, "host")) if line]
     lines += [line for line in (_faster(found, problem, name) for name in LINKS) if line]
     return [*lines, *_rivals(found)]
 
@@ -94,6 +96,23 @@ def _costs(best: SimResult, name: str, rule: Rule, fits: Sequence[SimResult]) ->
     slower = kept.step_time / best.step_time - 1
     cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%}"
     return f"{name}: {cost}, {format_seconds(kept.step_time)}, {describe(kept.strategy)}"
+
+
+def _risky(found: SearchResult) -> str | None:
+    """The likeliest of the faster plans that may not fit."""
+    best = found.best
+    assert best is not None
+    faster = [
+        one for one in found.played
+        if one.fits and one.p_fits < best.p_fits and one.step_time * (1 + GAIN) < best.step_time
+    ]  # fmt: skip
+    if not faster:
+        return None
+    one = max(faster, key=lambda one: (one.p_fits, -one.step_time))
+    return (
+        f"a plan that fits with probability {format_probability(one.p_fits)} (--risk ranks it) is "
+        f"{best.step_time / one.step_time - 1:.0%} faster: {describe(one.strategy)}"
+    )
 
 
 def _memory(found: SearchResult, where: str) -> str | None:

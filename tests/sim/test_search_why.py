@@ -87,6 +87,15 @@ def test_more_memory_that_would_help_is_told() -> None:
     assert any("more device memory a rank (1.00 GiB)" in line and "100% faster" in line for line in lines)
 
 
+def test_a_faster_plan_at_risk_is_told() -> None:
+    best = FOUND.best
+    assert best is not None
+    bold = replace(best, step_time=best.step_time / 2, peak_memory=int(best.memory_limit * 0.999))
+    lines = why(replace(FOUND, played=[*FOUND.played, bold]), PROBLEM)
+    told = any("--risk ranks it" in line and "100% faster" in line for line in lines)
+    assert told == (bold.p_fits < best.p_fits)
+
+
 @pytest.mark.parametrize("name", LINKS)
 def test_a_faster_link_is_faster_and_nothing_else_changes(name: str) -> None:
     hardware = load_profile("h100-sxm-80g")
