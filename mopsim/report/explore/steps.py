@@ -57,6 +57,12 @@ def plan_of(strategy: Json | str) -> str:
         return str(strategy.get("name", "strategy"))
 
 
+def as_fast(found: Json) -> str:
+    """Settings that make no difference to the step, with their other values."""
+    free = found.get("as_fast") or {}
+    return "; ".join(f"{field}={'/'.join(map(str, values))}" for field, values in free.items())
+
+
 def exposed(found: Json) -> float:
     """Share of the step in which compute waits for communication, copies or the host."""
     return float(sum(found["exposed_s"].values()) / found["step_time_s"])
@@ -86,6 +92,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("gap", "fraction", lambda one: one.found.get("gap")),
     ("mopexec runs it", "text", lambda one: {True: "yes", False: "no"}.get(one.found.get("runnable"))),
     ("stack", "text", lambda one: one.found.get("stack")),
+    ("as fast with", "text", lambda one: as_fast(one.found)),
 )
 """Name, type, and what a step has of it."""
 

@@ -109,6 +109,9 @@ def _search(result: Json, steps: list[Step]) -> list[View]:
     left = sorted(result["rejected"].items(), key=lambda one: -one[1])
     names = [("reason", "text"), ("candidates", "number")]
     views = _step_views("Ranked strategies", steps)
+    why = [[str(line)] for line in result.get("why") or []]
+    if why:
+        views.insert(1, table("Why", [("why", "text")], why))
     return [*views, table("Why candidates are not ranked", names, [list(one) for one in left])]
 
 
