@@ -236,7 +236,7 @@ def size(
         read_families(families, FAMILIES), max_nodes, simulations, runnable,
         assume(assumptions, utilisation), _terms(machines, buy, reserved, prices or {}, capex or {}),
         read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
-        check_level(interval),
+        check_level(interval), max_cost,
     )  # fmt: skip
     for machine in machines:
         matmul_curve(machine, precision, field="precision")

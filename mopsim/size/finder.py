@@ -137,8 +137,14 @@ def _edges(known: _Known) -> Iterator[tuple[int, int]]:
     """Neighbouring counts of which one keeps the deadline, or the budget, and the other does not."""
     for low, high in pairwise(sorted(known.points)):
         one, other = known.points[low], known.points[high]
-        if one.in_time != other.in_time or (one.figures and one.affordable != other.affordable):
+        if one.in_time != other.in_time or (one.figures and _paid(known, one) != _paid(known, other)):
             yield low, high
+
+
+def _paid(known: _Known, point: Point) -> bool:
+    """Whether a point keeps the budget, and the limit within which the fastest is wanted."""
+    limit, outlay = known.request.max_cost, point.figures.outlay if point.figures else None
+    return point.affordable and (limit is None or (outlay is not None and outlay <= limit))
 
 
 def _inside(known: _Known, counts: Sequence[int], low: int, high: int) -> list[int]:

@@ -26,6 +26,7 @@ class Request:
     simulations: of each family, where a node count is searched; four times as many where the answer is.
     runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
     interval: that of the intervals of days and cost.
+    max_cost: dollars of outlay within which the fastest is wanted too.
     """
 
     model: ModelSpec
@@ -44,6 +45,7 @@ class Request:
     routing: RoutingProfile = "balanced"
     stack: Stack | None = None
     interval: float = LEVEL
+    max_cost: float | None = None
 
     def training(self, world_size: int) -> TrainSpec:
         """The training at `world_size` ranks: the global batch is fitted to them."""

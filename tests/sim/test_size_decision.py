@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,17 @@ def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     assert "Where it could stand" in page
     assert "machines" in page
     assert "years" in {one.name for one in bought.what_if()}
+
+
+def test_the_fastest_within_a_limit_is_searched_for(found: Clusters) -> None:
+    """Between the most that fits the limit and the least that does not every count is asked."""
+    front = [one for one in found.front if one.figures and one.figures.cost]
+    assert front[-1].figures is not None
+    assert front[-1].figures.cost is not None
+    limit = front[-1].figures.cost * 0.9
+    some = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, max_cost=limit, **JOB)
+    tried = some.sizings[0].tried
+    for low, high in pairwise(tried):
+        inside = [n for n in (3, 5, 6, 7, 10, 12, 14) if low.num_nodes < n < high.num_nodes]
+        costs = [one.figures.cost for one in (low, high) if one.figures and one.figures.cost]
+        assert not inside or len(costs) < 2 or (costs[0] > limit) == (costs[1] > limit)
