@@ -29,6 +29,8 @@ MORE = 2.0
 """By what factor a link is made faster, to see whether the answer changes."""
 GAIN = 0.02
 """Part by which a plan must be faster for the memory that it lacks to be told."""
+MOST_MORE = 0.5
+"""Part of a memory that may be missing for it to be told."""
 NEAR, RIVALS = 2.0, 3
 """Rivals of up to so many times the best step time, and so many of them, are played on faster links."""
 LINKS = {
@@ -122,6 +124,7 @@ def _memory(found: SearchResult, where: str) -> str | None:
     over = [
         one for one in found.played
         if not one.fits and one.step_time * (1 + GAIN) < best.step_time and _over(one, where) > 0
+        and _over(one, where) <= MOST_MORE * (one.memory_limit if where == "device" else one.host_limit)
         and _over(one, "host" if where == "device" else "device") <= 0
     ]  # fmt: skip
     if not over:
