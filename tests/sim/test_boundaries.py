@@ -202,7 +202,7 @@ def test_layers_on_the_host_take_all_they_keep_with_them() -> None:
     }  # fmt: skip
     assert moved["d2h"] == moved["h2d"] > 0
     each = moved["d2h"] / 4
-    hardware = machine(memory=10_000.0, link=50_000.0)  # copies end where the next layer runs
+    hardware = machine(memory=10_000.0, link=1000.0)  # copies end where the next layer runs
     plain, light = (simulate(network, hardware, 1, one, training) for one in (strategy, away))
     assert light.host_memory == 4 * each
     assert light.host_by_category == {"activations": 4 * each}
