@@ -21,6 +21,7 @@ JOB: dict[str, Any] = {
     "tokens": "300B", "seq_len": 4096, "families": ["mop", "megatron"], "max_nodes": 16, "simulations": 2,
     "global_batch_tokens": "1M",
 }  # fmt: skip
+LEAN = JOB | {"families": ["fsdp2"], "max_nodes": 8}
 MACHINES = ["h100-sxm-80g", "gb200-186g"]
 
 
@@ -131,7 +132,7 @@ def test_a_budget_is_searched_for_and_the_fastest_within_it_is_recommended(found
 
 
 def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> None:
-    none = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=0.9, **JOB | {"max_nodes": 8})
+    none = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=0.9, **LEAN)
     assert none.chosen is None
     assert none.best is None
     miss = none.miss
@@ -141,7 +142,7 @@ def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> 
     assert miss.nodes is not None
     assert miss.nodes > 8
     assert none.to_json()["nearest_miss"]["needs"]["days"] == miss.days
-    again = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **JOB | {"max_nodes": 8})
+    again = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **LEAN)
     assert again.chosen is not None
     none.write(tmp_path / "none")
     assert "No cluster will do" in (tmp_path / "none" / "decision.html").read_text("utf-8")
@@ -160,7 +161,7 @@ def test_a_miss_of_two_limits_names_both(found: Clusters) -> None:
 
 def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     bought = mopsim.size(
-        "olmoe_1b_7b", ["h100-sxm-80g"], days=10, buy=True, sites="mopsim/size/sites.yaml", **JOB
+        "olmoe_1b_7b", ["h100-sxm-80g"], days=10, buy=True, sites="mopsim/size/sites.yaml", **LEAN
     )
     chosen = bought.chosen
     assert chosen is not None
@@ -183,7 +184,7 @@ def test_the_fastest_within_a_limit_is_searched_for(found: Clusters) -> None:
     assert front[-1].figures is not None
     assert front[-1].figures.cost is not None
     limit = front[-1].figures.cost * 0.9
-    some = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, max_cost=limit, **JOB)
+    some = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, max_cost=limit, **LEAN)
     tried = some.sizings[0].tried
     for low, high in pairwise(tried):
         inside = [n for n in (3, 5, 6, 7, 10, 12, 14) if low.num_nodes < n < high.num_nodes]
