@@ -41,7 +41,7 @@ def simulate(
     """Simulate one strategy: step time, memory by category, exposed time."""
     from mopsim.commands.simulate import run
 
-    job = o.Job(
+    job = o.JobOptions(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
         interval=interval,
     )  # fmt: skip
@@ -83,7 +83,7 @@ def search(
     """Rank the strategies that fit; write the winner as a plan."""
     from mopsim.commands.search import run
 
-    job = o.Job(
+    job = o.JobOptions(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
         stack, interval,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def compare(
     """Simulate several strategies side by side: tables and figures."""
     from mopsim.commands.compare import run
 
-    job = o.Job(
+    job = o.JobOptions(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
         interval=interval,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from mopsim.common.processes import end_with_parent
 from mopsim.common.units import parse_bytes
 from mopsim.engine import SimResult, simulate
 from mopsim.report.demo import result_table, write_demo
-from mopsim.report.demo_results import Contender, DemoReport
+from mopsim.report.demo_results import DemoContender, DemoReport
 from mopsim.spec import presets, routing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.model import ModelSpec
@@ -276,7 +276,7 @@ def _simulate(plan: Plan, hardware: HardwareProfile) -> SimResult:
     )
 
 
-def _train(loop: Loop, name: str, steps: int) -> Contender:
+def _train(loop: Loop, name: str, steps: int) -> DemoContender:
     """Train one plan for real, the small device enforced in its tracked steps; first for a few steps that
     are routed as the plan assumes, for their memory."""
     limit = ("--device-limit", DEVICE_LIMIT.replace(" ", ""))
@@ -295,7 +295,7 @@ def _train(loop: Loop, name: str, steps: int) -> Contender:
     lines = [json.loads(line) for line in io.read_text(folder / "metrics.jsonl").splitlines() if line.strip()]
     losses = [float(line["loss"]) for line in lines]
     plan = load_plan(loop.work / f"{name}.yaml")
-    return Contender(name, plan, load_measurement(folder), load_measurement(loop.work / even), losses)
+    return DemoContender(name, plan, load_measurement(folder), load_measurement(loop.work / even), losses)
 
 
 def _run_plan(loop: Loop, name: str, out: str, *options: object) -> None:

@@ -13,7 +13,7 @@ from mopexec.model.auxiliary import Auxiliary
 from mopexec.run import failures, plans
 from mopexec.run.apply import build
 from mopexec.run.environment import launcher
-from mopexec.run.job import Job, join
+from mopexec.run.job import RankJob, join
 from mopexec.run.runner import Batch
 from mopsim.common import io
 from mopsim.common.io import Spec
@@ -78,7 +78,7 @@ class Reference:
         return loss.item(), norm.item()
 
 
-def compare(plan: Plan, job: Job, steps: int) -> Differences | None:
+def compare(plan: Plan, job: RankJob, steps: int) -> Differences | None:
     """Train `plan` and, on the first rank, the single-device model on the same random tokens; None on other
     ranks."""
     runner = build(plan, job.platform, routing="learned", seed=plan.training.seed)
@@ -119,7 +119,7 @@ def _tokens(plan: Plan, step: int) -> Tensor:
     return torch.randint(0, plan.model.vocab_size, shape, generator=generator)
 
 
-def _batches(plan: Plan, tokens: Tensor, job: Job) -> list[Batch]:
+def _batches(plan: Plan, tokens: Tensor, job: RankJob) -> list[Batch]:
     """This rank's microbatches of the global batch, as the feed would cut them."""
     strategy, training = plan.strategy, plan.training
     groups = layout.groups(

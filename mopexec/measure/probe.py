@@ -6,7 +6,7 @@ import torch
 
 from mopexec.measure import probe_machine
 from mopexec.measure.probe_profile import build_profile
-from mopexec.measure.probe_ranks import Job, Progress, parts, run_ranks
+from mopexec.measure.probe_ranks import ProbeJob, Progress, parts, run_ranks
 from mopsim.spec.hardware import HardwareProfile
 
 
@@ -22,13 +22,13 @@ def probe(ranks: int | None = None, *, budget: float = 1.0, show_progress: bool 
     ranks = probe_machine.check_ranks(ranks, available, "GPUs" if device_type == "cuda" else "cores")
     # A machine with one core still runs two ranks in turns: time its collectives so.
     processes = max(ranks, 2) if device_type == "cpu" else ranks
-    job = Job(processes, device_type, tuple(cores), budget)
+    job = ProbeJob(processes, device_type, tuple(cores), budget)
     if show_progress:
         return _with_bar(job, lambda progress: build_profile(run_ranks(job, progress), device_type, ranks))
     return build_profile(run_ranks(job, lambda _: None), device_type, ranks)
 
 
-def _with_bar(job: Job, work: Callable[[Progress], HardwareProfile]) -> HardwareProfile:
+def _with_bar(job: ProbeJob, work: Callable[[Progress], HardwareProfile]) -> HardwareProfile:
     """Run `work` under a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn

@@ -33,7 +33,7 @@ STALL_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
-class Job:
+class ProbeJob:
     """ranks: processes to start. cores: one per rank on a CPU. budget: scales the seconds of each part."""
 
     ranks: int
@@ -57,7 +57,7 @@ class Raw:
     share: tuple[float, float] = (0.0, 0.0)
 
 
-def parts(job: Job) -> list[str]:
+def parts(job: ProbeJob) -> list[str]:
     """Names of the parts, in order, for a progress bar."""
     matmul = [f"matmul {dtype}" for dtype in DTYPES[job.device_type]]
     rest = ["attention", "memory", "launch overhead", "host copies", "AdamW"]
@@ -69,7 +69,7 @@ def parts(job: Job) -> list[str]:
     ]
 
 
-def run_ranks(job: Job, progress: Progress) -> list[Raw]:
+def run_ranks(job: ProbeJob, progress: Progress) -> list[Raw]:
     """Start the ranks, pass on rank 0's progress, return what each measured. No process outlives the call.
 
     Raises MopError when a rank fails or hangs.
@@ -144,7 +144,7 @@ def _stop(ranks: Sequence[BaseProcess]) -> None:
             process.join()
 
 
-def _rank_main(rank: int, job: Job, store: str, messages: Any) -> None:
+def _rank_main(rank: int, job: ProbeJob, store: str, messages: Any) -> None:
     try:
         end_with_parent()
         device = torch.device("cpu")
@@ -180,7 +180,7 @@ def _rank_main(rank: int, job: Job, store: str, messages: Any) -> None:
         )
 
 
-def _measure(rank: int, job: Job, device: torch.device, messages: Any) -> Raw:
+def _measure(rank: int, job: ProbeJob, device: torch.device, messages: Any) -> Raw:
     """All parts in order; ranks start each together."""
     raw, stopwatch, budget = Raw(), Stopwatch(device), job.budget
 

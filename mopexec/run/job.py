@@ -16,7 +16,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """rank of world_size; local_rank of local_size on this node; restart: how often the launcher started us
     again.
     """
@@ -30,7 +30,7 @@ class Job:
 
 
 @contextmanager
-def join() -> Iterator[Job]:
+def join() -> Iterator[RankJob]:
     """Join the process group that the launcher's variables describe; left when the block ends well.
 
     The store is prefixed by the restart count: a restarted group otherwise meets the keys of the one that was
@@ -63,7 +63,7 @@ def join() -> Iterator[Job]:
         timeout=TIMEOUT,
         device_id=platform.device if platform.is_cuda else None,
     )
-    yield Job(rank, world_size, local_rank, local_size, restart, platform)
+    yield RankJob(rank, world_size, local_rank, local_size, restart, platform)
     dist.destroy_process_group()
 
 

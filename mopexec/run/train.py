@@ -17,7 +17,7 @@ from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.run import checkpoint
 from mopexec.run.feed import Feed
-from mopexec.run.job import Job
+from mopexec.run.job import RankJob
 from mopexec.run.metrics import Display, MetricsFile, StepMetrics, measurement
 from mopexec.run.options import Schedule, TrainOptions
 from mopexec.run.runner import Runner, StepResult
@@ -53,7 +53,7 @@ class Outcome(Spec, frozen=True, kw_only=True):
     predicted_step_time_s: float | None
 
 
-def train(options: TrainOptions, plan: Plan, job: Job, build: Build, stop: StopRequest) -> Outcome:
+def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> Outcome:
     """Train `plan` until options.steps optimizer steps are done in all, on every rank together.
 
     build: `mopexec.run.apply.build`, or another that returns a Runner. stop: asked after every step.
@@ -95,7 +95,7 @@ class _Loop:
         self,
         options: TrainOptions,
         plan: Plan,
-        job: Job,
+        job: RankJob,
         runner: Runner,
         dataset: data.TokenDataset,
         tracking: "_Tracking",
@@ -263,7 +263,7 @@ class _Evaluation:
         self.feed, self.batches, self.every, self.steps = feed, batches, every, steps
 
     @classmethod
-    def of(cls, options: TrainOptions, plan: Plan, job: Job, seed: int) -> "_Evaluation | None":
+    def of(cls, options: TrainOptions, plan: Plan, job: RankJob, seed: int) -> "_Evaluation | None":
         """None where there is no held-out data."""
         if options.eval_data is None:
             return None
@@ -347,7 +347,7 @@ class _Tracking:
         return self.tracker if self._always or number < self._first else nullcontext()
 
 
-def _tokens(options: TrainOptions, plan: Plan, job: Job, *, held_out: bool = False) -> Path:
+def _tokens(options: TrainOptions, plan: Plan, job: RankJob, *, held_out: bool = False) -> Path:
     """The tokens' directory: prepared by the launching command, or by the first rank of each node."""
     if options.tokens and not held_out:
         return Path(options.tokens)
@@ -359,7 +359,7 @@ def _tokens(options: TrainOptions, plan: Plan, job: Job, *, held_out: bool = Fal
     return evaluation if held_out and evaluation else training
 
 
-def _over_ranks(seconds: float, tracker: MemoryTracker, stop: StopRequest, job: Job) -> dict[str, float]:
+def _over_ranks(seconds: float, tracker: MemoryTracker, stop: StopRequest, job: RankJob) -> dict[str, float]:
     """The largest of every rank's numbers: so the slowest sets the step time, and all stop at the same
     step.
     """

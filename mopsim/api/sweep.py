@@ -26,7 +26,7 @@ _SEQUENCES: dict[str, Callable[[Inputs, int, int], float]] = {
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One value. name: as it was written. simulations: by label; refused: why a label has none."""
 
     value: int
@@ -46,7 +46,7 @@ class Swept:
 
     setting: str
     hold: Hold
-    points: Sequence[Point]
+    points: Sequence[SweepPoint]
     labels: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def sweep(
                 found[label] = play(label, job)
             except MopError as error:  # not legal at this point
                 refused[label] = str(error)
-        points.append(Point(value, name, job, found, refused))
+        points.append(SweepPoint(value, name, job, found, refused))
     return Swept(setting.replace("_", "-"), hold, points, labels)
 
 

@@ -44,7 +44,7 @@ UNSEEN_STRATEGY = 0.15
 ROUNDS = 2
 
 
-class Simulated(Protocol):
+class SimulatedStep(Protocol):
     """What calibration reads of a SimResult."""
 
     @property
@@ -57,7 +57,7 @@ class Simulated(Protocol):
     def peak_memory(self) -> int: ...
 
 
-Simulate = Callable[[Plan, HardwareProfile], Simulated]
+Simulate = Callable[[Plan, HardwareProfile], SimulatedStep]
 Corrections = dict[str, Correction]
 
 
@@ -131,7 +131,7 @@ class _Run:
 
     measurement: Measurement
     digest: str
-    base: Simulated
+    base: SimulatedStep
 
     @property
     def plan(self) -> Plan:
@@ -146,7 +146,7 @@ class _Run:
         return median_noise(self.measurement.step_times)
 
 
-def engine_simulate(plan: Plan, profile: HardwareProfile) -> Simulated:
+def engine_simulate(plan: Plan, profile: HardwareProfile) -> SimulatedStep:
     """One step of a plan on a profile, by the engine."""
     from mopsim.engine import simulate
 
@@ -167,7 +167,7 @@ def calibrate(
         _Run(m, d, simulate(m.plan_as_routed(), bare)) for m, d in zip(measurements, digests, strict=True)
     ]
     new = _corrected(profile, bare, runs, simulate)
-    held_out: list[Simulated | None] = [None] * len(runs)
+    held_out: list[SimulatedStep | None] = [None] * len(runs)
     if len(runs) > 1:
         for i, run in enumerate(runs):
             others = [other for other in runs if other is not run]
@@ -302,7 +302,7 @@ def floor(bare: HardwareProfile, kind: str) -> float:
     return SCALES[0]
 
 
-def _step_point(run: _Run, simulated: Simulated) -> StepPoint:
+def _step_point(run: _Run, simulated: SimulatedStep) -> StepPoint:
     ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
     measured = run.measurement
     noise, runtime = scatter(measured.step_times), run.plan.stack.runtime or run.plan.stack.name
@@ -341,7 +341,9 @@ def _framework(bare: HardwareProfile, runs: Sequence[_Run]) -> float:
     return min(max(statistics.median(ratios), 1.0), 1.5)
 
 
-def _residuals(run: _Run, before: Simulated, after: Simulated, unseen: Simulated | None) -> list[Residual]:
+def _residuals(
+    run: _Run, before: SimulatedStep, after: SimulatedStep, unseen: SimulatedStep | None
+) -> list[Residual]:
     rows = []
     for kind in WORK_KINDS:
         timing = run.measurement.kinds.get(kind)

@@ -7,7 +7,7 @@ from typing import cast
 from mopsim.api.compare import compare
 from mopsim.api.sweep import Hold, Setting
 from mopsim.commands.console import human
-from mopsim.commands.options import Job
+from mopsim.commands.options import JobOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
@@ -19,7 +19,7 @@ _SETTINGS = {"seq-len": "seq_len", "nodes": "nodes"}
 
 
 def run(
-    job: Job,
+    job: JobOptions,
     strategies: Sequence[str],
     out: str,
     sweep: str | None,

@@ -14,7 +14,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count
-from mopsim.context import Case, Contender, Curve, Task, contenders, nested, sweep, totals
+from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
 from mopsim.report.context import case_name, case_table, ends, to_json
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.terminal import table
@@ -73,7 +73,7 @@ def run(order: Order, out: str, json: str | None) -> None:
         io.write_json(json, made)
 
 
-def read(order: Order) -> tuple[list[Case], list[int]]:
+def read(order: Order) -> tuple[list[ContextCase], list[int]]:
     """(cases, lengths). Raises MopError in one line."""
     if len(order.models) != len(order.nodes):
         raise MopError(
@@ -94,7 +94,7 @@ def read(order: Order) -> tuple[list[Case], list[int]]:
             raise MopError(f"--nodes: {count} must lie between 1 and 65,536")
         model = load_model(name)
         training.check_model(model)
-        cases.append(Case(model, hardware, count, tokens, routing=routing))
+        cases.append(ContextCase(model, hardware, count, tokens, routing=routing))
     return cases, lengths
 
 
@@ -108,7 +108,7 @@ def chosen(text: str) -> list[Contender]:
     return [one for one in contenders() if not names or one.name in names | set(ALWAYS)]
 
 
-def stated(cases: Sequence[Case]) -> dict[str, str]:
+def stated(cases: Sequence[ContextCase]) -> dict[str, str]:
     """What a report says of its own making."""
     first = cases[0]
     inputs = Inputs(

@@ -62,7 +62,7 @@ OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
 
 
 @dataclass(frozen=True)
-class Job:
+class JobOptions:
     """What is planned for, as typed on the command line."""
 
     model: str

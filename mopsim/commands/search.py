@@ -4,7 +4,7 @@ import sys
 
 from mopsim.api.run import search
 from mopsim.commands.console import human
-from mopsim.commands.options import Job
+from mopsim.commands.options import JobOptions
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
@@ -17,7 +17,7 @@ NOTHING_FITS = 3
 
 
 def run(
-    job: Job,
+    job: JobOptions,
     top: int,
     family: str,
     runnable: bool,

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from mopsim.api.run import simulate
 from mopsim.commands.console import human
-from mopsim.commands.options import Job
+from mopsim.commands.options import JobOptions
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 from mopsim.report.tables import breakdown, comparison
 
 
 def run(
-    job: Job, strategy: str, trace: str | None, plan: str | None, seal: str | None, json: str | None
+    job: JobOptions, strategy: str, trace: str | None, plan: str | None, seal: str | None, json: str | None
 ) -> None:
     """Simulate, show, and write what was asked for."""
     check_outputs({"--trace": trace, "--plan": plan, "--seal": seal, "--json": json})

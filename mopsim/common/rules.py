@@ -42,7 +42,7 @@ class Rule(Spec, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Facts:
+class RowFacts:
     """row: with the cells that rules filled. settings: dotted fields -> values. rules: those that were used;
     told: what is assumed."""
 
@@ -66,7 +66,7 @@ def load_rules(package: str, *names: str) -> tuple[Rule, ...]:
     return tuple(found)
 
 
-def applied(rules: Iterable[Rule], row: Row, roots: tuple[str, ...], more: Row | None = None) -> Facts:
+def applied(rules: Iterable[Rule], row: Row, roots: tuple[str, ...], more: Row | None = None) -> RowFacts:
     """What rules say of a row. A cell that the row states is never replaced; of rules, the last counts.
     roots: heads of dotted fields. more: cells that are derived from the row's, which rules may replace."""
     cells, settings = {**row, **(more or {})}, dict[str, Any]()
@@ -78,7 +78,7 @@ def applied(rules: Iterable[Rule], row: Row, roots: tuple[str, ...], more: Row |
         changed = [_put(name, value, row, cells, settings, roots) for name, value in rule.set.items()]
         if rule.told and any(changed):
             told.append(rule.told)
-    return Facts(cells, settings, tuple(used), tuple(told))
+    return RowFacts(cells, settings, tuple(used), tuple(told))
 
 
 def _put(

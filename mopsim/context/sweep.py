@@ -31,7 +31,7 @@ TOP = 3
 
 
 @dataclass(frozen=True)
-class Case:
+class ContextCase:
     """A network on a cluster. tokens_per_device: of one optimizer step; a step is never less than one
     sequence for every group of ranks that shares one. accumulate: in several microbatches where that is
     faster; otherwise in one, as large as is best."""
@@ -56,7 +56,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Point:
+class ContextPoint:
     """The best of a contender at one length, or what stops it. result: the best, else the closest that
     misses; None where no strategy is legal (`why`). gap: how much faster than it a strategy that the
     search left out can be at most, as a fraction (0 where nothing fits). small: of the smallest legal step,
@@ -101,7 +101,7 @@ class Task:
     """What one process works on. key: the caller's, to know the curve by."""
 
     key: tuple[str, ...]
-    case: Case
+    case: ContextCase
     contender: Contender
     lengths: Sequence[int]
     budget: int
@@ -112,26 +112,26 @@ class Curve:
     """Points in order of length, the last being the first that does not fit (or the longest asked)."""
 
     contender: Contender
-    points: list[Point] = field(default_factory=list)
+    points: list[ContextPoint] = field(default_factory=list)
     seconds: float = 0.0
     simulated: int = 0
 
     @property
-    def longest(self) -> Point | None:
+    def longest(self) -> ContextPoint | None:
         """The point of the longest length that fits."""
         return next((point for point in reversed(self.points) if point.fits), None)
 
     @property
-    def whole(self) -> Point | None:
+    def whole(self) -> ContextPoint | None:
         """The point of the longest length that fits with the whole step of the case."""
         return next((point for point in reversed(self.points) if point.fits and not point.small), None)
 
     @property
-    def end(self) -> Point | None:
+    def end(self) -> ContextPoint | None:
         """The first point that does not fit."""
         return next((point for point in self.points if not point.fits), None)
 
-    def at(self, seq_len: int) -> Point | None:
+    def at(self, seq_len: int) -> ContextPoint | None:
         return next((point for point in self.points if point.seq_len == seq_len), None)
 
 
@@ -156,7 +156,7 @@ def curve(task: Task) -> Curve:
     then at every longer length: from the second microbatch on accumulated gradients lie beside the
     activations, which the reach is not to depend on. What is best at one length is tried at the next, and
     then at the one before, with as many tokens a rank."""
-    points: list[Point] = []
+    points: list[ContextPoint] = []
     tops: list[list[SimResult]] = []
     spent: list[Found] = []
     for seq_len in sorted(task.lengths):
@@ -202,7 +202,7 @@ def _tried(
 class Found:
     """What was found at one length. top: the best few that fit."""
 
-    point: Point
+    point: ContextPoint
     top: Sequence[SimResult]
     simulated: int
     seconds: float
@@ -225,8 +225,8 @@ def _moved(task: Task, seq_len: int, batch: int, results: Sequence[SimResult], s
         except MopError:  # a degree that does not divide this length or batch
             continue
     point = _best(
-        [Point(seq_len, batch, result, small=small) for result in found]
-        or [Point(seq_len, batch, None, "none", small)]
+        [ContextPoint(seq_len, batch, result, small=small) for result in found]
+        or [ContextPoint(seq_len, batch, None, "none", small)]
     )
     top = [point.result] if point.fits and point.result else []
     return Found(point, top, len(found), time.perf_counter() - began)
@@ -252,7 +252,7 @@ def nested(curves: Mapping[str, Curve]) -> dict[str, Curve]:
     for name, own in curves.items():
         inside = [one for one in curves.values() if own.contender.contains(one.contender)]
         lengths = sorted({point.seq_len for one in inside for point in one.points})
-        points: list[Point] = []
+        points: list[ContextPoint] = []
         for seq_len in lengths:
             points.append(_best([point for one in inside if (point := one.at(seq_len))]))
             if not points[-1].fits:
@@ -261,7 +261,7 @@ def nested(curves: Mapping[str, Curve]) -> dict[str, Curve]:
     return found
 
 
-def _best(points: Sequence[Point]) -> Point:
+def _best(points: Sequence[ContextPoint]) -> ContextPoint:
     """The fastest that fits, of the whole step if that fits and with room to spare if any does; else the one
     that misses by least."""
     fitting = [point for point in points if point.fits]
@@ -287,7 +287,7 @@ def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> 
         found = search(case.model, case.hardware, case.nodes, problem.training, options)
         result = found.best or found.closest
         gap = found.gap if found.best and found.gap else 0.0
-        point = Point(seq_len, batch, result, "" if result else found.verdict(), small, gap)
+        point = ContextPoint(seq_len, batch, result, "" if result else found.verdict(), small, gap)
         yield Found(point, found.top, found.simulated, found.seconds)
 
 

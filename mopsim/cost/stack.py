@@ -52,7 +52,7 @@ class Narrow(io.Spec, frozen=True, kw_only=True):
     backward: float = 1.0
 
 
-class Kernel(io.Spec, frozen=True, kw_only=True, rename={"like": "as"}):
+class AttentionKernelRates(io.Spec, frozen=True, kw_only=True, rename={"like": "as"}):
     """One attention kernel: see kernels.yaml."""
 
     source: str
@@ -64,11 +64,11 @@ class Kernel(io.Spec, frozen=True, kw_only=True, rename={"like": "as"}):
 
 
 @cache
-def kernels() -> dict[str, Kernel]:
+def kernels() -> dict[str, AttentionKernelRates]:
     """The kernels that are known, by name."""
     text = files("mopsim.cost").joinpath("kernels.yaml").read_text(encoding="utf-8")
     plain = io.parse_yaml(text, "kernels.yaml")
-    return {name: io.convert(one, Kernel, name, "kernels.yaml") for name, one in plain.items()}
+    return {name: io.convert(one, AttentionKernelRates, name, "kernels.yaml") for name, one in plain.items()}
 
 
 def as_used(hardware: HardwareProfile, stack: Stack, head_dim: int, seq_len: int) -> HardwareProfile:

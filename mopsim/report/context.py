@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopsim.common import io
-from mopsim.context import Case, Contender, Curve, Point
+from mopsim.context import Contender, ContextCase, ContextPoint, Curve
 from mopsim.report.page import Table
 from mopsim.report.tables import describe
 from mopsim.search.result import format_gap
@@ -24,17 +24,17 @@ def reach(curve: Curve) -> str:
     return f"{'' if curve.end else '>= '}{length_of(longest)}" if longest else "none"
 
 
-def length_of(point: Point | None) -> str:
+def length_of(point: ContextPoint | None) -> str:
     """'256K', marked; 'none'."""
     return f"{short(point.seq_len)}{marks(point)}" if point else "none"
 
 
-def marks(point: Point) -> str:
+def marks(point: ContextPoint) -> str:
     """A star: fits, but with a probability below 0.9. A dagger: of the smallest step."""
     return ("*" if point.fits and not point.sure else "") + ("\u2020" if point.small else "")
 
 
-def cell(point: Point | None) -> str:
+def cell(point: ContextPoint | None) -> str:
     """Tokens per second and device, or what stops it."""
     if point is None:
         return ""
@@ -57,13 +57,13 @@ def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def case_name(case: Case) -> str:
+def case_name(case: ContextCase) -> str:
     name = case.model.name
     size = name.removeprefix("mop_").upper() if name.startswith("mop_") else name
     return f"{size} on {case.world_size} devices"
 
 
-def case_table(case: Case, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
+def case_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
     """Throughput by contender and length, and the first contender's over each other's."""
     rows = [
         [curve.contender.label, *(cell(curve.at(length)) for length in lengths)] for curve in curves.values()
@@ -96,7 +96,7 @@ def left_out(curves: Mapping[str, Curve]) -> str:
 
 
 def to_json(
-    cases: Sequence[Case],
+    cases: Sequence[ContextCase],
     curves: Sequence[Mapping[str, Curve]],
     contenders: Sequence[Contender],
     lengths: Sequence[int],
@@ -133,11 +133,11 @@ def curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
     }
 
 
-def _strategy(point: Point | None) -> Any:
+def _strategy(point: ContextPoint | None) -> Any:
     return io.to_plain(point.result.strategy) if point and point.result else None
 
 
-def _point_json(point: Point) -> dict[str, Any]:
+def _point_json(point: ContextPoint) -> dict[str, Any]:
     result = point.result
     found: dict[str, Any] = {
         "seq_len": point.seq_len,

@@ -20,7 +20,7 @@ from mopsim.size.whatif import Swing
 
 
 @dataclass(frozen=True)
-class Grid:
+class DecisionTable:
     """A table. rows: a key, then the cells; the row whose key is `chosen` stands out. text: columns of it."""
 
     columns: Sequence[str]
@@ -166,7 +166,7 @@ def _against(other: Point, chosen: Point) -> str:
     return text + "."
 
 
-def _rivals(d: Decision) -> Grid:
+def _rivals(d: Decision) -> DecisionTable:
     """The best of each machine, the front, and the next sizes of the one chosen."""
     subject = d.subject
     near = [one for one in d.points if subject and one.hardware.name == subject.hardware.name]
@@ -175,7 +175,7 @@ def _rivals(d: Decision) -> Grid:
     shown = {_key(one): one for one in (*best, *d.front, *near) if one.figures}
     rows = sorted(shown.values(), key=lambda one: (one.hardware.name, one.num_nodes))
     columns = ["machine", "nodes", "devices", "days", "90 %", "in time", "cost", "goodput", "plan", "remark"]
-    return Grid(
+    return DecisionTable(
         columns,
         [[_key(one), *_rival(one, d.request)] for one in rows],
         ("machine", "plan", "remark"),
@@ -201,11 +201,11 @@ def _rival(point: Point, request: Request) -> list[str]:
     ]  # fmt: skip
 
 
-def _parts(bill: Figures | None) -> Grid:
+def _parts(bill: Figures | None) -> DecisionTable:
     parts = dict(bill.parts) if bill else {}
     whole = sum(parts.values())
     rows = [[name, name, format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
-    return Grid(["part", "of this run", "share"], rows)
+    return DecisionTable(["part", "of this run", "share"], rows)
 
 
 def _network(bill: Figures | None) -> str:
@@ -220,7 +220,7 @@ def _network(bill: Figures | None) -> str:
     )
 
 
-def _sites(point: Point | None) -> Grid:
+def _sites(point: Point | None) -> DecisionTable:
     bills = point.sites if point and len(point.sites) > 1 else ()
     rows = [
         [
@@ -231,7 +231,7 @@ def _sites(point: Point | None) -> Grid:
         for one in bills
     ]  # fmt: skip
     chosen = point.figures.site if point and point.figures else ""
-    return Grid(["site", "cost", "energy", "CO2"], rows, ("site",), chosen)
+    return DecisionTable(["site", "cost", "energy", "CO2"], rows, ("site",), chosen)
 
 
 def risks(d: Decision) -> list[str]:
@@ -271,16 +271,16 @@ def risks(d: Decision) -> list[str]:
     return lines
 
 
-def _measures(settled: Sequence[Settled]) -> Grid:
+def _measures(settled: Sequence[Settled]) -> DecisionTable:
     rows = [
         [one.benchmark.name, one.benchmark.name, f"{one.benchmark.nodes}", one.benchmark.how,
          f"{one.before:.0%} to {one.after:.0%}"]
         for one in settled
     ]  # fmt: skip
-    return Grid(["measure", "nodes", "how", "half-width"], rows, ("measure", "how"))
+    return DecisionTable(["measure", "nodes", "how", "half-width"], rows, ("measure", "how"))
 
 
-def _assumptions(request: Request) -> Grid:
+def _assumptions(request: Request) -> DecisionTable:
     a, shipped = request.assumptions, known()
     rows = [
         [
@@ -290,4 +290,4 @@ def _assumptions(request: Request) -> Grid:
         ]
         for name in NAMES
     ]  # fmt: skip
-    return Grid(["name", "value", "range", "what", "source"], rows, ("name", "what", "source"))
+    return DecisionTable(["name", "value", "range", "what", "source"], rows, ("name", "what", "source"))

@@ -9,7 +9,7 @@ import mopsim
 from mopsim.common import io
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.report.compare import memory_figure, time_figure, timeline_title
-from mopsim.report.demo_results import Contender, DemoReport
+from mopsim.report.demo_results import DemoContender, DemoReport
 from mopsim.report.page import Page, Section, Table, templates, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.tables import describe
@@ -55,7 +55,7 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
     return written + write_page(folder, page)
 
 
-def _loss_title(contenders: Sequence[Contender]) -> str:
+def _loss_title(contenders: Sequence[DemoContender]) -> str:
     falls = [one.fall() for one in contenders[:2]]
     apart = difference(contenders[0].losses, contenders[1].losses, 10)
     both = f"{contenders[0].name} and {contenders[1].name}"
@@ -133,7 +133,7 @@ def result_table(report: DemoReport) -> Any:
     return shown
 
 
-def _measured(contenders: Sequence[Contender]) -> Table:
+def _measured(contenders: Sequence[DemoContender]) -> Table:
     rows = []
     for one in contenders:
         low, high = one.spread()
@@ -161,7 +161,7 @@ def _measured(contenders: Sequence[Contender]) -> Table:
     )
 
 
-def _predicted(contenders: Sequence[Contender]) -> Table:
+def _predicted(contenders: Sequence[DemoContender]) -> Table:
     rows = []
     for one in contenders:
         low, high = one.spread()
@@ -182,7 +182,7 @@ def _predicted(contenders: Sequence[Contender]) -> Table:
     return Table(names, rows)
 
 
-def _memory(contenders: Sequence[Contender]) -> Table:
+def _memory(contenders: Sequence[DemoContender]) -> Table:
     rows = [
         [
             one.name,

@@ -17,7 +17,7 @@ BUSY = 1.4
 
 
 @dataclass
-class Contender:
+class DemoContender:
     """One strategy of the loop: its plan, what was measured, what is predicted.
 
     as_planned: the short run whose tokens were routed as the plan assumes. probed, piloted, calibrated: by
@@ -74,7 +74,7 @@ class DemoReport:
     """contenders: the best MoP, the best FSDP2, and the held-out strategy last. probed, piloted, calibrated:
     the profiles."""
 
-    contenders: list[Contender]
+    contenders: list[DemoContender]
     pilots: list[Measurement]
     probed: HardwareProfile
     piloted: HardwareProfile
@@ -114,7 +114,7 @@ class DemoReport:
             "(p10 to p90). Neither these times nor what was calibrated from them are to be trusted. "
         )
 
-    def piloted_alike(self, one: Contender) -> bool:
+    def piloted_alike(self, one: DemoContender) -> bool:
         """Whether the search chose what a pilot run had: it is then no prediction of an unseen strategy."""
         pilots = [replace(run.plan.strategy, name=one.name) for run in self.pilots]
         return replace(one.plan.strategy, name=one.name) in pilots
@@ -148,7 +148,7 @@ def _ratio(a: SimResult, b: SimResult) -> str:
     return f"{high / low:.2f}x"
 
 
-def _apart(a: Contender, b: Contender) -> bool:
+def _apart(a: DemoContender, b: DemoContender) -> bool:
     """Whether two medians differ by more than the wider spread (p10 to p90)."""
     gap = abs(a.measured.step_time_median - b.measured.step_time_median)
     return gap > max(high - low for low, high in (a.spread(), b.spread()))

@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Point:
+class PacedRun:
     """One run. simulated: s, on the profile as it is; paces: (s of the host a launch, s of the step), by
     rising cost, empty where the host does not matter; measured: s; model: the network it trained.
     """
@@ -61,14 +61,14 @@ class Fit:
     constant: float = 0.0
     runs: int = 0
 
-    def apply(self, point: Point) -> float:
+    def apply(self, point: PacedRun) -> float:
         """Predicted seconds of a step."""
         if not self.runs:
             return point.simulated
         return self.scale * point.step(self.launch / self.scale) + self.constant
 
 
-def fit(points: Sequence[Point], issue: float = LAUNCH) -> Fit:
+def fit(points: Sequence[PacedRun], issue: float = LAUNCH) -> Fit:
     """Robust relative error, each network with equal weight, drawn towards (1, issue, 0) by the priors.
 
     issue: seconds of the host a launch on the profile that the points were simulated on.
@@ -104,7 +104,10 @@ def _robust(z: Array) -> Array:
 
 
 def held_out(
-    points: Sequence[Point], usable: Sequence[bool] = (), issue: float = LAUNCH, hold_out: HoldOut = "model"
+    points: Sequence[PacedRun],
+    usable: Sequence[bool] = (),
+    issue: float = LAUNCH,
+    hold_out: HoldOut = "model",
 ) -> list[Fit]:
     """For each point, the fit on the usable points that it may have learned from; Fit() (uncalibrated)
     without any.

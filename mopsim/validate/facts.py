@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 
 from mopsim.common import io
-from mopsim.common.rules import UNKNOWN, Facts, Rule, applied, load_rules
+from mopsim.common.rules import UNKNOWN, RowFacts, Rule, applied, load_rules
 from mopsim.validate.tables import Row
 
 ROOTS = ("strategy.", "model.", "stack.")
@@ -29,7 +29,7 @@ def stack_names() -> dict[str, str]:
     return dict(io.parse_yaml(text, "stacks.yaml"))
 
 
-def facts(row: Row) -> Facts:
+def facts(row: Row) -> RowFacts:
     """All that is known of a row. `stack` is looked up from `source` where it is missing; `stages` is pp x
     vp; `graphs` are the components that CUDA graphs replay, joined by +, or `step`."""
     stack = row.get("stack", "")

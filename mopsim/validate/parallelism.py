@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError
-from mopsim.common.rules import Facts
+from mopsim.common.rules import RowFacts
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.model import ModelSpec
@@ -86,7 +86,7 @@ def family(row: Row) -> str:
 
 
 def strategy(
-    known: Facts, degrees: Degrees, model: ModelSpec, stack: Stack
+    known: RowFacts, degrees: Degrees, model: ModelSpec, stack: Stack
 ) -> tuple[Strategy, tuple[str, ...]]:
     """The Strategy of a run, and what it does that no Strategy says. Raises SpecError naming a value."""
     row, kind = known.row, family(known.row)
@@ -145,7 +145,7 @@ def edges_counted(layers: int, parts: int) -> tuple[int, ...]:
 
 
 def _settled(
-    found: Strategy, known: Facts, stack: Stack, approximations: tuple[str, ...]
+    found: Strategy, known: RowFacts, stack: Stack, approximations: tuple[str, ...]
 ) -> tuple[Strategy, tuple[str, ...]]:
     """With the settings of the row; without an overlap that its pipeline has no other microbatch for."""
     try:

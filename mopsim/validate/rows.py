@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError, shown
-from mopsim.common.rules import Facts
+from mopsim.common.rules import RowFacts
 from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
 from mopsim.spec.layout import ceil_div
@@ -52,7 +52,7 @@ def read_case(row: Row, models: dict[str, Row]) -> Case:
         raise UnsupportedError(error.field, str(error)) from error
 
 
-def _case(known: Facts, models: dict[str, Row]) -> Case:
+def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     row = known.row
     named, changes = _model(known, models)
     model = named if isinstance(named, ModelSpec) else load_model(named)
@@ -120,7 +120,7 @@ def _quality(row: Row) -> Literal["A", "B", "C"]:
     return grades[named]
 
 
-def _model(known: Facts, models: dict[str, Row]) -> tuple[str | ModelSpec, Changes]:
+def _model(known: RowFacts, models: dict[str, Row]) -> tuple[str | ModelSpec, Changes]:
     """The network, and what the run changes of it: cut to its layers, with a position table as long as its
     sequences, and what rules say."""
     row, name = known.row, known.row["model"]
@@ -171,7 +171,7 @@ def _degrees(row: Row, model: ModelSpec) -> Degrees:
     )
 
 
-def _training(known: Facts, degrees: Degrees, model: ModelSpec) -> tuple[TrainSpec, tuple[str, ...]]:
+def _training(known: RowFacts, degrees: Degrees, model: ModelSpec) -> tuple[TrainSpec, tuple[str, ...]]:
     """A run that only says whether it fits needs no batch: one microbatch for each data group."""
     row = known.row
     batch = count(row, "global_batch")

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from mopsim.common import io
 from mopsim.intervals import SURE, Cell, Memory, Spread, cells
 from mopsim.validate import calibration
-from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, Point
+from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, PacedRun
 from mopsim.validate.case import Case
 from mopsim.validate.simulated import Simulated, as_read
 from mopsim.validate.uncertain import Name, cell, expected
@@ -101,12 +101,12 @@ def score(cases: Sequence[Case], results: Sequence[Simulated], hold_out: HoldOut
         groups[software(case)].append(index)
     found: dict[int, Scored] = {}
     for members in groups.values():
-        group = Group([(cases[i], results[i]) for i in members])
+        group = RunGroup([(cases[i], results[i]) for i in members])
         found |= zip(members, group.scored(hold_out), strict=True)
     return [found[i] for i in range(len(cases))]
 
 
-class Group:
+class RunGroup:
     """Runs of one source and machine type, by their place: what is calibrated and expected of some, given
     others. points: of those whose time was measured. issue: seconds of the host a launch."""
 
@@ -162,10 +162,10 @@ class Group:
         return as_read(result, case.program().reading.memory, case.profile())
 
 
-def _point(case: Case, result: Simulated) -> Point | None:
+def _point(case: Case, result: Simulated) -> PacedRun | None:
     """The run as what a calibration is fitted to; None where no step time was measured."""
     measured = case.measured.step_time
-    return Point(result.step_time, result.paces, measured, case.identity()) if measured else None
+    return PacedRun(result.step_time, result.paces, measured, case.identity()) if measured else None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mopsim.context import Case, Curve
+from mopsim.context import ContextCase, Curve
 from mopsim.report.context import case_name, ratio, reach, short
 from mopsim.report.style import SERIES, figure, legend_below
 from reports.context_throughput.words import Study, farthest, published_of, range_of, span
@@ -148,7 +148,7 @@ def _only_mop(curves: Mapping[str, Curve]) -> list[int]:
     return [point.seq_len for point in mop.points if point.fits and point.seq_len > max(both, default=0)]
 
 
-def _panel_title(case: Case, curves: Mapping[str, Curve]) -> str:
+def _panel_title(case: ContextCase, curves: Mapping[str, Curve]) -> str:
     title = f"{case_name(case)}\nMoP {reach(curves['mop'])}, FSDP2 {reach(curves['fsdp2'])}"
     if "fsdp2_node" in curves:
         title += f", {reach(curves['fsdp2_node'])} with full logits in a node"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mopsim
 from mopsim.common import io
-from mopsim.context import Case, Contender, Curve, Task, contenders, nested, sweep, totals
+from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
 from mopsim.report.context import case_name, curves_json, to_json
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -33,7 +33,7 @@ def main() -> None:
     asked.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = asked.parse_args()
     hardware = load_profile(HARDWARE)
-    cases = [Case(load_model(name), hardware, nodes, TOKENS_PER_DEVICE) for name, nodes in PAPERS]
+    cases = [ContextCase(load_model(name), hardware, nodes, TOKENS_PER_DEVICE) for name, nodes in PAPERS]
     study, found = studied(cases, contenders(), VARIANTS, LENGTHS, options.budget, options.jobs)
     facts = {
         "command": f"python -m reports.context_throughput.make --budget {options.budget}",
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def studied(
-    cases: Sequence[Case],
+    cases: Sequence[ContextCase],
     known: Sequence[Contender],
     variants: Sequence[Variant],
     lengths: Sequence[int],
@@ -70,7 +70,7 @@ def studied(
 
 
 def plan(
-    cases: Sequence[Case],
+    cases: Sequence[ContextCase],
     contenders: Sequence[Contender],
     variants: Sequence[Variant],
     lengths: Sequence[int],
@@ -96,7 +96,7 @@ def plan(
 
 
 def gather(
-    cases: Sequence[Case],
+    cases: Sequence[ContextCase],
     contenders: Sequence[Contender],
     variants: Sequence[Variant],
     lengths: Sequence[int],
@@ -113,7 +113,7 @@ def gather(
     return Study(cases, curves, changed, lengths, contenders)
 
 
-def assumptions(cases: Sequence[Case], budget: int) -> list[str]:
+def assumptions(cases: Sequence[ContextCase], budget: int) -> list[str]:
     """What the numbers rest on, beside the profile."""
     first = cases[0]
     lines = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from mopsim.context import Case, Contender
+from mopsim.context import Contender, ContextCase
 from mopsim.spec.model import ModelSpec
 
 
@@ -17,33 +17,33 @@ class Variant:
 
     name: str
     label: str
-    change: Callable[[Case], Case]
+    change: Callable[[ContextCase], ContextCase]
     why: str = ""
     lengths: tuple[int, ...] = ()
     offloaded: bool = False
 
 
-def _attention(**fields: object) -> Callable[[Case], Case]:
-    def change(case: Case) -> Case:
+def _attention(**fields: object) -> Callable[[ContextCase], ContextCase]:
+    def change(case: ContextCase) -> ContextCase:
         model: ModelSpec = msgspec.structs.replace(case.model, **fields)
         return replace(case, model=model)
 
     return change
 
 
-def _heads(query: int, key_value: int) -> Callable[[Case], Case]:
+def _heads(query: int, key_value: int) -> Callable[[ContextCase], ContextCase]:
     return _attention(num_attention_heads=query, num_key_value_heads=key_value)
 
 
-def _step(tokens: int) -> Callable[[Case], Case]:
+def _step(tokens: int) -> Callable[[ContextCase], ContextCase]:
     return lambda case: replace(case, tokens_per_device=tokens)
 
 
-def _same(case: Case) -> Case:
+def _same(case: ContextCase) -> ContextCase:
     return case
 
 
-def _at_once(case: Case) -> Case:
+def _at_once(case: ContextCase) -> ContextCase:
     return replace(case, accumulate=False)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mopsim.context import Case, Contender, Curve
+from mopsim.context import Contender, ContextCase, Curve
 from mopsim.report.context import case_name, length_of, ratio, reach, short
 from reports.context_throughput.published import POINTS, PRINTED_END, Published
 from reports.context_throughput.variants import Variant
@@ -14,19 +14,19 @@ class Study:
     """All that was found. curves: of each case, by contender. variants: of the first case, each with its
     curves."""
 
-    cases: Sequence[Case]
+    cases: Sequence[ContextCase]
     curves: Sequence[Mapping[str, Curve]]
     variants: Sequence[tuple[Variant, Mapping[str, Curve]]]
     lengths: Sequence[int]
     contenders: Sequence[Contender]
 
 
-def published_of(case: Case) -> list[Published]:
+def published_of(case: ContextCase) -> list[Published]:
     """The published points of a case."""
     return [one for one in POINTS if one.model == case.model.name and one.devices == case.world_size]
 
 
-def finding(case: Case, curves: Mapping[str, Curve]) -> str:
+def finding(case: ContextCase, curves: Mapping[str, Curve]) -> str:
     """Where each contender ends, and how MoP compares with the least restricted baseline while that runs."""
     ends = []
     for curve in curves.values():

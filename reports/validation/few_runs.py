@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 from mopsim.report.validation_tables import Grid
 from mopsim.validate.calibration import fit
-from mopsim.validate.scoring import Group, Scored, software
+from mopsim.validate.scoring import RunGroup, Scored, software
 
 COUNTS = (0, 1, 2, 4, 8)
 """Runs that are calibrated on."""
@@ -41,7 +41,7 @@ def _id(one: Scored) -> str:
 def _scored(runs: Sequence[Scored], count: int) -> tuple[float, float, float]:
     """(mean error, share of the intervals that hold, median width) of the runs that were not taken."""
     taken = {round((i + 0.5) * len(runs) / count) for i in range(count)} if count else set()
-    group = Group([(one.case, one.simulated) for one in runs])
+    group = RunGroup([(one.case, one.simulated) for one in runs])
     points = group.points
     used = fit([points[i] for i in sorted(taken)], group.issue)
     spreads = {i: group.given(sorted(taken), i, used) for i in points if i not in taken}

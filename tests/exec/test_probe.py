@@ -18,7 +18,7 @@ from mopexec.measure.probe_fit import (
     split_latency,
 )
 from mopexec.measure.probe_profile import build_profile
-from mopexec.measure.probe_ranks import Job, parts, run_ranks
+from mopexec.measure.probe_ranks import ProbeJob, parts, run_ranks
 from mopexec.measure.probe_timing import Stopwatch, measure, summarize
 from mopsim.common.errors import MopError
 from mopsim.common.io import write_yaml
@@ -124,7 +124,7 @@ def test_too_many_ranks_are_refused() -> None:
 def test_a_failing_rank_is_one_line_and_leaves_no_process() -> None:
     started: list[str] = []
     others = set(probe_ranks.multiprocessing.active_children())  # the pools of other tests
-    job = Job(2, "cpu", (10**6,), 0.01)  # a core that is not there
+    job = ProbeJob(2, "cpu", (10**6,), 0.01)  # a core that is not there
     with pytest.raises(MopError, match=r"^probe: rank \d failed: OSError") as refused:
         run_ranks(job, started.append)
     assert "\n" not in str(refused.value)
@@ -134,7 +134,7 @@ def test_a_failing_rank_is_one_line_and_leaves_no_process() -> None:
 @pytest.mark.slow
 def test_probe_of_this_machine_reloads_without_loss(tmp_path: Path) -> None:
     others = set(probe_ranks.multiprocessing.active_children())
-    job = Job(2, "cpu", tuple(probe_machine.usable_cores()), 0.05)
+    job = ProbeJob(2, "cpu", tuple(probe_machine.usable_cores()), 0.05)
     seen: list[str] = []
     raws = run_ranks(job, seen.append)
     assert seen == parts(job)

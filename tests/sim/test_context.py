@@ -10,7 +10,7 @@ import pytest
 
 from mopsim.cli import main
 from mopsim.common.errors import SpecError
-from mopsim.context import Case, Contender, Task, contenders, nested, sweep
+from mopsim.context import Contender, ContextCase, Task, contenders, nested, sweep
 from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
 from mopsim.report.context import ratio, reach, short
@@ -28,8 +28,8 @@ K = 1024
 NAMES = {one.name: one for one in contenders()}
 
 
-def case(tokens: int = 128 * K) -> Case:
-    return Case(load_model("mop_120b"), load_profile("h200-sxm-141g"), 2, tokens)
+def case(tokens: int = 128 * K) -> ContextCase:
+    return ContextCase(load_model("mop_120b"), load_profile("h200-sxm-141g"), 2, tokens)
 
 
 @pytest.mark.parametrize("contender", contenders(), ids=lambda one: one.name)

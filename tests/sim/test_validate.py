@@ -17,7 +17,7 @@ from mopsim.program.workload import Group, Work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import calibration
-from mopsim.validate.calibration import Fit, Point
+from mopsim.validate.calibration import Fit, PacedRun
 from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
@@ -144,10 +144,10 @@ def test_malformed_cells_are_one_line(tmp_path: Path) -> None:
         read_runs(path)
 
 
-def _paced(device: float, launches: float) -> Point:
+def _paced(device: float, launches: float) -> PacedRun:
     """A step that takes the device `device` seconds, and the host what `launches` cost."""
     paces = tuple((cost, max(device, launches * cost)) for cost in (0.0, 1e-5, 2e-5, 4e-5, 1e-4))
-    return Point(device, paces, 0.0, "")
+    return PacedRun(device, paces, 0.0, "")
 
 
 def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
@@ -163,7 +163,7 @@ def test_calibration_finds_the_scale_and_what_a_launch_costs() -> None:
 
 
 def test_a_launch_is_drawn_to_that_of_the_profile() -> None:
-    points = [Point(1.0, (), 1.2, "a"), Point(2.0, (), 2.4, "b")]
+    points = [PacedRun(1.0, (), 1.2, "a"), PacedRun(2.0, (), 2.4, "b")]
     assert calibration.fit(points, 37e-6).launch == pytest.approx(37e-6)
     assert calibration.held_out(points, issue=37e-6)[0].launch == pytest.approx(37e-6)
 
@@ -172,13 +172,13 @@ def test_a_step_between_two_simulations_lies_on_the_line() -> None:
     point = _paced(0.1, 9000)
     assert point.step(3e-5) == pytest.approx(0.27)
     assert point.step(2e-4) == pytest.approx(1.8)
-    assert Point(0.1, (), 0.0, "").step(1.0) == 0.1
+    assert PacedRun(0.1, (), 0.0, "").step(1.0) == 0.1
     assert Fit(2.0, 6e-5, 0.5, runs=1).apply(point) == pytest.approx(2 * 0.27 + 0.5)
     assert Fit().apply(point) == 0.1
 
 
 def test_no_network_is_calibrated_on_itself() -> None:
-    points = [Point(1.0, (), 1.2, "a"), Point(2.0, (), 2.4, "b"), Point(3.0, (), 3.6, "c")]
+    points = [PacedRun(1.0, (), 1.2, "a"), PacedRun(2.0, (), 2.4, "b"), PacedRun(3.0, (), 3.6, "c")]
     moved = [replace(points[0], measured=9.0), *points[1:]]
     assert calibration.held_out(points)[0] == calibration.held_out(moved)[0]
     assert calibration.held_out(points)[1] != calibration.held_out(moved)[1]
@@ -186,7 +186,7 @@ def test_no_network_is_calibrated_on_itself() -> None:
 
 
 def test_what_is_held_out_is_asked_for() -> None:
-    points = [Point(1.0, (), 1.2, "a"), Point(2.0, (), 2.4, "b"), Point(3.0, (), 3.6, "c")]
+    points = [PacedRun(1.0, (), 1.2, "a"), PacedRun(2.0, (), 2.4, "b"), PacedRun(3.0, (), 3.6, "c")]
     assert calibration.held_out(points, hold_out="source") == [Fit()] * 3
     fits = calibration.held_out(points, hold_out="none")
     assert {one.runs for one in fits} == {3}
