@@ -5,7 +5,10 @@ import msgspec
 import pytest
 
 from mopsim.common.errors import SpecError
+from mopsim.cost import seconds
 from mopsim.engine import SimResult, simulate
+from mopsim.graph.shapes import attended_span, causal_pairs
+from mopsim.program.workload import Work
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -127,10 +130,20 @@ def test_hybrid_sharding_reduces_over_replicas_and_holds_more() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_of_attention_costs_what_it_computes(family: str) -> None:
+    """At the rate of the curve where queries see as many keys."""
     narrow = msgspec.structs.replace(MIXTRAL, sliding_window=512)
     plain, less = (run(FAMILIES[family], model) for model in (MIXTRAL, narrow))
-    pairs = (512 * 4096 - 512 * 511 / 2) / (4096 * 4097 / 2)
-    assert less.busy["attention"] == pytest.approx(pairs * plain.busy["attention"], rel=0.1)
+    alone = [
+        seconds(
+            Work(
+                "attention", flops=4 * causal_pairs(4096, window) * 128 * 32, seq=attended_span(4096, window),
+                dtype="bfloat16",
+            ),
+            B200,
+        )
+        for window in (512, 0)
+    ]  # fmt: skip
+    assert less.busy["attention"] == pytest.approx(alone[0] / alone[1] * plain.busy["attention"], rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
