@@ -8,7 +8,7 @@ from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.coarse import coarse
 from mopsim.size.carry import carried, played
-from mopsim.size.figures import LEVEL, Step, figures
+from mopsim.size.figures import LEVEL, Figures, Step, figures
 from mopsim.size.goodput import state_bytes
 from mopsim.size.points import Point, Request, quantile
 from mopsim.spec.capability import runnable
@@ -131,10 +131,17 @@ def billed(
     affordable = goal.budget is None or (bill.outlay is not None and bill.outlay <= goal.budget)
     why = []
     if not in_time:
-        why.append(f"too slow: {bill.days:,.1f} days{_small_batch(training, best)}")
+        why.append(_late(request, bill) + _small_batch(training, best))
     if not affordable:
         why.append("no price is known" if bill.outlay is None else f"too dear: ${bill.outlay:,.0f}")
     return Point(hardware, num_nodes, training, best, bill, in_time, "; ".join(why), gap, affordable, bills)
+
+
+def _late(request: Request, bill: Figures) -> str:
+    certain = bill.p_within(request.goal.seconds)
+    if certain is not None and certain >= 0.5:
+        return f"in time with {certain:.0%} only, {request.confidence:.0%} asked"
+    return f"too slow: {bill.days:,.1f} days"
 
 
 def step_of(request: Request, result: SimResult) -> Step:

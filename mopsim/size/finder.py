@@ -73,6 +73,8 @@ def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
     doubled = [count for count in counts if count & (count - 1) == 0 or count == counts[-1]]
     searched = sorted(doubled[::-1][::EVERY])
     yield from _round(known, [known.search(count) for count in searched])
+    if not any(known.answers[count].plans for count in searched):
+        yield from _round(known, [known.search(counts[-1], times=DEEP)])
     others = [count for count in doubled if count not in searched]
     yield from _round(known, [known.carry(count) for count in others])
     yield from _round(known, [known.search(count) for count in others if not known.answers[count].plans])
