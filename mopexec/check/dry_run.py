@@ -94,7 +94,8 @@ def _check_length(plan: Plan) -> None:
     """Refuse a step whose loops would be played for hours. Raises MopError that names their lengths."""
     model, strategy, training = plan.model, plan.strategy, plan.training
     microbatches, layers = training.num_microbatches(strategy), model.num_hidden_layers
-    queries = model.num_attention_heads // model.num_key_value_heads
+    blocks = max(-(-training.seq_len // (model.window(layer) or training.seq_len)) for layer in range(layers))
+    queries = model.num_attention_heads // model.num_key_value_heads * blocks
     experts = model.num_local_experts // strategy.experts.expert_parallel
     chunks = layout.num_chunks(
         training.tokens_per_rank(strategy), strategy.experts.chunk_tokens, strategy.experts.max_chunks

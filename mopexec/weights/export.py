@@ -79,6 +79,8 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
         if kept.is_dir():
             shutil.copytree(kept, aside, dirs_exist_ok=True)
         io.write_text(aside / "config.json", json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n")
+        for path in aside.glob("*.safetensors"):
+            shutil.copymode(aside / "config.json", path)  # the library writes for its user alone
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -148,25 +150,28 @@ class _Writer:
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """The tensors of one file, from the checkpoint."""
         found = {name: torch.empty(self.tensors[name], dtype=self._dtype(name)) for name in names}
-        pieces: dict[str, list[Piece]] = {}
-        buffers: dict[str, Tensor] = {}
+        values: dict[tuple[str, int | None], Tensor] = {}  # a parameter and its copy are read once
         targets: list[tuple[Tensor, Tensor]] = []
         for name, tensor in found.items():
             for parameter, expert in self.held[self.copies.get(name, name)]:
                 view = self.layout.view(parameter, expert, tensor)
-                if parameter in self.layout.buffers:
-                    value = buffers[parameter] = torch.empty(view.shape, dtype=torch.float32)
-                else:
-                    value = torch.empty(view.numel(), dtype=torch.float32)
-                    pieces.setdefault(parameter, []).append(Piece((expert or 0) * view.numel(), value))
+                value = values.setdefault((parameter, expert), torch.empty(view.shape, dtype=torch.float32))
                 targets.append((view, value))
-        self._load(pieces, buffers)
+        self._load(values)
         for view, value in targets:
-            view.copy_(value.view(view.shape))
+            view.copy_(value)
         return found
 
-    def _load(self, pieces: dict[str, list[Piece]], buffers: dict[str, Tensor]) -> None:
-        state: dict[str, Any] = dict(buffers)
+    def _load(self, values: dict[tuple[str, int | None], Tensor]) -> None:
+        """Fill the values (of a parameter, of its expert, of a buffer) from the checkpoint."""
+        state: dict[str, Any] = {}
+        pieces: dict[str, list[Piece]] = {}
+        for (name, expert), value in values.items():
+            if name in self.layout.buffers:
+                state[name] = value
+            else:
+                start = (expert or 0) * value.numel()
+                pieces.setdefault(name, []).append(Piece(start, value.flatten()))
         for name, parts in pieces.items():
             total = math.prod(self.layout.parameters[name])
             state[f"{name}.value"] = FlatShards.of(parts, total, parts[0].values)
@@ -177,9 +182,11 @@ class _Writer:
         lost = [name for name in self.layout.buffers if self.layout.place(name) is None]
         if not lost:
             return
-        values = {name: torch.zeros(self.layout.buffers[name]) for name in lost}
-        self._load({}, values)
-        moved = next((name for name, value in values.items() if bool(value.any())), None)
+        values: dict[tuple[str, int | None], Tensor] = {
+            (name, None): torch.zeros(self.layout.buffers[name]) for name in lost
+        }
+        self._load(values)
+        moved = next((name for (name, _), value in values.items() if bool(value.any())), None)
         if moved:
             raise MopError(
                 f"{moved}: is not zero, and {self.layout.family.architecture} has no place for a router's "

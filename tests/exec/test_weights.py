@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mopexec.cli import main
 from mopexec.model import Transformer
+from mopexec.model.auxiliary import Auxiliary
 from mopexec.weights.begin import difference, open_weights
 from mopexec.weights.config import to_config
 from mopexec.weights.export import export
@@ -200,6 +201,56 @@ def test_in_and_out(family: str, runtime: str, tmp_path: Path) -> None:
         logits = theirs(input_ids=tokens[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def drafting(files: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of layer 3 by their names in transformers' module, which stacks the experts (its own loader
+    knows DeepSeek-V3's layer 61 only).
+    """
+    layer, block = "model.layers.3.", "layers.0.mtp_block."
+    inner = {name.removeprefix(layer): value for name, value in files.items() if name.startswith(layer)}
+    found = {f"{block}{name}": value for name, value in inner.items()}
+    found |= {f"layers.0.{name}.weight": inner[f"{name}.weight"] for name in ("enorm", "hnorm", "eh_proj")}
+    found["layers.0.post_norm.weight"] = inner["shared_head.norm.weight"]
+    stacks = {
+        part: torch.stack([inner[f"mlp.experts.{e}.{part}_proj.weight"] for e in range(8)])
+        for part in ("gate", "up", "down")
+    }
+    found[f"{block}mlp.experts.gate_up_proj"] = torch.cat((stacks["gate"], stacks["up"]), dim=1)
+    found[f"{block}mlp.experts.down_proj"] = stacks["down"]
+    return found
+
+
+def test_mtp_modules_are_those_of_transformers(tmp_path: Path) -> None:
+    """Written by a run, and read as the modules that transformers drafts tokens with."""
+    from transformers.modeling_layers import MtpModel
+
+    theirs = hf_models.make("deepseek_v3", num_mtp_layers=1)
+    plan = plan_of(hf_models.save(theirs, tmp_path / "given"), RUNTIMES["fully_shard"])
+    assert plan.model.num_nextn_predict_layers == 1
+    tokens = hf_models.tokens()
+    pool(2).run("tests.exec.weights_worker", "begin_and_save", plan, None, tmp_path / "run", tokens)
+    export(tmp_path / "run" / "trained", tmp_path / "out")
+    copies = stored(tmp_path / "out")
+    assert copies["model.layers.3.embed_tokens.weight"] == copies["model.embed_tokens.weight"]
+
+    main_model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    )
+    modules = MtpModel(main_model, 1)
+    modules.load_state_dict(drafting(load_file(tmp_path / "out" / "model.safetensors")), strict=False)
+    inputs, following = tokens[:, :-1], tokens[:, 1:]
+    with torch.no_grad():
+        hidden = main_model.model(inputs).last_hidden_state
+        places = torch.arange(inputs.shape[1])[None].expand(inputs.shape)
+        expected = modules.forward_layer(0, hidden, places, None, input_ids=following)
+    model = Transformer(plan.model, torch.float32)
+    fill(model, open_weights(tmp_path / "out", plan))
+    model.set_auxiliary(Auxiliary(mtp=0.3))
+    ends = torch.nn.functional.pad(following, (0, 1), value=-100)
+    found = model.terms(inputs, ends, 0, 1.0)[1]
+    torch.testing.assert_close(found.hidden, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.targets, ends[:, 1:])
 
 
 def test_a_new_network_gets_a_config_of_its_own(tmp_path: Path) -> None:
