@@ -45,8 +45,8 @@ def main(folder: Path, jobs: int) -> None:
         f"{DEVICES:,} GPUs of each of {len(MACHINES)} machine types.",
         "",
         f"{wall:.0f} s of wall clock in {jobs} processes (load {os.getloadavg()[1]:.1f} on {os.cpu_count()} "
-        f"cores), {cpu:.0f} s of CPU: {cpu / jobs:.0f} s if each process had a core. {simulated:,} simulations, "
-        f"{sum(len(one.tried) for one in found.sizings)} clusters.",
+        f"cores), {cpu:.0f} s of CPU: {cpu / jobs:.0f} s if each process had a core. "
+        f"{simulated:,} simulations, {sum(len(one.tried) for one in found.sizings)} clusters.",
         "",
         f"Recommended: {summary(found.chosen)}." if found.chosen else f"None; {missed(found.miss)}.",
         "",
