@@ -360,7 +360,7 @@ def test_few_runs_narrow_the_interval_and_it_holds_a_run_that_they_lack() -> Non
         low, high = calibration.expected(unseen.plan, profile).interval(
             simulate(unseen.plan, profile).step_time
         )
-        widths.append(high / low)
+        widths.append(math.log(high / low))
         assert not runs or low <= unseen.step_time_median <= high
     assert widths == sorted(widths, reverse=True)
     assert widths[2] < 0.8 * widths[0]
