@@ -1,10 +1,11 @@
 """Process groups of a strategy as sizes and spans over scale-up domains, from the rank lists of layout.py."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from mopsim.program.workload import Group
 from mopsim.spec.layout import groups, replica_groups, split
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import Order, Strategy
 
 
 def span(ranks: Sequence[int], domain: int, offset: int = 0) -> Group:
@@ -34,33 +35,44 @@ def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
     """
     ranks, s = strategy.stage_ranks, strategy
     domain = next(size for size in range(min(domain, s.world_size), 0, -1) if s.world_size % size == 0)
-    tensor, expert_tensor = s.dense.tensor_parallel, s.experts.expert_tensor_parallel
-    sequences = groups(ranks, s.attention.context_parallel * tensor, s.attention.rank_placement)
-    experts = groups(ranks, s.experts.expert_parallel * expert_tensor, s.experts.rank_placement)
-    holders = replica_groups(ranks, s.experts.expert_parallel * expert_tensor, s.experts.rank_placement)
-    dense = range(0, ranks, tensor)
-    expert_copies = [copy for group in holders for copy in split(group, s.experts.expert_fsdp)]
-    expert_same = [
-        group[place :: s.experts.expert_fsdp] for group in holders for place in range(s.experts.expert_fsdp)
-    ]
-    ring = worst(groups(ranks, s.vocabulary.vocab_parallel, s.vocabulary.rank_placement), domain)
-    found = {
+    tensor, split_by = s.dense.tensor_parallel, s.experts.expert_tensor_parallel
+    ring = _worst("whole", ranks, domain, s.vocabulary.vocab_parallel, 1, s.vocabulary.rank_placement)
+    sequence = (s.attention.context_parallel * tensor, tensor, s.attention.rank_placement)
+    experts = (s.experts.expert_parallel * split_by, split_by, s.experts.rank_placement)
+    copies = (experts[0], s.experts.expert_fsdp, s.experts.rank_placement)
+    return {
         "world": span(range(ranks), domain),
-        "sequence": worst((group[::tensor] for group in sequences), domain),
-        "tensor": worst(split(range(ranks), tensor), domain),
-        "experts": worst((group[::expert_tensor] for group in experts), domain),
-        "expert_tensor": worst((group[:expert_tensor] for group in experts), domain),
+        "sequence": _worst("every", ranks, domain, *sequence),
+        "tensor": _worst("whole", ranks, domain, tensor, 1, "contiguous"),
+        "experts": _worst("every", ranks, domain, *experts),
+        "expert_tensor": _worst("first", ranks, domain, *experts),
         "vocabulary": ring,
         "ring": ring,
-        "vocabulary_shard": worst(
-            replica_groups(ranks, s.vocabulary.vocab_parallel, s.vocabulary.rank_placement), domain
+        "vocabulary_shard": _worst(
+            "holders", ranks, domain, s.vocabulary.vocab_parallel, ranks, s.vocabulary.rank_placement
         ),
-        "dense_shard": worst(split(dense, s.dense.fsdp), domain),
-        "dense_replicas": worst(
-            (dense[i :: s.dense.fsdp] for i in range(min(s.dense.fsdp, len(dense)))), domain
-        ),
-        "expert_shard": worst(expert_copies, domain),
-        "expert_replicas": worst(expert_same, domain),
+        "dense_shard": _worst("dense", ranks, domain, tensor, s.dense.fsdp, "contiguous"),
+        "dense_replicas": _worst("dense copies", ranks, domain, tensor, s.dense.fsdp, "contiguous"),
+        "expert_shard": _worst("holders", ranks, domain, *copies),
+        "expert_replicas": _worst("same", ranks, domain, *copies),
+        "stage": Group(2, 2 if ranks < domain and ranks * s.pipeline.pipeline_parallel <= domain else 1),
     }
-    found["stage"] = Group(2, 2 if ranks < domain and ranks * s.pipeline.pipeline_parallel <= domain else 1)
-    return found
+
+
+@lru_cache(maxsize=65536)
+def _worst(kind: str, ranks: int, domain: int, degree: int, by: int, order: Order) -> Group:
+    """The worst group of a kind. `by`: the ranks of a group that belong to one slice (`every`: one rank of
+    each, `first`: those of one), or that share a copy."""
+    if kind in ("dense", "dense copies"):
+        dense = range(0, ranks, degree)
+        if kind == "dense":
+            return worst(split(dense, by), domain)
+        return worst((dense[i::by] for i in range(min(by, len(dense)))), domain)
+    if kind in ("holders", "same"):
+        holders = replica_groups(ranks, degree, order)
+        if kind == "holders":
+            return worst((copy for group in holders for copy in split(group, by)), domain)
+        return worst((group[place::by] for group in holders for place in range(by)), domain)
+    found = groups(ranks, degree, order)
+    taken = {"whole": slice(None), "every": slice(None, None, by), "first": slice(by)}[kind]
+    return worst((group[taken] for group in found), domain)

@@ -1,6 +1,7 @@
 """Units: the parameters that are gathered and reduced together, and how each is sharded."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mopsim.graph.tensors import Tensor, tensors
 from mopsim.spec.layout import ceil_div, shard_numel
@@ -38,9 +39,17 @@ class Unit:
         return self.shard_numel * self.shard
 
 
+@lru_cache(maxsize=256)
+def _by_layer(model: ModelSpec) -> dict[int, list[Tensor]]:
+    found: dict[int, list[Tensor]] = {}
+    for tensor in tensors(model):
+        found.setdefault(tensor.layer, []).append(tensor)
+    return found
+
+
 def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
     """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts."""
-    mine = [tensor for tensor in tensors(model) if tensor.layer == layer]
+    mine = _by_layer(model).get(layer, [])
     dense, routed = [t for t in mine if not t.routed], [t for t in mine if t.routed]
     found = [_dense(model, strategy, f"layers.{layer}.dense", "attention", layer, dense)]
     if routed:
@@ -57,7 +66,7 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
 
 def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
     """Units outside the layers: embedding, final norm, head (absent when tied)."""
-    by_name = {tensor.name: tensor for tensor in tensors(model) if tensor.layer < 0}
+    by_name = {tensor.name: tensor for tensor in _by_layer(model)[-1]}
     found = {}
     embedding = [t for name, t in by_name.items() if "embedding" in name]
     found["embedding"] = _dense(model, strategy, "embedding", "embedding", -1, embedding)
