@@ -1,6 +1,7 @@
 """Intervals: the conditional normal by hand, what narrows and widens them, and the fit on drawn sources."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ from mopsim.intervals.errors import LEVELS
 from mopsim.spec.observed import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
+from mopsim.validate.case import read_cases
+from mopsim.validate.uncertain import cell as of_case
 
+CASES = Path(__file__).parents[2] / "reports/validation/cases"
 NONE = Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0))
 
 
@@ -96,6 +100,15 @@ def test_the_installed_errors_are_of_what_is_installed() -> None:
         assert {one.hardware for one in quantity.cells} <= set(list_profiles())
         assert 0.3 < quantity.deviations.widening < 3
         assert quantity.cells == tuple(sorted(quantity.cells, key=lambda one: list(asdict(one).values())[:5]))
+
+
+def test_the_installed_errors_know_the_networks_that_ran() -> None:
+    """A field that ModelSpec gains changes every digest: runs would then say nothing of their own network."""
+    cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
+    ran = {of_case(case) for case in cases}
+    for quantity in (known_errors().step_time, known_errors().peak_memory):
+        known = {replace(one, runs=1, mean=0.0, squares=0.0) for one in quantity.cells}
+        assert known <= ran
 
 
 def drawn(seed: int, sources: int = 10) -> list[Cell]:
