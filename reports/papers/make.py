@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mopsim
 from mopsim.common import io
+from mopsim.graph import flops_per_token, total_params
 from mopsim.spec.presets import load_model
 from reports.papers.published import DEGREES, PEAK_FLOPS, POINTS, K, Point
 
@@ -70,6 +71,14 @@ def attention_rate(model_name: str, first: Point, last: Point, passes: float) ->
     return more / (1 / last.tokens_per_s - 1 / first.tokens_per_s)
 
 
+def model_flops(point: Point) -> float:
+    """FLOP/s of a GPU at a printed rate, recomputation not counted: 6 for each parameter that a token meets,
+    and the causal half of attention.
+    """
+    flops = 3 * sum(flops_per_token(load_model(point.model), point.seq_len).values())
+    return flops * (point.tokens_per_s or 0.0)
+
+
 def _printed(point: Point) -> str:
     return "runs" if point.tokens_per_s else "out of memory"
 
@@ -80,8 +89,6 @@ def _of_curve(row: Row) -> tuple[str, str, str]:
 
 
 def _total(model: object) -> int:
-    from mopsim.graph import total_params
-
     return total_params(model)  # type: ignore[arg-type]
 
 
@@ -131,12 +138,13 @@ def page(rows: Sequence[Row]) -> str:
     """index.md."""
     first = [row for row in rows if _of_curve(row) == _of_curve(rows[0])]
     worst = max(abs(error) for error in shape_errors(first))
-    ratio = statistics.geometric_mean(
-        one.tokens_per_s_per_device / (point.tokens_per_s or 1) for point, one in first
-    )
+    shares = [model_flops(point) / PEAK_FLOPS for point in POINTS if point.program == "mop"]
+    ratios = [one.tokens_per_s_per_device / (point.tokens_per_s or 1) for point, one in first]
     template = (Path(__file__).parent / "page.md").read_text(encoding="utf-8")
     return template.format(
-        ratio=f"{ratio:.1f}x",
+        ratio=f"{statistics.geometric_mean(ratios):.1f}x",
+        ratios=f"{min(ratios):.1f} to {max(ratios):.1f}",
+        shares=f"{min(shares):.0%} to {max(shares):.0%}",
         worst=f"{worst:.0%}",
         speed="\n".join(_speed_tables(rows)),
         memory="\n".join(_memory_table(rows)),

@@ -18,6 +18,8 @@ JUDGED, EIGHT_BITS, GOOD = "bf16_fp16_AB", "fp8_mxfp8_A", "AB"
 LEVEL = 0.9
 FEW = 5
 """Runs from which a source is named."""
+FEW_HELD = 0.85
+"""Share of held intervals below which a source is named: an average over sources hides it."""
 
 
 def install(validation: Validation, parts: Sequence[Predicted], few: Grid) -> None:
@@ -65,9 +67,12 @@ def _held(validation: Validation, name: Name) -> str:
     found = coverage(validation.held["source"], name, LEVEL)
     if found is None:
         return "none"
+    shares = {source: found.share_of(source) for source in sorted(found.by_source)}
+    few = ", ".join(f"{source} {share:.0%}" for source, share in shares.items() if share < FEW_HELD)
     return (
         f"{found.share:.1%} of {found.runs} runs of left-out sources ({found.share_of_sources:.1%} with the "
-        f"sources weighing alike); median width {found.width:.0%} of the prediction"
+        f"sources weighing alike{'; below 85 %: ' + few if few else ''}); "
+        f"median width {found.width:.0%} of the prediction"
     )
 
 

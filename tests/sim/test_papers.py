@@ -2,7 +2,7 @@
 
 import pytest
 
-from reports.papers.make import resident_bytes, shape_errors, simulated
+from reports.papers.make import model_flops, resident_bytes, shape_errors, simulated
 from reports.papers.published import POINTS
 
 FIRST = POINTS[0].source
@@ -11,6 +11,12 @@ FIRST = POINTS[0].source
 def of(source, model, program):
     points = [p for p in POINTS if (p.source, p.model, p.program) == (source, model, program)]
     return [(point, simulated(point)) for point in points]
+
+
+def test_the_companion_prints_the_flops_of_the_network():
+    """arXiv 2609.14306 prints 91 and 221 TFLOP/s beside its tokens per second of MoP."""
+    printed = [point for point in POINTS if point.source != FIRST and point.program == "mop"]
+    assert [model_flops(point) / 1e12 for point in printed] == pytest.approx([91, 221], rel=0.02)
 
 
 def test_mops_shape_over_context_comes_out_once_one_point_is_fixed():
