@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import quantiles
 
 import msgspec
+
 from mopsim.api.inputs import Inputs, make_plan
 from mopsim.common import io
 from mopsim.common.units import format_seconds
