@@ -56,6 +56,8 @@ class Order:
     def keywords(self) -> dict[str, Any]:
         """The order as the keywords of mopsim.size. Raises MopError naming the option."""
         batch = parse_count(self.global_batch_tokens, "--global-batch-tokens")
+        if self.years is not None and not self.buy:
+            raise MopError("--years: is of a purchase: give --buy too")
         named = {"pue": self.pue, "years": self.years}
         assumed = read_values(self.assumptions, "--assume")
         assumed |= {name: one for name, one in named.items() if one is not None}

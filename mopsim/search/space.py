@@ -114,6 +114,8 @@ def _legal(
     """The rows that keep the relations about columns that are new (all, where none is named), none of which
     comes later; the others are counted."""
     keep = np.ones(len(columns["micro_batch"]), dtype=np.bool_)
+    if not keep.size:
+        return columns
     for reason, about, legal in _relations(problem, columns):
         if (new and not new.intersection(about)) or later.intersection(about):
             continue

@@ -234,7 +234,7 @@ def _spread(
     of_step = a.step_time_spread
     if step.low is not None and step.high is not None:
         of_step = math.log(step.high / step.low) / (2 * WIDE)
-    chance = good.deviation / math.sqrt(seconds)
+    of_mean = good.deviation / math.sqrt(seconds)
     rate = 0.0
     if a.utilisation is None and "failure_rate" not in a.given:
         ends = [
@@ -242,4 +242,5 @@ def _spread(
             for one in (known()["failure_rate"].low, known()["failure_rate"].high)
         ]
         rate = math.log(ends[0] / ends[1]) / (2 * WIDE)
-    return math.sqrt(of_step**2 + chance**2 + rate**2), of_step
+    chance = math.log1p(of_mean**2)  # variance of the logarithm of a log-normal wall clock
+    return math.sqrt(of_step**2 + chance + rate**2), of_step

@@ -186,6 +186,14 @@ def test_rows_of_a_large_space_are_legal_strategies() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("seq_len", "global_batch", "nodes"), [(513, 7, 1), (1, 1, 1), (512, 8, 4096)])
+def test_a_whole_space_without_candidates_is_no_error(seq_len: int, global_batch: int, nodes: int) -> None:
+    training = TrainSpec(seq_len=seq_len, global_batch=global_batch)
+    odd = replace(asked(CASES[0]), num_nodes=nodes, training=training)
+    for family in FAMILIES:
+        assert generate(odd, family).rejected
+
+
 def test_no_candidates_is_no_error() -> None:
     """A batch that no layout divides: 7 sequences over 2 ranks of a sequence that cannot be split."""
     tiny = asked(CASES[0])

@@ -185,3 +185,11 @@ def test_a_steps_own_interval_moves_the_median() -> None:
     point = figures(H100, 64, Step(1e6), Goal(10**13, DAY), a).seconds
     assert bill.seconds == pytest.approx(point * 1.2)
     assert bill.seconds_interval()[0] == pytest.approx(point, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 10**6, 10**15])
+def test_intervals_of_runs_of_any_length_are_finite(tokens: int) -> None:
+    """A failure in a run of milliseconds multiplies its time by millions."""
+    bill = figures(H100, 4, Step(1e9), Goal(tokens, DAY))
+    low, high = bill.seconds_interval(0.999)
+    assert 0 < low < bill.seconds < high < math.inf
