@@ -185,7 +185,7 @@ def size(
     pue: Annotated[
         float | None, typer.Option(help="power of the building over power of its machines")
     ] = None,
-    max_cost: Annotated[float | None, typer.Option(help="dollars: the fastest cluster within them")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="dollars that the fastest cluster may cost")] = None,
     simulations: Annotated[
         int, typer.Option(min=1, max=10**6, help="of each family, where a node count is searched")
     ] = 4,

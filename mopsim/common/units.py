@@ -79,13 +79,18 @@ LEAST_SECONDS = 1e-12
 
 
 def format_seconds(seconds: float) -> str:
-    """'1.23 s', '12.3 ms', '45.6 us' or '0', for a table."""
+    """'1.23 s', '12,345 s', '12.3 ms', '45.6 us' or '0', for a table."""
     if abs(seconds) < LEAST_SECONDS:
         return "0"
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if abs(seconds) >= scale:
-            return f"{seconds / scale:.3g} {unit}"
+            return f"{format_number(seconds / scale)} {unit}"
     return f"{seconds / 1e-6:.3g} us"
+
+
+def format_number(value: float) -> str:
+    """'12.3' or '12,345': three significant digits below 1000, whole from there on, never '1.2e+04'."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def format_probability(value: float) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mopsim.common.io import write_text
-from mopsim.common.units import format_bytes, format_seconds
+from mopsim.common.units import format_bytes, format_number, format_seconds
 from mopsim.engine.result import UPPER
 from mopsim.report.page import templates
 from mopsim.report.sizing import format_days, format_dollars, missed, odds, title
@@ -241,20 +241,23 @@ def risks(d: Decision) -> list[str]:
         return ["No plan fits in memory at any size that was tried."]
     result, bill, terms = subject.result, subject.figures, d.request.terms
     lines = [
-        f"The step time is predicted: {proof(subject.gap)}; its error makes most of the interval of days."
+        "The step time is predicted, and its error makes most of the interval of days. Its search is "
+        f"{proof(subject.gap, found=subject.result.fits)}."
     ]
     if bill.goodput:
         good, lost = bill.goodput, bill.goodput.lost
         worst = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4)
         lines.append(
-            f"A failure every {good.mtbf / 3600:,.3g} hours, {bill.seconds / good.mtbf:,.2g} in the run; a "
-            f"checkpoint of {format_bytes(good.checkpoint_bytes)} every {format_seconds(good.interval)}. "
+            f"A failure every {format_number(good.mtbf / 3600)} hours, {bill.seconds / good.mtbf:,.2g} in "
+            f"the run; a checkpoint of {format_bytes(good.checkpoint_bytes)} every "
+            f"{format_seconds(good.interval)}. "
             f"Lost of the wall clock: {worst or 'next to nothing'}. Spare nodes: {good.spares:,}."
         )
     room = 1 - result.device.quantile(UPPER) / result.memory_limit
     lines.append(
-        f"Device memory: {room:.0%} or more is free with a probability of {UPPER:.0%}, evenly routed as "
-        "planned; a router that learns is uneven."
+        f"Device memory: with a probability of {UPPER:.0%}, "
+        + (f"{room:.0%} of it or more is free" if room >= 0 else f"it is exceeded by at most {-room:.0%}")
+        + ", evenly routed as planned; a router that learns is uneven."
     )
     price = subject.hardware.price_per_device_hour
     if terms.buy:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
-from mopsim.common.units import format_bytes, format_probability, format_seconds
+from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
@@ -86,8 +86,8 @@ def _failures(bill: Figures) -> str:
     if good is None or good.mtbf > bill.seconds:
         return ""
     return (
-        f"a failure every {good.mtbf / 3600:,.3g} h, a checkpoint of {format_bytes(good.checkpoint_bytes)} "
-        f"every {format_seconds(good.interval)}; "
+        f"a failure every {format_number(good.mtbf / 3600)} h, a checkpoint of "
+        f"{format_bytes(good.checkpoint_bytes)} every {format_seconds(good.interval)}; "
     )
 
 
@@ -152,7 +152,7 @@ def summary(point: Point | None) -> str:
     cost = "price unknown" if bill.cost is None else format_dollars(bill.cost)
     cluster = point.hardware.cluster(point.num_nodes)
     where = f" in {bill.site}" if bill.site != DEFAULT else ""
-    return f"{cluster}{where}: {bill.days:,.1f} days, {cost} ({proof(point.gap)})"
+    return f"{cluster}{where}: {bill.days:,.1f} days, {cost} ({proof(point.gap, found=True)})"
 
 
 def missed(miss: Miss | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mopsim.common.units import format_number
 from mopsim.report.style import SERIES, figure, legend_below
 from mopsim.size.figures import DAY, Figures, Goal
 from mopsim.size.points import Point
@@ -43,7 +44,7 @@ def cost_time(
         axis.set_yscale("log")
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter("{x:g}")
-            side.set_minor_formatter("{x:g}")
+            side.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
             side.set_tick_params(which="minor", labelsize=8)
         axis.set_xlabel("days (bars: 90 % interval)")
         axis.set_ylabel("cost, million USD")
@@ -77,7 +78,7 @@ def tornado(path: Path, swings: Sequence[Swing], point: Point, most: int = 14) -
                     side = "left" if value >= middle else "right"
                     if abs(value / middle - 1) > 0.002:
                         axis.annotate(
-                            f"{end.value:.3g}", (value, row), (3 if side == "left" else -3, 0), ha=side,
+                            format_number(end.value), (value, row), (3 if side == "left" else -3, 0), ha=side,
                             textcoords="offset points", va="center", fontsize=7.5, color="#212f3c",
                         )  # fmt: skip
             axis.axvline(middle, color="#212f3c", linewidth=1)

@@ -100,8 +100,13 @@ def comparison(
 
 def freedom(fields: Mapping[str, Sequence[Any]]) -> str:
     """'; as fast: micro_batch 1 or 2, dense.fsdp 8 or 16': what a row's plans differ in."""
-    said = (f"{name} {' or '.join(map(_value, values))}" for name, values in fields.items())
+    said = (f"{name} {' or '.join(map(_value, _ordered(values)))}" for name, values in fields.items())
     return f"; as fast: {', '.join(said)}" if fields else ""
+
+
+def _ordered(values: Sequence[Any]) -> Sequence[Any]:
+    """Numbers ascending, anything else as it came."""
+    return sorted(values) if all(isinstance(one, int | float) for one in values) else values
 
 
 def _value(value: Any) -> str:

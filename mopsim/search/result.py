@@ -96,12 +96,12 @@ class SearchResult:
         return proof(self.gap)
 
 
-def proof(gap: float | None) -> str:
-    """Whether a search is exhausted, in words."""
+def proof(gap: float | None, found: bool = False) -> str:
+    """Whether a search is exhausted, in words. found: a plan that fits, so the others may be faster."""
     if gap == 0:
         return "proven: no plan left out can be faster"
     if gap is None:
-        return "not exhausted: a plan left out may fit"
+        return f"not exhausted: a plan left out may {'be faster' if found else 'fit'}"
     return f"not exhausted: a plan left out is at most {format_gap(gap)} faster"
 
 

@@ -109,7 +109,7 @@ function plot(view) {
   drawn(box, (width) => { last = width; draw(width); });
   const used = new Set(inside.map((one) => (one.y === null ? "out of memory" : one.mark)));
   const says = [used.has("may not fit") ? "hollow: may not fit (with a probability below 0.9)" : "", used.has("out of memory") ? "cross: does not fit" : "",
-    inside.some((one) => one.front) ? "dashed line: Pareto front" : "", view.diagonal ? "grey: within 10 % of measured" : "",
+    inside.filter((one) => one.front).length > 1 ? "dashed line: Pareto front" : "", view.diagonal ? "grey: within 10 % of measured" : "",
     inside.some((one) => one.yr || one.xr) ? "bands and bars: intervals" : ""].filter(Boolean).join("; ");
   return [legend(names, (index) => marker(index, "", PALETTE[index % 8]), toggled), box, says ? el("p", { class: "says" }, `${says}.`) : null];
 }

@@ -68,8 +68,9 @@ def _readable(kind: Kind) -> Iterator[None]:
 
 
 def _subject(result: Json, steps: Sequence[Step]) -> str:
-    found = steps[0].found.get("provenance", {}) if steps else {}
-    name, where = found.get("model") or result.get("model"), found.get("profile")
+    found = [one.found.get("provenance", {}) for one in steps]
+    name = next((one["model"] for one in found if one.get("model")), result.get("model"))
+    where = ", ".join(dict.fromkeys(one["profile"] for one in found if one.get("profile")))
     return f"{name}{f' on {where}' if where else ''}: " if name else ""
 
 
