@@ -269,10 +269,8 @@ def _terms(
     prices: Mapping[str, float],
     capex: Mapping[str, float],
 ) -> Terms:
-    """Raises MopError for a price of a machine that was not asked for, out of range, or of the other way to
-    pay."""
-    if buy and (prices or reserved):
-        raise MopError(f"{'--price' if prices else '--reserved'}: is of a rent, --buy buys: give one of them")
+    """Raises MopError for a price of a machine that was not asked for or out of range, and for a purchase's
+    where nothing is bought."""
     if capex and not buy:
         raise MopError("--capex: is of a purchase: give --buy too")
     names = {machine.name for machine in machines}

@@ -26,13 +26,14 @@ DEVICE, HOST = SLOTS[:NUM_DEVICE_SLOTS], SLOTS[NUM_DEVICE_SLOTS:]
 @dataclass(frozen=True)
 class PlayedStep:
     """A workload after it was played: a record and a ledger of each program. end: seconds, without what is
-    repeated."""
+    repeated. profile_digest: of the profile as given; the step may have changed its curves."""
 
     workload: Workload
     records: list[Record]
     ledgers: list[Ledger]
     prices: Prices
     end: float
+    profile_digest: str
 
     @property
     def slowest(self) -> int:
@@ -65,7 +66,7 @@ def account(
         stack=workload.stack,
         provenance={
             "profile": hardware.name,
-            "profile_digest": digest(hardware),
+            "profile_digest": played.profile_digest,
             "model": model.name,
             "model_digest": digest(model),
             "stack": workload.stack.name,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from mopsim.common.errors import require
+from mopsim.common.io import digest
 from mopsim.cost import seconds
 from mopsim.cost.stack import as_used
 from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
@@ -75,7 +76,8 @@ def run(
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
-    return account(PlayedStep(workload, records, ledgers, prices, end), model, used, strategy, training)
+    step = PlayedStep(workload, records, ledgers, prices, end, digest(hardware))
+    return account(step, model, used, strategy, training)
 
 
 def _durations(program: Program, hardware: HardwareProfile, prices: Prices) -> list[float]:

@@ -86,6 +86,12 @@ def test_the_front_is_what_no_other_beats() -> None:
     assert front([(1, 5), (2, 3), (3, 4), (4, 1), (1, 5)]) == [True, True, False, True, True]
 
 
+def test_a_timeline_on_a_profile_whose_curves_the_step_changes(tmp_path: Path) -> None:
+    job = {**JOB, "hardware": "h200-sxm-141g", "global_batch": 8}
+    step = mopsim.simulate(**job, strategy=mopsim.fsdp2())
+    assert mopsim.explore(dict(step), tmp_path / "page.html") == []
+
+
 def test_a_timeline_of_another_profile_is_left_out_with_the_reason(tmp_path: Path) -> None:
     step = dict(mopsim.simulate(**JOB, strategy=mopsim.mop(dtype="float32")))
     step["provenance"] = {**step["provenance"], "profile_digest": "0" * 12}

@@ -217,8 +217,6 @@ MISTAKES = [
     (["--tokens", "1M", "--days", "1", "--buy", "--years", "0"], "years: 0.0 must lie between 0.25 and 20"),
     (["--tokens", "1M", "--days", "1", "--years", "4"], "years: is of a purchase: give --buy too"),
     (["--tokens", "1M", "--days", "1", "--capex", "cpu-2core=9"], "capex: is of a purchase: give --buy too"),
-    (["--tokens", "1M", "--days", "1", "--buy", "--reserved"], "reserved: is of a rent, --buy buys"),
-    (["--tokens", "1M", "--days", "1", "--buy", "--price", "cpu-2core=1"], "price: is of a rent, --buy buys"),
     (["--tokens", "1M", "--days", "1", "--sites", "none.yaml"], "none.yaml: no such file"),
     (["--days", "1"], "Missing option"),
     (["--tokens", "100T", "--days", "1", "--plan", "never.yaml"], "never.yaml not written"),
