@@ -5,7 +5,6 @@ Importing torch costs more than most cases, so a pool is made once per world siz
 """
 
 import atexit
-import functools
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -45,7 +44,7 @@ class Pool:
     """`world` ranks over gloo on the CPU, or over nccl with a GPU each. Not thread-safe."""
 
     def __init__(self, world: int, *, cuda: bool = False) -> None:
-        self.world = world
+        self.world, self.tasks = world, 0
         context = multiprocessing.get_context("spawn")
         self._store = tempfile.mktemp(prefix="mop_store_")
         self._pipes, self._processes = [], []
@@ -65,6 +64,7 @@ class Pool:
         Raises AssertionError with the first traceback; the pool is gone then, since its ranks are out of
         step.
         """
+        self.tasks += 1
         for pipe in self._pipes:
             pipe.send((module, function, arguments))
         return self._collect(timeout)
@@ -82,7 +82,7 @@ class Pool:
                     failure = failure if fine else f"rank {rank}: {results[rank]}"
             if failure:
                 self.close()
-                pool.cache_clear()
+                self.tasks = MOST_TASKS
                 raise AssertionError(failure)
         return results
 
@@ -95,9 +95,19 @@ class Pool:
             os.unlink(self._store)
 
 
-@functools.cache
+MOST_TASKS = 24
+"""Of a pool, then another is made: torch keeps the process groups that tasks made, gloo polls each in a
+thread of its own, and after a hundred tasks a rank took a tenth of a core while it waited.
+"""
+_POOLS: dict[tuple[int, bool], Pool] = {}
+
+
 def pool(world: int, *, cuda: bool = False) -> Pool:
     """The pool of `world` ranks of this test process."""
-    made = Pool(world, cuda=cuda)
-    atexit.register(made.close)
+    made = _POOLS.get((world, cuda))
+    if made is None or made.tasks >= MOST_TASKS:
+        if made is not None:
+            made.close()
+        made = _POOLS[world, cuda] = Pool(world, cuda=cuda)
+        atexit.register(made.close)
     return made
