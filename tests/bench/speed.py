@@ -23,12 +23,12 @@ from mopsim.graph.tensors import total_params
 from mopsim.program import lower
 from mopsim.search.bound import bound
 from mopsim.search.problem import Problem
-from mopsim.search.space import AXES, generate
+from mopsim.search.staged import candidates
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron, mop
+from mopsim.strategies import FAMILIES, fsdp2, megatron, mop
 
 K, M = 1024, 1024 * 1024
 RUNS = 5
@@ -114,9 +114,9 @@ def bounds() -> list[Figure]:
         model, load_profile(H200), 8, TrainSpec(seq_len=128 * K, global_batch=64), total_params(model)
     )
     found = []
-    for family in AXES:
-        count = len(generate(problem, family))
-        seconds = best(lambda family=family: bound(generate(problem, family)))  # type: ignore[misc]
+    for family in FAMILIES:
+        count = len(candidates(problem, family)[0])
+        seconds = best(lambda family=family: bound(candidates(problem, family)[0]))  # type: ignore[misc]
         what = f"{family}, {count:,} strategies of 667B on 64, generated and bounded"
         found.append(Figure("closed-form bound", what, count / seconds, "strategies/s", 20_000))
     return found
