@@ -76,6 +76,8 @@ _DATA = ("text_field", "loss_mask")
 
 def options_of(given: dict[str, Any]) -> TrainOptions:
     """The run that the command's options ask for. Raises MopError, SpecError."""
+    if given["eval_every"] and given["eval_data"] is None:
+        raise MopError("--eval-every: has nothing to evaluate on: give --eval-data")
     weights = given["init_from"]
     beside = weights and (Path(weights) / "tokenizer.json").is_file()
     source = DataOptions(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 META = "meta.json"
 _FORMAT = 2
+_MIXTURES = (".yaml", ".yml")
 
 
 class DataOptions(Spec, frozen=True, kw_only=True):
@@ -160,9 +161,12 @@ def read_meta(directory: Path) -> Meta:
 
 def _sources(source: str) -> list[Source]:
     path = Path(source)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in _MIXTURES:
         return [Source(path=source)]
     mixture = io.load(path, Mixture, "data")
+    for number, one in enumerate(mixture.sources):
+        rule = "is a mixture itself: name what it mixes"
+        require(Path(one.path).suffix not in _MIXTURES, f"data.sources[{number}].path", one.path, rule)
     return [Source(path=str(path.parent / one.path), weight=one.weight) for one in mixture.sources]
 
 

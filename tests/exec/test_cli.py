@@ -212,6 +212,16 @@ def test_help_needs_no_torch():
     assert all(command in done.stdout for command in ("train", "probe", "dry-run", "verify"))
 
 
+def test_evaluations_of_nothing_are_refused(capsys, plan, tmp_path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["train", "--plan", str(plan), "--steps", "2", "--out", str(tmp_path / "r"), "--eval-every", "1"]
+        )
+    line = capsys.readouterr().err
+    assert (end.value.code, line.count("\n")) == (2, 1)
+    assert "--eval-every: has nothing to evaluate on: give --eval-data" in line
+
+
 def test_sizes_are_read_as_written():
     assert parse_bytes("512MiB") == 512 * 1024**2
 

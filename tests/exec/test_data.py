@@ -272,6 +272,9 @@ def test_a_mixture_gives_each_source_its_share(tmp_path):
     firsts = [int(dataset.window(index)[0][0]) for index in range(2000)]
     assert firsts.count(1) == 1500
     assert abs(firsts[:100].count(1) - 75) <= 1
+    mixture.write_text("sources:\n- {path: mix.yaml}\n")
+    with pytest.raises(SpecError, match=r"data\.sources\[0\]\.path: 'mix\.yaml' is a mixture itself"):
+        prepared(mixture, 300, tmp_path / "cache")
     mixture.write_text("sources:\n- {path: a.npy, weight: -3}\n")
     with pytest.raises(MopError, match=r"mix\.yaml: data\.sources\[0\]\.weight: -3\.0 must be above 0"):
         prepared(mixture, 300, tmp_path / "cache")
