@@ -291,6 +291,7 @@ def _deepseek_v2(r: _Reader) -> Fields:
 
 
 def _deepseek_v3(r: _Reader) -> Fields:
+    r.must_be("topk_method", "noaux_tc", "its groups are scored by their best two experts")
     return (
         _deepseek(r)
         | {
