@@ -158,11 +158,14 @@ def _rope(r: _Reader, theta: float = 10000.0, usual: Config | None = None) -> Fi
     given = r.mapping(key, usual or {})
     inner = _Reader(given, f"{r.origin}: {key}")
     found = {"rope_theta": inner.number("rope_theta", r.number("rope_theta", theta))}
-    kind = given.get("rope_type") or given.get("type") or "default"
+    if given and not {"rope_type", "type", "rope_theta"} & given.keys():
+        raise MopError(f"{inner.origin}: rope_type: missing, the field is required")
+    field = inner.present("rope_type", "type")
+    kind = given.get(field) or "default"
     if kind == "default":
         return found
     if kind not in ("yarn", "llama3"):
-        raise MopError(f"{r.origin}: {key}: {shown(kind)} is refused: yarn and llama3 can be expressed")
+        raise MopError(f"{inner.origin}: {field}: {shown(kind)} is refused: yarn and llama3 can be expressed")
     if inner.has("attention_factor"):
         raise MopError(f"{inner.origin}: attention_factor: cannot be expressed, only YaRN's own rule")
     scaling: Fields = {"rope_type": kind}
