@@ -245,7 +245,7 @@ def megatron(
     token_dispatcher: Dispatcher = "alltoall",
     micro_batch: int = 1,
     recompute: Literal["none", "selective", "full"] = "none",
-    recompute_modules: tuple[str, ...] = ("core_attn",),
+    recompute_modules: tuple[str, ...] = (),
     offload_inputs: bool = False,
     optimizer_on_host: float = 0.0,
     overlap: Overlap | None = None,
@@ -256,7 +256,8 @@ def megatron(
 
     virtual_stages: parts of a pipeline rank (interleaved schedule). stage_layers: decoder layers of each part
     (empty: as even as can be). context_exchange: how context-parallel ranks trade a sequence.
-    token_dispatcher: how rows reach their experts. recompute_modules: what `selective` runs again.
+    token_dispatcher: how rows reach their experts. recompute_modules: what `selective` runs again;
+    empty: what the stack does by itself.
     optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap: which
     communication runs beside compute; None: what the stack hides. ZeRO-1 over all ranks of a stage; gradients
     are kept and reduced in the stack's dtype (fp32 by Megatron-Core's arguments). expert_tensor_parallel may

@@ -13,7 +13,7 @@ from mopsim.program.workload import Workload
 from mopsim.spec.capability import ROWS, Job
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
-from mopsim.spec.strategy import Overlap
+from mopsim.spec.strategy import Activations, Overlap
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants
 
@@ -69,6 +69,7 @@ def test_a_field_is_played_or_refused_and_never_ignored(name: str) -> None:
 
 ON = (
     "mop",
+    "fsdp2",
     "mop, latent",
     "fsdp2, offloaded",
     "fsdp2, gathered keys",
@@ -80,7 +81,7 @@ ON = (
 def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all() -> None:
     """Played: other programs, or another time or memory of the same ones."""
     found: dict[str, set[str]] = {}
-    for name, job in [*((name, JOBS[name]) for name in ON), ("left", left_to_the_stack())]:
+    for name, job in [*((name, JOBS[name]) for name in ON), *left_to_the_stack().items()]:
         base = program(job), played(job)
         for variant in variants(name, job, ("stack",)):
             seen = outcome(variant, base[0])
@@ -93,13 +94,25 @@ def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all() -> None:
     assert ignored <= {"stack.communication_share"}  # jobs this small wait for the host, not for the SMs
 
 
-def left_to_the_stack() -> Job:
-    """Megatron's with all dtypes and overlap that a strategy may leave to its stack."""
+def left_to_the_stack() -> dict[str, Job]:
+    """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
+    recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
+    and where experts' biases are added.
+    """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
     precision = structs.replace(job.strategy.precision, **dict.fromkeys(names, "stack"))
     overlap = Overlap(**dict.fromkeys(Overlap.__struct_fields__))
-    return replace(job, strategy=structs.replace(job.strategy, precision=precision, overlap=overlap))
+    selective = Activations(recompute="selective")
+    split = structs.replace(job.strategy, precision=precision, overlap=overlap, activations=selective)
+    away = Activations(recompute="full", layer_inputs="host")
+    whole = JOBS["fsdp2"]
+    return {
+        "left": replace(job, strategy=split),
+        "left, whole": replace(whole, strategy=structs.replace(whole.strategy, activations=selective)),
+        "inputs on the host": replace(whole, strategy=structs.replace(whole.strategy, activations=away)),
+        "biased": replace(whole, model=structs.replace(whole.model, expert_bias=True)),
+    }
 
 
 def played(job: Job) -> tuple[float, int, int]:
