@@ -256,8 +256,7 @@ def megatron(
 
     virtual_stages: parts of a pipeline rank (interleaved schedule). stage_layers: decoder layers of each part
     (empty: as even as can be). context_exchange: how context-parallel ranks trade a sequence.
-    token_dispatcher: how rows reach their experts. recompute_modules: what `selective` runs again;
-    empty: what the stack does by itself.
+    token_dispatcher: how rows reach their experts. recompute_modules: of `selective`; empty: the stack's.
     optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap: which
     communication runs beside compute; None: what the stack hides. ZeRO-1 over all ranks of a stage; gradients
     are kept and reduced in the stack's dtype (fp32 by Megatron-Core's arguments). expert_tensor_parallel may

@@ -148,10 +148,18 @@ def prepare_all(
     own = tokens / "tokenizer.json"
     if evaluation.tokenizer is None and own.is_file():
         evaluation = msgspec.structs.replace(evaluation, tokenizer=str(own))
-    held_out = prepare(evaluation, vocab_size, cache)
+    held_out = _named("--eval-data", evaluation, vocab_size, cache)
     if evaluation.tokenizer is None and (held_out / "tokenizer.json").is_file():
         raise MopError("--eval-data: is text, and --data is token ids: name their --tokenizer")
     return tokens, held_out
+
+
+def _named(option: str, options: DataOptions, vocab_size: int, cache: Path) -> Path:
+    """`prepare`, whose errors name `option` as what was read."""
+    try:
+        return prepare(options, vocab_size, cache)
+    except MopError as error:
+        raise MopError(str(error).replace("--data:", f"{option}:", 1)) from None
 
 
 def read_meta(directory: Path) -> Meta:

@@ -91,11 +91,11 @@ class DemoReport:
         """Who won, whichever it is."""
         first, second = sorted(self.contenders[:2], key=lambda one: one.measured.step_time_median)
         fast, slow = first.measured.step_time_median, second.measured.step_time_median
-        apart = "" if _apart(first, second) else " (no more than their spread: a tie on this machine)"
+        apart = _apart(first, second)
         return (
-            f"Winner: {first.name}, {format_seconds(fast)} a step "
-            f"against {format_seconds(slow)} of {second.name}, "
-            f"{slow / fast:.2f}x as fast{apart}"
+            f"{'Winner' if apart else 'A tie on this machine'}: {first.name}, {format_seconds(fast)} a step "
+            f"against {format_seconds(slow)} of {second.name}, {slow / fast:.2f}x as fast"
+            f"{'' if apart else ', no more than their spread'}"
         )
 
     def busy(self) -> list[str]:

@@ -37,5 +37,3 @@ POINTS = [
 """178.3 is the printed 1355 over the printed ratio, 7.6x."""
 DEGREES = {128 * K: 2, 256 * K: 4, 512 * K: 8, 1024 * K: 16}
 """MoP's D by context: 2 and 16 are stated, between them the same 65,536 tokens a rank."""
-PEAK_FLOPS = 989.5e12
-"""Dense bf16 of an H200 SXM, from its data sheet."""

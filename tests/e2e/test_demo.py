@@ -22,7 +22,7 @@ def test_the_loop_closes(tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
-    assert "Winner:" in done.stdout
+    assert "Winner:" in done.stdout or "A tie on this machine:" in done.stdout
     report = tmp_path / "reports" / "demo"
     pictures = {
         "memory.png",

@@ -292,3 +292,10 @@ def test_a_damaged_cache_is_made_again(text, tmp_path):
         (directory / name).write_bytes(content)
         assert prepared(text, 300, cache) == directory
         assert (directory / "tokens0.bin").read_bytes() == whole
+
+
+def test_held_out_data_is_refused_under_its_own_name(text, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    held_out = DataOptions(source=str(tmp_path / "empty.txt"))
+    with pytest.raises(MopError, match=r"--eval-data: .*empty\.txt is empty"):
+        data.prepare_all(DataOptions(source=str(text)), held_out, 300, tmp_path / "cache")
