@@ -71,23 +71,17 @@ def test_the_first_host_of_slurms_list(hosts, first):
 
 
 def test_tasks_of_srun_are_ranks(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    given = {
+    task = {
         "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "4(x2)",
         "SLURM_JOB_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "12007",
     }  # fmt: skip
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment.os, "environ", own := dict(task))
     environment.adopt_slurm()
-    found = {name: environment.os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-    assert environment.os.environ["LOCAL_WORLD_SIZE"] == "4"
-    assert environment.os.environ["MASTER_ADDR"] == "gpu03"
-    assert environment.os.environ["MASTER_PORT"] == "29507"
+    assert {name: value for name, value in own.items() if name not in task} == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu03", "MASTER_PORT": "29507",
+    }  # fmt: skip
     assert environment.under_torchrun()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setattr(environment.os, "environ", task | {"SLURM_NTASKS": "1"})
     environment.adopt_slurm()
     assert not environment.under_torchrun()

@@ -18,7 +18,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, zero_offload
-from tests.sim.test_megatron import MACHINE, deep, play, with_
+from tests.sim.megatron_jobs import MACHINE, deep, play, with_
 from tests.sim.toys import small
 from tests.software import changed, unfused
 
