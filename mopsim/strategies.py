@@ -48,14 +48,14 @@ def _wide(precision: DType) -> Wide:
     return "float64" if precision == "float64" else "float32"
 
 
-def _low_precision(precision: DType, *, keep_master: bool) -> Precision:
-    """Weights and gradients in `precision`; master and moments in fp32 (fp64 in float64)."""
+def _low_precision(precision: DType, grads: DType | None, *, keep_master: bool) -> Precision:
+    """Weights in `precision`; sums of gradients, master and moments in fp32 (fp64 in float64)."""
     wide = _wide(precision)
     return Precision(
         compute=precision,
         param=precision,
-        reduce=precision,
-        grad=precision,
+        reduce=grads or wide,
+        grad=grads or wide,
         moments=wide,
         master=wide if keep_master or precision != wide else "param",
     )
@@ -99,6 +99,7 @@ def mop(
     prefetch: int = 1,
     rank_placement: Order = "contiguous",
     dtype: DType = "bfloat16",
+    grad_dtype: DType | None = None,
     name: str = "mop",
 ) -> Strategy:
     """Mixture-of-Parallelisms (arXiv 2607.01844): ZeRO-3, chunked experts, ring loss, recompute.
@@ -110,7 +111,8 @@ def mop(
     of optimizer_bucket_params parameters (beta) and optimizer_slots buffers; `host`, which updates it too.
     offload_inputs: layer inputs wait for their backward in pinned host memory, offload_inputs_bytes of it at
     most per rank (0 = no cap). prefetch: layers whose parameters are gathered ahead of use. rank_placement:
-    of the expert groups.
+    of the expert groups. grad_dtype: of the sums of gradients over chunks, ranks and microbatches; None: as
+    FSDP2 has them, in fp32 (fp64 in float64).
     """
     return Strategy(
         name=name,
@@ -131,7 +133,7 @@ def mop(
         activations=Activations(
             recompute="full", layer_inputs=_tier(offload_inputs), host_budget=offload_inputs_bytes
         ),
-        precision=_low_precision(dtype, keep_master=optimizer != "device"),
+        precision=_low_precision(dtype, grad_dtype, keep_master=optimizer != "device"),
     )
 
 
@@ -208,9 +210,13 @@ def zero_offload(
     offload_inputs_bytes: int = 0,
     prefetch: int = 1,
     dtype: DType = "bfloat16",
+    grad_dtype: DType | None = None,
     name: str = "zero_offload",
 ) -> Strategy:
-    """ZeRO-Offload (arXiv 2101.06840) on ZeRO-3: weights and gradients on the device, AdamW on the host."""
+    """ZeRO-Offload (arXiv 2101.06840) on ZeRO-3: weights and gradients on the device, AdamW on the host.
+
+    grad_dtype: of the sums of gradients; None: fp32 (fp64 in float64).
+    """
     return Strategy(
         name=name,
         world_size=world_size,
@@ -227,7 +233,7 @@ def zero_offload(
         activations=Activations(
             recompute="full", layer_inputs=_tier(offload_inputs), host_budget=offload_inputs_bytes
         ),
-        precision=_low_precision(dtype, keep_master=True),
+        precision=_low_precision(dtype, grad_dtype, keep_master=True),
     )
 
 

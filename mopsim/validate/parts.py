@@ -62,7 +62,7 @@ def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int
     if groups:
         strategy = mop(
             ranks, expert_parallel=ranks, optimizer_bucket_params=round(sum(groups) / len(groups)),
-            optimizer_slots=int(component.number("slots")), offload_inputs=False,
+            optimizer_slots=int(component.number("slots")), offload_inputs=False, grad_dtype="bfloat16",
         )  # fmt: skip
         strategy = msgspec.structs.replace(
             strategy,
@@ -70,7 +70,9 @@ def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int
             precision=msgspec.structs.replace(strategy.precision, grad="float32"),
         )
     else:
-        strategy = mop(ranks, expert_parallel=ranks, optimizer="host", offload_inputs=False)
+        strategy = mop(
+            ranks, expert_parallel=ranks, optimizer="host", offload_inputs=False, grad_dtype="bfloat16"
+        )
     return _step(component, _plain(model), strategy, 4096, hardware)
 
 
@@ -179,6 +181,7 @@ def _offloaded(component: Component, hardware: HardwareProfile) -> SimResult:
         ranks, context_parallel=int(component.number("sp")), expert_parallel=int(component.number("ep")),
         optimizer="device",
         offload_inputs=budget > 0, offload_inputs_bytes=int(budget * GIB), vocab_parallel=ranks,
+        grad_dtype="bfloat16",
     )  # fmt: skip
     seq = int(component.number("tokens_per_step")) // ranks * ranks
     return _step(component, model, strategy, seq, hardware)

@@ -25,7 +25,9 @@ def simulated(point: Point) -> mopsim.Simulation:
     ranks = 8 * point.nodes
     if point.program == "mop":
         degree = DEGREES[point.seq_len]
-        strategy = mopsim.mop(context_parallel=degree, expert_parallel=ranks, vocab_parallel=8)
+        strategy = mopsim.mop(
+            context_parallel=degree, expert_parallel=ranks, vocab_parallel=8, grad_dtype="bfloat16"
+        )
         groups, stack = ranks // degree, "mop-papers"
     elif point.model == "mop_120b":  # FSDP 1, EP 16, CP 16, nothing offloaded
         strategy = mopsim.fsdp2(context_parallel=16, context_exchange="ring", expert_parallel=16)

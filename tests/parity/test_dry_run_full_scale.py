@@ -54,13 +54,14 @@ def test_one_trillion_parameters_at_a_million_tokens(capsys):
     with capsys.disabled():
         print(f"\n1T dry run: {wall:.1f} s wall, {cpu:.1f} s CPU, {rss:.2f} GiB RSS, {result.num_ops} ops")
         print(f"peak {result.peak_memory / GIB:.2f} GiB at {result.peak_component} {result.peak_phase}")
-    shards = (result.memory_by_category["params"], result.memory_by_category["grads"])
-    assert all(19.5 * GIB < shard < 20.5 * GIB for shard in shards), "2 bytes x 1.03e12 / 96 ranks"
+    params, grads = result.memory_by_category["params"], result.memory_by_category["grads"]
+    assert 19.5 * GIB < params < 20.5 * GIB, "2 bytes x 1.03e12 / 96 ranks"
+    assert grads == pytest.approx(2 * params, rel=1e-4), "sums of gradients in fp32"
     assert 118 * GIB < result.host_by_category["optimizer"] < 121 * GIB, "12 bytes x 1.03e12 / 96 ranks"
     boundary = 65536 * 7168 * 2
     assert result.host_by_category["boundaries"] == 60 * boundary
     assert result.memory_by_category["boundaries"] <= 2 * boundary
-    assert result.peak_memory < 64 * GIB
+    assert result.peak_memory < 90 * GIB
 
 
 def test_an_attention_matrix_is_refused(monkeypatch):

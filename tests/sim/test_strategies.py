@@ -1,5 +1,7 @@
 """The families: what each sets, at every precision."""
 
+from collections.abc import Callable
+
 import pytest
 
 from mopsim.common.errors import SpecError
@@ -22,7 +24,7 @@ def test_a_family_survives_yaml(family: str, precision: str) -> None:
 def test_mop_is_the_papers() -> None:
     """arXiv 2607.01844: bf16 weights and gradients on the device, fp32 state streamed from the host,
     full recompute."""
-    s = mop(16, context_parallel=2, expert_parallel=16, vocab_parallel=8)
+    s = mop(16, context_parallel=2, expert_parallel=16, vocab_parallel=8, grad_dtype="bfloat16")
     assert (
         s.attention.context_parallel,
         s.experts.expert_parallel,
@@ -37,6 +39,12 @@ def test_mop_is_the_papers() -> None:
     )
     assert (s.optimizer.state_tier, s.optimizer.update_on) == ("host", "device")
     assert (s.precision.param, s.precision.grad, s.precision.master) == ("bfloat16", "bfloat16", "float32")
+
+
+@pytest.mark.parametrize("family", [mop, fsdp2, zero_offload])
+def test_gradients_are_summed_in_fp32(family: Callable[[int], Strategy]) -> None:
+    p = family(2).precision
+    assert (p.compute, p.reduce, p.grad) == ("bfloat16", "float32", "float32")
 
 
 def test_experts_are_sharded_over_their_replicas() -> None:
