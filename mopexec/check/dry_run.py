@@ -191,7 +191,9 @@ def _batches(plan: Plan, platform: Platform) -> list[Any]:
     def zeros() -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=platform.device)
 
-    return [Batch(zeros(), zeros()) for _ in range(count)]
+    whole = ((plan.training.seq_len,),) * plan.strategy.micro_batch
+    documents = whole if plan.training.attention_mask == "document" else ()  # one each: the most work
+    return [Batch(zeros(), zeros(), 0, documents) for _ in range(count)]
 
 
 @contextmanager

@@ -72,6 +72,7 @@ def mechanisms(plan: Plan) -> list[str]:
         f"experts of {m.topk_group} of {m.n_group} groups": m.topk_group < m.n_group,
         "routers' balance loss": t.router_aux_loss_coef > 0,
         "routers' z-loss": t.router_z_loss_coef > 0,
+        "documents trained apart": t.attention_mask == "document",
         f"MTP modules ({m.num_nextn_predict_layers})": m.num_nextn_predict_layers > 0 and t.mtp_loss_coef > 0,
         f"dense state sharded over {s.dense.fsdp}": s.dense.fsdp > 1,
         f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,

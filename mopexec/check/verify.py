@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mopexec.data.dataset import IGNORED
 from mopexec.model import Transformer, init_weights
 from mopexec.model.auxiliary import Auxiliary
+from mopexec.model.documents import Documents, spans
 from mopexec.run import failures, plans
 from mopexec.run.apply import build
 from mopexec.run.environment import launcher
@@ -61,13 +63,19 @@ class Reference:
         )
         self.gradients: dict[str, Tensor] = {}
 
-    def step(self, tokens: Tensor) -> tuple[float, float]:
-        """Loss and gradient norm of one step on the global batch [B, S + 1]; keeps the gradients before
-        clipping."""
+    def step(self, tokens: Tensor, documents: Documents) -> tuple[float, float]:
+        """Loss and gradient norm of one step on the global batch [B, S + 1], documents one by one; keeps the
+        gradients before clipping."""
         self.optimizer.zero_grad()
-        scale = 1 / (self.training.global_batch * self.training.seq_len)
-        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous(), scale=scale)
-        loss.backward()  # type: ignore[no-untyped-call]
+        inputs, targets = tokens[:, :-1], targets_of(tokens, documents)
+        scale, loss = 1 / int((targets >= 0).sum()), 0.0
+        alone = documents and not self.training.router_aux_loss_coef  # which counts routes of a sequence
+        for at in spans(documents) if alone else [slice(None)]:
+            part = self.model.loss(
+                inputs[at], targets[at].contiguous(), scale=scale, documents=() if alone else documents
+            )
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
         self.gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for name, p in self.model.named_parameters()
@@ -75,7 +83,7 @@ class Reference:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
         self.model.update_balance(self.training.bias_update_rate)
-        return loss.item(), norm.item()
+        return loss, norm.item()
 
 
 def compare(plan: Plan, job: RankJob, steps: int) -> Differences | None:
@@ -86,12 +94,12 @@ def compare(plan: Plan, job: RankJob, steps: int) -> Differences | None:
     found = {"loss": 0.0, "grad_norm": 0.0}
     worst = {"gradients": (0.0, ""), "weights": (0.0, "")}
     for step in range(steps):
-        tokens = _tokens(plan, step)
-        result = runner.step(_batches(plan, tokens, job))
+        tokens, documents = _tokens(plan, step)
+        result = runner.step(_batches(plan, tokens, documents, job))
         gradients, weights = runner.full_gradients(), runner.full_parameters()
         if reference is None:
             continue
-        loss, norm = reference.step(tokens)
+        loss, norm = reference.step(tokens, documents)
         found["loss"] = max(found["loss"], abs(result.loss - loss) / abs(loss))
         found["grad_norm"] = max(found["grad_norm"], abs(result.grad_norm - norm) / norm)
         for name, weight in reference.model.named_parameters():
@@ -112,14 +120,28 @@ def compare(plan: Plan, job: RankJob, steps: int) -> Differences | None:
     )
 
 
-def _tokens(plan: Plan, step: int) -> Tensor:
-    """The global batch of a step [global_batch, seq_len + 1], the same on every rank."""
+def _tokens(plan: Plan, step: int) -> tuple[Tensor, Documents]:
+    """The global batch of a step [global_batch, seq_len + 1] and its documents, where they are trained apart;
+    the same on every rank."""
     generator = torch.Generator().manual_seed(plan.training.seed + step)
     shape = (plan.training.global_batch, plan.training.seq_len + 1)
-    return torch.randint(0, plan.model.vocab_size, shape, generator=generator)
+    tokens = torch.randint(0, plan.model.vocab_size, shape, generator=generator)
+    if plan.training.attention_mask == "causal":
+        return tokens, ()
+    length = plan.training.seq_len
+    cuts = torch.randint(1, length + 1, (plan.training.global_batch, 3), generator=generator)
+    return tokens, tuple(tuple(sorted({*row, length})) for row in cuts.tolist())
 
 
-def _batches(plan: Plan, tokens: Tensor, job: RankJob) -> list[Batch]:
+def targets_of(tokens: Tensor, documents: Documents) -> Tensor:
+    """Targets [B, S] of tokens [B, S + 1]: the next ones, but for the last of each document."""
+    targets = tokens[:, 1:].clone()
+    for row, ends in enumerate(documents):
+        targets[row, [end - 1 for end in ends]] = IGNORED
+    return targets
+
+
+def _batches(plan: Plan, tokens: Tensor, documents: Documents, job: RankJob) -> list[Batch]:
     """This rank's microbatches of the global batch, as the feed would cut them."""
     strategy, training = plan.strategy, plan.training
     groups = layout.groups(
@@ -127,13 +149,13 @@ def _batches(plan: Plan, tokens: Tensor, job: RankJob) -> list[Batch]:
     )
     members = layout.group_containing(groups, job.rank)
     start, stop = layout.interval(training.seq_len, len(members), members.index(job.rank))
-    found = []
+    found, targets, device = [], targets_of(tokens, documents), job.platform.device
+    counted = int((targets >= 0).sum())
     for index in range(training.num_microbatches(strategy)):
         first = (index * strategy.data_groups + groups.index(members)) * strategy.micro_batch
-        rows = tokens[first : first + strategy.micro_batch]
-        inputs, targets = rows[:, start:stop], rows[:, start + 1 : stop + 1]
-        device = job.platform.device
-        found.append(Batch(inputs.contiguous().to(device), targets.contiguous().to(device)))
+        rows = slice(first, first + strategy.micro_batch)
+        mine, next_ones = (values[rows, start:stop].contiguous().to(device) for values in (tokens, targets))
+        found.append(Batch(mine, next_ones, counted, documents[rows]))
     return found
 
 

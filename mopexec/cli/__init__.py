@@ -69,6 +69,12 @@ EvalBatches = Annotated[int, typer.Option(min=1, max=10**9, help="global batches
 InitFrom = Annotated[
     Path | None, typer.Option(help="Hugging Face directory whose weights the run begins with")
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="of plan.training, as bias_update_rate=0; may be repeated"
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")]
 Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
 
@@ -80,6 +86,7 @@ def train(
         int, typer.Option(min=1, max=10**9, help="optimizer steps in all, earlier ones included")
     ],
     out: Annotated[Path, typer.Option(help="the run's directory: new, or one to --resume")],
+    set_: Set = None,
     data: Data = None,
     tokenizer: Tokenizer = None,
     text_field: Annotated[str, typer.Option(help="field of a record with its text")] = "text",

@@ -44,7 +44,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     """
     cache = data.cache_directory(options.cache)
     check_outputs({"--json": json}, {"--out": options.out, "--cache": cache})
-    plan = plans.read_plan(Path(options.plan))
+    plan = plans.read_plan(Path(options.plan), options.settings)
     plans.check_supported(plan)
     adopt_slurm()
     if under_torchrun():
@@ -54,7 +54,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
     _check_with_torch(options, plan)
     with run_lock(Path(options.out)):
-        earlier = _prepare_directory(options)
+        earlier = _prepare_directory(options, plan)
 
         from mopexec.run.launch import RankError, launch
 
@@ -93,7 +93,7 @@ def options_of(given: dict[str, Any]) -> TrainOptions:
         | {"init_from": str(given["init_from"] or "")}
         | {"eval_data": held_out and msgspec.structs.replace(source, source=held_out)}
         | {name: _bytes(given[name], name) for name in _LIMITS}
-        | {"warmup": given["warmup_steps_excluded"]}
+        | {"warmup": given["warmup_steps_excluded"], "settings": tuple(given["set_"] or ())}
         | {"console": "stderr" if given["json"] == "-" else "stdout"}
     )
 
@@ -123,7 +123,7 @@ def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
         plans.check_run_directory(Path(options.out), resume=options.resume)
         _check_same_run(options, plan)
     with run_lock(Path(options.out)) if first else nullcontext():
-        earlier = _prepare_directory(options) if first else None
+        earlier = _prepare_directory(options, plan) if first else None
         failure = run_rank(options)
         if failure is not None:
             if earlier is not None:
@@ -147,7 +147,7 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
 
         open_weights(Path(options.init_from), plan).files.close()
     seed = plan.training.seed if options.seed is None else options.seed
-    dataset = data.TokenDataset(Path(options.tokens), plan.training.seq_len, seed)
+    dataset = data.open_tokens(Path(options.tokens), plan.training, seed)
     if options.resume:
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
         checkpoint.check_resumable(Path(options.out), wanted, options.steps)
@@ -165,12 +165,14 @@ def _check_same_run(options: TrainOptions, plan: Plan) -> None:
         checkpoint.check_resumable(Path(options.out), wanted, options.steps)
 
 
-def _prepare_directory(options: TrainOptions) -> Earlier:
+def _prepare_directory(options: TrainOptions, plan: Plan) -> Earlier:
     """The plan in, the reports of an earlier run out; returns what they were."""
     out = Path(options.out)
     reports = [out / name for name in ("plan.yaml", "summary.json", "measurement.yaml")]
     earlier = Earlier(out, {path: io.read_text(path) for path in reports if path.is_file()}, _steps_size(out))
-    io.write_text(out / "plan.yaml", io.read_text(Path(options.plan)))
+    io.write_text(
+        out / "plan.yaml", io.to_yaml(plan) if options.settings else io.read_text(Path(options.plan))
+    )
     for path in reports[1:]:
         path.unlink(missing_ok=True)
     if options.init_from:

@@ -1,7 +1,7 @@
 """Data: files into tokens once, and batches in an order that no layout of the ranks changes."""
 
 from mopexec.data.corpus import PYTHON
-from mopexec.data.dataset import TokenDataset, sequence_indices
+from mopexec.data.dataset import TokenDataset, open_tokens, sequence_indices
 from mopexec.data.prepare import DataOptions, cache_directory, prepare, prepare_all
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "DataOptions",
     "TokenDataset",
     "cache_directory",
+    "open_tokens",
     "prepare",
     "prepare_all",
     "sequence_indices",

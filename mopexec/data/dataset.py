@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from mopexec.data.prepare import Part, read_meta
 from mopsim.common.errors import MopError
+from mopsim.spec.training import TrainSpec
 
 IGNORED = -100
 """Target of a token that does not count in the loss; torch's `ignore_index`."""
@@ -20,15 +21,16 @@ Ids = npt.NDArray[np.int64]
 
 class TokenDataset:
     """Sequences of `seq_len` tokens and their targets. Each source is cut into windows of seq_len tokens; the
-    order of its windows is a fresh permutation an epoch of that source.
+    order of its windows is a fresh permutation an epoch of that source. apart: the documents of a window are
+    trained apart: none predicts the next one's first token.
     """
 
-    def __init__(self, directory: Path, seq_len: int, seed: int) -> None:
+    def __init__(self, directory: Path, seq_len: int, seed: int, apart: bool = False) -> None:
         meta = read_meta(directory)
         self.vocab_size, self.text_digest = meta.vocab_size, meta.digest
-        self.seq_len, self.seed = seq_len, seed
-        self.parts = [_Windows(directory, part, seq_len) for part in meta.parts]
-        self.masked = any(part.mask is not None for part in self.parts)
+        self.seq_len, self.seed, self.apart = seq_len, seed, apart
+        self.parts = [_Windows(directory, part, seq_len, apart) for part in meta.parts]
+        self.masked = apart or any(part.mask is not None for part in self.parts)
         self._period = _shares([part.weight for part in meta.parts])
 
     @property
@@ -43,10 +45,15 @@ class TokenDataset:
 
     def window(self, index: int) -> tuple[Ids, Ids]:
         """Tokens and targets [seq_len] of sequence `index` of the run (from 0, counted over all steps)."""
-        part, epoch, place = self._place(index)
-        number = self.parts.index(part)
-        start = int(_order(self.seed, number, epoch, part.num_windows)[place]) * self.seq_len
+        part, start = self._start(index)
         return part.at(start, self.seq_len)
+
+    def documents(self, indices: list[int]) -> tuple[tuple[int, ...], ...]:
+        """Where the documents of each of these sequences end; () where they are not trained apart."""
+        if not self.apart:
+            return ()
+        found = (self._start(index) for index in indices)
+        return tuple((*part.borders(start, self.seq_len - 1), self.seq_len) for part, start in found)
 
     def batch(self, indices: list[int], start: int, stop: int) -> tuple[Ids, Ids]:
         """Tokens and targets [len(indices), stop - start]: positions [start, stop) of each sequence."""
@@ -59,6 +66,12 @@ class TokenDataset:
             return len(indices) * self.seq_len
         return sum(int((self.window(index)[1] != IGNORED).sum()) for index in indices)
 
+    def _start(self, index: int) -> tuple["_Windows", int]:
+        """(source, its first token) of a sequence of the run."""
+        part, epoch, place = self._place(index)
+        order = _order(self.seed, self.parts.index(part), epoch, part.num_windows)
+        return part, int(order[place]) * self.seq_len
+
     def _place(self, index: int) -> tuple["_Windows", int, int]:
         """(source, its epoch, window of that epoch) of a sequence of the run."""
         if len(self.parts) == 1:
@@ -70,16 +83,22 @@ class TokenDataset:
         return (self.parts[number], *divmod(earlier, self.parts[number].num_windows))
 
 
-class _Windows:
-    """One source: its ids and mask, mapped."""
+def open_tokens(directory: Path, training: TrainSpec, seed: int) -> TokenDataset:
+    """The tokens that `training` reads. Raises MopError where they do not say what it needs."""
+    return TokenDataset(directory, training.seq_len, seed, training.attention_mask == "document")
 
-    def __init__(self, directory: Path, part: Part, seq_len: int) -> None:
+
+class _Windows:
+    """One source: its ids, mask and documents' ends, mapped."""
+
+    def __init__(self, directory: Path, part: Part, seq_len: int, apart: bool) -> None:
         path = directory / part.tokens  # an absolute path stays itself
         try:
             self.tokens: npt.NDArray[Any] = np.memmap(
                 path, dtype=part.dtype, mode="r", offset=part.offset, shape=(part.num_tokens,)
             )
             self.mask = np.memmap(directory / part.mask, np.uint8, "r") if part.mask else None
+            self.ends = np.fromfile(directory / part.ends, np.int64) if part.ends and apart else None
         except (OSError, ValueError):
             raise MopError(
                 f"{path}: is missing or cut short; delete {directory} to have it made again"
@@ -91,12 +110,28 @@ class _Windows:
                 f"too few for one sequence of plan.training.seq_len {seq_len}"
             )
 
+        if apart and self.ends is None:
+            raise MopError(
+                f"--data: {path} does not say where documents end, as plan.training.attention_mask "
+                "'document' needs; text, records and Megatron's .bin with its .idx do"
+            )
+
+    def borders(self, start: int, length: int) -> list[int]:
+        """Ends of documents in (start, start + length], counted from start."""
+        assert self.ends is not None
+        first, last = np.searchsorted(self.ends, (start, start + length), side="right")
+        found: list[int] = (self.ends[first:last] - start).tolist()
+        return found
+
     def at(self, start: int, length: int) -> tuple[Ids, Ids]:
         text = np.asarray(self.tokens[start : start + length + 1], dtype=np.int64)
         targets = text[1:]
         if self.mask is not None:
             counted = np.asarray(self.mask[start + 1 : start + length + 1], dtype=bool)
             targets = np.where(counted, targets, IGNORED)
+        if self.ends is not None:
+            targets = targets.copy()
+            targets[[end - 1 for end in self.borders(start, length)]] = IGNORED
         return text[:-1], targets
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from mopexec.data.chat import Chat
 from mopexec.data.corpus import Corpus, read_corpus
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 META = "meta.json"
-_FORMAT = 2
+_FORMAT = 3
 _MIXTURES = (".yaml", ".yml")
 
 
@@ -63,7 +64,8 @@ class Mixture(Spec, frozen=True, kw_only=True):
 
 class Part(Spec, frozen=True, kw_only=True):
     """Token ids of one source. tokens: file, absolute or in the directory; mask: file of one byte a token,
-    0 = does not count in the loss ("" = all count). digest: SHA-256 of the ids' bytes.
+    0 = does not count in the loss ("" = all count); ends: file of int64, tokens up to the end of each
+    document ("" = not known). digest: SHA-256 of the ids' bytes; others: of the other files, by name.
     """
 
     tokens: str
@@ -73,6 +75,8 @@ class Part(Spec, frozen=True, kw_only=True):
     weight: float
     digest: str
     mask: str = ""
+    ends: str = ""
+    others: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Meta(Spec, frozen=True, kw_only=True):
@@ -197,8 +201,10 @@ def _is_whole(directory: Path) -> bool:
     try:
         meta = read_meta(directory)
         return all(
-            Path(part.tokens).is_absolute() or _file_digest(directory / part.tokens) == part.digest
+            _file_digest(directory / name) == digest
             for part in meta.parts
+            for name, digest in {part.tokens: part.digest, **part.others}.items()
+            if not Path(name).is_absolute()
         )
     except (MopError, OSError):
         return False
@@ -229,7 +235,7 @@ def _parts(
             file = source.file
             yield Part(
                 tokens=str(file.path), dtype=file.dtype, offset=file.offset, num_tokens=file.num_tokens,
-                weight=source.weight, digest=source.digest,
+                weight=source.weight, digest=source.digest, **_ends(file.ends, directory, number),
             )  # fmt: skip
         else:
             assert tokenizer is not None
@@ -249,7 +255,7 @@ def _tokenise(
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     end_id = tokenizer.token_to_id(end)
     tokens, mask = directory / f"tokens{number}.bin", directory / f"mask{number}.bin"
-    num_tokens, masked, digest = 0, False, hashlib.sha256()
+    num_tokens, masked, digest, ends = 0, False, hashlib.sha256(), list[int]()
     with tokens.open("wb") as ids_file, mask.open("wb") as mask_file:
         for batch in _batched(pieces, 16):
             encoded = tokenizer.encode_batch([piece.text for piece in batch], add_special_tokens=False)
@@ -259,12 +265,27 @@ def _tokenise(
                 np.full(len(ids), piece.counted, dtype=np.uint8).tofile(mask_file)
                 digest.update(ids.tobytes())
                 num_tokens, masked = num_tokens + len(ids), masked or not piece.counted
-    if not masked:
+                if piece.ends:
+                    ends.append(num_tokens)
+    beside = _ends(np.array(ends, dtype=np.int64), directory, number)
+    if masked:
+        beside["mask"] = mask.name
+        beside["others"][mask.name] = _file_digest(mask)
+    else:
         mask.unlink()
     return Part(
         tokens=tokens.name, dtype=dtype.str, offset=0, num_tokens=num_tokens, weight=weight,
-        digest=digest.hexdigest(), mask=mask.name if masked else "",
+        digest=digest.hexdigest(), **beside,
     )  # fmt: skip
+
+
+def _ends(ends: npt.NDArray[np.int64] | None, directory: Path, number: int) -> dict[str, Any]:
+    """The fields of a Part about its documents, whose ends are written into `directory`."""
+    if ends is None:
+        return {}
+    file = directory / f"ends{number}.bin"
+    ends.tofile(file)
+    return {"ends": file.name, "others": {file.name: _file_digest(file)}}
 
 
 def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

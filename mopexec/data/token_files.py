@@ -17,12 +17,15 @@ _SCAN = 1 << 24  # tokens
 
 @dataclass(frozen=True)
 class TokenFile:
-    """`num_tokens` ids of `dtype` from byte `offset` on of `path`."""
+    """`num_tokens` ids of `dtype` from byte `offset` on of `path`. ends: tokens up to the end of each
+    document, None where the file does not say.
+    """
 
     path: Path
     dtype: str
     offset: int
     num_tokens: int
+    ends: npt.NDArray[np.int64] | None = None
 
     def tokens(self) -> npt.NDArray[Any]:
         """The ids [num_tokens], mapped, not read."""
@@ -76,7 +79,9 @@ def _npy(path: Path) -> TokenFile:
 
 
 def _megatron(stem: Path) -> TokenFile:
-    """An indexed dataset, format version 1: header, lengths (int32) and byte places (int64) of sequences."""
+    """An indexed dataset, format version 1: header, lengths (int32) and byte places (int64) of sequences,
+    first sequence (int64) of each document and their number. Without the last each sequence is a document.
+    """
     index, binary = Path(f"{stem}.idx"), Path(f"{stem}.bin")
     with index.open("rb") as file:
         head = file.read(34)
@@ -100,4 +105,9 @@ def _megatron(stem: Path) -> TokenFile:
             f"--data: {binary}: has {binary.stat().st_size} bytes, {index.name} says {int(ends[-1])}: "
             "it is cut short or of another index"
         )
-    return TokenFile(binary.absolute(), np.dtype(dtype).str, 0, int(ends[-1]) // size)
+    firsts = np.fromfile(index, "<i8", -1, offset=34 + 12 * count)
+    of = firsts[1:] - 1 if len(firsts) > 1 else np.arange(count)
+    if np.any(np.diff(of, prepend=-1) < 0) or of[-1] != count - 1:
+        raise MopError(f"--data: {index}: its documents are not its {count} sequences, in order")
+    documents = np.unique(ends[of] // size)
+    return TokenFile(binary.absolute(), np.dtype(dtype).str, 0, int(ends[-1]) // size, documents)

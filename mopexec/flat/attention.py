@@ -1,6 +1,7 @@
 """The attention half of a layer: x1 = x + o_proj(attention(norm(x))), with its own recompute and backward."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slic
 from mopexec.flat.sequence import SequenceExchange, project_backward
 from mopexec.measure.tracker import component, phase
 from mopexec.model.attention_core import Core, causal_backward, causal_forward
+from mopexec.model.documents import Documents
 from mopexec.model.rope import rope_tables, rotate_, softmax_scale
 from mopsim.spec.model import ModelSpec
 
@@ -17,8 +19,27 @@ Weights = dict[str, Tensor]
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Any, ...]]
 
 
+class Positions:
+    """Rotary tables of this rank's positions, and the documents of the microbatch that runs. Tables of
+    sequences that are trained as one are made once and stay.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, start: int, stop: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._of = (spec, start, stop, dtype, device)
+        self.documents: Documents = ()
+        self.cos, self.sin = rope_tables(*self._of)
+
+    def use(self, documents: Documents) -> None:
+        """Those of a microbatch, from its forward to its backward."""
+        if documents != self.documents:
+            self.documents = documents
+            self.cos, self.sin = rope_tables(*self._of, documents)
+
+
 class AttentionBlock:
-    """Attention of every layer for one microbatch shape; rotary tables are made once and stay.
+    """Attention of every layer for one microbatch shape.
 
     core: of a full layer; `windowed` gives the block of a layer with a window.
     """
@@ -29,7 +50,7 @@ class AttentionBlock:
         self.spec, self.exchange = spec, exchange
         self.core = Core(softmax_scale(spec))
         start = exchange.group.place * exchange.seq
-        self.cos, self.sin = rope_tables(spec, start, start + exchange.seq, dtype, device)
+        self.positions = Positions(spec, start, start + exchange.seq, dtype, device)
         self._rows = row_slices(exchange.seq)
 
     def windowed(self, window: int) -> "AttentionBlock":
@@ -37,6 +58,18 @@ class AttentionBlock:
         block = copy.copy(self)
         block.core = Core(self.core.scale, window)
         return block
+
+    @property
+    def cos(self) -> Tensor:
+        return self.positions.cos
+
+    @property
+    def sin(self) -> Tensor:
+        return self.positions.sin
+
+    @property
+    def _now(self) -> Core:
+        return replace(self.core, documents=self.positions.documents)
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         """x [N, H] to a new x1 [N, H]."""
@@ -78,7 +111,7 @@ class AttentionBlock:
     def _core(self, x: Tensor, weights: Weights) -> Saved:
         """q, k, v and output, each [B, S, heads of this rank, d], and what flash attention saves."""
         q, k, v = self._received(x, weights)
-        out, sums = causal_forward(q, k, v, self.core, self._sinks(weights))
+        out, sums = causal_forward(q, k, v, self._now, self._sinks(weights))
         return q, k, v, out, sums
 
     def _received(self, x: Tensor, weights: Weights) -> list[Tensor]:
@@ -139,7 +172,7 @@ class AttentionBlock:
         packed = self.exchange.project_back(grad, weights["attention.o_proj.weight"])
         grad_out = self.exchange.to_heads(packed).view(out.shape)
         del packed
-        *found, grad_sinks = causal_backward(grad_out, q, k, v, out, sums, self.core, self._sinks(weights))
+        *found, grad_sinks = causal_backward(grad_out, q, k, v, out, sums, self._now, self._sinks(weights))
         del grad_out, q, k, v, out, sums
         own_sinks = self._sinks(grads)
         if own_sinks is not None and grad_sinks is not None:

@@ -16,6 +16,7 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.flat import state as training_state
+from mopexec.flat.attention import Positions
 from mopexec.flat.boundaries import Boundaries
 from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.optimizer import FlatAdamW
@@ -31,7 +32,9 @@ from mopsim.spec.plan import Plan
 
 @dataclass
 class FlatModel:
-    """One rank's units and schedules. balance_bias and load [MoE layers, E] float32."""
+    """One rank's units and schedules; positions: what its attention shares. balance_bias and load [MoE
+    layers, E] float32.
+    """
 
     embedding: Unit
     layers: list[LayerSchedule]
@@ -42,10 +45,12 @@ class FlatModel:
     balance_bias: Tensor
     load: Tensor
     units: list[Unit] = field(init=False)
+    positions: Positions = field(init=False)
 
     def __post_init__(self) -> None:
         inner = [unit for layer in self.layers for unit in layer.units]
         self.units = [self.embedding, *inner, self.final, self.head]
+        self.positions = self.layers[0].attention.positions
 
 
 class FlatRunner:
@@ -89,7 +94,7 @@ class FlatRunner:
         self._counted = batches[0].num_targets or self.num_tokens
         total = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)
         for batch in batches:
-            loss, _ = self._loss(self._forward(batch.tokens.flatten()), batch.targets.flatten())
+            loss, _ = self._loss(self._forward(batch), batch.targets.flatten())
             self._finish_reducing()
             self.model.boundaries.forget()
             for layer in self.model.layers:
@@ -118,17 +123,18 @@ class FlatRunner:
 
     def _microbatch(self, batch: Batch) -> Tensor:
         """Forward, loss, backward; returns the sum of this rank's token losses."""
-        x = self._forward(batch.tokens.flatten())
+        x = self._forward(batch)
         loss, grad = self._loss(x, batch.targets.flatten())
         del x
         self._backward(grad)
         self._embedding_backward(batch.tokens.flatten(), grad)
         return loss
 
-    def _forward(self, tokens: Tensor) -> Tensor:
+    def _forward(self, batch: Batch) -> Tensor:
         model = self.model
+        model.positions.use(batch.documents)
         with component("embedding"):
-            x = F.embedding(tokens, model.embedding.weights()["embedding.weight"])
+            x = F.embedding(batch.tokens.flatten(), model.embedding.weights()["embedding.weight"])
             model.embedding.release()
         for index, layer in enumerate(model.layers):
             for ahead in model.layers[index : index + 1 + self.prefetch]:

@@ -1,12 +1,14 @@
 """The attention block: grouped-query or multi-head latent projections, rotary positions, core, output."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopexec.model.attention_core import Core, causal_attention
+from mopexec.model.documents import Documents
 from mopexec.model.parts import RMSNorm, linear
 from mopexec.model.rope import rotate, softmax_scale
 from mopsim.spec.model import ModelSpec
@@ -33,10 +35,12 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads, dtype=dtype, device=device))
         self.core: AttentionCore = causal_attention
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents = ()) -> Tensor:
+        """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions, [B, ..] with
+        documents.
+        """
         q, k, v = project(self.spec, dict(self.named_parameters()), x, cos, sin)
-        out = self.core(q, k, v, self.what, self.sinks)
+        out = self.core(q, k, v, replace(self.what, documents=documents), self.sinks)
         del q, k, v
         result: Tensor = self.o_proj(out.flatten(2))
         return result

@@ -7,7 +7,7 @@ padded with zeros on the way in.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mopexec.model import sinks as attention_sinks
+from mopexec.model.documents import Documents, cumulative, spans
 
 _HALF = (torch.bfloat16, torch.float16)
 _ATEN: Any = torch.ops.aten
@@ -24,11 +25,13 @@ Saved = tuple[Any, ...]
 @dataclass(frozen=True)
 class Core:
     """What a layer's attention computes beyond its inputs. scale: of the products of queries and keys.
-    window: tokens that a query attends to, itself included; 0: all before it.
+    window: tokens that a query attends to, itself included; 0: all before it. documents: that it does not
+    leave.
     """
 
     scale: float
     window: int = 0
+    documents: Documents = ()
 
 
 def causal_forward(
@@ -38,6 +41,8 @@ def causal_forward(
 
     sinks: a logit for each query head that takes attention away.
     """
+    if core.documents and not _packed_kernel(q, sinks):
+        return _documents_forward(q, k, v, core, sinks)
     if q.is_cuda and q.dtype not in _HALF:
         return _formula(q, k, v, core, sinks), ()
     width = max(q.shape[-1], v.shape[-1])
@@ -55,6 +60,8 @@ def causal_backward(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and the sinks from that of `out`; all as the inputs' shapes."""
+    if core.documents and not _packed_kernel(q, sinks):
+        return _documents_backward(grad, q, k, v, out, saved, core, sinks)
     if q.is_cuda and q.dtype not in _HALF:
         return _formula_backward(grad, q, k, v, core, sinks)
     grad_sinks = None if sinks is None else attention_sinks.backward(grad, out, saved, sinks)
@@ -63,6 +70,43 @@ def causal_backward(
     grad, query, key, value, out = (_padded(t, width) for t in (grad, q, k, v, out))
     dq, dk, dv = backward(grad, query, key, value, out, saved, core)
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]], grad_sinks
+
+
+def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:
+    """Whether one kernel takes all documents of a microbatch, by their ends."""
+    return q.is_cuda and q.dtype in _HALF and sinks is None
+
+
+def _documents_forward(
+    q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None
+) -> tuple[Tensor, Saved]:
+    """`causal_forward` of one document after the other."""
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    alone, saved = replace(core, documents=()), list[Any]()
+    for at in spans(core.documents):
+        part, sums = causal_forward(q[at], k[at], v[at], alone, sinks)
+        out[at].copy_(part)
+        saved.extend(sums)
+    return out, tuple(saved)
+
+
+def _documents_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    alone, found = replace(core, documents=()), [torch.empty_like(t) for t in (q, k, v)]
+    grad_sinks = None if sinks is None else torch.zeros_like(sinks)
+    places = list(spans(core.documents))
+    each = len(saved) // len(places)
+    for index, at in enumerate(places):
+        sums = saved[index * each : (index + 1) * each]
+        *parts, part_sinks = causal_backward(grad[at], q[at], k[at], v[at], out[at], sums, alone, sinks)
+        for whole, part in zip(found, parts, strict=True):
+            assert part is not None
+            whole[at].copy_(part)
+        if grad_sinks is not None and part_sinks is not None:
+            grad_sinks.add_(part_sinks)
+    return found[0], found[1], found[2], grad_sinks
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
@@ -174,12 +218,20 @@ def _by_repeat(x: Tensor, repeats: int) -> list[Tensor]:
 
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, Saved]:
-    """The op of torch's scaled_dot_product_attention; for a window the one below it, which takes one."""
+    """The op of torch's scaled_dot_product_attention; the one below it for a window or documents, which takes
+    them: of documents [B * S, heads, d], one behind the other.
+    """
+    if core.documents:
+        ends, longest = cumulative(core.documents, q.device)
+        out, *rest = _ATEN._flash_attention_forward(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, longest, longest, 0.0, True, False,
+            scale=core.scale, **_sides(q, core),
+        )  # fmt: skip
+        return out.view(q.shape), (*rest[:3], ends)
     if _windowed(q, core):
         out, *rest = _ATEN._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=core.scale,
-            window_size_left=core.window - 1, window_size_right=0,
-        )  # fmt: skip
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=core.scale, **_sides(q, core)
+        )
         return out, tuple(rest[:3])
     out, *rest = _ATEN._scaled_dot_product_flash_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True, scale=core.scale
@@ -190,11 +242,20 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, 
 def _cuda_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if core.documents:
+        lse, seed, unused, ends = saved
+        longest = cumulative(core.documents, torch.device("cpu"))[1]
+        flat = (t.flatten(0, 1) for t in (grad, q, k, v, out))
+        found = _ATEN._flash_attention_backward(
+            *flat, lse, ends, ends, longest, longest, 0.0, True, seed, unused, scale=core.scale,
+            **_sides(q, core),
+        )  # fmt: skip
+        return found[0].view(q.shape), found[1].view(k.shape), found[2].view(v.shape)
     if _windowed(q, core):
         lse, seed, unused = saved
         grads: tuple[Tensor, Tensor, Tensor] = _ATEN._flash_attention_backward(
             grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, seed, unused,
-            scale=core.scale, window_size_left=core.window - 1, window_size_right=0,
+            scale=core.scale, **_sides(q, core),
         )  # fmt: skip
         return grads
     lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
@@ -203,6 +264,11 @@ def _cuda_backward(
         lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=core.scale,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _sides(q: Tensor, core: Core) -> dict[str, int]:
+    """Tokens before and after a query that the kernel lets it attend to."""
+    return {"window_size_left": core.window - 1, "window_size_right": 0} if _windowed(q, core) else {}
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None) -> Tensor:

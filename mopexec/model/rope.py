@@ -7,20 +7,29 @@ import math
 import torch
 from torch import Tensor
 
+from mopexec.model.documents import Documents, positions
 from mopexec.model.routing import wide
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.rope import RopeScaling
 
 
 def rope_tables(
-    spec: ModelSpec, start: int, stop: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    documents: Documents = (),
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [stop - start, rotated elements / 2], of positions [start, stop); fp32, or float64
-    where `dtype` is.
+    where `dtype` is. With documents a table for each sequence, [B, ..], in which positions restart.
     """
     accurate = wide(dtype)
     frequency = frequencies(spec, accurate, device)
-    angle = torch.outer(torch.arange(start, stop, dtype=accurate, device=device), frequency)
+    if documents:
+        angle = positions(documents, start, stop, device).to(accurate)[..., None] * frequency
+    else:
+        angle = torch.outer(torch.arange(start, stop, dtype=accurate, device=device), frequency)
     size = vector_factor(spec.rope_scaling)
     cos, sin = angle.cos(), angle.sin()
     return (cos, sin) if size == 1.0 else (cos * size, sin * size)
@@ -85,13 +94,13 @@ def _yarn_ramp(scaling: RopeScaling, width: int, theta: float, like: Tensor) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """x [..., S, heads, d] rotated by its position, differentiable; cos and sin [S, d/2].
+    """x [..., S, heads, d] rotated by its position, differentiable; cos and sin [S, d/2] or [B, S, d/2].
 
     interleaved: pairs are neighbours in x; the result holds the halves one after the other, which no product
     of queries and keys can tell.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
@@ -105,7 +114,7 @@ def rotate_(
     """
     for start, stop in rows:
         first, second = x[..., start:stop, :, :].chunk(2, dim=-1)
-        c, s = cos[start:stop, None, :], sin[start:stop, None, :]
+        c, s = (table[..., start:stop, :].unsqueeze(-2) for table in (cos, sin))
         if inverse:
             s = -s
         turned = (first * c).addcmul_(second, s, value=-1)

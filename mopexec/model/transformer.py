@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mopexec.data.dataset import IGNORED
 from mopexec.model.attention import Attention
 from mopexec.model.auxiliary import Auxiliary, attach
+from mopexec.model.documents import Documents
 from mopexec.model.moe import MoE
 from mopexec.model.parts import FeedForward, RMSNorm, linear
 from mopexec.model.rope import rope_tables
@@ -23,14 +24,15 @@ from mopsim.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class Given:
-    """What all layers of a forward share. cos, sin [S, rotated / 2]; experts [N, top_k] where a profile chose
-    them; scale: of the losses of routers.
+    """What all layers of a forward share. cos, sin [S, rotated / 2], of each sequence [B, ..] where it has
+    documents; experts [N, top_k] where a profile chose them; scale: of the losses of routers.
     """
 
     cos: Tensor
     sin: Tensor
     experts: Tensor | None = None
     scale: float = 1.0
+    documents: Documents = ()
 
 
 class Layer(nn.Module):
@@ -52,7 +54,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, given: Given) -> Tensor:
         """[B, S, H] to [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), given.cos, given.sin)
+        x = x + self.attention(self.attention_norm(x), given.cos, given.sin, given.documents)
         hidden: Tensor = self.ffn_norm(x)
         if self.is_moe:
             moe = self.moe(hidden.flatten(0, 1), given.experts, x.shape[0], given.scale)
@@ -148,15 +150,15 @@ class Transformer(nn.Module):
             assert isinstance(module, Mtp)
             yield module.layer
 
-    def given(self, tokens: Tensor, start: int, scale: float) -> Given:
+    def given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
         """What the layers share in a forward of tokens [B, S] at positions from `start` on."""
         batch, seq = tokens.shape
         weight = self.embedding.weight
-        cos, sin = rope_tables(self.spec, start, start + seq, weight.dtype, weight.device)
+        cos, sin = rope_tables(self.spec, start, start + seq, weight.dtype, weight.device, documents)
         experts = None
         if not self.routing.learned and self.spec.num_moe_layers:
             experts = self.routing.experts(self.spec, batch, seq, weight.device)
-        return Given(cos, sin, experts, scale)
+        return Given(cos, sin, experts, scale, documents)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Normed hidden states [B, S, H] of tokens [B, S]; start: position of the first token (a sequence's
@@ -171,7 +173,9 @@ class Transformer(nn.Module):
         hidden: Tensor = self.final_norm(x)
         return hidden
 
-    def terms(self, tokens: Tensor, following: Tensor, start: int, scale: float) -> list[Term]:
+    def terms(
+        self, tokens: Tensor, following: Tensor, start: int, scale: float, documents: Documents = ()
+    ) -> list[Term]:
         """The cross entropies of a step: the model's, then those of MTP modules, which are weighed only where
         the objective has them.
 
@@ -179,7 +183,7 @@ class Transformer(nn.Module):
         end (IGNORED beyond the text).
         """
         seq = tokens.shape[1]
-        given = self.given(tokens, start, scale)
+        given = self.given(tokens, start, scale, documents)
         hidden = self._hidden(tokens, given)
         found = [Term(hidden, following[:, :seq], scale)]
         for depth, module in enumerate(self.mtp if self.auxiliary.mtp else ()):
@@ -189,12 +193,20 @@ class Transformer(nn.Module):
             found.append(Term(hidden, following[:, depth + 1 : depth + 1 + seq], weight))
         return found
 
-    def loss(self, tokens: Tensor, targets: Tensor, start: int = 0, scale: float = 1.0) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        start: int = 0,
+        scale: float = 1.0,
+        documents: Documents = (),
+    ) -> Tensor:
         """`scale` times the sum over tokens of the cross entropy of targets [B, S], in float32 (float64 in
         float64). Its backward also has the other losses of the objective, times `scale`.
         """
         following = F.pad(targets, (0, len(self.mtp)), value=IGNORED)
-        main, *others = (self._cross_entropy(term) for term in self.terms(tokens, following, start, scale))
+        terms = self.terms(tokens, following, start, scale, documents)
+        main, *others = (self._cross_entropy(term) for term in terms)
         for loss in others:
             main = attach(main, loss)
         return main

@@ -107,7 +107,7 @@ class FullyShardRunner:
         loads = [router.load.clone() for router in routers]
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            total += self.model(batch.tokens, batch.targets, 1.0 / counted).cpu()
+            total += self.model(batch.tokens, batch.targets, 1.0 / counted, batch.documents).cpu()
         total = total.to(self._platform.device)
         collectives.all_reduce(total)
         for router, load in zip(routers, loads, strict=True):
@@ -154,7 +154,7 @@ class FullyShardRunner:
 
     def _forward_backward(self, batch: Batch, scale: float) -> Tensor:
         with phase("forward"):
-            loss: Tensor = self.model(batch.tokens, batch.targets, scale)
+            loss: Tensor = self.model(batch.tokens, batch.targets, scale, batch.documents)
         with phase("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
         NOW.component = "other"

@@ -19,6 +19,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_allocation, uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.auxiliary import Auxiliary, attach
+from mopexec.model.documents import Documents
 from mopexec.model.initialize import is_stacked
 from mopexec.model.moe import Router
 from mopexec.model.transformer import Term
@@ -132,11 +133,12 @@ def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -
             main = attach(main, one(term))
         return main
 
-    def forward(tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def forward(tokens: Tensor, targets: Tensor, scale: float, documents: Documents = ()) -> Tensor:
         following = targets
         if len(model.mtp):
             following = following_tokens(targets, len(model.mtp), groups)
-        return cast(Tensor, head(model.terms(tokens, following, groups.sequence_place * seq, scale)))
+        start = groups.sequence_place * seq
+        return cast(Tensor, head(model.terms(tokens, following, start, scale, documents)))
 
     head.forward = losses
     model.forward = forward

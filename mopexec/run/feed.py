@@ -46,7 +46,8 @@ class Feed:
             data_groups=self.data_groups,
         )
         tokens, targets = self.dataset.batch(indices, self.start, self.stop)
-        return Batch(self._on_device(tokens), self._on_device(targets), counted)
+        documents = self.dataset.documents(indices)
+        return Batch(self._on_device(tokens), self._on_device(targets), counted, documents)
 
     def _on_device(self, values: npt.NDArray[np.int64]) -> Tensor:
         """A tensor of its own memory, so that a tracker counts it."""

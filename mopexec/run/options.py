@@ -13,7 +13,8 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 class TrainOptions(Spec, frozen=True, kw_only=True):
     """One training run.
 
-    plan, out, cache: paths as given. data: what is trained on. tokens: the prepared tokens' directory,
+    plan, out, cache: paths as given. settings: FIELD=VALUE of the plan's training, instead of what it says.
+    data: what is trained on. tokens: the prepared tokens' directory,
     made by the command that launches the ranks ("" = each node's first rank prepares them). device_limit,
     host_limit: bytes of one rank that the tracker enforces (None = it only watches). tracked_steps: first
     steps that it watches (0 = all where there is a limit, else 2). warmup: first steps left out of the
@@ -24,6 +25,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     """
 
     plan: str
+    settings: tuple[str, ...] = ()
     out: str
     steps: int
     data: DataOptions = DataOptions()

@@ -1,17 +1,39 @@
 """Reading a plan and holding it against this machine: refusals of one line, before anything is started."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec import structs
+
 from mopexec.run import lock, supported
+from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import format_bytes
 from mopsim.spec.plan import Plan
+from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
 
+_PLANNED = ("seq_len", "global_batch", "routing")
 
-def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file. Raises MopError or SpecError naming the field, its value and the rule."""
-    return load_plan(path)
+
+def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
+    """The plan in a YAML file, with `settings` FIELD=VALUE of its training instead of the file's.
+
+    Raises MopError or SpecError naming the field, its value and the rule.
+    """
+    plan = load_plan(path)
+    if not settings:
+        return plan
+    training = io.to_plain(plan.training)
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if not equals or field not in training:
+            names = ", ".join(name for name in training if name not in _PLANNED)
+            raise MopError(f"--set: {setting!r}: is not FIELD=VALUE of plan.training ({names})")
+        if field in _PLANNED:
+            raise MopError(f"--set: {setting!r}: decides memory and time: search for a plan with it")
+        training[field] = io.parse_yaml(value, f"--set {field}")
+    return structs.replace(plan, training=io.convert(training, TrainSpec, "plan.training", "--set"))
 
 
 def check_supported(plan: Plan) -> None:

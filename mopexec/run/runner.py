@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mopexec.model.documents import Documents
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -13,11 +15,13 @@ class Batch:
 
     A target below 0 does not count in the loss; num_targets: how many of the global batch count, 0 = all.
     The sequence slice is contiguous: place p of a sequence group holds positions [p * S/D, (p + 1) * S/D).
+    documents: of the whole sequences.
     """
 
     tokens: Tensor
     targets: Tensor
     num_targets: int = 0
+    documents: Documents = ()
 
 
 @dataclass(frozen=True)

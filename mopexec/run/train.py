@@ -60,7 +60,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     Writes metrics.jsonl, checkpoints/, measurement.yaml and summary.json into options.out. Raises MopError.
     """
     seed = plan.training.seed if options.seed is None else options.seed
-    dataset = data.TokenDataset(_tokens(options, plan, job), plan.training.seq_len, seed)
+    dataset = data.open_tokens(_tokens(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
     if options.resume or job.restart:
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
@@ -270,7 +270,7 @@ class _Evaluation:
         tokens = (
             Path(options.eval_tokens) if options.eval_tokens else _tokens(options, plan, job, held_out=True)
         )
-        dataset = data.TokenDataset(tokens, plan.training.seq_len, seed)
+        dataset = data.open_tokens(tokens, plan.training, seed)
         enough = max(1, dataset.num_windows // plan.training.global_batch)
         feed = Feed(plan, dataset, job.rank, job.platform.device)
         return cls(feed, min(options.eval_batches, enough), options.eval_every, options.steps)

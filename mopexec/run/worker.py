@@ -27,7 +27,7 @@ def run_rank(options: TrainOptions) -> failures.Failure | None:
     rank = rank_of_environment()
     try:
         with StopRequest() as stop:
-            plan = plans.read_plan(Path(options.plan))
+            plan = plans.read_plan(Path(options.plan), options.settings)
             with join() as job:
                 plans.check_world(plan, job.world_size)
                 train(options, plan, job, _builder(options), stop)

@@ -35,7 +35,10 @@ def open_weights(folder: Path, plan: Plan) -> Weights:
     layout = Layout(plan.model, architecture(config, folder), str(folder / "config.json"))
     rate = plan.training.bias_update_rate
     if plan.model.num_moe_layers and rate and not layout.family.balance_bias:
-        rule = f"must be 0: weights of {layout.family.architecture} have no place for a router's balance bias"
+        rule = (
+            f"must be 0: weights of {layout.family.architecture} have no place for a router's balance bias "
+            "(--set bias_update_rate=0)"
+        )
         raise SpecError("plan.training.bias_update_rate", rate, rule)
     return Weights(folder, layout)
 

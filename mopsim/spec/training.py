@@ -1,5 +1,7 @@
 """TrainSpec: what is trained on, independent of how it is parallelised."""
 
+from typing import Literal
+
 from mopsim.common.errors import SpecError, require
 from mopsim.common.io import Spec
 from mopsim.common.working import near_multiples
@@ -20,7 +22,10 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     clipped to. bias_update_rate: step of the router's balance bias. router_aux_loss_coef: weight of the
     routers' balance loss of each sequence (arXiv 2412.19437, equation 17). router_z_loss_coef: weight of the
     mean square of the routers' log-sum-exp (arXiv 2202.08906). mtp_loss_coef: weight of the mean loss of MTP
-    modules; 0.3 is DeepSeek-V3's (arXiv 2412.19437, 4.2). seed: what weights and data are drawn from.
+    modules; 0.3 is DeepSeek-V3's (arXiv 2412.19437, 4.2). attention_mask: "causal": a token attends to all
+    before it in its sequence, of whatever document; "document": the documents of a sequence are trained as if
+    each were alone: positions restart, attention does not cross, none predicts the next one's first token.
+    seed: what weights and data are drawn from.
     """
 
     seq_len: int
@@ -37,6 +42,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     mtp_loss_coef: float = 0.3
+    attention_mask: Literal["causal", "document"] = "causal"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +69,14 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
         positions = model.learned_positions
         rule = f"is more than model.learned_positions {positions}"
         require(positions == 0 or self.seq_len <= positions, "training.seq_len", self.seq_len, rule)
+        apart, further = (
+            self.attention_mask == "document",
+            self.mtp_loss_coef and model.num_nextn_predict_layers,
+        )
+        rule = (
+            "is not trained with MTP modules, which would predict across borders: mtp_loss_coef 0 leaves them"
+        )
+        require(not (apart and further), "training.attention_mask", self.attention_mask, rule)
 
     def check_strategy(self, strategy: Strategy) -> None:
         """Raise SpecError where the batch or the sequence does not divide over the strategy's ranks."""

@@ -67,7 +67,6 @@ def write_plan(path, folder, nodes, strategy):
     )
     found.save_plan(path)
     plain = io.read_yaml(path, "plan")
-    plain["training"]["bias_update_rate"] = 0.0
     plain.pop("prediction", None)
     path.write_text(msgspec.yaml.encode(plain).decode())
 
@@ -88,7 +87,16 @@ def test_fine_tuning_goes_from_weights_to_weights(given, tmp_path):
     write_plan(tmp_path / "fsdp2.yaml", given, 2, mopsim.fsdp2(expert_parallel=2, dtype="float32"))
     out = tmp_path / "run"
     texts = ["--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "held.jsonl", "--eval-batches", 1]
-    begun = ["--init-from", given, "--cache", tmp_path / "cache", "--checkpoint-every", 2]
+    begun = [
+        "--init-from",
+        given,
+        "--set",
+        "bias_update_rate=0",
+        "--cache",
+        tmp_path / "cache",
+        "--checkpoint-every",
+        2,
+    ]
     shared = [*texts, *begun, "--out", out]
     first = subprocess.Popen(
         command("train", "--plan", tmp_path / "mop.yaml", "--steps", 1000, *shared),

@@ -9,6 +9,7 @@ import pytest
 
 from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
+from mopexec.run import plans
 from mopsim.common import io
 from mopsim.common.errors import SpecError
 from mopsim.common.units import parse_bytes
@@ -43,6 +44,26 @@ def edited(plan, **strategy):
         (content["strategy"][part] if field else content["strategy"])[field or part] = value
     plan.write_text(json.dumps(content))
     return plan
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ("lr=1", "'lr=1': is not FIELD=VALUE of plan.training (learning_rate, "),
+        ("seq_len=8", "'seq_len=8': decides memory and time: search for a plan with it"),
+        ("clip_norm=-1", "plan.training.clip_norm: -1.0 must lie between 0 and"),
+        ("attention_mask=all", "plan.training.attention_mask: 'all' is not one of causal, document"),
+    ],
+)
+def test_a_setting_that_is_none_of_the_training(capsys, tmp_path, plan, setting, rule):
+    out = ["--steps", 1, "--out", tmp_path / "run", "--set", setting]
+    assert rule in refusal(capsys, "train", "--plan", plan, *out)
+
+
+def test_settings_change_the_plan(plan):
+    changed = plans.read_plan(plan, ["attention_mask=document", "bias_update_rate=0"])
+    expected = msgspec.structs.replace(small_plan().training, attention_mask="document", bias_update_rate=0.0)
+    assert changed == msgspec.structs.replace(small_plan(), training=expected)
 
 
 @pytest.mark.parametrize("command", ["train", "dry-run", "verify"])

@@ -16,6 +16,7 @@ from mopexec.data.corpus import read_corpus
 from mopexec.data.dataset import IGNORED
 from mopexec.data.documents import Reading
 from mopexec.data.tokenizer import END_OF_TEXT
+from mopexec.model.documents import positions
 from mopexec.run.feed import Feed
 from mopsim.common.errors import MopError, SpecError
 from tests.exec.train_plans import small_plan
@@ -239,6 +240,47 @@ def test_megatrons_token_files_are_read_where_they_lie(tmp_path):
     path.with_suffix(".idx").write_bytes(b"MMIDIDX\x00\x00")
     with pytest.raises(MopError, match=r"corpus\.idx: is not an index"):
         prepared(path, 300, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("megatron", [False, True])
+def test_documents_that_are_trained_apart_end_where_they_end(tmp_path, megatron):
+    if megatron:
+        path = write_megatron(tmp_path / "corpus", [np.arange(n) % 300 for n in (5, 8, 3, 40)])
+    else:
+        path = write_lines(tmp_path / "a.jsonl", [{"text": f"{n:b} fox {n}"} for n in range(9)])
+    directory = prepared(path, 300, tmp_path / "cache")
+    dataset, joined = (data.TokenDataset(directory, 8, 0, apart) for apart in (True, False))
+    ends = dataset.parts[0].ends
+    assert len(ends) == (4 if megatron else 9)
+    indices = list(range(dataset.num_windows))
+    starts = [dataset._start(index)[1] for index in indices]
+    for index, start, documents in zip(indices, starts, dataset.documents(indices), strict=True):
+        inside = ends[(ends > start) & (ends < start + 8)] - start
+        assert documents == (*inside, 8)
+        targets = dataset.window(index)[1]
+        crossing = [end - start - 1 for end in ends if start < end <= start + 8]
+        assert list(np.flatnonzero(targets == IGNORED)) == crossing
+        expected = joined.window(index)[1].copy()
+        expected[crossing] = IGNORED
+        assert np.array_equal(targets, expected)
+        assert positions((documents,), 2, 8, torch.device("cpu"))[0].tolist() == [
+            place - max([0, *inside[inside <= place]]) for place in range(2, 8)
+        ]
+    assert joined.documents(indices) == ()
+    counted = dataset.num_targets(range(dataset.num_windows))
+    assert counted == 8 * dataset.num_windows - sum(ends <= 8 * dataset.num_windows)
+
+
+def test_a_file_without_documents_and_a_damaged_cache(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(200))
+    with pytest.raises(MopError, match=r"ids\.npy does not say where documents end, as .*attention_mask"):
+        data.TokenDataset(prepared(tmp_path / "ids.npy", 300, tmp_path / "cache"), 8, 0, True)
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one fox"}] * 30)
+    for name in ("tokens0.bin", "ends0.bin", "meta.json"):
+        made = prepared(path, 300, tmp_path / "cache") / name
+        before = made.read_bytes()
+        made.write_bytes(bytes([before[0] ^ 1]) + before[1:])
+        assert (prepared(path, 300, tmp_path / "cache") / name).read_bytes() == before
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused_with_their_place(tmp_path):

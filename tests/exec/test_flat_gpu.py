@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mopexec.model.attention_core import Core, causal_attention
+from mopexec.model.documents import Documents
 from tests.exec.flat_plans import make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_TWO, TWO
@@ -59,8 +60,11 @@ def test_all_mechanisms_on_two_devices() -> None:
 @pytest.mark.parametrize("window", [0, 48])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("widths", [(64, 64), (96, 64)])
-def test_flash_kernels_equal_the_cpu(window: int, with_sinks: bool, widths: tuple[int, int]) -> None:
-    """Windows, sinks and values of another width in bf16, forward and backward."""
+@pytest.mark.parametrize("documents", [(), ((100, 160), (30, 31, 160))])
+def test_flash_kernels_equal_the_cpu(
+    window: int, with_sinks: bool, widths: tuple[int, int], documents: Documents
+) -> None:
+    """Windows, sinks, documents and values of another width in bf16, forward and backward."""
     torch.manual_seed(0)
     shapes = [(2, 160, 8, widths[0]), (2, 160, 4, widths[0]), (2, 160, 4, widths[1])]
     host = [torch.randn(shape).bfloat16() for shape in shapes]
@@ -68,7 +72,7 @@ def test_flash_kernels_equal_the_cpu(window: int, with_sinks: bool, widths: tupl
     grad, found = torch.randn(2, 160, 8, widths[1]), []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
         leaves = [one.to(device, dtype).requires_grad_() for one in host]
-        out = causal_attention(*leaves[:3], Core(0.1, window), leaves[3] if with_sinks else None)
+        out = causal_attention(*leaves[:3], Core(0.1, window, documents), leaves[3] if with_sinks else None)
         grads = torch.autograd.grad(out, leaves, grad.to(device, dtype))
         found.append([one.detach().double().cpu() for one in (out, *grads)])
     for expected, actual in zip(*found, strict=True):

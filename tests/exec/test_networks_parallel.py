@@ -26,12 +26,12 @@ EVERYTHING: dict[str, Any] = {
 AUXILIARY = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01, "mtp_loss_coef": 0.3}
 
 
-def small(model: ModelSpec, strategy: Strategy, **training: float) -> Plan:
+def small(model: ModelSpec, strategy: Strategy, **training: Any) -> Plan:
     """The plan on two ranks, scaled down."""
     hardware = HardwareRef(
         name="test", digest="0", num_nodes=1, devices_per_node=2, memory_limit=1 << 40, host_limit=1 << 40
     )
-    steps = TrainSpec(seq_len=32, global_batch=4 * strategy.data_groups, **training)  # type: ignore[arg-type]
+    steps = TrainSpec(seq_len=32, global_batch=4 * strategy.data_groups, **training)
     stack = load_stack(strategy.stack)
     return scale_down(Plan(model=model, hardware=hardware, strategy=strategy, training=steps, stack=stack), 2)
 
@@ -83,3 +83,14 @@ def test_what_no_preset_has(switch: str) -> None:
     strategy = mop(2, **FLAT)
     if runnable(strategy, model) is None:
         check(small(model, strategy))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss_20b", "deepseek_v3", "qwen3_30b_a3b"])
+@pytest.mark.parametrize("family", [fsdp2, mop])
+def test_packed_documents_are_trained_as_if_each_were_alone(name: str, family: Any) -> None:
+    """The single-device model takes them one by one. Windows and sinks, latent attention, plain."""
+    options = FLAT if family is mop else EVERYTHING
+    for split in (options, options | {"context_parallel": 1}):
+        strategy = replace(family(2, **split), micro_batch=2)
+        model = replace(load_model(name), num_nextn_predict_layers=0)
+        check(small(model, strategy, attention_mask="document"))

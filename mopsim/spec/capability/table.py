@@ -297,6 +297,10 @@ TRAINING: dict[str, Row] = {
         ),
     ),
     "mtp_loss_coef": row(predicts_further, simulator=_NUMBERS, exports=only(0.3, why="it is not written")),
+    "attention_mask": row(
+        simulator=elsewhere("a sequence is taken as one document, the most work"),
+        exports=only("causal", why="it is not written"),
+    ),
     "seed": row(simulator=_NUMBERS, deepspeed=only(0, why="the training script sets it")),
 }
 
