@@ -24,7 +24,7 @@ from mopsim.api.sweep import sweep as swept
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
 from mopsim.engine import SimResult
-from mopsim.report.compare import Sweep, difference, finding, summary
+from mopsim.report.compare import Sweep, difference, finding, lead, summary
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
 
@@ -61,15 +61,26 @@ class Comparison(Result):
         found: dict[str, Any] = {
             "strategies": {label: one.to_json() for label, one in self.simulations.items()},
             "stack": self.inputs.stack.name if self.inputs.stack else None,
-            "finding": finding(results, labels, self.gaps),
+            "finding": finding(results, labels, self.gaps, self.inputs.interval),
+            "lead": self._lead(),
             "proven": all(gap == 0 for gap in self.gaps.values()),
             "difference": difference(results, labels),
             "facts": facts(self.inputs, "mopsim.compare"),
         }
         return found | ({"sweep": self.points.to_json()} if self.points else {})
 
+    def _lead(self) -> dict[str, Any] | None:
+        """Of the winner over the next that fits: the ratio of their speeds, where the measured one lies, and
+        the probability that the winner is the faster one."""
+        found = lead(list(self.results.values()), list(self.results))
+        if found is None:
+            return None
+        over, ratio = found
+        low, high = ratio.interval(self.inputs.interval)
+        return {"over": over, "ratio": ratio.predicted, "interval": [low, high], "p_faster": ratio.p_faster}
+
     def headline(self) -> str:
-        return summary(list(self.results.values()), list(self.results), self.gaps)
+        return summary(list(self.results.values()), list(self.results), self.gaps, self.inputs.interval)
 
     def _results(self) -> Sequence[SimResult]:
         return list(self.results.values())

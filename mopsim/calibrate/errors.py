@@ -3,10 +3,13 @@
 Deviations are those of the highest penalized likelihood of the cells' means and of the scatter within them:
 each is drawn off zero by a gamma prior of shape 2 (Chung et al. 2013, Psychometrika 78), which matters where
 few groups tell little. Then all are widened or narrowed together, until a nominal 90 % of the runs of sources
-that are left out is held, the sources weighing alike. A source that is left out takes no part in either.
+that are left out is held, the sources weighing alike; and once more for the ratios of two of their runs. A
+source that is left out takes no part in either.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import combinations_with_replacement
 from math import log
 
 import msgspec
@@ -15,7 +18,7 @@ from scipy.optimize import minimize
 from scipy.special import ndtri
 
 from mopsim.intervals.errors import LEVELS, Cell, Deviations, Quantity, cells
-from mopsim.intervals.spread import Array, spread
+from mopsim.intervals.spread import Array, between, spread
 
 NOMINAL = 0.9
 """The level whose coverage sets the widening."""
@@ -37,7 +40,7 @@ def _sources(runs: Iterable[Cell]) -> list[str]:
 
 def _deviations(runs: Sequence[Cell]) -> Deviations:
     """Fitted to `runs`, and widened by what leaving out each of their sources tells."""
-    scores, weights = [], []
+    single, paired = _Scores(), _Scores()
     for source in _sources(runs):
         others = cells(run for run in runs if run.source != source)
         if not others:
@@ -46,13 +49,50 @@ def _deviations(runs: Sequence[Cell]) -> Deviations:
         mine = [run for run in runs if run.source == source]
         for run in mine:
             expected = spread(known, run)
-            scores.append(abs(run.mean - expected.mean) / expected.deviation)
-            weights.append(1 / len(mine))
+            single.add([abs(run.mean - expected.mean) / expected.deviation], 1 / len(mine))
+        for group in _pairs(known, mine):
+            paired.add(group, 1 / len(group))
     fitted = likeliest(cells(runs))
-    if not scores:
-        return fitted
-    widening = weighted_quantile(scores, weights, NOMINAL) / float(ndtri((1 + NOMINAL) / 2))
-    return msgspec.structs.replace(fitted, widening=round(widening, 4))
+    return msgspec.structs.replace(fitted, widening=single.widening(), ratio_widening=paired.widening())
+
+
+class _Scores:
+    """Errors in deviations of what was expected, and the weight of each."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.weights: list[float] = []
+
+    def add(self, values: Sequence[float], weight: float) -> None:
+        self.values += values
+        self.weights += [weight] * len(values)
+
+    def widening(self) -> float:
+        """By what a deviation is multiplied so that a nominal 90 % holds 90 % of the weight."""
+        if not self.values:
+            return 1.0
+        nominal = float(ndtri((1 + NOMINAL) / 2))
+        return round(weighted_quantile(self.values, self.weights, NOMINAL) / nominal, 4)
+
+
+def _pairs(known: Quantity, runs: Sequence[Cell]) -> list[list[float]]:
+    """Scores of the ratios of the runs of one source that train the same network on the same machine type:
+    those of one program, and those of two (another stack or precision)."""
+    alike: dict[Cell, list[float]] = defaultdict(list)
+    for run in runs:
+        alike[msgspec.structs.replace(run, mean=0.0, squares=0.0)].append(run.mean)
+    one_program: list[float] = []
+    two_programs: list[float] = []
+    for (cell, errors), (beside, others) in combinations_with_replacement(alike.items(), 2):
+        if (cell.network, cell.hardware) != (beside.network, beside.hardware):
+            continue
+        expected = between(known, cell, beside)
+        differences = np.subtract.outer(others, errors)
+        if cell == beside:
+            differences = differences[np.triu_indices(len(errors), 1)]
+        scores = np.abs(differences - expected.mean) / expected.deviation
+        (one_program if cell == beside else two_programs).extend(scores.ravel().tolist())
+    return [group for group in (one_program, two_programs) if group]
 
 
 def weighted_quantile(values: Sequence[float], weights: Sequence[float], share: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from mopsim.common.io import to_plain
 from mopsim.common.units import format_probability
 from mopsim.engine.record import Span
-from mopsim.intervals import SURE, Facts, Memory, Spread, of_peak_memory, of_step_time
+from mopsim.intervals import SURE, Facts, Memory, Ratio, Spread, of_peak_memory, of_step_time, ratio
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -117,6 +117,10 @@ class SimResult:
     def step_time_interval(self, level: float = 0.9) -> tuple[float, float]:
         """Seconds between which a measured step lies with probability `level`."""
         return of_step_time(self.facts).interval(self.step_time, level)
+
+    def times_as_fast_as(self, other: "SimResult") -> Ratio:
+        """How many times as fast this step is as another of as many tokens, and how surely."""
+        return ratio(self.step_time, self.facts, other.step_time, other.facts)
 
     def peak_memory_interval(self, level: float = 0.9) -> tuple[float, float]:
         """Bytes of live tensors between which a measured peak lies with probability `level`."""

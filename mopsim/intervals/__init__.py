@@ -5,12 +5,14 @@ from mopsim.intervals.memory import Memory
 from mopsim.intervals.spread import (
     SURE,
     Facts,
+    Ratio,
     Spread,
     check_level,
     network,
     of_peak_memory,
     of_step_time,
     products,
+    ratio,
     spread,
 )
 
@@ -22,6 +24,7 @@ __all__ = [
     "Facts",
     "Memory",
     "Quantity",
+    "Ratio",
     "Spread",
     "cells",
     "check_level",
@@ -30,5 +33,6 @@ __all__ = [
     "of_peak_memory",
     "of_step_time",
     "products",
+    "ratio",
     "spread",
 ]

@@ -20,7 +20,8 @@ class Deviations(Spec, frozen=True, kw_only=True):
     """Standard deviations of ln(measured / predicted), by what the part of the error belongs to: all runs,
     a stack, a machine type, a precision, a network, a source, a network in a source, a run. widening: what
     all are multiplied by, so that a nominal 90 % held 90 % of the runs of sources that were left out, the
-    sources weighing alike."""
+    sources weighing alike; ratio_widening: the same of the ratios of two runs of a source, on one network
+    and machine type, those of one program and of two weighing alike."""
 
     common: float
     stack: float
@@ -31,9 +32,10 @@ class Deviations(Spec, frozen=True, kw_only=True):
     source_network: float
     run: float
     widening: float = 1.0
+    ratio_widening: float = 1.0
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, *LEVELS, "run", "widening")
+        require_at_least(self, 0, *LEVELS, "run", "widening", "ratio_widening")
 
 
 class Cell(Spec, frozen=True, kw_only=True):

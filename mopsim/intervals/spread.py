@@ -10,12 +10,12 @@ variance of its level.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import exp, sqrt
+from math import exp, log, sqrt
 
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
 
 from mopsim.common.errors import require
 from mopsim.common.io import digest
@@ -100,6 +100,38 @@ def of_peak_memory(facts: Facts) -> Spread:
     return spread(known_errors().peak_memory, *_asked(facts, "peak_memory"))
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast a step is as another one: predicted, and the spread of its error."""
+
+    predicted: float
+    error: Spread
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        return self.error.interval(self.predicted, level)
+
+    @property
+    def p_faster(self) -> float:
+        """Probability that it is the faster one."""
+        return float(ndtr((log(self.predicted) + self.error.mean) / self.error.deviation))
+
+
+def ratio(step_time: float, facts: Facts, other_time: float, other: Facts) -> Ratio:
+    """How many times as fast a step of `step_time` seconds is as one of `other_time` seconds.
+
+    What the two have in common (the stack, the machine type, the network, ...) cancels; what separates them
+    does not: two plans of one stack on one network are told apart by a run's own scatter alone. Runs that
+    either of them has seen tell of both.
+    """
+    return Ratio(other_time / step_time, _of_ratio(facts, other))
+
+
+@lru_cache(maxsize=4096)
+def _of_ratio(facts: Facts, other: Facts) -> Spread:
+    (asked, seen), (beside, also) = (_asked(one, "step_time") for one in (facts, other))
+    return between(known_errors().step_time, asked, beside, tuple(dict.fromkeys((*seen, *also))))
+
+
 def _asked(facts: Facts, quantity: str) -> tuple[Cell, tuple[Cell, ...]]:
     asked = Cell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
@@ -118,17 +150,32 @@ def _asked(facts: Facts, quantity: str) -> tuple[Cell, tuple[Cell, ...]]:
 
 def spread(quantity: Quantity, asked: Cell, seen: tuple[Cell, ...] = ()) -> Spread:
     """The error of a run like `asked`, given the cells of `quantity` and those seen beside them."""
+    means, covariances = joint(quantity, (asked,), seen)
+    return Spread(float(means[0]), quantity.deviations.widening * sqrt(float(covariances[0, 0])))
+
+
+def between(quantity: Quantity, asked: Cell, other: Cell, seen: tuple[Cell, ...] = ()) -> Spread:
+    """The error of the ratio of two runs, that of `other` over that of `asked`."""
+    means, covariances = joint(quantity, (asked, other), seen)
+    variance = covariances[0, 0] + covariances[1, 1] - 2 * covariances[0, 1]
+    return Spread(float(means[1] - means[0]), quantity.deviations.ratio_widening * sqrt(float(variance)))
+
+
+def joint(quantity: Quantity, asked: Sequence[Cell], seen: tuple[Cell, ...] = ()) -> tuple[Array, Array]:
+    """Means and covariances of the errors of runs like those `asked`, one of each, given the cells of
+    `quantity` and those seen beside them. No variance is below that of a run's own part."""
     cells, sd = (*quantity.cells, *seen), quantity.deviations
     runs = run_variances(cells, sd)
-    own = runs.get(asked.source, sd.run**2)
-    prior = sum(getattr(sd, level) ** 2 for level in LEVELS) + own
-    if not cells:
-        return Spread(0.0, sd.widening * sqrt(prior))
-    between = covariance(cells, cells, sd) + np.diag([runs[one.source] / one.runs for one in cells])
-    to_asked = covariance(cells, [asked], sd)[:, 0]
-    weights = np.linalg.solve(between, to_asked)
-    mean = float(weights @ np.array([cell.mean for cell in cells]))
-    return Spread(mean, sd.widening * sqrt(max(prior - float(weights @ to_asked), own)))
+    own = np.array([runs.get(one.source, sd.run**2) for one in asked])
+    means, left = np.zeros(len(asked)), covariance(asked, asked, sd)
+    if cells:
+        between = covariance(cells, cells, sd) + np.diag([runs[one.source] / one.runs for one in cells])
+        to_asked = covariance(cells, asked, sd)
+        weights = np.linalg.solve(between, to_asked)
+        means = weights.T @ np.array([cell.mean for cell in cells])
+        left = left - to_asked.T @ weights
+        np.fill_diagonal(left, np.maximum(np.diag(left), 0.0))
+    return means, left + np.diag(own)
 
 
 def covariance(some: Sequence[Cell], others: Sequence[Cell], sd: Deviations) -> Array:

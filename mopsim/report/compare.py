@@ -10,6 +10,7 @@ from rich.text import Text
 
 from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult
+from mopsim.intervals import Ratio
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
 from mopsim.report.tables import COLUMNS, beside, describe, row
@@ -56,30 +57,58 @@ Gaps = Mapping[str, float | None]
 """Of strategies that a search found, by label: SearchResult.gap."""
 
 
-def finding(results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None) -> str:
-    """One sentence: the winner and by how much, or that nothing fits; and whose search was not exhausted."""
+def finding(
+    results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None, level: float = 0.9
+) -> str:
+    """One sentence: the winner, by how much and how surely, or that nothing fits; and whose search was not
+    exhausted. level: of the ratio's interval."""
+    found = _winner(results, labels) + _how_surely(results, labels, level)
     left = [f"{label} by at most {format_gap(gap)}" for label, gap in (gaps or {}).items() if gap]
     if not left:
-        return _winner(results, labels)
-    return f"{_winner(results, labels)} (not exhausted: plans left out may be faster, {', '.join(left)})"
+        return found
+    return f"{found} (not exhausted: plans left out may be faster, {', '.join(left)})"
+
+
+def _fastest_first(results: Sequence[SimResult], labels: Sequence[str]) -> list[tuple[str, SimResult]]:
+    """Those that fit."""
+    fitting = [(label, one) for label, one in zip(labels, results, strict=True) if one.fits]
+    return sorted(fitting, key=lambda one: (one[1].step_time, one[0]))
 
 
 def _winner(results: Sequence[SimResult], labels: Sequence[str]) -> str:
-    order = sorted((r.step_time, label) for r, label in zip(results, labels, strict=True) if r.fits)
+    order = _fastest_first(results, labels)
     if not order:
         return "No strategy fits"
     if len(order) == 1:
-        return f"{order[0][1]} is the only one that fits" if len(results) > 1 else f"{order[0][1]} fits"
-    ratio = order[1][0] / order[0][0]
-    return f"{order[0][1]} is fastest, {ratio:.2f}x as fast as {order[1][1]}"
+        return f"{order[0][0]} is the only one that fits" if len(results) > 1 else f"{order[0][0]} fits"
+    (best, fastest), (other, second) = order[:2]
+    return f"{best} is fastest, {second.step_time / fastest.step_time:.2f}x as fast as {other}"
+
+
+def lead(results: Sequence[SimResult], labels: Sequence[str]) -> tuple[str, Ratio] | None:
+    """The next best's label and how many times as fast the winner is; None where fewer than two fit."""
+    order = _fastest_first(results, labels)
+    return (order[1][0], order[0][1].times_as_fast_as(order[1][1])) if len(order) > 1 else None
+
+
+def _how_surely(results: Sequence[SimResult], labels: Sequence[str], level: float) -> str:
+    """Of the winner's lead, where there is one."""
+    found = lead(results, labels)
+    if found is None:
+        return ""
+    _, ratio = found
+    low, high = ratio.interval(level)
+    return (
+        f" ({low:.2f}x to {high:.2f}x with {level:.0%}; the faster one with probability {ratio.p_faster:.2f})"
+    )
 
 
 def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:
     """Where the next best loses most to the fastest; of the optimizer, that it runs once a step."""
-    fitting = [(r.step_time, label, r) for r, label in zip(results, labels, strict=True) if r.fits]
-    if len(fitting) < 2:
+    order = _fastest_first(results, labels)
+    if len(order) < 2:
         return ""
-    (_, _, best), (_, name, other) = sorted(fitting, key=lambda one: one[:2])[:2]
+    (_, best), (name, other) = order[:2]
     parts = other.time_by_component
     more = {kind: seconds - best.time_by_component.get(kind, 0.0) for kind, seconds in parts.items()}
     kind = max(more, key=more.__getitem__)
@@ -89,9 +118,11 @@ def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:
     return f"{name} loses most in {kind.replace('_', ' ')}, {format_seconds(more[kind])}{note}"
 
 
-def summary(results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None) -> str:
+def summary(
+    results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None, level: float = 0.9
+) -> str:
     """The finding, and where the difference lies."""
-    found = finding(results, labels, gaps), difference(results, labels)
+    found = finding(results, labels, gaps, level), difference(results, labels)
     return " ".join(f"{one}." for one in found if one)
 
 
@@ -232,7 +263,7 @@ def write_compare(
                 f"Timeline of {label}", picture=(name, "streams of one simulated step, and device memory")
             )
         )
-    return written + write_page(folder, Page(title, summary(results, labels, gaps), sections, facts))
+    return written + write_page(folder, Page(title, summary(results, labels, gaps, level), sections, facts))
 
 
 def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9) -> Path:

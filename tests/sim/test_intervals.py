@@ -20,9 +20,11 @@ from mopsim.intervals import (
     cells,
     known_errors,
     of_step_time,
+    ratio,
     spread,
 )
 from mopsim.intervals.errors import LEVELS
+from mopsim.intervals.spread import between
 from mopsim.spec.observed import Observed
 from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
@@ -53,6 +55,34 @@ def test_what_runs_share_is_learned_by_the_share_that_it_has() -> None:
     assert (unseen.mean, unseen.deviation) == (0.0, pytest.approx(math.sqrt(0.05)))
     doubled = Quantity(deviations=replace(sd, widening=2.0), cells=known.cells)
     assert spread(doubled, cell("other")).deviation == pytest.approx(2 * found.deviation)
+
+
+def test_what_two_runs_share_cancels_in_their_ratio() -> None:
+    """Two plans of one program differ by their own scatter; of two programs, by what is unknown of both."""
+    sd = replace(NONE, common=0.3, hardware=0.2, stack=0.2, run=0.1)
+    known = Quantity(deviations=sd, cells=(cell(mean=0.3, runs=4),))
+    alike = between(known, cell("other"), cell("other"))
+    assert (alike.mean, alike.deviation) == (pytest.approx(0.0), pytest.approx(math.sqrt(0.02)))
+    apart, back = (between(known, cell("other", a), cell("other", b)) for a, b in ("bc", "cb"))
+    assert apart.deviation == back.deviation == pytest.approx(math.sqrt(2 * (0.04 + 0.01)))
+    learned = between(known, cell("other", "a"), cell("other", "b"))
+    assert learned.mean < 0  # runs of a were slower than simulated, of b nobody has any
+    assert alike.deviation < learned.deviation < apart.deviation
+    doubled = Quantity(deviations=replace(sd, ratio_widening=2.0), cells=known.cells)
+    assert between(doubled, cell("other"), cell("other")).deviation == pytest.approx(2 * alike.deviation)
+
+
+def test_a_lead_is_sure_by_as_much_as_it_is_large() -> None:
+    mop, fsdp2 = (
+        Facts("mopexec-flat", "h200-sxm-141g", "bf16"),
+        Facts("torchtitan", "h200-sxm-141g", "bf16"),
+    )
+    leads = [ratio(1.0, mop, other, fsdp2) for other in (1.0, 1.5, 3.0)]
+    assert leads[0].p_faster < leads[1].p_faster < leads[2].p_faster
+    assert ratio(1.0, mop, 1.0, mop).p_faster == pytest.approx(0.5)
+    turned = ratio(1.5, fsdp2, 1.0, mop)
+    assert turned.p_faster == pytest.approx(1 - leads[1].p_faster)
+    assert turned.interval() == pytest.approx([1 / end for end in reversed(leads[1].interval())])
 
 
 def test_a_left_out_source_leaves_its_deviations_too() -> None:
