@@ -62,8 +62,9 @@ def _low_precision(precision: DType, grads: DType | None, *, keep_master: bool) 
 
 
 def _state(
-    state: State, bucket_params: int = 100_000_000, slots: int = 2, host_fraction: float = 1.0
-) -> Optimizer:
+    state: State, bucket_params: int = 100_000_000, slots: int = 2, host_fraction: float = 1.0, *,
+    overlap: bool = False,
+) -> Optimizer:  # fmt: skip
     side: Tier = "host" if state == "host" else "device"
     return Optimizer(
         state_tier=_tier(state != "device"),
@@ -71,6 +72,7 @@ def _state(
         bucket_params=bucket_params,
         slots=slots,
         host_fraction=host_fraction if state != "device" else 1.0,
+        overlap="next_forward" if overlap else "none",
     )
 
 
@@ -94,6 +96,7 @@ def mop(
     optimizer: State = "host_streamed",
     optimizer_bucket_params: int = 100_000_000,
     optimizer_slots: int = 2,
+    optimizer_overlap: bool = False,
     offload_inputs: bool = True,
     offload_inputs_bytes: int = 0,
     prefetch: int = 1,
@@ -109,6 +112,7 @@ def mop(
     ffn_chunk_tokens, loss_chunk_tokens: tokens of a slice of the dense FFN and of the loss; 0 = all at once.
     optimizer: where AdamW's fp32 state lives: `device`; `host_streamed`, moved through the device in buckets
     of optimizer_bucket_params parameters (beta) and optimizer_slots buffers; `host`, which updates it too.
+    optimizer_overlap: the streamed update runs beside the next forward (the same update).
     offload_inputs: layer inputs wait for their backward in pinned host memory, offload_inputs_bytes of it at
     most per rank (0 = no cap). prefetch: layers whose parameters are gathered ahead of use. rank_placement:
     of the expert groups. grad_dtype: of the sums of gradients over chunks, ranks and microbatches; None: as
@@ -129,7 +133,7 @@ def mop(
             rank_placement=rank_placement,
         ),
         vocabulary=Vocabulary(vocab_parallel=vocab_parallel, loss="ring", chunk_tokens=loss_chunk_tokens),
-        optimizer=_state(optimizer, optimizer_bucket_params, optimizer_slots),
+        optimizer=_state(optimizer, optimizer_bucket_params, optimizer_slots, overlap=optimizer_overlap),
         activations=Activations(
             recompute="full", layer_inputs=_tier(offload_inputs), host_budget=offload_inputs_bytes
         ),

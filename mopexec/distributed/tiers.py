@@ -77,6 +77,11 @@ class Platform:
                     if tensor.is_cuda:
                         tensor.record_stream(self._stream(stream))
 
+    def keep(self, tensor: Tensor, stream: str) -> None:
+        """`tensor` may be dropped before `stream` is done with it."""
+        if tensor.is_cuda:
+            tensor.record_stream(self._stream(stream))
+
     def record(self, stream: str | None = None) -> Any:
         """An event after the work issued so far on `stream` (the current one if None); None on a CPU."""
         if not self.is_cuda:

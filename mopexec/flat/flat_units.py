@@ -71,11 +71,11 @@ class FlatRunner:
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step; `batches` are this rank's microbatches, `training.num_microbatches` of them."""
         for unit in self.model.units:
-            unit.grads.zero_()
+            unit.begin_step()
         loss = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)
         self._counted = batches[0].num_targets or self.num_tokens
-        for batch in batches:
-            loss.add_(self._microbatch(batch))
+        for index, batch in enumerate(batches):
+            loss.add_(self._microbatch(batch, last=index == len(batches) - 1))
         with component("optimizer"), phase("optimizer"):
             norm = self._finish_gradients(loss)
             clip = torch.ones_like(norm)
@@ -116,17 +116,20 @@ class FlatRunner:
         training_state.load_state_dict(self.optimizer, state)
 
     def full_parameters(self) -> dict[str, Tensor]:
+        self.optimizer.finish()
         return assemble.full(self.model.units, [unit.params for unit in self.model.units], self.mesh)
 
     def full_gradients(self) -> dict[str, Tensor]:
         return assemble.full(self.model.units, [unit.grads for unit in self.model.units], self.mesh)
 
-    def _microbatch(self, batch: Batch) -> Tensor:
-        """Forward, loss, backward; returns the sum of this rank's token losses."""
+    def _microbatch(self, batch: Batch, *, last: bool) -> Tensor:
+        """Forward, loss, backward; returns the sum of this rank's token losses. last: of the step."""
         x = self._forward(batch)
         loss, grad = self._loss(x, batch.targets.flatten())
         del x
         self._backward(grad)
+        if last:
+            self.optimizer.preload()
         self._embedding_backward(batch.tokens.flatten(), grad)
         return loss
 
@@ -136,8 +139,9 @@ class FlatRunner:
         with component("embedding"):
             x = F.embedding(batch.tokens.flatten(), model.embedding.weights()["embedding.weight"])
             model.embedding.release()
+        prefetch = 0 if self.optimizer.held_up else self.prefetch
         for index, layer in enumerate(model.layers):
-            for ahead in model.layers[index : index + 1 + self.prefetch]:
+            for ahead in model.layers[index : index + 1 + prefetch]:
                 ahead.gather()
             model.boundaries.put(index, x)
             x = layer.forward(x, *self._router_state(index))

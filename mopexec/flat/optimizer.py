@@ -3,15 +3,22 @@ slots.
 
 The update is torch.optim.AdamW's (decoupled decay on all parameters), by its fused kernel, in the master
 weights' dtype or float32, whichever is wider. Buckets are slices of the shards, so `bucket_params` is a cap.
+
+With `overlap` the streamed update of a step runs beside the next forward: gradient norm and clip factor are
+final by then, so it is the same update. A unit's gather waits for its own update (`Unit.updated`); the state
+of the first buckets goes up in the tail of the backward. `finish` ends it, for whoever reads parameters or
+state.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mopexec.distributed.background import Background, Signal
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category, host_compute
@@ -61,6 +68,20 @@ class FlatAdamW:
             [unit.shard_numel for unit in self.units], optimizer.bucket_params
         )
         self._host_grads, self._host_params = self._host_staging()
+        self._applied = (0, self.learning_rate)
+        self._loaded: dict[int, Any] = {}
+        self.overlapped = optimizer.overlap == "next_forward"
+        self._background = Background(platform, "update")
+        self._slots: list[list[Tensor]] = []
+        self._scratch: Tensor | None = None
+        if self.overlapped:
+            for unit in self.units:
+                unit.updated = Signal(self._background)
+            self._slots = self._make_slots()
+            with category("staging"):
+                largest = max(stop - start for bucket in self.buckets for _, start, stop in bucket)
+                self._scratch = torch.empty(largest, dtype=self.update_dtype, device=platform.device)
+        self._free: list[Any] = [None for _ in self._slots]
 
     def _make_state(self, unit: Unit, own_master: bool) -> UnitState:
         def make(dtype: torch.dtype) -> Tensor:
@@ -95,6 +116,10 @@ class FlatAdamW:
         dtype).
         """
         self.step_number += 1
+        if self.overlapped:
+            self._begin(clip)
+            return
+        self._applied = (self.step_number, self.learning_rate)
         if not self.on_host:
             for bucket in self.buckets:
                 for piece in bucket:
@@ -103,6 +128,53 @@ class FlatAdamW:
             self._update_by_host(clip)
         else:
             self._stream(clip)
+
+    @property
+    def held_up(self) -> bool:
+        """Whether the host waits where it gathers what is not updated yet, so that it should not do so
+        early."""
+        return self._background.threaded
+
+    def preload(self) -> None:
+        """The backward is about to end: state of the first buckets goes up."""
+        if self.overlapped:
+            self._background.run(self._load_first)
+
+    def finish(self) -> None:
+        """Parameters and state are those after the last step."""
+        self._background.finish()
+        self._loaded.clear()
+        for unit in self.units:
+            if unit.updated is not None:
+                unit.updated.wait()
+
+    def _begin(self, clip: Tensor) -> None:
+        """Update beside what follows. Every unit was gathered in this step: the last update is over."""
+        for unit in self.units:
+            assert unit.updated is not None
+            unit.updated.wait()
+            unit.updated.clear()
+        self._applied = (self.step_number, self.learning_rate)
+        self.platform.keep(clip, "update")
+        self._background.run(lambda: self._stream(clip))
+
+    def _load_first(self) -> None:
+        for index, slot in enumerate(self._slots):
+            self._loaded[index] = self._load(self.buckets[index], slot, self._free[index])
+
+    def _make_slots(self) -> list[list[Tensor]]:
+        """Staging buffers of the largest bucket's master weights and moments."""
+        largest = max(_numel(bucket) for bucket in self.buckets)
+        kept = [t.dtype for t in self.states[0].tensors()]
+        with category("staging"):
+            return [
+                [torch.empty(largest, dtype=dtype, device=self.platform.device) for dtype in kept]
+                for _ in range(min(self.optimizer.slots, len(self.buckets)))
+            ]
+
+    def _staging(self) -> AbstractContextManager[Any]:
+        """The tracker's category; a thread beside the step must not change the step's."""
+        return nullcontext() if self._background.threaded else category("staging")
 
     def _update_on_device(self, piece: Slice, clip: Tensor) -> None:
         unit, state = self.units[piece[0]], self.states[piece[0]]
@@ -121,28 +193,32 @@ class FlatAdamW:
 
         Staging: slots * largest bucket * (master + moments + one gradient of the bucket being updated).
         """
-        platform, largest = self.platform, max(_numel(bucket) for bucket in self.buckets)
-        kept = [t.dtype for t in self.states[0].tensors()]
-        with category("staging"):
-            slots = [
-                [torch.empty(largest, dtype=dtype, device=platform.device) for dtype in kept]
-                for _ in range(min(self.optimizer.slots, len(self.buckets)))
-            ]
-        free: list[Any] = [platform.record() for _ in slots]
-        loaded = {0: self._load(self.buckets[0], slots[0], free[0])}
+        platform, slots = self.platform, self._slots or self._make_slots()
+        free: list[Any] = self._free or [platform.record() for _ in slots]
+        loaded, self._loaded = self._loaded, {}
+        if 0 not in loaded:
+            loaded[0] = self._load(self.buckets[0], slots[0], free[0])
         for index, bucket in enumerate(self.buckets):
             place = index % len(slots)
             following = index + 1
-            if len(slots) > 1 and following < len(self.buckets):
+            if len(slots) > 1 and following < len(self.buckets) and following not in loaded:
                 other = following % len(slots)
                 loaded[following] = self._load(self.buckets[following], slots[other], free[other])
             platform.wait(loaded.pop(index))
             self._update_slot(bucket, slots[place], clip)
+            self._signal(bucket)
             free[place] = self._store(bucket, slots[place])
             if len(slots) == 1 and following < len(self.buckets):
                 loaded[following] = self._load(self.buckets[following], slots[0], free[0])
         for event in free:
             platform.wait(event)
+
+    def _signal(self, bucket: Sequence[Slice]) -> None:
+        """Units whose last slice is in the bucket are updated."""
+        for place, _, stop in bucket:
+            unit = self.units[place]
+            if unit.updated is not None and stop == unit.shard_numel:
+                unit.updated.set()
 
     def _load(self, bucket: Sequence[Slice], slot: list[Tensor], free: Any) -> Any:
         """Host state of a bucket into a slot, after the slot is free; returns the event of its arrival."""
@@ -174,7 +250,7 @@ class FlatAdamW:
             here = [t[offset : offset + stop - start] for t in slot]
             offset += stop - start
             params = self.units[unit].params[start:stop]
-            with category("staging"):
+            with self._staging():
                 grad = self._clipped(piece, clip)
                 own_master = self.states[unit].master is not None
                 master = here.pop(0) if own_master else params
@@ -217,13 +293,17 @@ class FlatAdamW:
 
     def _clipped(self, piece: Slice, clip: Tensor) -> Tensor:
         unit, start, stop = piece
-        return self.units[unit].grads[start:stop].to(self.update_dtype, copy=True).mul_(clip)
+        grad = self.units[unit].grads[start:stop]
+        if self._scratch is not None:
+            return self._scratch[: stop - start].copy_(grad).mul_(clip)
+        return grad.to(self.update_dtype, copy=True).mul_(clip)
 
     def _adamw(self, master: Tensor, grad: Tensor, moments: list[Tensor]) -> None:
         """The fused update in place; tensors in another dtype are widened and written back."""
         held = [master, *moments]
         used = [t if t.dtype == self.update_dtype else t.to(self.update_dtype) for t in held]
-        step = torch.full((), float(self.step_number), dtype=torch.float32, device=master.device)
+        number, rate = self._applied
+        step = torch.full((), float(number), dtype=torch.float32, device=master.device)
         training = self.training
         torch._fused_adamw_(
             [used[0]],
@@ -232,7 +312,7 @@ class FlatAdamW:
             [used[2]],
             [],
             [step],
-            lr=self.learning_rate,
+            lr=rate,
             beta1=training.beta1,
             beta2=training.beta2,
             weight_decay=training.weight_decay,

@@ -17,6 +17,7 @@ def state_dict(optimizer: FlatAdamW, balance_bias: Tensor) -> dict[str, Any]:
     """Values and moments by parameter, sharing the live memory; the routers' biases [MoE layers, E] by
     router.
     """
+    optimizer.finish()
     optimizer.platform.synchronize()
     found: dict[str, Any] = {STEP: torch.tensor(optimizer.step_number)}
     for unit, state in zip(optimizer.units, optimizer.states, strict=True):
@@ -32,6 +33,7 @@ def state_dict(optimizer: FlatAdamW, balance_bias: Tensor) -> dict[str, Any]:
 
 def load_state_dict(optimizer: FlatAdamW, state: dict[str, Any]) -> None:
     """Take what loading did not fill in place: the step count, and the parameters of their master weights."""
+    optimizer.finish()
     optimizer.step_number = int(state[STEP])
     for unit, kept in zip(optimizer.units, optimizer.states, strict=True):
         if kept.master is not None:

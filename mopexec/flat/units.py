@@ -4,12 +4,14 @@ group of ranks.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mopexec.distributed import collectives
+from mopexec.distributed.background import Signal
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import category
@@ -114,7 +116,7 @@ class Unit:
 
     gather / wait / release make the full parameters come and go (`gathered`); open_grads, reduce and
     finish_reduce those of the gradients (`gathered_grads`). With one rank to a shard nothing is copied where
-    dtypes agree.
+    dtypes agree. updated: where the optimizer runs beside the step, what a gather waits for.
     """
 
     def __init__(
@@ -127,6 +129,8 @@ class Unit:
             self.params = torch.empty(self.shard_numel, dtype=_dtype(precision.param), device=platform.device)
         with category("grads"):
             self.grads = torch.zeros(self.shard_numel, dtype=_dtype(precision.grad), device=platform.device)
+        self.updated: Signal | None = None
+        self._stale = False
         self._full: Tensor | None = None
         self._pending: tuple[collectives.Waitable, Tensor] | None = None
         self._full_grads: Tensor | None = None
@@ -169,19 +173,28 @@ class Unit:
         """Start gathering the full parameters, unless they are there or on their way."""
         if self._full is not None:
             return
+        if self.shard.size == 1:
+            if self.updated is None or not self.updated.pending:
+                self._full = self._cast()
+            return
         with category("gathered"):
-            source = self.params if self.params.dtype == self.compute else self.params.to(self.compute)
-            if self.shard.size == 1:
-                self._full = source
-                return
-            self._full = torch.empty(
+            full = torch.empty(
                 self.shard_numel * self.shard.size, dtype=self.compute, device=self.platform.device
             )
-        work = collectives.all_gather_single(self._full, source, self.shard.handle, async_op=True)
-        self._pending = (work, source)
+        with nullcontext() if self.updated is None else self.updated.beside("gather"):
+            source = self._cast()
+            work = collectives.all_gather_single(full, source, self.shard.handle, async_op=True)
+        self._full, self._pending = full, (work, source)
+
+    def _cast(self) -> Tensor:
+        """The parameter shard in the dtype of the compute."""
+        with category("gathered"):
+            return self.params if self.params.dtype == self.compute else self.params.to(self.compute)
 
     def weights(self) -> dict[str, Tensor]:
         """Views of the full parameters, gathered by now."""
+        if self.shard.size == 1 and self.updated is not None:
+            self.updated.wait()
         self.gather()
         if self._pending is not None:
             self._pending[0].wait()
@@ -194,6 +207,10 @@ class Unit:
         assert self._pending is None, f"{self.contents.key} is released while being gathered"
         self._full = None
 
+    def begin_step(self) -> None:
+        """The gradients are those of a step that is over: what comes next takes their place."""
+        self._stale = True
+
     def open_grads(self) -> dict[str, Tensor]:
         """Views of a zeroed full gradient buffer, or of the gradient shard itself where that is
         the full one.
@@ -201,6 +218,9 @@ class Unit:
         assert self._full_grads is None, f"{self.contents.key} has open gradients"
         if self.shard.size == 1 and self.grads.dtype == self.reduce_dtype:
             self._full_grads = self.grads
+            if self._stale:
+                self.grads.zero_()
+                self._stale = False
         else:
             with category("gathered_grads"):
                 self._full_grads = torch.zeros(
@@ -215,7 +235,7 @@ class Unit:
         if full is self.grads:
             return
         if self.shard.size == 1:
-            self.grads.add_(full)
+            self._accumulate(full)
             return
         with category("gathered_grads"):
             part = torch.empty(self.shard_numel, dtype=self.reduce_dtype, device=self.platform.device)
@@ -228,6 +248,13 @@ class Unit:
             work, part, _ = self._reducing
             self._reducing = None
             work.wait()
+            self._accumulate(part)
+
+    def _accumulate(self, part: Tensor) -> None:
+        if self._stale:
+            self.grads.copy_(part)
+            self._stale = False
+        else:
             self.grads.add_(part)
 
     def replicate(self) -> None:

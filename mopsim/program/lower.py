@@ -6,12 +6,13 @@ from functools import partial
 from mopsim.graph.flops import flops_per_token
 from mopsim.program.context import Context, make_context
 from mopsim.program.host_time import by_modules
-from mopsim.program.pairs.layer_pairs import Pairs, paired
+from mopsim.program.pairs.layer_pairs import Pairs
 from mopsim.program.passes import Passes
 from mopsim.program.pinned import rounding
 from mopsim.program.step import StageStep
 from mopsim.program.workload import Workload
-from mopsim.spec.capability import runnable
+from mopsim.spec.capability import Job, runnable
+from mopsim.spec.capability.facts import pairs
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
@@ -42,7 +43,7 @@ def lower(
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
-    passes = Pairs(context) if stack.explicit and paired(context) else Passes(context)
+    passes = Pairs(context) if pairs(Job(model, strategy, training, stack)) else Passes(context)
     stages = range(strategy.pipeline.pipeline_parallel)
     programs = tuple(
         StageStep(context, passes, stage, compose=compose and not expand).program(expanded)

@@ -54,6 +54,10 @@ class Passes:
         """What takes inputs of layers to the host."""
         return OffloadedInputs(self.context, issue, stage, slots, self.kept)
 
+    def updates(self, issue: Builder, stage: Stage) -> dict[str, int]:
+        """The last step's update beside the first forward: by unit, the op that its gather waits for."""
+        return {}
+
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
         """The end of the step."""
         Update(self.context, issue, stage).run(reductions)

@@ -25,7 +25,7 @@ class Shards:
     way at a time (torch.distributed.fsdp._fully_shard).
 
     each: whether gradients are reduced in every microbatch. made: bytes of gradients that live to the end of
-    the step, by unit.
+    the step, by unit. updated: by unit, the op of the last step's update that its first gather waits for.
     """
 
     def __init__(self, context: Context, issue: Builder, stage: Stage) -> None:
@@ -37,6 +37,7 @@ class Shards:
         self.ops: list[int] = []
         self.reduced: set[str] = set()
         self.made: dict[str, int] = {}
+        self.updated: dict[str, int] = {}
         self._landed: set[str] = set()
         self._opened: set[str] = set()
         self._coming: dict[str, int] = {}

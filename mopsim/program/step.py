@@ -47,6 +47,7 @@ class StageStep:
         paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
         self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
         self._gather_updated()
+        self.shards.updated = self.passes.updates(self.issue, self.stage)
         left = self._left(slots)
         place = 0
         while place < len(slots):

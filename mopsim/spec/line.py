@@ -77,5 +77,6 @@ def _offloaded(s: Strategy) -> list[str]:
         found.append("params")
     if s.optimizer.state_tier == "host":
         part = "" if s.optimizer.host_fraction == 1 else f"-{s.optimizer.host_fraction:.0%}"
-        found.append(f"optimizer{part}{'' if s.optimizer.update_on == 'host' else '-streamed'}")
+        how = "" if s.optimizer.update_on == "host" else "-streamed"
+        found.append(f"optimizer{part}{how}{'' if s.optimizer.overlap == 'none' else '-beside'}")
     return found

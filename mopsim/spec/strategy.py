@@ -129,7 +129,8 @@ class Optimizer(Spec, frozen=True, kw_only=True):
     state_tier: where master weights and moments live. update_on: which side computes the update; state on the
     host and updates on the device are streamed. bucket_params: parameters of a streamed bucket. slots:
     staging buffers of a bucket each. host_fraction: part of the state that is on the host where state_tier is
-    host (1 = all).
+    host (1 = all). overlap: `next_forward` runs the streamed update of a step beside the forward of the next,
+    each gather after the update of what it gathers; the same update, as the gradients are clipped by then.
     """
 
     state_tier: Tier = "device"
@@ -137,6 +138,7 @@ class Optimizer(Spec, frozen=True, kw_only=True):
     bucket_params: int = 100_000_000
     slots: int = 2
     host_fraction: float = 1.0
+    overlap: Literal["none", "next_forward"] = "none"
 
 
 class Activations(Spec, frozen=True, kw_only=True):

@@ -94,6 +94,9 @@ def _state(s: "Strategy") -> Rules:
         "optimizer.update_on",
         "needs optimizer.state_tier host",
     )
+    streamed = on_host and s.optimizer.update_on == "device" and s.optimizer.host_fraction == 1
+    rule = "needs all of the state streamed: optimizer.state_tier host, update_on device, host_fraction 1"
+    yield s.optimizer.overlap == "none" or streamed, "optimizer.overlap", rule
 
 
 def _activations(s: "Strategy") -> Rules:

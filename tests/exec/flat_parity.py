@@ -1,6 +1,7 @@
 """What one rank of a parity test does: train a flat_units runner and the single-device model side by side."""
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -101,6 +102,30 @@ def compare(platform: Platform, plan: Plan, routing: Any) -> dict[str, float]:
             worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient, 1e-6 * norm))
             worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach(), 0.0))
     return worst
+
+
+class Throttled(Platform):
+    """Copies between the tiers take longer than a whole step, so that what should wait for one and does not
+    reads what is not there yet."""
+
+    SECONDS = 0.004
+
+    def copy(self, dst: Tensor, src: Tensor, stream: str | None = None) -> None:
+        """See `Platform.copy`."""
+        time.sleep(self.SECONDS if stream else 0.0)
+        super().copy(dst, src, stream)
+
+
+def train(platform: Platform, plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
+    """(losses of STEPS steps and of an evaluation after each, weights and state) with slow copies."""
+    runner = apply.build(plan, Throttled(platform.device), seed=7)
+    losses = []
+    for step in range(STEPS):
+        batches = my_batches(plan, make_tokens(plan, step), int(os.environ["RANK"]), platform.device)
+        losses += [runner.step(batches).loss, runner.evaluate(batches)]
+    state = runner.state_dict()
+    kept = {f"{name} {at}": part for name in state for at, part in getattr(state[name], "pieces", {}).items()}
+    return losses, runner.full_parameters() | kept
 
 
 def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from tests.exec.flat_plans import MODEL, make_plan
 from tests.exec.spawn import pool
@@ -36,6 +37,11 @@ TWO: dict[str, dict[str, Any]] = {
     "streamed": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 2}},
     "streamed_three_slots": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 3}},
     "streamed_one_slot": {"optimizer": {"state_tier": "host", "bucket_params": 500, "slots": 1}},
+    "streamed_beside": {"optimizer": {"state_tier": "host", "bucket_params": 500, "overlap": "next_forward"}},
+    "streamed_beside_whole": {
+        "dense": {"fsdp": 1},
+        "optimizer": {"state_tier": "host", "bucket_params": 700, "slots": 3, "overlap": "next_forward"},
+    },
     "device_buckets": {"optimizer": {"bucket_params": 300}},
     "master_is_param": {"precision": {"master": "param"}},
 }
@@ -163,6 +169,21 @@ def test_mixed_precision_is_close(param: str, reduce: str) -> None:
     for worst in pool(2).run("tests.exec.flat_parity", "compare", plan, "learned"):
         assert worst["loss"] < 1e-3, worst
         assert worst["norm"] < 0.02, worst
+
+
+@pytest.mark.parametrize("dense", [{}, {"fsdp": 1}], ids=["sharded", "replicated"])
+def test_an_update_beside_the_next_forward_is_the_same_to_the_bit(dense: dict[str, Any]) -> None:
+    """Every gather waits for its own update, evaluation and checkpoints for all of them, however slow."""
+    losses, states = zip(
+        *(
+            pool(2).run("tests.exec.flat_parity", "train", make_plan(2, ALL_TWO | {"dense": dense} | own))[1]
+            for own in ({}, {"optimizer": ALL_TWO["optimizer"] | {"overlap": "next_forward"}})
+        ),
+        strict=True,
+    )
+    assert losses[0] == losses[1]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_one_rank() -> None:

@@ -39,7 +39,9 @@ def cases(world: int) -> dict[str, Plan]:
         "mop_zipf": _plan(strategies.mop(world, **everything), "zipf:1.2"),
         "mop_budget": _plan(strategies.mop(world, **everything, offload_inputs_bytes=40000), "95/4"),
         "mop_replicas": _plan(
-            strategies.mop(world, **{**everything, "expert_parallel": 2, "vocab_parallel": 2})
+            strategies.mop(
+                world, **{**everything, "expert_parallel": 2, "vocab_parallel": 2}, optimizer_overlap=True
+            )
         ),
         "mop_host_update": _plan(strategies.mop(world, **everything, optimizer="host")),
         "mop_microbatches": _plan(

@@ -76,7 +76,7 @@ DEMO = [
     mop(
         4, expert_parallel=2, context_parallel=2, vocab_parallel=2, fsdp=2, dtype="float32",
         expert_chunk_tokens=2048,
-        ffn_chunk_tokens=512, optimizer_bucket_params=30_000, loss_chunk_tokens=512,
+        ffn_chunk_tokens=512, optimizer_bucket_params=30_000, optimizer_overlap=True, loss_chunk_tokens=512,
     ),
     zero_offload(2, expert_parallel=2, loss="chunked"),
     fsdp2(2, expert_parallel=2, context_parallel=2),

@@ -109,13 +109,14 @@ class FlatUnits(Shards):
         if self.cast:
             work = Work("memory_bound", bytes=float(unit.shard_numel * (c.b + c.param)))
             b.compute(f"cast {unit.name}", unit.component, phase, unit.layer, [work], up)
-        self._coming[unit.name] = -1 if up is None else up
+        updated = self.updated.pop(unit.name, None)
+        self._coming[unit.name] = max(-1 if op is None else op for op in (up, updated))
         if unit.shard > 1:
             size = unit.padded * c.b
             b.make(f"full {unit.name}", size, "gathered")
             self._coming[unit.name] = b.collective(
                 f"gather {unit.name}", "all_gather", size, c.groups[unit.group], unit.component, phase,
-                layer=unit.layer, deps=(*b.so_far(), up),
+                layer=unit.layer, deps=(*b.so_far(), up, updated),
             )  # fmt: skip
 
     def _download(self, unit: Unit, ready: int) -> None:

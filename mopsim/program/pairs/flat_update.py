@@ -23,6 +23,55 @@ class PairUpdate(Update):
         self.wide = 8 if master == "float64" else 4
         self.casts = (DTYPE_BYTES[master] != self.wide) + 2 * (self.moment != self.wide)
 
+    def run(self, reductions: Sequence[int]) -> None:
+        """With the update beside the next forward, the state of the first buckets goes up from the
+        embedding's backward on, and the step ends with the clip factor."""
+        if self.optimizer.overlap == "none":
+            super().run(reductions)
+            return
+        tail = next(
+            op for op in reversed(self.b.ops) if (op.component, op.phase) == ("embedding", "backward")
+        )
+        for index in range(self.slots):
+            self._up(index, *tail.deps)
+        self._clipped(reductions)
+
+    def beside(self) -> dict[str, int]:
+        """The last step's update, on a stream of its own; its first buckets' state is there. By unit, the op
+        after which its parameters are new."""
+        b, found = self.b, {}
+        free: list[int | None] = [None] * self.slots
+        for index, bucket in enumerate(self.buckets):
+            place = index % self.slots
+            up = self._up(index, free[place]) if index >= self.slots else None
+            work = self._works([bucket])
+            done = b.add(f"adamw {index}", "update", _O, _O, work, (up,))
+            free[place] = b.add(f"state {index} down", "d2h", _O, _O, self._state("d2h", bucket), (done,))
+            for unit, _, stop in bucket:
+                if stop == self.away[unit]:
+                    found[self.stage.units[unit].name] = done
+        return found
+
+    @property
+    def slots(self) -> int:
+        """Staging buffers of a bucket each."""
+        return min(self.optimizer.slots, len(self.buckets))
+
+    @property
+    def staging(self) -> int:
+        """Bytes of the staging buffers, and of the largest slice's gradient in the wide dtype."""
+        sizes = [[stop - start for _, start, stop in bucket] for bucket in self.buckets]
+        each = 2 * self.moment + self.own_master
+        return self.slots * max(map(sum, sizes)) * each + max(map(max, sizes)) * self.wide
+
+    def _up(self, index: int, *deps: int | None) -> int:
+        work = self._state("h2d", self.buckets[index])
+        return self.b.add(f"state {index} up", "h2d", _O, _O, work, deps)
+
+    def _state(self, way: str, bucket: Bucket) -> tuple[Work, ...]:
+        size = sum(stop - start for _, start, stop in bucket)
+        return self._copy(way, size * (2 * self.moment + self.own_master), len(bucket))
+
     def _clipped(self, reductions: Sequence[int]) -> int:
         """Gradient shards over replicas, then the global norm: one number over all ranks."""
         c, b = self.c, self.b
@@ -44,10 +93,14 @@ class PairUpdate(Update):
         return self._updated([bucket])
 
     def _updated(self, buckets: list[Bucket]) -> list[Work]:
+        longest = max(stop - start for bucket in buckets for _, start, stop in bucket)
+        self.b.spike(longest * self.wide * (1 + self.casts), "staging")
+        return self._works(buckets)
+
+    def _works(self, buckets: list[Bucket]) -> list[Work]:
         c = self.c
         each = c.grad + 3.0 * self.wide + ((self.wide + c.param) if self.own_master else 0)
         lengths = [stop - start for bucket in buckets for _, start, stop in bucket]
-        self.b.spike(max(lengths) * self.wide * (1 + self.casts), "staging")
         params, pieces = sum(lengths), len(lengths)
         work = Work("memory_bound", bytes=params * each, launches=(3 if self.own_master else 2) * pieces)
         return [work, Work("optimizer", params=params, launches=pieces)]

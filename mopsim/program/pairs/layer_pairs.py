@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, Recorder
-from mopsim.program.context import Context
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.pairs.attention_pair import AttentionPair
 from mopsim.program.pairs.experts_pair import ExpertsPair
@@ -24,27 +23,6 @@ from mopsim.program.workload import Work
 _V = "vocabulary"
 
 
-def paired(context: Context) -> bool:
-    """Whether there are pairs of a strategy's operators: none of those that tensor parallelism splits, none
-    of a layer that keeps more than its input."""
-    strategy, activations = context.strategy, context.strategy.activations
-    one = (
-        strategy.pipeline.pipeline_parallel
-        == strategy.dense.tensor_parallel
-        == strategy.experts.expert_tensor_parallel
-        == 1
-    )
-    return (
-        one
-        and strategy.dense.zero == 3
-        and activations.recompute == "full"
-        and not activations.save_ops
-        and not context.model.dropout
-        and (strategy.attention.cp_comm_type == "ulysses" or strategy.attention.context_parallel == 1)
-        and (strategy.experts.token_dispatcher == "alltoall" or strategy.experts.expert_parallel == 1)
-    )
-
-
 class Pairs(Passes):
     """Every layer is recomputed from its input; its gradient is one buffer that is changed in place."""
 
@@ -57,17 +35,25 @@ class Pairs(Passes):
     def inputs(self, issue: Builder, stage: Stage, slots: Sequence[Slot]) -> OffloadedInputs:
         return OffloadedInputs(self.context, issue, stage, slots, self.kept, explicit=True)
 
+    def updates(self, issue: Builder, stage: Stage) -> dict[str, int]:
+        if self.context.strategy.optimizer.overlap == "none":
+            return {}
+        return PairUpdate(self.context, issue, stage).beside()
+
     def update(self, issue: Builder, stage: Stage, reductions: Sequence[int]) -> None:
         PairUpdate(self.context, issue, stage).run(reductions)
 
     def resident(self, stage: Stage) -> tuple[Step, ...]:
-        """Beside a stage's: pinned buffers of the bucket on its way to the host."""
+        """Beside a stage's: pinned buffers of the bucket on its way to the host; staging buffers of an update
+        beside the next forward."""
         c, found = self.context, list(stage.resident())
         if c.strategy.optimizer.update_on == "host":
             precision = c.strategy.precision
             master = precision.param if precision.master == "param" else precision.master
             largest = min(c.strategy.optimizer.bucket_params, sum(unit.shard_numel for unit in stage.units))
             found.append(("host/staging", 2 * largest * ((8 if master == "float64" else 4) + c.param)))
+        if c.strategy.optimizer.overlap != "none":
+            found.append(("staging", PairUpdate(c, self.recorder(), stage).staging))
         return tuple(found)
 
     def placeholders(self, layers: Iterable[int]) -> int:

@@ -250,6 +250,28 @@ def in_8_bits(job: Job) -> bool:
     return job.strategy.precision.matmul in ("fp8", "mxfp8", "nvfp4")
 
 
+def pairs(job: Job) -> bool:
+    """There are pairs of a forward and a backward for the operators of an explicit program: none of those
+    that tensor parallelism splits, none of a layer that keeps more than its input."""
+    strategy, activations = job.strategy, job.strategy.activations
+    one = (
+        strategy.pipeline.pipeline_parallel
+        == strategy.dense.tensor_parallel
+        == strategy.experts.expert_tensor_parallel
+        == 1
+    )
+    return (
+        one
+        and job.software.explicit
+        and strategy.dense.zero == 3
+        and activations.recompute == "full"
+        and not activations.save_ops
+        and not job.model.dropout
+        and (strategy.attention.cp_comm_type == "ulysses" or strategy.attention.context_parallel == 1)
+        and (strategy.experts.token_dispatcher == "alltoall" or strategy.experts.expert_parallel == 1)
+    )
+
+
 def mla(job: Job) -> bool:
     return job.model.attention == "mla"
 

@@ -15,7 +15,7 @@ from mopsim.spec.capability.facts import (
     slices,
     whole_steps,
 )
-from mopsim.spec.capability.software import software_is_the_runtimes
+from mopsim.spec.capability.software import software_is_the_runtimes, updates_beside_gathers
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
 from mopsim.spec.presets import list_models, load_model
@@ -377,6 +377,7 @@ RULES: dict[Side, tuple[Rule, ...]] = {
     "simulator": (
         tensor_group_holds_vocabulary, offloads_together, plain_latents, experts_overlap_below_zero_3,
         kept_scores_see_whole_sequences, slices_of_whole_rows, ring_has_rows_of_its_own,
+        updates_beside_gathers,
     ),
     "flat_units": (
         software_is_the_runtimes, heads_over_ranks, ring_has_rows, host_updates_masters, gradients_no_wider,

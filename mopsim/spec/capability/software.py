@@ -1,9 +1,9 @@
-"""Whether a runtime of mopexec is the program that a stack describes."""
+"""Whether a side's program is the one that a stack describes."""
 
 from collections.abc import Iterator
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.facts import DOES, Job, Side
+from mopsim.spec.capability.facts import DOES, Job, Side, pairs
 from mopsim.spec.stacks import load_stack
 
 SHIPPED: dict[str, str] = {"flat_units": "mopexec-flat", "fully_shard": "mopexec-fsdp2"}
@@ -30,3 +30,11 @@ def no_runtime(job: Job) -> SpecError | None:
         return None
     rule = f"of the stack {job.software.name}: mopexec runs {' and '.join(SHIPPED.values())} only"
     return SpecError("stack.runtime", "", rule)
+
+
+def updates_beside_gathers(job: Job, side: Side) -> Iterator[SpecError]:
+    """A program that lists its operators knows which gather needs which update."""
+    how = job.strategy.optimizer.overlap
+    if how != "none" and not pairs(job):
+        rule = f"is not {DOES[side]} but for explicit programs (stack mopexec-flat) that have its operators"
+        yield SpecError("strategy.optimizer.overlap", how, rule)

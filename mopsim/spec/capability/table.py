@@ -144,6 +144,9 @@ STRATEGY: dict[str, Row] = {
         mopexec=only(1.0, why="all of the state is on the host, or none"),
         torchtitan=only(1.0, why="it offloads all or nothing"),
     ),
+    "optimizer.overlap": row(
+        streamed, fully_shard=only("none"), exports=only("none", why="its update ends with the step")
+    ),
     "activations.recompute": row(
         flat_units=only("full"),
         fully_shard=only("none", "full"),
