@@ -270,7 +270,7 @@ def megatron(
     optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap: which
     communication runs beside compute; None: what the stack hides. ZeRO-1 over all ranks of a stage; gradients
     are kept and reduced in the stack's dtype (fp32 by Megatron-Core's arguments). expert_tensor_parallel may
-    differ from tensor_parallel (parallel folding). mopexec does not run it; `mopsim export` writes it.
+    differ from tensor_parallel (parallel folding). mopexec runs it on the stack `mopexec-split`.
     """
     stage_ranks, wide = max(1, world_size // max(pipeline_parallel, 1)), _wide(dtype)
     grads: Literal["stack", "float64"] = "float64" if wide == "float64" else "stack"

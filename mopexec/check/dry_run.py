@@ -27,7 +27,7 @@ from mopsim.spec.plan import Plan
 
 SHORT = 128  # tokens: tensors of a few elements a side come about without an attention matrix
 
-MOST_ROUNDS = {"flat_units": 2_000_000, "fully_shard": 500_000}
+MOST_ROUNDS = {"flat_units": 2_000_000, "fully_shard": 500_000, "split_modules": 2_000_000}
 """Rounds of a step's loops (`_check_length`): 7 minutes at the 4,500 a second of flat_units on one core, up
 to an hour at the 140 (experts) to 1,100 (layers) of fully_shard."""
 _LAYER_ROUNDS = 40  # a layer without its heads and experts takes as many ops

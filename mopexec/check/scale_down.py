@@ -36,7 +36,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     )
     num_tokens = training.tokens_per_rank(strategy)
     strategy = _schedule(strategy, num_tokens)
-    model = _model(plan.model, _vocabulary(plan, strategy, num_tokens))
+    model = _model(plan.model, _vocabulary(plan, strategy, num_tokens), strategy.dense.tensor_parallel)
     hardware = HardwareRef(
         name="this machine",
         digest="",
@@ -76,6 +76,8 @@ def mechanisms(plan: Plan) -> list[str]:
         f"MTP modules ({m.num_nextn_predict_layers})": m.num_nextn_predict_layers > 0 and t.mtp_loss_coef > 0,
         f"dense state sharded over {s.dense.fsdp}": s.dense.fsdp > 1,
         f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,
+        f"tensors and rows split over {s.dense.tensor_parallel}": s.dense.tensor_parallel > 1,
+        f"experts split over {s.experts.expert_tensor_parallel}": s.experts.expert_tensor_parallel > 1,
         f"Ulysses over {s.attention.context_parallel}": s.attention.context_parallel > 1,
         f"experts over {s.experts.expert_parallel}": s.experts.expert_parallel > 1,
         f"expert state sharded over {s.experts.expert_fsdp}": s.experts.expert_fsdp > 1,
@@ -96,6 +98,8 @@ def _ranks(strategy: Strategy, max_ranks: int) -> int:
     """1, 2, or 4 where a degree lies between one and all ranks."""
     degrees = (
         strategy.dense.fsdp,
+        strategy.dense.tensor_parallel,
+        strategy.experts.expert_tensor_parallel,
         strategy.attention.context_parallel,
         strategy.experts.expert_parallel,
         strategy.vocabulary.vocab_parallel,
@@ -112,8 +116,12 @@ def _degrees(strategy: Strategy, ranks: int) -> Strategy:
     def scaled(degree: int) -> int:
         return 1 if degree == 1 else ranks if degree == strategy.world_size else min(2, ranks)
 
-    experts = scaled(strategy.experts.expert_parallel)
-    replicas, shard = ranks // experts, strategy.experts.expert_fsdp
+    vocabulary = scaled(strategy.vocabulary.vocab_parallel)
+    tensor, split = scaled(strategy.dense.tensor_parallel), scaled(strategy.experts.expert_tensor_parallel)
+    experts = min(scaled(strategy.experts.expert_parallel), ranks // split)
+    holders, dense = ranks // tensor, strategy.dense.fsdp
+    every = dense * strategy.dense.tensor_parallel == strategy.stage_ranks
+    replicas, shard = ranks // (experts * split), strategy.experts.expert_fsdp
     if shard == strategy.expert_replicas:
         shard = replicas
     else:
@@ -122,10 +130,19 @@ def _degrees(strategy: Strategy, ranks: int) -> Strategy:
         strategy,
         world_size=ranks,
         micro_batch=min(strategy.micro_batch, 2),
-        dense=replace(strategy.dense, fsdp=scaled(strategy.dense.fsdp)),
-        attention=replace(strategy.attention, context_parallel=scaled(strategy.attention.context_parallel)),
-        experts=replace(strategy.experts, expert_parallel=experts, expert_fsdp=shard),
-        vocabulary=replace(strategy.vocabulary, vocab_parallel=scaled(strategy.vocabulary.vocab_parallel)),
+        dense=replace(
+            strategy.dense, tensor_parallel=tensor, fsdp=holders if every else min(scaled(dense), holders)
+        ),
+        attention=replace(
+            strategy.attention, context_parallel=min(scaled(strategy.attention.context_parallel), holders)
+        ),
+        experts=replace(
+            strategy.experts, expert_parallel=experts, expert_tensor_parallel=split, expert_fsdp=shard
+        ),
+        vocabulary=replace(
+            strategy.vocabulary,
+            vocab_parallel=tensor if strategy.vocabulary.loss == "vocab_parallel" else vocabulary,
+        ),
         precision=_float64(strategy.precision),
     )
 
@@ -171,7 +188,7 @@ def _vocabulary(plan: Plan, strategy: Strategy, num_tokens: int) -> int:
     return max(strategy.vocabulary.vocab_parallel * rows + 1, 17)
 
 
-def _model(model: ModelSpec, vocab_size: int) -> ModelSpec:
+def _model(model: ModelSpec, vocab_size: int, tensor: int) -> ModelSpec:
     moe, dense = model.num_moe_layers > 0, model.num_dense_layers > 0
     heads, kv, latent = model.num_attention_heads, model.num_key_value_heads, model.attention == "mla"
     sizes: dict[str, int] = {name: size for name, size in _LATENT.items() if latent and getattr(model, name)}
@@ -182,7 +199,7 @@ def _model(model: ModelSpec, vocab_size: int) -> ModelSpec:
         hidden_size=_HIDDEN,
         num_hidden_layers=3 if moe and dense else 2,
         num_attention_heads=_HEADS,
-        num_key_value_heads=_HEADS if kv == heads or latent else min(kv, 2),
+        num_key_value_heads=_HEADS if kv == heads or latent else max(min(kv, 2), tensor),
         head_dim=_LATENT_DIM if latent else _HEAD_DIM,
         sliding_window=min(model.sliding_window, _WINDOW),
         swiglu_limit=_LIMIT if model.swiglu_limit else 0.0,

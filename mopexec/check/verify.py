@@ -144,15 +144,12 @@ def targets_of(tokens: Tensor, documents: Documents) -> Tensor:
 def _batches(plan: Plan, tokens: Tensor, documents: Documents, job: RankJob) -> list[Batch]:
     """This rank's microbatches of the global batch, as the feed would cut them."""
     strategy, training = plan.strategy, plan.training
-    groups = layout.groups(
-        strategy.world_size, strategy.attention.context_parallel, strategy.attention.rank_placement
-    )
-    members = layout.group_containing(groups, job.rank)
-    start, stop = layout.interval(training.seq_len, len(members), members.index(job.rank))
+    place = layout.place(strategy, job.rank)
+    start, stop = layout.interval(training.seq_len, strategy.attention.context_parallel, place.context)
     found, targets, device = [], targets_of(tokens, documents), job.platform.device
     counted = int((targets >= 0).sum())
     for index in range(training.num_microbatches(strategy)):
-        first = (index * strategy.data_groups + groups.index(members)) * strategy.micro_batch
+        first = (index * strategy.data_groups + place.data) * strategy.micro_batch
         rows = slice(first, first + strategy.micro_batch)
         mine, next_ones = (values[rows, start:stop].contiguous().to(device) for values in (tokens, targets))
         found.append(Batch(mine, next_ones, counted, documents[rows]))

@@ -75,7 +75,7 @@ def build_mesh(strategy: Strategy, platform: Platform) -> Mesh:
     degree, order = strategy.vocabulary.vocab_parallel, strategy.vocabulary.rank_placement
 
     def axis(all_groups: Sequence[Sequence[int]]) -> Group:
-        return _make(all_groups, rank, platform)
+        return make_group(all_groups, rank, platform)
 
     return Mesh(
         rank=rank,
@@ -97,7 +97,7 @@ def _across(copies: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(place) for place in zip(*copies, strict=True)]
 
 
-def _make(all_groups: Sequence[Sequence[int]], rank: int, platform: Platform) -> Group:
+def make_group(all_groups: Sequence[Sequence[int]], rank: int, platform: Platform) -> Group:
     """This rank's group of one axis; every rank makes every group, as torch.distributed asks."""
     mine: Group | None = None
     for ranks in all_groups:

@@ -1,7 +1,8 @@
 """The attention block: grouped-query or multi-head latent projections, rotary positions, core, output."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ DeepSeek-V2 and V3)."""
 
 
 class Attention(nn.Module):
-    """Causal attention of one layer. `core` may be replaced (sequence parallelism)."""
+    """Causal attention of one layer. `core` may be replaced (sequence parallelism), and `rows` (tensor
+    parallelism)."""
 
     def __init__(self, spec: ModelSpec, layer: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -34,12 +36,13 @@ class Attention(nn.Module):
         if spec.attention_sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads, dtype=dtype, device=device))
         self.core: AttentionCore = causal_attention
+        self.rows: Rows = _Own()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents = ()) -> Tensor:
         """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions, [B, ..] with
         documents.
         """
-        q, k, v = project(self.spec, dict(self.named_parameters()), x, cos, sin)
+        q, k, v = project(self.spec, dict(self.named_parameters()), x, cos, sin, self.rows)
         out = self.core(q, k, v, replace(self.what, documents=documents), self.sinks)
         del q, k, v
         result: Tensor = self.o_proj(out.flatten(2))
@@ -82,22 +85,41 @@ def _add_latent(block: nn.Module, spec: ModelSpec, dtype: torch.dtype, device: t
 Weights = Mapping[str, Tensor]
 
 
+class Rows(Protocol):
+    """Which rows the projections of a block take: its own, or those of more ranks."""
+
+    def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> Iterator[Tensor]:
+        """x [B, s, in] times each of the named weights, with its bias where it has one."""
+
+    def whole(self, x: Tensor) -> Tensor:
+        """x [B, s, .] as the rows of a product."""
+
+
+class _Own:
+    """Rows as they are, one product after the other."""
+
+    def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> Iterator[Tensor]:
+        return (_product(weights, name, x) for name in names)
+
+    def whole(self, x: Tensor) -> Tensor:
+        return x
+
+
 def project(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, rows: Rows | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries [B, S, heads, d] and keys [B, S, kv_heads, d], and values, of normed x [B, S, H].
 
-    weights: of the block, by their names in it.
+    weights: of the block, by their names in it; of as many heads as they have.
     """
-    return (_latent if spec.attention == "mla" else _grouped)(spec, weights, x, cos, sin)
+    return (_latent if spec.attention == "mla" else _grouped)(spec, weights, x, cos, sin, rows or _Own())
 
 
 def _grouped(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = []
-    for name in "qkv":
-        rows = _product(weights, f"{name}_proj", x)
+    for name, rows in zip("qkv", source.products(weights, ("q_proj", "k_proj", "v_proj"), x), strict=True):
         norm = weights.get(f"{name}_norm.weight")
         if norm is not None and spec.qk_norm == "full":
             rows = F.rms_norm(rows, norm.shape, norm, spec.rms_norm_eps)
@@ -110,22 +132,25 @@ def _grouped(
 
 
 def _latent(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, and keys and values from a latent that they share; one rotated key part for all heads (arXiv
     2405.04434, 2.1).
     """
-    nope, rope, heads = spec.qk_nope_head_dim, spec.qk_rope_head_dim, spec.num_attention_heads
+    nope, rope = spec.qk_nope_head_dim, spec.qk_rope_head_dim
     if spec.q_lora_rank:
         low = _normed(weights, "q_a_norm", _product(weights, "q_a_proj", x))
-        q = _product(weights, "q_b_proj", low)
+        q = next(source.products(weights, ("q_b_proj",), low))
     else:
-        q = _product(weights, "q_proj", x)
-    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split((nope, rope), dim=-1)  # type: ignore[no-untyped-call]
+        q = next(source.products(weights, ("q_proj",), x))
+    q = q.unflatten(-1, (-1, spec.head_dim))  # type: ignore[no-untyped-call]
+    q_nope, q_rope = torch.split(q, [nope, rope], dim=-1)
     latent, k_rope = torch.split(_product(weights, "kv_a_proj", x), [spec.kv_lora_rank, rope], dim=-1)
-    both = _product(weights, "kv_b_proj", _normed(weights, "kv_a_norm", latent))
-    k_nope, v = both.unflatten(-1, (heads, -1)).split((nope, spec.v_head_dim), dim=-1)  # type: ignore[no-untyped-call]
-    k_rope = rotate(k_rope[:, :, None], cos, sin, spec.rope_interleave).expand(-1, -1, heads, -1)
+    both = next(source.products(weights, ("kv_b_proj",), _normed(weights, "kv_a_norm", latent)))
+    both = both.unflatten(-1, (-1, nope + spec.v_head_dim))  # type: ignore[no-untyped-call]
+    k_nope, v = torch.split(both, [nope, spec.v_head_dim], dim=-1)
+    k_rope = rotate(source.whole(k_rope)[:, :, None], cos, sin, spec.rope_interleave)
+    k_rope = k_rope.expand(-1, -1, q.shape[2], -1)
     q = torch.cat((q_nope, rotate(q_rope, cos, sin, spec.rope_interleave)), dim=-1)
     return q, torch.cat((k_nope, k_rope), dim=-1), v.contiguous()  # the view would keep keys alive too
 

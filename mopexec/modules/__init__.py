@@ -1,1 +1,1 @@
-"""The `fully_shard` runtime: torch modules under FSDP2."""
+"""The runtimes of torch modules under autograd: `fully_shard` (FSDP2), and `split_modules` (ZeRO-1)."""

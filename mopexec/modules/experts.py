@@ -53,7 +53,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
+        ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None
     ) -> Tensor:
         ctx.received, ctx.sent, ctx.group = received, sent, group
         return _exchange(x, received, sent, group)
@@ -64,14 +64,20 @@ class _AllToAll(torch.autograd.Function):
             return _exchange(grads[0].contiguous(), ctx.sent, ctx.received, ctx.group), None, None, None
 
 
-def _exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None) -> Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
     collectives.all_to_all_single(out, x, received, sent, group=group)
     return out
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """`function.apply`, typed."""
     return cast(Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
+
+
+def permute(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Rows [R, H] in the order `index`, differentiable."""
+    return apply(_Permute, rows, index, inverse)
 
 
 class ExpertDispatch:
@@ -81,8 +87,11 @@ class ExpertDispatch:
     Python int.
     """
 
-    def __init__(self, routing: Routing, num_experts: int, degree: int, group: dist.ProcessGroup) -> None:
-        self._routing, self._num_experts, self._degree, self._group = routing, num_experts, degree, group
+    def __init__(
+        self, routing: Routing, num_experts: int, degree: int, group: dist.ProcessGroup | None, place: int
+    ) -> None:
+        self._routing, self._num_experts, self._degree = routing, num_experts, degree
+        self._group, self._place = group, place
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, module: nn.Module) -> Tensor:
         """x [N, H], experts and weights [N, top_k] to the weighted sum of the experts' outputs [N, H]."""
@@ -91,19 +100,19 @@ class ExpertDispatch:
             mine, theirs = self._counts(experts)
             sent, received = [sum(counts) for counts in mine], [sum(counts) for counts in theirs]
             order, inverse = _sorting(experts.flatten())
-            rows = _apply(_Spread, x, order, inverse, top_k)
-            by_expert = _by_expert(theirs, x.device)
+            rows = apply(_Spread, x, order, inverse, top_k)
+            grouped = by_expert(theirs, x.device)
             if self._degree > 1:
-                rows = _apply(_AllToAll, rows, received, sent, self._group)
-            if by_expert is not None:
-                rows = _apply(_Permute, rows, *by_expert)
+                rows = apply(_AllToAll, rows, received, sent, self._group)
+            if grouped is not None:
+                rows = permute(rows, *grouped)
         rows = module(rows, [sum(counts) for counts in zip(*theirs, strict=True)])
         with category("dispatch"):
-            if by_expert is not None:
-                rows = _apply(_Permute, rows, *reversed(by_expert))
+            if grouped is not None:
+                rows = permute(rows, *reversed(grouped))
             if self._degree > 1:
-                rows = _apply(_AllToAll, rows, sent, received, self._group)
-            rows = _apply(_Permute, rows, inverse, order)  # the name is reused: what came back is freed here
+                rows = apply(_AllToAll, rows, sent, received, self._group)
+            rows = permute(rows, inverse, order)  # the name is reused: what came back is freed here
             by_token = rows.view(num_tokens, top_k, -1)
             return torch.bmm(weights.to(by_token.dtype)[:, None, :], by_token).squeeze(1)
 
@@ -115,7 +124,7 @@ class ExpertDispatch:
             num_tokens, top_k = experts.shape
             counts = routing_counts(self._routing.profile, num_tokens, 1, 0, self._num_experts, top_k)
             mine = [list(counts[place * local : (place + 1) * local]) for place in range(self._degree)]
-            return mine, [mine[dist.get_rank(self._group)]] * self._degree
+            return mine, [mine[self._place]] * self._degree
         sent = torch.bincount(experts.flatten(), minlength=self._num_experts)
         if self._degree == 1:
             both = [sent.tolist()]
@@ -134,7 +143,7 @@ def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
     return order.to(torch.int32), inverse
 
 
-def _by_expert(counts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor] | None:
+def by_expert(counts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Order (and inverse) that turns rows in blocks [rank][expert] of counts rows into blocks [expert][rank].
 
     None where the two are the same.

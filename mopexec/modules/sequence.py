@@ -10,7 +10,6 @@ from torch import Tensor
 from mopexec.data.dataset import IGNORED
 from mopexec.distributed import collectives
 from mopexec.model.attention_core import Core, causal_attention
-from mopexec.modules.groups import FsdpGroups
 
 
 class UlyssesAttention:
@@ -19,7 +18,7 @@ class UlyssesAttention:
     KV heads are replicated where there are fewer of them than ranks.
     """
 
-    def __init__(self, degree: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, degree: int, group: dist.ProcessGroup | None) -> None:
         self._degree, self._group = degree, group
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None) -> Tensor:
@@ -43,7 +42,7 @@ class _Trade(torch.autograd.Function):
     """[B, S/D, heads, d] to [B, S, heads/D, d] (to_heads) or the inverse, which is also the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, degree: int, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, degree: int, group: dist.ProcessGroup | None, to_heads: bool) -> Tensor:
         ctx.inverse = (degree, group, not to_heads)
         return trade(x, degree, group, to_heads)
 
@@ -52,7 +51,7 @@ class _Trade(torch.autograd.Function):
         return trade(grads[0], *ctx.inverse), None, None, None
 
 
-def trade(x: Tensor, degree: int, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+def trade(x: Tensor, degree: int, group: dist.ProcessGroup | None, to_heads: bool) -> Tensor:
     """One all-to-all between slices of the sequence (dimension 1) and slices of the heads (dimension 2)."""
     from_dim, to_dim = (2, 1) if to_heads else (1, 2)
     sent = torch.stack(x.chunk(degree, dim=from_dim))
@@ -62,14 +61,14 @@ def trade(x: Tensor, degree: int, group: dist.ProcessGroup, to_heads: bool) -> T
     return torch.cat(received.unbind(0), dim=to_dim)
 
 
-def following_tokens(targets: Tensor, depth: int, groups: FsdpGroups) -> Tensor:
+def following_tokens(
+    targets: Tensor, depth: int, degree: int, place: int, group: dist.ProcessGroup | None
+) -> Tensor:
     """Targets [B, s] of this rank's positions and `depth` more, of the ranks after it: [B, s + depth];
-    IGNORED beyond the sequence's end.
+    IGNORED beyond the sequence's end. This rank is at `place` of the `degree` that share the sequence.
     """
     batch, seq = targets.shape
     ends = targets.new_full((batch, depth), IGNORED)
-    group, place = groups.sequence_group, groups.sequence_place
-    degree = dist.get_world_size(group)
     if degree > 1:
         everyone = targets.new_empty((degree, batch, seq))
         collectives.all_gather_single(everyone.view(-1, seq), targets.contiguous(), group)

@@ -63,7 +63,7 @@ def build_model(
                 model.head.weight = model.embedding.weight
             _fill(model, groups, source)
         fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
-    _reset_routers(model, platform, source)
+    reset_routers(model, platform, source)
     _tune(model, strategy)
     return model
 
@@ -100,8 +100,9 @@ def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups) -> None:
             own = stack[: stack.shape[0] // strategy.experts.expert_parallel].detach()
             setattr(layer.moe.experts, name, torch.nn.Parameter(own.contiguous()))
         layer.moe.dispatch = ExpertDispatch(
-            model.routing, model.spec.num_local_experts, strategy.experts.expert_parallel, groups.expert_group
-        )
+            model.routing, model.spec.num_local_experts, strategy.experts.expert_parallel,
+            groups.expert_group, groups.expert_place,
+        )  # fmt: skip
 
 
 def _auxiliary(plan: Plan, groups: FsdpGroups) -> Auxiliary:
@@ -136,7 +137,8 @@ def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -
     def forward(tokens: Tensor, targets: Tensor, scale: float, documents: Documents = ()) -> Tensor:
         following = targets
         if len(model.mtp):
-            following = following_tokens(targets, len(model.mtp), groups)
+            sequence = (strategy.attention.context_parallel, groups.sequence_place, groups.sequence_group)
+            following = following_tokens(targets, len(model.mtp), *sequence)
         start = groups.sequence_place * seq
         return cast(Tensor, head(model.terms(tokens, following, start, scale, documents)))
 
@@ -221,7 +223,7 @@ def _prefetch(model: Any, depth: int) -> None:
             inner.set_modules_to_backward_prefetch([inner])
 
 
-def _reset_routers(model: Any, platform: Platform, source: Source) -> None:
+def reset_routers(model: Any, platform: Platform, source: Source) -> None:
     """Balance biases start at zero or as in the source, loads at zero, on the device."""
     for name, module in model.named_modules():
         if isinstance(module, Router):

@@ -46,6 +46,10 @@ def build(
         from mopexec.modules.fully_shard import build as build_fully_shard
 
         return build_fully_shard(plan, platform, routing=routing, source=source)
+    if plan.stack.runtime == "split_modules":
+        from mopexec.modules.split_modules import build as build_split_modules
+
+        return build_split_modules(plan, platform, routing=routing, source=source)
     return build_flat_units(plan, platform, routing=routing, source=source)
 
 

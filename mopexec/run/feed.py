@@ -17,10 +17,8 @@ class Feed:
 
     def __init__(self, plan: Plan, dataset: TokenDataset, rank: int, device: torch.device) -> None:
         strategy, training = plan.strategy, plan.training
-        degree = strategy.attention.context_parallel
-        all_groups = layout.groups(strategy.world_size, degree, strategy.attention.rank_placement)
-        members = layout.group_containing(all_groups, rank)
-        self.group, self.place = all_groups.index(members), members.index(rank)
+        mine, degree = layout.place(strategy, rank), strategy.attention.context_parallel
+        self.group, self.place = mine.data, mine.context
         self.start, self.stop = layout.interval(training.seq_len, degree, self.place)
         self.global_batch, self.micro_batch = training.global_batch, strategy.micro_batch
         self.data_groups, self.num_microbatches = strategy.data_groups, training.num_microbatches(strategy)

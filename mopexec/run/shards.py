@@ -8,7 +8,6 @@ Names: `PARAM.value` (master weights where there are any, else the parameter), `
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -81,21 +80,27 @@ def of_dtensor(value: DTensor) -> FlatShards:
     """This rank's block of a DTensor as pieces of its flat order: one for each run of contiguous rows."""
     local, shape = value.to_local(), tuple(value.shape)
     block, offsets = compute_local_shape_and_global_offset(shape, value.device_mesh, value.placements)
-    pieces = [Piece(start, values) for start, values in _runs(local, shape, tuple(block), tuple(offsets))]
+    flat = local.view(-1)
+    pieces = [
+        Piece(start, flat.narrow(0, at, count))
+        for start, at, count in runs_within(shape, tuple(block), tuple(offsets), 0, local.numel())
+    ]
     return FlatShards.of(pieces, math.prod(shape), local)
 
 
-def _runs(
-    local: Tensor, shape: tuple[int, ...], block: tuple[int, ...], offsets: tuple[int, ...]
-) -> Iterator[tuple[int, Tensor]]:
-    """(global start, flat view) of each contiguous run of `block` at `offsets` in a tensor of `shape`."""
-    if not local.numel():
-        return
+def runs_within(
+    shape: tuple[int, ...], block: tuple[int, ...], offsets: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
+    """(place in the whole flat order, place in the block's, elements) of each contiguous run of the elements
+    [start, stop) of a `block` at `offsets` in a tensor of `shape`.
+    """
     cut = max((dim for dim in range(len(shape)) if block[dim] != shape[dim]), default=0)
     inner = math.prod(shape[cut + 1 :])
-    flat = local.view(-1, block[cut] * inner)
-    for row, leading in enumerate(product(*(range(n) for n in block[:cut]))):
-        place = 0
-        for dim, at in enumerate(leading):
-            place = place * shape[dim] + offsets[dim] + at
-        yield (place * shape[cut] + offsets[cut]) * inner, flat[row]
+    length = block[cut] * inner
+    for row in range(start // length, -(-stop // length)) if start < stop else ():
+        place, rest = 0, row
+        for dim in reversed(range(cut)):
+            rest, at = divmod(rest, block[dim])
+            place += (offsets[dim] + at) * math.prod(shape[dim + 1 :])
+        first, last = max(start, row * length), min(stop, (row + 1) * length)
+        yield place + offsets[cut] * inner + first - row * length, first, last - first

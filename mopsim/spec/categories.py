@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-Runtime = Literal["flat_units", "fully_shard"]
+Runtime = Literal["flat_units", "fully_shard", "split_modules"]
 RUNTIMES: tuple[str, ...] = get_args(Runtime)
 
 CATEGORIES = (

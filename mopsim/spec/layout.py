@@ -1,9 +1,10 @@
 """Sharding arithmetic that both packages use, once: groups, shards, chunks, buckets, offloading."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mopsim.common.errors import require
-from mopsim.spec.strategy import Order
+from mopsim.spec.strategy import Order, Strategy
 
 MOST_MICROBATCHES, MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**12, 2**12
 """Pieces that a batch, the tokens of a rank or its parameters may be cut into: more is a slip of the pen, and
@@ -33,9 +34,28 @@ def split(ranks: Sequence[int], size: int) -> list[list[int]]:
     return [list(ranks[i : i + size]) for i in range(0, len(ranks), size)]
 
 
-def group_containing(all_groups: Sequence[Sequence[int]], rank: int) -> list[int]:
-    """The group that `rank` belongs to."""
-    return next(list(group) for group in all_groups if rank in group)
+@dataclass(frozen=True)
+class Place:
+    """Where a rank works: stage of the pipeline, data group of the stage, part of its sequences, and place
+    among the ranks that split a tensor.
+    """
+
+    stage: int
+    data: int
+    context: int
+    tensor: int
+
+
+def place(strategy: Strategy, rank: int) -> Place:
+    """The rank's place: stages are runs of ranks; in a stage the ranks of a sequence form groups as
+    `attention.rank_placement` says, in which those that split a tensor are neighbours.
+    """
+    stage, inside = divmod(rank, strategy.stage_ranks)
+    tensor, order = strategy.dense.tensor_parallel, strategy.attention.rank_placement
+    sequences = groups(strategy.stage_ranks, strategy.attention.context_parallel * tensor, order)
+    data, members = next((i, group) for i, group in enumerate(sequences) if inside in group)
+    context, split_at = divmod(members.index(inside), tensor)
+    return Place(stage, data, context, split_at)
 
 
 def interval(total: int, parts: int, index: int) -> tuple[int, int]:

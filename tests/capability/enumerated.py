@@ -30,7 +30,7 @@ REPRESENTATIVE: dict[str, tuple[Any, ...]] = {
     "strategy.experts.capacity": (1.0, 1.5),
     "strategy.experts.threshold": (1.0, 50.0),
     "strategy.experts.min_rows": (1, 100_000),
-    "strategy.stack": ("mopexec-flat", "mopexec-fsdp2", "megatron-core"),
+    "strategy.stack": ("mopexec-flat", "mopexec-fsdp2", "mopexec-split", "megatron-core"),
     "model.dropout": (0.0, 0.1),
     "model.rms_norm_eps": (1e-6, 1e-5),
     "model.sliding_window": (0, 16),

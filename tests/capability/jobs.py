@@ -86,6 +86,13 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
             megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=4, recompute="selective"),
         ),
         "megatron, context": ("moe", megatron(8, context_parallel=2, expert_parallel=2, recompute="full")),
+        "split": (
+            "moe",
+            replace(
+                megatron(8, tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2),
+                stack="mopexec-split",
+            ),
+        ),
         "megatron, latent": (
             "latent",
             megatron(8, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2),

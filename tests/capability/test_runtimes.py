@@ -35,6 +35,7 @@ NOUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "zero_offload": (("strategy",),),
     "fsdp2": (("strategy",), ("model",), ("training",)),
     "fsdp2, offloaded": (("strategy",),),
+    "split": (("strategy",), ("model", "training")),
 }
 """What is varied of which job, test by test. fully_shard plays on fake tensors, a second each: one value a
 field."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from mopexec.distributed.tiers import Platform
 from mopexec.flat import rows
 from mopexec.model import Routing, Transformer, init_weights
+from mopexec.model.auxiliary import Auxiliary
+from mopexec.model.moe import Router
 from mopexec.run import apply
 from mopexec.run.runner import Batch
 from mopsim.spec import layout
@@ -28,16 +30,13 @@ def make_tokens(plan: Plan, step: int) -> Tensor:
 def my_batches(plan: Plan, tokens: Tensor, rank: int, device: torch.device) -> list[Batch]:
     """This rank's microbatches out of a global batch: data group g takes its run of sequences."""
     strategy = plan.strategy
-    degree = strategy.attention.context_parallel
-    groups = layout.groups(strategy.world_size, degree, strategy.attention.rank_placement)
-    data, group = next((i, group) for i, group in enumerate(groups) if rank in group)
-    place, part = group.index(rank), plan.training.seq_len // degree
+    place, part = layout.place(strategy, rank), plan.training.seq_len // strategy.attention.context_parallel
     found = []
     for index in range(plan.training.num_microbatches(strategy)):
-        first = (index * strategy.data_groups + data) * strategy.micro_batch
+        first = (index * strategy.data_groups + place.data) * strategy.micro_batch
         sequences = tokens[first : first + strategy.micro_batch]
         inputs, targets = sequences[:, :-1], sequences[:, 1:]
-        window = slice(place * part, (place + 1) * part)
+        window = slice(place.context * part, (place.context + 1) * part)
         found.append(
             Batch(inputs[:, window].contiguous().to(device), targets[:, window].contiguous().to(device))
         )
@@ -50,14 +49,14 @@ class Reference:
     def __init__(self, plan: Plan, routing: str, device: torch.device) -> None:
         self.plan = plan
         strategy = plan.strategy
-        choice = (
-            Routing()
-            if routing == "learned"
-            else Routing(plan.training.routing, strategy.micro_batch, strategy.attention.context_parallel)
-        )
+        slices = strategy.attention.context_parallel * strategy.dense.tensor_parallel
+        profile = Routing(plan.training.routing, strategy.micro_batch, slices)
+        choice = Routing() if routing == "learned" else profile
         self.model = Transformer(plan.model, getattr(torch, strategy.precision.compute), device, choice)
         init_weights(self.model, 7)
         training = plan.training
+        weights = (training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
+        self.model.set_auxiliary(Auxiliary(*weights))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=training.learning_rate, betas=(training.beta1, training.beta2),
             eps=training.eps, weight_decay=training.weight_decay,
@@ -69,7 +68,7 @@ class Reference:
         training = self.plan.training
         count = training.global_batch * training.seq_len
         self.optimizer.zero_grad()
-        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous()) / count
+        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous(), scale=1 / count)
         loss.backward()
         self.gradients = {
             name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
@@ -80,14 +79,24 @@ class Reference:
             self.model.update_balance(training.bias_update_rate)
         return loss.item(), norm.item()
 
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor) -> float:
+        """The mean loss as the model is now, its routers' counts as they were."""
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        loads = [router.load.clone() for router in routers]
+        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous()) / tokens[:, 1:].numel()
+        for router, load in zip(routers, loads, strict=True):
+            router.load.copy_(load)
+        return loss.item()
 
-def compare(platform: Platform, plan: Plan, routing: Any) -> dict[str, float]:
-    """Largest relative differences over two steps: of loss, gradient norm, each gradient and each weight."""
+
+def compare(platform: Platform, plan: Plan, routing: Any, steps: int = STEPS) -> dict[str, float]:
+    """Largest relative differences over some steps: of loss, gradient norm, each gradient and each weight."""
     rank = int(os.environ["RANK"])
     runner = apply.build(plan, platform, routing=routing, seed=7)
     reference = Reference(plan, routing, platform.device)
     worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
-    for step in range(STEPS):
+    for step in range(steps):
         tokens = make_tokens(plan, step)
         result = runner.step(my_batches(plan, tokens, rank, platform.device))
         loss, norm = reference.step(tokens.to(platform.device))

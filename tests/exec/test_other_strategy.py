@@ -25,11 +25,20 @@ def fsdp2_plan(world_size, **options):
     )
 
 
+def split_plan(world_size, **options):
+    strategy = msgspec.structs.replace(
+        strategies.megatron(world_size, dtype="float64", **options), stack="mopexec-split"
+    )
+    stack = load_stack(strategy.stack)
+    return msgspec.structs.replace(small_plan(warmup_steps=2), strategy=stack.resolve(strategy), stack=stack)
+
+
 def test_the_losses_go_on_as_if_undisturbed(tmp_path):
     inputs = write_inputs(tmp_path)
     plans = [
         in_float64(small_plan(2, warmup_steps=2)),
         fsdp2_plan(4, expert_parallel=2, recompute="full"),
+        split_plan(2, tensor_parallel=2, expert_tensor_parallel=2),
         in_float64(small_plan(1, warmup_steps=2)),
     ]
     out, whole = tmp_path / "parts", tmp_path / "whole"
@@ -39,5 +48,5 @@ def test_the_losses_go_on_as_if_undisturbed(tmp_path):
         done = train(inputs, out, "--steps", str(2 * number + 2), *resume)
         assert done.returncode == 0, done.stderr
     io.write_yaml(inputs / "plan.yaml", plans[0])
-    assert train(inputs, whole, "--steps", "6").returncode == 0
+    assert train(inputs, whole, "--steps", "8").returncode == 0
     assert losses(out) == pytest.approx(losses(whole), rel=1e-9)

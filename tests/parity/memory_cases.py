@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import msgspec
+
 from mopsim import strategies
 from mopsim.common import io
 from mopsim.spec.model import ModelSpec
@@ -48,6 +50,12 @@ def cases(world: int) -> dict[str, Plan]:
             strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world
         ),
         "zero_offload": _plan(strategies.zero_offload(world, expert_parallel=2)),
+        "split": _plan(
+            msgspec.structs.replace(
+                strategies.megatron(world, tensor_parallel=2, expert_parallel=2, recompute="full"),
+                stack="mopexec-split",
+            )
+        ),
         "fsdp2": _plan(strategies.fsdp2(world, **fsdp)),
         "fsdp2_skewed": _plan(strategies.fsdp2(world, **fsdp), "60/3"),
         "fsdp2_offload": _plan(strategies.fsdp2(world, **fsdp, offload=True, prefetch=2)),
@@ -60,12 +68,12 @@ def cases(world: int) -> dict[str, Plan]:
 
 def trained(world: int) -> dict[str, Plan]:
     """The plans that are trained for real: on four ranks those where more than two do something else."""
-    wide = ("mop", "mop_skewed", "mop_replicas", "zero_offload", "fsdp2", "fsdp2_offload")
+    wide = ("mop", "mop_skewed", "mop_replicas", "zero_offload", "split", "fsdp2", "fsdp2_offload")
     return {name: plan for name, plan in cases(world).items() if world == 2 or name in wide}
 
 
 def _plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:
-    ranks = strategy.world_size
+    ranks, strategy = strategy.world_size, load_stack(strategy.stack).resolve(strategy)
     smallest = strategy.data_groups * strategy.micro_batch
     return Plan(
         model=MODEL,

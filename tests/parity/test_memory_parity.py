@@ -4,6 +4,7 @@ Nothing is fitted: both start from the same plan. The second step counts, when o
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,7 +21,7 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, mop, zero_offload
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.parity.memory_cases import cases
 from tests.sim.toys import machine, small
 
@@ -91,6 +92,19 @@ def test_demo_sized_models(index: int) -> None:
     strategy = DEMO[index]
     training = TrainSpec(seq_len=8192, global_batch=2 * strategy.data_groups)
     _check(SMALL, strategy, training, 0.01)
+
+
+SPLIT = [
+    {"tensor_parallel": 2, "expert_parallel": 2},
+    {"tensor_parallel": 2, "context_parallel": 2, "context_exchange": "ulysses", "expert_parallel": 2},
+]
+
+
+@pytest.mark.parametrize("options", SPLIT, ids=str)
+def test_split_tensors(options: dict[str, Any]) -> None:
+    strategy = msgspec.structs.replace(megatron(4, **options), stack="mopexec-split")
+    strategy = load_stack(strategy.stack).resolve(strategy)
+    _check(SMALL, strategy, TrainSpec(seq_len=8192, global_batch=2 * strategy.data_groups), 0.01)
 
 
 LATENT = msgspec.structs.replace(

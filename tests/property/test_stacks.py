@@ -47,11 +47,14 @@ def test_every_stack_plays_a_family_or_refuses_it_by_name(name: str) -> None:
     assert all(field.startswith(("strategy.", "stack.")) for field in refused.values()), refused
 
 
+RUN = (mop(2), fsdp2(2), zero_offload(2), megatron(2, tensor_parallel=2))
+
+
 @pytest.mark.parametrize("name", list_stacks())
 def test_mopexec_runs_its_own_stacks_only(name: str) -> None:
     tiny = load_model("tiny")
-    found = [runnable(one, tiny, stack=load_stack(name)) for one in (mop(2), fsdp2(2), zero_offload(2))]
-    own = name in ("mopexec-flat", "mopexec-fsdp2")
+    found = [runnable(one, tiny, stack=load_stack(name)) for one in RUN]
+    own = name in ("mopexec-flat", "mopexec-fsdp2", "mopexec-split")
     assert (None in found) == own
     if not own:
         assert {error.field for error in found if error} == {"stack.runtime"}

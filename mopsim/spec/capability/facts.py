@@ -12,15 +12,18 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
-Side = Literal["simulator", "flat_units", "fully_shard", "torchtitan", "megatron-bridge", "deepspeed"]
+Side = Literal[
+    "simulator", "flat_units", "fully_shard", "split_modules", "torchtitan", "megatron-bridge", "deepspeed"
+]  # fmt: skip
 SIDES: tuple[Side, ...] = get_args(Side)
-RUNTIMES: tuple[Side, ...] = ("flat_units", "fully_shard")
+RUNTIMES: tuple[Side, ...] = ("flat_units", "fully_shard", "split_modules")
 EXPORTS: tuple[Side, ...] = ("torchtitan", "megatron-bridge", "deepspeed")
 
 DOES: dict[Side, str] = {
     "simulator": "simulated",
     "flat_units": "run by flat_units",
     "fully_shard": "run by fully_shard",
+    "split_modules": "run by split_modules",
     "torchtitan": "in TorchTitan",
     "megatron-bridge": "in Megatron-Bridge",
     "deepspeed": "in DeepSpeed",
@@ -117,6 +120,7 @@ def row(
     mopexec: Cell = ALL,
     flat_units: Cell | None = None,
     fully_shard: Cell | None = None,
+    split_modules: Cell | None = None,
     exports: Cell = ALL,
     torchtitan: Cell | None = None,
     megatron_bridge: Cell | None = None,
@@ -128,6 +132,7 @@ def row(
             "simulator": simulator,
             "flat_units": flat_units or mopexec,
             "fully_shard": fully_shard or mopexec,
+            "split_modules": split_modules or mopexec,
             "torchtitan": torchtitan or exports,
             "megatron-bridge": megatron_bridge or exports,
             "deepspeed": deepspeed or exports,

@@ -15,9 +15,26 @@ from mopsim.spec.capability.facts import (
     slices,
     whole_steps,
 )
+from mopsim.spec.capability.runtimes import (
+    boundaries_need_recompute,
+    exchange_of_heads,
+    gradients_no_wider,
+    heads_over_ranks,
+    host_updates_masters,
+    offloads_together,
+    one_state_dtype,
+    products_in_compute,
+    ring_has_rows,
+    shards_of_a_slice,
+    split_experts,
+    split_head,
+    split_heads,
+    state_of_main_gradients,
+    unless,
+    updates_where_state_is,
+)
 from mopsim.spec.capability.software import software_is_the_runtimes, updates_beside_gathers
 from mopsim.spec.categories import MODULES
-from mopsim.spec.layout import interval
 from mopsim.spec.presets import list_models, load_model
 
 Rule = Callable[[Job, Side], Iterator[SpecError]]
@@ -36,85 +53,6 @@ def auto_ep(name: str) -> str | None:
     return next((preset for start, preset in AUTO_EP.items() if name.startswith(start)), None)
 
 
-def _unless(holds: bool, job: Job, field: str, rule: str) -> Iterator[SpecError]:
-    """The error of `strategy.field` unless the relation holds."""
-    if not holds:
-        value: Any = job.strategy
-        for step in field.split("."):
-            value = getattr(value, step)
-        yield SpecError(f"strategy.{field}", value, rule)
-
-
-# mopexec
-
-
-def heads_over_ranks(job: Job, side: Side) -> Iterator[SpecError]:
-    """Ulysses gives each rank whole key and value heads, or each head whole ranks."""
-    degree, model = job.strategy.attention.context_parallel, job.model
-    name = "num_attention_heads" if model.attention == "mla" else "num_key_value_heads"
-    heads = getattr(model, name)
-    holds = heads % degree == 0 or degree % heads == 0
-    rule = f"and {name} {heads}: neither divides the other"
-    yield from _unless(holds, job, "attention.context_parallel", rule)
-
-
-def ring_has_rows(job: Job, side: Side) -> Iterator[SpecError]:
-    """Every rank of the vocabulary ring holds rows."""
-    vocabulary, rows = job.strategy.vocabulary, job.model.vocab_size
-    start, stop = interval(rows, vocabulary.vocab_parallel, vocabulary.vocab_parallel - 1)
-    rule = f"leaves the last rank no rows of vocab_size {rows}"
-    yield from _unless(vocabulary.loss != "ring" or start < stop, job, "vocabulary.vocab_parallel", rule)
-
-
-def host_updates_masters(job: Job, side: Side) -> Iterator[SpecError]:
-    holds = job.strategy.optimizer.update_on == "device" or job.strategy.precision.master != "param"
-    rule = "leaves no master weights on the host, where optimizer.update_on is host"
-    yield from _unless(holds, job, "precision.master", rule)
-
-
-def gradients_no_wider(job: Job, side: Side) -> Iterator[SpecError]:
-    """The norm and the update work in the masters' dtype, or fp32 where that is wider."""
-    precision = job.strategy.precision
-    masters = precision.param if precision.master == "param" else precision.master
-    rule = f"is not {DOES[side]}, only with masters (precision.master) in float64"
-    yield from _unless(precision.grad != "float64" or masters == "float64", job, "precision.grad", rule)
-
-
-def products_in_compute(job: Job, side: Side) -> Iterator[SpecError]:
-    """No recipe casts operands: products run in the compute dtype."""
-    matmul, compute = job.strategy.precision.matmul, job.strategy.precision.compute
-    rule = f"is not {DOES[side]}, only 'compute' or precision.compute {compute!r}"
-    yield from _unless(matmul in ("compute", compute), job, "precision.matmul", rule)
-
-
-def one_state_dtype(job: Job, side: Side) -> Iterator[SpecError]:
-    """torch's optimizer works in the dtype of the FSDP2 shards."""
-    precision = job.strategy.precision
-    for field in ("grad", "moments", "master"):
-        usual = ("param", precision.param) if field == "master" else (precision.param,)
-        rule = f"is not {DOES[side]}, only precision.param {precision.param!r}"
-        yield from _unless(getattr(precision, field) in usual, job, f"precision.{field}", rule)
-
-
-def offloads_together(job: Job, side: Side) -> Iterator[SpecError]:
-    """FSDP2's CPUOffloadPolicy moves parameters, gradients and state together, and the host updates them."""
-    strategy, tier = job.strategy, job.strategy.optimizer.state_tier
-    if not job.fsdp:
-        return
-    rule = f"is not {DOES[side]}, only optimizer.state_tier {tier!r}: fully_shard offloads all or nothing"
-    yield from _unless(strategy.optimizer.update_on == tier, job, "optimizer.update_on", rule)
-    for part in ("dense", "experts") if has_experts(job) else ("dense",):
-        for field in ("param_tier", "grad_tier"):
-            yield from _unless(getattr(getattr(strategy, part), field) == tier, job, f"{part}.{field}", rule)
-
-
-def boundaries_need_recompute(job: Job, side: Side) -> Iterator[SpecError]:
-    activations = job.strategy.activations
-    holds = activations.layer_inputs == "device" or activations.recompute == "full"
-    rule = f"is not {DOES[side]}, only with activations.recompute 'full'"
-    yield from _unless(holds, job, "activations.layer_inputs", rule)
-
-
 # the simulator
 
 
@@ -128,7 +66,7 @@ def tensor_group_holds_vocabulary(job: Job, side: Side) -> Iterator[SpecError]:
     rule = (
         f"is not {DOES[side]} for vocab_parallel, only dense.tensor_parallel {strategy.dense.tensor_parallel}"
     )
-    yield from _unless(holds, job, "vocabulary.vocab_parallel", rule)
+    yield from unless(holds, job, "vocabulary.vocab_parallel", rule)
 
 
 def experts_overlap_below_zero_3(job: Job, side: Side) -> Iterator[SpecError]:
@@ -138,7 +76,7 @@ def experts_overlap_below_zero_3(job: Job, side: Side) -> Iterator[SpecError]:
         "is not simulated where parameters are gathered layer by layer (dense.zero 3), only False: a layer's "
     )
     rule += "gathers would wait for the other microbatch's"
-    yield from _unless(holds, job, "overlap.experts", rule)
+    yield from unless(holds, job, "overlap.experts", rule)
 
 
 def ring_has_rows_of_its_own(job: Job, side: Side) -> Iterator[SpecError]:
@@ -146,7 +84,7 @@ def ring_has_rows_of_its_own(job: Job, side: Side) -> Iterator[SpecError]:
     dense = job.strategy.dense
     holds = job.strategy.vocabulary.loss != "ring" or dense.tensor_parallel == 1 or dense.sequence_parallel
     rule = "is not simulated under tensor parallelism without dense.sequence_parallel: ranks have equal rows"
-    yield from _unless(holds, job, "vocabulary.loss", rule)
+    yield from unless(holds, job, "vocabulary.loss", rule)
 
 
 def slices_of_whole_rows(job: Job, side: Side) -> Iterator[SpecError]:
@@ -155,7 +93,7 @@ def slices_of_whole_rows(job: Job, side: Side) -> Iterator[SpecError]:
     rule = (
         f"needs dense.tensor_parallel 1, not {job.strategy.dense.tensor_parallel}: slices are not exchanged"
     )
-    yield from _unless(holds, job, "dense.chunk_tokens", rule)
+    yield from unless(holds, job, "dense.chunk_tokens", rule)
 
 
 def kept_scores_see_whole_sequences(job: Job, side: Side) -> Iterator[SpecError]:
@@ -206,7 +144,7 @@ def stages_of_a_rank(job: Job, side: Side) -> Iterator[SpecError]:
     pipeline = job.strategy.pipeline
     holds = pipeline.pipeline_parallel == 1 or pipeline.virtual_stages > 1 or pipeline.schedule == "1f1b"
     rule = f"is not {DOES[side]} with pipeline.virtual_stages 1, only '1f1b': it needs two stages a rank"
-    yield from _unless(holds, job, "pipeline.schedule", rule)
+    yield from unless(holds, job, "pipeline.schedule", rule)
 
 
 def copies_of_the_state(job: Job, side: Side) -> int:
@@ -222,12 +160,10 @@ def shards_divide(job: Job, side: Side) -> Iterator[SpecError]:
     whole = s.stage_ranks % (s.dense.tensor_parallel * s.dense.fsdp) == 0
     if side == "torchtitan":
         rule = "is not context parallelism x a data-parallel degree, as TorchTitan shards"
-        yield from _unless(
-            whole and s.dense.fsdp % s.attention.context_parallel == 0, job, "dense.fsdp", rule
-        )
+        yield from unless(whole and s.dense.fsdp % s.attention.context_parallel == 0, job, "dense.fsdp", rule)
     else:
         rule = "does not divide the data-parallel ranks"
-        yield from _unless(whole or not s.dense.zero, job, "dense.fsdp", rule)
+        yield from unless(whole or not s.dense.zero, job, "dense.fsdp", rule)
 
 
 def experts_share_the_copy(job: Job, side: Side) -> Iterator[SpecError]:
@@ -237,14 +173,14 @@ def experts_share_the_copy(job: Job, side: Side) -> Iterator[SpecError]:
         return
     copies = copies_of_the_state(job, side)
     rule = f"is not the {s.expert_replicas // copies} replicas of an expert in one copy of the state"
-    yield from _unless(s.experts.expert_fsdp * copies == s.expert_replicas, job, "experts.expert_fsdp", rule)
+    yield from unless(s.experts.expert_fsdp * copies == s.expert_replicas, job, "experts.expert_fsdp", rule)
 
 
 def titan_expert_ranks(job: Job, side: Side) -> Iterator[SpecError]:
     s, e = job.strategy, job.strategy.experts
     if e.expert_parallel > 1:
         rule = "is not in TorchTitan, only 1 or the tensor-parallel degree"
-        yield from _unless(
+        yield from unless(
             e.expert_tensor_parallel in (1, s.dense.tensor_parallel),
             job,
             "experts.expert_tensor_parallel",
@@ -252,7 +188,7 @@ def titan_expert_ranks(job: Job, side: Side) -> Iterator[SpecError]:
         )
     else:
         rule = "is not in TorchTitan without expert parallelism, only the tensor-parallel degree"
-        yield from _unless(
+        yield from unless(
             e.expert_tensor_parallel in (1, s.dense.tensor_parallel),
             job,
             "experts.expert_tensor_parallel",
@@ -262,7 +198,7 @@ def titan_expert_ranks(job: Job, side: Side) -> Iterator[SpecError]:
         s.stage_ranks // copies_of_the_state(job, side) % (e.expert_parallel * e.expert_tensor_parallel) == 0
     )
     rule = "does not divide the ranks that share one copy of the state"
-    yield from _unless(whole, job, "experts.expert_parallel", rule)
+    yield from unless(whole, job, "experts.expert_parallel", rule)
 
 
 def titan_offload(job: Job, side: Side) -> Iterator[SpecError]:
@@ -271,27 +207,27 @@ def titan_offload(job: Job, side: Side) -> Iterator[SpecError]:
         for field in ("param_tier", "grad_tier"):
             name = f"{'dense' if part is s.dense else 'experts'}.{field}"
             rule = f"with state on the {tier} is not in TorchTitan: it offloads all or nothing"
-            yield from _unless(getattr(part, field) == tier, job, name, rule)
+            yield from unless(getattr(part, field) == tier, job, name, rule)
 
 
 def titan_products(job: Job, side: Side) -> Iterator[SpecError]:
     precision = job.strategy.precision
     known = ("compute", precision.compute, "fp8", "mxfp8")
     rule = f"is not in TorchTitan, only {', '.join(map(repr, known))}"
-    yield from _unless(precision.matmul in known, job, "precision.matmul", rule)
+    yield from unless(precision.matmul in known, job, "precision.matmul", rule)
 
 
 def megatron_head(job: Job, side: Side) -> Iterator[SpecError]:
     s = job.strategy
     holds = s.vocabulary.loss != "full" or s.dense.tensor_parallel == 1
     rule = "is not in Megatron-Bridge under tensor parallelism, only 'vocab_parallel': it splits the head"
-    yield from _unless(holds, job, "vocabulary.loss", rule)
+    yield from unless(holds, job, "vocabulary.loss", rule)
 
 
 def megatron_fsdp(job: Job, side: Side) -> Iterator[SpecError]:
     s = job.strategy
     holds = s.dense.zero != 3 or s.pipeline.pipeline_parallel == 1
-    yield from _unless(
+    yield from unless(
         holds, job, "pipeline.pipeline_parallel", "with ZeRO-3 is not in Megatron-Bridge, only 1"
     )
 
@@ -300,55 +236,55 @@ def megatron_modules(job: Job, side: Side) -> Iterator[SpecError]:
     activations = job.strategy.activations
     known = activations.recompute != "selective" or set(activations.modules) <= set(MODULES)
     rule = f"is not in Megatron-Bridge, only of {', '.join(MODULES)}"
-    yield from _unless(known, job, "activations.modules", rule)
+    yield from unless(known, job, "activations.modules", rule)
 
 
 def megatron_boundaries(job: Job, side: Side) -> Iterator[SpecError]:
     activations = job.strategy.activations
     holds = activations.layer_inputs == "device" or activations.recompute != "full"
     rule = "with full recomputation is not in Megatron-Bridge: it offloads what it does not recompute"
-    yield from _unless(holds, job, "activations.layer_inputs", rule)
+    yield from unless(holds, job, "activations.layer_inputs", rule)
 
 
 def megatron_gradients(job: Job, side: Side) -> Iterator[SpecError]:
     precision = job.strategy.precision
     rule = f"differs from precision.grad {precision.grad!r}: Megatron-Bridge has one dtype for both"
-    yield from _unless(precision.reduce == precision.grad, job, "precision.reduce", rule)
+    yield from unless(precision.reduce == precision.grad, job, "precision.reduce", rule)
 
 
 def deepspeed_degrees(job: Job, side: Side) -> Iterator[SpecError]:
     s = job.strategy
     rule = "with sequence parallelism is not in DeepSpeed, only 1"
-    yield from _unless(
+    yield from unless(
         s.dense.tensor_parallel == 1 or s.attention.context_parallel == 1, job, "dense.tensor_parallel", rule
     )
     every = s.dense.fsdp == s.stage_ranks // s.dense.tensor_parallel
     rule = "is not all ranks: DeepSpeed shards over fewer only with ZeRO-3 (MiCS)"
-    yield from _unless(every or s.dense.zero not in (1, 2), job, "dense.fsdp", rule)
+    yield from unless(every or s.dense.zero not in (1, 2), job, "dense.fsdp", rule)
 
 
 def deepspeed_experts(job: Job, side: Side) -> Iterator[SpecError]:
     s, e = job.strategy, job.strategy.experts
     if has_experts(job) and s.dense.zero:
         rule = f"is not the {s.expert_replicas} replicas of an expert, as DeepSpeed shards"
-        yield from _unless(e.expert_fsdp == s.expert_replicas, job, "experts.expert_fsdp", rule)
+        yield from unless(e.expert_fsdp == s.expert_replicas, job, "experts.expert_fsdp", rule)
     if not expert_parallel(job):
         return
     rule = f"needs a preset of AutoEP, and {job.model.name} has none"
-    yield from _unless(auto_ep(job.model.name) is not None, job, "experts.expert_parallel", rule)
+    yield from unless(auto_ep(job.model.name) is not None, job, "experts.expert_parallel", rule)
     rule = "beside AutoEP and ZeRO-3 is not in DeepSpeed"
     whole = s.dense.zero != 3
-    yield from _unless(s.dense.tensor_parallel == 1, job, "dense.tensor_parallel", rule)
-    yield from _unless(s.attention.context_parallel == 1 or whole, job, "attention.context_parallel", rule)
-    yield from _unless(s.dense.fsdp == s.stage_ranks or whole, job, "dense.fsdp", rule)
+    yield from unless(s.dense.tensor_parallel == 1, job, "dense.tensor_parallel", rule)
+    yield from unless(s.attention.context_parallel == 1 or whole, job, "attention.context_parallel", rule)
+    yield from unless(s.dense.fsdp == s.stage_ranks or whole, job, "dense.fsdp", rule)
 
 
 def deepspeed_dtypes(job: Job, side: Side) -> Iterator[SpecError]:
     p = job.strategy.precision
     rule = f"is not in DeepSpeed, only precision.compute {p.compute!r}"
-    yield from _unless(p.param == p.compute, job, "precision.param", rule)
+    yield from unless(p.param == p.compute, job, "precision.param", rule)
     rule = "is not in DeepSpeed, only 'float32' unless parameters are fp32: it keeps fp32 masters"
-    yield from _unless(p.master != "param" or p.param == "float32", job, "precision.master", rule)
+    yield from unless(p.master != "param" or p.param == "float32", job, "precision.master", rule)
     yield from products_in_compute(job, side)
 
 
@@ -357,20 +293,20 @@ def deepspeed_offload(job: Job, side: Side) -> Iterator[SpecError]:
     for field in ("param_tier", "grad_tier"):
         rule = f"differs from dense.{field}: not in DeepSpeed"
         same = getattr(s.dense, field) == getattr(s.experts, field)
-        yield from _unless(same or not has_experts(job), job, f"experts.{field}", rule)
+        yield from unless(same or not has_experts(job), job, f"experts.{field}", rule)
     boundary = s.activations.layer_inputs == "device" or s.activations.recompute != "none"
     rule = "is not in DeepSpeed without activations.recompute (cpu_checkpointing)"
-    yield from _unless(boundary, job, "activations.layer_inputs", rule)
+    yield from unless(boundary, job, "activations.layer_inputs", rule)
     three = s.dense.zero == 3
     rule = "is not in DeepSpeed without ZeRO-3"
-    yield from _unless(s.dense.param_tier == "device" or three, job, "dense.param_tier", rule)
+    yield from unless(s.dense.param_tier == "device" or three, job, "dense.param_tier", rule)
     partly = s.optimizer.state_tier == "host" and s.optimizer.host_fraction != 1
-    yield from _unless(not partly or three, job, "optimizer.host_fraction", rule)
+    yield from unless(not partly or three, job, "optimizer.host_fraction", rule)
     grads = s.dense.grad_tier == "device" or s.optimizer.update_on == "host"
     rule = "is not in DeepSpeed without optimizer.update_on 'host'"
-    yield from _unless(grads, job, "dense.grad_tier", rule)
+    yield from unless(grads, job, "dense.grad_tier", rule)
     state = s.optimizer.state_tier == "device" or s.dense.zero > 0
-    yield from _unless(state, job, "optimizer.state_tier", "is not in DeepSpeed without ZeRO")
+    yield from unless(state, job, "optimizer.state_tier", "is not in DeepSpeed without ZeRO")
 
 
 RULES: dict[Side, tuple[Rule, ...]] = {
@@ -386,6 +322,11 @@ RULES: dict[Side, tuple[Rule, ...]] = {
     "fully_shard": (
         software_is_the_runtimes, heads_over_ranks, products_in_compute, one_state_dtype, offloads_together,
         boundaries_need_recompute,
+    ),
+    "split_modules": (
+        software_is_the_runtimes, split_heads, split_head, exchange_of_heads, heads_over_ranks,
+        tensor_group_holds_vocabulary, split_experts, shards_of_a_slice, updates_where_state_is,
+        products_in_compute, state_of_main_gradients, boundaries_need_recompute,
     ),
     "torchtitan": (
         flavor_is_the_preset, stages_of_a_rank, shards_divide, titan_expert_ranks, experts_share_the_copy,

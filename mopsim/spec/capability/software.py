@@ -6,7 +6,11 @@ from mopsim.common.errors import SpecError
 from mopsim.spec.capability.facts import DOES, Job, Side, pairs
 from mopsim.spec.stacks import load_stack
 
-SHIPPED: dict[str, str] = {"flat_units": "mopexec-flat", "fully_shard": "mopexec-fsdp2"}
+SHIPPED: dict[str, str] = {
+    "flat_units": "mopexec-flat",
+    "fully_shard": "mopexec-fsdp2",
+    "split_modules": "mopexec-split",
+}
 """Stacks that describe what mopexec's runtimes really do."""
 _SECTIONS = ("kernels", "sharding", "recompute", "host")
 _COUNTED = ("host.modules",)
@@ -28,7 +32,7 @@ def no_runtime(job: Job) -> SpecError | None:
     """The error of a stack that no runtime of mopexec runs."""
     if job.software.runtime:
         return None
-    rule = f"of the stack {job.software.name}: mopexec runs {' and '.join(SHIPPED.values())} only"
+    rule = f"of the stack {job.software.name}: mopexec runs {', '.join(SHIPPED.values())} only"
     return SpecError("stack.runtime", "", rule)
 
 

@@ -5,6 +5,7 @@ side that a row does not name takes every value. Relations between fields are in
 """
 
 from mopsim.spec.capability.facts import (
+    ALL,
     LABEL,
     Cell,
     Row,
@@ -67,9 +68,10 @@ STRATEGY: dict[str, Row] = {
     "pipeline.virtual_stages": row(pipelined),
     "pipeline.layers": row(pipelined, torchtitan=only((), why="its stages are cut by a number of layers")),
     "pipeline.schedule": row(scheduled, megatron_bridge=only("1f1b", "interleaved")),
-    "dense.tensor_parallel": row(mopexec=only(1)),
+    "dense.tensor_parallel": row(mopexec=only(1), split_modules=ALL),
     "dense.sequence_parallel": row(
         tensor_parallel,
+        split_modules=only(True),
         torchtitan=only(True, why="tensor parallelism always splits rows"),
         deepspeed=only(False, why="AutoTP sums by all-reduce"),
     ),
@@ -77,6 +79,7 @@ STRATEGY: dict[str, Row] = {
     "dense.zero": row(
         flat_units=only(3),
         fully_shard=only(2, 3),
+        split_modules=only(1),
         torchtitan=only(3, why="fully_shard shards everything"),
     ),
     "dense.reshard_after_forward": row(
@@ -86,17 +89,23 @@ STRATEGY: dict[str, Row] = {
         deepspeed=only(True, why=_UNSET),
     ),
     "dense.prefetch": row(gathers_layers, exports=only(1, why=_UNSET)),
-    "dense.param_tier": row(flat_units=only("device"), megatron_bridge=only("device")),
+    "dense.param_tier": row(
+        flat_units=only("device"), split_modules=only("device"), megatron_bridge=only("device")
+    ),
     "dense.grad_tier": row(
         flat_units=only("device"),
+        split_modules=only("device"),
         megatron_bridge=only("device"),
         deepspeed=elsewhere("gradients go where offload_optimizer is"),
     ),
-    "dense.chunk_tokens": row(slices, fully_shard=only(0), exports=only(0, why=_UNSET)),
+    "dense.chunk_tokens": row(
+        slices, fully_shard=only(0), split_modules=only(0), exports=only(0, why=_UNSET)
+    ),
     "attention.context_parallel": row(),
     "attention.cp_comm_type": row(
         context_parallel,
         mopexec=only("ulysses"),
+        split_modules=ALL,
         torchtitan=only("all_gather", "ring", why="it gathers keys and values, or rotates them"),
         deepspeed=only("ulysses"),
     ),
@@ -104,10 +113,13 @@ STRATEGY: dict[str, Row] = {
         context_groups, exports=only("contiguous", why="its groups are contiguous")
     ),
     "experts.expert_parallel": row(has_experts),
-    "experts.expert_tensor_parallel": row(has_experts, mopexec=only(1), deepspeed=only(1)),
+    "experts.expert_tensor_parallel": row(has_experts, mopexec=only(1), split_modules=ALL, deepspeed=only(1)),
     "experts.expert_fsdp": row(has_experts),
     "experts.chunk_tokens": row(
-        chunked_experts, fully_shard=only(0), exports=only(0, why="it has one dispatch a layer")
+        chunked_experts,
+        fully_shard=only(0),
+        split_modules=only(0),
+        exports=only(0, why="it has one dispatch a layer"),
     ),
     "experts.max_chunks": row(capped_chunks),
     "experts.balance": row(expert_parallel, mopexec=only("none"), exports=only("none")),
@@ -116,10 +128,13 @@ STRATEGY: dict[str, Row] = {
     "experts.threshold": row(balanced_experts),
     "experts.token_dispatcher": row(expert_parallel, mopexec=only("alltoall"), deepspeed=only("alltoall")),
     "experts.rank_placement": row(expert_groups, exports=only("contiguous", why="its groups are contiguous")),
-    "experts.param_tier": row(has_experts, flat_units=only("device"), megatron_bridge=only("device")),
+    "experts.param_tier": row(
+        has_experts, flat_units=only("device"), split_modules=only("device"), megatron_bridge=only("device")
+    ),
     "experts.grad_tier": row(
         has_experts,
         flat_units=only("device"),
+        split_modules=only("device"),
         megatron_bridge=only("device"),
         deepspeed=elsewhere("gradients go where offload_optimizer is"),
     ),
@@ -127,6 +142,7 @@ STRATEGY: dict[str, Row] = {
     "vocabulary.loss": row(
         flat_units=only("full", "chunked", "ring"),
         fully_shard=only("full", "chunked"),
+        split_modules=only("full", "chunked", "vocab_parallel"),
         torchtitan=only("full", "vocab_parallel"),
         megatron_bridge=only("full", "vocab_parallel"),
         deepspeed=only("full"),
@@ -145,11 +161,15 @@ STRATEGY: dict[str, Row] = {
         torchtitan=only(1.0, why="it offloads all or nothing"),
     ),
     "optimizer.overlap": row(
-        streamed, fully_shard=only("none"), exports=only("none", why="its update ends with the step")
+        streamed,
+        fully_shard=only("none"),
+        split_modules=only("none"),
+        exports=only("none", why="its update ends with the step"),
     ),
     "activations.recompute": row(
         flat_units=only("full"),
         fully_shard=only("none", "full"),
+        split_modules=only("none", "full"),
         torchtitan=only("none", "full", why="its selective mode names operators, not modules"),
         deepspeed=only("none", "full"),
     ),
@@ -354,7 +374,11 @@ STACK: dict[str, Row] = {
     "extends": _NAMED,
     "sources": _NAMED,
     "runtime": row(
-        simulator=LABEL, flat_units=only("flat_units"), fully_shard=only("fully_shard"), exports=_PROGRAM
+        simulator=LABEL,
+        flat_units=only("flat_units"),
+        fully_shard=only("fully_shard"),
+        split_modules=only("split_modules"),
+        exports=_PROGRAM,
     ),
     **dict.fromkeys(
         ("reading.memory", "reading.last_stage"),

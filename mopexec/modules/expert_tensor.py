@@ -1,0 +1,93 @@
+"""Expert-tensor parallelism: the ranks of a group split every routed expert of theirs; each gets the rows of
+all, and the sums of what they make of them go back.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Group
+from mopexec.measure.scope import category
+from mopexec.modules.experts import apply, by_expert, permute
+
+
+def gather_blocks(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """Rows [sizes[place], H] of each rank to [sum(sizes), H] in rank order."""
+    most, even = max(sizes), min(sizes) == max(sizes)
+    sent = x if even else torch.cat((x, x.new_zeros(most - x.shape[0], x.shape[1])))
+    out = x.new_empty(group.size * most, x.shape[1])
+    collectives.all_gather_single(out, sent, group.handle)
+    if even:
+        return out
+    return torch.cat([out[place * most : place * most + size] for place, size in enumerate(sizes)])
+
+
+def scatter_blocks(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """The inverse of `gather_blocks`, of the sum over the ranks' x."""
+    most, own = max(sizes), sizes[group.place]
+    if min(sizes) < most:
+        padded = x.new_zeros(group.size, most, x.shape[1])
+        for place, block in enumerate(torch.split(x, sizes)):
+            padded[place, : sizes[place]].copy_(block)
+        x = padded.flatten(0, 1)
+    out = x.new_empty(most, x.shape[1])
+    collectives.reduce_scatter_single(out, x, group.handle)
+    return out[:own]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.given = (sizes, group)
+        return gather_blocks(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with category("dispatch"):
+            return scatter_blocks(grads[0].contiguous(), *ctx.given), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.given = (sizes, group)
+        return scatter_blocks(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with category("dispatch"):
+            return gather_blocks(grads[0].contiguous(), *ctx.given), None, None
+
+
+class SplitExperts:
+    """A drop-in for the forward of `Experts` that hold this rank's columns of each expert."""
+
+    def __init__(self, module: nn.Module, group: Group, learned: bool) -> None:
+        self._forward, self._group, self._learned = module.forward, group, learned
+
+    def __call__(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by expert [R, H], counts of each, to [R, H]."""
+        with category("dispatch"):
+            everyone = self._everyone(counts, x.device)
+            sizes = [sum(of_rank) for of_rank in everyone]
+            rows = apply(_Gather, x, sizes, self._group)
+            order = by_expert(everyone, x.device)
+            if order is not None:
+                rows = permute(rows, *order)
+        rows = self._forward(rows, [sum(one) for one in zip(*everyone, strict=True)])
+        with category("dispatch"):
+            if order is not None:
+                rows = permute(rows, *reversed(order))
+            return apply(_Scatter, rows, sizes, self._group)
+
+    def _everyone(self, counts: list[int], device: torch.device) -> list[list[int]]:
+        """Rows of each expert by rank of the group; under a profile every rank has as many."""
+        if not self._learned:
+            return [counts] * self._group.size
+        mine = torch.tensor(counts, device=device)
+        out = mine.new_empty(self._group.size * len(counts))
+        collectives.all_gather_single(out, mine, self._group.handle)
+        found: list[list[int]] = out.view(self._group.size, -1).tolist()
+        return found

@@ -1,0 +1,86 @@
+"""The weights that AdamW updates: this rank's parts of the buffers themselves, or masters of their own, on
+the device or on the host, where the update then runs too (arXiv 2101.06840).
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mopexec.distributed.tiers import Platform
+from mopexec.measure.scope import category, host_compute
+from mopexec.modules.optimizer import Shard
+from mopexec.modules.zero1 import Buffer, Buffers
+from mopsim.spec.strategy import Strategy
+
+
+class Masters:
+    """Masters by buffer. They start from the parameters, as these have been filled."""
+
+    def __init__(self, buffers: Buffers, strategy: Strategy, platform: Platform) -> None:
+        self._buffers, self._platform = buffers, platform
+        self.host = strategy.optimizer.state_tier == "host"
+        self._own = strategy.precision.master != "param"
+        name = strategy.precision.param if not self._own else strategy.precision.master
+        self._dtype = cast(torch.dtype, getattr(torch, name))
+        self.values: dict[str, Tensor] = {buffer.kind: self._make(buffer) for buffer in buffers.all}
+
+    def _make(self, buffer: Buffer) -> Tensor:
+        part = buffer.part(buffer.values)
+        if self.host:
+            with host_compute():
+                copied = self._platform.host_empty(part.shape, self._dtype, "optimizer")
+                return copied.copy_(part)
+        if not self._own:
+            return part
+        with category("optimizer"):
+            return torch.empty_like(part, dtype=self._dtype).copy_(part)
+
+    def shards(self) -> list[Shard]:
+        """What the optimizer works on."""
+        return [Shard(b.kind, self.values[b.kind], b.copies) for b in self._buffers.all]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's parts of the reduced gradients, where the optimizer works."""
+        parts: dict[str, Tensor] = {b.kind: b.part(b.grads) for b in self._buffers.all}
+        if not self.host:
+            return parts
+        down = {
+            kind: self._platform.host_empty(part.shape, part.dtype, "grads") for kind, part in parts.items()
+        }
+        for kind, part in parts.items():
+            self._platform.copy(down[kind], part)
+        self._platform.wait_host(self._platform.record())
+        return down
+
+    def write_back(self) -> None:
+        """Updated masters to the parameters."""
+        for buffer in self._buffers.all:
+            master, part = self.values[buffer.kind], buffer.part(buffer.values)
+            if self.host:
+                with host_compute():
+                    narrow = self._platform.host_empty(part.shape, part.dtype, "params").copy_(master)
+                self._platform.copy(part, narrow)
+            elif self._own:
+                part.copy_(master)
+        if self.host:
+            self._platform.wait_host(self._platform.record())
+
+
+def whole(buffers: Buffers, parts: dict[str, Tensor], everyone: Any) -> dict[str, Tensor]:
+    """Every parameter's full value on the CPU, of parts laid out as those of the buffers. everyone: gathers
+    an object of every rank into a list."""
+    mine: dict[str, tuple[tuple[int, ...], list[tuple[int, Tensor]]]] = {}
+    for name, buffer in buffers.named():
+        with host_compute():
+            pieces = buffer.pieces(name, parts[buffer.kind]).pieces
+            found = [(start, values.detach().cpu()) for start, values in pieces.items()]
+        mine[name] = (buffer.blocks[name].shape, found)
+    full: dict[str, Tensor] = {}
+    for rank in everyone(mine):
+        for name, (shape, pieces) in rank.items():
+            if name not in full:
+                full[name] = torch.empty(shape, dtype=parts[next(iter(parts))].dtype)
+            for start, values in pieces:
+                full[name].view(-1)[start : start + values.numel()] = values
+    return full

@@ -1,0 +1,69 @@
+"""Which block of each parameter a rank of the `split_modules` runtime holds, and who else holds it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mopexec.model.initialize import is_stacked
+from mopexec.modules.stage_groups import StageGroups
+from mopexec.weights.source import Source
+from mopsim.spec import layout
+
+Kind = Literal["split", "whole", "experts"]
+"""Held by the ranks at one tensor place, by all ranks of a stage, or by the replicas of an expert."""
+
+OUTPUTS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "sinks")
+INPUTS = ("o_proj.weight", "down_proj.weight")
+_TABLES = ("embedding.weight", "head.weight")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Elements [start, start + size) in each dimension of a parameter of `shape`."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def block_of(name: str, shape: tuple[int, ...], groups: StageGroups) -> Block:
+    """This rank's block of the parameter `name` of `shape`."""
+    cuts: dict[int, tuple[int, int]] = {}
+    kind: Kind = "whole"
+    if is_stacked(name):
+        kind, inner = "experts", 1 if "down_proj" in name else len(shape) - 1
+        cuts = {0: (groups.experts.size, groups.experts.place)}
+        if not name.endswith("down_proj_bias"):
+            cuts[inner] = (groups.expert_tensor.size, groups.expert_tensor.place)
+    elif (dim := _split_dim(name)) is not None and groups.tensor.size > 1:
+        kind, cuts = "split", {dim: (groups.tensor.size, groups.tensor.place)}
+    bounds = [layout.interval(size, *cuts.get(dim, (1, 0))) for dim, size in enumerate(shape)]
+    return Block(kind, shape, tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds))
+
+
+def _split_dim(name: str) -> int | None:
+    """The dimension of a dense parameter that the ranks of a tensor group split."""
+    if name in _TABLES:
+        return 0
+    if "shared_gate" in name or "router" in name:
+        return None
+    if name.endswith(INPUTS):
+        return 1
+    return 0 if any(part in OUTPUTS for part in name.split(".")) else None
+
+
+@torch.no_grad()
+def fill(target: Tensor, name: str, block: Block, source: Source) -> None:
+    """Write the block's values into `target`."""
+    if not is_stacked(name):
+        dim = next((d for d, size in enumerate(block.size) if size < block.shape[d]), 0)
+        start = block.start[dim]
+        target.copy_(source.read(name, block.shape, None, dim, start, start + block.size[dim]))
+        return
+    inner = next((d for d in range(1, len(block.shape)) if block.size[d] < block.shape[d]), 1)
+    start, stop = block.start[inner], block.start[inner] + block.size[inner]
+    for row in range(block.size[0]):
+        target[row].copy_(source.read(name, block.shape[1:], block.start[0] + row, inner - 1, start, stop))

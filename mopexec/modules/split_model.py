@@ -1,0 +1,213 @@
+"""From a plan to this rank's part of the network: slices of parameters in flat buffers, parallel parts
+swapped in, the loss of a microbatch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Group
+from mopexec.distributed.tiers import Platform
+from mopexec.measure.scope import NOW, category, phase, uncounted
+from mopexec.model import Routing, Transformer
+from mopexec.model.auxiliary import Auxiliary, attach
+from mopexec.model.documents import Documents
+from mopexec.model.rope import rope_tables
+from mopexec.model.transformer import Given, Term
+from mopexec.modules.expert_tensor import SplitExperts
+from mopexec.modules.experts import ExpertDispatch
+from mopexec.modules.hooks import Boundaries, name_components, recompute_layers
+from mopexec.modules.loss import chunked_loss, wide
+from mopexec.modules.sequence import UlyssesAttention, following_tokens
+from mopexec.modules.slices import Block, Kind, block_of, fill
+from mopexec.modules.stage_groups import StageGroups
+from mopexec.modules.tensor_parallel import split_layer
+from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss
+from mopexec.modules.wrap import reset_routers
+from mopexec.modules.zero1 import Buffers, adopt, make_buffer
+from mopexec.run.runner import Batch
+from mopexec.weights.source import Source
+from mopsim.spec import layout
+from mopsim.spec.plan import Plan
+
+
+class SplitModel:
+    """This rank's part of the network, its parameters and gradients in `buffers`."""
+
+    def __init__(
+        self, plan: Plan, groups: StageGroups, platform: Platform, routing: Routing, source: Source
+    ) -> None:
+        self._plan, self._groups, self._platform = plan, groups, platform
+        with uncounted():
+            self.network: Any = Transformer(
+                plan.model, _dtype(plan.strategy.precision.param), "meta", routing
+            )
+        shapes = {name: tuple(p.shape) for name, p in self.network.named_parameters()}
+        blocks = {name: block_of(name, shape, groups) for name, shape in shapes.items()}
+        self.buffers = self._make_buffers(blocks)
+        with category("params"):
+            adopt(self.network, self.buffers.all)
+        if plan.model.tie_word_embeddings:
+            self.network.head.weight = self.network.embedding.weight
+        if not platform.fake:
+            with uncounted():
+                for name, buffer in self.buffers.named():
+                    fill(buffer.view(buffer.values, name), name, buffer.blocks[name], source)
+        with category("params"):
+            reset_routers(self.network, platform, source)
+        self._split()
+
+    def forward_backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """Gradients of all microbatches in the buffers; returns the sum of their losses on this rank."""
+        total = self._zero()
+        for batch in batches:
+            with phase("forward"):
+                loss = self.loss(batch, scale)
+            with phase("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+            NOW.component = "other"
+            total += loss.detach()
+            del loss
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """The sum of the microbatches' losses on this rank."""
+        total = self._zero()
+        for batch in batches:
+            total += self.loss(batch, scale)
+        return total
+
+    def loss(self, batch: Batch, scale: float) -> Tensor:
+        """scale * the loss of a microbatch, equal on the ranks of a tensor group."""
+        network, following = self.network, batch.targets
+        if len(network.mtp):
+            sequence = self._groups.sequence
+            following = following_tokens(
+                following, len(network.mtp), sequence.size, sequence.place, sequence.handle
+            )
+        start = self._groups.place.context * batch.tokens.shape[1]
+        terms = network.terms(batch.tokens, following, start, scale, batch.documents)
+        return cast(Tensor, network.head(terms))
+
+    def _zero(self) -> Tensor:
+        dtype = wide(_dtype(self._plan.strategy.precision.compute))
+        return torch.zeros((), dtype=dtype, device=self._platform.device)
+
+    def _make_buffers(self, blocks: dict[str, Block]) -> Buffers:
+        g, precision = self._groups, self._plan.strategy.precision
+        of_kind: dict[Kind, tuple[Group | None, Group, Group]] = {
+            "split": (None, g.dense_shard, g.dense_replicas),
+            "whole": (g.tensor, g.dense_shard, g.dense_replicas),
+            "experts": (None, g.expert_shard, g.expert_replicas),
+        }
+        found = Buffers()
+        for kind, of in of_kind.items():
+            mine = {name: block for name, block in blocks.items() if block.kind == kind}
+            if mine:
+                dtypes = (_dtype(precision.param), _dtype(precision.grad))
+                found.all.append(make_buffer(kind, mine, of, dtypes, self._platform))
+        return found
+
+    def _split(self) -> None:
+        """Swap in the parallel parts, and what the backward recomputes."""
+        plan, groups, network = self._plan, self._groups, self.network
+        strategy, tensor = plan.strategy, groups.tensor
+        network.set_auxiliary(self._auxiliary())
+        for layer in network.blocks():
+            if tensor.size > 1:
+                split_layer(layer, tensor)
+            if layer.is_moe:
+                self._spread(layer.moe)
+            if groups.sequence.size > 1:
+                layer.attention.core = UlyssesAttention(groups.sequence.size, groups.sequence.handle)
+        first_row, _ = layout.interval(plan.model.vocab_size, tensor.size, tensor.place)
+        if tensor.size > 1:
+            network.embedding.forward = SplitEmbedding(network.embedding, first_row, tensor)
+        network.given = self._given
+        self._attach_loss(first_row)
+        if strategy.activations.recompute == "full":
+            recompute_layers(network, self._boundaries())
+        name_components(network)
+
+    def _spread(self, moe: Any) -> None:
+        groups, spec, routing = self._groups, self._plan.model, self.network.routing
+        experts = groups.experts
+        if moe.shared is not None:
+            moe.forward = SharedFirst(moe)
+        moe.dispatch = ExpertDispatch(
+            routing, spec.num_local_experts, experts.size, experts.handle, experts.place
+        )
+        if groups.expert_tensor.size > 1:
+            moe.experts.forward = SplitExperts(moe.experts, groups.expert_tensor, routing.learned)
+
+    def _auxiliary(self) -> Auxiliary:
+        """The losses beside the cross entropy; counts of a sequence's routes are added up over its ranks."""
+        training, shared = self._plan.training, self._groups.shared
+
+        def over_sequence(counts: Tensor) -> None:
+            collectives.all_reduce(counts, shared.handle)
+
+        more = {"sum_over_sequence": over_sequence} if shared.size > 1 else {}
+        return Auxiliary(
+            training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef, **more
+        )
+
+    def _boundaries(self) -> Boundaries:
+        activations, plan = self._plan.strategy.activations, self._plan
+        if activations.layer_inputs == "device":
+            return Boundaries(self._platform, 0)
+        rows = plan.training.tokens_per_rank(plan.strategy) // self._groups.tensor.size
+        size = rows * plan.model.hidden_size * _dtype(plan.strategy.precision.compute).itemsize
+        layers = plan.model.num_hidden_layers
+        return Boundaries(self._platform, layout.offloaded_boundaries(layers, size, activations.host_budget))
+
+    def _given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
+        """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""
+        (batch, seq), network, device = tokens.shape, self.network, tokens.device
+        dtype = network.embedding.weight.dtype
+        cos, sin = rope_tables(network.spec, start, start + seq, dtype, device, documents)
+        experts = None
+        if not network.routing.learned and network.spec.num_moe_layers:
+            rows = seq // self._groups.tensor.size
+            experts = network.routing.experts(network.spec, batch, rows, device)
+        return Given(cos, sin, experts, scale, documents)
+
+    def _attach_loss(self, first_row: int) -> None:
+        head, vocabulary, tensor = self.network.head, self._plan.strategy.vocabulary, self._groups.tensor
+
+        def one(term: Term) -> Tensor:
+            if vocabulary.loss != "chunked":
+                return split_loss(term.hidden, head.weight, term.targets, first_row, term.weight, tensor)
+            hidden, targets = term.hidden.flatten(0, 1), term.targets.flatten()
+            return chunked_loss(hidden, head.weight, targets, term.weight, vocabulary.chunk_tokens)
+
+        def losses(terms: list[Term]) -> Tensor:
+            main, *others = (one(term) for term in terms)
+            for other in others:
+                main = attach(main, other)
+            return main
+
+        head.forward = losses
+
+
+class SharedFirst:
+    """A drop-in for the forward of an MoE block: the shared experts run before the rows leave."""
+
+    def __init__(self, moe: Any) -> None:
+        self._moe = moe
+
+    def __call__(self, x: Tensor, experts: Tensor | None, batch: int = 1, scale: float = 1.0) -> Tensor:
+        moe = self._moe
+        chosen, weights = moe.router(x, experts, batch, scale)
+        shared: Tensor = moe.shared(x)
+        if moe.shared_gate is not None:
+            shared = moe.shared_gate(x).sigmoid() * shared
+        return cast(Tensor, moe.dispatch(x, chosen, weights, moe.experts) + shared)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, name))

@@ -1,0 +1,150 @@
+"""The runtime `split_modules`: whole parameters on the ranks that need them, as Megatron-LM trains: tensor
+(with sequence), expert and expert-tensor parallelism, optimizer states sharded over the data ranks.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mopexec.distributed import collectives
+from mopexec.distributed.tiers import Platform
+from mopexec.measure.scope import NOW, component, phase
+from mopexec.model import Routing
+from mopexec.model.moe import Router
+from mopexec.modules.masters import Masters, whole
+from mopexec.modules.optimizer import ShardedAdamW
+from mopexec.modules.split_model import SplitModel
+from mopexec.modules.stage_groups import make_groups
+from mopexec.run.runner import Batch, StepResult
+from mopexec.run.shards import STEP
+from mopexec.run.supported import check_supported
+from mopexec.weights.source import Source
+from mopsim.spec.plan import Plan
+
+
+def build(
+    plan: Plan, platform: Platform, *, routing: Literal["learned", "profile"] = "learned", source: Source
+) -> "SplitRunner":
+    """One rank of a run of `plan` (collective). Raises SpecError naming a field that this runtime does not
+    run."""
+    check_supported(plan)
+    return SplitRunner(plan, platform, routing, source)
+
+
+class SplitRunner:
+    """See `mopexec.run.runner.Runner`."""
+
+    def __init__(
+        self, plan: Plan, platform: Platform, routing: Literal["learned", "profile"], source: Source
+    ) -> None:
+        strategy = plan.strategy
+        self._plan, self._platform = plan, platform
+        with platform.bookkeeping():
+            self._groups = make_groups(strategy, platform)
+        profile = Routing() if routing == "learned" else Routing(plan.training.routing, strategy.micro_batch)
+        self._learned = profile.learned
+        self.model = SplitModel(plan, self._groups, platform, profile, source)
+        self._masters = Masters(self.model.buffers, strategy, platform)
+        self._optimizer = ShardedAdamW(
+            self._masters.shards(), plan.training, platform, host=self._masters.host
+        )
+        self._last_grads: dict[str, Tensor] = {}
+
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step: forward and backward of each microbatch, then clip and update."""
+        self._last_grads = {}
+        buffers = self.model.buffers
+        for buffer in buffers.all:
+            buffer.grads.zero_()
+        training, strategy = self._plan.training, self._plan.strategy
+        tokens = training.global_batch * training.seq_len
+        counted = batches[0].num_targets or tokens
+        total = self.model.forward_backward(batches, 1.0 / counted)
+        collectives.all_reduce(total)
+        NOW.component = "other"
+        with phase("optimizer"), component("optimizer"):
+            buffers.reduce()
+            grads = self._masters.gradients()
+            norm = self._optimizer.step(grads)
+            self._masters.write_back()
+            buffers.gather()
+            self._last_grads = grads
+            busiest = self._balanced()
+        if self._platform.fake:
+            return StepResult(0.0, norm, tokens)
+        return StepResult(float(total.item()) / strategy.dense.tensor_parallel, norm, tokens, float(busiest))
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> float:
+        """See `Runner.evaluate`."""
+        training = self._plan.training
+        counted = batches[0].num_targets or training.global_batch * training.seq_len
+        routers = [module for module in self.model.network.modules() if isinstance(module, Router)]
+        loads = [router.load.clone() for router in routers]
+        total = self.model.evaluate(batches, 1.0 / counted)
+        collectives.all_reduce(total)
+        for router, load in zip(routers, loads, strict=True):
+            router.load.copy_(load)
+        return float(total.item()) / self._plan.strategy.dense.tensor_parallel
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate from the next step on."""
+        self._optimizer.set_lr(lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `mopexec.run.shards`; shares the live memory."""
+        moments = self._optimizer.state()
+        steps = next(iter(moments["step"].values()))
+        state: dict[str, Any] = {STEP: steps.detach().clone().to("cpu", torch.int64)}
+        kinds: dict[str, dict[str, Tensor]] = {
+            "value": self._masters.values,
+            **{k: moments[k] for k in ("exp_avg", "exp_avg_sq")},
+        }
+        for name, buffer in self.model.buffers.named():
+            for kind, parts in kinds.items():
+                state[f"{name}.{kind}"] = buffer.pieces(name, parts[buffer.kind])
+        for name, value in self.model.network.named_buffers():
+            state[name] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what loading did not fill in place: the step count; parameters follow their masters."""
+        for step in self._optimizer.state()["step"].values():
+            step.fill_(int(state[STEP]))
+        self._masters.write_back()
+        self.model.buffers.gather()
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Every parameter by its single-device name, whole, on every rank."""
+        buffers = self.model.buffers
+        return whole(buffers, {b.kind: b.part(b.values) for b in buffers.all}, _everyone)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every gradient of the last step before clipping, by its single-device name, whole, on every
+        rank."""
+        full = whole(self.model.buffers, self._last_grads, _everyone)
+        return {name: grad / self._optimizer.coefficient for name, grad in full.items()}
+
+    def _balanced(self) -> Tensor:
+        """Move the routers' biases; the part of the routes that went to the busiest rank."""
+        if not self._learned or not self._plan.model.num_moe_layers:
+            return torch.tensor(math.nan)
+        stage, training = self._groups.stage, self._plan.training
+
+        def over_stage(load: Tensor) -> None:
+            if stage.size > 1:
+                collectives.all_reduce(load, stage.handle)
+
+        degree = self._plan.strategy.experts.expert_parallel
+        busiest: Tensor = self.model.network.update_balance(training.bias_update_rate, over_stage, degree)
+        return busiest
+
+
+def _everyone(mine: Any) -> list[Any]:
+    """An object of every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found

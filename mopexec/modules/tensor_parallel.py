@@ -1,0 +1,167 @@
+"""Tensor parallelism with sequence parallelism (arXiv 1909.08053, 2205.05198): the ranks of a group split
+heads and FFN columns; between those regions each holds its part of the rows.
+
+A region begins with a gather of the rows and ends with a reduce-scatter of partial sums. Only a rank's own
+rows are kept for the backward, which gathers them again for the gradients of the weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Group
+from mopexec.model.attention import Weights
+from mopexec.model.transformer import Layer
+
+
+def gather_rows(x: Tensor, group: Group) -> Tensor:
+    """Rows [m, H] of each rank to [n * m, H] in rank order; parts [B, s, H] of sequences to [B, n * s, H]."""
+    if group.size == 1:
+        return x
+    out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
+    collectives.all_gather_single(out, x.contiguous(), group.handle)
+    if x.dim() == 2:
+        return out
+    parts = out.unflatten(0, (group.size, x.shape[0]))  # type: ignore[no-untyped-call]
+    return cast(Tensor, parts.transpose(0, 1).flatten(1, 2))
+
+
+def scatter_rows(x: Tensor, group: Group) -> Tensor:
+    """The inverse of `gather_rows`, of the sum over the ranks' x."""
+    if group.size == 1:
+        return x
+    if x.dim() > 2:
+        x = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)  # type: ignore[no-untyped-call]
+    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    collectives.reduce_scatter_single(out, x.contiguous(), group.handle)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return gather_rows(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return scatter_rows(grads[0], ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return scatter_rows(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return gather_rows(grads[0], ctx.group), None
+
+
+class _Products(torch.autograd.Function):
+    """Products of gathered rows with several weights [out, in]; keeps the rank's own rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: Group, biases: Sequence[Tensor | None], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights = tensors[: len(biases)]
+        ctx.group, ctx.biased = group, [bias is not None for bias in biases]
+        ctx.save_for_backward(x, *weights)
+        whole = gather_rows(x, group)
+        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        rows = [grad.flatten(0, -2) for grad in grads]
+        partial = rows[0] @ weights[0]
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
+            partial.addmm_(row, weight)
+        shape = (*grads[0].shape[:-1], partial.shape[-1])
+        grad_x = scatter_rows(partial.view(shape), ctx.group)
+        del partial
+        whole = gather_rows(x, ctx.group).flatten(0, -2)
+        found = [row.t() @ whole for row in rows]
+        found += [row.sum(0) for row, biased in zip(rows, ctx.biased, strict=True) if biased]
+        return grad_x, None, None, *found
+
+
+def products(
+    x: Tensor, group: Group, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """x [.., m, H] gathered over the group, times each weight [out, H]^T, plus its bias if there is one."""
+    given = [bias for bias in biases if bias is not None]
+    found: tuple[Tensor, ...] = _Products.apply(x, group, biases, *weights, *given)  # type: ignore[no-untyped-call]
+    return found
+
+
+def sum_rows(x: Tensor, group: Group) -> Tensor:
+    """Partial sums [.., n * m, H] added up; each rank keeps its rows."""
+    return cast(Tensor, _Scatter.apply(x, group))  # type: ignore[no-untyped-call]
+
+
+class SplitRows:
+    """`mopexec.model.attention.Rows` of a tensor-parallel region."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> Iterator[Tensor]:
+        """x times each of the named weights, which are slices of outputs."""
+        found = products(
+            x,
+            self._group,
+            [weights[f"{name}.weight"] for name in names],
+            [weights.get(f"{name}.bias") for name in names],
+        )
+        return iter(found)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The rows of all ranks."""
+        return cast(Tensor, _Gather.apply(x, self._group))  # type: ignore[no-untyped-call]
+
+
+class RowParallel:
+    """A drop-in for the forward of a linear whose inputs are split: partial sums are added and scattered."""
+
+    def __init__(self, module: Any, group: Group) -> None:
+        self._module, self._group = module, group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = sum_rows(F.linear(x, self._module.weight), self._group)
+        return out if self._module.bias is None else out + self._module.bias
+
+
+class SplitFeedForward:
+    """A drop-in for the forward of a FeedForward whose columns are split."""
+
+    def __init__(self, module: Any, group: Group) -> None:
+        self._module, self._group = module, group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wings = (self._module.gate_proj, self._module.up_proj)
+        rows = x.flatten(0, -2)  # positions do not matter here
+        gate, up = products(rows, self._group, [w.weight for w in wings], [w.bias for w in wings])
+        out: Tensor = self._module.down_proj(F.silu(gate) * up)
+        return out.view_as(x)
+
+
+def split_layer(layer: Layer, group: Group) -> None:
+    """Make a layer's regions those of the group; its parameters are this rank's slices."""
+    attention: Any = layer.attention
+    attention.rows = SplitRows(group)
+    attention.o_proj.forward = RowParallel(attention.o_proj, group)
+    dense: nn.Module | None = layer.moe.shared if layer.is_moe else layer.ffn
+    if dense is not None:
+        split_feed_forward(dense, group)
+
+
+def split_feed_forward(module: Any, group: Group) -> None:
+    module.down_proj.forward = RowParallel(module.down_proj, group)
+    module.forward = SplitFeedForward(module, group)

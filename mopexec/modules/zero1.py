@@ -1,0 +1,138 @@
+"""Optimizer states sharded over the ranks that hold the same weights (ZeRO-1, arXiv 1910.02054), as in a
+distributed optimizer: parameters and gradients are views of flat buffers, each rank updates its part of them.
+
+Gradients of all microbatches are added up in their buffer, in its dtype; at the end of a step the ranks'
+sums are reduced and scattered, and updated parameters gathered, once for each buffer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Group
+from mopexec.distributed.tiers import Platform
+from mopexec.measure.scope import category
+from mopexec.modules.slices import Block, Kind
+from mopexec.run.shards import FlatShards, Piece, runs_within
+from mopsim.spec import layout
+
+ALIGNED = 8
+"""Elements: parameters begin at 16 bytes in bf16, as grouped products want."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Parameters that the same ranks hold. values, grads: flat, padded to equal shards; places: where each
+    parameter begins. before: ranks that hold the parameters too, whose gradients are added first (None:
+    none); shard: those that share one copy of the state; replicas: those with the same part of it.
+    """
+
+    kind: Kind
+    blocks: dict[str, Block]
+    places: dict[str, int]
+    values: Tensor
+    grads: Tensor
+    before: Group | None
+    shard: Group
+    replicas: Group
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the very elements of this rank's part."""
+        return self.replicas.size * (self.before.size if self.before else 1)
+
+    def part(self, flat: Tensor) -> Tensor:
+        """This rank's part of a flat buffer."""
+        size = flat.numel() // self.shard.size
+        return flat.narrow(0, self.shard.place * size, size)
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """A parameter's elements of a flat buffer."""
+        shape = self.blocks[name].size
+        return flat.narrow(0, self.places[name], torch.Size(shape).numel()).view(shape)
+
+    def pieces(self, name: str, part: Tensor) -> FlatShards:
+        """What `part` (laid out as `part(values)`) has of a parameter, as pieces of its whole flat order."""
+        block, size = self.blocks[name], part.numel()
+        begin, first = self.places[name], self.shard.place * size
+        start, stop = max(first, begin), min(first + size, begin + torch.Size(block.size).numel())
+        found = [
+            Piece(place, part.narrow(0, begin + at - first, count))
+            for place, at, count in runs_within(
+                block.shape, block.size, block.start, start - begin, stop - begin
+            )
+        ]
+        return FlatShards.of(found, torch.Size(block.shape).numel(), part)
+
+
+@dataclass
+class Buffers:
+    """The buffers of a rank."""
+
+    all: list[Buffer] = field(default_factory=list)
+
+    def named(self) -> Iterator[tuple[str, Buffer]]:
+        """Every parameter with its buffer."""
+        return ((name, buffer) for buffer in self.all for name in buffer.blocks)
+
+    def reduce(self) -> None:
+        """Sum gradients over the ranks that hold the same weights; each rank's part is whole after."""
+        for buffer in self.all:
+            if buffer.before is not None and buffer.before.size > 1:
+                collectives.all_reduce(buffer.grads, buffer.before.handle)
+            mine = buffer.part(buffer.grads)
+            if buffer.shard.size > 1:
+                collectives.reduce_scatter_single(mine, buffer.grads, buffer.shard.handle)
+            if buffer.replicas.size > 1:
+                collectives.all_reduce(mine, buffer.replicas.handle)
+
+    def gather(self) -> None:
+        """Bring updated parameters back from the parts."""
+        for buffer in self.all:
+            if buffer.shard.size > 1:
+                collectives.all_gather_single(buffer.values, buffer.part(buffer.values), buffer.shard.handle)
+
+
+def make_buffer(
+    kind: Kind, blocks: Mapping[str, Block], groups: tuple[Group | None, Group, Group],
+    dtypes: tuple[torch.dtype, torch.dtype], platform: Platform,
+) -> Buffer:  # fmt: skip
+    """A buffer for parameters. groups: before, shard, replicas; dtypes: of parameters and of gradients."""
+    places, end = {}, 0
+    for name, block in blocks.items():
+        places[name] = end
+        end += layout.ceil_div(torch.Size(block.size).numel(), ALIGNED) * ALIGNED
+    size = layout.ceil_div(end, groups[1].size * ALIGNED) * groups[1].size * ALIGNED
+    with category("params"):
+        values = torch.zeros(size, dtype=dtypes[0], device=platform.device)
+    with category("grads"):
+        grads = torch.zeros(size, dtype=dtypes[1], device=platform.device)
+    return Buffer(kind, dict(blocks), places, values, grads, *groups)
+
+
+def adopt(model: nn.Module, buffers: Sequence[Buffer]) -> None:
+    """Make the model's parameters views of the buffers; their gradients are added up there."""
+    for buffer in buffers:
+        for name in buffer.blocks:
+            parameter = nn.Parameter(buffer.view(buffer.values, name))
+            grad = buffer.view(buffer.grads, name)
+            if grad.dtype == parameter.dtype:
+                parameter.grad = grad
+            else:
+                parameter.register_post_accumulate_grad_hook(_adding_to(grad))  # type: ignore[no-untyped-call]
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _adding_to(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's gradient to `total`, in its dtype, and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return add

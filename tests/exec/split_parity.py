@@ -1,0 +1,49 @@
+"""What one rank does in tests of split_modules: train each plan beside the single-device model."""
+
+import os
+
+import torch
+
+from mopexec.distributed.tiers import Platform
+from mopexec.run import apply
+from mopsim.spec.plan import Plan
+from tests.exec.flat_parity import Reference, make_tokens, my_batches, relative
+
+STEPS = 3
+
+
+def compare(platform: Platform, cases: dict[str, tuple[Plan, str]]) -> dict[str, dict[str, float]]:
+    """By case, on the first rank, the largest relative differences: of loss and norm of three clipped
+    steps, of the loss of an evaluation in between, of each gradient and each weight of the last.
+    """
+    return {name: _compare(platform, plan, routing) for name, (plan, routing) in cases.items()}
+
+
+def _compare(platform: Platform, plan: Plan, routing: str) -> dict[str, float]:
+    rank = int(os.environ["RANK"])
+    runner = apply.build(plan, platform, routing=routing, seed=7)  # type: ignore[arg-type]
+    reference = Reference(plan, routing, platform.device) if rank == 0 else None
+    worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0, "evaluation": 0.0}
+    for step in range(STEPS):
+        tokens = make_tokens(plan, step)
+        result = runner.step(my_batches(plan, tokens, rank, platform.device))
+        last = step == STEPS - 1
+        gradients, weights = (runner.full_gradients(), runner.full_parameters()) if last else ({}, {})
+        evaluated = runner.evaluate(my_batches(plan, tokens, rank, platform.device)) if step == 0 else 0.0
+        if reference is None:
+            continue
+        loss, norm = reference.step(tokens.to(platform.device))
+        assert norm > 2 * plan.training.clip_norm, f"clipping is not active at norm {norm}"
+        worst["loss"] = max(worst["loss"], abs(result.loss - loss) / abs(loss))
+        worst["norm"] = max(worst["norm"], abs(result.grad_norm - norm) / norm)
+        if step == 0:
+            worst["evaluation"] = abs(evaluated - reference.evaluate(tokens)) / evaluated
+        if not last:
+            continue
+        expected = dict(reference.model.named_parameters())
+        assert set(gradients) == set(weights) == set(expected)
+        for name, weight in expected.items():
+            gradient = reference.gradients.get(name, torch.zeros_like(weight))
+            worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient, 1e-6 * norm))
+            worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach(), 0.0))
+    return worst

@@ -1,0 +1,106 @@
+"""Small plans of split_modules: each mechanism alone, and together, by world size."""
+
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from mopsim import strategies
+from mopsim.common import io
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.strategy import Strategy
+from mopsim.spec.training import TrainSpec
+
+MODEL = ModelSpec(
+    name="tiny", hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, vocab_size=37, intermediate_size=22, first_k_dense_replace=1, num_local_experts=8,
+    num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=6, qk_norm="head",
+)  # fmt: skip
+replace = msgspec.structs.replace
+LATENT = replace(
+    MODEL, attention="mla", num_key_value_heads=4, head_dim=12, q_lora_rank=10, kv_lora_rank=8,
+    qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, qk_norm="none", num_nextn_predict_layers=1,
+)  # fmt: skip
+BIASED = replace(
+    MODEL, attention_bias="qkvo", attention_sinks=True, sliding_window=5, expert_bias=True, router_bias=True,
+    shared_expert_intermediate_size=0, tie_word_embeddings=True, ffn_bias=True, qk_norm="none",
+)  # fmt: skip
+DENSE = replace(
+    MODEL, num_local_experts=0, num_experts_per_tok=0, first_k_dense_replace=0, moe_intermediate_size=0,
+    shared_expert_intermediate_size=0,
+)  # fmt: skip
+
+
+def plan_of(
+    strategy: Strategy,
+    model: ModelSpec = MODEL,
+    *,
+    changes: dict[str, dict[str, Any]] | None = None,
+    **training: Any,
+) -> Plan:
+    """A plan for split_modules. changes: fields of a component of the strategy, by its name."""
+    plain = io.to_plain(replace(strategy, stack="mopexec-split"))
+    for part, fields in (changes or {}).items():
+        plain[part].update(fields)
+    strategy, stack = io.convert(plain, Strategy, "strategy"), load_stack("mopexec-split")
+    train = {"seq_len": 16, "global_batch": 8, "clip_norm": 0.05, "weight_decay": 0.1, "learning_rate": 1e-2}
+    hardware = HardwareRef(
+        name="here", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
+    )
+    return Plan(
+        model=model, hardware=hardware, strategy=stack.resolve(strategy), stack=stack,
+        training=TrainSpec(**{**train, "routing": "balanced", **training}),
+    )  # fmt: skip
+
+
+def _make(world: int, model: ModelSpec = MODEL, **options: Any) -> Plan:
+    """A plan of `strategies.megatron`; training's fields among the options."""
+    fields = (*TrainSpec.__struct_fields__, "changes")
+    other = {name: options.pop(name) for name in fields if name in options}
+    return plan_of(strategies.megatron(world, **{"dtype": "float64", **options}), model, **other)
+
+
+def two() -> dict[str, Plan]:
+    """On two ranks, by name."""
+    make = partial(_make, 2)
+    return {
+        "zero_1": make(global_batch=16),
+        "zero_1, replicated": make(
+            expert_parallel=2, changes={"dense": {"fsdp": 1}, "experts": {"expert_fsdp": 1}}
+        ),
+        "float32": make(tensor_parallel=2, expert_parallel=2, dtype="float32"),
+        "inputs on the host": make(tensor_parallel=2, micro_batch=2, recompute="full", offload_inputs=True),
+        "state on the host": make(tensor_parallel=2, optimizer_on_host=1.0),
+        "experts split": make(tensor_parallel=2, expert_tensor_parallel=2),
+        "skewed": make(tensor_parallel=2, expert_parallel=2, routing="60/3"),
+        "latent": make(
+            LATENT, tensor_parallel=2, expert_parallel=2, router_aux_loss_coef=1e-2, router_z_loss_coef=1e-3
+        ),
+        "biased": make(
+            BIASED, tensor_parallel=2, expert_parallel=2, changes={"precision": {"master": "param"}}
+        ),
+        "dense": make(DENSE, tensor_parallel=2),
+    }
+
+
+def four() -> dict[str, Plan]:
+    """On four ranks, by name."""
+    make = partial(_make, 4)
+    return {
+        "all": make(tensor_parallel=2, expert_parallel=2, recompute="full"),
+        "all, skewed": make(
+            tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2, micro_batch=2, routing="95/4"
+        ),
+        "ulysses": make(
+            LATENT, tensor_parallel=2, context_parallel=2, context_exchange="ulysses", expert_parallel=4
+        ),
+        "replicated": make(tensor_parallel=2, changes={"dense": {"fsdp": 1}, "experts": {"expert_fsdp": 2}}),
+    }
+
+
+def cases(world: int) -> dict[str, tuple[Plan, str]]:
+    """(plan, who routes) by name."""
+    found = {2: two, 4: four}[world]()
+    return {name: (plan, "profile" if "skewed" in name else "learned") for name, plan in found.items()}
