@@ -7,7 +7,7 @@ QUICK := tests/spec tests/docs tests/api tests/capability/test_table.py tests/ca
 	tests/sim/test_engine.py tests/sim/test_cost.py tests/sim/test_layers.py \
 	tests/sim/test_strategies.py tests/sim/test_cli.py tests/exec/test_without_torch.py
 
-.PHONY: setup demo test quick bench docs check format lint types imports clean
+.PHONY: setup demo test quick bench kills docs check format lint types imports clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ quick: setup format lint imports
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/speed.py reports/benchmarks
+
+kills: setup
+	PYTHONPATH=. $(BIN)/python tests/bench/kills.py reports/executor
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -76,6 +76,12 @@ Set = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")]
+Async = Annotated[
+    bool,
+    typer.Option(
+        "--checkpoint-async", help="write checkpoints beside the next steps, from a copy on the host"
+    ),
+]
 Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
 
 
@@ -103,6 +109,7 @@ def train(
     schedule: Schedule = "constant",
     warmup_steps_excluded: Excluded = 3,
     checkpoint_every: Every = 0,
+    checkpoint_async: Async = False,
     final_checkpoint: Annotated[bool, typer.Option(help="write one after the last step")] = True,
     keep: Annotated[int, typer.Option(min=1, max=10**9, help="checkpoints to keep")] = 2,
     profile_steps: ProfileSteps = 1,

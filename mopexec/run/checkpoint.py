@@ -154,9 +154,11 @@ def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:
     return path
 
 
-def save(root: Path, runner: Stateful, state: RunState, *, keep: int) -> Path:
+def save(
+    root: Path, runner: Stateful, state: RunState, *, keep: int, group: dist.ProcessGroup | None = None
+) -> Path:
     """Write one checkpoint on all ranks together; returns its directory. Older than `keep` complete ones are
-    removed.
+    removed. group: that ranks agree over (None = the default one).
 
     Raises MopError on every rank when it cannot be written (disk full); what was complete before stays as it
     was.
@@ -167,13 +169,13 @@ def save(root: Path, runner: Stateful, state: RunState, *, keep: int) -> Path:
     if first:
         shutil.rmtree(aside, ignore_errors=True)
     problem = _attempt(lambda: root.mkdir(parents=True, exist_ok=True)) if first else ""
-    problem = _agree(problem) or _agree(_attempt(lambda: _write(aside, runner)))
+    problem = _agree(problem, group) or _agree(_attempt(lambda: _write(aside, runner, group)), group)
     files: dict[str, str] = {}
-    problem = problem or _attempt(lambda: files.update(_checksums(aside)))
+    problem = problem or _attempt(lambda: files.update(_checksums(aside, group)))
     if not problem and first:
         complete = msgspec.structs.replace(state, files=files)
         problem = _attempt(lambda: _complete_directory(aside, final, complete))
-    if problem := _agree(problem):
+    if problem := _agree(problem, group):
         if first:
             shutil.rmtree(aside, ignore_errors=True)
         older = latest(root)
@@ -244,9 +246,9 @@ def _attempt_load(path: Path, runner: Stateful) -> str:
     return ""
 
 
-def _write(aside: Path, runner: Stateful) -> None:
+def _write(aside: Path, runner: Stateful, group: dist.ProcessGroup | None) -> None:
     try:
-        save_tensors(_tensors(runner), checkpoint_id=str(aside))
+        save_tensors(tensors(runner), checkpoint_id=str(aside), process_group=group)
     except (OSError, RuntimeError, CheckpointException) as error:
         cause = _root_cause(error)
         if _ARCHIVE in cause:
@@ -255,21 +257,21 @@ def _write(aside: Path, runner: Stateful) -> None:
         raise MopError(cause) from None
 
 
-def _tensors(runner: Stateful) -> dict[str, Any]:
-    """The runner's tensors and this rank's RNG state under a name of its own."""
-    return {**runner.state_dict(), _rng_key(): torch.get_rng_state()}
+def tensors(runner: Stateful) -> dict[str, Any]:
+    """The runner's tensors and, if it has none, this rank's RNG state of now under a name of its own."""
+    return {_rng_key(): torch.get_rng_state(), **runner.state_dict()}
 
 
 def _rng_key() -> str:
     return f"rng.rank{dist.get_rank()}"
 
 
-def _checksums(directory: Path) -> dict[str, str]:
+def _checksums(directory: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
     """SHA-256 by name of every file that the ranks wrote, on every rank; each hashes its share."""
     mine: dict[str, str] = {}
     problem = _attempt(lambda: mine.update({p.name: _sha256(p) for p in _share(sorted(directory.iterdir()))}))
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (problem, mine))
+    dist.all_gather_object(everyone, (problem, mine), group=group)
     if problem := next((found for found, _ in everyone if found), ""):
         raise MopError(problem)
     return {name: digest for _, sums in everyone for name, digest in sums.items()}
@@ -356,8 +358,8 @@ def _root_cause(error: BaseException) -> str:
     return str(text).strip().splitlines()[0]
 
 
-def _agree(problem: str) -> str:
+def _agree(problem: str, group: dist.ProcessGroup | None = None) -> str:
     """The first rank's problem, or another's, on every rank: '' only where all succeeded."""
     problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem, group=group)
     return next((found for found in problems if found), "")

@@ -18,7 +18,8 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     made by the command that launches the ranks ("" = each node's first rank prepares them). device_limit,
     host_limit: bytes of one rank that the tracker enforces (None = it only watches). tracked_steps: first
     steps that it watches (0 = all where there is a limit, else 2). warmup: first steps left out of the
-    measurement. checkpoint_every: steps (0 = only at the end). keep: complete checkpoints kept.
+    measurement. checkpoint_every: steps (0 = only at the end). checkpoint_async: they are
+    written beside the next steps, from a copy on the host. keep: complete checkpoints kept.
     eval_data, eval_tokens: held-out data and its prepared tokens; eval_every: steps between evaluations
     (0 = only at the end), each of at most eval_batches global batches. profile_steps: extra steps at the
     end that are timed by kind of work; their updates are thrown away. seed None: the plan's.
@@ -44,6 +45,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     schedule: Schedule = "constant"
     warmup: int = 3
     checkpoint_every: int = 0
+    checkpoint_async: bool = False
     final_checkpoint: bool = True
     keep: int = 2
     profile_steps: int = 1

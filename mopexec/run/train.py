@@ -21,6 +21,7 @@ from mopexec.run.job import RankJob
 from mopexec.run.metrics import Display, MetricsFile, StepMetrics, measurement
 from mopexec.run.options import Schedule, TrainOptions
 from mopexec.run.runner import Runner, StepResult
+from mopexec.run.saver import Saver
 from mopexec.run.signals import StopRequest
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -74,7 +75,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
         resumed, done, passed = checkpoint.load_newest(resumed, runner)
 
     loop = _Loop(options, plan, job, runner, dataset, tracking, stop, done)
-    loop.last_checkpoint = resumed
+    loop.saver.last = resumed
     for problem in passed:
         loop.display.say(f"{problem}; going on from the one before")
     if options.resume and not resumed:
@@ -115,7 +116,13 @@ class _Loop:
         self.busiest: list[float] = []
         self.first_loss, self.last_loss = math.nan, math.nan
         self.stopped_by = ""
-        self.last_checkpoint: Path | None = None
+        self.saver = Saver(
+            self.out / "checkpoints",
+            runner,
+            job.platform,
+            keep=options.keep,
+            background=options.checkpoint_async,
+        )
         first = job.rank == 0
         self.metrics = MetricsFile(self.out / "metrics.jsonl", done) if first else None
         self.display = Display(
@@ -146,6 +153,8 @@ class _Loop:
             stopping = bool(slowest["stop"])
             if stopping or self._checkpoint_due():
                 self._save()
+            if stopping or line.step == self.options.steps:
+                self.saver.wait()
             if stopping:
                 self.stopped_by = _signal_name(self.stop)
                 return
@@ -189,6 +198,7 @@ class _Loop:
             self.metrics.write(line)
         self.display.step(line)
         if not math.isfinite(line.loss) or not math.isfinite(line.grad_norm):
+            self.saver.wait()
             raise MopError(
                 f"step {line.step}: loss {line.loss}, gradient norm {line.grad_norm}: "
                 f"the run diverged at learning rate {line.lr:.2e}"
@@ -201,8 +211,7 @@ class _Loop:
 
     def _save(self) -> None:
         state = checkpoint.run_state(self.plan, self.done, self.dataset.seed, self.dataset.text_digest)
-        root = self.out / "checkpoints"
-        self.last_checkpoint = checkpoint.save(root, self.runner, state, keep=self.options.keep)
+        self.saver.save(state)
 
     def profile(self) -> dict[str, KindTiming]:
         """Kinds of work from extra steps after the last one; nothing keeps their updates."""
@@ -240,7 +249,7 @@ class _Loop:
             run=str(self.out),
             steps_done=self.done,
             stopped_by=self.stopped_by,
-            checkpoint=str(self.last_checkpoint or ""),
+            checkpoint=str(self.saver.last or ""),
             first_loss=measured.first_loss,
             last_loss=measured.last_loss,
             step_time_s=measured.step_time_median,

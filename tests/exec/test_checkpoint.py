@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import resource
+import threading
 from pathlib import Path
 
 import msgspec
@@ -10,8 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mopexec.distributed.tiers import Platform
 from mopexec.run import checkpoint
+from mopexec.run.saver import Saver
 from mopsim.common.errors import MopError, SpecError
+from tests.patience import HANG
 
 STATE = checkpoint.RunState(
     step=3, model="m", model_digest="d", world_size=1, vocab_size=300, seq_len=8, format=2,
@@ -55,6 +59,32 @@ def test_what_is_saved_comes_back_with_the_random_state(tmp_path):
     state = checkpoint.read_state(path)
     assert sorted(state.files) == [".metadata", "__0_0.distcp"]
     assert msgspec.structs.replace(state, files={}) == STATE
+
+
+def test_a_checkpoint_beside_the_steps_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    holder, written = Holder(numel=6, value=2.5), threading.Event()
+    whole = checkpoint.save
+
+    def late(*given, **options):
+        assert written.wait(HANG)
+        return whole(*given, **options)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    saver = Saver(tmp_path, holder, Platform(torch.device("cpu")), keep=1, background=True)
+    expected = torch.get_rng_state()
+    saver.save(STATE)
+    holder.weight.fill_(0)
+    torch.rand(3)
+    written.set()
+    saver.wait()
+    checkpoint.load(saver.last, holder)
+    assert holder.weight.tolist() == [2.5] * 6
+    assert torch.equal(torch.get_rng_state(), expected)
+    monkeypatch.setattr(checkpoint, "_complete_directory", lambda *_: 1 / 0)
+    saver.save(at(4))
+    with pytest.raises(MopError, match="checkpoint of step 4: ZeroDivisionError"):
+        saver.save(at(5))
+    saver.wait()
 
 
 def test_the_newest_complete_one_is_found_and_old_ones_go(tmp_path):
