@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopexec.distributed.tiers import Platform
+from mopexec.measure.kernels import KernelCounter
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
@@ -81,13 +82,32 @@ def dry_run(
     if not 0 <= rank < world_size:
         raise SpecError("rank", rank, f"must lie between 0 and {world_size - 1}")
     _check_length(plan)
+    meta = plan.stack.runtime != "fully_shard"
+    with _fake_platform(plan, rank) as platform:
+        tracker = MemoryTracker(
+            device_limit, host_limit, refuse=quadratic_guard(plan), meta=meta, device=platform.device
+        )
+        return tracked_step(plan, rank, platform, tracker)
+
+
+@contextmanager
+def _fake_platform(plan: Plan, rank: int) -> Iterator[Platform]:
+    """A platform without data for the plan's runtime, in a process group of all its ranks."""
     fully_shard = plan.stack.runtime == "fully_shard"
-    device = torch.device("cpu" if fully_shard else "meta")
-    tracker = MemoryTracker(
-        device_limit, host_limit, refuse=quadratic_guard(plan), meta=not fully_shard, device=device
-    )
-    with fake_world(world_size, rank), _fake_cpu() if fully_shard else nullcontext():
-        return tracked_step(plan, rank, Platform(device, fake=True), tracker)
+    with fake_world(plan.strategy.world_size, rank), _fake_cpu() if fully_shard else nullcontext():
+        yield Platform(torch.device("cpu" if fully_shard else "meta"), fake=True)
+
+
+def counted_step(plan: Plan, rank: int = 0) -> KernelCounter:
+    """What one step of `plan` launches on the planned device, of ranks that route as the plan's profile."""
+    from mopexec.run.apply import build
+
+    with _fake_platform(plan, rank) as platform:
+        runner, batches = build(plan, platform, routing="profile"), _batches(plan, platform)
+        counter = KernelCounter()
+        with counter:
+            runner.step(batches)
+        return counter
 
 
 def _check_length(plan: Plan) -> None:

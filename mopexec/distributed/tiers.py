@@ -24,6 +24,7 @@ class Platform:
         self.device = device
         self.fake = fake
         self._streams: dict[str, Any] = {}
+        self._fetched: dict[Any, Tensor] = {}
 
     @classmethod
     def detect(cls) -> "Platform":
@@ -94,6 +95,19 @@ class Platform:
         """Work issued on `stream` (the current one if None) from now on runs after `event` (may be None)."""
         if event is not None:
             (self._stream(stream) if stream else torch.cuda.current_stream(self.device)).wait_event(event)
+
+    def fetch(self, tensor: Tensor) -> list[Any]:
+        """The values of a device tensor, as nested lists: the host waits for the device, by a pinned copy."""
+        if not self.is_cuda:
+            values: list[Any] = tensor.tolist()
+            return values
+        key = (tensor.shape, tensor.dtype)
+        if key not in self._fetched:
+            self._fetched[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = self._fetched[key].copy_(tensor, non_blocking=True)
+        self.wait_host(self.record())
+        values = host.tolist()
+        return values  # noqa: RET504 (typed)
 
     def wait_host(self, event: Any) -> None:
         """Block the host until `event` has happened."""

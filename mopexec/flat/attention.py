@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.flat.rows import SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.flat.sequence import SequenceExchange, project_backward
 from mopexec.measure.tracker import component, phase
+from mopexec.model import kernels
 from mopexec.model.attention_core import Core, causal_backward, causal_forward
 from mopexec.model.documents import Documents
 from mopexec.model.rope import rope_tables, rotate_, softmax_scale
@@ -136,7 +137,12 @@ class AttentionBlock:
         packed = self.exchange.project(hidden, weights[f"attention.{name}_proj.weight"], heads)
         if name == "v":
             return packed
-        if self.spec.qk_norm == "head":
+        if self.spec.qk_norm == "head" and kernels.NOW.norm:
+            weight = weights[f"attention.{name}_norm.weight"]
+            packed = rms_norm(self._by_head(packed.flatten(0, 1)), weight, self.spec.rms_norm_eps).view_as(
+                packed
+            )
+        elif self.spec.qk_norm == "head":
             for block in packed:
                 rows = self._by_head(block)
                 for start, stop in row_slices(rows.shape[0]):
@@ -205,7 +211,7 @@ class AttentionBlock:
         merged = self.exchange.merge(packed, heads)
         weight = weights[f"attention.{name}_proj.weight"]
         if self.spec.qk_norm == "head":
-            for start, stop in row_slices(merged.shape[0]):
+            for start, stop in row_slices(merged.shape[0], 0 if kernels.NOW.norm else SLICE_ROWS):
                 before = self._by_head(hidden[start:stop] @ weight.t())
                 part = self._by_head(merged[start:stop])
                 rms_norm_backward_(

@@ -15,19 +15,20 @@ class ChunkExchange:
 
     send[e]: routes to expert e of all; receive[r][e]: routes from rank r to local expert e. The sender's
     order is sorted by expert and so by rank; arrivals are sorted by rank, then expert, and reordered to
-    expert, then rank, unless one of the two is alone.
+    expert, then rank, unless one of the two is alone. arrived [group, local]: `receive` on the device.
     """
 
-    def __init__(self, group: Group, send: list[int], receive: list[list[int]], device: torch.device) -> None:
+    def __init__(self, group: Group, send: list[int], receive: list[list[int]], arrived: Tensor) -> None:
         self.group = group
         local = len(send) // group.size
         self.send_splits = [sum(send[r * local : (r + 1) * local]) for r in range(group.size)]
         self.receive_splits = [sum(counts) for counts in receive]
         self.num_sent, self.num_received = sum(self.send_splits), sum(self.receive_splits)
         self.counts = [sum(counts[e] for counts in receive) for e in range(local)]
+        self.arrived = arrived
         self._order: Tensor | None = None
         if group.size > 1 and local > 1:
-            self._order = _expert_order(receive, self.num_received, device)
+            self._order = _expert_order(arrived, self.num_received)
 
     def start(self, rows: Tensor) -> "Arrival":
         """Send rows [num_sent, ...] in the sender's order; the arrival is in the experts' order."""
@@ -80,9 +81,9 @@ class Arrival:
         return rows if self._order is None else rows.index_select(0, self._order)
 
 
-def _expert_order(receive: list[list[int]], total: int, device: torch.device) -> Tensor:
+def _expert_order(arrived: Tensor, total: int) -> Tensor:
     """Positions of arrivals (by rank, then expert) in the order by expert, then rank: [total] int64."""
-    local = len(receive[0])
-    flat = torch.tensor([count for counts in receive for count in counts]).to(device)
-    expert = torch.arange(local, device=device).repeat(len(receive))
-    return torch.repeat_interleave(expert, flat, output_size=total).argsort(stable=True)
+    expert = torch.arange(arrived.numel(), dtype=torch.int16, device=arrived.device).remainder_(
+        arrived.shape[1]
+    )
+    return torch.repeat_interleave(expert, arrived.flatten(), output_size=total).argsort(stable=True)

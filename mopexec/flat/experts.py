@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mopexec.flat import expert_products
 from mopexec.flat.dispatch import Arrival, ChunkExchange
 from mopexec.flat.ffn import add_shared_, shared_backward, slice_rows
 from mopexec.flat.routes import RoutePlanner, Routes, router_backward
-from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.flat.rows import FUSED_ROWS, SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component, phase
+from mopexec.model import kernels
+from mopexec.model.fused import OPS
 from mopexec.model.routing import wide
 from mopexec.model.swiglu import (
     Clamp,
@@ -87,7 +90,14 @@ class MoEBlock:
             if index + 1 < self.num_chunks:
                 coming.append(self._dispatch(index + 1, x, routes, weights, None))
             with component("experts"):
-                experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, experts, self.clamp)
+                if expert_products.fits(work.rows[0], experts):
+                    expert_products.forward(
+                        work.rows, work.route_weights, work.exchange.arrived, experts, self.clamp
+                    )
+                else:
+                    experts_forward_(
+                        work.rows[0], work.route_weights, work.exchange.counts, experts, self.clamp
+                    )
             if returning:
                 self._combine(returning.pop(), x)
             returning.append(self._send_back(work, None))
@@ -108,16 +118,17 @@ class MoEBlock:
                 if index + 1 < self.num_chunks:
                     coming.append(self._dispatch(index + 1, x, routes, weights, grad))
                 with component("experts"):
-                    grad_weights = experts_backward_(
-                        work.rows[1],
-                        work.rows[0],
-                        work.route_weights,
-                        work.exchange.counts,
-                        experts,
-                        expert_grads,
-                        self.clamp,
-                    )
-                del work.rows[0]
+                    if expert_products.fits(work.rows[0], experts):
+                        grad_weights = expert_products.backward(
+                            work.rows, work.route_weights, work.exchange.arrived, experts, expert_grads,
+                            self.clamp,
+                        )  # fmt: skip
+                    else:
+                        grad_weights = experts_backward_(
+                            work.rows[1], work.rows[0], work.route_weights, work.exchange.counts, experts,
+                            expert_grads, self.clamp,
+                        )  # fmt: skip
+                        del work.rows[0]
                 if returning:
                     self._combine_backward(returning.pop(), grad, x, routes, weights, grads)
                 returning.append(self._send_back(work, grad_weights))
@@ -137,9 +148,11 @@ class MoEBlock:
         """Send a chunk's tokens and route weights (and, in the backward, output gradients) to the experts."""
         with component("router"), category("dispatch"):
             chosen = routes.experts[index :: self.num_chunks]
-            order = chosen.flatten().long().argsort(stable=True)
+            order = chosen.flatten().argsort(stable=True)
             token = order // self.spec.num_experts_per_tok
-            exchange = ChunkExchange(self.planner.group, routes.send[index], routes.receive[index], x.device)
+            exchange = ChunkExchange(
+                self.planner.group, routes.send[index], routes.receive[index], routes.arrived[index]
+            )
             with category("activations"):
                 hidden = self._hidden(x, index, weights)
             route_weights = self.planner.weights(hidden, chosen, weights).flatten().index_select(0, order)
@@ -169,6 +182,9 @@ class MoEBlock:
         """x1 += the sum of each token's routes, for the tokens of the chunk."""
         with component("experts"), category("dispatch"):
             rows, target = returned.rows.take(), self._rows(x, returned.index)
+            if kernels.NOW.rows:
+                OPS.add_routes_(target, rows, returned.inverse, self.spec.num_experts_per_tok)
+                return
             for start, stop in row_slices(target.shape[0]):
                 target[start:stop].add_(self._sum_routes(rows, returned.inverse, start, stop))
 
@@ -185,22 +201,28 @@ class MoEBlock:
             grad_weights = grad_weights.view(-1, self.spec.num_experts_per_tok)
             tokens, target = self._rows(x, returned.index), self._rows(grad, returned.index)
             chosen = routes.experts[returned.index :: self.num_chunks]
-        for start, stop in row_slices(target.shape[0]):
+        for start, stop in row_slices(target.shape[0], FUSED_ROWS if kernels.NOW.rows else SLICE_ROWS):
             with component("experts"), category("dispatch"):
                 grad_hidden = self._sum_routes(rows, returned.inverse, start, stop)
             with component("router"):
-                hidden = rms_norm(tokens[start:stop], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                part = tokens[start:stop].contiguous() if kernels.NOW.norm else tokens[start:stop]
+                hidden = rms_norm(part, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
                 grad_hidden.add_(
                     router_backward(
                         grad_weights[start:stop], hidden, chosen[start:stop], weights, grads, self.spec
                     )
                 )
                 del hidden
-                self._norm_backward(target[start:stop], tokens[start:stop], grad_hidden, weights, grads)
+                self._norm_backward(target[start:stop], part, grad_hidden, weights, grads)
+                del part
 
     def _sum_routes(self, rows: Tensor, inverse: Tensor, start: int, stop: int) -> Tensor:
         """Sum over the routes of tokens [start, stop): [stop - start, H]. Deterministic, unlike a scatter."""
         top_k = self.spec.num_experts_per_tok
+        if kernels.NOW.rows:
+            total = torch.zeros((stop - start, rows.shape[1]), dtype=rows.dtype, device=rows.device)
+            OPS.add_routes_(total, rows, inverse[start * top_k : stop * top_k], top_k)
+            return total
         gathered = rows.index_select(0, inverse[start * top_k : stop * top_k])
         return gathered.view(stop - start, top_k, -1).sum(1)
 

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_
 from mopexec.measure.tracker import component, phase
+from mopexec.model import kernels
+from mopexec.model.fused import OPS
 from mopexec.model.swiglu import swiglu_activation, swiglu_activation_backward
 from mopsim.spec import layout
 
@@ -44,7 +46,11 @@ def add_swiglu_(target: Tensor, hidden: Tensor, weights: Weights, prefix: str) -
     """target [n, H] += SwiGLU of hidden [n, H]. Temporaries: 2 n I."""
     gate = hidden @ weights[f"{prefix}.gate_proj.weight"].t()
     up = hidden @ weights[f"{prefix}.up_proj.weight"].t()
-    inner = swiglu_activation(gate, up)
+    if kernels.NOW.activation:
+        OPS.swiglu_(gate, up, None, 0.0, 0.0)
+        inner = gate
+    else:
+        inner = swiglu_activation(gate, up)
     del up
     target.addmm_(inner, weights[f"{prefix}.down_proj.weight"].t())
 
@@ -53,17 +59,24 @@ def swiglu_backward(grad: Tensor, hidden: Tensor, weights: Weights, grads: Weigh
     """Gradient of hidden [n, H] from that of the output, recomputing the inner products; grads += the
     weights'.
 
-    Temporaries: 5 n I, then 4 n I and the result.
+    Temporaries: 5 n I, then 4 n I and the result; fused: 3 n I, then 2 n I and the result.
     """
     gate = hidden @ weights[f"{prefix}.gate_proj.weight"].t()
     up = hidden @ weights[f"{prefix}.up_proj.weight"].t()
-    silu = F.silu(gate)
-    inner = silu * up
-    add_matmul(grads[f"{prefix}.down_proj.weight"], grad.t(), inner)
-    del inner
-    grad_inner = grad @ weights[f"{prefix}.down_proj.weight"]
-    grad_gate, grad_up = swiglu_activation_backward(grad_inner, gate, up, silu)
-    del gate, up, silu, grad_inner
+    if kernels.NOW.activation:
+        grad_inner = grad @ weights[f"{prefix}.down_proj.weight"]
+        OPS.swiglu_backward_(grad_inner, gate, up, None, 0.0, 0.0)
+        add_matmul(grads[f"{prefix}.down_proj.weight"], grad.t(), grad_inner)
+        grad_gate, grad_up = gate, up
+    else:
+        silu = F.silu(gate)
+        inner = silu * up
+        add_matmul(grads[f"{prefix}.down_proj.weight"], grad.t(), inner)
+        del inner
+        grad_inner = grad @ weights[f"{prefix}.down_proj.weight"]
+        grad_gate, grad_up = swiglu_activation_backward(grad_inner, gate, up, silu)
+        del silu
+    del gate, up, grad_inner
     add_matmul(grads[f"{prefix}.gate_proj.weight"], grad_gate.t(), hidden)
     add_matmul(grads[f"{prefix}.up_proj.weight"], grad_up.t(), hidden)
     return (grad_gate @ weights[f"{prefix}.gate_proj.weight"]).addmm_(

@@ -24,6 +24,7 @@ from mopexec.flat.rows import rms_norm, rms_norm_backward_, row_slices
 from mopexec.flat.units import Unit
 from mopexec.flat.vocabulary import Ring, local_loss
 from mopexec.measure.tracker import category, component, phase
+from mopexec.model.kernels import using
 from mopexec.model.routing import balance_step, largest_share
 from mopexec.run import assemble
 from mopexec.run.runner import Batch, StepResult
@@ -70,6 +71,10 @@ class FlatRunner:
     @torch.no_grad()
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step; `batches` are this rank's microbatches, `training.num_microbatches` of them."""
+        with using(self.plan.stack.kernels):
+            return self._step(batches)
+
+    def _step(self, batches: list[Batch]) -> StepResult:
         for unit in self.model.units:
             unit.begin_step()
         loss = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)
@@ -90,6 +95,10 @@ class FlatRunner:
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
         """See `Runner.evaluate`. The head's gradients come with its losses; the next step zeroes them."""
+        with using(self.plan.stack.kernels):
+            return self._evaluate(batches)
+
+    def _evaluate(self, batches: list[Batch]) -> float:
         load = self.model.load.clone()
         self._counted = batches[0].num_targets or self.num_tokens
         total = torch.zeros((), dtype=self.optimizer.update_dtype, device=self.platform.device)

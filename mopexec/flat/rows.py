@@ -5,16 +5,20 @@ sliced RMSNorm.
 import torch
 from torch import Tensor
 
+from mopexec.model import kernels
+from mopexec.model.fused import OPS
 from mopexec.model.routing import wide
 from mopsim.spec import layout
 
 #: Rows of one slice of element-wise work in a wide dtype: large enough to launch few kernels, small beside N.
 SLICE_ROWS = 2048
+#: Of work whose passes are fused: what is left of temporaries is no wider than a row.
+FUSED_ROWS = 8192
 
 
-def row_slices(num_rows: int) -> list[tuple[int, int]]:
-    """[start, stop) slices of at most SLICE_ROWS rows."""
-    return layout.token_slices(num_rows, SLICE_ROWS)
+def row_slices(num_rows: int, most: int = SLICE_ROWS) -> list[tuple[int, int]]:
+    """[start, stop) slices of at most `most` rows; 0: all at once."""
+    return layout.token_slices(num_rows, most)
 
 
 def add_matmul(target: Tensor, left: Tensor, right: Tensor) -> None:
@@ -27,8 +31,11 @@ def add_matmul(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of rows x [..., n] (any strides) into a new contiguous tensor; temporaries: one slice in the
-    wide dtype.
+    wide dtype. Fused: a copy of strided rows.
     """
+    if kernels.NOW.norm:
+        normed: Tensor = OPS.rms_norm(x.contiguous(), weight, eps)
+        return normed
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scale = weight.to(wide(x.dtype))
     for start, stop in row_slices(x.shape[0]):
@@ -51,8 +58,13 @@ def rms_norm_backward_(
     output.
 
     With n = x / rms: dx = (g w - n mean(g w n)) / rms. target may be grad itself where add is False.
-    Temporaries: three slices in the wide dtype.
+    Temporaries: three slices in the wide dtype. Fused: the gradient of x, and copies of strided rows.
     """
+    if kernels.NOW.norm:
+        dx, dw = OPS.rms_norm_backward(grad.contiguous(), x.contiguous(), weight, eps)
+        (target.add_ if add else target.copy_)(dx)
+        grad_weight.add_(dw)
+        return
     scale = weight.to(wide(x.dtype))
     total = torch.zeros_like(scale)
     leading = tuple(range(x.dim() - 1))

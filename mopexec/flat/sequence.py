@@ -11,6 +11,7 @@ from torch import Tensor
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.flat.rows import add_matmul
+from mopexec.model import kernels
 
 
 class SequenceExchange:
@@ -29,6 +30,8 @@ class SequenceExchange:
         """x [N, H] times weight [heads * d, H] transposed, as the send layout [D, N, width of a block]."""
         blocks = self.blocks(heads)
         width, repeats = weight.shape[0] // blocks, self.degree // blocks
+        if repeats == 1 and kernels.NOW.grouped:
+            return torch.bmm(x.expand(blocks, -1, -1), weight.view(blocks, width, -1).transpose(1, 2))
         packed = torch.empty((self.degree, self.tokens, width), dtype=x.dtype, device=x.device)
         for place in range(self.degree):
             block = place // repeats
@@ -46,6 +49,9 @@ class SequenceExchange:
         dgrad).
         """
         width = weight.shape[1] // self.degree
+        if kernels.NOW.grouped:
+            by_place = weight.view(-1, self.degree, width).transpose(0, 1)
+            return torch.bmm(grad.expand(self.degree, -1, -1), by_place)
         packed = torch.empty((self.degree, self.tokens, width), dtype=grad.dtype, device=grad.device)
         for place in range(self.degree):
             torch.mm(grad, weight[:, place * width : (place + 1) * width], out=packed[place])

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from mopexec.model import sinks as attention_sinks
 from mopexec.model.documents import Documents, cumulative, spans
+from mopexec.model.kernels import HALF, on_gpu
 
-_HALF = (torch.bfloat16, torch.float16)
 _ATEN: Any = torch.ops.aten
 Saved = tuple[Any, ...]
 
@@ -43,10 +43,10 @@ def causal_forward(
     """
     if core.documents and not _packed_kernel(q, sinks):
         return _documents_forward(q, k, v, core, sinks)
-    if q.is_cuda and q.dtype not in _HALF:
+    if q.is_cuda and q.dtype not in HALF:
         return _formula(q, k, v, core, sinks), ()
     width = max(q.shape[-1], v.shape[-1])
-    forward = _cuda_forward if q.is_cuda else _cpu_forward
+    forward = _cuda_forward if on_gpu(q) else _cpu_forward
     out, saved = forward(_padded(q, width), _padded(k, width), _padded(v, width), core)
     if out.shape[-1] > v.shape[-1]:
         out = out[..., : v.shape[-1]].contiguous()
@@ -62,11 +62,11 @@ def causal_backward(
     """Gradients of q, k, v and the sinks from that of `out`; all as the inputs' shapes."""
     if core.documents and not _packed_kernel(q, sinks):
         return _documents_backward(grad, q, k, v, out, saved, core, sinks)
-    if q.is_cuda and q.dtype not in _HALF:
+    if q.is_cuda and q.dtype not in HALF:
         return _formula_backward(grad, q, k, v, core, sinks)
     grad_sinks = None if sinks is None else attention_sinks.backward(grad, out, saved, sinks)
     width = max(q.shape[-1], v.shape[-1])
-    backward = _cuda_backward if q.is_cuda else _cpu_backward
+    backward = _cuda_backward if on_gpu(q) else _cpu_backward
     grad, query, key, value, out = (_padded(t, width) for t in (grad, q, k, v, out))
     dq, dk, dv = backward(grad, query, key, value, out, saved, core)
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]], grad_sinks
@@ -74,7 +74,7 @@ def causal_backward(
 
 def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:
     """Whether one kernel takes all documents of a microbatch, by their ends."""
-    return q.is_cuda and q.dtype in _HALF and sinks is None
+    return q.is_cuda and q.dtype in HALF and sinks is None
 
 
 def _documents_forward(
@@ -258,17 +258,31 @@ def _cuda_backward(
             scale=core.scale, **_sides(q, core),
         )  # fmt: skip
         return grads
+    inside = [] if q.is_cuda else _workspace(q, k)
     lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
     dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
         grad.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
         lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=core.scale,
     )  # fmt: skip
+    del inside
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _sides(q: Tensor, core: Core) -> dict[str, int]:
     """Tokens before and after a query that the kernel lets it attend to."""
     return {"window_size_left": core.window - 1, "window_size_right": 0} if _windowed(q, core) else {}
+
+
+def _workspace(q: Tensor, k: Tensor) -> list[Tensor]:
+    """What FlashAttention-2's backward allocates inside, played where no kernel runs: dq and its row sums in
+    fp32, and dk and dv of every query head (flash_attn/flash_api.cpp: mha_bwd).
+    """
+    batch, seq, heads, _ = q.shape
+    inside = [torch.empty(q.shape, dtype=torch.float32, device=q.device)]
+    inside.append(torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device))
+    if k.shape[2] != heads:
+        inside += [torch.empty_like(q), torch.empty_like(q)]
+    return inside
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None) -> Tensor:

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from mopexec.model import kernels
 from mopexec.model.documents import Documents, positions
+from mopexec.model.fused import OPS
 from mopexec.model.routing import wide
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.rope import RopeScaling
@@ -110,8 +112,11 @@ def rotate_(
     """`rotate` in place on x [..., S, heads, d], position slices `rows` at a time; inverse rotates back (the
     backward).
 
-    Temporaries: a slice and a half in the dtype of the tables.
+    Temporaries: a slice and a half in the dtype of the tables. Fused: none.
     """
+    if kernels.NOW.rotary:
+        OPS.rotate_(x, cos, sin, inverse)
+        return
     for start, stop in rows:
         first, second = x[..., start:stop, :, :].chunk(2, dim=-1)
         c, s = (table[..., start:stop, :].unsqueeze(-2) for table in (cos, sin))

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import msgspec
 import torch
 
 from mopexec.distributed.mesh import Group, Mesh, build_mesh
@@ -40,6 +41,9 @@ def build(
     """This rank's Runner, with `weights`, or drawn from `seed`; torch.distributed must be initialised. Raises
     SpecError.
     """
+    if not platform.fake:
+        kind = "cuda" if platform.is_cuda else "cpu"
+        plan = msgspec.structs.replace(plan, stack=plan.stack.on_kind(kind))
     check_supported(plan)
     source = weights or Seeded(seed)
     if plan.stack.runtime == "fully_shard":
@@ -139,7 +143,7 @@ def _moe(plan: Plan, mesh: Mesh, platform: Platform, routing: RoutingChoice) -> 
                 spec.num_experts_per_tok,
                 platform.device,
             ).to(torch.int16)
-    planner = RoutePlanner(spec, mesh.experts, profile, training.routing, chunks)
+    planner = RoutePlanner(spec, mesh.experts, profile, training.routing, chunks, platform)
     return MoEBlock(spec, planner, strategy.dense.chunk_tokens)
 
 

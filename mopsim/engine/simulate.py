@@ -36,7 +36,7 @@ def simulate(
 ) -> SimResult:
     """Simulate one optimizer step. stack: that which the strategy names, where none is given. Raises
     SpecError where the inputs do not fit together; never for lack of memory."""
-    stack = stack or load_stack(strategy.stack, "strategy.stack")
+    stack = (stack or load_stack(strategy.stack, "strategy.stack")).on_kind(hardware.device_kind)
     if strategy.stack != stack.name:
         strategy = replace(strategy, stack=stack.name)
     strategy = stack.resolve(strategy)

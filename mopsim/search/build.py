@@ -37,7 +37,7 @@ def build(family: str, problem: Problem, row: Row) -> Strategy:
     if problem.precision in CAST:
         precision = replace(strategy.precision, matmul=problem.precision)
         strategy = replace(strategy, precision=precision)
-    stack = problem.stack or load_stack(STACKS[family])
+    stack = (problem.stack or load_stack(STACKS[family])).on_kind(problem.hardware.device_kind)
     return stack.resolve(replace(strategy, stack=stack.name))
 
 

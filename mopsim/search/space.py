@@ -66,7 +66,9 @@ class Space:
     @cached_property
     def stack(self) -> Stack:
         """The software that the candidates run on."""
-        return self.problem.stack or load_stack(STACKS[self.family])
+        return (self.problem.stack or load_stack(STACKS[self.family])).on_kind(
+            self.problem.hardware.device_kind
+        )
 
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""

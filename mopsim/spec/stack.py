@@ -21,8 +21,9 @@ T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
 Built = Literal["fused", "composed"]
 """One kernel, or as eager torch composes it."""
-AttentionKernel = Literal["profile", "flash2", "flash4", "flex", "triton", "scores"]
-"""profile: the best that the hardware's profile was measured with. scores: kept in memory, no flash kernel.
+AttentionKernel = Literal["profile", "cpu", "flash2", "flash3", "flash4", "cudnn", "flex", "triton", "scores"]
+"""profile: the best that the hardware's profile was measured with. cpu: torch's flash kernel for CPUs, the
+query heads of a KV head one after another. scores: kept in memory, no flash kernel.
 """
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
 DEFAULT = "default"
@@ -205,7 +206,9 @@ class Stack(Spec, frozen=True, kw_only=True):
     name: one line of text. version: of the program. extends: the stack whose entries it has where it names
     none. runtime: the runtime of mopexec that runs it, empty where none does; never inherited. explicit: the
     program is a schedule of forward and backward pairs without an autograd graph (mopexec's flat_units).
-    kernels: the implementation of each operation. sharding: how state is sharded and gathered. recompute:
+    kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
+    a file: the entries that are others).
+    sharding: how state is sharded and gathered. recompute:
     habits of recomputation. host: what its Python costs. dtypes: of state, where a strategy does not say.
     hides: communication that is hidden by default. reading: what its memory reading means.
     communication_share: part of the SMs that the experts' exchanges take from what runs beside them, by
@@ -219,6 +222,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     runtime: Runtime | Literal[""] = ""
     explicit: bool = False
     kernels: Kernels = Kernels()
+    cpu: Kernels | None = None
     sharding: Sharding = Sharding()
     recompute: Recompute = Recompute()
     host: Host = Host()
@@ -232,6 +236,12 @@ class Stack(Spec, frozen=True, kw_only=True):
         require_name(self.name)
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
+
+    def on_kind(self, device_kind: str) -> "Stack":
+        """The stack on devices of a kind (`HardwareProfile.device_kind`), of which it then says no more."""
+        if self.cpu is None:
+            return self
+        return replace(self, kernels=self.cpu if device_kind == "cpu" else self.kernels, cpu=None)
 
     def on(self, architecture: str) -> "Stack":
         """The stack on one device architecture: `attention` and `communication_share` have `default` only."""

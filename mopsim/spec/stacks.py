@@ -23,7 +23,7 @@ from mopsim.common.io import convert, exists, parse_yaml, read_text
 from mopsim.common.nearest import unknown
 from mopsim.spec.stack import Stack
 
-SECTIONS = ("kernels", "sharding", "recompute", "host", "dtypes", "hides", "reading")
+SECTIONS = ("kernels", "cpu", "sharding", "recompute", "host", "dtypes", "hides", "reading")
 _NAMES = ("name", "version", "extends", "source")
 _OWN = ("runtime",)
 """Entries that a child does not have from its parent: whoever changes a program is not that program."""
@@ -65,7 +65,10 @@ def _named(name: str) -> Stack:
 
 
 def _stack(text: str, origin: str, field: str, seen: tuple[str, ...]) -> Stack:
-    stack = convert(_resolved(text, origin, field, seen), Stack, field, origin)
+    data = _resolved(text, origin, field, seen)
+    if isinstance(data.get("cpu"), dict):
+        data["cpu"] = {**data.get("kernels", {}), **data["cpu"]}
+    stack = convert(data, Stack, field, origin)
     if not stack.version.strip():
         raise MopError(f"{origin}: {field}.version: '' must say of which version the entries are")
     return stack

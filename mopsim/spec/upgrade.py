@@ -16,6 +16,7 @@ from mopsim.spec.categories import Runtime
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.stack import (
     EAGERS,
+    AttentionKernel,
     Built,
     Host,
     Kernels,
@@ -124,8 +125,8 @@ def split(data: dict[str, Any], field: str) -> tuple[dict[str, Any], Stack | Non
 def _stack(old: _Old) -> Stack:
     """The stack that the old fields say; a shipped one where it is the same."""
 
-    def built(word: Unfused) -> Built:
-        return "composed" if word in old.unfused else "fused"
+    def built(word: str, composed: bool = False) -> Built:
+        return "composed" if composed or word in old.unfused else "fused"
 
     words = tuple(word for word in dict.fromkeys(EAGERS[0]) if word in old.unfused)
     eager = words in EAGERS and len(words) == len(set(old.unfused))
@@ -140,18 +141,20 @@ def _stack(old: _Old) -> Stack:
         runtime=old.runtime,
         explicit=explicit,
         kernels=Kernels(
-            norm=built("norms"),
-            rotary=built("rotary"),
-            activation=built("activation"),
+            norm=built("norms", explicit),
+            rotary=built("rotary", explicit),
+            activation=built("activation", explicit),
             residual=built("residual"),
-            expert_rows="composed" if explicit else built("experts"),
-            expert_products="looped" if experts.looped else "grouped",
+            expert_rows=built("experts", explicit),
+            router=built("router", explicit),
+            expert_products="looped" if experts.looped or explicit else "grouped",
             weight_grads=built("accumulation"),
             ring_blocks=built("blocks"),
             loss="upcast" if vocabulary.upcast else "fused" if vocabulary.fused else "composed",
             logits_held=not eager,
             loss_chunks="composed" if eager else "fused",
-            attention={"default": "profile" if old.attention.flash else "scores"},
+            gate_up="separate" if explicit else "joined",
+            attention=_attention(old, explicit=explicit),
             fills="fills" in old.unfused,
         ),
         sharding=Sharding(fsdp=old.runtime == "fully_shard", copies=copies, experts=not experts.plain),
@@ -160,7 +163,13 @@ def _stack(old: _Old) -> Stack:
         sources={"kernels": "the fields of a strategy of mop 0.1.0"},
     )
     shipped = load_stack("mopexec-flat")
-    return shipped if shipped.behaviour == found.behaviour else found
+    return shipped if shipped.on_kind("cpu").behaviour == found.behaviour else found
+
+
+def _attention(old: _Old, *, explicit: bool) -> dict[str, AttentionKernel]:
+    if not old.attention.flash:
+        return {"default": "scores"}
+    return {"default": "cpu" if explicit else "profile"}
 
 
 def _eager(old: _Old) -> Stack:

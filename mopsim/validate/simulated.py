@@ -59,6 +59,7 @@ def simulate_case(case: Case) -> Simulated:
     began = time.perf_counter()
     try:
         model, hardware, stack = case.network(), case.profile(), case.program()
+        stack = stack.on_kind(hardware.device_kind)
         strategy = case.resolved()
         workload = lower(model, strategy, case.training, hardware.scale_up_size, stack)
         result = run(workload, model, hardware, strategy, case.training)

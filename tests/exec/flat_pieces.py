@@ -28,7 +28,7 @@ def dispatch_and_combine(platform: Platform, routing: str, num_experts: int) -> 
     local = num_experts // world
     counts = [list(routing_counts(routing, 13 + 2 * r, 2, 1, num_experts, 3)) for r in range(world)]
     receive = [c[rank * local : (rank + 1) * local] for c in counts]
-    exchange = ChunkExchange(group, counts[rank], receive, platform.device)
+    exchange = ChunkExchange(group, counts[rank], receive, torch.tensor(receive, device=platform.device))
     expert = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(counts[rank]))
     rows = torch.stack((expert, torch.full_like(expert, rank), torch.arange(expert.numel())), dim=1).double()
     rows = rows.to(platform.device)

@@ -38,7 +38,7 @@ def precision(dtype: str) -> Precision:
 
 def make_plan(
     world: int, changes: dict[str, dict[str, Any]], *, dtype: str = "float64", model: ModelSpec = MODEL,
-    training: dict[str, Any] | None = None, micro_batch: int = 1,
+    training: dict[str, Any] | None = None, micro_batch: int = 1, device_kind: str = "cpu",
 ) -> Plan:  # fmt: skip
     """A plan of ZeRO-3 over all ranks with `changes` per component of the strategy."""
     base = Strategy(name="test", world_size=world, micro_batch=micro_batch, precision=precision(dtype))
@@ -58,5 +58,5 @@ def make_plan(
         hardware=hardware,
         strategy=strategy,
         training=TrainSpec(**(train | (training or {}))),
-        stack=load_stack(strategy.stack),
+        stack=load_stack(strategy.stack).on_kind(device_kind),
     )

@@ -81,7 +81,7 @@ def _plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan
             name="test", digest="0", num_nodes=1, devices_per_node=ranks, memory_limit=2**40, host_limit=2**40
         ),
         strategy=strategy,
-        stack=load_stack(strategy.stack),
+        stack=load_stack(strategy.stack).on_kind("cpu"),
         training=TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing),
     )
 

@@ -46,19 +46,22 @@ def _tracked(plan: Plan) -> MemoryTracker:
     return tracker
 
 
-def _plan(model: ModelSpec, strategy: Strategy, training: TrainSpec) -> Plan:
+def _plan(model: ModelSpec, strategy: Strategy, training: TrainSpec, kind: str = "cuda") -> Plan:
     nodes = max(1, strategy.world_size // 8)
     hardware = HardwareRef(
         name="toy", digest="x", num_nodes=nodes, devices_per_node=8, memory_limit=10**15, host_limit=10**15
     )
-    stack = load_stack(strategy.stack)
+    stack = load_stack(strategy.stack).on_kind(kind)
     return Plan(model=model, hardware=hardware, strategy=strategy, training=training, stack=stack)
 
 
-def _check(model: ModelSpec, strategy: Strategy, training: TrainSpec, within: float) -> None:
-    nodes = max(1, strategy.world_size // 8)
-    tracked = _tracked(_plan(model, strategy, training))
-    result = simulate(model, machine(memory=1000), nodes, strategy, training)
+def _check(
+    model: ModelSpec, strategy: Strategy, training: TrainSpec, within: float, kind: str = "cuda"
+) -> None:
+    """kind: of the devices; a CPU's kernels are others than a GPU's (`stack.cpu`)."""
+    plan, nodes = _plan(model, strategy, training, kind), max(1, strategy.world_size // 8)
+    tracked = _tracked(plan)
+    result = simulate(model, machine(memory=1000), nodes, strategy, training, plan.stack)
     assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=within), (
         result.memory_by_category,
         tracked.memory_by_category,
@@ -87,11 +90,15 @@ DEMO = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(len(DEMO)))
-def test_demo_sized_models(index: int) -> None:
+KINDS = [(index, "cuda") for index in range(len(DEMO))]
+KINDS += [(index, "cpu") for index, one in enumerate(DEMO) if one.stack == "mopexec-flat"]
+
+
+@pytest.mark.parametrize(("index", "kind"), KINDS)
+def test_demo_sized_models(index: int, kind: str) -> None:
     strategy = DEMO[index]
     training = TrainSpec(seq_len=8192, global_batch=2 * strategy.data_groups)
-    _check(SMALL, strategy, training, 0.01)
+    _check(SMALL, strategy, training, 0.01, kind)
 
 
 SPLIT = [
@@ -148,10 +155,13 @@ def test_latents_under_mop_are_bounded() -> None:
 SMALL_PLANS = cases(4)
 
 
-@pytest.mark.parametrize("name", SMALL_PLANS)
-def test_every_mechanism_in_small(name: str) -> None:
+SMALL_KINDS = [(name, "cpu") for name in SMALL_PLANS] + [(name, "cuda") for name in ("mop", "mop_skewed")]
+
+
+@pytest.mark.parametrize(("name", "kind"), SMALL_KINDS)
+def test_every_mechanism_in_small(name: str, kind: str) -> None:
     plan = SMALL_PLANS[name]
-    _check(plan.model, plan.strategy, plan.training, 0.01)
+    _check(plan.model, plan.strategy, plan.training, 0.01, kind)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_every_stack_plays_a_family_or_refuses_it_by_name(name: str) -> None:
             refused[family] = error.field
             continue
         played += 1
-        assert (result.stack, result.strategy.stack) == (stack, name)
+        assert (result.stack, result.strategy.stack) == (stack.on_kind(hardware.device_kind), name)
         assert result.provenance["stack"] == name
         again = simulate(MODEL, hardware, 1, result.strategy, TRAINING, stack)
         assert again.step_time == result.step_time

@@ -26,8 +26,18 @@ class AttentionPair:
         self.kv_bytes = self.N * self.kv * self.d * context.b * D // self.kv_blocks
         self.kv_merged = self.N * self.kv * self.d * context.b
         self.sums = self.N * self.heads * context.wide
-        self.repeats = max(1, (self.heads // D) // (self.kv // self.kv_blocks))
+        in_turn = (
+            context.stack.attention == "cpu" or context.b > 2
+        )  # a GPU's flash kernels take half precision
+        self.repeats = max(1, (self.heads // D) // (self.kv // self.kv_blocks)) if in_turn else 1
+        self.workspace = 0 if in_turn else self._workspace()
         self._kernels: dict[int, dict[str, Kernel]] = {}
+
+    def _workspace(self) -> int:
+        """Of FlashAttention-2's backward: dq and its row sums in fp32, and dk and dv of every query head."""
+        elements = self.N * self.heads * self.d
+        expanded = 0 if self.heads // self.D == self.kv // self.kv_blocks else 2 * elements * self.c.b
+        return elements * 4 + self.N * self.heads * 4 + expanded
 
     def kernel(self, layer: int, name: str) -> Kernel:
         window = self.c.model.window(layer)
@@ -153,6 +163,7 @@ class AttentionPair:
         b.make("dq_whole", local_q)
         b.make("dk_whole", local_kv)
         b.make("dv_whole", local_kv)
+        b.spike(self.workspace)
         if self.repeats > 1:
             b.spike(local_q // self.repeats + 2 * local_kv)
         works = self.works(layer, True, "attention_core")
@@ -192,9 +203,9 @@ class AttentionPair:
         if blocks < self.D and blocks > 1:
             b.drop("summed")
         if name != "v" and self.c.model.qk_norm == "head":
-            part = slice_rows(self.N)
+            part = self.N if self.rows.fused_norm else slice_rows(self.N)
             size = heads * self.d
-            b.spike(2 * part * size * self.c.b)
+            b.spike((1 if part == self.N else 2) * part * size * self.c.b)
             b.make("before", part * size * self.c.b)
             works += self.works(layer, False, f"{name}_proj")
             works.append(self.rows.norm_backward(part, size, heads=heads))
@@ -223,6 +234,8 @@ class AttentionPair:
         if self.c.model.qk_norm != "head":
             return []
         heads = self.heads if name == "q" else self.kv_bytes // (self.N * self.d * self.c.b)
+        if self.rows.fused_norm:
+            return [self.rows.norm(self.N, heads * self.d)]
         blocks = self.D
         part = slice_rows(self.N)
         width = heads * self.d // blocks
@@ -232,6 +245,8 @@ class AttentionPair:
 
     def _rotate(self, size: int) -> Work:
         """Rotation in place, slice by slice of positions: one and a half slices of temporaries."""
+        if self.rows.fused_rotary:
+            return Work("memory_bound", bytes=2.0 * size, launches=2)
         positions = self.c.training.seq_len // self.D
         part = slice_rows(positions)
         self.b.spike(1.5 * size * part / positions / 1)

@@ -9,7 +9,7 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.moved_experts import MovedExperts
-from mopsim.program.pairs.rows import Rows, slice_rows
+from mopsim.program.pairs.rows import FUSED_ROWS, SLICE_ROWS, Rows, slice_rows
 from mopsim.program.workload import Work
 
 _E, _R, _D = "experts", "router", "dispatch"
@@ -27,6 +27,7 @@ class ExpertsPair:
         self.inner = model.moe_intermediate_size // context.strategy.experts.expert_tensor_parallel
         self.row = self.H * context.b
         degree = context.strategy.experts.expert_parallel
+        self.grouped = context.stack.kernels.expert_products == "grouped" and context.b == 2
         self.split = degree > 1
         self.ordered = self.split and self.E // degree > 1
         self._router: dict[int, dict[str, Kernel]] = {}
@@ -42,8 +43,11 @@ class ExpertsPair:
         backward."""
         c, b, n = self.c, self.b, self.c.tokens
         b.make(f"choice{layer}", self.choice)
-        part = slice_rows(n)
-        b.spike(part * (self.row + self.H * c.wide) + self.E * (self.H + 3 * part) * c.wide)
+        part = n if self.rows.fused_router else slice_rows(n)
+        if self.rows.fused_router:
+            b.spike(n * (self.row + 2 * self.E * c.wide))
+        else:
+            b.spike(part * (self.row + self.H * c.wide) + self.E * (self.H + 3 * part) * c.wide)
         works = [self.rows.norm(part, self.H), *self._routing(n, False)]
         b.compute("choose", _R, "forward", layer, works)
         size = 8.0 * self.E * c.chunks
@@ -155,8 +159,11 @@ class ExpertsPair:
         if self.ordered:
             b.make(f"arrival_order.{i}", arrived * 8, _D)
             b.spike(arrived * 16, _D)
-        works = [self.rows.norm(n, self.H, "hidden", _D)]
-        b.spike(n * (self.H + self.E) * wide + self.E * self.H * wide, _D)
+        works = [self.rows.norm(n, self.H, "hidden", _D, strided=c.chunks > 1)]
+        if self.rows.fused_router:
+            b.spike(n * (self.E + self.k) * wide, _D)
+        else:
+            b.spike(n * (self.H + self.E) * wide + self.E * self.H * wide, _D)
         b.make(f"weights_sent.{i}", sent * wide, _D)
         works += self._routing(n, False)
         works.append(self.rows.elementwise(sent, 8, 14))
@@ -217,7 +224,7 @@ class ExpertsPair:
         return b.issue("combine", "all_to_all", float(max(size, sent)), "experts", _E, phase, layer)
 
     def _products(self, i: int, backward: bool, *names: str) -> list[Work]:
-        """Works of the named products, one launch per expert."""
+        """Works of the named products, one launch per expert where they are not grouped."""
         routes = self.c.routes(i)
         key = (routes, backward, names)
         if key not in self._works:
@@ -226,7 +233,9 @@ class ExpertsPair:
             )
             kernels = {kernel.name: kernel for kernel in tape.kernels}
             works = [work for name in names for work in self.rows.works(kernels[name], backward)]
-            self._works[key] = [replace(work, launches=int(work.count)) for work in works]
+            self._works[key] = (
+                works if self.grouped else [replace(work, launches=int(work.count)) for work in works]
+            )
         return self._works[key]
 
     def _experts_forward(
@@ -234,10 +243,13 @@ class ExpertsPair:
     ) -> None:
         c = self.c
         _, _, received, most = self._sizes(i)
-        self.b.spike(len(self.up) * most * self.inner * c.b)
+        rows = received if self.grouped else most
+        self.b.spike(len(self.up) * rows * self.inner * c.b)
         works = [*works, *self._products(i, False, *self.up, "experts_down")]
         active = sum(1 for rows in c.routes(i) if rows)
         passes = 7 if len(self.up) == 2 else 4
+        if self.grouped:
+            passes, active = len(self.up) + 1, 1
         works.append(self.rows.elementwise(received * self.inner, passes * c.b, 3 * active))
         self.b.compute("experts", _E, "forward", layer, works, arrived, *waits)
 
@@ -246,13 +258,16 @@ class ExpertsPair:
         b, n = self.b, self.c.chunk_tokens(i)
         self._arrive("rows", i)
         part = slice_rows(n)
-        b.spike(part * (self.k + 1) * self.row, _D)
+        if not self.rows.fused_routes:
+            b.spike(part * (self.k + 1) * self.row, _D)
         works = self._sum_routes(n, 2)
         b.compute("combine", _E, "forward", layer, works, arrived)
         b.drop(f"rows_back.{i}", f"inverse.{i}")
 
     def _sum_routes(self, tokens: int, launches: int) -> list[Work]:
         """Routes of each token gathered by index and summed, slice by slice."""
+        if self.rows.fused_routes:
+            return [self.rows.elementwise(tokens * (self.k + 2), self.row, 2)]
         gathered = self.rows.by_index(tokens * self.k * self.row, tokens)
         return [gathered, self.rows.pass_(tokens, self.H, (self.k + 4) * self.c.b, launches)]
 
@@ -266,13 +281,22 @@ class ExpertsPair:
         b, c = self.b, self.c
         _, _, received, most = self._sizes(i)
         b.make("grad_weights", received * c.wide)
-        b.spike((4 if len(self.up) == 1 else 6) * most * self.inner * c.b)
+        if self.grouped:
+            stack = self.E // c.strategy.experts.expert_parallel * self.H * self.inner
+            b.spike(((len(self.up) + 1) * received * self.inner + stack) * c.b)
+        else:
+            b.spike((4 if len(self.up) == 1 else 6) * most * self.inner * c.b)
         works = [*works, *self._products(i, False, *self.up)]
         works += self._products(i, True, *self.up, "experts_down")
-        if c.strategy.precision.reduce != c.strategy.precision.compute:
+        if not self.grouped and c.strategy.precision.reduce != c.strategy.precision.compute:
             b.spike((4 * most + self.H) * self.inner * c.b)
         active = sum(1 for rows in c.routes(i) if rows)
-        works.append(self.rows.elementwise(received * self.inner, 26 * c.b, 10 * active))
+        if self.grouped:
+            works.append(self.rows.elementwise(received * self.inner, 6 * c.b, 3))
+            works.append(self.rows.elementwise(3 * stack, c.b + 2 * c.reduce, 3))
+            works.append(self.rows.elementwise(received * self.H, 3 * c.b, 1))
+        else:
+            works.append(self.rows.elementwise(received * self.inner, 26 * c.b, 10 * active))
         b.compute("experts", _E, "backward", layer, works, arrived, *waits)
         b.drop("rows")
 
@@ -284,16 +308,28 @@ class ExpertsPair:
         self._arrive("grad_weights", i)
         b.make("home_weights", sent * c.wide, _D)
         b.drop(f"grad_weights_back.{i}")
-        part = slice_rows(n)
+        part = slice_rows(n, FUSED_ROWS if self.rows.fused_routes else SLICE_ROWS)
         b.make("grad_hidden", part * self.row, _D)
-        b.spike(part * self.k * self.row, _D)
+        if not self.rows.fused_routes:
+            b.spike(part * self.k * self.row, _D)
         b.compute("combine", _E, "backward", layer, self._sum_routes(n, 1), arrived)
-        works = [self.rows.norm(part, self.H, "hidden")]
-        b.spike(part * (2 * self.H + 3 * self.E) * c.wide + 2 * self.E * self.H * c.wide)
+        works = [self.rows.norm(part, self.H, "hidden", strided=c.chunks > 1)]
+        if tokens_kept := self.rows.fused_norm and c.chunks > 1:
+            b.make("tokens", part * self.row)
+        if self.rows.fused_router:
+            b.spike(part * self.H * (c.wide + c.b) + (part + self.H) * self.E * c.wide)
+        else:
+            b.spike(part * (2 * self.H + 3 * self.E) * c.wide + 2 * self.E * self.H * c.wide)
         works += self._routing(n, True)
         b.drop("hidden")
         works.append(self.rows.norm_backward(part, self.H))
-        works.append(self.rows.pass_(n, self.H, 7 * c.b + 20 * c.wide, 31))
+        if tokens_kept:
+            b.drop("tokens")
+        if self.rows.fused_router:
+            slices = -(-n // part)
+            works.append(self.rows.elementwise(n * self.H, 5 * c.b + 3 * c.wide, 8 * slices))
+        else:
+            works.append(self.rows.pass_(n, self.H, 7 * c.b + 20 * c.wide, 31))
         b.drop("grad_hidden")
         b.compute("router", _R, "backward", layer, works)
         b.drop(f"grads_back.{i}", f"inverse.{i}", "home_weights")

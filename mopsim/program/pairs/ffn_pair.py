@@ -56,20 +56,31 @@ class FfnPair:
             n = stop - start
             size = n * self.inner(component) * self.c.b
             works = [self.rows.norm(n, H, "hidden")]
-            for name in ("gate", "up", "silu", "inner") if self.gated else ("up", "inner"):
+            kept = ("gate", "up", "silu", "inner") if self.gated else ("up", "inner")
+            if fused := self.gated and self.rows.fused_gate:
+                kept = ("gate", "up")
+            for name in kept:
                 b.make(name, size)
             works += self._products(n, component, False, *self.up)
-            works.append(self._activation(size))
-            self._temporary(component)
-            b.drop("inner")
+            if not fused:
+                works.append(self._activation(size))
+                self._temporary(component)
+                b.drop("inner")
             b.make("grad_inner", size)
+            if fused:
+                self._temporary(component)
             works += self._products(n, component, True, "down_proj")
-            works.append(self.rows.elementwise(size, 11, 4) if self.gated else self._activation(size, 3))
-            b.drop(*("gate", "up") if self.gated else ("up",))
+            if fused:
+                works.append(self.rows.elementwise(size, 6, 3))
+                b.drop("grad_inner")
+            else:
+                works.append(self.rows.elementwise(size, 11, 4) if self.gated else self._activation(size, 3))
+                b.drop(*("gate", "up") if self.gated else ("up",))
             self._temporary(component)
             b.make("grad_hidden", n * H * self.c.b)
             works += self._products(n, component, True, *self.up)
-            b.drop("grad_inner", *(("silu",) if self.gated else ()), "hidden")
+            done = ("gate", "up") if fused else ("grad_inner", "silu") if self.gated else ("grad_inner",)
+            b.drop(*done, "hidden")
             works.append(self.rows.norm_backward(n, H))
             b.drop("grad_hidden")
             b.compute("ffn", component, "backward", layer, works)
@@ -83,6 +94,8 @@ class FfnPair:
 
     def _activation(self, size: int, passes: int = 2) -> Work:
         """SiLU and a product, or GELU, over `size` bytes."""
+        if self.gated and self.rows.fused_gate:
+            return self.rows.elementwise(size, 3, 1)
         return self.rows.elementwise(size, 5 if self.gated else passes, 2 if self.gated else 1)
 
     def _products(self, tokens: int, component: str, backward: bool, *names: str) -> list[Work]:

@@ -6,12 +6,12 @@ from mopsim.program.context import Context
 from mopsim.program.workload import Work, memory_work
 from mopsim.program.works import works
 
-SLICE_ROWS = 2048
+SLICE_ROWS, FUSED_ROWS = 2048, 8192
 
 
-def slice_rows(rows: int) -> int:
+def slice_rows(rows: int, most: int = SLICE_ROWS) -> int:
     """Rows of the largest slice, as mopexec.flat.rows cuts them."""
-    return min(rows, SLICE_ROWS)
+    return min(rows, most)
 
 
 class Rows:
@@ -20,16 +20,27 @@ class Rows:
     def __init__(self, context: Context, builder: Builder) -> None:
         self.c, self.b, self.width, self.wide = context, builder, context.b, context.wide
         self.cast = context.wide != context.b
+        kernels = context.stack.kernels
+        self.fused_norm, self.fused_rotary = kernels.norm == "fused", kernels.rotary == "fused"
+        self.fused_routes, self.fused_router = kernels.expert_rows == "fused", kernels.router == "fused"
+        self.fused_gate = kernels.activation == "fused"
 
     def works(self, kernel: Kernel, backward: bool) -> tuple[Work, ...]:
         """The work of one pass of a kernel."""
         return works(kernel, "backward" if backward else "forward", self.c)
 
-    def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
+    def norm(
+        self, rows: int, size: int, name: str = "", category: str = "activations", *, strided: bool = False
+    ) -> Work:
         """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back
-        by the caller)."""
+        by the caller). strided: of every n-th row, which a fused kernel has copied first."""
         b, part = self.b, slice_rows(rows)
         out = rows * size * self.width
+        if self.fused_norm:
+            b.spike((1 + strided) * out, category)
+            if name:
+                b.make(name, out, category)
+            return memory_work(float(rows * size * (2 + 2 * strided) * self.width), 1 + strided)
         if name:
             b.make(name, out, category)
         else:
@@ -37,8 +48,13 @@ class Rows:
         b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
         return self.pass_(rows, size, 3 * self.width + 4 * self.wide, 8, 1)
 
-    def norm_backward(self, rows: int, size: int, category: str = "activations", heads: int = 1) -> Work:
+    def norm_backward(
+        self, rows: int, size: int, category: str = "activations", heads: int = 1, *, strided: bool = False
+    ) -> Work:
         """Gradient of RMSNorm added into a buffer that is there already. heads: normed one by one."""
+        if self.fused_norm:
+            self.b.spike((1 + strided) * rows * size * self.width, category)
+            return memory_work(float(rows * size * (7 + 2 * strided) * self.width), 6 + strided)
         part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
         held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * heads * self.wide
         self.b.spike(held + (1 + self.cast) * size // heads * self.wide, category)

@@ -13,19 +13,26 @@ SHIPPED: dict[str, str] = {
 }
 """Stacks that describe what mopexec's runtimes really do."""
 _SECTIONS = ("kernels", "sharding", "recompute", "host")
+_CHOSEN = {"kernels.attention": ("profile", "flash2", "flash3", "cudnn", "cpu")}
+"""Entries that every runtime takes from the stack, with what they may be."""
 _COUNTED = ("host.modules",)
 """Entries that change what is counted of a program, not the program."""
 
 
 def software_is_the_runtimes(job: Job, side: Side) -> Iterator[SpecError]:
-    """Every entry of the stack is what the runtime does."""
-    known = load_stack(SHIPPED[side])
+    """Every entry of the stack is what the runtime does, on a device of some kind."""
+    shipped = load_stack(SHIPPED[side])
+    known = [shipped.on_kind(kind) for kind in ("cuda", "cpu")]
     for section in _SECTIONS:
-        ours, theirs = getattr(known, section), getattr(job.software, section)
-        for field in ours.__struct_fields__:
-            runs, says = getattr(ours, field), getattr(theirs, field)
-            if runs != says and f"{section}.{field}" not in _COUNTED:
-                yield SpecError(f"stack.{section}.{field}", says, f"is not {DOES[side]}, only {runs!r}")
+        theirs = getattr(job.software, section)
+        for field in theirs.__struct_fields__:
+            says = getattr(theirs, field)
+            runs = [getattr(getattr(one, section), field) for one in known]
+            if f"{section}.{field}" in _CHOSEN:
+                runs.extend({key: kernel} for key in says for kernel in _CHOSEN[f"{section}.{field}"])
+            if says not in runs and f"{section}.{field}" not in _COUNTED:
+                rule = " or ".join(repr(one) for one in dict.fromkeys(map(str, runs)))
+                yield SpecError(f"stack.{section}.{field}", says, f"is not {DOES[side]}, only {rule}")
 
 
 def no_runtime(job: Job) -> SpecError | None:

@@ -366,6 +366,7 @@ _OWN = (
 
 PROGRAM = row(mopexec=Cell(why="as the stack says that describes the runtime"), exports=_PROGRAM)
 """The row of all that a program does anyway."""
+_KIND = elsewhere("which kernels run where the devices are CPUs (`Stack.on_kind`)")
 _READING = elsewhere("what a reported peak counts, which mopsim validate compares with")
 
 STACK: dict[str, Row] = {
@@ -373,6 +374,7 @@ STACK: dict[str, Row] = {
     "version": _NAMED,
     "extends": _NAMED,
     "sources": _NAMED,
+    "cpu": row(simulator=_KIND, mopexec=_KIND, exports=_PROGRAM),
     "runtime": row(
         simulator=LABEL,
         flat_units=only("flat_units"),

@@ -1,0 +1,228 @@
+"""Row operations as one op each (`torch.ops.mop`): torch's own fused kernels or a compiled function on CUDA.
+
+On a CPU the same function runs as eager torch composes it; tensors without data get the results' shapes. So a
+dispatch mode sees on a machine without a GPU what a GPU would launch. `KERNELS` says how many kernels an op
+starts on CUDA; tests/exec/test_kernels.py holds the compiled ones to what Inductor generates.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopexec.model.routing import wide
+
+_LIBRARY: Any = torch.library.Library("mop", "DEF")  # type: ignore[no-untyped-call]
+Leaf = Callable[..., Any]
+LEAVES: dict[str, Leaf] = {}
+"""Functions that are compiled on CUDA, by the name of their op."""
+KERNELS = {
+    "rms_norm": 1, "rms_norm_backward": 4, "rotate_": 1, "swiglu_": 1, "swiglu_backward_": 1,
+    "router_logits": 2, "route_weights": 1, "route_weights_backward": 1, "add_routes_": 1,
+}  # fmt: skip
+"""rms_norm_backward: the inverse RMS, the input's gradient, the weight's partial sums and their sum.
+router_logits: the product, and a bias where there is one."""
+
+
+def _define(schema: str, leaf: Leaf, meta: Leaf, cuda: Leaf | None = None) -> None:
+    """An op. cuda: where it is not the compiled leaf."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, leaf, "CPU")
+    _LIBRARY.impl(name, meta, "Meta")
+    if cuda is None:
+        LEAVES[name] = leaf
+        cuda = _compiled(leaf)
+    _LIBRARY.impl(name, cuda, "CUDA")
+
+
+def _compiled(leaf: Leaf) -> Leaf:
+    @functools.cache
+    def made() -> Leaf:
+        return torch.compile(leaf, dynamic=True, fullgraph=True)
+
+    def run(*args: Any) -> Any:
+        return made()(*args)
+
+    return run
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    accurate = wide(x.dtype)
+    rows = x.to(accurate)
+    return (rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(accurate)).to(x.dtype)
+
+
+def _rms_norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    result: Tensor = torch.ops.aten._fused_rms_norm(x.contiguous(), list(weight.shape), weight, eps)[0]
+    return result
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return (x.to(wide(x.dtype)).square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """With n = x / rms: dx = (g w - n mean(g w n)) / rms, dw = sum over rows of g n."""
+    inverse = _inverse_rms(x, eps)
+    normed, scaled = x * inverse, grad * weight.to(inverse.dtype)
+    product = grad * normed
+    dx = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * inverse
+    return dx.to(x.dtype), product.sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+
+
+_inverse_rms_cuda = _compiled(_inverse_rms)
+
+
+def _rms_norm_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    dx, dw = torch.ops.aten._fused_rms_norm_backward(
+        grad.contiguous(), x, list(weight.shape), _inverse_rms_cuda(x, eps), weight, [True, True]
+    )
+    return dx, dw
+
+
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """See `mopexec.model.rope.rotate_`; in the dtype of the tables, fp32 at least."""
+    first, second = x.chunk(2, dim=-1)
+    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if inverse:
+        s = -s
+    turned = first * c - second * s
+    other = second * c + first * s
+    first.copy_(turned)
+    second.copy_(other)
+
+
+def _swiglu_(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float, alpha: float) -> None:
+    """gate [R, I] = activation of gate and up, times weight [R] where given."""
+    _, _, inner = _activated(gate, up, limit, alpha)
+    gate.copy_(inner if weight is None else inner * weight[:, None])
+
+
+def _activated(gate: Tensor, up: Tensor, limit: float, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(gated, up) that are multiplied, and their product, in the wide dtype."""
+    accurate = wide(gate.dtype)
+    gate, up = gate.to(accurate), up.to(accurate)
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+        gated = gate * torch.sigmoid(gate * alpha)
+    else:
+        gated = gate * torch.sigmoid(gate)
+    return gated, up, gated * up
+
+
+def _swiglu_backward_(
+    grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None, limit: float, alpha: float
+) -> Tensor:
+    """grad [R, I], of the product after the route weight, becomes that product; gate and up their gradients.
+
+    Returns the gradient of weight [R], in the wide dtype.
+    """
+    accurate = wide(gate.dtype)
+    gated, factor, inner = _activated(gate, up, limit, alpha)
+    given = grad.to(accurate)
+    total = (inner * given).sum(-1)
+    share = torch.ones_like(total) if weight is None else weight.to(accurate)
+    given = given * share[:, None]
+    bounded = gate.to(accurate)
+    if limit:
+        bounded = bounded.clamp(max=limit)
+    steep = alpha if limit else 1.0
+    sigmoid = torch.sigmoid(bounded * steep)
+    slope = sigmoid * (1 + bounded * steep * (1 - sigmoid))
+    grad_gate, grad_up = given * factor * slope, given * gated
+    if limit:
+        grad_gate = torch.where(gate <= limit, grad_gate, 0.0)
+        grad_up = torch.where(up.abs() <= limit, grad_up, 0.0)
+    gate.copy_(grad_gate)
+    up.copy_(grad_up)
+    grad.copy_(inner * share[:, None])
+    return total
+
+
+def _router_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    accurate = wide(hidden.dtype)
+    product = hidden.to(accurate) @ weight.to(accurate).t()
+    return product if bias is None else product + bias.to(accurate)
+
+
+def _router_logits_cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """bf16 products summed in fp32 are those of the casts: no fp32 copy of the input is made."""
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return _router_logits(hidden, weight, bias)
+    product = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return product if bias is None else product.add_(bias)
+
+
+def _route_weights(logits: Tensor, experts: Tensor, softmax: bool, normed: bool, scale: float) -> Tensor:
+    """See `mopexec.model.routing.route_weights`, from logits; experts [n, k] of any integer dtype."""
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    chosen = scores.gather(1, experts.long())
+    if normed:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return chosen * scale
+
+
+def _route_weights_backward(
+    grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, normed: bool, scale: float
+) -> Tensor:
+    """See `mopexec.model.routing.route_weights_backward`, from logits and without a scatter."""
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    index, grad = experts.long(), grad * scale
+    if normed:
+        chosen = scores.gather(1, index)
+        total = chosen.sum(-1, keepdim=True) + 1e-20
+        grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
+    place = torch.arange(logits.shape[1], device=logits.device)
+    grad_scores = torch.where(index[:, :, None] == place, grad[:, :, None], 0.0).sum(1)
+    if softmax:
+        return (grad_scores - (grad_scores * scores).sum(-1, keepdim=True)) * scores
+    return grad_scores * scores * (1 - scores)
+
+
+def _add_routes_(target: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> None:
+    """target [n, H] += the sum of each token's rows; inverse [n * top_k]: their places among rows."""
+    gathered = rows[inverse].view(target.shape[0], top_k, target.shape[1])
+    target.add_(gathered.sum(1, dtype=wide(target.dtype)).to(target.dtype))
+
+
+_define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    _rms_norm,
+    lambda x, weight, eps: torch.empty(x.shape, dtype=x.dtype, device="meta"),
+    _rms_norm_cuda,
+)
+_define("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+        _rms_norm_backward,
+        lambda grad, x, weight, eps: (
+            torch.empty(x.shape, dtype=x.dtype, device="meta"), torch.empty_like(weight)
+        ), _rms_norm_backward_cuda)  # fmt: skip
+_define("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()", _rotate_, _nothing)
+_define("swiglu_(Tensor(a!) gate, Tensor up, Tensor? weight, float limit, float alpha) -> ()",
+        _swiglu_, _nothing)  # fmt: skip
+_define("swiglu_backward_(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, Tensor? weight, float limit, "
+        "float alpha) -> Tensor", _swiglu_backward_,
+        lambda grad, *_: torch.empty(grad.shape[0], dtype=wide(grad.dtype), device="meta"))  # fmt: skip
+_define("router_logits(Tensor hidden, Tensor weight, Tensor? bias) -> Tensor", _router_logits,
+        lambda hidden, weight, bias: torch.empty(
+            (hidden.shape[0], weight.shape[0]), dtype=wide(hidden.dtype), device="meta"
+        ), _router_logits_cuda)  # fmt: skip
+_define("route_weights(Tensor logits, Tensor experts, bool softmax, bool normed, float scale) -> Tensor",
+        _route_weights,
+        lambda logits, experts, *_: torch.empty(
+            experts.shape, dtype=logits.dtype, device="meta"
+        ))  # fmt: skip
+_define("route_weights_backward(Tensor grad, Tensor logits, Tensor experts, bool softmax, bool normed, "
+        "float scale) -> Tensor", _route_weights_backward,
+        lambda grad, logits, *_: torch.empty_like(logits))  # fmt: skip
+_define("add_routes_(Tensor(a!) target, Tensor rows, Tensor inverse, int top_k) -> ()",
+        _add_routes_, _nothing)  # fmt: skip
+
+OPS: Any = torch.ops.mop

@@ -1,0 +1,63 @@
+"""Which implementation of an operation runs: what the plan's stack says (`stack.kernels`), during its step.
+
+Plain module state, as `mopexec.measure.scope`: for real tensors and for those without data, so that a dry run
+plays what the planned device would run. Before any `using`, a CPU's choice holds.
+"""
+
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from mopsim.spec.stack import Kernels
+
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes of the flash kernels for GPUs."""
+
+
+class Choice:
+    """norm, rotary, activation, router, rows (of routes): one kernel each (mopexec.model.fused). grouped: one
+    product for all experts. attention: the stack's word for its kernel; "cpu": torch's flash kernel for CPUs.
+    """
+
+    __slots__ = ("activation", "attention", "grouped", "norm", "rotary", "router", "rows")
+
+    def __init__(self) -> None:
+        self.norm = self.rotary = self.activation = self.router = self.rows = self.grouped = False
+        self.attention = "cpu"
+
+    def take(self, kernels: Kernels) -> None:
+        self.norm, self.rotary = kernels.norm == "fused", kernels.rotary == "fused"
+        self.activation, self.router = kernels.activation == "fused", kernels.router == "fused"
+        self.rows = kernels.expert_rows == "fused"
+        self.grouped = kernels.expert_products == "grouped"
+        self.attention = kernels.attention.get("default", "profile")
+
+
+NOW = Choice()
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether attention over x runs by a GPU's kernel: x is there, or has no data and is planned there."""
+    planned = NOW.attention != "cpu" and x.dtype in HALF
+    return x.is_cuda or (planned and (x.is_meta or isinstance(x, FakeTensor)))
+
+
+class using:  # noqa: N801
+    """`with using(plan.stack.kernels):` what runs inside, runs by these kernels."""
+
+    __slots__ = ("_kernels", "_outer")
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def __enter__(self) -> None:
+        self._outer = [getattr(NOW, name) for name in Choice.__slots__]
+        NOW.take(self._kernels)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, value in zip(Choice.__slots__, self._outer, strict=True):
+            setattr(NOW, name, value)

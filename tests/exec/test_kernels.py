@@ -1,0 +1,124 @@
+"""Kernels of the planned device: how many a layer launches; they compute what the composed ones do."""
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from mopexec.flat import expert_products
+from mopexec.flat.experts import experts_backward_, experts_forward_
+from mopexec.flat.rows import rms_norm, rms_norm_backward_
+from mopexec.measure.kernels import layer_kernels
+from mopexec.model.kernels import using
+from mopexec.model.swiglu import Clamp
+from mopsim import strategies
+from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.presets import load_model
+from mopsim.spec.stack import Kernels
+from mopsim.spec.stacks import load_stack
+from mopsim.spec.training import TrainSpec
+from tests.exec.flat_plans import make_plan
+from tests.exec.spawn import pool
+from tests.exec.test_flat_units import ALL_TWO
+
+CUDA = load_stack("mopexec-flat").on_kind("cuda").kernels
+CPU = load_stack("mopexec-flat").on_kind("cpu").kernels
+MOST = 400
+
+
+def planned(chunk_tokens: int = 0, **options: Any) -> Plan:
+    """Qwen3-30B-A3B on 8 cards: 16 experts and 32K tokens a rank."""
+    options = {"expert_parallel": 8, "vocab_parallel": 8, "expert_chunk_tokens": chunk_tokens} | options
+    strategy = strategies.mop(8, **options)
+    return Plan(
+        model=msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2),
+        hardware=HardwareRef(
+            name="h", digest="0", num_nodes=1, devices_per_node=8, memory_limit=2**60, host_limit=2**60
+        ),
+        strategy=strategy,
+        stack=load_stack(strategy.stack).on_kind("cuda"),
+        training=TrainSpec(
+            seq_len=32768 * strategy.attention.context_parallel, global_batch=strategy.data_groups
+        ),
+    )
+
+
+@pytest.mark.parametrize(("chunk_tokens", "options"), [(0, {"context_parallel": 8}), (8192, {})], ids=str)
+def test_a_layer_launches_few_kernels(chunk_tokens: int, options: dict[str, Any]) -> None:
+    plan = planned(chunk_tokens, **options)
+    counted = layer_kernels(plan)
+    assert plan.training.tokens_per_rank(plan.strategy) == 32768
+    assert 100 < sum(counted.values()) <= MOST, counted
+
+
+def test_all_mechanisms_by_the_fused_kernels() -> None:
+    plan = make_plan(2, ALL_TWO, micro_batch=2, device_kind="cuda")
+    for worst in pool(2).run("tests.exec.flat_parity", "compare", plan, "learned"):
+        assert max(worst.values()) <= 1e-9, worst
+
+
+def _experts(biased: bool) -> dict[str, Tensor]:
+    shapes = {"gate": (16, 24), "up": (16, 24), "down": (24, 16)}
+    found = {f"moe.experts.{n}_proj": torch.randn(4, *shape).bfloat16() for n, shape in shapes.items()}
+    if biased:
+        found |= {f"moe.experts.{n}_proj_bias": torch.randn(4, s[1]).bfloat16() for n, s in shapes.items()}
+    return found
+
+
+@pytest.mark.parametrize("clamp", [None, Clamp(1.0, 1.702)], ids=["plain", "clamped"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_grouped_products_are_those_of_each_expert(clamp: Clamp | None, biased: bool) -> None:
+    torch.manual_seed(0)
+    experts, arrived = _experts(biased), torch.tensor([[3, 0, 20, 1], [4, 0, 9, 8]])
+    counts = arrived.sum(0).tolist()
+    inputs, given = (torch.randn(sum(counts), 16).bfloat16() for _ in "ab")
+    weights = torch.rand(sum(counts))
+    whole = [inputs.clone()]
+    with using(CUDA):
+        assert expert_products.fits(inputs, experts)
+        expert_products.forward(whole, weights, arrived, experts, clamp)
+    alone = inputs.clone()
+    experts_forward_(alone, weights, counts, experts, clamp)
+    _close(whole[0], alone)
+
+    found = []
+    for grouped in (True, False):
+        grads = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in experts.items()}
+        rows = [inputs.clone(), given.clone()]
+        if grouped:
+            of_weights = expert_products.backward(rows, weights, arrived, experts, grads, clamp)
+        else:
+            of_weights = experts_backward_(rows[1], rows[0], weights, counts, experts, grads, clamp)
+        found.append([rows[-1], of_weights, *grads.values()])
+    for mine, other in zip(*found, strict=True):
+        _close(mine, other)
+
+
+def test_other_dtypes_run_expert_by_expert() -> None:
+    experts = {name: one.double() for name, one in _experts(False).items()}
+    with using(CUDA):
+        assert not expert_products.fits(torch.zeros(3, 16, dtype=torch.float64), experts)
+    with using(CPU):
+        assert not expert_products.fits(torch.zeros(3, 16, dtype=torch.bfloat16), experts)
+
+
+@pytest.mark.parametrize("kernels", [CUDA, CPU], ids=["fused", "composed"])
+def test_norms_equal_torchs(kernels: Kernels) -> None:
+    x = torch.randn(7, 3, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(7, 3, 16, dtype=torch.float64)
+    out = torch.nn.functional.rms_norm(x, (16,), weight, 1e-6)
+    out.backward(grad)
+    with using(kernels), torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 1e-6), out)
+        target, of_weight = torch.ones_like(x), torch.ones_like(weight)
+        rms_norm_backward_(target, x, grad, weight, of_weight, 1e-6)
+    torch.testing.assert_close(target - 1, x.grad)
+    torch.testing.assert_close(of_weight - 1, weight.grad)
+
+
+def _close(actual: Tensor, expected: Tensor) -> None:
+    scale = expected.float().abs().max().item()
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0.02, atol=0.02 * scale)
