@@ -25,7 +25,8 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     """
     ranks = _ranks(plan.strategy, max_ranks)
     strategy = _degrees(plan.strategy, ranks)
-    microbatches = min(plan.training.num_microbatches(plan.strategy), 2)
+    virtual = strategy.pipeline.virtual_stages > 1
+    microbatches = 2 if virtual else min(plan.training.num_microbatches(plan.strategy), 2)
     training = msgspec.structs.replace(
         plan.training,
         seq_len=16 * ranks,
@@ -36,7 +37,7 @@ def scale_down(plan: Plan, max_ranks: int = 4) -> Plan:
     )
     num_tokens = training.tokens_per_rank(strategy)
     strategy = _schedule(strategy, num_tokens)
-    model = _model(plan.model, _vocabulary(plan, strategy, num_tokens), strategy.dense.tensor_parallel)
+    model = _model(plan.model, _vocabulary(plan, strategy, num_tokens), strategy)
     hardware = HardwareRef(
         name="this machine",
         digest="",
@@ -78,6 +79,9 @@ def mechanisms(plan: Plan) -> list[str]:
         f"dense FFN in slices of {s.dense.chunk_tokens} tokens": s.dense.chunk_tokens > 0,
         f"tensors and rows split over {s.dense.tensor_parallel}": s.dense.tensor_parallel > 1,
         f"experts split over {s.experts.expert_tensor_parallel}": s.experts.expert_tensor_parallel > 1,
+        f"{s.pipeline.pipeline_parallel} x {s.pipeline.virtual_stages} stages, {s.pipeline.schedule}": (
+            s.pipeline.pipeline_parallel > 1
+        ),
         f"Ulysses over {s.attention.context_parallel}": s.attention.context_parallel > 1,
         f"experts over {s.experts.expert_parallel}": s.experts.expert_parallel > 1,
         f"expert state sharded over {s.experts.expert_fsdp}": s.experts.expert_fsdp > 1,
@@ -99,6 +103,7 @@ def _ranks(strategy: Strategy, max_ranks: int) -> int:
     degrees = (
         strategy.dense.fsdp,
         strategy.dense.tensor_parallel,
+        strategy.pipeline.pipeline_parallel,
         strategy.experts.expert_tensor_parallel,
         strategy.attention.context_parallel,
         strategy.experts.expert_parallel,
@@ -113,8 +118,11 @@ def _ranks(strategy: Strategy, max_ranks: int) -> int:
 def _degrees(strategy: Strategy, ranks: int) -> Strategy:
     replace = msgspec.structs.replace
 
+    stages, world = min(strategy.pipeline.pipeline_parallel, 2), ranks
+    ranks //= stages
+
     def scaled(degree: int) -> int:
-        return 1 if degree == 1 else ranks if degree == strategy.world_size else min(2, ranks)
+        return 1 if degree == 1 else ranks if degree == strategy.stage_ranks else min(2, ranks)
 
     vocabulary = scaled(strategy.vocabulary.vocab_parallel)
     tensor, split = scaled(strategy.dense.tensor_parallel), scaled(strategy.experts.expert_tensor_parallel)
@@ -128,8 +136,14 @@ def _degrees(strategy: Strategy, ranks: int) -> Strategy:
         shard = 1 if shard == 1 or replicas < 4 else 2
     return replace(
         strategy,
-        world_size=ranks,
+        world_size=world,
         micro_batch=min(strategy.micro_batch, 2),
+        pipeline=replace(
+            strategy.pipeline,
+            pipeline_parallel=stages,
+            virtual_stages=min(strategy.pipeline.virtual_stages, 2),
+            layers=(),
+        ),
         dense=replace(
             strategy.dense, tensor_parallel=tensor, fsdp=holders if every else min(scaled(dense), holders)
         ),
@@ -188,7 +202,7 @@ def _vocabulary(plan: Plan, strategy: Strategy, num_tokens: int) -> int:
     return max(strategy.vocabulary.vocab_parallel * rows + 1, 17)
 
 
-def _model(model: ModelSpec, vocab_size: int, tensor: int) -> ModelSpec:
+def _model(model: ModelSpec, vocab_size: int, strategy: Strategy) -> ModelSpec:
     moe, dense = model.num_moe_layers > 0, model.num_dense_layers > 0
     heads, kv, latent = model.num_attention_heads, model.num_key_value_heads, model.attention == "mla"
     sizes: dict[str, int] = {name: size for name, size in _LATENT.items() if latent and getattr(model, name)}
@@ -197,9 +211,13 @@ def _model(model: ModelSpec, vocab_size: int, tensor: int) -> ModelSpec:
     return msgspec.structs.replace(
         model,
         hidden_size=_HIDDEN,
-        num_hidden_layers=3 if moe and dense else 2,
+        num_hidden_layers=max(
+            3 if moe and dense else 2, strategy.pipeline.pipeline_parallel * strategy.pipeline.virtual_stages
+        ),
         num_attention_heads=_HEADS,
-        num_key_value_heads=_HEADS if kv == heads or latent else max(min(kv, 2), tensor),
+        num_key_value_heads=_HEADS
+        if kv == heads or latent
+        else max(min(kv, 2), strategy.dense.tensor_parallel),
         head_dim=_LATENT_DIM if latent else _HEAD_DIM,
         sliding_window=min(model.sliding_window, _WINDOW),
         swiglu_limit=_LIMIT if model.swiglu_limit else 0.0,

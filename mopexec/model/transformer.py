@@ -142,10 +142,8 @@ class Transformer(nn.Module):
                 layer.moe.router.auxiliary = auxiliary
 
     def blocks(self) -> Iterator[Layer]:
-        """Every decoder layer, those of MTP modules last."""
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            yield layer
+        """Every decoder layer that is here, those of MTP modules last."""
+        yield from (layer for layer in self.layers if isinstance(layer, Layer))
         for module in self.mtp:
             assert isinstance(module, Mtp)
             yield module.layer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
@@ -21,6 +21,7 @@ from mopexec.modules.expert_tensor import SplitExperts
 from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.hooks import Boundaries, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, wide
+from mopexec.modules.pipeline import Links, Part, Pipeline
 from mopexec.modules.sequence import UlyssesAttention, following_tokens
 from mopexec.modules.slices import Block, Kind, block_of, fill
 from mopexec.modules.stage_groups import StageGroups
@@ -45,6 +46,21 @@ class SplitModel:
             self.network: Any = Transformer(
                 plan.model, _dtype(plan.strategy.precision.param), "meta", routing
             )
+        pipeline = plan.strategy.pipeline
+        self._parts = layout.stage_layers(
+            plan.model.num_hidden_layers, pipeline.pipeline_parallel, pipeline.virtual_stages,
+            groups.place.stage, pipeline.layers,
+        )  # fmt: skip
+        self._pipeline: Pipeline | None = None
+        if pipeline.pipeline_parallel > 1:
+            with platform.bookkeeping():
+                links = Links(plan.strategy, platform)
+            rows = plan.training.tokens_per_rank(plan.strategy) // groups.tensor.size
+            batch = plan.strategy.micro_batch
+            shape = (batch, rows // batch, plan.model.hidden_size)
+            dtype = _dtype(plan.strategy.precision.compute)
+            self._pipeline = Pipeline(plan.strategy, links, shape, dtype, platform)
+            self._drop_others(self._pipeline)
         shapes = {name: tuple(p.shape) for name, p in self.network.named_parameters()}
         blocks = {name: block_of(name, shape, groups) for name, shape in shapes.items()}
         self.buffers = self._make_buffers(blocks)
@@ -63,6 +79,10 @@ class SplitModel:
     def forward_backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """Gradients of all microbatches in the buffers; returns the sum of their losses on this rank."""
         total = self._zero()
+        if self._pipeline is not None:
+            for loss in self._pipeline.step(len(batches), self._part(batches, scale)):
+                total += loss
+            return total
         for batch in batches:
             with phase("forward"):
                 loss = self.loss(batch, scale)
@@ -77,8 +97,11 @@ class SplitModel:
     def evaluate(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """The sum of the microbatches' losses on this rank."""
         total = self._zero()
-        for batch in batches:
-            total += self.loss(batch, scale)
+        losses = (self.loss(batch, scale) for batch in batches)
+        if self._pipeline is not None:
+            losses = self._pipeline.evaluate(len(batches), self._part(batches, scale))  # type: ignore[assignment]
+        for loss in losses:
+            total += loss
         return total
 
     def loss(self, batch: Batch, scale: float) -> Tensor:
@@ -92,6 +115,36 @@ class SplitModel:
         start = self._groups.place.context * batch.tokens.shape[1]
         terms = network.terms(batch.tokens, following, start, scale, batch.documents)
         return cast(Tensor, network.head(terms))
+
+    def _part(self, batches: Sequence[Batch], scale: float) -> Part:
+        """What a part of this stage makes of a microbatch."""
+        network, pipeline, start = self.network, self._pipeline, self._groups.place.context
+        assert pipeline is not None
+
+        def run(microbatch: int, chunk: int, x: Tensor | None) -> Tensor:
+            batch = batches[microbatch]
+            given = self._given(batch.tokens, start * batch.tokens.shape[1], scale, batch.documents)
+            if x is None:
+                x = network.embedding(batch.tokens)
+            for layer in self._parts[chunk]:
+                x = network.layers[layer](x, given)
+            if not pipeline.last(chunk):
+                return cast(Tensor, x)
+            return cast(Tensor, network.head([Term(network.final_norm(x), batch.targets, scale)]))
+
+        return run
+
+    def _drop_others(self, pipeline: Pipeline) -> None:
+        """Keep what this stage's parts have; names stay as they are."""
+        network, chunks = self.network, range(len(self._parts))
+        mine = {layer for part in self._parts for layer in part}
+        for layer in range(len(network.layers)):
+            if layer not in mine:
+                network.layers[layer] = nn.Module()
+        if not any(map(pipeline.first, chunks)):
+            network.embedding = nn.Module()
+        if not any(map(pipeline.last, chunks)):
+            network.final_norm, network.head = nn.Module(), nn.Module()
 
     def _zero(self) -> Tensor:
         dtype = wide(_dtype(self._plan.strategy.precision.compute))
@@ -125,8 +178,9 @@ class SplitModel:
             if groups.sequence.size > 1:
                 layer.attention.core = UlyssesAttention(groups.sequence.size, groups.sequence.handle)
         first_row, _ = layout.interval(plan.model.vocab_size, tensor.size, tensor.place)
+        embedding: Any = network.embedding
         if tensor.size > 1:
-            network.embedding.forward = SplitEmbedding(network.embedding, first_row, tensor)
+            embedding.forward = SplitEmbedding(embedding, first_row, tensor)
         network.given = self._given
         self._attach_loss(first_row)
         if strategy.activations.recompute == "full":
@@ -168,7 +222,7 @@ class SplitModel:
     def _given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
         """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""
         (batch, seq), network, device = tokens.shape, self.network, tokens.device
-        dtype = network.embedding.weight.dtype
+        dtype = _dtype(self._plan.strategy.precision.param)
         cos, sin = rope_tables(network.spec, start, start + seq, dtype, device, documents)
         experts = None
         if not network.routing.learned and network.spec.num_moe_layers:

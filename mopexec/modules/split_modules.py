@@ -139,8 +139,16 @@ class SplitRunner:
                 collectives.all_reduce(load, stage.handle)
 
         degree = self._plan.strategy.experts.expert_parallel
-        busiest: Tensor = self.model.network.update_balance(training.bias_update_rate, over_stage, degree)
-        return busiest
+        network, pipeline = self.model.network, self._groups.pipeline
+        busiest: Tensor = network.update_balance(training.bias_update_rate, over_stage, degree)
+        if pipeline.size == 1:
+            return busiest
+        layers = sum(layer.is_moe for layer in network.blocks())
+        share = torch.zeros(2, dtype=torch.float64, device=self._platform.device)
+        if layers:
+            share[0], share[1] = busiest * layers, layers
+        collectives.all_reduce(share, pipeline.handle)
+        return share[0] / share[1]
 
 
 def _everyone(mine: Any) -> list[Any]:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
-from mopsim.program.pipeline import Slot
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Template
 from mopsim.program.workload import Work
+from mopsim.spec.pipeline_order import Slot
 
 Visit = tuple[str, int, int]
 """(phase, microbatch, layer): what a program does to a layer."""

@@ -17,7 +17,6 @@ from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
 from mopsim.program.loss import loss_template
 from mopsim.program.offload import OffloadedInputs
-from mopsim.program.pipeline import Slot
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
 from mopsim.program.taped import template, weight_grads
@@ -25,6 +24,7 @@ from mopsim.program.template import START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
 from mopsim.program.works import implemented
+from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
 
 

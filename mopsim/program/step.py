@@ -8,11 +8,11 @@ from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, message_work, reduction
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
-from mopsim.program.pipeline import Slot, order, warm_up
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops
 from mopsim.program.units import Unit
 from mopsim.program.workload import Program, Repeat, Work
+from mopsim.spec.pipeline_order import Slot, order, warm_up
 
 
 class StageStep:

@@ -23,10 +23,14 @@ from tests.capability.jobs import Variant, jobs, plan_of, refusal, replace, vari
 
 
 def small(job: Job) -> Job:
-    """One microbatch; of every kind of layer one, and for flat_units one to prefetch beyond."""
+    """A microbatch for each stage; of every kind of layer one, for flat_units one to prefetch beyond, and for
+    every part of a stage one."""
     assert job.training is not None
-    training = replace(job.training, global_batch=job.strategy.micro_batch * job.strategy.data_groups)
-    return Job(replace(job.model, num_hidden_layers=3 - job.fsdp), job.strategy, training, job.stack)
+    s, pipeline = job.strategy, job.strategy.pipeline
+    batch = s.micro_batch * s.data_groups * pipeline.pipeline_parallel
+    layers = max(3 - job.fsdp, pipeline.pipeline_parallel * pipeline.virtual_stages)
+    training = replace(job.training, global_batch=batch)
+    return Job(replace(job.model, num_hidden_layers=layers), s, training, job.stack)
 
 
 NOUNS: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -82,6 +82,14 @@ def two() -> dict[str, Plan]:
             BIASED, tensor_parallel=2, expert_parallel=2, changes={"precision": {"master": "param"}}
         ),
         "dense": make(DENSE, tensor_parallel=2),
+        "stages": make(pipeline_parallel=2),
+        "stages in turn": make(
+            replace(MODEL, num_hidden_layers=5),
+            pipeline_parallel=2,
+            virtual_stages=2,
+            recompute="full",
+            offload_inputs=True,
+        ),
     }
 
 
@@ -96,11 +104,32 @@ def four() -> dict[str, Plan]:
         "ulysses": make(
             LATENT, tensor_parallel=2, context_parallel=2, context_exchange="ulysses", expert_parallel=4
         ),
+        "four stages": make(
+            replace(MODEL, num_hidden_layers=4, first_k_dense_replace=2),
+            pipeline_parallel=4,
+            stage_layers=(0, 2, 1, 1),
+        ),
+        "stages and tensors": make(
+            pipeline_parallel=2,
+            tensor_parallel=2,
+            expert_parallel=2,
+            micro_batch=2,
+        ),
         "replicated": make(tensor_parallel=2, changes={"dense": {"fsdp": 1}, "experts": {"expert_fsdp": 2}}),
     }
 
 
+def eight() -> dict[str, Plan]:
+    """On eight ranks, by name."""
+    return {
+        "stages": _make(
+            8, pipeline_parallel=2, tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2,
+            recompute="full",
+        )
+    }  # fmt: skip
+
+
 def cases(world: int) -> dict[str, tuple[Plan, str]]:
     """(plan, who routes) by name."""
-    found = {2: two, 4: four}[world]()
+    found = {2: two, 4: four, 8: eight}[world]()
     return {name: (plan, "profile" if "skewed" in name else "learned") for name, plan in found.items()}

@@ -8,7 +8,7 @@ from tests.exec.spawn import pool
 from tests.exec.split_plans import cases
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_mechanism_equals_the_single_device_model(world: int) -> None:
     found = pool(world).run("tests.exec.split_parity", "compare", cases(world))[0]
     for name, worst in found.items():

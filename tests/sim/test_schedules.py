@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopsim.program.pipeline import Slot, order
+from mopsim.spec.pipeline_order import Slot, order
 
 Key = tuple[str, int, int]
 unhurried = settings(deadline=None)  # a busy machine is no failure

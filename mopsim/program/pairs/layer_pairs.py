@@ -14,11 +14,11 @@ from mopsim.program.pairs.flat_update import PairUpdate
 from mopsim.program.pairs.from_tapes import NestedExperts, TapedAttention
 from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.passes import Passes
-from mopsim.program.pipeline import Slot
 from mopsim.program.stage import Stage
 from mopsim.program.strip_loss import StripLoss
 from mopsim.program.template import EXPERTS, START, Template
 from mopsim.program.workload import Work
+from mopsim.spec.pipeline_order import Slot
 
 _V = "vocabulary"
 

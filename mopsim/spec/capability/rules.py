@@ -29,6 +29,7 @@ from mopsim.spec.capability.runtimes import (
     split_experts,
     split_head,
     split_heads,
+    stages_alone,
     state_of_main_gradients,
     unless,
     updates_where_state_is,
@@ -325,7 +326,7 @@ RULES: dict[Side, tuple[Rule, ...]] = {
     ),
     "split_modules": (
         software_is_the_runtimes, split_heads, split_head, exchange_of_heads, heads_over_ranks,
-        tensor_group_holds_vocabulary, split_experts, shards_of_a_slice, updates_where_state_is,
+        tensor_group_holds_vocabulary, split_experts, stages_alone, shards_of_a_slice, updates_where_state_is,
         products_in_compute, state_of_main_gradients, boundaries_need_recompute,
     ),
     "torchtitan": (

@@ -123,6 +123,19 @@ def exchange_of_heads(job: Job, side: Side) -> Iterator[SpecError]:
     yield from unless(holds, job, "attention.cp_comm_type", rule)
 
 
+def stages_alone(job: Job, side: Side) -> Iterator[SpecError]:
+    """No stage needs what another has."""
+    if job.strategy.pipeline.pipeline_parallel == 1:
+        return
+    where = "where pipeline.pipeline_parallel is above 1"
+    for field, usual in (("tie_word_embeddings", False), ("num_nextn_predict_layers", 0)):
+        value = getattr(job.model, field)
+        if value != usual:
+            yield SpecError(f"model.{field}", value, f"is not {DOES[side]} {where}, only {usual!r}")
+    budget = job.strategy.activations.host_budget
+    yield from unless(not budget, job, "activations.host_budget", f"is not {DOES[side]} {where}, only 0")
+
+
 def split_experts(job: Job, side: Side) -> Iterator[SpecError]:
     """A bias of what several ranks make parts of would be added by each."""
     if has_experts(job) and job.model.expert_bias:

@@ -63,11 +63,13 @@ STRATEGY: dict[str, Row] = {
     "micro_batch": row(),
     "stack": row(exports=_PROGRAM),
     "pipeline.pipeline_parallel": row(
-        mopexec=only(1), deepspeed=only(1, why="it is code there, not configuration")
+        mopexec=only(1), split_modules=ALL, deepspeed=only(1, why="it is code there, not configuration")
     ),
     "pipeline.virtual_stages": row(pipelined),
     "pipeline.layers": row(pipelined, torchtitan=only((), why="its stages are cut by a number of layers")),
-    "pipeline.schedule": row(scheduled, megatron_bridge=only("1f1b", "interleaved")),
+    "pipeline.schedule": row(
+        scheduled, split_modules=only("1f1b", "interleaved"), megatron_bridge=only("1f1b", "interleaved")
+    ),
     "dense.tensor_parallel": row(mopexec=only(1), split_modules=ALL),
     "dense.sequence_parallel": row(
         tensor_parallel,
