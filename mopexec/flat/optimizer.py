@@ -278,7 +278,6 @@ class FlatAdamW:
                     refreshed.copy_(master)
                 self.platform.copy(self.units[unit].params[start:stop], refreshed)
                 offset += numel
-            self.platform.wait_host(self.platform.record())
 
     def _send_grads(self, index: int, clip: Tensor) -> Any:
         offset = 0

@@ -1,0 +1,55 @@
+"""Every wait for a stream, a collective or the device is needed: without it, something races."""
+
+from typing import Any
+
+import pytest
+
+from mopexec.check.dry_run import _batches, fake_world
+from mopexec.run.apply import build
+from tests.exec.flat_plans import make_plan
+from tests.exec.streams import Order, Race, Site, watched
+
+EXCHANGES: dict[str, Any] = {
+    "attention": {"context_parallel": 2},
+    "experts": {"expert_parallel": 2, "chunk_tokens": 3},
+    "activations": {"layer_inputs": "host"},
+}
+HOST = {"state_tier": "host", "bucket_params": 900}
+RING = {"loss": "ring", "vocab_parallel": 2, "chunk_tokens": 6}
+CASES: dict[str, dict[str, Any]] = {
+    "streamed": EXCHANGES | {"optimizer": HOST, "vocabulary": RING},
+    "one_slot": {"optimizer": HOST | {"slots": 1}, "dense": {"fsdp": 1}},
+    "beside": {"optimizer": HOST | {"overlap": "next_forward"}, "activations": {"layer_inputs": "host"}},
+    "one_bucket": {"optimizer": {"state_tier": "host"}},
+    "on_host": {"optimizer": HOST | {"update_on": "host"}},
+    "ring_of_weights": {"vocabulary": RING},
+}
+LONG = {"ring_of_weights": {"seq_len": 64, "global_batch": 2}}
+
+
+def _steps(name: str, skip: Site | None = None) -> list[Site]:
+    """Two steps of a case; where they waited."""
+    plan = make_plan(2, CASES[name], dtype="float32", training=LONG.get(name, {"global_batch": 2}))
+    order = Order(skip)
+    with fake_world(2, 0), watched(order) as platform:
+        runner = build(plan, platform, routing="profile")
+        for _ in range(2):
+            runner.step(_batches(plan, platform))
+        runner.state_dict()
+    return list(order.sites)
+
+
+def _caught(name: str, site: Site) -> bool:
+    try:
+        _steps(name, site)
+    except Race:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_races_and_no_wait_can_go(name: str) -> None:
+    """A wait that this case does without is one that another case needs."""
+    spared = [site for site in _steps(name) if not _caught(name, site)]
+    others = [other for other in CASES if other != name]
+    assert not [site for site in spared if not any(_caught(other, site) for other in others)]
