@@ -90,7 +90,9 @@ class FlatRunner:
             busiest = self._balance()
         if self.platform.fake:
             return StepResult(float("nan"), float("nan"), self.num_tokens)
-        return StepResult(loss.item() / self._counted, norm.item(), self.num_tokens, busiest)
+        found = [loss, norm] if busiest is None else [loss, norm, busiest]
+        total, length, *share = self.platform.fetch(torch.stack([one.double() for one in found]))
+        return StepResult(total / self._counted, length, self.num_tokens, share[0] if share else math.nan)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
@@ -235,10 +237,11 @@ class FlatRunner:
         place = max(0, index - self._first_moe)
         return self.model.balance_bias[place], self.model.load[place]
 
-    def _balance(self) -> float:
-        """Move the routers' biases by the load of the whole global batch; returns `StepResult.busiest`."""
+    def _balance(self) -> Tensor | None:
+        """Move the routers' biases by the load of the whole global batch; returns `StepResult.busiest`, None
+        where no router chose."""
         if not self.learned or not self.plan.model.num_moe_layers:
-            return math.nan
+            return None
         with category("activations"):
             if self.mesh.world.size > 1:
                 collectives.all_reduce(self.model.load, self.mesh.world.handle)
@@ -246,4 +249,4 @@ class FlatRunner:
             for bias, load in zip(self.model.balance_bias, self.model.load, strict=True):
                 balance_step(bias, load, self.plan.training.bias_update_rate)
             self.model.load.zero_()
-        return math.nan if self.platform.fake else float(busiest)
+        return busiest

@@ -1,0 +1,85 @@
+"""A step asks the device for nothing but the routes of each MoE layer and, at its end, its result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mopexec.check.dry_run import _batches, fake_world
+from mopexec.distributed.tiers import Platform
+from mopexec.flat import ffn
+from mopexec.measure.syncs import HostSync, NoHostSyncs
+from mopexec.run.apply import build
+from tests.exec.flat_plans import make_plan
+from tests.exec.test_flat_units import ALL_TWO
+
+
+class Routed(Platform):
+    """A planned device whose router is balanced: `fetch` is where the host waits."""
+
+    def __init__(self, counts: int) -> None:
+        super().__init__(torch.device("meta"), fake=True)
+        self.counts, self.fetched = counts, 0
+
+    def fetch(self, tensor: Tensor) -> list[Any]:
+        self.fetched += 1
+        return [[self.counts] * tensor.shape[1]] * tensor.shape[0]
+
+
+def _step(kind: str, changes: dict[str, Any]) -> tuple[int, int]:
+    """(waits of the host in a step, MoE layers times microbatches), of a router that learns."""
+    options = ALL_TWO | {"experts": {"expert_parallel": 2, "chunk_tokens": 8}} | changes
+    plan = make_plan(2, options, dtype="bfloat16", device_kind=kind, training={"global_batch": 4})
+    spec, strategy = plan.model, plan.strategy
+    each = (
+        min(8, plan.training.tokens_per_rank(strategy)) * spec.num_experts_per_tok // spec.num_local_experts
+    )
+    with fake_world(2, 0):
+        platform = Routed(each)
+        runner, batches = build(plan, platform, routing="learned"), _batches(plan, platform)
+        with NoHostSyncs("meta"):
+            runner.step(batches)
+    return platform.fetched, spec.num_moe_layers * plan.training.num_microbatches(strategy)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("overlap", ["none", "next_forward"])
+def test_a_step_waits_once_a_moe_layer(kind: str, overlap: str) -> None:
+    optimizer = {"state_tier": "host", "bucket_params": 900, "overlap": overlap}
+    fetched, layers = _step(kind, {"optimizer": optimizer})
+    assert fetched == layers > 1
+
+
+SYNCS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x[0]),
+    "truth": lambda x: bool((x > 0).any()),
+    "tolist": lambda x: x.to("cpu").tolist(),
+    "nonzero": lambda x: (x > 0).nonzero(),
+    "mask": lambda x: x[x > 0],
+    "masked_put": lambda x: x.__setitem__(x > 0, 1.0),
+    "repeats": lambda x: x.repeat_interleave(x.long()),
+    "unique": lambda x: torch.unique(x),
+    "upload": lambda x: torch.tensor([1.0, 2.0]).to(x.device),
+    "pageable": lambda x: x.copy_(torch.zeros(4), non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("name", SYNCS)
+def test_what_waits_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with NoHostSyncs("meta"), pytest.raises(HostSync):
+        SYNCS[name](torch.ones(4, device="meta"))
+
+
+def test_one_that_is_added_to_a_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ffn.add_swiglu_
+
+    def with_sync(target: Tensor, hidden: Tensor, weights: Any, prefix: str) -> None:
+        plain(target, hidden, weights, prefix)
+        assert target.sum().item() == 0
+
+    monkeypatch.setattr(ffn, "add_swiglu_", with_sync)
+    with pytest.raises(HostSync, match=r"dense_ffn|shared_experts"):
+        _step("cuda", {})
