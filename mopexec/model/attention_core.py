@@ -26,12 +26,13 @@ Saved = tuple[Any, ...]
 class Core:
     """What a layer's attention computes beyond its inputs. scale: of the products of queries and keys.
     window: tokens that a query attends to, itself included; 0: all before it. documents: that it does not
-    leave.
+    leave. causal: False where every query attends to all keys (a block of keys before them).
     """
 
     scale: float
     window: int = 0
     documents: Documents = ()
+    causal: bool = True
 
 
 def causal_forward(
@@ -191,7 +192,7 @@ def _blocks(q: Tensor, core: Core) -> Iterator[tuple[slice, slice, Tensor | None
 
 def _op(query: Tensor, key: Tensor, value: Tensor, core: Core, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, mask is None, attn_mask=mask, scale=core.scale
+        query, key, value, 0.0, core.causal and mask is None, attn_mask=mask, scale=core.scale
     )
     return out, lse
 
@@ -201,7 +202,7 @@ def _op_backward(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads: tuple[Tensor, Tensor, Tensor] = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, mask is None, attn_mask=mask, scale=core.scale
+        grad, query, key, value, out, lse, 0.0, core.causal and mask is None, attn_mask=mask, scale=core.scale
     )
     return grads
 
@@ -234,7 +235,7 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, 
         )
         return out, tuple(rest[:3])
     out, *rest = _ATEN._scaled_dot_product_flash_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True, scale=core.scale
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, core.causal, scale=core.scale
     )
     return out.transpose(1, 2), tuple(rest[:7])
 
@@ -262,7 +263,7 @@ def _cuda_backward(
     lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
     dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
         grad.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
-        lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=core.scale,
+        lse, cum_q, cum_k, max_q, max_k, 0.0, core.causal, seed, offset, scale=core.scale,
     )  # fmt: skip
     del inside
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

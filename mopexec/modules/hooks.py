@@ -1,6 +1,6 @@
 """Hooks of the `fully_shard` runtime: component names, memory categories, recompute and boundary offload."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -126,6 +126,18 @@ def recompute_layers(model: Any, boundaries: Boundaries) -> None:
         layer.forward = _Checkpointed(index, layer.forward, boundaries)
     for module in model.mtp:
         module.join = partial(_again, module.join)
+
+
+def recompute_modules(model: Any, names: Collection[str]) -> None:
+    """Run the named modules of every layer under a non-reentrant checkpoint: the attention core, the dense
+    FFN, the MoE block.
+    """
+    for layer in model.blocks():
+        if "core_attn" in names:
+            layer.attention.core = partial(_again, layer.attention.core)
+        inner = layer.moe if layer.is_moe else layer.ffn
+        if ("moe" if layer.is_moe else "mlp") in names:
+            inner.forward = partial(_again, inner.forward)
 
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -13,13 +13,15 @@ from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, phase, uncounted
 from mopexec.model import Routing, Transformer
+from mopexec.model.attention import AttentionCore
 from mopexec.model.auxiliary import Auxiliary, attach
 from mopexec.model.documents import Documents
 from mopexec.model.rope import rope_tables
 from mopexec.model.transformer import Given, Term
+from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
 from mopexec.modules.experts import ExpertDispatch
-from mopexec.modules.hooks import Boundaries, name_components, recompute_layers
+from mopexec.modules.hooks import Boundaries, name_components, recompute_layers, recompute_modules
 from mopexec.modules.loss import chunked_loss, wide
 from mopexec.modules.pipeline import Links, Part, Pipeline
 from mopexec.modules.sequence import UlyssesAttention, following_tokens
@@ -176,7 +178,7 @@ class SplitModel:
             if layer.is_moe:
                 self._spread(layer.moe)
             if groups.sequence.size > 1:
-                layer.attention.core = UlyssesAttention(groups.sequence.size, groups.sequence.handle)
+                layer.attention.core = self._exchange()
         first_row, _ = layout.interval(plan.model.vocab_size, tensor.size, tensor.place)
         embedding: Any = network.embedding
         if tensor.size > 1:
@@ -185,7 +187,15 @@ class SplitModel:
         self._attach_loss(first_row)
         if strategy.activations.recompute == "full":
             recompute_layers(network, self._boundaries())
+        if strategy.activations.recompute == "selective":
+            recompute_modules(network, strategy.activations.modules)
         name_components(network)
+
+    def _exchange(self) -> AttentionCore:
+        how, sequence = self._plan.strategy.attention.cp_comm_type, self._groups.sequence
+        if how == "ulysses":
+            return UlyssesAttention(sequence.size, sequence.handle)
+        return BlockAttention(sequence, ring=how == "ring")
 
     def _spread(self, moe: Any) -> None:
         groups, spec, routing = self._groups, self._plan.model, self.network.routing

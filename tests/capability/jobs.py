@@ -89,7 +89,15 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
         "split": (
             "moe",
             replace(
-                megatron(8, pipeline_parallel=2, virtual_stages=2, tensor_parallel=2, expert_parallel=2),
+                megatron(
+                    8,
+                    pipeline_parallel=2,
+                    virtual_stages=2,
+                    tensor_parallel=2,
+                    context_parallel=2,
+                    expert_parallel=2,
+                    recompute="selective",
+                ),
                 stack="mopexec-split",
             ),
         ),

@@ -73,7 +73,7 @@ def two() -> dict[str, Plan]:
         "float32": make(tensor_parallel=2, expert_parallel=2, dtype="float32"),
         "inputs on the host": make(tensor_parallel=2, micro_batch=2, recompute="full", offload_inputs=True),
         "state on the host": make(tensor_parallel=2, optimizer_on_host=1.0),
-        "experts split": make(tensor_parallel=2, expert_tensor_parallel=2),
+        "experts split": make(tensor_parallel=2, expert_tensor_parallel=2, recompute="selective"),
         "skewed": make(tensor_parallel=2, expert_parallel=2, routing="60/3"),
         "latent": make(
             LATENT, tensor_parallel=2, expert_parallel=2, router_aux_loss_coef=1e-2, router_z_loss_coef=1e-3
@@ -81,7 +81,9 @@ def two() -> dict[str, Plan]:
         "biased": make(
             BIASED, tensor_parallel=2, expert_parallel=2, changes={"precision": {"master": "param"}}
         ),
-        "dense": make(DENSE, tensor_parallel=2),
+        "dense": make(
+            DENSE, tensor_parallel=2, recompute="selective", recompute_modules=("core_attn", "mlp")
+        ),
         "stages": make(pipeline_parallel=2),
         "stages in turn": make(
             replace(MODEL, num_hidden_layers=5),
@@ -103,6 +105,10 @@ def four() -> dict[str, Plan]:
         ),
         "ulysses": make(
             LATENT, tensor_parallel=2, context_parallel=2, context_exchange="ulysses", expert_parallel=4
+        ),
+        "ring": make(context_parallel=4, expert_parallel=2, micro_batch=2),
+        "blocks gathered": make(
+            LATENT, context_parallel=2, context_exchange="all_gather", tensor_parallel=2, recompute="full"
         ),
         "four stages": make(
             replace(MODEL, num_hidden_layers=4, first_k_dense_replace=2),

@@ -16,11 +16,12 @@ from mopsim.spec.capability.facts import (
     whole_steps,
 )
 from mopsim.spec.capability.runtimes import (
+    blocks_of_keys,
     boundaries_need_recompute,
-    exchange_of_heads,
     gradients_no_wider,
     heads_over_ranks,
     host_updates_masters,
+    modules_again,
     offloads_together,
     one_state_dtype,
     products_in_compute,
@@ -325,9 +326,9 @@ RULES: dict[Side, tuple[Rule, ...]] = {
         boundaries_need_recompute,
     ),
     "split_modules": (
-        software_is_the_runtimes, split_heads, split_head, exchange_of_heads, heads_over_ranks,
-        tensor_group_holds_vocabulary, split_experts, stages_alone, shards_of_a_slice, updates_where_state_is,
-        products_in_compute, state_of_main_gradients, boundaries_need_recompute,
+        software_is_the_runtimes, split_heads, split_head, blocks_of_keys, heads_over_ranks,
+        tensor_group_holds_vocabulary, split_experts, stages_alone, modules_again, shards_of_a_slice,
+        updates_where_state_is, products_in_compute, state_of_main_gradients, boundaries_need_recompute,
     ),
     "torchtitan": (
         flavor_is_the_preset, stages_of_a_rank, shards_divide, titan_expert_ranks, experts_share_the_copy,

@@ -25,7 +25,7 @@ def heads_over_ranks(job: Job, side: Side) -> Iterator[SpecError]:
     degree, model = job.strategy.attention.context_parallel, job.model
     name = "num_attention_heads" if model.attention == "mla" else "num_key_value_heads"
     heads = max(1, getattr(model, name) // job.strategy.dense.tensor_parallel)
-    holds = heads % degree == 0 or degree % heads == 0
+    holds = heads % degree == 0 or degree % heads == 0 or job.strategy.attention.cp_comm_type != "ulysses"
     rule = f"and {name} {heads}: neither divides the other"
     yield from unless(holds, job, "attention.context_parallel", rule)
 
@@ -116,11 +116,19 @@ def split_head(job: Job, side: Side) -> Iterator[SpecError]:
     yield from unless(start < stop, job, "dense.tensor_parallel", rule)
 
 
-def exchange_of_heads(job: Job, side: Side) -> Iterator[SpecError]:
+def blocks_of_keys(job: Job, side: Side) -> Iterator[SpecError]:
+    """Where blocks of keys are merged, each is attended whole but a rank's own."""
     attention = job.strategy.attention
-    rule = f"is not {DOES[side]}, only 'ulysses'"
-    holds = attention.context_parallel == 1 or attention.cp_comm_type == "ulysses"
-    yield from unless(holds, job, "attention.cp_comm_type", rule)
+    if attention.context_parallel == 1 or attention.cp_comm_type == "ulysses":
+        return
+    where = f"is not {DOES[side]} where attention.cp_comm_type is {attention.cp_comm_type!r}"
+    for field, usual in (("sliding_window", 0), ("attention_sinks", False)):
+        value = getattr(job.model, field)
+        if value != usual:
+            yield SpecError(f"model.{field}", value, f"{where}, only {usual!r}")
+    mask = "causal" if job.training is None else job.training.attention_mask
+    if mask != "causal":
+        yield SpecError("training.attention_mask", mask, f"{where}, only 'causal'")
 
 
 def stages_alone(job: Job, side: Side) -> Iterator[SpecError]:
@@ -134,6 +142,14 @@ def stages_alone(job: Job, side: Side) -> Iterator[SpecError]:
             yield SpecError(f"model.{field}", value, f"is not {DOES[side]} {where}, only {usual!r}")
     budget = job.strategy.activations.host_budget
     yield from unless(not budget, job, "activations.host_budget", f"is not {DOES[side]} {where}, only 0")
+
+
+def modules_again(job: Job, side: Side) -> Iterator[SpecError]:
+    """Modules that a checkpoint can stand around."""
+    activations, known = job.strategy.activations, ("core_attn", "mlp", "moe")
+    rule = f"is not {DOES[side]}, only of {', '.join(known)}"
+    again = activations.recompute == "selective"
+    yield from unless(not again or set(activations.modules) <= set(known), job, "activations.modules", rule)
 
 
 def split_experts(job: Job, side: Side) -> Iterator[SpecError]:

@@ -171,7 +171,6 @@ STRATEGY: dict[str, Row] = {
     "activations.recompute": row(
         flat_units=only("full"),
         fully_shard=only("none", "full"),
-        split_modules=only("none", "full"),
         torchtitan=only("none", "full", why="its selective mode names operators, not modules"),
         deepspeed=only("none", "full"),
     ),
