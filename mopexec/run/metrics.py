@@ -27,7 +27,9 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     eval_loss: per token of the held-out data after this step, where it was asked for. since: first step
     of the process that made it; strategy: digest of the plan's. memory_step: the last step whose memory
     was watched, the peaks are up to there. memory_percent: of the enforced limit, else of the plan's;
-    predicted_step_time_s None where the plan has none.
+    predicted_step_time_s None where the plan has none. Of the card that has most, None on a CPU:
+    allocated_bytes, reserved_bytes: the allocator's peaks; device_used_bytes: NVML's, of all programs;
+    unseen_bytes: device_used_bytes less peak_memory_bytes; power_w at the step's end, energy_j of the step.
     """
 
     step: int
@@ -45,6 +47,18 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     memory_percent: float
     predicted_step_time_s: float | None
     eval_loss: float | None = None
+    allocated_bytes: float | None = None
+    reserved_bytes: float | None = None
+    device_used_bytes: float | None = None
+    unseen_bytes: float | None = None
+    power_w: float | None = None
+    energy_j: float | None = None
+
+
+_OF_CARDS = (
+    "allocated_bytes", "reserved_bytes", "device_used_bytes", "unseen_bytes", "power_w", "energy_j",
+)  # fmt: skip
+"""Fields that a line has where there is a card."""
 
 
 class MetricsFile:
@@ -84,7 +98,8 @@ class MetricsFile:
 
 
 def _plain(metrics: StepMetrics) -> dict[str, Any]:
-    return {name: getattr(metrics, name) for name in metrics.__struct_fields__}
+    fields = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
+    return {name: value for name, value in fields.items() if value is not None or name not in _OF_CARDS}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

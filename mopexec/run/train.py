@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from mopexec import data
+from mopexec.measure.card import Card
 from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.run import checkpoint
+from mopexec.run import agreed, checkpoint
 from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
 from mopexec.run.metrics import Display, MetricsFile, StepMetrics, measurement
@@ -109,6 +110,7 @@ class _Loop:
         self.feed = Feed(plan, dataset, job.rank, job.platform.device)
         self.evaluation = _Evaluation.of(options, plan, job, dataset.seed)
         self.tokens_per_step = plan.training.global_batch * plan.training.seq_len
+        self.card = Card(job.platform.device)
         self.memory_limit = options.device_limit or plan.hardware.memory_limit
         self.predicted = plan.prediction.step_time if plan.prediction else None
         self.strategy = io.digest(plan.strategy)
@@ -144,7 +146,7 @@ class _Loop:
             lr = learning_rate(self.plan, step, self.options.steps, self.options.schedule)
             self.runner.set_lr(lr)
             result, seconds = self._timed_step(step)
-            slowest = _over_ranks(seconds, self.tracking.tracker, self.stop, self.job)
+            slowest = agreed.largest(seconds, self.tracking.tracker, self.stop, self.card.end(), self.job)
             self.busiest.append(result.busiest)
             line = self._line(step, lr, result, slowest)
             if self.evaluation and self.evaluation.due(line.step):
@@ -164,6 +166,7 @@ class _Loop:
         with self.tracking.step(step - self.first_step):
             batches = self.feed.batches(step)
             self.job.platform.synchronize()
+            self.card.begin()
             start = time.perf_counter()
             result = self.runner.step(batches)
             self.job.platform.synchronize()
@@ -186,6 +189,7 @@ class _Loop:
             memory_step=self.tracking.last(step, self.first_step) + 1,
             memory_percent=100 * slowest["device"] / self.memory_limit if self.memory_limit else 0.0,
             predicted_step_time_s=self.predicted,
+            **agreed.of_cards(slowest),
         )
 
     def _record(self, line: StepMetrics) -> None:
@@ -366,17 +370,6 @@ def _tokens(options: TrainOptions, plan: Plan, job: RankJob, *, held_out: bool =
     dist.barrier()
     training, evaluation = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     return evaluation if held_out and evaluation else training
-
-
-def _over_ranks(seconds: float, tracker: MemoryTracker, stop: StopRequest, job: RankJob) -> dict[str, float]:
-    """The largest of every rank's numbers: so the slowest sets the step time, and all stop at the same
-    step.
-    """
-    names = ("seconds", "device", "host", "stop")
-    values = [seconds, float(tracker.peak_memory), float(tracker.host_memory), float(stop.requested)]
-    numbers = torch.tensor(values, dtype=torch.float64, device=job.platform.device)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return dict(zip(names, numbers.tolist(), strict=True))
 
 
 def _signal_name(stop: StopRequest) -> str:

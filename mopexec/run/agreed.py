@@ -1,0 +1,45 @@
+"""Numbers of a step that all ranks agree on: the largest of each."""
+
+import torch
+import torch.distributed as dist
+
+from mopexec.measure import card
+from mopexec.measure.tracker import MemoryTracker
+from mopexec.run.job import RankJob
+from mopexec.run.signals import StopRequest
+
+MISSING = -1.0
+
+
+def largest(
+    seconds: float, tracker: MemoryTracker, stop: StopRequest, said: dict[str, float], job: RankJob
+) -> dict[str, float]:
+    """The largest of every rank's numbers: so the slowest sets the step time, and all stop at the same step.
+    said: by a rank's card (mopexec.measure.card), as far as it says anything.
+    """
+    numbers = {
+        "seconds": seconds,
+        "device": float(tracker.peak_memory),
+        "host": float(tracker.host_memory),
+        "stop": float(stop.requested),
+        **{name: said.get(name, MISSING) for name in card.NAMES},
+    }
+    agreed = torch.tensor(list(numbers.values()), dtype=torch.float64, device=job.platform.device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    found = dict(zip(numbers, agreed.tolist(), strict=True))
+    return {name: value for name, value in found.items() if value != MISSING}
+
+
+def of_cards(found: dict[str, float]) -> dict[str, float]:
+    """What `StepMetrics` has of cards, of `largest`'s numbers; nothing on a CPU."""
+    names = {
+        "allocated": "allocated_bytes",
+        "reserved": "reserved_bytes",
+        "device_used": "device_used_bytes",
+        "power": "power_w",
+        "energy": "energy_j",
+    }
+    said = {field: found[name] for name, field in names.items() if name in found}
+    if "device_used" in found:
+        said["unseen_bytes"] = found["device_used"] - found["device"]
+    return said
