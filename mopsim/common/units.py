@@ -25,12 +25,13 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "power": ("W", "kW"),
     "price": ("USD/h",),
     "update rate": ("params/s", "Mparams/s", "Gparams/s"),
+    "share": ("1",),
 }
 
 #: No machine has more of it (SI units, per device or link; memory: per node): above, the unit is wrong.
 CEILINGS: dict[str, float] = {
     "memory": 1e15, "time": 1.0, "arithmetic": 1e17, "bandwidth": 1e14, "power": 1e5, "price": 1e4,
-    "update rate": 1e14,
+    "update rate": 1e14, "share": 0.5,
 }  # fmt: skip
 
 DTYPE_BYTES: dict[str, float] = {

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import require
 from mopsim.common.io import digest
 from mopsim.cost import seconds
+from mopsim.cost.slowest import waiting
 from mopsim.cost.stack import as_used
 from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
 from mopsim.engine.gaps import steady
@@ -64,6 +65,7 @@ def run(
     whole."""
     matmul_peak(hardware, strategy)
     used = as_used(hardware, workload.stack, model.head_dim, training.seq_len)
+    used = waiting(used, strategy.world_size)
     prices: Prices = {}
     durations = [_durations(program, used, prices) for program in workload.programs]
     limit = hardware.memory_limit()

@@ -12,6 +12,7 @@ import numpy as np
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import for_heads, matmul_curve
+from mopsim.cost.slowest import waiting
 from mopsim.graph.flops import flops_per_token, layer_kinds
 from mopsim.graph.shapes import attention_widths
 from mopsim.graph.tensors import tensors
@@ -90,7 +91,8 @@ class Bounder:
     def __init__(self, space: Space, sizes: Sizes) -> None:
         self.space, self.problem, self.sizes = space, space.problem, sizes
         self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
-        self.model, self.hardware = self.problem.model, self.problem.hardware
+        self.model = self.problem.model
+        self.hardware = waiting(self.problem.hardware, self.problem.world_size)
         first = space.build(0)
         precision = first.precision
         self.separate_master = precision.master != "param"

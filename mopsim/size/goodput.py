@@ -7,9 +7,10 @@ dumps", Future Generation Computer Systems 22 (2006); J. W. Young, CACM 17 (1974
 import math
 from dataclasses import dataclass
 
-from scipy.special import ndtri, pdtr
+from scipy.special import pdtr
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.cost.slowest import slowest, speed_spread
 from mopsim.size.assumptions import Assumptions
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import Precision
@@ -68,19 +69,6 @@ def wall_clock(interval: float, blocked: float, restart: float, mtbf: float) -> 
     return mtbf * math.exp(min(restart / mtbf, 100.0)) * math.expm1(grown) / interval
 
 
-def slowest(count: int, spread: float) -> float:
-    """Step time over that of a node of 8 devices, where the slowest of `count` devices sets the pace.
-
-    Speeds are normal with deviation `spread`; the largest of n is expected at the quantile (n - 0.375) / (n +
-    0.25) (Blom 1958). The profiles' curves were measured on nodes of 8.
-    """
-    return 1 + spread * max(0.0, _largest(count) - _largest(8))
-
-
-def _largest(count: int) -> float:
-    return float(ndtri((count - 0.375) / (count + 0.25)))
-
-
 def whole_racks(hardware: HardwareProfile, nodes: int) -> int:
     """Nodes that are sold where `nodes` are wanted: a scale-up domain of several nodes is one rack."""
     unit = max(1, hardware.scale_up_size // hardware.devices_per_node)
@@ -104,7 +92,9 @@ def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumpt
 
     A checkpoint is written by all devices at once at `checkpoint_bandwidth` each. Asynchronous: training
     waits for the copy to the host, the next one waits until the last is written, and what is read after a
-    failure is older by the write. `Assumptions.utilisation` replaces the share, not the rest.
+    failure is older by the write. The simulated step waits for the slowest device already: only a spread of
+    speeds that is not the profile's costs, or gains. `Assumptions.utilisation` replaces the share, not the
+    rest.
     """
     devices = nodes * hardware.devices_per_node
     mtbf = HOUR / (devices * a.failure_rate) if a.failure_rate else math.inf
@@ -116,9 +106,9 @@ def goodput(hardware: HardwareProfile, nodes: int, checkpoint: float, a: Assumpt
     best = LONGEST if math.isinf(mtbf) else checkpoint_interval(blocked, mtbf)
     interval = min(max(best, old, 1.0), LONGEST)
     wall = wall_clock(interval, blocked, restart, mtbf)
-    slow = slowest(devices, a.straggler_spread)
+    slow = slowest(devices, a.straggler_spread) / slowest(devices, speed_spread(hardware))
     spares, ready = spare_nodes(nodes, hardware, a)
-    share = max(ready / (wall * slow), 1e-6) if a.utilisation is None else a.utilisation
+    share = max(ready / max(wall * slow, 1.0), 1e-6) if a.utilisation is None else a.utilisation
     cycle = interval + blocked
     square = cycle * cycle / 3 + cycle * restart + restart * restart
     return Goodput(
@@ -143,7 +133,7 @@ def _lost(
     wall clock. causes: of a second of training, the checkpoints' and the restarts'."""
     checkpoints, restarts = causes
     repairs = min(1 - ready, 1 - share)
-    waits = min(ready * (1 - 1 / slow), 1 - share - repairs)
+    waits = min(ready * max(0.0, 1 - 1 / slow), 1 - share - repairs)
     rest, extra = 1 - share - repairs - waits, wall - 1
     parts = {"checkpoints": checkpoints, "restarts": min(restarts, max(0.0, extra - checkpoints))}
     parts["work done again"] = max(0.0, extra - sum(parts.values()))

@@ -177,7 +177,8 @@ class Device(Spec, frozen=True, kw_only=True):
     dtype. grouped_matmul: curves of expert products, m being the tokens of one expert; a dtype without one
     uses `matmul`. attention: the curve of heads up to 128 wide. attention_narrow, attention_wide: those of
     query-key heads up to 64 and above 128 (MLA), where they differ. adam_rate: parameters/s that a fused
-    AdamW updates. power: rated power of one device.
+    AdamW updates. power: rated power of one device. speed_spread: standard deviation of the speeds of devices
+    of this type, over their mean; a step waits for the slowest of them; without it they are alike.
     """
 
     architecture: str = ""
@@ -194,9 +195,11 @@ class Device(Spec, frozen=True, kw_only=True):
     attention_wide: AttentionCurve | None = None
     adam_rate: Quantity
     power: Quantity | None = None
+    speed_spread: Quantity | None = None
 
     def __post_init__(self) -> None:
         require_dimension(self, "memory", "memory", "reserved")
+        require_dimension(self, "share", "speed_spread")
         require_dimension(self, "bandwidth", "memory_bandwidth", "index_bandwidth")
         require_dimension(self, "time", "launch_overhead")
         require_dimension(self, "update rate", "adam_rate")

@@ -113,8 +113,9 @@ def _activations(s: "Strategy") -> Rules:
         ("pipeline.pipeline_parallel 1", s.pipeline.pipeline_parallel == 1),
     ):
         yield not a.cpu_offload_layers or given, "activations.cpu_offload_layers", f"needs {needed}"
-    alone = f"needs dense.tensor_parallel 1, not {s.dense.tensor_parallel}"
-    yield not a.save_ops or s.dense.tensor_parallel == 1, "activations.save_ops", alone
+    alone = f"needs dense.tensor_parallel 1, not {s.dense.tensor_parallel}, or ranks that have all rows"
+    whole = s.dense.tensor_parallel == 1 or not s.dense.sequence_parallel
+    yield not a.save_ops or whole, "activations.save_ops", alone
 
 
 def _pipeline(s: "Strategy") -> Rules:
@@ -153,8 +154,9 @@ def with_model(s: "Strategy", model: ModelSpec) -> Rules:
     if s.attention.cp_comm_type == "ulysses":
         rule = f"times dense.tensor_parallel {tensor} does not divide num_attention_heads {heads}"
         yield heads % (s.attention.context_parallel * tensor) == 0, "attention.context_parallel", rule
-    rows = "must be true where dense.tensor_parallel is above 1 for a model with experts"
-    yield s.dense.sequence_parallel or tensor == 1 or not experts, "dense.sequence_parallel", rows
+    whole = s.dense.sequence_parallel or tensor == 1
+    rows = "must be true where experts.expert_tensor_parallel is above 1: its ranks gather rows"
+    yield whole or s.experts.expert_tensor_parallel == 1, "dense.sequence_parallel", rows
     yield _divides(heads, tensor, "dense.tensor_parallel", f"num_attention_heads {heads}")
     away = s.activations.cpu_offload_layers
     yield away <= layers, "activations.cpu_offload_layers", f"is more than num_hidden_layers {layers}"

@@ -3,7 +3,6 @@
 import msgspec
 import pytest
 
-from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.graph import tensors
 from mopsim.graph.layer import decoder_layer
@@ -69,9 +68,15 @@ def test_sums_travel_by_all_reduce_where_rows_are_not_split() -> None:
     assert {work.bytes for op in sums for work in op.work} == {4096 * 1024 * 2}
 
 
-def test_experts_need_split_rows() -> None:
-    with pytest.raises(SpecError, match=r"sequence_parallel.*must be true"):
-        play(small(), without_rows_split(megatron(4, tensor_parallel=2, expert_parallel=2)), 8)
+def test_experts_of_ranks_that_hold_all_rows_get_all_of_them() -> None:
+    """Two tensor ranks send the same rows to the experts: twice the traffic."""
+    strategy = megatron(4, tensor_parallel=2, expert_parallel=2)
+    sent = []
+    for one in (strategy, without_rows_split(strategy)):
+        program = lower(small(), one, TrainSpec(seq_len=128, global_batch=2)).programs[0]
+        works = [work for op in program.ops for work in op.work]
+        sent.append(sum(work.bytes for work in works if work.kind == "all_to_all"))
+    assert sent[1] == pytest.approx(2 * sent[0])
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2])

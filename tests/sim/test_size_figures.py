@@ -14,7 +14,7 @@ from mopsim.size import Goal, Step, Terms, assume, figures
 from mopsim.size.assumptions import Site, known, node_prices, read_sites, with_capex
 from mopsim.size.fabric import network
 from mopsim.size.figures import DAY, YEAR_HOURS
-from mopsim.size.goodput import checkpoint_interval, goodput, slowest, spare_nodes, wall_clock
+from mopsim.size.goodput import checkpoint_interval, goodput, spare_nodes, wall_clock
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import list_profiles, load_profile
 from tests.sim.toys import machine, quantity
@@ -39,7 +39,7 @@ def test_the_checkpoint_interval_is_youngs_to_first_order_and_dalys_optimum() ->
 
 
 def test_without_failures_only_checkpoints_and_stragglers_cost() -> None:
-    a = assume({"failure_rate": 0.0, "straggler_spread": 0.0})
+    a = assume({"failure_rate": 0.0})
     good = goodput(H100, 2, 1e12, a)
     assert good.share == pytest.approx(86400 / (86400 + good.blocked))
     assert math.isinf(good.mtbf)
@@ -65,10 +65,14 @@ def test_more_nodes_train_a_smaller_share_of_the_time(nodes: int, more: int) -> 
     assert many.share / many.ready < few.share / few.ready + 0.005  # checkpoints are faster on more nodes
 
 
-def test_the_slowest_of_a_node_is_the_node() -> None:
-    assert slowest(8, 0.02) == 1.0
-    assert 1.03 < slowest(4096, 0.02) < 1.05
-    assert slowest(4096, 0.0) == 1.0
+def test_only_speeds_that_the_profile_does_not_know_cost_goodput() -> None:
+    """The simulated step waits for the slowest device of the profile's spread."""
+    known, wider, alike = (
+        goodput(H100, 512, 1e12, assume({"straggler_spread": spread})) for spread in (0.013, 0.02, 0.0)
+    )
+    assert known.lost["stragglers"] == alike.lost["stragglers"] == 0
+    assert 0.02 < wider.lost["stragglers"] < 0.03
+    assert alike.share > known.share > wider.share
 
 
 def test_spares_make_a_useful_second_cheapest() -> None:

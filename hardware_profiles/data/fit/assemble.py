@@ -42,6 +42,11 @@ RATIO_SOURCE = {"float32": "51.8 of 66.9 against 797.5 of 989.4 TFLOP/s, H100, n
 #: of 4096; tile-ai/TileOPs pull 603). A100: 0.19 (Megatron's permutation in SimuMax's a100_pcie.json), H100:
 #: 0.21 (index_select before torch 2.8, pytorch issue 151612).
 INDEX_FRACTION = 0.303
+SPEED_SPREAD = 0.013
+SPEED_SPREAD_SOURCE = (
+    "matrix products differ by 8 % on average between GPUs of one cluster (arXiv 2208.11035), read as six "
+    "standard deviations"
+)
 INDEX_SOURCE = "0.303 of memory_bandwidth: copies by index in eager torch on H200 (tile-ai/TileOPs pull 603)"
 
 
@@ -121,6 +126,7 @@ def _device(machine: Entry, fits: MachineFits) -> Device:
             f"memory bandwidth by {ADAM_BYTES} bytes a parameter",
         ),
         power=_given(machine["power"]),
+        speed_spread=quantity(SPEED_SPREAD, "1", "assumed", SPEED_SPREAD_SOURCE),
     )  # fmt: skip
 
 

@@ -168,6 +168,14 @@ def shards_divide(job: Job, side: Side) -> Iterator[SpecError]:
         yield from unless(whole or not s.dense.zero, job, "dense.fsdp", rule)
 
 
+def experts_see_split_rows(job: Job, side: Side) -> Iterator[SpecError]:
+    """Megatron-Core refuses to train experts under tensor parallelism without it (its TransformerConfig)."""
+    dense = job.strategy.dense
+    holds = dense.sequence_parallel or dense.tensor_parallel == 1 or not has_experts(job)
+    rule = f"is not {DOES[side]} for a model with experts and dense.tensor_parallel above 1, only True"
+    yield from unless(holds, job, "dense.sequence_parallel", rule)
+
+
 def experts_share_the_copy(job: Job, side: Side) -> Iterator[SpecError]:
     """One setting shards experts and the other weights: all replicas of an expert within a copy."""
     s = job.strategy
@@ -336,7 +344,7 @@ RULES: dict[Side, tuple[Rule, ...]] = {
     ),
     "megatron-bridge": (
         megatron_head, tensor_group_holds_vocabulary, shards_divide, experts_share_the_copy, megatron_fsdp,
-        megatron_modules, megatron_boundaries, megatron_gradients,
+        megatron_modules, megatron_boundaries, megatron_gradients, experts_see_split_rows,
     ),
     "deepspeed": (deepspeed_degrees, deepspeed_experts, deepspeed_dtypes, deepspeed_offload),
 }  # fmt: skip
