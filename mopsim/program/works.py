@@ -24,7 +24,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     """A layer's or the loss's kernels as the program runs them."""
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
-    found = composed(kernels, context.stack.composes, context.b, context.wide, wings, layernorm)
+    parts = [part for part in context.stack.composes if part != "clamps" or model.swiglu_limit]
+    found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
     if model.expert_bias and context.stack.kernels.expert_bias != "fused":
         found = biased(found, context.stack.kernels.expert_bias == "indexed")
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")

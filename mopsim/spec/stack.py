@@ -53,7 +53,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     (Transformer Engine's GroupedLinear). expert_outputs: made in one tensor (`whole`), or expert by expert
     and put together (`pieces`), as are the gradients of their inputs. expert_bias: added inside the product
     (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch adds it
-    up row after row (`indexed`). row_sums: rows of a token, and of its gradient, are gathered and added, or
+    up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in one
+    kernel, or as torch composes it. row_sums: rows of a token, and of its gradient, are gathered and added, or
     added by atomic operations on bf16 (`atomic`, torch's index_add_), or that only where a token chooses
     fewer experts than the expert-parallel degree (`atomic_if_sparse`). sequence_exchange: Ulysses' tensors
     in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
@@ -75,6 +76,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_products: Literal["grouped", "looped"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
+    clamped_gate: Built = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
     router: Built = "fused"
     sequence_exchange: Built = "fused"
@@ -289,6 +291,7 @@ class Stack(Spec, frozen=True, kw_only=True):
             "router": k.router == "composed",
             "halves": k.rotary == "halves",
             "exchange": k.sequence_exchange == "composed",
+            "clamps": k.clamped_gate == "composed",
             "pieces": k.expert_outputs == "pieces",
         }
         return (*self.unfused, *(word for word, there in more.items() if there))

@@ -28,6 +28,10 @@ HALVES, HALVES_BACKWARD = TensorPasses(9, 0, 7), TensorPasses(14, 0, 9)
 """Four products of halves, a difference, a sum, one concatenated tensor; its backward by autograd."""
 GATED, GATED_BACKWARD = TensorPasses(5, 0, 2), TensorPasses(9, 0, 3)
 """SiLU and a product; two products and SiLU's backward."""
+CLAMPED, CLAMPED_BACKWARD = TensorPasses(18, 0, 7), TensorPasses(50, 0, 18)
+"""gpt-oss's gate (transformers, modeling_gpt_oss.py): every second column of one tensor clamped, twice, a
+scale, a sigmoid, two products and a shift. Back: two gradients of each product, one of the sigmoid and of the
+scale, their sum, a mask of each clamp, and each half written into zeros of the whole and added."""
 SUM = TensorPasses(3, 0, 1)
 """Two gradients of a residual stream added."""
 WEIGHTED, WEIGHTED_BACKWARD = TensorPasses(2, 0, 1), TensorPasses(5, 0, 3)
@@ -224,6 +228,18 @@ def _gated(kernel: Kernel, wider: float, wings: int) -> Kernel:
     return replace(found, writes=(*kernel.writes, silu), saves=(*kernel.saves, silu.name))
 
 
+def _clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the gate clamped, its sigmoid, their product and the shifted other half. Back, the halves'
+    gradients lie in two tensors of the whole before they are added."""
+    act = kernel.writes[0]
+    kept = [replace(act, name=f"{act.name}_{part}", grad=False) for part in ("gate", "sigmoid", "glu", "up")]
+    found = _instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
+    saves = (*kernel.saves, *(value.name for value in kept))
+    return replace(
+        found, writes=(*kernel.writes, *kept), saves=saves, back_scratch=(("dispatch", wings * act.bytes),)
+    )
+
+
 def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the copy of its input in fp32 that its product reads."""
     if wider == 1:
@@ -315,6 +331,7 @@ _PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int],
     "rotary": (lambda kernel: kernel.name == "rope", _rotary),
     "activation": (lambda kernel: kernel.name == "act", _gated),
     "residual": (lambda kernel: kernel.name.endswith("residual"), _summed),
+    "clamps": (lambda kernel: kernel.name == "experts_act", _clamped),
     "experts": (lambda kernel: kernel.name == "experts_act", _gated),
     "router": (lambda kernel: kernel.name == "router", _router),
     "pieces": (lambda kernel: kernel.name.startswith("experts_"), _one_by_one),

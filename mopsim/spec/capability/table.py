@@ -345,6 +345,7 @@ _KERNELS = (
     "sequence_exchange",
     "expert_outputs",
     "expert_bias",
+    "clamped_gate",
     "row_sums",
     "attention",
     "deterministic",
