@@ -151,8 +151,9 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
 def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float:
     """A whole step whose layer inputs go to pinned host memory while the budget lasts.
 
-    How the tokens of a step divide into sequences is not stated: taken as one. The source keeps two
-    boundaries a layer but one; its blocks of pinned memory are torch's, rounded up to a power of two.
+    Its time needs the length of the sequences that the tokens of a step divide into (`seq_len`), which decides
+    what attention takes. The source keeps two boundaries a layer but one; its blocks of pinned memory are
+    torch's, rounded up to a power of two.
     """
     ranks = int(component.row.get("num_gpus") or 8)
     budget = component.number("host_budget_gib_per_rank")
@@ -169,21 +170,21 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
     if component.metric not in ("latency_s", "tokens_per_s_per_gpu"):
         raise InexpressibleError("metric", "the program beside the step, and what NVML adds, are not stated")
     result = _offloaded(component, hardware)
-    tokens = int(component.number("tokens_per_step")) // ranks * ranks
+    tokens = result.training.seq_len * result.training.global_batch
     return result.step_time if component.metric == "latency_s" else tokens / result.step_time / ranks
 
 
 def _offloaded(component: Component, hardware: HardwareProfile) -> SimResult:
     model = load_model(component.text("model"))
     ranks = int(component.row.get("num_gpus") or 8)
-    budget = component.number("host_budget_gib_per_rank")
+    seq, budget = int(component.number("seq_len")), component.number("host_budget_gib_per_rank")
     strategy = mop(
         ranks, context_parallel=int(component.number("sp")), expert_parallel=int(component.number("ep")),
         optimizer="device",
         offload_inputs=budget > 0, offload_inputs_bytes=int(budget * GIB), vocab_parallel=ranks,
         grad_dtype="bfloat16",
+        micro_batch=max(1, int(component.number("tokens_per_step")) // seq),
     )  # fmt: skip
-    seq = int(component.number("tokens_per_step")) // ranks * ranks
     return _step(component, model, strategy, seq, hardware)
 
 
