@@ -54,8 +54,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     and put together (`pieces`), as are the gradients of their inputs. expert_bias: added inside the product
     (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch adds it
     up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in one
-    kernel, or as torch composes it. row_sums: rows of a token, and of its gradient, are gathered and added, or
-    added by atomic operations on bf16 (`atomic`, torch's index_add_), or that only where a token chooses
+    kernel, or as torch composes it. row_sums: rows of a token, and of its gradient, are gathered and added,
+    or added by atomic operations on bf16 (`atomic`, torch's index_add_), or that only where a token chooses
     fewer experts than the expert-parallel degree (`atomic_if_sparse`). sequence_exchange: Ulysses' tensors
     in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
     and one for queries, keys and values, or one each, shared experts after the routed ones. weight_grads:

@@ -151,9 +151,9 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
 def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float:
     """A whole step whose layer inputs go to pinned host memory while the budget lasts.
 
-    Its time needs the length of the sequences that the tokens of a step divide into (`seq_len`), which decides
-    what attention takes. The source keeps two boundaries a layer but one; its blocks of pinned memory are
-    torch's, rounded up to a power of two.
+    Its time needs the length of the sequences that the tokens of a step divide into (`seq_len`), which
+    decides what attention takes. The source keeps two boundaries a layer but one; its blocks of pinned memory
+    are torch's, rounded up to a power of two.
     """
     ranks = int(component.row.get("num_gpus") or 8)
     budget = component.number("host_budget_gib_per_rank")
