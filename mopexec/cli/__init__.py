@@ -36,6 +36,12 @@ Routing = Annotated[
     typer.Option(help="who chooses experts: the router, or the plan's profile"),
 ]
 ProfileSteps = Annotated[int, typer.Option(min=0, max=10**9, help="extra steps timed by kind of work")]
+TraceSteps = Annotated[
+    int, typer.Option(min=0, max=10**9, help="extra steps whose Kineto trace goes into RUN/trace")
+]
+LogTo = Annotated[
+    list[str] | None, typer.Option(help="tensorboard or wandb, where installed; may be repeated")
+]
 Restarts = Annotated[
     int, typer.Option(min=0, max=10**9, help="restart failed ranks from the last checkpoint")
 ]
@@ -113,6 +119,8 @@ def train(
     final_checkpoint: Annotated[bool, typer.Option(help="write one after the last step")] = True,
     keep: Annotated[int, typer.Option(min=1, max=10**9, help="checkpoints to keep")] = 2,
     profile_steps: ProfileSteps = 1,
+    trace_steps: TraceSteps = 0,
+    log_to: LogTo = None,
     max_restarts: Restarts = 0,
     seed: Seed = None,
     cache: Annotated[str | None, typer.Option(help="where tokenised text is kept")] = None,

@@ -12,7 +12,7 @@ import msgspec
 
 from mopexec import data
 from mopexec.data import DataOptions
-from mopexec.run import failures, plans
+from mopexec.run import failures, plans, writers
 from mopexec.run.environment import adopt_slurm, rank_of_environment, under_torchrun
 from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
@@ -76,6 +76,7 @@ _DATA = ("text_field", "loss_mask")
 
 def options_of(given: dict[str, Any]) -> TrainOptions:
     """The run that the command's options ask for. Raises MopError, SpecError."""
+    writers.check(given["log_to"] or ())
     if given["eval_every"] and given["eval_data"] is None:
         raise MopError("--eval-every: has nothing to evaluate on: give --eval-data")
     weights = given["init_from"]
@@ -94,6 +95,7 @@ def options_of(given: dict[str, Any]) -> TrainOptions:
         | {"eval_data": held_out and msgspec.structs.replace(source, source=held_out)}
         | {name: _bytes(given[name], name) for name in _LIMITS}
         | {"warmup": given["warmup_steps_excluded"], "settings": tuple(given["set_"] or ())}
+        | {"log_to": tuple(given["log_to"] or ())}
         | {"console": "stderr" if given["json"] == "-" else "stdout"}
     )
 
@@ -220,11 +222,13 @@ def _summary(outcome: dict[str, Any]) -> str:
     predicted = outcome["predicted_step_time_s"]
     seen = outcome["memory_step"]
     until = f", watched to step {seen}" if seen < outcome["steps_done"] else ""
+    disturbed = outcome["disturbed_steps"]
+    left_out = f"; {disturbed} steps, disturbed by other programs, are not in the time" if disturbed else ""
     against = f" (predicted {format_seconds(predicted)})" if predicted else ""
     return (
         f"{outcome['steps_done']} steps: loss {outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}, "
         f"{format_seconds(outcome['step_time_s'])} a step{against}, "
         f"{outcome['tokens_per_s']:,.0f} tokens/s over all ranks, "
         f"peak memory {format_bytes(outcome['peak_memory_bytes'])} device, "
-        f"{format_bytes(outcome['host_memory_bytes'])} host{until}; in {outcome['run']}"
+        f"{format_bytes(outcome['host_memory_bytes'])} host{until}{left_out}; in {outcome['run']}"
     )

@@ -12,13 +12,13 @@ MISSING = -1.0
 
 
 def largest(
-    seconds: float, tracker: MemoryTracker, stop: StopRequest, said: dict[str, float], job: RankJob
+    own: dict[str, float], tracker: MemoryTracker, stop: StopRequest, said: dict[str, float], job: RankJob
 ) -> dict[str, float]:
     """The largest of every rank's numbers: so the slowest sets the step time, and all stop at the same step.
-    said: by a rank's card (mopexec.measure.card), as far as it says anything.
+    own: of this rank's step; said: by a rank's card (mopexec.measure.card), as far as it says anything.
     """
     numbers = {
-        "seconds": seconds,
+        **own,
         "device": float(tracker.peak_memory),
         "host": float(tracker.host_memory),
         "stop": float(stop.requested),

@@ -13,12 +13,16 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mopsim
+from mopexec.run.quiet import quiet
 from mopsim.common.console import LastingConsole
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.spec.plan import KindTiming, Measurement, Plan
 from mopsim.spec.routing import RoutingProfile
+
+Timed = tuple[float, float | None]
+"""A step's seconds and CPU seconds, as StepMetrics has them."""
 
 
 class StepMetrics(Spec, frozen=True, kw_only=True):
@@ -27,9 +31,11 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     eval_loss: per token of the held-out data after this step, where it was asked for. since: first step
     of the process that made it; strategy: digest of the plan's. memory_step: the last step whose memory
     was watched, the peaks are up to there. memory_percent: of the enforced limit, else of the plan's;
-    predicted_step_time_s None where the plan has none. Of the card that has most, None on a CPU:
-    allocated_bytes, reserved_bytes: the allocator's peaks; device_used_bytes: NVML's, of all programs;
-    unseen_bytes: device_used_bytes less peak_memory_bytes; power_w at the step's end, energy_j of the step.
+    predicted_step_time_s None where the plan has none. cpu_time_s: CPU seconds of the rank that used most,
+    None on other devices. mfu, tflops_per_s_per_device: of the model's FLOP, None where the plan does not
+    know them. Of the card that has most, None on a CPU: allocated_bytes, reserved_bytes: the allocator's
+    peaks; device_used_bytes: NVML's, of all programs; unseen_bytes: device_used_bytes less peak_memory_bytes;
+    power_w at the step's end, energy_j of the step.
     """
 
     step: int
@@ -47,12 +53,20 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     memory_percent: float
     predicted_step_time_s: float | None
     eval_loss: float | None = None
+    cpu_time_s: float | None = None
+    mfu: float | None = None
+    tflops_per_s_per_device: float | None = None
     allocated_bytes: float | None = None
     reserved_bytes: float | None = None
     device_used_bytes: float | None = None
     unseen_bytes: float | None = None
     power_w: float | None = None
     energy_j: float | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """What can be drawn over steps."""
+        found = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in found.items() if _finite(value)}
 
 
 _OF_CARDS = (
@@ -85,12 +99,17 @@ class MetricsFile:
         except OSError as error:
             raise MopError(f"{self._file.name}: cannot be written: {error.strerror or error}") from None
 
-    def step_times(self, strategy: str) -> list[list[float]]:
-        """Seconds of the earlier steps under `strategy` (its digest), a list for each process."""
-        by_process: dict[Any, list[float]] = {}
+    def step_times(self, strategy: str) -> list[list[Timed]]:
+        """Of the earlier steps under `strategy` (its digest), a list for each process."""
+        by_process: dict[Any, list[Timed]] = {}
         for line in self._earlier:
             if line.get("strategy") == strategy and _finite(line.get("step_time_s")):
-                by_process.setdefault(line.get("since"), []).append(float(line["step_time_s"]))
+                used = line.get("cpu_time_s")
+                timed = (
+                    float(line["step_time_s"]),
+                    float(used) if used is not None and _finite(used) else None,
+                )
+                by_process.setdefault(line.get("since"), []).append(timed)
         return list(by_process.values())
 
     def close(self) -> None:
@@ -169,6 +188,8 @@ def step_line(metrics: StepMetrics) -> str:
         f"tps of all ranks: {metrics.tokens_per_s:,.0f}",
         f"time: {format_seconds(metrics.step_time_s)}",
     ]
+    if metrics.mfu is not None:
+        parts.append(f"MFU: {100 * metrics.mfu:.3g}% ({metrics.tflops_per_s_per_device:.3g} TFLOP/s)")
     if metrics.eval_loss is not None:
         parts.insert(2, f"eval_loss: {metrics.eval_loss:8.5f}")
     if metrics.predicted_step_time_s:
@@ -207,7 +228,7 @@ def device_name(device: torch.device) -> str:
 def measurement(
     plan: Plan,
     *,
-    step_times: Sequence[Sequence[float]],
+    step_times: Sequence[Sequence[Timed]],
     warmup: int,
     tokens_per_step: int,
     kinds: dict[str, KindTiming],
@@ -217,19 +238,22 @@ def measurement(
     device: torch.device,
     routing: RoutingProfile,
 ) -> Measurement:
-    """The run's Measurement. step_times: slowest rank, every step of each process of the run; of each the
-    first `warmup` are left out, of the last while one remains.
+    """The run's Measurement. step_times: every step of each process of the run; of each the first `warmup`
+    are left out, of the last while one remains, and of the others those that are not quiet.
     """
     *before, last = step_times
     kept = [times[warmup:] for times in before] + [last[min(warmup, len(last) - 1) :]]
-    steady = tuple(seconds for times in kept for seconds in times)
+    after = [timed for times in kept for timed in times]
+    undisturbed = quiet([wall for wall, _ in after], [used for _, used in after])
+    steady = tuple(wall for (wall, _), chosen in zip(after, undisturbed, strict=True) if chosen)
     steps = sum(map(len, step_times))
     median = statistics.median(steady)
     return Measurement(
         plan=plan,
         world_size=plan.strategy.world_size,
         steps=steps,
-        warmup=steps - len(steady),
+        warmup=steps - len(after),
+        disturbed=len(after) - len(steady),
         resumed=len(before),
         step_times=steady,
         step_time_median=median,

@@ -22,7 +22,8 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     written beside the next steps, from a copy on the host. keep: complete checkpoints kept.
     eval_data, eval_tokens: held-out data and its prepared tokens; eval_every: steps between evaluations
     (0 = only at the end), each of at most eval_batches global batches. profile_steps: extra steps at the
-    end that are timed by kind of work; their updates are thrown away. seed None: the plan's.
+    end that are timed by kind of work; their updates are thrown away. trace_steps: extra ones of which a
+    trace is written. log_to: `mopexec.run.writers`. seed None: the plan's.
     """
 
     plan: str
@@ -49,6 +50,8 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     final_checkpoint: bool = True
     keep: int = 2
     profile_steps: int = 1
+    trace_steps: int = 0
+    log_to: tuple[str, ...] = ()
     seed: int | None = None
     build: str = "mopexec.run.apply:build"
     console: Literal["stdout", "stderr"] = "stdout"
@@ -63,6 +66,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
             ("checkpoint_every", 0),
             ("keep", 1),
             ("profile_steps", 0),
+            ("trace_steps", 0),
         ):
             require(getattr(self, field) >= least, field, getattr(self, field), f"must be at least {least}")
         for field in ("device_limit", "host_limit", "seed"):

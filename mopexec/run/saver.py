@@ -50,6 +50,11 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(state,), name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written and nobody was told yet; other ranks learn it later."""
+        return self._problem is not None
+
     def wait(self) -> None:
         """Until nothing is being written. Raises MopError where it could not be."""
         if self._thread is not None:

@@ -17,13 +17,16 @@ from mopexec.measure.card import Card
 from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.run import agreed, checkpoint
+from mopexec.run.evaluation import Evaluation, tokens_of
 from mopexec.run.feed import Feed
 from mopexec.run.job import RankJob
-from mopexec.run.metrics import Display, MetricsFile, StepMetrics, measurement
+from mopexec.run.metrics import Display, MetricsFile, StepMetrics, Timed, measurement
 from mopexec.run.options import Schedule, TrainOptions
 from mopexec.run.runner import Runner, StepResult
 from mopexec.run.saver import Saver
 from mopexec.run.signals import StopRequest
+from mopexec.run.traces import trace
+from mopexec.run.writers import open_writers
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
@@ -53,6 +56,7 @@ class Outcome(Spec, frozen=True, kw_only=True):
     host_memory_bytes: int
     memory_step: int
     predicted_step_time_s: float | None
+    disturbed_steps: int = 0
 
 
 def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> Outcome:
@@ -62,7 +66,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     Writes metrics.jsonl, checkpoints/, measurement.yaml and summary.json into options.out. Raises MopError.
     """
     seed = plan.training.seed if options.seed is None else options.seed
-    dataset = data.open_tokens(_tokens(options, plan, job), plan.training, seed)
+    dataset = data.open_tokens(tokens_of(options, plan, job), plan.training, seed)
     resumed, done, passed = None, 0, list[str]()
     if options.resume or job.restart:
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
@@ -108,13 +112,13 @@ class _Loop:
         self.tracking, self.stop, self.done, self.first_step = tracking, stop, done, done
         self.out = Path(options.out)
         self.feed = Feed(plan, dataset, job.rank, job.platform.device)
-        self.evaluation = _Evaluation.of(options, plan, job, dataset.seed)
+        self.evaluation = Evaluation.of(options, plan, job, dataset.seed)
         self.tokens_per_step = plan.training.global_batch * plan.training.seq_len
         self.card = Card(job.platform.device)
         self.memory_limit = options.device_limit or plan.hardware.memory_limit
         self.predicted = plan.prediction.step_time if plan.prediction else None
         self.strategy = io.digest(plan.strategy)
-        self.step_times: list[float] = []
+        self.step_times: list[Timed] = []
         self.busiest: list[float] = []
         self.first_loss, self.last_loss = math.nan, math.nan
         self.stopped_by = ""
@@ -127,6 +131,8 @@ class _Loop:
         )
         first = job.rank == 0
         self.metrics = MetricsFile(self.out / "metrics.jsonl", done) if first else None
+        settings = io.to_plain(plan.training) if first else {}
+        self.writers = open_writers(options.log_to if first else (), self.out, settings)
         self.display = Display(
             visible=first, stderr=options.console == "stderr", steps=options.steps, done=done
         )
@@ -145,14 +151,16 @@ class _Loop:
         for step in range(self.first_step, self.options.steps):
             lr = learning_rate(self.plan, step, self.options.steps, self.options.schedule)
             self.runner.set_lr(lr)
-            result, seconds = self._timed_step(step)
-            slowest = agreed.largest(seconds, self.tracking.tracker, self.stop, self.card.end(), self.job)
+            result, own = self._timed_step(step)
+            slowest = agreed.largest(own, self.tracking.tracker, self.stop, self.card.end(), self.job)
             self.busiest.append(result.busiest)
             line = self._line(step, lr, result, slowest)
             if self.evaluation and self.evaluation.due(line.step):
                 line = msgspec.structs.replace(line, eval_loss=self.evaluation.loss(self.runner))
             self._record(line)
             stopping = bool(slowest["stop"])
+            if slowest["failed"]:
+                self.saver.wait()
             if stopping or self._checkpoint_due():
                 self._save()
             if stopping or line.step == self.options.steps:
@@ -161,19 +169,24 @@ class _Loop:
                 self.stopped_by = _signal_name(self.stop)
                 return
 
-    def _timed_step(self, step: int) -> tuple[StepResult, float]:
-        """One optimizer step on this rank, and its seconds. The batches count as memory of the step."""
+    def _timed_step(self, step: int) -> tuple[StepResult, dict[str, float]]:
+        """One optimizer step on this rank, its seconds and CPU seconds, and whether a checkpoint failed. The
+        batches count as memory of the step.
+        """
         with self.tracking.step(step - self.first_step):
             batches = self.feed.batches(step)
             self.job.platform.synchronize()
             self.card.begin()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             result = self.runner.step(batches)
             self.job.platform.synchronize()
-            return result, time.perf_counter() - start
+            seconds, used = time.perf_counter() - start, time.process_time() - used
+            return result, {"seconds": seconds, "used": used, "failed": float(self.saver.failed)}
 
     def _line(self, step: int, lr: float, result: StepResult, slowest: dict[str, float]) -> StepMetrics:
         tokens_per_s = self.tokens_per_step / slowest["seconds"]
+        known = self.plan.prediction if self.plan.prediction and self.plan.prediction.mfu else None
+        faster = known.step_time / slowest["seconds"] if known else 1.0
         return StepMetrics(
             step=step + 1,
             since=self.first_step + 1,
@@ -190,16 +203,21 @@ class _Loop:
             memory_percent=100 * slowest["device"] / self.memory_limit if self.memory_limit else 0.0,
             predicted_step_time_s=self.predicted,
             **agreed.of_cards(slowest),
+            cpu_time_s=None if self.job.platform.is_cuda else slowest["used"],
+            mfu=known.mfu * faster if known else None,
+            tflops_per_s_per_device=known.model_flops_per_second * faster / 1e12 if known else None,
         )
 
     def _record(self, line: StepMetrics) -> None:
         self.done = line.step
-        self.step_times.append(line.step_time_s)
+        self.step_times.append((line.step_time_s, line.cpu_time_s))
         self.last_loss = line.loss
         if len(self.step_times) == 1:
             self.first_loss = line.loss
         if self.metrics:
             self.metrics.write(line)
+        for writer in self.writers:
+            writer.write(line.step, line.numbers())
         self.display.step(line)
         if not math.isfinite(line.loss) or not math.isfinite(line.grad_norm):
             self.saver.wait()
@@ -219,6 +237,8 @@ class _Loop:
 
     def profile(self) -> dict[str, KindTiming]:
         """Kinds of work from extra steps after the last one; nothing keeps their updates."""
+        if self.options.trace_steps:
+            trace(self.out, self.job.rank, self.job.platform.device, self._extra_steps)
         timer = KindTimer(cuda=self.job.platform.is_cuda)
         for number in range(self.options.profile_steps):
             batches = self.feed.batches(self.options.steps + number)
@@ -226,8 +246,15 @@ class _Loop:
                 self.runner.step(batches)
         return timer.kinds() if self.options.profile_steps else {}
 
+    def _extra_steps(self) -> None:
+        for number in range(self.options.trace_steps):
+            self.runner.step(self.feed.batches(self.options.steps + number))
+        self.job.platform.synchronize()
+
     def close(self) -> None:
         self.display.close()
+        for writer in self.writers:
+            writer.close()
         if self.metrics:
             self.metrics.close()
 
@@ -262,39 +289,12 @@ class _Loop:
             host_memory_bytes=measured.host_memory,
             memory_step=self.tracking.last(self.done - 1, self.first_step) + 1,
             predicted_step_time_s=self.predicted,
+            disturbed_steps=measured.disturbed,
         )
         if self.job.rank == 0:
             io.write_yaml(self.out / "measurement.yaml", measured)
             io.write_json(str(self.out / SUMMARY), outcome)
         return outcome
-
-
-class _Evaluation:
-    """The same first sequences of the held-out data, each time."""
-
-    def __init__(self, feed: Feed, batches: int, every: int, steps: int) -> None:
-        self.feed, self.batches, self.every, self.steps = feed, batches, every, steps
-
-    @classmethod
-    def of(cls, options: TrainOptions, plan: Plan, job: RankJob, seed: int) -> "_Evaluation | None":
-        """None where there is no held-out data."""
-        if options.eval_data is None:
-            return None
-        tokens = (
-            Path(options.eval_tokens) if options.eval_tokens else _tokens(options, plan, job, held_out=True)
-        )
-        dataset = data.open_tokens(tokens, plan.training, seed)
-        enough = max(1, dataset.num_windows // plan.training.global_batch)
-        feed = Feed(plan, dataset, job.rank, job.platform.device)
-        return cls(feed, min(options.eval_batches, enough), options.eval_every, options.steps)
-
-    def due(self, step: int) -> bool:
-        """Whether to evaluate after `step` (from 1)."""
-        return step == self.steps or (self.every > 0 and step % self.every == 0)
-
-    def loss(self, runner: Runner) -> float:
-        """Mean over the global batches."""
-        return statistics.fmean(runner.evaluate(self.feed.batches(index)) for index in range(self.batches))
 
 
 def _measured_routing(plan: Plan, busiest: Sequence[float]) -> RoutingProfile:
@@ -358,18 +358,6 @@ class _Tracking:
     def step(self, number: int) -> AbstractContextManager[Any]:
         """`number`: from 0, of this process."""
         return self.tracker if self._always or number < self._first else nullcontext()
-
-
-def _tokens(options: TrainOptions, plan: Plan, job: RankJob, *, held_out: bool = False) -> Path:
-    """The tokens' directory: prepared by the launching command, or by the first rank of each node."""
-    if options.tokens and not held_out:
-        return Path(options.tokens)
-    cache = data.cache_directory(options.cache)
-    if job.local_rank == 0:
-        data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
-    dist.barrier()
-    training, evaluation = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
-    return evaluation if held_out and evaluation else training
 
 
 def _signal_name(stop: StopRequest) -> str:

@@ -255,6 +255,8 @@ def make_plan(inputs: Inputs, result: SimResult) -> Plan:
             host_memory=result.host_memory,
             memory_by_category=result.memory_by_category,
             time_by_kind=result.busy,
+            mfu=result.mfu,
+            model_flops_per_second=result.model_flops_per_second_per_device,
         ),
         mop_version=mopsim.__version__,
     )

@@ -41,7 +41,7 @@ class Prediction(Spec, frozen=True, kw_only=True):
 
     step_time: seconds. tokens_per_second: what all devices train together. peak_memory: bytes of a device.
     host_memory: bytes of a rank. memory_by_category: bytes at the peak. time_by_kind: busy seconds by kind of
-    work.
+    work. mfu, model_flops_per_second: of a device, 0 = not known.
     """
 
     step_time: float
@@ -50,9 +50,13 @@ class Prediction(Spec, frozen=True, kw_only=True):
     host_memory: int
     memory_by_category: dict[str, int]
     time_by_kind: dict[str, float]
+    mfu: float = 0.0
+    model_flops_per_second: float = 0.0
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "tokens_per_second", "peak_memory", "host_memory")
+        require_at_least(
+            self, 0, "tokens_per_second", "peak_memory", "host_memory", "mfu", "model_flops_per_second"
+        )
         require(self.step_time > 0, "step_time", self.step_time, "must be positive")
         for field in ("memory_by_category", "time_by_kind"):
             _require_counts(field, getattr(self, field))
@@ -130,7 +134,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
     """One run, measured: steady steps only.
 
     plan: what was run. world_size: number of ranks. steps: how many steps. warmup: how many first steps
-    of its processes are left out. resumed: how often it was resumed under this plan's strategy.
+    of its processes are left out. disturbed: how many later ones are left out, in which other programs
+    took cores from the ranks. resumed: how often it was resumed under this plan's strategy.
     step_times: seconds of each steady step, slowest rank. step_time_median: seconds of the median step.
     tokens_per_second: what all ranks train together. kinds: timings by kind of work, from profiled steps
     of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that peak.
@@ -157,18 +162,18 @@ class Measurement(Spec, frozen=True, kw_only=True):
     mop_version: str = ""
     routing: profiles.RoutingProfile = "balanced"
     resumed: int = 0
+    disturbed: int = 0
 
     def __post_init__(self) -> None:
         ranks = self.plan.strategy.world_size
         require(self.world_size == ranks, "world_size", self.world_size, f"is not the plan's {ranks}")
         require_at_least(
             self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory",
-            "resumed",
+            "resumed", "disturbed",
         )  # fmt: skip
-        times, steady = self.step_times, self.steps - self.warmup
-        require(
-            1 <= steady == len(times), "steps", self.steps, f"less warmup is not the {len(times)} step_times"
-        )
+        times, steady = self.step_times, self.steps - self.warmup - self.disturbed
+        rule = f"less warmup and disturbed is not the {len(times)} step_times"
+        require(1 <= steady == len(times), "steps", self.steps, rule)
         for index, seconds in enumerate(times):
             rule = f"must be the seconds of a step, {SHORTEST:g} to {LONGEST:g}"
             require(SHORTEST <= seconds <= LONGEST, f"step_times[{index}]", seconds, rule)

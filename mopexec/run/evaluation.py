@@ -1,0 +1,53 @@
+"""Held-out data during a run, and where a run's tokens are."""
+
+import statistics
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mopexec import data
+from mopexec.run.feed import Feed
+from mopexec.run.job import RankJob
+from mopexec.run.options import TrainOptions
+from mopexec.run.runner import Runner
+from mopsim.spec.plan import Plan
+
+
+class Evaluation:
+    """The same first sequences of the held-out data, each time."""
+
+    def __init__(self, feed: Feed, batches: int, every: int, steps: int) -> None:
+        self.feed, self.batches, self.every, self.steps = feed, batches, every, steps
+
+    @classmethod
+    def of(cls, options: TrainOptions, plan: Plan, job: RankJob, seed: int) -> "Evaluation | None":
+        """None where there is no held-out data."""
+        if options.eval_data is None:
+            return None
+        tokens = (
+            Path(options.eval_tokens) if options.eval_tokens else tokens_of(options, plan, job, held_out=True)
+        )
+        dataset = data.open_tokens(tokens, plan.training, seed)
+        enough = max(1, dataset.num_windows // plan.training.global_batch)
+        feed = Feed(plan, dataset, job.rank, job.platform.device)
+        return cls(feed, min(options.eval_batches, enough), options.eval_every, options.steps)
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` (from 1)."""
+        return step == self.steps or (self.every > 0 and step % self.every == 0)
+
+    def loss(self, runner: Runner) -> float:
+        """Mean over the global batches."""
+        return statistics.fmean(runner.evaluate(self.feed.batches(index)) for index in range(self.batches))
+
+
+def tokens_of(options: TrainOptions, plan: Plan, job: RankJob, *, held_out: bool = False) -> Path:
+    """The tokens' directory: prepared by the launching command, or by the first rank of each node."""
+    if options.tokens and not held_out:
+        return Path(options.tokens)
+    cache = data.cache_directory(options.cache)
+    if job.local_rank == 0:
+        data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
+    dist.barrier()
+    training, evaluation = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
+    return evaluation if held_out and evaluation else training

@@ -1,0 +1,67 @@
+"""What a run says of its steps: those that others disturbed are left out, writers get every number."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from mopexec.run import writers
+from mopexec.run.metrics import measurement
+from mopexec.run.quiet import quiet
+from mopexec.run.traces import trace
+from mopsim.common.errors import MopError
+from tests.exec.train_plans import small_plan
+
+ALONE = [(1.0, 0.9), (1.02, 0.92), (0.98, 0.88), (1.01, 0.9)]
+
+
+def test_a_step_that_lost_its_core_is_disturbed_and_one_with_more_to_do_is_not():
+    steps = [*ALONE, (1.6, 0.9), (1.6, 1.5), (1.05, 0.93)]
+    assert quiet(*zip(*steps, strict=True)) == [True] * 4 + [False, True, True]
+    assert quiet([1.0, 9.0], [None, None]) == [True, True]
+    assert quiet([], []) == []
+
+
+def test_a_measurement_says_how_many_steps_it_leaves_out():
+    steps = [[(5.0, 5.0), *ALONE, (3.0, 0.9)], [(7.0, 0.5), *ALONE, (2.0, 1.0)]]
+    found = measurement(
+        small_plan(), step_times=steps, warmup=1, tokens_per_step=256, kinds={},
+        memory={"peak_memory": 1, "memory_by_category": {}, "host_memory": 0}, first_loss=2.0, last_loss=1.0,
+        device=torch.device("cpu"), routing="balanced",
+    )  # fmt: skip
+    assert (found.steps, found.warmup, found.disturbed, found.resumed) == (12, 2, 2, 1)
+    assert found.step_times == tuple(wall for wall, _ in 2 * ALONE)
+    assert found.step_time_median == pytest.approx(1.005)
+
+
+def test_writers_that_are_not_there_are_refused(monkeypatch):
+    with pytest.raises(MopError, match="--log-to: 'mlflow' is not one of tensorboard, wandb"):
+        writers.check(["mlflow"])
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MopError, match="--log-to: wandb is not installed: pip install wandb"):
+        writers.check(["wandb"])
+
+
+def test_writers_get_the_numbers_of_each_step(tmp_path, monkeypatch):
+    seen = []
+    run = types.SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)), finish=lambda: None)
+    begun = types.SimpleNamespace(init=lambda **given: seen.append(given) or run)
+    board = types.SimpleNamespace(
+        add_scalar=lambda name, value, step: seen.append((step, {name: value})), close=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", begun)
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda path: board)
+    )
+    opened = writers.open_writers(["wandb", "tensorboard"], tmp_path / "run", {"clip_norm": 1.0})
+    for writer in opened:
+        writer.write(3, {"loss": 0.5})
+        writer.close()
+    assert seen[0] == {"dir": str(tmp_path / "run"), "name": "run", "config": {"clip_norm": 1.0}}
+    assert seen[1:] == [(3, {"loss": 0.5})] * 2
+
+
+def test_a_trace_has_the_ops(tmp_path):
+    trace(tmp_path, 1, torch.device("cpu"), lambda: torch.ones(8, 8) @ torch.ones(8, 8))
+    assert "aten::mm" in (tmp_path / "trace" / "rank1.json").read_text()
