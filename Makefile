@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests start many processes: what one has compiled is there for the next.
+TESTED := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 QUICK := tests/spec tests/docs tests/api tests/capability/test_table.py tests/capability/test_exports.py \
 	tests/sim/test_engine.py tests/sim/test_cost.py tests/sim/test_layers.py \
 	tests/sim/test_strategies.py tests/sim/test_cli.py tests/exec/test_without_torch.py
@@ -21,10 +23,10 @@ demo: setup
 	$(BIN)/mopsim demo --out reports/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(TESTED) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 quick: setup format lint imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(QUICK)
+	$(TESTED) $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(QUICK)
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/speed.py reports/benchmarks

@@ -1,11 +1,35 @@
 """What holds for all tests: no example of hypothesis fails by the clock, and tests that share what takes long
-to make stay in one worker (`pytest -n 2 --dist loadgroup`), so that it is made once."""
+to make stay in one worker (`pytest -n 2 --dist loadgroup`), so that it is made once. None leaves the
+environment changed for the next."""
+
+import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy")
+
+
+OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+"""Variables that pytest sets for each test, and torch once in a process."""
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Fails a test that leaves a variable of the environment changed, and takes it back."""
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    names = (before.keys() | after.keys()) - OTHERS
+    left = sorted(name for name in names if before.get(name) != after.get(name))
+    for name in left:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+    assert not left, f"the test leaves the environment changed: {', '.join(left)}"
 
 
 @pytest.hookimpl(tryfirst=True)

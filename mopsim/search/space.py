@@ -14,6 +14,7 @@ from mopsim.search.axes import MINOR, axes_of
 from mopsim.search.build import build
 from mopsim.search.problem import DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
 from mopsim.search.stages import EVEN, IDEAL, layers_of
+from mopsim.spec.layout import MOST_MICROBATCHES
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
@@ -242,6 +243,11 @@ def _over_ranks(problem: Problem) -> Iterable[Relation]:
         "global batch is not a multiple of micro_batch x data groups",
         (),
         lambda c: batch % (c["micro_batch"] * np.maximum(groups(c), 1)) == 0,
+    )
+    yield (
+        f"more than {MOST_MICROBATCHES} microbatches",
+        (),
+        lambda c: batch // (c["micro_batch"] * np.maximum(groups(c), 1)) <= MOST_MICROBATCHES,
     )
     yield (
         "seq_len is not a multiple of the sequence split",

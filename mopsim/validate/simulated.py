@@ -54,8 +54,8 @@ class Simulated:
 Progress = Callable[[int, int], None]
 
 
-def simulate_case(case: Case) -> Simulated:
-    """One case, uncalibrated; a refusal becomes `error`."""
+def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
+    """One case, uncalibrated; a refusal becomes `error`. paced: at several costs of the host too."""
     began = time.perf_counter()
     try:
         model, hardware, stack = case.network(), case.profile(), case.program()
@@ -63,7 +63,7 @@ def simulate_case(case: Case) -> Simulated:
         strategy = case.resolved()
         workload = lower(model, strategy, case.training, hardware.scale_up_size, stack)
         result = run(workload, model, hardware, strategy, case.training)
-        paces = _paces(case, workload) if hardware.host.cpu_launch_time else ()
+        paces = _paces(case, workload) if paced and hardware.host.cpu_launch_time else ()
     except MopError as error:
         return Simulated(error=str(error), field=str(error).split(":")[0])
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:

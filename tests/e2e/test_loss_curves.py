@@ -1,11 +1,7 @@
 """The two runtimes train the same model on the same text: their loss curves agree, by the real command."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +12,8 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import DType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
+from tests.exec.spawn import run_command
 
-ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"{i} squared is {i * i}, and the fox jumps over {i % 7} dogs\n" for i in range(4000))
 MODEL = ModelSpec(
     name="curves", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -63,15 +59,11 @@ def losses(folder: Path, strategy: Strategy, steps: int) -> list[float]:
         ),
     )
     (folder / "text.txt").write_text(TEXT)
-    command: list[Any] = [
-        sys.executable, "-m", "mopexec.cli", "train", "--plan", folder / "plan.yaml",
-        "--data", folder / "text.txt",
-        "--cache", folder.parent / "cache", "--steps", steps, "--out", folder / "run", "--profile-steps", 0,
-        "--no-final-checkpoint",
-    ]  # fmt: skip
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=kept, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    paths = {"plan": "plan.yaml", "data": "text.txt", "cache": "../cache", "out": "run"}
+    words = [word for name, path in paths.items() for word in (f"--{name}", str(folder / path))]
+    words += ["--steps", str(steps), "--profile-steps", "0", "--no-final-checkpoint"]
+    code, _, err = run_command(["train", *words], 2, folder)
+    assert code == 0, err
     return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 

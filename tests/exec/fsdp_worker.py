@@ -1,10 +1,6 @@
-"""One rank of the fully_shard parity tests: runs every case for its world size, writes what differed as
-JSON."""
+"""One rank of the fully_shard parity tests: runs every case for its world size and says what differed."""
 
-import json
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 STEPS, SEQ, SEED = 2, 16, 3
+MICROBATCHES = 3  # of a step: the first, one between, the last
 SPLIT_INSIDE = "experts_split_inside"  # 3 experts on 2 replicas: each is split on its second dimension
 MODEL = ModelSpec(
     name="tiny", hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -94,8 +91,9 @@ def changed(strategy: Strategy, part: str, **fields: Any) -> Strategy:
 
 
 def plan_of(strategy: Strategy, routing: str, model: ModelSpec = MODEL) -> Plan:
+    batch = MICROBATCHES * strategy.data_groups * strategy.micro_batch
     training = TrainSpec(
-        seq_len=SEQ, global_batch=8, clip_norm=0.05, weight_decay=0.1, learning_rate=1e-2,
+        seq_len=SEQ, global_batch=batch, clip_norm=0.05, weight_decay=0.1, learning_rate=1e-2,
         routing="balanced" if routing == "learned" else routing, bias_update_rate=1e-3,
     )  # fmt: skip
     hardware = HardwareRef(
@@ -207,7 +205,9 @@ def resumed(directory: Path, rank: int, world: int) -> dict[str, float]:
     """Difference of a step after a checkpoint from the same step of a new model that read the checkpoint."""
     strategy, routing = cases(world)["everything"]
     plan = plan_of(strategy, routing)
-    tokens = torch.randint(0, MODEL.vocab_size, (8, SEQ + 1), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(
+        0, MODEL.vocab_size, (plan.training.global_batch, SEQ + 1), generator=torch.Generator().manual_seed(2)
+    )
     batches = batches_of(plan, tokens, rank)
     runner = fully_shard.build(plan, Platform.detect(), source=Seeded(SEED))
     runner.step(batches)
@@ -233,26 +233,14 @@ def difference(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     return worst
 
 
-def selected(world: int, names: list[str]) -> Iterator[tuple[str, Strategy, str]]:
-    for name, (strategy, routing) in cases(world).items():
-        if not names or name in names:
-            yield name, strategy, routing
-
-
-def main() -> None:
-    warnings.simplefilter("error")
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    torch.set_num_threads(1)
-    platform = Platform.detect()
-    dist.init_process_group(platform.backend, init_method=f"file://{store}", rank=rank, world_size=world)
-    results = {
-        name: run_case(name, strategy, routing, rank)
-        for name, strategy, routing in selected(world, sys.argv[5:])
-    }
-    out.write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def run_cases(platform: Platform, world: int, folder: Path) -> dict[str, dict[str, float]]:
+    """What `run_case` finds of every case, on this rank of a pool; on two, what differs after a checkpoint
+    too."""
+    rank = dist.get_rank()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = {
+            name: run_case(name, strategy, routing, rank)
+            for name, (strategy, routing) in cases(world).items()
+        }
+        return found | ({"resumed": resumed(folder, rank, world)} if world == 2 else {})

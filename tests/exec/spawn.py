@@ -9,8 +9,10 @@ import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import socket
 import tempfile
 import traceback
+from pathlib import Path
 from typing import Any
 
 from tests.patience import HANG
@@ -40,12 +42,17 @@ def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> No
     dist.destroy_process_group()
 
 
+IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._subclasses.fake_tensor")
+"""What takes a rank seconds to import: ranks on the CPU are forked from a process that has done so."""
+
+
 class Pool:
     """`world` ranks over gloo on the CPU, or over nccl with a GPU each. Not thread-safe."""
 
     def __init__(self, world: int, *, cuda: bool = False) -> None:
         self.world, self.tasks = world, 0
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn" if cuda else "forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
         self._store = tempfile.mktemp(prefix="mop_store_")
         self._pipes, self._processes = [], []
         for rank in range(world):
@@ -93,6 +100,36 @@ class Pool:
             process.join()
         if os.path.exists(self._store):
             os.unlink(self._store)
+
+
+def run_command(arguments: list[str], world: int, folder: Path) -> tuple[int, str, str]:
+    """`mopexec ARGUMENTS` as each of `world` ranks, as under the user's own torchrun; (exit code, standard
+    output, standard error) of the first. folder: for their output."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    given = [(rank, world, port, arguments, folder) for rank in range(world)]
+    ranks = [context.Process(target=_command, args=one, daemon=True) for one in given]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(HANG)
+        rank.kill()
+    code = ranks[0].exitcode
+    assert code is not None
+    return code, (folder / "0.out").read_text(), (folder / "0.err").read_text()
+
+
+def _command(rank: int, world: int, port: int, arguments: list[str], folder: Path) -> None:
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sizes = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in (sizes | {"MASTER_PORT": port}).items()})
+    os.environ.update({"MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    from mopexec.cli import main
+
+    main(arguments)
 
 
 MOST_TASKS = 24

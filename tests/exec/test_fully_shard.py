@@ -1,9 +1,5 @@
 """The FSDP2 baseline equals the single-device model: loss, gradients and weights, with clipping active."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,36 +8,20 @@ import torch
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
 from tests.exec import fsdp_worker
-from tests.patience import HANG
+from tests.exec.spawn import pool
 
 Results = dict[str, dict[str, float]]
-WORKER = Path(fsdp_worker.__file__)
-
-
-def spawn(world: int, folder: Path, cases: list[str]) -> Results:
-    """Rank 0's results of every case (all of them if none is named), all run in one set of processes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    logs = [folder / f"log{rank}" for rank in range(world)]
-    processes = []
-    for rank in range(world):
-        arguments = [str(rank), str(world), str(folder / "store"), str(folder / f"out{rank}.json"), *cases]
-        with logs[rank].open("w") as log:
-            command = [sys.executable, str(WORKER), *arguments]
-            environment = environment | {"LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=HANG) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
-    results: Results = json.loads((folder / "out0.json").read_text())
-    return results
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return spawn(request.param, tmp_path_factory.mktemp(f"fsdp{request.param}"), [])
+    """Rank 0's results of every case."""
+    return run(request.param, tmp_path_factory.mktemp("fsdp"))
+
+
+def run(world: int, folder: Path, *, cuda: bool = False) -> Results:
+    found: Results = pool(world, cuda=cuda).run("tests.exec.fsdp_worker", "run_cases", world, folder)[0]
+    return found
 
 
 def check_parity(case: dict[str, float], tolerance: float) -> None:
@@ -115,7 +95,7 @@ def test_what_is_not_run_is_refused_by_name(part: str, fields: dict[str, object]
 def test_parity_on_gpus(tmp_path: Path) -> None:
     """NCCL on as many of this machine's GPUs as the cases know; parity uses the math attention kernel."""
     world = max(count for count in (1, 2, 4) if count <= torch.cuda.device_count())
-    for name, case in spawn(world, tmp_path, []).items():
+    for name, case in run(world, tmp_path, cuda=True).items():
         if name == "bfloat16":
             assert case["loss"] < 1e-2
         elif name != "resumed":

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 from mopsim.common import io
+from mopsim.spec.plan import Plan
+from tests.exec.spawn import run_command
 from tests.exec.train_plans import small_plan
 from tests.patience import HANG
 
@@ -30,6 +32,15 @@ def environment(fake=""):
 def train(inputs, out, *arguments):
     command = [sys.executable, "-m", "mopexec.cli", "train", *common(inputs, out), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG)
+
+
+def train_as_ranks(inputs, out, *arguments):
+    """The same without the launcher and its start: ranks under torchrun. Those of the plan."""
+    world = io.load(inputs / "plan.yaml", Plan, "plan").strategy.world_size
+    folder = out.with_name(f"{out.name}-ranks")
+    folder.mkdir(exist_ok=True)
+    done = run_command(["train", *common(inputs, out), *arguments], world, folder)
+    return subprocess.CompletedProcess(arguments, *done)
 
 
 def common(inputs, out):

@@ -1,11 +1,5 @@
 """A dry run's memory is that of real training, to the byte, by category and tier."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,11 +7,10 @@ import torch.distributed as dist
 from mopexec.check.dry_run import dry_run
 from mopexec.measure.tracker import OutOfMemory
 from mopsim.common.errors import SpecError
+from tests.exec.spawn import Pool
 from tests.parity import memory_cases
 from tests.parity.memory_cases import cases
-from tests.patience import HANG
 
-HERE = Path(__file__).parent
 SAME = (
     "peak_memory_bytes", "memory_by_category_bytes", "peak_at", "resident_memory_bytes",
     "resident_by_category_bytes", "host_memory_bytes", "host_memory_by_category_bytes",
@@ -25,24 +18,11 @@ SAME = (
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def trained(request, tmp_path_factory):
+def trained(request):
     """(world, what every rank's tracker saw in real training, by case)."""
-    world, folder = request.param, tmp_path_factory.mktemp("memory")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    command = [sys.executable, str(HERE / "memory_worker.py")]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    errors = [worker.communicate(timeout=HANG)[1] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(errors)
-    return world, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    ranks = Pool(request.param)  # of their own: nothing is cached by other tests
+    yield request.param, ranks.run("tests.parity.memory_worker", "track", request.param)
+    ranks.close()
 
 
 def test_a_dry_run_is_real_training_to_the_byte(trained):
