@@ -1,5 +1,6 @@
 """What a search is asked about, and the codes of a candidate's columns."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -96,7 +97,8 @@ class Problem:
 
 
 def divisors(value: int) -> list[int]:
-    return [d for d in range(1, value + 1) if value % d == 0]
+    low = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return low + [value // d for d in reversed(low) if d * d != value]
 
 
 def offloaded(layers: int, parts: Column | int) -> Column:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 
 import mopsim
@@ -14,12 +15,14 @@ from mopsim.report.tables import freedom
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.hunt import TIE
 from mopsim.search.miss import would_fit
-from mopsim.search.problem import Problem
+from mopsim.search.problem import Problem, divisors
+from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.search.why import LINKS, faster, why
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
+from mopsim.strategies import FAMILIES
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
@@ -138,3 +141,19 @@ def test_why_is_asked_for_only_when_wanted(monkeypatch: pytest.MonkeyPatch) -> N
     assert ranking.why == ["because"]
     assert ranking.to_json()["why"] == ["because"]
     assert ranking["why"] == ["because"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_batch_of_too_many_microbatches_is_ruled_out_at_once(family: str) -> None:
+    """Row by row it took minutes."""
+    training = TrainSpec(seq_len=1 << 20, global_batch=10**6)
+    hardware = load_profile("h200-sxm-141g")
+    space, _ = candidates(Problem(TINY, hardware, 2, training, total_params(TINY), "bfloat16"), family)
+    for index in np.linspace(0, len(space) - 1, 20).astype(int):
+        training.check_strategy(space.build(int(index)))
+
+
+def test_divisors_of_large_numbers() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(36) == [one for one in range(1, 37) if 36 % one == 0]
+    assert len(divisors(2**40 * 3)) == 82
