@@ -13,7 +13,7 @@ import msgspec
 from mopexec import data
 from mopexec.data import DataOptions
 from mopexec.run import failures, plans, writers
-from mopexec.run.environment import adopt_slurm, rank_of_environment, under_torchrun
+from mopexec.run.environment import adopt_slurm, check_host, rank_of_environment, under_torchrun
 from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
@@ -48,6 +48,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     plans.check_supported(plan)
     adopt_slurm()
     if under_torchrun():
+        check_host()
         return _as_rank(options, plan, json)
     plans.check_run_directory(Path(options.out), resume=options.resume)
     tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)

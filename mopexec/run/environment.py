@@ -2,6 +2,10 @@
 
 import os
 import re
+import socket
+import time
+
+from mopsim.common.errors import MopError
 
 LAUNCHER = "MOPEXEC_LAUNCHER"
 """The process that started the ranks."""
@@ -9,6 +13,27 @@ LAUNCHER = "MOPEXEC_LAUNCHER"
 
 PORT = 29500
 """Where ranks of several nodes meet, unless the launcher says otherwise; torchrun's own default."""
+
+
+RESOLVE_SECONDS = 45.0
+"""How long the name of the host where ranks meet may be unknown: that of a pod appears after its start."""
+
+
+def check_host() -> None:
+    """Wait until MASTER_ADDR has an address. Raises MopError where it has none after RESOLVE_SECONDS: a
+    rendezvous would wait for half an hour."""
+    name, end = os.environ["MASTER_ADDR"], time.monotonic() + RESOLVE_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(name, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= end:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise MopError(
+                    f"MASTER_ADDR: {name!r} must be a host that has an address: {reason}"
+                ) from None
+        time.sleep(1)
 
 
 def under_torchrun() -> bool:

@@ -1,5 +1,6 @@
 """Scripts for a cluster, and SLURM's variables as a rank's place."""
 
+import socket
 import subprocess
 
 import msgspec
@@ -85,3 +86,26 @@ def test_tasks_of_srun_are_ranks(monkeypatch):
     monkeypatch.setattr(environment.os, "environ", task | {"SLURM_NTASKS": "1"})
     environment.adopt_slurm()
     assert not environment.under_torchrun()
+
+
+def test_a_host_without_an_address_is_one_line(plan, tmp_path, monkeypatch, capsys):
+    rank = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu-03", "MASTER_PORT": "29500"}
+    asked = []
+
+    def unknown(name, port):
+        asked.append(name)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(environment.os, "environ", dict(environment.os.environ) | rank)
+    monkeypatch.setattr(environment.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(environment.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(environment, "RESOLVE_SECONDS", 0.1)
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["train", "--plan", str(plan), "--data", "python", "--steps", "1", "--out", str(tmp_path / "run")]
+        )
+    rule = "'gpu-03' must be a host that has an address: Name or service not known"
+    assert (end.value.code, capsys.readouterr().err) == (2, f"mopexec: MASTER_ADDR: {rule}\n")
+    assert set(asked) == {"gpu-03"}
+    assert len(asked) > 1
+    assert not (tmp_path / "run").exists()
