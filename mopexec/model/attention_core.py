@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mopexec.model import cudnn, kernels
 from mopexec.model import sinks as attention_sinks
 from mopexec.model.documents import Documents, cumulative, spans
 from mopexec.model.kernels import HALF, on_gpu
@@ -47,7 +48,7 @@ def causal_forward(
     if q.is_cuda and q.dtype not in HALF:
         return _formula(q, k, v, core, sinks), ()
     width = max(q.shape[-1], v.shape[-1])
-    forward = _cuda_forward if on_gpu(q) else _cpu_forward
+    forward = _pair(q, core, sinks)[0]
     out, saved = forward(_padded(q, width), _padded(k, width), _padded(v, width), core)
     if out.shape[-1] > v.shape[-1]:
         out = out[..., : v.shape[-1]].contiguous()
@@ -67,10 +68,30 @@ def causal_backward(
         return _formula_backward(grad, q, k, v, core, sinks)
     grad_sinks = None if sinks is None else attention_sinks.backward(grad, out, saved, sinks)
     width = max(q.shape[-1], v.shape[-1])
-    backward = _cuda_backward if on_gpu(q) else _cpu_backward
+    backward = _pair(q, core, sinks)[1]
     grad, query, key, value, out = (_padded(t, width) for t in (grad, q, k, v, out))
     dq, dk, dv = backward(grad, query, key, value, out, saved, core)
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]], grad_sinks
+
+
+def _pair(q: Tensor, core: Core, sinks: Tensor | None) -> tuple[Any, Any]:
+    """Forward and backward of the planned kernel; cuDNN's knows no windows, documents or sinks here."""
+    if not on_gpu(q):
+        return _cpu_forward, _cpu_backward
+    plain = sinks is None and not core.documents and not _windowed(q, core)
+    if kernels.NOW.attention == "cudnn" and plain:
+        return _cudnn_forward, _cudnn_backward
+    return _cuda_forward, _cuda_backward
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, core: Core) -> tuple[Tensor, Saved]:
+    return cudnn.forward(q, k, v, core.scale, core.causal)
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, core: Core
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cudnn.backward(grad, q, k, v, out, saved, core.scale, core.causal)
 
 
 def _packed_kernel(q: Tensor, sinks: Tensor | None) -> bool:

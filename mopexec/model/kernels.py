@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mopsim.common.errors import SpecError
 from mopsim.spec.stack import Kernels
 
 HALF = (torch.bfloat16, torch.float16)
@@ -42,6 +43,19 @@ def on_gpu(x: Tensor) -> bool:
     """Whether attention over x runs by a GPU's kernel: x is there, or has no data and is planned there."""
     planned = NOW.attention != "cpu" and x.dtype in HALF
     return x.is_cuda or (planned and (x.is_meta or isinstance(x, FakeTensor)))
+
+
+def prepare(kernels: Kernels) -> None:
+    """Activate what torch does not run by default. Raises SpecError where this torch or card has it not."""
+    if kernels.attention.get("default") != "flash3":
+        return
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpecError("stack.kernels.attention", "flash3", f"cannot be activated: {why}") from None
 
 
 class using:  # noqa: N801

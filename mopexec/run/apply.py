@@ -20,6 +20,7 @@ from mopexec.flat.sequence import SequenceExchange
 from mopexec.flat.units import Unit
 from mopexec.flat.vocabulary import Ring
 from mopexec.measure.tracker import category
+from mopexec.model import kernels
 from mopexec.model.routing import profile_experts
 from mopexec.run.runner import Runner
 from mopexec.run.supported import check_supported
@@ -45,6 +46,8 @@ def build(
         kind = "cuda" if platform.is_cuda else "cpu"
         plan = msgspec.structs.replace(plan, stack=plan.stack.on_kind(kind))
     check_supported(plan)
+    if platform.is_cuda:
+        kernels.prepare(plan.stack.kernels)
     source = weights or Seeded(seed)
     if plan.stack.runtime == "fully_shard":
         from mopexec.modules.fully_shard import build as build_fully_shard

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from mopexec.check.dry_run import counted_step
 from mopexec.flat import expert_products
 from mopexec.flat.experts import experts_backward_, experts_forward_
 from mopexec.flat.rows import rms_norm, rms_norm_backward_
 from mopexec.measure.kernels import layer_kernels
-from mopexec.model.kernels import using
+from mopexec.model.kernels import prepare, using
 from mopexec.model.swiglu import Clamp
 from mopsim import strategies
+from mopsim.common.errors import SpecError
 from mopsim.spec.plan import HardwareRef, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Kernels
@@ -122,3 +124,21 @@ def test_norms_equal_torchs(kernels: Kernels) -> None:
 def _close(actual: Tensor, expected: Tensor) -> None:
     scale = expected.float().abs().max().item()
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0.02, atol=0.02 * scale)
+
+
+@pytest.mark.parametrize("kernel", ["flash2", "flash3", "cudnn"])
+def test_the_stacks_attention_is_played(kernel: str) -> None:
+    plan = planned()
+    chosen = msgspec.structs.replace(plan.stack.kernels, attention={"default": kernel})
+    counted = counted_step(
+        msgspec.structs.replace(plan, stack=msgspec.structs.replace(plan.stack, kernels=chosen))
+    )
+    word = "cudnn" if kernel == "cudnn" else "flash"
+    layers = plan.model.num_hidden_layers
+    assert counted.by_op[f"aten::_scaled_dot_product_{word}_attention"] == 2 * layers  # and recomputed
+    assert counted.by_op[f"aten::_scaled_dot_product_{word}_attention_backward"] == layers
+
+
+def test_an_attention_kernel_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(SpecError, match=r"stack.kernels.attention: 'flash3' cannot be activated"):
+        prepare(msgspec.structs.replace(CUDA, attention={"default": "flash3"}))

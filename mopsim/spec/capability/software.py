@@ -13,8 +13,9 @@ SHIPPED: dict[str, str] = {
 }
 """Stacks that describe what mopexec's runtimes really do."""
 _SECTIONS = ("kernels", "sharding", "recompute", "host")
-_CHOSEN = {"kernels.attention": ("profile", "flash2", "flash3", "cudnn", "cpu")}
-"""Entries that every runtime takes from the stack, with what they may be."""
+_ATTENTION = {"flat_units": ("profile", "flash2", "flash3", "cudnn", "cpu")}
+"""Attention kernels that a runtime takes from the stack; the other runtimes run torch's flash op."""
+_FLASH = ("profile", "flash2", "cpu")
 _COUNTED = ("host.modules",)
 """Entries that change what is counted of a program, not the program."""
 
@@ -28,8 +29,8 @@ def software_is_the_runtimes(job: Job, side: Side) -> Iterator[SpecError]:
         for field in theirs.__struct_fields__:
             says = getattr(theirs, field)
             runs = [getattr(getattr(one, section), field) for one in known]
-            if f"{section}.{field}" in _CHOSEN:
-                runs.extend({key: kernel} for key in says for kernel in _CHOSEN[f"{section}.{field}"])
+            if field == "attention":
+                runs.extend({key: kernel} for key in says for kernel in _ATTENTION.get(side, _FLASH))
             if says not in runs and f"{section}.{field}" not in _COUNTED:
                 rule = " or ".join(repr(one) for one in dict.fromkeys(map(str, runs)))
                 yield SpecError(f"stack.{section}.{field}", says, f"is not {DOES[side]}, only {rule}")

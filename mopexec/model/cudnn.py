@@ -1,0 +1,34 @@
+"""cuDNN's attention kernel, as torch's scaled_dot_product_attention calls it: half precision, causal or not.
+
+Shapes as in `attention_core`; grouped KV heads are the kernel's own. Chosen by a stack's `kernels.attention`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ATEN: Any = torch.ops.aten
+Saved = tuple[Any, ...]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Saved]:
+    """(out [B, S, heads, d], what the backward needs)."""
+    out, *rest = _ATEN._scaled_dot_product_cudnn_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, causal, False, scale=scale
+    )
+    return out.transpose(1, 2), tuple(rest[:7])
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. The kernel takes no bias, and an empty tensor in its place."""
+    lse, cum_q, cum_k, max_q, max_k, seed, offset = saved
+    none = torch.empty(0, dtype=q.dtype, device=q.device)
+    dq, dk, dv = _ATEN._scaled_dot_product_cudnn_attention_backward(
+        grad.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
+        lse, seed, offset, none, cum_q if cum_q is not None else none, cum_k if cum_k is not None else none,
+        max_q, max_k, 0.0, causal, scale=scale,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
