@@ -121,8 +121,13 @@ def send_recv(
     source: int,
     group: Group = None,
     async_op: bool = False,
+    timed: bool = True,
 ) -> Waitable:
-    """Send tensors to global rank `to`, fill `receive` from global rank `source`, batched (a ring's hop)."""
+    """Send tensors to global rank `to`, fill `receive` from global rank `source`, batched (a ring's hop).
+
+    timed: False where the group's ranks do not come here together (stages of a pipeline): a timer that lines
+    them up would wait for ever.
+    """
     if not send and not receive:
         return _Done()
 
@@ -132,7 +137,8 @@ def send_recv(
         works = _Works(cast(Sequence[Waitable], dist.batch_isend_irecv(ops)))
         return works if async_op else works.wait()
 
-    return _run("send_recv", sum(_bytes(tensor) for tensor in send), (*send, *receive), issue, group)
+    kind = "send_recv" if timed else ""
+    return _run(kind, sum(_bytes(tensor) for tensor in send), (*send, *receive), issue, group)
 
 
 def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
@@ -142,7 +148,7 @@ def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:
 
 def _run(kind: str, num_bytes: int, tensors: Sequence[Tensor], issue: Issue, group: Group) -> Waitable:
     settled = _Settled(tensors) if active_tracker() is not None and tensors[0].device.type == "cpu" else None
-    work = issue() if _observer is None else _observer(kind, num_bytes, issue, group)
+    work = issue() if _observer is None or not kind else _observer(kind, num_bytes, issue, group)
     if settled is None:
         return cast(Waitable, work) if work is not None else _Done()
     settled.work = work

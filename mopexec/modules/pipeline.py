@@ -125,12 +125,12 @@ class Pipeline:
         link = self._links.found[way, "from"]
         with category("boundaries"):
             x = torch.empty(self._shape, dtype=self._dtype, device=self._platform.device)
-        collectives.send_recv([], link.rank, [x], link.rank, link.group)
+        collectives.send_recv([], link.rank, [x], link.rank, link.group, timed=False)
         return x
 
     def _send(self, way: str, microbatch: int, chunk: int, x: Tensor) -> None:
         link, x = self._links.found[way, "to"], x.contiguous()
-        work = collectives.send_recv([x], link.rank, [], link.rank, link.group, async_op=True)
+        work = collectives.send_recv([x], link.rank, [], link.rank, link.group, async_op=True, timed=False)
         self._sent[way, microbatch, chunk] = work, x
 
     def _over(self, way: str, microbatch: int, chunk: int) -> None:
