@@ -98,7 +98,7 @@ def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all() -> None:
 def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
-    and where experts' biases are added.
+    where experts' biases are added, and how a clamped gate is made.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -112,6 +112,7 @@ def left_to_the_stack() -> dict[str, Job]:
         "left": replace(job, strategy=split),
         "left, whole": replace(whole, strategy=structs.replace(whole.strategy, activations=selective)),
         "inputs on the host": replace(whole, strategy=structs.replace(whole.strategy, activations=away)),
+        "clamped": replace(job, model=structs.replace(job.model, swiglu_limit=7.0)),
         "biased": replace(whole, model=structs.replace(whole.model, expert_bias=True)),
     }
 
