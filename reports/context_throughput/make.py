@@ -127,7 +127,7 @@ def assumptions(cases: Sequence[ContextCase], budget: int) -> list[str]:
         f"the best of {budget} simulations at every length, lengths doubling; the curve ends at the first "
         "length where none fits; the best of a length is tried at its neighbours with as many tokens a rank, "
         "and a looser contender may use what a stricter one found",
-        "an ideal implementation: kernels at their fitted rates, no stragglers, no fragmentation; what the "
+        "an ideal implementation: kernels at their fitted rates, no jitter, no fragmentation; what the "
         "host does is simulated, and hidden at these lengths",
     ]
     for case in cases:
