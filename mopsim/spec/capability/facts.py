@@ -186,7 +186,7 @@ def context_parallel(job: Job) -> bool:
 
 def context_groups(job: Job) -> bool:
     """There is more than one group of ranks that share a sequence."""
-    return 1 < job.strategy.attention.context_parallel < job.strategy.stage_ranks
+    return context_parallel(job) and job.strategy.data_groups > 1
 
 
 def has_experts(job: Job) -> bool:
