@@ -125,20 +125,37 @@ def send_recv(
 ) -> Waitable:
     """Send tensors to global rank `to`, fill `receive` from global rank `source`, batched (a ring's hop).
 
-    timed: False where the group's ranks do not come here together (stages of a pipeline): a timer that lines
-    them up would wait for ever.
+    timed: see `exchange`.
+    """
+    there, here = [(tensor, to, 0) for tensor in send], [(tensor, source, 0) for tensor in receive]
+    return exchange(there, here, group, async_op, timed)
+
+
+def exchange(
+    send: Sequence[tuple[Tensor, int, int]],
+    receive: Sequence[tuple[Tensor, int, int]],
+    group: Group = None,
+    async_op: bool = False,
+    timed: bool = True,
+) -> Waitable:
+    """Point to point, batched: (tensor, global rank of the peer, tag) of each. A pair's tensors with equal
+    tags match in order.
+
+    timed: False where the group's ranks do not come here together (stages of a pipeline, experts that move):
+    a timer that lines them up would wait for ever.
     """
     if not send and not receive:
         return _Done()
 
     def issue() -> Any:
-        ops = [dist.P2POp(dist.isend, tensor, to, group) for tensor in send]
-        ops += [dist.P2POp(dist.irecv, tensor, source, group) for tensor in receive]
+        ops = [dist.P2POp(dist.isend, tensor, peer, group, tag) for tensor, peer, tag in send]
+        ops += [dist.P2POp(dist.irecv, tensor, peer, group, tag) for tensor, peer, tag in receive]
         works = _Works(cast(Sequence[Waitable], dist.batch_isend_irecv(ops)))
         return works if async_op else works.wait()
 
     kind = "send_recv" if timed else ""
-    return _run(kind, sum(_bytes(tensor) for tensor in send), (*send, *receive), issue, group)
+    tensors = [tensor for tensor, _, _ in (*send, *receive)]
+    return _run(kind, sum(_bytes(tensor) for tensor, _, _ in send), tensors, issue, group)
 
 
 def broadcast(tensor: Tensor, source: int, group: Group = None) -> None:

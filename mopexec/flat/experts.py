@@ -7,6 +7,7 @@ again, chunk by chunk, and recomputes gate and up only: the output of an expert 
 = <dy W^T, a>.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from mopexec.flat import expert_products
 from mopexec.flat.dispatch import Arrival, ChunkExchange
 from mopexec.flat.ffn import add_shared_, shared_backward, slice_rows
+from mopexec.flat.least_loaded import Foreign
 from mopexec.flat.routes import RoutePlanner, Routes, router_backward
 from mopexec.flat.rows import FUSED_ROWS, SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component, phase
@@ -80,8 +82,12 @@ class MoEBlock:
         self.spec, self.planner, self.shared_tokens = spec, planner, shared_tokens
         self.num_chunks, self.clamp = planner.num_chunks, clamp_of(spec)
 
-    def forward_(self, x: Tensor, routes: Routes, weights: Weights, experts: Weights) -> None:
-        """x1 [N, H] becomes x2 in place; weights of the layer's dense unit, experts of its expert unit."""
+    def forward_(
+        self, x: Tensor, routes: Routes, weights: Weights, experts: Weights, foreign: Foreign | None = None
+    ) -> None:
+        """x1 [N, H] becomes x2 in place; weights of the layer's dense unit, experts of its expert unit,
+        foreign those of others that rows here need.
+        """
         returning: list[_Return] = []
         coming = [self._dispatch(0, x, routes, weights, None)]
         for index in range(self.num_chunks):
@@ -90,14 +96,13 @@ class MoEBlock:
             if index + 1 < self.num_chunks:
                 coming.append(self._dispatch(index + 1, x, routes, weights, None))
             with component("experts"):
-                if expert_products.fits(work.rows[0], experts):
+                held = [experts, *(foreign.weights() if foreign else ())]
+                if foreign is None and expert_products.fits(work.rows[0], experts):
                     expert_products.forward(
                         work.rows, work.route_weights, work.exchange.arrived, experts, self.clamp
                     )
                 else:
-                    experts_forward_(
-                        work.rows[0], work.route_weights, work.exchange.counts, experts, self.clamp
-                    )
+                    experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, held, self.clamp)
             if returning:
                 self._combine(returning.pop(), x)
             returning.append(self._send_back(work, None))
@@ -106,27 +111,29 @@ class MoEBlock:
 
     def backward(
         self, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, experts: Weights, grads: Weights,
-        expert_grads: Weights,
+        expert_grads: Weights, foreign: Foreign | None = None,
     ) -> None:  # fmt: skip
         """grad [N, H] of x2 becomes that of x1 in place; x is x1; grads and expert_grads += the weights'."""
         returning: list[_Return] = []
         with phase("backward"):
             coming = [self._dispatch(0, x, routes, weights, grad)]
+            held_grads = [expert_grads, *(foreign.open_grads() if foreign else ())]
             for index in range(self.num_chunks):
                 self._shared_backward(index, grad, x, weights, grads)
                 work = self._receive(coming.pop())
                 if index + 1 < self.num_chunks:
                     coming.append(self._dispatch(index + 1, x, routes, weights, grad))
                 with component("experts"):
-                    if expert_products.fits(work.rows[0], experts):
+                    held = [experts, *(foreign.weights() if foreign else ())]
+                    if foreign is None and expert_products.fits(work.rows[0], experts):
                         grad_weights = expert_products.backward(
                             work.rows, work.route_weights, work.exchange.arrived, experts, expert_grads,
                             self.clamp,
                         )  # fmt: skip
                     else:
                         grad_weights = experts_backward_(
-                            work.rows[1], work.rows[0], work.route_weights, work.exchange.counts, experts,
-                            expert_grads, self.clamp,
+                            work.rows[1], work.rows[0], work.route_weights, work.exchange.counts, held,
+                            held_grads, self.clamp,
                         )  # fmt: skip
                         del work.rows[0]
                 if returning:
@@ -148,7 +155,7 @@ class MoEBlock:
         """Send a chunk's tokens and route weights (and, in the backward, output gradients) to the experts."""
         with component("router"), category("dispatch"):
             chosen = routes.experts[index :: self.num_chunks]
-            order = chosen.flatten().argsort(stable=True)
+            order = routes.order(index)
             token = order // self.spec.num_experts_per_tok
             exchange = ChunkExchange(
                 self.planner.group, routes.send[index], routes.receive[index], routes.arrived[index]
@@ -270,7 +277,11 @@ class _Expert:
     down_bias: Tensor | None
 
 
-def _each(experts: Weights) -> list[_Expert]:
+def _each(held: Sequence[Weights]) -> list[_Expert]:
+    return [expert for experts in held for expert in _unstacked(experts)]
+
+
+def _unstacked(experts: Weights) -> list[_Expert]:
     stacks = [experts[f"moe.experts.{name}_proj"].unbind(0) for name in ("gate", "up", "down")]
     biases = [experts.get(f"moe.experts.{name}_proj_bias") for name in ("gate", "up", "down")]
     none = (None,) * len(stacks[0])
@@ -281,13 +292,14 @@ def _each(experts: Weights) -> list[_Expert]:
 
 
 def experts_forward_(
-    rows: Tensor, route_weights: Tensor, counts: list[int], experts: Weights, clamp: Clamp | None = None
-) -> None:
-    """Rows [R, H] sorted by expert become weight * expert(row), in place. Temporaries: 2 I rows of one
-    expert.
+    rows: Tensor, route_weights: Tensor, counts: list[int], held: Sequence[Weights],
+    clamp: Clamp | None = None,
+) -> None:  # fmt: skip
+    """Rows [R, H] sorted by expert become weight * expert(row), in place. counts: of the experts of all
+    stacks in `held`; more are 0. Temporaries: 2 I rows of one expert.
     """
     start = 0
-    for count, expert in zip(counts, _each(experts), strict=True):
+    for count, expert in zip(counts, _each(held), strict=False):
         if count:
             part = rows[start : start + count]
             weight = route_weights[start : start + count, None]
@@ -305,8 +317,8 @@ def experts_forward_(
 
 
 def experts_backward_(
-    rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], experts: Weights, grads: Weights,
-    clamp: Clamp | None = None,
+    rows: Tensor, inputs: Tensor, route_weights: Tensor, counts: list[int], held: Sequence[Weights],
+    grads: Sequence[Weights], clamp: Clamp | None = None,
 ) -> Tensor:  # fmt: skip
     """Rows [R, H], gradients of weight * expert(input), become gradients of the inputs in place; grads += the
     weights'.
@@ -315,7 +327,7 @@ def experts_backward_(
     """
     grad_weights = torch.empty(rows.shape[0], dtype=wide(rows.dtype), device=rows.device)
     start = 0
-    for count, expert, own in zip(counts, _each(experts), _each(grads), strict=True):
+    for count, expert, own in zip(counts, _each(held), _each(grads), strict=False):
         if count:
             stop = start + count
             _one_expert_backward(

@@ -7,6 +7,7 @@ from torch import Tensor
 from mopexec.flat.attention import AttentionBlock
 from mopexec.flat.experts import MoEBlock
 from mopexec.flat.ffn import DenseBlock
+from mopexec.flat.least_loaded import Foreign
 from mopexec.flat.routes import Routes
 from mopexec.flat.units import Unit, release
 from mopexec.measure.tracker import phase
@@ -42,9 +43,19 @@ class LayerSchedule:
         else:
             assert self.experts is not None
             self._routes = self.moe.planner.plan(out, weights, balance_bias, load)
-            self.moe.forward_(out, self._routes, weights, self.experts.weights())
+            foreign = self._foreign(self._routes)
+            self.moe.forward_(out, self._routes, weights, self.experts.weights(), foreign)
+            del foreign
         release(self.units)
         return out
+
+    def _foreign(self, routes: Routes) -> Foreign | None:
+        """Others' experts that rows here need, on their way."""
+        if routes.moves is None:
+            return None
+        assert self.moe is not None
+        assert self.experts is not None
+        return Foreign(self.experts, self.moe.planner.group, routes.moves, self.experts.platform)
 
     def forget(self) -> None:
         """Drop what the forward kept for a backward that will not come."""
@@ -71,7 +82,13 @@ class LayerSchedule:
             assert self.experts is not None
             assert self._routes is not None
             expert_grads = self.experts.open_grads()
-            self.moe.backward(grad, inner, self._routes, weights, self.experts.weights(), grads, expert_grads)
+            foreign = self._foreign(self._routes)
+            self.moe.backward(
+                grad, inner, self._routes, weights, self.experts.weights(), grads, expert_grads, foreign
+            )
+            if foreign is not None:
+                foreign.send_home(self.experts.full_grads)
+            del foreign
             self._routes = None
             del expert_grads
             self.experts.release()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
+from mopexec.flat.least_loaded import Counted, Moves, placed, uploaded
 from mopexec.flat.rows import SLICE_ROWS, rms_norm, row_slices
 from mopexec.measure.tracker import category, component
 from mopexec.model import kernels
@@ -16,6 +17,7 @@ from mopexec.model.fused import OPS
 from mopexec.model.routing import choose_experts, route_weights, route_weights_backward, router_scores, wide
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routing_counts
+from mopsim.spec.strategy import Experts
 
 Weights = dict[str, Tensor]
 
@@ -25,13 +27,20 @@ class Routes:
     """One layer's routes of one microbatch, kept from forward to backward.
 
     experts [N, top_k] int16. send[i][e]: routes of chunk i from here to expert e. receive[i][r][e]: routes of
-    chunk i that rank r of the expert group sends to local expert e. arrived: `receive` on the device.
+    chunk i that rank r of the expert group sends to local expert e. arrived: `receive` on the device. moves:
+    where least-loaded placement moves rows; e is a destination or a slot then.
     """
 
     experts: Tensor
     send: list[list[int]]
     receive: list[list[list[int]]]
     arrived: Tensor
+    moves: Moves | None = None
+
+    def order(self, index: int) -> Tensor:
+        """Routes (token, slot) of a chunk of `experts` in the order in which they are sent: [c * top_k]."""
+        by_expert = self.experts[index :: len(self.send)].flatten().argsort(stable=True)
+        return by_expert if self.moves is None else self.moves.order(index, by_expert)
 
 
 class RoutePlanner:
@@ -39,25 +48,19 @@ class RoutePlanner:
 
     def __init__(
         self, spec: ModelSpec, group: Group, profile: Tensor | None, routing: RoutingProfile, num_chunks: int,
-        platform: Platform,
+        platform: Platform, how: Experts,
     ) -> None:  # fmt: skip
         self.spec, self.group, self.routing, self.num_chunks = spec, group, routing, num_chunks
         self.local = spec.num_local_experts // group.size
-        self.profile, self.platform = profile, platform
+        self.profile, self.platform, self.how = profile, platform, how
+        self.places = how.balance == "least_loaded" and group.size > 1
         self._stated: Routes | None = None
 
     def plan(self, x: Tensor, weights: Weights, balance_bias: Tensor, load: Tensor) -> Routes:
         """Routes of tokens x [N, H] (before the norm). load [E] float32 += routes where the router chose."""
         if self.profile is not None:
             if self._stated is None:
-                send, receive = self._stated_counts(x.shape[0])
-                shape = (self.num_chunks, self.group.size, self.local)
-                with category("activations"):
-                    arrived = torch.empty(shape, dtype=torch.int64, device=x.device)
-                with self.platform.bookkeeping():
-                    host = torch.tensor(receive)
-                arrived.copy_(host)
-                self._stated = Routes(self.profile, send, receive, arrived)
+                self._stated = Routes(self.profile, *self._stated_counts(x.shape[0]))
             return self._stated
         experts = torch.empty((x.shape[0], self.spec.num_experts_per_tok), dtype=torch.int16, device=x.device)
         with component("router"):
@@ -77,7 +80,7 @@ class RoutePlanner:
         scores = router_scores(_logits(hidden, weights), self.spec)
         return route_weights(scores, experts.long(), self.spec)
 
-    def _stated_counts(self, num_tokens: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+    def _stated_counts(self, num_tokens: int) -> Counted:
         spec, group, local = self.spec, self.group, self.local
         send = [
             list(
@@ -92,13 +95,18 @@ class RoutePlanner:
             )
             for i in range(self.num_chunks)
         ]
+        found = placed([send] * group.size, group, self.how, self.platform) if self.places else None
+        if found is not None:
+            return found
         first = group.place * local
-        return send, [[counts[first : first + local]] * group.size for counts in send]
+        receive = [[counts[first : first + local]] * group.size for counts in send]
+        with category("activations"):
+            return send, receive, uploaded(receive, (self.num_chunks, group.size, local), self.platform), None
 
-    def _exchanged_counts(
-        self, experts: Tensor, load: Tensor
-    ) -> tuple[list[list[int]], list[list[list[int]]], Tensor]:
-        """Counts of all chunks at once: one all-to-all and one wait for the device in a layer."""
+    def _exchanged_counts(self, experts: Tensor, load: Tensor) -> Counted:
+        """Counts of all chunks at once: one all-to-all, or one all-gather where rows are placed by all
+        counts, and one wait for the device in a layer.
+        """
         chunks, num_experts, size = self.num_chunks, self.spec.num_local_experts, self.group.size
         with category("dispatch"):
             chunk = torch.arange(experts.shape[0], device=experts.device) % chunks
@@ -107,6 +115,8 @@ class RoutePlanner:
             counts.index_add_(0, cell, torch.ones_like(cell))
             counts = counts.view(chunks, num_experts)
             load.add_(counts.sum(0))
+            if self.places:
+                return self._placed_counts(counts)
             send = counts.view(chunks, size, self.local).transpose(0, 1).contiguous()
             receive = torch.empty_like(send) if size > 1 else send
             if size > 1:
@@ -115,7 +125,20 @@ class RoutePlanner:
             sent, received = self.platform.fetch(torch.stack((counts.flatten(), arrived.flatten())))
         by_expert = [sent[i * num_experts : (i + 1) * num_experts] for i in range(chunks)]
         cells = [received[i : i + self.local] for i in range(0, len(received), self.local)]
-        return by_expert, [cells[i * size : (i + 1) * size] for i in range(chunks)], arrived
+        return by_expert, [cells[i * size : (i + 1) * size] for i in range(chunks)], arrived, None
+
+    def _placed_counts(self, counts: Tensor) -> Counted:
+        """Of counts [chunks, E] of this rank; without moves as the all-to-all gives them."""
+        group, first = self.group, self.group.place * self.local
+        every = torch.empty((group.size, *counts.shape), dtype=counts.dtype, device=counts.device)
+        collectives.all_gather_single(every.flatten(0, 1), counts, group.handle)
+        known: list[list[list[int]]] = self.platform.fetch(every)
+        found = placed(known, group, self.how, self.platform)
+        if found is not None:
+            return found
+        here = slice(first, first + self.local)
+        receive = [[chunks[i][here] for chunks in known] for i in range(self.num_chunks)]
+        return known[group.place], receive, every[:, :, here].transpose(0, 1).contiguous(), None
 
 
 def _how(spec: ModelSpec) -> tuple[bool, bool, float]:

@@ -202,6 +202,19 @@ class Unit:
         assert self._full is not None
         return self.contents.views(self._full)
 
+    @property
+    def full(self) -> Tensor:
+        """The full parameters as one flat buffer, gathered by now."""
+        self.weights()
+        assert self._full is not None
+        return self._full
+
+    @property
+    def full_grads(self) -> Tensor:
+        """The open full gradients as one flat buffer."""
+        assert self._full_grads is not None, f"{self.contents.key} has no open gradients"
+        return self._full_grads
+
     def release(self) -> None:
         """Free the full parameters."""
         assert self._pending is None, f"{self.contents.key} is released while being gathered"

@@ -146,7 +146,7 @@ def _moe(plan: Plan, mesh: Mesh, platform: Platform, routing: RoutingChoice) -> 
                 spec.num_experts_per_tok,
                 platform.device,
             ).to(torch.int16)
-    planner = RoutePlanner(spec, mesh.experts, profile, training.routing, chunks, platform)
+    planner = RoutePlanner(spec, mesh.experts, profile, training.routing, chunks, platform, strategy.experts)
     return MoEBlock(spec, planner, strategy.dense.chunk_tokens)
 
 

@@ -99,8 +99,16 @@ class Context:
         chunks = 1 if index is None else self.chunks
         return _routes(
             self.training.routing, self.tokens, chunks, index or 0, model.num_local_experts,
-            model.num_experts_per_tok, how.expert_parallel, how,
+            model.num_experts_per_tok, how.expert_parallel, how, self._row,
         )  # fmt: skip
+
+    @property
+    def _row(self) -> float:
+        """What products expert by expert hold for a row of the largest one (six inner widths in the
+        backward), in experts' weights with their gradients. mopexec's own runs moved experts so."""
+        if not (self.looped or self.stack.explicit):
+            return 0.0
+        return 6 * self.b / (self.model.ffn_matrices * self.model.hidden_size * (self.b + self.reduce))
 
     @property
     def migration(self) -> Migration | None:
@@ -110,7 +118,7 @@ class Context:
             return None
         place, busiest = _placement(
             self.training.routing, self.tokens, model.num_local_experts, model.num_experts_per_tok,
-            how.expert_parallel, how,
+            how.expert_parallel, how, self._row,
         )  # fmt: skip
         each = (
             model.ffn_matrices
@@ -122,15 +130,18 @@ class Context:
         most = max(max(place.received(rank), place.sent(rank)) for rank in range(how.expert_parallel))
         own = model.num_local_experts // how.expert_parallel
         host = host_work(model.num_local_experts, how.expert_parallel, *place.divided())
-        return Migration(place.received(busiest) * each, own * each, most * each, *host)
+        sent = place.sent(busiest) * each
+        return Migration(place.received(busiest) * each, own * each, most * each, *host, sent=sent)
 
 
 @lru_cache(maxsize=1024)
 def _placement(
-    routing: RoutingProfile, tokens: int, experts: int, top_k: int, degree: int, how: Experts
+    routing: RoutingProfile, tokens: int, experts: int, top_k: int, degree: int, how: Experts, row: float
 ) -> tuple[Placement, int]:
     """Where the rows of a layer are computed, and the rank that holds most: rows first, then the weights of
-    others. Every rank of the group sends alike, so an expert's rows are `degree` times one rank's."""
+    others, and what a row of its largest expert holds in them (`row`). Every rank of the group sends alike,
+    so an expert's rows are `degree` times one rank's.
+    """
     counts = [degree * count for count in routing_counts(routing, tokens, 1, 0, experts, top_k)]
     if how.balance == "least_loaded":
         place = least_loaded(counts, degree, how.capacity, how.min_rows, how.threshold)
@@ -138,13 +149,18 @@ def _placement(
         place = at_home(counts, degree)
     loads = [sum(rows.values()) for rows in place.rows]
     near = [rank for rank in range(degree) if loads[rank] >= max(loads) - degree]
-    return place, max(near, key=lambda rank: (place.received(rank), loads[rank]))
+
+    def held(rank: int) -> tuple[float, int]:
+        largest = max(place.rows[rank].values(), default=0)
+        return place.received(rank) + row * largest, loads[rank]
+
+    return place, max(near, key=held)
 
 
 @lru_cache(maxsize=4096)
 def _routes(
     routing: RoutingProfile, tokens: int, chunks: int, index: int, experts: int, top_k: int, degree: int,
-    how: Experts,
+    how: Experts, row: float,
 ) -> tuple[int, ...]:  # fmt: skip
     """Rows of each expert that the busiest rank computes in a chunk: of a moved expert the same part of every
     chunk, as strided chunks are alike."""
@@ -153,7 +169,7 @@ def _routes(
         return max(
             (tuple(counts[i : i + experts // degree]) for i in range(0, experts, experts // degree)), key=sum
         )
-    place, busiest = _placement(routing, tokens, experts, top_k, degree, how)
+    place, busiest = _placement(routing, tokens, experts, top_k, degree, how, row)
     whole = [sum(rows.get(e, 0) for rows in place.rows) for e in range(experts)]
     return tuple(counts[e] * rows // whole[e] for e, rows in place.rows[busiest].items())
 

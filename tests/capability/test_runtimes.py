@@ -30,6 +30,8 @@ def small(job: Job) -> Job:
     batch = s.micro_batch * s.data_groups * pipeline.pipeline_parallel
     layers = max(3 - job.fsdp, pipeline.pipeline_parallel * pipeline.virtual_stages)
     training = replace(job.training, global_batch=batch)
+    if job.software.runtime == "flat_units":  # a router for which work moves
+        training, s = replace(training, routing="70/2"), replace(s, experts=replace(s.experts, min_rows=1))
     return Job(replace(job.model, num_hidden_layers=layers), s, training, job.stack)
 
 

@@ -159,9 +159,9 @@ def test_a_limit_of_no_bytes_is_refused(capsys, plan, limit):
 
 
 def test_mechanisms_that_are_not_run_are_refused_by_name(capsys, plan, tmp_path):
-    edited(plan, experts__balance="least_loaded")
+    edited(plan, activations__cpu_offload_layers=1, activations__recompute="none")
     for command in (["verify"], ["dry-run"], ["train", "--steps", 1, "--out", tmp_path / "run"]):
-        assert "plan.strategy.experts.balance: 'least_loaded'" in refusal(capsys, *command, "--plan", plan)
+        assert "plan.strategy.activations.recompute: 'none'" in refusal(capsys, *command, "--plan", plan)
 
 
 def test_a_degree_that_does_not_divide_is_refused(capsys, plan):

@@ -69,7 +69,10 @@ def cases(world: int) -> dict[str, Plan]:
 def trained(world: int) -> dict[str, Plan]:
     """The plans that are trained for real: on four ranks those where more than two do something else."""
     wide = ("mop", "mop_skewed", "mop_replicas", "zero_offload", "split", "fsdp2", "fsdp2_offload")
-    return {name: plan for name, plan in cases(world).items() if world == 2 or name in wide}
+    found = {name: plan for name, plan in cases(world).items() if world == 2 or name in wide}
+    moved = strategies.mop(world, expert_parallel=world, vocab_parallel=world, expert_chunk_tokens=20)
+    moved = _changed(moved, "experts", balance="least_loaded", min_rows=16)
+    return found | {"mop_moved_experts": _plan(moved, "95/4")}  # ranks hold different experts
 
 
 def _plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:

@@ -27,7 +27,8 @@ class Migration:
 
     received: of other ranks' experts on the busiest rank. own: of that rank's experts. message: what the rank
     that sends or receives most has on the wire. launches: what the host starts to make the plan and to give
-    the rows their ranks. reads: what it reads before each chunk is sent.
+    the rows their ranks. reads: what it reads before each chunk is sent. sent: copies that the busiest rank
+    sends of its own experts.
     """
 
     received: int
@@ -35,6 +36,7 @@ class Migration:
     message: int
     launches: int = 0
     reads: int = 0
+    sent: int = 0
 
 
 def host_work(experts: int, ranks: int, divided: int, pieces: int) -> tuple[int, int]:

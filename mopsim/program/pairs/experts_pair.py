@@ -8,7 +8,7 @@ from mopsim.graph.tape import Kernel
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.ffn_pair import FfnPair
-from mopsim.program.pairs.moved_experts import MovedExperts
+from mopsim.program.pairs.moved_experts import ForeignExperts, MovedExperts
 from mopsim.program.pairs.rows import FUSED_ROWS, SLICE_ROWS, Rows, slice_rows
 from mopsim.program.workload import Work
 
@@ -22,14 +22,16 @@ class ExpertsPair:
         self.c, self.b, self.ffn, self.rows = context, builder, ffn, Rows(context, builder)
         model = context.model
         self.H, self.E, self.k = model.hidden_size, model.num_local_experts, model.num_experts_per_tok
-        self.moved = MovedExperts(context, builder)
+        nested = context.stack.recompute.chunk_inputs == "nested"
+        self.moved = (MovedExperts if nested else ForeignExperts)(context, builder)
         self.up = ("experts_gate", "experts_up") if model.ffn_matrices == 3 else ("experts_up",)
         self.inner = model.moe_intermediate_size // context.strategy.experts.expert_tensor_parallel
         self.row = self.H * context.b
         degree = context.strategy.experts.expert_parallel
-        self.grouped = context.stack.kernels.expert_products == "grouped" and context.b == 2
+        whole = context.stack.kernels.expert_products == "grouped" and context.b == 2
+        self.grouped = whole and not self.moved
         self.split = degree > 1
-        self.ordered = self.split and self.E // degree > 1
+        self.ordered = self.split and (self.E // degree > 1 or bool(self.moved))
         self._router: dict[int, dict[str, Kernel]] = {}
         self._works: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Work]] = {}
 
@@ -50,8 +52,9 @@ class ExpertsPair:
             b.spike(part * (self.row + self.H * c.wide) + self.E * (self.H + 3 * part) * c.wide)
         works = [self.rows.norm(part, self.H), *self._routing(n, False)]
         b.compute("choose", _R, "forward", layer, works)
-        size = 8.0 * self.E * c.chunks
-        arrived = b.issue("counts", "all_to_all", size, "experts", _R, "forward", layer)
+        size, placed = 8.0 * self.E * c.chunks, c.strategy.experts.balance != "none"
+        kind, size = ("all_gather", size * c.groups["experts"].size) if placed else ("all_to_all", size)
+        arrived = b.issue("counts", kind, size, "experts", _R, "forward", layer)
         b.compute(
             "counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)],
             arrived, awaited=arrived is not None,
