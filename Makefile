@@ -9,7 +9,7 @@ QUICK := tests/spec tests/docs tests/api tests/capability/test_table.py tests/ca
 	tests/sim/test_engine.py tests/sim/test_cost.py tests/sim/test_layers.py \
 	tests/sim/test_strategies.py tests/sim/test_cli.py tests/exec/test_without_torch.py
 
-.PHONY: setup demo test quick bench kills docs check format lint types imports clean
+.PHONY: setup demo test quick bench gpu kills docs check format lint types imports clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ quick: setup format lint imports
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/speed.py reports/benchmarks
+
+gpu: setup
+	PYTHONPATH=. $(BIN)/python tests/gpu/report.py reports/gpu
 
 kills: setup
 	PYTHONPATH=. $(BIN)/python tests/bench/kills.py reports/executor

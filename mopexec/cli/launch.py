@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mopexec.run import plans
-from mopexec.run.environment import PORT
+from mopexec.run.environment import GPU_RANK, PORT
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.outputs import check_outputs
@@ -27,6 +27,7 @@ _SLURM = """#!/bin/bash
 # {summary}
 # Before its time is over the job gets SIGTERM: a checkpoint is written, and a requeued job goes on from it.
 set -euo pipefail
+export {environment}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=$(test -e {out}/metrics.jsonl && echo --resume || true)
 srun torchrun --nnodes={nodes} --nproc-per-node={devices} --max-restarts=3 \\
@@ -38,6 +39,7 @@ _TORCHRUN = """#!/bin/bash
 # {summary}
 # Run this on each of the {nodes} node(s), with HEAD set to the first one's address.
 set -euo pipefail
+export {environment}
 torchrun --nnodes={nodes} --nproc-per-node={devices} --max-restarts=3 \\
   --rdzv-id={name} --rdzv-backend=c10d --rdzv-endpoint="${{HEAD:-localhost}}:{port}" \\
   -m mopexec.cli train {arguments} "$@"
@@ -70,6 +72,7 @@ def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str]) -> str:
         nodes=max(1, ranks // devices),
         devices=min(ranks, devices),
         port=PORT,
+        environment=" ".join(f"{name}={value}" for name, value in GPU_RANK.items()),
         out=shlex.quote(_run_directory(options)),
         arguments=shlex.join(["--plan", str(path), *options]),
         summary=f"{plan.model.name}, {plan.strategy.name}: {ranks} ranks on {plan.hardware.name}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mopexec.run import failures
-from mopexec.run.environment import LAUNCHER, cpu_rank_environment
+from mopexec.run.environment import GPU_RANK, LAUNCHER, cpu_rank_environment
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import one_stop
 from mopsim.common import io
@@ -83,7 +83,7 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
 
     redirects = dict.fromkeys(range(world_size), Std.ALL)
     redirects[0] = Std.OUT if to_stderr else Std.ERR
-    signals: dict[str, Any] = {"signals_to_handle": "SIGQUIT"}  # the others are `one_stop`'s
+    known: dict[str, Any] = {"signals_to_handle": "SIGQUIT", **_numa()}  # other signals are `one_stop`'s
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -95,19 +95,33 @@ def _config(world_size: int, logs: Path, max_restarts: int, *, to_stderr: bool) 
         monitor_interval=0.1,
         local_addr="localhost",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects),
-        **{name: value for name, value in signals.items() if name in LaunchConfig.__dataclass_fields__},
+        **{name: value for name, value in known.items() if name in LaunchConfig.__dataclass_fields__},
     )
 
 
 def _set_environment(world_size: int) -> None:
     """What ranks on a CPU start with, whose end is theirs, and time to end well after a signal."""
-    from mopexec.distributed.tiers import Platform
-
     os.environ[LAUNCHER] = str(os.getpid())
-    if not Platform.detect().is_cuda and world_size > 1:
-        for name, value in cpu_rank_environment().items():
-            os.environ.setdefault(name, value)
+    settings = GPU_RANK if _on_gpus() else cpu_rank_environment() if world_size > 1 else {}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+
+
+def _on_gpus() -> bool:
+    """Whether ranks have GPUs; asked without a context on one, which would hold memory there."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _numa() -> dict[str, Any]:
+    """Ranks run on the cores and the memory of their GPU's NUMA node, where torch finds it."""
+    if not _on_gpus():
+        return {}
+    from torch.numa.binding import AffinityMode, NumaOptions
+
+    return {"numa_options": NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True)}
 
 
 def _silence_agent() -> None:

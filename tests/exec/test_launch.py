@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from mopexec.cli import main
-from mopexec.run import environment
+from mopexec.run import environment, launch
 from mopsim.common import io
 from tests.exec.train_plans import small_plan
 
@@ -34,11 +34,23 @@ def test_a_script_starts_a_rank_for_each_device(kind, plan, capsys):
     assert code == 0
     assert "--nnodes=2 --nproc-per-node=2" in text
     assert "--data 'my data.jsonl' --steps 9 --out '/runs/a b'" in text
+    assert "export PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1\n" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     if kind == "slurm":
         assert "#SBATCH --nodes=2" in text
         assert "#SBATCH --gpus-per-node=2" in text
         assert "test -e '/runs/a b'/metrics.jsonl && echo --resume" in text
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_ranks_start_with_what_their_devices_need(gpus, monkeypatch):
+    """Pinned memory as it was planned and cores near the GPU; one thread and a keeping allocator on a CPU."""
+    monkeypatch.setattr(launch.os, "environ", {})
+    monkeypatch.setattr(launch, "_on_gpus", lambda: gpus)
+    launch._set_environment(2)
+    assert ("PYTORCH_ALLOC_CONF" in launch.os.environ) == gpus
+    assert ("OMP_NUM_THREADS" in launch.os.environ) != gpus
+    assert bool(launch._numa()) == gpus
 
 
 def test_a_script_can_be_written(plan, tmp_path, capsys):
