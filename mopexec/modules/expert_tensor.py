@@ -2,10 +2,13 @@
 all, and the sums of what they make of them go back.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
@@ -61,22 +64,61 @@ class _Scatter(torch.autograd.Function):
             return gather_blocks(grads[0].contiguous(), *ctx.given), None, None
 
 
-class SplitExperts:
-    """A drop-in for the forward of `Experts` that hold this rank's columns of each expert."""
+class _Regathered:
+    """Saved-tensor hooks: of gathered rows only a rank's own are kept; the backward gathers them again."""
 
-    def __init__(self, module: nn.Module, group: Group, learned: bool) -> None:
-        self._forward, self._group, self._learned = module.forward, group, learned
+    def __init__(self, own: Tensor, gather: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+        self._own, self._gather = own.detach(), gather
+        self._storage = rows.untyped_storage()._cdata
+        self._packed = self._left = 0
+        self._rows: Tensor | None = None
+
+    def pack(self, tensor: Tensor) -> Any:
+        if tensor.untyped_storage()._cdata != self._storage:
+            return tensor
+        self._packed += 1
+        return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if self._rows is None:
+            with category("dispatch"), torch.no_grad():
+                self._rows, self._left = self._gather(self._own), self._packed
+        found = self._rows.as_strided(*packed)
+        self._left -= 1
+        if not self._left:
+            self._rows = None
+        return found
+
+
+class SplitExperts:
+    """A drop-in for the forward of `Experts` that hold this rank's columns of each expert. regathers: rows
+    are gathered again for the backward, where no checkpoint stands around it.
+    """
+
+    def __init__(self, module: nn.Module, group: Group, *, learned: bool, regathers: bool) -> None:
+        self._forward, self._group = module.forward, group
+        self._learned, self._regathers = learned, regathers
 
     def __call__(self, x: Tensor, counts: list[int]) -> Tensor:
         """Rows sorted by expert [R, H], counts of each, to [R, H]."""
         with category("dispatch"):
             everyone = self._everyone(counts, x.device)
             sizes = [sum(of_rank) for of_rank in everyone]
-            rows = apply(_Gather, x, sizes, self._group)
             order = by_expert(everyone, x.device)
-            if order is not None:
-                rows = permute(rows, *order)
-        rows = self._forward(rows, [sum(one) for one in zip(*everyone, strict=True)])
+
+            def gather(own: Tensor) -> Tensor:
+                whole = apply(_Gather, own, sizes, self._group)
+                return whole if order is None else permute(whole, *order)
+
+            rows = gather(x)
+        hooks: Any = nullcontext()
+        if self._regathers and rows.requires_grad:
+            again = _Regathered(x, gather, rows)
+            hooks = saved_tensors_hooks(again.pack, again.unpack)
+        with hooks:
+            rows = self._forward(rows, [sum(one) for one in zip(*everyone, strict=True)])
         with category("dispatch"):
             if order is not None:
                 rows = permute(rows, *reversed(order))

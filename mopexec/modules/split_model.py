@@ -206,7 +206,11 @@ class SplitModel:
             routing, spec.num_local_experts, experts.size, experts.handle, experts.place
         )
         if groups.expert_tensor.size > 1:
-            moe.experts.forward = SplitExperts(moe.experts, groups.expert_tensor, routing.learned)
+            how = self._plan.strategy.activations
+            again = how.recompute == "full" or (how.recompute == "selective" and "moe" in how.modules)
+            moe.experts.forward = SplitExperts(
+                moe.experts, groups.expert_tensor, learned=routing.learned, regathers=not again
+            )
 
     def _auxiliary(self) -> Auxiliary:
         """The losses beside the cross entropy; counts of a sequence's routes are added up over its ranks."""

@@ -102,7 +102,7 @@ def test_demo_sized_models(index: int, kind: str) -> None:
 
 
 SPLIT = [
-    {"tensor_parallel": 2, "expert_parallel": 2},
+    {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2},
     {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2},
     {"tensor_parallel": 2, "pipeline_parallel": 2, "expert_parallel": 2},
 ]
