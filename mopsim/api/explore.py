@@ -62,12 +62,12 @@ def read_result(path: Path) -> dict[str, Any]:
 def _replayed(step: Step, known: Mapping[str, Mapping[str, Any]]) -> SimResult:
     """The same step once more, with its timeline. Raises MopError where it would be another."""
     made = step.found.get("provenance") or {}
+    found: dict[str, Any] = {}
     loaders: dict[str, Callable[[str], Any]] = {
         "model": read_model,
         "profile": read_hardware,
-        "stack": load_stack,
+        "stack": lambda name: load_stack(name).on_kind(found["profile"].device_kind),
     }
-    found: dict[str, Any] = {}
     for noun, load in loaders.items():
         name, digest = made.get(noun), made.get(f"{noun}_digest")
         if name is None or digest is None:
