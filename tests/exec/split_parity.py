@@ -37,7 +37,7 @@ def _compare(platform: Platform, plan: Plan, routing: str) -> dict[str, float]:
         worst["loss"] = max(worst["loss"], abs(result.loss - loss) / abs(loss))
         worst["norm"] = max(worst["norm"], abs(result.grad_norm - norm) / norm)
         if step == 0:
-            worst["evaluation"] = abs(evaluated - reference.evaluate(tokens)) / evaluated
+            worst["evaluation"] = abs(evaluated - reference.evaluate(tokens.to(platform.device))) / evaluated
         if not last:
             continue
         expected = dict(reference.model.named_parameters())

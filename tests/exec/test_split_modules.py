@@ -3,6 +3,7 @@ weights after three clipped steps.
 """
 
 import pytest
+import torch
 
 from tests.exec.spawn import pool
 from tests.exec.split_plans import cases
@@ -10,7 +11,20 @@ from tests.exec.split_plans import cases
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_mechanism_equals_the_single_device_model(world: int) -> None:
-    found = pool(world).run("tests.exec.split_parity", "compare", cases(world))[0]
+    check(pool(world).run("tests.exec.split_parity", "compare", cases(world))[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_on_gpus() -> None:
+    """Over NCCL; blocks of keys in float64 have no kernel there."""
+    world = max(count for count in (2, 4, 8) if count <= torch.cuda.device_count())
+    known = {name: case for name, case in cases(world).items() if name not in ("ring", "blocks gathered")}
+    check(pool(world, cuda=True).run("tests.exec.split_parity", "compare", known)[0])
+
+
+def check(found: dict[str, dict[str, float]]) -> None:
+    """Within 1e-9 in float64."""
     for name, worst in found.items():
         tolerance = 1e-4 if "float32" in name else 1e-9
         assert max(worst.values()) <= tolerance, (name, worst)
