@@ -27,6 +27,7 @@ from tests.exec.train_runs import (
     start_fake,
     steps_done,
     train,
+    train_as_ranks,
     wait_for,
     write_inputs,
 )
@@ -72,7 +73,7 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(inputs, whole, tmp_path):
     out = tmp_path / "resumed"
     shutil.copytree(whole[0], out)
     shutil.rmtree(out / "checkpoints" / "step_00000006")
-    done = train(inputs, out, "--steps", "6", "--resume")
+    done = train_as_ranks(inputs, out, "--steps", "6", "--resume")
     assert done.returncode == 0, done.stderr
     assert "step:    4" in done.stdout
     assert "step:    3" not in done.stdout
@@ -99,7 +100,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, whole, tmp_path):
     shutil.copytree(whole[0], out)
     for part in (out / "checkpoints" / "step_00000006").glob("*.distcp"):
         part.write_bytes(b"")
-    done = train(inputs, out, "--steps", "7", "--resume")
+    done = train_as_ranks(inputs, out, "--steps", "7", "--resume")
     assert done.returncode == 0, done.stderr
     assert ".distcp is not as it was written (its SHA-256 differs)" in done.stdout
     assert "going on from the one before" in done.stdout
@@ -145,7 +146,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_resume(input
     process.kill()
     finish(process)
     wait_for(lambda: not ranks_of(out))
-    done = train(inputs, out, "--steps", "6", "--resume")
+    done = train_as_ranks(inputs, out, "--steps", "6", "--resume")
     assert done.returncode == 0, done.stderr
     assert "no checkpoint yet: it begins again with the first step" in done.stdout
     assert losses(out) == losses(whole[0])
