@@ -82,7 +82,7 @@ def test_grouped_products_are_those_of_each_expert(clamp: Clamp | None, biased: 
         assert expert_products.fits(inputs, experts)
         expert_products.forward(whole, weights, arrived, experts, clamp)
     alone = inputs.clone()
-    experts_forward_(alone, weights, counts, experts, clamp)
+    experts_forward_(alone, weights, counts, [experts], clamp)
     _close(whole[0], alone)
 
     found = []
@@ -92,7 +92,7 @@ def test_grouped_products_are_those_of_each_expert(clamp: Clamp | None, biased: 
         if grouped:
             of_weights = expert_products.backward(rows, weights, arrived, experts, grads, clamp)
         else:
-            of_weights = experts_backward_(rows[1], rows[0], weights, counts, experts, grads, clamp)
+            of_weights = experts_backward_(rows[1], rows[0], weights, counts, [experts], [grads], clamp)
         found.append([rows[-1], of_weights, *grads.values()])
     for mine, other in zip(*found, strict=True):
         _close(mine, other)
