@@ -3,8 +3,9 @@
 A TorchDispatchMode sees every op below autograd. An op's output whose storage was not known is an allocation
 of the innermost `category`; a weak reference notices when the storage dies. Views and in-place ops allocate
 nothing. Works alike for CPU, CUDA and fake tensors; wrapper subclasses (DTensor) are passed on, so that their
-local ops are seen. Not seen: memory inside a kernel, and what is made while no tracker is entered (`adopt`).
-While any dispatch mode is active, autograd adds up gradients of a tensor used twice out of place.
+local ops are seen. Not seen: memory inside a kernel or a collective of gloo, and what is made while no
+tracker is entered (`adopt`). While any dispatch mode is active, autograd adds up gradients of a tensor used
+twice out of place.
 """
 
 import weakref

@@ -72,11 +72,12 @@ def _chunk(rows: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple
     0 do not count."""
     with category("logits"):
         logits = F.linear(rows, weight).to(wide(rows.dtype))
-        normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
         counted = (targets >= 0)[:, None]
         wanted = targets.clamp(min=0)[:, None]
-        loss = (normaliser - logits.gather(1, wanted)).mul_(counted).sum() * scale
-        normaliser.masked_fill_(~counted, math.inf)
-        logits.sub_(normaliser).exp_()
+        largest = logits.amax(dim=-1, keepdim=True)
+        chosen = logits.gather(1, wanted).sub_(largest)
+        total = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)  # torch.logsumexp would copy the chunk
+        loss = (total.log() - chosen).mul_(counted).sum() * scale
+        logits.div_(total.masked_fill_(~counted, math.inf))
         logits.scatter_add_(1, wanted, counted.to(logits.dtype).neg_())
         return loss, logits.mul_(scale).to(rows.dtype)
