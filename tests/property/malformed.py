@@ -14,7 +14,7 @@ from mopsim.spec.hardware import Correction
 from mopsim.spec.plan import HardwareRef, KindTiming, Measurement, Plan, Prediction
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.stack import Stack
+from mopsim.spec.stack import Kernels, Stack
 from mopsim.spec.stacks import SECTIONS, load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
@@ -186,7 +186,7 @@ def profile() -> dict[str, Any]:
 
 def stack() -> dict[str, Any]:
     """Every entry of a stack, as its file has them."""
-    fields = plain(Stack(name="s", version="1", communication_share={"hopper": 0.1}))
+    fields = plain(Stack(name="s", version="1", cpu=Kernels(), communication_share={"hopper": 0.1}))
     for name, section in fields.items():
         if name in SECTIONS:
             section["source"] = "a page"

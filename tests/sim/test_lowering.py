@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from mopsim.engine import simulate
 from mopsim.graph import total_params
-from mopsim.program import lower, pipeline
+from mopsim.program import lower
 from mopsim.program.context import make_context
+from mopsim.spec import pipeline_order as pipeline
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import routing_counts
