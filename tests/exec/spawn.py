@@ -148,3 +148,9 @@ def pool(world: int, *, cuda: bool = False) -> Pool:
         made = _POOLS[world, cuda] = Pool(world, cuda=cuda)
         atexit.register(made.close)
     return made
+
+
+def end_pools() -> None:
+    """End the ranks of all pools of this test process."""
+    while _POOLS:
+        _POOLS.popitem()[1].close()

@@ -73,8 +73,7 @@ def test_a_rank_computes_the_same_part_of_every_chunk() -> None:
     assert max(rows) == pytest.approx(min(rows), rel=0.02)
     moved = context.migration
     assert moved is not None
-    assert moved.received > 0
-    assert moved.message >= moved.received
+    assert (moved.received, moved.sent) == (0, moved.message)  # the busiest rank owns a hot expert
 
 
 def test_the_host_places_rows_of_divided_experts_and_reads_the_rows_of_every_chunk() -> None:
