@@ -61,7 +61,7 @@ def test_a_run_leaves_what_others_rely_on(inputs, whole):
     assert io.load(out / "plan.yaml", Plan, "plan") == io.load(inputs / "plan.yaml", Plan, "plan")
     measured = io.load(out / "measurement.yaml", Measurement, "measurement")
     assert (measured.world_size, measured.steps, measured.warmup) == (2, 6, 3)
-    assert len(measured.step_times) == 3
+    assert len(measured.step_times) + measured.disturbed == 3
     assert measured.peak_memory == sum(measured.memory_by_category.values()) == lines[-1]["peak_memory_bytes"]
     assert measured.kinds["matmul"].flops > 0
     assert {"all_gather", "all_to_all", "attention"} <= set(measured.kinds)

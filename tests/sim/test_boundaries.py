@@ -100,7 +100,7 @@ def test_copies_save_memory_and_never_time(schedule: str, recompute: Recompute) 
     """A fast link hides them: what is left is the host's time to issue them."""
     strategy = pipelined(schedule, recompute)
     plain, away = play(strategy), play(on_host(strategy))
-    assert plain.step_time <= away.step_time < 1.001 * plain.step_time
+    assert (1 - 1e-12) * plain.step_time <= away.step_time < 1.001 * plain.step_time
     fallen = [a - b for a, b in zip(plain.peak_by_stage, away.peak_by_stage, strict=True)]
     assert fallen[0] >= 12 * HIDDEN
     assert fallen == sorted(fallen, reverse=True)
