@@ -1,0 +1,66 @@
+"""The map as a figure: a panel for each cluster, the winner's colour, its lead in figures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch, Rectangle
+
+from mopsim.report.style import figure, text_on
+from mopsim.strategies import FAMILIES
+
+COLOURS = dict(zip(FAMILIES, ("#ca6f1e", "#1b4f72", "#b7950b", "#85c1e9"), strict=True))
+NOTHING = "#d5d8dc"
+SURE = 0.9
+
+
+def sure(row: dict[str, Any]) -> bool:
+    """Whether the winner is the faster one with 0.9 or more, or the only one that fits."""
+    return row["lead"] is None or row["lead"]["p_faster"] >= SURE
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]], context: Callable[[int], str]) -> None:
+    """Write the figure. context: how a number of tokens is said."""
+    clusters = list(dict.fromkeys(row["cluster"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    contexts = sorted({row["seq_len"] for row in rows})
+    columns = 2 if len(clusters) > 1 else 1
+    lines = -(-len(clusters) // columns)
+    with figure(path, 7.2 * columns, 0.75 + (0.9 + 0.62 * len(models)) * lines, lines, columns) as axes:
+        for axis, cluster in zip(axes, clusters, strict=False):
+            here = [row for row in rows if row["cluster"] == cluster]
+            for row in here:
+                _cell(axis, row, contexts.index(row["seq_len"]), models.index(row["model"]))
+            axis.set(
+                title=cluster,
+                xlim=(0, len(contexts)),
+                ylim=(len(models), 0),
+                xticks=[0.5 + i for i in range(len(contexts))],
+                xticklabels=[context(one) for one in contexts],
+                yticks=[0.5 + i for i in range(len(models))],
+                yticklabels=models,
+            )
+            axis.tick_params(length=0)
+        for axis in axes[len(clusters) :]:
+            axis.set_axis_off()
+        handles = [Patch(color=colour, label=family) for family, colour in COLOURS.items()]
+        handles.append(Patch(color=NOTHING, label="nothing fits"))
+        axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+def _cell(axis: Axes, row: dict[str, Any], x: int, y: int) -> None:
+    winner = next(iter(row["families"]), None)
+    colour = COLOURS[winner] if winner else NOTHING
+    hatch = None if sure(row) else "///"
+    axis.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2, hatch=hatch))
+    if not winner:
+        return
+    lead = row["lead"]
+    said = "only one" if lead is None else f"{lead['ratio']:.2f}x{'' if sure(row) else ' ?'}"
+    rate = row["families"][winner]["tokens_per_s_per_device"]
+    axis.text(
+        x + 0.5, y + 0.5, f"{said}\n{rate:,.0f}/s", ha="center", va="center", fontsize=9,
+        color=text_on(colour),
+        bbox=None if hatch is None else {"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+    )  # fmt: skip
