@@ -124,9 +124,7 @@ STRATEGY: dict[str, Row] = {
         exports=only(0, why="it has one dispatch a layer"),
     ),
     "experts.max_chunks": row(capped_chunks),
-    "experts.balance": row(
-        expert_parallel, fully_shard=only("none"), split_modules=only("none"), exports=only("none")
-    ),
+    "experts.balance": row(expert_parallel, mopexec=only("none"), flat_units=ALL, exports=only("none")),
     "experts.capacity": row(balanced_experts),
     "experts.min_rows": row(balanced_experts),
     "experts.threshold": row(balanced_experts),
