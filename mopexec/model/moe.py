@@ -1,6 +1,7 @@
 """The MoE block: router, routed experts, shared experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,16 @@ def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Expert
     out = module(x[token], [int(count) for count in counts.tolist()])
     routed = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     return routed.index_add(0, token, out * weights.flatten()[order, None]).to(x.dtype)
+
+
+@contextmanager
+def kept_loads(network: nn.Module) -> Iterator[None]:
+    """The loads of a network's routers are afterwards what they were, whatever was run."""
+    routers = [module for module in network.modules() if isinstance(module, Router)]
+    loads = [router.load.clone() for router in routers]
+    yield
+    for router, load in zip(routers, loads, strict=True):
+        router.load.copy_(load)
 
 
 class MoE(nn.Module):

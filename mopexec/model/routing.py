@@ -3,11 +3,13 @@ stated profile.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import Plan
 from mopsim.spec.routing import RoutingProfile, even_step, hot, thresholds, turn, warm, whole_strides
 
 
@@ -22,6 +24,11 @@ class Routing:
     profile: RoutingProfile = "learned"
     micro_batch: int = 1
     sequence: int = 1
+
+    @classmethod
+    def chosen(cls, plan: Plan, by: Literal["learned", "profile"]) -> "Routing":
+        """That of a rank whose sequences are not cut: the router's, or the plan's profile."""
+        return cls() if by == "learned" else cls(plan.training.routing, plan.strategy.micro_batch)
 
     @property
     def learned(self) -> bool:

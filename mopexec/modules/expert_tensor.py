@@ -4,6 +4,7 @@ all, and the sums of what they make of them go back.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.measure.scope import category
-from mopexec.modules.experts import apply, by_expert, permute
+from mopexec.modules.exchange import exchange
+from mopexec.modules.experts import by_expert, permute
 
 
 def gather_blocks(x: Tensor, sizes: list[int], group: Group) -> Tensor:
@@ -21,7 +23,7 @@ def gather_blocks(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     most, even = max(sizes), min(sizes) == max(sizes)
     sent = x if even else torch.cat((x, x.new_zeros(most - x.shape[0], x.shape[1])))
     out = x.new_empty(group.size * most, x.shape[1])
-    collectives.all_gather_single(out, sent, group.handle)
+    collectives.all_gather_single(out, sent.contiguous(), group.handle)
     if even:
         return out
     return torch.cat([out[place * most : place * most + size] for place, size in enumerate(sizes)])
@@ -36,32 +38,8 @@ def scatter_blocks(x: Tensor, sizes: list[int], group: Group) -> Tensor:
             padded[place, : sizes[place]].copy_(block)
         x = padded.flatten(0, 1)
     out = x.new_empty(most, x.shape[1])
-    collectives.reduce_scatter_single(out, x, group.handle)
+    collectives.reduce_scatter_single(out, x.contiguous(), group.handle)
     return out[:own]
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.given = (sizes, group)
-        return gather_blocks(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        with category("dispatch"):
-            return scatter_blocks(grads[0].contiguous(), *ctx.given), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.given = (sizes, group)
-        return scatter_blocks(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        with category("dispatch"):
-            return gather_blocks(grads[0].contiguous(), *ctx.given), None, None
 
 
 class _Regathered:
@@ -107,9 +85,12 @@ class SplitExperts:
             everyone = self._everyone(counts, x.device)
             sizes = [sum(of_rank) for of_rank in everyone]
             order = by_expert(everyone, x.device)
+            collected, returned = (
+                partial(one, sizes=sizes, group=self._group) for one in (gather_blocks, scatter_blocks)
+            )
 
             def gather(own: Tensor) -> Tensor:
-                whole = apply(_Gather, own, sizes, self._group)
+                whole = exchange(own, collected, returned, booked="dispatch")
                 return whole if order is None else permute(whole, *order)
 
             rows = gather(x)
@@ -122,7 +103,7 @@ class SplitExperts:
         with category("dispatch"):
             if order is not None:
                 rows = permute(rows, *reversed(order))
-            return apply(_Scatter, rows, sizes, self._group)
+            return exchange(rows, returned, collected, booked="dispatch")
 
     def _everyone(self, counts: list[int], device: torch.device) -> list[list[int]]:
         """Rows of each expert by rank of the group; under a profile every rank has as many."""

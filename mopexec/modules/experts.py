@@ -6,6 +6,7 @@ all live until
 the backward (or its recompute) has used them, as in the peers that build expert parallelism on FSDP2.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mopexec.distributed import collectives
 from mopexec.measure.scope import category
 from mopexec.model.routing import Routing
+from mopexec.modules.exchange import exchange
 from mopsim.spec.routing import routing_counts
 
 
@@ -48,25 +50,10 @@ class _Permute(torch.autograd.Function):
             return grads[0].index_select(0, *ctx.saved_tensors), None, None
 
 
-class _AllToAll(torch.autograd.Function):
-    """Row blocks to the group's ranks; backward sends the gradients back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None
-    ) -> Tensor:
-        ctx.received, ctx.sent, ctx.group = received, sent, group
-        return _exchange(x, received, sent, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        with category("dispatch"):
-            return _exchange(grads[0].contiguous(), ctx.sent, ctx.received, ctx.group), None, None, None
-
-
-def _exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None) -> Tensor:
+def _to_ranks(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Row blocks to the ranks of the group."""
     out = x.new_empty(sum(received), *x.shape[1:])
-    collectives.all_to_all_single(out, x, received, sent, group=group)
+    collectives.all_to_all_single(out, x.contiguous(), received, sent, group=group)
     return out
 
 
@@ -99,11 +86,13 @@ class ExpertDispatch:
         with category("dispatch"):
             mine, theirs = self._counts(experts)
             sent, received = [sum(counts) for counts in mine], [sum(counts) for counts in theirs]
+            there = partial(_to_ranks, received=received, sent=sent, group=self._group)
+            back = partial(_to_ranks, received=sent, sent=received, group=self._group)
             order, inverse = _sorting(experts.flatten())
             rows = apply(_Spread, x, order, inverse, top_k)
             grouped = by_expert(theirs, x.device)
             if self._degree > 1:
-                rows = apply(_AllToAll, rows, received, sent, self._group)
+                rows = exchange(rows, there, back, booked="dispatch")
             if grouped is not None:
                 rows = permute(rows, *grouped)
         rows = module(rows, [sum(counts) for counts in zip(*theirs, strict=True)])
@@ -111,7 +100,7 @@ class ExpertDispatch:
             if grouped is not None:
                 rows = permute(rows, *reversed(grouped))
             if self._degree > 1:
-                rows = apply(_AllToAll, rows, sent, received, self._group)
+                rows = exchange(rows, back, there, booked="dispatch")
             rows = permute(rows, inverse, order)  # the name is reused: what came back is freed here
             by_token = rows.view(num_tokens, top_k, -1)
             return torch.bmm(weights.to(by_token.dtype)[:, None, :], by_token).squeeze(1)

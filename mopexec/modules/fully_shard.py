@@ -20,7 +20,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, component, phase
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
-from mopexec.model.moe import Router
+from mopexec.model.moe import kept_loads
 from mopexec.modules.comm import book_gradients, local, place_on_host
 from mopexec.modules.gather import Gathered, global_dtensor
 from mopexec.modules.groups import make_groups
@@ -30,18 +30,8 @@ from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.wrap import build_model
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import STEP, of_dtensor
-from mopexec.run.supported import check_supported
 from mopexec.weights.source import Source
 from mopsim.spec.plan import Plan
-
-
-def build(
-    plan: Plan, platform: Platform, *, routing: Literal["learned", "profile"] = "learned", source: Source
-) -> "FullyShardRunner":
-    """One rank of a run of `plan` (collective). Raises SpecError naming a field that this runtime does not
-    run."""
-    check_supported(plan)
-    return FullyShardRunner(plan, platform, routing, source)
 
 
 class FullyShardRunner:
@@ -54,7 +44,7 @@ class FullyShardRunner:
         self._plan, self._platform = plan, platform
         with platform.bookkeeping():
             self._groups = make_groups(strategy, platform)
-        profile = Routing() if routing == "learned" else Routing(plan.training.routing, strategy.micro_batch)
+        profile = Routing.chosen(plan, routing)
         self._learned = profile.learned
         with category("params"):
             self.model: Any = build_model(plan, self._groups, platform, profile, source)
@@ -103,15 +93,12 @@ class FullyShardRunner:
         """See `Runner.evaluate`."""
         training = self._plan.training
         counted = batches[0].num_targets or training.global_batch * training.seq_len
-        routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        loads = [router.load.clone() for router in routers]
         total = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            total += self.model(batch.tokens, batch.targets, 1.0 / counted, batch.documents).cpu()
+        with kept_loads(self.model):
+            for batch in batches:
+                total += self.model(batch.tokens, batch.targets, 1.0 / counted, batch.documents).cpu()
         total = total.to(self._platform.device)
         collectives.all_reduce(total)
-        for router, load in zip(routers, loads, strict=True):
-            router.load.copy_(load)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

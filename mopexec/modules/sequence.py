@@ -1,7 +1,7 @@
 """Ulysses attention under autograd: sequence slices traded for heads, attention over the whole sequence,
 traded back."""
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor
 from mopexec.data.dataset import IGNORED
 from mopexec.distributed import collectives
 from mopexec.model.attention_core import Core, causal_attention
+from mopexec.modules.exchange import exchange
 
 
 class UlyssesAttention:
@@ -34,21 +35,12 @@ class UlyssesAttention:
         return self._trade(causal_attention(whole[0], whole[1], whole[2], core, sinks), to_heads=False)
 
     def _trade(self, x: Tensor, *, to_heads: bool) -> Tensor:
-        traded: Tensor = _Trade.apply(x, self._degree, self._group, to_heads)  # type: ignore[no-untyped-call]
-        return traded
-
-
-class _Trade(torch.autograd.Function):
-    """[B, S/D, heads, d] to [B, S, heads/D, d] (to_heads) or the inverse, which is also the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, degree: int, group: dist.ProcessGroup | None, to_heads: bool) -> Tensor:
-        ctx.inverse = (degree, group, not to_heads)
-        return trade(x, degree, group, to_heads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return trade(grads[0], *ctx.inverse), None, None, None
+        """[B, S/D, heads, d] to [B, S, heads/D, d] (to_heads), or the inverse."""
+        there, back = (
+            partial(trade, degree=self._degree, group=self._group, to_heads=way)
+            for way in (to_heads, not to_heads)
+        )
+        return exchange(x, there, back)
 
 
 def trade(x: Tensor, degree: int, group: dist.ProcessGroup | None, to_heads: bool) -> Tensor:

@@ -13,25 +13,15 @@ from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, component, phase
 from mopexec.model import Routing
-from mopexec.model.moe import Router
+from mopexec.model.moe import kept_loads
 from mopexec.modules.masters import Masters, whole
 from mopexec.modules.optimizer import ShardedAdamW
 from mopexec.modules.split_model import SplitModel
 from mopexec.modules.stage_groups import make_groups
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import STEP
-from mopexec.run.supported import check_supported
 from mopexec.weights.source import Source
 from mopsim.spec.plan import Plan
-
-
-def build(
-    plan: Plan, platform: Platform, *, routing: Literal["learned", "profile"] = "learned", source: Source
-) -> "SplitRunner":
-    """One rank of a run of `plan` (collective). Raises SpecError naming a field that this runtime does not
-    run."""
-    check_supported(plan)
-    return SplitRunner(plan, platform, routing, source)
 
 
 class SplitRunner:
@@ -44,7 +34,7 @@ class SplitRunner:
         self._plan, self._platform = plan, platform
         with platform.bookkeeping():
             self._groups = make_groups(strategy, platform)
-        profile = Routing() if routing == "learned" else Routing(plan.training.routing, strategy.micro_batch)
+        profile = Routing.chosen(plan, routing)
         self._learned = profile.learned
         self.model = SplitModel(plan, self._groups, platform, profile, source)
         self._masters = Masters(self.model.buffers, strategy, platform)
@@ -82,12 +72,9 @@ class SplitRunner:
         """See `Runner.evaluate`."""
         training = self._plan.training
         counted = batches[0].num_targets or training.global_batch * training.seq_len
-        routers = [module for module in self.model.network.modules() if isinstance(module, Router)]
-        loads = [router.load.clone() for router in routers]
-        total = self.model.evaluate(batches, 1.0 / counted)
+        with kept_loads(self.model.network):
+            total = self.model.evaluate(batches, 1.0 / counted)
         collectives.all_reduce(total)
-        for router, load in zip(routers, loads, strict=True):
-            router.load.copy_(load)
         return float(total.item()) / self._plan.strategy.dense.tensor_parallel
 
     def set_lr(self, lr: float) -> None:

@@ -6,6 +6,7 @@ rows are kept for the backward, which gathers them again for the gradients of th
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import Weights
 from mopexec.model.transformer import Layer
+from mopexec.modules.exchange import exchange
 
 
 def gather_rows(x: Tensor, group: Group) -> Tensor:
@@ -39,28 +41,6 @@ def scatter_rows(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
     collectives.reduce_scatter_single(out, x.contiguous(), group.handle)
     return out
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return gather_rows(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return scatter_rows(grads[0], ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return scatter_rows(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return gather_rows(grads[0], ctx.group), None
 
 
 class _Products(torch.autograd.Function):
@@ -103,7 +83,7 @@ def products(
 
 def sum_rows(x: Tensor, group: Group) -> Tensor:
     """Partial sums [.., n * m, H] added up; each rank keeps its rows."""
-    return cast(Tensor, _Scatter.apply(x, group))  # type: ignore[no-untyped-call]
+    return exchange(x, partial(scatter_rows, group=group), partial(gather_rows, group=group))
 
 
 class SplitRows:
@@ -124,7 +104,8 @@ class SplitRows:
 
     def whole(self, x: Tensor) -> Tensor:
         """The rows of all ranks."""
-        return cast(Tensor, _Gather.apply(x, self._group))  # type: ignore[no-untyped-call]
+        group = self._group
+        return exchange(x, partial(gather_rows, group=group), partial(scatter_rows, group=group))
 
 
 class RowParallel:

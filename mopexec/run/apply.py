@@ -50,13 +50,13 @@ def build(
         kernels.prepare(plan.stack.kernels)
     source = weights or Seeded(seed)
     if plan.stack.runtime == "fully_shard":
-        from mopexec.modules.fully_shard import build as build_fully_shard
+        from mopexec.modules.fully_shard import FullyShardRunner
 
-        return build_fully_shard(plan, platform, routing=routing, source=source)
+        return FullyShardRunner(plan, platform, routing, source)
     if plan.stack.runtime == "split_modules":
-        from mopexec.modules.split_modules import build as build_split_modules
+        from mopexec.modules.split_modules import SplitRunner
 
-        return build_split_modules(plan, platform, routing=routing, source=source)
+        return SplitRunner(plan, platform, routing, source)
     return build_flat_units(plan, platform, routing=routing, source=source)
 
 

@@ -63,10 +63,14 @@ class RunState(Spec, frozen=True, kw_only=True):
     text_digest: str
 
 
-class Stateful(Protocol):
-    """The part of a runner that a checkpoint needs: its sharded tensors, and putting them back."""
+class Written(Protocol):
+    """What a checkpoint is made of: sharded tensors."""
 
     def state_dict(self) -> dict[str, Any]: ...
+
+
+class Stateful(Written, Protocol):
+    """The part of a runner that a checkpoint needs: its sharded tensors, and putting them back."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -155,7 +159,7 @@ def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:
 
 
 def save(
-    root: Path, runner: Stateful, state: RunState, *, keep: int, group: dist.ProcessGroup | None = None
+    root: Path, runner: Written, state: RunState, *, keep: int, group: dist.ProcessGroup | None = None
 ) -> Path:
     """Write one checkpoint on all ranks together; returns its directory. Older than `keep` complete ones are
     removed. group: that ranks agree over (None = the default one).
@@ -246,7 +250,7 @@ def _attempt_load(path: Path, runner: Stateful) -> str:
     return ""
 
 
-def _write(aside: Path, runner: Stateful, group: dist.ProcessGroup | None) -> None:
+def _write(aside: Path, runner: Written, group: dist.ProcessGroup | None) -> None:
     try:
         save_tensors(tensors(runner), checkpoint_id=str(aside), process_group=group)
     except (OSError, RuntimeError, CheckpointException) as error:
@@ -257,7 +261,7 @@ def _write(aside: Path, runner: Stateful, group: dist.ProcessGroup | None) -> No
         raise MopError(cause) from None
 
 
-def tensors(runner: Stateful) -> dict[str, Any]:
+def tensors(runner: Written) -> dict[str, Any]:
     """The runner's tensors and, if it has none, this rank's RNG state of now under a name of its own."""
     return {_rng_key(): torch.get_rng_state(), **runner.state_dict()}
 

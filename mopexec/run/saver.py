@@ -28,7 +28,7 @@ class Saver:
     """Checkpoints of one run below `root`; background: see the module."""
 
     def __init__(
-        self, root: Path, runner: checkpoint.Stateful, platform: Platform, *, keep: int, background: bool
+        self, root: Path, runner: checkpoint.Written, platform: Platform, *, keep: int, background: bool
     ) -> None:
         self._root, self._runner, self._platform, self._keep = root, runner, platform, keep
         self._group = dist.new_group(backend="gloo") if background else None
@@ -89,9 +89,6 @@ class _Copy:
 
     def state_dict(self) -> dict[str, Any]:
         return self._state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a copy is written only")
 
     def _copied(self, name: str, value: Any) -> Any:
         kept = self._state.get(name)

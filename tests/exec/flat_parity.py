@@ -104,12 +104,8 @@ def compare(platform: Platform, plan: Plan, routing: Any, steps: int = STEPS) ->
         worst["loss"] = max(worst["loss"], abs(result.loss - loss) / abs(loss))
         worst["norm"] = max(worst["norm"], abs(result.grad_norm - norm) / norm)
         gradients, weights = runner.full_gradients(), runner.full_parameters()
-        expected = dict(reference.model.named_parameters())
-        assert set(gradients) == set(weights) == set(expected)
-        for name, weight in expected.items():
-            gradient = reference.gradients.get(name, torch.zeros_like(weight))
-            worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient, 1e-6 * norm))
-            worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach(), 0.0))
+        for kind, found in differences(gradients, weights, reference, norm).items():
+            worst[kind] = max(worst[kind], found)
     return worst
 
 
@@ -144,6 +140,20 @@ def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: in
         return compare(platform, plan, routing)
     finally:
         rows.SLICE_ROWS = whole
+
+
+def differences(
+    gradients: dict[str, Tensor], weights: dict[str, Tensor], reference: Reference, norm: float
+) -> dict[str, float]:
+    """The largest relative differences of any gradient and any weight from the single-device model's."""
+    expected = dict(reference.model.named_parameters())
+    assert set(gradients) == set(weights) == set(expected)
+    worst = {"gradients": 0.0, "weights": 0.0}
+    for name, weight in expected.items():
+        gradient = reference.gradients.get(name, torch.zeros_like(weight))
+        worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient, 1e-6 * norm))
+        worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach(), 0.0))
+    return worst
 
 
 def relative(actual: Tensor, expected: Tensor, floor: float) -> float:

@@ -14,9 +14,8 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.model import Routing, Transformer, init_weights
 from mopexec.model.auxiliary import Auxiliary
-from mopexec.modules import fully_shard
+from mopexec.run import apply
 from mopexec.run.runner import Batch
-from mopexec.weights.source import Seeded
 from mopsim import strategies
 from mopsim.common import io
 from mopsim.spec import layout
@@ -170,11 +169,11 @@ def run_case(name: str, strategy: Strategy, routing: str, rank: int) -> dict[str
     reference = Reference(plan, routing)
     tracker = MemoryTracker()
     with tracker:
-        runner = fully_shard.build(
+        runner = apply.build(
             plan,
             Platform.detect(),
             routing="learned" if routing == "learned" else "profile",
-            source=Seeded(SEED),
+            seed=SEED,
         )
     generator = torch.Generator().manual_seed(1)
     result = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "parameters": 0.0}
@@ -209,12 +208,12 @@ def resumed(directory: Path, rank: int, world: int) -> dict[str, float]:
         0, MODEL.vocab_size, (plan.training.global_batch, SEQ + 1), generator=torch.Generator().manual_seed(2)
     )
     batches = batches_of(plan, tokens, rank)
-    runner = fully_shard.build(plan, Platform.detect(), source=Seeded(SEED))
+    runner = apply.build(plan, Platform.detect(), seed=SEED)
     runner.step(batches)
     dcp.save(runner.state_dict(), checkpoint_id=str(directory))
     runner.step(batches)
     expected = runner.full_parameters()
-    other = fully_shard.build(plan, Platform.detect(), source=Seeded(SEED + 1))
+    other = apply.build(plan, Platform.detect(), seed=SEED + 1)
     state = other.state_dict()
     dcp.load(state, checkpoint_id=str(directory))
     other.load_state_dict(state)

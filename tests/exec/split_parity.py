@@ -2,12 +2,10 @@
 
 import os
 
-import torch
-
 from mopexec.distributed.tiers import Platform
 from mopexec.run import apply
 from mopsim.spec.plan import Plan
-from tests.exec.flat_parity import Reference, make_tokens, my_batches, relative
+from tests.exec.flat_parity import Reference, differences, make_tokens, my_batches
 
 STEPS = 3
 
@@ -40,10 +38,6 @@ def _compare(platform: Platform, plan: Plan, routing: str) -> dict[str, float]:
             worst["evaluation"] = abs(evaluated - reference.evaluate(tokens.to(platform.device))) / evaluated
         if not last:
             continue
-        expected = dict(reference.model.named_parameters())
-        assert set(gradients) == set(weights) == set(expected)
-        for name, weight in expected.items():
-            gradient = reference.gradients.get(name, torch.zeros_like(weight))
-            worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient, 1e-6 * norm))
-            worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach(), 0.0))
+        for kind, found in differences(gradients, weights, reference, norm).items():
+            worst[kind] = max(worst[kind], found)
     return worst

@@ -1,0 +1,30 @@
+"""Exchanges between ranks under autograd: the gradient of each goes back by the inverse exchange."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mopexec.measure.scope import category
+
+Rows = Callable[[Tensor], Tensor]
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Rows, back: Rows, booked: str) -> Tensor:
+        ctx.back, ctx.booked = back, booked
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with category(ctx.booked) if ctx.booked else nullcontext():
+            return ctx.back(grads[0]), None, None, None
+
+
+def exchange(x: Tensor, there: Rows, back: Rows, *, booked: str = "") -> Tensor:
+    """there(x), whose gradient is back(gradient). booked: the category of the gradient's memory, where it is
+    not that of what runs then."""
+    return cast(Tensor, _Exchange.apply(x, there, back, booked))  # type: ignore[no-untyped-call]
