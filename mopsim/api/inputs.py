@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
@@ -196,7 +198,8 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     read = read_strategy(given) if isinstance(given, str | Path) else given
     if isinstance(read, StrategyTemplate):
         read = read.on(inputs.world_size)
-    if isinstance(read, Strategy):
+    if isinstance(read, Strategy):  # made in Python, where nothing held its fields to their values
+        read = io.convert(msgspec.to_builtins(read), Strategy, "strategy")
         return read, inputs.stack or load_stack(read.stack, "strategy.stack")
     if isinstance(read, tuple):
         return read

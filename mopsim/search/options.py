@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mopsim.common.errors import require_at_least
 from mopsim.search.problem import Axes, Problem
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import MatmulDType
@@ -29,3 +30,6 @@ class Options:
     precision: MatmulDType = "bfloat16"
     axes: Callable[[Problem, Axes], Axes] | None = None
     stack: Stack | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "top", "budget")

@@ -135,6 +135,7 @@ def test_a_strategy_takes_the_world_of_the_nodes() -> None:
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"strategy": mopsim.mop(expert_parallel=3)}, "experts.expert_parallel: 3 does not divide"),
+    ({"strategy": mopsim.mop(grad_dtype="int4")}, "strategy.precision.reduce: 'int4' is not one of"),  # type: ignore[arg-type]
     ({"strategy": TINY, "seq_len": "12x"}, "seq_len: '12x'"),
     ({"strategy": TINY, "seq_len": 0}, "seq_len: '0'"),
     ({"strategy": TINY, "global_batch": 3}, "global_batch: 3"),
@@ -155,6 +156,12 @@ def test_a_mistake_is_one_line(wrong: dict[str, Any], says: str) -> None:
         mopsim.simulate(**JOB | wrong)
     assert says in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_search_simulates_something() -> None:
+    job = {name: value for name, value in JOB.items() if name != "strategy"}
+    with pytest.raises(mopsim.MopError, match="budget: 0 must be at least 1"):
+        mopsim.search(**job, budget=0)
 
 
 def test_an_unknown_keyword_names_the_known_ones() -> None:
