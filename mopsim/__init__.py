@@ -110,6 +110,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mopsim' has no attribute {name!r}")
     module, _, other = _WHERE[name].partition(":")
     found = getattr(importlib.import_module(f"mopsim.{module}"), other or name)
+    package = sys.modules.get(f"mopsim.{name}")
+    if package is not None:  # `import mopsim.size.points as points` looks for its names at the function
+        found.__dict__ = vars(package)
     globals()[name] = found
     return found
 
@@ -120,7 +123,8 @@ def __dir__() -> list[str]:
 
 class _Front(ModuleType):
     """Packages inside that have the name of a function of the API do not replace it when they are imported:
-    `from mopsim.search import ...` reaches the package, `mopsim.search` is the function."""
+    `from mopsim.search import ...` reaches the package, `mopsim.search` is the function, with the package's
+    attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _WHERE and isinstance(value, ModuleType)):

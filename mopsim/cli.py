@@ -278,7 +278,14 @@ def validate(
     from mopsim.commands.validate import run
 
     if sealed:
-        score_sealed(sealed, measurements, json)
+        others = {
+            "--runs": runs,
+            "--models": models,
+            "--components": components,
+            "--cases": cases,
+            "--out": out,
+        }
+        score_sealed(sealed, measurements, json, [option for option, given in others.items() if given])
         return
     run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, interval, json)
 

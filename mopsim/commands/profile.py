@@ -75,7 +75,12 @@ def asked(card: Card, err: bool) -> Card:
 
     def answer(question: str, default: str | None = None) -> str:
         shown = default is None
-        return str(typer.prompt(question, default=default, show_default=shown, err=err)).strip()
+        try:
+            return str(typer.prompt(question, default=default, show_default=shown, err=err)).strip()
+        except typer.Abort as stopped:
+            if isinstance(stopped.__context__, EOFError):
+                raise MopError(f"--ask: standard input ended before an answer to {question!r}") from None
+            raise
 
     name = card.name or answer("name of the machine type, as h20-sxm-96g")
     source = card.source or answer("where its figures come from")

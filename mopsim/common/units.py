@@ -12,7 +12,7 @@ UNITS: dict[str, float] = {
     "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
     "s": 1, "ms": 1e-3, "us": 1e-6, "h": 3600,
     "FLOP/s": 1, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15,
-    "B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GiB/s": GIB, "Gbit/s": 1e9 / 8,
+    "B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "GiB/s": GIB, "Gbit/s": 1e9 / 8, "Tbit/s": 1e12 / 8,
     "W": 1, "kW": 1e3, "USD/h": 1, "USD": 1, "params/s": 1, "Mparams/s": 1e6, "Gparams/s": 1e9, "1": 1,
 }  # fmt: skip
 
@@ -21,12 +21,31 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "memory": ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"),
     "time": ("s", "ms", "us", "h"),
     "arithmetic": ("FLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s"),
-    "bandwidth": ("B/s", "MB/s", "GB/s", "TB/s", "GiB/s", "Gbit/s"),
+    "bandwidth": ("B/s", "MB/s", "GB/s", "TB/s", "GiB/s", "Gbit/s", "Tbit/s"),
     "power": ("W", "kW"),
     "price": ("USD/h",),
     "update rate": ("params/s", "Mparams/s", "Gparams/s"),
     "share": ("1",),
 }
+
+#: How data sheets and people write units, and how UNITS does (what stands before is the prefix).
+_SPELLINGS = (
+    (r"(?i:flops?)(?:/s|/sec|ps)?", "FLOP/s"), (r"(?:b|bits?)(?:/s|/sec|ps)", "bit/s"),
+    (r"B(?:/sec|ps)", "B/s"), (r"(?i:w|watts?)", "W"), (r"(?i:usd|\$)(?:/h|/hr|/hour)?", "USD/h"),
+)  # fmt: skip
+_PREFIXES = str.maketrans("gmt", "GMT")
+
+
+def unit_of(text: str, dimension: str) -> str | None:
+    """The unit of a dimension that is meant ('TFLOPS', 'Gb/s', 'GBps', '$/hr'); None where it is none."""
+    for spelled, unit in _SPELLINGS:
+        match = re.fullmatch(rf"([kKMGTPgmt]?){spelled}", text)
+        if match:
+            prefix = "k" if unit == "W" and match.group(1) else match.group(1).translate(_PREFIXES)
+            text = prefix + unit
+            break
+    return text if text in DIMENSIONS[dimension] else None
+
 
 #: No machine has more of it (SI units, per device or link; memory: per node): above, the unit is wrong.
 CEILINGS: dict[str, float] = {

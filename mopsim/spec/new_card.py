@@ -9,7 +9,7 @@ from typing import Any
 
 from mopsim.common.errors import MopError
 from mopsim.common.io import convert, parse_yaml, to_plain
-from mopsim.common.units import DIMENSIONS, UNITS
+from mopsim.common.units import DIMENSIONS, UNITS, unit_of
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
 
 Plain = dict[str, Any]
@@ -25,13 +25,18 @@ class Figure:
     unit: str
 
     def read(self, text: str, tag: Tag, source: str) -> Quantity:
-        """'96 GB', '4.0TB/s' or a bare number in `unit`. Raises MopError."""
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z/]*)\s*", text)
-        unit = (match.group(2) if match else "") or self.unit
-        known = DIMENSIONS[self.dimension]
-        if not match or unit not in known:
-            raise MopError(f"{self.name}: {text[:40]!r} is not a number of {', '.join(known)}")
+        """'96 GB', '3.35TB/s', '1,979 TFLOPS', '400 Gb/s' or a bare number in `unit`. Raises MopError."""
+        match = re.fullmatch(r"\s*\$?([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z/$]*)\s*", _ungrouped(text))
+        unit = unit_of(match.group(2) or self.unit, self.dimension) if match else None
+        if not match or not unit:
+            known = ", ".join(DIMENSIONS[self.dimension])
+            raise MopError(f"{self.name}: {text[:40]!r} is not a number of {known}")
         return Quantity(value=float(match.group(1)), unit=unit, tag=tag, source=source)
+
+
+def _ungrouped(text: str) -> str:
+    """The text without commas between thousands."""
+    return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
 
 
 FIGURES = (

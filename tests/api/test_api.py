@@ -181,6 +181,8 @@ def test_the_import_is_light_and_packages_inside_do_not_take_a_function() -> Non
     code = (
         "import sys, mopsim; heavy = {'torch', 'numpy', 'pandas', 'simpy', 'matplotlib', 'scipy', 'typer'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules); from mopsim.search import Options; "
-        "import mopsim.search.driver; assert callable(mopsim.search), mopsim.search"
+        "import mopsim.search.driver; assert callable(mopsim.search), mopsim.search; "
+        "import mopsim.size.fabric as fabric, mopsim.search.space as space; "
+        "assert callable(mopsim.size) and mopsim.size.fabric is fabric"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG)

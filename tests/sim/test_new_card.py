@@ -13,6 +13,7 @@ from mopsim.api.sensitivity import assumptions, sensitivity
 from mopsim.cli import main
 from mopsim.common.io import to_plain
 from mopsim.spec.hardware import HardwareProfile, Quantity
+from mopsim.spec.new_card import FIGURES as FIGURE_KINDS
 from mopsim.spec.new_card import figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
 
@@ -116,7 +117,28 @@ def test_the_command_asks_and_writes(
     assert found["assumptions"][0].keys() >= {"name", "value", "step_time_lower", "step_time_higher"}
 
 
+@pytest.mark.parametrize(
+    ("figure", "text", "si"),
+    [
+        ("memory", "80GB", 80e9), ("memory-bandwidth", "3.35TBps", 3.35e12),
+        ("bf16", "1,979 TFLOPS", 1.979e15),
+        ("bf16", "989.5 teraflops", None), ("fp8", "4 PFlop/s", 4e15), ("nic", "400Gb/s", 5e10),
+        ("nic", "3.2 Tbps", 4e11), ("nic", "400 Gbit/s", 5e10), ("power", "700 watts", 700.0),
+        ("node-power", "10.2KW", 10200.0), ("price", "$2.50", 2.5), ("price", "2.5 USD/hour", 2.5),
+        ("scale-up", "450 GB", None), ("memory", "80 Gb/s", None), ("nic", "1,2 TB/s", None),
+    ],
+)  # fmt: skip
+def test_units_are_read_as_data_sheets_spell_them(figure: str, text: str, si: float | None) -> None:
+    read = next(one for one in FIGURE_KINDS if one.name == figure).read
+    if si is None:
+        with pytest.raises(mopsim.MopError, match=f"{figure}: .* is not a number of"):
+            read(text, "datasheet", "a sheet")
+    else:
+        assert read(text, "datasheet", "a sheet").si == pytest.approx(si)
+
+
 MISTAKES = [
+    (["--ask"], "--ask: standard input ended before an answer to 'name of the machine type"),
     (["--name", "x"], "--source: not given"),
     (["--source", "x"], "--name: not given"),
     (

@@ -30,9 +30,11 @@ def measured(step: Simulation, folder: Path, seconds: float, peak: int = 0) -> P
     return folder
 
 
-def scored(sealed: Path, run: Path | None, tmp_path: Path) -> tuple[int, str, dict[str, object]]:
+def scored(
+    sealed: Path, run: Path | None, tmp_path: Path, *others: str
+) -> tuple[int, str, dict[str, object]]:
     out = tmp_path / "scored.json"
-    command = ["validate", "--sealed", str(sealed), "--json", str(out)]
+    command = ["validate", "--sealed", str(sealed), "--json", str(out), *others]
     done = CliRunner().invoke(app, command + (["--measurements", str(run)] if run else []))
     text = done.output if done.exception is None else f"{done.output}{done.exception}"
     return done.exit_code, text, json.loads(out.read_text()) if out.exists() else {}
@@ -75,5 +77,6 @@ def test_another_run_does_not_score_it(tmp_path: Path) -> None:
     assert "plan.training" in text
     assert "is not what was sealed" in text
     assert "--measurements: not given" in scored(path, None, tmp_path)[1]
+    assert "--runs: not with --sealed" in scored(path, other, tmp_path, "--runs", "runs.csv")[1]
     with pytest.raises(MopError, match="is not a sealed prediction"):
         open_sealed(other / "measurement.yaml")
