@@ -3,6 +3,7 @@ weights."""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,11 +64,10 @@ class Reference:
         )
         self.gradients: dict[str, Tensor] = {}
 
-    def step(self, tokens: Tensor, documents: Documents) -> tuple[float, float]:
-        """Loss and gradient norm of one step on the global batch [B, S + 1], documents one by one; keeps the
+    def step(self, inputs: Tensor, targets: Tensor, documents: Documents) -> tuple[float, float]:
+        """Loss and gradient norm of one step on the global batch [B, S], documents one by one; keeps the
         gradients before clipping."""
         self.optimizer.zero_grad()
-        inputs, targets = tokens[:, :-1], targets_of(tokens, documents)
         scale, loss = 1 / int((targets >= 0).sum()), 0.0
         alone = documents and not self.training.router_aux_loss_coef  # which counts routes of a sequence
         for at in spans(documents) if alone else [slice(None)]:
@@ -86,7 +86,19 @@ class Reference:
         return loss, norm.item()
 
 
-def compare(plan: Plan, job: RankJob, steps: int) -> Differences | None:
+Targets = Callable[[Tensor, Documents], Tensor]
+"""Targets [B, S] of tokens [B, S + 1] and their documents."""
+
+
+def targets_of(tokens: Tensor, documents: Documents) -> Tensor:
+    """The next tokens, but for the last of each document."""
+    targets = tokens[:, 1:].clone()
+    for row, ends in enumerate(documents):
+        targets[row, [end - 1 for end in ends]] = IGNORED
+    return targets
+
+
+def compare(plan: Plan, job: RankJob, steps: int, targets_of: Targets = targets_of) -> Differences | None:
     """Train `plan` and, on the first rank, the single-device model on the same random tokens; None on other
     ranks."""
     runner = build(plan, job.platform, routing="learned", seed=plan.training.seed)
@@ -95,11 +107,12 @@ def compare(plan: Plan, job: RankJob, steps: int) -> Differences | None:
     worst = {"gradients": (0.0, ""), "weights": (0.0, "")}
     for step in range(steps):
         tokens, documents = _tokens(plan, step)
-        result = runner.step(_batches(plan, tokens, documents, job))
+        targets = targets_of(tokens, documents)
+        result = runner.step(_batches(plan, tokens, targets, documents, job))
         gradients, weights = runner.full_gradients(), runner.full_parameters()
         if reference is None:
             continue
-        loss, norm = reference.step(tokens, documents)
+        loss, norm = reference.step(tokens[:, :-1], targets, documents)
         found["loss"] = max(found["loss"], abs(result.loss - loss) / abs(loss))
         found["grad_norm"] = max(found["grad_norm"], abs(result.grad_norm - norm) / norm)
         for name, weight in reference.model.named_parameters():
@@ -133,20 +146,12 @@ def _tokens(plan: Plan, step: int) -> tuple[Tensor, Documents]:
     return tokens, tuple(tuple(sorted({*row, length})) for row in cuts.tolist())
 
 
-def targets_of(tokens: Tensor, documents: Documents) -> Tensor:
-    """Targets [B, S] of tokens [B, S + 1]: the next ones, but for the last of each document."""
-    targets = tokens[:, 1:].clone()
-    for row, ends in enumerate(documents):
-        targets[row, [end - 1 for end in ends]] = IGNORED
-    return targets
-
-
-def _batches(plan: Plan, tokens: Tensor, documents: Documents, job: RankJob) -> list[Batch]:
+def _batches(plan: Plan, tokens: Tensor, targets: Tensor, documents: Documents, job: RankJob) -> list[Batch]:
     """This rank's microbatches of the global batch, as the feed would cut them."""
     strategy, training = plan.strategy, plan.training
     place = layout.place(strategy, job.rank)
     start, stop = layout.interval(training.seq_len, strategy.attention.context_parallel, place.context)
-    found, targets, device = [], targets_of(tokens, documents), job.platform.device
+    found, device = [], job.platform.device
     counted = int((targets >= 0).sum())
     for index in range(training.num_microbatches(strategy)):
         first = (index * strategy.data_groups + place.data) * strategy.micro_batch

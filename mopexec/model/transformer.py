@@ -101,6 +101,14 @@ class Term:
     weight: float
 
 
+def next_tokens(tokens: Tensor, targets: Tensor) -> Tensor:
+    """The token after each position but the last, [B, n - 1] of tokens and targets [B, n], whether or not it
+    counts in the loss; 0 where neither says it, as nothing that counts comes after.
+    """
+    following = tokens[:, 1:]
+    return torch.where(following < 0, targets[:, :-1], following).clamp_(min=0)
+
+
 class Transformer(nn.Module):
     """Decoder-only transformer of a ModelSpec. Parameter names and shapes are those of
     `mopsim.graph.parameters`.
@@ -172,23 +180,26 @@ class Transformer(nn.Module):
         return hidden
 
     def terms(
-        self, tokens: Tensor, following: Tensor, start: int, scale: float, documents: Documents = ()
+        self, tokens: Tensor, targets: Tensor, start: int, scale: float, documents: Documents = ()
     ) -> list[Term]:
         """The cross entropies of a step: the model's, then those of MTP modules, which are weighed only where
         the objective has them.
 
-        tokens [B, S]; following [B, S + d]: the tokens after each of them, with d MTP modules d more at the
-        end (IGNORED beyond the text).
+        tokens and targets [B, S + d]: of the S positions and, with d MTP modules, of the d that follow
+        (IGNORED beyond the sequence).
         """
-        seq = tokens.shape[1]
-        given = self.given(tokens, start, scale, documents)
-        hidden = self._hidden(tokens, given)
-        found = [Term(hidden, following[:, :seq], scale)]
-        for depth, module in enumerate(self.mtp if self.auxiliary.mtp else ()):
-            ahead = following[:, depth : depth + seq]
-            hidden = module(hidden, self.embedding(ahead.clamp(min=0)), given)
+        seq = tokens.shape[1] - len(self.mtp)
+        given = self.given(tokens[:, :seq], start, scale, documents)
+        hidden = self._hidden(tokens[:, :seq], given)
+        found = [Term(hidden, targets[:, :seq], scale)]
+        if not self.mtp or not self.auxiliary.mtp:
+            return found
+        following = next_tokens(tokens, targets)
+        for depth, module in enumerate(self.mtp, start=1):
+            ahead = following[:, depth - 1 : depth - 1 + seq]
+            hidden = module(hidden, self.embedding(ahead), given)
             weight = scale * self.auxiliary.mtp / len(self.mtp)
-            found.append(Term(hidden, following[:, depth + 1 : depth + 1 + seq], weight))
+            found.append(Term(hidden, targets[:, depth : depth + seq], weight))
         return found
 
     def loss(
@@ -202,8 +213,8 @@ class Transformer(nn.Module):
         """`scale` times the sum over tokens of the cross entropy of targets [B, S], in float32 (float64 in
         float64). Its backward also has the other losses of the objective, times `scale`.
         """
-        following = F.pad(targets, (0, len(self.mtp)), value=IGNORED)
-        terms = self.terms(tokens, following, start, scale, documents)
+        tokens, targets = (F.pad(ids, (0, len(self.mtp)), value=IGNORED) for ids in (tokens, targets))
+        terms = self.terms(tokens, targets, start, scale, documents)
         main, *others = (self._cross_entropy(term) for term in terms)
         for loss in others:
             main = attach(main, loss)

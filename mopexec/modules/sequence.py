@@ -53,17 +53,21 @@ def trade(x: Tensor, degree: int, group: dist.ProcessGroup | None, to_heads: boo
     return torch.cat(received.unbind(0), dim=to_dim)
 
 
-def following_tokens(
-    targets: Tensor, depth: int, degree: int, place: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    """Targets [B, s] of this rank's positions and `depth` more, of the ranks after it: [B, s + depth];
+def with_following(
+    tokens: Tensor, targets: Tensor, depth: int, degree: int, place: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and targets [B, s] of this rank's positions and of the `depth` after them, [B, s + depth];
     IGNORED beyond the sequence's end. This rank is at `place` of the `degree` that share the sequence.
     """
-    batch, seq = targets.shape
-    ends = targets.new_full((batch, depth), IGNORED)
+    if not depth:
+        return tokens, targets
+    both = torch.cat((tokens, targets))
+    seq = tokens.shape[1]
+    ends = both.new_full((len(both), depth), IGNORED)
     if degree > 1:
-        everyone = targets.new_empty((degree, batch, seq))
-        collectives.all_gather_single(everyone.view(-1, seq), targets.contiguous(), group)
+        everyone = both.new_empty((degree, len(both), seq))
+        collectives.all_gather_single(everyone.view(-1, seq), both, group)
         whole = torch.cat((*everyone.unbind(0), ends), dim=1)
         ends = whole[:, (place + 1) * seq : (place + 1) * seq + depth]
-    return torch.cat((targets, ends), dim=1)
+    tokens, targets = torch.cat((both, ends), dim=1).chunk(2)
+    return tokens, targets

@@ -24,7 +24,7 @@ from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.hooks import Boundaries, name_components, recompute_layers, recompute_modules
 from mopexec.modules.loss import chunked_loss, wide
 from mopexec.modules.pipeline import Links, Part, Pipeline
-from mopexec.modules.sequence import UlyssesAttention, following_tokens
+from mopexec.modules.sequence import UlyssesAttention, with_following
 from mopexec.modules.slices import Block, Kind, block_of, fill
 from mopexec.modules.stage_groups import StageGroups
 from mopexec.modules.tensor_parallel import split_layer
@@ -108,15 +108,12 @@ class SplitModel:
 
     def loss(self, batch: Batch, scale: float) -> Tensor:
         """scale * the loss of a microbatch, equal on the ranks of a tensor group."""
-        network, following = self.network, batch.targets
-        if len(network.mtp):
-            sequence = self._groups.sequence
-            following = following_tokens(
-                following, len(network.mtp), sequence.size, sequence.place, sequence.handle
-            )
+        network, sequence = self.network, self._groups.sequence
+        ids = with_following(
+            batch.tokens, batch.targets, len(network.mtp), sequence.size, sequence.place, sequence.handle
+        )
         start = self._groups.place.context * batch.tokens.shape[1]
-        terms = network.terms(batch.tokens, following, start, scale, batch.documents)
-        return cast(Tensor, network.head(terms))
+        return cast(Tensor, network.head(network.terms(*ids, start, scale, batch.documents)))
 
     def _part(self, batches: Sequence[Batch], scale: float) -> Part:
         """What a part of this stage makes of a microbatch."""

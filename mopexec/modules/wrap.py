@@ -28,7 +28,7 @@ from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.groups import FsdpGroups
 from mopexec.modules.hooks import Boundaries, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, full_loss
-from mopexec.modules.sequence import UlyssesAttention, following_tokens
+from mopexec.modules.sequence import UlyssesAttention, with_following
 from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
@@ -135,12 +135,9 @@ def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -
         return main
 
     def forward(tokens: Tensor, targets: Tensor, scale: float, documents: Documents = ()) -> Tensor:
-        following = targets
-        if len(model.mtp):
-            sequence = (strategy.attention.context_parallel, groups.sequence_place, groups.sequence_group)
-            following = following_tokens(targets, len(model.mtp), *sequence)
-        start = groups.sequence_place * seq
-        return cast(Tensor, head(model.terms(tokens, following, start, scale, documents)))
+        sequence = (strategy.attention.context_parallel, groups.sequence_place, groups.sequence_group)
+        ids = with_following(tokens, targets, len(model.mtp), *sequence)
+        return cast(Tensor, head(model.terms(*ids, groups.sequence_place * seq, scale, documents)))
 
     head.forward = losses
     model.forward = forward

@@ -15,7 +15,7 @@ from mopsim.spec.presets import list_models, load_model
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, mop
+from mopsim.strategies import fsdp2, megatron, mop
 from tests.exec.spawn import pool
 
 QUANTITIES = ("loss", "grad_norm", "gradients", "weights")
@@ -33,12 +33,13 @@ def small(model: ModelSpec, strategy: Strategy, **training: Any) -> Plan:
     )
     steps = TrainSpec(seq_len=32, global_batch=4 * strategy.data_groups, **training)
     stack = load_stack(strategy.stack)
-    return scale_down(Plan(model=model, hardware=hardware, strategy=strategy, training=steps, stack=stack), 2)
+    plan = Plan(model=model, hardware=hardware, strategy=stack.resolve(strategy), training=steps, stack=stack)
+    return scale_down(plan, 2)
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, masked: bool = False) -> None:
     check_supported(plan)
-    found = pool(2).run("tests.exec.network_parity", "differences", plan)[0]
+    found = pool(2).run("tests.exec.network_parity", "differences", plan, masked)[0]
     assert max(found[name] for name in QUANTITIES) <= TOLERANCE, found
 
 
@@ -83,6 +84,20 @@ def test_what_no_preset_has(switch: str) -> None:
     strategy = mop(2, **FLAT)
     if runnable(strategy, model) is None:
         check(small(model, strategy))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        fsdp2(2, **EVERYTHING),
+        replace(megatron(2, dtype="float64", context_parallel=2), stack="mopexec-split"),
+        replace(megatron(2, dtype="float64", tensor_parallel=2), stack="mopexec-split"),
+    ],
+    ids=["fully_shard", "split_modules, context", "split_modules, tensor"],
+)
+def test_mtp_modules_read_tokens_that_do_not_count(strategy: Strategy) -> None:
+    model = replace(load_model("tiny"), num_nextn_predict_layers=2)
+    check(small(model, strategy, **AUXILIARY), masked=True)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss_20b", "deepseek_v3", "qwen3_30b_a3b"])

@@ -247,8 +247,8 @@ def test_mtp_modules_are_those_of_transformers(tmp_path: Path) -> None:
     model = Transformer(plan.model, torch.float32)
     fill(model, open_weights(tmp_path / "out", plan))
     model.set_auxiliary(Auxiliary(mtp=0.3))
-    ends = torch.nn.functional.pad(following, (0, 1), value=-100)
-    found = model.terms(inputs, ends, 0, 1.0)[1]
+    words, ends = (torch.nn.functional.pad(ids, (0, 1), value=-100) for ids in (inputs, following))
+    found = model.terms(words, ends, 0, 1.0)[1]
     torch.testing.assert_close(found.hidden, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(found.targets, ends[:, 1:])
 
