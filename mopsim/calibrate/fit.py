@@ -34,13 +34,14 @@ SCALES = (0.02, 50.0)
 class KindPoint:
     """One kind of work in one run. base: simulated seconds, uncorrected; ops: simulated; seconds: measured.
 
-    noise: relative standard deviation of what was measured.
+    noise: relative standard deviation of what was measured. weight: of the run, 1 where nothing disturbed it.
     """
 
     base: float
     ops: int
     seconds: float
     noise: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class StepPoint:
     """One run's step. simulated: seconds, kinds corrected; ops: of the compute stream; seconds: measured.
 
     noise: relative standard deviation of what was measured. runtime: whose Python ran between the ops.
+    weight: of the run, 1 where nothing disturbed it.
     """
 
     simulated: float
@@ -55,6 +57,7 @@ class StepPoint:
     seconds: float
     noise: float
     runtime: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class StepFit:
 
 
 def _noise(points: Sequence[KindPoint] | Sequence[StepPoint]) -> Array:
-    return np.asarray(np.maximum([point.noise for point in points], LEAST_NOISE), dtype=np.float64)
+    """Relative standard deviation of each point: a run of weight w counts as w runs."""
+    noise = np.maximum([point.noise for point in points], LEAST_NOISE)
+    return np.asarray(noise / np.sqrt([point.weight for point in points]), dtype=np.float64)
 
 
 def _solve(residuals: Any, start: list[float], lower: list[float], upper: list[float]) -> Array:

@@ -5,7 +5,9 @@ where runs differ enough to tell. Collectives, and copies, are corrected as fami
 which each kind may differ a little. What is left of the step then goes to a cost per op of the compute stream
 (the executor's own Python), a constant per step of each runtime, and a common factor. Corrections are fitted
 on the uncorrected curves: calibrating twice is calibrating once with more runs. No run scores its own fit:
-`held_out` errors come from fits without the run. A run is simulated with the routing that it measured.
+`held_out` errors come from fits without the run. A run is simulated with the routing that it measured, and
+counts by the part of its steps that nothing disturbed: those that were left out tell how far its other steps
+are to be believed.
 """
 
 import statistics
@@ -86,13 +88,14 @@ class Residual:
 @dataclass(frozen=True)
 class CalibrationResult:
     """The new profile. uncertainty: relative standard error of a predicted step. runs: digests. stacks:
-    names of the software that ran."""
+    names of the software that ran. weights: of the runs, the part of their steps that nothing disturbed."""
 
     profile: HardwareProfile
     residuals: tuple[Residual, ...]
     uncertainty: float
     runs: tuple[str, ...]
     stacks: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def step_errors(self, which: str) -> list[float]:
         """Relative errors of the step, one per run: `which` is before, after or held_out."""
@@ -116,6 +119,7 @@ class CalibrationResult:
             "calibrated_from": self.profile.calibrated_from,
             "runs": list(self.runs),
             "stacks": list(self.stacks),
+            "weights": list(self.weights),
             "uncertainty": self.uncertainty,
             "step_errors": {which: self.step_errors(which) for which in ("before", "after", "held_out")},
             "corrections": io.to_plain(self.profile.corrections),
@@ -181,7 +185,9 @@ def calibrate(
         residuals += _residuals(run, before, after, unseen)
     new = msgspec.structs.replace(new, observed=observed(seen))
     stacks = tuple(dict.fromkeys(run.plan.stack.name for run in runs))
-    return CalibrationResult(new, tuple(residuals), _uncertainty(runs, residuals), tuple(digests), stacks)
+    weights = tuple(measurement.quiet for measurement in measurements)
+    uncertainty = _uncertainty(runs, residuals)
+    return CalibrationResult(new, tuple(residuals), uncertainty, tuple(digests), stacks, weights)
 
 
 def uncorrected(profile: HardwareProfile) -> HardwareProfile:
@@ -242,7 +248,8 @@ def _points(kind: str, runs: Sequence[_Run], least: float = 0.0) -> list[KindPoi
         if timing is not None and timing.seconds > 0 and base > 0:
             spread = (timing.seconds_high - timing.seconds_low) / (2 * timing.seconds) or ONE_STEP_NOISE
             noise = max(spread, least)
-            points.append(KindPoint(base, run.base.num_ops.get(kind, 0), timing.seconds, noise))
+            ops = run.base.num_ops.get(kind, 0)
+            points.append(KindPoint(base, ops, timing.seconds, noise, run.measurement.quiet))
     return points
 
 
@@ -306,7 +313,7 @@ def _step_point(run: _Run, simulated: SimulatedStep) -> StepPoint:
     ops = sum(simulated.num_ops.get(kind, 0) for kind in COMPUTE_KINDS)
     measured = run.measurement
     noise, runtime = scatter(measured.step_times), run.plan.stack.runtime or run.plan.stack.name
-    return StepPoint(simulated.step_time, ops, measured.step_time_median, noise, runtime)
+    return StepPoint(simulated.step_time, ops, measured.step_time_median, noise, runtime, measured.quiet)
 
 
 def _spread(

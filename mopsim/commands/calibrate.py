@@ -19,7 +19,7 @@ from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds
 from mopsim.report.terminal import table
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.plan import Plan
+from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 
@@ -51,6 +51,9 @@ def run(
             f"90 % of further runs on {plan.stack.name}: {_departures(plan, result.profile)} of the "
             f"prediction (by {known.name}: {_departures(plan, known)})"
         )
+    for one in given:
+        if one.disturbed or one.resumed:
+            console.print(_apart(one))
     if len(result.runs) == 1:
         console.print(
             "one run: no run was held out to tell the error, and what another runtime costs is guessed; add "
@@ -58,6 +61,20 @@ def run(
         )
     if json:
         io.write_json(json, result.to_json())
+
+
+def _apart(run: Measurement) -> str:
+    """What sets a run apart that others disturbed, or that did not run in one go."""
+    said = []
+    if run.disturbed:
+        later = run.disturbed + len(run.step_times)
+        said.append(
+            f"{run.disturbed} of {later} steps were disturbed by other programs and are left out: "
+            f"it counts as {run.quiet:.2f} runs"
+        )
+    if run.resumed:
+        said.append(f"resumed: the steps of all its {run.resumed + 1} processes count")
+    return f"run of {run.plan.strategy.name} ({io.digest(run)}): {'; '.join(said)}"
 
 
 def _departures(plan: Plan, profile: HardwareProfile) -> str:

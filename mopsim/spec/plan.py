@@ -187,6 +187,11 @@ class Measurement(Spec, frozen=True, kw_only=True):
         profiles.check(self.routing)
         profiles.check_model(self.routing, self.plan.model, "routing")
 
+    @property
+    def quiet(self) -> float:
+        """Part of the steps after the warm-up that nothing disturbed."""
+        return len(self.step_times) / (len(self.step_times) + self.disturbed)
+
     def plan_as_routed(self) -> Plan:
         """The plan with the routing that was measured, to simulate what ran."""
         return self.plan.routed(self.routing)

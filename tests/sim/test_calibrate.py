@@ -377,3 +377,21 @@ def test_what_was_observed_goes_through_a_file_and_nothing_else_changes_the_dige
     path.write_text(bad)
     with pytest.raises(MopError, match=r"hardware\.observed\[0\]\.runs: 0 must be at least 1"):
         load_profile(path)
+
+
+def test_a_disturbed_run_counts_by_its_quiet_steps() -> None:
+    """Two machines say different things of one kind: the result lies nearer to the undisturbed run."""
+    slow = msgspec.structs.replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=3.0)})
+    quiet, loud = measured("a", MACHINE), measured("b", slow)
+    disturbed = msgspec.structs.replace(loud, steps=loud.steps + 27, disturbed=27, resumed=1)
+    assert disturbed.quiet == 0.25
+
+    def scale(*runs: Measurement) -> float:
+        result = calibrate(PROFILE, runs, simulate)
+        assert result.weights == tuple(run.quiet for run in runs)
+        return result.profile.corrections["matmul"].scale
+
+    assert scale(quiet) < scale(quiet, disturbed) < scale(quiet, loud) < scale(loud)
+    said = command._apart(disturbed)
+    assert "27 of 36 steps were disturbed by other programs and are left out: it counts as 0.25 runs" in said
+    assert "resumed: the steps of all its 2 processes count" in said
