@@ -150,14 +150,14 @@ def capabilities() -> str:
     rows = []
     for path, row in capability.ROWS.items():
         cells = [_capability(row.cells[side], notes) for side in capability.SIDES]
-        name = "every other `stack` field" if row is capability.PROGRAM else f"`{path}`"
+        name = "every other `stack` field" if row.usual and path.startswith("stack.") else f"`{path}`"
         rows.append(f"| {name} | {' | '.join(cells)} |")
     rows = list(dict.fromkeys(rows))
     meaning = (
         "*all*: every value that the field can have. A list: these values; others are refused by name. *-*: "
         "the field has no part in what this side does. A field that has nothing to act on in a job (an order "
-        "of groups where there is one) is passed over. Relations between two fields are functions of "
-        "`mopsim/spec/capability/rules.py`. Numbers are notes below the table."
+        "of groups where there is one) is passed over. Relations between two fields are in "
+        "`mopsim/spec/capability/rules.yaml`. Numbers are notes below the table."
     )
     told = [f"{number}. {note}" for note, number in notes.items()]
     body = "\n".join([*head, *rows])

@@ -6,7 +6,7 @@ from typing import Any
 
 from mopsim.common.errors import SpecError
 from mopsim.export.target import Target, header
-from mopsim.spec.capability.rules import auto_ep
+from mopsim.spec.capability.expressions import auto_ep
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 

@@ -11,8 +11,7 @@ from mopsim.program.passes import Passes
 from mopsim.program.pinned import rounding
 from mopsim.program.step import StageStep
 from mopsim.program.workload import Workload
-from mopsim.spec.capability import Job, runnable
-from mopsim.spec.capability.facts import pairs
+from mopsim.spec.capability import Job, holds, runnable
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
@@ -43,7 +42,7 @@ def lower(
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
-    passes = Pairs(context) if pairs(Job(model, strategy, training, stack)) else Passes(context)
+    passes = Pairs(context) if holds("pairs")(Job(model, strategy, training, stack)) else Passes(context)
     stages = range(strategy.pipeline.pipeline_parallel)
     programs = tuple(
         StageStep(context, passes, stage, compose=compose and not expand).program(expanded)

@@ -197,7 +197,7 @@ def variants(base: str, job: Job, nouns: tuple[str, ...]) -> Iterator[Variant]:
                 except MopError:
                     continue
                 row = ROWS[path]
-                acts = row.acts is None or row.acts(job) or row.acts(new)
+                acts = row.acts_in(job) or row.acts_in(new)
                 acts = acts and new != job and not same_meaning(job, new, path)
                 yield Variant(base, path, value, new, acts)
 

@@ -3,8 +3,11 @@
 import pytest
 
 from mopsim.export import TARGETS
-from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, refusals, runnable
+from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job, holds, refusals, runnable
+from mopsim.spec.capability.expressions import CONDITIONS, compiled
+from mopsim.spec.capability.rules import ALL_RULES, value_at
 from mopsim.spec.presets import load_model
+from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop, zero_offload
 from tests.capability.enumerated import REPRESENTATIVE, ROOTS, leaves, values
 
@@ -49,3 +52,18 @@ def test_export_sides_are_the_targets() -> None:
 
 def test_representative_values_are_of_fields() -> None:
     assert set(REPRESENTATIVE) <= set(FIELDS)
+
+
+def test_the_data_is_whole() -> None:
+    """Conditions that rows name are known, rules name fields and sides, and every expression is one."""
+    assert {row.acts for row in ROWS.values()} <= {"", *CONDITIONS}
+    job = Job(load_model("tiny"), mop(8), TrainSpec(seq_len=64, global_batch=8)).settled
+    assert all(holds(name)(job) in (True, False) for name in CONDITIONS)
+    for rule in ALL_RULES:
+        assert set(rule.sides) <= set(SIDES)
+        for path in rule.fields:
+            assert path in ROWS
+            (value,) = value_at(job, path) or (None,)
+            for text in (rule.where, rule.needs):
+                compiled(text, rule.let)(job, value)
+            assert compiled(rule.otherwise, rule.let, message=True)(job, value, "done")

@@ -3,13 +3,14 @@ export target. Search, executor, simulator and exports read one table: a value i
 """
 
 from collections.abc import Iterator
-from typing import Any
+from operator import attrgetter
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.facts import EXPORTS, RUNTIMES, SIDES, Cell, Job, Row, Side
-from mopsim.spec.capability.rules import RULES
+from mopsim.spec.capability.expressions import SIDES, holds
+from mopsim.spec.capability.job import Job
+from mopsim.spec.capability.rules import RULES, value_at
 from mopsim.spec.capability.software import no_runtime
-from mopsim.spec.capability.table import MODEL, PROGRAM, ROWS
+from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, Row, Side
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.stack import Stack
@@ -18,13 +19,13 @@ from mopsim.spec.training import TrainSpec
 
 __all__ = [
     "EXPORTS",
-    "PROGRAM",
     "ROWS",
     "SIDES",
     "Cell",
     "Job",
     "Row",
     "Side",
+    "holds",
     "job_of",
     "model_refusals",
     "not_run",
@@ -43,16 +44,10 @@ def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
     if isinstance(job, Plan):
         job = job_of(job)
     job = job.settled
-    for path, row in ROWS.items():
-        cell = row.cells[by]
-        if cell.values is None:
-            continue
-        noun, _, field = path.partition(".")
-        owner = job.software if noun == "stack" else getattr(job, noun)
-        if owner is None or not row.concerns(by, job):
-            continue
-        refused = cell.refuse(by, path, _at(owner, field))
-        if refused is not None:
+    for path, row in LIMITED[by].items():
+        found = value_at(job, path)
+        refused = row.cells[by].refuse(by, path, *found) if found else None
+        if refused is not None and row.concerns(by, job):
             yield refused
     for rule in RULES[by]:
         yield from rule(job, by)
@@ -60,9 +55,12 @@ def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
 
 def model_refusals(model: ModelSpec) -> Iterator[SpecError]:
     """What no runtime of mopexec runs of a model, whatever the strategy."""
-    for field, row in MODEL.items():
-        value = _at(model, field)
-        refused = [row.cells[side].refuse(side, f"model.{field}", value) for side in RUNTIMES]
+    for path, row in ROWS.items():
+        noun, _, field = path.partition(".")
+        if noun != "model":
+            continue
+        value = attrgetter(field)(model)
+        refused = [row.cells[side].refuse(side, path, value) for side in RUNTIMES]
         first = refused[0]
         if first is not None and all(refused):
             yield SpecError(first.field, first.value, first.rule.replace(RUNTIMES[0], "mopexec"))
@@ -84,9 +82,3 @@ def not_run(job: Job | Plan) -> Iterator[SpecError]:
     if refused is not None:
         yield refused
     yield from refusals(job, by=job.software.runtime or "flat_units")
-
-
-def _at(spec: Any, path: str) -> Any:
-    for step in path.split("."):
-        spec = getattr(spec, step)
-    return spec

@@ -1,0 +1,96 @@
+"""Expressions of the table's data, compiled to functions of a job."""
+
+import ast
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from mopsim.common.io import parse_yaml
+from mopsim.spec.capability.job import Job
+from mopsim.spec.categories import MODULES
+from mopsim.spec.layout import interval
+from mopsim.spec.strategy import Strategy
+
+_PARTS = ("model", "strategy", "training", "fsdp", "chunks")
+
+
+@cache
+def read(name: str) -> Any:
+    """A data file beside this one."""
+    return parse_yaml(files("mopsim.spec.capability").joinpath(name).read_text("utf-8"), name)
+
+
+CONDITIONS: dict[str, str] = read("conditions.yaml")
+SIDES: dict[str, dict[str, Any]] = read("fields.yaml")["sides"]
+
+
+@cache
+def holds(name: str) -> Callable[[Job], bool]:
+    """The condition of conditions.yaml with this name."""
+    return compiled(CONDITIONS[name])
+
+
+def copies(strategy: Strategy) -> int:
+    """Replicas of the dense state; of an optimizer instance."""
+    return max(1, strategy.stage_ranks // (strategy.dense.tensor_parallel * strategy.dense.fsdp))
+
+
+def masters(strategy: Strategy) -> str:
+    """The dtype that is updated."""
+    precision = strategy.precision
+    return precision.param if precision.master == "param" else precision.master
+
+
+def holds_rows(rows: int, ranks: int) -> bool:
+    """Whether the last of `ranks` has any of `rows`."""
+    start, stop = interval(rows, ranks, ranks - 1)
+    return start < stop
+
+
+def auto_ep(name: str) -> str | None:
+    """AutoEP's preset of a network, if it has one."""
+    presets = SIDES["deepspeed"]["experts"]
+    return next((preset for start, preset in presets.items() if name.startswith(start)), None)
+
+
+_CALLED = {
+    "copies": copies, "masters": masters, "holds_rows": holds_rows, "auto_ep": auto_ep, "MODULES": MODULES,
+}  # fmt: skip
+
+
+class _Names(ast.NodeTransformer):
+    """Names of parts become the job's, of conditions calls with the job, of `let` what they stand for."""
+
+    def __init__(self, let: Mapping[str, str]) -> None:
+        self.let, self.conditions = let, set[str]()
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        name = node.id
+        if name in self.let:
+            found = self.visit(ast.parse(self.let[name], mode="eval").body)
+            assert isinstance(found, ast.expr)
+            return found
+        if name in CONDITIONS:
+            self.conditions.add(name)
+            return ast.parse(f"{name}(job)", mode="eval").body
+        if name in _PARTS or name == "stack":
+            return ast.parse(f"job.{'software' if name == 'stack' else name}", mode="eval").body
+        return node
+
+
+def compiled(text: str, let: Mapping[str, str] | None = None, message: bool = False) -> Callable[..., Any]:
+    """A function (job, value=None, does="") of an expression; of a message with expressions in braces."""
+    return _compiled(f'f"""{text}"""' if message else text, tuple((let or {}).items()))
+
+
+@cache
+def _compiled(text: str, let: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
+    names = _Names(dict(let))
+    body = names.visit(ast.parse(text.strip(), mode="eval").body)
+    whole = ast.parse("lambda job, value=None, does='': 0", mode="eval")
+    assert isinstance(whole.body, ast.Lambda)
+    whole.body.body = body
+    known = _CALLED | {name: holds(name) for name in names.conditions}
+    found: Callable[..., Any] = eval(compile(ast.fix_missing_locations(whole), text, "eval"), known)
+    return found
