@@ -109,6 +109,13 @@ class Platform:
         values = host.tolist()
         return values  # noqa: RET504 (typed)
 
+    def upload(self, values: Sequence[object], shape: tuple[int, ...]) -> Tensor:
+        """Integers of the host, nested as `shape`, on the device (int64): a pinned copy, nobody waits."""
+        tensor = torch.empty(shape, dtype=torch.int64, device=self.device)
+        with uncounted():
+            host = torch.tensor(values, dtype=torch.int64, pin_memory=self.is_cuda)
+        return tensor.copy_(host, non_blocking=True)
+
     def wait_host(self, event: Any) -> None:
         """Block the host until `event` has happened."""
         if event is not None:

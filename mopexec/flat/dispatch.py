@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
+from mopexec.model.grouped import expert_order
 
 
 class ChunkExchange:
@@ -26,9 +27,7 @@ class ChunkExchange:
         self.num_sent, self.num_received = sum(self.send_splits), sum(self.receive_splits)
         self.counts = [sum(counts[e] for counts in receive) for e in range(local)]
         self.arrived = arrived
-        self._order: Tensor | None = None
-        if group.size > 1 and local > 1:
-            self._order = _expert_order(arrived, self.num_received)
+        self._order = expert_order(arrived, self.num_received)
 
     def start(self, rows: Tensor) -> "Arrival":
         """Send rows [num_sent, ...] in the sender's order; the arrival is in the experts' order."""
@@ -79,11 +78,3 @@ class Arrival:
             self._work.wait()
         self._work = self._sent = None
         return rows if self._order is None else rows.index_select(0, self._order)
-
-
-def _expert_order(arrived: Tensor, total: int) -> Tensor:
-    """Positions of arrivals (by rank, then expert) in the order by expert, then rank: [total] int64."""
-    expert = torch.arange(arrived.numel(), dtype=torch.int16, device=arrived.device).remainder_(
-        arrived.shape[1]
-    )
-    return torch.repeat_interleave(expert, arrived.flatten(), output_size=total).argsort(stable=True)

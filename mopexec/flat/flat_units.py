@@ -4,7 +4,6 @@ docs/flat-units.md is this file in words; the simulator lowers the same schedule
 """
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,11 +87,10 @@ class FlatRunner:
                 clip = (self.plan.training.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
             self.optimizer.step(clip)
             busiest = self._balance()
-        if self.platform.fake:
-            return StepResult(float("nan"), float("nan"), self.num_tokens)
-        found = [loss, norm] if busiest is None else [loss, norm, busiest]
-        total, length, *share = self.platform.fetch(torch.stack([one.double() for one in found]))
-        return StepResult(total / self._counted, length, self.num_tokens, share[0] if share else math.nan)
+        found = [loss.double() / self._counted, norm]
+        return StepResult.fetched(
+            [*found, busiest] if busiest is not None else found, self.num_tokens, self.platform
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:

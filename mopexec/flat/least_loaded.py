@@ -54,14 +54,6 @@ Counted = tuple[list[list[int]], list[list[list[int]]], Tensor, Moves | None]
 """send, receive, arrived and moves of `Routes`."""
 
 
-def uploaded(values: Sequence[object], shape: tuple[int, ...], platform: Platform) -> Tensor:
-    """Numbers of the host, nested as `shape`, on the device."""
-    tensor = torch.empty(shape, dtype=torch.int64, device=platform.device)
-    with platform.bookkeeping():
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=platform.is_cuda)
-    return tensor.copy_(host, non_blocking=True)
-
-
 def placed(counts: Counts, group: Group, how: Experts, platform: Platform) -> Counted | None:
     """What `Routes` has, by destination; None where nothing moves."""
     size, chunks, experts = group.size, len(counts[0]), len(counts[0][0])
@@ -94,8 +86,8 @@ def placed(counts: Counts, group: Group, how: Experts, platform: Platform) -> Co
                         receive[i][r][s] = shared[r][index]
         runs.append((destinations, lengths))
     with category("activations"):
-        arrived = uploaded(receive, (chunks, size, slots), platform)
-        where, long = uploaded(runs, (chunks, 2, len(runs[0][0])), platform).unbind(1)
+        arrived = platform.upload(receive, (chunks, size, slots))
+        where, long = platform.upload(runs, (chunks, 2, len(runs[0][0]))).unbind(1)
     received = tuple((e, owner) for e, owner, target in placement.moves if target == place)
     sent = tuple((e, target) for e, owner, target in placement.moves if owner == place)
     return send, receive, arrived, Moves(slots, received, sent, where, long)

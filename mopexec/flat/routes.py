@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
-from mopexec.flat.least_loaded import Counted, Moves, placed, uploaded
+from mopexec.flat.least_loaded import Counted, Moves, placed
 from mopexec.flat.rows import SLICE_ROWS, rms_norm, row_slices
 from mopexec.measure.tracker import category, component
 from mopexec.model import kernels
@@ -101,7 +101,7 @@ class RoutePlanner:
         first = group.place * local
         receive = [[counts[first : first + local]] * group.size for counts in send]
         with category("activations"):
-            return send, receive, uploaded(receive, (self.num_chunks, group.size, local), self.platform), None
+            return send, receive, self.platform.upload(receive, (self.num_chunks, group.size, local)), None
 
     def _exchanged_counts(self, experts: Tensor, load: Tensor) -> Counted:
         """Counts of all chunks at once: one all-to-all, or one all-gather where rows are placed by all

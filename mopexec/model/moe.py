@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopexec.model.auxiliary import Auxiliary, attach, router_loss
+from mopexec.model.grouped import Counts
 from mopexec.model.parts import FeedForward, linear
 from mopexec.model.routing import choose_experts, count_routes, route_weights, router_scores, wide
 from mopexec.model.swiglu import clamp_of, grouped_swiglu
@@ -67,7 +68,7 @@ class Experts(nn.Module):
                 bias = torch.empty((count, shape[1]), dtype=dtype, device=device)
                 self.register_parameter(f"{name}_proj_bias", nn.Parameter(bias))
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+    def forward(self, x: Tensor, counts: Counts) -> Tensor:
         """Rows sorted by expert [R, H] to [R, H]."""
         return grouped_swiglu(x, counts, dict(self.named_parameters()), self.clamp)
 
@@ -82,10 +83,10 @@ def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Expert
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     stack = module.get_parameter("gate_proj")
-    counts = torch.zeros(stack.shape[0], dtype=torch.float32, device=x.device)
-    count_routes(counts, experts)
+    counts = torch.zeros((1, stack.shape[0]), dtype=torch.int64, device=x.device)
+    count_routes(counts[0], experts)
     token = order // experts.shape[1]
-    out = module(x[token], [int(count) for count in counts.tolist()])
+    out = module(x[token], Counts(counts.tolist(), counts))
     routed = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     return routed.index_add(0, token, out * weights.flatten()[order, None]).to(x.dtype)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mopexec.model.grouped import Counts, Groups, fits
 from mopsim.spec.model import ModelSpec
 
 
@@ -75,37 +76,28 @@ def activate(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
     return result
 
 
-def grouped_swiglu(x: Tensor, counts: list[int], stacks: Mapping[str, Tensor], clamp: Clamp | None) -> Tensor:
-    """SwiGLU of rows sorted by expert, differentiable.
+def grouped_swiglu(x: Tensor, counts: Counts, stacks: Mapping[str, Tensor], clamp: Clamp | None) -> Tensor:
+    """SwiGLU of rows [R, H] sorted by expert, differentiable.
 
-    x [sum(counts), H]; counts: rows of each expert; stacks: gate_proj and up_proj [E, H, I], down_proj
-    [E, I, H], and their biases [E, .] where there are any. torch's grouped matmul takes bf16 on CUDA (with
-    16-byte rows); elsewhere one matmul per expert, which float64 needs.
+    stacks: gate_proj and up_proj [E, H, I], down_proj [E, I, H], and their biases [E, .] where there are any.
+    By grouped products where they fit; elsewhere one product per expert, which float64 needs.
     """
-    gate, up, down = (stacks[f"{name}_proj"] for name in ("gate", "up", "down"))
     biased = "gate_proj_bias" in stacks
-    grouped = x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
-    if grouped and x.shape[1] % 8 == 0 and gate.shape[2] % 8 == 0:
-        ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-        repeats = torch.tensor(counts, device=x.device)
-
-        def product(rows: Tensor, name: str) -> Tensor:
-            out = F.grouped_mm(rows, stacks[f"{name}_proj"], offs=ends)
-            if not biased:
-                return out
-            bias = stacks[f"{name}_proj_bias"]
-            return out + bias.repeat_interleave(repeats, dim=0, output_size=out.shape[0])
-
-        return product(activate(product(x, "gate"), product(x, "up"), clamp), "down")
-    experts = zip(gate.unbind(0), up.unbind(0), down.unbind(0), strict=True)
-    rows = torch.split(x, counts)
-    if not biased:
-        return torch.cat(
-            [activate(r @ g, r @ u, clamp) @ d for r, (g, u, d) in zip(rows, experts, strict=True)]
+    if fits(x, stacks):
+        groups = Groups(counts.device, x.shape[0], biased=biased)
+        gate, up = (
+            groups.product(x, stacks[f"{name}_proj"], stacks.get(f"{name}_proj_bias"))
+            for name in ("gate", "up")
         )
+        return groups.product(activate(gate, up, clamp), stacks["down_proj"], stacks.get("down_proj_bias"))
+    gates, ups, downs = (stacks[f"{name}_proj"].unbind(0) for name in ("gate", "up", "down"))
+    rows = torch.split(x, counts.by_expert)
+    if not biased:
+        each = zip(rows, gates, ups, downs, strict=True)
+        return torch.cat([activate(r @ g, r @ u, clamp) @ d for r, g, u, d in each])
     biases = zip(*(stacks[f"{name}_proj_bias"].unbind(0) for name in ("gate", "up", "down")), strict=True)
     parts = []
-    for r, (g, u, d), (bg, bu, bd) in zip(rows, experts, biases, strict=True):
+    for r, g, u, d, (bg, bu, bd) in zip(rows, gates, ups, downs, biases, strict=True):
         inner = activate(torch.addmm(bg, r, g), torch.addmm(bu, r, u), clamp)
         parts.append(torch.addmm(bd, inner, d))
     return torch.cat(parts)

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.measure.scope import category
+from mopexec.model.grouped import Counts
 from mopexec.modules.exchange import exchange
 from mopexec.modules.experts import by_expert, permute
 
@@ -75,16 +76,16 @@ class SplitExperts:
     are gathered again for the backward, where no checkpoint stands around it.
     """
 
-    def __init__(self, module: nn.Module, group: Group, *, learned: bool, regathers: bool) -> None:
-        self._forward, self._group = module.forward, group
-        self._learned, self._regathers = learned, regathers
+    def __init__(self, module: nn.Module, group: Group, *, regathers: bool) -> None:
+        self._forward, self._group, self._regathers = module.forward, group, regathers
 
-    def __call__(self, x: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert [R, H], counts of each, to [R, H]."""
+    def __call__(self, x: Tensor, counts: Counts) -> Tensor:
+        """Rows sorted by expert [R, H] to [R, H]."""
+        everyone = counts.beside
+        assert everyone is not None
         with category("dispatch"):
-            everyone = self._everyone(counts, x.device)
-            sizes = [sum(of_rank) for of_rank in everyone]
-            order = by_expert(everyone, x.device)
+            sizes = everyone.by_source
+            order = by_expert(everyone)
             collected, returned = (
                 partial(one, sizes=sizes, group=self._group) for one in (gather_blocks, scatter_blocks)
             )
@@ -99,18 +100,8 @@ class SplitExperts:
             again = _Regathered(x, gather, rows)
             hooks = saved_tensors_hooks(again.pack, again.unpack)
         with hooks:
-            rows = self._forward(rows, [sum(one) for one in zip(*everyone, strict=True)])
+            rows = self._forward(rows, everyone)
         with category("dispatch"):
             if order is not None:
                 rows = permute(rows, *reversed(order))
             return exchange(rows, returned, collected, booked="dispatch")
-
-    def _everyone(self, counts: list[int], device: torch.device) -> list[list[int]]:
-        """Rows of each expert by rank of the group; under a profile every rank has as many."""
-        if not self._learned:
-            return [counts] * self._group.size
-        mine = torch.tensor(counts, device=device)
-        out = mine.new_empty(self._group.size * len(counts))
-        collectives.all_gather_single(out, mine, self._group.handle)
-        found: list[list[int]] = out.view(self._group.size, -1).tolist()
-        return found

@@ -14,8 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Group
+from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
-from mopexec.model.routing import Routing
+from mopexec.model.grouped import Counts, expert_order
+from mopexec.model.routing import Routing, count_routes
+from mopexec.modules.again import once
 from mopexec.modules.exchange import exchange
 from mopsim.spec.routing import routing_counts
 
@@ -70,76 +74,97 @@ def permute(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 class ExpertDispatch:
     """A drop-in for `MoE.dispatch`: routes to the ranks that own their experts and back.
 
-    The module holds this rank's num_experts / degree experts. Under a routing profile every split is a
-    Python int.
+    The module holds this rank's num_experts / degree experts; beside: ranks that split them. The host waits
+    for the device once, for the counts; under a routing profile it knows them.
     """
 
     def __init__(
-        self, routing: Routing, num_experts: int, degree: int, group: dist.ProcessGroup | None, place: int
+        self,
+        routing: Routing,
+        num_experts: int,
+        group: Group,
+        platform: Platform,
+        beside: Group | None = None,
     ) -> None:
-        self._routing, self._num_experts, self._degree = routing, num_experts, degree
-        self._group, self._place = group, place
+        self._routing, self._num_experts, self._group = routing, num_experts, group
+        self._platform, self._beside = platform, beside if beside and beside.size > 1 else None
+        self._stated: tuple[list[int], Counts] | None = None
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, module: nn.Module) -> Tensor:
         """x [N, H], experts and weights [N, top_k] to the weighted sum of the experts' outputs [N, H]."""
         num_tokens, top_k = experts.shape
+        spread = self._group.size > 1
         with category("dispatch"):
-            mine, theirs = self._counts(experts)
-            sent, received = [sum(counts) for counts in mine], [sum(counts) for counts in theirs]
-            there = partial(_to_ranks, received=received, sent=sent, group=self._group)
-            back = partial(_to_ranks, received=sent, sent=received, group=self._group)
-            order, inverse = _sorting(experts.flatten())
+            sent, counts = self._counts(experts)
+            received = counts.by_source
+            there = partial(_to_ranks, received=received, sent=sent, group=self._group.handle)
+            back = partial(_to_ranks, received=sent, sent=received, group=self._group.handle)
+            order, inverse = _with_inverse(experts.flatten().argsort(stable=True))
             rows = apply(_Spread, x, order, inverse, top_k)
-            grouped = by_expert(theirs, x.device)
-            if self._degree > 1:
+            grouped = by_expert(counts)
+            if spread:
                 rows = exchange(rows, there, back, booked="dispatch")
             if grouped is not None:
                 rows = permute(rows, *grouped)
-        rows = module(rows, [sum(counts) for counts in zip(*theirs, strict=True)])
+        rows = module(rows, counts)
         with category("dispatch"):
             if grouped is not None:
                 rows = permute(rows, *reversed(grouped))
-            if self._degree > 1:
+            if spread:
                 rows = exchange(rows, back, there, booked="dispatch")
             rows = permute(rows, inverse, order)  # the name is reused: what came back is freed here
             by_token = rows.view(num_tokens, top_k, -1)
             return torch.bmm(weights.to(by_token.dtype)[:, None, :], by_token).squeeze(1)
 
-    def _counts(self, experts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Routes by [rank of the group][that rank's experts] that this rank sends, and by [rank][my
-        experts] it gets."""
-        local = self._num_experts // self._degree
-        if not self._routing.learned:
-            num_tokens, top_k = experts.shape
-            counts = routing_counts(self._routing.profile, num_tokens, 1, 0, self._num_experts, top_k)
-            mine = [list(counts[place * local : (place + 1) * local]) for place in range(self._degree)]
-            return mine, [mine[self._place]] * self._degree
-        sent = torch.bincount(experts.flatten(), minlength=self._num_experts)
-        if self._degree == 1:
-            both = [sent.tolist()]
-            return both, both
-        received = torch.empty_like(sent)
-        collectives.all_to_all_single(received, sent, group=self._group)
-        mine, theirs = torch.stack((sent, received)).view(2, self._degree, local).tolist()
-        return mine, theirs
+    def _counts(self, experts: Tensor) -> tuple[list[int], Counts]:
+        """Routes that this rank sends to each of the group, and those that it gets."""
+        if self._routing.learned:
+            return once(lambda: self._exchanged(experts))
+        if self._stated is None:
+            self._stated = self._said(*experts.shape)
+        return self._stated
+
+    def _said(self, num_tokens: int, top_k: int) -> tuple[list[int], Counts]:
+        """Of the profile, by which every rank sends as many."""
+        size, local = self._group.size, self._num_experts // self._group.size
+        counts = routing_counts(self._routing.profile, num_tokens, 1, 0, self._num_experts, top_k)
+        mine = [list(counts[place * local : (place + 1) * local]) for place in range(size)]
+        each = [mine[self._group.place]] * size
+        with category("dispatch"):
+            found = Counts(each, self._platform.upload(each, (size, local)))
+            if self._beside is not None:
+                same = [found.by_expert] * self._beside.size
+                beside = Counts(same, self._platform.upload(same, (self._beside.size, local)))
+                found = Counts(each, found.device, beside)
+        return [sum(one) for one in mine], found
+
+    def _exchanged(self, experts: Tensor) -> tuple[list[int], Counts]:
+        size, local = self._group.size, self._num_experts // self._group.size
+        sent = torch.zeros(self._num_experts, dtype=torch.int64, device=experts.device)
+        count_routes(sent, experts)
+        received = torch.empty_like(sent) if size > 1 else sent
+        if size > 1:
+            collectives.all_to_all_single(received, sent, group=self._group.handle)
+        tables = [sent.view(size, local), received.view(size, local)]
+        if self._beside is not None:
+            tables.append(sent.new_empty(self._beside.size, local))
+            collectives.all_gather_single(tables[2].view(-1), tables[1].sum(0), self._beside.handle)
+        values = self._platform.fetch(torch.cat(tables))
+        mine, theirs, others = values[:size], values[size : 2 * size], values[2 * size :]
+        beside = Counts(others, tables[2]) if others else None
+        return [sum(counts) for counts in mine], Counts(theirs, tables[1], beside)
 
 
-def _sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The stable order that sorts keys [R], and its inverse, int32: both are kept for the backward."""
-    order = keys.argsort(stable=True)
+def _with_inverse(order: Tensor) -> tuple[Tensor, Tensor]:
+    """An order [R], and its inverse, int32: both are kept for the backward."""
     inverse = torch.empty_like(order, dtype=torch.int32)
     inverse[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
     return order.to(torch.int32), inverse
 
 
-def by_expert(counts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Order (and inverse) that turns rows in blocks [rank][expert] of counts rows into blocks [expert][rank].
-
-    None where the two are the same.
+def by_expert(counts: Counts) -> tuple[Tensor, Tensor] | None:
+    """Order (and inverse) that turns rows in blocks [source][expert] into blocks [expert][source]; None where
+    the two are the same.
     """
-    if len(counts) == 1 or len(counts[0]) == 1:
-        return None
-    flat = [count for row in counts for count in row]
-    experts = torch.arange(len(counts[0]), device=device).repeat(len(counts))
-    repeats = torch.tensor(flat, device=device)
-    return _sorting(torch.repeat_interleave(experts, repeats, output_size=sum(flat)))
+    order = expert_order(counts.device, sum(counts.by_source))
+    return None if order is None else _with_inverse(order)

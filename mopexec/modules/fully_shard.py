@@ -7,7 +7,6 @@ at a time, which is what makes long contexts fit (the alternative, reducing once
 gradients).
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, component, phase
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
+from mopexec.model.kernels import using
 from mopexec.model.moe import kept_loads
 from mopexec.modules.comm import book_gradients, local, place_on_host
 from mopexec.modules.gather import Gathered, global_dtensor
@@ -62,6 +62,10 @@ class FullyShardRunner:
 
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step: forward and backward of each microbatch, then clip and update."""
+        with using(self._plan.stack.kernels):
+            return self._step(batches)
+
+    def _step(self, batches: list[Batch]) -> StepResult:
         self._host_grads.clear()
         self._last_grads = {}
         for parameter in self.model.parameters():
@@ -77,27 +81,26 @@ class FullyShardRunner:
             grads = self._gradients()
             norm = self._optimizer.step(grads)
             self._last_grads = grads
-            busiest = torch.tensor(math.nan)
+            found = [total, norm]
             if self._learned and self._plan.model.num_moe_layers:
-                busiest = self.model.update_balance(
-                    self._plan.training.bias_update_rate,
-                    collectives.all_reduce,
-                    self._plan.strategy.experts.expert_parallel,
+                found.append(
+                    self.model.update_balance(
+                        self._plan.training.bias_update_rate,
+                        collectives.all_reduce,
+                        self._plan.strategy.experts.expert_parallel,
+                    )
                 )
-        if self._platform.fake:
-            return StepResult(0.0, norm, tokens)
-        return StepResult(float(total.item()), norm, tokens, float(busiest))
+        return StepResult.fetched(found, tokens, self._platform)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
         """See `Runner.evaluate`."""
         training = self._plan.training
         counted = batches[0].num_targets or training.global_batch * training.seq_len
-        total = torch.zeros((), dtype=torch.float64)
-        with kept_loads(self.model):
+        total = torch.zeros((), dtype=torch.float64, device=self._platform.device)
+        with kept_loads(self.model), using(self._plan.stack.kernels):
             for batch in batches:
-                total += self.model(batch.tokens, batch.targets, 1.0 / counted, batch.documents).cpu()
-        total = total.to(self._platform.device)
+                total += self.model(batch.tokens, batch.targets, 1.0 / counted, batch.documents)
         collectives.all_reduce(total)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopsim.spec import layout
 from mopsim.spec.strategy import Strategy
@@ -18,8 +19,7 @@ class FsdpGroups:
     dense, experts: the mesh that shards (1-d), or that replicates and shards (2-d, HSDP). experts_whole:
     [Ep, copies,
     shard]. expert_copies: copies of each expert shard in the world. expert_group: the Ep ranks
-    that trade tokens; expert_place: this rank's place in it. sequence_group likewise for the D ranks of a
-    sequence.
+    that trade tokens. sequence_group: the D ranks of a sequence, this one at sequence_place.
     """
 
     rank: int
@@ -27,8 +27,7 @@ class FsdpGroups:
     dense: DeviceMesh
     experts: DeviceMesh
     experts_whole: DeviceMesh
-    expert_group: dist.ProcessGroup
-    expert_place: int
+    expert_group: Group
     expert_copies: int
     sequence_group: dist.ProcessGroup
     sequence_place: int
@@ -54,12 +53,16 @@ def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
         if len(ranks[0]) > strategy.experts.expert_fsdp
         else experts["shard"],
         experts_whole=experts,
-        expert_group=experts.get_group("expert"),
-        expert_place=experts.get_local_rank("expert"),
+        expert_group=_group(experts, "expert"),
         expert_copies=len(ranks[0]) // strategy.experts.expert_fsdp,
         sequence_group=sequence.get_group("sequence"),
         sequence_place=sequence.get_local_rank("sequence"),
     )
+
+
+def _group(mesh: DeviceMesh, name: str) -> Group:
+    handle = mesh.get_group(name)
+    return Group(tuple(dist.get_process_group_ranks(handle)), mesh.get_local_rank(name), handle)
 
 
 def _expert_mesh(replicas: list[list[int]], shard: int, device: str) -> DeviceMesh:

@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.scope import NOW, category, phase
+from mopexec.measure.scope import NOW, category
 from mopexec.measure.tracker import recategorize
+from mopexec.modules.again import contexts
 from mopexec.modules.comm import param_groups
 
 
@@ -142,7 +143,7 @@ def recompute_modules(model: Any, names: Collection[str]) -> None:
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
     result: Tensor = checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
     return result
 
@@ -154,7 +155,3 @@ class _Checkpointed:
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         with self._boundaries.keep(self._index, x):
             return _again(self._forward, x, *args)
-
-
-def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), phase("recompute")

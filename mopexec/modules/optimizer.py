@@ -36,7 +36,8 @@ class ShardedAdamW:
         self._platform, self._host, self._clip_norm = platform, host, training.clip_norm
         self.shards = shards
         self._parameters = {s.name: nn.Parameter(s.value.detach()) for s in shards if s.value.numel()}
-        self._coefficient = 1.0
+        self.coefficient = torch.ones(())
+        """What the last step multiplied the gradients by, where it works."""
         self._optimizer = torch.optim.AdamW(
             self._parameters.values() if self._parameters else [nn.Parameter(torch.zeros(1))],
             lr=training.learning_rate,
@@ -48,27 +49,24 @@ class ShardedAdamW:
         with self._tier():
             self._make_state()
 
-    @property
-    def coefficient(self) -> float:
-        """What the last step multiplied the gradients by."""
-        return self._coefficient
-
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, grads: dict[str, Tensor]) -> float:
+    def step(self, grads: dict[str, Tensor]) -> Tensor:
         """Clip `grads` (by parameter name) in place by their global norm, update; returns the norm before
-        clipping.
+        clipping, on the device.
 
         torch's formula: the coefficient is clip_norm / (norm + 1e-6), at most 1.
         """
         with self._tier():
             present = [grads[name] for name in self._parameters if name in grads]
             norm = self._global_norm(grads)
-            self._coefficient = min(1.0, self._clip_norm / (norm + 1e-6)) if self._clip_norm else 1.0
-            if self._coefficient < 1.0 and present:
-                torch._foreach_mul_(present, self._coefficient)
+            if self._clip_norm:
+                factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
+                self.coefficient = factor.cpu() if self._host else factor
+                if present:
+                    torch._foreach_mul_(present, self.coefficient)
             for name, parameter in self._parameters.items():
                 parameter.grad = grads.get(name)
             self._optimizer.step()
@@ -84,9 +82,9 @@ class ShardedAdamW:
                 values[name] = self._optimizer.state[parameter][kind]
         return kinds
 
-    def _global_norm(self, grads: dict[str, Tensor]) -> float:
+    def _global_norm(self, grads: dict[str, Tensor]) -> Tensor:
         """The 2-norm of all gradients of the model: squares summed over ranks, each element counted once."""
-        square = torch.zeros((), dtype=torch.float64)
+        square = torch.zeros((), dtype=torch.float64, device="cpu" if self._host else self._platform.device)
         for copies in sorted({shard.copies for shard in self.shards}):
             some = [
                 grads[s.name]
@@ -95,10 +93,10 @@ class ShardedAdamW:
             ]
             if some:
                 total = torch.stack(torch._foreach_norm(some, 2, dtype=_norm_dtype(some[0]))).square().sum()
-                square = square.to(total.device) + total.double() / copies
-        on_device = square.to(self._platform.device)
-        collectives.all_reduce(on_device)
-        return 1.0 if self._platform.fake else float(on_device.sqrt().item())
+                square = square + total.double() / copies
+        square = square.to(self._platform.device)
+        collectives.all_reduce(square)
+        return square.sqrt()
 
     def _make_state(self) -> None:
         """The zero moments that torch would make in its first step: resident from the start."""

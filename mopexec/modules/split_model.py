@@ -200,14 +200,12 @@ class SplitModel:
         if moe.shared is not None:
             moe.forward = SharedFirst(moe)
         moe.dispatch = ExpertDispatch(
-            routing, spec.num_local_experts, experts.size, experts.handle, experts.place
+            routing, spec.num_local_experts, experts, self._platform, groups.expert_tensor
         )
         if groups.expert_tensor.size > 1:
             how = self._plan.strategy.activations
             again = how.recompute == "full" or (how.recompute == "selective" and "moe" in how.modules)
-            moe.experts.forward = SplitExperts(
-                moe.experts, groups.expert_tensor, learned=routing.learned, regathers=not again
-            )
+            moe.experts.forward = SplitExperts(moe.experts, groups.expert_tensor, regathers=not again)
 
     def _auxiliary(self) -> Auxiliary:
         """The losses beside the cross entropy; counts of a sequence's routes are added up over its ranks."""

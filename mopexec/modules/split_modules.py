@@ -2,7 +2,6 @@
 (with sequence), expert and expert-tensor parallelism, optimizer states sharded over the data ranks.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, component, phase
 from mopexec.model import Routing
+from mopexec.model.kernels import using
 from mopexec.model.moe import kept_loads
 from mopexec.modules.masters import Masters, whole
 from mopexec.modules.optimizer import ShardedAdamW
@@ -45,6 +45,10 @@ class SplitRunner:
 
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step: forward and backward of each microbatch, then clip and update."""
+        with using(self._plan.stack.kernels):
+            return self._step(batches)
+
+    def _step(self, batches: list[Batch]) -> StepResult:
         self._last_grads = {}
         buffers = self.model.buffers
         for buffer in buffers.all:
@@ -62,17 +66,17 @@ class SplitRunner:
             self._masters.write_back()
             buffers.gather()
             self._last_grads = grads
-            busiest = self._balanced()
-        if self._platform.fake:
-            return StepResult(0.0, norm, tokens)
-        return StepResult(float(total.item()) / strategy.dense.tensor_parallel, norm, tokens, float(busiest))
+            found = [total / strategy.dense.tensor_parallel, norm]
+            if self._learned and self._plan.model.num_moe_layers:
+                found.append(self._balanced())
+        return StepResult.fetched(found, tokens, self._platform)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
         """See `Runner.evaluate`."""
         training = self._plan.training
         counted = batches[0].num_targets or training.global_batch * training.seq_len
-        with kept_loads(self.model.network):
+        with kept_loads(self.model.network), using(self._plan.stack.kernels):
             total = self.model.evaluate(batches, 1.0 / counted)
         collectives.all_reduce(total)
         return float(total.item()) / self._plan.strategy.dense.tensor_parallel
@@ -117,8 +121,6 @@ class SplitRunner:
 
     def _balanced(self) -> Tensor:
         """Move the routers' biases; the part of the routes that went to the busiest rank."""
-        if not self._learned or not self._plan.model.num_moe_layers:
-            return torch.tensor(math.nan)
         stage, training = self._groups.stage, self._plan.training
 
         def over_stage(load: Tensor) -> None:

@@ -43,7 +43,7 @@ def build_model(
     with uncounted():  # without storage: the shards are what is counted
         device = "cpu" if platform.fake else "meta"
         model = Transformer(plan.model, _dtype(strategy.precision.param), device, routing)
-    _spread_experts(model, strategy, groups)
+    _spread_experts(model, strategy, groups, platform)
     model.set_auxiliary(_auxiliary(plan, groups))
     if strategy.attention.context_parallel > 1:
         for layer in model.blocks():
@@ -91,7 +91,7 @@ def _boundaries(plan: Plan, platform: Platform) -> Boundaries:
     )
 
 
-def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups) -> None:
+def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platform) -> None:
     """Keep this rank's E/Ep experts in every MoE layer, and dispatch to their owners."""
     for layer in model.blocks():
         if not layer.is_moe:
@@ -100,9 +100,8 @@ def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups) -> None:
             own = stack[: stack.shape[0] // strategy.experts.expert_parallel].detach()
             setattr(layer.moe.experts, name, torch.nn.Parameter(own.contiguous()))
         layer.moe.dispatch = ExpertDispatch(
-            model.routing, model.spec.num_local_experts, strategy.experts.expert_parallel,
-            groups.expert_group, groups.expert_place,
-        )  # fmt: skip
+            model.routing, model.spec.num_local_experts, groups.expert_group, platform
+        )
 
 
 def _auxiliary(plan: Plan, groups: FsdpGroups) -> Auxiliary:
@@ -242,7 +241,7 @@ def _fill(model: Any, groups: FsdpGroups, source: Source) -> None:
             if not is_stacked(name):
                 target.copy_(source.read(name, shape, None, 0, start, stop))
                 continue
-            first = groups.expert_place * shape[0]
+            first = groups.expert_group.place * shape[0]
             for row, expert in enumerate(range(start, stop) if dim == 0 else range(shape[0])):
                 part = (0, 0, None) if dim == 0 else (dim - 1, start, stop)
                 target[row].copy_(source.read(name, shape[1:], first + expert, *part))

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from mopexec.distributed.tiers import Platform
 from mopexec.model.documents import Documents
 
 
@@ -36,6 +38,16 @@ class StepResult:
     grad_norm: float
     tokens: int
     busiest: float = math.nan
+
+    @classmethod
+    def fetched(cls, found: list[Tensor], tokens: int, platform: Platform) -> "StepResult":
+        """Of 0-dim tensors of the device: loss, grad_norm and, where a router chose, busiest. The host waits
+        once; without data nothing is known.
+        """
+        if platform.fake:
+            return cls(math.nan, math.nan, tokens)
+        loss, norm, *busiest = platform.fetch(torch.stack([one.double() for one in found]))
+        return cls(loss, norm, tokens, *busiest)
 
 
 class Runner(Protocol):

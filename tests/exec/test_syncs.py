@@ -1,26 +1,30 @@
 """A step asks the device for nothing but the routes of each MoE layer and, at its end, its result."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mopexec.check.dry_run import _batches, fake_world
+from mopexec.check.dry_run import _batches, _fake_cpu, fake_world
 from mopexec.distributed.tiers import Platform
 from mopexec.flat import ffn
 from mopexec.measure.syncs import HostSync, NoHostSyncs
 from mopexec.run.apply import build
+from mopsim.spec.stacks import load_stack
+from mopsim.strategies import fsdp2, megatron
 from tests.exec.flat_plans import make_plan
+from tests.exec.split_plans import MODEL, plan_of, replace
 from tests.exec.test_flat_units import ALL_TWO
 
 
 class Routed(Platform):
     """A planned device whose router is balanced: `fetch` is where the host waits."""
 
-    def __init__(self, counts: int) -> None:
-        super().__init__(torch.device("meta"), fake=True)
+    def __init__(self, counts: int, device: str = "meta") -> None:
+        super().__init__(torch.device(device), fake=True)
         self.counts, self.fetched = counts, 0
 
     def fetch(self, tensor: Tensor) -> list[Any]:
@@ -50,6 +54,38 @@ def test_a_step_waits_once_a_moe_layer(kind: str, overlap: str) -> None:
     optimizer = {"state_tier": "host", "bucket_params": 900, "overlap": overlap}
     fetched, layers = _step(kind, {"optimizer": optimizer})
     assert fetched == layers > 1
+
+
+MODULES = {
+    "fully_shard": fsdp2(2, expert_parallel=2, context_parallel=2),
+    "fully_shard, host": fsdp2(2, expert_parallel=2, loss="chunked", recompute="none", offload=True),
+    "split_modules": megatron(2, tensor_parallel=2, expert_parallel=2, recompute="selective"),
+    "split_modules, experts": megatron(2, context_parallel=2, expert_tensor_parallel=2),
+}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_wait_once_a_moe_layer(name: str, kind: str) -> None:
+    """A recomputation takes the counts of its forward."""
+    strategy, split = MODULES[name], name.startswith("split")
+    strategy = replace(strategy, stack="mopexec-split") if split else strategy
+    stack = load_stack(strategy.stack)
+    model = replace(MODEL, moe_intermediate_size=16, num_nextn_predict_layers=1)
+    training = {"global_batch": 4, "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01}
+    plan = plan_of(strategy, model, **training)
+    plan = replace(plan, strategy=stack.resolve(strategy), stack=stack.on_kind(kind))
+    spec, experts = plan.model, strategy.experts
+    rows = plan.training.tokens_per_rank(strategy) // strategy.dense.tensor_parallel
+    with fake_world(2, 0), nullcontext() if split else _fake_cpu():
+        platform = Routed(
+            rows * spec.num_experts_per_tok // spec.num_local_experts, "meta" if split else "cpu"
+        )
+        runner, batches = build(plan, platform, routing="learned"), _batches(plan, platform)
+        with NoHostSyncs(platform.device.type):
+            runner.step(batches)
+    layers = spec.num_moe_layers + spec.num_nextn_predict_layers
+    assert platform.fetched == layers * plan.training.num_microbatches(strategy) > 1, experts
 
 
 SYNCS: dict[str, Callable[[Tensor], object]] = {

@@ -1,0 +1,91 @@
+"""Grouped products: all experts of a rank in one kernel. Rows [R, a] are sorted by expert, and counted on the
+device, so that no count is uploaded for them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mopexec.model import kernels
+
+_BLOCK = 8
+"""Elements of 16 bytes in bf16: what grouped products want rows to be multiples of, on CUDA."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows of each expert of a rank, by where they come from, in that order.
+
+    each [sources][experts] on the host; device: the same on the device, int64. beside: of the ranks that
+    split the same experts (expert-tensor parallelism), each a source.
+    """
+
+    each: list[list[int]]
+    device: Tensor
+    beside: "Counts | None" = None
+
+    @property
+    def by_source(self) -> list[int]:
+        """Rows of each source."""
+        return [sum(counts) for counts in self.each]
+
+    @property
+    def by_expert(self) -> list[int]:
+        """Rows of each expert."""
+        return [sum(counts) for counts in zip(*self.each, strict=True)]
+
+
+def expert_order(arrived: Tensor, total: int) -> Tensor | None:
+    """Positions of arrivals (by source, then expert) in the order by expert, then source: [total] int64. None
+    where the two are the same. arrived [sources, experts] counts them.
+    """
+    if 1 in arrived.shape:
+        return None
+    expert = torch.arange(arrived.numel(), dtype=torch.int16, device=arrived.device).remainder_(
+        arrived.shape[1]
+    )
+    return torch.repeat_interleave(expert, arrived.flatten(), output_size=total).argsort(stable=True)
+
+
+def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
+    """Whether the stack asks for grouped products and torch has them: bf16, rows of whole 16 bytes."""
+    inner = stacks[f"{prefix}gate_proj"].shape[2]
+    whole = rows.shape[0] > 0 and rows.shape[1] % _BLOCK == 0 and inner % _BLOCK == 0
+    return kernels.NOW.grouped and rows.dtype == torch.bfloat16 and whole
+
+
+class Groups:
+    """Where each expert's rows end, and the expert of each row where there are biases. arrived [sources,
+    experts].
+    """
+
+    def __init__(self, arrived: Tensor, num_rows: int, *, biased: bool) -> None:
+        counts = arrived.sum(0)
+        self.ends = counts.cumsum(0, dtype=torch.int32)
+        self.expert: Tensor | None = None
+        if biased:
+            place = torch.arange(counts.shape[0], device=counts.device)
+            self.expert = torch.repeat_interleave(place, counts, output_size=num_rows)
+
+    def product(self, rows: Tensor, stack: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Rows [R, a] times their experts' [E, a, b]; differentiable."""
+        out = F.grouped_mm(rows, stack, offs=self.ends)
+        return out if bias is None else out.add_(self.of_rows(bias))
+
+    def of_rows(self, bias: Tensor) -> Tensor:
+        """A bias [E, b] row by row."""
+        assert self.expert is not None
+        return bias.index_select(0, self.expert)
+
+    def add_weights(self, target: Tensor, rows: Tensor, grads: Tensor) -> None:
+        """target [E, a, b] += rows [R, a] transposed times grads [R, b], by expert."""
+        target.add_(F.grouped_mm(rows.t(), grads, offs=self.ends))
+
+    def add_bias(self, target: Tensor | None, grads: Tensor) -> None:
+        """target [E, b] += the sum of each expert's rows, as a product with ones: in a fixed order."""
+        if target is not None:
+            ones = torch.ones((grads.shape[0], _BLOCK), dtype=grads.dtype, device=grads.device)
+            target.add_(F.grouped_mm(ones.t(), grads, offs=self.ends)[:, 0])
