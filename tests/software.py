@@ -29,7 +29,8 @@ def changed(name: str, **sections: dict[str, Any]) -> Stack:
 
 def unfused(*words: Unfused, **sections: dict[str, Any]) -> Stack:
     """A Megatron-Core that composes `words` and fuses all else, its modules included."""
-    found: dict[str, dict[str, Any]] = {"kernels": {"expert_products": "grouped"}, "host": {"modules": False}}
+    fused = {"expert_products": "grouped", "residual": "fused", "qkv_split": "fused"}
+    found: dict[str, dict[str, Any]] = {"kernels": fused, "host": {"modules": False}}
     for word in words:
         section, field, value = _WORDS[word]
         found.setdefault(section, {})[field] = value

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import biased, composed, gradients_stay
+from mopsim.graph.rewrites.eager import biased, composed, gradients_stay, split
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.tape import Kernel
@@ -26,6 +26,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     parts = [part for part in context.stack.composes if part != "clamps" or model.swiglu_limit]
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
+    how = context.stack.kernels.qkv_split
+    found = found if how == "fused" else split(found, how == "copied")
     if model.expert_bias and context.stack.kernels.expert_bias != "fused":
         found = biased(found, context.stack.kernels.expert_bias == "indexed")
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")

@@ -58,7 +58,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     or added by atomic operations on bf16 (`atomic`, torch's index_add_), or that only where a token chooses
     fewer experts than the expert-parallel degree (`atomic_if_sparse`). sequence_exchange: Ulysses' tensors
     in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
-    and one for queries, keys and values, or one each, shared experts after the routed ones. weight_grads:
+    and one for queries, keys and values, or one each, shared experts after the routed ones. qkv_split:
+    parts of the one for queries, keys and values are read where they lie, and their gradients written so;
+    or torch splits them and puts their gradients together (`views`), and copies what attention wants
+    contiguous too (`copied`). weight_grads:
     added to their buffer inside the product, or after it. loss: cross entropy by several kernels with
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
     (`upcast`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
@@ -81,6 +84,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     router: Built = "fused"
     sequence_exchange: Built = "fused"
     gate_up: Literal["joined", "separate"] = "joined"
+    qkv_split: Literal["fused", "views", "copied"] = "fused"
     weight_grads: Built = "fused"
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast"] = "composed"

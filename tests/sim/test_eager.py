@@ -10,7 +10,7 @@ import pytest
 from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
+from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, split, traffic
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.workload import Work
@@ -41,6 +41,25 @@ def test_a_norm_by_hand() -> None:
     assert found["attention_norm"].launches == 7
     untouched = {kernel.name: kernel for kernel in kernels}
     assert all(kernel == untouched[name] for name, kernel in found.items() if not name.endswith("norm"))
+
+
+def test_parts_of_one_projection_are_copied_and_their_gradients_put_together() -> None:
+    model = small()
+    kernels = decoder_layer(model, Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
+    q, k, v = next(kernel.writes for kernel in kernels if kernel.name == "qkv_proj")
+    assert q.bytes > k.bytes == v.bytes, "query heads share keys"
+    found = {kernel.name: kernel for kernel in split(kernels, copied=True)}
+    assert found["qkv_split"].bytes == 2 * (q.bytes + v.bytes)
+    assert found["qkv_split"].back_bytes == 2 * (q.bytes + k.bytes + v.bytes)
+    (views,) = (kernel for kernel in split(kernels, copied=False) if kernel.name == "qkv_split")
+    assert (views.bytes, views.launches) == (0, 0)
+    assert views.back_bytes == found["qkv_split"].back_bytes
+
+
+def test_attention_that_reads_the_projection_as_it_lies_needs_no_copies() -> None:
+    learned = msgspec.structs.replace(small(), learned_positions=True)
+    kernels = decoder_layer(learned, Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
+    assert split(kernels, copied=True) == kernels
 
 
 @pytest.mark.parametrize("part", [*ALL, "accumulation"])
