@@ -26,7 +26,6 @@ class ChunkExchange:
         self.receive_splits = [sum(counts) for counts in receive]
         self.num_sent, self.num_received = sum(self.send_splits), sum(self.receive_splits)
         self.counts = [sum(counts[e] for counts in receive) for e in range(local)]
-        self.arrived = arrived
         self._order = expert_order(arrived, self.num_received)
 
     def start(self, rows: Tensor) -> "Arrival":

@@ -1,6 +1,6 @@
 """The experts of a rank by grouped products, for the forward, the inputs and the weights.
 
-Rows [R, H] are sorted by expert; arrived [group, local] counts them on the device.
+Rows [R, H] are sorted by expert; ends [E]: where each expert's end, on the device.
 """
 
 from torch import Tensor
@@ -20,8 +20,8 @@ def fits(rows: Tensor, experts: Weights) -> bool:
     return grouped.fits(rows, experts, _PREFIX)
 
 
-def _groups(arrived: Tensor, experts: Weights, num_rows: int) -> Groups:
-    return Groups(arrived, num_rows, biased=f"{_PREFIX}gate_proj_bias" in experts)
+def _groups(ends: Tensor, experts: Weights, num_rows: int) -> Groups:
+    return Groups(ends, num_rows, biased=f"{_PREFIX}gate_proj_bias" in experts)
 
 
 def _named(experts: Weights, name: str) -> tuple[Tensor, Tensor | None]:
@@ -29,11 +29,11 @@ def _named(experts: Weights, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def forward(
-    rows: list[Tensor], route_weights: Tensor, arrived: Tensor, experts: Weights, clamp: Clamp | None
+    rows: list[Tensor], route_weights: Tensor, ends: Tensor, experts: Weights, clamp: Clamp | None
 ) -> None:
     """The last of `rows`, [R, H], becomes weight * expert(row), a new tensor. Temporaries: 2 I R."""
     inputs = rows.pop()
-    groups = _groups(arrived, experts, inputs.shape[0])
+    groups = _groups(ends, experts, inputs.shape[0])
     gate, up = (groups.product(inputs, *_named(experts, name)) for name in ("gate", "up"))
     del inputs
     OPS.swiglu_(gate, up, route_weights, *_limits(clamp))
@@ -46,7 +46,7 @@ def forward(
 
 
 def backward(
-    rows: list[Tensor], route_weights: Tensor, arrived: Tensor, experts: Weights, grads: Weights,
+    rows: list[Tensor], route_weights: Tensor, ends: Tensor, experts: Weights, grads: Weights,
     clamp: Clamp | None,
 ) -> Tensor:  # fmt: skip
     """rows: inputs and gradients of weight * expert(input), each [R, H], become the gradients of the inputs
@@ -56,7 +56,7 @@ def backward(
     stack of weights, and 2 H R at the end.
     """
     given, inputs = rows.pop(), rows.pop()
-    groups = _groups(arrived, experts, given.shape[0])
+    groups = _groups(ends, experts, given.shape[0])
     gate, up = (groups.product(inputs, *_named(experts, name)) for name in ("gate", "up"))
     down, bias = _named(experts, "down")
     inner = groups.product(given, down.transpose(1, 2))

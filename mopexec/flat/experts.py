@@ -99,7 +99,7 @@ class MoEBlock:
                 held = [experts, *(foreign.weights() if foreign else ())]
                 if foreign is None and expert_products.fits(work.rows[0], experts):
                     expert_products.forward(
-                        work.rows, work.route_weights, work.exchange.arrived, experts, self.clamp
+                        work.rows, work.route_weights, routes.ends[index], experts, self.clamp
                     )
                 else:
                     experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, held, self.clamp)
@@ -127,7 +127,7 @@ class MoEBlock:
                     held = [experts, *(foreign.weights() if foreign else ())]
                     if foreign is None and expert_products.fits(work.rows[0], experts):
                         grad_weights = expert_products.backward(
-                            work.rows, work.route_weights, work.exchange.arrived, experts, expert_grads,
+                            work.rows, work.route_weights, routes.ends[index], experts, expert_grads,
                             self.clamp,
                         )  # fmt: skip
                     else:
@@ -156,7 +156,6 @@ class MoEBlock:
         with component("router"), category("dispatch"):
             chosen = routes.experts[index :: self.num_chunks]
             order = routes.order(index)
-            token = order // self.spec.num_experts_per_tok
             exchange = ChunkExchange(
                 self.planner.group, routes.send[index], routes.receive[index], routes.arrived[index]
             )
@@ -166,11 +165,12 @@ class MoEBlock:
         with component("experts"), category("dispatch"):
             sent_weights = exchange.start(route_weights)
             del route_weights
-            rows = [exchange.start(hidden.index_select(0, token))]
+            top_k = self.spec.num_experts_per_tok
+            rows = [exchange.start(OPS.spread_rows(hidden, order, top_k))]
             del hidden
             if grad is not None:
-                rows.append(exchange.start(self._rows(grad, index).index_select(0, token)))
-            return _Chunk(index, exchange, order.argsort(), sent_weights, rows)
+                rows.append(exchange.start(OPS.spread_rows(self._rows(grad, index), order, top_k)))
+            return _Chunk(index, exchange, OPS.inverse_order(order), sent_weights, rows)
 
     def _receive(self, chunk: _Chunk) -> _Work:
         """Wait for a chunk at the experts; what was sent is freed."""
@@ -227,8 +227,7 @@ class MoEBlock:
         """Sum over the routes of tokens [start, stop): [stop - start, H]. Deterministic, unlike a scatter."""
         top_k = self.spec.num_experts_per_tok
         if kernels.NOW.rows:
-            total = torch.zeros((stop - start, rows.shape[1]), dtype=rows.dtype, device=rows.device)
-            OPS.add_routes_(total, rows, inverse[start * top_k : stop * top_k], top_k)
+            total: Tensor = OPS.sum_routes(rows, inverse[start * top_k : stop * top_k], top_k)
             return total
         gathered = rows.index_select(0, inverse[start * top_k : stop * top_k])
         return gathered.view(stop - start, top_k, -1).sum(1)

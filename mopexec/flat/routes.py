@@ -10,10 +10,11 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.least_loaded import Counted, Moves, placed
-from mopexec.flat.rows import SLICE_ROWS, rms_norm, row_slices
+from mopexec.flat.rows import SLICE_ROWS, add_matmul, rms_norm, row_slices
 from mopexec.measure.tracker import category, component
 from mopexec.model import kernels
 from mopexec.model.fused import OPS
+from mopexec.model.grouped import ends_of
 from mopexec.model.routing import choose_experts, route_weights, route_weights_backward, router_scores, wide
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routing_counts
@@ -27,15 +28,23 @@ class Routes:
     """One layer's routes of one microbatch, kept from forward to backward.
 
     experts [N, top_k] int16. send[i][e]: routes of chunk i from here to expert e. receive[i][r][e]: routes of
-    chunk i that rank r of the expert group sends to local expert e. arrived: `receive` on the device. moves:
-    where least-loaded placement moves rows; e is a destination or a slot then.
+    chunk i that rank r of the expert group sends to local expert e. arrived: `receive` on the device; ends
+    [i][e]: where the rows of each expert end. moves: where least-loaded placement moves rows; e is a
+    destination or a slot then.
     """
 
     experts: Tensor
     send: list[list[int]]
     receive: list[list[list[int]]]
     arrived: Tensor
+    ends: Tensor
     moves: Moves | None = None
+
+    @classmethod
+    def of(cls, experts: Tensor, counted: Counted) -> "Routes":
+        send, receive, arrived, moves = counted
+        with category("activations"):
+            return cls(experts, send, receive, arrived, ends_of(arrived), moves)
 
     def order(self, index: int) -> Tensor:
         """Routes (token, slot) of a chunk of `experts` in the order in which they are sent: [c * top_k]."""
@@ -60,7 +69,7 @@ class RoutePlanner:
         """Routes of tokens x [N, H] (before the norm). load [E] float32 += routes where the router chose."""
         if self.profile is not None:
             if self._stated is None:
-                self._stated = Routes(self.profile, *self._stated_counts(x.shape[0]))
+                self._stated = Routes.of(self.profile, self._stated_counts(x.shape[0]))
             return self._stated
         experts = torch.empty((x.shape[0], self.spec.num_experts_per_tok), dtype=torch.int16, device=x.device)
         with component("router"):
@@ -69,7 +78,7 @@ class RoutePlanner:
                 scores = router_scores(_logits(hidden, weights), self.spec)
                 experts[start:stop].copy_(choose_experts(scores, balance_bias, self.spec))
                 del hidden, scores
-            return Routes(experts, *self._exchanged_counts(experts, load))
+            return Routes.of(experts, self._exchanged_counts(experts, load))
 
     def weights(self, hidden: Tensor, experts: Tensor, weights: Weights) -> Tensor:
         """Route weights [n, top_k], in the wide dtype, of normed tokens hidden [n, H]."""
@@ -162,7 +171,9 @@ def _logits(hidden: Tensor, weights: Weights) -> Tensor:
 def router_backward(
     grad: Tensor, hidden: Tensor, experts: Tensor, weights: Weights, grads: Weights, spec: ModelSpec
 ) -> Tensor:
-    """Gradient [n, H] of normed tokens from that of their route weights [n, top_k]; grads += the router's."""
+    """Gradient [n, H] of normed tokens, in the wide dtype, from that of their route weights [n, top_k]; grads
+    += the router's.
+    """
     accurate = wide(hidden.dtype)
     if kernels.NOW.router:
         logits = _logits(hidden, weights)
@@ -172,8 +183,8 @@ def router_backward(
         scores = router_scores(_logits(hidden, weights), spec)
         grad_logits = route_weights_backward(grad, scores, experts.long(), spec)
         del scores
-    grads["moe.router.weight"].add_(grad_logits.t() @ hidden.to(accurate))
+    add_matmul(grads["moe.router.weight"], grad_logits.t(), hidden.to(accurate))
     if "moe.router.bias" in grads:
         grads["moe.router.bias"].add_(grad_logits.sum(0))
-    found: Tensor = (grad_logits @ weights["moe.router.weight"].to(accurate)).to(hidden.dtype)
+    found: Tensor = grad_logits @ weights["moe.router.weight"].to(accurate)
     return found

@@ -31,10 +31,11 @@ def add_matmul(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of rows x [..., n] (any strides) into a new contiguous tensor; temporaries: one slice in the
-    wide dtype. Fused: a copy of strided rows.
+    wide dtype.
     """
     if kernels.NOW.norm:
-        normed: Tensor = OPS.rms_norm(x.contiguous(), weight, eps)
+        norm = OPS.rms_norm if x.is_contiguous() else OPS.rms_norm_strided
+        normed: Tensor = norm(x, weight, eps)
         return normed
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scale = weight.to(wide(x.dtype))

@@ -20,7 +20,8 @@ LEAVES: dict[str, Leaf] = {}
 """Functions that are compiled on CUDA, by the name of their op."""
 KERNELS = {
     "rms_norm_backward": 4, "rotate_": 2, "swiglu_backward_": 3, "route_weights": 6,
-    "route_weights_backward": 8, "add_routes_": 2,
+    "route_weights_backward": 8, "add_routes_": 2, "sum_routes": 2, "inverse_order": 2, "arrival_order": 3,
+    "rms_norm_strided": 3,
 }  # fmt: skip
 """Kernels of an op, where it is not one. Compiled: what Inductor (torch 2.13) makes of them for a CPU, as
 torch._inductor.metrics counts; for a GPU it joins more loops and makes no more, which was not measured.
@@ -194,12 +195,39 @@ def _add_routes_(target: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> N
     target.add_(gathered.sum(1, dtype=wide(target.dtype)).to(target.dtype))
 
 
-_define(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    _rms_norm,
-    lambda x, weight, eps: torch.empty(x.shape, dtype=x.dtype, device="meta"),
-    _rms_norm_cuda,
-)
+def _sum_routes(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    """[n, H]: the sum of each token's rows, as `add_routes_` adds it to zeros."""
+    gathered = rows[inverse].view(-1, top_k, rows.shape[1])
+    return gathered.sum(1, dtype=wide(rows.dtype)).to(rows.dtype)
+
+
+def _spread_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """Row order // top_k of x for each route of `order`."""
+    return x.index_select(0, order // top_k)
+
+
+def _inverse_order(order: Tensor) -> Tensor:
+    """Where each element went, of a permutation [R] int64."""
+    places = torch.arange(order.shape[0], device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places)
+
+
+def _arrival_order(arrived: Tensor, total: int) -> Tensor:
+    """See `mopexec.model.grouped.expert_order`: a block (source, expert) of arrivals moves as a whole."""
+    counts = arrived.t().reshape(-1)
+    starts = (arrived.reshape(-1).cumsum(0) - arrived.reshape(-1)).view_as(arrived).t().reshape(-1)
+    ends = counts.cumsum(0)
+    place = torch.arange(total, device=arrived.device)
+    block = torch.searchsorted(ends, place, right=True)
+    return place + (starts - ends + counts)[block]
+
+
+def _rms_norm_meta(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+_define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta, _rms_norm_cuda)
+_define("rms_norm_strided(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta)
 _define("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
         _rms_norm_backward,
         lambda grad, x, weight, eps: (
@@ -225,5 +253,12 @@ _define("route_weights_backward(Tensor grad, Tensor logits, Tensor experts, bool
         lambda grad, logits, *_: torch.empty_like(logits))  # fmt: skip
 _define("add_routes_(Tensor(a!) target, Tensor rows, Tensor inverse, int top_k) -> ()",
         _add_routes_, _nothing)  # fmt: skip
+_define("sum_routes(Tensor rows, Tensor inverse, int top_k) -> Tensor", _sum_routes,
+        lambda rows, inverse, top_k: rows.new_empty(inverse.shape[0] // top_k, rows.shape[1]))  # fmt: skip
+_define("spread_rows(Tensor x, Tensor order, int top_k) -> Tensor", _spread_rows,
+        lambda x, order, _: x.new_empty(order.shape[0], x.shape[1]))  # fmt: skip
+_define("inverse_order(Tensor order) -> Tensor", _inverse_order, torch.empty_like)
+_define("arrival_order(Tensor arrived, int total) -> Tensor", _arrival_order,
+        lambda arrived, total: arrived.new_empty(total))  # fmt: skip
 
 OPS: Any = torch.ops.mop

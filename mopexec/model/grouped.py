@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mopexec.model import kernels
+from mopexec.model.fused import OPS
 
 _BLOCK = 8
 """Elements of 16 bytes in bf16: what grouped products want rows to be multiples of, on CUDA."""
@@ -28,6 +29,11 @@ class Counts:
     beside: "Counts | None" = None
 
     @property
+    def ends(self) -> Tensor:
+        """Where each expert's rows end, on the device."""
+        return ends_of(self.device)
+
+    @property
     def by_source(self) -> list[int]:
         """Rows of each source."""
         return [sum(counts) for counts in self.each]
@@ -38,16 +44,19 @@ class Counts:
         return [sum(counts) for counts in zip(*self.each, strict=True)]
 
 
+def ends_of(arrived: Tensor) -> Tensor:
+    """Where each expert's rows end, [.., experts] int32, of arrivals [.., sources, experts]."""
+    return arrived.sum(-2).cumsum(-1, dtype=torch.int32)
+
+
 def expert_order(arrived: Tensor, total: int) -> Tensor | None:
     """Positions of arrivals (by source, then expert) in the order by expert, then source: [total] int64. None
     where the two are the same. arrived [sources, experts] counts them.
     """
     if 1 in arrived.shape:
         return None
-    expert = torch.arange(arrived.numel(), dtype=torch.int16, device=arrived.device).remainder_(
-        arrived.shape[1]
-    )
-    return torch.repeat_interleave(expert, arrived.flatten(), output_size=total).argsort(stable=True)
+    order: Tensor = OPS.arrival_order(arrived, total)
+    return order
 
 
 def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
@@ -58,17 +67,14 @@ def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
 
 
 class Groups:
-    """Where each expert's rows end, and the expert of each row where there are biases. arrived [sources,
-    experts].
-    """
+    """ends [E] int32: where each expert's rows end; of each row its expert where there are biases."""
 
-    def __init__(self, arrived: Tensor, num_rows: int, *, biased: bool) -> None:
-        counts = arrived.sum(0)
-        self.ends = counts.cumsum(0, dtype=torch.int32)
+    def __init__(self, ends: Tensor, num_rows: int, *, biased: bool) -> None:
+        self.ends = ends
         self.expert: Tensor | None = None
         if biased:
-            place = torch.arange(counts.shape[0], device=counts.device)
-            self.expert = torch.repeat_interleave(place, counts, output_size=num_rows)
+            place = torch.arange(num_rows, dtype=ends.dtype, device=ends.device)
+            self.expert = torch.searchsorted(ends, place, right=True)
 
     def product(self, rows: Tensor, stack: Tensor, bias: Tensor | None = None) -> Tensor:
         """Rows [R, a] times their experts' [E, a, b]; differentiable."""

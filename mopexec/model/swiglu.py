@@ -84,7 +84,7 @@ def grouped_swiglu(x: Tensor, counts: Counts, stacks: Mapping[str, Tensor], clam
     """
     biased = "gate_proj_bias" in stacks
     if fits(x, stacks):
-        groups = Groups(counts.device, x.shape[0], biased=biased)
+        groups = Groups(counts.ends, x.shape[0], biased=biased)
         gate, up = (
             groups.product(x, stacks[f"{name}_proj"], stacks.get(f"{name}_proj_bias"))
             for name in ("gate", "up")

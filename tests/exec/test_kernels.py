@@ -12,6 +12,8 @@ from mopexec.flat import expert_products
 from mopexec.flat.experts import experts_backward_, experts_forward_
 from mopexec.flat.rows import rms_norm, rms_norm_backward_
 from mopexec.measure.kernels import layer_kernels
+from mopexec.model.fused import OPS
+from mopexec.model.grouped import ends_of, expert_order
 from mopexec.model.kernels import prepare, using
 from mopexec.model.swiglu import Clamp
 from mopsim import strategies
@@ -27,7 +29,8 @@ from tests.exec.test_flat_units import ALL_TWO
 
 CUDA = load_stack("mopexec-flat").on_kind("cuda").kernels
 CPU = load_stack("mopexec-flat").on_kind("cpu").kernels
-MOST = 400
+MOST = 340
+"""As few as were reached."""
 
 
 def planned(chunk_tokens: int = 0, **options: Any) -> Plan:
@@ -80,7 +83,7 @@ def test_grouped_products_are_those_of_each_expert(clamp: Clamp | None, biased: 
     whole = [inputs.clone()]
     with using(CUDA):
         assert expert_products.fits(inputs, experts)
-        expert_products.forward(whole, weights, arrived, experts, clamp)
+        expert_products.forward(whole, weights, ends_of(arrived), experts, clamp)
     alone = inputs.clone()
     experts_forward_(alone, weights, counts, [experts], clamp)
     _close(whole[0], alone)
@@ -90,12 +93,27 @@ def test_grouped_products_are_those_of_each_expert(clamp: Clamp | None, biased: 
         grads = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in experts.items()}
         rows = [inputs.clone(), given.clone()]
         if grouped:
-            of_weights = expert_products.backward(rows, weights, arrived, experts, grads, clamp)
+            of_weights = expert_products.backward(rows, weights, ends_of(arrived), experts, grads, clamp)
         else:
             of_weights = experts_backward_(rows[1], rows[0], weights, counts, [experts], [grads], clamp)
         found.append([rows[-1], of_weights, *grads.values()])
     for mine, other in zip(*found, strict=True):
         _close(mine, other)
+
+
+def test_orders_are_those_of_sorts() -> None:
+    arrived = torch.tensor([[3, 0, 20, 1], [4, 0, 9, 8], [0, 5, 1, 0]])
+    expert = torch.arange(4).repeat(3).repeat_interleave(arrived.flatten())
+    order = expert_order(arrived, int(arrived.sum()))
+    assert torch.equal(order, expert.argsort(stable=True))
+    assert torch.equal(OPS.inverse_order(order), order.argsort())
+    assert expert_order(arrived[:1], 24) is expert_order(arrived[:, :1], 7) is None
+    rows, top_k = torch.randn(12, 8).bfloat16(), 2
+    inverse = torch.randperm(12)
+    total = torch.zeros(6, 8).bfloat16()
+    OPS.add_routes_(total, rows, inverse, top_k)
+    assert torch.equal(OPS.sum_routes(rows, inverse, top_k), total)
+    assert torch.equal(OPS.spread_rows(rows, inverse, top_k), rows[inverse // 2])
 
 
 def test_other_dtypes_run_expert_by_expert() -> None:

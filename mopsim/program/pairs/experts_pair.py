@@ -56,7 +56,7 @@ class ExpertsPair:
         kind, size = ("all_gather", size * c.groups["experts"].size) if placed else ("all_to_all", size)
         arrived = b.issue("counts", kind, size, "experts", _R, "forward", layer)
         b.compute(
-            "counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=12)],
+            "counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=14)],
             arrived, awaited=arrived is not None,
         )  # fmt: skip
 
@@ -158,18 +158,16 @@ class ExpertsPair:
         wide = c.wide
         b.make("order", sent * 8, _D)
         b.spike(sent * 8 * 2, _D)
-        b.make("token", sent * 8, _D)
         if self.ordered:
             b.make(f"arrival_order.{i}", arrived * 8, _D)
-            b.spike(arrived * 16, _D)
-        works = [self.rows.norm(n, self.H, "hidden", _D, strided=c.chunks > 1)]
+        works = [self.rows.norm(n, self.H, "hidden", _D)]
         if self.rows.fused_router:
             b.spike(n * (self.E + self.k) * wide, _D)
         else:
             b.spike(n * (self.H + self.E) * wide + self.E * self.H * wide, _D)
         b.make(f"weights_sent.{i}", sent * wide, _D)
         works += self._routing(n, False)
-        works.append(self.rows.elementwise(sent, 8, 14))
+        works.append(self.rows.elementwise(sent, 8, 10))
         b.compute("order routes", _R, phase, layer, works)
         b.make(f"weights.{i}", arrived * wide, _D) if self.split else None
         works = [self.rows.by_index(sent * self.row)]
@@ -190,9 +188,8 @@ class ExpertsPair:
                 b.make(f"grads.{i}", arrived * self.row, _D)
             waiting = b.issue("dispatch gradients", "all_to_all", size, "experts", _E, phase, layer)
         b.make(f"inverse.{i}", sent * 8, _D)
-        b.spike(sent * 8, _D)
-        b.drop("order", "token")
-        b.compute("inverse", _R, phase, layer, [self.rows.elementwise(sent, 16, 2)])
+        b.drop("order")
+        b.compute("inverse", _R, phase, layer, [self.rows.elementwise(sent, 16, 1)])
         return waiting
 
     def _take(self, name: str, i: int, size: int) -> list[Work]:
