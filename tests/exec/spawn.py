@@ -102,14 +102,16 @@ class Pool:
             os.unlink(self._store)
 
 
-def run_command(arguments: list[str], world: int, folder: Path) -> tuple[int, str, str]:
-    """`mopexec ARGUMENTS` as each of `world` ranks, as under the user's own torchrun; (exit code, standard
-    output, standard error) of the first. folder: for their output."""
+def run_command(
+    arguments: list[str], world: int, folder: Path, entry: str = "mopexec.cli"
+) -> tuple[int, str, str]:
+    """`mopexec ARGUMENTS` (main of the module `entry`) as each of `world` ranks, as under the user's own
+    torchrun; (exit code, standard output, standard error) of the first. folder: for their output."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
-    given = [(rank, world, port, arguments, folder) for rank in range(world)]
+    given = [(rank, world, port, arguments, folder, entry) for rank in range(world)]
     ranks = [context.Process(target=_command, args=one, daemon=True) for one in given]
     for rank in ranks:
         rank.start()
@@ -121,15 +123,13 @@ def run_command(arguments: list[str], world: int, folder: Path) -> tuple[int, st
     return code, (folder / "0.out").read_text(), (folder / "0.err").read_text()
 
 
-def _command(rank: int, world: int, port: int, arguments: list[str], folder: Path) -> None:
+def _command(rank: int, world: int, port: int, arguments: list[str], folder: Path, entry: str) -> None:
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sizes = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in (sizes | {"MASTER_PORT": port}).items()})
     os.environ.update({"MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    from mopexec.cli import main
-
-    main(arguments)
+    importlib.import_module(entry).main(arguments)
 
 
 MOST_TASKS = 24

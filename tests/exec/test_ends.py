@@ -19,6 +19,7 @@ from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import (
     ROOT,
     environment,
+    fake_as_ranks,
     finish,
     losses,
     ranks_of,
@@ -138,7 +139,7 @@ def test_a_dry_run_that_would_not_end_is_refused(runtime):
 def plain(inputs, tmp_path_factory):
     """The losses of nine steps that nothing disturbs."""
     out = tmp_path_factory.mktemp("runs") / "plain"
-    assert finish(start_fake(inputs, out, "", steps=9))[0] == 0
+    fake_as_ranks(inputs, out, steps=9)
     return losses(out)
 
 
@@ -153,8 +154,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(inputs, tmp_path, p
     wait_for(lambda: ranks_of(out) == [])
     assert checkpoint.newest_state(out)[1].step == 4
     assert len(list((out / "checkpoints").glob(".writing_*"))) == fake.startswith("saving")
-    code, _, err = finish(start_fake(inputs, out, "", steps=9, resume=True))
-    assert code == 0, err
+    fake_as_ranks(inputs, out, steps=9, resume=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert losses(out) == plain

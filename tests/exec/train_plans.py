@@ -47,15 +47,15 @@ def small_plan(world_size=2, **training):
     )  # fmt: skip
 
 
-def main():
+def main(arguments):
     from mopexec.cli.train import run
     from mopexec.run.options import TrainOptions
 
-    options = json.loads(sys.argv[1])
+    options = json.loads(arguments[0])
     restarts = options.pop("restarts", 0)
     options["build"] = "tests.exec.fake_runner:build"
     sys.exit(run(io.convert(options, TrainOptions, "options"), None, restarts))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -55,6 +55,20 @@ def common(inputs, out):
 
 def start_fake(inputs, out, fake, **options):
     """The command in a process of its own, with the fake runner."""
+    command = [sys.executable, "-m", "tests.exec.train_plans", _options(inputs, out, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(fake), **pipes)
+
+
+def fake_as_ranks(inputs, out, **options):
+    """The same without the launcher and its start, and nothing that fails."""
+    folder = out.with_name(f"{out.name}-ranks")
+    folder.mkdir(exist_ok=True)
+    code, _, err = run_command([_options(inputs, out, options)], 2, folder, "tests.exec.train_plans")
+    assert code == 0, err
+
+
+def _options(inputs, out, options):
     given = {
         "plan": str(inputs / "plan.yaml"),
         "data": {"source": str(inputs / "text.txt")},
@@ -62,9 +76,7 @@ def start_fake(inputs, out, fake, **options):
         "out": str(out),
         **options,
     }
-    command = [sys.executable, "-m", "tests.exec.train_plans", json.dumps(given)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(fake), **pipes)
+    return json.dumps(given)
 
 
 def finish(process):
