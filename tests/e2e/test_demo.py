@@ -1,20 +1,40 @@
 """The closed loop, for real but short: every command of both packages, two ranks, a report with its
-pictures."""
+pictures. The launcher starts the ranks of one training; those of the others are forked."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mopsim import loop
+from tests.exec.spawn import run_command
 
 ROOT = Path(__file__).parents[2]
 
 
 SMALLER = {"SEQ_LEN": 128, "PILOT_STEPS": 6, "TRACKED_STEPS": 4, "PROFILE_STEPS": 1}
+
+
+def forked(run: Any) -> Any:
+    """Loop._run that forks the ranks of `mopexec train`, but of the first."""
+    launched = []
+
+    def either(self: loop.Loop, package: str, arguments: tuple[str, ...]) -> None:
+        if arguments[0] != "train" or not launched:
+            launched.extend(arguments[:1] if arguments[0] == "train" else [])
+            return run(self, package, arguments)
+        self.commands.append(" ".join([package, *arguments]))
+        output = self.work / f"{len(self.commands):02d}-output"
+        output.mkdir()
+        code, out, err = run_command(list(arguments), loop.RANKS, output)
+        assert code == 0, f"{out}\n{err}"
+        return None
+
+    return either
 
 
 @pytest.mark.slow
@@ -26,6 +46,7 @@ def test_the_loop_closes(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name, value in SMALLER.items():
         monkeypatch.setattr(loop, name, value)
+    monkeypatch.setattr(loop.Loop, "_run", forked(loop.Loop._run))
     loop.run("reports/demo", seed=0, steps=10)
     shown = capsys.readouterr().out
     assert "Winner:" in shown or "A tie on this machine:" in shown
