@@ -35,6 +35,7 @@ class ShardedAdamW:
     def __init__(self, shards: list[Shard], training: TrainSpec, platform: Platform, *, host: bool) -> None:
         self._platform, self._host, self._clip_norm = platform, host, training.clip_norm
         self.shards = shards
+        self._device = torch.device("cpu") if host and not platform.fake else platform.device
         self._parameters = {s.name: nn.Parameter(s.value.detach()) for s in shards if s.value.numel()}
         self.coefficient = torch.ones(())
         """What the last step multiplied the gradients by, where it works."""
@@ -64,7 +65,7 @@ class ShardedAdamW:
             norm = self._global_norm(grads)
             if self._clip_norm:
                 factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-                self.coefficient = factor.cpu() if self._host else factor
+                self.coefficient = factor.to(self._device)
                 if present:
                     torch._foreach_mul_(present, self.coefficient)
             for name, parameter in self._parameters.items():
@@ -84,7 +85,7 @@ class ShardedAdamW:
 
     def _global_norm(self, grads: dict[str, Tensor]) -> Tensor:
         """The 2-norm of all gradients of the model: squares summed over ranks, each element counted once."""
-        square = torch.zeros((), dtype=torch.float64, device="cpu" if self._host else self._platform.device)
+        square = torch.zeros((), dtype=torch.float64, device=self._device)
         for copies in sorted({shard.copies for shard in self.shards}):
             some = [
                 grads[s.name]

@@ -60,6 +60,7 @@ MODULES = {
     "fully_shard": fsdp2(2, expert_parallel=2, context_parallel=2),
     "fully_shard, host": fsdp2(2, expert_parallel=2, loss="chunked", recompute="none", offload=True),
     "split_modules": megatron(2, tensor_parallel=2, expert_parallel=2, recompute="selective"),
+    "split_modules, host": megatron(2, expert_parallel=2, optimizer_on_host=1.0),
     "split_modules, experts": megatron(2, context_parallel=2, expert_tensor_parallel=2),
 }
 
