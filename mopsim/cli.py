@@ -144,9 +144,9 @@ def context(
     json: o.Json = None,
 ) -> None:
     """Sweep the context length: throughput of MoP, and of FSDP2 under each of some restrictions."""
-    from mopsim.commands.context import Order, run
+    from mopsim.commands.context import ContextOrder, run
 
-    order = Order(model, nodes, hardware, seq_len, tokens_per_device, contender, budget, jobs, routing)
+    order = ContextOrder(model, nodes, hardware, seq_len, tokens_per_device, contender, budget, jobs, routing)
     run(order, out, json)
 
 
@@ -201,9 +201,9 @@ def size(
     json: o.Json = None,
 ) -> None:
     """Find the machine type and number of nodes that train in time, or within a budget: days, cost, risk."""
-    from mopsim.commands.size import Order, run
+    from mopsim.commands.size import SizeOrder, run
 
-    order = Order(
+    order = SizeOrder(
         model, tokens, days, budget, hardware, seq_len, global_batch_tokens, family, max_nodes, confidence,
         price or [], reserved, buy, capex or [], years, sites, assume or [], utilisation, pue, max_cost,
         simulations, runnable, routing, precision, stack, interval,
@@ -336,7 +336,7 @@ def profile_new(
 ) -> None:
     """Describe a card that nobody measured: its figures, the nearest known card for the rest, and how much
     each of those assumptions moves the step of a reference job."""
-    from mopsim.commands.profile import Card, run
+    from mopsim.commands.profile import CardOrder, run
 
     figures = {
         "memory": memory, "memory-bandwidth": memory_bandwidth, "bf16": bf16, "fp8": fp8,
@@ -344,7 +344,7 @@ def profile_new(
         "node-power": node_power, "price": price,
     }  # fmt: skip
     given = {figure: text for figure, text in figures.items() if text is not None}
-    card = Card(name, given, near, architecture, devices_per_node, scale_up_size, source, tag)
+    card = CardOrder(name, given, near, architecture, devices_per_node, scale_up_size, source, tag)
     job = {
         "model": model, "nodes": nodes, "seq_len": seq_len, "global_batch": global_batch, "families": family,
         "budget": budget,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mopexec.data.documents import Piece, Reading, is_records
+from mopexec.data.documents import DocumentPiece, DocumentReading, is_records
 from mopsim.common.errors import MopError
 from mopsim.common.io import exists
 
@@ -34,7 +34,7 @@ class Corpus:
     files: tuple[Path, ...]
     digest: str
 
-    def pieces(self, reading: Reading) -> Iterator[Piece]:
+    def pieces(self, reading: DocumentReading) -> Iterator[DocumentPiece]:
         """All documents. Raises MopError naming the file and the line or row."""
         for path in self.files:
             try:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mopexec.data.prepare import Part, read_meta
+from mopexec.data.prepare import TextPart, read_meta
 from mopsim.common.errors import MopError
 from mopsim.spec.training import TrainSpec
 
@@ -91,7 +91,7 @@ def open_tokens(directory: Path, training: TrainSpec, seed: int) -> TokenDataset
 class _Windows:
     """One source: its ids, mask and documents' ends, mapped."""
 
-    def __init__(self, directory: Path, part: Part, seq_len: int, apart: bool) -> None:
+    def __init__(self, directory: Path, part: TextPart, seq_len: int, apart: bool) -> None:
         path = directory / part.tokens  # an absolute path stays itself
         try:
             self.tokens: npt.NDArray[Any] = np.memmap(

@@ -14,7 +14,7 @@ _PIECE_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """Text of at most about 1 MiB. counted: whether its tokens count in the loss; ends: its document ends."""
 
     text: str
@@ -23,7 +23,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DocumentReading:
     """How records become text. text_field: of a record with a text; loss_mask: which messages of a chat
     count ("auto" = those of the assistant). chat: how messages are written.
     """
@@ -32,11 +32,11 @@ class Reading:
     loss_mask: LossMask
     chat: Chat
 
-    def pieces(self, path: Path) -> Iterator[Piece]:
+    def pieces(self, path: Path) -> Iterator[DocumentPiece]:
         """The file's documents. Raises MopError naming the file and the line or row."""
         return _READERS.get(path.suffix.lower(), _text)(path, self)
 
-    def record(self, record: Any, where: str) -> Iterator[Piece]:
+    def record(self, record: Any, where: str) -> Iterator[DocumentPiece]:
         """One record: a text under `text_field`, or a chat under `messages`."""
         if not isinstance(record, dict):
             raise MopError(f"--data: {where}: is not an object with {self.text_field!r} or 'messages'")
@@ -44,7 +44,7 @@ class Reading:
             counted = ("assistant",) if self.loss_mask != "all" else None
             parts = self.chat.parts(record["messages"], where)
             for index, (role, message) in enumerate(parts):
-                yield Piece(message, counted is None or role in counted, index == len(parts) - 1)
+                yield DocumentPiece(message, counted is None or role in counted, index == len(parts) - 1)
             return
         text = record.get(self.text_field)
         if not isinstance(text, str):
@@ -52,7 +52,7 @@ class Reading:
                 f"--data: {where}: has no text in {self.text_field!r} and no 'messages'; it has "
                 f"{', '.join(sorted(map(repr, record))[:6]) or 'nothing'} (--text-field names another)"
             )
-        yield Piece(text, self.loss_mask != "assistant", True)
+        yield DocumentPiece(text, self.loss_mask != "assistant", True)
 
 
 def is_records(path: Path) -> bool:
@@ -60,17 +60,17 @@ def is_records(path: Path) -> bool:
     return path.suffix.lower() in _READERS
 
 
-def _text(path: Path, _reading: Reading) -> Iterator[Piece]:
+def _text(path: Path, _reading: DocumentReading) -> Iterator[DocumentPiece]:
     """Pieces that end at a line's end."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = file.readlines(_PIECE_CHARACTERS)
         while lines:
             following = file.readlines(_PIECE_CHARACTERS)
-            yield Piece("".join(lines), ends=not following)
+            yield DocumentPiece("".join(lines), ends=not following)
             lines = following
 
 
-def _json_lines(path: Path, reading: Reading) -> Iterator[Piece]:
+def _json_lines(path: Path, reading: DocumentReading) -> Iterator[DocumentPiece]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -83,7 +83,7 @@ def _json_lines(path: Path, reading: Reading) -> Iterator[Piece]:
             yield from reading.record(record, where)
 
 
-def _parquet(path: Path, reading: Reading) -> Iterator[Piece]:
+def _parquet(path: Path, reading: DocumentReading) -> Iterator[DocumentPiece]:
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
@@ -105,7 +105,7 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_READERS: dict[str, Callable[[Path, Reading], Iterator[Piece]]] = {
+_READERS: dict[str, Callable[[Path, DocumentReading], Iterator[DocumentPiece]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".parquet": _parquet,

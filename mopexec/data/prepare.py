@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mopexec.data.chat import Chat
 from mopexec.data.corpus import Corpus, read_corpus
-from mopexec.data.documents import LossMask, Piece, Reading
+from mopexec.data.documents import DocumentPiece, DocumentReading, LossMask
 from mopexec.data.token_files import TokenFile, open_token_file
 from mopexec.data.tokenizer import END_OF_TEXT, GivenTokenizer, read_tokenizer, train_tokenizer
 from mopsim.common import io
@@ -43,7 +43,7 @@ class DataOptions(Spec, frozen=True, kw_only=True):
     loss_mask: LossMask = "auto"
 
 
-class Source(Spec, frozen=True, kw_only=True):
+class TextSource(Spec, frozen=True, kw_only=True):
     """One entry of a mixture: `weight` is its share of the sequences, relative to the others'."""
 
     path: str
@@ -56,13 +56,13 @@ class Source(Spec, frozen=True, kw_only=True):
 class Mixture(Spec, frozen=True, kw_only=True):
     """A YAML file of `sources`; paths are relative to the file."""
 
-    sources: list[Source]
+    sources: list[TextSource]
 
     def __post_init__(self) -> None:
         require(bool(self.sources), "sources", self.sources, "must name one source or more")
 
 
-class Part(Spec, frozen=True, kw_only=True):
+class TextPart(Spec, frozen=True, kw_only=True):
     """Token ids of one source. tokens: file, absolute or in the directory; mask: file of one byte a token,
     0 = does not count in the loss ("" = all count); ends: file of int64, tokens up to the end of each
     document ("" = not known). digest: SHA-256 of the ids' bytes; others: of the other files, by name.
@@ -84,7 +84,7 @@ class Meta(Spec, frozen=True, kw_only=True):
 
     vocab_size: int
     digest: str
-    parts: list[Part]
+    parts: list[TextPart]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
     """
     given = read_tokenizer(options.tokenizer, vocab_size) if options.tokenizer else None
     sources = [_open(source, vocab_size) for source in _sources(options.source)]
-    reading = Reading(options.text_field, options.loss_mask, given.chat if given else Chat())
+    reading = DocumentReading(options.text_field, options.loss_mask, given.chat if given else Chat())
     digest = _digest(options, sources, given)
     final = cache / f"tokens-v{_FORMAT}-{digest}-{vocab_size}"
     if _is_whole(final):
@@ -171,18 +171,18 @@ def read_meta(directory: Path) -> Meta:
     return io.load(directory / META, Meta, "tokens")
 
 
-def _sources(source: str) -> list[Source]:
+def _sources(source: str) -> list[TextSource]:
     path = Path(source)
     if path.suffix not in _MIXTURES:
-        return [Source(path=source)]
+        return [TextSource(path=source)]
     mixture = io.load(path, Mixture, "data")
     for number, one in enumerate(mixture.sources):
         rule = "is a mixture itself: name what it mixes"
         require(Path(one.path).suffix not in _MIXTURES, f"data.sources[{number}].path", one.path, rule)
-    return [Source(path=str(path.parent / one.path), weight=one.weight) for one in mixture.sources]
+    return [TextSource(path=str(path.parent / one.path), weight=one.weight) for one in mixture.sources]
 
 
-def _open(source: Source, vocab_size: int) -> _Text | _Ids:
+def _open(source: TextSource, vocab_size: int) -> _Text | _Ids:
     file = open_token_file(Path(source.path))
     if file is None:
         return _Text(read_corpus(source.path), source.weight)
@@ -217,11 +217,11 @@ def _file_digest(path: Path) -> str:
 
 def _parts(
     sources: Sequence[_Text | _Ids],
-    reading: Reading,
+    reading: DocumentReading,
     given: GivenTokenizer | None,
     vocab_size: int,
     directory: Path,
-) -> Iterator[Part]:
+) -> Iterator[TextPart]:
     """Tokenise every text with one tokenizer, which is kept beside them."""
     texts = [source.corpus for source in sources if isinstance(source, _Text)]
     tokenizer, end = None, END_OF_TEXT
@@ -233,7 +233,7 @@ def _parts(
     for number, source in enumerate(sources):
         if isinstance(source, _Ids):
             file = source.file
-            yield Part(
+            yield TextPart(
                 tokens=str(file.path), dtype=file.dtype, offset=file.offset, num_tokens=file.num_tokens,
                 weight=source.weight, digest=source.digest, **_ends(file.ends, directory, number),
             )  # fmt: skip
@@ -244,14 +244,14 @@ def _parts(
 
 
 def _tokenise(
-    pieces: Iterator[Piece],
+    pieces: Iterator[DocumentPiece],
     tokenizer: "Tokenizer",
     end: str,
     vocab_size: int,
     directory: Path,
     number: int,
     weight: float,
-) -> Part:
+) -> TextPart:
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     end_id = tokenizer.token_to_id(end)
     tokens, mask = directory / f"tokens{number}.bin", directory / f"mask{number}.bin"
@@ -273,7 +273,7 @@ def _tokenise(
         beside["others"][mask.name] = _file_digest(mask)
     else:
         mask.unlink()
-    return Part(
+    return TextPart(
         tokens=tokens.name, dtype=dtype.str, offset=0, num_tokens=num_tokens, weight=weight,
         digest=digest.hexdigest(), **beside,
     )  # fmt: skip

@@ -30,7 +30,7 @@ TRAFFIC = {"cpu": (2**16, 2**18, 2**20, 2**22, 2**24), "cuda": (2**20, 2**22, 2*
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionProbe:
     """FLOP of one call and its timing, by length."""
 
     forward: dict[int, tuple[float, Sample]]
@@ -85,7 +85,7 @@ def _cuda_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Call
     return forward, lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
-def attention(device: torch.device, stopwatch: Stopwatch, budget: float) -> Attention:
+def attention(device: torch.device, stopwatch: Stopwatch, budget: float) -> AttentionProbe:
     """Causal flash attention by length; FLOP of the causal half: 2 * heads * s * s * head_dim forward."""
     heads, head_dim = (4, 32) if device.type == "cpu" else (16, 128)
     make = _cpu_flash if device.type == "cpu" else _cuda_flash
@@ -98,7 +98,7 @@ def attention(device: torch.device, stopwatch: Stopwatch, budget: float) -> Atte
         cases["forward", length], cases["backward", length] = make(q, k, v)
     samples = measure(cases, stopwatch, budget)
     flops = {length: 2.0 * heads * length * length * head_dim for length in LENGTHS[device.type]}
-    return Attention(
+    return AttentionProbe(
         {length: (flop, samples["forward", length]) for length, flop in flops.items()},
         {length: (BACKWARD_FLOPS * flop, samples["backward", length]) for length, flop in flops.items()},
     )

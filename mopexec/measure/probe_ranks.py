@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from mopexec.measure import probe_compute
 from mopexec.measure.probe_collectives import collectives, communication_share
-from mopexec.measure.probe_compute import DTYPES, Attention
+from mopexec.measure.probe_compute import DTYPES, AttentionProbe
 from mopexec.measure.probe_fit import Shape
 from mopexec.measure.probe_machine import pin_to
 from mopexec.measure.probe_timing import Sample, Stopwatch
@@ -47,7 +47,7 @@ class Raw:
     """Everything that one rank timed; see the functions that fill it for the keys."""
 
     matmul: dict[str, dict[Shape, Sample]] = field(default_factory=dict)
-    attention: Attention = field(default_factory=lambda: Attention({}, {}))
+    attention: AttentionProbe = field(default_factory=lambda: AttentionProbe({}, {}))
     traffic: dict[tuple[str, float], Sample] = field(default_factory=dict)
     launch: Sample = field(default_factory=lambda: Sample(0.0, 1.0, 0))
     copies: dict[tuple[str, float], Sample] = field(default_factory=dict)

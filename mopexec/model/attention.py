@@ -20,7 +20,7 @@ LATENT_EPS = 1e-6
 DeepSeek-V2 and V3)."""
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Causal attention of one layer. `core` may be replaced (sequence parallelism), and `rows` (tensor
     parallelism)."""
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         if spec.attention_sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads, dtype=dtype, device=device))
         self.core: AttentionCore = causal_attention
-        self.rows: Rows = _Own()
+        self.rows: QueryRows = _Own()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents = ()) -> Tensor:
         """[B, S, H] to [B, S, H]; cos and sin [S, rotated / 2] of the tokens' positions, [B, ..] with
@@ -85,7 +85,7 @@ def _add_latent(block: nn.Module, spec: ModelSpec, dtype: torch.dtype, device: t
 Weights = Mapping[str, Tensor]
 
 
-class Rows(Protocol):
+class QueryRows(Protocol):
     """Which rows the projections of a block take: its own, or those of more ranks."""
 
     def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> Iterator[Tensor]:
@@ -106,7 +106,7 @@ class _Own:
 
 
 def project(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, rows: Rows | None = None
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, rows: QueryRows | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries [B, S, heads, d] and keys [B, S, kv_heads, d], and values, of normed x [B, S, H].
 
@@ -116,7 +116,7 @@ def project(
 
 
 def _grouped(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: Rows
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: QueryRows
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = []
     for name, rows in zip("qkv", source.products(weights, ("q_proj", "k_proj", "v_proj"), x), strict=True):
@@ -132,7 +132,7 @@ def _grouped(
 
 
 def _latent(
-    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: Rows
+    spec: ModelSpec, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, source: QueryRows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, and keys and values from a latent that they share; one rotated key part for all heads (arXiv
     2405.04434, 2.1).

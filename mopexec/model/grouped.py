@@ -17,7 +17,7 @@ _BLOCK = 8
 
 
 @dataclass(frozen=True)
-class Counts:
+class RowCounts:
     """Rows of each expert of a rank, by where they come from, in that order.
 
     each [sources][experts] on the host; device: the same on the device, int64. beside: of the ranks that
@@ -26,7 +26,7 @@ class Counts:
 
     each: list[list[int]]
     device: Tensor
-    beside: "Counts | None" = None
+    beside: "RowCounts | None" = None
 
     @property
     def ends(self) -> Tensor:

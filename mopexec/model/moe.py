@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopexec.model.auxiliary import Auxiliary, attach, router_loss
-from mopexec.model.grouped import Counts
+from mopexec.model.grouped import RowCounts
 from mopexec.model.parts import FeedForward, linear
 from mopexec.model.routing import choose_experts, count_routes, route_weights, router_scores, wide
 from mopexec.model.swiglu import clamp_of, grouped_swiglu
@@ -54,7 +54,7 @@ class Router(nn.Module):
         return experts, weights
 
 
-class Experts(nn.Module):
+class RoutedExperts(nn.Module):
     """The routed experts, stacked: gate_proj and up_proj [E, H, I], down_proj [E, I, H], biases [E, .]."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -68,15 +68,15 @@ class Experts(nn.Module):
                 bias = torch.empty((count, shape[1]), dtype=dtype, device=device)
                 self.register_parameter(f"{name}_proj_bias", nn.Parameter(bias))
 
-    def forward(self, x: Tensor, counts: Counts) -> Tensor:
+    def forward(self, x: Tensor, counts: RowCounts) -> Tensor:
         """Rows sorted by expert [R, H] to [R, H]."""
         return grouped_swiglu(x, counts, dict(self.named_parameters()), self.clamp)
 
 
-Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
+Dispatch = Callable[[Tensor, Tensor, Tensor, RoutedExperts], Tensor]
 
 
-def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Experts) -> Tensor:
+def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: RoutedExperts) -> Tensor:
     """Sum over a token's routes of weight times expert output: x [N, H], experts and weights [N, top_k] to
     [N, H].
     """
@@ -86,7 +86,7 @@ def dispatch_locally(x: Tensor, experts: Tensor, weights: Tensor, module: Expert
     counts = torch.zeros((1, stack.shape[0]), dtype=torch.int64, device=x.device)
     count_routes(counts[0], experts)
     token = order // experts.shape[1]
-    out = module(x[token], Counts(counts.tolist(), counts))
+    out = module(x[token], RowCounts(counts.tolist(), counts))
     routed = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     return routed.index_add(0, token, out * weights.flatten()[order, None]).to(x.dtype)
 
@@ -107,7 +107,7 @@ class MoE(nn.Module):
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.router = Router(spec, dtype, device)
-        self.experts = Experts(spec, dtype, device)
+        self.experts = RoutedExperts(spec, dtype, device)
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if spec.shared_expert_intermediate_size:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.model.grouped import Counts, Groups, fits
+from mopexec.model.grouped import Groups, RowCounts, fits
 from mopsim.spec.model import ModelSpec
 
 
@@ -76,7 +76,7 @@ def activate(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
     return result
 
 
-def grouped_swiglu(x: Tensor, counts: Counts, stacks: Mapping[str, Tensor], clamp: Clamp | None) -> Tensor:
+def grouped_swiglu(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], clamp: Clamp | None) -> Tensor:
     """SwiGLU of rows [R, H] sorted by expert, differentiable.
 
     stacks: gate_proj and up_proj [E, H, I], down_proj [E, I, H], and their biases [E, .] where there are any.

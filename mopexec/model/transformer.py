@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopexec.data.dataset import IGNORED
-from mopexec.model.attention import Attention
+from mopexec.model.attention import SelfAttention
 from mopexec.model.auxiliary import Auxiliary, attach
 from mopexec.model.documents import Documents
 from mopexec.model.moe import MoE
@@ -35,7 +35,7 @@ class Given:
     documents: Documents = ()
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     """Pre-norm decoder layer: attention, then a dense FFN or MoE."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
-        self.attention = Attention(spec, index, dtype, device)
+        self.attention = SelfAttention(spec, index, dtype, device)
         self.ffn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
         self.is_moe = moe
         if moe:
@@ -75,7 +75,7 @@ class Mtp(nn.Module):
         self.embedding_norm, self.hidden_norm = norms[0], norms[1]
         self.projection = linear(2 * spec.hidden_size, spec.hidden_size, dtype, device)
         layer = spec.num_hidden_layers + index
-        self.layer = Layer(spec, layer, spec.num_local_experts > 0, dtype, device)
+        self.layer = DecoderLayer(spec, layer, spec.num_local_experts > 0, dtype, device)
         self.final_norm = norms[2]
 
     def forward(self, hidden: Tensor, embedded: Tensor, given: Given) -> Tensor:
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         table = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=table)
         self.layers = nn.ModuleList(
-            Layer(spec, index, spec.is_moe_layer(index), dtype, device)
+            DecoderLayer(spec, index, spec.is_moe_layer(index), dtype, device)
             for index in range(spec.num_hidden_layers)
         )
         self.final_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, device)
@@ -149,9 +149,9 @@ class Transformer(nn.Module):
             if layer.is_moe:
                 layer.moe.router.auxiliary = auxiliary
 
-    def blocks(self) -> Iterator[Layer]:
+    def blocks(self) -> Iterator[DecoderLayer]:
         """Every decoder layer that is here, those of MTP modules last."""
-        yield from (layer for layer in self.layers if isinstance(layer, Layer))
+        yield from (layer for layer in self.layers if isinstance(layer, DecoderLayer))
         for module in self.mtp:
             assert isinstance(module, Mtp)
             yield module.layer

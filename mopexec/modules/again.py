@@ -11,38 +11,38 @@ from mopexec.measure.scope import phase
 T = TypeVar("T")
 
 
-class _Run:
+class _Again:
     """The forward of a checkpoint (replays: its recomputation) while entered."""
 
-    now: "_Run | None" = None
+    now: "_Again | None" = None
 
     def __init__(self, found: list[Any], *, replays: bool) -> None:
         self.found, self.replays = found, replays
         self._phase = phase("recompute") if replays else None
         self.left: Iterator[Any] = iter(())
-        self._outer: list[_Run | None] = []
+        self._outer: list[_Again | None] = []
 
     def __enter__(self) -> None:
-        self._outer.append(_Run.now)
-        _Run.now, self.left = self, iter(self.found)
+        self._outer.append(_Again.now)
+        _Again.now, self.left = self, iter(self.found)
         if self._phase:
             self._phase.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         if self._phase:
             self._phase.__exit__(*error)
-        _Run.now = self._outer.pop()
+        _Again.now = self._outer.pop()
 
 
 def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """`context_fn` of torch's checkpoint: of its forward, and of its recomputation."""
     found: list[Any] = []
-    return _Run(found, replays=False), _Run(found, replays=True)
+    return _Again(found, replays=False), _Again(found, replays=True)
 
 
 def once(make: Callable[[], T]) -> T:
     """What `make` gives; in a recomputation, what it gave in the forward."""
-    run = _Run.now
+    run = _Again.now
     if run is None:
         return make()
     if run.replays:

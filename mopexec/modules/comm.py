@@ -23,7 +23,7 @@ from mopexec.measure.scope import category, host_compute
 from mopexec.measure.tracker import mark_host, recategorize
 
 
-class _Work(dist.Work):
+class _Pending(dist.Work):
     """Whatever our collectives return, as the `dist.Work` that FSDP waits for."""
 
     def __init__(self, inner: collectives.Waitable) -> None:
@@ -48,7 +48,7 @@ class TrackedAllGather(AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         work = collectives.all_gather_single(output_tensor, input_tensor, group, async_op)
-        return _Work(work) if async_op else None
+        return _Pending(work) if async_op else None
 
 
 class TrackedReduceScatter(ReduceScatter):
@@ -79,7 +79,7 @@ class TrackedReduceScatter(ReduceScatter):
     ) -> dist.Work | None:
         assert op == dist.ReduceOp.SUM, "gradients are summed: the loss is divided by the global token count"
         work = collectives.reduce_scatter_single(output_tensor, input_tensor, group, async_op)
-        return _Work(work) if async_op else None
+        return _Pending(work) if async_op else None
 
 
 class _CopiedShard(FSDPParam):

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.measure.scope import category
-from mopexec.model.grouped import Counts
+from mopexec.model.grouped import RowCounts
 from mopexec.modules.exchange import exchange
 from mopexec.modules.experts import by_expert, permute
 
@@ -79,7 +79,7 @@ class SplitExperts:
     def __init__(self, module: nn.Module, group: Group, *, regathers: bool) -> None:
         self._forward, self._group, self._regathers = module.forward, group, regathers
 
-    def __call__(self, x: Tensor, counts: Counts) -> Tensor:
+    def __call__(self, x: Tensor, counts: RowCounts) -> Tensor:
         """Rows sorted by expert [R, H] to [R, H]."""
         everyone = counts.beside
         assert everyone is not None

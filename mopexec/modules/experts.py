@@ -17,7 +17,7 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
-from mopexec.model.grouped import Counts, expert_order
+from mopexec.model.grouped import RowCounts, expert_order
 from mopexec.model.routing import Routing, count_routes
 from mopexec.modules.again import once
 from mopexec.modules.exchange import exchange
@@ -88,7 +88,7 @@ class ExpertDispatch:
     ) -> None:
         self._routing, self._num_experts, self._group = routing, num_experts, group
         self._platform, self._beside = platform, beside if beside and beside.size > 1 else None
-        self._stated: tuple[list[int], Counts] | None = None
+        self._stated: tuple[list[int], RowCounts] | None = None
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, module: nn.Module) -> Tensor:
         """x [N, H], experts and weights [N, top_k] to the weighted sum of the experts' outputs [N, H]."""
@@ -116,7 +116,7 @@ class ExpertDispatch:
             by_token = rows.view(num_tokens, top_k, -1)
             return torch.bmm(weights.to(by_token.dtype)[:, None, :], by_token).squeeze(1)
 
-    def _counts(self, experts: Tensor) -> tuple[list[int], Counts]:
+    def _counts(self, experts: Tensor) -> tuple[list[int], RowCounts]:
         """Routes that this rank sends to each of the group, and those that it gets."""
         if self._routing.learned:
             return once(lambda: self._exchanged(experts))
@@ -124,21 +124,21 @@ class ExpertDispatch:
             self._stated = self._said(*experts.shape)
         return self._stated
 
-    def _said(self, num_tokens: int, top_k: int) -> tuple[list[int], Counts]:
+    def _said(self, num_tokens: int, top_k: int) -> tuple[list[int], RowCounts]:
         """Of the profile, by which every rank sends as many."""
         size, local = self._group.size, self._num_experts // self._group.size
         counts = routing_counts(self._routing.profile, num_tokens, 1, 0, self._num_experts, top_k)
         mine = [list(counts[place * local : (place + 1) * local]) for place in range(size)]
         each = [mine[self._group.place]] * size
         with category("dispatch"):
-            found = Counts(each, self._platform.upload(each, (size, local)))
+            found = RowCounts(each, self._platform.upload(each, (size, local)))
             if self._beside is not None:
                 same = [found.by_expert] * self._beside.size
-                beside = Counts(same, self._platform.upload(same, (self._beside.size, local)))
-                found = Counts(each, found.device, beside)
+                beside = RowCounts(same, self._platform.upload(same, (self._beside.size, local)))
+                found = RowCounts(each, found.device, beside)
         return [sum(one) for one in mine], found
 
-    def _exchanged(self, experts: Tensor) -> tuple[list[int], Counts]:
+    def _exchanged(self, experts: Tensor) -> tuple[list[int], RowCounts]:
         size, local = self._group.size, self._num_experts // self._group.size
         sent = torch.zeros(self._num_experts, dtype=torch.int64, device=experts.device)
         count_routes(sent, experts)
@@ -151,8 +151,8 @@ class ExpertDispatch:
             collectives.all_gather_single(tables[2].view(-1), tables[1].sum(0), self._beside.handle)
         values = self._platform.fetch(torch.cat(tables))
         mine, theirs, others = values[:size], values[size : 2 * size], values[2 * size :]
-        beside = Counts(others, tables[2]) if others else None
-        return [sum(counts) for counts in mine], Counts(theirs, tables[1], beside)
+        beside = RowCounts(others, tables[2]) if others else None
+        return [sum(counts) for counts in mine], RowCounts(theirs, tables[1], beside)
 
 
 def _with_inverse(order: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def _with_inverse(order: Tensor) -> tuple[Tensor, Tensor]:
     return order.to(torch.int32), inverse
 
 
-def by_expert(counts: Counts) -> tuple[Tensor, Tensor] | None:
+def by_expert(counts: RowCounts) -> tuple[Tensor, Tensor] | None:
     """Order (and inverse) that turns rows in blocks [source][expert] into blocks [expert][source]; None where
     the two are the same.
     """

@@ -90,7 +90,7 @@ def _book_full(parameter: Tensor) -> None:
         recategorize(parameter.grad, "gathered_grads")
 
 
-class Boundaries:
+class InputHooks:
     """Where checkpointed layers keep their inputs: on the device, or the first `count` of a forward on the
     host."""
 
@@ -120,7 +120,7 @@ class Boundaries:
         return x
 
 
-def recompute_layers(model: Any, boundaries: Boundaries) -> None:
+def recompute_layers(model: Any, boundaries: InputHooks) -> None:
     """Run every layer, and the projection before that of an MTP module, under a non-reentrant checkpoint,
     inside FSDP's hooks: its inputs are kept, the rest made again."""
     for index, layer in enumerate(model.blocks()):
@@ -149,7 +149,7 @@ def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 class _Checkpointed:
-    def __init__(self, index: int, forward: Callable[..., Tensor], boundaries: Boundaries) -> None:
+    def __init__(self, index: int, forward: Callable[..., Tensor], boundaries: InputHooks) -> None:
         self._index, self._forward, self._boundaries = index, forward, boundaries
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:

@@ -50,7 +50,7 @@ class Links:
                     self.found[way, "from"] = Link(source, group)
 
 
-class Pipeline:
+class StagePipeline:
     """This rank's stage. shape, dtype: of what travels between stages."""
 
     def __init__(

@@ -21,9 +21,9 @@ from mopexec.model.transformer import Given, Term
 from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
 from mopexec.modules.experts import ExpertDispatch
-from mopexec.modules.hooks import Boundaries, name_components, recompute_layers, recompute_modules
+from mopexec.modules.hooks import InputHooks, name_components, recompute_layers, recompute_modules
 from mopexec.modules.loss import chunked_loss, wide
-from mopexec.modules.pipeline import Links, Part, Pipeline
+from mopexec.modules.pipeline import Links, Part, StagePipeline
 from mopexec.modules.sequence import UlyssesAttention, with_following
 from mopexec.modules.slices import Block, Kind, block_of, fill
 from mopexec.modules.stage_groups import StageGroups
@@ -53,7 +53,7 @@ class SplitModel:
             plan.model.num_hidden_layers, pipeline.pipeline_parallel, pipeline.virtual_stages,
             groups.place.stage, pipeline.layers,
         )  # fmt: skip
-        self._pipeline: Pipeline | None = None
+        self._pipeline: StagePipeline | None = None
         if pipeline.pipeline_parallel > 1:
             with platform.bookkeeping():
                 links = Links(plan.strategy, platform)
@@ -61,7 +61,7 @@ class SplitModel:
             batch = plan.strategy.micro_batch
             shape = (batch, rows // batch, plan.model.hidden_size)
             dtype = _dtype(plan.strategy.precision.compute)
-            self._pipeline = Pipeline(plan.strategy, links, shape, dtype, platform)
+            self._pipeline = StagePipeline(plan.strategy, links, shape, dtype, platform)
             self._drop_others(self._pipeline)
         shapes = {name: tuple(p.shape) for name, p in self.network.named_parameters()}
         blocks = {name: block_of(name, shape, groups) for name, shape in shapes.items()}
@@ -133,7 +133,7 @@ class SplitModel:
 
         return run
 
-    def _drop_others(self, pipeline: Pipeline) -> None:
+    def _drop_others(self, pipeline: StagePipeline) -> None:
         """Keep what this stage's parts have; names stay as they are."""
         network, chunks = self.network, range(len(self._parts))
         mine = {layer for part in self._parts for layer in part}
@@ -219,14 +219,14 @@ class SplitModel:
             training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef, **more
         )
 
-    def _boundaries(self) -> Boundaries:
+    def _boundaries(self) -> InputHooks:
         activations, plan = self._plan.strategy.activations, self._plan
         if activations.layer_inputs == "device":
-            return Boundaries(self._platform, 0)
+            return InputHooks(self._platform, 0)
         rows = plan.training.tokens_per_rank(plan.strategy) // self._groups.tensor.size
         size = rows * plan.model.hidden_size * _dtype(plan.strategy.precision.compute).itemsize
         layers = plan.model.num_hidden_layers
-        return Boundaries(self._platform, layout.offloaded_boundaries(layers, size, activations.host_budget))
+        return InputHooks(self._platform, layout.offloaded_boundaries(layers, size, activations.host_budget))
 
     def _given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
         """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""

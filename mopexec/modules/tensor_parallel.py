@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import Weights
-from mopexec.model.transformer import Layer
+from mopexec.model.transformer import DecoderLayer
 from mopexec.modules.exchange import exchange
 
 
@@ -133,7 +133,7 @@ class SplitFeedForward:
         return out.view_as(x)
 
 
-def split_layer(layer: Layer, group: Group) -> None:
+def split_layer(layer: DecoderLayer, group: Group) -> None:
     """Make a layer's regions those of the group; its parameters are this rank's slices."""
     attention: Any = layer.attention
     attention.rows = SplitRows(group)

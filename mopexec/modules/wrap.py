@@ -26,7 +26,7 @@ from mopexec.model.transformer import Term
 from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
 from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.groups import FsdpGroups
-from mopexec.modules.hooks import Boundaries, name_components, recompute_layers
+from mopexec.modules.hooks import InputHooks, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, full_loss
 from mopexec.modules.sequence import UlyssesAttention, with_following
 from mopexec.weights.source import Source
@@ -79,13 +79,13 @@ def _dtype(name: str) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, name))
 
 
-def _boundaries(plan: Plan, platform: Platform) -> Boundaries:
+def _boundaries(plan: Plan, platform: Platform) -> InputHooks:
     activations = plan.strategy.activations
     if activations.layer_inputs == "device":
-        return Boundaries(platform, 0)
+        return InputHooks(platform, 0)
     size = plan.training.tokens_per_rank(plan.strategy) * plan.model.hidden_size
     num_bytes = size * _dtype(plan.strategy.precision.compute).itemsize
-    return Boundaries(
+    return InputHooks(
         platform,
         layout.offloaded_boundaries(plan.model.num_hidden_layers, num_bytes, activations.host_budget),
     )

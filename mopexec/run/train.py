@@ -41,7 +41,7 @@ router that learns may need more in a later step, so what is shown says up to wh
 """
 
 
-class Outcome(Spec, frozen=True, kw_only=True):
+class TrainOutcome(Spec, frozen=True, kw_only=True):
     """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''."""
 
     run: str
@@ -59,7 +59,7 @@ class Outcome(Spec, frozen=True, kw_only=True):
     disturbed_steps: int = 0
 
 
-def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> Outcome:
+def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> TrainOutcome:
     """Train `plan` until options.steps optimizer steps are done in all, on every rank together.
 
     build: `mopexec.run.apply.build`, or another that returns a Runner. stop: asked after every step.
@@ -258,7 +258,7 @@ class _Loop:
         if self.metrics:
             self.metrics.close()
 
-    def conclude(self, kinds: dict[str, KindTiming]) -> Outcome:
+    def conclude(self, kinds: dict[str, KindTiming]) -> TrainOutcome:
         """Write the measurement of this process's steps, and how the run ended."""
         earlier = self.metrics.first_loss if self.metrics else None
         before = self.metrics.step_times(self.strategy) if self.metrics else []
@@ -276,7 +276,7 @@ class _Loop:
                 self.plan, self.busiest[min(self.options.warmup, len(self.busiest) - 1) :]
             ),
         )
-        outcome = Outcome(
+        outcome = TrainOutcome(
             run=str(self.out),
             steps_done=self.done,
             stopped_by=self.stopped_by,

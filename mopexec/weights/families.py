@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a parameter (of a stack: one expert's matrix) lies. transposed: the file has [outputs, inputs].
     first, step: it is every step-th element of the last dimension, from the first on.
     """
@@ -27,7 +27,7 @@ class Family:
     """
 
     architecture: str
-    table: Mapping[str, Place]
+    table: Mapping[str, TensorPlace]
     copies: Mapping[str, str] = field(default_factory=dict)
     writes_copies: bool = False
 
@@ -40,8 +40,8 @@ BALANCE_BIAS = "layers.*.moe.router.balance_bias"
 _LAYER = "model.layers.{layer}."
 
 
-def _places(names: Mapping[str, str], prefix: str, ours: str) -> dict[str, Place]:
-    return {f"{ours}{mine}": Place(f"{prefix}{theirs}") for mine, theirs in names.items()}
+def _places(names: Mapping[str, str], prefix: str, ours: str) -> dict[str, TensorPlace]:
+    return {f"{ours}{mine}": TensorPlace(f"{prefix}{theirs}") for mine, theirs in names.items()}
 
 
 def _with_bias(names: Mapping[str, str]) -> dict[str, str]:
@@ -52,9 +52,9 @@ def _with_bias(names: Mapping[str, str]) -> dict[str, str]:
 
 
 _OUTER = {
-    "embedding.weight": Place("model.embed_tokens.weight"),
-    "final_norm.weight": Place("model.norm.weight"),
-    "head.weight": Place("lm_head.weight"),
+    "embedding.weight": TensorPlace("model.embed_tokens.weight"),
+    "final_norm.weight": TensorPlace("model.norm.weight"),
+    "head.weight": TensorPlace("lm_head.weight"),
 }
 _NORMS = _places(
     {
@@ -94,22 +94,22 @@ _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 def _experts(
     block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
-) -> dict[str, Place]:
+) -> dict[str, TensorPlace]:
     """A matrix of each expert by itself, [outputs, inputs]."""
     names = {"gate": gate, "up": up, "down": down}
     return {
-        f"layers.*.moe.experts.{mine}_proj": Place(
+        f"layers.*.moe.experts.{mine}_proj": TensorPlace(
             f"{_LAYER}{block}.experts.{{expert}}.{theirs}.weight", transposed=True
         )
         for mine, theirs in names.items()
     }
 
 
-def _router(block: str) -> dict[str, Place]:
-    return {"layers.*.moe.router.weight": Place(f"{_LAYER}{block}.weight")}
+def _router(block: str) -> dict[str, TensorPlace]:
+    return {"layers.*.moe.router.weight": TensorPlace(f"{_LAYER}{block}.weight")}
 
 
-def _shared(block: str) -> dict[str, Place]:
+def _shared(block: str) -> dict[str, TensorPlace]:
     names = {f"{name}.weight": f"{name}.weight" for name in _SWIGLU}
     return _places(names, f"{_LAYER}mlp.{block}.", "layers.*.moe.shared.")
 
@@ -131,13 +131,13 @@ _MTP_COPIES = {
     f"{_LAYER}shared_head.head.weight": "lm_head.weight",
 }
 _GPT_OSS = {
-    f"layers.*.moe.experts.{name}_proj{part}": Place(
+    f"layers.*.moe.experts.{name}_proj{part}": TensorPlace(
         f"{_LAYER}mlp.experts.gate_up_proj{part}", first=first, step=2
     )
     for first, name in enumerate(("gate", "up"))
     for part in ("", "_bias")
 } | {
-    f"layers.*.moe.experts.down_proj{part}": Place(f"{_LAYER}mlp.experts.down_proj{part}")
+    f"layers.*.moe.experts.down_proj{part}": TensorPlace(f"{_LAYER}mlp.experts.down_proj{part}")
     for part in ("", "_bias")
 }
 """All experts in one tensor [E, inputs, outputs], gate and up in turn."""
@@ -166,7 +166,7 @@ FAMILIES: dict[str, Family] = {
             | _experts("mlp")
             | _router("mlp.gate")
             | _shared("shared_expert")
-            | {"layers.*.moe.shared_gate.weight": Place(f"{_LAYER}mlp.shared_expert_gate.weight")},
+            | {"layers.*.moe.shared_gate.weight": TensorPlace(f"{_LAYER}mlp.shared_expert_gate.weight")},
             _TIED,
         ),
         Family("OlmoeForCausalLM", _BASE | _GROUPED | _experts("mlp") | _router("mlp.gate"), _TIED),
@@ -181,7 +181,7 @@ FAMILIES: dict[str, Family] = {
         Family("DeepseekV2ForCausalLM", _DEEPSEEK, _TIED),
         Family(
             "DeepseekV3ForCausalLM",
-            _DEEPSEEK | _MTP | {BALANCE_BIAS: Place(f"{_LAYER}mlp.gate.e_score_correction_bias")},
+            _DEEPSEEK | _MTP | {BALANCE_BIAS: TensorPlace(f"{_LAYER}mlp.gate.e_score_correction_bias")},
             _TIED | _MTP_COPIES,
             writes_copies=True,
         ),

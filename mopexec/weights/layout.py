@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mopexec.model import Transformer
 from mopexec.model.initialize import is_stacked
-from mopexec.weights.families import FAMILIES, Family, Place
+from mopexec.weights.families import FAMILIES, Family, TensorPlace
 from mopsim.common.errors import MopError
 from mopsim.spec.model import ModelSpec
 
@@ -42,7 +42,7 @@ class Layout:
         self.parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.buffers = {name: tuple(b.shape) for name, b in model.named_buffers()}
 
-    def place(self, name: str) -> tuple[Place, int] | None:
+    def place(self, name: str) -> tuple[TensorPlace, int] | None:
         """(its place, the layer in the files) of a parameter; None where the architecture has none."""
         if name.startswith("mtp."):
             depth = int(name.split(".")[1])

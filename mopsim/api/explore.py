@@ -10,7 +10,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.json_text import parse_json
 from mopsim.engine import SimResult, simulate
 from mopsim.report.explore.page import html
-from mopsim.report.explore.steps import Step
+from mopsim.report.explore.steps import ExplorerStep
 from mopsim.report.explore.views import explorer, kind_of, steps_of
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
@@ -59,7 +59,7 @@ def read_result(path: Path) -> dict[str, Any]:
     return data
 
 
-def _replayed(step: Step, known: Mapping[str, Mapping[str, Any]]) -> SimResult:
+def _replayed(step: ExplorerStep, known: Mapping[str, Mapping[str, Any]]) -> SimResult:
     """The same step once more, with its timeline. Raises MopError where it would be another."""
     made = step.found.get("provenance") or {}
     found: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import ndtri
 
-from mopsim.intervals.errors import LEVELS, Cell, Deviations, Quantity, cells
+from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells
 from mopsim.intervals.spread import Array, between, spread
 
 NOMINAL = 0.9
@@ -26,26 +26,26 @@ SMALLEST, LARGEST = 1e-3, 1.0
 """A deviation's bounds: a thousandth, and a factor e."""
 
 
-def fit_errors(runs: Sequence[Cell]) -> Quantity:
+def fit_errors(runs: Sequence[ErrorCell]) -> ErrorQuantity:
     """The model of one quantity, from runs (cells of one each), and its deviations without each source."""
     without = {
         source: _deviations([run for run in runs if run.source != source]) for source in _sources(runs)
     }
-    return Quantity(deviations=_deviations(runs), cells=cells(runs), without=without)
+    return ErrorQuantity(deviations=_deviations(runs), cells=cells(runs), without=without)
 
 
-def _sources(runs: Iterable[Cell]) -> list[str]:
+def _sources(runs: Iterable[ErrorCell]) -> list[str]:
     return sorted({run.source for run in runs})
 
 
-def _deviations(runs: Sequence[Cell]) -> Deviations:
+def _deviations(runs: Sequence[ErrorCell]) -> Deviations:
     """Fitted to `runs`, and widened by what leaving out each of their sources tells."""
     single, paired = _Scores(), _Scores()
     for source in _sources(runs):
         others = cells(run for run in runs if run.source != source)
         if not others:
             continue
-        known = Quantity(deviations=likeliest(others), cells=others)
+        known = ErrorQuantity(deviations=likeliest(others), cells=others)
         mine = [run for run in runs if run.source == source]
         for run in mine:
             expected = spread(known, run)
@@ -75,10 +75,10 @@ class _Scores:
         return round(weighted_quantile(self.values, self.weights, NOMINAL) / nominal, 4)
 
 
-def _pairs(known: Quantity, runs: Sequence[Cell]) -> list[list[float]]:
+def _pairs(known: ErrorQuantity, runs: Sequence[ErrorCell]) -> list[list[float]]:
     """Scores of the ratios of the runs of one source that train the same network on the same machine type:
     those of one program, and those of two (another stack or precision)."""
-    alike: dict[Cell, list[float]] = defaultdict(list)
+    alike: dict[ErrorCell, list[float]] = defaultdict(list)
     for run in runs:
         alike[msgspec.structs.replace(run, mean=0.0, squares=0.0)].append(run.mean)
     one_program: list[float] = []
@@ -102,7 +102,7 @@ def weighted_quantile(values: Sequence[float], weights: Sequence[float], share: 
     return float(np.array(values)[order][min(int(np.searchsorted(reached, share - 1e-9)), len(values) - 1)])
 
 
-def likeliest(known: Sequence[Cell]) -> Deviations:
+def likeliest(known: Sequence[ErrorCell]) -> Deviations:
     """The deviations of the highest penalized likelihood of these cells."""
     means, counts = np.array([cell.mean for cell in known]), np.array([cell.runs for cell in known])
     squares, free = sum(cell.squares for cell in known), int(np.sum(counts - 1))
@@ -124,5 +124,5 @@ def likeliest(known: Sequence[Cell]) -> Deviations:
     return Deviations(**{name: round(float(np.exp(x)), 4) for name, x in zip(names, found.x, strict=True)})
 
 
-def _names(known: Sequence[Cell]) -> list[np.ndarray]:
+def _names(known: Sequence[ErrorCell]) -> list[np.ndarray]:
     return [np.array([cell.level(level) for cell in known]) for level in LEVELS]

@@ -27,7 +27,7 @@ ALWAYS = ("mop", "fsdp2")
 
 
 @dataclass(frozen=True)
-class Order:
+class ContextOrder:
     """What is asked, as typed on the command line."""
 
     models: Sequence[str]
@@ -41,7 +41,7 @@ class Order:
     routing: str
 
 
-def run(order: Order, out: str, json: str | None) -> None:
+def run(order: ContextOrder, out: str, json: str | None) -> None:
     """Sweep, show, write index.md, index.html and context.json into `out`."""
     check_outputs({"--json": json}, {"--out": out})
     cases, lengths = read(order)
@@ -73,7 +73,7 @@ def run(order: Order, out: str, json: str | None) -> None:
         io.write_json(json, made)
 
 
-def read(order: Order) -> tuple[list[ContextCase], list[int]]:
+def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
     """(cases, lengths). Raises MopError in one line."""
     if len(order.models) != len(order.nodes):
         raise MopError(

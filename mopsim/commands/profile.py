@@ -32,7 +32,7 @@ QUIET = 5e-4
 
 
 @dataclass(frozen=True)
-class Card:
+class CardOrder:
     """What is known of a card, as typed. figures: by the names of mopsim.spec.new_card.FIGURES."""
 
     name: str | None
@@ -51,7 +51,7 @@ def reference_job(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**io.parse_yaml(text, "reference_job.yaml"), **given}
 
 
-def run(card: Card, job: Mapping[str, Any], out: str, ask: bool, json: str | None) -> None:
+def run(card: CardOrder, job: Mapping[str, Any], out: str, ask: bool, json: str | None) -> None:
     """Ask for what is not given, write the profile, show what each assumption moves. job: what of the
     reference job is not as shipped."""
     check_outputs({"--out": out, "--json": json})
@@ -70,7 +70,7 @@ def run(card: Card, job: Mapping[str, Any], out: str, ask: bool, json: str | Non
         io.write_json(json, {"profile": profile, "near": near.name, **weighed})
 
 
-def asked(card: Card, err: bool) -> Card:
+def asked(card: CardOrder, err: bool) -> CardOrder:
     """The card with what its user typed for what was not given. err: the questions go to standard error."""
 
     def answer(question: str, default: str | None = None) -> str:
@@ -103,7 +103,7 @@ def asked(card: Card, err: bool) -> Card:
     )
 
 
-def made(card: Card) -> tuple[HardwareProfile, HardwareProfile]:
+def made(card: CardOrder) -> tuple[HardwareProfile, HardwareProfile]:
     """The new profile, and the card that fills it. Raises MopError."""
     name, source, figures = str(card.name), str(card.source), card.figures
     given: dict[str, Quantity] = {

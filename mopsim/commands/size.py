@@ -23,7 +23,7 @@ NONE = 3
 
 
 @dataclass(frozen=True)
-class Order:
+class SizeOrder:
     """What is to be sized, as typed on the command line."""
 
     model: str
@@ -73,7 +73,7 @@ class Order:
         return {name: value for name, value in found.items() if name not in named}
 
 
-def run(order: Order, plan: str | None, json: str | None, out: str | None = None) -> int:
+def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = None) -> int:
     """Size each machine type, show the answer, write the recommended plan, the JSON and the page.
 
     Returns the exit code: 0, or NONE where no cluster will do (the JSON says so too). Raises MopError where

@@ -7,7 +7,7 @@ from typing import Any
 from mopsim.common.io import to_plain
 from mopsim.common.units import format_probability
 from mopsim.engine.record import Span
-from mopsim.intervals import SURE, Facts, Memory, Ratio, Spread, of_peak_memory, of_step_time, ratio
+from mopsim.intervals import SURE, Facts, PeakSpread, Ratio, Spread, of_peak_memory, of_step_time, ratio
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -73,14 +73,14 @@ class SimResult:
     memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
 
     @cached_property
-    def device(self) -> Memory:
+    def device(self) -> PeakSpread:
         """What the fullest rank's device will hold."""
-        return Memory(self.peak_memory, sum(self.above_peak.values()), of_peak_memory(self.facts))
+        return PeakSpread(self.peak_memory, sum(self.above_peak.values()), of_peak_memory(self.facts))
 
     @cached_property
-    def host(self) -> Memory:
+    def host(self) -> PeakSpread:
         """What a rank will take of its host: its tensors are counted."""
-        return Memory(self.host_memory, sum(self.above_host.values()), Spread(0.0, 0.0))
+        return PeakSpread(self.host_memory, sum(self.above_host.values()), Spread(0.0, 0.0))
 
     @cached_property
     def p_device(self) -> float:

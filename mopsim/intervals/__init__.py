@@ -1,7 +1,7 @@
 """How far a prediction may be off: distributions of measured over predicted, from published runs."""
 
-from mopsim.intervals.errors import Cell, Deviations, Errors, Quantity, cells, known_errors
-from mopsim.intervals.memory import Memory
+from mopsim.intervals.errors import Deviations, ErrorCell, ErrorQuantity, Errors, cells, known_errors
+from mopsim.intervals.memory import PeakSpread
 from mopsim.intervals.spread import (
     SURE,
     Facts,
@@ -18,12 +18,12 @@ from mopsim.intervals.spread import (
 
 __all__ = [
     "SURE",
-    "Cell",
     "Deviations",
+    "ErrorCell",
+    "ErrorQuantity",
     "Errors",
     "Facts",
-    "Memory",
-    "Quantity",
+    "PeakSpread",
     "Ratio",
     "Spread",
     "cells",

@@ -38,7 +38,7 @@ class Deviations(Spec, frozen=True, kw_only=True):
         require_at_least(self, 0, *LEVELS, "run", "widening", "ratio_widening")
 
 
-class Cell(Spec, frozen=True, kw_only=True):
+class ErrorCell(Spec, frozen=True, kw_only=True):
     """Runs alike in all levels. mean: of their ln(measured / predicted); squares: sum of the squared
     departures from it."""
 
@@ -58,9 +58,9 @@ class Cell(Spec, frozen=True, kw_only=True):
         return f"{self.source} {self.network}" if name == "source_network" else str(getattr(self, name))
 
 
-def cells(runs: Iterable[Cell]) -> tuple[Cell, ...]:
+def cells(runs: Iterable[ErrorCell]) -> tuple[ErrorCell, ...]:
     """Runs (cells of one each) that are alike in all levels, as one cell."""
-    groups: dict[Cell, list[float]] = defaultdict(list)
+    groups: dict[ErrorCell, list[float]] = defaultdict(list)
     for run in runs:
         groups[replace(run, runs=1, mean=0.0, squares=0.0)].append(run.mean)
     found = []
@@ -71,18 +71,18 @@ def cells(runs: Iterable[Cell]) -> tuple[Cell, ...]:
     return tuple(found)
 
 
-class Quantity(Spec, frozen=True, kw_only=True):
+class ErrorQuantity(Spec, frozen=True, kw_only=True):
     """What is known of one quantity's error. without: the deviations as fitted without a source, by its
     name."""
 
     deviations: Deviations
-    cells: tuple[Cell, ...]
+    cells: tuple[ErrorCell, ...]
     without: dict[str, Deviations] = msgspec.field(default_factory=dict)
 
-    def leaving_out(self, source: str) -> "Quantity":
+    def leaving_out(self, source: str) -> "ErrorQuantity":
         """As if this source had never been seen."""
         kept = tuple(cell for cell in self.cells if cell.source != source)
-        return Quantity(deviations=self.without.get(source, self.deviations), cells=kept)
+        return ErrorQuantity(deviations=self.without.get(source, self.deviations), cells=kept)
 
 
 class Errors(Spec, frozen=True, kw_only=True):
@@ -93,8 +93,8 @@ class Errors(Spec, frozen=True, kw_only=True):
     made_by: str
     exact: float
     exact_source: str
-    step_time: Quantity
-    peak_memory: Quantity
+    step_time: ErrorQuantity
+    peak_memory: ErrorQuantity
 
 
 @cache

@@ -15,7 +15,7 @@ CLOSE = 1e-6
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakSpread:
     """Bytes: tensors x measured / predicted, and up to `above` on top."""
 
     tensors: float

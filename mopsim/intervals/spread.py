@@ -19,7 +19,7 @@ from scipy.special import ndtr, ndtri
 
 from mopsim.common.errors import require
 from mopsim.common.io import digest
-from mopsim.intervals.errors import LEVELS, Cell, Deviations, Quantity, known_errors
+from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, known_errors
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.observed import Observed
 from mopsim.spec.strategy import Precision
@@ -132,13 +132,13 @@ def _of_ratio(facts: Facts, other: Facts) -> Spread:
     return between(known_errors().step_time, asked, beside, tuple(dict.fromkeys((*seen, *also))))
 
 
-def _asked(facts: Facts, quantity: str) -> tuple[Cell, tuple[Cell, ...]]:
-    asked = Cell(
+def _asked(facts: Facts, quantity: str) -> tuple[ErrorCell, tuple[ErrorCell, ...]]:
+    asked = ErrorCell(
         source=ITS_OWN, stack=facts.stack, hardware=facts.hardware, precision=facts.precision,
         network=facts.network, runs=1, mean=0.0,
     )  # fmt: skip
     seen = tuple(
-        Cell(
+        ErrorCell(
             source=ITS_OWN, stack=one.stack, hardware=facts.hardware, precision=one.precision,
             network=one.network, runs=one.runs, mean=found,
         )
@@ -148,20 +148,24 @@ def _asked(facts: Facts, quantity: str) -> tuple[Cell, tuple[Cell, ...]]:
     return asked, seen
 
 
-def spread(quantity: Quantity, asked: Cell, seen: tuple[Cell, ...] = ()) -> Spread:
+def spread(quantity: ErrorQuantity, asked: ErrorCell, seen: tuple[ErrorCell, ...] = ()) -> Spread:
     """The error of a run like `asked`, given the cells of `quantity` and those seen beside them."""
     means, covariances = joint(quantity, (asked,), seen)
     return Spread(float(means[0]), quantity.deviations.widening * sqrt(float(covariances[0, 0])))
 
 
-def between(quantity: Quantity, asked: Cell, other: Cell, seen: tuple[Cell, ...] = ()) -> Spread:
+def between(
+    quantity: ErrorQuantity, asked: ErrorCell, other: ErrorCell, seen: tuple[ErrorCell, ...] = ()
+) -> Spread:
     """The error of the ratio of two runs, that of `other` over that of `asked`."""
     means, covariances = joint(quantity, (asked, other), seen)
     variance = covariances[0, 0] + covariances[1, 1] - 2 * covariances[0, 1]
     return Spread(float(means[1] - means[0]), quantity.deviations.ratio_widening * sqrt(float(variance)))
 
 
-def joint(quantity: Quantity, asked: Sequence[Cell], seen: tuple[Cell, ...] = ()) -> tuple[Array, Array]:
+def joint(
+    quantity: ErrorQuantity, asked: Sequence[ErrorCell], seen: tuple[ErrorCell, ...] = ()
+) -> tuple[Array, Array]:
     """Means and covariances of the errors of runs like those `asked`, one of each, given the cells of
     `quantity` and those seen beside them. No variance is below that of a run's own part."""
     cells, sd = (*quantity.cells, *seen), quantity.deviations
@@ -178,7 +182,7 @@ def joint(quantity: Quantity, asked: Sequence[Cell], seen: tuple[Cell, ...] = ()
     return means, left + np.diag(own)
 
 
-def covariance(some: Sequence[Cell], others: Sequence[Cell], sd: Deviations) -> Array:
+def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], sd: Deviations) -> Array:
     """Of the means of two lists of cells, without what each run has alone."""
     found = np.zeros((len(some), len(others)))
     for level in LEVELS:
@@ -192,7 +196,7 @@ SHRINK = 8
 scatter decides where it has more."""
 
 
-def run_variances(cells: Sequence[Cell], sd: Deviations) -> dict[str, float]:
+def run_variances(cells: Sequence[ErrorCell], sd: Deviations) -> dict[str, float]:
     """Variance of a run's own part, by source: the scatter within its cells, drawn to that of all runs (the
     mean of the scaled inverse chi-square)."""
     found: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """Model, strategy and stack -> Workload: ops with stream, work, dependencies and memory."""
 
 from mopsim.program.lower import lower
-from mopsim.program.workload import Group, Op, Program, Work, Workload
+from mopsim.program.workload import CommGroup, Op, Program, Work, Workload
 
-__all__ = ["Group", "Op", "Program", "Work", "Workload", "lower"]
+__all__ = ["CommGroup", "Op", "Program", "Work", "Workload", "lower"]

@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 from mopsim.graph.tape import Step
 from mopsim.program.template import START, Hooks, Memory, Template
-from mopsim.program.workload import SLOTS, Group, Op, Program, Repeat, Work, collective_work, deltas
+from mopsim.program.workload import SLOTS, CommGroup, Op, Program, Repeat, Work, collective_work, deltas
 
 
 class Builder:
@@ -16,7 +16,7 @@ class Builder:
     groups: ranks of the collectives named in the tapes.
     """
 
-    def __init__(self, groups: Mapping[str, Group]) -> None:
+    def __init__(self, groups: Mapping[str, CommGroup]) -> None:
         self.ops: list[Op] = []
         self.groups = groups
         self.microbatch = 0
@@ -187,7 +187,7 @@ class Builder:
         name: str,
         kind: str,
         size: float,
-        group: Group,
+        group: CommGroup,
         component: str,
         phase: str,
         *,
@@ -210,7 +210,7 @@ class Builder:
 class Recorder(Builder):
     """Records a template: its first ops wait for START."""
 
-    def __init__(self, groups: Mapping[str, Group]) -> None:
+    def __init__(self, groups: Mapping[str, CommGroup]) -> None:
         super().__init__(groups)
         self.memory: list[Memory] = []
         self._before: dict[int, Memory] = {}
@@ -263,7 +263,7 @@ class Recorder(Builder):
         return Template(tuple(self.ops), ends, tuple(self.memory), self._before, self._marks)
 
 
-def stream_of(group: Group) -> str:
+def stream_of(group: CommGroup) -> str:
     """The fabric that bounds a collective of this group."""
     return "scale_up" if group.intra == group.size else "scale_out"
 

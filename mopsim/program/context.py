@@ -7,8 +7,8 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.migration import Migration, host_work
 from mopsim.graph.shapes import Shapes
 from mopsim.program.topology import process_groups
-from mopsim.program.units import Unit, edge_units, layer_units
-from mopsim.program.workload import Group
+from mopsim.program.units import ShardedUnit, edge_units, layer_units
+from mopsim.program.workload import CommGroup
 from mopsim.spec.capability import Job, refusals
 from mopsim.spec.layout import num_chunks, offloaded_boundaries
 from mopsim.spec.model import ModelSpec
@@ -28,10 +28,10 @@ class Context:
     strategy: Strategy
     training: TrainSpec
     stack: Stack
-    groups: dict[str, Group]
+    groups: dict[str, CommGroup]
     shapes: Shapes
-    layers: dict[int, list[Unit]]
-    edges: dict[str, Unit]
+    layers: dict[int, list[ShardedUnit]]
+    edges: dict[str, ShardedUnit]
     chunks: int
     b: int
     wide: int
@@ -77,7 +77,7 @@ class Context:
             return 0
         return offloaded_boundaries(self.model.num_hidden_layers, self.hidden, activations.host_budget)
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[ShardedUnit]:
         """All units of the rank in forward order."""
         first = [self.edges["embedding"]]
         middle = [unit for layer in sorted(self.layers) for unit in self.layers[layer]]
@@ -174,7 +174,7 @@ def _routes(
     return tuple(counts[e] * rows // whole[e] for e, rows in place.rows[busiest].items())
 
 
-def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, Group]:
+def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, CommGroup]:
     """Process groups; that of the experts knows how many a token chooses where copies are sent once."""
     found = process_groups(strategy, domain)
     if strategy.experts.token_dispatcher != "alltoall":

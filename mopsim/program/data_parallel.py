@@ -3,29 +3,31 @@
 from collections.abc import Sequence
 
 from mopsim.program.context import Context
-from mopsim.program.units import Unit
-from mopsim.program.workload import Group, Work
+from mopsim.program.units import ShardedUnit
+from mopsim.program.workload import CommGroup, Work
 
-Message = tuple[str, float, Group, str]
+Message = tuple[str, float, CommGroup, str]
 """(kind, bytes of the full buffer, ranks, component)."""
 
 
-def reduction(context: Context, units: Sequence[Unit]) -> list[Message]:
+def reduction(context: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     """What sums the gradients of units over all ranks that hold them: scatter over the shard, then the
     replicas."""
     return _messages(context, units, float(context.reduce), "reduce_scatter", "all_reduce")
 
 
-def gathering(context: Context, units: Sequence[Unit]) -> list[Message]:
+def gathering(context: Context, units: Sequence[ShardedUnit]) -> list[Message]:
     """What brings the updated parameters of units back from their shards."""
     return _messages(context, units, float(context.param), "all_gather", "")
 
 
-def _messages(c: Context, units: Sequence[Unit], width: float, first: str, second: str) -> list[Message]:
-    sizes: dict[tuple[str, Group, str], float] = {}
+def _messages(
+    c: Context, units: Sequence[ShardedUnit], width: float, first: str, second: str
+) -> list[Message]:
+    sizes: dict[tuple[str, CommGroup, str], float] = {}
     zero = c.strategy.dense.zero
     for unit in units:
-        shard, replicas = c.groups[unit.group], c.groups.get(unit.replicas, Group(1, 1))
+        shard, replicas = c.groups[unit.group], c.groups.get(unit.replicas, CommGroup(1, 1))
         size = unit.padded * width
         if shard.size > 1 and (zero >= 1 or second):
             kind = first if zero >= 1 else second

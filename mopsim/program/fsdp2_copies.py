@@ -6,34 +6,34 @@ from collections.abc import Iterable
 
 from mopsim.graph.host_costs import GATHER, REST, UPDATE, UPDATE_SHARDED
 from mopsim.program.context import Context
-from mopsim.program.units import Unit
+from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Work
 
 
-def gather_copy(c: Context, unit: Unit) -> Work:
+def gather_copy(c: Context, unit: ShardedUnit) -> Work:
     """Shards cast to the compute dtype and copied into the buffer that is sent."""
     size = float(unit.shard_numel * (c.param + 3 * c.b))
     return Work("memory_bound", bytes=size, launches=4, host=_host(unit, GATHER, 9))
 
 
-def gathered_copy(c: Context, unit: Unit) -> Work:
+def gathered_copy(c: Context, unit: ShardedUnit) -> Work:
     """What has arrived, copied into one tensor for each parameter."""
     return Work("memory_bound", bytes=2.0 * unit.numel * c.b, launches=4)
 
 
-def reduce_copy(c: Context, unit: Unit) -> Work:
+def reduce_copy(c: Context, unit: ShardedUnit) -> Work:
     """Full gradients cast to the reduce dtype and copied into the buffer that is sent."""
     size = float(unit.padded * (c.b + c.reduce))
     return Work("memory_bound", bytes=size, launches=4, host=_host(unit, REST, 6))
 
 
-def update_host(c: Context, units: Iterable[Unit], started: int) -> float:
+def update_host(c: Context, units: Iterable[ShardedUnit], started: int) -> float:
     """What clipping and updating the parameters of units takes of the host beside the kernels started."""
     each = UPDATE_SHARDED if c.stack.sharding.copies else UPDATE if c.stack.host.modules else 0.0
     return max(0.0, each * sum(unit.tensors for unit in units) - started)
 
 
-def _host(unit: Unit, cost: tuple[float, float], started: int) -> float:
+def _host(unit: ShardedUnit, cost: tuple[float, float], started: int) -> float:
     """What a group of parameters takes of the host beside the copies and collectives that it starts."""
     alone, each = cost
     return max(0.0, alone + each * unit.tensors - started)

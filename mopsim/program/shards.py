@@ -10,7 +10,7 @@ from mopsim.program.data_parallel import message_work, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
-from mopsim.program.units import Unit
+from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Work
 from mopsim.spec.strategy import Dense, Experts
 
@@ -129,7 +129,7 @@ class Shards:
             return ()
         return self._wait(self.edge_unit(name), phase)
 
-    def edge_unit(self, name: str) -> Unit:
+    def edge_unit(self, name: str) -> ShardedUnit:
         """torch's FSDP2 has final norm and head in one group of parameters, unless other ranks share the
         head."""
         unit, final = self.c.edges.get(name), self.c.edges["final"]
@@ -182,7 +182,7 @@ class Shards:
         self._unfinished.clear()
         return (done,)
 
-    def _gather(self, unit: Unit, phase: str, room: Sequence[int]) -> None:
+    def _gather(self, unit: ShardedUnit, phase: str, room: Sequence[int]) -> None:
         """Start an all-gather: a prefetch, or the unit's own."""
         group, away = self.c.groups[unit.group], self._place(unit).param_tier == "host"
         copied = self._copied(unit)
@@ -210,7 +210,7 @@ class Shards:
             layer=unit.layer,
         )  # fmt: skip
 
-    def _wait(self, unit: Unit, phase: str) -> Ops:
+    def _wait(self, unit: ShardedUnit, phase: str) -> Ops:
         """What a unit's users wait for; of FSDP2's, its copy-out."""
         self._gather(unit, phase, self._left)
         if unit.name in self._coming:
@@ -218,10 +218,10 @@ class Shards:
             self._there[unit.name] = self._out(unit, phase, op) if self._copied(unit) else op
         return (self._there[unit.name],) if unit.name in self._there else ()
 
-    def _arrive(self, unit: Unit, phase: str) -> None:
+    def _arrive(self, unit: ShardedUnit, phase: str) -> None:
         self._wait(unit, phase)
 
-    def _out(self, unit: Unit, phase: str, op: int) -> int:
+    def _out(self, unit: ShardedUnit, phase: str, op: int) -> int:
         """What has arrived becomes parameters; of a shard that is whole, casts. Offloaded shards are sent
         from a stream of their own, for which the buffer outlives the forward's copy-out until the next one,
         or until the root's forward ends (`all_gather_state`); experts that are recomputed are a root."""
@@ -241,7 +241,7 @@ class Shards:
             memory, self._deferred = (("gathered", -self._deferred),), 0
             self.issue.add("buffer freed", "compute", "other", "forward", (), (), memory)
 
-    def _groups(self, layer: int) -> list[Unit]:
+    def _groups(self, layer: int) -> list[ShardedUnit]:
         """A layer's parameters as they are gathered and reduced together (see Sharding.groups)."""
         units = self.c.layers[layer]
         apart = self._modules or not self.copied or len({unit.shard for unit in units}) > 1
@@ -250,15 +250,15 @@ class Shards:
         numel, tensors = sum(unit.numel for unit in units), sum(unit.tensors for unit in units)
         return [replace(units[0], numel=numel, tensors=tensors, largest=max(unit.largest for unit in units))]
 
-    def _beside(self, unit: Unit) -> bool:
+    def _beside(self, unit: ShardedUnit) -> bool:
         """Whether it is a group of parameters inside of another's module."""
         return unit.component == "experts" and self._modules and self._copied(unit)
 
-    def _component(self, unit: Unit) -> str:
+    def _component(self, unit: ShardedUnit) -> str:
         """What its exchanges are booked on: those of torch's FSDP2 like its copies."""
         return "other" if self._copied(unit) else unit.component
 
-    def _copied(self, unit: Unit) -> bool:
+    def _copied(self, unit: ShardedUnit) -> bool:
         """Whether torch's FSDP2 holds it, which copies it."""
         plain = self.c.stack.plain_experts(self.c.strategy)
         return self.copied and not (unit.component == "experts" and plain)
@@ -266,7 +266,7 @@ class Shards:
     def _pass(
         self,
         name: str,
-        unit: Unit,
+        unit: ShardedUnit,
         work: Sequence[Work],
         phase: str,
         deps: Sequence[int],
@@ -274,7 +274,7 @@ class Shards:
     ) -> int:
         return self.issue.add(name, "compute", "other", phase, work, deps, memory, layer=unit.layer)
 
-    def _release(self, unit: Unit, phase: str, ready: Ops = ()) -> None:
+    def _release(self, unit: ShardedUnit, phase: str, ready: Ops = ()) -> None:
         """Full parameters are freed, where they are."""
         root = unit.layer < 0 and self.c.stack.sharding.fsdp
         root = root and not (unit.name == "embedding" and self._modules)
@@ -286,7 +286,7 @@ class Shards:
         name = f"release {unit.name}"
         self._left = (self.issue.add(name, "compute", unit.component, phase, (), ready, memory),)
 
-    def _reduce(self, unit: Unit, ready: Ops) -> None:
+    def _reduce(self, unit: ShardedUnit, ready: Ops) -> None:
         """The full gradient is summed into the shard's."""
         part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
         last = self._sent_off(unit, part, ready) if copied else ready
@@ -309,7 +309,7 @@ class Shards:
         self.ops.append(done)
         self._unfinished.append(done)
 
-    def _sent_off(self, unit: Unit, part: int, ready: Ops) -> Ops:
+    def _sent_off(self, unit: ShardedUnit, part: int, ready: Ops) -> Ops:
         """FSDP2's full gradient becomes the buffer that is reduced; that of the reduction before is freed
         once it is sent (reduce_scatter_max_input_buffers)."""
         self._release(unit, "backward", ready)
@@ -323,7 +323,7 @@ class Shards:
         self._sent, self._held = (), size
         return (op,)
 
-    def _landing(self, unit: Unit) -> Memory:
+    def _landing(self, unit: ShardedUnit) -> Memory:
         """FSDP2's gradient arrives in a buffer of its own, and is added to that of another microbatch."""
         if not self._copied(unit) or unit.name not in self._landed:
             self._landed.add(unit.name)
@@ -331,24 +331,30 @@ class Shards:
         piece = -(-unit.largest // unit.shard) * self.c.reduce
         return (("host/grads", piece), ("host/grads", -piece))
 
-    def _full_grad(self, unit: Unit) -> int:
+    def _full_grad(self, unit: ShardedUnit) -> int:
         """Bytes of a unit's whole gradient before it is reduced; a whole one that stays is the unit's own."""
         own = unit.shard == 1 and self.stage.frees_gradients and self.c.grad == self.c.b
         return 0 if own else unit.padded * self.c.grad
 
-    def _kept_grad(self, unit: Unit, size: int) -> Memory:
+    def _kept_grad(self, unit: ShardedUnit, size: int) -> Memory:
         """The gradient shard, where the first backward makes it."""
         if unit.name in self.made or not self.stage.frees_gradients:
             return ()
         self.made[unit.name] = size
         return (("grads", size),)
 
-    def _place(self, unit: Unit) -> Dense | Experts:
+    def _place(self, unit: ShardedUnit) -> Dense | Experts:
         strategy = self.c.strategy
         return strategy.experts if unit.component == "experts" else strategy.dense
 
     def _copy(
-        self, unit: Unit, way: str, size: int, phase: str, deps: Sequence[int], memory: Sequence[Step] = ()
+        self,
+        unit: ShardedUnit,
+        way: str,
+        size: int,
+        phase: str,
+        deps: Sequence[int],
+        memory: Sequence[Step] = (),
     ) -> int:
         """A shard between the host and the device."""
         work = (Work(way, bytes=float(size), launches=4),)

@@ -9,7 +9,7 @@ from mopsim.graph.shapes import rotated_width
 from mopsim.graph.tape import Step
 from mopsim.program.composed import Gap, alike, composable, compose
 from mopsim.program.context import Context
-from mopsim.program.units import Unit
+from mopsim.program.units import ShardedUnit
 from mopsim.spec.layout import stage_layers
 
 
@@ -88,7 +88,7 @@ class Stage:
         )
 
     @cached_property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[ShardedUnit]:
         """Units in forward order."""
         edges, found = self.context.edges, []
         if self.is_first:

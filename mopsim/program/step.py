@@ -10,7 +10,7 @@ from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops
-from mopsim.program.units import Unit
+from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Program, Repeat, Work
 from mopsim.spec.pipeline_order import Slot, order, warm_up
 
@@ -304,7 +304,7 @@ class StageStep:
         if final and self.overlap.grad_reduce and not self.shards.each and edge in self.c.edges:
             self._reduce([self.c.edges[edge]], ready)
 
-    def _reduce(self, units: Sequence[Unit], ready: Ops) -> None:
+    def _reduce(self, units: Sequence[ShardedUnit], ready: Ops) -> None:
         self.shards.reduced.update(unit.name for unit in units)
         for message in reduction(self.c, units):
             op = self.issue.add(

@@ -8,7 +8,7 @@ from mopsim.graph.tape import Kernel, Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.template import START, Template
-from mopsim.program.workload import Group, deltas
+from mopsim.program.workload import CommGroup, deltas
 from mopsim.program.works import Part, works
 from mopsim.spec.hardware import COLLECTIVES
 
@@ -189,7 +189,11 @@ def _talks(item: Played, context: Context) -> bool:
     kernel = item.kernel
     back = kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     moved = back if item.backward else kernel.bytes
-    return kernel.kind in COLLECTIVES and context.groups.get(kernel.group, Group(1, 1)).size > 1 and moved > 0
+    return (
+        kernel.kind in COLLECTIVES
+        and context.groups.get(kernel.group, CommGroup(1, 1)).size > 1
+        and moved > 0
+    )
 
 
 def _beside(item: Played, context: Context) -> bool:

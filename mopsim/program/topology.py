@@ -3,19 +3,19 @@
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from mopsim.program.workload import Group
+from mopsim.program.workload import CommGroup
 from mopsim.spec.layout import groups, replica_groups, split
 from mopsim.spec.strategy import Order, Strategy
 
 
-def span(ranks: Sequence[int], domain: int, offset: int = 0) -> Group:
+def span(ranks: Sequence[int], domain: int, offset: int = 0) -> CommGroup:
     """The group's size and how many of its ranks share a scale-up domain of `domain` devices: in the domain
     with the fewest, whose ranks have the most to send outside."""
     places: dict[int, list[int]] = {}
     for rank in ranks:
         places.setdefault((rank + offset) // domain, []).append((rank + offset) % domain)
     block = max(_block(min(inside), max(inside)) for inside in places.values())
-    return Group(len(ranks), min(len(inside) for inside in places.values()), block=block)
+    return CommGroup(len(ranks), min(len(inside) for inside in places.values()), block=block)
 
 
 def _block(first: int, last: int) -> int:
@@ -23,12 +23,12 @@ def _block(first: int, last: int) -> int:
     return 1 << (first ^ last).bit_length()
 
 
-def worst(all_groups: Iterable[Sequence[int]], domain: int) -> Group:
+def worst(all_groups: Iterable[Sequence[int]], domain: int) -> CommGroup:
     """The group that the others wait for, of groups of one size: the one spread most over the domains."""
     return min((span(ranks, domain) for ranks in all_groups), key=lambda group: (group.intra, -group.block))
 
 
-def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
+def process_groups(strategy: Strategy, domain: int) -> dict[str, CommGroup]:
     """Groups by the names that tapes and units use; of each name the one spread most over the domains.
 
     A job larger than a domain takes as many devices of each, as schedulers place it (64 of 72 for 256 ranks).
@@ -55,12 +55,12 @@ def process_groups(strategy: Strategy, domain: int) -> dict[str, Group]:
         "dense_replicas": _worst("dense copies", ranks, domain, tensor, s.dense.fsdp, "contiguous"),
         "expert_shard": _worst("holders", ranks, domain, *copies),
         "expert_replicas": _worst("same", ranks, domain, *copies),
-        "stage": Group(2, 2 if ranks < domain and ranks * s.pipeline.pipeline_parallel <= domain else 1),
+        "stage": CommGroup(2, 2 if ranks < domain and ranks * s.pipeline.pipeline_parallel <= domain else 1),
     }
 
 
 @lru_cache(maxsize=65536)
-def _worst(kind: str, ranks: int, domain: int, degree: int, by: int, order: Order) -> Group:
+def _worst(kind: str, ranks: int, domain: int, degree: int, by: int, order: Order) -> CommGroup:
     """The worst group of a kind. `by`: the ranks of a group that belong to one slice (`every`: one rank of
     each, `first`: those of one), or that share a copy."""
     if kind in ("dense", "dense copies"):

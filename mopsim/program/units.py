@@ -10,7 +10,7 @@ from mopsim.spec.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class ShardedUnit:
     """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
     copies: ranks that hold one.
 
@@ -47,7 +47,7 @@ def _by_layer(model: ModelSpec) -> dict[int, list[Tensor]]:
     return found
 
 
-def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
+def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[ShardedUnit]:
     """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts."""
     mine = _by_layer(model).get(layer, [])
     dense, routed = [t for t in mine if not t.routed], [t for t in mine if t.routed]
@@ -55,7 +55,7 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
     if routed:
         split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
         found.append(
-            Unit(
+            ShardedUnit(
                 f"layers.{layer}.experts", "experts", layer, sum(t.numel for t in routed) // split,
                 strategy.experts.expert_fsdp, strategy.expert_replicas, "expert_shard", "expert_replicas",
                 max(t.numel for t in routed) // split, len(routed),
@@ -64,7 +64,7 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Unit]:
     return found
 
 
-def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
+def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, ShardedUnit]:
     """Units outside the layers: embedding, final norm, head (absent when tied)."""
     by_name = {tensor.name: tensor for tensor in _by_layer(model)[-1]}
     found = {}
@@ -76,7 +76,7 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
         head, degree = by_name["head.weight"], strategy.vocabulary.vocab_parallel
         if strategy.vocabulary.loss == "ring":
             rows, copies = ceil_div(model.vocab_size, degree), strategy.stage_ranks // degree
-            found["head"] = Unit(
+            found["head"] = ShardedUnit(
                 "head", "vocabulary", -1, rows * model.hidden_size, copies, copies, "vocabulary_shard", "",
                 rows * model.hidden_size,
             )  # fmt: skip
@@ -87,11 +87,11 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, Unit]:
 
 def _dense(
     model: ModelSpec, strategy: Strategy, name: str, component: str, layer: int, mine: list[Tensor]
-) -> Unit:
+) -> ShardedUnit:
     split = strategy.dense.tensor_parallel
     numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
     copies = strategy.stage_ranks // split
-    return Unit(
+    return ShardedUnit(
         name, component, layer, numel, strategy.dense.fsdp, copies, "dense_shard", "dense_replicas",
         max(t.numel for t in mine) // split, len(mine),
     )  # fmt: skip

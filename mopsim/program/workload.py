@@ -20,7 +20,7 @@ Deltas = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class CommGroup:
     """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
 
     choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
@@ -70,7 +70,7 @@ class Work:
     sums: float = 0.0
     duplex: bool = False
     dtype: str = ""
-    group: Group = Group(1, 1)
+    group: CommGroup = CommGroup(1, 1)
 
     @property
     def issued(self) -> float:
@@ -89,7 +89,7 @@ def memory_work(num_bytes: float, launches: int, indexed: bool = False) -> Work:
 
 
 @lru_cache(maxsize=65536)
-def collective_work(kind: str, num_bytes: float, group: Group) -> Work:
+def collective_work(kind: str, num_bytes: float, group: CommGroup) -> Work:
     """A collective over `num_bytes`; equal work is one object."""
     return Work(kind, bytes=num_bytes, group=group)
 

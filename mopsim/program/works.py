@@ -10,7 +10,7 @@ from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.quantized import EXACT
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
-from mopsim.program.workload import Group, Work
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import COLLECTIVES
 
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
@@ -88,7 +88,7 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         if not forward and kernel.back_bytes is not None:
             size = kernel.back_bytes
         kind = kernel.kind if forward or not kernel.back_kind else kernel.back_kind
-        group = context.groups.get(kernel.group, Group(1, 1))
+        group = context.groups.get(kernel.group, CommGroup(1, 1))
         if not size:
             return ()
         if group.choices:  # of the rows that the busiest rank gets: kernel.bytes holds each once a choice
@@ -119,7 +119,7 @@ def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:
     return kernel.indexed and kernel.name == names[forward][once]
 
 
-def _map(context: Context, group: Group) -> tuple[Work, ...]:
+def _map(context: Context, group: CommGroup) -> tuple[Work, ...]:
     """The choices of all rows of a group, gathered and read (HybridEP)."""
     size = float(group.size * context.tokens * context.model.num_local_experts)
     return (

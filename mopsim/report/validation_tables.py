@@ -6,7 +6,7 @@ from typing import Any
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, LEVEL, MEASURES, UNITS, component_errors, selections, worst
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import Errors, by_group, capacity, over_sources, regrets
+from mopsim.validate.scoring import ErrorSummary, by_group, capacity, over_sources, regrets
 from mopsim.validate.uncertain import coverage
 
 LONGEST_REASON = 90
@@ -53,7 +53,7 @@ def _percent(value: float | None, signed: bool = False) -> str:
     return "" if value is None else f"{value:+.1%}" if signed else f"{value:.1%}"
 
 
-def _cells(found: Errors | None) -> tuple[str, ...]:
+def _cells(found: ErrorSummary | None) -> tuple[str, ...]:
     if found is None:
         return ("", "", "", "", "")
     return (

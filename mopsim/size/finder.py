@@ -31,7 +31,7 @@ Mapper = Callable[[Sequence[Ask]], Iterable[Answer]]
 
 
 @dataclass
-class _Known:
+class _KnownSteps:
     """What was found of one machine type so far."""
 
     request: Request
@@ -69,7 +69,7 @@ class _Known:
 def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
     """Yields rounds of questions, is sent their answers, returns the sizing of one machine type."""
     counts, too_slow = _counts(request, hardware)
-    known = _Known(request, hardware)
+    known = _KnownSteps(request, hardware)
     doubled = [count for count in counts if count & (count - 1) == 0 or count == counts[-1]]
     searched = sorted(doubled[::-1][::EVERY])
     yield from _round(known, [known.search(count) for count in searched])
@@ -100,18 +100,18 @@ def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str
     return [count for count in counts if count >= least], ""
 
 
-def _round(known: _Known, asks: list[Ask]) -> Generator[list[Ask], list[Answer], None]:
+def _round(known: _KnownSteps, asks: list[Ask]) -> Generator[list[Ask], list[Answer], None]:
     if asks:
         for ask, found in zip(asks, (yield asks), strict=True):
             known.note(ask, found)
 
 
-def _mend(known: _Known) -> Generator[list[Ask], list[Answer], None]:
+def _mend(known: _KnownSteps) -> Generator[list[Ask], list[Answer], None]:
     """Ask again, with a search, where more nodes came out slower than fewer."""
     yield from _round(known, [known.search(count) for count, _ in _slower(known)])
 
 
-def _slower(known: _Known) -> list[tuple[int, int]]:
+def _slower(known: _KnownSteps) -> list[tuple[int, int]]:
     """(count, fewer nodes that are as fast), ascending."""
     found, best, at = [], float("inf"), 0
     for count in sorted(known.points):
@@ -125,7 +125,7 @@ def _slower(known: _Known) -> list[tuple[int, int]]:
     return found
 
 
-def _close_in(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+def _close_in(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
     """Ask the counts between one that fails a limit and its neighbour that keeps it, all of them: the batch
     that fits a count may make a smaller one faster."""
     while True:
@@ -135,7 +135,7 @@ def _close_in(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list
         yield from _round(known, [known.carry(count) for count in between])
 
 
-def _edges(known: _Known) -> Iterator[tuple[int, int]]:
+def _edges(known: _KnownSteps) -> Iterator[tuple[int, int]]:
     """Neighbouring counts of which one keeps the deadline, or the budget, and the other does not."""
     for low, high in pairwise(sorted(known.points)):
         one, other = known.points[low], known.points[high]
@@ -143,17 +143,17 @@ def _edges(known: _Known) -> Iterator[tuple[int, int]]:
             yield low, high
 
 
-def _paid(known: _Known, point: Point) -> bool:
+def _paid(known: _KnownSteps, point: Point) -> bool:
     """Whether a point keeps the budget, and the limit within which the fastest is wanted."""
     limit, outlay = known.request.max_cost, point.figures.outlay if point.figures else None
     return point.affordable and (limit is None or (outlay is not None and outlay <= limit))
 
 
-def _inside(known: _Known, counts: Sequence[int], low: int, high: int) -> list[int]:
+def _inside(known: _KnownSteps, counts: Sequence[int], low: int, high: int) -> list[int]:
     return [count for count in counts if low < count < high and count not in known.points]
 
 
-def _deepen(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+def _deepen(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
     """A longer search of the leading families at the answer. A faster plan goes to the counts around it,
     and the answer may then be another, so again."""
     done: set[int] = set()
@@ -167,13 +167,13 @@ def _deepen(known: _Known, counts: Sequence[int]) -> Generator[list[Ask], list[A
         yield from _close_in(known, counts)
 
 
-def _almost(known: _Known) -> Point | None:
+def _almost(known: _KnownSteps) -> Point | None:
     """Where nothing does: what a longer search may still bring within the limits."""
     miss = nearest_miss(list(known.points.values()), known.request.goal, known.request.confidence)
     return miss.point if miss and miss.over < HOPE else None
 
 
-def _worse(known: _Known, count: int, counts: Sequence[int]) -> list[Ask]:
+def _worse(known: _KnownSteps, count: int, counts: Sequence[int]) -> list[Ask]:
     """The plan of `count` at the counts around it that use a device less well, and at its two neighbours."""
     plan, place = known.answers[count].plans[:1], counts.index(count)
     beside = [one for one in counts[max(0, place - 1) : place + 2] if one not in known.points]
@@ -187,7 +187,7 @@ def _worse(known: _Known, count: int, counts: Sequence[int]) -> list[Ask]:
     return [Ask(known.hardware, one, plan) for one in sorted({*beside, *around} - {count})]
 
 
-def _best(known: _Known) -> Point | None:
+def _best(known: _KnownSteps) -> Point | None:
     """The smallest cluster that does; of a budget alone the fastest, with the fewest nodes among equals."""
     done = [known.points[count] for count in sorted(known.points) if known.points[count].does]
     if known.request.goal.seconds is not None:
@@ -195,7 +195,7 @@ def _best(known: _Known) -> Point | None:
     return min(done, key=lambda one: (one.figures.seconds, one.num_nodes), default=None)  # type: ignore[union-attr]
 
 
-def _sizing(known: _Known, too_slow: str) -> Sizing:
+def _sizing(known: _KnownSteps, too_slow: str) -> Sizing:
     slower = dict(_slower(known))
     tried = [_marked(known.points[count], slower.get(count)) for count in sorted(known.points)]
     best = _best(known)

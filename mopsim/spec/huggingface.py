@@ -23,7 +23,7 @@ def from_config(config: Config, origin: str) -> ModelSpec:
     if unreadable:
         raise MopError(f"{origin}: {unreadable[0]}: {unreadable[1]}")
     architecture = _architecture(config, origin)
-    reader = _Reader(config, origin)
+    reader = _ConfigReader(config, origin)
     fields = _common(reader) | ARCHITECTURES[architecture](reader)
     fields["name"] = _name(config, origin, architecture)
     fields["source"] = f"{architecture} config, {PurePath(origin).name}"
@@ -68,7 +68,7 @@ def _name(config: Config, origin: str, architecture: str) -> str:
     return path.parent.name if path.name == "config.json" and path.parent.name else path.stem or architecture
 
 
-class _Reader:
+class _ConfigReader:
     """Typed access to a config's fields; null counts as absent, as in transformers."""
 
     def __init__(self, config: Config, origin: str) -> None:
@@ -130,7 +130,7 @@ class _Reader:
             raise MopError(f"{self.origin}: {key}: {shown(self.config[key])} is refused: {meaning}")
 
 
-def _common(r: _Reader) -> Fields:
+def _common(r: _ConfigReader) -> Fields:
     heads = r.integer("num_attention_heads")
     hidden = r.integer("hidden_size")
     r.must_be("hidden_act", "silu", "only SwiGLU can be expressed")
@@ -151,12 +151,12 @@ def _common(r: _Reader) -> Fields:
 _SCALING = {field.name: field.default for field in msgspec.structs.fields(RopeScaling)}
 
 
-def _rope(r: _Reader, theta: float = 10000.0, usual: Config | None = None) -> Fields:
+def _rope(r: _ConfigReader, theta: float = 10000.0, usual: Config | None = None) -> Fields:
     """Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` with both.
     theta, usual: where the config has neither."""
     key = "rope_parameters" if r.has("rope_parameters") else "rope_scaling"
     given = r.mapping(key, usual or {})
-    inner = _Reader(given, f"{r.origin}: {key}")
+    inner = _ConfigReader(given, f"{r.origin}: {key}")
     found = {"rope_theta": inner.number("rope_theta", r.number("rope_theta", theta))}
     if given and not {"rope_type", "type", "rope_theta"} & given.keys():
         raise MopError(f"{inner.origin}: rope_type: missing, the field is required")
@@ -178,14 +178,14 @@ def _rope(r: _Reader, theta: float = 10000.0, usual: Config | None = None) -> Fi
     return found | {"rope_scaling": scaling | {"truncate": inner.flag("truncate", True)}}
 
 
-def _window(r: _Reader) -> Fields:
+def _window(r: _ConfigReader) -> Fields:
     """A sliding window over every layer (Mistral, Mixtral); Qwen's is off unless use_sliding_window."""
     if r.has("sliding_window") and r.flag("use_sliding_window", True):
         return {"sliding_window": r.integer("sliding_window")}
     return {}
 
 
-def _llama(r: _Reader) -> Fields:
+def _llama(r: _ConfigReader) -> Fields:
     bias = r.flag("attention_bias", False)
     return {
         "intermediate_size": r.integer("intermediate_size"),
@@ -194,11 +194,11 @@ def _llama(r: _Reader) -> Fields:
     }
 
 
-def _mistral(r: _Reader) -> Fields:
+def _mistral(r: _ConfigReader) -> Fields:
     return {"intermediate_size": r.integer("intermediate_size")} | _window(r)
 
 
-def _mixtral(r: _Reader) -> Fields:
+def _mixtral(r: _ConfigReader) -> Fields:
     return {
         "num_local_experts": r.integer("num_local_experts", 8),
         "num_experts_per_tok": r.integer("num_experts_per_tok", 2),
@@ -206,12 +206,12 @@ def _mixtral(r: _Reader) -> Fields:
     } | _window(r)
 
 
-def _qwen2(r: _Reader) -> Fields:
+def _qwen2(r: _ConfigReader) -> Fields:
     r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
     return {"intermediate_size": r.integer("intermediate_size"), "attention_bias": "qkv"}
 
 
-def _qwen3(r: _Reader) -> Fields:
+def _qwen3(r: _ConfigReader) -> Fields:
     r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
     bias = r.flag("attention_bias", False)
     return {
@@ -222,7 +222,7 @@ def _qwen3(r: _Reader) -> Fields:
     }
 
 
-def _qwen_experts(r: _Reader) -> Fields:
+def _qwen_experts(r: _ConfigReader) -> Fields:
     r.must_be("use_sliding_window", False, "a window over some of the layers only cannot be expressed")
     r.must_be("decoder_sparse_step", 1, "dense layers between MoE layers cannot be expressed")
     dense = r.items("mlp_only_layers")
@@ -241,7 +241,7 @@ def _qwen_experts(r: _Reader) -> Fields:
     }
 
 
-def _qwen2_moe(r: _Reader) -> Fields:
+def _qwen2_moe(r: _ConfigReader) -> Fields:
     shared = r.integer("shared_expert_intermediate_size")
     return _qwen_experts(r) | {
         "shared_expert_intermediate_size": shared,
@@ -250,12 +250,12 @@ def _qwen2_moe(r: _Reader) -> Fields:
     }
 
 
-def _qwen3_moe(r: _Reader) -> Fields:
+def _qwen3_moe(r: _ConfigReader) -> Fields:
     bias = r.flag("attention_bias", False)
     return _qwen_experts(r) | {"attention_bias": "qkvo" if bias else "none", "qk_norm": "head"}
 
 
-def _deepseek(r: _Reader) -> Fields:
+def _deepseek(r: _ConfigReader) -> Fields:
     r.must_be("moe_layer_freq", 1, "dense layers between MoE layers cannot be expressed")
     r.must_be("attention_bias", False, "biases on latent attention cannot be expressed")
     expert = r.integer("moe_intermediate_size")
@@ -280,7 +280,7 @@ def _deepseek(r: _Reader) -> Fields:
     }
 
 
-def _grouped(r: _Reader, method: str) -> Fields:
+def _grouped(r: _ConfigReader, method: str) -> Fields:
     """Groups of experts that a token is limited to; without, 'greedy'."""
     if method == "greedy":
         return {}
@@ -288,12 +288,12 @@ def _grouped(r: _Reader, method: str) -> Fields:
     return {"topk_method": method, **groups}
 
 
-def _deepseek_v2(r: _Reader) -> Fields:
+def _deepseek_v2(r: _ConfigReader) -> Fields:
     method = r.config.get("topk_method") or "greedy"
     return _deepseek(r) | {"scoring_func": r.config.get("scoring_func") or "softmax"} | _grouped(r, method)
 
 
-def _deepseek_v3(r: _Reader) -> Fields:
+def _deepseek_v3(r: _ConfigReader) -> Fields:
     r.must_be("topk_method", "noaux_tc", "its groups are scored by their best two experts")
     return (
         _deepseek(r)
@@ -306,7 +306,7 @@ def _deepseek_v3(r: _Reader) -> Fields:
     )
 
 
-def _gpt_oss(r: _Reader) -> Fields:
+def _gpt_oss(r: _ConfigReader) -> Fields:
     kinds, layers = r.items("layer_types"), r.integer("num_hidden_layers")
     alternating = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(len(kinds))]
     if r.has("layer_types") and (len(kinds) != layers or kinds != alternating):
@@ -337,7 +337,7 @@ _GPT_OSS_ROPE: Config = {
 """What a GPT-OSS config means that says nothing of it (openai/gpt-oss-20b config.json)."""
 
 
-def _olmoe(r: _Reader) -> Fields:
+def _olmoe(r: _ConfigReader) -> Fields:
     if r.has("clip_qkv"):
         raise MopError(f"{r.origin}: clip_qkv: clipped queries, keys and values cannot be expressed")
     return {
@@ -351,7 +351,7 @@ def _olmoe(r: _Reader) -> Fields:
     }
 
 
-ARCHITECTURES: dict[str, Callable[[_Reader], Fields]] = {
+ARCHITECTURES: dict[str, Callable[[_ConfigReader], Fields]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "MixtralForCausalLM": _mixtral,

@@ -137,7 +137,7 @@ class Recompute(Spec, frozen=True, kw_only=True):
         _require_known("selective", self.selective, (*MODULES, *COMPONENTS))
 
 
-class Host(Spec, frozen=True, kw_only=True):
+class HostCosts(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. graphs:
     components whose kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a
     layer's Python frame (residual stream, norm's output, sum of routes) live until it has run."""
@@ -231,7 +231,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     cpu: Kernels | None = None
     sharding: Sharding = Sharding()
     recompute: Recompute = Recompute()
-    host: Host = Host()
+    host: HostCosts = HostCosts()
     dtypes: StateDTypes = StateDTypes()
     hides: Hides = Hides()
     reading: Reading = Reading()

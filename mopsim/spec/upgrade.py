@@ -18,7 +18,7 @@ from mopsim.spec.stack import (
     EAGERS,
     AttentionKernel,
     Built,
-    Host,
+    HostCosts,
     Kernels,
     Recompute,
     Sharding,
@@ -159,7 +159,7 @@ def _stack(old: _Old) -> Stack:
         ),
         sharding=Sharding(fsdp=old.runtime == "fully_shard", copies=copies, experts=not experts.plain),
         recompute=Recompute(stops_early=copies, chunk_inputs=experts.checkpoint),
-        host=Host(modules="modules" in old.unfused, graphs=old.graphs),
+        host=HostCosts(modules="modules" in old.unfused, graphs=old.graphs),
         sources={"kernels": "the fields of a strategy of mop 0.1.0"},
     )
     shipped = load_stack("mopexec-flat")

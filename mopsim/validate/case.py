@@ -45,7 +45,7 @@ class Measured(io.Spec, frozen=True, kw_only=True):
             require(value is None or value > 0, field, value, "must be positive, or be left out")
 
 
-class Source(io.Spec, frozen=True, kw_only=True):
+class CaseSource(io.Spec, frozen=True, kw_only=True):
     """Who published the run, where it is written, and what is said of it beside."""
 
     name: str = ""
@@ -73,7 +73,7 @@ class Case(io.Spec, frozen=True, kw_only=True):
     quality: Literal["A", "B", "C"] = "A"
     assumptions: tuple[str, ...] = ()
     approximations: tuple[str, ...] = ()
-    source: Source = Source()
+    source: CaseSource = CaseSource()
 
     def __post_init__(self) -> None:
         require_name(self.id, "id")

@@ -3,7 +3,7 @@
 
 from mopsim.cost import seconds
 from mopsim.cost.compute import for_heads
-from mopsim.program.workload import Group, Work
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.validate.component import Component, InexpressibleError
 
@@ -54,7 +54,7 @@ def all_to_all(component: Component, hardware: HardwareProfile) -> float:
     """Seconds of an exchange among `ep` ranks, or bytes/s of its slowest link."""
     ranks = int(component.number("ep"))
     choices = int(component.number("top_k")) if component.does("deduplicated") else 0
-    group = Group(ranks, min(ranks, hardware.scale_up_size), choices)
+    group = CommGroup(ranks, min(ranks, hardware.scale_up_size), choices)
     if "bytes_per_rank" in component.params:
         size = component.number("bytes_per_rank")
     else:

@@ -8,7 +8,7 @@ from typing import Any
 from mopsim.validate.components import IN_SAMPLE, Predicted
 from mopsim.validate.run import Refused, Validation, about
 from mopsim.validate.scoring import (
-    Errors,
+    ErrorSummary,
     Measure,
     Scored,
     by_group,
@@ -137,7 +137,7 @@ def worst(scored: Iterable[Scored], count: int) -> list[Scored]:
     return sorted(timed, key=lambda one: -abs(one.step_error or 0.0))[:count]
 
 
-def _plain(found: Errors | None) -> dict[str, Any] | None:
+def _plain(found: ErrorSummary | None) -> dict[str, Any] | None:
     return None if found is None else dict(found.to_json())
 
 

@@ -18,7 +18,7 @@ from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
-from mopsim.validate.case import Case, Changes, Measured, Source, check_possible, machine
+from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_possible, machine
 from mopsim.validate.facts import facts
 from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
@@ -79,7 +79,7 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
         stack_changes=known.of("stack"), measured=_measured(row, approximations),
         quality=_quality(row), approximations=approximations,
         assumptions=(*assumed, *(rule.id for rule in known.rules)),
-        source=Source(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
+        source=CaseSource(name=row["source"], ref=row.get("source_ref", ""), notes=row.get("notes", "")),
     )  # fmt: skip
     _refused("step_time_s", check_possible, case)
     return case

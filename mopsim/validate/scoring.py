@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from mopsim.common import io
-from mopsim.intervals import SURE, Cell, Memory, Spread, cells
+from mopsim.intervals import SURE, ErrorCell, PeakSpread, Spread, cells
 from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, PacedRun
 from mopsim.validate.case import Case
@@ -47,7 +47,7 @@ class Scored:
     def p_fits(self) -> float:
         """Probability that device and host are enough."""
         one = self.simulated
-        return Memory(one.fullest, one.above, self.memory_spread).below(one.limit) * one.p_host
+        return PeakSpread(one.fullest, one.above, self.memory_spread).below(one.limit) * one.p_host
 
     @property
     def likely(self) -> bool:
@@ -147,13 +147,13 @@ class RunGroup:
             self._found[key] = expected(case, name, cells(seen))
         return self._found[key]
 
-    def _times(self, known: Sequence[int], used: Fit) -> list[Cell]:
+    def _times(self, known: Sequence[int], used: Fit) -> list[ErrorCell]:
         points = self.points
         return [
             cell(self.runs[i][0], points[i].measured, used.apply(points[i])) for i in known if i in points
         ]
 
-    def _peaks(self, known: Sequence[int]) -> list[Cell]:
+    def _peaks(self, known: Sequence[int]) -> list[ErrorCell]:
         read = [(i, self.runs[i][0].measured.peak_memory) for i in known]
         return [cell(self.runs[i][0], measured, self._peak(i)) for i, measured in read if measured]
 
@@ -169,7 +169,7 @@ def _point(case: Case, result: Simulated) -> PacedRun | None:
 
 
 @dataclass(frozen=True)
-class Errors:
+class ErrorSummary:
     """Relative errors of one group of rows: count, mean and median size, signed mean, largest, 90th
     percentile."""
 
@@ -187,20 +187,22 @@ class Errors:
         }  # fmt: skip
 
 
-def errors(values: Iterable[float | None]) -> Errors | None:
+def errors(values: Iterable[float | None]) -> ErrorSummary | None:
     """Statistics over the rows themselves; None where there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return None
     sizes = sorted(abs(value) for value in known)
     p90 = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
-    return Errors(len(known), fmean(sizes), median(sizes), fmean(known), sizes[-1], p90)
+    return ErrorSummary(len(known), fmean(sizes), median(sizes), fmean(known), sizes[-1], p90)
 
 
 Measure = Callable[[Scored], float | None]
 
 
-def by_group(scored: Iterable[Scored], measure: Measure, key: Callable[[Scored], str]) -> dict[str, Errors]:
+def by_group(
+    scored: Iterable[Scored], measure: Measure, key: Callable[[Scored], str]
+) -> dict[str, ErrorSummary]:
     """Errors of each group that has any."""
     groups: dict[str, list[float | None]] = defaultdict(list)
     for one in scored:
@@ -209,7 +211,7 @@ def by_group(scored: Iterable[Scored], measure: Measure, key: Callable[[Scored],
     return {name: value for name, value in found.items() if value is not None}
 
 
-def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
+def over_sources(scored: Iterable[Scored], measure: Measure) -> ErrorSummary | None:
     """Rows averaged within a source, then sources; the median, the largest and the percentile are over all
     rows."""
     rows = list(scored)
@@ -217,7 +219,7 @@ def over_sources(scored: Iterable[Scored], measure: Measure) -> Errors | None:
     everything = errors(measure(one) for one in rows)
     if everything is None:
         return None
-    return Errors(
+    return ErrorSummary(
         everything.n, fmean(e.mape for e in sources.values()), everything.median_ape,
         fmean(e.bias for e in sources.values()), everything.max_ape, everything.p90,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from math import log
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
-from mopsim.intervals import Cell, Errors, Quantity, Spread, known_errors, spread
+from mopsim.intervals import ErrorCell, ErrorQuantity, Errors, Spread, known_errors, spread
 from mopsim.validate.case import Case
 
 if TYPE_CHECKING:
@@ -17,17 +17,17 @@ Name = Literal["step_time", "peak_memory"]
 NAMES: tuple[Name, ...] = ("step_time", "peak_memory")
 
 
-def cell(case: Case, measured: float | None = None, predicted: float = 1.0) -> Cell:
+def cell(case: Case, measured: float | None = None, predicted: float = 1.0) -> ErrorCell:
     """A run by what it may have in common with others, and its error where it was measured."""
-    return Cell(
+    return ErrorCell(
         source=case.source.name, stack=case.stack, hardware=case.hardware, precision=case.precision,
         network=case.identity(), runs=1, mean=log(measured / predicted) if measured else 0.0,
     )  # fmt: skip
 
 
-def expected(case: Case, name: Name, own: Sequence[Cell] = (), errors: Errors | None = None) -> Spread:
+def expected(case: Case, name: Name, own: Sequence[ErrorCell] = (), errors: Errors | None = None) -> Spread:
     """The error to expect of a run, as if its source had never been seen, but for `own` runs of it."""
-    known: Quantity = getattr(errors or known_errors(), name)
+    known: ErrorQuantity = getattr(errors or known_errors(), name)
     return spread(known.leaving_out(case.source.name), cell(case), tuple(own))
 
 

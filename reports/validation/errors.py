@@ -8,7 +8,7 @@ from mopsim.calibrate.errors import fit_errors
 from mopsim.common import io
 from mopsim.common.changes import sparse
 from mopsim.common.yaml_text import dump_yaml
-from mopsim.intervals import Cell, Errors
+from mopsim.intervals import ErrorCell, Errors
 from mopsim.validate.case import Case
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import Simulated, as_read
@@ -24,8 +24,8 @@ EXACT_SOURCE = (
 
 def learn(runs: Iterable[tuple[Case, Simulated]]) -> Errors:
     """From runs of grade A and B, as simulated: uncalibrated, and without a refusal."""
-    times: list[Cell] = []
-    peaks: list[Cell] = []
+    times: list[ErrorCell] = []
+    peaks: list[ErrorCell] = []
     for case, result in runs:
         if not trusted(case) or result.error:
             continue

@@ -8,7 +8,7 @@ from mopsim.common import io
 from mopsim.report.validation_tables import Grid
 from mopsim.validate import Predicted, Validation
 from mopsim.validate.output import GROUPS, MEASURES, component_errors, selections, worst
-from mopsim.validate.scoring import Errors, Scored, by_group, capacity, errors, over_sources, regrets
+from mopsim.validate.scoring import ErrorSummary, Scored, by_group, capacity, errors, over_sources, regrets
 from mopsim.validate.uncertain import NAMES, Name, coverage
 from reports.validation import regression
 
@@ -105,7 +105,7 @@ def _by_source(validation: Validation) -> Grid:
     return table
 
 
-def _cells(one: Errors) -> tuple[str, str]:
+def _cells(one: ErrorSummary) -> tuple[str, str]:
     return f"{one.mape:.1%}", f"{one.bias:+.1%}"
 
 

@@ -14,7 +14,7 @@ from mopexec.data import DataOptions
 from mopexec.data.chat import Chat
 from mopexec.data.corpus import read_corpus
 from mopexec.data.dataset import IGNORED
-from mopexec.data.documents import Reading
+from mopexec.data.documents import DocumentReading
 from mopexec.data.tokenizer import END_OF_TEXT
 from mopexec.model.documents import positions
 from mopexec.run.feed import Feed
@@ -24,7 +24,7 @@ from tests.exec.train_plans import small_plan
 TEXT = "the quick brown fox jumps over the lazy dog, twice a day\n" * 400
 
 
-READING = Reading("text", "auto", Chat())
+READING = DocumentReading("text", "auto", Chat())
 
 
 def prepared(source, vocab_size, cache, **options):

@@ -19,7 +19,7 @@ from mopsim.spec.stacks import SECTIONS, load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
 from mopsim.strategies import mop
-from mopsim.validate.case import Case, Measured, Source, read_cases
+from mopsim.validate.case import Case, CaseSource, Measured, read_cases
 from tests.spec import test_huggingface as huggingface
 
 Path = tuple[str | int, ...]
@@ -170,7 +170,7 @@ def case() -> Case:
         id="run", model="tiny", hardware="h200-sxm-141g", num_nodes=1, strategy=STRATEGY,
         training=TrainSpec(seq_len=64, global_batch=2), model_changes={"num_hidden_layers": 3},
         stack_changes={"host.modules": True}, measured=Measured(step_time=1.0, peak_memory=1.0, fits=True),
-        approximations=("a",), source=Source(name="s", ref="r", notes="n"),
+        approximations=("a",), source=CaseSource(name="s", ref="r", notes="n"),
     )  # fmt: skip
 
 

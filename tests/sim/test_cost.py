@@ -8,7 +8,7 @@ import pytest
 from mopsim.common.errors import SpecError
 from mopsim.cost import raw_seconds, seconds
 from mopsim.program.topology import span
-from mopsim.program.workload import Group, Work
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import Correction, MatmulCurve
 from mopsim.spec.profiles import load_profile
 from tests.sim.toys import machine, quantity
@@ -69,16 +69,16 @@ def test_an_unknown_dtype_is_named() -> None:
 
 
 def test_collectives_inside_a_domain() -> None:
-    group = Group(8, 8)
+    group = CommGroup(8, 8)
     assert seconds(Work("all_gather", bytes=8e9, group=group), TOY) == pytest.approx(7e9 / 100e9)
     assert seconds(Work("all_reduce", bytes=8e9, group=group), TOY) == pytest.approx(14e9 / 100e9)
-    assert seconds(Work("all_to_all", bytes=8e9, group=Group(1, 1)), TOY) == 0.0
+    assert seconds(Work("all_to_all", bytes=8e9, group=CommGroup(1, 1)), TOY) == 0.0
 
 
 def test_collectives_over_domains_are_bounded_by_the_nics() -> None:
     """16 ranks on two nodes: a gather brings half of the buffer in, an eighth by each NIC; half of an
     all-to-all."""
-    group = Group(16, 8)
+    group = CommGroup(16, 8)
     fast = machine(scale_up=1000)
     assert seconds(Work("all_gather", bytes=16e9, group=group), fast) == pytest.approx(16e9 / 8 / 2 / 10e9)
     assert seconds(Work("all_gather", bytes=16e9, group=group), TOY) == pytest.approx(14e9 / 100e9)
@@ -91,14 +91,14 @@ def test_in_a_mesh_a_group_has_the_links_to_its_own() -> None:
     mesh = msgspec.structs.replace(toy, scale_up=msgspec.structs.replace(toy.scale_up, topology="mesh"))
     for kind in ("all_gather", "reduce_scatter", "all_to_all"):
         for n, rate in ((2, 100e9), (4, 300e9), (8, 700e9)):
-            work = Work(kind, bytes=8e9, group=Group(n, n))
+            work = Work(kind, bytes=8e9, group=CommGroup(n, n))
             assert seconds(work, mesh) == pytest.approx(8e9 * (n - 1) / n / rate)
             assert seconds(work, toy) == pytest.approx(8e9 * (n - 1) / n / 700e9)
-    pair, far = Group(8, 8), Group(2, 1)
+    pair, far = CommGroup(8, 8), CommGroup(2, 1)
     assert seconds(Work("send_recv", bytes=1e9, group=pair), mesh) == pytest.approx(1e9 / 100e9)
     assert seconds(Work("send_recv", bytes=1e9, group=far), mesh) == pytest.approx(1e9 / 10e9)
     within = Work(
-        "all_gather", bytes=4e9, group=Group(4, 2)
+        "all_gather", bytes=4e9, group=CommGroup(4, 2)
     )  # a link against 4e9 / 2 / 2 over a NIC of 10 GB/s
     assert seconds(within, mesh) == pytest.approx(max(2e9 / 100e9, 1e9 / 10e9))
 
@@ -111,16 +111,16 @@ def test_amd_cards_reach_no_more_than_their_links(name: str, link: float) -> Non
     assert profile.scale_up.peak.si == pytest.approx(7 * link)
     for n in (2, 4, 8):
         for kind in ("all_gather", "all_to_all"):
-            rate = 64e9 * (n - 1) / n / seconds(Work(kind, bytes=64e9, group=Group(n, n)), profile)
+            rate = 64e9 * (n - 1) / n / seconds(Work(kind, bytes=64e9, group=CommGroup(n, n)), profile)
             assert 0.6 * (n - 1) * link < rate < (n - 1) * link
-    rate = 64e9 / seconds(Work("send_recv", bytes=64e9, group=Group(2, 2)), profile)
+    rate = 64e9 / seconds(Work("send_recv", bytes=64e9, group=CommGroup(2, 2)), profile)
     assert 0.6 * link < rate < link
 
 
 def test_spans_follow_the_rank_lists() -> None:
-    assert span(range(16), 8) == Group(16, 8, block=8)
-    assert span([0, 8, 16, 24], 8) == Group(4, 1, block=1)
-    assert span([0, 4, 8, 12], 8) == Group(4, 2, block=8)
+    assert span(range(16), 8) == CommGroup(16, 8, block=8)
+    assert span([0, 8, 16, 24], 8) == CommGroup(4, 1, block=1)
+    assert span([0, 4, 8, 12], 8) == CommGroup(4, 2, block=8)
 
 
 def test_transfers_share_the_link() -> None:
@@ -145,7 +145,7 @@ def test_an_oversubscribed_spine_slows_what_crosses_it() -> None:
     def time(kind: str, leaf: int, choices: int = 0) -> float:
         out = msgspec.structs.replace(plain.scale_out, oversubscription=4.0, domains_per_leaf=leaf)
         profile = msgspec.structs.replace(plain, scale_out=out)
-        work = Work(kind, bytes=64e9, group=Group(64, 8, choices))
+        work = Work(kind, bytes=64e9, group=CommGroup(64, 8, choices))
         return seconds(work, profile) / seconds(work, plain)
 
     assert time("all_to_all", 2) == pytest.approx(4 * 6 / 7)

@@ -14,7 +14,7 @@ from mopsim.engine.record import Record
 from mopsim.engine.streams import play
 from mopsim.program import lower
 from mopsim.program.builder import Builder
-from mopsim.program.workload import Group, Op, Program, Work, Workload
+from mopsim.program.workload import CommGroup, Op, Program, Work, Workload
 from mopsim.spec.hardware import COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -22,7 +22,7 @@ from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.sim.toys import machine, quantity, small
 
 MODEL = small()
-GROUPS = {"pair": Group(2, 2)}
+GROUPS = {"pair": CommGroup(2, 2)}
 
 
 def _play(builder: Builder, share: float, durations: list[float]) -> tuple[float, Record]:

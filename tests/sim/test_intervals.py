@@ -11,11 +11,11 @@ from msgspec.structs import asdict, replace
 
 from mopsim.calibrate.errors import fit_errors, weighted_quantile
 from mopsim.intervals import (
-    Cell,
     Deviations,
+    ErrorCell,
+    ErrorQuantity,
     Facts,
-    Memory,
-    Quantity,
+    PeakSpread,
     Spread,
     cells,
     known_errors,
@@ -35,9 +35,11 @@ CASES = Path(__file__).parents[2] / "reports/validation/cases"
 NONE = Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0))
 
 
-def cell(source: str = "s", stack: str = "a", network: str = "n", mean: float = 0.0, runs: int = 1) -> Cell:
+def cell(
+    source: str = "s", stack: str = "a", network: str = "n", mean: float = 0.0, runs: int = 1
+) -> ErrorCell:
     """Runs whose scatter about their mean is 0.1."""
-    return Cell(
+    return ErrorCell(
         source=source, stack=stack, hardware="h", precision="bf16", network=network, runs=runs, mean=mean,
         squares=0.01 * (runs - 1),
     )  # fmt: skip
@@ -46,21 +48,21 @@ def cell(source: str = "s", stack: str = "a", network: str = "n", mean: float = 
 def test_what_runs_share_is_learned_by_the_share_that_it_has() -> None:
     """Of four runs of a stack: 0.3 x 0.04 / (0.04 + 0.01 / 4), and what is left of the variance."""
     sd = replace(NONE, stack=0.2, run=0.1)
-    known = Quantity(deviations=sd, cells=(cell(mean=0.3, runs=4),))
+    known = ErrorQuantity(deviations=sd, cells=(cell(mean=0.3, runs=4),))
     weight = 0.04 / (0.04 + 0.01 / 4)
     found = spread(known, cell("other"))
     assert found.mean == pytest.approx(0.3 * weight)
     assert found.deviation == pytest.approx(math.sqrt(0.04 * (1 - weight) + 0.01))
     unseen = spread(known, cell("other", stack="b"))
     assert (unseen.mean, unseen.deviation) == (0.0, pytest.approx(math.sqrt(0.05)))
-    doubled = Quantity(deviations=replace(sd, widening=2.0), cells=known.cells)
+    doubled = ErrorQuantity(deviations=replace(sd, widening=2.0), cells=known.cells)
     assert spread(doubled, cell("other")).deviation == pytest.approx(2 * found.deviation)
 
 
 def test_what_two_runs_share_cancels_in_their_ratio() -> None:
     """Two plans of one program differ by their own scatter; of two programs, by what is unknown of both."""
     sd = replace(NONE, common=0.3, hardware=0.2, stack=0.2, run=0.1)
-    known = Quantity(deviations=sd, cells=(cell(mean=0.3, runs=4),))
+    known = ErrorQuantity(deviations=sd, cells=(cell(mean=0.3, runs=4),))
     alike = between(known, cell("other"), cell("other"))
     assert (alike.mean, alike.deviation) == (pytest.approx(0.0), pytest.approx(math.sqrt(0.02)))
     apart, back = (between(known, cell("other", a), cell("other", b)) for a, b in ("bc", "cb"))
@@ -68,7 +70,7 @@ def test_what_two_runs_share_cancels_in_their_ratio() -> None:
     learned = between(known, cell("other", "a"), cell("other", "b"))
     assert learned.mean < 0  # runs of a were slower than simulated, of b nobody has any
     assert alike.deviation < learned.deviation < apart.deviation
-    doubled = Quantity(deviations=replace(sd, ratio_widening=2.0), cells=known.cells)
+    doubled = ErrorQuantity(deviations=replace(sd, ratio_widening=2.0), cells=known.cells)
     assert between(doubled, cell("other"), cell("other")).deviation == pytest.approx(2 * alike.deviation)
 
 
@@ -87,15 +89,15 @@ def test_a_lead_is_sure_by_as_much_as_it_is_large() -> None:
 
 def test_a_left_out_source_leaves_its_deviations_too() -> None:
     sd, other = replace(NONE, stack=0.2, run=0.1), replace(NONE, stack=0.4, run=0.1)
-    known = Quantity(deviations=sd, cells=(cell("s"), cell("t", mean=0.5)), without={"t": other})
-    assert known.leaving_out("t") == Quantity(deviations=other, cells=(cell("s"),))
-    assert known.leaving_out("nobody") == Quantity(deviations=sd, cells=known.cells)
+    known = ErrorQuantity(deviations=sd, cells=(cell("s"), cell("t", mean=0.5)), without={"t": other})
+    assert known.leaving_out("t") == ErrorQuantity(deviations=other, cells=(cell("s"),))
+    assert known.leaving_out("nobody") == ErrorQuantity(deviations=sd, cells=known.cells)
 
 
 @given(st.floats(-1, 1), st.floats(0.01, 1), st.floats(0.02, 0.98), st.floats(1e-3, 1e9))
 def test_an_interval_has_its_probability(mean: float, deviation: float, level: float, value: float) -> None:
     low, high = Spread(mean, deviation).interval(value, level)
-    memory = Memory(value, 0.0, Spread(mean, deviation))
+    memory = PeakSpread(value, 0.0, Spread(mean, deviation))
     assert memory.below(high) - memory.below(low) == pytest.approx(level, abs=1e-6)
     assert memory.below(low) == pytest.approx((1 - level) / 2, abs=1e-6)
 
@@ -103,7 +105,7 @@ def test_an_interval_has_its_probability(mean: float, deviation: float, level: f
 @settings(deadline=None)
 @given(st.floats(1e6, 1e12), st.floats(0, 1e12), st.floats(0, 0.5), st.floats(0.02, 0.98))
 def test_bytes_that_are_enough(tensors: float, above: float, deviation: float, probability: float) -> None:
-    memory = Memory(tensors, above, Spread(0.0, deviation))
+    memory = PeakSpread(tensors, above, Spread(0.0, deviation))
     enough = memory.quantile(probability)
     assert memory.below(enough * (1 + 1e-5)) >= probability - 1e-9
     assert memory.below(enough * (1 - 1e-4) - 2) <= probability + 1e-3
@@ -141,7 +143,7 @@ def test_the_installed_errors_know_the_networks_that_ran() -> None:
         assert known <= ran
 
 
-def drawn(seed: int, sources: int = 10) -> list[Cell]:
+def drawn(seed: int, sources: int = 10) -> list[ErrorCell]:
     """Runs of sources with a stack each, off by 0.2, and 0.1 of their own."""
     random = np.random.default_rng(seed)
     runs = []

@@ -11,7 +11,7 @@ from mopsim.cost.compute import ATOMIC_SUMS, EXPERT_GRADIENTS_EXPOSED, SERIAL_RO
 from mopsim.cost.stack import CLOCK_BY_POWER, as_used
 from mopsim.graph.shapes import attended_span, causal_pairs
 from mopsim.program.topology import span
-from mopsim.program.workload import Group, Work
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import Bridges
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Kernels, Stack
@@ -87,7 +87,7 @@ def test_groups_under_one_bridge_are_fast_and_those_across_share_the_link() -> N
         work = Work("all_gather", bytes=8e9, group=groups[name])
         wire = 8e9 * (groups[name].size - 1) / groups[name].size
         assert seconds(work, profile) == pytest.approx(wire / rate), name
-    unknown = Work("all_gather", bytes=8e9, group=Group(4, 4))
+    unknown = Work("all_gather", bytes=8e9, group=CommGroup(4, 4))
     assert seconds(unknown, profile) == seconds(unknown, TOY)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate, upper
 from mopsim.program.pinned import power_of_two
-from mopsim.program.workload import Group, Work, collective_work
+from mopsim.program.workload import CommGroup, Work, collective_work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop
@@ -44,11 +44,11 @@ def test_the_causes_add_up_by_hand() -> None:
 
 
 def test_every_group_of_ranks_has_one_communicator() -> None:
-    eight, four = Group(8, 8), Group(4, 4)
+    eight, four = CommGroup(8, 8), CommGroup(4, 4)
     works = [
         collective_work("all_gather", 10.0, eight), collective_work("all_to_all", 10.0, eight),
         collective_work("all_to_all", 20.0, eight), collective_work("all_reduce", 10.0, four),
-        collective_work("all_gather", 10.0, Group(1, 1)), collective_work("send_recv", 10.0, four),
+        collective_work("all_gather", 10.0, CommGroup(1, 1)), collective_work("send_recv", 10.0, four),
         Work("matmul", m=1, n=1, k=1),
     ]  # fmt: skip
     assert upper.communication(works) == (2 * 688 + 544) * 2**20 + 3.28e9
@@ -57,10 +57,10 @@ def test_every_group_of_ranks_has_one_communicator() -> None:
 
 def test_sends_through_the_network_share_a_buffer() -> None:
     """16 ranks on two nodes; a stage that sends to the next; a sum, which sends to no one rank."""
-    far = Group(16, 8)
+    far = CommGroup(16, 8)
     exchange, stage, total = (
         collective_work(kind, 10.0, group)
-        for kind, group in (("all_to_all", far), ("send_recv", Group(2, 1)), ("all_reduce", far))
+        for kind, group in (("all_to_all", far), ("send_recv", CommGroup(2, 1)), ("all_reduce", far))
     )
     assert upper.communication([exchange]) == 688 * 2**20 + 3.28e9 + 512 * 2**20
     assert upper.communication([stage]) == (544 + 512) * 2**20

@@ -13,7 +13,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.units import UNITS
 from mopsim.cost import seconds
 from mopsim.cost.stack import SCORE_BYTES, as_used
-from mopsim.program.workload import Group, Work
+from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import calibration
@@ -209,7 +209,7 @@ def test_a_deterministic_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> N
     fixed = as_used(run.profile(), run.program(), 128, 4096)
 
     def took(kind: str, profile: HardwareProfile) -> float:
-        return seconds(Work(kind, bytes=1e9, group=Group(4, 4)), profile)
+        return seconds(Work(kind, bytes=1e9, group=CommGroup(4, 4)), profile)
 
     parts = took("reduce_scatter", free) + took("all_gather", free)
     assert took("all_reduce", free) < took("all_reduce", fixed) == pytest.approx(parts, rel=0.05)

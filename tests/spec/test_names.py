@@ -23,7 +23,6 @@ DEFAULTS = {
 """What a command, a family or a strategy takes where nothing is said, and what mopexec runs."""
 OTHERS = (
     "mopsim/export/",
-    "mopsim/spec/capability/",
     "mopsim/spec/huggingface.py",
     "mopexec/weights/config.py",
 )
@@ -47,3 +46,14 @@ def test_no_code_knows_a_name(package: str) -> None:
         if names := names_in(path) - DEFAULTS.get(place, set()):
             told[place] = sorted(names)
     assert told == {}
+
+
+def test_a_class_has_its_name_alone() -> None:
+    """In both packages; what is private to a module too."""
+    where: dict[str, list[str]] = {}
+    for package in ("mopsim", "mopexec"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in where.items() if len(found) > 1} == {}

@@ -8,7 +8,7 @@ from mopsim.program.context import Context
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops, Template
-from mopsim.program.units import Unit
+from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Work
 
 
@@ -19,7 +19,7 @@ class FlatUnits(Shards):
 
     def __init__(self, context: Context, issue: Builder, stage: Stage) -> None:
         super().__init__(context, issue, stage)
-        self.reducing: list[tuple[Unit, int | None]] = []
+        self.reducing: list[tuple[ShardedUnit, int | None]] = []
         precision = context.strategy.precision
         self.cast = precision.param != precision.compute
         self.own_grads = precision.grad == precision.reduce
@@ -97,7 +97,7 @@ class FlatUnits(Shards):
         self.reducing = []
         return ()
 
-    def _gather(self, unit: Unit, phase: str, room: Sequence[int] = ()) -> None:
+    def _gather(self, unit: ShardedUnit, phase: str, room: Sequence[int] = ()) -> None:
         b, c = self.issue, self.c
         if unit.name in self._coming:
             return
@@ -119,35 +119,35 @@ class FlatUnits(Shards):
                 layer=unit.layer, deps=(*b.so_far(), up, updated),
             )  # fmt: skip
 
-    def _download(self, unit: Unit, ready: int) -> None:
+    def _download(self, unit: ShardedUnit, ready: int) -> None:
         """A gradient shard that lives on the host goes down, to be added to the one there."""
         if self._place(unit).grad_tier == "host":
             self._copy(unit, "d2h", unit.shard_numel * self.c.grad, "backward", (ready,))
 
     @property
-    def _head(self) -> Unit:
+    def _head(self) -> ShardedUnit:
         """Whose parameters project on the vocabulary."""
         return self.c.edges.get("head", self.c.edges["embedding"])
 
-    def _beside(self, unit: Unit) -> bool:
+    def _beside(self, unit: ShardedUnit) -> bool:
         return unit.component == "experts"
 
-    def _wait(self, unit: Unit, phase: str) -> Ops:
+    def _wait(self, unit: ShardedUnit, phase: str) -> Ops:
         """What was cast to send is freed once the full parameters are there."""
         self._gather(unit, phase)
         self._drop(*(("cast",) if unit.shard > 1 else ()), of=unit)
         op = self._coming[unit.name]
         return () if op < 0 else (op,)
 
-    def _release(self, unit: Unit, phase: str, ready: Ops = ()) -> None:
+    def _release(self, unit: ShardedUnit, phase: str, ready: Ops = ()) -> None:
         if phase == "backward" or self.c.reshards:
             self._coming.pop(unit.name, None)
             self._drop("full", "cast", of=unit)
 
-    def _drop(self, *parts: str, of: Unit) -> None:
+    def _drop(self, *parts: str, of: ShardedUnit) -> None:
         self.issue.drop(*(name for part in parts if (name := f"{part} {of.name}") in self.issue.alive))
 
-    def _open(self, *units: Unit, waits: Ops = ()) -> None:
+    def _open(self, *units: ShardedUnit, waits: Ops = ()) -> None:
         """Zeroed full gradient buffers; the gradient shard itself where that is the full one."""
         works = []
         for unit in units:
@@ -160,7 +160,7 @@ class FlatUnits(Shards):
             works.append(Work("memory_bound", bytes=float(size)))
         self.issue.compute("zero gradients", "other", "backward", units[0].layer, works, *waits)
 
-    def _reduce(self, unit: Unit, ready: Ops) -> None:
+    def _reduce(self, unit: ShardedUnit, ready: Ops) -> None:
         b, phase = self.issue, "backward"
         if unit.shard == 1:
             if not self.own_grads:

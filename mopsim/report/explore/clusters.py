@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Json, Step, bars, ends, front, plan_of, step_table, table
+from mopsim.report.explore.steps import ExplorerStep, Json, bars, ends, front, plan_of, step_table, table
 
 DAY = 86400.0
 _CLUSTER = [
@@ -26,7 +26,7 @@ def _clusters(result: Json) -> list[dict[str, Any]]:
     return points + [one for one in tried if (one["hardware"], one["nodes"]) not in known]
 
 
-def cluster_views(result: Json, steps: list[Step]) -> list[View]:
+def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     rows = [_cluster(one) for one in _clusters(result)]
     best = result.get("recommended") or {}
     chosen = (best.get("hardware"), best.get("nodes"))

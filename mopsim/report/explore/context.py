@@ -3,7 +3,7 @@
 from typing import Any
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, Json, Step, table
+from mopsim.report.explore.steps import Cell, ExplorerStep, Json, table
 from mopsim.report.explore.sweep import short
 
 _COLUMNS = (
@@ -16,7 +16,7 @@ _COLUMNS = (
 """Name, type, and key of a point."""
 
 
-def context_views(result: Json, steps: list[Step]) -> list[View]:
+def context_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     """steps: none, the JSON has no whole ones."""
     found: list[View] = []
     for case in result["cases"]:

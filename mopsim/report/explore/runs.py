@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, Json, Step, ends, state_of, table
+from mopsim.report.explore.steps import Cell, ExplorerStep, Json, ends, state_of, table
 
-_QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
+_QUANTITIES = (("ExplorerStep time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
 _STEP = "predicted_step_time_interval_s"
 _RUN: tuple[tuple[str, str, str], ...] = (
     ("run", "text", "run_id"), ("source", "text", "source"), ("family", "text", "family"),
@@ -22,7 +22,7 @@ _RUN: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 
-def run_views(result: Json, steps: list[Step]) -> list[View]:
+def run_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     """Predicted against measured: a table, two scatters, and what is unsupported."""
     simulated = [one for one in result["runs"] if one["status"] == "simulated"]
     known = [

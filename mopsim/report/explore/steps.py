@@ -18,7 +18,7 @@ Cell = str | float | None
 
 
 @dataclass(frozen=True)
-class Step:
+class ExplorerStep:
     """A simulated step and what it is called in the result."""
 
     label: str
@@ -108,13 +108,13 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
     }  # fmt: skip
 
 
-def step_table(title: str, steps: Sequence[Step], note: str = "") -> View:
+def step_table(title: str, steps: Sequence[ExplorerStep], note: str = "") -> View:
     """A row for each step."""
     rows = [[get(one) for _, _, get in COLUMNS] for one in steps]
     return table(title, [(name, kind) for name, kind, _ in COLUMNS], rows, note, [one.state for one in steps])
 
 
-def told(step: Step) -> list[tuple[str, Cell, str]]:
+def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
     """What a point says of itself."""
     found = step.found
     low, high = ends(found, "step_time_interval_s")
@@ -133,7 +133,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
 
 
-def pareto(steps: Sequence[Step]) -> View:
+def pareto(steps: Sequence[ExplorerStep]) -> View:
     """Step time against memory, the front among those that fit."""
     best = iter(front([_at(one) for one in steps if one.found["fits"]]))
     series: dict[str, list[View]] = {}
@@ -155,7 +155,7 @@ def pareto(steps: Sequence[Step]) -> View:
     limits = {one.found["memory_limit_bytes"] for one in steps}
     largest = max(_at(one)[1] for one in steps)
     return {
-        "kind": "plot", "title": "Step time against memory",
+        "kind": "plot", "title": "ExplorerStep time against memory",
         "x": {"name": "step time", "type": "seconds"},
         "y": {"name": "device memory at the peak", "type": "bytes", "zero": True},
         "series": [{"name": name, "line": False, "points": points} for name, points in series.items()],
@@ -163,14 +163,14 @@ def pareto(steps: Sequence[Step]) -> View:
     }  # fmt: skip
 
 
-def _at(step: Step) -> tuple[float, float]:
+def _at(step: ExplorerStep) -> tuple[float, float]:
     return float(step.found["step_time_s"]), float(step.found["peak_memory_bytes"])
 
 
 MOST_BARS = 12
 
 
-def bars(steps: Sequence[Step]) -> list[View]:
+def bars(steps: Sequence[ExplorerStep]) -> list[View]:
     """Memory of the peak by category, time by component, and what is exposed, of the first steps."""
     shown = steps[:MOST_BARS]
     limits = {one.found["memory_limit_bytes"] for one in shown}
@@ -184,7 +184,7 @@ def bars(steps: Sequence[Step]) -> list[View]:
             "memory_by_category_bytes",
             least if near else None,
         ),
-        ("components", "Step time by component", "seconds", "time_by_component_s", None),
+        ("components", "ExplorerStep time by component", "seconds", "time_by_component_s", None),
         ("waits", "Exposed time by what compute waits for", "seconds", "exposed_s", None),
     )
     return [

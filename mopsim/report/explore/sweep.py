@@ -3,7 +3,7 @@
 from typing import Any
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, Json, Step, ends, table, told
+from mopsim.report.explore.steps import Cell, ExplorerStep, Json, ends, table, told
 
 
 def sweep_views(sweep: Json) -> list[View]:
@@ -15,7 +15,7 @@ def sweep_views(sweep: Json) -> list[View]:
         refused = sweep.get("refused", {}).get(label) or [None] * len(values)
         points = []
         for value, batch, one, why in zip(values, batches, found, refused, strict=True):
-            step = Step(label, one) if one else None
+            step = ExplorerStep(label, one) if one else None
             rows.append([value, label, batch, *_swept(step, why)])
             marks.append(step.state if step else "out of memory")
             points.append(_swept_point(value, batch, step, why))
@@ -38,7 +38,7 @@ def sweep_views(sweep: Json) -> list[View]:
     return [plot, table(f"Points over {sweep['setting']}", names, rows, said, marks)]
 
 
-def _swept(step: Step | None, why: str | None) -> list[Cell]:
+def _swept(step: ExplorerStep | None, why: str | None) -> list[Cell]:
     if step is None:
         return ["no legal strategy", None, None, None, why or ""]
     one = step.found
@@ -51,7 +51,7 @@ def _swept(step: Step | None, why: str | None) -> list[Cell]:
     ]
 
 
-def _swept_point(value: float, batch: int | None, step: Step | None, why: str | None) -> View:
+def _swept_point(value: float, batch: int | None, step: ExplorerStep | None, why: str | None) -> View:
     rows: list[Any] = [("at", value, "number"), ("batch", batch, "number")]
     if step is None or not step.found["fits"]:
         told_ = told(step) if step else [("", f"no legal strategy: {why or ''}", "text")]

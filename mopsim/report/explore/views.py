@@ -11,7 +11,7 @@ from mopsim.report.explore.clusters import cluster_views
 from mopsim.report.explore.context import context_views, reach
 from mopsim.report.explore.page import Explorer, View
 from mopsim.report.explore.runs import run_views
-from mopsim.report.explore.steps import Json, Step, bars, pareto, step_table, table, timeline
+from mopsim.report.explore.steps import ExplorerStep, Json, bars, pareto, step_table, table, timeline
 from mopsim.report.explore.sweep import sweep_views
 
 
@@ -21,8 +21,8 @@ class Kind:
 
     name: str
     keys: frozenset[str]
-    steps: Callable[[Json], list[Step]]
-    views: Callable[[Json, list[Step]], list[View]]
+    steps: Callable[[Json], list[ExplorerStep]]
+    views: Callable[[Json, list[ExplorerStep]], list[View]]
     headline: Callable[[Json], str]
 
 
@@ -35,7 +35,7 @@ def kind_of(result: Json, origin: str) -> Kind:
     raise MopError(f"{origin}: is not a result of {names} (their --json): keys {', '.join(list(result)[:8])}")
 
 
-def steps_of(result: Json, kind: Kind) -> list[Step]:
+def steps_of(result: Json, kind: Kind) -> list[ExplorerStep]:
     """The simulated steps in a result. Raises MopError where it lacks a key."""
     with _readable(kind):
         steps = kind.steps(result)
@@ -45,7 +45,11 @@ def steps_of(result: Json, kind: Kind) -> list[Step]:
 
 
 def explorer(
-    result: Json, kind: Kind, steps: list[Step], timelines: Mapping[str, SimResult], notes: Sequence[str]
+    result: Json,
+    kind: Kind,
+    steps: list[ExplorerStep],
+    timelines: Mapping[str, SimResult],
+    notes: Sequence[str],
 ) -> Explorer:
     """The page of a result. timelines: by the step's label. Raises MopError where the result lacks a key."""
     with _readable(kind):
@@ -67,46 +71,48 @@ def _readable(kind: Kind) -> Iterator[None]:
         raise MopError(f"result: of mopsim {kind.name}, {what}") from None
 
 
-def _subject(result: Json, steps: Sequence[Step]) -> str:
+def _subject(result: Json, steps: Sequence[ExplorerStep]) -> str:
     found = [one.found.get("provenance", {}) for one in steps]
     name = next((one["model"] for one in found if one.get("model")), result.get("model"))
     where = ", ".join(dict.fromkeys(one["profile"] for one in found if one.get("profile")))
     return f"{name}{f' on {where}' if where else ''}: " if name else ""
 
 
-def _of_simulate(result: Json) -> list[Step]:
-    return [Step(str(result["strategy"].get("name", "strategy")), result)]
+def _of_simulate(result: Json) -> list[ExplorerStep]:
+    return [ExplorerStep(str(result["strategy"].get("name", "strategy")), result)]
 
 
-def _of_search(result: Json) -> list[Step]:
+def _of_search(result: Json) -> list[ExplorerStep]:
     """Those ranked, then the best of families that are not among them."""
-    ranked = [Step(f"{place}, {one['strategy']['name']}", one) for place, one in enumerate(result["top"], 1)]
-    ranked = ranked or ([Step("closest", result["closest"])] if result.get("closest") else [])
+    ranked = [
+        ExplorerStep(f"{place}, {one['strategy']['name']}", one) for place, one in enumerate(result["top"], 1)
+    ]
+    ranked = ranked or ([ExplorerStep("closest", result["closest"])] if result.get("closest") else [])
     known = [one.found["strategy"] for one in ranked]
     rest = [
-        Step(f"best of {family}", one)
+        ExplorerStep(f"best of {family}", one)
         for family, one in result.get("best_by_family", {}).items()
         if one and one["strategy"] not in known
     ]
     return ranked + rest
 
 
-def _of_compare(result: Json) -> list[Step]:
-    return [Step(label, one) for label, one in result["strategies"].items()]
+def _of_compare(result: Json) -> list[ExplorerStep]:
+    return [ExplorerStep(label, one) for label, one in result["strategies"].items()]
 
 
-def _step_views(title: str, steps: list[Step]) -> list[View]:
+def _step_views(title: str, steps: list[ExplorerStep]) -> list[View]:
     if not steps:
         return []
     scatter = [pareto(steps)] if len(steps) > 1 else []
     return [step_table(title, steps), *scatter, *bars(steps)]
 
 
-def _simulate(result: Json, steps: list[Step]) -> list[View]:
+def _simulate(result: Json, steps: list[ExplorerStep]) -> list[View]:
     return _step_views("The step", steps)
 
 
-def _search(result: Json, steps: list[Step]) -> list[View]:
+def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
     left = sorted(result["rejected"].items(), key=lambda one: -one[1])
     names = [("reason", "text"), ("candidates", "number")]
     views = _step_views("Ranked strategies", steps)
@@ -116,14 +122,14 @@ def _search(result: Json, steps: list[Step]) -> list[View]:
     return [*views, table("Why candidates are not ranked", names, [list(one) for one in left])]
 
 
-def _compare(result: Json, steps: list[Step]) -> list[View]:
+def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
     views = _step_views("The strategies", steps)
     return [*views[:1], *(sweep_views(result["sweep"]) if "sweep" in result else []), *views[1:]]
 
 
-def _of_size(result: Json) -> list[Step]:
+def _of_size(result: Json) -> list[ExplorerStep]:
     return [
-        Step(f"{one['name']}, {one['best']['nodes']} nodes", one["best"]["result"])
+        ExplorerStep(f"{one['name']}, {one['best']['nodes']} nodes", one["best"]["result"])
         for one in result["hardware"]
         if one.get("best")
     ]
@@ -142,7 +148,7 @@ def _recommended(result: Json) -> str:
 
 
 def _said(result: Json) -> str:
-    one = Step("", result)
+    one = ExplorerStep("", result)
     speed = f"{result['tokens_per_s_per_device']:,.0f} tokens/s per GPU"
     return f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
 

@@ -10,7 +10,7 @@ from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.capability.rules import RULES, value_at
 from mopsim.spec.capability.software import no_runtime
-from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, Row, Side
+from mopsim.spec.capability.table import EXPORTS, LIMITED, ROWS, RUNTIMES, Cell, FieldRow, Side
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 from mopsim.spec.stack import Stack
@@ -22,8 +22,8 @@ __all__ = [
     "ROWS",
     "SIDES",
     "Cell",
+    "FieldRow",
     "Job",
-    "Row",
     "Side",
     "holds",
     "job_of",

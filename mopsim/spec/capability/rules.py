@@ -18,7 +18,7 @@ from mopsim.spec.capability.table import RUNTIMES, Side
 from mopsim.spec.presets import list_models, load_model
 
 
-class Rule(Spec, frozen=True, kw_only=True, rename={"otherwise": "else"}):
+class Relation(Spec, frozen=True, kw_only=True, rename={"otherwise": "else"}):
     """One entry of rules.yaml, as its head says."""
 
     sides: tuple[str, ...]
@@ -49,7 +49,7 @@ class Rule(Spec, frozen=True, kw_only=True, rename={"otherwise": "else"}):
 
 
 @cache
-def _ready(rule: Rule) -> tuple[Callable[..., bool], Callable[..., bool], list[str]]:
+def _ready(rule: Relation) -> tuple[Callable[..., bool], Callable[..., bool], list[str]]:
     """What a rule says, compiled when it is first asked."""
     return compiled(rule.where, rule.let), compiled(rule.needs, rule.let), rule.fields
 
@@ -90,7 +90,7 @@ def _values(spec: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{one.name}", value
 
 
-ALL_RULES = [convert(one, Rule, "rule") for one in read("rules.yaml")]
+ALL_RULES = [convert(one, Relation, "rule") for one in read("rules.yaml")]
 RULES: dict[Side, list[Callable[[Job, Side], Iterator[SpecError]]]] = {
     side: [
         *([software_is_the_runtimes] if side in RUNTIMES else []),

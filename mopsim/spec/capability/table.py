@@ -36,7 +36,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class FieldRow:
     """One field. acts: the condition under which the field has anything to act on, empty: always."""
 
     cells: Mapping[Side, Cell]
@@ -72,14 +72,14 @@ def _cell(said: Any) -> Cell:
     return Cell(values, _READ["reasons"].get(why, why), reads="skips" not in said)
 
 
-def _row(said: Mapping[str, Any], every: Mapping[str, Any]) -> Row:
+def _row(said: Mapping[str, Any], every: Mapping[str, Any]) -> FieldRow:
     told = {**every, **said}
     groups = {**dict.fromkeys(RUNTIMES, "mopexec"), **dict.fromkeys(EXPORTS, "exports")}
     cells = {side: _cell(told.get(side, told.get(groups.get(side, ""), "all"))) for side in SIDES}
-    return Row(cells, told.get("acts", ""), not said)
+    return FieldRow(cells, told.get("acts", ""), not said)
 
 
-def _rows(noun: str) -> Iterator[tuple[str, Row]]:
+def _rows(noun: str) -> Iterator[tuple[str, FieldRow]]:
     said = dict(_READ[noun])
     every = said.pop("every", {})
     if noun == "stack":
