@@ -44,3 +44,17 @@ def message_work(message: Message) -> tuple[Work, ...]:
     """The work of a message."""
     kind, size, group, _ = message
     return (Work(kind, bytes=size, group=group),)
+
+
+def put_together(context: Context, unit: ShardedUnit) -> Work:
+    """The gradient of a unit's flat parameter, of those of its views (autograd's backward of torch.split, in
+    torch.distributed.fsdp._flat_param: _get_unflat_views)."""
+    return Work("memory_bound", bytes=2.0 * unit.numel * context.b)
+
+
+def divided(context: Context, unit: ShardedUnit) -> Work:
+    """A flat gradient cast to the reduce dtype and divided before it is sent
+    (torch.distributed.fsdp._runtime_utils: _post_backward_hook, _div_if_needed)."""
+    cast = context.b + context.reduce if context.reduce != context.b else 0
+    size = float(unit.padded * (cast + 2 * context.reduce))
+    return Work("memory_bound", bytes=size, launches=1 + bool(cast))

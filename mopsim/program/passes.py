@@ -89,8 +89,7 @@ class Passes:
             if routes and split and c.migration:
                 tape = replace(tape, kernels=migrating(tape.kernels, c.migration))
             precision = c.strategy.precision
-            if precision.matmul in CAST and not c.stack.sharding.copies:
-                # Transformer Engine keeps the cast copies; torchao, beside torch's FSDP2, the inputs
+            if precision.matmul in CAST and c.stack.kernels.casts == "kept":
                 share = DTYPE_BYTES[precision.matmul] / c.b
                 tape = quantized(tape, share, c.strategy.activations.modules)
             if not c.shards_params:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import message_work, reduction
+from mopsim.program.data_parallel import divided, message_work, put_together, reduction
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
@@ -290,8 +290,16 @@ class Shards:
         """The full gradient is summed into the shard's."""
         part, copied = unit.shard_numel * self.c.grad, self._copied(unit)
         last = self._sent_off(unit, part, ready) if copied else ready
+        before: tuple[Work, ...] = ()
+        if self.c.stack.sharding.flat:
+            last = (
+                self._pass(
+                    f"flat gradient {unit.name}", unit, (put_together(self.c, unit),), "backward", ready
+                ),
+            )
+            before = (divided(self.c, unit),)
         for message in reduction(self.c, [unit]):
-            name, work = f"reduce {unit.name}", message_work(message)
+            name, work, before = f"reduce {unit.name}", (*before, *message_work(message)), ()
             stream, part_of = stream_of(message[2]), self._component(unit)
             last = (self.issue.add(name, stream, part_of, "backward", work, last, layer=unit.layer),)
             self._sent = self._sent or last

@@ -7,11 +7,12 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_stay, split
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.quantized import EXACT
+from mopsim.graph.rewrites.quantized import EXACT, cast_once
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import COLLECTIVES
+from mopsim.spec.strategy import MatmulDType
 
 Part = Literal["forward", "backward", "input_grad", "weight_grad"]
 CAST_READS = {"fp8": 2, "mxfp8": 1, "nvfp4": 3}
@@ -28,6 +29,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
     how = context.stack.kernels.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
+    found = cast_once(found) if context.stack.kernels.casts == "again" else found
     if model.expert_bias and context.stack.kernels.expert_bias != "fused":
         found = biased(found, context.stack.kernels.expert_bias == "indexed")
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
@@ -135,6 +137,29 @@ def _gradient(context: Context) -> float:
     return float(context.b if fresh else 2 * context.grad)
 
 
+def _casts(
+    kernel: Kernel, part: Part, context: Context, dtype: MatmulDType, looped: bool
+) -> tuple[Work, ...]:
+    """Operands cast for a kernel's products: inputs in the forward, output gradients in the backward, by rows
+    and by columns at once; or each alone and laid out again for the other product (see Kernels.casts)."""
+    how, narrow, reads = context.stack.kernels, DTYPE_BYTES[dtype], CAST_READS.get(dtype, 1)
+    alone = how.casts == "again"
+    laid, once = 2 * narrow, reads * DTYPE_BYTES[context.strategy.precision.compute] + narrow
+    each = once if alone else once + narrow
+    inputs = sum(one.m * one.k * one.count for one in kernel.matmuls) * kernel.casts
+    outputs = sum(one.m * one.n * one.count for one in kernel.matmuls)
+    weights = sum(one.n * one.k * one.count for one in kernel.matmuls if one.weight)
+    moved = 0.0
+    if part == "forward":
+        moved += (inputs + weights * (how.weight_casts == "pass")) * each
+    if part in ("backward", "input_grad"):
+        moved += outputs * each + weights * laid * alone
+    if part in ("backward", "weight_grad") and alone:
+        moved += outputs * laid + inputs * (once + laid)
+    launches = reads * (sum(int(one.count) for one in kernel.matmuls) if looped else 1)
+    return (Work("memory_bound", bytes=moved, launches=launches),) if moved else ()
+
+
 def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
     precision = context.strategy.precision
     recipe = precision.compute if precision.matmul == "compute" else precision.matmul
@@ -155,13 +180,8 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
                 work = Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype)
                 gradient = _gradient(context) if name == "weight_grad" and one.weight else 0.0
                 found.append(replace(work, calls=calls, launches=launches, gradient=gradient))
-    if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute] and part != "weight_grad":
-        # inputs (forward) or output gradients (backward) are cast once, by rows and by columns
-        rows = sum(m.m * m.count * (m.k if part == "forward" else m.n) for m in kernel.matmuls)
-        reads = CAST_READS.get(dtype, 1)
-        launches = reads * (sum(int(m.count) for m in kernel.matmuls) if looped else 1)
-        each = reads * DTYPE_BYTES[precision.compute] + 2 * DTYPE_BYTES[dtype]
-        found.append(Work("memory_bound", bytes=rows * each, launches=launches))
+    if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute]:
+        found += _casts(kernel, part, context, dtype, looped)
     if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":
         # each gradient is read, its buffer read and written
         size = sum(m.n * m.k * m.count for m in kernel.matmuls) * (context.b + 2 * context.grad)

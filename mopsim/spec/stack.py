@@ -61,8 +61,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     and one for queries, keys and values, or one each, shared experts after the routed ones. qkv_split:
     parts of the one for queries, keys and values are read where they lie, and their gradients written so;
     or torch splits them and puts their gradients together (`views`), and copies what attention wants
-    contiguous too (`copied`). weight_grads:
-    added to their buffer inside the product, or after it. loss: cross entropy by several kernels with
+    contiguous too (`copied`). casts: the copy in 8 or 4 bits of a product's input is kept for its weight
+    gradient (`kept`, Transformer Engine), or the input is, and cast again, each copy laid out again for the
+    product that reads it the other way (`again`, torchao). weight_casts: weights are cast once a step, which
+    is not counted (`step`), or in every forward pass (`pass`). weight_grads: added to their buffer inside the
+    product, or after it. loss: cross entropy by several kernels with
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
     (`upcast`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
     backward is done.
@@ -85,6 +88,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     sequence_exchange: Built = "fused"
     gate_up: Literal["joined", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
+    casts: Literal["kept", "again"] = "kept"
+    weight_casts: Literal["step", "pass"] = "step"
     weight_grads: Built = "fused"
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast"] = "composed"
@@ -101,7 +106,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
     step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
     (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
-    spread over ranks are plain tensors, whole on every replica. agreements: at the end of a step ranks sum
+    spread over ranks are plain tensors, whole on every replica. flat: a group's parameters are views of one
+    tensor, whose gradient autograd puts together and which is cast and divided before it is reduced (torch's
+    FullyShardedDataParallel). agreements: at the end of a step ranks sum
     the loss and each router's load, one exchange each. groups: parameters
     that are gathered and reduced together are a layer's, and those of the root, which is gathered once a
     microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are groups of
@@ -110,6 +117,7 @@ class Sharding(Spec, frozen=True, kw_only=True):
 
     fsdp: bool = False
     copies: bool = False
+    flat: bool = False
     experts: bool = True
     agreements: bool = False
     groups: Literal["layers", "modules"] = "layers"

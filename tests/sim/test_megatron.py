@@ -8,17 +8,19 @@ from mopsim.engine import SimResult
 from mopsim.graph import tensors, total_params
 from mopsim.graph.layer import decoder_layer
 from mopsim.graph.liveness import forward
+from mopsim.graph.rewrites.quantized import cast_once
 from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.shapes import Shapes
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program import lower
 from mopsim.program.context import make_context
-from mopsim.program.works import works
+from mopsim.program.workload import Program
+from mopsim.program.works import Part, works
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Optimizer, Overlap, Precision
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import megatron
+from mopsim.strategies import fsdp2, megatron
 from tests.sim.megatron_jobs import deep, parted, play, with_
 from tests.sim.toys import small
 from tests.software import changed
@@ -254,6 +256,51 @@ def test_casts_read_their_source_as_often_as_the_recipe_needs(recipe: str, reads
         assert cast.bytes == pytest.approx(4 * 64 * 128 * size, rel=0.04)  # scales of blocks beside
         assert cast.launches == kernels * reads
         assert (multiply.issued, multiply.launches) == (kernels, 1)
+
+
+def test_operands_cast_again_move_by_hand() -> None:
+    """torchao in fp8 of bf16: amax and cast read 2 + 2 bytes and write 1; a layout reads 1 and writes 1."""
+    m, n, k = 64, 32, 128
+    kernel = Kernel("up", "matmul", "dense_ffn", ("h",), (), matmuls=(Matmul(m, n, k),))
+
+    def moved(one: Kernel, part: Part, **kernels: str) -> float:
+        strategy = megatron(8)
+        strategy = with_(strategy, precision=msgspec.structs.replace(strategy.precision, matmul="fp8"))
+        software = changed("megatron-core", kernels=kernels)
+        context = make_context(small(), strategy, TrainSpec(seq_len=256, global_batch=8), 8, software)
+        return sum(work.bytes for work in works(one, part, context) if work.kind == "memory_bound")
+
+    assert moved(kernel, "forward", casts="again") == m * k * 5
+    assert moved(kernel, "forward", weight_casts="pass") == (m * k + n * k) * 6
+    assert moved(kernel, "input_grad", casts="again") == m * n * 5 + n * k * 2
+    assert moved(kernel, "weight_grad", casts="again") == m * n * 2 + m * k * 7
+    parts = sum(moved(kernel, part, casts="again") for part in ("input_grad", "weight_grad"))
+    assert moved(kernel, "backward", casts="again") == parts
+    first, second = cast_once((kernel, kernel))
+    assert first.casts
+    assert moved(second, "forward", casts="again") == 0
+
+
+def test_a_flat_gradient_is_put_together_and_divided_before_it_is_sent() -> None:
+    strategy, training = fsdp2(8, fsdp=8, recompute="none"), TrainSpec(seq_len=64, global_batch=8)
+    flat, apart = (
+        lower(deep(), strategy, training, 8, changed("llm-foundry", sharding={"flat": there})).programs[0]
+        for there in (True, False)
+    )
+
+    def moved(program: Program) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for op in program.ops:
+            for work in op.work if op.phase == "backward" else ():
+                if work.kind == "memory_bound":
+                    found[op.stream] = found.get(op.stream, 0.0) + op.times * work.bytes
+        return found
+
+    params = total_params(deep())
+    one, other = moved(flat), moved(apart)
+    assert one["compute"] - other["compute"] == pytest.approx(2 * 2 * params, rel=0.01)
+    sent = one["scale_up"] - other.get("scale_up", 0.0)
+    assert sent == pytest.approx((2 + 4 + 2 * 4) * params, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,16 @@ def quantized(tape: Tape, share: float, modules: Sequence[str]) -> Tape:
     return replace(tape, kernels=tuple(kernels))
 
 
+def cast_once(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Of products that read one value the first casts it (a compiler makes equal casts once)."""
+    found, seen = [], set[str]()
+    for kernel in kernels:
+        source = kernel.reads[0] if kernel.matmuls else ""
+        found.append(replace(kernel, casts=False) if source in seen else kernel)
+        seen |= {source} - {""}
+    return tuple(found)
+
+
 def _cast(kernel: Kernel, source: Value, share: float) -> Kernel:
     copy = Value(f"{kernel.name}_in", int(source.bytes * share), source.category, grad=False)
     return replace(kernel, writes=(*kernel.writes, copy), saves=(copy.name, *kernel.saves[1:]))
