@@ -22,9 +22,6 @@ from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
 
-ALWAYS = ("mop", "fsdp2")
-"""Contenders that are asked in any case: the one that is compared, and the least restricted other."""
-
 
 @dataclass(frozen=True)
 class ContextOrder:
@@ -99,13 +96,13 @@ def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
 
 
 def chosen(text: str) -> list[Contender]:
-    """The contenders of a comma-separated list, and ALWAYS. Raises MopError."""
+    """The contenders of a comma-separated list, and those that are always asked. Raises MopError."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     known = [one.name for one in contenders()]
     for name in sorted(names):
         if name not in known:
             raise MopError(f"--contender: {name!r} is not one of {', '.join(known)}")
-    return [one for one in contenders() if not names or one.name in names | set(ALWAYS)]
+    return [one for one in contenders() if not names or one.always or one.name in names]
 
 
 def stated(cases: Sequence[ContextCase]) -> dict[str, str]:

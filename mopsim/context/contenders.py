@@ -25,14 +25,16 @@ class Contender(Spec, frozen=True, kw_only=True):
     name: str
     label: str
     rules: str
-    family: str = "fsdp2"
+    family: str
+    always: bool = False
+    rings: bool = False
     within: float = 0.0
     chunked: bool = False
     offload: tuple[Literal["device", "host"], ...] = ("device", "host")
 
     def axes(self, problem: Problem, axes: Axes) -> Axes:
         """What is searched: a family's axes, widened to tensor and context parallelism, within the rules."""
-        if self.family != "fsdp2":
+        if self.rings:
             return _rings(problem, axes)
         node = problem.hardware.devices_per_node
         most = max(1, int(self.within * node)) if self.within else problem.world_size

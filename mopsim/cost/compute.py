@@ -1,26 +1,32 @@
 """Seconds of kernels on one device. Formulas: MatmulCurve, AttentionCurve and Device of
 mopsim.spec.hardware."""
 
+from importlib.resources import files
+from typing import Any
+
 import msgspec
 
 from mopsim.common.errors import SpecError
+from mopsim.common.io import parse_yaml
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import NARROW_HEAD, WIDE_HEAD, HardwareProfile, MatmulCurve
 
-DROPS_FORWARD, DROPS_BACKWARD = 0.80, 0.65
-"""Rate of a flash kernel that draws a dropout mask over one that does not: 75 to 85 % forward and 60 to 70 %
-backward, at any length (FlashAttention-4 on GB200, Dao-AILab/flash-attention pull request 2597), their
-middles. Other kernels and cards are taken to lose as much: the numbers come of the same generator."""
-
-
-GRADIENTS_EXPOSED = {8.0: 0.35}
+RATES: dict[str, dict[str, Any]] = parse_yaml(
+    files("mopsim.cost").joinpath("rates.yaml").read_text(encoding="utf-8"), "rates.yaml"
+)
+"""Numbers of libraries and of cards' kinds, with their sources."""
+DROPS_FORWARD, DROPS_BACKWARD = RATES["drops"]["forward"], RATES["drops"]["backward"]
+"""Rate of a flash kernel that draws a dropout mask over one that does not."""
+GRADIENTS_EXPOSED = {float(RATES["gradients_exposed"]["bytes"]): RATES["gradients_exposed"]["share"]}
 """Share of a dense weight gradient's own traffic that adds to its product's time, by bytes of an element read
-and written: of fp32 sums 0.26 on A100 and 0.43 on B200, their middle; of bf16's 4 nothing (tables of
-training's products, SimuMax)."""
-EXPERT_GRADIENTS_EXPOSED = 0.9
-"""The same of an expert's, whose few rows hide little: with it 36 products of 128 to 9832 rows an expert on
-B200, summed in bf16 and fp32, are met within 7.5 % by median, 14 % in nine of ten (the same tables)."""
+and written."""
+EXPERT_GRADIENTS_EXPOSED: float = RATES["expert_gradients_exposed"]["share"]
+"""The same of an expert's."""
+SERIAL_ROW: float = RATES["serial_row"]["seconds"] / RATES["serial_row"]["rows"]
+"""Seconds of a row that is added to the same row as those before it."""
+ATOMIC_SUMS: float = RATES["atomic_sums"]["per_second"]
+"""Elements a second that are added atomically."""
 
 
 def matmul_curve(
@@ -86,17 +92,6 @@ def attention(work: Work, profile: HardwareProfile) -> float:
         share *= DROPS_BACKWARD if work.backward else DROPS_FORWARD
     seconds = max(work.flops / (curve.peak.si * share), work.bytes / profile.device.memory_bandwidth.si)
     return seconds + work.launches * profile.device.launch_overhead.si
-
-
-SERIAL_ROW = 740e-3 / 713268
-"""Seconds a row that torch's index_put_ adds to the same row as those before it: 713,268 of 384 elements in
-bf16 take 740 ms (pytorch issue 137425). Wider rows are added side by side."""
-
-
-ATOMIC_SUMS = 1.17e11
-"""Elements a second that torch's index_add_ adds in bf16, by compare and swap: 108e9 on H100 (4M rows of 128
-in 4.72 ms, pytorch pull request 175760), 124e9 on B300 (16,384 rows of 2,880 in 0.38 ms, whitecircle/halo,
-docs, optimization/grouped-gemm.md): their middle."""
 
 
 def memory_bound(work: Work, profile: HardwareProfile) -> float:

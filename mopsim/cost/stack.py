@@ -8,17 +8,15 @@ import msgspec
 from msgspec.structs import replace
 
 from mopsim.common import io
-from mopsim.cost.compute import for_heads, matmul
+from mopsim.cost.compute import RATES, for_heads, matmul
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import NARROW_HEAD, AttentionCurve, HardwareProfile, Quantity
 from mopsim.spec.stack import Stack
 
-DETERMINISTIC = 1 - 0.379
-"""Backward rate in a fixed order of sums: up to 37.9 % below the free one (FlashAttention-3 on H800, arXiv
-2601.21824). cuDNN's is taken to lose as much."""
-DETERMINISTIC_KERNEL = {"blackwell": "flash2"}
-"""Where the profile's kernel has no fixed order, by architecture: Transformer Engine leaves cuDNN for
-FlashAttention-2 (its get_attention_backend)."""
+DETERMINISTIC: float = 1 - RATES["deterministic"]["backward_loses"]
+"""Backward rate in a fixed order of sums."""
+DETERMINISTIC_KERNEL: dict[str, str] = RATES["deterministic"]["kernel"]
+"""Where the profile's kernel has no fixed order, by architecture."""
 SCORE_BYTES = {"forward": 4.0 + 5.0, "backward": 5.0 + 6.0}
 """Traffic of one attention score where scores are kept, beside that of the products that make and read them:
 the scaled masked softmax reads and writes it, so does dropout, with a mask of a byte; in the backward dropout
@@ -26,11 +24,8 @@ reads and writes its gradient and reads the mask, the softmax the same and its r
 """
 SCORE_PRODUCTS = {"forward": (1, 1), "backward": (1, 3)}
 """Products of every head that make scores (Q K^T; dO V^T) and that take them (P V; for dV, dQ and dK)."""
-
-
-CLOCK_BY_POWER = 0.58
-"""Exponent of the rate that a card's power leaves to kernels that use all of it: peaks of B200 and GB200
-(2250 at 1000 W, 2500 at 1200 W), as for products of a Hopper card of 500 W (hardware_profiles/data)."""
+CLOCK_BY_POWER: float = RATES["clock_by_power"]["exponent"]
+"""Exponent of the rate that a card's power leaves to kernels that use all of it."""
 
 
 class Shares(io.Spec, frozen=True, kw_only=True):

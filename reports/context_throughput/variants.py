@@ -82,6 +82,7 @@ VARIANTS = (
 )
 
 OFFLOADED = Contender(
+    family="fsdp2",
     name="fsdp2_offloaded", label="FSDP2, full logits, all on the host", offload=("host",),
     rules="CPU offload always, all logits at once",
 )  # fmt: skip
