@@ -40,7 +40,7 @@ class Passes:
             context.shapes,
             exchange=attention.cp_comm_type,
             flash=context.stack.flash,
-            fused=not strategy.activations.save_ops and context.stack.kernels.gate_up == "joined",
+            fused=not strategy.activations.save_ops and context.stack.kernels.gate_up != "separate",
         )
         self.split = strategy.pipeline.schedule == "zero_bubble" and strategy.pipeline.pipeline_parallel > 1
         self._tapes: dict[tuple[object, ...], Tape] = {}

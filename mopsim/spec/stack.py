@@ -58,7 +58,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     or added by atomic operations on bf16 (`atomic`, torch's index_add_), or that only where a token chooses
     fewer experts than the expert-parallel degree (`atomic_if_sparse`). sequence_exchange: Ulysses' tensors
     in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
-    and one for queries, keys and values, or one each, shared experts after the routed ones. qkv_split:
+    and one for queries, keys and values, or one each, shared experts after the routed ones; or one each
+    that are counted as one whose input's gradients are added (`added`). qkv_split:
     parts of the one for queries, keys and values are read where they lie, and their gradients written so;
     or torch splits them and puts their gradients together (`views`), and copies what attention wants
     contiguous too (`copied`). casts: the copy in 8 or 4 bits of a product's input is kept for its weight
@@ -86,7 +87,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
     router: Built = "fused"
     sequence_exchange: Built = "fused"
-    gate_up: Literal["joined", "separate"] = "joined"
+    gate_up: Literal["joined", "added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
     casts: Literal["kept", "again"] = "kept"
     weight_casts: Literal["step", "pass"] = "step"

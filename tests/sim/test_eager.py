@@ -10,7 +10,8 @@ import pytest
 from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, split, traffic
+from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
+from mopsim.graph.rewrites.projections import parts_added, split
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.workload import Work
@@ -60,6 +61,17 @@ def test_attention_that_reads_the_projection_as_it_lies_needs_no_copies() -> Non
     learned = msgspec.structs.replace(small(), learned_positions=True)
     kernels = decoder_layer(learned, Shapes(tokens=16, seq_len=16, fused=True), 1, ROUTES).kernels
     assert split(kernels, copied=True) == kernels
+
+
+@pytest.mark.parametrize(("eager", "qkv", "gate"), [(True, 6, 3), (False, 4, 3)])
+def test_gradients_of_products_counted_as_one_are_added(eager: bool, qkv: int, gate: int) -> None:
+    shapes = Shapes(tokens=16, seq_len=32, tensor=2, fused=True)
+    kernels = decoder_layer(small(), shapes, 0).kernels
+    found = {kernel.name: kernel for kernel in parts_added(kernels, 2, eager)}
+    gathered = shapes.region_tokens * small().hidden_size * shapes.width
+    assert found["qkv_proj_sum"].back_bytes == qkv * gathered, "at the width of the tensor group"
+    assert found["up_proj_sum"].back_bytes == gate * gathered
+    assert (found["qkv_proj_sum"].bytes, found["qkv_proj_sum"].launches) == (0, 0)
 
 
 @pytest.mark.parametrize("part", [*ALL, "accumulation"])
