@@ -24,7 +24,7 @@ from mopexec.flat.units import Unit
 from mopexec.flat.vocabulary import Ring, local_loss
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model.kernels import using
-from mopexec.model.routing import balance_step, largest_share
+from mopexec.model.routing import balance_step, balance_told
 from mopexec.run import assemble
 from mopexec.run.runner import Batch, StepResult
 from mopsim.spec.plan import Plan
@@ -86,11 +86,9 @@ class FlatRunner:
             if self.plan.training.clip_norm > 0:
                 clip = (self.plan.training.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
             self.optimizer.step(clip)
-            busiest = self._balance()
-        found = [loss.double() / self._counted, norm]
-        return StepResult.fetched(
-            [*found, busiest] if busiest is not None else found, self.num_tokens, self.platform
-        )
+            told = self._balance()
+        found = [loss.double() / self._counted, norm, *([] if told is None else [told])]
+        return StepResult.fetched(found, self.num_tokens, self.platform)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
@@ -236,15 +234,15 @@ class FlatRunner:
         return self.model.balance_bias[place], self.model.load[place]
 
     def _balance(self) -> Tensor | None:
-        """Move the routers' biases by the load of the whole global batch; returns `StepResult.busiest`, None
+        """Move the routers' biases by the load of the whole global batch; returns `balance_told`, None
         where no router chose."""
         if not self.learned or not self.plan.model.num_moe_layers:
             return None
         with category("activations"):
             if self.mesh.world.size > 1:
                 collectives.all_reduce(self.model.load, self.mesh.world.handle)
-            busiest = largest_share(self.model.load, self.plan.strategy.experts.expert_parallel)
+            told = balance_told(self.model.load, self.plan.strategy.experts.expert_parallel)
             for bias, load in zip(self.model.balance_bias, self.model.load, strict=True):
                 balance_step(bias, load, self.plan.training.bias_update_rate)
             self.model.load.zero_()
-        return busiest
+        return told

@@ -133,10 +133,28 @@ def count_routes(load: Tensor, experts: Tensor) -> None:
 
 def largest_share(load: Tensor, degree: int) -> Tensor:
     """Of the routes `load` [..., E], the part of the rank of an expert-parallel group that got most, averaged
-    over the layers; float64 scalar. nan where no router chose.
+    over the layers whose router chose; float64 scalar, nan where none did.
     """
     per_rank = load.double().reshape(*load.shape[:-1], degree, -1).sum(-1)
-    return torch.mean(per_rank.amax(-1) / per_rank.sum(-1))
+    return torch.nanmean(per_rank.amax(-1) / per_rank.sum(-1))
+
+
+def load_histogram(load: Tensor) -> Tensor:
+    """How many experts of the layers `load` [..., E] got less than 1/8 of their layer's even load, from 1/8
+    to 1/4, and so on by doubling, and 8 times and more: [8] float64, without a wait for the device.
+    """
+    even = load.double().mean(-1, keepdim=True)
+    relative = load / even
+    edges = torch.exp2(torch.arange(-3, 4, dtype=torch.float64, device=load.device))
+    least = (relative.reshape(-1, 1) >= edges).sum(0, dtype=torch.float64)
+    counted = relative.isnan().logical_not().sum(dtype=torch.float64)
+    ends = torch.cat((counted[None], least, torch.zeros_like(counted)[None]))
+    return ends[:-1] - ends[1:]
+
+
+def balance_told(load: Tensor, degree: int) -> Tensor:
+    """`largest_share` and `load_histogram` of the routes `load` [..., E]: [9] float64."""
+    return torch.cat((largest_share(load, degree)[None], load_histogram(load)))
 
 
 def balance_step(balance_bias: Tensor, load: Tensor, rate: float) -> None:

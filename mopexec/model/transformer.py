@@ -2,7 +2,6 @@
 against.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from mopexec.model.documents import Documents
 from mopexec.model.moe import MoE
 from mopexec.model.parts import FeedForward, RMSNorm, linear
 from mopexec.model.rope import rope_tables
-from mopexec.model.routing import Routing, balance_step, largest_share, wide
+from mopexec.model.routing import Routing, balance_step, balance_told, wide
 from mopexec.model.support import check_model
 from mopsim.spec.model import ModelSpec
 
@@ -229,17 +228,17 @@ class Transformer(nn.Module):
     def update_balance(
         self, rate: float, reduce: Callable[[Tensor], object] = lambda load: None, degree: int = 1
     ) -> Tensor:
-        """Move every router's balance bias by the load since the last call; returns `largest_share` of it,
-        NaN where the model has no router.
+        """Move every router's balance bias by the load since the last call; returns `balance_told` of it, of
+        no route where the model has no router.
 
         reduce: sums loads over ranks in place. degree: of expert parallelism.
         """
-        busiest = []
+        loads = [torch.zeros(degree)]
         for layer in self.blocks():
             if layer.is_moe:
                 router = layer.moe.router
                 reduce(router.load)
-                busiest.append(largest_share(router.load, degree))
+                loads.append(router.load.clone())
                 balance_step(router.balance_bias, router.load, rate)
                 router.load.zero_()
-        return torch.stack(busiest).nanmean() if busiest else torch.tensor(math.nan)
+        return balance_told(torch.stack(loads[1:] or loads), degree)

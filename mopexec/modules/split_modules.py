@@ -120,7 +120,7 @@ class SplitRunner:
         return {name: grad / self._optimizer.coefficient for name, grad in full.items()}
 
     def _balanced(self) -> Tensor:
-        """Move the routers' biases; the part of the routes that went to the busiest rank."""
+        """Move the routers' biases; `balance_told` of the routes."""
         stage, training = self._groups.stage, self._plan.training
 
         def over_stage(load: Tensor) -> None:
@@ -129,15 +129,15 @@ class SplitRunner:
 
         degree = self._plan.strategy.experts.expert_parallel
         network, pipeline = self.model.network, self._groups.pipeline
-        busiest: Tensor = network.update_balance(training.bias_update_rate, over_stage, degree)
+        told: Tensor = network.update_balance(training.bias_update_rate, over_stage, degree)
         if pipeline.size == 1:
-            return busiest
+            return told
         layers = sum(layer.is_moe for layer in network.blocks())
-        share = torch.zeros(2, dtype=torch.float64, device=self._platform.device)
-        if layers:
-            share[0], share[1] = busiest * layers, layers
-        collectives.all_reduce(share, pipeline.handle)
-        return share[0] / share[1]
+        told[0] = told[0].nan_to_num() * layers
+        both = torch.cat((told.to(self._platform.device), told.new_full((1,), layers)))
+        collectives.all_reduce(both, pipeline.handle)
+        both[0] /= both[-1]
+        return both[:-1]
 
 
 def _everyone(mine: Any) -> list[Any]:

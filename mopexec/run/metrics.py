@@ -33,9 +33,10 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     was watched, the peaks are up to there. memory_percent: of the enforced limit, else of the plan's;
     predicted_step_time_s None where the plan has none. cpu_time_s: CPU seconds of the rank that used most,
     None on other devices. mfu, tflops_per_s_per_device: of the model's FLOP, None where the plan does not
-    know them. Of the card that has most, None on a CPU: allocated_bytes, reserved_bytes: the allocator's
-    peaks; device_used_bytes: NVML's, of all programs; unseen_bytes: device_used_bytes less peak_memory_bytes;
-    power_w at the step's end, energy_j of the step.
+    know them. expert_loads: experts of all layers by their load over the even one: below 1/8, from 1/8 on, by
+    doubling, from 8 on; None where no router chose. Of the card that has most, None on a CPU:
+    allocated_bytes, reserved_bytes: the allocator's peaks; device_used_bytes: NVML's, of all programs;
+    unseen_bytes: device_used_bytes less peak_memory_bytes; power_w at the step's end, energy_j of the step.
     """
 
     step: int
@@ -56,6 +57,7 @@ class StepMetrics(Spec, frozen=True, kw_only=True):
     cpu_time_s: float | None = None
     mfu: float | None = None
     tflops_per_s_per_device: float | None = None
+    expert_loads: tuple[int, ...] | None = None
     allocated_bytes: float | None = None
     reserved_bytes: float | None = None
     device_used_bytes: float | None = None

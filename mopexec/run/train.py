@@ -206,6 +206,7 @@ class _Loop:
             cpu_time_s=None if self.job.platform.is_cuda else slowest["used"],
             mfu=known.mfu * faster if known else None,
             tflops_per_s_per_device=known.model_flops_per_second * faster / 1e12 if known else None,
+            expert_loads=result.expert_loads or None,
         )
 
     def _record(self, line: StepMetrics) -> None:

@@ -9,6 +9,7 @@ from mopexec.model.attention_core import Core, causal_attention
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.model.routing import (
     largest_share,
+    load_histogram,
     profile_experts,
     route_weights,
     route_weights_backward,
@@ -77,6 +78,12 @@ def test_the_busiest_rank_of_an_expert_parallel_group() -> None:
     assert float(largest_share(load, 2)) == pytest.approx((0.75 + 0.5) / 2)
     assert float(largest_share(load, 1)) == 1.0
     assert torch.isnan(largest_share(torch.zeros(1, 4), 2))
+
+
+def test_experts_by_their_load() -> None:
+    load = torch.tensor([[4.0, 4.0, 4.0, 4.0], [0.0, 1.0, 15.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert load_histogram(load).tolist() == [2, 0, 1, 0, 4, 1, 0, 0]  # a layer without routes says nothing
+    assert load_histogram(torch.tensor([[64.0] + [0.0] * 7])).tolist() == [7, 0, 0, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

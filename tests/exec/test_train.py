@@ -59,6 +59,8 @@ def test_a_run_leaves_what_others_rely_on(inputs, whole):
     assert [line["lr"] for line in lines[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[0]["predicted_step_time_s"] == 0.1
+    loads, model = lines[0]["expert_loads"], io.load(out / "plan.yaml", Plan, "plan").model
+    assert (len(loads), sum(loads)) == (8, model.num_moe_layers * model.num_local_experts)
     assert io.load(out / "plan.yaml", Plan, "plan") == io.load(inputs / "plan.yaml", Plan, "plan")
     measured = io.load(out / "measurement.yaml", Measurement, "measurement")
     assert (measured.world_size, measured.steps, measured.warmup) == (2, 6, 3)
