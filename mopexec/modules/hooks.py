@@ -92,7 +92,7 @@ def _book_full(parameter: Tensor) -> None:
 
 class InputHooks:
     """Where checkpointed layers keep their inputs: on the device, or the first `count` of a forward on the
-    host."""
+    host, copied there beside what follows and back when their backward asks."""
 
     def __init__(self, platform: Platform, count: int) -> None:
         self._platform, self._count = platform, count
@@ -108,15 +108,18 @@ class InputHooks:
         if tensor.untyped_storage()._cdata != storage:
             return tensor
         host = self._platform.host_empty(tensor.shape, tensor.dtype, "boundaries")
-        self._platform.copy(host, tensor)
-        return (host,)
+        self._platform.wait(self._platform.record(), "d2h")
+        self._platform.copy(host, tensor, "d2h")
+        return host, self._platform.record("d2h")
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
+        host, stored = packed
         with category("boundaries"):
-            x = torch.empty_like(packed[0], device=self._platform.device)
-        self._platform.copy(x, packed[0])
+            x = torch.empty(host.shape, dtype=host.dtype, device=self._platform.device)
+        self._platform.wait(stored)
+        self._platform.copy(x, host)
         return x
 
 

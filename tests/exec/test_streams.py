@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 
 from mopexec.check.dry_run import _batches, fake_world
+from mopexec.modules.hooks import InputHooks, _again
 from mopexec.run.apply import build
 from tests.exec.flat_plans import make_plan
 from tests.exec.streams import Order, Race, Site, watched
@@ -53,3 +55,23 @@ def test_nothing_races_and_no_wait_can_go(name: str) -> None:
     spared = [site for site in _steps(name) if not _caught(name, site)]
     others = [other for other in CASES if other != name]
     assert not [site for site in spared if not any(_caught(other, site) for other in others)]
+
+
+def _layers(skip: Site | None = None) -> list[Site]:
+    """Two layers of torch modules that keep their inputs on the host; where they waited."""
+    order, weight = Order(skip), torch.ones(4, 4, requires_grad=True)
+    with fake_world(2, 0), watched(order) as platform:
+        boundaries, x = InputHooks(platform, 2), torch.ones(2, 4, requires_grad=True)
+        for layer in range(2):
+            with boundaries.keep(layer, x):
+                x = _again(lambda given: (given @ weight).sin(), x)
+        x.sum().backward()
+    return list(order.sites)
+
+
+def test_layer_inputs_of_modules_need_their_waits() -> None:
+    sites = _layers()
+    assert len(sites) == 2
+    for site in sites:
+        with pytest.raises(Race):
+            _layers(site)
