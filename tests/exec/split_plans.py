@@ -103,6 +103,7 @@ def four() -> dict[str, Plan]:
         "all, skewed": make(
             tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2, micro_batch=2, routing="95/4"
         ),
+        "experts split and spread": make(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2),
         "ulysses": make(
             LATENT, tensor_parallel=2, context_parallel=2, context_exchange="ulysses", expert_parallel=4
         ),

@@ -100,6 +100,14 @@ def test_mtp_modules_read_tokens_that_do_not_count(strategy: Strategy) -> None:
     check(small(model, strategy, **AUXILIARY), masked=True)
 
 
+@pytest.mark.parametrize("family", [fsdp2, mop, megatron])
+def test_gradients_below_the_limit_are_not_scaled(family: Any) -> None:
+    strategy = family(2, expert_parallel=2, dtype="float64")
+    strategy = replace(strategy, stack="mopexec-split") if family is megatron else strategy
+    plan = small(load_model("tiny"), strategy)
+    check(replace(plan, training=replace(plan.training, clip_norm=1e3)))
+
+
 @pytest.mark.parametrize("name", ["gpt_oss_20b", "deepseek_v3", "qwen3_30b_a3b"])
 @pytest.mark.parametrize("family", [fsdp2, mop])
 def test_packed_documents_are_trained_as_if_each_were_alone(name: str, family: Any) -> None:
