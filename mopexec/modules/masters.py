@@ -61,6 +61,7 @@ class Masters:
                 with host_compute():
                     narrow = self._platform.host_empty(part.shape, part.dtype, "params").copy_(master)
                 self._platform.copy(part, narrow)
+                del narrow  # before the next is made
             elif self._own:
                 part.copy_(master)
         if self.host:

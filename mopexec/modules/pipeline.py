@@ -6,11 +6,11 @@ Every neighbour has a group of its own for each direction, so that no send waits
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mopexec.distributed import collectives
 from mopexec.distributed.collectives import Waitable
@@ -51,7 +51,12 @@ class Links:
 
 
 class StagePipeline:
-    """This rank's stage. shape, dtype: of what travels between stages."""
+    """This rank's stage. shape, dtype: of what travels between stages.
+
+    A turn of the schedule takes what it needs from neighbours, waits for what the turn before sent, computes
+    and sends: at most one turn's messages are held. Of an interleaved schedule a forward and the backward
+    after it are one turn, as what crosses would otherwise wait for each other; `StageStep` plays the same.
+    """
 
     def __init__(
         self, strategy: Strategy, links: Links, shape: tuple[int, ...], dtype: torch.dtype, platform: Platform
@@ -59,37 +64,47 @@ class StagePipeline:
         self._how, self._links, self._platform = strategy.pipeline, links, platform
         self._stage = layout.place(strategy, dist.get_rank()).stage
         self._shape, self._dtype = shape, dtype
-        self._sent: dict[tuple[str, int, int], tuple[Waitable, Tensor]] = {}
+        self._sent: list[tuple[Waitable, Tensor]] = []
+        self._kept: dict[tuple[int, int], _Ends] = {}
 
     def step(self, microbatches: int, part: Part) -> Iterator[Tensor]:
         """Forward and backward of every microbatch; gives the losses of the last stage."""
         how = self._how
-        slots = pipeline_order.order(
+        for turn in pipeline_order.turns(
             how.schedule, how.pipeline_parallel, how.virtual_stages, microbatches, self._stage
-        )
-        kept: dict[tuple[int, int], tuple[Tensor | None, Tensor | GradientEdge]] = {}
-        for kind, microbatch, chunk in slots:
-            if kind == "forward":
+        ):
+            given = [self._needed(kind, chunk) for kind, _, chunk in turn]
+            self._all_sent()
+            made: list[tuple[str, Tensor]] = []
+            for kind, microbatch, chunk in turn:
+                if kind == "backward":
+                    with phase("backward"):
+                        made += [("backward", one) for one in self._backward(microbatch, chunk, given)]
+                    continue
                 with phase("forward"):
-                    x, out = self._forward(microbatch, chunk, part)
+                    out = self._forward(microbatch, chunk, given, part)
                 if self.last(chunk):
-                    yield out.detach()
-                kept[microbatch, chunk] = x, out if self.last(chunk) else get_gradient_edge(out)
-                del x, out
-            else:
-                with phase("backward"):
-                    self._backward(microbatch, chunk, *kept.pop((microbatch, chunk)))
-        self._sent_all()
+                    yield out
+                else:
+                    made.append(("forward", out))
+                del out
+            while made:
+                self._send(*made.pop(0))
+        self._all_sent()
 
     @torch.no_grad()
     def evaluate(self, microbatches: int, part: Part) -> Iterator[Tensor]:
         """The losses of the last stage, without gradients."""
         for microbatch in range(microbatches):
             for chunk in range(self._how.virtual_stages):
-                _, out = self._forward(microbatch, chunk, part)
+                x = self._needed("forward", chunk)
+                self._all_sent()
+                out = part(microbatch, chunk, x)
                 if self.last(chunk):
                     yield out
-        self._sent_all()
+                else:
+                    self._send("forward", out)
+        self._all_sent()
 
     def first(self, chunk: int) -> bool:
         """Whether the stage's part is the network's first."""
@@ -99,27 +114,28 @@ class StagePipeline:
         """Whether the stage's part is the network's last."""
         return self._stage == self._how.pipeline_parallel - 1 and chunk == self._how.virtual_stages - 1
 
-    def _forward(self, microbatch: int, chunk: int, part: Part) -> tuple[Tensor | None, Tensor]:
-        """What arrived, and what was made of it and sent on."""
-        x = None if self.first(chunk) else self._receive("forward")
-        if x is not None and torch.is_grad_enabled():
-            x.requires_grad_()
-        out = part(microbatch, chunk, x)
-        if not self.last(chunk):
-            self._send("forward", microbatch, chunk, out.detach())
-        return x, out
+    def _needed(self, kind: str, chunk: int) -> Tensor | None:
+        """What a pass takes from a neighbour."""
+        way = "forward" if kind == "forward" else "backward"
+        if self.first(chunk) if way == "forward" else self.last(chunk):
+            return None
+        with phase(way):
+            return self._receive(way)
 
-    def _backward(self, microbatch: int, chunk: int, x: Tensor | None, out: Tensor | GradientEdge) -> None:
-        given = None
-        if not self.last(chunk):
-            given = self._receive("backward")
-            self._over("forward", microbatch, chunk)  # its gradient is here, so it has arrived
-        torch.autograd.backward(out, given)
-        if x is not None:
-            assert x.grad is not None
-            if self._how.virtual_stages == 1 and microbatch:
-                self._over("backward", microbatch - 1, chunk)
-            self._send("backward", microbatch, chunk, x.grad)
+    def _forward(self, microbatch: int, chunk: int, given: list[Tensor | None], part: Part) -> Tensor:
+        """What a part makes of the first of `given`, which dies where the part is done with it."""
+        ends = self._kept[microbatch, chunk] = _Ends()
+        out = part(microbatch, chunk, ends.begin(given))
+        ends.end(out, whole=self.last(chunk))
+        return out.detach()
+
+    def _backward(self, microbatch: int, chunk: int, given: list[Tensor | None]) -> list[Tensor]:
+        """Takes the gradient of what the part made from `given`; that of what arrived, if something did."""
+        ends = self._kept.pop((microbatch, chunk))
+        ends.out.append(given.pop(0))
+        assert ends.root is not None
+        torch.autograd.backward(ends.root)
+        return ends.arrived
 
     def _receive(self, way: str) -> Tensor:
         link = self._links.found[way, "from"]
@@ -128,15 +144,58 @@ class StagePipeline:
         collectives.send_recv([], link.rank, [x], link.rank, link.group, timed=False)
         return x
 
-    def _send(self, way: str, microbatch: int, chunk: int, x: Tensor) -> None:
+    def _send(self, way: str, x: Tensor) -> None:
         link, x = self._links.found[way, "to"], x.contiguous()
         work = collectives.send_recv([x], link.rank, [], link.rank, link.group, async_op=True, timed=False)
-        self._sent[way, microbatch, chunk] = work, x
+        self._sent.append((work, x))
 
-    def _over(self, way: str, microbatch: int, chunk: int) -> None:
-        self._sent.pop((way, microbatch, chunk))[0].wait()
-
-    def _sent_all(self) -> None:
-        for work, _ in self._sent.values():
+    def _all_sent(self) -> None:
+        for work, _ in self._sent:
             work.wait()
         self._sent.clear()
+
+
+class _Ends:
+    """Both ends of a part's graph, which keeps neither what arrived nor, in the backward, the gradient that
+    it starts from. arrived: the gradient of what arrived; out: that of what the part made; root: where the
+    backward starts."""
+
+    def __init__(self) -> None:
+        self.arrived: list[Tensor] = []
+        self.out: list[Tensor | None] = []
+        self.root: Tensor | None = None
+
+    def begin(self, given: list[Tensor | None]) -> Tensor | None:
+        """The first of `given`."""
+        x = given.pop(0)
+        if x is None:
+            return None
+        start = torch.empty(0, device=x.device, requires_grad=True)
+        return cast(Tensor, _Begin.apply(start, x, self.arrived))  # type: ignore[no-untyped-call]
+
+    def end(self, made: Tensor, *, whole: bool) -> None:
+        """whole: it is the loss."""
+        self.root = made if whole else _End.apply(made, self.out)  # type: ignore[no-untyped-call]
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, x: Tensor, arrived: list[Tensor]) -> Tensor:
+        ctx.arrived = arrived
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.arrived.append(grads[0])
+        return None, None, None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, out: list[Tensor]) -> Tensor:
+        ctx.out = out
+        return made.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.out.pop(), None

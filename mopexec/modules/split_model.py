@@ -54,6 +54,7 @@ class SplitModel:
             groups.place.stage, pipeline.layers,
         )  # fmt: skip
         self._pipeline: StagePipeline | None = None
+        self._tables: tuple[tuple[int, int, Documents], tuple[Tensor, Tensor]] | None = None
         if pipeline.pipeline_parallel > 1:
             with platform.bookkeeping():
                 links = Links(plan.strategy, platform)
@@ -232,7 +233,10 @@ class SplitModel:
         """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""
         (batch, seq), network, device = tokens.shape, self.network, tokens.device
         dtype = _dtype(self._plan.strategy.precision.param)
-        cos, sin = rope_tables(network.spec, start, start + seq, dtype, device, documents)
+        if self._tables is None or self._tables[0] != (start, seq, documents):  # those of all microbatches
+            tables = rope_tables(network.spec, start, start + seq, dtype, device, documents)
+            self._tables = (start, seq, documents), tables
+        cos, sin = self._tables[1]
         experts = None
         if not network.routing.learned and network.spec.num_moe_layers:
             rows = seq // self._groups.tensor.size

@@ -63,13 +63,16 @@ class _Loss(torch.autograd.Function):
             counted = (targets >= 0)[:, None]
             loss: Tensor = (total.log() - picked).masked_fill_(~counted, 0).sum() * scale
             exact.div_(total)
-        ctx.save_for_backward(hidden, weight, exact, wanted, away, counted)
+        ctx.save_for_backward(hidden, weight, wanted, away, counted)
+        ctx.exact = exact  # saved, it would live to the end of the backward
         ctx.scale, ctx.group = scale, group
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight, exact, wanted, away, counted = ctx.saved_tensors
+        hidden, weight, wanted, away, counted = ctx.saved_tensors
+        exact = ctx.exact
+        del ctx.exact
         with category("logits"):
             exact.scatter_add_(1, wanted, away.to(exact.dtype).sub_(1))
             exact.mul_(counted.to(exact.dtype).mul_(grads[0] * ctx.scale))

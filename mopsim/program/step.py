@@ -12,7 +12,8 @@ from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Ops
 from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Program, Repeat, Work
-from mopsim.spec.pipeline_order import Slot, order, warm_up
+from mopsim.spec import pipeline_order
+from mopsim.spec.pipeline_order import Slot
 
 
 class StageStep:
@@ -40,23 +41,19 @@ class StageStep:
         """A step of `microbatches` microbatches."""
         p = self.c.strategy.pipeline
         pairs = bool(self.overlap.experts) and not self.shards.each and p.schedule != "zero_bubble"
-        slots = order(
+        turns = pipeline_order.turns(
             p.schedule, p.pipeline_parallel, p.virtual_stages, microbatches, self.stage.index, int(pairs)
         )
-        first = warm_up(p.pipeline_parallel, p.virtual_stages, self.stage.index, int(pairs))
-        paired = (pairs or p.virtual_stages > 1) and first < microbatches * p.virtual_stages
+        slots = [slot for turn in turns for slot in turn]
         self.boundaries = self.passes.inputs(self.issue, self.stage, slots)
         self._gather_updated()
         self.shards.updated = self.passes.updates(self.issue, self.stage)
         left = self._left(slots)
-        place = 0
-        while place < len(slots):
-            if paired and [slot[0] for slot in slots[place : place + 2]] == ["forward", "backward"]:
-                self._pair(slots[place], slots[place + 1], left, pairs)
-                place += 2
+        for turn in turns:
+            if len(turn) > 1:
+                self._pair(turn[0], turn[1], left, pairs)
             else:
-                self._slot(slots[place], left)
-                place += 1
+                self._slot(turn[0], left)
         self.issue.microbatch = -1
         self._reduce_rest()
         self.passes.update(self.issue, self.stage, self.reductions)
@@ -273,26 +270,28 @@ class StageStep:
         return ready
 
     def _posted(self, way: str, microbatch: int, part: int, awaited: bool) -> int:
-        """A receive into a new buffer. awaited: Megatron-Core synchronizes the device after an exchange that
-        is not overlapped (`batch_p2p_sync`)."""
-        memory = (("activations", self.c.hidden),)
+        """A receive into a new buffer, which the host makes once it has issued what ran before. awaited:
+        Megatron-Core synchronizes the device after an exchange that is not overlapped (`batch_p2p_sync`)."""
+        self.issue.hold((("activations", self.c.hidden),))
         return self.issue.add(
-            f"receive {way}", f"{way}_in", "other", way, self._sent(), (), memory,
-            f"{way} {microbatch} {part}", awaited=awaited,
+            f"receive {way}", f"{way}_in", "other", way, self._sent(), (), (), f"{way} {microbatch} {part}",
+            awaited=awaited,
         )  # fmt: skip
 
     def _send(self, way: str, microbatch: int, part: int, ready: Ops) -> None:
-        """To a neighbour, and freed; without overlap, what comes next waits for it."""
+        """To a neighbour, and freed: where it overlaps once it is sent, else by what comes next, which waits
+        for it."""
         if self.unsent is not None:
             self.unsent.append((way, microbatch, part, ready))
             return
         self.issue.microbatch = microbatch
-        memory = (("activations", -self.c.hidden),)
+        overlaps, memory = self.overlap.pipeline, (("activations", -self.c.hidden),)
         op = self.issue.add(
-            f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory,
+            f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory if overlaps else (),
             f"{way} {microbatch} {part}",
         )  # fmt: skip
-        if not self.overlap.pipeline:
+        if not overlaps:
+            self.issue.hold(memory)
             self.after = (*self.after, op)
 
     def _sent(self) -> tuple[Work, ...]:

@@ -81,3 +81,21 @@ def order(
     if schedule == "zero_bubble" and stages > 1:  # nothing to fill in a stage alone
         return zero_bubble(stages, microbatches, stage)
     return one_forward_one_backward(stages, microbatches, stage, ahead)
+
+
+def turns(
+    schedule: str, stages: int, virtual: int, microbatches: int, stage: int, ahead: int = 0
+) -> list[tuple[Slot, ...]]:
+    """The slots of one stage, those together whose messages travel together: a forward and the backward after
+    it, of an interleaved schedule or where `ahead` sets them apart."""
+    slots = order(schedule, stages, virtual, microbatches, stage, ahead)
+    paired = virtual > 1 or ahead
+    if not paired or warm_up(stages, virtual, stage, ahead) >= microbatches * virtual:
+        return [(slot,) for slot in slots]
+    found: list[tuple[Slot, ...]] = []
+    for slot in slots:
+        if found and slot[0] == "backward" and [one[0] for one in found[-1]] == ["forward"]:
+            found[-1] = (*found[-1], slot)
+        else:
+            found.append((slot,))
+    return found
