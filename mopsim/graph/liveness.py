@@ -1,5 +1,6 @@
 """Which values of a tape live when: a forward run, and its reverse with what it makes again."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from mopsim.graph.tape import Played, Step, Tape
@@ -35,7 +36,7 @@ def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
     for index, kernel in enumerate(tape.kernels):
         for name in (*(value.name for value in kernel.writes), *kernel.reads):
             last[name] = index
-    last |= dict.fromkeys(tape.held, len(tape.kernels) - 1)
+    last |= {name: max(place, last[name]) for name, place in tape.holds.items()}
     values = tape.values
     played = []
     for index, kernel in enumerate(tape.kernels):
@@ -123,13 +124,16 @@ def _due(tape: Tape, chosen: Recomputation, last_saver: dict[str, int]) -> list[
 
 
 def _again(tape: Tape, region: frozenset[int], dropped: frozenset[str]) -> list[Played]:
-    """A region forward: its dropped values come back, what is only passed on inside dies."""
+    """A region forward: its dropped values come back, what is only passed on inside dies. What kernels that
+    do not run again would read lives as long as if they did, at most to the region's end."""
     order = sorted(region)
     last: dict[str, int] = {}
-    for index in order:
+    for index in range(order[0], len(tape.kernels)):
+        at = order[bisect_right(order, index) - 1]
         for name in (*(value.name for value in tape.kernels[index].writes), *tape.kernels[index].reads):
-            last[name] = index
-    last |= {name: order[-1] for name in tape.held if name in last}
+            last[name] = at
+    held = {name: order[bisect_right(order, at) - 1] for name, at in tape.holds.items() if name in last}
+    last |= {name: max(place, last[name]) for name, place in held.items()}
     made: set[str] = set()
     values = tape.values
     played = []

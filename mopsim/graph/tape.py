@@ -96,15 +96,15 @@ class Played:
 class Tape:
     """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape.
 
-    consumes: inputs that nobody else needs, so that they die here. held: values kept to the end of a
-    forward run.
+    consumes: inputs that nobody else needs, so that they die here. held: (value, kernel) to the end of which
+    a forward run keeps it, to its own end without a name.
     """
 
     inputs: tuple[Value, ...]
     kernels: tuple[Kernel, ...]
     outputs: tuple[str, ...]
     consumes: tuple[str, ...] = ()
-    held: tuple[str, ...] = ()
+    held: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         known = {value.name for value in self.inputs}
@@ -124,6 +124,13 @@ class Tape:
         for kernel in self.kernels:
             found |= {value.name: value for value in kernel.writes}
         return found
+
+    @property
+    def holds(self) -> dict[str, int]:
+        """Place of the kernel to the end of which a forward run keeps what is `held`."""
+        places = {kernel.name: place for place, kernel in enumerate(self.kernels)}
+        last = len(self.kernels) - 1
+        return {name: places.get(until, last) for name, until in self.held}
 
     def flops(self) -> dict[str, float]:
         """Forward FLOP by component."""

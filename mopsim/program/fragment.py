@@ -29,7 +29,7 @@ def kept_experts(context: Context) -> Tape:
     tensor, moved = c.strategy.experts.expert_tensor_parallel, c.migration if split else None
     tape = routed(c.model, c.tokens, c.routes(), c.b, c.wide, split, tensor)
     kernels = migrating(tape.kernels, moved) if moved else tape.kernels
-    held = () if c.chunks > 1 else ("out", "arrived") if moved else ("out",)
+    held = () if c.chunks > 1 else (("out", ""), ("arrived", "")) if moved else (("out", ""),)
     return replace(tape, kernels=chunked(kernels, c, "sort"), held=held)
 
 

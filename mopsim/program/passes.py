@@ -10,7 +10,7 @@ from mopsim.graph.liveness import Recomputation, backward, everything, forward, 
 from mopsim.graph.rewrites.eager import in_blocks
 from mopsim.graph.rewrites.migration import migrating
 from mopsim.graph.rewrites.quantized import quantized
-from mopsim.graph.rewrites.recompute import plan, without_weight_grads
+from mopsim.graph.rewrites.recompute import AROUND, gathered_once, plan, without_weight_grads
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder
@@ -26,6 +26,9 @@ from mopsim.program.workload import Work
 from mopsim.program.works import implemented
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
+
+FRAMES = (("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows_g", "experts_down"))
+"""Variables of the frames of Python that run a layer, and its routed experts."""
 
 
 class Passes:
@@ -92,12 +95,14 @@ class Passes:
             if precision.matmul in CAST and c.stack.kernels.casts == "kept":
                 share = DTYPE_BYTES[precision.matmul] / c.b
                 tape = quantized(tape, share, c.strategy.activations.modules)
-            if not c.shards_params:
-                tape = replace(tape, kernels=without_weight_grads(tape.kernels))
-            held = ("y", "u", "routed") if c.stack.host.frames else ()  # variables of the layer's frame
+            tape = self._added_up(tape)
+            if not c.stack.recompute.gathers_again:
+                activations = c.strategy.activations
+                tape = gathered_once(tape, activations.recompute, activations.modules)
             kernels = implemented(tape.kernels, c)
             made = {value.name for kernel in kernels for value in kernel.writes}
-            tape = replace(tape, kernels=kernels, held=tuple(name for name in held if name in made))
+            held = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made)
+            tape = replace(tape, kernels=kernels, held=held)
             if c.stack.kernels.ring_blocks == "composed":
                 model, ranks = c.model, c.strategy.attention.context_parallel
                 shared = model.num_attention_heads / model.num_key_value_heads
@@ -108,11 +113,20 @@ class Passes:
             self._tapes[key] = tape
         return self._tapes[key]
 
+    @property
+    def _in_buffers(self) -> bool:
+        """Whether products add the gradients of their weights to resident buffers."""
+        return not self.context.shards_params and self.context.stack.kernels.weight_grads == "fused"
+
+    def _added_up(self, tape: Tape) -> Tape:
+        """The tape, without gradients of weights where none are made."""
+        return replace(tape, kernels=without_weight_grads(tape.kernels)) if self._in_buffers else tape
+
     def placeholders(self, layers: Iterable[int]) -> int:
         """Bytes of the empty weight gradients that Transformer Engine hands to autograd where the true
         ones are added
         into resident buffers: one of each shape (`get_dummy_wgrad`)."""
-        if self.context.shards_params:
+        if not self._in_buffers:
             return 0
         kernels = [
             kernel for layer in layers for kernel in self.tape(layer).kernels if kernel.component != "router"
@@ -141,7 +155,7 @@ class Passes:
     def projection(self, direction: str) -> Template:
         """The projection before an MTP layer."""
         tape = mtp_projection(self.context.model, self.shapes)
-        tape = replace(tape, kernels=without_weight_grads(tape.kernels))
+        tape = self._added_up(tape)
         none = everything(tape)
 
         def make() -> Template:
@@ -185,7 +199,8 @@ class Passes:
         activations = self.context.strategy.activations
         away = activations.layer_inputs == "host" or activations.cpu_offload_layers > 0
         saved = any("x" in kernel.saves for kernel in tape.kernels)
-        return away or saved or activations.recompute != "none" or self.split
+        again = any("x" in tape.kernels[i].reads for region in self._plan(tape).again for i in region)
+        return away or saved or again or self.split
 
     def _backward(self, tape: Tape) -> Template:
         chosen = self._plan(tape)
@@ -214,7 +229,8 @@ class Passes:
         activations = self.context.strategy.activations
         # where an exchange is replayed, the checkpoint is not torch's
         early = self.context.stack.recompute.stops_early and "dispatch" not in activations.save_ops
-        return plan(tape, activations.recompute, activations.modules, activations.save_ops, early)
+        apart = () if self.context.stack.recompute.around else AROUND
+        return plan(tape, activations.recompute, activations.modules, activations.save_ops, early, apart)
 
 
 def _holding(played: list[Played], one: Step) -> list[Played]:

@@ -4,11 +4,13 @@ parameters gathered."""
 from collections.abc import Sequence
 
 from mopsim.common.units import DTYPE_BYTES
+from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, message_work
 from mopsim.program.fsdp2_copies import update_host
 from mopsim.program.stage import Stage
+from mopsim.program.template import Memory
 from mopsim.program.workload import Work
 from mopsim.spec.layout import optimizer_buckets
 
@@ -154,7 +156,7 @@ class Update:
             size = _size(bucket)
             work = (Work("host_optimizer", params=size, launches=len(bucket)),)
             deps = (down[index], last if last != before else None)
-            last = b.add(f"host adamw {index}", "host", _O, _O, work, deps)
+            last = b.add(f"host adamw {index}", "host", _O, _O, work, deps, self._on_host())
             if self.dense.param_tier == "device":
                 work = (Work("h2d", bytes=float(size * self.c.param), launches=len(bucket)),)
                 last = b.add(f"parameters {index} up", "h2d", _O, _O, work, (last,))
@@ -163,6 +165,18 @@ class Update:
     def _host_buckets(self) -> list[Bucket]:
         """What goes down at a time: all."""
         return [[(0, 0, sum(self.away))]]
+
+    def _on_host(self) -> Memory:
+        """What is on the host while it updates, of what lives on the device: gradients, and parameters that
+        go up, those of the experts or the others at a time."""
+        found: list[Step] = []
+        if self.dense.grad_tier == "device":
+            found.append(("host/grads", sum(self.away) * self.c.grad))
+        if self.dense.param_tier == "device":
+            units = list(zip(self.stage.units, self.away, strict=True))
+            routed = sum(away for unit, away in units if unit.component == "experts")
+            found.append(("host/params", max(routed, sum(self.away) - routed) * self.c.param))
+        return (*found, *((category, -size) for category, size in found))
 
     def _send(self, bucket: Bucket, after: int) -> int:
         """Gradients of a bucket go down."""

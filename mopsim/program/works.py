@@ -5,7 +5,7 @@ from typing import Literal
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import biased, composed, gradients_stay
+from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
 from mopsim.graph.rewrites.projections import parts_added, split
 from mopsim.graph.rewrites.quantized import EXACT, cast_once
@@ -37,7 +37,9 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         found = biased(found, context.stack.kernels.expert_bias == "indexed")
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding
-    return gradients_stay(found, sharding.groups == "modules") if sharding.copies else found
+    if sharding.copies:
+        return gradients_stay(found, sharding.groups == "modules")
+    return gradients_stacked(found, model.ffn_matrices) if "pieces" in parts else found
 
 
 def chunked(kernels: tuple[Kernel, ...], context: Context, again: str) -> tuple[Kernel, ...]:

@@ -132,7 +132,10 @@ class Recompute(Spec, frozen=True, kw_only=True):
     dense.tensor_parallel 1, else `selective` counts). chunk_inputs: how the backward of chunked experts
     has its inputs: sent again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv
     2609.14306). inputs: those that are on the host come up one layer ahead, the last stays (`ahead`,
-    Megatron-Core), or each when its backward asks for it (`asked`, autograd's hooks on saved tensors)."""
+    Megatron-Core), or each when its backward asks for it (`asked`, autograd's hooks on saved tensors).
+    gathers_again: rows that expert-tensor ranks gather in a recomputation are gathered once more for the
+    products' own backward. around: the norm before an FFN or its experts, and the sum after,
+    run again with them."""
 
     stops_early: bool = False
     holds_output: bool = False
@@ -140,6 +143,8 @@ class Recompute(Spec, frozen=True, kw_only=True):
     selective: tuple[str, ...] = ()
     chunk_inputs: Literal["redispatch", "nested"] = "redispatch"
     inputs: Literal["ahead", "asked"] = "ahead"
+    gathers_again: bool = True
+    around: bool = True
 
     def __post_init__(self) -> None:
         _require_known("kept", self.kept, KEPT)

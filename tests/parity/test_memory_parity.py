@@ -14,6 +14,7 @@ from mopexec.check import dry_run
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.run.apply import build
+from mopsim.common import io
 from mopsim.engine import simulate
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import HardwareRef, Plan
@@ -30,11 +31,11 @@ SMALL = small(
 )
 
 
-def _tracked(plan: Plan) -> MemoryTracker:
-    """Peaks of the second step of rank 0."""
+def _tracked(plan: Plan, rank: int = 0) -> MemoryTracker:
+    """Peaks of the second step of a rank."""
     fsdp = plan.stack.runtime == "fully_shard"
     tracker = MemoryTracker(meta=not fsdp)
-    with dry_run.fake_world(plan.strategy.world_size, 0), dry_run._fake_cpu() if fsdp else nullcontext():
+    with dry_run.fake_world(plan.strategy.world_size, rank), dry_run._fake_cpu() if fsdp else nullcontext():
         platform = Platform(torch.device("cpu" if fsdp else "meta"), fake=True)
         with tracker:
             runner = build(plan, platform, routing="profile", seed=0)
@@ -101,18 +102,81 @@ def test_demo_sized_models(index: int, kind: str) -> None:
     _check(SMALL, strategy, training, 0.01, kind)
 
 
-SPLIT = [
-    {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2},
-    {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2},
-    {"tensor_parallel": 2, "pipeline_parallel": 2, "expert_parallel": 2},
-]
+DEEP = msgspec.structs.replace(SMALL, num_hidden_layers=8)
+TWO, STAGES = {"tensor_parallel": 2, "expert_parallel": 2}, {"pipeline_parallel": 2}
+IN_TURN = {**STAGES, "virtual_stages": 2, "model": DEEP}
+FULL, HOST = {"recompute": "full"}, {"recompute": "full", "offload_inputs": True}
+SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
+    "sharded state": (2, {}),
+    "sharded state, full": (2, FULL),
+    "replicated state": (2, {"expert_parallel": 2, "changes": {"dense": {"fsdp": 1}}}),
+    "chunked loss": (2, {"changes": {"vocabulary": {"loss": "chunked", "chunk_tokens": 1024}}}),
+    "tensors": (2, TWO),
+    "tensors, full": (2, TWO | FULL),
+    "tensors, inputs on the host": (2, {**HOST, "tensor_parallel": 2, "micro_batch": 2}),
+    "tensors, state on the host": (2, TWO | {"optimizer_on_host": 1.0}),
+    "tensors, skewed": (2, TWO | {"routing": "60/3"}),
+    "mlp again": (2, TWO | {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
+    "mlp and moe again": (
+        2, TWO | {"recompute": "selective", "recompute_modules": ("core_attn", "mlp", "moe")}
+    ),
+    "experts' tensors": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2}),
+    "experts' tensors, full": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2, **FULL}),
+    "experts' tensors spread": (4, TWO | {"expert_tensor_parallel": 2}),
+    "ring": (4, {"context_parallel": 4, "expert_parallel": 2}),
+    "ring, full": (4, {"context_parallel": 4, "expert_parallel": 2, **FULL}),
+    "blocks gathered": (
+        4, {"context_parallel": 2, "context_exchange": "all_gather", "tensor_parallel": 2}
+    ),
+    "ulysses": (4, {**TWO, "context_parallel": 2, "context_exchange": "ulysses"}),
+    "stages": (2, STAGES),
+    "stages, full": (2, STAGES | FULL),
+    "stages, inputs on the host": (2, STAGES | HOST),
+    "stages of tensors": (4, STAGES | TWO),
+    "stages of tensors, full": (4, STAGES | TWO | FULL),
+    "four stages": (4, {"pipeline_parallel": 4, "model": DEEP}),
+    "stages in turn": (2, IN_TURN),
+    "stages in turn, full": (2, IN_TURN | FULL),
+    "stages in turn, inputs on the host": (2, IN_TURN | HOST),
+    "stages in turn of tensors": (4, IN_TURN | TWO),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("options", SPLIT, ids=str)
-def test_split_tensors(options: dict[str, Any]) -> None:
-    strategy = msgspec.structs.replace(megatron(4, **options), stack="mopexec-split")
-    strategy = load_stack(strategy.stack).resolve(strategy)
-    _check(SMALL, strategy, TrainSpec(seq_len=8192, global_batch=4 * strategy.data_groups), 0.01)
+def _split(world: int, options: dict[str, Any]) -> Plan:
+    options = {"model": SMALL, "changes": {}, "routing": "balanced", **options}
+    model, changes, routing = (options.pop(name) for name in ("model", "changes", "routing"))
+    plain = io.to_plain(msgspec.structs.replace(megatron(world, **options), stack="mopexec-split"))
+    for part, fields in changes.items():
+        plain[part].update(fields)
+    strategy = load_stack("mopexec-split").resolve(io.convert(plain, Strategy, "strategy"))
+    batch = 4 * strategy.data_groups * strategy.micro_batch
+    return _plan(model, strategy, TrainSpec(seq_len=8192, global_batch=batch, routing=routing))
+
+
+def _check_stages(plan: Plan, within: float) -> None:
+    """The peak of every stage, and the host's of the first."""
+    nodes = max(1, plan.strategy.world_size // 8)
+    result = simulate(plan.model, machine(memory=1000), nodes, plan.strategy, plan.training, plan.stack)
+    for stage, peak in enumerate(result.peak_by_stage):
+        tracked = _tracked(plan, stage * plan.strategy.stage_ranks)
+        assert peak == pytest.approx(tracked.peak_memory, rel=within), (stage, tracked.memory_by_category)
+        if stage == 0:
+            assert result.host_memory == pytest.approx(tracked.host_memory, rel=within)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_every_stage_of_split_modules(name: str) -> None:
+    world, options = SPLIT[name]
+    _check_stages(_split(world, options), 0.01)
+
+
+WEIGHTY = msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=4)
+
+
+@pytest.mark.parametrize("options", [{}, FULL, STAGES, IN_TURN | FULL], ids=str)
+def test_split_modules_at_a_published_width(options: dict[str, Any]) -> None:
+    """Gradients of the experts of a layer are of the size of what it keeps."""
+    _check_stages(_split(8, {"expert_parallel": 4, **options, "model": WEIGHTY}), 0.01)
 
 
 LATENT = msgspec.structs.replace(

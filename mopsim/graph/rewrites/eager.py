@@ -189,7 +189,7 @@ def traffic(passes: TensorPasses, narrow: float, wide: float) -> float:
 
 def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps its input in fp32 (a copy where it is narrower) and the normed values; the product with the
-    weight is in fp32 too, and the backward holds four and a half of them (three and a half)."""
+    weight is in fp32 too, and the backward holds three and a half of them at once (three)."""
     narrow = kernel.writes[0].bytes
     size = int(narrow * wider)
     kept = [Value(f"{kernel.name}_normed", size, grad=False)]
@@ -197,7 +197,7 @@ def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
         kept.append(Value(f"{kernel.name}_wide", size, grad=False))
     found = _instead(kernel, wider, NORM, NORM_BACKWARD)
     saves = (*(value.name for value in kept), *(() if wider > 1 else kernel.saves))
-    working = int((4.5 if wider > 1 else 3.5) * size) - narrow
+    working = int((3.5 if wider > 1 else 3) * size) - narrow
     return replace(
         found, writes=(*kernel.writes, *kept), saves=saves, scratch=_one(size if wider > 1 else 0),
         back_scratch=_one(working),
@@ -296,6 +296,20 @@ def gradients_stay(kernels: tuple[Kernel, ...], apart: bool) -> tuple[Kernel, ..
         alive = (("gathered_grads", sum(made.values())),)
         found.append(replace(kernel, weight_grad=0, back_scratch=(*alive, *kernel.back_scratch)))
     return tuple(reversed(found))
+
+
+def gradients_stacked(kernels: tuple[Kernel, ...], matrices: int) -> tuple[Kernel, ...]:
+    """Gradients of routed experts' weights, made expert by expert, are all there before the inputs' gradients
+    and then those of a matrix are put together. matrices: of an expert."""
+    routed = [kernel for kernel in kernels if kernel.name.startswith("experts_") and kernel.weight_grad]
+    if not routed:
+        return kernels
+    total = sum(kernel.weight_grad for kernel in routed)
+    working = total + max(total // matrices, routed[-1].writes[0].bytes)
+    first = replace(
+        routed[0], weight_grad=0, back_scratch=(*routed[0].back_scratch, ("activations", working))
+    )
+    return tuple(first if kernel is routed[0] else kernel for kernel in kernels)
 
 
 def _traded(kernel: Kernel) -> tuple[Kernel, ...]:

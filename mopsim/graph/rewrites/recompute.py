@@ -18,19 +18,24 @@ MODULES: dict[str, tuple[str, ...]] = {
 WIDER: dict[str, tuple[str, ...]] = {"mlp": ("dense_ffn",), "moe": ("router", "experts", "shared_experts")}
 """Modules of several components."""
 
+AROUND = ("ffn_norm", "ffn_residual")
+"""Kernels before and after an FFN or experts, booked on them."""
+
 DISCARDED = ("layernorm", "moe_act", "mla_up_proj")
 """Modules whose output is dropped too, although what follows keeps it (output-discarding checkpoints)."""
 
 
 def plan(
-    tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = (), early: bool = False
-) -> Recomputation:
+    tape: Tape, recompute: str, modules: tuple[str, ...], kept: tuple[str, ...] = (), early: bool = False,
+    apart: Collection[str] = (),
+) -> Recomputation:  # fmt: skip
     """The plan of `Activations.recompute` for a tape. kept: kernels that a full one leaves out. early: it
-    stops once the last value that the backward wants is there (torch.utils.checkpoint's early stop).
+    stops once the last value that the backward wants is there (torch.utils.checkpoint's early stop). apart:
+    kernels that belong to no module.
     """
     outside, saved = tape.outside, tape.kept
-    apart = _apart(tape, kept)
-    own = frozenset(index for region in apart for index in region)
+    alone = _alone(tape, kept)
+    own = frozenset(index for region in alone for index in region)
     if recompute == "full":
         after = _after(tape, own)
         count = len(tape.kernels)
@@ -39,15 +44,15 @@ def plan(
         again = frozenset(i for i in range(end) if tape.kernels[i].name not in kept) - own - after
         made = _made(tape, [i for i in range(count) if tape.kernels[i].name in kept])
         made |= _made(tape, after) & saved
-        regions = [region for region in (again, *apart) if _made(tape, region) & (saved - made)]
+        regions = [region for region in (again, *alone) if _made(tape, region) & (saved - made)]
         return Recomputation(frozenset(saved - made), tuple(regions), frozenset(made - outside))
-    regions = list(apart)
+    regions = list(alone)
     dropped = _lost(tape, own, saved, discard=False)
     if recompute == "selective":
         found = {module: _region(tape, module) for module in modules}
         taken = own
         for module in sorted(found, key=lambda name: -len(found[name])):  # a wider one holds the narrower
-            region = found[module] - taken
+            region = frozenset(i for i in found[module] - taken if tape.kernels[i].name not in apart)
             taken |= region
             lost = _lost(tape, region, saved, module in DISCARDED)
             if lost:
@@ -63,7 +68,7 @@ def plan(
     return Recomputation(frozenset(dropped), tuple(regions), frozenset((saved | needed) - dropped))
 
 
-def _apart(tape: Tape, kept: tuple[str, ...]) -> tuple[frozenset[int], ...]:
+def _alone(tape: Tape, kept: tuple[str, ...]) -> tuple[frozenset[int], ...]:
     """Regions that run again in their own backward, without the kernels that are kept."""
     found: dict[str, set[int]] = {}
     for index, kernel in enumerate(tape.kernels):
@@ -107,6 +112,18 @@ def _made(tape: Tape, region: Collection[int]) -> set[str]:
 
 def _written(tape: Tape, region: frozenset[int], name: str) -> bool:
     return any(value.name == name for i in region for value in tape.kernels[i].writes)
+
+
+def gathered_once(tape: Tape, recompute: str, modules: tuple[str, ...]) -> Tape:
+    """The tape, in which a recomputation of routed experts keeps the rows that it gathers over expert-tensor
+    ranks, from which a backward would otherwise gather them again."""
+    if recompute != "full" and not (recompute == "selective" and "moe" in modules):
+        return tape
+    kernels = tuple(
+        replace(kernel, saves=kernel.reads) if kernel.reads == ("rows_g",) else kernel
+        for kernel in tape.kernels
+    )
+    return replace(tape, kernels=kernels)
 
 
 def without_weight_grads(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:

@@ -6,6 +6,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.stage import Stage
+from mopsim.program.template import Memory
 from mopsim.program.update import Bucket, Update
 from mopsim.program.workload import Work
 from mopsim.spec.layout import optimizer_buckets
@@ -114,6 +115,10 @@ class PairUpdate(Update):
 
     def _host_buckets(self) -> list[Bucket]:
         return self.buckets
+
+    def _on_host(self) -> Memory:
+        """Its staging buffers are resident."""
+        return ()
 
     def _send(self, bucket: Bucket, after: int) -> int:
         """Clipped, in the wide dtype."""
