@@ -1,7 +1,7 @@
 """What a row of a runs table leaves unsaid: its notes in a standard form, and what recipes set. All is data.
 
 data/stacks.yaml names the stack of a source, data/notes.yaml what notes mean, data/recipes.yaml what programs
-set for one network, machine or release.
+set for one network, machine or release, data/families.yaml what follows from how state is sharded.
 """
 
 from dataclasses import replace
@@ -10,6 +10,7 @@ from importlib.resources import files
 
 from mopsim.common import io
 from mopsim.common.rules import UNKNOWN, RowFacts, Rule, applied, load_rules
+from mopsim.spec.strategy import Exchange, Tier
 from mopsim.validate.tables import Row
 
 ROOTS = ("strategy.", "model.", "stack.")
@@ -27,6 +28,27 @@ def stack_names() -> dict[str, str]:
     """Source -> stack."""
     text = files("mopsim.validate").joinpath("data/stacks.yaml").read_text(encoding="utf-8")
     return dict(io.parse_yaml(text, "stacks.yaml"))
+
+
+class FamilyHabits(io.Spec, frozen=True, kw_only=True):
+    """What a kind of sharding says where a row does not: see data/families.yaml."""
+
+    stack: str
+    context_exchange: Exchange
+    selective: str
+    gathers: bool = False
+    grad_tier: Tier = "device"
+    vocabulary_rows: int = 0
+
+
+@cache
+def families() -> dict[str, FamilyHabits]:
+    """The families by name."""
+    text = files("mopsim.validate").joinpath("data/families.yaml").read_text(encoding="utf-8")
+    return {
+        name: io.convert(one, FamilyHabits, name)
+        for name, one in io.parse_yaml(text, "families.yaml").items()
+    }
 
 
 def facts(row: Row) -> RowFacts:

@@ -29,6 +29,7 @@ from mopsim.spec.strategy import (
     Strategy,
     Vocabulary,
 )  # fmt: skip
+from mopsim.validate.facts import FamilyHabits, families
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
@@ -37,12 +38,6 @@ MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
 }  # fmt: skip
 DISPATCHERS: dict[str, Dispatcher] = {"deepep": "deepep", "hybridep": "hybridep"}
 """Dispatchers that send a token once to a rank."""
-EXCHANGES: dict[str, Exchange] = {"fsdp": "all_gather", "zero_offload": "ulysses", "megatron": "ring"}
-"""Context parallelism of each family where the row says none: Megatron's is a ring, torch's gathers keys
-and values, DeepSpeed's is Ulysses."""
-SELECTIVE = {"megatron": "core_attn", "fsdp": "mlp", "zero_offload": "mlp"}
-"""`selective` without a list of modules, where the stack has none: Megatron's core attention; of programs
-that save by operator, the FFN."""
 TILE = 8192
 """Tokens of a tile of a chunked loss, where the source does not say: memory no longer depends on it."""
 FEW = re.compile(r"full\(block,(\d+) layers\)")
@@ -76,7 +71,7 @@ class Degrees:
         return self.world // self.pipeline
 
 
-def family(row: Row) -> str:
+def family_of(row: Row) -> str:
     """fsdp: state gathered and freed (ZeRO-2/3); zero_offload: with the optimizer on the host; else
     megatron."""
     sharded = row.get("sharding") in ("zero2", "zero3")
@@ -89,14 +84,15 @@ def strategy(
     known: RowFacts, degrees: Degrees, model: ModelSpec, stack: Stack
 ) -> tuple[Strategy, tuple[str, ...]]:
     """The Strategy of a run, and what it does that no Strategy says. Raises SpecError naming a value."""
-    row, kind = known.row, family(known.row)
+    row, kind = known.row, family_of(known.row)
+    family = families()[kind]
     zero = _lookup(ZERO, row, "sharding")
     reshard = zero == 3
-    if kind == "fsdp":  # shards parameters in any case, and keeps them gathered under ZeRO-2
+    if family.gathers:
         zero = 3
     plain = not stack.sharding.experts and degrees.experts > 1
     spread = degrees.experts * degrees.expert_tensor
-    activations, approximations = _activations(row, kind, model, stack)
+    activations, approximations = _activations(row, family, model, stack)
     found = Strategy(
         name=kind,
         world_size=degrees.world,
@@ -115,9 +111,9 @@ def strategy(
             zero=zero,
             reshard_after_forward=reshard,
             prefetch=1 if zero == 3 else 0,
-            grad_tier="host" if kind == "zero_offload" else "device",
+            grad_tier=family.grad_tier,
         ),
-        attention=Attention(context_parallel=degrees.sequence, cp_comm_type=_exchange(row, kind)),
+        attention=Attention(context_parallel=degrees.sequence, cp_comm_type=_exchange(row, family)),
         experts=Experts(
             expert_parallel=degrees.experts,
             expert_tensor_parallel=degrees.expert_tensor,
@@ -171,11 +167,11 @@ def _lookup(known: Mapping[str, T], row: Row, column: str) -> T:
     return known[value]
 
 
-def _exchange(row: Row, kind: str) -> Exchange:
+def _exchange(row: Row, family: FamilyHabits) -> Exchange:
     if row.get("cp") == "1":
         return "ulysses"
-    named: dict[str, Exchange] = {one: one for one in EXCHANGES.values()}
-    return _lookup(named, row, "cp_exchange") if row.get("cp_exchange") else EXCHANGES[kind]
+    named: dict[str, Exchange] = {one.context_exchange: one.context_exchange for one in families().values()}
+    return _lookup(named, row, "cp_exchange") if row.get("cp_exchange") else family.context_exchange
 
 
 def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec) -> Vocabulary:
@@ -202,7 +198,9 @@ def _optimizer(row: Row) -> Optimizer:
     return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
 
 
-def _activations(row: Row, kind: str, model: ModelSpec, stack: Stack) -> tuple[Activations, tuple[str, ...]]:
+def _activations(
+    row: Row, family: FamilyHabits, model: ModelSpec, stack: Stack
+) -> tuple[Activations, tuple[str, ...]]:
     """Raises SpecError for an unknown module. An offloaded fraction is of layers
     (cpu_offloading_num_layers) where neither recomputation nor a pipeline stands beside it, else it is left
     out."""
@@ -227,7 +225,7 @@ def _activations(row: Row, kind: str, model: ModelSpec, stack: Stack) -> tuple[A
     own = bool(stack.recompute.selective or stack.recompute.kept)
     if recompute == "selective" and own:
         return Activations(recompute="selective", layer_inputs=tier), tuple(told)
-    usual = stack.recompute.selective or (SELECTIVE[kind],)
+    usual = stack.recompute.selective or (family.selective,)
     names = [name for each in recompute.split("+") for name in (usual if each == "selective" else (each,))]
     for name in names:
         if name not in MODULES:

@@ -19,10 +19,10 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_possible, machine
-from mopsim.validate.facts import facts
+from mopsim.validate.facts import facts, families
 from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
-from mopsim.validate.parallelism import Degrees, UnsupportedError, family, strategy
+from mopsim.validate.parallelism import Degrees, UnsupportedError, family_of, strategy
 from mopsim.validate.tables import UNKNOWN, Row, count, number
 
 P = ParamSpec("P")
@@ -30,10 +30,6 @@ T = TypeVar("T")
 GIB = UNITS["GiB"]
 NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "recompute")
 """Fields without which a run is not determined; vp with a pipeline, ep, etp and routing with experts also."""
-EAGER, FUSED = "generic-eager", "generic-fused"
-VOCABULARY_ROWS = 128
-"""Megatron-LM pads the vocabulary to a multiple of so many rows for each tensor rank
-(make_vocab_size_divisible_by)."""
 
 
 def read_case(row: Row, models: dict[str, Row]) -> Case:
@@ -62,8 +58,8 @@ def _case(known: RowFacts, models: dict[str, Row]) -> Case:
     program = _refused("stack", changed, stack, known.of("stack"), "stack")
     model = _refused("model", changed, model, changes, "model")
     split, approximations = strategy(known, degrees, model, program)
-    if split.name == "megatron":
-        rows = VOCABULARY_ROWS * degrees.tensor
+    rows = families()[split.name].vocabulary_rows * degrees.tensor
+    if rows:
         padded = ceil_div(model.vocab_size, rows) * rows
         changes |= {"vocab_size": padded} if padded != model.vocab_size else {}
     model = _refused("model", changed, model, changes, "model")
@@ -98,7 +94,7 @@ def _stack(row: Row) -> tuple[Stack, tuple[str, ...]]:
     named = row["stack"]
     if named:
         return _refused("stack", load_stack, named), ()
-    usual = FUSED if family(row) == "megatron" else EAGER
+    usual = families()[family_of(row)].stack
     text = f"stack {usual}: none is stated, and none is known of the source {row['source']!r}"
     return load_stack(usual), (text,)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from mopsim.common import io
 from mopsim.common.io import write_text
-from tests.exec.train_runs import ROOT, common, environment, ranks_of, write_inputs
+from tests.exec.train_runs import ROOT, common, environment, ranks_of, train_as_ranks, write_inputs
 
 STEPS_A_KILL = 4
 EVERY = 2
@@ -50,14 +50,14 @@ def sweep(folder: Path, kills: int, seed: int, *, background: bool) -> list[Kill
     shared = ["--steps", str(steps), "--checkpoint-every", str(EVERY), "--profile-steps", "0"]
     shared += ["--checkpoint-async"] if background else []
     plain = folder / "plain"
-    _start(inputs, plain, *shared).communicate()
+    train_as_ranks(inputs, plain, *shared)
     wanted = curve(plain)
     assert len(wanted) == steps, "the undisturbed run did not end"
     out, chosen, found = folder / "killed", random.Random(seed), list[Kill]()
     for number in range(kills):
         process = _start(inputs, out, *shared, *(["--resume"] if number else []))
         found.append(_kill(process, out, chosen, wanted))
-    _start(inputs, out, *shared, "--resume").communicate()
+    train_as_ranks(inputs, out, *shared, "--resume")
     assert curve(out) == wanted, "the whole curve differs"
     return found
 

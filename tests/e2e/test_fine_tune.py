@@ -18,6 +18,7 @@ from mopexec.data import TokenDataset
 from mopexec.data.tokenizer import train_tokenizer
 from mopsim.common import io
 from tests.exec import hf_models
+from tests.exec.spawn import run_command
 from tests.exec.train_runs import ROOT, environment, finish, ranks_of, steps_done, wait_for
 from tests.patience import HANG
 
@@ -107,7 +108,10 @@ def test_fine_tuning_goes_from_weights_to_weights(given, tmp_path):
     finish(first)
     wait_for(lambda: not ranks_of(out))
     steps = steps_done(out) + 3
-    run(*command("train", "--plan", tmp_path / "fsdp2.yaml", "--steps", steps, *shared, "--resume"))
+    again = ["train", "--plan", tmp_path / "fsdp2.yaml", "--steps", steps, *shared, "--resume"]
+    (tmp_path / "output").mkdir()
+    code, _, err = run_command(list(map(str, again)), 4, tmp_path / "output")
+    assert code == 0, err
     run(*command("export", "--run", out, "--to", "hf", "--out", tmp_path / "tuned"))
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

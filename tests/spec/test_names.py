@@ -18,7 +18,6 @@ DEFAULTS = {
     "mopsim/spec/strategy.py": {"mopexec-flat"},
     "mopsim/spec/upgrade.py": {"mopexec-flat", "mopexec-fsdp2"},
     "mopsim/strategies.py": {"megatron-core", "mopexec-flat", "mopexec-fsdp2"},
-    "mopsim/validate/rows.py": {"generic-eager", "generic-fused"},
 }
 """What a command, a family or a strategy takes where nothing is said, and what mopexec runs."""
 OTHERS = (
