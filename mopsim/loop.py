@@ -48,6 +48,8 @@ from mopsim.strategies import fsdp2, mop
 MODEL = "tiny"
 RANKS = 2
 SEQ_LEN, GLOBAL_BATCH = 512, 4
+BUDGET = 150
+"""Simulations of each family."""
 LEARNING_RATE, WARMUP_STEPS = 1e-3, 8
 PRECISION: Literal["float32"] = "float32"
 DEVICE_LIMIT = "40 MiB"
@@ -262,9 +264,10 @@ def _search(loop: Loop, family: str, profile: Path) -> dict[str, Any]:
     target = loop.work / f"search-{family}.json"
     loop.mopsim(
         "search", "--model", MODEL, "--hardware", str(profile), "--nodes", "1", "--seq-len", str(SEQ_LEN),
-        "--global-batch", str(GLOBAL_BATCH), "--family", family, "--precision", PRECISION, "--budget", "150",
-        "--any-routing", "--learning-rate", str(LEARNING_RATE), "--warmup-steps", str(WARMUP_STEPS),
-        "--seed", str(loop.seed), "--plan", str(loop.work / f"{family}.yaml"), "--json", str(target),
+        "--global-batch", str(GLOBAL_BATCH), "--family", family, "--precision", PRECISION,
+        "--budget", str(BUDGET), "--any-routing",
+        "--learning-rate", str(LEARNING_RATE), "--warmup-steps", str(WARMUP_STEPS), "--seed", str(loop.seed),
+        "--plan", str(loop.work / f"{family}.yaml"), "--json", str(target),
     )  # fmt: skip
     result: dict[str, Any] = json.loads(io.read_text(target))
     return result

@@ -16,7 +16,7 @@ from tests.exec.spawn import run_command
 ROOT = Path(__file__).parents[2]
 
 
-SMALLER = {"SEQ_LEN": 128, "PILOT_STEPS": 6, "TRACKED_STEPS": 4, "PROFILE_STEPS": 1}
+SMALLER = {"SEQ_LEN": 128, "PILOT_STEPS": 6, "TRACKED_STEPS": 4, "PROFILE_STEPS": 1, "BUDGET": 20}
 
 
 def forked(run: Any) -> Any:

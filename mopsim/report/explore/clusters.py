@@ -5,8 +5,8 @@ from typing import Any
 
 from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import ExplorerStep, Json, bars, ends, front, plan_of, step_table, table
+from mopsim.size.figures import DAY
 
-DAY = 86400.0
 _CLUSTER = [
     ("hardware", "text"), ("nodes", "number"), ("GPUs", "number"), ("in time", "text"),
     ("within budget", "text"), ("days", "number"),

@@ -1,0 +1,5 @@
+"""`python -m mopexec`."""
+
+from mopexec.cli import main
+
+main()

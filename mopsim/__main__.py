@@ -1,0 +1,5 @@
+"""`python -m mopsim`."""
+
+from mopsim.cli import main
+
+main()
