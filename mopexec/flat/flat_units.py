@@ -182,14 +182,15 @@ class FlatRunner:
     def _backward(self, grad: Tensor) -> None:
         """grad [N, H] of the last layer's output becomes that of the first layer's input, in place."""
         layers, boundaries = self.model.layers, self.model.boundaries
-        for index in reversed(range(len(layers))):
-            for ahead in layers[max(0, index - self.prefetch) : index + 1][::-1]:
-                ahead.gather()
-            x = boundaries.take(index)
-            prefetch = functools.partial(boundaries.prefetch, index - 1)
-            layers[index].backward(x, grad, self._finish_reducing, prefetch)
-            self._reducing = list(layers[index].units)
-            del x
+        with phase("backward"):
+            for index in reversed(range(len(layers))):
+                for ahead in layers[max(0, index - self.prefetch) : index + 1][::-1]:
+                    ahead.gather()
+                x = boundaries.take(index)
+                prefetch = functools.partial(boundaries.prefetch, index - 1)
+                layers[index].backward(x, grad, self._finish_reducing, prefetch)
+                self._reducing = list(layers[index].units)
+                del x
 
     def _embedding_backward(self, tokens: Tensor, grad: Tensor) -> None:
         embedding = self.model.embedding

@@ -287,6 +287,7 @@ class FlatAdamW:
             numel = piece[2] - piece[1]
             self.platform.wait(self.platform.record(), "d2h")
             self.platform.copy(self._host_grads[index % 2][offset : offset + numel], grad, "d2h")
+            del grad  # before the next is made
             offset += numel
         return self.platform.record("d2h")
 

@@ -12,7 +12,8 @@ from mopexec.measure.dispatch import returns_alias, writes
 
 _Output = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _IN_PLACE, _CACHED, _RUN = "", "cached", "run"
-_RESIZES = frozenset(("aten::resize_", "aten::resize_as_", "aten::set_"))
+_UNCACHED = frozenset(("aten::resize_", "aten::resize_as_", "aten::set_", "aten::_unsafe_view"))
+"""Ops on storage that is there; of the last the schema does not say so."""
 
 
 class ShapeCache:
@@ -54,7 +55,7 @@ def _how(func: Any) -> str:
 
     Otherwise the name of the keyword (`out`) whose tensor is the result; it is taken to have the right shape.
     """
-    if func.namespace != "aten" or func._schema.name in _RESIZES:
+    if func.namespace != "aten" or func._schema.name in _UNCACHED:
         return _RUN
     returns = func._schema.returns
     if not writes(func):

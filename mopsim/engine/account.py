@@ -140,6 +140,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "memory_by_category": categories,
         "peak_by_stage": tuple(round(hardware.framework_memory_scale * one.peak) for one in played.ledgers),
         "highest_by_category": dict(zip(DEVICE, ledger.high, strict=False)),
+        "peak_by_phase": ledger.by_phase,
         "peak_time": _peak_time(workload.programs[place], played.records[place], ledger),
         "peak_component": op.component if op else "other",
         "peak_phase": op.phase if op else "optimizer",

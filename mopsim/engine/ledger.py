@@ -7,7 +7,8 @@ from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT, SLOTS, Deltas, Op
 class Ledger:
     """Bytes of one rank. An op's own height is held from its start to its end, then its net change stays.
 
-    high: the highest of each category, whenever it was.
+    high: the highest of each category, whenever it was. by_phase: the highest of the device at the height
+    or the end of an op of each phase.
     """
 
     def __init__(self, resident: tuple[Step, ...], limit: int, keep_curve: bool) -> None:
@@ -21,6 +22,7 @@ class Ledger:
         self.limit = limit
         self.peak, self.at_peak = self.device, list(self.now)
         self.host_peak, self.at_host_peak = self.host, list(self.now)
+        self.by_phase: dict[str, int] = {}
         self.peak_time = 0.0
         self.peak_op: Op | None = None
         self.over: str | None = self._largest() if self.device > limit else None
@@ -46,6 +48,7 @@ class Ledger:
             if self.over is None and self.device > self.limit:
                 grown = [(size, slot) for slot, size in op.peak if slot < NUM_DEVICE_SLOTS]
                 self.over = SLOTS[max(grown)[1]]
+        self._highest(op.phase)
         if self.host > self.host_peak:
             self.host_peak, self.at_host_peak = self.host, list(now)
         if self.curve is not None:
@@ -54,6 +57,7 @@ class Ledger:
     def end(self, op: Op, time: float) -> None:
         """Drop the op's height, keep its net change."""
         if not op.peak and not op.net:
+            self._highest(op.phase)
             return
         now = self.now
         for slot, size in op.peak:
@@ -63,8 +67,13 @@ class Ledger:
         held, kept = self._sum(op.peak), self._sum(op.net)
         self.device += kept[0] - held[0]
         self.host += kept[1] - held[1]
+        self._highest(op.phase)
         if self.curve is not None:
             self.curve.append((time, tuple(now)))
+
+    def _highest(self, phase: str) -> None:
+        if self.device > self.by_phase.get(phase, 0):
+            self.by_phase[phase] = self.device
 
     def _sum(self, changes: Deltas) -> tuple[int, int]:
         found = self._sums.get(id(changes))

@@ -21,7 +21,8 @@ class SimResult:
     """One optimizer step. Memory is of the fullest rank, bytes; `resident_memory` of it lives through the
     step. time_by_component sums to the step; `runtime` is what calibration adds between the ops. Spans are of
     the stage that ends last, the memory curves of the fullest. highest_by_category: each category at its own
-    highest, whenever that was. peak_by_stage: peak memory of each pipeline stage's ranks.
+    highest, whenever that was; peak_by_phase: the highest at the height or the end of an op of each phase.
+    peak_by_stage: peak memory of each pipeline stage's ranks.
 
     exposed: seconds in which compute waits, or which a collective beside it takes from it, by what for: kinds
     of `busy`, none for longer than it is busy; `host`, kernels issued late; `peers`, other stages of a
@@ -44,6 +45,7 @@ class SimResult:
     memory_limit: int
     memory_by_category: dict[str, int]
     highest_by_category: dict[str, int]
+    peak_by_phase: dict[str, int]
     peak_by_stage: tuple[int, ...]
     peak_time: float
     peak_component: str

@@ -88,7 +88,7 @@ class Shards:
     def turn(self, order: Sequence[int]) -> None:
         """The forward is over: torch's FSDP2 gathers for the backward's first layers beside the loss."""
         if self.copied:
-            self._free_deferred()
+            self._free_deferred("forward")
             self.ahead(-1, "backward", order)
 
     def beside(self, template: Template, layer: int, phase: str) -> Hooks:
@@ -109,7 +109,7 @@ class Shards:
             if phase == "forward":
                 at(last + 1, lambda op, unit=unit: self._release(unit, phase))  # type: ignore[misc]
                 continue
-            at(max(last + 1, 0), lambda op: self._free_deferred())
+            at(max(last + 1, 0), lambda op: self._free_deferred("backward"))
             last = template.products("backward")[1]
             at(last + 1, lambda op, unit=unit: self._reduce(unit, (op,)))  # type: ignore[misc]
         return found
@@ -175,7 +175,7 @@ class Shards:
         buffer."""
         if not self.copied:
             return ()
-        self._free_deferred()
+        self._free_deferred("backward")
         memory = (("gathered_grads", -self._held),)
         done = self.issue.add("reduced", "compute", "other", "backward", (), self._unfinished, memory)
         self._held, self._sent = 0, ()
@@ -236,10 +236,10 @@ class Shards:
         steps = tuple(("gathered", step) for step in memory)
         return self._pass(f"copy out {unit.name}", unit, work, phase, deps, steps)
 
-    def _free_deferred(self) -> None:
+    def _free_deferred(self, phase: str) -> None:
         if self._deferred:
             memory, self._deferred = (("gathered", -self._deferred),), 0
-            self.issue.add("buffer freed", "compute", "other", "forward", (), (), memory)
+            self.issue.add("buffer freed", "compute", "other", phase, (), (), memory)
 
     def _groups(self, layer: int) -> list[ShardedUnit]:
         """A layer's parameters as they are gathered and reduced together (see Sharding.groups)."""

@@ -124,7 +124,7 @@ class PairUpdate(Update):
         """Clipped, in the wide dtype."""
         b, pieces = self.b, len(bucket)
         size, longest = (f(stop - start for _, start, stop in bucket) for f in (sum, max))
-        b.spike(longest * self.wide * min(2, pieces), "staging")
+        b.spike(longest * self.wide, "staging")
         work = [Work("memory_bound", bytes=size * (self.c.grad + 3.0 * self.wide), launches=2 * pieces)]
         done = b.compute("clip bucket", _O, _O, -1, work, after)
         if self.dense.grad_tier == "host":
