@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from mopexec.model import Routing, Transformer, init_weights
 from mopexec.model.attention_core import Core, causal_attention
 from mopexec.model.auxiliary import Auxiliary
+from mopexec.model.documents import cumulative
 from mopexec.model.routing import (
     largest_share,
     load_histogram,
@@ -78,6 +79,11 @@ def test_the_busiest_rank_of_an_expert_parallel_group() -> None:
     assert float(largest_share(load, 2)) == pytest.approx((0.75 + 0.5) / 2)
     assert float(largest_share(load, 1)) == 1.0
     assert torch.isnan(largest_share(torch.zeros(1, 4), 2))
+
+
+def test_ends_of_documents_one_behind_the_other() -> None:
+    ends, longest = cumulative(((3, 8), (8,)), torch.device("cpu"))
+    assert (ends.tolist(), ends.dtype, longest) == ([0, 3, 8, 16], torch.int32, 8)
 
 
 def test_experts_by_their_load() -> None:
