@@ -14,6 +14,7 @@ from mopsim.spec.capability import ROWS, Job
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Activations, Overlap
+from mopsim.strategies import megatron
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants
 
@@ -104,7 +105,7 @@ def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all(part: int) 
 def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
-    where experts' biases are added, and how a clamped gate is made.
+    where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, run again.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -114,11 +115,14 @@ def left_to_the_stack() -> dict[str, Job]:
     split = structs.replace(job.strategy, precision=precision, overlap=overlap, activations=selective)
     away = Activations(recompute="full", layer_inputs="host")
     whole = JOBS["fsdp2"]
+    again = megatron(8, tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
+    again = structs.replace(again, activations=Activations(recompute="selective", modules=("moe",)))
     return {
         "left": replace(job, strategy=split),
         "left, whole": replace(whole, strategy=structs.replace(whole.strategy, activations=selective)),
         "inputs on the host": replace(whole, strategy=structs.replace(whole.strategy, activations=away)),
         "clamped": replace(job, model=structs.replace(job.model, swiglu_limit=7.0)),
+        "experts again": replace(job, strategy=again),
         "biased": replace(whole, model=structs.replace(whole.model, expert_bias=True)),
     }
 
