@@ -196,13 +196,19 @@ def write_reaches(
     return payload
 
 
+_TRAINED = (
+    "Lengths are bisected by dry run; the longest fitting and the first failing one are then run as",
+    "real training steps with the limits enforced. tokens/s is of that one step: the first of its run,",
+    "every allocation watched by the tracker, the machine shared. It orders nothing but itself.",
+)
+_PLAYED = ("Lengths are bisected by dry run; no step was trained at them.",)
+
+
 def _markdown(reaches: list[Reach], limits: Limits, command: str, environment: dict[str, str]) -> str:
     lines = [
         "# Context reach under enforced limits", "",
         f"Limits per rank: device {format_bytes(limits.device)}, host {format_bytes(limits.host)}.",
-        "Lengths are bisected by dry run; the longest fitting and the first failing one are then run as",
-        "real training steps with the limits enforced. tokens/s is of that one step: the first of its run,",
-        "every allocation watched by the tracker, the machine shared. It orders nothing but itself.", "",
+        *(_TRAINED if any(r.at_longest for r in reaches) else _PLAYED), "",
         *(f"Network: {model}." for model in dict.fromkeys(r.model for r in reaches)), "",
         "| ranks | strategy | CP | longest (tokens) | first failing | device peak at longest "
         "| host peak | tokens/s at longest | stopped by |",
