@@ -1,12 +1,13 @@
 """Pipeline schedules are valid orders, never deadlock, and have the bubbles that their papers state."""
 
+from collections import Counter
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopsim.spec.pipeline_order import Slot, order
+from mopsim.spec.pipeline_order import Slot, order, turns
 
 Key = tuple[str, int, int]
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -115,3 +116,42 @@ def test_in_flight_microbatches(stage: int) -> None:
             alive += (phase == "forward") - (phase in ("backward", "input_grad"))
             top = max(top, alive)
         assert top == 4 - stage
+
+
+def _runs(stages: int, virtual: int, microbatches: int) -> bool:
+    """Whether stages that receive, wait until what they sent before is received, compute and send, turn by
+    turn, all come to their end. What crosses is taken in the order in which it was sent."""
+    schedule, last = ("interleaved" if virtual > 1 else "1f1b"), stages * virtual - 1
+    left = [turns(schedule, stages, virtual, microbatches, stage) for stage in range(stages)]
+    sent, taken = Counter[tuple[str, int]](), Counter[tuple[str, int]]()  # by direction and sender
+    begun = [0] * stages  # what of its turn a stage has received
+    moved = True
+    while moved:
+        moved = False
+        for stage in range(stages):
+            if not left[stage]:
+                continue
+            needs, makes = [], []
+            for way, _, chunk in left[stage][0]:
+                part, step = chunk * stages + stage, 1 if way == "forward" else -1
+                needs += [(way, (stage - step) % stages)] if 0 <= part - step <= last else []
+                makes += [(way, stage)] if 0 <= part + step <= last else []
+            while begun[stage] < len(needs) and taken[needs[begun[stage]]] < sent[needs[begun[stage]]]:
+                taken[needs[begun[stage]]] += 1
+                begun[stage] += 1
+                moved = True
+            waits = any(taken[way, stage] < sent[way, stage] for way in ("forward", "backward"))
+            if begun[stage] < len(needs) or waits:
+                continue
+            sent.update(makes)
+            begun[stage] = 0
+            left[stage].pop(0)
+            moved = True
+    return not any(left)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("virtual", [1, 2, 3])
+def test_no_turn_waits_forever(stages: int, virtual: int) -> None:
+    for microbatches in (stages, 2 * stages, 5 * stages, *((1, 3, 7) if virtual == 1 else ())):
+        assert _runs(stages, virtual, microbatches), microbatches
