@@ -25,6 +25,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
 from mopsim.engine import SimResult
 from mopsim.report.compare import Sweep, difference, finding, lead, summary
+from mopsim.search.result import exhausted
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
 
@@ -63,7 +64,7 @@ class Comparison(Result):
             "stack": self.inputs.stack.name if self.inputs.stack else None,
             "finding": finding(results, labels, self.gaps, self.inputs.interval),
             "lead": self._lead(),
-            "proven": all(gap == 0 for gap in self.gaps.values()),
+            "proven": all(exhausted(gap) for gap in self.gaps.values()),
             "difference": difference(results, labels),
             "facts": facts(self.inputs, "mopsim.compare"),
         }

@@ -6,6 +6,7 @@ from typing import Any
 
 from mopsim.common import io
 from mopsim.report.tables import describe
+from mopsim.search.result import exhausted
 from mopsim.size.assumptions import NAMES, known
 from mopsim.size.figures import DAY, Figures
 from mopsim.size.goodput import Goodput
@@ -61,7 +62,7 @@ def point_json(point: Point, request: Request) -> dict[str, Any]:
         "tokens_per_s": result.tokens_per_second,
         "memory_headroom_bytes": result.memory_limit - result.peak_memory,
         "host_headroom_bytes": result.host_limit - result.host_memory,
-        "proven": point.gap == 0,
+        "proven": exhausted(point.gap),
         "gap": point.gap,
         "network": asdict(bill.network) if bill.network else None,
         "reliability": _reliability(bill.goodput),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from mopsim.intervals.spread import Spread
+from mopsim.intervals.spread import SURE, Facts, Spread, of_peak_memory
 
 SHARES = (np.arange(64) + 0.5) / 64
 """Of the causes on top: as likely one share of their bound as another, since no more is known."""
@@ -37,3 +37,9 @@ class PeakSpread:
             middle = (low + high) / 2
             low, high = (low, middle) if self.below(middle) >= probability else (middle, high)
         return high
+
+
+def least_share(facts: Facts, above: float) -> float:
+    """How many times its peak of tensors a device needs to hold a program as good as surely (SURE). above:
+    the part of the peak that comes on top, at most."""
+    return PeakSpread(1e12, above * 1e12, of_peak_memory(facts)).quantile(SURE) / 1e12

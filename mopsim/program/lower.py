@@ -42,7 +42,7 @@ def lower(
     total = training.num_microbatches(strategy)
     unit, expanded = _expansion(strategy, total)
     expanded = total if expand else expanded
-    passes = Pairs(context) if holds("pairs")(Job(model, strategy, training, stack)) else Passes(context)
+    passes = passes_of(context)
     stages = range(strategy.pipeline.pipeline_parallel)
     programs = tuple(
         StageStep(context, passes, stage, compose=compose and not expand).program(expanded)
@@ -60,6 +60,12 @@ def lower(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
         whole=whole if any(program.repeats for program in programs) else None, stack=stack,
     )  # fmt: skip
+
+
+def passes_of(context: Context) -> Passes:
+    """The templates of a program: pairs of operators where it is explicit and has them, else tapes."""
+    job = Job(context.model, context.strategy, context.training, context.stack)
+    return Pairs(context) if holds("pairs")(job) else Passes(context)
 
 
 def held_to_the_byte(model: ModelSpec) -> bool:

@@ -73,7 +73,7 @@ class Passes:
         model = self.context.model
         return model.is_moe_layer(layer) if layer < model.num_hidden_layers else bool(model.num_local_experts)
 
-    def key(self, layer: int) -> tuple[object, ...]:
+    def key(self, layer: int) -> tuple[int, bool]:
         """Equal for layers that run alike."""
         model = self.context.model
         mtp = layer >= model.num_hidden_layers

@@ -47,18 +47,35 @@ def _by_layer(model: ModelSpec) -> dict[int, list[Tensor]]:
     return found
 
 
+@lru_cache(maxsize=1024)
+def _sizes(model: ModelSpec, tensor: int, split: int) -> dict[int, list[tuple[int, int, int]]]:
+    """Of each layer (parameters, those of the largest tensor, tensors) of the dense part split over `tensor`
+    ranks, then of the routed experts split over `split`, where there are any."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for layer, mine in _by_layer(model).items():
+        routed = [t.numel for t in mine if t.routed]
+        found[layer] = [_size([t for t in mine if not t.routed], tensor)]
+        if routed:
+            found[layer].append((sum(routed) // split, max(routed) // split, len(routed)))
+    return found
+
+
+def _size(mine: list[Tensor], split: int) -> tuple[int, int, int]:
+    numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
+    return numel, max(t.numel for t in mine) // split, len(mine)
+
+
 def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[ShardedUnit]:
     """Units of a decoder (or MTP) layer: dense parameters, then the rank's routed experts."""
-    mine = _by_layer(model).get(layer, [])
-    dense, routed = [t for t in mine if not t.routed], [t for t in mine if t.routed]
-    found = [_dense(model, strategy, f"layers.{layer}.dense", "attention", layer, dense)]
-    if routed:
-        split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
+    split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
+    dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split)[layer]
+    found = [_dense(strategy, f"layers.{layer}.dense", "attention", layer, dense)]
+    for numel, largest, count in routed:
         found.append(
             ShardedUnit(
-                f"layers.{layer}.experts", "experts", layer, sum(t.numel for t in routed) // split,
+                f"layers.{layer}.experts", "experts", layer, numel,
                 strategy.experts.expert_fsdp, strategy.expert_replicas, "expert_shard", "expert_replicas",
-                max(t.numel for t in routed) // split, len(routed),
+                largest, count,
             )
         )  # fmt: skip
     return found
@@ -67,11 +84,11 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Sharde
 def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, ShardedUnit]:
     """Units outside the layers: embedding, final norm, head (absent when tied)."""
     by_name = {tensor.name: tensor for tensor in _by_layer(model)[-1]}
-    found = {}
+    found, split = {}, strategy.dense.tensor_parallel
     embedding = [t for name, t in by_name.items() if "embedding" in name]
-    found["embedding"] = _dense(model, strategy, "embedding", "embedding", -1, embedding)
+    found["embedding"] = _dense(strategy, "embedding", "embedding", -1, _size(embedding, split))
     final = [t for name, t in by_name.items() if name.startswith("final_norm")]
-    found["final"] = _dense(model, strategy, "final", "vocabulary", -1, final)
+    found["final"] = _dense(strategy, "final", "vocabulary", -1, _size(final, split))
     if "head.weight" in by_name:
         head, degree = by_name["head.weight"], strategy.vocabulary.vocab_parallel
         if strategy.vocabulary.loss == "ring":
@@ -81,17 +98,16 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, ShardedUnit]:
                 rows * model.hidden_size,
             )  # fmt: skip
         else:
-            found["head"] = _dense(model, strategy, "head", "vocabulary", -1, [head])
+            found["head"] = _dense(strategy, "head", "vocabulary", -1, _size([head], split))
     return found
 
 
 def _dense(
-    model: ModelSpec, strategy: Strategy, name: str, component: str, layer: int, mine: list[Tensor]
+    strategy: Strategy, name: str, component: str, layer: int, size: tuple[int, int, int]
 ) -> ShardedUnit:
-    split = strategy.dense.tensor_parallel
-    numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
-    copies = strategy.stage_ranks // split
+    numel, largest, count = size
+    copies = strategy.stage_ranks // strategy.dense.tensor_parallel
     return ShardedUnit(
-        name, component, layer, numel, strategy.dense.fsdp, copies, "dense_shard", "dense_replicas",
-        max(t.numel for t in mine) // split, len(mine),
+        name, component, layer, numel, strategy.dense.fsdp, copies, "dense_shard", "dense_replicas", largest,
+        count,
     )  # fmt: skip

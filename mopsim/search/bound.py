@@ -5,21 +5,20 @@ rates instead
 of curves, no dependencies between streams, no transients but those that any schedule needs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.cost.compute import for_heads, matmul_curve
-from mopsim.cost.slowest import waiting
+from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token, layer_kinds
 from mopsim.graph.shapes import attention_widths
-from mopsim.graph.tensors import tensors
-from mopsim.search.layer import Layer
+from mopsim.search.given import Given
+from mopsim.search.layer import recomputed
 from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, ULYSSES, offloaded
 from mopsim.search.space import Space
-from mopsim.search.stages import IDEAL, load
+from mopsim.search.stages import IDEAL, kinds, load
 from mopsim.search.wires import Message, Reals, Wires
 from mopsim.spec.categories import RUNTIMES
 
@@ -41,29 +40,6 @@ class Bounds:
     parts: dict[str, Reals]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a model by how they are sharded."""
-
-    dense: int
-    experts: int
-    head: int
-    largest_expert_unit: int
-    moe_layers: int
-
-    @staticmethod
-    def of(space: Space) -> "Sizes":
-        found = tensors(space.problem.model)
-        routed: dict[int, int] = {}
-        for tensor in found:
-            if tensor.routed:
-                routed[tensor.layer] = routed.get(tensor.layer, 0) + tensor.numel
-        head = sum(tensor.numel for tensor in found if tensor.name == "head.weight")
-        experts = sum(routed.values())
-        dense = sum(tensor.numel for tensor in found) - experts - head
-        return Sizes(dense, experts, head, max(routed.values(), default=0), len(routed))
-
-
 def bound(space: Space) -> Bounds:
     """Lower bounds of every candidate of a space."""
     if not len(space):
@@ -82,17 +58,18 @@ def bound(space: Space) -> Bounds:
 
 def bounders(space: Space) -> Iterator["Bounder"]:
     """What bounds the rows of a space, block by block."""
-    sizes = Sizes.of(space)
+    given = Given.of(space) if len(space) else None
     for start in range(0, len(space), BLOCK):
-        yield Bounder(space.part(start, start + BLOCK), sizes)
+        assert given is not None
+        yield Bounder(space.part(start, start + BLOCK), given)
 
 
 class Bounder:
-    def __init__(self, space: Space, sizes: Sizes) -> None:
-        self.space, self.problem, self.sizes = space, space.problem, sizes
+    def __init__(self, space: Space, given: Given) -> None:
+        self.space, self.problem, self.given = space, space.problem, given
+        self.sizes, self.hardware, self.layer = given.sizes, given.hardware, given.layer
         self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
         self.model = self.problem.model
-        self.hardware = waiting(self.problem.hardware, self.problem.world_size)
         first = space.build(0)
         precision = first.precision
         self.separate_master = precision.master != "param"
@@ -111,8 +88,8 @@ class Bounder:
             c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
         )
         self.ring = c["loss"] == RING
-        self.layer = Layer.of(self.problem, self.compute, not self.fully_shard)
         layers = self.model.num_hidden_layers
+        self.again = recomputed(space.columns["recompute"], space.columns["modules"])
         self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
         """Share of the layer inputs that goes to the host."""
         self.state_away = np.where(c["state"] == DEVICE, 0.0, c["state_parts"] / PARTS)
@@ -146,19 +123,13 @@ class Bounder:
 
     def waiting(self) -> Reals:
         """Bytes of one microbatch on the device that wait for the backward: the layer inputs that do not go
-        to the host, or, without any recomputation, all that it wants."""
-        full = self.inputs()
-        some = full / (self.model.hidden_size * self.compute) * self.layer.least
-        again = (self.c["recompute"] == 1) | (self.c["modules"] > 0)
-        stay = np.where(again, full, np.maximum(some, full))
-        return np.asarray(stay - self.away * full)
+        to the host, and what the layers keep beside them."""
+        rows = self.model.num_hidden_layers / self.c["pipeline"] * self.tokens / self.c["tensor"]
+        return np.asarray(rows * self.layer.kept[self.again] + (1 - self.away) * self.inputs())
 
     def in_backward(self) -> Reals:
-        """Bytes that autograd wants of the last layer at once, where it is recomputed; the flat runtime's own
-        backward frees them as it goes."""
-        again = (self.c["recompute"] == 1) & self.fully_shard
-        whole = self.layer.attention + self.layer.experts
-        return np.asarray(self.tokens / self.c["tensor"] * np.where(again, whole, 0.0))
+        """Bytes that the backward of a layer takes above its start."""
+        return np.asarray(self.tokens / self.c["tensor"] * self.layer.height[self.again])
 
     def moved(self) -> Reals:
         """Bytes of the layer inputs of a microbatch that go to the host: in staged programs (ZeRO below 3)
@@ -179,9 +150,7 @@ class Bounder:
         logits = self.tokens / c["loss_slices"] * vocabulary * self.compute
         logits = np.where(c["pipeline"] == 1, logits, 0.0)  # of a stage with fewer layers, it may be
         resident = params + optimizer
-        last = np.maximum(
-            logits, self.in_backward() - boundaries * c["pipeline"] / self.model.num_hidden_layers
-        )
+        last = np.maximum(logits, self.in_backward())
         peak = np.maximum(resident + early + boundaries + last, resident + grads)
         peak = np.maximum(peak, self.first_stage(boundaries))
         parts = {
@@ -194,11 +163,21 @@ class Bounder:
         return peak, parts
 
     def first_stage(self, boundaries: Reals) -> Reals:
-        """Bytes that the first stage of a pipeline keeps of the microbatches under way."""
-        c = self.c
+        """Bytes of the first stage of a pipeline: what it keeps of the microbatches under way; below ZeRO-3
+        its layers' weights, gradients and optimizer state."""
+        c, layers = self.c, self.model.num_hidden_layers
         under_way = np.minimum(np.minimum(c["pipeline"], self.microbatches), np.maximum(self.microbatches, 1))
-        even = self.model.num_hidden_layers // c["pipeline"] * c["pipeline"] / self.model.num_hidden_layers
-        return np.asarray(under_way * even * boundaries)
+        even = layers // c["pipeline"] * c["pipeline"] / layers
+        counts = kinds(self.model)
+        dense, routed = (
+            sum(self.sizes.layers[kind][at] * many for kind, many in counts.items()) for at in (0, 1)
+        )
+        spread = c["experts"] * c["expert_tensor"]
+        each = (1 - self.state_away) * (self.master() + self.moments)
+        whole = (dense / c["tensor"] + routed / spread) * (self.param + self.grad)
+        state = (dense + routed) / self.stage * each
+        below = np.where(c["zero"] == 3, 0.0, (whole + state) / c["pipeline"])
+        return np.asarray(even * (under_way * boundaries + below))
 
     def host_memory(self) -> Reals:
         weights, state = self.held()
@@ -218,7 +197,8 @@ class Bounder:
     def time(self) -> Reals:
         """The slowest stream, then the optimizer. Compute loses `communication_share` to a busy fabric."""
         wires = np.maximum(*self.busy([*self.weights(), *self.exchanges(), *self.ring_blocks()]))
-        busy = self.slowest_stage() + self.hardware.communication_share * wires
+        computes = self.slowest_stage(self.layer_seconds(), self.head_seconds())
+        busy = computes + self.hardware.communication_share * wires
         slowest = np.maximum.reduce([busy, wires, self.copy_time()])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
@@ -229,37 +209,50 @@ class Bounder:
     def scale(self, kind: str) -> float:
         return self.wires.scale(kind)
 
-    def compute_time(self) -> Reals:
-        """Products of forward, backward (twice) and recompute at the best rate of the curve, and kernel
-        launches, of the mean rank: every degree splits the work of a step over ranks."""
-        flops = flops_per_token(self.model, self.problem.training.seq_len)
-        return self.work(flops) + self.passes() + self.launches()
+    def layer_seconds(self) -> list[Reals]:
+        """Of each kind of layer, on the rank that has one: products of forward, backward (twice) and
+        recompute of all microbatches at the best rate of the curve, traffic of other kernels, launches."""
+        training, device, c = self.problem.training, self.hardware.device, self.c
+        share = training.seq_len * training.global_batch / self.problem.world_size * c["pipeline"]
+        scale = self.scale("memory_bound") / device.memory_bandwidth.si
+        launch = self.microbatches * 20 * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
+        chunks, found = np.maximum(c["chunks"], 1), []
+        for (_, has_experts), (flops, _) in zip(
+            kinds(self.model), layer_kinds(self.model, training.seq_len), strict=True
+        ):
+            traffic = self.layer.attention_traffic * (1 + c["recompute"] / 2)
+            traffic = traffic + has_experts * self.layer.experts_traffic
+            seconds = self.work(flops) * c["pipeline"] + share * traffic * scale
+            found.append(np.asarray(seconds + launch * (1 + has_experts * chunks)))
+        return found
 
-    def passes(self) -> Reals:
-        """Seconds of the memory traffic of kernels that are no products, forward and backward."""
-        training, device = self.problem.training, self.hardware.device
-        share = training.seq_len * training.global_batch / self.problem.world_size
-        traffic = self.model.num_hidden_layers * self.layer.attention_traffic * (1 + self.c["recompute"] / 2)
-        traffic = traffic + self.sizes.moe_layers * self.layer.experts_traffic
-        return np.asarray(share * traffic / device.memory_bandwidth.si * self.scale("memory_bound"))
+    def head_seconds(self) -> Reals:
+        """The same of what is beside the decoder layers: vocabulary and MTP layers, on the stage that has
+        it."""
+        seq_len = self.problem.training.seq_len
+        flops = flops_per_token(self.model, seq_len)
+        for layer, many in layer_kinds(self.model, seq_len):
+            for name, each in layer.items():
+                flops[name] -= many * each
+        return np.asarray(self.work(flops) * self.c["pipeline"])
 
-    def slowest_stage(self) -> Reals:
-        """`compute_time` of the slowest rank: of a pipeline, the stage whose layers (of the last, with the
-        loss) and what a microbatch takes on the way there and back are most."""
-        c, training = self.c, self.problem.training
-        mean = self.compute_time()
-        if not bool((c["pipeline"] > 1).any()):
-            return mean
-        kinds = layer_kinds(self.model, training.seq_len)
-        layer = np.minimum.reduce([self.work(dict(flops)) for flops, _ in kinds]) * c["pipeline"]
-        flops = {"vocabulary": flops_per_token(self.model, training.seq_len)["vocabulary"]}
-        head, one, found = self.work(flops) * c["pipeline"], layer / self.microbatches, mean.copy()
-        laid = (c["pipeline"] * 1000 + c["virtual_stages"]) * 10 + c["layout"]
+    def slowest_stage(self, layers: Sequence[Reals], head: Reals) -> Reals:
+        """Seconds of the slowest rank: of the mean stage, or, in a layout, of the stage whose layers (of the
+        last, with the loss) and what a microbatch takes on the way there and back are most. layers, head: as
+        `layer_seconds` and `head_seconds`."""
+        c, counts = self.c, list(kinds(self.model).values())
+        mean = head + sum(count * each for count, each in zip(counts, layers, strict=True))
+        found = np.asarray(mean / c["pipeline"])
         chosen = (c["pipeline"] > 1) & (c["layout"] != IDEAL)
+        if not chosen.any():
+            return found
+        every = np.stack(layers, axis=1)
+        laid = (c["pipeline"] * 1000 + c["virtual_stages"]) * 10 + c["layout"]
         for code in np.unique(laid[chosen]).astype(np.int64).tolist():
-            rows, stages = laid == code, code // 10000
-            stage = load(self.model, stages, code // 10 % 1000, code % 10)
-            each = np.outer(layer[rows], stage.layers) + np.outer(one[rows], stage.before)
+            rows = np.flatnonzero(laid == code)
+            stage = load(self.model, code // 10000, code // 10 % 1000, code % 10)
+            each = every[rows] @ stage.layers.T
+            each += every[rows] / self.microbatches[rows, None] @ stage.before.T
             each[:, -1] += head[rows]
             found[rows] = np.maximum(found[rows], each.max(axis=1))
         return found
@@ -280,16 +273,9 @@ class Bounder:
         seconds = share * matmul / rate * self.scale("matmul")
         rate = max(one.peak.si * min(one.efficiency, one.held) for one in grouped_curves)
         seconds = seconds + share * grouped / rate * self.scale("grouped_matmul")
-        shape = for_heads(self.hardware, self.model.head_dim).device.attention
+        shape = self.hardware.device.attention
         attention = ((1 + again) / shape.forward + 2.5 / shape.backward) * (length + shape.seq_half) / length
         return np.asarray(seconds + share * core / curve.peak.si * attention * self.scale("attention"))
-
-    def launches(self) -> Reals:
-        """Seconds of starting kernels."""
-        chunks = np.maximum(self.c["chunks"], 1) * self.sizes.moe_layers
-        count = self.microbatches * 20 * (self.model.num_hidden_layers + chunks) / self.c["pipeline"]
-        scale = min(self.scale("memory_bound"), 1.0)
-        return np.asarray(count * self.hardware.device.launch_overhead.si * scale)
 
     def busy(self, messages: Iterable[Message]) -> tuple[Reals, Reals]:
         """Seconds in which messages keep (scale-up, scale-out) busy."""

@@ -14,6 +14,7 @@ from mopsim.search.problem import (
     DEVICE,
     DISPATCHERS,
     EXCHANGES,
+    LEANEST,
     PARTS,
     RECOMPUTED,
     STATES,
@@ -96,7 +97,7 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     "recompute": lambda problem, row: (
         "full" if row["recompute"] else "selective" if row["modules"] else "none"
     ),
-    "recompute_modules": lambda problem, row: RECOMPUTED[row["modules"]],
+    "recompute_modules": lambda problem, row: RECOMPUTED[row["modules"] % LEANEST],
     "offload": lambda problem, row: bool(row["offload"]),
     "reshard_after_forward": lambda problem, row: bool(row["reshard"]),
     "dtype": lambda problem, row: problem.compute,

@@ -53,15 +53,19 @@ def search(
         else:
             hunts[family] = Hunt(pool, options, found)
     result.bound_seconds = time.perf_counter() - started
-    done, best = 0, None
+    best = None
 
     def tell(found: SearchResult) -> None:
         if progress:
-            progress(done + found.simulated, _faster(best, found.best))
+            progress(sum(hunt.found.simulated for hunt in hunts.values()), _faster(best, found.best))
 
     for hunt in hunts.values():
         hunt.run(tell)
-        done, best = done + hunt.found.simulated, _faster(best, hunt.found.best)
+        best = _faster(best, hunt.found.best)
+    for hunt in hunts.values():
+        to_beat = hunt.found.best or best
+        if to_beat is not None:
+            hunt.prove(to_beat, tell)
     _merge(hunts, options, result)
     result.best_by_family = {
         family: hunts[family].found.best if family in hunts else None for family in options.families
@@ -110,6 +114,7 @@ def _settle(hunt: Hunt, options: Options, result: SearchResult) -> None:
     slower = int((left >= hunt.last()).sum())
     spent = hunt.found.simulated >= options.budget
     reason = "not tried: budget of simulations spent" if spent else "not tried: those before were no faster"
+    result.rejected["device memory, bound: of layers and loss"] += int(hunt.pool.over.sum())
     result.rejected["slower, bound: cannot beat those ranked"] += slower
     result.rejected[reason] += len(left) - slower
 

@@ -28,7 +28,11 @@ def _guess(one: Bounder) -> Reals:
     sequence, experts = one.exchanges()
     waits = sum(one.busy([sequence, *_regions(one)])) * (1 + _bubble(one))
     waits = waits + sum(one.busy([experts])) * (1 - OVERLAP * one.c["overlap"])
-    chain = one.slowest_stage() * (1 + _bubble(one)) * (1 + _again(one)) + waits + _sends(one)
+    chain = (
+        one.slowest_stage(one.layer_seconds(), one.head_seconds()) * (1 + _bubble(one)) * (1 + _again(one))
+        + waits
+        + _sends(one)
+    )
     beside = np.maximum(sum(one.busy(one.weights())), one.copy_time())
     ring = np.maximum.reduce(one.busy(one.ring_blocks()))
     step = np.maximum(chain, beside) + (1 - OVERLAP) * np.minimum(chain, beside + ring)

@@ -12,19 +12,19 @@ from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
-from mopsim.search.result import NOT_RUN, SearchResult
+from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.space import Space
 from mopsim.spec.capability import runnable
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import Strategy
 
-TIE = 0.005
-"""Step times that differ by less (relative) are a tie, which memory decides."""
 PATIENCE, LEAST_PATIENCE = 0.4, 40
 """Part of the budget, and simulations at least, without a faster one after which a hunt ends."""
 SLACK = 0.15
 """Part of the memory by which what is expected may be wrong: now and then a fast candidate is tried that is
 expected to need so much too much."""
+PIECES = 10
+"""Refinements of bounds after a hunt, for each simulation of the budget: one takes some 6 ms."""
 RISK = f"fits with a probability below {SURE} (--risk ranks it)"
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
 
@@ -53,12 +53,28 @@ class Hunt:
             position = self.next()
             if position is None:
                 break
-            self.pool.taken[position] = True
-            row = int(self.pool.rows[position])
-            simulated = None if self.not_run(row) else run_row(self.pool.space, row, self.found)
-            if simulated is not None:
-                self.note(position, simulated)
-                progress(self.found)
+            self._simulate(position, progress)
+
+    def prove(self, best: SimResult, progress: Callable[[SearchResult], None]) -> None:
+        """Refine the bounds of all that may be faster by more than a tie than the best, of this family where
+        it has one, and simulate what that leaves, the least bound first, while the budget lasts."""
+        pool, below, left = self.pool, best.step_time / (1 + TIE), PIECES * self.options.budget
+        enough = 1.0 if self.options.risk or not best.sure else pool.sure(best)
+        while (position := pool.least(below, enough)) is not None:
+            if not pool.refined[position] and left:
+                left -= pool.refine(position)
+            elif pool.refined[position] and self.found.simulated < self.options.budget:
+                self._simulate(position, progress)
+            else:
+                return
+
+    def _simulate(self, position: int, progress: Callable[[SearchResult], None]) -> None:
+        self.pool.taken[position] = True
+        row = int(self.pool.rows[position])
+        simulated = None if self.not_run(row) else run_row(self.pool.space, row, self.found)
+        if simulated is not None:
+            self.note(position, simulated)
+            progress(self.found)
 
     def not_run(self, row: int) -> bool:
         """Whether only what mopexec runs is asked for, and this is not; counted."""
@@ -77,22 +93,28 @@ class Hunt:
     def next(self) -> int | None:
         """The position to simulate now, or None where no bound is good enough."""
         pool, below = self.pool, self.last()
-        fits, share = pool.room()
+        fits, _ = pool.room()
         while pool.seeds:
             position = pool.seeds.pop(0)
-            tried = fits[position] or position in pool.published
-            if not pool.taken[position] and pool.time[position] < below and tried:
+            if (fits[position] or position in pool.published) and self._open(position, below):
                 return position
         if self.found.top and self.found.simulated % 4 == 2:
-            bold = pool.bold(self.found.top[0].step_time, share <= 1 + SLACK)
+            bold = pool.bold(self.found.top[0].step_time, 1 + SLACK)
             if bold is not None:
                 return bold
         if self.best_at is not None and self.found.simulated % 2:
             while self.near:
                 position = self.near.pop(0)
-                if not pool.taken[position] and pool.time[position] < below and fits[position]:
+                if fits[position] and self._open(position, below):
                     return position
-        return pool.next(below, fits, share)
+        return pool.next(below)
+
+    def _open(self, position: int, below: float) -> bool:
+        """Whether a candidate's bounds, refined, leave it to be simulated."""
+        pool = self.pool
+        if not pool.taken[position] and pool.time[position] < below:
+            pool.refine(position)
+        return bool(not pool.taken[position] and pool.time[position] < below)
 
     def note(self, position: int, simulated: SimResult) -> None:
         """Learn from one simulation and rank it."""

@@ -5,6 +5,7 @@ bounds and simulations reject a candidate.
 """
 
 from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,8 @@ _DOUBT = 0.02
 
 @dataclass
 class Memory:
-    """Peak memory above its lower bound: per kind of candidate a constant (the gathered weights) and a slope
-    in the tokens of a rank, both at least 0, by least squares.
+    """Peak memory above its lower bound: per kind of candidate a constant (the gathered weights), a slope in
+    the tokens of a rank and a share of the bound, all at least 0.
 
     parts: bytes or tokens of each candidate, a row for each regressor, the gathered weights first. kinds: of
     each candidate, those whose transients are alike.
@@ -40,7 +41,11 @@ class Memory:
         self._fitted = {}
 
     def expected(self) -> Reals:
-        """Peak memory of every candidate, bytes: its bound, and what its kind (else all) has above it."""
+        """Peak memory of every candidate, bytes: its bound, and what it has above it."""
+        return np.asarray(self.bound + self.above())
+
+    def above(self) -> Reals:
+        """Bytes of every candidate above its bound: what its kind has, else all."""
         if not self._fitted:
             every = [one for seen in self.seen.values() for one in seen]
             self._fitted = {-1: self._fit(every)} | {kind: self._fit(one) for kind, one in self.seen.items()}
@@ -49,23 +54,50 @@ class Memory:
         for kind, fitted in self._fitted.items():
             if kind >= 0:
                 weights[kind] = fitted
-        above = np.einsum("ij,ji->i", weights[self.kinds], self.parts)
-        return np.asarray(self.bound + above)
+        return np.asarray(np.einsum("ij,ji->i", weights[self.kinds], self._regressors()))
+
+    def _regressors(self) -> Reals:
+        return np.vstack([self.parts, self.bound])
 
     def _fit(self, seen: list[tuple[int, float]]) -> Reals:
-        """Bytes for each unit of each part; of the gathered weights near 1, of the others near 0, where too
-        few simulations say."""
-        least = np.zeros(len(self.parts))
+        """Bytes for each unit of each part and for each byte of the bound, by least squares of what they miss
+        as a share of the bound; of the gathered weights near 1, of the others near 0, where too few
+        simulations say."""
+        parts = self._regressors()
+        least = np.zeros(len(parts))
         least[0] = 1.0
         if not seen:
             return least
-        scale = self.parts.max(axis=1, initial=1.0)
-        rows = (self.parts[:, [position for position, _ in seen]] / scale[:, None]).T
-        above = np.array([max(0.0, above) for _, above in seen]) / _GIB
+        places = [position for position, _ in seen]
+        scale = parts.max(axis=1, initial=1.0)
+        rows = (parts[:, places] / self.bound[places]).T * scale[-1] / scale
+        above = np.array([max(0.0, above) for _, above in seen]) / self.bound[places] * scale[-1] / _GIB
         doubt = np.diag(rows.mean(axis=0) * np.where(least > 0, _DOUBT, _DOUBT / 10))
         believed = doubt @ (least * scale / _GIB)
         found, _ = nnls(np.concatenate([rows, doubt]), np.concatenate([above, believed]))
         return np.asarray(found * _GIB / scale)
+
+
+@dataclass
+class Rise:
+    """How many times its closed-form bound of memory a refined one is: by median of a kind, else of all."""
+
+    kinds: Column
+    seen: dict[int, list[float]] = field(default_factory=dict)
+
+    def learn(self, position: int, times: float) -> None:
+        """Note the rise of a candidate."""
+        self.seen.setdefault(int(self.kinds[position]), []).append(times)
+
+    def expected(self) -> Reals:
+        """Of every candidate."""
+        if not self.seen:
+            return np.ones(len(self.kinds))
+        usual = median(times for seen in self.seen.values() for times in seen)
+        found = np.full(int(self.kinds.max()) + 1, usual)
+        for kind, seen in self.seen.items():
+            found[kind] = median(seen)
+        return np.asarray(found[self.kinds])
 
 
 @dataclass

@@ -1,15 +1,23 @@
 """The candidates of a family that the bounds let through, and what simulations teach of them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.engine import SimResult
+from mopsim.engine.upper import ALLOCATOR
+from mopsim.intervals.memory import least_share
+from mopsim.program.lower import held_to_the_byte
 from mopsim.search.bound import Bounds
+from mopsim.search.given import Given
 from mopsim.search.guess import guess
-from mopsim.search.learn import Memory, Times, coded
+from mopsim.search.learn import Memory, Rise, Times, coded
+from mopsim.search.pieces import LAYER, Pieces
 from mopsim.search.problem import Column
+from mopsim.search.refined import Refined
 from mopsim.search.seeds import published, textbook
 from mopsim.search.space import Space
 from mopsim.search.wires import Reals
@@ -30,6 +38,8 @@ _TOGETHER = {
 _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute", "modules")
 MOST = 200_000
 """Candidates that a pool holds: three in four of the best guesses, one in four the leanest of the others."""
+TURNS, AT_ONCE = 5, 4
+"""How often, and for how many of the best expected candidates, bounds are refined before one is chosen."""
 HOPE = 0.03
 """Part by which a value of a column that was never simulated is taken to be faster than known."""
 
@@ -38,19 +48,28 @@ HOPE = 0.03
 class Pool:
     """Candidates in order of their guessed time. A position counts in that order; `rows[position]` is a
     row of the space. seeds: positions of textbook layouts, tried first; published: those of recipes,
-    whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST."""
+    whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST.
+    alike: those that share their layers, which are refined together; refined: whether each one's bounds are;
+    over: whether they say that it does not fit. rise: what refinements teach of the memory of others."""
 
     space: Space
     rows: Column
     time: Reals
     host: Reals
     memory: Memory
+    rise: Rise
     times: Times
     seeds: list[int]
     taken: NDArray[np.bool_]
     host_rise: list[float]
     rest: Reals
-    published: frozenset[int] = frozenset()
+    published: frozenset[int]
+    pieces: Pieces
+    given: Given
+    group: Column
+    alike: list[Column]
+    refined: NDArray[np.bool_]
+    over: NDArray[np.bool_]
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
@@ -66,12 +85,50 @@ class Pool:
             kinds = kinds * len(values) + codes
         each = kept.tokens() / kept.columns["tensor"].astype(np.float64)
         parts = np.stack([bounds.gathered[rows], each, bounds.parts["boundaries"][rows]])
-        memory = Memory(bounds.device[rows], parts, coded(kinds)[1])
+        alike = coded(kinds)[1]
+        memory = Memory(bounds.device[rows], parts, alike)
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
         seeds, known = textbook(kept, likely), frozenset(published(kept, likely))
         time, host = bounds.time[rows], bounds.host[rows]
-        return Pool(space, rows, time, host, memory, times, seeds, taken, [], beyond, known)
+        return Pool(
+            space, rows, time, host, memory, Rise(alike), times, seeds, taken, [], beyond, known,
+            Pieces(space), Given.of(kept), *_alike(kept), np.zeros_like(taken), np.zeros_like(taken),
+        )  # fmt: skip
+
+    def refine(self, position: int) -> bool:
+        """Refine the bounds of a candidate and of those that share its layers. False where they are."""
+        if self.refined[position]:
+            return False
+        limit = self.space.problem.hardware.memory_limit()
+        index = int(self.rows[position])
+        mine = self.alike[self.group[position]]
+        self.refined[mine] = True
+        layers = self.pieces.layers(index)
+        losses = [self.pieces.loss(int(row)) for row in self.rows[mine]]
+        if layers is None or None in losses:
+            return True  # a rule refuses what shares them
+        closer = Refined(self.space.take(self.rows[mine]), self.given, layers, losses)  # type: ignore[arg-type]
+        self.time[mine] = np.maximum(self.time[mine], closer.time())
+        before = float(self.memory.bound[position])
+        self.memory.bound[mine] = np.maximum(self.memory.bound[mine], closer.device_memory()[0])
+        self.times.guess[mine] = np.maximum(self.times.guess[mine], self.time[mine])
+        self.rise.learn(position, float(self.memory.bound[position] / max(before, 1.0)))
+        self.over[mine] |= ~self.taken[mine] & (self.memory.bound[mine] > limit)
+        self.taken[mine] |= self.over[mine]
+        return True
+
+    def best(self, score: Callable[[], Reals]) -> int | None:
+        """The place of the least score under infinity. The bounds of the best on the way there are refined,
+        which may change the scores."""
+        for _ in range(TURNS):
+            now = score()
+            first = np.argpartition(now, min(AT_ONCE, len(now)) - 1)[:AT_ONCE]
+            if not sum(self.refine(int(one)) for one in first if np.isfinite(now[one])):
+                break
+        now = score()
+        place = int(np.argmin(now))
+        return place if np.isfinite(now[place]) else None
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""
@@ -84,27 +141,54 @@ class Pool:
         """Of each candidate: whether it is expected to fit; its expected share of what there is."""
         hardware = self.space.problem.hardware
         rise = median(self.host_rise) if self.host_rise else 1.0
-        device = self.memory.expected() / hardware.memory_limit()
+        bound = self.memory.bound * np.where(self.refined, 1.0, self.rise.expected())
+        device = (bound + self.memory.above()) / hardware.memory_limit()
         host = self.host * rise / max(hardware.host_limit(), 1)
         share = np.maximum(device, host)
         return share <= 1, share
 
-    def next(self, below: float, fits: NDArray[np.bool_], share: Reals) -> int | None:
+    def next(self, below: float) -> int | None:
         """The untaken candidate of the least expected time whose bound is under `below` seconds; where none
         is expected to fit, the leanest."""
-        usable = ~self.taken & (self.time < below)
-        if not usable.any():
-            return None
-        likely = usable & fits
-        if likely.any():
-            return int(np.argmin(np.where(likely, self.times.expected(HOPE), np.inf)))
-        return int(np.argmin(np.where(usable, share, np.inf)))
 
-    def bold(self, below: float, may_fit: NDArray[np.bool_]) -> int | None:
-        """The untaken candidate of the least expected time, if that is under `below` seconds."""
-        expected = np.where(~self.taken & may_fit, self.times.expected(HOPE), np.inf)
-        position = int(np.argmin(expected))
-        return position if expected[position] < below else None
+        def score() -> Reals:
+            fits, share = self.room()
+            usable = ~self.taken & (self.time < below)
+            likely = usable & fits
+            if likely.any():
+                return np.where(likely, self.times.expected(HOPE), np.inf)
+            return np.where(usable, share, np.inf)
+
+        return self.best(score)
+
+    def bold(self, below: float, slack: float) -> int | None:
+        """The untaken candidate of the least expected time that is expected to need at most `slack` times
+        what there is, if that time is under `below` seconds."""
+
+        def score() -> Reals:
+            expected = self.times.expected(HOPE)
+            usable = ~self.taken & (self.room()[1] <= slack) & (expected < below)
+            return np.where(usable, expected, np.inf)
+
+        return self.best(score)
+
+    def sure(self, one: SimResult) -> float:
+        """How many times a peak a device must hold at least, so that what needs it fits as good as surely.
+        one: a result on this problem, of whatever family."""
+        problem, stack = self.space.problem, self.space.stack
+        exact = bool(stack.runtime) and held_to_the_byte(problem.model)
+        facts = replace(one.facts, stack=stack.name, exact=exact)
+        return least_share(facts, 0.0 if problem.hardware.device_kind == "cpu" else ALLOCATOR)
+
+    def least(self, below: float, enough: float) -> int | None:
+        """The candidate of the least bound under `below` seconds. What surely needs more than the device has,
+        `enough` times its peak, is taken out."""
+        unsure = ~self.taken & (self.memory.bound * enough > self.space.problem.hardware.memory_limit())
+        self.over |= unsure
+        self.taken |= unsure
+        time = np.where(self.taken, np.inf, self.time)
+        position = int(np.argmin(time))
+        return position if time[position] < below else None
 
     def neighbours(self, position: int) -> Column:
         """Positions one decision away from `position`, best guess first."""
@@ -120,6 +204,16 @@ class Pool:
             return np.zeros(0, dtype=np.int64)
         count = np.sum(np.stack(list(groups.values())), axis=0)
         return np.flatnonzero(count == 1).astype(np.int64)
+
+
+def _alike(kept: Space) -> tuple[Column, list[Column]]:
+    """(the group of each candidate that shares its layers, the places of each group)."""
+    group = np.zeros(len(kept), dtype=np.int64)
+    for name in LAYER:
+        values, codes = coded(kept.columns[name])
+        group = np.unique(group * len(values) + codes, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(group, kind="stable")
+    return group, np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
 
 
 def _most(order: Column, memory: Reals) -> tuple[Column, Column]:

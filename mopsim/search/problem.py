@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ RECOMPUTED: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 """Modules that selective recomputation runs again, by the code in the `modules` column: those of published
 recipes of Megatron-Bridge (perf_recipes/) and of Megatron-Core's default, and whole experts."""
+LEANEST = len(RECOMPUTED)
+"""Code of no set: of what keeps least whatever is recomputed, where it is not chosen yet."""
 
 DEFAULTS = {
     "micro_batch": 1,
@@ -76,7 +78,7 @@ DEFAULTS = {
 class Problem:
     """What a strategy is looked for: every input of the search but its options. `total_params` is the
     model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
-    stack: the software, where it is not the family's own."""
+    stack: the software, where it is not the family's own. known: what was worked out of it, by its name."""
 
     model: ModelSpec
     hardware: HardwareProfile
@@ -85,6 +87,7 @@ class Problem:
     total_params: int
     precision: MatmulDType = "bfloat16"
     stack: Stack | None = None
+    known: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def compute(self) -> DType:

@@ -9,6 +9,8 @@ from mopsim.engine import SimResult
 from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
 
+TIE = 0.005
+"""Step times that differ by less (relative) are a tie, which memory decides."""
 NOT_RUN = "mopexec does not run it"
 """The reason that one option lifts, so it is named first."""
 
@@ -51,8 +53,9 @@ class SearchResult:
 
     @property
     def proven(self) -> bool:
-        """No candidate left out can beat the best (or, where nothing fits, none is left)."""
-        return self.gap == 0
+        """No candidate left out can beat the best by more than a tie (or, where nothing fits, none is
+        left)."""
+        return exhausted(self.gap)
 
     def to_json(self, level: float = 0.9) -> dict[str, object]:
         """The keys of the `search` command. level: of the intervals."""
@@ -96,10 +99,15 @@ class SearchResult:
         return proof(self.gap)
 
 
+def exhausted(gap: float | None) -> bool:
+    """Whether a gap is no more than a tie."""
+    return gap is not None and gap <= TIE
+
+
 def proof(gap: float | None, found: bool = False) -> str:
     """Whether a search is exhausted, in words. found: a plan that fits, so the others may be faster."""
-    if gap == 0:
-        return "proven: no plan left out can be faster"
+    if exhausted(gap):
+        return f"proven: no plan left out is more than {format_gap(TIE)} faster"
     if gap is None:
         return f"not exhausted: a plan left out may {'be faster' if found else 'fit'}"
     return f"not exhausted: a plan left out is at most {format_gap(gap)} faster"

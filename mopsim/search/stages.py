@@ -1,5 +1,6 @@
 """How decoder layers are laid over the parts of a pipeline: as even as can be, or as in published recipes."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from mopsim.spec.layout import ceil_div, stage_layers
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.pipeline_order import warm_up
 
 EVEN, ENDS, FRONT, IDEAL = 0, 1, 2, 3
 """Codes of the `layout` column. EVEN: as even as can be. ENDS: as full as each other, where embedding, MTP
@@ -43,17 +45,55 @@ def _even(layers: int, parts: int) -> list[int]:
     return [len(stage_layers(layers, parts, 1, part)[0]) for part in range(parts)]
 
 
+Kind = tuple[int, bool]
+"""What decoder layers of one kind have in common: the window of attention, whether they have experts."""
+
+
+@cache
+def kinds(model: ModelSpec) -> dict[Kind, int]:
+    """Layers of each kind, in the order of their first one."""
+    return dict(Counter(kind_of(model, layer) for layer in range(model.num_hidden_layers)))
+
+
+def kind_of(model: ModelSpec, layer: int) -> Kind:
+    """The kind of a decoder layer."""
+    return model.window(layer), model.is_moe_layer(layer)
+
+
 @dataclass(frozen=True)
 class Load:
-    """Of each stage: layers; layers that a microbatch passes before its first part."""
+    """Rows are stages, columns kinds of layers. layers: that it has; before: that a microbatch passes before
+    its first part. parts: layers of each virtual stage of each stage."""
 
     layers: NDArray[np.float64]
     before: NDArray[np.float64]
+    parts: NDArray[np.float64]
 
 
 @cache
 def load(model: ModelSpec, stages: int, virtual: int, layout: int) -> Load:
     """What each stage of a pipeline has to do."""
     given = layers_of(model, stages, virtual, layout) or _even(model.num_hidden_layers, stages * virtual)
-    parts = np.array(given, dtype=np.float64).reshape(virtual, stages)
-    return Load(parts.sum(axis=0), np.concatenate([[0.0], np.cumsum(parts[0])[:-1]]))
+    order = list(kinds(model))
+    each = np.zeros((model.num_hidden_layers, len(order)))
+    for layer in range(model.num_hidden_layers):
+        each[layer, order.index(kind_of(model, layer))] = 1
+    ends = np.cumsum(given)
+    parts = np.array([each[end - count : end].sum(axis=0) for end, count in zip(ends, given, strict=True)])
+    parts = parts.reshape(virtual, stages, len(order))
+    before = np.cumsum(parts[0], axis=0) - parts[0]
+    return Load(parts.sum(axis=0), before, parts.transpose(1, 0, 2))
+
+
+@cache
+def under_way(
+    model: ModelSpec, stages: int, virtual: int, layout: int, microbatches: int, stage: int, ahead: int
+) -> NDArray[np.float64]:
+    """Forwards through layers of each kind that a stage (0 or the last) has behind it when its first backward
+    begins, or on the last stage its first loss; ahead: see `mopsim.spec.pipeline_order`."""
+    last = stage == stages - 1 and stages > 1
+    # woven with a backward, the forward beside it is not over when that begins
+    count = (virtual - 1) * stages + 1 if last else warm_up(stages, virtual, stage, ahead) + 1 - ahead
+    chunks = np.arange(min(count, microbatches * virtual)) % (stages * virtual) // stages
+    many = np.bincount(chunks, minlength=virtual)
+    return np.asarray(many @ load(model, stages, virtual, layout).parts[stage])

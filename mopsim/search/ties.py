@@ -6,7 +6,7 @@ from typing import Any
 
 from mopsim.common.io import to_plain
 from mopsim.engine import SimResult
-from mopsim.search.hunt import TIE
+from mopsim.search.result import TIE
 
 TIED = "as fast as one ranked, in its row"
 

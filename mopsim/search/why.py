@@ -9,9 +9,8 @@ from mopsim.common.io import convert, to_plain
 from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
-from mopsim.search.hunt import TIE
 from mopsim.search.problem import Problem
-from mopsim.search.result import SearchResult
+from mopsim.search.result import TIE, SearchResult
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import describe

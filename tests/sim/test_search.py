@@ -16,9 +16,9 @@ from mopsim.engine import simulate
 from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import Bounds, bound
-from mopsim.search.hunt import TIE
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
+from mopsim.search.result import TIE
 from mopsim.search.space import IN_8_BITS, Space, generate
 from mopsim.search.staged import candidates
 from mopsim.spec.capability import runnable

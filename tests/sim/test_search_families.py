@@ -11,10 +11,11 @@ from mopsim.graph.tensors import total_params
 from mopsim.report.compare import finding
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import bound
-from mopsim.search.hunt import TIE, rank
+from mopsim.search.hunt import rank
 from mopsim.search.learn import Memory, Times
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
+from mopsim.search.result import TIE
 from mopsim.search.space import generate
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -79,7 +80,8 @@ def test_small_spaces_enumerated_whole(family: str, memory: float) -> None:
     assert found.best is not None
     assert found.gap is not None
     assert found.best.step_time <= fastest * (1 + TIE)
-    assert fastest >= found.best.step_time / (1 + found.gap) * (1 - 1e-9)
+    seen = min(one.step_time for one in found.played if one.sure)  # the best but for ties
+    assert fastest >= seen / (1 + found.gap) * (1 - 1e-9)
 
 
 def test_a_search_is_deterministic() -> None:

@@ -13,9 +13,9 @@ from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
 from mopsim.report.tables import freedom
 from mopsim.search import Options, SearchResult, search
-from mopsim.search.hunt import TIE
 from mopsim.search.miss import would_fit
 from mopsim.search.problem import Problem, divisors
+from mopsim.search.result import TIE
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.search.why import LINKS, faster, why

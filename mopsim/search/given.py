@@ -1,0 +1,62 @@
+"""What all candidates of a space share and bounds are made of: sizes of the network, the machine, a layer."""
+
+from dataclasses import dataclass
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.cost.slowest import waiting
+from mopsim.cost.stack import as_used
+from mopsim.graph.tensors import tensors
+from mopsim.search.layer import Layer
+from mopsim.search.space import Space
+from mopsim.search.stages import Kind, kind_of
+from mopsim.spec.hardware import HardwareProfile
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model by how they are sharded. layers: (dense, routed) of the smallest layer of each
+    kind."""
+
+    dense: int
+    experts: int
+    head: int
+    largest_expert_unit: int
+    moe_layers: int
+    embedding: int
+    layers: dict[Kind, tuple[int, int]]
+
+    @staticmethod
+    def of(space: Space) -> "Sizes":
+        found, model = tensors(space.problem.model), space.problem.model
+        routed: dict[int, int] = {}
+        every: dict[int, int] = {}
+        for tensor in found:
+            every[tensor.layer] = every.get(tensor.layer, 0) + tensor.numel
+            if tensor.routed:
+                routed[tensor.layer] = routed.get(tensor.layer, 0) + tensor.numel
+        layers: dict[Kind, tuple[int, int]] = {}
+        for layer in range(model.num_hidden_layers):
+            one = every[layer] - routed.get(layer, 0), routed.get(layer, 0)
+            layers[kind_of(model, layer)] = min(one, layers.get(kind_of(model, layer), one))
+        head = sum(tensor.numel for tensor in found if tensor.name == "head.weight")
+        experts = sum(routed.values())
+        dense = sum(tensor.numel for tensor in found) - experts - head
+        embedding = model.vocab_size * model.hidden_size
+        return Sizes(dense, experts, head, max(routed.values(), default=0), len(routed), embedding, layers)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What all candidates of a space share. hardware: as their stack uses it, waiting for the slowest
+    device."""
+
+    sizes: Sizes
+    hardware: HardwareProfile
+    layer: Layer
+
+    @staticmethod
+    def of(space: Space) -> "Given":
+        problem, stack = space.problem, space.stack
+        used = as_used(problem.hardware, stack, problem.model.head_dim, problem.training.seq_len)
+        each = DTYPE_BYTES[space.build(0).precision.compute]
+        return Given(Sizes.of(space), waiting(used, problem.world_size), Layer.of(space, each))

@@ -1,0 +1,141 @@
+"""A layer and the loss of a candidate as its program has them: what each takes at least, in time and memory.
+
+Many candidates share a layer: they differ in what surrounds it (shards, stages, where the state is). So the
+templates of one stand for all of them, at some milliseconds for each kind of layer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mopsim.common.errors import MopError
+from mopsim.cost import seconds
+from mopsim.cost.slowest import waiting
+from mopsim.cost.stack import as_used
+from mopsim.program.context import make_context
+from mopsim.program.lower import passes_of
+from mopsim.program.passes import Passes
+from mopsim.program.template import Template
+from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT
+from mopsim.search.space import Space
+from mopsim.search.stages import Kind
+
+LAYER = (
+    "micro_batch", "tensor", "sequence", "exchange", "experts", "expert_tensor", "strided", "dispatcher",
+    "chunks", "ffn_slices", "recompute", "modules", "boundary_host",
+)  # fmt: skip
+"""Columns that a layer's templates depend on."""
+LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices")
+"""Those of the loss."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A forward and a backward of one microbatch.
+
+    chain: seconds from the first op on the compute stream to the end of the last one, where nothing else
+    runs; busy: those in which that stream computes; issued: kernels that the host starts.
+    left: device bytes that the forward adds; height: the most that the backward has above its start, the
+    forward for the loss.
+    """
+
+    chain: float
+    busy: float
+    issued: float
+    left: int
+    height: int
+
+
+@dataclass
+class Pieces:
+    """The pieces of a space's candidates, made as they are asked for."""
+
+    space: Space
+    made: dict[tuple[int, ...], dict[Kind, Piece] | None] = field(default_factory=dict)
+    losses: dict[tuple[int, ...], Piece | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = self.space.problem
+        used = as_used(problem.hardware, self.space.stack, problem.model.head_dim, problem.training.seq_len)
+        self.hardware = waiting(used, problem.world_size)
+        self.graphs = self.space.stack.host.graphs
+
+    def layers(self, index: int) -> dict[Kind, Piece] | None:
+        """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
+        key = self._key(index, LAYER)
+        if key not in self.made:
+            passes = self._passes(index)
+            self.made[key] = self._layers(passes) if passes else None
+        return self.made[key]
+
+    def loss(self, index: int) -> Piece | None:
+        """Final norm, projection and cross entropy of a row, once."""
+        key = self._key(index, LOSS)
+        if key not in self.losses:
+            passes = self._passes(index)
+            self.losses[key] = self._loss(passes) if passes else None
+        return self.losses[key]
+
+    def _key(self, index: int, names: Iterable[str]) -> tuple[int, ...]:
+        return tuple(int(self.space.columns[name][index]) for name in names)
+
+    def _passes(self, index: int) -> Passes | None:
+        problem, stack = self.space.problem, self.space.stack
+        try:
+            context = make_context(
+                problem.model,
+                self.space.build(index),
+                problem.training,
+                problem.hardware.scale_up_size,
+                stack,
+            )
+        except MopError:
+            return None
+        return passes_of(context)
+
+    def _loss(self, passes: Passes) -> Piece:
+        return self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
+
+    def _layers(self, passes: Passes) -> dict[Kind, Piece]:
+        kinds = {passes.key(layer): layer for layer in reversed(range(len(passes.context.layers)))}
+        return {
+            kind: self._piece(passes.forward(layer), passes.backward(layer)) for kind, layer in kinds.items()
+        }
+
+    def _piece(self, forward: Template, backward: Template, first: bool = False) -> Piece:
+        """first: the forward has the height that counts."""
+        ahead, back = self._alone(forward), self._alone(backward)
+        left, height = _memory(forward)
+        return Piece(
+            ahead[0] + back[0], ahead[1] + back[1], ahead[2] + back[2], left,
+            height if first else _memory(backward)[1],
+        )  # fmt: skip
+
+    def _alone(self, template: Template) -> tuple[float, float, float]:
+        """(chain, busy, issued) of a template that has all streams to itself, each in the order of issue."""
+        last: dict[str, float] = {}
+        ends: list[float] = []
+        begins, busy, issued = None, 0.0, 0.0
+        for op in template.pieces:
+            took = sum(seconds(work, self.hardware) for work in op.work)
+            start = max([last.get(op.stream, 0.0), *(ends[dep] for dep in op.deps if dep >= 0)])
+            ends.append(start + took)
+            last[op.stream] = ends[-1]
+            started, more = sum(work.issued for work in op.work), sum(work.host for work in op.work)
+            issued += min(1.0, started) if op.component in self.graphs else started + more
+            if op.stream == "compute":
+                begins = start if begins is None else begins
+                busy += took
+        return last.get("compute", 0.0) - (begins or 0.0), busy, issued
+
+
+def _memory(template: Template) -> tuple[int, int]:
+    """(device bytes that a template leaves, the most that it has above its start)."""
+    now = most = 0
+    for place, steps in enumerate(template.memory):
+        for category, size in (*template.before.get(place, ()), *steps):
+            if SLOT[category] < NUM_DEVICE_SLOTS:
+                now += size
+                most = max(most, now)
+    for category, size in template.before.get(len(template.memory), ()):
+        now += size if SLOT[category] < NUM_DEVICE_SLOTS else 0
+    return now, max(most, now)
