@@ -1,4 +1,4 @@
-"""Makes this report: python -m reports.map.make [--budget N] (a quarter of an hour on two cores).
+"""Makes this report: python -m reports.map.make [--budget N] (about forty minutes on two cores).
 
 Over networks, clusters and contexts: which family wins, by how much and how surely; and what MoP's degrees,
 chosen by the search, gain over the papers' rule.
