@@ -14,7 +14,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token, layer_kinds
 from mopsim.graph.shapes import attention_widths
-from mopsim.search.given import Given
+from mopsim.search.facts import SpaceFacts
 from mopsim.search.layer import recomputed
 from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, ULYSSES, offloaded
 from mopsim.search.space import Space
@@ -58,14 +58,14 @@ def bound(space: Space) -> Bounds:
 
 def bounders(space: Space) -> Iterator["Bounder"]:
     """What bounds the rows of a space, block by block."""
-    given = Given.of(space) if len(space) else None
+    given = SpaceFacts.of(space) if len(space) else None
     for start in range(0, len(space), BLOCK):
         assert given is not None
         yield Bounder(space.part(start, start + BLOCK), given)
 
 
 class Bounder:
-    def __init__(self, space: Space, given: Given) -> None:
+    def __init__(self, space: Space, given: SpaceFacts) -> None:
         self.space, self.problem, self.given = space, space.problem, given
         self.sizes, self.hardware, self.layer = given.sizes, given.hardware, given.layer
         self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}

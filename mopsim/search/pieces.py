@@ -29,7 +29,7 @@ LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices"
 
 
 @dataclass(frozen=True)
-class Piece:
+class LayerPiece:
     """A forward and a backward of one microbatch.
 
     chain: seconds from the first op on the compute stream to the end of the last one, where nothing else
@@ -50,8 +50,8 @@ class Pieces:
     """The pieces of a space's candidates, made as they are asked for."""
 
     space: Space
-    made: dict[tuple[int, ...], dict[Kind, Piece] | None] = field(default_factory=dict)
-    losses: dict[tuple[int, ...], Piece | None] = field(default_factory=dict)
+    made: dict[tuple[int, ...], dict[Kind, LayerPiece] | None] = field(default_factory=dict)
+    losses: dict[tuple[int, ...], LayerPiece | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problem = self.space.problem
@@ -59,7 +59,7 @@ class Pieces:
         self.hardware = waiting(used, problem.world_size)
         self.graphs = self.space.stack.host.graphs
 
-    def layers(self, index: int) -> dict[Kind, Piece] | None:
+    def layers(self, index: int) -> dict[Kind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
         key = self._key(index, LAYER)
         if key not in self.made:
@@ -67,7 +67,7 @@ class Pieces:
             self.made[key] = self._layers(passes) if passes else None
         return self.made[key]
 
-    def loss(self, index: int) -> Piece | None:
+    def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
         key = self._key(index, LOSS)
         if key not in self.losses:
@@ -92,20 +92,20 @@ class Pieces:
             return None
         return passes_of(context)
 
-    def _loss(self, passes: Passes) -> Piece:
+    def _loss(self, passes: Passes) -> LayerPiece:
         return self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
 
-    def _layers(self, passes: Passes) -> dict[Kind, Piece]:
+    def _layers(self, passes: Passes) -> dict[Kind, LayerPiece]:
         kinds = {passes.key(layer): layer for layer in reversed(range(len(passes.context.layers)))}
         return {
             kind: self._piece(passes.forward(layer), passes.backward(layer)) for kind, layer in kinds.items()
         }
 
-    def _piece(self, forward: Template, backward: Template, first: bool = False) -> Piece:
+    def _piece(self, forward: Template, backward: Template, first: bool = False) -> LayerPiece:
         """first: the forward has the height that counts."""
         ahead, back = self._alone(forward), self._alone(backward)
         left, height = _memory(forward)
-        return Piece(
+        return LayerPiece(
             ahead[0] + back[0], ahead[1] + back[1], ahead[2] + back[2], left,
             height if first else _memory(backward)[1],
         )  # fmt: skip

@@ -12,7 +12,7 @@ from mopsim.engine.upper import ALLOCATOR
 from mopsim.intervals.memory import least_share
 from mopsim.program.lower import held_to_the_byte
 from mopsim.search.bound import Bounds
-from mopsim.search.given import Given
+from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import guess
 from mopsim.search.learn import Memory, Rise, Times, coded
 from mopsim.search.pieces import LAYER, Pieces
@@ -65,7 +65,7 @@ class Pool:
     rest: Reals
     published: frozenset[int]
     pieces: Pieces
-    given: Given
+    given: SpaceFacts
     group: Column
     alike: list[Column]
     refined: NDArray[np.bool_]
@@ -93,7 +93,7 @@ class Pool:
         time, host = bounds.time[rows], bounds.host[rows]
         return Pool(
             space, rows, time, host, memory, Rise(alike), times, seeds, taken, [], beyond, known,
-            Pieces(space), Given.of(kept), *_alike(kept), np.zeros_like(taken), np.zeros_like(taken),
+            Pieces(space), SpaceFacts.of(kept), *_alike(kept), np.zeros_like(taken), np.zeros_like(taken),
         )  # fmt: skip
 
     def refine(self, position: int) -> bool:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from mopsim.search.bound import Bounder
-from mopsim.search.given import Given
-from mopsim.search.pieces import Piece
+from mopsim.search.facts import SpaceFacts
+from mopsim.search.pieces import LayerPiece
 from mopsim.search.space import Space
 from mopsim.search.stages import Kind, kinds, load, under_way
 from mopsim.search.wires import Reals
@@ -17,7 +17,9 @@ LAST = -1
 class Refined(Bounder):
     """layers: pieces by kind of layer, the same for all rows; losses: that of each row."""
 
-    def __init__(self, space: Space, given: Given, layers: dict[Kind, Piece], losses: list[Piece]) -> None:
+    def __init__(
+        self, space: Space, given: SpaceFacts, layers: dict[Kind, LayerPiece], losses: list[LayerPiece]
+    ) -> None:
         super().__init__(space, given)
         self.pieces, self.losses = layers, losses
         self.mtp = self.model.num_nextn_predict_layers
@@ -35,7 +37,7 @@ class Refined(Bounder):
             step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si)
         return np.asarray(np.maximum(super().time(), step + self.optimizer_time() + self.constant()))
 
-    def _all(self, what: Callable[[Piece], float]) -> Reals:
+    def _all(self, what: Callable[[LayerPiece], float]) -> Reals:
         """Of the slowest stage: of all its layers and microbatches."""
         times = self.microbatches
         head = np.array([what(piece) for piece in self.losses]) * (1 + self.mtp)

@@ -11,7 +11,7 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounder, bound
-from mopsim.search.given import Given
+from mopsim.search.facts import SpaceFacts
 from mopsim.search.pieces import Pieces
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
@@ -44,9 +44,9 @@ def problem(case: int) -> Problem:
 
 
 @cache
-def whole(case: int, family: str) -> tuple[Space, Given, Pieces]:
+def whole(case: int, family: str) -> tuple[Space, SpaceFacts, Pieces]:
     space, _ = candidates(problem(case), family)
-    return space, Given.of(space), Pieces(space)
+    return space, SpaceFacts.of(space), Pieces(space)
 
 
 def played(one: Problem, space: Space) -> SimResult | None:

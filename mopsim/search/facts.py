@@ -46,7 +46,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Given:
+class SpaceFacts:
     """What all candidates of a space share. hardware: as their stack uses it, waiting for the slowest
     device."""
 
@@ -55,8 +55,8 @@ class Given:
     layer: Layer
 
     @staticmethod
-    def of(space: Space) -> "Given":
+    def of(space: Space) -> "SpaceFacts":
         problem, stack = space.problem, space.stack
         used = as_used(problem.hardware, stack, problem.model.head_dim, problem.training.seq_len)
         each = DTYPE_BYTES[space.build(0).precision.compute]
-        return Given(Sizes.of(space), waiting(used, problem.world_size), Layer.of(space, each))
+        return SpaceFacts(Sizes.of(space), waiting(used, problem.world_size), Layer.of(space, each))
