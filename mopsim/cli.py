@@ -283,6 +283,7 @@ def validate(
             "--models": models,
             "--components": components,
             "--cases": cases,
+            "--stack": stack,
             "--out": out,
         }
         score_sealed(sealed, measurements, json, [option for option, given in others.items() if given])

@@ -3,7 +3,7 @@ again: the counts of its routes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from mopexec.measure.scope import phase
@@ -18,19 +18,17 @@ class _Again:
 
     def __init__(self, found: list[Any], *, replays: bool) -> None:
         self.found, self.replays = found, replays
-        self._phase = phase("recompute") if replays else None
+        self._phase = phase("recompute") if replays else nullcontext()
         self.left: Iterator[Any] = iter(())
         self._outer: list[_Again | None] = []
 
     def __enter__(self) -> None:
         self._outer.append(_Again.now)
         _Again.now, self.left = self, iter(self.found)
-        if self._phase:
-            self._phase.__enter__()
+        self._phase.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        if self._phase:
-            self._phase.__exit__(*error)
+        self._phase.__exit__(*error)
         _Again.now = self._outer.pop()
 
 

@@ -115,12 +115,11 @@ class StagePipeline:
         return self._stage == self._how.pipeline_parallel - 1 and chunk == self._how.virtual_stages - 1
 
     def _needed(self, kind: str, chunk: int) -> Tensor | None:
-        """What a pass takes from a neighbour."""
-        way = "forward" if kind == "forward" else "backward"
-        if self.first(chunk) if way == "forward" else self.last(chunk):
+        """What a pass takes from a neighbour. kind: forward or backward."""
+        if self.first(chunk) if kind == "forward" else self.last(chunk):
             return None
-        with phase(way):
-            return self._receive(way)
+        with phase(kind):
+            return self._receive(kind)
 
     def _forward(self, microbatch: int, chunk: int, given: list[Tensor | None], part: Part) -> Tensor:
         """What a part makes of the first of `given`, which dies where the part is done with it."""

@@ -6,7 +6,7 @@ two waits of the host the time of every op is known beforehand: the thread needs
 
 import simpy
 
-from mopsim.program.workload import Program, Work
+from mopsim.program.workload import Program, Work, on_host
 
 
 class HostThread:
@@ -81,14 +81,11 @@ class HostThread:
 def _kernels(program: Program) -> tuple[list[float], list[float]]:
     """Kernels of each op, one graph where they are replayed; and what the host does besides, in kernels'
     worth. Equal work is shared, so it is counted once."""
-    counts: dict[int, tuple[tuple[Work, ...], float, float]] = {}
-    found, beside = [], []
+    counts: dict[tuple[int, bool], tuple[tuple[Work, ...], tuple[float, float]]] = {}
+    found = []
     for op in program.ops:
-        known = counts.get(id(op.work))
-        if known is None:
-            issued, more = sum(work.issued for work in op.work), sum(work.host for work in op.work)
-            known = counts[id(op.work)] = (op.work, issued, more)
-        graph = op.component in program.graphs
-        found.append(min(1.0, known[1]) if graph else known[1])
-        beside.append(0.0 if graph else known[2])
-    return found, beside
+        key = id(op.work), op.component in program.graphs
+        if key not in counts:
+            counts[key] = op.work, on_host(op.work, key[1])
+        found.append(counts[key][1])
+    return [issued for issued, _ in found], [more for _, more in found]

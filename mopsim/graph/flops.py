@@ -6,7 +6,7 @@ from mopsim.graph.attention import attention
 from mopsim.graph.experts import experts, router
 from mopsim.graph.ffn import ffn
 from mopsim.graph.shapes import Shapes
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import LayerKind, ModelSpec
 
 
 @lru_cache(maxsize=1024)
@@ -29,30 +29,28 @@ def _layer_flops(model: ModelSpec, seq_len: int, layer: int, moe: bool) -> tuple
 
 
 @lru_cache(maxsize=1024)
-def _kinds(model: ModelSpec, seq_len: int) -> tuple[tuple[tuple[tuple[str, float], ...], int], ...]:
-    """(forward FLOP over one whole sequence, number of layers) of each kind of decoder layer."""
-    first: dict[tuple[int, bool], int] = {}
-    count: dict[tuple[int, bool], int] = {}
-    for layer in range(model.num_hidden_layers):
-        key = (model.window(layer), model.is_moe_layer(layer))
-        first.setdefault(key, layer)
-        count[key] = count.get(key, 0) + 1
-    return tuple((_layer_flops(model, seq_len, first[key], key[1]), many) for key, many in count.items())
+def _kinds(model: ModelSpec, seq_len: int) -> dict[LayerKind, tuple[tuple[str, float], ...]]:
+    """Forward FLOP of each kind of decoder layer over one whole sequence."""
+    return {
+        kind: _layer_flops(model, seq_len, layers[0], kind[1]) for kind, layers in model.layer_kinds().items()
+    }
 
 
-def layer_kinds(model: ModelSpec, seq_len: int) -> list[tuple[dict[str, float], int]]:
-    """(forward FLOP of one token by component, number of layers) of each kind of decoder layer."""
-    return [
-        ({name: flops / seq_len for name, flops in layer}, many) for layer, many in _kinds(model, seq_len)
-    ]
+def layer_kinds(model: ModelSpec, seq_len: int) -> dict[LayerKind, dict[str, float]]:
+    """Forward FLOP of one token by component, of each kind of decoder layer."""
+    return {
+        kind: {name: flops / seq_len for name, flops in layer}
+        for kind, layer in _kinds(model, seq_len).items()
+    }
 
 
 @lru_cache(maxsize=1024)
 def _flops(model: ModelSpec, seq_len: int) -> tuple[tuple[str, float], ...]:
     found: dict[str, float] = {}
-    for layer, many in _kinds(model, seq_len):
-        for name, flops in layer:
-            found[name] = found.get(name, 0.0) + many * flops
+    each = _kinds(model, seq_len)
+    for kind, layers in model.layer_kinds().items():
+        for name, flops in each[kind]:
+            found[name] = found.get(name, 0.0) + len(layers) * flops
     head = 2.0 * seq_len * model.hidden_size * model.vocab_size
     for _ in range(model.num_nextn_predict_layers):
         for name, flops in _layer_flops(

@@ -24,6 +24,7 @@ from mopsim.program.template import START, Template
 from mopsim.program.update import Update
 from mopsim.program.workload import Work
 from mopsim.program.works import implemented
+from mopsim.spec.model import LayerKind
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
 
@@ -69,15 +70,9 @@ class Passes:
         """What lives through the step."""
         return stage.resident()
 
-    def is_moe(self, layer: int) -> bool:
-        model = self.context.model
-        return model.is_moe_layer(layer) if layer < model.num_hidden_layers else bool(model.num_local_experts)
-
-    def key(self, layer: int) -> tuple[int, bool]:
+    def key(self, layer: int) -> LayerKind:
         """Equal for layers that run alike."""
-        model = self.context.model
-        mtp = layer >= model.num_hidden_layers
-        return (model.window(layer) if not mtp else 0, self.is_moe(layer))
+        return self.context.model.layer_kind(layer)
 
     def tape(self, layer: int) -> Tape:
         """A layer's tape; weight gradients are added into resident buffers."""
@@ -85,7 +80,7 @@ class Passes:
         if key not in self._tapes:
             c, experts = self.context, self.context.strategy.experts
             routes: tuple[int, ...] = ()
-            if self.is_moe(layer):
+            if self.key(layer)[1]:
                 routes = tuple(count * experts.expert_tensor_parallel for count in c.routes())
             split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
             tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)

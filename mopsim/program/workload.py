@@ -82,6 +82,14 @@ class Work:
         return self.count if self.kind == "matmul" else float(max(self.launches, 1))
 
 
+def on_host(work: Iterable[Work], replayed: bool) -> tuple[float, float]:
+    """(kernels that the host starts for an op, what it does besides in kernels' worth). replayed: as a part
+    of a graph, which is started as one."""
+    works = tuple(work)
+    issued = sum(one.issued for one in works)
+    return (min(1.0, issued), 0.0) if replayed else (issued, sum(one.host for one in works))
+
+
 @lru_cache(maxsize=65536)
 def memory_work(num_bytes: float, launches: int, indexed: bool = False) -> Work:
     """Memory-bound work; equal work is one object, so that it is priced once."""

@@ -1,8 +1,7 @@
 """Closed-form lower bounds on a candidate's step time, device and host memory, for a whole space at once.
 
-Each is at most what the simulator finds (tests/sim/test_search.py holds them against each other): peak
-rates instead
-of curves, no dependencies between streams, no transients but those that any schedule needs.
+Each is at most what the simulator finds (tests/sim/test_search.py holds them against each other): peak rates
+instead of curves, no dependencies between streams, no transients but those that any schedule needs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -172,12 +171,16 @@ class Bounder:
         dense, routed = (
             sum(self.sizes.layers[kind][at] * many for kind, many in counts.items()) for at in (0, 1)
         )
-        spread = c["experts"] * c["expert_tensor"]
-        each = (1 - self.state_away) * (self.master() + self.moments)
-        whole = (dense / c["tensor"] + routed / spread) * (self.param + self.grad)
-        state = (dense + routed) / self.stage * each
-        below = np.where(c["zero"] == 3, 0.0, (whole + state) / c["pipeline"])
+        below = np.where(c["zero"] == 3, 0.0, self.replicated(dense, routed) / c["pipeline"])
         return np.asarray(even * (under_way * boundaries + below))
+
+    def replicated(self, dense: Reals | float, routed: Reals | float) -> Reals:
+        """Bytes of weights and gradients, and the share of optimizer state on the device, below ZeRO-3, of
+        parameters of one stage that ranks of `tensor`, or of experts, split."""
+        c = self.c
+        each = (1 - self.state_away) * (self.master() + self.moments)
+        whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
+        return np.asarray(whole * (self.param + self.grad) + (dense + routed) / self.stage * each)
 
     def host_memory(self) -> Reals:
         weights, state = self.held()
@@ -196,11 +199,15 @@ class Bounder:
 
     def time(self) -> Reals:
         """The slowest stream, then the optimizer. Compute loses `communication_share` to a busy fabric."""
-        wires = np.maximum(*self.busy([*self.weights(), *self.exchanges(), *self.ring_blocks()]))
+        talks = self.talks()
         computes = self.slowest_stage(self.layer_seconds(), self.head_seconds())
-        busy = computes + self.hardware.communication_share * wires
-        slowest = np.maximum.reduce([busy, wires, self.copy_time()])
+        busy = computes + self.hardware.communication_share * talks
+        slowest = np.maximum.reduce([busy, talks, self.copy_time()])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
+
+    def talks(self) -> Reals:
+        """Seconds in which the busier fabric is busy."""
+        return np.maximum(*self.busy([*self.weights(), *self.exchanges(), *self.ring_blocks()]))
 
     def constant(self) -> float:
         """Calibrated seconds per step: what any runtime needs at least."""
@@ -217,9 +224,7 @@ class Bounder:
         scale = self.scale("memory_bound") / device.memory_bandwidth.si
         launch = self.microbatches * 20 * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
         chunks, found = np.maximum(c["chunks"], 1), []
-        for (_, has_experts), (flops, _) in zip(
-            kinds(self.model), layer_kinds(self.model, training.seq_len), strict=True
-        ):
+        for (_, has_experts), flops in layer_kinds(self.model, training.seq_len).items():
             traffic = self.layer.attention_traffic * (1 + c["recompute"] / 2)
             traffic = traffic + has_experts * self.layer.experts_traffic
             seconds = self.work(flops) * c["pipeline"] + share * traffic * scale
@@ -231,9 +236,10 @@ class Bounder:
         it."""
         seq_len = self.problem.training.seq_len
         flops = flops_per_token(self.model, seq_len)
-        for layer, many in layer_kinds(self.model, seq_len):
+        counts = kinds(self.model)
+        for kind, layer in layer_kinds(self.model, seq_len).items():
             for name, each in layer.items():
-                flops[name] -= many * each
+                flops[name] -= counts[kind] * each
         return np.asarray(self.work(flops) * self.c["pipeline"])
 
     def slowest_stage(self, layers: Sequence[Reals], head: Reals) -> Reals:

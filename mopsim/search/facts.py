@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 
 from mopsim.common.units import DTYPE_BYTES
-from mopsim.cost.slowest import waiting
-from mopsim.cost.stack import as_used
 from mopsim.graph.tensors import tensors
 from mopsim.search.layer import Layer
 from mopsim.search.space import Space
-from mopsim.search.stages import Kind, kind_of
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import LayerKind
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Sizes:
     largest_expert_unit: int
     moe_layers: int
     embedding: int
-    layers: dict[Kind, tuple[int, int]]
+    layers: dict[LayerKind, tuple[int, int]]
 
     @staticmethod
     def of(space: Space) -> "Sizes":
@@ -34,10 +32,10 @@ class Sizes:
             every[tensor.layer] = every.get(tensor.layer, 0) + tensor.numel
             if tensor.routed:
                 routed[tensor.layer] = routed.get(tensor.layer, 0) + tensor.numel
-        layers: dict[Kind, tuple[int, int]] = {}
-        for layer in range(model.num_hidden_layers):
-            one = every[layer] - routed.get(layer, 0), routed.get(layer, 0)
-            layers[kind_of(model, layer)] = min(one, layers.get(kind_of(model, layer), one))
+        layers = {
+            kind: min((every[layer] - routed.get(layer, 0), routed.get(layer, 0)) for layer in mine)
+            for kind, mine in model.layer_kinds().items()
+        }
         head = sum(tensor.numel for tensor in found if tensor.name == "head.weight")
         experts = sum(routed.values())
         dense = sum(tensor.numel for tensor in found) - experts - head
@@ -56,7 +54,5 @@ class SpaceFacts:
 
     @staticmethod
     def of(space: Space) -> "SpaceFacts":
-        problem, stack = space.problem, space.stack
-        used = as_used(problem.hardware, stack, problem.model.head_dim, problem.training.seq_len)
         each = DTYPE_BYTES[space.build(0).precision.compute]
-        return SpaceFacts(Sizes.of(space), waiting(used, problem.world_size), Layer.of(space, each))
+        return SpaceFacts(Sizes.of(space), space.machine, Layer.of(space, each))

@@ -40,12 +40,9 @@ class Memory:
         self.seen.setdefault(kind, []).append((position, peak - float(self.bound[position])))
         self._fitted = {}
 
-    def expected(self) -> Reals:
-        """Peak memory of every candidate, bytes: its bound, and what it has above it."""
-        return np.asarray(self.bound + self.above())
-
-    def above(self) -> Reals:
-        """Bytes of every candidate above its bound: what its kind has, else all."""
+    def expected(self, rise: Reals | float = 1.0) -> Reals:
+        """Peak memory of every candidate, bytes: its bound times a rise, and what its kind (else all) has
+        above it."""
         if not self._fitted:
             every = [one for seen in self.seen.values() for one in seen]
             self._fitted = {-1: self._fit(every)} | {kind: self._fit(one) for kind, one in self.seen.items()}
@@ -54,7 +51,8 @@ class Memory:
         for kind, fitted in self._fitted.items():
             if kind >= 0:
                 weights[kind] = fitted
-        return np.asarray(np.einsum("ij,ji->i", weights[self.kinds], self._regressors()))
+        above = np.einsum("ij,ji->i", weights[self.kinds], self._regressors())
+        return np.asarray(self.bound * rise + above)
 
     def _regressors(self) -> Reals:
         return np.vstack([self.parts, self.bound])

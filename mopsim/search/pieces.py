@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 
 from mopsim.common.errors import MopError
 from mopsim.cost import seconds
-from mopsim.cost.slowest import waiting
-from mopsim.cost.stack import as_used
 from mopsim.program.context import make_context
 from mopsim.program.lower import passes_of
 from mopsim.program.passes import Passes
 from mopsim.program.template import Template
-from mopsim.program.workload import NUM_DEVICE_SLOTS, SLOT
+from mopsim.program.workload import NUM_DEVICE_SLOTS, deltas, on_host
 from mopsim.search.space import Space
-from mopsim.search.stages import Kind
+from mopsim.spec.model import LayerKind
 
 LAYER = (
     "micro_batch", "tensor", "sequence", "exchange", "experts", "expert_tensor", "strided", "dispatcher",
@@ -50,16 +48,10 @@ class Pieces:
     """The pieces of a space's candidates, made as they are asked for."""
 
     space: Space
-    made: dict[tuple[int, ...], dict[Kind, LayerPiece] | None] = field(default_factory=dict)
+    made: dict[tuple[int, ...], dict[LayerKind, LayerPiece] | None] = field(default_factory=dict)
     losses: dict[tuple[int, ...], LayerPiece | None] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        problem = self.space.problem
-        used = as_used(problem.hardware, self.space.stack, problem.model.head_dim, problem.training.seq_len)
-        self.hardware = waiting(used, problem.world_size)
-        self.graphs = self.space.stack.host.graphs
-
-    def layers(self, index: int) -> dict[Kind, LayerPiece] | None:
+    def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
         key = self._key(index, LAYER)
         if key not in self.made:
@@ -95,7 +87,7 @@ class Pieces:
     def _loss(self, passes: Passes) -> LayerPiece:
         return self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
 
-    def _layers(self, passes: Passes) -> dict[Kind, LayerPiece]:
+    def _layers(self, passes: Passes) -> dict[LayerKind, LayerPiece]:
         kinds = {passes.key(layer): layer for layer in reversed(range(len(passes.context.layers)))}
         return {
             kind: self._piece(passes.forward(layer), passes.backward(layer)) for kind, layer in kinds.items()
@@ -116,12 +108,11 @@ class Pieces:
         ends: list[float] = []
         begins, busy, issued = None, 0.0, 0.0
         for op in template.pieces:
-            took = sum(seconds(work, self.hardware) for work in op.work)
+            took = sum(seconds(work, self.space.machine) for work in op.work)
             start = max([last.get(op.stream, 0.0), *(ends[dep] for dep in op.deps if dep >= 0)])
             ends.append(start + took)
             last[op.stream] = ends[-1]
-            started, more = sum(work.issued for work in op.work), sum(work.host for work in op.work)
-            issued += min(1.0, started) if op.component in self.graphs else started + more
+            issued += sum(on_host(op.work, op.component in self.space.stack.host.graphs))
             if op.stream == "compute":
                 begins = start if begins is None else begins
                 busy += took
@@ -130,12 +121,10 @@ class Pieces:
 
 def _memory(template: Template) -> tuple[int, int]:
     """(device bytes that a template leaves, the most that it has above its start)."""
-    now = most = 0
-    for place, steps in enumerate(template.memory):
-        for category, size in (*template.before.get(place, ()), *steps):
-            if SLOT[category] < NUM_DEVICE_SLOTS:
-                now += size
-                most = max(most, now)
-    for category, size in template.before.get(len(template.memory), ()):
-        now += size if SLOT[category] < NUM_DEVICE_SLOTS else 0
-    return now, max(most, now)
+    places = range(len(template.memory) + 1)
+    steps = [(*template.before.get(place, ()), *(*template.memory, ())[place]) for place in places]
+    top, left = (
+        sum(size for slot, size in found if slot < NUM_DEVICE_SLOTS)
+        for found in deltas(tuple(step for some in steps for step in some))
+    )
+    return left, top

@@ -141,8 +141,8 @@ class Pool:
         """Of each candidate: whether it is expected to fit; its expected share of what there is."""
         hardware = self.space.problem.hardware
         rise = median(self.host_rise) if self.host_rise else 1.0
-        bound = self.memory.bound * np.where(self.refined, 1.0, self.rise.expected())
-        device = (bound + self.memory.above()) / hardware.memory_limit()
+        higher = np.where(self.refined, 1.0, self.rise.expected())
+        device = self.memory.expected(higher) / hardware.memory_limit()
         host = self.host * rise / max(hardware.host_limit(), 1)
         share = np.maximum(device, host)
         return share <= 1, share

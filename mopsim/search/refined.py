@@ -8,17 +8,19 @@ from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.pieces import LayerPiece
 from mopsim.search.space import Space
-from mopsim.search.stages import Kind, kinds, load, under_way
+from mopsim.search.stages import kinds, load, under_way
 from mopsim.search.wires import Reals
+from mopsim.spec.model import LayerKind
 
 LAST = -1
+"""The last stage of a pipeline, as an index."""
 
 
 class Refined(Bounder):
     """layers: pieces by kind of layer, the same for all rows; losses: that of each row."""
 
     def __init__(
-        self, space: Space, given: SpaceFacts, layers: dict[Kind, LayerPiece], losses: list[LayerPiece]
+        self, space: Space, given: SpaceFacts, layers: dict[LayerKind, LayerPiece], losses: list[LayerPiece]
     ) -> None:
         super().__init__(space, given)
         self.pieces, self.losses = layers, losses
@@ -27,10 +29,9 @@ class Refined(Bounder):
     def time(self) -> Reals:
         """The closed form's, or more: layers and loss in turn, with what each waits for; or as long as they
         compute beside busy fabrics; or as the host issues their kernels. Then the optimizer."""
-        wires = np.maximum(*self.busy([*self.weights(), *self.exchanges(), *self.ring_blocks()]))
         busy = self._all(lambda piece: piece.busy)
+        step = busy + self.hardware.communication_share * self.talks()
         woven = self.c["overlap"] == 1
-        step = np.maximum(busy + self.hardware.communication_share * wires, 0.0)
         step = np.maximum(step, np.where(woven, 0.0, self._all(lambda piece: piece.chain)))
         issue = self.hardware.host.cpu_launch_time
         if issue and "step" not in self.space.stack.host.graphs:
@@ -41,14 +42,10 @@ class Refined(Bounder):
         """Of the slowest stage: of all its layers and microbatches."""
         times = self.microbatches
         head = np.array([what(piece) for piece in self.losses]) * (1 + self.mtp)
-        head = head + self.mtp * what(self.pieces[self._extra]) if self.mtp else head
+        if self.mtp:
+            head = head + self.mtp * what(self.pieces[self.model.layer_kind(self.model.num_hidden_layers)])
         layers = [times * what(self.pieces[kind]) for kind in kinds(self.model)]
         return self.slowest_stage(layers, times * head)
-
-    @property
-    def _extra(self) -> Kind:
-        """The kind of MTP layers (Passes.key)."""
-        return 0, bool(self.model.num_local_experts)
 
     def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
         """The closed form's, or more: what one of the first stages or the last holds when its first backward,
@@ -62,8 +59,8 @@ class Refined(Bounder):
         for stage in (0, 1, 2, LAST):
             top = loss if stage == LAST else np.maximum(np.where(one, loss, 0.0), height)
             held = self._held(resident, stage) + self._kept(stage) + top
-            there = one if stage == 0 else self.c["pipeline"] > max(stage, 1)
-            least = np.maximum(least, np.where(there | (stage == 0), held, 0.0))
+            there = self.c["pipeline"] > (max(stage, 1) if stage else 0)
+            least = np.maximum(least, np.where(there, held, 0.0))
         return least, parts
 
     def _kept(self, stage: int) -> Reals:
@@ -75,15 +72,14 @@ class Refined(Bounder):
         values, places = np.unique(codes, axis=0, return_inverse=True)
         many = np.array(
             [
-                under_way(model, stages, virtual, layout, count, min(stage % stages, stages - 1), ahead)
+                under_way(model, stages, virtual, layout, count, stage % stages, ahead)
                 for stages, virtual, layout, count, ahead in values.tolist()
             ]
         )[places.reshape(-1)]
         left = np.array([float(self.pieces[kind].left) for kind in kinds(model)])
         row = self.tokens / c["tensor"] * model.hidden_size * self.compute
         layers = many.sum(axis=1)
-        away = c["boundary_host"] * np.where(self.away > 0, self.away, 0.0) * layers * row
-        return np.asarray(many @ left - away)
+        return np.asarray(many @ left - self.away * layers * row)
 
     def _held(self, resident: Reals, stage: int) -> Reals:
         """Bytes of weights, gradients and optimizer state of a stage, and of all weights
@@ -91,16 +87,11 @@ class Refined(Bounder):
         c, sizes = self.c, self.sizes
         dense, routed = (np.array([sizes.layers[kind][at] for kind in kinds(self.model)]) for at in (0, 1))
         count = self._stage_layers(stage)
-        edge = {0: sizes.embedding, LAST: sizes.head}.get(stage, 0) / c["tensor"]
-        whole_dense = count @ dense / c["tensor"] + edge
-        whole_routed = count @ routed / (c["experts"] * c["expert_tensor"])
-        replicas = self.stage / (c["experts"] * c["expert_tensor"])
-        state = whole_dense * c["tensor"] / self.stage + whole_routed / replicas
-        each = (1 - self.state_away) * (self.master() + self.moments)
-        below = (whole_dense + whole_routed) * (self.param + self.grad) + state * each
-        kept = np.where(c["dense_shard"] > 1, count @ dense, 0.0) + np.where(
-            c["expert_shard"] > 1, whole_routed, 0.0
-        )
+        edge = {0: sizes.embedding, LAST: sizes.head}.get(stage, 0)
+        below = self.replicated(count @ dense + edge, count @ routed)
+        spread = c["experts"] * c["expert_tensor"]
+        kept = np.where(c["dense_shard"] > 1, count @ dense, 0.0)
+        kept = kept + np.where(c["expert_shard"] > 1, count @ routed / spread, 0.0)
         gathered = np.where(c["reshard"] == 0, kept, 0.0) * self.compute
         return np.asarray(np.where(c["zero"] == 3, resident + gathered, below))
 

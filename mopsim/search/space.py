@@ -10,10 +10,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.cost.slowest import waiting
+from mopsim.cost.stack import as_used
 from mopsim.search.axes import MINOR, axes_of
 from mopsim.search.build import build
 from mopsim.search.problem import DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
 from mopsim.search.stages import EVEN, IDEAL, layers_of
+from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import MOST_MICROBATCHES
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
@@ -70,6 +73,13 @@ class Space:
         return (self.problem.stack or load_stack(STACKS[self.family])).on_kind(
             self.problem.hardware.device_kind
         )
+
+    @cached_property
+    def machine(self) -> HardwareProfile:
+        """The hardware as that software uses it, in a step that waits for the slowest device."""
+        problem = self.problem
+        used = as_used(problem.hardware, self.stack, problem.model.head_dim, problem.training.seq_len)
+        return waiting(used, problem.world_size)
 
     def tokens(self) -> Column:
         """N of every row: tokens per rank and microbatch."""

@@ -1,6 +1,5 @@
 """How decoder layers are laid over the parts of a pipeline: as even as can be, or as in published recipes."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopsim.spec.layout import ceil_div, stage_layers
-from mopsim.spec.model import ModelSpec
+from mopsim.spec.model import LayerKind, ModelSpec
 from mopsim.spec.pipeline_order import warm_up
 
 EVEN, ENDS, FRONT, IDEAL = 0, 1, 2, 3
@@ -45,19 +44,10 @@ def _even(layers: int, parts: int) -> list[int]:
     return [len(stage_layers(layers, parts, 1, part)[0]) for part in range(parts)]
 
 
-Kind = tuple[int, bool]
-"""What decoder layers of one kind have in common: the window of attention, whether they have experts."""
-
-
 @cache
-def kinds(model: ModelSpec) -> dict[Kind, int]:
+def kinds(model: ModelSpec) -> dict[LayerKind, int]:
     """Layers of each kind, in the order of their first one."""
-    return dict(Counter(kind_of(model, layer) for layer in range(model.num_hidden_layers)))
-
-
-def kind_of(model: ModelSpec, layer: int) -> Kind:
-    """The kind of a decoder layer."""
-    return model.window(layer), model.is_moe_layer(layer)
+    return {kind: len(layers) for kind, layers in model.layer_kinds().items()}
 
 
 @dataclass(frozen=True)
@@ -75,9 +65,7 @@ def load(model: ModelSpec, stages: int, virtual: int, layout: int) -> Load:
     """What each stage of a pipeline has to do."""
     given = layers_of(model, stages, virtual, layout) or _even(model.num_hidden_layers, stages * virtual)
     order = list(kinds(model))
-    each = np.zeros((model.num_hidden_layers, len(order)))
-    for layer in range(model.num_hidden_layers):
-        each[layer, order.index(kind_of(model, layer))] = 1
+    each = np.array([[model.layer_kind(layer) == kind for kind in order] for layer in range(sum(given))])
     ends = np.cumsum(given)
     parts = np.array([each[end - count : end].sum(axis=0) for end, count in zip(ends, given, strict=True)])
     parts = parts.reshape(virtual, stages, len(order))
@@ -89,8 +77,8 @@ def load(model: ModelSpec, stages: int, virtual: int, layout: int) -> Load:
 def under_way(
     model: ModelSpec, stages: int, virtual: int, layout: int, microbatches: int, stage: int, ahead: int
 ) -> NDArray[np.float64]:
-    """Forwards through layers of each kind that a stage (0 or the last) has behind it when its first backward
-    begins, or on the last stage its first loss; ahead: see `mopsim.spec.pipeline_order`."""
+    """Forwards through layers of each kind that a stage has behind it when its first backward begins, the
+    last of several its first loss; ahead: see `mopsim.spec.pipeline_order`."""
     last = stage == stages - 1 and stages > 1
     # woven with a backward, the forward beside it is not over when that begins
     count = (virtual - 1) * stages + 1 if last else warm_up(stages, virtual, stage, ahead) + 1 - ahead

@@ -8,6 +8,9 @@ from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.rope import RopeScaling
 
+LayerKind = tuple[int, bool]
+"""(window of a layer's attention, whether it routes to experts)."""
+
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
     """A decoder-only transformer, in the field names of Hugging Face configs. 0 means none.
@@ -116,6 +119,20 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     def window(self, layer: int) -> int:
         """Sliding-window width of `layer` in tokens; 0 is full causal attention."""
         return self.sliding_window if self.sliding_window and layer % self.sliding_window_period == 0 else 0
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """Equal for layers that do the same work. MTP layers, after the decoder's, see the whole sequence and
+        have experts where the network has any."""
+        if layer >= self.num_hidden_layers:
+            return 0, bool(self.num_local_experts)
+        return self.window(layer), self.is_moe_layer(layer)
+
+    def layer_kinds(self) -> dict[LayerKind, list[int]]:
+        """Decoder layers by their kind, in the order of each kind's first."""
+        found: dict[LayerKind, list[int]] = {}
+        for layer in range(self.num_hidden_layers):
+            found.setdefault(self.layer_kind(layer), []).append(layer)
+        return found
 
 
 Rules = Iterator[tuple[bool, str, str]]

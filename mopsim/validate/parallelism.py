@@ -4,7 +4,7 @@ program it is."""
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError
@@ -170,7 +170,7 @@ def _lookup(known: Mapping[str, T], row: Row, column: str) -> T:
 def _exchange(row: Row, family: FamilyHabits) -> Exchange:
     if row.get("cp") == "1":
         return "ulysses"
-    named: dict[str, Exchange] = {one.context_exchange: one.context_exchange for one in families().values()}
+    named: dict[str, Exchange] = {one: one for one in get_args(Exchange)}
     return _lookup(named, row, "cp_exchange") if row.get("cp_exchange") else family.context_exchange
 
 

@@ -125,6 +125,7 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
     "experts' tensors spread": (4, TWO | {"expert_tensor_parallel": 2}),
     "ring": (4, {"context_parallel": 4, "expert_parallel": 2}),
     "ring, full": (4, {"context_parallel": 4, "expert_parallel": 2, **FULL}),
+    "ring of tensors": (4, TWO | {"context_parallel": 2}),
     "blocks gathered": (
         4, {"context_parallel": 2, "context_exchange": "all_gather", "tensor_parallel": 2}
     ),
@@ -237,11 +238,9 @@ def test_every_mechanism_in_small(name: str, kind: str) -> None:
         for network in (("mop_120b", 16), ("mop_1t", 96))
         for length in ((131072, 2), (1048576, 16))
         for family in (mop, fsdp2)
-        if (*network, *length, family) != ("mop_1t", 96, 131072, 2, fsdp2)
     ],
 )
 def test_the_papers_networks(name: str, world: int, seq_len: int, sequence: int, family: object) -> None:
-    """fsdp2 at half a minute a case: the largest network at the longest sequence only."""
     build_strategy = mop if family is mop else fsdp2
     extra = {"vocab_parallel": 8} if family is mop else {}
     strategy = build_strategy(world, context_parallel=sequence, expert_parallel=world, **extra)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ class Pairs(Passes):
         b.rename("x", "input", "boundaries")
         self._attention(b).forward(layer, START)
         ffn = FfnPair(c, b)
-        if self.is_moe(layer):
+        if self.key(layer)[1]:
             experts = ExpertsPair(c, b, ffn)
             experts.plan(layer)
             b.cut("experts")
@@ -98,7 +98,7 @@ class Pairs(Passes):
         b.adopt("grad", c.hidden)
         attention.recompute(layer, START)
         b.cut("recomputed")
-        if self.is_moe(layer):
+        if self.key(layer)[1]:
             experts = ExpertsPair(c, b, ffn)
             b.adopt(f"choice{layer}", experts.choice)
             if c.stack.recompute.chunk_inputs == "nested":

@@ -6,7 +6,7 @@ from typing import Any
 from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import Cell, ExplorerStep, Json, ends, state_of, table
 
-_QUANTITIES = (("ExplorerStep time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
+_QUANTITIES = (("Step time", "seconds", "step_time_s"), ("Peak memory", "bytes", "peak_memory_bytes"))
 _STEP = "predicted_step_time_interval_s"
 _RUN: tuple[tuple[str, str, str], ...] = (
     ("run", "text", "run_id"), ("source", "text", "source"), ("family", "text", "family"),

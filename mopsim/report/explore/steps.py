@@ -155,7 +155,7 @@ def pareto(steps: Sequence[ExplorerStep]) -> View:
     limits = {one.found["memory_limit_bytes"] for one in steps}
     largest = max(_at(one)[1] for one in steps)
     return {
-        "kind": "plot", "title": "ExplorerStep time against memory",
+        "kind": "plot", "title": "Step time against memory",
         "x": {"name": "step time", "type": "seconds"},
         "y": {"name": "device memory at the peak", "type": "bytes", "zero": True},
         "series": [{"name": name, "line": False, "points": points} for name, points in series.items()],
@@ -184,7 +184,7 @@ def bars(steps: Sequence[ExplorerStep]) -> list[View]:
             "memory_by_category_bytes",
             least if near else None,
         ),
-        ("components", "ExplorerStep time by component", "seconds", "time_by_component_s", None),
+        ("components", "Step time by component", "seconds", "time_by_component_s", None),
         ("waits", "Exposed time by what compute waits for", "seconds", "exposed_s", None),
     )
     return [

@@ -10,7 +10,7 @@ from mopsim.common.io import parse_yaml
 from mopsim.spec.capability.job import Job
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
-from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy import CAST, Strategy
 
 _PARTS = ("model", "strategy", "training", "fsdp", "chunks")
 
@@ -55,7 +55,8 @@ def auto_ep(name: str) -> str | None:
 
 
 _CALLED = {
-    "copies": copies, "masters": masters, "holds_rows": holds_rows, "auto_ep": auto_ep, "MODULES": MODULES,
+    "copies": copies, "masters": masters, "holds_rows": holds_rows, "auto_ep": auto_ep,
+    "MODULES": MODULES, "CAST": CAST,
 }  # fmt: skip
 
 

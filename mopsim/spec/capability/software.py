@@ -10,8 +10,6 @@ from mopsim.spec.stacks import load_stack
 SHIPPED = {side: one["runs"] for side, one in SIDES.items() if "runs" in one}
 """Stacks that describe what mopexec's runtimes really do."""
 _SECTIONS = ("kernels", "sharding", "recompute", "host")
-_FLASH = ("profile", "flash2", "cpu")
-"""Names of torch's flash op, which runtimes run that name no kernels of attention to take from a stack."""
 _COUNTED = ("host.modules",)
 """Entries that change what is counted of a program, not the program."""
 
@@ -26,7 +24,7 @@ def software_is_the_runtimes(job: Job, side: str) -> Iterator[SpecError]:
             says = getattr(theirs, field)
             runs = [getattr(getattr(one, section), field) for one in known]
             if field == "attention":
-                runs.extend({key: kernel} for key in says for kernel in SIDES[side].get("attention", _FLASH))
+                runs.extend({key: kernel} for key in says for kernel in SIDES[side]["attention"])
             if says not in runs and f"{section}.{field}" not in _COUNTED:
                 rule = " or ".join(repr(one) for one in dict.fromkeys(map(str, runs)))
                 yield SpecError(
