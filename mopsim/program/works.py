@@ -5,9 +5,9 @@ from typing import Literal
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
+from mopsim.graph.rewrites.eager import biased, composed, gradients_added, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.projections import parts_added, split
+from mopsim.graph.rewrites.projections import split
 from mopsim.graph.rewrites.quantized import EXACT, cast_once
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
@@ -28,8 +28,9 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     parts = [part for part in context.stack.composes if part != "clamps" or model.swiglu_limit]
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
-    if context.stack.kernels.gate_up == "added":
-        found = parts_added(found, wings, context.stack.kernels.residual == "composed")
+    apart = context.stack.kernels.gate_up == "added" and any(one.name == "qkv_proj" for one in found)
+    counted = {"qkv_proj": 3, "up_proj": wings} if apart else {}
+    found = gradients_added(found, counted, "residual" in parts)
     how = context.stack.kernels.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
     found = cast_once(found) if context.stack.kernels.casts == "again" else found

@@ -10,8 +10,8 @@ import pytest
 from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
-from mopsim.graph.rewrites.projections import parts_added, split
+from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, gradients_added, in_blocks, traffic
+from mopsim.graph.rewrites.projections import split
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.workload import Work
@@ -67,7 +67,7 @@ def test_attention_that_reads_the_projection_as_it_lies_needs_no_copies() -> Non
 def test_gradients_of_products_counted_as_one_are_added(eager: bool, qkv: int, gate: int) -> None:
     shapes = Shapes(tokens=16, seq_len=32, tensor=2, fused=True)
     kernels = decoder_layer(small(), shapes, 0).kernels
-    found = {kernel.name: kernel for kernel in parts_added(kernels, 2, eager)}
+    found = {kernel.name: kernel for kernel in gradients_added(kernels, {"qkv_proj": 3, "up_proj": 2}, eager)}
     gathered = shapes.region_tokens * small().hidden_size * shapes.width
     assert found["qkv_proj_sum"].back_bytes == qkv * gathered, "at the width of the tensor group"
     assert found["up_proj_sum"].back_bytes == gate * gathered

@@ -5,7 +5,7 @@ Traffic in passes over a tensor in the compute dtype (narrow) and over its fp32 
 is mopexec's.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from mopsim.graph.tape import Kernel, Step, Value
@@ -70,7 +70,7 @@ def composed(
     if "exchange" in unfused:
         found = tuple(part for kernel in found for part in _traded(kernel))
     found = _weighted(found) if "experts" in unfused else found
-    return _shared_gradients(_added(found)) if "residual" in unfused else found
+    return _shared_gradients(found) if "residual" in unfused else found
 
 
 def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
@@ -83,24 +83,27 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     )
 
 
-def _added(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
-    """Gradients of a value that several kernels read are added by autograd, one pass each; where one of the
-    kernels is a residual's, that has the sum already."""
+def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager: bool) -> tuple[Kernel, ...]:
+    """Gradients of a value that several products read are added: by eager autograd one after the other, those
+    of all kernels; by a compiler in one kernel, those of the parts of one. A residual's has the sum already.
+    parts: products that a kernel of this name stands for, where it is not one.
+    """
     readers: dict[str, list[Kernel]] = {}
-    for kernel in kernels:
+    for kernel in kernels if eager else ():
         if kernel.kind in ("matmul", "grouped_matmul") or kernel.name == "permute":
             readers.setdefault(kernel.reads[0], []).append(kernel)
     sizes = {value.name: value.bytes for kernel in kernels for value in kernel.writes}
     found: list[Kernel] = []
     for kernel in kernels:
-        name = kernel.reads[0] if kernel.reads else ""
-        more = len(readers.get(name, ())) - 1
-        if more > 0 and kernel is readers[name][0] and name in sizes:
-            back = float(SUM.narrow * sizes[name] * more)
+        name, own = kernel.reads[0] if kernel.reads else "", parts.get(kernel.name, 1)
+        first, *others = readers.get(name, [None])
+        sums = own - 1 + len(others) * (kernel is first)
+        if sums and name in sizes:
+            passes, launches = (SUM.narrow * sums, SUM.launches * sums) if eager else (own + 1, 1)
             found.append(
                 Kernel(
                     f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
-                    back_bytes=back, back_launches=more * SUM.launches,
+                    back_bytes=float(passes * sizes[name]), back_launches=launches,
                 )
             )  # fmt: skip
         found.append(kernel)

@@ -1,7 +1,5 @@
-"""Passes beside a joint projection: of its parts where torch splits it, of its input's gradients where it
-stands for several."""
+"""Passes beside a joint projection, whose parts torch splits."""
 
-from mopsim.graph.rewrites.eager import SUM
 from mopsim.graph.tape import Kernel
 
 
@@ -23,25 +21,3 @@ def split(kernels: tuple[Kernel, ...], copied: bool) -> tuple[Kernel, ...]:
     )  # fmt: skip
     place = kernels.index(joint) + 1
     return (*kernels[:place], parts, *kernels[place:])
-
-
-def parts_added(kernels: tuple[Kernel, ...], wings: int, eager: bool) -> tuple[Kernel, ...]:
-    """Products counted as one that are several of one input, whose gradients are added: one after the other
-    by eager torch, in one kernel by a compiler."""
-    if all(kernel.name != "qkv_proj" for kernel in kernels):
-        return kernels
-    sizes = {value.name: value.bytes for kernel in kernels for value in kernel.writes}
-    found: list[Kernel] = []
-    for kernel in kernels:
-        parts = {"qkv_proj": 3, "up_proj": wings}.get(kernel.name, 1)
-        source = kernel.reads[0] if parts > 1 else ""
-        if source in sizes:
-            passes = SUM.narrow * (parts - 1) if eager else parts + 1
-            found.append(
-                Kernel(
-                    f"{kernel.name}_sum", "memory_bound", kernel.component, (source,), (), launches=0,
-                    back_bytes=float(passes * sizes[source]), back_launches=parts - 1 if eager else 1,
-                )
-            )  # fmt: skip
-        found.append(kernel)
-    return tuple(found)
