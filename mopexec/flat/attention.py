@@ -12,31 +12,11 @@ from mopexec.flat.sequence import SequenceExchange, project_backward
 from mopexec.measure.tracker import component, phase
 from mopexec.model import kernels
 from mopexec.model.attention_core import Core, causal_backward, causal_forward
-from mopexec.model.documents import Documents
-from mopexec.model.rope import rope_tables, rotate_, softmax_scale
+from mopexec.model.rope import Positions, rotate_, softmax_scale
 from mopsim.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Any, ...]]
-
-
-class Positions:
-    """Rotary tables of this rank's positions, and the documents of the microbatch that runs. Tables of
-    sequences that are trained as one are made once and stay.
-    """
-
-    def __init__(
-        self, spec: ModelSpec, start: int, stop: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._of = (spec, start, stop, dtype, device)
-        self.documents: Documents = ()
-        self.cos, self.sin = rope_tables(*self._of)
-
-    def use(self, documents: Documents) -> None:
-        """Those of a microbatch, from its forward to its backward."""
-        if documents != self.documents:
-            self.documents = documents
-            self.cos, self.sin = rope_tables(*self._of, documents)
 
 
 class AttentionBlock:

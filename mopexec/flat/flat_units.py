@@ -15,7 +15,6 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.flat import state as training_state
-from mopexec.flat.attention import Positions
 from mopexec.flat.boundaries import Boundaries
 from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.optimizer import FlatAdamW
@@ -24,6 +23,7 @@ from mopexec.flat.units import Unit
 from mopexec.flat.vocabulary import Ring, local_loss
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model.kernels import using
+from mopexec.model.rope import Positions
 from mopexec.model.routing import balance_step, balance_told
 from mopexec.run import assemble
 from mopexec.run.runner import Batch, StepResult

@@ -37,6 +37,31 @@ def rope_tables(
     return (cos, sin) if size == 1.0 else (cos * size, sin * size)
 
 
+class Positions:
+    """Rotary tables of positions [start, stop), and the documents of the microbatch that runs. Tables of
+    sequences that are trained as one are made once and stay.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        documents: Documents = (),
+    ) -> None:
+        self._of = (spec, start, stop, dtype, device)
+        self.documents = documents
+        self.cos, self.sin = rope_tables(*self._of, documents)
+
+    def use(self, documents: Documents) -> None:
+        """Those of a microbatch, from its forward to its backward."""
+        if documents != self.documents:
+            self.documents = documents
+            self.cos, self.sin = rope_tables(*self._of, documents)
+
+
 def frequencies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Angle per position of each pair of elements, scaled as `spec.rope_scaling` says."""
     scaling, width = spec.rope_scaling, rotated(spec)

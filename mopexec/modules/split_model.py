@@ -16,7 +16,7 @@ from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
 from mopexec.model.auxiliary import Auxiliary, attach
 from mopexec.model.documents import Documents
-from mopexec.model.rope import rope_tables
+from mopexec.model.rope import Positions
 from mopexec.model.transformer import Given, Term
 from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
@@ -54,7 +54,7 @@ class SplitModel:
             groups.place.stage, pipeline.layers,
         )  # fmt: skip
         self._pipeline: StagePipeline | None = None
-        self._tables: tuple[tuple[int, int, Documents], tuple[Tensor, Tensor]] | None = None
+        self._positions: Positions | None = None
         if pipeline.pipeline_parallel > 1:
             with platform.bookkeeping():
                 links = Links(plan.strategy, platform)
@@ -233,15 +233,14 @@ class SplitModel:
         """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""
         (batch, seq), network, device = tokens.shape, self.network, tokens.device
         dtype = _dtype(self._plan.strategy.precision.param)
-        if self._tables is None or self._tables[0] != (start, seq, documents):  # those of all microbatches
-            tables = rope_tables(network.spec, start, start + seq, dtype, device, documents)
-            self._tables = (start, seq, documents), tables
-        cos, sin = self._tables[1]
+        if self._positions is None:  # those of all microbatches
+            self._positions = Positions(network.spec, start, start + seq, dtype, device, documents)
+        self._positions.use(documents)
         experts = None
         if not network.routing.learned and network.spec.num_moe_layers:
             rows = seq // self._groups.tensor.size
             experts = network.routing.experts(network.spec, batch, rows, device)
-        return Given(cos, sin, experts, scale, documents)
+        return Given(self._positions.cos, self._positions.sin, experts, scale, documents)
 
     def _attach_loss(self, first_row: int) -> None:
         head, vocabulary, tensor = self.network.head, self._plan.strategy.vocabulary, self._groups.tensor
