@@ -15,6 +15,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.capability.enumerated import at, changed, leaves, values
+from tests.plans import split
 
 replace = msgspec.structs.replace
 HARDWARE = HardwareRef(
@@ -88,17 +89,14 @@ def strategies() -> dict[str, tuple[str, Strategy]]:
         "megatron, context": ("moe", megatron(8, context_parallel=2, expert_parallel=2, recompute="full")),
         "split": (
             "moe",
-            replace(
-                megatron(
-                    8,
-                    pipeline_parallel=2,
-                    virtual_stages=2,
-                    tensor_parallel=2,
-                    context_parallel=2,
-                    expert_parallel=2,
-                    recompute="selective",
-                ),
-                stack="mopexec-split",
+            split(
+                8,
+                pipeline_parallel=2,
+                virtual_stages=2,
+                tensor_parallel=2,
+                context_parallel=2,
+                expert_parallel=2,
+                recompute="selective",
             ),
         ),
         "megatron, latent": (

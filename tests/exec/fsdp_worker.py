@@ -17,13 +17,12 @@ from mopexec.model.auxiliary import Auxiliary
 from mopexec.run import apply
 from mopexec.run.runner import Batch
 from mopsim import strategies
-from mopsim.common import io
 from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.plan import HardwareRef, Plan
-from mopsim.spec.stacks import load_stack
+from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+from tests import plans
 
 STEPS, SEQ, SEED = 2, 16, 3
 MICROBATCHES = 3  # of a step: the first, one between, the last
@@ -66,27 +65,26 @@ def cases(world: int) -> dict[str, tuple[Strategy, str]]:
             "zero2": (make(reshard_after_forward=False), "learned"),
             "skewed": (make(expert_parallel=world, recompute="full"), "95/4"),
             "boundaries_on_host": (
-                changed(make(recompute="full", micro_batch=2), "activations", layer_inputs="host"), "learned"
+                plans.changed(make(recompute="full", micro_batch=2), activations={"layer_inputs": "host"}),
+                "learned",
             ),
         }  # fmt: skip
     if world == 4:
         found |= {
             "hsdp": (make(fsdp=2), "learned"),
             "experts_strided": (
-                changed(make(expert_parallel=2, recompute="full"), "experts", rank_placement="strided"),
+                plans.changed(
+                    make(expert_parallel=2, recompute="full"), experts={"rank_placement": "strided"}
+                ),
                 "60/3",
             ),
             SPLIT_INSIDE: (make(expert_parallel=2, recompute="full"), "learned"),
-            "experts_replicated": (changed(make(expert_parallel=2), "experts", expert_fsdp=1), "learned"),
+            "experts_replicated": (
+                plans.changed(make(expert_parallel=2), experts={"expert_fsdp": 1}),
+                "learned",
+            ),
         }
     return found
-
-
-def changed(strategy: Strategy, part: str, **fields: Any) -> Strategy:
-    """The strategy with fields of one part replaced."""
-    plain = io.to_plain(strategy)
-    plain[part].update(fields)
-    return io.convert(plain, Strategy, "strategy")
 
 
 def plan_of(strategy: Strategy, routing: str, model: ModelSpec = MODEL) -> Plan:
@@ -95,17 +93,7 @@ def plan_of(strategy: Strategy, routing: str, model: ModelSpec = MODEL) -> Plan:
         seq_len=SEQ, global_batch=batch, clip_norm=0.05, weight_decay=0.1, learning_rate=1e-2,
         routing="balanced" if routing == "learned" else routing, bias_update_rate=1e-3,
     )  # fmt: skip
-    hardware = HardwareRef(
-        name="here",
-        digest="",
-        num_nodes=1,
-        devices_per_node=strategy.world_size,
-        memory_limit=1,
-        host_limit=1,
-    )
-    return Plan(
-        model=model, hardware=hardware, strategy=strategy, training=training, stack=load_stack(strategy.stack)
-    )
+    return plans.plan_of(model, strategy, training)
 
 
 def batches_of(plan: Plan, tokens: Tensor, rank: int) -> list[Batch]:

@@ -5,13 +5,11 @@ from typing import Any
 
 import msgspec
 
-from mopsim import strategies
-from mopsim.common import io
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.plan import HardwareRef, Plan
-from mopsim.spec.stacks import load_stack
+from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+from tests import plans
 
 MODEL = ModelSpec(
     name="tiny", hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -41,25 +39,16 @@ def plan_of(
     **training: Any,
 ) -> Plan:
     """A plan for split_modules. changes: fields of a component of the strategy, by its name."""
-    plain = io.to_plain(replace(strategy, stack="mopexec-split"))
-    for part, fields in (changes or {}).items():
-        plain[part].update(fields)
-    strategy, stack = io.convert(plain, Strategy, "strategy"), load_stack("mopexec-split")
     train = {"seq_len": 16, "global_batch": 8, "clip_norm": 0.05, "weight_decay": 0.1, "learning_rate": 1e-2}
-    hardware = HardwareRef(
-        name="here", digest="", num_nodes=1, devices_per_node=8, memory_limit=1 << 40, host_limit=1 << 40
-    )
-    return Plan(
-        model=model, hardware=hardware, strategy=stack.resolve(strategy), stack=stack,
-        training=TrainSpec(**{**train, "routing": "balanced", **training}),
-    )  # fmt: skip
+    training = TrainSpec(**{**train, "routing": "balanced", **training})
+    return plans.plan_of(model, plans.changed(strategy, **(changes or {})), training)
 
 
 def _make(world: int, model: ModelSpec = MODEL, **options: Any) -> Plan:
     """A plan of `strategies.megatron`; training's fields among the options."""
     fields = (*TrainSpec.__struct_fields__, "changes")
     other = {name: options.pop(name) for name in fields if name in options}
-    return plan_of(strategies.megatron(world, **{"dtype": "float64", **options}), model, **other)
+    return plan_of(plans.split(world, **{"dtype": "float64", **options}), model, **other)
 
 
 def two() -> dict[str, Plan]:

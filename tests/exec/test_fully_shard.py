@@ -7,6 +7,7 @@ import torch
 
 from mopexec.run.supported import check_supported
 from mopsim.common.errors import SpecError
+from tests import plans
 from tests.exec import fsdp_worker
 from tests.exec.spawn import pool
 
@@ -85,7 +86,7 @@ def test_a_checkpoint_resumes_exactly(results: Results) -> None:
 )
 def test_what_is_not_run_is_refused_by_name(part: str, fields: dict[str, object], field: str) -> None:
     plain = fsdp_worker.cases(2)["plain"][0]
-    plan = fsdp_worker.plan_of(fsdp_worker.changed(plain, part, **fields), "learned")
+    plan = fsdp_worker.plan_of(plans.changed(plain, **{part: fields}), "learned")
     with pytest.raises(SpecError, match=rf"^strategy\.{field}: "):
         check_supported(plan)
 

@@ -18,7 +18,7 @@ from mopexec.model.kernels import prepare, using
 from mopexec.model.swiglu import Clamp
 from mopsim import strategies
 from mopsim.common.errors import SpecError
-from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Kernels
 from mopsim.spec.stacks import load_stack
@@ -26,6 +26,7 @@ from mopsim.spec.training import TrainSpec
 from tests.exec.flat_plans import make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_TWO
+from tests.plans import plan_of
 
 CUDA = load_stack("mopexec-flat").on_kind("cuda").kernels
 CPU = load_stack("mopexec-flat").on_kind("cpu").kernels
@@ -37,17 +38,10 @@ def planned(chunk_tokens: int = 0, **options: Any) -> Plan:
     """Qwen3-30B-A3B on 8 cards: 16 experts and 32K tokens a rank."""
     options = {"expert_parallel": 8, "vocab_parallel": 8, "expert_chunk_tokens": chunk_tokens} | options
     strategy = strategies.mop(8, **options)
-    return Plan(
-        model=msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2),
-        hardware=HardwareRef(
-            name="h", digest="0", num_nodes=1, devices_per_node=8, memory_limit=2**60, host_limit=2**60
-        ),
-        strategy=strategy,
-        stack=load_stack(strategy.stack).on_kind("cuda"),
-        training=TrainSpec(
-            seq_len=32768 * strategy.attention.context_parallel, global_batch=strategy.data_groups
-        ),
-    )
+    seq_len = 32768 * strategy.attention.context_parallel
+    training = TrainSpec(seq_len=seq_len, global_batch=strategy.data_groups)
+    model = msgspec.structs.replace(load_model("qwen3_30b_a3b"), num_hidden_layers=2)
+    return plan_of(model, strategy, training, "cuda")
 
 
 @pytest.mark.parametrize(("chunk_tokens", "options"), [(0, {"context_parallel": 8}), (8192, {})], ids=str)

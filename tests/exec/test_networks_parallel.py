@@ -10,13 +10,13 @@ from mopexec.check.verify import TOLERANCE
 from mopexec.run.supported import check_supported
 from mopsim.spec.capability import runnable
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.plan import Plan
 from mopsim.spec.presets import list_models, load_model
-from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron, mop
+from mopsim.strategies import fsdp2, mop
 from tests.exec.spawn import pool
+from tests.plans import plan_of, split
 
 QUANTITIES = ("loss", "grad_norm", "gradients", "weights")
 EVERYTHING: dict[str, Any] = {
@@ -28,13 +28,8 @@ AUXILIARY = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01, "mtp_loss
 
 def small(model: ModelSpec, strategy: Strategy, **training: Any) -> Plan:
     """The plan on two ranks, scaled down."""
-    hardware = HardwareRef(
-        name="test", digest="0", num_nodes=1, devices_per_node=2, memory_limit=1 << 40, host_limit=1 << 40
-    )
     steps = TrainSpec(seq_len=32, global_batch=4 * strategy.data_groups, **training)
-    stack = load_stack(strategy.stack)
-    plan = Plan(model=model, hardware=hardware, strategy=stack.resolve(strategy), training=steps, stack=stack)
-    return scale_down(plan, 2)
+    return scale_down(plan_of(model, strategy, steps), 2)
 
 
 def check(plan: Plan, masked: bool = False) -> None:
@@ -90,8 +85,8 @@ def test_what_no_preset_has(switch: str) -> None:
     "strategy",
     [
         fsdp2(2, **EVERYTHING),
-        replace(megatron(2, dtype="float64", context_parallel=2), stack="mopexec-split"),
-        replace(megatron(2, dtype="float64", tensor_parallel=2), stack="mopexec-split"),
+        split(2, dtype="float64", context_parallel=2),
+        split(2, dtype="float64", tensor_parallel=2),
     ],
     ids=["fully_shard", "split_modules, context", "split_modules, tensor"],
 )
@@ -100,10 +95,9 @@ def test_mtp_modules_read_tokens_that_do_not_count(strategy: Strategy) -> None:
     check(small(model, strategy, **AUXILIARY), masked=True)
 
 
-@pytest.mark.parametrize("family", [fsdp2, mop, megatron])
+@pytest.mark.parametrize("family", [fsdp2, mop, split])
 def test_gradients_below_the_limit_are_not_scaled(family: Any) -> None:
     strategy = family(2, expert_parallel=2, dtype="float64")
-    strategy = replace(strategy, stack="mopexec-split") if family is megatron else strategy
     plan = small(load_model("tiny"), strategy)
     check(replace(plan, training=replace(plan.training, clip_norm=1e3)))
 
@@ -113,7 +107,7 @@ def test_gradients_below_the_limit_are_not_scaled(family: Any) -> None:
 def test_packed_documents_are_trained_as_if_each_were_alone(name: str, family: Any) -> None:
     """The single-device model takes them one by one. Windows and sinks, latent attention, plain."""
     options = FLAT if family is mop else EVERYTHING
-    for split in (options, options | {"context_parallel": 1}):
-        strategy = replace(family(2, **split), micro_batch=2)
+    for degrees in (options, options | {"context_parallel": 1}):
+        strategy = replace(family(2, **degrees), micro_batch=2)
         model = replace(load_model(name), num_nextn_predict_layers=0)
         check(small(model, strategy, attention_mask="document"))

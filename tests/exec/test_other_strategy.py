@@ -9,6 +9,7 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Precision
 from tests.exec.train_plans import small_plan
 from tests.exec.train_runs import losses, train_as_ranks, write_inputs
+from tests.plans import split
 
 FLOAT64 = Precision(compute="float64", param="float64", reduce="float64", grad="float64", master="param",
                     moments="float64")  # fmt: skip
@@ -26,9 +27,7 @@ def fsdp2_plan(world_size, **options):
 
 
 def split_plan(world_size, **options):
-    strategy = msgspec.structs.replace(
-        strategies.megatron(world_size, dtype="float64", **options), stack="mopexec-split"
-    )
+    strategy = split(world_size, dtype="float64", **options)
     stack = load_stack(strategy.stack)
     return msgspec.structs.replace(small_plan(warmup_steps=2), strategy=stack.resolve(strategy), stack=stack)
 

@@ -13,11 +13,11 @@ from mopexec.distributed.tiers import Platform
 from mopexec.flat import ffn
 from mopexec.measure.syncs import HostSync, NoHostSyncs
 from mopexec.run.apply import build
-from mopsim.spec.stacks import load_stack
-from mopsim.strategies import fsdp2, megatron
+from mopsim.strategies import fsdp2
 from tests.exec.flat_plans import make_plan
 from tests.exec.split_plans import MODEL, plan_of, replace
 from tests.exec.test_flat_units import ALL_TWO
+from tests.plans import split
 
 
 class Routed(Platform):
@@ -59,9 +59,9 @@ def test_a_step_waits_once_a_moe_layer(kind: str, overlap: str) -> None:
 MODULES = {
     "fully_shard": fsdp2(2, expert_parallel=2, context_parallel=2),
     "fully_shard, host": fsdp2(2, expert_parallel=2, loss="chunked", recompute="none", offload=True),
-    "split_modules": megatron(2, tensor_parallel=2, expert_parallel=2, recompute="selective"),
-    "split_modules, host": megatron(2, expert_parallel=2, optimizer_on_host=1.0),
-    "split_modules, experts": megatron(2, context_parallel=2, expert_tensor_parallel=2),
+    "split_modules": split(2, tensor_parallel=2, expert_parallel=2, recompute="selective"),
+    "split_modules, host": split(2, expert_parallel=2, optimizer_on_host=1.0),
+    "split_modules, experts": split(2, context_parallel=2, expert_tensor_parallel=2),
 }
 
 
@@ -69,18 +69,16 @@ MODULES = {
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_wait_once_a_moe_layer(name: str, kind: str) -> None:
     """A recomputation takes the counts of its forward."""
-    strategy, split = MODULES[name], name.startswith("split")
-    strategy = replace(strategy, stack="mopexec-split") if split else strategy
-    stack = load_stack(strategy.stack)
+    strategy, by_meta = MODULES[name], name.startswith("split")
     model = replace(MODEL, moe_intermediate_size=16, num_nextn_predict_layers=1)
     training = {"global_batch": 4, "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.01}
     plan = plan_of(strategy, model, **training)
-    plan = replace(plan, strategy=stack.resolve(strategy), stack=stack.on_kind(kind))
+    plan = replace(plan, stack=plan.stack.on_kind(kind))
     spec, experts = plan.model, strategy.experts
     rows = plan.training.tokens_per_rank(strategy) // strategy.dense.tensor_parallel
-    with fake_world(2, 0), nullcontext() if split else _fake_cpu():
+    with fake_world(2, 0), nullcontext() if by_meta else _fake_cpu():
         platform = Routed(
-            rows * spec.num_experts_per_tok // spec.num_local_experts, "meta" if split else "cpu"
+            rows * spec.num_experts_per_tok // spec.num_local_experts, "meta" if by_meta else "cpu"
         )
         runner, batches = build(plan, platform, routing="learned"), _batches(plan, platform)
         with NoHostSyncs(platform.device.type):

@@ -26,12 +26,12 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.spec.capability import runnable
 from mopsim.spec.huggingface import from_config
-from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.plan import Plan
 from mopsim.spec.presets import list_models, load_model
-from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
+from tests import plans
 from tests.exec import hf_models
 from tests.exec.spawn import pool
 
@@ -40,13 +40,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 def plan_of(folder: Path, strategy: Strategy, **training: Any) -> Plan:
     """A plan for the network of a Hugging Face directory."""
-    hardware = HardwareRef(
-        name="test", digest="0", num_nodes=1, devices_per_node=2, memory_limit=1 << 40, host_limit=1 << 40
-    )
     fields = {"seq_len": 24, "global_batch": 2, "bias_update_rate": 0.0, "learning_rate": 1e-3} | training
-    steps, stack = TrainSpec(**fields), load_stack(strategy.stack)
-    model = load_model(folder)
-    return Plan(model=model, hardware=hardware, strategy=strategy, training=steps, stack=stack)
+    return plans.plan_of(load_model(folder), strategy, TrainSpec(**fields))
 
 
 def stored(folder: Path) -> dict[str, bytes]:

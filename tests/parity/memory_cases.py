@@ -2,15 +2,12 @@
 
 from typing import Any
 
-import msgspec
-
 from mopsim import strategies
-from mopsim.common import io
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.plan import HardwareRef, Plan
-from mopsim.spec.stacks import load_stack
+from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
+from tests.plans import changed, plan_of, split
 
 SEQ = 256
 MODEL = ModelSpec(
@@ -36,33 +33,26 @@ def cases(world: int) -> dict[str, Plan]:
         "loss_chunk_tokens": 20,
     }
     return {
-        "mop": _plan(strategies.mop(world, **everything)),
-        "mop_skewed": _plan(strategies.mop(world, **everything), "60/3"),
-        "mop_zipf": _plan(strategies.mop(world, **everything), "zipf:1.2"),
-        "mop_budget": _plan(strategies.mop(world, **everything, offload_inputs_bytes=40000), "95/4"),
-        "mop_replicas": _plan(
+        "mop": plan(strategies.mop(world, **everything)),
+        "mop_skewed": plan(strategies.mop(world, **everything), "60/3"),
+        "mop_zipf": plan(strategies.mop(world, **everything), "zipf:1.2"),
+        "mop_budget": plan(strategies.mop(world, **everything, offload_inputs_bytes=40000), "95/4"),
+        "mop_replicas": plan(
             strategies.mop(
                 world, **{**everything, "expert_parallel": 2, "vocab_parallel": 2}, optimizer_overlap=True
             )
         ),
-        "mop_host_update": _plan(strategies.mop(world, **everything, optimizer="host")),
-        "mop_microbatches": _plan(
-            strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world
-        ),
-        "zero_offload": _plan(strategies.zero_offload(world, expert_parallel=2)),
-        "split": _plan(
-            msgspec.structs.replace(
-                strategies.megatron(world, tensor_parallel=2, expert_parallel=2, recompute="full"),
-                stack="mopexec-split",
-            )
-        ),
-        "fsdp2": _plan(strategies.fsdp2(world, **fsdp)),
-        "fsdp2_skewed": _plan(strategies.fsdp2(world, **fsdp), "60/3"),
-        "fsdp2_offload": _plan(strategies.fsdp2(world, **fsdp, offload=True, prefetch=2)),
-        "fsdp2_keep": _plan(
+        "mop_host_update": plan(strategies.mop(world, **everything, optimizer="host")),
+        "mop_microbatches": plan(strategies.mop(world, **{**everything, "optimizer": "device"}), batch=world),
+        "zero_offload": plan(strategies.zero_offload(world, expert_parallel=2)),
+        "split": plan(split(world, tensor_parallel=2, expert_parallel=2, recompute="full")),
+        "fsdp2": plan(strategies.fsdp2(world, **fsdp)),
+        "fsdp2_skewed": plan(strategies.fsdp2(world, **fsdp), "60/3"),
+        "fsdp2_offload": plan(strategies.fsdp2(world, **fsdp, offload=True, prefetch=2)),
+        "fsdp2_keep": plan(
             strategies.fsdp2(world, recompute="none", reshard_after_forward=False), batch=2 * world
         ),
-        "fsdp2_boundaries": _plan(_changed(strategies.fsdp2(world), "activations", layer_inputs="host")),
+        "fsdp2_boundaries": plan(changed(strategies.fsdp2(world), activations={"layer_inputs": "host"})),
     }
 
 
@@ -71,25 +61,12 @@ def trained(world: int) -> dict[str, Plan]:
     wide = ("mop", "mop_skewed", "mop_replicas", "zero_offload", "split", "fsdp2", "fsdp2_offload")
     found = {name: plan for name, plan in cases(world).items() if world == 2 or name in wide}
     moved = strategies.mop(world, expert_parallel=world, vocab_parallel=world, expert_chunk_tokens=20)
-    moved = _changed(moved, "experts", balance="least_loaded", min_rows=16)
-    return found | {"mop_moved_experts": _plan(moved, "95/4")}  # ranks hold different experts
+    moved = changed(moved, experts={"balance": "least_loaded", "min_rows": 16})
+    return found | {"mop_moved_experts": plan(moved, "95/4")}  # ranks hold different experts
 
 
-def _plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:
-    ranks, strategy = strategy.world_size, load_stack(strategy.stack).resolve(strategy)
+def plan(strategy: Strategy, routing: str = "balanced", batch: int = 0) -> Plan:
+    """A plan for MODEL on CPUs."""
     smallest = strategy.data_groups * strategy.micro_batch
-    return Plan(
-        model=MODEL,
-        hardware=HardwareRef(
-            name="test", digest="0", num_nodes=1, devices_per_node=ranks, memory_limit=2**40, host_limit=2**40
-        ),
-        strategy=strategy,
-        stack=load_stack(strategy.stack).on_kind("cpu"),
-        training=TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing),
-    )
-
-
-def _changed(strategy: Strategy, part: str, **fields: Any) -> Strategy:
-    plain = io.to_plain(strategy)
-    plain[part].update(fields)
-    return io.convert(plain, Strategy, "strategy")
+    training = TrainSpec(seq_len=SEQ, global_batch=batch or smallest, routing=routing)
+    return plan_of(MODEL, strategy, training, "cpu")

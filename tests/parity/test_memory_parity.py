@@ -3,27 +3,22 @@
 Nothing is fitted: both start from the same plan. The second step counts, when optimizer state is there.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import msgspec
 import pytest
-import torch
 
-from mopexec.check import dry_run
-from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.run.apply import build
-from mopsim.common import io
 from mopsim.engine import simulate
 from mopsim.spec.model import ModelSpec
-from mopsim.spec.plan import HardwareRef, Plan
+from mopsim.spec.plan import Plan
 from mopsim.spec.presets import load_model
-from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron, mop, zero_offload
+from mopsim.strategies import fsdp2, mop, zero_offload
 from tests.parity.memory_cases import cases
+from tests.parity.tracked import second_step
+from tests.plans import changed, plan_of, split
 from tests.sim.toys import machine, small
 
 SMALL = small(
@@ -31,37 +26,12 @@ SMALL = small(
 )
 
 
-def _tracked(plan: Plan, rank: int = 0) -> MemoryTracker:
-    """Peaks of the second step of a rank."""
-    fsdp = plan.stack.runtime == "fully_shard"
-    tracker = MemoryTracker(meta=not fsdp)
-    with dry_run.fake_world(plan.strategy.world_size, rank), dry_run._fake_cpu() if fsdp else nullcontext():
-        platform = Platform(torch.device("cpu" if fsdp else "meta"), fake=True)
-        with tracker:
-            runner = build(plan, platform, routing="profile", seed=0)
-            batches = dry_run._batches(plan, platform)
-            runner.step(batches)
-            tracker.reset_peak()
-            runner.step(batches)
-            del runner
-    return tracker
-
-
-def _plan(model: ModelSpec, strategy: Strategy, training: TrainSpec, kind: str = "cuda") -> Plan:
-    nodes = max(1, strategy.world_size // 8)
-    hardware = HardwareRef(
-        name="toy", digest="x", num_nodes=nodes, devices_per_node=8, memory_limit=10**15, host_limit=10**15
-    )
-    stack = load_stack(strategy.stack).on_kind(kind)
-    return Plan(model=model, hardware=hardware, strategy=strategy, training=training, stack=stack)
-
-
 def _check(
     model: ModelSpec, strategy: Strategy, training: TrainSpec, within: float, kind: str = "cuda"
 ) -> None:
     """kind: of the devices; a CPU's kernels are others than a GPU's (`stack.cpu`)."""
-    plan, nodes = _plan(model, strategy, training, kind), max(1, strategy.world_size // 8)
-    tracked = _tracked(plan)
+    plan, nodes = plan_of(model, strategy, training, kind), max(1, strategy.world_size // 8)
+    tracked = second_step(plan, 0, MemoryTracker)
     result = simulate(model, machine(memory=1000), nodes, strategy, training, plan.stack)
     assert result.peak_memory == pytest.approx(tracked.peak_memory, rel=within), (
         result.memory_by_category,
@@ -146,12 +116,10 @@ SPLIT: dict[str, tuple[int, dict[str, Any]]] = {
 def _split(world: int, options: dict[str, Any]) -> Plan:
     options = {"model": SMALL, "changes": {}, "routing": "balanced", **options}
     model, changes, routing = (options.pop(name) for name in ("model", "changes", "routing"))
-    plain = io.to_plain(msgspec.structs.replace(megatron(world, **options), stack="mopexec-split"))
-    for part, fields in changes.items():
-        plain[part].update(fields)
-    strategy = load_stack("mopexec-split").resolve(io.convert(plain, Strategy, "strategy"))
+    strategy = changed(split(world, **options), **changes)
     batch = 4 * strategy.data_groups * strategy.micro_batch
-    return _plan(model, strategy, TrainSpec(seq_len=8192, global_batch=batch, routing=routing))
+    training = TrainSpec(seq_len=8192, global_batch=batch, routing=routing)
+    return plan_of(model, strategy, training, "cuda")
 
 
 def _check_stages(plan: Plan, within: float) -> None:
@@ -159,7 +127,7 @@ def _check_stages(plan: Plan, within: float) -> None:
     nodes = max(1, plan.strategy.world_size // 8)
     result = simulate(plan.model, machine(memory=1000), nodes, plan.strategy, plan.training, plan.stack)
     for stage, peak in enumerate(result.peak_by_stage):
-        tracked = _tracked(plan, stage * plan.strategy.stage_ranks)
+        tracked = second_step(plan, stage * plan.strategy.stage_ranks, MemoryTracker)
         assert peak == pytest.approx(tracked.peak_memory, rel=within), (stage, tracked.memory_by_category)
         if stage == 0:
             assert result.host_memory == pytest.approx(tracked.host_memory, rel=within)
@@ -213,7 +181,7 @@ def test_windows_and_sinks_under_mop() -> None:
 def test_latents_under_mop_are_bounded() -> None:
     """mopexec makes again what the simulator keeps of latents between recompute and backward."""
     training = TrainSpec(seq_len=2048, global_batch=2)
-    tracked = _tracked(_plan(LATENT, MOP, training))
+    tracked = second_step(plan_of(LATENT, MOP, training, "cuda"), 0, MemoryTracker)
     predicted = simulate(LATENT, machine(memory=1000), 1, MOP, training).peak_memory
     assert tracked.peak_memory <= predicted <= 1.1 * tracked.peak_memory
 

@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mopexec.check import dry_run
-from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.run.apply import build
 from mopsim.common import io
-from mopsim.spec.plan import Plan
 from tests.exec.flat_plans import make_plan
 from tests.exec.test_flat_units import ALL_TWO
+from tests.parity.tracked import second_step
 
 KNOWN = Path(__file__).with_name("peaks.json")
 WIDE = {"micro_batch": 2, "dtype": "bfloat16", "training": {"seq_len": 64, "global_batch": 8}}
@@ -43,24 +39,15 @@ class _Places(MemoryTracker):
         place = f"{NOW.component} {NOW.phase}"
         self.peaks[place] = max(self.peaks.get(place, 0), self.memory)
 
-
-def peaks(plan: Plan) -> dict[str, int]:
-    """Bytes by component and phase, of the second step of rank 0 on tensors without data."""
-    tracker = _Places(meta=True)
-    with dry_run.fake_world(plan.strategy.world_size, 0):
-        platform = Platform(torch.device("meta"), fake=True)
-        with tracker:
-            runner, batches = build(plan, platform, routing="profile"), dry_run._batches(plan, platform)
-            runner.step(batches)
-            tracker.peaks.clear()
-            runner.step(batches)
-            del runner
-    return dict(sorted(tracker.peaks.items()))
+    def reset_peak(self) -> None:
+        super().reset_peak()
+        self.peaks.clear()
 
 
 def found(name: str, kind: str) -> dict[str, int]:
-    """`peaks` of a case on devices of a kind."""
-    return peaks(make_plan(2, CASES[name], device_kind=kind, **WIDE))
+    """Bytes by component and phase, of the second step of rank 0 on devices of a kind."""
+    plan = make_plan(2, CASES[name], device_kind=kind, **WIDE)
+    return dict(sorted(second_step(plan, 0, _Places).peaks.items()))
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])

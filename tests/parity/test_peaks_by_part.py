@@ -13,8 +13,8 @@ from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import MemoryTracker
 from mopsim.engine import simulate
 from mopsim.spec.plan import Plan
-from tests.parity import test_memory_parity
 from tests.parity.memory_cases import cases
+from tests.parity.tracked import second_step
 from tests.sim.toys import machine
 
 WITHIN = 0.02
@@ -96,11 +96,7 @@ MISSES = {
 def table(world: int, name: str) -> dict[str, tuple[int, int]]:
     """(predicted, tracked) bytes by row."""
     plan = cases(world)[name]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(test_memory_parity, "MemoryTracker", Watched)
-        tracked = test_memory_parity._tracked(plan)
-    assert isinstance(tracked, Watched)
-    found = predicted(plan)
+    tracked, found = second_step(plan, 0, Watched), predicted(plan)
     return {row: (found[row], tracked.highest[row]) for row in ROWS}
 
 

@@ -15,7 +15,8 @@ from mopsim import strategies
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 from tests.exec.spawn import pool
-from tests.parity.memory_cases import MODEL, _plan
+from tests.parity.memory_cases import MODEL, plan
+from tests.plans import split
 
 TOLERANCE = 0.02
 LARGER = replace(
@@ -36,7 +37,7 @@ def plans() -> dict[str, Plan]:
         "fsdp2": strategies.fsdp2(1, recompute="full", loss="chunked", loss_chunk_tokens=128),
         "fsdp2, nothing recomputed": strategies.fsdp2(1, recompute="none", loss="full"),
     }
-    return {name: replace(_plan(strategy), model=LARGER) for name, strategy in chosen.items()}
+    return {name: replace(plan(strategy), model=LARGER) for name, strategy in chosen.items()}
 
 
 def test_tracked_peaks_are_the_profilers() -> None:
@@ -50,9 +51,7 @@ SPREAD: dict[str, Strategy] = {
     "zero_offload": strategies.zero_offload(2, expert_parallel=2),
     "fsdp2": strategies.fsdp2(2, expert_parallel=2, loss="chunked", loss_chunk_tokens=128),
     "fsdp2, nothing recomputed": strategies.fsdp2(2, recompute="none", loss="full"),
-    "split_modules": replace(
-        strategies.megatron(2, tensor_parallel=2, expert_parallel=2, recompute="full"), stack="mopexec-split"
-    ),
+    "split_modules": split(2, tensor_parallel=2, expert_parallel=2, recompute="full"),
 }
 
 INSIDE = {"split_modules": 0.03}
@@ -63,7 +62,7 @@ into a tensor of its own (`torch.zeros(n).add_(bf16)` allocates 4 n bytes there;
 
 def test_on_two_ranks_all_but_copies_of_gloo_is_seen() -> None:
     """The lowest of three runs: how long a thread of gloo holds what it has sent differs from run to run."""
-    spread = {name: replace(_plan(strategy), model=LARGER) for name, strategy in SPREAD.items()}
+    spread = {name: replace(plan(strategy), model=LARGER) for name, strategy in SPREAD.items()}
     runs = [pool(2).run("tests.parity.profiled_worker", "peaks", spread)[0] for _ in range(3)]
     for name in spread:
         tracked, outside = runs[0][name][0], min(run[name][2] for run in runs)

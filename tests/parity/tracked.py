@@ -1,0 +1,23 @@
+"""A step on tensors without data, tracked."""
+
+from typing import TypeVar
+
+from mopexec.check import dry_run
+from mopexec.measure.tracker import MemoryTracker
+from mopexec.run.apply import build
+from mopsim.spec.plan import Plan
+
+Tracker = TypeVar("Tracker", bound=MemoryTracker)
+
+
+def second_step(plan: Plan, rank: int, kind: type[Tracker]) -> Tracker:
+    """A tracker of this kind after the second step of a rank: peaks are of that step, when optimizer state
+    is there."""
+    tracker = kind(meta=plan.stack.runtime != "fully_shard")
+    with dry_run._fake_platform(plan, rank) as platform, tracker:
+        runner, batches = build(plan, platform, routing="profile"), dry_run._batches(plan, platform)
+        runner.step(batches)
+        tracker.reset_peak()
+        runner.step(batches)
+        del runner
+    return tracker
