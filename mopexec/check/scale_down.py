@@ -128,7 +128,7 @@ def _degrees(strategy: Strategy, ranks: int) -> Strategy:
     tensor, split = scaled(strategy.dense.tensor_parallel), scaled(strategy.experts.expert_tensor_parallel)
     experts = min(scaled(strategy.experts.expert_parallel), ranks // split)
     holders, dense = ranks // tensor, strategy.dense.fsdp
-    every = dense * strategy.dense.tensor_parallel == strategy.stage_ranks
+    every = dense == strategy.dense_replicas
     replicas, shard = ranks // (experts * split), strategy.experts.expert_fsdp
     if shard == strategy.expert_replicas:
         shard = replicas

@@ -57,9 +57,7 @@ class FlatAdamW:
     ) -> None:
         self.units, self.optimizer, self.training, self.platform = list(units), optimizer, training, platform
         self.learning_rate, self.step_number = training.learning_rate, 0
-        self.master_dtype = getattr(
-            torch, precision.param if precision.master == "param" else precision.master
-        )
+        self.master_dtype = getattr(torch, precision.masters)
         self.moments_dtype = getattr(torch, precision.moments)
         self.update_dtype = wide(self.master_dtype)
         self.on_host = optimizer.state_tier == "host"

@@ -21,8 +21,7 @@ class Masters:
         self._buffers, self._platform = buffers, platform
         self.host = strategy.optimizer.state_tier == "host"
         self._own = strategy.precision.master != "param"
-        name = strategy.precision.param if not self._own else strategy.precision.master
-        self._dtype = cast(torch.dtype, getattr(torch, name))
+        self._dtype = cast(torch.dtype, getattr(torch, strategy.precision.masters))
         self.values: dict[str, Tensor] = {buffer.kind: self._make(buffer) for buffer in buffers.all}
 
     def _make(self, buffer: Buffer) -> Tensor:

@@ -69,7 +69,7 @@ def _zero(s: Strategy) -> dict[str, Any]:
         "stage": s.dense.zero,
         "overlap_comm": s.overlap.grad_reduce or s.dense.zero == 3,
     }
-    if s.dense.zero == 3 and s.dense.fsdp != s.stage_ranks // s.dense.tensor_parallel:
+    if s.dense.zero == 3 and s.dense.fsdp != s.dense_replicas:
         found["mics_shard_size"] = s.dense.fsdp
     if s.optimizer.state_tier == "host" and s.dense.zero:
         found["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -6,8 +6,8 @@ from typing import Any
 from mopsim.common import io
 from mopsim.common.errors import SpecError
 from mopsim.export.target import Target, header
+from mopsim.spec.categories import MODULES
 from mopsim.spec.plan import Plan
-from mopsim.spec.strategy import Strategy
 
 CHECKED = (
     "Megatron-Bridge 0.7.0 in development (commit 067f987 of 2026-08-22): "
@@ -24,12 +24,6 @@ MIXED = {
     "mxfp8": "bf16_with_mxfp8_mixed",
     "nvfp4": "bf16_with_nvfp4_mixed",
 }
-MODULES = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe")
-
-
-def instances(s: Strategy) -> int:
-    """Copies of the sharded state: num_distributed_optimizer_instances."""
-    return max(1, s.stage_ranks // (s.dense.tensor_parallel * s.dense.fsdp)) if s.dense.zero else 1
 
 
 def sections(plan: Plan) -> dict[str, Any]:
@@ -63,8 +57,8 @@ def sections(plan: Plan) -> dict[str, Any]:
     if s.overlap.tensor and s.dense.tensor_parallel > 1:
         beside = {key: found["ddp"][key] for key in ("overlap_grad_reduce", "overlap_param_gather")}
         found["comm_overlap"] = {"tp_comm_overlap": True, **beside}
-    if instances(s) > 1:
-        found["ddp"]["num_distributed_optimizer_instances"] = instances(s)
+    if sharded and s.dense_copies > 1:
+        found["ddp"]["num_distributed_optimizer_instances"] = s.dense_copies
     if s.dense.zero in SHARDING:
         found["ddp"] |= {
             "use_megatron_fsdp": True,

@@ -5,28 +5,15 @@ from typing import Any
 
 from mopsim.common.errors import SpecError
 from mopsim.export.target import Target, header
+from mopsim.spec.capability import SIDES
 from mopsim.spec.layout import ceil_div
 from mopsim.spec.plan import Plan
-from mopsim.spec.strategy import Strategy
 
 CHECKED = "torchtitan v0.2.2 (commit 73a0e69), torchtitan/config/job_config.py"
 
-#: Presets that TorchTitan has a model of: (model.name, model.flavor).
-MODELS = {
-    "deepseek_v3": ("deepseek_v3", "671B"),
-    "qwen3_30b_a3b": ("qwen3", "30B-A3B"),
-    "qwen3_235b_a22b": ("qwen3", "235B-A22B"),
-    "gpt_oss_20b": ("gpt_oss", "20b"),
-    "gpt_oss_120b": ("gpt_oss", "120b"),
-}
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble"}
 ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
 MATMUL = {"fp8": "float8", "mxfp8": "mx"}
-
-
-def replicas(s: Strategy) -> int:
-    """Copies of the dense state: data_parallel_replicate_degree."""
-    return max(1, s.stage_ranks // (s.dense.tensor_parallel * s.dense.fsdp))
 
 
 def sections(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -34,7 +21,7 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
     s, t = plan.strategy, plan.training
     pipelined = s.pipeline.pipeline_parallel > 1
     local = t.global_batch // s.data_groups if pipelined else s.micro_batch
-    model, flavor = MODELS.get(plan.model.name, ("", ""))
+    model, flavor = SIDES["torchtitan"]["flavors"].get(plan.model.name, ("", ""))
     found: dict[str, dict[str, Any]] = {
         "job": {"description": f"{plan.model.name}: {s.name}"},
         "model": {"name": model, "flavor": flavor},
@@ -76,7 +63,7 @@ def sections(plan: Plan) -> dict[str, dict[str, Any]]:
 def _parallelism(plan: Plan) -> dict[str, Any]:
     s = plan.strategy
     found: dict[str, Any] = {
-        "data_parallel_replicate_degree": replicas(s),
+        "data_parallel_replicate_degree": s.dense_copies,
         "data_parallel_shard_degree": max(1, s.dense.fsdp // s.attention.context_parallel),
         "fsdp_reshard_after_forward": "always" if s.dense.reshard_after_forward else "never",
         "tensor_parallel_degree": s.dense.tensor_parallel,

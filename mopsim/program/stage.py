@@ -121,8 +121,7 @@ class Stage:
             if not self.frees_gradients:
                 found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
             state = shard if zero >= 1 else full
-            each = 2 * int(DTYPE_BYTES[precision.moments])
-            each += 0 if precision.master == "param" else int(DTYPE_BYTES[precision.master])
+            each = 2 * int(DTYPE_BYTES[precision.moments]) + precision.own_master
             away = int(state * each * self.away)
             found += [("optimizer", state * each - away), ("host/optimizer", away)]
         model = c.model

@@ -106,8 +106,7 @@ def _dense(
     strategy: Strategy, name: str, component: str, layer: int, size: tuple[int, int, int]
 ) -> ShardedUnit:
     numel, largest, count = size
-    copies = strategy.stage_ranks // strategy.dense.tensor_parallel
     return ShardedUnit(
-        name, component, layer, numel, strategy.dense.fsdp, copies, "dense_shard", "dense_replicas", largest,
-        count,
+        name, component, layer, numel, strategy.dense.fsdp, strategy.dense_replicas, "dense_shard",
+        "dense_replicas", largest, count,
     )  # fmt: skip

@@ -29,8 +29,7 @@ class Update:
         strategy = context.strategy
         self.optimizer, self.dense = strategy.optimizer, strategy.dense
         self.moment = int(DTYPE_BYTES[strategy.precision.moments])
-        master = strategy.precision.master
-        self.own_master = 0 if master == "param" else int(DTYPE_BYTES[master])
+        self.own_master = strategy.precision.own_master
         self.numels = [u.shard_numel if self.dense.zero >= 1 else u.padded for u in stage.units]
         self.away = [int(numel * stage.away) for numel in self.numels]
         self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]

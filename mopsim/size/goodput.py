@@ -44,8 +44,7 @@ class Goodput:
 
 def state_bytes(parameters: float, precision: Precision) -> float:
     """Bytes of a checkpoint: master weights (or the weights themselves) and both moments of AdamW."""
-    master = precision.param if precision.master == "param" else precision.master
-    return parameters * (_bytes(master) + 2 * _bytes(precision.moments))
+    return parameters * (_bytes(precision.masters) + 2 * _bytes(precision.moments))
 
 
 def _bytes(dtype: str) -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec import strategy_rules as rules
 from mopsim.spec.model import ModelSpec
 
@@ -200,6 +201,16 @@ class Precision(Spec, frozen=True, kw_only=True):
     attention: Literal["compute", "matmul"] = "compute"
     vocabulary: Literal["compute", "matmul"] = "compute"
 
+    @property
+    def masters(self) -> str:
+        """The dtype that is updated."""
+        return self.param if self.master == "param" else self.master
+
+    @property
+    def own_master(self) -> int:
+        """Bytes of a master weight beside the parameter; 0 where the parameter is the master."""
+        return 0 if self.master == "param" else int(DTYPE_BYTES[self.master])
+
 
 class Strategy(Spec, frozen=True, kw_only=True):
     """How one model is trained.
@@ -247,6 +258,16 @@ class Strategy(Spec, frozen=True, kw_only=True):
     def data_groups(self) -> int:
         """Groups of ranks that work on distinct sequences (the data-parallel degree)."""
         return self.stage_ranks // (self.dense.tensor_parallel * self.attention.context_parallel)
+
+    @property
+    def dense_replicas(self) -> int:
+        """Ranks of a stage that hold the same dense slice."""
+        return self.stage_ranks // self.dense.tensor_parallel
+
+    @property
+    def dense_copies(self) -> int:
+        """Copies of the dense state in a stage."""
+        return max(1, self.dense_replicas // self.dense.fsdp)
 
     @property
     def expert_replicas(self) -> int:

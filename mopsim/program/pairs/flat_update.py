@@ -19,8 +19,7 @@ class PairUpdate(Update):
 
     def __init__(self, context: Context, builder: Builder, stage: Stage) -> None:
         super().__init__(context, builder, stage)
-        precision = context.strategy.precision
-        master = precision.param if precision.master == "param" else precision.master
+        master = context.strategy.precision.masters
         self.wide = 8 if master == "float64" else 4
         self.casts = (DTYPE_BYTES[master] != self.wide) + 2 * (self.moment != self.wide)
 

@@ -49,9 +49,10 @@ class Pairs(Passes):
         c, found = self.context, list(stage.resident())
         if c.strategy.optimizer.update_on == "host":
             precision = c.strategy.precision
-            master = precision.param if precision.master == "param" else precision.master
             largest = min(c.strategy.optimizer.bucket_params, sum(unit.shard_numel for unit in stage.units))
-            found.append(("host/staging", 2 * largest * ((8 if master == "float64" else 4) + c.param)))
+            found.append(
+                ("host/staging", 2 * largest * ((8 if precision.masters == "float64" else 4) + c.param))
+            )
         if c.strategy.optimizer.overlap != "none":
             found.append(("staging", PairUpdate(c, self.recorder(), stage).staging))
         return tuple(found)

@@ -10,7 +10,7 @@ from mopsim.common.io import parse_yaml
 from mopsim.spec.capability.job import Job
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
-from mopsim.spec.strategy import CAST, Strategy
+from mopsim.spec.strategy import CAST
 
 _PARTS = ("model", "strategy", "training", "fsdp", "chunks")
 
@@ -31,17 +31,6 @@ def holds(name: str) -> Callable[[Job], bool]:
     return compiled(CONDITIONS[name])
 
 
-def copies(strategy: Strategy) -> int:
-    """Replicas of the dense state; of an optimizer instance."""
-    return max(1, strategy.stage_ranks // (strategy.dense.tensor_parallel * strategy.dense.fsdp))
-
-
-def masters(strategy: Strategy) -> str:
-    """The dtype that is updated."""
-    precision = strategy.precision
-    return precision.param if precision.master == "param" else precision.master
-
-
 def holds_rows(rows: int, ranks: int) -> bool:
     """Whether the last of `ranks` has any of `rows`."""
     start, stop = interval(rows, ranks, ranks - 1)
@@ -54,10 +43,7 @@ def auto_ep(name: str) -> str | None:
     return next((preset for start, preset in presets.items() if name.startswith(start)), None)
 
 
-_CALLED = {
-    "copies": copies, "masters": masters, "holds_rows": holds_rows, "auto_ep": auto_ep,
-    "MODULES": MODULES, "CAST": CAST,
-}  # fmt: skip
+_CALLED = {"holds_rows": holds_rows, "auto_ep": auto_ep, "MODULES": MODULES, "CAST": CAST}
 
 
 class _Names(ast.NodeTransformer):
