@@ -1,5 +1,5 @@
 """One chunk's routes on their way: sorted by expert, sent to the experts' ranks, sorted there, and back
-again.
+again. A route's row and weight travel together, packed (`mopexec.model.fused.split_packed`).
 """
 
 import torch
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
+from mopexec.flat.routes import Routes
+from mopexec.model.fused import OPS, split_packed
 from mopexec.model.grouped import expert_order
 
 
@@ -16,58 +18,74 @@ class ChunkExchange:
 
     send[e]: routes to expert e of all; receive[r][e]: routes from rank r to local expert e. The sender's
     order is sorted by expert and so by rank; arrivals are sorted by rank, then expert, and reordered to
-    expert, then rank, unless one of the two is alone. arrived [group, local]: `receive` on the device.
+    expert, then rank, unless one of the two is alone: arrivals [num_received], their places. order: this
+    rank's routes (token, slot) as they are sent; inverse: where each went.
     """
 
-    def __init__(self, group: Group, send: list[int], receive: list[list[int]], arrived: Tensor) -> None:
-        self.group = group
+    def __init__(
+        self, group: Group, send: list[int], receive: list[list[int]], arrivals: Tensor | None,
+        order: Tensor, inverse: Tensor,
+    ) -> None:  # fmt: skip
+        self.group, self.order, self.inverse, self._arrivals = group, order, inverse, arrivals
         local = len(send) // group.size
         self.send_splits = [sum(send[r * local : (r + 1) * local]) for r in range(group.size)]
         self.receive_splits = [sum(counts) for counts in receive]
         self.num_sent, self.num_received = sum(self.send_splits), sum(self.receive_splits)
         self.counts = [sum(counts[e] for counts in receive) for e in range(local)]
-        self._order = expert_order(arrived, self.num_received)
+
+    @classmethod
+    def of(cls, group: Group, routes: Routes) -> "list[ChunkExchange]":
+        """Those of all chunks of a layer: their orders are found at once."""
+        chunks = len(routes.send)
+        received = [sum(map(sum, receive)) for receive in routes.receive]
+        arrivals = expert_order(routes.arrived, sum(received))
+        each = (None,) * chunks if arrivals is None else arrivals.split(received)  # type: ignore[no-untyped-call]
+        orders = (one.split([sum(sent) for sent in routes.send]) for one in routes.orders())  # type: ignore[no-untyped-call]
+        return [cls(group, *of) for of in zip(routes.send, routes.receive, each, *orders, strict=True)]
 
     def start(self, rows: Tensor) -> "Arrival":
         """Send rows [num_sent, ...] in the sender's order; the arrival is in the experts' order."""
         if self.group.size == 1:
-            return Arrival(rows, None, None)
+            return Arrival(rows)
         arrived = torch.empty((self.num_received, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         work = collectives.all_to_all_single(
             arrived, rows, self.receive_splits, self.send_splits, self.group.handle, async_op=True
         )
-        return Arrival(arrived, work, self._order, rows)
+        return Arrival(arrived, work, rows, order=self._arrivals)
 
-    def start_back(self, owned: list[Tensor]) -> "Arrival":
-        """Send the last of `owned`, rows [num_received, ...] in the experts' order, back to the sender's
-        order.
+    def start_back(self, owned: list[Tensor], weights: Tensor | None = None) -> "Arrival":
+        """Send the last of `owned`, rows [num_received, H] in the experts' order, and a number of each where
+        given, back to the sender's order.
 
         It is taken out of the list, so that it can be freed once it is reordered.
         """
         rows = owned.pop()
         if self.group.size == 1:
-            return Arrival(rows, None, None)
-        if self._order is not None:
-            rows = torch.empty_like(rows).index_copy_(0, self._order, rows)
+            return Arrival(rows, weights=weights)
+        hidden = 0
+        if weights is not None:
+            hidden, rows = rows.shape[1], OPS.pack_back(rows, weights, self._arrivals)
+        elif self._arrivals is not None:
+            rows = torch.empty_like(rows).index_copy_(0, self._arrivals, rows)
+        rows = rows.contiguous()
         arrived = torch.empty((self.num_sent, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         work = collectives.all_to_all_single(
             arrived, rows, self.send_splits, self.receive_splits, self.group.handle, async_op=True
         )
-        return Arrival(arrived, work, None, rows)
+        return Arrival(arrived, work, rows, hidden=hidden)
 
 
 class Arrival:
-    """Rows on their way. What is being sent is kept until `take`."""
+    """Rows on their way. What is being sent is kept until `take`. weights: beside them; hidden: where they
+    are packed, the width of the rows."""
 
     def __init__(
-        self,
-        rows: Tensor,
-        work: collectives.Waitable | None,
-        order: Tensor | None,
-        sent: Tensor | None = None,
-    ) -> None:
+        self, rows: Tensor, work: collectives.Waitable | None = None, sent: Tensor | None = None, *,
+        order: Tensor | None = None, weights: Tensor | None = None, hidden: int = 0,
+    ) -> None:  # fmt: skip
         self._rows: Tensor | None = rows
         self._work, self._order, self._sent = work, order, sent
+        self._weights, self._hidden = weights, hidden
 
     def take(self) -> Tensor:
         """The rows, waited for and reordered. Only once."""
@@ -77,3 +95,11 @@ class Arrival:
             self._work.wait()
         self._work = self._sent = None
         return rows if self._order is None else rows.index_select(0, self._order)
+
+    def take_weighted(self) -> tuple[Tensor, Tensor]:
+        """The rows and their weights. Only once."""
+        taken = self.take()
+        if self._weights is not None:
+            weights, self._weights = self._weights, None
+            return taken, weights
+        return split_packed(taken, self._hidden)

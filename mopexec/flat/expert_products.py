@@ -1,12 +1,13 @@
 """The experts of a rank by grouped products, for the forward, the inputs and the weights.
 
-Rows [R, H] are sorted by expert; ends [E]: where each expert's end, on the device.
+Rows [R, H] are sorted by expert, and packed with their route weights (`mopexec.model.fused.split_packed`);
+ends [E]: where each expert's end, on the device.
 """
 
 from torch import Tensor
 
 from mopexec.model import grouped
-from mopexec.model.fused import OPS
+from mopexec.model.fused import OPS, split_packed
 from mopexec.model.grouped import Groups
 from mopexec.model.routing import wide
 from mopexec.model.swiglu import Clamp
@@ -28,34 +29,33 @@ def _named(experts: Weights, name: str) -> tuple[Tensor, Tensor | None]:
     return experts[f"moe.experts.{name}_proj"], experts.get(f"moe.experts.{name}_proj_bias")
 
 
-def forward(
-    rows: list[Tensor], route_weights: Tensor, ends: Tensor, experts: Weights, clamp: Clamp | None
-) -> None:
-    """The last of `rows`, [R, H], becomes weight * expert(row), a new tensor. Temporaries: 2 I R."""
-    inputs = rows.pop()
+def forward(rows: list[Tensor], ends: Tensor, experts: Weights, clamp: Clamp | None) -> None:
+    """The last of `rows`, packed, becomes weight * expert(row) [R, H], a new tensor. Temporaries: 2 I R."""
+    inputs, route_weights = _unpack(rows.pop(), experts)
     groups = _groups(ends, experts, inputs.shape[0])
     gate, up = (groups.product(inputs, *_named(experts, name)) for name in ("gate", "up"))
-    del inputs
     OPS.swiglu_(gate, up, route_weights, *_limits(clamp))
     del up
     down, bias = _named(experts, "down")
+    share = None if bias is None else route_weights[:, None].to(inputs.dtype)
+    del inputs, route_weights
     out = groups.product(gate, down)
-    if bias is not None:
-        out.addcmul_(groups.of_rows(bias), route_weights[:, None].to(out.dtype))
+    if bias is not None and share is not None:
+        out.addcmul_(groups.of_rows(bias), share)
     rows.append(out)
 
 
 def backward(
-    rows: list[Tensor], route_weights: Tensor, ends: Tensor, experts: Weights, grads: Weights,
-    clamp: Clamp | None,
-) -> Tensor:  # fmt: skip
-    """rows: inputs and gradients of weight * expert(input), each [R, H], become the gradients of the inputs
+    rows: list[Tensor], ends: Tensor, experts: Weights, grads: Weights, clamp: Clamp | None
+) -> Tensor:
+    """rows: packed inputs, and gradients of weight * expert(input) [R, H], become the gradients of the inputs
     alone; grads += the weights'.
 
     Returns the gradients of the route weights [R] in the wide dtype. Temporaries: 3 I R, the gradients of one
     stack of weights, and 2 H R at the end.
     """
-    given, inputs = rows.pop(), rows.pop()
+    given = rows.pop()
+    inputs, route_weights = _unpack(rows.pop(), experts)
     groups = _groups(ends, experts, given.shape[0])
     gate, up = (groups.product(inputs, *_named(experts, name)) for name in ("gate", "up"))
     down, bias = _named(experts, "down")
@@ -72,12 +72,15 @@ def backward(
     for name, grad in (("gate", gate), ("up", up)):
         groups.add_weights(grads[f"moe.experts.{name}_proj"], inputs, grad)
         groups.add_bias(grads.get(f"moe.experts.{name}_proj_bias"), grad)
-    del inputs, grad
+    del inputs, route_weights, grad
     result = groups.product(gate, _named(experts, "gate")[0].transpose(1, 2))
     del gate
-    result.add_(groups.product(up, _named(experts, "up")[0].transpose(1, 2)))
-    rows.append(result)
+    rows.append(result.add_(groups.product(up, _named(experts, "up")[0].transpose(1, 2))))
     return grad_weights
+
+
+def _unpack(packed: Tensor, experts: Weights) -> tuple[Tensor, Tensor]:
+    return split_packed(packed, experts[f"{_PREFIX}gate_proj"].shape[1])
 
 
 def _limits(clamp: Clamp | None) -> tuple[float, float]:

@@ -18,11 +18,11 @@ from mopexec.flat import expert_products
 from mopexec.flat.dispatch import Arrival, ChunkExchange
 from mopexec.flat.ffn import add_shared_, shared_backward, slice_rows
 from mopexec.flat.least_loaded import Foreign
-from mopexec.flat.routes import RoutePlanner, Routes, router_backward
+from mopexec.flat.routes import RoutePlanner, Routes
 from mopexec.flat.rows import FUSED_ROWS, SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model import kernels
-from mopexec.model.fused import OPS
+from mopexec.model.fused import OPS, split_packed
 from mopexec.model.routing import wide
 from mopexec.model.swiglu import (
     Clamp,
@@ -39,26 +39,10 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class _Chunk:
-    """A chunk on its way to the experts. inverse: place of each (token, slot) among the sorted routes."""
+    """A chunk on its way to the experts: packed rows, and in the backward output gradients."""
 
-    index: int
     exchange: ChunkExchange
-    inverse: Tensor
-    route_weights: Arrival
     rows: list[Arrival]
-
-
-@dataclass
-class _Work:
-    """A chunk at the experts. rows: inputs [R, H], and in the backward output gradients; lists, to free them
-    early.
-    """
-
-    index: int
-    exchange: ChunkExchange
-    inverse: Tensor
-    route_weights: Tensor
-    rows: list[Tensor]
 
 
 @dataclass
@@ -68,9 +52,8 @@ class _Return:
     """
 
     index: int
-    inverse: Tensor
+    exchange: ChunkExchange
     rows: Arrival
-    grad_weights: Arrival | None = None
 
 
 class MoEBlock:
@@ -83,30 +66,31 @@ class MoEBlock:
         self.num_chunks, self.clamp = planner.num_chunks, clamp_of(spec)
 
     def forward_(
-        self, x: Tensor, routes: Routes, weights: Weights, experts: Weights, foreign: Foreign | None = None
-    ) -> None:
-        """x1 [N, H] becomes x2 in place; weights of the layer's dense unit, experts of its expert unit,
-        foreign those of others that rows here need.
+        self, x: Tensor, routes: Routes, route_weights: Tensor, weights: Weights, experts: Weights,
+        foreign: Foreign | None = None,
+    ) -> None:  # fmt: skip
+        """x1 [N, H] becomes x2 in place; route_weights [N, top_k]; weights of the layer's dense unit, experts
+        of its expert unit, foreign those of others that rows here need.
         """
         returning: list[_Return] = []
-        coming = [self._dispatch(0, x, routes, weights, None)]
+        exchanges = self._exchanges(routes)
+        coming = [self._dispatch(0, exchanges, x, route_weights, weights, None)]
         for index in range(self.num_chunks):
             self._add_shared(index, x, weights)
-            work = self._receive(coming.pop())
+            exchange, rows = self._receive(coming.pop())
             if index + 1 < self.num_chunks:
-                coming.append(self._dispatch(index + 1, x, routes, weights, None))
+                coming.append(self._dispatch(index + 1, exchanges, x, route_weights, weights, None))
             with component("experts"):
                 held = [experts, *(foreign.weights() if foreign else ())]
-                if foreign is None and expert_products.fits(work.rows[0], experts):
-                    expert_products.forward(
-                        work.rows, work.route_weights, routes.ends[index], experts, self.clamp
-                    )
+                if foreign is None and expert_products.fits(rows[0], experts):
+                    expert_products.forward(rows, routes.ends[index], experts, self.clamp)
                 else:
-                    experts_forward_(work.rows[0], work.route_weights, work.exchange.counts, held, self.clamp)
+                    rows[0], of_rows = split_packed(rows[0], x.shape[1])
+                    experts_forward_(rows[0], of_rows, exchange.counts, held, self.clamp)
+                    del of_rows
             if returning:
                 self._combine(returning.pop(), x)
-            returning.append(self._send_back(work, None))
-            del work
+            returning.append(self._send_back(index, exchange, rows, None))
         self._combine(returning.pop(), x)
 
     def backward(
@@ -116,119 +100,122 @@ class MoEBlock:
         """grad [N, H] of x2 becomes that of x1 in place; x is x1; grads and expert_grads += the weights'."""
         returning: list[_Return] = []
         with phase("backward"):
-            coming = [self._dispatch(0, x, routes, weights, grad)]
+            route_weights = self.planner.weights(x, routes.experts, weights)
+            exchanges = self._exchanges(routes)
+            with category("dispatch"):
+                grad_weights = torch.empty_like(route_weights)
+            coming = [self._dispatch(0, exchanges, x, route_weights, weights, grad)]
             held_grads = [expert_grads, *(foreign.open_grads() if foreign else ())]
             for index in range(self.num_chunks):
                 self._shared_backward(index, grad, x, weights, grads)
-                work = self._receive(coming.pop())
+                exchange, rows = self._receive(coming.pop())
                 if index + 1 < self.num_chunks:
-                    coming.append(self._dispatch(index + 1, x, routes, weights, grad))
+                    coming.append(self._dispatch(index + 1, exchanges, x, route_weights, weights, grad))
                 with component("experts"):
                     held = [experts, *(foreign.weights() if foreign else ())]
-                    if foreign is None and expert_products.fits(work.rows[0], experts):
-                        grad_weights = expert_products.backward(
-                            work.rows, work.route_weights, routes.ends[index], experts, expert_grads,
-                            self.clamp,
-                        )  # fmt: skip
+                    if foreign is None and expert_products.fits(rows[0], experts):
+                        of_rows = expert_products.backward(
+                            rows, routes.ends[index], experts, expert_grads, self.clamp
+                        )
                     else:
-                        grad_weights = experts_backward_(
-                            work.rows[1], work.rows[0], work.route_weights, work.exchange.counts, held,
-                            held_grads, self.clamp,
-                        )  # fmt: skip
-                        del work.rows[0]
+                        inputs, of_rows = split_packed(rows.pop(0), x.shape[1])
+                        of_rows = experts_backward_(
+                            rows[0], inputs, of_rows, exchange.counts, held, held_grads, self.clamp
+                        )
+                        del inputs
                 if returning:
-                    self._combine_backward(returning.pop(), grad, x, routes, weights, grads)
-                returning.append(self._send_back(work, grad_weights))
-                del work, grad_weights
-            self._combine_backward(returning.pop(), grad, x, routes, weights, grads)
+                    self._combine_backward(returning.pop(), grad, grad_weights, x, weights, grads)
+                returning.append(self._send_back(index, exchange, rows, of_rows))
+                del of_rows
+            self._combine_backward(returning.pop(), grad, grad_weights, x, weights, grads)
+            del exchanges, exchange, route_weights
+            self.planner.backward_(grad, grad_weights, x, routes.experts, weights, grads)
+
+    def _exchanges(self, routes: Routes) -> list[ChunkExchange]:
+        with component("router"), category("dispatch"):
+            return ChunkExchange.of(self.planner.group, routes)
 
     def _rows(self, x: Tensor, index: int) -> Tensor:
         """The tokens of strided chunk `index`: a view [c, H]."""
         return x[index :: self.num_chunks]
 
-    def _hidden(self, x: Tensor, index: int, weights: Weights) -> Tensor:
-        return rms_norm(self._rows(x, index), weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-
     def _dispatch(
-        self, index: int, x: Tensor, routes: Routes, weights: Weights, grad: Tensor | None
-    ) -> _Chunk:
+        self, index: int, exchanges: list[ChunkExchange], x: Tensor, route_weights: Tensor, weights: Weights,
+        grad: Tensor | None,
+    ) -> _Chunk:  # fmt: skip
         """Send a chunk's tokens and route weights (and, in the backward, output gradients) to the experts."""
-        with component("router"), category("dispatch"):
-            chosen = routes.experts[index :: self.num_chunks]
-            order = routes.order(index)
-            exchange = ChunkExchange(
-                self.planner.group, routes.send[index], routes.receive[index], routes.arrived[index]
-            )
-            with category("activations"):
-                hidden = self._hidden(x, index, weights)
-            route_weights = self.planner.weights(hidden, chosen, weights).flatten().index_select(0, order)
+        exchange, tokens = exchanges[index], self._rows(x, index)
+        scale, eps = weights["ffn_norm.weight"], self.spec.rms_norm_eps
+        given = None if grad is None else self._rows(grad, index)
+        own, top_k = self._rows(route_weights, index), self.spec.num_experts_per_tok
+        if kernels.NOW.norm:
+            with component("experts"), category("dispatch"):
+                rows = OPS.pack_routes(tokens, scale, eps, given, own, exchange.order, top_k)
+                return _Chunk(exchange, [exchange.start(rows.pop(0)) for _ in range(len(rows))])
+        with component("router"):
+            hidden = rms_norm(tokens, scale, eps)
         with component("experts"), category("dispatch"):
-            sent_weights = exchange.start(route_weights)
-            del route_weights
-            top_k = self.spec.num_experts_per_tok
-            rows = [exchange.start(OPS.spread_rows(hidden, order, top_k))]
+            rows = OPS.pack_routes(hidden, None, eps, given, own, exchange.order, top_k)
             del hidden
-            if grad is not None:
-                rows.append(exchange.start(OPS.spread_rows(self._rows(grad, index), order, top_k)))
-            return _Chunk(index, exchange, OPS.inverse_order(order), sent_weights, rows)
+            return _Chunk(exchange, [exchange.start(rows.pop(0)) for _ in range(len(rows))])
 
-    def _receive(self, chunk: _Chunk) -> _Work:
-        """Wait for a chunk at the experts; what was sent is freed."""
+    def _receive(self, chunk: _Chunk) -> tuple[ChunkExchange, list[Tensor]]:
+        """A chunk's rows at the experts, in a list, to free them early; what was sent is freed."""
         with component("experts"), category("dispatch"):
-            route_weights = chunk.route_weights.take()
-            rows = [arrival.take() for arrival in chunk.rows]
-            return _Work(chunk.index, chunk.exchange, chunk.inverse, route_weights, rows)
+            return chunk.exchange, [arrival.take() for arrival in chunk.rows]
 
-    def _send_back(self, work: _Work, grad_weights: Tensor | None) -> _Return:
-        """Send a chunk's only remaining rows home; empties `work.rows`."""
+    def _send_back(
+        self, index: int, exchange: ChunkExchange, owned: list[Tensor], grad_weights: Tensor | None
+    ) -> _Return:
+        """Send a chunk's only remaining rows home; empties `owned`."""
         with component("experts"), category("dispatch"):
-            back = None if grad_weights is None else work.exchange.start_back([grad_weights])
-            return _Return(work.index, work.inverse, work.exchange.start_back(work.rows), back)
+            return _Return(index, exchange, exchange.start_back(owned, grad_weights))
 
     def _combine(self, returned: _Return, x: Tensor) -> None:
         """x1 += the sum of each token's routes, for the tokens of the chunk."""
         with component("experts"), category("dispatch"):
-            rows, target = returned.rows.take(), self._rows(x, returned.index)
+            rows, target, inverse = (
+                returned.rows.take(),
+                self._rows(x, returned.index),
+                returned.exchange.inverse,
+            )
             if kernels.NOW.rows:
-                OPS.add_routes_(target, rows, returned.inverse, self.spec.num_experts_per_tok)
+                OPS.add_routes_(target, rows, inverse, self.spec.num_experts_per_tok)
                 return
             for start, stop in row_slices(target.shape[0]):
-                target[start:stop].add_(self._sum_routes(rows, returned.inverse, start, stop))
+                target[start:stop].add_(self._sum_routes(rows, inverse, start, stop))
 
     def _combine_backward(
-        self, returned: _Return, grad: Tensor, x: Tensor, routes: Routes, weights: Weights, grads: Weights
+        self,
+        returned: _Return,
+        grad: Tensor,
+        grad_weights: Tensor,
+        x: Tensor,
+        weights: Weights,
+        grads: Weights,
     ) -> None:
-        """Gradients of a chunk's tokens from their routes and from the router, through the norm,
-        into grad.
+        """Gradients of a chunk's tokens from their routes, through the norm, into grad; those of their route
+        weights into grad_weights [N, top_k].
         """
+        top_k, inverse = self.spec.num_experts_per_tok, returned.exchange.inverse
+        tokens, target, own = (self._rows(one, returned.index) for one in (x, grad, grad_weights))
         with component("experts"), category("dispatch"):
-            rows = returned.rows.take()
-            assert returned.grad_weights is not None
-            grad_weights = returned.grad_weights.take().index_select(0, returned.inverse)
-            grad_weights = grad_weights.view(-1, self.spec.num_experts_per_tok)
-            tokens, target = self._rows(x, returned.index), self._rows(grad, returned.index)
-            chosen = routes.experts[returned.index :: self.num_chunks]
+            rows, of_weights = returned.rows.take_weighted()
+            if not kernels.NOW.rows:
+                own.copy_(of_weights.index_select(0, inverse).view(own.shape))
         for start, stop in row_slices(target.shape[0], FUSED_ROWS if kernels.NOW.rows else SLICE_ROWS):
             with component("experts"), category("dispatch"):
-                grad_hidden = self._sum_routes(rows, returned.inverse, start, stop)
+                if kernels.NOW.rows:
+                    places = inverse[start * top_k : stop * top_k]
+                    grad_hidden = OPS.take_routes_(own[start:stop], rows, of_weights, places, top_k)
+                else:
+                    grad_hidden = self._sum_routes(rows, inverse, start, stop)
             with component("router"):
-                part = tokens[start:stop].contiguous() if kernels.NOW.norm else tokens[start:stop]
-                hidden = rms_norm(part, weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                grad_hidden.add_(
-                    router_backward(
-                        grad_weights[start:stop], hidden, chosen[start:stop], weights, grads, self.spec
-                    )
-                )
-                del hidden
-                self._norm_backward(target[start:stop], part, grad_hidden, weights, grads)
-                del part
+                self._norm_backward(target[start:stop], tokens[start:stop], grad_hidden, weights, grads)
 
     def _sum_routes(self, rows: Tensor, inverse: Tensor, start: int, stop: int) -> Tensor:
         """Sum over the routes of tokens [start, stop): [stop - start, H]. Deterministic, unlike a scatter."""
         top_k = self.spec.num_experts_per_tok
-        if kernels.NOW.rows:
-            total: Tensor = OPS.sum_routes(rows, inverse[start * top_k : stop * top_k], top_k)
-            return total
         gathered = rows.index_select(0, inverse[start * top_k : stop * top_k])
         return gathered.view(stop - start, top_k, -1).sum(1)
 

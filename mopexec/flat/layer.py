@@ -42,10 +42,10 @@ class LayerSchedule:
             self.ffn.forward_(out, weights)
         else:
             assert self.experts is not None
-            self._routes = self.moe.planner.plan(out, weights, balance_bias, load)
+            self._routes, route_weights = self.moe.planner.plan(out, weights, balance_bias, load)
             foreign = self._foreign(self._routes)
-            self.moe.forward_(out, self._routes, weights, self.experts.weights(), foreign)
-            del foreign
+            self.moe.forward_(out, self._routes, route_weights, weights, self.experts.weights(), foreign)
+            del foreign, route_weights
         release(self.units)
         return out
 

@@ -32,8 +32,8 @@ class Moves:
     place s of rank t is destination t * slots + s.
 
     received: (expert, place of its owner in the group) of each that comes; sent: (expert, place of the rank
-    that needs it) of each of this rank's. destinations [chunks, n], lengths [chunks, n]: runs of this rank's
-    routes, sorted by expert, in a chunk.
+    that needs it) of each of this rank's. destinations [n], lengths [n]: runs of this rank's routes, sorted
+    by chunk and expert; the destinations of a chunk follow those of the one before.
     """
 
     slots: int
@@ -42,11 +42,9 @@ class Moves:
     destinations: Tensor
     lengths: Tensor
 
-    def order(self, index: int, by_expert: Tensor) -> Tensor:
-        """Routes of a chunk by destination, from those by expert."""
-        runs = torch.repeat_interleave(
-            self.destinations[index], self.lengths[index], output_size=by_expert.shape[0]
-        )
+    def order(self, by_expert: Tensor) -> Tensor:
+        """Routes by chunk and destination, from those by chunk and expert."""
+        runs = torch.repeat_interleave(self.destinations, self.lengths, output_size=by_expert.shape[0])
         return by_expert.index_select(0, runs.argsort(stable=True))
 
 
@@ -68,9 +66,9 @@ def placed(counts: Counts, group: Group, how: Experts, platform: Platform) -> Co
     rest = [[placement.rows[r][e] for r in targets[e]] for e in range(experts)]
     send = [[0] * (size * slots) for _ in range(chunks)]
     receive = [[[0] * slots for _ in range(size)] for _ in range(chunks)]
-    runs: list[tuple[list[int], list[int]]] = []
+    destinations: list[int] = []
+    lengths: list[int] = []
     for i in range(chunks):
-        destinations, lengths = [], []
         for e in range(experts):
             from_ranks = [counts[r][i][e] for r in range(size)]
             quota = _part(sum(from_ranks), rest[e])
@@ -78,16 +76,15 @@ def placed(counts: Counts, group: Group, how: Experts, platform: Platform) -> Co
             shared = _overlaps(from_ranks, quota)
             for index, target in enumerate(targets[e]):
                 _, s = slot[target, e]
-                destinations.append(target * slots + s)
+                destinations.append((i * size + target) * slots + s)
                 lengths.append(shared[place][index])
                 send[i][target * slots + s] = shared[place][index]
                 if target == place:
                     for r in range(size):
                         receive[i][r][s] = shared[r][index]
-        runs.append((destinations, lengths))
     with category("activations"):
         arrived = platform.upload(receive, (chunks, size, slots))
-        where, long = platform.upload(runs, (chunks, 2, len(runs[0][0]))).unbind(1)
+        where, long = platform.upload((destinations, lengths), (2, len(lengths))).unbind(0)
     received = tuple((e, owner) for e, owner, target in placement.moves if target == place)
     sent = tuple((e, target) for e, owner, target in placement.moves if owner == place)
     return send, receive, arrived, Moves(slots, received, sent, where, long)

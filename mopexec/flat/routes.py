@@ -10,7 +10,7 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.least_loaded import Counted, Moves, placed
-from mopexec.flat.rows import SLICE_ROWS, add_matmul, rms_norm, row_slices
+from mopexec.flat.rows import FUSED_ROWS, SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component
 from mopexec.model import kernels
 from mopexec.model.fused import OPS
@@ -46,10 +46,16 @@ class Routes:
         with category("activations"):
             return cls(experts, send, receive, arrived, ends_of(arrived), moves)
 
-    def order(self, index: int) -> Tensor:
-        """Routes (token, slot) of a chunk of `experts` in the order in which they are sent: [c * top_k]."""
-        by_expert = self.experts[index :: len(self.send)].flatten().argsort(stable=True)
-        return by_expert if self.moves is None else self.moves.order(index, by_expert)
+    def orders(self) -> tuple[Tensor, Tensor]:
+        """Of all chunks, one after the other, each [N * top_k] in the chunk's own places: the routes (token,
+        slot) in the order in which they are sent, and where each went.
+        """
+        chunks, per_chunk = len(self.send), len(self.send[0])
+        order = OPS.route_cells(self.experts, chunks, per_chunk).argsort(stable=True)
+        if self.moves is not None:
+            order = self.moves.order(order)
+        found: tuple[Tensor, Tensor] = OPS.chunk_orders(order, chunks, self.experts.shape[1])
+        return found
 
 
 class RoutePlanner:
@@ -65,29 +71,63 @@ class RoutePlanner:
         self.places = how.balance == "least_loaded" and group.size > 1
         self._stated: Routes | None = None
 
-    def plan(self, x: Tensor, weights: Weights, balance_bias: Tensor, load: Tensor) -> Routes:
-        """Routes of tokens x [N, H] (before the norm). load [E] float32 += routes where the router chose."""
+    def plan(self, x: Tensor, weights: Weights, balance_bias: Tensor, load: Tensor) -> tuple[Routes, Tensor]:
+        """Routes of tokens x [N, H] (before the norm), and their weights as `weights`. load [E] float32 +=
+        routes where the router chose.
+        """
         if self.profile is not None:
             if self._stated is None:
                 self._stated = Routes.of(self.profile, self._stated_counts(x.shape[0]))
-            return self._stated
+            return self._stated, self.weights(x, self.profile, weights)
         experts = torch.empty((x.shape[0], self.spec.num_experts_per_tok), dtype=torch.int16, device=x.device)
+        found = self.weights(x, experts, weights, balance_bias)
         with component("router"):
+            return Routes.of(experts, self._exchanged_counts(experts, load)), found
+
+    def weights(
+        self, x: Tensor, experts: Tensor, weights: Weights, choose_by: Tensor | None = None
+    ) -> Tensor:
+        """Route weights [N, top_k], in the wide dtype, of tokens x [N, H] (before the norm). choose_by [E]:
+        experts [N, top_k] are chosen first, with this bias.
+        """
+        with component("router"):
+            found: list[Tensor] = []
             for start, stop in row_slices(x.shape[0], 0 if kernels.NOW.router else SLICE_ROWS):
                 hidden = rms_norm(x[start:stop], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                scores = router_scores(_logits(hidden, weights), self.spec)
-                experts[start:stop].copy_(choose_experts(scores, balance_bias, self.spec))
-                del hidden, scores
-            return Routes.of(experts, self._exchanged_counts(experts, load))
+                logits, chosen = _logits(hidden, weights), experts[start:stop]
+                del hidden
+                if choose_by is not None:
+                    scores = router_scores(logits, self.spec)
+                    chosen.copy_(choose_experts(scores, choose_by, self.spec))
+                    del scores
+                with category("dispatch"):
+                    found.append(_route_weights(logits, chosen, self.spec))
+                del logits
+            with category("dispatch"):
+                return found[0] if len(found) == 1 else torch.cat(found)
 
-    def weights(self, hidden: Tensor, experts: Tensor, weights: Weights) -> Tensor:
-        """Route weights [n, top_k], in the wide dtype, of normed tokens hidden [n, H]."""
-        if kernels.NOW.router:
-            logits = _logits(hidden, weights)
-            found: Tensor = OPS.route_weights(logits, experts, *_how(self.spec))
-            return found
-        scores = router_scores(_logits(hidden, weights), self.spec)
-        return route_weights(scores, experts.long(), self.spec)
+    def backward_(
+        self, grad: Tensor, grad_weights: Tensor, x: Tensor, experts: Tensor, weights: Weights, grads: Weights
+    ) -> None:
+        """grad [N, H] of tokens x += what the gradients of their route weights [N, top_k] give; grads += the
+        router's and the norm's.
+        """
+        with component("router"):
+            router = weights["moe.router.weight"].to(wide(x.dtype))
+            for start, stop in row_slices(x.shape[0], FUSED_ROWS if kernels.NOW.router else SLICE_ROWS):
+                rows = slice(start, stop)
+                hidden = rms_norm(x[rows], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
+                grad_logits = _logits_backward(
+                    grad_weights[rows], _logits(hidden, weights), experts[rows], self.spec
+                )
+                add_matmul(grads["moe.router.weight"], grad_logits.t(), hidden.to(router.dtype))
+                del hidden
+                if "moe.router.bias" in grads:
+                    grads["moe.router.bias"].add_(grad_logits.sum(0))
+                rms_norm_backward_(
+                    grad[rows], x[rows], grad_logits @ router, weights["ffn_norm.weight"],
+                    grads["ffn_norm.weight"], self.spec.rms_norm_eps,
+                )  # fmt: skip
 
     def _stated_counts(self, num_tokens: int) -> Counted:
         spec, group, local = self.spec, self.group, self.local
@@ -118,10 +158,9 @@ class RoutePlanner:
         """
         chunks, num_experts, size = self.num_chunks, self.spec.num_local_experts, self.group.size
         with category("dispatch"):
-            chunk = torch.arange(experts.shape[0], device=experts.device) % chunks
-            cell = (experts.long() + (chunk * num_experts)[:, None]).flatten()
+            cells = OPS.route_cells(experts, chunks, num_experts)
             counts = torch.zeros(chunks * num_experts, dtype=torch.int64, device=experts.device)
-            counts.index_add_(0, cell, torch.ones_like(cell))
+            counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.int64))
             counts = counts.view(chunks, num_experts)
             load.add_(counts.sum(0))
             if self.places:
@@ -168,23 +207,17 @@ def _logits(hidden: Tensor, weights: Weights) -> Tensor:
     return F.linear(hidden.to(accurate), weights["moe.router.weight"].to(accurate), bias)
 
 
-def router_backward(
-    grad: Tensor, hidden: Tensor, experts: Tensor, weights: Weights, grads: Weights, spec: ModelSpec
-) -> Tensor:
-    """Gradient [n, H] of normed tokens, in the wide dtype, from that of their route weights [n, top_k]; grads
-    += the router's.
-    """
-    accurate = wide(hidden.dtype)
+def _route_weights(logits: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
+    """Weights [n, top_k] of chosen experts from router logits [n, E]."""
     if kernels.NOW.router:
-        logits = _logits(hidden, weights)
-        grad_logits = OPS.route_weights_backward(grad, logits, experts, *_how(spec))
-        del logits
-    else:
-        scores = router_scores(_logits(hidden, weights), spec)
-        grad_logits = route_weights_backward(grad, scores, experts.long(), spec)
-        del scores
-    add_matmul(grads["moe.router.weight"], grad_logits.t(), hidden.to(accurate))
-    if "moe.router.bias" in grads:
-        grads["moe.router.bias"].add_(grad_logits.sum(0))
-    found: Tensor = grad_logits @ weights["moe.router.weight"].to(accurate)
-    return found
+        found: Tensor = OPS.route_weights(logits, experts, *_how(spec))
+        return found
+    return route_weights(router_scores(logits, spec), experts.long(), spec)
+
+
+def _logits_backward(grad: Tensor, logits: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
+    """Gradient of router logits [n, E] from that of their route weights [n, top_k]."""
+    if kernels.NOW.router:
+        found: Tensor = OPS.route_weights_backward(grad, logits, experts, *_how(spec))
+        return found
+    return route_weights_backward(grad, router_scores(logits, spec), experts.long(), spec)

@@ -13,30 +13,32 @@ import torch
 from torch import Tensor
 
 from mopexec.model.routing import wide
+from mopsim.spec import layout
 
 _LIBRARY: Any = torch.library.Library("mop", "DEF")  # type: ignore[no-untyped-call]
 Leaf = Callable[..., Any]
 LEAVES: dict[str, Leaf] = {}
 """Functions that are compiled on CUDA, by the name of their op."""
 KERNELS = {
-    "rms_norm_backward": 4, "rotate_": 2, "swiglu_backward_": 3, "route_weights": 6,
-    "route_weights_backward": 8, "add_routes_": 2, "sum_routes": 2, "inverse_order": 2, "arrival_order": 3,
-    "rms_norm_strided": 3,
+    "rms_norm_backward_": 8, "rotate_": 2, "swiglu_backward_": 3, "route_weights": 6,
+    "route_weights_backward": 8, "add_routes_": 4, "take_routes_": 3, "chunk_orders": 2, "arrival_order": 3,
+    "rms_norm_strided": 3, "pack_routes": 6, "pack_back": 4,
 }  # fmt: skip
 """Kernels of an op, where it is not one. Compiled: what Inductor (torch 2.13) makes of them for a CPU, as
-torch._inductor.metrics counts; for a GPU it joins more loops and makes no more, which was not measured.
-rms_norm_backward: the inverse RMS, the input's gradient, and the weight's in two."""
+torch._inductor.metrics counts; for a GPU it joins more loops and makes no more, which was not measured."""
 
 
-def _define(schema: str, leaf: Leaf, meta: Leaf, cuda: Leaf | None = None) -> None:
-    """An op. cuda: where it is not the compiled leaf."""
+def _define(
+    schema: str, leaf: Leaf, meta: Leaf, cuda: Leaf | None = None, compiled: Leaf | None = None
+) -> None:
+    """An op. cuda: where nothing is compiled; compiled: where it is not the leaf."""
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, leaf, "CPU")
     _LIBRARY.impl(name, meta, "Meta")
     if cuda is None:
-        LEAVES[name] = leaf
-        cuda = _compiled(leaf)
+        LEAVES[name] = compiled or leaf
+        cuda = _compiled(LEAVES[name])
     _LIBRARY.impl(name, cuda, "CUDA")
 
 
@@ -70,24 +72,20 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return (x.to(wide(x.dtype)).square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
-def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """With n = x / rms: dx = (g w - n mean(g w n)) / rms, dw = sum over rows of g n."""
+def _rms_norm_backward_(
+    target: Tensor, x: Tensor, grad: Tensor, weight: Tensor, grad_weight: Tensor, eps: float, add: bool
+) -> None:
+    """See `mopexec.flat.rows.rms_norm_backward_`; grad of any dtype."""
     inverse = _inverse_rms(x, eps)
     normed, scaled = x * inverse, grad * weight.to(inverse.dtype)
     product = grad * normed
-    dx = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * inverse
-    return dx.to(x.dtype), product.sum(tuple(range(x.dim() - 1))).to(weight.dtype)
-
-
-_inverse_rms_cuda = _compiled(_inverse_rms)
-
-
-def _rms_norm_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    dx, dw = torch.ops.aten._fused_rms_norm_backward(
-        grad.contiguous(), x, list(weight.shape), _inverse_rms_cuda(x, eps), weight, [True, True]
-    )
-    return dx, dw
+    dx = ((scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * inverse).to(target.dtype)
+    total = product.sum(tuple(range(x.dim() - 1)))
+    if add:
+        target.add_(dx)
+    else:
+        target.copy_(dx)
+    grad_weight.add_(total.to(weight.dtype))
 
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
@@ -195,28 +193,112 @@ def _add_routes_(target: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> N
     target.add_(gathered.sum(1, dtype=wide(target.dtype)).to(target.dtype))
 
 
-def _sum_routes(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    """[n, H]: the sum of each token's rows, as `add_routes_` adds it to zeros."""
+def _take_routes_(
+    grad_weights: Tensor, rows: Tensor, of_weights: Tensor, inverse: Tensor, top_k: int
+) -> Tensor:
+    """The sum of each token's rows, [n, H], as `add_routes_` adds it to zeros; grad_weights [n, top_k] =
+    of_weights [n * top_k] of each route.
+    """
+    grad_weights.copy_(of_weights[inverse].view(grad_weights.shape))
     gathered = rows[inverse].view(-1, top_k, rows.shape[1])
     return gathered.sum(1, dtype=wide(rows.dtype)).to(rows.dtype)
 
 
-def _spread_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """Row order // top_k of x for each route of `order`."""
-    return x.index_select(0, order // top_k)
+def split_packed(packed: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
+    """(rows [R, hidden], route weights [R] in the wide dtype), views of packed rows: `layout.packed_row`."""
+    accurate, size = wide(packed.dtype), packed.element_size()
+    start = packed.shape[1] - layout.PACK_BYTES // size
+    return packed[:, :hidden], packed[:, start : start + accurate.itemsize // size].view(accurate)[:, 0]
 
 
-def _inverse_order(order: Tensor) -> Tensor:
-    """Where each element went, of a permutation [R] int64."""
-    places = torch.arange(order.shape[0], device=order.device)
-    return torch.empty_like(order).scatter_(0, order, places)
+def _packed(x: Tensor, num_rows: int) -> Tensor:
+    """Packed rows without values."""
+    size = x.element_size()
+    return x.new_empty(num_rows, layout.packed_row(x.shape[1] * size) // size)
+
+
+def _pack_routes(
+    x: Tensor, scale: Tensor | None, eps: float, grad: Tensor | None, weights: Tensor, order: Tensor,
+    top_k: int,
+) -> list[Tensor]:  # fmt: skip
+    """Packed rows (see `split_packed`) of the routes of `order`, token and slot in one: the row of x [n, H],
+    normed where a scale is given, and the weight of weights [n, top_k]. Then the rows of grad where given.
+    """
+    token = order // top_k
+    packed = _packed(x, order.shape[0])
+    rows, own = split_packed(packed, x.shape[1])
+    torch.index_select(x if scale is None else _rms_norm(x, scale, eps), 0, token, out=rows)
+    own.copy_(weights[token, order % top_k])
+    return [packed] if grad is None else [packed, grad.index_select(0, token)]
+
+
+def _pack_routes_compiled(
+    x: Tensor, scale: Tensor | None, eps: float, grad: Tensor | None, weights: Tensor, order: Tensor,
+    top_k: int,
+) -> list[Tensor]:  # fmt: skip
+    """A row is normed where it is gathered: no normed copy of x is made."""
+    token = order // top_k
+    rows = x[token] if scale is None else _rms_norm(x[token], scale, eps)
+    packed = _joined(rows, weights[token, order % top_k])
+    return [packed] if grad is None else [packed, grad[token]]
+
+
+def _pack_routes_meta(x: Tensor, *others: Any) -> list[Tensor]:
+    grad, order = others[2], others[4]
+    given = [] if grad is None else [x.new_empty(order.shape[0], x.shape[1])]
+    return [_packed(x, order.shape[0]), *given]
+
+
+def _joined(rows: Tensor, weights: Tensor) -> Tensor:
+    """Packed rows, by one concatenation."""
+    count, hidden, size = *rows.shape, rows.element_size()
+    bits, width = weights[:, None].view(rows.dtype), layout.packed_row(hidden * size) // size
+    start = width - layout.PACK_BYTES // size
+    gaps = [rows.new_zeros(count, gap) for gap in (start - hidden, width - start - bits.shape[1])]
+    return torch.cat([rows, gaps[0], bits, gaps[1]], dim=1)
+
+
+def _pack_back(rows: Tensor, weights: Tensor, order: Tensor | None) -> Tensor:
+    """Packed rows of rows [R, H] and weights [R], row i at order[i]."""
+    packed = _packed(rows, rows.shape[0])
+    for target, source in zip(split_packed(packed, rows.shape[1]), (rows, weights), strict=True):
+        if order is None:
+            target.copy_(source)
+        else:
+            target.index_copy_(0, order, source)
+    return packed
+
+
+def _pack_back_compiled(rows: Tensor, weights: Tensor, order: Tensor | None) -> Tensor:
+    packed = _joined(rows, weights)
+    return packed if order is None else torch.empty_like(packed).index_copy_(0, order, packed)
+
+
+def _route_cells(experts: Tensor, chunks: int, num_experts: int) -> Tensor:
+    """(chunk, expert) of each route as one number [n * top_k] int32, of strided chunks of experts
+    [n, top_k].
+    """
+    chunk = torch.arange(experts.shape[0], device=experts.device, dtype=torch.int32) % chunks
+    return (experts.int() + (chunk * num_experts)[:, None]).flatten()
+
+
+def _chunk_orders(order: Tensor, chunks: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """From the order [n * top_k] of all routes by chunk: that of each chunk's own, chunk after chunk, and
+    where each of them went.
+    """
+    num_tokens = order.shape[0] // top_k
+    token, place = order // top_k, torch.arange(order.shape[0], device=order.device)
+    chunk = token % chunks
+    start = top_k * (chunk * (num_tokens // chunks) + chunk.clamp(max=num_tokens % chunks))
+    own = token // chunks * top_k + order % top_k
+    return own, torch.empty_like(order).scatter_(0, start + own, place - start)
 
 
 def _arrival_order(arrived: Tensor, total: int) -> Tensor:
     """See `mopexec.model.grouped.expert_order`: a block (source, expert) of arrivals moves as a whole."""
-    counts = arrived.t().reshape(-1)
-    starts = (arrived.reshape(-1).cumsum(0) - arrived.reshape(-1)).view_as(arrived).t().reshape(-1)
-    ends = counts.cumsum(0)
+    counts = arrived.transpose(-1, -2).reshape(-1)
+    before = arrived.flatten(-2).cumsum(-1).view_as(arrived) - arrived
+    starts, ends = before.transpose(-1, -2).reshape(-1), counts.cumsum(0)
     place = torch.arange(total, device=arrived.device)
     block = torch.searchsorted(ends, place, right=True)
     return place + (starts - ends + counts)[block]
@@ -228,11 +310,8 @@ def _rms_norm_meta(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 _define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta, _rms_norm_cuda)
 _define("rms_norm_strided(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_meta)
-_define("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-        _rms_norm_backward,
-        lambda grad, x, weight, eps: (
-            torch.empty(x.shape, dtype=x.dtype, device="meta"), torch.empty_like(weight)
-        ), _rms_norm_backward_cuda)  # fmt: skip
+_define("rms_norm_backward_(Tensor(a!) target, Tensor x, Tensor grad, Tensor weight, Tensor(b!) grad_weight, "
+        "float eps, bool add) -> ()", _rms_norm_backward_, _nothing)  # fmt: skip
 _define("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()", _rotate_, _nothing)
 _define("swiglu_(Tensor(a!) gate, Tensor up, Tensor? weight, float limit, float alpha) -> ()",
         _swiglu_, _nothing)  # fmt: skip
@@ -253,11 +332,18 @@ _define("route_weights_backward(Tensor grad, Tensor logits, Tensor experts, bool
         lambda grad, logits, *_: torch.empty_like(logits))  # fmt: skip
 _define("add_routes_(Tensor(a!) target, Tensor rows, Tensor inverse, int top_k) -> ()",
         _add_routes_, _nothing)  # fmt: skip
-_define("sum_routes(Tensor rows, Tensor inverse, int top_k) -> Tensor", _sum_routes,
-        lambda rows, inverse, top_k: rows.new_empty(inverse.shape[0] // top_k, rows.shape[1]))  # fmt: skip
-_define("spread_rows(Tensor x, Tensor order, int top_k) -> Tensor", _spread_rows,
-        lambda x, order, _: x.new_empty(order.shape[0], x.shape[1]))  # fmt: skip
-_define("inverse_order(Tensor order) -> Tensor", _inverse_order, torch.empty_like)
+_define("take_routes_(Tensor(a!) grad_weights, Tensor rows, Tensor of_weights, Tensor inverse, int top_k) "
+        "-> Tensor", _take_routes_,
+        lambda grad_weights, rows, *_: rows.new_empty(grad_weights.shape[0], rows.shape[1]))  # fmt: skip
+_define("pack_routes(Tensor x, Tensor? scale, float eps, Tensor? grad, Tensor weights, Tensor order, "
+        "int top_k) -> Tensor[]", _pack_routes, _pack_routes_meta,
+        compiled=_pack_routes_compiled)  # fmt: skip
+_define("pack_back(Tensor rows, Tensor weights, Tensor? order) -> Tensor", _pack_back,
+        lambda rows, *_: _packed(rows, rows.shape[0]), compiled=_pack_back_compiled)  # fmt: skip
+_define("route_cells(Tensor experts, int chunks, int num_experts) -> Tensor", _route_cells,
+        lambda experts, *_: experts.new_empty(experts.numel(), dtype=torch.int32))  # fmt: skip
+_define("chunk_orders(Tensor order, int chunks, int top_k) -> (Tensor, Tensor)", _chunk_orders,
+        lambda order, *_: (torch.empty_like(order), torch.empty_like(order)))  # fmt: skip
 _define("arrival_order(Tensor arrived, int total) -> Tensor", _arrival_order,
         lambda arrived, total: arrived.new_empty(total))  # fmt: skip
 

@@ -51,9 +51,10 @@ def ends_of(arrived: Tensor) -> Tensor:
 
 def expert_order(arrived: Tensor, total: int) -> Tensor | None:
     """Positions of arrivals (by source, then expert) in the order by expert, then source: [total] int64. None
-    where the two are the same. arrived [sources, experts] counts them.
+    where the two are the same. arrived [.., sources, experts] counts them; where of several chunks, `total`
+    is theirs together and positions are in their own chunk.
     """
-    if 1 in arrived.shape:
+    if 1 in arrived.shape[-2:]:
         return None
     order: Tensor = OPS.arrival_order(arrived, total)
     return order

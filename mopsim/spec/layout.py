@@ -9,6 +9,8 @@ from mopsim.spec.strategy import Order, Strategy
 MOST_MICROBATCHES, MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**12, 2**12
 """Pieces that a batch, the tokens of a rank or its parameters may be cut into: more is a slip of the pen, and
 would take forever."""
+PACK_BYTES = 16
+"""What a route's weight takes beside its row: kernels want rows of whole 16 bytes."""
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -134,3 +136,8 @@ def stage_layers(
     return [
         list(range(starts[v * degree + stage], starts[v * degree + stage + 1])) for v in range(virtual_stages)
     ]
+
+
+def packed_row(size: int) -> int:
+    """Bytes of `size` bytes of routed rows and the route's weight beside them, in whole 16 bytes each."""
+    return -(-size // PACK_BYTES) * PACK_BYTES + PACK_BYTES

@@ -31,8 +31,10 @@ One layer of Qwen3-30B-A3B on 8 GPUs under `mopexec-flat`: 16 experts and 32K to
 recompute and backward, without the update; {ASKED} are asked for. An op that torch is given counts as one, a
 collective too. `at most`: compiled functions and the norm's backward by their kernels as Inductor makes them
 for a CPU (`mopexec.model.fused.KERNELS`); a GPU's were not at hand. A sort is several inside torch.
-Before grouped products and fused rows it was 4,326 in one chunk and 5,686 in four; before orders of arrivals
-and of returning rows came without a sort, 181, 399 and, in ten, 915.
+Routes are as a profile has them: the router's own choice and its exchange of counts, once a layer, are not
+counted. Before grouped products and fused rows it was 4,326 in one chunk and 5,686 in four; before orders
+came without a sort, 181, 399 and, in ten, 915; before orders, route weights and the router's backward were
+once a layer for all chunks, 155, 323 and 725.
 Command: `PYTHONPATH=. python tests/bench/kernels.py reports/executor`.
 """
 

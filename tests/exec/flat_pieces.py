@@ -13,6 +13,7 @@ from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.dispatch import ChunkExchange
 from mopexec.measure.tracker import MemoryTracker
+from mopexec.model.grouped import expert_order
 from mopexec.run import apply
 from mopsim.spec.plan import Plan
 from mopsim.spec.routing import routing_counts
@@ -28,15 +29,20 @@ def dispatch_and_combine(platform: Platform, routing: str, num_experts: int) -> 
     local = num_experts // world
     counts = [list(routing_counts(routing, 13 + 2 * r, 2, 1, num_experts, 3)) for r in range(world)]
     receive = [c[rank * local : (rank + 1) * local] for c in counts]
-    exchange = ChunkExchange(group, counts[rank], receive, torch.tensor(receive, device=platform.device))
+    of_experts = expert_order(torch.tensor(receive, device=platform.device), sum(map(sum, receive)))
+    none = torch.empty(0)
+    exchange = ChunkExchange(group, counts[rank], receive, of_experts, none, none)
     expert = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(counts[rank]))
     rows = torch.stack((expert, torch.full_like(expert, rank), torch.arange(expert.numel())), dim=1).double()
     rows = rows.to(platform.device)
     arrived = exchange.start(rows).take()
     mine = torch.repeat_interleave(torch.arange(local), torch.tensor(exchange.counts)) + rank * local
     sorted_by_expert = torch.equal(arrived[:, 0].cpu(), mine.double())
+    numbers = arrived[:, 2] + 0.5
+    weighted, back_numbers = exchange.start_back([arrived.clone()], numbers).take_weighted()
     back = exchange.start_back([arrived]).take()
-    return sorted_by_expert and torch.equal(back, rows)
+    whole = torch.equal(weighted, rows) and torch.equal(back_numbers, rows[:, 2] + 0.5)
+    return sorted_by_expert and whole and torch.equal(back, rows)
 
 
 def tracked(platform: Platform, plan: Plan) -> DryRunResult:

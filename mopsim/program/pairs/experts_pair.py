@@ -4,13 +4,13 @@
 from dataclasses import replace
 
 from mopsim.graph.experts import experts, router
-from mopsim.graph.tape import Kernel
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.moved_experts import ForeignExperts, MovedExperts
 from mopsim.program.pairs.rows import FUSED_ROWS, SLICE_ROWS, Rows, slice_rows
 from mopsim.program.workload import Work
+from mopsim.spec.layout import packed_row
 
 _E, _R, _D = "experts", "router", "dispatch"
 
@@ -27,12 +27,13 @@ class ExpertsPair:
         self.up = ("experts_gate", "experts_up") if model.ffn_matrices == 3 else ("experts_up",)
         self.inner = model.moe_intermediate_size // context.strategy.experts.expert_tensor_parallel
         self.row = self.H * context.b
+        self.packed = packed_row(self.row)
         degree = context.strategy.experts.expert_parallel
         whole = context.stack.kernels.expert_products == "grouped" and context.b == 2
         self.grouped = whole and not self.moved
         self.split = degree > 1
         self.ordered = self.split and (self.E // degree > 1 or bool(self.moved))
-        self._router: dict[int, dict[str, Kernel]] = {}
+        self._router: dict[int, dict[str, list[Work]]] = {}
         self._works: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Work]] = {}
 
     @property
@@ -41,29 +42,66 @@ class ExpertsPair:
         return self.c.tokens * self.k * 2
 
     def plan(self, layer: int) -> None:
-        """The router's choice for all tokens and the exchange of counts; the choice is kept for the
-        backward."""
+        """The router's choice for all tokens, its weights, and the exchange of counts; the choice is kept for
+        the backward, the weights until the end of the forward."""
         c, b, n = self.c, self.b, self.c.tokens
         b.make(f"choice{layer}", self.choice)
-        part = n if self.rows.fused_router else slice_rows(n)
-        if self.rows.fused_router:
-            b.spike(n * (self.row + 2 * self.E * c.wide))
-        else:
-            b.spike(part * (self.row + self.H * c.wide) + self.E * (self.H + 3 * part) * c.wide)
-        works = [self.rows.norm(part, self.H), *self._routing(n, False)]
+        works = self._weigh(2 * self.E * c.wide)
+        works += self._router_works(n)["top_k"]
         b.compute("choose", _R, "forward", layer, works)
         size, placed = 8.0 * self.E * c.chunks, c.strategy.experts.balance != "none"
         kind, size = ("all_gather", size * c.groups["experts"].size) if placed else ("all_to_all", size)
         arrived = b.issue("counts", kind, size, "experts", _R, "forward", layer)
         b.compute(
-            "counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=14)],
+            "counts", _R, "forward", layer, [Work("memory_bound", bytes=24.0 * n * self.k, launches=10)],
             arrived, awaited=arrived is not None,
         )  # fmt: skip
+
+    def _weigh(self, each: int) -> list[Work]:
+        """The weights of all tokens' routes. each: bytes of a token beside its logits."""
+        c, b, n = self.c, self.b, self.c.tokens
+        part = n if self.rows.fused_router else slice_rows(n)
+        b.make("route_weights", n * self.k * c.wide, _D)
+        works = [self.rows.norm(part, self.H, "hidden")]
+        cast = 0 if self.rows.fused_router or not self.rows.cast else (part + self.E) * self.H * c.wide
+        b.spike(part * self.E * c.wide + cast)
+        b.drop("hidden")
+        b.spike(part * (self.E * c.wide + each))
+        b.spike(n * self.k * c.wide if part < n else 0, _D)
+        found = self._router_works(n)
+        return [*works, *found["cast"], *found["router"], *found["scores"]]
+
+    def _router_works(self, tokens: int) -> dict[str, list[Work]]:
+        """What the router does with rows, by kernel; `back`: its products in the backward."""
+        if tokens not in self._router:
+            tape = router(self.c.model, tokens, self.c.b, self.c.wide)
+            kernels = {kernel.name: kernel for kernel in tape.kernels}
+            cast = self.rows.elementwise(tokens * self.H, self.c.b + self.c.wide, 2)
+            found = {name: [*self.rows.works(kernels[name], False)] for name in kernels}
+            back = [work for name in ("router", "top_k") for work in self.rows.works(kernels[name], True)]
+            self._router[tokens] = found | {"back": back, "cast": [cast]}
+        return self._router[tokens]
+
+    def _order(self, layer: int, phase: str) -> None:
+        """The orders of all chunks' routes: as they are sent, as they come home, as they arrive."""
+        c, b, n = self.c, self.b, self.c.tokens * self.k
+        b.make("orders", n * 16, _D)
+        b.spike(n * (16 if self.moved else 8), _D)
+        works = [self.rows.elementwise(n, 60, 12)]
+        if self.ordered:
+            arriving = sum(sum(c.routes(i)) for i in range(c.chunks))
+            b.make("arrivals", arriving * 8, _D)
+            works.append(self.rows.elementwise(arriving, 16, 3))
+        b.compute("order routes", _R, phase, layer, works)
+
+    def _ordered(self) -> tuple[str, ...]:
+        return ("orders", *(("arrivals",) if self.ordered else ()), "route_weights")
 
     def forward(self, layer: int, *waits: int | None) -> None:
         """x1 becomes x2 in place. waits: the gather of the expert unit."""
         K = self.c.chunks
         waits = (*waits, *self.moved.gather(layer, "forward", self.b.last))
+        self._order(layer, "forward")
         arrived = self._dispatch(0, layer, "forward")
         returning: tuple[int, int | None] | None = None
         for i in range(K):
@@ -81,13 +119,17 @@ class ExpertsPair:
         assert returning is not None
         self._combine(*returning, layer)
         self.moved.free()
+        self.b.drop(*self._ordered())
 
     def backward(self, layer: int, *waits: int | None) -> None:
         """The gradient of x2 becomes that of x1, in place."""
-        K = self.c.chunks
-        waits = (*waits, *self.moved.gather(layer, "backward", self.b.last))
-        self.moved.open()
+        K, b = self.c.chunks, self.b
+        waits = (*waits, *self.moved.gather(layer, "backward", b.last))
+        b.compute("weigh", _R, "backward", layer, self._weigh(0))
+        self._order(layer, "backward")
+        b.make("grad_route_weights", self.c.tokens * self.k * self.c.wide, _D)
         arrived = self._dispatch(0, layer, "backward")
+        self.moved.open()
         returning: tuple[int, int | None] | None = None
         for i in range(K):
             self.ffn.shared(layer, self.c.chunk_tokens(i), backward=True)
@@ -95,7 +137,7 @@ class ExpertsPair:
             here = arrived
             if i + 1 < K:
                 self._reorder(works, here, layer, "backward")
-                self.moved.read(layer, "backward", self.b.last)
+                self.moved.read(layer, "backward", b.last)
                 arrived = self._dispatch(i + 1, layer, "backward")
             self._experts_backward(i, layer, works, here, *waits)
             if returning is not None:
@@ -103,14 +145,15 @@ class ExpertsPair:
             returning = (i, self._return(i, layer, "backward"))
         assert returning is not None
         self._combine_backward(*returning, layer)
-        self.moved.send_home(layer, self.b.last)
-        self.b.drop(f"choice{layer}")
+        b.drop(*self._ordered())
+        self._router_backward(layer)
+        self.moved.send_home(layer, b.last)
+        b.drop(f"choice{layer}")
 
     def _receive(self, i: int, phase: str) -> list[Work]:
         """The chunk at the experts: rows in their order, what was sent freed."""
         _, _, received, _ = self._sizes(i)
-        works = self._take("weights", i, received * self.c.wide)
-        works += self._take("rows", i, received * self.row)
+        works = self._take("rows", i, received * self.packed)
         if phase == "backward":
             works += self._take("grads", i, received * self.row)
         return works
@@ -121,13 +164,26 @@ class ExpertsPair:
         works.clear()
 
     def _return(self, i: int, layer: int, phase: str) -> int | None:
-        """The chunk's rows (and gradients of its route weights) go home."""
-        _, sent, received, _ = self._sizes(i)
-        name = "rows" if phase == "forward" else "grads"
+        """The chunk's rows go home, and packed with them the gradients of its route weights."""
+        b, (_, sent, received, _) = self.b, self._sizes(i)
+        name, back = ("rows", self.row) if phase == "forward" else ("grads", self.packed)
+        if not self.split:
+            b.rename(name, f"{name}_back.{i}")
+            if phase == "backward":
+                b.rename("grad_weights", f"grad_weights.{i}")
+            return None
+        if self.ordered or b.alive[name][1] != received * back:
+            b.make(f"{name}_ordered.{i}", received * back, _D)
+            copy = [self.rows.by_index(received * back)] if self.ordered else []
+            b.compute("reorder", _E, phase, layer, copy or [self.rows.elementwise(received * back, 2, 1)])
+            b.drop(name)
+        else:
+            b.rename(name, f"{name}_ordered.{i}")
+        b.make(f"{name}_back.{i}", sent * back, _D)
+        size = float(max(received, sent) * back)
+        waiting = b.issue("combine", "all_to_all", size, "experts", _E, phase, layer)
         if phase == "backward":
-            self._send_back("grad_weights", i, received * self.c.wide, sent * self.c.wide, layer, phase)
-        waiting = self._send_back(name, i, received * self.row, sent * self.row, layer, phase)
-        self.b.drop(*(n for n in ("weights", "grad_weights", f"arrival_order.{i}") if n in self.b.alive))
+            b.drop("grad_weights")
         return waiting
 
     def _sizes(self, i: int) -> tuple[int, int, int, int]:
@@ -135,61 +191,23 @@ class ExpertsPair:
         tokens, routes = self.c.chunk_tokens(i), self.c.routes(i)
         return tokens, tokens * self.k, sum(routes) if self.split else tokens * self.k, max(routes)
 
-    def _routing(self, tokens: int, backward: bool) -> list[Work]:
-        if tokens not in self._router:
-            tape = router(self.c.model, tokens, self.c.b, self.c.wide)
-            self._router[tokens] = {kernel.name: kernel for kernel in tape.kernels}
-        kernels = self._router[tokens]
-        found = [*self.rows.works(kernels["router"], False), *self.rows.works(kernels["scores"], False)]
-        if backward:
-            found += [
-                *self.rows.works(kernels["router"], True),
-                *self.rows.works(kernels["top_k"], True),
-            ]
-        else:
-            found += self.rows.works(kernels["top_k"], False)
-        cast = self.rows.elementwise(tokens * self.H, self.c.b + self.c.wide, 2)
-        return [cast, *found]
-
     def _dispatch(self, i: int, layer: int, phase: str) -> int | None:
-        """Orders the chunk's routes and sends route weights, rows and (backward) output gradients."""
-        c, b = self.c, self.b
-        n, sent, arrived, _ = self._sizes(i)
-        wide = c.wide
-        b.make("order", sent * 8, _D)
-        b.spike(sent * 8 * 2, _D)
-        if self.ordered:
-            b.make(f"arrival_order.{i}", arrived * 8, _D)
-        works = [self.rows.norm(n, self.H, "hidden", _D)]
-        if self.rows.fused_router:
-            b.spike(n * (self.E + self.k) * wide, _D)
-        else:
-            b.spike(n * (self.H + self.E) * wide + self.E * self.H * wide, _D)
-        b.make(f"weights_sent.{i}", sent * wide, _D)
-        works += self._routing(n, False)
-        works.append(self.rows.elementwise(sent, 8, 10))
-        b.compute("order routes", _R, phase, layer, works)
-        b.make(f"weights.{i}", arrived * wide, _D) if self.split else None
-        works = [self.rows.by_index(sent * self.row)]
-        b.make(f"rows_sent.{i}", sent * self.row, _D)
+        """Sends a chunk's rows, packed with their weights, and (backward) output gradients."""
+        b, (n, sent, arrived, _) = self.b, self._sizes(i)
+        works = [] if self.rows.fused_norm else [self.rows.norm(n, self.H, "hidden")]
+        names = [("rows", self.packed), *([("grads", self.row)] if phase == "backward" else [])]
+        for name, size in names:
+            b.make(f"{name}_sent.{i}", sent * size, _D)
+            works.append(self.rows.by_index(sent * size))
+        if not self.rows.fused_norm:
+            b.drop("hidden")
         b.compute("permute", _E, phase, layer, works)
-        waiting = b.issue(
-            "dispatch weights", "all_to_all", float(max(sent, arrived) * wide), "experts", _E, phase, layer
-        )
-        size = float(max(sent, arrived) * self.row)
-        if self.split:
-            b.make(f"rows.{i}", arrived * self.row, _D)
-        b.drop("hidden")
-        waiting = b.issue("dispatch", "all_to_all", size, "experts", _E, phase, layer)
-        if phase == "backward":
-            b.make(f"grads_sent.{i}", sent * self.row, _D)
-            b.compute("permute", _E, phase, layer, works)
+        waiting = None
+        for name, size in names:
             if self.split:
-                b.make(f"grads.{i}", arrived * self.row, _D)
-            waiting = b.issue("dispatch gradients", "all_to_all", size, "experts", _E, phase, layer)
-        b.make(f"inverse.{i}", sent * 8, _D)
-        b.drop("order")
-        b.compute("inverse", _R, phase, layer, [self.rows.elementwise(sent, 16, 1)])
+                b.make(f"{name}.{i}", arrived * size, _D)
+            each = float(max(sent, arrived) * size)
+            waiting = b.issue("dispatch", "all_to_all", each, "experts", _E, phase, layer)
         return waiting
 
     def _take(self, name: str, i: int, size: int) -> list[Work]:
@@ -206,22 +224,6 @@ class ExpertsPair:
         b.make(name, size, _D)
         b.drop(f"{name}.{i}")
         return [self.rows.by_index(size)]
-
-    def _send_back(self, name: str, i: int, size: int, sent: int, layer: int, phase: str) -> int | None:
-        """`name` in the experts' order goes back in the sender's order; arrives as `{name}_back.i`."""
-        b = self.b
-        if not self.split:
-            b.rename(name, f"{name}_back.{i}")
-            return None
-        if self.ordered:
-            b.make(f"{name}_ordered.{i}", size, _D)
-            b.compute("reorder", _E, phase, layer, [self.rows.by_index(size)])
-            if name != "grad_weights":  # its caller holds it
-                b.drop(name)
-        else:
-            b.rename(name, f"{name}_ordered.{i}")
-        b.make(f"{name}_back.{i}", sent, _D)
-        return b.issue("combine", "all_to_all", float(max(size, sent)), "experts", _E, phase, layer)
 
     def _products(self, i: int, backward: bool, *names: str) -> list[Work]:
         """Works of the named products, one launch per expert where they are not grouped."""
@@ -252,6 +254,9 @@ class ExpertsPair:
             passes, active = len(self.up) + 1, 1
         works.append(self.rows.elementwise(received * self.inner, passes * c.b, 3 * active))
         self.b.compute("experts", _E, "forward", layer, works, arrived, *waits)
+        if self.grouped:
+            self.b.drop("rows")
+            self.b.make("rows", received * self.row)
 
     def _combine(self, i: int, arrived: int | None, layer: int) -> None:
         """x1 += the sum of each token's routes."""
@@ -262,7 +267,7 @@ class ExpertsPair:
             b.spike(part * (self.k + 1) * self.row, _D)
         works = self._sum_routes(n, 2)
         b.compute("combine", _E, "forward", layer, works, arrived)
-        b.drop(f"rows_back.{i}", f"inverse.{i}")
+        b.drop(f"rows_back.{i}")
 
     def _sum_routes(self, tokens: int, launches: int) -> list[Work]:
         """Routes of each token gathered by index and summed, slice by slice."""
@@ -301,35 +306,38 @@ class ExpertsPair:
         b.drop("rows")
 
     def _combine_backward(self, i: int, arrived: int | None, layer: int) -> None:
-        """Gradients of tokens from their routes and from the router, through the norm, slice by slice."""
-        b, c = self.b, self.c
-        n, sent, _, _ = self._sizes(i)
+        """Gradients of tokens from their routes, through the norm, slice by slice."""
+        b, (n, sent, _, _) = self.b, self._sizes(i)
         self._arrive("grads", i)
-        self._arrive("grad_weights", i)
-        b.make("home_weights", sent * c.wide, _D)
-        b.drop(f"grad_weights_back.{i}")
         part = slice_rows(n, FUSED_ROWS if self.rows.fused_routes else SLICE_ROWS)
+        if not self.rows.fused_routes:
+            b.spike(sent * self.c.wide, _D)
         b.make("grad_hidden", part * self.row, _D)
         if not self.rows.fused_routes:
             b.spike(part * self.k * self.row, _D)
-        b.compute("combine", _E, "backward", layer, self._sum_routes(n, 1), arrived)
-        works = [self.rows.norm(part, self.H, "hidden", strided=c.chunks > 1)]
-        if tokens_kept := self.rows.fused_norm and c.chunks > 1:
-            b.make("tokens", part * self.row)
-        if self.rows.fused_router:
-            b.spike(part * self.H * (c.wide + c.b) + (part + self.H) * self.E * c.wide)
-        else:
-            b.spike(part * (2 * self.H + 3 * self.E) * c.wide + 2 * self.E * self.H * c.wide)
-        works += self._routing(n, True)
+        works = [*self._sum_routes(n, 1), self.rows.elementwise(sent, 8 + 2 * self.c.wide, 1)]
+        b.compute("combine", _E, "backward", layer, works, arrived)
+        norm = self.rows.norm_backward(part, self.H)
+        b.compute("combine", _R, "backward", layer, [replace(norm, bytes=norm.bytes * n / part)])
+        b.drop("grad_hidden", f"grads_back.{i}", *(() if self.split else (f"grad_weights.{i}",)))
+
+    def _router_backward(self, layer: int) -> None:
+        """Gradients of all tokens from their route weights, and the router's own, slice by slice."""
+        b, c, n = self.b, self.c, self.c.tokens
+        part = slice_rows(n, FUSED_ROWS if self.rows.fused_router else SLICE_ROWS)
+        logits, cast = part * self.E * c.wide, self.rows.cast * self.H * c.wide
+        b.make("router", self.E * cast)
+        works = [self.rows.norm(part, self.H, "hidden")]
+        b.spike(logits + (0 if self.rows.fused_router else (part + self.E) * cast))
+        b.spike((2 if self.rows.fused_router else 5) * logits)
+        b.make("grad_logits", logits)
+        b.spike(part * cast)
         b.drop("hidden")
+        b.make("grad_hidden", part * self.H * c.wide)
+        found = self._router_works(n)
+        works += [*found["cast"], *found["router"], *found["scores"], *found["back"]]
         works.append(self.rows.norm_backward(part, self.H))
-        if tokens_kept:
-            b.drop("tokens")
-        if self.rows.fused_router:
-            slices = -(-n // part)
-            works.append(self.rows.elementwise(n * self.H, 5 * c.b + 3 * c.wide, 8 * slices))
-        else:
-            works.append(self.rows.pass_(n, self.H, 7 * c.b + 20 * c.wide, 31))
-        b.drop("grad_hidden")
+        slices = -(-n // part)
+        works.append(self.rows.elementwise(n * self.H, 5 * c.b + 3 * c.wide, 4 * slices))
         b.compute("router", _R, "backward", layer, works)
-        b.drop(f"grads_back.{i}", f"inverse.{i}", "home_weights")
+        b.drop("router", "grad_logits", "grad_hidden", "grad_route_weights")

@@ -6,7 +6,7 @@ from mopsim.program.context import Context
 from mopsim.program.workload import Work, memory_work
 from mopsim.program.works import works
 
-SLICE_ROWS, FUSED_ROWS = 2048, 8192
+SLICE_ROWS, FUSED_ROWS = 2048, 16384
 
 
 def slice_rows(rows: int, most: int = SLICE_ROWS) -> int:
@@ -48,13 +48,10 @@ class Rows:
         b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
         return self.pass_(rows, size, 3 * self.width + 4 * self.wide, 8, 1)
 
-    def norm_backward(
-        self, rows: int, size: int, category: str = "activations", heads: int = 1, *, strided: bool = False
-    ) -> Work:
+    def norm_backward(self, rows: int, size: int, category: str = "activations", heads: int = 1) -> Work:
         """Gradient of RMSNorm added into a buffer that is there already. heads: normed one by one."""
         if self.fused_norm:
-            self.b.spike((1 + strided) * rows * size * self.width, category)
-            return memory_work(float(rows * size * (7 + 2 * strided) * self.width), 6 + strided)
+            return memory_work(float(rows * size * 6 * self.width), 4)
         part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
         held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * heads * self.wide
         self.b.spike(held + (1 + self.cast) * size // heads * self.wide, category)
