@@ -10,6 +10,7 @@ from typing import Annotated, Literal  # noqa: E402
 import typer  # noqa: E402
 
 from mopsim.commands import options as o  # noqa: E402
+from mopsim.commands import pairs  # noqa: E402
 
 app = typer.Typer(
     name="mopsim",
@@ -90,7 +91,7 @@ def search(
     raise typer.Exit(run(job, top, family, runnable, risk, any_routing, budget, plan, seal, json))
 
 
-@app.command()
+@app.command(cls=pairs.COMPARE)
 def compare(
     model: o.Model,
     hardware: o.Hardware,
@@ -150,7 +151,7 @@ def context(
     run(order, out, json)
 
 
-@app.command()
+@app.command(cls=pairs.SIZE)
 def size(
     model: o.Model,
     tokens: Annotated[str, typer.Option(help="tokens to train on, decimal: 500B, 1.5T, 15T, 2e12")],
@@ -248,7 +249,7 @@ def calibrate(
     run(profile, [*measurements, *(more or [])], out, json, stack)
 
 
-@app.command()
+@app.command(cls=pairs.VALIDATE)
 def validate(
     runs: Annotated[str | None, typer.Option(help="CSV of measured runs")] = None,
     models: Annotated[
@@ -278,15 +279,7 @@ def validate(
     from mopsim.commands.validate import run
 
     if sealed:
-        others = {
-            "--runs": runs,
-            "--models": models,
-            "--components": components,
-            "--cases": cases,
-            "--stack": stack,
-            "--out": out,
-        }
-        score_sealed(sealed, measurements, json, [option for option, given in others.items() if given])
+        score_sealed(sealed, measurements, json)
         return
     run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, interval, json)
 
@@ -295,7 +288,7 @@ profiles = typer.Typer(no_args_is_help=True, help="Hardware profiles.")
 app.add_typer(profiles, name="profile")
 
 
-@profiles.command("new")
+@profiles.command("new", cls=pairs.PROFILE_NEW)
 def profile_new(
     out: Annotated[str, typer.Option(help="where to write the profile (YAML)")],
     name: Annotated[str | None, typer.Option(help="of the machine type, as h20-sxm-96g")] = None,

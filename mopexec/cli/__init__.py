@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal  # noqa: E402
 import typer  # noqa: E402
 
 from mopsim.common.errors import MopError  # noqa: E402
+from mopsim.common.pairs import Pair, needs, paired  # noqa: E402
 
 EXTRA = ("torch", "tokenizers", "pynvml", "safetensors")
 """Modules that the base install lacks: those of `mop[exec]`."""
@@ -91,7 +92,15 @@ Async = Annotated[
 Every = Annotated[int, typer.Option(min=0, max=10**9, help="steps; 0 = only at the end")]
 
 
-@app.command()
+TRAIN = paired(
+    needs("--eval-data", "--eval-every", "--eval-batches"), needs("--checkpoint-every", "--checkpoint-async")
+)
+REACH = paired(
+    Pair(("--data",), lambda given: given.get("--confirm", True), "has no use beside --no-confirm")
+)
+
+
+@app.command(cls=TRAIN)
 def train(
     plan: PlanPath,
     steps: Annotated[
@@ -211,7 +220,7 @@ def export(
     write(run, out, dtype, json)
 
 
-@app.command()
+@app.command(cls=REACH)
 def reach(
     plan: Annotated[list[Path], typer.Option("--plan", help="a plan; give several to compare")],
     device_limit: Annotated[str, typer.Option(help="bytes of one rank that may be used: 512MiB, 2GB")],

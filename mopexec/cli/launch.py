@@ -51,6 +51,7 @@ _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> None:
     """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
     check_outputs({"--script": script})
+    check_train_options(path, options)
     plan = plans.read_plan(path)
     plans.check_supported(plan)
     text = render(plan, path, kind, options)
@@ -58,6 +59,21 @@ def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> N
         print(text, end="")
     else:
         io.write_text(Path(script), text)
+
+
+def check_train_options(path: Path, options: Sequence[str]) -> None:
+    """Hold what the cluster will be asked to run against the rules of `mopexec train`, here and now. Raises
+    MopError or the parser's own error."""
+    from typer.main import get_command
+
+    from mopexec.cli import app
+
+    again = next((one for one in options if one.split("=")[0] == "--plan"), None)
+    if again:
+        raise MopError("--plan: is given before --, not among the options of `mopexec train` too")
+    _run_directory(options)
+    train = get_command(app).commands["train"]  # type: ignore[attr-defined]
+    train.make_context("train", ["--plan", str(path), *options])
 
 
 def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str]) -> str:

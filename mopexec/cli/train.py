@@ -48,6 +48,10 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     plans.check_supported(plan)
     adopt_slurm()
     if under_torchrun():
+        if max_restarts:
+            raise MopError(
+                f"--max-restarts: {max_restarts} is torchrun's own option here: it starts the ranks"
+            )
         check_host()
         return _as_rank(options, plan, json)
     plans.check_run_directory(Path(options.out), resume=options.resume)
@@ -78,8 +82,6 @@ _DATA = ("text_field", "loss_mask")
 def options_of(given: dict[str, Any]) -> TrainOptions:
     """The run that the command's options ask for. Raises MopError, SpecError."""
     writers.check(given["log_to"] or ())
-    if given["eval_every"] and given["eval_data"] is None:
-        raise MopError("--eval-every: has nothing to evaluate on: give --eval-data")
     weights = given["init_from"]
     beside = weights and (Path(weights) / "tokenizer.json").is_file()
     source = DataOptions(

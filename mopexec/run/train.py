@@ -83,6 +83,8 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
     loop.saver.last = resumed
     for problem in passed:
         loop.display.say(f"{problem}; going on from the one before")
+    if resumed:
+        loop.display.say(f"going on after step {done}, from {resumed}")
     if options.resume and not resumed:
         loop.display.say(f"{options.out} has no checkpoint yet: it begins again with the first step")
     loop.say_data()

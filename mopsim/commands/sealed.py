@@ -1,6 +1,6 @@
 """`mopsim validate --sealed`: what became of a prediction that was sealed before its run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.table import Table
@@ -21,10 +21,8 @@ NAMES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def run(sealed: str, measurements: str | None, json: str | None, others: Sequence[str] = ()) -> None:
-    """Check the hash, score, show, write JSON. others: options given beside, which are refused."""
-    if others:
-        raise MopError(f"{others[0]}: not with --sealed, which is scored by --measurements alone")
+def run(sealed: str, measurements: str | None, json: str | None) -> None:
+    """Check the hash, score, show, write JSON."""
     if not measurements:
         raise MopError("--measurements: not given: --sealed is scored by the run that it was made for")
     check_outputs({"--json": json}, inputs={"--sealed": sealed, "--measurements": measurements})

@@ -3,7 +3,7 @@
 import sys
 
 from mopsim.api.run import search
-from mopsim.commands.console import human
+from mopsim.commands.console import human, say_plan, say_written
 from mopsim.commands.options import JobOptions
 from mopsim.commands.progress import progress
 from mopsim.common import io
@@ -73,6 +73,8 @@ def run(
             print(f"mopsim: {option}: {path} not written: {found.verdict()}", file=sys.stderr)
     if plan and ranking.best:
         ranking.best.save_plan(plan)
+        say_plan(console, plan, ranking.best.runnable)
     if seal and ranking.best:
         console.print(f"sealed in {seal}: sha256 {ranking.best.seal(seal)}")
+    say_written(console, json)
     return 0 if ranking.best else NOTHING_FITS

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mopsim.api.run import simulate
-from mopsim.commands.console import human
+from mopsim.commands.console import human, say_plan, say_written
 from mopsim.commands.options import JobOptions
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
@@ -33,3 +33,6 @@ def run(
         console.print(note, style="yellow")
     if json:
         io.write_json(json, step.to_json())
+    if plan:
+        say_plan(console, plan, step.runnable)
+    say_written(console, trace, json)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mopsim.api.size import size
-from mopsim.commands.console import human
+from mopsim.commands.console import human, say_plan
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -56,8 +56,6 @@ class SizeOrder:
     def keywords(self) -> dict[str, Any]:
         """The order as the keywords of mopsim.size. Raises MopError naming the option."""
         batch = parse_count(self.global_batch_tokens, "--global-batch-tokens")
-        if self.years is not None and not self.buy:
-            raise MopError("--years: is of a purchase: give --buy too")
         named = {"pue": self.pue, "years": self.years}
         assumed = read_values(self.assumptions, "--assume")
         assumed |= {name: one for name, one in named.items() if one is not None}
@@ -105,4 +103,5 @@ def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = 
         return NONE
     if plan and found.best:
         found.best.save_plan(plan)
+        say_plan(console, plan, found.best.runnable)
     return 0

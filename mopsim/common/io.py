@@ -15,6 +15,9 @@ from mopsim.common.values import first_unfit
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.common.yaml_text import parse_yaml as parse_yaml
 
+LARGEST = 2**28
+"""Characters of a file that is read whole: a device such as /dev/zero has no end."""
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -26,7 +29,8 @@ def read_text(path: Path, field: str = "") -> str:
     """The UTF-8 text of a file the user named as `field`. Raises MopError where it can't be had."""
     where = f"{field}: {path}" if field else str(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LARGEST + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise MopError(f"{where}: no such file") from None
     except IsADirectoryError:
@@ -35,6 +39,9 @@ def read_text(path: Path, field: str = "") -> str:
         raise MopError(f"{where}: is not UTF-8 text") from None
     except OSError as error:
         raise MopError(f"{where}: {error.strerror or error}") from None
+    if len(text) > LARGEST:
+        raise MopError(f"{where}: is longer than {LARGEST:,} characters, which no file of this kind is")
+    return text
 
 
 def exists(path: Path) -> bool:

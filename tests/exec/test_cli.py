@@ -240,7 +240,7 @@ def test_evaluations_of_nothing_are_refused(capsys, plan, tmp_path) -> None:
         )
     line = capsys.readouterr().err
     assert (end.value.code, line.count("\n")) == (2, 1)
-    assert "--eval-every: has nothing to evaluate on: give --eval-data" in line
+    assert "--eval-every: 1 has no use without --eval-data" in line
 
 
 def test_sizes_are_read_as_written():

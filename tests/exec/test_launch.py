@@ -64,6 +64,11 @@ def test_a_script_can_be_written(plan, tmp_path, capsys):
         ([], "give one of --slurm and --torchrun"),
         (["--slurm", "--torchrun"], "give one of --slurm and --torchrun"),
         (["--slurm"], "--out: is needed"),
+        (["--slurm", *OPTIONS, "--stepz", "9"], "--stepz"),
+        (["--slurm", *OPTIONS[:3], *OPTIONS[5:]], "'--steps'"),
+        (["--slurm", *OPTIONS, "--keep", "0"], "--keep: '0' is refused"),
+        (["--slurm", *OPTIONS, "--eval-batches", "2"], "--eval-batches: 2 has no use without --eval-data"),
+        (["--slurm", *OPTIONS, "--plan", "other.yaml"], "--plan: is given before --"),
     ],
 )
 def test_what_is_missing_is_said(arguments, line, plan, capsys):

@@ -108,6 +108,13 @@ MISTAKES = [
     (["search", *JOB, "--nodes", "0"], "--nodes"),
     (["search", *JOB, "--routing", "often"], "routing: 'often'"),
     (["compare", *JOB, "--strategy", "mop", "--out", __file__], "is a file"),
+    (["compare", *JOB, "--strategy", "mop", "--out", "x", "--hold", "tokens-per-step"], "without --sweep"),
+    (
+        ["compare", *JOB, "--strategy", "a.yaml", "--out", "x", "--budget", "4"],
+        "--budget: 4 is for the search",
+    ),
+    (["validate", "--cases", "x.yaml", "--measurements", "y"], "--measurements: 'y' has no use without"),
+    (["validate", "--cases", "x.yaml", "--models", "y"], "--models: 'y' has no use without --runs"),
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--sweep", "batch=1"], "sweep: 'batch=1'"),
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--format", "gif"], "format: 'gif' is not one of"),
     (["frobnicate"], "No such command"),

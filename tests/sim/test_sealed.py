@@ -77,6 +77,7 @@ def test_another_run_does_not_score_it(tmp_path: Path) -> None:
     assert "plan.training" in text
     assert "is not what was sealed" in text
     assert "--measurements: not given" in scored(path, None, tmp_path)[1]
-    assert "--runs: not with --sealed" in scored(path, other, tmp_path, "--runs", "runs.csv")[1]
+    for option, value in (("--runs", "runs.csv"), ("--format", "svg"), ("--interval", "0.5")):
+        assert f"{option}: {value}" in scored(path, other, tmp_path, option, value)[1].replace("'", "")
     with pytest.raises(MopError, match="is not a sealed prediction"):
         open_sealed(other / "measurement.yaml")

@@ -312,3 +312,12 @@ def test_what_a_breaker_found(
     monkeypatch.chdir(tmp_path)
     assert said in call(capsys, monkeypatch, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(io, "LARGEST", 1000)
+    job = ["--model", "tiny", "--hardware", "cpu-2core", *JOB]
+    line = call(capsys, monkeypatch, "simulate", *job, "--strategy", "/dev/zero")
+    assert "strategy: /dev/zero: is longer than 1,000 characters" in line
