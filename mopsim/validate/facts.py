@@ -35,7 +35,6 @@ class FamilyHabits(io.Spec, frozen=True, kw_only=True):
 
     stack: str
     context_exchange: Exchange
-    selective: str
     gathers: bool = False
     grad_tier: Tier = "device"
     vocabulary_rows: int = 0

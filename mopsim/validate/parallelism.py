@@ -92,7 +92,7 @@ def strategy(
         zero = 3
     plain = not stack.sharding.experts and degrees.experts > 1
     spread = degrees.experts * degrees.expert_tensor
-    activations, approximations = _activations(row, family, model, stack)
+    activations, approximations = _activations(row, model, stack)
     found = Strategy(
         name=kind,
         world_size=degrees.world,
@@ -198,9 +198,7 @@ def _optimizer(row: Row) -> Optimizer:
     return Optimizer(state_tier="host", update_on="host", host_fraction=fraction)
 
 
-def _activations(
-    row: Row, family: FamilyHabits, model: ModelSpec, stack: Stack
-) -> tuple[Activations, tuple[str, ...]]:
+def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations, tuple[str, ...]]:
     """Raises SpecError for an unknown module. An offloaded fraction is of layers
     (cpu_offloading_num_layers) where neither recomputation nor a pipeline stands beside it, else it is left
     out."""
@@ -225,7 +223,10 @@ def _activations(
     own = bool(stack.recompute.selective or stack.recompute.kept)
     if recompute == "selective" and own:
         return Activations(recompute="selective", layer_inputs=tier), tuple(told)
-    usual = stack.recompute.selective or (family.selective,)
+    usual = stack.recompute.selective
+    if "selective" in recompute.split("+") and not usual:
+        rule = f"does not say of which modules, nor does the stack {stack.name} (recompute.selective)"
+        raise SpecError("recompute", recompute, rule)
     names = [name for each in recompute.split("+") for name in (usual if each == "selective" else (each,))]
     for name in names:
         if name not in MODULES:
