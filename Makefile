@@ -16,6 +16,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("mop needs Python 3.11 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing torch and the rest into $(VENV), which takes some minutes'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[exec,dev]'
 	touch $@
 

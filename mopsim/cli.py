@@ -346,7 +346,7 @@ def profile_new(
     run(card, {key: value for key, value in job.items() if value is not None}, out, ask, json)
 
 
-@app.command()
+@app.command(cls=pairs.EXPLORE)
 def explore(
     result: Annotated[
         str, typer.Argument(help="what simulate, search, compare, size, context or validate wrote (--json)")

@@ -167,10 +167,12 @@ def is_family(given: AnyStrategy) -> bool:
 
 
 def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
-    """What the plans among `given` were made for, where it is not this job: their strategy alone is taken."""
+    """What of the job the strategies among `given` leave aside: its precision, devices; and what plans were
+    made for, where it is another job: their strategy alone is taken."""
     found = []
     for one in given:
         read = read_strategy(one) if isinstance(one, str | Path) and not is_family(one) else one
+        found += _left_aside(read, inputs)
         if isinstance(read, Plan):
             here = {
                 "hardware": (read.hardware.name, inputs.hardware.name),
@@ -186,6 +188,19 @@ def notes(given: Sequence[AnyStrategy], inputs: Inputs) -> list[str]:
                 found.append(
                     f"note: of {what} only the strategy is taken; it was made for {', '.join(other)}"
                 )
+    return found
+
+
+def _left_aside(read: AnyStrategy | tuple[Strategy, Stack], inputs: Inputs) -> list[str]:
+    strategy = read.strategy if isinstance(read, Plan) else read[0] if isinstance(read, tuple) else read
+    if not isinstance(strategy, Strategy):
+        return []
+    found, dtypes = [], strategy.precision
+    own = dtypes.compute if dtypes.matmul == "compute" else dtypes.matmul
+    if inputs.precision not in (own, "bfloat16"):
+        found.append(f"note: {strategy.name} computes in {own}; {inputs.precision} is for families")
+    if strategy.world_size < inputs.world_size:
+        found.append(f"note: {strategy.name} uses {strategy.world_size} of the {inputs.world_size} devices")
     return found
 
 

@@ -229,7 +229,7 @@ def size(
     given = [hardware] if isinstance(hardware, str | Path | HardwareProfile) else list(hardware)
     network, length, routed = read_model(model), count(seq_len, "seq_len"), read_routing(routing)
     TrainSpec(seq_len=length, global_batch=1, routing=routed).check_model(network)
-    machines = list({machine.name: machine for machine in map(read_hardware, given)}.values())
+    machines = _distinct(map(read_hardware, given))
     goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     request = Request(
         network, goal, length, count(global_batch_tokens, "global_batch_tokens"),
@@ -241,6 +241,15 @@ def size(
     for machine in machines:
         matmul_curve(machine, precision, field="precision")
     return Clusters(request, _size_all(request, machines, jobs, progress), max_cost)
+
+
+def _distinct(given: Iterable[HardwareProfile]) -> list[HardwareProfile]:
+    """Each profile once. Raises MopError for two that differ and have one name."""
+    found: dict[str, HardwareProfile] = {}
+    for one in given:
+        if found.setdefault(one.name, one) != one:
+            raise MopError(f"hardware: {one.name!r} is the name of two different profiles: rename one")
+    return list(found.values())
 
 
 def _goal(tokens: int, days: float | None, budget: float | None, max_cost: float | None) -> Goal:

@@ -28,4 +28,11 @@ VALIDATE = paired(
     needs("--out", "--format"),
     needs("--runs, --cases", "--stack", "--jobs", "--hold-out", "--interval"),
 )  # fmt: skip
+EXPLORE = paired(
+    Pair(
+        ("--model", "--hardware"),
+        lambda given: given.get("--timelines") != 0,
+        "has no use beside --timelines 0",
+    )
+)
 PROFILE_NEW = paired(apart("--near", "--architecture"))

@@ -10,6 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from mopsim.api.inputs import read_families, read_inputs
 from mopsim.api.run import search
 from mopsim.api.sensitivity import Moved, sensitivity, turns
 from mopsim.commands.console import human
@@ -24,6 +25,7 @@ from mopsim.report.terminal import table
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
 from mopsim.spec.new_card import FIGURES, figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
+from mopsim.strategies import FAMILIES
 
 BY = 0.2
 """How far each assumption is moved."""
@@ -62,12 +64,21 @@ def run(card: CardOrder, job: Mapping[str, Any], out: str, ask: bool, json: str 
     if not card.name or not card.source:
         raise MopError(f"--{'source' if card.name else 'name'}: not given, it is needed (or --ask)")
     profile, near = made(card)
+    job = reference_job(job)
+    check_job(profile, job)
     io.write_yaml(Path(out), profile)
     console.print(filled(profile, near, card.figures))
     console.print(f"Written: {out}")
-    weighed = _weigh(profile, reference_job(job), console)
+    weighed = _weigh(profile, job, console)
     if json:
         io.write_json(json, {"profile": profile, "near": near.name, **weighed})
+
+
+def check_job(profile: HardwareProfile, job: Mapping[str, Any]) -> None:
+    """Refuse a reference job that cannot be, before anything is written. Raises MopError."""
+    read_families(job.get("families"), FAMILIES)
+    rest = {name: one for name, one in job.items() if name not in ("families", "budget")}
+    read_inputs(hardware=profile, **rest)
 
 
 def asked(card: CardOrder, err: bool) -> CardOrder:

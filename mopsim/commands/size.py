@@ -58,6 +58,8 @@ class SizeOrder:
         batch = parse_count(self.global_batch_tokens, "--global-batch-tokens")
         named = {"pue": self.pue, "years": self.years}
         assumed = read_values(self.assumptions, "--assume")
+        for name in (name for name, one in named.items() if one is not None and name in assumed):
+            raise MopError(f"--{name}: {named[name]:g} is its second value, --assume {name}= is its first")
         assumed |= {name: one for name, one in named.items() if one is not None}
         found = {
             **asdict(self),

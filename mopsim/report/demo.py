@@ -76,6 +76,7 @@ def _texts(report: DemoReport) -> dict[str, str]:
         {
             "steps": report.steps, "tracked_steps": report.tracked_steps,
             "limit": format_bytes(report.probed.memory_limit()),
+            "disturbed": _disturbed(contenders),
             "plain_need": format_bytes(report.replicated.peak_memory), "plain_fits": report.replicated.fits,
             "pilots": [describe(run.plan.strategy) for run in report.pilots],
             "first": contenders[0].name, "second": contenders[1].name, "held_out": contenders[-1].name,
@@ -88,6 +89,11 @@ def _texts(report: DemoReport) -> dict[str, str]:
         }
     )  # fmt: skip
     return {name: "".join(block(facts)).strip() for name, block in template.blocks.items()}
+
+
+def _disturbed(contenders: Sequence[DemoContender]) -> list[str]:
+    """'22 steps of mop', of each run that other programs disturbed."""
+    return [f"{one.measured.disturbed} steps of {one.name}" for one in contenders if one.measured.disturbed]
 
 
 def _sections(report: DemoReport) -> list[Section]:
@@ -118,7 +124,7 @@ def _sections(report: DemoReport) -> list[Section]:
 
 def result_table(report: DemoReport) -> Any:
     """The result for the terminal: measured and predicted step time, memory, loss."""
-    names = ("step", "probed", "piloted", "all runs", "memory", "loss")
+    names = ("step", "probed", "piloted", "all runs", "peak memory", "change of loss")
     shown = table("measured step, and how far off its predictions are", ("strategy",), names)
     for one in report.contenders:
         shown.add_row(

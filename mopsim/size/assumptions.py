@@ -183,13 +183,13 @@ def read_values(texts: Sequence[str], option: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals:
-            data = read_yaml(Path(text), option)
-            if not isinstance(data, dict):
-                raise MopError(f"{option}: {text} must hold NAME: VALUE lines")
-            found |= {str(key): _number(one, option, str(key)) for key, one in data.items()}
-        else:
-            found[name.strip()] = _number(value, option, name.strip())
+        data = {name.strip(): value} if equals else read_yaml(Path(text), option)
+        if not isinstance(data, dict):
+            raise MopError(f"{option}: {text} must hold NAME: VALUE lines")
+        for key, one in data.items():
+            if key in found:
+                raise MopError(f"{option} {key}: {one} is its second value, {found[key]:g} is its first")
+            found[str(key)] = _number(one, option, str(key))
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import mopsim
 from mopsim.cli import main
@@ -162,6 +163,13 @@ def test_a_search_simulates_something() -> None:
     job = {name: value for name, value in JOB.items() if name != "strategy"}
     with pytest.raises(mopsim.MopError, match="budget: 0 must be at least 1"):
         mopsim.search(**job, budget=0)
+
+
+def test_two_profiles_of_one_name_are_not_taken_for_one() -> None:
+    one = mopsim.load_hardware("cpu-2core")
+    other = replace(one, devices_per_node=one.devices_per_node * 2)
+    with pytest.raises(mopsim.MopError, match="is the name of two different profiles"):
+        mopsim.size("tiny", [one, other], tokens="1M", days=1)
 
 
 def test_an_unknown_keyword_names_the_known_ones() -> None:

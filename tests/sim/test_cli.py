@@ -113,6 +113,7 @@ MISTAKES = [
         ["compare", *JOB, "--strategy", "a.yaml", "--out", "x", "--budget", "4"],
         "--budget: 4 is for the search",
     ),
+    (["explore", "r.json", "--out", "x", "--timelines", "0", "--model", "tiny"], "beside --timelines 0"),
     (["validate", "--cases", "x.yaml", "--measurements", "y"], "--measurements: 'y' has no use without"),
     (["validate", "--cases", "x.yaml", "--models", "y"], "--models: 'y' has no use without --runs"),
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--sweep", "batch=1"], "sweep: 'batch=1'"),

@@ -146,6 +146,8 @@ MISTAKES = [
         "memory: '96 TFLOP/s' is not a number of B, KB",
     ),
     (["--name", "x", "--source", "s", "--nic", "fast"], "nic: 'fast' is not a number of B/s"),
+    (["--name", "x", "--source", "s", "--model", "nope"], "model: 'nope' is neither a preset nor a file"),
+    (["--name", "x", "--source", "s", "--near", "a", "--architecture", "b"], "architecture: 'b' has no use"),
     (["--name", "x", "--source", "s", "--near", "h900"], "near: 'h900' is neither a profile nor a file"),
     (
         ["--name", "x", "--source", "s", "--near", "a100-sxm-80g", "--fp8", "1"],

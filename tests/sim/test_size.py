@@ -220,6 +220,14 @@ MISTAKES = [
         ["--tokens", "1M", "--days", "1", "--capex", "cpu-2core=9"],
         "capex: 'cpu-2core=9' has no use without --buy",
     ),
+    (
+        ["--tokens", "1M", "--days", "1", "--price", "cpu-2core=1", "--price", "cpu-2core=2"],
+        "second value, 1",
+    ),
+    (
+        ["--tokens", "1M", "--days", "1", "--pue", "1.1", "--assume", "pue=1.2"],
+        "pue: 1.1 is its second value",
+    ),
     (["--tokens", "1M", "--days", "1", "--buy", "--reserved"], "reserved: has no use beside --buy"),
     (["--tokens", "1M", "--budget", "1", "--confidence", "0.9"], "confidence: 0.9 has no use without --days"),
     (["--tokens", "1M", "--days", "1", "--sites", "none.yaml"], "none.yaml: no such file"),
