@@ -78,6 +78,13 @@ class Platform:
                     if tensor.is_cuda:
                         tensor.record_stream(self._stream(stream))
 
+    def store(self, *pairs: tuple[Tensor, Tensor]) -> Any:
+        """Copy (host, device) pairs to the host beside what follows; returns the event of their arrival."""
+        self.wait(self.record(), "d2h")
+        for host, tensor in pairs:
+            self.copy(host, tensor, "d2h")
+        return self.record("d2h")
+
     def keep(self, tensor: Tensor, stream: str) -> None:
         """`tensor` may be dropped before `stream` is done with it."""
         if tensor.is_cuda:

@@ -42,9 +42,7 @@ class Boundaries:
         if layer >= self.offloaded:
             self._kept[layer] = x
             return
-        self.platform.wait(self.platform.record(), "d2h")
-        self.platform.copy(self._host[layer], x, "d2h")
-        self._stored = self.platform.record("d2h")
+        self._stored = self.platform.store((self._host[layer], x))
 
     def forget(self) -> None:
         """Drop what is kept for a backward that will not come."""

@@ -227,10 +227,7 @@ class FlatAdamW:
 
     def _store(self, bucket: Sequence[Slice], slot: list[Tensor]) -> Any:
         """A slot back to the host; returns the event after which the slot is free."""
-        self.platform.wait(self.platform.record(), "d2h")
-        for host, device in self._pairs(bucket, slot):
-            self.platform.copy(host, device, "d2h")
-        return self.platform.record("d2h")
+        return self.platform.store(*self._pairs(bucket, slot))
 
     def _pairs(self, bucket: Sequence[Slice], slot: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """(host slice, slot slice) of everything that a bucket moves."""
@@ -278,16 +275,15 @@ class FlatAdamW:
                 offset += numel
 
     def _send_grads(self, index: int, clip: Tensor) -> Any:
-        offset = 0
+        arrived, offset = None, 0
         for piece in self.buckets[index]:
             with category("staging"):
                 grad = self._clipped(piece, clip)
             numel = piece[2] - piece[1]
-            self.platform.wait(self.platform.record(), "d2h")
-            self.platform.copy(self._host_grads[index % 2][offset : offset + numel], grad, "d2h")
+            arrived = self.platform.store((self._host_grads[index % 2][offset : offset + numel], grad))
             del grad  # before the next is made
             offset += numel
-        return self.platform.record("d2h")
+        return arrived
 
     def _clipped(self, piece: Slice, clip: Tensor) -> Tensor:
         unit, start, stop = piece

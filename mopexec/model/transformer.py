@@ -233,12 +233,13 @@ class Transformer(nn.Module):
 
         reduce: sums loads over ranks in place. degree: of expert parallelism.
         """
-        loads = [torch.zeros(degree)]
-        for layer in self.blocks():
-            if layer.is_moe:
-                router = layer.moe.router
-                reduce(router.load)
-                loads.append(router.load.clone())
-                balance_step(router.balance_bias, router.load, rate)
-                router.load.zero_()
-        return balance_told(torch.stack(loads[1:] or loads), degree)
+        routers = [layer.moe.router for layer in self.blocks() if layer.is_moe]
+        for router in routers:
+            reduce(router.load)
+        device = next(self.parameters()).device
+        loads = [router.load for router in routers] or [torch.zeros(degree, device=device)]
+        told = balance_told(torch.stack(loads), degree)
+        for router in routers:
+            balance_step(router.balance_bias, router.load, rate)
+            router.load.zero_()
+        return told

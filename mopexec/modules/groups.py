@@ -17,9 +17,8 @@ class FsdpGroups:
     """Views of the W ranks, from this rank.
 
     dense, experts: the mesh that shards (1-d), or that replicates and shards (2-d, HSDP). experts_whole:
-    [Ep, copies,
-    shard]. expert_copies: copies of each expert shard in the world. expert_group: the Ep ranks
-    that trade tokens. sequence_group: the D ranks of a sequence, this one at sequence_place.
+    [Ep, copies, shard]. expert_copies: copies of each expert shard in the world. experts_spread: the Ep ranks
+    that trade tokens. sequence: the D ranks of a sequence.
     """
 
     rank: int
@@ -27,10 +26,9 @@ class FsdpGroups:
     dense: DeviceMesh
     experts: DeviceMesh
     experts_whole: DeviceMesh
-    expert_group: Group
+    experts_spread: Group
     expert_copies: int
-    sequence_group: dist.ProcessGroup
-    sequence_place: int
+    sequence: Group
 
 
 def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
@@ -53,10 +51,9 @@ def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:
         if len(ranks[0]) > strategy.experts.expert_fsdp
         else experts["shard"],
         experts_whole=experts,
-        expert_group=_group(experts, "expert"),
+        experts_spread=_group(experts, "expert"),
         expert_copies=len(ranks[0]) // strategy.experts.expert_fsdp,
-        sequence_group=sequence.get_group("sequence"),
-        sequence_place=sequence.get_local_rank("sequence"),
+        sequence=_group(sequence, "sequence"),
     )
 
 

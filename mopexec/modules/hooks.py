@@ -15,6 +15,8 @@ from mopexec.measure.scope import NOW, category
 from mopexec.measure.tracker import recategorize
 from mopexec.modules.again import contexts
 from mopexec.modules.comm import param_groups
+from mopsim.spec import layout
+from mopsim.spec.plan import Plan
 
 
 def name_components(model: Any) -> None:
@@ -97,6 +99,17 @@ class InputHooks:
     def __init__(self, platform: Platform, count: int) -> None:
         self._platform, self._count = platform, count
 
+    @classmethod
+    def of(cls, plan: Plan, platform: Platform) -> "InputHooks":
+        """As many on the host as the plan's budget holds."""
+        strategy, spec, count = plan.strategy, plan.model, 0
+        if strategy.activations.layer_inputs == "host":
+            rows = plan.training.tokens_per_rank(strategy) // strategy.dense.tensor_parallel
+            size = rows * spec.hidden_size * getattr(torch, strategy.precision.compute).itemsize
+            budget = strategy.activations.host_budget
+            count = layout.offloaded_boundaries(spec.num_hidden_layers, size, budget)
+        return cls(platform, count)
+
     def keep(self, layer: int, x: Tensor) -> AbstractContextManager[Any]:
         """A context for the checkpoint call of `layer`, whose input is x."""
         recategorize(x, "boundaries")
@@ -108,9 +121,7 @@ class InputHooks:
         if tensor.untyped_storage()._cdata != storage:
             return tensor
         host = self._platform.host_empty(tensor.shape, tensor.dtype, "boundaries")
-        self._platform.wait(self._platform.record(), "d2h")
-        self._platform.copy(host, tensor, "d2h")
-        return host, self._platform.record("d2h")
+        return host, self._platform.store((host, tensor))
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):

@@ -4,13 +4,15 @@ traded back."""
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mopexec.data.dataset import IGNORED
 from mopexec.distributed import collectives
+from mopexec.distributed.mesh import Group
 from mopexec.model.attention_core import Core, causal_attention
+from mopexec.model.auxiliary import Auxiliary
 from mopexec.modules.exchange import exchange
+from mopsim.spec.training import TrainSpec
 
 
 class UlyssesAttention:
@@ -19,55 +21,61 @@ class UlyssesAttention:
     KV heads are replicated where there are fewer of them than ranks.
     """
 
-    def __init__(self, degree: int, group: dist.ProcessGroup | None) -> None:
-        self._degree, self._group = degree, group
+    def __init__(self, group: Group) -> None:
+        self._group = group
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None) -> Tensor:
         """q [B, S/D, heads, d], k [B, S/D, kv_heads, d], v [B, S/D, kv_heads, e] to [B, S/D, heads, e]; sinks
         [heads].
         """
         kv_heads = k.shape[2]
-        if kv_heads < self._degree:
-            k, v = (t.repeat_interleave(self._degree // kv_heads, dim=2) for t in (k, v))
+        if kv_heads < self._group.size:
+            k, v = (t.repeat_interleave(self._group.size // kv_heads, dim=2) for t in (k, v))
         whole = [self._trade(t, to_heads=True) for t in (q, k, v)]
         if sinks is not None:
-            sinks = sinks.chunk(self._degree)[dist.get_rank(self._group)]
+            sinks = sinks.chunk(self._group.size)[self._group.place]
         return self._trade(causal_attention(whole[0], whole[1], whole[2], core, sinks), to_heads=False)
 
     def _trade(self, x: Tensor, *, to_heads: bool) -> Tensor:
         """[B, S/D, heads, d] to [B, S, heads/D, d] (to_heads), or the inverse."""
-        there, back = (
-            partial(trade, degree=self._degree, group=self._group, to_heads=way)
-            for way in (to_heads, not to_heads)
-        )
+        there, back = (partial(trade, group=self._group, to_heads=way) for way in (to_heads, not to_heads))
         return exchange(x, there, back)
 
 
-def trade(x: Tensor, degree: int, group: dist.ProcessGroup | None, to_heads: bool) -> Tensor:
+def trade(x: Tensor, group: Group, to_heads: bool) -> Tensor:
     """One all-to-all between slices of the sequence (dimension 1) and slices of the heads (dimension 2)."""
     from_dim, to_dim = (2, 1) if to_heads else (1, 2)
-    sent = torch.stack(x.chunk(degree, dim=from_dim))
+    sent = torch.stack(x.chunk(group.size, dim=from_dim))
     received = torch.empty_like(sent)
-    collectives.all_to_all_single(received, sent, group=group)
+    collectives.all_to_all_single(received, sent, group=group.handle)
     del sent
     return torch.cat(received.unbind(0), dim=to_dim)
 
 
-def with_following(
-    tokens: Tensor, targets: Tensor, depth: int, degree: int, place: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def with_following(tokens: Tensor, targets: Tensor, depth: int, group: Group) -> tuple[Tensor, Tensor]:
     """Tokens and targets [B, s] of this rank's positions and of the `depth` after them, [B, s + depth];
-    IGNORED beyond the sequence's end. This rank is at `place` of the `degree` that share the sequence.
+    IGNORED beyond the sequence's end. group: of the ranks that share the sequence.
     """
     if not depth:
         return tokens, targets
     both = torch.cat((tokens, targets))
     seq = tokens.shape[1]
     ends = both.new_full((len(both), depth), IGNORED)
-    if degree > 1:
-        everyone = both.new_empty((degree, len(both), seq))
-        collectives.all_gather_single(everyone.view(-1, seq), both, group)
+    if group.size > 1:
+        everyone = both.new_empty((group.size, len(both), seq))
+        collectives.all_gather_single(everyone.view(-1, seq), both, group.handle)
         whole = torch.cat((*everyone.unbind(0), ends), dim=1)
-        ends = whole[:, (place + 1) * seq : (place + 1) * seq + depth]
+        ends = whole[:, (group.place + 1) * seq : (group.place + 1) * seq + depth]
     tokens, targets = torch.cat((both, ends), dim=1).chunk(2)
     return tokens, targets
+
+
+def auxiliary(training: TrainSpec, group: Group) -> Auxiliary:
+    """The losses beside the cross entropy; counts of a sequence's routes are added up over its ranks."""
+
+    def over_sequence(counts: Tensor) -> None:
+        if group.size > 1:
+            collectives.all_reduce(counts, group.handle)
+
+    weights = (training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
+    return Auxiliary(*weights, over_sequence)

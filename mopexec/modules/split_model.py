@@ -8,13 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, phase, uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
-from mopexec.model.auxiliary import Auxiliary, attach
+from mopexec.model.auxiliary import attach
 from mopexec.model.documents import Documents
 from mopexec.model.rope import Positions
 from mopexec.model.transformer import Given, Term
@@ -24,7 +23,7 @@ from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.hooks import InputHooks, name_components, recompute_layers, recompute_modules
 from mopexec.modules.loss import chunked_loss, wide
 from mopexec.modules.pipeline import Links, Part, StagePipeline
-from mopexec.modules.sequence import UlyssesAttention, with_following
+from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
 from mopexec.modules.slices import Block, Kind, block_of, fill
 from mopexec.modules.stage_groups import StageGroups
 from mopexec.modules.tensor_parallel import split_layer
@@ -110,9 +109,7 @@ class SplitModel:
     def loss(self, batch: Batch, scale: float) -> Tensor:
         """scale * the loss of a microbatch, equal on the ranks of a tensor group."""
         network, sequence = self.network, self._groups.sequence
-        ids = with_following(
-            batch.tokens, batch.targets, len(network.mtp), sequence.size, sequence.place, sequence.handle
-        )
+        ids = with_following(batch.tokens, batch.targets, len(network.mtp), sequence)
         start = self._groups.place.context * batch.tokens.shape[1]
         return cast(Tensor, network.head(network.terms(*ids, start, scale, batch.documents)))
 
@@ -169,7 +166,7 @@ class SplitModel:
         """Swap in the parallel parts, and what the backward recomputes."""
         plan, groups, network = self._plan, self._groups, self.network
         strategy, tensor = plan.strategy, groups.tensor
-        network.set_auxiliary(self._auxiliary())
+        network.set_auxiliary(auxiliary(plan.training, groups.shared))
         for layer in network.blocks():
             if tensor.size > 1:
                 split_layer(layer, tensor)
@@ -184,7 +181,7 @@ class SplitModel:
         network.given = self._given
         self._attach_loss(first_row)
         if strategy.activations.recompute == "full":
-            recompute_layers(network, self._boundaries())
+            recompute_layers(network, InputHooks.of(plan, self._platform))
         if strategy.activations.recompute == "selective":
             recompute_modules(network, strategy.activations.modules)
         name_components(network)
@@ -192,7 +189,7 @@ class SplitModel:
     def _exchange(self) -> AttentionCore:
         how, sequence = self._plan.strategy.attention.cp_comm_type, self._groups.sequence
         if how == "ulysses":
-            return UlyssesAttention(sequence.size, sequence.handle)
+            return UlyssesAttention(sequence)
         return BlockAttention(sequence, ring=how == "ring")
 
     def _spread(self, moe: Any) -> None:
@@ -207,27 +204,6 @@ class SplitModel:
             how = self._plan.strategy.activations
             again = how.recompute == "full" or (how.recompute == "selective" and "moe" in how.modules)
             moe.experts.forward = SplitExperts(moe.experts, groups.expert_tensor, regathers=not again)
-
-    def _auxiliary(self) -> Auxiliary:
-        """The losses beside the cross entropy; counts of a sequence's routes are added up over its ranks."""
-        training, shared = self._plan.training, self._groups.shared
-
-        def over_sequence(counts: Tensor) -> None:
-            collectives.all_reduce(counts, shared.handle)
-
-        more = {"sum_over_sequence": over_sequence} if shared.size > 1 else {}
-        return Auxiliary(
-            training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef, **more
-        )
-
-    def _boundaries(self) -> InputHooks:
-        activations, plan = self._plan.strategy.activations, self._plan
-        if activations.layer_inputs == "device":
-            return InputHooks(self._platform, 0)
-        rows = plan.training.tokens_per_rank(plan.strategy) // self._groups.tensor.size
-        size = rows * plan.model.hidden_size * _dtype(plan.strategy.precision.compute).itemsize
-        layers = plan.model.num_hidden_layers
-        return InputHooks(self._platform, layout.offloaded_boundaries(layers, size, activations.host_budget))
 
     def _given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
         """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""

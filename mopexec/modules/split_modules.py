@@ -134,7 +134,7 @@ class SplitRunner:
             return told
         layers = sum(layer.is_moe for layer in network.blocks())
         told[0] = told[0].nan_to_num() * layers
-        both = torch.cat((told.to(self._platform.device), told.new_full((1,), layers)))
+        both = torch.cat((told, told.new_full((1,), layers)))
         collectives.all_reduce(both, pipeline.handle)
         both[0] /= both[-1]
         return both[:-1]

@@ -14,11 +14,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
-from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_allocation, uncounted
 from mopexec.model import Routing, Transformer
-from mopexec.model.auxiliary import Auxiliary, attach
+from mopexec.model.auxiliary import attach
 from mopexec.model.documents import Documents
 from mopexec.model.initialize import is_stacked
 from mopexec.model.moe import Router
@@ -28,7 +27,7 @@ from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.groups import FsdpGroups
 from mopexec.modules.hooks import InputHooks, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, full_loss
-from mopexec.modules.sequence import UlyssesAttention, with_following
+from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
 from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
@@ -44,14 +43,12 @@ def build_model(
         device = "cpu" if platform.fake else "meta"
         model = Transformer(plan.model, _dtype(strategy.precision.param), device, routing)
     _spread_experts(model, strategy, groups, platform)
-    model.set_auxiliary(_auxiliary(plan, groups))
-    if strategy.attention.context_parallel > 1:
+    model.set_auxiliary(auxiliary(plan.training, groups.sequence))
+    if groups.sequence.size > 1:
         for layer in model.blocks():
-            layer.attention.core = UlyssesAttention(
-                strategy.attention.context_parallel, groups.sequence_group
-            )
+            layer.attention.core = UlyssesAttention(groups.sequence)
     if strategy.activations.recompute == "full":
-        recompute_layers(model, _boundaries(plan, platform))
+        recompute_layers(model, InputHooks.of(plan, platform))
     _attach_loss(model, strategy, groups, plan.training.tokens_per_rank(strategy) // strategy.micro_batch)
     name_components(model)
     host = strategy.optimizer.state_tier == "host"
@@ -79,18 +76,6 @@ def _dtype(name: str) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, name))
 
 
-def _boundaries(plan: Plan, platform: Platform) -> InputHooks:
-    activations = plan.strategy.activations
-    if activations.layer_inputs == "device":
-        return InputHooks(platform, 0)
-    size = plan.training.tokens_per_rank(plan.strategy) * plan.model.hidden_size
-    num_bytes = size * _dtype(plan.strategy.precision.compute).itemsize
-    return InputHooks(
-        platform,
-        layout.offloaded_boundaries(plan.model.num_hidden_layers, num_bytes, activations.host_budget),
-    )
-
-
 def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platform) -> None:
     """Keep this rank's E/Ep experts in every MoE layer, and dispatch to their owners."""
     for layer in model.blocks():
@@ -100,26 +85,13 @@ def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups, platform
             own = stack[: stack.shape[0] // strategy.experts.expert_parallel].detach()
             setattr(layer.moe.experts, name, torch.nn.Parameter(own.contiguous()))
         layer.moe.dispatch = ExpertDispatch(
-            model.routing, model.spec.num_local_experts, groups.expert_group, platform
+            model.routing, model.spec.num_local_experts, groups.experts_spread, platform
         )
-
-
-def _auxiliary(plan: Plan, groups: FsdpGroups) -> Auxiliary:
-    """The losses beside the cross entropy; counts of routes of a sequence are added up over its ranks."""
-    training = plan.training
-
-    def over_sequence(counts: Tensor) -> None:
-        collectives.all_reduce(counts, groups.sequence_group)
-
-    shared = {"sum_over_sequence": over_sequence} if plan.strategy.attention.context_parallel > 1 else {}
-    return Auxiliary(
-        training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef, **shared
-    )
 
 
 def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -> None:
     """The head computes all losses itself, so that its full weight is there, and freed by FSDP's hooks."""
-    head, chunk = model.head, strategy.vocabulary.chunk_tokens
+    head, chunk, sequence = model.head, strategy.vocabulary.chunk_tokens, groups.sequence
 
     def one(term: Term) -> Tensor:
         hidden, targets = term.hidden.flatten(0, 1), term.targets.flatten()
@@ -134,9 +106,8 @@ def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -
         return main
 
     def forward(tokens: Tensor, targets: Tensor, scale: float, documents: Documents = ()) -> Tensor:
-        sequence = (strategy.attention.context_parallel, groups.sequence_place, groups.sequence_group)
-        ids = with_following(tokens, targets, len(model.mtp), *sequence)
-        return cast(Tensor, head(model.terms(*ids, groups.sequence_place * seq, scale, documents)))
+        ids = with_following(tokens, targets, len(model.mtp), sequence)
+        return cast(Tensor, head(model.terms(*ids, sequence.place * seq, scale, documents)))
 
     head.forward = losses
     model.forward = forward
@@ -241,7 +212,7 @@ def _fill(model: Any, groups: FsdpGroups, source: Source) -> None:
             if not is_stacked(name):
                 target.copy_(source.read(name, shape, None, 0, start, stop))
                 continue
-            first = groups.expert_group.place * shape[0]
+            first = groups.experts_spread.place * shape[0]
             for row, expert in enumerate(range(start, stop) if dim == 0 else range(shape[0])):
                 part = (0, 0, None) if dim == 0 else (dim - 1, start, stop)
                 target[row].copy_(source.read(name, shape[1:], first + expert, *part))
