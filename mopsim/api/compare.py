@@ -21,6 +21,7 @@ from mopsim.api.run import played
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.api.sweep import Hold, Setting, Swept, read_sweep
 from mopsim.api.sweep import sweep as swept
+from mopsim.common.arguments import named
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
 from mopsim.engine import SimResult
@@ -121,6 +122,7 @@ class Comparison(Result):
         return [Path(folder) / name for name in sorted(written)]
 
 
+@named
 def compare(
     model: AnyModel,
     hardware: AnyHardware,

@@ -6,6 +6,7 @@ from typing import Any
 
 from mopsim.api.inputs import AnyHardware, AnyModel, read_hardware, read_model
 from mopsim.common import io
+from mopsim.common.arguments import named
 from mopsim.common.errors import MopError
 from mopsim.common.json_text import parse_json
 from mopsim.engine import SimResult, simulate
@@ -17,6 +18,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 
+@named
 def explore(
     result: Mapping[str, Any] | str | Path,
     out: str | Path,

@@ -3,16 +3,15 @@
 What is named may be given as a name, a file or the spec itself, by the API and the command line alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import msgspec
+from typing import Any, TypeVar
 
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
 from mopsim.cost.compute import matmul_curve
@@ -33,6 +32,7 @@ from mopsim.spec.strategy import MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
+S = TypeVar("S", ModelSpec, HardwareProfile, Stack)
 AnyModel = str | Path | ModelSpec
 """A preset's name, a YAML file, a Hugging Face config.json, or the spec."""
 AnyHardware = str | Path | HardwareProfile
@@ -113,19 +113,24 @@ def count(value: Count, field: str) -> int:
 
 def read_model(model: AnyModel) -> ModelSpec:
     """The model that is named, or given. Raises MopError, also where it states another total."""
-    found = model if isinstance(model, ModelSpec) else load_model(model)
+    found = _given(model, ModelSpec, load_model, "model")
     counts(found)
     return found
 
 
 def read_hardware(hardware: AnyHardware) -> HardwareProfile:
     """The profile that is named, or given. Raises MopError."""
-    return hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
+    return _given(hardware, HardwareProfile, load_profile, "hardware")
 
 
 def read_stack(stack: AnyStack | None) -> Stack | None:
     """The stack that is named, or given. Raises MopError."""
-    return load_stack(stack) if isinstance(stack, str | Path) else stack
+    return None if stack is None else _given(stack, Stack, load_stack, "stack")
+
+
+def _given(given: Any, kind: type[S], load: Callable[[str | Path], S], field: str) -> S:
+    """What is named is loaded; a spec is held to the types of its fields, as one of a file is."""
+    return io.checked(given, kind, field) if isinstance(given, kind) else load(given)
 
 
 def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
@@ -213,13 +218,16 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
     read = read_strategy(given) if isinstance(given, str | Path) else given
     if isinstance(read, StrategyTemplate):
         read = read.on(inputs.world_size)
-    if isinstance(read, Strategy):  # made in Python, where nothing held its fields to their values
-        read = io.convert(msgspec.to_builtins(read), Strategy, "strategy")
+    if isinstance(read, Strategy):
+        read = io.checked(read, Strategy, "strategy")
         return read, inputs.stack or load_stack(read.stack, "strategy.stack")
     if isinstance(read, tuple):
         return read
     if not isinstance(read, Plan):
-        raise MopError(f"strategy: {read!r} is not a family, a file, a Strategy, a Plan or mopsim.mop(...)")
+        raise MopError(
+            f"strategy: {shown(read)} is not a family, a file, a Strategy, a Plan or mopsim.mop(...)"
+        )
+    read = io.checked(read, Plan, "plan")
     if read.model != inputs.model:
         made, here = (f"{one.name} (digest {io.digest(one)})" for one in (read.model, inputs.model))
         what = given if isinstance(given, str | Path) else "it"

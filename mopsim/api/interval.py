@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from mopsim.api.results import Simulation
+from mopsim.common.arguments import named
 from mopsim.engine import SimResult
 from mopsim.intervals import check_level
 
@@ -18,6 +19,7 @@ class Interval(NamedTuple):
     p_fits: float
 
 
+@named
 def interval(prediction: Simulation | SimResult, level: float = 0.9) -> Interval:
     """Where the measured values of a prediction lie with probability `level`, as likely below as above.
 

@@ -15,6 +15,7 @@ from mopsim.api.inputs import (
     resolve,
 )
 from mopsim.api.results import Ranking, Simulation
+from mopsim.common.arguments import named
 from mopsim.engine import SimResult
 from mopsim.search import Options
 from mopsim.search import search as ranked
@@ -22,6 +23,7 @@ from mopsim.spec.strategy import MatmulDType
 from mopsim.strategies import FAMILIES
 
 
+@named
 def simulate(
     model: AnyModel,
     hardware: AnyHardware,
@@ -68,6 +70,7 @@ def played(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget
     return Simulation(inputs, one.result, [*notes([given], inputs), *said], one.found)
 
 
+@named
 def search(
     model: AnyModel,
     hardware: AnyHardware,

@@ -23,6 +23,7 @@ from mopsim.api.inputs import (
 from mopsim.api.results import Result, Simulation
 from mopsim.api.size_json import assumptions_json, brief_json, miss_json, point_json, sizing_json
 from mopsim.common import io
+from mopsim.common.arguments import named
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
 from mopsim.common.processes import pool
@@ -181,6 +182,7 @@ def _named(machine: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     return ({"hardware": machine["name"]} | tried for tried in machine["tried"])
 
 
+@named
 def size(
     model: AnyModel,
     hardware: AnyHardware | Sequence[AnyHardware],

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from mopsim import strategies
+from mopsim.common.arguments import named
 from mopsim.spec.strategy import Strategy
 
 P = ParamSpec("P")
@@ -39,7 +40,7 @@ def _template(make: Callable[Concatenate[int, P], Strategy]) -> Callable[P, Stra
             signature.bind(1, *args, **given)
         except TypeError as error:
             raise TypeError(f"{make.__name__}() {error}; its keywords: {', '.join(keywords)}") from None
-        return StrategyTemplate(make.__name__, dict(given), lambda ranks: make(ranks, *args, **given))
+        return StrategyTemplate(make.__name__, dict(given), lambda ranks: named(make)(ranks, *args, **given))
 
     later.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=list(keywords.values()), return_annotation=StrategyTemplate

@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import tempfile
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from mopsim.common.arguments import OF_TYPES
 from mopsim.common.errors import MopError
 from mopsim.common.explain import explain
 from mopsim.common.values import first_unfit
@@ -22,7 +24,23 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every noun: frozen, keyword-only, unknown fields refused, validated when made."""
+    """Base of every noun: frozen, keyword-only, unknown fields refused, validated when made. Python holds no
+    field to its type: where a rule meets a value of another, that field is named."""
+
+    def __init_subclass__(cls) -> None:
+        rules = cls.__dict__.get("__post_init__")
+        if rules is None:
+            return
+
+        @wraps(rules)
+        def hold(self: "Spec") -> None:
+            try:
+                rules(self)
+            except OF_TYPES:
+                checked(self, cls, cls.__name__)
+                raise
+
+        cls.__post_init__ = hold  # type: ignore[attr-defined]
 
 
 def read_text(path: Path, field: str = "") -> str:
@@ -69,6 +87,21 @@ def convert(data: Any, kind: type[T], prefix: str, origin: str = "") -> T:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
         raise MopError(head + explain(error, data, kind, prefix)) from None
+
+
+def checked(spec: T, kind: type[T], prefix: str) -> T:
+    """A spec that was made in Python, every field held to its type. Raises MopError as `convert` does."""
+    return convert(_fields(spec), kind, prefix)
+
+
+def _fields(value: Any) -> Any:
+    """Plain objects, but for what no field takes."""
+    if isinstance(value, msgspec.Struct):
+        found = {name: _fields(getattr(value, name)) for name in value.__struct_fields__}
+        return {name: one for name, one in found.items() if one is not msgspec.UNSET}
+    if isinstance(value, dict):
+        return {name: _fields(one) for name, one in value.items()}
+    return [_fields(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def load(path: Path, kind: type[T], prefix: str) -> T:

@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,42 @@ def test_a_mistake_is_one_line(wrong: dict[str, Any], says: str) -> None:
         mopsim.simulate(**JOB | wrong)
     assert says in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+MACHINE, NET = mopsim.load_hardware("cpu-2core"), mopsim.load_model("tiny")
+STACK = mopsim.load_stack("mopexec-flat")
+WRONG: dict[str, Callable[[], object]] = {
+    "model: 5 is refused: expected str or Path or ModelSpec": lambda: step(model=5),
+    "hardware: None is refused": lambda: step(hardware=None),
+    "stack: {} is refused": lambda: step(stack={}),
+    "ModelSpec.hidden_size: '64' is refused: expected `int`": lambda: replace(NET, hidden_size="64"),
+    "model.hidden_size: 64.5 is refused: expected `int`": lambda: step(model=replace(NET, hidden_size=64.5)),
+    "ModelSpec.rope_theta: <object": lambda: replace(NET, rope_theta=object()),
+    "hardware.device: None is refused": lambda: step(hardware=replace(MACHINE, device=None)),
+    "stack.kernels.norm: 'x' is not one of fused, composed": lambda: step(
+        stack=replace(STACK, kernels=replace(STACK.kernels, norm="x"))
+    ),
+    "Strategy.dense: None is refused": lambda: replace(TINY.on(2), dense=None),
+    "expert_parallel: '2' is refused: expected int": lambda: step(strategy=mopsim.mop(expert_parallel="2")),  # type: ignore[arg-type]
+    "routing: 5 is refused: expected str or a sequence of float": lambda: step(routing=5),
+    "families: [3] is refused": lambda: mopsim.search(**JOB, families=[3]),  # type: ignore[list-item]
+    "prices: {'cpu-2core': 'x'} is refused: expected a mapping to float": lambda: mopsim.size(
+        NET, MACHINE, tokens="1M", days=3, prices={"cpu-2core": "x"}  # type: ignore[dict-item]
+    ),
+    "strategies: 5 is refused": lambda: mopsim.compare(**JOB, strategies=5),  # type: ignore[arg-type]
+    "prediction: 5 is refused: expected Simulation or SimResult": lambda: mopsim.interval(5),  # type: ignore[arg-type]
+    "result: 5 is refused": lambda: mopsim.explore(5, "x.html"),  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+def step(**wrong: Any) -> object:
+    return mopsim.simulate(**{**JOB, "strategy": TINY, **wrong})
+
+
+@pytest.mark.parametrize("says", WRONG)
+def test_a_wrong_object_is_named_with_its_value_and_the_rule(says: str) -> None:
+    with pytest.raises(mopsim.MopError, match=f"^{re.escape(says)}"):
+        WRONG[says]()
 
 
 def test_a_search_simulates_something() -> None:
