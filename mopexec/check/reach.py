@@ -63,6 +63,10 @@ class Limits:
     host: int
 
 
+_REFUSED = "the plan: "
+"""What stopped a length that is refused whatever the memory begins with this."""
+
+
 def with_seq_len(plan: Plan, seq_len: int) -> Plan:
     """The same plan at another sequence length; its prediction no longer holds and is dropped."""
     training = msgspec.structs.replace(plan.training, seq_len=seq_len)
@@ -83,11 +87,13 @@ def reach(plan: Plan, limits: Limits, quantum: int, real_step: RealStep | None) 
         low, high = (middle, high) if _stopper(plan, limits, middle) is None else (low, middle)
     stopper = _stopper(plan, limits, high)
     assert stopper is not None
+    if not low and stopper.startswith(_REFUSED):
+        raise MopError(f"{stopper} (at {high} tokens)")
     result = _dry(plan, low) if low else None
     peak, host = (result.peak_memory, result.host_memory) if result else (0, 0)
     confirmed = [
-        real_step(with_seq_len(plan, n), limits.device, limits.host) if real_step and n else None
-        for n in (low, high)
+        real_step(with_seq_len(plan, n), limits.device, limits.host) if real_step and tried else None
+        for n, tried in ((low, low), (high, not stopper.startswith(_REFUSED)))
     ]
     found = Reach(
         plan.strategy.name, describe(plan.model), plan.strategy.world_size, split, low, high,
@@ -122,7 +128,8 @@ def _dry(plan: Plan, seq_len: int) -> Any:
 
 
 def _stopper(plan: Plan, limits: Limits, seq_len: int) -> str | None:
-    """None where the dry run fits both limits, else the tier and category whose allocation crosses first."""
+    """None where the dry run fits both limits, else the tier and category whose allocation crosses first, or
+    the rule that the plan breaks at that length."""
     from mopexec.check.dry_run import dry_run
     from mopexec.measure.tracker import OutOfMemory
 
@@ -130,6 +137,8 @@ def _stopper(plan: Plan, limits: Limits, seq_len: int) -> str | None:
         dry_run(with_seq_len(plan, seq_len), 0, limits.device, limits.host)
     except OutOfMemory as error:
         return f"{error.tier} {error.category} ({error.component} {error.phase})"
+    except SpecError as error:
+        return f"{_REFUSED}{error}"
     return None
 
 

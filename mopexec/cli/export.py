@@ -10,7 +10,7 @@ from mopsim.common.units import format_bytes
 
 def run(directory: Path, out: Path, dtype: str | None, json: str | None) -> None:
     """Write `out`, say what it is."""
-    check_outputs({"--json": json})
+    check_outputs({"--json": json}, {"--out": out})
     from mopexec.weights.export import export
 
     found = export(directory, out, dtype)

@@ -11,7 +11,7 @@ from mopexec.run import plans
 from mopexec.run.environment import GPU_RANK, PORT
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import STDOUT, check_outputs
 from mopsim.spec.plan import Plan
 
 Kind = Literal["slurm", "torchrun"]
@@ -50,15 +50,15 @@ _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 
 def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> None:
     """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
-    check_outputs({"--script": script})
+    check_outputs({"--script": script or STDOUT}, stdout=("--script",))
     check_train_options(path, options)
     plan = plans.read_plan(path)
     plans.check_supported(plan)
     text = render(plan, path, kind, options)
-    if script is None:
-        print(text, end="")
+    if script in (None, STDOUT):
+        print(text, end="", flush=True)
     else:
-        io.write_text(Path(script), text)
+        io.write_text(Path(str(script)), text)
 
 
 def check_train_options(path: Path, options: Sequence[str]) -> None:

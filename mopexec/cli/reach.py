@@ -4,6 +4,7 @@ import platform
 import sys
 from pathlib import Path
 
+from mopexec.data.corpus import PYTHON, user_files
 from mopexec.run import plans
 from mopsim.common.io import write_json
 from mopsim.common.outputs import check_outputs
@@ -27,13 +28,15 @@ def run(
         plans.check_supported(plan)
     limits_text = (parse_bytes(device_limit, "--device-limit"), parse_bytes(host_limit, "--host-limit"))
     step = parse_count(quantum, "--quantum")
+    if confirm and data != PYTHON:
+        user_files(Path(data))
     import torch
-    from rich.console import Console
 
     from mopexec.check.reach import Limits, reach, train_one_step, write_reaches
+    from mopsim.common.console import LastingConsole
 
     limits = Limits(*limits_text)
-    console = Console(stderr=json == "-")
+    console = LastingConsole(stderr=json == "-")
     found = []
     for plan in chosen:
         with console.status(f"{plan.strategy.name} on {plan.strategy.world_size} ranks"):

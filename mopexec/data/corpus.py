@@ -48,7 +48,7 @@ def read_corpus(source: str) -> Corpus:
 
     Raises MopError, naming the path, for what is missing, empty, binary or unreadable.
     """
-    files = _python_files() if source == PYTHON else _user_files(Path(source))
+    files = _python_files() if source == PYTHON else user_files(Path(source))
     digest, size = hashlib.sha256(), 0
     for path in files:
         size += _add_records(digest, path) if is_records(path) else _add_text(digest, path)
@@ -74,7 +74,8 @@ def _python_files() -> list[Path]:
     return chosen
 
 
-def _user_files(path: Path) -> list[Path]:
+def user_files(path: Path) -> list[Path]:
+    """The file, or those of a directory by name. Raises MopError where there are none."""
     if not exists(path):
         raise MopError(f"--data: {path}: no such file or directory")
     if not path.is_dir():

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mopexec.data.chat import Chat
-from mopexec.data.corpus import Corpus, read_corpus
-from mopexec.data.documents import DocumentPiece, DocumentReading, LossMask
+from mopexec.data.corpus import PYTHON, Corpus, read_corpus, user_files
+from mopexec.data.documents import DocumentPiece, DocumentReading, LossMask, is_records
 from mopexec.data.token_files import TokenFile, open_token_file
 from mopexec.data.tokenizer import END_OF_TEXT, GivenTokenizer, read_tokenizer, train_tokenizer
 from mopsim.common import io
@@ -146,6 +146,7 @@ def prepare_all(
     training: DataOptions, evaluation: DataOptions | None, vocab_size: int, cache: Path
 ) -> tuple[Path, Path | None]:
     """(tokens to train on, tokens held out): both by the same tokenizer. Raises as `prepare`."""
+    _check_records(training, evaluation)
     tokens = prepare(training, vocab_size, cache)
     if evaluation is None:
         return tokens, None
@@ -156,6 +157,22 @@ def prepare_all(
     if evaluation.tokenizer is None and (held_out / "tokenizer.json").is_file():
         raise MopError("--eval-data: is text, and --data is token ids: name their --tokenizer")
     return tokens, held_out
+
+
+def _check_records(options: DataOptions, held_out: DataOptions | None) -> None:
+    """Refuse what only records have where none is read. Raises MopError."""
+    plain = DataOptions()
+    for option, value, default in (
+        ("--text-field", options.text_field, plain.text_field),
+        ("--loss-mask", options.loss_mask if options.loss_mask == "assistant" else "", ""),
+    ):
+        if value != default and not any(map(_has_records, filter(None, (options, held_out)))):
+            raise MopError(f"{option}: {value!r} has no use: no file of --data is JSON lines or Parquet")
+
+
+def _has_records(options: DataOptions) -> bool:
+    named = [source.path for source in _sources(options.source)]
+    return any(is_records(path) for one in named if one != PYTHON for path in user_files(Path(one)))
 
 
 def _named(option: str, options: DataOptions, vocab_size: int, cache: Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,8 +56,10 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
     dtype: of the tensors; None: that of the weights that the run began with, else what it computes in.
     Raises MopError.
     """
+    if not (run / "plan.yaml").is_file():
+        raise MopError(f"--run: {run} is not the directory of a run of `mopexec train`: it has no plan.yaml")
     plan = plans.read_plan(run / "plan.yaml")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_dir() and any(out.iterdir()):
         raise MopError(f"--out: {out} is not empty; give another directory")
     newest = checkpoint.newest_state(run)
     if newest is None:
@@ -84,8 +87,9 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
         if out.exists():
             out.rmdir()
         aside.rename(out)
-    except OSError as error:
-        raise MopError(f"--out: {out}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:  # the library's own, of a full disk
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+        raise MopError(f"--out: {out}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Exported(

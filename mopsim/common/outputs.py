@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ def check_outputs(
             continue
         if str(path) == STDOUT and not is_directory and option not in stdout:
             raise MopError(f"{option}: '-' is standard output, a file is needed")
+        if str(path) == STDOUT and sys.stdout is None:
+            raise MopError(f"{option}: '-' is standard output, which is closed")
         real = STDOUT if str(path) == STDOUT else os.path.realpath(path)
         if real in taken:
             raise MopError(f"{option}: {path} is where {taken[real]} goes too")

@@ -60,6 +60,29 @@ def test_a_setting_that_is_none_of_the_training(capsys, tmp_path, plan, setting,
     assert rule in refusal(capsys, "train", "--plan", plan, *out)
 
 
+def test_a_reader_that_leaves_changes_no_exit_code(plan):
+    line = f"{sys.executable} -m mopexec dry-run --plan {plan} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=HANG)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("option", ["dry-run --json -", "launch --slurm"])
+def test_a_closed_standard_output_is_refused(plan, option):
+    rest = "-- --steps 1 --out x" if "launch" in option else ""
+    line = f"{sys.executable} -m mopexec {option} --plan {plan} {rest} >&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=HANG)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is standard output, which is closed" in done.stderr
+
+
+def test_an_export_of_no_run_names_it(capsys, tmp_path):
+    line = refusal(capsys, "export", "--run", tmp_path, "--out", tmp_path / "out")
+    assert f"--run: {tmp_path} is not the directory of a run" in line
+    (tmp_path / "file").write_text("")
+    line = refusal(capsys, "export", "--run", tmp_path, "--out", tmp_path / "file")
+    assert "file is a file, a directory is needed" in line
+
+
 def test_settings_change_the_plan(plan):
     changed = plans.read_plan(plan, ["attention_mask=document", "bias_update_rate=0"])
     expected = msgspec.structs.replace(small_plan().training, attention_mask="document", bias_update_rate=0.0)
@@ -104,6 +127,8 @@ def test_refusals_name_field_value_and_rule_before_anything_is_written(capsys, p
     assert "is binary" in train("--data", tmp_path / "binary")
     (tmp_path / "empty").write_bytes(b"")
     assert "is empty" in train("--data", tmp_path / "empty")
+    for option, value in (("--text-field", "body"), ("--loss-mask", "assistant")):
+        assert f"{option}: '{value}' has no use" in train("--data", tmp_path / "binary", option, value)
     assert "'lots' is not a size" in train("--device-limit", "lots")
     assert "holds no run to go on with" in train("--resume")
     assert not (tmp_path / "run").exists()

@@ -3,8 +3,11 @@
 import json
 from contextlib import suppress
 
+from mopexec.check import dry_run
+from mopexec.check.reach import Limits, reach
 from mopexec.cli import main
 from mopsim.common import io
+from mopsim.common.errors import SpecError
 from tests.exec.train_plans import small_plan
 
 
@@ -21,3 +24,15 @@ def test_a_plan_that_fits_nowhere_does_not_end_the_others(tmp_path):
     assert rows["700KiB"]["peak_memory"] <= 700 * 1024
     assert (rows["8KiB"]["longest"], rows["8KiB"]["first_failing"]) == (0, 64)
     assert rows["8KiB"]["stopped_by"].startswith("device params")
+
+
+def test_a_length_that_the_plan_refuses_ends_its_reach(monkeypatch):
+    def most_256(plan, *_):
+        if plan.training.seq_len > 256:
+            raise SpecError("strategy.vocabulary.chunk_tokens", 1, "cuts them into too many chunks")
+        return type("Dry", (), {"peak_memory": 1, "host_memory": 2})
+
+    monkeypatch.setattr(dry_run, "dry_run", most_256)
+    found = reach(small_plan(), Limits(10**9, 10**9), 64, lambda *_: None)
+    assert (found.longest, found.first_failing, found.at_first_failing) == (256, 320, None)
+    assert found.stopped_by.startswith("the plan: strategy.vocabulary.chunk_tokens: 1 cuts")

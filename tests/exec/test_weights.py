@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mopexec.cli import main
@@ -248,7 +249,7 @@ def test_mtp_modules_are_those_of_transformers(tmp_path: Path) -> None:
     assert torch.equal(found.targets, ends[:, 1:])
 
 
-def test_a_new_network_gets_a_config_of_its_own(tmp_path: Path) -> None:
+def test_a_new_network_gets_a_config_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that began at random is exported as the architecture that says its network."""
     folder = hf_models.save(hf_models.make("mixtral"), tmp_path / "given")
     plan = plan_of(folder, RUNTIMES["flat_units"])
@@ -261,6 +262,14 @@ def test_a_new_network_gets_a_config_of_its_own(tmp_path: Path) -> None:
         logits = theirs(input_ids=tokens[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("mopexec.weights.export.save_file", full)
+    with pytest.raises(MopError, match="again: cannot be written: No space left on device"):
+        export(tmp_path / "run" / "trained", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_exports_that_would_lose_something_are_refused(tmp_path: Path) -> None:
