@@ -30,7 +30,8 @@ def everything(tape: Tape) -> Recomputation:
 
 
 def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
-    """A forward run that leaves `chosen.kept` alive, beside the tape's outputs."""
+    """A forward run that leaves `chosen.kept` alive, beside the tape's outputs. What a kernel makes for the
+    backward alone is a temporary where it is not kept, and comes before what it makes for others."""
     keep = tape.outside | chosen.kept
     last: dict[str, int] = {}
     for index, kernel in enumerate(tape.kernels):
@@ -40,7 +41,13 @@ def forward(tape: Tape, chosen: Recomputation) -> list[Played]:
     values = tape.values
     played = []
     for index, kernel in enumerate(tape.kernels):
-        memory = [(value.category, value.bytes) for value in kernel.writes] + _spike(kernel.scratch)
+        passing = [value for value in kernel.writes if last[value.name] == index and value.name not in keep]
+        rest = [value for value in kernel.writes if value not in passing]
+        scratch = _spike(kernel.scratch)
+        steps = (passing, scratch, rest) if passing else (rest, scratch)
+        memory = [
+            one if isinstance(one, tuple) else (one.category, one.bytes) for part in steps for one in part
+        ]
         for name, when in last.items():
             if when == index and name not in keep:
                 memory.append((values[name].category, -values[name].bytes))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of
@@ -10,7 +11,7 @@ from mopsim.program.data_parallel import divided, message_work, put_together, re
 from mopsim.program.fsdp2_copies import gather_copy, gathered_copy, reduce_copy
 from mopsim.program.stage import Stage
 from mopsim.program.template import Hooks, Memory, Ops, Template
-from mopsim.program.units import ShardedUnit
+from mopsim.program.units import ShardedUnit, of_component
 from mopsim.program.workload import Work
 from mopsim.spec.strategy import Dense, Experts
 
@@ -39,7 +40,7 @@ class Shards:
         self.made: dict[str, int] = {}
         self.updated: dict[str, int] = {}
         self._landed: set[str] = set()
-        self._opened: set[str] = set()
+        self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
         self._there: dict[str, int] = {}
         self._left: Ops = ()
@@ -111,6 +112,9 @@ class Shards:
                 continue
             at(max(last + 1, 0), lambda op: self._free_deferred("backward"))
             last = template.products("backward")[1]
+            for place in template.places("shared_experts", "backward", last)[-1:]:
+                numel = of_component(self.c.model, layer, "shared_experts")
+                at(place + 1, partial(self._make_gradients, self._dense(layer), numel, "backward"))
             at(last + 1, lambda op, unit=unit: self._reduce(unit, (op,)))  # type: ignore[misc]
         return found
 
@@ -138,7 +142,8 @@ class Shards:
             return unit
         if unit is None:
             return final
-        return replace(unit, numel=unit.numel + final.numel, tensors=unit.tensors + final.tensors)
+        numel, tensors = unit.numel + final.numel, unit.tensors + final.tensors
+        return replace(unit, numel=numel, tensors=tensors)
 
     def done(self, name: str, phase: str, ready: Ops = ()) -> None:
         """The embedding or the head has run; its full gradient came and went if this was its backward."""
@@ -162,9 +167,13 @@ class Shards:
         """A loss in strips makes the head's gradient in its forward."""
         unit = self.edge_unit("head")
         if unit.name not in self._opened:
-            self._opened.add(unit.name)
-            memory = (("gathered_grads", unit.numel * self.c.b),)
-            self._pass(f"gradients {unit.name}", unit, (), "forward", (), memory)
+            self._make_gradients(unit, unit.numel, "forward")
+
+    def _make_gradients(self, unit: ShardedUnit, numel: int, phase: str, _: int = -1) -> None:
+        """Gradients of `numel` of a group's parameters, made before the others'."""
+        self._opened[unit.name] = numel * self.c.b
+        memory = (("gathered_grads", numel * self.c.b),)
+        self._pass(f"gradients {unit.name}", unit, (), phase, (), memory)
 
     @property
     def _has_head(self) -> bool:
@@ -227,8 +236,10 @@ class Shards:
         or until the root's forward ends (`all_gather_state`); experts that are recomputed are a root."""
         alone = self.c.groups[unit.group].size == 1
         size = unit.padded * self.c.b
-        memory = [size, unit.largest * self.c.b, -unit.largest * self.c.b] if alone else [size, -size]
-        if not alone and self._place(unit).param_tier == "host":
+        away = self._place(unit).param_tier == "host"
+        cast = unit.largest * (self.c.b + away * self.c.param)
+        memory = [size, cast, -cast] if alone else [size, -size]
+        if not alone and away:
             recomputed = self.c.strategy.activations.recompute == "full" and self._beside(unit)
             if phase == "forward" or recomputed:
                 memory, self._deferred = [-self._deferred, size], size
@@ -248,7 +259,12 @@ class Shards:
         if apart or not all(map(self._copied, units)):
             return units
         numel, tensors = sum(unit.numel for unit in units), sum(unit.tensors for unit in units)
-        return [replace(units[0], numel=numel, tensors=tensors, largest=max(unit.largest for unit in units))]
+        largest = max(unit.largest for unit in units)
+        return [replace(units[0], numel=numel, tensors=tensors, largest=largest, last=units[-1].last)]
+
+    def _dense(self, layer: int) -> ShardedUnit:
+        """The group that a layer's experts are beside."""
+        return next(unit for unit in self._groups(layer) if not self._beside(unit))
 
     def _beside(self, unit: ShardedUnit) -> bool:
         """Whether it is a group of parameters inside of another's module."""
@@ -319,15 +335,15 @@ class Shards:
 
     def _sent_off(self, unit: ShardedUnit, part: int, ready: Ops) -> Ops:
         """FSDP2's full gradient becomes the buffer that is reduced; that of the reduction before is freed
-        once it is sent (reduce_scatter_max_input_buffers)."""
+        once it is sent (reduce_scatter_max_input_buffers). A loop over the gradients holds the last one until
+        the shard's is made (foreach_reduce)."""
         self._release(unit, "backward", ready)
         full, size = unit.numel * self.c.b, unit.padded * self.c.reduce
-        opened = 0 if unit.name in self._opened else full
-        memory = tuple(("gathered_grads", step) for step in (opened, -self._held, size, -full))
+        rest, held = full - self._opened.pop(unit.name, 0), unit.last * self.c.b * (unit.shard > 1)
+        memory = tuple(("gathered_grads", step) for step in (rest, -self._held, size, held - full))
         work, name = (reduce_copy(self.c, unit),), f"copy in {unit.name}"
         op = self._pass(name, unit, work, "backward", (*ready, *self._sent), memory)
-        self.issue.hold((("grads", part),))
-        self._opened.discard(unit.name)
+        self.issue.hold((("grads", part), ("gathered_grads", -held)))
         self._sent, self._held = (), size
         return (op,)
 

@@ -38,6 +38,11 @@ class Template:
         ]
         return (found[0], found[-1]) if found else (-1, -1)
 
+    def places(self, component: str, phase: str, before: int) -> list[int]:
+        """Places of a component's pieces in a phase, before a place."""
+        pieces = enumerate(self.pieces[: max(before, 0)])
+        return [place for place, piece in pieces if (piece.component, piece.phase) == (component, phase)]
+
     def then(self, after: "Template") -> "Template":
         """This, and after it the other."""
         by = len(self.pieces)

@@ -8,13 +8,16 @@ from mopsim.spec.layout import ceil_div, shard_numel
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import Strategy
 
+Size = tuple[int, int, int, int]
+"""Parameters, those of the largest tensor, tensors, parameters of the last tensor."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardedUnit:
     """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
     copies: ranks that hold one.
 
-    tensors: parameters that it consists of.
+    tensors: parameters that it consists of; largest, last: elements of the largest and of the last one.
     group: name of the shard's process group; replicas: name of the group over which copies beyond `shard`
     are reduced.
     """
@@ -29,6 +32,7 @@ class ShardedUnit:
     replicas: str
     largest: int = 0
     tensors: int = 1
+    last: int = 0
 
     @property
     def shard_numel(self) -> int:
@@ -48,21 +52,28 @@ def _by_layer(model: ModelSpec) -> dict[int, list[Tensor]]:
 
 
 @lru_cache(maxsize=1024)
-def _sizes(model: ModelSpec, tensor: int, split: int) -> dict[int, list[tuple[int, int, int]]]:
-    """Of each layer (parameters, those of the largest tensor, tensors) of the dense part split over `tensor`
-    ranks, then of the routed experts split over `split`, where there are any."""
-    found: dict[int, list[tuple[int, int, int]]] = {}
+def _sizes(model: ModelSpec, tensor: int, split: int) -> dict[int, list[Size]]:
+    """Of each layer the sizes of the dense part split over `tensor` ranks, then of the routed experts split
+    over `split`, where there are any."""
+    found: dict[int, list[Size]] = {}
     for layer, mine in _by_layer(model).items():
         routed = [t.numel for t in mine if t.routed]
         found[layer] = [_size([t for t in mine if not t.routed], tensor)]
         if routed:
-            found[layer].append((sum(routed) // split, max(routed) // split, len(routed)))
+            found[layer].append(
+                (sum(routed) // split, max(routed) // split, len(routed), routed[-1] // split)
+            )
     return found
 
 
-def _size(mine: list[Tensor], split: int) -> tuple[int, int, int]:
-    numel = sum(t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine)
-    return numel, max(t.numel for t in mine) // split, len(mine)
+def _size(mine: list[Tensor], split: int) -> Size:
+    numels = [t.numel // (1 if t.whole or len(t.shape) == 1 else split) for t in mine]
+    return sum(numels), max(t.numel for t in mine) // split, len(mine), numels[-1]
+
+
+def of_component(model: ModelSpec, layer: int, component: str) -> int:
+    """Parameters of a component of a layer, whole."""
+    return sum(tensor.numel for tensor in _by_layer(model)[layer] if tensor.component == component)
 
 
 def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[ShardedUnit]:
@@ -70,12 +81,12 @@ def layer_units(model: ModelSpec, strategy: Strategy, layer: int) -> list[Sharde
     split = strategy.experts.expert_parallel * strategy.experts.expert_tensor_parallel
     dense, *routed = _sizes(model, strategy.dense.tensor_parallel, split)[layer]
     found = [_dense(strategy, f"layers.{layer}.dense", "attention", layer, dense)]
-    for numel, largest, count in routed:
+    for numel, largest, count, last in routed:
         found.append(
             ShardedUnit(
                 f"layers.{layer}.experts", "experts", layer, numel,
                 strategy.experts.expert_fsdp, strategy.expert_replicas, "expert_shard", "expert_replicas",
-                largest, count,
+                largest, count, last,
             )
         )  # fmt: skip
     return found
@@ -102,11 +113,9 @@ def edge_units(model: ModelSpec, strategy: Strategy) -> dict[str, ShardedUnit]:
     return found
 
 
-def _dense(
-    strategy: Strategy, name: str, component: str, layer: int, size: tuple[int, int, int]
-) -> ShardedUnit:
-    numel, largest, count = size
+def _dense(strategy: Strategy, name: str, component: str, layer: int, size: Size) -> ShardedUnit:
+    numel, largest, count, last = size
     return ShardedUnit(
         name, component, layer, numel, strategy.dense.fsdp, strategy.dense_replicas, "dense_shard",
-        "dense_replicas", largest, count,
+        "dense_replicas", largest, count, last,
     )  # fmt: skip

@@ -178,12 +178,9 @@ def test_windows_and_sinks_under_mop() -> None:
     _check(SINKS, MOP, TrainSpec(seq_len=2048, global_batch=2), 0.01)
 
 
-def test_latents_under_mop_are_bounded() -> None:
-    """mopexec makes again what the simulator keeps of latents between recompute and backward."""
-    training = TrainSpec(seq_len=2048, global_batch=2)
-    tracked = second_step(plan_of(LATENT, MOP, training, "cuda"), 0, MemoryTracker)
-    predicted = simulate(LATENT, machine(memory=1000), 1, MOP, training).peak_memory
-    assert tracked.peak_memory <= predicted <= 1.1 * tracked.peak_memory
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_latents_under_mop(kind: str) -> None:
+    _check(LATENT, MOP, TrainSpec(seq_len=2048, global_batch=2), 0.01, kind)
 
 
 SMALL_PLANS = cases(4)

@@ -3,7 +3,7 @@ experts under nested checkpoints."""
 
 from mopsim.graph.attention import attention
 from mopsim.graph.experts import router
-from mopsim.graph.liveness import NOTHING, backward, everything, forward
+from mopsim.graph.liveness import NOTHING, Recomputation, backward, everything, forward
 from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
@@ -14,7 +14,8 @@ from mopsim.program.taped import play
 
 
 class TapedAttention:
-    """x1 = x + o_proj(attention(norm(x))), as AttentionPair."""
+    """x1 = x + o_proj(attention(norm(x))), as AttentionPair: a recomputation keeps what the core's backward
+    needs; the rest is made a third time where the backward comes to it (mopexec.flat.composed)."""
 
     def __init__(self, context: Context, builder: Builder) -> None:
         self.c, self.b = context, builder
@@ -29,15 +30,25 @@ class TapedAttention:
     def backward(self, layer: int) -> None:
         """The gradient of x1 becomes that of x: one takes the other's place."""
         tape = self._tape(layer)
-        play(self.b, self.c, backward(tape, everything(tape)), "backward", layer)
+        play(self.b, self.c, backward(tape, _around_core(tape)), "backward", layer)
 
     def _play(self, layer: int, phase: str, graph: bool, waits: tuple[int | None, ...]) -> None:
         tape = self._tape(layer)
-        play(self.b, self.c, forward(tape, everything(tape) if graph else NOTHING), phase, layer, waits)
+        play(self.b, self.c, forward(tape, _around_core(tape) if graph else NOTHING), phase, layer, waits)
         self.b.adopt("x1", self.c.hidden)
 
     def _tape(self, layer: int) -> Tape:
         return attention(self.c.model, self.c.shapes, layer)
+
+
+def _around_core(tape: Tape) -> Recomputation:
+    """The core's inputs and results are kept; what is before it, and its exchanged output, are made again."""
+    core = next(i for i, kernel in enumerate(tape.kernels) if kernel.name == "attention_core")
+    kept = frozenset(tape.kernels[core].saves)
+    dropped = frozenset(tape.kept) - kept
+    makers = {i for i, kernel in enumerate(tape.kernels) if dropped & {value.name for value in kernel.writes}}
+    regions = ({i for i in makers if i < core}, {i for i in makers if i > core})
+    return Recomputation(dropped, tuple(frozenset(region) for region in regions if region), kept)
 
 
 class NestedExperts:
