@@ -82,7 +82,9 @@ def run_ranks(job: ProbeJob, progress: Progress) -> list[Raw]:
         os.environ.update(settings)  # a rank reads them before its first line
         ranks = [
             context.Process(
-                target=_rank_main, args=(rank, job, str(Path(folder) / "store"), messages), daemon=True
+                target=_rank_main,
+                args=(rank, job, str(Path(folder) / "store"), messages, os.getpid()),
+                daemon=True,
             )
             for rank in range(job.ranks)
         ]
@@ -144,9 +146,9 @@ def _stop(ranks: Sequence[BaseProcess]) -> None:
             process.join()
 
 
-def _rank_main(rank: int, job: ProbeJob, store: str, messages: Any) -> None:
+def _rank_main(rank: int, job: ProbeJob, store: str, messages: Any, parent: int) -> None:
     try:
-        end_with_parent()
+        end_with_parent(parent)  # which may have ended while this process imported torch
         device = torch.device("cpu")
         if job.device_type == "cuda":
             device = torch.device("cuda", rank)

@@ -26,6 +26,7 @@ from mopexec.weights.layout import Layout
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
+from mopsim.common.outputs import whole_directory
 
 FILE_BYTES = 5 * 10**9
 """Largest file, as transformers' save_pretrained has it, unless one tensor is larger."""
@@ -74,24 +75,17 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
         raise MopError(f"--dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
     config.pop("dtype", None)
     writer = _Writer(layout, path, DTYPES[dtype], file_bytes)
-    aside = out.parent / f".writing_{out.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        total, files = writer.write(aside)
+    with whole_directory(out) as aside:
+        try:
+            total, files = writer.write(aside)
+        except SafetensorError as error:  # of a full disk
+            reason = str(error).rpartition("I/O error: ")[2]
+            raise MopError(f"--out: {out}: cannot be written: {reason}") from None
         if kept.is_dir():
             shutil.copytree(kept, aside, dirs_exist_ok=True)
         io.write_text(aside / "config.json", json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n")
-        for path in aside.glob("*.safetensors"):
-            shutil.copymode(aside / "config.json", path)  # the library writes for its user alone
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    except (OSError, SafetensorError) as error:  # the library's own, of a full disk
-        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
-        raise MopError(f"--out: {out}: cannot be written: {reason}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for file in aside.glob("*.safetensors"):
+            shutil.copymode(aside / "config.json", file)  # the library writes for its user alone
     return Exported(
         out=str(out), checkpoint=str(path), step=state.step, architecture=layout.family.architecture,
         dtype=dtype, tensors=len(writer.tensors), files=files, bytes=total,

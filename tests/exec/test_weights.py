@@ -257,6 +257,7 @@ def test_a_new_network_gets_a_config_of_its_own(tmp_path: Path, monkeypatch: pyt
     loss = pool(2).run("tests.exec.weights_worker", "begin_and_save", plan, None, tmp_path / "run", tokens)[0]
     found = export(tmp_path / "run" / "trained", tmp_path / "out")
     assert (found.architecture, found.dtype) == ("MixtralForCausalLM", "float32")
+    assert Path(found.checkpoint).parent == tmp_path / "run" / "trained" / "checkpoints"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logits = theirs(input_ids=tokens[:, :-1]).logits
@@ -280,7 +281,7 @@ def test_exports_that_would_lose_something_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MopError, match=r"balance_bias: is not zero, and MixtralForCausalLM has no place"):
         export(tmp_path / "run" / "trained", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".writing*"))
+    assert not list(tmp_path.glob(".out*"))
     with pytest.raises(MopError, match=r"--out: .* is not empty"):
         export(tmp_path / "run" / "trained", folder)
     for path in (tmp_path / "run" / "begun" / "checkpoints").glob("step_*"):
