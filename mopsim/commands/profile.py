@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
+from mopsim.common.shipped import shipped
 from mopsim.common.units import format_seconds, parse_count
 from mopsim.engine import SimResult
 from mopsim.report.tables import describe
@@ -49,8 +49,7 @@ class CardOrder:
 
 def reference_job(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of mopsim.search: the job on which assumptions are weighed, as given, else as shipped."""
-    text = files("hardware_profiles").joinpath("data", "reference_job.yaml").read_text("utf-8")
-    return {**io.parse_yaml(text, "reference_job.yaml"), **given}
+    return {**shipped("hardware_profiles", "data/reference_job.yaml"), **given}
 
 
 def run(card: CardOrder, job: Mapping[str, Any], out: str, ask: bool, json: str | None) -> None:

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import msgspec
 
-from mopsim.common.io import Spec, convert, parse_yaml
+from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 from mopsim.common.table import Row
 
 UNKNOWN = ("", "unknown")
@@ -59,11 +59,7 @@ class RowFacts:
 
 def load_rules(package: str, *names: str) -> tuple[Rule, ...]:
     """The rules of YAML files of a package, in their order. Raises MopError."""
-    found: list[Rule] = []
-    for name in names:
-        text = files(package).joinpath(name).read_text(encoding="utf-8")
-        found += [convert(one, Rule, "rule", name) for one in parse_yaml(text, name)]
-    return tuple(found)
+    return tuple(convert(one, Rule, "rule", name) for name in names for one in shipped(package, name))
 
 
 def applied(rules: Iterable[Rule], row: Row, roots: tuple[str, ...], more: Row | None = None) -> RowFacts:

@@ -86,6 +86,14 @@ def parse_count(text: str, field: str = "count") -> int:
     return int(count)
 
 
+def format_count(count: int) -> str:
+    """'128K', '1M' (binary) or the number: what `parse_count` reads."""
+    for unit in "MK":
+        if count >= _COUNT_SUFFIX[unit] and count % _COUNT_SUFFIX[unit] == 0:
+            return f"{count // _COUNT_SUFFIX[unit]}{unit}"
+    return f"{count:,}"
+
+
 def format_bytes(num_bytes: float, digits: int = 2) -> str:
     """'1.50 GiB', for a table."""
     for unit, scale in (("TiB", 1024**4), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -7,10 +7,10 @@ everything that FSDP2 can be combined with.
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from typing import Literal
 
-from mopsim.common.io import Spec, convert, parse_yaml
+from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 from mopsim.search.axes import axes_of
 from mopsim.search.problem import CHUNKED, DEVICE, EXCHANGES, FULL, HOST, ULYSSES, Axes, Problem, divisors
 
@@ -143,5 +143,5 @@ def _only(pairs: Sequence[object], place: int, allowed: Sequence[int]) -> list[t
 @cache
 def contenders() -> tuple[Contender, ...]:
     """Those of contenders.yaml, from the freest to the most restricted."""
-    text = files("mopsim.context").joinpath("contenders.yaml").read_text(encoding="utf-8")
-    return tuple(convert(one, Contender, "contender") for one in parse_yaml(text, "contenders.yaml"))
+    listed = shipped("mopsim.context", "contenders.yaml")
+    return tuple(convert(one, Contender, "contender") for one in listed)

@@ -1,20 +1,17 @@
 """Seconds of kernels on one device. Formulas: MatmulCurve, AttentionCurve and Device of
 mopsim.spec.hardware."""
 
-from importlib.resources import files
 from typing import Any
 
 import msgspec
 
 from mopsim.common.errors import SpecError
-from mopsim.common.io import parse_yaml
+from mopsim.common.shipped import shipped
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import NARROW_HEAD, WIDE_HEAD, HardwareProfile, MatmulCurve
 
-RATES: dict[str, dict[str, Any]] = parse_yaml(
-    files("mopsim.cost").joinpath("rates.yaml").read_text(encoding="utf-8"), "rates.yaml"
-)
+RATES: dict[str, dict[str, Any]] = shipped("mopsim.cost", "rates.yaml")
 """Numbers of libraries and of cards' kinds, with their sources."""
 DROPS_FORWARD, DROPS_BACKWARD = RATES["drops"]["forward"], RATES["drops"]["backward"]
 """Rate of a flash kernel that draws a dropout mask over one that does not."""

@@ -2,12 +2,12 @@
 take."""
 
 from functools import cache
-from importlib.resources import files
 
 import msgspec
 from msgspec.structs import replace
 
 from mopsim.common import io
+from mopsim.common.shipped import shipped
 from mopsim.cost.compute import RATES, for_heads, matmul
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import NARROW_HEAD, AttentionCurve, HardwareProfile, Quantity
@@ -61,8 +61,7 @@ class AttentionKernelRates(io.Spec, frozen=True, kw_only=True, rename={"like": "
 @cache
 def kernels() -> dict[str, AttentionKernelRates]:
     """The kernels that are known, by name."""
-    text = files("mopsim.cost").joinpath("kernels.yaml").read_text(encoding="utf-8")
-    plain = io.parse_yaml(text, "kernels.yaml")
+    plain = shipped("mopsim.cost", "kernels.yaml")
     return {name: io.convert(one, AttentionKernelRates, name, "kernels.yaml") for name, one in plain.items()}
 
 

@@ -3,14 +3,14 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
-from importlib.resources import files
 from statistics import fmean
 
 import msgspec
 from msgspec.structs import astuple, replace
 
 from mopsim.common.errors import require_at_least
-from mopsim.common.io import Spec, convert, parse_yaml
+from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 
 LEVELS = ("common", "stack", "hardware", "precision", "network", "source", "source_network")
 """What runs may have in common, each with a deviation of its own."""
@@ -100,5 +100,6 @@ class Errors(Spec, frozen=True, kw_only=True):
 @cache
 def known_errors() -> Errors:
     """What is installed."""
-    text = files("mopsim.intervals").joinpath("errors.yaml").read_text("utf-8")
-    return convert(parse_yaml(text, "errors.yaml"), Errors, "errors", "mopsim/intervals/errors.yaml")
+    return convert(
+        shipped("mopsim.intervals", "errors.yaml"), Errors, "errors", "mopsim/intervals/errors.yaml"
+    )

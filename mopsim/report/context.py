@@ -4,18 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopsim.common import io
+from mopsim.common.units import format_count
 from mopsim.context import Contender, ContextCase, ContextPoint, Curve
 from mopsim.report.page import Table
 from mopsim.report.tables import describe
 from mopsim.search.result import format_gap
-
-
-def short(tokens: int) -> str:
-    """'128K', '1M'."""
-    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
-        if tokens >= scale and tokens % scale == 0:
-            return f"{tokens // scale}{unit}"
-    return f"{tokens:,}"
 
 
 def reach(curve: Curve) -> str:
@@ -26,7 +19,7 @@ def reach(curve: Curve) -> str:
 
 def length_of(point: ContextPoint | None) -> str:
     """'256K', marked; 'none'."""
-    return f"{short(point.seq_len)}{marks(point)}" if point else "none"
+    return f"{format_count(point.seq_len)}{marks(point)}" if point else "none"
 
 
 def marks(point: ContextPoint) -> str:
@@ -73,7 +66,7 @@ def case_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequence
         ratios = [times(ratio(first, curve, length)) for length in lengths]
         if any(ratios):
             rows.append([f"{first.contender.label} over {curve.contender.label}", *ratios])
-    return Table(["tokens/s per device at", *(short(length) for length in lengths)], rows)
+    return Table(["tokens/s per device at", *(format_count(length) for length in lengths)], rows)
 
 
 def ends(curves: Mapping[str, Curve]) -> str:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Collection, Iterator
 from functools import cache
-from importlib.resources import files
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.common.io import Spec, convert, parse_yaml
+from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 from mopsim.search.problem import DEVICE, RECOMPUTED
 from mopsim.search.space import Space
 from mopsim.search.stages import LAYOUTS
@@ -68,8 +68,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
 @cache
 def recipes() -> tuple[Recipe, ...]:
     """Those of recipes.yaml, in its order."""
-    text = files("mopsim.search").joinpath("recipes.yaml").read_text(encoding="utf-8")
-    listed = parse_yaml(text, "recipes.yaml")
+    listed = shipped("mopsim.search", "recipes.yaml")
     return tuple(convert(one, Recipe, f"recipes.yaml, {place}") for place, one in enumerate(listed))
 
 

@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from mopsim.common.errors import MopError, require, require_name
-from mopsim.common.io import Spec, convert, parse_yaml, read_yaml
+from mopsim.common.io import Spec, convert, read_yaml
 from mopsim.common.nearest import unknown
+from mopsim.common.shipped import shipped
 from mopsim.common.values import number_problem
 from mopsim.spec.hardware import Tag
 
@@ -133,20 +133,18 @@ class Assumptions:
         return replace(self, **own, given=(*self.given, *own)) if own else self
 
 
-def _read(name: str) -> Any:
-    return parse_yaml(files("mopsim.size").joinpath(name).read_text("utf-8"), name)
-
-
 @cache
 def known() -> dict[str, Assumed]:
     """The shipped assumptions by name."""
-    return {name: convert(one, Assumed, name) for name, one in _read("assumptions.yaml").items()}
+    return {
+        name: convert(one, Assumed, name) for name, one in shipped("mopsim.size", "assumptions.yaml").items()
+    }
 
 
 @cache
 def node_prices() -> dict[str, Capex]:
     """The shipped prices of nodes by hardware profile."""
-    return {name: convert(one, Capex, name) for name, one in _read("capex.yaml").items()}
+    return {name: convert(one, Capex, name) for name, one in shipped("mopsim.size", "capex.yaml").items()}
 
 
 def with_capex(prices: Mapping[str, Capex], given: Mapping[str, float]) -> dict[str, Capex]:

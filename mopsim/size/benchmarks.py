@@ -1,9 +1,9 @@
 """Micro-benchmarks as data, and how far a profile's curves are to be trusted before one was run."""
 
 from functools import cache
-from importlib.resources import files
 
-from mopsim.common.io import Spec, convert, parse_yaml
+from mopsim.common.io import Spec, convert
+from mopsim.common.shipped import shipped
 from mopsim.spec.hardware import COLLECTIVES, HardwareProfile, Tag
 
 
@@ -32,8 +32,7 @@ class Measurements(Spec, frozen=True, kw_only=True):
 @cache
 def measurements() -> Measurements:
     """measurements.yaml."""
-    text = files("mopsim.size").joinpath("measurements.yaml").read_text("utf-8")
-    return convert(parse_yaml(text, "measurements.yaml"), Measurements, "measurements")
+    return convert(shipped("mopsim.size", "measurements.yaml"), Measurements, "measurements")
 
 
 def tag_of(hardware: HardwareProfile, kind: str) -> Tag:

@@ -4,11 +4,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from mopsim.common.errors import MopError
-from mopsim.common.io import convert, parse_yaml, to_plain
+from mopsim.common.io import convert, to_plain
+from mopsim.common.shipped import shipped
 from mopsim.common.units import DIMENSIONS, UNITS, unit_of
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
 
@@ -211,8 +211,7 @@ _APPLIED: dict[str, Callable[[Plain, Quantity, HardwareProfile], None]] = {
 
 def sheet_bandwidth(name: str) -> float | None:
     """Bytes/s that the data sheet of a shipped machine type says; None for any other."""
-    text = files("hardware_profiles").joinpath("data", "machines.yaml").read_text("utf-8")
-    machine = parse_yaml(text, "machines.yaml")["machines"].get(name)
+    machine = shipped("hardware_profiles", "data/machines.yaml")["machines"].get(name)
     if not machine:
         return None
     value, unit = machine["memory_bandwidth"][:2]

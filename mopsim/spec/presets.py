@@ -1,27 +1,18 @@
 """Models by name, by YAML file or by a local Hugging Face config.json."""
 
-from functools import cache
-from importlib.resources import files
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from mopsim.common.io import convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
+from mopsim.common.shipped import shipped_texts
 from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 
+_texts = partial(shipped_texts, "mopsim", "presets")
 #: Many networks by name: those of the table of published runs (made by reports/validation/presets.py).
 TRUTH_MODELS = "truth_models"
-
-
-@cache
-def _texts() -> dict[str, str]:
-    folder = files("mopsim") / "presets"
-    return {
-        e.name.removesuffix(".yaml"): e.read_text("utf-8")
-        for e in folder.iterdir()
-        if e.name.endswith(".yaml")
-    }
 
 
 @cache

@@ -1,24 +1,15 @@
 """Hardware profiles by name or by YAML file."""
 
-from functools import cache
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 
 from mopsim.common.io import convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
+from mopsim.common.shipped import shipped_texts
 from mopsim.spec import renamed
 from mopsim.spec.hardware import HardwareProfile
 
-
-@cache
-def _texts() -> dict[str, str]:
-    """The shipped profiles: `hardware_profiles` is a package of data, installed beside mopsim."""
-    folder = files("hardware_profiles")
-    return {
-        e.name.removesuffix(".yaml"): e.read_text("utf-8")
-        for e in folder.iterdir()
-        if e.name.endswith(".yaml")
-    }
+_texts = partial(shipped_texts, "hardware_profiles")
 
 
 def list_profiles() -> list[str]:

@@ -13,30 +13,21 @@ source is refused, so that a reader can check each.
 """
 
 from collections.abc import Iterator
-from functools import cache
-from importlib.resources import files
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert, exists, parse_yaml, read_text
 from mopsim.common.nearest import unknown
+from mopsim.common.shipped import shipped_texts
 from mopsim.spec.stack import Stack
 
+_texts = partial(shipped_texts, "mopsim", "stacks")
 SECTIONS = ("kernels", "cpu", "sharding", "recompute", "host", "dtypes", "hides", "reading")
 _NAMES = ("name", "version", "extends", "source")
 _OWN = ("runtime",)
 """Entries that a child does not have from its parent: whoever changes a program is not that program."""
-
-
-@cache
-def _texts() -> dict[str, str]:
-    folder = files("mopsim") / "stacks"
-    return {
-        e.name.removesuffix(".yaml"): e.read_text("utf-8")
-        for e in folder.iterdir()
-        if e.name.endswith(".yaml")
-    }
 
 
 def list_stacks() -> list[str]:

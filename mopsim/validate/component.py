@@ -3,20 +3,11 @@
 import re
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 from mopsim.common.errors import MopError, shown
-from mopsim.common.io import parse_yaml
 from mopsim.common.json_text import parse_json
-from mopsim.validate.tables import Row, parse_number
-
-
-class InexpressibleError(Exception):
-    """A component that cannot be predicted: the field, and what about it."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
+from mopsim.common.shipped import shipped
+from mopsim.validate.tables import Row, UnsupportedError, parse_number
 
 
 @dataclass(frozen=True)
@@ -46,11 +37,11 @@ class Component:
         return re.search(pattern, self.system.lower()) is not None
 
     def number(self, name: str) -> float:
-        """A parameter as a number. Raises InexpressibleError where it is missing or none."""
+        """A parameter as a number. Raises UnsupportedError where it is missing or none."""
         try:
             return parse_number(str(self.params[name]), name)
         except (KeyError, MopError):
-            raise InexpressibleError(name, "not stated by the source") from None
+            raise UnsupportedError(name, "not stated by the source") from None
 
     def text(self, name: str) -> str:
         return str(self.params.get(name, ""))
@@ -58,8 +49,7 @@ class Component:
 
 @cache
 def _systems() -> dict[str, str]:
-    text = files("mopsim.validate").joinpath("data/systems.yaml").read_text(encoding="utf-8")
-    return dict(parse_yaml(text, "systems.yaml"))
+    return dict(shipped("mopsim.validate", "data/systems.yaml"))
 
 
 def parse(row: Row) -> Component:

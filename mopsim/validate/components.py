@@ -8,8 +8,8 @@ from mopsim.common.errors import MopError
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.profiles import load_profile
 from mopsim.validate import kernels, parts
-from mopsim.validate.component import Component, InexpressibleError, parse
-from mopsim.validate.tables import Row
+from mopsim.validate.component import Component, parse
+from mopsim.validate.tables import Row, UnsupportedError
 
 Predict = Callable[[Component, HardwareProfile], float]
 PREDICTORS: dict[str, Predict] = {
@@ -67,7 +67,7 @@ def _predict(component: Component) -> Predicted:
     try:
         value = PREDICTORS[component.kind](component, hardware)
         return Predicted(component, value, hardware=hardware)
-    except InexpressibleError as error:
+    except UnsupportedError as error:
         return Predicted(component, None, error.field, error.reason)
     except MopError as error:
         return Predicted(component, None, "simulator", str(error))

@@ -6,10 +6,10 @@ set for one network, machine or release, data/families.yaml what follows from ho
 
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 
 from mopsim.common import io
 from mopsim.common.rules import UNKNOWN, RowFacts, Rule, applied, load_rules
+from mopsim.common.shipped import shipped
 from mopsim.spec.strategy import Exchange, Tier
 from mopsim.validate.tables import Row
 
@@ -26,8 +26,7 @@ def rules() -> tuple[Rule, ...]:
 @cache
 def stack_names() -> dict[str, str]:
     """Source -> stack."""
-    text = files("mopsim.validate").joinpath("data/stacks.yaml").read_text(encoding="utf-8")
-    return dict(io.parse_yaml(text, "stacks.yaml"))
+    return dict(shipped("mopsim.validate", "data/stacks.yaml"))
 
 
 class FamilyHabits(io.Spec, frozen=True, kw_only=True):
@@ -43,11 +42,8 @@ class FamilyHabits(io.Spec, frozen=True, kw_only=True):
 @cache
 def families() -> dict[str, FamilyHabits]:
     """The families by name."""
-    text = files("mopsim.validate").joinpath("data/families.yaml").read_text(encoding="utf-8")
-    return {
-        name: io.convert(one, FamilyHabits, name)
-        for name, one in io.parse_yaml(text, "families.yaml").items()
-    }
+    plain = shipped("mopsim.validate", "data/families.yaml")
+    return {name: io.convert(one, FamilyHabits, name) for name, one in plain.items()}
 
 
 def facts(row: Row) -> RowFacts:

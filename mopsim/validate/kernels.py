@@ -5,7 +5,8 @@ from mopsim.cost import seconds
 from mopsim.cost.compute import for_heads
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.validate.component import Component, InexpressibleError
+from mopsim.validate.component import Component
+from mopsim.validate.tables import UnsupportedError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8", "fp32": "float32"}
 ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}
@@ -15,7 +16,7 @@ ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}
 def _dtype(component: Component) -> str:
     name = component.text("precision").split(" ")[0]
     if name not in DTYPES:
-        raise InexpressibleError("precision", f"{name!r} is not one of {', '.join(DTYPES)}")
+        raise UnsupportedError("precision", f"{name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -30,7 +30,7 @@ from mopsim.spec.strategy import (
     Vocabulary,
 )  # fmt: skip
 from mopsim.validate.facts import FamilyHabits, families
-from mopsim.validate.tables import UNKNOWN, Row, count, number
+from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number
 
 ZERO: dict[str, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 MATMUL: dict[str, MatmulDType | Literal["compute"]] = {
@@ -43,14 +43,6 @@ TILE = 8192
 FEW = re.compile(r"full\(block,(\d+) layers\)")
 """Note of Megatron's recompute_method block with recompute_num_layers."""
 T = TypeVar("T")
-
-
-class UnsupportedError(Exception):
-    """A row that cannot be simulated: the field, and what about it."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Experts, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
-from mopsim.validate.component import Component, InexpressibleError
+from mopsim.validate.component import Component
+from mopsim.validate.tables import UnsupportedError
 
 GIB = UNITS["GiB"]
 LIBRARIES = 2 * 32 * 2**20
@@ -145,7 +146,7 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
         return increment
     if component.metric == "peak_memory_gib":
         return resident + increment
-    raise InexpressibleError("metric", f"{component.metric} has no counterpart")
+    raise UnsupportedError("metric", f"{component.metric} has no counterpart")
 
 
 def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float:
@@ -168,7 +169,7 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
     if component.metric in kept:
         return kept[component.metric] if budget else 0.0
     if component.metric not in ("latency_s", "tokens_per_s_per_gpu"):
-        raise InexpressibleError("metric", "the program beside the step, and what NVML adds, are not stated")
+        raise UnsupportedError("metric", "the program beside the step, and what NVML adds, are not stated")
     result = _offloaded(component, hardware)
     tokens = result.training.seq_len * result.training.global_batch
     return result.step_time if component.metric == "latency_s" else tokens / result.step_time / ranks

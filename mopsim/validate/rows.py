@@ -22,8 +22,8 @@ from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_poss
 from mopsim.validate.facts import facts, families
 from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
-from mopsim.validate.parallelism import Degrees, UnsupportedError, family_of, strategy
-from mopsim.validate.tables import UNKNOWN, Row, count, number
+from mopsim.validate.parallelism import Degrees, family_of, strategy
+from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number
 
 P = ParamSpec("P")
 T = TypeVar("T")

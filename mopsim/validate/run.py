@@ -5,11 +5,10 @@ from dataclasses import dataclass, field, replace
 
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case
-from mopsim.validate.parallelism import UnsupportedError
 from mopsim.validate.rows import read_case
 from mopsim.validate.scoring import Scored, score
 from mopsim.validate.simulated import Progress, Simulated, simulate_all
-from mopsim.validate.tables import Row
+from mopsim.validate.tables import Row, UnsupportedError
 
 SIDE_BY_SIDE: tuple[HoldOut, ...] = ("source", "model")
 """Hold-outs that every validation states."""

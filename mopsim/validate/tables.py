@@ -12,6 +12,14 @@ LARGEST = 1e18
 """No measurement and no size is larger, in any of the units of the tables."""
 
 
+class UnsupportedError(Exception):
+    """A row that cannot be simulated or predicted: the field, and what about it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
 def read_runs(path: Path) -> list[Row]:
     """Rows of a runs CSV; one with too many cells has SURPLUS. Raises MopError where a run_id is empty or
     repeats."""

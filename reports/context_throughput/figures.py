@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from mopsim.common.units import format_count
 from mopsim.context import ContextCase, Curve
-from mopsim.report.context import case_name, ratio, reach, short
+from mopsim.report.context import case_name, ratio, reach
 from mopsim.report.style import SERIES, figure, legend_below
 from reports.context_throughput.words import Study, farthest, published_of, range_of, span
 
@@ -50,7 +51,7 @@ def throughput_figure(path: Path, study: Study) -> Path:
             steps = [digit * 10.0**power for power in range(-1, 7) for digit in (1, 2, 5)]
             shown = [step for step in steps if min(rates, default=1) / 2 <= step <= 2 * max(rates, default=1)]
             axis.set_yticks(shown, [f"{step:,g}" for step in shown])
-            axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+            axis.set_xticks(list(study.lengths), [format_count(length) for length in study.lengths])
             axis.minorticks_off()
             axis.tick_params(labelbottom=True)
             axis.grid(alpha=0.25)
@@ -120,7 +121,7 @@ def ratio_figure(path: Path, study: Study) -> Path:
             label="over FSDP2, full logits, CP in a node",
         )  # fmt: skip
         axis.set_xscale("log", base=2)
-        axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+        axis.set_xticks(list(study.lengths), [format_count(length) for length in study.lengths])
         axis.minorticks_off()
         axis.set_ylim(bottom, top if any(lone) else strip)
         axis.set_yticks([tick for tick in axis.get_yticks() if bottom <= tick <= strip])
@@ -177,7 +178,7 @@ def reach_figure(path: Path, study: Study) -> Path:
         axis.set_xscale("log", base=2)
         axis.set_xlim(least / 2, max(study.lengths) * 16)
         axis.margins(y=0.01)
-        axis.set_xticks(list(study.lengths), [short(length) for length in study.lengths])
+        axis.set_xticks(list(study.lengths), [format_count(length) for length in study.lengths])
         axis.minorticks_off()
         axis.set_yticks(ticks, names)
         axis.invert_yaxis()

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mopsim.common.units import format_bytes
-from mopsim.report.context import case_name, case_table, cell, ratio, reach, short, times
+from mopsim.common.units import format_bytes, format_count
+from mopsim.report.context import case_name, case_table, cell, ratio, reach, times
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.tables import describe
 from reports.context_throughput.figures import ratio_figure, reach_figure, throughput_figure
@@ -37,7 +37,7 @@ def strategies_table(study: Study) -> Table:
                 result = point.result
                 rows.append(
                     [
-                        case_name(case), curve.contender.label, short(point.seq_len),
+                        case_name(case), curve.contender.label, format_count(point.seq_len),
                         f"{point.global_batch:,}", describe(result.strategy),
                         format_bytes(result.peak_memory), format_bytes(result.host_memory),
                         f"{result.mfu:.0%}",
@@ -51,7 +51,7 @@ def variants_table(study: Study) -> Table:
     lengths = [length for length in (128 * 1024, 1024 * 1024) if length in study.lengths] or study.lengths[:1]
     columns = ["assumption", "why"]
     for length in lengths:
-        columns += [f"MoP at {short(length)}", f"FSDP2 at {short(length)}", "ratio"]
+        columns += [f"MoP at {format_count(length)}", f"FSDP2 at {format_count(length)}", "ratio"]
     columns += ["MoP reaches", "FSDP2 reaches", "full logits", "CP in a node", "in half a node", "no offload"]
     rows = []
     for variant, curves in study.variants:
@@ -78,8 +78,9 @@ def published_table(study: Study) -> Table | None:
                 continue
             rows.append(
                 [
-                    case_name(case), curve.contender.label, short(point.seq_len), f"{point.throughput:,.0f}",
-                    point.note, f"{found.throughput:,.0f}", times(found.throughput / point.throughput),
+                    case_name(case), curve.contender.label, format_count(point.seq_len),
+                    f"{point.throughput:,.0f}", point.note, f"{found.throughput:,.0f}",
+                    times(found.throughput / point.throughput),
                 ]
             )  # fmt: skip
     columns = ["case", "contender", "context", "published", "how", "simulated", "simulated / published"]

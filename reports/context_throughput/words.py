@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mopsim.common.units import format_count
 from mopsim.context import Contender, ContextCase, Curve
-from mopsim.report.context import case_name, length_of, ratio, reach, short
+from mopsim.report.context import case_name, length_of, ratio, reach
 from reports.context_throughput.published import POINTS, PRINTED_END, Published
 from reports.context_throughput.variants import Variant
 
@@ -57,7 +58,7 @@ def range_of(study: Study, name: str) -> str:
 
 
 def _so_far(length: int, unended: bool) -> str:
-    return ("at least " if unended else "") + short(length) if length else "no length at all"
+    return ("at least " if unended else "") + format_count(length) if length else "no length at all"
 
 
 def as_printed(study: Study) -> str:
@@ -74,7 +75,7 @@ def as_printed(study: Study) -> str:
     return (
         "The sources print that FSDP2's longest context is 128K at 120B, and that it runs out of memory "
         "beyond 64 to 128K at about 600B and 1T. Here the rules under which it ends at "
-        f"{short(PRINTED_END)} or before are: {'; '.join(parts)}."
+        f"{format_count(PRINTED_END)} or before are: {'; '.join(parts)}."
     )
 
 

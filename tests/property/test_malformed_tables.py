@@ -14,9 +14,8 @@ from mopsim.common.errors import MopError
 from mopsim.common.table import Row
 from mopsim.validate.components import predict_components
 from mopsim.validate.models import from_row, read_rows
-from mopsim.validate.parallelism import UnsupportedError
 from mopsim.validate.rows import read_case
-from mopsim.validate.tables import read_components, read_runs
+from mopsim.validate.tables import UnsupportedError, read_components, read_runs
 from tests.property.test_malformed import ALL, LONGEST, at_most
 
 DATA = File(__file__).parents[1] / "sim" / "data"

@@ -10,10 +10,11 @@ import pytest
 
 from mopsim.cli import main
 from mopsim.common.errors import SpecError
+from mopsim.common.units import format_count
 from mopsim.context import Contender, ContextCase, Task, contenders, nested, sweep
 from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
-from mopsim.report.context import ratio, reach, short
+from mopsim.report.context import ratio, reach
 from mopsim.search.bound import bound
 from mopsim.search.problem import CHUNKED, DEVICE, HOST
 from mopsim.search.space import generate
@@ -169,7 +170,7 @@ def test_a_refusal_crosses_processes() -> None:
 
 
 def test_names_of_lengths() -> None:
-    assert [short(n) for n in (131072, 1 << 20, 1000)] == ["128K", "1M", "1,000"]
+    assert [format_count(n) for n in (131072, 1 << 20, 1000)] == ["128K", "1M", "1,000"]
 
 
 def test_the_command_writes_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,10 @@ from mopsim.validate.calibration import Fit, PacedRun
 from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
-from mopsim.validate.parallelism import UnsupportedError
 from mopsim.validate.rows import read_case
 from mopsim.validate.run import cases_of, validate_runs
 from mopsim.validate.scoring import capacity, errors, over_sources, regrets
-from mopsim.validate.tables import count, number, read_runs
+from mopsim.validate.tables import UnsupportedError, count, number, read_runs
 
 MODELS: dict[str, dict[str, str]] = {}
 BASE = {

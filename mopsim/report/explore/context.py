@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import Cell, ExplorerStep, Json, table
-from mopsim.report.explore.sweep import short
 
 _COLUMNS = (
     ("context", "text", "context"), ("tokens", "number", "seq_len"), ("contender", "text", "contender"),
@@ -38,7 +38,7 @@ def context_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 
 def _told(point: Json, label: str) -> dict[str, Any]:
-    return {**point, "contender": label, "context": short(point["seq_len"])}
+    return {**point, "contender": label, "context": format_count(point["seq_len"])}
 
 
 def _mark(point: Json) -> str:
@@ -59,7 +59,7 @@ def _plot(title: str, note: str, lengths: list[int], points: list[dict[str, Any]
     return {
         "kind": "plot", "title": title, "note": note,
         "x": {"name": "context length", "type": "number", "log": True,
-              "ticks": [[one, short(one)] for one in lengths]},
+              "ticks": [[one, format_count(one)] for one in lengths]},
         "y": {"name": "tokens/s per GPU", "type": "number", "zero": True},
         "series": [{"name": name, "line": True, "points": found} for name, found in series.items()],
     }  # fmt: skip
@@ -69,7 +69,8 @@ def reach(result: Json) -> str:
     """How far the first contender comes in each case."""
     first = next(iter(result["contenders"]))
     ends = [
-        f"{case['model']} to {short(longest) if (longest := case['curves'][first]['longest']) else 'none'}"
+        f"{case['model']} to "
+        f"{format_count(longest) if (longest := case['curves'][first]['longest']) else 'none'}"
         for case in result["cases"]
         if first in case["curves"]
     ]

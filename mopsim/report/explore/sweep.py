@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import Cell, ExplorerStep, Json, ends, table, told
 
@@ -29,7 +30,7 @@ def sweep_views(sweep: Json) -> list[View]:
         "name": sweep["setting"],
         "type": "number",
         "log": True,
-        "ticks": [[one, short(one)] for one in values],
+        "ticks": [[one, format_count(one)] for one in values],
     }
     plot = {
         "kind": "plot", "title": title, "note": said, "series": series, "x": axis,
@@ -62,11 +63,3 @@ def _swept_point(value: float, batch: int | None, step: ExplorerStep | None, why
         "x": value, "y": one["tokens_per_s_per_device"], "mark": step.state, "rows": [*rows, *told(step)],
         "yr": [rate / high, rate / low] if low and high else None,
     }  # fmt: skip
-
-
-def short(value: int) -> str:
-    """'128K', '1M' or the number."""
-    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
-        if value >= scale and value % scale == 0:
-            return f"{value // scale}{unit}"
-    return f"{value:,}"

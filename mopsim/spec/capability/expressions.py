@@ -3,10 +3,9 @@
 import ast
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from mopsim.common.io import parse_yaml
+from mopsim.common.shipped import shipped
 from mopsim.spec.capability.job import Job
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import interval
@@ -18,7 +17,7 @@ _PARTS = ("model", "strategy", "training", "fsdp", "chunks")
 @cache
 def read(name: str) -> Any:
     """A data file beside this one."""
-    return parse_yaml(files("mopsim.spec.capability").joinpath(name).read_text("utf-8"), name)
+    return shipped("mopsim.spec.capability", name)
 
 
 CONDITIONS: dict[str, str] = read("conditions.yaml")
