@@ -58,7 +58,7 @@ def run(order: ContextOrder, out: str, json: str | None) -> None:
     io.write_json(str(Path(out) / "context.json"), made)
     sections = []
     for case, mine in zip(cases, curves, strict=True):
-        content = case_table(case, mine, lengths)
+        content = case_table(mine, lengths)
         console.print(shown(case_name(case), content))
         console.print(ends(mine))
         sections.append(Section(case_name(case), ends(mine), content))

@@ -2,6 +2,9 @@
 
 import sys
 
+from rich.console import Console
+
+from mopsim.api.results import Ranking
 from mopsim.api.run import search
 from mopsim.commands.console import human, say_plan, say_written
 from mopsim.commands.options import JobOptions
@@ -68,13 +71,19 @@ def run(
         console.print(f"  {count:>9,}  {reason}", style="dim")
     if json:
         io.write_json(json, ranking.to_json())
-    for option, path in (("--plan", plan), ("--seal", seal)):
-        if path and not ranking.best:
-            print(f"mopsim: {option}: {path} not written: {found.verdict()}", file=sys.stderr)
-    if plan and ranking.best:
-        ranking.best.save_plan(plan)
-        say_plan(console, plan, ranking.best.runnable)
-    if seal and ranking.best:
-        console.print(f"sealed in {seal}: sha256 {ranking.best.seal(seal)}")
+    _write(console, ranking, plan, seal)
     say_written(console, json)
     return 0 if ranking.best else NOTHING_FITS
+
+
+def _write(console: Console, ranking: Ranking, plan: str | None, seal: str | None) -> None:
+    """The winner's plan and its sealed prediction, where they are asked for."""
+    best = ranking.best
+    for option, path in (("--plan", plan), ("--seal", seal)):
+        if path and not best:
+            print(f"mopsim: {option}: {path} not written: {ranking.found.verdict()}", file=sys.stderr)
+    if plan and best:
+        best.save_plan(plan)
+        say_plan(console, plan, best.runnable)
+    if seal and best:
+        console.print(f"sealed in {seal}: sha256 {best.seal(seal)}")

@@ -3,7 +3,8 @@
 
 from collections.abc import Sequence
 
-from mopsim.graph.tape import Kernel, Matmul, Step, Tape, Value
+from mopsim.graph.ffn import activation, fused_activation
+from mopsim.graph.tape import Kernel, Matmul, Tape, Value
 from mopsim.spec.model import ModelSpec
 
 _C, _R = "experts", "router"
@@ -45,7 +46,7 @@ def router(model: ModelSpec, tokens: int, b: int, wide: int) -> Tape:
     return Tape((Value("h", tokens * H * b),), kernels, ("choice", "weight"))
 
 
-def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, split: bool) -> Tape:
+def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
     """Rows of h in route order and over the wire: `tokens` x k routes leave, `routes` arrive (category
     dispatch)."""
     row = model.hidden_size * b
@@ -77,20 +78,20 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, wide: int, spli
     return Tape((Value("h", tokens * row),), tuple(kernels), ("rows",))
 
 
-def experts(
-    model: ModelSpec, routes: Sequence[int], b: int, wide: int, tensor: int = 1, fused: bool = False
-) -> Tape:
+def experts(model: ModelSpec, routes: Sequence[int], b: int, tensor: int = 1, fused: bool = False) -> Tape:
     """Grouped products over rows sorted by expert. routes: rows of each of this rank's experts.
 
     fused: gate and up in one product, and SwiGLU applies the route weights, so that no output is kept.
     """
     H, inner = model.hidden_size, model.moe_intermediate_size / tensor
     if fused:
-        return _fused(model, routes, inner, b, wide)
+        return _fused(model, routes, inner, b)
     total, category = sum(routes), "dispatch"
     size, wing = total * H * b, total * int(inner * b)
+    wings = ("gate", "up") if model.ffn_matrices == 3 else ("up",)
     kernels = (
-        *_activated(model, routes, inner, wing, b),
+        *(_grouped(f"experts_{name}", "rows", Value(name, wing), routes, inner, H, b) for name in wings),
+        *activation(model, "experts_", _C, wing),
         _grouped("experts_down", "act", Value("down", size, category), routes, H, inner, b),
         Kernel(
             "route_weight", "memory_bound", _C, ("down",), (Value("out", size, category),), saves=("down",),
@@ -100,43 +101,13 @@ def experts(
     return Tape((Value("rows", size, category),), kernels, ("out",), consumes=("rows",))
 
 
-def _activated(
-    model: ModelSpec, routes: Sequence[int], inner: float, wing: int, b: int
-) -> tuple[Kernel, ...]:
-    """rows -> act, of `wing` bytes: gated, or without a gate."""
-    H, act = model.hidden_size, Value("act", wing)
-    up = _grouped("experts_up", "rows", Value("up", wing), routes, inner, H, b)
-    if model.ffn_matrices != 3:
-        gelu = Kernel("experts_gelu", "memory_bound", _C, ("up",), (act,), saves=("up",), bytes=2.0 * wing)
-        return up, gelu
-    return (
-        _grouped("experts_gate", "rows", Value("gate", wing), routes, inner, H, b),
-        up,
-        Kernel(
-            "experts_silu", "memory_bound", _C, ("gate",), (Value("silu", wing),), saves=("gate",),
-            bytes=2.0 * wing,
-        ),
-        Kernel(
-            "experts_gated", "memory_bound", _C, ("silu", "up"), (act,), saves=("silu", "up"),
-            bytes=3.0 * wing, back_launches=2,
-        ),
-    )  # fmt: skip
-
-
-def _fused(model: ModelSpec, routes: Sequence[int], inner: float, b: int, wide: int) -> Tape:
-    H, total = model.hidden_size, sum(routes)
-    size, wings = int(total * inner * b), 2 if model.ffn_matrices == 3 else 1
+def _fused(model: ModelSpec, routes: Sequence[int], inner: float, b: int) -> Tape:
+    H, total, wings = model.hidden_size, sum(routes), model.ffn_matrices - 1
     rows, out = Value("rows", total * H * b, "dispatch"), Value("out", total * H * b, "dispatch")
-    wide_value, act = Value("gate_up", wings * size), Value("act", size)
-    kernels = (
-        _grouped("experts_up", "rows", wide_value, routes, wings * inner, H, b),
-        Kernel(
-            "experts_act", "memory_bound", _C, ("gate_up",), (act,), saves=("gate_up",),
-            bytes=(wings + 1) * size, back_bytes=(2 * wings + 1) * size,
-        ),
-        _grouped("experts_down", "act", out, routes, H, inner, b),
-    )  # fmt: skip
-    return Tape((rows,), kernels, ("out",), consumes=("rows",))
+    wide, act = fused_activation(model, "experts_act", _C, int(total * inner * b))
+    up = _grouped("experts_up", "rows", wide, routes, wings * inner, H, b)
+    down = _grouped("experts_down", "act", out, routes, H, inner, b)
+    return Tape((rows,), (up, act, down), ("out",), consumes=("rows",))
 
 
 def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> Tape:
@@ -171,11 +142,11 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
 
 
 def routed(
-    model: ModelSpec, tokens: int, routes: Sequence[int], b: int, wide: int, split: bool, tensor: int = 1
+    model: ModelSpec, tokens: int, routes: Sequence[int], b: int, split: bool, tensor: int = 1
 ) -> Tape:
     """h [n,H] -> f, the sum of its routes: the counts of rows, dispatch, products and combine."""
-    there = dispatch(model, tokens, sum(routes), b, wide, split)
-    products = experts(model, routes, b, wide, tensor)
+    there = dispatch(model, tokens, sum(routes), b, split)
+    products = experts(model, routes, b, tensor)
     back = combine(model, tokens, sum(routes), b, split)
     size = 8.0 * model.num_local_experts
     counts = Kernel("counts", "all_to_all", _R, (), (), bytes=size, back_bytes=0.0, group="experts")
@@ -189,8 +160,7 @@ def _grouped(name: str, source: str, out: Value, routes: Sequence[int], n: float
         if rows:
             sizes[rows] = sizes.get(rows, 0) + 1
     matmuls = tuple(Matmul(m, n, k, count) for m, count in sizes.items())
-    grad: tuple[Step, ...] = ()
     return Kernel(
         name, "grouped_matmul", _C, (source,), (out,), saves=(source,), matmuls=matmuls,
-        weight_grad=int(len(routes) * n * k * b), back_scratch=grad,
+        weight_grad=int(len(routes) * n * k * b),
     )  # fmt: skip

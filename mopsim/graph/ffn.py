@@ -10,30 +10,48 @@ from mopsim.spec.model import ModelSpec
 def ffn(model: ModelSpec, tokens: int, width: int, b: int, component: str) -> Tape:
     """h [n,H] -> f [n,H] through `width` columns, gated where the spec has three matrices."""
     H, size = model.hidden_size, tokens * width * b
-    h, act, out = Value("h", tokens * H * b), Value("act", size), Value("f", tokens * H * b)
-    kernels = []
-    if model.ffn_matrices == 3:
-        kernels.append(linear("gate_proj", "h", Value("gate", size), tokens, width, H, b, component))
-        kernels.append(linear("up_proj", "h", Value("up", size), tokens, width, H, b, component))
-        kernels.append(
+    h, out = Value("h", tokens * H * b), Value("f", tokens * H * b)
+    gated = ("gate",) if model.ffn_matrices == 3 else ()
+    kernels = (
+        *(
+            linear(f"{name}_proj", "h", Value(name, size), tokens, width, H, b, component)
+            for name in (*gated, "up")
+        ),
+        *activation(model, "", component, size),
+        linear("down_proj", "act", out, tokens, H, width, b, component),
+    )
+    return Tape((h,), kernels, ("f",))
+
+
+def activation(model: ModelSpec, prefix: str, component: str, size: int) -> tuple[Kernel, ...]:
+    """gate and up, of `size` bytes each, to act: SiLU and a product, or GELU of up alone. prefix: of the
+    kernels' names."""
+    act = Value("act", size)
+    if model.ffn_matrices != 3:
+        return (
             Kernel(
-                "silu", "memory_bound", component, ("gate",), (Value("silu", size),), saves=("gate",),
-                bytes=2 * size,
-            )
-        )  # fmt: skip
-        kernels.append(
-            Kernel(
-                "gated", "memory_bound", component, ("silu", "up"), (act,), saves=("silu", "up"),
-                bytes=3 * size, back_launches=2,
-            )
-        )  # fmt: skip
-    else:
-        kernels.append(linear("up_proj", "h", Value("up", size), tokens, width, H, b, component))
-        kernels.append(
-            Kernel("gelu", "memory_bound", component, ("up",), (act,), saves=("up",), bytes=2 * size)
+                f"{prefix}gelu", "memory_bound", component, ("up",), (act,), saves=("up",), bytes=2 * size
+            ),
         )
-    kernels.append(linear("down_proj", "act", out, tokens, H, width, b, component))
-    return Tape((h,), tuple(kernels), ("f",))
+    return (
+        Kernel(
+            f"{prefix}silu", "memory_bound", component, ("gate",), (Value("silu", size),), saves=("gate",),
+            bytes=2 * size,
+        ),
+        Kernel(
+            f"{prefix}gated", "memory_bound", component, ("silu", "up"), (act,), saves=("silu", "up"),
+            bytes=3 * size, back_launches=2,
+        ),
+    )  # fmt: skip
+
+
+def fused_activation(model: ModelSpec, name: str, component: str, size: int) -> tuple[Value, Kernel]:
+    """(gate and up in one tensor, the kernel that makes act of it, of `size` bytes)."""
+    wings = model.ffn_matrices - 1
+    return Value("gate_up", wings * size), Kernel(
+        name, "memory_bound", component, ("gate_up",), (Value("act", size),), saves=("gate_up",),
+        bytes=(wings + 1) * size, back_bytes=(2 * wings + 1) * size,
+    )  # fmt: skip
 
 
 def fused_ffn(model: ModelSpec, width: int, component: str, shapes: Shapes) -> Tape:
@@ -41,18 +59,14 @@ def fused_ffn(model: ModelSpec, width: int, component: str, shapes: Shapes) -> T
     `tensor`."""
     H, rows, b = model.hidden_size, shapes.region_tokens, shapes.width
     inner = width / shapes.tensor
-    size, wings = int(rows * inner * b), 2 if model.ffn_matrices == 3 else 1
     h, out = Value("h", shapes.tokens * H * b), Value("f", shapes.tokens * H * b)
-    wide, act = Value("gate_up", wings * size), Value("act", size)
+    wide, act = fused_activation(model, "act", component, int(rows * inner * b))
     first, source = begin("gather_h", "h", H, component, shapes)
     kernels = (
         *first,
-        linear("up_proj", source, wide, rows, wings * inner, H, b, component, "h"),
-        Kernel(
-            "act", "memory_bound", component, ("gate_up",), (act,), saves=("gate_up",),
-            bytes=(wings + 1) * size, back_bytes=(2 * wings + 1) * size,
-        ),
-    )  # fmt: skip
+        linear("up_proj", source, wide, rows, (model.ffn_matrices - 1) * inner, H, b, component, "h"),
+        act,
+    )
 
     def product(out: Value) -> Kernel:
         return linear("down_proj", "act", out, rows, H, inner, b, component)

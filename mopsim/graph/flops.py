@@ -15,7 +15,7 @@ def _layer_flops(model: ModelSpec, seq_len: int, layer: int, moe: bool) -> tuple
     S, k = seq_len, model.num_experts_per_tok
     tapes = [attention(model, Shapes(S, S), layer)]
     if moe:
-        tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2, 4)]
+        tapes += [router(model, S, 2, 4), experts(model, (S * k,), 2)]
         if model.shared_expert_intermediate_size:
             tapes.append(ffn(model, S, model.shared_expert_intermediate_size, 2, "shared_experts"))
     else:

@@ -76,14 +76,14 @@ def _moe(
     if shared:
         tape = fused_ffn(model, shared, "shared_experts", shapes)
         found += _renamed(tape, "shared_", keep)
-    sent = _renamed(dispatch(model, N, arrived, b, wide, split), "sent_", keep | {"rows": "rows"})
+    sent = _renamed(dispatch(model, N, arrived, b, split), "sent_", keep | {"rows": "rows"})
     if split and deduplicated:
         once = Value(
             sent[1].writes[0].name, min(arrived, _distinct(model, N, len(routes))) * H * b, "dispatch"
         )
         sent = (_without_copy(sent[0]), replace(sent[1], writes=(once,)), *sent[2:])
     found += _same_back(sent)
-    products = _unweighted(experts(model, routes, b, wide, shapes.expert_tensor, fused=shapes.fused).kernels)
+    products = _unweighted(experts(model, routes, b, shapes.expert_tensor, fused=shapes.fused).kernels)
     if shapes.expert_tensor > 1:
         products = _tensor_parallel(products, arrived * H * b, shapes.expert_tensor)
     found += products

@@ -27,7 +27,7 @@ def kept_experts(context: Context) -> Tape:
     """
     c, split = context, context.groups["experts"].size > 1
     tensor, moved = c.strategy.experts.expert_tensor_parallel, c.migration if split else None
-    tape = routed(c.model, c.tokens, c.routes(), c.b, c.wide, split, tensor)
+    tape = routed(c.model, c.tokens, c.routes(), c.b, split, tensor)
     kernels = migrating(tape.kernels, moved) if moved else tape.kernels
     held = () if c.chunks > 1 else (("out", ""), ("arrived", "")) if moved else (("out", ""),)
     return replace(tape, kernels=chunked(kernels, c, "sort"), held=held)

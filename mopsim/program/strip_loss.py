@@ -63,7 +63,7 @@ class StripLoss:
             coming = following
             if not weights:
                 coming = self._pass_numbers(coming)
-            self._next(turn)
+            self._next()
         self._last()
 
     def _backward_pass(self, weights: bool) -> None:
@@ -99,7 +99,7 @@ class StripLoss:
             travelling = b.issue("ring gradient", "send_recv", size, "vocabulary", _C, "backward")
             b.rename("own", "sent")
             coming = following
-            self._next(turn)
+            self._next()
         self._last()
         if not weights:
             b.make("grad", c.hidden)
@@ -114,7 +114,7 @@ class StripLoss:
         self.b.make("coming", size, _L)
         return self.b.issue("ring", "send_recv", size, "vocabulary", _C, phase)
 
-    def _next(self, turn: int) -> None:
+    def _next(self) -> None:
         """What has come takes the place of what was here."""
         b = self.b
         if "here" in b.alive:

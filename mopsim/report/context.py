@@ -56,7 +56,7 @@ def case_name(case: ContextCase) -> str:
     return f"{size} on {case.world_size} devices"
 
 
-def case_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
+def case_table(curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
     """Throughput by contender and length, and the first contender's over each other's."""
     rows = [
         [curve.contender.label, *(cell(curve.at(length)) for length in lengths)] for curve in curves.values()

@@ -84,7 +84,7 @@ def _moved(problem: Problem, each: int, fused: bool) -> tuple[float, float]:
         0.0,
     )
     if model.num_local_experts:
-        through = _traffic(experts(model, (rows * model.num_experts_per_tok,), each, 4, fused=fused))
+        through = _traffic(experts(model, (rows * model.num_experts_per_tok,), each, fused=fused))
     return moved / rows, through / rows
 
 

@@ -145,9 +145,7 @@ def write_context(
         ),
     ]
     for case, curves in zip(study.cases, study.curves, strict=True):
-        sections.append(
-            Section(case_name(case), finding(case, curves), case_table(case, curves, study.lengths))
-        )
+        sections.append(Section(case_name(case), finding(case, curves), case_table(curves, study.lengths)))
     printed = published_table(study)
     if printed:
         text = f"{SOURCE}. {small_step(study)}"

@@ -86,7 +86,7 @@ class AttentionPair:
             copies = max(1, self.D // heads)
             works += self.works(layer, False, f"{name}_proj") * copies
             if name != "v":
-                works += self._head_norm(name, size)
+                works += self._head_norm(name)
                 works.append(self._rotate(size))
         b.compute("projections", _C, phase, layer, works, *waits)
         b.drop("hidden")
@@ -229,7 +229,7 @@ class AttentionPair:
         if self.c.strategy.precision.reduce != self.c.strategy.precision.compute:
             self.b.spike(out * inputs * self.c.b)
 
-    def _head_norm(self, name: str, size: int) -> list[Work]:
+    def _head_norm(self, name: str) -> list[Work]:
         """Norm of q or k per head, block by block, copied back in place."""
         if self.c.model.qk_norm != "head":
             return []

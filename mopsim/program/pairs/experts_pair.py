@@ -230,9 +230,8 @@ class ExpertsPair:
         routes = self.c.routes(i)
         key = (routes, backward, names)
         if key not in self._works:
-            tape = experts(
-                self.c.model, routes, self.c.b, self.c.wide, self.c.strategy.experts.expert_tensor_parallel
-            )
+            split = self.c.strategy.experts.expert_tensor_parallel
+            tape = experts(self.c.model, routes, self.c.b, split)
             kernels = {kernel.name: kernel for kernel in tape.kernels}
             works = [work for name in names for work in self.rows.works(kernels[name], backward)]
             self._works[key] = (
