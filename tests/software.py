@@ -4,10 +4,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from mopsim.spec.stack import Stack, Unfused
+from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.upgrade import Unfused
 
-_WORDS: dict[Unfused, tuple[str, str, Any]] = {
+WORDS: dict[Unfused, tuple[str, str, Any]] = {
     "norms": ("kernels", "norm", "composed"),
     "rotary": ("kernels", "rotary", "composed"),
     "activation": ("kernels", "activation", "composed"),
@@ -32,7 +33,7 @@ def unfused(*words: Unfused, **sections: dict[str, Any]) -> Stack:
     fused = {"expert_products": "grouped", "residual": "fused", "qkv_split": "fused"}
     found: dict[str, dict[str, Any]] = {"kernels": fused, "host": {"modules": False}}
     for word in words:
-        section, field, value = _WORDS[word]
+        section, field, value = WORDS[word]
         found.setdefault(section, {})[field] = value
     for section, fields in sections.items():
         found.setdefault(section, {}).update(fields)

@@ -98,11 +98,11 @@ def _fake_platform(plan: Plan, rank: int) -> Iterator[Platform]:
         yield Platform(torch.device("cpu" if fully_shard else "meta"), fake=True)
 
 
-def counted_step(plan: Plan, rank: int = 0) -> KernelCounter:
+def counted_step(plan: Plan) -> KernelCounter:
     """What one step of `plan` launches on the planned device, of ranks that route as the plan's profile."""
     from mopexec.run.apply import build
 
-    with _fake_platform(plan, rank) as platform:
+    with _fake_platform(plan, 0) as platform:
         runner, batches = build(plan, platform, routing="profile"), _batches(plan, platform)
         counter = KernelCounter()
         with counter:

@@ -50,14 +50,14 @@ def launches(func: Any) -> bool:
     return bool(writes(func)) or not returns_alias(func)
 
 
-def layer_kernels(plan: Plan, *, more: int = 1) -> Counter[tuple[str, str]]:
-    """Launches of one layer, forward and backward, by (component, phase): those of a step with `more` layers
+def layer_kernels(plan: Plan) -> Counter[tuple[str, str]]:
+    """Launches of one layer, forward and backward, by (component, phase): those of a step with a layer
     more, less those of the plan's own; without its update. On tensors without data, as `dry_run`.
     """
     from mopexec.check import dry_run
 
     counts = []
-    for layers in (plan.model.num_hidden_layers, plan.model.num_hidden_layers + more):
+    for layers in (plan.model.num_hidden_layers, plan.model.num_hidden_layers + 1):
         model = replace(plan.model, num_hidden_layers=layers)
         counts.append(dry_run.counted_step(replace(plan, model=model)).by_place)
     found = Counter({place: count - counts[0][place] for place, count in counts[1].items()})

@@ -1,6 +1,5 @@
 """`mopsim validate`: predicted against measured, for cases, or for the rows of a user's tables."""
 
-import dataclasses
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -40,8 +39,9 @@ def run(
     console, kinds = human(json), read_formats(formats)
     known, refused = _cases(runs, models, cases, stack)
     with progress(console, "simulating", None) as shown:
-        found = validate(known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out)
-    validation = dataclasses.replace(found, refused=refused + found.refused)
+        validation = validate(
+            known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out, refused
+        )
     parts = predict_components(read_components(Path(components))) if components else []
     grids = tables(validation, parts, level)
     for grid in grids:

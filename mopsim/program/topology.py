@@ -8,12 +8,12 @@ from mopsim.spec.layout import groups, replica_groups, split
 from mopsim.spec.strategy import Order, Strategy
 
 
-def span(ranks: Sequence[int], domain: int, offset: int = 0) -> CommGroup:
+def span(ranks: Sequence[int], domain: int) -> CommGroup:
     """The group's size and how many of its ranks share a scale-up domain of `domain` devices: in the domain
     with the fewest, whose ranks have the most to send outside."""
     places: dict[int, list[int]] = {}
     for rank in ranks:
-        places.setdefault((rank + offset) // domain, []).append((rank + offset) % domain)
+        places.setdefault(rank // domain, []).append(rank % domain)
     block = max(_block(min(inside), max(inside)) for inside in places.values())
     return CommGroup(len(ranks), min(len(inside) for inside in places.values()), block=block)
 

@@ -61,11 +61,15 @@ def _days_costs(bills: Sequence[Figures]) -> tuple[list[float], list[float]]:
     return [bill.days for bill in bills], [(bill.cost or 0.0) / 1e6 for bill in bills]
 
 
-def tornado(path: Path, swings: Sequence[Swing], point: Point, most: int = 14) -> Path:
+MOST = 14
+"""Inputs that a tornado shows."""
+
+
+def tornado(path: Path, swings: Sequence[Swing], point: Point) -> Path:
     """What each input does to the cost and to the days, alone, at its low and its high value."""
     bill = point.figures
     assert bill is not None
-    shown = list(swings[:most])[::-1]
+    shown = list(swings[:MOST])[::-1]
     panels = [("days", bill.days, "days", 1.0)]
     if bill.cost is not None:
         panels.insert(0, ("cost", bill.cost / 1e6, "cost, million USD", 1e6))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import PurePath
+from types import UnionType
 from typing import Any
 
 import msgspec
@@ -92,37 +93,28 @@ class _ConfigReader:
             raise MopError(f"{self.origin}: {key}: missing, the field is required")
         return default
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def _typed(self, key: str, default: Any, kind: type | UnionType, rule: str) -> Any:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise MopError(f"{self.origin}: {key}: {shown(value)} must be an integer")
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise MopError(f"{self.origin}: {key}: {shown(value)} must be {rule}")
         return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return int(self._typed(key, default, int, "an integer"))
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise MopError(f"{self.origin}: {key}: {shown(value)} must be a number")
-        return float(value)
+        return float(self._typed(key, default, int | float, "a number"))
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise MopError(f"{self.origin}: {key}: {shown(value)} must be true or false")
-        return value
+        return bool(self._typed(key, default, bool, "true or false"))
 
     def items(self, key: str) -> list[Any]:
         """A list; an empty one where the key is absent."""
-        value = self._get(key, [])
-        if not isinstance(value, list):
-            raise MopError(f"{self.origin}: {key}: {shown(value)} must be a list")
-        return value
+        return list(self._typed(key, [], list, "a list"))
 
     def mapping(self, key: str, default: Config) -> Config:
         """A mapping; `default` where the key is absent."""
-        value = self._get(key, default)
-        if not isinstance(value, dict):
-            raise MopError(f"{self.origin}: {key}: {shown(value)} must be a mapping")
-        return value
+        return dict(self._typed(key, default, dict, "a mapping"))
 
     def must_be(self, key: str, expected: Any, meaning: str) -> None:
         """Refuse a config whose `key` is there and is not `expected`: ModelSpec can't say what it means."""

@@ -203,23 +203,6 @@ class Reading(Spec, frozen=True, kw_only=True):
     last_stage: bool = False
 
 
-Unfused = Literal[
-    "norms",
-    "rotary",
-    "activation",
-    "residual",
-    "experts",
-    "copies",
-    "accumulation",
-    "fills",
-    "blocks",
-    "modules",
-]
-EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies", "modules")
-"""`Stack.unfused` of mopexec's fully_shard runtime."""
-EAGERS = (EAGER, tuple(word for word in EAGER if word != "modules"))
-
-
 class Stack(Spec, frozen=True, kw_only=True):
     """One program.
 
@@ -284,35 +267,22 @@ class Stack(Spec, frozen=True, kw_only=True):
         return self.attention != "scores"
 
     @property
-    def unfused(self) -> tuple[Unfused, ...]:
-        """What runs as eager torch composes it, as words in one order."""
+    def composes(self) -> tuple[str, ...]:
+        """What of a layer runs as eager torch composes it."""
         k = self.kernels
-        found: dict[Unfused, bool] = {
+        found = {
             "norms": k.norm == "composed",
             "rotary": k.rotary != "fused",
             "activation": k.activation == "composed",
             "residual": k.residual == "composed",
             "experts": k.expert_rows == "composed",
-            "copies": self.sharding.copies,
-            "accumulation": k.weight_grads == "composed",
-            "fills": k.fills,
-            "blocks": k.ring_blocks == "composed",
-            "modules": self.host.modules,
-        }
-        return tuple(word for word, there in found.items() if there)
-
-    @property
-    def composes(self) -> tuple[str, ...]:
-        """What of a layer runs as eager torch composes it."""
-        k = self.kernels
-        more = {
             "router": k.router == "composed",
             "halves": k.rotary == "halves",
             "exchange": k.sequence_exchange == "composed",
             "clamps": k.clamped_gate == "composed",
             "pieces": k.expert_outputs == "pieces",
         }
-        return (*self.unfused, *(word for word, there in more.items() if there))
+        return tuple(word for word, there in found.items() if there)
 
     @property
     def behaviour(self) -> "Stack":

@@ -15,7 +15,6 @@ from mopsim.spec import renamed
 from mopsim.spec.categories import Runtime
 from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.stack import (
-    EAGERS,
     AttentionKernel,
     Built,
     HostCosts,
@@ -23,10 +22,16 @@ from mopsim.spec.stack import (
     Recompute,
     Sharding,
     Stack,
-    Unfused,
 )
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import DEFAULT_STACK, Strategy
+
+Unfused = Literal[
+    "norms", "rotary", "activation", "residual", "experts", "copies", "accumulation", "fills", "blocks",
+    "modules",
+]  # fmt: skip
+EAGER: tuple[Unfused, ...] = ("norms", "rotary", "activation", "residual", "experts", "copies", "modules")
+"""What mopexec's fully_shard runtime composed; where its modules count for nothing, without the last."""
 
 
 class _Attention(Spec, frozen=True, kw_only=True):
@@ -69,26 +74,26 @@ def read_plan(data: Any, origin: str, field: str = "plan") -> Plan:
     return convert(_plan(data, field), Plan, field, origin)
 
 
-def load_plan(path: Path | str, field: str = "plan") -> Plan:
+def load_plan(path: Path | str) -> Plan:
     """A plan's YAML file, of any version. Raises MopError naming file and field."""
-    return read_plan(read_yaml(Path(path), field), str(path), field)
+    return read_plan(read_yaml(Path(path), "plan"), str(path))
 
 
-def load_measurement(path: Path | str, field: str = "measurement") -> Measurement:
+def load_measurement(path: Path | str) -> Measurement:
     """A measurement's YAML file, of any version. Raises MopError naming file and field."""
-    data = read_yaml(Path(path), field)
+    data = read_yaml(Path(path), "measurement")
     if isinstance(data, dict) and "plan" in data:
-        data = {**data, "plan": _plan(data["plan"], f"{field}.plan")}
-    return convert(data, Measurement, field, str(path))
+        data = {**data, "plan": _plan(data["plan"], "measurement.plan")}
+    return convert(data, Measurement, "measurement", str(path))
 
 
-def read_strategy(data: Any, origin: str, field: str = "strategy") -> tuple[Strategy, Stack]:
+def read_strategy(data: Any, origin: str) -> tuple[Strategy, Stack]:
     """A strategy of plain objects, of any version, and the stack that it is meant for."""
     stack = None
     if isinstance(data, dict):
-        data, stack = split(data, field)
-    strategy = convert(data, Strategy, field, origin)
-    return strategy, stack or load_stack(strategy.stack, f"{field}.stack")
+        data, stack = split(data, "strategy")
+    strategy = convert(data, Strategy, "strategy", origin)
+    return strategy, stack or load_stack(strategy.stack, "strategy.stack")
 
 
 def _plan(data: Any, field: str) -> Any:
@@ -128,8 +133,7 @@ def _stack(old: _Old) -> Stack:
     def built(word: str, composed: bool = False) -> Built:
         return "composed" if composed or word in old.unfused else "fused"
 
-    words = tuple(word for word in dict.fromkeys(EAGERS[0]) if word in old.unfused)
-    eager = words in EAGERS and len(words) == len(set(old.unfused))
+    eager = set(old.unfused) in (set(EAGER), set(EAGER[:-1]))
     vocabulary, experts = old.vocabulary, old.experts
     copies = "copies" in old.unfused
     if eager and old.runtime == "fully_shard":

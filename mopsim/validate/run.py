@@ -1,7 +1,7 @@
 """A whole validation: cases -> simulations -> scores. Rows of a table become cases first."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case
@@ -53,14 +53,15 @@ def cases_of(rows: Sequence[Row], models: dict[str, Row]) -> tuple[list[Case], l
 
 
 def validate(
-    cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None, hold_out: HoldOut = "source"
-) -> Validation:
+    cases: Sequence[Case], jobs: int = 0, progress: Progress | None = None, hold_out: HoldOut = "source",
+    refused: Sequence[Refused] = (),
+) -> Validation:  # fmt: skip
     """Simulate and score every case that can be. hold_out: what a prediction may not have learned from, for
-    `scored`; `held` has both its source and its network."""
+    `scored`; `held` has both its source and its network. refused: rows that are no cases."""
     results = simulate_all(cases, jobs, progress)
     known = [(case, result) for case, result in zip(cases, results, strict=True) if not result.error]
     held = scored_by(known, hold_out)
-    return Validation(held[hold_out], refused_of(cases, results), held)
+    return Validation(held[hold_out], [*refused, *refused_of(cases, results)], held)
 
 
 def refused_of(cases: Sequence[Case], results: Sequence[Simulated]) -> list[Refused]:
@@ -75,13 +76,10 @@ def scored_by(known: Sequence[tuple[Case, Simulated]], hold_out: HoldOut) -> dic
     return {one: score(cases, results, one) for one in dict.fromkeys((*SIDE_BY_SIDE, hold_out))}
 
 
-def validate_runs(
-    rows: Sequence[Row], models: dict[str, Row], jobs: int = 0, progress: Progress | None = None
-) -> Validation:
+def validate_runs(rows: Sequence[Row], models: dict[str, Row], jobs: int = 0) -> Validation:
     """Simulate and score every row that can be. Raises MopError for a malformed cell."""
     cases, refused = cases_of(rows, models)
-    found = validate(cases, jobs, progress)
-    return replace(found, refused=refused + found.refused)
+    return validate(cases, jobs, refused=refused)
 
 
 def about(case: Case) -> dict[str, str]:

@@ -16,8 +16,9 @@ from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.workload import Work
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.stack import Kernels, Stack, Unfused
+from mopsim.spec.stack import Kernels, Stack
 from mopsim.spec.training import TrainSpec
+from mopsim.spec.upgrade import Unfused
 from mopsim.strategies import megatron
 from mopsim.validate.natural import busiest, natural, repeated
 from tests.sim.toys import machine, small

@@ -54,7 +54,7 @@ def composed(
     wings: int,
     layernorm: bool = False,
 ) -> tuple[Kernel, ...]:
-    """A tape's kernels, those named by Strategy.unfused as eager torch composes them.
+    """A tape's kernels, those named by `unfused` as eager torch composes them.
 
     b, wide: bytes of an element in the compute dtype and in fp32. wings: tensors that an activation reads.
     layernorm: norms are LayerNorms, for which torch has one kernel (torch.nn.functional.layer_norm).
