@@ -239,29 +239,14 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     """Backward of a product that begins a region: gathered rows are gathered again beside the input gradient,
     whose sum is scattered, or summed in place, beside the weight gradient (Megatron-Core,
     LinearWithGradAccumulationAndAsyncCommunication)."""
-    kernel, again = item.kernel, gathered.kernel
-    start = draft.ready
-    size = int(again.bytes)
-    rows = works(again, "forward", draft.context)
+    kernel, again, start = item.kernel, gathered.kernel, draft.ready
+    rows = () if draft.split else works(again, "forward", draft.context)
     stream = stream_of(draft.context.groups[again.group])
-    if draft.split:
-        inner = draft.add(
-            kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad",
-            draft.context), start,
-            item.memory,
-        )  # fmt: skip
-        scattered = works(again, "backward", draft.context)
-        down = draft.add(
-            again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
-        )
-        draft.ready = (down,)
-        return
+    held = [("activations", int(again.bytes))] if rows else []
     ready: tuple[int, ...] = ()
     if rows:
-        held = [("activations", size)]
         ready = (draft.add(again.name, stream, kernel.component, "backward", rows, start, held),)
-    made = [step for step in item.memory if step[1] > 0]
-    gone = [step for step in item.memory if step[1] < 0]
+    made = [step for step in item.memory if draft.split or step[1] > 0]
     inner = draft.add(
         kernel.name, "compute", kernel.component, "backward", works(kernel, "input_grad", draft.context),
         start, made,
@@ -270,9 +255,13 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     down = draft.add(
         again.name, stream, kernel.component, "backward", scattered, (inner,), gathered.memory
     )  # fmt: skip
+    if draft.split:
+        draft.ready = (down,)
+        return
+    gone = [step for step in item.memory if step[1] < 0] + [(category, -size) for category, size in held]
     weights = draft.add(
         kernel.name, "compute", kernel.component, "backward", works(kernel, "weight_grad", draft.context),
-        (*ready, inner), [*gone, *((("activations", -size),) if rows else ())],
+        (*ready, inner), gone,
     )  # fmt: skip
     draft.ready = (weights, down)
 
