@@ -112,7 +112,9 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(f"mopsim.{module}"), other or name)
     package = sys.modules.get(f"mopsim.{name}")
     if package is not None:  # `import mopsim.size.points as points` looks for its names at the function
+        inside = found.__wrapped__  # what the signature is of
         found.__dict__ = vars(package)
+        found.__wrapped__ = inside
     globals()[name] = found
     return found
 

@@ -215,6 +215,11 @@ def test_an_unknown_keyword_names_the_known_ones() -> None:
         mopsim.mop(expert_paralel=8)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("name", ["simulate", "search", "compare", "size", "explore", "interval"])
+def test_a_function_says_what_it_takes(name: str) -> None:
+    assert not {"args", "given"} & set(inspect.signature(getattr(mopsim, name)).parameters)
+
+
 def test_every_name_is_documented_and_found() -> None:
     for name in set(mopsim.__all__) - {"__version__"}:
         assert (getattr(mopsim, name).__doc__ or "").strip(), name
