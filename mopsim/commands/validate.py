@@ -23,6 +23,11 @@ from mopsim.validate.output import to_json
 from mopsim.validate.run import Refused, cases_of, validate
 from mopsim.validate.tables import read_components, read_runs
 
+LEGEND = (
+    "A, B, C: how fully a source states its runs, C is not judged. bias: mean of the signed errors. 90 %: of "
+    "the errors are smaller. source out, model out: predicted without the runs of its source, its network."
+)
+
 
 def run(
     runs: str | None, models: str | None, components: str | None, cases: list[str], stack: str,
@@ -46,6 +51,7 @@ def run(
     grids = tables(validation, parts, level)
     for grid in grids:
         console.print(_shown(grid))
+    console.print(LEGEND, style="dim")
     if out:
         from mopsim.report.validation import figures
 

@@ -19,10 +19,11 @@ def cost_time(
 ) -> Path:
     """Cost over days of every cluster tried, an interval of days each; the front as a line."""
     names = list(dict.fromkeys(point.hardware.name for point in points))
+    scale, unit = dollars([bill.cost or 0.0 for bill in _priced(points)])
     with figure(path, 9, 5.0) as (axis,):
         for place, name in enumerate(names):
             bills = _priced([one for one in points if one.hardware.name == name])
-            days, costs = _days_costs(bills)
+            days, costs = _days_costs(bills, scale)
             ends = [bill.seconds_interval() for bill in bills]
             below = [max(0.0, day - low / DAY) for day, (low, _) in zip(days, ends, strict=True)]
             above = [max(0.0, high / DAY - day) for day, (_, high) in zip(days, ends, strict=True)]
@@ -30,24 +31,24 @@ def cost_time(
                 days, costs, xerr=[below, above], fmt=MARKS[place % len(MARKS)], alpha=0.75, elinewidth=0.8,
                 color=SERIES[place % len(SERIES)], label=name,
             )  # fmt: skip
-        axis.plot(*_days_costs(_priced(front)), color="#515a5a", linewidth=1.2, label="Pareto front")
+        axis.plot(*_days_costs(_priced(front), scale), color="#515a5a", linewidth=1.2, label="Pareto front")
         if chosen:
             axis.scatter(
-                *_days_costs(_priced([chosen])), s=230, facecolors="none", edgecolors=EDGE, linewidths=2,
-                label="recommended",
+                *_days_costs(_priced([chosen]), scale), s=230, facecolors="none", edgecolors=EDGE,
+                linewidths=2, label="recommended",
             )  # fmt: skip
         if goal.seconds:
             axis.axvline(goal.seconds / DAY, color=EDGE, linestyle="--", label="deadline")
         if goal.budget:
-            axis.axhline(goal.budget / 1e6, color=EDGE, linestyle=":", label="budget")
+            axis.axhline(goal.budget / scale, color=EDGE, linestyle=":", label="budget")
         axis.set_xscale("log")
         axis.set_yscale("log")
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
-            side.set_tick_params(which="minor", labelsize=8)
+            side.set_tick_params(which="both", labelsize=9)
         axis.set_xlabel("days (bars: 90 % interval)")
-        axis.set_ylabel("cost, million USD")
+        axis.set_ylabel(f"cost, {unit}")
         axis.grid(alpha=0.3)
         legend_below(axis, 4)
     return path
@@ -57,8 +58,15 @@ def _priced(points: Sequence[Point]) -> list[Figures]:
     return [one.figures for one in points if one.figures and one.figures.cost]
 
 
-def _days_costs(bills: Sequence[Figures]) -> tuple[list[float], list[float]]:
-    return [bill.days for bill in bills], [(bill.cost or 0.0) / 1e6 for bill in bills]
+def _days_costs(bills: Sequence[Figures], scale: float) -> tuple[list[float], list[float]]:
+    return [bill.days for bill in bills], [(bill.cost or 0.0) / scale for bill in bills]
+
+
+def dollars(costs: Sequence[float]) -> tuple[float, str]:
+    """(dollars of a unit, its name) in which the largest of `costs` is 1 or more."""
+    most = max(costs, default=0.0)
+    names = ((1e6, "million USD"), (1e3, "thousand USD"))
+    return next(((scale, name) for scale, name in names if most >= scale), (1.0, "USD"))
 
 
 MOST = 14
@@ -72,7 +80,8 @@ def tornado(path: Path, swings: Sequence[Swing], point: Point) -> Path:
     shown = list(swings[:MOST])[::-1]
     panels = [("days", bill.days, "days", 1.0)]
     if bill.cost is not None:
-        panels.insert(0, ("cost", bill.cost / 1e6, "cost, million USD", 1e6))
+        scale, unit = dollars([bill.cost])
+        panels.insert(0, ("cost", bill.cost / scale, f"cost, {unit}", scale))
     with figure(path, 10, 1.6 + 0.34 * len(shown), 1, len(panels), sharey=True) as axes:
         for axis, (name, middle, label, scale) in zip(axes, panels, strict=True):
             for row, swing in enumerate(shown):

@@ -12,6 +12,7 @@ import pytest
 import mopsim
 from mopsim.api.size import Clusters
 from mopsim.common import io
+from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point
 from mopsim.size.figures import DAY, WIDE
 from mopsim.size.points import nearest_miss, pareto
@@ -190,3 +191,10 @@ def test_the_fastest_within_a_limit_is_searched_for(found: Clusters) -> None:
         inside = [n for n in (3, 5, 6, 7, 10, 12, 14) if low.num_nodes < n < high.num_nodes]
         costs = [one.figures.cost for one in (low, high) if one.figures and one.figures.cost]
         assert not inside or len(costs) < 2 or (costs[0] > limit) == (costs[1] > limit)
+
+
+@pytest.mark.parametrize(
+    ("most", "unit"), [(2.6e4, "thousand USD"), (3e6, "million USD"), (12.0, "USD"), (0.0, "USD")]
+)
+def test_costs_are_drawn_in_a_unit_of_their_size(most: float, unit: str) -> None:
+    assert dollars([0.0, most])[1] == unit
