@@ -50,7 +50,8 @@ def loss_tape(context: Context) -> Tape:
     columns = c.model.vocab_size / (tensor if split else 1)
     H, elements = c.model.hidden_size, int(rows * columns)
     zero = c.strategy.dense.zero
-    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not fused)
+    whole = zero < 2 and c.b == c.wide  # its cast to fp32 is itself
+    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
     kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
     first, source = begin("gather_n", "n", H, _C, c.shapes)
     kernels += first if split or c.shapes.sequence_parallel else ()
@@ -59,7 +60,7 @@ def loss_tape(context: Context) -> Tape:
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
     torch = zero >= 2 and not fused
-    in_place = kernel == "fused" or (fused and split)  # a split loss casts no logits
+    in_place = whole or kernel == "fused" or (fused and split)  # a split loss casts no logits
     held = (torch or fused) and c.stack.kernels.logits_held
     keeps = ("n", "logits") if in_place or held else ("n",)
     apart = (("logits", elements * c.wide),) if torch else ()

@@ -238,7 +238,10 @@ def _splits(first: Played, item: Played, direction: str, context: Context) -> bo
 def _column(draft: _Draft, item: Played, gathered: Played) -> None:
     """Backward of a product that begins a region: gathered rows are gathered again beside the input gradient,
     whose sum is scattered, or summed in place, beside the weight gradient (Megatron-Core,
-    LinearWithGradAccumulationAndAsyncCommunication)."""
+    LinearWithGradAccumulationAndAsyncCommunication); or one after the other."""
+    if draft.context.stack.kernels.region_backward == "in_turn" and not draft.split:
+        _column_in_turn(draft, item, gathered)
+        return
     kernel, again, start = item.kernel, gathered.kernel, draft.ready
     rows = () if draft.split else works(again, "forward", draft.context)
     stream = stream_of(draft.context.groups[again.group])
@@ -264,6 +267,30 @@ def _column(draft: _Draft, item: Played, gathered: Played) -> None:
         (*ready, inner), gone,
     )  # fmt: skip
     draft.ready = (weights, down)
+
+
+def _column_in_turn(draft: _Draft, item: Played, gathered: Played) -> None:
+    """The same, its parts one after the other: input gradient, its sum, gathered rows, weight gradient."""
+    kernel, again, context = item.kernel, gathered.kernel, draft.context
+    stream, part_of = stream_of(context.groups[again.group]), kernel.component
+    of_weights = [("activations", size) for size in (kernel.weight_grad, -kernel.weight_grad) if size]
+    steps = list(item.memory)
+    for step in of_weights:
+        steps.remove(step)
+    made, gone = ([step for step in steps if (step[1] > 0) is up] for up in (True, False))
+    products = [works(kernel, part, context) for part in ("input_grad", "weight_grad")]
+    inner = draft.add(kernel.name, "compute", part_of, "backward", products[0], draft.ready, made)
+    scattered = works(again, "backward", context)
+    ready = draft.add(again.name, stream, part_of, "backward", scattered, (inner,), gathered.memory)
+    rows, size = works(again, "forward", context), int(again.bytes)
+    if rows:
+        held = [("activations", size)]
+        ready = draft.add(again.name, stream, part_of, "backward", rows, (ready,), held)
+        gone.append(("activations", -size))
+    work = products[1]
+    draft.ready = (
+        draft.add(kernel.name, "compute", part_of, "backward", work, (ready,), [*of_weights, *gone]),
+    )
 
 
 def weight_grads(tape: Tape, context: Context, held: Sequence[Step]) -> Template:

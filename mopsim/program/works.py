@@ -26,7 +26,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     """A layer's or the loss's kernels as the program runs them."""
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
-    parts = [part for part in context.stack.composes if part != "clamps" or model.swiglu_limit]
+    parts = [part for part in context.stack.composes if not part.startswith("clamps") or model.swiglu_limit]
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
     apart = context.stack.kernels.gate_up == "added" and any(one.name == "qkv_proj" for one in found)
     counted = {"qkv_proj": 3, "up_proj": wings} if apart else {}

@@ -54,9 +54,12 @@ class Kernels(Spec, frozen=True, kw_only=True):
     and put together (`pieces`), as are the gradients of their inputs. expert_bias: added inside the product
     (`fused`), or gathered row by row and added; then its gradient is a product (`gathered`), or torch adds it
     up row after row (`indexed`). clamped_gate: that of experts with clamps around SwiGLU (gpt-oss) in one
-    kernel, or as torch composes it. row_sums: rows of a token, and of its gradient, are gathered and added,
-    or added by atomic operations on bf16 (`atomic`, torch's index_add_), or that only where a token chooses
-    fewer experts than the expert-parallel degree (`atomic_if_sparse`). sequence_exchange: Ulysses' tensors
+    kernel, or as torch composes it, or so with a backward that starts from gate and up (`again`). row_sums:
+    rows of a token, and of its gradient, are gathered and added, or added by atomic operations on bf16
+    (`atomic`, torch's index_add_), or that only where a token chooses
+    fewer experts than the expert-parallel degree (`atomic_if_sparse`). region_backward: what begins a region
+    of split products gathers their rows again and scatters their input's gradient beside them, or one after
+    the other. sequence_exchange: Ulysses' tensors
     in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
     and one for queries, keys and values, or one each, shared experts after the routed ones; or one each
     that are counted as one whose input's gradients are added (`added`). qkv_split:
@@ -83,10 +86,11 @@ class Kernels(Spec, frozen=True, kw_only=True):
     expert_products: Literal["grouped", "looped"] = "grouped"
     expert_outputs: Literal["whole", "pieces"] = "whole"
     expert_bias: Literal["fused", "gathered", "indexed"] = "fused"
-    clamped_gate: Built = "fused"
+    clamped_gate: Literal["fused", "composed", "again"] = "fused"
     row_sums: Literal["gathered", "atomic", "atomic_if_sparse"] = "gathered"
     router: Built = "fused"
     sequence_exchange: Built = "fused"
+    region_backward: Literal["beside", "in_turn"] = "beside"
     gate_up: Literal["joined", "added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
     casts: Literal["kept", "again"] = "kept"
@@ -280,6 +284,7 @@ class Stack(Spec, frozen=True, kw_only=True):
             "halves": k.rotary == "halves",
             "exchange": k.sequence_exchange == "composed",
             "clamps": k.clamped_gate == "composed",
+            "clamps_again": k.clamped_gate == "again",
             "pieces": k.expert_outputs == "pieces",
         }
         return tuple(word for word, there in found.items() if there)

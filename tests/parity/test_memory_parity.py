@@ -72,6 +72,16 @@ def test_demo_sized_models(index: int, kind: str) -> None:
     _check(SMALL, strategy, training, 0.01, kind)
 
 
+LATENT = msgspec.structs.replace(
+    SMALL, attention="mla", num_key_value_heads=8, head_dim=24, q_lora_rank=48, kv_lora_rank=32,
+    qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, topk_method="noaux_tc", n_group=4, topk_group=2,
+)  # fmt: skip
+SINKS = msgspec.structs.replace(
+    SMALL, attention_bias="qkvo", attention_sinks=True, sliding_window=64, sliding_window_period=2,
+    expert_bias=True, router_bias=True, swiglu_limit=7.0, swiglu_alpha=1.702,
+    shared_expert_intermediate_size=0,
+)  # fmt: skip
+"""Like DeepSeek's and like GPT-OSS's."""
 DEEP = msgspec.structs.replace(SMALL, num_hidden_layers=8)
 TWO, STAGES = {"tensor_parallel": 2, "expert_parallel": 2}, {"pipeline_parallel": 2}
 IN_TURN = {**STAGES, "virtual_stages": 2, "model": DEEP}
@@ -133,6 +143,16 @@ def _check_stages(plan: Plan, within: float) -> None:
             assert result.host_memory == pytest.approx(tracked.host_memory, rel=within)
 
 
+SPLIT |= {
+    "fp32": (2, {"dtype": "float32"}),
+    "fp32 of tensors": (2, TWO | {"dtype": "float32"}),
+    "sinks": (2, {"model": SINKS}),
+    "sinks of tensors": (2, TWO | {"model": SINKS}),
+    "latents": (2, {"model": LATENT}),
+    "latents of tensors, full": (2, TWO | FULL | {"model": LATENT}),
+}
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_every_stage_of_split_modules(name: str) -> None:
     world, options = SPLIT[name]
@@ -148,16 +168,6 @@ def test_split_modules_at_a_published_width(options: dict[str, Any]) -> None:
     _check_stages(_split(8, {"expert_parallel": 4, **options, "model": WEIGHTY}), 0.01)
 
 
-LATENT = msgspec.structs.replace(
-    SMALL, attention="mla", num_key_value_heads=8, head_dim=24, q_lora_rank=48, kv_lora_rank=32,
-    qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, topk_method="noaux_tc", n_group=4, topk_group=2,
-)  # fmt: skip
-SINKS = msgspec.structs.replace(
-    SMALL, attention_bias="qkvo", attention_sinks=True, sliding_window=64, sliding_window_period=2,
-    expert_bias=True, router_bias=True, swiglu_limit=7.0, swiglu_alpha=1.702,
-    shared_expert_intermediate_size=0,
-)  # fmt: skip
-"""Like DeepSeek's and like GPT-OSS's."""
 MTP = msgspec.structs.replace(SMALL, num_nextn_predict_layers=1)
 
 

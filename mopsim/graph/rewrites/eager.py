@@ -243,6 +243,12 @@ def _clamped(kernel: Kernel, wider: float, wings: int) -> Kernel:
     )
 
 
+def _clamped_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps what it reads alone; the backward makes the rest again, beside the halves' gradients."""
+    found = _instead(kernel, wider, CLAMPED, CLAMPED_BACKWARD)
+    return replace(found, back_scratch=_one(wings * kernel.writes[0].bytes))
+
+
 def _router(kernel: Kernel, wider: float, wings: int) -> Kernel:
     """Keeps the copy of its input in fp32 that its product reads."""
     if wider == 1:
@@ -349,6 +355,7 @@ _PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int],
     "activation": (lambda kernel: kernel.name == "act", _gated),
     "residual": (lambda kernel: kernel.name.endswith("residual"), _summed),
     "clamps": (lambda kernel: kernel.name == "experts_act", _clamped),
+    "clamps_again": (lambda kernel: kernel.name == "experts_act", _clamped_again),
     "experts": (lambda kernel: kernel.name == "experts_act", _gated),
     "router": (lambda kernel: kernel.name == "router", _router),
     "pieces": (lambda kernel: kernel.name.startswith("experts_"), _one_by_one),
