@@ -173,7 +173,7 @@ def _tune(model: Any, strategy: Strategy) -> None:
 
 def _prefetch(model: Any, depth: int) -> None:
     """Gather `depth` modules ahead, forward and backward; 0: none (FSDP's implicit backward prefetch off
-    too)."""
+    too). MTP modules look up embeddings again, after the layers: nothing is gathered ahead there."""
     units = [[module] for module in (*model.layers, *model.mtp)]
     for entry, layer in zip(units, model.blocks(), strict=True):
         if layer.is_moe:
@@ -183,7 +183,7 @@ def _prefetch(model: Any, depth: int) -> None:
     for place, modules in enumerate(chain):
         ahead = [module for entry in chain[place + 1 : place + 1 + depth] for module in entry]
         behind = [m for entry in reversed(chain[max(1, place - depth) : place]) for m in reversed(entry)]
-        if ahead:
+        if ahead and not (modules[0] is model.embedding and len(model.mtp)):
             modules[0].set_modules_to_forward_prefetch(ahead)
         modules[0].set_modules_to_backward_prefetch(behind or [modules[0]])
         for inner in modules[1:]:

@@ -43,8 +43,14 @@ def mtp_projection(model: ModelSpec, shapes: Shapes) -> Tape:
     size = N * H * b
     kernels = (
         Kernel(
-            "mtp_norms", "memory_bound", "vocabulary", ("x",), (Value("pair", 2 * size),), saves=("x",),
-            bytes=4 * size, back_bytes=6 * size, launches=3, back_launches=4,
+            "mtp_embedding", "memory_bound", "embedding", (), (Value("e", size),), bytes=2 * size,
+            back_bytes=3 * size,
+        ),
+        norm("mtp_embedding_norm", "e", "en", N, H, b, "vocabulary"),
+        norm("mtp_hidden_norm", "x", "xn", N, H, b, "vocabulary"),
+        Kernel(
+            "mtp_pair", "memory_bound", "vocabulary", ("en", "xn"), (Value("pair", 2 * size),),
+            bytes=4 * size, back_bytes=4 * size,
         ),
         linear("mtp_projection", "pair", Value("z", size), N, H, 2 * H, b, "vocabulary"),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 entropy."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from mopsim.graph.attention import norm
 from mopsim.graph.liveness import backward, everything, forward
@@ -20,22 +21,32 @@ from mopsim.spec.layout import token_slices
 _C = "vocabulary"
 
 
-def loss_template(context: Context, direction: str, freed: Sequence[Step]) -> Template:
+Half = Literal["", "norm", "terms"]
+"""What of the loss: all, the final norm alone, or what comes after it."""
+
+
+def loss_template(context: Context, direction: str, freed: Sequence[Step], half: Half = "") -> Template:
     """Forward or backward of the loss. freed: memory steps that end the backward."""
     kind = context.strategy.vocabulary.loss
     at_once = kind in ("chunked", "ring")
     tape = _norm(context) if at_once else loss_tape(context)
-    chosen, early, late = everything(tape), *_freed(tape, context, freed)
-    if direction == "backward":
-        return template(backward(tape, chosen), context, "backward", late)
-    first = template(forward(tape, chosen), context, "forward", early)
-    return first.then(_chunks(context) if kind == "chunked" else _ring(context)) if at_once else first
+    chosen, early, late = everything(tape), *_freed(tape, freed)
+    played = backward(tape, chosen) if direction == "backward" else forward(tape, chosen)
+    norms = [item for item in played if item.kernel is tape.kernels[0]]
+    if half:
+        played = norms if half == "norm" else [item for item in played if item not in norms]
+    last = () if half == "terms" else early if direction == "forward" else late
+    found = template(played, context, direction, last) if played else None
+    if not at_once or direction == "backward" or half == "norm":
+        return found or Recorder(context.groups).template()
+    after = _chunks(context) if kind == "chunked" else _ring(context)
+    return found.then(after) if found else after
 
 
-def _freed(tape: Tape, c: Context, freed: Sequence[Step]) -> tuple[Sequence[Step], Sequence[Step]]:
+def _freed(tape: Tape, freed: Sequence[Step]) -> tuple[Sequence[Step], Sequence[Step]]:
     """Where the hidden state dies: at the end of the forward if nothing wants it after, else of the
     backward."""
-    wanted = c.model.num_nextn_predict_layers or any("x" in kernel.saves for kernel in tape.kernels)
+    wanted = any("x" in kernel.saves for kernel in tape.kernels)
     return ((), freed) if wanted else (freed, ())
 
 

@@ -3,6 +3,7 @@ microbatches."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.layer import decoder_layer, mtp_projection
@@ -15,7 +16,7 @@ from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.tape import Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder
 from mopsim.program.context import Context
-from mopsim.program.loss import loss_template
+from mopsim.program.loss import Half, loss_template
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.shards import Shards
 from mopsim.program.stage import Stage
@@ -147,22 +148,36 @@ class Passes:
         net = self._net(forward(tape, self._plan(tape)))
         return tuple((category, size) for category, size in net.items() if size)
 
+    @cached_property
+    def _projection(self) -> tuple[Tape, Recomputation]:
+        """What is before an MTP layer, and what it leaves: with full recomputation its inputs."""
+        tape = mtp_projection(self.context.model, self.shapes)
+        tape = self._added_up(replace(tape, kernels=implemented(tape.kernels, self.context)))
+        if self.context.strategy.activations.recompute != "full":
+            return tape, everything(tape)
+        inner = range(1, len(tape.kernels) - 1)
+        made = {value.name for index in inner for value in tape.kernels[index].writes}
+        return tape, Recomputation(frozenset(tape.kept & made), (frozenset(inner),), frozenset({"e"}))
+
+    @property
+    def keeps_normed(self) -> bool:
+        """Whether the backward of the projection before an MTP layer starts from the hidden state itself."""
+        tape, chosen = self._projection
+        return bool(chosen.again) or any("x" in kernel.saves for kernel in tape.kernels)
+
     def projection(self, direction: str) -> Template:
         """The projection before an MTP layer."""
-        tape = mtp_projection(self.context.model, self.shapes)
-        tape = self._added_up(tape)
-        none = everything(tape)
 
         def make() -> Template:
-            if direction == "forward":
-                return template(forward(tape, none), self.context, "forward")
-            return template(backward(tape, none), self.context, "backward")
+            played = (forward if direction == "forward" else backward)(*self._projection)
+            return template(played, self.context, direction)
 
         return self._made(("projection", direction), make)
 
-    def loss(self, direction: str) -> Template:
+    def loss(self, direction: str, half: Half = "") -> Template:
         """Final norm, projection and cross entropy: the last hidden state is freed, its gradient made."""
-        return self._made(("loss", direction), lambda: loss_template(self.context, direction, self._input))
+        make = partial(loss_template, self.context, direction, self._input, half)
+        return self._made(("loss", direction, half), make)
 
     def embedding(self) -> Template:
         """Backward of the embedding: the gradient of the first layer's input is freed."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, message_work, reduction
+from mopsim.program.loss import Half
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
@@ -151,38 +152,33 @@ class StageStep:
         if part < self.stage.parts - 1:
             self._send("forward", microbatch, part + 1, ready)
             return
+        if not self.stage.extra:
+            self._loss(ready)
+            return
+        ready = self._loss(ready, "norm")
         for layer in self.stage.extra:  # each predicts from the hidden state before it
-            ready = self._loss(ready)
             ready = issue.play(self.passes.projection("forward"), layer, ready)
             template, waits = self.passes.forward(layer), self.shards.before(layer, "forward", [layer])
             beside = self.shards.beside(template, layer, "forward")
             ready = issue.play(template, layer, (*ready, *waits), beside)
             self.shards.after(layer, "forward")
-        self._loss(ready)
+            ready = self._loss(ready, "norm")
+        for _ in range(1 + len(self.stage.extra)):
+            ready = self._loss(ready, "terms")
 
-    def _loss(self, ready: Ops) -> Ops:
+    def _loss(self, ready: Ops, half: Half = "") -> Ops:
         """Final norm, projection on the vocabulary and loss of a hidden state."""
-        waits, template = self.shards.edge("head", "forward"), self.passes.loss("forward")
-        return self.issue.play(template, -1, (*ready, *waits), self.shards.beside(template, -1, "forward"))
+        waits, template = self.shards.edge("head", "forward"), self.passes.loss("forward", half)
+        beside = self.shards.beside(template, -1, "forward") if half != "norm" else {}
+        return self.issue.play(template, -1, (*ready, *waits), beside)
 
     def _backward(self, microbatch: int, chunk: int, final: bool) -> None:
-        c, issue, part = self.c, self.issue, self.stage.part(chunk)
+        issue, part = self.issue, self.stage.part(chunk)
         order = list(reversed(self.stage.chunks[chunk]))
         if part == self.stage.parts - 1:
             waits = self.shards.edge("head", "backward")
             self.shards.turn((*reversed(self.stage.extra), *order))
-            ready = issue.play(self.passes.loss("backward"), -1, waits)
-            self._reduced(ready, "head", final and not self.stage.extra)
-            for layer in reversed(self.stage.extra):
-                ready = self._layer_backward(microbatch, layer, ready, [layer], final)
-                ready = issue.play(self.passes.projection("backward"), layer, ready)
-                # the two gradients of one hidden state are added
-                ready = issue.play(self.passes.loss("backward"), -1, ready)
-                add = (Work("memory_bound", bytes=3.0 * c.hidden),)
-                memory = (("activations", -c.hidden),)
-                ready = (
-                    issue.add("gradients added", "compute", "vocabulary", "backward", add, ready, memory),
-                )
+            ready = self._loss_backward(microbatch, waits, (*reversed(self.stage.extra), *order), final)
         else:
             ready = self._receive("backward", microbatch, part)
         for layer in order:
@@ -198,6 +194,27 @@ class StageStep:
         self._reduced(ready, "embedding", final)
         self.after = (*self.after, *self.shards.finish())
         issue.hold(self.passes.left)
+
+    def _loss_backward(self, microbatch: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
+        """All cross entropies, then MTP layers, then the model's final norm."""
+        c, issue, extra = self.c, self.issue, self.stage.extra
+        if not extra:
+            ready = issue.play(self.passes.loss("backward"), -1, ready)
+            self._reduced(ready, "head", final)
+            return ready
+        for _ in range(1 + len(extra)):
+            ready = issue.play(self.passes.loss("backward", "terms"), -1, ready)
+        self._reduced(ready, "head", False)
+        kept = c.hidden if self.passes.keeps_normed else 0  # what the losses have freed is wanted again
+        issue.hold([("activations", kept)] * len(extra))
+        for layer in reversed(extra):
+            ready = issue.play(self.passes.loss("backward", "norm"), -1, ready)
+            ready = self._layer_backward(microbatch, layer, ready, order, final)
+            ready = issue.play(self.passes.projection("backward"), layer, ready)
+            # the two gradients of one hidden state are added
+            add, memory = (Work("memory_bound", bytes=3.0 * c.hidden),), (("activations", -c.hidden - kept),)
+            ready = (issue.add("gradients added", "compute", "vocabulary", "backward", add, ready, memory),)
+        return issue.play(self.passes.loss("backward", "norm"), -1, ready)
 
     def _visit(self, phase: str, layer: int) -> None:
         """A layer begins; what it does may stand for others."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, Recorder
+from mopsim.program.loss import Half
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.pairs.attention_pair import AttentionPair
 from mopsim.program.pairs.experts_pair import ExpertsPair
@@ -70,8 +71,11 @@ class Pairs(Passes):
     def backward(self, layer: int) -> Template:
         return self._made(("backward", self.key(layer)), lambda: self._layer_backward(layer))
 
-    def loss(self, direction: str) -> Template:
+    def loss(self, direction: str, half: Half = "") -> Template:
+        """Losses in strips are forward and backward at once, the final norm with them."""
         make = self._loss_forward if direction == "forward" else self._loss_backward
+        if half == ("norm" if direction == "forward" else "terms"):
+            return self.recorder().template()
         return self._made(("loss", direction), make)
 
     def embedding(self) -> Template:
