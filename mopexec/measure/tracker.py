@@ -86,8 +86,8 @@ class _Ledger:
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tracks memory while entered; entered again (around build, then around each step) it goes on counting.
 
-    device_limit, host_limit: bytes; the allocation that crosses one raises OutOfMemory. timeline: keep
-    (op index, device bytes) after every change in `timeline`. refuse: called with each new tensor, may raise.
+    device_limit, host_limit: bytes; the allocation that crosses one raises OutOfMemory. refuse: called
+    with each new tensor, may raise.
     meta: meta tensors stand for memory (a dry run), and a ShapeCache runs the ops; otherwise they are shape
     propagation and nothing. device: what holds the device tier (None: a GPU where this machine has one);
     beside a GPU every CPU tensor is on the host.
@@ -98,7 +98,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device_limit: int | None = None,
         host_limit: int | None = None,
         *,
-        timeline: bool = False,
         refuse: Callable[[Any, Tensor], None] | None = None,
         meta: bool = False,
         device: torch.device | None = None,
@@ -112,7 +111,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._on_gpu = device.type == "cuda" if device else torch.cuda.is_available()
         self._shapes = ShapeCache() if meta else None
         self.num_ops = 0
-        self.timeline: list[tuple[int, int]] | None = [] if timeline else None
         self._outer: list[tuple[MemoryTracker | None, Any]] = []
 
     @property
@@ -240,8 +238,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _book(self, host: bool, name: str, num_bytes: int) -> None:
         ledger = self._host if host else self._device
         ledger.add(name, num_bytes)
-        if self.timeline is not None and not host:
-            self.timeline.append((self.num_ops, ledger.bytes))
         if ledger.limit is not None and ledger.bytes > ledger.limit and num_bytes > 0:
             tier = "host" if host else "device"
             raise OutOfMemory(tier, num_bytes, ledger.bytes - num_bytes, ledger.limit, name)
