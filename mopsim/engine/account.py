@@ -7,7 +7,7 @@ import mopsim
 from mopsim.common.io import digest
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import upper
-from mopsim.engine.gaps import added
+from mopsim.engine.gaps import added, turn
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
@@ -99,13 +99,14 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
     """Seconds of the step of the rank that ends last, with microbatches and layers that are repeated."""
     workload, place = played.workload, played.slowest
     record, program = played.records[place], workload.programs[place]
-    expanded, unit = workload.expanded, workload.unit
-    repeats = (workload.microbatches - expanded) // unit
-    weights = {i: 1 + repeats * (expanded - 1 - unit <= i < expanded - 1) for i in record.tallies}
+    last, repeats, unit = workload.expanded - 1, workload.repeats, workload.unit
+    period = turn(workload, played.records) if repeats else 0.0
+    mine = record.tallies[last].start - record.tallies[last - unit].start if repeats else 1.0
+    often = {i: 1 + repeats * (last - unit <= i < last) for i in record.tallies}
+    weights = {i: 1 + (many - 1) * period / mine for i, many in often.items()}
     hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())
-    period = _period(record, expanded, unit) if repeats else 0.0
     between = hardware.step_overhead(workload.stack.runtime or workload.stack.name)
-    busy, counts, flops = _totals(program, played.prices, weights)
+    busy, counts, flops = _totals(program, played.prices, [often.get(one, 1) for one in record.turns])
     components = _sum(record, "component", weights) | ({"runtime": between} if between else {})
     return {
         "step_time": max(played.end + hidden + repeats * period + between, 1e-12),
@@ -181,12 +182,12 @@ def _peak_time(program: Program, record: Record, ledger: Ledger) -> float:
 
 
 def _totals(
-    program: Program, prices: Prices, weights: dict[int, int]
+    program: Program, prices: Prices, weights: list[int]
 ) -> tuple[dict[str, float], dict[str, int], float]:
-    """Busy seconds and ops by kind, and FLOP, of the step of one rank."""
+    """Busy seconds and ops by kind, and FLOP, of the step of one rank. weights: how often each op is done."""
     uses: dict[int, int] = {}
-    for op in program.ops:
-        weight = weights.get(op.microbatch, 1) * op.times
+    for op, times in zip(program.ops, weights, strict=True):
+        weight = times * op.times
         for work in op.work:
             uses[id(work)] = uses.get(id(work), 0) + weight
     busy: dict[str, float] = {}
@@ -200,12 +201,7 @@ def _totals(
     return busy, counts, flops
 
 
-def _period(record: Record, expanded: int, unit: int) -> float:
-    """Seconds that one more repetition adds: between the starts of the last two that were expanded."""
-    return record.tallies[expanded - 1].start - record.tallies[expanded - 1 - unit].start
-
-
-def _sum(record: Record, field: str, weights: dict[int, int]) -> dict[str, float]:
+def _sum(record: Record, field: str, weights: dict[int, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for index, tally in record.tallies.items():
         for key, value in getattr(tally, field).items():

@@ -1,19 +1,22 @@
 """Time of layers that are not played (mopsim.program.composed), and whether they may be left out."""
 
+from collections.abc import Sequence
+from statistics import mean
+
 from mopsim.engine.record import Record
-from mopsim.program.workload import Program, Repeat, first_compute
+from mopsim.program.workload import Program, Repeat, Workload, first_compute
 
 STEADY = 5e-4
 """Part of a step by which the gaps may be wrong, as the periods before them tell."""
 
 
 def added(program: Program, record: Record, until: int | None = None) -> dict[int, float]:
-    """Seconds by microbatch that the gaps stand for; until: of those before that op."""
+    """Seconds by turn that the gaps stand for; until: of those before that op."""
     found: dict[int, float] = {}
     for repeat in program.repeats:
         if until is None or repeat.gap < until:
-            microbatch = program.ops[repeat.gap].microbatch
-            found[microbatch] = found.get(microbatch, 0.0) + repeat.times * _period(program, record, repeat)
+            turn = record.turns[repeat.gap]
+            found[turn] = found.get(turn, 0.0) + repeat.times * _period(program, record, repeat)
     return found
 
 
@@ -21,6 +24,24 @@ def steady(program: Program, record: Record, step_time: float) -> bool:
     """Whether the period before each gap did what the one before that did, an equal time later, on all
     streams."""
     return sum(_drift(program, record, repeat) for repeat in program.repeats) <= STEADY * step_time
+
+
+def turn(workload: Workload, records: Sequence[Record]) -> float:
+    """Seconds that one more repetition of microbatches adds: the mean of all ranks, since what delays one of
+    them in a turn delays its neighbour in the next."""
+    return mean(_turns(workload, records, 0))
+
+
+def settled(workload: Workload, records: Sequence[Record], end: float) -> bool:
+    """Whether the last turn of the ranks took as long as the one before it, whichever rank was delayed."""
+    last, before = (sorted(_turns(workload, records, back)) for back in (0, 1))
+    most = max(abs(one - other) for one, other in zip(last, before, strict=True))
+    return workload.repeats * most <= STEADY * (end + workload.repeats * mean(last))
+
+
+def _turns(workload: Workload, records: Sequence[Record], back: int) -> list[float]:
+    last = workload.expanded - 1 - back
+    return [record.tallies[last].start - record.tallies[last - workload.unit].start for record in records]
 
 
 def _period(program: Program, record: Record, repeat: Repeat) -> float:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mopsim.program.workload import Op
+from mopsim.program.workload import Op, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,22 @@ class Span:
     layer: int = -1
 
 
+def turns(program: Program) -> list[int]:
+    """The turn of each op: the latest microbatch whose forward was issued by then; -1 for the optimizer's.
+
+    A turn of a pipeline is a forward and the backward of an earlier microbatch: in its steady state a turn
+    repeats the one before, which the passes of one microbatch do not.
+    """
+    latest, found = 0, []
+    for op in program.ops:
+        latest = max(latest, op.microbatch)
+        found.append(latest if op.microbatch >= 0 else -1)
+    return found
+
+
 @dataclass(slots=True)
 class Tally:
-    """Seconds of one microbatch (or of the optimizer)."""
+    """Seconds of one turn (`turns`)."""
 
     exposed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     component: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -35,7 +48,7 @@ class Record:
     and was waited for, so that no collective or copy is exposed longer than it is busy.
 
     kinds: of an op of several kinds of work (its index), each kind's share of its seconds. starts, ends,
-    issued: seconds of every op (issued: 0 without a host thread).
+    issued: seconds of every op (issued: 0 without a host thread). turns: of every op.
     behind: seconds by which the host falls behind in layers that are not played, by the op in their place.
     """
 
@@ -44,6 +57,7 @@ class Record:
         self.starts: Sequence[float] = ()
         self.ends: Sequence[float] = ()
         self.issued: list[float] = []
+        self.turns: list[int] = []
         self.behind: dict[int, float] = {}
         self.tallies: dict[int, Tally] = defaultdict(Tally)
         self.spans: list[Span] | None = [] if keep_spans else None
@@ -54,32 +68,34 @@ class Record:
     def waited(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op`; `blame` says for what."""
         if seconds > 0.0:
-            self.tallies[op.microbatch].component[op.component] += op.times * seconds
+            self._tally(op).component[op.component] += op.times * seconds
 
-    def blame(self, op: Op, seconds: float, kind: str = "") -> None:
-        """`op` (or what `kind` says) was what the compute stream stood still for. seconds: of all
-        times that the op that waited stands for."""
+    def blame(self, waiting: Op, op: Op, seconds: float, kind: str = "") -> None:
+        """`op` (or what `kind` says) was what the compute stream stood still for before `waiting`."""
         if seconds > 0.0:
-            self._expose(op, seconds, kind)
+            self._expose(waiting, op, waiting.times * seconds, kind)
 
     def idle(self, op: Op, seconds: float) -> None:
         """The compute stream stood still before `op` because the host had not issued it."""
         if seconds > 0.0:
-            tally = self.tallies[op.microbatch]
+            tally = self._tally(op)
             tally.exposed["host"] += op.times * seconds
             tally.component[op.component] += op.times * seconds
 
     def held(self, op: Op, seconds: float) -> None:
         """Kernels inside `op`, whose time `ended` books, ran apart because the host issued them late."""
-        self.tallies[op.microbatch].exposed["host"] += op.times * seconds
+        self._tally(op).exposed["host"] += op.times * seconds
 
     def stolen(self, op: Op, seconds: float) -> None:
         """Compute lost `seconds` to a collective beside it."""
         if seconds > 0.0 and op.work:
-            self._expose(op, op.times * seconds)
+            self._expose(op, op, op.times * seconds)
 
-    def _expose(self, op: Op, seconds: float, kind: str = "") -> None:
-        exposed = self.tallies[op.microbatch].exposed
+    def _tally(self, op: Op) -> Tally:
+        return self.tallies[self.turns[op.index]]
+
+    def _expose(self, waiting: Op, op: Op, seconds: float, kind: str = "") -> None:
+        exposed = self._tally(waiting).exposed
         if not kind and op.index in self.kinds:
             for one, share in self.kinds[op.index].items():
                 exposed[one] += share * seconds
@@ -88,7 +104,7 @@ class Record:
 
     def ended(self, op: Op, ready: float, start: float, end: float, compute: bool) -> None:
         """An op ran from start to end."""
-        tally = self.tallies[op.microbatch]
+        tally = self._tally(op)
         if compute:
             if tally.start < 0.0:
                 tally.start = ready

@@ -10,7 +10,7 @@ from mopsim.cost import seconds
 from mopsim.cost.slowest import waiting
 from mopsim.cost.stack import as_used
 from mopsim.engine.account import PlayedStep, Prices, account, matmul_peak
-from mopsim.engine.gaps import steady
+from mopsim.engine.gaps import settled, steady
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
@@ -61,8 +61,8 @@ def run(
     *,
     timeline: bool = False,
 ) -> SimResult:
-    """Play a lowered workload on a profile. Composed layers that turn out not to repeat each other are played
-    whole."""
+    """Play a lowered workload on a profile. Composed layers and microbatches that turn out not to repeat each
+    other are played."""
     matmul_peak(hardware, strategy)
     used = as_used(hardware, workload.stack, model.head_dim, training.seq_len)
     used = waiting(used, strategy.world_size)
@@ -76,6 +76,8 @@ def run(
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)
+    if workload.longer and not settled(workload, records, end):
+        return run(workload.longer(), model, hardware, strategy, training, timeline=timeline)
     for program, ledger in zip(workload.programs, ledgers, strict=True):
         assert ledger.now == ledger.resident, f"stage {program.stage}: memory left over {_left(ledger)}"
     step = PlayedStep(workload, records, ledgers, prices, end, digest(hardware))

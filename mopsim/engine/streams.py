@@ -3,14 +3,14 @@
 A thread of the host issues the ops (see HostThread); no stream runs what is not issued yet.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import simpy
 
 from mopsim.engine.host import HostThread
 from mopsim.engine.ledger import Ledger
-from mopsim.engine.record import Record
+from mopsim.engine.record import Record, turns
 from mopsim.program.workload import Op, Program, first_compute
 
 Process = Generator[simpy.Event, Any, None]
@@ -54,7 +54,7 @@ class Rank:
         )
         self.meetings, self.host = meetings, host
         self.repeats = {repeat.gap: repeat for repeat in program.repeats}
-        record.issued = [0.0] * len(program.ops)
+        record.issued, record.turns = [0.0] * len(program.ops), turns(program)
         self.done = [False] * len(program.ops)
         self.starts, self.ends = [0.0] * len(program.ops), [0.0] * len(program.ops)
         record.starts, record.ends = self.starts, self.ends
@@ -63,7 +63,7 @@ class Rank:
         self.waiting: dict[int, simpy.Event] = {}
         self.share = share
         self.talking: list[Op] = []
-        self.remaining, self.since, self.version = 0.0, 0.0, 0
+        self.remaining, self.since = 0.0, 0.0
         self.finish: simpy.Event | None = None
         streams: dict[str, list[Op]] = {}
         for op in program.ops:
@@ -78,31 +78,33 @@ class Rank:
         env, done, record, ledger, host = self.env, self.done, self.record, self.ledger, self.host
         compute, talks = stream == "compute", stream in COMMUNICATION
         for op in ops:
-            ready = env.now
+            ready = now = env.now
             for dep in op.deps:
                 if not done[dep]:
-                    before = env.now
                     yield self.wait_for(dep)
-                    if compute and env.now > before:
-                        record.waited(op, env.now - before)
-                        self.blame(dep, before, env.now, op.times)
+                    before, now = now, env.now
+                    if compute and now > before:
+                        record.waited(op, now - before)
+                        self.blame(op, dep, before, now)
             if host is not None:
-                before = env.now
+                before = now
                 if not host.knows(op.index):
                     yield host.resumed(op.index)
                 record.issued[op.index] = host.begins(op.index)
                 late = record.issued[op.index] - env.now
                 if late > 0.0:
                     yield env.timeout(late)
+                now = env.now
                 if compute:
-                    record.idle(op, env.now - before)
+                    record.idle(op, now - before)
             if op.rendezvous:
-                before = env.now
+                before = now
                 yield self.meetings[op.rendezvous].arrive()
+                now = env.now
                 if compute:
-                    record.waited(op, env.now - before)
-                    record.blame(op, op.times * (env.now - before), "peers")
-            start = self.starts[op.index] = env.now
+                    record.waited(op, now - before)
+                    record.blame(op, op, now - before, "peers")
+            start = self.starts[op.index] = now
             if host is not None and op.index in self.repeats:
                 repeat = self.repeats[op.index]
                 first, after = (first_compute(self.program, place) for place in (repeat.first, op.index + 1))
@@ -112,24 +114,27 @@ class Rank:
             if duration > 0.0:
                 if compute and self.share > 0.0:
                     yield self.compute(duration)
+                    self._finished()
                 elif talks and self.share > 0.0:
                     self.communicate(op, begins=True)
                     yield env.timeout(duration)
                     self.communicate(op, begins=False)
                 else:
                     yield env.timeout(duration)
+                now = env.now
             if host is not None:
-                late = host.ends(op.index, duration) - env.now
+                late = host.ends(op.index, duration) - now
                 if late > 0.0:
                     yield env.timeout(late)
+                    now = env.now
                     if compute:
                         record.held(op, late)
                 if op.awaited:
                     host.resume(op.index)
-            ledger.end(op, env.now)
-            record.ended(op, ready, start, env.now, compute)
+            ledger.end(op, now)
+            record.ended(op, ready, start, now, compute)
             done[op.index] = True
-            self.ends[op.index] = env.now
+            self.ends[op.index] = now
             event = self.waiting.pop(op.index, None)
             if event is not None:
                 event.succeed()
@@ -143,38 +148,43 @@ class Rank:
     def compute(self, duration: float) -> simpy.Event:
         """An event that fires when `duration` seconds of undisturbed compute are done."""
         self.remaining, self.since = duration, self.env.now
-        self.finish = self.env.event()
-        self._schedule()
+        self.finish = self._timer()
         return self.finish
 
-    def blame(self, index: int, since: float, until: float, times: int) -> None:
+    def _finished(self) -> None:
+        self._settle()
+        self.finish = None
+
+    def blame(self, waiting: Op, index: int, since: float, until: float) -> None:
         """Book the compute stream's wait for op `index`, backwards in time: while that op ran, on it; before,
         on what it waited for itself. Where that was nothing of this rank: on its peers if they met,
-        else on the host. times: see Op."""
+        else on the host."""
         ops, record, ends = self.program.ops, self.record, self.ends
         while until > since:
             op = ops[index]
             start = max(self.starts[index], since)
             late = min(until, max(self.starts[index] + self.durations[index], start))
-            record.blame(op, times * (until - late), "host")
-            record.blame(op, times * (late - start))
+            record.blame(waiting, op, until - late, "host")
+            record.blame(waiting, op, late - start)
             until = start
             earlier = (*op.deps, self.before[index]) if self.before[index] >= 0 else op.deps
             index = max(earlier, key=ends.__getitem__, default=-1)
             over = max(ends[index], since) if index >= 0 else since
-            record.blame(op, times * (until - over), "peers" if op.rendezvous else "host")
+            record.blame(waiting, op, until - over, "peers" if op.rendezvous else "host")
             until = over
 
     def communicate(self, op: Op, *, begins: bool) -> None:
         """A collective begins or ends: settle what compute has done, then go on at the new rate."""
-        if self.finish is not None:
+        running = self.finish
+        if running is not None:
             self._settle()
         if begins:
             self.talking.append(op)
         else:
             self.talking.remove(op)
-        if self.finish is not None:
-            self._schedule()
+        if running is not None and running.callbacks:  # who waits for the old timer waits for the new one
+            self.finish = self._timer()
+            self.finish.callbacks, running.callbacks = running.callbacks, []
 
     def _settle(self) -> None:
         """Count what compute has done since the last change of its rate, and what a collective took of it."""
@@ -187,23 +197,10 @@ class Rank:
     def _rate(self) -> float:
         return 1.0 - self.share if self.talking else 1.0
 
-    def _schedule(self) -> None:
-        self.version += 1
+    def _timer(self) -> simpy.Event:
+        """Fires when what remains is done at the present rate."""
         rate = self._rate()
-        if rate <= 0.0:
-            return
-        timer = self.env.timeout(max(0.0, self.remaining) / rate)
-        assert timer.callbacks is not None
-        timer.callbacks.append(self._timer(self.version))
-
-    def _timer(self, version: int) -> Callable[[simpy.Event], None]:
-        def fire(_: simpy.Event) -> None:
-            if version == self.version and self.finish is not None:
-                self._settle()
-                event, self.finish = self.finish, None
-                event.succeed()
-
-        return fire
+        return self.env.timeout(max(0.0, self.remaining) / rate) if rate > 0.0 else self.env.event()
 
 
 def play(

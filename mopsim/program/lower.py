@@ -30,17 +30,18 @@ def lower(
     *,
     expand: bool = False,
     compose: bool = True,
+    rounds: int = 1,
 ) -> Workload:
     """The programs of one step. domain: devices of a scale-up domain. stack: that of the strategy where none
     is given. expand: every microbatch and layer is played, none is composed; compose: layers are
-    (mopsim.program.composed).
+    (mopsim.program.composed). rounds: of the stages of a pipeline, until its steady state.
 
     Raises SpecError where model, strategy, training and stack do not fit together.
     """
     context = make_context(model, strategy, training, domain, stack)
     strategy, stack = context.strategy, context.stack
     total = training.num_microbatches(strategy)
-    unit, expanded = _expansion(strategy, total)
+    unit, expanded = _expansion(strategy, total, rounds)
     expanded = total if expand else expanded
     passes = passes_of(context)
     stages = range(strategy.pipeline.pipeline_parallel)
@@ -55,10 +56,12 @@ def lower(
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
     exact = held_to_the_byte(model) and runnable(strategy, model, training, stack) is None
-    whole = partial(lower, model, strategy, training, domain, stack, expand=expand, compose=False)
+    again = partial(lower, model, strategy, training, domain, stack, expand=expand, rounds=2 * rounds)
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
-        whole=whole if any(program.repeats for program in programs) else None, stack=stack,
+        whole=partial(again, compose=False) if any(program.repeats for program in programs) else None,
+        longer=partial(again, compose=compose) if unit == 1 < len(stages) and expanded < total else None,
+        stack=stack,
     )  # fmt: skip
 
 
@@ -75,16 +78,17 @@ def held_to_the_byte(model: ModelSpec) -> bool:
     return not model.shared_expert_gate
 
 
-def _expansion(strategy: Strategy, total: int) -> tuple[int, int]:
+def _expansion(strategy: Strategy, total: int, rounds: int) -> tuple[int, int]:
     """(microbatches of a repetition, microbatches lowered): the rest repeats the last repetition but one.
 
-    A pipeline is in its steady state once it is full, which takes two rounds of the stages.
+    A pipeline is in its steady state once its stages are full (`longer` where it turns out not to be), an
+    interleaved one after two rounds of them.
     """
     stages = strategy.pipeline.pipeline_parallel
     if stages == 1:
         return 1, min(total, EXPANDED + bool(strategy.overlap.experts))
     unit = stages if strategy.pipeline.virtual_stages > 1 else 1
-    base = 3 * stages if unit > 1 else 2 * stages + 4
+    base = 3 * stages if unit > 1 else rounds * stages + EXPANDED + 1
     return unit, total - unit * max(0, (total - base) // unit)
 
 

@@ -160,7 +160,7 @@ class Workload:
     unit: microbatches of one repetition; the rest repeats the `unit` before the last lowered one.
     exact: the schedule is mopexec's own, which allocates to the byte what is lowered. pinned: see
     mopsim.program.pinned.rounding. whole: makes the same workload with every layer played, where this
-    one has repeats. stack: the software that the programs are of.
+    one has repeats; longer: with more microbatches lowered. stack: the software that the programs are of.
     """
 
     programs: tuple[Program, ...]
@@ -172,7 +172,13 @@ class Workload:
     exact: bool = False
     pinned: dict[str, float] = field(default_factory=lambda: {"other": 1.0})
     whole: "Callable[[], Workload] | None" = None
+    longer: "Callable[[], Workload] | None" = None
     stack: Stack = field(default_factory=lambda: Stack(name="none"))
+
+    @property
+    def repeats(self) -> int:
+        """How often `unit` microbatches are repeated."""
+        return (self.microbatches - self.expanded) // self.unit
 
 
 def first_compute(program: Program, index: int) -> int:

@@ -1,6 +1,7 @@
 """Properties of steps of many programs: bounds of time, bandwidth, and what one stage sends another gets."""
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -116,3 +117,28 @@ def test_what_a_stage_sends_another_receives(strategy: Strategy) -> None:
     for program in programs:
         left = sum(op.times * size for op in program.ops for name, size in op.net if name == "activations")
         assert left == 0, "what is received and made is freed or sent"
+
+
+@CASES
+@given(strategies(), st.integers(0, 9), st.sampled_from([0.0, 0.3]))
+def test_composed_microbatches_of_a_pipeline_equal_expanded_ones(
+    strategy: Strategy, more: int, share: float
+) -> None:
+    """Time, memory, what the time went into and what was waited for."""
+    stages = strategy.pipeline.pipeline_parallel
+    batches = 2 * stages + more if strategy.pipeline.virtual_stages == 1 else (3 + more % 2) * stages
+    training = TrainSpec(seq_len=8192, global_batch=batches * strategy.data_groups)
+    profile = machine(share=share)
+    whole = run(lower(MODEL, strategy, training, 8, expand=True), MODEL, profile, strategy, training)
+    brief = run(lower(MODEL, strategy, training, 8), MODEL, profile, strategy, training)
+    assert brief.num_events <= whole.num_events
+    assert brief.step_time == pytest.approx(whole.step_time, rel=1e-3)
+    assert brief.peak_by_stage == whole.peak_by_stage
+    assert brief.host_memory == whole.host_memory
+    if brief.span_stage == whole.span_stage:  # stages may end together
+        for found, wanted in (
+            (brief.time_by_component, whole.time_by_component),
+            (brief.exposed, whole.exposed),
+        ):
+            assert found == pytest.approx(wanted, abs=2e-3 * whole.step_time)
+        assert brief.num_ops == whole.num_ops
