@@ -44,16 +44,21 @@ def recomputed(recompute: Column, modules: Column) -> Column:
 
 
 def _kept(space: Space, each: float) -> tuple[Reals, Reals]:
-    """By the row whose layers and sequences are split least, whose shares of what is exchanged are least."""
+    """By the less of two rows whose layers and sequences are split least: one's shares of what is exchanged
+    are least, the other's experts, whose gradients are a part of the height."""
     c = space.columns
-    order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], c["experts"], c["expert_tensor"]))
-    row = space.take(order[:1]).having(virtual_stages=1, layout=0, boundary_host=0, dispatcher=0, overlap=0)
-    row = row.having(recompute=1, modules=0)
-    key = ("kept", space.family, *row.row(0).values())
-    if key not in space.problem.known:
-        space.problem.known[key] = _by_recomputation(row, each)
-    found: tuple[Reals, Reals] = space.problem.known[key]
-    return found
+    found = []
+    for experts in (c["experts"], -c["experts"]):
+        order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], experts, c["expert_tensor"]))
+        row = space.take(order[:1]).having(
+            virtual_stages=1, layout=0, boundary_host=0, dispatcher=0, overlap=0, recompute=1, modules=0
+        )
+        key = ("kept", space.family, *row.row(0).values())
+        if key not in space.problem.known:
+            space.problem.known[key] = _by_recomputation(row, each)
+        found.append(space.problem.known[key])
+    made = [(kept, height) for kept, height in found if height.any()] or found
+    return np.minimum.reduce([kept for kept, _ in made]), np.minimum.reduce([height for _, height in made])
 
 
 def _by_recomputation(row: Space, each: float) -> tuple[Reals, Reals]:
