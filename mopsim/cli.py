@@ -70,6 +70,7 @@ def search(
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
     ] = False,
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations at most of each family")] = 100,
+    jobs: o.Jobs = 0,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
@@ -88,7 +89,7 @@ def search(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
         stack, interval,
     )  # fmt: skip
-    raise typer.Exit(run(job, top, family, runnable, risk, any_routing, budget, plan, seal, json))
+    raise typer.Exit(run(job, top, family, runnable, risk, any_routing, budget, jobs, plan, seal, json))
 
 
 @app.command(cls=pairs.COMPARE)
@@ -138,9 +139,7 @@ def context(
     tokens_per_device: Annotated[str, typer.Option(help="tokens of each device in one step")] = "128K",
     contender: Annotated[str, typer.Option(help="comma-separated; default: all", show_default=False)] = "",
     budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per length")] = 24,
-    jobs: Annotated[
-        int, typer.Option(min=0, max=1024, help="processes; 0: one for each core, at most 4")
-    ] = 0,
+    jobs: o.Jobs = 0,
     routing: o.Routing = "balanced",
     json: o.Json = None,
 ) -> None:
@@ -262,9 +261,7 @@ def validate(
     stack: o.StackName = None,
     out: Annotated[str | None, typer.Option(help="folder for figures of predicted against measured")] = None,
     formats: o.Format = "png",
-    jobs: Annotated[
-        int, typer.Option(min=0, max=1024, help="processes; 0: one for each core, at most 4")
-    ] = 0,
+    jobs: o.Jobs = 0,
     hold_out: Annotated[
         Literal["source", "model", "none"],
         typer.Option(help="what a prediction has not learned from: its source, its network, or nothing"),

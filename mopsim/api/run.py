@@ -91,6 +91,7 @@ def search(
     seed: int = 0,
     stack: AnyStack | None = None,
     interval: float = 0.9,
+    jobs: int = 1,
     progress: Callable[[int, SimResult | None], None] | None = None,
 ) -> Ranking:
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
@@ -100,6 +101,7 @@ def search(
     mopexec runs. at_risk: rank plans that fit, with whatever probability, like those that most likely do.
     any_routing: only plans that fit however unevenly the router chooses. progress(simulated, best so far):
     called as it goes.
+    jobs: processes that search families side by side; what they find is the same.
     The rest as for mopsim.simulate. Raises MopError; that nothing fits is a result.
     """
     inputs = read_inputs(
@@ -108,6 +110,8 @@ def search(
         interval=interval,
     )  # fmt: skip
     chosen = read_families(families, FAMILIES)
-    options = Options(chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack)
+    options = Options(
+        chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack, jobs=jobs
+    )
     found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
     return Ranking(inputs, found, options)

@@ -46,6 +46,7 @@ Format = Annotated[
         "--format", help="of the figures: png, svg, pdf, comma-separated; PNGs always, for the page"
     ),
 ]
+Jobs = Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one for each core, at most 4")]
 Interval = Annotated[
     float, typer.Option(help="probability that what is measured lies in the intervals of time and memory")
 ]

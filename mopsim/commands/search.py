@@ -11,6 +11,7 @@ from mopsim.commands.options import JobOptions
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
+from mopsim.common.processes import workers
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.report.tables import best_of_others, comparison
@@ -27,6 +28,7 @@ def run(
     risk: bool,
     any_routing: bool,
     budget: int,
+    jobs: int,
     plan: str | None,
     seal: str | None,
     json: str | None,
@@ -42,7 +44,7 @@ def run(
 
         ranking = search(
             families=family, top=top, budget=budget, runnable=runnable, at_risk=risk,
-            any_routing=any_routing, progress=tell, **job.keywords(),
+            any_routing=any_routing, jobs=workers(jobs), progress=tell, **job.keywords(),
         )  # fmt: skip
     found, where, level = ranking.found, ranking.inputs.where, ranking.inputs.interval
     console.print(ranking.inputs.parameters, style="dim")

@@ -38,14 +38,19 @@ def kill_children() -> bool:
     return found
 
 
+def workers(jobs: int) -> int:
+    """How many processes are meant: 0 is one for each core, at most 4."""
+    return jobs or min(4, os.cpu_count() or 1)
+
+
 @contextmanager
-def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """`workers` processes for the body; what ends it early (an error, Ctrl-C) ends them at once."""
+def pool(count: int) -> Iterator[ProcessPoolExecutor]:
+    """`count` processes for the body; what ends it early (an error, Ctrl-C) ends them at once."""
     before = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, initializer=_begin) as executor:
+    with ProcessPoolExecutor(count, initializer=_begin) as executor:
         try:
             with _signals_held():  # until `_begin`, a process would answer them as its parent does
-                for _ in range(workers):
+                for _ in range(count):
                     executor.submit(os.getpid)
             yield executor
         except BaseException:

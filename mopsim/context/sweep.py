@@ -1,6 +1,5 @@
 """One contender on one cluster over lengths: a search a length, ascending, until nothing fits."""
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -10,7 +9,7 @@ from typing import Any
 import msgspec
 
 from mopsim.common.errors import MopError
-from mopsim.common.processes import pool
+from mopsim.common.processes import pool, workers
 from mopsim.context.contenders import Contender
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.tensors import total_params
@@ -138,7 +137,7 @@ class Curve:
 def sweep(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[tuple[str, ...], Curve]]:
     """(key, curve) of every task as it is done, the largest network begun first; in this process for one job.
     jobs: processes, 0: one a core, at most 4."""
-    jobs = jobs or min(4, os.cpu_count() or 1)
+    jobs = workers(jobs)
     tasks = sorted(tasks, key=lambda task: -task.case.world_size * task.case.model.num_hidden_layers)
     if jobs == 1:
         for task in tasks:

@@ -1,12 +1,16 @@
 """Search: generate -> bound -> simulate -> rank, family by family. A bound that costs a microsecond filters,
 the event simulation decides."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass
 
 import numpy as np
 
+from mopsim.common.processes import pool
 from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounds, bound
@@ -43,36 +47,71 @@ def search(
     problem = Problem(
         model, hardware, num_nodes, training, total_params(model), options.precision, options.stack
     )
-    result = SearchResult(model)
-    hunts: dict[str, Hunt] = {}
-    for family in options.families:
-        found = SearchResult(model)
-        pool = _pool(problem, family, options, found)
-        if pool is None:
-            _add(result, found)
-        else:
-            hunts[family] = Hunt(pool, options, found)
-    result.bound_seconds = time.perf_counter() - started
-    best = None
+    best: SimResult | None = None
+    done: dict[str, Hunted] = {}
 
     def tell(found: SearchResult) -> None:
         if progress:
-            progress(sum(hunt.found.simulated for hunt in hunts.values()), _faster(best, found.best))
+            simulated = sum(one.found.simulated for one in done.values() if one.found is not found)
+            progress(simulated + found.simulated, _faster(best, found.best))
 
-    for hunt in hunts.values():
-        hunt.run(tell)
-        best = _faster(best, hunt.found.best)
-    for hunt in hunts.values():
-        to_beat = hunt.found.best or best
-        if to_beat is not None:
-            hunt.prove(to_beat, tell)
-    _merge(hunts, options, result)
-    result.best_by_family = {
-        family: hunts[family].found.best if family in hunts else None for family in options.families
-    }
-    result.rejected = Counter({reason: count for reason, count in result.rejected.items() if count})
+    for family, one in _each(problem, options, tell):
+        done[family] = one
+        tell(one.found)
+        best = _faster(best, one.found.best)
+    for family, one in done.items():
+        if one.hunt is not None:
+            if best is not None:
+                one.hunt.prove(best, tell)
+            done[family] = _settled(one.hunt)
+    result = _merged([done[family] for family in options.families], options, SearchResult(model))
+    result.best_by_family = {family: done[family].found.best for family in options.families}
     result.seconds = time.perf_counter() - started
     return result
+
+
+@dataclass(frozen=True)
+class Hunted:
+    """What one family found. least: lower bound of the step time of what was not simulated, infinite where
+    nothing is left. hunt: where no plan of its own fits, to be held against the best of the others."""
+
+    found: SearchResult
+    least: float = math.inf
+    hunt: Hunt | None = None
+
+
+def hunted(
+    problem: Problem, family: str, options: Options, tell: Callable[[SearchResult], None] = lambda found: None
+) -> Hunted:
+    """Search one family. tell: called with what is found after each simulation."""
+    started, found = time.perf_counter(), SearchResult(problem.model)
+    candidates = _pool(problem, family, options, found)
+    found.bound_seconds = time.perf_counter() - started
+    if candidates is None:
+        return Hunted(found)
+    hunt = Hunt(candidates, options, found)
+    hunt.run(tell)
+    if found.best is None:
+        return Hunted(found, hunt=hunt)
+    hunt.prove(found.best, tell)
+    return _settled(hunt)
+
+
+def _each(
+    problem: Problem, options: Options, tell: Callable[[SearchResult], None]
+) -> Iterator[tuple[str, Hunted]]:
+    """Each family as it is searched, by itself or in processes side by side; the largest space first."""
+    jobs = min(options.jobs, len(options.families))
+    if jobs <= 1:
+        for family in options.families:
+            yield family, hunted(problem, family, options, tell)
+        return
+    with pool(jobs) as processes:
+        asked = {
+            processes.submit(hunted, problem, family, options): family for family in options.families[::-1]
+        }
+        for one in as_completed(asked):
+            yield asked[one], one.result()
 
 
 def _faster(one: SimResult | None, other: SimResult | None) -> SimResult | None:
@@ -84,46 +123,50 @@ def _add(result: SearchResult, found: SearchResult) -> None:
     result.candidates += found.candidates
     result.bounded += found.bounded
     result.simulated += found.simulated
+    result.bound_seconds += found.bound_seconds
     result.rejected.update(found.rejected)
     result.played += found.played
     keep_closest(found.closest, result)
 
 
-def _merge(hunts: dict[str, Hunt], options: Options, result: SearchResult) -> None:
-    """Rank what the families found together, and count what each left out."""
-    for hunt in hunts.values():
-        _add(result, hunt.found)
-        _settle(hunt, options, result)
-    ranked = [one for hunt in hunts.values() for one in hunt.found.top]
+def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) -> SearchResult:
+    """Rank what the families found together."""
+    every = [one.found for one in hunted]
+    for found in every:
+        _add(result, found)
+    ranked = [one for found in every for one in found.top]
     if not ranked:
-        ranked = [one for hunt in hunts.values() for one in hunt.found.risky]
+        ranked = [one for found in every for one in found.risky]
         result.rejected[RISK] -= len(ranked)
-        for hunt in hunts.values():
-            hunt.found.top = hunt.found.risky
-    found = rows(sorted(ranked, key=rank), options.top)
-    result.top, result.free = [row.best for row in found], [row.freedom() for row in found]
-    tied = sum(len(row.tied) for row in found)
+        for found in every:
+            found.top = found.risky
+    grouped = rows(sorted(ranked, key=rank), options.top)
+    result.top, result.free = [row.best for row in grouped], [row.freedom() for row in grouped]
+    tied = sum(len(row.tied) for row in grouped)
     result.rejected[TIED] += tied
     result.rejected[SLOWER] += len(ranked) - len(result.top) - tied
-    result.gap = _gap([bound for hunt in hunts.values() for bound in hunt.left()], result.best)
+    result.gap = _gap(min(one.least for one in hunted), result.best)
+    result.rejected = Counter({reason: count for reason, count in result.rejected.items() if count})
+    return result
 
 
-def _settle(hunt: Hunt, options: Options, result: SearchResult) -> None:
+def _settled(hunt: Hunt) -> Hunted:
     """Count what was not simulated: slower by its bound than the last ranked, or beyond the budget."""
-    left = hunt.left()
+    found, left = hunt.found, hunt.left()
     slower = int((left >= hunt.last()).sum())
-    spent = hunt.found.simulated >= options.budget
+    spent = found.simulated >= hunt.options.budget
     reason = "not tried: budget of simulations spent" if spent else "not tried: those before were no faster"
-    result.rejected["device memory, bound: of layers and loss"] += int(hunt.pool.over.sum())
-    result.rejected["slower, bound: cannot beat those ranked"] += slower
-    result.rejected[reason] += len(left) - slower
+    found.rejected["device memory, bound: of layers and loss"] += int(hunt.pool.over.sum())
+    found.rejected["slower, bound: cannot beat those ranked"] += slower
+    found.rejected[reason] += len(left) - slower
+    return Hunted(found, float(min(left, default=math.inf)))
 
 
-def _gap(left: Sequence[float], best: SimResult | None) -> float | None:
-    """How much faster than the best (as a fraction) any candidate of these lower bounds can be at most."""
-    if not left:
+def _gap(least: float, best: SimResult | None) -> float | None:
+    """How much faster than the best (as a fraction) any candidate of this lower bound can be at most."""
+    if math.isinf(least):
         return 0.0
-    return float(max(0.0, best.step_time / min(left) - 1)) if best else None
+    return max(0.0, best.step_time / least - 1) if best else None
 
 
 def _pool(problem: Problem, family: str, options: Options, result: SearchResult) -> Pool | None:

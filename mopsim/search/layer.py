@@ -48,8 +48,8 @@ def _kept(space: Space, each: float) -> tuple[Reals, Reals]:
     are least, the other's experts, whose gradients are a part of the height."""
     c = space.columns
     found = []
-    for experts in (c["experts"], -c["experts"]):
-        order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], experts, c["expert_tensor"]))
+    for split in (c["experts"], -c["experts"]):
+        order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], split, c["expert_tensor"]))
         row = space.take(order[:1]).having(
             virtual_stages=1, layout=0, boundary_host=0, dispatcher=0, overlap=0, recompute=1, modules=0
         )

@@ -18,7 +18,8 @@ class Options:
     otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
     the router chooses, up to every token of an expert-parallel group on one rank. axes: what makes of a
     family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).
-    stack: the software of all families, where it is not each one's own.
+    stack: the software of all families, where it is not each one's own. jobs: families searched side by side,
+    a process each, where it is more than one; what they find is the same.
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -30,6 +31,7 @@ class Options:
     precision: MatmulDType = "bfloat16"
     axes: Callable[[Problem, Axes], Axes] | None = None
     stack: Stack | None = None
+    jobs: int = 1
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "top", "budget")
+        require_at_least(self, 1, "top", "budget", "jobs")

@@ -1,6 +1,5 @@
 """Simulate cases: equal ones once, on a few processes."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from dataclasses import field as made
 from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
-from mopsim.common.processes import pool
+from mopsim.common.processes import pool, workers
 from mopsim.engine import run
 from mopsim.program import lower
 from mopsim.program.workload import Workload
@@ -100,11 +99,11 @@ def simulate_all(cases: Sequence[Case], jobs: int = 0, progress: Progress | None
     for index, key in enumerate(keys):
         first.setdefault(key, index)
     unique = [cases[index] for index in first.values()]
-    workers = min(jobs or min(os.cpu_count() or 1, 4), max(1, len(unique) // 8))
-    if workers <= 1:
+    count = min(workers(jobs), max(1, len(unique) // 8))
+    if count <= 1:
         found = _collect(map(simulate_case, unique), len(unique), progress)
     else:
-        with pool(workers) as processes:
+        with pool(count) as processes:
             found = _collect(processes.map(simulate_case, unique, chunksize=4), len(unique), progress)
     by_key = dict(zip(first, found, strict=True))
     return [by_key[key] for key in keys]
