@@ -11,7 +11,7 @@ import simpy
 from mopsim.engine.host import HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record, turns
-from mopsim.program.workload import Op, Program, first_compute
+from mopsim.program.workload import Op, Program, Repeat, first_compute
 
 Process = Generator[simpy.Event, Any, None]
 COMMUNICATION = ("scale_up", "scale_out")
@@ -106,9 +106,7 @@ class Rank:
                     record.blame(op, op, now - before, "peers")
             start = self.starts[op.index] = now
             if host is not None and op.index in self.repeats:
-                repeat = self.repeats[op.index]
-                first, after = (first_compute(self.program, place) for place in (repeat.first, op.index + 1))
-                record.behind[op.index] = host.leap(first, after, repeat.times, start - self.starts[first])
+                self.leap(self.repeats[op.index], host)
             ledger.start(op, start)
             duration = self.durations[op.index]
             if duration > 0.0:
@@ -133,11 +131,21 @@ class Rank:
                     host.resume(op.index)
             ledger.end(op, now)
             record.ended(op, ready, start, now, compute)
-            done[op.index] = True
-            self.ends[op.index] = now
-            event = self.waiting.pop(op.index, None)
-            if event is not None:
-                event.succeed()
+            self.over(op.index, now)
+
+    def over(self, index: int, now: float) -> None:
+        """An op has ended: who waits for it goes on."""
+        self.done[index], self.ends[index] = True, now
+        event = self.waiting.pop(index, None)
+        if event is not None:
+            event.succeed()
+
+    def leap(self, repeat: Repeat, host: HostThread) -> None:
+        """Layers in the place of an op are not played: the host gets ahead, or behind, as it would."""
+        places = (repeat.first, repeat.gap + 1)
+        first, after = (first_compute(self.program, place) for place in places)
+        took = self.starts[repeat.gap] - self.starts[first]
+        self.record.behind[repeat.gap] = host.leap(first, after, repeat.times, took)
 
     def wait_for(self, index: int) -> simpy.Event:
         event = self.waiting.get(index)

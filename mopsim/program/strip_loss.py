@@ -4,8 +4,8 @@ hand, or around a ring of vocabulary shards (Ring-DTP; mopexec.flat.vocabulary, 
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
-from mopsim.program.workload import Work
-from mopsim.program.works import works
+from mopsim.program.workload import Work, memory_work
+from mopsim.program.works import Part, works
 from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
 
 _C, _L = "vocabulary", "logits"
@@ -19,7 +19,7 @@ class StripLoss:
         self.N, self.H, self.V = context.tokens, context.model.hidden_size, context.model.vocab_size
         self.P = context.strategy.vocabulary.vocab_parallel
         self.rows = ceil_div(self.V, self.P)
-        self._kernels: dict[tuple[int, int], Kernel] = {}
+        self._made: dict[tuple[int, int, Part], tuple[Work, ...]] = {}
         self.slices = token_slices(self.N, context.strategy.vocabulary.chunk_tokens)
 
     def local(self, *waits: int | None) -> None:
@@ -137,28 +137,30 @@ class StripLoss:
         return b.issue("ring numbers", "send_recv", size, "vocabulary", _C, "forward")
 
     def _product(self, n: int, columns: int) -> tuple[Work, ...]:
-        return works(self._kernel(n, columns), "forward", self.c)
+        return self._works(n, columns, "forward")
 
     def _products_back(self, n: int, columns: int) -> tuple[Work, ...]:
-        return works(self._kernel(n, columns), "backward", self.c)
+        return self._works(n, columns, "backward")
 
-    def _kernel(self, n: int, columns: int) -> Kernel:
-        if (n, columns) not in self._kernels:
-            product = Matmul(n, columns, self.H)
-            self._kernels[n, columns] = Kernel("logits", "matmul", _C, (), (), matmuls=(product,))
-        return self._kernels[n, columns]
+    def _works(self, n: int, columns: int, part: Part) -> tuple[Work, ...]:
+        """Equal strips are equal work."""
+        key = n, columns, part
+        if key not in self._made:
+            kernel = Kernel("logits", "matmul", _C, (), (), matmuls=(Matmul(n, columns, self.H),))
+            self._made[key] = works(kernel, part, self.c)
+        return self._made[key]
 
     def _fold(self, n: int, columns: int) -> Work:
         """Maximum, exponentials in the wide dtype, sum: one wide strip."""
         wide = self.c.wide
         self.b.spike(n * columns * wide + 4 * n * wide, _L)
-        return Work("memory_bound", bytes=float(n * columns * (2 * self.c.b + 4 * wide)), launches=18)
+        return memory_work(float(n * columns * (2 * self.c.b + 4 * wide)), 18)
 
     def _gradient(self, n: int, columns: int) -> Work:
         """Probabilities in the wide dtype, then the gradient in the strip's memory."""
         wide = self.c.wide
         self.b.spike(n * columns * wide + 5 * n * 8, _L)
-        return Work("memory_bound", bytes=float(n * columns * (2 * self.c.b + 6 * wide)), launches=10)
+        return memory_work(float(n * columns * (2 * self.c.b + 6 * wide)), 10)
 
     def _temporary(self, columns: int) -> None:
         precision = self.c.strategy.precision

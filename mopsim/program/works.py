@@ -183,9 +183,13 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         for name, (m, n, k) in shapes.items():
             if part == name or (part == "backward" and name != "forward"):
                 calls = int(one.count) if looped else 0
-                work = Work(kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype)
                 gradient = _gradient(context) if name == "weight_grad" and one.weight else 0.0
-                found.append(replace(work, calls=calls, launches=launches, gradient=gradient))
+                found.append(
+                    Work(
+                        kernel.kind, m=m, n=n, k=k, count=one.count, dtype=dtype, calls=calls,
+                        launches=launches, gradient=gradient,
+                    )
+                )  # fmt: skip
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute]:
         found += _casts(kernel, part, context, dtype, looped)
     if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":

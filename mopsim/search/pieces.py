@@ -4,8 +4,7 @@ Many candidates share a layer: they differ in what surrounds it (shards, stages,
 templates of one stand for all of them, at some milliseconds for each kind of layer.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mopsim.common.errors import MopError
 from mopsim.cost import seconds
@@ -14,6 +13,8 @@ from mopsim.program.lower import passes_of
 from mopsim.program.passes import Passes
 from mopsim.program.template import Template
 from mopsim.program.workload import NUM_DEVICE_SLOTS, deltas, on_host
+from mopsim.search.build import build
+from mopsim.search.problem import RING
 from mopsim.search.space import Space
 from mopsim.spec.model import LayerKind
 
@@ -24,6 +25,10 @@ LAYER = (
 """Columns that a layer's templates depend on."""
 LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices")
 """Those of the loss."""
+TURNS = 64
+"""Turns of a ring of vocabulary shards up to which its loss is made, of as many equal ops as turns and
+strips. A longer one computes as much in smaller strips, so it takes at least as long; its memory may be less.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,29 +58,32 @@ class Pieces:
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
-        key = self._key(index, LAYER)
+        row = self.space.row(index)
+        key = tuple(row[name] for name in LAYER)
         if key not in self.made:
-            passes = self._passes(index)
+            passes = self._passes(row)
             self.made[key] = self._layers(passes) if passes else None
         return self.made[key]
 
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
-        key = self._key(index, LOSS)
+        row = self.space.row(index)
+        long = row["loss"] == RING and row["vocabulary"] > TURNS
+        if long:
+            row["vocabulary"] = max(turns for turns in range(1, TURNS + 1) if row["vocabulary"] % turns == 0)
+        key = tuple(row[name] for name in LOSS)
         if key not in self.losses:
-            passes = self._passes(index)
-            self.losses[key] = self._loss(passes) if passes else None
+            passes = self._passes(row)
+            found = self._loss(passes) if passes else None
+            self.losses[key] = replace(found, left=0, height=0) if found and long else found
         return self.losses[key]
 
-    def _key(self, index: int, names: Iterable[str]) -> tuple[int, ...]:
-        return tuple(int(self.space.columns[name][index]) for name in names)
-
-    def _passes(self, index: int) -> Passes | None:
+    def _passes(self, row: dict[str, int]) -> Passes | None:
         problem, stack = self.space.problem, self.space.stack
         try:
             context = make_context(
                 problem.model,
-                self.space.build(index),
+                build(self.space.family, problem, row),
                 problem.training,
                 problem.hardware.scale_up_size,
                 stack,
@@ -107,8 +115,12 @@ class Pieces:
         last: dict[str, float] = {}
         ends: list[float] = []
         begins, busy, issued = None, 0.0, 0.0
+        priced: dict[int, float] = {}
         for op in template.pieces:
-            took = sum(seconds(work, self.space.machine) for work in op.work)
+            for work in op.work:  # equal work is one object
+                if id(work) not in priced:
+                    priced[id(work)] = seconds(work, self.space.machine)
+            took = sum(priced[id(work)] for work in op.work)
             start = max([last.get(op.stream, 0.0), *(ends[dep] for dep in op.deps if dep >= 0)])
             ends.append(start + took)
             last[op.stream] = ends[-1]
@@ -121,8 +133,8 @@ class Pieces:
 
 def _memory(template: Template) -> tuple[int, int]:
     """(device bytes that a template leaves, the most that it has above its start)."""
-    places = range(len(template.memory) + 1)
-    steps = [(*template.before.get(place, ()), *(*template.memory, ())[place]) for place in places]
+    scripts = enumerate((*template.memory, ()))
+    steps = [(*template.before.get(place, ()), *script) for place, script in scripts]
     top, left = (
         sum(size for slot, size in found if slot < NUM_DEVICE_SLOTS)
         for found in deltas(tuple(step for some in steps for step in some))
