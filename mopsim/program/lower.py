@@ -57,11 +57,12 @@ def lower(
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
     exact = held_to_the_byte(model) and runnable(strategy, model, training, stack) is None
     again = partial(lower, model, strategy, training, domain, stack, expand=expand, rounds=2 * rounds)
+    composed = any(program.repeats for program in programs)
+    filled_once = rounds == unit == 1 < len(stages) and expanded < total
     return Workload(
         programs, total, expanded, flops, guarantee(context), unit, exact=exact, pinned=rounding(context),
-        whole=partial(again, compose=False) if any(program.repeats for program in programs) else None,
-        longer=partial(again, compose=compose) if unit == 1 < len(stages) and expanded < total else None,
-        stack=stack,
+        whole=partial(again, compose=False) if composed else None,
+        longer=partial(again, compose=compose) if filled_once else None, stack=stack,
     )  # fmt: skip
 
 

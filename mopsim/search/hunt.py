@@ -57,8 +57,12 @@ class Hunt:
 
     def prove(self, best: SimResult, progress: Callable[[SearchResult], None]) -> None:
         """Refine the bounds of all that may be faster by more than a tie than the best, of this family where
-        it has one, and simulate what that leaves, the least bound first, while the budget lasts."""
+        it has one, and simulate what that leaves, the least bound first, while the budget lasts.
+
+        What was not multiplied out keeps its bound: above that nothing is gained.
+        """
         pool, below, left = self.pool, best.step_time / (1 + TIE), PIECES * self.options.budget
+        below = min(below, float(min(pool.rest, default=math.inf)))
         enough = 1.0 if self.options.risk or not best.sure else pool.sure(best)
         while (position := pool.least(below, enough)) is not None:
             if not pool.refined[position] and left:

@@ -57,8 +57,8 @@ def _kept(space: Space, each: float) -> tuple[Reals, Reals]:
         if key not in space.problem.known:
             space.problem.known[key] = _by_recomputation(row, each)
         found.append(space.problem.known[key])
-    made = [(kept, height) for kept, height in found if height.any()] or found
-    return np.minimum.reduce([kept for kept, _ in made]), np.minimum.reduce([height for _, height in made])
+    (kept, height), (_, lower) = found
+    return kept, np.minimum(height, lower) if lower.any() else height
 
 
 def _by_recomputation(row: Space, each: float) -> tuple[Reals, Reals]:

@@ -1,6 +1,6 @@
 """Six machine types, 1 to 4,096 GPUs, every family: how long `mopsim size` takes, and what it answers.
 
-python -m reports.size.make [jobs]
+python -m tests.bench.size FOLDER [jobs]
 """
 
 import os
