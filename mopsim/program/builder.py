@@ -1,8 +1,9 @@
 """Builder: ops of a program in issue order, single ones, played tapes and whole templates."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import zip_longest
+
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Step
 from mopsim.program.template import START, Hooks, Memory, Template

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from msgspec import structs
+
 from mopsim.graph.host_costs import CHECKPOINT, LAYER
 from mopsim.program.workload import Op, Program, Work
 from mopsim.spec.stack import Stack
@@ -25,7 +27,7 @@ def by_modules(program: Program, stack: Stack) -> Program:
         more = whole - sum(known.issued(ops[place]) for place in places)
         if more > 0:
             middle = places[len(places) // 2]
-            ops[middle] = replace(ops[middle], work=known.hosted(ops[middle].work, more))
+            ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more))
     return replace(program, ops=tuple(ops))
 
 

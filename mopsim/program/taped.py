@@ -2,7 +2,8 @@
 microbatch."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Kernel, Played, Step, Tape
 from mopsim.program.builder import Builder, Recorder, stream_of

@@ -1,7 +1,9 @@
 """Templates: ops recorded once and issued for every layer and microbatch that runs alike."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from mopsim.graph.tape import Step
 from mopsim.program.workload import Op
@@ -51,7 +53,7 @@ class Template:
             found = [self.ends if dep == START else (dep + by if dep >= 0 else dep,) for dep in deps]
             return tuple(place for places in found for place in places)
 
-        pieces = tuple(replace(piece, deps=moved(piece.deps)) for piece in after.pieces)
+        pieces = tuple(structs.replace(piece, deps=moved(piece.deps)) for piece in after.pieces)
         before = dict(self.before)
         for place, steps in after.before.items():
             before[by + place] = (*before.get(by + place, ()), *steps)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from msgspec import Struct
+
 from mopsim.graph.tape import Step
 from mopsim.spec.categories import CATEGORIES
 from mopsim.spec.stack import Stack
@@ -102,8 +104,7 @@ def collective_work(kind: str, num_bytes: float, group: CommGroup) -> Work:
     return Work(kind, bytes=num_bytes, group=group)
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(Struct, frozen=True):
     """What one stream does between two dependencies.
 
     deps: indices of ops of the same program that must have ended. peak: ledger changes at the op's own

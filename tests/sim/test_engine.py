@@ -297,7 +297,7 @@ def test_the_host_loses_its_lead_where_it_waits() -> None:
     # ten seconds of kernels, issued in four: a wait after the second exposes the launch of the third
     free = [_kernels(i, 1) for i in range(4)]
     assert _ends(free, [2.5] * 4, 1.0)["3"] == pytest.approx(11.0)
-    held = [replace(one, awaited=one.index == 1) for one in free]
+    held = [msgspec.structs.replace(one, awaited=one.index == 1) for one in free]
     assert _ends(held, [2.5] * 4, 1.0)["3"] == pytest.approx(12.0)
 
 
