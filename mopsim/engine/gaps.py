@@ -28,8 +28,11 @@ def steady(program: Program, record: Record, step_time: float) -> bool:
 
 def turn(workload: Workload, records: Sequence[Record]) -> float:
     """Seconds that one more repetition of microbatches adds: the mean of all ranks, since what delays one of
-    them in a turn delays its neighbour in the next."""
-    return mean(_turns(workload, records, 0))
+    them in a turn delays its neighbour in the next. Of an interleaved pipeline that of the rank that ends
+    last: the one before it may lie in the warm-up of others."""
+    took = _turns(workload, records, 0)
+    last = max(range(len(records)), key=lambda place: records[place].end)
+    return mean(took) if workload.unit == 1 else took[last]
 
 
 def settled(workload: Workload, records: Sequence[Record], end: float) -> bool:

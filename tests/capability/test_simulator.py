@@ -28,7 +28,7 @@ def program(job: Job) -> Workload:
     """The programs of a step, whatever the name of what makes them, and whether mopexec runs it."""
     assert job.training is not None
     found = lower(job.model, job.strategy, job.training, DOMAIN, job.stack)
-    return replace(found, whole=None, stack=Stack(name="none"), exact=False)
+    return replace(found, whole=None, longer=None, stack=Stack(name="none"), exact=False)
 
 
 def same_bytes(variant: Variant) -> bool:
