@@ -62,8 +62,8 @@ def expert_order(arrived: Tensor, total: int) -> Tensor | None:
 
 def fits(rows: Tensor, stacks: Mapping[str, Tensor], prefix: str = "") -> bool:
     """Whether the stack asks for grouped products and torch has them: bf16, rows of whole 16 bytes."""
-    inner = stacks[f"{prefix}gate_proj"].shape[2]
-    whole = rows.shape[0] > 0 and rows.shape[1] % _BLOCK == 0 and inner % _BLOCK == 0
+    hidden, inner = stacks[f"{prefix}gate_proj"].shape[1:]  # packed rows are wider than they multiply
+    whole = rows.shape[0] > 0 and hidden % _BLOCK == 0 and inner % _BLOCK == 0
     return kernels.NOW.grouped and rows.dtype == torch.bfloat16 and whole
 
 
