@@ -165,7 +165,7 @@ def fsdp2(
     fsdp: below the world it is HSDP. offload: parameters, gradients and optimizer on the host, updated there
     (CPUOffloadPolicy). context_exchange: how context-parallel ranks trade a sequence. Experts are sharded
     over their replicas. tensor_parallel above 1 has sequence parallelism and the loss over the split
-    vocabulary, whatever `loss` says, as in TorchTitan.
+    vocabulary, whatever `loss` says.
     """
     wide, tier = _wide(dtype), _tier(offload)
     split = tensor_parallel > 1
@@ -262,14 +262,14 @@ def megatron(
     dtype: DType = "bfloat16",
     name: str = "megatron",
 ) -> Strategy:
-    """Megatron-Core: tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
+    """Tensor (with sequence), pipeline, context and expert parallelism, distributed optimizer.
 
     virtual_stages: parts of a pipeline rank (interleaved schedule). stage_layers: decoder layers of each part
     (empty: as even as can be). context_exchange: how context-parallel ranks trade a sequence.
     token_dispatcher: how rows reach their experts. recompute_modules: of `selective`; empty: the stack's.
     optimizer_on_host: part of AdamW's state that the host keeps and updates. overlap: which
     communication runs beside compute; None: what the stack hides. ZeRO-1 over all ranks of a stage; gradients
-    are kept and reduced in the stack's dtype (fp32 by Megatron-Core's arguments). expert_tensor_parallel may
+    are kept and reduced in the stack's dtype (of `megatron-core`: fp32). expert_tensor_parallel may
     differ from tensor_parallel (parallel folding). mopexec runs it on the stack `mopexec-split`.
     """
     stage_ranks, wide = max(1, world_size // max(pipeline_parallel, 1)), _wide(dtype)

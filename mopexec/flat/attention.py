@@ -2,17 +2,19 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mopexec.flat.rows import SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.flat.sequence import SequenceExchange, project_backward
 from mopexec.measure.tracker import component, phase
 from mopexec.model import kernels
 from mopexec.model.attention_core import Core, causal_backward, causal_forward
-from mopexec.model.rope import Positions, rotate_, softmax_scale
+from mopexec.model.rope import Positions, rope_tables, rotate_, softmax_scale
+from mopsim.spec.layout import SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]
@@ -31,7 +33,7 @@ class AttentionBlock:
         self.spec, self.exchange = spec, exchange
         self.core = Core(softmax_scale(spec))
         start = exchange.group.place * exchange.seq
-        self.positions = Positions(spec, start, start + exchange.seq, dtype, device)
+        self.positions = Positions(partial(rope_tables, spec, start, start + exchange.seq, dtype, device))
         self._rows = row_slices(exchange.seq)
 
     def windowed(self, window: int) -> "AttentionBlock":

@@ -19,7 +19,7 @@ from mopexec.flat.dispatch import Arrival, ChunkExchange
 from mopexec.flat.ffn import add_shared_, shared_backward, slice_rows
 from mopexec.flat.least_loaded import Foreign
 from mopexec.flat.routes import RoutePlanner, Routes
-from mopexec.flat.rows import FUSED_ROWS, SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model import kernels
 from mopexec.model.fused import OPS, split_packed
@@ -32,6 +32,7 @@ from mopexec.model.swiglu import (
     swiglu_activation,
     swiglu_activation_backward,
 )
+from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 
 Weights = dict[str, Tensor]

@@ -10,12 +10,13 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.flat.least_loaded import Counted, Moves, placed
-from mopexec.flat.rows import FUSED_ROWS, SLICE_ROWS, add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component
 from mopexec.model import kernels
 from mopexec.model.fused import OPS
 from mopexec.model.grouped import ends_of
 from mopexec.model.routing import choose_experts, route_weights, route_weights_backward, router_scores, wide
+from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routing_counts
 from mopsim.spec.strategy import Experts

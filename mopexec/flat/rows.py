@@ -9,11 +9,7 @@ from mopexec.model import kernels
 from mopexec.model.fused import OPS
 from mopexec.model.routing import wide
 from mopsim.spec import layout
-
-#: Rows of one slice of element-wise work in a wide dtype: large enough to launch few kernels, small beside N.
-SLICE_ROWS = 2048
-#: Of work whose passes are fused: what is left of temporaries is no wider than a row.
-FUSED_ROWS = 16384
+from mopsim.spec.layout import SLICE_ROWS
 
 
 def row_slices(num_rows: int, most: int = SLICE_ROWS) -> list[tuple[int, int]]:

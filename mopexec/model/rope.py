@@ -3,6 +3,7 @@ beyond 100K (arXiv 2411.13476). Halves of a head turn together, as in Hugging Fa
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,28 +39,21 @@ def rope_tables(
 
 
 class Positions:
-    """Rotary tables of positions [start, stop), and the documents of the microbatch that runs. Tables of
-    sequences that are trained as one are made once and stay.
+    """Rotary tables of some positions, and the documents of the microbatch that runs. Tables of sequences
+    that are trained as one are made once and stay. tables: `rope_tables` of all but the documents.
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        start: int,
-        stop: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        documents: Documents = (),
+        self, tables: Callable[[Documents], tuple[Tensor, Tensor]], documents: Documents = ()
     ) -> None:
-        self._of = (spec, start, stop, dtype, device)
-        self.documents = documents
-        self.cos, self.sin = rope_tables(*self._of, documents)
+        self._tables, self.documents = tables, documents
+        self.cos, self.sin = tables(documents)
 
     def use(self, documents: Documents) -> None:
         """Those of a microbatch, from its forward to its backward."""
         if documents != self.documents:
             self.documents = documents
-            self.cos, self.sin = rope_tables(*self._of, documents)
+            self.cos, self.sin = self._tables(documents)
 
 
 def frequencies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Tensor:

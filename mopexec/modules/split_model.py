@@ -3,6 +3,7 @@ swapped in, the loss of a microbatch.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
 from mopexec.model.auxiliary import attach
 from mopexec.model.documents import Documents
-from mopexec.model.rope import Positions
+from mopexec.model.rope import Positions, rope_tables
 from mopexec.model.transformer import Given, Term
 from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
@@ -210,7 +211,8 @@ class SplitModel:
         (batch, seq), network, device = tokens.shape, self.network, tokens.device
         dtype = _dtype(self._plan.strategy.precision.param)
         if self._positions is None:  # those of all microbatches
-            self._positions = Positions(network.spec, start, start + seq, dtype, device, documents)
+            tables = partial(rope_tables, network.spec, start, start + seq, dtype, device)
+            self._positions = Positions(tables, documents)
         self._positions.use(documents)
         experts = None
         if not network.routing.learned and network.spec.num_moe_layers:

@@ -1,8 +1,8 @@
 """Who competes for the longest context: MoP, and FSDP2 under one restriction after the other.
 
 The sources call their baseline the best of a sweep of FSDP2 x TP x CP x EP x optimizer offload, without the
-ranges of that sweep. So each contender here states its ranges, from what TorchTitan runs out of the box to
-everything that FSDP2 can be combined with.
+ranges of that sweep. So each contender here states its ranges, from what a trainer runs out of the box to
+everything that FSDP2 can be combined with (contenders.yaml).
 """
 
 from collections.abc import Sequence

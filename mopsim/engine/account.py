@@ -1,13 +1,14 @@
 """What a played step comes to: seconds, bytes by category, busy and exposed time -> SimResult."""
 
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import mopsim
 from mopsim.common.io import digest
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import upper
-from mopsim.engine.gaps import added, turn
+from mopsim.engine.gaps import added, lasted
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.result import SimResult
@@ -100,8 +101,11 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
     workload, place = played.workload, played.slowest
     record, program = played.records[place], workload.programs[place]
     last, repeats, unit = workload.expanded - 1, workload.repeats, workload.unit
-    period = turn(workload, played.records) if repeats else 0.0
-    mine = record.tallies[last].start - record.tallies[last - unit].start if repeats else 1.0
+    took = lasted(workload, played.records) if repeats else [1.0] * len(played.records)
+    mine = took[place]
+    # What delays one rank in a turn delays its neighbour in the next; in an interleaved pipeline the turn
+    # may lie in the warm-up of others.
+    period = mean(took) if unit == 1 else mine
     often = {i: 1 + repeats * (last - unit <= i < last) for i in record.tallies}
     weights = {i: 1 + (many - 1) * period / mine for i, many in often.items()}
     hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())

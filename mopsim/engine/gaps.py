@@ -26,25 +26,18 @@ def steady(program: Program, record: Record, step_time: float) -> bool:
     return sum(_drift(program, record, repeat) for repeat in program.repeats) <= STEADY * step_time
 
 
-def turn(workload: Workload, records: Sequence[Record]) -> float:
-    """Seconds that one more repetition of microbatches adds: the mean of all ranks, since what delays one of
-    them in a turn delays its neighbour in the next. Of an interleaved pipeline that of the rank that ends
-    last: the one before it may lie in the warm-up of others."""
-    took = _turns(workload, records, 0)
-    last = max(range(len(records)), key=lambda place: records[place].end)
-    return mean(took) if workload.unit == 1 else took[last]
+def lasted(workload: Workload, records: Sequence[Record], back: int = 0) -> list[float]:
+    """Seconds of each rank's last turn, of `unit` microbatches, before the one in which the pipeline drains;
+    back: turns before that."""
+    last = workload.expanded - 1 - back
+    return [record.tallies[last].start - record.tallies[last - workload.unit].start for record in records]
 
 
 def settled(workload: Workload, records: Sequence[Record], end: float) -> bool:
     """Whether the last turn of the ranks took as long as the one before it, whichever rank was delayed."""
-    last, before = (sorted(_turns(workload, records, back)) for back in (0, 1))
+    last, before = (sorted(lasted(workload, records, back)) for back in (0, 1))
     most = max(abs(one - other) for one, other in zip(last, before, strict=True))
     return workload.repeats * most <= STEADY * (end + workload.repeats * mean(last))
-
-
-def _turns(workload: Workload, records: Sequence[Record], back: int) -> list[float]:
-    last = workload.expanded - 1 - back
-    return [record.tallies[last].start - record.tallies[last - workload.unit].start for record in records]
 
 
 def _period(program: Program, record: Record, repeat: Repeat) -> float:

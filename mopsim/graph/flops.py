@@ -32,7 +32,8 @@ def _layer_flops(model: ModelSpec, seq_len: int, layer: int, moe: bool) -> tuple
 def _kinds(model: ModelSpec, seq_len: int) -> dict[LayerKind, tuple[tuple[str, float], ...]]:
     """Forward FLOP of each kind of decoder layer over one whole sequence."""
     return {
-        kind: _layer_flops(model, seq_len, layers[0], kind[1]) for kind, layers in model.layer_kinds().items()
+        kind: _layer_flops(model, seq_len, layers[0], kind.routed)
+        for kind, layers in model.layer_kinds().items()
     }
 
 

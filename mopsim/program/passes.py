@@ -81,7 +81,7 @@ class Passes:
         if key not in self._tapes:
             c, experts = self.context, self.context.strategy.experts
             routes: tuple[int, ...] = ()
-            if self.key(layer)[1]:
+            if self.key(layer).routed:
                 routes = tuple(count * experts.expert_tensor_parallel for count in c.routes())
             split, once = c.groups["experts"].size > 1, experts.token_dispatcher != "alltoall"
             tape = decoder_layer(c.model, self.shapes, layer, routes, split, once)

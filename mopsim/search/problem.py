@@ -36,8 +36,8 @@ RECOMPUTED: tuple[tuple[str, ...], ...] = (
     (), ("core_attn",), ("layernorm",), ("moe_act",), ("layernorm", "moe_act"), ("mla_up_proj",), ("mlp",),
     ("mla_up_proj", "mlp"), ("mla_up_proj", "layernorm", "moe_act"), ("moe",), ("mla_up_proj", "moe"),
 )  # fmt: skip
-"""Modules that selective recomputation runs again, by the code in the `modules` column: those of published
-recipes of Megatron-Bridge (perf_recipes/) and of Megatron-Core's default, and whole experts."""
+"""Modules that selective recomputation runs again, by the code in the `modules` column: those of the
+recipes in recipes.yaml, of a stack's default, and whole experts."""
 LEANEST = len(RECOMPUTED)
 """Code of no set: of what keeps least whatever is recomputed, where it is not chosen yet."""
 

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.spec.layout import ceil_div, stage_layers
+from mopsim.spec.layout import ceil_div, full_parts, stage_layers
 from mopsim.spec.model import LayerKind, ModelSpec
 from mopsim.spec.pipeline_order import warm_up
 
@@ -22,22 +22,19 @@ LAYOUTS = ("even", "ends", "front")
 def layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple[int, ...] | None:
     """Decoder layers of each part; empty: as even as can be. None where the layout is none of its own.
 
-    ENDS and FRONT are those of Megatron-Bridge: 61 layers with MTP are 1, 2 (30 times), 0 on 32 parts and 4
-    (15 times), 1 on 16 (pipeline_model_parallel_layout of perf_recipes/deepseek).
+    ENDS and FRONT are those of published recipes (recipes.yaml): 61 layers with MTP are 1, 2 (30 times), 0 on
+    32 parts and 4 (15 times), 1 on 16.
     """
     layers, parts = model.num_hidden_layers, stages * virtual
     if layout in (EVEN, IDEAL):
         return () if parts <= layers else None
     first = int(layout == ENDS)
     last = first * (1 + model.num_nextn_predict_layers)
-    full = ceil_div(layers + first + last, parts)
-    found, left = [], layers
-    for part in range(parts):
-        found.append(min(left, full - first if part == 0 else full))
-        left -= found[-1]
-    if stages == 1 or left or (parts > 2 and found[-2] < full):
+    found = full_parts(layers, parts, first, last)
+    ragged = parts > 2 and found[-2] < ceil_div(layers + first + last, parts)
+    if stages == 1 or sum(found) < layers or ragged:
         return None
-    return None if tuple(found) == tuple(_even(layers, parts)) else tuple(found)
+    return None if found == tuple(_even(layers, parts)) else found
 
 
 def _even(layers: int, parts: int) -> list[int]:

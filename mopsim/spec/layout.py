@@ -11,6 +11,10 @@ MOST_MICROBATCHES, MOST_CHUNKS, MOST_BUCKETS = 2**14, 2**12, 2**12
 would take forever."""
 PACK_BYTES = 16
 """What a route's weight takes beside its row: kernels want rows of whole 16 bytes."""
+SLICE_ROWS = 2048
+"""Rows of one slice of element-wise work in a wide dtype: few kernels to launch, and small beside N."""
+FUSED_ROWS = 16384
+"""Of work whose passes are fused: what is left of temporaries is no wider than a row."""
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -121,6 +125,17 @@ def optimizer_buckets(shard_numels: Sequence[int], bucket_params: int) -> list[l
 def offloaded_boundaries(num_boundaries: int, boundary_bytes: int, host_budget: int) -> int:
     """How many boundaries, in forward order, fit the host budget (0 = no cap)."""
     return num_boundaries if host_budget == 0 else min(num_boundaries, host_budget // max(boundary_bytes, 1))
+
+
+def full_parts(layers: int, parts: int, first: int, last: int) -> tuple[int, ...]:
+    """Layers of each part of a pipeline, as many in all but the last as fit: what lies before the first and
+    after the last layer counts as `first` and `last` layers."""
+    full = ceil_div(layers + first + last, parts)
+    found, left = [], layers
+    for part in range(parts):
+        found.append(min(left, full - first if part == 0 else full))
+        left -= found[-1]
+    return tuple(found)
 
 
 def stage_layers(

@@ -8,7 +8,7 @@ from mopsim.spec.strategy import Strategy
 
 
 def describe(strategy: Strategy) -> str:
-    """A strategy in a line, in Megatron's and TorchTitan's words: what equals the plain case is left out."""
+    """A strategy in a line, in the field's abbreviations: what equals the plain case is left out."""
     s = strategy
     fsdp = s.dense.fsdp if s.dense.zero == 3 else 1
     degrees = {

@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.rope import RopeScaling
 
-LayerKind = tuple[int, bool]
-"""(window of a layer's attention, whether it routes to experts)."""
+
+class LayerKind(NamedTuple):
+    """Of a layer: the window of its attention (0: none), whether it routes to experts."""
+
+    window: int
+    routed: bool
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
@@ -124,8 +128,8 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
         """Equal for layers that do the same work. MTP layers, after the decoder's, see the whole sequence and
         have experts where the network has any."""
         if layer >= self.num_hidden_layers:
-            return 0, bool(self.num_local_experts)
-        return self.window(layer), self.is_moe_layer(layer)
+            return LayerKind(0, bool(self.num_local_experts))
+        return LayerKind(self.window(layer), self.is_moe_layer(layer))
 
     def layer_kinds(self) -> dict[LayerKind, list[int]]:
         """Decoder layers by their kind, in the order of each kind's first."""

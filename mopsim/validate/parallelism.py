@@ -10,7 +10,7 @@ from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.rules import RowFacts
 from mopsim.spec.categories import MODULES
-from mopsim.spec.layout import ceil_div
+from mopsim.spec.layout import ceil_div, full_parts
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import (
@@ -123,13 +123,10 @@ def strategy(
 
 def edges_counted(layers: int, parts: int) -> tuple[int, ...]:
     """Layers of each part of a pipeline whose embedding and loss count as a layer each, where only so all
-    parts are alike (126 layers in 8, 64 or 128 parts): Megatron-Core's
-    account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split, torchtitan's
-    generate_llm_fqn_per_model_part. Else empty."""
-    each, left = divmod(layers + 2, parts)
-    if parts < 3 or left or layers % parts == 0:
+    parts are alike (126 layers in 8, 64 or 128 parts). Else empty."""
+    if parts < 3 or (layers + 2) % parts or layers % parts == 0:
         return ()
-    return (each - 1, *(each,) * (parts - 2), each - 1)
+    return full_parts(layers, parts, 1, 1)
 
 
 def _settled(

@@ -8,9 +8,9 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.pairs.ffn_pair import FfnPair
 from mopsim.program.pairs.moved_experts import ForeignExperts, MovedExperts
-from mopsim.program.pairs.rows import FUSED_ROWS, SLICE_ROWS, Rows, slice_rows
+from mopsim.program.pairs.rows import Rows, slice_rows
 from mopsim.program.workload import Work
-from mopsim.spec.layout import packed_row
+from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS, packed_row
 
 _E, _R, _D = "experts", "router", "dispatch"
 

@@ -87,7 +87,7 @@ class Pairs(Passes):
         b.rename("x", "input", "boundaries")
         self._attention(b).forward(layer, START)
         ffn = FfnPair(c, b)
-        if self.key(layer)[1]:
+        if self.key(layer).routed:
             experts = ExpertsPair(c, b, ffn)
             experts.plan(layer)
             b.cut("experts")
@@ -103,7 +103,7 @@ class Pairs(Passes):
         b.adopt("grad", c.hidden)
         attention.recompute(layer, START)
         b.cut("recomputed")
-        if self.key(layer)[1]:
+        if self.key(layer).routed:
             experts = ExpertsPair(c, b, ffn)
             b.adopt(f"choice{layer}", experts.choice)
             if c.stack.recompute.chunk_inputs == "nested":

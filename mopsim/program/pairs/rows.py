@@ -5,8 +5,7 @@ from mopsim.program.builder import Builder
 from mopsim.program.context import Context
 from mopsim.program.workload import Work, memory_work
 from mopsim.program.works import works
-
-SLICE_ROWS, FUSED_ROWS = 2048, 16384
+from mopsim.spec.layout import SLICE_ROWS
 
 
 def slice_rows(rows: int, most: int = SLICE_ROWS) -> int:
