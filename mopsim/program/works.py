@@ -110,9 +110,10 @@ def _works(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
         size = 2 * kernel.bytes if kernel.back_bytes is None else kernel.back_bytes
     indexed = kernel.indexed and context.stack.kernels.expert_rows == "composed"
     sums = size / 2 / context.b if _adds(kernel, forward, context) else 0.0
-    work = Work("memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums)
-    work = replace(work, serial=0.0 if forward else kernel.back_serial)
-    return (work,) if size or launches else ()
+    if not size and not launches:
+        return ()
+    serial = 0.0 if forward else kernel.back_serial
+    return (Work("memory_bound", bytes=size, launches=launches, indexed=indexed, sums=sums, serial=serial),)
 
 
 def _adds(kernel: Kernel, forward: bool, context: Context) -> bool:

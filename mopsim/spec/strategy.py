@@ -6,7 +6,7 @@ Every degree but the pipeline's is a view of the stage's ranks, chosen independe
 
 from typing import Literal
 
-from mopsim.common.errors import require, require_name
+from mopsim.common.errors import SpecError, require_name
 from mopsim.common.io import Spec
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec import strategy_rules as rules
@@ -239,8 +239,13 @@ class Strategy(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_name(self.name)
         require_name(self.stack, "stack")
-        for holds, field, rule in rules.own(self):
-            require(holds, field, self.at(field), rule)
+        self._require(rules.own(self))
+
+    def _require(self, given: rules.Rules, prefix: str = "") -> None:
+        """Values are looked up for the message only: a search makes thousands of strategies."""
+        for holds, field, rule in given:
+            if not holds:
+                raise SpecError(prefix + field, self.at(field), rule)
 
     def at(self, path: str) -> object:
         """The value of a dotted field; a list where it is a sequence."""
@@ -276,5 +281,4 @@ class Strategy(Spec, frozen=True, kw_only=True):
 
     def check_model(self, model: ModelSpec) -> None:
         """Raise SpecError where a degree does not fit the model."""
-        for holds, field, rule in rules.with_model(self, model):
-            require(holds, f"strategy.{field}", self.at(field), rule)
+        self._require(rules.with_model(self, model), "strategy.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from mopsim.common.units import LARGEST
@@ -23,6 +24,7 @@ LEAST = {
     "optimizer.slots": 1, "activations.host_budget": 0, "activations.cpu_offload_layers": 0,
 }  # fmt: skip
 """Integers of a strategy, and the least that each may be."""
+_VALUES = attrgetter(*LEAST)
 
 
 def own(s: "Strategy") -> Rules:
@@ -31,9 +33,7 @@ def own(s: "Strategy") -> Rules:
 
 
 def _ranges(s: "Strategy") -> Rules:
-    for field, least in LEAST.items():
-        value = s.at(field)
-        assert isinstance(value, int)
+    for (field, least), value in zip(LEAST.items(), _VALUES(s), strict=True):
         yield value >= least, field, f"must be at least {least}"
         yield value <= LARGEST, field, "must be at most 2^62"
     yield 0 <= s.optimizer.host_fraction <= 1, "optimizer.host_fraction", "must lie between 0 and 1"

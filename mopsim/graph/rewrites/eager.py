@@ -77,10 +77,14 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """The gradient of a sum is that of what was added, no tensor of its own."""
     names = {kernel.reads[0] for kernel in kernels if kernel.name.endswith("residual")}
     names |= {name for kernel in kernels if kernel.name == "shared_sum" for name in kernel.reads}
-    return tuple(
-        replace(kernel, writes=tuple(replace(v, grad=False) if v.name in names else v for v in kernel.writes))
-        for kernel in kernels
-    )
+
+    def one(kernel: Kernel) -> Kernel:
+        if names.isdisjoint(value.name for value in kernel.writes):
+            return kernel
+        writes = tuple(replace(v, grad=False) if v.name in names else v for v in kernel.writes)
+        return replace(kernel, writes=writes)
+
+    return tuple(map(one, kernels))
 
 
 def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager: bool) -> tuple[Kernel, ...]:
