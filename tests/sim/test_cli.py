@@ -84,7 +84,7 @@ def test_compare_writes_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "report"
-    strategies = ["--strategy", "mop", "--strategy", "fsdp2", "--budget", "4", "--sweep", "seq-len=128,256"]
+    strategies = ["--strategy", "mop", "--strategy", "fsdp2", "--budget", "2", "--sweep", "seq-len=128,256"]
     options = ["--format", "svg,pdf", "--json", str(tmp_path / "c.json")]
     assert call(monkeypatch, "compare", *JOB, *strategies, "--out", str(folder), *options) == 0
     assert {"index.md", "index.html", "memory.png", "time.png", "sweep.png", "sweep.svg", "sweep.pdf"} <= {
@@ -135,8 +135,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_a_plan_of_nothing_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    job = ["--model", "deepseek_v3", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "2"]
-    assert call(monkeypatch, "search", *job, "--plan", str(plan)) == 3
+    job = ["--model", "mixtral_8x7b", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "2"]
+    assert call(monkeypatch, "search", *job, "--budget", "2", "--plan", str(plan)) == 3
     assert not plan.exists()
 
 
@@ -152,7 +152,7 @@ def test_nothing_fits_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch, 
         "--global-batch",
         "8",
         "--budget",
-        "10",
+        "2",
     ]
     assert call(monkeypatch, "search", *job, "--json", str(out)) == 3
     found = json.loads(out.read_text())

@@ -107,7 +107,7 @@ def test_looser_contenders_contain_stricter_ones() -> None:
 def test_the_reach_is_not_of_the_size_of_the_step() -> None:
     """With all logits and nothing on the host, FSDP2 runs 128K on 16 devices in steps of 128K tokens a
     device; one sequence a step, without accumulated gradients, fits at 256K, too. Then logits stop it."""
-    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 12))
+    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 3))
     assert [(point.fits, point.small) for point in found.points] == [
         (True, False), (True, True), (False, True),
     ]  # fmt: skip
@@ -118,14 +118,14 @@ def test_the_reach_is_not_of_the_size_of_the_step() -> None:
     assert found.points[0].fits
     assert not found.points[0].sure
     assert found.points[1].global_batch == 1
-    tiny = curve(Task(("x",), case(8 * K), NAMES["fsdp2_device"], (256 * K, 512 * K), 12))
+    tiny = curve(Task(("x",), case(8 * K), NAMES["fsdp2_device"], (256 * K, 512 * K), 3))
     assert tiny.longest is not None
     assert (tiny.longest.seq_len, tiny.longest.small) == (256 * K, False)
 
 
 def test_a_ratio_compares_whole_steps_only() -> None:
     whole = curve(Task(("x",), case(), NAMES["fsdp2_node"], (256 * K,), 4))
-    small = curve(Task(("x",), case(), NAMES["fsdp2_device"], (256 * K,), 12))
+    small = curve(Task(("x",), case(), NAMES["fsdp2_device"], (256 * K,), 3))
     assert whole.points[0].throughput
     assert small.points[0].throughput
     assert ratio(whole, small, 256 * K) is None
@@ -176,7 +176,7 @@ def test_names_of_lengths() -> None:
 def test_the_command_writes_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "report"
     command = (
-        "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 6 --jobs 1 "
+        "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 2 --jobs 1 "
         f"--contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
     )
     monkeypatch.setattr("sys.argv", command.split())
@@ -200,7 +200,7 @@ def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(f"{place}.LENGTHS", (128 * K, 1024 * K))
     monkeypatch.setattr(f"{place}.VARIANTS", (VARIANTS[0], VARIANTS[4]))
     monkeypatch.setattr(f"{place}.contenders", lambda: some)
-    monkeypatch.setattr("sys.argv", f"make --budget 6 --jobs 1 --out {tmp_path}".split())
+    monkeypatch.setattr("sys.argv", f"make --budget 2 --jobs 1 --out {tmp_path}".split())
     make()
     made = json.loads((tmp_path / "context.json").read_text())
     assert [one["name"] for one in made["variants"]] == ["base", "heads_56"]

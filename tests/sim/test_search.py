@@ -98,6 +98,15 @@ NARROW = (
 )
 
 
+@cache
+def cast(narrow: tuple[str, MatmulDType], family: str, model: str) -> tuple[Space, Bounds]:
+    """What is bounded row by row of a family's space whose products are cast."""
+    spec, training = load_model(model), TrainSpec(seq_len=4096, global_batch=64)
+    asked = Problem(spec, load_profile(narrow[0]), 2, training, total_params(spec), narrow[1])
+    space, _ = candidates(asked, family)
+    return space, bound(space)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     narrow=st.sampled_from(NARROW),
@@ -108,13 +117,11 @@ NARROW = (
 def test_bounds_hold_where_products_are_cast(
     narrow: tuple[str, MatmulDType], family: str, model: str, place: float
 ) -> None:
-    spec, training = load_model(model), TrainSpec(seq_len=4096, global_batch=64)
-    given_problem = Problem(spec, load_profile(narrow[0]), 2, training, total_params(spec), narrow[1])
-    space, _ = candidates(given_problem, family)
-    space = space.take(np.array([int(place * len(space))]))
-    index, bounds, strategy = 0, bound(space), space.build(0)
+    space, bounds = cast(narrow, family, model)
+    index = int(place * len(space))
+    strategy, asked = space.build(index), space.problem
     assert strategy.precision.matmul == narrow[1]
-    found = simulate(spec, given_problem.hardware, 2, strategy, training)
+    found = simulate(asked.model, asked.hardware, 2, strategy, asked.training)
     assert bounds.time[index] <= found.step_time * (1 + 1e-9)
     assert bounds.device[index] <= found.peak_memory + 1
     assert bounds.host[index] <= found.host_memory + 1
@@ -125,7 +132,7 @@ def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
     training = TrainSpec(seq_len=4096, global_batch=64)
 
     def asked(families: tuple[str, ...], precision: MatmulDType) -> SearchResult:
-        options = Options(families, precision=precision, budget=40)
+        options = Options(families, precision=precision, budget=8)
         return search(model, hardware, 1, training, options)
 
     wide, narrow = (asked(("megatron",), precision).best for precision in ("bfloat16", "mxfp8"))
@@ -189,11 +196,11 @@ def msgspec_problem(p: Problem, hardware: HardwareProfile) -> Problem:
 @pytest.mark.parametrize(
     ("options", "memory"),
     [
-        (Options(("fsdp2",), budget=20, precision="float32"), None),
-        (Options(("fsdp2", "mop", "zero_offload"), budget=60, precision="float32"), 70e6),
-        (Options(("mop", "megatron"), budget=20, precision="float32"), None),
-        (Options(("mop",), budget=30, precision="float32"), 2e6),
-        (Options(("mop",), budget=40, precision="float32", any_routing=True), 30e6),
+        (Options(("fsdp2",), budget=10, precision="float32"), None),
+        (Options(("fsdp2", "mop", "zero_offload"), budget=20, precision="float32"), 70e6),
+        (Options(("mop", "megatron"), budget=8, precision="float32"), None),
+        (Options(("mop",), budget=15, precision="float32"), 2e6),
+        (Options(("mop",), budget=15, precision="float32", any_routing=True), 30e6),
     ],
 )
 def test_counts_add_up(options: Options, memory: float | None) -> None:
@@ -261,13 +268,12 @@ def test_host_memory_rules_out_offloading() -> None:
 
 
 def test_only_what_mopexec_runs_if_asked() -> None:
-    model = load_model("deepseek_v3")
-    training = TrainSpec(seq_len=4096, global_batch=256)
-    hardware = load_profile("h200-sxm-141g")
-    found = search(model, hardware, 32, training, Options(("megatron",), budget=3, runnable=True))
+    model, hardware = load_model("olmoe_1b_7b"), load_profile("h200-sxm-141g")
+    training = TrainSpec(seq_len=4096, global_batch=64)
+    found = search(model, hardware, 1, training, Options(("megatron",), budget=3, runnable=True))
     assert found.simulated == 0
     assert "stack.runtime" in found.verdict()
-    anyway = search(model, hardware, 32, training, Options(("megatron",), budget=3))
+    anyway = search(model, hardware, 1, training, Options(("megatron",), budget=3))
     assert anyway.simulated == 3
 
 

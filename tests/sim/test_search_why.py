@@ -36,65 +36,78 @@ def given(memory: float = 8e9) -> tuple[SearchResult, Problem]:
     return found, Problem(TINY, hardware, 1, TRAINING, total_params(TINY), "float32")
 
 
-FOUND, PROBLEM = given()
+@pytest.fixture(scope="module")
+def asked() -> tuple[SearchResult, Problem]:
+    """A search of all families, and what it was asked."""
+    return given()
 
 
-def test_ties_of_a_family_are_one_row() -> None:
-    for place, one in enumerate(FOUND.top):
-        for other in FOUND.top[place + 1 :]:
+@pytest.fixture
+def found(asked: tuple[SearchResult, Problem]) -> SearchResult:
+    return asked[0]
+
+
+@pytest.fixture
+def problem(asked: tuple[SearchResult, Problem]) -> Problem:
+    return asked[1]
+
+
+def test_ties_of_a_family_are_one_row(found: SearchResult) -> None:
+    for place, one in enumerate(found.top):
+        for other in found.top[place + 1 :]:
             apart = abs(one.step_time - other.step_time) > TIE * min(one.step_time, other.step_time)
             assert apart or one.strategy.name != other.strategy.name
-    assert sum(FOUND.rejected.values()) + len(FOUND.top) == FOUND.candidates
-    assert len(FOUND.free) == len(FOUND.top)
+    assert sum(found.rejected.values()) + len(found.top) == found.candidates
+    assert len(found.free) == len(found.top)
 
 
 def tied(result: SimResult, seconds: float, **fields: int) -> SimResult:
     return replace(result, step_time=seconds, strategy=msgspec.structs.replace(result.strategy, **fields))
 
 
-def test_what_is_free_in_a_row_is_named() -> None:
-    best = FOUND.top[0]
+def test_what_is_free_in_a_row_is_named(found: SearchResult) -> None:
+    best = found.top[0]
     near, far = tied(best, best.step_time * 1.004, micro_batch=7), tied(best, best.step_time * 1.1)
-    found = rows([best, near, far], 5)
-    assert [len(row.tied) for row in found] == [1, 0]
-    assert found[0].freedom() == {"micro_batch": [best.strategy.micro_batch, 7]}
-    assert freedom(found[0].freedom()) == f"; as fast: micro_batch {best.strategy.micro_batch} or 7"
+    ranked = rows([best, near, far], 5)
+    assert [len(row.tied) for row in ranked] == [1, 0]
+    assert ranked[0].freedom() == {"micro_batch": [best.strategy.micro_batch, 7]}
+    assert freedom(ranked[0].freedom()) == f"; as fast: micro_batch {best.strategy.micro_batch} or 7"
     assert freedom({}) == ""
     assert freedom({"activations.modules": [("moe_act", "mlp"), ()]}).endswith("moe_act+mlp or none")
     assert TIED
 
 
-def test_why_says_what_bounds_and_what_restrictions_cost() -> None:
-    lines = why(FOUND, PROBLEM)
+def test_why_says_what_bounds_and_what_restrictions_cost(found: SearchResult, problem: Problem) -> None:
+    lines = why(found, problem)
     assert lines[0].startswith("the step of ")
     assert "compute waits" in lines[0]
-    best = FOUND.best
+    best = found.best
     assert best is not None
-    others = {one.strategy.name for one in FOUND.best_by_family.values() if one} - {best.strategy.name}
+    others = {one.strategy.name for one in found.best_by_family.values() if one} - {best.strategy.name}
     for family in others:
         assert any(line.startswith(f"{family} takes ") for line in lines)
     kept = [line for line in lines if line.startswith("only what mopexec runs")]
     assert len(kept) == (best.strategy.name == "megatron")
-    assert lines == why(FOUND, PROBLEM)
+    assert lines == why(found, problem)
 
 
-def test_more_memory_that_would_help_is_told() -> None:
+def test_more_memory_that_would_help_is_told(found: SearchResult, problem: Problem) -> None:
     """A plan that is faster and does not fit by 1 GiB."""
-    best = FOUND.best
+    best = found.best
     assert best is not None
     over = replace(
         best, step_time=best.step_time / 2, fits=False, over="optimizer",
         peak_memory=best.memory_limit + GIB, over_bytes=GIB,
     )  # fmt: skip
-    lines = why(replace(FOUND, played=[*FOUND.played, over]), PROBLEM)
+    lines = why(replace(found, played=[*found.played, over]), problem)
     assert any("more device memory a rank (1.00 GiB)" in line and "100% faster" in line for line in lines)
 
 
-def test_a_faster_plan_at_risk_is_told() -> None:
-    best = FOUND.best
+def test_a_faster_plan_at_risk_is_told(found: SearchResult, problem: Problem) -> None:
+    best = found.best
     assert best is not None
     bold = replace(best, step_time=best.step_time / 2, peak_memory=int(best.memory_limit * 0.999))
-    lines = why(replace(FOUND, played=[*FOUND.played, bold]), PROBLEM)
+    lines = why(replace(found, played=[*found.played, bold]), problem)
     told = any("--risk ranks it" in line and "100% faster" in line for line in lines)
     assert told == (bold.p_fits < best.p_fits)
 

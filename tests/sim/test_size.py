@@ -38,7 +38,7 @@ def priced(name: str = "toy", price: float = 2.0) -> HardwareProfile:
 
 def request(seconds: float, tokens: int = 10**12, max_nodes: int = 64) -> Request:
     goal = Goal(tokens, seconds)
-    return Request(MODEL, goal, 512, 2**17, ("mop", "fsdp2"), max_nodes=max_nodes, simulations=3)
+    return Request(MODEL, goal, 512, 2**17, ("mop", "fsdp2"), max_nodes=max_nodes, simulations=1)
 
 
 def test_the_bill_by_hand() -> None:
@@ -59,7 +59,7 @@ def test_energy_counts_the_whole_node_where_its_power_is_known() -> None:
     goal, a = Goal(10**12, 30 * DAY), assume({"pue": 1.2, "draw_share": 1.0, "switch_power": 0.0}, 0.5)
     assert figures(node, 2, Step(1e6), goal, a).energy == pytest.approx(750 * 1.2 * 3.2e7)
     _, searched, known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])
-    assert searched.startswith("Searched: mop, fsdp2, at most 3 simulations of each where a node count")
+    assert searched.startswith("Searched: mop, fsdp2, at most 1 simulations of each where a node count")
     assert "power of a node of 8 devices 6 kW (assumed: toy)" in known
     assert "power of a device 500 W (assumed: toy), hosts not counted" in unknown
 
