@@ -42,7 +42,15 @@ def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> No
     dist.destroy_process_group()
 
 
-IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._subclasses.fake_tensor")
+IMPORTED = (
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch._subclasses.fake_tensor",
+    "torch._dynamo",
+    "mopexec.run.train",
+    "mopexec.run.apply",
+    "tests.exec.flat_parity",
+)
 """What takes a rank seconds to import: ranks on the CPU are forked from a process that has done so."""
 
 
