@@ -3,7 +3,6 @@ to make stay in one worker (`pytest -n 2 --dist loadgroup`), so that it is made 
 environment changed for the next."""
 
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -33,16 +32,6 @@ def _same_environment() -> Iterator[None]:
     assert not left, f"the test leaves the environment changed: {', '.join(left)}"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_idle_ranks() -> Iterator[None]:
-    """Ends the ranks that a module's tests took: gloo polls while they wait. New ones are forked in a
-    moment."""
-    yield
-    spawn = sys.modules.get("tests.exec.spawn")
-    if spawn is not None:
-        spawn.end_pools()
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that take a module's fixture (with one parameter), or ranks of tests.exec.spawn, are a group."""
@@ -56,11 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _shared(item: pytest.Function) -> str:
     """The module and the parameters of its fixtures that the test takes; empty where it takes none."""
     known = item._fixtureinfo.name2fixturedefs
-    names = [
-        name
-        for name in item.fixturenames
-        if name != "_no_idle_ranks" and name in known and known[name][-1].scope == "module"
-    ]
+    names = [name for name in item.fixturenames if name in known and known[name][-1].scope == "module"]
     if not names:
         return ""
     given = item.callspec.params if hasattr(item, "callspec") else {}

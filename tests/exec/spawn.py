@@ -5,6 +5,7 @@ Importing torch costs more than most cases, so a pool is made once per world siz
 """
 
 import atexit
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -32,6 +33,7 @@ def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> No
     torch.set_num_threads(1)
     platform = Platform.detect()
     dist.init_process_group(platform.backend, init_method=f"file://{store}", rank=rank, world_size=world)
+    gc.freeze()  # what was imported: a collection looks at what tasks leave
     connection.send((True, None))
     while (task := connection.recv()) is not None:
         module, function, arguments = task
@@ -39,7 +41,22 @@ def _serve(rank: int, world: int, store: str, cuda: bool, connection: Any) -> No
             connection.send((True, getattr(importlib.import_module(module), function)(platform, *arguments)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+        end_groups()
     dist.destroy_process_group()
+
+
+def end_groups() -> None:
+    """End the process groups that a task, or a case of one, made. gloo polls each in threads of its own: each
+    of four ranks took 0.07 of a core with those of sixteen tasks while it waited."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()  # keeps meshes, and so groups, of earlier tasks
+    gc.collect()
+    world = dist.group.WORLD
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not world:
+            dist.destroy_process_group(group)
 
 
 IMPORTED = (
@@ -58,7 +75,7 @@ class Pool:
     """`world` ranks over gloo on the CPU, or over nccl with a GPU each. Not thread-safe."""
 
     def __init__(self, world: int, *, cuda: bool = False) -> None:
-        self.world, self.tasks = world, 0
+        self.world, self.ended = world, False
         context = multiprocessing.get_context("spawn" if cuda else "forkserver")
         context.set_forkserver_preload(list(IMPORTED))
         self._store = tempfile.mktemp(prefix="mop_store_")
@@ -79,7 +96,6 @@ class Pool:
         Raises AssertionError with the first traceback; the pool is gone then, since its ranks are out of
         step.
         """
-        self.tasks += 1
         for pipe in self._pipes:
             pipe.send((module, function, arguments))
         return self._collect(timeout)
@@ -97,12 +113,12 @@ class Pool:
                     failure = failure if fine else f"rank {rank}: {results[rank]}"
             if failure:
                 self.close()
-                self.tasks = MOST_TASKS
                 raise AssertionError(failure)
         return results
 
     def close(self) -> None:
         """End the ranks."""
+        self.ended = True
         for process in self._processes:
             process.kill()
             process.join()
@@ -140,25 +156,13 @@ def _command(rank: int, world: int, port: int, arguments: list[str], folder: Pat
     importlib.import_module(entry).main(arguments)
 
 
-MOST_TASKS = 24
-"""Of a pool, then another is made: torch keeps the process groups that tasks made, gloo polls each in a
-thread of its own, and after a hundred tasks a rank took a tenth of a core while it waited.
-"""
 _POOLS: dict[tuple[int, bool], Pool] = {}
 
 
 def pool(world: int, *, cuda: bool = False) -> Pool:
     """The pool of `world` ranks of this test process."""
     made = _POOLS.get((world, cuda))
-    if made is None or made.tasks >= MOST_TASKS:
-        if made is not None:
-            made.close()
+    if made is None or made.ended:
         made = _POOLS[world, cuda] = Pool(world, cuda=cuda)
         atexit.register(made.close)
     return made
-
-
-def end_pools() -> None:
-    """End the ranks of all pools of this test process."""
-    while _POOLS:
-        _POOLS.popitem()[1].close()

@@ -6,6 +6,7 @@ from mopexec.distributed.tiers import Platform
 from mopexec.run import apply
 from mopsim.spec.plan import Plan
 from tests.exec.flat_parity import Reference, differences, make_tokens, my_batches
+from tests.exec.spawn import end_groups
 
 STEPS = 3
 
@@ -14,7 +15,11 @@ def compare(platform: Platform, cases: dict[str, tuple[Plan, str]]) -> dict[str,
     """By case, on the first rank, the largest relative differences: of loss and norm of three clipped
     steps, of the loss of an evaluation in between, of each gradient and each weight of the last.
     """
-    return {name: _compare(platform, plan, routing) for name, (plan, routing) in cases.items()}
+    found = {}
+    for name, (plan, routing) in cases.items():
+        found[name] = _compare(platform, plan, routing)
+        end_groups()
+    return found
 
 
 def _compare(platform: Platform, plan: Plan, routing: str) -> dict[str, float]:

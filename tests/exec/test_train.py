@@ -113,23 +113,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, whole, tmp_path):
     before = {
         name: (out / name).read_text() for name in ("summary.json", "measurement.yaml", "metrics.jsonl")
     }
-    done = train(inputs, out, "--steps", "9", "--resume")
+    done = train_as_ranks(inputs, out, "--steps", "9", "--resume")
     assert done.returncode == 2, done.stderr
     assert "none of the 2 checkpoints can be read" in done.stderr
     assert {name: (out / name).read_text() for name in before} == before
-
-
-def test_two_runs_do_not_share_a_directory(inputs, tmp_path, capsys):
-    out = tmp_path / "run"
-    process = start_fake(inputs, out, "slow", steps=1000)
-    wait_for(lambda: steps_done(out) >= 1, process)
-    with pytest.raises(SystemExit) as end:
-        main(["train", *common(inputs, out), "--steps", "1000", "--resume"])
-    process.send_signal(signal.SIGINT)
-    finish(process)
-    line = capsys.readouterr().err
-    assert (end.value.code, line.count("\n")) == (2, 1)
-    assert "in use by another run" in line
 
 
 def test_what_is_no_run_is_neither_overwritten_nor_resumed(inputs, tmp_path, capsys):
@@ -142,13 +129,22 @@ def test_what_is_no_run_is_neither_overwritten_nor_resumed(inputs, tmp_path, cap
         assert line in capsys.readouterr().err
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_with_resume(inputs, whole, tmp_path):
+def test_a_run_is_alone_in_its_directory_and_killed_before_a_checkpoint_begins_again(
+    inputs, whole, tmp_path, capsys
+):
+    """No second run beside it; no rank outlives its launcher; with --resume it begins with the first step."""
     out = tmp_path / "run"
     process = start_fake(inputs, out, "slow", steps=1000)
     wait_for(lambda: steps_done(out) >= 1, process)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *common(inputs, out), "--steps", "1000", "--resume"])
+    line = capsys.readouterr().err
+    assert (end.value.code, line.count("\n")) == (2, 1)
+    assert "in use by another run" in line
+    assert len(ranks_of(out)) == 3
     process.kill()
     finish(process)
-    wait_for(lambda: not ranks_of(out))
+    wait_for(lambda: ranks_of(out) == [])
     done = train_as_ranks(inputs, out, "--steps", "6", "--resume")
     assert done.returncode == 0, done.stderr
     assert "no checkpoint yet: it begins again with the first step" in done.stdout
@@ -259,16 +255,6 @@ def test_a_run_on_a_gpu_trains_resumes_and_measures(tmp_path):
     measured = io.load(out / "measurement.yaml", Measurement, "measurement")
     assert measured.kinds["matmul"].seconds > 0
     assert measured.environment["cuda"]
-
-
-def test_no_rank_outlives_a_killed_launcher(inputs, tmp_path):
-    out = tmp_path / "run"
-    process = start_fake(inputs, out, "slow", steps=1000)
-    wait_for(lambda: steps_done(out) >= 1, process)
-    assert len(ranks_of(out)) == 3
-    process.kill()
-    finish(process)
-    wait_for(lambda: ranks_of(out) == [])
 
 
 @pytest.mark.parametrize(
