@@ -142,8 +142,6 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     """The refusals that need torch: devices of this machine, text too short, a checkpoint of another run."""
     import torch
 
-    from mopexec.run import checkpoint
-
     plans.check_devices(plan, torch.cuda.device_count())
     if not torch.cuda.is_available():
         plans.check_memory(plan, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -154,6 +152,8 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
     seed = plan.training.seed if options.seed is None else options.seed
     dataset = data.open_tokens(Path(options.tokens), plan.training, seed)
     if options.resume:
+        from mopexec.run import checkpoint  # with torch's, another second to import
+
         wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
         checkpoint.check_resumable(Path(options.out), wanted, options.steps)
 
