@@ -45,7 +45,8 @@ NOUNS: dict[str, tuple[str, ...]] = {
 }
 """What is varied of which job. fully_shard plays on fake tensors, a second each: one value a field."""
 PARTS = {"mop": 3, "fsdp2": 8, "fsdp2, offloaded": 3, "split": 2}
-"""Tests that share the fields of a job, so that each is short."""
+"""Tests that share the fields of a job, so that each is short. They stay in the worker that knows the job's
+own program."""
 JOBS: dict[str, Job] = {name: small(job) for name, job in jobs().items() if name in NOUNS}
 
 OUTSIDE = {
@@ -120,7 +121,12 @@ def part_of(name: str, part: int) -> list[Variant]:
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [(name, part) for name in NOUNS for part in range(PARTS.get(name, 1))]
+    ("name", "part"),
+    [
+        pytest.param(name, part, marks=pytest.mark.xdist_group(f"program of {name}"))
+        for name in NOUNS
+        for part in range(PARTS.get(name, 1))
+    ],
 )
 def test_a_field_is_run_or_refused_and_never_ignored(
     name: str, part: int, monkeypatch: pytest.MonkeyPatch

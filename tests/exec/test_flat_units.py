@@ -174,13 +174,12 @@ def test_mixed_precision_is_close(param: str, reduce: str) -> None:
 @pytest.mark.parametrize("dense", [{}, {"fsdp": 1}], ids=["sharded", "replicated"])
 def test_an_update_beside_the_next_forward_is_the_same_to_the_bit(dense: dict[str, Any]) -> None:
     """Every gather waits for its own update, evaluation and checkpoints for all of them, however slow."""
-    losses, states = zip(
-        *(
-            pool(2).run("tests.exec.flat_parity", "train", make_plan(2, ALL_TWO | {"dense": dense} | own))[1]
-            for own in ({}, {"optimizer": ALL_TWO["optimizer"] | {"overlap": "next_forward"}})
-        ),
-        strict=True,
+    plans = (
+        make_plan(2, ALL_TWO | {"dense": dense} | own, micro_batch=4)
+        for own in ({}, {"optimizer": ALL_TWO["optimizer"] | {"overlap": "next_forward"}})
     )
+    runs = (pool(2).run("tests.exec.flat_parity", "train", plan)[1] for plan in plans)
+    losses, states = zip(*runs, strict=True)
     assert losses[0] == losses[1]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -91,8 +91,16 @@ def table(world: int, name: str) -> dict[str, tuple[int, int]]:
     return {row: (found[row], tracked[row]) for row in ROWS}
 
 
+TABLES = [
+    pytest.param(world, name, marks=pytest.mark.xdist_group(f"peaks of {name} on {world}"))
+    for world in (2, 4)
+    for name in cases(world)
+]
+"""The rows of a table stay in one worker."""
+
+
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world in (2, 4) for name in cases(world)])
+@pytest.mark.parametrize(("world", "name"), TABLES)
 def test_cell(world: int, name: str, row: str) -> None:
     predicted, tracked = table(world, name)[row]
     if tracked:  # else nothing of it is on the device
