@@ -22,14 +22,12 @@ from mopsim.search.problem import (
     Values,
     divisors,
 )
-from mopsim.search.stages import IDEAL, RULES
+from mopsim.search.stages import IDEAL, RULES, VIRTUAL
 from mopsim.spec.layout import ceil_div
 
 MOP, FSDP2, ZERO, MEGATRON = ("mop",), ("fsdp2",), ("zero_offload",), ("megatron",)
 FLAT = (*MOP, *ZERO)
 ALL = (*FLAT, *FSDP2, *MEGATRON)
-VIRTUAL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
-"""Virtual stages of a pipeline rank: those of published recipes, and what lies between."""
 MOST_CONTEXT = 64
 """Ranks of a Megatron context-parallel group at most."""
 
@@ -41,7 +39,8 @@ class Axis:
 
     A minor axis moves a step less than those that it depends on: a large space is cut down before these are
     multiplied out. fast: values of it, one of which bounds the time from below whatever the axis is; lean:
-    those that bound the device memory.
+    those that bound the device memory. traded: the fastest needs the most memory, so that both are bounded
+    value by value.
     """
 
     columns: tuple[str, ...]
@@ -49,6 +48,7 @@ class Axis:
     families: tuple[str, ...]
     fast: tuple[tuple[int, ...], ...] = ()
     lean: tuple[int, ...] = ()
+    traded: bool = False
 
     @property
     def key(self) -> str | tuple[str, ...]:
@@ -140,7 +140,7 @@ def _modules(problem: Problem) -> list[int]:
     return [code for code, names in enumerate(RECOMPUTED) if all(has.get(name, True) for name in names)]
 
 
-def _dispatchers(problem: Problem) -> list[int]:
+def dispatchers(problem: Problem) -> list[int]:
     """DeepEP copies within a node; HybridEP over the whole of a scale-up domain beyond one."""
     if not problem.model.num_local_experts:
         return []
@@ -230,11 +230,11 @@ AXES: tuple[Axis, ...] = (
     Axis(("zero",), _just(1), MEGATRON),
     Axis(("reshard",), _just(0), MEGATRON),
     Axis(("virtual_stages", "layout"), _stages, MEGATRON, ((1, IDEAL),), (1, IDEAL)),
-    Axis(("modules",), _modules, MEGATRON, ((0,),), (LEANEST,)),
-    Axis(("dispatcher",), _dispatchers, MEGATRON, ((1,),), (1,)),
+    Axis(("modules",), _modules, MEGATRON, ((0,),), (LEANEST,), traded=True),
+    Axis(("dispatcher",), dispatchers, MEGATRON, ((1,),), (1,)),
     Axis(("overlap",), _overlaps, MEGATRON, ((1,),), (0,)),
     Axis(("exchange",), _just(1, 2, 0), MEGATRON, ((1,),), (1,)),
-    Axis(("state", "state_parts"), _host_states, MEGATRON, ((DEVICE, PARTS),), (HOST, PARTS)),
+    Axis(("state", "state_parts"), _host_states, MEGATRON, ((DEVICE, PARTS),), (HOST, PARTS), traded=True),
     Axis(("strided",), _placements, MOP, ((0,), (1,)), (0,)),
     Axis(("ffn_slices",), _ffn_slices, MOP, ((1,),), (8,)),
     Axis(("loss_slices",), _just(1, 8), MOP, ((1,),), (8,)),

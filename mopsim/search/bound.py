@@ -1,24 +1,23 @@
 """Closed-form lower bounds on a candidate's step time, device and host memory, for a whole space at once.
 
-Each is at most what the simulator finds (tests/sim/test_search.py holds them against each other): peak rates
-instead of curves, no dependencies between streams, no transients but those that any schedule needs.
+Each is at most what the simulator finds (tests/sim/test_search.py holds them against each other): compute as
+long as where it is split least, peak rates of communication, no dependencies between streams.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mopsim.common.units import DTYPE_BYTES
 from mopsim.cost.compute import matmul_curve
-from mopsim.graph.flops import flops_per_token, layer_kinds
+from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.layer import recomputed
-from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, ULYSSES, offloaded
+from mopsim.search.footprint import Footprint
+from mopsim.search.problem import HOST, ULYSSES
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, load
-from mopsim.search.wires import Message, Reals, Wires
+from mopsim.search.wires import Message, Reals
 from mopsim.spec.categories import RUNTIMES
 
 BLOCK = 1 << 16
@@ -39,12 +38,12 @@ class Bounds:
     parts: dict[str, Reals]
 
 
-def bound(space: Space) -> Bounds:
-    """Lower bounds of every candidate of a space."""
+def bound(space: Space, given: SpaceFacts | None = None) -> Bounds:
+    """Lower bounds of every candidate of a space; given: of it, or of one with all its shapes."""
     if not len(space):
         empty = np.zeros(0)
         return Bounds(empty, empty, empty, empty, {})
-    blocks = [one.all() for one in bounders(space)]
+    blocks = [one.all() for one in bounders(space, given)]
     if len(blocks) == 1:
         return blocks[0]
 
@@ -55,153 +54,27 @@ def bound(space: Space) -> Bounds:
     return Bounds(joined("time"), joined("device"), joined("host"), joined("gathered"), parts)
 
 
-def bounders(space: Space) -> Iterator["Bounder"]:
+def bounders(space: Space, given: SpaceFacts | None = None) -> Iterator["Bounder"]:
     """What bounds the rows of a space, block by block."""
-    given = SpaceFacts.of(space) if len(space) else None
     for start in range(0, len(space), BLOCK):
-        assert given is not None
+        given = given or SpaceFacts.of(space)
         yield Bounder(space.part(start, start + BLOCK), given)
 
 
-class Bounder:
-    def __init__(self, space: Space, given: SpaceFacts) -> None:
-        self.space, self.problem, self.given = space, space.problem, given
-        self.sizes, self.hardware, self.layer = given.sizes, given.hardware, given.layer
-        self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
-        self.model = self.problem.model
-        first = space.build(0)
-        precision = first.precision
-        self.separate_master = precision.master != "param"
-        self.fully_shard = space.stack.sharding.fsdp
-        self.compute = DTYPE_BYTES[precision.compute]
-        self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
-        self.reduce = DTYPE_BYTES[precision.reduce]
-        self.moments = 2 * DTYPE_BYTES[precision.moments]
-        self.wide = DTYPE_BYTES[precision.moments]
-        self.dtype = precision.compute if precision.matmul == "compute" else precision.matmul
-        self.wires = Wires(self.hardware, self.problem.world_size)
-        self.tokens = space.tokens().astype(np.float64)
-        world, c = self.problem.world_size, self.c
-        self.stage = world / c["pipeline"]
-        self.microbatches = self.problem.training.global_batch / (
-            c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
-        )
-        self.ring = c["loss"] == RING
-        layers = self.model.num_hidden_layers
-        self.again = recomputed(space.columns["recompute"], space.columns["modules"])
-        self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
-        """Share of the layer inputs that goes to the host."""
-        self.state_away = np.where(c["state"] == DEVICE, 0.0, c["state_parts"] / PARTS)
-        """Share of the optimizer state that is on the host."""
+class Bounder(Footprint):
+    """Of a step of each row of a space, at least."""
 
     def all(self) -> Bounds:
         device, parts = self.device_memory()
         return Bounds(self.time(), device, self.host_memory(), self.gathered(), parts)
 
-    def held(self) -> tuple[Reals, Reals]:
-        """Parameters per rank: (that the weights take, that the optimizer state takes). Ceilings left out."""
-        c, split, zero3 = self.c, self.c["pipeline"] * self.c["tensor"], self.c["zero"] == 3
-        dense_shard = np.where(zero3, c["dense_shard"], self.stage / c["tensor"])
-        replicas = self.stage / (c["experts"] * c["expert_tensor"])
-        sharded = self.sizes.dense / (split * dense_shard)
-        sharded = sharded + self.sizes.head / np.where(self.ring, self.stage, split * dense_shard)
-        experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
-        state = sharded + experts / np.where(zero3, c["expert_shard"], replicas)
-        whole = (self.sizes.dense + self.sizes.head) / split + experts
-        return np.where(zero3, state, whole), state
-
-    def master(self) -> Reals:
-        """Bytes of master weights per parameter: none where the parameter shard is the master."""
-        streamed = self.c["state"] == STREAMED
-        return np.asarray(np.where(streamed | self.separate_master, self.wide, 0.0))
-
-    def inputs(self) -> Reals:
-        """Bytes of the layer inputs that wait for the backward."""
-        rows = self.model.num_hidden_layers / self.c["pipeline"] * self.tokens / self.c["tensor"]
-        return np.asarray(rows * self.model.hidden_size * self.compute)
-
-    def waiting(self) -> Reals:
-        """Bytes of one microbatch on the device that wait for the backward: the layer inputs that do not go
-        to the host, and what the layers keep beside them."""
-        rows = self.model.num_hidden_layers / self.c["pipeline"] * self.tokens / self.c["tensor"]
-        return np.asarray(rows * self.layer.kept[self.again] + (1 - self.away) * self.inputs())
-
-    def in_backward(self) -> Reals:
-        """Bytes that the backward of a layer takes above its start."""
-        return np.asarray(self.tokens / self.c["tensor"] * self.layer.height[self.again])
-
-    def moved(self) -> Reals:
-        """Bytes of the layer inputs of a microbatch that go to the host: in staged programs (ZeRO below 3)
-        not the last layer's, whose backward may come next."""
-        layers = self.model.num_hidden_layers / self.c["pipeline"]
-        last = np.where(self.c["zero"] == 3, 0, np.minimum(1 / layers, 1))
-        return np.asarray(self.away * self.inputs() * (1 - last))
-
-    def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
-        c = self.c
-        weights, state = self.held()
-        params = np.where(c["offload"] == 1, 0, weights * self.param)
-        grads = np.where(c["offload"] == 1, 0, weights * self.grad)
-        optimizer = (1 - self.state_away) * state * (self.master() + self.moments)
-        early = np.zeros_like(grads) if self.fully_shard else grads
-        boundaries = self.waiting()
-        vocabulary = self.model.vocab_size / np.maximum(c["vocabulary"], c["tensor"])
-        logits = self.tokens / c["loss_slices"] * vocabulary * self.compute
-        logits = np.where(c["pipeline"] == 1, logits, 0.0)  # of a stage with fewer layers, it may be
-        resident = params + optimizer
-        last = np.maximum(logits, self.in_backward())
-        peak = np.maximum(resident + early + boundaries + last, resident + grads)
-        peak = np.maximum(peak, self.first_stage(boundaries))
-        parts = {
-            "params": params,
-            "grads": grads,
-            "optimizer": optimizer,
-            "boundaries": boundaries,
-            "logits": logits,
-        }
-        return peak, parts
-
-    def first_stage(self, boundaries: Reals) -> Reals:
-        """Bytes of the first stage of a pipeline: what it keeps of the microbatches under way; below ZeRO-3
-        its layers' weights, gradients and optimizer state."""
-        c, layers = self.c, self.model.num_hidden_layers
-        under_way = np.minimum(np.minimum(c["pipeline"], self.microbatches), np.maximum(self.microbatches, 1))
-        even = layers // c["pipeline"] * c["pipeline"] / layers
-        counts = kinds(self.model)
-        dense, routed = (
-            sum(self.sizes.layers[kind][at] * many for kind, many in counts.items()) for at in (0, 1)
-        )
-        below = np.where(c["zero"] == 3, 0.0, self.replicated(dense, routed) / c["pipeline"])
-        return np.asarray(even * (under_way * boundaries + below))
-
-    def replicated(self, dense: Reals | float, routed: Reals | float) -> Reals:
-        """Bytes of weights and gradients, and the share of optimizer state on the device, below ZeRO-3, of
-        parameters of one stage that ranks of `tensor`, or of experts, split."""
-        c = self.c
-        each = (1 - self.state_away) * (self.master() + self.moments)
-        whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
-        return np.asarray(whole * (self.param + self.grad) + (dense + routed) / self.stage * each)
-
-    def host_memory(self) -> Reals:
-        weights, state = self.held()
-        off = self.state_away * state * (self.master() + self.moments)
-        off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
-        return off + self.moved()
-
-    def gathered(self) -> Reals:
-        """Bytes of weights gathered for a layer and the next, or of all that stay until the backward."""
-        c, layers = self.c, float(self.model.num_hidden_layers)
-        experts = self.sizes.experts / (c["experts"] * c["expert_tensor"])
-        whole = (self.sizes.dense / c["tensor"] + experts) * self.compute
-        each = np.minimum(whole, 2 * whole / layers)
-        held = np.where(c["reshard"] == 1, each, whole)
-        return np.asarray(np.where(c["zero"] == 3, held, 0.0))
-
     def time(self) -> Reals:
         """The slowest stream, then the optimizer. Compute loses `communication_share` to a busy fabric."""
         talks = self.talks()
-        computes = self.slowest_stage(self.layer_seconds(), self.head_seconds())
-        busy = computes + self.hardware.communication_share * talks
+        busy = (
+            self.slowest(self.layer_seconds(), self.head_seconds())
+            + self.hardware.communication_share * talks
+        )
         slowest = np.maximum.reduce([busy, talks, self.copy_time()])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
@@ -217,71 +90,82 @@ class Bounder:
         return self.wires.scale(kind)
 
     def layer_seconds(self) -> list[Reals]:
-        """Of each kind of layer, on the rank that has one: products of forward, backward (twice) and
-        recompute of all microbatches at the best rate of the curve, traffic of other kernels, launches."""
-        training, device, c = self.problem.training, self.hardware.device, self.c
-        share = training.seq_len * training.global_batch / self.problem.world_size * c["pipeline"]
-        scale = self.scale("memory_bound") / device.memory_bandwidth.si
-        launch = self.microbatches * 20 * device.launch_overhead.si * min(self.scale("memory_bound"), 1.0)
-        chunks, found = np.maximum(c["chunks"], 1), []
-        for (_, has_experts), flops in layer_kinds(self.model, training.seq_len).items():
-            traffic = self.layer.attention_traffic * (1 + c["recompute"] / 2)
-            traffic = traffic + has_experts * self.layer.experts_traffic
-            seconds = self.work(flops) * c["pipeline"] + share * traffic * scale
-            found.append(np.asarray(seconds + launch * (1 + has_experts * chunks)))
-        return found
+        """Of each kind of layer, on the rank that has one, all microbatches."""
+        return [*(self.layer.busy(self.space) * self.microbatches[:, None]).T]
 
     def head_seconds(self) -> Reals:
         """The same of what is beside the decoder layers: vocabulary and MTP layers, on the stage that has
         it."""
-        seq_len = self.problem.training.seq_len
-        flops = flops_per_token(self.model, seq_len)
-        counts = kinds(self.model)
-        for kind, layer in layer_kinds(self.model, seq_len).items():
-            for name, each in layer.items():
-                flops[name] -= counts[kind] * each
-        return np.asarray(self.work(flops) * self.c["pipeline"])
+        more, model = self.model.num_nextn_predict_layers, self.model
+        head = self.projected() if self.ring.any() else np.zeros(len(self.space))
+        if not self.ring.all():
+            loss = self.layer.loss_at(self.space) * self.microbatches * (1 + more)
+            head = np.where(self.ring, head, loss)
+        if more:
+            kind = list(kinds(model)).index(model.layer_kind(model.num_hidden_layers))
+            head = head + more * self.layer_seconds()[kind]
+        return np.asarray(head)
 
-    def slowest_stage(self, layers: Sequence[Reals], head: Reals) -> Reals:
+    def projected(self) -> Reals:
+        """Seconds of a rank's share of the output projection, forward and backward, at the best rate of the
+        curve, on the stage that has it."""
+        training, curve = self.problem.training, matmul_curve(self.hardware, self.dtype)
+        share = training.seq_len * training.global_batch / self.problem.world_size * self.c["pipeline"]
+        flops = 3 * flops_per_token(self.model, training.seq_len)["vocabulary"]
+        return np.asarray(
+            share * flops / (curve.peak.si * min(curve.efficiency, curve.held)) * self.scale("matmul")
+        )
+
+    def slowest(self, layers: Sequence[Reals], head: Reals) -> Reals:
+        """Seconds of the slowest stage with what its replicas exchange once a step, over a busier fabric."""
+        return np.maximum(*(self.slowest_stage(layers, head, once) for once in self.replicas()))
+
+    def replicas(self) -> tuple[list[Reals], list[Reals]]:
+        """Seconds of each kind of layer in which gradients and weights keep (scale-up, scale-out) busy, once
+        a step, below ZeRO-3 where the program does not hide them."""
+        c, shown, found = self.c, [], []
+        if not self.hides.grad_reduce:
+            shown.append(("reduce_scatter", self.reduce))
+        if not self.hides.param_gather:
+            shown.append(("all_gather", self.param))
+        apart = c["experts"] * c["expert_tensor"]
+        for kind in kinds(self.model):
+            dense, routed = self.sizes.layers[kind]
+            messages = [
+                Message(
+                    name, params / split * width, np.where(c["zero"] < 3, self.stage / split, 1), 1.0, split
+                )
+                for name, width in shown
+                for params, split in ((dense, c["tensor"]), (routed, apart))
+            ]
+            found.append(self.busy(messages))
+        return [one[0] for one in found], [one[1] for one in found]
+
+    def slowest_stage(
+        self, layers: Sequence[Reals], head: Reals, once: Sequence[Reals] | None = None
+    ) -> Reals:
         """Seconds of the slowest rank: of the mean stage, or, in a layout, of the stage whose layers (of the
         last, with the loss) and what a microbatch takes on the way there and back are most. layers, head: as
-        `layer_seconds` and `head_seconds`."""
+        `layer_seconds` and `head_seconds`; once: of each kind of layer, once a step."""
         c, counts = self.c, list(kinds(self.model).values())
-        mean = head + sum(count * each for count, each in zip(counts, layers, strict=True))
+        once = once or [np.zeros(len(self.space))] * len(layers)
+        mean = head + sum(
+            count * (each + last) for count, each, last in zip(counts, layers, once, strict=True)
+        )
         found = np.asarray(mean / c["pipeline"])
         chosen = (c["pipeline"] > 1) & (c["layout"] != IDEAL)
         if not chosen.any():
             return found
-        every = np.stack(layers, axis=1)
+        every, last = np.stack(layers, axis=1), np.stack(once, axis=1)
         laid = (c["pipeline"] * 1000 + c["virtual_stages"]) * 10 + c["layout"]
         for code in np.unique(laid[chosen]).astype(np.int64).tolist():
             rows = np.flatnonzero(laid == code)
             stage = load(self.model, code // 10000, code // 10 % 1000, code % 10)
-            each = every[rows] @ stage.layers.T
+            each = (every[rows] + last[rows]) @ stage.layers.T
             each += every[rows] / self.microbatches[rows, None] @ stage.before.T
             each[:, -1] += head[rows]
             found[rows] = np.maximum(found[rows], each.max(axis=1))
         return found
-
-    def work(self, flops: Mapping[str, float]) -> Reals:
-        """Seconds of a rank's share of forward FLOP by component, with backward and recompute."""
-        training, device = self.problem.training, self.hardware.device
-        share = training.seq_len * training.global_batch / self.problem.world_size
-        curve = matmul_curve(self.hardware, self.dtype)
-        grouped_curves = [one for one in device.grouped_matmul if one.dtype == self.dtype] or [curve]
-        again = self.c["recompute"]
-        core, experts, head = (flops.get(name, 0.0) for name in ("attention_core", "experts", "vocabulary"))
-        rest = sum(flops.values()) - core - experts - head
-        length = training.seq_len
-        matmul = (3 + again) * rest + 3 * head
-        grouped = (3 + again * 2 / 3) * experts
-        rate = curve.peak.si * min(curve.efficiency, curve.held)
-        seconds = share * matmul / rate * self.scale("matmul")
-        rate = max(one.peak.si * min(one.efficiency, one.held) for one in grouped_curves)
-        seconds = seconds + share * grouped / rate * self.scale("grouped_matmul")
-        shape = self.hardware.device.attention
-        attention = ((1 + again) / shape.forward + 2.5 / shape.backward) * (length + shape.seq_half) / length
-        return np.asarray(seconds + share * core / curve.peak.si * attention * self.scale("attention"))
 
     def busy(self, messages: Iterable[Message]) -> tuple[Reals, Reals]:
         """Seconds in which messages keep (scale-up, scale-out) busy."""

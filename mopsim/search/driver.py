@@ -14,7 +14,7 @@ from mopsim.common.processes import pool
 from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounds, bound
-from mopsim.search.hunt import RISK, SLOWER, Hunt, keep_closest, rank, run_row
+from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting, keep_closest, rank, run_row
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
@@ -85,11 +85,10 @@ def hunted(
 ) -> Hunted:
     """Search one family. tell: called with what is found after each simulation."""
     started, found = time.perf_counter(), SearchResult(problem.model)
-    candidates = _pool(problem, family, options, found)
+    hunt = _hunt(problem, family, options, found)
     found.bound_seconds = time.perf_counter() - started
-    if candidates is None:
+    if hunt is None:
         return Hunted(found)
-    hunt = Hunt(candidates, options, found)
     hunt.run(tell)
     if found.best is None:
         return Hunted(found, hunt=hunt)
@@ -156,8 +155,10 @@ def _settled(hunt: Hunt) -> Hunted:
     slower = int((left >= hunt.last()).sum())
     spent = found.simulated >= hunt.options.budget
     reason = "not tried: budget of simulations spent" if spent else "not tried: those before were no faster"
-    found.rejected["device memory, bound: of layers and loss"] += int(hunt.pool.over.sum())
-    found.rejected["slower, bound: cannot beat those ranked"] += slower
+    found.rejected["device memory, bound: of layers and loss"] += sum(
+        int(one.over.sum()) for one in hunt.pools
+    )
+    found.rejected[SLOWER_BOUND] += slower
     found.rejected[reason] += len(left) - slower
     return Hunted(found, float(min(left, default=math.inf)))
 
@@ -169,10 +170,10 @@ def _gap(least: float, best: SimResult | None) -> float | None:
     return max(0.0, best.step_time / least - 1) if best else None
 
 
-def _pool(problem: Problem, family: str, options: Options, result: SearchResult) -> Pool | None:
+def _hunt(problem: Problem, family: str, options: Options, result: SearchResult) -> Hunt | None:
     """Generate and bound a family; count what memory rules out. None where nothing is left."""
-    space, beyond = candidates(problem, family, options.axes)
-    every = len(space) + len(beyond)
+    space, rest = candidates(problem, family, options.axes)
+    every = len(space) + len(rest.time)
     result.candidates += every + space.rejected.total()
     result.rejected.update(space.rejected)
     if not len(space):
@@ -186,20 +187,11 @@ def _pool(problem: Problem, family: str, options: Options, result: SearchResult)
         return None
     bounds = bound(space)
     result.bounded += every
-    device, host = problem.hardware.memory_limit(), problem.hardware.host_limit()
-    over = bounds.device > device
-    names = list(bounds.parts)
-    worst = np.argmax(np.stack(list(bounds.parts.values())), axis=0)
-    for position, name in enumerate(names):
-        result.rejected[f"device memory, bound: {name}"] += int((over & (worst == position)).sum())
-    result.rejected["host memory, bound"] += int((~over & (bounds.host > host)).sum())
-    keep = np.flatnonzero(~over & (bounds.host <= host))
+    keep = fitting(bounds, problem, result)
     if not len(keep):
         _closest(space, bounds, result)
         return None
-    pool = Pool.of(space, bounds, keep.astype(np.int64))
-    pool.rest = np.concatenate([pool.rest, beyond])
-    return pool
+    return Hunt(Pool.of(space, bounds, keep), options, result, rest)
 
 
 def _closest(space: Space, bounds: Bounds, result: SearchResult) -> None:

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
 from mopsim.search.bound import Bounder, bounders
-from mopsim.search.problem import RECOMPUTED, ULYSSES
+from mopsim.search.facts import SpaceFacts
+from mopsim.search.problem import ULYSSES
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL
 from mopsim.search.wires import Message, Reals
@@ -16,9 +16,9 @@ USUAL_VIRTUAL = 4
 """Virtual stages where they are not chosen yet."""
 
 
-def guess(space: Space) -> Reals:
-    """Seconds of every row of a space."""
-    blocks = [_guess(one) for one in bounders(space)]
+def guess(space: Space, given: SpaceFacts | None = None) -> Reals:
+    """Seconds of every row of a space; given: as of `bound`."""
+    blocks = [_guess(one) for one in bounders(space, given)]
     return np.concatenate(blocks) if blocks else np.zeros(0)
 
 
@@ -29,9 +29,7 @@ def _guess(one: Bounder) -> Reals:
     waits = sum(one.busy([sequence, *_regions(one)])) * (1 + _bubble(one))
     waits = waits + sum(one.busy([experts])) * (1 - OVERLAP * one.c["overlap"])
     chain = (
-        one.slowest_stage(one.layer_seconds(), one.head_seconds()) * (1 + _bubble(one)) * (1 + _again(one))
-        + waits
-        + _sends(one)
+        one.slowest_stage(one.layer_seconds(), one.head_seconds()) * (1 + _bubble(one)) + waits + _sends(one)
     )
     beside = np.maximum(sum(one.busy(one.weights())), one.copy_time())
     ring = np.maximum.reduce(one.busy(one.ring_blocks()))
@@ -43,20 +41,6 @@ def _bubble(one: Bounder) -> Reals:
     """Share of a pipeline's step that its stages wait for the first and the last microbatch."""
     virtual = np.where(one.c["layout"] == IDEAL, USUAL_VIRTUAL, one.c["virtual_stages"])
     return np.asarray((one.c["pipeline"] - 1) / (virtual * one.microbatches))
-
-
-def _again(one: Bounder) -> Reals:
-    """Share of a step's products that selective recomputation adds: a third of those of the modules that
-    have products."""
-    flops = flops_per_token(one.model, one.problem.training.seq_len)
-    parts = {
-        "moe": flops.get("experts", 0.0) + flops.get("shared_experts", 0.0),
-        "mlp": flops.get("dense_ffn", 0.0),
-        "core_attn": flops.get("attention_core", 0.0),
-    }
-    whole = 3 * sum(flops.values())
-    shares = np.array([sum(parts.get(name, 0.0) for name in names) / whole for names in RECOMPUTED])
-    return np.asarray(shares[one.space.columns["modules"]])
 
 
 def _sends(one: Bounder) -> Reals:

@@ -10,10 +10,13 @@ from msgspec.structs import replace
 from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
+from mopsim.search.bound import Bounds, bound
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
+from mopsim.search.problem import Column, Problem
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.space import Space
+from mopsim.search.staged import Rest
 from mopsim.spec.capability import runnable
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import Strategy
@@ -23,9 +26,12 @@ PATIENCE, LEAST_PATIENCE = 0.4, 40
 SLACK = 0.15
 """Part of the memory by which what is expected may be wrong: now and then a fast candidate is tried that is
 expected to need so much too much."""
+MORE = 400_000
+"""Candidates that are multiplied out for the proof alone: some 2 us each."""
 PIECES = 10
 """Refinements of bounds after a hunt, for each simulation of the budget: one takes some 6 ms."""
 RISK = f"fits with a probability below {SURE} (--risk ranks it)"
+SLOWER_BOUND = "slower, bound: cannot beat those ranked"
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
 
 Progress = Callable[[int, SimResult | None], None]
@@ -36,15 +42,20 @@ class Hunt:
     """One family, alone: what other families find moves nothing here, so that more families are never worse.
 
     First the textbook layouts, then by turns a neighbour of the best so far and the candidate of the least
-    expected time. found: of this family alone.
+    expected time. found: of this family alone. rest: what was not multiplied out; pools: what the hunt and
+    the proof chose from.
     """
 
     pool: Pool
     options: Options
     found: SearchResult
+    rest: Rest
     best_at: int | None = None
     near: list[int] = field(default_factory=list)
     idle: int = 0
+
+    def __post_init__(self) -> None:
+        self.pools = [self.pool]
 
     def run(self, progress: Callable[[SearchResult], None]) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
@@ -53,38 +64,71 @@ class Hunt:
             position = self.next()
             if position is None:
                 break
-            self._simulate(position, progress)
+            self._simulate(self.pool, position, progress)
 
     def prove(self, best: SimResult, progress: Callable[[SearchResult], None]) -> None:
-        """Refine the bounds of all that may be faster by more than a tie than the best, of this family where
-        it has one, and simulate what that leaves, the least bound first, while the budget lasts.
+        """Multiply out what may be faster by more than a tie than the best, of this family where it has one,
+        and refine its bounds, the least first. If the budget lasts for all that this leaves, simulate it; of
+        more, the slowest would still be open.
 
-        What was not multiplied out keeps its bound: above that nothing is gained.
+        What is not multiplied out keeps its bound: above that nothing is gained.
         """
-        pool, below, left = self.pool, best.step_time / (1 + TIE), PIECES * self.options.budget
-        below = min(below, float(min(pool.rest, default=math.inf)))
-        enough = 1.0 if self.options.risk or not best.sure else pool.sure(best)
-        while (position := pool.least(below, enough)) is not None:
-            if not pool.refined[position] and left:
-                left -= pool.refine(position)
-            elif pool.refined[position] and self.found.simulated < self.options.budget:
-                self._simulate(position, progress)
-            else:
+        below, left = best.step_time / (1 + TIE), PIECES * self.options.budget
+        self._multiply_out(below)
+        below = min(below, *self.rest.time[:1], *(min(one.rest, default=below) for one in self.pools))
+        enough = 1.0 if self.options.risk or not best.sure else self.pool.sure(best)
+        while (found := self._least(below, enough)) is not None:
+            pool, position = found
+            if pool.refined[position]:
+                rough = [(one, one.rough(below)) for one in self.pools]
+                if sum(len(groups) for _, groups in rough) > left:
+                    return
+                for one, groups in rough:
+                    left -= sum(one.refine(place) for place in groups)
+                if self.open(below) > self.options.budget - self.found.simulated:
+                    return
+                self._simulate(pool, position, progress)
+            elif left <= 0:
                 return
+            else:
+                left -= pool.refine(position)
 
-    def _simulate(self, position: int, progress: Callable[[SearchResult], None]) -> None:
-        self.pool.taken[position] = True
-        row = int(self.pool.rows[position])
-        simulated = None if self.not_run(row) else run_row(self.pool.space, row, self.found)
+    def open(self, below: float) -> int:
+        """Candidates whose bound is under `below` seconds and that were not simulated."""
+        return sum(int((~one.taken & (one.time < below)).sum()) for one in self.pools)
+
+    def _multiply_out(self, below: float) -> None:
+        space = self.rest.under(below, MORE)
+        if space is None:
+            return
+        bounds, found = bound(space), self.found
+        found.candidates += len(space) + space.rejected.total()
+        found.bounded += len(space)
+        found.rejected.update(space.rejected)
+        keep = fitting(bounds, space.problem, found)
+        fast = keep[bounds.time[keep] < below]
+        found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
+        if len(fast):
+            self.pools.append(Pool.of(space, bounds, fast, self.pool.pieces))
+
+    def _least(self, below: float, enough: float) -> tuple[Pool, int] | None:
+        """The pool and the position of the least bound under `below` seconds."""
+        every = [(pool, pool.least(below, enough)) for pool in self.pools]
+        found = [(pool, position) for pool, position in every if position is not None]
+        return min(found, key=lambda one: one[0].time[one[1]], default=None)
+
+    def _simulate(self, pool: Pool, position: int, progress: Callable[[SearchResult], None]) -> None:
+        pool.taken[position] = True
+        row = int(pool.rows[position])
+        simulated = None if self.not_run(pool.space, row) else run_row(pool.space, row, self.found)
         if simulated is not None:
-            self.note(position, simulated)
+            self.note(pool, position, simulated)
             progress(self.found)
 
-    def not_run(self, row: int) -> bool:
+    def not_run(self, space: Space, row: int) -> bool:
         """Whether only what mopexec runs is asked for, and this is not; counted."""
         if not self.options.runnable:
             return False
-        space = self.pool.space
         reason = runnable(space.build(row), space.problem.model, space.problem.training, space.stack)
         self.found.rejected[f"{NOT_RUN}: {reason}"] += reason is not None
         return reason is not None
@@ -120,9 +164,9 @@ class Hunt:
             pool.refine(position)
         return bool(not pool.taken[position] and pool.time[position] < below)
 
-    def note(self, position: int, simulated: SimResult) -> None:
+    def note(self, pool: Pool, position: int, simulated: SimResult) -> None:
         """Learn from one simulation and rank it."""
-        pool, found = self.pool, self.found
+        found = self.found
         self.idle += bool(found.top)
         found.played.append(simulated)
         memory = (simulated.peak_memory, simulated.host_memory)
@@ -165,7 +209,19 @@ class Hunt:
 
     def left(self) -> np.ndarray:
         """Lower bounds of the step time of the candidates that were not simulated."""
-        return np.concatenate([self.pool.time[~self.pool.taken], self.pool.rest])
+        pools = [part for one in self.pools for part in (one.time[~one.taken], one.rest)]
+        return np.concatenate([*pools, self.rest.time])
+
+
+def fitting(bounds: Bounds, problem: Problem, found: SearchResult) -> Column:
+    """Rows that may fit by their bounds; the others are counted by what is the most of their memory."""
+    hardware = problem.hardware
+    over, full = bounds.device > hardware.memory_limit(), bounds.host > hardware.host_limit()
+    worst = np.argmax(np.stack(list(bounds.parts.values())), axis=0)
+    for position, name in enumerate(bounds.parts):
+        found.rejected[f"device memory, bound: {name}"] += int((over & (worst == position)).sum())
+    found.rejected["host memory, bound"] += int((~over & full).sum())
+    return np.flatnonzero(~over & ~full).astype(np.int64)
 
 
 def rank(result: SimResult) -> tuple[int, bool, int]:

@@ -1,102 +1,206 @@
-"""What a token takes in a layer at least: bytes kept for its backward, by the pieces of a reference row, and
-traffic, by the layer's tapes."""
+"""What a layer takes at least, by the pieces of reference rows: bytes kept for its backward, and seconds in
+which the compute stream is busy."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
-from mopsim.graph.attention import attention
-from mopsim.graph.experts import experts
-from mopsim.graph.shapes import Shapes
-from mopsim.graph.tape import Tape
-from mopsim.search.pieces import Pieces
-from mopsim.search.problem import LEANEST, Column, Problem
+from mopsim.search.axes import dispatchers
+from mopsim.search.pieces import LAYER, LOSS, Pieces
+from mopsim.search.problem import ALL_GATHER, EXCHANGES, LEANEST, RING, ULYSSES, Column
 from mopsim.search.space import Space
+from mopsim.search.stages import kinds
 from mopsim.search.wires import Reals
+
+Found = TypeVar("Found")
+MOST = 1 << 16
+"""Above any degree: codes of shapes count in it."""
+
+BEST = 0.99
+"""Of a reference's seconds: some rows are faster for each token by up to 0.4 %."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """Seconds of the compute stream by a code of shapes (a row each) and the kind of layer."""
+
+    codes: Column
+    seconds: Reals
+
+    @staticmethod
+    def of(codes: Column, *references: Space, part: int) -> "Least":
+        """references: one or several of each code, of which the least counts; part: see `_busy`."""
+        found = [[_seconds(one, place)[part] for place in range(len(one))] for one in references]
+        return Least(np.unique(codes), np.array(found).min(axis=0))
+
+    def at(self, codes: Column) -> Reals:
+        return np.asarray(self.seconds[np.searchsorted(self.codes, codes)])
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes of a token in a layer.
+    """Of a layer's forward and backward, at least.
 
-    kept: left for the backward beside the layer's input, by what is recomputed (`recomputed`); height: the
-    most that its backward takes above its start. Both 0 under a runtime that recomputes every layer and frees
-    as it goes. Traffic: read and written, forward and backward, by kernels that are no products.
+    kept: bytes of a token left for the backward beside the layer's input, by what is recomputed
+    (`recomputed`) and the kind of layer; height: the most that the backward takes above its start, by what is
+    recomputed. Both 0 under a runtime that recomputes every layer and frees as it goes. again: seconds of the
+    compute stream that recomputing adds for a token, by what is recomputed and the kind.
     """
 
+    space: Space
     kept: Reals
     height: Reals
-    attention_traffic: float
-    experts_traffic: float
+    again: Reals
 
     @staticmethod
     def of(space: Space, each: float) -> "Layer":
         """each: bytes of an element."""
-        problem = space.problem
-        kept, height = _kept(space, each)
-        fused = not space.stack.sharding.fsdp
-        return Layer(kept, height, *_moved(problem, int(each), fused))
+        experts, alike = space.columns["experts"], np.zeros(len(space), dtype=np.int64)
+        rows = [_reference(space, alike, first) for first in (experts, _apart(experts), -experts)]
+        references = [
+            row.having(exchange=exchange)
+            for row in rows
+            for exchange in (range(len(EXCHANGES)) if row.columns["sequence"][0] > 1 else (ULYSSES,))
+        ]
+        every = [_known(one, "kept", lambda one: _by_recomputation(one, each)) for one in references]
+        found = [one for one in every if one[1].any()] or every[:1]
+        return Layer(space, *(np.minimum.reduce(parts) for parts in zip(*found, strict=True)))
+
+    @cached_property
+    def fixed(self) -> Least:
+        """Of one microbatch, all but experts."""
+        codes = _dense_shapes(self.space)
+        return Least.of(codes, _reference(self.space, codes, self.space.columns["experts"]), part=0)
+
+    @cached_property
+    def routed(self) -> Least:
+        """Of a token's experts: of most tokens on one rank, or on the fewest that exchange them."""
+        codes, experts = _expert_shapes(self.space), self.space.columns["experts"]
+        most = [(one << 40) - _tokens(self.space) for one in (experts, _apart(experts))]
+        return Least.of(codes, *(_reference(self.space, codes, one) for one in most), part=1)
+
+    @cached_property
+    def loss(self) -> Least:
+        """Of one microbatch's final norm, projection and cross entropy, where no ring passes it on."""
+        space = self.space.take(np.flatnonzero(self.space.columns["loss"] != RING))
+        codes = _loss_shapes(space)
+        rows = space.take(np.unique(codes, return_index=True)[1])
+        seconds = [_known(rows, "loss", _loss, place, LOSS) for place in range(len(rows))]
+        return Least(np.unique(codes), np.array(seconds))
+
+    def loss_at(self, space: Space) -> Reals:
+        """Seconds in which the compute stream is busy with the loss of one microbatch, of each row; 0 where
+        it goes round a ring."""
+        at = np.flatnonzero(space.columns["loss"] != RING)
+        found = np.zeros(len(space))
+        found[at] = self.loss.at(_loss_shapes(space.take(at)))
+        return found
+
+    def busy(self, space: Space) -> Reals:
+        """Seconds in which the compute stream is, of each row and kind of layer, one microbatch."""
+        again = self.again[recomputed(space.columns["recompute"], space.columns["modules"])]
+        each = again + self.routed.at(_expert_shapes(space))
+        found = self.fixed.at(_dense_shapes(space)) + each * _tokens(space)[:, None]
+        return np.asarray(BEST * found)
 
 
 def recomputed(recompute: Column, modules: Column) -> Column:
-    """Places in `Layer.kept` and `Layer.height`: all is recomputed, or modules of a code."""
+    """Places in `Layer.kept`, `height` and `again`: all is recomputed, or modules of a code."""
     return np.where(recompute == 1, 0, 1 + modules)
 
 
-def _kept(space: Space, each: float) -> tuple[Reals, Reals]:
-    """By the less of two rows whose layers and sequences are split least: one's shares of what is exchanged
-    are least, the other's experts, whose gradients are a part of the height."""
+def _tokens(space: Space) -> Column:
+    """Tokens of a microbatch that a rank passes through experts."""
+    return space.tokens() // space.columns["tensor"]
+
+
+def _dense_shapes(space: Space) -> Column:
+    return space.tokens() * MOST + space.columns["tensor"]
+
+
+def _expert_shapes(space: Space) -> Column:
+    """Rows of an expert's products at a time, as if it had all; ranks that split it."""
     c = space.columns
-    found = []
-    for split in (c["experts"], -c["experts"]):
-        order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], split, c["expert_tensor"]))
-        row = space.take(order[:1]).having(
-            virtual_stages=1, layout=0, boundary_host=0, dispatcher=0, overlap=0, recompute=1, modules=0
-        )
-        key = ("kept", space.family, *row.row(0).values())
-        if key not in space.problem.known:
-            space.problem.known[key] = _by_recomputation(row, each)
-        found.append(space.problem.known[key])
-    (kept, height), (_, lower) = found
-    return kept, np.minimum(height, lower) if lower.any() else height
+    rows = _tokens(space) * c["experts"] // np.maximum(c["chunks"], 1)
+    return np.asarray(rows * MOST + c["expert_tensor"])
 
 
-def _by_recomputation(row: Space, each: float) -> tuple[Reals, Reals]:
-    kept, height = np.zeros(LEANEST + 2), np.zeros(LEANEST + 2)
+def _loss_shapes(space: Space) -> Column:
+    c = space.columns
+    return np.asarray(((space.tokens() * MOST + c["tensor"]) << 8) + (c["loss_slices"] << 2) + c["loss"])
+
+
+def _apart(experts: Column) -> Column:
+    """Ranks of experts, those of one that has all last."""
+    return np.where(experts > 1, experts, MOST)
+
+
+def _reference(space: Space, codes: Column, first: Column) -> Space:
+    """The row of each code whose layers and sequences are split least; first: what decides before sequences
+    do, the least."""
+    c, heads = space.columns, space.problem.model.num_attention_heads
+    order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], first, c["expert_tensor"], codes))
+    rows = space.take(order[np.unique(codes[order], return_index=True)[1]])
+    once = dispatchers(space.problem)[-1] if c["dispatcher"].any() else 0
+    whole = heads % (rows.columns["sequence"] * rows.columns["tensor"]) == 0
+    usual = {
+        "virtual_stages": 1, "layout": 0, "boundary_host": 0, "overlap": 0, "modules": 0,
+        "recompute": c["recompute"].min(), "ffn_slices": 1, "loss_slices": 1,
+        "exchange": np.where(whole, ULYSSES, ALL_GATHER),
+        "dispatcher": np.where(rows.columns["experts"] > 1, once, 0),
+    }  # fmt: skip
+    columns = {name: np.broadcast_to(np.int64(value), len(rows)) for name, value in usual.items()}
+    return Space(space.family, space.problem, rows.columns | columns)
+
+
+def _known(
+    row: Space, what: str, find: Callable[[Space], Found], place: int = 0, about: Sequence[str] = LAYER
+) -> Found:
+    """What was found of a row before, on this problem."""
+    known, values = row.problem.known, row.row(place)
+    key = (what, row.family, *(values[name] for name in about))
+    if key not in known:
+        known[key] = find(row.part(place, place + 1))
+    return known[key]  # type: ignore[no-any-return]
+
+
+def _seconds(rows: Space, place: int) -> tuple[Reals, Reals]:
+    """(All but experts, experts of a token) by kind of layer; 0 where a rule refuses the row."""
+    return _known(rows, "busy", _busy, place)
+
+
+def _busy(row: Space) -> tuple[Reals, Reals]:
+    order, layers = kinds(row.problem.model), Pieces(row).layers(0)
+    if layers is None:
+        return np.zeros(len(order)), np.zeros(len(order))
+    routed = np.array([layers[kind].routed for kind in order])
+    return np.array([layers[kind].busy for kind in order]) - routed, routed / _tokens(row)
+
+
+def _loss(row: Space) -> float:
+    found = Pieces(row).loss(0)
+    return found.busy if found else 0.0
+
+
+def _by_recomputation(row: Space, each: float) -> tuple[Reals, Reals, Reals]:
+    order = kinds(row.problem.model)
+    kept, again = np.zeros((2, LEANEST + 2, len(order)))
+    height = np.zeros(LEANEST + 2)
     if row.stack.explicit:
-        return kept, height
-    tokens = float(row.tokens()[0] / row.columns["tensor"][0])
-    hidden = row.problem.model.hidden_size * each
-    made = []
+        return kept, height, again
+    tokens, hidden = float(_tokens(row)[0]), row.problem.model.hidden_size * each
+    made, least = [], Pieces(row).layers(0)
     for code in range(LEANEST + 1):
-        again = {"recompute": 1} if code == 0 else {"recompute": 0, "modules": code - 1}
-        layers = Pieces(row.having(**again)).layers(0)
-        if layers:
+        chosen = {"recompute": 1} if code == 0 else {"recompute": 0, "modules": code - 1}
+        layers = Pieces(row.having(**chosen)).layers(0)
+        if layers and least:
             made.append(code)
-            kept[code] = max(0.0, min(one.left for one in layers.values()) / tokens - hidden)
+            kept[code] = [max(0.0, layers[kind].left / tokens - hidden) for kind in order]
             height[code] = max(0.0, min(one.height for one in layers.values()) / tokens)
-    chosen = made[1:] or [0]
-    kept[-1], height[-1] = kept[chosen].min(), height[chosen].min()
-    return kept, height
-
-
-def _moved(problem: Problem, each: int, fused: bool) -> tuple[float, float]:
-    """fused: of kernels that do several things at once."""
-    model, rows = problem.model, problem.training.seq_len
-    shapes = Shapes(rows, rows, width=each, fused=fused)
-    moved, through = (
-        min(_traffic(attention(model, shapes, layer)) for layer in range(model.num_hidden_layers)),
-        0.0,
-    )
-    if model.num_local_experts:
-        through = _traffic(experts(model, (rows * model.num_experts_per_tok,), each, fused=fused))
-    return moved / rows, through / rows
-
-
-def _traffic(tape: Tape) -> float:
-    """Bytes of a forward and a backward through kernels that only move memory."""
-    found = 0.0
-    for kernel in tape.kernels:
-        if kernel.kind == "memory_bound":
-            found += kernel.bytes + (kernel.bytes if kernel.back_bytes is None else kernel.back_bytes)
-    return found
+            again[code] = [max(0.0, layers[kind].busy - least[kind].busy) / tokens for kind in order]
+    some = made[1:] or [0]
+    kept[-1], height[-1], again[-1] = (found[some].min(axis=0) for found in (kept, height, again))
+    return kept, height, again

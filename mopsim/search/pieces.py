@@ -36,13 +36,15 @@ class LayerPiece:
     """A forward and a backward of one microbatch.
 
     chain: seconds from the first op on the compute stream to the end of the last one, where nothing else
-    runs; busy: those in which that stream computes; issued: kernels that the host starts.
+    runs; busy: those in which that stream computes; routed: of these, those of experts; issued: kernels that
+    the host starts.
     left: device bytes that the forward adds; height: the most that the backward has above its start, the
     forward for the loss.
     """
 
     chain: float
     busy: float
+    routed: float
     issued: float
     left: int
     height: int
@@ -105,16 +107,15 @@ class Pieces:
         """first: the forward has the height that counts."""
         ahead, back = self._alone(forward), self._alone(backward)
         left, height = _memory(forward)
-        return LayerPiece(
-            ahead[0] + back[0], ahead[1] + back[1], ahead[2] + back[2], left,
-            height if first else _memory(backward)[1],
-        )  # fmt: skip
+        chain, busy, routed, issued = (one + other for one, other in zip(ahead, back, strict=True))
+        return LayerPiece(chain, busy, routed, issued, left, height if first else _memory(backward)[1])
 
-    def _alone(self, template: Template) -> tuple[float, float, float]:
-        """(chain, busy, issued) of a template that has all streams to itself, each in the order of issue."""
+    def _alone(self, template: Template) -> tuple[float, float, float, float]:
+        """(chain, busy, routed, issued) of a template that has all streams to itself, each in the order of
+        issue."""
         last: dict[str, float] = {}
         ends: list[float] = []
-        begins, busy, issued = None, 0.0, 0.0
+        begins, busy, routed, issued = None, 0.0, 0.0, 0.0
         priced: dict[int, float] = {}
         for op in template.pieces:
             for work in op.work:  # equal work is one object
@@ -128,7 +129,8 @@ class Pieces:
             if op.stream == "compute":
                 begins = start if begins is None else begins
                 busy += took
-        return last.get("compute", 0.0) - (begins or 0.0), busy, issued
+                routed += took if op.component == "experts" else 0.0
+        return last.get("compute", 0.0) - (begins or 0.0), busy, routed, issued
 
 
 def _memory(template: Template) -> tuple[int, int]:

@@ -72,8 +72,9 @@ class Pool:
     over: NDArray[np.bool_]
 
     @staticmethod
-    def of(space: Space, bounds: Bounds, keep: Column) -> "Pool":
-        """The rows `keep` of a space; equal guesses in order of memory."""
+    def of(space: Space, bounds: Bounds, keep: Column, known: Pieces | None = None) -> "Pool":
+        """The rows `keep` of a space; equal guesses in order of memory. known: pieces of another space of
+        the same family and problem."""
         likely = np.maximum(guess(space.take(keep)), bounds.time[keep])
         order = np.lexsort((bounds.device[keep], likely))
         order, rest = _most(order, bounds.device[keep] + bounds.gathered[keep])
@@ -89,11 +90,12 @@ class Pool:
         memory = Memory(bounds.device[rows], parts, alike)
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
-        seeds, known = textbook(kept, likely), frozenset(published(kept, likely))
+        seeds, recipes = textbook(kept, likely), frozenset(published(kept, likely))
+        pieces = replace(known, space=space) if known else Pieces(space)
         time, host = bounds.time[rows], bounds.host[rows]
         return Pool(
-            space, rows, time, host, memory, Rise(alike), times, seeds, taken, [], beyond, known,
-            Pieces(space), SpaceFacts.of(kept), *_alike(kept), np.zeros_like(taken), np.zeros_like(taken),
+            space, rows, time, host, memory, Rise(alike), times, seeds, taken, [], beyond, recipes,
+            pieces, SpaceFacts.of(kept), *_alike(kept), np.zeros_like(taken), np.zeros_like(taken),
         )  # fmt: skip
 
     def refine(self, position: int) -> bool:
@@ -189,6 +191,12 @@ class Pool:
         time = np.where(self.taken, np.inf, self.time)
         position = int(np.argmin(time))
         return position if time[position] < below else None
+
+    def rough(self, below: float) -> list[int]:
+        """One position of each group whose bounds are not refined, and of one of them under `below`
+        seconds."""
+        open_ = np.flatnonzero(~self.taken & ~self.refined & (self.time < below))
+        return [int(open_[place]) for place in np.unique(self.group[open_], return_index=True)[1]]
 
     def neighbours(self, position: int) -> Column:
         """Positions one decision away from `position`, best guess first."""

@@ -23,7 +23,7 @@ Axes = dict[str | tuple[str, ...], Values]
 #: Codes of the `state` column (where the optimizer lives), of the `loss` and of the `exchange` column.
 DEVICE, STREAMED, HOST = 0, 1, 2
 FULL, CHUNKED, RING = 0, 1, 2
-ULYSSES = 0
+ULYSSES, ALL_GATHER = 0, 2
 
 PARTS = 4
 """`boundary_parts` of so many are the layer inputs that go to the host, where they do; `state_parts` of so

@@ -2,14 +2,16 @@
 minor ones, and those that promise most are multiplied by these."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import cast
 
 import numpy as np
 
-from mopsim.search.axes import MINOR, axes_of
-from mopsim.search.bound import bound
+from mopsim.search.axes import MINOR, Axis, axes_of
+from mopsim.search.bound import Bounder
+from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import guess
 from mopsim.search.problem import Axes, Column, Problem
 from mopsim.search.seeds import textbook
@@ -26,74 +28,128 @@ LEAN = 4
 Change = Callable[[Problem, Axes], Axes]
 
 
-def candidates(problem: Problem, family: str, change: Change | None = None) -> tuple[Space, Reals]:
-    """(Legal candidates of a family, lower bounds of the step times of what was not multiplied out): all and
-    none, where they are not too many. What cannot fit whatever the minor axes are is in `rejected`, and
-    counted once there."""
+@dataclass
+class Rest:
+    """Rows of a trunk that are not multiplied out, and lower bounds of their step times, the least first."""
+
+    trunk: Space
+    axes: Axes
+    time: Reals
+
+    def under(self, below: float, most: int) -> Space | None:
+        """Multiply out those whose bound is under `below` seconds, the least first, to about `most` rows;
+        they are no longer of the rest. None where there are none."""
+        parts: list[Space] = []
+        done, ready = 0, int(np.searchsorted(self.time, below))
+        while done < ready and sum(map(len, parts)) < most:
+            stop = min(done + BATCH, ready)
+            parts.append(expanded(self.trunk.part(done, stop), self.axes))
+            done = stop
+        self.trunk, self.time = self.trunk.part(done, len(self.time)), self.time[done:]
+        return _joined(parts) if parts else None
+
+
+def candidates(problem: Problem, family: str, change: Change | None = None) -> tuple[Space, Rest]:
+    """(Legal candidates of a family, what was not multiplied out): all and none, where they are not too many.
+    What cannot fit whatever the minor axes are is in `rejected`, and counted once there."""
     axes = axes_of(problem, family)
     axes = change(problem, axes) if change else axes
     first = trunk(problem, family, axes)
     step = max(1, len(first) // SAMPLE)
     some = first.take(np.arange(0, len(first), step))
     if len(expanded(some, axes)) * step <= WHOLE:
-        return expanded(first, axes), np.zeros(0)
+        return expanded(first, axes), Rest(first.part(0, 0), axes, np.zeros(0))
     return _staged(first, axes)
 
 
-def _staged(first: Space, axes: Axes) -> tuple[Space, Reals]:
+def _staged(first: Space, axes: Axes) -> tuple[Space, Rest]:
     time, miss = bounds_of(first, axes)
     fits = np.flatnonzero(miss <= 1)
     if not len(fits):
         fits = np.array([int(np.argmin(miss))])
     over = Counter({"memory, bound: whatever is recomputed or offloaded": len(first) - len(fits)})
-    kept = _with(first.take(fits), axes, 0)
+    kept = _fastest(first.take(fits), axes)
     order = _order(kept, time[fits], miss[fits], axes)
     parts: list[Space] = []
     count = done = 0
     while done < len(order) and count < WHOLE:
         parts.append(expanded(kept.take(order[done : done + BATCH]), axes))
         count, done = count + len(parts[-1]), done + BATCH
-    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
-    rejected = sum((part.rejected for part in parts), first.rejected + over)
-    return Space(first.family, first.problem, columns, rejected), time[fits][order[done:]]
+    later = order[done:]
+    later = later[np.argsort(time[fits][later], kind="stable")]
+    found = _joined(parts)
+    found.rejected.update(first.rejected + over)
+    return found, Rest(kept.take(later), axes, time[fits][later])
+
+
+def _joined(parts: Sequence[Space]) -> Space:
+    first = parts[0]
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in first.columns}
+    rejected = sum((part.rejected for part in parts), Counter[str]())
+    return Space(first.family, first.problem, columns, rejected)
 
 
 def bounds_of(first: Space, axes: Axes) -> tuple[Reals, Reals]:
-    """(Lower bound of the step time, of memory as a share of its limit, the larger of device and host) of
-    each row of a trunk, whatever the minor axes' values."""
-    hardware = first.problem.hardware
-    fast = [bound(_with(first, axes, corner)) for corner in range(_corners(axes))]
-    time = np.minimum.reduce([one.time for one in fast])
-    host = np.minimum.reduce([one.host for one in fast]) / max(hardware.host_limit(), 1)
-    device = bound(_with(first, axes, None)).device / hardware.memory_limit()
-    return time, np.maximum(device, host)
-
-
-def _corners(axes: Axes) -> int:
-    return len(_fast(axes))
-
-
-def _fast(axes: Axes) -> list[dict[str, int]]:
-    """Every combination of the values that bound the time from below."""
+    """(Lower bound of the step time of those that may fit, of memory as a share of its limit, the larger of
+    device and host) of each row of a trunk, whatever the minor axes' values. What is traded counts value by
+    value: the fastest keeps the most."""
     minor = [MINOR[key] for key in minor_of(axes)]
+    leanest = first.having(**_combinations([(axis, (axis.lean,)) for axis in minor])[0])
+    miss = _device(leanest, SpaceFacts.of(leanest))
+    time = np.full(len(first), np.inf)
+    rows = np.flatnonzero(miss <= 1)
+    if len(rows):
+        time[rows], miss[rows] = _of_fitting(first.take(rows), axes, minor)
+    return time, miss
+
+
+def _of_fitting(first: Space, axes: Axes, minor: Sequence[Axis]) -> tuple[Reals, Reals]:
+    others = [axis for axis in minor if not axis.traded]
+    fast = _combinations([(axis, axis.fast) for axis in others])
+    lean = _combinations([(axis, (axis.lean,)) for axis in others])[0]
+    given = facts_of(first, axes)
+    time, least = np.full(len(first), np.inf), np.full(len(first), np.inf)
+    for traded in _combinations([(axis, _values(axis, axes)) for axis in minor if axis.traded]):
+        mine = first.having(**traded)
+        found = [Bounder(mine.having(**corner), given) for corner in fast]
+        host = np.minimum.reduce([one.host_memory() for one in found])
+        host = host / max(first.problem.hardware.host_limit(), 1)
+        miss = np.maximum(_device(mine.having(**lean), given), host)
+        least = np.minimum(least, miss)
+        time = np.minimum(time, np.where(miss <= 1, np.minimum.reduce([one.time() for one in found]), np.inf))
+    return time, least
+
+
+def facts_of(first: Space, axes: Axes) -> SpaceFacts:
+    """What bounds the rows of a trunk and all that they are multiplied out to."""
+    return SpaceFacts.of(_fastest(first, axes))
+
+
+def _fastest(first: Space, axes: Axes) -> Space:
+    """With the values of the minor axes that bound the time."""
+    minor = [MINOR[key] for key in minor_of(axes)]
+    return first.having(**_combinations([(axis, axis.fast) for axis in minor])[0])
+
+
+def _device(space: Space, given: SpaceFacts) -> Reals:
+    """Device memory of each row, at least, as a share of its limit."""
+    return np.asarray(Bounder(space, given).device_memory()[0] / space.problem.hardware.memory_limit())
+
+
+def _values(axis: Axis, axes: Axes) -> Sequence[tuple[int, ...]]:
+    return [value if isinstance(value, tuple) else (value,) for value in axes[axis.key]]
+
+
+def _combinations(choices: Sequence[tuple[Axis, Sequence[tuple[int, ...]]]]) -> list[dict[str, int]]:
+    """Every combination of values of some axes, as columns."""
     return [
         {
             name: value
-            for axis, values in zip(minor, corner, strict=True)
+            for (axis, _), values in zip(choices, chosen, strict=True)
             for name, value in zip(axis.columns, values, strict=True)
         }
-        for corner in product(*(axis.fast for axis in minor))
+        for chosen in product(*(values for _, values in choices))
     ]
-
-
-def _with(first: Space, axes: Axes, corner: int | None) -> Space:
-    """A trunk with the minor axes at a corner of those that bound the time, or the memory (None)."""
-    if corner is not None:
-        return first.having(**_fast(axes)[corner])
-    minor = [MINOR[key] for key in minor_of(axes)]
-    return first.having(
-        **{name: value for axis in minor for name, value in zip(axis.columns, axis.lean, strict=True)}
-    )
 
 
 def _order(kept: Space, time: Reals, miss: Reals, axes: Axes) -> Column:

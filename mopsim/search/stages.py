@@ -13,8 +13,11 @@ from mopsim.spec.pipeline_order import warm_up
 EVEN, ENDS, FRONT, IDEAL = 0, 1, 2, 3
 """Codes of the `layout` column. EVEN: as even as can be. ENDS: as full as each other, where embedding, MTP
 layers and loss count as a layer each. FRONT: as full as each other but the last, which has what is left.
-IDEAL: no layout; every stage has the mean and none waits: of what bounds all layouts from below."""
+IDEAL: no layout; every stage has the mean and none waits, and holds the least of any layout: of what bounds
+all from below."""
 RULES = (EVEN, ENDS, FRONT)
+VIRTUAL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
+"""Virtual stages of a pipeline rank: those of published recipes, and what lies between."""
 LAYOUTS = ("even", "ends", "front")
 """Their names in recipes.yaml."""
 
@@ -71,14 +74,39 @@ def load(model: ModelSpec, stages: int, virtual: int, layout: int) -> Load:
 
 
 @cache
+def of_stage(model: ModelSpec, stages: int, virtual: int, layout: int, stage: int) -> NDArray[np.float64]:
+    """Layers of each kind of a stage, at least."""
+    if layout == IDEAL:
+        every = [of_stage(model, stages, *one, stage) for one in _layouts(model, stages)]
+        return np.asarray(np.minimum.reduce(every))
+    return np.asarray(load(model, stages, virtual, layout).layers[stage])
+
+
+@cache
 def under_way(
     model: ModelSpec, stages: int, virtual: int, layout: int, microbatches: int, stage: int, ahead: int
 ) -> NDArray[np.float64]:
     """Forwards through layers of each kind that a stage has behind it when its first backward begins, the
-    last of several its first loss; ahead: see `mopsim.spec.pipeline_order`."""
+    last of several its first loss, at least; ahead: see `mopsim.spec.pipeline_order`."""
+    if layout == IDEAL:
+        every = [
+            under_way(model, stages, *one, microbatches, stage, ahead) for one in _layouts(model, stages)
+        ]
+        return np.asarray(np.minimum.reduce(every))
     last = stage == stages - 1 and stages > 1
     # woven with a backward, the forward beside it is not over when that begins
     count = (virtual - 1) * stages + 1 if last else warm_up(stages, virtual, stage, ahead) + 1 - ahead
     chunks = np.arange(min(count, microbatches * virtual)) % (stages * virtual) // stages
     many = np.bincount(chunks, minlength=virtual)
     return np.asarray(many @ load(model, stages, virtual, layout).parts[stage])
+
+
+@cache
+def _layouts(model: ModelSpec, stages: int) -> tuple[tuple[int, int], ...]:
+    """(virtual stages, layout) of all that a pipeline may have."""
+    return tuple(
+        (virtual, layout)
+        for virtual in (VIRTUAL if stages > 1 else VIRTUAL[:1])
+        for layout in RULES
+        if layers_of(model, stages, virtual, layout) is not None
+    )

@@ -218,7 +218,7 @@ def test_counts_add_up(options: Options, memory: float | None) -> None:
 def test_families_side_by_side_find_the_same() -> None:
     """Also where one finds nothing that fits, and is held against the best of the other."""
     p = problem(2)
-    hardware = with_memory(p.hardware, 8e9)
+    hardware = with_memory(p.hardware, 5.6e9)
     one, two = (
         search(p.model, hardware, 1, p.training, Options(("mop", "megatron"), budget=2, jobs=jobs))
         for jobs in (1, 2)

@@ -1,0 +1,186 @@
+"""What a candidate keeps in memory at least, for a whole space at once: no transients but those that any
+schedule needs."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopsim.common.units import DTYPE_BYTES
+from mopsim.search.facts import SpaceFacts
+from mopsim.search.layer import recomputed
+from mopsim.search.problem import DEVICE, PARTS, RING, STREAMED, Column, offloaded
+from mopsim.search.space import Space
+from mopsim.search.stages import kinds, of_stage, under_way
+from mopsim.search.wires import Reals, Wires
+
+LAST = -1
+"""The last stage of a pipeline, as an index."""
+
+
+class Footprint:
+    """Bytes per rank of each row of a space, at least; given: of it, or of one with all its shapes."""
+
+    def __init__(self, space: Space, given: SpaceFacts) -> None:
+        self.space, self.problem, self.given = space, space.problem, given
+        self.sizes, self.hardware, self.layer = given.sizes, given.hardware, given.layer
+        self.c = {name: column.astype(np.float64) for name, column in space.columns.items()}
+        self.model = self.problem.model
+        first = space.build(0)
+        precision = first.precision
+        self.hides = space.stack.resolve(first).overlap
+        self.separate_master = precision.master != "param"
+        self.fully_shard = space.stack.sharding.fsdp
+        self.compute = DTYPE_BYTES[precision.compute]
+        self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
+        self.reduce = DTYPE_BYTES[precision.reduce]
+        self.moments = 2 * DTYPE_BYTES[precision.moments]
+        self.wide = DTYPE_BYTES[precision.moments]
+        self.dtype = precision.compute if precision.matmul == "compute" else precision.matmul
+        self.wires = Wires(self.hardware, self.problem.world_size)
+        self.tokens = space.tokens().astype(np.float64)
+        world, c = self.problem.world_size, self.c
+        self.stage = world / c["pipeline"]
+        self.microbatches = self.problem.training.global_batch / (
+            c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
+        )
+        self.ring = c["loss"] == RING
+        layers = self.model.num_hidden_layers
+        self.again = recomputed(space.columns["recompute"], space.columns["modules"])
+        self.away = c["boundary_host"] * offloaded(layers, space.columns["boundary_parts"]) / layers
+        """Share of the layer inputs that goes to the host."""
+        self.state_away = np.where(c["state"] == DEVICE, 0.0, c["state_parts"] / PARTS)
+        """Share of the optimizer state that is on the host."""
+
+    def held(self) -> tuple[Reals, Reals]:
+        """Parameters per rank: (that the weights take, that the optimizer state takes). Ceilings left out."""
+        c, split, zero3 = self.c, self.c["pipeline"] * self.c["tensor"], self.c["zero"] == 3
+        dense_shard = np.where(zero3, c["dense_shard"], self.stage / c["tensor"])
+        replicas = self.stage / (c["experts"] * c["expert_tensor"])
+        sharded = self.sizes.dense / (split * dense_shard)
+        sharded = sharded + self.sizes.head / np.where(self.ring, self.stage, split * dense_shard)
+        experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
+        state = sharded + experts / np.where(zero3, c["expert_shard"], replicas)
+        whole = (self.sizes.dense + self.sizes.head) / split + experts
+        return np.where(zero3, state, whole), state
+
+    def master(self) -> Reals:
+        """Bytes of master weights per parameter: none where the parameter shard is the master."""
+        streamed = self.c["state"] == STREAMED
+        return np.asarray(np.where(streamed | self.separate_master, self.wide, 0.0))
+
+    def inputs(self) -> Reals:
+        """Bytes of the layer inputs that wait for the backward."""
+        rows = self.model.num_hidden_layers / self.c["pipeline"] * self.tokens / self.c["tensor"]
+        return np.asarray(rows * self.model.hidden_size * self.compute)
+
+    def left(self) -> Reals:
+        """Bytes that a layer's forward leaves, by row and kind of layer."""
+        each = self.layer.kept[self.again] + self.model.hidden_size * self.compute
+        return np.asarray((self.tokens / self.c["tensor"])[:, None] * each)
+
+    def in_backward(self) -> Reals:
+        """Bytes that the backward of a layer takes above its start."""
+        return np.asarray(self.tokens / self.c["tensor"] * self.layer.height[self.again])
+
+    def in_loss(self) -> Reals:
+        """Bytes that the loss takes: its logits."""
+        vocabulary = self.model.vocab_size / np.maximum(self.c["vocabulary"], self.c["tensor"])
+        return np.asarray(self.tokens / self.c["loss_slices"] * vocabulary * self.compute)
+
+    def moved(self) -> Reals:
+        """Bytes of the layer inputs of a microbatch that go to the host: in staged programs (ZeRO below 3)
+        not the last layer's, whose backward may come next."""
+        layers = self.model.num_hidden_layers / self.c["pipeline"]
+        last = np.where(self.c["zero"] == 3, 0, np.minimum(1 / layers, 1))
+        return np.asarray(self.away * self.inputs() * (1 - last))
+
+    def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
+        """What the mean stage holds, or one of the first or the last, when its first backward, or the first
+        loss, is at its height."""
+        c = self.c
+        weights, state = self.held()
+        params = np.where(c["offload"] == 1, 0, weights * self.param)
+        grads = np.where(c["offload"] == 1, 0, weights * self.grad)
+        optimizer = (1 - self.state_away) * state * (self.master() + self.moments)
+        height, loss = self.in_backward(), self.in_loss()
+        one = c["pipeline"] == 1
+        early = grads * (self.microbatches > 1) if self.fully_shard else grads
+        resident = params + optimizer + early
+        peak = params + optimizer + grads
+        for stage in (0, 1, 2, LAST):
+            top = loss if stage == LAST else np.maximum(np.where(one, loss, 0.0), height)
+            held = self.of_stage(resident, stage) + self.kept(stage) + top
+            there = c["pipeline"] > (max(stage, 1) if stage else 0)
+            peak = np.maximum(peak, np.where(there, held, 0.0))
+        parts = {
+            "params": params,
+            "grads": grads,
+            "optimizer": optimizer,
+            "boundaries": self.kept(0),
+            "logits": np.where(one, loss, 0.0),
+        }
+        return peak, parts
+
+    @cached_property
+    def layouts(self) -> tuple[list[tuple[int, int, int, int, int]], Column]:
+        """(every pipeline, virtual stages, layout, microbatches, overlap; that of each row)."""
+        names = ("pipeline", "virtual_stages", "layout", "overlap")
+        columns = [self.space.columns[name] for name in names] + [self.microbatches.astype(np.int64)]
+        codes = np.zeros(len(self.space), dtype=np.int64)
+        for column in columns:
+            codes = codes * (int(column.max()) + 1) + column
+        _, first, places = np.unique(codes, return_index=True, return_inverse=True)
+        pipeline, virtual, layout, overlap, count = ([*map(int, column[first])] for column in columns)
+        return [*zip(pipeline, virtual, layout, count, overlap, strict=True)], places.reshape(-1)
+
+    def laid(self, find: Callable[[tuple[int, int, int], int, int], NDArray[np.float64]]) -> Reals:
+        """What is found for the layout of each row: (pipeline, virtual stages, layout), microbatches,
+        overlap."""
+        values, places = self.layouts
+        return np.array([find(one[:3], *one[3:]) for one in values])[places]
+
+    def kept(self, stage: int) -> Reals:
+        """Bytes on the device of a stage that the forwards before its first backward leave."""
+        model, c = self.model, self.c
+        many = self.laid(lambda laid, count, ahead: under_way(model, *laid, count, stage % laid[0], ahead))
+        row = self.tokens / c["tensor"] * model.hidden_size * self.compute
+        return np.asarray((many * self.left()).sum(axis=1) - self.away * many.sum(axis=1) * row)
+
+    def of_stage(self, resident: Reals, stage: int) -> Reals:
+        """Bytes of weights, gradients and optimizer state of a stage, and of all weights
+        that stay gathered until the backward."""
+        c, sizes = self.c, self.sizes
+        dense, routed = (np.array([sizes.layers[kind][at] for kind in kinds(self.model)]) for at in (0, 1))
+        count = self.laid(lambda laid, *_: of_stage(self.model, *laid, stage % laid[0]))
+        edge = {0: sizes.embedding, LAST: sizes.head}.get(stage, 0)
+        below = self.replicated(count @ dense + edge, count @ routed)
+        spread = c["experts"] * c["expert_tensor"]
+        kept = np.where(c["dense_shard"] > 1, count @ dense, 0.0)
+        kept = kept + np.where(c["expert_shard"] > 1, count @ routed / spread, 0.0)
+        gathered = np.where(c["reshard"] == 0, kept, 0.0) * self.compute
+        return np.asarray(np.where(c["zero"] == 3, resident + gathered, below))
+
+    def replicated(self, dense: Reals | float, routed: Reals | float) -> Reals:
+        """Bytes of weights and gradients, and the share of optimizer state on the device, below ZeRO-3, of
+        parameters of one stage that ranks of `tensor`, or of experts, split."""
+        c = self.c
+        each = (1 - self.state_away) * (self.master() + self.moments)
+        whole = dense / c["tensor"] + routed / (c["experts"] * c["expert_tensor"])
+        return np.asarray(whole * (self.param + self.grad) + (dense + routed) / self.stage * each)
+
+    def host_memory(self) -> Reals:
+        weights, state = self.held()
+        off = self.state_away * state * (self.master() + self.moments)
+        off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
+        return off + self.moved()
+
+    def gathered(self) -> Reals:
+        """Bytes of weights gathered for a layer and the next, or of all that stay until the backward."""
+        c, layers = self.c, float(self.model.num_hidden_layers)
+        experts = self.sizes.experts / (c["experts"] * c["expert_tensor"])
+        whole = (self.sizes.dense / c["tensor"] + experts) * self.compute
+        each = np.minimum(whole, 2 * whole / layers)
+        held = np.where(c["reshard"] == 1, each, whole)
+        return np.asarray(np.where(c["zero"] == 3, held, 0.0))
