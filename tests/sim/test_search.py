@@ -65,6 +65,11 @@ def bounded(case: int, family: str) -> tuple[Space, Bounds]:
     return space, bound(space)
 
 
+BOUNDED = pytest.mark.xdist_group("bounded spaces")
+"""Of tests that look at the same ones."""
+
+
+@BOUNDED
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     case=st.integers(0, len(CASES) - 1),
@@ -144,6 +149,7 @@ def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
     assert "mop: has no products in mxfp8" in refused.rejected
 
 
+@BOUNDED
 @pytest.mark.parametrize("case", range(len(CASES)))
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_generated_row_is_a_legal_strategy(case: int, family: str) -> None:
