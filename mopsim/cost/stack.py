@@ -30,7 +30,8 @@ CLOCK_BY_POWER: float = RATES["clock_by_power"]["exponent"]
 
 class Shares(io.Spec, frozen=True, kw_only=True):
     """Of the peak that attention reaches at long sequences. of: FLOP/s of that peak, 0: the device's.
-    watts: of the card that was measured, 0: not known; one of less runs at the clock that its power leaves.
+    watts, peak: of the card that was measured, 0: not known; one of less power for its peak runs at the
+    clock that this leaves.
     """
 
     forward: float
@@ -38,6 +39,7 @@ class Shares(io.Spec, frozen=True, kw_only=True):
     seq_half: float = 0.0
     of: float = 0.0
     watts: float = 0.0
+    peak: float = 0.0
 
 
 class Narrow(io.Spec, frozen=True, kw_only=True):
@@ -116,9 +118,12 @@ def _curve(hardware: HardwareProfile, name: str, head_dim: int) -> AttentionCurv
 
 
 def _clocked(hardware: HardwareProfile, shares: Shares) -> float:
-    """How many times slower a card of less power than the measured one is."""
+    """How many times slower a card of less power for its peak than the measured one is."""
     power = hardware.device.power
-    return max(1.0, shares.watts / power.si) ** CLOCK_BY_POWER if power and power.si else 1.0
+    if not (power and power.si and shares.watts):
+        return 1.0
+    ample = power.si / _peak(hardware) / (shares.watts / shares.peak)
+    return float(max(1.0, 1 / ample) ** CLOCK_BY_POWER)
 
 
 def _peak(hardware: HardwareProfile) -> float:

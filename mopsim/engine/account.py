@@ -21,6 +21,8 @@ from mopsim.spec.training import TrainSpec
 
 Prices = dict[int, tuple[Work, float]]
 """Seconds of each work object alone, by its id."""
+CYCLE = 3
+"""Turns of a pipeline that are repeated together at most: what ranks wait for may recur from turn to turn."""
 DEVICE, HOST = SLOTS[:NUM_DEVICE_SLOTS], SLOTS[NUM_DEVICE_SLOTS:]
 
 
@@ -102,12 +104,13 @@ def _time(played: PlayedStep, hardware: HardwareProfile) -> dict[str, Any]:
     record, program = played.records[place], workload.programs[place]
     last, repeats, unit = workload.expanded - 1, workload.repeats, workload.unit
     took = lasted(workload, played.records) if repeats else [1.0] * len(played.records)
-    mine = took[place]
     # What delays one rank in a turn delays its neighbour in the next; in an interleaved pipeline the turn
     # may lie in the warm-up of others.
-    period = mean(took) if unit == 1 else mine
+    period = mean(took) if unit == 1 else took[place]
     often = {i: 1 + repeats * (last - unit <= i < last) for i in record.tallies}
-    weights = {i: 1 + (many - 1) * period / mine for i, many in often.items()}
+    first = last - (min(CYCLE, max(1, len(workload.programs) - 1)) if unit == 1 else unit)
+    cycle = record.tallies[last].start - record.tallies[first].start if repeats else 1.0
+    weights = {i: 1 + repeats * period / cycle * (first <= i < last) for i in record.tallies}
     hidden = sum(weights[i] * seconds for i, seconds in added(program, record).items())
     between = hardware.step_overhead(workload.stack.runtime or workload.stack.name)
     busy, counts, flops = _totals(program, played.prices, [often.get(one, 1) for one in record.turns])

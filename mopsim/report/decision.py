@@ -8,7 +8,7 @@ from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_number, format_seconds
 from mopsim.engine.result import UPPER
 from mopsim.report.page import templates
-from mopsim.report.sizing import format_days, format_dollars, missed, odds, title
+from mopsim.report.sizing import beyond, format_days, format_dollars, missed, odds, title
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.report.tables import describe
 from mopsim.search.result import proof
@@ -241,7 +241,7 @@ def risks(d: Decision) -> list[str]:
         return ["No plan fits in memory at any size that was tried."]
     result, bill, terms = subject.result, subject.figures, d.request.terms
     lines = [
-        "The step time is predicted, and its error makes most of the interval of days. Its search is "
+        f"The step time is predicted, {beyond(bill)}and its error makes most of the interval of days. Its search is "
         f"{proof(subject.gap, found=subject.result.fits)}."
     ]
     if bill.goodput:

@@ -52,6 +52,13 @@ def format_days(days: float) -> str:
     return f"{days:,.{0 if days >= 100 else 1 if days >= 1 else 2}f}"
 
 
+def beyond(bill: Figures) -> str:
+    """What the days count beside the predicted step, where it is more than a hundredth."""
+    more = bill.measured_over_predicted
+    said = f"the days count {more:.2f} times that, as measured runs take by the median, "
+    return said if abs(more - 1) >= 0.01 else ""
+
+
 def _details(point: Point) -> str:
     """What the columns have no room for. Free: of a device below the limit, of a rank's share of the host."""
     result, bill, training = point.result, point.figures, point.training
@@ -61,6 +68,7 @@ def _details(point: Point) -> str:
     return (
         f"{point.hardware.name}: {describe(result.strategy)}; {training.global_batch:,} sequences "
         f"({tokens:,} tokens) a step, {point.num_steps:,.0f} steps of {format_seconds(result.step_time)}, "
+        f"{beyond(bill)}"
         f"{result.tokens_per_second:,.0f} tokens/s in all; {_paid(point, bill)}{_failures(bill)}"
         f"{bill.device_hours:,.0f} device-hours; free: "
         f"device {_headroom(result.memory_limit, result.peak_memory)}; host "
