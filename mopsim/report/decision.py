@@ -241,8 +241,8 @@ def risks(d: Decision) -> list[str]:
         return ["No plan fits in memory at any size that was tried."]
     result, bill, terms = subject.result, subject.figures, d.request.terms
     lines = [
-        f"The step time is predicted, {beyond(bill)}and its error makes most of the interval of days. Its search is "
-        f"{proof(subject.gap, found=subject.result.fits)}."
+        f"The step time is predicted, {beyond(bill)}and its error makes most of the interval of days. "
+        f"Its search is {proof(subject.gap, found=subject.result.fits)}."
     ]
     if bill.goodput:
         good, lost = bill.goodput, bill.goodput.lost
