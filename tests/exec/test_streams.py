@@ -37,6 +37,8 @@ def _steps(name: str, skip: Site | None = None) -> list[Site]:
         runner = build(plan, platform, routing="profile")
         for _ in range(2):
             runner.step(_batches(plan, platform))
+        runner.optimizer.finish()  # what reads the parameters next waits for the update, and for no more
+        assert [unit.params.clone() for unit in runner.model.units]
         runner.state_dict()
     return list(order.sites)
 
