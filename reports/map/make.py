@@ -1,4 +1,4 @@
-"""Makes this report: python -m reports.map.make [--budget N] (ten minutes on two cores with 12).
+"""Makes this report: python -m reports.map.make [--budget N] (20 minutes on two cores with 20).
 
 Over networks, clusters and contexts: which family wins, by how much and how surely; and what MoP's degrees,
 chosen by the search, gain over the papers' rule.
