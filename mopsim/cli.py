@@ -214,16 +214,14 @@ def size(
 @app.command()
 def export(
     plan: Annotated[str, typer.Option(help="a plan (YAML), as mopsim search writes it")],
-    to: Annotated[
-        Literal["torchtitan", "megatron-bridge", "deepspeed"], typer.Option(help="whose configuration")
-    ],
+    to: Annotated[str, typer.Option(help="whose configuration; one that is not known lists those that are")],
     out: Annotated[str, typer.Option(help="where to write it (- for standard output)")],
     lossy: Annotated[
         bool, typer.Option("--lossy", help="write it even so, listing what the target cannot express")
     ] = False,
     json: o.Json = None,
 ) -> None:
-    """Write a plan as a TorchTitan, Megatron-Bridge or DeepSpeed configuration, or refuse it by field."""
+    """Write a plan as the configuration of another trainer, or refuse it by field."""
     from mopsim.commands.export import run
 
     run(plan, to, out, lossy, json)

@@ -10,7 +10,14 @@ from mopsim.spec.plan import Plan
 
 TARGETS: dict[str, Target] = {target.name: target for target in (TORCHTITAN, MEGATRON_BRIDGE, DEEPSPEED)}
 
-__all__ = ["TARGETS", "Target", "export"]
+__all__ = ["TARGETS", "Target", "export", "target_of"]
+
+
+def target_of(to: str) -> Target:
+    """The target of a name. Raises MopError for an unknown one."""
+    if to not in TARGETS:
+        raise MopError(f"to: {to!r} is not one of {', '.join(TARGETS)}")
+    return TARGETS[to]
 
 
 def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[SpecError]]:
@@ -19,9 +26,7 @@ def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[SpecE
     Raises MopError for an unknown target and, unless `lossy`, for a plan that the target cannot express:
     one line that names the first field, and how many more there are.
     """
-    if to not in TARGETS:
-        raise MopError(f"to: {to!r} is not one of {', '.join(TARGETS)}")
-    target = TARGETS[to]
+    target = target_of(to)
     gaps = list(refusals(plan, by=target.name))
     if gaps and not lossy:
         more = f" (and {len(gaps) - 1} more: {', '.join(gap.field for gap in gaps[1:])})" if gaps[1:] else ""

@@ -4,7 +4,6 @@ import numpy as np
 
 from mopsim.graph.shapes import attention_widths
 from mopsim.search.bound import Bounder, bounders
-from mopsim.search.facts import SpaceFacts
 from mopsim.search.problem import ULYSSES
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL
@@ -16,9 +15,9 @@ USUAL_VIRTUAL = 4
 """Virtual stages where they are not chosen yet."""
 
 
-def guess(space: Space, given: SpaceFacts | None = None) -> Reals:
-    """Seconds of every row of a space; given: as of `bound`."""
-    blocks = [_guess(one) for one in bounders(space, given)]
+def guess(space: Space) -> Reals:
+    """Seconds of every row of a space."""
+    blocks = [_guess(one) for one in bounders(space)]
     return np.concatenate(blocks) if blocks else np.zeros(0)
 
 

@@ -39,12 +39,7 @@ class Rest:
     def under(self, below: float, most: int) -> Space | None:
         """Multiply out those whose bound is under `below` seconds, the least first, to about `most` rows;
         they are no longer of the rest. None where there are none."""
-        parts: list[Space] = []
-        done, ready = 0, int(np.searchsorted(self.time, below))
-        while done < ready and sum(map(len, parts)) < most:
-            stop = min(done + BATCH, ready)
-            parts.append(expanded(self.trunk.part(done, stop), self.axes))
-            done = stop
+        parts, done = _multiplied(self.trunk.part(0, int(np.searchsorted(self.time, below))), self.axes, most)
         self.trunk, self.time = self.trunk.part(done, len(self.time)), self.time[done:]
         return _joined(parts) if parts else None
 
@@ -70,16 +65,22 @@ def _staged(first: Space, axes: Axes) -> tuple[Space, Rest]:
     over = Counter({"memory, bound: whatever is recomputed or offloaded": len(first) - len(fits)})
     kept = _fastest(first.take(fits), axes)
     order = _order(kept, time[fits], miss[fits], axes)
-    parts: list[Space] = []
-    count = done = 0
-    while done < len(order) and count < WHOLE:
-        parts.append(expanded(kept.take(order[done : done + BATCH]), axes))
-        count, done = count + len(parts[-1]), done + BATCH
+    parts, done = _multiplied(kept.take(order), axes, WHOLE)
     later = order[done:]
     later = later[np.argsort(time[fits][later], kind="stable")]
     found = _joined(parts)
     found.rejected.update(first.rejected + over)
     return found, Rest(kept.take(later), axes, time[fits][later])
+
+
+def _multiplied(rows: Space, axes: Axes, most: int) -> tuple[list[Space], int]:
+    """(The first rows of a trunk multiplied out, in batches, to about `most` rows; how many they were)."""
+    parts: list[Space] = []
+    count = done = 0
+    while done < len(rows) and count < most:
+        parts.append(expanded(rows.part(done, min(done + BATCH, len(rows))), axes))
+        count, done = count + len(parts[-1]), min(done + BATCH, len(rows))
+    return parts, done
 
 
 def _joined(parts: Sequence[Space]) -> Space:
