@@ -12,7 +12,7 @@ from torch import Tensor
 from mopexec.data.dataset import IGNORED
 from mopexec.model import Transformer, init_weights
 from mopexec.model.auxiliary import Auxiliary
-from mopexec.model.documents import Documents, spans
+from mopexec.operators.documents import Documents, spans
 from mopexec.run import failures, plans
 from mopexec.run.apply import build
 from mopexec.run.environment import launcher

@@ -1,1 +1,1 @@
-"""The `flat_units` runtime: MoP as an explicit schedule over flat parameter units."""
+"""The `flat_units` runtime: MoP as an explicit schedule of operators over flat parameter units."""

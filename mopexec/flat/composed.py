@@ -6,10 +6,10 @@ again in the backward with a graph of its own that lives no longer.
 import torch
 from torch import Tensor
 
-from mopexec.flat.attention import AttentionBlock, Saved, Weights
-from mopexec.flat.rows import rms_norm, rms_norm_backward_
 from mopexec.measure.tracker import component, phase
 from mopexec.model.attention import project, value_width
+from mopexec.operators.attention import AttentionBlock, Saved, Weights
+from mopexec.operators.rows import rms_norm, rms_norm_backward_
 from mopsim.spec.model import ModelSpec
 
 _PREFIX = "attention."

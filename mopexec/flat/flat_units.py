@@ -15,16 +15,16 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Mesh
 from mopexec.distributed.tiers import Platform
 from mopexec.flat import state as training_state
-from mopexec.flat.boundaries import Boundaries
 from mopexec.flat.layer import LayerSchedule
-from mopexec.flat.optimizer import FlatAdamW
-from mopexec.flat.rows import rms_norm, rms_norm_backward_, row_slices
 from mopexec.flat.units import Unit
-from mopexec.flat.vocabulary import Ring, local_loss
 from mopexec.measure.tracker import category, component, phase
-from mopexec.model.kernels import using
-from mopexec.model.rope import Positions
 from mopexec.model.routing import balance_step, balance_told
+from mopexec.operators.kernels import using
+from mopexec.operators.layer_inputs import Boundaries
+from mopexec.operators.loss import Ring, local_loss
+from mopexec.operators.optimizer import FlatAdamW
+from mopexec.operators.rope import Positions
+from mopexec.operators.rows import rms_norm, rms_norm_backward_, row_slices
 from mopexec.run import assemble
 from mopexec.run.runner import Batch, StepResult
 from mopsim.spec.plan import Plan

@@ -1,16 +1,17 @@
 """One decoder layer of the flat_units schedule: its units, its forward, and its recompute and backward."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
-from mopexec.flat.attention import AttentionBlock
-from mopexec.flat.experts import MoEBlock
-from mopexec.flat.ffn import DenseBlock
-from mopexec.flat.least_loaded import Foreign
-from mopexec.flat.routes import Routes
 from mopexec.flat.units import Unit, release
 from mopexec.measure.tracker import phase
+from mopexec.operators.attention import AttentionBlock
+from mopexec.operators.experts import MoEBlock
+from mopexec.operators.ffn import DenseBlock
+from mopexec.operators.least_loaded import Foreign, Weights
+from mopexec.operators.routes import Routes
 
 
 class LayerSchedule:
@@ -55,7 +56,13 @@ class LayerSchedule:
             return None
         assert self.moe is not None
         assert self.experts is not None
-        return Foreign(self.experts, self.moe.planner.group, routes.moves, self.experts.platform)
+        unit, contents = self.experts, self.experts.contents
+
+        def views(rows: Tensor) -> Weights:
+            return replace(contents, stack=rows.shape[0]).views(rows.flatten())
+
+        own, group = contents.by_copy(unit.full), self.moe.planner.group
+        return Foreign(own, contents.first, views, group, routes.moves, unit.reduce_dtype)
 
     def forget(self) -> None:
         """Drop what the forward kept for a backward that will not come."""
@@ -87,7 +94,7 @@ class LayerSchedule:
                 grad, inner, self._routes, weights, self.experts.weights(), grads, expert_grads, foreign
             )
             if foreign is not None:
-                foreign.send_home(self.experts.full_grads)
+                foreign.send_home(self.experts.contents.by_copy(self.experts.full_grads))
             del foreign
             self._routes = None
             del expert_grads

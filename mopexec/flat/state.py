@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.flat.optimizer import FlatAdamW
 from mopexec.flat.units import Unit
+from mopexec.operators.optimizer import FlatAdamW
 from mopexec.run.shards import STEP, FlatShards, Piece
 
 ROUTER = "router.weight"
 
 
-def state_dict(optimizer: FlatAdamW, balance_bias: Tensor) -> dict[str, Any]:
+def state_dict(optimizer: FlatAdamW[Unit], balance_bias: Tensor) -> dict[str, Any]:
     """Values and moments by parameter, sharing the live memory; the routers' biases [MoE layers, E] by
     router.
     """
@@ -31,7 +31,7 @@ def state_dict(optimizer: FlatAdamW, balance_bias: Tensor) -> dict[str, Any]:
     return found
 
 
-def load_state_dict(optimizer: FlatAdamW, state: dict[str, Any]) -> None:
+def load_state_dict(optimizer: FlatAdamW[Unit], state: dict[str, Any]) -> None:
     """Take what loading did not fill in place: the step count, and the parameters of their master weights."""
     optimizer.finish()
     optimizer.step_number = int(state[STEP])

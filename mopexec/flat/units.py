@@ -63,6 +63,10 @@ class Contents:
         """Elements of all ranks' units of this key."""
         return self.per_copy * (self.total_stack or 1)
 
+    def by_copy(self, flat: Tensor) -> Tensor:
+        """A flat buffer expert by expert, [experts, per_copy]."""
+        return flat[: self.numel].view(-1, self.per_copy)
+
     @property
     def _width(self) -> int:
         return math.prod(self.names[0][1][1:])

@@ -1,5 +1,5 @@
-"""The single-device MoE transformer: plain modules without any parallelism, and the kernels both runtimes
-share.
+"""The single-device MoE transformer: plain modules without any parallelism, which compute by the forwards of
+`operators`.
 """
 
 from mopexec.model.initialize import init_weights, initial_value

@@ -2,22 +2,49 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mopexec.model.attention_core import Core, causal_attention
-from mopexec.model.documents import Documents
 from mopexec.model.parts import RMSNorm, linear
-from mopexec.model.rope import rotate, softmax_scale
+from mopexec.operators.attention_core import Core, causal_backward, causal_forward
+from mopexec.operators.documents import Documents
+from mopexec.operators.rope import rotate, softmax_scale
 from mopsim.spec.model import ModelSpec
 
 AttentionCore = Callable[[Tensor, Tensor, Tensor, Core, Tensor | None], Tensor]
 LATENT_EPS = 1e-6
 """Of the norms over latents: the default of DeepSeek's RMSNorm, whatever its config says (model code of
 DeepSeek-V2 and V3)."""
+
+
+class CausalAttention(torch.autograd.Function):
+    """`causal_forward` under autograd: saves q, k, v, the output and the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, core: Core) -> Tensor:
+        out, saved = causal_forward(q, k, v, core, sinks)
+        ctx.core, ctx.sinks = core, sinks is not None
+        ctx.plain = [None if isinstance(value, Tensor) else (value,) for value in saved]
+        tensors = (value for value in saved if isinstance(value, Tensor))
+        ctx.save_for_backward(q, k, v, out, *([] if sinks is None else [sinks]), *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, out, *tensors = ctx.saved_tensors
+        sinks = tensors.pop(0) if ctx.sinks else None
+        rest = iter(tensors)
+        saved = tuple(next(rest) if plain is None else plain[0] for plain in ctx.plain)
+        return *causal_backward(grads[0], q, k, v, out, saved, ctx.core, sinks), None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None) -> Tensor:
+    """Causal attention [B, S, heads, e] with grouped KV heads, differentiable."""
+    result: Tensor = CausalAttention.apply(q, k, v, sinks, core)  # type: ignore[no-untyped-call]
+    return result
 
 
 class SelfAttention(nn.Module):

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopexec.model.auxiliary import Auxiliary, attach, router_loss
-from mopexec.model.grouped import RowCounts
 from mopexec.model.parts import FeedForward, linear
-from mopexec.model.routing import choose_experts, count_routes, route_weights, router_scores, wide
-from mopexec.model.swiglu import clamp_of, grouped_swiglu
+from mopexec.model.swiglu import grouped_swiglu
+from mopexec.operators.dtypes import wide
+from mopexec.operators.grouped import RowCounts
+from mopexec.operators.router import choose_experts, count_routes, route_weights, router_scores
+from mopexec.operators.swiglu import clamp_of
 from mopsim.spec.model import ModelSpec
 
 

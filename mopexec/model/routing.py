@@ -79,58 +79,6 @@ def _first_choices(num_tokens: int, num_experts: int, device: torch.device) -> T
     )
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums and exponentials: float64 stays, everything narrower becomes float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def router_scores(logits: Tensor, spec: ModelSpec) -> Tensor:
-    """Scores [N, E] of logits [N, E]."""
-    return logits.softmax(-1) if spec.scoring_func == "softmax" else logits.sigmoid()
-
-
-def choose_experts(scores: Tensor, balance_bias: Tensor, spec: ModelSpec) -> Tensor:
-    """Experts [N, top_k] (int64): the best of scores + bias, in the best groups where the model has some; the
-    bias steers the choice and never the weight.
-    """
-    wanted = scores + balance_bias.to(scores.dtype)
-    if spec.topk_group < spec.n_group:
-        groups = wanted.view(wanted.shape[0], spec.n_group, -1)
-        best = groups.topk(2 if spec.topk_method == "noaux_tc" else 1, dim=-1).values.sum(-1)
-        out = torch.ones_like(best, dtype=torch.bool)
-        out.scatter_(1, best.topk(spec.topk_group, dim=-1).indices, False)
-        wanted = groups.masked_fill(out[..., None], float("-inf")).view_as(wanted)
-    return torch.topk(wanted, spec.num_experts_per_tok, dim=-1).indices
-
-
-def route_weights(scores: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
-    """Weights [N, top_k] of the chosen experts."""
-    chosen = scores.gather(1, experts)
-    if spec.norm_topk_prob:
-        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
-    return chosen * spec.routed_scaling_factor
-
-
-def route_weights_backward(grad: Tensor, scores: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
-    """Gradient of the logits [N, E] from that of the weights [N, top_k]."""
-    grad = grad * spec.routed_scaling_factor
-    if spec.norm_topk_prob:
-        chosen = scores.gather(1, experts)
-        total = chosen.sum(-1, keepdim=True) + 1e-20
-        grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
-    grad_scores = torch.zeros_like(scores).scatter_add_(1, experts, grad)
-    if spec.scoring_func == "softmax":
-        grad_scores.sub_((grad_scores * scores).sum(-1, keepdim=True))
-        return grad_scores.mul_(scores)
-    return grad_scores.mul_(scores).mul_(1 - scores)
-
-
-def count_routes(load: Tensor, experts: Tensor) -> None:
-    """load [E] += routes to each expert, in place."""
-    flat = experts.reshape(-1)
-    load.index_add_(0, flat, torch.ones_like(flat, dtype=load.dtype))
-
-
 def largest_share(load: Tensor, degree: int) -> Tensor:
     """Of the routes `load` [..., E], the part of the rank of an expert-parallel group that got most, averaged
     over the layers whose router chose; float64 scalar, nan where none did.

@@ -1,35 +1,14 @@
-"""SwiGLU products: per-expert matmuls over routes sorted by expert."""
+"""SwiGLU under autograd: products over routes sorted by expert."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.model.grouped import Groups, RowCounts, fits
-from mopsim.spec.model import ModelSpec
-
-
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(silu(x gate^T) * (x up^T)) down^T for weights stored [out, in]; x [N, H]."""
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-
-
-@dataclass(frozen=True)
-class Clamp:
-    """SwiGLU of GPT-OSS (arXiv 2508.10925): gate at most `limit`, up within it, a sigmoid of alpha times the
-    gate, and up + 1.
-    """
-
-    limit: float
-    alpha: float
-
-
-def clamp_of(spec: ModelSpec) -> Clamp | None:
-    """How the network's experts clamp, None where they do not."""
-    return Clamp(spec.swiglu_limit, spec.swiglu_alpha) if spec.swiglu_limit else None
+from mopexec.operators.grouped import Groups, RowCounts, fits
+from mopexec.operators.swiglu import Clamp, clamped_activation, clamped_activation_backward
 
 
 class _Clamped(torch.autograd.Function):
@@ -45,27 +24,6 @@ class _Clamped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         return *clamped_activation_backward(grads[0], gate, up, ctx.clamp), None
-
-
-def clamped_activation(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
-    """The activation of clamped gate and up, [R, I] each."""
-    bounded = gate.clamp(max=clamp.limit)
-    result = (bounded * clamp.alpha).sigmoid_().mul_(bounded)
-    del bounded
-    return result.mul_(up.clamp(-clamp.limit, clamp.limit).add_(1))
-
-
-def clamped_activation_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, clamp: Clamp
-) -> tuple[Tensor, Tensor]:
-    """(grad of gate, grad of up) from that of `clamped_activation`."""
-    bounded = gate.clamp(max=clamp.limit)
-    sigmoid = (bounded * clamp.alpha).sigmoid_()
-    grad_up = (bounded * sigmoid).mul_(grad).mul_(up.abs() <= clamp.limit)
-    slope = bounded.mul_(1 - sigmoid).mul_(clamp.alpha).add_(1).mul_(sigmoid)
-    del sigmoid
-    slope.mul_(up.clamp(-clamp.limit, clamp.limit).add_(1)).mul_(grad).mul_(gate <= clamp.limit)
-    return slope, grad_up
 
 
 def activate(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
@@ -101,18 +59,3 @@ def grouped_swiglu(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], c
         inner = activate(torch.addmm(bg, r, g), torch.addmm(bu, r, u), clamp)
         parts.append(torch.addmm(bd, inner, d))
     return torch.cat(parts)
-
-
-def swiglu_activation(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, in gate's memory."""
-    return F.silu(gate, inplace=True).mul_(up)
-
-
-def swiglu_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad of gate, grad of up) from that of silu(gate) * up; they take the memory of `grad` and of `silu` =
-    silu(gate).
-    """
-    grad_up = silu.mul_(grad)
-    grad.mul_(up)
-    grad_gate: Tensor = torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
-    return grad_gate, grad_up

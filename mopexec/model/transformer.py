@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from mopexec.data.dataset import IGNORED
 from mopexec.model.attention import SelfAttention
 from mopexec.model.auxiliary import Auxiliary, attach
-from mopexec.model.documents import Documents
 from mopexec.model.moe import MoE
 from mopexec.model.parts import FeedForward, RMSNorm, linear
-from mopexec.model.rope import rope_tables
-from mopexec.model.routing import Routing, balance_step, balance_told, wide
+from mopexec.model.routing import Routing, balance_step, balance_told
 from mopexec.model.support import check_model
+from mopexec.operators.documents import Documents
+from mopexec.operators.dtypes import wide
+from mopexec.operators.rope import rope_tables
 from mopsim.spec.model import ModelSpec
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
-from mopexec.model.attention_core import Core, Saved, causal_backward, causal_forward
-from mopexec.model.kernels import HALF, on_gpu
+from mopexec.operators.attention_core import Core, Saved, causal_backward, causal_forward
+from mopexec.operators.kernels import HALF, on_gpu
 from mopsim.common.errors import SpecError
 
 Pair = tuple[Tensor, Tensor]

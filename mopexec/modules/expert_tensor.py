@@ -14,9 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.measure.scope import category
-from mopexec.model.grouped import RowCounts
 from mopexec.modules.exchange import exchange
 from mopexec.modules.experts import by_expert, permute
+from mopexec.operators.grouped import RowCounts
 
 
 def gather_blocks(x: Tensor, sizes: list[int], group: Group) -> Tensor:

@@ -17,10 +17,11 @@ from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
-from mopexec.model.grouped import RowCounts, expert_order
-from mopexec.model.routing import Routing, count_routes
+from mopexec.model.routing import Routing
 from mopexec.modules.again import once
 from mopexec.modules.exchange import exchange
+from mopexec.operators.grouped import RowCounts, expert_order
+from mopexec.operators.router import count_routes
 from mopsim.spec.routing import routing_counts
 
 

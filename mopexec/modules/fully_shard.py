@@ -19,15 +19,15 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, category, component, phase
 from mopexec.measure.tracker import recategorize
 from mopexec.model import Routing
-from mopexec.model.kernels import using
 from mopexec.model.moe import kept_loads
 from mopexec.modules.comm import book_gradients, local, place_on_host
 from mopexec.modules.gather import Gathered, global_dtensor
 from mopexec.modules.groups import make_groups
 from mopexec.modules.hooks import name_gathers
-from mopexec.modules.loss import wide
 from mopexec.modules.optimizer import Shard, ShardedAdamW
 from mopexec.modules.wrap import build_model
+from mopexec.operators.dtypes import wide
+from mopexec.operators.kernels import using
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import STEP, of_dtensor
 from mopexec.weights.source import Source

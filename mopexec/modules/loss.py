@@ -9,12 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mopexec.measure.scope import NOW, category
+from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that losses and norms are computed in: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def full_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:

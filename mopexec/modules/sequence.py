@@ -9,9 +9,10 @@ from torch import Tensor
 from mopexec.data.dataset import IGNORED
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
-from mopexec.model.attention_core import Core, causal_attention
+from mopexec.model.attention import causal_attention
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.modules.exchange import exchange
+from mopexec.operators.attention_core import Core
 from mopsim.spec.training import TrainSpec
 
 

@@ -15,14 +15,12 @@ from mopexec.measure.scope import NOW, category, phase, uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
 from mopexec.model.auxiliary import attach
-from mopexec.model.documents import Documents
-from mopexec.model.rope import Positions, rope_tables
 from mopexec.model.transformer import Given, Term
 from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
 from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.hooks import InputHooks, name_components, recompute_layers, recompute_modules
-from mopexec.modules.loss import chunked_loss, wide
+from mopexec.modules.loss import chunked_loss
 from mopexec.modules.pipeline import Links, Part, StagePipeline
 from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
 from mopexec.modules.slices import Block, Kind, block_of, fill
@@ -31,6 +29,9 @@ from mopexec.modules.tensor_parallel import split_layer
 from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss
 from mopexec.modules.wrap import reset_routers
 from mopexec.modules.zero1 import Buffers, adopt, make_buffer
+from mopexec.operators.documents import Documents
+from mopexec.operators.dtypes import wide
+from mopexec.operators.rope import Positions, rope_tables
 from mopexec.run.runner import Batch
 from mopexec.weights.source import Source
 from mopsim.spec import layout

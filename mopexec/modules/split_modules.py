@@ -12,12 +12,12 @@ from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import NOW, component, phase
 from mopexec.model import Routing
-from mopexec.model.kernels import using
 from mopexec.model.moe import kept_loads
 from mopexec.modules.masters import Masters, whole
 from mopexec.modules.optimizer import ShardedAdamW
 from mopexec.modules.split_model import SplitModel
 from mopexec.modules.stage_groups import make_groups
+from mopexec.operators.kernels import using
 from mopexec.run.runner import Batch, StepResult
 from mopexec.run.shards import STEP
 from mopexec.weights.source import Source

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.measure.scope import category
-from mopexec.modules.loss import wide
 from mopexec.modules.tensor_parallel import gather_rows, scatter_rows, sum_rows
+from mopexec.operators.dtypes import wide
 
 
 def by_rank(values: Tensor, group: Group) -> Tensor:

@@ -18,7 +18,6 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_allocation, uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.auxiliary import attach
-from mopexec.model.documents import Documents
 from mopexec.model.initialize import is_stacked
 from mopexec.model.moe import Router
 from mopexec.model.transformer import Term
@@ -28,6 +27,7 @@ from mopexec.modules.groups import FsdpGroups
 from mopexec.modules.hooks import InputHooks, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, full_loss
 from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
+from mopexec.operators.documents import Documents
 from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan

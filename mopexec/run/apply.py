@@ -7,21 +7,21 @@ import torch
 
 from mopexec.distributed.mesh import Group, Mesh, build_mesh
 from mopexec.distributed.tiers import Platform
-from mopexec.flat.attention import AttentionBlock
-from mopexec.flat.boundaries import Boundaries
 from mopexec.flat.composed import ComposedAttention, needs_composed
 from mopexec.flat.contents import layer_contents, outer_contents
-from mopexec.flat.experts import MoEBlock
-from mopexec.flat.ffn import DenseBlock
 from mopexec.flat.flat_units import FlatModel, FlatRunner
 from mopexec.flat.layer import LayerSchedule
-from mopexec.flat.routes import RoutePlanner
-from mopexec.flat.sequence import SequenceExchange
 from mopexec.flat.units import Unit
-from mopexec.flat.vocabulary import Ring
 from mopexec.measure.tracker import category
-from mopexec.model import kernels
 from mopexec.model.routing import profile_experts
+from mopexec.operators import kernels
+from mopexec.operators.attention import AttentionBlock
+from mopexec.operators.experts import MoEBlock
+from mopexec.operators.ffn import DenseBlock
+from mopexec.operators.layer_inputs import Boundaries
+from mopexec.operators.loss import Ring
+from mopexec.operators.routes import RoutePlanner
+from mopexec.operators.ulysses import SequenceExchange
 from mopexec.run.runner import Runner
 from mopexec.run.supported import check_supported
 from mopexec.weights.source import Seeded, Source

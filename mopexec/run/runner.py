@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mopexec.distributed.tiers import Platform
-from mopexec.model.documents import Documents
+from mopexec.operators.documents import Documents
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Projection and loss whose gradients are made beside it, a strip of logits at a time: with the whole head at
-hand, or around a ring of vocabulary shards (Ring-DTP; mopexec.flat.vocabulary, .strips)."""
+hand, or around a ring of vocabulary shards (Ring-DTP; mopexec.operators.loss, .strips)."""
 
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder

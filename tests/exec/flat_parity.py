@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mopexec.distributed.tiers import Platform
-from mopexec.flat import rows
 from mopexec.model import Routing, Transformer, init_weights
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.model.moe import Router
+from mopexec.operators import rows
 from mopexec.run import apply
 from mopexec.run.runner import Batch
 from mopsim.spec import layout

@@ -11,9 +11,9 @@ from torch import Tensor
 from mopexec.check.dry_run import DryRunResult, tracked_step
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
-from mopexec.flat.dispatch import ChunkExchange
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.model.grouped import expert_order
+from mopexec.operators.dispatch import ChunkExchange
+from mopexec.operators.grouped import expert_order
 from mopexec.run import apply
 from mopsim.spec.plan import Plan
 from mopsim.spec.routing import routing_counts

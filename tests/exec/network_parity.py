@@ -7,7 +7,7 @@ from torch import Tensor
 from mopexec.check.verify import compare, targets_of
 from mopexec.data.dataset import IGNORED
 from mopexec.distributed.tiers import Platform
-from mopexec.model.documents import Documents
+from mopexec.operators.documents import Documents
 from mopexec.run.job import RankJob
 from mopsim.common import io
 from mopsim.spec.plan import Plan

@@ -16,7 +16,7 @@ from mopexec.data.corpus import read_corpus
 from mopexec.data.dataset import IGNORED
 from mopexec.data.documents import DocumentReading
 from mopexec.data.tokenizer import END_OF_TEXT
-from mopexec.model.documents import positions
+from mopexec.operators.documents import positions
 from mopexec.run.feed import Feed
 from mopsim.common.errors import MopError, SpecError
 from tests.exec.train_plans import small_plan

@@ -5,8 +5,9 @@ kernel.
 import pytest
 import torch
 
-from mopexec.model.attention_core import Core, causal_attention
-from mopexec.model.documents import Documents
+from mopexec.model.attention import causal_attention
+from mopexec.operators.attention_core import Core
+from mopexec.operators.documents import Documents
 from tests.exec.flat_plans import make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_TWO, TWO

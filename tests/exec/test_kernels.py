@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from mopexec.check.dry_run import counted_step
-from mopexec.flat import expert_products
-from mopexec.flat.experts import experts_backward_, experts_forward_
-from mopexec.flat.rows import rms_norm, rms_norm_backward_
 from mopexec.measure.kernels import layer_kernels
-from mopexec.model.fused import OPS, split_packed
-from mopexec.model.grouped import ends_of, expert_order
-from mopexec.model.kernels import prepare, using
-from mopexec.model.routing import wide
-from mopexec.model.swiglu import Clamp
+from mopexec.operators import expert_products
+from mopexec.operators.dtypes import wide
+from mopexec.operators.experts import experts_backward_, experts_forward_
+from mopexec.operators.fused import OPS, split_packed
+from mopexec.operators.grouped import ends_of, expert_order
+from mopexec.operators.kernels import prepare, using
+from mopexec.operators.rows import rms_norm, rms_norm_backward_
+from mopexec.operators.swiglu import Clamp
 from mopsim import strategies
 from mopsim.common.errors import SpecError
 from mopsim.spec.plan import Plan

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from mopexec.distributed.mesh import Group
-from mopexec.flat.vocabulary import Ring, local_loss
 from mopexec.model import Transformer, init_weights
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.modules.loss import chunked_loss, full_loss
+from mopexec.operators.loss import Ring, local_loss
 from mopsim.spec.presets import load_model
 
 TOKENS, VOCABULARY, HIDDEN, SCALE = 11, 23, 8, 0.1

@@ -5,18 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from mopexec.model import Routing, Transformer, init_weights
-from mopexec.model.attention_core import Core, causal_attention
+from mopexec.model.attention import causal_attention
 from mopexec.model.auxiliary import Auxiliary
-from mopexec.model.documents import cumulative
-from mopexec.model.routing import (
-    largest_share,
-    load_histogram,
-    profile_experts,
-    route_weights,
-    route_weights_backward,
-    router_scores,
-)
-from mopexec.model.swiglu import Clamp, activate
+from mopexec.model.routing import largest_share, load_histogram, profile_experts
+from mopexec.model.swiglu import activate
+from mopexec.operators.attention_core import Core
+from mopexec.operators.documents import cumulative
+from mopexec.operators.router import route_weights, route_weights_backward, router_scores
+from mopexec.operators.swiglu import Clamp
 from mopsim import graph
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mopexec.check.dry_run import _batches, _fake_cpu, fake_world
 from mopexec.distributed.tiers import Platform
-from mopexec.flat import ffn
 from mopexec.measure.syncs import HostSync, NoHostSyncs
+from mopexec.operators import ffn
 from mopexec.run.apply import build
 from mopsim.strategies import fsdp2
 from tests.exec.flat_plans import make_plan

@@ -1,5 +1,5 @@
 """Dense FFN and shared experts over slices of their rows, one after the other, each recomputed in its own
-backward (TiledMLP of arXiv 2506.13996; mopexec.flat.ffn)."""
+backward (TiledMLP of arXiv 2506.13996; mopexec.operators.ffn)."""
 
 from dataclasses import replace
 

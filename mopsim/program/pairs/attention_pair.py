@@ -1,4 +1,4 @@
-"""The attention half of a layer: forward, recompute, backward (mopexec.flat.attention and
+"""The attention half of a layer: forward, recompute, backward (mopexec.operators.attention and
 .sequence)."""
 
 from mopsim.graph.attention import attention

@@ -1,5 +1,5 @@
 """The MoE half of a layer: chunks through dispatch(i+1) | experts(i) | combine(i-1)
-(mopexec.flat.experts)."""
+(mopexec.operators.experts)."""
 
 from dataclasses import replace
 

@@ -1,5 +1,5 @@
 """Dense FFN and shared experts over token slices, each recomputed in its own backward
-(mopexec.flat.ffn)."""
+(mopexec.operators.ffn)."""
 
 from mopsim.graph.ffn import ffn
 from mopsim.graph.tape import Kernel

@@ -1,4 +1,5 @@
-"""The end of a step of flat units: replicas, global norm, AdamW bucket by bucket (mopexec.flat.optimizer)."""
+"""The end of a step of flat units: replicas, global norm, AdamW bucket by bucket
+(mopexec.operators.optimizer)."""
 
 from collections.abc import Sequence
 

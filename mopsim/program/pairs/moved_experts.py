@@ -1,5 +1,6 @@
 """Weights of experts that least-loaded placement moves to other ranks: as the published code has them, in one
-tensor with the rank's own (mopsim.graph.rewrites.migration), or as mopexec.flat.least_loaded does, apart."""
+tensor with the rank's own (mopsim.graph.rewrites.migration), or apart, as
+mopexec.operators.least_loaded has them."""
 
 from mopsim.graph.liveness import backward, everything, forward
 from mopsim.graph.rewrites.migration import migration
@@ -72,7 +73,7 @@ class MovedExperts:
 
 class ForeignExperts:
     """They come before the rows into a buffer of their own, and rows are placed by the counts that are
-    exchanged anyway; what their gradients add up to goes home once a layer (mopexec.flat.least_loaded).
+    exchanged anyway; what their gradients add up to goes home once a layer (mopexec.operators.least_loaded).
 
     False where experts stay at home.
     """

@@ -9,7 +9,7 @@ from mopsim.spec.layout import SLICE_ROWS
 
 
 def slice_rows(rows: int, most: int = SLICE_ROWS) -> int:
-    """Rows of the largest slice, as mopexec.flat.rows cuts them."""
+    """Rows of the largest slice, as mopexec.operators.rows cuts them."""
     return min(rows, most)
 
 

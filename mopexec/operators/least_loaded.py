@@ -7,8 +7,8 @@ before the rows; what the gradients of these weights add up to goes home once a 
 dispatch.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
-from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category, component, phase
 from mopsim.spec.placement import Placement, least_loaded
 from mopsim.spec.strategy import Experts
@@ -126,16 +125,21 @@ def _overlaps(given: Sequence[int], taken: Sequence[int]) -> list[list[int]]:
 
 class Foreign:
     """Weights of others' experts that a rank computes with in one pass of a layer, and their gradients: rows
-    of one buffer, an expert each in its unit's flat order."""
+    of one buffer, an expert each, flat.
 
-    def __init__(self, unit: Unit, group: Group, moves: Moves, platform: Platform) -> None:
-        self.unit, self.group, self.moves, self.platform = unit, group, moves, platform
-        self.contents = replace(unit.contents, stack=len(moves.received))
+    own [experts, n]: this rank's experts, from expert `first` on. views: the parameters of flat experts
+    [m, n], as a stack. grad_dtype: of the gradients.
+    """
+
+    def __init__(
+        self, own: Tensor, first: int, views: Callable[[Tensor], Weights], group: Group, moves: Moves,
+        grad_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.first, self.views, self.group, self.moves = first, views, group, moves
+        self._grad_dtype = grad_dtype
         self._grads: Tensor | None = None
         with component("experts"), category("gathered"):
-            self._weights = self._rows(len(moves.received), unit.compute)
-        full, first = unit.full, unit.contents.first
-        own = full[: unit.contents.numel].view(-1, unit.contents.per_copy)
+            self._weights = own.new_empty(len(moves.received), own.shape[1])
         self._coming: collectives.Waitable | None = self._exchange(
             [(own[expert - first], expert, to) for expert, to in moves.sent],
             [
@@ -149,33 +153,29 @@ class Foreign:
         if self._coming is not None:
             self._coming.wait()
             self._coming = None
-        return [self.contents.views(self._weights.flatten())] if self.moves.received else []
+        return [self.views(self._weights)] if self.moves.received else []
 
     def open_grads(self) -> list[Weights]:
         """Zeroed gradients, as `weights`."""
         with category("gathered_grads"):
-            self._grads = self._rows(len(self.moves.received), self.unit.reduce_dtype).zero_()
-        return [self.contents.views(self._grads.flatten())] if self.moves.received else []
+            self._grads = torch.zeros_like(self._weights, dtype=self._grad_dtype)
+        return [self.views(self._grads)] if self.moves.received else []
 
     def send_home(self, grads: Tensor) -> None:
-        """Gradients of the experts go to their owners; grads, this rank's full flat ones, += those that
+        """Gradients of the experts go to their owners; grads [experts, n], of this rank's own, += those that
         come."""
         with component("experts"), phase("backward"):
-            mine, contents = self._grads, self.unit.contents
+            mine = self._grads
             assert mine is not None, "gradients were not opened"
             with category("gathered_grads"):
-                arriving = self._rows(len(self.moves.sent), self.unit.reduce_dtype)
+                arriving = mine.new_empty(len(self.moves.sent), mine.shape[1])
             self._exchange(
                 [(row, e, owner) for row, (e, owner) in zip(mine, self.moves.received, strict=True)],
                 [(row, e, helper) for row, (e, helper) in zip(arriving, self.moves.sent, strict=True)],
             ).wait()
-            own = grads[: contents.numel].view(-1, contents.per_copy)
             for row, (expert, _) in zip(arriving, self.moves.sent, strict=True):
-                own[expert - contents.first].add_(row)
+                grads[expert - self.first].add_(row)
             self._grads = None
-
-    def _rows(self, count: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((count, self.unit.contents.per_copy), dtype=dtype, device=self.platform.device)
 
     def _exchange(
         self, send: Sequence[tuple[Tensor, int, int]], receive: Sequence[tuple[Tensor, int, int]]

@@ -13,19 +13,32 @@ state.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mopexec.distributed.background import Background, Signal
 from mopexec.distributed.tiers import Platform
-from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category, host_compute
-from mopexec.model.routing import wide
+from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
 from mopsim.spec.strategy import Optimizer, Precision
 from mopsim.spec.training import TrainSpec
+
+
+class Sharded(Protocol):
+    """What is updated: flat shards [shard_numel] of parameters and of their gradients. updated: where the
+    update runs beside the next step, what reads the parameters waits for it.
+    """
+
+    params: Tensor
+    grads: Tensor
+    shard_numel: int
+    updated: Signal | None
+
+
+Unit = TypeVar("Unit", bound=Sharded)
 
 
 @dataclass
@@ -44,7 +57,7 @@ class UnitState:
 Slice = tuple[int, int, int]
 
 
-class FlatAdamW:
+class FlatAdamW(Generic[Unit]):
     """Optimizer of one rank's units. `step_number` counts updates done."""
 
     def __init__(

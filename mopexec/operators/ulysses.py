@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
-from mopexec.flat.rows import add_matmul
-from mopexec.model import kernels
+from mopexec.operators import kernels
+from mopexec.operators.rows import add_matmul
 
 
 class SequenceExchange:

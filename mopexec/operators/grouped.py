@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.model import kernels
-from mopexec.model.fused import OPS
+from mopexec.operators import kernels
+from mopexec.operators.fused import OPS
 
 _BLOCK = 8
 """Elements of 16 bytes in bf16: what grouped products want rows to be multiples of, on CUDA."""

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_
 from mopexec.measure.tracker import component, phase
-from mopexec.model import kernels
-from mopexec.model.fused import OPS
-from mopexec.model.swiglu import swiglu_activation, swiglu_activation_backward
+from mopexec.operators import kernels
+from mopexec.operators.fused import OPS
+from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_
+from mopexec.operators.swiglu import swiglu_activation, swiglu_activation_backward
 from mopsim.spec import layout
 
 Weights = dict[str, Tensor]

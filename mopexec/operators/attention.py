@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
-from mopexec.flat.sequence import SequenceExchange, project_backward
 from mopexec.measure.tracker import component, phase
-from mopexec.model import kernels
-from mopexec.model.attention_core import Core, causal_backward, causal_forward
-from mopexec.model.rope import Positions, rope_tables, rotate_, softmax_scale
+from mopexec.operators import kernels
+from mopexec.operators.attention_core import Core, causal_backward, causal_forward
+from mopexec.operators.rope import Positions, rope_tables, rotate_, softmax_scale
+from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.operators.ulysses import SequenceExchange, project_backward
 from mopsim.spec.layout import SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 

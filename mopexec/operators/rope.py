@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mopexec.model import kernels
-from mopexec.model.documents import Documents, positions
-from mopexec.model.fused import OPS
-from mopexec.model.routing import wide
+from mopexec.operators import kernels
+from mopexec.operators.documents import Documents, positions
+from mopexec.operators.dtypes import wide
+from mopexec.operators.fused import OPS
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.rope import RopeScaling
 

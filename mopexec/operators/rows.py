@@ -5,9 +5,9 @@ sliced RMSNorm.
 import torch
 from torch import Tensor
 
-from mopexec.model import kernels
-from mopexec.model.fused import OPS
-from mopexec.model.routing import wide
+from mopexec.operators import kernels
+from mopexec.operators.dtypes import wide
+from mopexec.operators.fused import OPS
 from mopsim.spec import layout
 from mopsim.spec.layout import SLICE_ROWS
 

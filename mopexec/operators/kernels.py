@@ -18,8 +18,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Choice:
-    """norm, rotary, activation, router, rows (of routes): one kernel each (mopexec.model.fused). grouped: one
-    product for all experts. attention: the stack's word for its kernel; "cpu": torch's flash kernel for CPUs.
+    """norm, rotary, activation, router, rows (of routes): one kernel each (`fused`). grouped: one product for
+    all experts. attention: the stack's word for its kernel; "cpu": torch's flash kernel for CPUs.
     """
 
     __slots__ = ("activation", "attention", "grouped", "norm", "rotary", "router", "rows")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mopexec.model import cudnn, kernels
-from mopexec.model import sinks as attention_sinks
-from mopexec.model.documents import Documents, cumulative, spans
-from mopexec.model.kernels import HALF, on_gpu
+from mopexec.operators import cudnn, kernels
+from mopexec.operators import sinks as attention_sinks
+from mopexec.operators.documents import Documents, cumulative, spans
+from mopexec.operators.kernels import HALF, on_gpu
 
 _ATEN: Any = torch.ops.aten
 Saved = tuple[Any, ...]
@@ -332,30 +332,3 @@ def _formula_backward(
         out = _formula(leaves[0], leaves[1], leaves[2], core, leaves[3] if sinks is not None else None)
         dq, dk, dv, *rest = torch.autograd.grad(out, leaves, grad)
     return dq, dk, dv, rest[0] if rest else None
-
-
-class CausalAttention(torch.autograd.Function):
-    """`causal_forward` under autograd: saves q, k, v, the output and the log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, core: Core) -> Tensor:
-        out, saved = causal_forward(q, k, v, core, sinks)
-        ctx.core, ctx.sinks = core, sinks is not None
-        ctx.plain = [None if isinstance(value, Tensor) else (value,) for value in saved]
-        tensors = (value for value in saved if isinstance(value, Tensor))
-        ctx.save_for_backward(q, k, v, out, *([] if sinks is None else [sinks]), *tensors)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, out, *tensors = ctx.saved_tensors
-        sinks = tensors.pop(0) if ctx.sinks else None
-        rest = iter(tensors)
-        saved = tuple(next(rest) if plain is None else plain[0] for plain in ctx.plain)
-        return *causal_backward(grads[0], q, k, v, out, saved, ctx.core, sinks), None
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor | None = None) -> Tensor:
-    """Causal attention [B, S, heads, e] with grouped KV heads, differentiable."""
-    result: Tensor = CausalAttention.apply(q, k, v, sinks, core)  # type: ignore[no-untyped-call]
-    return result

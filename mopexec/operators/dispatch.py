@@ -1,5 +1,5 @@
 """One chunk's routes on their way: sorted by expert, sent to the experts' ranks, sorted there, and back
-again. A route's row and weight travel together, packed (`mopexec.model.fused.split_packed`).
+again. A route's row and weight travel together, packed (`fused.split_packed`).
 """
 
 import torch
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
-from mopexec.flat.routes import Routes
-from mopexec.model.fused import OPS, split_packed
-from mopexec.model.grouped import expert_order
+from mopexec.operators.fused import OPS, split_packed
+from mopexec.operators.grouped import expert_order
+from mopexec.operators.routes import Routes
 
 
 class ChunkExchange:

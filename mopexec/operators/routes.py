@@ -4,18 +4,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
-from mopexec.flat.least_loaded import Counted, Moves, placed
-from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component
-from mopexec.model import kernels
-from mopexec.model.fused import OPS
-from mopexec.model.grouped import ends_of
-from mopexec.model.routing import choose_experts, route_weights, route_weights_backward, router_scores, wide
+from mopexec.operators import kernels
+from mopexec.operators.dtypes import wide
+from mopexec.operators.fused import OPS
+from mopexec.operators.grouped import ends_of
+from mopexec.operators.least_loaded import Counted, Moves, placed
+from mopexec.operators.router import (
+    choose_experts,
+    logits_backward,
+    router_logits,
+    router_scores,
+    weights_of_logits,
+)
+from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopsim.spec.layout import FUSED_ROWS, SLICE_ROWS
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.routing import RoutingProfile, routing_counts
@@ -95,14 +101,14 @@ class RoutePlanner:
             found: list[Tensor] = []
             for start, stop in row_slices(x.shape[0], 0 if kernels.NOW.router else SLICE_ROWS):
                 hidden = rms_norm(x[start:stop], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                logits, chosen = _logits(hidden, weights), experts[start:stop]
+                logits, chosen = router_logits(hidden, weights), experts[start:stop]
                 del hidden
                 if choose_by is not None:
                     scores = router_scores(logits, self.spec)
                     chosen.copy_(choose_experts(scores, choose_by, self.spec))
                     del scores
                 with category("dispatch"):
-                    found.append(_route_weights(logits, chosen, self.spec))
+                    found.append(weights_of_logits(logits, chosen, self.spec))
                 del logits
             with category("dispatch"):
                 return found[0] if len(found) == 1 else torch.cat(found)
@@ -118,8 +124,8 @@ class RoutePlanner:
             for start, stop in row_slices(x.shape[0], FUSED_ROWS if kernels.NOW.router else SLICE_ROWS):
                 rows = slice(start, stop)
                 hidden = rms_norm(x[rows], weights["ffn_norm.weight"], self.spec.rms_norm_eps)
-                grad_logits = _logits_backward(
-                    grad_weights[rows], _logits(hidden, weights), experts[rows], self.spec
+                grad_logits = logits_backward(
+                    grad_weights[rows], router_logits(hidden, weights), experts[rows], self.spec
                 )
                 add_matmul(grads["moe.router.weight"], grad_logits.t(), hidden.to(router.dtype))
                 del hidden
@@ -188,37 +194,3 @@ class RoutePlanner:
         here = slice(first, first + self.local)
         receive = [[chunks[i][here] for chunks in known] for i in range(self.num_chunks)]
         return known[group.place], receive, every[:, :, here].transpose(0, 1).contiguous(), None
-
-
-def _how(spec: ModelSpec) -> tuple[bool, bool, float]:
-    """What fused route weights ask of a network."""
-    return spec.scoring_func == "softmax", spec.norm_topk_prob, spec.routed_scaling_factor
-
-
-def _logits(hidden: Tensor, weights: Weights) -> Tensor:
-    """Router logits [n, E] in the wide dtype."""
-    if kernels.NOW.router:
-        logits: Tensor = OPS.router_logits(
-            hidden, weights["moe.router.weight"], weights.get("moe.router.bias")
-        )
-        return logits
-    accurate = wide(hidden.dtype)
-    bias = weights.get("moe.router.bias")
-    bias = None if bias is None else bias.to(accurate)
-    return F.linear(hidden.to(accurate), weights["moe.router.weight"].to(accurate), bias)
-
-
-def _route_weights(logits: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
-    """Weights [n, top_k] of chosen experts from router logits [n, E]."""
-    if kernels.NOW.router:
-        found: Tensor = OPS.route_weights(logits, experts, *_how(spec))
-        return found
-    return route_weights(router_scores(logits, spec), experts.long(), spec)
-
-
-def _logits_backward(grad: Tensor, logits: Tensor, experts: Tensor, spec: ModelSpec) -> Tensor:
-    """Gradient of router logits [n, E] from that of their route weights [n, top_k]."""
-    if kernels.NOW.router:
-        found: Tensor = OPS.route_weights_backward(grad, logits, experts, *_how(spec))
-        return found
-    return route_weights_backward(grad, router_scores(logits, spec), experts.long(), spec)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopexec.flat.rows import add_matmul
-from mopexec.model.routing import wide
+from mopexec.operators.dtypes import wide
+from mopexec.operators.rows import add_matmul
 from mopsim.spec import layout
 
 

@@ -1,16 +1,16 @@
 """The experts of a rank by grouped products, for the forward, the inputs and the weights.
 
-Rows [R, H] are sorted by expert, and packed with their route weights (`mopexec.model.fused.split_packed`);
-ends [E]: where each expert's end, on the device.
+Rows [R, H] are sorted by expert, and packed with their route weights (`fused.split_packed`); ends [E]: where
+each expert's end, on the device.
 """
 
 from torch import Tensor
 
-from mopexec.model import grouped
-from mopexec.model.fused import OPS, split_packed
-from mopexec.model.grouped import Groups
-from mopexec.model.routing import wide
-from mopexec.model.swiglu import Clamp
+from mopexec.operators import grouped
+from mopexec.operators.dtypes import wide
+from mopexec.operators.fused import OPS, split_packed
+from mopexec.operators.grouped import Groups
+from mopexec.operators.swiglu import Clamp
 
 Weights = dict[str, Tensor]
 _PREFIX = "moe.experts."

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.flat import expert_products
-from mopexec.flat.dispatch import Arrival, ChunkExchange
-from mopexec.flat.ffn import add_shared_, shared_backward, slice_rows
-from mopexec.flat.least_loaded import Foreign
-from mopexec.flat.routes import RoutePlanner, Routes
-from mopexec.flat.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
 from mopexec.measure.tracker import category, component, phase
-from mopexec.model import kernels
-from mopexec.model.fused import OPS, split_packed
-from mopexec.model.routing import wide
-from mopexec.model.swiglu import (
+from mopexec.operators import expert_products, kernels
+from mopexec.operators.dispatch import Arrival, ChunkExchange
+from mopexec.operators.dtypes import wide
+from mopexec.operators.ffn import add_shared_, shared_backward, slice_rows
+from mopexec.operators.fused import OPS, split_packed
+from mopexec.operators.least_loaded import Foreign
+from mopexec.operators.routes import RoutePlanner, Routes
+from mopexec.operators.rows import add_matmul, rms_norm, rms_norm_backward_, row_slices
+from mopexec.operators.swiglu import (
     Clamp,
     clamp_of,
     clamped_activation,

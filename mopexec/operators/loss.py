@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
-from mopexec.flat.rows import add_matmul
-from mopexec.flat.strips import Fold, block_backward, fold_block, strip_gradient_
 from mopexec.measure.tracker import category, component, phase
+from mopexec.operators.rows import add_matmul
+from mopexec.operators.strips import Fold, block_backward, fold_block, strip_gradient_
 from mopsim.spec import layout
 
 Result = tuple[Tensor, Tensor]

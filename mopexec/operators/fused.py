@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.model.routing import wide
+from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
 
 _LIBRARY: Any = torch.library.Library("mop", "DEF")  # type: ignore[no-untyped-call]
@@ -75,7 +75,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 def _rms_norm_backward_(
     target: Tensor, x: Tensor, grad: Tensor, weight: Tensor, grad_weight: Tensor, eps: float, add: bool
 ) -> None:
-    """See `mopexec.flat.rows.rms_norm_backward_`; grad of any dtype."""
+    """See `rows.rms_norm_backward_`; grad of any dtype."""
     inverse = _inverse_rms(x, eps)
     normed, scaled = x * inverse, grad * weight.to(inverse.dtype)
     product = grad * normed
@@ -89,7 +89,7 @@ def _rms_norm_backward_(
 
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    """See `mopexec.model.rope.rotate_`; in the dtype of the tables, fp32 at least."""
+    """See `rope.rotate_`; in the dtype of the tables, fp32 at least."""
     first, second = x.chunk(2, dim=-1)
     c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if inverse:
@@ -162,7 +162,7 @@ def _router_logits_cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _route_weights(logits: Tensor, experts: Tensor, softmax: bool, normed: bool, scale: float) -> Tensor:
-    """See `mopexec.model.routing.route_weights`, from logits; experts [n, k] of any integer dtype."""
+    """See `router.route_weights`, from logits; experts [n, k] of any integer dtype."""
     scores = logits.softmax(-1) if softmax else logits.sigmoid()
     chosen = scores.gather(1, experts.long())
     if normed:
@@ -173,7 +173,7 @@ def _route_weights(logits: Tensor, experts: Tensor, softmax: bool, normed: bool,
 def _route_weights_backward(
     grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, normed: bool, scale: float
 ) -> Tensor:
-    """See `mopexec.model.routing.route_weights_backward`, from logits and without a scatter."""
+    """See `router.route_weights_backward`, from logits and without a scatter."""
     scores = logits.softmax(-1) if softmax else logits.sigmoid()
     index, grad = experts.long(), grad * scale
     if normed:
@@ -295,7 +295,7 @@ def _chunk_orders(order: Tensor, chunks: int, top_k: int) -> tuple[Tensor, Tenso
 
 
 def _arrival_order(arrived: Tensor, total: int) -> Tensor:
-    """See `mopexec.model.grouped.expert_order`: a block (source, expert) of arrivals moves as a whole."""
+    """See `grouped.expert_order`: a block (source, expert) of arrivals moves as a whole."""
     counts = arrived.transpose(-1, -2).reshape(-1)
     before = arrived.flatten(-2).cumsum(-1).view_as(arrived) - arrived
     starts, ends = before.transpose(-1, -2).reshape(-1), counts.cumsum(0)

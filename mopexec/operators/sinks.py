@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopexec.model.kernels import on_gpu
+from mopexec.operators.kernels import on_gpu
 
 
 def join_(out: Tensor, saved: tuple[Any, ...], sinks: Tensor) -> tuple[Any, ...]:
