@@ -1,6 +1,7 @@
 """Text to train on: a file or directory the user names, or what ships with Python itself."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,16 +89,15 @@ def user_files(path: Path) -> list[Path]:
 
 def _walk(root: Path, suffix: str) -> list[Path]:
     """Regular files below `root` by name; hidden ones, and with a suffix (a library) tests and caches, left
-    out.
+    out. What is left out is not looked through: a library may have tens of thousands of packages' files.
     """
+    skipped = _SKIPPED if suffix else {"__pycache__"}
     found = []
-    for path in sorted(root.rglob(f"*{suffix}")):
-        inner = path.relative_to(root).parts
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in inner)
-        skipped = bool(suffix) and any(part in _SKIPPED for part in inner)
-        if path.is_file() and not hidden and not skipped:
-            found.append(path)
-    return found
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith(".") and name not in skipped]
+        some = (Path(folder, name) for name in names if name.endswith(suffix) and name not in skipped)
+        found += [path for path in some if not path.name.startswith(".") and path.is_file()]
+    return sorted(found)
 
 
 def _add_text(digest: "hashlib._Hash", path: Path) -> int:

@@ -1,6 +1,7 @@
 """Held-out data during a run, and where a run's tokens are."""
 
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -46,8 +47,8 @@ def tokens_of(options: TrainOptions, plan: Plan, job: RankJob, *, held_out: bool
     if options.tokens and not held_out:
         return Path(options.tokens)
     cache = data.cache_directory(options.cache)
-    if job.local_rank == 0:
-        data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
+    prepared = partial(data.prepare_all, options.data, options.eval_data, plan.model.vocab_size, cache)
+    mine = prepared() if job.local_rank == 0 else None
     dist.barrier()
-    training, evaluation = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
+    training, evaluation = mine or prepared()
     return evaluation if held_out and evaluation else training
