@@ -19,9 +19,10 @@ from mopexec.flat.layer import LayerSchedule
 from mopexec.flat.units import Unit
 from mopexec.measure.tracker import category, component, phase
 from mopexec.model.routing import balance_step, balance_told
+from mopexec.operators.adamw import clip_factor
 from mopexec.operators.kernels import using
 from mopexec.operators.layer_inputs import Boundaries
-from mopexec.operators.loss import Ring, local_loss
+from mopexec.operators.loss import Ring, chunked_loss
 from mopexec.operators.optimizer import FlatAdamW
 from mopexec.operators.rope import Positions
 from mopexec.operators.rows import rms_norm, rms_norm_backward_, row_slices
@@ -82,10 +83,7 @@ class FlatRunner:
             loss.add_(self._microbatch(batch, last=index == len(batches) - 1))
         with component("optimizer"), phase("optimizer"):
             norm = self._finish_gradients(loss)
-            clip = torch.ones_like(norm)
-            if self.plan.training.clip_norm > 0:
-                clip = (self.plan.training.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
-            self.optimizer.step(clip)
+            self.optimizer.step(clip_factor(norm, self.plan.training.clip_norm))
             told = self._balance()
         found = [loss.double() / self._counted, norm, *([] if told is None else [told])]
         return StepResult.fetched(found, self.num_tokens, self.platform)
@@ -164,7 +162,7 @@ class FlatRunner:
             hidden = rms_norm(x, weight, eps)
             grad_rows = head.open_grads()["head.weight"]
             if self.model.ring is None:
-                loss, grad = local_loss(hidden, targets, rows, grad_rows, scale, self.loss_chunk)
+                loss, grad = chunked_loss(hidden, targets, rows, grad_rows, scale, self.loss_chunk)
             else:
                 loss, grad = self.model.ring.loss(hidden, targets, rows, grad_rows, scale)
             del hidden, rows, grad_rows

@@ -1,25 +1,15 @@
-"""Context parallelism by blocks of keys and values: each rank keeps its queries, and gets the keys and values
-before them, those of all ranks at once (all-gather) or block after block in a ring (arXiv 2310.01889).
+"""Context parallelism by blocks of keys and values, under autograd (`mopexec.operators.context_parallel`)."""
 
-Rank p of n holds positions [p S / n, (p + 1) S / n) of its sequences: its own block is attended causally, the
-blocks before it whole, those after it not at all. Blocks are merged by their log-sum-exps; the backward of
-each block, given the merged output and sums, is its part of the whole gradient.
-"""
-
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
-from mopexec.operators.attention_core import Core, Saved, causal_backward, causal_forward
-from mopexec.operators.kernels import HALF, on_gpu
+from mopexec.operators.attention_core import Core
+from mopexec.operators.context_parallel import blocks_backward, blocks_forward
+from mopexec.operators.kernels import HALF
 from mopsim.common.errors import SpecError
-
-Pair = tuple[Tensor, Tensor]
 
 
 class BlockAttention:
@@ -42,116 +32,14 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, core: Core, group: Group, ring: bool) -> Tensor:
         k, v = k.contiguous(), v.contiguous()
-        out, saved = causal_forward(q, k, v, core)
-        lse, before, rests = _sums(saved, q), replace(core, causal=False), {group.place: saved}
-        for place, key, value in (_around if ring else _gathered)(k, v, group):
-            block, saved = causal_forward(q, key, value, before)
-            out, lse = _merged(out, lse, block, _sums(saved, q))
-            rests[place] = saved
-        ctx.given, ctx.rests = (core, group, ring), {place: saved[1:] for place, saved in rests.items()}
+        out, lse, ctx.rests = blocks_forward(q, k, v, core, group, ring=ring)
+        ctx.given = core, group, ring
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
         core, group, ring = ctx.given
-        before = replace(core, causal=False)
-
-        def block(place: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            saved = _saved(lse, ctx.rests[place], q, key)
-            how = core if place == group.place else before
-            return causal_backward(grads[0], q, key, value, out, saved, how)[:3]
-
-        found = (_ring_backward if ring else _gathered_backward)(k, v, group, block)
+        q, k, v, out, lse = ctx.saved_tensors
+        found = blocks_backward(grads[0], q, k, v, out, lse, ctx.rests, core, group, ring=ring)
         return *found, None, None, None
-
-
-def _gathered(k: Tensor, v: Tensor, group: Group) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(place, keys, values) of the blocks before this rank's, of those of all ranks."""
-    keys, values = _all(k, group), _all(v, group)
-    for place in range(group.place):
-        yield place, keys[place], values[place]
-
-
-def _all(x: Tensor, group: Group) -> Tensor:
-    whole = x.new_empty((group.size, *x.shape))
-    collectives.all_gather_single(whole.flatten(0, 1), x, group.handle)
-    return whole
-
-
-def _gathered_backward(k: Tensor, v: Tensor, group: Group, block: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v: each rank's part of those of every block, added up where the block is."""
-    keys, values = _all(k, group), _all(v, group)
-    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-    grad_q: Tensor | None = None
-    for place in range(group.place + 1):
-        dq, dk, dv = block(place, keys[place], values[place])
-        grad_q = dq if grad_q is None else grad_q.add_(dq)
-        grad_keys[place], grad_values[place] = dk, dv
-    assert grad_q is not None
-    own = []
-    for whole, like in ((grad_keys, k), (grad_values, v)):
-        mine = torch.empty_like(like)
-        collectives.reduce_scatter_single(mine, whole.flatten(0, 1), group.handle)
-        own.append(mine)
-    return grad_q, own[0], own[1]
-
-
-def _hop(tensors: tuple[Tensor, ...], group: Group) -> tuple[tuple[Tensor, ...], collectives.Waitable]:
-    """Send tensors to the next rank of the ring; what comes from the one before, once the work is done."""
-    coming = tuple(torch.empty_like(tensor) for tensor in tensors)
-    return coming, collectives.send_recv(
-        tensors, group.next, coming, group.previous, group.handle, async_op=True
-    )
-
-
-def _around(k: Tensor, v: Tensor, group: Group) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """As `_gathered`, one block after the other while the next one is on its way."""
-    coming, work = _hop((k, v), group)
-    for hop in range(1, group.size):
-        work.wait()
-        key, value = coming
-        if hop < group.size - 1:
-            coming, work = _hop((key, value), group)
-        if hop <= group.place:
-            yield group.place - hop, key, value
-
-
-def _ring_backward(k: Tensor, v: Tensor, group: Group, block: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_gathered_backward`: blocks go round with the sums of their gradients, and then home."""
-    grad_q, grad_k, grad_v = (x.contiguous() for x in block(group.place, k, v))
-    moving: tuple[Tensor, ...] = (k, v, grad_k, grad_v)
-    for hop in range(1, group.size + 1):
-        home = hop == group.size
-        coming, work = _hop(moving[2:] if home else moving, group)
-        work.wait()
-        moving = coming
-        if not home and hop <= group.place:
-            dq, dk, dv = block(group.place - hop, moving[0], moving[1])
-            grad_q.add_(dq)
-            moving[2].add_(dk)
-            moving[3].add_(dv)
-    return grad_q, moving[-2], moving[-1]
-
-
-def _sums(saved: Saved, q: Tensor) -> Tensor:
-    """Log-sum-exps [B, heads, s] of what `causal_forward` saves."""
-    if on_gpu(q):
-        return cast(Tensor, saved[0])
-    return torch.stack(saved, dim=2).flatten(1, 2)
-
-
-def _saved(lse: Tensor, rest: Saved, q: Tensor, k: Tensor) -> Saved:
-    """What `causal_backward` wants, with other log-sum-exps."""
-    if on_gpu(q):
-        return (lse, *rest)
-    heads = k.shape[2]
-    return tuple(one.contiguous() for one in lse.unflatten(1, (heads, -1)).unbind(2))  # type: ignore[no-untyped-call]
-
-
-def _merged(out: Tensor, lse: Tensor, block: Tensor, sums: Tensor) -> Pair:
-    """Outputs [B, s, heads, e] over two sets of keys as one over both, and their log-sum-exps."""
-    total = torch.logaddexp(lse, sums)
-    first, second = ((one - total).exp_().transpose(1, 2)[..., None] for one in (lse, sums))
-    return (out * first + block * second).to(out.dtype), total

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mopexec.distributed import collectives
@@ -20,8 +19,10 @@ from mopexec.measure.scope import category
 from mopexec.model.routing import Routing
 from mopexec.modules.again import once
 from mopexec.modules.exchange import exchange
+from mopexec.operators.dispatch import sum_routes, to_ranks
 from mopexec.operators.grouped import RowCounts, expert_order
 from mopexec.operators.router import count_routes
+from mopexec.operators.routes import exchanged
 from mopsim.spec.routing import routing_counts
 
 
@@ -37,8 +38,8 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         with category("dispatch"):
-            rows = grads[0].index_select(0, *ctx.saved_tensors)
-            return rows.view(-1, ctx.top_k, rows.shape[1]).sum(1), None, None, None
+            (inverse,) = ctx.saved_tensors
+            return sum_routes(grads[0], inverse, ctx.top_k), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -55,11 +56,8 @@ class _Permute(torch.autograd.Function):
             return grads[0].index_select(0, *ctx.saved_tensors), None, None
 
 
-def _to_ranks(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Row blocks to the ranks of the group."""
-    out = x.new_empty(sum(received), *x.shape[1:])
-    collectives.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-    return out
+def _to_ranks(x: Tensor, received: list[int], sent: list[int], group: Group) -> Tensor:
+    return to_ranks(x.contiguous(), received, sent, group)[0]
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -98,8 +96,8 @@ class ExpertDispatch:
         with category("dispatch"):
             sent, counts = self._counts(experts)
             received = counts.by_source
-            there = partial(_to_ranks, received=received, sent=sent, group=self._group.handle)
-            back = partial(_to_ranks, received=sent, sent=received, group=self._group.handle)
+            there = partial(_to_ranks, received=received, sent=sent, group=self._group)
+            back = partial(_to_ranks, received=sent, sent=received, group=self._group)
             order, inverse = _with_inverse(experts.flatten().argsort(stable=True))
             rows = apply(_Spread, x, order, inverse, top_k)
             grouped = by_expert(counts)
@@ -143,10 +141,7 @@ class ExpertDispatch:
         size, local = self._group.size, self._num_experts // self._group.size
         sent = torch.zeros(self._num_experts, dtype=torch.int64, device=experts.device)
         count_routes(sent, experts)
-        received = torch.empty_like(sent) if size > 1 else sent
-        if size > 1:
-            collectives.all_to_all_single(received, sent, group=self._group.handle)
-        tables = [sent.view(size, local), received.view(size, local)]
+        tables = [sent.view(size, local), exchanged(sent[None], self._group)[0]]
         if self._beside is not None:
             tables.append(sent.new_empty(self._beside.size, local))
             collectives.all_gather_single(tables[2].view(-1), tables[1].sum(0), self._beside.handle)

@@ -1,7 +1,6 @@
 """Cross entropy behind FSDP's head: full logits by autograd, or token chunks with the gradient made chunk
 by chunk."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from mopexec.measure.scope import NOW, category
 from mopexec.operators.dtypes import wide
-from mopsim.spec import layout
+from mopexec.operators.loss import chunked_loss as loss_and_gradient
 
 
 def full_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -32,28 +31,21 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, 
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradient of a cross entropy needs nothing from behind it: it is made in the forward, while a
-    chunk's logits
-    are there (3 products per chunk instead of the 4 of a recomputing loss), and only scaled in the
-    backward."""
+    """The gradient of a cross entropy needs nothing from behind it: it is made in the forward, and only
+    scaled in the backward.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_tokens: int
     ) -> Tensor:
-        loss = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
         with category("gathered_grads"):
             grad_weight = torch.zeros_like(weight)
-        for start, stop in layout.token_slices(hidden.shape[0], chunk_tokens):
-            rows = hidden[start:stop]
-            loss_of_chunk, grad_logits = _chunk(rows, weight, targets[start:stop], scale)
-            loss += loss_of_chunk
-            torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
-            grad_weight.addmm_(grad_logits.t(), rows)
-            del grad_logits
+        loss, grad_hidden = loss_and_gradient(
+            hidden, targets, weight, grad_weight, scale, chunk_tokens, "forward"
+        )
         ctx.gradients = (grad_hidden, grad_weight)
-        return loss
+        return loss.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
@@ -61,19 +53,3 @@ class _ChunkedLoss(torch.autograd.Function):
         del ctx.gradients
         (grad,) = grad_outputs
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
-
-
-def _chunk(rows: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Loss (0-d) of rows [c, H] and the gradient of their logits [c, V] in the compute dtype; targets below
-    0 do not count."""
-    with category("logits"):
-        logits = F.linear(rows, weight).to(wide(rows.dtype))
-        counted = (targets >= 0)[:, None]
-        wanted = targets.clamp(min=0)[:, None]
-        largest = logits.amax(dim=-1, keepdim=True)
-        chosen = logits.gather(1, wanted).sub_(largest)
-        total = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)  # torch.logsumexp would copy the chunk
-        loss = (total.log() - chosen).mul_(counted).sum() * scale
-        logits.div_(total.masked_fill_(~counted, math.inf))
-        logits.scatter_add_(1, wanted, counted.to(logits.dtype).neg_())
-        return loss, logits.mul_(scale).to(rows.dtype)

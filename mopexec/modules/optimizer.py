@@ -1,5 +1,5 @@
-"""torch's fused AdamW on this rank's shards, with a global norm over shards of different kinds, on device
-or host."""
+"""AdamW on this rank's shards, with a global norm over shards of different kinds, on device or
+host."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_compute
 from mopexec.measure.tracker import mark_host, recategorize
+from mopexec.operators.adamw import adamw_, clip_factor
 from mopsim.spec.training import TrainSpec
 
 
@@ -29,59 +30,47 @@ class ShardedAdamW:
     """AdamW over local shards: no DTensor op, so dense and expert shards of different meshes need no
     special care.
 
-    Decoupled decay on every parameter, as torch.optim.AdamW. host: state and update in host memory.
+    host: state and update in host memory.
     """
 
     def __init__(self, shards: list[Shard], training: TrainSpec, platform: Platform, *, host: bool) -> None:
-        self._platform, self._host, self._clip_norm = platform, host, training.clip_norm
-        self.shards = shards
+        self._platform, self._host, self._training = platform, host, training
+        self.shards, self.learning_rate = shards, training.learning_rate
         self._device = torch.device("cpu") if host and not platform.fake else platform.device
-        self._parameters = {s.name: nn.Parameter(s.value.detach()) for s in shards if s.value.numel()}
+        self._values = {s.name: s.value.detach() for s in shards if s.value.numel()}
         self.coefficient = torch.ones(())
         """What the last step multiplied the gradients by, where it works."""
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values() if self._parameters else [nn.Parameter(torch.zeros(1))],
-            lr=training.learning_rate,
-            betas=(training.beta1, training.beta2),
-            eps=training.eps,
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
         with self._tier():
-            self._make_state()
+            self._state = self._make_state()
 
     def set_lr(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self.learning_rate = lr
 
+    @torch.no_grad()
     def step(self, grads: dict[str, Tensor]) -> Tensor:
         """Clip `grads` (by parameter name) in place by their global norm, update; returns the norm before
         clipping, on the device.
-
-        torch's formula: the coefficient is clip_norm / (norm + 1e-6), at most 1.
         """
         with self._tier():
-            present = [grads[name] for name in self._parameters if name in grads]
             norm = self._global_norm(grads)
-            if self._clip_norm:
-                factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-                self.coefficient = factor.to(self._device)
+            names = [name for name in self._values if name in grads]
+            present = [grads[name] for name in names]
+            if self._training.clip_norm:
+                self.coefficient = clip_factor(norm, self._training.clip_norm).to(self._device)
                 if present:
                     torch._foreach_mul_(present, self.coefficient)
-            for name, parameter in self._parameters.items():
-                parameter.grad = grads.get(name)
-            self._optimizer.step()
-            for parameter in self._parameters.values():
-                parameter.grad = None
+            if present:
+                moments, squares, steps = (
+                    [self._state[kind][name] for name in names] for kind in ("exp_avg", "exp_avg_sq", "step")
+                )
+                torch._foreach_add_(steps, 1)
+                masters = [self._values[name] for name in names]
+                adamw_(masters, present, moments, squares, steps, self.learning_rate, self._training)
         return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Moments by kind (exp_avg, exp_avg_sq) and parameter name; and `step`."""
-        kinds: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
-        for name, parameter in self._parameters.items():
-            for kind, values in kinds.items():
-                values[name] = self._optimizer.state[parameter][kind]
-        return kinds
+        """Moments by kind (exp_avg, exp_avg_sq) and parameter name; and `step`, 0-dim."""
+        return self._state
 
     def _global_norm(self, grads: dict[str, Tensor]) -> Tensor:
         """The 2-norm of all gradients of the model: squares summed over ranks, each element counted once."""
@@ -99,18 +88,17 @@ class ShardedAdamW:
         collectives.all_reduce(square)
         return square.sqrt()
 
-    def _make_state(self) -> None:
-        """The zero moments that torch would make in its first step: resident from the start."""
-        for parameter in self._parameters.values():
-            state: dict[str, Any] = self._optimizer.state[parameter]
-            with category("optimizer"):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = (
-                    torch.zeros_like(parameter),
-                    torch.zeros_like(parameter),
-                )
-            if self._host:
-                _mark_all(state.values())
+    def _make_state(self) -> dict[str, dict[str, Tensor]]:
+        """Zero moments, resident from the start."""
+        kinds: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
+        with category("optimizer"):
+            for name, value in self._values.items():
+                kinds["step"][name] = torch.zeros((), dtype=torch.float32, device=value.device)
+                kinds["exp_avg"][name], kinds["exp_avg_sq"][name] = (torch.zeros_like(value) for _ in "12")
+        if self._host:
+            for tensors in kinds.values():
+                _mark_all(tensors.values())
+        return kinds
 
     def _tier(self) -> Any:
         return host_compute() if self._host else nullcontext()

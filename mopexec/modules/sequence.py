@@ -13,6 +13,7 @@ from mopexec.model.attention import causal_attention
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.modules.exchange import exchange
 from mopexec.operators.attention_core import Core
+from mopexec.operators.ulysses import trade
 from mopsim.spec.training import TrainSpec
 
 
@@ -41,16 +42,6 @@ class UlyssesAttention:
         """[B, S/D, heads, d] to [B, S, heads/D, d] (to_heads), or the inverse."""
         there, back = (partial(trade, group=self._group, to_heads=way) for way in (to_heads, not to_heads))
         return exchange(x, there, back)
-
-
-def trade(x: Tensor, group: Group, to_heads: bool) -> Tensor:
-    """One all-to-all between slices of the sequence (dimension 1) and slices of the heads (dimension 2)."""
-    from_dim, to_dim = (2, 1) if to_heads else (1, 2)
-    sent = torch.stack(x.chunk(group.size, dim=from_dim))
-    received = torch.empty_like(sent)
-    collectives.all_to_all_single(received, sent, group=group.handle)
-    del sent
-    return torch.cat(received.unbind(0), dim=to_dim)
 
 
 def with_following(tokens: Tensor, targets: Tensor, depth: int, group: Group) -> tuple[Tensor, Tensor]:

@@ -7,45 +7,20 @@ rows are kept for the backward, which gathers them again for the gradients of th
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import Weights
 from mopexec.model.transformer import DecoderLayer
 from mopexec.modules.exchange import exchange
-
-
-def gather_rows(x: Tensor, group: Group) -> Tensor:
-    """Rows [m, H] of each rank to [n * m, H] in rank order; parts [B, s, H] of sequences to [B, n * s, H]."""
-    if group.size == 1:
-        return x
-    out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
-    collectives.all_gather_single(out, x.contiguous(), group.handle)
-    if x.dim() == 2:
-        return out
-    parts = out.unflatten(0, (group.size, x.shape[0]))  # type: ignore[no-untyped-call]
-    return cast(Tensor, parts.transpose(0, 1).flatten(1, 2))
-
-
-def scatter_rows(x: Tensor, group: Group) -> Tensor:
-    """The inverse of `gather_rows`, of the sum over the ranks' x."""
-    if group.size == 1:
-        return x
-    if x.dim() > 2:
-        x = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1)  # type: ignore[no-untyped-call]
-    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    collectives.reduce_scatter_single(out, x.contiguous(), group.handle)
-    return out
+from mopexec.operators.tensor_parallel import gather_rows, products_backward, products_forward, scatter_rows
 
 
 class _Products(torch.autograd.Function):
-    """Products of gathered rows with several weights [out, in]; keeps the rank's own rows."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, group: Group, biases: Sequence[Tensor | None], *tensors: Tensor
@@ -53,22 +28,12 @@ class _Products(torch.autograd.Function):
         weights = tensors[: len(biases)]
         ctx.group, ctx.biased = group, [bias is not None for bias in biases]
         ctx.save_for_backward(x, *weights)
-        whole = gather_rows(x, group)
-        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return products_forward(x, group, weights, biases)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, *weights = ctx.saved_tensors
-        rows = [grad.flatten(0, -2) for grad in grads]
-        partial = rows[0] @ weights[0]
-        for row, weight in zip(rows[1:], weights[1:], strict=True):
-            partial.addmm_(row, weight)
-        shape = (*grads[0].shape[:-1], partial.shape[-1])
-        grad_x = scatter_rows(partial.view(shape), ctx.group)
-        del partial
-        whole = gather_rows(x, ctx.group).flatten(0, -2)
-        found = [row.t() @ whole for row in rows]
-        found += [row.sum(0) for row, biased in zip(rows, ctx.biased, strict=True) if biased]
+        grad_x, found = products_backward(grads, x, ctx.group, weights, ctx.biased)
         return grad_x, None, None, *found
 
 

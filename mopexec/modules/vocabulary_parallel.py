@@ -5,15 +5,12 @@
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
-from mopexec.measure.scope import category
-from mopexec.modules.tensor_parallel import gather_rows, scatter_rows, sum_rows
-from mopexec.operators.dtypes import wide
+from mopexec.modules.tensor_parallel import sum_rows
+from mopexec.operators.vocabulary_parallel import split_backward, split_forward
 
 
 def by_rank(values: Tensor, group: Group) -> Tensor:
@@ -40,52 +37,23 @@ class SplitEmbedding:
 
 
 class _Loss(torch.autograd.Function):
-    """Keeps the softmax of this rank's columns in fp32, as Megatron-LM's vocab_parallel_cross_entropy."""
-
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, scale: float, group: Group
     ) -> Tensor:
-        with category("logits"):
-            logits = F.linear(gather_rows(hidden, group), weight)
-            exact = logits.to(wide(logits.dtype))
-            del logits
-            top = exact.amax(-1, keepdim=True)
-            _reduce(top, group, dist.ReduceOp.MAX)
-            exact.sub_(top)
-            wanted = (targets - start)[:, None]
-            away = (wanted < 0) | (wanted >= weight.shape[0])
-            wanted = wanted.masked_fill(away, 0)
-            picked = exact.gather(1, wanted).masked_fill_(away, 0)
-            both = torch.cat((picked, exact.exp_().sum(-1, keepdim=True)), dim=1)
-            _reduce(both, group, dist.ReduceOp.SUM)
-            picked, total = torch.split(both, 1, dim=1)
-            counted = (targets >= 0)[:, None]
-            loss: Tensor = (total.log() - picked).masked_fill_(~counted, 0).sum() * scale
-            exact.div_(total)
-        ctx.save_for_backward(hidden, weight, wanted, away, counted)
-        ctx.exact = exact  # saved, it would live to the end of the backward
+        loss, ctx.exact, *found = split_forward(hidden, weight, targets, start, group)
+        ctx.save_for_backward(hidden, weight, *found)
         ctx.scale, ctx.group = scale, group
-        return loss
+        return loss * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight, wanted, away, counted = ctx.saved_tensors
-        exact = ctx.exact
+        exact = [ctx.exact]  # saved, it would live to the end of the backward
         del ctx.exact
-        with category("logits"):
-            exact.scatter_add_(1, wanted, away.to(exact.dtype).sub_(1))
-            exact.mul_(counted.to(exact.dtype).mul_(grads[0] * ctx.scale))
-            rows = exact.to(hidden.dtype)
-            del exact
-        grad_hidden = scatter_rows(rows @ weight, ctx.group)
-        grad_weight = rows.t() @ gather_rows(hidden, ctx.group)
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def _reduce(values: Tensor, group: Group, op: Any) -> None:
-    if group.size > 1:
-        collectives.all_reduce(values, group.handle, op=op)
+        hidden, weight, wanted, away, counted = ctx.saved_tensors
+        grad = grads[0] * ctx.scale
+        both = split_backward(grad, hidden, weight, exact, wanted, away, counted, ctx.group)
+        return *both, None, None, None, None
 
 
 def split_loss(

@@ -12,6 +12,24 @@ from mopexec.operators.grouped import expert_order
 from mopexec.operators.routes import Routes
 
 
+def to_ranks(
+    rows: Tensor, received: list[int], sent: list[int], group: Group, *, async_op: bool = False
+) -> tuple[Tensor, collectives.Waitable]:
+    """Contiguous row blocks to the ranks of the group, `sent` rows to each; (`received` rows of each, what to
+    wait for where async_op).
+    """
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    work = collectives.all_to_all_single(arrived, rows, received, sent, group.handle, async_op)
+    return arrived, work
+
+
+def sum_routes(rows: Tensor, places: Tensor, top_k: int) -> Tensor:
+    """Each token's sum over its routes, [n, H], of rows [R, H]; places [n * top_k]. In a fixed order, unlike
+    a scatter.
+    """
+    return rows.index_select(0, places).view(-1, top_k, rows.shape[1]).sum(1)
+
+
 class ChunkExchange:
     """All-to-all of one chunk's routes, both ways; routes are in the sender's order (by expert) or the
     expert's order.
@@ -47,10 +65,7 @@ class ChunkExchange:
         """Send rows [num_sent, ...] in the sender's order; the arrival is in the experts' order."""
         if self.group.size == 1:
             return Arrival(rows)
-        arrived = torch.empty((self.num_received, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-        work = collectives.all_to_all_single(
-            arrived, rows, self.receive_splits, self.send_splits, self.group.handle, async_op=True
-        )
+        arrived, work = to_ranks(rows, self.receive_splits, self.send_splits, self.group, async_op=True)
         return Arrival(arrived, work, rows, order=self._arrivals)
 
     def start_back(self, owned: list[Tensor], weights: Tensor | None = None) -> "Arrival":
@@ -68,10 +83,7 @@ class ChunkExchange:
         elif self._arrivals is not None:
             rows = torch.empty_like(rows).index_copy_(0, self._arrivals, rows)
         rows = rows.contiguous()
-        arrived = torch.empty((self.num_sent, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-        work = collectives.all_to_all_single(
-            arrived, rows, self.send_splits, self.receive_splits, self.group.handle, async_op=True
-        )
+        arrived, work = to_ranks(rows, self.send_splits, self.receive_splits, self.group, async_op=True)
         return Arrival(arrived, work, rows, hidden=hidden)
 
 

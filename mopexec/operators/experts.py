@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mopexec.measure.tracker import category, component, phase
 from mopexec.operators import expert_products, kernels
-from mopexec.operators.dispatch import Arrival, ChunkExchange
+from mopexec.operators.dispatch import Arrival, ChunkExchange, sum_routes
 from mopexec.operators.dtypes import wide
 from mopexec.operators.ffn import add_shared_, shared_backward, slice_rows
 from mopexec.operators.fused import OPS, split_packed
@@ -214,10 +214,9 @@ class MoEBlock:
                 self._norm_backward(target[start:stop], tokens[start:stop], grad_hidden, weights, grads)
 
     def _sum_routes(self, rows: Tensor, inverse: Tensor, start: int, stop: int) -> Tensor:
-        """Sum over the routes of tokens [start, stop): [stop - start, H]. Deterministic, unlike a scatter."""
+        """Sum over the routes of tokens [start, stop): [stop - start, H]."""
         top_k = self.spec.num_experts_per_tok
-        gathered = rows.index_select(0, inverse[start * top_k : stop * top_k])
-        return gathered.view(stop - start, top_k, -1).sum(1)
+        return sum_routes(rows, inverse[start * top_k : stop * top_k], top_k)
 
     def _add_shared(self, index: int, x: Tensor, weights: Weights) -> None:
         """x1 += shared experts, for the tokens of the chunk (they have been sent already)."""

@@ -11,34 +11,33 @@ from torch import Tensor
 from mopexec.distributed import collectives
 from mopexec.distributed.mesh import Group
 from mopexec.measure.tracker import category, component, phase
+from mopexec.operators.dtypes import wide
 from mopexec.operators.rows import add_matmul
-from mopexec.operators.strips import Fold, block_backward, fold_block, strip_gradient_
+from mopexec.operators.strips import Fold, block_backward, fold_block, whole_backward_, whole_forward
 from mopsim.spec import layout
 
 Result = tuple[Tensor, Tensor]
 
 
-def local_loss(
-    hidden: Tensor, targets: Tensor, head: Tensor, grad_head: Tensor, scale: float, chunk: int
-) -> Result:
+def chunked_loss(
+    hidden: Tensor, targets: Tensor, head: Tensor, grad_head: Tensor, scale: float, chunk: int,
+    gradients: str = "backward",
+) -> Result:  # fmt: skip
     """All of the vocabulary at hand: forward and backward of `chunk` rows of logits (0 = all) before the next
-    ones.
+    ones, three products each. gradients: the phase that their backward is booked in.
     """
     with component("vocabulary"), category("logits"):
-        total = torch.zeros(
-            (), dtype=Fold.empty(0, hidden.dtype, hidden.device).total.dtype, device=hidden.device
-        )
+        total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         with category("activations"):
             grad_hidden = torch.empty_like(hidden)
         for start, stop in layout.token_slices(hidden.shape[0], chunk):
             rows, wanted = hidden[start:stop], targets[start:stop]
-            fold = Fold.empty(stop - start, hidden.dtype, hidden.device)
             strip = rows @ head.t()
-            fold.add(strip, wanted, 0, 0, stop - start)
-            normaliser, loss = fold.finish(wanted)
+            loss, exact, sums = whole_forward(strip, wanted)
             total.add_(loss)
-            with phase("backward"):
-                strip_gradient_(strip, wanted, normaliser, 0, scale)
+            with phase(gradients):
+                whole_backward_(strip, exact, sums, wanted, scale)
+                del exact
                 torch.mm(strip, head, out=grad_hidden[start:stop])
                 add_matmul(grad_head, strip.t(), rows)
                 del strip

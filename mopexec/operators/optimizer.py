@@ -1,8 +1,8 @@
 """AdamW on flat shards, bucket by bucket: state on the device, on the host, or on the host streamed through
 slots.
 
-The update is torch.optim.AdamW's (decoupled decay on all parameters), by its fused kernel, in the master
-weights' dtype or float32, whichever is wider. Buckets are slices of the shards, so `bucket_params` is a cap.
+The update (`adamw`) is in the master weights' dtype or float32, whichever is wider. Buckets are slices of the
+shards, so `bucket_params` is a cap.
 
 With `overlap` the streamed update of a step runs beside the next forward: gradient norm and clip factor are
 final by then, so it is the same update. A unit's gather waits for its own update (`Unit.updated`); the state
@@ -21,6 +21,7 @@ from torch import Tensor
 from mopexec.distributed.background import Background, Signal
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import category, host_compute
+from mopexec.operators.adamw import adamw_
 from mopexec.operators.dtypes import wide
 from mopsim.spec import layout
 from mopsim.spec.strategy import Optimizer, Precision
@@ -311,22 +312,7 @@ class FlatAdamW(Generic[Unit]):
         used = [t if t.dtype == self.update_dtype else t.to(self.update_dtype) for t in held]
         number, rate = self._applied
         step = torch.full((), float(number), dtype=torch.float32, device=master.device)
-        training = self.training
-        torch._fused_adamw_(
-            [used[0]],
-            [grad],
-            [used[1]],
-            [used[2]],
-            [],
-            [step],
-            lr=rate,
-            beta1=training.beta1,
-            beta2=training.beta2,
-            weight_decay=training.weight_decay,
-            eps=training.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        adamw_([used[0]], [grad], [used[1]], [used[2]], [step], rate, self.training)
         for kept, value in zip(held, used, strict=True):
             if kept is not value:
                 kept.copy_(value)

@@ -65,6 +65,16 @@ class Routes:
         return found
 
 
+def exchanged(counts: Tensor, group: Group) -> Tensor:
+    """Counts of routes that arrive [chunks, ranks, E / ranks], of those that are sent [chunks, E]."""
+    send = counts.view(counts.shape[0], group.size, -1).transpose(0, 1).contiguous()
+    if group.size == 1:
+        return send.transpose(0, 1).contiguous()
+    receive = torch.empty_like(send)
+    collectives.all_to_all_single(receive, send, group=group.handle)
+    return receive.transpose(0, 1).contiguous()
+
+
 class RoutePlanner:
     """Makes `Routes`: by the router, or by a profile, whose counts are known without asking anyone."""
 
@@ -172,11 +182,7 @@ class RoutePlanner:
             load.add_(counts.sum(0))
             if self.places:
                 return self._placed_counts(counts)
-            send = counts.view(chunks, size, self.local).transpose(0, 1).contiguous()
-            receive = torch.empty_like(send) if size > 1 else send
-            if size > 1:
-                collectives.all_to_all_single(receive, send, group=self.group.handle)
-            arrived = receive.transpose(0, 1).contiguous()
+            arrived = exchanged(counts, self.group)
             sent, received = self.platform.fetch(torch.stack((counts.flatten(), arrived.flatten())))
         by_expert = [sent[i * num_experts : (i + 1) * num_experts] for i in range(chunks)]
         cells = [received[i : i + self.local] for i in range(0, len(received), self.local)]

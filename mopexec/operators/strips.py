@@ -82,6 +82,29 @@ def block_backward(
         del strip
 
 
+def whole_forward(strip: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the losses of targets [n] that count; exponentials [n, V] in the wide dtype, of each logit
+    below its row's maximum, in the strip's memory where that is wide; their sums [n, 1]) of a strip over the
+    whole vocabulary.
+    """
+    accurate = wide(strip.dtype)
+    maximum = strip.amax(1, keepdim=True).to(accurate)
+    chosen = strip.gather(1, targets.clamp(min=0)[:, None]).to(accurate).sub_(maximum)
+    exact = strip.sub_(maximum) if strip.dtype == accurate else torch.sub(strip, maximum)
+    sums = exact.exp_().sum(1, keepdim=True)
+    return (sums.log() - chosen).masked_fill_(targets[:, None] < 0, 0.0).sum(), exact, sums
+
+
+def whole_backward_(strip: Tensor, exact: Tensor, sums: Tensor, targets: Tensor, scale: float) -> None:
+    """A strip [n, V] becomes scale * (softmax - one-hot) of what `whole_forward` gives; rows that do not
+    count become 0. In place, of both.
+    """
+    counts = (targets >= 0)[:, None].to(exact.dtype).mul_(scale)
+    exact.mul_(counts / sums).scatter_add_(1, targets.clamp(min=0)[:, None], counts.neg_())
+    if exact is not strip:
+        strip.copy_(exact)
+
+
 def strip_gradient_(strip: Tensor, targets: Tensor, normaliser: Tensor, first: int, scale: float) -> None:
     """A strip [n, rows] becomes scale * (softmax - one-hot), in place. Temporaries: one strip in the wide
     dtype.

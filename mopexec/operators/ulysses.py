@@ -2,7 +2,7 @@
 
 Projections are written straight into the send layout [D, tokens, width / D], block d being the heads of rank
 d, so packing copies nothing. Where D exceeds the KV heads, each KV block is projected for every rank that
-needs it.
+needs it. Tensors that are there already are traded as they are (`trade`).
 """
 
 import torch
@@ -61,9 +61,7 @@ class SequenceExchange:
         """Send layout [D, N, w] of this rank's positions to all positions [B, S, w] of this rank's heads."""
         if self.degree == 1:
             return packed.view(self.batch, self.seq, -1)
-        received = torch.empty_like(packed)
-        collectives.all_to_all_single(received, packed, group=self.group.handle)
-        by_place = received.view(self.degree, self.batch, self.seq, -1).transpose(0, 1)
+        by_place = swap(packed, self.group).view(self.degree, self.batch, self.seq, -1).transpose(0, 1)
         return by_place.reshape(self.batch, self.degree * self.seq, -1)
 
     def to_positions(self, x: Tensor) -> Tensor:
@@ -73,9 +71,7 @@ class SequenceExchange:
         if self.degree == 1:
             return x.reshape(1, self.tokens, -1)
         send = x.reshape(self.batch, self.degree, self.seq, -1).transpose(0, 1).contiguous()
-        received = torch.empty_like(send)
-        collectives.all_to_all_single(received, send, group=self.group.handle)
-        return received.view(self.degree, self.tokens, -1)
+        return swap(send, self.group).view(self.degree, self.tokens, -1)
 
     def merge(self, packed: Tensor, heads: int) -> Tensor:
         """[D, N, w] to rows [N, blocks * w], copies of a KV block summed (they are gradients then)."""
@@ -83,6 +79,22 @@ class SequenceExchange:
         if blocks < self.degree:
             packed = packed.view(blocks, self.degree // blocks, self.tokens, -1).sum(1)
         return packed[0] if blocks == 1 else packed.transpose(0, 1).reshape(self.tokens, -1)
+
+
+def swap(blocks: Tensor, group: Group) -> Tensor:
+    """Blocks [D, ..], one for each rank, as the blocks of each rank for this one."""
+    received = torch.empty_like(blocks)
+    collectives.all_to_all_single(received, blocks, group=group.handle)
+    return received
+
+
+def trade(x: Tensor, group: Group, to_heads: bool) -> Tensor:
+    """This rank's positions of all heads [B, S/D, heads, d] to all positions of its heads [B, S, heads/D, d],
+    or back; each is the backward of the other.
+    """
+    from_dim, to_dim = (2, 1) if to_heads else (1, 2)
+    received = swap(torch.stack(x.chunk(group.size, dim=from_dim)), group)
+    return torch.cat(received.unbind(0), dim=to_dim)
 
 
 def project_backward(

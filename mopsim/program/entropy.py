@@ -1,7 +1,7 @@
 """Kernels of a chunked cross entropy. n: rows; V: of the vocabulary."""
 
 from mopsim.program.context import Context
-from mopsim.program.workload import Work
+from mopsim.program.workload import Work, memory_work
 
 
 def product(c: Context, n: float, V: float) -> Work:
@@ -20,6 +20,10 @@ def once(gradient: float) -> Work:
     return Work("memory_bound", bytes=3 * gradient, launches=2)
 
 
-def passes(c: Context, n: float, V: float, gradient: float) -> Work:
-    """Those over a chunk's logits; the head's gradient is read to be added to."""
-    return Work("memory_bound", bytes=n * V * (2 * c.b + 9 * c.wide) + gradient, launches=8)
+def passes(c: Context, n: float, V: float) -> tuple[Work, Work]:
+    """Those over a chunk's logits, forward and backward, as mopexec.operators.strips composes them: maximum,
+    exponentials in the wide dtype and their sum; the gradient from the exponentials, in the logits' memory.
+    """
+    copied = 0 if c.b == c.wide else c.wide + c.b  # a wide strip is its own exponentials
+    forward = memory_work(n * V * (2 * c.b + 4 * c.wide), 15)
+    return forward, memory_work(n * V * (2 * c.wide + copied), 9)

@@ -14,7 +14,7 @@ from mopsim.program.entropy import back, once, passes, product
 from mopsim.program.strip_loss import StripLoss
 from mopsim.program.taped import template
 from mopsim.program.template import START, Template
-from mopsim.program.workload import Work
+from mopsim.program.workload import Work, memory_work
 from mopsim.program.works import implemented, works
 from mopsim.spec.layout import token_slices
 
@@ -135,9 +135,11 @@ def _chunks(c: Context) -> Template:
         found.append(once(gradient))
     rows = [stop - start for start, stop in token_slices(c.tokens, c.strategy.vocabulary.chunk_tokens)]
     for n in sorted(set(rows)):
-        eager = passes(c, n, V, gradient)
-        over = eager if torch else Work("memory_bound", bytes=n * V * 6.0 * c.wide, launches=4)
-        found += rows.count(n) * [*_products(c, n), over]
+        over = [Work("memory_bound", bytes=n * V * 6.0 * c.wide, launches=4)]
+        if torch:  # the head's gradient is read to be added to
+            forward, backward = passes(c, n, V)
+            over = [forward, memory_work(backward.bytes + gradient, backward.launches)]
+        found += rows.count(n) * [*_products(c, n), *over]
     # mopexec's chunk holds its logits in fp32 and, at its begin or end, in the compute dtype
     strip = max(rows) * V * ((c.b if torch else 2 * c.b) + c.wide)
     strip -= max(rows) * V * c.b if torch and c.b == c.wide else 0

@@ -4,6 +4,7 @@ hand, or around a ring of vocabulary shards (Ring-DTP; mopexec.operators.loss, .
 from mopsim.graph.tape import Kernel, Matmul
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context
+from mopsim.program.entropy import passes
 from mopsim.program.workload import Work, memory_work
 from mopsim.program.works import Part, works
 from mopsim.spec.layout import ceil_div, ring_moves_weights, token_slices
@@ -30,11 +31,13 @@ class StripLoss:
             n = stop - start
             b.make("numbers", 3 * n * c.wide, _L)
             b.make("strip", n * self.V * c.b, _L)
-            works = [*self._product(n, self.V), self._fold(n, self.V)]
-            b.compute("logits", _C, "forward", -1, works, *waits)
-            works = [self._gradient(n, self.V), *self._products_back(n, self.V)]
+            forward, backward = passes(c, n, self.V)
+            exact = 0 if c.b == c.wide else n * self.V * c.wide
+            b.spike(exact + 4 * n * c.wide, _L)
+            b.compute("logits", _C, "forward", -1, [*self._product(n, self.V), forward], *waits)
+            b.spike(exact + 5 * n * 8, _L)
             self._temporary(self.V)
-            b.compute("logits", _C, "backward", -1, works)
+            b.compute("logits", _C, "backward", -1, [backward, *self._products_back(n, self.V)])
             b.drop("strip", "numbers")
 
     def ring(self, *waits: int | None) -> None:

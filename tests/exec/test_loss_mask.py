@@ -9,7 +9,8 @@ from mopexec.distributed.mesh import Group
 from mopexec.model import Transformer, init_weights
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.modules.loss import chunked_loss, full_loss
-from mopexec.operators.loss import Ring, local_loss
+from mopexec.operators.loss import Ring
+from mopexec.operators.loss import chunked_loss as flat_loss
 from mopsim.spec.presets import load_model
 
 TOKENS, VOCABULARY, HIDDEN, SCALE = 11, 23, 8, 0.1
@@ -41,7 +42,7 @@ def modules(loss):
 @pytest.mark.parametrize(
     "run",
     [
-        flat(lambda hidden, targets, head, grad: local_loss(hidden, targets, head, grad, SCALE, 4)),
+        flat(lambda hidden, targets, head, grad: flat_loss(hidden, targets, head, grad, SCALE, 4)),
         ring(True),
         ring(False),
         modules(full_loss),
