@@ -136,7 +136,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_plan_of_nothing_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     job = ["--model", "mixtral_8x7b", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "2"]
-    assert call(monkeypatch, "search", *job, "--budget", "2", "--plan", str(plan)) == 3
+    options = ["--family", "fsdp2", "--budget", "2", "--plan", str(plan)]
+    assert call(monkeypatch, "search", *job, *options) == 3
     assert not plan.exists()
 
 
@@ -151,6 +152,8 @@ def test_nothing_fits_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch, 
         "1M",
         "--global-batch",
         "8",
+        "--family",
+        "mop,fsdp2",
         "--budget",
         "2",
     ]

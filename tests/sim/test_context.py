@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from mopsim.context import Contender, ContextCase, Task, contenders, nested, swe
 from mopsim.context.sweep import _alike, curve
 from mopsim.engine import simulate
 from mopsim.report.context import ratio, reach
-from mopsim.search.bound import bound
+from mopsim.search.bound import Bounds, bound
 from mopsim.search.problem import CHUNKED, DEVICE, HOST
-from mopsim.search.space import generate
+from mopsim.search.space import Space, generate
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.strategies import fsdp2
@@ -49,11 +50,18 @@ def test_what_is_searched_keeps_the_rules(contender: Contender) -> None:
         assert set(np.unique(c["state"])) == {tiers[tier] for tier in contender.offload}
 
 
+@cache
+def bounded() -> tuple[Space, Bounds]:
+    """What FSDP2 may do on 16 devices, and what bounds each row."""
+    space = generate(case().problem(128 * K, 16), "fsdp2", NAMES["fsdp2"].axes)
+    return space, bound(space)
+
+
+@pytest.mark.xdist_group("context spaces")
 @pytest.mark.parametrize("place", range(12))
 def test_the_bound_holds_with_tensor_and_context_parallelism(place: int) -> None:
-    problem = case().problem(128 * K, 16)
-    space = generate(problem, "fsdp2", NAMES["fsdp2"].axes)
-    bounds = bound(space)
+    space, bounds = bounded()
+    problem = space.problem
     index = place * len(space) // 12 + 7
     strategy = space.build(index)
     strategy.check_model(problem.model)

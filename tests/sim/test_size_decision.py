@@ -19,7 +19,7 @@ from mopsim.size.points import nearest_miss, pareto
 from mopsim.size.settle import settle
 
 JOB: dict[str, Any] = {
-    "tokens": "300B", "seq_len": 4096, "families": ["mop", "megatron"], "max_nodes": 16, "simulations": 2,
+    "tokens": "300B", "seq_len": 4096, "families": ["mop", "fsdp2"], "max_nodes": 16, "simulations": 2,
     "global_batch_tokens": "1M",
 }  # fmt: skip
 LEAN = JOB | {"families": ["fsdp2"], "max_nodes": 8}
