@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -203,3 +204,15 @@ def _use_count(tensor: Tensor) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def parts_of_all(about: Any, parts: Sequence[Tensor]) -> list[tuple[Any, Sequence[Tensor]]]:
+    """What every rank of the world says about its parts, and these: flat tensors of one dtype, on the CPU.
+
+    For tests and export. One tensor of a rank travels: torch reads each from a pickle by itself, slowly.
+    """
+    assert len({part.dtype for part in parts}) < 2, "parts of several dtypes"
+    flat = torch.cat([part.flatten() for part in parts]).cpu() if parts else torch.empty(0)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (about, [part.numel() for part in parts], flat))
+    return [(told, flat.split(sizes)) for told, sizes, flat in found]

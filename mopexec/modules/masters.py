@@ -2,11 +2,12 @@
 the device or on the host, where the update then runs too (arXiv 2101.06840).
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from mopexec.distributed.collectives import parts_of_all
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_compute
 from mopexec.modules.optimizer import Shard
@@ -67,20 +68,19 @@ class Masters:
             self._platform.wait_host(self._platform.record())
 
 
-def whole(buffers: Buffers, parts: dict[str, Tensor], everyone: Any) -> dict[str, Tensor]:
-    """Every parameter's full value on the CPU, of parts laid out as those of the buffers. everyone: gathers
-    an object of every rank into a list."""
-    mine: dict[str, tuple[tuple[int, ...], list[tuple[int, Tensor]]]] = {}
+def whole(buffers: Buffers, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every parameter's full value on the CPU, on every rank, of parts laid out as those of the buffers."""
+    places: list[tuple[str, tuple[int, ...], int]] = []
+    mine: list[Tensor] = []
     for name, buffer in buffers.named():
         with host_compute():
             pieces = buffer.pieces(name, parts[buffer.kind]).pieces
-            found = [(start, values.detach().cpu()) for start, values in pieces.items()]
-        mine[name] = (buffer.blocks[name].shape, found)
+            mine += [values.detach().cpu() for values in pieces.values()]
+        places += [(name, buffer.blocks[name].shape, start) for start in pieces]
     full: dict[str, Tensor] = {}
-    for rank in everyone(mine):
-        for name, (shape, pieces) in rank.items():
+    for told, everything in parts_of_all(places, mine):
+        for (name, shape, start), values in zip(told, everything, strict=True):
             if name not in full:
-                full[name] = torch.empty(shape, dtype=parts[next(iter(parts))].dtype)
-            for start, values in pieces:
-                full[name].view(-1)[start : start + values.numel()] = values
+                full[name] = torch.empty(shape, dtype=values.dtype)
+            full[name].view(-1)[start : start + values.numel()] = values
     return full

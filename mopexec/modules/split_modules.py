@@ -5,7 +5,6 @@
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mopexec.distributed import collectives
@@ -111,12 +110,12 @@ class SplitRunner:
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter by its single-device name, whole, on every rank."""
         buffers = self.model.buffers
-        return whole(buffers, {b.kind: b.part(b.values) for b in buffers.all}, _everyone)
+        return whole(buffers, {b.kind: b.part(b.values) for b in buffers.all})
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every gradient of the last step before clipping, by its single-device name, whole, on every
         rank."""
-        full = whole(self.model.buffers, self._last_grads, _everyone)
+        full = whole(self.model.buffers, self._last_grads)
         return {name: grad / self._optimizer.coefficient for name, grad in full.items()}
 
     def _balanced(self) -> Tensor:
@@ -138,10 +137,3 @@ class SplitRunner:
         collectives.all_reduce(both, pipeline.handle)
         both[0] /= both[-1]
         return both[:-1]
-
-
-def _everyone(mine: Any) -> list[Any]:
-    """An object of every rank."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found

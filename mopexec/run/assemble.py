@@ -1,12 +1,11 @@
 """Full tensors from all ranks' shards, on every rank: for tests and export, not for training."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mopexec.distributed.collectives import parts_of_all
 from mopexec.distributed.mesh import Mesh
 from mopexec.flat.units import Contents, Unit
 
@@ -15,18 +14,12 @@ Piece = tuple[int, Tensor]
 
 def full(units: Sequence[Unit], values: Sequence[Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """Every parameter's full value by name, on the CPU, from flat shards `values` laid out as the units'."""
-    own: dict[str, Piece] = {}
-    for unit, value in zip(units, values, strict=True):
-        start = unit.contents.global_start + unit.start
-        own[unit.contents.key] = (start, value[: unit.valid].detach().cpu())
-    everyone: list[Any] = [own]
-    if mesh.world.size > 1:
-        everyone = [None] * mesh.world.size
-        dist.all_gather_object(everyone, own)
+    starts = [unit.contents.global_start + unit.start for unit in units]
+    own = [value[: unit.valid].detach().cpu() for unit, value in zip(units, values, strict=True)]
+    everyone = parts_of_all(starts, own) if mesh.world.size > 1 else [(starts, own)]
     found: dict[str, Tensor] = {}
-    for unit in units:
-        pieces = [rank[unit.contents.key] for rank in everyone]
-        found.update(_assemble(unit.contents, pieces))
+    for place, unit in enumerate(units):  # the same on every rank
+        found.update(_assemble(unit.contents, [(told[place], parts[place]) for told, parts in everyone]))
     return found
 
 

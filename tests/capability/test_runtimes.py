@@ -4,7 +4,6 @@ A program is what a dry run does: every op of the step with the shapes and dtype
 numbers, the groups of ranks, and the memory by category.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,21 +56,25 @@ OUTSIDE = {
 """Fields that mopexec reads outside of what a dry run plays."""
 
 
+Seen = list[tuple[Any, ...]]
+
+
 @contextmanager
-def recorded(seen: "hashlib._Hash", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every op that a tracker sees, and every group of ranks that is made, goes into the digest."""
+def recorded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every op that a tracker sees, and every group of ranks that is made, is added to `seen`."""
     dispatch, new_group, mesh = MemoryTracker.__torch_dispatch__, dist.new_group, DeviceMesh.__init__
 
     def op(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        seen.update(f"{func} {_words(args)} {_words(kwargs or {})}".encode())
+        if func is not ASKED:
+            seen.append((func, _words(args), _words(kwargs or {})))
         return dispatch(self, func, types, args, kwargs)
 
     def group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
-        seen.update(f"group {ranks}".encode())
+        seen.append(("group", _words(ranks)))
         return new_group(ranks, *args, **kwargs)
 
     def ranks(self: Any, *args: Any, **kwargs: Any) -> None:
-        seen.update(f"mesh {[one.tolist() for one in args if isinstance(one, torch.Tensor)]}".encode())
+        seen.append(("mesh", *(_words(one.tolist()) for one in args if isinstance(one, torch.Tensor))))
         mesh(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -81,23 +84,28 @@ def recorded(seen: "hashlib._Hash", monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield
 
 
-def _words(value: Any) -> str:
+ASKED = torch.ops.prim.device.default
+"""Which device a fake tensor is on, more often than all that is computed."""
+
+
+def _words(value: Any) -> Any:
     """Shapes and dtypes of tensors, numbers as they are; nothing that differs from process to process."""
     if isinstance(value, torch.Tensor):
-        return f"{tuple(value.shape)}{value.dtype}"
+        return value.shape, value.dtype
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_words, value))}]"
+        return tuple([_words(one) for one in value])
     if isinstance(value, dict):
-        return f"[{','.join(f'{key}:{_words(one)}' for key, one in value.items())}]"
-    return str(value) if isinstance(value, (bool, int, float, str, torch.dtype)) else type(value).__name__
+        return tuple([(key, _words(one)) for key, one in value.items()])
+    kind = type(value)
+    return (kind, str(value)) if isinstance(value, (bool, int, float, str, torch.dtype)) else kind
 
 
 def program(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """What rank 0 does in one step."""
-    seen = hashlib.sha256()
+    seen: Seen = []
     with recorded(seen, monkeypatch):
         run = dry_run(plan_of(job))
-    return seen.hexdigest(), run.memory_by_category, run.host_by_category, run.resident_by_category
+    return seen, run.memory_by_category, run.host_by_category, run.resident_by_category
 
 
 BASES: dict[str, tuple[Any, ...]] = {}
