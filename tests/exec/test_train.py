@@ -172,7 +172,7 @@ def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, caps
 
 
 def test_an_enforced_limit_stops_the_run_in_one_line_that_names_the_category(inputs, tmp_path):
-    done = train(inputs, tmp_path / "run", "--steps", "2", "--device-limit", "64KiB")
+    done = train_as_ranks(inputs, tmp_path / "run", "--steps", "2", "--device-limit", "64KiB")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "device memory: " in done.stderr
     assert "over the limit of 64.00 KiB" in done.stderr

@@ -9,6 +9,7 @@ import torch
 
 from mopsim.common import io
 from mopsim.spec.plan import Plan
+from tests.exec.spawn import run_command
 from tests.gpu.report import NO_GPU, contenders, execute_here, full, main, table
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -61,6 +62,12 @@ def test_plans_of_cards_can_be_run(ranks: int) -> None:
 @needs_none
 @pytest.mark.slow
 def test_a_tiny_run_over_gloo(tmp_path: Path) -> None:
-    assert main([str(tmp_path), "--tiny", "--ranks", "2"], execute_here(120)) == 0
+    """The first training by the launcher; the ranks of the second are forked."""
+
+    def forked(arguments: Sequence[str]) -> int:
+        return run_command(list(arguments[2:]), 2, tmp_path)[0]
+
+    runs = iter((execute_here(120), forked))
+    assert main([str(tmp_path), "--tiny", "--ranks", "2"], lambda arguments: next(runs)(arguments)) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())["runs"]
     assert all(row["tokens_per_s"] > 0 for row in found.values())
