@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -74,11 +76,19 @@ DEFAULTS = {
 }
 
 
+@lru_cache(maxsize=16)
+def worked_out(asked: bytes) -> dict[Any, Any]:
+    """Of the problem of this encoding: a sizing and a sweep search it again, with another budget or limit."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a strategy is looked for: every input of the search but its options. `total_params` is the
     model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
-    stack: the software, where it is not the family's own. known: what was worked out of it, by its name."""
+    stack: the software, where it is not the family's own. known: what was worked out, by its name;
+    equal problems share it.
+    """
 
     model: ModelSpec
     hardware: HardwareProfile
@@ -87,7 +97,11 @@ class Problem:
     total_params: int
     precision: MatmulDType = "bfloat16"
     stack: Stack | None = None
-    known: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    known: dict[Any, Any] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        asked = (self.model, self.hardware, self.num_nodes, self.training, self.precision, self.stack)
+        object.__setattr__(self, "known", worked_out(msgspec.msgpack.encode(asked)))
 
     @property
     def compute(self) -> DType:
