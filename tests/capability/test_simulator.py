@@ -83,13 +83,16 @@ PARTS = 3
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all(part: int) -> None:
-    """Played: other programs, or another time or memory of the same ones."""
+    """Played: other programs, or another time or memory of the same ones. Every value is tried on the first
+    job that has it, and on further ones until an entry that the table says is read acts."""
     found: dict[str, set[str]] = {}
     paths = sorted(path for path in ROWS if path.startswith("stack."))[part::PARTS]
     for name, job in [*((name, JOBS[name]) for name in ON), *left_to_the_stack().items()]:
         base = program(job), played(job)
+        read = {path for path in paths if ROWS[path].cells["simulator"].reads and found.get(path) == {"same"}}
+        left = read | {path for path in paths if path not in found}
         for variant in variants(name, job, ("stack",)):
-            if variant.path not in paths:
+            if variant.path not in left:
                 continue
             seen = outcome(variant, base[0])
             before = found.setdefault(variant.path, set())
