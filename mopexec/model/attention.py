@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopexec.model.parts import RMSNorm, linear
+from mopexec.model.parts import norm as normed
+from mopexec.operators import kernels
 from mopexec.operators.attention_core import Core, causal_backward, causal_forward
 from mopexec.operators.documents import Documents
+from mopexec.operators.fused import OPS
 from mopexec.operators.rope import rotate, softmax_scale
 from mopsim.spec.model import ModelSpec
 
@@ -45,6 +48,30 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, core: Core, sinks: Tensor 
     """Causal attention [B, S, heads, e] with grouped KV heads, differentiable."""
     result: Tensor = CausalAttention.apply(q, k, v, sinks, core)  # type: ignore[no-untyped-call]
     return result
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps the tables alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        turned: Tensor = OPS.rotate(x, cos, sin, False)
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return OPS.rotate(grads[0], cos, sin, True), None, None
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rotate` under autograd: as torch composes it, or in one kernel each way."""
+    if not kernels.NOW.rotary:
+        return rotate(x, cos, sin, interleaved)
+    halves = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if interleaved else x
+    found: Tensor = _Rotation.apply(halves, cos, sin)  # type: ignore[no-untyped-call]
+    return found
 
 
 class SelfAttention(nn.Module):
@@ -149,13 +176,13 @@ def _grouped(
     for name, rows in zip("qkv", source.products(weights, ("q_proj", "k_proj", "v_proj"), x), strict=True):
         norm = weights.get(f"{name}_norm.weight")
         if norm is not None and spec.qk_norm == "full":
-            rows = F.rms_norm(rows, norm.shape, norm, spec.rms_norm_eps)
+            rows = normed(rows, norm, spec.rms_norm_eps)
         rows = rows.unflatten(-1, (-1, spec.head_dim))  # type: ignore[no-untyped-call]
         if norm is not None and spec.qk_norm == "head":
-            rows = F.rms_norm(rows, norm.shape, norm, spec.rms_norm_eps)
+            rows = normed(rows, norm, spec.rms_norm_eps)
         found.append(rows)
     q, k, v = found
-    return rotate(q, cos, sin, spec.rope_interleave), rotate(k, cos, sin, spec.rope_interleave), v
+    return rotated(q, cos, sin, spec.rope_interleave), rotated(k, cos, sin, spec.rope_interleave), v
 
 
 def _latent(
@@ -176,9 +203,9 @@ def _latent(
     both = next(source.products(weights, ("kv_b_proj",), _normed(weights, "kv_a_norm", latent)))
     both = both.unflatten(-1, (-1, nope + spec.v_head_dim))  # type: ignore[no-untyped-call]
     k_nope, v = torch.split(both, [nope, spec.v_head_dim], dim=-1)
-    k_rope = rotate(source.whole(k_rope)[:, :, None], cos, sin, spec.rope_interleave)
+    k_rope = rotated(source.whole(k_rope)[:, :, None], cos, sin, spec.rope_interleave)
     k_rope = k_rope.expand(-1, -1, q.shape[2], -1)
-    q = torch.cat((q_nope, rotate(q_rope, cos, sin, spec.rope_interleave)), dim=-1)
+    q = torch.cat((q_nope, rotated(q_rope, cos, sin, spec.rope_interleave)), dim=-1)
     return q, torch.cat((k_nope, k_rope), dim=-1), v.contiguous()  # the view would keep keys alive too
 
 
@@ -187,5 +214,4 @@ def _product(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def _normed(weights: Weights, name: str, x: Tensor) -> Tensor:
-    weight = weights[f"{name}.weight"]
-    return F.rms_norm(x, weight.shape, weight, LATENT_EPS)
+    return normed(x, weights[f"{name}.weight"], LATENT_EPS)

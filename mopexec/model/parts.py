@@ -1,8 +1,39 @@
 """The modules that every layer is made of: norm, linear, dense FFN."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mopexec.operators import kernels
+from mopexec.operators.fused import OPS
+from mopexec.operators.rows import rms_norm, rms_norm_backward_
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        rms_norm_backward_(grad_x, x, grads[0], weight, grad_weight, ctx.eps, add=False)
+        return grad_x, grad_weight, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, as torch composes it, or in one kernel each way."""
+    if not kernels.NOW.norm:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    found: Tensor = _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return found
 
 
 class RMSNorm(nn.Module):
@@ -14,7 +45,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return norm(x, self.weight, self.eps)
+
+
+class _Gate(torch.autograd.Function):
+    """Keeps what it reads."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        found: Tensor = OPS.swiglu(gate, up)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return OPS.swiglu_backward(grads[0], *ctx.saved_tensors)
+
+
+def activation(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up under autograd, as torch composes it, or in one kernel each way."""
+    if not kernels.NOW.activation:
+        return F.silu(gate) * up
+    found: Tensor = _Gate.apply(gate, up)  # type: ignore[no-untyped-call]
+    return found
 
 
 class FeedForward(nn.Module):
@@ -29,7 +82,7 @@ class FeedForward(nn.Module):
         self.down_proj = linear(inner, hidden, dtype, device, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        result: Tensor = self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
         return result
 
 

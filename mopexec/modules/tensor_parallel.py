@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mopexec.distributed.mesh import Group
 from mopexec.model.attention import Weights
+from mopexec.model.parts import activation
 from mopexec.model.transformer import DecoderLayer
 from mopexec.modules.exchange import exchange
 from mopexec.operators.tensor_parallel import gather_rows, products_backward, products_forward, scatter_rows
@@ -94,7 +95,7 @@ class SplitFeedForward:
         wings = (self._module.gate_proj, self._module.up_proj)
         rows = x.flatten(0, -2)  # positions do not matter here
         gate, up = products(rows, self._group, [w.weight for w in wings], [w.bias for w in wings])
-        out: Tensor = self._module.down_proj(F.silu(gate) * up)
+        out: Tensor = self._module.down_proj(activation(gate, up))
         return out.view_as(x)
 
 

@@ -100,6 +100,29 @@ def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     second.copy_(other)
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """As `rotate_`, into a new tensor."""
+    first, second = x.chunk(2, dim=-1)
+    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if inverse:
+        s = -s
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, a new tensor."""
+    return _activated(gate, up, 0.0, 0.0)[2].to(gate.dtype)
+
+
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up from that of `swiglu`."""
+    accurate = wide(gate.dtype)
+    given, wider = grad.to(accurate), gate.to(accurate)
+    sigmoid = torch.sigmoid(wider)
+    grad_gate = given * up.to(accurate) * sigmoid * (1 + wider * (1 - sigmoid))
+    return grad_gate.to(gate.dtype), (given * wider * sigmoid).to(up.dtype)
+
+
 def _swiglu_(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float, alpha: float) -> None:
     """gate [R, I] = activation of gate and up, times weight [R] where given."""
     _, _, inner = _activated(gate, up, limit, alpha)
@@ -313,6 +336,11 @@ _define("rms_norm_strided(Tensor x, Tensor weight, float eps) -> Tensor", _rms_n
 _define("rms_norm_backward_(Tensor(a!) target, Tensor x, Tensor grad, Tensor weight, Tensor(b!) grad_weight, "
         "float eps, bool add) -> ()", _rms_norm_backward_, _nothing)  # fmt: skip
 _define("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()", _rotate_, _nothing)
+_define("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", _rotate,
+        lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device="meta"))  # fmt: skip
+_define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: torch.empty_like(gate))
+_define("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)", _swiglu_backward,
+        lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)))  # fmt: skip
 _define("swiglu_(Tensor(a!) gate, Tensor up, Tensor? weight, float limit, float alpha) -> ()",
         _swiglu_, _nothing)  # fmt: skip
 _define("swiglu_backward_(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, Tensor? weight, float limit, "

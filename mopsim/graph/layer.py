@@ -153,14 +153,18 @@ def _same_back(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
 
 def _tensor_parallel(kernels: tuple[Kernel, ...], size: int, ranks: int) -> tuple[Kernel, ...]:
     """Rows of all ranks that split an expert are gathered before and scattered after (`size` bytes); between
-    the order of ranks and that of experts they are copied."""
+    the order of ranks and that of experts they are copied: of what is scattered before, and of what is
+    gathered for the backward after the local rows' gradient is gone, so that one of the two is there beside
+    the copy.
+    """
     whole, out = Value("rows_g", size * ranks, "dispatch"), Value("out", size, "dispatch")
     first = replace(kernels[0], reads=("rows_g",), saves=("rows",))
     last = replace(kernels[-1], writes=(Value("out_p", size * ranks, "dispatch"),))
     before = gather("gather_rows", "rows", whole, "experts", "expert_tensor")
     after = scatter("scatter_rows", "out_p", out, size * ranks, "experts", "expert_tensor")
-    copy = (("dispatch", size * ranks),)
-    before, after = (replace(one, scratch=copy, back_scratch=copy) for one in (before, after))
+    whole_copy, beside = (("dispatch", size * ranks),), (("dispatch", size * (ranks - 1)),)
+    before = replace(before, scratch=whole_copy, back_scratch=beside)
+    after = replace(after, scratch=beside, back_scratch=beside)
     return (before, first, *kernels[1:-1], last, after)
 
 

@@ -29,8 +29,12 @@ from mopsim.spec.model import LayerKind
 from mopsim.spec.pipeline_order import Slot
 from mopsim.spec.strategy import CAST
 
-FRAMES = (("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows_g", "experts_down"))
-"""Variables of the frames of Python that run a layer, and its routed experts."""
+FRAMES = (
+    ("y", ""), ("u", ""), ("routed", ""), ("rows", "experts_down"), ("rows", "scatter_rows"),
+    ("rows_g", "experts_down"),
+)  # fmt: skip
+"""Variables of the frames of Python that run a layer, and its routed experts, and the kernels to the end of
+which they are there (the last of those that run)."""
 
 
 class Passes:
@@ -97,7 +101,8 @@ class Passes:
                 tape = gathered_once(tape, activations.recompute, activations.modules)
             kernels = implemented(tape.kernels, c)
             made = {value.name for kernel in kernels for value in kernel.writes}
-            held = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made)
+            run = {"", *(kernel.name for kernel in kernels)}
+            held = tuple(one for one in FRAMES if c.stack.host.frames and one[0] in made and one[1] in run)
             tape = replace(tape, kernels=kernels, held=held)
             if c.stack.kernels.ring_blocks == "composed":
                 model, ranks = c.model, c.strategy.attention.context_parallel

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mopexec.check.dry_run import counted_step
 from mopexec.measure.kernels import layer_kernels
+from mopexec.model import Transformer, init_weights
 from mopexec.operators import expert_products
 from mopexec.operators.dtypes import wide
 from mopexec.operators.experts import experts_backward_, experts_forward_
@@ -28,9 +29,14 @@ from tests.exec.flat_plans import make_plan
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_TWO
 from tests.plans import plan_of
+from tests.sim.toys import small
 
 CUDA = load_stack("mopexec-flat").on_kind("cuda").kernels
 CPU = load_stack("mopexec-flat").on_kind("cpu").kernels
+LATENT: dict[str, Any] = {
+    "attention": "mla", "num_key_value_heads": 8, "head_dim": 24, "q_lora_rank": 48, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "rope_interleave": True,
+}  # fmt: skip
 MOST = {0: 165, 8192: 210, 2048: 400}
 """By tokens of a chunk: as few as were reached."""
 
@@ -191,3 +197,21 @@ def test_the_stacks_attention_is_played(kernel: str) -> None:
 def test_an_attention_kernel_that_is_not_there_is_one_line() -> None:
     with pytest.raises(SpecError, match=r"stack.kernels.attention: 'flash3' cannot be activated"):
         prepare(msgspec.structs.replace(CUDA, attention={"default": "flash3"}))
+
+
+@pytest.mark.parametrize("changes", [{}, LATENT], ids=["grouped queries", "latents"])
+def test_modules_compute_the_same_by_fused_kernels(changes: dict[str, Any]) -> None:
+    model = Transformer(small(**changes), torch.float64)
+    init_weights(model, 0)
+    tokens = torch.randint(0, model.spec.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[Tensor]:
+        loss = model.loss(tokens, tokens)
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    composed = gradients()
+    with using(load_stack("mopexec-split").on_kind("cuda").kernels):
+        fused = gradients()
+    for one, other in zip(fused, composed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert any(not torch.equal(one, other) for one, other in zip(fused, composed, strict=True))

@@ -77,6 +77,7 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """The gradient of a sum is that of what was added, no tensor of its own."""
     names = {kernel.reads[0] for kernel in kernels if kernel.name.endswith("residual")}
     names |= {name for kernel in kernels if kernel.name == "shared_sum" for name in kernel.reads}
+    names |= {name for kernel in kernels if kernel.name == "accumulate" for name in kernel.reads[1:]}
 
     def one(kernel: Kernel) -> Kernel:
         if names.isdisjoint(value.name for value in kernel.writes):
