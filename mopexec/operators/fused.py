@@ -88,25 +88,27 @@ def _rms_norm_backward_(
     grad_weight.add_(total.to(weight.dtype))
 
 
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    """See `rope.rotate_`; in the dtype of the tables, fp32 at least."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """The halves of x after rotation, in the dtype of the tables, fp32 at least."""
     first, second = x.chunk(2, dim=-1)
     c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if inverse:
         s = -s
-    turned = first * c - second * s
-    other = second * c + first * s
-    first.copy_(turned)
-    second.copy_(other)
+    return first * c - second * s, second * c + first * s
+
+
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """See `rope.rotate_`."""
+    for half, turned in zip(x.chunk(2, dim=-1), _turned(x, cos, sin, inverse), strict=True):
+        half.copy_(turned)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """As `rotate_`, into a new tensor."""
-    first, second = x.chunk(2, dim=-1)
-    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    if inverse:
-        s = -s
-    return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+    found = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for half, turned in zip(found.chunk(2, dim=-1), _turned(x, cos, sin, inverse), strict=True):
+        half.copy_(turned)
+    return found
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
