@@ -120,13 +120,13 @@ class Bounder(Footprint):
         """Seconds of the slowest stage with what its replicas exchange once a step, over a busier fabric."""
         return np.maximum(*(self.slowest_stage(layers, head, once) for once in self.replicas()))
 
-    def replicas(self) -> tuple[list[Reals], list[Reals]]:
+    def replicas(self, *, hidden: bool = False) -> tuple[list[Reals], list[Reals]]:
         """Seconds of each kind of layer in which gradients and weights keep (scale-up, scale-out) busy, once
-        a step, below ZeRO-3 where the program does not hide them."""
+        a step, below ZeRO-3: what the program does not hide beside the passes, or what it does."""
         c, shown, found = self.c, [], []
-        if not self.hides.grad_reduce:
+        if bool(self.hides.grad_reduce) == hidden:
             shown.append(("reduce_scatter", self.reduce))
-        if not self.hides.param_gather:
+        if bool(self.hides.param_gather) == hidden:
             shown.append(("all_gather", self.param))
         apart = c["experts"] * c["expert_tensor"]
         for kind in kinds(self.model):
@@ -204,7 +204,8 @@ class Bounder(Footprint):
         return [Message("send_recv", block, c["vocabulary"], 2 * (c["vocabulary"] - 1) * self.microbatches)]
 
     def exchanges(self) -> list[Message]:
-        """Sequence and expert all-to-alls of forward, recompute and backward."""
+        """Sequence and expert all-to-alls of forward, recompute and backward; rows of experts gathered and
+        scattered over the ranks that split these."""
         c, m = self.c, self.model
         tokens = self.tokens / c["tensor"]
         qk, v = attention_widths(m)
@@ -216,9 +217,11 @@ class Bounder(Footprint):
         heads = np.where(c["exchange"] == ULYSSES, c["sequence"], 1)
         far = np.where(c["strided"] == 1, self.stage / c["experts"], c["expert_tensor"])
         once = np.where(c["dispatcher"] > 0, m.num_experts_per_tok, 0)
+        rows, twice = routes * np.maximum(c["chunks"], 1) * c["expert_tensor"], 4 * self.microbatches
         return [
             Message("all_to_all", sent, heads, 2 * passes, c["tensor"]),
             Message("all_to_all", routes, c["experts"], times, far, once),
+            Message("all_gather", rows, c["expert_tensor"], twice * self.sizes.moe_layers / c["pipeline"]),
         ]
 
     def copy_time(self) -> Reals:

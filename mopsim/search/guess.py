@@ -4,9 +4,10 @@ import numpy as np
 
 from mopsim.graph.shapes import attention_widths
 from mopsim.search.bound import Bounder, bounders
-from mopsim.search.problem import ULYSSES
+from mopsim.search.problem import HOST, ULYSSES
+from mopsim.search.refined import Refined
 from mopsim.search.space import Space
-from mopsim.search.stages import IDEAL
+from mopsim.search.stages import IDEAL, kinds
 from mopsim.search.wires import Message, Reals
 
 OVERLAP = 0.85
@@ -21,19 +22,32 @@ def guess(space: Space) -> Reals:
     return np.concatenate(blocks) if blocks else np.zeros(0)
 
 
+def likely(one: Refined) -> Reals:
+    """Seconds of rows whose parts are known."""
+    return _step(one, one.chain() * _free(one))
+
+
 def _guess(one: Bounder) -> Reals:
-    """Compute and the exchanges that it waits for, on the slowest stage; beside them gathers, reductions and
-    copies, mostly hidden; then the reduction over replicas and the optimizer."""
-    sequence, experts = one.exchanges()
-    waits = sum(one.busy([sequence, *_regions(one)])) * (1 + _bubble(one))
-    waits = waits + sum(one.busy([experts])) * (1 - OVERLAP * one.c["overlap"])
-    chain = (
-        one.slowest_stage(one.layer_seconds(), one.head_seconds()) * (1 + _bubble(one)) + waits + _sends(one)
-    )
+    """Compute and the exchanges that it waits for, on the slowest stage, without those that weaving hides."""
+    waits = sum(one.busy([*one.exchanges(), *_regions(one)])) * (1 - one.layer.hidden_at(one.space))
+    chain = one.slowest(one.layer_seconds(), one.head_seconds()) * _free(one)
+    return _step(one, chain + waits * (1 + _bubble(one)))
+
+
+def _step(one: Bounder, chain: Reals) -> Reals:
+    """The slowest rank's passes and sends; beside them gathers, reductions and copies, mostly hidden; then
+    what is reduced over copies of shards, and the optimizer."""
+    chain = chain + _sends(one)
     beside = np.maximum(sum(one.busy(one.weights())), one.copy_time())
     ring = np.maximum.reduce(one.busy(one.ring_blocks()))
-    step = np.maximum(chain, beside) + (1 - OVERLAP) * np.minimum(chain, beside + ring)
-    return np.asarray(step + sum(one.busy(_replicas(one))) + one.optimizer_time() + one.constant())
+    step = np.maximum(chain, beside) + (1 - OVERLAP) * np.minimum(chain, beside + ring) + _late(one, chain)
+    after = one.optimizer_time() + _to_and_from_host(one) + one.constant()
+    return np.asarray(step + sum(one.busy(_copies(one))) + after)
+
+
+def _free(one: Bounder) -> Reals:
+    """How many times as long a stage takes as its passes; a layout says itself where its stages wait."""
+    return np.where(one.c["layout"] == IDEAL, 1 + _bubble(one), 1.0)
 
 
 def _bubble(one: Bounder) -> Reals:
@@ -43,37 +57,42 @@ def _bubble(one: Bounder) -> Reals:
 
 
 def _sends(one: Bounder) -> Reals:
-    """Seconds of activations and gradients between stages, of which one microbatch's are waited for."""
-    rate = one.hardware.scale_out.collectives["send_recv"].bandwidth.si
-    each = one.tokens / one.c["tensor"] * one.model.hidden_size * one.compute / rate
-    return np.asarray(2 * (one.c["pipeline"] - 1) * each)
+    """Seconds of activations and gradients between stages that are waited for: of one microbatch, and where
+    they are not hidden of every pass; those of a forward and a backward travel together where these are
+    paired."""
+    c, rate = one.c, one.hardware.scale_out.collectives["send_recv"].bandwidth.si
+    each = one.tokens / c["tensor"] * one.model.hidden_size * one.compute / rate
+    virtual = np.where(c["layout"] == IDEAL, USUAL_VIRTUAL, c["virtual_stages"])
+    paired = (virtual > 1) | (c["overlap"] == 1)
+    often = 0.0 if one.hides.pipeline else one.microbatches * np.where(paired, virtual, 2)
+    return np.asarray((c["pipeline"] > 1) * (2 * (c["pipeline"] - 1) + often) * each)
 
 
-def _replicas(one: Bounder) -> list[Message]:
-    """Gradients and weights of replicas, once a step: of ZeRO below 3 all that a rank holds; of ZeRO-3 its
-    shard, over as many copies as there are."""
+def _to_and_from_host(one: Bounder) -> Reals:
+    """Seconds of gradients down to an optimizer on the host and of its parameters back."""
+    away, host = np.where(one.c["state"] == HOST, one.state_away * one.held()[1], 0.0), one.hardware.host
+    return np.asarray(away * (one.grad / host.link_d2h.si + one.param / host.link_h2d.si) * host.link_sharing)
+
+
+def _late(one: Bounder, chain: Reals) -> Reals:
+    """Seconds by which reductions and gathers over replicas outlast the microbatch that they go beside."""
+    counts = kinds(one.model).values()
+    once = sum(count * (up + out) for count, up, out in zip(counts, *one.replicas(hidden=True), strict=True))
+    return np.asarray(np.maximum(once / one.c["pipeline"] - chain / one.microbatches, 0.0))
+
+
+def _copies(one: Bounder) -> list[Message]:
+    """Gradients of ZeRO-3 over as many copies of a rank's shard as there are, once a step."""
     c, sizes = one.c, one.sizes
-    zero3 = c["zero"] == 3
-    dense = (sizes.dense + sizes.head) / c["pipeline"] / c["tensor"]
-    experts = sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
-    ranks, homes = one.stage / c["tensor"], one.stage / (c["experts"] * c["expert_tensor"])
-    copies, spare = ranks / c["dense_shard"], homes / c["expert_shard"]
     apart = c["experts"] * c["expert_tensor"]
-    below = np.where(zero3, 1, ranks), np.where(zero3, 1, homes)
+    dense = (sizes.dense + sizes.head) / c["pipeline"] / c["tensor"] / c["dense_shard"]
+    experts = sizes.experts / (c["pipeline"] * apart) / c["expert_shard"]
+    copies, spare = one.stage / c["tensor"] / c["dense_shard"], one.stage / apart / c["expert_shard"]
+    split, zero3 = c["tensor"] * c["dense_shard"], c["zero"] == 3
     return [
-        Message("reduce_scatter", dense * one.reduce, below[0], 1, c["tensor"]),
-        Message("all_gather", dense * one.compute, below[0], 1, c["tensor"]),
-        Message("reduce_scatter", experts * one.reduce, below[1], 1, apart),
-        Message("all_gather", experts * one.compute, below[1], 1, apart),
-        Message(
-            "all_reduce", dense / c["dense_shard"] * one.reduce, np.where(zero3, copies, 1), 1,
-            c["tensor"] * c["dense_shard"],
-        ),
-        Message(
-            "all_reduce", experts / c["expert_shard"] * one.reduce, np.where(zero3, spare, 1), 1,
-            apart * c["expert_shard"],
-        ),
-    ]  # fmt: skip
+        Message("all_reduce", dense * one.reduce, np.where(zero3, copies, 1), 1, split),
+        Message("all_reduce", experts * one.reduce, np.where(zero3, spare, 1), 1, apart * c["expert_shard"]),
+    ]
 
 
 def _regions(one: Bounder) -> list[Message]:

@@ -11,6 +11,7 @@ from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
 from mopsim.search.bound import Bounds, bound
+from mopsim.search.facts import surely
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Column, Problem
@@ -23,9 +24,14 @@ from mopsim.spec.strategy import Strategy
 
 PATIENCE, LEAST_PATIENCE = 0.4, 40
 """Part of the budget, and simulations at least, without a faster one after which a hunt ends."""
-SLACK = 0.15
+IDLE_OPS = 1_500_000
+"""Simulated ops, some 15 us each, without a faster one after which it ends too."""
+SLACK = 0.05
 """Part of the memory by which what is expected may be wrong: now and then a fast candidate is tried that is
 expected to need so much too much."""
+DOUBT, LATELY, EFFORT = 0.005, 10, 500_000
+"""Part of a step time by which what is expected may be wrong at least; simulations whose misses tell more;
+simulated ops, some 15 us each, after which nothing slower than that is tried."""
 MORE = 400_000
 """Candidates that are multiplied out for the proof alone: some 2 us each."""
 PIECES = 10
@@ -43,7 +49,8 @@ class Hunt:
 
     First the textbook layouts, then by turns a neighbour of the best so far and the candidate of the least
     expected time. found: of this family alone. rest: what was not multiplied out; pools: what the hunt and
-    the proof chose from.
+    the proof chose from. idle, idle_ops: simulations, and their ops, since a faster one. misses: shares by
+    which step times were not as expected.
     """
 
     pool: Pool
@@ -53,6 +60,8 @@ class Hunt:
     best_at: int | None = None
     near: list[int] = field(default_factory=list)
     idle: int = 0
+    idle_ops: int = 0
+    misses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pools = [self.pool]
@@ -60,7 +69,9 @@ class Hunt:
     def run(self, progress: Callable[[SearchResult], None]) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
         patience = max(LEAST_PATIENCE, round(PATIENCE * self.options.budget))
-        while self.found.simulated < self.options.budget and self.idle < patience:
+        while (
+            self.found.simulated < self.options.budget and self.idle < patience and self.idle_ops < IDLE_OPS
+        ):
             position = self.next()
             if position is None:
                 break
@@ -76,7 +87,7 @@ class Hunt:
         below, left = best.step_time / (1 + TIE), PIECES * self.options.budget
         self._multiply_out(below)
         below = min(below, *self.rest.time[:1], *(min(one.rest, default=below) for one in self.pools))
-        enough = 1.0 if self.options.risk or not best.sure else self.pool.sure(best)
+        enough = 1.0 if self.options.risk or not best.sure else surely(self.pool.space)
         while (found := self._least(below, enough)) is not None:
             pool, position = found
             if pool.refined[position]:
@@ -139,12 +150,14 @@ class Hunt:
         return max(one.step_time for one in top) if len(top) >= self.options.top else float("inf")
 
     def next(self) -> int | None:
-        """The position to simulate now, or None where no bound is good enough."""
+        """The position to simulate now, or None where no bound, or nothing that is expected, is good
+        enough."""
         pool, below = self.pool, self.last()
         fits, _ = pool.room()
         while pool.seeds:
             position = pool.seeds.pop(0)
-            if (fits[position] or position in pool.published) and self._open(position, below):
+            may = fits[position] or position in pool.published
+            if may and self._open(position, below) and self._promising(position):
                 return position
         if self.found.top and self.found.simulated % 4 == 2:
             bold = pool.bold(self.found.top[0].step_time, 1 + SLACK)
@@ -153,9 +166,19 @@ class Hunt:
         if self.best_at is not None and self.found.simulated % 2:
             while self.near:
                 position = self.near.pop(0)
-                if fits[position] and self._open(position, below):
+                if fits[position] and self._open(position, below) and self._promising(position):
                     return position
-        return pool.next(below)
+        found = pool.next(below)
+        enough = sum(one.num_events for one in self.found.played) >= EFFORT
+        return None if found is None or (enough and not self._promising(found)) else found
+
+    def _promising(self, position: int) -> bool:
+        """Whether a candidate whose bounds are refined is expected to be faster by more than a tie, or may be
+        as expectations were wrong lately."""
+        if not self.found.top:
+            return True
+        fastest, doubt = self.found.top[0].step_time, max([DOUBT, *self.misses[-LATELY:]])
+        return bool(self.pool.expected(0.0)[position] < fastest * (1 + doubt) / (1 + TIE))
 
     def _open(self, position: int, below: float) -> bool:
         """Whether a candidate's bounds, refined, leave it to be simulated."""
@@ -168,7 +191,9 @@ class Hunt:
         """Learn from one simulation and rank it."""
         found = self.found
         self.idle += bool(found.top)
+        self.idle_ops += bool(found.top) * simulated.num_events
         found.played.append(simulated)
+        self.misses.append(abs(math.log(simulated.step_time / pool.expected(0.0)[position])))
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
             memory = (round(simulated.device.quantile(SURE)), round(simulated.host.quantile(SURE)))
@@ -181,10 +206,10 @@ class Hunt:
         fastest = min((one.step_time for one in found.top), default=float("inf"))
         found.top = sorted([*found.top, simulated], key=rank)[: self.options.top]
         if simulated.step_time < fastest:
-            self.idle = 0
+            self.idle = self.idle_ops = 0
             self.best_at = position
             near = pool.neighbours(position)
-            expected = pool.times.expected(0.0)[near]
+            expected = pool.expected(0.0)[near]
             self.near = [int(one) for one in near[np.argsort(expected, kind="stable")]]
 
     def _refused(self, simulated: SimResult) -> str | None:

@@ -99,6 +99,26 @@ class Layer:
         found[at] = self.loss.at(_loss_shapes(space.take(at)))
         return found
 
+    @cached_property
+    def hidden(self) -> Least:
+        """Share of a layer's waits that are hidden where a forward is woven with a backward, expected: of the
+        middle row of each way to split it."""
+        woven = self.space.take(np.flatnonzero(self.space.columns["overlap"]))
+        codes = _ways(woven)
+        order = np.lexsort((woven.columns["experts"], codes))
+        _, first, count = np.unique(codes[order], return_index=True, return_counts=True)
+        rows = woven.take(order[first + count // 2])
+        found = [_known(rows, "hidden", _hidden, place) for place in range(len(rows))]
+        return Least(np.unique(codes), np.array(found))
+
+    def hidden_at(self, space: Space) -> Reals:
+        """That of each row, 0 where nothing is woven."""
+        at = np.flatnonzero(space.columns["overlap"])
+        found = np.zeros(len(space))
+        if len(at):
+            found[at] = self.hidden.at(_ways(space.take(at)))
+        return found
+
     def busy(self, space: Space) -> Reals:
         """Seconds in which the compute stream is, of each row and kind of layer, one microbatch."""
         again = self.again[recomputed(space.columns["recompute"], space.columns["modules"])]
@@ -131,6 +151,13 @@ def _expert_shapes(space: Space) -> Column:
 def _loss_shapes(space: Space) -> Column:
     c = space.columns
     return np.asarray(((space.tokens() * MOST + c["tensor"]) << 8) + (c["loss_slices"] << 2) + c["loss"])
+
+
+def _ways(space: Space) -> Column:
+    """Ways to split a layer, by what its ranks exchange."""
+    c = space.columns
+    split = (c["tensor"] > 1) * 2 + (c["expert_tensor"] > 1)
+    return np.asarray((split * len(EXCHANGES) + c["exchange"]) * 2 + (c["sequence"] > 1))
 
 
 def _apart(experts: Column) -> Column:
@@ -178,6 +205,16 @@ def _busy(row: Space) -> tuple[Reals, Reals]:
         return np.zeros(len(order)), np.zeros(len(order))
     routed = np.array([layers[kind].routed for kind in order])
     return np.array([layers[kind].busy for kind in order]) - routed, routed / _tokens(row)
+
+
+def _hidden(row: Space) -> float:
+    """Share of the waits of a layer with experts."""
+    pieces, kind = Pieces(row), [kind for kind in kinds(row.problem.model) if kind.routed][-1:]
+    layers = pieces.layers(0)
+    if not kind or layers is None:
+        return 0.0
+    alone, woven = layers[kind[0]], pieces.woven(0, tuple(kind), tuple(kind))
+    return (alone.chain - woven.chain) / max(alone.chain - alone.busy, 1e-12)
 
 
 def _loss(row: Space) -> float:

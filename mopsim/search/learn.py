@@ -78,7 +78,7 @@ class Memory:
 
 @dataclass
 class Rise:
-    """How many times its closed-form bound of memory a refined one is: by median of a kind, else of all."""
+    """How many times its closed form a refined memory or time is: by median of a kind, else of all."""
 
     kinds: Column
     seen: dict[int, list[float]] = field(default_factory=dict)

@@ -1,23 +1,19 @@
 """The candidates of a family that the bounds let through, and what simulations teach of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.engine import SimResult
-from mopsim.engine.upper import ALLOCATOR
-from mopsim.intervals.memory import least_share
-from mopsim.program.lower import held_to_the_byte
 from mopsim.search.bound import Bounds
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.guess import guess
+from mopsim.search.guess import guess, likely
 from mopsim.search.learn import Memory, Rise, Times, coded
-from mopsim.search.pieces import LAYER, Pieces
+from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Column
-from mopsim.search.refined import Refined
+from mopsim.search.refined import Parts, Refined, alike
 from mopsim.search.seeds import published, textbook
 from mopsim.search.space import Space
 from mopsim.search.wires import Reals
@@ -36,10 +32,15 @@ _TOGETHER = {
 }
 #: Columns that decide how large transients are beside the tokens of a rank.
 _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute", "modules")
-MOST = 200_000
+_WAITS = ("overlap", "tensor", "expert_tensor", "exchange", "dispatcher")
+"""Columns that decide what compute waits for."""
+MOST = 400_000
 """Candidates that a pool holds: three in four of the best guesses, one in four the leanest of the others."""
-TURNS, AT_ONCE = 5, 4
-"""How often, and for how many of the best expected candidates, bounds are refined before one is chosen."""
+TURNS, AT_ONCE = 50, 4
+"""How often at most, and for how many of the best expected candidates, bounds are refined before one is
+chosen."""
+ROUGH = 0.15
+"""Part of the memory by which what is expected without refined bounds may be wrong."""
 HOPE = 0.03
 """Part by which a value of a column that was never simulated is taken to be faster than known."""
 
@@ -50,7 +51,8 @@ class Pool:
     row of the space. seeds: positions of textbook layouts, tried first; published: those of recipes,
     whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST.
     alike: those that share their layers, which are refined together; refined: whether each one's bounds are;
-    over: whether they say that it does not fit. rise: what refinements teach of the memory of others."""
+    over: whether they say that it does not fit. rise, slower: what refinements teach of the memory and of the
+    time of others."""
 
     space: Space
     rows: Column
@@ -58,6 +60,7 @@ class Pool:
     host: Reals
     memory: Memory
     rise: Rise
+    slower: Rise
     times: Times
     seeds: list[int]
     taken: NDArray[np.bool_]
@@ -80,22 +83,18 @@ class Pool:
         order, rest = _most(order, bounds.device[keep] + bounds.gathered[keep])
         rows, likely, beyond = keep[order], likely[order], bounds.time[keep[rest]]
         kept = space.take(rows)
-        kinds = np.zeros(len(rows), dtype=np.int64)
-        for name in _TRANSIENT:
-            values, codes = coded(kept.columns[name])
-            kinds = kinds * len(values) + codes
         each = kept.tokens() / kept.columns["tensor"].astype(np.float64)
         parts = np.stack([bounds.gathered[rows], each, bounds.parts["boundaries"][rows]])
-        alike = coded(kinds)[1]
-        memory = Memory(bounds.device[rows], parts, alike)
+        kinds, waiting = _kinds(kept, _TRANSIENT), _kinds(kept, _WAITS)
+        memory = Memory(bounds.device[rows], parts, kinds)
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
         seeds, recipes = textbook(kept, likely), frozenset(published(kept, likely))
         pieces = replace(known, space=space) if known else Pieces(space)
         time, host = bounds.time[rows], bounds.host[rows]
         return Pool(
-            space, rows, time, host, memory, Rise(alike), times, seeds, taken, [], beyond, recipes,
-            pieces, SpaceFacts.of(kept), *_alike(kept), np.zeros_like(taken), np.zeros_like(taken),
+            space, rows, time, host, memory, Rise(kinds), Rise(waiting), times, seeds, taken, [], beyond,
+            recipes, pieces, SpaceFacts.of(kept), *alike(kept), np.zeros_like(taken), np.zeros_like(taken),
         )  # fmt: skip
 
     def refine(self, position: int) -> bool:
@@ -106,31 +105,36 @@ class Pool:
         index = int(self.rows[position])
         mine = self.alike[self.group[position]]
         self.refined[mine] = True
-        layers = self.pieces.layers(index)
-        losses = [self.pieces.loss(int(row)) for row in self.rows[mine]]
-        if layers is None or None in losses:
+        parts = Parts.of(self.pieces, self.given, index, self.rows[mine])
+        if parts is None:
             return True  # a rule refuses what shares them
-        closer = Refined(self.space.take(self.rows[mine]), self.given, layers, losses)  # type: ignore[arg-type]
+        closer = Refined(self.space.take(self.rows[mine]), self.given, parts)
         self.time[mine] = np.maximum(self.time[mine], closer.time())
         before = float(self.memory.bound[position])
         self.memory.bound[mine] = np.maximum(self.memory.bound[mine], closer.device_memory()[0])
-        self.times.guess[mine] = np.maximum(self.times.guess[mine], self.time[mine])
+        close = np.maximum(likely(closer), self.time[mine])
+        self.slower.learn(position, float(np.median(close / self.times.guess[mine])))
+        self.times.guess[mine] = close
         self.rise.learn(position, float(self.memory.bound[position] / max(before, 1.0)))
         self.over[mine] |= ~self.taken[mine] & (self.memory.bound[mine] > limit)
         self.taken[mine] |= self.over[mine]
         return True
 
     def best(self, score: Callable[[], Reals]) -> int | None:
-        """The place of the least score under infinity. The bounds of the best on the way there are refined,
-        which may change the scores."""
+        """The place of the least score under infinity among those whose bounds are refined: those of the best
+        are on the way there, which may change the scores."""
         for _ in range(TURNS):
             now = score()
             first = np.argpartition(now, min(AT_ONCE, len(now)) - 1)[:AT_ONCE]
-            if not sum(self.refine(int(one)) for one in first if np.isfinite(now[one])):
-                break
-        now = score()
-        place = int(np.argmin(now))
-        return place if np.isfinite(now[place]) else None
+            place = int(first[np.argmin(now[first])])
+            if not np.isfinite(now[place]):
+                return None
+            if self.refined[place]:
+                return place
+            for one in first[np.isfinite(now[first])]:
+                self.refine(int(one))
+        now = np.where(self.refined, score(), np.inf)
+        return int(np.argmin(now))
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""
@@ -139,15 +143,20 @@ class Pool:
         if self.host[position] > 0:
             self.host_rise.append(host_memory / float(self.host[position]))
 
+    def expected(self, hope: float) -> Reals:
+        """Step time of every candidate, see `Times.expected`."""
+        return np.asarray(self.times.expected(hope) * np.where(self.refined, 1.0, self.slower.expected()))
+
     def room(self) -> tuple[NDArray[np.bool_], Reals]:
-        """Of each candidate: whether it is expected to fit; its expected share of what there is."""
+        """Of each candidate: whether it is expected to fit, with some slack where its bounds are not refined;
+        its expected share of what there is."""
         hardware = self.space.problem.hardware
         rise = median(self.host_rise) if self.host_rise else 1.0
         higher = np.where(self.refined, 1.0, self.rise.expected())
         device = self.memory.expected(higher) / hardware.memory_limit()
         host = self.host * rise / max(hardware.host_limit(), 1)
         share = np.maximum(device, host)
-        return share <= 1, share
+        return share <= np.where(self.refined, 1.0, 1 + ROUGH), share
 
     def next(self, below: float) -> int | None:
         """The untaken candidate of the least expected time whose bound is under `below` seconds; where none
@@ -158,7 +167,7 @@ class Pool:
             usable = ~self.taken & (self.time < below)
             likely = usable & fits
             if likely.any():
-                return np.where(likely, self.times.expected(HOPE), np.inf)
+                return np.where(likely, self.expected(HOPE), np.inf)
             return np.where(usable, share, np.inf)
 
         return self.best(score)
@@ -168,19 +177,11 @@ class Pool:
         what there is, if that time is under `below` seconds."""
 
         def score() -> Reals:
-            expected = self.times.expected(HOPE)
+            expected = self.expected(HOPE)
             usable = ~self.taken & (self.room()[1] <= slack) & (expected < below)
             return np.where(usable, expected, np.inf)
 
         return self.best(score)
-
-    def sure(self, one: SimResult) -> float:
-        """How many times a peak a device must hold at least, so that what needs it fits as good as surely.
-        one: a result on this problem, of whatever family."""
-        problem, stack = self.space.problem, self.space.stack
-        exact = bool(stack.runtime) and held_to_the_byte(problem.model)
-        facts = replace(one.facts, stack=stack.name, exact=exact)
-        return least_share(facts, 0.0 if problem.hardware.device_kind == "cpu" else ALLOCATOR)
 
     def least(self, below: float, enough: float) -> int | None:
         """The candidate of the least bound under `below` seconds. What surely needs more than the device has,
@@ -214,14 +215,13 @@ class Pool:
         return np.flatnonzero(count == 1).astype(np.int64)
 
 
-def _alike(kept: Space) -> tuple[Column, list[Column]]:
-    """(the group of each candidate that shares its layers, the places of each group)."""
-    group = np.zeros(len(kept), dtype=np.int64)
-    for name in LAYER:
+def _kinds(kept: Space, names: Sequence[str]) -> Column:
+    """A code of each row, equal where these columns are."""
+    kinds = np.zeros(len(kept), dtype=np.int64)
+    for name in names:
         values, codes = coded(kept.columns[name])
-        group = np.unique(group * len(values) + codes, return_inverse=True)[1].reshape(-1)
-    order = np.argsort(group, kind="stable")
-    return group, np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+        kinds = kinds * len(values) + codes
+    return coded(kinds)[1]
 
 
 def _most(order: Column, memory: Reals) -> tuple[Column, Column]:

@@ -11,19 +11,24 @@ import numpy as np
 
 from mopsim.search.axes import MINOR, Axis, axes_of
 from mopsim.search.bound import Bounder
-from mopsim.search.facts import SpaceFacts
-from mopsim.search.guess import guess
+from mopsim.search.facts import SpaceFacts, surely
+from mopsim.search.guess import guess, likely
+from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
-from mopsim.search.seeds import textbook
+from mopsim.search.refined import Parts, Refined, alike
+from mopsim.search.seeds import Mask, textbook
 from mopsim.search.space import Space, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
 
-WHOLE = 150_000
+WHOLE = 400_000
 """Rows up to which a space is multiplied out."""
 SAMPLE, BATCH = 500, 100
 """Rows of a trunk that tell how many each becomes; that are multiplied out at a time."""
-LEAN = 4
-"""One in so many rows that are multiplied out is the leanest, not the likeliest, of those left."""
+
+GUESSED = ("exchange", "overlap")
+"""Minor axes of which each value is guessed, and the fastest counts."""
+KNOWN = 600
+"""Rows of a trunk whose layers are made to know what to expect of them, at some 5 ms each."""
 
 Change = Callable[[Problem, Axes], Axes]
 
@@ -154,13 +159,44 @@ def _combinations(choices: Sequence[tuple[Axis, Sequence[tuple[int, ...]]]]) -> 
 
 
 def _order(kept: Space, time: Reals, miss: Reals, axes: Axes) -> Column:
-    """Rows to multiply out, first to last: seeds, then three of the best guesses and one of the leanest by
-    turns."""
-    likely = np.maximum(guess(kept), time)
+    """Rows to multiply out, first to last: seeds, then by turns two of those expected to be fastest, one of
+    these of other degrees, and one of the leanest; at last what hardly fits."""
+    tight = miss * surely(kept) > 1
+    hoped = np.maximum(_expected(kept, tight, axes), time)
     free = {name for key in minor_of(axes) for name in MINOR[key].columns}
-    best, lean = np.argsort(likely, kind="stable"), np.argsort(miss, kind="stable")
-    turns = [best[place : place + LEAN - 1] for place in range(0, len(best), LEAN - 1)]
-    mixed = np.concatenate([np.append(turn, lean[place]) for place, turn in enumerate(turns)])
-    every = np.concatenate([np.array(textbook(kept, likely, free), dtype=np.int64), mixed])
+    best, lean = np.lexsort((hoped, tight)), np.argsort(miss, kind="stable")
+    apart = _by_degrees(kept, best)
+    turns = [(*best[2 * place : 2 * place + 2], apart[place], lean[place]) for place in range(len(best))]
+    every = np.concatenate([np.array(textbook(kept, hoped, free), dtype=np.int64), *turns])
     _, places = np.unique(every, return_index=True)
     return cast(Column, every[np.sort(places)])
+
+
+def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
+    """Seconds of each row: the guess of its fastest values of what is GUESSED; of those that promise most, by
+    their parts."""
+    tried = [(MINOR[key], _values(MINOR[key], axes)) for key in minor_of(axes) if key in GUESSED]
+    values = _combinations(tried)
+    guesses = np.stack([guess(kept.having(**one)) for one in values])
+    fastest, found = guesses.argmin(axis=0), guesses.min(axis=0)
+    best = np.lexsort((found, tight))
+    first = np.unique(np.concatenate([best[: KNOWN // 2], _by_degrees(kept, best)[: KNOWN // 2]]))
+    chosen = {name: np.array([one[name] for one in values])[fastest[first]] for name in values[0]}
+    rows = kept.take(first)
+    rows = Space(rows.family, rows.problem, rows.columns | chosen)
+    given, pieces = SpaceFacts.of(rows), Pieces(rows)
+    for places in alike(rows)[1]:
+        parts = Parts.of(pieces, given, int(places[0]), places)
+        if parts is not None:
+            found[first[places]] = likely(Refined(rows.take(places), given, parts))
+    return np.asarray(found)
+
+
+def _by_degrees(kept: Space, order: Column) -> Column:
+    """An order, by turns of rows of all pipeline and tensor degrees: guesses of one are wrong alike."""
+    degrees = (kept.columns["pipeline"] << 20) + kept.columns["tensor"]
+    apart = np.argsort(degrees[order], kind="stable")
+    _, first, count = np.unique(degrees[order][apart], return_index=True, return_counts=True)
+    place = np.empty(len(order), dtype=np.int64)
+    place[apart] = np.arange(len(order)) - np.repeat(first, count)
+    return order[np.argsort(place, kind="stable")]

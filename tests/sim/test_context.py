@@ -143,7 +143,7 @@ def test_a_ratio_compares_whole_steps_only() -> None:
 
 def test_a_curve_takes_what_a_stricter_one_found() -> None:
     lengths = (128 * K,)
-    tasks = [Task((name,), case(), NAMES[name], lengths, 3) for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
+    tasks = [Task((name,), case(), NAMES[name], lengths, 6) for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
     curves = nested({key[0]: one for key, one in sweep(tasks, 1)})
     rates = [curves[name].points[0].throughput or 0.0 for name in ("fsdp2", "fsdp2_full", "fsdp2_node")]
     assert rates == sorted(rates, reverse=True)
