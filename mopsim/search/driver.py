@@ -18,7 +18,7 @@ from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting, keep_c
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
-from mopsim.search.result import NOT_RUN, SearchResult
+from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
@@ -72,11 +72,13 @@ def search(
 
 @dataclass(frozen=True)
 class Hunted:
-    """What one family found. least: lower bound of the step time of what was not simulated, infinite where
-    nothing is left. hunt: where no plan of its own fits, to be held against the best of the others."""
+    """What one family found. least, expected: of the step times of what was not simulated, the lower bound
+    and the least that is expected, infinite where nothing is left. hunt: where no plan of its own fits, to be
+    held against the best of the others."""
 
     found: SearchResult
     least: float = math.inf
+    expected: float = math.inf
     hunt: Hunt | None = None
 
 
@@ -145,6 +147,8 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     result.rejected[TIED] += tied
     result.rejected[SLOWER] += len(ranked) - len(result.top) - tied
     result.gap = _gap(min(one.least for one in hunted), result.best)
+    hoped = result.best.step_time / min(one.expected for one in hunted) - 1 if result.best else 0.0
+    result.expected_gap = hoped if hoped > TIE else 0.0
     result.rejected = Counter({reason: count for reason, count in result.rejected.items() if count})
     return result
 
@@ -160,7 +164,7 @@ def _settled(hunt: Hunt) -> Hunted:
     )
     found.rejected[SLOWER_BOUND] += slower
     found.rejected[reason] += len(left) - slower
-    return Hunted(found, float(min(left, default=math.inf)))
+    return Hunted(found, float(min(left, default=math.inf)), hunt.expected())
 
 
 def _gap(least: float, best: SimResult | None) -> float | None:

@@ -24,7 +24,7 @@ from mopsim.spec.strategy import Strategy
 
 PATIENCE, LEAST_PATIENCE = 0.4, 40
 """Part of the budget, and simulations at least, without a faster one after which a hunt ends."""
-IDLE_OPS = 1_500_000
+IDLE_OPS = 1_000_000
 """Simulated ops, some 15 us each, without a faster one after which it ends too."""
 SLACK = 0.05
 """Part of the memory by which what is expected may be wrong: now and then a fast candidate is tried that is
@@ -231,6 +231,14 @@ class Hunt:
         problem, stack = self.pool.space.problem, self.pool.space.stack
         training = replace(problem.training, routing=worst(problem.model, strategy.experts.expert_parallel))
         return simulate(problem.model, problem.hardware, problem.num_nodes, strategy, training, stack).fits
+
+    def expected(self) -> float:
+        """The least step time that is expected of candidates that were not simulated and may fit, seconds;
+        infinite where there are none."""
+        position = self.pool.next(math.inf)
+        if position is None or not self.pool.room()[0][position]:
+            return math.inf
+        return float(self.pool.expected(0.0)[position])
 
     def left(self) -> np.ndarray:
         """Lower bounds of the step time of the candidates that were not simulated."""

@@ -30,6 +30,7 @@ class SearchResult:
 
     gap: how much faster than the best any candidate left out can be at most, as a fraction, from the lower
     bounds of those left out; 0 where none can be faster, None where candidates are left and nothing fits.
+    expected_gap: how much faster the best of them is expected to be, 0 where by no more than a tie.
     """
 
     model: ModelSpec
@@ -40,6 +41,7 @@ class SearchResult:
     seconds: float = 0.0
     bound_seconds: float = 0.0
     gap: float | None = 0.0
+    expected_gap: float = 0.0
     top: list[SimResult] = field(default_factory=list)
     closest: SimResult | None = None
     risky: list[SimResult] = field(default_factory=list)
@@ -72,6 +74,7 @@ class SearchResult:
             "bound_seconds": self.bound_seconds,
             "proven": self.proven,
             "gap": self.gap,
+            "expected_gap": self.expected_gap,
             "best": found[0] if found else None,
             "best_by_family": {
                 family: plan_json(result, self.model, level) if result else None
@@ -95,8 +98,12 @@ class SearchResult:
         return f"nothing to run: {reasons or 'no candidates'}"
 
     def exhausted(self) -> str:
-        """What is to stand beside a winner: that it is proven, or how much faster what is left out can be."""
-        return proof(self.gap)
+        """What is to stand beside a winner: that it is proven, or how much faster what is left out can be,
+        and is expected to be."""
+        if not self.best or self.proven:
+            return proof(self.gap)
+        one = f"one is expected to be {format_gap(self.expected_gap)} faster"
+        return f"{proof(self.gap)}; {one if self.expected_gap else 'none is expected to be'}"
 
 
 def exhausted(gap: float | None) -> bool:

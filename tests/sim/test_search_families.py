@@ -58,6 +58,9 @@ def test_best_of_each_family_and_what_runs_are_in_the_json() -> None:
     assert written["gap"] == found.gap
     assert not found.proven
     assert "not exhausted" in found.exhausted()
+    assert "expected to be" in found.exhausted()
+    assert found.gap is not None
+    assert written["expected_gap"] == found.expected_gap <= found.gap
 
 
 @pytest.mark.parametrize("family", ["fsdp2", "zero_offload"])
