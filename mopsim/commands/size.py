@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mopsim.api.size import size
-from mopsim.commands.console import human, say_plan
+from mopsim.commands.console import human, say_plan, say_written
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -94,9 +94,8 @@ def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = 
     console.print(f"Recommended ({kind}): {summary(chosen)}\nFastest{within}: {summary(found.fastest)}")
     if json:
         io.write_json(json, found.to_json())
-    if out:
-        for path in found.write(out, shlex.join(["mopsim", *sys.argv[1:]])):
-            print(f"wrote {path}", file=sys.stderr)
+    pages = found.write(out, shlex.join(["mopsim", *sys.argv[1:]])) if out else []
+    say_written(console, json, *map(str, pages))
     if chosen is None:
         none = f"no cluster of at most {order.max_nodes} nodes will do; {missed(found.miss)}"
         if plan:

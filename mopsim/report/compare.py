@@ -309,7 +309,7 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
                 continue
             step = format_seconds(result.step_time)
             shown.add_row(
-                name, label, batch, step, beside(result.step_time_interval(level), result.step_time, step),
+                name, label, batch, step, beside(result.step_time_interval(level), step),
                 f"{result.tokens_per_second_per_device:,.0f}", f"{exposed_share(result):.0%}",
                 size(result.peak_memory), format_probability(result.p_fits) if result.fits else "out",
                 style="" if result.fits else "red",

@@ -8,7 +8,16 @@ from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_number, format_seconds
 from mopsim.engine.result import UPPER
 from mopsim.report.page import templates
-from mopsim.report.sizing import beyond, format_days, format_dollars, missed, odds, title
+from mopsim.report.sizing import (
+    beyond,
+    format_carbon,
+    format_days,
+    format_dollars,
+    format_energy,
+    missed,
+    odds,
+    title,
+)
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.report.tables import describe
 from mopsim.search.result import proof
@@ -122,8 +131,8 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
         ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),
         ("model FLOP utilisation", f"{result.mfu:.1%}" if result else None),
-        ("energy", None if bill.energy is None else f"{bill.energy / 3.6e9:,.0f} MWh"),
-        ("CO2", None if bill.carbon is None else f"{bill.carbon / 1e3:,.0f} t"),
+        ("energy", None if bill.energy is None else format_energy(bill.energy)),
+        ("CO2", None if bill.carbon is None else format_carbon(bill.carbon)),
     ]
     return [{"name": name, "value": value} for name, value in cards if value]
 
@@ -225,8 +234,8 @@ def _sites(point: Point | None) -> DecisionTable:
     rows = [
         [
             one.site, one.site, "-" if one.cost is None else format_dollars(one.cost),
-            "-" if one.energy is None else f"{one.energy / 3.6e9:,.0f} MWh",
-            "-" if one.carbon is None else f"{one.carbon / 1e3:,.0f} t",
+            "-" if one.energy is None else format_energy(one.energy),
+            "-" if one.carbon is None else format_carbon(one.carbon),
         ]
         for one in bills
     ]  # fmt: skip
@@ -287,7 +296,7 @@ def _assumptions(request: Request) -> DecisionTable:
     a, shipped = request.assumptions, known()
     rows = [
         [
-            name, name, f"{getattr(a, name):g} {shipped[name].unit}",
+            name, name, f"{getattr(a, name):g} {shipped[name].unit}".removesuffix(" 1"),
             f"{shipped[name].low:g} to {shipped[name].high:g}", shipped[name].says,
             "given" if name in a.given else f"{shipped[name].tag}: {shipped[name].source}",
         ]

@@ -52,6 +52,16 @@ def format_days(days: float) -> str:
     return f"{days:,.{0 if days >= 100 else 1 if days >= 1 else 2}f}"
 
 
+def format_energy(joules: float) -> str:
+    """'12.3 MWh'."""
+    return f"{format_number(joules / 3.6e9)} MWh"
+
+
+def format_carbon(kilograms: float) -> str:
+    """'12.3 t', of CO2 equivalents."""
+    return f"{format_number(kilograms / 1e3)} t"
+
+
 def beyond(bill: Figures) -> str:
     """What the days count beside the predicted step, where it is more than a hundredth."""
     more = bill.measured_over_predicted
@@ -85,7 +95,7 @@ def _paid(point: Point, bill: Figures) -> str:
         wires = bill.network.price / bill.capex if bill.network else 0.0
         said += f"{format_dollars(bill.capex)} to buy it, {wires:.0%} of that the network; "
     if bill.carbon is not None:
-        said += f"{_energy(point)}, {bill.carbon / 1e3:,.3g} t CO2; "
+        said += f"{_energy(point)}, {format_carbon(bill.carbon)} CO2; "
     return said
 
 
@@ -104,7 +114,7 @@ def _energy(point: Point) -> str:
     energy = point.figures.energy if point.figures else None
     if energy is None:
         return "-"
-    return f"{'' if point.hardware.node_power else '> '}{energy / 3.6e9:,.3g} MWh"
+    return f"{'' if point.hardware.node_power else '> '}{format_energy(energy)}"
 
 
 def format_dollars(dollars: float) -> str:
@@ -160,7 +170,7 @@ def summary(point: Point | None) -> str:
     cost = "price unknown" if bill.cost is None else format_dollars(bill.cost)
     cluster = point.hardware.cluster(point.num_nodes)
     where = f" in {bill.site}" if bill.site != DEFAULT else ""
-    return f"{cluster}{where}: {bill.days:,.1f} days, {cost} ({proof(point.gap, found=True)})"
+    return f"{cluster}{where}: {format_days(bill.days)} days, {cost} ({proof(point.gap, found=True)})"
 
 
 def missed(miss: Miss | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from mopsim.common.units import format_bytes, format_probability, format_seconds
+from mopsim.common.units import UNITS, format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.intervals import SURE
 from mopsim.report.terminal import numbered, size, table
@@ -47,12 +47,10 @@ def between(interval: tuple[float, float], show: Callable[[float], str]) -> str:
     return " to ".join(map(show, interval))
 
 
-def beside(interval: tuple[float, float], value: float, text: str) -> str:
-    """'1.01-2.30': an interval in the unit that a value is shown in beside it. text: the value as shown."""
-    scale = float(text.split()[0].replace(",", "")) / value if value else 1.0
-    return "-".join(
-        f"{end * scale:,.3g}" if end * scale < 1000 else f"{end * scale:,.0f}" for end in interval
-    )
+def beside(interval: tuple[float, float], text: str) -> str:
+    """'1.01-2.30': an interval in the unit of what it is shown beside. text: of that, '4.5 s'."""
+    unit = UNITS[text.split()[1]] if " " in text else 1
+    return "-".join(format_number(end / unit) for end in interval)
 
 
 def comparison(
@@ -73,10 +71,10 @@ def comparison(
         step = format_seconds(result.step_time)
         shown.add_row(
             str(number), step,
-            beside(result.step_time_interval(level), result.step_time, step),
+            beside(result.step_time_interval(level), step),
             f"{result.tokens_per_second_per_device:,.0f}",
             f"{result.mfu:.0%}", f"{exposed / result.step_time:.0%}", size(result.peak_memory),
-            beside(result.peak_memory_interval(level), result.peak_memory, size(result.peak_memory)),
+            beside(result.peak_memory_interval(level), size(result.peak_memory)),
             size(result.host_memory),
             format_probability(result.p_fits) if result.fits else "out", style=style,
         )  # fmt: skip
