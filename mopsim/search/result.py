@@ -102,8 +102,8 @@ class SearchResult:
         and is expected to be."""
         if not self.best or self.proven:
             return proof(self.gap)
-        one = f"one is expected to be {format_gap(self.expected_gap)} faster"
-        return f"{proof(self.gap)}; {one if self.expected_gap else 'none is expected to be'}"
+        most = f", and expected to be {format_gap(self.expected_gap)}"
+        return f"{proof(self.gap)}{most if self.expected_gap else '; none is expected to be'}"
 
 
 def exhausted(gap: float | None) -> bool:
