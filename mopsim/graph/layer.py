@@ -81,7 +81,7 @@ def _moe(
     shared = model.shared_expert_intermediate_size if shapes.fused else 0
     if shared:
         tape = fused_ffn(model, shared, "shared_experts", shapes)
-        found += _renamed(tape, "shared_", keep)
+        found += _renamed(tape, "shared_", keep) + _shared_gate(model, shapes)
     sent = _renamed(dispatch(model, N, arrived, b, split), "sent_", keep | {"rows": "rows"})
     if split and deduplicated:
         once = Value(
@@ -99,7 +99,7 @@ def _moe(
         back = (*back[:-2], returned, replace(back[-1], bytes=2.0 * N * H * b))
     back = _same_back(back)
     total = Value("f", N * H * b)
-    reads = ("returned", "shared_f") if shared else ("returned",)
+    reads = ("returned", _shared(model)) if shared else ("returned",)
     last = replace(
         back[-1], reads=tuple("back_" + r if r == "returned" else r for r in reads), writes=(total,)
     )
@@ -115,10 +115,36 @@ def _shared_after(model: ModelSpec, shapes: Shapes, kernels: tuple[Kernel, ...])
     tape = ffn(model, shapes.tokens, width, shapes.width, "shared_experts")
     routed = replace(kernels[-1], writes=(Value("routed", size),))
     add = Kernel(
-        "shared_sum", "memory_bound", "shared_experts", ("routed", "shared_f"), (Value("f", size),),
+        "shared_sum", "memory_bound", "shared_experts", ("routed", _shared(model)), (Value("f", size),),
         bytes=3.0 * size, back_bytes=0.0, back_launches=0,
     )  # fmt: skip
-    return (*kernels[:-1], routed, *_renamed(tape, "shared_", {"h": "u"}), add)
+    shared = _renamed(tape, "shared_", {"h": "u"}) + _shared_gate(model, shapes)
+    return (*kernels[:-1], routed, *shared, add)
+
+
+def _shared(model: ModelSpec) -> str:
+    """The value that shared experts add."""
+    return "shared_gated" if model.shared_expert_gate else "shared_f"
+
+
+def _shared_gate(model: ModelSpec, shapes: Shapes) -> tuple[Kernel, ...]:
+    """A product of one column and its sigmoid, by which the output of shared experts is scaled."""
+    if not model.shared_expert_gate:
+        return ()
+    N, H, b = shapes.tokens, model.hidden_size, shapes.width
+    size, component = N * H * b, "shared_experts"
+    return (
+        linear("shared_gate", "u", Value("shared_logit", N * b), N, 1, H, b, component),
+        Kernel(
+            "shared_sigmoid", "memory_bound", component, ("shared_logit",), (Value("shared_share", N * b),),
+            saves=("shared_share",), bytes=2.0 * N * b,
+        ),
+        Kernel(
+            "shared_scale", "memory_bound", component, ("shared_share", "shared_f"),
+            (Value("shared_gated", size),), saves=("shared_share", "shared_f"), bytes=2.0 * size,
+            back_bytes=6.0 * size, back_launches=3, back_scratch=(("activations", size),),
+        ),
+    )  # fmt: skip
 
 
 def _unweighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:

@@ -55,7 +55,7 @@ def lower(
         programs = tuple(replace(program, graphs=stack.host.graphs) for program in programs)
     tokens = training.global_batch * training.seq_len
     flops = 3 * sum(flops_per_token(model, training.seq_len).values()) * tokens
-    exact = held_to_the_byte(model) and runnable(strategy, model, training, stack) is None
+    exact = runnable(strategy, model, training, stack) is None
     again = partial(lower, model, strategy, training, domain, stack, expand=expand, rounds=2 * rounds)
     composed = any(program.repeats for program in programs)
     filled_once = rounds == unit == 1 < len(stages) and expanded < total
@@ -70,13 +70,6 @@ def passes_of(context: Context) -> Passes:
     """The templates of a program: pairs of operators where it is explicit and has them, else tapes."""
     job = Job(context.model, context.strategy, context.training, context.stack)
     return Pairs(context) if holds("pairs")(job) else Passes(context)
-
-
-def held_to_the_byte(model: ModelSpec) -> bool:
-    """Whether the tapes of the network keep what mopexec's modules keep, within the 1 % that tests/parity
-    hold; a gate of shared experts is 2 % low.
-    """
-    return not model.shared_expert_gate
 
 
 def _expansion(strategy: Strategy, total: int, rounds: int) -> tuple[int, int]:

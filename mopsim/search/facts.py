@@ -7,7 +7,6 @@ from mopsim.engine.upper import ALLOCATOR
 from mopsim.graph.tensors import tensors
 from mopsim.intervals import Facts, network, products
 from mopsim.intervals.memory import least_share
-from mopsim.program.lower import held_to_the_byte
 from mopsim.search.layer import Layer
 from mopsim.search.space import Space
 from mopsim.spec.hardware import HardwareProfile
@@ -51,8 +50,8 @@ def surely(space: Space) -> float:
     """How many times the peak of a candidate a device must hold, at least, to fit as good as surely."""
     problem, stack = space.problem, space.stack
     hardware, precision = problem.hardware, products(space.build(0).precision)
-    exact = bool(stack.runtime) and held_to_the_byte(problem.model)
-    about = Facts(stack.name, hardware.name, precision, network(problem.model), exact, hardware.runs_seen)
+    exact, seen = bool(stack.runtime), hardware.runs_seen
+    about = Facts(stack.name, hardware.name, precision, network(problem.model), exact, seen)
     return least_share(about, 0.0 if hardware.device_kind == "cpu" else ALLOCATOR)
 
 

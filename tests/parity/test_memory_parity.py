@@ -83,6 +83,7 @@ SINKS = msgspec.structs.replace(
 )  # fmt: skip
 """Like DeepSeek's and like GPT-OSS's."""
 MTP = msgspec.structs.replace(SMALL, num_nextn_predict_layers=1)
+GATED = msgspec.structs.replace(SMALL, shared_expert_gate=True)
 DEEP = msgspec.structs.replace(SMALL, num_hidden_layers=8)
 TWO, STAGES = {"tensor_parallel": 2, "expert_parallel": 2}, {"pipeline_parallel": 2}
 IN_TURN = {**STAGES, "virtual_stages": 2, "model": DEEP}
@@ -152,6 +153,8 @@ SPLIT |= {
     "MTP": (2, {"model": MTP}),
     "MTP, full": (2, FULL | {"model": MTP}),
     "MTP of tensors": (2, TWO | {"model": MTP}),
+    "gated shared experts": (2, {"model": GATED}),
+    "gated shared experts of tensors, full": (2, TWO | FULL | {"model": GATED}),
     "latents": (2, {"model": LATENT}),
     "latents of tensors, full": (2, TWO | FULL | {"model": LATENT}),
 }
@@ -172,7 +175,7 @@ def test_split_modules_at_a_published_width(options: dict[str, Any]) -> None:
     _check_stages(_split(8, {"expert_parallel": 4, **options, "model": WEIGHTY}), 0.01)
 
 
-@pytest.mark.parametrize("model", [LATENT, SINKS, MTP], ids=["latent", "sinks", "mtp"])
+@pytest.mark.parametrize("model", [LATENT, SINKS, MTP, GATED], ids=["latent", "sinks", "mtp", "gated"])
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 def test_other_networks_under_fsdp2(model: ModelSpec, loss: str) -> None:
     strategy = fsdp2(2, expert_parallel=2, context_parallel=2 if loss == "full" else 1, loss=loss)  # type: ignore[arg-type]
