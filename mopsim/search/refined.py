@@ -14,7 +14,7 @@ from mopsim.search.problem import Column
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, load
 from mopsim.search.wires import Reals
-from mopsim.search.woven import LAID, Rank, expected
+from mopsim.search.woven import LAID, RankTime, expected
 from mopsim.spec.model import LayerKind
 
 
@@ -26,7 +26,7 @@ class Parts:
 
     layers: dict[LayerKind, LayerPiece]
     losses: list[LayerPiece]
-    rank: Rank | None = None
+    rank: RankTime | None = None
     as_long: float = 1.0
 
     @staticmethod
@@ -50,7 +50,7 @@ class Parts:
             return Parts(layers, known, None, expected(pair(some, some), share) / layers[some[0]].chain)
         laid = row["pipeline"], row["virtual_stages"], row["layout"]
         count = round(float(Bounder(pieces.space.part(index, index + 1), given).microbatches[0]))
-        rank = Rank.of(model, laid, count, layers, pair, share)
+        rank = RankTime.of(model, laid, count, layers, pair, share)
         return Parts(layers, known, rank, rank.likely / rank.alone if rank.alone else 1.0)
 
 

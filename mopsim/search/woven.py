@@ -32,7 +32,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankTime:
     """Seconds of the passes of the rank of a middle stage, its compute stream's: at least, and expected.
 
     stage: of the rank. alone: those of its layers one after the other, nothing woven.
@@ -51,7 +51,7 @@ class Rank:
         pieces: Mapping[LayerKind, LayerPiece],
         pair: Pair,
         share: float,
-    ) -> "Rank":
+    ) -> "RankTime":
         """laid: (stages, virtual stages, layout). share: of the compute that an exchange takes beside it."""
         stage = _fullest(model, *laid)
         least = likely = alone = 0.0
@@ -67,7 +67,7 @@ class Rank:
             busy = sum(one.busy for one in (*ahead, *back))
             least += times * (woven.chain if turn.whole else max(*apart, busy))
             likely += times * expected(woven, share)
-        return Rank(stage, least, likely, alone)
+        return RankTime(stage, least, likely, alone)
 
 
 def expected(woven: Alone, share: float) -> float:
