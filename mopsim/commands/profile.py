@@ -168,7 +168,7 @@ def weights(found: list[Moved], base: SimResult, title: str) -> Group:
             for end, where in ((one.low, "lower"), (one.high, "higher"))
             if end is not None and turns(end, base)
         ]
-        shown.add_row(", ".join([one.name, *turned]), one.value, *cells)
+        shown.add_row(", ".join([one.name, *turned]), one.value.removesuffix(" 1"), *cells)
     quiet = [one.name for one in found if one.swing(base) < QUIET]
     lines = [
         Text(title, style="dim"),

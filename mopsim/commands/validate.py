@@ -5,7 +5,7 @@ from pathlib import Path
 from msgspec.structs import replace
 from rich.table import Table
 
-from mopsim.commands.console import human
+from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -52,17 +52,17 @@ def run(
     for grid in grids:
         console.print(_shown(grid))
     console.print(LEGEND, style="dim")
+    written: list[str] = []
     if out:
         from mopsim.report.validation import figures
 
         with whole_directory(Path(out)) as aside, saved_as(kinds):
             figures(aside, validation, level)
-            written = sorted(path.name for path in aside.iterdir())
             io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
-        for name in written:
-            console.print(f"written {Path(out) / name}")
+            written = [str(Path(out) / path.name) for path in sorted(aside.iterdir())]
     if json:
         io.write_json(json, to_json(validation, parts, level))
+    say_written(console, json, *written)
 
 
 def _cases(
