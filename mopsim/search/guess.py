@@ -52,8 +52,12 @@ def _free(one: Bounder) -> Reals:
 
 def _bubble(one: Bounder) -> Reals:
     """Share of a pipeline's step that its stages wait for the first and the last microbatch."""
-    virtual = np.where(one.c["layout"] == IDEAL, USUAL_VIRTUAL, one.c["virtual_stages"])
-    return np.asarray((one.c["pipeline"] - 1) / (virtual * one.microbatches))
+    return np.asarray((one.c["pipeline"] - 1) / (_virtual(one) * one.microbatches))
+
+
+def _virtual(one: Bounder) -> Reals:
+    """Virtual stages of a rank, the usual ones where no layout is chosen."""
+    return np.where(one.c["layout"] == IDEAL, USUAL_VIRTUAL, one.c["virtual_stages"])
 
 
 def _sends(one: Bounder) -> Reals:
@@ -62,7 +66,7 @@ def _sends(one: Bounder) -> Reals:
     paired."""
     c, rate = one.c, one.hardware.scale_out.collectives["send_recv"].bandwidth.si
     each = one.tokens / c["tensor"] * one.model.hidden_size * one.compute / rate
-    virtual = np.where(c["layout"] == IDEAL, USUAL_VIRTUAL, c["virtual_stages"])
+    virtual = _virtual(one)
     paired = (virtual > 1) | (c["overlap"] == 1)
     often = 0.0 if one.hides.pipeline else one.microbatches * np.where(paired, virtual, 2)
     return np.asarray((c["pipeline"] > 1) * (2 * (c["pipeline"] - 1) + often) * each)

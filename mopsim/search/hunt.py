@@ -57,7 +57,6 @@ class Hunt:
     options: Options
     found: SearchResult
     rest: Rest
-    best_at: int | None = None
     near: list[int] = field(default_factory=list)
     idle: int = 0
     idle_ops: int = 0
@@ -163,7 +162,7 @@ class Hunt:
             bold = pool.bold(self.found.top[0].step_time, 1 + SLACK)
             if bold is not None:
                 return bold
-        if self.best_at is not None and self.found.simulated % 2:
+        if self.found.simulated % 2:
             while self.near:
                 position = self.near.pop(0)
                 if fits[position] and self._open(position, below) and self._promising(position):
@@ -207,7 +206,6 @@ class Hunt:
         found.top = sorted([*found.top, simulated], key=rank)[: self.options.top]
         if simulated.step_time < fastest:
             self.idle = self.idle_ops = 0
-            self.best_at = position
             near = pool.neighbours(position)
             expected = pool.expected(0.0)[near]
             self.near = [int(one) for one in near[np.argsort(expected, kind="stable")]]

@@ -37,14 +37,10 @@ class Parts:
         known = [one for one in losses if one is not None]
         if layers is None or len(known) < len(losses):
             return None
-        row, model, share = (
-            pieces.space.row(index),
-            pieces.space.problem.model,
-            given.hardware.communication_share,
-        )
-        pair = partial(pieces.woven, index)
+        row, model = pieces.space.row(index), pieces.space.problem.model
         if not row["overlap"]:
             return Parts(layers, known)
+        pair, share = partial(pieces.woven, index), given.hardware.communication_share
         if row["layout"] == IDEAL:
             some = tuple(kinds(model))[-1:]
             return Parts(layers, known, None, expected(pair(some, some), share) / layers[some[0]].chain)

@@ -90,9 +90,8 @@ def _turns(model: ModelSpec, laid: tuple[int, int, int], microbatches: int, stag
     given = layers_of(model, stages, virtual, layout) or ()
     layers = stage_layers(model.num_hidden_layers, stages, virtual, stage, given)
     kinds = [tuple(model.layer_kind(layer) for layer in part) for part in layers]
-    schedule = "interleaved" if virtual > 1 else "1f1b"
     found: Counter[Turn] = Counter()
-    for turn in turns(schedule, stages, virtual, microbatches, stage, 1):
+    for turn in turns("interleaved", stages, virtual, microbatches, stage, 1):
         whole, ahead, back = True, Kinds(), Kinds()
         for phase, microbatch, part in turn:
             edge = (stage, part) in ((0, 0), (stages - 1, virtual - 1))
