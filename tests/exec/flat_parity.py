@@ -2,7 +2,8 @@
 
 import os
 import time
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +16,23 @@ from mopexec.operators import rows
 from mopexec.run import apply
 from mopexec.run.runner import Batch
 from mopsim.spec import layout
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
+from mopsim.spec.training import TrainSpec
 
 STEPS = 2
 
 
 def make_tokens(plan: Plan, step: int) -> Tensor:
     """The global batch of a step: [global_batch, seq_len + 1], the last column a target only."""
+    return tokens_of(plan.model, plan.training, step)
+
+
+def tokens_of(model: ModelSpec, training: TrainSpec, step: int) -> Tensor:
+    """See `make_tokens`."""
     generator = torch.Generator().manual_seed(100 + step)
-    shape = (plan.training.global_batch, plan.training.seq_len + 1)
-    return torch.randint(0, plan.model.vocab_size, shape, generator=generator)
+    shape = (training.global_batch, training.seq_len + 1)
+    return torch.randint(0, model.vocab_size, shape, generator=generator)
 
 
 def my_batches(plan: Plan, tokens: Tensor, rank: int, device: torch.device) -> list[Batch]:
@@ -43,68 +51,79 @@ def my_batches(plan: Plan, tokens: Tensor, rank: int, device: torch.device) -> l
     return found
 
 
-class Reference:
-    """The single-device model with torch's own clipping and AdamW."""
+class Step(NamedTuple):
+    """What the single-device model has after a step: the mean loss and the gradient norm before clipping, the
+    unclipped gradients, the updated weights, and the mean loss that an evaluation then finds."""
 
-    def __init__(self, plan: Plan, routing: str, device: torch.device) -> None:
-        self.plan = plan
-        strategy = plan.strategy
-        slices = strategy.attention.context_parallel * strategy.dense.tensor_parallel
-        profile = Routing(plan.training.routing, strategy.micro_batch, slices)
-        choice = Routing() if routing == "learned" else profile
-        self.model = Transformer(plan.model, getattr(torch, strategy.precision.compute), device, choice)
-        init_weights(self.model, 7)
-        training = plan.training
-        weights = (training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
-        self.model.set_auxiliary(Auxiliary(*weights))
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=training.learning_rate, betas=(training.beta1, training.beta2),
-            eps=training.eps, weight_decay=training.weight_decay,
-        )  # fmt: skip
-        self.gradients: dict[str, Tensor] = {}
+    loss: float
+    norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    evaluation: float
 
-    def step(self, tokens: Tensor) -> tuple[float, float]:
-        """(mean loss, gradient norm before clipping); keeps the unclipped gradients."""
-        training = self.plan.training
-        count = training.global_batch * training.seq_len
-        self.optimizer.zero_grad()
-        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous(), scale=1 / count)
+
+def reference(plan: Plan, routing: str, device: torch.device, steps: int) -> tuple[Step, ...]:
+    """The single-device model, on the tokens of `make_tokens`. routing: "learned", else the plan's."""
+    strategy = plan.strategy
+    slices = strategy.attention.context_parallel * strategy.dense.tensor_parallel
+    profile = Routing(plan.training.routing, strategy.micro_batch, slices)
+    choice = Routing() if routing == "learned" else profile
+    return _trained(plan.model, plan.training, strategy.precision.compute, choice, device, steps)
+
+
+@cache
+def _trained(
+    spec: ModelSpec, training: TrainSpec, dtype: str, choice: Routing, device: torch.device, steps: int
+) -> tuple[Step, ...]:
+    """Under torch's own clipping and AdamW. Many cases have the same."""
+    model = Transformer(spec, getattr(torch, dtype), device, choice)
+    init_weights(model, 7)
+    weights = (training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
+    model.set_auxiliary(Auxiliary(*weights))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=training.learning_rate, betas=(training.beta1, training.beta2),
+        eps=training.eps, weight_decay=training.weight_decay,
+    )  # fmt: skip
+    found = []
+    for step in range(steps):
+        tokens = tokens_of(spec, training, step).to(device)
+        optimizer.zero_grad()
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:].contiguous(), scale=1 / tokens[:, 1:].numel())
         loss.backward()
-        self.gradients = {
-            name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
-        }
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
-        self.optimizer.step()
-        if self.model.routing.learned and self.plan.model.num_moe_layers:
-            self.model.update_balance(training.bias_update_rate)
-        return loss.item(), norm.item()
+        named = dict(model.named_parameters())
+        gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm).item()
+        assert norm > 2 * training.clip_norm, f"clipping is not active at norm {norm}"
+        optimizer.step()
+        if choice.learned and spec.num_moe_layers:
+            model.update_balance(training.bias_update_rate)
+        after = {name: p.detach().clone() for name, p in named.items()}
+        found.append(Step(loss.item(), norm, gradients, after, _evaluated(model, tokens)))
+    return tuple(found)
 
-    @torch.no_grad()
-    def evaluate(self, tokens: Tensor) -> float:
-        """The mean loss as the model is now, its routers' counts as they were."""
-        routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        loads = [router.load.clone() for router in routers]
-        loss = self.model.loss(tokens[:, :-1], tokens[:, 1:].contiguous()) / tokens[:, 1:].numel()
-        for router, load in zip(routers, loads, strict=True):
-            router.load.copy_(load)
-        return loss.item()
+
+@torch.no_grad()
+def _evaluated(model: Transformer, tokens: Tensor) -> float:
+    """The mean loss as the model is now, its routers' counts as they were."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    loads = [router.load.clone() for router in routers]
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:].contiguous()) / tokens[:, 1:].numel()
+    for router, load in zip(routers, loads, strict=True):
+        router.load.copy_(load)
+    return loss.item()
 
 
 def compare(platform: Platform, plan: Plan, routing: Any, steps: int = STEPS) -> dict[str, float]:
     """Largest relative differences over some steps: of loss, gradient norm, each gradient and each weight."""
     rank = int(os.environ["RANK"])
     runner = apply.build(plan, platform, routing=routing, seed=7)
-    reference = Reference(plan, routing, platform.device)
     worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
-    for step in range(steps):
-        tokens = make_tokens(plan, step)
-        result = runner.step(my_batches(plan, tokens, rank, platform.device))
-        loss, norm = reference.step(tokens.to(platform.device))
-        assert norm > 2 * plan.training.clip_norm, f"clipping is not active at norm {norm}"
-        worst["loss"] = max(worst["loss"], abs(result.loss - loss) / abs(loss))
-        worst["norm"] = max(worst["norm"], abs(result.grad_norm - norm) / norm)
+    for step, expected in enumerate(reference(plan, routing, platform.device, steps)):
+        result = runner.step(my_batches(plan, make_tokens(plan, step), rank, platform.device))
+        worst["loss"] = max(worst["loss"], abs(result.loss - expected.loss) / abs(expected.loss))
+        worst["norm"] = max(worst["norm"], abs(result.grad_norm - expected.norm) / expected.norm)
         gradients, weights = runner.full_gradients(), runner.full_parameters()
-        for kind, found in differences(gradients, weights, reference, norm).items():
+        for kind, found in differences(gradients, weights, expected).items():
             worst[kind] = max(worst[kind], found)
     return worst
 
@@ -142,17 +161,16 @@ def compare_in_slices(platform: Platform, plan: Plan, routing: Any, num_rows: in
         rows.SLICE_ROWS = whole
 
 
-def differences(
-    gradients: dict[str, Tensor], weights: dict[str, Tensor], reference: Reference, norm: float
-) -> dict[str, float]:
+def differences(gradients: dict[str, Tensor], weights: dict[str, Tensor], expected: Step) -> dict[str, float]:
     """The largest relative differences of any gradient and any weight from the single-device model's."""
-    expected = dict(reference.model.named_parameters())
-    assert set(gradients) == set(weights) == set(expected)
+    assert set(gradients) == set(weights) == set(expected.weights)
     worst = {"gradients": 0.0, "weights": 0.0}
-    for name, weight in expected.items():
-        gradient = reference.gradients.get(name, torch.zeros_like(weight))
-        worst["gradients"] = max(worst["gradients"], relative(gradients[name], gradient, 1e-6 * norm))
-        worst["weights"] = max(worst["weights"], relative(weights[name], weight.detach(), 0.0))
+    for name, weight in expected.weights.items():
+        gradient = expected.gradients.get(name, torch.zeros_like(weight))
+        worst["gradients"] = max(
+            worst["gradients"], relative(gradients[name], gradient, 1e-6 * expected.norm)
+        )
+        worst["weights"] = max(worst["weights"], relative(weights[name], weight, 0.0))
     return worst
 
 
