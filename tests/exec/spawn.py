@@ -64,8 +64,15 @@ IMPORTED = (
     "torch.distributed.fsdp",
     "torch._subclasses.fake_tensor",
     "torch._dynamo",
-    "mopexec.run.train",
+    "fsspec",
+    "pydantic",
+    "tokenizers",
+    "typer.main",
+    "mopexec.modules.fully_shard",
+    "mopexec.modules.split_modules",
     "mopexec.run.apply",
+    "mopexec.run.train",
+    "mopexec.run.worker",
     "tests.exec.flat_parity",
 )
 """What takes a rank seconds to import: ranks on the CPU are forked from a process that has done so."""

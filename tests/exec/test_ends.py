@@ -146,12 +146,17 @@ def plain(inputs, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("fake", ["kill:1:5", "saving:rank:6", "saving:launcher:6"])
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(inputs, tmp_path, plain, fake):
-    """A rank in a step, a rank or the launcher in a checkpoint: no rank left, no step missing or double."""
+    """A rank in a step, a rank or the launcher in a checkpoint: one line, no rank left, no step missing or
+    double."""
     out = tmp_path / "run"
     code, _, err = finish(start_fake(inputs, out, fake, steps=9, checkpoint_every=2))
     expected = (-signal.SIGKILL, 0) if "launcher" in fake else (1, 1)
     assert (code, len(err.splitlines())) == expected, err
-    wait_for(lambda: ranks_of(out) == [])
+    if "launcher" in fake:
+        wait_for(lambda: ranks_of(out) == [])
+    else:
+        assert err.startswith(f"mopexec: rank {int(fake.startswith('kill'))} was ended by SIGKILL")
+        assert ranks_of(out) == []
     assert checkpoint.newest_state(out)[1].step == 4
     assert len(list((out / "checkpoints").glob(".writing_*"))) == fake.startswith("saving")
     fake_as_ranks(inputs, out, steps=9, resume=True)

@@ -7,7 +7,7 @@ import pytest
 from mopsim.common import io
 from tests.exec.test_other_strategy import fsdp2_plan, in_float64
 from tests.exec.train_plans import small_plan
-from tests.exec.train_runs import losses, train_as_ranks, write_inputs
+from tests.exec.train_runs import UNTIMED, losses, train_as_ranks, write_inputs
 
 
 @pytest.mark.parametrize("runtime", ["flat_units", "fully_shard"])
@@ -18,7 +18,7 @@ def test_evaluation_disturbs_nothing(runtime, tmp_path):
     io.write_yaml(inputs / "plan.yaml", plan)
     asked = ["--eval-data", str(inputs / "held.txt"), "--eval-every", "1", "--eval-batches", "2"]
     for name, arguments in (("plain", []), ("asked", asked)):
-        done = train_as_ranks(inputs, tmp_path / name, "--steps", "3", *arguments)
+        done = train_as_ranks(inputs, tmp_path / name, "--steps", "3", *UNTIMED, *arguments)
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "asked") == losses(tmp_path / "plain")
     lines = [json.loads(line) for line in (tmp_path / "asked" / "metrics.jsonl").read_text().splitlines()]

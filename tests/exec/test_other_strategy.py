@@ -8,7 +8,7 @@ from mopsim.common import io
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Precision
 from tests.exec.train_plans import small_plan
-from tests.exec.train_runs import losses, train_as_ranks, write_inputs
+from tests.exec.train_runs import UNTIMED, losses, train_as_ranks, write_inputs
 from tests.plans import split
 
 FLOAT64 = Precision(compute="float64", param="float64", reduce="float64", grad="float64", master="param",
@@ -44,8 +44,8 @@ def test_the_losses_go_on_as_if_undisturbed(tmp_path):
     for number, plan in enumerate(plans):
         io.write_yaml(inputs / "plan.yaml", plan)
         resume = ["--resume"] if number else []
-        done = train_as_ranks(inputs, out, "--steps", str(2 * number + 2), *resume)
+        done = train_as_ranks(inputs, out, "--steps", str(2 * number + 2), *UNTIMED, *resume)
         assert done.returncode == 0, done.stderr
     io.write_yaml(inputs / "plan.yaml", plans[0])
-    assert train_as_ranks(inputs, whole, "--steps", "8").returncode == 0
+    assert train_as_ranks(inputs, whole, "--steps", "8", *UNTIMED).returncode == 0
     assert losses(out) == pytest.approx(losses(whole), rel=1e-9)

@@ -16,6 +16,9 @@ from tests.patience import HANG
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(2000))
 
+UNTIMED = ("--profile-steps", "0")
+"""Of a run whose measurement is not read: a step whose kernels are timed takes several times as long."""
+
 
 def write_inputs(folder):
     """plan.yaml and text.txt in `folder`, where the cache of the runs goes too; returns it."""
