@@ -75,6 +75,11 @@ class Clusters(Result):
         return None if self.chosen else nearest_miss(self.points, goal, self.request.confidence)
 
     @property
+    def subject(self) -> Point | None:
+        """The recommended cluster, or the nearest miss."""
+        return self.chosen or (self.miss.point if self.miss else None)
+
+    @property
     def front(self) -> list[Point]:
         """The Pareto front of cost and time, cheapest first."""
         return pareto(self.points)
@@ -95,8 +100,7 @@ class Clusters(Result):
     def what_if(self) -> list[Swing]:
         """Every input of the recommended cluster (or the nearest miss) moved to its low and its high value,
         alone; the largest change first. Simulates its plan with every kind of work faster and slower."""
-        subject = self.chosen or (self.miss.point if self.miss else None)
-        return what_if(self.request, subject, self.points) if subject else []
+        return what_if(self.request, self.subject, self.points) if self.subject else []
 
     def write(self, folder: str | Path, command: str = "mopsim.size") -> list[Path]:
         """Write decision.html, its figures (PNG, SVG), what_if.json and size.json into `folder`, all or
@@ -104,8 +108,7 @@ class Clusters(Result):
         from mopsim.report.decision import Decision, write_decision
 
         swings = self.what_if()
-        subject = self.chosen or (self.miss.point if self.miss else None)
-        settled = settle(subject, swings) if subject else []
+        settled = settle(self.subject, swings) if self.subject else []
         said = {"command": command, "version": mopsim.__version__} | {
             f"hardware profile {one.hardware.name}": io.digest(one.hardware) for one in self.sizings
         }

@@ -116,6 +116,16 @@ class SimResult:
         """'fits with probability 0.97' or 'out of memory'."""
         return f"fits with probability {format_probability(self.p_fits)}" if self.fits else self.verdict
 
+    @property
+    def exposed_share(self) -> float:
+        """Share of the step in which compute waits for communication, copies or the host."""
+        return sum(self.exposed.values()) / self.step_time
+
+    @property
+    def drawn_microbatches(self) -> int:
+        """Microbatches of which there are spans: repetitions that are composed have none."""
+        return len({span.microbatch for span in self.spans if span.microbatch >= 0})
+
     def step_time_interval(self, level: float = 0.9) -> tuple[float, float]:
         """Seconds between which a measured step lies with probability `level`."""
         return of_step_time(self.facts).interval(self.step_time, level)

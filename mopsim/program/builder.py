@@ -194,15 +194,11 @@ class Builder:
         *,
         layer: int = -1,
         deps: Iterable[int | None] = (),
-        memory: Iterable[Step] = (),
-        awaited: bool = False,
     ) -> int:
         """A collective over `size` bytes (the full buffer); nothing is sent in a group of one."""
         work = (collective_work(kind, float(size), group),) if group.size > 1 else ()
         stream = stream_of(group) if group.size > 1 else "compute"
-        return self.add(
-            name, stream, component, phase, work, layer=layer, deps=deps, memory=memory, awaited=awaited
-        )
+        return self.add(name, stream, component, phase, work, layer=layer, deps=deps)
 
     def program(self, stage: int, multiplicity: int, resident: Sequence[Step]) -> Program:
         return Program(tuple(self.ops), stage, multiplicity, tuple(resident))

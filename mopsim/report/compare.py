@@ -177,18 +177,13 @@ def time_figure(
         note = rate if result.fits else remark(result.over, result.over_bytes)
         ends = result.step_time_interval(level) if level else None
         bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits, ends))
-        waits.append(Bar(label, _ordered(result.exposed), f"{exposed_share(result):.0%} of the step"))
-    most = max(zip(map(exposed_share, results), labels, strict=True))
+        waits.append(Bar(label, _ordered(result.exposed), f"{result.exposed_share:.0%} of the step"))
+    most = max((result.exposed_share, label) for result, label in zip(results, labels, strict=True))
     titles = (
         f"Simulated step: {_winner(results, labels)}",
         f"Exposed: {most[1]} most, {most[0]:.0%} of its step",
     )
     return time_bars(path, bars, waits, titles)
-
-
-def exposed_share(result: SimResult) -> float:
-    """Share of the step in which compute waits for communication, copies or the host."""
-    return sum(result.exposed.values()) / result.step_time
 
 
 def _ordered(values: Mapping[str, float]) -> dict[str, float]:
@@ -197,8 +192,7 @@ def _ordered(values: Mapping[str, float]) -> dict[str, float]:
 
 def timeline_title(result: SimResult, label: str) -> str:
     """What the picture shows: the step's length, what is exposed, how many microbatches and which stages."""
-    drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
-    total = result.training.num_microbatches(result.strategy)
+    drawn, total = result.drawn_microbatches, result.training.num_microbatches(result.strategy)
     part = f" ({drawn} of {total} microbatches drawn)" if drawn < total else ""
     between = result.time_by_component.get("runtime", 0.0) / result.step_time
     undrawn = f", {between:.0%} between ops (not drawn)" if between >= 0.005 else ""
@@ -209,7 +203,7 @@ def timeline_title(result: SimResult, label: str) -> str:
     )
     where = f"\nof {stages} stages: streams of stage {seen}, memory of stage {full}" if stages > 1 else ""
     step = format_seconds(result.step_time)
-    return f"{label}: {step} a step, {exposed_share(result):.0%} of it exposed{undrawn}{part}{where}"
+    return f"{label}: {step} a step, {result.exposed_share:.0%} of it exposed{undrawn}{part}{where}"
 
 
 def write_compare(
@@ -310,7 +304,7 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
             step = format_seconds(result.step_time)
             shown.add_row(
                 name, label, batch, step, beside(result.step_time_interval(level), step),
-                f"{result.tokens_per_second_per_device:,.0f}", f"{exposed_share(result):.0%}",
+                f"{result.tokens_per_second_per_device:,.0f}", f"{result.exposed_share:.0%}",
                 size(result.peak_memory), format_probability(result.p_fits) if result.fits else "out",
                 style="" if result.fits else "red",
             )  # fmt: skip

@@ -26,7 +26,6 @@ def row(result: SimResult) -> list[str]:
     verdict = format_probability(result.p_fits)
     if not result.fits:
         verdict = f"does not fit: {result.over}, {format_bytes(result.over_bytes)} over"
-    exposed = sum(result.exposed.values())
     return [
         describe(result.strategy),
         format_seconds(result.step_time),
@@ -37,7 +36,7 @@ def row(result: SimResult) -> list[str]:
         between(result.peak_memory_interval(), format_bytes),
         f"{result.peak_memory / result.memory_limit:.0%}",
         format_bytes(result.host_memory),
-        f"{format_seconds(exposed)} ({exposed / result.step_time:.0%})",
+        f"{format_seconds(sum(result.exposed.values()))} ({result.exposed_share:.0%})",
         verdict,
     ]
 
@@ -67,13 +66,13 @@ def comparison(
     shown.add_column("P(fits)", justify="right")
     lines = []
     for number, result in enumerate(results, 1):
-        exposed, style = sum(result.exposed.values()), "" if result.fits else "red"
+        style = "" if result.fits else "red"
         step = format_seconds(result.step_time)
         shown.add_row(
             str(number), step,
             beside(result.step_time_interval(level), step),
             f"{result.tokens_per_second_per_device:,.0f}",
-            f"{result.mfu:.0%}", f"{exposed / result.step_time:.0%}", size(result.peak_memory),
+            f"{result.mfu:.0%}", f"{result.exposed_share:.0%}", size(result.peak_memory),
             beside(result.peak_memory_interval(level), size(result.peak_memory)),
             size(result.host_memory),
             format_probability(result.p_fits) if result.fits else "out", style=style,

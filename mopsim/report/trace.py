@@ -31,10 +31,9 @@ class Timeline:
     def of(result: SimResult, metadata: Mapping[str, Any]) -> "Timeline":
         """The timeline of a result that was simulated with one. Repetitions of a microbatch that are composed
         rather than played are not drawn: `metadata` says how many of how many are."""
-        drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
         counts = {
             "microbatches": result.training.num_microbatches(result.strategy),
-            "microbatches_drawn": drawn,
+            "microbatches_drawn": result.drawn_microbatches,
             "step_time_s": result.step_time,
         }
         return Timeline(

@@ -69,9 +69,9 @@ _SECTIONS: dict[str, type[Spec]] = {
 _TOP = ("runtime", "unfused", "graphs")
 
 
-def read_plan(data: Any, origin: str, field: str = "plan") -> Plan:
+def read_plan(data: Any, origin: str) -> Plan:
     """A plan of plain objects, of any version. Raises MopError naming the field."""
-    return convert(_plan(data, field), Plan, field, origin)
+    return convert(_plan(data, "plan"), Plan, "plan", origin)
 
 
 def load_plan(path: Path | str) -> Plan:

@@ -7,7 +7,7 @@ from math import log
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
-from mopsim.intervals import ErrorCell, ErrorQuantity, Errors, Spread, known_errors, spread
+from mopsim.intervals import ErrorCell, ErrorQuantity, Spread, known_errors, spread
 from mopsim.validate.case import Case
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ def cell(case: Case, measured: float | None = None, predicted: float = 1.0) -> E
     )  # fmt: skip
 
 
-def expected(case: Case, name: Name, own: Sequence[ErrorCell] = (), errors: Errors | None = None) -> Spread:
+def expected(case: Case, name: Name, own: Sequence[ErrorCell] = ()) -> Spread:
     """The error to expect of a run, as if its source had never been seen, but for `own` runs of it."""
-    known: ErrorQuantity = getattr(errors or known_errors(), name)
+    known: ErrorQuantity = getattr(known_errors(), name)
     return spread(known.leaving_out(case.source.name), cell(case), tuple(own))
 
 

@@ -28,18 +28,16 @@ class Rows:
         """The work of one pass of a kernel."""
         return works(kernel, "backward" if backward else "forward", self.c)
 
-    def norm(
-        self, rows: int, size: int, name: str = "", category: str = "activations", *, strided: bool = False
-    ) -> Work:
+    def norm(self, rows: int, size: int, name: str = "", category: str = "activations") -> Work:
         """RMSNorm of rows x size into a new buffer `name` (in place of nothing where unnamed: copied back
-        by the caller). strided: of every n-th row, which a fused kernel has copied first."""
+        by the caller)."""
         b, part = self.b, slice_rows(rows)
         out = rows * size * self.width
         if self.fused_norm:
-            b.spike((1 + strided) * out, category)
+            b.spike(out, category)
             if name:
                 b.make(name, out, category)
-            return memory_work(float(rows * size * (2 + 2 * strided) * self.width), 1 + strided)
+            return memory_work(float(rows * size * 2 * self.width), 1)
         if name:
             b.make(name, out, category)
         else:
@@ -47,13 +45,13 @@ class Rows:
         b.spike((part * size + part) * self.wide + self.cast * size * self.wide, category)
         return self.pass_(rows, size, 3 * self.width + 4 * self.wide, 8, 1)
 
-    def norm_backward(self, rows: int, size: int, category: str = "activations", heads: int = 1) -> Work:
+    def norm_backward(self, rows: int, size: int, heads: int = 1) -> Work:
         """Gradient of RMSNorm added into a buffer that is there already. heads: normed one by one."""
         if self.fused_norm:
             return memory_work(float(rows * size * 6 * self.width), 4)
         part, slices = slice_rows(rows), -(-rows // SLICE_ROWS)
         held = (3 if slices > 1 else 2) * part * size * self.wide + 3 * part * heads * self.wide
-        self.b.spike(held + (1 + self.cast) * size // heads * self.wide, category)
+        self.b.spike(held + (1 + self.cast) * size // heads * self.wide, "activations")
         return self.pass_(rows, size, 4 * self.width + 16 * self.wide, 15, 2)
 
     def pass_(self, rows: float, size: float, bytes_each: float, launches: int, once: int = 0) -> Work:

@@ -108,10 +108,11 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
     }  # fmt: skip
 
 
-def step_table(title: str, steps: Sequence[ExplorerStep], note: str = "") -> View:
+def step_table(title: str, steps: Sequence[ExplorerStep]) -> View:
     """A row for each step."""
     rows = [[get(one) for _, _, get in COLUMNS] for one in steps]
-    return table(title, [(name, kind) for name, kind, _ in COLUMNS], rows, note, [one.state for one in steps])
+    marks = [one.state for one in steps]
+    return table(title, [(name, kind) for name, kind, _ in COLUMNS], rows, marks=marks)
 
 
 def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
@@ -221,8 +222,7 @@ def timeline(label: str, result: SimResult) -> View:
         ]
         for one in result.spans
     ]  # fmt: skip
-    drawn = len({span.microbatch for span in result.spans if span.microbatch >= 0})
-    total = result.training.num_microbatches(result.strategy)
+    drawn, total = result.drawn_microbatches, result.training.num_microbatches(result.strategy)
     stages = result.strategy.pipeline.pipeline_parallel
     said = [
         f"{drawn} of {total} microbatches are drawn" if drawn < total else "",
