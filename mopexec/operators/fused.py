@@ -24,8 +24,9 @@ KERNELS = {
     "route_weights_backward": 8, "add_routes_": 4, "take_routes_": 3, "chunk_orders": 2, "arrival_order": 3,
     "rms_norm_strided": 3, "pack_routes": 6, "pack_back": 4,
 }  # fmt: skip
-"""Kernels of an op, where it is not one. Compiled: what Inductor (torch 2.13) makes of them for a CPU, as
-torch._inductor.metrics counts; for a GPU it joins more loops and makes no more, which was not measured."""
+"""The most kernels of an op, where it is not one. Compiled: what Inductor (torch 2.13) makes of them for a
+CPU, as torch._inductor.metrics counts; for a GPU it joins more loops and makes no more, which was not
+measured."""
 
 
 def _define(
@@ -148,14 +149,15 @@ def _swiglu_backward_(
 ) -> Tensor:
     """grad [R, I], of the product after the route weight, becomes that product; gate and up their gradients.
 
-    Returns the gradient of weight [R], in the wide dtype.
+    Returns the gradient of weight [R], in the wide dtype; [0] without one.
     """
     accurate = wide(gate.dtype)
     gated, factor, inner = _activated(gate, up, limit, alpha)
     given = grad.to(accurate)
-    total = (inner * given).sum(-1)
-    share = torch.ones_like(total) if weight is None else weight.to(accurate)
-    given = given * share[:, None]
+    total = given.new_empty(0)
+    if weight is not None:
+        total, share = (inner * given).sum(-1), weight.to(accurate)[:, None]
+        given, inner = given * share, inner * share
     bounded = gate.to(accurate)
     if limit:
         bounded = bounded.clamp(max=limit)
@@ -168,7 +170,7 @@ def _swiglu_backward_(
         grad_up = torch.where(up.abs() <= limit, grad_up, 0.0)
     gate.copy_(grad_gate)
     up.copy_(grad_up)
-    grad.copy_(inner * share[:, None])
+    grad.copy_(inner)
     return total
 
 
@@ -347,7 +349,9 @@ _define("swiglu_(Tensor(a!) gate, Tensor up, Tensor? weight, float limit, float 
         _swiglu_, _nothing)  # fmt: skip
 _define("swiglu_backward_(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, Tensor? weight, float limit, "
         "float alpha) -> Tensor", _swiglu_backward_,
-        lambda grad, *_: torch.empty(grad.shape[0], dtype=wide(grad.dtype), device="meta"))  # fmt: skip
+        lambda grad, gate, up, weight, *_: torch.empty(
+            0 if weight is None else grad.shape[0], dtype=wide(grad.dtype), device="meta"
+        ))  # fmt: skip
 _define("router_logits(Tensor hidden, Tensor weight, Tensor? bias) -> Tensor", _router_logits,
         lambda hidden, weight, bias: torch.empty(
             (hidden.shape[0], weight.shape[0]), dtype=wide(hidden.dtype), device="meta"

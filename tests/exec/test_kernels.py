@@ -1,6 +1,9 @@
 """Kernels of the planned device: how many a layer launches; they compute what the composed ones do."""
 
+import os
+import shutil
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -13,7 +16,7 @@ from mopexec.model import Transformer, init_weights
 from mopexec.operators import expert_products
 from mopexec.operators.dtypes import wide
 from mopexec.operators.experts import experts_backward_, experts_forward_
-from mopexec.operators.fused import OPS, split_packed
+from mopexec.operators.fused import KERNELS, LEAVES, OPS, split_packed
 from mopexec.operators.grouped import ends_of, expert_order
 from mopexec.operators.kernels import prepare, using
 from mopexec.operators.rows import rms_norm, rms_norm_backward_
@@ -215,3 +218,61 @@ def test_modules_compute_the_same_by_fused_kernels(changes: dict[str, Any]) -> N
     for one, other in zip(fused, composed, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     assert any(not torch.equal(one, other) for one, other in zip(fused, composed, strict=True))
+
+
+def _arguments() -> dict[str, list[tuple[Any, ...]]]:
+    """Of every compiled op, as it is called where it takes the most kernels."""
+    tokens, top_k, experts, chunks = 12, 8, 32, 3
+    routes = torch.randperm(tokens * top_k)
+    rows = torch.randn(tokens * top_k, 64).bfloat16()
+    weights, logits = torch.rand(tokens, top_k), torch.randn(tokens, experts)
+    chosen = torch.randint(experts, (tokens, top_k), dtype=torch.int16)
+
+    def strided() -> Tensor:
+        return torch.randn(chunks * tokens, 64).bfloat16()[1::chunks]
+
+    def wing() -> Tensor:
+        return torch.randn(tokens, 32).bfloat16()
+
+    heads, angle = torch.randn(2, tokens, 4, 8).bfloat16(), torch.rand(tokens, 4)
+    scale, of_scale = torch.randn(64).bfloat16(), torch.zeros(64)
+    return {
+        "rms_norm_strided": [(torch.randn(tokens, 80).bfloat16()[:, :64], scale, 1e-6)],
+        "rms_norm_backward_": [(strided(), strided(), strided(), scale, of_scale, 1e-6, True)],
+        "rotate_": [(heads.clone(), angle, angle, True)],
+        "rotate": [(heads, angle, angle, True)],
+        "swiglu": [(wing(), wing())],
+        "swiglu_backward": [(wing(), wing(), wing())],
+        "swiglu_": [(wing(), wing(), weights[:, 0], 7.0, 1.7)],
+        "swiglu_backward_": [
+            (wing(), wing(), wing(), share, 7.0, 1.7) for share in (None, weights[:, 0].contiguous())
+        ],
+        "route_weights": [(logits, chosen, True, True, 1.0)],
+        "route_weights_backward": [(weights, logits, chosen, True, True, 1.0)],
+        "add_routes_": [(strided(), rows, routes, top_k)],
+        "take_routes_": [(torch.empty_like(weights), rows, torch.rand(len(rows)), routes, top_k)],
+        "pack_routes": [(rows[:tokens], scale, 1e-6, rows[:tokens], weights, routes, top_k)],
+        "pack_back": [(rows, torch.rand(len(rows)), routes)],
+        "route_cells": [(chosen, chunks, experts)],
+        "chunk_orders": [(routes, chunks, top_k)],
+        "arrival_order": [(torch.tensor([[3, 0, 20, 1], [4, 0, 9, 8]]), 45)],
+    }
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="KERNELS are those of torch 2.13")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler of C++")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@mock.patch.dict(os.environ)  # the compiler writes there
+def test_compiled_ops_have_the_kernels_that_inductor_makes() -> None:
+    from torch._inductor import metrics
+
+    arguments, found = _arguments(), dict.fromkeys(LEAVES, 0)
+    assert arguments.keys() == LEAVES.keys()
+    assert KERNELS.keys() <= LEAVES.keys()
+    for name, calls in arguments.items():
+        for given in calls:
+            torch._dynamo.reset()
+            metrics.reset()
+            torch.compile(LEAVES[name], dynamic=True, fullgraph=True)(*given)
+            found[name] = max(found[name], metrics.generated_kernel_count)
+    assert found == {name: KERNELS.get(name, 1) for name in LEAVES}
