@@ -21,7 +21,7 @@ from mopexec.measure.tracker import category, component, phase
 from mopexec.model.routing import balance_step, balance_told
 from mopexec.operators.adamw import clip_factor
 from mopexec.operators.kernels import using
-from mopexec.operators.layer_inputs import Boundaries
+from mopexec.operators.layer_inputs import LayerInputs
 from mopexec.operators.loss import Ring, chunked_loss
 from mopexec.operators.optimizer import FlatAdamW
 from mopexec.operators.rope import Positions
@@ -41,7 +41,7 @@ class FlatModel:
     layers: list[LayerSchedule]
     final: Unit
     head: Unit
-    boundaries: Boundaries
+    inputs: LayerInputs
     ring: Ring | None
     balance_bias: Tensor
     load: Tensor
@@ -101,7 +101,7 @@ class FlatRunner:
         for batch in batches:
             loss, _ = self._loss(self._forward(batch), batch.targets.flatten())
             self._finish_reducing()
-            self.model.boundaries.forget()
+            self.model.inputs.forget()
             for layer in self.model.layers:
                 layer.forget()
             total.add_(loss)
@@ -148,7 +148,7 @@ class FlatRunner:
         for index, layer in enumerate(model.layers):
             for ahead in model.layers[index : index + 1 + prefetch]:
                 ahead.gather()
-            model.boundaries.put(index, x)
+            model.inputs.put(index, x)
             x = layer.forward(x, *self._router_state(index))
         return x
 
@@ -179,13 +179,13 @@ class FlatRunner:
 
     def _backward(self, grad: Tensor) -> None:
         """grad [N, H] of the last layer's output becomes that of the first layer's input, in place."""
-        layers, boundaries = self.model.layers, self.model.boundaries
+        layers, inputs = self.model.layers, self.model.inputs
         with phase("backward"):
             for index in reversed(range(len(layers))):
                 for ahead in layers[max(0, index - self.prefetch) : index + 1][::-1]:
                     ahead.gather()
-                x = boundaries.take(index)
-                prefetch = functools.partial(boundaries.prefetch, index - 1)
+                x = inputs.take(index)
+                prefetch = functools.partial(inputs.prefetch, index - 1)
                 layers[index].backward(x, grad, self._finish_reducing, prefetch)
                 self._reducing = list(layers[index].units)
                 del x

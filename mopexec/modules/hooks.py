@@ -15,7 +15,7 @@ from mopexec.measure.scope import NOW, category
 from mopexec.measure.tracker import recategorize
 from mopexec.modules.again import contexts
 from mopexec.modules.comm import param_groups
-from mopsim.spec import layout
+from mopexec.operators.layer_inputs import HostInput, count_on_host
 from mopsim.spec.plan import Plan
 
 
@@ -102,13 +102,10 @@ class InputHooks:
     @classmethod
     def of(cls, plan: Plan, platform: Platform) -> "InputHooks":
         """As many on the host as the plan's budget holds."""
-        strategy, spec, count = plan.strategy, plan.model, 0
-        if strategy.activations.layer_inputs == "host":
-            rows = plan.training.tokens_per_rank(strategy) // strategy.dense.tensor_parallel
-            size = rows * spec.hidden_size * getattr(torch, strategy.precision.compute).itemsize
-            budget = strategy.activations.host_budget
-            count = layout.offloaded_boundaries(spec.num_hidden_layers, size, budget)
-        return cls(platform, count)
+        strategy, spec = plan.strategy, plan.model
+        rows = plan.training.tokens_per_rank(strategy) // strategy.dense.tensor_parallel
+        size = rows * spec.hidden_size * getattr(torch, strategy.precision.compute).itemsize
+        return cls(platform, count_on_host(strategy.activations, spec.num_hidden_layers, size))
 
     def keep(self, layer: int, x: Tensor) -> AbstractContextManager[Any]:
         """A context for the checkpoint call of `layer`, whose input is x."""
@@ -117,21 +114,12 @@ class InputHooks:
             return nullcontext()
         return saved_tensors_hooks(partial(self._pack, x.untyped_storage()._cdata), self._unpack)
 
-    def _pack(self, storage: int, tensor: Tensor) -> Any:
-        if tensor.untyped_storage()._cdata != storage:
-            return tensor
-        host = self._platform.host_empty(tensor.shape, tensor.dtype, "boundaries")
-        return host, self._platform.store((host, tensor))
+    def _pack(self, storage: int, tensor: Tensor) -> Tensor | HostInput:
+        inside = tensor.untyped_storage()._cdata == storage
+        return HostInput(self._platform, tensor) if inside else tensor
 
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        host, stored = packed
-        with category("boundaries"):
-            x = torch.empty(host.shape, dtype=host.dtype, device=self._platform.device)
-        self._platform.wait(stored)
-        self._platform.copy(x, host)
-        return x
+    def _unpack(self, packed: Tensor | HostInput) -> Tensor:
+        return packed.take() if isinstance(packed, HostInput) else packed
 
 
 def recompute_layers(model: Any, boundaries: InputHooks) -> None:

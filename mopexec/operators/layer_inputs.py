@@ -11,59 +11,73 @@ from mopsim.spec import layout
 from mopsim.spec.strategy import Activations
 
 
-class Boundaries:
-    """Boundaries of one microbatch, `count` of [N, H]; the first ones in forward order go to the host tier.
+def count_on_host(activations: Activations, layers: int, num_bytes: int) -> int:
+    """Of `layers` inputs of num_bytes each, how many go to the host: the first ones in forward order."""
+    if activations.layer_inputs != "host":
+        return 0
+    return layout.offloaded_boundaries(layers, num_bytes, activations.host_budget)
+
+
+class HostInput:
+    """An input on the host, copied there beside what follows; its device memory is free once the caller drops
+    it. host: where it goes, memory of its own where None.
+    """
+
+    def __init__(self, platform: Platform, x: Tensor, host: Tensor | None = None) -> None:
+        self.platform = platform
+        self._host = platform.host_empty(x.shape, x.dtype, "boundaries") if host is None else host
+        self._stored = platform.store((self._host, x))
+        self._coming: tuple[Tensor, Any] | None = None
+
+    def prefetch(self) -> None:
+        """Start bringing it back, unless it is on its way."""
+        if self._coming is not None:
+            return
+        with category("boundaries"):
+            x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self.platform.device)
+        self.platform.wait(self._stored, "h2d")
+        self.platform.wait(self.platform.record(), "h2d")
+        self.platform.copy(x, self._host, "h2d")
+        self._coming = (x, self.platform.record("h2d"))
+
+    def take(self) -> Tensor:
+        """It, on the device, which is not kept here any longer."""
+        self.prefetch()
+        assert self._coming is not None
+        (x, event), self._coming = self._coming, None
+        self.platform.wait(event)
+        return x
+
+
+class LayerInputs:
+    """Those of one microbatch, [N, H] each, by layer; the first `on_host` go to host memory that stays.
 
     Restoring is one ahead: `prefetch(l - 1)` during layer l's attention backward, after the layer's memory
     peak, so at most two restored ones are alive, and one at the peak.
     """
 
-    def __init__(
-        self,
-        activations: Activations,
-        count: int,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        platform: Platform,
-    ) -> None:
-        self.platform, self.shape, self.dtype = platform, shape, dtype
-        num_bytes = shape[0] * shape[1] * dtype.itemsize
-        self.offloaded = 0
-        if activations.layer_inputs == "host":
-            self.offloaded = layout.offloaded_boundaries(count, num_bytes, activations.host_budget)
-        self._host = [platform.host_empty(shape, dtype, "boundaries") for _ in range(self.offloaded)]
-        self._kept: dict[int, Tensor] = {}
-        self._coming: dict[int, tuple[Tensor, Any]] = {}
-        self._stored: Any = None
+    def __init__(self, platform: Platform, shape: tuple[int, int], dtype: torch.dtype, on_host: int) -> None:
+        self.platform = platform
+        self._host = [platform.host_empty(shape, dtype, "boundaries") for _ in range(on_host)]
+        self._kept: dict[int, Tensor | HostInput] = {}
 
     def put(self, layer: int, x: Tensor) -> None:
-        """Keep x, the input of `layer`. The device copy of an offloaded one dies when the caller drops it."""
+        """Keep x, the input of `layer`."""
         recategorize(x, "boundaries")
-        if layer >= self.offloaded:
-            self._kept[layer] = x
-            return
-        self._stored = self.platform.store((self._host[layer], x))
+        away = layer < len(self._host)
+        self._kept[layer] = HostInput(self.platform, x, self._host[layer]) if away else x
 
     def forget(self) -> None:
         """Drop what is kept for a backward that will not come."""
         self._kept.clear()
 
     def prefetch(self, layer: int) -> None:
-        """Start bringing an offloaded boundary back; nothing for others."""
-        if not 0 <= layer < self.offloaded or layer in self._coming:
-            return
-        with category("boundaries"):
-            x = torch.empty(self.shape, dtype=self.dtype, device=self.platform.device)
-        self.platform.wait(self._stored, "h2d")
-        self.platform.wait(self.platform.record(), "h2d")
-        self.platform.copy(x, self._host[layer], "h2d")
-        self._coming[layer] = (x, self.platform.record("h2d"))
+        """Start bringing the input of `layer` back; nothing where it is on the device, or there is none."""
+        kept = self._kept.get(layer)
+        if isinstance(kept, HostInput):
+            kept.prefetch()
 
     def take(self, layer: int) -> Tensor:
         """The input of `layer`, on the device; it is not kept any longer."""
-        if layer >= self.offloaded:
-            return self._kept.pop(layer)
-        self.prefetch(layer)
-        x, event = self._coming.pop(layer)
-        self.platform.wait(event)
-        return x
+        kept = self._kept.pop(layer)
+        return kept.take() if isinstance(kept, HostInput) else kept

@@ -18,7 +18,7 @@ from mopexec.operators import kernels
 from mopexec.operators.attention import AttentionBlock
 from mopexec.operators.experts import MoEBlock
 from mopexec.operators.ffn import DenseBlock
-from mopexec.operators.layer_inputs import Boundaries
+from mopexec.operators.layer_inputs import LayerInputs, count_on_host
 from mopexec.operators.loss import Ring
 from mopexec.operators.routes import RoutePlanner
 from mopexec.operators.ulysses import SequenceExchange
@@ -67,8 +67,9 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
         mesh = build_mesh(plan.strategy, platform)
     spec, strategy = plan.model, plan.strategy
     embedding, final, head = _outer_units(plan, mesh, platform)
-    num_tokens = plan.training.tokens_per_rank(strategy)
-    compute = embedding.compute
+    num_tokens, compute = plan.training.tokens_per_rank(strategy), embedding.compute
+    size = num_tokens * spec.hidden_size * compute.itemsize
+    on_host = count_on_host(strategy.activations, spec.num_hidden_layers, size)
     with category("params"):
         state = (max(1, spec.num_moe_layers), max(1, spec.num_local_experts))
         balance_bias, load = (torch.zeros(state, dtype=torch.float32, device=platform.device) for _ in "bl")
@@ -77,9 +78,7 @@ def build_flat_units(plan: Plan, platform: Platform, *, routing: RoutingChoice, 
         layers=_layers(plan, mesh, platform, routing, compute),
         final=final,
         head=head,
-        boundaries=Boundaries(
-            strategy.activations, spec.num_hidden_layers, (num_tokens, spec.hidden_size), compute, platform
-        ),
+        inputs=LayerInputs(platform, (num_tokens, spec.hidden_size), compute, on_host),
         ring=_ring(plan, mesh, num_tokens),
         balance_bias=balance_bias,
         load=load,
