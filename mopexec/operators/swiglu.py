@@ -38,7 +38,7 @@ def clamped_activation_backward(
     """(grad of gate, grad of up) from that of `clamped_activation`."""
     bounded = gate.clamp(max=clamp.limit)
     sigmoid = (bounded * clamp.alpha).sigmoid_()
-    grad_up = (bounded * sigmoid).mul_(grad).mul_(up.abs() <= clamp.limit)
+    grad_up = (bounded * sigmoid).mul_(grad).mul_(up.abs().le_(clamp.limit))
     slope = bounded.mul_(1 - sigmoid).mul_(clamp.alpha).add_(1).mul_(sigmoid)
     del sigmoid
     slope.mul_(up.clamp(-clamp.limit, clamp.limit).add_(1)).mul_(grad).mul_(gate <= clamp.limit)

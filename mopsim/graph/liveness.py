@@ -75,10 +75,11 @@ def backward(tape: Tape, chosen: Recomputation, held: frozenset[str] = frozenset
         for name in kernel.saves:
             first_saver.setdefault(name, index)
             last_saver[name] = index
-    for region in chosen.again:  # what a region reads stays until its kernels' own backward
+    for region in chosen.again:  # what a region begins from stays until its kernels' own backward
+        inside = {value.name for index in region for value in tape.kernels[index].writes}
         for index in sorted(region):
             for name in tape.kernels[index].reads:
-                if name in freed:
+                if name in freed and name not in inside:
                     first_saver[name] = min(first_saver.get(name, index), index)
     for index, kernel in enumerate(tape.kernels):  # kept, although nothing reads it again
         for value in kernel.writes:

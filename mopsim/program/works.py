@@ -7,7 +7,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_added, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.projections import split
+from mopsim.graph.rewrites.projections import rows_fused, split
 from mopsim.graph.rewrites.quantized import EXACT, cast_once
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
@@ -27,15 +27,19 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     model = context.model
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     parts = [part for part in context.stack.composes if not part.startswith("clamps") or model.swiglu_limit]
+    run = context.stack.kernels
+    if run.gate_up == "separate":
+        fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
+        kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
-    apart = context.stack.kernels.gate_up == "added" and any(one.name == "qkv_proj" for one in found)
+    apart = run.gate_up == "added" and any(one.name == "qkv_proj" for one in found)
     counted = {"qkv_proj": 3, "up_proj": wings} if apart else {}
     found = gradients_added(found, counted, "residual" in parts)
-    how = context.stack.kernels.qkv_split
+    how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
-    found = cast_once(found) if context.stack.kernels.casts == "again" else found
-    if model.expert_bias and context.stack.kernels.expert_bias != "fused":
-        found = biased(found, context.stack.kernels.expert_bias == "indexed")
+    found = cast_once(found) if run.casts == "again" else found
+    if model.expert_bias and run.expert_bias != "fused":
+        found = biased(found, run.expert_bias == "indexed")
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding
     if sharding.copies:

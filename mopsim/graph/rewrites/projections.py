@@ -1,4 +1,7 @@
-"""Passes beside a joint projection, whose parts torch splits."""
+"""Passes beside projections: of a joint one, whose parts torch splits, and of those that are apart."""
+
+from collections.abc import Collection
+from dataclasses import replace
 
 from mopsim.graph.tape import Kernel
 
@@ -21,3 +24,24 @@ def split(kernels: tuple[Kernel, ...], copied: bool) -> tuple[Kernel, ...]:
     )  # fmt: skip
     place = kernels.index(joint) + 1
     return (*kernels[:place], parts, *kernels[place:])
+
+
+def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]) -> tuple[Kernel, ...]:
+    """Rows of products that are apart, in one kernel each: the rotary embedding of queries and of keys, and
+    gates of these names, SiLU and product, which keep what they read."""
+    found: list[Kernel] = []
+    for kernel in kernels:
+        if rotary and kernel.name.startswith("rope"):
+            moved, parts = (
+                2.0 * sum(value.bytes for value in kernel.writes),
+                2 if kernel.name == "rope" else 1,
+            )
+            kernel = replace(kernel, bytes=moved, back_bytes=moved, launches=parts, back_launches=parts)
+        elif kernel.name in gates:
+            reads, size = (*found.pop().reads, kernel.reads[1]), kernel.writes[0].bytes
+            kernel = replace(
+                kernel, name=kernel.name.replace("gated", "act"), reads=reads, saves=reads, bytes=3.0 * size,
+                back_bytes=5.0 * size, back_launches=1,
+            )  # fmt: skip
+        found.append(kernel)
+    return tuple(found)
