@@ -133,34 +133,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_plan_of_nothing_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plan = tmp_path / "plan.yaml"
+def test_nothing_fits_is_told_by_the_exit_code_and_a_plan_of_nothing_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, plan = tmp_path / "s.json", tmp_path / "plan.yaml"
     job = ["--model", "mixtral_8x7b", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "2"]
-    options = ["--family", "fsdp2", "--budget", "2", "--plan", str(plan)]
+    options = ["--family", "mop,fsdp2", "--budget", "2", "--plan", str(plan), "--json", str(out)]
     assert call(monkeypatch, "search", *job, *options) == 3
-    assert not plan.exists()
-
-
-def test_nothing_fits_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    out = tmp_path / "s.json"
-    job = [
-        "--model",
-        "mop_120b",
-        "--hardware",
-        "h100-sxm-80g",
-        "--seq-len",
-        "1M",
-        "--global-batch",
-        "8",
-        "--family",
-        "mop,fsdp2",
-        "--budget",
-        "2",
-    ]
-    assert call(monkeypatch, "search", *job, "--json", str(out)) == 3
     found = json.loads(out.read_text())
     assert found["best"] is None
     assert "nothing fits" in found["verdict"]
+    assert not plan.exists()
 
 
 def test_cli_imports_neither_torch_nor_matplotlib() -> None:

@@ -112,7 +112,7 @@ def test_the_cheapest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() 
     assert alone is not None
     assert alone.figures is not None
     seconds = alone.figures.seconds / 5  # so five nodes, or a few more
-    goal = request(seconds)
+    goal = request(seconds, max_nodes=16)
     sizing = size(goal, priced())
     assert sizing.best is not None
     assert sizing.best.num_nodes > 1
@@ -124,7 +124,7 @@ def test_the_cheapest_cluster_trains_in_time_and_a_smaller_one_tried_does_not() 
     assert cost is not None
     done = [point.figures.cost for point in sizing.tried if point.in_time and point.figures]
     assert cost == min(one for one in done if one is not None)
-    allowed = node_counts(64)
+    allowed = node_counts(16)
     before = allowed[allowed.index(sizing.best.num_nodes) - 1]
     least = least_nodes(MODEL, priced(), 512, goal.goal.tokens, seconds)
     assert before < least or any(point.num_nodes == before for point in sizing.tried)
@@ -149,7 +149,8 @@ def test_what_does_not_fit_names_the_category() -> None:
 
 
 def test_recommended_is_the_cheapest_and_the_fastest_keeps_the_budget() -> None:
-    dear, cheap = size(request(DAY), priced("dear", 4.0)), size(request(DAY), priced("cheap", 2.0))
+    goal = request(DAY, max_nodes=8)
+    dear, cheap = size(goal, priced("dear", 4.0)), size(goal, priced("cheap", 2.0))
     points = [*dear.tried, *cheap.tried]
     cheapest, fastest = recommend(points)
     assert cheapest is not None
