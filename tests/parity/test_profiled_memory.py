@@ -61,9 +61,15 @@ into a tensor of its own (`torch.zeros(n).add_(bf16)` allocates 4 n bytes there;
 
 
 def test_on_two_ranks_all_but_copies_of_gloo_is_seen() -> None:
-    """The lowest of three runs: how long a thread of gloo holds what it has sent differs from run to run."""
-    spread = {name: replace(plan(strategy), model=LARGER) for name, strategy in SPREAD.items()}
-    runs = [pool(2).run("tests.parity.profiled_worker", "peaks", spread)[0] for _ in range(3)]
-    for name in spread:
-        tracked, outside = runs[0][name][0], min(run[name][2] for run in runs)
-        assert tracked == pytest.approx(outside, rel=INSIDE.get(name, TOLERANCE)), (name, tracked / outside)
+    """One of three runs at most: how long a thread of gloo holds what it has sent differs from run to run."""
+    left = {name: replace(plan(strategy), model=LARGER) for name, strategy in SPREAD.items()}
+    lowest: dict[str, int] = {}
+    for _ in range(3):
+        (found, _) = pool(2).run("tests.parity.profiled_worker", "peaks", left)
+        lowest |= {name: min(one[2], lowest.get(name, one[2])) for name, one in found.items()}
+        tracked = {name: one[0] for name, one in found.items()}
+        off = {name: one / lowest[name] - 1 for name, one in tracked.items()}
+        left = {name: left[name] for name in off if abs(off[name]) > INSIDE.get(name, TOLERANCE)}
+        if not left:
+            return
+    raise AssertionError(off)
