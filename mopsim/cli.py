@@ -69,7 +69,12 @@ def search(
     any_routing: Annotated[
         bool, typer.Option("--any-routing", help="only plans that fit however unevenly the router chooses")
     ] = False,
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations at most of each family")] = 100,
+    budget: Annotated[
+        int,
+        typer.Option(
+            min=1, max=10**6, help="simulations at most of each family, 3 x as many to prove the best"
+        ),
+    ] = 100,
     jobs: o.Jobs = 0,
     plan: o.PlanOut = None,
     routing: o.Routing = "balanced",

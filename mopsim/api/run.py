@@ -97,7 +97,8 @@ def search(
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
 
     families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: how many are ranked. budget:
-    simulations at most of each family, so that more families are never worse. runnable: only plans that
+    simulations at most of each family, so that more families are never worse; up to three times as many where
+    these prove the best. runnable: only plans that
     mopexec runs. at_risk: rank plans that fit, with whatever probability, like those that most likely do.
     any_routing: only plans that fit however unevenly the router chooses. progress(simulated, best so far):
     called as it goes.
@@ -111,7 +112,8 @@ def search(
     )  # fmt: skip
     chosen = read_families(families, FAMILIES)
     options = Options(
-        chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack, jobs=jobs
-    )
+        chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack, jobs=jobs,
+        prove=True,
+    )  # fmt: skip
     found = ranked(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options, progress)
     return Ranking(inputs, found, options)

@@ -14,7 +14,7 @@ from mopsim.graph.rewrites.quantized import quantized
 from mopsim.graph.rewrites.recompute import AROUND, gathered_once, plan, without_weight_grads
 from mopsim.graph.rewrites.slices import in_slices
 from mopsim.graph.tape import Played, Step, Tape
-from mopsim.program.builder import Builder, Recorder
+from mopsim.program.builder import Builder, Recorder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.loss import Half, loss_template
 from mopsim.program.offload import OffloadedInputs
@@ -184,10 +184,20 @@ class Passes:
         make = partial(loss_template, self.context, direction, self._input, half)
         return self._made(("loss", direction, half), make)
 
-    def embedding(self) -> Template:
-        """Backward of the embedding: the gradient of the first layer's input is freed."""
-        draft, work = Recorder(self.context.groups), Work("memory_bound", bytes=3.0 * self.context.hidden)
-        draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), self._input)
+    def embedding(self, direction: str) -> Template:
+        """Rows of the embedding; backward, the gradient of the first layer's input is freed."""
+        c, draft = self.context, Recorder(self.context.groups)
+        if direction == "backward":
+            work = Work("memory_bound", bytes=3.0 * c.hidden)
+            draft.add("embedding", "compute", "embedding", "backward", (work,), (START,), self._input)
+            return draft.template()
+        size, group = float(c.shapes.region_tokens * c.model.hidden_size * c.b), c.groups["tensor"]
+        work, memory = Work("memory_bound", bytes=2.0 * size), (("activations", c.hidden),)
+        ready = draft.add("embedding", "compute", "embedding", "forward", (work,), (START,), memory)
+        if group.size > 1:
+            kind = "reduce_scatter" if c.shapes.sequence_parallel else "all_reduce"
+            summed = Work(kind, bytes=size, group=group)  # partial rows of a split vocabulary
+            draft.add("embedding", stream_of(group), "embedding", "forward", (summed,), (ready,))
         return draft.template()
 
     @property

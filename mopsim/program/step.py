@@ -190,7 +190,7 @@ class StageStep:
             self.after = (*self.after, *self.shards.finish())
             return
         self.shards.begin("embedding")
-        ready = issue.play(self.passes.embedding(), -1, ready)
+        ready = issue.play(self.passes.embedding("backward"), -1, ready)
         self._reduced(ready, "embedding", final)
         self.after = (*self.after, *self.shards.finish())
         issue.hold(self.passes.left)
@@ -260,23 +260,12 @@ class StageStep:
                 self._reduce(self.c.layers[layer], ready)
 
     def _embed(self) -> Ops:
-        c = self.c
         waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
         self.shards.start(self.stage.chunks[0])
-        size = float(c.shapes.region_tokens * c.model.hidden_size * c.b)
-        work = (Work("memory_bound", bytes=2.0 * size),)
-        memory = (("activations", c.hidden),)
-        ready = self.issue.add(
-            "embedding", "compute", "embedding", "forward", work, (*self.after, *waits), memory
-        )
+        ready = self.issue.play(self.passes.embedding("forward"), -1, (*self.after, *waits))
         self.after = ()
         self.shards.done("embedding", "forward")
-        group = c.groups["tensor"]
-        if group.size == 1:
-            return (ready,)
-        kind = "reduce_scatter" if c.shapes.sequence_parallel else "all_reduce"
-        work = (Work(kind, bytes=size, group=group),)  # partial rows of a split vocabulary
-        return (self.issue.add("embedding", stream_of(group), "embedding", "forward", work, (ready,)),)
+        return ready
 
     def _receive(self, way: str, microbatch: int, part: int) -> Ops:
         """An activation or a gradient arrives from a neighbour."""

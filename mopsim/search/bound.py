@@ -122,7 +122,8 @@ class Bounder(Footprint):
 
     def replicas(self, *, hidden: bool = False) -> tuple[list[Reals], list[Reals]]:
         """Seconds of each kind of layer in which gradients and weights keep (scale-up, scale-out) busy, once
-        a step, below ZeRO-3: what the program does not hide beside the passes, or what it does."""
+        a step, below ZeRO-3: what the program does not hide beside the passes, all layers in one message at
+        best, or what it does, layer by layer."""
         c, shown, found = self.c, [], []
         if bool(self.hides.grad_reduce) == hidden:
             shown.append(("reduce_scatter", self.reduce))
@@ -131,13 +132,18 @@ class Bounder(Footprint):
         apart = c["experts"] * c["expert_tensor"]
         for kind in kinds(self.model):
             dense, routed = self.sizes.layers[kind]
+            whole = (self.sizes.dense + self.sizes.head) / dense, self.sizes.experts / max(routed, 1)
             messages = [
                 Message(
-                    name, params / split * width, np.where(c["zero"] < 3, self.stage / split, 1), 1.0, split
+                    name, params / split * width * at_once, np.where(c["zero"] < 3, self.stage / split, 1),
+                    1 / max(at_once, 1), split,
                 )
                 for name, width in shown
-                for params, split in ((dense, c["tensor"]), (routed, apart))
-            ]
+                for params, split, at_once in (
+                    (dense, c["tensor"], 1 if hidden else whole[0]),
+                    (routed, apart, 1 if hidden else whole[1]),
+                )
+            ]  # fmt: skip
             found.append(self.busy(messages))
         return [one[0] for one in found], [one[1] for one in found]
 

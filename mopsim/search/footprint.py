@@ -104,14 +104,12 @@ class Footprint:
         params = np.where(c["offload"] == 1, 0, weights * self.param)
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
         optimizer = (1 - self.state_away) * state * (self.master() + self.moments)
-        height, loss = self.in_backward(), self.in_loss()
         one = c["pipeline"] == 1
         early = grads * (self.microbatches > 1) if self.fully_shard else grads
         resident = params + optimizer + early
         peak = params + optimizer + grads
         for stage in (0, 1, 2, LAST):
-            top = loss if stage == LAST else np.maximum(np.where(one, loss, 0.0), height)
-            held = self.of_stage(resident, stage) + self.kept(stage) + top
+            held = self.of_stage(resident, stage) + self.above(stage)
             there = c["pipeline"] > (max(stage, 1) if stage else 0)
             peak = np.maximum(peak, np.where(there, held, 0.0))
         parts = {
@@ -119,9 +117,16 @@ class Footprint:
             "grads": grads,
             "optimizer": optimizer,
             "boundaries": self.kept(0),
-            "logits": np.where(one, loss, 0.0),
+            "logits": np.where(one, self.in_loss(), 0.0),
         }
         return peak, parts
+
+    def above(self, stage: int) -> Reals:
+        """Bytes of activations that a stage has when its first backward, or the first loss, is at its
+        height."""
+        loss, height = self.in_loss(), self.in_backward()
+        alone = np.where(self.c["pipeline"] == 1, loss, 0.0)
+        return np.asarray(self.kept(stage) + (loss if stage == LAST else np.maximum(alone, height)))
 
     @cached_property
     def layouts(self) -> tuple[list[tuple[int, int, int, int, int]], Column]:

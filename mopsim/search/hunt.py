@@ -34,8 +34,12 @@ DOUBT, LATELY, EFFORT = 0.005, 10, 500_000
 simulated ops, some 15 us each, after which nothing slower than that is tried."""
 MORE = 400_000
 """Candidates that are multiplied out for the proof alone: some 2 us each."""
-PIECES = 10
-"""Refinements of bounds after a hunt, for each simulation of the budget: one takes some 6 ms."""
+PIECES, ENOUGH_PIECES = 10, 40
+"""Refinements of bounds after a hunt, for each simulation of the budget, at some 8 ms: to narrow what is left
+open, and where a proof is asked for and so many leave nothing rough."""
+PROOFS, PROOF_OPS = 3, 3_000_000
+"""Times the budget that a family's simulations may be where a proof is asked for and they complete it;
+simulated ops, some 15 us each, that these may take."""
 RISK = f"fits with a probability below {SURE} (--risk ranks it)"
 SLOWER_BOUND = "slower, bound: cannot beat those ranked"
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
@@ -78,30 +82,32 @@ class Hunt:
 
     def prove(self, best: SimResult, progress: Callable[[SearchResult], None]) -> None:
         """Multiply out what may be faster by more than a tie than the best, of this family where it has one,
-        and refine its bounds, the least first. If the budget lasts for all that this leaves, simulate it; of
-        more, the slowest would still be open.
+        and refine its bounds, the least first. If what this leaves is not too much to simulate, simulate it;
+        of more, the slowest would still be open.
 
         What is not multiplied out keeps its bound: above that nothing is gained.
         """
-        below, left = best.step_time / (1 + TIE), PIECES * self.options.budget
+        below = best.step_time / (1 + TIE)
         self._multiply_out(below)
         below = min(below, *self.rest.time[:1], *(min(one.rest, default=below) for one in self.pools))
         enough = 1.0 if self.options.risk or not best.sure else surely(self.pool.space)
-        while (found := self._least(below, enough)) is not None:
-            pool, position = found
-            if pool.refined[position]:
-                rough = [(one, one.rough(below)) for one in self.pools]
-                if sum(len(groups) for _, groups in rough) > left:
-                    return
-                for one, groups in rough:
-                    left -= sum(one.refine(place) for place in groups)
-                if self.open(below) > self.options.budget - self.found.simulated:
-                    return
-                self._simulate(pool, position, progress)
-            elif left <= 0:
-                return
-            else:
-                left -= pool.refine(position)
+        left, rough = PIECES * self.options.budget, sum(len(one.rough(below, enough)) for one in self.pools)
+        if self.options.prove and rough <= ENOUGH_PIECES * self.options.budget:
+            left = rough
+        while left > 0 and (found := self._least(below, rough=True)) is not None:
+            left -= found[0].refine(found[1])
+        while self._may_be_proven(below, enough) and (found := self._least(below)) is not None:
+            self._simulate(*found, progress)
+
+    def _may_be_proven(self, below: float, enough: float) -> bool:
+        """Whether all candidates whose bound is under `below` seconds are refined and few enough to be
+        simulated."""
+        rough = any(one.rough(below, enough) for one in self.pools)
+        open_, played = self.open(below), self.found.played
+        ops = open_ * np.mean([one.num_events for one in played]) if played else 0.0
+        most = self.options.budget * (PROOFS if self.options.prove else 1)
+        few = self.found.simulated + open_ <= most and ops <= PROOF_OPS
+        return bool(few and not rough)
 
     def open(self, below: float) -> int:
         """Candidates whose bound is under `below` seconds and that were not simulated."""
@@ -121,9 +127,9 @@ class Hunt:
         if len(fast):
             self.pools.append(Pool.of(space, bounds, fast, self.pool.pieces))
 
-    def _least(self, below: float, enough: float) -> tuple[Pool, int] | None:
-        """The pool and the position of the least bound under `below` seconds."""
-        every = [(pool, pool.least(below, enough)) for pool in self.pools]
+    def _least(self, below: float, *, rough: bool = False) -> tuple[Pool, int] | None:
+        """The pool and the position of the least bound under `below` seconds; rough: that is not refined."""
+        every = [(pool, pool.least(below, rough=rough)) for pool in self.pools]
         found = [(pool, position) for pool, position in every if position is not None]
         return min(found, key=lambda one: one[0].time[one[1]], default=None)
 

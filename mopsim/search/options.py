@@ -12,7 +12,8 @@ from mopsim.strategies import FAMILIES
 
 @dataclass(frozen=True)
 class Options:
-    """top: how many are ranked. budget: simulations at most of each family. runnable: only what mopexec runs.
+    """top: how many are ranked. budget: simulations at most of each family; prove: up to PROOFS times as many
+    where these prove what was found. runnable: only what mopexec runs.
 
     risk: rank plans that fit with a probability below SURE like the others;
     otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
@@ -32,6 +33,7 @@ class Options:
     axes: Callable[[Problem, Axes], Axes] | None = None
     stack: Stack | None = None
     jobs: int = 1
+    prove: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "top", "budget", "jobs")

@@ -4,18 +4,19 @@ Many candidates share a layer: they differ in what surrounds it (shards, stages,
 templates of one stand for all of them, at some milliseconds for each kind of layer.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
 
 from mopsim.common.errors import MopError
-from mopsim.cost import seconds
-from mopsim.program.builder import Builder
 from mopsim.program.context import make_context
 from mopsim.program.lower import passes_of
 from mopsim.program.passes import Passes
-from mopsim.program.template import Ops, Template
-from mopsim.program.workload import NUM_DEVICE_SLOTS, Op, Work, deltas, on_host
+from mopsim.program.template import Template
+from mopsim.program.workload import NUM_DEVICE_SLOTS, deltas
 from mopsim.search.build import build
+from mopsim.search.flow import Alone, Flow, Priced, Prices, alone
 from mopsim.search.problem import RING
 from mopsim.search.space import Space
 from mopsim.spec.model import LayerKind
@@ -27,26 +28,14 @@ LAYER = (
 """Columns that a layer's templates depend on."""
 LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices")
 """Those of the loss."""
+EMBEDDING = ("micro_batch", "tensor", "sequence")
+"""Those of the embedding."""
 TURNS = 64
 """Turns of a ring of vocabulary shards up to which its loss is made, of as many equal ops as turns and
 strips. A longer one computes as much in smaller strips, so it takes at least as long; its memory may be less.
 """
-
-
-@dataclass(frozen=True)
-class Alone:
-    """Ops that have all streams to themselves, each in the order of issue.
-
-    chain: seconds from the first op on the compute stream to the end of the last one, what comes before it
-    over; busy: those in which that stream computes; routed: of these, those of experts; talks: those in which
-    the busier fabric is busy; issued: kernels that the host starts.
-    """
-
-    chain: float
-    busy: float
-    routed: float
-    talks: float
-    issued: float
+Key = tuple[int, ...]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -57,10 +46,18 @@ class LayerPiece:
     forward for the loss.
     """
 
-    forward: Alone
-    backward: Alone
+    ahead: Priced
+    back: Priced
     left: int
     height: int
+
+    @cached_property
+    def forward(self) -> Alone:
+        return alone(Flow().play(self.ahead))
+
+    @cached_property
+    def backward(self) -> Alone:
+        return alone(Flow().play(self.back))
 
     @property
     def chain(self) -> float:
@@ -72,11 +69,23 @@ class LayerPiece:
 
     @property
     def routed(self) -> float:
-        return self.forward.routed + self.backward.routed
+        """Seconds of the compute stream that are those of experts."""
+        return self.ahead.routed + self.back.routed
 
     @property
     def issued(self) -> float:
-        return self.forward.issued + self.backward.issued
+        """Kernels that the host starts."""
+        return self.ahead.issued + self.back.issued
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers of one part of a pipeline by their kinds, in the order of a pass. first, last: of the network,
+    with the embedding, with the loss."""
+
+    kinds: tuple[LayerKind, ...] = ()
+    first: bool = False
+    last: bool = False
 
 
 @dataclass
@@ -84,20 +93,20 @@ class Pieces:
     """The pieces of a space's candidates, made as they are asked for."""
 
     space: Space
-    made: dict[tuple[int, ...], dict[LayerKind, LayerPiece] | None] = field(default_factory=dict)
-    losses: dict[tuple[int, ...], LayerPiece | None] = field(default_factory=dict)
-    pairs: dict[tuple[Hashable, ...], Alone] = field(default_factory=dict)
-    latest: tuple[tuple[int, ...], Passes | None] | None = None
-    priced: dict[int, tuple[Work, float]] = field(default_factory=dict)
+    made: dict[Key, dict[LayerKind, LayerPiece] | None] = field(default_factory=dict)
+    losses: dict[Key, LayerPiece | None] = field(default_factory=dict)
+    embeddings: dict[Key, LayerPiece | None] = field(default_factory=dict)
+    flows: dict[tuple[object, ...], Flow] = field(default_factory=dict)
+    pairs: dict[tuple[object, ...], Alone] = field(default_factory=dict)
+
+    @cached_property
+    def prices(self) -> Prices:
+        return Prices(self.space.machine, self.space.stack)
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
         row = self.space.row(index)
-        key = tuple(row[name] for name in LAYER)
-        if key not in self.made:
-            passes = self._made(row)
-            self.made[key] = self._layers(passes) if passes else None
-        return self.made[key]
+        return self._known(self.made, LAYER, row, self._layers)
 
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
@@ -105,19 +114,71 @@ class Pieces:
         long = row["loss"] == RING and row["vocabulary"] > TURNS
         if long:
             row["vocabulary"] = max(turns for turns in range(1, TURNS + 1) if row["vocabulary"] % turns == 0)
-        key = tuple(row[name] for name in LOSS)
-        if key not in self.losses:
-            passes = self._passes(row)
-            found = self._loss(passes) if passes else None
-            self.losses[key] = replace(found, left=0, height=0) if found and long else found
-        return self.losses[key]
 
-    def _made(self, row: dict[str, int]) -> Passes | None:
-        """The passes of a row's layers; those asked for last are kept."""
-        key = tuple(row[name] for name in LAYER)
-        if self.latest is None or self.latest[0] != key:
-            self.latest = key, self._passes(row)
-        return self.latest[1]
+        def make(passes: Passes) -> LayerPiece:
+            found = self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
+            return replace(found, left=0, height=0) if long else found
+
+        return self._known(self.losses, LOSS, row, make)
+
+    def woven(self, index: int, ahead: Part, back: Part, inputs: str = "host") -> Alone:
+        """A forward through one part woven with a backward through another, of a row that no rule refuses.
+
+        inputs: of the layers, where they wait for the backward: `device`; `host`, all of them; `some`.
+        """
+        loss = LOSS if ahead.last or back.last else ()
+        key = (self.key(index, LAYER), self.key(index, loss), ahead, back, inputs)
+        if key not in self.pairs:
+            flows = (self._flow(index, part, way, inputs) for way, part in (("ahead", ahead), ("back", back)))
+            self.pairs[key] = alone(*flows)
+        return self.pairs[key]
+
+    def key(self, index: int, names: Sequence[str]) -> Key:
+        """Values of some columns of a row."""
+        return tuple(int(self.space.columns[name][index]) for name in names)
+
+    def _flow(self, index: int, part: Part, way: str, inputs: str) -> Flow:
+        """A pass through a part. Where inputs of layers are on the host, each goes as its layer ends and
+        comes back as its backward begins; where only some are, they go and none comes back."""
+        loss = LOSS if part.last else ()
+        key = (self.key(index, LAYER), self.key(index, loss), part, way, inputs)
+        if key not in self.flows:
+            layers, embedding = self.layers(index), self.embedding(index)
+            assert layers is not None, "a row that a rule refuses"
+            assert embedding is not None, "a row that a rule refuses"
+            edges = {"first": embedding if part.first else None}
+            edges["last"], size = self.loss(index) if part.last else None, embedding.left
+            before, after = ("first", "last") if way == "ahead" else ("last", "first")
+            flow, first, last = Flow(), edges[before], edges[after]
+            flow = flow.play(getattr(first, way)) if first else flow.hold(size)
+            for kind in part.kinds:
+                if way == "back" and inputs == "host":
+                    flow.hold(size)
+                flow.play(getattr(layers[kind], way))
+                if way == "ahead" and inputs != "device":
+                    flow.free(size)
+            flow = flow.play(getattr(last, way)) if last else flow.free(size)
+            self.flows[key] = flow.settled()
+        return self.flows[key]
+
+    def embedding(self, index: int) -> LayerPiece | None:
+        """Of a row; what its forward leaves is the first layer's input."""
+
+        def make(passes: Passes) -> LayerPiece:
+            return self._piece(passes.embedding("forward"), passes.embedding("backward"))
+
+        return self._known(self.embeddings, EMBEDDING, self.space.row(index), make)
+
+    def _known(
+        self, made: dict[Key, Made | None], names: Sequence[str], row: dict[str, int],
+        make: Callable[[Passes], Made],
+    ) -> Made | None:  # fmt: skip
+        """What was made of a row before; None where a rule refuses it."""
+        key = tuple(row[name] for name in names)
+        if key not in made:
+            passes = self._passes(row)
+            made[key] = make(passes) if passes else None
+        return made[key]
 
     def _passes(self, row: dict[str, int]) -> Passes | None:
         problem, stack = self.space.problem, self.space.stack
@@ -133,9 +194,6 @@ class Pieces:
             return None
         return passes_of(context)
 
-    def _loss(self, passes: Passes) -> LayerPiece:
-        return self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
-
     def _layers(self, passes: Passes) -> dict[LayerKind, LayerPiece]:
         kinds = {passes.key(layer): layer for layer in reversed(range(len(passes.context.layers)))}
         return {
@@ -146,51 +204,7 @@ class Pieces:
         """first: the forward has the height that counts."""
         left, height = _memory(forward)
         height = height if first else _memory(backward)[1]
-        return LayerPiece(self._alone(forward.pieces), self._alone(backward.pieces), left, height)
-
-    def woven(self, index: int, ahead: tuple[LayerKind, ...], back: tuple[LayerKind, ...]) -> Alone:
-        """A forward through layers of these kinds woven with a backward through others, in their order, of a
-        row that no rule refuses."""
-        row = self.space.row(index)
-        key = (tuple(row[name] for name in LAYER), ahead, back)
-        if key not in self.pairs:
-            passes = self._made(row)
-            assert passes is not None, "a row that a rule refuses"
-            first, issue = passes.context.model.layer_kinds(), Builder(passes.context.groups)
-            ready = Ops()
-            for kind in ahead:
-                ready = issue.play(passes.forward(first[kind][0]), 0, ready)
-            middle, ready = len(issue.ops), Ops()
-            for kind in back:
-                ready = issue.play(passes.backward(first[kind][0]), 0, ready)
-            issue.weave(0, middle)
-            self.pairs[key] = self._alone(issue.ops)
-        return self.pairs[key]
-
-    def _alone(self, ops: Sequence[Op]) -> Alone:
-        """What comes before the first op on the compute stream may be over when that begins."""
-        last: dict[str, float] = {}
-        ends: list[float] = []
-        follows: list[bool] = []
-        busy, routed, issued = 0.0, 0.0, 0.0
-        talks = {"scale_up": 0.0, "scale_out": 0.0}
-        for op in ops:
-            for work in op.work:  # equal work is one object
-                if id(work) not in self.priced:
-                    self.priced[id(work)] = (work, seconds(work, self.space.machine))
-            took = sum(self.priced[id(work)][1] for work in op.work)
-            compute, deps = op.stream == "compute", [dep for dep in op.deps if dep >= 0]
-            follows.append(compute or any(follows[dep] for dep in deps))
-            start = max([last.get(op.stream, 0.0), *(ends[dep] for dep in deps)])
-            ends.append(start + took if follows[-1] else 0.0)
-            last[op.stream] = ends[-1]
-            issued += sum(on_host(op.work, op.component in self.space.stack.host.graphs))
-            if compute:
-                busy += took
-                routed += took if op.component == "experts" else 0.0
-            elif op.stream in talks:
-                talks[op.stream] += took
-        return Alone(last.get("compute", 0.0), busy, routed, max(talks.values()), issued)
+        return LayerPiece(self.prices.of(forward), self.prices.of(backward), left, height)
 
 
 def _memory(template: Template) -> tuple[int, int]:

@@ -183,19 +183,18 @@ class Pool:
 
         return self.best(score)
 
-    def least(self, below: float, enough: float) -> int | None:
-        """The candidate of the least bound under `below` seconds. What surely needs more than the device has,
-        `enough` times its peak, is taken out."""
-        unsure = ~self.taken & (self.memory.bound * enough > self.space.problem.hardware.memory_limit())
-        self.over |= unsure
-        self.taken |= unsure
-        time = np.where(self.taken, np.inf, self.time)
+    def least(self, below: float, *, rough: bool = False) -> int | None:
+        """The candidate of the least bound under `below` seconds; rough: of those not refined."""
+        time = np.where(self.taken | (rough & self.refined), np.inf, self.time)
         position = int(np.argmin(time))
         return position if time[position] < below else None
 
-    def rough(self, below: float) -> list[int]:
-        """One position of each group whose bounds are not refined, and of one of them under `below`
-        seconds."""
+    def rough(self, below: float, enough: float) -> list[int]:
+        """One position of each group whose bounds are not refined, and of one of them under `below` seconds.
+        What surely needs more than the device has, `enough` times its peak, is taken out before."""
+        unsure = ~self.taken & (self.memory.bound * enough > self.space.problem.hardware.memory_limit())
+        self.over |= unsure
+        self.taken |= unsure
         open_ = np.flatnonzero(~self.taken & ~self.refined & (self.time < below))
         return [int(open_[place]) for place in np.unique(self.group[open_], return_index=True)[1]]
 

@@ -2,31 +2,53 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
+from mopsim.search.footprint import LAST
 from mopsim.search.learn import coded
-from mopsim.search.pieces import LAYER, LayerPiece, Pieces
+from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Part, Pieces
 from mopsim.search.problem import Column
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, load
 from mopsim.search.wires import Reals
-from mopsim.search.woven import LAID, RankTime, expected
+from mopsim.search.woven import LAID, RankTime, expected, fullest, woven_height
 from mopsim.spec.model import LayerKind
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Of the woven programs of a candidate: the times of the ranks that may be the slowest, of most layers
+    and the last; heights: bytes of activations that a stage has at least, by its number, -1 for the last."""
+
+    times: tuple[RankTime, ...]
+    heights: dict[int, float]
+
+    @staticmethod
+    def of(pieces: Pieces, given: SpaceFacts, index: int) -> "Rank":
+        row, model = pieces.space.row(index), pieces.space.problem.model
+        laid = row["pipeline"], row["virtual_stages"], row["layout"]
+        count = round(float(Bounder(pieces.space.part(index, index + 1), given).microbatches[0]))
+        last, share = laid[0] - 1, given.hardware.communication_share
+        stages = sorted({fullest(model, laid, count), last})
+        times = tuple(RankTime.of(pieces, index, laid, count, stage, share) for stage in stages)
+        ends = {0: 0, LAST: last} if last else {0: 0}
+        heights = {name: woven_height(pieces, index, laid, count, stage) for name, stage in ends.items()}
+        return Rank(times, heights)
 
 
 @dataclass(frozen=True)
 class Parts:
     """What candidates that share their layers are made of. layers: pieces by kind of layer, the same for all;
-    losses: that of each. Of those whose forwards and backwards are woven: rank, of their pipeline, where a
-    layout is chosen; as_long: seconds of a layer, expected, for each of one that is not woven."""
+    losses: that of each. Of those whose forwards and backwards are woven: ranks, of the pipeline of each,
+    where a layout is chosen; as_long: seconds of a layer, expected, for each of one that is not woven, where
+    none is."""
 
     layers: dict[LayerKind, LayerPiece]
     losses: list[LayerPiece]
-    rank: RankTime | None = None
+    ranks: list[Rank] | None = None
     as_long: float = 1.0
 
     @staticmethod
@@ -40,14 +62,21 @@ class Parts:
         row, model = pieces.space.row(index), pieces.space.problem.model
         if not row["overlap"]:
             return Parts(layers, known)
-        pair, share = partial(pieces.woven, index), given.hardware.communication_share
         if row["layout"] == IDEAL:
             some = tuple(kinds(model))[-1:]
-            return Parts(layers, known, None, expected(pair(some, some), share) / layers[some[0]].chain)
-        laid = row["pipeline"], row["virtual_stages"], row["layout"]
-        count = round(float(Bounder(pieces.space.part(index, index + 1), given).microbatches[0]))
-        rank = RankTime.of(model, laid, count, layers, pair, share)
-        return Parts(layers, known, rank, rank.likely / rank.alone if rank.alone else 1.0)
+            woven = pieces.woven(index, Part(some), Part(some))
+            return Parts(
+                layers,
+                known,
+                None,
+                expected(woven, given.hardware.communication_share) / layers[some[0]].chain,
+            )
+        ranks: dict[tuple[int, ...], Rank] = {}
+        keys = [pieces.key(int(one), (*LOSS, "boundary_parts")) for one in rows]
+        for key, one in zip(keys, rows, strict=True):
+            if key not in ranks:
+                ranks[key] = Rank.of(pieces, given, int(one))
+        return Parts(layers, known, [ranks[key] for key in keys])
 
 
 class Refined(Bounder):
@@ -64,27 +93,42 @@ class Refined(Bounder):
         optimizer."""
         busy = self._all(lambda piece: piece.busy)
         step = busy + self.hardware.communication_share * self.talks()
-        step = np.maximum(step, self._rank() if self.parts.rank else self._all(lambda piece: piece.chain))
+        if self.parts.ranks is None:
+            chain = self._all(lambda piece: piece.chain)
+        else:
+            chain = self._ranks(self.parts.ranks, lambda rank: rank.least)
+        step = np.maximum(step, chain)
         issue = self.hardware.host.cpu_launch_time
         if issue and "step" not in self.space.stack.host.graphs:
             step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si)
         return np.asarray(np.maximum(super().time(), step + self.optimizer_time() + self.constant()))
 
     def chain(self) -> Reals:
-        """Expected seconds of the slowest rank: layers and loss in turn, woven ones as much shorter as those
-        of a middle stage."""
-        return self._all(lambda piece: piece.chain, self.parts.as_long)
+        """Expected seconds of the slowest rank: layers and loss in turn, woven as they are."""
+        if self.parts.ranks is None:
+            return self._all(lambda piece: piece.chain, self.parts.as_long)
+        return self._ranks(self.parts.ranks, lambda rank: rank.likely)
 
-    def _rank(self) -> Reals:
-        """Seconds of the woven rank, with what a microbatch takes on the way there and back and what its
-        replicas exchange once a step."""
-        rank = self.parts.rank
-        assert rank is not None
+    def _ranks(self, ranks: list[Rank], what: Callable[[RankTime], float]) -> Reals:
+        """Seconds of the slowest of some woven ranks, with what a microbatch takes on the way there and back
+        and what its replicas exchange once a step."""
         laid = (int(self.space.columns[name][0]) for name in ("pipeline", "virtual_stages", "layout"))
-        stage, order = load(self.model, *laid), list(kinds(self.model))
-        way = float(stage.before[rank.stage] @ [self.parts.layers[kind].chain for kind in order])
-        once = np.maximum(*(stage.layers[rank.stage] @ np.stack(one) for one in self.replicas()))
-        return np.asarray(rank.least + way + once)
+        stages, order = load(self.model, *laid), list(kinds(self.model))
+        chains = [self.parts.layers[kind].chain for kind in order]
+        found = np.zeros(len(self.space))
+        for times in zip(*(rank.times for rank in ranks), strict=True):
+            stage = times[0].stage
+            once = np.maximum(*(stages.layers[stage] @ np.stack(one) for one in self.replicas()))
+            mine = np.array([what(one) for one in times]) + float(stages.before[stage] @ chains) + once
+            found = np.maximum(found, mine)
+        return found
+
+    def above(self, stage: int) -> Reals:
+        """Or what the first forward and backward have together, woven."""
+        found = super().above(stage)
+        if self.parts.ranks is None:
+            return found
+        return np.maximum(found, [rank.heights.get(stage, 0.0) for rank in self.parts.ranks])
 
     def _all(self, what: Callable[[LayerPiece], float], factor: float = 1.0) -> Reals:
         """Of the slowest stage: of all its layers and microbatches. factor: of the layers' seconds."""

@@ -1,39 +1,39 @@
-"""Forwards of a pipeline rank woven with backwards of other microbatches, and what one rank takes for all."""
+"""Forwards of a pipeline rank woven with backwards of other microbatches: what one rank takes for all, and
+what it holds."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from mopsim.search.pieces import Alone, LayerPiece
+from mopsim.search.flow import Alone
+from mopsim.search.pieces import LayerPiece, Part, Pieces
+from mopsim.search.problem import PARTS
 from mopsim.search.stages import layers_of, load
 from mopsim.spec.layout import stage_layers
-from mopsim.spec.model import LayerKind, ModelSpec
+from mopsim.spec.model import ModelSpec
 from mopsim.spec.pipeline_order import turns
 
 LAID = ("overlap", "pipeline", "virtual_stages", "layout")
 """Columns that the turns of a rank depend on, where forwards and backwards are woven."""
-Kinds = tuple[LayerKind, ...]
-Pair = Callable[[Kinds, Kinds], Alone]
-"""A forward through layers of some kinds woven with a backward through others."""
+NONE = Part()
 
 
 @dataclass(frozen=True)
 class Turn:
     """What a rank issues together: a forward through the layers of one part of the pipeline, a backward
-    through those of another one, or both. whole: nothing else is between them (embedding, loss, reductions).
-    """
+    through those of another one, or both. whole: nothing else is between them (reductions, MTP layers)."""
 
-    ahead: Kinds
-    back: Kinds
+    ahead: Part
+    back: Part
     whole: bool
 
 
 @dataclass(frozen=True)
 class RankTime:
-    """Seconds of the passes of the rank of a middle stage, its compute stream's: at least, and expected.
+    """Seconds of the passes of one rank, its compute stream's: at least, and expected.
 
     stage: of the rank. alone: those of its layers one after the other, nothing woven.
     """
@@ -45,29 +45,25 @@ class RankTime:
 
     @staticmethod
     def of(
-        model: ModelSpec,
-        laid: tuple[int, int, int],
-        microbatches: int,
-        pieces: Mapping[LayerKind, LayerPiece],
-        pair: Pair,
-        share: float,
+        pieces: Pieces, index: int, laid: tuple[int, int, int], microbatches: int, stage: int, share: float
     ) -> "RankTime":
-        """laid: (stages, virtual stages, layout). share: of the compute that an exchange takes beside it."""
-        stage = _fullest(model, *laid)
-        least = likely = alone = 0.0
-        for turn, times in _turns(model, laid, microbatches, stage).items():
-            ahead = [pieces[kind].forward for kind in turn.ahead]
-            back = [pieces[kind].backward for kind in turn.back]
+        """Of a row that no rule refuses. laid: (stages, virtual stages, layout). share: of the compute that
+        an exchange takes beside it."""
+        least = likely = one_by_one = 0.0
+        for turn, times in rank_turns(pieces.space.problem.model, laid, microbatches, stage).items():
+            ahead = _passes(pieces, index, turn.ahead, "forward")
+            back = _passes(pieces, index, turn.back, "backward")
             apart = [sum(one.chain for one in some) for some in (ahead, back)]
-            alone += times * sum(apart)
+            one_by_one += times * sum(apart)
             if not (ahead and back):
                 least, likely = least + times * sum(apart), likely + times * sum(apart)
                 continue
-            woven = pair(turn.ahead, turn.back)
+            woven = pieces.woven(index, turn.ahead, turn.back)
             busy = sum(one.busy for one in (*ahead, *back))
+            more = max(0.0, busy - woven.busy)  # of what is not in the pair
             least += times * (woven.chain if turn.whole else max(*apart, busy))
-            likely += times * expected(woven, share)
-        return RankTime(stage, least, likely, alone)
+            likely += times * (expected(woven, share) + more)
+        return RankTime(stage, least, likely, one_by_one)
 
 
 def expected(woven: Alone, share: float) -> float:
@@ -75,31 +71,86 @@ def expected(woven: Alone, share: float) -> float:
     return woven.chain + share * max(0.0, woven.talks - (woven.chain - woven.busy))
 
 
-@cache
-def _fullest(model: ModelSpec, stages: int, virtual: int, layout: int) -> int:
-    """The stage of most layers but the first and the last, where there are others."""
-    layers = load(model, stages, virtual, layout).layers.sum(axis=1)
-    middle = layers[1:-1] if stages > 2 else layers
-    return int(np.argmax(middle)) + (stages > 2)
+def woven_height(
+    pieces: Pieces, index: int, laid: tuple[int, int, int], microbatches: int, stage: int
+) -> float:
+    """Device bytes of activations that a stage has, at least, in its first turn of a forward and a backward;
+    0 where it has none."""
+    row = pieces.space.row(index)
+    model, layers, embedding = pieces.space.problem.model, pieces.layers(index), pieces.embedding(index)
+    before, turn = first_pair(model, laid, microbatches, stage)
+    if turn is None or layers is None or embedding is None:
+        return 0.0
+    inputs = "device" if not row["boundary_host"] else "host" if row["boundary_parts"] == PARTS else "some"
+    away = embedding.left if inputs != "device" else 0
+    kept = sum(layers[kind].left - away for part in before for kind in part.kinds)
+    loss = pieces.loss(index) if any(part.last for part in before) else None
+    kept += sum(part.last for part in before) * (loss.left if loss else 0)
+    return float(kept + pieces.woven(index, turn.ahead, turn.back, inputs).height)
+
+
+def fullest(model: ModelSpec, laid: tuple[int, int, int], microbatches: int) -> int:
+    """The stage of most layers, with those on the way there and back; laid: as in `RankTime.of`."""
+    stages = load(model, *laid)
+    return int(np.argmax((stages.layers + stages.before / microbatches).sum(axis=1)))
 
 
 @cache
-def _turns(model: ModelSpec, laid: tuple[int, int, int], microbatches: int, stage: int) -> Counter[Turn]:
+def rank_turns(
+    model: ModelSpec, laid: tuple[int, int, int], microbatches: int, stage: int
+) -> Mapping[Turn, int]:
     """How often a stage has each turn in a step."""
+    return Counter(_in_order(model, laid, microbatches, stage))
+
+
+@cache
+def first_pair(
+    model: ModelSpec, laid: tuple[int, int, int], microbatches: int, stage: int
+) -> tuple[tuple[Part, ...], Turn | None]:
+    """(The parts whose forwards a stage has behind it, its turn) as it has its first forward and backward
+    together; None where it has none."""
+    behind: list[Part] = []
+    for turn in _in_order(model, laid, microbatches, stage):
+        if turn.back != NONE:
+            return tuple(behind), turn if turn.ahead != NONE and turn.whole else None
+        behind.append(turn.ahead)
+    return tuple(behind), None
+
+
+def _in_order(model: ModelSpec, laid: tuple[int, int, int], microbatches: int, stage: int) -> list[Turn]:
     stages, virtual, layout = laid
     given = layers_of(model, stages, virtual, layout) or ()
     layers = stage_layers(model.num_hidden_layers, stages, virtual, stage, given)
-    kinds = [tuple(model.layer_kind(layer) for layer in part) for part in layers]
-    found: Counter[Turn] = Counter()
+    parts = [
+        Part(
+            tuple(model.layer_kind(layer) for layer in part),
+            (stage, place) == (0, 0),
+            (stage, place) == (stages - 1, virtual - 1),
+        )
+        for place, part in enumerate(layers)
+    ]
+    found = []
     for turn in turns("interleaved", stages, virtual, microbatches, stage, 1):
-        whole, ahead, back = True, Kinds(), Kinds()
-        for phase, microbatch, part in turn:
-            edge = (stage, part) in ((0, 0), (stages - 1, virtual - 1))
-            whole = whole and not edge
+        ahead, back, whole = NONE, NONE, True
+        for phase, microbatch, place in turn:
+            part = parts[place]
+            whole = whole and not (part.last and model.num_nextn_predict_layers)
             if phase == "forward":
-                ahead = kinds[part]
+                ahead = part
             else:
-                back = kinds[part][::-1]
+                back = Part(part.kinds[::-1], part.first, part.last)
                 whole = whole and microbatch < microbatches - 1
-        found[Turn(ahead, back, whole)] += 1
+        found.append(Turn(ahead, back, whole))
     return found
+
+
+def _passes(pieces: Pieces, index: int, part: Part, way: str) -> list[Alone]:
+    """What a pass through a part is made of, one after the other; without the embedding."""
+    layers, model = pieces.layers(index), pieces.space.problem.model
+    assert layers is not None, "a row that a rule refuses"
+    found: list[LayerPiece] = [layers[kind] for kind in part.kinds]
+    loss, mtp = pieces.loss(index) if part.last else None, model.num_nextn_predict_layers
+    if loss is not None:
+        extra = layers[model.layer_kind(model.num_hidden_layers)] if mtp else loss
+        found += [*[loss] * (1 + mtp), *[extra] * mtp]
+    return [getattr(piece, way) for piece in found]

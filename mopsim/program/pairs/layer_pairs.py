@@ -78,7 +78,9 @@ class Pairs(Passes):
             return self.recorder().template()
         return self._made(("loss", direction), make)
 
-    def embedding(self) -> Template:
+    def embedding(self, direction: str) -> Template:
+        if direction == "forward":
+            return super().embedding(direction)
         return self._made(("embedding",), self._embedding)
 
     def _layer_forward(self, layer: int) -> Template:

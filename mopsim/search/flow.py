@@ -1,0 +1,194 @@
+"""What a rank issues in order, priced: how long passes take at least, one alone or two woven, and the memory
+that they need."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from mopsim.cost import seconds
+from mopsim.graph.tape import Step
+from mopsim.program.template import Template
+from mopsim.program.workload import NUM_DEVICE_SLOTS, STREAMS, Op, Work, deltas, on_host
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.stack import Stack
+
+COMPUTE, UP, OUT = (STREAMS.index(name) for name in ("compute", "scale_up", "scale_out"))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Ops that have all streams to themselves, each in the order of issue.
+
+    chain: seconds from the first op on the compute stream to the end of the last one, what comes before it
+    over; busy: those in which that stream computes; talks: those in which the busier fabric is busy; height:
+    device bytes above the start, at least.
+    """
+
+    chain: float
+    busy: float
+    talks: float
+    height: int
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A template: of each op its stream, seconds, dependencies, and its change of memory at its height and
+    at its end, device bytes. first: place and memory of the first op on the compute stream, with what comes
+    before it; rest: what comes after the last one. routed: seconds of experts on it; issued: kernels that
+    the host starts."""
+
+    ops: tuple[tuple[int, float, tuple[int, ...], int, int], ...]
+    ends: tuple[int, ...]
+    first: tuple[int, tuple[Step, ...]]
+    rest: tuple[Step, ...]
+    routed: float
+    issued: float
+
+
+@dataclass
+class Prices:
+    """Of templates on one machine, under one stack: equal work is one object, priced once."""
+
+    machine: HardwareProfile
+    stack: Stack
+    known: dict[int, tuple[Work, float]] = field(default_factory=dict)
+
+    def of(self, template: Template) -> Priced:
+        ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
+        routed = issued = 0.0
+        for place, piece in enumerate(template.pieces):
+            pending += template.before.get(place, ())
+            steps, took = template.memory[place], self._seconds(piece)
+            compute = piece.stream == "compute"
+            if compute:
+                steps, pending = (*pending, *steps), ()
+                routed += took if piece.component == "experts" else 0.0
+                first = first if first[0] >= 0 else (place, steps)
+            issued += sum(on_host(piece.work, piece.component in self.stack.host.graphs))
+            ops.append((STREAMS.index(piece.stream), took, piece.deps, *_bytes(steps)))
+        pending += template.before.get(len(ops), ())
+        return Priced(tuple(ops), template.ends, first, pending, routed, issued)
+
+    def _seconds(self, piece: Op) -> float:
+        took = 0.0
+        for work in piece.work:
+            if id(work) not in self.known:
+                self.known[id(work)] = (work, seconds(work, self.machine))
+            took += self.known[id(work)][1]
+        return took
+
+
+class Flow:
+    """Templates played one after the other. streams, seconds, deps: of each op, in the order of issue, what
+    it waits for in here. height, left: device bytes that an op of the compute stream has above its start,
+    and leaves; before: those that change before the first one.
+
+    What other streams do to the memory counts as if bytes were freed as soon as they may be, and taken when
+    an op of the compute stream waits for them (`settled`).
+    """
+
+    def __init__(self) -> None:
+        self.streams: list[int] = []
+        self.seconds: list[float] = []
+        self.deps: list[tuple[int, ...]] = []
+        self.height: list[int] = []
+        self.left: list[int] = []
+        self.before = 0
+        self._latest = -1
+        self._steps: tuple[Step, ...] = ()
+        self._ends: tuple[int, ...] = ()
+
+    def hold(self, size: int) -> "Flow":
+        """Bytes that are there from the next op on the compute stream on."""
+        self._steps += (("activations", size),)
+        return self
+
+    def free(self, size: int) -> "Flow":
+        """Bytes that are gone once the latest op on the compute stream is over."""
+        if self._latest < 0:
+            self.before -= size
+        else:
+            self.left[self._latest] -= size
+        return self
+
+    def play(self, priced: Priced) -> "Flow":
+        by, start = len(self.streams), self._ends
+        for stream, took, deps, height, left in priced.ops:
+            self._latest = len(self.streams) if stream == COMPUTE else self._latest
+            self.streams.append(stream)
+            self.seconds.append(took)
+            inside = tuple(dep + by for dep in deps if dep >= 0)
+            self.deps.append(inside if len(inside) == len(deps) else (*inside, *start))
+            self.height.append(height)
+            self.left.append(left)
+        place, steps = priced.first
+        if place >= 0:
+            self.height[by + place], self.left[by + place] = _bytes((*self._steps, *steps))
+            self._steps = ()
+        self._steps += priced.rest
+        self._ends = tuple(by + end for end in priced.ends) if priced.ops else start
+        return self
+
+    def settled(self) -> "Flow":
+        """With what the other streams do to the memory, and what comes after all, in the compute stream's
+        ops."""
+        root, taken = [-1] * len(self.streams), [0] * len(self.streams)
+        for place, stream in enumerate(self.streams):
+            if stream == COMPUTE:
+                root[place] = place
+                for dep in self.deps[place]:
+                    self.height[place] += taken[dep]
+                    self.left[place] += taken[dep]
+                    taken[dep] = 0
+                continue
+            freed = min(self.left[place], 0)
+            taken[place] = self.left[place] - freed
+            root[place] = max((root[dep] for dep in self.deps[place]), default=-1)
+            if root[place] < 0:
+                self.before += freed
+            else:
+                self.left[root[place]] += freed
+        return self.free(-min(_bytes(self._steps)[1], 0))
+
+
+def alone(*flows: Flow) -> Alone:
+    """One pass, or a forward and a backward by turns that end with a collective, as
+    `mopsim.program.builder.Builder.weave` issues them."""
+    last = [-1.0] * len(STREAMS)
+    ends = [[0.0] * len(flow.streams) for flow in flows]
+    places = [0] * len(flows)
+    busy = up = out = 0.0
+    held = sum(flow.before for flow in flows)
+    top, going = max(held, 0), True
+    while going:
+        going = False
+        for which, flow in enumerate(flows):
+            streams, took, deps, done = flow.streams, flow.seconds, flow.deps, ends[which]
+            place, count = places[which], len(streams)
+            while place < count:
+                stream, time = streams[place], took[place]
+                start = last[stream]
+                for dep in deps[place]:
+                    start = max(start, done[dep])
+                if stream == COMPUTE:
+                    start = max(start, 0.0)
+                    busy += time
+                    top = max(top, held + flow.height[place])
+                    held += flow.left[place]
+                done[place] = last[stream] = start + time if start >= 0 else -1.0
+                place += 1
+                if stream in (UP, OUT):
+                    up, out = (up + time, out) if stream == UP else (up, out + time)
+                    break
+            places[which] = place
+            going = going or place < count
+    return Alone(max(last[COMPUTE], 0.0), busy, max(up, out), top)
+
+
+def _bytes(steps: Iterable[Step]) -> tuple[int, int]:
+    """(at the height, at the end) of a memory script on the device."""
+    height, left = deltas(tuple(steps))
+    return _device(height), _device(left)
+
+
+def _device(changes: Sequence[tuple[int, int]]) -> int:
+    return sum(size for slot, size in changes if slot < NUM_DEVICE_SLOTS)
