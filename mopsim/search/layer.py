@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from mopsim.search.axes import dispatchers
-from mopsim.search.pieces import LAYER, LOSS, Part, Pieces
+from mopsim.search.pieces import LAYER, LOSS, Pieces, PipelinePart
 from mopsim.search.problem import ALL_GATHER, EXCHANGES, LEANEST, RING, ULYSSES, Column
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds
@@ -213,7 +213,7 @@ def _hidden(row: Space) -> float:
     layers = pieces.layers(0)
     if not kind or layers is None:
         return 0.0
-    alone, woven = layers[kind[0]], pieces.woven(0, Part(tuple(kind)), Part(tuple(kind)))
+    alone, woven = layers[kind[0]], pieces.woven(0, PipelinePart(tuple(kind)), PipelinePart(tuple(kind)))
     return (alone.chain - woven.chain) / max(alone.chain - alone.busy, 1e-12)
 
 

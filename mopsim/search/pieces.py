@@ -79,7 +79,7 @@ class LayerPiece:
 
 
 @dataclass(frozen=True)
-class Part:
+class PipelinePart:
     """Layers of one part of a pipeline by their kinds, in the order of a pass. first, last: of the network,
     with the embedding, with the loss."""
 
@@ -121,7 +121,7 @@ class Pieces:
 
         return self._known(self.losses, LOSS, row, make)
 
-    def woven(self, index: int, ahead: Part, back: Part, inputs: str = "host") -> Alone:
+    def woven(self, index: int, ahead: PipelinePart, back: PipelinePart, inputs: str = "host") -> Alone:
         """A forward through one part woven with a backward through another, of a row that no rule refuses.
 
         inputs: of the layers, where they wait for the backward: `device`; `host`, all of them; `some`.
@@ -137,7 +137,7 @@ class Pieces:
         """Values of some columns of a row."""
         return tuple(int(self.space.columns[name][index]) for name in names)
 
-    def _flow(self, index: int, part: Part, way: str, inputs: str) -> Flow:
+    def _flow(self, index: int, part: PipelinePart, way: str, inputs: str) -> Flow:
         """A pass through a part. Where inputs of layers are on the host, each goes as its layer ends and
         comes back as its backward begins; where only some are, they go and none comes back."""
         loss = LOSS if part.last else ()

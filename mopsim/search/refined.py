@@ -9,7 +9,7 @@ from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.footprint import LAST
 from mopsim.search.learn import coded
-from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Part, Pieces
+from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
 from mopsim.search.problem import Column
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds, load
@@ -19,7 +19,7 @@ from mopsim.spec.model import LayerKind
 
 
 @dataclass(frozen=True)
-class Rank:
+class WovenRank:
     """Of the woven programs of a candidate: the times of the ranks that may be the slowest, of most layers
     and the last; heights: bytes of activations that a stage has at least, by its number, -1 for the last."""
 
@@ -27,7 +27,7 @@ class Rank:
     heights: dict[int, float]
 
     @staticmethod
-    def of(pieces: Pieces, given: SpaceFacts, index: int) -> "Rank":
+    def of(pieces: Pieces, given: SpaceFacts, index: int) -> "WovenRank":
         row, model = pieces.space.row(index), pieces.space.problem.model
         laid = row["pipeline"], row["virtual_stages"], row["layout"]
         count = round(float(Bounder(pieces.space.part(index, index + 1), given).microbatches[0]))
@@ -36,7 +36,7 @@ class Rank:
         times = tuple(RankTime.of(pieces, index, laid, count, stage, share) for stage in stages)
         ends = {0: 0, LAST: last} if last else {0: 0}
         heights = {name: woven_height(pieces, index, laid, count, stage) for name, stage in ends.items()}
-        return Rank(times, heights)
+        return WovenRank(times, heights)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Parts:
 
     layers: dict[LayerKind, LayerPiece]
     losses: list[LayerPiece]
-    ranks: list[Rank] | None = None
+    ranks: list[WovenRank] | None = None
     as_long: float = 1.0
 
     @staticmethod
@@ -64,18 +64,18 @@ class Parts:
             return Parts(layers, known)
         if row["layout"] == IDEAL:
             some = tuple(kinds(model))[-1:]
-            woven = pieces.woven(index, Part(some), Part(some))
+            woven = pieces.woven(index, PipelinePart(some), PipelinePart(some))
             return Parts(
                 layers,
                 known,
                 None,
                 expected(woven, given.hardware.communication_share) / layers[some[0]].chain,
             )
-        ranks: dict[tuple[int, ...], Rank] = {}
+        ranks: dict[tuple[int, ...], WovenRank] = {}
         keys = [pieces.key(int(one), (*LOSS, "boundary_parts")) for one in rows]
         for key, one in zip(keys, rows, strict=True):
             if key not in ranks:
-                ranks[key] = Rank.of(pieces, given, int(one))
+                ranks[key] = WovenRank.of(pieces, given, int(one))
         return Parts(layers, known, [ranks[key] for key in keys])
 
 
@@ -109,7 +109,7 @@ class Refined(Bounder):
             return self._all(lambda piece: piece.chain, self.parts.as_long)
         return self._ranks(self.parts.ranks, lambda rank: rank.likely)
 
-    def _ranks(self, ranks: list[Rank], what: Callable[[RankTime], float]) -> Reals:
+    def _ranks(self, ranks: list[WovenRank], what: Callable[[RankTime], float]) -> Reals:
         """Seconds of the slowest of some woven ranks, with what a microbatch takes on the way there and back
         and what its replicas exchange once a step."""
         laid = (int(self.space.columns[name][0]) for name in ("pipeline", "virtual_stages", "layout"))

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from mopsim.search.flow import Alone
-from mopsim.search.pieces import LayerPiece, Part, Pieces
+from mopsim.search.pieces import LayerPiece, Pieces, PipelinePart
 from mopsim.search.problem import PARTS
 from mopsim.search.stages import layers_of, load
 from mopsim.spec.layout import stage_layers
@@ -18,7 +18,7 @@ from mopsim.spec.pipeline_order import turns
 
 LAID = ("overlap", "pipeline", "virtual_stages", "layout")
 """Columns that the turns of a rank depend on, where forwards and backwards are woven."""
-NONE = Part()
+NONE = PipelinePart()
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Turn:
     """What a rank issues together: a forward through the layers of one part of the pipeline, a backward
     through those of another one, or both. whole: nothing else is between them (reductions, MTP layers)."""
 
-    ahead: Part
-    back: Part
+    ahead: PipelinePart
+    back: PipelinePart
     whole: bool
 
 
@@ -106,10 +106,10 @@ def rank_turns(
 @cache
 def first_pair(
     model: ModelSpec, laid: tuple[int, int, int], microbatches: int, stage: int
-) -> tuple[tuple[Part, ...], Turn | None]:
+) -> tuple[tuple[PipelinePart, ...], Turn | None]:
     """(The parts whose forwards a stage has behind it, its turn) as it has its first forward and backward
     together; None where it has none."""
-    behind: list[Part] = []
+    behind: list[PipelinePart] = []
     for turn in _in_order(model, laid, microbatches, stage):
         if turn.back != NONE:
             return tuple(behind), turn if turn.ahead != NONE and turn.whole else None
@@ -122,7 +122,7 @@ def _in_order(model: ModelSpec, laid: tuple[int, int, int], microbatches: int, s
     given = layers_of(model, stages, virtual, layout) or ()
     layers = stage_layers(model.num_hidden_layers, stages, virtual, stage, given)
     parts = [
-        Part(
+        PipelinePart(
             tuple(model.layer_kind(layer) for layer in part),
             (stage, place) == (0, 0),
             (stage, place) == (stages - 1, virtual - 1),
@@ -138,13 +138,13 @@ def _in_order(model: ModelSpec, laid: tuple[int, int, int], microbatches: int, s
             if phase == "forward":
                 ahead = part
             else:
-                back = Part(part.kinds[::-1], part.first, part.last)
+                back = PipelinePart(part.kinds[::-1], part.first, part.last)
                 whole = whole and microbatch < microbatches - 1
         found.append(Turn(ahead, back, whole))
     return found
 
 
-def _passes(pieces: Pieces, index: int, part: Part, way: str) -> list[Alone]:
+def _passes(pieces: Pieces, index: int, part: PipelinePart, way: str) -> list[Alone]:
     """What a pass through a part is made of, one after the other; without the embedding."""
     layers, model = pieces.layers(index), pieces.space.problem.model
     assert layers is not None, "a row that a rule refuses"

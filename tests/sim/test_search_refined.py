@@ -17,7 +17,7 @@ from mopsim.program.lower import passes_of
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import likely
-from mopsim.search.pieces import Part, Pieces
+from mopsim.search.pieces import Pieces, PipelinePart
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.refined import Parts, Refined
@@ -191,6 +191,6 @@ def test_passes_are_woven_as_the_program_weaves_them() -> None:
         ends.append(start + sum(seconds(work, space.machine) for work in op.work))
         last[op.stream] = ends[-1]
     kinds = [one.model.layer_kind(layer) for layer in (0, 1, 2)]
-    found = pieces.woven(index, Part(tuple(kinds)), Part((kinds[2], kinds[1])))
+    found = pieces.woven(index, PipelinePart(tuple(kinds)), PipelinePart((kinds[2], kinds[1])))
     assert issue.ops[0].stream == "compute"
     assert found.chain == pytest.approx(last["compute"], rel=1e-12)
