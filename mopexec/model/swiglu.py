@@ -26,6 +26,24 @@ class _Clamped(torch.autograd.Function):
         return *clamped_activation_backward(grads[0], gate, up, ctx.clamp), None
 
 
+class _Product(torch.autograd.Function):
+    """Rows times their experts' weights; keeps both. A bias' gradient is a product too, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: Groups, rows: Tensor, stack: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, stack)
+        ctx.groups, ctx.biased = groups, bias is not None
+        return groups.product(rows, stack, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, stack = ctx.saved_tensors
+        groups, given = ctx.groups, grads[0]
+        of_weights = groups.of_weights(rows, given)
+        of_bias = groups.of_bias(given) if ctx.biased else None
+        return None, groups.product(given, stack.transpose(1, 2)), of_weights, of_bias
+
+
 def activate(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
     """SwiGLU's activation, differentiable."""
     if clamp is None:
@@ -43,11 +61,14 @@ def grouped_swiglu(x: Tensor, counts: RowCounts, stacks: Mapping[str, Tensor], c
     biased = "gate_proj_bias" in stacks
     if fits(x, stacks):
         groups = Groups(counts.ends, x.shape[0], biased=biased)
-        gate, up = (
-            groups.product(x, stacks[f"{name}_proj"], stacks.get(f"{name}_proj_bias"))
-            for name in ("gate", "up")
-        )
-        return groups.product(activate(gate, up, clamp), stacks["down_proj"], stacks.get("down_proj_bias"))
+
+        def product(rows: Tensor, name: str) -> Tensor:
+            found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+                groups, rows, stacks[f"{name}_proj"], stacks.get(f"{name}_proj_bias")
+            )
+            return found
+
+        return product(activate(product(x, "gate"), product(x, "up"), clamp), "down")
     gates, ups, downs = (stacks[f"{name}_proj"].unbind(0) for name in ("gate", "up", "down"))
     rows = torch.split(x, counts.by_expert)
     if not biased:

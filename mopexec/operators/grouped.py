@@ -78,7 +78,7 @@ class Groups:
             self.expert = torch.searchsorted(ends, place, right=True)
 
     def product(self, rows: Tensor, stack: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Rows [R, a] times their experts' [E, a, b]; differentiable."""
+        """Rows [R, a] times their experts' [E, a, b]."""
         out = F.grouped_mm(rows, stack, offs=self.ends)
         return out if bias is None else out.add_(self.of_rows(bias))
 
@@ -87,12 +87,21 @@ class Groups:
         assert self.expert is not None
         return bias.index_select(0, self.expert)
 
+    def of_weights(self, rows: Tensor, grads: Tensor) -> Tensor:
+        """Gradient of a stack [E, a, b]: rows [R, a] transposed times grads [R, b], by expert."""
+        return F.grouped_mm(rows.t(), grads, offs=self.ends)
+
+    def of_bias(self, grads: Tensor) -> Tensor:
+        """Gradient of a bias [E, b]: the sum of each expert's rows, as a product with ones: in a fixed
+        order."""
+        ones = torch.ones((grads.shape[0], _BLOCK), dtype=grads.dtype, device=grads.device)
+        return F.grouped_mm(ones.t(), grads, offs=self.ends)[:, 0]
+
     def add_weights(self, target: Tensor, rows: Tensor, grads: Tensor) -> None:
-        """target [E, a, b] += rows [R, a] transposed times grads [R, b], by expert."""
-        target.add_(F.grouped_mm(rows.t(), grads, offs=self.ends))
+        """target [E, a, b] += `of_weights`."""
+        target.add_(self.of_weights(rows, grads))
 
     def add_bias(self, target: Tensor | None, grads: Tensor) -> None:
-        """target [E, b] += the sum of each expert's rows, as a product with ones: in a fixed order."""
+        """target [E, b] += `of_bias`."""
         if target is not None:
-            ones = torch.ones((grads.shape[0], _BLOCK), dtype=grads.dtype, device=grads.device)
-            target.add_(F.grouped_mm(ones.t(), grads, offs=self.ends)[:, 0])
+            target.add_(self.of_bias(grads))

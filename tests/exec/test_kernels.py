@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mopexec.check.dry_run import counted_step
 from mopexec.measure.kernels import layer_kernels
-from mopexec.model import Transformer, init_weights
+from mopexec.model import Transformer, init_weights, swiglu
+from mopexec.model.swiglu import grouped_swiglu
 from mopexec.operators import expert_products
 from mopexec.operators.dtypes import wide
 from mopexec.operators.experts import experts_backward_, experts_forward_
 from mopexec.operators.fused import KERNELS, LEAVES, OPS, split_packed
-from mopexec.operators.grouped import ends_of, expert_order
+from mopexec.operators.grouped import Groups, RowCounts, ends_of, expert_order, fits
 from mopexec.operators.kernels import prepare, using
 from mopexec.operators.rows import rms_norm, rms_norm_backward_
 from mopexec.operators.swiglu import Clamp
@@ -105,6 +106,30 @@ def test_grouped_products_are_those_of_each_expert(clamp: Clamp | None, biased: 
             of_weights = experts_backward_(rows[1], rows[0], weights, counts, [experts], [grads], clamp)
         found.append([rows[-1], of_weights, *grads.values()])
     for mine, other in zip(*found, strict=True):
+        _close(mine, other)
+
+
+@pytest.mark.parametrize("clamp", [None, Clamp(1.0, 1.702)], ids=["plain", "clamped"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients_of_grouped_products_are_torchs(
+    clamp: Clamp | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    arrived = torch.tensor([[3, 0, 20, 1], [4, 0, 9, 8]])
+    counts = RowCounts(arrived.tolist(), arrived)
+    stacks = {name.removeprefix("moe.experts."): one for name, one in _experts(biased).items()}
+    x, given = (torch.randn(int(arrived.sum()), 16).bfloat16() for _ in "ab")
+    leaves = [one.requires_grad_() for one in (x, *stacks.values())]
+
+    def found() -> list[Tensor]:
+        with using(CUDA):
+            assert fits(x, stacks)
+            out = grouped_swiglu(x, counts, stacks, clamp)
+        return [out, *torch.autograd.grad(out, leaves, given)]
+
+    ours = found()
+    monkeypatch.setattr(swiglu._Product, "apply", Groups.product)
+    for mine, other in zip(ours, found(), strict=True):
         _close(mine, other)
 
 
