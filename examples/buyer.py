@@ -21,14 +21,14 @@ def main(folder: str) -> None:
         days=20,
         seq_len=SEQ_LEN,
         families=["mop", "fsdp2"],
-        max_nodes=64,
+        max_nodes=8,
         simulations=4,
     )
     print(clusters.table().to_string(index=False))
     print(clusters.headline())
     best = clusters.best
     if best is None:
-        raise SystemExit("no cluster of at most 64 nodes will do")
+        raise SystemExit("no cluster of at most 8 nodes will do")
     inputs = best.inputs
     comparison = mopsim.compare(
         MODEL,
