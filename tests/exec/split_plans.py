@@ -39,7 +39,11 @@ def plan_of(
     **training: Any,
 ) -> Plan:
     """A plan for split_modules. changes: fields of a component of the strategy, by its name."""
-    train = {"seq_len": 16, "global_batch": 8, "clip_norm": 0.05, "weight_decay": 0.1, "learning_rate": 1e-2}
+    microbatches = max(4, 2 * strategy.pipeline.pipeline_parallel)
+    train = {
+        "seq_len": 16, "global_batch": microbatches * strategy.data_groups * strategy.micro_batch,
+        "clip_norm": 0.05, "weight_decay": 0.1, "learning_rate": 1e-2,
+    }  # fmt: skip
     training = TrainSpec(**{**train, "routing": "balanced", **training})
     return plans.plan_of(model, plans.changed(strategy, **(changes or {})), training)
 
@@ -55,7 +59,7 @@ def two() -> dict[str, Plan]:
     """On two ranks, by name."""
     make = partial(_make, 2)
     return {
-        "zero_1": make(global_batch=16),
+        "zero_1": make(),
         "zero_1, replicated": make(
             expert_parallel=2, changes={"dense": {"fsdp": 1}, "experts": {"expert_fsdp": 1}}
         ),
