@@ -87,9 +87,11 @@ class Work:
 def on_host(work: Iterable[Work], replayed: bool) -> tuple[float, float]:
     """(kernels that the host starts for an op, what it does besides in kernels' worth). replayed: as a part
     of a graph, which is started as one."""
-    works = tuple(work)
-    issued = sum(one.issued for one in works)
-    return (min(1.0, issued), 0.0) if replayed else (issued, sum(one.host for one in works))
+    issued = host = 0.0
+    for one in work:
+        issued += one.issued
+        host += one.host
+    return (min(1.0, issued), 0.0) if replayed else (issued, host)
 
 
 @lru_cache(maxsize=65536)

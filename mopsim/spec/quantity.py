@@ -1,6 +1,7 @@
 """A number as its source gives it, and the rules that numbers of a profile keep."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Literal
 
 from mopsim.common.errors import require
@@ -10,7 +11,7 @@ from mopsim.common.units import CEILINGS, DIMENSIONS, UNITS
 Tag = Literal["datasheet", "measured", "calibrated", "assumed"]
 
 
-class Quantity(Spec, frozen=True, kw_only=True):
+class Quantity(Spec, frozen=True, kw_only=True, dict=True):
     """A number as its source gives it.
 
     value: a number that is not negative. unit: one of mopsim.common.units.UNITS (`GB/s`, `GiB`, `us`, ...).
@@ -28,7 +29,7 @@ class Quantity(Spec, frozen=True, kw_only=True):
         require(self.value >= 0, "value", self.value, "must not be negative")
         require(bool(self.source), "source", self.source, "must name where the number comes from")
 
-    @property
+    @cached_property
     def si(self) -> float:
         """The value in bytes, seconds, FLOP/s, bytes/s, watts, dollars per hour or parameters/s."""
         return self.value * UNITS[self.unit]

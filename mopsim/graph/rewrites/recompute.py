@@ -128,4 +128,4 @@ def gathered_once(tape: Tape, recompute: str, modules: tuple[str, ...]) -> Tape:
 
 def without_weight_grads(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Kernels whose weight gradients are added straight into resident buffers."""
-    return tuple(replace(kernel, weight_grad=0) for kernel in kernels)
+    return tuple(replace(kernel, weight_grad=0) if kernel.weight_grad else kernel for kernel in kernels)
