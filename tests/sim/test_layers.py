@@ -9,8 +9,9 @@ from mopsim.graph.attention import attention
 from mopsim.graph.experts import experts, router
 from mopsim.graph.ffn import ffn
 from mopsim.graph.liveness import NOTHING, backward, everything, forward
+from mopsim.graph.rewrites.recompute import plan
 from mopsim.graph.shapes import Shapes, causal_pairs
-from mopsim.graph.tape import Tape, peak
+from mopsim.graph.tape import Kernel, Tape, Value, peak
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.presets import load_model
 from tests.sim.toys import small
@@ -105,3 +106,17 @@ def test_tapes_leave_what_they_say(tokens: int, degree: int, qk_norm: str) -> No
         grads = sum(value.bytes for value in tape.inputs if value.grad)
         outputs = sum(values[name].bytes for name in tape.outputs if values[name].grad)
         assert sum(size for _, size in back) == grads - outputs - tape.saved()
+
+
+def test_what_is_recomputed_dies_with_those_that_keep_it() -> None:
+    """Not with whatever reads it first, as what the recomputation begins from does."""
+    x, u, z = (Value(name, size) for name, size in zip("xuz", (1, 16, 4), strict=True))
+    kernels = (
+        Kernel("norm", "memory_bound", "other", ("x",), (u,), ("x",)),
+        Kernel("look", "memory_bound", "other", ("u",), ()),
+        Kernel("product", "memory_bound", "other", ("u",), (z,), ("u",)),
+    )
+    tape = Tape((x,), kernels, ("z",))
+    played = backward(tape, plan(tape, "full", ()))
+    freed = [one.kernel.name for one in played if one.backward and ("activations", -16) in one.memory]
+    assert freed == ["product", "norm"]  # u, then its gradient
