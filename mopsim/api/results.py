@@ -153,7 +153,10 @@ class Simulation(Result):
         parameters = counts(self.inputs.model).to_json()
         plan = plan_json(self.result, self.inputs.model, self.inputs.interval)
         keys = {**plan, "parameters": parameters, "notes": self.notes}
-        return keys | ({"proven": self.found.proven, "gap": self.found.gap} if self.found else {})
+        if self.found is None:
+            return keys
+        found = self.found
+        return keys | {"proven": found.proven, "gap": found.gap, "expected_gap": found.expected_gap}
 
     def headline(self) -> str:
         r = self.result

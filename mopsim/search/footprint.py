@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.layer import recomputed
-from mopsim.search.problem import DEVICE, PARTS, RING, STREAMED, Column, offloaded
+from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, Column, offloaded
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds, of_stage, under_way
 from mopsim.search.wires import Reals, Wires
@@ -53,17 +53,23 @@ class Footprint:
         self.state_away = np.where(c["state"] == DEVICE, 0.0, c["state_parts"] / PARTS)
         """Share of the optimizer state that is on the host."""
 
-    def held(self) -> tuple[Reals, Reals]:
-        """Parameters per rank: (that the weights take, that the optimizer state takes). Ceilings left out."""
+    def states(self) -> tuple[Reals, Reals]:
+        """Parameters per rank that the optimizer state takes: (of all but experts, of experts). Ceilings left
+        out."""
         c, split, zero3 = self.c, self.c["pipeline"] * self.c["tensor"], self.c["zero"] == 3
         dense_shard = np.where(zero3, c["dense_shard"], self.stage / c["tensor"])
         replicas = self.stage / (c["experts"] * c["expert_tensor"])
         sharded = self.sizes.dense / (split * dense_shard)
         sharded = sharded + self.sizes.head / np.where(self.ring, self.stage, split * dense_shard)
         experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
-        state = sharded + experts / np.where(zero3, c["expert_shard"], replicas)
-        whole = (self.sizes.dense + self.sizes.head) / split + experts
-        return np.where(zero3, state, whole), state
+        return np.asarray(sharded), np.asarray(experts / np.where(zero3, c["expert_shard"], replicas))
+
+    def held(self) -> tuple[Reals, Reals]:
+        """Parameters per rank: (that the weights take, that the optimizer state takes)."""
+        c, state = self.c, sum(self.states())
+        experts = self.sizes.experts / (c["pipeline"] * c["experts"] * c["expert_tensor"])
+        whole = (self.sizes.dense + self.sizes.head) / (c["pipeline"] * c["tensor"]) + experts
+        return np.asarray(np.where(c["zero"] == 3, state, whole)), np.asarray(state)
 
     def master(self) -> Reals:
         """Bytes of master weights per parameter: none where the parameter shard is the master."""
@@ -176,9 +182,16 @@ class Footprint:
         return np.asarray(whole * (self.param + self.grad) + (dense + routed) / self.stage * each)
 
     def host_memory(self) -> Reals:
-        weights, state = self.held()
-        off = self.state_away * state * (self.master() + self.moments)
-        off = off + np.where(self.c["offload"] == 1, weights * (self.param + self.grad), 0)
+        """What lives there, and what an update on the host has there of what lives on the device: gradients,
+        and parameters of the experts or the others at a time (mopsim.program.update)."""
+        c, (weights, state), states = self.c, self.held(), self.states()
+        each = self.master() + self.moments
+        if not self.space.stack.explicit:
+            visits = state * self.grad + np.maximum(*states) * self.param
+            updated = (c["state"] == HOST) & (c["offload"] == 0)
+            each = each + np.where(updated, visits / state, 0.0)
+        off = self.state_away * state * each
+        off = off + np.where(c["offload"] == 1, weights * (self.param + self.grad), 0)
         return off + self.moved()
 
     def gathered(self) -> Reals:
