@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from mopsim.graph.tape import Step
 from mopsim.program.template import START, Hooks, Memory, Template
-from mopsim.program.workload import SLOTS, CommGroup, Op, Program, Repeat, Work, collective_work, deltas
+from mopsim.program.workload import SLOTS, CommGroup, Op, Repeat, Work, collective_work, deltas
 
 
 class Builder:
@@ -26,10 +26,6 @@ class Builder:
         self.experts: tuple[int, ...] = ()
         self.alive: dict[str, Step] = {}
         self._pending: list[Step] = []
-
-    def mark(self, microbatch: int) -> None:
-        """From here on, ops belong to `microbatch` (-1: the optimizer)."""
-        self.microbatch = microbatch
 
     def make(self, name: str, size: int, category: str = "activations") -> None:
         """A named buffer comes alive with the next op on the compute stream."""
@@ -199,9 +195,6 @@ class Builder:
         work = (collective_work(kind, float(size), group),) if group.size > 1 else ()
         stream = stream_of(group) if group.size > 1 else "compute"
         return self.add(name, stream, component, phase, work, layer=layer, deps=deps)
-
-    def program(self, stage: int, multiplicity: int, resident: Sequence[Step]) -> Program:
-        return Program(tuple(self.ops), stage, multiplicity, tuple(resident))
 
 
 class Recorder(Builder):

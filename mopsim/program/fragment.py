@@ -10,7 +10,7 @@ from mopsim.graph.tape import Tape
 from mopsim.program.builder import Builder
 from mopsim.program.context import Context, make_context
 from mopsim.program.taped import play
-from mopsim.program.workload import Work, Workload
+from mopsim.program.workload import Program, Work, Workload
 from mopsim.program.works import chunked
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
@@ -53,5 +53,5 @@ def expert_layer(
     work = (Work("memory_bound", bytes=2.0 * context.hidden),)
     builder.add("end", "compute", "experts", "backward", work, [end])
     unit = context.layers[0][1]
-    resident = [("params", unit.numel * context.b), ("activations", context.hidden)]
-    return Workload((builder.program(0, strategy.stage_ranks, resident),), 1, 1, 0.0, stack=stack)
+    resident = ("params", unit.numel * context.b), ("activations", context.hidden)
+    return Workload((Program(tuple(builder.ops), resident=resident),), 1, 1, 0.0, stack=stack)

@@ -69,8 +69,7 @@ class StageStep:
             (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
         )
         resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
-        ops, ranks = tuple(self.issue.ops), self.c.strategy.stage_ranks
-        return Program(ops, self.stage.index, ranks, resident, repeats=tuple(self.repeats))
+        return Program(tuple(self.issue.ops), self.stage.index, resident, repeats=tuple(self.repeats))
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
         phase, microbatch, chunk = slot

@@ -145,12 +145,10 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What one class of ranks does in a step. stage: of the pipeline. multiplicity: ranks of this class.
-    graphs: see Strategy."""
+    """What one class of ranks does in a step. stage: of the pipeline. graphs: see Strategy."""
 
     ops: tuple[Op, ...]
     stage: int = 0
-    multiplicity: int = 1
     resident: tuple[Step, ...] = ()
     graphs: tuple[str, ...] = ()
     repeats: tuple[Repeat, ...] = ()

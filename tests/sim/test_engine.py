@@ -26,7 +26,7 @@ GROUPS = {"pair": CommGroup(2, 2)}
 
 
 def _play(builder: Builder, share: float, durations: list[float]) -> tuple[float, Record]:
-    program, record = builder.program(0, 1, ()), Record(True)
+    program, record = Program(tuple(builder.ops)), Record(True)
     end = play([program], [durations], [Ledger((), 10**12, False)], [record], share)
     return end, record
 
@@ -66,7 +66,7 @@ def test_ledger_holds_the_height_of_an_op() -> None:
     builder.add("one", "compute", "router", "forward")
     builder.drop("a", "b")
     builder.flush("router", "forward")
-    program = builder.program(0, 1, (("params", 7),))
+    program = Program(tuple(builder.ops), resident=(("params", 7),))
     ledger = Ledger(program.resident, 50, True)
     play([program], [[1.0, 0.0]], [ledger], [Record(False)], 0.0)
     assert (ledger.peak, ledger.over, ledger.peak_time) == (117, "activations", 0.0)
@@ -96,7 +96,7 @@ def test_rendezvous_starts_both_sides_together() -> None:
             deps=[0] if before else [],
             rendezvous="x",
         )
-        return builder.program(stage, 1, ())
+        return Program(tuple(builder.ops), stage)
 
     records = [Record(True), Record(True)]
     ledgers = [Ledger((), 1, False), Ledger((), 1, False)]
