@@ -3,6 +3,7 @@ to make stay in one worker (`pytest -n 2 --dist loadgroup`), so that it is made 
 environment changed for the next."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background job: children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
