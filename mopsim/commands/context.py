@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mopsim
 from mopsim.api.inputs import Inputs, facts, read_routing
@@ -59,7 +58,7 @@ def run(order: ContextOrder, out: str, json: str | None) -> None:
     sections = []
     for case, mine in zip(cases, curves, strict=True):
         content = case_table(mine, lengths)
-        console.print(shown(case_name(case), content))
+        console.print(table(case_name(case), content.columns[:1], content.columns[1:], content.rows))
         console.print(ends(mine))
         sections.append(Section(case_name(case), ends(mine), content))
     rules = [[one.label, one.rules] for one in asked]
@@ -114,11 +113,3 @@ def stated(cases: Sequence[ContextCase]) -> dict[str, str]:
     said = facts(inputs, " ".join(["mopsim", *sys.argv[1:]]))
     said["model"] = "; ".join(f"{case.model.name} (digest {io.digest(case.model)})" for case in cases)
     return said
-
-
-def shown(title: str, content: Table) -> Any:
-    """A table of a page on the terminal."""
-    grid = table(title, content.columns[:1], content.columns[1:])
-    for row in content.rows:
-        grid.add_row(*row)
-    return grid

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from msgspec.structs import replace
-from rich.table import Table
 
 from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
@@ -13,7 +12,7 @@ from mopsim.common.outputs import check_outputs, whole_directory
 from mopsim.intervals import check_level
 from mopsim.report.formats import read_formats, saved_as
 from mopsim.report.terminal import table
-from mopsim.report.validation_tables import Grid, tables
+from mopsim.report.validation_tables import tables
 from mopsim.spec.stacks import load_stack
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case, read_cases
@@ -50,7 +49,7 @@ def run(
     parts = predict_components(read_components(Path(components))) if components else []
     grids = tables(validation, parts, level)
     for grid in grids:
-        console.print(_shown(grid))
+        console.print(table(grid.title, grid.left, grid.right, grid.rows))
     console.print(LEGEND, style="dim")
     written: list[str] = []
     if out:
@@ -84,10 +83,3 @@ def _cases(
 def _under(case: Case, stack: str) -> Case:
     """The same run by other software."""
     return replace(case, strategy=replace(case.strategy, stack=stack), stack_changes={})
-
-
-def _shown(grid: Grid) -> Table:
-    found = table(grid.title, grid.left, grid.right)
-    for row in grid.rows:
-        found.add_row(*row)
-    return found

@@ -9,8 +9,10 @@ from rich.text import Text
 from mopsim.common.units import format_bytes
 
 
-def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """A table without rows: `left` columns are text, `right` ones numbers."""
+def table(
+    title: str, left: Sequence[str], right: Sequence[str] = (), rows: Sequence[Sequence[str]] = ()
+) -> Table:
+    """A table: `left` columns are text, `right` ones numbers."""
     found = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -19,6 +21,8 @@ def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
         found.add_column(name, overflow="fold")
     for name in right:
         found.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        found.add_row(*row)
     return found
 
 
