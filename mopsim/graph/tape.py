@@ -149,6 +149,11 @@ class Tape:
         """Values that its backward starts from, inputs and outputs apart."""
         return {name for kernel in self.kernels for name in kernel.saves} - self.outside
 
+    def saved(self) -> int:
+        """Bytes of those."""
+        values = self.values
+        return sum(values[name].bytes for name in self.kept)
+
 
 def renamed(tape: Tape, component: str) -> Tape:
     """The tape with all its work booked on `component`."""
