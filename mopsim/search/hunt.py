@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
@@ -168,14 +169,23 @@ class Hunt:
             bold = pool.bold(self.found.top[0].step_time, 1 + SLACK)
             if bold is not None:
                 return bold
-        if self.found.simulated % 2:
-            while self.near:
-                position = self.near.pop(0)
-                if fits[position] and self._open(position, below) and self._promising(position):
-                    return position
+        near = self._neighbour(below, fits) if self.found.simulated % 2 else None
+        if near is not None:
+            return near
         found = pool.next(below)
         enough = sum(one.num_events for one in self.found.played) >= EFFORT
-        return None if found is None or (enough and not self._promising(found)) else found
+        if found is None or (enough and not self._promising(found)):
+            return self._neighbour(below, fits)
+        return found
+
+    def _neighbour(self, below: float, fits: NDArray[np.bool_]) -> int | None:
+        """The next neighbour of the best that promises, once its bounds are refined; what is not expected to
+        fit waits until it is."""
+        for position in [one for one in self.near if fits[one]]:
+            self.near.remove(position)
+            if self._open(position, below) and self._promising(position) and self.pool.room()[0][position]:
+                return position
+        return None
 
     def _promising(self, position: int) -> bool:
         """Whether a candidate whose bounds are refined is expected to be faster by more than a tie, or may be
@@ -183,7 +193,7 @@ class Hunt:
         if not self.found.top:
             return True
         fastest, doubt = self.found.top[0].step_time, max([DOUBT, *self.misses[-LATELY:]])
-        return bool(self.pool.expected(0.0)[position] < fastest * (1 + doubt) / (1 + TIE))
+        return bool(self.pool.expected()[position] < fastest * (1 + doubt) / (1 + TIE))
 
     def _open(self, position: int, below: float) -> bool:
         """Whether a candidate's bounds, refined, leave it to be simulated."""
@@ -198,7 +208,7 @@ class Hunt:
         self.idle += bool(found.top)
         self.idle_ops += bool(found.top) * simulated.num_events
         found.played.append(simulated)
-        self.misses.append(abs(math.log(simulated.step_time / pool.expected(0.0)[position])))
+        self.misses.append(abs(math.log(simulated.step_time / pool.expected()[position])))
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
             memory = (round(simulated.device.quantile(SURE)), round(simulated.host.quantile(SURE)))
@@ -212,8 +222,9 @@ class Hunt:
         found.top = sorted([*found.top, simulated], key=rank)[: self.options.top]
         if simulated.step_time < fastest:
             self.idle = self.idle_ops = 0
+        if simulated in (found.top[0], min(found.top, key=lambda one: one.step_time)):
             near = pool.neighbours(position)
-            expected = pool.expected(0.0)[near]
+            expected = pool.expected()[near]
             self.near = [int(one) for one in near[np.argsort(expected, kind="stable")]]
 
     def _refused(self, simulated: SimResult) -> str | None:
@@ -242,7 +253,7 @@ class Hunt:
         position = self.pool.next(math.inf)
         if position is None or not self.pool.room()[0][position]:
             return math.inf
-        return float(self.pool.expected(0.0)[position])
+        return float(self.pool.expected()[position])
 
     def left(self) -> np.ndarray:
         """Lower bounds of the step time of the candidates that were not simulated."""

@@ -15,6 +15,8 @@ Reals = NDArray[np.float64]
 Column = NDArray[np.int64]
 
 _GIB = float(2**30)
+_ODD = 4.5
+"""Deviations, in medians of all, from which a step time is taken to be odd."""
 _DOUBT = 0.02
 """Weight of the assumption that what is gathered takes what the closed form says, beside one simulation."""
 
@@ -126,24 +128,26 @@ class Times:
         """Note the simulated step time of a candidate."""
         self.seen.append((position, seconds))
 
-    def expected(self, hope: float) -> Reals:
+    def expected(self, hope: Reals | float) -> Reals:
         """Step time of every candidate, seconds. hope: by how much (as a fraction) a value that was never
-        simulated is taken to be better."""
+        simulated is taken to be better. What is odd teaches no more than the most of the others."""
         if not self.seen:
             return self.guess
         where = np.array([position for position, _ in self.seen])
         ratio = np.log([seconds / self.guess[position] for position, seconds in self.seen])
         usual = float(np.median(ratio))
+        odd = _ODD * float(np.median(np.abs(ratio - usual))) + 1e-3
+        ratio = np.clip(ratio, usual - odd, usual + odd)
         mine = [codes[where] for codes in self.codes]
         alike = sum((codes[:, None] == codes[None, :]).astype(np.float64) for codes in mine)
         kernel = np.asarray(alike) + np.eye(len(where))
         dual = np.linalg.solve(kernel, ratio - usual)
-        factor = np.full(len(self.guess), usual)
+        factor, unseen = np.full(len(self.guess), usual), np.zeros(len(self.guess))
         for codes, own, size in zip(self.codes, mine, self.sizes, strict=True):
             weight = np.bincount(own, dual, size)
-            optimism = hope / (1 + np.bincount(own, minlength=size))
-            factor += (weight - optimism)[codes]
-        return np.asarray(self.guess * np.exp(factor))
+            factor += weight[codes]
+            unseen += (1 / (1 + np.bincount(own, minlength=size)))[codes]
+        return np.asarray(self.guess * np.exp(factor - hope * unseen))
 
 
 def coded(column: Column) -> tuple[Column, Column]:

@@ -41,8 +41,9 @@ TURNS, AT_ONCE = 50, 4
 chosen."""
 ROUGH = 0.15
 """Part of the memory by which what is expected without refined bounds may be wrong."""
-HOPE = 0.03
-"""Part by which a value of a column that was never simulated is taken to be faster than known."""
+HOPE, KNOWN_HOPE = 0.03, 0.003
+"""Part by which a value of a column that was never simulated is taken to be faster than known, where bounds
+are rough and where they are refined."""
 
 
 @dataclass
@@ -143,8 +144,9 @@ class Pool:
         if self.host[position] > 0:
             self.host_rise.append(host_memory / float(self.host[position]))
 
-    def expected(self, hope: float) -> Reals:
+    def expected(self, *, hopeful: bool = False) -> Reals:
         """Step time of every candidate, see `Times.expected`."""
+        hope = np.where(self.refined, KNOWN_HOPE, HOPE) if hopeful else 0.0
         return np.asarray(self.times.expected(hope) * np.where(self.refined, 1.0, self.slower.expected()))
 
     def room(self) -> tuple[NDArray[np.bool_], Reals]:
@@ -167,7 +169,7 @@ class Pool:
             usable = ~self.taken & (self.time < below)
             likely = usable & fits
             if likely.any():
-                return np.where(likely, self.expected(HOPE), np.inf)
+                return np.where(likely, self.expected(hopeful=True), np.inf)
             return np.where(usable, share, np.inf)
 
         return self.best(score)
@@ -177,7 +179,7 @@ class Pool:
         what there is, if that time is under `below` seconds."""
 
         def score() -> Reals:
-            expected = self.expected(HOPE)
+            expected = self.expected(hopeful=True)
             usable = ~self.taken & (self.room()[1] <= slack) & (expected < below)
             return np.where(usable, expected, np.inf)
 
