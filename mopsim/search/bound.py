@@ -71,10 +71,8 @@ class Bounder(Footprint):
     def time(self) -> Reals:
         """The slowest stream, then the optimizer. Compute loses `communication_share` to a busy fabric."""
         talks = self.talks()
-        busy = (
-            self.slowest(self.layer_seconds(), self.head_seconds())
-            + self.hardware.communication_share * talks
-        )
+        busy = self.slowest(self.layer_seconds(), self.head_seconds()) + self.copies()
+        busy = busy + self.hardware.communication_share * talks
         slowest = np.maximum.reduce([busy, talks, self.copy_time()])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
@@ -199,6 +197,21 @@ class Bounder(Footprint):
             Message("all_gather", unit * self.compute, copies, experts * gathers, apart),
             Message("reduce_scatter", unit * self.reduce, copies, experts, apart),
         ]
+
+    def copies(self) -> Reals:
+        """Seconds in which torch's FSDP2 copies on the compute stream what it gathers and reduces of the
+        layers (see `mopsim.program.fsdp2_copies`), of the mean stage."""
+        c, found = self.c, np.zeros(len(self.space))
+        if not (self.space.stack.sharding.copies and (c["zero"] == 3).all()):
+            return found
+        dense = (self.sizes.dense - self.model.vocab_size * self.model.hidden_size) / c["tensor"]
+        routed = self.sizes.experts / (c["experts"] * c["expert_tensor"])
+        for params, shard in ((dense, c["dense_shard"]), (routed, c["expert_shard"])):
+            gathered = (self.param + 3 * self.compute) / shard + 2 * self.compute
+            each = (c["reshard"] + 1) * gathered + self.compute + self.reduce
+            found = found + np.where(shard > 1, params * each, 0.0)
+        rate = self.hardware.device.memory_bandwidth.si / self.scale("memory_bound")
+        return np.asarray(found / c["pipeline"] * self.microbatches / rate)
 
     def ring_blocks(self) -> list[Message]:
         """Blocks of the output projection or of the tokens that go round the vocabulary ring."""

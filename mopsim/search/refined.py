@@ -91,7 +91,7 @@ class Refined(Bounder):
         """The closed form's, or more: layers and loss in turn, with what each waits for, woven where they
         are; or as long as they compute beside busy fabrics; or as the host issues their kernels. Then the
         optimizer."""
-        busy = self._all(lambda piece: piece.busy)
+        busy = self._all(lambda piece: piece.busy) + self.copies()
         step = busy + self.hardware.communication_share * self.talks()
         if self.parts.ranks is None:
             chain = self._all(lambda piece: piece.chain)
