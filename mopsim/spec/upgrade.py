@@ -177,12 +177,12 @@ def _attention(old: _Old, *, explicit: bool) -> dict[str, AttentionKernel]:
 
 
 def _eager(old: _Old) -> Stack:
-    """What mopexec's fully_shard runtime does, with what else the old fields say."""
+    """What mopexec's fully_shard runtime did, with what else the old fields say: torch composed norm,
+    rotation and gate on every device."""
     base, vocabulary, experts = load_stack("mopexec-fsdp2"), old.vocabulary, old.experts
+    rows: dict[str, Any] = {"norm": "composed", "rotary": "halves", "activation": "composed"}
     changes: dict[str, dict[str, Any]] = {
-        "kernels": {
-            "expert_products": "looped" if experts.looped else "grouped",
-        },
+        "kernels": {**rows, "expert_products": "looped" if experts.looped else "grouped"},
         "sharding": {"experts": not experts.plain},
         "recompute": {"chunk_inputs": experts.checkpoint},
         "host": {"modules": "modules" in old.unfused, "graphs": old.graphs},
@@ -191,6 +191,6 @@ def _eager(old: _Old) -> Stack:
         changes["kernels"]["loss"] = "upcast" if vocabulary.upcast else "fused"
     if not old.attention.flash:
         changes["kernels"]["attention"] = {"default": "scores"}
-    parts = {name: replace(getattr(base, name), **new) for name, new in changes.items()}
-    found = replace(base, **parts)
-    return base if found.behaviour == base.behaviour else replace(found, name="upgraded")
+    parts: dict[str, Any] = {name: replace(getattr(base, name), **new) for name, new in changes.items()}
+    said = {f"kernels.{name}": "the fields of a strategy of mop 0.1.0" for name in rows}
+    return replace(base, name="upgraded", sources=base.sources | said, **parts)

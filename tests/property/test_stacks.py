@@ -62,10 +62,10 @@ def test_mopexec_runs_its_own_stacks_only(name: str) -> None:
 
 def test_a_runtime_that_is_claimed_is_held_to_what_it_does() -> None:
     stack = load_stack("mopexec-fsdp2")
-    faster = replace(stack, kernels=replace(stack.kernels, norm="fused"))
+    faster = replace(stack, kernels=replace(stack.kernels, residual="fused"))
     refused = runnable(fsdp2(2), load_model("tiny"), stack=faster)
     assert refused is not None
-    assert refused.field == "stack.kernels.norm"
+    assert refused.field == "stack.kernels.residual"
 
 
 def test_kernels_that_fuse_are_faster_and_a_stack_changes_no_products() -> None:

@@ -115,7 +115,7 @@ def test_looser_contenders_contain_stricter_ones() -> None:
 def test_the_reach_is_not_of_the_size_of_the_step() -> None:
     """With all logits and nothing on the host, FSDP2 runs 128K on 16 devices in steps of 128K tokens a
     device; one sequence a step, without accumulated gradients, fits at 256K, too. Then logits stop it."""
-    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 3))
+    found = curve(Task(("x",), case(), NAMES["fsdp2_device"], (128 * K, 256 * K, 512 * K), 6))
     assert [(point.fits, point.small) for point in found.points] == [
         (True, False), (True, True), (False, True),
     ]  # fmt: skip

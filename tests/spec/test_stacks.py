@@ -29,16 +29,15 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
     parent = load_stack("mopexec-fsdp2")
     path = written(
         tmp_path,
-        "name: mine\nextends: mopexec-fsdp2\nkernels:\n  source: mine.py\n  norm: fused\n"
-        "  rotary: {value: fused, source: rotary.py}\n",
+        "name: mine\nextends: mopexec-fsdp2\nkernels:\n  source: mine.py\n  residual: fused\n"
+        "  router: {value: fused, source: router.py}\n",
     )
     child = load_stack(path)
-    assert (child.kernels.norm, child.kernels.rotary, child.kernels.activation) == ("fused",) * 2 + (
-        "composed",
-    )
+    assert (child.kernels.residual, child.kernels.router) == ("fused", "fused")
+    assert child.kernels.expert_rows == parent.kernels.expert_rows == "composed"
     assert child.sharding == parent.sharding
-    assert (child.sources["kernels.norm"], child.sources["kernels.rotary"]) == ("mine.py", "rotary.py")
-    assert child.sources["kernels.activation"] == parent.sources["kernels.activation"]
+    assert (child.sources["kernels.residual"], child.sources["kernels.router"]) == ("mine.py", "router.py")
+    assert child.sources["kernels.expert_rows"] == parent.sources["kernels.expert_rows"]
     assert (parent.runtime, child.runtime) == ("fully_shard", "")
     assert child.version == parent.version
 

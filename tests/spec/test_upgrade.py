@@ -7,10 +7,13 @@ import pytest
 
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.spec.capability import runnable
 from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.upgrade import load_measurement, load_plan, read_strategy
+from mopsim.strategies import fsdp2
 from tests.software import WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +63,7 @@ def composed(stack: Stack) -> list[str]:
     [
         ({}, "mopexec-flat"),
         ({"runtime": "flat_units", "unfused": []}, "mopexec-flat"),
-        ({"runtime": "fully_shard", "unfused": EAGER}, "mopexec-fsdp2"),
+        ({"runtime": "fully_shard", "unfused": EAGER}, "upgraded"),
         ({"runtime": "fully_shard", "unfused": EAGER[:-1]}, "upgraded"),
         ({"runtime": "fully_shard", "unfused": ["copies"]}, "upgraded"),
         ({"unfused": ["modules"], "graphs": ["router"]}, "upgraded"),
@@ -73,6 +76,19 @@ def test_old_fields_become_a_stack(fields: dict[str, Any], stack: str) -> None:
     assert composed(software) == said
     assert list(software.host.graphs) == fields.get("graphs", [])
     assert software.sharding.fsdp == (fields.get("runtime") == "fully_shard")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_an_old_plan_of_fully_shard_runs_as_it_ran(kind: str) -> None:
+    """torch composed what a GPU runs in one kernel since; on a CPU nothing is other than it was."""
+    plain = io.to_plain(fsdp2(2))
+    del plain["stack"]
+    read, software = read_strategy({**plain, "runtime": "fully_shard", "unfused": EAGER}, "a.yaml")
+    kernels = software.on_kind(kind).kernels
+    assert runnable(read, load_model("tiny"), stack=software.on_kind(kind)) is None
+    assert (kernels.norm, kernels.rotary, kernels.activation) == ("composed", "halves", "composed")
+    now = load_stack("mopexec-fsdp2").on_kind(kind)
+    assert (software.on_kind(kind).behaviour == now.behaviour) == (kind == "cpu")
 
 
 def test_old_fields_inside_sections() -> None:

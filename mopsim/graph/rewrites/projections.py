@@ -32,10 +32,8 @@ def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]
     found: list[Kernel] = []
     for kernel in kernels:
         if rotary and kernel.name.startswith("rope"):
-            moved, parts = (
-                2.0 * sum(value.bytes for value in kernel.writes),
-                2 if kernel.name == "rope" else 1,
-            )
+            parts = 2 if kernel.name == "rope" else 1  # latents: both in one
+            moved = 2.0 * sum(value.bytes for value in kernel.writes)
             kernel = replace(kernel, bytes=moved, back_bytes=moved, launches=parts, back_launches=parts)
         elif kernel.name in gates:
             reads, size = (*found.pop().reads, kernel.reads[1]), kernel.writes[0].bytes
