@@ -38,6 +38,8 @@ MORE = 400_000
 PIECES, ENOUGH_PIECES = 10, 40
 """Refinements of bounds after a hunt, for each simulation of the budget, at some 8 ms: to narrow what is left
 open, and where a proof is asked for and so many leave nothing rough."""
+LARGE = 200_000
+"""Candidates among which a refinement takes twice as long."""
 PROOFS, PROOF_OPS = 3, 3_000_000
 """Times the budget that a family's simulations may be where a proof is asked for and they complete it;
 simulated ops, some 15 us each, that these may take."""
@@ -69,6 +71,7 @@ class Hunt:
 
     def __post_init__(self) -> None:
         self.pools = [self.pool]
+        self.pool.enough = 1.0 if self.options.risk else surely(self.pool.space)
 
     def run(self, progress: Callable[[SearchResult], None]) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
@@ -93,7 +96,8 @@ class Hunt:
         below = min(below, *self.rest.time[:1], *(min(one.rest, default=below) for one in self.pools))
         enough = 1.0 if self.options.risk or not best.sure else surely(self.pool.space)
         left, rough = PIECES * self.options.budget, sum(len(one.rough(below, enough)) for one in self.pools)
-        if self.options.prove and rough <= ENOUGH_PIECES * self.options.budget:
+        longer = 1 + sum(len(one.rows) for one in self.pools) / LARGE
+        if self.options.prove and rough * longer <= ENOUGH_PIECES * self.options.budget:
             left = rough
         while left > 0 and (found := self._least(below, rough=True)) is not None:
             left -= found[0].refine(found[1])

@@ -36,9 +36,9 @@ _WAITS = ("overlap", "tensor", "expert_tensor", "exchange", "dispatcher")
 """Columns that decide what compute waits for."""
 MOST = 400_000
 """Candidates that a pool holds: three in four of the best guesses, one in four the leanest of the others."""
-TURNS, AT_ONCE = 50, 4
-"""How often at most, and for how many of the best expected candidates, bounds are refined before one is
-chosen."""
+TURNS, AT_ONCE = 8, 4
+"""How often at most, where there is one to choose, and for how many of the best expected candidates, bounds
+are refined before one is chosen."""
 ROUGH = 0.15
 """Part of the memory by which what is expected without refined bounds may be wrong."""
 HOPE, KNOWN_HOPE = 0.03, 0.003
@@ -52,8 +52,8 @@ class Pool:
     row of the space. seeds: positions of textbook layouts, tried first; published: those of recipes,
     whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST.
     alike: those that share their layers, which are refined together; refined: whether each one's bounds are;
-    over: whether they say that it does not fit. rise, slower: what refinements teach of the memory and of the
-    time of others."""
+    over: whether they say that it does not fit; enough: times its peak that a device must have at least.
+    rise, slower: what refinements teach of the memory and of the time of others."""
 
     space: Space
     rows: Column
@@ -74,6 +74,7 @@ class Pool:
     alike: list[Column]
     refined: NDArray[np.bool_]
     over: NDArray[np.bool_]
+    enough: float = 1.0
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column, known: Pieces | None = None) -> "Pool":
@@ -124,18 +125,18 @@ class Pool:
     def best(self, score: Callable[[], Reals]) -> int | None:
         """The place of the least score under infinity among those whose bounds are refined: those of the best
         are on the way there, which may change the scores."""
-        for _ in range(TURNS):
-            now = score()
+        turns = 0
+        while True:
+            now, turns = score(), turns + 1
             first = np.argpartition(now, min(AT_ONCE, len(now)) - 1)[:AT_ONCE]
             place = int(first[np.argmin(now[first])])
-            if not np.isfinite(now[place]):
-                return None
-            if self.refined[place]:
-                return place
+            if self.refined[place] or not np.isfinite(now[place]):
+                return place if np.isfinite(now[place]) else None
+            known = np.where(self.refined, now, np.inf)
+            if turns > TURNS and np.isfinite(known.min()):
+                return int(np.argmin(known))
             for one in first[np.isfinite(now[first])]:
                 self.refine(int(one))
-        now = np.where(self.refined, score(), np.inf)
-        return int(np.argmin(now))
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""
@@ -155,7 +156,8 @@ class Pool:
         hardware = self.space.problem.hardware
         rise = median(self.host_rise) if self.host_rise else 1.0
         higher = np.where(self.refined, 1.0, self.rise.expected())
-        device = self.memory.expected(higher) / hardware.memory_limit()
+        device = np.maximum(self.memory.expected(higher), self.memory.bound * self.enough)
+        device = device / hardware.memory_limit()
         host = self.host * rise / max(hardware.host_limit(), 1)
         share = np.maximum(device, host)
         return share <= np.where(self.refined, 1.0, 1 + ROUGH), share
