@@ -10,20 +10,36 @@ from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Work
 
 
+def bytes_sent(param: float, compute: float) -> float:
+    """Bytes moved for each parameter of a shard that is cast to the compute dtype and copied into the buffer
+    that is sent; param, compute: of an element."""
+    return param + 3 * compute
+
+
+def bytes_arrived(compute: float) -> float:
+    """For each gathered parameter that is copied into a tensor of its own."""
+    return 2 * compute
+
+
+def bytes_reduced(compute: float, reduce: float) -> float:
+    """For each full gradient that is cast to the reduce dtype and copied into the buffer that is sent."""
+    return compute + reduce
+
+
 def gather_copy(c: Context, unit: ShardedUnit) -> Work:
     """Shards cast to the compute dtype and copied into the buffer that is sent."""
-    size = float(unit.shard_numel * (c.param + 3 * c.b))
+    size = float(unit.shard_numel * bytes_sent(c.param, c.b))
     return Work("memory_bound", bytes=size, launches=4, host=_host(unit, GATHER, 9))
 
 
 def gathered_copy(c: Context, unit: ShardedUnit) -> Work:
     """What has arrived, copied into one tensor for each parameter."""
-    return Work("memory_bound", bytes=2.0 * unit.numel * c.b, launches=4)
+    return Work("memory_bound", bytes=float(unit.numel * bytes_arrived(c.b)), launches=4)
 
 
 def reduce_copy(c: Context, unit: ShardedUnit) -> Work:
     """Full gradients cast to the reduce dtype and copied into the buffer that is sent."""
-    size = float(unit.padded * (c.b + c.reduce))
+    size = float(unit.padded * bytes_reduced(c.b, c.reduce))
     return Work("memory_bound", bytes=size, launches=4, host=_host(unit, REST, 6))
 
 

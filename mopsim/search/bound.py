@@ -12,6 +12,7 @@ import numpy as np
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
+from mopsim.program.fsdp2_copies import bytes_arrived, bytes_reduced, bytes_sent
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.footprint import Footprint
 from mopsim.search.problem import HOST, ULYSSES
@@ -200,15 +201,15 @@ class Bounder(Footprint):
 
     def copies(self) -> Reals:
         """Seconds in which torch's FSDP2 copies on the compute stream what it gathers and reduces of the
-        layers (see `mopsim.program.fsdp2_copies`), of the mean stage."""
+        layers, of the mean stage."""
         c, found = self.c, np.zeros(len(self.space))
         if not (self.space.stack.sharding.copies and (c["zero"] == 3).all()):
             return found
         dense = (self.sizes.dense - self.model.vocab_size * self.model.hidden_size) / c["tensor"]
         routed = self.sizes.experts / (c["experts"] * c["expert_tensor"])
         for params, shard in ((dense, c["dense_shard"]), (routed, c["expert_shard"])):
-            gathered = (self.param + 3 * self.compute) / shard + 2 * self.compute
-            each = (c["reshard"] + 1) * gathered + self.compute + self.reduce
+            gathered = bytes_sent(self.param, self.compute) / shard + bytes_arrived(self.compute)
+            each = (c["reshard"] + 1) * gathered + bytes_reduced(self.compute, self.reduce)
             found = found + np.where(shard > 1, params * each, 0.0)
         rate = self.hardware.device.memory_bandwidth.si / self.scale("memory_bound")
         return np.asarray(found / c["pipeline"] * self.microbatches / rate)

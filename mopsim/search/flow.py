@@ -64,7 +64,7 @@ class Prices:
                 routed += took if piece.component == "experts" else 0.0
                 first = first if first[0] >= 0 else (place, steps)
             issued += sum(on_host(piece.work, piece.component in self.stack.host.graphs))
-            ops.append((STREAMS.index(piece.stream), took, piece.deps, *_bytes(steps)))
+            ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         return Priced(tuple(ops), template.ends, first, pending, routed, issued)
 
@@ -122,7 +122,7 @@ class Flow:
             self.left.append(left)
         place, steps = priced.first
         if place >= 0:
-            self.height[by + place], self.left[by + place] = _bytes((*self._steps, *steps))
+            self.height[by + place], self.left[by + place] = device_bytes((*self._steps, *steps))
             self._steps = ()
         self._steps += priced.rest
         self._ends = tuple(by + end for end in priced.ends) if priced.ops else start
@@ -147,7 +147,7 @@ class Flow:
                 self.before += freed
             else:
                 self.left[root[place]] += freed
-        return self.free(-min(_bytes(self._steps)[1], 0))
+        return self.free(-min(device_bytes(self._steps)[1], 0))
 
 
 def alone(*flows: Flow) -> Alone:
@@ -184,7 +184,7 @@ def alone(*flows: Flow) -> Alone:
     return Alone(max(last[COMPUTE], 0.0), busy, max(up, out), top)
 
 
-def _bytes(steps: Iterable[Step]) -> tuple[int, int]:
+def device_bytes(steps: Iterable[Step]) -> tuple[int, int]:
     """(at the height, at the end) of a memory script on the device."""
     height, left = deltas(tuple(steps))
     return _device(height), _device(left)

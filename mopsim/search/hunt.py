@@ -226,7 +226,7 @@ class Hunt:
         found.top = sorted([*found.top, simulated], key=rank)[: self.options.top]
         if simulated.step_time < fastest:
             self.idle = self.idle_ops = 0
-        if simulated in (found.top[0], min(found.top, key=lambda one: one.step_time)):
+        if simulated.step_time < fastest or simulated is found.top[0]:
             near = pool.neighbours(position)
             expected = pool.expected()[near]
             self.near = [int(one) for one in near[np.argsort(expected, kind="stable")]]

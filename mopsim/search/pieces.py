@@ -14,10 +14,9 @@ from mopsim.program.context import make_context
 from mopsim.program.lower import passes_of
 from mopsim.program.passes import Passes
 from mopsim.program.template import Template
-from mopsim.program.workload import NUM_DEVICE_SLOTS, deltas
 from mopsim.search.build import build
-from mopsim.search.flow import Alone, Flow, Priced, Prices, alone
-from mopsim.search.problem import RING
+from mopsim.search.flow import Alone, Flow, Priced, Prices, alone, device_bytes
+from mopsim.search.problem import PARTS, RING
 from mopsim.search.space import Space
 from mopsim.spec.model import LayerKind
 
@@ -121,17 +120,22 @@ class Pieces:
 
         return self._known(self.losses, LOSS, row, make)
 
-    def woven(self, index: int, ahead: PipelinePart, back: PipelinePart, inputs: str = "host") -> Alone:
-        """A forward through one part woven with a backward through another, of a row that no rule refuses.
-
-        inputs: of the layers, where they wait for the backward: `device`; `host`, all of them; `some`.
-        """
+    def woven(self, index: int, ahead: PipelinePart, back: PipelinePart) -> Alone:
+        """A forward through one part woven with a backward through another, of a row that no rule refuses."""
+        inputs = self.inputs(index)
         loss = LOSS if ahead.last or back.last else ()
         key = (self.key(index, LAYER), self.key(index, loss), ahead, back, inputs)
         if key not in self.pairs:
             flows = (self._flow(index, part, way, inputs) for way, part in (("ahead", ahead), ("back", back)))
             self.pairs[key] = alone(*flows)
         return self.pairs[key]
+
+    def inputs(self, index: int) -> str:
+        """Where layer inputs of a row wait for the backward: `device`, `host`, or `some` there."""
+        c = self.space.columns
+        if not c["boundary_host"][index]:
+            return "device"
+        return "host" if c["boundary_parts"][index] == PARTS else "some"
 
     def key(self, index: int, names: Sequence[str]) -> Key:
         """Values of some columns of a row."""
@@ -202,17 +206,14 @@ class Pieces:
 
     def _piece(self, forward: Template, backward: Template, first: bool = False) -> LayerPiece:
         """first: the forward has the height that counts."""
-        left, height = _memory(forward)
-        height = height if first else _memory(backward)[1]
+        height, left = _memory(forward)
+        height = height if first else _memory(backward)[0]
         return LayerPiece(self.prices.of(forward), self.prices.of(backward), left, height)
 
 
 def _memory(template: Template) -> tuple[int, int]:
-    """(device bytes that a template leaves, the most that it has above its start)."""
+    """(the most device bytes that a template has above its start, those that it leaves)."""
     scripts = enumerate((*template.memory, ()))
-    steps = [(*template.before.get(place, ()), *script) for place, script in scripts]
-    top, left = (
-        sum(size for slot, size in found if slot < NUM_DEVICE_SLOTS)
-        for found in deltas(tuple(step for some in steps for step in some))
+    return device_bytes(
+        step for place, script in scripts for step in (*template.before.get(place, ()), *script)
     )
-    return left, top

@@ -10,7 +10,6 @@ import numpy as np
 
 from mopsim.search.flow import Alone
 from mopsim.search.pieces import LayerPiece, Pieces, PipelinePart
-from mopsim.search.problem import PARTS
 from mopsim.search.stages import layers_of, load
 from mopsim.spec.layout import stage_layers
 from mopsim.spec.model import ModelSpec
@@ -33,15 +32,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class RankTime:
-    """Seconds of the passes of one rank, its compute stream's: at least, and expected.
-
-    stage: of the rank. alone: those of its layers one after the other, nothing woven.
-    """
+    """Seconds of the passes of the rank of a stage, its compute stream's: at least, and expected."""
 
     stage: int
     least: float
     likely: float
-    alone: float
 
     @staticmethod
     def of(
@@ -49,12 +44,11 @@ class RankTime:
     ) -> "RankTime":
         """Of a row that no rule refuses. laid: (stages, virtual stages, layout). share: of the compute that
         an exchange takes beside it."""
-        least = likely = one_by_one = 0.0
+        least = likely = 0.0
         for turn, times in rank_turns(pieces.space.problem.model, laid, microbatches, stage).items():
             ahead = _passes(pieces, index, turn.ahead, "forward")
             back = _passes(pieces, index, turn.back, "backward")
             apart = [sum(one.chain for one in some) for some in (ahead, back)]
-            one_by_one += times * sum(apart)
             if not (ahead and back):
                 least, likely = least + times * sum(apart), likely + times * sum(apart)
                 continue
@@ -63,7 +57,7 @@ class RankTime:
             more = max(0.0, busy - woven.busy)  # of what is not in the pair
             least += times * (woven.chain if turn.whole else max(*apart, busy))
             likely += times * (expected(woven, share) + more)
-        return RankTime(stage, least, likely, one_by_one)
+        return RankTime(stage, least, likely)
 
 
 def expected(woven: Alone, share: float) -> float:
@@ -76,17 +70,15 @@ def woven_height(
 ) -> float:
     """Device bytes of activations that a stage has, at least, in its first turn of a forward and a backward;
     0 where it has none."""
-    row = pieces.space.row(index)
     model, layers, embedding = pieces.space.problem.model, pieces.layers(index), pieces.embedding(index)
     before, turn = first_pair(model, laid, microbatches, stage)
     if turn is None or layers is None or embedding is None:
         return 0.0
-    inputs = "device" if not row["boundary_host"] else "host" if row["boundary_parts"] == PARTS else "some"
-    away = embedding.left if inputs != "device" else 0
+    away = embedding.left if pieces.inputs(index) != "device" else 0
     kept = sum(layers[kind].left - away for part in before for kind in part.kinds)
     loss = pieces.loss(index) if any(part.last for part in before) else None
     kept += sum(part.last for part in before) * (loss.left if loss else 0)
-    return float(kept + pieces.woven(index, turn.ahead, turn.back, inputs).height)
+    return float(kept + pieces.woven(index, turn.ahead, turn.back).height)
 
 
 def fullest(model: ModelSpec, laid: tuple[int, int, int], microbatches: int) -> int:
