@@ -14,7 +14,7 @@ _PR_SET_PDEATHSIG = 1
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def end_with_parent(parent: int = 0) -> None:
+def end_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent ends, however that happens (Linux; nothing
     elsewhere). parent: its process, where it may have ended already; 0: whichever it is now.
     """
@@ -47,7 +47,7 @@ def workers(jobs: int) -> int:
 def pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """`count` processes for the body; what ends it early (an error, Ctrl-C) ends them at once."""
     before = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(count, initializer=_begin) as executor:
+    with ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(),)) as executor:
         try:
             with _signals_held():  # until `_begin`, a process would answer them as its parent does
                 for _ in range(count):
@@ -70,10 +70,11 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin() -> None:
-    """The terminal's Ctrl-C and its end are the parent's to answer; its handlers are not for this process."""
+def _begin(parent: int) -> None:
+    """The terminal's Ctrl-C and its end are the parent's to answer; its handlers are not for this process.
+    parent: the command's process, which may have been killed before this one came here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent()
+    end_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)

@@ -44,12 +44,15 @@ def residual(
     )  # fmt: skip
 
 
-def norm(name: str, source: str, target: str, tokens: int, size: int, b: int, component: str) -> Kernel:
-    """RMSNorm (or LayerNorm) over `size`: reads and writes tokens x size."""
+def norm(
+    name: str, source: str, target: str, tokens: int, size: int, b: int, component: str, heads: float = 1
+) -> Kernel:
+    """RMSNorm (or LayerNorm) over `size`, or over each of `heads`: reads and writes tokens x size."""
     out = Value(target, tokens * size * b)
     return Kernel(
         name, "memory_bound", component, (source,), (out,), saves=(source,), bytes=2 * out.bytes,
         back_bytes=4 * out.bytes, back_launches=2, weight_grad=size * b,
+        per_row=int(tokens * heads * b),
     )  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
     names = {"q": "q0", "k": "k0", "v": "v0"}
     if model.qk_norm != "none":
         for name in "qk":
-            kernels.append(norm(f"{name}_norm", f"{name}0", f"{name}1", N, int(sizes[name]), b, _C))
+            kernels.append(_head_norm(name, model, N, int(sizes[name]), b))
             names[name] = f"{name}1"
     for name in "qk":
         out = Value(f"{name}r", int(N * sizes[name] * b))
@@ -88,6 +91,12 @@ def _gqa(model: ModelSpec, shapes: Shapes) -> tuple[list[Kernel], tuple[Value, V
         )  # fmt: skip
     q, k = (Value(f"{name}r", int(N * sizes[name] * b)) for name in "qk")
     return kernels, (q, k, Value("v0", int(N * sizes["v"] * b)))
+
+
+def _head_norm(name: str, model: ModelSpec, tokens: int, size: int, b: int) -> Kernel:
+    """That of q or k, head by head or over all of them."""
+    heads = size / model.head_dim if model.qk_norm == "head" else 1
+    return norm(f"{name}_norm", f"{name}0", f"{name}1", tokens, size, b, _C, heads)
 
 
 def _gqa_fused(
@@ -108,7 +117,7 @@ def _gqa_fused(
     names = {"q": "q0", "k": "k0"}
     if model.qk_norm != "none":
         for name in "qk":
-            kernels.append(norm(f"{name}_norm", f"{name}0", f"{name}1", N, int(sizes[name]), b, _C))
+            kernels.append(_head_norm(name, model, N, int(sizes[name]), b))
             names[name] = f"{name}1"
     if model.learned_positions:
         return kernels, (made["q"], made["k"], made["v"])

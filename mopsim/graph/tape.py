@@ -46,11 +46,11 @@ class Kernel:
     values kept for the backward. scratch, back_scratch: (category, bytes) alive inside the kernel only.
     indexed: rows are read or written by index, at an eager framework's rate unless the schedule has a kernel
     of its own for it.
-    weight_grad: bytes of the parameter gradients that its backward makes before they are added to the
-    unit's buffer. casts: whether it casts its input, where products are in 8 or 4 bits. back_serial: rows
-    that its backward adds to one row, one after the other. group: whose ranks a collective joins. region: of
-    kernels that run again for their own backward, whatever else is recomputed. beside: a collective beside
-    which what follows runs, up to the
+    weight_grad: bytes of the parameter gradients that its backward makes before they are added to the unit's
+    buffer. per_row: bytes of one number for each of the rows that a norm makes. casts: whether it casts its
+    input, where products are in 8 or 4 bits. back_serial: rows that its backward adds to one row, one after
+    the other. group: whose ranks a collective joins. region: of kernels that run again for their own
+    backward, whatever else is recomputed. beside: a collective beside which what follows runs, up to the
     first kernel that needs what it brings.
     """
 
@@ -70,6 +70,7 @@ class Kernel:
     scratch: tuple[Step, ...] = ()
     back_scratch: tuple[Step, ...] = ()
     weight_grad: int = 0
+    per_row: int = 0
     casts: bool = True
     indexed: bool = False
     back_serial: float = 0.0

@@ -75,6 +75,15 @@ def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the kernel")
+def test_a_process_of_a_pool_whose_command_was_killed_before_it_began_ends() -> None:
+    code = "from mopsim.common.processes import _begin; _begin(1); print('goes on')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
     process = sweep(tmp_path)

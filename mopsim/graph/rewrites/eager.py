@@ -196,11 +196,12 @@ def traffic(passes: TensorPasses, narrow: float, wide: float) -> float:
 
 
 def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
-    """Keeps its input in fp32 (a copy where it is narrower) and the normed values; the product with the
-    weight is in fp32 too, and the backward holds three and a half of them at once (three)."""
+    """Keeps its input in fp32 (a copy where it is narrower), the normed values and each row's root; the
+    product with the weight is in fp32 too; the backward holds three and a half of them at once (three)."""
     narrow = kernel.writes[0].bytes
     size = int(narrow * wider)
-    kept = [Value(f"{kernel.name}_normed", size, grad=False)]
+    roots = Value(f"{kernel.name}_roots", int(kernel.per_row * wider), grad=False)
+    kept = [Value(f"{kernel.name}_normed", size, grad=False), roots]
     if wider > 1:
         kept.append(Value(f"{kernel.name}_wide", size, grad=False))
     found = _instead(kernel, wider, NORM, NORM_BACKWARD)
