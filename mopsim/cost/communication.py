@@ -102,12 +102,16 @@ def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
 
 
 def transfer(work: Work, profile: HardwareProfile) -> float:
-    """A copy over the host link, which `link_sharing` devices use at once; bounded by the device's share of
-    host DRAM, of which a transfer the other way at the same time (duplex) takes half."""
+    """A copy over the host link."""
+    rate = host_rate(work.kind, profile, duplex=work.duplex)
+    return work.launches * profile.host.link_latency.si + work.bytes / rate
+
+
+def host_rate(kind: str, profile: HardwareProfile, *, duplex: bool = False) -> float:
+    """Bytes a second of a device's copies up (h2d) or down (d2h) the host link, which `link_sharing` devices
+    use at once; bounded by the device's share of host DRAM, of which a copy the other way at the same time
+    (duplex) takes half."""
     host = profile.host
-    link = host.link_h2d.si if work.kind == "h2d" else host.link_d2h.si
-    rate = min(
-        link / host.link_sharing,
-        host.memory_bandwidth.si / profile.devices_per_node / (2 if work.duplex else 1),
-    )
-    return work.launches * host.link_latency.si + work.bytes / rate
+    link = host.link_h2d.si if kind == "h2d" else host.link_d2h.si
+    share = host.memory_bandwidth.si / profile.devices_per_node
+    return min(link / host.link_sharing, share / 2 if duplex else share)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mopsim.cost.communication import host_rate
 from mopsim.cost.compute import matmul_curve
 from mopsim.graph.flops import flops_per_token
 from mopsim.graph.shapes import attention_widths
 from mopsim.program.fsdp2_copies import bytes_arrived, bytes_reduced, bytes_sent
+from mopsim.program.pairs.flat_units import bytes_added, bytes_cast
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.footprint import Footprint
 from mopsim.search.problem import HOST, ULYSSES
@@ -200,19 +202,29 @@ class Bounder(Footprint):
         ]
 
     def copies(self) -> Reals:
-        """Seconds in which torch's FSDP2 copies on the compute stream what it gathers and reduces of the
-        layers, of the mean stage."""
+        """Seconds in which torch's FSDP2, or flat units, cast, zero, copy and add on the compute stream what
+        they gather and reduce of the layers, of the mean stage."""
         c, found = self.c, np.zeros(len(self.space))
-        if not (self.space.stack.sharding.copies and (c["zero"] == 3).all()):
+        flat = self.space.stack.explicit
+        if not ((flat or self.space.stack.sharding.copies) and (c["zero"] == 3).all()):
             return found
         dense = (self.sizes.dense - self.model.vocab_size * self.model.hidden_size) / c["tensor"]
         routed = self.sizes.experts / (c["experts"] * c["expert_tensor"])
         for params, shard in ((dense, c["dense_shard"]), (routed, c["expert_shard"])):
-            gathered = bytes_sent(self.param, self.compute) / shard + bytes_arrived(self.compute)
-            each = (c["reshard"] + 1) * gathered + bytes_reduced(self.compute, self.reduce)
+            if flat:
+                gathered = bytes_cast(self.param, self.compute) / shard
+                reduced = bytes_added(self.reduce, self.grad) / shard + self.reduce
+            else:
+                gathered = bytes_sent(self.param, self.compute) / shard + bytes_arrived(self.compute)
+                reduced = np.full(len(shard), bytes_reduced(self.compute, self.reduce))
+            each = (c["reshard"] + 1) * gathered + reduced
             found = found + np.where(shard > 1, params * each, 0.0)
-        rate = self.hardware.device.memory_bandwidth.si / self.scale("memory_bound")
-        return np.asarray(found / c["pipeline"] * self.microbatches / rate)
+        return np.asarray(found / c["pipeline"] * self.microbatches * self.traffic)
+
+    @property
+    def traffic(self) -> float:
+        """Seconds of a byte of memory traffic."""
+        return self.scale("memory_bound") / self.hardware.device.memory_bandwidth.si
 
     def ring_blocks(self) -> list[Message]:
         """Blocks of the output projection or of the tokens that go round the vocabulary ring."""
@@ -247,19 +259,27 @@ class Bounder(Footprint):
     def copy_time(self) -> Reals:
         """Layer inputs out and back over the host link, the slower way; with offload the weights up for each
         use and their gradients down."""
-        c, host = self.c, self.hardware.host
+        c, each = self.c, self.copied
         moved, offload = self.moved() * self.microbatches, c["offload"] * self.held()[0] * self.microbatches
         uses = c["reshard"] + 1
-        up = (moved + offload * uses * self.param) * self.scale("h2d") / host.link_h2d.si
-        down = (moved + offload * self.grad) * self.scale("d2h") / host.link_d2h.si
-        return np.asarray(np.maximum(up, down) * host.link_sharing)
+        up = (moved + offload * uses * self.param) * each("h2d")
+        down = (moved + offload * self.grad) * each("d2h")
+        return np.asarray(np.maximum(up, down))
+
+    def copied(self, way: str, *, duplex: bool = False) -> float:
+        """Seconds of a byte on its way up (h2d) or down (d2h) the host link."""
+        return self.scale(way) / host_rate(way, self.hardware, duplex=duplex)
 
     def optimizer_time(self) -> Reals:
+        """Of the update after the passes. On the host, of all but flat units: gradients down, the update,
+        parameters up, one after the other."""
         _, state = self.held()
-        device, host = self.hardware.device, self.hardware.host
+        device, host, flat = self.hardware.device, self.hardware.host, self.space.stack.explicit
         on_device = (1 - self.state_away) * state / device.adam_rate.si * self.scale("optimizer")
-        each = self.scale("h2d") / host.link_h2d.si * host.link_sharing
-        streamed = self.state_away * state * (self.wide + self.moments) * each
-        on_host = self.state_away * state / host.adam_rate.si * self.scale("host_optimizer")
-        away = np.where(self.c["state"] == HOST, on_host, streamed)
-        return np.asarray(np.maximum(on_device, away))
+        streamed = (self.wide + self.moments) * self.copied("h2d", duplex=True)
+        on_host = self.scale("host_optimizer") / host.adam_rate.si
+        visits = self.grad * self.copied("d2h") + self.param * self.copied("h2d")
+        after = np.where(self.c["offload"] == 1, 0.0, 0.0 if flat else visits)
+        each = np.where(self.c["state"] == HOST, on_host + after, streamed)
+        norm = state * self.grad * self.traffic if flat else 0.0
+        return np.asarray(np.maximum(on_device, self.state_away * state * each) + norm)

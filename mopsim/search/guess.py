@@ -4,7 +4,7 @@ import numpy as np
 
 from mopsim.graph.shapes import attention_widths
 from mopsim.search.bound import Bounder, bounders
-from mopsim.search.problem import HOST, ULYSSES
+from mopsim.search.problem import ULYSSES
 from mopsim.search.refined import Refined
 from mopsim.search.space import Space
 from mopsim.search.stages import IDEAL, kinds
@@ -41,7 +41,7 @@ def _step(one: Bounder, chain: Reals) -> Reals:
     beside = np.maximum(sum(one.busy(one.weights())), one.copy_time())
     ring = np.maximum.reduce(one.busy(one.ring_blocks()))
     step = np.maximum(chain, beside) + (1 - OVERLAP) * np.minimum(chain, beside + ring) + _late(one, chain)
-    after = one.optimizer_time() + _to_and_from_host(one) + one.constant()
+    after = one.optimizer_time() + one.constant()
     return np.asarray(step + sum(one.busy(_copies(one))) + after)
 
 
@@ -70,12 +70,6 @@ def _sends(one: Bounder) -> Reals:
     paired = (virtual > 1) | (c["overlap"] == 1)
     often = 0.0 if one.hides.pipeline else one.microbatches * np.where(paired, virtual, 2)
     return np.asarray((c["pipeline"] > 1) * (2 * (c["pipeline"] - 1) + often) * each)
-
-
-def _to_and_from_host(one: Bounder) -> Reals:
-    """Seconds of gradients down to an optimizer on the host and of its parameters back."""
-    away, host = np.where(one.c["state"] == HOST, one.state_away * one.held()[1], 0.0), one.hardware.host
-    return np.asarray(away * (one.grad / host.link_d2h.si + one.param / host.link_h2d.si) * host.link_sharing)
 
 
 def _late(one: Bounder, chain: Reals) -> Reals:

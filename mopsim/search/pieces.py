@@ -29,6 +29,8 @@ LOSS = ("micro_batch", "tensor", "sequence", "vocabulary", "loss", "loss_slices"
 """Those of the loss."""
 EMBEDDING = ("micro_batch", "tensor", "sequence")
 """Those of the embedding."""
+MARKS = ("recomputed", "experts")
+"""Marks of flat units' backward: where gradients of its weights are opened, where its experts are over."""
 TURNS = 64
 """Turns of a ring of vocabulary shards up to which its loss is made, of as many equal ops as turns and
 strips. A longer one computes as much in smaller strips, so it takes at least as long; its memory may be less.
@@ -41,14 +43,18 @@ Made = TypeVar("Made")
 class LayerPiece:
     """A forward and a backward of one microbatch.
 
-    left: device bytes that the forward adds; height: the most that the backward has above its start, the
-    forward for the loss.
+    left: device bytes that the forward adds; heights: the most that the backward has above its start, the
+    forward for the loss, in each of its parts (`_parts`).
     """
 
     ahead: Priced
     back: Priced
     left: int
-    height: int
+    heights: tuple[int, ...]
+
+    @property
+    def height(self) -> int:
+        return max(self.heights)
 
     @cached_property
     def forward(self) -> Alone:
@@ -116,7 +122,7 @@ class Pieces:
 
         def make(passes: Passes) -> LayerPiece:
             found = self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
-            return replace(found, left=0, height=0) if long else found
+            return replace(found, left=0, heights=(0,)) if long else found
 
         return self._known(self.losses, LOSS, row, make)
 
@@ -205,15 +211,28 @@ class Pieces:
         }
 
     def _piece(self, forward: Template, backward: Template, first: bool = False) -> LayerPiece:
-        """first: the forward has the height that counts."""
-        height, left = _memory(forward)
-        height = height if first else _memory(backward)[0]
-        return LayerPiece(self.prices.of(forward), self.prices.of(backward), left, height)
+        """first: the forward has the heights that count."""
+        heights, left = _memory(forward)
+        heights = heights if first else _memory(backward)[0]
+        return LayerPiece(self.prices.of(forward), self.prices.of(backward), left, heights)
 
 
-def _memory(template: Template) -> tuple[int, int]:
-    """(the most device bytes that a template has above its start, those that it leaves)."""
-    scripts = enumerate((*template.memory, ()))
-    return device_bytes(
-        step for place, script in scripts for step in (*template.before.get(place, ()), *script)
-    )
+def _memory(template: Template) -> tuple[tuple[int, ...], int]:
+    """(the most device bytes that a template has above its start, in each of its parts, those that it
+    leaves)."""
+    starts, heights, left = _parts(template), [0], 0
+    for place, script in enumerate((*template.memory, ())):
+        if place in starts:
+            heights.append(left)
+        height, change = device_bytes((*template.before.get(place, ()), *script))
+        heights[-1] = max(heights[-1], left + height)
+        left += change
+    return tuple(heights), left
+
+
+def _parts(template: Template) -> set[int]:
+    """Places where the parts of a backward begin, between which it has other weights and gradients: those
+    marked, or after the last product of its experts."""
+    marked = {template.marks[name] for name in MARKS if name in template.marks}
+    last = template.products("backward")[1]
+    return marked or ({last + 1} if last >= 0 else set())

@@ -143,7 +143,38 @@ class Refined(Bounder):
         return np.array([float(self.parts.layers[kind].left) for kind in kinds(self.model)])
 
     def in_backward(self) -> Reals:
-        return np.full(len(self.space), float(min(piece.height for piece in self.parts.layers.values())))
+        """With the weights that each part of the backward has gathered, and their gradients."""
+        heights = [
+            np.max([most + own for most, own in zip(piece.heights, self._own(kind), strict=False)], axis=0)
+            for kind, piece in self.parts.layers.items()
+        ]
+        return np.asarray(np.min(heights, axis=0))
+
+    def _own(self, kind: LayerKind) -> list[Reals]:
+        """Bytes of the gathered weights and full gradients of a layer under ZeRO-3 in each part of its
+        backward (mopsim.search.pieces), and of weights gathered ahead, where these do not stay gathered."""
+        stack, zero3 = self.space.stack, self.c["zero"] == 3
+        used = np.where(zero3, self.c["reshard"] * self.compute, 0.0)
+        dense, routed = (full * used for full in self._full(kind))
+        grads = np.where(zero3, np.add(*self._full(kind)), 0.0)
+        if not (stack.explicit or stack.sharding.copies):
+            return [dense + routed + grads * self.grad] * 2
+        ahead = min(self.space.build(0).dense.prefetch, self.model.num_hidden_layers - 1)
+        least = np.min([np.add(*self._full(other)) for other in kinds(self.model)], axis=0) * used
+        dense = dense + np.where(self.c["pipeline"] == 1, ahead, 0) * least
+        if not stack.explicit:
+            return [dense + routed, dense]
+        grads = grads * self.reduce
+        return [dense + routed, dense + routed + grads, dense + grads]
+
+    def _full(self, kind: LayerKind) -> tuple[Reals, Reals]:
+        """Parameters of a layer that are gathered: (of all but experts, of experts)."""
+        c, (dense, routed) = self.c, self.sizes.layers[kind]
+        apart = c["experts"] * c["expert_tensor"]
+        return (
+            np.where(c["dense_shard"] > 1, dense / c["tensor"], 0.0),
+            np.where(c["expert_shard"] > 1, routed / apart, 0.0),
+        )
 
     def in_loss(self) -> Reals:
         return np.array([float(piece.height) for piece in self.parts.losses])

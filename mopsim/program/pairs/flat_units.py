@@ -12,6 +12,17 @@ from mopsim.program.units import ShardedUnit
 from mopsim.program.workload import Work
 
 
+def bytes_cast(param: float, compute: float) -> float:
+    """Bytes moved for each parameter of a shard that is cast to the compute dtype; param, compute: of an
+    element."""
+    return param + compute if param != compute else 0
+
+
+def bytes_added(reduce: float, grad: float) -> float:
+    """For each gradient of a shard that is added to the sum of the step."""
+    return reduce + 2 * grad
+
+
 class FlatUnits(Shards):
     """A layer's units are gathered together; its experts arrive and are reduced inside of it. A unit's full
     gradient is zeroed once the layer before it has been reduced, under whose recomputation that reduction
@@ -90,7 +101,9 @@ class FlatUnits(Shards):
         """Wait for the reductions on their way, add them to the shards and free the buffers."""
         b = self.issue
         for unit, op in self.reducing:
-            work = Work("memory_bound", bytes=float(unit.shard_numel * (self.c.reduce + 2 * self.c.grad)))
+            work = Work(
+                "memory_bound", bytes=float(unit.shard_numel * bytes_added(self.c.reduce, self.c.grad))
+            )
             done = b.compute(f"accumulate {unit.name}", unit.component, "backward", unit.layer, [work], op)
             b.drop(f"grads {unit.name}", f"part {unit.name}")
             self._download(unit, done)
@@ -107,7 +120,7 @@ class FlatUnits(Shards):
         if self.cast or up is not None:
             b.make(f"cast {unit.name}", unit.shard_numel * c.b, "gathered")
         if self.cast:
-            work = Work("memory_bound", bytes=float(unit.shard_numel * (c.b + c.param)))
+            work = Work("memory_bound", bytes=float(unit.shard_numel * bytes_cast(c.param, c.b)))
             b.compute(f"cast {unit.name}", unit.component, phase, unit.layer, [work], up)
         updated = self.updated.pop(unit.name, None)
         self._coming[unit.name] = max(-1 if op is None else op for op in (up, updated))
@@ -164,7 +177,9 @@ class FlatUnits(Shards):
         b, phase = self.issue, "backward"
         if unit.shard == 1:
             if not self.own_grads:
-                work = Work("memory_bound", bytes=float(unit.padded * (self.c.reduce + 2 * self.c.grad)))
+                work = Work(
+                    "memory_bound", bytes=float(unit.padded * bytes_added(self.c.reduce, self.c.grad))
+                )
                 b.compute(f"accumulate {unit.name}", unit.component, phase, unit.layer, [work])
                 b.drop(f"grads {unit.name}")
             self._download(unit, b.last)
