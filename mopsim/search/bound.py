@@ -6,6 +6,7 @@ long as where it is split least, peak rates of communication, no dependencies be
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -119,12 +120,21 @@ class Bounder(Footprint):
 
     def slowest(self, layers: Sequence[Reals], head: Reals) -> Reals:
         """Seconds of the slowest stage with what its replicas exchange once a step, over a busier fabric."""
-        return np.maximum(*(self.slowest_stage(layers, head, once) for once in self.replicas()))
+        return np.maximum(*(self.slowest_stage(layers, head, once) for once in self.exchanged))
 
-    def replicas(self, *, hidden: bool = False) -> tuple[list[Reals], list[Reals]]:
+    @cached_property
+    def exchanged(self) -> tuple[list[Reals], list[Reals]]:
         """Seconds of each kind of layer in which gradients and weights keep (scale-up, scale-out) busy, once
-        a step, below ZeRO-3: what the program does not hide beside the passes, all layers in one message at
-        best, or what it does, layer by layer."""
+        a step, below ZeRO-3, that the program does not hide beside the passes: all layers in one message at
+        best."""
+        return self._replicas(hidden=False)
+
+    @cached_property
+    def hidden(self) -> tuple[list[Reals], list[Reals]]:
+        """The same of what it does hide, layer by layer."""
+        return self._replicas(hidden=True)
+
+    def _replicas(self, *, hidden: bool) -> tuple[list[Reals], list[Reals]]:
         c, shown, found = self.c, [], []
         if bool(self.hides.grad_reduce) == hidden:
             shown.append(("reduce_scatter", self.reduce))

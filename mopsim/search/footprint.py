@@ -40,11 +40,9 @@ class Footprint:
         self.dtype = precision.compute if precision.matmul == "compute" else precision.matmul
         self.wires = Wires(self.hardware, self.problem.world_size)
         self.tokens = space.tokens().astype(np.float64)
-        world, c = self.problem.world_size, self.c
-        self.stage = world / c["pipeline"]
-        self.microbatches = self.problem.training.global_batch / (
-            c["micro_batch"] * self.stage / (c["tensor"] * c["sequence"])
-        )
+        c = self.c
+        self.stage = self.problem.world_size / c["pipeline"]
+        self.microbatches = microbatches(space)
         self.ring = c["loss"] == RING
         layers = self.model.num_hidden_layers
         self.again = recomputed(space.columns["recompute"], space.columns["modules"])
@@ -202,3 +200,10 @@ class Footprint:
         each = np.minimum(whole, 2 * whole / layers)
         held = np.where(c["reshard"] == 1, each, whole)
         return np.asarray(np.where(c["zero"] == 3, held, 0.0))
+
+
+def microbatches(space: Space) -> Reals:
+    """Of a step of each row."""
+    c, asked = space.columns, space.problem
+    groups = asked.world_size / (c["pipeline"] * c["tensor"] * c["sequence"])
+    return np.asarray(asked.training.global_batch / (c["micro_batch"] * groups))

@@ -75,7 +75,7 @@ def _sends(one: Bounder) -> Reals:
 def _late(one: Bounder, chain: Reals) -> Reals:
     """Seconds by which reductions and gathers over replicas outlast the microbatch that they go beside."""
     counts = kinds(one.model).values()
-    once = sum(count * (up + out) for count, up, out in zip(counts, *one.replicas(hidden=True), strict=True))
+    once = sum(count * (up + out) for count, up, out in zip(counts, *one.hidden, strict=True))
     return np.asarray(np.maximum(once / one.c["pipeline"] - chain / one.microbatches, 0.0))
 
 

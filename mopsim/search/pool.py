@@ -122,9 +122,9 @@ class Pool:
         self.taken[mine] |= self.over[mine]
         return True
 
-    def best(self, score: Callable[[], Reals]) -> int | None:
+    def best(self, score: Callable[[], Reals], *, briefly: bool = False) -> int | None:
         """The place of the least score under infinity among those whose bounds are refined: those of the best
-        are on the way there, which may change the scores."""
+        are on the way there, which may change the scores. briefly: None where TURNS of that leave none."""
         turns = 0
         while True:
             now, turns = score(), turns + 1
@@ -135,6 +135,8 @@ class Pool:
             known = np.where(self.refined, now, np.inf)
             if turns > TURNS and np.isfinite(known.min()):
                 return int(np.argmin(known))
+            if turns > TURNS and briefly:
+                return None
             for one in first[np.isfinite(now[first])]:
                 self.refine(int(one))
 
@@ -185,7 +187,7 @@ class Pool:
             usable = ~self.taken & (self.room()[1] <= slack) & (expected < below)
             return np.where(usable, expected, np.inf)
 
-        return self.best(score)
+        return self.best(score, briefly=True)
 
     def least(self, below: float, *, rough: bool = False) -> int | None:
         """The candidate of the least bound under `below` seconds; rough: of those not refined."""

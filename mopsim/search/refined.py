@@ -7,7 +7,7 @@ import numpy as np
 
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.footprint import LAST
+from mopsim.search.footprint import LAST, microbatches
 from mopsim.search.learn import coded
 from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
 from mopsim.search.problem import Column
@@ -30,7 +30,7 @@ class WovenRank:
     def of(pieces: Pieces, given: SpaceFacts, index: int) -> "WovenRank":
         row, model = pieces.space.row(index), pieces.space.problem.model
         laid = row["pipeline"], row["virtual_stages"], row["layout"]
-        count = round(float(Bounder(pieces.space.part(index, index + 1), given).microbatches[0]))
+        count = round(float(microbatches(pieces.space.part(index, index + 1))[0]))
         last, share = laid[0] - 1, given.hardware.communication_share
         stages = sorted({fullest(model, laid, count), last})
         times = tuple(RankTime.of(pieces, index, laid, count, stage, share) for stage in stages)
@@ -88,9 +88,9 @@ class Refined(Bounder):
         self.mtp = self.model.num_nextn_predict_layers
 
     def time(self) -> Reals:
-        """The closed form's, or more: layers and loss in turn, with what each waits for, woven where they
-        are; or as long as they compute beside busy fabrics; or as the host issues their kernels. Then the
-        optimizer."""
+        """Layers and loss in turn, with what each waits for, woven where they are; or as long as they compute
+        beside busy fabrics; or as the host issues their kernels. Then the optimizer. A closed form may be
+        more, where streams are busy for longer."""
         busy = self._all(lambda piece: piece.busy) + self.copies()
         step = busy + self.hardware.communication_share * self.talks()
         if self.parts.ranks is None:
@@ -101,7 +101,7 @@ class Refined(Bounder):
         issue = self.hardware.host.cpu_launch_time
         if issue and "step" not in self.space.stack.host.graphs:
             step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si)
-        return np.asarray(np.maximum(super().time(), step + self.optimizer_time() + self.constant()))
+        return np.asarray(step + self.optimizer_time() + self.constant())
 
     def chain(self) -> Reals:
         """Expected seconds of the slowest rank: layers and loss in turn, woven as they are."""
@@ -118,7 +118,7 @@ class Refined(Bounder):
         found = np.zeros(len(self.space))
         for times in zip(*(rank.times for rank in ranks), strict=True):
             stage = times[0].stage
-            once = np.maximum(*(stages.layers[stage] @ np.stack(one) for one in self.replicas()))
+            once = np.maximum(*(stages.layers[stage] @ np.stack(one) for one in self.exchanged))
             mine = np.array([what(one) for one in times]) + float(stages.before[stage] @ chains) + once
             found = np.maximum(found, mine)
         return found

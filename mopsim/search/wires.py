@@ -43,12 +43,16 @@ class Wires:
     def seconds(self, message: Message) -> tuple[Reals, Reals]:
         """Seconds in which a message keeps (scale-up, scale-out) busy: one of the two."""
         n = np.asarray(message.ranks)
+        if not np.any(n > 1):
+            return np.zeros_like(n), np.zeros_like(n)
         intra = np.minimum(n, np.maximum(np.ceil(self.domain / np.maximum(message.stride, 1)), 1))
         times = np.where(n > 1, message.times, 0.0) * self.scale(message.kind)
         inside = intra >= n
         wire = self._wire(message.kind, message.size, n) * _distinct(n, message.choices)
-        up = np.where(inside, times * self._inside(message.kind, n, wire), 0)
-        return up, np.where(inside, 0, times * self._across(message, n, intra))
+        up = times * self._inside(message.kind, n, wire)
+        if inside.all():
+            return up, np.zeros_like(up)
+        return np.where(inside, up, 0), np.where(inside, 0, times * self._across(message, n, intra))
 
     def scale(self, kind: str) -> float:
         """What calibration multiplies a kind of work by; 0 where a negative overhead could undo any of it."""
