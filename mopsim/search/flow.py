@@ -19,14 +19,20 @@ class Alone:
     """Ops that have all streams to themselves, each in the order of issue.
 
     chain: seconds from the first op on the compute stream to the end of the last one, what comes before it
-    over; busy: those in which that stream computes; talks: those in which the busier fabric is busy; height:
+    over; busy: those in which that stream computes; up, out: those in which each fabric is busy; height:
     device bytes above the start, at least.
     """
 
     chain: float
     busy: float
-    talks: float
+    up: float
+    out: float
     height: int
+
+    @property
+    def talks(self) -> float:
+        """Seconds in which the busier fabric is busy."""
+        return max(self.up, self.out)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,13 @@ class Priced:
     rest: tuple[Step, ...]
     routed: float
     issued: float
+
+    def seconds(self, start: int, stop: int) -> Alone:
+        """Of its ops from place `start` to `stop`, what comes before them over; their memory is not known."""
+        flow = Flow()
+        for stream, took, deps, *_ in self.ops[start:stop]:
+            flow.add(stream, took, tuple(dep - start for dep in deps if dep >= start))
+        return alone(flow)
 
 
 @dataclass
@@ -110,16 +123,19 @@ class Flow:
             self.left[self._latest] -= size
         return self
 
+    def add(self, stream: int, took: float, deps: tuple[int, ...], height: int = 0, left: int = 0) -> None:
+        self.streams.append(stream)
+        self.seconds.append(took)
+        self.deps.append(deps)
+        self.height.append(height)
+        self.left.append(left)
+
     def play(self, priced: Priced) -> "Flow":
         by, start = len(self.streams), self._ends
         for stream, took, deps, height, left in priced.ops:
             self._latest = len(self.streams) if stream == COMPUTE else self._latest
-            self.streams.append(stream)
-            self.seconds.append(took)
             inside = tuple(dep + by for dep in deps if dep >= 0)
-            self.deps.append(inside if len(inside) == len(deps) else (*inside, *start))
-            self.height.append(height)
-            self.left.append(left)
+            self.add(stream, took, inside if len(inside) == len(deps) else (*inside, *start), height, left)
         place, steps = priced.first
         if place >= 0:
             self.height[by + place], self.left[by + place] = device_bytes((*self._steps, *steps))
@@ -181,7 +197,7 @@ def alone(*flows: Flow) -> Alone:
                     break
             places[which] = place
             going = going or place < count
-    return Alone(max(last[COMPUTE], 0.0), busy, max(up, out), top)
+    return Alone(max(last[COMPUTE], 0.0), busy, up, out, top)
 
 
 def device_bytes(steps: Iterable[Step]) -> tuple[int, int]:

@@ -43,13 +43,14 @@ Made = TypeVar("Made")
 class LayerPiece:
     """A forward and a backward of one microbatch.
 
-    left: device bytes that the forward adds; heights: the most that the backward has above its start, the
-    forward for the loss, in each of its parts (`_parts`).
+    left: device bytes that the forward adds; starts: places where the parts of the backward begin, of the
+    loss the forward's (`_starts`); heights: the most that each has above the start of the pass.
     """
 
     ahead: Priced
     back: Priced
     left: int
+    starts: tuple[int, ...]
     heights: tuple[int, ...]
 
     @property
@@ -63,6 +64,12 @@ class LayerPiece:
     @cached_property
     def backward(self) -> Alone:
         return alone(Flow().play(self.back))
+
+    @cached_property
+    def parts(self) -> tuple[Alone, ...]:
+        """Of the backward, each by itself."""
+        stops = (*self.starts[1:], len(self.back.ops))
+        return tuple(self.back.seconds(*place) for place in zip(self.starts, stops, strict=True))
 
     @property
     def chain(self) -> float:
@@ -122,7 +129,7 @@ class Pieces:
 
         def make(passes: Passes) -> LayerPiece:
             found = self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
-            return replace(found, left=0, heights=(0,)) if long else found
+            return replace(found, left=0, starts=(0,), heights=(0,)) if long else found
 
         return self._known(self.losses, LOSS, row, make)
 
@@ -212,27 +219,27 @@ class Pieces:
 
     def _piece(self, forward: Template, backward: Template, first: bool = False) -> LayerPiece:
         """first: the forward has the heights that count."""
-        heights, left = _memory(forward)
-        heights = heights if first else _memory(backward)[0]
-        return LayerPiece(self.prices.of(forward), self.prices.of(backward), left, heights)
+        starts, heights, left = _memory(forward)
+        starts, heights = (starts, heights) if first else _memory(backward)[:2]
+        return LayerPiece(self.prices.of(forward), self.prices.of(backward), left, starts, heights)
 
 
-def _memory(template: Template) -> tuple[tuple[int, ...], int]:
-    """(the most device bytes that a template has above its start, in each of its parts, those that it
-    leaves)."""
-    starts, heights, left = _parts(template), [0], 0
+def _memory(template: Template) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(where a template's parts begin, the most device bytes that it has above its start in each of them,
+    those that it leaves)."""
+    starts, heights, left = _starts(template), [0], 0
     for place, script in enumerate((*template.memory, ())):
-        if place in starts:
+        if place in starts[1:]:
             heights.append(left)
         height, change = device_bytes((*template.before.get(place, ()), *script))
         heights[-1] = max(heights[-1], left + height)
         left += change
-    return tuple(heights), left
+    return starts, tuple(heights), left
 
 
-def _parts(template: Template) -> set[int]:
-    """Places where the parts of a backward begin, between which it has other weights and gradients: those
-    marked, or after the last product of its experts."""
-    marked = {template.marks[name] for name in MARKS if name in template.marks}
+def _starts(template: Template) -> tuple[int, ...]:
+    """Places where the parts of a backward begin, which have other weights and gradients: its first op, and
+    those marked, or the one after the last product of its experts."""
+    marked = [template.marks[name] for name in MARKS if name in template.marks]
     last = template.products("backward")[1]
-    return marked or ({last + 1} if last >= 0 else set())
+    return (0, *(marked or [last + 1] * (last >= 0)))

@@ -1,12 +1,13 @@
 """Bounds of candidates that share their layers, by the pieces of one: closer than the closed forms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
+from mopsim.search.flow import Alone
 from mopsim.search.footprint import LAST, microbatches
 from mopsim.search.learn import coded
 from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
@@ -94,14 +95,49 @@ class Refined(Bounder):
         busy = self._all(lambda piece: piece.busy) + self.copies()
         step = busy + self.hardware.communication_share * self.talks()
         if self.parts.ranks is None:
-            chain = self._all(lambda piece: piece.chain)
+            step = np.maximum(step, self._all(lambda piece: piece.chain))
+            step = np.maximum(step, np.where(self.c["pipeline"] == 1, self._phases(), 0.0))
         else:
-            chain = self._ranks(self.parts.ranks, lambda rank: rank.least)
-        step = np.maximum(step, chain)
+            step = np.maximum(step, self._ranks(self.parts.ranks, lambda rank: rank.least))
         issue = self.hardware.host.cpu_launch_time
         if issue and "step" not in self.space.stack.host.graphs:
             step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si)
         return np.asarray(step + self.optimizer_time() + self.constant())
+
+    def _phases(self) -> Reals:
+        """Seconds of forwards, losses and backwards, each as long as its chain or as a fabric is busy with
+        the weights gathered for it, its exchanges, and what it reduces. Gathers that may begin before it, and
+        the reductions of the last layer, which end after it, are left out. Flat units open a layer's
+        gradients once those of the layer before are reduced, beside what is between their experts."""
+        weights, layers, c = self.weights(), self.model.num_hidden_layers, self.c
+        if not weights:
+            return np.zeros(len(self.space))
+        flat, prefetch = self.space.stack.explicit, self.space.build(0).dense.prefetch
+        inside, last = max(0.0, 1 - (0 if flat else prefetch + 1) / layers), 1 - 1 / layers
+        gathers = [one * inside / (c["reshard"] + 1) for one in self.busy(weights[::2])]
+        reduced = [one * last for one in self.busy(weights[1::2])]
+        ahead = self._sum(lambda piece: [piece.forward])
+        back = self._sum(lambda piece: [piece.backward])
+        forward = np.maximum.reduce([ahead[0], *map(np.add, ahead[1:], gathers)])
+        busy = [
+            way + c["reshard"] * one + other
+            for way, one, other in zip(back[1:], gathers, reduced, strict=True)
+        ]
+        backward = np.maximum.reduce([back[0], *busy])
+        if flat:
+            experts = self._sum(lambda piece: [piece.parts[1]])[0]
+            chain, *fabrics = self._sum(lambda piece: [piece.parts[0], piece.parts[2]])
+            between = [way * last + one for way, one in zip(fabrics, reduced, strict=True)]
+            backward = np.maximum(backward, experts + np.maximum.reduce([chain, *between]))
+        return np.asarray(forward + backward + self._head(lambda piece: piece.chain))
+
+    def _sum(self, what: Callable[[LayerPiece], Sequence[Alone]]) -> tuple[Reals, Reals, Reals]:
+        """(chain, scale-up, scale-out) seconds of something of all layers, all microbatches."""
+        found = np.zeros((3, len(self.space)))
+        for kind, count in kinds(self.model).items():
+            for one in what(self.parts.layers[kind]):
+                found += count * np.outer((one.chain, one.up, one.out), self.microbatches)
+        return found[0], found[1], found[2]
 
     def chain(self) -> Reals:
         """Expected seconds of the slowest rank: layers and loss in turn, woven as they are."""
@@ -133,11 +169,16 @@ class Refined(Bounder):
     def _all(self, what: Callable[[LayerPiece], float], factor: float = 1.0) -> Reals:
         """Of the slowest stage: of all its layers and microbatches. factor: of the layers' seconds."""
         times, layers = self.microbatches, self.parts.layers
+        every = [times * what(layers[kind]) * factor for kind in kinds(self.model)]
+        return self.slowest(every, self._head(what, factor))
+
+    def _head(self, what: Callable[[LayerPiece], float], factor: float = 1.0) -> Reals:
+        """Of the losses and of MTP layers, all microbatches."""
         head = np.array([what(piece) for piece in self.parts.losses]) * (1 + self.mtp)
         if self.mtp:
-            more = what(layers[self.model.layer_kind(self.model.num_hidden_layers)]) * factor
-            head = head + self.mtp * more
-        return self.slowest([times * what(layers[kind]) * factor for kind in kinds(self.model)], times * head)
+            more = self.parts.layers[self.model.layer_kind(self.model.num_hidden_layers)]
+            head = head + self.mtp * what(more) * factor
+        return np.asarray(self.microbatches * head)
 
     def left(self) -> Reals:
         return np.array([float(self.parts.layers[kind].left) for kind in kinds(self.model)])
