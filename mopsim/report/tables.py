@@ -10,6 +10,7 @@ from mopsim.common.units import UNITS, format_bytes, format_number, format_proba
 from mopsim.engine import SimResult
 from mopsim.intervals import SURE
 from mopsim.report.terminal import numbered, size, table
+from mopsim.search.result import Freedom
 from mopsim.spec.line import describe as describe
 
 COLUMNS = (
@@ -19,6 +20,10 @@ COLUMNS = (
 """90 %: between which two values a measured one lies with this probability. memory: device peak; limit: share
 of the usable device memory that the peak is. exposed: seconds of compute waiting for communication, copies
 and the host."""
+
+
+MOST_TOGETHER = 3
+"""Combinations of fields that a row names; the JSON has all."""
 
 
 def row(result: SimResult) -> list[str]:
@@ -56,7 +61,7 @@ def comparison(
     results: Sequence[SimResult],
     title: str,
     level: float = 0.9,
-    free: Sequence[Mapping[str, Sequence[Any]]] = (),
+    free: Sequence[Freedom] = (),
 ) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
     level: of the intervals. free: of each, `SearchResult.free`."""
@@ -77,7 +82,8 @@ def comparison(
             size(result.host_memory),
             format_probability(result.p_fits) if result.fits else "out", style=style,
         )  # fmt: skip
-        also = freedom(free[number - 1]) if free else ""
+        also = freedom(free[number - 1].alone, free[number - 1].together) if free else ""
+        also = f"; as fast: {also}" if also else ""
         lines.append(Text(f"{describe(result.strategy)}{_beyond(result)}{also}", style=style))
     limits = {(result.memory_limit, result.host_limit) for result in results}
     limit = "; ".join(
@@ -95,10 +101,17 @@ def comparison(
     )
 
 
-def freedom(fields: Mapping[str, Sequence[Any]]) -> str:
-    """'; as fast: micro_batch 1 or 2, dense.fsdp 8 or 16': what a row's plans differ in."""
-    said = (f"{name} {' or '.join(map(_value, _ordered(values)))}" for name, values in fields.items())
-    return f"; as fast: {', '.join(said)}" if fields else ""
+def freedom(alone: Mapping[str, Sequence[Any]], together: Sequence[Mapping[str, Any]]) -> str:
+    """'dense.prefetch 1 or 2; or micro_batch 2 with dense.fsdp 8': each is an alternative to the row's plan
+    (`search.result.Freedom`), the first MOST_TOGETHER of those of several fields."""
+    said = [f"{name} {' or '.join(map(_value, _ordered(values)))}" for name, values in alone.items()]
+    for fields in together[:MOST_TOGETHER]:
+        first, *more = (f"{name} {_value(value)}" for name, value in fields.items())
+        said.append(f"{first} with {' and '.join(more)}")
+    left = len(together) - MOST_TOGETHER
+    if left > 0:
+        said.append(f"one of {left} more combinations")
+    return "; or ".join(said)
 
 
 def _ordered(values: Sequence[Any]) -> Sequence[Any]:

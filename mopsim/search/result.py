@@ -15,6 +15,16 @@ NOT_RUN = "mopexec does not run it"
 """The reason that one option lifts, so it is named first."""
 
 
+@dataclass(frozen=True)
+class Freedom:
+    """What of a plan may be chosen otherwise and is as fast (within TIE). alone: a field that may change
+    while all else stays -> its values, the plan's first. together: fields that change with each other only,
+    an alternative each -> their values."""
+
+    alone: dict[str, list[Any]] = field(default_factory=dict)
+    together: list[dict[str, Any]] = field(default_factory=list)
+
+
 @dataclass
 class SearchResult:
     """What a search did. top: fitting results, fastest first (ties by memory). closest: the one that misses
@@ -22,8 +32,7 @@ class SearchResult:
     SURE, left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
 
-    free: for each of `top`, the fields that may have other values in a plan of its family that is as fast
-    (within TIE), with the values. played: all results.
+    free: for each of `top`, by what plans of its family that are as fast differ from it. played: all results.
 
     candidates: every combination of values; each is in `top` or counted once in `rejected`. bounded: those of
     them that are legal (and that mopexec runs, if only those were asked for). simulated: events played.
@@ -46,7 +55,7 @@ class SearchResult:
     closest: SimResult | None = None
     risky: list[SimResult] = field(default_factory=list)
     best_by_family: dict[str, SimResult | None] = field(default_factory=dict)
-    free: list[dict[str, list[Any]]] = field(default_factory=list)
+    free: list[Freedom] = field(default_factory=list)
     played: list[SimResult] = field(default_factory=list)
 
     @property
@@ -62,7 +71,11 @@ class SearchResult:
     def to_json(self, level: float = 0.9) -> dict[str, object]:
         """The keys of the `search` command. level: of the intervals."""
         found = [
-            {**plan_json(result, self.model, level), "as_fast": free}
+            {
+                **plan_json(result, self.model, level),
+                "as_fast": free.alone,
+                "as_fast_together": free.together,
+            }
             for result, free in zip(self.top, self.free, strict=True)
         ]
         return {

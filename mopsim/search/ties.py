@@ -6,7 +6,7 @@ from typing import Any
 
 from mopsim.common.io import to_plain
 from mopsim.engine import SimResult
-from mopsim.search.result import TIE
+from mopsim.search.result import TIE, Freedom
 
 TIED = "as fast as one ranked, in its row"
 
@@ -18,16 +18,32 @@ class Row:
     best: SimResult
     tied: list[SimResult] = field(default_factory=list)
 
-    def freedom(self) -> dict[str, list[Any]]:
-        """Fields of the strategy that differ among them: field -> values, the leading plan's first."""
-        plans = [dict(_leaves(to_plain(one.strategy))) for one in (self.best, *self.tied)]
-        found: dict[str, list[Any]] = {}
-        for name in plans[0] | {key: None for plan in plans for key in plan}:
-            values = [plan.get(name) for plan in plans]
-            distinct = [value for place, value in enumerate(values) if value not in values[:place]]
-            if len(distinct) > 1:
-                found[name] = distinct
-        return found
+    def freedom(self) -> Freedom:
+        """By what the plans that are as fast differ from the one that leads."""
+        lead = dict(_leaves(to_plain(self.best.strategy)))
+        changes = [_changes(lead, dict(_leaves(to_plain(one.strategy)))) for one in self.tied]
+        alone: dict[str, list[Any]] = {}
+        for (name, value), *more in (tuple(one.items()) for one in changes if one):
+            if not more:
+                values = alone.setdefault(name, [lead.get(name)])
+                values += [value] * (value not in values)
+        return Freedom(alone, _together(changes))
+
+
+def _changes(lead: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that a plan has otherwise, with its values."""
+    return {name: plan.get(name) for name in {**lead, **plan} if plan.get(name) != lead.get(name)}
+
+
+def _together(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Changes of several fields, fewest first, but those that smaller ones make up."""
+    kept: list[dict[str, Any]] = []
+    for one in sorted(changes, key=len):
+        smaller = (other for other in changes if other != one and other.items() <= one.items())
+        made_up = {name for other in smaller for name in other}
+        if len(one) > 1 and made_up != set(one) and one not in kept:
+            kept.append(one)
+    return kept
 
 
 def rows(ranked: Sequence[SimResult], most: int) -> list[Row]:

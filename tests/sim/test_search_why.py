@@ -1,6 +1,7 @@
 """Ties are one row; the answer says why; where nothing fits, what would."""
 
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,11 +12,12 @@ from mopsim.cli import app
 from mopsim.common.units import GIB
 from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
+from mopsim.report.explore.steps import as_fast
 from mopsim.report.tables import freedom
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.miss import would_fit
 from mopsim.search.problem import Problem, divisors
-from mopsim.search.result import TIE
+from mopsim.search.result import TIE, Freedom
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
 from mopsim.search.why import LINKS, faster, why
@@ -61,7 +63,7 @@ def test_ties_of_a_family_are_one_row(found: SearchResult) -> None:
     assert len(found.free) == len(found.top)
 
 
-def tied(result: SimResult, seconds: float, **fields: int) -> SimResult:
+def tied(result: SimResult, seconds: float, **fields: Any) -> SimResult:
     return replace(result, step_time=seconds, strategy=msgspec.structs.replace(result.strategy, **fields))
 
 
@@ -70,11 +72,30 @@ def test_what_is_free_in_a_row_is_named(found: SearchResult) -> None:
     near, far = tied(best, best.step_time * 1.004, micro_batch=7), tied(best, best.step_time * 1.1)
     ranked = rows([best, near, far], 5)
     assert [len(row.tied) for row in ranked] == [1, 0]
-    assert ranked[0].freedom() == {"micro_batch": [best.strategy.micro_batch, 7]}
-    assert freedom(ranked[0].freedom()) == f"; as fast: micro_batch {best.strategy.micro_batch} or 7"
-    assert freedom({}) == ""
-    assert freedom({"activations.modules": [("moe_act", "mlp"), ()]}).endswith("moe_act+mlp or none")
+    free = ranked[0].freedom()
+    assert free == Freedom({"micro_batch": [best.strategy.micro_batch, 7]})
+    assert freedom(free.alone, free.together) == f"micro_batch {best.strategy.micro_batch} or 7"
+    assert freedom({}, []) == ""
+    assert freedom({"activations.modules": [("moe_act", "mlp"), ()]}, []).endswith("moe_act+mlp or none")
     assert TIED
+
+
+def test_what_is_as_fast_only_together_is_not_told_as_free(found: SearchResult) -> None:
+    """Of three fields one is free by itself, two change with each other only; all three are both of that."""
+    best = found.top[0]
+    pair, name = {"micro_batch": 7, "dense.prefetch": 9}, best.strategy.stack
+    made = {"micro_batch": 7, "dense": msgspec.structs.replace(best.strategy.dense, prefetch=9)}
+    changes: list[dict[str, Any]] = [{"stack": "x"}, made, {"stack": "x", **made}, {"stack": "y", **made}]
+    free = rows([best, *(tied(best, best.step_time, **one) for one in changes)], 5)[0].freedom()
+    assert free == Freedom({"stack": [name, "x"]}, [pair, {"stack": "y", **pair}])
+    said = freedom(free.alone, free.together)
+    assert said.startswith(f"stack {name} or x; or micro_batch 7 with dense.prefetch 9; or ")
+    assert freedom({}, [pair] * 5).endswith("; or one of 2 more combinations")
+    written = replace(found, top=[best], free=[free]).to_json()["top"]
+    assert isinstance(written, list)
+    assert written[0]["as_fast"] == free.alone
+    assert written[0]["as_fast_together"] == free.together
+    assert as_fast(written[0]) == said
 
 
 def test_why_says_what_bounds_and_what_restrictions_cost(found: SearchResult, problem: Problem) -> None:

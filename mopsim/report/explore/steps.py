@@ -10,7 +10,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals import SURE
 from mopsim.program.workload import STREAMS
 from mopsim.report.explore.page import View
-from mopsim.report.tables import describe
+from mopsim.report.tables import describe, freedom
 from mopsim.spec.strategy import Strategy
 
 Json = Mapping[str, Any]
@@ -58,9 +58,8 @@ def plan_of(strategy: Json | str) -> str:
 
 
 def as_fast(found: Json) -> str:
-    """Settings that make no difference to the step, with their other values."""
-    free = found.get("as_fast") or {}
-    return "; ".join(f"{field}={'/'.join(map(str, values))}" for field, values in free.items())
+    """What of a plan may be otherwise and makes no difference to the step."""
+    return freedom(found.get("as_fast") or {}, found.get("as_fast_together") or [])
 
 
 def exposed(found: Json) -> float:
