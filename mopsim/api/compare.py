@@ -25,7 +25,7 @@ from mopsim.common.arguments import named
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
 from mopsim.engine import SimResult
-from mopsim.report.compare import Sweep, difference, finding, lead, summary
+from mopsim.report.compare import Sweep, difference, finding, lead, software, summary
 from mopsim.search.result import exhausted
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
@@ -39,6 +39,7 @@ class Comparison(Result):
 
     strategies: dict[str, dict[str, Any]]
     finding: str
+    software: str
     difference: str
 
     def __init__(
@@ -65,6 +66,7 @@ class Comparison(Result):
             "stack": self.inputs.stack.name if self.inputs.stack else None,
             "finding": finding(results, labels, self.gaps, self.inputs.interval),
             "lead": self._lead(),
+            "software": software(results, labels),
             "proven": all(exhausted(gap) for gap in self.gaps.values()),
             "difference": difference(results, labels),
             "facts": facts(self.inputs, "mopsim.compare"),

@@ -13,7 +13,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals import Ratio
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
-from mopsim.report.tables import COLUMNS, beside, describe, row
+from mopsim.report.tables import COLUMNS, beside, plan_line, row
 from mopsim.report.terminal import size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import format_gap
@@ -118,11 +118,20 @@ def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:
     return f"{name} loses most in {kind.replace('_', ' ')}, {format_seconds(more[kind])}{note}"
 
 
+def software(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+    """That the winner's lead is of plan and software, where the next best runs on another stack."""
+    order = _fastest_first(results, labels)[:2]
+    if len(order) < 2 or order[0][1].stack == order[1][1].stack:
+        return ""
+    named = ", ".join(f"{label} on {one.stack.name}" for label, one in order)
+    return f"The ratio is of plan and software together ({named}): --stack NAME simulates all on one"
+
+
 def summary(
     results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None, level: float = 0.9
 ) -> str:
-    """The finding, and where the difference lies."""
-    found = finding(results, labels, gaps, level), difference(results, labels)
+    """The finding, whether it is of plans alone, and where the difference lies."""
+    found = finding(results, labels, gaps, level), software(results, labels), difference(results, labels)
     return " ".join(f"{one}." for one in found if one)
 
 
@@ -173,7 +182,7 @@ def time_figure(
     an interval that is drawn over each step."""
     bars, waits = [], []
     for result, label in zip(results, labels, strict=True):
-        rate = f"{result.tokens_per_second_per_device:,.0f} tokens/s per {unit}"
+        rate = f"{result.tokens_per_second_per_device:,.0f} tokens/s per {unit} on {result.stack.name}"
         note = rate if result.fits else remark(result.over, result.over_bytes)
         ends = result.step_time_interval(level) if level else None
         bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits, ends))
@@ -308,7 +317,7 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
                 size(result.peak_memory), format_probability(result.p_fits) if result.fits else "out",
                 style="" if result.fits else "red",
             )  # fmt: skip
-            plans.append(Text(f"{name} {label}: {describe(result.strategy)}"))
+            plans.append(Text(f"{name} {label}: {plan_line(result)}"))
     return Group(shown, *plans)
 
 

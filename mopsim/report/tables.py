@@ -14,12 +14,12 @@ from mopsim.search.result import Freedom
 from mopsim.spec.line import describe as describe
 
 COLUMNS = (
-    "strategy", "step", "step, 90 %", "tokens/s per GPU", "MFU", "memory", "memory, 90 %", "limit", "host",
-    "exposed", "P(fits)",
+    "strategy", "stack", "step", "step, 90 %", "tokens/s per GPU", "MFU", "memory", "memory, 90 %", "limit",
+    "host", "exposed", "P(fits)",
 )  # fmt: skip
-"""90 %: between which two values a measured one lies with this probability. memory: device peak; limit: share
-of the usable device memory that the peak is. exposed: seconds of compute waiting for communication, copies
-and the host."""
+"""stack: the software that runs it. 90 %: between which two values a measured one lies with this probability.
+memory: device peak; limit: share of the usable device memory that the peak is. exposed: seconds of compute
+waiting for communication, copies and the host."""
 
 
 MOST_TOGETHER = 3
@@ -33,6 +33,7 @@ def row(result: SimResult) -> list[str]:
         verdict = f"does not fit: {result.over}, {format_bytes(result.over_bytes)} over"
     return [
         describe(result.strategy),
+        result.stack.name,
         format_seconds(result.step_time),
         between(result.step_time_interval(), format_seconds),
         f"{result.tokens_per_second_per_device:,.0f}",
@@ -44,6 +45,11 @@ def row(result: SimResult) -> list[str]:
         f"{format_seconds(sum(result.exposed.values()))} ({result.exposed_share:.0%})",
         verdict,
     ]
+
+
+def plan_line(result: SimResult) -> str:
+    """'fsdp2 DP=16 mbs=1 on mopexec-fsdp2': the strategy and its software."""
+    return f"{describe(result.strategy)} on {result.stack.name}"
 
 
 def between(interval: tuple[float, float], show: Callable[[float], str]) -> str:
@@ -84,7 +90,7 @@ def comparison(
         )  # fmt: skip
         also = freedom(free[number - 1].alone, free[number - 1].together) if free else ""
         also = f"; as fast: {also}" if also else ""
-        lines.append(Text(f"{describe(result.strategy)}{_beyond(result)}{also}", style=style))
+        lines.append(Text(f"{plan_line(result)}{_beyond(result)}{also}", style=style))
     limits = {(result.memory_limit, result.host_limit) for result in results}
     limit = "; ".join(
         f"{format_bytes(device)} of device, {format_bytes(host)} of host" for device, host in limits
@@ -135,7 +141,7 @@ def best_of_others(best: Mapping[str, SimResult | None]) -> Text:
             continue
         speed = f"{one.tokens_per_second_per_device:,.0f} tokens/s per GPU"
         part = f" ({fastest / one.step_time:.2f} of the fastest)"
-        lines.append(f"best of {family}: {speed}{part}, {describe(one.strategy)}")
+        lines.append(f"best of {family}: {speed}{part}, {plan_line(one)}")
     return Text("\n".join(lines))
 
 

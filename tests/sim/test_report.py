@@ -2,20 +2,31 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 from msgspec import structs
+from rich.console import Console
 
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
-from mopsim.report.compare import Sweep, _sweep_table, difference, finding, timeline_title, write_compare
+from mopsim.report.compare import (
+    Sweep,
+    _sweep_table,
+    difference,
+    finding,
+    software,
+    summary,
+    timeline_title,
+    write_compare,
+)
 from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
-from mopsim.report.tables import COLUMNS, describe, row
+from mopsim.report.tables import COLUMNS, comparison, describe, row
 from mopsim.report.trace import Timeline, chrome_trace
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -73,6 +84,24 @@ def test_finding_names_the_winner(results: list[SimResult]) -> None:
     fast = min(results, key=lambda one: one.step_time)
     label = {id(results[0]): "mop", id(results[1]): "fsdp2"}[id(fast)]
     assert finding(results, ["mop", "fsdp2"]).startswith(f"{label} is fastest")
+
+
+def test_a_ratio_over_another_stack_is_said_to_be_of_software_too(results: list[SimResult]) -> None:
+    fast, slow = sorted(results, key=lambda one: one.step_time)
+    said = summary([fast, slow], ["a", "b"])
+    assert f"plan and software together (a on {fast.stack.name}, b on {slow.stack.name}): --stack" in said
+    alone = [fast, replace(slow, stack=fast.stack)]
+    assert "software" not in summary(alone, ["a", "b"])
+    assert software([fast], ["a"]) == software([fast, replace(slow, fits=False)], ["a", "b"]) == ""
+
+
+def test_every_row_names_its_stack(results: list[SimResult], tmp_path: Path) -> None:
+    write_compare(tmp_path, results, ["mop", "fsdp2"], [], None, "tiny", {})
+    text, shown = (tmp_path / "index.md").read_text(), StringIO()
+    Console(file=shown, width=200).print(comparison(results, "tiny"))
+    for one in results:
+        assert f" | {one.stack.name} | " in text
+        assert f" on {one.stack.name}" in shown.getvalue()
 
 
 def test_difference_names_the_component_that_the_next_best_loses_in(results: list[SimResult]) -> None:
