@@ -32,11 +32,11 @@ MOST_MORE = 0.5
 """Part of a memory that may be missing for it to be told."""
 NEAR, RIVALS = 2.0, 3
 """Rivals of up to so many times the best step time, and so many of them, are played on faster links."""
-LINKS = {
-    "the network between nodes": ("scale_out", ("peak", "bandwidth")),
-    "the link to the host": ("host", ("link_h2d", "link_d2h", "memory_bandwidth")),
-}
+NETWORK, HOST_LINK = "the network between nodes", "the link to the host"
+LINKS = {NETWORK: ("scale_out", ("peak", "bandwidth")), HOST_LINK: ("host", ("link_h2d", "link_d2h"))}
 """What may be faster: a part of the profile, and its fields at any depth."""
+DRAM = ("host", ("memory_bandwidth",))
+"""What copies over the links to the host share."""
 
 Rule = Callable[[SimResult], bool]
 
@@ -145,27 +145,48 @@ def _over(one: SimResult, where: str) -> int:
 
 
 def _faster(found: SearchResult, problem: Problem, name: str) -> str | None:
-    """What the best of the families do where a link is faster; None where there is none or none uses it."""
-    best = found.best
+    """What the best of the families do where a link is faster, and the memory behind it where that is in the
+    way; None where there is no such link or none uses it."""
+    best, machine = found.best, problem.hardware
     assert best is not None
-    hardware = faster(problem.hardware, *LINKS[name], MORE)
     near = [one for one in _others(found) if one.step_time <= NEAR * best.step_time][: RIVALS - 1]
-    if hardware is None or (name == "the network between nodes" and problem.num_nodes == 1):
+    quick = faster(machine, *LINKS[name], MORE)
+    in_one_domain = problem.num_nodes * machine.devices_per_node <= machine.scale_up_size
+    if quick is None or (name == NETWORK and (problem.num_nodes == 1 or in_one_domain)):
         return None
-    if name == "the link to the host" and not any(one.host_memory for one in (best, *near)):
+    if name == HOST_LINK and not any(one.host_memory for one in (best, *near)):
         return None
-    again = [
+    plans = [best, *near]
+    again = _again(problem, quick, plans)
+    order = _order(again)
+    said = f"with {name} {MORE:g} times as fast the step {_takes(best, again[0])}{order}"
+    both = faster(quick, *DRAM, MORE) if name == HOST_LINK else None
+    if both and (more := _again(problem, both, plans))[0].step_time * (1 + TIE) < again[0].step_time:
+        order += _order(more)
+        so = f"with both so fast it {_takes(best, more[0])}{_order(more)}"
+        said = f"{said}; the host's DRAM bounds copies then, and {so}"
+    return said if order else f"{said}; the order stays"
+
+
+def _again(problem: Problem, hardware: HardwareProfile, plans: Sequence[SimResult]) -> list[SimResult]:
+    """The same plans on another machine."""
+    return [
         simulate(problem.model, hardware, problem.num_nodes, one.strategy, one.training, one.stack)
-        for one in (best, *near)
+        for one in plans
     ]
+
+
+def _takes(best: SimResult, again: SimResult) -> str:
+    gain = best.step_time / again.step_time - 1
+    return f"takes {format_seconds(again.step_time)} ({gain:.0%} faster)" if gain > TIE else "takes as long"
+
+
+def _order(again: Sequence[SimResult]) -> str:
+    """Which family is best now, where the first is not."""
     first = min(again, key=lambda one: one.step_time)
-    gain = best.step_time / again[0].step_time - 1
-    takes = f"takes {format_seconds(again[0].step_time)} ({gain:.0%} faster)"
-    takes = takes if gain > TIE else "takes as long"
-    said = f"with {name} {MORE:g} times as fast the step {takes}"
-    if first.step_time * (1 + TIE) < again[0].step_time:
-        return f"{said}, and {first.strategy.name} is best: {format_seconds(first.step_time)}"
-    return f"{said}; the order stays"
+    if first.step_time * (1 + TIE) >= again[0].step_time:
+        return ""
+    return f", and {first.strategy.name} is best: {format_seconds(first.step_time)}"
 
 
 def faster(

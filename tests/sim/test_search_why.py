@@ -1,5 +1,6 @@
 """Ties are one row; the answer says why; where nothing fits, what would."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import mopsim
 from mopsim.cli import app
 from mopsim.common.units import GIB
-from mopsim.engine import SimResult
+from mopsim.engine import SimResult, simulate
 from mopsim.graph.tensors import total_params
 from mopsim.report.explore.steps import as_fast
 from mopsim.report.tables import freedom
@@ -20,11 +21,12 @@ from mopsim.search.problem import Problem, divisors
 from mopsim.search.result import TIE, Freedom
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
-from mopsim.search.why import LINKS, faster, why
+from mopsim.search.why import DRAM, HOST_LINK, LINKS, NETWORK, faster, why
+from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import FAMILIES
+from mopsim.strategies import FAMILIES, mop
 from tests.sim.test_search import with_memory
 
 TINY, CPU = load_model("tiny"), load_profile("cpu-2core")
@@ -143,6 +145,39 @@ def test_a_faster_link_is_faster_and_nothing_else_changes(name: str) -> None:
     curves = [one.scale_out.collectives["all_to_all"].bandwidth.si for one in (hardware, found)]
     links = [one.host.link_h2d.si for one in (hardware, found)]
     assert sorted([curves[1] / curves[0], links[1] / links[0]]) == [1, 2]
+
+
+def told_of(hardware: HardwareProfile, nodes: int = 1) -> list[str]:
+    """Why, of a search that found one plan of MoP."""
+    model, training = load_model("olmoe_1b_7b"), TrainSpec(seq_len=2048, global_batch=16)
+    best = simulate(
+        model, hardware, nodes, mop(nodes * hardware.devices_per_node, expert_parallel=4), training
+    )
+    found = SearchResult(model, top=[best], best_by_family={"mop": best}, played=[best])
+    return why(found, Problem(model, hardware, nodes, training, total_params(model), "bfloat16"))
+
+
+def link_to_the_host(link: float, dram: float) -> str:
+    """What is told of it. link, dram: so many times as fast as the profile has them."""
+    machine = load_profile("h100-sxm-80g")
+    grown = faster(faster(machine, *LINKS[HOST_LINK], link) or machine, *DRAM, dram)
+    assert grown is not None
+    (line,) = (line for line in told_of(grown) if line.startswith(f"with {HOST_LINK}"))
+    return line
+
+
+def test_dram_that_bounds_copies_is_told_apart_from_the_link() -> None:
+    gains = r"takes \S+ \w+ \(\d+% faster\); the order stays$"
+    bound_by_dram, bound_by_link = link_to_the_host(1.0, 1 / 8), link_to_the_host(1 / 2, 4.0)
+    assert "2 times as fast the step takes as long; the host's DRAM bounds copies then" in bound_by_dram
+    assert re.search(f"with both so fast it {gains}", bound_by_dram)
+    assert re.search(f"2 times as fast the step {gains}", bound_by_link)
+    assert "DRAM" not in bound_by_link
+
+
+def test_nodes_of_one_domain_have_no_network_between_them() -> None:
+    assert not any(NETWORK in line for line in told_of(load_profile("gb200-186g"), 2))
+    assert any(NETWORK in line for line in told_of(load_profile("h100-sxm-80g"), 2))
 
 
 def test_where_nothing_fits_the_smallest_changes_are_told() -> None:
