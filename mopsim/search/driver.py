@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mopsim.common.processes import pool
 from mopsim.engine import SimResult
@@ -29,6 +30,10 @@ from mopsim.spec.strategy import CAST
 from mopsim.spec.training import TrainSpec
 
 ALL = Options()
+SPENT, GAVE_UP = "not tried: budget of simulations spent", "not tried: those before were no faster"
+NO_GAIN = "no gain, bound: cannot beat the best by more than a tie"
+NO_GAIN_IN_FAMILY = "no gain, bound: cannot beat the best of their family by more than a tie"
+"""Reasons of what is neither bounded as slower than all that are ranked nor simulated."""
 
 
 def search(
@@ -73,12 +78,15 @@ def search(
 @dataclass(frozen=True)
 class Hunted:
     """What one family found. least, expected: of the step times of what was not simulated, the lower bound
-    and the least that is expected, infinite where nothing is left. hunt: where no plan of its own fits, to be
-    held against the best of the others."""
+    and the least that is expected, infinite where nothing is left. open: lower bounds of what may beat the
+    best of the family by more than a tie; reason: why it was not tried. hunt: where no plan of its own fits,
+    to be held against the best of the others."""
 
     found: SearchResult
     least: float = math.inf
     expected: float = math.inf
+    open: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    reason: str = GAVE_UP
     hunt: Hunt | None = None
 
 
@@ -147,6 +155,9 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
     result.rejected[TIED] += tied
     result.rejected[SLOWER] += len(ranked) - len(result.top) - tied
     result.gap = _gap(min(one.least for one in hunted), result.best)
+    for one in hunted:
+        vain = int((one.open >= _gains(result.best)).sum())
+        result.rejected.update({NO_GAIN: vain, one.reason: len(one.open) - vain})
     hoped = result.best.step_time / min(one.expected for one in hunted) - 1 if result.best else 0.0
     result.expected_gap = hoped if hoped > TIE else 0.0
     result.rejected = Counter({reason: count for reason, count in result.rejected.items() if count})
@@ -154,17 +165,21 @@ def _merged(hunted: Sequence[Hunted], options: Options, result: SearchResult) ->
 
 
 def _settled(hunt: Hunt) -> Hunted:
-    """Count what was not simulated: slower by its bound than the last ranked, or beyond the budget."""
+    """Count what was not simulated and is, by its bound, slower than the last ranked, or no gain."""
     found, left = hunt.found, hunt.left()
-    slower = int((left >= hunt.last()).sum())
-    spent = found.simulated >= hunt.options.budget
-    reason = "not tried: budget of simulations spent" if spent else "not tried: those before were no faster"
+    slower, may_gain = left >= hunt.last(), left < _gains(found.best)
     found.rejected["device memory, bound: of layers and loss"] += sum(
         int(one.over.sum()) for one in hunt.pools
     )
-    found.rejected[SLOWER_BOUND] += slower
-    found.rejected[reason] += len(left) - slower
-    return Hunted(found, float(min(left, default=math.inf)), hunt.expected())
+    found.rejected[SLOWER_BOUND] += int(slower.sum())
+    found.rejected[NO_GAIN_IN_FAMILY] += int((~slower & ~may_gain).sum())
+    reason = SPENT if found.simulated >= hunt.options.budget else GAVE_UP
+    return Hunted(found, float(min(left, default=math.inf)), hunt.expected(), left[may_gain], reason)
+
+
+def _gains(best: SimResult | None) -> float:
+    """Step time, seconds, below which a plan is faster than the best by more than a tie."""
+    return best.step_time / (1 + TIE) if best else math.inf
 
 
 def _gap(least: float, best: SimResult | None) -> float | None:

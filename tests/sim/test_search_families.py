@@ -11,6 +11,7 @@ from mopsim.graph.tensors import total_params
 from mopsim.report.compare import finding
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import bound
+from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY, SPENT
 from mopsim.search.hunt import rank
 from mopsim.search.learn import Memory, Times
 from mopsim.search.pool import Pool
@@ -61,6 +62,21 @@ def test_best_of_each_family_and_what_runs_are_in_the_json() -> None:
     assert "expected to be" in found.exhausted()
     assert found.gap is not None
     assert written["expected_gap"] == found.expected_gap <= found.gap
+
+
+def test_what_cannot_gain_is_not_said_to_be_untried() -> None:
+    """Where the best is proven nothing is: neither what cannot beat its own family's best by more than a tie
+    nor what may do that, but cannot beat the best of all."""
+    alone, both = asked(("mop",), 40), asked(("mop", "fsdp2"), 40)
+    assert not alone.proven
+    assert (alone.rejected[NO_GAIN_IN_FAMILY] > 0, alone.rejected[SPENT] > 0) == (True, True)
+    assert alone.rejected[NO_GAIN] == 0
+    assert both.proven
+    assert both.rejected[NO_GAIN] == alone.rejected[SPENT]
+    assert both.rejected[NO_GAIN_IN_FAMILY] >= alone.rejected[NO_GAIN_IN_FAMILY]
+    assert not any(reason.startswith("not tried") for reason in both.rejected)
+    for found in (alone, both):
+        assert sum(found.rejected.values()) + len(found.top) == found.candidates
 
 
 @pytest.mark.parametrize("family", ["fsdp2", "zero_offload"])
