@@ -113,7 +113,8 @@ def place_on_host(model: nn.Module, platform: Platform, grads: dict[str, Tensor]
     """Put the shards of a CPU-offloaded model in the host tier; reduced gradients arrive in `grads` by
     parameter name.
 
-    On CUDA FSDP itself copies (asynchronously); the tracker knows the tier by the device.
+    On CUDA FSDP itself copies: asynchronously while a gradient is the first of its parameter in a step, else
+    it waits for the copy and adds it on the CPU. The tracker knows the tier by the device.
     """
     for group in param_groups(model):
         for param in group.fsdp_params:

@@ -1,7 +1,7 @@
 """Op -> seconds on a hardware profile. Pure functions; efficiency is a curve over size."""
 
 from mopsim.cost.communication import collective, transfer
-from mopsim.cost.compute import attention, host_optimizer, matmul, memory_bound, optimizer
+from mopsim.cost.compute import attention, host_memory, host_optimizer, matmul, memory_bound, optimizer
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import HardwareProfile
 
@@ -12,6 +12,7 @@ _BY_KIND = {
     "memory_bound": memory_bound,
     "optimizer": optimizer,
     "host_optimizer": host_optimizer,
+    "host_memory": host_memory,
     "h2d": transfer,
     "d2h": transfer,
     "all_gather": collective,

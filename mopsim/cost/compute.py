@@ -109,3 +109,8 @@ def optimizer(work: Work, profile: HardwareProfile) -> float:
 def host_optimizer(work: Work, profile: HardwareProfile) -> float:
     """AdamW on one rank's share of the host."""
     return work.params / profile.host.adam_rate.si
+
+
+def host_memory(work: Work, profile: HardwareProfile) -> float:
+    """An elementwise kernel of the host that moves `bytes`, at a device's share of the node's DRAM."""
+    return work.bytes * profile.devices_per_node / profile.host.memory_bandwidth.si

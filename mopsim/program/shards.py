@@ -40,6 +40,7 @@ class Shards:
         self.made: dict[str, int] = {}
         self.updated: dict[str, int] = {}
         self._landed: set[str] = set()
+        self._landing = False
         self._opened: dict[str, int] = {}
         self._coming: dict[str, int] = {}
         self._there: dict[str, int] = {}
@@ -181,13 +182,15 @@ class Shards:
 
     def finish(self) -> Ops:
         """A microbatch has gone backward: torch's FSDP2 waits for all of its reductions and frees the last
-        buffer."""
+        buffer; its thread waits for gradients that are on their way to the host (finalize_backward)."""
         if not self.copied:
             return ()
         self._free_deferred("backward")
-        memory = (("gathered_grads", -self._held),)
-        done = self.issue.add("reduced", "compute", "other", "backward", (), self._unfinished, memory)
-        self._held, self._sent = 0, ()
+        memory, awaited = (("gathered_grads", -self._held),), self._landing
+        done = self.issue.add(
+            "reduced", "compute", "other", "backward", (), self._unfinished, memory, awaited=awaited
+        )
+        self._held, self._sent, self._landing = 0, (), False
         self._unfinished.clear()
         return (done,)
 
@@ -322,7 +325,8 @@ class Shards:
         kept = self._kept_grad(unit, part)
         left = () if copied else (*kept, ("gathered_grads", -self._full_grad(unit)))
         if self._place(unit).grad_tier == "host":
-            done = self._copy(unit, "d2h", part, "backward", last, (*left, *self._landing(unit)))
+            done = self._copy(unit, "d2h", part, "backward", last, left)
+            done = self._added(unit, part, done) if copied else done
         else:
             work = () if kept else (Work("memory_bound", bytes=3.0 * part),)
             stream = self.issue.ops[last[0]].stream if last else "compute"
@@ -347,13 +351,21 @@ class Shards:
         self._sent, self._held = (), size
         return (op,)
 
-    def _landing(self, unit: ShardedUnit) -> Memory:
-        """FSDP2's gradient arrives in a buffer of its own, and is added to that of another microbatch."""
-        if not self._copied(unit) or unit.name not in self._landed:
+    def _added(self, unit: ShardedUnit, part: int, landed: int) -> int:
+        """FSDP2's gradient has arrived in a buffer of its own. To that of an earlier microbatch the thread
+        that issues kernels adds it before it goes on; the first is not waited for (foreach_reduce)."""
+        if unit.name not in self._landed:
             self._landed.add(unit.name)
-            return ()
+            self._landing = True
+            return landed
         piece = -(-unit.largest // unit.shard) * self.c.reduce
-        return (("host/grads", piece), ("host/grads", -piece))
+        memory = (("host/grads", piece), ("host/grads", -piece))
+        work = (Work("host_memory", bytes=3.0 * part, launches=unit.tensors),)
+        name, component = f"add on host {unit.name}", self._component(unit)
+        added = self.issue.add(
+            name, "host", component, "backward", work, (landed,), memory, layer=unit.layer, awaited=True
+        )
+        return self._pass(f"added {unit.name}", unit, (), "backward", (added,))
 
     def _full_grad(self, unit: ShardedUnit) -> int:
         """Bytes of a unit's whole gradient before it is reduced; a whole one that stays is the unit's own."""

@@ -76,7 +76,8 @@ class Bounder(Footprint):
         """The slowest stream, then the optimizer. Compute loses `communication_share` to a busy fabric."""
         talks = self.talks()
         busy = self.slowest(self.layer_seconds(), self.head_seconds()) + self.copies()
-        busy = busy + self.hardware.communication_share * talks
+        idle = self.awaited()
+        busy = busy + idle + self.hardware.communication_share * np.maximum(talks - idle, 0.0)
         slowest = np.maximum.reduce([busy, talks, self.copy_time()])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
@@ -275,6 +276,15 @@ class Bounder(Footprint):
         up = (moved + offload * uses * self.param) * each("h2d")
         down = (moved + offload * self.grad) * each("d2h")
         return np.asarray(np.maximum(up, down))
+
+    def awaited(self) -> Reals:
+        """Seconds in which compute and exchanges of tokens stand still while the host waits for gradients
+        and adds them to those of the first microbatch (mopsim.program.shards)."""
+        c, sharding, host = self.c, self.space.stack.sharding, self.hardware.host
+        added = self.scale("host_memory") * self.hardware.devices_per_node / host.memory_bandwidth.si
+        each = self.grad * (self.copied("d2h") + 3 * added) * (sharding.copies and sharding.experts)
+        often = c["offload"] * (c["pipeline"] == 1) * (self.microbatches - 1)
+        return np.asarray(often * each * sum(self.states()))
 
     def copied(self, way: str, *, duplex: bool = False) -> float:
         """Seconds of a byte on its way up (h2d) or down (d2h) the host link."""

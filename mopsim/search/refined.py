@@ -93,15 +93,16 @@ class Refined(Bounder):
         beside busy fabrics; or as the host issues their kernels. Then the optimizer. A closed form may be
         more, where streams are busy for longer."""
         busy = self._all(lambda piece: piece.busy) + self.copies()
-        step = busy + self.hardware.communication_share * self.talks()
+        idle = self.awaited()
+        step = busy + idle + self.hardware.communication_share * np.maximum(self.talks() - idle, 0.0)
         if self.parts.ranks is None:
-            step = np.maximum(step, self._all(lambda piece: piece.chain))
+            step = np.maximum(step, self._all(lambda piece: piece.chain) + idle)
             step = np.maximum(step, np.where(self.c["pipeline"] == 1, self._phases(), 0.0))
         else:
             step = np.maximum(step, self._ranks(self.parts.ranks, lambda rank: rank.least))
         issue = self.hardware.host.cpu_launch_time
         if issue and "step" not in self.space.stack.host.graphs:
-            step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si)
+            step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si + idle)
         return np.asarray(step + self.optimizer_time() + self.constant())
 
     def _phases(self) -> Reals:

@@ -49,5 +49,6 @@ def tag_of(hardware: HardwareProfile, kind: str) -> Tag:
         "h2d": host.link_h2d.tag,
         "d2h": host.link_d2h.tag,
         "host_optimizer": host.adam_rate.tag,
+        "host_memory": host.memory_bandwidth.tag,
     }
     return tags[kind]

@@ -15,7 +15,7 @@ from mopsim.spec.quantity import require_between, require_dimension, require_slo
 
 WORK_KINDS = (
     "matmul", "grouped_matmul", "attention", "memory_bound", "all_gather", "reduce_scatter", "all_reduce",
-    "all_to_all", "send_recv", "h2d", "d2h", "optimizer", "host_optimizer",
+    "all_to_all", "send_recv", "h2d", "d2h", "optimizer", "host_optimizer", "host_memory",
 )  # fmt: skip
 """Kinds of work: what an op of the simulator is, what the executor times, what calibration scales."""
 COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory_bound", "optimizer")
