@@ -16,7 +16,7 @@ from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
 from mopsim.report.tables import COLUMNS, beside, plan_line, row
 from mopsim.report.terminal import size, table
 from mopsim.report.timeline import timeline_plot
-from mopsim.search.result import format_gap
+from mopsim.search.result import exhausted, format_gap
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ def finding(
     """One sentence: the winner, by how much and how surely, or that nothing fits; and whose search was not
     exhausted. level: of the ratio's interval."""
     found = _winner(results, labels) + _how_surely(results, labels, level)
-    left = [f"{label} by at most {format_gap(gap)}" for label, gap in (gaps or {}).items() if gap]
+    left = [
+        f"{label} by at most {format_gap(gap)}"
+        for label, gap in (gaps or {}).items()
+        if gap and not exhausted(gap)
+    ]
     if not left:
         return found
     return f"{found} (not exhausted: plans left out may be faster, {', '.join(left)})"

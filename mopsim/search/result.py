@@ -111,12 +111,8 @@ class SearchResult:
         return f"nothing to run: {reasons or 'no candidates'}"
 
     def exhausted(self) -> str:
-        """What is to stand beside a winner: that it is proven, or how much faster what is left out can be,
-        and is expected to be."""
-        if not self.best or self.proven:
-            return proof(self.gap)
-        most = f", and expected to be {format_gap(self.expected_gap)}"
-        return f"{proof(self.gap)}{most if self.expected_gap else '; none is expected to be'}"
+        """What is to stand beside a winner: see `promise`."""
+        return promise(self.gap, self.expected_gap if self.best else None)
 
 
 def exhausted(gap: float | None) -> bool:
@@ -131,6 +127,15 @@ def proof(gap: float | None, found: bool = False) -> str:
     if gap is None:
         return f"not exhausted: a plan left out may {'be faster' if found else 'fit'}"
     return f"not exhausted: a plan left out is at most {format_gap(gap)} faster"
+
+
+def promise(gap: float | None, expected: float | None) -> str:
+    """That a search is proven, or how much faster what it left out can be, and is expected to be. expected:
+    `SearchResult.expected_gap`, where it is known."""
+    if expected is None or gap is None or exhausted(gap):
+        return proof(gap)
+    most = f", and expected to be {format_gap(expected)}" if expected else "; none is expected to be"
+    return f"{proof(gap)}{most}"
 
 
 def format_gap(gap: float) -> str:

@@ -66,6 +66,30 @@ def test_text_of_a_result_stays_text(made: dict[str, dict[str, Any]]) -> None:
     assert "<script>alert" not in html(explorer(data, kind, steps_of(data, kind), {}, ["<b>"]))
 
 
+def summary(data: dict[str, Any]) -> str:
+    kind = kind_of(data, "x")
+    return explorer(data, kind, steps_of(data, kind), {}, []).summary
+
+
+def test_a_page_says_how_far_its_search_is_proven(made: dict[str, dict[str, Any]]) -> None:
+    """The sentence of the terminal and of `Ranking.headline`; of a comparison, for each search."""
+    data = {**made["search"], "gap": 0.47, "expected_gap": 0.02}
+    left = "not exhausted: a plan left out is at most 47 % faster, and expected to be 2.0 %"
+    proven = "proven: no plan left out is more than 0.5 % faster"
+    assert summary(data) == f"{data['verdict']}; {left}"
+    assert summary({**data, "gap": 0.003}) == f"{data['verdict']}; {proven}"
+    del data["gap"]
+    assert summary(data) == data["verdict"]
+    assert proven in summary({**made["simulate"], "gap": 0.0, "expected_gap": 0.0})
+    compared = json.loads(json.dumps(made["compare"]))
+    assert views(compared)[0]["note"] == ""
+    compared["strategies"]["mop"] |= {"gap": 0.0, "expected_gap": 0.0}
+    compared["strategies"]["fsdp2"] |= {"gap": 0.47, "expected_gap": 0.02}
+    found = views(compared)[0]
+    assert found["note"] == f"mop: {proven}. fsdp2: {left}"
+    assert {"gap", "expected gap"} <= {column["name"] for column in found["columns"]}
+
+
 def test_intervals_become_bands_and_columns(made: dict[str, dict[str, Any]]) -> None:
     data = json.loads(json.dumps(made["compare"]))
     steps = [

@@ -89,6 +89,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("host", "bytes", lambda one: one.found.get("host_memory_bytes")),
     ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
     ("gap", "fraction", lambda one: one.found.get("gap")),
+    ("expected gap", "fraction", lambda one: one.found.get("expected_gap")),
     ("mopexec runs it", "text", lambda one: {True: "yes", False: "no"}.get(one.found.get("runnable"))),
     ("stack", "text", lambda one: one.found.get("stack")),
     ("as fast with", "text", lambda one: as_fast(one.found)),

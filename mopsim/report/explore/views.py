@@ -13,6 +13,7 @@ from mopsim.report.explore.page import Explorer, View
 from mopsim.report.explore.runs import run_views
 from mopsim.report.explore.steps import ExplorerStep, Json, bars, pareto, step_table, table, timeline
 from mopsim.report.explore.sweep import sweep_views
+from mopsim.search.result import promise
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
     views = _step_views("The strategies", steps)
+    if views:
+        views[0]["note"] = _promises(steps)
     return [*views[:1], *(sweep_views(result["sweep"]) if "sweep" in result else []), *views[1:]]
 
 
@@ -150,12 +153,30 @@ def _recommended(result: Json) -> str:
 def _said(result: Json) -> str:
     one = ExplorerStep("", result)
     speed = f"{result['tokens_per_s_per_device']:,.0f} tokens/s per GPU"
-    return f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
+    said = f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
+    return "; ".join(filter(None, (said, _promise(result))))
+
+
+def _verdict(result: Json) -> str:
+    return "; ".join(filter(None, (str(result["verdict"]), _promise(result))))
+
+
+def _promise(found: Json) -> str:
+    """What its search says of the plans that it left out; nothing where none was made."""
+    return promise(found["gap"], found.get("expected_gap")) if "gap" in found else ""
+
+
+def _promises(steps: Sequence[ExplorerStep]) -> str:
+    """The same of several searches: 'mop, fsdp2: proven: ...; megatron: not exhausted: ...'."""
+    labels: dict[str, list[str]] = {}
+    for one in steps:
+        labels.setdefault(_promise(one.found), []).append(one.label)
+    return ". ".join(f"{', '.join(of)}: {said}" for said, of in labels.items() if said)
 
 
 KINDS = (
     Kind("compare", frozenset({"strategies", "finding"}), _of_compare, _compare, lambda one: one["finding"]),
-    Kind("search", frozenset({"top", "candidates"}), _of_search, _search, lambda one: one["verdict"]),
+    Kind("search", frozenset({"top", "candidates"}), _of_search, _search, _verdict),
     Kind("size", frozenset({"hardware", "deadline_s"}), _of_size, cluster_views, _recommended),
     Kind("validate", frozenset({"runs", "summary"}), lambda _: [], run_views, _errors),
     Kind("context", frozenset({"lengths", "contenders", "cases"}), lambda _: [], context_views, reach),
