@@ -4,7 +4,7 @@ Strategy is what a user decides; a stack is what its software does anyway: which
 collectives copy, what its Python costs the host, which dtypes its state has, what its memory reading means.
 
 Every entry is data with a source (`sources`: dotted field -> where it is written, and of which version). A
-stack that nobody wrote is `generic-eager` or `generic-fused`.
+stack that nobody wrote is guessed by `generic-eager` or `generic-fused`, which are no bounds.
 """
 
 from typing import Literal, TypeVar
