@@ -113,16 +113,17 @@ def _with(request: Request, **values: float) -> Request:
 
 
 def _step_time(request: Request, point: Point) -> list[Swing]:
-    """The whole step at the ends of the interval of days: chance included."""
+    """The whole step at the ends of its own interval."""
     bill, result = point.figures, point.result
     assert bill is not None
     assert result is not None
     ends = []
-    for seconds in bill.seconds_interval():
-        factor = seconds / bill.seconds
+    for wide in (-WIDE, WIDE):
+        factor = math.exp(wide * bill.step_deviation)
         slower = replace(result, tokens_per_second=result.tokens_per_second / factor)
-        ends.append(_end(result.step_time * factor, request, _bill(request, point, slower)))
-    says = "step time, between the ends of the prediction's interval"
+        seconds = result.step_time * bill.measured_over_predicted * factor
+        ends.append(_end(seconds, request, _bill(request, point, slower)))
+    says = "measured step time, between the ends of the prediction's interval"
     return [Swing("step_time", says, "s", ends[0], ends[1], f"{LEVEL:.0%} interval of the prediction")]
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import pairwise
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def test_what_if_moves_days_and_cost_and_a_measurement_narrows_them(found: Clust
         if swing.name in ("step_time", "matmul", "grouped_matmul"):
             assert swing.low.days < bill.days < swing.high.days
     time = next(one for one in swings if one.name == "step_time")
-    assert (time.low.days * DAY, time.high.days * DAY) == pytest.approx(bill.seconds_interval())
+    assert chosen.result is not None
+    assert (time.low.value, time.high.value) == pytest.approx(chosen.result.step_time_interval(0.9))
+    wide = exp(WIDE * bill.step_deviation)
+    assert (time.low.days, time.high.days) == pytest.approx((bill.days / wide, bill.days * wide))
     left = settle(chosen, swings)
     assert all(0 < one.after <= one.before for one in left)
     assert left[-1].after == min(one.after for one in left)
