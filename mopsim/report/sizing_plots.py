@@ -93,6 +93,7 @@ def tornado(path: Path, swings: Sequence[Swing], point: Point) -> Path:
                         axis.annotate(
                             format_number(end.value), (value, row), (3 if side == "left" else -3, 0), ha=side,
                             textcoords="offset points", va="center", fontsize=7.5, color="#212f3c",
+                            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
                         )  # fmt: skip
             axis.axvline(middle, color="#212f3c", linewidth=1)
             axis.margins(x=0.18)
