@@ -36,7 +36,7 @@ from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, size_all
 from mopsim.size.ask import Answer, Ask, answer
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
-from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend
+from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend, surer
 from mopsim.size.settle import settle
 from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
@@ -73,6 +73,11 @@ class Clusters(Result):
         """The nearest miss, where no cluster will do."""
         goal = self.request.goal
         return None if self.chosen else nearest_miss(self.points, goal, self.request.confidence)
+
+    @property
+    def surer(self) -> Point | None:
+        """A cluster that is little dearer than the recommended one and far surer to be in time, if any."""
+        return surer(self.points, self.chosen, self.request.goal)
 
     @property
     def subject(self) -> Point | None:
@@ -113,7 +118,16 @@ class Clusters(Result):
             f"hardware profile {one.hardware.name}": io.digest(one.hardware) for one in self.sizings
         }
         decision = Decision(
-            self.request, self.sizings, self.points, self.front, self.chosen, self.miss, swings, settled, said
+            self.request,
+            self.sizings,
+            self.points,
+            self.front,
+            self.chosen,
+            self.miss,
+            swings,
+            settled,
+            said,
+            self.surer,
         )
         with whole_directory(Path(folder)) as aside:
             write_decision(aside, decision)
@@ -173,6 +187,7 @@ class Clusters(Result):
             "budget": request.simulations,
             "hardware": [sizing_json(sizing, request) for sizing in self.sizings],
             "recommended": point_json(self.chosen, request) if self.chosen else None,
+            "surer": brief_json(self.surer, request) if self.surer else None,
             "fastest": point_json(self.fastest, request) if self.fastest else None,
             "nearest_miss": miss_json(self.miss, request),
             "points": [brief_json(point, request) for point in self.points],

@@ -14,7 +14,15 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count, parse_tokens
-from mopsim.report.sizing import format_dollars, missed, sizing_table, stated, summary
+from mopsim.report.sizing import (
+    asked_odds,
+    format_dollars,
+    missed,
+    sizing_table,
+    stated,
+    summary,
+    surely,
+)
 from mopsim.size.assumptions import read_values
 from mopsim.spec.strategy import MatmulDType
 
@@ -90,8 +98,12 @@ def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = 
     request, chosen = found.request, found.chosen
     console.print(sizing_table(found.sizings, chosen, request, stated(request, found.sizings)))
     within = "" if order.max_cost is None else f" within {format_dollars(order.max_cost)}"
-    kind = "fastest" if request.goal.seconds is None else "cheapest"
-    console.print(f"Recommended ({kind}): {summary(chosen)}\nFastest{within}: {summary(found.fastest)}")
+    asked = asked_odds(request)
+    kind = f"cheapest {asked}, --confidence" if asked else "fastest"
+    console.print(f"Recommended ({kind}): {summary(chosen)}")
+    if better := surely(found.surer, chosen, request):
+        console.print(f"Surer: {better}")
+    console.print(f"Fastest{within}: {summary(found.fastest)}")
     if json:
         io.write_json(json, found.to_json())
     pages = found.write(out, shlex.join(["mopsim", *sys.argv[1:]])) if out else []

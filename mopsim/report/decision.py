@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mopsim.common.io import write_text
-from mopsim.common.units import format_bytes, format_number, format_seconds
+from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
+from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.report.page import templates
 from mopsim.report.sizing import (
@@ -16,6 +17,7 @@ from mopsim.report.sizing import (
     format_energy,
     missed,
     odds,
+    surely,
     title,
 )
 from mopsim.report.sizing_plots import cost_time, tornado
@@ -40,7 +42,8 @@ class DecisionTable:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it."""
+    """What the page says. subject: the cluster recommended, or the nearest miss. swings, settled: of it.
+    surer: a cluster that is little dearer than the chosen one and far surer to be in time, if any."""
 
     request: Request
     sizings: Sequence[Sizing]
@@ -51,6 +54,7 @@ class Decision:
     swings: Sequence[Swing]
     settled: Sequence[Settled]
     facts: Mapping[str, str] = field(default_factory=dict)
+    surer: Point | None = None
 
     @property
     def subject(self) -> Point | None:
@@ -117,7 +121,11 @@ def answer(d: Decision) -> str:
     if bill.cost is not None:
         text += f", {format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
     certain = bill.p_within(d.request.goal.seconds)
-    return text + (f"; the deadline is met with probability {odds(certain)}." if certain else ".")
+    if certain is None:
+        return text + "."
+    text += f"; the deadline is met with probability {odds(certain)} ({d.request.confidence:.0%} asked)."
+    better = surely(d.surer, point, d.request)
+    return f"{text} Surer: {better}." if better else text
 
 
 def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
@@ -131,6 +139,7 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
         ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),
         ("model FLOP utilisation", f"{result.mfu:.1%}" if result else None),
+        ("probability that the plan fits", format_probability(result.p_fits) if result else None),
         ("energy", None if bill.energy is None else format_energy(bill.energy)),
         ("CO2", None if bill.carbon is None else format_carbon(bill.carbon)),
     ]
@@ -262,12 +271,7 @@ def risks(d: Decision) -> list[str]:
             f"{format_seconds(good.interval)}. "
             f"Lost of the wall clock: {worst or 'next to nothing'}. Spare nodes: {good.spares:,}."
         )
-    room = 1 - result.device.quantile(UPPER) / result.memory_limit
-    lines.append(
-        f"Device memory: with a probability of {UPPER:.0%}, "
-        + (f"{room:.0%} of it or more is free" if room >= 0 else f"it is exceeded by at most {-room:.0%}")
-        + ", evenly routed as planned; a router that learns is uneven."
-    )
+    lines.append(_memory(result))
     price = subject.hardware.price_per_device_hour
     if terms.buy:
         one = terms.capex[subject.hardware.name]
@@ -281,6 +285,16 @@ def risks(d: Decision) -> list[str]:
         names = ", ".join(one.name.replace("_", " ") for one in d.swings[:3])
         lines.append(f"What moves the answer most: {names}.")
     return lines
+
+
+def _memory(result: SimResult) -> str:
+    """How surely the plan fits, and how much of the device memory is free or missing at UPPER."""
+    room = 1 - result.device.quantile(UPPER) / result.memory_limit
+    most = f"at least {room:.0%} of it is free" if room >= 0 else f"it is exceeded by at most {-room:.1%}"
+    return (
+        f"The plan fits with probability {format_probability(result.p_fits)}. Usable device memory: with a "
+        f"probability of {UPPER:.0%}, {most}, evenly routed as planned; a router that learns is uneven."
+    )
 
 
 def _measures(settled: Sequence[Settled]) -> DecisionTable:

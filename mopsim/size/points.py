@@ -17,6 +17,9 @@ from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
 DEFAULT_SIMULATIONS = 4
+SURE, LITTLE = 0.95, 1.1
+"""Probability of the deadline from which a cluster is called sure, and how many times the recommended one's
+cost it may be for it to be named beside that."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,23 @@ def recommend(points: Sequence[Point], max_cost: float | None = None) -> tuple[P
     cheapest = min(priced, key=lambda one: one[:3])[3] if priced else None
     fastest = min(affordable, key=lambda one: one[:2])[2] if affordable else None
     return cheapest, fastest
+
+
+def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | None:
+    """The cheapest point that does, is in time with probability SURE or more and costs at most LITTLE times
+    the chosen one; None where that is as sure itself, or has no deadline or price."""
+    bill = chosen.figures if chosen else None
+    certain = bill.p_within(goal.seconds) if bill else None
+    if bill is None or bill.cost is None or certain is None or certain >= SURE:
+        return None
+    most = LITTLE * bill.cost
+    found = [
+        (one.cost, one.seconds, point.num_nodes, point)
+        for point in points
+        if point.does and (one := point.figures) and one.cost is not None and one.cost <= most
+        and (one.p_within(goal.seconds) or 0.0) >= SURE
+    ]  # fmt: skip
+    return min(found, key=lambda one: one[:3])[3] if found else None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,13 @@ import pytest
 import mopsim
 from mopsim.api.size import Clusters
 from mopsim.common import io
+from mopsim.common.units import format_probability
+from mopsim.report.decision import Decision, answer, risks
+from mopsim.report.sizing import surely
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point
 from mopsim.size.figures import DAY, WIDE
-from mopsim.size.points import nearest_miss, pareto
+from mopsim.size.points import nearest_miss, pareto, surer
 from mopsim.size.settle import settle
 
 JOB: dict[str, Any] = {
@@ -195,6 +198,42 @@ def test_the_fastest_within_a_limit_is_searched_for(found: Clusters) -> None:
         inside = [n for n in (3, 5, 6, 7, 10, 12, 14) if low.num_nodes < n < high.num_nodes]
         costs = [one.figures.cost for one in (low, high) if one.figures and one.figures.cost]
         assert not inside or len(costs) < 2 or (costs[0] > limit) == (costs[1] > limit)
+
+
+def priced(point: Point, cost: float, days: float) -> Point:
+    assert point.figures is not None
+    bill = replace(point.figures, cost=cost, seconds=days * DAY, deviation=0.15)
+    return replace(point, figures=bill, in_time=True, affordable=True)
+
+
+def test_a_surer_cluster_of_little_more_cost_is_named(found: Clusters) -> None:
+    """At a deadline of ten days: 9.5 days are even odds and a little, 7 days are sure."""
+    base, goal = found.points[0], Goal(1, 10 * DAY)
+    chosen, sure, dear = priced(base, 100.0, 9.5), priced(base, 108.0, 7.0), priced(base, 111.0, 6.0)
+    assert surer([chosen, dear], chosen, goal) is None
+    assert surer([chosen, dear, sure], chosen, goal) is sure
+    assert surer([chosen, priced(base, 105.0, 9.0), sure], chosen, goal) is sure
+    assert surer([chosen, replace(sure, affordable=False)], chosen, goal) is None
+    assert surer([sure, priced(base, 109.0, 5.0)], sure, goal) is None
+    assert surer([chosen, sure], chosen, Goal(1, None, 1e9)) is None
+    assert surer([sure], None, goal) is None
+    request = replace(found.request, goal=goal)
+    assert "with probability >99%, for 8.0% more cost: 7.0 days, $108" in surely(sure, chosen, request)
+    assert surely(None, chosen, request) == ""
+
+
+def test_the_page_says_how_sure_the_choice_is(found: Clusters) -> None:
+    goal = Goal(1, 10 * DAY)
+    chosen = priced(found.points[0], 100.0, 9.5)
+    request = replace(found.request, goal=goal)
+    decision = Decision(request, [], [], [], chosen, None, [], [], surer=priced(chosen, 108.0, 7.0))
+    assert "is met with probability 63% (50% asked). Surer: " in answer(decision)
+    assert chosen.result is not None
+    fits = format_probability(chosen.result.p_fits)
+    assert f"The plan fits with probability {fits}. Usable device memory: with" in " ".join(risks(decision))
+    tight = replace(chosen.result, memory_limit=int(chosen.result.peak_memory * 0.99))
+    said = " ".join(risks(replace(decision, chosen=replace(chosen, result=tight))))
+    assert "it is exceeded by at most" in said
 
 
 @pytest.mark.parametrize(
