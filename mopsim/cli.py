@@ -292,17 +292,17 @@ app.add_typer(profiles, name="profile")
 def profile_new(
     out: Annotated[str, typer.Option(help="where to write the profile (YAML)")],
     name: Annotated[str | None, typer.Option(help="of the machine type, as h20-sxm-96g")] = None,
-    memory: o.Figure = None,
-    memory_bandwidth: o.Figure = None,
-    bf16: o.Figure = None,
-    fp8: o.Figure = None,
-    scale_up: o.Figure = None,
-    nic: o.Figure = None,
-    host_link: o.Figure = None,
-    host_memory: o.Figure = None,
-    power: o.Figure = None,
-    node_power: o.Figure = None,
-    price: o.Figure = None,
+    memory: o.Memory = None,
+    memory_bandwidth: o.MemoryBandwidth = None,
+    bf16: o.Bf16 = None,
+    fp8: o.Fp8 = None,
+    scale_up: o.ScaleUp = None,
+    nic: o.Nic = None,
+    host_link: o.HostLink = None,
+    host_memory: o.HostMemory = None,
+    power: o.Power = None,
+    node_power: o.NodePower = None,
+    price: o.Price = None,
     devices_per_node: Annotated[int | None, typer.Option(min=1, max=65536, help="GPUs of a node")] = None,
     scale_up_size: Annotated[
         int | None, typer.Option(min=1, max=65536, help="GPUs of one NVLink domain")
@@ -329,7 +329,8 @@ def profile_new(
     json: o.Json = None,
 ) -> None:
     """Describe a card that nobody measured: its figures, the nearest known card for the rest, and how much
-    each of those assumptions moves the step of a reference job."""
+    each of those assumptions moves the step of a reference job. A figure may have another unit: 1,979 TFLOPS,
+    400Gb/s (docs/profile-from-a-data-sheet.md)."""
     from mopsim.commands.profile import CardOrder, run
 
     figures = {

@@ -67,6 +67,8 @@ def run(card: CardOrder, job: Mapping[str, Any], out: str, ask: bool, json: str 
     check_job(profile, job)
     io.write_yaml(Path(out), profile)
     console.print(filled(profile, near, card.figures))
+    if not card.near:
+        console.print(taken(near, card.architecture))
     console.print(f"Written: {out}")
     weighed = _weigh(profile, job, console)
     if json:
@@ -124,6 +126,17 @@ def made(card: CardOrder) -> tuple[HardwareProfile, HardwareProfile]:
     else:
         near = nearest_card([load_profile(one) for one in list_profiles()], given, card.architecture)
     return new_card(name, given, near, card.devices_per_node, card.scale_up_size), near
+
+
+def taken(near: HardwareProfile, architecture: str) -> str:
+    """Which card was taken as the nearest, and whether its architecture is assumed with it."""
+    known = near.device.architecture
+    if architecture:
+        return f"Nearest {known} card by the figures given: {near.name} (--near NAME takes another)"
+    return (
+        f"Nearest card by the figures given: {near.name}. That the new card is {known} too, whose kernels it "
+        "gets, is assumed: --architecture NAME, or --near NAME, if it is not"
+    )
 
 
 def filled(profile: HardwareProfile, near: HardwareProfile, figures: Mapping[str, str]) -> Any:

@@ -43,15 +43,21 @@ FIGURES = (
     Figure("memory", "memory of a GPU", "memory", "GB"),
     Figure("memory-bandwidth", "its bandwidth, as the data sheet says it", "bandwidth", "TB/s"),
     Figure("bf16", "dense bf16 rate, without sparsity", "arithmetic", "TFLOP/s"),
-    Figure("fp8", "dense fp8 rate", "arithmetic", "TFLOP/s"),
-    Figure("scale-up", "NVLink or the like: of a GPU, each way", "bandwidth", "GB/s"),
-    Figure("nic", "network between nodes: of a GPU, each way", "bandwidth", "Gbit/s"),
+    Figure("fp8", "dense fp8 rate, without sparsity", "arithmetic", "TFLOP/s"),
+    Figure(
+        "scale-up", "NVLink or the like: of a GPU, each way (half of what most data sheets print)",
+        "bandwidth", "GB/s",
+    ),
+    Figure(
+        "nic", "network between nodes: of a GPU, each way (the port's rate; half of that of both ways)",
+        "bandwidth", "Gbit/s",
+    ),
     Figure("host-link", "what copies between a GPU and its host reach, each way", "bandwidth", "GB/s"),
     Figure("host-memory", "DRAM of a node", "memory", "TB"),
     Figure("power", "rated power of a GPU", "power", "W"),
     Figure("node-power", "rated power of a node", "power", "kW"),
     Figure("price", "dollars for an hour of a GPU", "price", "USD/h"),
-)
+)  # fmt: skip
 """What is asked for, in the order in which it is asked."""
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "fp8": "fp8"}
 """The figure that is the peak of a dtype."""

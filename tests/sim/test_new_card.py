@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import mopsim
 from mopsim.api.sensitivity import assumptions, sensitivity
-from mopsim.cli import main
+from mopsim.cli import app, main
+from mopsim.commands.profile import taken
 from mopsim.common.io import to_plain
 from mopsim.spec.hardware import HardwareProfile, Quantity
 from mopsim.spec.new_card import FIGURES as FIGURE_KINDS
@@ -135,6 +137,21 @@ def test_units_are_read_as_data_sheets_spell_them(figure: str, text: str, si: fl
             read(text, "datasheet", "a sheet")
     else:
         assert read(text, "datasheet", "a sheet").si == pytest.approx(si)
+
+
+def test_the_help_says_what_each_figure_is() -> None:
+    command = get_command(app).commands["profile"].commands["new"]  # type: ignore[attr-defined]
+    shown = {option.opts[0][2:]: option.help for option in command.params}
+    for figure in FIGURE_KINDS:
+        assert shown[figure.name] == f"{figure.meaning}, {figure.unit}"
+        assert ("half of" in figure.meaning) == (figure.name in ("scale-up", "nic"))
+
+
+def test_an_assumed_architecture_is_said() -> None:
+    guessed, named = taken(NEAR, ""), taken(NEAR, "hopper")
+    assert "h200-sxm-141g. That the new card is hopper too, whose kernels it gets, is assumed" in guessed
+    assert "Nearest hopper card" in named
+    assert "assumed" not in named
 
 
 MISTAKES = [
