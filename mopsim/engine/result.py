@@ -148,7 +148,12 @@ class SimResult:
         }
 
     def to_json(self, level: float = 0.9) -> dict[str, Any]:
-        """The keys of `mopsim simulate --json`: seconds, bytes, FLOP/s. level: of the intervals."""
+        """The keys of `mopsim simulate --json`: seconds, bytes, FLOP/s. level: of the intervals.
+
+        peak_memory_bytes and its interval are of tensors alone. peak_memory_upper_bytes and
+        host_memory_upper_bytes are enough with probability UPPER for those and for what may come on top of
+        them (above_peak_bytes, above_host_bytes), by which p_fits is judged.
+        """
         return {
             **self.intervals(level),
             "step_time_s": self.step_time,

@@ -13,7 +13,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals import Ratio
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
-from mopsim.report.tables import COLUMNS, beside, plan_line, row
+from mopsim.report.tables import COLUMNS, P_FITS, beside, plan_line, row
 from mopsim.report.terminal import size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import exhausted, format_gap
@@ -237,7 +237,7 @@ def write_compare(
     ]
     whiskers = f"Lines over the bars: a measured value lies between their ends with probability {level:.0%}."
     sections = [
-        Section("The strategies", table=Table(COLUMNS, [row(result) for result in results])),
+        Section("The strategies", f"{P_FITS}.", table=Table(COLUMNS, [row(result) for result in results])),
         Section(
             "Memory by category",
             whiskers,

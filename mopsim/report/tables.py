@@ -8,6 +8,7 @@ from rich.text import Text
 
 from mopsim.common.units import UNITS, format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
+from mopsim.engine.result import UPPER
 from mopsim.intervals import SURE
 from mopsim.report.terminal import numbered, size, table
 from mopsim.search.result import Freedom
@@ -22,6 +23,14 @@ memory: device peak; limit: share of the usable device memory that the peak is. 
 waiting for communication, copies and the host."""
 
 
+ENOUGH = f"memory enough with {UPPER:.0%}"
+"""What `peak_memory_upper_bytes` and `host_memory_upper_bytes` are called: more than the upper end of an
+interval of memory, which is of tensors alone."""
+P_FITS = (
+    "P(fits): that device and host have enough for tensors and for what the allocator and communicators "
+    "may add"
+)
+"""What stands by every table of steps."""
 MOST_TOGETHER = 3
 """Combinations of fields that a row names; the JSON has all."""
 
@@ -100,8 +109,8 @@ def comparison(
         numbered(lines),
         Text(
             "exposed: share of the step in which compute waits for communication, copies or the host. "
-            f"{level:.0%}: where a measured value lies with that probability. P(fits): that the memory is "
-            f"enough. Limits of a rank: {limit}",
+            f"{level:.0%}: where a measured value lies with that probability, in memory the peak of tensors. "
+            f"{P_FITS}. Limits of a rank: {limit}",
             style="dim",
         ),
     )

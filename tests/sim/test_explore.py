@@ -2,10 +2,12 @@
 
 import json
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mopsim
 from mopsim.common import io
@@ -13,6 +15,7 @@ from mopsim.report import explore
 from mopsim.report.explore.page import html
 from mopsim.report.explore.steps import front
 from mopsim.report.explore.views import explorer, kind_of, steps_of
+from mopsim.report.tables import ENOUGH, P_FITS, comparison
 from tests.sim.explored import JOB, results
 
 KINDS = ("simulate", "search", "compare", "size", "context", "validate")
@@ -82,12 +85,31 @@ def test_a_page_says_how_far_its_search_is_proven(made: dict[str, dict[str, Any]
     assert summary(data) == data["verdict"]
     assert proven in summary({**made["simulate"], "gap": 0.0, "expected_gap": 0.0})
     compared = json.loads(json.dumps(made["compare"]))
-    assert views(compared)[0]["note"] == ""
+    assert "proven" not in views(compared)[0]["note"]
     compared["strategies"]["mop"] |= {"gap": 0.0, "expected_gap": 0.0}
     compared["strategies"]["fsdp2"] |= {"gap": 0.47, "expected_gap": 0.02}
     found = views(compared)[0]
-    assert found["note"] == f"mop: {proven}. fsdp2: {left}"
+    assert found["note"].startswith(f"mop: {proven}. fsdp2: {left}. memory: ")
     assert {"gap", "expected gap"} <= {column["name"] for column in found["columns"]}
+
+
+def test_what_is_enough_is_told_apart_from_the_interval_of_memory(
+    made: dict[str, dict[str, Any]],
+) -> None:
+    """The table and the tooltip have what is enough with 95 %, the terminal an interval of tensors alone:
+    both say what P(fits) is judged by."""
+    step = mopsim.simulate(**JOB, strategy=mopsim.mop(dtype="float32"))
+    shown = Console(width=1000, record=True, file=StringIO())
+    shown.print(comparison([step.result], "tiny"))
+    assert f"in memory the peak of tensors. {P_FITS}" in shown.export_text()
+    table, plot = (
+        views(made["compare"])[0],
+        next(one for one in views(made["compare"]) if one["title"] == "Step time against memory"),
+    )
+    assert f"{ENOUGH}: for them and for what the allocator" in table["note"]
+    assert P_FITS in table["note"]
+    assert ENOUGH in {column["name"] for column in table["columns"]}
+    assert ENOUGH in {name for name, *_ in plot["series"][0]["points"][0]["rows"]}
 
 
 def test_intervals_become_bands_and_columns(made: dict[str, dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals import SURE
 from mopsim.program.workload import STREAMS
 from mopsim.report.explore.page import View
-from mopsim.report.tables import describe, freedom
+from mopsim.report.tables import ENOUGH, P_FITS, describe, freedom
 from mopsim.spec.strategy import Strategy
 
 Json = Mapping[str, Any]
@@ -84,7 +84,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("MFU", "fraction", lambda one: one.found["mfu"]),
     ("exposed", "fraction", lambda one: exposed(one.found)),
     ("memory", "bytes", lambda one: one.found["peak_memory_bytes"]),
-    ("memory, 95 %", "bytes", lambda one: one.found.get("peak_memory_upper_bytes")),
+    (ENOUGH, "bytes", lambda one: one.found.get("peak_memory_upper_bytes")),
     ("limit", "bytes", lambda one: one.found["memory_limit_bytes"]),
     ("host", "bytes", lambda one: one.found.get("host_memory_bytes")),
     ("P(fits)", "fraction", lambda one: one.found.get("p_fits")),
@@ -108,11 +108,18 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
     }  # fmt: skip
 
 
-def step_table(title: str, steps: Sequence[ExplorerStep]) -> View:
+NOTE = (
+    f"memory: the peak of tensors. {ENOUGH}: for them and for what the allocator and communicators may add, "
+    f"with that probability. {P_FITS}."
+)
+
+
+def step_table(title: str, steps: Sequence[ExplorerStep], note: str = "") -> View:
     """A row for each step."""
     rows = [[get(one) for _, _, get in COLUMNS] for one in steps]
     marks = [one.state for one in steps]
-    return table(title, [(name, kind) for name, kind, _ in COLUMNS], rows, marks=marks)
+    columns = [(name, kind) for name, kind, _ in COLUMNS]
+    return table(title, columns, rows, " ".join(filter(None, (note, NOTE))), marks)
 
 
 def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
@@ -124,7 +131,7 @@ def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
         ("step", found["step_time_s"], "seconds"), ("at least", low, "seconds"), ("at most", high, "seconds"),
         ("tokens/s per GPU", found["tokens_per_s_per_device"], "number"), ("MFU", found["mfu"], "fraction"),
         ("exposed", exposed(found), "fraction"), ("memory", found["peak_memory_bytes"], "bytes"),
-        ("memory, 95 %", found.get("peak_memory_upper_bytes"), "bytes"),
+        (ENOUGH, found.get("peak_memory_upper_bytes"), "bytes"),
         ("P(fits)", found.get("p_fits"), "fraction"),
     ]  # fmt: skip
 

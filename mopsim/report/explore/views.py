@@ -102,11 +102,11 @@ def _of_compare(result: Json) -> list[ExplorerStep]:
     return [ExplorerStep(label, one) for label, one in result["strategies"].items()]
 
 
-def _step_views(title: str, steps: list[ExplorerStep]) -> list[View]:
+def _step_views(title: str, steps: list[ExplorerStep], note: str = "") -> list[View]:
     if not steps:
         return []
     scatter = [pareto(steps)] if len(steps) > 1 else []
-    return [step_table(title, steps), *scatter, *bars(steps)]
+    return [step_table(title, steps, note), *scatter, *bars(steps)]
 
 
 def _simulate(result: Json, steps: list[ExplorerStep]) -> list[View]:
@@ -124,9 +124,7 @@ def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 
 def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
-    views = _step_views("The strategies", steps)
-    if views:
-        views[0]["note"] = _promises(steps)
+    views = _step_views("The strategies", steps, _promises(steps))
     return [*views[:1], *(sweep_views(result["sweep"]) if "sweep" in result else []), *views[1:]]
 
 
@@ -171,7 +169,7 @@ def _promises(steps: Sequence[ExplorerStep]) -> str:
     labels: dict[str, list[str]] = {}
     for one in steps:
         labels.setdefault(_promise(one.found), []).append(one.label)
-    return ". ".join(f"{', '.join(of)}: {said}" for said, of in labels.items() if said)
+    return " ".join(f"{', '.join(of)}: {said}." for said, of in labels.items() if said)
 
 
 KINDS = (
