@@ -65,6 +65,16 @@ def axes_of(problem: Problem, family: str) -> Axes:
     return found
 
 
+def offered(problem: Problem, family: str, column: str) -> set[int]:
+    """Values of a column in a family's space: of its axis, or the default where none sets it."""
+    for key, values in axes_of(problem, family).items():
+        columns = key if isinstance(key, tuple) else (key,)
+        if column in columns:
+            place = columns.index(column)
+            return {value[place] if isinstance(value, tuple) else value for value in values}
+    return {DEFAULTS[column]}
+
+
 def _micro_batches(problem: Problem) -> list[int]:
     """Up to the whole global batch: powers of two, and those times its odd part."""
     batch = problem.training.global_batch

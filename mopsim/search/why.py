@@ -9,7 +9,8 @@ from mopsim.common.io import convert, to_plain
 from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
-from mopsim.search.problem import Problem
+from mopsim.search.axes import offered
+from mopsim.search.problem import DEVICE, Problem
 from mopsim.search.result import TIE, SearchResult
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
@@ -48,7 +49,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     sure = min(SURE, found.best.p_fits)
     fits = [one for one in found.played if one.fits and one.p_fits >= sure]
     lines = [_bounds(found.best)]
-    lines += [_costs(found.best, name, rule, fits) for name, rule in _restrictions(found)]
+    lines += [_costs(found.best, name, rule, fits) for name, rule in _restrictions(found, problem)]
     lines += [line for line in (_risky(found), _memory(found, "device"), _memory(found, "host")) if line]
     lines += [line for line in (_faster(found, problem, name) for name in LINKS) if line]
     return [*lines, *_rivals(found)]
@@ -72,21 +73,23 @@ def _waits(one: SimResult) -> list[tuple[str, float]]:
     return [(WAITS.get(name, name.replace("_", " ")), share) for share, name in shares[:3] if share >= SOME]
 
 
-def _restrictions(found: SearchResult) -> Iterator[tuple[str, Rule]]:
-    """Rules that a user may have, of those that the best does not keep."""
-    best = found.best
+def _restrictions(found: SearchResult, problem: Problem) -> Iterator[tuple[str, Rule]]:
+    """Rules that a user may have, of those that the best does not keep and that a family searched can keep:
+    its space has the value of the column that decides it."""
+    best, families = found.best, found.best_by_family
     assert best is not None
-    rules: dict[str, Rule] = {
-        "only what mopexec runs": lambda one: (
-            runnable(one.strategy, found.model, one.training, one.stack) is None
+    rules: dict[str, tuple[Rule, tuple[str, int] | None]] = {
+        "only what mopexec runs": (
+            lambda one: runnable(one.strategy, found.model, one.training, one.stack) is None, None,
         ),
-        "nothing on the host": lambda one: one.host_memory == 0,
-        "no recomputation": lambda one: one.strategy.activations.recompute == "none",
-        "no pipeline": lambda one: one.strategy.pipeline.pipeline_parallel == 1,
-        "no tensor parallelism": lambda one: one.strategy.dense.tensor_parallel == 1,
-    }
-    for name, rule in rules.items():
-        if not rule(best):
+        "nothing on the host": (lambda one: one.host_memory == 0, ("state", DEVICE)),
+        "no recomputation": (lambda one: one.strategy.activations.recompute == "none", ("recompute", 0)),
+        "no pipeline": (lambda one: one.strategy.pipeline.pipeline_parallel == 1, ("pipeline", 1)),
+        "no tensor parallelism": (lambda one: one.strategy.dense.tensor_parallel == 1, ("tensor", 1)),
+    }  # fmt: skip
+    for name, (rule, choice) in rules.items():
+        possible = choice is None or any(choice[1] in offered(problem, one, choice[0]) for one in families)
+        if possible and not rule(best):
             yield name, rule
 
 

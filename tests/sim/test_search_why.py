@@ -114,6 +114,27 @@ def test_why_says_what_bounds_and_what_restrictions_cost(found: SearchResult, pr
     assert lines == why(found, problem)
 
 
+@pytest.mark.parametrize(
+    ("family", "cannot", "other"),
+    [("mop", "no recomputation", "fsdp2"), ("zero_offload", "nothing on the host", "mop")],
+)
+def test_a_choice_that_no_family_searched_has_is_no_restriction(
+    found: SearchResult, problem: Problem, family: str, cannot: str, other: str
+) -> None:
+    """MoP recomputes always, ZeRO-Offload has its optimizer on the host: no plan was refused for that."""
+
+    def told(*families: str) -> bool:
+        best = found.best_by_family[family]
+        assert best is not None
+        asked = replace(
+            found, top=[best], best_by_family={one: found.best_by_family[one] for one in families}
+        )
+        return any(line.startswith(f"{cannot}: ") for line in why(asked, problem))
+
+    assert told(family, other)
+    assert not told(family)
+
+
 def test_more_memory_that_would_help_is_told(found: SearchResult, problem: Problem) -> None:
     """A plan that is faster and does not fit by 1 GiB."""
     best = found.best
