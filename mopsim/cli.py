@@ -11,6 +11,7 @@ import typer  # noqa: E402
 
 from mopsim.commands import options as o  # noqa: E402
 from mopsim.commands import pairs  # noqa: E402
+from mopsim.strategies import FAMILIES  # noqa: E402
 
 app = typer.Typer(
     name="mopsim",
@@ -59,7 +60,7 @@ def search(
     top: Annotated[int, typer.Option(min=1, max=10**6, help="how many strategies to rank")] = 5,
     family: Annotated[
         str,
-        typer.Option(help="families to search, comma-separated; default: mop,fsdp2,zero_offload,megatron"),
+        typer.Option(help=f"families to search, comma-separated; default: {','.join(FAMILIES)}"),
     ] = "",
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mopsim.common.units import parse_count
+from mopsim.strategies import FAMILIES
 
 Model = Annotated[str, typer.Option(help="preset, YAML file or Hugging Face config.json")]
 Hardware = Annotated[str, typer.Option(help="hardware profile: a name or a YAML file")]
@@ -13,7 +14,7 @@ Nodes = Annotated[int, typer.Option(min=1, max=65536, help="number of nodes")]
 SeqLen = Annotated[str, typer.Option(help="tokens per sequence: 4096, 128K, 1M")]
 GlobalBatch = Annotated[int, typer.Option(min=1, help="sequences per optimizer step")]
 OneStrategy = Annotated[
-    str, typer.Option(help="a strategy or plan YAML, or a family: mop, fsdp2, zero_offload, megatron")
+    str, typer.Option(help=f"a strategy or plan YAML, or a family: {', '.join(FAMILIES)}")
 ]
 Routing = Annotated[
     str,

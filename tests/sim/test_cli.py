@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line refusals, JSON keys, and what is not imported."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,16 @@ def test_cli_imports_neither_torch_nor_matplotlib() -> None:
     heavy = ("torch", "matplotlib", "simpy", "numpy")
     code = f"import mopsim, mopsim.cli, sys; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["search", "simulate"])
+def test_help_names_the_families_of_the_table(command: str) -> None:
+    """A fifth one, which no command knows by name."""
+    code = (
+        "import mopsim.strategies as table; table.FAMILIES = ('fourth', 'fifth'); import sys; "
+        f"sys.argv = ['mopsim', '{command}', '--help']; from mopsim.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = " ".join(done.stdout.replace("│", " ").split())
+    assert re.search(r"fourth, ?fifth", said)
+    assert "zero_offload" not in said
