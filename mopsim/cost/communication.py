@@ -1,5 +1,9 @@
 """Seconds of collectives and host transfers."""
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import binom
+
 from mopsim.program.workload import Work
 from mopsim.spec.hardware import CollectiveCurve, Fabric, HardwareProfile
 
@@ -82,20 +86,36 @@ def collective(work: Work, profile: HardwareProfile) -> float:
     return launches * max(slow, _inside(work.kind, profile, intra, inside, block) if intra > 1 else 0.0)
 
 
+def reached(
+    places: float | NDArray[np.float64], choices: float | NDArray[np.float64], experts: float
+) -> NDArray[np.float64]:
+    """Share of rows that go to one of equal `places`, ranks or domains: those that chose an expert there.
+
+    choices: k of a row, of the busiest rank not always whole. experts: E, in equal parts of e = E / n on n
+    places. The choices are different experts, so C(E - e, k) / C(E, k) of the rows have none among e
+    (hypergeometric), and no row where fewer than k are elsewhere. 0: not known, (1 - 1/n)^k have none.
+    """
+    if not experts:
+        return np.asarray(1 - (1 - 1 / places) ** choices)
+    elsewhere = experts - experts / places
+    missed = binom(elsewhere, choices) / binom(experts, choices)
+    return np.asarray(1 - np.where(choices < elsewhere + 1, missed, 0.0))
+
+
 def _deduplicated(work: Work, profile: HardwareProfile, once: float) -> float:
     """All-to-all of rows that go once to a domain, and on to each rank of it that wants them, once.
 
-    once: bytes of all rows of a rank. A row chooses k ranks uniformly, so it goes to a share
-    1 - (1 - 1/n)^k of n ranks or domains. The hops inside the
-    domains and those over NICs are pipelined; the slower counts.
+    once: bytes of all rows of a rank. The hops inside the domains and those over NICs are pipelined; the
+    slower counts.
     """
-    n, intra, k = work.group.size, work.group.intra, work.group.choices
+    n, intra = work.group.size, work.group.intra
+    choices = work.group.choices, work.group.experts
     domains = n / intra
     out = profile.scale_out.collectives["all_to_all"]
-    wanted = once * (n - 1) * (1 - (1 - 1 / n) ** k)
+    wanted = once * (n - 1) * float(reached(n, *choices))
     if intra == n:
         return _inside("all_to_all", profile, n, wanted)
-    sent = once * (domains - 1) * (1 - (1 - 1 / domains) ** k)
+    sent = once * (domains - 1) * float(reached(domains, *choices))
     outside = _seconds(out, domains, sent * _crossing("all_to_all", profile.scale_out, domains))
     inside = wanted * (intra - 1) / intra
     return max(outside, _inside("all_to_all", profile, intra, inside) if intra > 1 else 0.0)

@@ -175,10 +175,13 @@ def _routes(
 
 
 def _groups(model: ModelSpec, strategy: Strategy, domain: int) -> dict[str, CommGroup]:
-    """Process groups; that of the experts knows how many a token chooses where copies are sent once."""
+    """Process groups; that of the experts knows how many a token chooses, of how many, where copies are sent
+    once."""
     found = process_groups(strategy, domain)
     if strategy.experts.token_dispatcher != "alltoall":
-        found["experts"] = replace(found["experts"], choices=model.num_experts_per_tok)
+        found["experts"] = replace(
+            found["experts"], choices=model.num_experts_per_tok, experts=model.num_local_experts
+        )
     return found
 
 

@@ -26,13 +26,15 @@ class CommGroup:
     """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
 
     choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
-    chooses where the busiest rank gets more than the mean; 0: all travel. block: devices of the smallest
-    aligned block (a power of two) of a domain that holds its ranks there, 0 where it is not known.
+    chooses where the busiest rank gets more than the mean; 0: all travel. experts: of all the ranks of such
+    an exchange, 0 where their number is not known. block: devices of the smallest aligned block (a power of
+    two) of a domain that holds its ranks there, 0 where it is not known.
     """
 
     size: int
     intra: int
     choices: float = 0.0
+    experts: int = 0
     block: int = 0
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.cost.communication import reached
 from mopsim.spec.hardware import CollectiveCurve, HardwareProfile
 
 Reals = NDArray[np.float64]
@@ -15,8 +16,8 @@ class Message:
     """A collective that each rank takes part in `times` times a step.
 
     size: bytes of the full buffer. ranks: of the group, each `stride` ranks after the one before. choices: of
-    an all-to-all that sends a row once to a domain and once to a rank, the ranks that it is meant for; 0: a
-    row for each.
+    an all-to-all that sends a row once to a domain and once to a rank, the experts that it is meant for, of
+    so many `experts`; 0: a row for each.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class Message:
     times: Reals | float
     stride: Reals | float = 1.0
     choices: Reals | float = 0.0
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Wires:
         intra = np.minimum(n, np.maximum(np.ceil(self.domain / np.maximum(message.stride, 1)), 1))
         times = np.where(n > 1, message.times, 0.0) * self.scale(message.kind)
         inside = intra >= n
-        wire = self._wire(message.kind, message.size, n) * _distinct(n, message.choices)
+        wire = self._wire(message.kind, message.size, n) * _distinct(n, message)
         up = times * self._inside(message.kind, n, wire)
         if inside.all():
             return up, np.zeros_like(up)
@@ -84,8 +86,8 @@ class Wires:
         if kind == "send_recv":
             return _curve(curve, np.ones_like(n), message.size * crossing)
         if kind == "all_to_all":
-            outside = message.size * (n - intra) / n * _distinct(domains, message.choices)
-            within = message.size * (intra - 1) / n * _distinct(n, message.choices)
+            outside = message.size * (n - intra) / n * _distinct(domains, message)
+            within = message.size * (intra - 1) / n * _distinct(n, message)
             slow = _curve(curve, np.where(np.asarray(message.choices) > 0, domains, n), outside * crossing)
         else:
             outside = self._wire(kind, message.size / intra, domains)
@@ -105,10 +107,16 @@ class Wires:
         return np.where(domains <= leaf, 1.0, np.maximum(1.0, fabric.oversubscription * share))
 
 
-def _distinct(places: Reals, choices: Reals | float) -> Reals:
+def _distinct(places: Reals, message: Message) -> Reals:
     """Rows sent to places, of those that would be sent once for each of a row's choices of one."""
-    most = np.maximum(choices, 1)
-    return np.where(np.asarray(choices) > 0, places * (1 - (1 - 1 / places) ** most) / most, 1.0)
+    if not np.any(message.choices):
+        return np.ones(1)
+    many, at = np.unique(places, return_inverse=True)
+    found = places
+    for choices in np.unique(message.choices):
+        once = many * reached(many, choices, message.experts) / choices if choices else np.ones(len(many))
+        found = np.where(message.choices == choices, once[at], found)
+    return found
 
 
 def _curve(curve: CollectiveCurve, ranks: Reals, wire: Reals) -> Reals:

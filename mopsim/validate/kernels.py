@@ -2,6 +2,7 @@
 `mopsim.cost`."""
 
 from mopsim.cost import seconds
+from mopsim.cost.communication import reached
 from mopsim.cost.compute import for_heads
 from mopsim.program.workload import CommGroup, Work
 from mopsim.spec.hardware import HardwareProfile
@@ -55,7 +56,8 @@ def all_to_all(component: Component, hardware: HardwareProfile) -> float:
     """Seconds of an exchange among `ep` ranks, or bytes/s of its slowest link."""
     ranks = int(component.number("ep"))
     choices = int(component.number("top_k")) if component.does("deduplicated") else 0
-    group = CommGroup(ranks, min(ranks, hardware.scale_up_size), choices)
+    experts = int(component.number("num_experts")) if "num_experts" in component.params else 0
+    group = CommGroup(ranks, min(ranks, hardware.scale_up_size), choices, experts)
     if "bytes_per_rank" in component.params:
         size = component.number("bytes_per_rank")
     else:
@@ -68,4 +70,4 @@ def all_to_all(component: Component, hardware: HardwareProfile) -> float:
         return time
     places = ranks if component.params.get("link") == "nvlink" else ranks // group.intra
     once = size / component.number("top_k")
-    return once * places * (1 - (1 - 1 / places) ** choices) / time
+    return once * places * float(reached(places, choices, experts)) / time

@@ -1,14 +1,18 @@
 """Seconds by hand on the toy machine, and corrections."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import msgspec
+import numpy as np
 import pytest
 
 from mopsim.common.errors import SpecError
 from mopsim.cost import raw_seconds, seconds
+from mopsim.cost.communication import reached
 from mopsim.program.topology import span
 from mopsim.program.workload import CommGroup, Work
+from mopsim.search.wires import Message, Wires
 from mopsim.spec.hardware import Correction, MatmulCurve
 from mopsim.spec.profiles import load_profile
 from tests.sim.toys import machine, quantity
@@ -153,6 +157,34 @@ def test_an_oversubscribed_spine_slows_what_crosses_it() -> None:
     assert time("all_gather", 2) == pytest.approx(2)  # one of two domains of a leaf sends outside
     assert time("all_gather", 4) == 1
     assert time("all_to_all", 8) == 1  # rail-optimised: all of them under one leaf
+
+
+@pytest.mark.parametrize(("experts", "choices"), [(8, 2), (8, 5), (12, 4)])
+@pytest.mark.parametrize("places", [1, 2, 4])
+def test_a_row_reaches_the_ranks_that_have_its_experts(experts: int, choices: int, places: int) -> None:
+    """Counted over every way to choose. An unknown number of experts is as good as very many."""
+    each = experts // places
+    chosen = list(combinations(range(experts), choices))
+    there = sum(any(expert < each for expert in row) for row in chosen)
+    assert float(reached(places, choices, experts)) == pytest.approx(there / len(chosen))
+    assert float(reached(places, choices, 0)) == pytest.approx(reached(places, choices, 10**6), rel=1e-4)
+    for share in (float(reached(places, many / 8, experts)) for many in range(8, 8 * experts)):
+        assert 0 < share <= 1
+
+
+def test_a_deduplicated_exchange_sends_a_row_to_each_of_its_ranks_once() -> None:
+    """Two different experts of eight, one on each rank: 2 x 7/8 of the copies leave their rank."""
+    work = Work("all_to_all", bytes=8e9, group=CommGroup(8, 8, 2, 8))
+    assert seconds(work, TOY) == pytest.approx(2 * 7 / 8 * 4e9 / 100e9)
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 16, 32])
+def test_the_closed_form_of_a_deduplicated_exchange_is_what_is_simulated(ranks: int) -> None:
+    work = Work("all_to_all", bytes=8e9, group=CommGroup(ranks, min(ranks, 8), 6, 64))
+    some = np.array([float(ranks), 1.0])
+    message = Message("all_to_all", np.full(2, 8e9), some, 1.0, 1.0, np.array([6.0, 0.0]), 64)
+    found = np.add(*Wires(TOY, 32).seconds(message))
+    assert found.tolist() == [pytest.approx(seconds(work, TOY)), 0.0]
 
 
 def test_only_the_network_between_domains_is_oversubscribed() -> None:
