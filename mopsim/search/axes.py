@@ -23,7 +23,11 @@ from mopsim.search.problem import (
     divisors,
 )
 from mopsim.search.stages import IDEAL, RULES, VIRTUAL
+from mopsim.spec.capability.expressions import holds
+from mopsim.spec.capability.job import Job
 from mopsim.spec.layout import ceil_div
+from mopsim.spec.stacks import load_stack
+from mopsim.strategies import STACKS, mop
 
 MOP, FSDP2, ZERO, MEGATRON = ("mop",), ("fsdp2",), ("zero_offload",), ("megatron",)
 FLAT = (*MOP, *ZERO)
@@ -164,11 +168,22 @@ def _overlaps(problem: Problem) -> list[int]:
 
 
 def _states(problem: Problem) -> list[tuple[int, ...]]:
-    """(state, bucket): on the device; streamed in buckets; updated by the host."""
+    """(state, bucket, beside): on the device; streamed in buckets, at the end of a step or beside the next
+    forward, where the program can; updated by the host."""
     per_rank = ceil_div(problem.total_params, problem.world_size)
     whole = DEFAULTS["bucket"]
     buckets = [25_000_000, whole] if per_rank > 50_000_000 else sorted({max(1, ceil_div(per_rank, 4)), whole})
-    return [(DEVICE, whole), *((STREAMED, bucket) for bucket in buckets), (HOST, whole)]
+    ways = [0, 1] if _updates_beside(problem) else [0]
+    streamed = [(STREAMED, bucket, way) for way in ways for bucket in buckets]
+    return [(DEVICE, whole, 0), *streamed, (HOST, whole, 0)]
+
+
+def _updates_beside(problem: Problem) -> bool:
+    """Whether the program can update beside the next forward; on a CPU its cores would be the forward's."""
+    job = Job(
+        problem.model, mop(problem.world_size), problem.training, problem.stack or load_stack(STACKS["mop"])
+    )
+    return problem.hardware.device_kind != "cpu" and holds("pairs")(job)
 
 
 def _host_states(problem: Problem) -> list[tuple[int, ...]]:
@@ -230,7 +245,7 @@ AXES: tuple[Axis, ...] = (
     Axis(("loss",), _just(RING), MOP),
     Axis(("loss", "loss_slices"), _just((FULL, 1), (CHUNKED, 8), (CHUNKED, 32)), FSDP2),
     Axis(("loss", "loss_slices"), _just((FULL, 1), (CHUNKED, 8)), ZERO),
-    Axis(("state", "bucket"), _states, MOP),
+    Axis(("state", "bucket", "beside"), _states, MOP),
     Axis(("state",), _just(HOST), ZERO),
     Axis(("offload", "state"), _just((0, DEVICE), (1, HOST)), FSDP2),
     Axis(("boundary_host", "boundary_parts"), _boundaries, FLAT),

@@ -269,12 +269,12 @@ class Bounder(Footprint):
 
     def copy_time(self) -> Reals:
         """Layer inputs out and back over the host link, the slower way; with offload the weights up for each
-        use and their gradients down."""
-        c, each = self.c, self.copied
-        moved, offload = self.moved() * self.microbatches, c["offload"] * self.held()[0] * self.microbatches
-        uses = c["reshard"] + 1
-        up = (moved + offload * uses * self.param) * each("h2d")
-        down = (moved + offload * self.grad) * each("d2h")
+        use and their gradients down; the state of an update beside the next forward both ways."""
+        c, each, (weights, state) = self.c, self.copied, self.held()
+        moved, offload = self.moved() * self.microbatches, c["offload"] * weights * self.microbatches
+        uses, beside = c["reshard"] + 1, c["beside"] * state * (self.wide + self.moments)
+        up = (moved + offload * uses * self.param) * each("h2d") + beside * each("h2d", duplex=True)
+        down = (moved + offload * self.grad) * each("d2h") + beside * each("d2h", duplex=True)
         return np.asarray(np.maximum(up, down))
 
     def awaited(self) -> Reals:
@@ -291,8 +291,8 @@ class Bounder(Footprint):
         return self.scale(way) / host_rate(way, self.hardware, duplex=duplex)
 
     def optimizer_time(self) -> Reals:
-        """Of the update after the passes. On the host, of all but flat units: gradients down, the update,
-        parameters up, one after the other."""
+        """Of the update after the passes, of one beside the next forward the norm alone. On the host, of all
+        but flat units: gradients down, the update, parameters up, one after the other."""
         _, state = self.held()
         device, host, flat = self.hardware.device, self.hardware.host, self.space.stack.explicit
         on_device = (1 - self.state_away) * state / device.adam_rate.si * self.scale("optimizer")
@@ -300,6 +300,6 @@ class Bounder(Footprint):
         on_host = self.scale("host_optimizer") / host.adam_rate.si
         visits = self.grad * self.copied("d2h") + self.param * self.copied("h2d")
         after = np.where(self.c["offload"] == 1, 0.0, 0.0 if flat else visits)
-        each = np.where(self.c["state"] == HOST, on_host + after, streamed)
+        each = np.where(self.c["state"] == HOST, on_host + after, streamed * (1 - self.c["beside"]))
         norm = state * self.grad * self.traffic if flat else 0.0
         return np.asarray(np.maximum(on_device, self.state_away * state * each) + norm)

@@ -92,6 +92,7 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     "optimizer": lambda problem, row: STATES[row["state"]],
     "optimizer_on_host": lambda problem, row: 0.0 if row["state"] == DEVICE else row["state_parts"] / PARTS,
     "optimizer_bucket_params": _column("bucket"),
+    "optimizer_overlap": lambda problem, row: bool(row["beside"]),
     "offload_inputs": lambda problem, row: bool(row["boundary_host"]),
     "offload_inputs_bytes": _budget,
     "recompute": lambda problem, row: (

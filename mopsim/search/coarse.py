@@ -33,6 +33,6 @@ def coarse(problem: Problem, axes: Axes) -> Axes:
 
 def _thin(key: Any, values: Values, keep: Callable[[Any], bool] | None) -> Any:
     """The values to keep of one axis; all of them where none would be left."""
-    if key == ("state", "bucket"):
-        return list({pair[0]: pair for pair in values if isinstance(pair, tuple)}.values())
+    if key == ("state", "bucket", "beside"):
+        return list({(one[0], one[2]): one for one in values if isinstance(one, tuple)}.values())
     return [value for value in values if keep is None or keep(value)] or list(values)

@@ -14,7 +14,10 @@ from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, Column, o
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds, of_stage, under_way
 from mopsim.search.wires import Reals, Wires
+from mopsim.spec.strategy import Optimizer
 
+SLOTS = Optimizer().slots
+"""Staging buffers of an update beside the next forward."""
 LAST = -1
 """The last stage of a pipeline, as an index."""
 
@@ -107,7 +110,9 @@ class Footprint:
         weights, state = self.held()
         params = np.where(c["offload"] == 1, 0, weights * self.param)
         grads = np.where(c["offload"] == 1, 0, weights * self.grad)
-        optimizer = (1 - self.state_away) * state * (self.master() + self.moments)
+        each = self.master() + self.moments
+        optimizer = (1 - self.state_away) * state * each
+        optimizer = optimizer + c["beside"] * np.minimum(SLOTS * c["bucket"], state) * each
         one = c["pipeline"] == 1
         early = grads * (self.microbatches > 1) if self.fully_shard else grads
         resident = params + optimizer + early

@@ -26,6 +26,7 @@ _TOGETHER = {
     "layout": "virtual_stages",
     "modules": "recompute",
     "bucket": "state",
+    "beside": "state",
     "state_parts": "state",
     "offload": "state",
     "loss_slices": "loss",

@@ -65,6 +65,7 @@ DEFAULTS = {
     "state": DEVICE,
     "state_parts": PARTS,
     "bucket": 100_000_000,
+    "beside": 0,
     "boundary_host": 0,
     "boundary_parts": PARTS,
     "recompute": 1,

@@ -8,7 +8,7 @@ import numpy as np
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.flow import Alone
-from mopsim.search.footprint import LAST, microbatches
+from mopsim.search.footprint import LAST, SLOTS, microbatches
 from mopsim.search.learn import coded
 from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
 from mopsim.search.problem import Column
@@ -125,12 +125,22 @@ class Refined(Bounder):
             for way, one, other in zip(back[1:], gathers, reduced, strict=True)
         ]
         backward = np.maximum.reduce([back[0], *busy])
+        forward = forward + np.maximum(self._updated() - forward / self.microbatches, 0.0)
         if flat:
             experts = self._sum(lambda piece: [piece.parts[1]])[0]
             chain, *fabrics = self._sum(lambda piece: [piece.parts[0], piece.parts[2]])
             between = [way * last + one for way, one in zip(fabrics, reduced, strict=True)]
             backward = np.maximum(backward, experts + np.maximum.reduce([chain, *between]))
         return np.asarray(forward + backward + self._head(lambda piece: piece.chain))
+
+    def _updated(self) -> Reals:
+        """Seconds for which the layers' state goes up beside the first forward, whose last layer waits for
+        its update: all but that layer's, and what the staging buffers had before."""
+        c, sizes, (dense, routed) = self.c, self.sizes, self.states()
+        layers = dense * (sizes.dense - sizes.embedding) / (sizes.dense + sizes.head) + routed
+        late = layers * (1 - 1 / self.model.num_hidden_layers) - SLOTS * c["bucket"]
+        each = c["beside"] * (self.wide + self.moments) * self.copied("h2d", duplex=True)
+        return np.asarray(np.maximum(late, 0.0) * each)
 
     def _sum(self, what: Callable[[LayerPiece], Sequence[Alone]]) -> tuple[Reals, Reals, Reals]:
         """(chain, scale-up, scale-out) seconds of something of all layers, all microbatches."""

@@ -307,7 +307,7 @@ def test_neighbours_differ_in_one_decision() -> None:
     space = generate(problem(0), "mop")
     pool = Pool.of(space, bound(space), np.arange(len(space)))
     mine = space.row(int(pool.rows[7]))
-    together = {"expert_shard": "experts", "bucket": "state"}
+    together = {"expert_shard": "experts", "bucket": "state", "beside": "state"}
     for position in pool.neighbours(7):
         other = space.row(int(pool.rows[position]))
         assert len({together.get(name, name) for name in mine if mine[name] != other[name]}) == 1
