@@ -104,9 +104,9 @@ class Bounder(Footprint):
         if not self.ring.all():
             loss = self.layer.loss_at(self.space) * self.microbatches * (1 + more)
             head = np.where(self.ring, head, loss)
-        if more:
-            kind = list(kinds(model)).index(model.layer_kind(model.num_hidden_layers))
-            head = head + more * self.layer_seconds()[kind]
+        further, known = model.layer_kind(model.num_hidden_layers), list(kinds(model))
+        if more and further in known:
+            head = head + more * self.layer_seconds()[known.index(further)]
         return np.asarray(head)
 
     def projected(self) -> Reals:
@@ -216,7 +216,7 @@ class Bounder(Footprint):
         """Seconds in which torch's FSDP2, or flat units, cast, zero, copy and add on the compute stream what
         they gather and reduce of the layers, of the mean stage."""
         c, found = self.c, np.zeros(len(self.space))
-        flat = self.space.stack.explicit
+        flat = self.flat
         if not ((flat or self.space.stack.sharding.copies) and (c["zero"] == 3).all()):
             return found
         dense = (self.sizes.dense - self.model.vocab_size * self.model.hidden_size) / c["tensor"]
@@ -294,7 +294,7 @@ class Bounder(Footprint):
         """Of the update after the passes, of one beside the next forward the norm alone. On the host, of all
         but flat units: gradients down, the update, parameters up, one after the other."""
         _, state = self.held()
-        device, host, flat = self.hardware.device, self.hardware.host, self.space.stack.explicit
+        device, host, flat = self.hardware.device, self.hardware.host, self.flat
         on_device = (1 - self.state_away) * state / device.adam_rate.si * self.scale("optimizer")
         streamed = (self.wide + self.moments) * self.copied("h2d", duplex=True)
         on_host = self.scale("host_optimizer") / host.adam_rate.si

@@ -80,8 +80,8 @@ SETTINGS: dict[str, Callable[[Problem, Row], Any]] = {
     "expert_fsdp": _column("expert_shard"),
     "rank_placement": lambda problem, row: "strided" if row["strided"] else "contiguous",
     "token_dispatcher": lambda problem, row: DISPATCHERS[row["dispatcher"]],
-    "overlap": lambda problem, row: (
-        replace(AS_STACK, experts=True) if row["overlap"] and row["layout"] != IDEAL else AS_STACK
+    "overlap": lambda problem, row: replace(
+        AS_STACK, experts=bool(row["overlap"] and row["layout"] != IDEAL)
     ),
     "vocab_parallel": _column("vocabulary"),
     "fsdp": _column("dense_shard"),

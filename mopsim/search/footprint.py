@@ -14,6 +14,8 @@ from mopsim.search.problem import DEVICE, HOST, PARTS, RING, STREAMED, Column, o
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds, of_stage, under_way
 from mopsim.search.wires import Reals, Wires
+from mopsim.spec.capability.expressions import holds
+from mopsim.spec.capability.job import Job
 from mopsim.spec.strategy import Optimizer
 
 SLOTS = Optimizer().slots
@@ -35,6 +37,8 @@ class Footprint:
         self.hides = space.stack.resolve(first).overlap
         self.separate_master = precision.master != "param"
         self.fully_shard = space.stack.sharding.fsdp
+        self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))
+        """Whether the program is that of flat units (mopsim.program.pairs)."""
         self.compute = DTYPE_BYTES[precision.compute]
         self.param, self.grad = DTYPE_BYTES[precision.param], DTYPE_BYTES[precision.grad]
         self.reduce = DTYPE_BYTES[precision.reduce]
@@ -92,15 +96,16 @@ class Footprint:
         return np.asarray(self.tokens / self.c["tensor"] * self.layer.height[self.again])
 
     def in_loss(self) -> Reals:
-        """Bytes that the loss takes: its logits."""
+        """Bytes that the loss takes: its logits, of a ring those of flat units."""
         vocabulary = self.model.vocab_size / np.maximum(self.c["vocabulary"], self.c["tensor"])
-        return np.asarray(self.tokens / self.c["loss_slices"] * vocabulary * self.compute)
+        logits = self.tokens / self.c["loss_slices"] * vocabulary * self.compute
+        return np.asarray(np.where(self.ring, self.flat * logits, logits))
 
     def moved(self) -> Reals:
-        """Bytes of the layer inputs of a microbatch that go to the host: in staged programs (ZeRO below 3)
-        not the last layer's, whose backward may come next."""
+        """Bytes of the layer inputs of a microbatch that go to the host: of all programs but flat units not
+        the last layer's, whose backward may come next."""
         layers = self.model.num_hidden_layers / self.c["pipeline"]
-        last = np.where(self.c["zero"] == 3, 0, np.minimum(1 / layers, 1))
+        last = 0.0 if self.flat else np.minimum(1 / layers, 1)
         return np.asarray(self.away * self.inputs() * (1 - last))
 
     def device_memory(self) -> tuple[Reals, dict[str, Reals]]:
@@ -189,7 +194,7 @@ class Footprint:
         and parameters of the experts or the others at a time (mopsim.program.update)."""
         c, (weights, state), states = self.c, self.held(), self.states()
         each = self.master() + self.moments
-        if not self.space.stack.explicit:
+        if not self.flat:
             visits = state * self.grad + np.maximum(*states) * self.param
             updated = (c["state"] == HOST) & (c["offload"] == 0)
             each = each + np.where(updated, visits / state, 0.0)

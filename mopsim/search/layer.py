@@ -60,8 +60,9 @@ class Layer:
         """each: bytes of an element."""
         experts, alike = space.columns["experts"], np.zeros(len(space), dtype=np.int64)
         rows = [_reference(space, alike, first) for first in (experts, _apart(experts), -experts)]
+        small = {name: int(space.columns[name].max()) for name in ("chunks", "ffn_slices")}
         references = [
-            row.having(exchange=exchange)
+            row.having(exchange=exchange, **small)
             for row in rows
             for exchange in (range(len(EXCHANGES)) if row.columns["sequence"][0] > 1 else (ULYSSES,))
         ]

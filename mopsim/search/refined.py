@@ -113,7 +113,7 @@ class Refined(Bounder):
         weights, layers, c = self.weights(), self.model.num_hidden_layers, self.c
         if not weights:
             return np.zeros(len(self.space))
-        flat, prefetch = self.space.stack.explicit, self.space.build(0).dense.prefetch
+        flat, prefetch = self.flat, self.space.build(0).dense.prefetch
         inside, last = max(0.0, 1 - (0 if flat else prefetch + 1) / layers), 1 - 1 / layers
         gathers = [one * inside / (c["reshard"] + 1) for one in self.busy(weights[::2])]
         reduced = [one * last for one in self.busy(weights[1::2])]
@@ -196,9 +196,12 @@ class Refined(Bounder):
 
     def in_backward(self) -> Reals:
         """With the weights that each part of the backward has gathered, and their gradients."""
+        every = self.parts.layers
         heights = [
-            np.max([most + own for most, own in zip(piece.heights, self._own(kind), strict=False)], axis=0)
-            for kind, piece in self.parts.layers.items()
+            np.max(
+                [most + own for most, own in zip(every[kind].heights, self._own(kind), strict=False)], axis=0
+            )
+            for kind in kinds(self.model)
         ]
         return np.asarray(np.min(heights, axis=0))
 
@@ -209,12 +212,12 @@ class Refined(Bounder):
         used = np.where(zero3, self.c["reshard"] * self.compute, 0.0)
         dense, routed = (full * used for full in self._full(kind))
         grads = np.where(zero3, np.add(*self._full(kind)), 0.0)
-        if not (stack.explicit or stack.sharding.copies):
+        if not (self.flat or stack.sharding.copies):
             return [dense + routed + grads * self.grad] * 2
         ahead = min(self.space.build(0).dense.prefetch, self.model.num_hidden_layers - 1)
         least = np.min([np.add(*self._full(other)) for other in kinds(self.model)], axis=0) * used
         dense = dense + np.where(self.c["pipeline"] == 1, ahead, 0) * least
-        if not stack.explicit:
+        if not self.flat:
             return [dense + routed, dense]
         grads = grads * self.reduce
         return [dense + routed, dense + routed + grads, dense + grads]

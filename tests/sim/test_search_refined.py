@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mopsim.common.errors import SpecError
 from mopsim.cost import seconds
@@ -25,6 +26,7 @@ from mopsim.search.space import Space
 from mopsim.search.staged import candidates
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 
 CASES = (
@@ -80,6 +82,38 @@ def test_a_refined_bound_is_at_most_what_is_simulated(case: int, family: str, pl
     before, closer = Bounder(row, shared).all(), Refined(row, shared, parts)
     assert max(before.time[0], closer.time()[0]) <= found.step_time * (1 + 1e-9)
     assert before.device[0] <= closer.device_memory()[0][0] <= found.peak_memory + 1
+    assert before.host[0] <= found.host_memory + 1
+
+
+TINY = load_model("tiny")
+NETWORKS = {
+    "as it is": TINY,
+    "with dropout": replace(TINY, dropout=0.1, total_params=None, active_params=None),
+    "whose MTP layer is like none before it": replace(
+        TINY, num_nextn_predict_layers=1, sliding_window=64, total_params=None, active_params=None
+    ),
+}
+
+
+@pytest.mark.parametrize("stack", ["mopexec-split", "megatron-bridge-graph", "deepspeed", "torchtitan"])
+@pytest.mark.parametrize("family", ["mop", "megatron"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: str, stack: str) -> None:
+    model, machine = NETWORKS[network], load_profile("h200-sxm-141g")
+    training = TrainSpec(seq_len=2048, global_batch=32)
+    asked = Problem(model, machine, 1, training, total_params(model), stack=load_stack(stack))
+    space, _ = candidates(asked, family)
+    shared, pieces = SpaceFacts.of(space), Pieces(space)
+    for index in np.random.default_rng(0).choice(len(space), 5, replace=False):
+        at = np.array([index])
+        row, parts = space.take(at), Parts.of(pieces, shared, int(index), at)
+        found = played(asked, row)
+        if found is None or parts is None:
+            continue
+        before, closer = Bounder(row, shared).all(), Refined(row, shared, parts)
+        assert max(before.time[0], closer.time()[0]) <= found.step_time * (1 + 1e-9)
+        assert closer.device_memory()[0][0] <= found.peak_memory + 1
+        assert before.host[0] <= found.host_memory + 1
 
 
 @pytest.mark.parametrize(("family", "time", "memory"), [("fsdp2", 0.85, 0.8), ("megatron", 0.75, 0.9)])
