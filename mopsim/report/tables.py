@@ -31,8 +31,8 @@ P_FITS = (
     "may add"
 )
 """What stands by every table of steps."""
-MOST_TOGETHER = 3
-"""Combinations of fields that a row names; the JSON has all."""
+MOST_TOGETHER, MOST_FIELDS = 3, 4
+"""Combinations that a row names, and fields of each of these; the others are counted, the JSON has all."""
 
 
 def row(result: SimResult) -> list[str]:
@@ -118,14 +118,15 @@ def comparison(
 
 def freedom(alone: Mapping[str, Sequence[Any]], together: Sequence[Mapping[str, Any]]) -> str:
     """'dense.prefetch 1 or 2; or micro_batch 2 with dense.fsdp 8': each is an alternative to the row's plan
-    (`search.result.Freedom`), the first MOST_TOGETHER of those of several fields."""
+    (`search.result.Freedom`), of those of several fields the first short ones."""
     said = [f"{name} {' or '.join(map(_value, _ordered(values)))}" for name, values in alone.items()]
-    for fields in together[:MOST_TOGETHER]:
+    short = [fields for fields in together if len(fields) <= MOST_FIELDS][:MOST_TOGETHER]
+    for fields in short:
         first, *more = (f"{name} {_value(value)}" for name, value in fields.items())
         said.append(f"{first} with {' and '.join(more)}")
-    left = len(together) - MOST_TOGETHER
-    if left > 0:
-        said.append(f"one of {left} more combinations")
+    left = len(together) - len(short)
+    if left:
+        said.append(f"one of {left} more combinations" if left > 1 else "one more combination")
     return "; or ".join(said)
 
 

@@ -93,6 +93,8 @@ def test_what_is_as_fast_only_together_is_not_told_as_free(found: SearchResult) 
     said = freedom(free.alone, free.together)
     assert said.startswith(f"stack {name} or x; or micro_batch 7 with dense.prefetch 9; or ")
     assert freedom({}, [pair] * 5).endswith("; or one of 2 more combinations")
+    long = dict.fromkeys("abcdef", 1)
+    assert freedom({}, [pair, long]) == f"{freedom({}, [pair])}; or one more combination"
     written = replace(found, top=[best], free=[free]).to_json()["top"]
     assert isinstance(written, list)
     assert written[0]["as_fast"] == free.alone
