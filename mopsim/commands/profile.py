@@ -23,7 +23,7 @@ from mopsim.engine import SimResult
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
-from mopsim.spec.new_card import FIGURES, figures_of, nearest_card, new_card
+from mopsim.spec.new_card import FIGURES, check_figures, figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
 from mopsim.strategies import FAMILIES
 
@@ -121,11 +121,14 @@ def made(card: CardOrder) -> tuple[HardwareProfile, HardwareProfile]:
     given: dict[str, Quantity] = {
         one.name: one.read(figures[one.name], card.tag, source) for one in FIGURES if one.name in figures
     }
+    known = [load_profile(one) for one in list_profiles()]
     if card.near:
         near = load_profile(card.near, "near")
     else:
-        near = nearest_card([load_profile(one) for one in list_profiles()], given, card.architecture)
-    return new_card(name, given, near, card.devices_per_node, card.scale_up_size), near
+        near = nearest_card(known, given, card.architecture)
+    found = new_card(name, given, near, card.devices_per_node, card.scale_up_size)
+    check_figures(known, given)
+    return found, near
 
 
 def taken(near: HardwareProfile, architecture: str) -> str:

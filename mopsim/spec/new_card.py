@@ -64,6 +64,30 @@ DTYPES = {"bfloat16": "bf16", "float16": "bf16", "fp8": "fp8"}
 Given = Mapping[str, Quantity]
 
 
+FAR = 20.0
+"""Times beyond the least and the most of known cards that a figure may be: further is a slip of units."""
+
+
+def check_figures(profiles: Sequence[HardwareProfile], given: Given) -> None:
+    """Refuse a figure that is far from those of all known cards, or that contradicts another. Raises
+    MopError."""
+    known = [figures_of(one) for one in profiles if one.device.architecture]
+    for name, quantity in given.items():
+        own = sorted((one[name] for one in known if name in one), key=lambda one: one.si)
+        if own and not own[0].si / FAR <= quantity.si <= own[-1].si * FAR:
+            span = f"{_text(own[0])} to {_text(own[-1])}"
+            raise MopError(
+                f"{name}: {_text(quantity)} must lie within {FAR:g} times of what known cards have ({span})"
+            )
+    power, node = given.get("power"), given.get("node-power")
+    if power and node and node.si < power.si:
+        raise MopError(f"node-power: {_text(node)} must be at least the power of a device ({_text(power)})")
+
+
+def _text(quantity: Quantity) -> str:
+    return f"{quantity.value:g} {quantity.unit}"
+
+
 def nearest_card(
     profiles: Sequence[HardwareProfile], given: Given, architecture: str = ""
 ) -> HardwareProfile:

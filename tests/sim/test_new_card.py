@@ -174,6 +174,12 @@ MISTAKES = [
         ["--name", "x", "--source", "s", "--near", "h200-sxm-141g", "--nic", "50TB/s"],
         "is faster than device.mem",
     ),
+    (["--name", "x", "--source", "s", "--memory", "96TB"], "memory: 96 TB must lie within 20 times of what"),
+    (["--name", "x", "--source", "s", "--price", "0USD/h"], "price: 0 USD/h must lie within 20 times"),
+    (
+        ["--name", "x", "--source", "s", "--power", "9kW", "--node-power", "7kW"],
+        "node-power: 7 kW must be at least the power of a device (9 kW)",
+    ),
 ]
 
 
