@@ -41,7 +41,8 @@ def unit_of(text: str, dimension: str) -> str | None:
     for spelled, unit in _SPELLINGS:
         match = re.fullmatch(rf"([kKMGTPgmt]?){spelled}", text)
         if match:
-            prefix = "k" if unit == "W" and match.group(1) else match.group(1).translate(_PREFIXES)
+            kilo = unit == "W" and match.group(1) in ("k", "K")
+            prefix = "k" if kilo else match.group(1).translate(_PREFIXES)
             text = prefix + unit
             break
     return text if text in DIMENSIONS[dimension] else None

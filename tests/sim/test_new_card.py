@@ -128,6 +128,7 @@ def test_the_command_asks_and_writes(
         ("nic", "3.2 Tbps", 4e11), ("nic", "400 Gbit/s", 5e10), ("power", "700 watts", 700.0),
         ("node-power", "10.2KW", 10200.0), ("price", "$2.50", 2.5), ("price", "2.5 USD/hour", 2.5),
         ("scale-up", "450 GB", None), ("memory", "80 Gb/s", None), ("nic", "1,2 TB/s", None),
+        ("power", "1 MW", None), ("power", "700 mW", None),
     ],
 )  # fmt: skip
 def test_units_are_read_as_data_sheets_spell_them(figure: str, text: str, si: float | None) -> None:
