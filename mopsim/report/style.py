@@ -52,6 +52,7 @@ COLOURS = {
     "h2d": "#8e44ad",
     "d2h": "#bb8fce",
     "host_optimizer": "#e59866",
+    "host_memory": "#d98880",
     "host": "#34495e",
     "peers": "#922b21",
 }

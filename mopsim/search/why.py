@@ -21,6 +21,7 @@ WAITS = {
     "all_to_all": "all-to-alls of experts and sequences", "send_recv": "sends between neighbours",
     "h2d": "copies from the host", "d2h": "copies to the host", "peers": "other pipeline stages",
     "host": "the host, which starts kernels late", "host_optimizer": "the optimizer on the host",
+    "host_memory": "gradients that the host adds",
 }  # fmt: skip
 """What compute waits for, by kind of `SimResult.exposed`."""
 SOME, MUCH = 0.02, 0.15
