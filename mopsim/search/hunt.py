@@ -56,8 +56,8 @@ class Hunt:
 
     First the textbook layouts, then by turns a neighbour of the best so far and the candidate of the least
     expected time. found: of this family alone. rest: what was not multiplied out; pools: what the hunt and
-    the proof chose from. idle, idle_ops: simulations, and their ops, since a faster one. misses: shares by
-    which step times were not as expected.
+    the proof chose from. near: neighbours of the best, and of those that were. idle, idle_ops: simulations,
+    and their ops, since a faster one. misses: shares by which step times were not as expected.
     """
 
     pool: Pool
@@ -229,7 +229,8 @@ class Hunt:
         if simulated.step_time < fastest or simulated is found.top[0]:
             near = pool.neighbours(position)
             expected = pool.expected()[near]
-            self.near = [int(one) for one in near[np.argsort(expected, kind="stable")]]
+            first = [int(one) for one in near[np.argsort(expected, kind="stable")]]
+            self.near = list(dict.fromkeys([*first, *self.near]))
 
     def _refused(self, simulated: SimResult) -> str | None:
         """Why a simulated candidate is not ranked."""
