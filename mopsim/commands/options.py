@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mopsim.common.units import parse_count
+from mopsim.spec.new_card import FIGURES
 from mopsim.strategies import FAMILIES
 
 Model = Annotated[str, typer.Option(help="preset, YAML file or Hugging Face config.json")]
@@ -51,27 +52,18 @@ Jobs = Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one for 
 Interval = Annotated[
     float, typer.Option(help="probability that what is measured lies in the intervals of time and memory")
 ]
-Memory = Annotated[str | None, typer.Option(help="memory of a GPU, GB")]
-MemoryBandwidth = Annotated[str | None, typer.Option(help="its bandwidth, as the data sheet says it, TB/s")]
-Bf16 = Annotated[str | None, typer.Option(help="dense bf16 rate, without sparsity, TFLOP/s")]
-Fp8 = Annotated[str | None, typer.Option(help="dense fp8 rate, without sparsity, TFLOP/s")]
-ScaleUp = Annotated[
-    str | None,
-    typer.Option(help="NVLink or the like: of a GPU, each way (half of what most data sheets print), GB/s"),
-]
-Nic = Annotated[
-    str | None,
-    typer.Option(
-        help="network between nodes: of a GPU, each way (the port's rate; half of that of both ways), Gbit/s"
-    ),
-]
-HostLink = Annotated[
-    str | None, typer.Option(help="what copies between a GPU and its host reach, each way, GB/s")
-]
-HostMemory = Annotated[str | None, typer.Option(help="DRAM of a node, TB")]
-Power = Annotated[str | None, typer.Option(help="rated power of a GPU, W")]
-NodePower = Annotated[str | None, typer.Option(help="rated power of a node, kW")]
-Price = Annotated[str | None, typer.Option(help="dollars for an hour of a GPU, USD/h")]
+_FIGURES = {one.name: typer.Option(help=f"{one.meaning}, {one.unit}") for one in FIGURES}
+Memory = Annotated[str | None, _FIGURES["memory"]]
+MemoryBandwidth = Annotated[str | None, _FIGURES["memory-bandwidth"]]
+Bf16 = Annotated[str | None, _FIGURES["bf16"]]
+Fp8 = Annotated[str | None, _FIGURES["fp8"]]
+ScaleUp = Annotated[str | None, _FIGURES["scale-up"]]
+Nic = Annotated[str | None, _FIGURES["nic"]]
+HostLink = Annotated[str | None, _FIGURES["host-link"]]
+HostMemory = Annotated[str | None, _FIGURES["host-memory"]]
+Power = Annotated[str | None, _FIGURES["power"]]
+NodePower = Annotated[str | None, _FIGURES["node-power"]]
+Price = Annotated[str | None, _FIGURES["price"]]
 Seal = Annotated[
     str | None,
     typer.Option(

@@ -150,7 +150,7 @@ def filled(profile: HardwareProfile, near: HardwareProfile, figures: Mapping[str
         known = "given" if name in figures else f"assumed, as {near.name}"
         if name == "memory-bandwidth" and name in figures:
             known = "given, times the share that kernels reach"
-        shown.add_row(name, f"{one.value:g} {one.unit}", known)
+        shown.add_row(name, one.text, known)
     return shown
 
 

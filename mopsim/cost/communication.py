@@ -131,7 +131,6 @@ def host_rate(kind: str, profile: HardwareProfile, *, duplex: bool = False) -> f
     """Bytes a second of a device's copies up (h2d) or down (d2h) the host link, which `link_sharing` devices
     use at once; bounded by the device's share of host DRAM, of which a copy the other way at the same time
     (duplex) takes half."""
-    host = profile.host
+    host, share = profile.host, profile.host_memory_share
     link = host.link_h2d.si if kind == "h2d" else host.link_d2h.si
-    share = host.memory_bandwidth.si / profile.devices_per_node
     return min(link / host.link_sharing, share / 2 if duplex else share)

@@ -113,4 +113,4 @@ def host_optimizer(work: Work, profile: HardwareProfile) -> float:
 
 def host_memory(work: Work, profile: HardwareProfile) -> float:
     """An elementwise kernel of the host that moves `bytes`, at a device's share of the node's DRAM."""
-    return work.bytes * profile.devices_per_node / profile.host.memory_bandwidth.si
+    return work.bytes / profile.host_memory_share

@@ -250,4 +250,4 @@ def _power(hardware: HardwareProfile) -> str:
 def _quantity(quantity: Quantity | None) -> str:
     if quantity is None:
         return "-"
-    return f"{quantity.value:g} {quantity.unit} ({quantity.tag}: {' '.join(quantity.source.split())})"
+    return f"{quantity.text} ({quantity.tag}: {' '.join(quantity.source.split())})"

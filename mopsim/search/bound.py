@@ -272,7 +272,7 @@ class Bounder(Footprint):
         use and their gradients down; the state of an update beside the next forward both ways."""
         c, each, (weights, state) = self.c, self.copied, self.held()
         moved, offload = self.moved() * self.microbatches, c["offload"] * weights * self.microbatches
-        uses, beside = c["reshard"] + 1, c["beside"] * state * (self.wide + self.moments)
+        uses, beside = c["reshard"] + 1, c["beside"] * state * self.streamed
         up = (moved + offload * uses * self.param) * each("h2d") + beside * each("h2d", duplex=True)
         down = (moved + offload * self.grad) * each("d2h") + beside * each("d2h", duplex=True)
         return np.asarray(np.maximum(up, down))
@@ -280,8 +280,8 @@ class Bounder(Footprint):
     def awaited(self) -> Reals:
         """Seconds in which compute and exchanges of tokens stand still while the host waits for gradients
         and adds them to those of the first microbatch (mopsim.program.shards)."""
-        c, sharding, host = self.c, self.space.stack.sharding, self.hardware.host
-        added = self.scale("host_memory") * self.hardware.devices_per_node / host.memory_bandwidth.si
+        c, sharding = self.c, self.space.stack.sharding
+        added = self.scale("host_memory") / self.hardware.host_memory_share
         each = self.grad * (self.copied("d2h") + 3 * added) * (sharding.copies and sharding.experts)
         often = c["offload"] * (c["pipeline"] == 1) * (self.microbatches - 1)
         return np.asarray(often * each * sum(self.states()))
@@ -296,7 +296,7 @@ class Bounder(Footprint):
         _, state = self.held()
         device, host, flat = self.hardware.device, self.hardware.host, self.flat
         on_device = (1 - self.state_away) * state / device.adam_rate.si * self.scale("optimizer")
-        streamed = (self.wide + self.moments) * self.copied("h2d", duplex=True)
+        streamed = self.streamed * self.copied("h2d", duplex=True)
         on_host = self.scale("host_optimizer") / host.adam_rate.si
         visits = self.grad * self.copied("d2h") + self.param * self.copied("h2d")
         after = np.where(self.c["offload"] == 1, 0.0, 0.0 if flat else visits)

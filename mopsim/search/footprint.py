@@ -44,6 +44,8 @@ class Footprint:
         self.reduce = DTYPE_BYTES[precision.reduce]
         self.moments = 2 * DTYPE_BYTES[precision.moments]
         self.wide = DTYPE_BYTES[precision.moments]
+        self.streamed = self.wide + self.moments
+        """Bytes of state that go each way for a parameter whose update is streamed."""
         self.dtype = precision.compute if precision.matmul == "compute" else precision.matmul
         self.wires = Wires(self.hardware, self.problem.world_size)
         self.tokens = space.tokens().astype(np.float64)

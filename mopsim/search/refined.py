@@ -139,7 +139,7 @@ class Refined(Bounder):
         c, sizes, (dense, routed) = self.c, self.sizes, self.states()
         layers = dense * (sizes.dense - sizes.embedding) / (sizes.dense + sizes.head) + routed
         late = layers * (1 - 1 / self.model.num_hidden_layers) - SLOTS * c["bucket"]
-        each = c["beside"] * (self.wide + self.moments) * self.copied("h2d", duplex=True)
+        each = c["beside"] * self.streamed * self.copied("h2d", duplex=True)
         return np.asarray(np.maximum(late, 0.0) * each)
 
     def _sum(self, what: Callable[[LayerPiece], Sequence[Alone]]) -> tuple[Reals, Reals, Reals]:

@@ -155,7 +155,7 @@ def _faster(found: SearchResult, problem: Problem, name: str) -> str | None:
     assert best is not None
     near = [one for one in _others(found) if one.step_time <= NEAR * best.step_time][: RIVALS - 1]
     quick = faster(machine, *LINKS[name], MORE)
-    in_one_domain = problem.num_nodes * machine.devices_per_node <= machine.scale_up_size
+    in_one_domain = problem.world_size <= machine.scale_up_size
     if quick is None or (name == NETWORK and (problem.num_nodes == 1 or in_one_domain)):
         return None
     if name == HOST_LINK and not any(one.host_memory for one in (best, *near)):

@@ -374,6 +374,11 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
         devices = num_nodes * self.devices_per_node
         return f"{nodes} ({devices:,} device{'s' if devices > 1 else ''}) of {self.name}"
 
+    @property
+    def host_memory_share(self) -> float:
+        """Bytes a second of host DRAM for a device, where all of a node use it at once."""
+        return self.host.memory_bandwidth.si / self.devices_per_node
+
     def memory_limit(self) -> int:
         """Bytes of device memory that a plan may use."""
         return int(self.device.memory.si - self.device.reserved.si)

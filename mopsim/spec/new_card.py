@@ -75,17 +75,13 @@ def check_figures(profiles: Sequence[HardwareProfile], given: Given) -> None:
     for name, quantity in given.items():
         own = sorted((one[name] for one in known if name in one), key=lambda one: one.si)
         if own and not own[0].si / FAR <= quantity.si <= own[-1].si * FAR:
-            span = f"{_text(own[0])} to {_text(own[-1])}"
+            span = f"{own[0].text} to {own[-1].text}"
             raise MopError(
-                f"{name}: {_text(quantity)} must lie within {FAR:g} times of what known cards have ({span})"
+                f"{name}: {quantity.text} must lie within {FAR:g} times of what known cards have ({span})"
             )
     power, node = given.get("power"), given.get("node-power")
     if power and node and node.si < power.si:
-        raise MopError(f"node-power: {_text(node)} must be at least the power of a device ({_text(power)})")
-
-
-def _text(quantity: Quantity) -> str:
-    return f"{quantity.value:g} {quantity.unit}"
+        raise MopError(f"node-power: {node.text} must be at least the power of a device ({power.text})")
 
 
 def nearest_card(
@@ -177,7 +173,7 @@ def _bandwidth(card: Plain, given: Quantity, near: HardwareProfile) -> None:
     """Kernels reach of a data sheet's bandwidth what they do on the near card."""
     sheet, reached = sheet_bandwidth(near.name), near.device.memory_bandwidth
     share = reached.si / sheet if sheet else 0.85
-    why = f"{share:.3f} of {given.value:g} {given.unit} ({given.tag}: {given.source}), "
+    why = f"{share:.3f} of {given.text} ({given.tag}: {given.source}), "
     why += f"the share of {near.name}" if sheet else "a usual share"
     device = card["device"]
     device["memory_bandwidth"] = _assumed(given.value * share, given.unit, why)

@@ -34,6 +34,11 @@ class Quantity(Spec, frozen=True, kw_only=True, dict=True):
         """The value in bytes, seconds, FLOP/s, bytes/s, watts, dollars per hour or parameters/s."""
         return self.value * UNITS[self.unit]
 
+    @property
+    def text(self) -> str:
+        """'3.35 TB/s': as it is given, without its source."""
+        return f"{self.value:g} {self.unit}"
+
 
 def require_between(owner: Spec, low: float, high: float, *fields: str) -> None:
     """Raise SpecError naming the first field of `owner` that lies outside [low, high]."""
@@ -59,7 +64,7 @@ def require_slower(links: Mapping[str, Quantity], memory: Quantity) -> None:
     where what comes over it is written."""
     for field, link in links.items():
         rule = (
-            f"{link.unit} is faster than device.memory_bandwidth, {memory.value:g} {memory.unit}, which "
+            f"{link.unit} is faster than device.memory_bandwidth, {memory.text}, which "
             "writes what the link brings: check the unit (bits, both ways, a node's)"
         )
         require(link.si <= memory.si, field, link.value, rule)

@@ -75,7 +75,7 @@ def test_an_ended_sweep_leaves_no_process(number: signal.Signals, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the kernel")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone ends a process with its parent")
 def test_a_process_of_a_pool_whose_command_was_killed_before_it_began_ends() -> None:
     code = "from mopsim.common.processes import _begin; _begin(1); print('goes on')"
     done = subprocess.run(
