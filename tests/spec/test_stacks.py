@@ -51,7 +51,7 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
         ("name: a\nkernels: {norm: fused, source: s}", "stack.version: '' must say"),
         ("name: a\nversion: b\nkernels: {nrm: fused, source: s}", "stack.kernels.nrm: 'fused' is an unknown"),
         ("name: a\nversion: b\nkernels: 3\nsource: s", "stack.kernels: 3"),
-        ("name: a\nextends: megatron", "stack.extends: 'megatron' is not one of deepspeed, "),
+        ("name: a\nextends: megatron", "stack.extends: 'megatron' is not one of aleph-scaling, "),
         ("- a", "stack: must be a mapping"),
         ("name: a\nversion: b\nhost: {graphs: [router, all], source: s}", "stack.host.graphs: 'all' is not"),
         ("name: a\nversion: b\nsource: s\ncommunication_share: {hopper: 2}", "communication_share.hopper: 2"),
