@@ -1,7 +1,7 @@
 """The tape of an attention block: norm, projections, rotary embedding, exchange over the sequence, core,
 output, residual."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from mopsim.graph.region import begin, end
 from mopsim.graph.shapes import Shapes, attended_span, attention_widths, causal_pairs

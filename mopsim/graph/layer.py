@@ -1,8 +1,9 @@
 """The tape of a whole decoder layer with fused kernels, as Megatron-Core and compiled graphs run it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import comb
+
+from msgspec.structs import replace
 
 from mopsim.graph.attention import attention, linear, norm, residual
 from mopsim.graph.experts import combine, dispatch, experts, router

@@ -1,12 +1,11 @@
 """Shapes: what of a model one rank works on, which the tapes of the layers are drawn from."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from mopsim.spec.model import ModelSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Shapes:
+class Shapes(Struct, frozen=True):
     """tokens: of this rank outside tensor-parallel regions. seq_len: of the whole sequence.
 
     sequence: ranks that share a sequence. tensor: ranks that split heads and FFN width. expert_tensor:

@@ -6,14 +6,15 @@ Nothing else in the simulator counts them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 Step = tuple[str, int]
 """(category, bytes): an allocation, or a release where negative."""
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(Struct, frozen=True):
     """A tensor that a kernel writes. grad: whether a gradient of its size flows back to it."""
 
     name: str
@@ -22,8 +23,7 @@ class Value:
     grad: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Matmul:
+class Matmul(Struct, frozen=True):
     """`count` products C[m,n] = A[m,k] B[k,n]. weight: B is a parameter (its gradient is k x n)."""
 
     m: float
@@ -37,8 +37,7 @@ class Matmul:
         return 2 * self.m * self.n * self.k * self.count
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(Struct, frozen=True):
     """One kernel (or a few small ones launched together).
 
     kind: a kind of work (mopsim.spec.hardware.WORK_KINDS), or "view" for none. bytes: memory traffic of a
@@ -84,8 +83,7 @@ class Kernel:
         return self.flops + sum(matmul.flops for matmul in self.matmuls)
 
 
-@dataclass(frozen=True, slots=True)
-class Played:
+class Played(Struct, frozen=True):
     """A kernel in one pass, and the memory it moves in order. backward: the reverse pass."""
 
     kernel: Kernel
@@ -93,8 +91,7 @@ class Played:
     memory: tuple[Step, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Tape:
+class Tape(Struct, frozen=True):
     """Kernels in order. inputs: values made elsewhere. outputs: values that outlive the tape.
 
     consumes: inputs that nobody else needs, so that they die here. held: (value, kernel) to the end of which

@@ -1,7 +1,9 @@
 """Context: everything that a program of one strategy looks up: sizes, groups, units, routing."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+
+from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.migration import Migration, host_work

@@ -1,6 +1,6 @@
 """Parts of a layer as workloads of their own, as benchmarks of operators run them."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from mopsim.graph.experts import routed
 from mopsim.graph.liveness import backward, forward

@@ -2,8 +2,9 @@
 microbatches."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
+
+from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.layer import decoder_layer, mtp_projection

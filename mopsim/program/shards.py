@@ -1,8 +1,9 @@
 """ZeRO-2 and 3: parameters gathered around their use, gradients reduced in every microbatch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
+
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Step
 from mopsim.program.builder import Builder, stream_of

@@ -1,7 +1,8 @@
 """Units: the parameters that are gathered and reduced together, and how each is sharded."""
 
-from dataclasses import dataclass
 from functools import lru_cache
+
+from msgspec import Struct
 
 from mopsim.graph.tensors import Tensor, tensors
 from mopsim.spec.layout import ceil_div, shard_numel
@@ -12,8 +13,7 @@ Size = tuple[int, int, int, int]
 """Parameters, those of the largest tensor, tensors, parameters of the last tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShardedUnit:
+class ShardedUnit(Struct, frozen=True):
     """One flat unit on one rank. numel: of the full (gathered) unit; shard: ranks that share a copy;
     copies: ranks that hold one.
 

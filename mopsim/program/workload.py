@@ -21,8 +21,7 @@ Deltas = tuple[tuple[int, int], ...]
 """(slot, bytes) changes."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommGroup:
+class CommGroup(Struct, frozen=True):
     """Ranks of a collective: `size` in all, at most `intra` of them in one scale-up domain.
 
     choices: of a deduplicated exchange, the ranks (with repeats) that a row is meant for: more than a token
@@ -38,8 +37,7 @@ class CommGroup:
     block: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(Struct, frozen=True):
     """One kernel, transfer or collective. Which fields count depends on `kind` (see mopsim.cost).
 
     m, n, k, count: matmuls. flops, seq, backward: attention. bytes: memory traffic, message (the full

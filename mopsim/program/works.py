@@ -1,7 +1,8 @@
 """Kernel -> work, with the matmul recipe of a strategy."""
 
-from dataclasses import replace
 from typing import Literal
+
+from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks

@@ -1,11 +1,11 @@
 """Seconds by hand on the toy machine, and corrections."""
 
-from dataclasses import replace
 from itertools import combinations
 
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from mopsim.common.errors import SpecError
 from mopsim.cost import raw_seconds, seconds

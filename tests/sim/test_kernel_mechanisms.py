@@ -1,10 +1,9 @@
 """Prices that shape or place decide: attention in a window and by head width, sums of weight gradients,
 biases of experts, groups under host bridges; and pipelines whose edges count as layers."""
 
-from dataclasses import replace
-
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from mopsim.cost import seconds
 from mopsim.cost.compute import ATOMIC_SUMS, EXPERT_GRADIENTS_EXPOSED, SERIAL_ROW, for_heads

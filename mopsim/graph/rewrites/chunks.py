@@ -2,7 +2,8 @@
 (arXiv 2607.01844)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Kernel, Step
 

@@ -6,7 +6,9 @@ is mopexec's.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Kernel, Step, Value
 

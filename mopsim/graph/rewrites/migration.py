@@ -1,6 +1,8 @@
 """Least-loaded placement, a rewrite of a layer's tape: weights of moved experts travel before its rows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Kernel, Tape, Value
 

@@ -1,7 +1,8 @@
 """Passes beside projections: of a joint one, whose parts torch splits, and of those that are apart."""
 
 from collections.abc import Collection
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Kernel
 

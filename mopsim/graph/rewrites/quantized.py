@@ -1,7 +1,8 @@
 """What is kept of the inputs of products in 8 or 4 bits: the cast copy that the weight gradient reads."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from mopsim.graph.rewrites.recompute import DISCARDED, MODULES
 from mopsim.graph.tape import Kernel, Tape, Value

@@ -1,7 +1,8 @@
 """Recomputation of parts of a tape: what is dropped in the forward and made again in the backward."""
 
 from collections.abc import Collection
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from mopsim.graph.liveness import Recomputation
 from mopsim.graph.tape import Kernel, Tape

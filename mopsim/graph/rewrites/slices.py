@@ -1,7 +1,7 @@
 """Dense FFN and shared experts over slices of their rows, one after the other, each recomputed in its own
 backward (TiledMLP of arXiv 2506.13996; mopexec.operators.ffn)."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from mopsim.graph.tape import Kernel
 from mopsim.spec.layout import ceil_div

@@ -1,7 +1,7 @@
 """The MoE half of a layer: chunks through dispatch(i+1) | experts(i) | combine(i-1)
 (mopexec.operators.experts)."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from mopsim.graph.experts import experts, router
 from mopsim.program.builder import Builder
