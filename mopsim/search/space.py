@@ -16,6 +16,7 @@ from mopsim.search.axes import MINOR, axes_of
 from mopsim.search.build import build
 from mopsim.search.problem import DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
 from mopsim.search.stages import EVEN, IDEAL, layers_of
+from mopsim.spec.capability import Job, refusals
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import MOST_MICROBATCHES
 from mopsim.spec.stack import Stack
@@ -99,7 +100,7 @@ def trunk(problem: Problem, family: str, axes: Axes) -> Space:
     minor = minor_of(axes)
     columns = _product({key: values for key, values in axes.items() if key not in minor})
     rejected: Counter[str] = Counter()
-    return Space(family, problem, _legal(problem, columns, rejected, set(), _named(minor)), rejected)
+    return Space(family, problem, _legal(problem, family, columns, rejected, set(), _named(minor)), rejected)
 
 
 def expanded(space: Space, axes: Axes) -> Space:
@@ -108,7 +109,7 @@ def expanded(space: Space, axes: Axes) -> Space:
     for key, values in list(later.items()):
         del later[key]
         columns = _times(columns, key, values)
-        columns = _legal(space.problem, columns, rejected, set(_names(key)), _named(later))
+        columns = _legal(space.problem, space.family, columns, rejected, set(_names(key)), _named(later))
     return Space(space.family, space.problem, columns, rejected)
 
 
@@ -122,14 +123,14 @@ def _named(axes: Axes) -> set[str]:
 
 
 def _legal(
-    problem: Problem, columns: Columns, rejected: Counter[str], new: set[str], later: set[str]
+    problem: Problem, family: str, columns: Columns, rejected: Counter[str], new: set[str], later: set[str]
 ) -> Columns:
     """The rows that keep the relations about columns that are new (all, where none is named), none of which
     comes later; the others are counted."""
     keep = np.ones(len(columns["micro_batch"]), dtype=np.bool_)
     if not keep.size:
         return columns
-    for reason, about, legal in _relations(problem, columns):
+    for reason, about, legal in _relations(problem, family, columns):
         if (new and not new.intersection(about)) or later.intersection(about):
             continue
         broken = keep & ~legal(columns)
@@ -174,8 +175,9 @@ def _product(axes: Axes, repeats: int = 1, names: Iterable[str] = tuple(DEFAULTS
     return columns
 
 
-def _relations(problem: Problem, columns: Columns) -> Iterator[Relation]:
+def _relations(problem: Problem, family: str, columns: Columns) -> Iterator[Relation]:
     yield from _over_ranks(problem)
+    yield from _over_states(problem, family)
     yield from _over_layers(problem)
     yield (
         "more chunks than tokens",
@@ -272,6 +274,41 @@ def _over_ranks(problem: Problem) -> Iterable[Relation]:
             | (batch // (c["micro_batch"] * np.maximum(groups(c), 1)) % c["pipeline"] == 0)
         ),
     )
+
+
+def _over_states(problem: Problem, family: str) -> Iterator[Relation]:
+    """Where the family's program cannot have the optimizer, as the capability table says it."""
+    for names, value, reason in _states_refused(problem, family):
+        yield (
+            reason,
+            names,
+            lambda c, names=names, value=value: np.logical_or.reduce(  # type: ignore[misc]
+                [c[name] != one for name, one in zip(names, value, strict=True)]
+            ),
+        )
+
+
+def _states_refused(problem: Problem, family: str) -> list[tuple[tuple[str, ...], tuple[int, ...], str]]:
+    """(columns, their values, rule) of each state of the optimizer that the simulator refuses."""
+    key = ("states refused", family)
+    if key not in problem.known:
+        problem.known[key] = list(_refused(problem, family))
+    return problem.known[key]  # type: ignore[no-any-return]
+
+
+def _refused(problem: Problem, family: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], str]]:
+    stack = (problem.stack or load_stack(STACKS[family])).on_kind(problem.hardware.device_kind)
+    for key, values in axes_of(problem, family).items():
+        if "state" not in _names(key):
+            continue
+        for value in values:
+            each = value if isinstance(value, tuple) else (value,)
+            row = DEFAULTS | dict(zip(_names(key), each, strict=True))
+            job = Job(problem.model, build(family, problem, row), problem.training, stack)
+            for error in refusals(job, by="simulator"):
+                if error.field.startswith("strategy.optimizer.") or error.field.endswith("_tier"):
+                    yield _names(key), each, f"{error.field} {error.rule}"
+                    break
 
 
 def _over_layers(problem: Problem) -> Iterable[Relation]:

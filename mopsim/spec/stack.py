@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
-from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
+from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
@@ -128,6 +128,16 @@ class Sharding(Spec, frozen=True, kw_only=True):
     groups: Literal["layers", "modules"] = "layers"
 
 
+class Offload(Spec, frozen=True, kw_only=True):
+    """What the program can keep on the host.
+
+    update_on: sides that can update optimizer state which is there: `device` streams it through in buckets,
+    `host` runs AdamW itself; empty: all state stays on the device.
+    """
+
+    update_on: tuple[Tier, ...] = ("device", "host")
+
+
 class Recompute(Spec, frozen=True, kw_only=True):
     """Habits of recomputation. stops_early: once the last value that the backward wants is there.
     holds_output: what a layer's recomputation puts out and its gradient live until its backward is over (a
@@ -215,7 +225,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     program is a schedule of forward and backward pairs without an autograd graph (mopexec's flat_units).
     kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
     a file: the entries that are others).
-    sharding: how state is sharded and gathered. recompute:
+    sharding: how state is sharded and gathered. offload: what it can keep on the host. recompute:
     habits of recomputation. host: what its Python costs. dtypes: of state, where a strategy does not say.
     hides: communication that is hidden by default. reading: what its memory reading means.
     communication_share: part of the SMs that the experts' exchanges take from what runs beside them, by
@@ -231,6 +241,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     kernels: Kernels = Kernels()
     cpu: Kernels | None = None
     sharding: Sharding = Sharding()
+    offload: Offload = Offload()
     recompute: Recompute = Recompute()
     host: HostCosts = HostCosts()
     dtypes: StateDTypes = StateDTypes()

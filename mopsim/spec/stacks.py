@@ -24,7 +24,7 @@ from mopsim.common.shipped import shipped_texts
 from mopsim.spec.stack import Stack
 
 _texts = partial(shipped_texts, "mopsim", "stacks")
-SECTIONS = ("kernels", "cpu", "sharding", "recompute", "host", "dtypes", "hides", "reading")
+SECTIONS = ("kernels", "cpu", "sharding", "offload", "recompute", "host", "dtypes", "hides", "reading")
 _NAMES = ("name", "version", "extends", "source")
 _OWN = ("runtime",)
 """Entries that a child does not have from its parent: whoever changes a program is not that program."""

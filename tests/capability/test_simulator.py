@@ -8,13 +8,18 @@ from msgspec import structs
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.engine import simulate
+from mopsim.graph.tensors import total_params
 from mopsim.program import lower
 from mopsim.program.workload import Workload
+from mopsim.search.problem import DEVICE, HOST, Problem
+from mopsim.search.space import generate
 from mopsim.spec.capability import ROWS, Job
+from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Activations, Overlap
-from mopsim.strategies import megatron
+from mopsim.strategies import megatron, mop
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants
 
@@ -66,6 +71,27 @@ def test_a_field_is_played_or_refused_and_never_ignored(name: str) -> None:
         if found == "changed" and not variant.reads("simulator"):
             wrong.append(f"{variant}: read, though the table says that it is not")
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+STREAMS = ("megatron-core", "megatron-bridge", "simumax", "deepspeed", "megatron-deepspeed", "mopexec-split")
+"""Stacks of programs that update state on the host by the host alone."""
+
+
+@pytest.mark.parametrize("stack", [*STREAMS, "megatron-lm-2022"])
+def test_state_on_the_host_is_updated_as_the_program_can(stack: str) -> None:
+    """Refused by name, with the value that works, which is then played; and out of the space of a search."""
+    tiny, training = load_model("tiny"), JOBS["mop"].training
+    works = "host" if stack in STREAMS else "device"
+    field = "update_on: 'device'" if stack in STREAMS else "state_tier: 'host'"
+    ways = ("host_streamed", works)
+    streamed, other = (Job(tiny, mop(8, optimizer=way), training, load_stack(stack)) for way in ways)
+    says = rf"optimizer\.{field} is not simulated on the stack {stack}.* only '{works}'"
+    with pytest.raises(SpecError, match=says):
+        program(streamed)
+    assert program(other)
+    space = generate(Problem(tiny, HARDWARE, 1, training, total_params(tiny), stack=load_stack(stack)), "mop")
+    assert set(space.columns["state"].tolist()) == ({DEVICE, HOST} if stack in STREAMS else {DEVICE})
+    assert any("optimizer." in reason and f"only '{works}'" in reason for reason in space.rejected)
 
 
 ON = (
