@@ -14,6 +14,8 @@ def run(directory: Path, out: Path, dtype: str | None, json: str | None) -> None
     from mopexec.weights.export import export
 
     found = export(directory, out, dtype)
+    for problem in found.passed:
+        print(f"mopexec: {problem}; the one before is written", file=sys.stderr)
     if json is not None:
         io.write_json(json, found)
     print(

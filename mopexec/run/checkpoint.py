@@ -99,29 +99,41 @@ def latest(root: Path) -> Path | None:
 
 
 def _complete(root: Path) -> list[Path]:
+    return [path for path in _named(root) if (path / _META).is_file()]
+
+
+def _named(root: Path) -> list[Path]:
+    """Directories of checkpoints below `root`, whether whole or not, the oldest first."""
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / _META).is_file())
+    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
 
 
 def read_state(path: Path) -> RunState:
     """What the checkpoint at `path` belongs to. Raises MopError."""
+    if not (path / _META).is_file():
+        raise MopError(f"checkpoint {path}: {_META} is missing")
     return io.load(path / _META, RunState, "checkpoint")
 
 
-def newest_state(run: Path) -> tuple[Path, RunState] | None:
-    """The newest checkpoint of the run in `run` whose run.json can be read, and what it says; None
-    where there is no checkpoint. Raises MopError where none can be read.
+def newest_state(run: Path, option: str = "--resume") -> tuple[Path, RunState, list[str]] | None:
+    """The newest checkpoint of the run in `run` whose run.json can be read, what it says, and why newer ones
+    were passed over; None where there is no checkpoint. option: that asks for it. Raises MopError where none
+    can be read.
     """
-    problem: MopError | None = None
-    for path in reversed(_complete(run / "checkpoints")):
+    passed: list[str] = []
+    for path in reversed(_named(run / "checkpoints")):
         try:
-            return path, read_state(path)
+            return path, read_state(path), passed
         except MopError as error:
-            problem = problem or error
-    if problem:
-        raise problem
+            passed.append(str(error))
+    if passed:
+        raise MopError(f"{option}: {_none_of(passed)}")
     return None
+
+
+def _none_of(passed: list[str]) -> str:
+    return f"none of the {len(passed)} checkpoints can be read; the newest: {passed[0]}"
 
 
 def check_state(found: RunState, wanted: RunState, path: Path) -> None:
@@ -154,7 +166,7 @@ def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:
     found = newest_state(run)
     if found is None:
         return None
-    path, state = found
+    path, state, _ = found
     check_state(state, wanted, path)
     if state.step >= steps:
         raise MopError(f"--steps: {steps} is not more than the {state.step} that checkpoint {path} has done")
@@ -232,17 +244,17 @@ def read_alone(path: Path, state: dict[str, Any]) -> None:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
 
 
-def load_newest(newest: Path, runner: Stateful) -> tuple[Path, int, list[str]]:
-    """(checkpoint, steps done, what was passed over and why): `newest`, or where a rank cannot read it the
-    newest before it that all can. Raises MopError where there is none.
+def load_newest(root: Path, runner: Stateful) -> tuple[Path, int, list[str]]:
+    """(checkpoint, steps done, what was passed over and why): the newest below `root` that all ranks can
+    read. Raises MopError where there is none.
     """
     passed: list[str] = []
-    for path in reversed([one for one in _complete(newest.parent) if one.name <= newest.name]):
+    for path in reversed(_named(root)):
         problem = _agree(_attempt_load(path, runner))
         if not problem:
             return path, read_state(path).step, passed
         passed.append(problem)
-    raise MopError(f"--resume: none of the {len(passed)} checkpoints can be read; the newest: {passed[0]}")
+    raise MopError(f"--resume: {_none_of(passed)}")
 
 
 def _attempt_load(path: Path, runner: Stateful) -> str:

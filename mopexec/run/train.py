@@ -77,7 +77,7 @@ def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: S
         begin = _weights(options, plan, resumed)
         runner = build(plan, job.platform, routing=options.routing, seed=seed, **begin)
     if resumed:
-        resumed, done, passed = checkpoint.load_newest(resumed, runner)
+        resumed, done, passed = checkpoint.load_newest(resumed.parent, runner)
 
     loop = _Loop(options, plan, job, runner, dataset, tracking, stop, done)
     loop.saver.last = resumed

@@ -39,7 +39,8 @@ DTYPES = {
 
 
 class Exported(Spec, frozen=True, kw_only=True):
-    """What was written. bytes: of the tensors. step: optimizer steps of the checkpoint."""
+    """What was written. bytes: of the tensors. step: optimizer steps of the checkpoint. passed: why newer
+    checkpoints were passed over."""
 
     out: str
     checkpoint: str
@@ -49,6 +50,7 @@ class Exported(Spec, frozen=True, kw_only=True):
     tensors: int
     files: int
     bytes: int
+    passed: list[str]
 
 
 def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FILE_BYTES) -> Exported:
@@ -62,10 +64,10 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
     plan = plans.read_plan(run / "plan.yaml")
     if out.is_dir() and any(out.iterdir()):
         raise MopError(f"--out: {out} is not empty; give another directory")
-    newest = checkpoint.newest_state(run)
+    newest = checkpoint.newest_state(run, "--run")
     if newest is None:
         raise MopError(f"--run: {run} has no checkpoint to export")
-    path, state = newest
+    path, state, passed = newest
     checkpoint.check_alone(path, state)
     kept = run / KEPT
     config = read_config(kept) if (kept / "config.json").is_file() else to_config(plan.model)
@@ -89,6 +91,7 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
     return Exported(
         out=str(out), checkpoint=str(path), step=state.step, architecture=layout.family.architecture,
         dtype=dtype, tensors=len(writer.tensors), files=files, bytes=total,
+        passed=passed,
     )  # fmt: skip
 
 

@@ -163,6 +163,28 @@ def test_a_damaged_description_of_the_newest_is_passed_over(tmp_path):
     assert checkpoint.check_resumable(tmp_path / "nothing", STATE, 9) is None
 
 
+def test_a_newest_without_run_json_is_named_and_passed_over(tmp_path):
+    """By the check before the ranks start, by the ranks, and where weights are written."""
+    root = tmp_path / "checkpoints"
+    older = checkpoint.save(root, Holder(value=1.0), at(1), keep=2)
+    newest = checkpoint.save(root, Holder(value=2.0), at(2), keep=2)
+    (newest / "run.json").unlink()
+    why = f"checkpoint {newest}: run.json is missing"
+    assert checkpoint.newest_state(tmp_path) == (older, checkpoint.read_state(older), [why])
+    holder = Holder()
+    assert checkpoint.load_newest(root, holder) == (older, 1, [why])
+    assert holder.weight[0] == 1.0
+    (older / "run.json").unlink()
+    none = f"none of the 2 checkpoints can be read; the newest: {why}"
+    for call in (
+        lambda: checkpoint.check_resumable(tmp_path, STATE, 9),
+        lambda: checkpoint.load_newest(root, holder),
+    ):
+        with pytest.raises(MopError) as refusal:
+            call()
+        assert str(refusal.value) == f"--resume: {none}"
+
+
 class Attack:
     def __reduce__(self):
         return print, ("code ran",)
