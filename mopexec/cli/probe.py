@@ -15,7 +15,12 @@ def run(out: Path, ranks: int | None, budget: float, json: str | None) -> None:
     if not math.isfinite(budget):
         raise MopError(f"--budget: {budget} must be a finite number")
     from mopexec.measure.probe import probe
+    from mopexec.measure.probe_machine import usable_cores
+    from mopexec.measure.quiet import loaded, others
 
+    cores = usable_cores()
+    if line := loaded(others(cores), len(cores), "the profile is"):
+        print(line, file=sys.stderr if json == "-" else sys.stdout, flush=True)
     profile = probe(ranks, budget=budget)
     io.write_yaml(out, profile)
     if json is not None:

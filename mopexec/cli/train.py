@@ -58,6 +58,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
     _check_with_torch(options, plan)
+    options = msgspec.structs.replace(options, others=_others(options.console))
     with run_lock(Path(options.out)):
         earlier = _prepare_directory(options, plan)
 
@@ -73,6 +74,22 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
             earlier.put_back()
             raise
         return _conclude(options, stopped_by, json)
+
+
+def _others(console: str) -> float:
+    """Part of the cores that other programs have, said where it is much; 0 where ranks have GPUs."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 0.0
+    from mopexec.measure.probe_machine import usable_cores
+    from mopexec.measure.quiet import loaded, others
+
+    cores = usable_cores()
+    share = others(cores)
+    if line := loaded(share, len(cores), "step times are"):
+        print(line, file=sys.stderr if console == "stderr" else sys.stdout, flush=True)
+    return share
 
 
 _LIMITS = ("device_limit", "host_limit")

@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mopsim
-from mopexec.run.quiet import quiet
+from mopexec.measure.quiet import quiet
 from mopsim.common.console import LastingConsole
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
@@ -239,9 +239,11 @@ def measurement(
     last_loss: float,
     device: torch.device,
     routing: RoutingProfile,
+    others: float = 0.0,
 ) -> Measurement:
     """The run's Measurement. step_times: every step of each process of the run; of each the first `warmup`
-    are left out, of the last while one remains, and of the others those that are not quiet.
+    are left out, of the last while one remains, and of the others those that are not quiet. others: part of
+    the cores that other programs had at the start.
     """
     *before, last = step_times
     kept = [times[warmup:] for times in before] + [last[min(warmup, len(last) - 1) :]]
@@ -269,4 +271,5 @@ def measurement(
         environment=environment(device_name(device)),
         mop_version=mopsim.__version__,
         routing=routing,
+        others=others,
     )

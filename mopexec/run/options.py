@@ -23,7 +23,8 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     eval_data, eval_tokens: held-out data and its prepared tokens; eval_every: steps between evaluations
     (0 = only at the end), each of at most eval_batches global batches. profile_steps: extra steps at the
     end that are timed by kind of work; their updates are thrown away. trace_steps: extra ones of which a
-    trace is written. log_to: `mopexec.run.writers`. seed None: the plan's.
+    trace is written. log_to: `mopexec.run.writers`. seed None: the plan's. others: part of the cores that
+    other programs had when the command began.
     """
 
     plan: str
@@ -53,6 +54,7 @@ class TrainOptions(Spec, frozen=True, kw_only=True):
     trace_steps: int = 0
     log_to: tuple[str, ...] = ()
     seed: int | None = None
+    others: float = 0.0
     build: str = "mopexec.run.apply:build"
     console: Literal["stdout", "stderr"] = "stdout"
 

@@ -278,6 +278,7 @@ class _Loop:
             routing=_measured_routing(
                 self.plan, self.busiest[min(self.options.warmup, len(self.busiest) - 1) :]
             ),
+            others=self.options.others,
         )
         outcome = TrainOutcome(
             run=str(self.out),

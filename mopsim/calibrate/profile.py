@@ -29,7 +29,7 @@ from mopsim.calibrate.fit import (
 )
 from mopsim.calibrate.observed import Seen, observed
 from mopsim.common import io
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, SpecError
 from mopsim.spec.hardware import COLLECTIVES, COMPUTE_KINDS, WORK_KINDS, Correction, HardwareProfile
 from mopsim.spec.plan import Measurement, Plan
 
@@ -205,6 +205,11 @@ def _check(profile: HardwareProfile, measurements: Sequence[Measurement], digest
         name, hardware = measurement.plan.strategy.name, measurement.plan.hardware
         if digests.count(digest) > 1:
             raise MopError(f"measurements: the run of {name} ({digest}) is given twice")
+        if measurement.peak_memory <= 0:
+            raise SpecError(
+                "measurements: peak_memory", measurement.peak_memory,
+                f"of the run of {name} ({digest}) must be at least 1: every step takes memory",
+            )  # fmt: skip
         if hardware.digest not in accepted:
             raise MopError(
                 f"measurements: plan.hardware.digest: {hardware.digest!r} of the run of {name} is not that of"

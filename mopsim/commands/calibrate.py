@@ -23,6 +23,9 @@ from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
 
+BUSY = 0.1
+"""Part of the cores that other programs may have before it is said of a run, as `mopexec train` says it."""
+
 
 def run(
     profile: str, measurements: Sequence[str], out: str, json: str | None, stack: str | None = None
@@ -52,7 +55,7 @@ def run(
             f"prediction (by {known.name}: {_departures(plan, known)})"
         )
     for one in given:
-        if one.disturbed or one.resumed:
+        if one.disturbed or one.resumed or one.others > BUSY:
             console.print(_apart(one))
     if len(result.runs) == 1:
         console.print(
@@ -66,12 +69,13 @@ def run(
 def _apart(run: Measurement) -> str:
     """What sets a run apart that others disturbed, or that did not run in one go."""
     said = []
+    if run.others > BUSY:
+        said.append(f"other programs had {run.others:.0%} of the cores when it began")
     if run.disturbed:
         later = run.disturbed + len(run.step_times)
-        said.append(
-            f"{run.disturbed} of {later} steps were disturbed by other programs and are left out: "
-            f"it counts as {run.quiet:.2f} runs"
-        )
+        said.append(f"{run.disturbed} of {later} steps were disturbed by other programs and are left out")
+    if said:
+        said[-1] += f": it counts as {run.quiet:.2f} runs"
     if run.resumed:
         said.append(f"resumed: the steps of all its {run.resumed + 1} processes count")
     return f"run of {run.plan.strategy.name} ({io.digest(run)}): {'; '.join(said)}"

@@ -135,7 +135,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
 
     plan: what was run. world_size: number of ranks. steps: how many steps. warmup: how many first steps
     of its processes are left out. disturbed: how many later ones are left out, in which other programs
-    took cores from the ranks. resumed: how often it was resumed under this plan's strategy.
+    took cores from the ranks. others: part of the cores that other programs had just before its last process
+    began, 0 to 1. resumed: how often it was resumed under this plan's strategy.
     step_times: seconds of each steady step, slowest rank. step_time_median: seconds of the median step.
     tokens_per_second: what all ranks train together. kinds: timings by kind of work, from profiled steps
     of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that peak.
@@ -163,6 +164,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
     routing: profiles.RoutingProfile = "balanced"
     resumed: int = 0
     disturbed: int = 0
+    others: float = 0.0
 
     def __post_init__(self) -> None:
         ranks = self.plan.strategy.world_size
@@ -171,6 +173,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
             self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory",
             "resumed", "disturbed",
         )  # fmt: skip
+        require(0 <= self.others <= 1, "others", self.others, "must lie between 0 and 1")
         times, steady = self.step_times, self.steps - self.warmup - self.disturbed
         rule = f"less warmup and disturbed is not the {len(times)} step_times"
         require(1 <= steady == len(times), "steps", self.steps, rule)
@@ -189,8 +192,9 @@ class Measurement(Spec, frozen=True, kw_only=True):
 
     @property
     def quiet(self) -> float:
-        """Part of the steps after the warm-up that nothing disturbed."""
-        return len(self.step_times) / (len(self.step_times) + self.disturbed)
+        """Part of the steps after the warm-up that nothing disturbed, times the part of the cores that others
+        left them, at least a tenth: it was seen before they asked for any."""
+        return max(1 - self.others, 0.1) * len(self.step_times) / (len(self.step_times) + self.disturbed)
 
     def plan_as_routed(self) -> Plan:
         """The plan with the routing that was measured, to simulate what ran."""

@@ -6,9 +6,9 @@ import types
 import pytest
 import torch
 
+from mopexec.measure.quiet import loaded, others, quiet
 from mopexec.run import writers
 from mopexec.run.metrics import measurement
-from mopexec.run.quiet import quiet
 from mopexec.run.traces import trace
 from mopsim.common.errors import MopError
 from tests.exec.train_plans import small_plan
@@ -21,6 +21,29 @@ def test_a_step_that_lost_its_core_is_disturbed_and_one_with_more_to_do_is_not()
     assert quiet(*zip(*steps, strict=True)) == [True] * 4 + [False, True, True]
     assert quiet([1.0, 9.0], [None, None]) == [True, True]
     assert quiet([], []) == []
+
+
+def test_what_others_take_of_the_cores_is_told_above_a_limit(monkeypatch):
+    """Core 1 is busy for 30 of 40 ticks, core 0 for 10, core 9 is not asked about."""
+    text = (
+        "cpu  9 9 9 9 9\ncpu0 {0} 0 0 {1} 0 0 0 0 9 9\ncpu1 {2} 0 0 {3} 5 0 0 0 0 0\ncpu9 7 7 7 7 7\nintr 1\n"
+    )
+    told = iter([text.format(100, 100, 200, 300), text.format(110, 130, 230, 305 + 5)])
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: next(told))
+    share = others([0, 1], seconds=0)
+    assert share == pytest.approx(40 / 80)
+    assert loaded(share, 2, "step times are") == (
+        "other programs have 1.0 of the 2 cores (quiet: at most 0.2): step times are a busy machine's"
+    )
+    assert loaded(0.1, 2, "step times are") == ""
+
+
+def test_a_machine_that_does_not_tell_has_no_others(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    assert others([0], seconds=0) == 0.0
 
 
 def test_a_measurement_says_how_many_steps_it_leaves_out():

@@ -310,6 +310,10 @@ def test_refusals(tmp_path: Path) -> None:
         calibrate(PROFILE, [run, run], simulate)
     with pytest.raises(MopError, match=r"plan\.hardware\.digest: 'feed' .*other|planned on"):
         calibrate(PROFILE, [measured("a", MACHINE, planned="feed")], simulate)
+    with pytest.raises(
+        SpecError, match=r"^measurements: peak_memory: 0 of the run of a .* must be at least 1"
+    ):
+        calibrate(PROFILE, [msgspec.structs.replace(run, peak_memory=0)], simulate)
     with pytest.raises(MopError, match="neither a run directory"):
         calibration.load_measurement(tmp_path / "none")
     with pytest.raises(MopError, match=r"no measurement\.yaml"):
@@ -392,6 +396,10 @@ def test_a_disturbed_run_counts_by_its_quiet_steps() -> None:
         return result.profile.corrections["matmul"].scale
 
     assert scale(quiet) < scale(quiet, disturbed) < scale(quiet, loud) < scale(loud)
+    beside = msgspec.structs.replace(loud, others=0.75)
+    assert scale(quiet) < scale(quiet, beside) < scale(quiet, loud)
+    said = command._apart(beside)
+    assert "other programs had 75% of the cores when it began: it counts as 0.25 runs" in said
     said = command._apart(disturbed)
     assert "27 of 36 steps were disturbed by other programs and are left out: it counts as 0.25 runs" in said
     assert "resumed: the steps of all its 2 processes count" in said
