@@ -8,9 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from mopsim.common.errors import MopError, one_line, shown
 
@@ -186,5 +186,20 @@ def _value(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _fail(name: str, message: str, code: int = 2) -> NoReturn:
-    print(f"{name}: {one_line(' '.join(message.split()))}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody reads it any more
+        print(f"{name}: {one_line(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        _let_go(stream)
     sys.exit(code)
+
+
+def _let_go(stream: TextIO | None) -> None:
+    """What a stream cannot be rid of must not change the exit code when Python flushes it at the end."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        assert stream is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:  # closed
+        pass

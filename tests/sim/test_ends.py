@@ -98,6 +98,30 @@ def test_a_held_key_ends_a_sweep_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_is_the_exit_code_where_nobody_reads() -> None:
+    """A pager that has gone: what is said on the way out fails, of a progress bar and of the command."""
+    code = (
+        "import threading\n"
+        "from mopsim.common.command_line import run_app\n"
+        "def app(arguments, standalone_mode):\n"
+        "    try:\n"
+        "        print('begun', flush=True)\n"
+        "        threading.Event().wait(60)\n"
+        "    finally:\n"
+        "        print('a progress bar ends', flush=True)\n"
+        "run_app(app, 'mopsim', ['x'])\n"
+    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"begun\n"
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=HANG) == 143
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
 def test_a_full_disk_says_nothing_of_a_cache_of_fonts(tmp_path: Path) -> None:
     code = (
