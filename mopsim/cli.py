@@ -11,7 +11,7 @@ import typer  # noqa: E402
 
 from mopsim.commands import options as o  # noqa: E402
 from mopsim.commands import pairs  # noqa: E402
-from mopsim.strategies import FAMILIES  # noqa: E402
+from mopsim.spec.categories import FAMILIES  # noqa: E402
 
 app = typer.Typer(
     name="mopsim",

@@ -6,6 +6,7 @@ that share one copy of the state; 0 = all that there are.
 
 from typing import Literal
 
+from mopsim.spec.categories import FAMILIES as FAMILIES
 from mopsim.spec.strategy import (
     Activations,
     Attention,
@@ -24,7 +25,6 @@ from mopsim.spec.strategy import (
     Vocabulary,
 )
 
-FAMILIES = ("mop", "fsdp2", "zero_offload", "megatron")
 STACKS = {
     "mop": "mopexec-flat",
     "fsdp2": "mopexec-fsdp2",

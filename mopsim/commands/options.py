@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mopsim.common.units import parse_count
-from mopsim.spec.new_card import FIGURES
-from mopsim.strategies import FAMILIES
+from mopsim.spec.categories import FAMILIES
+from mopsim.spec.figures import FIGURES
 
 Model = Annotated[str, typer.Option(help="preset, YAML file or Hugging Face config.json")]
 Hardware = Annotated[str, typer.Option(help="hardware profile: a name or a YAML file")]

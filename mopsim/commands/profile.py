@@ -22,8 +22,9 @@ from mopsim.common.units import format_seconds, parse_count
 from mopsim.engine import SimResult
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
+from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
-from mopsim.spec.new_card import FIGURES, check_figures, figures_of, nearest_card, new_card
+from mopsim.spec.new_card import check_figures, figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
 from mopsim.strategies import FAMILIES
 
@@ -35,7 +36,7 @@ QUIET = 5e-4
 
 @dataclass(frozen=True)
 class CardOrder:
-    """What is known of a card, as typed. figures: by the names of mopsim.spec.new_card.FIGURES."""
+    """What is known of a card, as typed. figures: by the names of mopsim.spec.figures.FIGURES."""
 
     name: str | None
     figures: Mapping[str, str]

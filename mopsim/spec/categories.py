@@ -1,9 +1,12 @@
-"""Memory categories, components and runtimes: one vocabulary for the simulator and the executor."""
+"""Memory categories, components, runtimes, families: one vocabulary for the simulator and the executor."""
 
 from typing import Literal, get_args
 
 Runtime = Literal["flat_units", "fully_shard", "split_modules"]
 RUNTIMES: tuple[str, ...] = get_args(Runtime)
+
+FAMILIES = ("mop", "fsdp2", "zero_offload", "megatron")
+"""Functions of `mopsim.strategies`."""
 
 CATEGORIES = (
     "params",  # resident parameter shards

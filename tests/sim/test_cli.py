@@ -157,7 +157,7 @@ def test_cli_imports_neither_torch_nor_matplotlib() -> None:
 def test_help_names_the_families_of_the_table(command: str) -> None:
     """A fifth one, which no command knows by name."""
     code = (
-        "import mopsim.strategies as table; table.FAMILIES = ('fourth', 'fifth'); import sys; "
+        "import mopsim.spec.categories as table; table.FAMILIES = ('fourth', 'fifth'); import sys; "
         f"sys.argv = ['mopsim', '{command}', '--help']; from mopsim.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,8 +14,8 @@ from mopsim.api.sensitivity import assumptions, sensitivity
 from mopsim.cli import app, main
 from mopsim.commands.profile import taken
 from mopsim.common.io import to_plain
+from mopsim.spec.figures import FIGURES as FIGURE_KINDS
 from mopsim.spec.hardware import HardwareProfile, Quantity
-from mopsim.spec.new_card import FIGURES as FIGURE_KINDS
 from mopsim.spec.new_card import figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
 
