@@ -103,6 +103,13 @@ class Comparison(Result):
         }
         return DataFrame(columns, index=Index(shown.values, name=shown.setting))
 
+    def _swept_on(self) -> str:
+        """Network and machine at every value of the sweep."""
+        inputs = self.inputs
+        if self.points and self.points.setting == "nodes":
+            return f"{inputs.model.name} at {inputs.training.seq_len:,} tokens on {inputs.hardware.name}"
+        return f"{inputs.model.name} on {inputs.hardware.cluster(inputs.nodes)}"
+
     def write(
         self, folder: str | Path, command: str = "mopsim.compare", formats: Sequence[str] = ("png",)
     ) -> list[Path]:
@@ -118,7 +125,7 @@ class Comparison(Result):
         with whole_directory(Path(folder)) as aside, saved_as(formats):
             write_compare(
                 aside, list(self.results.values()), list(self.results), timelines, self.sweep, title,
-                facts(inputs, command), self.gaps, inputs.interval,
+                facts(inputs, command), self.gaps, inputs.interval, self._swept_on(),
             )  # fmt: skip
             written = [path.name for path in aside.iterdir()]
         return [Path(folder) / name for name in sorted(written)]

@@ -55,10 +55,10 @@ class Result(Mapping[str, Any]):
         return DataFrame([_numbers(result) for result in self._results()])
 
     def table(self) -> "DataFrame":
-        """A row for each strategy, as text for people: the columns of mopsim.report.tables.COLUMNS."""
+        """A row for each strategy, as text for people: those of mopsim.report.tables.columns()."""
         from pandas import DataFrame
 
-        return DataFrame([tables.row(one) for one in self._results()], columns=list(tables.COLUMNS))
+        return DataFrame([tables.row(one) for one in self._results()], columns=list(tables.columns()))
 
     @cached_property
     def _json(self) -> dict[str, Any]:

@@ -97,8 +97,9 @@ class Clusters(Result):
             return None
         nodes, training, plan = chosen.num_nodes, chosen.training, chosen.result
         inputs = Inputs(
-            self.request.model, chosen.hardware, nodes, training, self.request.precision, self.request.stack
-        )
+            self.request.model, chosen.hardware, nodes, training, self.request.precision, self.request.stack,
+            interval=self.request.interval,
+        )  # fmt: skip
         whole = simulate(inputs.model, inputs.hardware, nodes, plan.strategy, training, plan.stack)
         return Simulation(inputs, whole)
 
@@ -113,7 +114,7 @@ class Clusters(Result):
         from mopsim.report.decision import Decision, write_decision
 
         swings = self.what_if()
-        settled = settle(self.subject, swings) if self.subject else []
+        settled = settle(self.subject, swings, self.request.interval) if self.subject else []
         said = {"command": command, "version": mopsim.__version__} | {
             f"hardware profile {one.hardware.name}": io.digest(one.hardware) for one in self.sizings
         }

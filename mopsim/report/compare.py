@@ -4,6 +4,7 @@ the others."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 
 from rich.console import Group
 from rich.text import Text
@@ -13,7 +14,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals import Ratio
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
-from mopsim.report.tables import COLUMNS, P_FITS, beside, plan_line, row
+from mopsim.report.tables import P_FITS, beside, columns, plan_line, row
 from mopsim.report.terminal import size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import exhausted, format_gap
@@ -53,6 +54,8 @@ class Sweep:
         return "; ".join([f"held constant: tokens per step ({usual:,})", *other])
 
 
+TITLE = 90
+"""Characters of a line of a figure's title."""
 Gaps = Mapping[str, float | None]
 """Of strategies that a search found, by label: SearchResult.gap."""
 
@@ -229,15 +232,21 @@ def write_compare(
     facts: dict[str, str],
     gaps: Gaps | None = None,
     level: float = 0.9,
+    where: str = "",
 ) -> list[Path]:
-    """index.md, index.html and PNGs of a comparison; returns what was written. level: of the intervals."""
+    """index.md, index.html and PNGs of a comparison; returns what was written. level: of the intervals.
+    where: network and machine of the sweep."""
     written = [
         memory_figure(folder / "memory.png", results, labels, level),
         time_figure(folder / "time.png", results, labels, level=level),
     ]
     whiskers = f"Lines over the bars: a measured value lies between their ends with probability {level:.0%}."
     sections = [
-        Section("The strategies", f"{P_FITS}.", table=Table(COLUMNS, [row(result) for result in results])),
+        Section(
+            "The strategies",
+            f"{P_FITS}.",
+            table=Table(columns(level), [row(result, level) for result in results]),
+        ),
         Section(
             "Memory by category",
             whiskers,
@@ -250,12 +259,12 @@ def write_compare(
         ),
     ]
     if sweep:
-        written.append(sweep_figure(folder / "sweep.png", sweep, level))
+        written.append(sweep_figure(folder / "sweep.png", sweep, level, where))
         sections.append(
             Section(
                 f"Over {sweep.setting}",
                 sweep.held,
-                table=_sweep_table(sweep),
+                table=_sweep_table(sweep, level),
                 picture=("sweep.png", f"throughput over {sweep.setting}"),
             )
         )
@@ -273,8 +282,9 @@ def write_compare(
     return written + write_page(folder, Page(title, summary(results, labels, gaps, level), sections, facts))
 
 
-def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9) -> Path:
-    """Throughput over the setting, crosses where memory ends. level: of the bands."""
+def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> Path:
+    """Throughput over the setting, crosses where memory ends. level: of the bands. where: the network and the
+    machine, for the title, which says too what is held constant."""
     series = {
         label: [r.tokens_per_second_per_device if r and r.fits else None for r in points]
         for label, points in sweep.results.items()
@@ -293,7 +303,8 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9) -> Path:
     else:
         title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {sweep.setting} {name}"
     xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
-    xlabel = "; ".join(filter(None, (xlabel, sweep.held)))
+    below = "; ".join(filter(None, (where, sweep.held)))
+    title = "\n".join(filter(None, (title, *wrap(below, TITLE))))
     return sweep_lines(path, sweep.values, series, title, xlabel, sweep.names, sweep.bands, level)
 
 
@@ -325,9 +336,10 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
     return Group(shown, *plans)
 
 
-def _sweep_table(sweep: Sweep) -> Table:
+def _sweep_table(sweep: Sweep, level: float = 0.9) -> Table:
     """A row for each value and strategy, its plan among them."""
-    columns = [sweep.setting, *(["batch"] if sweep.batches else []), "label", *COLUMNS]
+    numbers = columns(level)
+    heads = [sweep.setting, *(["batch"] if sweep.batches else []), "label", *numbers]
     rows = []
     for index, name in enumerate(sweep.names):
         head = [name, *(f"{batch:,}" for batch in sweep.batches[index : index + 1])]
@@ -335,8 +347,8 @@ def _sweep_table(sweep: Sweep) -> Table:
             result = points[index]
             if result is None:
                 why = sweep.refused[label][index] if label in sweep.refused else ""
-                cells = [f"no legal strategy{': ' if why else ''}{why}", *[""] * (len(COLUMNS) - 1)]
+                cells = [f"no legal strategy{': ' if why else ''}{why}", *[""] * (len(numbers) - 1)]
             else:
-                cells = row(result)
+                cells = row(result, level)
             rows.append([*head, label, *cells])
-    return Table(columns, rows)
+    return Table(heads, rows)

@@ -64,11 +64,11 @@ class Decision:
 def write_decision(folder: Path, decision: Decision) -> list[Path]:
     """Write decision.html and its figures (PNG and SVG) into `folder`; returns the files."""
     figures, drawn = [], {"pareto": "", "tornado": ""}
-    subject, goal = decision.subject, decision.request.goal
+    subject, goal, level = decision.subject, decision.request.goal, decision.request.interval
     for kind in ("png", "svg"):
         if decision.points:
             path = folder / f"pareto.{kind}"
-            figures.append(cost_time(path, decision.points, decision.front, decision.chosen, goal))
+            figures.append(cost_time(path, decision.points, decision.front, decision.chosen, goal, level))
         if subject and decision.swings:
             figures.append(tornado(folder / f"tornado.{kind}", decision.swings, subject))
     for path in figures:
@@ -98,6 +98,7 @@ def content(d: Decision) -> dict[str, object]:
         "sites": _sites(subject),
         "risks": risks(d),
         "measures": _measures(d.settled),
+        "level": f"{100 * d.request.interval:g} %",
         "now": f"{d.settled[0].before:.0%}" if d.settled else "",
         "assumptions": _assumptions(d.request),
         "facts": d.facts,
@@ -110,13 +111,14 @@ def answer(d: Decision) -> str:
         return f"Nothing that was tried will do. {missed(d.miss).capitalize()}."
     point, bill, terms = d.chosen, d.chosen.figures, d.request.terms
     verb = "Buy" if terms.buy else "Reserve" if terms.reserved else "Rent"
-    low, high = (one / DAY for one in bill.seconds_interval())
+    level = d.request.interval
+    low, high = (one / DAY for one in bill.seconds_interval(level))
     where = "" if bill.site == DEFAULT else f" in {bill.site}"
     paid = point.hardware.cluster(bill.billed_nodes)
     use = f" and train on {point.num_nodes:,} of them" if bill.billed_nodes > point.num_nodes else ""
     text = (
         f"{verb} {paid}{where}{use}: {format_days(bill.days)} days "
-        f"({format_days(low)} to {format_days(high)} with 90 %)"
+        f"({format_days(low)} to {format_days(high)} with {100 * level:g} %)"
     )
     if bill.cost is not None:
         text += f", {format_dollars(bill.cost)}{' of its life' if terms.buy else ''}"
@@ -129,13 +131,14 @@ def answer(d: Decision) -> str:
 
 
 def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
-    low, high = (one / DAY for one in bill.seconds_interval())
-    result, good, costs = point.result, bill.goodput, bill.cost_interval()
+    level = d.request.interval
+    low, high = (one / DAY for one in bill.seconds_interval(level))
+    result, good, costs = point.result, bill.goodput, bill.cost_interval(level)
     certain = bill.p_within(d.request.goal.seconds)
     cards = [
-        ("days, 90 %", f"{format_days(low)} to {format_days(high)}"),
+        (f"days, {100 * level:g} %", f"{format_days(low)} to {format_days(high)}"),
         ("probability of the deadline", None if certain is None else odds(certain)),
-        ("cost, 90 %", " to ".join(map(format_dollars, costs)) if costs else None),
+        (f"cost, {100 * level:g} %", " to ".join(map(format_dollars, costs)) if costs else None),
         ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),
         ("model FLOP utilisation", f"{result.mfu:.1%}" if result else None),
@@ -192,7 +195,10 @@ def _rivals(d: Decision) -> DecisionTable:
     best = [one.best for one in d.sizings if one.best]
     shown = {_key(one): one for one in (*best, *d.front, *near) if one.figures}
     rows = sorted(shown.values(), key=lambda one: (one.hardware.name, one.num_nodes))
-    columns = ["machine", "nodes", "devices", "days", "90 %", "in time", "cost", "goodput", "plan", "remark"]
+    columns = [
+        "machine", "nodes", "devices", "days", f"{100 * d.request.interval:g} %", "in time", "cost",
+        "goodput", "plan", "remark",
+    ]  # fmt: skip
     return DecisionTable(
         columns,
         [[_key(one), *_rival(one, d.request)] for one in rows],
@@ -209,7 +215,7 @@ def _rival(point: Point, request: Request) -> list[str]:
     bill, result = point.figures, point.result
     assert bill is not None
     assert result is not None
-    low, high = (one / DAY for one in bill.seconds_interval())
+    low, high = (one / DAY for one in bill.seconds_interval(request.interval))
     certain = bill.p_within(request.goal.seconds)
     return [
         point.hardware.name, f"{point.num_nodes:,}", f"{point.num_devices:,}", format_days(bill.days),

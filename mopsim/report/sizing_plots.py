@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mopsim.common.units import format_number
 from mopsim.report.style import SERIES, figure, legend_below
-from mopsim.size.figures import DAY, Figures, Goal
+from mopsim.size.figures import DAY, LEVEL, Figures, Goal
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
 
@@ -15,16 +15,18 @@ GOOD, BAD, EDGE = "#1b4f72", "#ca6f1e", "#c0392b"
 
 
 def cost_time(
-    path: Path, points: Sequence[Point], front: Sequence[Point], chosen: Point | None, goal: Goal
-) -> Path:
-    """Cost over days of every cluster tried, an interval of days each; the front as a line."""
+    path: Path, points: Sequence[Point], front: Sequence[Point], chosen: Point | None, goal: Goal,
+    level: float = LEVEL,
+) -> Path:  # fmt: skip
+    """Cost over days of every cluster tried, an interval of days each, of probability `level`; the front as a
+    line."""
     names = list(dict.fromkeys(point.hardware.name for point in points))
     scale, unit = dollars([bill.cost or 0.0 for bill in _priced(points)])
     with figure(path, 9, 5.0) as (axis,):
         for place, name in enumerate(names):
             bills = _priced([one for one in points if one.hardware.name == name])
             days, costs = _days_costs(bills, scale)
-            ends = [bill.seconds_interval() for bill in bills]
+            ends = [bill.seconds_interval(level) for bill in bills]
             below = [max(0.0, day - low / DAY) for day, (low, _) in zip(days, ends, strict=True)]
             above = [max(0.0, high / DAY - day) for day, (_, high) in zip(days, ends, strict=True)]
             axis.errorbar(
@@ -47,7 +49,7 @@ def cost_time(
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
             side.set_tick_params(which="both", labelsize=9)
-        axis.set_xlabel("days (bars: 90 % interval)")
+        axis.set_xlabel(f"days (bars: {100 * level:g} % interval)")
         axis.set_ylabel(f"cost, {unit}")
         axis.grid(alpha=0.3)
         legend_below(axis, 4)

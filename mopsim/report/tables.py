@@ -14,13 +14,16 @@ from mopsim.report.terminal import numbered, size, table
 from mopsim.search.result import Freedom
 from mopsim.spec.line import describe as describe
 
-COLUMNS = (
-    "strategy", "stack", "step", "step, 90 %", "tokens/s per GPU", "MFU", "memory", "memory, 90 %", "limit",
-    "host", "exposed", "P(fits)",
-)  # fmt: skip
-"""stack: the software that runs it. 90 %: between which two values a measured one lies with this probability.
-memory: device peak; limit: share of the usable device memory that the peak is. exposed: seconds of compute
-waiting for communication, copies and the host."""
+
+def columns(level: float = 0.9) -> tuple[str, ...]:
+    """Heads of `row`. stack: the software that runs it. `level`: between which two values a measured one lies
+    with this probability. memory: device peak; limit: share of the usable device memory that the peak is.
+    exposed: seconds of compute waiting for communication, copies and the host."""
+    within = f"{100 * level:g} %"
+    return (
+        "strategy", "stack", "step", f"step, {within}", "tokens/s per GPU", "MFU", "memory",
+        f"memory, {within}", "limit", "host", "exposed", "P(fits)",
+    )  # fmt: skip
 
 
 ENOUGH = f"memory enough with {UPPER:.0%}"
@@ -35,8 +38,8 @@ MOST_TOGETHER, MOST_FIELDS = 3, 4
 """Combinations that a row names, and fields of each of these; the others are counted, the JSON has all."""
 
 
-def row(result: SimResult) -> list[str]:
-    """The cells of COLUMNS."""
+def row(result: SimResult, level: float = 0.9) -> list[str]:
+    """The cells of `columns`. level: of the intervals."""
     verdict = format_probability(result.p_fits)
     if not result.fits:
         verdict = f"does not fit: {result.over}, {format_bytes(result.over_bytes)} over"
@@ -44,11 +47,11 @@ def row(result: SimResult) -> list[str]:
         describe(result.strategy),
         result.stack.name,
         format_seconds(result.step_time),
-        between(result.step_time_interval(), format_seconds),
+        between(result.step_time_interval(level), format_seconds),
         f"{result.tokens_per_second_per_device:,.0f}",
         f"{result.mfu:.1%}",
         format_bytes(result.peak_memory),
-        between(result.peak_memory_interval(), format_bytes),
+        between(result.peak_memory_interval(level), format_bytes),
         f"{result.peak_memory / result.memory_limit:.0%}",
         format_bytes(result.host_memory),
         f"{format_seconds(sum(result.exposed.values()))} ({result.exposed_share:.0%})",

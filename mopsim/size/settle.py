@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.special import ndtri
+
 from mopsim.size.benchmarks import Benchmark, measurements, tag_of
-from mopsim.size.figures import WIDE, Figures
+from mopsim.size.figures import LEVEL, WIDE, Figures
 from mopsim.size.points import Point
 from mopsim.size.whatif import Swing
 
@@ -19,8 +21,9 @@ class Settled:
     after: float
 
 
-def settle(point: Point, swings: Sequence[Swing]) -> list[Settled]:
+def settle(point: Point, swings: Sequence[Swing], level: float = LEVEL) -> list[Settled]:
     """What each measurement would leave of the interval of days, best first; the last is the plan itself.
+    level: the interval's probability.
 
     A kind's share of the variance of ln(days) is the square of a quarter of its swing's width in
     deviations; together they are at most that of the step, whose rest no measurement of a part settles.
@@ -42,7 +45,7 @@ def settle(point: Point, swings: Sequence[Swing]) -> list[Settled]:
             before = known_now.spread[tag_of(point.hardware, kind)]
             gained += parts.get(kind, 0.0) * scale * max(0.0, 1 - (known_now.after / before) ** 2)
         if gained:
-            found.append(_settled(benchmark, bill, bill.deviation**2 - gained))
+            found.append(_settled(benchmark, bill, bill.deviation**2 - gained, level))
     whole = Benchmark(
         name="the plan itself, shortened to few layers or nodes",
         kinds=(),
@@ -50,10 +53,11 @@ def settle(point: Point, swings: Sequence[Swing]) -> list[Settled]:
         how="mopexec train, or the exported configuration, for 50 steps; then mopsim calibrate and size",
     )
     left = min(known_now.calibrated**2, of_step) + rest
-    return [*sorted(found, key=lambda one: one.after), _settled(whole, bill, left)]
+    return [*sorted(found, key=lambda one: one.after), _settled(whole, bill, left, level)]
 
 
-def _settled(benchmark: Benchmark, bill: Figures, variance: float) -> Settled:
+def _settled(benchmark: Benchmark, bill: Figures, variance: float, level: float) -> Settled:
+    wide = float(ndtri((1 + level) / 2))
     return Settled(
-        benchmark, math.expm1(WIDE * bill.deviation), math.expm1(WIDE * math.sqrt(max(variance, 0.0)))
+        benchmark, math.expm1(wide * bill.deviation), math.expm1(wide * math.sqrt(max(variance, 0.0)))
     )

@@ -178,6 +178,13 @@ def test_a_timeline_zooms_and_is_walked(driver: Any, pages: dict[str, Path]) -> 
         widths = "[...document.querySelectorAll('.span')].map(one => +one.getAttribute('width'))"
         return float(driver.execute_script(f"return Math.max(...{widths})"))
 
+    joined = "[...document.querySelectorAll('.span')].filter(one => one.all)"
+    assert driver.execute_script(f"return {joined}.some(one => +one.getAttribute('fill-opacity') < 1)")
+    block = driver.execute_script(f"return {joined}.sort((a, b) => b.all.count - a.all.count)[0]")
+    ActionChains(driver).move_to_element(block).perform()
+    tip = driver.execute_script("return document.getElementById('tip').textContent")
+    assert "side by side" in tip
+    assert "idle between them" in tip
     whole = widest()
     find(driver, "section.timeline .controls button")[0].click()  # Zoom in
     assert widest() > whole

@@ -43,7 +43,13 @@ def context() -> dict[str, Any]:
         "mop": {"longest": 2**17, "points": [point(one, True) for one in lengths]},
         "fsdp2": {"longest": 2**16, "points": [point(one, one < 2**17) for one in lengths]},
     }
-    case = {"model": "tiny", "devices": 2, "tokens_per_device": 2**17, "curves": curves}
+    case = {
+        "model": "tiny",
+        "devices": 2,
+        "hardware": "cpu-2core",
+        "tokens_per_device": 2**17,
+        "curves": curves,
+    }
     labels = {name: {"label": name, "rules": ""} for name in curves}
     return {"lengths": lengths, "contenders": labels, "cases": [case]}
 

@@ -112,6 +112,24 @@ def test_what_is_enough_is_told_apart_from_the_interval_of_memory(
     assert ENOUGH in {name for name, *_ in plot["series"][0]["points"][0]["rows"]}
 
 
+SWEPT = "Throughput over seq-len, tokens per step held constant: tiny on cpu-2core"
+
+
+def test_a_sweep_is_titled_by_what_it_is_of(made: dict[str, dict[str, Any]]) -> None:
+    titles = [one["title"] for one in views(made["compare"])]
+    assert {SWEPT, SWEPT.replace("Throughput", "Points")} <= set(titles)
+    assert views(made["context"])[0]["title"].endswith("tiny on 2 GPUs of cpu-2core")
+
+
+def test_a_page_of_clusters_says_how_far_their_searches_are_proven(made: dict[str, dict[str, Any]]) -> None:
+    data = json.loads(json.dumps(made["size"]))
+    data["hardware"][0]["best"] |= {"gap": 0.47}
+    found = next(one for one in views(data) if one["title"].startswith("The step on"))
+    nodes = data["hardware"][0]["best"]["nodes"]
+    left = "not exhausted: a plan left out is at most 47 % faster"
+    assert found["note"].startswith(f"cpu-2core, {nodes} nodes: {left}. ")
+
+
 def test_intervals_become_bands_and_columns(made: dict[str, dict[str, Any]]) -> None:
     data = json.loads(json.dumps(made["compare"]))
     steps = [
@@ -124,7 +142,7 @@ def test_intervals_become_bands_and_columns(made: dict[str, dict[str, Any]]) -> 
     found = {one["title"]: one for one in views(data)}
     names = {column["name"] for column in found["The strategies"]["columns"]}
     assert {"step at least", "step at most", "P(fits)"} <= names
-    point = found["Throughput over seq-len"]["series"][0]["points"][0]
+    point = found[SWEPT]["series"][0]["points"][0]
     assert point["yr"] == pytest.approx([point["y"] / 1.2, point["y"] / 0.9])
 
 

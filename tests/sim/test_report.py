@@ -19,6 +19,7 @@ from mopsim.report.compare import (
     finding,
     software,
     summary,
+    sweep_figure,
     timeline_title,
     write_compare,
 )
@@ -26,7 +27,7 @@ from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
-from mopsim.report.tables import COLUMNS, comparison, describe, row
+from mopsim.report.tables import columns, comparison, describe, row
 from mopsim.report.trace import Timeline, chrome_trace
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -71,13 +72,21 @@ def test_a_figure_is_saved_in_every_format_the_same_each_time(tmp_path: Path) ->
         pass
 
 
-def test_a_sweep_says_what_it_holds(results: list[SimResult]) -> None:
+def test_a_sweep_says_what_it_holds(results: list[SimResult], monkeypatch: pytest.MonkeyPatch) -> None:
     points = {"mop": [results[0], None]}
     sweep = Sweep("seq-len", [256, 768], ["256", "768"], points, {}, {"mop": ["", "x: 1 is not 2"]}, [6, 2],
                   [256, 768], "tokens per step")  # fmt: skip
     assert sweep.held == "held constant: tokens per step (1,536)"
     assert "768 has 2,304" in replace(sweep, batches=[6, 3]).held
     assert "no legal strategy: x: 1 is not 2" in str(_sweep_table(sweep).rows)
+    titles: list[str] = []
+    drawn = "mopsim.report.compare.sweep_lines"
+    monkeypatch.setattr(drawn, lambda path, values, series, title, *_: titles.append(title))
+    sweep_figure(Path("sweep.png"), sweep, where="tiny on 1 node of cpu-2core")
+    assert "step, 50 %" in _sweep_table(sweep, 0.5).columns
+    assert titles[0].splitlines()[1:] == [
+        "tiny on 1 node of cpu-2core; held constant: tokens per step (1,536)"
+    ]
 
 
 def test_finding_names_the_winner(results: list[SimResult]) -> None:
@@ -96,8 +105,10 @@ def test_a_ratio_over_another_stack_is_said_to_be_of_software_too(results: list[
 
 
 def test_every_row_names_its_stack(results: list[SimResult], tmp_path: Path) -> None:
-    write_compare(tmp_path, results, ["mop", "fsdp2"], [], None, "tiny", {})
+    write_compare(tmp_path, results, ["mop", "fsdp2"], [], None, "tiny", {}, level=0.5)
     text, shown = (tmp_path / "index.md").read_text(), StringIO()
+    assert "| step, 50 % |" in text
+    assert "90" not in text.partition("The strategies")[2].replace("0.90", "")
     Console(file=shown, width=200).print(comparison(results, "tiny"))
     for one in results:
         assert f" | {one.stack.name} | " in text
@@ -114,7 +125,7 @@ def test_difference_names_the_component_that_the_next_best_loses_in(results: lis
 
 
 def test_row_has_a_cell_for_every_column(results: list[SimResult]) -> None:
-    assert len(row(results[0])) == len(COLUMNS)
+    assert len(row(results[0])) == len(columns())
 
 
 def test_describe_names_what_differs() -> None:

@@ -15,7 +15,7 @@ from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
 from mopsim.report.decision import Decision, answer, risks
-from mopsim.report.sizing import surely
+from mopsim.report.sizing import format_days, surely
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point
 from mopsim.size.figures import DAY, WIDE
@@ -220,6 +220,21 @@ def test_a_surer_cluster_of_little_more_cost_is_named(found: Clusters) -> None:
     request = replace(found.request, goal=goal)
     assert "with probability >99%, for 8.0% more cost: 7.0 days, $108" in surely(sure, chosen, request)
     assert surely(None, chosen, request) == ""
+
+
+def test_the_page_has_the_interval_that_was_asked_for(found: Clusters, tmp_path: Path) -> None:
+    chosen = found.chosen
+    assert chosen is not None
+    assert chosen.figures is not None
+    half = Clusters(replace(found.request, interval=0.5), found.sizings, None)
+    half.write(tmp_path)
+    page = (tmp_path / "decision.html").read_text("utf-8")
+    said = page[page.index("<h1>") : page.index("What this rests on")]
+    assert "90 %" not in said
+    ends = [format_days(one / DAY) for one in chosen.figures.seconds_interval(0.5)]
+    assert f"{ends[0]} to {ends[1]} with 50 %" in said
+    assert f"{ends[0]}-{ends[1]}" in said
+    assert settle(chosen, found.what_if(), 0.5)[0].before < settle(chosen, found.what_if())[0].before
 
 
 def test_the_page_says_how_sure_the_choice_is(found: Clusters) -> None:

@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import ExplorerStep, Json, bars, ends, front, plan_of, step_table, table
+from mopsim.report.explore.steps import (
+    ExplorerStep,
+    Json,
+    bars,
+    ends,
+    front,
+    plan_of,
+    proofs,
+    step_table,
+    table,
+)
 from mopsim.size.figures import DAY
 
 _CLUSTER = [
@@ -49,8 +59,15 @@ def cluster_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     if timed:
         views.append(_scaling(timed))
     if steps:
-        views += [step_table("The step on the smallest cluster in time", steps), *bars(steps)]
+        title = "The step on the smallest cluster in time"
+        views += [step_table(title, steps, proofs(_searched(result))), *bars(steps)]
     return views
+
+
+def _searched(result: Json) -> list[tuple[str, Json]]:
+    """(cluster, what its search left out) of the best of each machine type."""
+    found = [(one["name"], one["best"]) for one in result["hardware"] if one.get("best")]
+    return [(f"{name}, {best['nodes']} nodes", best) for name, best in found]
 
 
 _UNFIT = "out of memory"

@@ -21,6 +21,7 @@ def context_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     found: list[View] = []
     for case in result["cases"]:
         where = f"{case['model']} on {case['devices']} GPUs"
+        where += f" of {case['hardware']}" if case.get("hardware") else ""
         points = [
             _told(point, str(result["contenders"][name]["label"]))
             for name, curve in case["curves"].items()

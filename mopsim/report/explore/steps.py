@@ -11,6 +11,7 @@ from mopsim.intervals import SURE
 from mopsim.program.workload import STREAMS
 from mopsim.report.explore.page import View
 from mopsim.report.tables import ENOUGH, P_FITS, describe, freedom
+from mopsim.search.result import promise
 from mopsim.spec.strategy import Strategy
 
 Json = Mapping[str, Any]
@@ -55,6 +56,19 @@ def plan_of(strategy: Json | str) -> str:
         return describe(convert(dict(strategy), Strategy, "strategy"))
     except MopError:
         return str(strategy.get("name", "strategy"))
+
+
+def proof(found: Json) -> str:
+    """What its search says of the plans that it left out; nothing where none was made."""
+    return promise(found["gap"], found.get("expected_gap")) if "gap" in found else ""
+
+
+def proofs(searched: Sequence[tuple[str, Json]]) -> str:
+    """The same of several searches, by label: 'mop, fsdp2: proven: ... megatron: not exhausted: ...'."""
+    labels: dict[str, list[str]] = {}
+    for label, found in searched:
+        labels.setdefault(proof(found), []).append(label)
+    return " ".join(f"{', '.join(of)}: {said}." for said, of in labels.items() if said)
 
 
 def as_fast(found: Json) -> str:

@@ -7,10 +7,12 @@ from mopsim.report.explore.page import View
 from mopsim.report.explore.steps import Cell, ExplorerStep, Json, ends, table, told
 
 
-def sweep_views(sweep: Json) -> list[View]:
-    """Throughput over a setting, the plan at each point, and the points as a table."""
+def sweep_views(sweep: Json, where: str) -> list[View]:
+    """Throughput over a setting, the plan at each point, and the points as a table. where: 'MODEL on
+    HARDWARE', for the titles."""
     values, batches = sweep["values"], sweep.get("global_batch") or [None] * len(sweep["values"])
-    said = f"Held constant: {sweep['hold'].replace('_', ' ')}." if sweep.get("hold") else ""
+    held = f", {sweep['hold'].replace('_', ' ')} held constant" if sweep.get("hold") else ""
+    place = f": {where}" if where else ""
     series, rows, marks = [], [], []
     for label, found in sweep["results"].items():
         refused = sweep.get("refused", {}).get(label) or [None] * len(values)
@@ -25,7 +27,7 @@ def sweep_views(sweep: Json) -> list[View]:
         (sweep["setting"], "number"), ("label", "text"), ("batch", "number"), ("verdict", "text"),
         ("step", "seconds"), ("tokens/s per GPU", "number"), ("memory", "bytes"), ("plan", "text"),
     ]  # fmt: skip
-    title = f"Throughput over {sweep['setting']}"
+    title = f"Throughput over {sweep['setting']}{held}{place}"
     axis = {
         "name": sweep["setting"],
         "type": "number",
@@ -33,10 +35,10 @@ def sweep_views(sweep: Json) -> list[View]:
         "ticks": [[one, format_count(one)] for one in values],
     }
     plot = {
-        "kind": "plot", "title": title, "note": said, "series": series, "x": axis,
+        "kind": "plot", "title": title, "series": series, "x": axis,
         "y": {"name": "tokens/s per GPU", "type": "number", "zero": True},
     }  # fmt: skip
-    return [plot, table(f"Points over {sweep['setting']}", names, rows, said, marks)]
+    return [plot, table(f"Points over {sweep['setting']}{held}{place}", names, rows, marks=marks)]
 
 
 def _swept(step: ExplorerStep | None, why: str | None) -> list[Cell]:

@@ -37,6 +37,15 @@ function timeline(view) {
     if (span[1] < from || span[2] > to) { const half = Math.max(to - from, span[2] - span[1]) / 2, at = (span[1] + span[2]) / 2; window_(at - half, at + half); } else draw(width);
     said.textContent = rowsOf(span).map((row) => row.join(" ")).join(", ");
   }
+  function join(rect, span, edge) { // ops that share pixels are one block: as pale as it is idle, and it says how many they are
+    const first = rect.span, all = rect.all || { count: 1, busy: first[2] - first[1] };
+    rect.all = { count: all.count + 1, busy: all.busy + span[2] - span[1], end: span[2] };
+    rect.setAttribute("width", edge - rect.x.baseVal.value);
+    rect.setAttribute("fill-opacity", Math.max(0.2, Math.min(1, rect.all.busy / (span[2] - first[1]))).toFixed(2));
+  }
+  const idle = (start, all) => Math.max(0, all.end - start - all.busy);
+  const joinedOf = (span, all) => [["ops", `${all.count} side by side`], ["stream", view.streams[span[0]]], ["component", spoken(view.components[span[4]])],
+    ["start", seconds(span[1])], ["end", seconds(all.end)], ["idle between them", idle(span[1], all) > 1e-9 * end ? seconds(idle(span[1], all)) : "none"], ["", "zoom in to tell them apart"]];
   const near = (stream, time) => { const found = lanes[stream].findIndex((span) => span[2] >= time); return found < 0 ? lanes[stream].length - 1 : found; };
   const keys = {
     ArrowRight: () => choose(lane, chosen + 1), ArrowLeft: () => choose(lane, chosen < 0 ? 0 : chosen - 1),
@@ -63,7 +72,7 @@ function timeline(view) {
       spans.forEach((span, index) => {
         if (span[2] < from || span[1] > to) return;
         const x1 = Math.max(left, at(span[1])), x2 = Math.min(right, at(span[2])), long = Math.max(0.6, x2 - x1);
-        if (last && before === span[4] && x1 + long - edge < 0.7) { edge = x1 + long; last.setAttribute("width", edge - last.x.baseVal.value); return; }
+        if (last && before === span[4] && x1 + long - edge < 0.7) { edge = x1 + long; join(last, span, edge); return; }
         const rect = svg("rect", { class: "span", x: x1.toFixed(2), y: y + lift, width: long.toFixed(2), height: high, fill: paint(inks[span[4]]) });
         rect.span = span; rect.at = [stream, index];
         root.append(rect);
@@ -93,7 +102,8 @@ function timeline(view) {
         dragged.range.setAttribute("width", Math.max(0, Math.min(right, x2) - Math.max(left, x1)));
         return;
       }
-      if (event.target.span) tip.show(rowsOf(event.target.span), event);
+      if (event.target.all) tip.show(joinedOf(event.target.span, event.target.all), event);
+      else if (event.target.span) tip.show(rowsOf(event.target.span), event);
       else if (event.offsetY > floor && time >= 0 && time <= end) tip.show([["time", seconds(time)], ["memory", told(totals[sample(time)], "bytes")],
         ...categories.map((name) => [spoken(name), told(view.memory.categories[name][sample(time)], "bytes")]).filter((row) => !row[1].startsWith("0"))], event);
       else tip.hide();

@@ -11,9 +11,18 @@ from mopsim.report.explore.clusters import cluster_views
 from mopsim.report.explore.context import context_views, reach
 from mopsim.report.explore.page import Explorer, View
 from mopsim.report.explore.runs import run_views
-from mopsim.report.explore.steps import ExplorerStep, Json, bars, pareto, step_table, table, timeline
+from mopsim.report.explore.steps import (
+    ExplorerStep,
+    Json,
+    bars,
+    pareto,
+    proof,
+    proofs,
+    step_table,
+    table,
+    timeline,
+)
 from mopsim.report.explore.sweep import sweep_views
-from mopsim.search.result import promise
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,9 @@ def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 
 def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
-    views = _step_views("The strategies", steps, _promises(steps))
-    return [*views[:1], *(sweep_views(result["sweep"]) if "sweep" in result else []), *views[1:]]
+    views = _step_views("The strategies", steps, proofs([(one.label, one.found) for one in steps]))
+    where = _subject(result, steps).removesuffix(": ")
+    return [*views[:1], *(sweep_views(result["sweep"], where) if "sweep" in result else []), *views[1:]]
 
 
 def _of_size(result: Json) -> list[ExplorerStep]:
@@ -152,24 +162,11 @@ def _said(result: Json) -> str:
     one = ExplorerStep("", result)
     speed = f"{result['tokens_per_s_per_device']:,.0f} tokens/s per GPU"
     said = f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
-    return "; ".join(filter(None, (said, _promise(result))))
+    return "; ".join(filter(None, (said, proof(result))))
 
 
 def _verdict(result: Json) -> str:
-    return "; ".join(filter(None, (str(result["verdict"]), _promise(result))))
-
-
-def _promise(found: Json) -> str:
-    """What its search says of the plans that it left out; nothing where none was made."""
-    return promise(found["gap"], found.get("expected_gap")) if "gap" in found else ""
-
-
-def _promises(steps: Sequence[ExplorerStep]) -> str:
-    """The same of several searches: 'mop, fsdp2: proven: ...; megatron: not exhausted: ...'."""
-    labels: dict[str, list[str]] = {}
-    for one in steps:
-        labels.setdefault(_promise(one.found), []).append(one.label)
-    return " ".join(f"{', '.join(of)}: {said}." for said, of in labels.items() if said)
+    return "; ".join(filter(None, (str(result["verdict"]), proof(result))))
 
 
 KINDS = (
