@@ -1,5 +1,6 @@
 """The explorer's pages in a browser: clicks, filters, keys, 400 % zoom, a quiet console, no network."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,35 @@ def test_hovering_shows_and_a_legend_hides(driver: Any, pages: dict[str, Path]) 
     assert 0 < len(section.find_elements("css selector", ".point")) < before
 
 
+def idle(page: Path, folder: Path) -> Path:
+    """The page with a stream of ops that share pixels and are idle three quarters of the time."""
+    before, start, rest = page.read_text("utf-8").partition('id="data">')
+    data, stop, after = rest.partition("</script>")
+    content = json.loads(data)
+    view = content["views"][-1]
+    span, step = view["spans"][0], view["end"] / 8000
+    view["spans"] = [[span[0], place * step, (place + 0.25) * step, *span[3:]] for place in range(8000)]
+    found = folder / "idle.html"
+    found.write_text(before + start + json.dumps(content) + stop + after, "utf-8")
+    return found
+
+
+def test_ops_that_share_pixels_say_how_idle_they_are(
+    driver: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    opened(driver, idle(pages["simulate"], tmp_path))
+    (block,) = find(driver, ".span")
+    assert float(block.get_attribute("fill-opacity")) == pytest.approx(0.25, abs=0.01)
+    ActionChains(driver).move_to_element(block).perform()
+    settle(driver)  # it is scrolled to
+    ActionChains(driver).move_by_offset(2, 0).perform()
+    said = find(driver, "#tip")[0].text
+    assert "8000 side by side" in said
+    assert "idle between them" in said
+
+
 def test_a_timeline_zooms_and_is_walked(driver: Any, pages: dict[str, Path]) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
@@ -178,13 +208,6 @@ def test_a_timeline_zooms_and_is_walked(driver: Any, pages: dict[str, Path]) -> 
         widths = "[...document.querySelectorAll('.span')].map(one => +one.getAttribute('width'))"
         return float(driver.execute_script(f"return Math.max(...{widths})"))
 
-    joined = "[...document.querySelectorAll('.span')].filter(one => one.all)"
-    assert driver.execute_script(f"return {joined}.some(one => +one.getAttribute('fill-opacity') < 1)")
-    block = driver.execute_script(f"return {joined}.sort((a, b) => b.all.count - a.all.count)[0]")
-    ActionChains(driver).move_to_element(block).perform()
-    tip = driver.execute_script("return document.getElementById('tip').textContent")
-    assert "side by side" in tip
-    assert "idle between them" in tip
     whole = widest()
     find(driver, "section.timeline .controls button")[0].click()  # Zoom in
     assert widest() > whole
