@@ -14,9 +14,8 @@ from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count
 from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
-from mopsim.report.context import case_name, case_table, ends, to_json
+from mopsim.report.context import case_name, case_table, ends, shown_table, to_json
 from mopsim.report.page import Page, Section, Table, write_page
-from mopsim.report.terminal import table
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
@@ -58,8 +57,7 @@ def run(order: ContextOrder, out: str, json: str | None) -> None:
     sections = []
     for case, mine in zip(cases, curves, strict=True):
         content = case_table(mine, lengths)
-        console.print(table(case_name(case), content.columns[:1], content.columns[1:], content.rows))
-        console.print(ends(mine))
+        console.print(shown_table(case, mine, lengths))
         sections.append(Section(case_name(case), ends(mine), content))
     rules = [[one.label, one.rules] for one in asked]
     sections.append(Section("Rules", "", Table(["contender", "rules"], rules)))

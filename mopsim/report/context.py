@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
+from rich.text import Text
+
 from mopsim.common import io
 from mopsim.common.units import format_count
 from mopsim.context import Contender, ContextCase, ContextPoint, Curve
 from mopsim.report.page import Table
 from mopsim.report.tables import describe
+from mopsim.report.terminal import numbered, table
 from mopsim.search.result import format_gap
 
 
@@ -69,21 +73,49 @@ def case_table(curves: Mapping[str, Curve], lengths: Sequence[int]) -> Table:
     return Table(["tokens/s per device at", *(format_count(length) for length in lengths)], rows)
 
 
+def shown_table(case: ContextCase, curves: Mapping[str, Curve], lengths: Sequence[int]) -> Group:
+    """The same on a terminal of 80 columns: contenders are numbers, which stand below with how far they come;
+    '1/2' is how many times as fast the first is as the second."""
+    title = f"{case_name(case)} of {case.hardware.name}, tokens/s per device"
+    found = table(title, ("#",), [format_count(length) for length in lengths])
+    first, *others = curves.values()
+    cells = [[cell(curve.at(length)) for length in lengths] for curve in curves.values()]
+    for number, row in enumerate(cells, 1):
+        found.add_row(str(number), *(one.partition(":")[0].replace("not legal", "-") for one in row))
+    for number, curve in enumerate(others, 2):
+        ratios = [times(ratio(first, curve, length)) for length in lengths]
+        if any(ratios):
+            found.add_row(f"1/{number}", *ratios)
+    told = "".join(one for row in cells for one in row)
+    notes = {
+        "out": "out: does not fit", "not legal": "-: not legal", "*": "*: fits with a probability below 0.9",
+        "\u2020": "\u2020: of the smallest step",
+    }  # fmt: skip
+    said = [text for mark, text in notes.items() if mark in told]
+    said += ["1/2: how many times as fast 1 is as 2"] if others else []
+    gaps = [f"; gap {format_gap(_gap(curve))}" if _gap(curve) else "" for curve in curves.values()]
+    said += ["gap: a plan left out is at most so much faster"] if any(gaps) else []
+    lines = [Text(f"{_end(curve)}{gap}") for curve, gap in zip(curves.values(), gaps, strict=True)]
+    return Group(found, numbered(lines), Text("; ".join(said), style="dim"))
+
+
 def ends(curves: Mapping[str, Curve]) -> str:
     """Where each contender ends, and what stops it."""
-    found = []
-    for curve in curves.values():
-        stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
-        found.append(f"{curve.contender.label} {reach(curve)}{stop}")
-    return f"Reach: {'; '.join(found)}.{left_out(curves)}"
+    return f"Reach: {'; '.join(map(_end, curves.values()))}.{left_out(curves)}"
+
+
+def _end(curve: Curve) -> str:
+    stop = f", stopped by {curve.end.stopped_by}" if curve.end else ""
+    return f"{curve.contender.label}: {reach(curve)}{stop}"
+
+
+def _gap(curve: Curve) -> float:
+    return max((one.gap for one in curve.points), default=0.0)
 
 
 def left_out(curves: Mapping[str, Curve]) -> str:
     """That the ratios are of searches that were not exhausted, and by how much each may be short."""
-    gaps = {
-        curve.contender.label: max((one.gap for one in curve.points), default=0.0)
-        for curve in curves.values()
-    }
+    gaps = {curve.contender.label: _gap(curve) for curve in curves.values()}
     short_of = [f"{label} by at most {format_gap(gap)}" for label, gap in gaps.items() if gap]
     return f" Not exhausted: plans left out may be faster, {', '.join(short_of)}." if short_of else ""
 

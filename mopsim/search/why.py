@@ -35,7 +35,12 @@ MOST_MORE = 0.5
 NEAR, RIVALS = 2.0, 3
 """Rivals of up to so many times the best step time, and so many of them, are played on faster links."""
 NETWORK, HOST_LINK = "the network between nodes", "the link to the host"
-LINKS = {NETWORK: ("scale_out", ("peak", "bandwidth")), HOST_LINK: ("host", ("link_h2d", "link_d2h"))}
+INSIDE = "the scale-up links (NVLink or the like) between nodes"
+DOMAINS = "the network between scale-up domains"
+LINKS = {
+    NETWORK: ("scale_out", ("peak", "bandwidth")), DOMAINS: ("scale_out", ("peak", "bandwidth")),
+    INSIDE: ("scale_up", ("peak", "bandwidth")), HOST_LINK: ("host", ("link_h2d", "link_d2h")),
+}  # fmt: skip
 """What may be faster: a part of the profile, and its fields at any depth."""
 DRAM = ("host", ("memory_bandwidth",))
 """What copies over the links to the host share."""
@@ -52,7 +57,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     lines = [_bounds(found.best)]
     lines += [_costs(found.best, name, rule, fits) for name, rule in _restrictions(found, problem)]
     lines += [line for line in (_risky(found), _memory(found, "device"), _memory(found, "host")) if line]
-    lines += [line for line in (_faster(found, problem, name) for name in LINKS) if line]
+    lines += [line for line in (_faster(found, problem, name) for name in _links(problem)) if line]
     return [*lines, *_rivals(found)]
 
 
@@ -148,15 +153,25 @@ def _over(one: SimResult, where: str) -> int:
     return one.host_memory - one.host_limit
 
 
+def _links(problem: Problem) -> list[str]:
+    """What the job's nodes are joined by, where there are several, and the link to the host."""
+    machine = problem.hardware
+    domain, node = machine.scale_up_size, machine.devices_per_node
+    if problem.num_nodes == 1:
+        return [HOST_LINK]
+    if problem.world_size <= domain:
+        return [INSIDE, HOST_LINK]
+    return [NETWORK if domain <= node else DOMAINS, HOST_LINK]
+
+
 def _faster(found: SearchResult, problem: Problem, name: str) -> str | None:
     """What the best of the families do where a link is faster, and the memory behind it where that is in the
-    way; None where there is no such link or none uses it."""
+    way; None where the profile would be refused or none uses the link."""
     best, machine = found.best, problem.hardware
     assert best is not None
     near = [one for one in _others(found) if one.step_time <= NEAR * best.step_time][: RIVALS - 1]
     quick = faster(machine, *LINKS[name], MORE)
-    in_one_domain = problem.world_size <= machine.scale_up_size
-    if quick is None or (name == NETWORK and (problem.num_nodes == 1 or in_one_domain)):
+    if quick is None:
         return None
     if name == HOST_LINK and not any(one.host_memory for one in (best, *near)):
         return None

@@ -35,11 +35,13 @@ def measurements() -> Measurements:
     return convert(shipped("mopsim.size", "measurements.yaml"), Measurements, "measurements")
 
 
-def tag_of(hardware: HardwareProfile, kind: str) -> Tag:
-    """How far to trust the profile's curve of a kind of work; between nodes where it leaves them."""
+def tag_of(hardware: HardwareProfile, kind: str, devices: int) -> Tag:
+    """How far to trust the profile's curve of a kind of work; of collectives that of the network, where
+    `devices` are more than a scale-up domain has."""
     device, host = hardware.device, hardware.host
     if kind in COLLECTIVES:
-        return hardware.scale_out.collectives[kind].bandwidth.tag
+        fabric = hardware.scale_up if devices <= hardware.scale_up_size else hardware.scale_out
+        return fabric.collectives[kind].bandwidth.tag
     tags: dict[str, Tag] = {
         "matmul": device.matmul[0].tag,
         "grouped_matmul": (device.grouped_matmul or device.matmul)[0].tag,

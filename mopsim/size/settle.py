@@ -42,7 +42,7 @@ def settle(point: Point, swings: Sequence[Swing], level: float = LEVEL) -> list[
     for benchmark in known_now.benchmarks:
         gained = 0.0
         for kind in benchmark.kinds:
-            before = known_now.spread[tag_of(point.hardware, kind)]
+            before = known_now.spread[tag_of(point.hardware, kind, point.num_devices)]
             gained += parts.get(kind, 0.0) * scale * max(0.0, 1 - (known_now.after / before) ** 2)
         if gained:
             found.append(_settled(benchmark, bill, bill.deviation**2 - gained, level))

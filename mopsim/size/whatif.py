@@ -169,7 +169,7 @@ def _kinds(point: Point) -> list[str]:
 
 
 def _speed(request: Request, point: Point, kind: str) -> Swing | None:
-    tag = tag_of(point.hardware, kind)
+    tag = tag_of(point.hardware, kind, point.num_devices)
     spread = measurements().spread[tag]
     ends = []
     for factor in (math.exp(-WIDE * spread), math.exp(WIDE * spread)):

@@ -48,7 +48,8 @@ FIGURES = (
         "bandwidth", "GB/s",
     ),
     Figure(
-        "nic", "network between nodes: of a GPU, each way (the port's rate; half of that of both ways)",
+        "nic",
+        "network beyond an NVLink domain: of a GPU, each way (the port's rate; half of that of both ways)",
         "bandwidth", "Gbit/s",
     ),
     Figure("host-link", "what copies between a GPU and its host reach, each way", "bandwidth", "GB/s"),

@@ -21,7 +21,7 @@ from mopsim.search.problem import Problem, divisors
 from mopsim.search.result import TIE, Freedom
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows
-from mopsim.search.why import DRAM, HOST_LINK, LINKS, NETWORK, faster, why
+from mopsim.search.why import DOMAINS, DRAM, HOST_LINK, INSIDE, LINKS, NETWORK, faster, why
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -164,15 +164,18 @@ def test_a_faster_link_is_faster_and_nothing_else_changes(name: str) -> None:
     found = faster(hardware, *LINKS[name], 2.0)
     assert found is not None
     assert found.device == hardware.device
-    assert found.scale_up == hardware.scale_up
-    curves = [one.scale_out.collectives["all_to_all"].bandwidth.si for one in (hardware, found)]
+    each = (
+        [getattr(one, fabric).collectives["all_to_all"].bandwidth.si for one in (hardware, found)]
+        for fabric in ("scale_up", "scale_out")
+    )
     links = [one.host.link_h2d.si for one in (hardware, found)]
-    assert sorted([curves[1] / curves[0], links[1] / links[0]]) == [1, 2]
+    assert sorted(after / before for before, after in (*each, links)) == [1, 1, 2]
 
 
 def told_of(hardware: HardwareProfile, nodes: int = 1) -> list[str]:
     """Why, of a search that found one plan of MoP."""
-    model, training = load_model("olmoe_1b_7b"), TrainSpec(seq_len=2048, global_batch=16)
+    batch = max(16, nodes * hardware.devices_per_node)
+    model, training = load_model("olmoe_1b_7b"), TrainSpec(seq_len=2048, global_batch=batch)
     best = simulate(
         model, hardware, nodes, mop(nodes * hardware.devices_per_node, expert_parallel=4), training
     )
@@ -198,9 +201,20 @@ def test_dram_that_bounds_copies_is_told_apart_from_the_link() -> None:
     assert "DRAM" not in bound_by_link
 
 
-def test_nodes_of_one_domain_have_no_network_between_them() -> None:
-    assert not any(NETWORK in line for line in told_of(load_profile("gb200-186g"), 2))
-    assert any(NETWORK in line for line in told_of(load_profile("h100-sxm-80g"), 2))
+@pytest.mark.parametrize(
+    ("machine", "nodes", "link"),
+    [
+        ("gb200-186g", 2, INSIDE),
+        ("gb200-186g", 20, DOMAINS),
+        ("h100-sxm-80g", 2, NETWORK),
+        ("gb200-186g", 1, ""),
+    ],
+)
+def test_what_joins_nodes_is_told_by_its_name(machine: str, nodes: int, link: str) -> None:
+    """Up to 72 GPUs in nodes of 4 are one NVLink domain."""
+    lines = told_of(load_profile(machine), nodes)
+    told = {name for name in (NETWORK, DOMAINS, INSIDE) if any(f"with {name} " in line for line in lines)}
+    assert told == {link} - {""}
 
 
 def test_where_nothing_fits_the_smallest_changes_are_told() -> None:

@@ -1,12 +1,15 @@
 """Tables on a terminal of 80 columns: no cell is cut or wrapped."""
 
 import io as text_io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from mopsim.common.units import format_seconds
+from mopsim.context import ContextCase, ContextPoint, Curve, contenders
 from mopsim.engine import simulate
+from mopsim.report.context import shown_table
 from mopsim.report.sizing import sizing_table
 from mopsim.report.tables import breakdown, comparison
 from mopsim.size import Goal, size
@@ -62,6 +65,35 @@ def test_a_sizing_stays_in_its_lines() -> None:
     found = rows(shown(sizing_table(sizings, None, request, [])))
     for line, machine in zip(found[1:], machines, strict=False):
         assert line.startswith(machine.name)
+
+
+def test_a_context_sweep_stays_in_its_lines() -> None:
+    """All contenders over the nine lengths of the command, with the widest numbers, marks and stops."""
+    machine, lengths = load_profile("h200-sxm-141g"), [65536 << place for place in range(9)]
+    case, names = ContextCase(load_model("mop_120b"), machine, 2, 2**17), contenders()
+    result = simulate(
+        load_model("tiny"), machine, 1, mop(8, expert_parallel=8), TrainSpec(seq_len=512, global_batch=8)
+    )
+    fits = replace(result, tokens_per_second_per_device=12345.6, fits=True)
+    out = replace(result, fits=False, over="activations")
+    curves = {
+        one.name: Curve(
+            one,
+            [
+                ContextPoint(length, 1, fits if place < 8 else out, small=place > 5, gap=0.1)
+                for place, length in enumerate(lengths)
+            ],
+        )
+        for one in names
+    }
+    lines = shown(shown_table(case, curves, lengths))
+    found = rows(lines)
+    assert found[0].split() == ["#", *["64K", "128K", "256K", "512K", "1M", "2M", "4M", "8M", "16M"]]
+    labels = [*map(str, range(1, 8)), *(f"1/{number}" for number in range(2, 8))]
+    assert [line.split()[0] for line in found[1:14]] == labels
+    assert all(len(line.split()) == 10 for line in found[1:8])
+    assert lines[0].startswith("120B on 16 devices of h200-sxm-141g, tokens/s per device")
+    assert f"2 {names[1].label}: 8M†, stopped by activations; gap 10 %" in [line.rstrip() for line in lines]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5e-36, "0"), (-5e-36, "0"), (0.0, "0"), (2e-7, "0.2 us")])
