@@ -2,6 +2,7 @@
 to make stay in one worker (`pytest -n 2 --dist loadgroup`), so that it is made once. None leaves the
 environment changed for the next."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background job: children inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+for number, handler in DEFAULTS.items():  # ignored in a background job or under nohup: children inherit it
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
@@ -44,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             group = "ranks" if hasattr(item.module, "pool") else _shared(item)
             if group:
                 item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: a collection of garbage looks at what tests leave."""
+    gc.collect()
+    gc.freeze()
 
 
 def _shared(item: pytest.Function) -> str:

@@ -65,17 +65,16 @@ def bounded(case: int, family: str) -> tuple[Space, Bounds]:
     return space, bound(space)
 
 
-BOUNDED = pytest.mark.xdist_group("bounded spaces")
-"""Of tests that look at the same ones."""
+BOUNDED = pytest.mark.parametrize(
+    "family",
+    [pytest.param(one, marks=pytest.mark.xdist_group(f"bounded {one}")) for one in sorted(FAMILIES)],
+)
+"""Tests that look at the same spaces stay in one worker."""
 
 
 @BOUNDED
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    case=st.integers(0, len(CASES) - 1),
-    family=st.sampled_from(sorted(FAMILIES)),
-    place=st.floats(0, 1, exclude_max=True),
-)
+@settings(max_examples=60 // len(FAMILIES), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(case=st.integers(0, len(CASES) - 1), place=st.floats(0, 1, exclude_max=True))
 def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float) -> None:
     given_problem = problem(case)
     space, bounds = bounded(case, family)
@@ -150,7 +149,6 @@ def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
 
 @BOUNDED
 @pytest.mark.parametrize("case", range(len(CASES)))
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_generated_row_is_a_legal_strategy(case: int, family: str) -> None:
     given_problem = problem(case)
     space, _ = bounded(case, family)
