@@ -84,7 +84,7 @@ def comparison(
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
     level: of the intervals. free: of each, `SearchResult.free`."""
     names = ("step", f"{level:.0%}", "tokens/s\nper GPU", "MFU", "exposed", "memory", f"{level:.0%}", "host")
-    shown = table(title, ("#",), names)
+    shown = table("", ("#",), names)
     shown.padding = 0  # eight numbers in 80 columns
     shown.add_column("P(fits)", justify="right")
     lines = []
@@ -108,6 +108,7 @@ def comparison(
         f"{format_bytes(device)} of device, {format_bytes(host)} of host" for device, host in limits
     )
     return Group(
+        Text(title, style="italic"),
         shown,
         numbered(lines),
         Text(

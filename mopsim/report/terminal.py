@@ -14,7 +14,7 @@ def table(
 ) -> Table:
     """A table: `left` columns are text, `right` ones numbers."""
     found = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0),
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0),
         pad_edge=False,
     )  # fmt: skip
     for name in left:

@@ -132,10 +132,12 @@ class Offload(Spec, frozen=True, kw_only=True):
     """What the program can keep on the host.
 
     update_on: sides that can update optimizer state which is there: `device` streams it through in buckets,
-    `host` runs AdamW itself; empty: all state stays on the device.
+    `host` runs AdamW itself; empty: all state stays on the device. shards: parameters and gradients may lie
+    there between their uses.
     """
 
     update_on: tuple[Tier, ...] = ("device", "host")
+    shards: bool = True
 
 
 class Recompute(Spec, frozen=True, kw_only=True):

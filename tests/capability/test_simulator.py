@@ -94,6 +94,18 @@ def test_state_on_the_host_is_updated_as_the_program_can(stack: str) -> None:
     assert any("optimizer." in reason and f"only '{works}'" in reason for reason in space.rejected)
 
 
+@pytest.mark.parametrize("stack", ["megatron-core", "megatron-bridge", "megatron-lm-2022", "mopexec-split"])
+def test_shards_stay_on_the_device_where_the_program_has_them_there(stack: str) -> None:
+    tiny, training = load_model("tiny"), JOBS["mop"].training
+    for part, field in (("dense", "param_tier"), ("dense", "grad_tier"), ("experts", "param_tier")):
+        strategy = megatron(8, expert_parallel=2)
+        away = structs.replace(getattr(strategy, part), **{field: "host"})
+        job = Job(tiny, structs.replace(strategy, **{part: away}), training, load_stack(stack))
+        says = f"{part}.{field}: 'host' is not simulated on the stack {stack}, only 'device'"
+        with pytest.raises(SpecError, match=says):
+            program(job)
+
+
 ON = (
     "mop",
     "fsdp2",
@@ -134,7 +146,8 @@ def test_an_entry_of_a_stack_is_played_on_some_job_or_refused_on_all(part: int) 
 def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
-    where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, run again.
+    where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, run again;
+    parameters that lie on the host.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -146,7 +159,10 @@ def left_to_the_stack() -> dict[str, Job]:
     whole = JOBS["fsdp2"]
     again = megatron(8, tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
     again = structs.replace(again, activations=Activations(recompute="selective", modules=("moe",)))
+    flat = JOBS["mop"]
+    shards = structs.replace(flat.strategy.dense, param_tier="host")
     return {
+        "shards on the host": replace(flat, strategy=structs.replace(flat.strategy, dense=shards)),
         "left": replace(job, strategy=split),
         "left, whole": replace(whole, strategy=structs.replace(whole.strategy, activations=selective)),
         "inputs on the host": replace(whole, strategy=structs.replace(whole.strategy, activations=away)),
