@@ -15,17 +15,13 @@ def run(out: Path, ranks: int | None, budget: float, json: str | None) -> None:
     if not math.isfinite(budget):
         raise MopError(f"--budget: {budget} must be a finite number")
     from mopexec.measure.probe import probe
-    from mopexec.measure.probe_machine import usable_cores
-    from mopexec.measure.quiet import loaded, others
 
-    cores = usable_cores()
-    if line := loaded(others(cores), len(cores), "the profile is"):
-        print(line, file=sys.stderr if json == "-" else sys.stdout, flush=True)
-    profile = probe(ranks, budget=budget)
+    shown = sys.stderr if json == "-" else sys.stdout
+    profile = probe(ranks, budget=budget, say=lambda line: print(line, file=shown, flush=True))
     io.write_yaml(out, profile)
     if json is not None:
         io.write_json(json, profile)
     print(
         f"{profile.name}: {profile.devices_per_node} {profile.device_kind} device(s), written to {out}",
-        file=sys.stderr if json == "-" else sys.stdout,
+        file=shown,
     )

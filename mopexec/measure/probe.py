@@ -7,19 +7,26 @@ import torch
 from mopexec.measure import probe_machine
 from mopexec.measure.probe_profile import build_profile
 from mopexec.measure.probe_ranks import ProbeJob, Progress, parts, run_ranks
+from mopexec.measure.quiet import loaded, others
 from mopsim.spec.hardware import HardwareProfile
 
 
-def probe(ranks: int | None = None, *, budget: float = 1.0, show_progress: bool = True) -> HardwareProfile:
+def probe(
+    ranks: int | None = None, *, budget: float = 1.0, show_progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> HardwareProfile:  # fmt: skip
     """Measure this machine: about 15 s on two cores; one pinned process per rank, all at once.
 
     ranks: devices_per_node of the profile; by default every usable core, or every GPU where there is one.
-    budget: scales the time spent on each part. Raises MopError when `ranks` is out of range or a rank fails.
+    budget: scales the time spent on each part. say: takes a line where other programs have the cores.
+    Raises MopError when `ranks` is out of range or a rank fails.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     cores = probe_machine.usable_cores()
     available = torch.cuda.device_count() if device_type == "cuda" else len(cores)
     ranks = probe_machine.check_ranks(ranks, available, "GPUs" if device_type == "cuda" else "cores")
+    if line := loaded(others(cores), len(cores), "the profile is"):
+        say(line)
     # A machine with one core still runs two ranks in turns: time its collectives so.
     processes = max(ranks, 2) if device_type == "cpu" else ranks
     job = ProbeJob(processes, device_type, tuple(cores), budget)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
-from mopsim.common.errors import MopError, shown
+from mopsim.common.errors import MopError, SpecError, shown
 from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
 from mopsim.cost.compute import matmul_curve
@@ -19,6 +19,7 @@ from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
 from mopsim.intervals import check_level
 from mopsim.search import Options, SearchResult, search
+from mopsim.search.space import IN_8_BITS
 from mopsim.spec import upgrade
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
@@ -28,7 +29,7 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.routing import RoutingProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import MatmulDType, Strategy
+from mopsim.spec.strategy import CAST, MatmulDType, Strategy
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
@@ -250,6 +251,9 @@ def resolve(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budge
         stack = inputs.stack or own
         i = inputs
         return Resolved(simulate(i.model, i.hardware, i.nodes, strategy, i.training, stack))
+    if inputs.precision in CAST and given not in IN_8_BITS:
+        rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
+        raise SpecError("precision", inputs.precision, rule)
     options = Options((given,), 1, budget, runnable, precision=inputs.precision, stack=inputs.stack)
     found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
     result = found.best or found.closest

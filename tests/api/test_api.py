@@ -203,6 +203,14 @@ def test_a_search_simulates_something() -> None:
         mopsim.search(**job, budget=0)
 
 
+def test_a_precision_that_a_family_lacks_is_refused_before_its_search() -> None:
+    job = JOB | {"hardware": "h200-sxm-141g", "strategy": "mop", "precision": "fp8"}
+    with pytest.raises(
+        mopsim.MopError, match="precision: 'fp8' is not for the family mop, only for fsdp2 and meg"
+    ):
+        mopsim.simulate(**job)
+
+
 def test_two_profiles_of_one_name_are_not_taken_for_one() -> None:
     one = mopsim.load_hardware("cpu-2core")
     other = replace(one, devices_per_node=one.devices_per_node * 2)
