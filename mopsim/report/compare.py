@@ -296,12 +296,16 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
     far = max(reach.values())
     leaders = [label for label, value in reach.items() if value == far]
     name = sweep.names[list(sweep.values).index(far)] if far else ""
+    unit = {"seq-len": "tokens"}.get(sweep.setting, sweep.setting)
     if not far:
         title = "Nothing fits anywhere in the sweep"
     elif len(leaders) == len(reach):
-        title = f"All reach {sweep.setting} {name}"
+        place = list(sweep.values).index(far)
+        first = max(series, key=lambda label: series[label][place] or 0.0)
+        fastest = f"; {first} is fastest there" if len(reach) > 1 else ""
+        title = f"All fit up to {name} {unit}{fastest}"
     else:
-        title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {sweep.setting} {name}"
+        title = f"{', '.join(leaders)} reach{'es' * (len(leaders) == 1)} {name} {unit}"
     xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
     below = "; ".join(filter(None, (where, sweep.held)))
     title = "\n".join(filter(None, (title, *wrap(below, TITLE))))

@@ -106,6 +106,17 @@ def test_shards_stay_on_the_device_where_the_program_has_them_there(stack: str) 
             program(job)
 
 
+def test_what_is_not_gathered_is_not_on_the_host() -> None:
+    """ZeRO-1 with parameters on the host was played without a copy of them."""
+    job = JOBS["mop"]
+    dense = structs.replace(job.strategy.dense, zero=1, reshard_after_forward=False, param_tier="host")
+    says = "dense.param_tier: 'host' is not simulated where dense.zero is 1, only 'device'"
+    with pytest.raises(SpecError, match=says):
+        program(
+            Job(job.model, structs.replace(job.strategy, dense=dense), job.training, load_stack("deepspeed"))
+        )
+
+
 ON = (
     "mop",
     "fsdp2",

@@ -84,6 +84,7 @@ def test_a_sweep_says_what_it_holds(results: list[SimResult], monkeypatch: pytes
     monkeypatch.setattr(drawn, lambda path, values, series, title, *_: titles.append(title))
     sweep_figure(Path("sweep.png"), sweep, where="tiny on 1 node of cpu-2core")
     assert "step, 50 %" in _sweep_table(sweep, 0.5).columns
+    assert titles[0].splitlines()[0] == "All fit up to 256 tokens"
     assert titles[0].splitlines()[1:] == [
         "tiny on 1 node of cpu-2core; held constant: tokens per step (1,536)"
     ]
