@@ -48,17 +48,24 @@ class Result(Mapping[str, Any]):
     def _results(self) -> Sequence[SimResult]:
         """The simulated strategies, a row of the frames each."""
 
+    @property
+    @abstractmethod
+    def _level(self) -> float:
+        """Probability of the intervals, as it was asked for."""
+
     def frame(self) -> "DataFrame":
         """A row for each strategy: seconds, bytes, tokens per second."""
         from pandas import DataFrame
 
-        return DataFrame([_numbers(result) for result in self._results()])
+        return DataFrame([_numbers(result, self._level) for result in self._results()])
 
     def table(self) -> "DataFrame":
         """A row for each strategy, as text for people: those of mopsim.report.tables.columns()."""
         from pandas import DataFrame
 
-        return DataFrame([tables.row(one) for one in self._results()], columns=list(tables.columns()))
+        level = self._level
+        rows = [tables.row(one, level) for one in self._results()]
+        return DataFrame(rows, columns=list(tables.columns(level)))
 
     @cached_property
     def _json(self) -> dict[str, Any]:
@@ -89,8 +96,8 @@ class Result(Mapping[str, Any]):
         return f"<p><b>{escape(self.headline())}</b></p>{self.table().to_html(index=False)}"
 
 
-def _numbers(result: SimResult) -> dict[str, Any]:
-    (fast, slow), (least, most) = result.step_time_interval(), result.peak_memory_interval()
+def _numbers(result: SimResult, level: float) -> dict[str, Any]:
+    (fast, slow), (least, most) = result.step_time_interval(level), result.peak_memory_interval(level)
     return {
         "strategy": tables.describe(result.strategy),
         "stack": result.stack.name,
@@ -168,6 +175,10 @@ class Simulation(Result):
 
     def _results(self) -> Sequence[SimResult]:
         return [self.result]
+
+    @property
+    def _level(self) -> float:
+        return self.inputs.interval
 
     def memory(self) -> "DataFrame":
         """Device memory by category, bytes: at the step's peak, and each category's own highest."""
@@ -288,3 +299,7 @@ class Ranking(Result):
     def _results(self) -> Sequence[SimResult]:
         closest = self.closest
         return self.found.top or ([closest.result] if closest else [])
+
+    @property
+    def _level(self) -> float:
+        return self.inputs.interval

@@ -31,7 +31,7 @@ from mopsim.common.units import parse_tokens
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import check_level
-from mopsim.report.sizing import COLUMNS, row, summary
+from mopsim.report.sizing import columns, row, summary
 from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, size_all
 from mopsim.size.ask import Answer, Ask, answer
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
@@ -146,6 +146,10 @@ class Clusters(Result):
     def _results(self) -> Sequence[SimResult]:
         return [point.result for point in self._points() if point.result]
 
+    @property
+    def _level(self) -> float:
+        return self.request.interval
+
     def frame(self) -> "DataFrame":
         """A row for each machine type: seconds, dollars, joules, bytes; else NaN and the `reason`."""
         from pandas import DataFrame
@@ -169,7 +173,8 @@ class Clusters(Result):
         """A row for each machine type that can, as text for people."""
         from pandas import DataFrame
 
-        return DataFrame([row(point, self.request) for point in self._points()], columns=list(COLUMNS))
+        rows = [row(point, self.request) for point in self._points()]
+        return DataFrame(rows, columns=list(columns(self.request)))
 
     def to_json(self) -> dict[str, Any]:
         request, goal = self.request, self.request.goal

@@ -15,13 +15,16 @@ from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 
-COLUMNS = ("machine", "nodes", "devices", "days", "90 %", "in time", "cost", "goodput", "MFU")
-"""days: wall clock, expected; 90 %: between which it ends with that probability; in time: probability of the
-deadline. goodput: share of the wall clock that trains."""
+
+def columns(request: Request) -> tuple[str, ...]:
+    """Heads of `row`. days: wall clock, expected; then between which it ends with the probability that is
+    asked for; in time: probability of the deadline. goodput: share of the wall clock that trains."""
+    within = f"{100 * request.interval:g} %"
+    return ("machine", "nodes", "devices", "days", within, "in time", "cost", "goodput", "MFU")
 
 
 def row(point: Point, request: Request) -> list[str]:
-    """The cells of COLUMNS for a point that fits; '-' where the profile does not say."""
+    """The cells of `columns` for a point that fits; '-' where the profile does not say."""
     result, bill = point.result, point.figures
     assert result is not None
     assert bill is not None
@@ -137,12 +140,12 @@ def sizing_table(
     sizings: Sequence[Sizing], recommended: Point | None, request: Request, assumptions: Sequence[str]
 ) -> Group:
     """One line a machine: its cluster that does, or why there is none; then each strategy."""
-    names = [f"{request.interval:.0%}" if name == "90 %" else name for name in COLUMNS]
+    names = columns(request)
     shown = table(title(request), names[:1], names[1:])
     lines: list[Text] = []
     for sizing in sizings:
         if sizing.best is None:
-            shown.add_row(sizing.hardware.name, "cannot", *["-"] * (len(COLUMNS) - 2), style="red")
+            shown.add_row(sizing.hardware.name, "cannot", *["-"] * (len(names) - 2), style="red")
             lines.append(Text(f"{sizing.hardware.name}: cannot: {sizing.why}", style="red"))
             continue
         chosen = recommended is not None and recommended is sizing.best

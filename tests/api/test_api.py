@@ -203,6 +203,13 @@ def test_a_search_simulates_something() -> None:
         mopsim.search(**job, budget=0)
 
 
+def test_tables_have_the_interval_that_was_asked_for() -> None:
+    step = mopsim.simulate(**JOB, strategy=TINY, interval=0.5)
+    low, high = step.step_time_interval_s
+    assert step.frame()[["step_time_low_s", "step_time_high_s"]].to_numpy().tolist() == [[low, high]]
+    assert {"step, 50 %", "memory, 50 %"} <= set(step.table().columns)
+
+
 def test_a_precision_that_a_family_lacks_is_refused_before_its_search() -> None:
     job = JOB | {"hardware": "h200-sxm-141g", "strategy": "mop", "precision": "fp8"}
     with pytest.raises(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mopsim
 from mopsim.common.io import write_text
-from mopsim.report.sizing import COLUMNS, missed, row, summary
+from mopsim.report.sizing import columns, missed, row, summary
 from mopsim.report.tables import describe
 
 MACHINES = ("a100-sxm-80g", "h100-sxm-80g", "h200-sxm-141g", "b200-sxm-192g", "gb200-186g", "mi300x-192g")
@@ -38,6 +38,7 @@ def main(folder: Path, jobs: int) -> None:
     wall, cpu = time.perf_counter() - wall, seconds() - cpu
     found.write(folder, "python -m tests.bench.size")
     simulated = sum(one.simulated for one in found.sizings)
+    names = columns(found.request)
     lines = [
         "# Sizing of six machine types",
         "",
@@ -52,13 +53,13 @@ def main(folder: Path, jobs: int) -> None:
         "",
         f"Fastest: {summary(found.fastest)}.",
         "",
-        f"| {' | '.join(COLUMNS)} | plan or reason |",
-        f"|{'---|' * (len(COLUMNS) + 1)}",
+        f"| {' | '.join(names)} | plan or reason |",
+        f"|{'---|' * (len(names) + 1)}",
     ]
     for sizing in found.sizings:
         best = sizing.best
         if best is None or best.result is None:
-            lines.append(f"| {sizing.hardware.name} |{' |' * (len(COLUMNS) - 1)} {sizing.why} |")
+            lines.append(f"| {sizing.hardware.name} |{' |' * (len(names) - 1)} {sizing.why} |")
         else:
             cells = row(best, found.request)
             lines.append(f"| {' | '.join(cells)} | {describe(best.result.strategy)} |")

@@ -227,6 +227,8 @@ def test_the_page_has_the_interval_that_was_asked_for(found: Clusters, tmp_path:
     assert chosen is not None
     assert chosen.figures is not None
     half = Clusters(replace(found.request, interval=0.5), found.sizings, None)
+    assert "50 %" in half.table().columns
+    assert half._level == 0.5
     half.write(tmp_path)
     page = (tmp_path / "decision.html").read_text("utf-8")
     said = page[page.index("<h1>") : page.index("What this rests on")]
