@@ -115,7 +115,7 @@ def compare(
     formats: o.Format = "png",
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
-    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 60,
+    budget: Annotated[int, typer.Option(min=1, max=10**6, help="simulations per family and point")] = 100,
     routing: o.Routing = "balanced",
     precision: o.Precision = "bfloat16",
     stack: o.StackName = None,

@@ -147,7 +147,7 @@ def compare(
     sweep: tuple[Setting, Sequence[Count]] | None = None,
     hold: Hold = "tokens_per_step",
     runnable: bool = False,
-    budget: int = 60,
+    budget: int = 100,
     routing: str | Sequence[float] = "balanced",
     precision: MatmulDType = "bfloat16",
     learning_rate: float = 3e-4,

@@ -254,7 +254,9 @@ def resolve(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budge
     if inputs.precision in CAST and given not in IN_8_BITS:
         rule = f"is not for the family {given}, only for {' and '.join(IN_8_BITS)}"
         raise SpecError("precision", inputs.precision, rule)
-    options = Options((given,), 1, budget, runnable, precision=inputs.precision, stack=inputs.stack)
+    options = Options(
+        (given,), budget=budget, runnable=runnable, precision=inputs.precision, stack=inputs.stack, prove=True
+    )
     found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
     result = found.best or found.closest
     if result is None:

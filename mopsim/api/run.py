@@ -98,11 +98,10 @@ def search(
 
     families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: how many are ranked. budget:
     simulations at most of each family, so that more families are never worse; up to three times as many where
-    these prove the best. runnable: only plans that
-    mopexec runs. at_risk: rank plans that fit, with whatever probability, like those that most likely do.
-    any_routing: only plans that fit however unevenly the router chooses. progress(simulated, best so far):
-    called as it goes.
-    jobs: processes that search families side by side; what they find is the same.
+    these prove the best. runnable: only plans that mopexec runs. at_risk: rank plans that fit, with whatever
+    probability, like those that most likely do. any_routing: only plans that fit however unevenly the router
+    chooses. progress(simulated, best so far): called as it goes. jobs: processes that search families side by
+    side; what they find is the same.
     The rest as for mopsim.simulate. Raises MopError; that nothing fits is a result.
     """
     inputs = read_inputs(

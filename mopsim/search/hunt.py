@@ -14,11 +14,12 @@ from mopsim.intervals import SURE
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.facts import surely
 from mopsim.search.options import Options
-from mopsim.search.pool import Pool
+from mopsim.search.pool import TURNS, Pool
 from mopsim.search.problem import Column, Problem
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.space import Space
 from mopsim.search.staged import Rest
+from mopsim.search.wires import Reals
 from mopsim.spec.capability import runnable
 from mopsim.spec.routing import worst
 from mopsim.spec.strategy import Strategy
@@ -26,13 +27,13 @@ from mopsim.spec.strategy import Strategy
 PATIENCE, LEAST_PATIENCE = 0.4, 40
 """Part of the budget, and simulations at least, without a faster one after which a hunt ends."""
 IDLE_OPS = 1_000_000
-"""Simulated ops, some 15 us each, without a faster one after which it ends too."""
+"""Effort without a faster one after which it ends too: simulated ops, some 15 us each, and refinements."""
 SLACK = 0.05
-"""Part of the memory by which what is expected may be wrong: now and then a fast candidate is tried that is
-expected to need so much too much."""
-DOUBT, LATELY, EFFORT = 0.005, 10, 500_000
-"""Part of a step time by which what is expected may be wrong at least; simulations whose misses tell more;
-simulated ops, some 15 us each, after which nothing slower than that is tried."""
+"""Part of the memory by which what is expected is taken to be wrong at most: now and then a fast candidate is
+tried that is expected to need so much too much."""
+DOUBT, LATELY, EFFORT = 0.005, 8, 500_000
+"""Part of a step time by which what is expected is taken to be wrong at least; simulations whose misses tell
+more, of memory too; effort after which nothing slower than that is tried."""
 MORE = 400_000
 """Candidates that are multiplied out for the proof alone: some 2 us each."""
 PIECES, ENOUGH_PIECES = 10, 40
@@ -43,6 +44,11 @@ LARGE = 200_000
 PROOFS, PROOF_OPS = 3, 3_000_000
 """Times the budget that a family's simulations may be where a proof is asked for and they complete it;
 simulated ops, some 15 us each, that these may take."""
+TURN_OPS, THOROUGH = 2_500, 250
+"""Simulated ops that take as long as a turn of refinements (mopsim.search.pool), which are as many as a
+simulation is long; turns before a hunt ends."""
+BEAM = 3
+"""The fastest simulated, whose neighbours are tried: of what does not fit, one may."""
 RISK = f"fits with a probability below {SURE} (--risk ranks it)"
 SLOWER_BOUND = "slower, bound: cannot beat those ranked"
 SLOWER = "slower, simulated: those ranked are faster, or as fast with less memory"
@@ -54,30 +60,34 @@ Progress = Callable[[int, SimResult | None], None]
 class Hunt:
     """One family, alone: what other families find moves nothing here, so that more families are never worse.
 
-    First the textbook layouts, then by turns a neighbour of the best so far and the candidate of the least
+    First the textbook layouts, then by turns a neighbour of the fastest so far and the candidate of the least
     expected time. found: of this family alone. rest: what was not multiplied out; pools: what the hunt and
-    the proof chose from. near: neighbours of the best, and of those that were. idle, idle_ops: simulations,
-    and their ops, since a faster one. misses: shares by which step times were not as expected.
+    the proof chose from. near: neighbours of the BEAM fastest, and of those that were. idle: simulations
+    since a faster one; spent: effort before it. misses: logarithms by which simulated (step times, peaks)
+    were not as expected.
     """
 
     pool: Pool
     options: Options
     found: SearchResult
     rest: Rest
-    near: list[int] = field(default_factory=list)
+    near: NDArray[np.bool_] = field(init=False)
     idle: int = 0
-    idle_ops: int = 0
-    misses: list[float] = field(default_factory=list)
+    spent: float = 0.0
+    misses: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pools = [self.pool]
+        self.near = np.zeros_like(self.pool.taken)
         self.pool.enough = 1.0 if self.options.risk else surely(self.pool.space)
 
     def run(self, progress: Callable[[SearchResult], None]) -> None:
         """Simulate until nothing is left, the budget is spent, or nothing faster came for long."""
         patience = max(LEAST_PATIENCE, round(PATIENCE * self.options.budget))
         while (
-            self.found.simulated < self.options.budget and self.idle < patience and self.idle_ops < IDLE_OPS
+            self.found.simulated < self.options.budget
+            and self.idle < patience
+            and not (self.found.top and self._effort() > self.spent + IDLE_OPS)
         ):
             position = self.next()
             if position is None:
@@ -169,35 +179,55 @@ class Hunt:
             may = fits[position] or position in pool.published
             if may and self._open(position, below) and self._promising(position):
                 return position
+        turns = max([TURNS, *(one.num_events / TURN_OPS for one in self.found.played[-1:])])
         if self.found.top and self.found.simulated % 4 == 2:
-            bold = pool.bold(self.found.top[0].step_time, 1 + SLACK)
+            slack = min(SLACK, self._missed()[1])
+            bold = pool.next(math.inf, turns, hoped=self._fastest(), slack=slack)
             if bold is not None:
                 return bold
-        near = self._neighbour(below, fits) if self.found.simulated % 2 else None
+        near = self._neighbour(below) if self.found.simulated % 2 else None
         if near is not None:
             return near
-        found = pool.next(below)
-        enough = sum(one.num_events for one in self.found.played) >= EFFORT
+        found = pool.next(below, turns)
+        enough = self._effort() >= EFFORT
         if found is None or (enough and not self._promising(found)):
-            return self._neighbour(below, fits)
+            near = self._neighbour(below)
+            return pool.next(below, THOROUGH, hoped=self._slowest()) if near is None else near
         return found
 
-    def _neighbour(self, below: float, fits: NDArray[np.bool_]) -> int | None:
-        """The next neighbour of the best that promises, once its bounds are refined; what is not expected to
-        fit waits until it is."""
-        for position in [one for one in self.near if fits[one]]:
-            self.near.remove(position)
-            if self._open(position, below) and self._promising(position) and self.pool.room()[0][position]:
-                return position
-        return None
+    def _effort(self) -> float:
+        """Simulated ops, and refinements in as many."""
+        return sum(one.num_events for one in self.found.played) + TURN_OPS * self.pool.turns
+
+    def _neighbour(self, below: float) -> int | None:
+        """The neighbour of the least expected time, its bounds refined, if it promises."""
+        pool = self.pool
+
+        def score() -> Reals:
+            usable = self.near & ~pool.taken & (pool.time < below) & pool.room()[0]
+            return np.where(usable, pool.expected(), np.inf)
+
+        position = pool.best(score, math.inf)
+        return position if position is not None and self._promising(position) else None
 
     def _promising(self, position: int) -> bool:
         """Whether a candidate whose bounds are refined is expected to be faster by more than a tie, or may be
         as expectations were wrong lately."""
-        if not self.found.top:
-            return True
-        fastest, doubt = self.found.top[0].step_time, max([DOUBT, *self.misses[-LATELY:]])
-        return bool(self.pool.expected()[position] < fastest * (1 + doubt) / (1 + TIE))
+        return bool(self.pool.expected()[position] < self._slowest())
+
+    def _slowest(self) -> float:
+        """Seconds under which what is expected promises to be faster."""
+        return self._fastest() * (1 + self._missed()[0]) / (1 + TIE)
+
+    def _fastest(self) -> float:
+        return min((one.step_time for one in self.found.top), default=math.inf)
+
+    def _missed(self) -> tuple[float, float]:
+        """Parts by which step times and memory are not as expected: root mean squares of those simulated
+        lately."""
+        lately = np.array(self.misses[-LATELY:] or [(DOUBT, DOUBT)])
+        times, memory = np.maximum(np.sqrt((lately**2).mean(axis=0)), DOUBT)
+        return float(times), float(memory)
 
     def _open(self, position: int, below: float) -> bool:
         """Whether a candidate's bounds, refined, leave it to be simulated."""
@@ -210,27 +240,25 @@ class Hunt:
         """Learn from one simulation and rank it."""
         found = self.found
         self.idle += bool(found.top)
-        self.idle_ops += bool(found.top) * simulated.num_events
         found.played.append(simulated)
-        self.misses.append(abs(math.log(simulated.step_time / pool.expected()[position])))
         memory = (simulated.peak_memory, simulated.host_memory)
         if not self.options.risk:
             memory = (round(simulated.device.quantile(SURE)), round(simulated.host.quantile(SURE)))
+        limit = pool.space.problem.hardware.memory_limit()
+        time, share = pool.expected()[position], pool.room()[1][position]
+        self.misses.append((math.log(simulated.step_time / time), math.log(memory[0] / limit / share)))
         pool.learn(position, *memory, simulated.step_time)
+        if simulated.step_time <= sorted(one.step_time for one in found.played)[:BEAM][-1]:
+            self.near[pool.neighbours(position)] = True
         reason = self._refused(simulated)
         if reason is not None:
             found.rejected[reason] += 1
             return
         found.rejected[SLOWER] += len(found.top) == self.options.top
-        fastest = min((one.step_time for one in found.top), default=float("inf"))
+        fastest = self._fastest()
         found.top = sorted([*found.top, simulated], key=rank)[: self.options.top]
         if simulated.step_time < fastest:
-            self.idle = self.idle_ops = 0
-        if simulated.step_time < fastest or simulated is found.top[0]:
-            near = pool.neighbours(position)
-            expected = pool.expected()[near]
-            first = [int(one) for one in near[np.argsort(expected, kind="stable")]]
-            self.near = list(dict.fromkeys([*first, *self.near]))
+            self.idle, self.spent = 0, self._effort()
 
     def _refused(self, simulated: SimResult) -> str | None:
         """Why a simulated candidate is not ranked."""

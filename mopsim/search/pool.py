@@ -38,8 +38,8 @@ _WAITS = ("overlap", "tensor", "expert_tensor", "exchange", "dispatcher")
 MOST = 400_000
 """Candidates that a pool holds: three in four of the best guesses, one in four the leanest of the others."""
 TURNS, AT_ONCE = 8, 4
-"""How often at most, where there is one to choose, and for how many of the best expected candidates, bounds
-are refined before one is chosen."""
+"""How often, where there is one to choose, and for how many of the best expected candidates, bounds are
+refined before one is chosen: at some 10 ms for each."""
 ROUGH = 0.15
 """Part of the memory by which what is expected without refined bounds may be wrong."""
 HOPE, KNOWN_HOPE = 0.03, 0.003
@@ -54,7 +54,7 @@ class Pool:
     whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST.
     alike: those that share their layers, which are refined together; refined: whether each one's bounds are;
     over: whether they say that it does not fit; enough: times its peak that a device must have at least.
-    rise, slower: what refinements teach of the memory and of the time of others."""
+    rise, slower: what refinements teach of the memory and of the time of others; turns: of refinements."""
 
     space: Space
     rows: Column
@@ -76,6 +76,7 @@ class Pool:
     refined: NDArray[np.bool_]
     over: NDArray[np.bool_]
     enough: float = 1.0
+    turns: int = 0
 
     @staticmethod
     def of(space: Space, bounds: Bounds, keep: Column, known: Pieces | None = None) -> "Pool":
@@ -123,20 +124,19 @@ class Pool:
         self.taken[mine] |= self.over[mine]
         return True
 
-    def best(self, score: Callable[[], Reals], *, briefly: bool = False) -> int | None:
+    def best(self, score: Callable[[], Reals], turns: float, *, briefly: bool = False) -> int | None:
         """The place of the least score under infinity among those whose bounds are refined: those of the best
-        are on the way there, which may change the scores. briefly: None where TURNS of that leave none."""
-        turns = 0
+        are on the way there, which may change the scores. briefly: None where `turns` of that leave none."""
         while True:
-            now, turns = score(), turns + 1
+            now, turns, self.turns = score(), turns - 1, self.turns + 1
             first = np.argpartition(now, min(AT_ONCE, len(now)) - 1)[:AT_ONCE]
             place = int(first[np.argmin(now[first])])
             if self.refined[place] or not np.isfinite(now[place]):
                 return place if np.isfinite(now[place]) else None
             known = np.where(self.refined, now, np.inf)
-            if turns > TURNS and np.isfinite(known.min()):
+            if turns < 0 and np.isfinite(known.min()):
                 return int(np.argmin(known))
-            if turns > TURNS and briefly:
+            if turns < 0 and briefly:
                 return None
             for one in first[np.isfinite(now[first])]:
                 self.refine(int(one))
@@ -165,30 +165,23 @@ class Pool:
         share = np.maximum(device, host)
         return share <= np.where(self.refined, 1.0, 1 + ROUGH), share
 
-    def next(self, below: float) -> int | None:
+    def next(
+        self, below: float, turns: float = TURNS, *, hoped: float = np.inf, slack: float = 0.0
+    ) -> int | None:
         """The untaken candidate of the least expected time whose bound is under `below` seconds; where none
-        is expected to fit, the leanest."""
+        is expected to fit, the leanest. hoped: or None where none is hoped to take less, seconds; slack: part
+        of the memory by which it may be expected not to fit."""
 
         def score() -> Reals:
             fits, share = self.room()
             usable = ~self.taken & (self.time < below)
-            likely = usable & fits
-            if likely.any():
-                return np.where(likely, self.expected(hopeful=True), np.inf)
+            likely = usable & (fits | (share <= 1 + slack))
+            if likely.any() or np.isfinite(hoped):
+                time = self.expected(hopeful=True)
+                return np.where(likely & (time < hoped), time, np.inf)
             return np.where(usable, share, np.inf)
 
-        return self.best(score)
-
-    def bold(self, below: float, slack: float) -> int | None:
-        """The untaken candidate of the least expected time that is expected to need at most `slack` times
-        what there is, if that time is under `below` seconds."""
-
-        def score() -> Reals:
-            expected = self.expected(hopeful=True)
-            usable = ~self.taken & (self.room()[1] <= slack) & (expected < below)
-            return np.where(usable, expected, np.inf)
-
-        return self.best(score, briefly=True)
+        return self.best(score, turns, briefly=bool(np.isfinite(hoped)))
 
     def least(self, below: float, *, rough: bool = False) -> int | None:
         """The candidate of the least bound under `below` seconds; rough: of those not refined."""
@@ -206,7 +199,7 @@ class Pool:
         return [int(open_[place]) for place in np.unique(self.group[open_], return_index=True)[1]]
 
     def neighbours(self, position: int) -> Column:
-        """Positions one decision away from `position`, best guess first."""
+        """Positions one decision away from `position`."""
         index = int(self.rows[position])
         groups: dict[str, NDArray[np.bool_]] = {}
         for name, column in self.space.columns.items():

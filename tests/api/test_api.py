@@ -55,6 +55,15 @@ def test_search_is_what_the_command_finds(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [row["step_time_s"] for row in said["top"]] == list(found.frame()["step_time_s"])
 
 
+def test_a_family_has_one_best_plan_in_every_command() -> None:
+    job = JOB | {"precision": "float32", "budget": 4}
+    searched = mopsim.search(**job, families="mop", runnable=True)
+    compared = mopsim.compare(**job, strategies={"mop": "mop", "one": TINY}, runnable=True)
+    assert searched.best is not None
+    assert compared.strategies["mop"]["strategy"] == searched.best["strategy"]
+    assert compared["proven"] == searched.proven
+
+
 def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
     strategies = {"one": TINY, "chunked": mopsim.mop(dtype="float32", expert_chunk_tokens=64)}
     found = mopsim.compare(**JOB, strategies=strategies, sweep=("seq_len", ["512", 256]))
