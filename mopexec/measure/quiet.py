@@ -5,9 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-LOST = 0.1
-"""Part of a quiet step's seconds that a step may lose to others before it counts as disturbed; part of the
-cores that others may have when a run begins before it is said."""
+from mopsim.spec.plan import LOST
+
 WATCHED = 0.3
 """Seconds for which this process sleeps to see what others take."""
 _IDLE = (3, 4)

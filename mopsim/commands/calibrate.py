@@ -19,12 +19,9 @@ from mopsim.common.outputs import check_outputs
 from mopsim.common.units import format_seconds
 from mopsim.report.terminal import table
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.plan import LOST, Measurement, Plan
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stacks import load_stack
-
-BUSY = 0.1
-"""Part of the cores that other programs may have before it is said of a run, as `mopexec train` says it."""
 
 
 def run(
@@ -55,7 +52,7 @@ def run(
             f"prediction (by {known.name}: {_departures(plan, known)})"
         )
     for one in given:
-        if one.disturbed or one.resumed or one.others > BUSY:
+        if one.disturbed or one.resumed or one.others > LOST:
             console.print(_apart(one))
     if len(result.runs) == 1:
         console.print(
@@ -69,7 +66,7 @@ def run(
 def _apart(run: Measurement) -> str:
     """What sets a run apart that others disturbed, or that did not run in one go."""
     said = []
-    if run.others > BUSY:
+    if run.others > LOST:
         said.append(f"other programs had {run.others:.0%} of the cores when it began")
     if run.disturbed:
         later = run.disturbed + len(run.step_times)

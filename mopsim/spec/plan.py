@@ -14,6 +14,9 @@ from mopsim.spec.training import TrainSpec
 
 SHORTEST, LONGEST = 1e-6, 1e7
 """Seconds that a step may take: below the launch of one kernel, and four months (of a kind of work too)."""
+LOST = 0.1
+"""Part of a quiet step's seconds that a step may lose to other programs before it counts as disturbed; part
+of the cores that others may have when a run begins before it is said."""
 
 
 class HardwareRef(Spec, frozen=True, kw_only=True):
