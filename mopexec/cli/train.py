@@ -243,7 +243,8 @@ def _summary(outcome: dict[str, Any]) -> str:
     seen = outcome["memory_step"]
     until = f", watched to step {seen}" if seen < outcome["steps_done"] else ""
     disturbed = outcome["disturbed_steps"]
-    left_out = f"; {disturbed} steps, disturbed by other programs, are not in the time" if disturbed else ""
+    count = "1 step is" if disturbed == 1 else f"{disturbed} steps are"
+    left_out = f"; {count} left out of the time, disturbed by other programs" if disturbed else ""
     against = f" (predicted {format_seconds(predicted)})" if predicted else ""
     return (
         f"{outcome['steps_done']} steps: loss {outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}, "
