@@ -113,7 +113,7 @@ def _model(plan: Plan) -> dict[str, Any]:
         found |= {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]}
     if s.pipeline.pipeline_parallel > 1:
         found["overlap_p2p_comm"] = s.overlap.pipeline
-    found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss != "composed"
+    found["cross_entropy_loss_fusion"] = plan.stack.kernels.loss in ("fused", "upcast")
     return found
 
 

@@ -54,30 +54,23 @@ def loss_tape(context: Context) -> Tape:
     """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept
     (Megatron-LM)."""
     c, vocabulary = context, context.strategy.vocabulary
-    tensor, kernel = c.strategy.dense.tensor_parallel, c.stack.kernels.loss
-    fused = kernel != "composed"
-    split = vocabulary.loss == "vocab_parallel" and tensor > 1
+    kernel = c.stack.kernels.loss
+    fused, gathered = kernel in ("fused", "upcast"), kernel == "gathered"
+    split = vocabulary.loss == "vocab_parallel" and c.strategy.dense.tensor_parallel > 1
     rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it
-    columns = c.model.vocab_size / (tensor if split else 1)
-    H, elements = c.model.hidden_size, int(rows * columns)
+    parts = split and not gathered
+    elements = int(rows * c.model.vocab_size / (c.strategy.dense.tensor_parallel if parts else 1))
     zero = c.strategy.dense.zero
-    whole = zero < 2 and c.b == c.wide  # its cast to fp32 is itself
-    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
-    kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
-    first, source = begin("gather_n", "n", H, _C, c.shapes)
-    kernels += first if split or c.shapes.sequence_parallel else ()
+    whole = zero < 2 and c.b == c.wide and not gathered  # its cast to fp32 is itself
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the
     # picked log-probabilities, of all of them and of the cast are made apart, one after the other.
     # mopexec's holds them no longer than their cast.
     # Fused after an upcast (Liger's kernel in transformers, a compiled loss): one fp32 tensor of their size.
-    torch = zero >= 2 and not fused
+    torch = (zero >= 2 or gathered) and not fused
     in_place = whole or kernel == "fused" or (fused and split)  # a split loss casts no logits
     held = (torch or fused) and c.stack.kernels.logits_held
-    keeps = ("n", "logits") if in_place or held else ("n",)
-    apart = (("logits", elements * c.wide),) if torch else ()
-    weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
-    product = (Matmul(rows, columns, H),)
-    kernels.append(Kernel("logits", "matmul", _C, (source,), (logits,), keeps, product, weight_grad=weight))
+    logits = Value("logits", elements * c.b, "logits", grad=zero >= 2 or not (fused or whole))
+    kernels = _projection(c, logits, split, in_place or held)
     exact = Value("softmax", 0 if in_place else elements * c.wide, "logits", grad=False)
     # fused: one pass forward, one backward. Otherwise the cast, maximum, shift, exponential, sum and
     # division of Megatron-LM's vocab_parallel_cross_entropy run apart, in fp32: five read, four write.
@@ -98,10 +91,10 @@ def loss_tape(context: Context) -> Tape:
             saves=("logits",) if in_place else ("softmax",), bytes=float(elements * moved),
             back_bytes=float(elements * back), launches=1 if fused else 6 - torch,
             back_launches=2 - torch,
-            back_scratch=apart,
+            back_scratch=(("logits", elements * c.wide),) if torch else (),
         )
     )  # fmt: skip
-    if split:
+    if parts:
         kernels.append(
             Kernel(
                 "loss_sums", "all_reduce", _C, ("loss",), (Value("total", 0),), bytes=4.0 * rows, launches=3,
@@ -109,6 +102,31 @@ def loss_tape(context: Context) -> Tape:
             )
         )  # fmt: skip
     return Tape((Value("x", c.hidden),), implemented(tuple(kernels), c), ())
+
+
+def _projection(c: Context, logits: Value, split: bool, keeps_logits: bool) -> list[Kernel]:
+    """Final norm and product with the vocabulary, or with a rank's slice of it; `gathered`: the slices are
+    then put together on every rank, a copy beside what came, and a rank takes its slice of the gradient."""
+    H, tensor = c.model.hidden_size, c.strategy.dense.tensor_parallel if split else 1
+    rows, columns = c.shapes.region_tokens, c.model.vocab_size / tensor
+    gathers = tensor > 1 and c.stack.kernels.loss == "gathered"
+    kernels = [norm("final_norm", "x", "n", c.tokens, H, c.b, _C)]
+    first, source = begin("gather_n", "n", H, _C, c.shapes)
+    kernels += first if split or c.shapes.sequence_parallel else ()
+    out = Value("slice", int(rows * columns) * c.b, "logits") if gathers else logits
+    weight = int(columns * H * c.b)  # added into a resident buffer or not, autograd is handed one
+    keeps = ("n", "logits") if keeps_logits and not gathers else ("n",)
+    product = (Matmul(rows, columns, H),)
+    kernels.append(Kernel("logits", "matmul", _C, (source,), (out,), keeps, product, weight_grad=weight))
+    if gathers:
+        kernels.append(
+            Kernel(
+                "gather_logits", "all_gather", _C, ("slice",), (logits,), group="tensor", back_bytes=0.0,
+                saves=("logits",) if keeps_logits else (), bytes=float(logits.bytes),
+                scratch=(("logits", logits.bytes),),
+            )
+        )  # fmt: skip
+    return kernels
 
 
 def _norm(c: Context) -> Tape:

@@ -71,7 +71,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     is not counted (`step`), or in every forward pass (`pass`). weight_grads: added to their buffer inside the
     product, or after it. loss: cross entropy by several kernels with
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
-    (`upcast`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
+    (`upcast`), or torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
+    (`gathered`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
     backward is done.
     loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of keys and values where
     context parallelism gathers them.  fills: new tensors
@@ -97,7 +98,7 @@ class Kernels(Spec, frozen=True, kw_only=True):
     weight_casts: Literal["step", "pass"] = "step"
     weight_grads: Built = "fused"
     ring_blocks: Built = "fused"
-    loss: Literal["composed", "fused", "upcast"] = "composed"
+    loss: Literal["composed", "fused", "upcast", "gathered"] = "composed"
     logits_held: bool = True
     loss_chunks: Built = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})

@@ -54,7 +54,8 @@ Progress = Callable[[int, int], None]
 
 
 def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
-    """One case, uncalibrated; a refusal becomes `error`. paced: at several costs of the host too."""
+    """One case, uncalibrated; a refusal becomes `error`. paced: at several costs of the host too, where the
+    time was measured, to be calibrated on."""
     began = time.perf_counter()
     try:
         model, hardware, stack = case.network(), case.profile(), case.program()
@@ -62,7 +63,8 @@ def simulate_case(case: Case, *, paced: bool = True) -> Simulated:
         strategy = case.resolved()
         workload = lower(model, strategy, case.training, hardware.scale_up_size, stack)
         result = run(workload, model, hardware, strategy, case.training)
-        paces = _paces(case, workload) if paced and hardware.host.cpu_launch_time else ()
+        paced = paced and bool(case.measured.step_time and hardware.host.cpu_launch_time)
+        paces = _paces(case, workload) if paced else ()
     except MopError as error:
         return Simulated(error=str(error), field=str(error).split(":")[0])
     except (AssertionError, ArithmeticError, LookupError, ValueError, TypeError) as error:

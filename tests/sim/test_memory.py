@@ -192,6 +192,15 @@ def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: str, bytes_each: int) ->
     assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
 
 
+@pytest.mark.parametrize(("loss", "bytes_each"), [("gathered", 2 + 3 * 4), ("composed", (2 + 4) / 4)])
+def test_logits_that_every_tensor_rank_gathers_are_whole(loss: str, bytes_each: float) -> None:
+    """Of torch's cross entropy as above, at any degree; Megatron-LM splits logits and softmax."""
+    software = unfused(kernels={"loss": loss})
+    model, training = deep(1, vocab_size=32_000), TrainSpec(seq_len=4096, global_batch=1)
+    result = simulate(model, MACHINE, 1, megatron(4, tensor_parallel=4), training, software)
+    assert result.highest_by_category["logits"] == 4096 * 32_000 * bytes_each
+
+
 def test_tokens_that_arrive_once() -> None:
     """Of 8 experts chosen among 128, 16 a rank: two thirds of all ranks' tokens, not a row a route."""
     model = load_model("qwen3_30b_a3b")
