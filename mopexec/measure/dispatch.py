@@ -6,8 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _PLAIN: dict[type, bool] = {}
+
+
+class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode under which nothing is compiled, by torch's own switch: without it each dispatch goes
+    through a wrapper, and the first one imports torch's compiler, which takes a second and more."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def plain_types(types: Sequence[type]) -> bool:

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mopexec.measure.dispatch import plain_types, returns_alias, writes
+from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, writes
 from mopexec.measure.scope import NOW
 from mopsim.spec.plan import Plan
 
@@ -18,7 +17,7 @@ _FREE = frozenset(
 """Ops that allocate and launch nothing, and views that their schema does not tell."""
 
 
-class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class KernelCounter(EagerMode):
     """Counts while entered. by_place: launches by (component, phase); by_op: by the op's name.
 
     An op counts as one launch, and a collective as one; a sort is one here and several on a card.

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from mopexec.measure.dispatch import EagerMode
 from mopexec.measure.probe_fit import Shape
 from mopexec.measure.probe_timing import Sample, Stopwatch, measure, summarize
 
@@ -122,7 +122,7 @@ def memory_traffic(
     return measure(cases, stopwatch, budget)
 
 
-class _CountOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CountOps(EagerMode):
     """Counts operators that compute: views apart."""
 
     def __init__(self) -> None:
@@ -173,15 +173,18 @@ def host_copies(device: torch.device, stopwatch: Stopwatch, budget: float) -> di
 
 
 def adamw(device: torch.device, num_params: Sequence[int], budget: float, threads: int = 1) -> Sample:
-    """Seconds per parameter of the fused fp32 AdamW, the slowest of the sizes given.
+    """Seconds per parameter of the fused fp32 AdamW, by the call of the runtimes (torch.optim imports torch's
+    compiler), the slowest of the sizes given.
 
     threads: that the host's operators use; where there are several, the wall clock counts.
     """
+    rates = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8}
     cases: dict[int, Call] = {}
     for size in num_params:
-        weight = torch.zeros(size, device=device, requires_grad=True)
-        weight.grad = torch.full((size,), 1e-3, device=device)
-        cases[size] = torch.optim.AdamW([weight], lr=1e-4, weight_decay=0.1, fused=True).step
+        weight, average, square = (torch.zeros(size, device=device) for _ in range(3))
+        grad, step = torch.full((size,), 1e-3, device=device), torch.ones((), device=device)
+        state = [weight], [grad], [average], [square]
+        cases[size] = partial(torch._fused_adamw_, *state, [], [step], amsgrad=False, maximize=False, **rates)
     samples = measure(
         cases, Stopwatch(device, time.thread_time if threads == 1 else time.perf_counter), budget
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 Shape = tuple[int, int, int]
 """(m, n, k) of C[m,n] = A[m,k] B[k,n]."""
@@ -50,6 +49,8 @@ class AttentionFit:
 def _minimize(
     residuals: Any, start: Sequence[float], lower: Sequence[float], upper: Sequence[float]
 ) -> Array:
+    from scipy.optimize import least_squares  # takes long to import, and ranks fit nothing
+
     inside = np.clip(start, np.asarray(lower) + 1e-9, np.asarray(upper) - 1e-9)
     solution = least_squares(residuals, inside, bounds=(lower, upper), loss="soft_l1", f_scale=LOG_SCALE)
     return np.asarray(solution.x, dtype=np.float64)

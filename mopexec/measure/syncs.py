@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mopexec.measure.dispatch import plain_types, tensors_in
+from mopexec.measure.dispatch import EagerMode, plain_types, tensors_in
 from mopexec.measure.scope import NOW
 
 _READS = frozenset(
@@ -26,7 +25,7 @@ class HostSync(AssertionError):  # noqa: N818
     """The host would wait for the device here."""
 
 
-class NoHostSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class NoHostSyncs(EagerMode):
     """Refuses while entered, but inside of `host_compute`. device: the planned one's type, as tensors say."""
 
     def __init__(self, device: str) -> None:

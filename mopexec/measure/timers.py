@@ -17,11 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mopexec.distributed import collectives
-from mopexec.measure.dispatch import plain_types, returns_alias, tensors_in, writes
+from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, tensors_in, writes
 from mopexec.measure.scope import NOW
 from mopexec.measure.tracker import is_host
 from mopsim.spec.plan import KindTiming
@@ -69,7 +68,7 @@ class _Sum:
     bytes: float = 0.0
 
 
-class KindTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class KindTimer(EagerMode):
     """`with timer: runner.step(batches)` per profiled step, then `timer.kinds()`. cuda: time by events.
 
     On a CPU whose ops run on this thread alone, its own CPU clock times them, as the probe does: a neighbour
@@ -110,11 +109,6 @@ class KindTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for entry, start, end in self._pending:
             entry.seconds += start.elapsed_time(end) * 1e-3
         self._pending.clear()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch's own switch: nothing is compiled here, so dispatch goes without its wrapper."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if not plain_types(types):

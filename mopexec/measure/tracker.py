@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mopexec.measure.dispatch import plain_tensors, plain_types, returns_alias, tensors_in
+from mopexec.measure.dispatch import EagerMode, plain_tensors, plain_types, returns_alias, tensors_in
 from mopexec.measure.scope import NOW, category, component, host_allocation, host_compute, phase, uncounted
 from mopexec.measure.shapes import ShapeCache
 from mopsim.common.errors import MopError
@@ -83,7 +82,7 @@ class _Ledger:
             self.peak_component, self.peak_phase = NOW.component, NOW.phase
 
 
-class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryTracker(EagerMode):
     """Tracks memory while entered; entered again (around build, then around each step) it goes on counting.
 
     device_limit, host_limit: bytes; the allocation that crosses one raises OutOfMemory. refuse: called
@@ -181,11 +180,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         global _active
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         _active, torch.UntypedStorage.resize_ = self._outer.pop()  # type: ignore[method-assign]
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch's own switch: nothing is compiled here, so dispatch goes without its wrapper."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if not plain_types(types):

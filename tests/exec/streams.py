@@ -16,11 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopexec.distributed import collectives
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.dispatch import plain_types, returns_alias, tensors_in
+from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, tensors_in
 from mopexec.measure.scope import NOW
 
 Clock = dict[str, int]
@@ -32,7 +31,7 @@ class Race(AssertionError):  # noqa: N818
     """Two actors use the same bytes and neither waited for the other."""
 
 
-class Order(TorchDispatchMode):
+class Order(EagerMode):
     """Checks while entered. sites: where the program waited; skip: a site that does not."""
 
     def __init__(self, skip: Site | None = None) -> None:
