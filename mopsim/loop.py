@@ -57,6 +57,8 @@ DEVICE_LIMIT = "40 MiB"
 TRACKED_STEPS, EVEN_STEPS = 10, 2
 """First steps whose memory is counted and held to the limit (they are not timed): a young router is at its
 most uneven in the first ten; evenly routed steps are all alike, and a run of that many shows their memory."""
+TIMED_STEPS = 10
+"""The least that are timed of the held-out strategy, after those."""
 PILOT_STEPS, PILOT_SKIPPED, PROFILE_STEPS = 12, 3, 3
 """Steps of a pilot run, the first of them that are not timed, and extra ones timed by kind of work."""
 
@@ -169,7 +171,7 @@ def _loop(loop: Loop) -> DemoReport:
     with loop.stage("calibrate from these runs too"):
         _calibrate(loop, piloted, [*pilots, *(loop.work / one.name for one in contenders)], calibrated)
     _held_out(loop, io.load(piloted, HardwareProfile, "hardware"))
-    contenders.append(_train(loop, "held-out", max(TRACKED_STEPS + 10, loop.steps // 2)))
+    contenders.append(_train(loop, "held-out", max(TRACKED_STEPS + TIMED_STEPS, loop.steps // 2)))
     corrected = [io.load(one, HardwareProfile, "hardware") for one in (piloted, calibrated)]
     for contender in contenders:
         plan = contender.plan

@@ -18,7 +18,10 @@ from tests.exec.spawn import run_command
 ROOT = Path(__file__).parents[2]
 
 
-SMALLER = {"SEQ_LEN": 128, "PILOT_STEPS": 5, "TRACKED_STEPS": 2, "PROFILE_STEPS": 1, "BUDGET": 6}
+SMALLER = {
+    "SEQ_LEN": 128, "PILOT_STEPS": 3, "PILOT_SKIPPED": 1, "PROFILE_STEPS": 1, "TRACKED_STEPS": 2,
+    "TIMED_STEPS": 3, "BUDGET": 6,
+}  # fmt: skip
 QUICKLY = {"probe": ("--budget", "0.05")}
 """Options that a command has here beside the loop's."""
 

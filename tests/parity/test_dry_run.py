@@ -1,5 +1,8 @@
 """A dry run's memory is that of real training, to the byte, by category and tier."""
 
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +20,15 @@ SAME = (
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.xdist_group("dry runs")
+
+
+@cache
+def planned(world: int, name: str, rank: int = 0) -> dict[str, Any]:
+    """A dry run of a case that is trained, for all tests."""
+    return dry_run(memory_cases.trained(world)[name], rank).to_json()
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def trained(request):
     """(world, what every rank's tracker saw in real training, by case)."""
@@ -27,9 +39,9 @@ def trained(request):
 
 def test_a_dry_run_is_real_training_to_the_byte(trained):
     world, ranks = trained
-    for name, plan in memory_cases.trained(world).items():
+    for name in memory_cases.trained(world):
         for rank in {0, world - 1}:
-            dry, real = dry_run(plan, rank).to_json(), ranks[rank][name]
+            dry, real = planned(world, name, rank), ranks[rank][name]
             assert {key: dry[key] for key in SAME} == {key: real[key] for key in SAME}, f"{name}, rank {rank}"
 
 
@@ -39,11 +51,10 @@ TIERS = ("mop", "mop_budget", "mop_host_update", "zero_offload", "fsdp2", "fsdp2
 
 def test_a_gpu_in_the_machine_that_plans_changes_nothing(monkeypatch):
     for name in TIERS:
-        plan = cases(2)[name]
-        here = dry_run(plan).to_json()
+        here = planned(2, name)
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_available", lambda: True)
-            there = dry_run(plan).to_json()
+            there = dry_run(cases(2)[name]).to_json()
         assert {key: there[key] for key in SAME} == {key: here[key] for key in SAME}
 
 
