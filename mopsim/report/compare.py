@@ -54,7 +54,7 @@ class Sweep:
         return "; ".join([f"held constant: tokens per step ({usual:,})", *other])
 
 
-TITLE = 90
+TITLE = 84
 """Characters of a line of a figure's title."""
 Gaps = Mapping[str, float | None]
 """Of strategies that a search found, by label: SearchResult.gap."""
