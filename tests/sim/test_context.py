@@ -208,7 +208,7 @@ def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(f"{place}.LENGTHS", (128 * K, 1024 * K))
     monkeypatch.setattr(f"{place}.VARIANTS", (VARIANTS[0], VARIANTS[4]))
     monkeypatch.setattr(f"{place}.contenders", lambda: some)
-    monkeypatch.setattr("sys.argv", f"make --budget 2 --jobs 1 --out {tmp_path}".split())
+    monkeypatch.setattr("sys.argv", f"make --budget 1 --jobs 1 --out {tmp_path}".split())
     make()
     made = json.loads((tmp_path / "context.json").read_text())
     assert [one["name"] for one in made["variants"]] == ["base", "heads_56"]
