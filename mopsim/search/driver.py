@@ -50,8 +50,9 @@ def search(
     """
     started = time.perf_counter()
     problem = Problem(
-        model, hardware, num_nodes, training, total_params(model), options.precision, options.stack
-    )
+        model, hardware, num_nodes, training, total_params(model), options.precision, options.stack,
+        options.runnable,
+    )  # fmt: skip
     best: SimResult | None = None
     done: dict[str, Hunted] = {}
 

@@ -87,8 +87,8 @@ def worked_out(asked: bytes) -> dict[Any, Any]:
 class Problem:
     """What a strategy is looked for: every input of the search but its options. `total_params` is the
     model's total. precision: what products compute in; of 8 and 4 bits, beside bfloat16.
-    stack: the software, where it is not the family's own. known: what was worked out, by its name;
-    equal problems share it.
+    stack: the software, where it is not the family's own. runnable: only what mopexec runs. known: what was
+    worked out, by its name; equal problems share it.
     """
 
     model: ModelSpec
@@ -98,10 +98,14 @@ class Problem:
     total_params: int
     precision: MatmulDType = "bfloat16"
     stack: Stack | None = None
+    runnable: bool = False
     known: dict[Any, Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        asked = (self.model, self.hardware, self.num_nodes, self.training, self.precision, self.stack)
+        asked = (
+            self.model, self.hardware, self.num_nodes, self.training, self.precision, self.stack,
+            self.runnable,
+        )  # fmt: skip
         object.__setattr__(self, "known", worked_out(msgspec.msgpack.encode(asked)))
 
     @property

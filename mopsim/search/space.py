@@ -10,13 +10,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.common.errors import SpecError
 from mopsim.cost.slowest import waiting
 from mopsim.cost.stack import as_used
 from mopsim.search.axes import MINOR, axes_of
 from mopsim.search.build import build
 from mopsim.search.problem import DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
+from mopsim.search.result import NOT_RUN
 from mopsim.search.stages import EVEN, IDEAL, layers_of
-from mopsim.spec.capability import Job, refusals
+from mopsim.spec.capability import Job, field_refusals, refusals
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import MOST_MICROBATCHES
 from mopsim.spec.stack import Stack
@@ -177,7 +179,7 @@ def _product(axes: Axes, repeats: int = 1, names: Iterable[str] = tuple(DEFAULTS
 
 def _relations(problem: Problem, family: str, columns: Columns) -> Iterator[Relation]:
     yield from _over_ranks(problem)
-    yield from _over_states(problem, family)
+    yield from _over_values(problem, family)
     yield from _over_layers(problem)
     yield (
         "more chunks than tokens",
@@ -276,9 +278,10 @@ def _over_ranks(problem: Problem) -> Iterable[Relation]:
     )
 
 
-def _over_states(problem: Problem, family: str) -> Iterator[Relation]:
-    """Where the family's program cannot have the optimizer, as the capability table says it."""
-    for names, value, reason in _states_refused(problem, family):
+def _over_values(problem: Problem, family: str) -> Iterator[Relation]:
+    """What the family's program cannot have, and what mopexec does not run where that is asked for, whatever
+    the other columns are, as the capability table says it."""
+    for names, value, reason in _values_refused(problem, family):
         yield (
             reason,
             names,
@@ -288,27 +291,53 @@ def _over_states(problem: Problem, family: str) -> Iterator[Relation]:
         )
 
 
-def _states_refused(problem: Problem, family: str) -> list[tuple[tuple[str, ...], tuple[int, ...], str]]:
-    """(columns, their values, rule) of each state of the optimizer that the simulator refuses."""
-    key = ("states refused", family)
+Refused = tuple[tuple[str, ...], tuple[int, ...], str]
+"""Columns, their values, rule."""
+
+
+def _values_refused(problem: Problem, family: str) -> list[Refused]:
+    """Each value of an axis that is refused."""
+    key = ("values refused", family)
     if key not in problem.known:
-        problem.known[key] = list(_refused(problem, family))
+        axes = axes_of(problem, family)
+        every = [(_names(key), each(value)) for key, values in axes.items() for value in values]
+        experts = max(value[names.index("experts")] for names, value in every if "experts" in names)
+        beside: tuple[dict[str, int], ...] = ({}, {"experts": experts, "recompute": 0})
+        found = [(names, value, _refused(problem, family, names, value, beside)) for names, value in every]
+        problem.known[key] = [one for one in found if one[-1]]
     return problem.known[key]  # type: ignore[no-any-return]
 
 
-def _refused(problem: Problem, family: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], str]]:
+def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The value of each column of an axis."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _refused(
+    problem: Problem,
+    family: str,
+    names: tuple[str, ...],
+    value: tuple[int, ...],
+    beside: Iterable[dict[str, int]],
+) -> str:
+    """Why a value of an axis is refused; '' where it is not. beside: other columns, under some of which it
+    says something."""
     stack = (problem.stack or load_stack(STACKS[family])).on_kind(problem.hardware.device_kind)
-    for key, values in axes_of(problem, family).items():
-        if "state" not in _names(key):
-            continue
-        for value in values:
-            each = value if isinstance(value, tuple) else (value,)
-            row = DEFAULTS | dict(zip(_names(key), each, strict=True))
+    for others in beside:
+        row = DEFAULTS | others | dict(zip(names, value, strict=True))
+        try:
             job = Job(problem.model, build(family, problem, row), problem.training, stack)
+        except SpecError:
+            continue
+        if "state" in names:
             for error in refusals(job, by="simulator"):
                 if error.field.startswith("strategy.optimizer.") or error.field.endswith("_tier"):
-                    yield _names(key), each, f"{error.field} {error.rule}"
-                    break
+                    return f"{error.field} {error.rule}"
+        runtime = job.software.runtime
+        if problem.runnable and runtime:
+            for error in field_refusals(job, by=runtime):
+                return f"{NOT_RUN}: {error}"
+    return ""
 
 
 def _over_layers(problem: Problem) -> Iterable[Relation]:

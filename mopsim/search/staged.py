@@ -17,7 +17,7 @@ from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
 from mopsim.search.refined import Parts, Refined, alike
 from mopsim.search.seeds import Mask, textbook
-from mopsim.search.space import Space, expanded, minor_of, trunk
+from mopsim.search.space import Space, each, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
 
 WHOLE = 400_000
@@ -143,7 +143,7 @@ def _device(space: Space, given: SpaceFacts) -> Reals:
 
 
 def _values(axis: Axis, axes: Axes) -> Sequence[tuple[int, ...]]:
-    return [value if isinstance(value, tuple) else (value,) for value in axes[axis.key]]
+    return [each(value) for value in axes[axis.key]]
 
 
 def _combinations(choices: Sequence[tuple[Axis, Sequence[tuple[int, ...]]]]) -> list[dict[str, int]]:

@@ -17,10 +17,12 @@ from mopsim.search.hunt import rank
 from mopsim.search.learn import Memory, Times
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem, worked_out
-from mopsim.search.result import TIE
+from mopsim.search.result import NOT_RUN, TIE
 from mopsim.search.space import generate
+from mopsim.spec.capability import runnable
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 from tests.sim.test_search import with_memory
@@ -182,3 +184,20 @@ def test_a_large_pool_holds_the_fastest_and_the_leanest(monkeypatch: pytest.Monk
     assert found.gap is not None
     assert found.gap > 0
     assert sum(found.rejected.values()) + len(found.top) == found.candidates
+
+
+def test_values_that_mopexec_does_not_run_leave_the_space_and_no_other_row_does() -> None:
+    """Under the executor's own stack, where only what it runs is asked for: one reason for each value, not
+    one candidate at a time."""
+    model, hardware, stack = load_model("tiny"), load_profile("h100-sxm-80g"), load_stack("mopexec-split")
+    given = model, hardware, 1, TRAINING, total_params(model), "bfloat16", stack
+    every, some = generate(Problem(*given), "megatron"), generate(Problem(*given, True), "megatron")
+    reasons = [reason for reason in some.rejected if reason.startswith(NOT_RUN)]
+    assert any("deepep" in reason for reason in reasons)
+    assert any("overlap.experts" in reason for reason in reasons)
+    names = sorted(every.columns)
+    kept = set(zip(*(some.columns[name].tolist() for name in names), strict=True))
+    for index in np.random.default_rng(0).choice(len(every), 400, replace=False):
+        row = tuple(int(every.columns[name][index]) for name in names)
+        if row not in kept:
+            assert runnable(every.build(int(index)), model, TRAINING, stack) is not None

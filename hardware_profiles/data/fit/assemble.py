@@ -7,6 +7,7 @@ from hardware_profiles.data.fit.attention import AttentionFit
 from hardware_profiles.data.fit.collectives import RAMP, CollectiveFit
 from hardware_profiles.data.fit.matmul import MatmulFit
 from hardware_profiles.data.fit.tables import round_to
+from mopsim.common.units import DTYPE_BYTES
 from mopsim.spec.hardware import (
     COLLECTIVES,
     AttentionCurve,
@@ -154,11 +155,12 @@ def _matmul(dtype: str, machine: Entry, fits: MachineFits) -> MatmulCurve:
     fit, peak = fits.matmul, _given(machine["peaks"][dtype])
     ratio, why = _ratio(dtype, fits)
     scale = _size_scale(dtype, machine)
+    most = fit.held_wide or fit.held if DTYPE_BYTES[dtype] > 2 else fit.held
     return MatmulCurve(
         dtype=dtype, peak=peak, efficiency=min(1.0, round_to(fit.efficiency * ratio)),
         m_half=round_to(fit.m_half * scale), n_half=round_to(fit.n_half * scale),
         k_half=round_to(fit.k_half * scale),
-        held=round_to(fit.held * HELD_RATIO.get(dtype, ratio)) if fit.held < 1 else 1.0,
+        held=round_to(most * HELD_RATIO.get(dtype, ratio)) if most < 1 else 1.0,
         tag=fits.matmul_tag if dtype == "bfloat16" else "assumed",
         source=fits.matmul_source if dtype == "bfloat16" else f"as the bf16 curve; {why or 'the same rate'}",
     )  # fmt: skip

@@ -16,7 +16,8 @@ _STREAMING_INTENSITY, _STREAMING_BYTES = 70.0, 2e8
 @dataclass(frozen=True)
 class MatmulFit:
     """efficiency <= 1 of peak, sizes at half rate, the floor of a kernel in seconds, how well it fits; held:
-    what power leaves of the peak in a step."""
+    what power leaves of the peak in a step; held_wide: of 4 and 8 bytes, where that was measured on the
+    tensor cores of 2 bytes, which they do without."""
 
     efficiency: float
     m_half: float
@@ -26,6 +27,7 @@ class MatmulFit:
     residuals: Residuals
     residuals_large: Residuals
     held: float = 1.0
+    held_wide: float | None = None
 
 
 def _bytes(m: Array, n: Array, k: Array) -> Array:

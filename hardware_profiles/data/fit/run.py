@@ -134,7 +134,7 @@ class Fitter:
         if "held" in curves:
             return self._held(curves["held"], name, fit, source)
         if "held_rate" in curves:
-            held = replace(fit, held=float(curves["held_rate"]))
+            held = replace(fit, held=float(curves["held_rate"]), held_wide=fit.held)
             return held, "assumed", f"{source}; held: {curves['held_why']}"
         return fit, "measured", source
 

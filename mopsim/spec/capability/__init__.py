@@ -25,6 +25,7 @@ __all__ = [
     "FieldRow",
     "Job",
     "Side",
+    "field_refusals",
     "holds",
     "job_of",
     "model_refusals",
@@ -43,14 +44,19 @@ def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
     """What `by` does not do of a job: first single fields in the table's order, then relations of two."""
     if isinstance(job, Plan):
         job = job_of(job)
+    yield from field_refusals(job, by)
+    for rule in RULES[by]:
+        yield from rule(job.settled, by)
+
+
+def field_refusals(job: Job, by: Side) -> Iterator[SpecError]:
+    """Values of single fields that `by` does not do, whatever the others are."""
     job = job.settled
     for path, row in LIMITED[by].items():
         found = value_at(job, path)
         refused = row.cells[by].refuse(by, path, *found) if found else None
         if refused is not None and row.concerns(by, job):
             yield refused
-    for rule in RULES[by]:
-        yield from rule(job, by)
 
 
 def model_refusals(model: ModelSpec) -> Iterator[SpecError]:
