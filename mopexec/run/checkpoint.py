@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +19,10 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from mopexec.run.checkpoint_reader import Reader
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
 from mopsim.common.io import Spec
@@ -109,27 +109,50 @@ def _named(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name))
 
 
+def later_than(root: Path, step: int) -> set[Path]:
+    """Directories of checkpoints below `root` of more than `step` steps, whether whole or not."""
+    return {path for path in _named(root) if path.name > _name(step)}
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def read_state(path: Path) -> RunState:
     """What the checkpoint at `path` belongs to. Raises MopError."""
     if not (path / _META).is_file():
         raise MopError(f"checkpoint {path}: {_META} is missing")
-    return io.load(path / _META, RunState, "checkpoint")
+    state = io.load(path / _META, RunState, "checkpoint")
+    if _name(state.step) != path.name:
+        raise MopError(f"checkpoint {path}: {_META}: step: {state.step} is not that of the directory's name")
+    return state
 
 
-def newest_state(run: Path, option: str = "--resume") -> tuple[Path, RunState, list[str]] | None:
+def newest_state(
+    run: Path, option: str = "--resume", *, files: bool = False
+) -> tuple[Path, RunState, list[str]] | None:
     """The newest checkpoint of the run in `run` whose run.json can be read, what it says, and why newer ones
-    were passed over; None where there is no checkpoint. option: that asks for it. Raises MopError where none
-    can be read.
+    were passed over; None where there is no checkpoint. option: that asks for it. files: in one process
+    without ranks, its other files must be as they were written too. Raises MopError where none can be read.
     """
     passed: list[str] = []
     for path in reversed(_named(run / "checkpoints")):
         try:
-            return path, read_state(path), passed
+            state = read_state(path)
+            if files:
+                _check_alone(path, state)
+            return path, state, passed
         except MopError as error:
             passed.append(str(error))
     if passed:
         raise MopError(f"{option}: {_none_of(passed)}")
     return None
+
+
+def _check_alone(path: Path, state: RunState) -> None:
+    """Refuse, in one process without ranks, a checkpoint whose files are not as they were written."""
+    if problem := _attempt(lambda: _check_files(path, state)):
+        raise MopError(f"checkpoint {path}: {problem}")
 
 
 def _none_of(passed: list[str]) -> str:
@@ -140,8 +163,7 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
     """Refuse to go on with a checkpoint of another model, vocabulary, batch, seed or text. The strategy, the
     runtime and the number of ranks may be others.
     """
-    if found.format != _FORMAT:
-        raise MopError(f"--resume: checkpoint {path} was written by an earlier version of mopexec")
+    check_format(found, path, "--resume")
     for field, label in (
         ("vocab_size", "plan.model.vocab_size"),
         ("model", "plan.model.name"),
@@ -159,6 +181,14 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
             raise SpecError(label, want, f"is not the {have!r} that checkpoint {path} was made with")
 
 
+def check_format(found: RunState, path: Path, option: str) -> None:
+    """Refuse a checkpoint in another format than this version's. option: that asks for it."""
+    if found.format != _FORMAT:
+        version = "an earlier" if found.format < _FORMAT else "a later"
+        rule = f"format {found.format}, where this one's is {_FORMAT}"
+        raise MopError(f"{option}: checkpoint {path} was written by {version} version of mopexec ({rule})")
+
+
 def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:
     """The newest checkpoint of the run in `run` that says what it belongs to, None where there is
     none. Refuses another run's, and one already at `steps`.
@@ -174,15 +204,22 @@ def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:
 
 
 def save(
-    root: Path, runner: Written, state: RunState, *, keep: int, group: dist.ProcessGroup | None = None
+    root: Path,
+    runner: Written,
+    state: RunState,
+    *,
+    keep: int,
+    passed: Collection[Path] = (),
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write one checkpoint on all ranks together; returns its directory. Older than `keep` complete ones are
-    removed. group: that ranks agree over (None = the default one).
+    """Write one checkpoint on all ranks together; returns its directory. Of those of fewer steps, complete
+    ones are removed but for the newest keep - 1, and all of `passed`: what the run could not resume from.
+    Those of more steps stay. group: that ranks agree over (None = the default one).
 
     Raises MopError on every rank when it cannot be written (disk full); what was complete before stays as it
     was.
     """
-    final = root / f"step_{state.step:08d}"
+    final = root / _name(state.step)
     aside = root / f".writing_{final.name}"
     first = dist.get_rank() == 0
     if first:
@@ -197,13 +234,19 @@ def save(
     if problem := _agree(problem, group):
         if first:
             shutil.rmtree(aside, ignore_errors=True)
-        older = latest(root)
-        rest = f"the last complete one is {older}" if older else "there is no earlier one"
+        older = _older(root, final, passed)
+        rest = f"the last complete one is {older[-1]}" if older else "there is no earlier one"
         raise MopError(f"checkpoint {final}: cannot be written: {problem}; {rest}")
     if first:
-        for path in _complete(root)[:-keep]:
+        unread = [path for path in passed if path.name < final.name]
+        for path in unread + [*_older(root, final, passed), final][:-keep]:
             shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def _older(root: Path, final: Path, passed: Collection[Path]) -> list[Path]:
+    """Complete checkpoints of fewer steps than `final` that are not among `passed`, the oldest first."""
+    return [path for path in _complete(root) if path.name < final.name and path not in passed]
 
 
 def load(path: Path, runner: Stateful) -> None:
@@ -217,7 +260,7 @@ def load(path: Path, runner: Stateful) -> None:
     if own_random_state := written_by.world_size == dist.get_world_size():
         state[_rng_key()] = torch.get_rng_state()
     try:
-        load_tensors(state, checkpoint_id=str(path), storage_reader=_Reader(path))
+        load_tensors(state, checkpoint_id=str(path), storage_reader=Reader(path))
     except _UNREADABLE as error:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
     if own_random_state:
@@ -225,21 +268,11 @@ def load(path: Path, runner: Stateful) -> None:
     runner.load_state_dict(state)
 
 
-def check_alone(path: Path, state: RunState) -> None:
-    """Refuse, in one process without ranks, a checkpoint that is damaged or of an earlier version."""
-    if state.format != _FORMAT:
-        raise MopError(f"checkpoint {path} was written by an earlier version of mopexec")
-    try:
-        _check_files(path, state)
-    except (OSError, MopError) as error:
-        raise MopError(f"checkpoint {path}: {_root_cause(error)}") from None
-
-
 def read_alone(path: Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` from the checkpoint at `path` in one process without ranks."""
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch: there are no ranks
-            load_tensors(state, checkpoint_id=str(path), storage_reader=_Reader(path), no_dist=True)
+            load_tensors(state, checkpoint_id=str(path), storage_reader=Reader(path), no_dist=True)
     except _UNREADABLE as error:
         raise MopError(f"checkpoint {path}: cannot be read: {_root_cause(error)}") from None
 
@@ -316,42 +349,6 @@ def _share(items: list[Any]) -> list[Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _Reader(FileSystemReader):
-    """torch's reader; the pickled `.metadata` may name the classes that torch writes there, and no others."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Data classes of torch.distributed.checkpoint, shapes and dtypes: nothing that can run code."""
-
-    _METADATA = (
-        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata StorageMeta "
-        "TensorProperties _MEM_FORMAT_ENCODING"
-    )
-    _ALLOWED = frozenset(
-        {("torch.distributed.checkpoint.metadata", name) for name in _METADATA.split()}
-        | {("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath")}
-        | {
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not dtype and (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint holds")
-        return super().find_class(module, name)
 
 
 def _complete_directory(aside: Path, final: Path, state: RunState) -> None:

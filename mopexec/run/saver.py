@@ -25,16 +25,28 @@ _NICE = 10
 
 
 class Saver:
-    """Checkpoints of one run below `root`; background: see the module."""
+    """Checkpoints of one run below `root`, `done` steps after its first; background: see the module.
+
+    Those of more steps that are there already are what the run could not resume from: they are not kept
+    beyond the first that has more steps than they.
+    """
 
     def __init__(
-        self, root: Path, runner: checkpoint.Written, platform: Platform, *, keep: int, background: bool
+        self,
+        root: Path,
+        runner: checkpoint.Written,
+        platform: Platform,
+        *,
+        keep: int,
+        background: bool,
+        done: int = 0,
     ) -> None:
         self._root, self._runner, self._platform, self._keep = root, runner, platform, keep
         self._group = dist.new_group(backend="gloo") if background else None
         self._copy: _Copy | None = None
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
+        self._passed = checkpoint.later_than(root, done)
         self.last: Path | None = None
 
     def save(self, state: checkpoint.RunState) -> None:
@@ -43,7 +55,7 @@ class Saver:
         """
         self.wait()
         if self._group is None:
-            self.last = checkpoint.save(self._root, self._runner, state, keep=self._keep)
+            self._save(self._runner, state)
             return
         self._copy = self._copy or _Copy(self._platform)
         self._copy.take(checkpoint.tensors(self._runner))
@@ -64,11 +76,17 @@ class Saver:
         if problem is not None:
             raise problem
 
+    def _save(self, runner: checkpoint.Written, state: checkpoint.RunState) -> None:
+        self.last = checkpoint.save(
+            self._root, runner, state, keep=self._keep, passed=self._passed, group=self._group
+        )
+        self._passed = {path for path in self._passed if path.name > self.last.name}
+
     def _write(self, state: checkpoint.RunState) -> None:
         _step_aside()
         assert self._copy is not None
         try:
-            self.last = checkpoint.save(self._root, self._copy, state, keep=self._keep, group=self._group)
+            self._save(self._copy, state)
         except MopError as error:
             self._problem = error
         except Exception as error:

@@ -129,6 +129,7 @@ class _Loop:
             runner,
             job.platform,
             keep=options.keep,
+            done=done,
             background=options.checkpoint_async,
         )
         first = job.rank == 0

@@ -64,11 +64,11 @@ def export(run: Path, out: Path, dtype: str | None = None, file_bytes: int = FIL
     plan = plans.read_plan(run / "plan.yaml")
     if out.is_dir() and any(out.iterdir()):
         raise MopError(f"--out: {out} is not empty; give another directory")
-    newest = checkpoint.newest_state(run, "--run")
+    newest = checkpoint.newest_state(run, "--run", files=True)
     if newest is None:
         raise MopError(f"--run: {run} has no checkpoint to export")
     path, state, passed = newest
-    checkpoint.check_alone(path, state)
+    checkpoint.check_format(state, path, "--run")
     kept = run / KEPT
     config = read_config(kept) if (kept / "config.json").is_file() else to_config(plan.model)
     layout = Layout(plan.model, architecture(config, kept))

@@ -96,6 +96,78 @@ def test_the_newest_complete_one_is_found_and_old_ones_go(tmp_path):
     assert checkpoint.latest(tmp_path / "nothing") is None
 
 
+def damaged(root, step):
+    """A checkpoint whose run.json is whole and whose tensors are not."""
+    path = checkpoint.save(root, Holder(), at(step), keep=9)
+    (path / "__0_0.distcp").write_bytes(b"")
+    return path
+
+
+def names(root):
+    return sorted(path.name[-1] for path in root.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (1, {4: "46", 5: "56", 6: "6", 7: "7"}),
+        (2, {4: "246", 5: "456", 6: "56", 7: "67"}),
+        (3, {4: "246", 5: "2456", 6: "456", 7: "567"}),
+    ],
+)
+def test_a_newer_one_that_was_passed_over_does_not_count_as_kept(keep, kept, tmp_path):
+    """Nothing that was just written goes for it; it stays until a checkpoint has as many steps."""
+    checkpoint.save(tmp_path, Holder(), at(2), keep=9)
+    damaged(tmp_path, 6)
+    assert checkpoint.load_newest(tmp_path, Holder())[1] == 2
+    saver = Saver(
+        tmp_path, Holder(value=1), Platform(torch.device("cpu")), keep=keep, background=False, done=2
+    )
+    for step, expected in kept.items():
+        saver.save(at(step))
+        assert "".join(names(tmp_path)) == expected
+        assert checkpoint.load_newest(tmp_path, Holder())[1] == step
+
+
+def test_one_that_was_passed_over_goes_once_another_has_more_steps(tmp_path):
+    for step in (2, 4):
+        checkpoint.save(tmp_path, Holder(), at(step), keep=9)
+    damaged(tmp_path, 6)
+    (tmp_path / "step_00000007").mkdir()  # a half one
+    saver = Saver(tmp_path, Holder(), Platform(torch.device("cpu")), keep=2, background=False, done=4)
+    saver.save(at(8))
+    assert names(tmp_path) == ["4", "8"]
+    checkpoint.load(tmp_path / "step_00000004", Holder())
+
+
+def test_a_save_that_fails_names_the_last_that_can_be_read(tmp_path, monkeypatch):
+    older = checkpoint.save(tmp_path, Holder(), at(2), keep=9)
+    damaged(tmp_path, 6)
+    monkeypatch.setattr(checkpoint, "_complete_directory", lambda *_: Path("/nothing/here").rmdir())
+    saver = Saver(tmp_path, Holder(), Platform(torch.device("cpu")), keep=1, background=False, done=2)
+    with pytest.raises(MopError, match=f"the last complete one is {older}$"):
+        saver.save(at(8))
+
+
+@pytest.mark.parametrize("step", [-1, 1, 3])
+def test_a_step_that_the_directory_does_not_have_is_passed_over(step, tmp_path):
+    root = tmp_path / "checkpoints"
+    older, newest = (checkpoint.save(root, Holder(), at(done), keep=9) for done in (1, 2))
+    state = msgspec.structs.replace(checkpoint.read_state(newest), step=step)
+    (newest / "run.json").write_bytes(msgspec.json.encode(state))
+    why = f"checkpoint {newest}: run.json: step: {step} is not that of the directory's name"
+    assert checkpoint.newest_state(tmp_path) == (older, checkpoint.read_state(older), [why])
+    assert checkpoint.load_newest(root, Holder()) == (older, 1, [why])
+
+
+@pytest.mark.parametrize(("number", "version"), [(1, "an earlier"), (3, "a later")])
+def test_another_format_is_said_to_be_earlier_or_later(number, version):
+    other = msgspec.structs.replace(STATE, format=number)
+    line = rf"--resume: checkpoint c was written by {version} version of mopexec \(format {number}, "
+    with pytest.raises(MopError, match=line):
+        checkpoint.check_state(other, STATE, Path("c"))
+
+
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
     older = checkpoint.save(tmp_path, Holder(value=1.0), at(1), keep=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -72,6 +72,15 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one checkpoint."""
+    folder = tmp_path_factory.mktemp("begun")
+    plan = plan_of(hf_models.save(hf_models.make("mixtral"), folder / "given"), RUNTIMES["flat_units"])
+    pool(2).run("tests.exec.weights_worker", "begin_and_save", plan, None, folder / "run", hf_models.tokens())
+    return folder / "run" / "trained"
+
+
 def changed(folder: Path, to: Path, change: Any) -> Path:
     """A copy of a directory in one file, its tensors changed."""
     tensors = {}
@@ -288,6 +297,42 @@ def test_exports_that_would_lose_something_are_refused(tmp_path: Path) -> None:
         shutil.rmtree(path)
     with pytest.raises(MopError, match="has no checkpoint to export"):
         export(tmp_path / "run" / "begun", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("run.json", "run.json: step: 9 is not that of the directory's name"),
+        ("__0_0.distcp", "__0_0.distcp is not as it was written (its SHA-256 differs)"),
+        (".metadata", ".metadata is missing"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    file: str, why: str, tmp_path: Path, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(begun, run)
+    (older,) = (run / "checkpoints").iterdir()
+    newest = shutil.copytree(older, older.with_name("step_00000008"))
+    state = json.loads((newest / "run.json").read_text()) | {"step": 8}
+    (newest / "run.json").write_text(json.dumps(state))
+    if file == "run.json":
+        (newest / file).write_text(json.dumps(state | {"step": 9}))
+    elif file == ".metadata":
+        (newest / file).unlink()
+    else:
+        (newest / file).write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        main(["export", "--run", str(run), "--out", str(out), "--json", str(tmp_path / "found.json")])
+    assert end.value.code == 0
+    line = f"checkpoint {newest}: {why}"
+    assert capsys.readouterr().err == f"mopexec: {line}; the one before is written\n"
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["checkpoint"], found["passed"]) == (str(older), [line])
+    shutil.rmtree(older)
+    with pytest.raises(MopError, match="--run: none of the 1 checkpoints can be read") as refusal:
+        export(run, tmp_path / "again")
+    assert line in str(refusal.value)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
