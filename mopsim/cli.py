@@ -130,7 +130,7 @@ def compare(
         model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
         interval=interval,
     )  # fmt: skip
-    run(job, strategy, out, sweep, hold, formats, runnable, budget, json)
+    raise typer.Exit(run(job, strategy, out, sweep, hold, formats, runnable, budget, json))
 
 
 @app.command()

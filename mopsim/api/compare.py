@@ -11,6 +11,7 @@ from mopsim.api.inputs import (
     AnyStrategy,
     Count,
     Inputs,
+    NoStrategyError,
     facts,
     is_family,
     notes,
@@ -35,12 +36,14 @@ if TYPE_CHECKING:
 
 
 class Comparison(Result):
-    """Strategies side by side. `sweep` has their throughput over a setting, if one was asked for."""
+    """Strategies side by side. `sweep` has their throughput over a setting, if one was asked for. `refused`:
+    by label, why a family has no strategy; it is not among the results."""
 
     strategies: dict[str, dict[str, Any]]
     finding: str
     software: str
     difference: str
+    refused: dict[str, str]
 
     def __init__(
         self,
@@ -48,9 +51,10 @@ class Comparison(Result):
         simulations: Mapping[str, Simulation],
         points: Swept | None,
         notes: Sequence[str],
+        refused: Mapping[str, str],
     ) -> None:
         self.inputs, self.simulations, self.points = inputs, dict(simulations), points
-        self.notes = list(notes)
+        self.notes, self.refused = list(notes), dict(refused)
         self.results = {label: one.result for label, one in simulations.items()}
         self.gaps = {label: one.found.gap for label, one in simulations.items() if one.found}
 
@@ -69,9 +73,16 @@ class Comparison(Result):
             "software": software(results, labels),
             "proven": all(exhausted(gap) for gap in self.gaps.values()),
             "difference": difference(results, labels),
+            "refused": self.refused,
             "facts": facts(self.inputs, "mopsim.compare"),
         }
         return found | ({"sweep": self.points.to_json()} if self.points else {})
+
+    @property
+    def any_fits(self) -> bool:
+        """Whether one fits, here or at a value of the sweep."""
+        swept = [one for points in self.sweep.results.values() for one in points] if self.sweep else []
+        return any(one.fits for one in [*self.results.values(), *swept] if one)
 
     def _lead(self) -> dict[str, Any] | None:
         """Of the winner over the next that fits: the ratio of their speeds, where the measured one lies, and
@@ -84,7 +95,8 @@ class Comparison(Result):
         return {"over": over, "ratio": ratio.predicted, "interval": [low, high], "p_faster": ratio.p_faster}
 
     def headline(self) -> str:
-        return summary(list(self.results.values()), list(self.results), self.gaps, self.inputs.interval)
+        found = summary(list(self.results.values()), list(self.results), self.gaps, self.inputs.interval)
+        return " ".join([found, *(f"{label} has no strategy here." for label in self.refused)])
 
     def _results(self) -> Sequence[SimResult]:
         return list(self.results.values())
@@ -130,6 +142,7 @@ class Comparison(Result):
             write_compare(
                 aside, list(self.results.values()), list(self.results), timelines, self.sweep, title,
                 facts(inputs, command), self.gaps, inputs.interval, self._swept_on(),
+                self.refused,
             )  # fmt: skip
             written = [path.name for path in aside.iterdir()]
         return [Path(folder) / name for name in sorted(written)]
@@ -162,7 +175,8 @@ def compare(
     ("seq_len", ["32K", "64K"]) or ("nodes", [1, 2, 4]), where each strategy is simulated too. hold: what the
     sweep holds constant; the global batch follows. runnable, budget: for the families among them, whose best
     strategy is searched at each point: only what mopexec runs; simulations at most. The rest as for
-    mopsim.simulate. Raises MopError.
+    mopsim.simulate. A family that has no strategy is in `refused`, unless none is left to compare. Raises
+    MopError.
     """
     inputs = read_inputs(
         model, hardware, nodes=nodes, seq_len=seq_len, global_batch=global_batch, routing=routing,
@@ -178,9 +192,17 @@ def compare(
 
     if sweep:
         read_sweep(*sweep, hold)  # refused before the work
-    simulations = {label: play(label, inputs) for label in named}
+    simulations: dict[str, Simulation] = {}
+    refused: dict[str, str] = {}
+    for label in named:
+        try:
+            simulations[label] = play(label, inputs)
+        except NoStrategyError as error:
+            refused[label] = str(error)
+    if not simulations:
+        raise NoStrategyError("; ".join(refused.values()))
     points = swept(inputs, list(named), play, sweep, hold) if sweep else None
-    return Comparison(inputs, simulations, points, notes(list(named.values()), inputs))
+    return Comparison(inputs, simulations, points, notes(list(named.values()), inputs), refused)
 
 
 def _labelled(strategies: Sequence[AnyStrategy]) -> dict[str, AnyStrategy]:

@@ -244,8 +244,13 @@ class Resolved:
     found: SearchResult | None = None
 
 
+class NoStrategyError(MopError):
+    """A family has no strategy that could be simulated."""
+
+
 def resolve(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budget: int = 100) -> Resolved:
-    """The simulated result of a strategy, or of the best (else the closest) strategy of a family."""
+    """The simulated result of a strategy, or of the best (else the closest) strategy of a family. Raises
+    NoStrategyError for a family that has none, else MopError."""
     if not (isinstance(given, str) and given in FAMILIES):
         strategy, own = strategy_of(given, inputs)
         stack = inputs.stack or own
@@ -260,7 +265,7 @@ def resolve(given: AnyStrategy, inputs: Inputs, *, runnable: bool = False, budge
     found = search(inputs.model, inputs.hardware, inputs.nodes, inputs.training, options)
     result = found.best or found.closest
     if result is None:
-        raise MopError(f"strategy: {given} has no strategy here: {found.verdict()}")
+        raise NoStrategyError(f"strategy: {given} has no strategy here: {found.verdict()}")
     return Resolved(result, found)
 
 

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import cast
 
 from mopsim.api.compare import compare
+from mopsim.api.inputs import NoStrategyError
 from mopsim.api.sweep import Hold, Setting
 from mopsim.commands.console import human
 from mopsim.commands.options import JobOptions
+from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
@@ -28,25 +30,31 @@ def run(
     runnable: bool,
     budget: int,
     json: str | None,
-) -> None:
-    """Compare, show, write the report into `out`."""
+) -> int:
+    """Compare, show, write the report into `out`. Returns the exit code: 3 where nothing fits."""
     check_outputs({"--json": json}, {"--out": out})
     swept = split_sweep(sweep) if sweep else None
     kinds = read_formats(formats)
-    found = compare(
-        strategies=strategies, sweep=swept, hold=cast(Hold, hold.replace("-", "_")), runnable=runnable,
-        budget=budget, **job.keywords(),
-    )  # fmt: skip
+    try:
+        found = compare(
+            strategies=strategies, sweep=swept, hold=cast(Hold, hold.replace("-", "_")), runnable=runnable,
+            budget=budget, **job.keywords(),
+        )  # fmt: skip
+    except NoStrategyError as error:
+        print(f"mopsim: {error}", file=sys.stderr)
+        return NOTHING_FITS
     written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]), kinds)
     console = human(json)
-    console.print(comparison(list(found.results.values()), found.inputs.where, found.inputs.interval))
+    level, refused = found.inputs.interval, list(found.refused.values())
+    console.print(comparison(list(found.results.values()), found.inputs.where, level, refused=refused))
     if found.sweep:
-        console.print(swept_table(found.sweep, found.inputs.interval))
+        console.print(swept_table(found.sweep, level))
     console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")
     for note in found.notes:
         console.print(note, style="yellow")
     if json:
         io.write_json(json, found.to_json())
+    return 0 if found.any_fits else NOTHING_FITS
 
 
 def split_sweep(text: str) -> tuple[Setting, list[str]]:

@@ -233,9 +233,12 @@ def write_compare(
     gaps: Gaps | None = None,
     level: float = 0.9,
     where: str = "",
+    refused: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """index.md, index.html and PNGs of a comparison; returns what was written. level: of the intervals.
-    where: network and machine of the sweep."""
+    where: network and machine of the sweep. refused: why further labels have no result."""
+    heads = columns(level)
+    without = [[why, *[""] * (len(heads) - 1)] for why in (refused or {}).values()]
     written = [
         memory_figure(folder / "memory.png", results, labels, level),
         time_figure(folder / "time.png", results, labels, level=level),
@@ -245,7 +248,7 @@ def write_compare(
         Section(
             "The strategies",
             f"{P_FITS}.",
-            table=Table(columns(level), [row(result, level) for result in results]),
+            table=Table(heads, [*(row(result, level) for result in results), *without]),
         ),
         Section(
             "Memory by category",

@@ -80,9 +80,10 @@ def comparison(
     title: str,
     level: float = 0.9,
     free: Sequence[Freedom] = (),
+    refused: Sequence[str] = (),
 ) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
-    level: of the intervals. free: of each, `SearchResult.free`."""
+    level: of the intervals. free: of each, `SearchResult.free`. refused: why further ones have no numbers."""
     names = ("step", f"{level:.0%}", "tokens/s\nper GPU", "MFU", "exposed", "memory", f"{level:.0%}", "host")
     shown = table("", ("#",), names)
     shown.padding = 0  # eight numbers in 80 columns
@@ -103,6 +104,9 @@ def comparison(
         also = freedom(free[number - 1].alone, free[number - 1].together) if free else ""
         also = f"; as fast: {also}" if also else ""
         lines.append(Text(f"{plan_line(result)}{_beyond(result)}{also}", style=style))
+    for number, why in enumerate(refused, len(results) + 1):
+        shown.add_row(str(number), *["-"] * 9, style="red")
+        lines.append(Text(why, style="red"))
     limits = {(result.memory_limit, result.host_limit) for result in results}
     limit = "; ".join(
         f"{format_bytes(device)} of device, {format_bytes(host)} of host" for device, host in limits

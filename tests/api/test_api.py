@@ -23,11 +23,11 @@ JOB: dict[str, Any] = {"model": "tiny", "hardware": "cpu-2core", "seq_len": 256,
 TINY = mopsim.mop(dtype="float32")
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: int = 0) -> None:
     monkeypatch.setattr(sys, "argv", ["mopsim", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 0
+    assert stopped.value.code == code
 
 
 def test_a_step_has_the_keys_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,6 +62,35 @@ def test_a_family_has_one_best_plan_in_every_command() -> None:
     assert searched.best is not None
     assert compared.strategies["mop"]["strategy"] == searched.best["strategy"]
     assert compared["proven"] == searched.proven
+
+
+def test_a_family_without_a_strategy_is_a_row_of_the_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job: dict[str, Any] = {**JOB, "runnable": True, "budget": 4}
+    found = mopsim.compare(**job, strategies={"one": TINY, "other": "megatron"}, sweep=("nodes", [1, 2]))
+    (why,) = found.refused.values()
+    assert why.startswith("strategy: megatron has no strategy here: ")
+    assert (list(found.strategies), found["refused"]) == (["one"], {"other": why})
+    assert found.points.to_json()["refused"]["other"][0] == why
+    assert found.any_fits
+    assert found.headline().endswith("other has no strategy here.")
+    found.write(tmp_path / "report")
+    assert "| strategy: megatron has no strategy here: " in (tmp_path / "report" / "index.md").read_text()
+    long = mopsim.compare(**{**job, "seq_len": 2**24}, strategies=[TINY])
+    assert not long.any_fits
+
+    path = tmp_path / "plan.yaml"
+    mopsim.simulate(**JOB, strategy=TINY).save_plan(path)
+    compare = ["compare", "--model", "tiny", "--hardware", "cpu-2core", "--global-batch", "4"]
+    compare += ["--out", str(tmp_path / "out")]
+    strategy, family = ["--strategy", str(path)], ["--strategy", "megatron", "--runnable", "--budget", "4"]
+    command(monkeypatch, *compare, *strategy, *family, "--seq-len", "256")
+    assert re.search(r"^2 +-( +-){8}$", capsys.readouterr().out, re.MULTILINE)
+    command(monkeypatch, *compare, *strategy, "--seq-len", "16M", code=3)
+    assert "No strategy fits" in capsys.readouterr().out
+    command(monkeypatch, *compare, *family, "--seq-len", "256", code=3)
+    assert capsys.readouterr().err == f"mopsim: {why}\n"
 
 
 def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
