@@ -1,14 +1,16 @@
 """What calibration leaves in a profile for the intervals of what is predicted from it."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from math import log
+from collections.abc import Callable, Sequence
+from math import exp, log
 from statistics import fmean
 from typing import NamedTuple
 
+from mopsim.common.errors import SpecError
+from mopsim.common.units import format_bytes, format_seconds
 from mopsim.intervals import Facts, Spread, network, of_step_time, products
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.observed import Observed
+from mopsim.spec.observed import MOST_OFF, Observed
 from mopsim.spec.plan import Measurement, Plan
 
 
@@ -23,7 +25,9 @@ class Seen(NamedTuple):
 
 
 def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
-    """Runs that are alike in stack, precision and network, together."""
+    """Runs that are alike in stack, precision and network, together. Raises SpecError naming the run whose
+    prediction is off by more than a profile may say.
+    """
     groups: dict[tuple[str, str, str], list[Seen]] = defaultdict(list)
     for run in runs:
         plan = run.measurement.plan
@@ -31,20 +35,48 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
     return tuple(
         Observed(
             stack=stack, precision=precision, network=model, runs=len(some),
-            step_time=round(fmean(log(one.measurement.step_time_median / one.step_time) for one in some), 5),
-            peak_memory=_peaks(some), source="runs " + ", ".join(one.digest for one in some),
+            step_time=_off("step_time_median", [_step(one) for one in some], format_seconds),
+            peak_memory=_off("peak_memory", [one for one in map(_peak, some) if one], format_bytes),
+            source="runs " + ", ".join(one.digest for one in some),
         )
         for (stack, precision, model), some in groups.items()
     )  # fmt: skip
 
 
-def _peaks(runs: Sequence[Seen]) -> float | None:
-    read = [
-        log(one.measurement.peak_memory / one.peak_memory)
-        for one in runs
-        if one.measurement.peak_memory > 0 and one.peak_memory > 0
-    ]
-    return round(fmean(read), 5) if read else None
+class _Pair(NamedTuple):
+    """One quantity of a run, measured and predicted, both positive."""
+
+    run: Seen
+    measured: float
+    predicted: float
+
+    @property
+    def off(self) -> float:
+        return log(self.measured / self.predicted)
+
+
+def _step(run: Seen) -> _Pair:
+    return _Pair(run, run.measurement.step_time_median, run.step_time)
+
+
+def _peak(run: Seen) -> _Pair | None:
+    pair = _Pair(run, run.measurement.peak_memory, run.peak_memory)
+    return pair if min(pair.measured, pair.predicted) > 0 else None
+
+
+def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> float | None:
+    """Mean ln(measured / predicted), None where there is no pair."""
+    if not pairs:
+        return None
+    mean = round(fmean(pair.off for pair in pairs), 5)
+    if abs(mean) <= MOST_OFF:
+        return mean
+    run, measured, predicted = max(pairs, key=lambda pair: abs(pair.off))
+    raise SpecError(
+        f"measurements: {field}", measured,
+        f"of the run of {run.measurement.plan.strategy.name} ({run.digest}) must be within a factor of "
+        f"{exp(MOST_OFF):.0f} of the {show(predicted)} predicted",
+    )  # fmt: skip
 
 
 def expected(plan: Plan, profile: HardwareProfile) -> Spread:

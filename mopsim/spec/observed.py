@@ -3,6 +3,9 @@
 from mopsim.common.errors import require, require_at_least, require_name
 from mopsim.common.io import Spec
 
+MOST_OFF = 5
+"""Largest |ln(measured / predicted)| that a profile says of its runs."""
+
 
 class Observed(Spec, frozen=True, kw_only=True):
     """Runs of one network, stack and precision: what their predictions by a profile left.
@@ -25,5 +28,5 @@ class Observed(Spec, frozen=True, kw_only=True):
         require_at_least(self, 1, "runs")
         for field in ("step_time", "peak_memory"):
             value = getattr(self, field)
-            rule = "must lie between -5 and 5: a logarithm of a ratio"
-            require(value is None or -5 <= value <= 5, field, value, rule)
+            rule = f"must lie between -{MOST_OFF} and {MOST_OFF}: a logarithm of a ratio"
+            require(value is None or abs(value) <= MOST_OFF, field, value, rule)

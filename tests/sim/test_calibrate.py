@@ -22,6 +22,7 @@ from mopsim.calibrate.fit import (
     median_noise,
     scatter,
 )
+from mopsim.calibrate.observed import Seen, observed
 from mopsim.commands import calibrate as command
 from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
@@ -322,6 +323,23 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(MopError, match="measurement") as refused:
         calibration.load_measurement(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_is_too_far_off_is_named_with_what_was_measured_and_predicted() -> None:
+    run = msgspec.structs.replace(measured("a", MACHINE), peak_memory=17)
+    line = (
+        f"measurements: peak_memory: 17 of the run of a ({io.digest(run)}) must be within a factor of 148 of "
+        "the 953.67 MiB predicted"
+    )
+    for runs in ([run], [measured("b", MACHINE), run]):
+        with pytest.raises(SpecError) as refused:
+            calibrate(PROFILE, runs, simulate)
+        assert str(refused.value) == line
+    near, far = (Seen(run, name, run.step_time_median * by, 10) for name, by in (("near", 1), ("far", 1e6)))
+    with pytest.raises(
+        SpecError, match=r"step_time_median: .* of the run of a \(far\) must be within .* of the "
+    ):
+        observed([near, far])
 
 
 def test_the_command_writes_a_profile_and_residuals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
