@@ -73,7 +73,7 @@ def search(
     budget: Annotated[
         int,
         typer.Option(
-            min=1, max=10**6, help="simulations at most of each family, 3 x as many to prove the best"
+            min=1, max=10**6, help="simulations at most of each family, 4 x as many to prove the best"
         ),
     ] = 100,
     jobs: o.Jobs = 0,

@@ -97,7 +97,7 @@ def search(
     """Rank the strategies that fit, fastest first; `.best.save_plan(path)` writes the winner's plan.
 
     families: of "mop", "fsdp2", "zero_offload", "megatron"; default: all. top: how many are ranked. budget:
-    simulations at most of each family, so that more families are never worse; up to three times as many where
+    simulations at most of each family, so that more families are never worse; up to four times as many where
     these prove the best. runnable: only plans that mopexec runs. at_risk: rank plans that fit, with whatever
     probability, like those that most likely do. any_routing: only plans that fit however unevenly the router
     chooses. progress(simulated, best so far): called as it goes. jobs: processes that search families side by

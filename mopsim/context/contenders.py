@@ -41,7 +41,8 @@ class Contender(Spec, frozen=True, kw_only=True):
         changed: Axes = {
             key: values
             for key, values in axes.items()
-            if key not in ("sequence", "dense_shard", ("loss", "loss_slices"), ("offload", "state"))
+            if key
+            not in (("sequence", "exchange"), "dense_shard", ("loss", "loss_slices"), ("offload", "state"))
         }
         changed["tensor", "dense_shard", "exchange", "sequence"] = [
             (tensor, shard, exchange, sequence)

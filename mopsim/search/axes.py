@@ -17,6 +17,7 @@ from mopsim.search.problem import (
     RECOMPUTED,
     RING,
     STREAMED,
+    ULYSSES,
     Axes,
     Problem,
     Values,
@@ -90,6 +91,14 @@ def _micro_batches(problem: Problem) -> list[int]:
 def _sequences(problem: Problem) -> list[int]:
     heads, length = problem.model.num_attention_heads, problem.training.seq_len
     return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]
+
+
+def _exchanged(problem: Problem) -> list[tuple[int, ...]]:
+    """(degree, exchange): what is alone on its sequence exchanges nothing, and mopexec's own program has
+    Ulysses alone."""
+    own = not problem.stack or problem.stack.runtime
+    ways = (ULYSSES,) if own else tuple(range(len(EXCHANGES)))
+    return [(d, way) for d in _sequences(problem) for way in (ways if d > 1 else (ULYSSES,))]
 
 
 def _contexts(problem: Problem) -> list[int]:
@@ -233,7 +242,8 @@ AXES: tuple[Axis, ...] = (
     Axis(("micro_batch",), _micro_batches, ALL),
     Axis(("tensor",), _tensor, MEGATRON),
     Axis(("pipeline",), _pipelines, MEGATRON),
-    Axis(("sequence",), _sequences, (*FLAT, *FSDP2)),
+    Axis(("sequence",), _sequences, FLAT),
+    Axis(("sequence", "exchange"), _exchanged, FSDP2),
     Axis(("sequence",), _contexts, MEGATRON),
     Axis(("experts", "expert_shard"), _expert_pairs, FLAT),
     Axis(("experts", "expert_shard"), _shared_experts, FSDP2),

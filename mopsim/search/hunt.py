@@ -41,7 +41,7 @@ PIECES, ENOUGH_PIECES = 10, 40
 open, and where a proof is asked for and so many leave nothing rough."""
 LARGE = 200_000
 """Candidates among which a refinement takes twice as long."""
-PROOFS, PROOF_OPS = 3, 3_000_000
+PROOFS, PROOF_OPS = 4, 3_000_000
 """Times the budget that a family's simulations may be where a proof is asked for and they complete it;
 simulated ops, some 15 us each, that these may take."""
 TURN_OPS, THOROUGH = 2_500, 250

@@ -201,3 +201,12 @@ def test_values_that_mopexec_does_not_run_leave_the_space_and_no_other_row_does(
         row = tuple(int(every.columns[name][index]) for name in names)
         if row not in kept:
             assert runnable(every.build(int(index)), model, TRAINING, stack) is not None
+
+
+def test_other_programs_exchange_sequences_in_other_ways() -> None:
+    """Fully sharded families of a program that is not mopexec's: rings and all-gathers too."""
+    given = TINY, CPU, 1, TRAINING, total_params(TINY), "float32"
+    own, others = (generate(Problem(*given, stack), "fsdp2") for stack in (None, load_stack("torchtitan")))
+    assert set(own.columns["exchange"].tolist()) == {0}
+    assert set(others.columns["exchange"][others.columns["sequence"] > 1].tolist()) == {0, 1, 2}
+    assert set(others.columns["exchange"][others.columns["sequence"] == 1].tolist()) == {0}
