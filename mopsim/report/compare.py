@@ -272,17 +272,18 @@ def write_compare(
             )
         )
     for index, (result, label) in enumerate(zip(timelines, labels, strict=False)):
-        name = f"timeline-{index + 1}.png"
-        heading = timeline_title(result, label)
-        written.append(
-            timeline_plot(folder / name, result.spans, result.memory_curve, result.memory_limit, heading)
-        )
-        sections.append(
-            Section(
-                f"Timeline of {label}", picture=(name, "streams of one simulated step, and device memory")
-            )
-        )
+        picture, section = _timeline_section(folder, f"timeline-{index + 1}.png", result, label)
+        written.append(picture)
+        sections.append(section)
     return written + write_page(folder, Page(title, summary(results, labels, gaps, level), sections, facts))
+
+
+def _timeline_section(folder: Path, name: str, result: SimResult, label: str) -> tuple[Path, Section]:
+    """The picture of a step's streams and memory, as `name` in `folder`, and its section."""
+    heading = timeline_title(result, label)
+    picture = timeline_plot(folder / name, result.spans, result.memory_curve, result.memory_limit, heading)
+    text = "streams of one simulated step, and device memory"
+    return picture, Section(f"Timeline of {label}", picture=(name, text))
 
 
 def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") -> Path:
