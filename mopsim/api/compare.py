@@ -101,10 +101,6 @@ class Comparison(Result):
     def _results(self) -> Sequence[SimResult]:
         return list(self.results.values())
 
-    @property
-    def _level(self) -> float:
-        return self.inputs.interval
-
     def sweep_frame(self) -> "DataFrame":
         """Tokens/s of a GPU by label over the sweep's values; NaN where a strategy does not fit or is not
         legal. Raises MopError where no sweep was asked for."""

@@ -48,10 +48,12 @@ class Result(Mapping[str, Any]):
     def _results(self) -> Sequence[SimResult]:
         """The simulated strategies, a row of the frames each."""
 
+    inputs: Inputs
+
     @property
-    @abstractmethod
     def _level(self) -> float:
         """Probability of the intervals, as it was asked for."""
+        return self.inputs.interval
 
     def frame(self) -> "DataFrame":
         """A row for each strategy: seconds, bytes, tokens per second."""
@@ -176,10 +178,6 @@ class Simulation(Result):
     def _results(self) -> Sequence[SimResult]:
         return [self.result]
 
-    @property
-    def _level(self) -> float:
-        return self.inputs.interval
-
     def memory(self) -> "DataFrame":
         """Device memory by category, bytes: at the step's peak, and each category's own highest."""
         from pandas import DataFrame
@@ -299,7 +297,3 @@ class Ranking(Result):
     def _results(self) -> Sequence[SimResult]:
         closest = self.closest
         return self.found.top or ([closest.result] if closest else [])
-
-    @property
-    def _level(self) -> float:
-        return self.inputs.interval

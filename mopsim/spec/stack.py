@@ -140,6 +140,12 @@ class Offload(Spec, frozen=True, kw_only=True):
     update_on: tuple[Tier, ...] = ("device", "host")
     shards: bool = True
 
+    def __post_init__(self) -> None:
+        sides = list(self.update_on)
+        require(len(set(sides)) == len(sides), "update_on", sides, "has a side twice")
+        rule = "needs a side in update_on: where state stays on the device, parameters and gradients do"
+        require(bool(sides) or not self.shards, "shards", self.shards, rule)
+
 
 class Recompute(Spec, frozen=True, kw_only=True):
     """Habits of recomputation. stops_early: once the last value that the backward wants is there.

@@ -26,6 +26,7 @@ from mopsim.spec.stack import Stack
 _texts = partial(shipped_texts, "mopsim", "stacks")
 SECTIONS = ("kernels", "cpu", "sharding", "offload", "recompute", "host", "dtypes", "hides", "reading")
 _NAMES = ("name", "version", "extends", "source")
+_ENTRIES = tuple(sorted({*Stack.__struct_fields__, "source"} - {"sources"}))
 _OWN = ("runtime",)
 """Entries that a child does not have from its parent: whoever changes a program is not that program."""
 
@@ -97,7 +98,11 @@ def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _flat(data: dict[str, Any], origin: str, field: str) -> dict[str, Any]:
     """The fields of a file without their sources, which are put in `sources` by dotted field."""
-    found: dict[str, Any] = {key: data[key] for key in ("name", "version", "extends") if key in data}
+    for key in SECTIONS:
+        if not isinstance(data.get(key, {}), dict):
+            raise MopError(f"{origin}: {field}.{key}: {shown(data[key])} must be a mapping of fields")
+    plain = {"name", "version", "extends"} | (set(data) - set(_ENTRIES))  # an unknown one is refused as such
+    found: dict[str, Any] = {key: value for key, value in data.items() if key in plain}
     sources: dict[str, str] = {}
     for path, value, source in _entries(data):
         if not isinstance(source, str) or not source.strip():
@@ -116,9 +121,9 @@ def _flat(data: dict[str, Any], origin: str, field: str) -> dict[str, Any]:
 def _entries(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """(path, value, source) of every entry of a file."""
     for key, value in data.items():
-        if key in _NAMES:
+        if key in _NAMES or key not in _ENTRIES:
             continue
-        if key in SECTIONS and isinstance(value, dict):
+        if key in SECTIONS:
             for name, entry in value.items():
                 if name != "source":
                     yield ((key, str(name)), *_split(entry, value.get("source")))

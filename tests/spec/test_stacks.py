@@ -48,6 +48,19 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
         ("name: a\nversion: b\nkernels: {norm: fast, source: s}", "stack.kernels.norm: 'fast' is not one of"),
         ("name: a\nversion: b\nkernels: {norm: fused}", "stack.kernels.norm: 'fused' has no source"),
         ("name: a\nversion: b\nexplicit: true", "stack.explicit: True has no source"),
+        (
+            "name: a\nversion: b\nofflaod: {shards: false}",
+            "stack.offlaod: {'shards': False} is an unknown field",
+        ),
+        ("name: a\nversion: b\noffload: host", "stack.offload: 'host' must be a mapping of fields"),
+        (
+            "name: a\nversion: b\noffload: {update_on: [], source: c}",
+            "offload.shards: True needs a side in update_on",
+        ),
+        (
+            "name: a\nversion: b\noffload: {update_on: [host, host], source: c}",
+            "offload.update_on: ['host', 'host'] has a side twice",
+        ),
         ("name: a\nkernels: {norm: fused, source: s}", "stack.version: '' must say"),
         ("name: a\nversion: b\nkernels: {nrm: fused, source: s}", "stack.kernels.nrm: 'fused' is an unknown"),
         ("name: a\nversion: b\nkernels: 3\nsource: s", "stack.kernels: 3"),

@@ -1,0 +1,59 @@
+"""What calibration refuses: one line that names the run, the value and the rule."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mopsim import calibrate as calibration
+from mopsim.calibrate import calibrate
+from mopsim.calibrate.observed import Seen, observed
+from mopsim.common import io
+from mopsim.common.errors import MopError, SpecError
+from tests.sim.test_calibrate import MACHINE, PROFILE, measured, simulate
+
+
+def test_refusals(tmp_path: Path) -> None:
+    run = measured("a", MACHINE)
+    with pytest.raises(MopError, match="at least one run"):
+        calibrate(PROFILE, [], simulate)
+    with pytest.raises(MopError, match="given twice"):
+        calibrate(PROFILE, [run, run], simulate)
+    with pytest.raises(MopError, match=r"plan\.hardware\.digest: 'feed' .*other|planned on"):
+        calibrate(PROFILE, [measured("a", MACHINE, planned="feed")], simulate)
+    with pytest.raises(
+        SpecError, match=r"^measurements: peak_memory: 0 of the run of a .* must be at least 1"
+    ):
+        calibrate(PROFILE, [msgspec.structs.replace(run, peak_memory=0)], simulate)
+    with pytest.raises(MopError, match="neither a run directory"):
+        calibration.load_measurement(tmp_path / "none")
+    with pytest.raises(MopError, match=r"no measurement\.yaml"):
+        calibration.load_measurement(tmp_path)
+    (tmp_path / "measurement.yaml").write_text("steps: many\n")
+    with pytest.raises(MopError, match="measurement") as refused:
+        calibration.load_measurement(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_is_too_far_off_is_named_with_what_was_measured_and_predicted() -> None:
+    run = msgspec.structs.replace(measured("a", MACHINE), peak_memory=17)
+    line = (
+        f"measurements: peak_memory: 17 of the run of a ({io.digest(run)}) must be within a factor of 148 of "
+        "the 953.67 MiB predicted"
+    )
+    for runs in ([run], [measured("b", MACHINE), run]):
+        with pytest.raises(SpecError) as refused:
+            calibrate(PROFILE, runs, simulate)
+        assert str(refused.value) == line
+    near, far = (Seen(run, name, run.step_time_median * by, 10) for name, by in (("near", 1), ("far", 1e6)))
+    with pytest.raises(
+        SpecError, match=r"step_time_median: .* of the run of a \(far\) must be within .* of the "
+    ):
+        observed([near, far])
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-300, 1e8])
+def test_a_step_of_no_time_or_of_years_is_refused(seconds: float) -> None:
+    run = measured("a", MACHINE)
+    with pytest.raises(MopError, match=r"step_times\[0\]: .* must be the seconds of a step"):
+        msgspec.structs.replace(run, step_times=(seconds,) * len(run.step_times), step_time_median=seconds)
