@@ -11,11 +11,11 @@ from typing import Literal
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
-from mopsim.search.axes import axes_of
-from mopsim.search.problem import CHUNKED, DEVICE, EXCHANGES, FULL, HOST, ULYSSES, Axes, Problem, divisors
+from mopsim.search.axes import axes_of, exchanges
+from mopsim.search.problem import CHUNKED, DEVICE, FULL, HOST, ULYSSES, Axes, Problem, divisors
+from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 
-_GATHERED = EXCHANGES.index("all_gather")
-_RING = EXCHANGES.index("ring")
 _TIERS = {"device": DEVICE, "host": HOST}
 
 
@@ -26,11 +26,17 @@ class Contender(Spec, frozen=True, kw_only=True):
     label: str
     rules: str
     family: str
+    stack: str = ""
     always: bool = False
     rings: bool = False
     within: float = 0.0
     chunked: bool = False
     offload: tuple[Literal["device", "host"], ...] = ("device", "host")
+
+    @property
+    def software(self) -> Stack | None:
+        """Of its candidates; None where it is the family's own."""
+        return load_stack(self.stack) if self.stack else None
 
     def axes(self, problem: Problem, axes: Axes) -> Axes:
         """What is searched: a family's axes, widened to tensor and context parallelism, within the rules."""
@@ -71,7 +77,7 @@ class Contender(Spec, frozen=True, kw_only=True):
         found = [(ULYSSES, 1)]
         for degree in divisors(problem.world_size)[1:]:
             if problem.training.seq_len % degree == 0:
-                found += [(way, degree) for way in (ULYSSES, _RING, _GATHERED)]
+                found += [(way, degree) for way in exchanges(problem, self.family)]
         return found
 
     def at_once(self, problem: Problem, axes: Axes) -> Axes:

@@ -47,11 +47,13 @@ class ContextCase:
     def world_size(self) -> int:
         return self.nodes * self.hardware.devices_per_node
 
-    def problem(self, seq_len: int, global_batch: int) -> Problem:
+    def problem(self, contender: Contender, seq_len: int, global_batch: int) -> Problem:
+        """What is asked for a contender at one length."""
         training = TrainSpec(seq_len=seq_len, global_batch=global_batch, routing=self.routing)
         return Problem(
-            self.model, self.hardware, self.nodes, training, total_params(self.model), self.precision
-        )
+            self.model, self.hardware, self.nodes, training, total_params(self.model), self.precision,
+            contender.software,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,8 @@ class Found:
 def _moved(task: Task, seq_len: int, batch: int, results: Sequence[SimResult], small: bool = False) -> Found:
     """The best strategies of other lengths, as they are and with as many tokens a rank as there."""
     began, case = time.perf_counter(), task.case
-    training = case.problem(seq_len, batch).training
-    most = task.contender.most_split(case.problem(seq_len, batch))
+    problem = case.problem(task.contender, seq_len, batch)
+    training, most = problem.training, task.contender.most_split(problem)
     strategies = {
         one for result in results for one in _alike(result.strategy, seq_len / result.training.seq_len)
     }
@@ -280,9 +282,9 @@ def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> 
     for batch in batches:
         options = Options(
             (task.contender.family,), TOP, task.budget, precision=case.precision,
-            axes=task.contender.at_once if once else task.contender.axes,
+            axes=task.contender.at_once if once else task.contender.axes, stack=task.contender.software,
         )  # fmt: skip
-        problem = case.problem(seq_len, batch)
+        problem = case.problem(task.contender, seq_len, batch)
         found = search(case.model, case.hardware, case.nodes, problem.training, options)
         result = found.best or found.closest
         gap = found.gap if found.best and found.gap else 0.0
@@ -293,7 +295,9 @@ def _searches(task: Task, seq_len: int, batches: Sequence[int], small: bool) -> 
 def _groups(task: Task, seq_len: int) -> int:
     """Groups of ranks that share a sequence, where they share it as far as they may: the smallest step."""
     case = task.case
-    return case.world_size // task.contender.most_split(case.problem(seq_len, case.world_size))
+    return case.world_size // task.contender.most_split(
+        case.problem(task.contender, seq_len, case.world_size)
+    )
 
 
 def _batches(task: Task, seq_len: int) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.search.problem import (
+    ALL_GATHER,
     CHUNKED,
     DEFAULTS,
     DEVICE,
@@ -16,6 +17,7 @@ from mopsim.search.problem import (
     PARTS,
     RECOMPUTED,
     RING,
+    RINGS,
     STREAMED,
     ULYSSES,
     Axes,
@@ -27,8 +29,7 @@ from mopsim.search.stages import IDEAL, RULES, VIRTUAL
 from mopsim.spec.capability.expressions import holds
 from mopsim.spec.capability.job import Job
 from mopsim.spec.layout import ceil_div
-from mopsim.spec.stacks import load_stack
-from mopsim.strategies import STACKS, mop
+from mopsim.strategies import mop
 
 MOP, FSDP2, ZERO, MEGATRON = ("mop",), ("fsdp2",), ("zero_offload",), ("megatron",)
 FLAT = (*MOP, *ZERO)
@@ -88,22 +89,34 @@ def _micro_batches(problem: Problem) -> list[int]:
     return sorted({part * power for part in (1, batch // twos) for power in powers})
 
 
+def exchanges(problem: Problem, family: str) -> list[int]:
+    """How the family's program can trade a sequence; none where it has no context parallelism."""
+    return [code for code, way in enumerate(EXCHANGES) if way in problem.software(family).context_exchanges]
+
+
 def _sequences(problem: Problem) -> list[int]:
     heads, length = problem.model.num_attention_heads, problem.training.seq_len
     return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]
 
 
+def _by_ulysses(problem: Problem) -> list[int]:
+    return _sequences(problem) if ULYSSES in exchanges(problem, "mop") else [1]
+
+
 def _exchanged(problem: Problem) -> list[tuple[int, ...]]:
-    """(degree, exchange): what is alone on its sequence exchanges nothing, and mopexec's own program has
-    Ulysses alone."""
-    own = not problem.stack or problem.stack.runtime
-    ways = (ULYSSES,) if own else tuple(range(len(EXCHANGES)))
+    """(degree, exchange): what is alone on its sequence exchanges nothing."""
+    ways = exchanges(problem, "fsdp2")
     return [(d, way) for d in _sequences(problem) for way in (ways if d > 1 else (ULYSSES,))]
 
 
 def _contexts(problem: Problem) -> list[int]:
-    length = problem.training.seq_len
-    return [d for d in divisors(problem.world_size) if length % d == 0 and d <= MOST_CONTEXT]
+    length, most = problem.training.seq_len, MOST_CONTEXT if exchanges(problem, "megatron") else 1
+    return [d for d in divisors(problem.world_size) if length % d == 0 and d <= most]
+
+
+def _ways(problem: Problem) -> list[int]:
+    """A ring before the others."""
+    return sorted(exchanges(problem, "megatron"), key=(RINGS, ALL_GATHER, ULYSSES).index)
 
 
 def _expert_degrees(problem: Problem) -> list[int]:
@@ -189,9 +202,7 @@ def _states(problem: Problem) -> list[tuple[int, ...]]:
 
 def _updates_beside(problem: Problem) -> bool:
     """Whether the program can update beside the next forward; on a CPU its cores would be the forward's."""
-    job = Job(
-        problem.model, mop(problem.world_size), problem.training, problem.stack or load_stack(STACKS["mop"])
-    )
+    job = Job(problem.model, mop(problem.world_size), problem.training, problem.software("mop"))
     return problem.hardware.device_kind != "cpu" and holds("pairs")(job)
 
 
@@ -242,7 +253,7 @@ AXES: tuple[Axis, ...] = (
     Axis(("micro_batch",), _micro_batches, ALL),
     Axis(("tensor",), _tensor, MEGATRON),
     Axis(("pipeline",), _pipelines, MEGATRON),
-    Axis(("sequence",), _sequences, FLAT),
+    Axis(("sequence",), _by_ulysses, FLAT),
     Axis(("sequence", "exchange"), _exchanged, FSDP2),
     Axis(("sequence",), _contexts, MEGATRON),
     Axis(("experts", "expert_shard"), _expert_pairs, FLAT),
@@ -268,7 +279,7 @@ AXES: tuple[Axis, ...] = (
     Axis(("modules",), _modules, MEGATRON, ((0,),), (LEANEST,), traded=True),
     Axis(("dispatcher",), dispatchers, MEGATRON, ((1,),), (1,)),
     Axis(("overlap",), _overlaps, MEGATRON, ((1,),), (0,)),
-    Axis(("exchange",), _just(1, 2, 0), MEGATRON, ((1,),), (1,)),
+    Axis(("exchange",), _ways, MEGATRON, ((RINGS,),), (RINGS,)),
     Axis(("state", "state_parts"), _host_states, MEGATRON, ((DEVICE, PARTS),), (HOST, PARTS), traded=True),
     Axis(("strided",), _placements, MOP, ((0,), (1,)), (0,)),
     Axis(("ffn_slices",), _ffn_slices, MOP, ((1,),), (8,)),
@@ -276,4 +287,3 @@ AXES: tuple[Axis, ...] = (
 )
 """In order of effect."""
 MINOR = {axis.key: axis for axis in AXES if axis.fast}
-assert EXCHANGES[1] == "ring"

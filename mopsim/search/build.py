@@ -24,9 +24,8 @@ from mopsim.search.problem import (
 from mopsim.search.problem import tokens as tokens_of
 from mopsim.search.stages import IDEAL, layers_of
 from mopsim.spec.layout import ceil_div
-from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import CAST, Strategy
-from mopsim.strategies import AS_STACK, STACKS
+from mopsim.strategies import AS_STACK
 
 Row = dict[str, int]
 
@@ -38,7 +37,7 @@ def build(family: str, problem: Problem, row: Row) -> Strategy:
     if problem.precision in CAST:
         precision = replace(strategy.precision, matmul=problem.precision)
         strategy = replace(strategy, precision=precision)
-    stack = (problem.stack or load_stack(STACKS[family])).on_kind(problem.hardware.device_kind)
+    stack = problem.software(family)
     return stack.resolve(replace(strategy, stack=stack.name))
 
 

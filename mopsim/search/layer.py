@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from mopsim.search.axes import dispatchers
+from mopsim.search.axes import dispatchers, exchanges
 from mopsim.search.pieces import LAYER, LOSS, Pieces, PipelinePart
-from mopsim.search.problem import ALL_GATHER, EXCHANGES, LEANEST, RING, ULYSSES, Column
+from mopsim.search.problem import EXCHANGES, LEANEST, RING, ULYSSES, Column
 from mopsim.search.space import Space
 from mopsim.search.stages import kinds
 from mopsim.search.wires import Reals
@@ -174,10 +174,11 @@ def _reference(space: Space, codes: Column, first: Column) -> Space:
     rows = space.take(order[np.unique(codes[order], return_index=True)[1]])
     once = dispatchers(space.problem)[-1] if c["dispatcher"].any() else 0
     whole = heads % (rows.columns["sequence"] * rows.columns["tensor"]) == 0
+    ways = exchanges(space.problem, space.family) or [ULYSSES]
     usual = {
         "virtual_stages": 1, "layout": 0, "boundary_host": 0, "overlap": 0, "modules": 0,
         "recompute": c["recompute"].min(), "ffn_slices": 1, "loss_slices": 1,
-        "exchange": np.where(whole, ULYSSES, ALL_GATHER),
+        "exchange": np.where(whole & (ULYSSES in ways), ULYSSES, ways[-1]),
         "dispatcher": np.where(rows.columns["experts"] > 1, once, 0),
     }  # fmt: skip
     columns = {name: np.broadcast_to(np.int64(value), len(rows)) for name, value in usual.items()}

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
+from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import CAST, Dispatcher, DType, Exchange, MatmulDType
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import State
+from mopsim.strategies import STACKS, State
 
 Column = NDArray[np.int64]
 Number = TypeVar("Number", int, Column)
@@ -25,7 +26,7 @@ Axes = dict[str | tuple[str, ...], Values]
 #: Codes of the `state` column (where the optimizer lives), of the `loss` and of the `exchange` column.
 DEVICE, STREAMED, HOST = 0, 1, 2
 FULL, CHUNKED, RING = 0, 1, 2
-ULYSSES, ALL_GATHER = 0, 2
+ULYSSES, RINGS, ALL_GATHER = 0, 1, 2
 
 PARTS = 4
 """`boundary_parts` of so many are the layer inputs that go to the host, where they do; `state_parts` of so
@@ -116,6 +117,10 @@ class Problem:
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.hardware.devices_per_node
+
+    def software(self, family: str) -> Stack:
+        """The software of a family's candidates, on the problem's kind of device."""
+        return (self.stack or load_stack(STACKS[family])).on_kind(self.hardware.device_kind)
 
 
 def divisors(value: int) -> list[int]:

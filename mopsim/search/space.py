@@ -2,6 +2,7 @@
 built before it is needed."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,15 +23,15 @@ from mopsim.spec.capability import Job, field_refusals, refusals
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import MOST_MICROBATCHES
 from mopsim.spec.stack import Stack
-from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
-from mopsim.strategies import STACKS
 
 IN_8_BITS = ("fsdp2", "megatron")
 """Families whose products may be cast (CAST)."""
 
 NO_CHOICE = ""
 """The reason against values of an axis that mean nothing in a row: no candidates, and not counted."""
+ASKED = {"state": r"strategy\.optimizer\..*|.*_tier", "boundary_host": r"strategy\.activations\.layer_inputs"}
+"""Column of which the simulator refuses some values, whatever the others are -> the fields that it sets."""
 Columns = dict[str, Column]
 Relation = tuple[str, tuple[str, ...], Callable[[Columns], NDArray[np.bool_]]]
 """What a row breaks; the columns that it is about beside those of the ranks; whether rows keep it."""
@@ -73,9 +74,7 @@ class Space:
     @cached_property
     def stack(self) -> Stack:
         """The software that the candidates run on."""
-        return (self.problem.stack or load_stack(STACKS[self.family])).on_kind(
-            self.problem.hardware.device_kind
-        )
+        return self.problem.software(self.family)
 
     @cached_property
     def machine(self) -> HardwareProfile:
@@ -322,17 +321,16 @@ def _refused(
 ) -> str:
     """Why a value of an axis is refused; '' where it is not. beside: other columns, under some of which it
     says something."""
-    stack = (problem.stack or load_stack(STACKS[family])).on_kind(problem.hardware.device_kind)
+    stack, asked = problem.software(family), [about for name, about in ASKED.items() if name in names]
     for others in beside:
         row = DEFAULTS | others | dict(zip(names, value, strict=True))
         try:
             job = Job(problem.model, build(family, problem, row), problem.training, stack)
         except SpecError:
             continue
-        if "state" in names:
-            for error in refusals(job, by="simulator"):
-                if error.field.startswith("strategy.optimizer.") or error.field.endswith("_tier"):
-                    return f"{error.field} {error.rule}"
+        for error in refusals(job, by="simulator") if asked else ():
+            if any(re.fullmatch(about, error.field) for about in asked):
+                return f"{error.field} {error.rule}"
         runtime = job.software.runtime
         if problem.runnable and runtime:
             for error in field_refusals(job, by=runtime):

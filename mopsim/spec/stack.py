@@ -7,7 +7,7 @@ Every entry is data with a source (`sources`: dotted field -> where it is writte
 stack that nobody wrote is guessed by `generic-eager` or `generic-fused`, which are no bounds.
 """
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
-from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy, Tier
+from mopsim.spec.strategy import Activations, Exchange, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
@@ -28,6 +28,10 @@ query heads of a KV head one after another. scores: kept in memory, no flash ker
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
+
+
+def _require_once(field: str, given: tuple[Any, ...], kind: str) -> None:
+    require(len(set(given)) == len(given), field, list(given), f"has {kind} twice")
 
 
 def _require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -134,17 +138,19 @@ class Offload(Spec, frozen=True, kw_only=True):
 
     update_on: sides that can update optimizer state which is there: `device` streams it through in buckets,
     `host` runs AdamW itself; empty: all state stays on the device. shards: parameters and gradients may lie
-    there between their uses.
+    there between their uses. activations: what of them may wait there for the backward: inputs of layers
+    (activations.layer_inputs of a strategy), or all that a layer keeps (cpu_offload_layers).
     """
 
     update_on: tuple[Tier, ...] = ("device", "host")
     shards: bool = True
+    activations: tuple[Literal["layer_inputs", "layers"], ...] = ("layer_inputs", "layers")
 
     def __post_init__(self) -> None:
-        sides = list(self.update_on)
-        require(len(set(sides)) == len(sides), "update_on", sides, "has a side twice")
+        _require_once("update_on", self.update_on, "a side")
+        _require_once("activations", self.activations, "a part")
         rule = "needs a side in update_on: where state stays on the device, parameters and gradients do"
-        require(bool(sides) or not self.shards, "shards", self.shards, rule)
+        require(bool(self.update_on) or not self.shards, "shards", self.shards, rule)
 
 
 class Recompute(Spec, frozen=True, kw_only=True):
@@ -232,6 +238,8 @@ class Stack(Spec, frozen=True, kw_only=True):
     name: one line of text. version: of the program. extends: the stack whose entries it has where it names
     none. runtime: the runtime of mopexec that runs it, empty where none does; never inherited. explicit: the
     program is a schedule of forward and backward pairs without an autograd graph (mopexec's flat_units).
+    context_exchanges: how its context-parallel ranks can trade a sequence; empty: it has no context
+    parallelism.
     kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
     a file: the entries that are others).
     sharding: how state is sharded and gathered. offload: what it can keep on the host. recompute:
@@ -247,6 +255,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     extends: str = ""
     runtime: Runtime | Literal[""] = ""
     explicit: bool = False
+    context_exchanges: tuple[Exchange, ...] = get_args(Exchange)
     kernels: Kernels = Kernels()
     cpu: Kernels | None = None
     sharding: Sharding = Sharding()
@@ -261,6 +270,7 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_name(self.name)
+        _require_once("context_exchanges", self.context_exchanges, "an exchange")
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 

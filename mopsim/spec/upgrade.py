@@ -166,8 +166,9 @@ def _stack(old: _Old) -> Stack:
         host=HostCosts(modules="modules" in old.unfused, graphs=old.graphs),
         sources={"kernels": "the fields of a strategy of mop 0.1.0"},
     )
-    shipped = load_stack("mopexec-flat")
-    return shipped if shipped.on_kind("cpu").behaviour == found.behaviour else found
+    shipped = load_stack("mopexec-flat")  # an old strategy says nothing of what the program can
+    same = replace(found, offload=shipped.offload, context_exchanges=shipped.context_exchanges)
+    return shipped if shipped.on_kind("cpu").behaviour == same.behaviour else found
 
 
 def _attention(old: _Old, *, explicit: bool) -> dict[str, AttentionKernel]:

@@ -105,7 +105,7 @@ def strategy(
             prefetch=1 if zero == 3 else 0,
             grad_tier=family.grad_tier,
         ),
-        attention=Attention(context_parallel=degrees.sequence, cp_comm_type=_exchange(row, family)),
+        attention=Attention(context_parallel=degrees.sequence, cp_comm_type=_exchange(row, family, stack)),
         experts=Experts(
             expert_parallel=degrees.experts,
             expert_tensor_parallel=degrees.expert_tensor,
@@ -156,11 +156,15 @@ def _lookup(known: Mapping[str, T], row: Row, column: str) -> T:
     return known[value]
 
 
-def _exchange(row: Row, family: FamilyHabits) -> Exchange:
+def _exchange(row: Row, family: FamilyHabits, stack: Stack) -> Exchange:
+    """The row's, else the family's where the program has it, else the program's."""
     if row.get("cp") == "1":
         return "ulysses"
-    named: dict[str, Exchange] = {one: one for one in get_args(Exchange)}
-    return _lookup(named, row, "cp_exchange") if row.get("cp_exchange") else family.context_exchange
+    if row.get("cp_exchange"):
+        named: dict[str, Exchange] = {one: one for one in get_args(Exchange)}
+        return _lookup(named, row, "cp_exchange")
+    usual, had = family.context_exchange, stack.context_exchanges
+    return usual if usual in had or not had else had[0]
 
 
 def _vocabulary(row: Row, degrees: Degrees, model: ModelSpec) -> Vocabulary:

@@ -82,7 +82,7 @@ VARIANTS = (
 )
 
 OFFLOADED = Contender(
-    family="fsdp2",
+    family="fsdp2", stack="fsdp2-any-context",
     name="fsdp2_offloaded", label="FSDP2, full logits, all on the host", offload=("host",),
     rules="CPU offload always, all logits at once",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The simulator plays a field or refuses it by name: another value, another program; never a traceback."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from msgspec import structs
@@ -13,13 +14,14 @@ from mopsim.program import lower
 from mopsim.program.workload import Workload
 from mopsim.search.problem import DEVICE, HOST, Problem
 from mopsim.search.space import generate
-from mopsim.spec.capability import ROWS, Job
+from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job
+from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
-from mopsim.spec.stacks import load_stack
-from mopsim.spec.strategy import Activations, Overlap
-from mopsim.strategies import megatron, mop
+from mopsim.spec.stacks import list_stacks, load_stack
+from mopsim.spec.strategy import Activations, Exchange, Overlap
+from mopsim.strategies import fsdp2, megatron, mop
 from tests.capability.enumerated import at
 from tests.capability.jobs import Variant, jobs, refusal, variants
 
@@ -84,7 +86,9 @@ def test_state_on_the_host_is_updated_as_the_program_can(stack: str) -> None:
     works = "host" if stack in STREAMS else "device"
     field = "update_on: 'device'" if stack in STREAMS else "state_tier: 'host'"
     ways = ("host_streamed", works)
-    streamed, other = (Job(tiny, mop(8, optimizer=way), training, load_stack(stack)) for way in ways)
+    streamed, other = (
+        Job(tiny, mop(8, optimizer=way, offload_inputs=False), training, load_stack(stack)) for way in ways
+    )
     says = rf"optimizer\.{field} is not simulated on the stack {stack}.* only '{works}'"
     with pytest.raises(SpecError, match=says):
         program(streamed)
@@ -103,6 +107,52 @@ def test_shards_stay_on_the_device_where_the_program_has_them_there(stack: str) 
         job = Job(tiny, structs.replace(strategy, **{part: away}), training, load_stack(stack))
         says = f"{part}.{field}: 'host' is not simulated on the stack {stack}, only 'device'"
         with pytest.raises(SpecError, match=says):
+            program(job)
+
+
+@pytest.mark.parametrize("stack", list_stacks())
+def test_a_sequence_is_traded_as_the_program_can(stack: str) -> None:
+    """Every exchange on every stack is played, or refused by name with those that work."""
+    tiny, training, software = load_model("tiny"), JOBS["mop"].training, load_stack(stack)
+    had = software.context_exchanges
+    for way in get_args(Exchange):
+        strategy = fsdp2(8, context_parallel=2, context_exchange=way)
+        job = Job(tiny, strategy, training, software)
+        if way in had:
+            assert program(job)
+            continue
+        field = f"cp_comm_type: '{way}'" if had else "context_parallel: 2"
+        works = " or ".join(map(repr, had)) if had else "1: it has no context parallelism"
+        with pytest.raises(SpecError) as refused:
+            program(job)
+        says = f"strategy.attention.{field} is not simulated on the stack {stack}, only {works}"
+        assert str(refused.value) == says
+
+
+def test_a_target_and_its_stack_name_the_same_exchanges() -> None:
+    """What a runtime runs or an export writes, and what is simulated of the program that it is."""
+    row = ROWS["strategy.attention.cp_comm_type"]
+    for side in (*RUNTIMES, *EXPORTS):
+        had = load_stack(SIDES[side].get("runs", side)).context_exchanges
+        assert set(row.cells[side].values or get_args(Exchange)) == set(had), side
+
+
+@pytest.mark.parametrize("stack", list_stacks())
+def test_activations_wait_where_the_program_keeps_them(stack: str) -> None:
+    tiny, training, software = load_model("tiny"), JOBS["mop"].training, load_stack(stack)
+    away = {
+        "layer_inputs": Activations(recompute="full", layer_inputs="host"),
+        "layers": Activations(recompute="none", cpu_offload_layers=2),
+    }
+    for part, activations in away.items():
+        job = Job(tiny, structs.replace(fsdp2(8), activations=activations), training, software)
+        if part in software.offload.activations:
+            assert program(job)
+            continue
+        field = "layer_inputs: 'host'" if part == "layer_inputs" else "cpu_offload_layers: 2"
+        with pytest.raises(
+            SpecError, match=rf"activations\.{field} is not simulated on the stack {stack}, only"
+        ):
             program(job)
 
 

@@ -36,7 +36,7 @@ def case(tokens: int = 128 * K) -> ContextCase:
 
 @pytest.mark.parametrize("contender", contenders(), ids=lambda one: one.name)
 def test_what_is_searched_keeps_the_rules(contender: Contender) -> None:
-    problem = case().problem(128 * K, 16)
+    problem = case().problem(contender, 128 * K, 16)
     space = generate(problem, contender.family, contender.axes)
     c = space.columns
     assert len(space)
@@ -53,7 +53,7 @@ def test_what_is_searched_keeps_the_rules(contender: Contender) -> None:
 @cache
 def bounded() -> tuple[Space, Bounds]:
     """What FSDP2 may do on 16 devices, and what bounds each row."""
-    space = generate(case().problem(128 * K, 16), "fsdp2", NAMES["fsdp2"].axes)
+    space = generate(case().problem(NAMES["fsdp2"], 128 * K, 16), "fsdp2", NAMES["fsdp2"].axes)
     return space, bound(space)
 
 
@@ -74,7 +74,7 @@ def test_the_bound_holds_with_tensor_and_context_parallelism(place: int) -> None
 
 def test_offloaded_parameters_travel_under_tensor_parallelism_too() -> None:
     """FSDP2's CPU offload with TP or gathered keys: shards go up before each gather, gradients come down."""
-    problem = case().problem(128 * K, 2)
+    problem = case().problem(NAMES["fsdp2"], 128 * K, 2)
     space = generate(problem, "fsdp2", NAMES["fsdp2"].axes)
     c = space.columns
     alike = (c["tensor"] == 2) & (c["sequence"] == 4) & (c["recompute"] == 1) & (c["micro_batch"] == 1)
@@ -92,14 +92,16 @@ def test_offloaded_parameters_travel_under_tensor_parallelism_too() -> None:
 
 
 def test_one_sequence_is_split_as_far_as_the_rules_allow() -> None:
-    problem = case().problem(1024 * K, 16)
-    assert NAMES["mop"].most_split(problem) == 16
-    assert NAMES["fsdp2"].most_split(problem) == 16
-    assert NAMES["fsdp2_node"].most_split(problem) == 8
-    heads = replace(problem, model=VARIANTS[4].change(case()).model)
+    def most(name: str, asked: ContextCase) -> int:
+        return NAMES[name].most_split(asked.problem(NAMES[name], 1024 * K, 16))
+
+    assert most("mop", case()) == 16
+    assert most("fsdp2", case()) == 16
+    assert most("fsdp2_node", case()) == 8
+    heads = VARIANTS[4].change(case())
     assert heads.model.num_attention_heads == 56
-    assert NAMES["mop"].most_split(heads) == 8
-    assert NAMES["fsdp2"].most_split(heads) == 16
+    assert most("mop", heads) == 8
+    assert most("fsdp2", heads) == 16
 
 
 def test_looser_contenders_contain_stricter_ones() -> None:

@@ -16,7 +16,7 @@ from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY, SPENT
 from mopsim.search.hunt import rank
 from mopsim.search.learn import Memory, Times
 from mopsim.search.pool import Pool
-from mopsim.search.problem import Problem, worked_out
+from mopsim.search.problem import EXCHANGES, Problem, worked_out
 from mopsim.search.result import NOT_RUN, TIE
 from mopsim.search.space import generate
 from mopsim.spec.capability import runnable
@@ -203,10 +203,39 @@ def test_values_that_mopexec_does_not_run_leave_the_space_and_no_other_row_does(
             assert runnable(every.build(int(index)), model, TRAINING, stack) is not None
 
 
-def test_other_programs_exchange_sequences_in_other_ways() -> None:
-    """Fully sharded families of a program that is not mopexec's: rings and all-gathers too."""
-    given = TINY, CPU, 1, TRAINING, total_params(TINY), "float32"
-    own, others = (generate(Problem(*given, stack), "fsdp2") for stack in (None, load_stack("torchtitan")))
-    assert set(own.columns["exchange"].tolist()) == {0}
-    assert set(others.columns["exchange"][others.columns["sequence"] > 1].tolist()) == {0, 1, 2}
-    assert set(others.columns["exchange"][others.columns["sequence"] == 1].tolist()) == {0}
+@pytest.mark.parametrize(
+    ("family", "stack", "ways"),
+    [
+        ("fsdp2", "", {"ulysses"}),
+        ("fsdp2", "torchtitan", {"ring", "all_gather"}),
+        ("fsdp2", "generic-eager", {"ulysses", "ring", "all_gather"}),
+        ("fsdp2", "fms-fsdp", set()),
+        ("megatron", "", {"ulysses", "ring", "all_gather"}),
+        ("megatron", "deepspeed", {"ulysses"}),
+        ("megatron", "megatron-lm-2022", set()),
+        ("mop", "", {"ulysses"}),
+        ("mop", "torchtitan", set()),
+    ],
+)
+def test_a_sequence_is_traded_in_the_ways_that_the_program_has(
+    family: str, stack: str, ways: set[str]
+) -> None:
+    software = load_stack(stack) if stack else None
+    problem = Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32", software)
+    c = generate(problem, family).columns
+    assert {EXCHANGES[code] for code in c["exchange"][c["sequence"] > 1].tolist()} == ways
+    assert len(set(c["exchange"][c["sequence"] == 1].tolist())) == 1
+
+
+def test_layer_inputs_stay_where_the_program_keeps_them() -> None:
+    def inputs(stack: str) -> tuple[set[int], list[str]]:
+        space = generate(
+            Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32", load_stack(stack)), "megatron"
+        )
+        return set(space.columns["boundary_host"].tolist()), list(space.rejected)
+
+    assert inputs("megatron-core")[0] == {0, 1}
+    kept, reasons = inputs("torchtitan")
+    assert kept == {0}
+    says = "strategy.activations.layer_inputs is not simulated on the stack torchtitan, only 'device'"
+    assert says in reasons

@@ -21,7 +21,7 @@ def test_a_shipped_stack_has_its_name_a_version_and_sources(name: str) -> None:
     assert stack.version
     for field, source in stack.sources.items():
         section = field.partition(".")[0]
-        assert section in (*SECTIONS, "runtime", "explicit", "communication_share")
+        assert section in (*SECTIONS, "runtime", "explicit", "communication_share", "context_exchanges")
         assert len(source) > 5
 
 
@@ -60,6 +60,18 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
         (
             "name: a\nversion: b\noffload: {update_on: [host, host], source: c}",
             "offload.update_on: ['host', 'host'] has a side twice",
+        ),
+        (
+            "name: a\nversion: b\noffload: {activations: [layers, layers], source: c}",
+            "offload.activations: ['layers', 'layers'] has a part twice",
+        ),
+        (
+            "name: a\nversion: b\nsource: c\ncontext_exchanges: [ring, ring]",
+            "context_exchanges: ['ring', 'ring'] has an exchange twice",
+        ),
+        (
+            "name: a\nversion: b\nsource: c\ncontext_exchanges: [a2a]",
+            "stack.context_exchanges[0]: 'a2a' is not one of",
         ),
         ("name: a\nkernels: {norm: fused, source: s}", "stack.version: '' must say"),
         ("name: a\nversion: b\nkernels: {nrm: fused, source: s}", "stack.kernels.nrm: 'fused' is an unknown"),
