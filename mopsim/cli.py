@@ -153,7 +153,7 @@ def context(
     from mopsim.commands.context import ContextOrder, run
 
     order = ContextOrder(model, nodes, hardware, seq_len, tokens_per_device, contender, budget, jobs, routing)
-    run(order, out, json)
+    raise typer.Exit(run(order, out, json))
 
 
 @app.command(cls=pairs.SIZE)

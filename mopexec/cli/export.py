@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mopsim.common import io
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, say
 from mopsim.common.units import format_bytes
 
 
@@ -18,8 +18,8 @@ def run(directory: Path, out: Path, dtype: str | None, json: str | None) -> None
         print(f"mopexec: {problem}; the one before is written", file=sys.stderr)
     if json is not None:
         io.write_json(json, found)
-    print(
+    say(
         f"{found.architecture}: step {found.step}, {found.tensors} tensors, {format_bytes(found.bytes)} in "
         f"{found.dtype}, {found.files} file(s); in {found.out}",
-        file=sys.stderr if json == "-" else sys.stdout,
+        stderr=json == "-",
     )

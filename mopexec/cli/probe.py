@@ -1,12 +1,12 @@
 """`mopexec probe`: measure this machine, write the profile."""
 
 import math
-import sys
+from functools import partial
 from pathlib import Path
 
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, say
 
 
 def run(out: Path, ranks: int | None, budget: float, json: str | None) -> None:
@@ -16,12 +16,9 @@ def run(out: Path, ranks: int | None, budget: float, json: str | None) -> None:
         raise MopError(f"--budget: {budget} must be a finite number")
     from mopexec.measure.probe import probe
 
-    shown = sys.stderr if json == "-" else sys.stdout
-    profile = probe(ranks, budget=budget, say=lambda line: print(line, file=shown, flush=True))
+    shown = partial(say, stderr=json == "-")
+    profile = probe(ranks, budget=budget, say=shown)
     io.write_yaml(out, profile)
     if json is not None:
         io.write_json(json, profile)
-    print(
-        f"{profile.name}: {profile.devices_per_node} {profile.device_kind} device(s), written to {out}",
-        file=shown,
-    )
+    shown(f"{profile.name}: {profile.devices_per_node} {profile.device_kind} device(s), written to {out}")

@@ -18,7 +18,7 @@ from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, say
 from mopsim.common.units import format_bytes, format_seconds, parse_bytes
 from mopsim.spec.plan import Plan
 
@@ -88,7 +88,7 @@ def _others(console: str) -> float:
     cores = usable_cores()
     share = others(cores)
     if line := loaded(share, len(cores), "step times are"):
-        print(line, file=sys.stderr if console == "stderr" else sys.stdout, flush=True)
+        say(line, stderr=console == "stderr")
     return share
 
 
@@ -234,7 +234,7 @@ def _conclude(options: TrainOptions, stopped_by: str, json: str | None) -> int:
             file=sys.stderr,
         )
         return signal_code(stopped_by)
-    print(_summary(outcome), file=sys.stderr if json == "-" else sys.stdout)
+    say(_summary(outcome), stderr=json == "-")
     return 0
 
 

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,8 +132,8 @@ def newest_state(
     run: Path, option: str = "--resume", *, files: bool = False
 ) -> tuple[Path, RunState, list[str]] | None:
     """The newest checkpoint of the run in `run` whose run.json can be read, what it says, and why newer ones
-    were passed over; None where there is no checkpoint. option: that asks for it. files: in one process
-    without ranks, its other files must be as they were written too. Raises MopError where none can be read.
+    were passed over; None where there is no checkpoint. option: that asks for it. files: its other files must
+    be as they were written too. Raises MopError where none can be read.
     """
     passed: list[str] = []
     for path in reversed(_named(run / "checkpoints")):
@@ -150,12 +150,14 @@ def newest_state(
 
 
 def _check_alone(path: Path, state: RunState) -> None:
-    """Refuse, in one process without ranks, a checkpoint whose files are not as they were written."""
-    if problem := _attempt(lambda: _check_files(path, state)):
+    """Refuse a checkpoint whose files are not as they were written, without the other ranks."""
+    if problem := _attempt(lambda: _check_files(path, state.files.items())):
         raise MopError(f"checkpoint {path}: {problem}")
 
 
 def _none_of(passed: list[str]) -> str:
+    if len(passed) == 1:
+        return f"the only checkpoint cannot be read: {passed[0]}"
     return f"none of the {len(passed)} checkpoints can be read; the newest: {passed[0]}"
 
 
@@ -191,9 +193,12 @@ def check_format(found: RunState, path: Path, option: str) -> None:
 
 def check_resumable(run: Path, wanted: RunState, steps: int) -> Path | None:
     """The newest checkpoint of the run in `run` that says what it belongs to, None where there is
-    none. Refuses another run's, and one already at `steps`.
+    none. Refuses another run's, and one already at `steps` unless its files are damaged and an older one's
+    are not.
     """
     found = newest_state(run)
+    if found is not None and found[1].step >= steps:
+        found = newest_state(run, files=True)
     if found is None:
         return None
     path, state, _ = found
@@ -254,7 +259,7 @@ def load(path: Path, runner: Stateful) -> None:
     state where as many ranks wrote it. Raises MopError, naming the file, for one that is damaged.
     """
     written_by = read_state(path)
-    if problem := _agree(_attempt(lambda: _check_files(path, written_by))):
+    if problem := _agree(_attempt(lambda: _check_files(path, _share(sorted(written_by.files.items()))))):
         raise MopError(f"checkpoint {path}: {problem}")
     state = runner.state_dict()
     if own_random_state := written_by.world_size == dist.get_world_size():
@@ -329,9 +334,9 @@ def _checksums(directory: Path, group: dist.ProcessGroup | None) -> dict[str, st
     return {name: digest for _, sums in everyone for name, digest in sums.items()}
 
 
-def _check_files(path: Path, state: RunState) -> None:
-    """Hold this rank's share of the files against run.json. Raises MopError naming the file."""
-    for name, wanted in _share(sorted(state.files.items())):
+def _check_files(path: Path, files: Iterable[tuple[str, str]]) -> None:
+    """Hold files against their SHA-256, as run.json has it. Raises MopError naming the file."""
+    for name, wanted in files:
         file = path / name
         if not file.is_file():
             raise MopError(f"{name} is missing")
@@ -340,9 +345,7 @@ def _check_files(path: Path, state: RunState) -> None:
 
 
 def _share(items: list[Any]) -> list[Any]:
-    """This rank's part of `items`; all of them in a process without ranks."""
-    if not dist.is_initialized():
-        return items
+    """This rank's part of `items`."""
     return items[dist.get_rank() :: dist.get_world_size()]
 
 

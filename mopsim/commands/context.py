@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import mopsim
 from mopsim.api.inputs import Inputs, facts, read_routing
 from mopsim.commands.console import human
 from mopsim.commands.progress import progress
+from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
@@ -36,8 +38,9 @@ class ContextOrder:
     routing: str
 
 
-def run(order: ContextOrder, out: str, json: str | None) -> None:
-    """Sweep, show, write index.md, index.html and context.json into `out`."""
+def run(order: ContextOrder, out: str, json: str | None) -> int:
+    """Sweep, show, write index.md, index.html and context.json into `out`. Returns the exit code: 3 where
+    nothing fits."""
     check_outputs({"--json": json}, {"--out": out})
     cases, lengths = read(order)
     asked = chosen(order.contenders)
@@ -65,6 +68,7 @@ def run(order: ContextOrder, out: str, json: str | None) -> None:
     console.print(f"Written: {Path(out) / 'index.md'}")
     if json:
         io.write_json(json, made)
+    return 0 if any(curve.longest for mine in curves for curve in mine.values()) else NOTHING_FITS
 
 
 def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
@@ -74,10 +78,13 @@ def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
             f"--nodes: {len(order.nodes)} given for {len(order.models)} of --model, one each is needed"
         )
     lengths = sorted(
-        {parse_count(text.strip(), "--seq-len") for text in order.lengths.split(",") if text.strip()}
+        parse_count(text.strip(), "--seq-len") for text in order.lengths.split(",") if text.strip()
     )
     if not lengths:
         raise MopError(f"--seq-len: {order.lengths!r} holds no length")
+    for length, following in pairwise(lengths):
+        if length == following:
+            raise MopError(f"--seq-len: {order.lengths!r} has {length} twice")
     tokens = parse_count(order.tokens_per_device, "--tokens-per-device")
     routing = read_routing(order.routing)
     training = TrainSpec(seq_len=lengths[-1], global_batch=1, routing=routing)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from mopsim.common.errors import MopError
 
@@ -15,6 +16,22 @@ STDOUT = "-"
 """An output path that means standard output, for the options that allow it."""
 
 Output = str | Path | None
+
+
+def say(line: str, *, stderr: bool = False) -> None:
+    """Print a line at once, or nothing where nobody reads it any more."""
+    stream = sys.stderr if stderr else sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        unread(stream)
+
+
+def unread(stream: IO[str]) -> None:
+    """What is written to a stream from now on goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def check_outputs(

@@ -15,7 +15,7 @@ from mopsim.intervals import Ratio
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
 from mopsim.report.tables import P_FITS, beside, columns, plan_line, row
-from mopsim.report.terminal import size, table
+from mopsim.report.terminal import duration, size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import exhausted, format_gap
 
@@ -333,7 +333,7 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
                 why = sweep.refused.get(label, [""] * (index + 1))[index]
                 plans.append(Text(f"{name} {label}: no legal strategy: {why}"))
                 continue
-            step = format_seconds(result.step_time)
+            step = duration(result.step_time)
             shown.add_row(
                 name, label, batch, step, beside(result.step_time_interval(level), step),
                 f"{result.tokens_per_second_per_device:,.0f}", f"{result.exposed_share:.0%}",

@@ -10,7 +10,7 @@ from mopsim.common.units import UNITS, format_bytes, format_number, format_proba
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.intervals import SURE
-from mopsim.report.terminal import numbered, size, table
+from mopsim.report.terminal import duration, numbered, size, table
 from mopsim.search.result import Freedom
 from mopsim.spec.line import describe as describe
 
@@ -91,7 +91,7 @@ def comparison(
     lines = []
     for number, result in enumerate(results, 1):
         style = "" if result.fits else "red"
-        step = format_seconds(result.step_time)
+        step = duration(result.step_time)
         shown.add_row(
             str(number), step,
             beside(result.step_time_interval(level), step),

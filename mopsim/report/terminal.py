@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mopsim.common.units import format_bytes
+from mopsim.common.units import UNITS, format_bytes, format_number, format_seconds
 
 
 def table(
@@ -38,3 +38,8 @@ def size(num_bytes: float) -> str:
     """'79.3 GiB' or '138 GiB': what a column of eight has room for."""
     text = format_bytes(num_bytes, 1)
     return text if len(text) <= 8 else format_bytes(num_bytes, 0)
+
+
+def duration(seconds: float) -> str:
+    """'12.3 ms', '9,876 s' or '5.05 h': what a column of eight has room for, and one of its interval."""
+    return format_seconds(seconds) if seconds < 9999.5 else f"{format_number(seconds / UNITS['h'])} h"

@@ -235,6 +235,21 @@ def test_a_damaged_description_of_the_newest_is_passed_over(tmp_path):
     assert checkpoint.check_resumable(tmp_path / "nothing", STATE, 9) is None
 
 
+def test_a_damaged_newest_that_is_done_leaves_the_older_to_go_on(tmp_path):
+    """Its steps are asked for, so its files are read: where they are whole it is refused."""
+    root = tmp_path / "checkpoints"
+    older = checkpoint.save(root, Holder(value=1.0), at(1), keep=2)
+    newest = checkpoint.save(root, Holder(value=2.0), at(2), keep=2)
+    with pytest.raises(MopError, match="--steps: 2 is not more than the 2 that checkpoint"):
+        checkpoint.check_resumable(tmp_path, STATE, 2)
+    damaged = next(newest.glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert checkpoint.check_resumable(tmp_path, STATE, 2) == older
+    assert checkpoint.load_newest(root, Holder())[:2] == (older, 1)
+    with pytest.raises(MopError, match="--steps: 1 is not more than the 1 that checkpoint"):
+        checkpoint.check_resumable(tmp_path, STATE, 1)
+
+
 def test_a_newest_without_run_json_is_named_and_passed_over(tmp_path):
     """By the check before the ranks start, by the ranks, and where weights are written."""
     root = tmp_path / "checkpoints"

@@ -330,7 +330,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["checkpoint"], found["passed"]) == (str(older), [line])
     shutil.rmtree(older)
-    with pytest.raises(MopError, match="--run: none of the 1 checkpoints can be read") as refusal:
+    with pytest.raises(MopError, match="--run: the only checkpoint cannot be read") as refusal:
         export(run, tmp_path / "again")
     assert line in str(refusal.value)
 

@@ -202,6 +202,19 @@ def test_the_command_writes_its_curves(tmp_path: Path, monkeypatch: pytest.Monke
     assert "FSDP2, full logits, no offload" in (out / "index.md").read_text()
 
 
+def test_a_sweep_where_nothing_fits_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = (
+        "mopsim context --model deepseek_v3 --nodes 1 --seq-len 128K --budget 1 --jobs 1 "
+        f"--contender fsdp2_device --out {tmp_path / 'report'}"
+    )
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 3
+    curves = json.loads((tmp_path / "report" / "context.json").read_text())["cases"][0]["curves"]
+    assert {one["longest"] for one in curves.values()} == {None}
+
+
 def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one network, two lengths, three contenders and two assumptions here."""
     place = "reports.context_throughput.make"
@@ -226,6 +239,7 @@ def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.M
         ("--contender fsdp3", "--contender: 'fsdp3' is not one of"),
         ("--seq-len ,", "--seq-len: ',' holds no length"),
         ("--seq-len 12Q", "--seq-len"),
+        ("--seq-len 128K,64K,131072", "--seq-len: '128K,64K,131072' has 131072 twice"),
         ("--routing 120/3", "routing"),
     ],
 )

@@ -115,6 +115,13 @@ def test_what_is_enough_is_told_apart_from_the_interval_of_memory(
 SWEPT = "Throughput over seq-len, tokens per step held constant: tiny on cpu-2core"
 
 
+def test_a_family_without_a_strategy_has_its_row(made: dict[str, dict[str, Any]]) -> None:
+    found = views({**made["compare"], "refused": {"megatron": "nothing of it is legal"}})[0]
+    label, why, verdict = found["rows"][-1][:3]
+    assert (label, why, verdict) == ("megatron", "nothing of it is legal", "no legal strategy")
+    assert len(found["rows"]) == len(made["compare"]["strategies"]) + 1 == len(found["marks"])
+
+
 def test_a_sweep_is_titled_by_what_it_is_of(made: dict[str, dict[str, Any]]) -> None:
     titles = [one["title"] for one in views(made["compare"])]
     assert {SWEPT, SWEPT.replace("Throughput", "Points")} <= set(titles)

@@ -9,6 +9,7 @@ from rich.console import Console
 from mopsim.common.units import format_seconds
 from mopsim.context import ContextCase, ContextPoint, Curve, contenders
 from mopsim.engine import simulate
+from mopsim.report.compare import Sweep, swept_table
 from mopsim.report.context import shown_table
 from mopsim.report.sizing import sizing_table
 from mopsim.report.tables import breakdown, comparison
@@ -55,6 +56,21 @@ def test_a_large_job_stays_in_its_lines() -> None:
     lines = shown(breakdown(result))
     assert not any("…" in line for line in lines)
     assert sum("gathered_grads" in line for line in lines) == 1
+
+
+def test_a_step_of_hours_stays_in_its_lines() -> None:
+    """From 10,000 s on steps and their intervals are in hours, in `search`, `compare` and its sweep."""
+    batch, machine = 12 * 1000, load_profile("h200-sxm-141g")
+    job = TrainSpec(seq_len=2**20, global_batch=batch)
+    result = simulate(load_model("mop_1t"), machine, 12, mop(96, context_parallel=8, expert_parallel=32), job)
+    assert result.step_time > 1e6
+    sweep = Sweep("seq-len", [2**20], ["1M"], {"mop": [result]}, batches=[batch])
+    for lines, place in ((shown(comparison([result], "a job")), 1), (shown(swept_table(sweep)), 3)):
+        first = rows(lines)[1].split()
+        step, unit, interval = first[place : place + 3]
+        low, high = map(int, interval.split("-"))
+        assert (unit, low < int(step) < high) == ("h", True)
+        assert int(step) == round(result.step_time / 3600)
 
 
 def test_a_sizing_stays_in_its_lines() -> None:

@@ -53,8 +53,9 @@ def test_a_new_report_is_readable_by_all(tmp_path: Path) -> None:
 def test_a_command_whose_reader_is_gone_works_on(tmp_path: Path) -> None:
     code = (
         "from mopsim.common.console import LastingConsole\n"
+        "from mopsim.common.outputs import say\n"
         "console = LastingConsole()\n"
-        "for _ in range(3): console.print('x')\n"
+        "for _ in range(3): say('x'); console.print('x')\n"
         f"open({str(tmp_path / 'done')!r}, 'w').close()\n"
     )
     reader, writer = os.pipe()

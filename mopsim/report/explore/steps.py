@@ -111,6 +111,9 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
 """Name, type, and what a step has of it."""
 
 
+NO_STRATEGY = "no legal strategy"
+
+
 def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], note: str = "",
           marks: Sequence[str] = ()) -> View:  # fmt: skip
     """Columns (name, type) without those that no row fills. marks: a state for each row."""
@@ -128,10 +131,15 @@ NOTE = (
 )
 
 
-def step_table(title: str, steps: Sequence[ExplorerStep], note: str = "") -> View:
-    """A row for each step."""
+def step_table(
+    title: str, steps: Sequence[ExplorerStep], note: str = "", refused: Mapping[str, str] | None = None
+) -> View:
+    """A row for each step. refused: why further labels have none."""
     rows = [[get(one) for _, _, get in COLUMNS] for one in steps]
     marks = [one.state for one in steps]
+    for label, why in (refused or {}).items():
+        rows.append([label, why, NO_STRATEGY, *[None] * (len(COLUMNS) - 3)])
+        marks.append("out of memory")
     columns = [(name, kind) for name, kind, _ in COLUMNS]
     return table(title, columns, rows, " ".join(filter(None, (note, NOTE))), marks)
 

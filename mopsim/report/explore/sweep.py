@@ -4,7 +4,7 @@ from typing import Any
 
 from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, ExplorerStep, Json, ends, table, told
+from mopsim.report.explore.steps import NO_STRATEGY, Cell, ExplorerStep, Json, ends, table, told
 
 
 def sweep_views(sweep: Json, where: str) -> list[View]:
@@ -43,7 +43,7 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
 
 def _swept(step: ExplorerStep | None, why: str | None) -> list[Cell]:
     if step is None:
-        return ["no legal strategy", None, None, None, why or ""]
+        return [NO_STRATEGY, None, None, None, why or ""]
     one = step.found
     return [
         step.state,
@@ -57,7 +57,7 @@ def _swept(step: ExplorerStep | None, why: str | None) -> list[Cell]:
 def _swept_point(value: float, batch: int | None, step: ExplorerStep | None, why: str | None) -> View:
     rows: list[Any] = [("at", value, "number"), ("batch", batch, "number")]
     if step is None or not step.found["fits"]:
-        told_ = told(step) if step else [("", f"no legal strategy: {why or ''}", "text")]
+        told_ = told(step) if step else [("", f"{NO_STRATEGY}: {why or ''}", "text")]
         return {"x": value, "y": None, "mark": "out of memory", "rows": [*rows, *told_]}
     one, (low, high) = step.found, ends(step.found, "step_time_interval_s")
     rate = one["tokens_per_s_per_device"] * one["step_time_s"]

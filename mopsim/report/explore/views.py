@@ -111,11 +111,13 @@ def _of_compare(result: Json) -> list[ExplorerStep]:
     return [ExplorerStep(label, one) for label, one in result["strategies"].items()]
 
 
-def _step_views(title: str, steps: list[ExplorerStep], note: str = "") -> list[View]:
+def _step_views(
+    title: str, steps: list[ExplorerStep], note: str = "", refused: Mapping[str, str] | None = None
+) -> list[View]:
     if not steps:
         return []
     scatter = [pareto(steps)] if len(steps) > 1 else []
-    return [step_table(title, steps, note), *scatter, *bars(steps)]
+    return [step_table(title, steps, note, refused), *scatter, *bars(steps)]
 
 
 def _simulate(result: Json, steps: list[ExplorerStep]) -> list[View]:
@@ -133,7 +135,8 @@ def _search(result: Json, steps: list[ExplorerStep]) -> list[View]:
 
 
 def _compare(result: Json, steps: list[ExplorerStep]) -> list[View]:
-    views = _step_views("The strategies", steps, proofs([(one.label, one.found) for one in steps]))
+    note = proofs([(one.label, one.found) for one in steps])
+    views = _step_views("The strategies", steps, note, result.get("refused"))
     where = _subject(result, steps).removesuffix(": ")
     return [*views[:1], *(sweep_views(result["sweep"], where) if "sweep" in result else []), *views[1:]]
 
