@@ -20,7 +20,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, say
 from mopsim.common.units import format_bytes, format_seconds, parse_bytes
-from mopsim.spec.plan import Plan
+from mopsim.spec.plan import LOST, Plan
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,8 @@ def _summary(outcome: dict[str, Any]) -> str:
     disturbed = outcome["disturbed_steps"]
     count = "1 step is" if disturbed == 1 else f"{disturbed} steps are"
     left_out = f"; {count} left out of the time, disturbed by other programs" if disturbed else ""
+    if outcome["others"] > LOST:
+        left_out += f"; other programs had {outcome['others']:.0%} of the cores"
     against = f" (predicted {format_seconds(predicted)})" if predicted else ""
     return (
         f"{outcome['steps_done']} steps: loss {outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}, "

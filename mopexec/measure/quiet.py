@@ -1,5 +1,6 @@
 """What other programs take: on a CPU they take cores from the ranks, and a step shows it."""
 
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,10 +19,34 @@ def others(cores: Sequence[int], seconds: float = WATCHED) -> float:
     tell."""
     before = _ticks(cores)
     time.sleep(seconds)
-    passed = [after - once for after, once in zip(_ticks(cores), before, strict=False)]
-    if sum(passed[:2]) <= 0:
+    return _share(before, _ticks(cores))
+
+
+class Watch:
+    """What other programs take of cores while this process, alone on them, works. Looks at them where it is
+    begun and where it is asked, and nowhere between."""
+
+    def __init__(self, cores: Sequence[int]) -> None:
+        self._cores = cores
+        self.begin()
+
+    def begin(self) -> None:
+        """Leave out what was before."""
+        self._before, self._used = _ticks(self._cores), time.process_time()
+
+    def share(self) -> float:
+        """Part of the time of the cores that others had since `begin`, 0 to 1; 0 where the kernel does not
+        tell, or there are no cores."""
+        own = (time.process_time() - self._used) * os.sysconf("SC_CLK_TCK")
+        return _share(self._before, _ticks(self._cores), own)
+
+
+def _share(before: Sequence[int], after: Sequence[int], own: float = 0.0) -> float:
+    """Part of the ticks between two looks that were busy, less this process's own."""
+    passed = [now - once for now, once in zip(after, before, strict=False)]
+    if sum(passed) <= 0:
         return 0.0
-    return max(0.0, passed[0] / sum(passed[:2]))
+    return min(1.0, max(0.0, (passed[0] - own) / sum(passed)))
 
 
 def _ticks(cores: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ TIMEOUT = timedelta(minutes=30)
 @dataclass(frozen=True)
 class RankJob:
     """rank of world_size; local_rank of local_size on this node; restart: how often the launcher started us
-    again.
+    again. cores: that no other rank works on, if any.
     """
 
     rank: int
@@ -27,6 +27,7 @@ class RankJob:
     local_size: int
     restart: int
     platform: Platform
+    cores: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -43,8 +44,9 @@ def join() -> Iterator[RankJob]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     platform = Platform.detect()
+    cores: tuple[int, ...] = ()
     if not platform.is_cuda:
-        pin(local_rank, local_size)
+        cores = pin(local_rank, local_size)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     restart = number["TORCHELASTIC_RESTART_COUNT"]
     store = TCPStore(
@@ -63,16 +65,18 @@ def join() -> Iterator[RankJob]:
         timeout=TIMEOUT,
         device_id=platform.device if platform.is_cuda else None,
     )
-    yield RankJob(rank, world_size, local_rank, local_size, restart, platform)
+    yield RankJob(rank, world_size, local_rank, local_size, restart, platform, cores)
     dist.destroy_process_group()
 
 
-def pin(local_rank: int, local_size: int) -> None:
-    """Keep this rank on a core of its own, where there are enough; memory-bound neighbours disturb it
-    less.
+def pin(local_rank: int, local_size: int) -> tuple[int, ...]:
+    """Keep this rank on a core of its own, where there are enough, and return it; memory-bound neighbours
+    disturb it less.
     """
     if not hasattr(os, "sched_setaffinity"):
-        return
+        return ()
     cores = sorted(os.sched_getaffinity(0))
-    if local_size <= len(cores):
-        os.sched_setaffinity(0, {cores[local_rank]})
+    if local_size > len(cores):
+        return ()
+    os.sched_setaffinity(0, {cores[local_rank]})
+    return (cores[local_rank],)

@@ -242,8 +242,8 @@ def measurement(
     others: float = 0.0,
 ) -> Measurement:
     """The run's Measurement. step_times: every step of each process of the run; of each the first `warmup`
-    are left out, of the last while one remains, and of the others those that are not quiet. others: part of
-    the cores that other programs had at the start.
+    are left out, of the last while one remains, and of the others those that are not quiet. others: see
+    Measurement.
     """
     *before, last = step_times
     kept = [times[warmup:] for times in before] + [last[min(warmup, len(last) - 1) :]]

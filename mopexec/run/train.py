@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from mopexec import data
 from mopexec.measure.card import Card
+from mopexec.measure.quiet import Watch
 from mopexec.measure.timers import KindTimer
 from mopexec.measure.tracker import MemoryTracker
 from mopexec.run import agreed, checkpoint
@@ -42,7 +43,8 @@ router that learns may need more in a later step, so what is shown says up to wh
 
 
 class TrainOutcome(Spec, frozen=True, kw_only=True):
-    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''."""
+    """How a run ended; summary.json. `stopped_by`: the signal that ended it early, else ''. others: as of the
+    Measurement."""
 
     run: str
     steps_done: int
@@ -57,6 +59,7 @@ class TrainOutcome(Spec, frozen=True, kw_only=True):
     memory_step: int
     predicted_step_time_s: float | None
     disturbed_steps: int = 0
+    others: float = 0.0
 
 
 def train(options: TrainOptions, plan: Plan, job: RankJob, build: Build, stop: StopRequest) -> TrainOutcome:
@@ -120,6 +123,7 @@ class _Loop:
         self.memory_limit = options.device_limit or plan.hardware.memory_limit
         self.predicted = plan.prediction.step_time if plan.prediction else None
         self.strategy = io.digest(plan.strategy)
+        self.watch = Watch(job.cores)
         self.step_times: list[Timed] = []
         self.busiest: list[float] = []
         self.first_loss, self.last_loss = math.nan, math.nan
@@ -152,6 +156,8 @@ class _Loop:
     def run(self) -> None:
         """Every step that is left, or those until a signal asks for the end."""
         for step in range(self.first_step, self.options.steps):
+            if step - self.first_step <= self.options.warmup:
+                self.watch.begin()
             lr = learning_rate(self.plan, step, self.options.steps, self.options.schedule)
             self.runner.set_lr(lr)
             result, own = self._timed_step(step)
@@ -266,20 +272,21 @@ class _Loop:
         """Write the measurement of this process's steps, and how the run ended."""
         earlier = self.metrics.first_loss if self.metrics else None
         before = self.metrics.step_times(self.strategy) if self.metrics else []
+        seen = _largest(self.tracking.tracker, self.watch.share())
         measured = measurement(
             self.plan,
             step_times=[*before, self.step_times],
             warmup=self.options.warmup,
             tokens_per_step=self.tokens_per_step,
             kinds=kinds,
-            memory=_largest_memory(self.tracking.tracker),
+            memory=seen,
             first_loss=self.first_loss if earlier is None else earlier,
             last_loss=self.last_loss,
             device=self.job.platform.device,
             routing=_measured_routing(
                 self.plan, self.busiest[min(self.options.warmup, len(self.busiest) - 1) :]
             ),
-            others=self.options.others,
+            others=max(self.options.others, seen["others"]),
         )
         outcome = TrainOutcome(
             run=str(self.out),
@@ -295,6 +302,7 @@ class _Loop:
             memory_step=self.tracking.last(self.done - 1, self.first_step) + 1,
             predicted_step_time_s=self.predicted,
             disturbed_steps=measured.disturbed,
+            others=measured.others,
         )
         if self.job.rank == 0:
             io.write_yaml(self.out / "measurement.yaml", measured)
@@ -372,14 +380,16 @@ def _signal_name(stop: StopRequest) -> str:
     return next((name for name in names if name), "")
 
 
-def _largest_memory(tracker: MemoryTracker) -> dict[str, Any]:
-    """Peaks of the rank with the largest device peak, and the largest host peak."""
+def _largest(tracker: MemoryTracker, others: float) -> dict[str, Any]:
+    """Peaks of the rank with the largest device peak, the largest host peak, and the largest part of its core
+    that others had."""
     mine = {
         "peak_memory": tracker.peak_memory,
         "memory_by_category": tracker.memory_by_category,
         "host_memory": tracker.host_memory,
+        "others": others,
     }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    largest = max(everyone, key=lambda memory: memory["peak_memory"])
-    return {**largest, "host_memory": max(memory["host_memory"] for memory in everyone)}
+    largest = max(everyone, key=lambda one: one["peak_memory"])
+    return {**largest, **{name: max(one[name] for one in everyone) for name in ("host_memory", "others")}}

@@ -67,7 +67,7 @@ def _apart(run: Measurement) -> str:
     """What sets a run apart that others disturbed, or that did not run in one go."""
     said = []
     if run.others > LOST:
-        said.append(f"other programs had {run.others:.0%} of the cores when it began")
+        said.append(f"other programs had {run.others:.0%} of the cores")
     if run.disturbed:
         later = run.disturbed + len(run.step_times)
         said.append(f"{run.disturbed} of {later} steps were disturbed by other programs and are left out")

@@ -16,7 +16,7 @@ SHORTEST, LONGEST = 1e-6, 1e7
 """Seconds that a step may take: below the launch of one kernel, and four months (of a kind of work too)."""
 LOST = 0.1
 """Part of a quiet step's seconds that a step may lose to other programs before it counts as disturbed; part
-of the cores that others may have when a run begins before it is said."""
+of the cores that others may have before it is said."""
 
 
 class HardwareRef(Spec, frozen=True, kw_only=True):
@@ -139,7 +139,8 @@ class Measurement(Spec, frozen=True, kw_only=True):
     plan: what was run. world_size: number of ranks. steps: how many steps. warmup: how many first steps
     of its processes are left out. disturbed: how many later ones are left out, in which other programs
     took cores from the ranks. others: part of the cores that other programs had just before its last process
-    began, 0 to 1. resumed: how often it was resumed under this plan's strategy.
+    began, or of a rank's own core while that process worked after its warm-up, whichever is more, 0 to 1.
+    resumed: how often it was resumed under this plan's strategy.
     step_times: seconds of each steady step, slowest rank. step_time_median: seconds of the median step.
     tokens_per_second: what all ranks train together. kinds: timings by kind of work, from profiled steps
     of rank 0. peak_memory: bytes of the fullest device. memory_by_category: bytes at that peak.
@@ -196,7 +197,7 @@ class Measurement(Spec, frozen=True, kw_only=True):
     @property
     def quiet(self) -> float:
         """Part of the steps after the warm-up that nothing disturbed, times the part of the cores that others
-        left them, at least a tenth: it was seen before they asked for any."""
+        left them, at least a tenth."""
         return max(1 - self.others, 0.1) * len(self.step_times) / (len(self.step_times) + self.disturbed)
 
     def plan_as_routed(self) -> Plan:

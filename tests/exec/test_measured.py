@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from mopexec.measure.quiet import loaded, others, quiet
+from mopexec.measure.quiet import Watch, loaded, others, quiet
 from mopexec.run import writers
 from mopexec.run.metrics import measurement
 from mopexec.run.traces import trace
@@ -36,6 +36,22 @@ def test_what_others_take_of_the_cores_is_told_above_a_limit(monkeypatch):
         "other programs have 1.0 of the 2 cores (quiet: at most 0.2): step times are a busy machine's"
     )
     assert loaded(0.1, 2, "step times are") == ""
+
+
+def test_what_others_take_while_a_rank_works_is_without_its_own(monkeypatch):
+    """80 ticks of a core pass, 60 of them busy, of which the rank has 0.2 s."""
+    text = "cpu3 {0} 0 0 {1} 0 0 0 0 0 0\n"
+    told = iter([text.format(*pair) for pair in ((5, 5), (100, 100), (140, 110), (160, 120))])
+    used = iter([9.0, 0.0, 0.1, 0.2])
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: next(told))
+    monkeypatch.setattr("time.process_time", lambda: next(used))
+    monkeypatch.setattr("os.sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    watch = Watch([3])
+    watch.begin()
+    assert watch.share() == pytest.approx((40 - 10) / 50)
+    assert watch.share() == pytest.approx((60 - 20) / 80)
+    monkeypatch.undo()
+    assert Watch([]).share() == 0.0
 
 
 def test_a_machine_that_does_not_tell_has_no_others(monkeypatch):

@@ -370,7 +370,7 @@ def test_a_disturbed_run_counts_by_its_quiet_steps() -> None:
     beside = msgspec.structs.replace(loud, others=0.75)
     assert scale(quiet) < scale(quiet, beside) < scale(quiet, loud)
     said = command._apart(beside)
-    assert "other programs had 75% of the cores when it began: it counts as 0.25 runs" in said
+    assert "other programs had 75% of the cores: it counts as 0.25 runs" in said
     said = command._apart(disturbed)
     assert "27 of 36 steps were disturbed by other programs and are left out: it counts as 0.25 runs" in said
     assert "resumed: the steps of all its 2 processes count" in said
