@@ -6,14 +6,14 @@ two waits of the host the time of every op is known beforehand: the thread needs
 
 import simpy
 
-from mopsim.program.workload import Program, Work, on_host
+from mopsim.program.workload import Op, Program, Work, on_host
 
 
 class HostThread:
     """Times at which ops are issued. cost: seconds of the thread for each kernel.
 
     An op of n kernels may begin when the first is issued, and ends at the earliest one kernel's time after
-    the last. After an op that is `awaited` the thread goes on when that op has ended.
+    the last. After an op that it waits for the thread goes on when that op has ended.
     """
 
     def __init__(self, env: simpy.Environment, program: Program, cost: float) -> None:
@@ -31,7 +31,7 @@ class HostThread:
             issued += kernels + more
             self.last.append(issued * cost)
             self.stretch.append(waits)
-            waits += op.awaited
+            waits += self.waits(op)
         self.bases: list[float] = [0.0]
         """For each stretch between waits: the time at which the thread would have issued the first op."""
         self.events: dict[int, simpy.Event] = {}
@@ -51,9 +51,13 @@ class HostThread:
         """Time at which the first kernel of an op is issued."""
         return self.bases[self.stretch[index]] + self.first[index]
 
-    def ends(self, index: int, duration: float) -> float:
-        """Time before which an op of `duration` seconds cannot end: its last kernel runs once it is
-        issued."""
+    def waits(self, op: Op) -> bool:
+        """Whether the thread waits for the end of an op before it issues the next one."""
+        return op.awaited
+
+    def ends(self, index: int, start: float, duration: float) -> float:
+        """Time before which an op of `duration` seconds that began at `start` cannot end: its last kernel
+        runs once it is issued."""
         kernels = self.kernels[index]
         apart = duration / kernels if kernels > 1.0 else duration
         return self.bases[self.stretch[index]] + self.last[index] + apart
@@ -76,6 +80,20 @@ class HostThread:
         behind = times * (self.first[after] - self.first[first] - period)
         self.bases[place] += behind
         return behind
+
+
+class BlockedThread(HostThread):
+    """A thread that waits for every kernel that it has started (CUDA_LAUNCH_BLOCKING=1): nothing runs beside
+    anything else, and between two kernels there is what the host does for the second.
+
+    Ops that meet one of a peer are not waited for: the program itself says what comes after those.
+    """
+
+    def waits(self, op: Op) -> bool:
+        return op.awaited or not op.rendezvous
+
+    def ends(self, index: int, start: float, duration: float) -> float:
+        return start + (self.last[index] - self.first[index]) + duration
 
 
 def _kernels(program: Program) -> tuple[list[float], list[float]]:

@@ -72,7 +72,10 @@ def run(
     ledgers = [Ledger(program.resident, limit, timeline) for program in workload.programs]
     records = [Record(timeline, _kinds(program, prices)) for program in workload.programs]
     issue = hardware.host.cpu_launch_time.si if hardware.host.cpu_launch_time else 0.0
-    end = play(workload.programs, durations, ledgers, records, used.communication_share, issue)
+    end = play(
+        workload.programs, durations, ledgers, records, used.communication_share, issue,
+        blocking=workload.stack.host.blocking,
+    )  # fmt: skip
     played = list(zip(workload.programs, records, strict=True))
     if workload.whole and not all(steady(program, record, end) for program, record in played):
         return run(workload.whole(), model, hardware, strategy, training, timeline=timeline)

@@ -8,7 +8,7 @@ from typing import Any
 
 import simpy
 
-from mopsim.engine.host import HostThread
+from mopsim.engine.host import BlockedThread, HostThread
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record, turns
 from mopsim.program.workload import Op, Program, Repeat, first_compute
@@ -121,13 +121,13 @@ class Rank:
                     yield env.timeout(duration)
                 now = env.now
             if host is not None:
-                late = host.ends(op.index, duration) - now
+                late = host.ends(op.index, start, duration) - now
                 if late > 0.0:
                     yield env.timeout(late)
                     now = env.now
                     if compute:
                         record.held(op, late)
-                if op.awaited:
+                if host.waits(op):
                     host.resume(op.index)
             ledger.end(op, now)
             record.ended(op, ready, start, now, compute)
@@ -218,9 +218,11 @@ def play(
     records: Sequence[Record],
     share: float,
     issue: float = 0.0,
+    *,
+    blocking: bool = False,
 ) -> float:
     """Run all programs to the end; returns the time at which the last op ended. issue: seconds of the host
-    for each kernel; 0: it is never late.
+    for each kernel; 0: it is never late. blocking: it waits for each kernel before it starts the next.
 
     Raises AssertionError that lists the ops left when none can go on: a deadlock in the program, never a
     user's mistake.
@@ -232,8 +234,9 @@ def play(
             if op.rendezvous:
                 parties[op.rendezvous] = parties.get(op.rendezvous, 0) + 1
     meetings = {key: Meeting(env, count) for key, count in parties.items()}
+    thread_of = BlockedThread if blocking else HostThread
     threads = [
-        HostThread(env, program, issue) if issue > 0.0 and "step" not in program.graphs else None
+        thread_of(env, program, issue) if issue > 0.0 and "step" not in program.graphs else None
         for program in programs
     ]
     ranks = [

@@ -57,6 +57,16 @@ class Context:
         return self.strategy.dense.zero == 3 and self.strategy.dense.reshard_after_forward
 
     @property
+    def owned(self) -> bool:
+        """Whether each tensor's optimizer state is with one rank, whole."""
+        return self.stack.sharding.owners and self.strategy.dense.zero == 1
+
+    @property
+    def sums_whole(self) -> bool:
+        """Whether all ranks sum the gradients whole although each updates a part."""
+        return self.stack.sharding.sums == "whole" and self.strategy.dense.zero == 1
+
+    @property
     def looped(self) -> bool:
         """Whether the host starts products and casts of routed experts one by one."""
         return bool(self.model.num_local_experts) and self.stack.kernels.expert_products == "looped"

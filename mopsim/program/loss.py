@@ -94,6 +94,9 @@ def loss_tape(context: Context) -> Tape:
             back_scratch=(("logits", elements * c.wide),) if torch else (),
         )
     )  # fmt: skip
+    if c.stack.kernels.logit_passes:
+        size = c.stack.kernels.logit_passes * elements
+        kernels.append(Kernel("beside", "memory_bound", _C, ("logits",), (), bytes=size, back_bytes=0.0))
     if parts:
         kernels.append(
             Kernel(

@@ -9,7 +9,7 @@ from mopsim.graph.shapes import rotated_width
 from mopsim.graph.tape import Step
 from mopsim.program.composed import Gap, alike, composable, compose
 from mopsim.program.context import Context
-from mopsim.program.units import ShardedUnit
+from mopsim.program.units import ShardedUnit, owned_numels
 from mopsim.spec.layout import stage_layers
 
 
@@ -103,6 +103,13 @@ class Stage:
                 found.append(edges["embedding"])
         return found
 
+    @cached_property
+    def updated(self) -> list[int]:
+        """Parameters of each unit that one rank updates."""
+        if self.context.owned:
+            return owned_numels(self.units)
+        return [u.shard_numel if self.context.strategy.dense.zero >= 1 else u.padded for u in self.units]
+
     @property
     def frees_gradients(self) -> bool:
         """Whether gradients live from the first backward to the end of the step only (zero_grad to None)."""
@@ -114,13 +121,12 @@ class Stage:
         c, strategy = self.context, self.context.strategy
         precision, zero = strategy.precision, strategy.dense.zero
         found: list[Step] = []
-        for unit in self.units:
+        for unit, state in zip(self.units, self.updated, strict=True):
             place = strategy.experts if unit.component == "experts" else strategy.dense
             full, shard = unit.padded, unit.shard_numel
             found.append((_at(place.param_tier, "params"), (shard if c.shards_params else full) * c.param))
             if not self.frees_gradients:
                 found.append((_at(place.grad_tier, "grads"), (shard if zero >= 2 else full) * c.grad))
-            state = shard if zero >= 1 else full
             each = 2 * int(DTYPE_BYTES[precision.moments]) + precision.own_master
             away = int(state * each * self.away)
             found += [("optimizer", state * each - away), ("host/optimizer", away)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
-from mopsim.program.data_parallel import gathering, message_work, reduction
+from mopsim.program.data_parallel import gathering, grad_passes, message_work, reduction
 from mopsim.program.loss import Half
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
@@ -310,7 +310,10 @@ class StageStep:
 
     def _reduce(self, units: Sequence[ShardedUnit], ready: Ops) -> None:
         self.shards.reduced.update(unit.name for unit in units)
-        for message in reduction(self.c, units):
+        messages = reduction(self.c, units)
+        if messages and (work := grad_passes(self.c, units)):
+            ready = (self.issue.add("whole gradients", "compute", messages[0][3], "backward", work, ready),)
+        for message in messages:
             op = self.issue.add(
                 "reduce gradients", stream_of(message[2]), message[3], "backward", message_work(message),
                 ready,

@@ -1,5 +1,7 @@
 """Units: the parameters that are gathered and reduced together, and how each is sharded."""
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 from msgspec import Struct
@@ -119,3 +121,16 @@ def _dense(strategy: Strategy, name: str, component: str, layer: int, size: Size
         name, component, layer, numel, strategy.dense.fsdp, strategy.dense_replicas, "dense_shard",
         "dense_replicas", largest, count, last,
     )  # fmt: skip
+
+
+def owned_numels(units: Sequence[ShardedUnit]) -> list[int]:
+    """Parameters of each unit that the busiest owner has where tensors are given away whole, the largest
+    first, each to the rank with the least so far: as many as an even share, or the largest tensor."""
+    groups: dict[str, list[ShardedUnit]] = {}
+    for unit in units:
+        groups.setdefault(unit.group, []).append(unit)
+    most = {}
+    for name, some in groups.items():
+        even = sum(unit.numel for unit in some) / some[0].shard
+        most[name] = max(1.0, max(unit.largest for unit in some) / even) / some[0].shard
+    return [math.ceil(unit.numel * most[unit.group]) for unit in units]

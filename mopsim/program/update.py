@@ -30,7 +30,7 @@ class Update:
         self.optimizer, self.dense = strategy.optimizer, strategy.dense
         self.moment = int(DTYPE_BYTES[strategy.precision.moments])
         self.own_master = strategy.precision.own_master
-        self.numels = [u.shard_numel if self.dense.zero >= 1 else u.padded for u in stage.units]
+        self.numels = stage.updated
         self.away = [int(numel * stage.away) for numel in self.numels]
         self.here = [numel - away for numel, away in zip(self.numels, self.away, strict=True)]
         self.launches = max(1, len(stage.units) // 8)

@@ -6,9 +6,9 @@ from msgspec.structs import replace
 
 from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
-from mopsim.graph.rewrites.eager import biased, composed, gradients_added, gradients_stacked, gradients_stay
+from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.projections import rows_fused, split
+from mopsim.graph.rewrites.projections import gradients_added, rows_fused, split, summed_apart
 from mopsim.graph.rewrites.quantized import EXACT, cast_once
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
@@ -29,13 +29,13 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     wings, layernorm = model.ffn_matrices - 1, model.norm == "layernorm"
     parts = [part for part in context.stack.composes if not part.startswith("clamps") or model.swiglu_limit]
     run = context.stack.kernels
+    if context.strategy.activations.recompute != "full":  # which makes copies and norms again itself
+        parts = ["upcasts_again" if part == "upcasts" else part for part in parts]
     if run.gate_up == "separate":
         fused = {"gated": run.activation == "fused", "experts_gated": model.swiglu_limit > 0}
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
-    apart = run.gate_up == "added" and any(one.name == "qkv_proj" for one in found)
-    counted = {"qkv_proj": 3, "up_proj": wings} if apart else {}
-    found = gradients_added(found, counted, "residual" in parts)
+    found = _read_apart(found, context, wings, "residual" in parts)
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
     found = cast_once(found) if run.casts == "again" else found
@@ -46,6 +46,17 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if sharding.copies:
         return gradients_stay(found, sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if "pieces" in parts else found
+
+
+def _read_apart(kernels: tuple[Kernel, ...], context: Context, wings: int, eager: bool) -> tuple[Kernel, ...]:
+    """The kernels, and what is done because several products of their own read one value: see
+    Kernels.gate_up and Kernels.region_sums. wings: products of a gated activation's first half."""
+    run = context.stack.kernels
+    counted: dict[str, int] = {}
+    if run.gate_up in ("added", "ffn_added") and any(one.name == "qkv_proj" for one in kernels):
+        counted = {"qkv_proj": 3 if run.gate_up == "added" else 1, "up_proj": wings}
+    found = summed_apart(kernels, counted) if run.region_sums == "each" else kernels
+    return gradients_added(found, counted, eager)
 
 
 def chunked(kernels: tuple[Kernel, ...], context: Context, again: str) -> tuple[Kernel, ...]:

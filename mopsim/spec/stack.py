@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
+from mopsim.spec.quantity import require_between
 from mopsim.spec.strategy import Activations, Exchange, Overlap, Precision, Strategy, Tier
 
 T = TypeVar("T", bound=Spec)
@@ -26,6 +27,8 @@ AttentionKernel = Literal["profile", "cpu", "flash2", "flash3", "flash4", "cudnn
 query heads of a KV head one after another. scores: kept in memory, no flash kernel.
 """
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
+MOST_BYTES = 1000
+"""Moved for one element beside what is counted."""
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
 
@@ -49,7 +52,9 @@ def _filled(given: T, stack: Spec, blank: object) -> T:
 class Kernels(Spec, frozen=True, kw_only=True):
     """Which implementation runs each operation.
 
-    norm, rotary, activation, residual: one kernel, or as eager torch composes it; rotary embedding by
+    norm, rotary, activation, residual: one kernel, or as eager torch composes it; a norm on a copy of its
+    input in fp32, both made again in the backward, of which a checkpoint keeps the input alone (`upcast`);
+    rotary embedding by
     products of complex numbers (`composed`) or of halves (`halves`). router: its product's input is cast to
     fp32 and kept (`composed`), or cast inside it. attention: by device architecture (`ampere`, `hopper`,
     ...), `default` for the others. deterministic: sums in a fixed order. expert_rows: gated activation and
@@ -63,10 +68,12 @@ class Kernels(Spec, frozen=True, kw_only=True):
     (`atomic`, torch's index_add_), or that only where a token chooses
     fewer experts than the expert-parallel degree (`atomic_if_sparse`). region_backward: what begins a region
     of split products gathers their rows again and scatters their input's gradient beside them, or one after
-    the other. sequence_exchange: Ulysses' tensors
+    the other. region_sums: without sequence parallelism the input's gradient of a region is summed `once`, or
+    that of each product that gate_up says is one of its own (`each`). sequence_exchange: Ulysses' tensors
     in one exchange, or one by one with copies on both sides (`composed`). gate_up: one product for both,
     and one for queries, keys and values, or one each, shared experts after the routed ones; or one each
-    that are counted as one whose input's gradients are added (`added`). qkv_split:
+    that are counted as one whose input's gradients are added (`added`), gate and up only in `ffn_added`.
+    qkv_split:
     parts of the one for queries, keys and values are read where they lie, and their gradients written so;
     or torch splits them and puts their gradients together (`views`), and copies what attention wants
     contiguous too (`copied`). casts: the copy in 8 or 4 bits of a product's input is kept for its weight
@@ -77,13 +84,13 @@ class Kernels(Spec, frozen=True, kw_only=True):
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
     (`upcast`), or torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
     (`gathered`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
-    backward is done.
-    loss_chunks: the kernels of a chunked loss. ring_blocks: merging the blocks of keys and values where
-    context parallelism gathers them.  fills: new tensors
-    with a known value are written first (torch's deterministic mode).
+    backward is done. logit_passes: bytes moved for each element of the logits beside the loss: casts of its
+    own, accuracy and perplexity of every microbatch. loss_chunks: the kernels of a chunked loss. ring_blocks:
+    merging the blocks of keys and values where context parallelism gathers them. fills: new tensors with a
+    known value are written first (torch's deterministic mode).
     """
 
-    norm: Built = "fused"
+    norm: Literal["fused", "composed", "upcast"] = "fused"
     rotary: Literal["fused", "composed", "halves"] = "fused"
     activation: Built = "fused"
     residual: Built = "fused"
@@ -96,7 +103,8 @@ class Kernels(Spec, frozen=True, kw_only=True):
     router: Built = "fused"
     sequence_exchange: Built = "fused"
     region_backward: Literal["beside", "in_turn"] = "beside"
-    gate_up: Literal["joined", "added", "separate"] = "joined"
+    region_sums: Literal["once", "each"] = "once"
+    gate_up: Literal["joined", "added", "ffn_added", "separate"] = "joined"
     qkv_split: Literal["fused", "views", "copied"] = "fused"
     casts: Literal["kept", "again"] = "kept"
     weight_casts: Literal["step", "pass"] = "step"
@@ -104,10 +112,14 @@ class Kernels(Spec, frozen=True, kw_only=True):
     ring_blocks: Built = "fused"
     loss: Literal["composed", "fused", "upcast", "gathered"] = "composed"
     logits_held: bool = True
+    logit_passes: float = 0.0
     loss_chunks: Built = "fused"
     attention: dict[str, AttentionKernel] = msgspec.field(default_factory=lambda: {DEFAULT: "profile"})
     deterministic: bool = False
     fills: bool = False
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, MOST_BYTES, "logit_passes")
 
 
 class Sharding(Spec, frozen=True, kw_only=True):
@@ -118,19 +130,29 @@ class Sharding(Spec, frozen=True, kw_only=True):
     (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
     spread over ranks are plain tensors, whole on every replica. flat: a group's parameters are views of one
     tensor, whose gradient autograd puts together and which is cast and divided before it is reduced (torch's
-    FullyShardedDataParallel). agreements: at the end of a step ranks sum
-    the loss and each router's load, one exchange each. groups: parameters
-    that are gathered and reduced together are a layer's, and those of the root, which is gathered once a
-    microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are groups of
-    their own too (`modules`).
+    FullyShardedDataParallel). sums: under ZeRO-1 gradients are scattered to the ranks that update them
+    (`scattered`), or all ranks sum them whole (`whole`). owners: under ZeRO-1 each tensor's optimizer state
+    is with one rank, whole, and owners broadcast what they have updated one after the other. grad_passes:
+    bytes moved for each gradient of a rank once the last backward has made it, where they are reduced: into
+    the buffers of reductions and back, scaled, counted into a norm while they are whole. agreements: at the
+    end of a step ranks sum the loss and each router's load, one exchange each. groups: parameters that are
+    gathered and reduced together are a layer's, and those of the root, which is gathered once a microbatch
+    (`layers`); or embedding, head with the final norm, and a layer's routed experts are groups of their own
+    too (`modules`).
     """
 
     fsdp: bool = False
     copies: bool = False
     flat: bool = False
+    sums: Literal["scattered", "whole"] = "scattered"
+    owners: bool = False
+    grad_passes: float = 0.0
     experts: bool = True
     agreements: bool = False
     groups: Literal["layers", "modules"] = "layers"
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, MOST_BYTES, "grad_passes")
 
 
 class Offload(Spec, frozen=True, kw_only=True):
@@ -183,9 +205,11 @@ class Recompute(Spec, frozen=True, kw_only=True):
 class HostCosts(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. graphs:
     components whose kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a
-    layer's Python frame (residual stream, norm's output, sum of routes) live until it has run."""
+    layer's Python frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the
+    host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1)."""
 
     modules: bool = False
+    blocking: bool = False
     frames: bool = False
     graphs: tuple[str, ...] = ()
 
@@ -306,6 +330,7 @@ class Stack(Spec, frozen=True, kw_only=True):
         k = self.kernels
         found = {
             "norms": k.norm == "composed",
+            "upcasts": k.norm == "upcast",
             "rotary": k.rotary != "fused",
             "activation": k.activation == "composed",
             "residual": k.residual == "composed",

@@ -18,7 +18,7 @@ from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.stack import Stack
+from mopsim.spec.stack import Kernels, Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Exchange, Overlap
 from mopsim.strategies import fsdp2, megatron, mop
@@ -208,7 +208,7 @@ def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, run again;
-    parameters that lie on the host.
+    parameters that lie on the host; tensor ranks that hold all rows, and two readers of each.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -222,7 +222,12 @@ def left_to_the_stack() -> dict[str, Job]:
     again = structs.replace(again, activations=Activations(recompute="selective", modules=("moe",)))
     flat = JOBS["mop"]
     shards = structs.replace(flat.strategy.dense, param_tier="host")
+    rows = megatron(8, tensor_parallel=2)
+    rows = structs.replace(rows, dense=structs.replace(rows.dense, sequence_parallel=False))
     return {
+        "rows held": replace(
+            job, strategy=rows, stack=structs.replace(job.software, kernels=Kernels(gate_up="added"))
+        ),
         "shards on the host": replace(flat, strategy=structs.replace(flat.strategy, dense=shards)),
         "left": replace(job, strategy=split),
         "left, whole": replace(whole, strategy=structs.replace(whole.strategy, activations=selective)),

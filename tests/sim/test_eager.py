@@ -10,8 +10,8 @@ import pytest
 from mopsim.cost.stack import DETERMINISTIC, SCORE_BYTES, as_used
 from mopsim.engine import simulate
 from mopsim.graph.layer import decoder_layer
-from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, gradients_added, in_blocks, traffic
-from mopsim.graph.rewrites.projections import split
+from mopsim.graph.rewrites.eager import NORM, NORM_BACKWARD, composed, in_blocks, traffic
+from mopsim.graph.rewrites.projections import gradients_added, split
 from mopsim.graph.shapes import Shapes
 from mopsim.program import lower
 from mopsim.program.workload import Work

@@ -52,6 +52,12 @@ MISSED = {
         "47 % too fast (34 %), as the row before: kernels"
         " fused as its pages say, 0.2 to 0.6 s a step missing at any length (causes.yaml, halo-in-series)",
     ),
+    "llm-foundry-mpt350m-a100x8-bf16-s32768-fdb65": (
+        0.08,
+        "7 % too slow (6 %), 5 % before the two cross"
+        " entropies that Composer's metrics compute again (llm-foundry.yaml): five sixths of it are attention"
+        " of heads of 64 in Triton, priced by the middle of a published range (1.3 to 2.5)",
+    ),
 }
 """Rows beyond their tolerance, which stands: what mends one makes its test fail until it leaves this list.
 With how far off they may be meanwhile."""

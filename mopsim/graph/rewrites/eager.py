@@ -5,7 +5,7 @@ Traffic in passes over a tensor in the compute dtype (narrow) and over its fp32 
 is mopexec's.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -24,6 +24,9 @@ class TensorPasses:
 
 NORM, NORM_BACKWARD = TensorPasses(2, 8, 7), TensorPasses(2, 24, 16)
 """Cast, square, mean, add, root, product, cast, product; its backward by autograd."""
+UPCAST, UPCAST_BACKWARD = TensorPasses(2, 2, 2), TensorPasses(3, 4, 3)
+"""Cast, and a norm of the copy; the gradients of the copy and of the weight, each of which reads the copy and
+the output's gradient, and a cast back."""
 ROTARY = TensorPasses(2, 4, 3)
 """Cast, complex product, cast; the backward is the same the other way."""
 HALVES, HALVES_BACKWARD = TensorPasses(9, 0, 7), TensorPasses(14, 0, 9)
@@ -88,33 +91,6 @@ def _shared_gradients(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
         return replace(kernel, writes=writes)
 
     return tuple(map(one, kernels))
-
-
-def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager: bool) -> tuple[Kernel, ...]:
-    """Gradients of a value that several products read are added: by eager autograd one after the other, those
-    of all kernels; by a compiler in one kernel, those of the parts of one. A residual's has the sum already.
-    parts: products that a kernel of this name stands for, where it is not one.
-    """
-    readers: dict[str, list[Kernel]] = {}
-    for kernel in kernels if eager else ():
-        if kernel.kind in ("matmul", "grouped_matmul") or kernel.name == "permute":
-            readers.setdefault(kernel.reads[0], []).append(kernel)
-    sizes = {value.name: value.bytes for kernel in kernels for value in kernel.writes}
-    found: list[Kernel] = []
-    for kernel in kernels:
-        name, own = kernel.reads[0] if kernel.reads else "", parts.get(kernel.name, 1)
-        first, *others = readers.get(name, [None])
-        sums = own - 1 + len(others) * (kernel is first)
-        if sums and name in sizes:
-            passes, launches = (SUM.narrow * sums, SUM.launches * sums) if eager else (own + 1, 1)
-            found.append(
-                Kernel(
-                    f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
-                    back_bytes=float(passes * sizes[name]), back_launches=launches,
-                )
-            )  # fmt: skip
-        found.append(kernel)
-    return tuple(found)
 
 
 def _weighted(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
@@ -213,6 +189,21 @@ def _norm(kernel: Kernel, wider: float, wings: int) -> Kernel:
         found, writes=(*kernel.writes, *kept), saves=saves, scratch=_one(size if wider > 1 else 0),
         back_scratch=_one(working),
     )  # fmt: skip
+
+
+def _upcast(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps the copy of its input."""
+    copy = Value(f"{kernel.name}_wide", int(kernel.writes[0].bytes * wider), grad=False)
+    found = _instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
+    return replace(found, writes=(*kernel.writes, copy), saves=(copy.name,), back_scratch=_one(copy.bytes))
+
+
+def _upcast_again(kernel: Kernel, wider: float, wings: int) -> Kernel:
+    """Keeps its input as it came, of which copy and norm are made again."""
+    size = kernel.writes[0].bytes * wider
+    found = _instead(kernel, wider, UPCAST, UPCAST_BACKWARD)
+    found = _beside(found, kernel.writes[0].bytes * (1 + wider), None, UPCAST)
+    return replace(found, scratch=_one(size), back_scratch=_one(2 * size))
 
 
 def _one(size: float) -> tuple[Step, ...]:
@@ -358,6 +349,8 @@ def _summed(kernel: Kernel, wider: float, wings: int) -> Kernel:
 
 _PARTS: dict[str, tuple[Callable[[Kernel], bool], Callable[[Kernel, float, int], Kernel]]] = {
     "norms": (lambda kernel: kernel.name.endswith("norm"), _norm),
+    "upcasts": (lambda kernel: kernel.name.endswith("norm"), _upcast),
+    "upcasts_again": (lambda kernel: kernel.name.endswith("norm"), _upcast_again),
     "halves": (lambda kernel: kernel.name.startswith("rope"), _halves),
     "rotary": (lambda kernel: kernel.name == "rope", _rotary),
     "activation": (lambda kernel: kernel.name == "act", _gated),

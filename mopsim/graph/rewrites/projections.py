@@ -1,9 +1,10 @@
 """Passes beside projections: of a joint one, whose parts torch splits, and of those that are apart."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from msgspec.structs import replace
 
+from mopsim.graph.rewrites.eager import SUM
 from mopsim.graph.tape import Kernel
 
 
@@ -41,6 +42,48 @@ def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]
             kernel = replace(
                 kernel, name=kernel.name.replace("gated", "act"), reads=reads, saves=reads, bytes=3.0 * size,
                 back_bytes=5.0 * size, back_launches=1,
+            )  # fmt: skip
+        found.append(kernel)
+    return tuple(found)
+
+
+def summed_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple[Kernel, ...]:
+    """Tensor-parallel regions without sequence parallelism whose products sum their own input gradients, one
+    after the other, where others sum the gradients' sum once. parts: products that a kernel of this name
+    stands for, where it is not one."""
+    readers = {kernel.reads[0]: kernel.name for kernel in reversed(kernels) if kernel.matmuls}
+
+    def one(kernel: Kernel) -> Kernel:
+        begins = kernel.kind == "all_reduce" and not kernel.writes and not kernel.bytes
+        sums = parts.get(readers.get(kernel.reads[0], ""), 1) if begins else 1
+        back = sums * (kernel.back_bytes or 0.0)
+        return replace(kernel, back_bytes=back, back_launches=sums) if sums > 1 else kernel
+
+    return tuple(map(one, kernels))
+
+
+def gradients_added(kernels: tuple[Kernel, ...], parts: Mapping[str, int], eager: bool) -> tuple[Kernel, ...]:
+    """Gradients of a value that several products read are added: by eager autograd one after the other, those
+    of all kernels; by a compiler in one kernel, those of the parts of one. A residual's has the sum already.
+    parts: products that a kernel of this name stands for, where it is not one.
+    """
+    readers: dict[str, list[Kernel]] = {}
+    for kernel in kernels if eager else ():
+        if kernel.kind in ("matmul", "grouped_matmul") or kernel.name == "permute":
+            readers.setdefault(kernel.reads[0], []).append(kernel)
+    sizes = {value.name: value.bytes for kernel in kernels for value in kernel.writes}
+    found: list[Kernel] = []
+    for kernel in kernels:
+        name, own = kernel.reads[0] if kernel.reads else "", parts.get(kernel.name, 1)
+        first, *others = readers.get(name, [None])
+        sums = own - 1 + len(others) * (kernel is first)
+        if sums and name in sizes:
+            passes, launches = (SUM.narrow * sums, SUM.launches * sums) if eager else (own + 1, 1)
+            found.append(
+                Kernel(
+                    f"{kernel.name}_sum", "memory_bound", kernel.component, (name,), (), launches=0,
+                    back_bytes=float(passes * sizes[name]), back_launches=launches,
+                )
             )  # fmt: skip
         found.append(kernel)
     return tuple(found)

@@ -1,0 +1,151 @@
+"""What a program does beside the products of its network: a host that waits for every kernel, sums of each
+product's own input gradient, tensors with owners, copies and metrics."""
+
+from dataclasses import replace as changed
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from mopsim.engine.ledger import Ledger
+from mopsim.engine.record import Record
+from mopsim.engine.streams import play
+from mopsim.graph.layer import decoder_layer
+from mopsim.graph.rewrites.eager import composed
+from mopsim.graph.rewrites.projections import summed_apart
+from mopsim.graph.shapes import Shapes
+from mopsim.program.context import Context, make_context
+from mopsim.program.data_parallel import gathering, grad_passes, message_work, reduction
+from mopsim.program.loss import loss_tape
+from mopsim.program.stage import Stage
+from mopsim.program.workload import Op, Program, Work
+from mopsim.spec.stack import Kernels, Sharding, Stack
+from mopsim.spec.training import TrainSpec
+from mopsim.strategies import megatron
+from tests.sim.toys import small
+
+
+def _op(index: int, launches: int, stream: str = "compute", rendezvous: str = "") -> Op:
+    work = (Work("memory_bound", bytes=1, launches=launches),)
+    return Op(index, str(index), stream, "other", "forward", -1, work, rendezvous=rendezvous)
+
+
+def _ends(ops: list[Op], durations: list[float], *, blocking: bool) -> dict[str, float]:
+    record = Record(keep_spans=True)
+    ledgers = [Ledger((), 10**9, False)]
+    play([Program(tuple(ops))], [durations], ledgers, [record], 0.0, 1.0, blocking=blocking)
+    return {span.name: span.end for span in record.spans or []}
+
+
+def test_a_blocked_host_pays_every_launch_between_kernels() -> None:
+    ops, durations = [_op(i, 4) for i in range(3)], [4.0, 0.4, 4.0]
+    # four launches of a second each before an op's four kernels: nothing is issued ahead
+    assert _ends(ops, durations, blocking=True) == pytest.approx({"0": 8.0, "1": 12.4, "2": 20.4})
+    assert _ends(ops, durations, blocking=False)["2"] == pytest.approx(13.0)
+
+
+def test_a_blocked_host_starts_no_compute_beside_a_collective() -> None:
+    ops = [_op(0, 1), _op(1, 1, "scale_up"), _op(2, 1)]
+    assert _ends(ops, [5.0, 5.0, 5.0], blocking=True)["2"] == pytest.approx(18.0)
+    assert _ends(ops, [5.0, 5.0, 5.0], blocking=False)["2"] == pytest.approx(11.0)
+
+
+def test_a_blocked_host_leaves_meetings_of_peers_to_the_program() -> None:
+    """Two stages that send before they receive: a host that waited for its send would wait forever."""
+    programs = [
+        Program(tuple(_op(i, 1, ("forward_out", "forward_in")[i], key) for i, key in enumerate(keys)), stage)
+        for stage, keys in enumerate((("there", "back"), ("back", "there")))
+    ]
+    records = [Record(keep_spans=False) for _ in programs]
+    ledgers = [Ledger((), 10**9, False) for _ in programs]
+    end = play(programs, [[2.0, 2.0]] * 2, ledgers, records, 0.0, 1.0, blocking=True)
+    assert end == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("rows_split", [False, True])
+def test_products_of_their_own_sum_their_own_input_gradients(rows_split: bool) -> None:
+    shapes = Shapes(tokens=16, seq_len=32, tensor=2, fused=True, sequence_parallel=rows_split)
+    kernels = decoder_layer(small(), shapes, 0).kernels
+    found = summed_apart(kernels, {"qkv_proj": 1, "up_proj": 2})
+    changed = [
+        (old, new) for old, new in zip(kernels, found, strict=True) if msgspec.structs.astuple(old)
+        != msgspec.structs.astuple(new)
+    ]  # fmt: skip
+    if rows_split:
+        assert not changed, "the rows of a region are scattered once"
+        return
+    ((old, new),) = changed
+    assert old.component == "dense_ffn"
+    assert old.back_bytes
+    assert (new.back_bytes, new.back_launches) == (2 * old.back_bytes, 2)
+
+
+def _zero1(fsdp: int, *, owners: bool) -> tuple[Context, Stage]:
+    """Of 8 ranks that train the small network under ZeRO-1."""
+    stack = Stack(
+        name="mine", sharding=Sharding(owners=owners, sums="whole" if owners else "scattered", grad_passes=6)
+    )
+    strategy = megatron(8)
+    dense, experts = replace(strategy.dense, fsdp=fsdp), replace(strategy.experts, expert_fsdp=fsdp)
+    strategy = replace(strategy, dense=dense, experts=experts)
+    training = TrainSpec(seq_len=32, global_batch=8)
+    context = make_context(small(), strategy, training, 4, stack)
+    return context, Stage(context, 0)
+
+
+def test_owners_sum_whole_gradients_and_send_what_they_updated_one_after_the_other() -> None:
+    context, stage = _zero1(2, owners=True)
+    summed = reduction(context, stage.units)
+    assert {message[0] for message in summed} == {"all_reduce"}
+    assert {message[2].size for message in summed} == {8}, "shards and replicas at once"
+    assert sum(message[1] for message in summed) == sum(unit.numel for unit in stage.units) * context.reduce
+    sent = gathering(context, stage.units)
+    assert {message[0] for message in sent} == {"all_gather"}
+    assert {message[2].size for message in sent} == {2}
+    calls = {message[3]: message[4] for message in sent}
+    assert calls["attention"] == 2, "one for each owner"
+    assert calls["embedding"] == 1, "one tensor has one owner"
+    (work,) = message_work(sent[0])
+    assert work.launches == sent[0][4]
+    ranks = sent[0][2].size
+    wire = sum(message[1] for message in sent) * (ranks - 1) / ranks
+    assert wire == pytest.approx(sum(unit.numel for unit in stage.units) * context.param), "all bytes pass"
+
+
+def test_an_owner_updates_whole_tensors() -> None:
+    even, whole = (_zero1(8, owners=owners)[1] for owners in (False, True))
+    total = sum(unit.numel for unit in whole.units)
+    largest = max(unit.largest for unit in whole.units)
+    assert sum(even.updated) == pytest.approx(total / 8, rel=1e-3)
+    assert sum(whole.updated) >= max(total / 8, largest)
+    few = _zero1(1, owners=True)[1]
+    assert sum(few.updated) == sum(unit.padded for unit in few.units), "one rank owns all"
+
+
+def test_whole_gradients_pass_before_they_are_reduced() -> None:
+    context, stage = _zero1(2, owners=True)
+    (work,) = grad_passes(context, stage.units)
+    assert work.bytes == 6 * sum(unit.numel for unit in stage.units)
+
+
+def test_a_norm_on_a_copy_in_fp32_by_hand() -> None:
+    kernels = decoder_layer(small(), Shapes(tokens=16, seq_len=16, fused=True), 0).kernels
+    narrow, wide = 16 * 64 * 2, 16 * 64 * 4
+    again, once = (
+        next(kernel for kernel in composed(kernels, (part,), 2, 4, 2) if kernel.name == "attention_norm")
+        for part in ("upcasts_again", "upcasts")
+    )
+    assert again.bytes == once.bytes == 2 * narrow + 2 * wide
+    assert once.back_bytes == 3 * narrow + 4 * wide
+    assert again.back_bytes == once.back_bytes + once.bytes
+    assert again.saves == ("x",)
+    assert once.saves == ("attention_norm_wide",)
+
+
+def test_what_is_done_beside_the_loss_is_booked_on_the_forward() -> None:
+    context, _ = _zero1(2, owners=True)
+    busy = changed(context, stack=replace(context.stack, kernels=Kernels(logit_passes=10.0)))
+    (beside,) = (kernel for kernel in loss_tape(busy).kernels if kernel.name == "beside")
+    assert beside.bytes == 10.0 * context.tokens * context.model.vocab_size
+    assert beside.back_bytes == 0
+    assert not [kernel for kernel in loss_tape(context).kernels if kernel.name == "beside"]
