@@ -222,7 +222,8 @@ def play(
     blocking: bool = False,
 ) -> float:
     """Run all programs to the end; returns the time at which the last op ended. issue: seconds of the host
-    for each kernel; 0: it is never late. blocking: it waits for each kernel before it starts the next.
+    for each kernel; 0: it is never late. blocking: it waits for each kernel before it starts the next,
+    however little that costs it.
 
     Raises AssertionError that lists the ops left when none can go on: a deadlock in the program, never a
     user's mistake.
@@ -234,9 +235,9 @@ def play(
             if op.rendezvous:
                 parties[op.rendezvous] = parties.get(op.rendezvous, 0) + 1
     meetings = {key: Meeting(env, count) for key, count in parties.items()}
-    thread_of = BlockedThread if blocking else HostThread
+    thread_of, plays = BlockedThread if blocking else HostThread, blocking or issue > 0.0
     threads = [
-        thread_of(env, program, issue) if issue > 0.0 and "step" not in program.graphs else None
+        thread_of(env, program, issue) if plays and "step" not in program.graphs else None
         for program in programs
     ]
     ranks = [

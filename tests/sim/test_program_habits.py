@@ -30,10 +30,10 @@ def _op(index: int, launches: int, stream: str = "compute", rendezvous: str = ""
     return Op(index, str(index), stream, "other", "forward", -1, work, rendezvous=rendezvous)
 
 
-def _ends(ops: list[Op], durations: list[float], *, blocking: bool) -> dict[str, float]:
+def _ends(ops: list[Op], durations: list[float], *, blocking: bool, issue: float = 1.0) -> dict[str, float]:
     record = Record(keep_spans=True)
     ledgers = [Ledger((), 10**9, False)]
-    play([Program(tuple(ops))], [durations], ledgers, [record], 0.0, 1.0, blocking=blocking)
+    play([Program(tuple(ops))], [durations], ledgers, [record], 0.0, issue, blocking=blocking)
     return {span.name: span.end for span in record.spans or []}
 
 
@@ -48,6 +48,7 @@ def test_a_blocked_host_starts_no_compute_beside_a_collective() -> None:
     ops = [_op(0, 1), _op(1, 1, "scale_up"), _op(2, 1)]
     assert _ends(ops, [5.0, 5.0, 5.0], blocking=True)["2"] == pytest.approx(18.0)
     assert _ends(ops, [5.0, 5.0, 5.0], blocking=False)["2"] == pytest.approx(11.0)
+    assert _ends(ops, [5.0, 5.0, 5.0], blocking=True, issue=0.0)["2"] == pytest.approx(15.0)
 
 
 def test_a_blocked_host_leaves_meetings_of_peers_to_the_program() -> None:
