@@ -13,8 +13,9 @@ from mopsim.program.workload import CommGroup, deltas
 from mopsim.program.works import Part, works
 from mopsim.spec.hardware import COLLECTIVES
 
-_READ = ("place", "rows read")
-"""Kernels before which the host waits for what they are made from; of the last for its end, too."""
+_READ = ("place", "rows read", "lengths read")
+"""Kernels before which the host waits for what they are made from; of those but the first for their end,
+too."""
 
 
 class _Draft(Recorder):
@@ -72,7 +73,7 @@ class _Draft(Recorder):
         if name in _READ:  # the host reads what has been made so far
             self.awaited()
         self.joined.append(item)
-        if name == _READ[-1]:
+        if name in _READ[1:]:
             self.close(back)
             self.awaited()
 

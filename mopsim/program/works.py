@@ -8,7 +8,7 @@ from mopsim.common.units import DTYPE_BYTES
 from mopsim.graph.rewrites.chunks import in_chunks
 from mopsim.graph.rewrites.eager import biased, composed, gradients_stacked, gradients_stay
 from mopsim.graph.rewrites.migration import rows_read
-from mopsim.graph.rewrites.projections import gradients_added, rows_fused, split, summed_apart
+from mopsim.graph.rewrites.projections import gradients_added, lengths_read, rows_fused, split, summed_apart
 from mopsim.graph.rewrites.quantized import EXACT, cast_once
 from mopsim.graph.tape import Kernel
 from mopsim.program.context import Context
@@ -36,6 +36,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
     found = _read_apart(found, context, wings, "residual" in parts)
+    found = lengths_read(found) if context.stack.host.reads_lengths else found
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
     found = cast_once(found) if run.casts == "again" else found

@@ -1,5 +1,5 @@
 """What a program does beside the products of its network: a host that waits for every kernel, sums of each
-product's own input gradient, tensors with owners, copies and metrics."""
+product's own input gradient, tensors with owners, copies and metrics, lengths that it reads."""
 
 from dataclasses import replace as changed
 
@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from mopsim.engine import simulate
 from mopsim.engine.ledger import Ledger
 from mopsim.engine.record import Record
 from mopsim.engine.streams import play
@@ -14,12 +15,14 @@ from mopsim.graph.layer import decoder_layer
 from mopsim.graph.rewrites.eager import composed
 from mopsim.graph.rewrites.projections import summed_apart
 from mopsim.graph.shapes import Shapes
+from mopsim.program import lower
 from mopsim.program.context import Context, make_context
 from mopsim.program.data_parallel import gathering, grad_passes, message_work, reduction
 from mopsim.program.loss import loss_tape
 from mopsim.program.stage import Stage
 from mopsim.program.workload import Op, Program, Work
-from mopsim.spec.stack import Kernels, Sharding, Stack
+from mopsim.spec.profiles import load_profile
+from mopsim.spec.stack import HostCosts, Kernels, Sharding, Stack
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import megatron
 from tests.sim.toys import small
@@ -150,3 +153,20 @@ def test_what_is_done_beside_the_loss_is_booked_on_the_forward() -> None:
     assert beside.bytes == 10.0 * context.tokens * context.model.vocab_size
     assert beside.back_bytes == 0
     assert not [kernel for kernel in loss_tape(context).kernels if kernel.name == "beside"]
+
+
+def test_a_length_that_the_host_reads_is_waited_for_in_every_forward() -> None:
+    strategy = megatron(8)
+    training = TrainSpec(seq_len=32, global_batch=8)
+    reading = Stack(name="mine", host=HostCosts(reads_lengths=True))
+    (program,) = lower(small(), strategy, training, 8, reading).programs
+    read = [op for op in program.ops if op.name == "lengths read"]
+    assert len(read) == 3, "one a layer"
+    assert {op.phase for op in read} == {"forward"}
+    assert all(op.awaited for op in read)
+    slow = load_profile("a100-sxm-80g")
+    free, waits = (
+        simulate(small(), slow, 1, strategy, training, Stack(name="mine", host=host)).step_time
+        for host in (HostCosts(), reading.host)
+    )
+    assert waits > free

@@ -47,6 +47,19 @@ def rows_fused(kernels: tuple[Kernel, ...], rotary: bool, gates: Collection[str]
     return tuple(found)
 
 
+def lengths_read(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """Before the attention kernel the host reads the longest of a microbatch's sequences from the device:
+    a difference, its maximum and a copy."""
+    found: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.name == "attention_core":
+            found.append(
+                Kernel("lengths read", "memory_bound", kernel.component, (), (), launches=3, back_bytes=0.0)
+            )
+        found.append(kernel)
+    return tuple(found)
+
+
 def summed_apart(kernels: tuple[Kernel, ...], parts: Mapping[str, int]) -> tuple[Kernel, ...]:
     """Tensor-parallel regions without sequence parallelism whose products sum their own input gradients, one
     after the other, where others sum the gradients' sum once. parts: products that a kernel of this name
