@@ -36,7 +36,7 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         kernels = rows_fused(kernels, run.rotary == "fused", [name for name, one in fused.items() if one])
     found = composed(kernels, parts, context.b, context.wide, wings, layernorm)
     found = _read_apart(found, context, wings, "residual" in parts)
-    found = lengths_read(found) if context.stack.host.reads_lengths else found
+    found = lengths_read(found) if _reads_lengths(context) else found
     how = run.qkv_split
     found = found if how == "fused" else split(found, how == "copied")
     found = cast_once(found) if run.casts == "again" else found
@@ -47,6 +47,12 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
     if sharding.copies:
         return gradients_stay(found, sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if "pieces" in parts else found
+
+
+def _reads_lengths(context: Context) -> bool:
+    """Whether the host reads from the device how long a microbatch's sequences are, in every layer."""
+    when = context.stack.host.reads_lengths
+    return when == "every" or (when == "single" and context.strategy.micro_batch == 1)
 
 
 def _read_apart(kernels: tuple[Kernel, ...], context: Context, wings: int, eager: bool) -> tuple[Kernel, ...]:

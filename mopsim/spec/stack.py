@@ -206,12 +206,13 @@ class HostCosts(Spec, frozen=True, kw_only=True):
     """modules: layers are Python modules under autograd, whose host does more than to start kernels. graphs:
     components whose kernels CUDA graphs replay; `step`: one graph of the whole step. frames: variables of a
     layer's Python frame (residual stream, norm's output, sum of routes) live until it has run. blocking: the
-    host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in every
-    forward of a layer it reads the longest sequence's length from the device, for the attention kernel."""
+    host waits for every kernel before it starts the next (CUDA_LAUNCH_BLOCKING=1). reads_lengths: in the
+    forward of a layer it reads from the device how long sequences are, for the attention kernel, in every one
+    or where a microbatch is one sequence (`single`)."""
 
     modules: bool = False
     blocking: bool = False
-    reads_lengths: bool = False
+    reads_lengths: Literal["never", "single", "every"] = "never"
     frames: bool = False
     graphs: tuple[str, ...] = ()
 

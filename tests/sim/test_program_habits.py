@@ -158,7 +158,8 @@ def test_what_is_done_beside_the_loss_is_booked_on_the_forward() -> None:
 def test_a_length_that_the_host_reads_is_waited_for_in_every_forward() -> None:
     strategy = megatron(8)
     training = TrainSpec(seq_len=32, global_batch=8)
-    reading = Stack(name="mine", host=HostCosts(reads_lengths=True))
+    reading = Stack(name="mine", host=HostCosts(reads_lengths="every"))
+    larger = TrainSpec(seq_len=32, global_batch=16)
     (program,) = lower(small(), strategy, training, 8, reading).programs
     read = [op for op in program.ops if op.name == "lengths read"]
     assert len(read) == 3, "one a layer"
@@ -170,3 +171,9 @@ def test_a_length_that_the_host_reads_is_waited_for_in_every_forward() -> None:
         for host in (HostCosts(), reading.host)
     )
     assert waits > free
+    single = Stack(name="mine", host=HostCosts(reads_lengths="single"))
+    for rows, reads in ((1, 3), (2, 0)):
+        (program,) = lower(small(), replace(strategy, micro_batch=rows), larger, 8, single).programs
+        assert [op.name for op in program.ops].count(
+            "lengths read"
+        ) == reads * larger.global_batch // 8 // rows
