@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mopsim.common.errors import SpecError
-from mopsim.engine import simulate
+from mopsim.engine import SimResult, simulate
 from mopsim.graph.tensors import total_params
 from mopsim.search import Options, SearchResult, search
-from mopsim.search.bound import Bounds, bound
+from mopsim.search.bound import Bounder, bound
+from mopsim.search.facts import SpaceFacts
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.result import TIE
@@ -59,10 +60,18 @@ def with_memory(hardware: HardwareProfile, device: float, host: float | None = N
 
 
 @cache
-def bounded(case: int, family: str) -> tuple[Space, Bounds]:
-    """What is bounded row by row of a family's space."""
+def whole(case: int, family: str) -> tuple[Space, SpaceFacts]:
+    """A family's space, and what bounds its rows."""
     space, _ = candidates(problem(case), family)
-    return space, bound(space)
+    return space, SpaceFacts.of(space)
+
+
+def holds(space: Space, facts: SpaceFacts, index: int, found: SimResult) -> None:
+    """The bounds of a row are at most what is simulated; `bound` says the same of the whole space."""
+    bounds = Bounder(space.part(index, index + 1), facts).all()
+    assert bounds.time[0] <= found.step_time * (1 + 1e-9)
+    assert bounds.device[0] <= found.peak_memory + 1
+    assert bounds.host[0] <= found.host_memory + 1
 
 
 BOUNDED = pytest.mark.parametrize(
@@ -77,7 +86,7 @@ BOUNDED = pytest.mark.parametrize(
 @given(case=st.integers(0, len(CASES) - 1), place=st.floats(0, 1, exclude_max=True))
 def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float) -> None:
     given_problem = problem(case)
-    space, bounds = bounded(case, family)
+    space, facts = whole(case, family)
     index = int(place * len(space))
     strategy = space.build(index)
     try:
@@ -89,9 +98,18 @@ def test_bound_is_at_most_what_is_simulated(case: int, family: str, place: float
         if refused.field != "strategy.optimizer.bucket_params":
             raise
         return
-    assert bounds.time[index] <= found.step_time * (1 + 1e-9)
-    assert bounds.device[index] <= found.peak_memory + 1
-    assert bounds.host[index] <= found.host_memory + 1
+    holds(space, facts, index, found)
+
+
+@BOUNDED
+def test_rows_are_bounded_alike_alone_and_in_their_space(family: str) -> None:
+    space, facts = whole(2, family)
+    bounds = bound(space)
+    for index in np.linspace(0, len(space) - 1, 20).astype(int):
+        alone = Bounder(space.part(index, index + 1), facts).all()
+        assert (alone.time[0], alone.device[0], alone.host[0]) == (
+            bounds.time[index], bounds.device[index], bounds.host[index],
+        )  # fmt: skip
 
 
 NARROW = (
@@ -103,12 +121,12 @@ NARROW = (
 
 
 @cache
-def cast(narrow: tuple[str, MatmulDType, str], family: str) -> tuple[Space, Bounds]:
-    """What is bounded row by row of a family's space whose products are cast."""
+def cast(narrow: tuple[str, MatmulDType, str], family: str) -> tuple[Space, SpaceFacts]:
+    """A family's space whose products are cast, and what bounds its rows."""
     spec, training = load_model(narrow[2]), TrainSpec(seq_len=4096, global_batch=64)
     asked = Problem(spec, load_profile(narrow[0]), 2, training, total_params(spec), narrow[1])
     space, _ = candidates(asked, family)
-    return space, bound(space)
+    return space, SpaceFacts.of(space)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -120,14 +138,11 @@ def cast(narrow: tuple[str, MatmulDType, str], family: str) -> tuple[Space, Boun
 def test_bounds_hold_where_products_are_cast(
     narrow: tuple[str, MatmulDType, str], family: str, place: float
 ) -> None:
-    space, bounds = cast(narrow, family)
+    space, facts = cast(narrow, family)
     index = int(place * len(space))
     strategy, asked = space.build(index), space.problem
     assert strategy.precision.matmul == narrow[1]
-    found = simulate(asked.model, asked.hardware, 2, strategy, asked.training)
-    assert bounds.time[index] <= found.step_time * (1 + 1e-9)
-    assert bounds.device[index] <= found.peak_memory + 1
-    assert bounds.host[index] <= found.host_memory + 1
+    holds(space, facts, index, simulate(asked.model, asked.hardware, 2, strategy, asked.training))
 
 
 def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
@@ -151,7 +166,7 @@ def test_products_in_8_bits_are_faster_and_not_in_every_family() -> None:
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_every_generated_row_is_a_legal_strategy(case: int, family: str) -> None:
     given_problem = problem(case)
-    space, _ = bounded(case, family)
+    space, _ = whole(case, family)
     assert len(space)
     for index in np.linspace(0, len(space) - 1, 40).astype(int):
         strategy = space.build(int(index))

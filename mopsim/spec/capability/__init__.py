@@ -42,16 +42,19 @@ def job_of(plan: Plan) -> Job:
 
 def refusals(job: Job | Plan, by: Side) -> Iterator[SpecError]:
     """What `by` does not do of a job: first single fields in the table's order, then relations of two."""
-    if isinstance(job, Plan):
-        job = job_of(job)
-    yield from field_refusals(job, by)
+    job = (job_of(job) if isinstance(job, Plan) else job).settled
+    yield from _fields(job, by)
     for rule in RULES[by]:
-        yield from rule(job.settled, by)
+        yield from rule(job, by)
 
 
 def field_refusals(job: Job, by: Side) -> Iterator[SpecError]:
     """Values of single fields that `by` does not do, whatever the others are."""
-    job = job.settled
+    yield from _fields(job.settled, by)
+
+
+def _fields(job: Job, by: Side) -> Iterator[SpecError]:
+    """field_refusals of a job that is settled."""
     for path, row in LIMITED[by].items():
         found = value_at(job, path)
         refused = row.cells[by].refuse(by, path, *found) if found else None
