@@ -1,5 +1,6 @@
 """The closed loop, for real but short: every command of both packages, two ranks, a report with its
-pictures. The launcher starts the ranks of one training; those of the others are forked."""
+pictures. One training and one calibration are processes of their own; what else runs, runs in this one, and
+its ranks are forked."""
 
 import json
 import os
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from mopexec.cli import app as executor
 from mopsim import loop
 from mopsim.cli import app
-from tests.exec.spawn import run_command
+from tests.exec.spawn import probe_ranks_forked, run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,22 +24,25 @@ SMALLER = {
     "SEQ_LEN": 128, "PILOT_STEPS": 3, "PILOT_SKIPPED": 1, "PROFILE_STEPS": 1, "TRACKED_STEPS": 2,
     "TIMED_STEPS": 3, "BUDGET": 6,
 }  # fmt: skip
-QUICKLY = {"probe": ("--budget", "0.05")}
-"""Options that a command has here beside the loop's."""
+QUICKLY = ("--budget", "0.05")
+"""Options of the probe here beside the loop's."""
 
 
-def forked(run: Any) -> Any:
-    """Loop._run that starts a process for the first of each command; later ones of mopsim run in this
-    process, and the ranks of later ones of `mopexec train` are forked."""
-    started = set()
+def forked(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loop._run that starts a process for the first training and the first calibration; other commands run in
+    this process, and the ranks of other trainings and of the probe are forked."""
+    apart = {"train", "calibrate"}
 
     def either(self: loop.Loop, package: str, arguments: tuple[str, ...]) -> None:
-        if arguments[0] not in started:
-            started.add(arguments[0])
-            return run(self, package, arguments + QUICKLY.get(arguments[0], ()))
+        if arguments[0] in apart:
+            apart.remove(arguments[0])
+            return run(self, package, arguments)
         self.commands.append(" ".join([package, *arguments]))
-        if package == "mopsim":
-            done = CliRunner().invoke(app, list(arguments))
+        if arguments[0] != "train":
+            with monkeypatch.context() as changed:
+                probe_ranks_forked(changed)
+                given = [*arguments, *(QUICKLY if arguments[0] == "probe" else ())]
+                done = CliRunner().invoke(executor if package == "mopexec" else app, given)
             assert done.exit_code == 0, done.output
             return None
         output = self.work / f"{len(self.commands):02d}-output"
@@ -58,7 +63,7 @@ def test_the_loop_closes(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name, value in SMALLER.items():
         monkeypatch.setattr(loop, name, value)
-    monkeypatch.setattr(loop.Loop, "_run", forked(loop.Loop._run))
+    monkeypatch.setattr(loop.Loop, "_run", forked(loop.Loop._run, monkeypatch))
     loop.run("reports/demo", seed=0, steps=6)
     shown = capsys.readouterr().out
     assert "Winner:" in shown or "A tie on this machine:" in shown

@@ -70,6 +70,7 @@ IMPORTED = (
     "typer.main",
     "mopexec.modules.fully_shard",
     "mopexec.modules.split_modules",
+    "mopexec.measure.probe_ranks",
     "mopexec.run.apply",
     "mopexec.run.train",
     "mopexec.run.worker",
@@ -161,6 +162,23 @@ def _command(rank: int, world: int, port: int, arguments: list[str], folder: Pat
     os.environ.update({name: str(value) for name, value in (sizes | {"MASTER_PORT": port}).items()})
     os.environ.update({"MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     importlib.import_module(entry).main(arguments)
+
+
+def probe_ranks_forked(monkeypatch: Any) -> None:
+    """Ranks of `mopexec probe`, in this process, are forked, as those of `run_command`."""
+    from mopexec.measure import probe_ranks
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    monkeypatch.setattr(probe_ranks.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(probe_ranks, "_rank_main", _probe_rank)
+
+
+def _probe_rank(rank: int, job: Any, store: str, messages: Any, parent: int) -> None:
+    """The parent is the server that forked it."""
+    from mopexec.measure import probe_ranks
+
+    probe_ranks._rank_main(rank, job, store, messages, 0)
 
 
 _POOLS: dict[tuple[int, bool], Pool] = {}
