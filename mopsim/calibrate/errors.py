@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from scipy.special import ndtri
 
 from mopsim.intervals.errors import LEVELS, Deviations, ErrorCell, ErrorQuantity, cells
-from mopsim.intervals.spread import Array, between, spread
+from mopsim.intervals.spread import Array, alike, between, spread
 
 NOMINAL = 0.9
 """The level whose coverage sets the widening."""
@@ -28,31 +28,40 @@ SMALLEST, LARGEST = 1e-3, 1.0
 
 def fit_errors(runs: Sequence[ErrorCell]) -> ErrorQuantity:
     """The model of one quantity, from runs (cells of one each), and its deviations without each source."""
-    without = {
-        source: _deviations([run for run in runs if run.source != source]) for source in _sources(runs)
-    }
-    return ErrorQuantity(deviations=_deviations(runs), cells=cells(runs), without=without)
+    known = _Sources(runs)
+    without = {source: _widened(known, known.all - {source}) for source in sorted(known.all)}
+    return ErrorQuantity(deviations=_widened(known, known.all), cells=cells(runs), without=without)
 
 
-def _sources(runs: Iterable[ErrorCell]) -> list[str]:
-    return sorted({run.source for run in runs})
+class _Sources:
+    """Runs by source, and what some of the sources tell, fitted once."""
+
+    def __init__(self, runs: Sequence[ErrorCell]) -> None:
+        self.runs: dict[str, list[ErrorCell]] = defaultdict(list)
+        for run in runs:
+            self.runs[run.source].append(run)
+        self.all = frozenset(self.runs)
+        self._fitted: dict[frozenset[str], ErrorQuantity] = {}
+
+    def told(self, by: frozenset[str]) -> ErrorQuantity:
+        """By these sources, not widened."""
+        if by not in self._fitted:
+            some = cells(run for source in sorted(by) for run in self.runs[source])
+            self._fitted[by] = ErrorQuantity(deviations=likeliest(some), cells=some)
+        return self._fitted[by]
 
 
-def _deviations(runs: Sequence[ErrorCell]) -> Deviations:
-    """Fitted to `runs`, and widened by what leaving out each of their sources tells."""
+def _widened(known: _Sources, by: frozenset[str]) -> Deviations:
+    """Fitted to the runs of these sources, and widened by what leaving out each of them tells."""
     single, paired = _Scores(), _Scores()
-    for source in _sources(runs):
-        others = cells(run for run in runs if run.source != source)
-        if not others:
-            continue
-        known = ErrorQuantity(deviations=likeliest(others), cells=others)
-        mine = [run for run in runs if run.source == source]
-        for run in mine:
-            expected = spread(known, run)
-            single.add([abs(run.mean - expected.mean) / expected.deviation], 1 / len(mine))
-        for group in _pairs(known, mine):
+    for source in sorted(by) if len(by) > 1 else ():
+        others, mine = known.told(by - {source}), known.runs[source]
+        for cell, errors in _alike(mine).items():
+            expected = spread(others, cell)
+            single.add(np.abs(np.array(errors) - expected.mean) / expected.deviation, 1 / len(mine))
+        for group in _pairs(others, mine):
             paired.add(group, 1 / len(group))
-    fitted = likeliest(cells(runs))
+    fitted = known.told(by).deviations
     return msgspec.structs.replace(fitted, widening=single.widening(), ratio_widening=paired.widening())
 
 
@@ -63,8 +72,8 @@ class _Scores:
         self.values: list[float] = []
         self.weights: list[float] = []
 
-    def add(self, values: Sequence[float], weight: float) -> None:
-        self.values += values
+    def add(self, values: Iterable[float], weight: float) -> None:
+        self.values += (values := list(map(float, values)))
         self.weights += [weight] * len(values)
 
     def widening(self) -> float:
@@ -78,12 +87,9 @@ class _Scores:
 def _pairs(known: ErrorQuantity, runs: Sequence[ErrorCell]) -> list[list[float]]:
     """Scores of the ratios of the runs of one source that train the same network on the same machine type:
     those of one program, and those of two (another stack or precision)."""
-    alike: dict[ErrorCell, list[float]] = defaultdict(list)
-    for run in runs:
-        alike[msgspec.structs.replace(run, mean=0.0, squares=0.0)].append(run.mean)
     one_program: list[float] = []
     two_programs: list[float] = []
-    for (cell, errors), (beside, others) in combinations_with_replacement(alike.items(), 2):
+    for (cell, errors), (beside, others) in combinations_with_replacement(_alike(runs).items(), 2):
         if (cell.network, cell.hardware) != (beside.network, beside.hardware):
             continue
         expected = between(known, cell, beside)
@@ -93,6 +99,14 @@ def _pairs(known: ErrorQuantity, runs: Sequence[ErrorCell]) -> list[list[float]]
         scores = np.abs(differences - expected.mean) / expected.deviation
         (one_program if cell == beside else two_programs).extend(scores.ravel().tolist())
     return [group for group in (one_program, two_programs) if group]
+
+
+def _alike(runs: Iterable[ErrorCell]) -> dict[ErrorCell, list[float]]:
+    """The errors of runs that are alike in all levels."""
+    found: dict[ErrorCell, list[float]] = defaultdict(list)
+    for run in runs:
+        found[msgspec.structs.replace(run, mean=0.0, squares=0.0)].append(run.mean)
+    return found
 
 
 def weighted_quantile(values: Sequence[float], weights: Sequence[float], share: float) -> float:
@@ -106,23 +120,26 @@ def likeliest(known: Sequence[ErrorCell]) -> Deviations:
     """The deviations of the highest penalized likelihood of these cells."""
     means, counts = np.array([cell.mean for cell in known]), np.array([cell.runs for cell in known])
     squares, free = sum(cell.squares for cell in known), int(np.sum(counts - 1))
-    usual = max(float(np.std(means)) / len(LEVELS) ** 0.5, SMALLEST)
-    shared = [np.equal.outer(names, names).astype(float) for names in _names(known)]
+    shared = {name: alike(name, known, known).astype(float) for name in LEVELS}
+    shared = {name: same for name, same in shared.items() if same.any()}
+    usual = max(float(np.std(means)) / len(shared) ** 0.5, SMALLEST)
 
-    def cost(x: Array) -> float:
+    alone = np.diag(1 / counts)
+
+    def cost(x: Array) -> tuple[float, Array]:
+        """What is made small, and its slope."""
         sd = np.exp(x)
-        between = sum(d**2 * same for d, same in zip(sd, shared, strict=False))
-        factor = np.linalg.cholesky(between + np.diag(sd[-1] ** 2 / counts) + 1e-9 * np.eye(len(means)))
-        whitened = np.linalg.solve(factor, means)
-        likelihood = -0.5 * whitened @ whitened - np.log(np.diag(factor)).sum()
-        likelihood += -free * x[-1] - 0.5 * squares / sd[-1] ** 2
-        return float(-(likelihood + np.sum(x[:-1] - sd[:-1] / usual)))
+        parts = [d**2 * same for d, same in zip(sd, (*shared.values(), alone), strict=True)]
+        inverse = np.linalg.inv(sum(parts) + 1e-9 * np.eye(len(means)))
+        pulled = inverse @ means
+        likelihood = 0.5 * (np.linalg.slogdet(inverse)[1] - means @ pulled)
+        likelihood += -free * x[-1] - 0.5 * squares / sd[-1] ** 2 + np.sum(x[:-1] - sd[:-1] / usual)
+        slope = np.array([pulled @ part @ pulled - np.sum(inverse * part) for part in parts])
+        slope[:-1] += 1 - sd[:-1] / usual
+        slope[-1] += -free + squares / sd[-1] ** 2
+        return -float(likelihood), -slope
 
-    bounds = [(log(SMALLEST), log(LARGEST))] * (len(LEVELS) + 1)
-    found = minimize(cost, np.full(len(LEVELS) + 1, log(usual)), method="L-BFGS-B", bounds=bounds)
-    names = (*LEVELS, "run")
+    names = (*shared, "run")
+    bounds = [(log(SMALLEST), log(LARGEST))] * len(names)
+    found = minimize(cost, np.full(len(names), log(usual)), jac=True, method="L-BFGS-B", bounds=bounds)
     return Deviations(**{name: round(float(np.exp(x)), 4) for name, x in zip(names, found.x, strict=True)})
-
-
-def _names(known: Sequence[ErrorCell]) -> list[np.ndarray]:
-    return [np.array([cell.level(level) for cell in known]) for level in LEVELS]

@@ -12,13 +12,17 @@ from mopsim.common.errors import require_at_least
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
 
-LEVELS = ("common", "stack", "hardware", "precision", "network", "source", "source_network")
+LEVELS = (
+    "common", "stack", "hardware", "precision", "network", "source", "source_network", "reading",
+    "source_reading",
+)  # fmt: skip
 """What runs may have in common, each with a deviation of its own."""
 
 
 class Deviations(Spec, frozen=True, kw_only=True):
     """Standard deviations of ln(measured / predicted), by what the part of the error belongs to: all runs,
-    a stack, a machine type, a precision, a network, a source, a network in a source, a run. widening: what
+    a stack, a machine type, a precision, a network, a source, a network in a source, a kind of reading, that
+    kind as a source reads it, a run. Those of readings are 0 where no run has one. widening: what
     all are multiplied by, so that a nominal 90 % held 90 % of the runs of sources that were left out, the
     sources weighing alike; ratio_widening: the same of the ratios of two runs of a source, on one network
     and machine type, those of one program and of two weighing alike."""
@@ -30,6 +34,8 @@ class Deviations(Spec, frozen=True, kw_only=True):
     network: float
     source: float
     source_network: float
+    reading: float = 0.0
+    source_reading: float = 0.0
     run: float
     widening: float = 1.0
     ratio_widening: float = 1.0
@@ -40,22 +46,29 @@ class Deviations(Spec, frozen=True, kw_only=True):
 
 class ErrorCell(Spec, frozen=True, kw_only=True):
     """Runs alike in all levels. mean: of their ln(measured / predicted); squares: sum of the squared
-    departures from it."""
+    departures from it. reading: how it was measured, where that is not the simulated quantity itself: a
+    device's whole memory holds blocks that an allocator keeps and gives back before it runs out."""
 
     source: str
     stack: str
     hardware: str
     precision: str
     network: str
+    reading: str = ""
     runs: int
     mean: float
     squares: float = 0.0
 
     def level(self, name: str) -> str:
-        """What equals that of another cell where the two have this level in common."""
+        """What equals that of another cell where the two have this level in common; empty where it has no
+        part of this level."""
         if name == "common":
+            return name
+        part = getattr(self, name.removeprefix("source_"))
+        if name.endswith("reading") and not part:
             return ""
-        return f"{self.source} {self.network}" if name == "source_network" else str(getattr(self, name))
+        owner = self.source if name.startswith("source_") else ""
+        return f"{owner} {part}"
 
 
 def cells(runs: Iterable[ErrorCell]) -> tuple[ErrorCell, ...]:

@@ -186,9 +186,15 @@ def covariance(some: Sequence[ErrorCell], others: Sequence[ErrorCell], sd: Devia
     """Of the means of two lists of cells, without what each run has alone."""
     found = np.zeros((len(some), len(others)))
     for level in LEVELS:
-        left, right = (np.array([cell.level(level) for cell in cells]) for cells in (some, others))
-        found += getattr(sd, level) ** 2 * (left[:, None] == right[None, :])
+        found += getattr(sd, level) ** 2 * alike(level, some, others)
     return found
+
+
+def alike(level: str, some: Sequence[ErrorCell], others: Sequence[ErrorCell]) -> NDArray[np.bool_]:
+    """Which cells of two lists have a level in common."""
+    left, right = (np.array([cell.level(level) for cell in cells], dtype=str) for cells in (some, others))
+    same: NDArray[np.bool_] = (left[:, None] == right[None, :]) & (left != "")[:, None]
+    return same
 
 
 SHRINK = 8

@@ -11,13 +11,16 @@ from mopsim.validate import calibration
 from mopsim.validate.calibration import LAUNCH, Fit, HoldOut, PacedRun
 from mopsim.validate.case import Case
 from mopsim.validate.simulated import Simulated, as_read
-from mopsim.validate.uncertain import Name, cell, expected
+from mopsim.validate.uncertain import Name, cell, expected, reading
+
+UNUSED = Fit()
 
 
 @dataclass(frozen=True)
 class Scored:
     """A simulated run. Seconds and bytes. calibrated: by the runs that the hold-out leaves; peak_memory: as
-    the source's instrument reads. step_spread, memory_spread: the errors to expect of both.
+    the source's instrument reads. step_spread, memory_spread: the errors to expect of both;
+    tensors_spread: that of the live tensors, which decide whether it fits.
 
     out_of_sample: whether there was another network of the same source and GPU to calibrate on.
     """
@@ -29,6 +32,7 @@ class Scored:
     peak_memory: float
     step_spread: Spread
     memory_spread: Spread
+    tensors_spread: Spread
 
     @property
     def trusted(self) -> bool:
@@ -47,7 +51,7 @@ class Scored:
     def p_fits(self) -> float:
         """Probability that device and host are enough."""
         one = self.simulated
-        return PeakSpread(one.fullest, one.above, self.memory_spread).below(one.limit) * one.p_host
+        return PeakSpread(one.fullest, one.above, self.tensors_spread).below(one.limit) * one.p_host
 
     @property
     def likely(self) -> bool:
@@ -124,9 +128,13 @@ class RunGroup:
         fits = dict(zip(self.points, held, strict=True))
         found = []
         for i, (case, result) in enumerate(self.runs):
-            used, known = fits.get(i, Fit()), self._left(case, hold_out)
+            used, known = fits.get(i, UNUSED), self._left(case, hold_out)
             step = used.apply(self.points[i]) if i in self.points else result.step_time
-            spreads = self.given(known, i, used), self.given(known, i, None)
+            spreads = (
+                self.given(known, i, "step_time", used=used),
+                self.given(known, i, "peak_memory", read=reading(case)),
+                self.given(known, i, "peak_memory"),
+            )
             found.append(Scored(case, result, used, step, self._peak(i), *spreads))
         return found
 
@@ -137,14 +145,16 @@ class RunGroup:
         known = (i for i, (other, _) in enumerate(self.runs) if trusted(other))
         return tuple(i for i in known if hold_out == "none" or self.runs[i][0].identity() != case.identity())
 
-    def given(self, known: Sequence[int], place: int, used: Fit | None) -> Spread:
-        """The error to expect of a run, given others: of its time as `used` predicts it, or of its peak."""
+    def given(
+        self, known: Sequence[int], place: int, name: Name, *, used: Fit = UNUSED, read: str = ""
+    ) -> Spread:
+        """The error to expect of a run, given others: of its time as `used` predicts it, or of its peak as
+        `read`, where it is not of the tensors themselves."""
         case = self.runs[place][0]
-        name: Name = "step_time" if used else "peak_memory"
-        key = (tuple(known), cell(case), used)
+        key = (tuple(known), cell(case), name, used, read)
         if key not in self._found:
-            seen = self._times(known, used) if used else self._peaks(known)
-            self._found[key] = expected(case, name, cells(seen))
+            seen = self._times(known, used) if name == "step_time" else self._peaks(known)
+            self._found[key] = expected(case, name, cells(seen), read)
         return self._found[key]
 
     def _times(self, known: Sequence[int], used: Fit) -> list[ErrorCell]:
@@ -155,7 +165,11 @@ class RunGroup:
 
     def _peaks(self, known: Sequence[int]) -> list[ErrorCell]:
         read = [(i, self.runs[i][0].measured.peak_memory) for i in known]
-        return [cell(self.runs[i][0], measured, self._peak(i)) for i, measured in read if measured]
+        return [
+            cell(case := self.runs[i][0], measured, self._peak(i), reading(case))
+            for i, measured in read
+            if measured
+        ]
 
     def _peak(self, place: int) -> float:
         case, result = self.runs[place]

@@ -17,18 +17,25 @@ Name = Literal["step_time", "peak_memory"]
 NAMES: tuple[Name, ...] = ("step_time", "peak_memory")
 
 
-def cell(case: Case, measured: float | None = None, predicted: float = 1.0) -> ErrorCell:
-    """A run by what it may have in common with others, and its error where it was measured."""
+def cell(case: Case, measured: float | None = None, predicted: float = 1.0, reading: str = "") -> ErrorCell:
+    """A run by what it may have in common with others, and its error where it was measured. reading: how."""
     return ErrorCell(
         source=case.source.name, stack=case.stack, hardware=case.hardware, precision=case.precision,
-        network=case.identity(), runs=1, mean=log(measured / predicted) if measured else 0.0,
+        network=case.identity(), reading=reading, runs=1,
+        mean=log(measured / predicted) if measured else 0.0,
     )  # fmt: skip
 
 
-def expected(case: Case, name: Name, own: Sequence[ErrorCell] = ()) -> Spread:
+def reading(case: Case) -> str:
+    """What a case's peak was read from, empty where that is the live tensors themselves."""
+    found = case.program().reading.memory
+    return "" if found == "allocated" else found
+
+
+def expected(case: Case, name: Name, own: Sequence[ErrorCell] = (), reading: str = "") -> Spread:
     """The error to expect of a run, as if its source had never been seen, but for `own` runs of it."""
     known: ErrorQuantity = getattr(known_errors(), name)
-    return spread(known.leaving_out(case.source.name), cell(case), tuple(own))
+    return spread(known.leaving_out(case.source.name), cell(case, reading=reading), tuple(own))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mopsim.intervals import ErrorCell, Errors
 from mopsim.validate.case import Case
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import Simulated, as_read
-from mopsim.validate.uncertain import cell
+from mopsim.validate.uncertain import cell, reading
 
 INSTALLED = Path(mopsim.intervals.__file__).with_name("errors.yaml")
 MADE_BY = "python -m reports.validation.make"
@@ -33,7 +33,7 @@ def learn(runs: Iterable[tuple[Case, Simulated]]) -> Errors:
             times.append(cell(case, case.measured.step_time, result.step_time))
         if case.measured.peak_memory:
             peak = as_read(result, case.program().reading.memory, case.profile())
-            peaks.append(cell(case, case.measured.peak_memory, peak))
+            peaks.append(cell(case, case.measured.peak_memory, peak, reading(case)))
     return Errors(
         made_by=MADE_BY, exact=EXACT, exact_source=EXACT_SOURCE,
         step_time=fit_errors(times), peak_memory=fit_errors(peaks),

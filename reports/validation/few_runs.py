@@ -44,7 +44,7 @@ def _scored(runs: Sequence[Scored], count: int) -> tuple[float, float, float]:
     group = RunGroup([(one.case, one.simulated) for one in runs])
     points = group.points
     used = fit([points[i] for i in sorted(taken)], group.issue)
-    spreads = {i: group.given(sorted(taken), i, used) for i in points if i not in taken}
+    spreads = {i: group.given(sorted(taken), i, "step_time", used=used) for i in points if i not in taken}
     errors, held, widths = [], [], []
     for i, spread in spreads.items():
         predicted, measured = used.apply(points[i]), points[i].measured

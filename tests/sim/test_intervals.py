@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
-from mopsim.calibrate.errors import fit_errors, weighted_quantile
+from mopsim.calibrate.errors import fit_errors, likeliest, weighted_quantile
 from mopsim.intervals import (
     Deviations,
     ErrorCell,
@@ -30,6 +30,7 @@ from mopsim.spec.profiles import list_profiles
 from mopsim.spec.stacks import list_stacks
 from mopsim.validate.case import read_cases
 from mopsim.validate.uncertain import cell as of_case
+from mopsim.validate.uncertain import reading
 
 CASES = Path(__file__).parents[2] / "reports/validation/cases"
 NONE = Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0))
@@ -72,6 +73,27 @@ def test_what_two_runs_share_cancels_in_their_ratio() -> None:
     assert alike.deviation < learned.deviation < apart.deviation
     doubled = ErrorQuantity(deviations=replace(sd, ratio_widening=2.0), cells=known.cells)
     assert between(doubled, cell("other"), cell("other")).deviation == pytest.approx(2 * alike.deviation)
+
+
+def test_a_reading_of_more_than_the_tensors_tells_of_such_readings() -> None:
+    """What an allocator keeps is in a device's memory, and given back before the device runs out."""
+    sd = replace(NONE, source=0.1, reading=0.3, source_reading=0.1, run=0.01)
+    device = replace(cell(mean=0.4, runs=4), reading="device")
+    known = ErrorQuantity(deviations=sd, cells=(device,))
+    tensors, whole = (spread(known, replace(cell("other"), reading=read)) for read in ("", "device"))
+    assert tensors == Spread(0.0, pytest.approx(math.hypot(0.1, 0.01)))
+    assert 0.3 < whole.mean < 0.4
+    assert whole.deviation < math.hypot(0.1, 0.3, 0.1, 0.01)
+
+
+def test_readings_alone_have_what_they_are_off_by() -> None:
+    runs = drawn(0)
+    off = [replace(run, source=f"{run.source} d", reading="device", mean=run.mean + 0.8) for run in runs]
+    plain, mixed = (likeliest(cells(some)) for some in (runs, runs + off))
+    assert plain.reading == plain.source_reading == 0.0
+    assert mixed.reading > 0.2
+    both = [math.hypot(one.stack, one.source) for one in (plain, mixed)]
+    assert both[1] == pytest.approx(both[0], rel=0.3)
 
 
 def test_a_lead_is_sure_by_as_much_as_it_is_large() -> None:
@@ -137,7 +159,7 @@ def test_the_installed_errors_are_of_what_is_installed() -> None:
 def test_the_installed_errors_know_the_networks_that_ran() -> None:
     """A field that ModelSpec gains changes every digest: runs would then say nothing of their own network."""
     cases = [case for path in sorted(CASES.glob("*.jsonl")) for case in read_cases(path)]
-    ran = {of_case(case) for case in cases}
+    ran = {of_case(case, reading=read) for case in cases for read in ("", reading(case))}
     for quantity in (known_errors().step_time, known_errors().peak_memory):
         known = {replace(one, runs=1, mean=0.0, squares=0.0) for one in quantity.cells}
         assert known <= ran
