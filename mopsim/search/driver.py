@@ -192,7 +192,7 @@ def _gap(least: float, best: SimResult | None) -> float | None:
 
 def _hunt(problem: Problem, family: str, options: Options, result: SearchResult) -> Hunt | None:
     """Generate and bound a family; count what memory rules out. None where nothing is left."""
-    space, rest = candidates(problem, family, options.axes)
+    space, rest = candidates(problem, family, options.axes, options.rows)
     every = len(space) + len(rest.time)
     result.candidates += every + space.rejected.total()
     result.rejected.update(space.rejected)

@@ -34,8 +34,6 @@ tried that is expected to need so much too much."""
 DOUBT, LATELY, EFFORT = 0.005, 8, 500_000
 """Part of a step time by which what is expected is taken to be wrong at least; simulations whose misses tell
 more, of memory too; effort after which nothing slower than that is tried."""
-MORE = 400_000
-"""Candidates that are multiplied out for the proof alone: some 2 us each."""
 PIECES, ENOUGH_PIECES = 10, 40
 """Refinements of bounds after a hunt, for each simulation of the budget, at some 8 ms: to narrow what is left
 open, and where a proof is asked for and so many leave nothing rough."""
@@ -129,7 +127,7 @@ class Hunt:
         return sum(int((~one.taken & (one.time < below)).sum()) for one in self.pools)
 
     def _multiply_out(self, below: float) -> None:
-        space = self.rest.under(below, MORE)
+        space = self.rest.under(below, self.options.rows)
         if space is None:
             return
         bounds, found = bound(space), self.found

@@ -19,6 +19,7 @@ class Options:
     otherwise they are ranked only where nothing else fits. any_routing: rank only what fits however unevenly
     the router chooses, up to every token of an expert-parallel group on one rank. axes: what makes of a
     family's axes those that are searched: fewer values, or more (`mopsim.search.coarse`, `mopsim.context`).
+    rows: to which a family's space is multiplied out, those that promise most; the others keep a bound.
     stack: the software of all families, where it is not each one's own. jobs: families searched side by side,
     a process each, where it is more than one; what they find is the same.
     """
@@ -31,9 +32,10 @@ class Options:
     any_routing: bool = False
     precision: MatmulDType = "bfloat16"
     axes: Callable[[Problem, Axes], Axes] | None = None
+    rows: int = 400_000
     stack: Stack | None = None
     jobs: int = 1
     prove: bool = False
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "top", "budget", "jobs")
+        require_at_least(self, 1, "top", "budget", "rows", "jobs")

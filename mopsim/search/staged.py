@@ -13,6 +13,7 @@ from mopsim.search.axes import MINOR, Axis, axes_of
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
+from mopsim.search.options import Options
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
 from mopsim.search.refined import Parts, Refined, alike
@@ -20,8 +21,6 @@ from mopsim.search.seeds import Mask, textbook
 from mopsim.search.space import Space, each, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
 
-WHOLE = 400_000
-"""Rows up to which a space is multiplied out."""
 SAMPLE, BATCH = 500, 100
 """Rows of a trunk that tell how many each becomes; that are multiplied out at a time."""
 
@@ -49,20 +48,23 @@ class Rest:
         return _joined(parts) if parts else None
 
 
-def candidates(problem: Problem, family: str, change: Change | None = None) -> tuple[Space, Rest]:
-    """(Legal candidates of a family, what was not multiplied out): all and none, where they are not too many.
+def candidates(
+    problem: Problem, family: str, change: Change | None = None, most: int = Options.rows
+) -> tuple[Space, Rest]:
+    """(Legal candidates of a family, what was not multiplied out): all and none, where they are not more than
+    `most`.
     What cannot fit whatever the minor axes are is in `rejected`, and counted once there."""
     axes = axes_of(problem, family)
     axes = change(problem, axes) if change else axes
     first = trunk(problem, family, axes)
     step = max(1, len(first) // SAMPLE)
     some = first.take(np.arange(0, len(first), step))
-    if len(expanded(some, axes)) * step <= WHOLE:
+    if len(expanded(some, axes)) * step <= most:
         return expanded(first, axes), Rest(first.part(0, 0), axes, np.zeros(0))
-    return _staged(first, axes)
+    return _staged(first, axes, most)
 
 
-def _staged(first: Space, axes: Axes) -> tuple[Space, Rest]:
+def _staged(first: Space, axes: Axes, most: int) -> tuple[Space, Rest]:
     time, miss = bounds_of(first, axes)
     fits = np.flatnonzero(miss <= 1)
     if not len(fits):
@@ -70,7 +72,7 @@ def _staged(first: Space, axes: Axes) -> tuple[Space, Rest]:
     over = Counter({"memory, bound: whatever is recomputed or offloaded": len(first) - len(fits)})
     kept = _fastest(first.take(fits), axes)
     order = _order(kept, time[fits], miss[fits], axes)
-    parts, done = _multiplied(kept.take(order), axes, WHOLE)
+    parts, done = _multiplied(kept.take(order), axes, most)
     later = order[done:]
     later = later[np.argsort(time[fits][later], kind="stable")]
     found = _joined(parts)

@@ -1,8 +1,8 @@
 """How many nodes: searches at a few counts, their plans carried to the others, then closing in on the limit.
 
 A search at every count would miss here and there, and more nodes would look slower. So a count is asked with
-the plans of its neighbours, which stay fast as the data-parallel degree grows; searches at every third
-doubling bring new ones.
+the plans of its neighbours, which stay fast as the data-parallel degree grows. A deadline tells by arithmetic
+about where its answer lies, and that count is searched; a budget does not, and every third doubling is.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,10 +21,14 @@ AROUND = 4
 """How far, as a factor, a faster plan is handed on to other counts."""
 SLOWER = 1.005
 """More nodes that are not faster by so much are no faster."""
+USUAL = 0.4
+"""Part of the peak rate that plans reach, about: where a deadline is searched first."""
 HOPE = 1.5
 """A limit missed by a larger factor is not looked into."""
-DEEP, AGAIN = 4, 2
+DEEP, AGAIN = 2, 2
 """Times as many simulations where the answer is; answers at most that are looked at so."""
+BESIDE = 1.3
+"""How far, as a factor, an answer may be from one that was looked at so."""
 
 Rounds = Generator[list[Ask], list[Answer], Sizing]
 Mapper = Callable[[Sequence[Ask]], Iterable[Answer]]
@@ -71,8 +75,9 @@ def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
     counts, too_slow = _counts(request, hardware)
     known = _KnownSteps(request, hardware)
     doubled = [count for count in counts if count & (count - 1) == 0 or count == counts[-1]]
-    searched = sorted(doubled[::-1][::EVERY])
-    yield from _round(known, [known.search(count) for count in searched])
+    searched = _searched(request, hardware, doubled)
+    times = DEEP if len(searched) == 1 else 1
+    yield from _round(known, [known.search(count, times=times) for count in searched])
     if not any(known.answers[count].plans for count in searched):
         yield from _round(known, [known.search(counts[-1], times=DEEP)])
     others = [count for count in doubled if count not in searched]
@@ -80,20 +85,35 @@ def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
     yield from _round(known, [known.search(count) for count in others if not known.answers[count].plans])
     yield from _mend(known)
     yield from _close_in(known, counts)
-    yield from _deepen(known, counts)
+    yield from _deepen(known, counts, searched if times == DEEP else [])
     return _sizing(known, too_slow)
+
+
+def _searched(request: Request, hardware: HardwareProfile, counts: Sequence[int]) -> list[int]:
+    """The counts to begin with: the first that meets the deadline at the USUAL rate, or some all over."""
+    if request.goal.seconds is None:
+        return sorted(counts[::-1][::EVERY])
+    least = _least(request, hardware, USUAL)
+    return [next((count for count in counts if count >= least), counts[-1])]
+
+
+def _least(request: Request, hardware: HardwareProfile, share: float) -> int:
+    """Nodes that arithmetic asks for at this part of the peak rate, and of the wall clock if it is given."""
+    goal = request.goal
+    assert goal.seconds is not None
+    share *= request.assumptions.utilisation or 1.0
+    return least_nodes(
+        request.model, hardware, request.seq_len, goal.tokens, goal.seconds, share, request.precision
+    )
 
 
 def _counts(request: Request, hardware: HardwareProfile) -> tuple[list[int], str]:
     """(the node counts worth asking about, why none can do): the largest alone, for what it misses by, where
     arithmetic says that none is enough."""
-    counts, goal = node_counts(request.max_nodes), request.goal
-    if goal.seconds is None:
+    counts = node_counts(request.max_nodes)
+    if request.goal.seconds is None:
         return counts, ""
-    share = request.assumptions.utilisation or 1.0
-    least = least_nodes(
-        request.model, hardware, request.seq_len, goal.tokens, goal.seconds, share, request.precision
-    )
+    least = _least(request, hardware, 1.0)
     if least > request.max_nodes:
         allowed = f"{request.max_nodes:,} allowed (--max-nodes)"
         return counts[-1:], f"not fast enough: {least:,} nodes at the peak rate of products, {allowed}"
@@ -153,12 +173,16 @@ def _inside(known: _KnownSteps, counts: Sequence[int], low: int, high: int) -> l
     return [count for count in counts if low < count < high and count not in known.points]
 
 
-def _deepen(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+def _deepen(
+    known: _KnownSteps, counts: Sequence[int], searched: Sequence[int]
+) -> Generator[list[Ask], list[Answer], None]:
     """A longer search of the leading families at the answer. A faster plan goes to the counts around it,
-    and the answer may then be another, so again."""
-    done: set[int] = set()
-    while (best := _best(known) or _almost(known)) and best.num_nodes not in done and len(done) < AGAIN:
-        done.add(best.num_nodes)
+    and the answer may then be another, so again. searched: counts that were searched as long."""
+    done = list(searched)
+    while (best := _best(known) or _almost(known)) and len(done) < AGAIN + len(searched):
+        if any(max(best.num_nodes / one, one / best.num_nodes) < BESIDE for one in done):
+            return
+        done.append(best.num_nodes)
         first, *others = known.answers[best.num_nodes].plans
         near = [one for one in others if one.step_time < 1.05 * first.step_time]
         families = tuple(one.strategy.name for one in (first, *near))
