@@ -355,13 +355,11 @@ class Stack(Spec, frozen=True, kw_only=True):
     def resolve(self, strategy: Strategy) -> Strategy:
         """The strategy with the stack's entries where it leaves them to the stack: dtypes of state, hidden
         communication, and what `selective` recomputation without modules means."""
-        found = replace(
-            strategy,
-            precision=self._precision(strategy.precision),
-            overlap=self._overlap(strategy),
-            activations=self._activations(strategy),
-        )
-        return strategy if found == strategy else found
+        precision, overlap = self._precision(strategy.precision), self._overlap(strategy)
+        activations = self._activations(strategy)
+        if (precision, overlap, activations) == (strategy.precision, strategy.overlap, strategy.activations):
+            return strategy
+        return replace(strategy, precision=precision, overlap=overlap, activations=activations)
 
     def _precision(self, precision: Precision) -> Precision:
         found = _filled(precision, self.dtypes, "stack")
