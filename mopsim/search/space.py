@@ -177,6 +177,9 @@ def _product(axes: Axes, repeats: int = 1, names: Iterable[str] = tuple(DEFAULTS
 
 
 def _relations(problem: Problem, family: str, columns: Columns) -> Iterator[Relation]:
+    refused = _all_refused(problem, family)
+    if refused:
+        yield refused, (), lambda c: np.zeros(len(c["tensor"]), dtype=bool)
     yield from _over_ranks(problem)
     yield from _over_values(problem, family)
     yield from _over_layers(problem)
@@ -288,6 +291,25 @@ def _over_values(problem: Problem, family: str) -> Iterator[Relation]:
                 [c[name] != one for name, one in zip(names, value, strict=True)]
             ),
         )
+
+
+def _all_refused(problem: Problem, family: str) -> str:
+    """Why the stack has nothing of a family: what it refuses in the same words whatever the value of an axis,
+    the others at their defaults; '' where there is no such rule."""
+    said: set[str] = set()
+    for key, values in axes_of(problem, family).items():
+        for value in values:
+            row = DEFAULTS | dict(zip(_names(key), each(value), strict=True))
+            try:
+                strategy = build(family, problem, row)
+            except SpecError:
+                continue
+            try:
+                problem.software(family).check_strategy(strategy)
+                return ""
+            except SpecError as error:
+                said.add(f"{error.field} {error.rule}")
+    return said.pop() if len(said) == 1 else ""
 
 
 Refused = tuple[tuple[str, ...], tuple[int, ...], str]

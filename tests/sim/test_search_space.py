@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+import mopsim
 from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.graph.tensors import total_params
@@ -258,3 +259,12 @@ def test_a_layout_that_cannot_be_is_refused_by_name() -> None:
     space, place = own_space(recipes()[0])
     with pytest.raises(SpecError, match="virtual_stages 20 is more than num_hidden_layers 61"):
         space.having(**space.row(place) | {"virtual_stages": 20}).build(0).check_model(space.problem.model)
+
+
+def test_a_family_that_a_stack_has_nothing_of_is_refused_at_once() -> None:
+    """The program shards gradients, whatever Megatron's other values are."""
+    found = mopsim.search("tiny", "h200-sxm-141g", global_batch=8, families="megatron", stack="torchtitan")
+    assert found.best is None
+    assert found.found.candidates == sum(found.found.rejected.values())
+    (reason,) = found.found.rejected
+    assert reason.startswith("strategy.dense.zero must be 2 or 3 under the stack torchtitan")
