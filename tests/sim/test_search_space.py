@@ -263,7 +263,9 @@ def test_a_layout_that_cannot_be_is_refused_by_name() -> None:
 
 def test_a_family_that_a_stack_has_nothing_of_is_refused_at_once() -> None:
     """The program shards gradients, whatever Megatron's other values are."""
-    found = mopsim.search("tiny", "h200-sxm-141g", global_batch=8, families="megatron", stack="torchtitan")
+    found = mopsim.search(
+        "tiny", "h200-sxm-141g", seq_len=512, global_batch=8, families="megatron", stack="torchtitan"
+    )
     assert found.best is None
     assert found.found.candidates == sum(found.found.rejected.values())
     (reason,) = found.found.rejected
