@@ -27,8 +27,9 @@ HOPE = 1.5
 """A limit missed by a larger factor is not looked into."""
 DEEP, AGAIN = 2, 2
 """Times as many simulations where the answer is; answers at most that are looked at so."""
-BESIDE = 1.3
-"""How far, as a factor, an answer may be from one that was looked at so."""
+BESIDE, NEARLY = 1.3, 1.15
+"""How far, as a factor, an answer may be from one that was looked at so, and other counts may be cheaper
+(racks and data centres are whole); how far a much smaller cluster may be from the limits to be looked at."""
 
 Rounds = Generator[list[Ask], list[Answer], Sizing]
 Mapper = Callable[[Sequence[Ask]], Iterable[Answer]]
@@ -176,19 +177,41 @@ def _inside(known: _KnownSteps, counts: Sequence[int], low: int, high: int) -> l
 def _deepen(
     known: _KnownSteps, counts: Sequence[int], searched: Sequence[int]
 ) -> Generator[list[Ask], list[Answer], None]:
-    """A longer search of the leading families at the answer. A faster plan goes to the counts around it,
-    and the answer may then be another, so again. searched: counts that were searched as long."""
+    """A longer search of the leading families at the answer, or at a much smaller cluster that all but does.
+    A faster plan goes to the counts around it, and the answer may then be another, so again. searched: counts
+    that were searched as long."""
     done = list(searched)
-    while (best := _best(known) or _almost(known)) and len(done) < AGAIN + len(searched):
-        if any(max(best.num_nodes / one, one / best.num_nodes) < BESIDE for one in done):
-            return
-        done.append(best.num_nodes)
-        first, *others = known.answers[best.num_nodes].plans
-        near = [one for one in others if one.step_time < 1.05 * first.step_time]
-        families = tuple(one.strategy.name for one in (first, *near))
-        yield from _round(known, [known.search(best.num_nodes, families, DEEP)])
-        yield from _round(known, _worse(known, best.num_nodes, counts))
-        yield from _close_in(known, counts)
+    while len(done) < AGAIN + len(searched):
+        best = _best(known) or _almost(known)
+        ahead = [one for one in (_smaller(known, best), best) if one and not _beside(one, done)]
+        if not ahead:
+            break
+        yield from _look(known, ahead[0].num_nodes, counts)
+        done.append(ahead[0].num_nodes)
+    best = _best(known)
+    above = [count for count in counts if best and best.num_nodes < count < BESIDE * best.num_nodes]
+    yield from _round(known, [known.carry(count) for count in above if count not in known.points])
+
+
+def _beside(point: Point, counts: Iterable[int]) -> bool:
+    return any(max(point.num_nodes / one, one / point.num_nodes) < BESIDE for one in counts)
+
+
+def _look(known: _KnownSteps, count: int, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
+    """A longer search at a count, and what it found at the counts around."""
+    first, *others = known.answers[count].plans
+    near = [one for one in others if one.step_time < 1.05 * first.step_time]
+    families = tuple(one.strategy.name for one in (first, *near))
+    yield from _round(known, [known.search(count, families, DEEP)])
+    yield from _round(known, _worse(known, count, counts))
+    yield from _close_in(known, counts)
+
+
+def _smaller(known: _KnownSteps, best: Point | None) -> Point | None:
+    """A much smaller cluster that all but does: a longer search may bring it within the limits."""
+    below = [one for count, one in known.points.items() if best and count * BESIDE <= best.num_nodes]
+    miss = nearest_miss(below, known.request.goal, known.request.confidence)
+    return miss.point if miss and miss.over < NEARLY else None
 
 
 def _almost(known: _KnownSteps) -> Point | None:
