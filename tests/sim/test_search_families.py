@@ -230,7 +230,7 @@ def test_a_sequence_is_traded_in_the_ways_that_the_program_has(
 def test_layer_inputs_stay_where_the_program_keeps_them() -> None:
     def inputs(stack: str) -> tuple[set[int], list[str]]:
         space = generate(
-            Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32", load_stack(stack)), "megatron"
+            Problem(TINY, CPU, 1, TRAINING, total_params(TINY), "float32", load_stack(stack)), "mop"
         )
         return set(space.columns["boundary_host"].tolist()), list(space.rejected)
 

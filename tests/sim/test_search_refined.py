@@ -92,8 +92,14 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("stack", ["mopexec-split", "megatron-bridge-graph", "deepspeed", "torchtitan"])
-@pytest.mark.parametrize("family", ["mop", "megatron"])
+PROGRAMS = [
+    (family, stack)
+    for family, last in (("mop", "torchtitan"), ("megatron", "simumax"))
+    for stack in ("mopexec-split", "megatron-bridge-graph", "deepspeed", last)
+]
+
+
+@pytest.mark.parametrize(("family", "stack"), PROGRAMS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: str, stack: str) -> None:
     model, machine = NETWORKS[network], load_profile("h200-sxm-141g")
