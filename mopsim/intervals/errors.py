@@ -19,6 +19,11 @@ LEVELS = (
 """What runs may have in common, each with a deviation of its own."""
 
 
+WHOLE = "device"
+"""A reading of the whole device: of what it holds beside the tensors too little is known for it to tell
+anything of them."""
+
+
 class Deviations(Spec, frozen=True, kw_only=True):
     """Standard deviations of ln(measured / predicted), by what the part of the error belongs to: all runs,
     a stack, a machine type, a precision, a network, a source, a network in a source, a kind of reading, that
@@ -46,8 +51,8 @@ class Deviations(Spec, frozen=True, kw_only=True):
 
 class ErrorCell(Spec, frozen=True, kw_only=True):
     """Runs alike in all levels. mean: of their ln(measured / predicted); squares: sum of the squared
-    departures from it. reading: how it was measured, where that is not the simulated quantity itself: a
-    device's whole memory holds blocks that an allocator keeps and gives back before it runs out."""
+    departures from it. reading: how it was measured, where that is not the simulated quantity itself; one of
+    the whole device (WHOLE) has only its readings in common with others."""
 
     source: str
     stack: str
@@ -62,6 +67,8 @@ class ErrorCell(Spec, frozen=True, kw_only=True):
     def level(self, name: str) -> str:
         """What equals that of another cell where the two have this level in common; empty where it has no
         part of this level."""
+        if self.reading == WHOLE and not name.endswith("reading"):
+            return ""
         if name == "common":
             return name
         part = getattr(self, name.removeprefix("source_"))

@@ -63,6 +63,10 @@ class _KnownSteps:
     def carry(self, count: int) -> Ask:
         return Ask(self.hardware, count, self.near(count))
 
+    def leading(self, count: int) -> tuple[str, ...]:
+        """The families of the fastest plans of the nearest counts."""
+        return tuple({one.strategy.name: None for one in self.near(count)})
+
     def near(self, count: int) -> tuple[SimResult, ...]:
         """The fastest plan of the nearest counts that have one, below and above."""
         ready = sorted(n for n, found in self.answers.items() if found.plans and n != count)
@@ -154,6 +158,10 @@ def _close_in(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask],
         if not between:
             return
         yield from _round(known, [known.carry(count) for count in between])
+        best = _best(known)
+        without = [count for count in between if not known.answers[count].plans]
+        smaller = [count for count in without if best is None or count < best.num_nodes]
+        yield from _round(known, [known.search(count, known.leading(count)) for count in smaller])
 
 
 def _edges(known: _KnownSteps) -> Iterator[tuple[int, int]]:
