@@ -125,6 +125,8 @@ def read_state(path: Path) -> RunState:
     state = io.load(path / _META, RunState, "checkpoint")
     if _name(state.step) != path.name:
         raise MopError(f"checkpoint {path}: {_META}: step: {state.step} is not that of the directory's name")
+    if state.format > 1 and not state.files:
+        raise MopError(f"checkpoint {path}: {_META}: files: none is named, and it has some")
     return state
 
 

@@ -7,8 +7,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from mopsim.common.errors import MopError
 
 _PR_SET_PDEATHSIG = 1
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -53,10 +56,13 @@ def pool(count: int) -> Iterator[ProcessPoolExecutor]:
                 for _ in range(count):
                     executor.submit(os.getpid)
             yield executor
-        except BaseException:
+        except BaseException as error:
             for process in set(multiprocessing.active_children()) - before:
                 process.kill()
             executor.shutdown(cancel_futures=True)  # its thread ends now, not beside the interpreter
+            if isinstance(error, BrokenProcessPool):
+                rule = "was ended by the system (out of memory on this machine?); fewer --jobs need less"
+                raise MopError(f"one of {count} worker processes {rule}") from error
             raise
 
 

@@ -32,5 +32,5 @@ def header(target: str, checked: str, plan: Plan, gaps: Sequence[SpecError]) -> 
     if prediction:
         promised = f"{prediction.step_time:.4g} s a step, {prediction.peak_memory / 1024**3:.1f} GiB a device"
         whole = ", and of the whole plan: what is not expressed changes it" if gaps else ""
-        lines.append(f"mopsim predicts {promised}: of its own runtime, not of this one{whole}")
+        lines.append(f"mopsim predicts {promised}: under the stack {plan.stack.name}{whole}")
     return lines + [f"NOT EXPRESSED: {gap}" for gap in gaps]

@@ -105,9 +105,8 @@ def _how_surely(results: Sequence[SimResult], labels: Sequence[str], level: floa
         return ""
     _, ratio = found
     low, high = ratio.interval(level)
-    return (
-        f" ({low:.2f}x to {high:.2f}x with {level:.0%}; the faster one with probability {ratio.p_faster:.2f})"
-    )
+    sure = format_probability(ratio.p_faster)
+    return f" ({low:.2f}x to {high:.2f}x with {level:.0%}; the faster one with probability {sure})"
 
 
 def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:

@@ -84,10 +84,10 @@ class Kernels(Spec, frozen=True, kw_only=True):
     copies in fp32 (`composed`), one kernel in place of the logits (`fused`), one on a copy of them in fp32
     (`upcast`), or torch's on a copy in fp32 of logits that every tensor-parallel rank gathers whole
     (`gathered`). logits_held: whoever calls a loss that works on a copy of the logits holds them until its
-    backward is done. logit_passes: bytes moved for each element of the logits beside the loss: casts of its
-    own, accuracy and perplexity of every microbatch. loss_chunks: the kernels of a chunked loss. ring_blocks:
-    merging the blocks of keys and values where context parallelism gathers them. fills: new tensors with a
-    known value are written first (torch's deterministic mode).
+    backward is done. logit_passes: bytes moved for each element of the logits beside what the loss
+    moves (casts of its own, accuracy and perplexity of every microbatch). loss_chunks: the kernels of a
+    chunked loss. ring_blocks: merging the blocks of keys and values where context parallelism gathers them.
+    fills: new tensors with a known value are written first (torch's deterministic mode).
     """
 
     norm: Literal["fused", "composed", "upcast"] = "fused"
@@ -180,8 +180,8 @@ class Recompute(Spec, frozen=True, kw_only=True):
     holds_output: what a layer's recomputation puts out and its gradient live until its backward is over (a
     reentrant torch.utils.checkpoint). selective: modules that `selective` without a list of them runs
     again. kept: kernels (categories.KEPT) that it keeps instead, running all others again (needs
-    dense.tensor_parallel 1, else `selective` counts). chunk_inputs: how the backward of chunked experts
-    has its inputs: sent again (`redispatch`), or kept by the layer's recompute (`nested`, arXiv
+    dense.tensor_parallel 1, else `selective` counts). chunk_inputs: whether what the backward of
+    chunked experts reads is sent again (`redispatch`) or kept by the layer's recompute (`nested`, arXiv
     2609.14306). inputs: those that are on the host come up one layer ahead, the last stays (`ahead`,
     Megatron-Core), or each when its backward asks for it (`asked`, autograd's hooks on saved tensors).
     gathers_again: rows that expert-tensor ranks gather in a recomputation are gathered once more for the

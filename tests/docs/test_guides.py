@@ -9,6 +9,7 @@ import typer
 
 import mopexec.cli
 import mopsim.cli
+from mopsim.validate.case import read_cases
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -78,3 +79,11 @@ def test_a_record_is_dated_listed_and_a_page_at_most(record: Path) -> None:
 def test_records_are_numbered_once() -> None:
     numbers = [int(record.name[:4]) for record in RECORDS]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_the_case_of_the_guide_is_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs/validate-your-runs.md").read_text(encoding="utf-8")
+    path = tmp_path / "our-runs.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1], encoding="utf-8")  # type: ignore[index]
+    (case,) = read_cases(path)
+    case.resolved()

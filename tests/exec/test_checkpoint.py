@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, never half; the older one survives a disk that is full."""
 
 import hashlib
+import json
 import pickle
 import resource
 import threading
@@ -248,6 +249,15 @@ def test_a_damaged_newest_that_is_done_leaves_the_older_to_go_on(tmp_path):
     assert checkpoint.load_newest(root, Holder())[:2] == (older, 1)
     with pytest.raises(MopError, match="--steps: 1 is not more than the 1 that checkpoint"):
         checkpoint.check_resumable(tmp_path, STATE, 1)
+
+
+def test_a_checkpoint_that_names_no_files_is_not_one(tmp_path):
+    path = checkpoint.save(tmp_path / "checkpoints", Holder(value=1.0), at(1), keep=2)
+    said = json.loads((path / "run.json").read_text())
+    assert said["format"] > 1
+    (path / "run.json").write_text(json.dumps(said | {"files": {}}))
+    with pytest.raises(MopError, match=r"run\.json: files: none is named"):
+        checkpoint.read_state(path)
 
 
 def test_a_newest_without_run_json_is_named_and_passed_over(tmp_path):

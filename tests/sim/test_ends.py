@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mopsim.common.errors import MopError
+from mopsim.common.processes import pool
 from tests.patience import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -139,3 +141,12 @@ def test_a_full_disk_says_nothing_of_a_cache_of_fonts(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert not [path for path in tmp_path.iterdir() if path.stat().st_size], "it could not be kept"
+
+
+def gone() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_the_system_ends_is_one_line() -> None:
+    with pytest.raises(MopError, match="one of 2 worker processes was ended by the system"), pool(2) as some:
+        some.submit(gone).result()
