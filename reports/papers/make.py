@@ -117,14 +117,14 @@ def _speed_tables(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _memory_table(rows: Sequence[Row]) -> Iterable[str]:
-    yield "\n| network | context | printed | peak | with weights and gradients kept | limit |"
-    yield "|---|---:|---|---:|---:|---:|"
+    yield "\n| source | network | context | printed | peak | with weights and gradients kept | limit |"
+    yield "|---|---|---:|---|---:|---:|---:|"
     for point, one in rows:
         if point.program != "fsdp2":
             continue
         peak, kept = one.peak_memory_bytes, resident_bytes(point) if point.model == "mop_1t" else 0
         yield (
-            f"| {point.model} | {point.seq_len // K}K | {_printed(point)} | "
+            f"| {point.source} | {point.model} | {point.seq_len // K}K | {_printed(point)} | "
             f"{peak / 2**30:.1f} GiB | {f'{(peak + kept) / 2**30:.1f} GiB' if kept else ''} | "
             f"{one.memory_limit_bytes / 2**30:.1f} GiB |"
         )
@@ -142,16 +142,23 @@ def _attention_table() -> Iterable[str]:
         yield f"| {source} | {model} | {told} |"
 
 
+def _ratios(rows: Sequence[Row]) -> list[float]:
+    """Simulated over printed, of points with a printed rate."""
+    return [one.tokens_per_s_per_device / point.tokens_per_s for point, one in rows if point.tokens_per_s]
+
+
 def page(rows: Sequence[Row]) -> str:
     """index.md."""
     first = [row for row in rows if _of_curve(row) == _of_curve(rows[0])]
     worst = max(abs(error) for error in shape_errors(first))
     shares = [model_flops(point) / peak_flops() for point in POINTS if point.program == "mop"]
-    ratios = [one.tokens_per_s_per_device / (point.tokens_per_s or 1) for point, one in first]
+    ratios = _ratios(first)
+    later = [row for row in rows if row[0].source != rows[0][0].source and row[0].program == "mop"]
     template = (Path(__file__).parent / "page.md").read_text(encoding="utf-8")
     return template.format(
         ratio=f"{statistics.geometric_mean(ratios):.1f}x",
         ratios=f"{min(ratios):.1f} to {max(ratios):.1f}",
+        later=f"{min(_ratios(later)):.1f} to {max(_ratios(later)):.1f}",
         shares=f"{min(shares):.0%} to {max(shares):.0%}",
         worst=f"{worst:.0%}",
         speed="\n".join(_speed_tables(rows)),
