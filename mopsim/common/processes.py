@@ -61,8 +61,8 @@ def pool(count: int) -> Iterator[ProcessPoolExecutor]:
                 process.kill()
             executor.shutdown(cancel_futures=True)  # its thread ends now, not beside the interpreter
             if isinstance(error, BrokenProcessPool):
-                rule = "was ended by the system (out of memory on this machine?); fewer --jobs need less"
-                raise MopError(f"one of {count} worker processes {rule}") from error
+                why = "was ended by the system (out of memory on this machine?)"
+                raise MopError(f"one of {count} worker processes {why}") from error
             raise
 
 

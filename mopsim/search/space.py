@@ -296,7 +296,14 @@ def _over_values(problem: Problem, family: str) -> Iterator[Relation]:
 def _all_refused(problem: Problem, family: str) -> str:
     """Why the stack has nothing of a family: what it refuses in the same words whatever the value of an axis,
     the others at their defaults; '' where there is no such rule."""
-    said: set[str] = set()
+    key = ("all refused", family)
+    if key not in problem.known:
+        problem.known[key] = _refused_alike(problem, family)
+    return problem.known[key]  # type: ignore[no-any-return]
+
+
+def _refused_alike(problem: Problem, family: str) -> str:
+    stack, said = problem.software(family), set()
     for key, values in axes_of(problem, family).items():
         for value in values:
             row = DEFAULTS | dict(zip(_names(key), each(value), strict=True))
@@ -305,7 +312,7 @@ def _all_refused(problem: Problem, family: str) -> str:
             except SpecError:
                 continue
             try:
-                problem.software(family).check_strategy(strategy)
+                stack.check_strategy(strategy)
                 return ""
             except SpecError as error:
                 said.add(f"{error.field} {error.rule}")

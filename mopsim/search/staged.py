@@ -52,8 +52,7 @@ def candidates(
     problem: Problem, family: str, change: Change | None = None, most: int = Options.rows
 ) -> tuple[Space, Rest]:
     """(Legal candidates of a family, what was not multiplied out): all and none, where they are not more than
-    `most`.
-    What cannot fit whatever the minor axes are is in `rejected`, and counted once there."""
+    `most`. What cannot fit whatever the minor axes are is in `rejected`, and counted once there."""
     axes = axes_of(problem, family)
     axes = change(problem, axes) if change else axes
     first = trunk(problem, family, axes)

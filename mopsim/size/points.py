@@ -26,7 +26,7 @@ cost it may be for it to be named beside that."""
 class Request:
     """What is to be trained, and how the answer is looked for. batch_tokens: wanted tokens per step.
 
-    simulations: of each family, where a node count is searched; four times as many where the answer is.
+    simulations: of each family, where a node count is searched; twice as many where the answer is.
     runnable: only what mopexec runs. confidence: probability of meeting the deadline that will do.
     interval: that of the intervals of days and cost.
     max_cost: dollars of outlay within which the fastest is wanted too.

@@ -183,16 +183,21 @@ def test_names_of_lengths() -> None:
     assert [format_count(n) for n in (131072, 1 << 20, 1000)] == ["128K", "1M", "1,000"]
 
 
+def code_of(command: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    """With which a command ends."""
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
 def test_the_command_writes_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "report"
     command = (
         "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 2 --jobs 1 "
         f"--contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
     )
-    monkeypatch.setattr("sys.argv", command.split())
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code in (0, None)
+    assert code_of(command, monkeypatch) in (0, None)
     made = json.loads((out / "context.json").read_text())
     assert made == json.loads((tmp_path / "x.json").read_text())
     curves = made["cases"][0]["curves"]
@@ -207,10 +212,7 @@ def test_a_sweep_where_nothing_fits_ends_with_3(tmp_path: Path, monkeypatch: pyt
         "mopsim context --model deepseek_v3 --nodes 1 --seq-len 128K --budget 1 --jobs 1 "
         f"--contender fsdp2_device --out {tmp_path / 'report'}"
     )
-    monkeypatch.setattr("sys.argv", command.split())
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 3
+    assert code_of(command, monkeypatch) == 3
     curves = json.loads((tmp_path / "report" / "context.json").read_text())["cases"][0]["curves"]
     assert {one["longest"] for one in curves.values()} == {None}
 
