@@ -4,7 +4,6 @@ Both correct closed-form estimates (`mopsim.search.bound`, `mopsim.search.guess`
 bounds and simulations reject a candidate.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -81,11 +80,9 @@ class Memory:
 
 @dataclass
 class Rise:
-    """How many times its closed form something is: by median of a kind; of one not seen, what those seen
-    `usually` are."""
+    """How many times its closed form a refined memory or time is: by median of a kind, else of all."""
 
     kinds: Column
-    usually: Callable[[list[float]], float] = median
     seen: dict[int, list[float]] = field(default_factory=dict)
 
     def learn(self, position: int, times: float) -> None:
@@ -96,7 +93,7 @@ class Rise:
         """Of every candidate."""
         if not self.seen:
             return np.ones(len(self.kinds))
-        usual = self.usually([times for seen in self.seen.values() for times in seen])
+        usual = median(times for seen in self.seen.values() for times in seen)
         found = np.full(int(self.kinds.max()) + 1, usual)
         for kind, seen in self.seen.items():
             found[kind] = median(seen)
