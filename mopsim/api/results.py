@@ -238,6 +238,7 @@ class Ranking(Result):
     bounded: int
     simulated: int
     rejected: dict[str, int]
+    left_out: list[str]
     seconds: float
     proven: bool
     gap: float | None

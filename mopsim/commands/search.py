@@ -69,6 +69,8 @@ def run(
         f"{said}\n{found.candidates:,} candidates, {found.bounded:,} bounded ({rate:,.0f}/s), "
         f"{found.simulated} simulated, {found.seconds:.1f} s"
     )
+    for line in found.left_out:
+        console.print(line, style="dim")
     for reason, count in found.rejected.most_common():
         console.print(f"  {count:>9,}  {reason}", style="dim")
     if json:

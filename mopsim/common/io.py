@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
@@ -41,6 +42,15 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 raise
 
         cls.__post_init__ = hold  # type: ignore[attr-defined]
+
+
+def leaves(spec: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, type) of the fields that hold no struct."""
+    for name, kind in get_type_hints(spec).items():
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            yield from leaves(kind, f"{prefix}{name}.")
+        elif not name.startswith("__"):
+            yield f"{prefix}{name}", kind
 
 
 def read_text(path: Path, field: str = "") -> str:

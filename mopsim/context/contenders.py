@@ -11,7 +11,8 @@ from typing import Literal
 
 from mopsim.common.io import Spec, convert
 from mopsim.common.shipped import shipped
-from mopsim.search.axes import axes_of, exchanges
+from mopsim.search.axes import exchanges
+from mopsim.search.had import axes_of, each, names
 from mopsim.search.problem import CHUNKED, DEVICE, FULL, HOST, ULYSSES, Axes, Problem, divisors
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
@@ -106,15 +107,11 @@ Value = int | tuple[int, ...]
 
 def _splitting(axes: Axes) -> tuple[Key, Sequence[Value]]:
     """The axis that says how many ranks share a sequence."""
-    return next((key, values) for key, values in axes.items() if "sequence" in _names(key))
-
-
-def _names(key: Key) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key
+    return next((key, values) for key, values in axes.items() if "sequence" in names(key))
 
 
 def _row(key: Key, value: Value) -> dict[str, int]:
-    return dict(zip(_names(key), value if isinstance(value, tuple) else (value,), strict=True))
+    return dict(zip(names(key), each(value), strict=True))
 
 
 def _split(key: Key, value: Value) -> int:

@@ -23,10 +23,13 @@ def target_of(to: str) -> Target:
 def export(plan: Plan, to: str, *, lossy: bool = False) -> tuple[str, list[SpecError]]:
     """(text of the configuration, what it leaves out) of `plan` for the target `to`.
 
-    Raises MopError for an unknown target and, unless `lossy`, for a plan that the target cannot express:
-    one line that names the first field, and how many more there are.
+    Raises MopError for an unknown target, for a plan that its own stack does not have (what the simulator
+    refuses) and, unless `lossy`, for one that the target cannot express: one line that names the first field,
+    and how many more there are.
     """
     target = target_of(to)
+    for refused in refusals(plan, by="simulator"):
+        raise refused
     gaps = list(refusals(plan, by=target.name))
     if gaps and not lossy:
         more = f" (and {len(gaps) - 1} more: {', '.join(gap.field for gap in gaps[1:])})" if gaps[1:] else ""

@@ -62,23 +62,13 @@ class Axis:
         return self.columns if len(self.columns) > 1 else self.columns[0]
 
 
-def axes_of(problem: Problem, family: str) -> Axes:
-    """The axes of a family and their values, the last one fastest."""
+def every_axis(problem: Problem, family: str) -> Axes:
+    """The axes of a family and their values, whether its program has them or not, the last one fastest."""
     found: Axes = {}
     for axis in AXES:
         if family in axis.families and len(values := axis.values(problem)):
             found[axis.key] = values
     return found
-
-
-def offered(problem: Problem, family: str, column: str) -> set[int]:
-    """Values of a column in a family's space: of its axis, or the default where none sets it."""
-    for key, values in axes_of(problem, family).items():
-        columns = key if isinstance(key, tuple) else (key,)
-        if column in columns:
-            place = columns.index(column)
-            return {value[place] if isinstance(value, tuple) else value for value in values}
-    return {DEFAULTS[column]}
 
 
 def _micro_batches(problem: Problem) -> list[int]:
@@ -91,7 +81,10 @@ def _micro_batches(problem: Problem) -> list[int]:
 
 def exchanges(problem: Problem, family: str) -> list[int]:
     """How the family's program can trade a sequence; none where it has no context parallelism."""
-    return [code for code, way in enumerate(EXCHANGES) if way in problem.software(family).context_exchanges]
+    had = problem.software(family).has
+    ways = had.get("attention.cp_comm_type", EXCHANGES)
+    spread = had.get("attention.context_parallel") != (1,)
+    return [code for code, way in enumerate(EXCHANGES) if spread and way in ways]
 
 
 def _sequences(problem: Problem) -> list[int]:
@@ -99,24 +92,15 @@ def _sequences(problem: Problem) -> list[int]:
     return [d for d in divisors(problem.world_size) if heads % d == 0 and length % d == 0]
 
 
-def _by_ulysses(problem: Problem) -> list[int]:
-    return _sequences(problem) if ULYSSES in exchanges(problem, "mop") else [1]
-
-
 def _exchanged(problem: Problem) -> list[tuple[int, ...]]:
     """(degree, exchange): what is alone on its sequence exchanges nothing."""
-    ways = exchanges(problem, "fsdp2")
+    ways = range(len(EXCHANGES))
     return [(d, way) for d in _sequences(problem) for way in (ways if d > 1 else (ULYSSES,))]
 
 
 def _contexts(problem: Problem) -> list[int]:
-    length, most = problem.training.seq_len, MOST_CONTEXT if exchanges(problem, "megatron") else 1
-    return [d for d in divisors(problem.world_size) if length % d == 0 and d <= most]
-
-
-def _ways(problem: Problem) -> list[int]:
-    """A ring before the others."""
-    return sorted(exchanges(problem, "megatron"), key=(RINGS, ALL_GATHER, ULYSSES).index)
+    length = problem.training.seq_len
+    return [d for d in divisors(problem.world_size) if length % d == 0 and d <= MOST_CONTEXT]
 
 
 def _expert_degrees(problem: Problem) -> list[int]:
@@ -253,7 +237,7 @@ AXES: tuple[Axis, ...] = (
     Axis(("micro_batch",), _micro_batches, ALL),
     Axis(("tensor",), _tensor, MEGATRON),
     Axis(("pipeline",), _pipelines, MEGATRON),
-    Axis(("sequence",), _by_ulysses, FLAT),
+    Axis(("sequence",), _sequences, FLAT),
     Axis(("sequence", "exchange"), _exchanged, FSDP2),
     Axis(("sequence",), _contexts, MEGATRON),
     Axis(("experts", "expert_shard"), _expert_pairs, FLAT),
@@ -279,7 +263,7 @@ AXES: tuple[Axis, ...] = (
     Axis(("modules",), _modules, MEGATRON, ((0,),), (LEANEST,), traded=True),
     Axis(("dispatcher",), dispatchers, MEGATRON, ((1,),), (1,)),
     Axis(("overlap",), _overlaps, MEGATRON, ((1,),), (0,)),
-    Axis(("exchange",), _ways, MEGATRON, ((RINGS,),), (RINGS,)),
+    Axis(("exchange",), _just(RINGS, ALL_GATHER, ULYSSES), MEGATRON, ((RINGS,),), (RINGS,)),
     Axis(("state", "state_parts"), _host_states, MEGATRON, ((DEVICE, PARTS),), (HOST, PARTS), traded=True),
     Axis(("strided",), _placements, MOP, ((0,), (1,)), (0,)),
     Axis(("ffn_slices",), _ffn_slices, MOP, ((1,),), (8,)),

@@ -15,6 +15,7 @@ from mopsim.common.processes import pool
 from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounds, bound
+from mopsim.search.had import left_out
 from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting, keep_closest, rank, run_row
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
@@ -135,6 +136,7 @@ def _add(result: SearchResult, found: SearchResult) -> None:
     result.simulated += found.simulated
     result.bound_seconds += found.bound_seconds
     result.rejected.update(found.rejected)
+    result.left_out += [line for line in found.left_out if line not in result.left_out]
     result.played += found.played
     keep_closest(found.closest, result)
 
@@ -196,6 +198,7 @@ def _hunt(problem: Problem, family: str, options: Options, result: SearchResult)
     every = len(space) + len(rest.time)
     result.candidates += every + space.rejected.total()
     result.rejected.update(space.rejected)
+    result.left_out += left_out(problem, family)
     if not len(space):
         return None
     if problem.precision in CAST and family not in IN_8_BITS:

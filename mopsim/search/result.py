@@ -32,6 +32,8 @@ class SearchResult:
     SURE, left out of `top` unless nothing else fits.
     best_by_family: the best of each family that was asked for, None where nothing of it fits.
 
+    left_out: lines that name the values that no candidate has, as the program lacks them.
+
     free: for each of `top`, by what plans of its family that are as fast differ from it. played: all results.
 
     candidates: every combination of values; each is in `top` or counted once in `rejected`. bounded: those of
@@ -47,6 +49,7 @@ class SearchResult:
     bounded: int = 0
     simulated: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    left_out: list[str] = field(default_factory=list)
     seconds: float = 0.0
     bound_seconds: float = 0.0
     gap: float | None = 0.0
@@ -83,6 +86,7 @@ class SearchResult:
             "bounded": self.bounded,
             "simulated": self.simulated,
             "rejected": dict(self.rejected.most_common()),
+            "left_out": self.left_out,
             "seconds": self.seconds,
             "bound_seconds": self.bound_seconds,
             "proven": self.proven,

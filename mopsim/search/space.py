@@ -2,7 +2,6 @@
 built before it is needed."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,15 +10,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mopsim.common.errors import SpecError
 from mopsim.cost.slowest import waiting
 from mopsim.cost.stack import as_used
-from mopsim.search.axes import MINOR, axes_of
+from mopsim.search.axes import MINOR
 from mopsim.search.build import build
+from mopsim.search.had import axes_of, had, names
 from mopsim.search.problem import DEFAULTS, ULYSSES, Axes, Column, Problem, Values, tokens
-from mopsim.search.result import NOT_RUN
 from mopsim.search.stages import EVEN, IDEAL, layers_of
-from mopsim.spec.capability import Job, field_refusals, refusals
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.layout import MOST_MICROBATCHES
 from mopsim.spec.stack import Stack
@@ -30,8 +27,6 @@ IN_8_BITS = ("fsdp2", "megatron")
 
 NO_CHOICE = ""
 """The reason against values of an axis that mean nothing in a row: no candidates, and not counted."""
-ASKED = {"state": r"strategy\.optimizer\..*|.*_tier", "boundary_host": r"strategy\.activations\.layer_inputs"}
-"""Column of which the simulator refuses some values, whatever the others are -> the fields that it sets."""
 Columns = dict[str, Column]
 Relation = tuple[str, tuple[str, ...], Callable[[Columns], NDArray[np.bool_]]]
 """What a row breaks; the columns that it is about beside those of the ranks; whether rows keep it."""
@@ -110,7 +105,7 @@ def expanded(space: Space, axes: Axes) -> Space:
     for key, values in list(later.items()):
         del later[key]
         columns = _times(columns, key, values)
-        columns = _legal(space.problem, space.family, columns, rejected, set(_names(key)), _named(later))
+        columns = _legal(space.problem, space.family, columns, rejected, set(names(key)), _named(later))
     return Space(space.family, space.problem, columns, rejected)
 
 
@@ -120,7 +115,7 @@ def minor_of(axes: Axes) -> Axes:
 
 
 def _named(axes: Axes) -> set[str]:
-    return {name for key in axes for name in _names(key)}
+    return {name for key in axes for name in names(key)}
 
 
 def _legal(
@@ -145,11 +140,7 @@ def _times(columns: Columns, key: str | tuple[str, ...], values: Values) -> Colu
     """Every row with every value of one more axis, which varies fastest."""
     count = len(columns["micro_batch"])
     columns = _taken(columns, np.repeat(np.arange(count), len(values)))
-    return columns | _product({key: values}, count, _names(key))
-
-
-def _names(key: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key
+    return columns | _product({key: values}, count, names(key))
 
 
 def _taken(columns: Columns, rows: Column) -> Columns:
@@ -159,16 +150,16 @@ def _taken(columns: Columns, rows: Column) -> Columns:
     }
 
 
-def _product(axes: Axes, repeats: int = 1, names: Iterable[str] = tuple(DEFAULTS)) -> Columns:
+def _product(axes: Axes, repeats: int = 1, every: Iterable[str] = tuple(DEFAULTS)) -> Columns:
     """Columns of the Cartesian product, the last axis fastest, so many times over. A key that is a tuple of
     names takes tuples of values that go together. A column of one value takes no memory (a stride of 0)."""
     inner = math.prod(len(values) for values in axes.values())
     size = repeats * inner
-    columns: Columns = {name: np.broadcast_to(np.int64(DEFAULTS[name]), size) for name in names}
+    columns: Columns = {name: np.broadcast_to(np.int64(DEFAULTS[name]), size) for name in every}
     for key, values in axes.items():
         table = np.array(values, dtype=np.int64).reshape(len(values), -1)
         outer, inner = size // inner, inner // len(values)
-        for position, name in enumerate(_names(key)):
+        for position, name in enumerate(names(key)):
             if len(values) == 1:
                 columns[name] = np.broadcast_to(table[0, position], size)
             else:
@@ -177,11 +168,11 @@ def _product(axes: Axes, repeats: int = 1, names: Iterable[str] = tuple(DEFAULTS
 
 
 def _relations(problem: Problem, family: str, columns: Columns) -> Iterator[Relation]:
-    refused = _all_refused(problem, family)
+    refused = had(problem, family).refused
     if refused:
         yield refused, (), lambda c: np.zeros(len(c["tensor"]), dtype=bool)
     yield from _over_ranks(problem)
-    yield from _over_values(problem, family)
+    yield from _beside(problem, family)
     yield from _over_layers(problem)
     yield (
         "more chunks than tokens",
@@ -280,91 +271,17 @@ def _over_ranks(problem: Problem) -> Iterable[Relation]:
     )
 
 
-def _over_values(problem: Problem, family: str) -> Iterator[Relation]:
+def _beside(problem: Problem, family: str) -> Iterator[Relation]:
     """What the family's program cannot have, and what mopexec does not run where that is asked for, whatever
     the other columns are, as the capability table says it."""
-    for names, value, reason in _values_refused(problem, family):
+    for about, value, reason in had(problem, family).beside:
         yield (
             reason,
-            names,
-            lambda c, names=names, value=value: np.logical_or.reduce(  # type: ignore[misc]
-                [c[name] != one for name, one in zip(names, value, strict=True)]
+            about,
+            lambda c, about=about, value=value: np.logical_or.reduce(  # type: ignore[misc]
+                [c[name] != one for name, one in zip(about, value, strict=True)]
             ),
         )
-
-
-def _all_refused(problem: Problem, family: str) -> str:
-    """Why the stack has nothing of a family: what it refuses in the same words whatever the value of an axis,
-    the others at their defaults; '' where there is no such rule."""
-    key = ("all refused", family)
-    if key not in problem.known:
-        problem.known[key] = _refused_alike(problem, family)
-    return problem.known[key]  # type: ignore[no-any-return]
-
-
-def _refused_alike(problem: Problem, family: str) -> str:
-    stack, said = problem.software(family), set()
-    for key, values in axes_of(problem, family).items():
-        for value in values:
-            row = DEFAULTS | dict(zip(_names(key), each(value), strict=True))
-            try:
-                strategy = build(family, problem, row)
-            except SpecError:
-                continue
-            try:
-                stack.check_strategy(strategy)
-                return ""
-            except SpecError as error:
-                said.add(f"{error.field} {error.rule}")
-    return said.pop() if len(said) == 1 else ""
-
-
-Refused = tuple[tuple[str, ...], tuple[int, ...], str]
-"""Columns, their values, rule."""
-
-
-def _values_refused(problem: Problem, family: str) -> list[Refused]:
-    """Each value of an axis that is refused."""
-    key = ("values refused", family)
-    if key not in problem.known:
-        axes = axes_of(problem, family)
-        every = [(_names(key), each(value)) for key, values in axes.items() for value in values]
-        experts = max(value[names.index("experts")] for names, value in every if "experts" in names)
-        beside: tuple[dict[str, int], ...] = ({}, {"experts": experts, "recompute": 0})
-        found = [(names, value, _refused(problem, family, names, value, beside)) for names, value in every]
-        problem.known[key] = [one for one in found if one[-1]]
-    return problem.known[key]  # type: ignore[no-any-return]
-
-
-def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The value of each column of an axis."""
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _refused(
-    problem: Problem,
-    family: str,
-    names: tuple[str, ...],
-    value: tuple[int, ...],
-    beside: Iterable[dict[str, int]],
-) -> str:
-    """Why a value of an axis is refused; '' where it is not. beside: other columns, under some of which it
-    says something."""
-    stack, asked = problem.software(family), [about for name, about in ASKED.items() if name in names]
-    for others in beside:
-        row = DEFAULTS | others | dict(zip(names, value, strict=True))
-        try:
-            job = Job(problem.model, build(family, problem, row), problem.training, stack)
-        except SpecError:
-            continue
-        for error in refusals(job, by="simulator") if asked else ():
-            if any(re.fullmatch(about, error.field) for about in asked):
-                return f"{error.field} {error.rule}"
-        runtime = job.software.runtime
-        if problem.runnable and runtime:
-            for error in field_refusals(job, by=runtime):
-                return f"{NOT_RUN}: {error}"
-    return ""
 
 
 def _over_layers(problem: Problem) -> Iterable[Relation]:

@@ -9,16 +9,17 @@ from typing import cast
 
 import numpy as np
 
-from mopsim.search.axes import MINOR, Axis, axes_of
+from mopsim.search.axes import MINOR, Axis
 from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
+from mopsim.search.had import axes_of, each
 from mopsim.search.options import Options
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
 from mopsim.search.refined import Parts, Refined, alike
 from mopsim.search.seeds import Mask, textbook
-from mopsim.search.space import Space, each, expanded, minor_of, trunk
+from mopsim.search.space import Space, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
 
 SAMPLE, BATCH = 500, 100

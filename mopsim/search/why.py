@@ -9,7 +9,7 @@ from mopsim.common.io import convert, to_plain
 from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
-from mopsim.search.axes import offered
+from mopsim.search.had import offered
 from mopsim.search.problem import DEVICE, Problem
 from mopsim.search.result import TIE, SearchResult
 from mopsim.spec.capability import runnable

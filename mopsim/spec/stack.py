@@ -7,7 +7,7 @@ Every entry is data with a source (`sources`: dotted field -> where it is writte
 stack that nobody wrote is guessed by `generic-eager` or `generic-fused`, which are no bounds.
 """
 
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -15,10 +15,9 @@ from msgspec.structs import replace
 from mopsim.common.errors import require, require_name
 from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
+from mopsim.spec.has import require_had
 from mopsim.spec.quantity import require_between
-from mopsim.spec.sharding import MOST_BYTES
-from mopsim.spec.sharding import Sharding as Sharding
-from mopsim.spec.strategy import Activations, Exchange, Overlap, Precision, Strategy, Tier
+from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
 
 T = TypeVar("T", bound=Spec)
 _STATE = ("param", "reduce", "grad", "moments")
@@ -29,12 +28,10 @@ AttentionKernel = Literal["profile", "cpu", "flash2", "flash3", "flash4", "cudnn
 query heads of a KV head one after another. scores: kept in memory, no flash kernel.
 """
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
+MOST_BYTES = 1000
+"""Moved for one element beside what is counted."""
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
-
-
-def _require_once(field: str, given: tuple[Any, ...], kind: str) -> None:
-    require(len(set(given)) == len(given), field, list(given), f"has {kind} twice")
 
 
 def _require_known(field: str, words: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -122,24 +119,37 @@ class Kernels(Spec, frozen=True, kw_only=True):
         require_between(self, 0, MOST_BYTES, "logit_passes")
 
 
-class Offload(Spec, frozen=True, kw_only=True):
-    """What the program can keep on the host.
+class Sharding(Spec, frozen=True, kw_only=True):
+    """How state is sharded and gathered.
 
-    update_on: sides that can update optimizer state which is there: `device` streams it through in buckets,
-    `host` runs AdamW itself; empty: all state stays on the device. shards: parameters and gradients may lie
-    there between their uses. activations: what of them may wait there for the backward: inputs of layers
-    (activations.layer_inputs of a strategy), or all that a layer keeps (cpu_offload_layers).
+    fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
+    step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
+    (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
+    spread over ranks are plain tensors, whole on every replica. flat: a group's parameters are views of one
+    tensor, whose gradient autograd puts together and which is cast and divided before it is reduced (torch's
+    FullyShardedDataParallel). sums: under ZeRO-1 gradients are scattered to the ranks that update them
+    (`scattered`), or all ranks sum them whole (`whole`). owners: under ZeRO-1 each tensor's optimizer state
+    is with one rank, whole, and owners broadcast what they have updated one after the other. grad_passes:
+    bytes moved for each gradient of a rank once the last backward has made it, where they are reduced: into
+    the buffers of reductions and back, scaled, counted into a norm while they are whole. agreements: at the
+    end of a step ranks sum the loss and each router's load, one exchange each. groups: parameters that are
+    gathered and reduced together are a layer's, and those of the root, which is gathered once a microbatch
+    (`layers`); or embedding, head with the final norm, and a layer's routed experts are groups of their own
+    too (`modules`).
     """
 
-    update_on: tuple[Tier, ...] = ("device", "host")
-    shards: bool = True
-    activations: tuple[Literal["layer_inputs", "layers"], ...] = ("layer_inputs", "layers")
+    fsdp: bool = False
+    copies: bool = False
+    flat: bool = False
+    sums: Literal["scattered", "whole"] = "scattered"
+    owners: bool = False
+    grad_passes: float = 0.0
+    experts: bool = True
+    agreements: bool = False
+    groups: Literal["layers", "modules"] = "layers"
 
     def __post_init__(self) -> None:
-        _require_once("update_on", self.update_on, "a side")
-        _require_once("activations", self.activations, "a part")
-        rule = "needs a side in update_on: where state stays on the device, parameters and gradients do"
-        require(bool(self.update_on) or not self.shards, "shards", self.shards, rule)
+        require_between(self, 0, MOST_BYTES, "grad_passes")
 
 
 class Recompute(Spec, frozen=True, kw_only=True):
@@ -232,15 +242,14 @@ class Stack(Spec, frozen=True, kw_only=True):
     name: one line of text. version: of the program. extends: the stack whose entries it has where it names
     none. runtime: the runtime of mopexec that runs it, empty where none does; never inherited. explicit: the
     program is a schedule of forward and backward pairs without an autograd graph (mopexec's flat_units).
-    context_exchanges: how its context-parallel ranks can trade a sequence; empty: it has no context
-    parallelism. stage_outputs: what a pipeline stage makes is freed once it is sent, the last one's logits
-    with their backward (`freed`); or lies in buffers of the schedule until its own backward is over, whole,
-    and logits until the next ones' is (`held`), or a part on each tensor-parallel rank (`parts`).
+    has: what it can do of what a strategy asks, a field -> its values (`vocabulary.loss: [full]`); a field
+    that is not there may have any. A key `field where condition` speaks only of what the condition
+    (conditions.yaml of the capability table) holds for.
     kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
     a file: the entries that are others).
-    sharding: how state is sharded and gathered. offload: what it can keep on the host. recompute:
-    habits of recomputation. host: what its Python costs. dtypes: of state, where a strategy does not say.
-    hides: communication that is hidden by default. reading: what its memory reading means.
+    sharding: how state is sharded and gathered. recompute: habits of recomputation. host: what its Python
+    costs. dtypes: of state, where a strategy does not say. hides: communication that is hidden by default.
+    reading: what its memory reading means.
     communication_share: part of the SMs that the experts' exchanges take from what runs beside them, by
     architecture, where it is not the profile's. sources: by dotted field, where an entry is written and of
     which version.
@@ -251,12 +260,10 @@ class Stack(Spec, frozen=True, kw_only=True):
     extends: str = ""
     runtime: Runtime | Literal[""] = ""
     explicit: bool = False
-    context_exchanges: tuple[Exchange, ...] = get_args(Exchange)
-    stage_outputs: Literal["freed", "held", "parts"] = "freed"
+    has: dict[str, tuple[Any, ...]] = msgspec.field(default_factory=dict)
     kernels: Kernels = Kernels()
     cpu: Kernels | None = None
     sharding: Sharding = Sharding()
-    offload: Offload = Offload()
     recompute: Recompute = Recompute()
     host: HostCosts = HostCosts()
     dtypes: StateDTypes = StateDTypes()
@@ -267,10 +274,8 @@ class Stack(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_name(self.name)
-        _require_once("context_exchanges", self.context_exchanges, "an exchange")
-        grads = self.sharding.microbatch_grads
-        rule = "must be 'added' with explicit, whose schedule has gradients of its own"
-        require(not self.explicit or grads == "added", "sharding.microbatch_grads", grads, rule)
+        for key, values in self.has.items():
+            require_had(key, values)
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 

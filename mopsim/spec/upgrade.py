@@ -167,7 +167,7 @@ def _stack(old: _Old) -> Stack:
         sources={"kernels": "the fields of a strategy of mop 0.1.0"},
     )
     shipped = load_stack("mopexec-flat")  # an old strategy says nothing of what the program can
-    same = replace(found, offload=shipped.offload, context_exchanges=shipped.context_exchanges)
+    same = replace(found, has=shipped.has)
     return shipped if shipped.on_kind("cpu").behaviour == same.behaviour else found
 
 

@@ -163,7 +163,7 @@ def _exchange(row: Row, family: FamilyHabits, stack: Stack) -> Exchange:
     if row.get("cp_exchange"):
         named: dict[str, Exchange] = {one: one for one in get_args(Exchange)}
         return _lookup(named, row, "cp_exchange")
-    usual, had = family.context_exchange, stack.context_exchanges
+    usual, had = family.context_exchange, stack.has.get("attention.cp_comm_type", ())
     return usual if usual in had or not had else had[0]
 
 

@@ -12,13 +12,14 @@ from mopsim.engine import simulate
 from mopsim.graph.tensors import total_params
 from mopsim.program import lower
 from mopsim.program.workload import Workload
+from mopsim.search.had import had
 from mopsim.search.problem import DEVICE, HOST, Problem
 from mopsim.search.space import generate
 from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.stack import Kernels, Sharding, Stack, StateDTypes
+from mopsim.spec.stack import Kernels, Stack
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Exchange, Overlap
 from mopsim.strategies import fsdp2, megatron, mop
@@ -79,6 +80,11 @@ STREAMS = ("megatron-core", "megatron-bridge", "simumax", "deepspeed", "megatron
 """Stacks of programs that update state on the host by the host alone."""
 
 
+def ring(stack: Stack) -> Stack:
+    """The stack with a loss for MoP."""
+    return structs.replace(stack, has={**stack.has, "vocabulary.loss": ("ring",)})
+
+
 @pytest.mark.parametrize("stack", [*STREAMS, "megatron-lm-2022"])
 def test_state_on_the_host_is_updated_as_the_program_can(stack: str) -> None:
     """Refused by name, with the value that works, which is then played; and out of the space of a search."""
@@ -86,16 +92,20 @@ def test_state_on_the_host_is_updated_as_the_program_can(stack: str) -> None:
     works = "host" if stack in STREAMS else "device"
     field = "update_on: 'device'" if stack in STREAMS else "state_tier: 'host'"
     ways = ("host_streamed", works)
+    software = ring(load_stack(stack))
     streamed, other = (
-        Job(tiny, mop(8, optimizer=way, offload_inputs=False), training, load_stack(stack)) for way in ways
+        Job(tiny, mop(8, optimizer=way, offload_inputs=False), training, software) for way in ways
     )
     says = rf"optimizer\.{field} is not simulated on the stack {stack}.* only '{works}'"
     with pytest.raises(SpecError, match=says):
         program(streamed)
     assert program(other)
-    space = generate(Problem(tiny, HARDWARE, 1, training, total_params(tiny), stack=load_stack(stack)), "mop")
+    problem = Problem(tiny, HARDWARE, 1, training, total_params(tiny), stack=software)
+    space = generate(problem, "mop")
     assert set(space.columns["state"].tolist()) == ({DEVICE, HOST} if stack in STREAMS else {DEVICE})
-    assert any("optimizer." in reason and f"only '{works}'" in reason for reason in space.rejected)
+    assert any(
+        "optimizer." in str(one) and f"only '{works}'" in str(one) for one in had(problem, "mop").lacks
+    )
 
 
 @pytest.mark.parametrize("stack", ["megatron-core", "megatron-bridge", "megatron-lm-2022", "mopexec-split"])
@@ -110,19 +120,26 @@ def test_shards_stay_on_the_device_where_the_program_has_them_there(stack: str) 
             program(job)
 
 
+def exchanges_of(stack: Stack) -> tuple[str, ...]:
+    """How context-parallel ranks can trade a sequence."""
+    if stack.has.get("attention.context_parallel") == (1,):
+        return ()
+    return stack.has.get("attention.cp_comm_type", get_args(Exchange))
+
+
 @pytest.mark.parametrize("stack", list_stacks())
 def test_a_sequence_is_traded_as_the_program_can(stack: str) -> None:
     """Every exchange on every stack is played, or refused by name with those that work."""
     tiny, training, software = load_model("tiny"), JOBS["mop"].training, load_stack(stack)
-    had = software.context_exchanges
+    ways = exchanges_of(software)
     for way in get_args(Exchange):
         strategy = fsdp2(8, context_parallel=2, context_exchange=way)
         job = Job(tiny, strategy, training, software)
-        if way in had:
+        if way in ways:
             assert program(job)
             continue
-        field = f"cp_comm_type: '{way}'" if had else "context_parallel: 2"
-        works = " or ".join(map(repr, had)) if had else "1: it has no context parallelism"
+        field = f"cp_comm_type: '{way}'" if ways else "context_parallel: 2"
+        works = " or ".join(map(repr, ways)) if ways else "1"
         with pytest.raises(SpecError) as refused:
             program(job)
         says = f"strategy.attention.{field} is not simulated on the stack {stack}, only {works}"
@@ -133,25 +150,26 @@ def test_a_target_and_its_stack_name_the_same_exchanges() -> None:
     """What a runtime runs or an export writes, and what is simulated of the program that it is."""
     row = ROWS["strategy.attention.cp_comm_type"]
     for side in (*RUNTIMES, *EXPORTS):
-        had = load_stack(SIDES[side].get("runs", side)).context_exchanges
-        assert set(row.cells[side].values or get_args(Exchange)) == set(had), side
+        ways = exchanges_of(load_stack(SIDES[side].get("runs", side)))
+        assert set(row.cells[side].values or get_args(Exchange)) == set(ways), side
 
 
 @pytest.mark.parametrize("stack", list_stacks())
 def test_activations_wait_where_the_program_keeps_them(stack: str) -> None:
     tiny, training, software = load_model("tiny"), JOBS["mop"].training, load_stack(stack)
     away = {
-        "layer_inputs": Activations(recompute="full", layer_inputs="host"),
-        "layers": Activations(recompute="none", cpu_offload_layers=2),
+        "layer_inputs: 'host'": Activations(recompute="full", layer_inputs="host"),
+        "cpu_offload_layers: 2": Activations(recompute="none", cpu_offload_layers=2),
     }
-    for part, activations in away.items():
+    for field, activations in away.items():
         job = Job(tiny, structs.replace(fsdp2(8), activations=activations), training, software)
-        if part in software.offload.activations:
+        path = f"activations.{field.partition(':')[0]}"
+        said = (software.has.get(key, (2, "host")) for key in (path, f"{path} where all_is_recomputed"))
+        if all(2 in one or "host" in one for one in said):
             assert program(job)
             continue
-        field = "layer_inputs: 'host'" if part == "layer_inputs" else "cpu_offload_layers: 2"
         with pytest.raises(
-            SpecError, match=rf"activations\.{field} is not simulated on the stack {stack}, only"
+            SpecError, match=rf"activations\.{field} is not simulated on the stack {stack}.*, only"
         ):
             program(job)
 
@@ -161,10 +179,9 @@ def test_what_is_not_gathered_is_not_on_the_host() -> None:
     job = JOBS["mop"]
     dense = structs.replace(job.strategy.dense, zero=1, reshard_after_forward=False, param_tier="host")
     says = "dense.param_tier: 'host' is not simulated where dense.zero is 1, only 'device'"
+    strategy = structs.replace(job.strategy, dense=dense)
     with pytest.raises(SpecError, match=says):
-        program(
-            Job(job.model, structs.replace(job.strategy, dense=dense), job.training, load_stack("deepspeed"))
-        )
+        program(Job(job.model, strategy, job.training, load_stack("generic-fused")))
 
 
 ON = (
@@ -208,8 +225,7 @@ def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, run again;
-    parameters that lie on the host; tensor ranks that hold all rows, and two readers of each; gradients as
-    narrow as the products; FSDP's groups without copies.
+    parameters that lie on the host; tensor ranks that hold all rows, and two readers of each.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -223,7 +239,6 @@ def left_to_the_stack() -> dict[str, Job]:
     again = structs.replace(again, activations=Activations(recompute="selective", modules=("moe",)))
     flat = JOBS["mop"]
     shards = structs.replace(flat.strategy.dense, param_tier="host")
-    narrow = structs.replace(megatron(8, expert_parallel=2), precision=precision)
     rows = megatron(8, tensor_parallel=2)
     rows = structs.replace(rows, dense=structs.replace(rows.dense, sequence_parallel=False))
     return {
@@ -236,8 +251,6 @@ def left_to_the_stack() -> dict[str, Job]:
         "inputs on the host": replace(whole, strategy=structs.replace(whole.strategy, activations=away)),
         "clamped": replace(job, model=structs.replace(job.model, swiglu_limit=7.0)),
         "experts again": replace(job, strategy=again),
-        "narrow": replace(job, strategy=narrow, stack=structs.replace(job.software, dtypes=StateDTypes())),
-        "no copies": replace(whole, stack=structs.replace(whole.software, sharding=Sharding(fsdp=True))),
         "biased": replace(whole, model=structs.replace(whole.model, expert_bias=True)),
     }
 

@@ -93,7 +93,7 @@ def _fields(draw: random.Random, moe: bool) -> dict[str, Any]:
 
 
 def _stack(draw: random.Random, name: str) -> Stack:
-    """The stack with some entries changed."""
+    """The stack, or a fork of it with some entries changed, which has all that a strategy asks."""
     pick, built = draw.choice, ["fused", "composed"]
     stack, kernels = (
         load_stack(name),
@@ -104,6 +104,7 @@ def _stack(draw: random.Random, name: str) -> Stack:
     changed = {kernel: pick(built) for kernel in kernels}
     return replace(
         stack,
+        has={},
         kernels=replace(
             stack.kernels, **changed, expert_products=pick(["grouped", "looped"]), fills=pick([True, False]),
             loss=pick(["composed", "fused", "upcast"]), attention={"default": pick(["profile", "scores"])},

@@ -79,15 +79,17 @@ def test_exchanges_run_beside_the_products_of_other_chunks() -> None:
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_ring_of_vocabulary_shards_under_every_stack(stack: str) -> None:
-    """Logits of one shard and strip at a time; every rank's tokens meet all rows of the head, twice."""
+    """In a fork of the program that has one: logits of one shard and strip at once; every rank's tokens meet
+    all rows of the head, twice."""
     hardware, plain = load_profile("h200-sxm-141g"), on(stack)
     ring = replace(
         plain, vocabulary=replace(plain.vocabulary, loss="ring", vocab_parallel=8, chunk_tokens=1024)
     )
     full = replace(plain, vocabulary=replace(plain.vocabulary, loss="full", vocab_parallel=1, chunk_tokens=0))
-    first, second = (simulate(MODEL, hardware, 1, one, TRAINING) for one in (full, ring))
+    fork = replace(load_stack(stack), has={})
+    first, second = (simulate(MODEL, hardware, 1, one, TRAINING, fork) for one in (full, ring))
     assert second.highest_by_category["logits"] < 0.1 * first.highest_by_category["logits"]
-    done = [sum(flops(lower(MODEL, one, TRAINING, 8)).values()) for one in (full, ring)]
+    done = [sum(flops(lower(MODEL, one, TRAINING, 8, fork)).values()) for one in (full, ring)]
     again = 2 * TRAINING.tokens_per_rank(plain) * MODEL.hidden_size * MODEL.vocab_size
     assert done[1] == pytest.approx(done[0] + again, rel=1e-3)
 
@@ -97,7 +99,8 @@ def test_stages_and_regions_take_chunks_and_rings() -> None:
     vocabulary = replace(strategy.vocabulary, loss="ring", vocab_parallel=4, chunk_tokens=1024)
     whole = replace(strategy, vocabulary=vocabulary)
     hardware = load_profile("h200-sxm-141g")
-    steps = [simulate(MODEL, hardware, 1, chunked(whole, n), TRAINING) for n in (1, 4)]
+    fork = replace(load_stack("megatron-core"), has={})
+    steps = [simulate(MODEL, hardware, 1, chunked(whole, n), TRAINING, fork) for n in (1, 4)]
     assert steps[1].highest_by_category["dispatch"] <= 0.5 * steps[0].highest_by_category["dispatch"]
 
 

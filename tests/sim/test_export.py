@@ -56,7 +56,8 @@ def fsdp_context() -> Strategy:
     """FSDP2 on 32 ranks, context parallelism 2 by all-gather, HSDP over two nodes."""
     made = fsdp2(32, expert_parallel=8, context_parallel=2, fsdp=16)
     attention = replace(made.attention, cp_comm_type="all_gather")
-    return replace(made, attention=attention, experts=replace(made.experts, expert_fsdp=2))
+    experts = replace(made.experts, expert_fsdp=2)
+    return replace(made, stack="torchtitan", attention=attention, experts=experts)
 
 
 def test_torchtitan_by_hand() -> None:
@@ -149,7 +150,7 @@ def test_megatron_bridge_offloads_a_fraction_of_the_state() -> None:
 def test_megatron_bridge_offloads_the_inputs_of_layers() -> None:
     def offloading(recompute: Literal["none", "full"]) -> tuple[str, list[SpecError]]:
         made = megatron(32, expert_parallel=8, recompute=recompute, offload_inputs=True)
-        return export(plan(made), "megatron-bridge", lossy=True)
+        return export(plan(replace(made, stack="mopexec-split")), "megatron-bridge", lossy=True)
 
     text, gaps = offloading("none")
     model = yaml.safe_load(text)["model"]
@@ -237,6 +238,17 @@ def test_what_is_not_expressed_is_refused_unless_lossy(
         assert tomllib.loads(text) if target == "torchtitan" else yaml.safe_load(text)
 
 
+def test_what_the_plans_own_stack_lacks_is_not_written() -> None:
+    """Megatron-Bridge has rings and Ulysses; the Megatron of 2022 and TorchTitan do not."""
+    made = replace(fsdp2(32, context_parallel=2, context_exchange="ulysses"), stack="torchtitan")
+    says = "cp_comm_type: 'ulysses' is not simulated on the stack torchtitan, only 'ring' or 'all_gather'"
+    with pytest.raises(MopError, match=says):
+        export(plan(made), "deepspeed", lossy=True)
+    old = replace(megatron(32, context_parallel=2), stack="megatron-lm-2022")
+    with pytest.raises(MopError, match=r"context_parallel: 2 is not simulated .* only 1$"):
+        export(plan(old), "megatron-bridge")
+
+
 def test_an_unknown_model_has_no_flavor() -> None:
     with pytest.raises(MopError, match=r"^model\.name: 'mop_120b' is not in TorchTitan"):
         export(plan(fsdp2(32), "mop_120b"), "torchtitan")
@@ -296,6 +308,12 @@ def test_the_command(
     assert "strategy.vocabulary.loss: 'ring'" in err
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
+    shared = replace(fsdp2(32, context_parallel=2), stack="torchtitan")
+    io.write_yaml(tmp_path / "shared.yaml", plan(shared))
+    assert call(monkeypatch, "--plan", str(tmp_path / "shared.yaml"), *common[2:]) == 2
+    err = capsys.readouterr().err
+    assert "only 'ring' or 'all_gather'" in err
+    assert len(err.strip().splitlines()) == 1
     assert call(monkeypatch, *common, "--lossy", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["not_expressed"][0]["field"] == "strategy.vocabulary.loss"
     assert json.loads(out.read_text())["zero_optimization"]["stage"] == 3

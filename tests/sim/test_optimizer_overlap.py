@@ -55,6 +55,6 @@ def test_others_refuse_it_by_name() -> None:
     training = TrainSpec(seq_len=4096, global_batch=8)
     changed = strategy(overlap=True)
     with pytest.raises(SpecError, match=r"strategy\.optimizer\.overlap"):
-        lower(MODEL, replace(changed, stack="megatron-core"), training, 8)
+        lower(MODEL, replace(changed, stack="generic-fused"), training, 8)
     with pytest.raises(SpecError, match=r"optimizer\.overlap: .* needs all of the state streamed"):
         replace(changed, optimizer=replace(changed.optimizer, update_on="host"))

@@ -11,10 +11,11 @@ from mopsim.common.errors import SpecError
 from mopsim.engine import simulate
 from mopsim.graph.tensors import total_params
 from mopsim.search import Options, search
-from mopsim.search.axes import MINOR, axes_of
+from mopsim.search.axes import MINOR
 from mopsim.search.bound import bound
 from mopsim.search.coarse import coarse
 from mopsim.search.guess import guess
+from mopsim.search.had import axes_of
 from mopsim.search.problem import PARTS, Problem
 from mopsim.search.seeds import Recipe, published, recipes, textbook
 from mopsim.search.space import Space, expanded, generate, minor_of, trunk

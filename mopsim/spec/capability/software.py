@@ -1,10 +1,13 @@
 """Whether a side's program is the one that a stack describes."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 from mopsim.common.errors import SpecError
-from mopsim.spec.capability.expressions import SIDES
+from mopsim.spec.capability.expressions import SIDES, holds
 from mopsim.spec.capability.job import Job
+from mopsim.spec.capability.table import ROWS
+from mopsim.spec.has import plain
 from mopsim.spec.stacks import load_stack
 
 SHIPPED = {side: one["runs"] for side, one in SIDES.items() if "runs" in one}
@@ -30,6 +33,20 @@ def software_is_the_runtimes(job: Job, side: str) -> Iterator[SpecError]:
                 yield SpecError(
                     f"stack.{section}.{field}", says, f"is not {SIDES[side]['does']}, only {rule}"
                 )
+
+
+def what_the_stack_has(job: Job, side: str) -> Iterator[SpecError]:
+    """Every field that acts has a value that the program can have (`Stack.has`)."""
+    stack = job.software
+    for key, values in stack.has.items():
+        path, _, where = key.partition(" where ")
+        value = attrgetter(path)(job.strategy)
+        if value in map(plain, values) or not ROWS[f"strategy.{path}"].acts_in(job):
+            continue
+        if not where or holds(where)(job):
+            on = f"the stack {stack.name}{' where ' * bool(where)}{where.replace('_', ' ')}"
+            works = " or ".join(repr(one) for one in values)
+            yield SpecError(f"strategy.{path}", value, f"is not {SIDES[side]['does']} on {on}, only {works}")
 
 
 def no_runtime(job: Job) -> SpecError | None:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
-
-from msgspec import Struct
+from typing import Any
 
 from mopsim.common.errors import SpecError
+from mopsim.common.io import leaves
 from mopsim.spec.capability.expressions import SIDES, holds, read
 from mopsim.spec.capability.job import Job
 from mopsim.spec.stack import Stack
@@ -83,18 +82,9 @@ def _rows(noun: str) -> Iterator[tuple[str, FieldRow]]:
     said = dict(_READ[noun])
     every = said.pop("every", {})
     if noun == "stack":
-        said |= {field: {} for field in _leaves(Stack) if field not in said}
+        said |= {field: {} for field, _ in leaves(Stack) if field not in said}
     for field, one in said.items():
         yield f"{noun}.{field}", _row(one, every)
-
-
-def _leaves(spec: type[Struct], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of the fields that hold no struct."""
-    for name, kind in get_type_hints(spec).items():
-        if isinstance(kind, type) and issubclass(kind, Struct):
-            yield from _leaves(kind, f"{prefix}{name}.")
-        elif not name.startswith("__"):
-            yield f"{prefix}{name}"
 
 
 ROWS = {path: row for noun in ("model", "strategy", "training", "stack") for path, row in _rows(noun)}

@@ -1,0 +1,226 @@
+"""What the program of a family has of its axes, as the capability table says it: a value that is refused
+whatever the others are is left out before values are multiplied."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import cast
+
+from mopsim.common.errors import SpecError
+from mopsim.search.axes import every_axis
+from mopsim.search.build import build
+from mopsim.search.problem import DEFAULTS, Axes, Problem, Values
+from mopsim.search.result import NOT_RUN
+from mopsim.spec.capability import ROWS, Job, field_refusals, refusals
+
+Key = str | tuple[str, ...]
+Value = int | tuple[int, ...]
+Refused = tuple[tuple[str, ...], tuple[int, ...], str]
+"""Columns, their values, why rows that have them all are refused."""
+
+
+@dataclass(frozen=True)
+class Had:
+    """axes: with the values that the program has. lacks: why the others are left out. refused: why the
+    program has nothing of the family, or ''; its axes are whole then. beside: values that are refused beside
+    another, or that mopexec does not run where that is asked for."""
+
+    axes: Axes
+    lacks: list[SpecError]
+    refused: str
+    beside: list[Refused]
+
+
+def axes_of(problem: Problem, family: str) -> Axes:
+    """The axes of a family and the values that its program has, the last one fastest."""
+    return had(problem, family).axes
+
+
+def offered(problem: Problem, family: str, column: str) -> set[int]:
+    """Values of a column in a family's space: of its axis, or the default where none sets it."""
+    for key, values in axes_of(problem, family).items():
+        if column in names(key):
+            return {each(value)[names(key).index(column)] for value in values}
+    return {DEFAULTS[column]}
+
+
+def had(problem: Problem, family: str) -> Had:
+    """What the program of a family has of its axes."""
+    key = ("had", family)
+    if key not in problem.known:
+        problem.known[key] = _Trials(problem, family).found()
+    return problem.known[key]  # type: ignore[no-any-return]
+
+
+def left_out(problem: Problem, family: str) -> list[str]:
+    """A line that names the values of the family's axes that its program lacks, and one for each value that
+    is refused for another reason."""
+    stack, lacks = problem.software(family), had(problem, family).lacks
+    told = {key.partition(" where ")[0] for key in stack.has}
+    values: dict[str, list[str]] = defaultdict(list)
+    others = []
+    for error in lacks:
+        path = error.field.removeprefix("strategy.")
+        if path in told:
+            values[path].append(str(error.value))
+        else:
+            others.append(f"left out: {error}")
+    lacking = "; ".join(f"{path} {', '.join(found)}" for path, found in values.items())
+    return ([f"{stack.name} has no {lacking}: left out"] if lacking else []) + others
+
+
+def names(key: Key) -> tuple[str, ...]:
+    """The columns of an axis."""
+    return (key,) if isinstance(key, str) else key
+
+
+def each(value: Value) -> tuple[int, ...]:
+    """The value of each column of an axis."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+class _Trials:
+    """Every value of every axis in two rows of defaults: one with nothing split, one without recomputation
+    whose experts and sequences are spread, where fields of theirs act."""
+
+    def __init__(self, problem: Problem, family: str) -> None:
+        self.problem, self.family = problem, family
+        self.axes = every_axis(problem, family)
+        most = {
+            column: max(each(value)[names(key).index(column)] for value in values)
+            for key, values in self.axes.items()
+            for column in names(key)
+        }
+        split = min(problem.world_size, 2)
+        spread = {"experts": most["experts"], "sequence": min(most["sequence"], split)}
+        self.contexts = ({"recompute": 1, "modules": 0}, {"recompute": 0, "modules": 0, **spread})
+        self.jobs: dict[Key, dict[Value, list[tuple[dict[str, int], Job]]]] = {
+            key: {value: list(self._jobs(key, value)) for value in values}
+            for key, values in self.axes.items()
+        }
+        self.setters: dict[str, set[Key]] = {}
+        self.refused: dict[tuple[tuple[str, int], ...], set[str]] = {}
+
+    def found(self) -> Had:
+        """What is refused of single values, and of values beside recomputation."""
+        lacks: dict[Key, dict[Value, SpecError]] = defaultdict(dict)
+        sometimes: list[tuple[Key, Value, dict[str, int], SpecError]] = []
+        unrun: list[Refused] = []
+        for key, tried in self.jobs.items():
+            for value, jobs in tried.items():
+                always, some = self._refusals(key, jobs)
+                if always:
+                    lacks[key][value] = always[0]
+                sometimes += [(key, value, context, error) for context, error in some]
+                unrun += [(names(key), each(value), why) for why in self._not_run(key, jobs)]
+        for key, tried in self.jobs.items():
+            if lacks[key] and len(lacks[key]) == len(tried):
+                error = next(iter(lacks[key].values()))
+                return Had(self.axes, [], f"{error.field} {error.rule}", unrun)
+        left = {
+            key: cast(Values, [one for one in values if one not in lacks[key]])
+            for key, values in self.axes.items()
+        }
+        selective = len(left.get("modules", ())) > 1
+        pairs = [one for some in sometimes for one in self._pair(*some, selective=selective)]
+        every = [error for errors in lacks.values() for error in errors.values()]
+        return Had(left, list({str(error): error for error in every}.values()), "", unrun + pairs)
+
+    def _refused_fields(self, columns: dict[str, int]) -> set[str]:
+        """Fields that are refused in a row of defaults and these columns."""
+        asked = tuple(columns.items())
+        if asked not in self.refused:
+            job = self._job(columns)
+            self.refused[asked] = {error.field for error in _errors(job)} if job else set()
+        return self.refused[asked]
+
+    def _jobs(self, key: Key, value: Value) -> Iterator[tuple[dict[str, int], Job]]:
+        for context in self.contexts[key == "modules" :]:  # recomputed where layers are not
+            job = self._job(context | dict(zip(names(key), each(value), strict=True)))
+            if job is not None:
+                yield context, job
+
+    def _job(self, columns: dict[str, int]) -> Job | None:
+        problem, stack = self.problem, self.problem.software(self.family)
+        try:
+            return Job(
+                problem.model, build(self.family, problem, DEFAULTS | columns), problem.training, stack
+            )
+        except SpecError:
+            return None
+
+    def _refusals(
+        self, key: Key, jobs: list[tuple[dict[str, int], Job]]
+    ) -> tuple[list[SpecError], list[tuple[dict[str, int], SpecError]]]:
+        """Errors of fields that an axis sets, or none does: in every row where the field acts, and in one."""
+        errors = [
+            {error.field: error for error in _errors(job) if self._mine(key, context, error)}
+            for context, job in jobs
+        ]
+        always, sometimes = [], []
+        for (context, _), here in zip(jobs, errors, strict=True):
+            for field, error in here.items():
+                acts = [ROWS[field].acts_in(job) for _, job in jobs]
+                if all(field in one for one, act in zip(errors, acts, strict=True) if act):
+                    always.append(error)
+                else:
+                    sometimes.append((context, error))
+        return always, sometimes
+
+    def _mine(self, key: Key, context: dict[str, int], error: SpecError) -> bool:
+        """Whether the axis sets the field of an error; or no axis does, and it is the family's own, or not
+        there without the axis."""
+        if setters := self._setters(error):
+            return key in setters
+        rest = {column: value for column, value in context.items() if column not in names(key)}
+        return error.field in self._refused_fields(self.contexts[0]) or (
+            error.field not in self._refused_fields(rest)
+        )
+
+    def _setters(self, error: SpecError) -> set[Key]:
+        """The axes that set the field of an error."""
+        if error.field not in self.setters:
+            noun, _, path = error.field.partition(".")
+            read = attrgetter(path)
+            self.setters[error.field] = {
+                key
+                for key, tried in self.jobs.items()
+                if noun == "strategy"
+                and any(
+                    len({read(jobs[i][1].strategy) for jobs in tried.values() if i < len(jobs)}) > 1
+                    for i in range(len(self.contexts))
+                )
+            }
+        return self.setters[error.field]
+
+    def _pair(
+        self, key: Key, value: Value, context: dict[str, int], error: SpecError, *, selective: bool
+    ) -> Iterator[Refused]:
+        """Where it is recomputation beside which a value is refused, their columns. selective: whether layers
+        that are not recomputed whole may recompute modules."""
+        given = dict(zip(names(key), each(value), strict=True))
+        other = self._job(context | {"recompute": 1 - context["recompute"]} | given)
+        if other is not None and all(one.field != error.field for one in _errors(other)):
+            columns = {"recompute": context["recompute"]} | given
+            if selective and not context["recompute"]:
+                columns = {"modules": 0} | columns
+            yield tuple(columns), tuple(columns.values()), f"{error.field} {error.rule}"
+
+    def _not_run(self, key: Key, jobs: list[tuple[dict[str, int], Job]]) -> Iterator[str]:
+        """Why mopexec does not run a value, where that is asked for."""
+        for context, job in jobs:
+            runtime = job.software.runtime
+            for error in field_refusals(job, by=runtime) if self.problem.runnable and runtime else ():
+                if self._mine(key, context, error):
+                    yield f"{NOT_RUN}: {error}"
+                    return
+
+
+def _errors(job: Job) -> Iterator[SpecError]:
+    """What the simulator refuses of a job."""
+    try:
+        job.software.check_strategy(job.strategy)
+    except SpecError as error:
+        yield error
+    yield from refusals(job, by="simulator")

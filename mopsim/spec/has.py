@@ -1,0 +1,46 @@
+"""What a program can do of what a strategy asks (`Stack.has`): fields of a strategy and their values."""
+
+from functools import cache
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+
+from mopsim.common.errors import SpecError, require
+from mopsim.common.io import leaves
+from mopsim.common.shipped import shipped
+from mopsim.spec.strategy import Strategy
+
+
+def plain(value: Any) -> Any:
+    """A value of a strategy's field as `has` is asked for it: a tuple where it is a sequence."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+@cache
+def _conditions() -> tuple[str, ...]:
+    return tuple(shipped("mopsim.spec.capability", "conditions.yaml"))
+
+
+@cache
+def _asked() -> dict[str, Any]:
+    """Type of every field of a strategy that holds no struct, by its path."""
+    return dict(leaves(Strategy))
+
+
+def require_had(key: str, values: tuple[Any, ...]) -> None:
+    """An entry of `has` names a field of Strategy, values of its type, and a known condition."""
+    path, _, where = key.partition(" where ")
+    require(path in _asked(), "has", key, "is not a field of a strategy")
+    require(bool(values), f"has.{key}", [], "must name the values that the program has")
+    if where:
+        require(where in _conditions(), f"has.{key}", where, "is not a condition of the capability table")
+    kind = _asked()[path]
+    for place, value in enumerate(values):
+        small = isinstance(value, int | float) and value < 0
+        require(not small, f"has.{key}[{place}]", value, "must be at least 0")
+        try:
+            msgspec.convert(value, kind, strict=True)
+        except msgspec.ValidationError:
+            known = get_args(kind) if get_origin(kind) is Literal else ()
+            rule = f"is not one of {', '.join(map(str, known))}" if known else "is not of the field's type"
+            raise SpecError(f"has.{key}[{place}]", value, rule) from None
