@@ -233,6 +233,17 @@ def export(
     run(plan, to, out, lossy, json)
 
 
+@app.command("list")
+def listing(
+    kind: Annotated[Literal["models", "hardware", "stacks"], typer.Argument(help="whose names")],
+    json: o.Json = None,
+) -> None:
+    """The networks, machine types or software stacks that are known by name, a line each."""
+    from mopsim.commands.listing import run
+
+    run(kind, json)
+
+
 @app.command()
 def calibrate(
     profile: Annotated[str, typer.Option(help="the hardware profile to correct: a name or a YAML file")],

@@ -87,3 +87,7 @@ def check_run_directory(path: Path, *, resume: bool) -> None:
         raise MopError(f"--out: {path} is not empty; {rest}")
     if resume and not run:
         raise MopError(f"--resume: {path} holds no run to go on with")
+    checkpoints = path / "checkpoints"
+    for there in (checkpoints, *checkpoints.glob("step_*"), *checkpoints.glob(".writing_*")):
+        if there.exists() and not there.is_dir():
+            raise MopError(f"--out: {there} is a file where a run keeps checkpoints")

@@ -14,6 +14,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError, shown
 from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
+from mopsim.common.values import listed
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
@@ -148,8 +149,7 @@ def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
 
 def read_families(given: str | Sequence[str] | None, default: Sequence[str]) -> tuple[str, ...]:
     """Families from a comma-separated list or a sequence. Raises MopError for an unknown one."""
-    listed = given.split(",") if isinstance(given, str) and given else given or default
-    names = tuple(dict.fromkeys(name.strip() for name in listed))
+    names = tuple(listed(given, "family") if isinstance(given, str) and given else given or default)
     for name in names:
         if name not in FAMILIES:
             raise unknown("family", name, FAMILIES, "family", file=False)

@@ -171,7 +171,7 @@ class Simulation(Result):
         r = self.result
         return (
             f"{tables.describe(r.strategy)} on {r.stack.name}: {format_seconds(r.step_time)} a step, "
-            f"{r.tokens_per_second_per_device:,.0f} tokens/s per GPU, {format_bytes(r.peak_memory)} of "
+            f"{r.speed}, {format_bytes(r.peak_memory)} of "
             f"{format_bytes(r.memory_limit)}, {r.odds}"
         )
 

@@ -13,6 +13,7 @@ from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
+from mopsim.common.values import listed
 from mopsim.report.compare import swept_table
 from mopsim.report.formats import read_formats
 from mopsim.report.tables import comparison
@@ -43,7 +44,8 @@ def run(
     except NoStrategyError as error:
         print(f"mopsim: {error}", file=sys.stderr)
         return NOTHING_FITS
-    written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]), kinds)
+    with io.json_beside(json, found.to_json() if json else None):
+        written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]), kinds)
     console = human(json)
     level, refused = found.inputs.interval, list(found.refused.values())
     console.print(comparison(list(found.results.values()), found.inputs.where, level, refused=refused))
@@ -52,8 +54,6 @@ def run(
     console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")
     for note in found.notes:
         console.print(note, style="yellow")
-    if json:
-        io.write_json(json, found.to_json())
     return 0 if found.any_fits else NOTHING_FITS
 
 
@@ -63,4 +63,4 @@ def split_sweep(text: str) -> tuple[Setting, list[str]]:
     if setting not in _SETTINGS or not values:
         known = " or ".join(f"{name}=VALUE,VALUE,..." for name in _SETTINGS)
         raise MopError(f"--sweep: {text!r} is not {known}")
-    return cast(Setting, _SETTINGS[setting]), [value.strip() for value in values.split(",")]
+    return cast(Setting, _SETTINGS[setting]), listed(values, "--sweep")

@@ -15,6 +15,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.units import parse_count
+from mopsim.common.values import listed
 from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
 from mopsim.report.context import case_name, case_table, ends, shown_table, to_json
 from mopsim.report.page import Page, Section, Table, write_page
@@ -77,11 +78,7 @@ def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
         raise MopError(
             f"--nodes: {len(order.nodes)} given for {len(order.models)} of --model, one each is needed"
         )
-    lengths = sorted(
-        parse_count(text.strip(), "--seq-len") for text in order.lengths.split(",") if text.strip()
-    )
-    if not lengths:
-        raise MopError(f"--seq-len: {order.lengths!r} holds no length")
+    lengths = sorted(parse_count(text, "--seq-len") for text in listed(order.lengths, "--seq-len"))
     for length, following in pairwise(lengths):
         if length == following:
             raise MopError(f"--seq-len: {order.lengths!r} has {length} twice")
@@ -101,7 +98,7 @@ def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
 
 def chosen(text: str) -> list[Contender]:
     """The contenders of a comma-separated list, and those that are always asked. Raises MopError."""
-    names = {name.strip() for name in text.split(",") if name.strip()}
+    names = listed(text, "--contender") if text else []
     known = [one.name for one in contenders()]
     for name in sorted(names):
         if name not in known:

@@ -104,9 +104,8 @@ def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = 
     if better := surely(found.surer, chosen, request):
         console.print(f"Surer: {better}")
     console.print(f"Fastest{within}: {summary(found.fastest)}")
-    if json:
-        io.write_json(json, found.to_json())
-    pages = found.write(out, shlex.join(["mopsim", *sys.argv[1:]])) if out else []
+    with io.json_beside(json, found.to_json() if json else None):
+        pages = found.write(out, shlex.join(["mopsim", *sys.argv[1:]])) if out else []
     say_written(console, json, *map(str, pages))
     if chosen is None:
         none = f"no cluster of at most {order.max_nodes} nodes will do; {missed(found.miss)}"

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -137,6 +138,13 @@ def digest(spec: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write aside in the same directory, then rename: readers never see half a file. Links are followed."""
+    with _aside(path, text):
+        pass
+
+
+@contextmanager
+def _aside(path: Path, text: str) -> Iterator[None]:
+    """A file aside with this text, which becomes `path` once the body has ended well. Raises MopError."""
     path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +160,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        yield
         os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException as error:  # an interruption too
@@ -168,8 +177,18 @@ def write_yaml(path: Path, spec: Any) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Write JSON to a file atomically, or to standard output when `path` is '-'."""
-    text = json.dumps(to_plain(value), indent=2) + "\n"
-    if path == "-":
+    with json_beside(path, value):
+        pass
+
+
+@contextmanager
+def json_beside(path: str | None, value: Any) -> Iterator[None]:
+    """As `write_json`, once the body has written what belongs to it: both are there, or none. path: None for
+    no JSON."""
+    text = "" if path is None else json.dumps(to_plain(value), indent=2) + "\n"
+    if path in (None, "-"):
+        yield
         print(text, end="", flush=True)
-    else:
-        write_text(Path(path), text)
+        return
+    with _aside(Path(path), text):
+        yield

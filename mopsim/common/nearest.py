@@ -8,7 +8,7 @@ from mopsim.common.errors import MopError, shown
 
 FEW = 40
 """Names up to which a refusal lists them all."""
-LISTED = {"preset": "listed by python -c 'import mopsim; print(mopsim.list_models())'"}
+LISTED = {"preset": "listed by mopsim list models"}
 """Where the names of a kind are listed."""
 _SAME, _PREFIX = 1.0, 0.6
 

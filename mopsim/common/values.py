@@ -4,11 +4,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mopsim.common.errors import shown
+from mopsim.common.errors import MopError, shown
 
 MOST_VALUES = 1_000_000
 DEEPEST = 32
 _BITS = 64
+
+
+def listed(given: str, field: str) -> list[str]:
+    """The values of a comma-separated list. Raises MopError for an empty one and one that is there twice."""
+    values = [value.strip() for value in given.split(",")]
+    for place, value in enumerate(values):
+        if not value:
+            raise MopError(f"{field}: {shown(given)} has an empty value")
+        if value in values[:place]:
+            raise MopError(f"{field}: {shown(given)} has {value} twice")
+    return values
 
 
 class Endless(str):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from mopsim.common.io import to_plain
 from mopsim.common.units import format_probability
@@ -31,7 +31,7 @@ class SimResult:
     above_peak, above_host: bytes that may come on top of the peak and of host_memory, by cause
     (mopsim.engine.upper). fits: whether the points are within the limits; p_fits: the probability that what
     will be measured is, of errors like those of published runs (mopsim.intervals). facts: what they are
-    grouped by."""
+    grouped by. each: what a device is called: a rank where devices are CPUs."""
 
     step_time: float
     tokens_per_second: float
@@ -67,12 +67,18 @@ class SimResult:
     stack: Stack
     provenance: dict[str, str]
     facts: Facts
+    each: Literal["GPU", "rank"] = "GPU"
     num_events: int = 0
     span_stage: int = 0
     memory_stage: int = 0
     spans: list[Span] = field(default_factory=list)
     memory_curve: list[tuple[float, int]] = field(default_factory=list)
     memory_curve_by_category: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def speed(self) -> str:
+        """'1,234 tokens/s per GPU'."""
+        return f"{self.tokens_per_second_per_device:,.0f} tokens/s per {self.each}"
 
     @cached_property
     def device(self) -> PeakSpread:

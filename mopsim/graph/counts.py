@@ -17,10 +17,12 @@ second."""
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters: counted without MTP layers, as published totals are; stated: None where nothing is."""
+    """Parameters: counted without MTP layers, as published totals are; stated: None where nothing is. active:
+    of a token, with the whole input embedding, which some sources leave out of their figure."""
 
     total: int
     active: int
+    embedding: int
     stated_total: float | None
     stated_active: float | None
 
@@ -32,13 +34,26 @@ class Counts:
         total = f"{_billions(self.total)} parameters{_stated(self.stated_total)}"
         if self.active == self.total:
             return total
-        return f"{total}, {_billions(self.active)} active{_stated(self.stated_active)}"
+        return f"{total}, {_billions(self.active)} active{_stated(self.stated_active, self._rest())}"
+
+    def _rest(self) -> str:
+        """What the stated figure leaves out, where that makes it the counted one."""
+        if self.stated_active is None:
+            return ""
+        most = tolerance(self.stated_active)
+        whole, without = (
+            abs(one / self.stated_active - 1) for one in (self.active, self.active - self.embedding)
+        )
+        return ", without the input embedding" if without <= most < whole else ""
 
 
 @lru_cache(maxsize=256)
 def counts(model: ModelSpec) -> Counts:
     """The counts of `model`. Raises SpecError where they contradict the stated total."""
-    found = Counts(total_params(model), active_params(model), model.total_params, model.active_params)
+    found = Counts(
+        total_params(model), active_params(model), model.vocab_size * model.hidden_size, model.total_params,
+        model.active_params,
+    )  # fmt: skip
     stated = model.total_params
     if stated is not None:
         gap, most = abs(found.total / stated - 1), tolerance(stated)
@@ -62,5 +77,5 @@ def _billions(number: float) -> str:
     return f"{number / 1e9:.4g} B" if number >= 1e7 else f"{number / 1e6:.4g} M"
 
 
-def _stated(number: float | None) -> str:
-    return "" if number is None else f" (stated {_billions(number)})"
+def _stated(number: float | None, rest: str = "") -> str:
+    return "" if number is None else f" (stated {_billions(number)}{rest})"

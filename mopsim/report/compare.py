@@ -317,9 +317,11 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
 
 def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
     """Every point on the terminal: its numbers, and under them its plan. level: of the intervals."""
+    every = (one for points in sweep.results.values() for one in points)
+    each = next((one.each for one in every if one), "GPU")
     shown = table(
         f"over {sweep.setting}; {sweep.held}", (sweep.setting, "strategy"),
-        ("batch", "step", f"{level:.0%}", "tokens/s\nper GPU", "exposed", "memory", "P(fits)"),
+        ("batch", "step", f"{level:.0%}", f"tokens/s\nper {each}", "exposed", "memory", "P(fits)"),
     )  # fmt: skip
     shown.padding = 0  # seven numbers in 80 columns
     plans = []

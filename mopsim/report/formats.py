@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from mopsim.common.errors import MopError, shown
+from mopsim.common.values import listed
 
 FORMATS = ("png", "svg", "pdf")
 _also: ContextVar[tuple[str, ...]] = ContextVar("also", default=())
@@ -12,7 +13,7 @@ _also: ContextVar[tuple[str, ...]] = ContextVar("also", default=())
 
 def read_formats(given: str | Sequence[str]) -> tuple[str, ...]:
     """Formats of a comma-separated list or a sequence. Raises MopError."""
-    names = tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
+    names = tuple(listed(given, "format") if isinstance(given, str) else given)
     for name in names:
         if name not in FORMATS:
             raise MopError(f"format: {shown(name)} is not one of {', '.join(FORMATS)}")

@@ -84,7 +84,17 @@ def comparison(
 ) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
     level: of the intervals. free: of each, `SearchResult.free`. refused: why further ones have no numbers."""
-    names = ("step", f"{level:.0%}", "tokens/s\nper GPU", "MFU", "exposed", "memory", f"{level:.0%}", "host")
+    each = next((one.each for one in results), "GPU")
+    names = (
+        "step",
+        f"{level:.0%}",
+        f"tokens/s\nper {each}",
+        "MFU",
+        "exposed",
+        "memory",
+        f"{level:.0%}",
+        "host",
+    )
     shown = table("", ("#",), names)
     shown.padding = 0  # eight numbers in 80 columns
     shown.add_column("P(fits)", justify="right")
@@ -157,9 +167,8 @@ def best_of_others(best: Mapping[str, SimResult | None]) -> Text:
         if one is None:
             lines.append(f"best of {family}: none (the counts below say why)")
             continue
-        speed = f"{one.tokens_per_second_per_device:,.0f} tokens/s per GPU"
         part = f" ({fastest / one.step_time:.2f} of the fastest)"
-        lines.append(f"best of {family}: {speed}{part}, {plan_line(one)}")
+        lines.append(f"best of {family}: {one.speed}{part}, {plan_line(one)}")
     return Text("\n".join(lines))
 
 

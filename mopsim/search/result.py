@@ -105,8 +105,7 @@ class SearchResult:
     def verdict(self) -> str:
         """One line: what was found, or what stops everything and by how much."""
         if self.best:
-            speed = f"{self.best.tokens_per_second_per_device:,.0f} tokens/s per GPU"
-            return f"{self.best.strategy.name}: {speed}, {self.best.odds}"
+            return f"{self.best.strategy.name}: {self.best.speed}, {self.best.odds}"
         if self.closest:
             over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
             return f"nothing fits: the closest ({self.closest.strategy.name}) is {by} over, stopped by {over}"

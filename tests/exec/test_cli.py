@@ -142,6 +142,12 @@ def test_an_output_path_that_is_a_file_or_full_is_refused(capsys, plan, tmp_path
     assert "is a file" in refusal(capsys, *common, plan)
     assert "is a file" in refusal(capsys, *common, plan / "below")
     assert "is not empty" in refusal(capsys, *common, tmp_path)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("")
+    (run / "checkpoints" / "step_00000001").write_text("no folder")
+    says = f"{run / 'checkpoints' / 'step_00000001'} is a file where a run keeps checkpoints"
+    assert says in refusal(capsys, *common, run, "--resume")
 
 
 OUTPUTS = [

@@ -10,6 +10,7 @@ import pytest
 
 from mopsim.cli import main
 from mopsim.common import io
+from mopsim.common.errors import MopError
 from mopsim.spec.plan import Plan
 
 JOB = [
@@ -81,6 +82,57 @@ def test_search_writes_a_plan_that_reads_back(monkeypatch: pytest.MonkeyPatch, t
     assert call(monkeypatch, "simulate", *JOB, "--strategy", str(plan)) == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "says"),
+    [
+        (
+            "models",
+            "gpt_oss_120b",
+            "5.712 B active (stated 5.13 B, without the input embedding); openai/gpt-oss",
+        ),
+        ("hardware", "h200-sxm-141g", "8 GPUs a node, 140.40 GiB each; nvidia-smi"),
+        ("stacks", "torchtitan-compile", "simulated, extends torchtitan; 2025, torch 2.8"),
+    ],
+)
+def test_names_are_listed_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, name: str, says: str
+) -> None:
+    assert call(monkeypatch, "list", kind) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.split()[0] == name]
+    assert says in line
+    assert call(monkeypatch, "list", kind, "--json", "-") == 0
+    assert list(json.loads(capsys.readouterr().out)) == [line.split()[0] for line in lines]
+
+
+def test_tokens_of_a_cpu_are_per_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "s.json"
+    assert (
+        call(monkeypatch, "search", *JOB, "--family", "mop,fsdp2", "--budget", "2", "--json", str(out)) == 0
+    )
+    said = capsys.readouterr().out
+    assert "tokens/s per rank" in said
+    assert "GPU" not in said
+    assert "tokens/s per rank" in json.loads(out.read_text())["verdict"]
+
+
+def test_a_report_that_cannot_be_written_leaves_no_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A full disk stops the folder, or the JSON: then neither is there."""
+
+    def full(*args: object) -> list[Path]:
+        raise MopError(f"{tmp_path / 'report'}: cannot be written: No space left on device")
+
+    monkeypatch.setattr("mopsim.api.compare.Comparison.write", full)
+    asked = ["compare", *JOB, "--strategy", "fsdp2", "--budget", "1", "--out", str(tmp_path / "report")]
+    assert call(monkeypatch, *asked, "--json", str(tmp_path / "c.json")) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compare_writes_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -98,6 +150,7 @@ def test_compare_writes_a_report(
     assert all(f"{length} {label}" in said for length in (128, 256) for label in ("mop", "fsdp2"))
 
 
+CONTEXT = ("context", "--model", "tiny", "--nodes", "1", "--hardware", "cpu-2core", "--out", "x")
 MISTAKES = [
     (["simulate", *JOB, "--strategy", "nope"], "strategy: 'nope'"),
     (["simulate", *JOB, "--strategy", "missing.yaml"], "missing.yaml: no such file"),
@@ -119,6 +172,12 @@ MISTAKES = [
     (["validate", "--cases", "x.yaml", "--models", "y"], "--models: 'y' has no use without --runs"),
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--sweep", "batch=1"], "sweep: 'batch=1'"),
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--format", "gif"], "format: 'gif' is not one of"),
+    (["compare", *JOB, "--strategy", "mop", "--out", "x", "--sweep", "nodes=1,,2"], "has an empty value"),
+    (["compare", *JOB, "--strategy", "mop", "--out", "x", "--format", "png,png"], "'png,png' has png twice"),
+    (["search", *JOB, "--family", "mop,mop"], "family: 'mop,mop' has mop twice"),
+    ([*CONTEXT, "--seq-len", "4096,,8192"], "--seq-len: '4096,,8192' has an empty value"),
+    ([*CONTEXT, "--seq-len", "4K", "--contender", "mop,mop"], "--contender: 'mop,mop' has mop twice"),
+    (["list", "presets"], "'presets'"),
     (["frobnicate"], "No such command"),
     (["search"], "Missing option"),
 ]

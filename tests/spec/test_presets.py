@@ -91,6 +91,8 @@ def test_the_papers_networks_list_what_they_assume(name: str) -> None:
     assert any("attention" in text for text in model.assumptions)
     assert any("shared expert" in text for text in model.assumptions)
     assert any("MoE" in text for text in model.assumptions)
+    counted = any("4.73B" in text for text in model.assumptions)
+    assert counted == (name == "mop_120b")  # what one network has was said of all four
 
 
 def test_tiny_has_every_mechanism_at_a_cpus_size() -> None:
