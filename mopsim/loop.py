@@ -59,6 +59,8 @@ TRACKED_STEPS, EVEN_STEPS = 10, 2
 most uneven in the first ten; evenly routed steps are all alike, and a run of that many shows their memory."""
 TIMED_STEPS = 10
 """The least that are timed of the held-out strategy, after those."""
+BESIDE = "other programs have "
+"""How mopexec begins a line about a busy machine."""
 PILOT_STEPS, PILOT_SKIPPED, PROFILE_STEPS = 12, 3, 3
 """Steps of a pilot run, the first of them that are not timed, and extra ones timed by kind of work."""
 
@@ -73,6 +75,8 @@ class Loop:
     steps: int
     console: Any
     commands: list[str] = field(default_factory=list)
+    beside: dict[str, str] = field(default_factory=dict)
+    """What a command said last of other programs that have the cores."""
 
     def mopsim(self, *arguments: str) -> None:
         self._run("mopsim", arguments)
@@ -101,12 +105,13 @@ class Loop:
                 )  # it stops its ranks and says so; the terminal may have told it too
                 process.wait()
                 raise
+        text = log.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        for line in lines:
+            if line.startswith(BESIDE):
+                self.beside[arguments[0]] = line
+                self.console.print(f"  {line}", style="yellow")
         if code:
-            lines = [
-                line
-                for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-                if line.strip()
-            ]
             raise MopError(
                 f"`{shown}` failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
             )
@@ -156,6 +161,7 @@ def _loop(loop: Loop) -> DemoReport:
     probed, profile = loop.work / "probed.yaml", loop.work / "profile.yaml"
     with loop.stage("probe this machine"):
         loop.mopexec("probe", "--ranks", str(RANKS), "--out", str(probed))
+    probed_beside = loop.beside.get("probe", "")
     io.write_yaml(profile, _small(io.load(probed, HardwareProfile, "hardware")))
     hardware = io.load(profile, HardwareProfile, "hardware")
     pilots = [_pilot(loop, strategy, hardware) for strategy in pilot_strategies()]
@@ -193,6 +199,7 @@ def _loop(loop: Loop) -> DemoReport:
         f"mopsim demo --out {loop.out}",
         _replicated(contenders[0].plan, hardware),
         TRACKED_STEPS,
+        probed_beside,
     )
 
 

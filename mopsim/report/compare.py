@@ -182,10 +182,10 @@ def _memory_remark(result: SimResult) -> str:
 
 def time_figure(
     path: Path, results: Sequence[SimResult], labels: Sequence[str], unit: str = "GPU",
-    level: float | None = None,
+    level: float | None = None, title: str = "",
 ) -> Path:  # fmt: skip
     """The step by component, and how much of it is exposed to what. unit: what a device is called. level: of
-    an interval that is drawn over each step."""
+    an interval that is drawn over each step. title: instead of who is fastest, as simulated."""
     bars, waits = [], []
     for result, label in zip(results, labels, strict=True):
         rate = f"{result.tokens_per_second_per_device:,.0f} tokens/s per {unit} on {result.stack.name}"
@@ -195,7 +195,7 @@ def time_figure(
         waits.append(Bar(label, _ordered(result.exposed), f"{result.exposed_share:.0%} of the step"))
     most = max((result.exposed_share, label) for result, label in zip(results, labels, strict=True))
     titles = (
-        f"Simulated step: {_winner(results, labels)}",
+        title or f"Simulated step: {_winner(results, labels)}",
         f"Exposed: {most[1]} most, {most[0]:.0%} of its step",
     )
     return time_bars(path, bars, waits, titles)

@@ -15,7 +15,6 @@ from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.report.timeline import timeline_plot
-from mopsim.spec.plan import LOST
 
 
 def write_demo(folder: Path, report: DemoReport) -> list[Path]:
@@ -28,7 +27,7 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
     before = [abs(one.error(one.probed)) for one in contenders]
     written = [
         memory_figure(folder / "memory.png", [one.even for one in contenders], labels),
-        time_figure(folder / "time.png", results, labels, unit="rank"),
+        time_figure(folder / "time.png", results, labels, unit="rank", title="Simulated step by component"),
         loss_lines(
             folder / "loss.png", {one.name: one.losses for one in contenders}, _loss_title(contenders)
         ),
@@ -77,7 +76,7 @@ def _texts(report: DemoReport) -> dict[str, str]:
         {
             "steps": report.steps, "tracked_steps": report.tracked_steps,
             "limit": format_bytes(report.probed.memory_limit()),
-            "disturbed": _disturbed(contenders), "others": _others(contenders),
+            "disturbed": _disturbed(contenders), "others": report.beside(),
             "plain_need": format_bytes(report.replicated.peak_memory), "plain_fits": report.replicated.fits,
             "pilots": [describe(run.plan.strategy) for run in report.pilots],
             "first": contenders[0].name, "second": contenders[1].name, "held_out": contenders[-1].name,
@@ -95,14 +94,6 @@ def _texts(report: DemoReport) -> dict[str, str]:
 def _disturbed(contenders: Sequence[DemoContender]) -> list[str]:
     """'22 steps of mop', of each run that other programs disturbed."""
     return [f"{one.measured.disturbed} steps of {one.name}" for one in contenders if one.measured.disturbed]
-
-
-def _others(contenders: Sequence[DemoContender]) -> list[str]:
-    """'40 % in the run of mop', of each run beside which other programs had much of the cores."""
-    return [
-        f"{100 * one.measured.others:.0f} % in the run of {one.name}"
-        for one in contenders if one.measured.others > LOST
-    ]  # fmt: skip
 
 
 def _sections(report: DemoReport) -> list[Section]:

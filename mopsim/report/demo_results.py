@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from mopsim.common.units import format_seconds
 from mopsim.engine import SimResult
 from mopsim.spec.hardware import HardwareProfile
-from mopsim.spec.plan import Measurement, Plan
+from mopsim.spec.plan import LOST, Measurement, Plan
 
 BUSY = 1.4
 """p90 of a run's steps over p10 from which its machine is called busy: 1.05 to 1.1 when nothing else runs."""
@@ -86,6 +86,8 @@ class DemoReport:
     command: str
     replicated: SimResult
     tracked_steps: int
+    probed_beside: str = ""
+    """The line of the probe where other programs had the cores."""
 
     def verdict(self) -> str:
         """Who won, whichever it is."""
@@ -98,21 +100,32 @@ class DemoReport:
             f"{'' if apart else ', no more than their spread'}"
         )
 
+    def runs(self) -> dict[str, Measurement]:
+        """Every run that was timed, by the name of its strategy."""
+        found = {one.name: one.measured for one in self.contenders}
+        return found | {one.plan.strategy.name: one for one in self.pilots}
+
     def busy(self) -> list[str]:
         """The runs whose steps scatter so much that something else was running: their times tell little."""
-        runs = {one.name: one.measured for one in self.contenders}
-        runs |= {one.plan.strategy.name: one for one in self.pilots}
-        return [name for name, run in runs.items() if _spread(run)[1] > BUSY * _spread(run)[0]]
+        return [name for name, run in self.runs().items() if _spread(run)[1] > BUSY * _spread(run)[0]]
+
+    def beside(self) -> list[str]:
+        """'40 % in the run of mop', of each run beside which other programs had much of the cores."""
+        runs = self.runs().items()
+        return [f"{100 * run.others:.0f} % in the run of {name}" for name, run in runs if run.others > LOST]
 
     def warning(self) -> str:
         """A line where the machine was not quiet, else ''."""
-        runs = self.busy()
-        if not runs:
+        probed = self.probed_beside.partition(" (")[0]
+        said = [f"while it was probed {probed}"] if probed else []
+        if beside := self.beside():
+            said.append(f"of the cores other programs had {', '.join(beside)}")
+        if runs := self.busy():
+            said.append(f"the steps of {', '.join(runs)} scatter by more than {BUSY - 1:.0%} (p10 to p90)")
+        if not said:
             return ""
-        return (
-            f"The machine was not quiet: the steps of {', '.join(runs)} scatter by more than {BUSY - 1:.0%} "
-            "(p10 to p90). Neither these times nor what was calibrated from them are to be trusted. "
-        )
+        rest = "Neither these times nor what was calibrated from them are to be trusted. "
+        return f"The machine was not quiet: {'; '.join(said)}. {rest}"
 
     def piloted_alike(self, one: DemoContender) -> bool:
         """Whether the search chose what a pilot run had: it is then no prediction of an unseen strategy."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -33,8 +33,10 @@ def figures(folder: Path, validation: Validation, level: float | None = None) ->
 def by(
     folder: Path, validation: Validation, name: str, key: Callable[[Scored], str],
     title: Callable[[str, Mapping[str, Points]], str], level: float | None = None,
+    runs: Callable[[str], Iterable[Scored]] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Step times and peaks by group. title: of a quantity and its groups. level: as of `figures`."""
+    """Step times and peaks by group. title: of a quantity and its groups. level: as of `figures`. runs: those
+    of a quantity that are drawn, where not all are."""
     asked: tuple[tuple[Name, str, float], ...] = (
         ("step_time", "seconds of a step", 1.0), ("peak_memory", "GiB at the peak", UNITS["GiB"]),
     )  # fmt: skip
@@ -42,7 +44,7 @@ def by(
     for quantity, unit, scale in asked:
         groups: dict[str, Points] = defaultdict(list)
         ends: dict[tuple[float, float], tuple[float, float]] = {}
-        for one in validation.scored:
+        for one in runs(quantity) if runs else validation.scored:
             measured = getattr(one.case.measured, quantity)
             if measured:
                 point = measured / scale, one.predicted(quantity) / scale

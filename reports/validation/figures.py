@@ -8,7 +8,7 @@ from mopsim.report.validation import Points, by, scatter, spread
 from mopsim.validate.components import Predicted
 from mopsim.validate.output import GROUPS, MEASURES, selections
 from mopsim.validate.run import Validation
-from mopsim.validate.scoring import by_group, over_sources
+from mopsim.validate.scoring import Scored, by_group, over_sources
 
 JUDGED = {
     "step_time": ("Step time", "step_time_s", "bf16_fp16_AB", "bf16 and fp16, grades A and B, held out"),
@@ -32,8 +32,22 @@ def figures(folder: Path, validation: Validation, parts: Sequence[Predicted]) ->
         def title(quantity: str, groups: Mapping[str, Points], group: str = group) -> str:
             return finding(validation, quantity, group, groups)
 
-        written += by(folder, validation, group, GROUPS[group], title)
+        written += by(
+            folder,
+            validation,
+            group,
+            GROUPS[group],
+            title,
+            runs=lambda quantity: judged(validation, quantity),
+        )
     return written + _components(folder, parts)
+
+
+def judged(validation: Validation, quantity: str) -> list[Scored]:
+    """The runs that a figure shows: those that its title speaks of; all, where none is of that selection."""
+    chosen = selections(validation.scored)[JUDGED[quantity][2]]
+    found = [one for one in chosen if getattr(one.case.measured, quantity)]
+    return found or list(validation.scored)
 
 
 def finding(validation: Validation, quantity: str, group: str, groups: Mapping[str, Points]) -> str:

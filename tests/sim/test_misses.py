@@ -10,7 +10,7 @@ from mopsim.report.validation import spread
 from mopsim.validate.components import predict_components
 from mopsim.validate.run import Validation, validate_runs
 from reports.validation import regression
-from reports.validation.figures import finding
+from reports.validation.figures import finding, judged
 from reports.validation.makeup import of_spans, of_step, words
 from reports.validation.misses import UNKNOWN, Cause, load_causes, markdown, misses, row_of
 from tests.sim.test_validate import MODELS, row
@@ -134,6 +134,17 @@ def test_the_regression_is_fitted_on_no_run_that_the_calibration_may_not_use() -
     assert runs == 1
     assert predicted is not None
     assert found("C") == (0, None)
+
+
+def test_a_figure_shows_the_runs_that_its_title_speaks_of() -> None:
+    """A headline number (grade C) of another card stood in the legend under a title of grades A and B."""
+    cut = {"num_layers": "2", "ep": "8", "routing": "balanced", "sharding": "zero1"}
+    other = row("other", model="deepseek_v3", quality="C", **cut)
+    validation = validate_runs([row("one"), other], MODELS, jobs=1)
+    assert len(validation.scored) == 2
+    assert [one.case.quality for one in judged(validation, "step_time")] == ["A"]
+    ungraded = validate_runs([other], MODELS, jobs=1)
+    assert judged(ungraded, "step_time") == ungraded.scored
 
 
 def test_a_figure_is_titled_by_its_finding() -> None:
