@@ -157,7 +157,7 @@ def _memory(played: PlayedStep, hardware: HardwareProfile, strategy: Strategy) -
         "host_memory": host,
         "host_limit": host_limit,
         "host_by_category": on_host,
-        "above_peak": _above_peak(workload, hardware, ledger, peak, played.prices),
+        "above_peak": _above_peak(played, hardware, peak),
         "above_host": {} if hardware.device_kind == "cpu" else upper.host(on_host, workload.pinned),
         "memory_stage": workload.programs[place].stage,
     }
@@ -217,18 +217,16 @@ def _sum(record: Record, field: str, weights: dict[int, float]) -> dict[str, flo
     return found
 
 
-def _above_peak(
-    workload: Workload,
-    hardware: HardwareProfile,
-    fullest: Ledger,
-    peak: int,
-    prices: dict[int, tuple[Work, float]],
-) -> dict[str, int]:
+def _above_peak(played: PlayedStep, hardware: HardwareProfile, peak: int) -> dict[str, int]:
     """Bytes above the peak by cause, of the fullest rank. A CPU has no caching allocator, no pools of streams
     and no communicators, and mopexec holds it to a limit of live tensors."""
     if hardware.device_kind == "cpu":
         return {}
-    now = dict(zip(SLOTS, fullest.at_peak, strict=True))
-    pools = upper.idle_blocks(workload.stack.sharding.fsdp, now, dict(zip(SLOTS, fullest.high, strict=True)))
-    wires = upper.communication(work for work, _ in prices.values())
+    workload, fullest = played.workload, played.ledgers[played.fullest]
+    now, high = (dict(zip(SLOTS, values, strict=True)) for values in (fullest.at_peak, fullest.high))
+    passes = [size for phase, size in fullest.by_phase.items() if phase != "optimizer"]
+    blocks = workload.programs[played.fullest].blocks
+    pools = upper.idle_blocks(workload.stack.sharding.fsdp, now, high)
+    pools += upper.cached_blocks(blocks, max(passes, default=0), fullest.peak)
+    wires = upper.communication(work for work, _ in played.prices.values())
     return upper.device(peak, pools, wires)

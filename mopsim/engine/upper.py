@@ -40,6 +40,12 @@ def idle_blocks(fsdp: bool, at_peak: Mapping[str, int], highest: Mapping[str, in
     return sum(highest[name] - at_peak.get(name, 0) for name in ("gathered", "grads"))
 
 
+def cached_blocks(blocks: int, before: int, peak: int) -> int:
+    """Bytes that flat tensors of the step's end (`blocks`) take on top of the peak: the allocator has cached
+    what the passes before needed (`before`) in smaller blocks."""
+    return max(0, before + blocks - peak) if blocks else 0
+
+
 def communication(works: Iterable[Work]) -> int:
     """Bytes of the communication library: each group of ranks has a communicator, with more for an exchange
     of all with all, and for what one rank sends another through the network. Groups of equal size and span

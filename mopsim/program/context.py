@@ -67,6 +67,12 @@ class Context:
         return self.stack.sharding.sums == "whole" and self.strategy.dense.zero == 1
 
     @property
+    def keeps_grads(self) -> bool:
+        """Whether the gradients of a microbatch stay beside their wider sums (Sharding.microbatch_grads)."""
+        kept = self.stack.sharding.microbatch_grads == "kept"
+        return kept and self.strategy.dense.zero <= 1 and self.grad > self.b
+
+    @property
     def looped(self) -> bool:
         """Whether the host starts products and casts of routed experts one by one."""
         return bool(self.model.num_local_experts) and self.stack.kernels.expert_products == "looped"
@@ -80,6 +86,12 @@ class Context:
     def hidden(self) -> int:
         """Bytes of one [N, H] tensor in the compute dtype."""
         return self.shapes.tokens * self.model.hidden_size * self.b
+
+    @property
+    def held_output(self) -> int:
+        """Bytes of a stage's output that stay there until its backward is over (Stack.stage_outputs)."""
+        held = {"freed": 0, "held": self.hidden, "parts": self.hidden // self.strategy.dense.tensor_parallel}
+        return held[self.stack.stage_outputs]
 
     @property
     def offloaded(self) -> int:

@@ -50,6 +50,15 @@ def _freed(tape: Tape, freed: Sequence[Step]) -> tuple[Sequence[Step], Sequence[
     return ((), freed) if wanted else (freed, ())
 
 
+def logit_elements(context: Context) -> int:
+    """Of the logits that a rank makes of a microbatch: of all rows of its tensor group, for its slice of the
+    vocabulary or, once the slices are gathered, for all of it. A loss in strips has none whole: 0."""
+    c, kind, degree = context, context.strategy.vocabulary.loss, context.strategy.dense.tensor_parallel
+    parts = kind == "vocab_parallel" and c.stack.kernels.loss != "gathered"
+    whole = kind not in ("chunked", "ring")
+    return int(whole * c.shapes.region_tokens * c.model.vocab_size / (degree if parts else 1))
+
+
 def loss_tape(context: Context) -> Tape:
     """x [N,H] -> the loss. Logits in the compute dtype; unless fused, their softmax in fp32 is kept
     (Megatron-LM)."""
@@ -59,7 +68,7 @@ def loss_tape(context: Context) -> Tape:
     split = vocabulary.loss == "vocab_parallel" and c.strategy.dense.tensor_parallel > 1
     rows = c.shapes.region_tokens  # every rank of the tensor group sees all rows, for its slice or all of it
     parts = split and not gathered
-    elements = int(rows * c.model.vocab_size / (c.strategy.dense.tensor_parallel if parts else 1))
+    elements = logit_elements(c)
     zero = c.strategy.dense.zero
     whole = zero < 2 and c.b == c.wide and not gathered  # its cast to fp32 is itself
     # torch's cross_entropy of logits cast to fp32: the caller holds the logits, and the gradients of the

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from mopsim.program.builder import Builder, stream_of
 from mopsim.program.context import Context
 from mopsim.program.data_parallel import gathering, grad_passes, message_work, reduction
-from mopsim.program.loss import Half
+from mopsim.program.flat_tensors import flat_bytes
+from mopsim.program.kept_grads import KeptGrads
+from mopsim.program.loss import Half, logit_elements
 from mopsim.program.offload import OffloadedInputs
 from mopsim.program.passes import Passes
 from mopsim.program.stage import Stage
@@ -31,6 +33,7 @@ class StageStep:
         self.stands_for: Counter[str] = Counter()
         self.issue = Builder(context.groups)
         self.shards = passes.sharding(self.issue, self.stage)
+        self.kept = KeptGrads(context, self.issue, self.stage)
         self.overlap = context.strategy.overlap
         self.after: Ops = ()
         self.arriving: dict[str, int] = {}
@@ -66,10 +69,14 @@ class StageStep:
         layers = [layer for chunk in self.stage.chunks for layer in chunk]
         extra = (
             ("framework", self.passes.placeholders((*layers, *self.stage.extra))),
+            ("grads", self.kept.resident),
             (f"host/{'activations' if self.boundaries.whole else 'boundaries'}", self.boundaries.pinned),
         )
         resident = (*self.passes.resident(self.stage), *(step for step in extra if step[1]))
-        return Program(tuple(self.issue.ops), self.stage.index, resident, repeats=tuple(self.repeats))
+        ops, repeats = tuple(self.issue.ops), tuple(self.repeats)
+        return Program(
+            ops, self.stage.index, resident, repeats=repeats, blocks=flat_bytes(self.c, self.stage)
+        )
 
     def _slot(self, slot: Slot, left: dict[int, int]) -> None:
         phase, microbatch, chunk = slot
@@ -174,17 +181,25 @@ class StageStep:
     def _backward(self, microbatch: int, chunk: int, final: bool) -> None:
         issue, part = self.issue, self.stage.part(chunk)
         order = list(reversed(self.stage.chunks[chunk]))
+        self._begin_grads(chunk, self.passes.split)
         if part == self.stage.parts - 1:
             waits = self.shards.edge("head", "backward")
             self.shards.turn((*reversed(self.stage.extra), *order))
             ready = self._loss_backward(microbatch, waits, (*reversed(self.stage.extra), *order), final)
+            if self.c.stack.stage_outputs == "held" and microbatch == 0:
+                size = logit_elements(self.c) * self.c.b  # from here on there are those of the one before
+                issue.hold((("logits", size),))
+                self.stands_for["logits"] += size
         else:
             ready = self._receive("backward", microbatch, part)
         for layer in order:
             self._visit("backward", layer)
             ready = self._layer_backward(microbatch, layer, ready, order, final)
             self._gap("backward", layer)
+        if part < self.stage.parts - 1:
+            issue.hold((("activations", -self.c.held_output),))
         if part > 0:
+            ready = ready if self.passes.split else self.kept.added(chunk, ready)
             self._send("backward", microbatch, part - 1, ready)
             self.after = (*self.after, *self.shards.finish())
             return
@@ -192,6 +207,8 @@ class StageStep:
         ready = issue.play(self.passes.embedding("backward"), -1, ready)
         self._reduced(ready, "embedding", final)
         self.after = (*self.after, *self.shards.finish())
+        if not self.passes.split:
+            self.kept.added(chunk, ready)
         issue.hold(self.passes.left)
 
     def _loss_backward(self, microbatch: int, ready: Ops, order: Sequence[int], final: bool) -> Ops:
@@ -244,19 +261,34 @@ class StageStep:
         )
         ready = self.issue.play(template, layer, (*ready, *waits), beside)
         self.shards.after(layer, "backward", ready)
-        if final and self.overlap.grad_reduce and not self.shards.each:
+        self.kept.made(*self.c.layers[layer])
+        if final and self._early:
             self._reduce(self.c.layers[layer], ready)
         return ready
 
+    @property
+    def _early(self) -> bool:
+        """Whether gradients are reduced as soon as the last backward has made them."""
+        return bool(self.overlap.grad_reduce) and not self.shards.each and not self.c.keeps_grads
+
+    def _begin_grads(self, chunk: int, later: bool) -> None:
+        """A pass that makes weight gradients begins, unless they are made later."""
+        if not later and self.c.keeps_grads:
+            self.kept.begin(chunk)
+            self.stands_for["grads"] -= self.kept.hidden[chunk]
+
     def _weights(self, microbatch: int, chunk: int, left: dict[int, int]) -> None:
         left[chunk] -= 1
+        self._begin_grads(chunk, later=False)
         ready: Ops = ()
         extra = self.stage.extra if self.stage.part(chunk) == self.stage.parts - 1 else ()
         for layer in reversed((*self.stage.chunks[chunk], *extra)):
             self.boundaries.before("weight_grad", microbatch, layer, ready)
             ready = self.issue.play(self.passes.weights(layer), layer, ())
-            if left[chunk] == 0 and self.overlap.grad_reduce and not self.shards.each:
+            self.kept.made(*self.c.layers[layer])
+            if left[chunk] == 0 and self._early:
                 self._reduce(self.c.layers[layer], ready)
+        self.kept.added(chunk, ready)
 
     def _embed(self) -> Ops:
         waits = (*self.shards.edge("embedding", "forward"), *self.gathered.pop("embedding", ()))
@@ -290,7 +322,8 @@ class StageStep:
             self.unsent.append((way, microbatch, part, ready))
             return
         self.issue.microbatch = microbatch
-        overlaps, memory = self.overlap.pipeline, (("activations", -self.c.hidden),)
+        held = self.c.held_output if way == "forward" else 0
+        overlaps, memory = self.overlap.pipeline, (("activations", held - self.c.hidden),)
         op = self.issue.add(
             f"send {way}", f"{way}_out", "other", way, self._sent(), ready, memory if overlaps else (),
             f"{way} {microbatch} {part}",
@@ -305,7 +338,8 @@ class StageStep:
     def _reduced(self, ready: Ops, edge: str, final: bool) -> None:
         """The gradients of an edge are whole: reduced now where that overlaps."""
         self.shards.done(edge, "backward", ready)
-        if final and self.overlap.grad_reduce and not self.shards.each and edge in self.c.edges:
+        self.kept.made(self.c.edges.get(edge, self.c.edges["embedding"]))
+        if final and self._early and edge in self.c.edges:
             self._reduce([self.c.edges[edge]], ready)
 
     def _reduce(self, units: Sequence[ShardedUnit], ready: Ops) -> None:

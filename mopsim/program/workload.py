@@ -145,13 +145,15 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What one class of ranks does in a step. stage: of the pipeline. graphs: see Strategy."""
+    """What one class of ranks does in a step. stage: of the pipeline. graphs: see Strategy. blocks: bytes of
+    flat tensors of the step's end, see Sharding.update_copies."""
 
     ops: tuple[Op, ...]
     stage: int = 0
     resident: tuple[Step, ...] = ()
     graphs: tuple[str, ...] = ()
     repeats: tuple[Repeat, ...] = ()
+    blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,8 @@ def implemented(kernels: tuple[Kernel, ...], context: Context) -> tuple[Kernel, 
         found = biased(found, run.expert_bias == "indexed")
     found = chunked(found, context, "permute" if context.strategy.activations.recompute == "full" else "")
     sharding = context.stack.sharding
-    if sharding.copies:
-        return gradients_stay(found, sharding.groups == "modules")
+    if sharding.copies or context.keeps_grads:
+        return gradients_stay(found, sharding.copies and sharding.groups == "modules")
     return gradients_stacked(found, model.ffn_matrices) if "pieces" in parts else found
 
 
@@ -216,7 +216,8 @@ def _products(kernel: Kernel, part: Part, context: Context) -> tuple[Work, ...]:
                 )  # fmt: skip
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[precision.compute]:
         found += _casts(kernel, part, context, dtype, looped)
-    if part in ("backward", "weight_grad") and context.stack.kernels.weight_grads == "composed":
+    added = context.stack.kernels.weight_grads == "composed" and not context.keeps_grads
+    if part in ("backward", "weight_grad") and added:
         # each gradient is read, its buffer read and written
         size = sum(m.n * m.k * m.count for m in kernel.matmuls) * (context.b + 2 * context.grad)
         found.append(Work("memory_bound", bytes=size, launches=len(kernel.matmuls)))

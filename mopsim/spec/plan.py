@@ -14,6 +14,8 @@ from mopsim.spec.training import TrainSpec
 
 SHORTEST, LONGEST = 1e-6, 1e7
 """Seconds that a step may take: below the launch of one kernel, and four months (of a kind of work too)."""
+MOST_BYTES, MOST_OPS = 1e15, 1e12
+"""More than a rank has on its device or its host, or runs in a step."""
 LOST = 0.1
 """Part of a quiet step's seconds that a step may lose to other programs before it counts as disturbed; part
 of the cores that others may have before it is said."""
@@ -128,6 +130,8 @@ class KindTiming(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "count", "seconds", "seconds_low", "seconds_high", "flops", "bytes")
+        rule = f"must be 1 to {MOST_OPS:g}, the ops that took {self.seconds:g} seconds"
+        require(1 <= self.count <= MOST_OPS or self.seconds == 0, "count", self.count, rule)
         low, high = self.seconds_low, self.seconds_high
         rule = f"does not lie between seconds_low {low} and seconds_high {high}"
         require(low <= self.seconds <= high <= LONGEST, "seconds", self.seconds, rule)
@@ -177,6 +181,11 @@ class Measurement(Spec, frozen=True, kw_only=True):
             self, 0, "steps", "warmup", "step_time_median", "tokens_per_second", "peak_memory", "host_memory",
             "resumed", "disturbed",
         )  # fmt: skip
+        require(self.tokens_per_second > 0, "tokens_per_second", self.tokens_per_second, "must be positive")
+        sizes = {"peak_memory": self.peak_memory, "host_memory": self.host_memory}
+        sizes |= {f"memory_by_category.{name}": size for name, size in self.memory_by_category.items()}
+        for field, size in sizes.items():
+            require(size <= MOST_BYTES, field, size, f"must be the bytes of a rank, at most {MOST_BYTES:g}")
         require(0 <= self.others <= 1, "others", self.others, "must lie between 0 and 1")
         times, steady = self.step_times, self.steps - self.warmup - self.disturbed
         rule = f"less warmup and disturbed is not the {len(times)} step_times"

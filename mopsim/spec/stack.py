@@ -17,6 +17,8 @@ from mopsim.common.io import Spec
 from mopsim.spec.categories import COMPONENTS, KEPT, MODULES, Runtime
 from mopsim.spec.has import require_had
 from mopsim.spec.quantity import require_between
+from mopsim.spec.sharding import MOST_BYTES
+from mopsim.spec.sharding import Sharding as Sharding
 from mopsim.spec.strategy import Activations, Overlap, Precision, Strategy
 
 T = TypeVar("T", bound=Spec)
@@ -28,8 +30,6 @@ AttentionKernel = Literal["profile", "cpu", "flash2", "flash3", "flash4", "cudnn
 query heads of a KV head one after another. scores: kept in memory, no flash kernel.
 """
 StateDType = Literal["float64", "float32", "bfloat16", "float16", "compute"]
-MOST_BYTES = 1000
-"""Moved for one element beside what is counted."""
 DEFAULT = "default"
 """Key of what counts for every device architecture that has no entry of its own."""
 
@@ -117,39 +117,6 @@ class Kernels(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         require_between(self, 0, MOST_BYTES, "logit_passes")
-
-
-class Sharding(Spec, frozen=True, kw_only=True):
-    """How state is sharded and gathered.
-
-    fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
-    step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
-    (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
-    spread over ranks are plain tensors, whole on every replica. flat: a group's parameters are views of one
-    tensor, whose gradient autograd puts together and which is cast and divided before it is reduced (torch's
-    FullyShardedDataParallel). sums: under ZeRO-1 gradients are scattered to the ranks that update them
-    (`scattered`), or all ranks sum them whole (`whole`). owners: under ZeRO-1 each tensor's optimizer state
-    is with one rank, whole, and owners broadcast what they have updated one after the other. grad_passes:
-    bytes moved for each gradient of a rank once the last backward has made it, where they are reduced: into
-    the buffers of reductions and back, scaled, counted into a norm while they are whole. agreements: at the
-    end of a step ranks sum the loss and each router's load, one exchange each. groups: parameters that are
-    gathered and reduced together are a layer's, and those of the root, which is gathered once a microbatch
-    (`layers`); or embedding, head with the final norm, and a layer's routed experts are groups of their own
-    too (`modules`).
-    """
-
-    fsdp: bool = False
-    copies: bool = False
-    flat: bool = False
-    sums: Literal["scattered", "whole"] = "scattered"
-    owners: bool = False
-    grad_passes: float = 0.0
-    experts: bool = True
-    agreements: bool = False
-    groups: Literal["layers", "modules"] = "layers"
-
-    def __post_init__(self) -> None:
-        require_between(self, 0, MOST_BYTES, "grad_passes")
 
 
 class Recompute(Spec, frozen=True, kw_only=True):
@@ -245,6 +212,9 @@ class Stack(Spec, frozen=True, kw_only=True):
     has: what it can do of what a strategy asks, a field -> its values (`vocabulary.loss: [full]`); a field
     that is not there may have any. A key `field where condition` speaks only of what the condition
     (conditions.yaml of the capability table) holds for.
+    stage_outputs: what a pipeline stage makes is freed once it is sent, the last one's logits with their
+    backward (`freed`); or lies in buffers of the schedule until its own backward is over, whole, and logits
+    until the next ones' is (`held`), or a part on each tensor-parallel rank (`parts`).
     kernels: the implementation of each operation. cpu: that where the devices are CPUs, if it is another (in
     a file: the entries that are others).
     sharding: how state is sharded and gathered. recompute: habits of recomputation. host: what its Python
@@ -261,6 +231,7 @@ class Stack(Spec, frozen=True, kw_only=True):
     runtime: Runtime | Literal[""] = ""
     explicit: bool = False
     has: dict[str, tuple[Any, ...]] = msgspec.field(default_factory=dict)
+    stage_outputs: Literal["freed", "held", "parts"] = "freed"
     kernels: Kernels = Kernels()
     cpu: Kernels | None = None
     sharding: Sharding = Sharding()
@@ -276,6 +247,9 @@ class Stack(Spec, frozen=True, kw_only=True):
         require_name(self.name)
         for key, values in self.has.items():
             require_had(key, values)
+        grads = self.sharding.microbatch_grads
+        rule = "must be 'added' with explicit, whose schedule has gradients of its own"
+        require(not self.explicit or grads == "added", "sharding.microbatch_grads", grads, rule)
         for architecture, share in self.communication_share.items():
             require(0 <= share < 1, f"communication_share.{architecture}", share, "must lie in [0, 1)")
 

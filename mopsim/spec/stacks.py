@@ -17,8 +17,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from mopsim.common.errors import MopError, shown
-from mopsim.common.io import convert, exists, parse_yaml, read_text
+from mopsim.common.io import convert, exists, parse_yaml, read_text, to_plain
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
 from mopsim.spec.stack import Stack
@@ -48,7 +50,33 @@ def load_stack(ref: str | Path, field: str = "stack") -> Stack:
     path = Path(ref)
     if path.suffix not in (".yaml", ".yml", ".json") and not exists(path):
         raise unknown(field, name, list_stacks(), "stack")
-    return _stack(read_text(path, field), str(path), field, ())
+    stack = _stack(read_text(path, field), str(path), field, ())
+    _check_name(stack, str(path), field)
+    return stack
+
+
+def _check_name(stack: Stack, origin: str, field: str) -> None:
+    """Raise MopError where a file has name and version of a shipped stack and other entries: plans and
+    results would name that one."""
+    if stack.name not in _texts() or stack.version != _named(stack.name).version:
+        return
+    ours, theirs = (_plain_entries(one) for one in (stack, _named(stack.name)))
+    other = sorted(path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path))
+    if other:
+        raise MopError(
+            f"{origin}: {field}.name: {stack.name!r} is a shipped stack, whose {other[0]} is "
+            f"{shown(theirs.get(other[0]))} in this version: give the file a name or a version of its own"
+        )
+
+
+def _plain_entries(stack: Stack) -> dict[str, Any]:
+    """Dotted field -> plain value."""
+    plain = to_plain(replace(stack, name="stack", version="", extends="", sources={}))
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        parts = value if name in SECTIONS and isinstance(value, dict) else {"": value}
+        found |= {f"{name}.{part}".rstrip("."): one for part, one in parts.items()}
+    return found
 
 
 @cache

@@ -18,6 +18,7 @@ from mopsim.graph.flops import flops_per_token
 from mopsim.intervals import network, products
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
+from mopsim.spec.plan import LONGEST, SHORTEST
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
 from mopsim.spec.stack import Stack
@@ -43,6 +44,9 @@ class Measured(io.Spec, frozen=True, kw_only=True):
         for field in ("step_time", "peak_memory"):
             value = getattr(self, field)
             require(value is None or value > 0, field, value, "must be positive, or be left out")
+        rule = f"must be the seconds of a step, {SHORTEST:g} to {LONGEST:g}"
+        seconds = self.step_time
+        require(seconds is None or SHORTEST <= seconds <= LONGEST, "step_time", seconds, rule)
 
 
 class CaseSource(io.Spec, frozen=True, kw_only=True):
@@ -165,7 +169,10 @@ def least_time(case: Case) -> float:
 
 
 def check_possible(case: Case) -> None:
-    """Raise SpecError where a measured step beats the limit of its hardware."""
+    """Raise SpecError where what was measured beats the limits of its hardware, in memory or in time."""
+    peak, memory = case.measured.peak_memory, case.profile().device.memory.si
+    rule = f"bytes are more than the {memory:.4g} that a {case.hardware} has"
+    require(peak is None or peak <= memory, "measured.peak_memory", peak, rule)
     measured = case.measured.step_time
     if measured is None:
         return

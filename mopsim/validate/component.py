@@ -1,13 +1,17 @@
 """One measured component as a record."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 from mopsim.common.errors import MopError, shown
 from mopsim.common.json_text import parse_json
 from mopsim.common.shipped import shipped
-from mopsim.validate.tables import Row, UnsupportedError, parse_number
+from mopsim.validate.tables import Row, UnsupportedError, parse_number, positive, whole
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,24 @@ class Component:
         return re.search(pattern, self.system.lower()) is not None
 
     def number(self, name: str) -> float:
-        """A parameter as a number. Raises UnsupportedError where it is missing or none."""
+        """A parameter as a number. Raises UnsupportedError where it is missing or no size has it."""
         try:
-            return parse_number(str(self.params[name]), name)
-        except (KeyError, MopError):
+            float(str(self.params[name]))
+        except (KeyError, ValueError):
             raise UnsupportedError(name, "not stated by the source") from None
+        return self._checked(name, lambda: parse_number(str(self.params[name]), name))
+
+    def count(self, name: str) -> int:
+        """A parameter that counts something: a positive whole number. Raises as `number` does."""
+        value = self.number(name)
+        return self._checked(name, lambda: whole(value, name, self.params[name]))
+
+    def _checked(self, name: str, read: Callable[[], T]) -> T:
+        """What `read` returns; its refusal is that of the parameter."""
+        try:
+            return read()
+        except MopError as error:
+            raise UnsupportedError(name, str(error).removeprefix(f"{name}: ")) from None
 
     def text(self, name: str) -> str:
         return str(self.params.get(name, ""))
@@ -57,5 +74,7 @@ def parse(row: Row) -> Component:
     params = parse_json(row["params"] or "{}", f"{row['component']}: params")
     if not isinstance(params, dict):
         raise MopError(f"{row['component']}: params: {shown(row['params'])} is not a JSON object")
-    value = parse_number(row["value"], f"{row['component']}: value") if row["value"] else None
-    return Component(row, params, value)
+    where = f"{row['component']}: value"
+    value = parse_number(row["value"], where) if row["value"] else None
+    spent = row["metric"] in ("latency_s", "flops_per_s", "peak_memory_gib")
+    return Component(row, params, positive(value, where, row["value"]) if spent else value)

@@ -24,9 +24,9 @@ def _dtype(component: Component) -> str:
 def gemm(component: Component, hardware: HardwareProfile) -> float:
     """Seconds, or FLOP/s, of one product or of the products of `ng` experts in one launch."""
     upper = "M" in component.params
-    m, n, k = (component.number(name.upper() if upper else name) for name in ("m", "n", "k"))
+    m, n, k = (float(component.count(name.upper() if upper else name)) for name in ("m", "n", "k"))
     grouped = component.params.get("op") == "grouped matmul"
-    count = component.number("ng") if grouped else 1.0
+    count = float(component.count("ng")) if grouped else 1.0
     kind = "grouped_matmul" if grouped else "matmul"
     time = seconds(Work(kind, m=m, n=n, k=k, count=count, dtype=_dtype(component)), hardware)
     return time if component.metric == "latency_s" else 2 * m * n * k * count / time
@@ -39,7 +39,7 @@ def attention(component: Component, hardware: HardwareProfile) -> float:
     taken as they are.
     """
     backward = "backward" in str(component.params.get("pass_", component.params.get("op", "")))
-    seq = int(component.number("seq_len"))
+    seq = component.count("seq_len")
     heads = component.number("heads") if "heads" in component.params else component.number("head_num")
     width = (component.number("qk_head_dim") + component.number("v_head_dim")) / 2
     batch = float(str(component.params.get("batch", 1)))
@@ -49,14 +49,14 @@ def attention(component: Component, hardware: HardwareProfile) -> float:
     work = Work(
         "attention", flops=full / 2 if masked else full, seq=seq, backward=backward, dtype=_dtype(component)
     )
-    return full / seconds(work, for_heads(hardware, int(component.number("qk_head_dim"))))
+    return full / seconds(work, for_heads(hardware, component.count("qk_head_dim")))
 
 
 def all_to_all(component: Component, hardware: HardwareProfile) -> float:
     """Seconds of an exchange among `ep` ranks, or bytes/s of its slowest link."""
-    ranks = int(component.number("ep"))
-    choices = int(component.number("top_k")) if component.does("deduplicated") else 0
-    experts = int(component.number("num_experts")) if "num_experts" in component.params else 0
+    ranks = component.count("ep")
+    choices = component.count("top_k") if component.does("deduplicated") else 0
+    experts = component.count("num_experts") if "num_experts" in component.params else 0
     group = CommGroup(ranks, min(ranks, hardware.scale_up_size), choices, experts)
     if "bytes_per_rank" in component.params:
         size = component.number("bytes_per_rank")

@@ -63,7 +63,7 @@ def _optimizer(component: Component, hardware: HardwareProfile, groups: list[int
     if groups:
         strategy = mop(
             ranks, expert_parallel=ranks, optimizer_bucket_params=round(sum(groups) / len(groups)),
-            optimizer_slots=int(component.number("slots")), offload_inputs=False, grad_dtype="bfloat16",
+            optimizer_slots=component.count("slots"), offload_inputs=False, grad_dtype="bfloat16",
         )  # fmt: skip
         strategy = msgspec.structs.replace(
             strategy,
@@ -116,8 +116,8 @@ def vocabulary_projection(component: Component, hardware: HardwareProfile) -> fl
     Latency is that of the forward: one table calls it so, and three products in it would be twice the fp32
     peak.
     """
-    hidden, tokens = int(component.number("hidden")), int(component.number("tokens_per_rank"))
-    vocabulary, degree = int(component.number("vocab")), int(component.number("vocab_degree"))
+    hidden, tokens = component.count("hidden"), component.count("tokens_per_rank")
+    vocabulary, degree = component.count("vocab"), component.count("vocab_degree")
     model = ModelSpec(
         name="head", hidden_size=hidden, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8,
         head_dim=64, vocab_size=vocabulary, intermediate_size=64,
@@ -158,9 +158,9 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
     """
     ranks = int(component.row.get("num_gpus") or 8)
     budget = component.number("host_budget_gib_per_rank")
-    rows = component.number("tokens_per_step") / int(component.number("sp"))
+    rows = component.number("tokens_per_step") / component.count("sp")
     boundary = int(rows * component.number("hidden") * 2)
-    away = offloaded_boundaries(int(component.number("boundaries")), boundary, int(budget * GIB))
+    away = offloaded_boundaries(component.count("boundaries"), boundary, int(budget * GIB))
     kept = {
         "boundaries_offloaded": away,
         "host_payload_gib_per_rank": away * boundary / GIB,
@@ -178,13 +178,13 @@ def checkpoint_offload(component: Component, hardware: HardwareProfile) -> float
 def _offloaded(component: Component, hardware: HardwareProfile) -> SimResult:
     model = load_model(component.text("model"))
     ranks = int(component.row.get("num_gpus") or 8)
-    seq, budget = int(component.number("seq_len")), component.number("host_budget_gib_per_rank")
+    seq, budget = component.count("seq_len"), component.number("host_budget_gib_per_rank")
     strategy = mop(
-        ranks, context_parallel=int(component.number("sp")), expert_parallel=int(component.number("ep")),
+        ranks, context_parallel=component.count("sp"), expert_parallel=component.count("ep"),
         optimizer="device",
         offload_inputs=budget > 0, offload_inputs_bytes=int(budget * GIB), vocab_parallel=ranks,
         grad_dtype="bfloat16",
-        micro_batch=max(1, int(component.number("tokens_per_step")) // seq),
+        micro_batch=max(1, component.count("tokens_per_step") // seq),
     )  # fmt: skip
     return _step(component, model, strategy, seq, hardware)
 
@@ -217,30 +217,30 @@ def played(component: Component, hardware: HardwareProfile) -> SimResult | None:
 def _expert_strategy(component: Component) -> Strategy:
     """Standard EP, LLEP or PipelinedLLEP over `ep` ranks. Capacity 1: the received experts of the published
     peaks are those of that capacity."""
-    degree = int(component.number("ep"))
+    degree = component.count("ep")
     chunked = "num_chunks" in component.params
     experts = Experts(
         expert_parallel=degree,
         balance="least_loaded" if component.does("least_loaded") else "none",
-        chunk_tokens=int(component.number("chunk_tokens")) if chunked else 0,
-        max_chunks=int(component.number("num_chunks")) if chunked else 1,
+        chunk_tokens=component.count("chunk_tokens") if chunked else 0,
+        max_chunks=component.count("num_chunks") if chunked else 1,
     )
     return msgspec.structs.replace(fsdp2(degree, expert_parallel=degree, recompute="none"), experts=experts)
 
 
 def _expert_model(component: Component) -> ModelSpec:
     return ModelSpec(
-        name="moe-layer", hidden_size=int(component.number("hidden")), num_hidden_layers=1,
+        name="moe-layer", hidden_size=component.count("hidden"), num_hidden_layers=1,
         num_attention_heads=8, num_key_value_heads=8, head_dim=8, vocab_size=8,
-        num_local_experts=int(component.number("num_experts")),
-        num_experts_per_tok=int(component.number("top_k")),
-        moe_intermediate_size=int(component.number("expert_hidden")),
+        num_local_experts=component.count("num_experts"),
+        num_experts_per_tok=component.count("top_k"),
+        moe_intermediate_size=component.count("expert_hidden"),
     )  # fmt: skip
 
 
 def _expert_layer(component: Component, strategy: Strategy, hardware: HardwareProfile) -> SimResult:
     model = _expert_model(component)
-    tokens = int(component.number("tokens_per_rank"))
+    tokens = component.count("tokens_per_rank")
     training = TrainSpec(seq_len=tokens, global_batch=strategy.world_size, routing=component.text("routing"))
     workload = expert_layer(model, strategy, training, hardware.scale_up_size, _nested(strategy))
     return run(workload, model, hardware, strategy, training, timeline=True)
@@ -259,7 +259,7 @@ def _beside(component: Component) -> int:
     """Bytes that the benchmark holds and a layer doesn't: the other ranks' experts, as it makes all of them
     on every rank and works on slices (test_llep.py of SalesforceAIResearch/LeastLoadedEP, whose shapes and
     profiles these are), the pipeline's workspace, and the libraries'."""
-    model, degree = _expert_model(component), int(component.number("ep"))
+    model, degree = _expert_model(component), component.count("ep")
     each = model.ffn_matrices * model.hidden_size * model.moe_intermediate_size * 2
     others = each * (model.num_local_experts - model.num_local_experts // degree)
     workspace = float(str(component.params.get("workspace_mib", 0))) * UNITS["MiB"]

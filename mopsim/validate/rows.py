@@ -23,7 +23,7 @@ from mopsim.validate.facts import facts, families
 from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
 from mopsim.validate.parallelism import Degrees, family_of, strategy
-from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number
+from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number, positive
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,11 +101,14 @@ def _stack(row: Row) -> tuple[Stack, tuple[str, ...]]:
 
 def _measured(row: Row, approximations: tuple[str, ...]) -> Measured:
     """Whether it fits: a run with a step time ran; others say so, or say nothing."""
-    memory, step = number(row, "peak_memory_gib"), number(row, "step_time_s")
+    memory, step = (
+        positive(number(row, column), f"{row['run_id']}: {column}", row.get(column))
+        for column in ("peak_memory_gib", "step_time_s")
+    )
     fits = False if row.get("fits") == "oom" else True if step or row.get("fits") == "yes" else None
     if any("memory not scored" in note for note in approximations):
         memory = fits = None
-    return Measured(step_time=step or None, peak_memory=memory * GIB if memory else None, fits=fits)
+    return Measured(step_time=step, peak_memory=memory * GIB if memory else None, fits=fits)
 
 
 def _quality(row: Row) -> Literal["A", "B", "C"]:

@@ -67,13 +67,21 @@ def parse_number(text: str, where: str) -> float:
     return value
 
 
+def positive(value: float | None, where: str, cell: object) -> float | None:
+    """A measured number, None where none is. Raises MopError naming `where` where it is 0."""
+    if value == 0:
+        raise MopError(f"{where}: {shown(cell)} must be above 0: leave it empty where nothing was measured")
+    return value
+
+
+def whole(value: float, where: str, cell: object) -> int:
+    """A number as a count. Raises MopError naming `where` where it is not positive and whole."""
+    if value != int(value) or value < 1:
+        raise MopError(f"{where}: {shown(cell)} is not a positive whole number")
+    return int(value)
+
+
 def count(row: Row, column: str) -> int | None:
     """The cell as a positive whole number, None where it is empty. Raises MopError where it is neither."""
     value = number(row, column)
-    if value is None:
-        return None
-    if value != int(value) or value < 1:
-        raise MopError(
-            f"{row.get('run_id', 'row')}: {column}: {shown(row[column])} is not a positive whole number"
-        )
-    return int(value)
+    return None if value is None else whole(value, f"{row.get('run_id', 'row')}: {column}", row[column])

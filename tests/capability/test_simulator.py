@@ -19,7 +19,7 @@ from mopsim.spec.capability import EXPORTS, ROWS, SIDES, Job
 from mopsim.spec.capability.table import RUNTIMES
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
-from mopsim.spec.stack import Kernels, Stack
+from mopsim.spec.stack import Kernels, Sharding, Stack, StateDTypes
 from mopsim.spec.stacks import list_stacks, load_stack
 from mopsim.spec.strategy import Activations, Exchange, Overlap
 from mopsim.strategies import fsdp2, megatron, mop
@@ -225,7 +225,8 @@ def left_to_the_stack() -> dict[str, Job]:
     """Jobs by name that leave to their stack what a strategy may: dtypes and overlap; what selective
     recomputation runs again, under tensor parallelism and without; when layer inputs come back from the host;
     where experts' biases are added, and how a clamped gate is made; experts over tensor ranks, run again;
-    parameters that lie on the host; tensor ranks that hold all rows, and two readers of each.
+    parameters that lie on the host; tensor ranks that hold all rows, and two readers of each; gradients as
+    narrow as the products; FSDP's groups without copies.
     """
     job = JOBS["megatron"]
     names = ("param", "reduce", "grad", "moments", "master")
@@ -239,6 +240,7 @@ def left_to_the_stack() -> dict[str, Job]:
     again = structs.replace(again, activations=Activations(recompute="selective", modules=("moe",)))
     flat = JOBS["mop"]
     shards = structs.replace(flat.strategy.dense, param_tier="host")
+    narrow = structs.replace(megatron(8, expert_parallel=2), precision=precision)
     rows = megatron(8, tensor_parallel=2)
     rows = structs.replace(rows, dense=structs.replace(rows.dense, sequence_parallel=False))
     return {
@@ -251,6 +253,8 @@ def left_to_the_stack() -> dict[str, Job]:
         "inputs on the host": replace(whole, strategy=structs.replace(whole.strategy, activations=away)),
         "clamped": replace(job, model=structs.replace(job.model, swiglu_limit=7.0)),
         "experts again": replace(job, strategy=again),
+        "narrow": replace(job, strategy=narrow, stack=structs.replace(job.software, dtypes=StateDTypes())),
+        "no copies": replace(whole, stack=structs.replace(whole.software, sharding=Sharding(fsdp=True))),
         "biased": replace(whole, model=structs.replace(whole.model, expert_bias=True)),
     }
 

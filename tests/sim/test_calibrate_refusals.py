@@ -57,3 +57,15 @@ def test_a_step_of_no_time_or_of_years_is_refused(seconds: float) -> None:
     run = measured("a", MACHINE)
     with pytest.raises(MopError, match=r"step_times\[0\]: .* must be the seconds of a step"):
         msgspec.structs.replace(run, step_times=(seconds,) * len(run.step_times), step_time_median=seconds)
+
+
+def test_what_no_rank_has_and_no_run_does_is_refused() -> None:
+    run, much = measured("a", MACHINE), 10**30
+    for wrong in ({"peak_memory": much}, {"host_memory": much}, {"memory_by_category": {"params": much}}):
+        with pytest.raises(MopError, match=r"memory.*: 1\d* must be the bytes of a rank, at most 1e\+15"):
+            msgspec.structs.replace(run, **wrong)
+    with pytest.raises(MopError, match=r"tokens_per_second: 0 must be positive"):
+        msgspec.structs.replace(run, tokens_per_second=0)
+    for count in (0, much):
+        with pytest.raises(MopError, match=r"count: 1?0* must be 1 to 1e\+12, the ops that took"):
+            msgspec.structs.replace(run.kinds["matmul"], count=count)

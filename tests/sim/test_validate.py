@@ -317,6 +317,40 @@ def test_a_time_that_beats_the_hardware_is_refused_in_a_line(tmp_path: Path) -> 
     assert read_cases(tmp_path / "cases.jsonl") == [case]
 
 
+def test_a_peak_of_more_than_the_device_has_is_refused_in_a_line(tmp_path: Path) -> None:
+    case = read_case(row(), MODELS)
+    for peak in (1e30, 81 * 2**30):
+        large = msgspec.structs.replace(case, measured=Measured(peak_memory=peak))
+        write_cases(tmp_path / "cases.jsonl", [large])
+        rule = r"case 1: measured\.peak_memory: .* bytes are more than the 8.552e\+10 that a h100-sxm-80g has"
+        with pytest.raises(MopError, match=rule):
+            read_cases(tmp_path / "cases.jsonl")
+
+
+@pytest.mark.parametrize("field", ["step_time_s", "peak_memory_gib"])
+def test_a_measured_nothing_is_refused_in_a_line(field: str) -> None:
+    with pytest.raises(MopError, match=rf"^a: {field}: '0' must be above 0: leave it empty"):
+        read_case(row("a", **{field: "0"}), MODELS)
+    for time in (0.0, 1e-300, 1e9):
+        with pytest.raises(MopError, match=r"^step_time: .* must be"):
+            Measured(step_time=time)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ng", 0), ("k", 0), ("m", 0.5)])
+def test_a_component_of_nothing_is_refused_in_a_line(name: str, value: float) -> None:
+    sizes = {"m": 4096, "n": 4096, "k": 4096, "ng": 8}
+    params = {"op": "grouped matmul", "precision": "bf16", **sizes, name: value}
+    gemm = {
+        "component": "gemm", "system": "x", "gpu": "h100-sxm-80g", "num_gpus": "1",
+        "params": json.dumps(params), "metric": "flops_per_s", "value": "6e14",
+    }  # fmt: skip
+    (refused,) = predict_components([gemm])
+    assert (refused.predicted, refused.field) == (None, name)
+    assert refused.reason == f"{value} is not a positive whole number"
+    with pytest.raises(MopError, match=r"^gemm: value: '0' must be above 0"):
+        predict_components([{**gemm, "value": "0"}])
+
+
 def test_a_refusal_names_its_field_once() -> None:
     strange = {"ep": "3", "model": "qwen3_30b_a3b", "num_layers": "48", "routing": "balanced"}
     rows = [row("a", recompute="unknown"), row("b", sharding="zero1", **strange)]

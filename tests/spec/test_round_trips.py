@@ -231,7 +231,8 @@ seconds = st.floats(1e-12, 1e7)
 def timings(draw: Any) -> KindTiming:
     low, middle, high = sorted(draw(st.tuples(seconds, seconds, seconds)))
     work = {"flops": draw(positive), "bytes": draw(positive)}
-    return KindTiming(count=draw(count), seconds=middle, seconds_low=low, seconds_high=high, **work)
+    ops = draw(st.integers(1, 10**12))
+    return KindTiming(count=ops, seconds=middle, seconds_low=low, seconds_high=high, **work)
 
 
 @st.composite

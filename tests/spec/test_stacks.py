@@ -21,7 +21,8 @@ def test_a_shipped_stack_has_its_name_a_version_and_sources(name: str) -> None:
     assert stack.version
     for field, source in stack.sources.items():
         section = field.partition(".")[0]
-        assert section in (*SECTIONS, "runtime", "explicit", "communication_share")
+        top = ("runtime", "explicit", "communication_share", "stage_outputs")
+        assert section in (*SECTIONS, *top)
         assert len(source) > 5
 
 
@@ -96,6 +97,30 @@ def test_a_wrong_entry_is_one_line_with_file_field_and_rule(text: str, says: str
     assert line.startswith(str(path))
     assert says in line
     assert len(line.splitlines()) == 1
+
+
+def test_a_file_with_a_shipped_name_and_version_has_its_entries(tmp_path: Path) -> None:
+    path, shipped = tmp_path / "mine.yaml", load_stack("torchtitan")
+    head = f'name: torchtitan\nversion: "{shipped.version}"\nextends: torchtitan\n'
+    path.write_text(head)
+    assert load_stack(path).behaviour == shipped.behaviour
+    path.write_text(head + "kernels: {norm: {value: fused, source: mine}}\n")
+    with pytest.raises(MopError) as refused:
+        load_stack(path)
+    assert str(refused.value) == (
+        f"{path}: stack.name: 'torchtitan' is a shipped stack, whose kernels.norm is 'composed' in this "
+        "version: give the file a name or a version of its own"
+    )
+    path.write_text(path.read_text().replace(shipped.version, "mine, 2026-11"))
+    assert load_stack(path).kernels.norm == "fused", "another version may differ"
+
+
+@pytest.mark.parametrize("entry", ["owners: true", "sums: whole", "microbatch_grads: kept"])
+def test_entries_that_exclude_each_other_are_refused_in_a_line(entry: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\nversion: a\nextends: torchtitan\nsharding: {{source: here, {entry}}}\n")
+    with pytest.raises(MopError, match=rf"mine\.yaml: stack\.sharding\.{entry.split(':')[0]}: .* with fsdp"):
+        load_stack(path)
 
 
 def test_an_unknown_stack_has_a_near_name_and_lists_the_known_ones() -> None:

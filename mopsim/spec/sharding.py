@@ -1,0 +1,67 @@
+"""Sharding: how a program shards, gathers and sums its state, beside what a strategy decides."""
+
+from typing import Literal
+
+from mopsim.common.errors import require
+from mopsim.common.io import Spec
+from mopsim.spec.quantity import require_between
+
+MOST_BYTES = 1000
+"""Moved for one element beside what is counted."""
+MOST_BUCKETS = 1e12
+"""Bytes: more than a device has."""
+
+
+class Sharding(Spec, frozen=True, kw_only=True):
+    """How state is sharded and gathered.
+
+    fsdp: parameters are sharded by groups of modules whatever `dense.zero` says, and gradients live within a
+    step (torch's FSDP, Megatron-FSDP). copies: between shards or gradients and the buffers of collectives
+    (torch's FSDP2). experts: routed experts' parameters are sharded by what shards the others; else those
+    spread over ranks are plain tensors, whole on every replica. flat: a group's parameters are views of one
+    tensor, whose gradient autograd puts together and which is cast and divided before it is reduced (torch's
+    FullyShardedDataParallel). sums: under ZeRO-1 gradients are scattered to the ranks that update them
+    (`scattered`), or all ranks sum them whole (`whole`). owners: under ZeRO-1 each tensor's optimizer state
+    is with one rank, whole, and owners broadcast what they have updated one after the other. grad_passes:
+    bytes moved for each gradient of a rank once the last backward has made it, where they are reduced: into
+    the buffers of reductions and back, scaled, counted into a norm while they are whole. microbatch_grads:
+    where gradients are summed in a wider dtype than the products' and no rank shards them, each that a
+    backward makes is added and freed at once (`added`); or all are added after the backward, each from a copy
+    in the sums' dtype, and live until the next backward begins, through forwards and update (`kept`).
+    update_copies: bytes for each parameter that a rank updates of flat tensors that its update makes of
+    gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced after the
+    last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is reduced then.
+    Where none of a backward's tensors is as large, torch's caching allocator has blocks for them beside.
+    agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
+    parameters that are gathered and reduced together are a layer's, and those of the root, which is gathered
+    once a microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are
+    groups of their own too (`modules`).
+    """
+
+    fsdp: bool = False
+    copies: bool = False
+    flat: bool = False
+    sums: Literal["scattered", "whole"] = "scattered"
+    owners: bool = False
+    grad_passes: float = 0.0
+    microbatch_grads: Literal["added", "kept"] = "added"
+    update_copies: float = 0.0
+    buckets: float = 0.0
+    reduce_copies: float = 0.0
+    experts: bool = True
+    agreements: bool = False
+    groups: Literal["layers", "modules"] = "layers"
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies")
+        require_between(self, 0, MOST_BUCKETS, "buckets")
+        plain = {
+            "sums": "scattered", "owners": False, "grad_passes": 0.0, "microbatch_grads": "added",
+            "update_copies": 0.0, "buckets": 0.0, "reduce_copies": 0.0,
+        }  # fmt: skip
+        for field, without in plain.items():
+            value = getattr(self, field)
+            rule = f"must be {without!r} with fsdp, under which each rank sums and updates a shard only"
+            require(not self.fsdp or value == without, field, value, rule)
+        rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
+        require(not (self.flat and self.copies), "flat", self.flat, rule)
