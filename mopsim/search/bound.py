@@ -73,12 +73,13 @@ class Bounder(Footprint):
         return Bounds(self.time(), device, self.host_memory(), self.gathered(), parts)
 
     def time(self) -> Reals:
-        """The slowest stream, then the optimizer. Compute loses `communication_share` to a busy fabric."""
-        talks = self.talks()
-        busy = self.slowest(self.layer_seconds(), self.head_seconds()) + self.copies()
-        idle = self.awaited()
+        """The slowest stream, or compute with the exchanges that it waits for; then the optimizer. Compute
+        loses `communication_share` to a busy fabric."""
+        talks, layers, head = self.talks(), self.layer_seconds(), self.head_seconds()
+        busy, idle = self.slowest(layers, head) + self.copies(), self.awaited()
         busy = busy + idle + self.hardware.communication_share * np.maximum(talks - idle, 0.0)
-        slowest = np.maximum.reduce([busy, talks, self.copy_time()])
+        chain = self.slowest(self.in_turn(), np.where(self.c["overlap"] == 1, 0.0, head))
+        slowest = np.maximum.reduce([busy, talks, self.copy_time(), chain])
         return np.asarray(slowest + self.optimizer_time() + self.constant())
 
     def talks(self) -> Reals:
@@ -94,7 +95,12 @@ class Bounder(Footprint):
 
     def layer_seconds(self) -> list[Reals]:
         """Of each kind of layer, on the rank that has one, all microbatches."""
-        return [*(self.layer.busy(self.space) * self.microbatches[:, None]).T]
+        return [*self._busy.sum(axis=1).T]
+
+    @cached_property
+    def _busy(self) -> Reals:
+        """Seconds of the compute stream of each row, way and kind of layer, all microbatches."""
+        return self.layer.busy(self.space) * self.microbatches[:, None, None]
 
     def head_seconds(self) -> Reals:
         """The same of what is beside the decoder layers: vocabulary and MTP layers, on the stage that has
@@ -266,6 +272,22 @@ class Bounder(Footprint):
             Message("all_to_all", routes, c["experts"], times, far, once, m.num_local_experts),
             Message("all_gather", rows, c["expert_tensor"], twice * self.sizes.moe_layers / c["pipeline"]),
         ]
+
+    def in_turn(self) -> list[Reals]:
+        """Seconds of each kind of layer, all microbatches, with the exchanges that compute waits for: forward
+        and backward in turn, of those that are woven the backward alone. Experts that go chunk by chunk
+        compute beside exchanges."""
+        c, woven = self.c, self.c["overlap"] == 1
+        sequence, experts, _ = (sum(self.busy([one])) * c["pipeline"] for one in self.exchanges())
+        sequence = sequence / self.model.num_hidden_layers
+        experts = experts / max(self.sizes.moe_layers, 1) * (c["chunks"] <= 1)
+        behind = (2 + c["recompute"]) / (4 + c["recompute"])  # of the experts' exchanges, see `exchanges`
+        found = []
+        for place, kind in enumerate(kinds(self.model)):
+            back = self._busy[:, 1, place] + sequence / 2 + kind.routed * experts * behind
+            whole = self._busy[:, :, place].sum(axis=1) + sequence + kind.routed * experts
+            found.append(np.where(woven, back, whole))
+        return found
 
     def copy_time(self) -> Reals:
         """Layer inputs out and back over the host link, the slower way; with offload the weights up for each

@@ -19,13 +19,14 @@ Found = TypeVar("Found")
 MOST = 1 << 16
 """Above any degree: codes of shapes count in it."""
 
+WAYS = ("forward", "backward")
 BEST = 0.99
 """Of a reference's seconds: some rows are faster for each token by up to 0.4 %."""
 
 
 @dataclass(frozen=True)
 class Least:
-    """Seconds of the compute stream by a code of shapes (a row each) and the kind of layer."""
+    """Seconds of the compute stream by a code of shapes (a row each); of layers by way (WAYS) and kind."""
 
     codes: Column
     seconds: Reals
@@ -121,10 +122,11 @@ class Layer:
         return found
 
     def busy(self, space: Space) -> Reals:
-        """Seconds in which the compute stream is, of each row and kind of layer, one microbatch."""
-        again = self.again[recomputed(space.columns["recompute"], space.columns["modules"])]
-        each = again + self.routed.at(_expert_shapes(space))
-        found = self.fixed.at(_dense_shapes(space)) + each * _tokens(space)[:, None]
+        """Seconds in which the compute stream is, of each row, way (WAYS) and kind of layer, one
+        microbatch."""
+        each = self.routed.at(_expert_shapes(space))
+        each[:, 1] += self.again[recomputed(space.columns["recompute"], space.columns["modules"])]
+        found = self.fixed.at(_dense_shapes(space)) + each * _tokens(space)[:, None, None]
         return np.asarray(BEST * found)
 
 
@@ -197,16 +199,18 @@ def _known(
 
 
 def _seconds(rows: Space, place: int) -> tuple[Reals, Reals]:
-    """(All but experts, experts of a token) by kind of layer; 0 where a rule refuses the row."""
+    """(All but experts, experts of a token) by way and kind of layer; 0 where a rule refuses the row."""
     return _known(rows, "busy", _busy, place)
 
 
 def _busy(row: Space) -> tuple[Reals, Reals]:
     order, layers = kinds(row.problem.model), Pieces(row).layers(0)
     if layers is None:
-        return np.zeros(len(order)), np.zeros(len(order))
-    routed = np.array([layers[kind].routed for kind in order])
-    return np.array([layers[kind].busy for kind in order]) - routed, routed / _tokens(row)
+        return np.zeros((len(WAYS), len(order))), np.zeros((len(WAYS), len(order)))
+    every = [layers[kind] for kind in order]
+    routed = np.array([[one.ahead.routed for one in every], [one.back.routed for one in every]])
+    busy = np.array([[one.forward.busy for one in every], [one.backward.busy for one in every]])
+    return busy - routed, routed / _tokens(row)
 
 
 def _hidden(row: Space) -> float:
