@@ -22,6 +22,7 @@ LAYOUTS = ("even", "ends", "front")
 """Their names in recipes.yaml."""
 
 
+@cache
 def layers_of(model: ModelSpec, stages: int, virtual: int, layout: int) -> tuple[int, ...] | None:
     """Decoder layers of each part; empty: as even as can be. None where the layout is none of its own.
 
