@@ -13,7 +13,7 @@ from mopsim.commands.progress import progress
 from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
 from mopsim.common.errors import MopError
-from mopsim.common.outputs import check_outputs
+from mopsim.common.outputs import check_outputs, whole_directory
 from mopsim.common.units import parse_count
 from mopsim.common.values import listed
 from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
@@ -57,7 +57,6 @@ def run(order: ContextOrder, out: str, json: str | None) -> int:
     curves = [nested({one.name: found[case_name(case), one.name] for one in asked}) for case in cases]
     made = to_json(cases, curves, asked, lengths) | {"facts": stated(cases), "version": mopsim.__version__}
     made["simulated"] = totals(found.values())["simulated"]
-    io.write_json(str(Path(out) / "context.json"), made)
     sections = []
     for case, mine in zip(cases, curves, strict=True):
         content = case_table(mine, lengths)
@@ -65,10 +64,10 @@ def run(order: ContextOrder, out: str, json: str | None) -> int:
         sections.append(Section(case_name(case), ends(mine), content))
     rules = [[one.label, one.rules] for one in asked]
     sections.append(Section("Rules", "", Table(["contender", "rules"], rules)))
-    write_page(Path(out), Page("Context length against throughput", "", sections, stated(cases)))
+    with io.json_beside(json, made), whole_directory(Path(out)) as aside:
+        io.write_json(str(aside / "context.json"), made)
+        write_page(aside, Page("Context length against throughput", "", sections, stated(cases)))
     console.print(f"Written: {Path(out) / 'index.md'}")
-    if json:
-        io.write_json(json, made)
     return 0 if any(curve.longest for mine in curves for curve in mine.values()) else NOTHING_FITS
 
 

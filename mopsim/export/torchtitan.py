@@ -13,6 +13,7 @@ CHECKED = "torchtitan v0.2.2 (commit 73a0e69), torchtitan/config/job_config.py"
 
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble"}
 ROTATE = {"all_gather": "allgather", "ring": "alltoall"}
+BACKENDS = {"deepep": "deepep"}
 MATMUL = {"fp8": "float8", "mxfp8": "mx"}
 
 
@@ -72,7 +73,7 @@ def _parallelism(plan: Plan) -> dict[str, Any]:
         "context_parallel_rotate_method": ROTATE.get(s.attention.cp_comm_type, "allgather"),
         "expert_parallel_degree": s.experts.expert_parallel,
         "expert_tensor_parallel_degree": s.experts.expert_tensor_parallel,
-        "expert_parallel_comm_backend": "deepep" if s.experts.token_dispatcher != "alltoall" else "standard",
+        "expert_parallel_comm_backend": BACKENDS.get(s.experts.token_dispatcher, "standard"),
         "pipeline_parallel_degree": s.pipeline.pipeline_parallel,
     }
     if s.pipeline.pipeline_parallel > 1:

@@ -238,6 +238,24 @@ def test_what_is_not_expressed_is_refused_unless_lossy(
         assert tomllib.loads(text) if target == "torchtitan" else yaml.safe_load(text)
 
 
+def test_torchtitan_has_deepep_alone_and_not_beside_split_experts() -> None:
+    """HybridEP was written as DeepEP."""
+    base = replace(fsdp2(32, tensor_parallel=2, expert_parallel=8), stack="generic-fused")
+
+    def sent(dispatcher: str, tensor: int = 1) -> list[str]:
+        experts = replace(
+            base.experts, token_dispatcher=dispatcher, expert_tensor_parallel=tensor, expert_fsdp=1
+        )
+        text, gaps = export(plan(replace(base, experts=experts)), "torchtitan", lossy=True)
+        found = tomllib.loads(text)["parallelism"]["expert_parallel_comm_backend"]
+        return [found, *(str(gap) for gap in gaps if gap.field.endswith("token_dispatcher"))]
+
+    assert sent("deepep") == ["deepep"]
+    says = "strategy.experts.token_dispatcher: 'hybridep' is not in TorchTitan, only 'alltoall' or 'deepep'"
+    assert sent("hybridep") == ["standard", says]
+    assert "only 'alltoall'" in sent("deepep", tensor=2)[1]
+
+
 def test_what_the_plans_own_stack_lacks_is_not_written() -> None:
     """Megatron-Bridge has rings and Ulysses; the Megatron of 2022 and TorchTitan do not."""
     made = replace(fsdp2(32, context_parallel=2, context_exchange="ulysses"), stack="torchtitan")
