@@ -239,7 +239,7 @@ def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.M
     [
         ("--model mop_241b", "--nodes: 1 given for 2 of --model, one each is needed"),
         ("--contender fsdp3", "--contender: 'fsdp3' is not one of"),
-        ("--seq-len ,", "--seq-len: ',' holds no length"),
+        ("--seq-len ,", "--seq-len: ',' has an empty value"),
         ("--seq-len 12Q", "--seq-len"),
         ("--seq-len 128K,64K,131072", "--seq-len: '128K,64K,131072' has 131072 twice"),
         ("--routing 120/3", "routing"),
