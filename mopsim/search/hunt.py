@@ -205,7 +205,7 @@ class Hunt:
             usable = self.near & ~pool.taken & (pool.time < below) & pool.room()[0]
             return np.where(usable, pool.expected(), np.inf)
 
-        position = pool.best(score, math.inf)
+        position = pool.best(score, THOROUGH, briefly=True)
         return position if position is not None and self._promising(position) else None
 
     def _promising(self, position: int) -> bool:

@@ -4,6 +4,7 @@ Both correct closed-form estimates (`mopsim.search.bound`, `mopsim.search.guess`
 bounds and simulations reject a candidate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -80,9 +81,11 @@ class Memory:
 
 @dataclass
 class Rise:
-    """How many times its closed form a refined memory or time is: by median of a kind, else of all."""
+    """How many times its closed form something is: by median of a kind; of one not seen, what those seen
+    `usually` are."""
 
     kinds: Column
+    usually: Callable[[list[float]], float] = median
     seen: dict[int, list[float]] = field(default_factory=dict)
 
     def learn(self, position: int, times: float) -> None:
@@ -93,7 +96,7 @@ class Rise:
         """Of every candidate."""
         if not self.seen:
             return np.ones(len(self.kinds))
-        usual = median(times for seen in self.seen.values() for times in seen)
+        usual = self.usually([times for seen in self.seen.values() for times in seen])
         found = np.full(int(self.kinds.max()) + 1, usual)
         for kind, seen in self.seen.items():
             found[kind] = median(seen)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +34,8 @@ _TOGETHER = {
 _TRANSIENT = ("chunks", "ffn_slices", "loss_slices", "recompute", "modules")
 _WAITS = ("overlap", "tensor", "expert_tensor", "exchange", "dispatcher")
 """Columns that decide what compute waits for."""
+_SHARDS = ("tensor", "experts", "expert_tensor", "dense_shard", "expert_shard")
+"""Columns that decide the pinned blocks of a host, which are powers of two."""
 MOST = 400_000
 """Candidates that a pool holds: three in four of the best guesses, one in four the leanest of the others."""
 TURNS, AT_ONCE = 8, 4
@@ -54,7 +55,8 @@ class Pool:
     whatever memory they are expected to need. rest: lower bounds of the times of those beyond MOST.
     alike: those that share their layers, which are refined together; refined: whether each one's bounds are;
     over: whether they say that it does not fit; enough: times its peak that a device must have at least.
-    rise, slower: what refinements teach of the memory and of the time of others; turns: of refinements."""
+    rise, slower: what refinements teach of the memory and of the time of others; host_rise: what simulations
+    teach of memory on the host; turns: of refinements."""
 
     space: Space
     rows: Column
@@ -66,7 +68,7 @@ class Pool:
     times: Times
     seeds: list[int]
     taken: NDArray[np.bool_]
-    host_rise: list[float]
+    host_rise: Rise
     rest: Reals
     published: frozenset[int]
     pieces: Pieces
@@ -97,8 +99,9 @@ class Pool:
         pieces = replace(known, space=space) if known else Pieces(space)
         time, host = bounds.time[rows], bounds.host[rows]
         return Pool(
-            space, rows, time, host, memory, Rise(kinds), Rise(waiting), times, seeds, taken, [], beyond,
-            recipes, pieces, SpaceFacts.of(kept), *alike(kept), np.zeros_like(taken), np.zeros_like(taken),
+            space, rows, time, host, memory, Rise(kinds), Rise(waiting), times, seeds, taken,
+            Rise(_kinds(kept, _SHARDS), min), beyond, recipes, pieces, SpaceFacts.of(kept), *alike(kept),
+            np.zeros_like(taken), np.zeros_like(taken),
         )  # fmt: skip
 
     def refine(self, position: int) -> bool:
@@ -146,7 +149,7 @@ class Pool:
         self.memory.learn(position, peak_memory)
         self.times.learn(position, step_time)
         if self.host[position] > 0:
-            self.host_rise.append(host_memory / float(self.host[position]))
+            self.host_rise.learn(position, host_memory / float(self.host[position]))
 
     def expected(self, *, hopeful: bool = False) -> Reals:
         """Step time of every candidate, see `Times.expected`."""
@@ -157,13 +160,12 @@ class Pool:
         """Of each candidate: whether it is expected to fit, with some slack where its bounds are not refined;
         its expected share of what there is."""
         hardware = self.space.problem.hardware
-        rise = median(self.host_rise) if self.host_rise else 1.0
         higher = np.where(self.refined, 1.0, self.rise.expected())
-        device = np.maximum(self.memory.expected(higher), self.memory.bound * self.enough)
-        device = device / hardware.memory_limit()
-        host = self.host * rise / max(hardware.host_limit(), 1)
-        share = np.maximum(device, host)
-        return share <= np.where(self.refined, 1.0, 1 + ROUGH), share
+        expected, limit = self.memory.expected(higher), hardware.memory_limit()
+        surely = self.host * self.host_rise.expected() / max(hardware.host_limit(), 1)
+        surely = np.maximum(surely, self.memory.bound * self.enough / limit)
+        rough = expected / limit / np.where(self.refined, 1.0, 1 + ROUGH)
+        return np.maximum(surely, rough) <= 1, np.maximum(surely, expected / limit)
 
     def next(
         self, below: float, turns: float = TURNS, *, hoped: float = np.inf, slack: float = 0.0

@@ -16,7 +16,7 @@ from mopsim.search.bound import bound
 from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY, SPENT
 from mopsim.search.had import had
 from mopsim.search.hunt import rank
-from mopsim.search.learn import Memory, Times
+from mopsim.search.learn import Memory, Rise, Times
 from mopsim.search.pool import Pool
 from mopsim.search.problem import EXCHANGES, Problem, worked_out
 from mopsim.search.result import NOT_RUN, TIE
@@ -250,3 +250,24 @@ def test_layer_inputs_stay_where_the_program_keeps_them() -> None:
 def with_ring(stack: Stack) -> Stack:
     """A fork of the program that has MoP's loss."""
     return replace(stack, has={**stack.has, "vocabulary.loss": ("ring",)})
+
+
+def test_a_plan_is_found_where_little_fits() -> None:
+    """Most of the fast pipelines need more than the device has; bounds that are not refined yet must not keep
+    the hunt among them (it refined for minutes and said that nothing fits)."""
+    training = TrainSpec(seq_len=4096, global_batch=1536)
+    machine, options = load_profile("h200-sxm-141g"), Options(("megatron",), budget=6)
+    found = search(load_model("mop_1t"), machine, 12, training, options)
+    assert found.best is not None
+    assert found.best.sure
+
+
+def test_a_rise_not_seen_is_as_those_seen_usually_are() -> None:
+    kinds = np.array([0, 0, 1, 2])
+    risen, least = Rise(kinds), Rise(kinds, min)
+    for one in (risen, least):
+        one.learn(0, 2.0)
+        one.learn(0, 4.0)
+        one.learn(2, 1.0)
+    assert risen.expected().tolist() == [3.0, 3.0, 1.0, 2.0]
+    assert least.expected().tolist() == [3.0, 3.0, 1.0, 1.0]
