@@ -9,7 +9,7 @@ def flat_bytes(context: Context, stage: Stage) -> int:
     """Bytes of those of the reductions or of the update, whichever are more (see Sharding.update_copies);
     none where the last stage's logits in fp32 have left blocks as large."""
     c, sharding = context, context.stack.sharding
-    if c.strategy.dense.zero > 1:
+    if c.strategy.dense.zero != 1:
         return 0
     summed = any(unit.copies > 1 for unit in stage.units)
     found = sharding.reduce_copies * summed * sum(unit.padded for unit in stage.units)

@@ -28,10 +28,11 @@ class Sharding(Spec, frozen=True, kw_only=True):
     where gradients are summed in a wider dtype than the products' and no rank shards them, each that a
     backward makes is added and freed at once (`added`); or all are added after the backward, each from a copy
     in the sums' dtype, and live until the next backward begins, through forwards and update (`kept`).
-    update_copies: bytes for each parameter that a rank updates of flat tensors that its update makes of
-    gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced after the
-    last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is reduced then.
-    Where none of a backward's tensors is as large, torch's caching allocator has blocks for them beside.
+    update_copies: under ZeRO-1, bytes for each parameter that a rank updates of flat tensors that its update
+    makes of gradients narrower than fp32; buckets: bytes of those through which such gradients are reduced
+    after the last backward; reduce_copies: bytes for each gradient of a rank of one whole copy that is
+    reduced then. Where none of a backward's tensors is as large, torch's caching allocator has blocks for
+    them beside.
     agreements: at the end of a step ranks sum the loss and each router's load, one exchange each. groups:
     parameters that are gathered and reduced together are a layer's, and those of the root, which is gathered
     once a microbatch (`layers`); or embedding, head with the final norm, and a layer's routed experts are

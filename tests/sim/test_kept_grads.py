@@ -144,6 +144,8 @@ def test_flat_tensors_of_a_steps_end_by_hand() -> None:
     assert _flat(wide, update_copies=8, buckets=1e9)[0] == 0, "gradients in fp32 are updated from as they are"
     size, _, stage = _flat(wide, reduce_copies=2)
     assert size == 2 * sum(unit.padded for unit in stage.units)
+    whole = replace(narrow, dense=replace(narrow.dense, zero=0))
+    assert _flat(whole, update_copies=8, buckets=1e9)[0] == 0, "they are ZeRO-1's"
     alone = _strategy(2, pipeline_parallel=2)
     assert _flat(alone, reduce_copies=2)[0] == 0, "nothing is reduced"
     one = megatron(8)
