@@ -17,6 +17,7 @@ STRATEGY: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 HARDWARE: dict[str, dict[str, str]] = {"host": {"issue": "cpu_launch_time"}}
+SHARDS = ("dense.param", "dense.grad", "experts.param", "experts.grad")
 DISPATCHERS = {"all_to_all": "alltoall", "deduplicated": "deepep"}
 
 
@@ -29,6 +30,28 @@ def strategy(data: Any) -> Any:
         known = "hybridep" if experts.get("mapped") is True else DISPATCHERS.get(given, given)
         found["experts"] = {**experts, "token_dispatcher": known}
     return found
+
+
+def stack(data: Any) -> Any:
+    """A stack of plain objects whose `context_exchanges` and `offload` are entries of `has`, where they say
+    that the program lacks something."""
+    if not isinstance(data, dict) or not data.keys() & {"context_exchanges", "offload"}:
+        return data
+    found = {key: value for key, value in data.items() if key not in ("context_exchanges", "offload")}
+    offload = data.get("offload") or {}
+    ways, sides = data.get("context_exchanges"), offload.get("update_on")
+    kept = offload.get("activations")
+    no_shards = offload.get("shards") is False
+    lacks: dict[str, tuple[bool, list[Any]]] = {
+        "attention.context_parallel": (ways == [], [1]),
+        "attention.cp_comm_type": (bool(ways), ways or []),
+        "optimizer.state_tier": (sides == [], ["device"]),
+        "optimizer.update_on": (bool(sides), sides or []),
+        **{f"{part}_tier": (no_shards, ["device"]) for part in SHARDS},
+        "activations.layer_inputs": (kept is not None and "layer_inputs" not in kept, ["device"]),
+        "activations.cpu_offload_layers": (kept is not None and "layers" not in kept, [0]),
+    }
+    return {**found, "has": {path: values for path, (said, values) in lacks.items() if said}}
 
 
 def hardware(data: Any) -> Any:

@@ -100,7 +100,8 @@ def _plan(data: Any, field: str) -> Any:
     if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
         return data
     if "stack" in data:
-        return {**data, "strategy": renamed.strategy(data["strategy"])}
+        same = renamed.stack(data["stack"])
+        return {**data, "strategy": renamed.strategy(data["strategy"]), "stack": same}
     strategy, stack = split(data["strategy"], f"{field}.strategy")
     if stack is None:
         stack = load_stack(strategy.get("stack", DEFAULT_STACK), f"{field}.stack")

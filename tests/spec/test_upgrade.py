@@ -12,8 +12,10 @@ from mopsim.spec.plan import Measurement, Plan
 from mopsim.spec.presets import load_model
 from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
+from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_measurement, load_plan, read_strategy
-from mopsim.strategies import fsdp2
+from mopsim.strategies import fsdp2, mop
+from tests.plans import plan_of
 from tests.software import WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,37 @@ def test_a_wrong_old_field_is_one_line(fields: dict[str, Any], says: str) -> Non
         read_strategy(strategy(**fields), "a.yaml")
     assert says in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("gone", "has"),
+    [
+        ({"context_exchanges": []}, {"attention.context_parallel": (1,)}),
+        (
+            {"context_exchanges": ["ring"], "offload": {"update_on": ["host"], "activations": ["layers"]}},
+            {
+                "attention.cp_comm_type": ("ring",), "optimizer.update_on": ("host",),
+                "activations.layer_inputs": ("device",),
+            },
+        ),
+        (
+            {"offload": {"update_on": [], "shards": False, "activations": []}},
+            {
+                "optimizer.state_tier": ("device",), "dense.param_tier": ("device",),
+                "dense.grad_tier": ("device",), "experts.param_tier": ("device",),
+                "experts.grad_tier": ("device",), "activations.layer_inputs": ("device",),
+                "activations.cpu_offload_layers": (0,),
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_stack_said_that_its_program_has_is_in_one_table(
+    gone: dict[str, Any], has: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = io.to_plain(plan_of(load_model("tiny"), mop(2), TrainSpec(seq_len=64, global_batch=2)))
+    plan["stack"] = {key: value for key, value in plan["stack"].items() if key != "has"} | gone
+    io.write_yaml(tmp_path / "plan.yaml", plan)
+    assert load_plan(tmp_path / "plan.yaml").stack.has == has
 
 
 def test_a_plan_names_the_stack_that_it_holds() -> None:
