@@ -99,9 +99,7 @@ def scatter(
             for one in (axis.xaxis, axis.yaxis):
                 one.set_major_formatter(LogFormatter())
                 one.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-        axis.legend(
-            loc="upper left", fontsize=8, title="runs of every grade, their mean error", title_fontsize=8
-        )
+        axis.legend(loc="upper left", fontsize=8, title="runs, their mean error", title_fontsize=8)
     return path
 
 
