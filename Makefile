@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/mopsim demo --out reports/demo
 
 test: setup
-	$(TESTED) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(TESTED) $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 quick: setup format lint imports
 	$(TESTED) $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(QUICK)

@@ -1,5 +1,5 @@
 """What holds for all tests: no example of hypothesis fails by the clock, and tests that share what takes long
-to make stay in one worker (`pytest -n 2 --dist loadgroup`), so that it is made once. None leaves the
+to make stay in one worker (`pytest -n 3 --dist loadgroup`), so that it is made once. None leaves the
 environment changed for the next."""
 
 import gc

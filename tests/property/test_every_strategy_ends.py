@@ -101,15 +101,26 @@ def _stack(draw: random.Random, name: str) -> Stack:
     )
     if draw.random() < 0.5:
         return stack
-    changed = {kernel: pick(built) for kernel in kernels}
+    changed, own = {kernel: pick(built) for kernel in kernels}, stack.sharding
+    sharding: dict[str, Any] = {"experts": pick([True, True, False])}
+    if own.fsdp:
+        sharding["copies"] = pick([True, False]) and not own.flat
+    else:
+        grads = "added" if stack.explicit else pick(["added", "kept"])
+        sharding |= {
+            "microbatch_grads": grads,
+            "update_copies": pick([0.0, 4.0]),
+            "buckets": pick([0.0, 1e9]),
+        }
     return replace(
         stack,
         has={},
+        stage_outputs=pick(["freed", "held", "parts"]),
         kernels=replace(
             stack.kernels, **changed, expert_products=pick(["grouped", "looped"]), fills=pick([True, False]),
             loss=pick(["composed", "fused", "upcast"]), attention={"default": pick(["profile", "scores"])},
         ),
-        sharding=replace(stack.sharding, copies=pick([True, False]), experts=pick([True, True, False])),
+        sharding=replace(own, **sharding),
         recompute=replace(
             stack.recompute, stops_early=pick([True, False]), chunk_inputs=pick(["redispatch", "nested"])
         ),
