@@ -14,6 +14,7 @@ from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
 from mopsim.search.had import axes_of, each
+from mopsim.search.learn import Rise, alike_in
 from mopsim.search.options import Options
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
@@ -29,6 +30,9 @@ GUESSED = ("exchange", "overlap")
 """Minor axes of which each value is guessed, and the fastest counts."""
 KNOWN = 600
 """Rows of a trunk whose layers are made to know what to expect of them, at some 5 ms each."""
+
+SPLIT = ("experts", "tensor", "expert_tensor")
+"""Columns of whose guesses parts tell how wrong they are."""
 
 Change = Callable[[Problem, Axes], Axes]
 
@@ -175,8 +179,8 @@ def _order(kept: Space, time: Reals, miss: Reals, axes: Axes) -> Column:
 
 
 def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
-    """Seconds of each row: the guess of its fastest values of what is GUESSED; of those that promise most, by
-    their parts."""
+    """Seconds of each row: of those that promise most, by their parts; of the others the guess of the fastest
+    values of what is GUESSED, as much longer as those of parts are that SPLIT a layer alike."""
     tried = [(MINOR[key], _values(MINOR[key], axes)) for key in minor_of(axes) if key in GUESSED]
     values = _combinations(tried)
     guesses = np.stack([guess(kept.having(**one)) for one in values])
@@ -186,12 +190,15 @@ def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
     chosen = {name: np.array([one[name] for one in values])[fastest[first]] for name in values[0]}
     rows = kept.take(first)
     rows = Space(rows.family, rows.problem, rows.columns | chosen)
-    given, pieces = SpaceFacts.of(rows), Pieces(rows)
+    given, pieces, known = SpaceFacts.of(rows), Pieces(rows), np.copy(found)
+    slower = Rise(alike_in(kept.columns, SPLIT))
     for places in alike(rows)[1]:
         parts = Parts.of(pieces, given, int(places[0]), places)
         if parts is not None:
-            found[first[places]] = likely(Refined(rows.take(places), given, parts))
-    return np.asarray(found)
+            known[first[places]] = likely(Refined(rows.take(places), given, parts))
+            for place in first[places]:
+                slower.learn(int(place), float(known[place] / found[place]))
+    return np.where(known == found, found * slower.expected(), known)
 
 
 def _by_degrees(kept: Space, order: Column) -> Column:
