@@ -29,18 +29,26 @@ def _asked() -> dict[str, Any]:
 
 def require_had(key: str, values: tuple[Any, ...]) -> None:
     """An entry of `has` names a field of Strategy, values of its type, and a known condition."""
-    path, _, where = key.partition(" where ")
+    path, only, where = key.partition(" where ")
     require(path in _asked(), "has", key, "is not a field of a strategy")
     require(bool(values), f"has.{key}", [], "must name the values that the program has")
-    if where:
+    if only:
         require(where in _conditions(), f"has.{key}", where, "is not a condition of the capability table")
-    kind = _asked()[path]
+    seen: set[Any] = set()
     for place, value in enumerate(values):
+        field = f"has.{key}[{place}]"
         small = isinstance(value, int | float) and value < 0
-        require(not small, f"has.{key}[{place}]", value, "must be at least 0")
-        try:
-            msgspec.convert(value, kind, strict=True)
-        except msgspec.ValidationError:
-            known = get_args(kind) if get_origin(kind) is Literal else ()
-            rule = f"is not one of {', '.join(map(str, known))}" if known else "is not of the field's type"
-            raise SpecError(f"has.{key}[{place}]", value, rule) from None
+        require(not small, field, value, "must be at least 0")
+        one = _of_type(field, value, _asked()[path])
+        require(one not in seen, field, value, "is given twice")
+        seen.add(one)
+
+
+def _of_type(field: str, value: Any, kind: Any) -> Any:
+    """The value of a strategy's field. Raises SpecError where it is none of its type."""
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError:
+        known = get_args(kind) if get_origin(kind) is Literal else ()
+        rule = f"is not one of {', '.join(map(str, known))}" if known else "is not of the field's type"
+        raise SpecError(field, value, rule) from None

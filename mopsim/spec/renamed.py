@@ -1,7 +1,10 @@
 """Names that fields had until version 0.1: files with them still load."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from mopsim.common.io import Spec, convert
+from mopsim.spec.strategy import Exchange, Tier
 
 STRATEGY: dict[str, dict[str, str]] = {
     "pipeline": {"degree": "pipeline_parallel"},
@@ -32,26 +35,40 @@ def strategy(data: Any) -> Any:
     return found
 
 
-def stack(data: Any) -> Any:
+class _Offload(Spec, frozen=True, kw_only=True):
+    """What a stack said of the host; None: nothing."""
+
+    update_on: tuple[Tier, ...] | None = None
+    shards: bool = True
+    activations: tuple[Literal["layer_inputs", "layers"], ...] | None = None
+
+
+class _Stack(Spec, frozen=True, kw_only=True):
+    """The fields that a stack no longer has."""
+
+    context_exchanges: tuple[Exchange, ...] | None = None
+    offload: _Offload = _Offload()
+
+
+def stack(data: Any, field: str) -> Any:
     """A stack of plain objects whose `context_exchanges` and `offload` are entries of `has`, where they say
-    that the program lacks something."""
-    if not isinstance(data, dict) or not data.keys() & {"context_exchanges", "offload"}:
+    that the program lacks something. Raises MopError naming what is wrong of them from `field`."""
+    gone = _Stack.__struct_fields__
+    if not isinstance(data, dict) or not data.keys() & set(gone):
         return data
-    found = {key: value for key, value in data.items() if key not in ("context_exchanges", "offload")}
-    offload = data.get("offload") or {}
-    ways, sides = data.get("context_exchanges"), offload.get("update_on")
-    kept = offload.get("activations")
-    no_shards = offload.get("shards") is False
-    lacks: dict[str, tuple[bool, list[Any]]] = {
-        "attention.context_parallel": (ways == [], [1]),
-        "attention.cp_comm_type": (bool(ways), ways or []),
-        "optimizer.state_tier": (sides == [], ["device"]),
-        "optimizer.update_on": (bool(sides), sides or []),
-        **{f"{part}_tier": (no_shards, ["device"]) for part in SHARDS},
-        "activations.layer_inputs": (kept is not None and "layer_inputs" not in kept, ["device"]),
-        "activations.cpu_offload_layers": (kept is not None and "layers" not in kept, [0]),
+    found = {key: value for key, value in data.items() if key not in gone}
+    old = convert({key: data[key] for key in gone if data.get(key) is not None}, _Stack, field)
+    ways, sides, kept = old.context_exchanges, old.offload.update_on, old.offload.activations
+    lacks: dict[str, tuple[bool, tuple[Any, ...]]] = {
+        "attention.context_parallel": (ways == (), (1,)),
+        "attention.cp_comm_type": (bool(ways), ways or ()),
+        "optimizer.state_tier": (sides == (), ("device",)),
+        "optimizer.update_on": (bool(sides), sides or ()),
+        **{f"{part}_tier": (not old.offload.shards, ("device",)) for part in SHARDS},
+        "activations.layer_inputs": (kept is not None and "layer_inputs" not in kept, ("device",)),
+        "activations.cpu_offload_layers": (kept is not None and "layers" not in kept, (0,)),
     }
-    return {**found, "has": {path: values for path, (said, values) in lacks.items() if said}}
+    return {**found, "has": {path: list(values) for path, (said, values) in lacks.items() if said}}
 
 
 def hardware(data: Any) -> Any:

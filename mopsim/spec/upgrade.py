@@ -100,7 +100,7 @@ def _plan(data: Any, field: str) -> Any:
     if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
         return data
     if "stack" in data:
-        same = renamed.stack(data["stack"])
+        same = renamed.stack(data["stack"], f"{field}.stack")
         return {**data, "strategy": renamed.strategy(data["strategy"]), "stack": same}
     strategy, stack = split(data["strategy"], f"{field}.strategy")
     if stack is None:

@@ -79,6 +79,14 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
             "name: a\nversion: b\nhas: {source: c, vocabulary.loss where split: [full]}",
             "stack.has.vocabulary.loss where split: 'split' is not a condition",
         ),
+        (
+            "name: a\nversion: b\nhas: {source: c, 'vocabulary.loss where ': [full]}",
+            "stack.has.vocabulary.loss where : '' is not a condition",
+        ),
+        (
+            "name: a\nversion: b\nhas: {source: c, vocabulary.loss: [full, chunked, full]}",
+            "stack.has.vocabulary.loss[2]: 'full' is given twice",
+        ),
         ("name: a\nkernels: {norm: fused, source: s}", "stack.version: '' must say"),
         ("name: a\nversion: b\nkernels: {nrm: fused, source: s}", "stack.kernels.nrm: 'fused' is an unknown"),
         ("name: a\nversion: b\nkernels: 3\nsource: s", "stack.kernels: 3"),

@@ -155,6 +155,28 @@ def test_what_a_stack_said_that_its_program_has_is_in_one_table(
     assert load_plan(tmp_path / "plan.yaml").stack.has == has
 
 
+@pytest.mark.parametrize(
+    ("gone", "says"),
+    [
+        ({"offload": "host"}, "plan.stack.offload: 'host' is refused"),
+        ({"offload": {"activations": 5}}, "plan.stack.offload.activations: 5 is refused"),
+        ({"offload": {"update_on": ["disk"]}}, "plan.stack.offload.update_on[0]: 'disk' is not one of"),
+        ({"offload": {"shard": False}}, "plan.stack.offload.shard: False is an unknown field"),
+        ({"context_exchanges": ["p2p"]}, "plan.stack.context_exchanges[0]: 'p2p' is not one of"),
+    ],
+)
+def test_what_an_old_stack_cannot_have_said_is_one_line(
+    gone: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    plan = io.to_plain(plan_of(load_model("tiny"), mop(2), TrainSpec(seq_len=64, global_batch=2)))
+    plan["stack"] = {key: value for key, value in plan["stack"].items() if key != "has"} | gone
+    io.write_yaml(tmp_path / "plan.yaml", plan)
+    with pytest.raises(MopError) as refused:
+        load_plan(tmp_path / "plan.yaml")
+    assert says in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_a_plan_names_the_stack_that_it_holds() -> None:
     name, data = next((name, data) for name, data in FILES.items() if "strategy" in data)
     plan = load_plan(ROOT / name)
