@@ -293,7 +293,8 @@ class Ranking(Result):
         return super().__getattr__(name)
 
     def headline(self) -> str:
-        return f"{self.found.verdict()}; {self.found.exhausted()}"
+        found = self.found
+        return f"{found.verdict()}; {found.exhausted()}" if found.best else found.verdict()
 
     def _results(self) -> Sequence[SimResult]:
         closest = self.closest

@@ -66,14 +66,12 @@ def finding(
     """One sentence: the winner, by how much and how surely, or that nothing fits; and whose search was not
     exhausted. level: of the ratio's interval."""
     found = _winner(results, labels) + _how_surely(results, labels, level)
-    left = [
-        f"{label} by at most {format_gap(gap)}"
-        for label, gap in (gaps or {}).items()
-        if gap and not exhausted(gap)
-    ]
-    if not left:
-        return found
-    return f"{found} (not exhausted: plans left out may be faster, {', '.join(left)})"
+    open_gaps = {label: gap for label, gap in (gaps or {}).items() if not exhausted(gap)}
+    faster = ", ".join(f"{label} by at most {format_gap(gap)}" for label, gap in open_gaps.items() if gap)
+    fit = ", ".join(label for label, gap in open_gaps.items() if gap is None)
+    parts = (faster and f"plans left out may be faster, {faster}", fit and f"plans left out may fit, {fit}")
+    left = "; ".join(part for part in parts if part)
+    return f"{found} (not exhausted: {left})" if left else found
 
 
 def _fastest_first(results: Sequence[SimResult], labels: Sequence[str]) -> list[tuple[str, SimResult]]:

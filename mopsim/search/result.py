@@ -108,7 +108,8 @@ class SearchResult:
             return f"{self.best.strategy.name}: {self.best.speed}, {self.best.odds}"
         if self.closest:
             over, by = self.closest.over or "memory", format_bytes(self.closest.over_bytes)
-            return f"nothing fits: the closest ({self.closest.strategy.name}) is {by} over, stopped by {over}"
+            name, left = self.closest.strategy.name, "" if self.proven else f" ({proof(self.gap)})"
+            return f"nothing fits: the closest ({name}) is {by} over, stopped by {over}{left}"
         counted = sorted(self.rejected.items(), key=lambda item: (NOT_RUN not in item[0], -item[1]))
         reasons = "; ".join(f"{reason} ({count})" for reason, count in counted[:3])
         return f"nothing to run: {reasons or 'no candidates'}"

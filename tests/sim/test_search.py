@@ -257,6 +257,9 @@ def test_nothing_fits_is_a_result_that_says_what_stops_it() -> None:
     assert found.closest is not None
     assert found.closest.over is not None
     assert "nothing fits" in found.verdict()
+    for gap, left in ((None, True), (0.0, False)):
+        found.gap = gap
+        assert found.verdict().endswith("(not exhausted: a plan left out may fit)") is left
     written = found.to_json()
     assert written["best"] is None
     assert written["top"] == []

@@ -170,6 +170,8 @@ def test_a_ratio_says_that_a_search_was_not_exhausted() -> None:
     assert "zero_offload by" not in text
     for proven in (0.0, TIE):
         assert "not exhausted" not in finding(results, list(found.best_by_family), {"fsdp2": proven})
+    text = finding([], [], {"megatron": None, "fsdp2": 0.0})
+    assert text == "No strategy fits (not exhausted: plans left out may fit, megatron)"
 
 
 def test_a_large_pool_holds_the_fastest_and_the_leanest(monkeypatch: pytest.MonkeyPatch) -> None:
