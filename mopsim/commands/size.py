@@ -84,8 +84,7 @@ class SizeOrder:
 def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = None) -> int:
     """Size each machine type, show the answer, write the recommended plan, the JSON and the page.
 
-    Returns the exit code: 0, or NONE where no cluster will do (the JSON says so too). Raises MopError where
-    a plan was asked for then.
+    Returns the exit code: 0, or NONE where no cluster will do (the JSON says so too).
     """
     check_outputs({"--plan": plan, "--json": json}, {"--out": out})
     console = human(json)
@@ -109,9 +108,8 @@ def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = 
     say_written(console, json, *map(str, pages))
     if chosen is None:
         none = f"no cluster of at most {order.max_nodes} nodes will do; {missed(found.miss)}"
-        if plan:
-            raise MopError(f"--plan: {plan} not written: {none}")
-        print(f"mopsim: {none}", file=sys.stderr)
+        unwritten = f"--plan: {plan} not written: " if plan else ""
+        print(f"mopsim: {unwritten}{none}", file=sys.stderr)
         return NONE
     if plan and found.best:
         found.best.save_plan(plan)

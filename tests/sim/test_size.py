@@ -233,7 +233,6 @@ MISTAKES = [
     (["--tokens", "1M", "--budget", "1", "--confidence", "0.9"], "confidence: 0.9 has no use without --days"),
     (["--tokens", "1M", "--days", "1", "--sites", "none.yaml"], "none.yaml: no such file"),
     (["--days", "1"], "Missing option"),
-    (["--tokens", "100T", "--days", "1", "--plan", "never.yaml"], "never.yaml not written"),
 ]
 
 
@@ -245,3 +244,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     err = capsys.readouterr().err
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_plan_of_no_cluster_is_not_written_and_the_exit_code_is_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan = tmp_path / "never.yaml"
+    assert call(monkeypatch, *JOB, "--tokens", "100T", "--days", "1", "--plan", str(plan)) == 3
+    err = capsys.readouterr().err
+    assert f"--plan: {plan} not written: no cluster of at most" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not plan.exists()

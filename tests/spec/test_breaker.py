@@ -190,6 +190,17 @@ def test_two_outputs_in_one_place_and_a_plan_on_standard_output_are_refused(
     assert "--plan: '-' is standard output" in call(capsys, monkeypatch, *command, "--plan", "-")
 
 
+def test_json_does_not_take_the_name_of_a_page_that_its_report_writes(
+    tmp_path: File, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, others, _ = FOLDERS[0]
+    for name in ("index.html", "time.png"):
+        same = f"{tmp_path}/./{name}"
+        said = call(capsys, monkeypatch, command, *others, "--out", str(tmp_path), "--json", same)
+        assert f"--json: {same} has a name of the pages and figures that --out writes there" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_written_file_follows_a_link(tmp_path: File) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     io.write_text(tmp_path / "link", "text")
