@@ -109,8 +109,31 @@ class Hunt:
             left = rough
         while left > 0 and (found := self._least(below, rough=True)) is not None:
             left -= found[0].refine(found[1])
+        self._resume(progress)
+        below = min(below, self._fastest() / (1 + TIE))
         while self._may_be_proven(below, enough) and (found := self._least(below)) is not None:
             self._simulate(*found, progress)
+
+    def _resume(self, progress: Callable[[SearchResult], None]) -> None:
+        """Simulate what the bounds that a proof refined promise, the least expected first, until LATELY of
+        them were no faster."""
+        self.idle = 0
+        while self.found.top and self.idle < LATELY and self.found.simulated < self.options.budget:
+            hoped = self._hoped()
+            if hoped is None:
+                break
+            self._simulate(*hoped, progress)
+
+    def _hoped(self) -> tuple[Pool, int] | None:
+        """The pool and the position of the least expected time, bounds refined, that promises."""
+        least, found = self._slowest(), None
+        for pool in self.pools:
+            usable = pool.refined & ~pool.taken & (pool.time < self.last()) & pool.room()[0]
+            expected = np.where(usable, pool.expected(), np.inf)
+            position = int(np.argmin(expected))
+            if expected[position] < least:
+                least, found = float(expected[position]), (pool, position)
+        return found
 
     def _may_be_proven(self, below: float, enough: float) -> bool:
         """Whether all candidates whose bound is under `below` seconds are refined and few enough to be
@@ -138,7 +161,9 @@ class Hunt:
         fast = keep[bounds.time[keep] < below]
         found.rejected[SLOWER_BOUND] += len(keep) - len(fast)
         if len(fast):
-            self.pools.append(Pool.of(space, bounds, fast, self.pool.pieces))
+            more = Pool.of(space, bounds, fast, self.pool.pieces)
+            more.enough = self.pool.enough
+            self.pools.append(more)
 
     def _least(self, below: float, *, rough: bool = False) -> tuple[Pool, int] | None:
         """The pool and the position of the least bound under `below` seconds; rough: that is not refined."""
