@@ -165,22 +165,22 @@ def _combinations(choices: Sequence[tuple[Axis, Sequence[tuple[int, ...]]]]) -> 
 
 
 def _order(kept: Space, time: Reals, miss: Reals, axes: Axes) -> Column:
-    """Rows to multiply out, first to last: seeds, then by turns two of those expected to be fastest, one of
-    these of other degrees, and one of the leanest; at last what hardly fits."""
+    """Rows to multiply out, first to last: seeds, then by turns one of those expected to be fastest, one of
+    those that a guess has so, one of the first of other degrees, and one of the leanest; at last what hardly
+    fits."""
     tight = miss * surely(kept) > 1
-    hoped = np.maximum(_expected(kept, tight, axes), time)
+    guessed, expected = (np.maximum(one, time) for one in _expected(kept, tight, axes))
     free = {name for key in minor_of(axes) for name in MINOR[key].columns}
-    best, lean = np.lexsort((hoped, tight)), np.argsort(miss, kind="stable")
-    apart = _by_degrees(kept, best)
-    turns = [(*best[2 * place : 2 * place + 2], apart[place], lean[place]) for place in range(len(best))]
-    every = np.concatenate([np.array(textbook(kept, hoped, free), dtype=np.int64), *turns])
+    best, lean = np.lexsort((expected, tight)), np.argsort(miss, kind="stable")
+    turns = zip(best, np.lexsort((guessed, tight)), _by_degrees(kept, best), lean, strict=True)
+    every = np.concatenate([np.array(textbook(kept, expected, free), dtype=np.int64), *turns])
     _, places = np.unique(every, return_index=True)
     return cast(Column, every[np.sort(places)])
 
 
-def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
-    """Seconds of each row: of those that promise most, by their parts; of the others the guess of the fastest
-    values of what is GUESSED, as much longer as those of parts are that SPLIT a layer alike."""
+def _expected(kept: Space, tight: Mask, axes: Axes) -> tuple[Reals, Reals]:
+    """Seconds of each row, twice: of those that promise most, by their parts; of the others the guess of the
+    fastest values of what is GUESSED, and that as much longer as those of parts that SPLIT a layer alike."""
     tried = [(MINOR[key], _values(MINOR[key], axes)) for key in minor_of(axes) if key in GUESSED]
     values = _combinations(tried)
     guesses = np.stack([guess(kept.having(**one)) for one in values])
@@ -198,7 +198,7 @@ def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
             known[first[places]] = likely(Refined(rows.take(places), given, parts))
             for place in first[places]:
                 slower.learn(int(place), float(known[place] / found[place]))
-    return np.where(known == found, found * slower.expected(), known)
+    return known, np.where(known == found, found * slower.expected(), known)
 
 
 def _by_degrees(kept: Space, order: Column) -> Column:
