@@ -2,7 +2,7 @@
 whatever the others are is left out before values are multiplied."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import cast
@@ -136,10 +136,19 @@ class _Trials:
         return self.refused[asked]
 
     def _jobs(self, key: Key, value: Value) -> Iterator[tuple[dict[str, int], Job]]:
-        for context in self.contexts[key == "modules" :]:  # recomputed where layers are not
+        for context in self._contexts(key, value):
             job = self._job(context | dict(zip(names(key), each(value), strict=True)))
             if job is not None:
                 yield context, job
+
+    def _contexts(self, key: Key, value: Value) -> Iterable[dict[str, int]]:
+        """Rows that a value is tried in. Modules are recomputed where layers are not: layers that are not
+        recomputed whole may have every value of theirs. The first rows are alike for all values of an axis."""
+        first, second = self.contexts
+        if key == "modules":
+            return (second,) if value else (second, first)
+        modules = self.axes.get("modules", ()) if (key, value) == ("recompute", 0) else ()
+        return (first, second, *(second | {"modules": each(one)[0]} for one in modules if one))
 
     def _job(self, columns: dict[str, int]) -> Job | None:
         problem, stack = self.problem, self.problem.software(self.family)

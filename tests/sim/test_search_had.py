@@ -22,16 +22,19 @@ from mopsim.strategies import FAMILIES
 TINY = load_model("tiny")
 TRAINING = TrainSpec(seq_len=512, global_batch=8)
 STACKS = ("torchtitan", "megatron-core", "deepspeed", "megatron-lm-2022", "megatron-deepspeed", "halo",
-          "mopexec-split", "generic-eager", "torchtitan ring", "megatron-core ring")  # fmt: skip
+          "mopexec-split", "generic-eager", "torchtitan vocabulary.loss=ring", "megatron-core vocabulary.loss=ring",
+          *(f"generic-fused activations.recompute={ways}"
+            for ways in ("none", "full", "selective", "full,selective", "none,full")))  # fmt: skip
 ROWS_TRIED = 60
 
 
 def problem(stack: str) -> Problem:
-    """stack: a name; after a space the loss that a fork of it has."""
-    name, _, loss = stack.partition(" ")
+    """stack: a name; after a space a field, = and the values of it that a fork of the stack has."""
+    name, _, told = stack.partition(" ")
     program = load_stack(name)
-    if loss:
-        program = replace(program, has={**program.has, "vocabulary.loss": (loss,)})
+    if told:
+        field, _, values = told.partition("=")
+        program = replace(program, has={**program.has, field: tuple(values.split(","))})
     machine = load_profile("h200-sxm-141g")
     return Problem(TINY, machine, 1, TRAINING, total_params(TINY), stack=program)
 
