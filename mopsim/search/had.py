@@ -143,7 +143,7 @@ class _Trials:
 
     def _contexts(self, key: Key, value: Value) -> Iterable[dict[str, int]]:
         """Rows that a value is tried in. Modules are recomputed where layers are not: layers that are not
-        recomputed whole may have every value of theirs. The first rows are alike for all values of an axis."""
+        recomputed whole may have every value of theirs. First rows are alike for all values of an axis."""
         first, second = self.contexts
         if key == "modules":
             return (second,) if value else (second, first)

@@ -22,7 +22,8 @@ from mopsim.strategies import FAMILIES
 TINY = load_model("tiny")
 TRAINING = TrainSpec(seq_len=512, global_batch=8)
 STACKS = ("torchtitan", "megatron-core", "deepspeed", "megatron-lm-2022", "megatron-deepspeed", "halo",
-          "mopexec-split", "generic-eager", "torchtitan vocabulary.loss=ring", "megatron-core vocabulary.loss=ring",
+          "mopexec-split", "generic-eager", "torchtitan vocabulary.loss=ring",
+          "megatron-core vocabulary.loss=ring",
           *(f"generic-fused activations.recompute={ways}"
             for ways in ("none", "full", "selective", "full,selective", "none,full")))  # fmt: skip
 ROWS_TRIED = 60
