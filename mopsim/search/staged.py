@@ -14,7 +14,6 @@ from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts, surely
 from mopsim.search.guess import guess, likely
 from mopsim.search.had import axes_of, each
-from mopsim.search.learn import Rise, alike_in
 from mopsim.search.options import Options
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
@@ -30,9 +29,6 @@ GUESSED = ("exchange", "overlap")
 """Minor axes of which each value is guessed, and the fastest counts."""
 KNOWN = 600
 """Rows of a trunk whose layers are made to know what to expect of them, at some 5 ms each."""
-
-SPLIT = ("experts", "tensor", "expert_tensor")
-"""Columns of whose guesses parts tell how wrong they are."""
 
 Change = Callable[[Problem, Axes], Axes]
 
@@ -165,22 +161,22 @@ def _combinations(choices: Sequence[tuple[Axis, Sequence[tuple[int, ...]]]]) -> 
 
 
 def _order(kept: Space, time: Reals, miss: Reals, axes: Axes) -> Column:
-    """Rows to multiply out, first to last: seeds, then by turns one of those expected to be fastest, one of
-    those that a guess has so, one of the first of other degrees, and one of the leanest; at last what hardly
-    fits."""
+    """Rows to multiply out, first to last: seeds, then by turns two of those expected to be fastest, one of
+    these of other degrees, and one of the leanest; at last what hardly fits."""
     tight = miss * surely(kept) > 1
-    guessed, expected = (np.maximum(one, time) for one in _expected(kept, tight, axes))
+    hoped = np.maximum(_expected(kept, tight, axes), time)
     free = {name for key in minor_of(axes) for name in MINOR[key].columns}
-    best, lean = np.lexsort((expected, tight)), np.argsort(miss, kind="stable")
-    turns = zip(best, np.lexsort((guessed, tight)), _by_degrees(kept, best), lean, strict=True)
-    every = np.concatenate([np.array(textbook(kept, expected, free), dtype=np.int64), *turns])
+    best, lean = np.lexsort((hoped, tight)), np.argsort(miss, kind="stable")
+    apart = _by_degrees(kept, best)
+    turns = [(*best[2 * place : 2 * place + 2], apart[place], lean[place]) for place in range(len(best))]
+    every = np.concatenate([np.array(textbook(kept, hoped, free), dtype=np.int64), *turns])
     _, places = np.unique(every, return_index=True)
     return cast(Column, every[np.sort(places)])
 
 
-def _expected(kept: Space, tight: Mask, axes: Axes) -> tuple[Reals, Reals]:
-    """Seconds of each row, twice: of those that promise most, by their parts; of the others the guess of the
-    fastest values of what is GUESSED, and that as much longer as those of parts that SPLIT a layer alike."""
+def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
+    """Seconds of each row: the guess of its fastest values of what is GUESSED; of those that promise most, by
+    their parts."""
     tried = [(MINOR[key], _values(MINOR[key], axes)) for key in minor_of(axes) if key in GUESSED]
     values = _combinations(tried)
     guesses = np.stack([guess(kept.having(**one)) for one in values])
@@ -190,15 +186,12 @@ def _expected(kept: Space, tight: Mask, axes: Axes) -> tuple[Reals, Reals]:
     chosen = {name: np.array([one[name] for one in values])[fastest[first]] for name in values[0]}
     rows = kept.take(first)
     rows = Space(rows.family, rows.problem, rows.columns | chosen)
-    given, pieces, known = SpaceFacts.of(rows), Pieces(rows), np.copy(found)
-    slower = Rise(alike_in(kept.columns, SPLIT))
+    given, pieces = SpaceFacts.of(rows), Pieces(rows)
     for places in alike(rows)[1]:
         parts = Parts.of(pieces, given, int(places[0]), places)
         if parts is not None:
-            known[first[places]] = likely(Refined(rows.take(places), given, parts))
-            for place in first[places]:
-                slower.learn(int(place), float(known[place] / found[place]))
-    return known, np.where(known == found, found * slower.expected(), known)
+            found[first[places]] = likely(Refined(rows.take(places), given, parts))
+    return np.asarray(found)
 
 
 def _by_degrees(kept: Space, order: Column) -> Column:
