@@ -25,8 +25,7 @@ def _profile(name: str) -> Told:
     profile = load_profile(name)
     memory = profile.device.memory
     keys = {"device_kind": profile.device_kind, "devices_per_node": profile.devices_per_node}
-    each = {"cpu": "rank", "cuda": "GPU"}.get(profile.device_kind, "device")
-    said = f"{profile.devices_per_node} {each}s a node, {format_bytes(memory.si)} each"
+    said = f"{profile.devices_per_node} {profile.each}s a node, {format_bytes(memory.si)} each"
     return said, memory.source, keys | {"memory_bytes": memory.si}
 
 

@@ -162,13 +162,17 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
             raise MopError(f"{name}: '' must not be empty")
 
 
+_OF_A_TYPE = "Value error, "
+"""What the parser puts before the message of a value's type."""
+
+
 def _usage(error: Any, arguments: Sequence[str]) -> str:
     """`--option: 'value' is refused: rule` for a value that the parser refuses, else its own message."""
     names: list[str] = getattr(getattr(error, "param", None), "opts", None) or []
     value = next((found for name in names if (found := _value(name, arguments)) is not None), None)
     if value is None:
-        return str(error.format_message())
-    rule = str(error.message).removeprefix("Value error, ").rstrip(".")
+        return str(error.format_message()).replace(_OF_A_TYPE, "")
+    rule = str(error.message).removeprefix(_OF_A_TYPE).rstrip(".")
     if rule.startswith(repr(value)):
         return f"{names[0]}: {rule}"
     return f"{names[0]}: {shown(value)} is refused: {rule[:1].lower()}{rule[1:]}"

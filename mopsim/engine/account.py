@@ -77,7 +77,7 @@ def account(
             "version": mopsim.__version__,
         },
         facts=facts(model, hardware, strategy, workload),
-        each="rank" if hardware.device_kind == "cpu" else "GPU",
+        each=hardware.each,
         num_events=sum(len(one.ops) for one in workload.programs),
     )
 

@@ -160,7 +160,7 @@ def _modules(problem: Problem) -> list[int]:
     return [code for code, names in enumerate(RECOMPUTED) if all(has.get(name, True) for name in names)]
 
 
-def dispatchers(problem: Problem) -> list[int]:
+def _dispatchers(problem: Problem) -> list[int]:
     """DeepEP copies within a node; HybridEP over the whole of a scale-up domain beyond one."""
     if not problem.model.num_local_experts:
         return []
@@ -261,7 +261,7 @@ AXES: tuple[Axis, ...] = (
     Axis(("reshard",), _just(0), MEGATRON),
     Axis(("virtual_stages", "layout"), _stages, MEGATRON, ((1, IDEAL),), (1, IDEAL)),
     Axis(("modules",), _modules, MEGATRON, ((0,),), (LEANEST,), traded=True),
-    Axis(("dispatcher",), dispatchers, MEGATRON, ((1,),), (1,)),
+    Axis(("dispatcher",), _dispatchers, MEGATRON, ((1,),), (1,)),
     Axis(("overlap",), _overlaps, MEGATRON, ((1,),), (0,)),
     Axis(("exchange",), _just(RINGS, ALL_GATHER, ULYSSES), MEGATRON, ((RINGS,),), (RINGS,)),
     Axis(("state", "state_parts"), _host_states, MEGATRON, ((DEVICE, PARTS),), (HOST, PARTS), traded=True),

@@ -24,6 +24,8 @@ from mopsim.search.stages import IDEAL, kinds, load
 from mopsim.search.wires import Message, Reals
 from mopsim.spec.categories import RUNTIMES
 
+ROUTED = 2
+"""Exchanges of experts in a pass, there and back; recomputation repeats one at least, in the backward."""
 BLOCK = 1 << 16
 """Rows bounded at a time: what is in between fits the cache, and little memory."""
 
@@ -262,7 +264,7 @@ class Bounder(Footprint):
         sent = tokens * m.num_attention_heads * min(qk, v) * self.compute
         routes = tokens / np.maximum(c["chunks"], 1) * m.num_experts_per_tok * m.hidden_size * self.compute
         moe_layers = self.sizes.moe_layers / c["pipeline"] * np.maximum(c["chunks"], 1)
-        times = self.microbatches * moe_layers * (4 + c["recompute"])
+        times = self.microbatches * moe_layers * (2 * ROUTED + c["recompute"])
         heads = np.where(c["exchange"] == ULYSSES, c["sequence"], 1)
         far = np.where(c["strided"] == 1, self.stage / c["experts"], c["expert_tensor"])
         once = np.where(c["dispatcher"] > 0, m.num_experts_per_tok, 0)
@@ -281,7 +283,7 @@ class Bounder(Footprint):
         sequence, experts, _ = (sum(self.busy([one])) * c["pipeline"] for one in self.exchanges())
         sequence = sequence / self.model.num_hidden_layers
         experts = experts / max(self.sizes.moe_layers, 1) * (c["chunks"] <= 1)
-        behind = (2 + c["recompute"]) / (4 + c["recompute"])  # of the experts' exchanges, see `exchanges`
+        behind = (ROUTED + c["recompute"]) / (2 * ROUTED + c["recompute"])  # of the experts' exchanges
         found = []
         for place, kind in enumerate(kinds(self.model)):
             back = self._busy[:, 1, place] + sequence / 2 + kind.routed * experts * behind

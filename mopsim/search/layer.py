@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from mopsim.search.axes import dispatchers, exchanges
+from mopsim.search.axes import exchanges
+from mopsim.search.had import offered
 from mopsim.search.pieces import LAYER, LOSS, Pieces, PipelinePart
 from mopsim.search.problem import EXCHANGES, LEANEST, RING, ULYSSES, Column
 from mopsim.search.space import Space
@@ -174,7 +175,7 @@ def _reference(space: Space, codes: Column, first: Column) -> Space:
     c, heads = space.columns, space.problem.model.num_attention_heads
     order = np.lexsort((-c["micro_batch"], c["tensor"], c["sequence"], first, c["expert_tensor"], codes))
     rows = space.take(order[np.unique(codes[order], return_index=True)[1]])
-    once = dispatchers(space.problem)[-1] if c["dispatcher"].any() else 0
+    once = max(offered(space.problem, space.family, "dispatcher")) if c["dispatcher"].any() else 0
     whole = heads % (rows.columns["sequence"] * rows.columns["tensor"]) == 0
     ways = exchanges(space.problem, space.family) or [ULYSSES]
     usual = {

@@ -4,7 +4,7 @@ Both correct closed-form estimates (`mopsim.search.bound`, `mopsim.search.guess`
 bounds and simulations reject a candidate.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -151,15 +151,6 @@ class Times:
             factor += weight[codes]
             unseen += (1 / (1 + np.bincount(own, minlength=size)))[codes]
         return np.asarray(self.guess * np.exp(factor - hope * unseen))
-
-
-def alike_in(columns: Mapping[str, Column], names: Sequence[str]) -> Column:
-    """A code of each row, equal where these columns are."""
-    kinds = np.zeros(len(next(iter(columns.values()))), dtype=np.int64)
-    for name in names:
-        values, codes = coded(columns[name])
-        kinds = kinds * len(values) + codes
-    return coded(kinds)[1]
 
 
 def coded(column: Column) -> tuple[Column, Column]:

@@ -1,6 +1,6 @@
 """The candidates of a family that the bounds let through, and what simulations teach of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mopsim.search.bound import Bounds
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import guess, likely
-from mopsim.search.learn import Memory, Rise, Times, alike_in
+from mopsim.search.learn import Memory, Rise, Times, coded
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Column
 from mopsim.search.refined import Parts, Refined, alike
@@ -91,7 +91,7 @@ class Pool:
         kept = space.take(rows)
         each = kept.tokens() / kept.columns["tensor"].astype(np.float64)
         parts = np.stack([bounds.gathered[rows], each, bounds.parts["boundaries"][rows]])
-        kinds, waiting, shards = (alike_in(kept.columns, names) for names in (_TRANSIENT, _WAITS, _SHARDS))
+        kinds, waiting, shards = (_kinds(kept, names) for names in (_TRANSIENT, _WAITS, _SHARDS))
         memory = Memory(bounds.device[rows], parts, kinds)
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
@@ -214,6 +214,15 @@ class Pool:
             return np.zeros(0, dtype=np.int64)
         count = np.sum(np.stack(list(groups.values())), axis=0)
         return np.flatnonzero(count == 1).astype(np.int64)
+
+
+def _kinds(kept: Space, names: Sequence[str]) -> Column:
+    """A code of each row, equal where these columns are."""
+    kinds = np.zeros(len(kept), dtype=np.int64)
+    for name in names:
+        values, codes = coded(kept.columns[name])
+        kinds = kinds * len(values) + codes
+    return coded(kinds)[1]
 
 
 def _most(order: Column, memory: Reals) -> tuple[Column, Column]:

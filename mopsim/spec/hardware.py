@@ -351,6 +351,11 @@ class HardwareProfile(Spec, frozen=True, kw_only=True):
             )
 
     @property
+    def each(self) -> Literal["GPU", "rank"]:
+        """What its devices are called."""
+        return "rank" if self.device_kind == "cpu" else "GPU"
+
+    @property
     def peer_share(self) -> float:
         """Share of a device's scale-up bandwidth that leads to one peer: 1 over a switch, one link of a mesh.
 

@@ -11,6 +11,11 @@ MOST_BYTES = 1000
 MOST_BUCKETS = 1e12
 """Bytes: more than a device has."""
 
+WHOLE = (
+    "sums", "owners", "grad_passes", "microbatch_grads", "update_copies", "buckets", "reduce_copies",
+)  # fmt: skip
+"""Entries of gradients that a rank sums or updates without sharding parameters."""
+
 
 class Sharding(Spec, frozen=True, kw_only=True):
     """How state is sharded and gathered.
@@ -56,12 +61,9 @@ class Sharding(Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         require_between(self, 0, MOST_BYTES, "grad_passes", "update_copies", "reduce_copies")
         require_between(self, 0, MOST_BUCKETS, "buckets")
-        plain = {
-            "sums": "scattered", "owners": False, "grad_passes": 0.0, "microbatch_grads": "added",
-            "update_copies": 0.0, "buckets": 0.0, "reduce_copies": 0.0,
-        }  # fmt: skip
-        for field, without in plain.items():
-            value = getattr(self, field)
+        defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
+        for field in WHOLE:
+            value, without = getattr(self, field), defaults[field]
             rule = f"must be {without!r} with fsdp, under which each rank sums and updates a shard only"
             require(not self.fsdp or value == without, field, value, rule)
         rule = "is torch's FSDP1, which makes no copies of FSDP2 (copies)"
