@@ -35,6 +35,7 @@ class Footprint:
         first = space.build(0)
         precision = first.precision
         self.hides = space.stack.resolve(first).overlap
+        self.prefetch = first.dense.prefetch
         self.separate_master = precision.master != "param"
         self.fully_shard = space.stack.sharding.fsdp
         self.flat = holds("pairs")(Job(self.model, first, self.problem.training, space.stack))

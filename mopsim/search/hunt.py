@@ -1,7 +1,7 @@
 """The simulations of one family: which candidate comes next, and what is kept of those simulated."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,8 @@ more, of memory too; effort after which nothing slower than that is tried."""
 PIECES, ENOUGH_PIECES = 10, 40
 """Refinements of bounds after a hunt, for each simulation of the budget, at some 8 ms: to narrow what is left
 open, and where a proof is asked for and so many leave nothing rough."""
+TOGETHER = 64
+"""Groups of candidates whose bounds are refined together: what is common to all is done once."""
 LARGE = 200_000
 """Candidates among which a refinement takes twice as long."""
 PROOFS, PROOF_OPS = 4, 3_000_000
@@ -103,16 +105,21 @@ class Hunt:
         self._multiply_out(below)
         below = min(below, *self.rest.time[:1], *(min(one.rest, default=below) for one in self.pools))
         enough = 1.0 if self.options.risk or not best.sure else surely(self.pool.space)
-        left, rough = PIECES * self.options.budget, sum(len(one.rough(below, enough)) for one in self.pools)
+        rough = sorted((*one, at) for at, pool in enumerate(self.pools) for one in pool.rough(below, enough))
         longer = 1 + sum(len(one.rows) for one in self.pools) / LARGE
-        if self.options.prove and rough * longer <= ENOUGH_PIECES * self.options.budget:
-            left = rough
-        while left > 0 and (found := self._least(below, rough=True)) is not None:
-            left -= found[0].refine(found[1])
+        all_ = self.options.prove and len(rough) * longer <= ENOUGH_PIECES * self.options.budget
+        self._refine(rough if all_ else rough[: PIECES * self.options.budget])
         self._resume(progress)
         below = min(below, self._fastest() / (1 + TIE))
         while self._may_be_proven(below, enough) and (found := self._least(below)) is not None:
             self._simulate(*found, progress)
+
+    def _refine(self, rough: Sequence[tuple[float, int, int]]) -> None:
+        """Refine bounds of (bound, position, place of the pool)."""
+        for start in range(0, len(rough), TOGETHER):
+            some = rough[start : start + TOGETHER]
+            for at, pool in enumerate(self.pools):
+                pool.refine(*(position for _, position, place in some if place == at))
 
     def _resume(self, progress: Callable[[SearchResult], None]) -> None:
         """Simulate what the bounds that a proof refined promise, the least expected first, until LATELY of
@@ -165,9 +172,9 @@ class Hunt:
             more.enough = self.pool.enough
             self.pools.append(more)
 
-    def _least(self, below: float, *, rough: bool = False) -> tuple[Pool, int] | None:
-        """The pool and the position of the least bound under `below` seconds; rough: that is not refined."""
-        every = [(pool, pool.least(below, rough=rough)) for pool in self.pools]
+    def _least(self, below: float) -> tuple[Pool, int] | None:
+        """The pool and the position of the least bound under `below` seconds."""
+        every = [(pool, pool.least(below)) for pool in self.pools]
         found = [(pool, position) for pool, position in every if position is not None]
         return min(found, key=lambda one: one[0].time[one[1]], default=None)
 

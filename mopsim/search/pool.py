@@ -12,7 +12,7 @@ from mopsim.search.guess import guess, likely
 from mopsim.search.learn import Memory, Rise, Times, coded
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Column
-from mopsim.search.refined import Parts, Refined, alike
+from mopsim.search.refined import Refined, alike
 from mopsim.search.seeds import published, textbook
 from mopsim.search.space import Space
 from mopsim.search.wires import Reals
@@ -104,28 +104,38 @@ class Pool:
             np.zeros_like(taken), np.zeros_like(taken),
         )  # fmt: skip
 
-    def refine(self, position: int) -> bool:
-        """Refine the bounds of a candidate and of those that share its layers. False where they are."""
-        if self.refined[position]:
-            return False
+    def refine(self, *positions: int) -> int:
+        """Refine the bounds of candidates and of those that share their layers; returns of how many groups
+        these were not."""
+        groups: dict[int, int] = {}
+        for position in positions:
+            if not self.refined[position]:
+                groups.setdefault(int(self.group[position]), position)
+        every = [(position, self.alike[group]) for group, position in groups.items()]
+        if not every:
+            return 0
+        for _, mine in every:
+            self.refined[mine] = True
+        closer, kept = Refined.of(self.pieces, self.given, [self.rows[mine] for _, mine in every])
+        if closer is not None:
+            self._refined([every[at] for at in kept], closer)
+        return len(every)
+
+    def _refined(self, groups: Sequence[tuple[int, Column]], closer: Refined) -> None:
+        """Note the bounds of groups, each with the position that was asked for."""
         limit = self.space.problem.hardware.memory_limit()
-        index = int(self.rows[position])
-        mine = self.alike[self.group[position]]
-        self.refined[mine] = True
-        parts = Parts.of(self.pieces, self.given, index, self.rows[mine])
-        if parts is None:
-            return True  # a rule refuses what shares them
-        closer = Refined(self.space.take(self.rows[mine]), self.given, parts)
-        self.time[mine] = np.maximum(self.time[mine], closer.time())
-        before = float(self.memory.bound[position])
-        self.memory.bound[mine] = np.maximum(self.memory.bound[mine], closer.device_memory()[0])
-        close = np.maximum(likely(closer), self.time[mine])
-        self.slower.learn(position, float(np.median(close / self.times.guess[mine])))
-        self.times.guess[mine] = close
-        self.rise.learn(position, float(self.memory.bound[position] / max(before, 1.0)))
-        self.over[mine] |= ~self.taken[mine] & (self.memory.bound[mine] > limit)
-        self.taken[mine] |= self.over[mine]
-        return True
+        rows = np.concatenate([mine for _, mine in groups])
+        self.time[rows] = np.maximum(self.time[rows], closer.time())
+        before = [float(self.memory.bound[position]) for position, _ in groups]
+        self.memory.bound[rows] = np.maximum(self.memory.bound[rows], closer.device_memory()[0])
+        close = np.maximum(likely(closer), self.time[rows])
+        slower = np.split(close / self.times.guess[rows], np.cumsum([len(mine) for _, mine in groups[:-1]]))
+        self.times.guess[rows] = close
+        for (position, _), times, rose in zip(groups, slower, before, strict=True):
+            self.slower.learn(position, float(np.median(times)))
+            self.rise.learn(position, float(self.memory.bound[position] / max(rose, 1.0)))
+        self.over[rows] |= ~self.taken[rows] & (self.memory.bound[rows] > limit)
+        self.taken[rows] |= self.over[rows]
 
     def best(self, score: Callable[[], Reals], turns: float, *, briefly: bool = False) -> int | None:
         """The place of the least score under infinity among those whose bounds are refined: those of the best
@@ -141,8 +151,7 @@ class Pool:
                 return int(np.argmin(known))
             if turns < 0 and briefly:
                 return None
-            for one in first[np.isfinite(now[first])]:
-                self.refine(int(one))
+            self.refine(*first[np.isfinite(now[first])].tolist())
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
         """Note what a simulated candidate took."""
@@ -185,20 +194,23 @@ class Pool:
 
         return self.best(score, turns, briefly=bool(np.isfinite(hoped)))
 
-    def least(self, below: float, *, rough: bool = False) -> int | None:
-        """The candidate of the least bound under `below` seconds; rough: of those not refined."""
-        time = np.where(self.taken | (rough & self.refined), np.inf, self.time)
+    def least(self, below: float) -> int | None:
+        """The candidate of the least bound under `below` seconds."""
+        time = np.where(self.taken, np.inf, self.time)
         position = int(np.argmin(time))
         return position if time[position] < below else None
 
-    def rough(self, below: float, enough: float) -> list[int]:
-        """One position of each group whose bounds are not refined, and of one of them under `below` seconds.
-        What surely needs more than the device has, `enough` times its peak, is taken out before."""
+    def rough(self, below: float, enough: float) -> list[tuple[float, int]]:
+        """(Bound, position) of the least of each group whose bounds are not refined, where it is under
+        `below` seconds. What surely needs more than the device has, `enough` times its peak, is taken out
+        before."""
         unsure = ~self.taken & (self.memory.bound * enough > self.space.problem.hardware.memory_limit())
         self.over |= unsure
         self.taken |= unsure
         open_ = np.flatnonzero(~self.taken & ~self.refined & (self.time < below))
-        return [int(open_[place]) for place in np.unique(self.group[open_], return_index=True)[1]]
+        open_ = open_[np.argsort(self.time[open_], kind="stable")]
+        first = open_[np.unique(self.group[open_], return_index=True)[1]]
+        return list(zip(self.time[first].tolist(), first.tolist(), strict=True))
 
     def neighbours(self, position: int) -> Column:
         """Positions one decision away from `position`."""

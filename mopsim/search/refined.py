@@ -41,52 +41,83 @@ class WovenRank:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What candidates that share their layers are made of. layers: pieces by kind of layer, the same for all;
-    losses: that of each. Of those whose forwards and backwards are woven: ranks, of the pipeline of each,
-    where a layout is chosen; as_long: seconds of a layer, expected, for each of one that is not woven, where
-    none is."""
+class Shared:
+    """What candidates that share their layers are made of. layers: pieces by kind of layer. Of those whose
+    forwards and backwards are woven: ranks, of their pipelines, and those of each, where a layout is chosen;
+    as_long: seconds of a layer, expected, for each of one that is not woven, where none is."""
 
     layers: dict[LayerKind, LayerPiece]
-    losses: list[LayerPiece]
-    ranks: list[WovenRank] | None = None
+    ranks: tuple[list[WovenRank], Column] | None = None
     as_long: float = 1.0
 
     @staticmethod
-    def of(pieces: Pieces, given: SpaceFacts, index: int, rows: Column) -> "Parts | None":
-        """Of rows that share those of row `index`; None where a rule refuses it."""
-        layers = pieces.layers(index)
-        losses = [pieces.loss(int(row)) for row in rows]
-        known = [one for one in losses if one is not None]
-        if layers is None or len(known) < len(losses):
+    def of(pieces: Pieces, given: SpaceFacts, rows: Column) -> "Shared | None":
+        """None where a rule refuses them."""
+        first = int(rows[0])
+        layers = pieces.layers(first)
+        if layers is None:
             return None
-        row, model = pieces.space.row(index), pieces.space.problem.model
+        row, model = pieces.space.row(first), pieces.space.problem.model
         if not row["overlap"]:
-            return Parts(layers, known)
+            return Shared(layers)
         if row["layout"] == IDEAL:
             some = tuple(kinds(model))[-1:]
-            woven = pieces.woven(index, PipelinePart(some), PipelinePart(some))
-            return Parts(
-                layers,
-                known,
-                None,
-                expected(woven, given.hardware.communication_share) / layers[some[0]].chain,
-            )
-        ranks: dict[tuple[int, ...], WovenRank] = {}
-        keys = [pieces.key(int(one), (*LOSS, "boundary_parts")) for one in rows]
-        for key, one in zip(keys, rows, strict=True):
-            if key not in ranks:
-                ranks[key] = WovenRank.of(pieces, given, int(one))
-        return Parts(layers, known, [ranks[key] for key in keys])
+            woven = pieces.woven(first, PipelinePart(some), PipelinePart(some))
+            long = expected(woven, given.hardware.communication_share) / layers[some[0]].chain
+            return Shared(layers, None, long)
+        one, place = _distinct(pieces.space, rows, (*LOSS, "boundary_parts"))
+        return Shared(layers, ([WovenRank.of(pieces, given, int(row)) for row in rows[one]], place))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What rows are made of that share their layers in groups. groups, counts: what the rows of each share,
+    and how many they are, one group after the other; losses, loss: pieces, and that of each row."""
+
+    groups: list[Shared]
+    counts: list[int]
+    losses: list[LayerPiece]
+    loss: Column
+
+    def each(self, what: Callable[[Shared], float]) -> Reals:
+        """Something of the group of each row."""
+        return np.repeat([what(one) for one in self.groups], self.counts)
 
 
 class Refined(Bounder):
-    """Of rows that share their parts; of woven ones, the pipeline too."""
+    """Of rows that share their parts in groups; of woven ones, the pipeline too."""
 
     def __init__(self, space: Space, given: SpaceFacts, parts: Parts) -> None:
         super().__init__(space, given)
         self.parts = parts
         self.mtp = self.model.num_nextn_predict_layers
+        self.ranked = parts.each(lambda one: float(one.ranks is not None)) > 0
+        """Whether a row is woven over a layout that is chosen."""
+
+    @staticmethod
+    def of(pieces: Pieces, given: SpaceFacts, groups: Sequence[Column]) -> "tuple[Refined | None, list[int]]":
+        """(Those of the rows of groups, one group after the other; the places of the groups), less what a
+        rule refuses."""
+        rows = np.concatenate(groups)
+        one, place = _distinct(pieces.space, rows, LOSS)
+        losses = [pieces.loss(int(row)) for row in rows[one]]
+        ends = np.cumsum([len(rows) for rows in groups])
+        mine = np.split(place, ends[:-1])
+        kept: list[int] = []
+        found: list[Shared] = []
+        for at, group in enumerate(groups):
+            legal = all(losses[int(loss)] is not None for loss in np.unique(mine[at]))
+            shared = Shared.of(pieces, given, group) if legal else None
+            if shared is not None:
+                kept.append(at)
+                found.append(shared)
+        if not kept:
+            return None, kept
+        used, loss = np.unique(np.concatenate([mine[at] for at in kept]), return_inverse=True)
+        own = [piece for at in used if (piece := losses[int(at)]) is not None]
+        parts = Parts(found, [len(groups[at]) for at in kept], own, loss.reshape(-1))
+        every = pieces.space.take(np.concatenate([groups[at] for at in kept]))
+        return Refined(every, given, parts), kept
 
     def time(self) -> Reals:
         """Layers and loss in turn, with what each waits for, woven where they are; or as long as they compute
@@ -95,11 +126,11 @@ class Refined(Bounder):
         busy = self._all(lambda piece: piece.busy) + self.copies()
         idle = self.awaited()
         step = busy + idle + self.hardware.communication_share * np.maximum(self.talks() - idle, 0.0)
-        if self.parts.ranks is None:
-            step = np.maximum(step, self._all(lambda piece: piece.chain) + idle)
-            step = np.maximum(step, np.where(self.c["pipeline"] == 1, self._phases(), 0.0))
-        else:
-            step = np.maximum(step, self._ranks(self.parts.ranks, lambda rank: rank.least))
+        chain = np.maximum(
+            self._all(lambda piece: piece.chain) + idle,
+            np.where(self.c["pipeline"] == 1, self._phases(), 0.0),
+        )
+        step = np.maximum(step, np.where(self.ranked, self._ranks(lambda rank: rank.least), chain))
         issue = self.hardware.host.cpu_launch_time
         if issue and "step" not in self.space.stack.host.graphs:
             step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si + idle)
@@ -113,7 +144,7 @@ class Refined(Bounder):
         weights, layers, c = self.weights(), self.model.num_hidden_layers, self.c
         if not weights:
             return np.zeros(len(self.space))
-        flat, prefetch = self.flat, self.space.build(0).dense.prefetch
+        flat, prefetch = self.flat, self.prefetch
         inside, last = max(0.0, 1 - (0 if flat else prefetch + 1) / layers), 1 - 1 / layers
         gathers = [one * inside / (c["reshard"] + 1) for one in self.busy(weights[::2])]
         reduced = [one * last for one in self.busy(weights[1::2])]
@@ -144,65 +175,91 @@ class Refined(Bounder):
 
     def _sum(self, what: Callable[[LayerPiece], Sequence[Alone]]) -> tuple[Reals, Reals, Reals]:
         """(chain, scale-up, scale-out) seconds of something of all layers, all microbatches."""
-        found = np.zeros((3, len(self.space)))
+        each = np.zeros((3, len(self.parts.groups)))
         for kind, count in kinds(self.model).items():
-            for one in what(self.parts.layers[kind]):
-                found += count * np.outer((one.chain, one.up, one.out), self.microbatches)
+            for place, group in enumerate(self.parts.groups):
+                for one in what(group.layers[kind]):
+                    each[:, place] += np.multiply(count, (one.chain, one.up, one.out))
+        found = np.repeat(each, self.parts.counts, axis=1) * self.microbatches
         return found[0], found[1], found[2]
 
     def chain(self) -> Reals:
         """Expected seconds of the slowest rank: layers and loss in turn, woven as they are."""
-        if self.parts.ranks is None:
-            return self._all(lambda piece: piece.chain, self.parts.as_long)
-        return self._ranks(self.parts.ranks, lambda rank: rank.likely)
+        apart = self._all(lambda piece: piece.chain, self.parts.each(lambda one: one.as_long))
+        return np.asarray(np.where(self.ranked, self._ranks(lambda rank: rank.likely), apart))
 
-    def _ranks(self, ranks: list[WovenRank], what: Callable[[RankTime], float]) -> Reals:
-        """Seconds of the slowest of some woven ranks, with what a microbatch takes on the way there and back
-        and what its replicas exchange once a step."""
-        laid = (int(self.space.columns[name][0]) for name in ("pipeline", "virtual_stages", "layout"))
+    def _ranks(self, what: Callable[[RankTime], float]) -> Reals:
+        """Seconds of the slowest of some ranks, woven over a layout that is chosen, with what a microbatch
+        takes on the way there and back and what its replicas exchange once a step."""
+        return self._woven(lambda rows, shared: self._group_ranks(rows, shared, what))
+
+    def _group_ranks(self, rows: slice, shared: Shared, what: Callable[[RankTime], float]) -> Reals:
+        """The same of rows that share their parts."""
+        assert shared.ranks is not None
+        ranks, place = shared.ranks
+        laid = (int(self.space.columns[name][rows][0]) for name in ("pipeline", "virtual_stages", "layout"))
         stages, order = load(self.model, *laid), list(kinds(self.model))
-        chains = [self.parts.layers[kind].chain for kind in order]
-        found = np.zeros(len(self.space))
+        chains = [shared.layers[kind].chain for kind in order]
+        found = np.zeros(len(place))
         for times in zip(*(rank.times for rank in ranks), strict=True):
             stage = times[0].stage
-            once = np.maximum(*(stages.layers[stage] @ np.stack(one) for one in self.exchanged))
-            mine = np.array([what(one) for one in times]) + float(stages.before[stage] @ chains) + once
-            found = np.maximum(found, mine)
+            once = np.maximum(
+                *(stages.layers[stage] @ np.stack([kind[rows] for kind in one]) for one in self.exchanged)
+            )
+            mine = np.array([what(one) for one in times])[place]
+            found = np.maximum(found, mine + float(stages.before[stage] @ chains) + once)
+        return found
+
+    def _woven(self, find: Callable[[slice, Shared], Reals]) -> Reals:
+        """Something of the rows that are woven over a layout that is chosen, group by group; 0 of others."""
+        found, start = np.zeros(len(self.space)), 0
+        for shared, count in zip(self.parts.groups, self.parts.counts, strict=True):
+            rows = slice(start, start + count)
+            found[rows] = find(rows, shared) if shared.ranks else 0.0
+            start += count
         return found
 
     def above(self, stage: int) -> Reals:
         """Or what the first forward and backward have together, woven."""
-        found = super().above(stage)
-        if self.parts.ranks is None:
-            return found
-        return np.maximum(found, [rank.heights.get(stage, 0.0) for rank in self.parts.ranks])
 
-    def _all(self, what: Callable[[LayerPiece], float], factor: float = 1.0) -> Reals:
+        def heights(rows: slice, shared: Shared) -> Reals:
+            assert shared.ranks is not None
+            ranks, place = shared.ranks
+            return np.array([rank.heights.get(stage, 0.0) for rank in ranks])[place]
+
+        return np.maximum(super().above(stage), self._woven(heights))
+
+    def _all(self, what: Callable[[LayerPiece], float], factor: Reals | float = 1.0) -> Reals:
         """Of the slowest stage: of all its layers and microbatches. factor: of the layers' seconds."""
-        times, layers = self.microbatches, self.parts.layers
-        every = [times * what(layers[kind]) * factor for kind in kinds(self.model)]
+        every = [self.microbatches * self._layer(kind, what) * factor for kind in kinds(self.model)]
         return self.slowest(every, self._head(what, factor))
 
-    def _head(self, what: Callable[[LayerPiece], float], factor: float = 1.0) -> Reals:
+    def _layer(self, kind: LayerKind, what: Callable[[LayerPiece], float]) -> Reals:
+        return self.parts.each(lambda one: what(one.layers[kind]))
+
+    def _head(self, what: Callable[[LayerPiece], float], factor: Reals | float = 1.0) -> Reals:
         """Of the losses and of MTP layers, all microbatches."""
-        head = np.array([what(piece) for piece in self.parts.losses]) * (1 + self.mtp)
+        head = self._loss(what) * (1 + self.mtp)
         if self.mtp:
-            more = self.parts.layers[self.model.layer_kind(self.model.num_hidden_layers)]
-            head = head + self.mtp * what(more) * factor
+            more = self._layer(self.model.layer_kind(self.model.num_hidden_layers), what)
+            head = head + self.mtp * more * factor
         return np.asarray(self.microbatches * head)
 
+    def _loss(self, what: Callable[[LayerPiece], float]) -> Reals:
+        return np.array([float(what(piece)) for piece in self.parts.losses])[self.parts.loss]
+
     def left(self) -> Reals:
-        return np.array([float(self.parts.layers[kind].left) for kind in kinds(self.model)])
+        return np.stack([self._layer(kind, lambda piece: piece.left) for kind in kinds(self.model)], axis=1)
 
     def in_backward(self) -> Reals:
         """With the weights that each part of the backward has gathered, and their gradients."""
-        every = self.parts.layers
-        heights = [
-            np.max(
-                [most + own for most, own in zip(every[kind].heights, self._own(kind), strict=False)], axis=0
-            )
-            for kind in kinds(self.model)
-        ]
+        heights = []
+        for kind in kinds(self.model):
+            parts = [
+                self._layer(kind, lambda piece, part=part: _height(piece, part)) + own  # type: ignore[misc]
+                for part, own in enumerate(self._own(kind))
+            ]
+            heights.append(np.max(parts, axis=0))
         return np.asarray(np.min(heights, axis=0))
 
     def _own(self, kind: LayerKind) -> list[Reals]:
@@ -214,7 +271,7 @@ class Refined(Bounder):
         grads = np.where(zero3, np.add(*self._full(kind)), 0.0)
         if not (self.flat or stack.sharding.copies):
             return [dense + routed + grads * self.grad] * 2
-        ahead = min(self.space.build(0).dense.prefetch, self.model.num_hidden_layers - 1)
+        ahead = min(self.prefetch, self.model.num_hidden_layers - 1)
         least = np.min([np.add(*self._full(other)) for other in kinds(self.model)], axis=0) * used
         dense = dense + np.where(self.c["pipeline"] == 1, ahead, 0) * least
         if not self.flat:
@@ -232,7 +289,22 @@ class Refined(Bounder):
         )
 
     def in_loss(self) -> Reals:
-        return np.array([float(piece.height) for piece in self.parts.losses])
+        return self._loss(lambda piece: piece.height)
+
+
+def _height(piece: LayerPiece, part: int) -> float:
+    """The most that a part of its backward has above its start; minus infinity where it has no such part."""
+    return float(piece.heights[part]) if part < len(piece.heights) else -np.inf
+
+
+def _distinct(space: Space, rows: Column, names: Sequence[str]) -> tuple[Column, Column]:
+    """(Places of one of the rows for each combination of values of some columns; the combination of each)."""
+    codes = np.zeros(len(rows), dtype=np.int64)
+    for name in names:
+        values, places = np.unique(space.columns[name][rows], return_inverse=True)
+        codes = np.unique(codes * len(values) + places.reshape(-1), return_inverse=True)[1].reshape(-1)
+    _, first = np.unique(codes, return_index=True)
+    return first, codes
 
 
 def alike(kept: Space) -> tuple[Column, list[Column]]:

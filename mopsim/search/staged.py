@@ -17,7 +17,7 @@ from mopsim.search.had import axes_of, each
 from mopsim.search.options import Options
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
-from mopsim.search.refined import Parts, Refined, alike
+from mopsim.search.refined import Refined, alike
 from mopsim.search.seeds import Mask, textbook
 from mopsim.search.space import Space, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
@@ -187,10 +187,10 @@ def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
     rows = kept.take(first)
     rows = Space(rows.family, rows.problem, rows.columns | chosen)
     given, pieces = SpaceFacts.of(rows), Pieces(rows)
-    for places in alike(rows)[1]:
-        parts = Parts.of(pieces, given, int(places[0]), places)
-        if parts is not None:
-            found[first[places]] = likely(Refined(rows.take(places), given, parts))
+    groups = alike(rows)[1]
+    closer, legal = Refined.of(pieces, given, groups)
+    if closer is not None:
+        found[first[np.concatenate([groups[at] for at in legal])]] = likely(closer)
     return np.asarray(found)
 
 

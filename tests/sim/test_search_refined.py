@@ -21,7 +21,7 @@ from mopsim.search.guess import likely
 from mopsim.search.pieces import Pieces, PipelinePart
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
-from mopsim.search.refined import Parts, Refined
+from mopsim.search.refined import Refined
 from mopsim.search.space import Space
 from mopsim.search.staged import candidates
 from mopsim.spec.presets import load_model
@@ -73,11 +73,11 @@ def test_a_refined_bound_is_at_most_what_is_simulated(case: int, family: str, pl
     space, shared, pieces = whole(case, family)
     index = int(place * len(space))
     at = np.array([index])
-    row, parts = space.take(at), Parts.of(pieces, shared, index, at)
+    row, (closer, _) = space.take(at), Refined.of(pieces, shared, [at])
     found = played(problem(case), row)
-    if found is None or parts is None:
+    if found is None or closer is None:
         return
-    before, closer = Bounder(row, shared).all(), Refined(row, shared, parts)
+    before = Bounder(row, shared).all()
     assert max(before.time[0], closer.time()[0]) <= found.step_time * (1 + 1e-9)
     assert before.device[0] <= closer.device_memory()[0][0] <= found.peak_memory + 1
     assert before.host[0] <= found.host_memory + 1
@@ -119,11 +119,11 @@ def test_bounds_are_those_of_the_stack_that_runs_the_plan(network: str, family: 
     shared, pieces = SpaceFacts.of(space), Pieces(space)
     for index in np.random.default_rng(0).choice(len(space), 5, replace=False):
         at = np.array([index])
-        row, parts = space.take(at), Parts.of(pieces, shared, int(index), at)
+        row, (closer, _) = space.take(at), Refined.of(pieces, shared, [at])
         found = played(asked, row)
-        if found is None or parts is None:
+        if found is None or closer is None:
             continue
-        before, closer = Bounder(row, shared).all(), Refined(row, shared, parts)
+        before = Bounder(row, shared).all()
         assert max(before.time[0], closer.time()[0]) <= found.step_time * (1 + 1e-9)
         assert closer.device_memory()[0][0] <= found.peak_memory + 1
         assert before.host[0] <= found.host_memory + 1
@@ -137,11 +137,10 @@ def test_refined_bounds_are_close(family: str, time: float, memory: float) -> No
     times, peaks = [], []
     for index in np.linspace(0, len(space) - 1, 12).astype(int).tolist():
         at = np.array([index])
-        row, parts = space.take(at), Parts.of(pieces, shared, index, at)
+        row, (closer, _) = space.take(at), Refined.of(pieces, shared, [at])
         found = played(problem(2), row)
-        if found is None or parts is None:
+        if found is None or closer is None:
             continue
-        closer = Refined(row, shared, parts)
         times.append(max(Bounder(row, shared).time()[0], closer.time()[0]) / found.step_time)
         peaks.append(closer.device_memory()[0][0] / found.peak_memory)
     assert np.mean(times) >= time
@@ -175,12 +174,12 @@ def test_what_is_expected_of_known_parts_is_what_is_simulated(woven: bool) -> No
     misses = []
     for index in every:
         at = np.array([index])
-        row, parts = space.take(at), Parts.of(pieces, shared, index, at)
+        row, (closer, _) = space.take(at), Refined.of(pieces, shared, [at])
         found = played(problem(5), row)
-        if found is None or parts is None:
+        if found is None or closer is None:
             continue
-        assert (parts.ranks is not None) >= woven
-        misses.append(abs(float(likely(Refined(row, shared, parts))[0]) / found.step_time - 1))
+        assert bool(closer.ranked[0]) >= woven
+        misses.append(abs(float(likely(closer)[0]) / found.step_time - 1))
     assert len(misses) > 4
     assert np.median(misses) < 0.04
     assert np.quantile(misses, 0.75) < 0.08
@@ -195,11 +194,9 @@ def test_bounds_of_a_woven_pipeline_are_at_most_what_is_simulated(
     rows = _woven(space, 1000, 1 if flat else 3)
     index = rows[int(place * len(rows))]
     at = np.array([index])
-    row, parts, found = space.take(at), Parts.of(pieces, shared, index, at), None
-    if parts is not None:
-        found = played(problem(case), row)
-    if found is not None and parts is not None:
-        closer = Refined(row, shared, parts)
+    closer, _ = Refined.of(pieces, shared, [at])
+    found = played(problem(case), space.take(at)) if closer is not None else None
+    if found is not None and closer is not None:
         assert closer.time()[0] <= found.step_time * (1 + 1e-9)
         assert closer.device_memory()[0][0] <= found.peak_memory + 1
 
@@ -210,10 +207,10 @@ def test_the_memory_of_a_woven_pipeline_is_known() -> None:
     shares = []
     for index in _woven(space, 8):
         at = np.array([index])
-        row, parts = space.take(at), Parts.of(pieces, shared, index, at)
+        row, (closer, _) = space.take(at), Refined.of(pieces, shared, [at])
         found = played(problem(5), row)
-        if found is not None and parts is not None:
-            shares.append(Refined(row, shared, parts).device_memory()[0][0] / found.peak_memory)
+        if found is not None and closer is not None:
+            shares.append(closer.device_memory()[0][0] / found.peak_memory)
     assert len(shares) > 4
     assert np.mean(shares) > 0.95
 
