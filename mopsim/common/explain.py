@@ -2,6 +2,7 @@
 
 import re
 import types
+from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -25,6 +26,12 @@ def explain(error: msgspec.ValidationError, data: Any, kind: Any, prefix: str) -
     return _rule(message, field, _value_at(data, steps), _type_at(kind, steps))
 
 
+def not_one_of(choices: Collection[Any]) -> str:
+    """'is not one of a, b', an empty choice last and in words."""
+    names = [str(choice) for choice in choices if choice != ""]
+    return f"is not one of {', '.join(names)}{', nor empty' if '' in choices else ''}"
+
+
 def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
     unknown = re.match(r"Object contains unknown field `(.*)`", message, re.DOTALL)
     if unknown:
@@ -41,7 +48,7 @@ def _rule(message: str, field: str, value: Any, wanted: Any) -> str:
         choice for option in _options(wanted) if get_origin(option) is Literal for choice in get_args(option)
     ]
     if allowed:
-        return f"{field}: {shown(value)} is not one of {', '.join(str(choice) for choice in allowed)}"
+        return f"{field}: {shown(value)} {not_one_of(allowed)}"
     return f"{field}: {shown(value)} is refused: {_lower(message)}"
 
 

@@ -6,9 +6,14 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from mopsim.common.errors import SpecError, require
+from mopsim.common.explain import not_one_of
 from mopsim.common.io import leaves
 from mopsim.common.shipped import shipped
 from mopsim.spec.strategy import Strategy
+from mopsim.spec.strategy_rules import BETWEEN, LEAST, WORDS
+
+NAMES = ("name", "stack")
+"""Fields of a strategy that say what it is called and what it is for: a program decides neither."""
 
 
 def plain(value: Any) -> Any:
@@ -28,20 +33,33 @@ def _asked() -> dict[str, Any]:
 
 
 def require_had(key: str, values: tuple[Any, ...]) -> None:
-    """An entry of `has` names a field of Strategy, values of its type, and a known condition."""
+    """An entry of `has` names a decision of Strategy, values that it may have, and a known condition."""
     path, only, where = key.partition(" where ")
     require(path in _asked(), "has", key, "is not a field of a strategy")
+    require(path not in NAMES, "has", key, "is a name, which no program has or lacks")
     require(bool(values), f"has.{key}", [], "must name the values that the program has")
     if only:
         require(where in _conditions(), f"has.{key}", where, "is not a condition of the capability table")
     seen: set[Any] = set()
     for place, value in enumerate(values):
         field = f"has.{key}[{place}]"
-        small = isinstance(value, int | float) and value < 0
-        require(not small, field, value, "must be at least 0")
         one = _of_type(field, value, _asked()[path])
+        for part in one if isinstance(one, tuple) else (one,):
+            _require_possible(path, field, part)
         require(one not in seen, field, value, "is given twice")
         seen.add(one)
+
+
+def _require_possible(path: str, field: str, value: Any) -> None:
+    """A value of its type that no strategy has at `path` is refused as `field`."""
+    if path in WORDS:
+        require(value in WORDS[path], field, value, not_one_of(WORDS[path]))
+    elif path in BETWEEN:
+        low, high = BETWEEN[path]
+        require(low <= value <= high, field, value, f"must lie between {low} and {high:,}")
+    elif isinstance(value, int | float):
+        least = LEAST.get(path, 0)
+        require(value >= least, field, value, f"must be at least {least}")
 
 
 def _of_type(field: str, value: Any, kind: Any) -> Any:
@@ -50,5 +68,5 @@ def _of_type(field: str, value: Any, kind: Any) -> Any:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError:
         known = get_args(kind) if get_origin(kind) is Literal else ()
-        rule = f"is not one of {', '.join(map(str, known))}" if known else "is not of the field's type"
+        rule = not_one_of(known) if known else "is not of the field's type"
         raise SpecError(field, value, rule) from None

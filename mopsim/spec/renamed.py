@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mopsim.common.errors import MopError, shown
 from mopsim.common.io import Spec, convert
 from mopsim.spec.strategy import Exchange, Tier
 
@@ -21,6 +22,11 @@ STRATEGY: dict[str, dict[str, str]] = {
 }  # fmt: skip
 HARDWARE: dict[str, dict[str, str]] = {"host": {"issue": "cpu_launch_time"}}
 SHARDS = ("dense.param", "dense.grad", "experts.param", "experts.grad")
+STACK = {
+    "context_exchanges": "attention.cp_comm_type: {value: [ring], source: ...}",
+    "offload": "optimizer.update_on: {value: [host], source: ...}",
+}
+"""Entries that a stack's file had, and what of `has` says such a thing."""
 DISPATCHERS = {"all_to_all": "alltoall", "deduplicated": "deepep"}
 
 
@@ -53,11 +59,10 @@ class _Stack(Spec, frozen=True, kw_only=True):
 def stack(data: Any, field: str) -> Any:
     """A stack of plain objects whose `context_exchanges` and `offload` are entries of `has`, where they say
     that the program lacks something. Raises MopError naming what is wrong of them from `field`."""
-    gone = _Stack.__struct_fields__
-    if not isinstance(data, dict) or not data.keys() & set(gone):
+    if not isinstance(data, dict) or not data.keys() & set(STACK):
         return data
-    found = {key: value for key, value in data.items() if key not in gone}
-    old = convert({key: data[key] for key in gone if data.get(key) is not None}, _Stack, field)
+    found = {key: value for key, value in data.items() if key not in STACK}
+    old = convert({key: data[key] for key in STACK if data.get(key) is not None}, _Stack, field)
     ways, sides, kept = old.context_exchanges, old.offload.update_on, old.offload.activations
     lacks: dict[str, tuple[bool, tuple[Any, ...]]] = {
         "attention.context_parallel": (ways == (), (1,)),
@@ -69,6 +74,17 @@ def stack(data: Any, field: str) -> Any:
         "activations.cpu_offload_layers": (kept is not None and "layers" not in kept, (0,)),
     }
     return {**found, "has": {path: list(values) for path, (said, values) in lacks.items() if said}}
+
+
+def refuse_old(data: dict[str, Any], field: str) -> None:
+    """Raise MopError for an entry of a stack's file that `has` has taken the place of: the file has no source
+    for what it would say there."""
+    old = next((key for key in data if key in STACK), None)
+    if old is not None:
+        raise MopError(
+            f"{field}.{old}: {shown(data[old])} is said by entries of `has` now, such as "
+            f"`has: {{{STACK[old]}}}` (docs/write-a-stack.md)"
+        )
 
 
 def hardware(data: Any) -> Any:

@@ -23,6 +23,7 @@ from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert, exists, parse_yaml, read_text, to_plain
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
+from mopsim.spec import renamed
 from mopsim.spec.stack import Stack
 
 _texts = partial(shipped_texts, "mopsim", "stacks")
@@ -99,6 +100,7 @@ def _resolved(text: str, origin: str, field: str, seen: tuple[str, ...]) -> dict
     data = parse_yaml(text, origin)
     if not isinstance(data, dict):
         raise MopError(f"{origin}: {field}: must be a mapping of fields, got {type(data).__name__}")
+    renamed.refuse_old(data, f"{origin}: {field}")
     own = _flat(data, origin, field)
     parent = data.get("extends") or ""
     if not parent:

@@ -24,7 +24,11 @@ LEAST = {
     "optimizer.slots": 1, "activations.host_budget": 0, "activations.cpu_offload_layers": 0,
 }  # fmt: skip
 """Integers of a strategy, and the least that each may be."""
-_VALUES = attrgetter(*LEAST)
+BETWEEN = {"optimizer.host_fraction": (0, 1), "experts.capacity": (1, 10**6), "experts.threshold": (1, 10**6)}
+"""Ratios of a strategy, and between which two values each lies."""
+WORDS = {"activations.modules": (*MODULES, *COMPONENTS), "activations.save_ops": KEPT}
+"""Lists of names of a strategy, and the names that each may have."""
+_VALUES, _RATIOS = attrgetter(*LEAST), attrgetter(*BETWEEN)
 
 
 def own(s: "Strategy") -> Rules:
@@ -36,9 +40,8 @@ def _ranges(s: "Strategy") -> Rules:
     for (field, least), value in zip(LEAST.items(), _VALUES(s), strict=True):
         yield value >= least, field, f"must be at least {least}"
         yield value <= LARGEST, field, "must be at most 2^62"
-    yield 0 <= s.optimizer.host_fraction <= 1, "optimizer.host_fraction", "must lie between 0 and 1"
-    for field, ratio in (("capacity", s.experts.capacity), ("threshold", s.experts.threshold)):
-        yield 1 <= ratio <= 1e6, f"experts.{field}", "must lie between 1 and 1e6"
+    for (field, (low, high)), ratio in zip(BETWEEN.items(), _RATIOS(s), strict=True):
+        yield low <= ratio <= high, field, f"must lie between {low} and {high:,}"
 
 
 def _degrees(s: "Strategy") -> Rules:
@@ -100,11 +103,10 @@ def _state(s: "Strategy") -> Rules:
 
 
 def _activations(s: "Strategy") -> Rules:
-    a, known = s.activations, (*MODULES, *COMPONENTS)
-    for module in a.modules:
-        yield module in known, "activations.modules", f"names {module!r}, not one of {', '.join(known)}"
-    for kernel in a.save_ops:
-        yield kernel in KEPT, "activations.save_ops", f"names {kernel!r}, not one of {', '.join(KEPT)}"
+    a = s.activations
+    for field, names in (("activations.modules", a.modules), ("activations.save_ops", a.save_ops)):
+        for name in names:
+            yield name in WORDS[field], field, f"names {name!r}, not one of {', '.join(WORDS[field])}"
     full = f"needs activations.recompute full, not {a.recompute}"
     yield not a.save_ops or a.recompute == "full", "activations.save_ops", full
     for needed, given in (

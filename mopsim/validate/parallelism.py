@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, get_args
 
 from mopsim.common.changes import changed
 from mopsim.common.errors import MopError, SpecError
+from mopsim.common.explain import not_one_of
 from mopsim.common.rules import RowFacts
 from mopsim.spec.categories import MODULES
 from mopsim.spec.layout import ceil_div, full_parts
@@ -152,7 +153,7 @@ def _settled(
 def _lookup(known: Mapping[str, T], row: Row, column: str) -> T:
     value = row.get(column, "")
     if value not in known:
-        raise SpecError(column, value, f"is not one of {', '.join(known)}")
+        raise SpecError(column, value, not_one_of(known))
     return known[value]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mopsim.common.errors import MopError
+from mopsim.spec import renamed
 from mopsim.spec.stacks import SECTIONS, list_stacks, load_stack
 
 
@@ -87,6 +88,40 @@ def test_a_child_has_its_parents_entries_and_sources_but_not_its_runtime(tmp_pat
             "name: a\nversion: b\nhas: {source: c, vocabulary.loss: [full, chunked, full]}",
             "stack.has.vocabulary.loss[2]: 'full' is given twice",
         ),
+        (
+            "name: a\nversion: b\nhas: {source: c, stack: [torchtitan]}",
+            "stack.has: 'stack' is a name, which no program has or lacks",
+        ),
+        ("name: a\nversion: b\nhas: {source: c, name: [a]}", "stack.has: 'name' is a name, which no"),
+        (
+            "name: a\nversion: b\nhas: {source: c, activations.modules: [[mlp], [mpl]]}",
+            "stack.has.activations.modules[1]: 'mpl' is not one of core_attn, ",
+        ),
+        (
+            "name: a\nversion: b\nhas: {source: c, activations.save_ops: [[x]]}",
+            "stack.has.activations.save_ops[0]: 'x' is not one of ",
+        ),
+        (
+            "name: a\nversion: b\nhas: {source: c, dense.tensor_parallel: [0]}",
+            "stack.has.dense.tensor_parallel[0]: 0 must be at least 1",
+        ),
+        (
+            "name: a\nversion: b\nhas: {source: c, optimizer.host_fraction: [1.0, 1.5]}",
+            "stack.has.optimizer.host_fraction[1]: 1.5 must lie between 0 and 1",
+        ),
+        (
+            "name: a\nversion: b\nextends: megatron-core\noffload: {update_on: [host]}",
+            "stack.offload: {'update_on': ['host']} is said by entries of `has` now, such as "
+            "`has: {optimizer.update_on: {value: [host], source: ...}}` (docs/write-a-stack.md)",
+        ),
+        (
+            "name: a\nversion: b\ncontext_exchanges: {value: [ring], source: s}",
+            "such as `has: {attention.cp_comm_type: {value: [ring], source: ...}}`",
+        ),
+        (
+            "name: a\nversion: b\nsource: s\nruntime: null",
+            "stack.runtime: None is not one of flat_units, fully_shard, split_modules, nor empty",
+        ),
         ("name: a\nkernels: {norm: fused, source: s}", "stack.version: '' must say"),
         ("name: a\nversion: b\nkernels: {nrm: fused, source: s}", "stack.kernels.nrm: 'fused' is an unknown"),
         ("name: a\nversion: b\nkernels: 3\nsource: s", "stack.kernels: 3"),
@@ -105,6 +140,22 @@ def test_a_wrong_entry_is_one_line_with_file_field_and_rule(text: str, says: str
     assert line.startswith(str(path))
     assert says in line
     assert len(line.splitlines()) == 1
+
+
+def test_what_is_written_instead_of_an_old_entry_can_be_loaded(tmp_path: Path) -> None:
+    for entry in renamed.STACK.values():
+        has = entry.replace("source: ...", "source: here")
+        stack = load_stack(written(tmp_path, f"name: a\nversion: b\nhas: {{{has}}}"))
+        assert set(stack.has) == {entry.partition(":")[0]}
+
+
+@pytest.mark.parametrize("name", list_stacks())
+def test_a_stack_of_before_hybridep_lacks_it_or_says_why_not(name: str) -> None:
+    stack = load_stack(name)
+    if "hybridep" in stack.has.get("experts.token_dispatcher", ()) and "core_v0.14" in stack.version:
+        source = stack.sources["has.experts.token_dispatcher"]
+        assert "since core_v0.16.0" in source
+        assert "not in core_v0.14.0" in source
 
 
 def test_a_file_with_a_shipped_name_and_version_has_its_entries(tmp_path: Path) -> None:
