@@ -127,11 +127,11 @@ class Loop:
 
 def run(out: str, seed: int, steps: int) -> None:
     """The whole loop; writes the report into `out` and prints the winner."""
-    from mopsim.common.console import LastingConsole
+    from rich.console import Console
 
     folder = Path(out)
     work = _work_directory(folder)
-    console = LastingConsole(highlight=False)
+    console = Console(highlight=False)
     loop = Loop(folder, work, seed, steps, console)
     console.print("[bold]The closed loop on this machine[/bold]")
     started = time.perf_counter()

@@ -15,10 +15,10 @@ def run(path: Path, rank: int, device_limit: str | None, host_limit: str | None,
     plans.check_supported(plan)
     device = None if device_limit is None else parse_bytes(device_limit, "--device-limit")
     host = None if host_limit is None else parse_bytes(host_limit, "--host-limit")
+    from rich.console import Console
     from rich.table import Table
 
     from mopexec.check.dry_run import dry_run
-    from mopsim.common.console import LastingConsole
 
     result = dry_run(plan, rank, device, host)
     if json is not None:
@@ -33,7 +33,7 @@ def run(path: Path, rank: int, device_limit: str | None, host_limit: str | None,
     totals = (result.peak_memory, result.resident_memory, result.host_memory)
     table.add_section()
     table.add_row("all", *(format_bytes(total) for total in totals))
-    console = LastingConsole(stderr=json == "-")
+    console = Console(stderr=json == "-")
     console.print(table)
     console.print(
         f"peak in {result.peak_component}, {result.peak_phase}; the dry run took {result.seconds:.1f} s",

@@ -31,12 +31,12 @@ def run(
     if confirm and data != PYTHON:
         user_files(Path(data))
     import torch
+    from rich.console import Console
 
     from mopexec.check.reach import Limits, reach, train_one_step, write_reaches
-    from mopsim.common.console import LastingConsole
 
     limits = Limits(*limits_text)
-    console = LastingConsole(stderr=json == "-")
+    console = Console(stderr=json == "-")
     found = []
     for plan in chosen:
         with console.status(f"{plan.strategy.name} on {plan.strategy.world_size} ranks"):

@@ -73,16 +73,16 @@ def _hide_devices(ranks: int) -> None:
 
 
 def _report(found: dict[str, Any], small: Plan, steps: int, json: str | None) -> int:
+    from rich.console import Console
     from rich.table import Table
 
     from mopexec.check.verify import TOLERANCE
-    from mopsim.common.console import LastingConsole
 
     passed = all(found[name] <= TOLERANCE for name, _ in _ROWS)
     if json is not None:
         extra = {"passed": passed, "tolerance": TOLERANCE, "ranks": small.strategy.world_size, "steps": steps}
         io.write_json(json, {**extra, **found, "mechanisms": mechanisms(small)})
-    console = LastingConsole(stderr=json == "-", highlight=False)
+    console = Console(stderr=json == "-", highlight=False)
     title = f"{small.strategy.name} on {small.strategy.world_size} ranks against one device, float64"
     table = Table(title=title)
     for column in ("quantity", "largest relative difference", "worst at", "result"):

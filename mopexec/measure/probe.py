@@ -37,13 +37,12 @@ def probe(
 
 def _with_bar(job: ProbeJob, work: Callable[[Progress], HardwareProfile]) -> HardwareProfile:
     """Run `work` under a progress bar on standard error."""
+    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    from mopsim.common.console import LastingConsole
-
     columns = (TextColumn("probe"), BarColumn(), TextColumn("{task.description:20}"), TimeElapsedColumn())
-    console = LastingConsole(stderr=True)
+    console = Console(stderr=True)
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting ranks", total=len(parts(job)) + 1)
 

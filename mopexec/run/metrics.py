@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mopsim
 from mopexec.measure.quiet import quiet
-from mopsim.common.console import LastingConsole
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
 from mopsim.common.units import format_bytes, format_seconds
@@ -147,7 +147,7 @@ class Display:
     """A line a step, under a progress bar where there is a terminal. Silent on all ranks but the first."""
 
     def __init__(self, *, visible: bool, stderr: bool, steps: int, done: int) -> None:
-        self._console = LastingConsole(stderr=stderr, quiet=not visible, highlight=False)
+        self._console = Console(stderr=stderr, quiet=not visible, highlight=False)
         self._progress: Progress | None = None
         if visible and self._console.is_terminal:
             self._progress = Progress(

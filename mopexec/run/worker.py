@@ -15,6 +15,7 @@ from mopexec.run.environment import launcher, rank_of_environment
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import StopRequest
 from mopsim.common import io
+from mopsim.common.outputs import lasting_streams
 from mopsim.common.processes import end_with_parent
 
 
@@ -44,10 +45,8 @@ def _builder(options: TrainOptions) -> Any:
 def main() -> None:
     """Entry of a rank that the launcher started: it ends when the launcher does."""
     end_with_parent(launcher())
-    failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by whoever started it
-            stream.flush()
+    with lasting_streams():
+        failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
     os._exit(failures.exit_code(failure))  # a rank whose peers are gone must not wait for them at exit
 
 

@@ -7,9 +7,9 @@ from mopsim.common.outputs import STDOUT
 
 def human(json: str | None) -> Any:
     """A rich console: standard output, or standard error where standard output carries the JSON."""
-    from mopsim.common.console import LastingConsole
+    from rich.console import Console
 
-    return LastingConsole(stderr=json == "-", highlight=False)
+    return Console(stderr=json == "-", highlight=False)
 
 
 def say_written(console: Any, *paths: str | None) -> None:

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
 from mopsim.common.errors import MopError, one_line, shown
+from mopsim.common.outputs import lasting_streams
 
 REPEAT_SECONDS = 2.0
 """A key that is held down, or a terminal and a supervisor together, send several signals for one wish."""
@@ -26,7 +27,7 @@ def run_app(app: Callable[..., Any], name: str, arguments: list[str] | None = No
     signals: list[int] = []
     try:
         _refuse_empty(given)
-        with _noting_signals(signals):
+        with lasting_streams(), _noting_signals(signals):
             code = app(given, standalone_mode=False)
     except Exception as error:
         if signals:  # what an interruption became on its way, in an import or a library
@@ -65,9 +66,6 @@ def _explain(error: Exception, name: str, given: Sequence[str]) -> NoReturn:
     """End on an error: one line where it is the user's, else the error itself."""
     if isinstance(error, MopError):
         _fail(name, str(error))
-    if isinstance(error, BrokenPipeError):
-        sys.stderr.close()
-        sys.exit(1)
     if isinstance(error, OSError):  # what the system refuses, where nothing nearer said it
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of files, their writers say it
         where = error.filename or ("standard output or shared memory" if full else "")

@@ -5,10 +5,10 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any, TextIO, cast
 
 from mopsim.common.errors import MopError
 
@@ -22,19 +22,62 @@ Output = str | Path | None
 
 
 def say(line: str, *, stderr: bool = False) -> None:
-    """Print a line at once, or nothing where nobody reads it any more."""
-    stream = sys.stderr if stderr else sys.stdout
+    """Print a line at once."""
+    print(line, file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+class _Lasting:
+    """A text stream; what is written once nobody reads it any more goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._unread():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        with self._unread():
+            self._stream.flush()
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Meanwhile standard output and error take everything, read or not: `mopsim search ... | head` still
+    writes the plan that it was asked for, and ends with the code of its answer."""
+    given = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and cast(TextIO, _Lasting(stream)) for stream in given)
     try:
-        print(line, file=stream, flush=True)
-    except BrokenPipeError:
-        unread(stream)
+        try:
+            yield
+        except SystemExit:
+            _flush()
+            raise
+        _flush()
+    finally:
+        sys.stdout, sys.stderr = given
 
 
-def unread(stream: IO[str]) -> None:
-    """What is written to a stream from now on goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started it
+            stream.flush()
 
 
 def check_outputs(

@@ -52,18 +52,35 @@ def test_a_new_report_is_readable_by_all(tmp_path: Path) -> None:
 
 def test_a_command_whose_reader_is_gone_works_on(tmp_path: Path) -> None:
     code = (
-        "from mopsim.common.console import LastingConsole\n"
+        "import sys\n"
+        "from rich.console import Console\n"
+        "from mopsim.common.command_line import run_app\n"
+        "from mopsim.common.io import write_json\n"
         "from mopsim.common.outputs import say\n"
-        "console = LastingConsole()\n"
-        "for _ in range(3): say('x'); console.print('x')\n"
-        f"open({str(tmp_path / 'done')!r}, 'w').close()\n"
+        "def app(arguments, standalone_mode):\n"
+        "    console = Console()\n"
+        "    for _ in range(3):\n"
+        "        say('x'); console.print('x'); write_json('-', {}); sys.stdout.writelines(['x'])\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+        "    return 3\n"
+        "run_app(app, 'mopsim', ['x'])\n"
     )
+    assert unread("-c", code) == (3, "")
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("command", ["list models", "list stacks --json -", "--help", "search --help"])
+def test_every_command_ends_well_where_nobody_reads_it(command: str) -> None:
+    assert unread("-m", "mopsim", *command.split()) == (0, "")
+
+
+def unread(*arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of a Python program whose standard output nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "done").exists()
+    return done.returncode, done.stderr
 
 
 def test_a_signal_after_the_work_is_done_changes_nothing() -> None:
