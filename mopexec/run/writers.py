@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mopsim.common.errors import MopError
+from mopsim.common.values import require_once
 
 WRITERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 """Name of each and the module that it needs."""
@@ -21,7 +22,8 @@ class Writer(Protocol):
 
 
 def check(names: Sequence[str]) -> None:
-    """Refuse a writer that is not known or not installed. Raises MopError."""
+    """Refuse a writer that is not known, not installed or named twice. Raises MopError."""
+    require_once(names, "--log-to")
     for name in names:
         if name not in WRITERS:
             raise MopError(f"--log-to: {name!r} is not one of {', '.join(WRITERS)}")

@@ -1,5 +1,6 @@
 """mopsim.compare: several strategies side by side, and over a sweep."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from mopsim.api.sweep import sweep as swept
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
+from mopsim.common.values import require_once
 from mopsim.engine import SimResult
 from mopsim.report.compare import Sweep, difference, finding, lead, software, summary
 from mopsim.search.result import exhausted
@@ -203,10 +205,18 @@ def compare(
 
 def _labelled(strategies: Sequence[AnyStrategy]) -> dict[str, AnyStrategy]:
     """A short distinct label for each: the family, the strategy's name, or the file's stem."""
+    require_once([_same(one) for one in strategies], "strategies")
     names = [_label(one) for one in strategies]
     if len(set(names)) < len(names):
         names = [f"{name} {index + 1}" for index, name in enumerate(names)]
     return dict(zip(names, strategies, strict=True))
+
+
+def _same(given: AnyStrategy) -> Any:
+    """What two names of one strategy have in common: where its file lies."""
+    if not isinstance(given, str | Path) or is_family(given):
+        return given
+    return os.path.relpath(os.path.realpath(given))
 
 
 def _label(given: AnyStrategy) -> str:

@@ -28,6 +28,7 @@ from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
 from mopsim.common.processes import pool
 from mopsim.common.units import parse_tokens
+from mopsim.common.values import require_once
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import check_level
@@ -270,12 +271,14 @@ def size(
 
 
 def _distinct(given: Iterable[HardwareProfile]) -> list[HardwareProfile]:
-    """Each profile once. Raises MopError for two that differ and have one name."""
+    """Raises MopError for a profile that is given twice, and for two that differ and have one name."""
     found: dict[str, HardwareProfile] = {}
-    for one in given:
+    profiles = list(given)
+    for one in profiles:
         if found.setdefault(one.name, one) != one:
             raise MopError(f"hardware: {one.name!r} is the name of two different profiles: rename one")
-    return list(found.values())
+    require_once([one.name for one in profiles], "hardware")
+    return profiles
 
 
 def _goal(tokens: int, days: float | None, budget: float | None, max_cost: float | None) -> Goal:

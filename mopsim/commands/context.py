@@ -15,7 +15,7 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, whole_directory
 from mopsim.common.units import parse_count
-from mopsim.common.values import listed
+from mopsim.common.values import listed, require_once
 from mopsim.context import Contender, ContextCase, Curve, Task, contenders, nested, sweep, totals
 from mopsim.report.context import case_name, case_table, ends, shown_table, to_json
 from mopsim.report.page import Page, Section, Table, write_page
@@ -77,6 +77,8 @@ def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
         raise MopError(
             f"--nodes: {len(order.nodes)} given for {len(order.models)} of --model, one each is needed"
         )
+    both = zip(order.models, order.nodes, strict=True)
+    require_once([f"{name} on {count} nodes" for name, count in both], "--model")
     lengths = sorted(parse_count(text, "--seq-len") for text in listed(order.lengths, "--seq-len"))
     for length, following in pairwise(lengths):
         if length == following:

@@ -1,7 +1,7 @@
 """Plain objects (of a file, or a caller's dict) that no field can hold, found before anything reads them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mopsim.common.errors import MopError, shown
@@ -20,6 +20,13 @@ def listed(given: str, field: str) -> list[str]:
         if value in values[:place]:
             raise MopError(f"{field}: {shown(given)} has {value} twice")
     return values
+
+
+def require_once(values: Sequence[Any], field: str) -> None:
+    """Raise MopError for a value of `field` that is there twice."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise MopError(f"{field}: {shown(value)} is given twice")
 
 
 class Endless(str):

@@ -77,6 +77,8 @@ def test_a_measurement_says_how_many_steps_it_leaves_out():
 def test_writers_that_are_not_there_are_refused(monkeypatch):
     with pytest.raises(MopError, match="--log-to: 'mlflow' is not one of tensorboard, wandb"):
         writers.check(["mlflow"])
+    with pytest.raises(MopError, match="--log-to: 'wandb' is given twice"):
+        writers.check(["wandb", "wandb"])
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MopError, match="--log-to: wandb is not installed: pip install wandb"):
         writers.check(["wandb"])

@@ -175,6 +175,14 @@ MISTAKES = [
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--sweep", "nodes=1,,2"], "has an empty value"),
     (["compare", *JOB, "--strategy", "mop", "--out", "x", "--format", "png,png"], "'png,png' has png twice"),
     (["search", *JOB, "--family", "mop,mop"], "family: 'mop,mop' has mop twice"),
+    (
+        ["compare", *JOB, "--strategy", "mop", "--strategy", "mop", "--out", "x"],
+        "strategies: 'mop' is given twice",
+    ),
+    (
+        ["compare", *JOB, "--strategy", "a.yaml", "--strategy", "./a.yaml", "--out", "x"],
+        "strategies: 'a.yaml' is given twice",
+    ),
     ([*CONTEXT, "--seq-len", "4096,,8192"], "--seq-len: '4096,,8192' has an empty value"),
     ([*CONTEXT, "--seq-len", "4K", "--contender", "mop,mop"], "--contender: 'mop,mop' has mop twice"),
     (["list", "presets"], "'presets'"),

@@ -238,6 +238,7 @@ def test_the_report_of_the_papers_networks(tmp_path: Path, monkeypatch: pytest.M
     ("arguments", "line"),
     [
         ("--model mop_241b", "--nodes: 1 given for 2 of --model, one each is needed"),
+        ("--model mop_120b --nodes 2", "--model: 'mop_120b on 2 nodes' is given twice"),
         ("--contender fsdp3", "--contender: 'fsdp3' is not one of"),
         ("--seq-len ,", "--seq-len: ',' has an empty value"),
         ("--seq-len 12Q", "--seq-len"),

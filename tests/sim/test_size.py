@@ -204,6 +204,7 @@ MISTAKES = [
     (["--tokens", "1M", "--days", "1", "--pue", "0.5"], "pue: 0.5"),
     (["--tokens", "1M", "--days", "1", "--family", "zero"], "family: 'zero'"),
     (["--tokens", "1M", "--days", "1", "--hardware", "h900"], "hardware: 'h900'"),
+    (["--tokens", "1M", "--days", "1", "--hardware", "cpu-2core"], "hardware: 'cpu-2core' is given twice"),
     (["--tokens", "1M", "--days", "1", "--routing", "often"], "routing: 'often'"),
     (["--tokens", "1M", "--days", "1", "--max-cost", "-3"], "max-cost: -3"),
     (["--tokens", "1M", "--days", "1", "--max-nodes", "0"], "--max-nodes"),
