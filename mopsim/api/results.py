@@ -65,9 +65,9 @@ class Result(Mapping[str, Any]):
         """A row for each strategy, as text for people: those of mopsim.report.tables.columns()."""
         from pandas import DataFrame
 
-        level = self._level
-        rows = [tables.row(one, level) for one in self._results()]
-        return DataFrame(rows, columns=list(tables.columns(level)))
+        level, results = self._level, self._results()
+        heads = tables.columns(level, (one.each for one in results))
+        return DataFrame([tables.row(one, level) for one in results], columns=list(heads))
 
     @cached_property
     def _json(self) -> dict[str, Any]:
@@ -127,6 +127,7 @@ class Simulation(Result):
     step_time_s: float
     tokens_per_s: float
     tokens_per_s_per_device: float
+    each: str
     model_flops_per_s_per_device: float
     mfu: float
     fits: bool

@@ -158,13 +158,14 @@ class SimResult:
 
         peak_memory_bytes and its interval are of tensors alone. peak_memory_upper_bytes and
         host_memory_upper_bytes are enough with probability UPPER for those and for what may come on top of
-        them (above_peak_bytes, above_host_bytes), by which p_fits is judged.
+        them (above_peak_bytes, above_host_bytes), by which p_fits is judged. each: what a device is called.
         """
         return {
             **self.intervals(level),
             "step_time_s": self.step_time,
             "tokens_per_s": self.tokens_per_second,
             "tokens_per_s_per_device": self.tokens_per_second_per_device,
+            "each": self.each,
             "model_flops_per_s_per_device": self.model_flops_per_second_per_device,
             "mfu": self.mfu,
             "fits": self.fits,

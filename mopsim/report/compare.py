@@ -14,7 +14,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals import Ratio
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Bar, memory_bars, remark, sweep_lines, time_bars
-from mopsim.report.tables import P_FITS, beside, columns, plan_line, row
+from mopsim.report.tables import P_FITS, beside, columns, plan_line, rate, row
 from mopsim.report.terminal import duration, size, table
 from mopsim.report.timeline import timeline_plot
 from mopsim.search.result import exhausted, format_gap
@@ -38,6 +38,11 @@ class Sweep:
     batches: Sequence[int] = ()
     lengths: Sequence[int] = ()
     hold: str = ""
+
+    @property
+    def each(self) -> list[str]:
+        """What the devices of the results are called."""
+        return [one.each for points in self.results.values() for one in points if one]
 
     @property
     def held(self) -> str:
@@ -179,15 +184,15 @@ def _memory_remark(result: SimResult) -> str:
 
 
 def time_figure(
-    path: Path, results: Sequence[SimResult], labels: Sequence[str], unit: str = "GPU",
-    level: float | None = None, title: str = "",
+    path: Path, results: Sequence[SimResult], labels: Sequence[str], level: float | None = None,
+    title: str = "",
 ) -> Path:  # fmt: skip
-    """The step by component, and how much of it is exposed to what. unit: what a device is called. level: of
-    an interval that is drawn over each step. title: instead of who is fastest, as simulated."""
+    """The step by component, and how much of it is exposed to what. level: of an interval that is drawn over
+    each step. title: instead of who is fastest, as simulated."""
     bars, waits = [], []
     for result, label in zip(results, labels, strict=True):
-        rate = f"{result.tokens_per_second_per_device:,.0f} tokens/s per {unit} on {result.stack.name}"
-        note = rate if result.fits else remark(result.over, result.over_bytes)
+        speed = f"{result.speed} on {result.stack.name}"
+        note = speed if result.fits else remark(result.over, result.over_bytes)
         ends = result.step_time_interval(level) if level else None
         bars.append(Bar(label, _ordered(result.time_by_component), note, not result.fits, ends))
         waits.append(Bar(label, _ordered(result.exposed), f"{result.exposed_share:.0%} of the step"))
@@ -234,7 +239,7 @@ def write_compare(
 ) -> list[Path]:
     """index.md, index.html and PNGs of a comparison; returns what was written. level: of the intervals.
     where: network and machine of the sweep. refused: why further labels have no result."""
-    heads = columns(level)
+    heads = columns(level, (one.each for one in results))
     without = [[why, *[""] * (len(heads) - 1)] for why in (refused or {}).values()]
     written = [
         memory_figure(folder / "memory.png", results, labels, level),
@@ -310,16 +315,16 @@ def sweep_figure(path: Path, sweep: Sweep, level: float = 0.9, where: str = "") 
     xlabel = {"seq-len": "sequence length, tokens"}.get(sweep.setting, sweep.setting)
     below = "; ".join(filter(None, (where, sweep.held)))
     title = "\n".join(filter(None, (title, *wrap(below, TITLE))))
-    return sweep_lines(path, sweep.values, series, title, xlabel, sweep.names, sweep.bands, level)
+    per = rate(sweep.each)
+    return sweep_lines(path, sweep.values, series, title, xlabel, per, sweep.names, sweep.bands, level)
 
 
 def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
     """Every point on the terminal: its numbers, and under them its plan. level: of the intervals."""
-    every = (one for points in sweep.results.values() for one in points)
-    each = next((one.each for one in every if one), "GPU")
+    per = rate(sweep.each).replace(" per", "\nper")
     shown = table(
         f"over {sweep.setting}; {sweep.held}", (sweep.setting, "strategy"),
-        ("batch", "step", f"{level:.0%}", f"tokens/s\nper {each}", "exposed", "memory", "P(fits)"),
+        ("batch", "step", f"{level:.0%}", per, "exposed", "memory", "P(fits)"),
     )  # fmt: skip
     shown.padding = 0  # seven numbers in 80 columns
     plans = []
@@ -345,7 +350,7 @@ def swept_table(sweep: Sweep, level: float = 0.9) -> Group:
 
 def _sweep_table(sweep: Sweep, level: float = 0.9) -> Table:
     """A row for each value and strategy, its plan among them."""
-    numbers = columns(level)
+    numbers = columns(level, sweep.each)
     heads = [sweep.setting, *(["batch"] if sweep.batches else []), "label", *numbers]
     rows = []
     for index, name in enumerate(sweep.names):

@@ -136,6 +136,7 @@ def to_json(
                 "hardware": case.hardware.name,
                 "nodes": case.nodes,
                 "devices": case.world_size,
+                "each": case.hardware.each,
                 "tokens_per_device": case.tokens_per_device,
                 "curves": curves_json(found),
             }

@@ -27,7 +27,7 @@ def write_demo(folder: Path, report: DemoReport) -> list[Path]:
     before = [abs(one.error(one.probed)) for one in contenders]
     written = [
         memory_figure(folder / "memory.png", [one.even for one in contenders], labels),
-        time_figure(folder / "time.png", results, labels, unit="rank", title="Simulated step by component"),
+        time_figure(folder / "time.png", results, labels, title="Simulated step by component"),
         loss_lines(
             folder / "loss.png", {one.name: one.losses for one in contenders}, _loss_title(contenders)
         ),

@@ -106,6 +106,7 @@ def sweep_lines(
     series: Mapping[str, Sequence[float | None]],
     title: str,
     xlabel: str,
+    ylabel: str,
     names: Sequence[str],
     bands: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
     level: float = 0.9,
@@ -148,7 +149,7 @@ def sweep_lines(
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel(xlabel)
-        axis.set_ylabel("tokens/s per GPU")
+        axis.set_ylabel(ylabel)
         axis.set_title(title)
         axis.grid(axis="y", alpha=0.3)
         legend_below(axis, 5)

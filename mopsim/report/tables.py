@@ -1,6 +1,6 @@
 """Tables for the terminal and for reports: what a buyer asks of a strategy."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -15,13 +15,19 @@ from mopsim.search.result import Freedom
 from mopsim.spec.line import describe as describe
 
 
-def columns(level: float = 0.9) -> tuple[str, ...]:
+def rate(each: Iterable[str]) -> str:
+    """'tokens/s per GPU': the name of a throughput. each: what the devices are called (`SimResult.each`)."""
+    return f"tokens/s per {' or '.join(dict.fromkeys(each)) or 'GPU'}"
+
+
+def columns(level: float = 0.9, each: Iterable[str] = ()) -> tuple[str, ...]:
     """Heads of `row`. stack: the software that runs it. `level`: between which two values a measured one lies
-    with this probability. memory: device peak; limit: share of the usable device memory that the peak is.
+    with this probability. each: what the devices are called.
+    memory: device peak; limit: share of the usable device memory that the peak is.
     exposed: seconds of compute waiting for communication, copies and the host."""
     within = f"{100 * level:g} %"
     return (
-        "strategy", "stack", "step", f"step, {within}", "tokens/s per GPU", "MFU", "memory",
+        "strategy", "stack", "step", f"step, {within}", rate(each), "MFU", "memory",
         f"memory, {within}", "limit", "host", "exposed", "P(fits)",
     )  # fmt: skip
 
@@ -84,11 +90,10 @@ def comparison(
 ) -> Group:
     """Strategies side by side, numbered; what each number is stands below, so that no column is squeezed.
     level: of the intervals. free: of each, `SearchResult.free`. refused: why further ones have no numbers."""
-    each = next((one.each for one in results), "GPU")
     names = (
         "step",
         f"{level:.0%}",
-        f"tokens/s\nper {each}",
+        rate(one.each for one in results).replace(" per", "\nper"),
         "MFU",
         "exposed",
         "memory",

@@ -46,6 +46,7 @@ def context() -> dict[str, Any]:
     case = {
         "model": "tiny",
         "devices": 2,
+        "each": "rank",
         "hardware": "cpu-2core",
         "tokens_per_device": 2**17,
         "curves": curves,

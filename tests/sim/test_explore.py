@@ -42,6 +42,14 @@ def test_every_kind_has_its_views(made: dict[str, dict[str, Any]], kind: str) ->
     assert {one["kind"] for one in found} >= ({"plot"} if kind != "simulate" else {"bars"})
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "validate"])
+def test_a_throughput_is_named_by_the_machines_devices(made: dict[str, dict[str, Any]], kind: str) -> None:
+    text = json.dumps(views(made[kind]))
+    assert "tokens/s per rank" in text
+    assert "GPU and step" not in text
+    assert "per GPU" not in text
+
+
 def test_a_page_holds_what_it_needs_and_names_no_address(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     step = mopsim.simulate(**JOB, strategy=mopsim.mop(dtype="float32"))
@@ -125,7 +133,7 @@ def test_a_family_without_a_strategy_has_its_row(made: dict[str, dict[str, Any]]
 def test_a_sweep_is_titled_by_what_it_is_of(made: dict[str, dict[str, Any]]) -> None:
     titles = [one["title"] for one in views(made["compare"])]
     assert {SWEPT, SWEPT.replace("Throughput", "Points")} <= set(titles)
-    assert views(made["context"])[0]["title"].endswith("tiny on 2 GPUs of cpu-2core")
+    assert views(made["context"])[0]["title"].endswith("tiny on 2 ranks of cpu-2core")
 
 
 def test_a_page_of_clusters_says_how_far_their_searches_are_proven(made: dict[str, dict[str, Any]]) -> None:

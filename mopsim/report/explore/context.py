@@ -4,35 +4,41 @@ from typing import Any
 
 from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import Cell, ExplorerStep, Json, table
+from mopsim.report.explore.steps import Cell, ExplorerStep, Json, device, table
+from mopsim.report.tables import rate
 
+_RATE = "tokens_per_s_per_device"
 _COLUMNS = (
     ("context", "text", "context"), ("tokens", "number", "seq_len"), ("contender", "text", "contender"),
     ("verdict", "text", "verdict"), ("stopped by", "text", "stopped_by"),
-    ("tokens/s per GPU", "number", "tokens_per_s_per_device"), ("batch", "number", "global_batch"),
+    (rate(()), "number", _RATE), ("batch", "number", "global_batch"),
     ("step", "seconds", "step_time_s"), ("MFU", "fraction", "mfu"), ("memory", "bytes", "peak_memory_bytes"),
     ("host", "bytes", "host_memory_bytes"), ("gap", "fraction", "gap"), ("plan", "text", "strategy"),
 )  # fmt: skip
-"""Name, type, and key of a point."""
+"""Name, type, and key of a point; the name of the throughput is of the machine's devices."""
 
 
 def context_views(result: Json, steps: list[ExplorerStep]) -> list[View]:
     """steps: none, the JSON has no whole ones."""
     found: list[View] = []
     for case in result["cases"]:
-        where = f"{case['model']} on {case['devices']} GPUs"
+        each = device(case)
+        columns = [(rate([each]) if key == _RATE else name, kind, key) for name, kind, key in _COLUMNS]
+        where = f"{case['model']} on {case['devices']} {each}s"
         where += f" of {case['hardware']}" if case.get("hardware") else ""
         points = [
             _told(point, str(result["contenders"][name]["label"]))
             for name, curve in case["curves"].items()
             for point in curve["points"]
         ]
-        rows: list[list[Cell]] = [[one.get(key) for _, _, key in _COLUMNS] for one in points]
-        held = f"Held constant: {case['tokens_per_device']:,} tokens of a GPU and step (a sequence at least)."
-        names = [(name, kind) for name, kind, _ in _COLUMNS]
+        rows: list[list[Cell]] = [[one.get(key) for _, _, key in columns] for one in points]
+        held = (
+            f"Held constant: {case['tokens_per_device']:,} tokens of a {each} and step (a sequence at least)."
+        )
+        names = [(name, kind) for name, kind, _ in columns]
         marks = [_mark(one) for one in points]
         found += [
-            _plot(f"Throughput over context length: {where}", held, result["lengths"], points),
+            _plot(f"Throughput over context length: {where}", held, result["lengths"], points, columns),
             table(f"Points: {where}", names, rows, held, marks),
         ]
     return found
@@ -43,25 +49,31 @@ def _told(point: Json, label: str) -> dict[str, Any]:
 
 
 def _mark(point: Json) -> str:
-    return str(point["verdict"]) if point["tokens_per_s_per_device"] is not None else "out of memory"
+    return str(point["verdict"]) if point[_RATE] is not None else "out of memory"
 
 
-def _plot(title: str, note: str, lengths: list[int], points: list[dict[str, Any]]) -> View:
+def _plot(
+    title: str,
+    note: str,
+    lengths: list[int],
+    points: list[dict[str, Any]],
+    columns: list[tuple[str, str, str]],
+) -> View:
     series: dict[str, list[View]] = {}
     for one in points:
         series.setdefault(one["contender"], []).append(
             {
                 "x": one["seq_len"],
-                "y": one["tokens_per_s_per_device"],
+                "y": one[_RATE],
                 "mark": _mark(one),
-                "rows": [(name, one.get(key), kind) for name, kind, key in _COLUMNS if key != "contender"],
+                "rows": [(name, one.get(key), kind) for name, kind, key in columns if key != "contender"],
             }
         )
     return {
         "kind": "plot", "title": title, "note": note,
         "x": {"name": "context length", "type": "number", "log": True,
               "ticks": [[one, format_count(one)] for one in lengths]},
-        "y": {"name": "tokens/s per GPU", "type": "number", "zero": True},
+        "y": {"name": next(name for name, _, key in columns if key == _RATE), "type": "number", "zero": True},
         "series": [{"name": name, "line": True, "points": found} for name, found in series.items()],
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ from mopsim.engine import SimResult
 from mopsim.intervals import SURE
 from mopsim.program.workload import STREAMS
 from mopsim.report.explore.page import View
-from mopsim.report.tables import ENOUGH, P_FITS, describe, freedom
+from mopsim.report.tables import ENOUGH, P_FITS, describe, freedom, rate
 from mopsim.search.result import promise
 from mopsim.spec.strategy import Strategy
 
@@ -38,6 +38,11 @@ class ExplorerStep:
     @property
     def verdict(self) -> str:
         return str(self.found.get("verdict") or ("fits" if self.found["fits"] else "out of memory"))
+
+
+def device(found: Json) -> str:
+    """What a device of a step, or of a case, is called; files of before say no such thing."""
+    return str(found.get("each", "GPU"))
 
 
 def state_of(fits: bool, p_fits: float | None, verdict: str = "") -> str:
@@ -94,7 +99,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("step", "seconds", lambda one: one.found["step_time_s"]),
     ("step at least", "seconds", lambda one: ends(one.found, "step_time_interval_s")[0]),
     ("step at most", "seconds", lambda one: ends(one.found, "step_time_interval_s")[1]),
-    ("tokens/s per GPU", "number", lambda one: one.found["tokens_per_s_per_device"]),
+    (rate(()), "number", lambda one: one.found["tokens_per_s_per_device"]),
     ("MFU", "fraction", lambda one: one.found["mfu"]),
     ("exposed", "fraction", lambda one: exposed(one.found)),
     ("memory", "bytes", lambda one: one.found["peak_memory_bytes"]),
@@ -108,7 +113,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("stack", "text", lambda one: one.found.get("stack")),
     ("as fast with", "text", lambda one: as_fast(one.found)),
 )
-"""Name, type, and what a step has of it."""
+"""Name, type, and what a step has of it; the name of the throughput is of the steps' devices."""
 
 
 NO_STRATEGY = "no legal strategy"
@@ -140,7 +145,8 @@ def step_table(
     for label, why in (refused or {}).items():
         rows.append([label, why, NO_STRATEGY, *[None] * (len(COLUMNS) - 3)])
         marks.append("out of memory")
-    columns = [(name, kind) for name, kind, _ in COLUMNS]
+    per = rate(device(one.found) for one in steps)
+    columns = [(per if name == rate(()) else name, kind) for name, kind, _ in COLUMNS]
     return table(title, columns, rows, " ".join(filter(None, (note, NOTE))), marks)
 
 
@@ -151,7 +157,8 @@ def told(step: ExplorerStep) -> list[tuple[str, Cell, str]]:
     return [
         ("plan", step.plan, "text"), ("verdict", step.state, "text"),
         ("step", found["step_time_s"], "seconds"), ("at least", low, "seconds"), ("at most", high, "seconds"),
-        ("tokens/s per GPU", found["tokens_per_s_per_device"], "number"), ("MFU", found["mfu"], "fraction"),
+        (rate([device(found)]), found["tokens_per_s_per_device"], "number"),
+        ("MFU", found["mfu"], "fraction"),
         ("exposed", exposed(found), "fraction"), ("memory", found["peak_memory_bytes"], "bytes"),
         (ENOUGH, found.get("peak_memory_upper_bytes"), "bytes"),
         ("P(fits)", found.get("p_fits"), "fraction"),

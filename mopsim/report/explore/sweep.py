@@ -4,7 +4,8 @@ from typing import Any
 
 from mopsim.common.units import format_count
 from mopsim.report.explore.page import View
-from mopsim.report.explore.steps import NO_STRATEGY, Cell, ExplorerStep, Json, ends, table, told
+from mopsim.report.explore.steps import NO_STRATEGY, Cell, ExplorerStep, Json, device, ends, table, told
+from mopsim.report.tables import rate
 
 
 def sweep_views(sweep: Json, where: str) -> list[View]:
@@ -14,6 +15,7 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
     held = f", {sweep['hold'].replace('_', ' ')} held constant" if sweep.get("hold") else ""
     place = f": {where}" if where else ""
     series, rows, marks = [], [], []
+    per = rate(device(one) for found in sweep["results"].values() for one in found if one)
     for label, found in sweep["results"].items():
         refused = sweep.get("refused", {}).get(label) or [None] * len(values)
         points = []
@@ -25,7 +27,7 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
         series.append({"name": label, "line": True, "points": points})
     names = [
         (sweep["setting"], "number"), ("label", "text"), ("batch", "number"), ("verdict", "text"),
-        ("step", "seconds"), ("tokens/s per GPU", "number"), ("memory", "bytes"), ("plan", "text"),
+        ("step", "seconds"), (per, "number"), ("memory", "bytes"), ("plan", "text"),
     ]  # fmt: skip
     title = f"Throughput over {sweep['setting']}{held}{place}"
     axis = {
@@ -36,7 +38,7 @@ def sweep_views(sweep: Json, where: str) -> list[View]:
     }
     plot = {
         "kind": "plot", "title": title, "series": series, "x": axis,
-        "y": {"name": "tokens/s per GPU", "type": "number", "zero": True},
+        "y": {"name": per, "type": "number", "zero": True},
     }  # fmt: skip
     return [plot, table(f"Points over {sweep['setting']}{held}{place}", names, rows, marks=marks)]
 

@@ -15,6 +15,7 @@ from mopsim.report.explore.steps import (
     ExplorerStep,
     Json,
     bars,
+    device,
     pareto,
     proof,
     proofs,
@@ -23,6 +24,7 @@ from mopsim.report.explore.steps import (
     timeline,
 )
 from mopsim.report.explore.sweep import sweep_views
+from mopsim.report.tables import rate
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _recommended(result: Json) -> str:
 
 def _said(result: Json) -> str:
     one = ExplorerStep("", result)
-    speed = f"{result['tokens_per_s_per_device']:,.0f} tokens/s per GPU"
+    speed = f"{result['tokens_per_s_per_device']:,.0f} {rate([device(result)])}"
     said = f"{one.plan}: {format_seconds(result['step_time_s'])} a step, {speed}, {one.verdict}"
     return "; ".join(filter(None, (said, proof(result))))
 
