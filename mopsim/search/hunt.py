@@ -34,6 +34,8 @@ tried that is expected to need so much too much."""
 DOUBT, LATELY, EFFORT = 0.005, 8, 500_000
 """Part of a step time by which what is expected is taken to be wrong at least; simulations whose misses tell
 more, of memory too; effort after which nothing slower than that is tried."""
+LEEWAY = 0.05
+"""Part by which a layout that is tried first may be expected to take longer than the least expected."""
 PIECES, ENOUGH_PIECES = 10, 40
 """Refinements of bounds after a hunt, for each simulation of the budget, at some 8 ms: to narrow what is left
 open, and where a proof is asked for and so many leave nothing rough."""
@@ -203,12 +205,9 @@ class Hunt:
         """The position to simulate now, or None where no bound, or nothing that is expected, is good
         enough."""
         pool, below = self.pool, self.last()
-        fits, _ = pool.room()
-        while pool.seeds:
-            position = pool.seeds.pop(0)
-            may = fits[position] or position in pool.published
-            if may and self._open(position, below) and self._promising(position):
-                return position
+        seed = self._seed(below)
+        if seed is not None:
+            return seed
         turns = max([TURNS, *(one.num_events / TURN_OPS for one in self.found.played[-1:])])
         if self.found.top and self.found.simulated % 4 == 2:
             slack = min(SLACK, self._missed()[1])
@@ -221,9 +220,26 @@ class Hunt:
         found = pool.next(below, turns)
         enough = self._effort() >= EFFORT
         if found is None or (enough and not self._promising(found)):
+            self._know_neighbours()
             near = self._neighbour(below)
             return pool.next(below, THOROUGH, hoped=self._slowest()) if near is None else near
         return found
+
+    def _seed(self, below: float) -> int | None:
+        """The next of the layouts that are tried first, unless others are expected to be faster by far."""
+        pool = self.pool
+        if not pool.seeds:
+            return None
+        pool.refine(*pool.seeds)
+        least = pool.next(below)
+        hoped = math.inf if least is None else (1 + LEEWAY) * pool.expected()[least]
+        while pool.seeds:
+            position = pool.seeds.pop(0)
+            may = pool.room()[0][position] or position in pool.published
+            near = self._promising(position) and pool.expected()[position] < hoped
+            if may and near and self._open(position, below):
+                return position
+        return None
 
     def _effort(self) -> float:
         """Simulated ops, and refinements in as many."""
@@ -239,6 +255,14 @@ class Hunt:
 
         position = pool.best(score, THOROUGH, briefly=True)
         return position if position is not None and self._promising(position) else None
+
+    def _know_neighbours(self) -> None:
+        """Refine the bounds of all neighbours that may be faster: a rough guess may be wrong by a tenth."""
+        pool = self.pool
+        open_ = self.near & ~pool.taken & ~pool.refined & (pool.time < self._fastest() / (1 + TIE))
+        rough = np.flatnonzero(open_)
+        for start in range(0, len(rough), TOGETHER):
+            pool.refine(*rough[start : start + TOGETHER].tolist())
 
     def _promising(self, position: int) -> bool:
         """Whether a candidate whose bounds are refined is expected to be faster by more than a tie, or may be

@@ -4,6 +4,7 @@ Both correct closed-form estimates (`mopsim.search.bound`, `mopsim.search.guess`
 bounds and simulations reject a candidate.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -18,34 +19,52 @@ Column = NDArray[np.int64]
 _GIB = float(2**30)
 _ODD = 4.5
 """Deviations, in medians of all, from which a step time is taken to be odd."""
+LATELY = 8
+"""Simulations whose misses tell how memory is best expected."""
 _DOUBT = 0.02
 """Weight of the assumption that what is gathered takes what the closed form says, beside one simulation."""
 
 
 @dataclass
 class Memory:
-    """Peak memory above its lower bound: per kind of candidate a constant (the gathered weights), a slope in
-    the tokens of a rank and a share of the bound, all at least 0.
+    """Peak memory above its lower bound: as many times the bound as what was simulated by median; or per kind
+    of candidate a constant (the gathered weights), a slope in the tokens of a rank and a share of the bound,
+    all at least 0. The one counts that was closer to what was simulated lately, before that taught it.
 
     parts: bytes or tokens of each candidate, a row for each regressor, the gathered weights first. kinds: of
-    each candidate, those whose transients are alike.
+    each candidate, those whose transients are alike. misses: logarithms of what (each of the two) expected
+    over what was simulated.
     """
 
     bound: Reals
     parts: Reals
     kinds: Column
     seen: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+    misses: list[tuple[float, float]] = field(default_factory=list)
     _fitted: dict[int, Reals] = field(default_factory=dict)
 
     def learn(self, position: int, peak: float) -> None:
         """Note the simulated peak of a candidate, bytes."""
-        kind = int(self.kinds[position])
-        self.seen.setdefault(kind, []).append((position, peak - float(self.bound[position])))
+        kind, bound = int(self.kinds[position]), float(self.bound[position])
+        if self.times:
+            at = slice(position, position + 1)
+            both = float(self._of_kind(at, 1.0)[0]), bound * median(self.times)
+            self.misses.append((math.log(both[0] / peak), math.log(both[1] / peak)))
+        self.times.append(peak / bound)
+        self.seen.setdefault(kind, []).append((position, peak - bound))
         self._fitted = {}
 
     def expected(self, rise: Reals | float = 1.0) -> Reals:
-        """Peak memory of every candidate, bytes: its bound times a rise, and what its kind (else all) has
-        above it."""
+        """Peak memory of every candidate, bytes. rise: what refined bounds are expected to be of those that
+        are not."""
+        by_kind, by_times = np.square(self.misses[-LATELY:] or [(0.0, 0.0)]).sum(axis=0)
+        if by_times < by_kind:
+            return np.asarray(self.bound * rise * median(self.times))
+        return self._of_kind(slice(None), rise)
+
+    def _of_kind(self, at: slice, rise: Reals | float) -> Reals:
+        """Bound times a rise, and what the kind (else all) has above it."""
         if not self._fitted:
             every = [one for seen in self.seen.values() for one in seen]
             self._fitted = {-1: self._fit(every)} | {kind: self._fit(one) for kind, one in self.seen.items()}
@@ -54,8 +73,9 @@ class Memory:
         for kind, fitted in self._fitted.items():
             if kind >= 0:
                 weights[kind] = fitted
-        above = np.einsum("ij,ji->i", weights[self.kinds], self._regressors())
-        return np.asarray(self.bound * rise + above)
+        regressors = np.vstack([self.parts[:, at], self.bound[at]])
+        above = np.einsum("ij,ji->i", weights[self.kinds[at]], regressors)
+        return np.asarray(self.bound[at] * rise + above)
 
     def _regressors(self) -> Reals:
         return np.vstack([self.parts, self.bound])

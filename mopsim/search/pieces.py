@@ -115,6 +115,12 @@ class Pieces:
     def prices(self) -> Prices:
         return Prices(self.space.machine, self.space.stack)
 
+    @cached_property
+    def launch(self) -> float:
+        """Seconds in which the host starts a kernel; 0 where it starts a step as one."""
+        issue = self.space.machine.host.cpu_launch_time
+        return issue.si if issue and "step" not in self.space.stack.host.graphs else 0.0
+
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
         row = self.space.row(index)

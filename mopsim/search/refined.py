@@ -87,9 +87,9 @@ class Parts:
 class Refined(Bounder):
     """Of rows that share their parts in groups; of woven ones, the pipeline too."""
 
-    def __init__(self, space: Space, given: SpaceFacts, parts: Parts) -> None:
+    def __init__(self, space: Space, given: SpaceFacts, parts: Parts, launch: float) -> None:
         super().__init__(space, given)
-        self.parts = parts
+        self.parts, self.launch = parts, launch
         self.mtp = self.model.num_nextn_predict_layers
         self.ranked = parts.each(lambda one: float(one.ranks is not None)) > 0
         """Whether a row is woven over a layout that is chosen."""
@@ -117,7 +117,7 @@ class Refined(Bounder):
         own = [piece for at in used if (piece := losses[int(at)]) is not None]
         parts = Parts(found, [len(groups[at]) for at in kept], own, loss.reshape(-1))
         every = pieces.space.take(np.concatenate([groups[at] for at in kept]))
-        return Refined(every, given, parts), kept
+        return Refined(every, given, parts, pieces.launch), kept
 
     def time(self) -> Reals:
         """Layers and loss in turn, with what each waits for, woven where they are; or as long as they compute
@@ -131,9 +131,8 @@ class Refined(Bounder):
             np.where(self.c["pipeline"] == 1, self._phases(), 0.0),
         )
         step = np.maximum(step, np.where(self.ranked, self._ranks(lambda rank: rank.least), chain))
-        issue = self.hardware.host.cpu_launch_time
-        if issue and "step" not in self.space.stack.host.graphs:
-            step = np.maximum(step, self._all(lambda piece: piece.issued) * issue.si + idle)
+        if self.launch:
+            step = np.maximum(step, self._all(lambda piece: piece.issued) * self.launch + idle)
         return np.asarray(step + self.optimizer_time() + self.constant())
 
     def _phases(self) -> Reals:
@@ -184,8 +183,11 @@ class Refined(Bounder):
         return found[0], found[1], found[2]
 
     def chain(self) -> Reals:
-        """Expected seconds of the slowest rank: layers and loss in turn, woven as they are."""
-        apart = self._all(lambda piece: piece.chain, self.parts.each(lambda one: one.as_long))
+        """Expected seconds of the slowest rank: layers and loss in turn, woven as they are, or as the
+        host issues their kernels."""
+        long = self.parts.each(lambda one: one.as_long)
+        issue = self._all(lambda piece: piece.issued) * self.launch
+        apart = np.maximum(self._all(lambda piece: piece.chain, long), issue)
         return np.asarray(np.where(self.ranked, self._ranks(lambda rank: rank.likely), apart))
 
     def _ranks(self, what: Callable[[RankTime], float]) -> Reals:

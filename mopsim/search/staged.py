@@ -19,7 +19,7 @@ from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
 from mopsim.search.refined import Refined, alike
 from mopsim.search.seeds import Mask, textbook
-from mopsim.search.space import Space, expanded, minor_of, trunk
+from mopsim.search.space import Columns, Space, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
 
 SAMPLE, BATCH = 500, 100
@@ -27,6 +27,8 @@ SAMPLE, BATCH = 500, 100
 
 GUESSED = ("exchange", "overlap")
 """Minor axes of which each value is guessed, and the fastest counts."""
+PROMISING = 8_000
+"""Rows of a trunk of which all that is GUESSED is."""
 KNOWN = 600
 """Rows of a trunk whose layers are made to know what to expect of them, at some 5 ms each."""
 
@@ -175,23 +177,54 @@ def _order(kept: Space, time: Reals, miss: Reals, axes: Axes) -> Column:
 
 
 def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
-    """Seconds of each row: the guess of its fastest values of what is GUESSED; of those that promise most, by
-    their parts."""
-    tried = [(MINOR[key], _values(MINOR[key], axes)) for key in minor_of(axes) if key in GUESSED]
-    values = _combinations(tried)
-    guesses = np.stack([guess(kept.having(**one)) for one in values])
-    fastest, found = guesses.argmin(axis=0), guesses.min(axis=0)
+    """Seconds of each row: the guess of its fastest values of what is traded, of those that leave room for
+    it, and of what is GUESSED; of those that promise most, by their parts."""
+    minor = [MINOR[key] for key in minor_of(axes)]
+    ways = _combinations([(axis, _values(axis, axes)) for axis in minor if axis.key in GUESSED])
+    found, chosen = _with_room(kept.having(**ways[0]), axes)
+    first = np.argsort(found, kind="stable")[:PROMISING]
+    for way in ways[1:]:
+        faster = guess(_having(kept, first, chosen).having(**way))
+        better = first[faster < found[first]]
+        found[first] = np.minimum(found[first], faster)
+        for name, value in way.items():
+            chosen[name][better] = value
     best = np.lexsort((found, tight))
     first = np.unique(np.concatenate([best[: KNOWN // 2], _by_degrees(kept, best)[: KNOWN // 2]]))
-    chosen = {name: np.array([one[name] for one in values])[fastest[first]] for name in values[0]}
-    rows = kept.take(first)
-    rows = Space(rows.family, rows.problem, rows.columns | chosen)
-    given, pieces = SpaceFacts.of(rows), Pieces(rows)
+    rows = _having(kept, first, chosen)
     groups = alike(rows)[1]
-    closer, legal = Refined.of(pieces, given, groups)
+    closer, legal = Refined.of(Pieces(rows), SpaceFacts.of(rows), groups)
     if closer is not None:
         found[first[np.concatenate([groups[at] for at in legal])]] = likely(closer)
     return np.asarray(found)
+
+
+def _with_room(kept: Space, axes: Axes) -> tuple[Reals, Columns]:
+    """(Guess of each row with the fastest values of what is traded that leave room for it, or the leanest;
+    its columns with these)."""
+    minor = [MINOR[key] for key in minor_of(axes)]
+    others = [axis for axis in minor if not axis.traded]
+    lean = _combinations([(axis, (axis.lean,)) for axis in others])[0]
+    given, enough = SpaceFacts.of(kept), surely(kept)
+    found, chosen = np.full(len(kept), np.inf), {name: column.copy() for name, column in kept.columns.items()}
+    traded = [axis for axis in minor if axis.traded]
+    values = _combinations([(axis, _values(axis, axes)) for axis in traded])
+    leanest = _combinations([(axis, (axis.lean,)) for axis in traded])[0]
+    for value in sorted(values, key=lambda one: one != leanest):
+        mine = kept.having(**value)
+        room = _device(mine.having(**lean), given) * enough <= 1
+        rows = np.flatnonzero(room | (value == leanest))
+        seconds = guess(mine.take(rows))
+        better = (seconds < found[rows]) | np.isinf(found[rows])
+        found[rows[better]] = seconds[better]
+        for name, one in value.items():
+            chosen[name][rows[better]] = one
+    return found, chosen
+
+
+def _having(kept: Space, rows: Column, columns: Columns) -> Space:
+    """Some rows of a space, with these columns."""
+    return Space(kept.family, kept.problem, {name: column[rows] for name, column in columns.items()})
 
 
 def _by_degrees(kept: Space, order: Column) -> Column:

@@ -46,17 +46,19 @@ class RankTime:
         an exchange takes beside it."""
         least = likely = 0.0
         for turn, times in rank_turns(pieces.space.problem.model, laid, microbatches, stage).items():
-            ahead = _passes(pieces, index, turn.ahead, "forward")
-            back = _passes(pieces, index, turn.back, "backward")
-            apart = [sum(one.chain for one in some) for some in (ahead, back)]
+            ahead = _passes(pieces, index, turn.ahead)
+            back = _passes(pieces, index, turn.back)
+            apart = [sum(one.forward.chain for one in ahead), sum(one.backward.chain for one in back)]
+            issued = [sum(one.ahead.issued for one in ahead), sum(one.back.issued for one in back)]
+            issue = sum(issued) * pieces.launch
             if not (ahead and back):
-                least, likely = least + times * sum(apart), likely + times * sum(apart)
+                least, likely = least + times * sum(apart), likely + times * max(*apart, issue)
                 continue
             woven = pieces.woven(index, turn.ahead, turn.back)
-            busy = sum(one.busy for one in (*ahead, *back))
+            busy = sum(one.forward.busy for one in ahead) + sum(one.backward.busy for one in back)
             more = max(0.0, busy - woven.busy)  # of what is not in the pair
             least += times * (woven.chain if turn.whole else max(*apart, busy))
-            likely += times * (expected(woven, share) + more)
+            likely += times * max(expected(woven, share) + more, issue)
         return RankTime(stage, least, likely)
 
 
@@ -136,13 +138,13 @@ def _in_order(model: ModelSpec, laid: tuple[int, int, int], microbatches: int, s
     return found
 
 
-def _passes(pieces: Pieces, index: int, part: PipelinePart, way: str) -> list[Alone]:
-    """What a pass through a part is made of, one after the other; without the embedding."""
+def _passes(pieces: Pieces, index: int, part: PipelinePart) -> list[LayerPiece]:
+    """What passes through a part are made of, one after the other; without the embedding."""
     layers, model = pieces.layers(index), pieces.space.problem.model
     assert layers is not None, "a row that a rule refuses"
-    found: list[LayerPiece] = [layers[kind] for kind in part.kinds]
+    found = [layers[kind] for kind in part.kinds]
     loss, mtp = pieces.loss(index) if part.last else None, model.num_nextn_predict_layers
     if loss is not None:
         extra = layers[model.layer_kind(model.num_hidden_layers)] if mtp else loss
         found += [*[loss] * (1 + mtp), *[extra] * mtp]
-    return [getattr(piece, way) for piece in found]
+    return found

@@ -1,4 +1,4 @@
-"""Makes this report: python -m reports.context_throughput.make [--budget N] [--jobs N], about ten minutes
+"""Makes this report: python -m reports.context_throughput.make [--budget N] [--jobs N], a quarter of an hour
 on two cores.
 
 The four networks of the papers on their machines; what the papers leave unsaid is varied for the first.

@@ -17,7 +17,7 @@ from mopsim.program.context import make_context
 from mopsim.program.lower import passes_of
 from mopsim.search.bound import Bounder, bound
 from mopsim.search.facts import SpaceFacts
-from mopsim.search.guess import likely
+from mopsim.search.guess import guess, likely
 from mopsim.search.pieces import Pieces, PipelinePart
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
@@ -167,10 +167,14 @@ def _woven(space: Space, count: int, least: int = 1) -> list[int]:
 
 @pytest.mark.parametrize("woven", [False, True])
 def test_what_is_expected_of_known_parts_is_what_is_simulated(woven: bool) -> None:
-    """Step times of candidates whose parts are known: within 4 % in the median, and three in four within 8 %;
-    one that its host is too slow for may take half as long again."""
+    """Step times of candidates whose parts are known, of the 20,000 that are guessed to be fastest: within
+    3 % in the median, and three in four within 6 %. One that its host is too slow for, or that waits for the
+    host in every layer, may take half as long again; few of these are guessed to be fast."""
     space, shared, pieces = whole(5, "megatron")
-    every = _woven(space, 24, 3) if woven else np.linspace(0, len(space) - 1, 8).astype(int).tolist()
+    fast = np.argsort(guess(space), kind="stable")[:20_000]
+    if woven:
+        fast = fast[(space.columns["overlap"][fast] == 1) & (space.columns["pipeline"][fast] >= 3)]
+    every = fast[np.linspace(0, len(fast) - 1, 16).astype(int)].tolist()
     misses = []
     for index in every:
         at = np.array([index])
@@ -181,8 +185,8 @@ def test_what_is_expected_of_known_parts_is_what_is_simulated(woven: bool) -> No
         assert bool(closer.ranked[0]) >= woven
         misses.append(abs(float(likely(closer)[0]) / found.step_time - 1))
     assert len(misses) > 4
-    assert np.median(misses) < 0.04
-    assert np.quantile(misses, 0.75) < 0.08
+    assert np.median(misses) < 0.03
+    assert np.quantile(misses, 0.75) < 0.06
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=PLAIN)
