@@ -1,5 +1,6 @@
 """The host's time of layers made of Python modules, put on the ops of a program (mopsim.graph.host_costs)."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from msgspec import structs
@@ -10,16 +11,23 @@ from mopsim.spec.stack import Stack
 
 
 def by_modules(program: Program, stack: Stack) -> Program:
-    """The program with what the host does in each pass of a layer beside starting its kernels.
+    """The program with what the host does in each pass of a layer beside starting its kernels."""
+    layers = (op.index for op in program.ops if op.layer >= 0)
+    return replace(program, ops=hosted(program.ops, layers, stack))
+
+
+def hosted(given: Sequence[Op], places: Iterable[int], stack: Stack) -> tuple[Op, ...]:
+    """Ops with what the host does in each pass of a layer, whose ops are at these places.
 
     It lies on one op of each component, in the middle of those on the compute stream.
     """
     groups: dict[tuple[int, int, str, str], list[int]] = {}
-    for op in program.ops:
-        if op.stream == "compute" and op.component in LAYER and op.layer >= 0 and op.work:
-            groups.setdefault((op.microbatch, op.layer, op.phase, op.component), []).append(op.index)
+    for place in places:
+        op = given[place]
+        if op.stream == "compute" and op.component in LAYER and op.work:
+            groups.setdefault((op.microbatch, op.layer, op.phase, op.component), []).append(place)
     checkpoint = CHECKPOINT if stack.sharding.copies else 0.0
-    ops, known = list(program.ops), _Known()
+    ops, known = list(given), _Known()
     for (_, _, phase, component), places in groups.items():
         forward, backward = LAYER[component]
         whole = backward if phase == "backward" else forward
@@ -28,7 +36,7 @@ def by_modules(program: Program, stack: Stack) -> Program:
         if more > 0:
             middle = places[len(places) // 2]
             ops[middle] = structs.replace(ops[middle], work=known.hosted(ops[middle].work, more))
-    return replace(program, ops=tuple(ops))
+    return tuple(ops)
 
 
 class _Known:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mopsim.cost import seconds
 from mopsim.graph.tape import Step
+from mopsim.program.host_time import hosted
 from mopsim.program.template import Template
 from mopsim.program.workload import NUM_DEVICE_SLOTS, STREAMS, Op, Work, deltas, on_host
 from mopsim.spec.hardware import HardwareProfile
@@ -65,9 +66,11 @@ class Prices:
     stack: Stack
     known: dict[int, tuple[Work, float]] = field(default_factory=dict)
 
-    def of(self, template: Template) -> Priced:
+    def of(self, template: Template, *, layer: bool = False) -> Priced:
+        """layer: it is a pass of a layer, whose modules take the host's time too."""
+        issued = self._issued(template.pieces, layer)
         ops, first, pending = [], (-1, tuple[Step, ...]()), tuple[Step, ...]()
-        routed = issued = 0.0
+        routed = 0.0
         for place, piece in enumerate(template.pieces):
             pending += template.before.get(place, ())
             steps, took = template.memory[place], self._seconds(piece)
@@ -76,10 +79,16 @@ class Prices:
                 steps, pending = (*pending, *steps), ()
                 routed += took if piece.component == "experts" else 0.0
                 first = first if first[0] >= 0 else (place, steps)
-            issued += sum(on_host(piece.work, piece.component in self.stack.host.graphs))
             ops.append((STREAMS.index(piece.stream), took, piece.deps, *device_bytes(steps)))
         pending += template.before.get(len(ops), ())
         return Priced(tuple(ops), template.ends, first, pending, routed, issued)
+
+    def _issued(self, pieces: Sequence[Op], layer: bool) -> float:
+        """Kernels' worth of the host's time."""
+        if layer and self.stack.host.modules:
+            pieces = hosted(pieces, range(len(pieces)), self.stack)
+        graphs = self.stack.host.graphs
+        return sum(sum(on_host(piece.work, piece.component in graphs)) for piece in pieces)
 
     def _seconds(self, piece: Op) -> float:
         took = 0.0

@@ -220,14 +220,18 @@ class Pieces:
     def _layers(self, passes: Passes) -> dict[LayerKind, LayerPiece]:
         kinds = {passes.key(layer): layer for layer in reversed(range(len(passes.context.layers)))}
         return {
-            kind: self._piece(passes.forward(layer), passes.backward(layer)) for kind, layer in kinds.items()
+            kind: self._piece(passes.forward(layer), passes.backward(layer), layer=True)
+            for kind, layer in kinds.items()
         }
 
-    def _piece(self, forward: Template, backward: Template, first: bool = False) -> LayerPiece:
-        """first: the forward has the heights that count."""
+    def _piece(
+        self, forward: Template, backward: Template, *, first: bool = False, layer: bool = False
+    ) -> LayerPiece:
+        """first: the forward has the heights that count. layer: see `Prices.of`."""
         starts, heights, left = _memory(forward)
         starts, heights = (starts, heights) if first else _memory(backward)[:2]
-        return LayerPiece(self.prices.of(forward), self.prices.of(backward), left, starts, heights)
+        ahead, back = (self.prices.of(one, layer=layer) for one in (forward, backward))
+        return LayerPiece(ahead, back, left, starts, heights)
 
 
 def _memory(template: Template) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -1,40 +1,40 @@
 """Searches of all families that a buyer would ask for: how long they take, and what they find and leave.
 
 python -m tests.bench.search FOLDER [jobs]
+
+Of problems that no search proves: how much longer its plan takes than the fastest known one (search.yaml).
 """
 
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
 
 import mopsim
-from mopsim.common.io import write_text
+from mopsim.common.io import read_yaml, write_text
 from mopsim.common.units import format_seconds
+from mopsim.engine import SimResult
 from mopsim.search.result import format_gap
 from mopsim.spec.line import describe
+from mopsim.strategies import AS_STACK
 from tests.bench.size import seconds
 
-PROBLEMS = (
-    ("deepseek_v3", "h100-sxm-80g", 128, "4K", 15360),
-    ("kimi_k2", "h200-sxm-141g", 64, "4K", 4096),
-    ("qwen3_235b_a22b", "h100-sxm-80g", 32, "4K", 1024),
-    ("qwen3_30b_a3b", "h100-sxm-80g", 4, "4K", 512),
-    ("mixtral_8x7b", "h100-sxm-80g", 1, "8K", 256),
-    ("gpt_oss_120b", "b200-sxm-192g", 1, "128K", 16),
-    ("gpt_oss_120b", "h200-sxm-141g", 2, "4K", 512),
-    ("olmoe_1b_7b", "rtx4090-24g", 1, "4K", 256),
-    ("mop_120b", "h200-sxm-141g", 2, "128K", 16),
-    ("mop_1t", "h200-sxm-141g", 12, "1M", 96),
-)
-"""Network, machine, nodes, tokens and sequences of a step."""
-HEAD = "| network | cluster | tokens | wall, s | CPU, s | simulated | winner | a step | left out |"
+PROBLEMS = Path(__file__).with_suffix(".yaml")
+HEAD = (
+    "network", "cluster", "tokens", "wall, s", "CPU, s", "simulated", "winner", "a step", "left out", "known",
+    "slower",
+)  # fmt: skip
 
 
-def line(model: str, hardware: str, nodes: int, seq_len: str, batch: int, jobs: int) -> str:
+def line(problem: dict[str, Any], jobs: int) -> str:
     """One search, as a row."""
+    problem = dict(problem)
+    family, known = problem.pop("family", ""), problem.pop("known", None)
     wall, cpu = time.perf_counter(), seconds()
-    found = mopsim.search(model, hardware, nodes=nodes, seq_len=seq_len, global_batch=batch, jobs=jobs).found
+    found = mopsim.search(**problem, jobs=jobs).found
     wall, cpu = time.perf_counter() - wall, seconds() - cpu
     best = found.best
     said = (
@@ -50,17 +50,30 @@ def line(model: str, hardware: str, nodes: int, seq_len: str, batch: int, jobs: 
         else "may fit"
     )
     cells = (
-        model, f"{nodes} x {hardware}", f"{seq_len} x {batch:,}", f"{wall:.0f}", f"{cpu:.0f}",
-        str(found.simulated), said, gap,
+        problem["model"], f"{problem['nodes']} x {problem['hardware']}",
+        f"{problem['seq_len']} x {problem['global_batch']:,}", f"{wall:.0f}", f"{cpu:.0f}",
+        str(found.simulated), said, gap, regret(problem, family, known, best) if known else " | ",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def regret(problem: dict[str, Any], family: str, known: dict[str, Any], best: SimResult | None) -> str:
+    """Two cells: the step time of the fastest known plan, and by how much longer the one takes that was
+    found."""
+    hides = known.pop("overlap", [])
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    strategy = getattr(mopsim, family)(**given, overlap=replace(AS_STACK, **dict.fromkeys(hides, True)))
+    played = mopsim.simulate(**problem, strategy=strategy).result
+    assert played.sure, f"the known plan of {problem['model']} fits with {played.p_fits:.2f} only"
+    slower = best.step_time / played.step_time - 1 if best else float("inf")
+    return f"{format_seconds(played.step_time)} | {slower:.1%}"
 
 
 def main(folder: Path, jobs: int) -> None:
     """Search all, print a row for each, write `search.md` into `folder`."""
     rows = []
-    for problem in PROBLEMS:
-        rows.append(line(*problem, jobs))
+    for problem in read_yaml(PROBLEMS, "problems"):
+        rows.append(line(problem, jobs))
         print(rows[-1], flush=True)
     load = os.getloadavg()[1]
     said = (
@@ -72,8 +85,8 @@ def main(folder: Path, jobs: int) -> None:
         "",
         f"`python -m tests.bench.search FOLDER`. {said}",
         "",
-        HEAD,
-        f"|{'---|' * 9}",
+        f"| {' | '.join(HEAD)} |",
+        f"|{'---|' * len(HEAD)}",
         *rows,
     ]
     write_text(folder / "search.md", "\n".join(lines) + "\n")
