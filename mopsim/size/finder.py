@@ -27,7 +27,7 @@ HOPE = 1.5
 """A limit missed by a larger factor is not looked into."""
 DEEP, AGAIN = 2, 2
 """Times as many simulations where the answer is; answers at most that are looked at so."""
-BESIDE, NEARLY = 1.3, 1.15
+BESIDE, NEARLY = 1.1, 1.15
 """How far, as a factor, an answer may be from one that was looked at so, and other counts may be cheaper
 (racks and data centres are whole); how far a much smaller cluster may be from the limits to be looked at."""
 

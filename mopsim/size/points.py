@@ -16,7 +16,7 @@ from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
 from mopsim.strategies import FAMILIES
 
-DEFAULT_SIMULATIONS = 4
+DEFAULT_SIMULATIONS = 3
 SURE, LITTLE = 0.95, 1.1
 """Probability of the deadline from which a cluster is called sure, and how many times the recommended one's
 cost it may be for it to be named beside that."""
