@@ -230,14 +230,13 @@ class Hunt:
         pool = self.pool
         if not pool.seeds:
             return None
-        pool.refine(*pool.seeds)
+        fits, _ = pool.room()  # before they are refined, with some slack
         least = pool.next(below)
         hoped = math.inf if least is None else (1 + LEEWAY) * pool.expected()[least]
         while pool.seeds:
             position = pool.seeds.pop(0)
-            may = pool.room()[0][position] or position in pool.published
-            near = self._promising(position) and pool.expected()[position] < hoped
-            if may and near and self._open(position, below):
+            may = (fits[position] or position in pool.published) and self._open(position, below)
+            if may and self._promising(position) and pool.expected()[position] < hoped:
                 return position
         return None
 
