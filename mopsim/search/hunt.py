@@ -1,7 +1,7 @@
 """The simulations of one family: which candidate comes next, and what is kept of those simulated."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,8 +39,6 @@ LEEWAY = 0.05
 PIECES, ENOUGH_PIECES = 10, 40
 """Refinements of bounds after a hunt, for each simulation of the budget, at some 8 ms: to narrow what is left
 open, and where a proof is asked for and so many leave nothing rough."""
-TOGETHER = 64
-"""Groups of candidates whose bounds are refined together: what is common to all is done once."""
 LARGE = 200_000
 """Candidates among which a refinement takes twice as long."""
 PROOFS, PROOF_OPS = 4, 3_000_000
@@ -109,19 +107,14 @@ class Hunt:
         enough = 1.0 if self.options.risk or not best.sure else surely(self.pool.space)
         rough = sorted((*one, at) for at, pool in enumerate(self.pools) for one in pool.rough(below, enough))
         longer = 1 + sum(len(one.rows) for one in self.pools) / LARGE
-        all_ = self.options.prove and len(rough) * longer <= ENOUGH_PIECES * self.options.budget
-        self._refine(rough if all_ else rough[: PIECES * self.options.budget])
+        if not self.options.prove or len(rough) * longer > ENOUGH_PIECES * self.options.budget:
+            rough = rough[: PIECES * self.options.budget]
+        for at, pool in enumerate(self.pools):
+            pool.refine(*(position for _, position, place in rough if place == at))
         self._resume(progress)
         below = min(below, self._fastest() / (1 + TIE))
         while self._may_be_proven(below, enough) and (found := self._least(below)) is not None:
             self._simulate(*found, progress)
-
-    def _refine(self, rough: Sequence[tuple[float, int, int]]) -> None:
-        """Refine bounds of (bound, position, place of the pool)."""
-        for start in range(0, len(rough), TOGETHER):
-            some = rough[start : start + TOGETHER]
-            for at, pool in enumerate(self.pools):
-                pool.refine(*(position for _, position, place in some if place == at))
 
     def _resume(self, progress: Callable[[SearchResult], None]) -> None:
         """Simulate what the bounds that a proof refined promise, the least expected first, until LATELY of
@@ -259,9 +252,7 @@ class Hunt:
         """Refine the bounds of all neighbours that may be faster: a rough guess may be wrong by a tenth."""
         pool = self.pool
         open_ = self.near & ~pool.taken & ~pool.refined & (pool.time < self._fastest() / (1 + TIE))
-        rough = np.flatnonzero(open_)
-        for start in range(0, len(rough), TOGETHER):
-            pool.refine(*rough[start : start + TOGETHER].tolist())
+        pool.refine(*np.flatnonzero(open_).tolist())
 
     def _promising(self, position: int) -> bool:
         """Whether a candidate whose bounds are refined is expected to be faster by more than a tie, or may be

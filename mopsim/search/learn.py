@@ -5,7 +5,7 @@ bounds and simulations reject a candidate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -171,6 +171,16 @@ class Times:
             factor += weight[codes]
             unseen += (1 / (1 + np.bincount(own, minlength=size)))[codes]
         return np.asarray(self.guess * np.exp(factor - hope * unseen))
+
+
+def codes(columns: Iterable[Column], rows: int) -> Column:
+    """A code of each of so many rows, equal where these columns are."""
+    found = np.zeros(rows, dtype=np.int64)
+    for column in columns:
+        values, places = coded(column)
+        if len(values) > 1:
+            found = coded(found * len(values) + places)[1]
+    return found
 
 
 def coded(column: Column) -> tuple[Column, Column]:

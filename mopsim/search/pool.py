@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mopsim.search.bound import Bounds
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.guess import guess, likely
-from mopsim.search.learn import Memory, Rise, Times, coded
+from mopsim.search.learn import Memory, Rise, Times, codes
 from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Column
 from mopsim.search.refined import Refined, alike
@@ -41,6 +41,8 @@ MOST = 400_000
 TURNS, AT_ONCE = 8, 4
 """How often, where there is one to choose, and for how many of the best expected candidates, bounds are
 refined before one is chosen: at some 10 ms for each."""
+TOGETHER = 64
+"""Groups of candidates whose bounds are refined together: what is common to all is done once."""
 ROUGH = 0.15
 """Part of the memory by which what is expected without refined bounds may be wrong."""
 HOPE, KNOWN_HOPE = 0.03, 0.003
@@ -91,7 +93,10 @@ class Pool:
         kept = space.take(rows)
         each = kept.tokens() / kept.columns["tensor"].astype(np.float64)
         parts = np.stack([bounds.gathered[rows], each, bounds.parts["boundaries"][rows]])
-        kinds, waiting, shards = (_kinds(kept, names) for names in (_TRANSIENT, _WAITS, _SHARDS))
+        kinds, waiting, shards = (
+            codes((kept.columns[name] for name in names), len(kept))
+            for names in (_TRANSIENT, _WAITS, _SHARDS)
+        )
         memory = Memory(bounds.device[rows], parts, kinds)
         times = Times.of(likely, list(kept.columns.values()))
         taken = np.zeros(len(rows), dtype=np.bool_)
@@ -112,13 +117,13 @@ class Pool:
             if not self.refined[position]:
                 groups.setdefault(int(self.group[position]), position)
         every = [(position, self.alike[group]) for group, position in groups.items()]
-        if not every:
-            return 0
-        for _, mine in every:
-            self.refined[mine] = True
-        closer, kept = Refined.of(self.pieces, self.given, [self.rows[mine] for _, mine in every])
-        if closer is not None:
-            self._refined([every[at] for at in kept], closer)
+        for start in range(0, len(every), TOGETHER):
+            some = every[start : start + TOGETHER]
+            for _, mine in some:
+                self.refined[mine] = True
+            closer, kept = Refined.of(self.pieces, self.given, [self.rows[mine] for _, mine in some])
+            if closer is not None:
+                self._refined([some[at] for at in kept], closer)
         return len(every)
 
     def _refined(self, groups: Sequence[tuple[int, Column]], closer: Refined) -> None:
@@ -226,15 +231,6 @@ class Pool:
             return np.zeros(0, dtype=np.int64)
         count = np.sum(np.stack(list(groups.values())), axis=0)
         return np.flatnonzero(count == 1).astype(np.int64)
-
-
-def _kinds(kept: Space, names: Sequence[str]) -> Column:
-    """A code of each row, equal where these columns are."""
-    kinds = np.zeros(len(kept), dtype=np.int64)
-    for name in names:
-        values, codes = coded(kept.columns[name])
-        kinds = kinds * len(values) + codes
-    return coded(kinds)[1]
 
 
 def _most(order: Column, memory: Reals) -> tuple[Column, Column]:

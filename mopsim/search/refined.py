@@ -9,7 +9,7 @@ from mopsim.search.bound import Bounder
 from mopsim.search.facts import SpaceFacts
 from mopsim.search.flow import Alone
 from mopsim.search.footprint import LAST, SLOTS, microbatches
-from mopsim.search.learn import coded
+from mopsim.search.learn import codes
 from mopsim.search.pieces import LAYER, LOSS, LayerPiece, Pieces, PipelinePart
 from mopsim.search.problem import Column
 from mopsim.search.space import Space
@@ -301,20 +301,13 @@ def _height(piece: LayerPiece, part: int) -> float:
 
 def _distinct(space: Space, rows: Column, names: Sequence[str]) -> tuple[Column, Column]:
     """(Places of one of the rows for each combination of values of some columns; the combination of each)."""
-    codes = np.zeros(len(rows), dtype=np.int64)
-    for name in names:
-        values, places = np.unique(space.columns[name][rows], return_inverse=True)
-        codes = np.unique(codes * len(values) + places.reshape(-1), return_inverse=True)[1].reshape(-1)
-    _, first = np.unique(codes, return_index=True)
-    return first, codes
+    combination = codes([space.columns[name][rows] for name in names], len(rows))
+    return np.unique(combination, return_index=True)[1], combination
 
 
 def alike(kept: Space) -> tuple[Column, list[Column]]:
     """(the group of each candidate that shares its parts but the loss, the places of each group)."""
-    group = np.zeros(len(kept), dtype=np.int64)
-    woven = kept.columns["overlap"]
-    for column in [kept.columns[name] for name in LAYER] + [woven * kept.columns[name] for name in LAID]:
-        values, codes = coded(column)
-        group = np.unique(group * len(values) + codes, return_inverse=True)[1].reshape(-1)
+    c, woven = kept.columns, kept.columns["overlap"]
+    group = codes([*(c[name] for name in LAYER), *(woven * c[name] for name in LAID)], len(kept))
     order = np.argsort(group, kind="stable")
     return group, np.split(order, np.flatnonzero(np.diff(group[order])) + 1)

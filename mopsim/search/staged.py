@@ -2,7 +2,7 @@
 minor ones, and those that promise most are multiplied by these."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import cast
@@ -19,7 +19,7 @@ from mopsim.search.pieces import Pieces
 from mopsim.search.problem import Axes, Column, Problem
 from mopsim.search.refined import Refined, alike
 from mopsim.search.seeds import Mask, textbook
-from mopsim.search.space import Columns, Space, expanded, minor_of, trunk
+from mopsim.search.space import Space, expanded, minor_of, trunk
 from mopsim.search.wires import Reals
 
 SAMPLE, BATCH = 500, 100
@@ -104,7 +104,7 @@ def bounds_of(first: Space, axes: Axes) -> tuple[Reals, Reals]:
     device and host) of each row of a trunk, whatever the minor axes' values. What is traded counts value by
     value: the fastest keeps the most."""
     minor = [MINOR[key] for key in minor_of(axes)]
-    leanest = first.having(**_combinations([(axis, (axis.lean,)) for axis in minor])[0])
+    leanest = first.having(**_leanest(minor))
     miss = _device(leanest, SpaceFacts.of(leanest))
     time = np.full(len(first), np.inf)
     rows = np.flatnonzero(miss <= 1)
@@ -116,7 +116,7 @@ def bounds_of(first: Space, axes: Axes) -> tuple[Reals, Reals]:
 def _of_fitting(first: Space, axes: Axes, minor: Sequence[Axis]) -> tuple[Reals, Reals]:
     others = [axis for axis in minor if not axis.traded]
     fast = _combinations([(axis, axis.fast) for axis in others])
-    lean = _combinations([(axis, (axis.lean,)) for axis in others])[0]
+    lean = _leanest(others)
     given = facts_of(first, axes)
     time, least = np.full(len(first), np.inf), np.full(len(first), np.inf)
     for traded in _combinations([(axis, _values(axis, axes)) for axis in minor if axis.traded]):
@@ -184,14 +184,14 @@ def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
     found, chosen = _with_room(kept.having(**ways[0]), axes)
     first = np.argsort(found, kind="stable")[:PROMISING]
     for way in ways[1:]:
-        faster = guess(_having(kept, first, chosen).having(**way))
+        faster = guess(chosen.take(first).having(**way))
         better = first[faster < found[first]]
         found[first] = np.minimum(found[first], faster)
         for name, value in way.items():
-            chosen[name][better] = value
+            chosen.columns[name][better] = value
     best = np.lexsort((found, tight))
     first = np.unique(np.concatenate([best[: KNOWN // 2], _by_degrees(kept, best)[: KNOWN // 2]]))
-    rows = _having(kept, first, chosen)
+    rows = chosen.take(first)
     groups = alike(rows)[1]
     closer, legal = Refined.of(Pieces(rows), SpaceFacts.of(rows), groups)
     if closer is not None:
@@ -199,17 +199,15 @@ def _expected(kept: Space, tight: Mask, axes: Axes) -> Reals:
     return np.asarray(found)
 
 
-def _with_room(kept: Space, axes: Axes) -> tuple[Reals, Columns]:
+def _with_room(kept: Space, axes: Axes) -> tuple[Reals, Space]:
     """(Guess of each row with the fastest values of what is traded that leave room for it, or the leanest;
-    its columns with these)."""
+    the rows with these)."""
     minor = [MINOR[key] for key in minor_of(axes)]
-    others = [axis for axis in minor if not axis.traded]
-    lean = _combinations([(axis, (axis.lean,)) for axis in others])[0]
+    traded = [axis for axis in minor if axis.traded]
+    lean, leanest = _leanest(axis for axis in minor if not axis.traded), _leanest(traded)
     given, enough = SpaceFacts.of(kept), surely(kept)
     found, chosen = np.full(len(kept), np.inf), {name: column.copy() for name, column in kept.columns.items()}
-    traded = [axis for axis in minor if axis.traded]
     values = _combinations([(axis, _values(axis, axes)) for axis in traded])
-    leanest = _combinations([(axis, (axis.lean,)) for axis in traded])[0]
     for value in sorted(values, key=lambda one: one != leanest):
         mine = kept.having(**value)
         room = _device(mine.having(**lean), given) * enough <= 1
@@ -219,12 +217,12 @@ def _with_room(kept: Space, axes: Axes) -> tuple[Reals, Columns]:
         found[rows[better]] = seconds[better]
         for name, one in value.items():
             chosen[name][rows[better]] = one
-    return found, chosen
+    return found, Space(kept.family, kept.problem, chosen)
 
 
-def _having(kept: Space, rows: Column, columns: Columns) -> Space:
-    """Some rows of a space, with these columns."""
-    return Space(kept.family, kept.problem, {name: column[rows] for name, column in columns.items()})
+def _leanest(axes: Iterable[Axis]) -> dict[str, int]:
+    """Columns of the values of some axes that bound the device memory."""
+    return _combinations([(axis, (axis.lean,)) for axis in axes])[0]
 
 
 def _by_degrees(kept: Space, order: Column) -> Column:
