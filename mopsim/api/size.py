@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,7 @@ from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import check_level
 from mopsim.report.sizing import columns, row, summary
-from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, size_all
-from mopsim.size.ask import Answer, Ask, answer
+from mopsim.size import Goal, Point, Request, Sizing, Terms, assume, beside, size_all
 from mopsim.size.assumptions import node_prices, read_sites, with_capex
 from mopsim.size.figures import DAY
 from mopsim.size.points import DEFAULT_SIMULATIONS, Miss, nearest_miss, pareto, recommend, surer
@@ -332,8 +331,4 @@ def _size_all(
     if jobs < 2:
         return size_all(request, machines, progress=progress)
     with pool(jobs) as processes:
-
-        def ask(asks: Sequence[Ask]) -> Iterable[Answer]:
-            return processes.map(partial(answer, request), asks)
-
-        return size_all(request, machines, ask, progress)
+        return size_all(request, machines, beside(request, processes), progress)

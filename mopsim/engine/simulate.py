@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from mopsim.common.errors import require
+from mopsim.common.garbage import collected_later
 from mopsim.common.io import digest
 from mopsim.cost import seconds
 from mopsim.cost.slowest import waiting
@@ -25,6 +26,7 @@ from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
 
+@collected_later()
 def simulate(
     model: ModelSpec,
     hardware: HardwareProfile,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.common.garbage import collected_later
 from mopsim.common.processes import pool
 from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
@@ -37,6 +38,7 @@ NO_GAIN_IN_FAMILY = "no gain, bound: cannot beat the best of their family by mor
 """Reasons of what is neither bounded as slower than all that are ranked nor simulated."""
 
 
+@collected_later()
 def search(
     model: ModelSpec,
     hardware: HardwareProfile,
@@ -92,6 +94,7 @@ class Hunted:
     hunt: Hunt | None = None
 
 
+@collected_later()
 def hunted(
     problem: Problem, family: str, options: Options, tell: Callable[[SearchResult], None] = lambda found: None
 ) -> Hunted:

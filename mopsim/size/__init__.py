@@ -2,8 +2,8 @@
 
 from mopsim.size.assumptions import Assumptions, Site, assume
 from mopsim.size.figures import Figures, Goal, Step, Terms, figures
-from mopsim.size.finder import size, size_all
 from mopsim.size.points import Point, Request, Sizing
+from mopsim.size.rounds import beside, size, size_all
 
 __all__ = [
     "Assumptions",
@@ -16,6 +16,7 @@ __all__ = [
     "Step",
     "Terms",
     "assume",
+    "beside",
     "figures",
     "size",
     "size_all",

@@ -5,12 +5,12 @@ the plans of its neighbours, which stay fast as the data-parallel degree grows. 
 about where its answer lies, and that count is searched; a budget does not, and every third doubling is.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from mopsim.engine import SimResult
-from mopsim.size.ask import Answer, Ask, answer, judged, merged
+from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.counts import least_nodes, node_counts
 from mopsim.size.points import Point, Request, Sizing, nearest_miss
 from mopsim.spec.hardware import HardwareProfile
@@ -32,7 +32,6 @@ BESIDE, NEARLY = 1.1, 1.15
 (racks and data centres are whole); how far a much smaller cluster may be from the limits to be looked at."""
 
 Rounds = Generator[list[Ask], list[Answer], Sizing]
-Mapper = Callable[[Sequence[Ask]], Iterable[Answer]]
 
 
 @dataclass
@@ -60,12 +59,12 @@ class _KnownSteps:
             self.hardware, count, self.near(count), families or request.families, request.simulations * times
         )
 
+    def search_led(self, count: int) -> Ask:
+        """A search of the families of the fastest plans of the nearest counts."""
+        return self.search(count, tuple({one.strategy.name: None for one in self.near(count)}))
+
     def carry(self, count: int) -> Ask:
         return Ask(self.hardware, count, self.near(count))
-
-    def leading(self, count: int) -> tuple[str, ...]:
-        """The families of the fastest plans of the nearest counts."""
-        return tuple({one.strategy.name: None for one in self.near(count)})
 
     def near(self, count: int) -> tuple[SimResult, ...]:
         """The fastest plan of the nearest counts that have one, below and above."""
@@ -87,7 +86,7 @@ def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
         yield from _round(known, [known.search(counts[-1], times=DEEP)])
     others = [count for count in doubled if count not in searched]
     yield from _round(known, [known.carry(count) for count in others])
-    yield from _round(known, [known.search(count) for count in others if not known.answers[count].plans])
+    yield from _round(known, [known.search_led(count) for count in others if not known.answers[count].plans])
     yield from _mend(known)
     yield from _close_in(known, counts)
     yield from _deepen(known, counts, searched if times == DEEP else [])
@@ -133,7 +132,7 @@ def _round(known: _KnownSteps, asks: list[Ask]) -> Generator[list[Ask], list[Ans
 
 def _mend(known: _KnownSteps) -> Generator[list[Ask], list[Answer], None]:
     """Ask again, with a search, where more nodes came out slower than fewer."""
-    yield from _round(known, [known.search(count) for count, _ in _slower(known)])
+    yield from _round(known, [known.search_led(count) for count, _ in _slower(known)])
 
 
 def _slower(known: _KnownSteps) -> list[tuple[int, int]]:
@@ -161,7 +160,7 @@ def _close_in(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask],
         best = _best(known)
         without = [count for count in between if not known.answers[count].plans]
         smaller = [count for count in without if best is None or count < best.num_nodes]
-        yield from _round(known, [known.search(count, known.leading(count)) for count in smaller])
+        yield from _round(known, [known.search_led(count) for count in smaller])
 
 
 def _edges(known: _KnownSteps) -> Iterator[tuple[int, int]]:
@@ -268,59 +267,3 @@ def _marked(point: Point, fewer: int | None) -> Point:
         return point
     why = f"no faster than {fewer:,} nodes"
     return replace(point, why=f"{point.why}; {why}" if point.why else why)
-
-
-def size_all(
-    request: Request,
-    machines: Sequence[HardwareProfile],
-    mapper: Mapper | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> list[Sizing]:
-    """The sizing of every machine type, in their order. Questions of one round of all machines are answered
-    side by side: mapper(asks) yields their answers in order. progress(done, known so far, what was asked)."""
-    rounds = [sizing(request, one) for one in machines]
-    found: list[Sizing | None] = [None] * len(machines)
-    waiting: list[tuple[int, list[Ask]]] = []
-    for place in range(len(machines)):
-        _send(rounds, found, waiting, place, None)
-    done = total = 0
-    while waiting:
-        now, waiting = waiting, []
-        asks = [ask for _, group in now for ask in group]
-        total += len(asks)
-        answers: list[Answer] = []
-        for ask, one in zip(asks, (mapper or _here(request))(asks), strict=True):
-            answers.append(one)
-            done += 1
-            if progress:
-                progress(done, total, ask.hardware.cluster(ask.num_nodes))
-        for place, group in now:
-            mine, answers = answers[: len(group)], answers[len(group) :]
-            _send(rounds, found, waiting, place, mine)
-    return [one for one in found if one is not None]
-
-
-def _send(
-    rounds: list[Rounds],
-    found: list[Sizing | None],
-    waiting: list[tuple[int, list[Ask]]],
-    place: int,
-    answers: list[Answer] | None,
-) -> None:
-    """Go on with one machine: its next questions to `waiting`, or its sizing to `found`."""
-    try:
-        asks = next(rounds[place]) if answers is None else rounds[place].send(answers)
-        waiting.append((place, asks))
-    except StopIteration as ended:
-        found[place] = ended.value
-
-
-def _here(request: Request) -> Mapper:
-    return lambda asks: (answer(request, ask) for ask in asks)
-
-
-def size(
-    request: Request, hardware: HardwareProfile, progress: Callable[[int, int, str], None] | None = None
-) -> Sizing:
-    """The answer for one machine type, in this process."""
-    return size_all(request, [hardware], progress=progress)[0]
