@@ -191,11 +191,13 @@ def _updates_beside(problem: Problem) -> bool:
 
 
 def _host_states(problem: Problem) -> list[tuple[int, ...]]:
-    """(state, parts of it on the host): off the device only where it takes much of it, spread over all."""
+    """(state, parts of it on the host): off the device only where it takes much of it, spread over all; three
+    quarters too where all could fill the host, whose pinned blocks may be twice as large."""
     each = 12 * problem.total_params / problem.world_size
     if each < problem.hardware.memory_limit() / 4:
         return []
-    return [(DEVICE, PARTS), (HOST, PARTS // 2), (HOST, PARTS)]
+    most = [PARTS * 3 // 4] if 2 * each > problem.hardware.host_limit() else []
+    return [(DEVICE, PARTS), *((HOST, parts) for parts in (PARTS // 2, *most, PARTS))]
 
 
 def _boundaries(problem: Problem) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ def coarse(problem: Problem, axes: Axes) -> Axes:
 
     A ring spans a node or all ranks; loss and dense FFN go slice by slice; one bucket size a state; virtual
     stages are powers of two; sequences are traded in a ring; experts lie side by
-    side; all of the optimizer is on the host or none.
+    side; half of the optimizer is not tried on the host.
     """
     ring = {problem.hardware.devices_per_node, problem.world_size}
     keep: dict[Any, Callable[[Any], bool]] = {
@@ -26,7 +26,7 @@ def coarse(problem: Problem, axes: Axes) -> Axes:
         "modules": lambda value: RECOMPUTED[value] in USUAL,
         "exchange": lambda value: EXCHANGES[value] == "ring",
         "strided": lambda value: value == 0,
-        ("state", "state_parts"): lambda value: value[1] == PARTS,
+        ("state", "state_parts"): lambda value: value[1] != PARTS // 2,
     }
     return {key: _thin(key, values, keep.get(key)) for key, values in axes.items()}
 

@@ -1,5 +1,6 @@
 """One cell of the map: a network on a cluster at a context, the best of each family, and the papers' rule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -52,11 +53,21 @@ def played(cell: Cell, budget: int) -> dict[str, Any]:
     return {
         **cell.job(), "devices": cell.devices, "cluster": cell.cluster,
         "families": {family: _numbers(one) for family, one in order},
+        "risky": risky(cell, budget, sorted(set(found.best_by_family) - {family for family, _ in order})),
         "lead": {"ratio": lead.predicted, "interval": lead.interval(), "p_faster": lead.p_faster}
         if lead else None,
         "gap": found.gap,
         "rule": papers_rule(cell),
     }  # fmt: skip
+
+
+def risky(cell: Cell, budget: int, families: Sequence[str]) -> dict[str, Any]:
+    """Of families of which nothing surely fits the fastest plan that may."""
+    if not families:
+        return {}
+    found = mopsim.search(**cell.job(), budget=budget, families=families, at_risk=True).found
+    best = {family: one for family, one in found.best_by_family.items() if one and one.fits}
+    return {family: _numbers(one) for family, one in best.items()}
 
 
 def _numbers(one: SimResult) -> dict[str, Any]:

@@ -40,14 +40,21 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
         where = f"| {row['cluster']} | {row['model']} | {context(row['seq_len'])} "
         families = list(row["families"].items())
         if not families:
-            yield f"{where}| nothing fits | | | | |"
+            yield f"{where}| nothing fits | | | | {', '.join(_risky(row))} |"
             continue
         (winner, best), *rest = families
         yield (
             f"{where}| {winner} `{best['strategy']}` | {_rate(best)} ({best['interval'][0]:,.0f} to "
             f"{best['interval'][1]:,.0f}) | {_lead(row['lead'])} | "
-            f"{', '.join(f'{family} {_rate(one)}' for family, one in rest)} |"
+            f"{', '.join([*(f'{family} {_rate(one)}' for family, one in rest), *_risky(row)])} |"
         )
+
+
+def _risky(row: dict[str, Any]) -> list[str]:
+    """Families that fit with a probability below that of the ranked."""
+    return [
+        f"{family} {_rate(one)} (fits with {one['p_fits']:.2f})" for family, one in row["risky"].items()
+    ]
 
 
 def _rate(one: dict[str, Any]) -> str:
