@@ -3,7 +3,8 @@
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     n.
     """
     cache = data.cache_directory(options.cache)
-    check_outputs({"--json": json}, {"--out": options.out, "--cache": cache})
+    check_outputs({"--json": json}, {"--out": options.out, "--cache": cache}, inputs={"--plan": options.plan})
     plan = plans.read_plan(Path(options.plan), options.settings)
     plans.check_supported(plan)
     adopt_slurm()
@@ -54,14 +55,12 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
             )
         check_host()
         return _as_rank(options, plan, json)
-    plans.check_run_directory(Path(options.out), resume=options.resume)
+    _check_directory(options, plan)
     tokens, held_out = data.prepare_all(options.data, options.eval_data, plan.model.vocab_size, cache)
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
     _check_with_torch(options, plan)
     options = msgspec.structs.replace(options, others=_others(options.console))
-    with run_lock(Path(options.out)):
-        earlier = _prepare_directory(options, plan)
-
+    with _held_directory(options, plan) as earlier:
         from mopexec.run.launch import RankError, launch
 
         try:
@@ -142,10 +141,8 @@ def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
 
     first = rank_of_environment() == 0
     if first:
-        plans.check_run_directory(Path(options.out), resume=options.resume)
-        _check_same_run(options, plan)
-    with run_lock(Path(options.out)) if first else nullcontext():
-        earlier = _prepare_directory(options, plan) if first else None
+        _check_directory(options, plan)
+    with _held_directory(options, plan) if first else nullcontext() as earlier:
         failure = run_rank(options)
         if failure is not None:
             if earlier is not None:
@@ -156,7 +153,7 @@ def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
 
 
 def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
-    """The refusals that need torch: devices of this machine, text too short, a checkpoint of another run."""
+    """The refusals that need torch: devices of this machine, weights of another network, text too short."""
     import torch
 
     plans.check_devices(plan, torch.cuda.device_count())
@@ -167,24 +164,33 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
 
         open_weights(Path(options.init_from), plan).files.close()
     seed = plan.training.seed if options.seed is None else options.seed
-    dataset = data.open_tokens(Path(options.tokens), plan.training, seed)
-    if options.resume:
-        from mopexec.run import checkpoint  # with torch's, another second to import
-
-        wanted = checkpoint.run_state(plan, 0, seed, dataset.text_digest)
-        checkpoint.check_resumable(Path(options.out), wanted, options.steps)
+    data.open_tokens(Path(options.tokens), plan.training, seed)
 
 
-def _check_same_run(options: TrainOptions, plan: Plan) -> None:
-    """Refuse to go on as another run, before anything of this one is replaced; ranks hold the text against
-    it. Raises MopError."""
-    from mopexec.run import checkpoint
+@contextmanager
+def _held_directory(options: TrainOptions, plan: Plan) -> Iterator[Earlier]:
+    """The run's directory, prepared and held for this run. Raises MopError where another run holds it, or has
+    used it since it was checked."""
+    with run_lock(Path(options.out)):
+        _check_directory(options, plan)
+        yield _prepare_directory(options, plan)
 
-    found = checkpoint.newest_state(Path(options.out)) if options.resume else None
+
+def _check_directory(options: TrainOptions, plan: Plan) -> None:
+    """Refuse to begin over a run, or to go on as another one. Text that is not tokenised yet is left to the
+    ranks, or to the next check. Raises MopError."""
+    out = Path(options.out)
+    plans.check_run_directory(out, resume=options.resume)
+    if not options.resume:
+        return
+    from mopexec.run import checkpoint  # with torch's, another second to import
+
+    found = checkpoint.newest_state(out)
     if found is not None:
-        seed = plan.training.seed if options.seed is None else options.seed
-        wanted = checkpoint.run_state(plan, 0, seed, found[1].text_digest)
-        checkpoint.check_resumable(Path(options.out), wanted, options.steps)
+        seed, text = plan.training.seed if options.seed is None else options.seed, found[1].text_digest
+        if options.tokens:
+            text = data.open_tokens(Path(options.tokens), plan.training, seed).text_digest
+        checkpoint.check_resumable(out, checkpoint.run_state(plan, 0, seed, text), options.steps)
 
 
 def _prepare_directory(options: TrainOptions, plan: Plan) -> Earlier:

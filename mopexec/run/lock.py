@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,10 @@ def run_lock(directory: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ended = os.fstat(file.fileno()).st_nlink == 0  # it took its file along after we had opened it
         except OSError:
+            ended = True
+        if ended:
             raise MopError(f"--out: {directory} is in use by another run") from None
         try:
             yield

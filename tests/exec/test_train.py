@@ -1,5 +1,6 @@
 """Training on two ranks: real steps, resuming, and every way to end."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mopexec import data
 from mopexec.cli import main
+from mopexec.run.lock import NAME, run_lock
 from mopexec.run.metrics import MetricsFile
 from mopexec.run.train import learning_rate
 from mopsim.common import io
+from mopsim.common.errors import MopError
 from mopsim.spec.plan import Measurement, Plan
 from tests.exec.train_plans import small_plan
 from tests.exec.train_runs import (
@@ -150,6 +154,51 @@ def test_a_run_is_alone_in_its_directory_and_killed_before_a_checkpoint_begins_a
     assert done.returncode == 0, done.stderr
     assert "no checkpoint yet: it begins again with the first step" in done.stdout
     assert losses(out) == losses(whole[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--steps", "7"], "--out: {out} is not empty; give --resume to go on with it"),
+        (["--steps", "6", "--resume"], "--steps: 6 is not more than the 6 that checkpoint"),
+    ],
+)
+def test_a_run_that_ended_while_another_read_its_text_stays(
+    inputs, whole, tmp_path, capsys, monkeypatch, arguments, rule
+):
+    out, prepare_all = tmp_path / "run", data.prepare_all
+    if "--resume" in arguments:
+        out.mkdir()
+        (out / "metrics.jsonl").touch()
+
+    def beside(*given):
+        shutil.copytree(whole[0], out, dirs_exist_ok=True)
+        return prepare_all(*given)
+
+    monkeypatch.setattr(data, "prepare_all", beside)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *common(inputs, out), *arguments])
+    line = capsys.readouterr().err
+    assert (end.value.code, line.count("\n")) == (2, 1)
+    assert rule.format(out=out) in line
+    assert {path.name: path.stat().st_size for path in whole[0].rglob("*") if path.is_file()} == {
+        path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()
+    }
+
+
+def test_a_lock_whose_file_went_with_its_run_is_none(tmp_path, monkeypatch):
+    """The other run ends, and unlinks the file, after we opened it."""
+    with run_lock(tmp_path):
+        pass
+    flock = fcntl.flock
+
+    def late(file, how):
+        (tmp_path / NAME).unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(MopError, match="in use by another run"), run_lock(tmp_path):
+        pass
 
 
 def test_resuming_refuses_what_is_not_the_same_run(inputs, whole, tmp_path, capsys):
