@@ -15,9 +15,6 @@ from mopsim.common.errors import MopError
 STDOUT = "-"
 """An output path that means standard output, for the options that allow it."""
 
-OF_REPORTS = (".html", ".md", ".png", ".svg", ".pdf", "what_if.json")
-"""Ends of names that a report's own files have in its folder."""
-
 Output = str | Path | None
 
 
@@ -89,8 +86,8 @@ def check_outputs(
     """Refuse what can't be written, by option name; None is not asked for, '-' is for those in `stdout`.
 
     A directory where a file is to be (or the other way round), a file above it, no permission, a path of two
-    options, one of the `inputs` that the command reads, a name of a report's own file in its directory. Makes
-    nothing. Raises MopError.
+    options, one of the `inputs` that the command reads, a file in one of the directories, which the command
+    fills itself. Makes nothing. Raises MopError.
     """
     taken: dict[str, str] = {}
     read = {os.path.realpath(path): option for option, path in (inputs or {}).items() if path}
@@ -109,9 +106,9 @@ def check_outputs(
             raise MopError(f"{option}: {path} is where {taken[real]} goes too")
         if real in read and not is_directory:
             raise MopError(f"{option}: {path} is what {read[real]} reads")
-        folder = folders.get(os.path.dirname(real))
-        if folder and not is_directory and real.endswith(OF_REPORTS):
-            raise MopError(f"{option}: {path} has a name of the pages and figures that {folder} writes there")
+        above = () if is_directory or real == STDOUT else map(str, Path(real).parents)
+        if folder := next((folders[one] for one in above if one in folders), ""):
+            raise MopError(f"{option}: {path} lies in {folder}, whose files are the command's own")
         taken[real] = option
         if real != STDOUT:
             _check(option, str(path), Path(real), is_directory)

@@ -1,6 +1,7 @@
 """The command line: one line and exit code 2 for every mistake, nothing written, and a quick --help."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -150,6 +151,7 @@ def test_an_output_path_that_is_a_file_or_full_is_refused(capsys, plan, tmp_path
     assert says in refusal(capsys, *common, run, "--resume")
 
 
+LAUNCH = ["launch", "--slurm", "--", "--steps", "1", "--out", "run"]
 OUTPUTS = [
     (["train", "--steps", 1, "--out", "run"], "--json"),
     (["train", "--steps", 1], "--out"),
@@ -173,6 +175,25 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(
         assert f"{option}: {wrong}" in refusal(capsys, *command, "--plan", plan, option, wrong)
     assert f"{option}: '' must not be empty" in refusal(capsys, *command, "--plan", plan, option, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [*((one, json) for one, json in OUTPUTS if json == "--json"), (LAUNCH, "--script")]
+)
+def test_what_a_command_reads_is_not_where_it_writes(capsys, plan, command, option):
+    before = plan.read_text()
+    line = refusal(capsys, command[0], "--plan", plan, option, plan, *command[1:])
+    assert re.search(rf"{option}: {plan} is what --plan( {plan})? reads", line)
+    assert plan.read_text() == before
+
+
+@pytest.mark.parametrize("name", ["measurement.yaml", "plan.yaml", "checkpoints/step_00000001/run.json"])
+def test_no_result_of_a_run_or_an_export_is_written_over(capsys, plan, tmp_path, name):
+    out = tmp_path / "out"
+    rule = f"--json: {out / name} lies in --out, whose files are the command's own"
+    given = "--out", out, "--json", out / name
+    assert rule in refusal(capsys, "train", "--plan", plan, "--steps", 1, *given)
+    assert rule in refusal(capsys, "export", "--run", tmp_path, *given)
 
 
 def test_a_probe_says_one_line_where_its_profile_cannot_be(capsys, tmp_path):

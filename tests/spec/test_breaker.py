@@ -190,14 +190,14 @@ def test_two_outputs_in_one_place_and_a_plan_on_standard_output_are_refused(
     assert "--plan: '-' is standard output" in call(capsys, monkeypatch, *command, "--plan", "-")
 
 
-def test_json_does_not_take_the_name_of_a_page_that_its_report_writes(
+def test_json_does_not_lie_among_the_files_of_its_report(
     tmp_path: File, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, others, _ = FOLDERS[0]
-    for name in ("index.html", "time.png"):
+    for name in ("index.html", "c.json", "deep/c.json"):
         same = f"{tmp_path}/./{name}"
         said = call(capsys, monkeypatch, command, *others, "--out", str(tmp_path), "--json", same)
-        assert f"--json: {same} has a name of the pages and figures that --out writes there" in said
+        assert f"--json: {same} lies in --out, whose files are the command's own" in said
     assert not list(tmp_path.iterdir())
 
 
