@@ -1,5 +1,4 @@
-"""The commands of mopsim: they read options, call the API and print. Heavy imports happen in the command that
-needs them."""
+"""The commands of mopsim: they read options, call the API and print; each makes its own heavy imports."""
 
 from mopsim.common.command_line import quiet_interrupts, run_app
 
@@ -11,9 +10,10 @@ import typer  # noqa: E402
 
 from mopsim.commands import options as o  # noqa: E402
 from mopsim.commands import pairs  # noqa: E402
+from mopsim.common.app import App  # noqa: E402
 from mopsim.spec.categories import FAMILIES  # noqa: E402
 
-app = typer.Typer(
+app = App(
     name="mopsim",
     no_args_is_help=True,
     add_completion=False,
@@ -296,7 +296,7 @@ def validate(
     run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, interval, json)
 
 
-profiles = typer.Typer(no_args_is_help=True, help="Hardware profiles.")
+profiles = App(no_args_is_help=True, help="Hardware profiles.")
 app.add_typer(profiles, name="profile")
 
 

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal  # noqa: E402
 
 import typer  # noqa: E402
 
+from mopsim.common.app import App  # noqa: E402
 from mopsim.common.errors import MopError  # noqa: E402
 from mopsim.common.pairs import Pair, needs, paired  # noqa: E402
 
 EXTRA = ("torch", "tokenizers", "pynvml", "safetensors")
 """Modules that the base install lacks: those of `mop[exec]`."""
 
-app = typer.Typer(
+app = App(
     name="mopexec",
     no_args_is_help=True,
     add_completion=False,

@@ -10,7 +10,7 @@ from mopsim.common.units import format_bytes, parse_bytes
 
 def run(path: Path, rank: int, device_limit: str | None, host_limit: str | None, json: str | None) -> None:
     """Print (or write as JSON) the bytes of `rank` by category."""
-    check_outputs({"--json": json}, inputs={"--plan": path})
+    check_outputs({"--json": json})
     plan = plans.read_plan(path)
     plans.check_supported(plan)
     device = None if device_limit is None else parse_bytes(device_limit, "--device-limit")

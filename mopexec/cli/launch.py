@@ -50,7 +50,7 @@ _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 
 def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> None:
     """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
-    check_outputs({"--script": script or STDOUT}, stdout=("--script",), inputs={"--plan": path})
+    check_outputs({"--script": script or STDOUT}, stdout=("--script",))
     check_train_options(path, options)
     plan = plans.read_plan(path)
     plans.check_supported(plan)

@@ -44,7 +44,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     n.
     """
     cache = data.cache_directory(options.cache)
-    check_outputs({"--json": json}, {"--out": options.out, "--cache": cache}, inputs={"--plan": options.plan})
+    check_outputs({"--json": json}, {"--out": options.out, "--cache": cache})
     plan = plans.read_plan(Path(options.plan), options.settings)
     plans.check_supported(plan)
     adopt_slurm()

@@ -10,7 +10,7 @@ from mopsim.calibrate.profile import (
     floor,
     uncorrected,
 )
-from mopsim.calibrate.runs import check_output, load_measurement, on_stack
+from mopsim.calibrate.runs import check_output, load_measurement, measured_in, on_stack
 
 __all__ = [
     "UNSEEN_STRATEGY",
@@ -22,6 +22,7 @@ __all__ = [
     "expected",
     "floor",
     "load_measurement",
+    "measured_in",
     "on_stack",
     "uncorrected",
 ]

@@ -11,12 +11,18 @@ from mopsim.spec.plan import Measurement
 from mopsim.spec.stack import Stack
 
 
+def measured_in(ref: str | Path) -> Path:
+    """The file of a run's measurement; `ref` is its directory, or the file itself."""
+    path = Path(ref)
+    return path / "measurement.yaml" if path.is_dir() else path
+
+
 def load_measurement(ref: str | Path) -> Measurement:
     """The measurement of a run: its directory, or the file itself. Raises MopError in one line."""
     path = Path(ref)
     if not io.exists(path):
         raise MopError(f"measurements: {str(ref)!r} is neither a run directory nor a measurement.yaml")
-    target = path / "measurement.yaml" if path.is_dir() else path
+    target = measured_in(path)
     if not target.exists():
         raise MopError(f"measurements: {str(ref)!r} has no measurement.yaml: the run has not finished")
     return upgrade.load_measurement(target)

@@ -11,6 +11,7 @@ from mopsim.calibrate import (
     check_output,
     expected,
     load_measurement,
+    measured_in,
     on_stack,
 )
 from mopsim.commands.console import human
@@ -28,11 +29,9 @@ def run(
     profile: str, measurements: Sequence[str], out: str, json: str | None, stack: str | None = None
 ) -> None:
     """Fit, show what remains, write the new profile."""
-    runs = [Path(ref) / "measurement.yaml" if Path(ref).is_dir() else ref for ref in measurements]
-    read = {"--profile": profile, **{f"--measurements {one}": one for one in runs}}
-    check_outputs({"--json": json}, inputs=read)
-    check_outputs({"--out": out, "--json": json}, inputs=dict(list(read.items())[1:]))
     check_output(profile, out)
+    runs = [measured_in(one) for one in measurements]
+    check_outputs({"--out": out, "--json": json}, inputs={"--measurements": runs})
     known = load_profile(profile, "profile")
     given = [load_measurement(ref) for ref in measurements]
     if stack:

@@ -10,7 +10,7 @@ from mopsim.common.outputs import check_outputs
 
 def run(result: str, out: str, timelines: int, models: Sequence[str], hardware: Sequence[str]) -> None:
     """Read the JSON of a command, write the page, say where and how large it is."""
-    check_outputs({"--out": out}, inputs={"RESULT": result})
+    check_outputs({"--out": out})
     notes = explore(result, out, timelines=timelines, models=models, hardware=hardware)
     console = human(None)
     for note in notes:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mopsim.calibrate import load_measurement
+from mopsim.calibrate import load_measurement, measured_in
 from mopsim.commands.console import human
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -25,7 +25,7 @@ def run(sealed: str, measurements: str | None, json: str | None) -> None:
     """Check the hash, score, show, write JSON."""
     if not measurements:
         raise MopError("--measurements: not given: --sealed is scored by the run that it was made for")
-    check_outputs({"--json": json}, inputs={"--sealed": sealed, "--measurements": measurements})
+    check_outputs({"--json": json}, inputs={"--measurements": measured_in(measurements)})
     found, measured = open_sealed(Path(sealed)), load_measurement(measurements)
     console = human(json)
     console.print(_shown(outcomes(found, measured), found.interval))

@@ -7,7 +7,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO, cast
 
 from mopsim.common.errors import MopError
@@ -16,6 +18,7 @@ STDOUT = "-"
 """An output path that means standard output, for the options that allow it."""
 
 Output = str | Path | None
+_READ: ContextVar[Mapping[str, Any]] = ContextVar("_READ", default=MappingProxyType({}))
 
 
 def say(line: str, *, stderr: bool = False) -> None:
@@ -77,20 +80,37 @@ def _flush() -> None:
             stream.flush()
 
 
+@contextmanager
+def protected(read: Mapping[str, Any]) -> Iterator[None]:
+    """Meanwhile `check_outputs` refuses to write over what a command reads. read: a path, or several, by
+    option."""
+    token = _READ.set(read)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 def check_outputs(
     files: Mapping[str, Output] | None = None,
     directories: Mapping[str, Output] | None = None,
     stdout: Sequence[str] = ("--json",),
-    inputs: Mapping[str, Output] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse what can't be written, by option name; None is not asked for, '-' is for those in `stdout`.
 
     A directory where a file is to be (or the other way round), a file above it, no permission, a path of two
-    options, one of the `inputs` that the command reads, a file in one of the directories, which the command
-    fills itself. Makes nothing. Raises MopError.
+    options, one that the command reads (by its command line, or of the `inputs`), a file in one of the
+    directories, which the command fills itself. Makes nothing. Raises MopError.
     """
     taken: dict[str, str] = {}
-    read = {os.path.realpath(path): option for option, path in (inputs or {}).items() if path}
+    written = {**(files or {}), **(directories or {})}
+    read = {
+        os.path.realpath(path): option
+        for option, value in [*_READ.get().items(), *(inputs or {}).items()]
+        for path in (value if isinstance(value, list | tuple) else [value])
+        if option not in written
+    }
     folders = {os.path.realpath(path): option for option, path in (directories or {}).items() if path}
     wanted = [(option, path, False) for option, path in (files or {}).items()]
     wanted += [(option, path, True) for option, path in (directories or {}).items()]

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from typer.core import TyperCommand
-
+from mopsim.common.app import Command
 from mopsim.common.errors import MopError, shown
 
 Given = Mapping[str, Any]
@@ -30,7 +29,7 @@ def apart(option: str, *others: str) -> Pair:
     return Pair(others, lambda given: not given.get(option), f"has no use beside {option}")
 
 
-class PairedCommand(TyperCommand):
+class PairedCommand(Command):
     """A command whose options are held against its `pairs` when they are read."""
 
     pairs: tuple[Pair, ...] = ()
@@ -38,11 +37,7 @@ class PairedCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises MopError naming the option that would be ignored, its value and the rule."""
         rest = super().parse_args(ctx, args)
-        given = {
-            param.opts[0]: ctx.params[param.name]
-            for param in self.params
-            if param.name and getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
-        }
+        given = self.typed(ctx)
         for options, meant, rule in self.pairs:
             for option in options:
                 if option in given and not meant(given):

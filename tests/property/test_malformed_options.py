@@ -6,7 +6,7 @@ import pytest
 
 from mopsim.cli import main
 
-JOB = ("--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "64", "--global-batch", "2")
+JOB = {"--model": "tiny", "--hardware": "cpu-2core", "--seq-len": "64", "--global-batch": "2"}
 ENDLESS = "9" * 5000
 OPTIONS = [
     ("simulate", "--nodes", "0"), ("simulate", "--nodes", ENDLESS), ("simulate", "--nodes", "nan"),
@@ -23,8 +23,9 @@ OPTIONS = [
 def test_an_option_is_refused_in_one_line(
     command: str, option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strategy = ["--strategy", "fsdp2"] if command == "simulate" else []
-    monkeypatch.setattr(sys, "argv", ["mopsim", command, *JOB, *strategy, option, value])
+    strategy = {"--strategy": "fsdp2"} if command == "simulate" else {}
+    given = JOB | strategy | {option: value}
+    monkeypatch.setattr(sys, "argv", ["mopsim", command, *(word for one in given.items() for word in one)])
     with pytest.raises(SystemExit) as end:
         main()
     err = capsys.readouterr().err

@@ -1,0 +1,63 @@
+"""The commands of both packages: each option once; what a command reads is known where it writes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from mopsim.common.errors import MopError
+from mopsim.common.outputs import protected
+
+READS = {
+    "--assume", "--capex", "--cases", "--components", "--data", "--eval-data", "--hardware", "--init-from",
+    "--measurements", "--model", "--models", "--near", "--plan", "--price", "--profile", "--routing", "--run",
+    "--runs", "--sealed", "--sites", "--stack", "--strategy", "--tokenizer", "MORE", "OPTIONS", "RESULT",
+}  # fmt: skip
+"""Options and arguments whose values may be files that are read; a command that writes one of them says so to
+check_outputs."""
+
+
+def written(param: Any) -> str:
+    """A parameter as it is written: '--out', or 'RESULT' for an argument."""
+    name = str(param.opts[0])
+    return name if name.startswith("-") else name.upper()
+
+
+class Command(TyperCommand):
+    """A command that refuses an option given twice, and whose outputs may not be files that it reads."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises MopError for an option that has a value already, unless its values are a list. A flag that
+        is only set may be set again."""
+        seen: list[Any] = []
+        for param in self.make_parser(ctx).parse_args(list(args))[2]:
+            only_set = getattr(param, "is_flag", False) and not param.secondary_opts
+            if param in seen and not (param.multiple or only_set):
+                raise MopError(f"{'/'.join([*param.opts, *param.secondary_opts])}: is given twice")
+            seen.append(param)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, its inputs protected."""
+        values = {name: value for name, value in self.typed(ctx).items() if name in READS}
+        with protected(values):
+            return super().invoke(ctx)
+
+    def typed(self, ctx: Any) -> dict[str, Any]:
+        """What was typed: value by option or argument."""
+        return {
+            written(param): ctx.params[param.name]
+            for param in self.params
+            if param.name and getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
+        }
+
+
+class App(typer.Typer):
+    """A typer app whose commands are of that kind."""
+
+    def command(
+        self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **given: Any
+    ) -> Callable[[Any], Any]:
+        """Register a command."""
+        return super().command(name, cls=cls or Command, **given)

@@ -1,0 +1,127 @@
+"""The command lines of both packages: an option is given once, and nothing that is read is written over."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from typer.main import get_command
+
+from mopexec.cli import app as mopexec_app
+from mopexec.cli import main as mopexec
+from mopsim.cli import app as mopsim_app
+from mopsim.common.app import READS, written
+from mopsim.common.command_line import run_app
+
+JOB = "--model mop_120b --hardware h200-sxm-141g --seq-len 4K --global-batch 8"
+RESTRICTED = "--device-limit 1GB --host-limit 1GB"
+WRITTEN = {"--cache", "--json", "--out", "--plan", "--script", "--seal", "--trace"}
+#: Texts that name no file: sizes, counts, names.
+PLAIN = {
+    "--architecture", "--bf16", "--contender", "--device-limit", "--dtype", "--family", "--format", "--fp8",
+    "--global-batch-tokens", "--host-limit", "--host-link", "--host-memory", "--log-to", "--memory",
+    "--memory-bandwidth", "--name", "--nic", "--node-power", "--power", "--quantum", "--scale-up",
+    "--seq-len", "--set", "--source", "--sweep", "--text-field", "--to", "--tokens", "--tokens-per-device",
+}  # fmt: skip
+
+
+TEXTS = (str, str | None, Path, Path | None, list[str], list[str] | None, list[Path])
+
+
+def mopsim(arguments: list[str]) -> None:
+    run_app(mopsim_app, "mopsim", arguments)
+
+
+def refused(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], line: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("\n")) == (2, 1), said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "option"),
+    [
+        (mopsim, f"simulate {JOB[17:]} --model f --strategy mop --json f", "--json: f is what --model"),
+        (mopsim, f"simulate {JOB} --strategy f --trace ./f", "--trace: ./f is what --strategy"),
+        (mopsim, f"simulate {JOB} --strategy mop --routing f --plan f", "--plan: f is what --routing"),
+        (mopsim, f"search {JOB} --stack f --seal f", "--seal: f is what --stack"),
+        (
+            mopsim,
+            f"compare {JOB} --strategy mop --strategy f --out x --json f",
+            "--json: f is what --strategy",
+        ),
+        (mopsim, "context --model f --nodes 1 --out x --json f", "--json: f is what --model"),
+        (mopsim, "size --model tiny --tokens 1T --days 9 --hardware a --hardware f --plan f", "--hardware"),
+        (mopsim, "size --model tiny --tokens 1T --days 9 --hardware a --sites f --json f", "--sites"),
+        (mopsim, "explore f --out f", "--out: f is what RESULT"),
+        (mopsim, "explore r.json --model f --out f", "--out: f is what --model"),
+        (mopsim, "export --plan f --to torchtitan --out f", "--out: f is what --plan"),
+        (mopsim, "validate --sealed f --measurements m --json f", "--json: f is what --sealed"),
+        (mopsim, "validate --sealed s --measurements run --json run/measurement.yaml", "--measurements"),
+        (mopsim, "calibrate --profile p --measurements run --out run/measurement.yaml", "--measurements"),
+        (mopsim, "calibrate --profile p --measurements run --out o f --json f", "--json: f is what"),
+        (mopsim, "profile new --name x --near f --out f", "--out: f is what --near"),
+        (mopexec, "dry-run --plan f --json f", "--json: f is what --plan"),
+        (mopexec, "verify --plan f --json f", "--json: f is what --plan"),
+        (mopexec, "launch --plan f --torchrun --script f -- --steps 3 --out x", "--script: f is what --plan"),
+        (mopexec, "launch --plan p --slurm --script f -- --steps 3 --out x --data f", "--script: f is what"),
+        (mopexec, f"reach --plan p --plan f {RESTRICTED} --out x --json f", "--json: f is what --plan"),
+        (mopexec, "train --plan p --steps 3 --out x --data f --json f", "--json: f is what --data"),
+    ],
+)
+def test_what_a_command_reads_is_not_written_over(
+    main: Callable[[list[str]], None], line: str, option: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    kept = [tmp_path / "f", tmp_path / "run" / "measurement.yaml"]
+    for path in kept:
+        path.write_text("mine")
+    said = refused(capsys, main, line)
+    assert option in said
+    assert " reads" in said
+    assert [path.read_text() for path in kept] == ["mine", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "run"]
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "said"),
+    [
+        (mopsim, f"simulate {JOB} --strategy mop --nodes 1 --nodes 2", "--nodes: is given twice"),
+        (mopsim, f"search {JOB} --runnable --runnable --top 0", "--top: '0' is refused"),
+        (mopsim, "profile new --out a --out=b", "--out: is given twice"),
+        (mopexec, "dry-run --plan a --rank 1 --rank 1", "--rank: is given twice"),
+        (
+            mopexec,
+            f"reach --plan p {RESTRICTED} --out x --confirm --no-confirm",
+            "--confirm/--no-confirm: is given twice",
+        ),
+        (mopexec, "launch --plan a --slurm -- --steps 3 --out x --steps 4", "--steps: is given twice"),
+    ],
+)
+def test_an_option_that_is_no_list_is_given_once(
+    main: Callable[[list[str]], None], line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, main, line)
+
+
+def test_every_text_option_is_read_written_or_plain() -> None:
+    """A new one has to be told apart: what is read is protected."""
+    found = {
+        written(param)
+        for app in (mopsim_app, mopexec_app)
+        for command in _commands(get_command(app))
+        for param in command.params
+        if get_type_hints(command.callback)[param.name] in TEXTS
+    }
+    assert found == READS | WRITTEN | PLAIN
+
+
+def _commands(command: Any) -> Iterator[Any]:
+    for one in getattr(command, "commands", {}).values():
+        yield from _commands(one)
+    if not getattr(command, "commands", {}):
+        yield command
