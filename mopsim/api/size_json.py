@@ -123,7 +123,8 @@ def miss_json(miss: Miss | None, request: Request) -> dict[str, Any] | None:
     """The nearest cluster that does not do, and the limits that would."""
     if miss is None:
         return None
-    needs = {"days": miss.days, "budget_usd": miss.dollars, "nodes": miss.nodes}
+    thin = miss.thin is not None
+    needs = {"days": miss.days, "budget_usd": miss.dollars, "nodes": miss.nodes, "larger_batch": thin}
     return {**brief_json(miss.point, request), "needs": {name: one for name, one in needs.items() if one}}
 
 

@@ -205,8 +205,21 @@ def missed(miss: Miss | None) -> str:
         changes.append(f"--days {math.ceil(miss.days * 100) / 100:g}")
     if miss.dollars is not None:
         changes.append(f"--budget {math.ceil(miss.dollars)}")
-    more = f", or about {miss.nodes:,} nodes (--max-nodes)" if miss.nodes else ""
-    return f"nearest: {summary(point)}; it would do with {' and '.join(changes) or 'a price'}{more}"
+    return (
+        f"nearest: {summary(point)}; it would do with {' and '.join(changes) or 'a price'}{_more_nodes(miss)}"
+    )
+
+
+def _more_nodes(miss: Miss) -> str:
+    """Whether more nodes would do where the nearest is late, and how many."""
+    if miss.thin is not None:
+        return (
+            "; more nodes need a larger batch too (--global-batch-tokens): as many as would be in time, if "
+            f"each added as much, have {miss.thin:,.0f} tokens a device and step"
+        )
+    if miss.nodes is not None:
+        return f", or about {miss.nodes:,} nodes (--max-nodes)"
+    return "" if miss.days is None or miss.dollars is not None else ", or with more nodes (--max-nodes)"
 
 
 def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:

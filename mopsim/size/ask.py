@@ -10,16 +10,13 @@ from mopsim.search.coarse import coarse
 from mopsim.size.carry import carried, played
 from mopsim.size.figures import LEVEL, Figures, Step, figures
 from mopsim.size.goodput import state_bytes
-from mopsim.size.points import Point, Request, quantile
+from mopsim.size.points import FEW_TOKENS, Point, Request, quantile
 from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.stack import Stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
 
-FEW_TOKENS = 8192
-"""Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
-the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
 ROWS = 40_000
 """To which a search multiplies out a space: ten times as many take twice as long and find nothing faster
 within so few simulations."""

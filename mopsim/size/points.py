@@ -20,6 +20,11 @@ DEFAULT_SIMULATIONS = 3
 SURE, LITTLE = 0.95, 1.1
 """Probability of the deadline from which a cluster is called sure, and how many times the recommended one's
 cost it may be for it to be named beside that."""
+FEW_TOKENS = 8192
+"""Tokens of a device and step below which gathering weights and reducing gradients outlast the arithmetic:
+the roofline of ZeRO-3 in bf16 on one 400 Gbit/s NIC a device is of this order."""
+NEAR = 2.0
+"""How many times a point's nodes its speed is still said to grow with them."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +160,16 @@ def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | 
 @dataclass(frozen=True)
 class Miss:
     """The point that misses by least, and what would make it do. over: how many times the limit it needs.
-    days, dollars: limits that would do; None where it keeps that one. nodes: that would be in time if they
-    all added as much, for a point that is late and within the budget."""
+    days, dollars: limits that would do; None where it keeps that one. Of a point that is late and within the
+    budget, if every node added as much: nodes that would be in time, None where those are not NEAR; thin:
+    tokens of a device and step on them, None where a device has FEW_TOKENS, so that more nodes are enough."""
 
     point: Point
     over: float
     days: float | None
     dollars: float | None
     nodes: int | None
+    thin: float | None = None
 
 
 def nearest_miss(points: Sequence[Point], goal: Goal, confidence: float) -> Miss | None:
@@ -176,11 +183,21 @@ def nearest_miss(points: Sequence[Point], goal: Goal, confidence: float) -> Miss
         late = needed / goal.seconds if goal.seconds else 0.0
         outlay = bill.outlay if bill.outlay is not None else float("inf")
         dear = outlay / goal.budget if goal.budget else 0.0
-        more = math.ceil(point.num_nodes * late) if late > 1 >= dear else None
+        nodes, thin = _enough_nodes(point, late) if late > 1 >= dear else (None, None)
         days, dollars = needed / DAY if late > 1 else None, outlay if dear > 1 else None
-        miss = Miss(point, max(late, dear), days, dollars, more)
+        miss = Miss(point, max(late, dear), days, dollars, nodes, thin)
         found.append((miss.over, outlay, miss))
     return min(found, key=lambda one: one[:2])[2] if found else None
+
+
+def _enough_nodes(point: Point, late: float) -> tuple[int | None, float | None]:
+    """`Miss.nodes` and `Miss.thin` of a point that takes `late` times as long as it may."""
+    nodes = math.ceil(point.num_nodes * late)
+    tokens = point.training.seq_len * point.training.global_batch
+    each = tokens / (nodes * point.hardware.devices_per_node)
+    if each < FEW_TOKENS:
+        return None, each
+    return (nodes if late <= NEAR else None), None
 
 
 def quantile(bill: Figures, probability: float) -> float:

@@ -52,9 +52,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
 
 def _risky(row: dict[str, Any]) -> list[str]:
     """Families that fit with a probability below that of the ranked."""
-    return [
-        f"{family} {_rate(one)} (fits with {one['p_fits']:.2f})" for family, one in row["risky"].items()
-    ]
+    return [f"{family} {_rate(one)} (fits with {one['p_fits']:.2f})" for family, one in row["risky"].items()]
 
 
 def _rate(one: dict[str, Any]) -> str:

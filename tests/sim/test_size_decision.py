@@ -1,6 +1,7 @@
 """Answers of a sizing beyond the bill: Pareto, near misses, what-if, measurements, the page to sign by."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -8,6 +9,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import mopsim
@@ -15,7 +17,7 @@ from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
 from mopsim.report.decision import Decision, answer, risks
-from mopsim.report.sizing import format_days, surely
+from mopsim.report.sizing import format_days, missed, surely
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point
 from mopsim.size.figures import DAY, WIDE
@@ -147,13 +149,31 @@ def test_where_none_will_do_the_nearest_miss_says_what_would(tmp_path: Path) -> 
     assert miss is not None
     assert miss.days is not None
     assert miss.days > 0.9
-    assert miss.nodes is not None
-    assert miss.nodes > 8
-    assert none.to_json()["nearest_miss"]["needs"]["days"] == miss.days
+    assert none.to_json()["nearest_miss"]["needs"] == {"days": miss.days, "larger_batch": True}
     again = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=miss.days * 1.001, **LEAN)
     assert again.chosen is not None
     none.write(tmp_path / "none")
     assert "No cluster will do" in (tmp_path / "none" / "decision.html").read_text("utf-8")
+
+
+def test_more_nodes_are_advised_only_where_they_would_help(found: Clusters) -> None:
+    point = found.points[-1]
+    assert point.figures is not None
+
+    def advice(late: float, sequences: int) -> str:
+        many = msgspec.structs.replace(point.training, global_batch=sequences)
+        one = replace(point, training=many, in_time=False)
+        assert point.figures is not None
+        return missed(nearest_miss([one], Goal(1, point.figures.seconds / late), 0.5))
+
+    thick = 16 * point.num_devices  # sequences of 4,096: 65,536 tokens a device
+    assert f"or about {math.ceil(1.5 * point.num_nodes)} nodes (--max-nodes)" in advice(1.5, thick)
+    far, thin = advice(4.0, thick), advice(58.0, thick)
+    assert far.endswith("or with more nodes (--max-nodes)")
+    assert "--global-batch-tokens" not in far
+    assert "about" not in thin
+    assert "a larger batch too (--global-batch-tokens)" in thin
+    assert "have 1,1" in thin
 
 
 def test_a_miss_of_two_limits_names_both(found: Clusters) -> None:
