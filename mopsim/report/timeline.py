@@ -17,7 +17,7 @@ def timeline_plot(
 
     found = {span.stream for span in spans}
     streams = [stream for stream in STREAMS if stream in found]
-    end = max((span.end for span in spans), default=1.0)
+    end = max([*(span.end for span in spans), *(time for time, _ in curve)], default=1.0)
     unit, scale = time_scale(end)
     with figure(
         path, 12, 3.6 + 0.5 * len(streams), 2, sharex=True, height_ratios=[max(len(streams), 2), 2.2]
@@ -42,7 +42,8 @@ def timeline_plot(
         handles = [Patch(color=tint, label=name.replace("_", " ")) for name, tint in used.items()]
         lanes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
         size, factor = byte_scale(max([value for _, value in curve] + [1]))
-        times, values = [t / scale for t, _ in curve], [value / factor for _, value in curve]
+        drawn = to_the_end(curve, end)
+        times, values = [t / scale for t, _ in drawn], [value / factor for _, value in drawn]
         memory.fill_between(times, values, step="post", color="#d7bde2")
         if limit and curve and limit < 1.6 * max(value for _, value in curve):
             memory.axhline(limit / factor, color="#c0392b", linestyle="--")
@@ -54,3 +55,8 @@ def timeline_plot(
         memory.set_ylabel(f"device memory, {size}")
         memory.set_xlabel(f"time in the step, {unit}")
     return path
+
+
+def to_the_end(curve: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:
+    """What the last event leaves stays until the step's end (seconds)."""
+    return [*curve, (end, curve[-1][1])] if curve and curve[-1][0] < end else list(curve)
