@@ -29,15 +29,24 @@ def sizing_json(sizing: Sizing, request: Request) -> dict[str, Any]:
         "hosts_in_energy": node is not None,
         "simulated": sizing.simulated,
         "best": point_json(sizing.best, request) if sizing.best else None,
-        "tried": [_tried_json(point) for point in sizing.tried],
+        "tried": [_tried_json(point, request) for point in sizing.tried],
     }
 
 
-def _tried_json(point: Point) -> dict[str, Any]:
+def _keeps(point: Point, request: Request) -> dict[str, bool | None]:
+    """Whether it keeps each limit; None for one that was not asked for."""
+    goal = request.goal
+    return {
+        "in_time": point.in_time if goal.seconds is not None else None,
+        "within_budget": point.affordable if goal.budget is not None else None,
+    }
+
+
+def _tried_json(point: Point, request: Request) -> dict[str, Any]:
     bill = point.figures
     return {
         "nodes": point.num_nodes,
-        "in_time": point.in_time,
+        **_keeps(point, request),
         "reason": point.why or None,
         "duration_s": bill.seconds if bill else None,
         "cost_usd": bill.cost if bill else None,
@@ -103,8 +112,7 @@ def brief_json(point: Point, request: Request) -> dict[str, Any]:
         "p_deadline": bill.p_within(goal.seconds),
         "goodput": bill.goodput.share if bill.goodput else None,
         "measured_over_predicted": bill.measured_over_predicted,
-        "in_time": point.in_time,
-        "within_budget": point.affordable,
+        **_keeps(point, request),
         "reason": point.why or None,
         "strategy": io.to_plain(point.result.strategy),
         "strategy_line": describe(point.result.strategy),

@@ -19,7 +19,7 @@ def results() -> dict[str, dict[str, Any]]:
         "compare": mopsim.compare(**JOB, strategies=STRATEGIES, sweep=("seq_len", [128, 256, 1024])),
         "size": mopsim.size(
             **job, tokens="1M", days=1, global_batch_tokens="1K", families=["mop"], precision="float32",
-            budget=2, max_nodes=4,
+            simulations=2, max_nodes=4,
         ),
         "context": context(),
         "validate": validation(),

@@ -101,6 +101,27 @@ def test_a_page_says_how_far_its_search_is_proven(made: dict[str, dict[str, Any]
     assert {"gap", "expected gap"} <= {column["name"] for column in found["columns"]}
 
 
+def test_a_page_names_all_that_its_steps_were_made_of(made: dict[str, dict[str, Any]]) -> None:
+    data = json.loads(json.dumps(made["compare"]))
+    data["facts"] = {"command": "mopsim compare --model tiny"}
+    data["strategies"]["fsdp2"]["provenance"] |= {"profile": "other", "profile_digest": "0123456789ab"}
+    kind = kind_of(data, "x")
+    facts = explorer(data, kind, steps_of(data, kind), {}, []).facts
+    assert facts["command"] == "mopsim compare --model tiny"
+    assert re.fullmatch(r"cpu-2core \(digest \w+\), other \(digest 0123456789ab\)", facts["hardware profile"])
+    assert re.fullmatch(r"mopexec-flat \(digest \w+\), mopexec-fsdp2 \(digest \w+\)", facts["stack"])
+    assert facts["model"].count("digest") == 1
+
+
+def test_a_limit_that_was_not_asked_for_has_no_answer(made: dict[str, dict[str, Any]]) -> None:
+    """`size` with days alone keeps no budget, and one with a budget alone no deadline."""
+    named = {column["name"] for column in views(made["size"])[0]["columns"]}
+    assert "in time" in named
+    assert "within budget" not in named
+    (machine,) = made["size"]["hardware"]
+    assert {one["within_budget"] for one in [*machine["tried"], *made["size"]["points"]]} == {None}
+
+
 def test_what_is_enough_is_told_apart_from_the_interval_of_memory(
     made: dict[str, dict[str, Any]],
 ) -> None:

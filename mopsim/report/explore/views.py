@@ -67,8 +67,7 @@ def explorer(
     with _readable(kind):
         views, headline = kind.views(result, steps), str(kind.headline(result))
         views += [timeline(label, one) for label, one in timelines.items()]
-        first = steps[0].found.get("provenance", {}) if steps else {}
-        facts = {"result of": f"mopsim {kind.name}", **first, **result.get("facts", {})}
+        facts = {"result of": f"mopsim {kind.name}", **made_of(steps), **result.get("facts", {})}
         known = {name: str(value) for name, value in facts.items()}
         return Explorer(f"{_subject(result, steps)}{kind.name}", headline, views, notes, known)
 
@@ -81,6 +80,25 @@ def _readable(kind: Kind) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
         raise MopError(f"result: of mopsim {kind.name}, {what}") from None
+
+
+NOUNS = {"hardware profile": "profile", "model": "model", "stack": "stack"}
+"""What a step was made of, as a page and its provenance name it."""
+
+
+def made_of(steps: Sequence[ExplorerStep]) -> dict[str, str]:
+    """What all steps were made of, each profile, model and stack with its digest."""
+    made = [one.found.get("provenance") or {} for one in steps]
+    found = {
+        said: ", ".join(
+            dict.fromkeys(
+                f"{one[noun]} (digest {one.get(f'{noun}_digest', 'unknown')})" for one in made if noun in one
+            )
+        )
+        for said, noun in NOUNS.items()
+    }
+    found["version"] = ", ".join(dict.fromkeys(one["version"] for one in made if "version" in one))
+    return {said: text for said, text in found.items() if text}
 
 
 def _subject(result: Json, steps: Sequence[ExplorerStep]) -> str:
