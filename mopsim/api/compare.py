@@ -18,6 +18,7 @@ from mopsim.api.inputs import (
     notes,
     read_inputs,
 )
+from mopsim.api.on_stacks import for_all
 from mopsim.api.results import Result, Simulation
 from mopsim.api.run import played
 from mopsim.api.strategies import StrategyTemplate
@@ -28,7 +29,8 @@ from mopsim.common.errors import MopError
 from mopsim.common.outputs import whole_directory
 from mopsim.common.values import require_once
 from mopsim.engine import SimResult
-from mopsim.report.compare import Sweep, difference, finding, lead, software, summary
+from mopsim.report.findings import difference, finding, lead, software, summary
+from mopsim.report.sweep import Sweep, over
 from mopsim.search.result import exhausted
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import MatmulDType, Strategy
@@ -54,10 +56,13 @@ class Comparison(Result):
         points: Swept | None,
         notes: Sequence[str],
         refused: Mapping[str, str],
+        stacks: Sequence[str] = (),
     ) -> None:
+        """stacks: shipped ones that have something of every strategy, where those found are on several."""
         self.inputs, self.simulations, self.points = inputs, dict(simulations), points
         self.notes, self.refused = list(notes), dict(refused)
         self.results = {label: one.result for label, one in simulations.items()}
+        self.stacks = list(stacks)
         self.gaps = {label: one.found.gap for label, one in simulations.items() if one.found}
 
     @property
@@ -65,18 +70,19 @@ class Comparison(Result):
         """What the report draws of it."""
         return self.points.report() if self.points else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, command: str = "mopsim.compare") -> dict[str, Any]:
+        """command: what made it."""
         labels, results = list(self.results), list(self.results.values())
         found: dict[str, Any] = {
             "strategies": {label: one.to_json() for label, one in self.simulations.items()},
             "stack": self.inputs.stack.name if self.inputs.stack else None,
-            "finding": finding(results, labels, self.gaps, self.inputs.interval),
+            "finding": self._placed(finding(results, labels, self.gaps, self.inputs.interval)),
             "lead": self._lead(),
-            "software": software(results, labels),
+            "software": software(results, labels, self.stacks),
             "proven": all(exhausted(gap) for gap in self.gaps.values()),
             "difference": difference(results, labels),
             "refused": self.refused,
-            "facts": facts(self.inputs, "mopsim.compare"),
+            "facts": facts(self.inputs, command),
         }
         return found | ({"sweep": self.points.to_json()} if self.points else {})
 
@@ -97,8 +103,18 @@ class Comparison(Result):
         return {"over": over, "ratio": ratio.predicted, "interval": [low, high], "p_faster": ratio.p_faster}
 
     def headline(self) -> str:
-        found = summary(list(self.results.values()), list(self.results), self.gaps, self.inputs.interval)
-        return " ".join([found, *(f"{label} has no strategy here." for label in self.refused)])
+        labels, results = list(self.results), list(self.results.values())
+        said = summary(results, labels, self.gaps, self.inputs.interval, self.stacks)
+        return " ".join([self._placed(said), *(f"{label} has no strategy here." for label in self.refused)])
+
+    def _placed(self, said: str) -> str:
+        """What is said of the job; of a sweep first who is fastest at each value, then where the job is."""
+        if self.points is None:
+            return said
+        nodes, length = self.inputs.nodes, self.inputs.training.seq_len
+        node = f"{nodes:,} node{'s' if nodes > 1 else ''}"
+        here = node if self.points.setting == "nodes" else f"{length:,} tokens"
+        return f"{over(self.points.report())}. At {here}: {said}"
 
     def _results(self) -> Sequence[SimResult]:
         return list(self.results.values())
@@ -139,8 +155,7 @@ class Comparison(Result):
         with whole_directory(Path(folder)) as aside, saved_as(formats):
             write_compare(
                 aside, list(self.results.values()), list(self.results), timelines, self.sweep, title,
-                facts(inputs, command), self.gaps, inputs.interval, self._swept_on(),
-                self.refused,
+                facts(inputs, command), self.headline(), inputs.interval, self._swept_on(), self.refused,
             )  # fmt: skip
             written = [path.name for path in aside.iterdir()]
         return [Path(folder) / name for name in sorted(written)]
@@ -200,7 +215,9 @@ def compare(
     if not simulations:
         raise NoStrategyError("; ".join(refused.values()))
     points = swept(inputs, list(named), play, sweep, hold) if sweep else None
-    return Comparison(inputs, simulations, points, notes(list(named.values()), inputs), refused)
+    on = list(dict.fromkeys(one.result.stack.name for one in simulations.values()))
+    stacks = for_all([named[label] for label in simulations], inputs, runnable, on) if on[1:] else []
+    return Comparison(inputs, simulations, points, notes(list(named.values()), inputs), refused, stacks)
 
 
 def _labelled(strategies: Sequence[AnyStrategy]) -> dict[str, AnyStrategy]:

@@ -9,7 +9,7 @@ from msgspec.structs import replace as changed
 from mopsim.api.inputs import Count, Inputs, count
 from mopsim.api.results import Simulation
 from mopsim.common.errors import MopError
-from mopsim.report.compare import Sweep
+from mopsim.report.sweep import Sweep
 
 Setting = Literal["seq_len", "nodes"]
 Hold = Literal["tokens_per_step", "sequences_per_step", "tokens_per_device"]

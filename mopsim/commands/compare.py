@@ -1,5 +1,6 @@
 """`mopsim compare`: several strategies side by side, as tables and figures."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import cast
@@ -14,8 +15,8 @@ from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs
 from mopsim.common.values import listed
-from mopsim.report.compare import swept_table
 from mopsim.report.formats import read_formats
+from mopsim.report.sweep import swept_table
 from mopsim.report.tables import comparison
 
 _SETTINGS = {"seq-len": "seq_len", "nodes": "nodes"}
@@ -44,8 +45,9 @@ def run(
     except NoStrategyError as error:
         print(f"mopsim: {error}", file=sys.stderr)
         return NOTHING_FITS
-    with io.json_beside(json, found.to_json() if json else None):
-        written = found.write(out, " ".join(["mopsim", *sys.argv[1:]]), kinds)
+    command = shlex.join(["mopsim", *sys.argv[1:]])
+    with io.json_beside(json, found.to_json(command) if json else None):
+        written = found.write(out, command, kinds)
     console = human(json)
     level, refused = found.inputs.interval, list(found.refused.values())
     console.print(comparison(list(found.results.values()), found.inputs.where, level, refused=refused))

@@ -132,7 +132,7 @@ class _Trials:
         asked = tuple(columns.items())
         if asked not in self.refused:
             job = self._job(columns)
-            self.refused[asked] = {error.field for error in _errors(job)} if job else set()
+            self.refused[asked] = {error.field for error in not_played(job)} if job else set()
         return self.refused[asked]
 
     def _jobs(self, key: Key, value: Value) -> Iterator[tuple[dict[str, int], Job]]:
@@ -164,7 +164,7 @@ class _Trials:
     ) -> tuple[list[SpecError], list[tuple[dict[str, int], SpecError]]]:
         """Errors of fields that an axis sets, or none does: in every row where the field acts, and in one."""
         errors = [
-            {error.field: error for error in _errors(job) if self._mine(key, context, error)}
+            {error.field: error for error in not_played(job) if self._mine(key, context, error)}
             for context, job in jobs
         ]
         always, sometimes = [], []
@@ -210,7 +210,7 @@ class _Trials:
         that are not recomputed whole may recompute modules."""
         given = dict(zip(names(key), each(value), strict=True))
         other = self._job(context | {"recompute": 1 - context["recompute"]} | given)
-        if other is not None and all(one.field != error.field for one in _errors(other)):
+        if other is not None and all(one.field != error.field for one in not_played(other)):
             columns = {"recompute": context["recompute"]} | given
             if selective and not context["recompute"]:
                 columns = {"modules": 0} | columns
@@ -226,7 +226,7 @@ class _Trials:
                     return
 
 
-def _errors(job: Job) -> Iterator[SpecError]:
+def not_played(job: Job) -> Iterator[SpecError]:
     """What the simulator refuses of a job."""
     try:
         job.software.check_strategy(job.strategy)

@@ -93,6 +93,22 @@ def test_a_family_without_a_strategy_is_a_row_of_the_comparison(
     assert capsys.readouterr().err == f"mopsim: {why}\n"
 
 
+def test_families_on_several_stacks_are_told_which_one_has_both() -> None:
+    job: dict[str, Any] = {**JOB, "budget": 2, "strategies": ["mop", "megatron"]}
+    found = mopsim.compare(**job)
+    assert found.stacks[0] == "mopexec-flat"
+    assert {"generic-fused", "mopexec-flat"} <= set(found.stacks)
+    assert not {"torchtitan", "megatron-core"} & set(found.stacks)
+    for one in found.stacks[:2]:
+        assert (
+            len(mopsim.compare(**JOB | {"budget": 2, "stack": one}, strategies=["mop", "megatron"]).results)
+            == 2
+        )
+    shared = [mopsim.fsdp2(dtype="float32"), TINY]
+    assert "mopexec-flat" in mopsim.compare(**JOB, strategies=shared).stacks
+    assert mopsim.compare(**JOB, strategies=[TINY]).stacks == []
+
+
 def test_compare_sweeps_and_writes_its_report(tmp_path: Path) -> None:
     strategies = {"one": TINY, "chunked": mopsim.mop(dtype="float32", expert_chunk_tokens=64)}
     found = mopsim.compare(**JOB, strategies=strategies, sweep=("seq_len", ["512", 256]))

@@ -143,10 +143,15 @@ def test_compare_writes_a_report(
     assert {"index.md", "index.html", "memory.png", "time.png", "sweep.png", "sweep.svg", "sweep.pdf"} <= {
         path.name for path in folder.iterdir()
     }
-    swept = json.loads((tmp_path / "c.json").read_text())["sweep"]
+    data = json.loads((tmp_path / "c.json").read_text())
+    swept = data["sweep"]
+    assert data["facts"]["command"].startswith(f"mopsim compare {JOB[0]} ")
+    assert data["facts"]["command"] in (folder / "index.md").read_text()
     assert (swept["values"], swept["global_batch"], swept["hold"]) == ([128, 256], [8, 4], "tokens_per_step")
     said = " ".join(capsys.readouterr().out.split())
     assert "held constant: tokens per step (1,024)" in said
+    assert re.search(r"Over seq-len: \S+ is fastest at 128.* At 256 tokens: ", said)
+    assert data["finding"].startswith("Over seq-len: ")
     assert all(f"{length} {label}" in said for length in (128, 256) for label in ("mop", "fsdp2"))
 
 

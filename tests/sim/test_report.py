@@ -13,22 +13,15 @@ from rich.console import Console
 
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
-from mopsim.report.compare import (
-    Sweep,
-    _sweep_table,
-    difference,
-    finding,
-    software,
-    summary,
-    sweep_figure,
-    timeline_title,
-    write_compare,
-)
+from mopsim.report.compare import timeline_title, write_compare
+from mopsim.report.findings import difference, finding, headline, outcome, software, summary
 from mopsim.report.formats import saved_as
 from mopsim.report.page import Page, Section, Table, write_page
 from mopsim.report.plots import Compared, loss_lines, predicted_bars
 from mopsim.report.style import figure, legend_below
+from mopsim.report.sweep import Sweep, over, sweep_figure, swept_rows
 from mopsim.report.tables import columns, comparison, describe, row
+from mopsim.report.timeline import timeline_plot, to_the_end
 from mopsim.report.trace import Timeline, chrome_trace
 from mopsim.spec.presets import load_model
 from mopsim.spec.profiles import load_profile
@@ -52,7 +45,7 @@ def test_compare_writes_pictures_and_pages(results: list[SimResult], tmp_path: P
         "seq-len", [256, 512], ["256", "512"], {"mop": [results[0], None], "fsdp2": [results[1], results[1]]}
     )
     facts = {"command": "mopsim compare ...", "version": "1"}
-    written = write_compare(tmp_path, results, ["mop", "fsdp2"], results, sweep, "tiny", facts)
+    written = write_compare(tmp_path, results, ["mop", "fsdp2"], results, sweep, "tiny", facts, "won")
     names = {path.name for path in written}
     assert {"memory.png", "time.png", "sweep.png", "timeline-1.png", "index.md", "index.html"} <= names
     assert all(path.read_bytes().startswith(PNG) for path in written if path.suffix == ".png")
@@ -79,14 +72,14 @@ def test_a_sweep_says_what_it_holds(results: list[SimResult], monkeypatch: pytes
                   [256, 768], "tokens per step")  # fmt: skip
     assert sweep.held == "held constant: tokens per step (1,536)"
     assert "768 has 2,304" in replace(sweep, batches=[6, 3]).held
-    assert "no legal strategy: x: 1 is not 2" in str(_sweep_table(sweep).rows)
+    assert "no legal strategy: x: 1 is not 2" in str(swept_rows(sweep).rows)
     named: list[tuple[str, ...]] = []
-    drawn = "mopsim.report.compare.sweep_lines"
+    drawn = "mopsim.report.sweep.sweep_lines"
     monkeypatch.setattr(drawn, lambda path, values, series, *names: named.append(names))
     sweep_figure(Path("sweep.png"), sweep, where="tiny on 1 node of cpu-2core")
     title, across, up, *_ = named[0]
     assert (across, up) == ("sequence length, tokens", "tokens/s per rank")
-    assert {"step, 50 %", "tokens/s per rank"} <= set(_sweep_table(sweep, 0.5).columns)
+    assert {"step, 50 %", "tokens/s per rank"} <= set(swept_rows(sweep, 0.5).columns)
     assert title.splitlines()[0] == "All fit up to 256 tokens"
     assert title.splitlines()[1:] == ["tiny on 1 node of cpu-2core; held constant: tokens per step (1,536)"]
 
@@ -95,6 +88,49 @@ def test_finding_names_the_winner(results: list[SimResult]) -> None:
     fast = min(results, key=lambda one: one.step_time)
     label = {id(results[0]): "mop", id(results[1]): "fsdp2"}[id(fast)]
     assert finding(results, ["mop", "fsdp2"]).startswith(f"{label} is fastest")
+
+
+def test_a_tie_is_no_win(results: list[SimResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a search: step times within 0.5 %."""
+    fast = min(results, key=lambda one: one.step_time)
+    near, far = (replace(fast, step_time=part * fast.step_time) for part in (1.004, 1.2))
+    labels = ["a", "b", "c"]
+    assert outcome([fast, near, far], labels) == "a and b tie"
+    assert headline([fast, near, far], labels) == "a and b tie within 0.5 %, 1.20x as fast as c"
+    assert "probability" in finding([fast, near, far], labels)
+    assert "fastest" not in summary([fast, near], labels[:2])
+    assert "loses" not in summary([fast, near], labels[:2])
+    assert outcome([fast, replace(fast, step_time=1.006 * fast.step_time)], labels[:2]) == "a is fastest"
+    assert software(
+        [fast, replace(near, stack=structs.replace(near.stack, name="other"))], labels[:2]
+    ).startswith("The tie is of")
+    sweep = Sweep("nodes", [1, 2, 4], ["1", "2", "4"], {"a": [fast, fast, fast], "b": [far, near, None]})
+    assert over(sweep) == "Over nodes: a is fastest at 1; a and b tie at 2; a is the only one that fits at 4"
+    titles: list[str] = []
+    drawn = "mopsim.report.sweep.sweep_lines"
+    monkeypatch.setattr(drawn, lambda path, values, series, title, *rest: titles.append(title))
+    two = Sweep("nodes", [1, 2], ["1", "2"], {"a": [fast, fast], "b": [far, near]})
+    sweep_figure(Path("sweep.png"), two)
+    assert titles == ["All fit up to 2 nodes; a and b tie there"]
+
+
+def test_a_hint_names_the_stacks_that_have_something_of_each(results: list[SimResult]) -> None:
+    labels = ["a", "b"]
+    said = software(results, labels, ["one", "two"])
+    assert said.endswith("--stack NAME simulates all on one (one, two have something of each)")
+    assert software(results, labels, list("abcdef")).endswith(
+        "(a, b, c, d and 2 others have something of each)"
+    )
+    assert software(results, labels, []).endswith("no shipped stack has something of each")
+
+
+def test_memory_is_drawn_to_the_end_of_the_step(results: list[SimResult], tmp_path: Path) -> None:
+    assert to_the_end([(0.0, 1.0), (2.0, 3.0)], 5.0) == [(0.0, 1.0), (2.0, 3.0), (5.0, 3.0)]
+    assert to_the_end([(0.0, 1.0), (5.0, 3.0)], 5.0) == [(0.0, 1.0), (5.0, 3.0)]
+    assert to_the_end([], 5.0) == []
+    one = results[0]
+    path = timeline_plot(tmp_path / "t.png", one.spans, one.memory_curve, one.memory_limit, "t")
+    assert path.read_bytes().startswith(PNG)
 
 
 def test_a_ratio_over_another_stack_is_said_to_be_of_software_too(results: list[SimResult]) -> None:
@@ -107,7 +143,7 @@ def test_a_ratio_over_another_stack_is_said_to_be_of_software_too(results: list[
 
 
 def test_every_row_names_its_stack(results: list[SimResult], tmp_path: Path) -> None:
-    write_compare(tmp_path, results, ["mop", "fsdp2"], [], None, "tiny", {}, level=0.5)
+    write_compare(tmp_path, results, ["mop", "fsdp2"], [], None, "tiny", {}, "won", level=0.5)
     text, shown = (tmp_path / "index.md").read_text(), StringIO()
     assert "| step, 50 % |" in text
     assert not re.search(r"\b90 ?%", text)

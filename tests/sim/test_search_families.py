@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.tensors import total_params
-from mopsim.report.compare import finding
+from mopsim.report.findings import finding
 from mopsim.search import Options, SearchResult, search
 from mopsim.search.bound import bound
 from mopsim.search.driver import NO_GAIN, NO_GAIN_IN_FAMILY, SPENT

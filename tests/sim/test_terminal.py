@@ -9,9 +9,9 @@ from rich.console import Console
 from mopsim.common.units import format_seconds
 from mopsim.context import ContextCase, ContextPoint, Curve, contenders
 from mopsim.engine import simulate
-from mopsim.report.compare import Sweep, swept_table
 from mopsim.report.context import shown_table
 from mopsim.report.sizing import sizing_table
+from mopsim.report.sweep import Sweep, swept_table
 from mopsim.report.tables import breakdown, comparison
 from mopsim.size import Goal, size
 from mopsim.size.figures import DAY

@@ -1,0 +1,141 @@
+"""What a comparison of strategies comes to, in words: who is fastest or ties, how surely, and why."""
+
+from collections.abc import Mapping, Sequence
+
+from mopsim.common.units import format_probability, format_seconds
+from mopsim.engine import SimResult
+from mopsim.intervals import Ratio
+from mopsim.search.result import TIE, exhausted, format_gap
+
+Gaps = Mapping[str, float | None]
+"""Of strategies that a search found, by label: SearchResult.gap."""
+SHOWN = 4
+"""Stacks that are named of those that could run all strategies."""
+
+
+def finding(
+    results: Sequence[SimResult], labels: Sequence[str], gaps: Gaps | None = None, level: float = 0.9
+) -> str:
+    """One sentence: the winner, by how much and how surely, or that nothing fits; and whose search was not
+    exhausted. level: of the ratio's interval."""
+    found = headline(results, labels) + _how_surely(results, labels, level)
+    open_gaps = {label: gap for label, gap in (gaps or {}).items() if not exhausted(gap)}
+    faster = ", ".join(f"{label} by at most {format_gap(gap)}" for label, gap in open_gaps.items() if gap)
+    fit = ", ".join(label for label, gap in open_gaps.items() if gap is None)
+    parts = (faster and f"plans left out may be faster, {faster}", fit and f"plans left out may fit, {fit}")
+    left = "; ".join(part for part in parts if part)
+    return f"{found} (not exhausted: {left})" if left else found
+
+
+def _fastest_first(results: Sequence[SimResult | None], labels: Sequence[str]) -> list[tuple[str, SimResult]]:
+    """Those that fit."""
+    fitting = [(label, one) for label, one in zip(labels, results, strict=True) if one and one.fits]
+    return sorted(fitting, key=lambda one: (one[1].step_time, one[0]))
+
+
+def _ranked(
+    results: Sequence[SimResult | None], labels: Sequence[str]
+) -> tuple[list[tuple[str, SimResult]], list[tuple[str, SimResult]]]:
+    """(the fastest that fits and those that tie with it, the slower ones), fastest first."""
+    order = _fastest_first(results, labels)
+    first = [one for one in order if one[1].step_time <= (1 + TIE) * order[0][1].step_time]
+    return first, order[len(first) :]
+
+
+def outcome(results: Sequence[SimResult | None], labels: Sequence[str]) -> str:
+    """'mop is fastest', 'mop and fsdp2 tie', 'mop is the only one that fits' or 'No strategy fits'. None:
+    no legal strategy."""
+    first, slower = _ranked(results, labels)
+    if not first:
+        return "No strategy fits"
+    names = [label for label, _ in first]
+    if len(names) > 1:
+        return f"{', '.join(names[:-1])} and {names[-1]} tie"
+    if slower:
+        return f"{names[0]} is fastest"
+    return f"{names[0]} is the only one that fits" if len(results) > 1 else f"{names[0]} fits"
+
+
+def headline(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+    """The outcome, and how many times as fast the first is as the next that does not tie."""
+    first, slower = _ranked(results, labels)
+    within = f" within {format_gap(TIE)}" if len(first) > 1 else ""
+    ahead = ""
+    if slower:
+        other, second = slower[0]
+        ahead = f", {second.step_time / first[0][1].step_time:.2f}x as fast as {other}"
+    return f"{outcome(results, labels)}{within}{ahead}"
+
+
+def lead(results: Sequence[SimResult], labels: Sequence[str]) -> tuple[str, Ratio] | None:
+    """The next best's label and how many times as fast the winner is; None where fewer than two fit."""
+    order = _fastest_first(results, labels)
+    return (order[1][0], order[0][1].times_as_fast_as(order[1][1])) if len(order) > 1 else None
+
+
+def _how_surely(results: Sequence[SimResult], labels: Sequence[str], level: float) -> str:
+    """Of the lead over the next that does not tie; where all tie, of the first over the next."""
+    first, slower = _ranked(results, labels)
+    if len(first) + len(slower) < 2:
+        return ""
+    name, fastest = first[0]
+    ratio = fastest.times_as_fast_as((slower or first[1:])[0][1])
+    low, high = ratio.interval(level)
+    sure = format_probability(ratio.p_faster)
+    if not slower:
+        return f" ({name} {low:.2f}x to {high:.2f}x as fast with {level:.0%})"
+    return f" ({low:.2f}x to {high:.2f}x with {level:.0%}; the faster one with probability {sure})"
+
+
+def difference(results: Sequence[SimResult], labels: Sequence[str]) -> str:
+    """Where the next that does not tie loses most to the fastest; of the optimizer, that it runs once a
+    step."""
+    first, slower = _ranked(results, labels)
+    if not slower:
+        return ""
+    best, (name, other) = first[0][1], slower[0]
+    parts = other.time_by_component
+    more = {kind: seconds - best.time_by_component.get(kind, 0.0) for kind, seconds in parts.items()}
+    kind = max(more, key=more.__getitem__)
+    if more[kind] <= 0.0:
+        return ""
+    note = ", once a step however many its tokens: a larger batch narrows it" if kind == "optimizer" else ""
+    return f"{name} loses most in {kind.replace('_', ' ')}, {format_seconds(more[kind])}{note}"
+
+
+def software(results: Sequence[SimResult], labels: Sequence[str], stacks: Sequence[str] | None = None) -> str:
+    """That the winner's lead is of plan and software, where the next best runs on another stack. stacks:
+    those that could run all strategies, where they are known."""
+    order = _fastest_first(results, labels)[:2]
+    if len(order) < 2 or order[0][1].stack == order[1][1].stack:
+        return ""
+    named = ", ".join(f"{label} on {one.stack.name}" for label, one in order)
+    what = "ratio" if len(_ranked(results, labels)[0]) < 2 else "tie"
+    return f"The {what} is of plan and software together ({named}): {_on_one(stacks)}"
+
+
+def _on_one(stacks: Sequence[str] | None) -> str:
+    """How all are simulated on one stack."""
+    if stacks is None:
+        return "--stack NAME simulates all on one"
+    if not stacks:
+        return "no shipped stack has something of each"
+    more = f" and {len(stacks) - SHOWN} others have" if len(stacks) > SHOWN else " have"
+    has = more if len(stacks) > 1 else " has"
+    return f"--stack NAME simulates all on one ({', '.join(stacks[:SHOWN])}{has} something of each)"
+
+
+def summary(
+    results: Sequence[SimResult],
+    labels: Sequence[str],
+    gaps: Gaps | None = None,
+    level: float = 0.9,
+    stacks: Sequence[str] | None = None,
+) -> str:
+    """The finding, whether it is of plans alone, and where the difference lies."""
+    found = (
+        finding(results, labels, gaps, level),
+        software(results, labels, stacks),
+        difference(results, labels),
+    )
+    return " ".join(f"{one}." for one in found if one)
