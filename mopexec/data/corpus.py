@@ -30,10 +30,16 @@ _SKIPPED = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files in a fixed order, and the digest of their contents (hex, 16 digits)."""
+    """Files of `source` in a fixed order, and the digest of their contents (hex, 16 digits)."""
 
+    source: str
     files: tuple[Path, ...]
     digest: str
+
+    def check_same(self) -> None:
+        """Refuse contents that are not those of the digest any more. Raises MopError."""
+        if read_corpus(self.source) != self:
+            raise MopError(f"--data: {self.source} was changed while it was read")
 
     def pieces(self, reading: DocumentReading) -> Iterator[DocumentPiece]:
         """All documents. Raises MopError naming the file and the line or row."""
@@ -55,7 +61,7 @@ def read_corpus(source: str) -> Corpus:
         size += _add_records(digest, path) if is_records(path) else _add_text(digest, path)
     if size == 0:
         raise MopError(f"--data: {source} is empty")
-    return Corpus(tuple(files), digest.hexdigest()[:16])
+    return Corpus(source, tuple(files), digest.hexdigest()[:16])
 
 
 def _python_files() -> list[Path]:
@@ -79,12 +85,20 @@ def user_files(path: Path) -> list[Path]:
     """The file, or those of a directory by name. Raises MopError where there are none."""
     if not exists(path):
         raise MopError(f"--data: {path}: no such file or directory")
+    check_regular(path)
     if not path.is_dir():
         return [path]
     files = _walk(path, "")
     if not files:
         raise MopError(f"--data: {path} is an empty directory")
     return files
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which gives its bytes once: data is read to name it, then for its tokens.
+    Raises MopError."""
+    if exists(path) and not (path.is_file() or path.is_dir()):
+        raise MopError(f"--data: {path} is not a regular file, and it is read more than once")
 
 
 def _walk(root: Path, suffix: str) -> list[Path]:

@@ -92,6 +92,12 @@ class _Windows:
     """One source: its ids, mask and documents' ends, mapped."""
 
     def __init__(self, directory: Path, part: TextPart, seq_len: int, apart: bool) -> None:
+        self.num_windows = (part.num_tokens - 1) // seq_len
+        if self.num_windows < 1:
+            raise MopError(
+                f"--data: the text has {part.num_tokens} tokens, "
+                f"too few for one sequence of plan.training.seq_len {seq_len}"
+            )
         path = directory / part.tokens  # an absolute path stays itself
         try:
             self.tokens: npt.NDArray[Any] = np.memmap(
@@ -103,13 +109,6 @@ class _Windows:
             raise MopError(
                 f"{path}: is missing or cut short; delete {directory} to have it made again"
             ) from None
-        self.num_windows = (part.num_tokens - 1) // seq_len
-        if self.num_windows < 1:
-            raise MopError(
-                f"--data: the text has {part.num_tokens} tokens, "
-                f"too few for one sequence of plan.training.seq_len {seq_len}"
-            )
-
         if apart and self.ends is None:
             raise MopError(
                 f"--data: {path} does not say where documents end, as plan.training.attention_mask "

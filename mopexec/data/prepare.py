@@ -101,9 +101,14 @@ class _Ids:
 
 
 def cache_directory(given: str | None) -> Path:
-    """Where tokenised text is kept: what the user gave, or mopexec's place in the XDG cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(base) / "mopexec"
+    """Where tokenised text is kept: what the user gave, or mopexec's place in the XDG cache. Raises MopError
+    where neither is known."""
+    if given:
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopexec"
+    except RuntimeError:
+        raise MopError("--cache: must be given: the user of this process has no home directory") from None
 
 
 def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
@@ -127,6 +132,9 @@ def prepare(options: DataOptions, vocab_size: int, cache: Path) -> Path:
         raise MopError(f"--cache: {cache} cannot be written: {error.strerror or error}") from None
     try:
         parts = list(_parts(sources, reading, given, vocab_size, aside))
+        for source in sources:
+            if isinstance(source, _Text):
+                source.corpus.check_same()
         meta = Meta(vocab_size=vocab_size, digest=digest, parts=parts)
         (aside / META).write_text(json.dumps(io.to_plain(meta)))
         shutil.rmtree(final, ignore_errors=True)
