@@ -34,7 +34,6 @@ class Chat:
         return parts
 
     def _render(self, messages: Sequence[Any], where: str) -> str:
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -42,7 +41,7 @@ class Chat:
         try:
             template = environment.from_string(self.template)
             return template.render(messages=messages, add_generation_prompt=False, **dict(self.specials))
-        except (TemplateError, ValueError, TypeError, RecursionError) as error:
+        except Exception as error:  # a template is a program
             raise MopError(f"--data: {where}: the tokenizer's chat template: {error}") from None
 
 

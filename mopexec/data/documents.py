@@ -1,7 +1,7 @@
 """Documents of one file as pieces of text: plain text, JSON lines of texts or chats, columns of Parquet."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,15 +44,30 @@ class DocumentReading:
             counted = ("assistant",) if self.loss_mask != "all" else None
             parts = self.chat.parts(record["messages"], where)
             for index, (role, message) in enumerate(parts):
-                yield DocumentPiece(message, counted is None or role in counted, index == len(parts) - 1)
+                counts = counted is None or role in counted
+                yield DocumentPiece(_unicode(message, where), counts, index == len(parts) - 1)
             return
         text = record.get(self.text_field)
         if not isinstance(text, str):
-            raise MopError(
-                f"--data: {where}: has no text in {self.text_field!r} and no 'messages'; it has "
-                f"{', '.join(sorted(map(repr, record))[:6]) or 'nothing'} (--text-field names another)"
-            )
-        yield DocumentPiece(text, self.loss_mask != "assistant", True)
+            raise self.without_text(record, where)
+        yield DocumentPiece(_unicode(text, where), self.loss_mask != "assistant", True)
+
+    def without_text(self, fields: Iterable[str], where: str) -> MopError:
+        """What to raise for a record with these fields."""
+        return MopError(
+            f"--data: {where}: has no text in {self.text_field!r} and no 'messages'; it has "
+            f"{', '.join(sorted(map(repr, fields))[:6]) or 'nothing'} (--text-field names another)"
+        )
+
+
+def _unicode(text: str, where: str) -> str:
+    """Refuse the half of a character that JSON can write and UTF-8 cannot. Raises MopError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise MopError(f"--data: {where}: {half!r} is half of a character (a lone surrogate)") from None
+    return text
 
 
 def is_records(path: Path) -> bool:
@@ -90,15 +105,22 @@ def _parquet(path: Path, reading: DocumentReading) -> Iterator[DocumentPiece]:
         raise MopError(
             f"--data: {path}: pyarrow is not installed, Parquet needs it: pip install pyarrow"
         ) from None
+    done, unreadable = 0, (ArrowException, OSError, ValueError, OverflowError)
     try:
-        file = parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield from reading.record(record, f"{path}: row {number}")
-    except (ArrowException, OSError) as error:
-        raise MopError(f"--data: {path}: is not a Parquet file that can be read: {_line(error)}") from None
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            column = next((name for name in (reading.text_field, "messages") if name in names), None)
+            if column is None:
+                raise reading.without_text(names, str(path))
+            for batch in file.iter_batches(columns=[column]):
+                for value in batch.column(0):
+                    yield from reading.record({column: value.as_py()}, f"{path}: row {done + 1}")
+                    done += 1
+    except unreadable as error:
+        rows = f" after row {done}" if done else ""
+        raise MopError(
+            f"--data: {path}: is not a Parquet file that can be read{rows}: {_line(error)}"
+        ) from None
 
 
 def _line(error: BaseException) -> str:

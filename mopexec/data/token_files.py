@@ -1,6 +1,7 @@
 """Files that hold token ids already: Megatron's .bin with its .idx, and one-dimensional .npy."""
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mopexec.data.corpus import check_regular
 from mopsim.common.errors import MopError, SpecError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -53,6 +55,7 @@ class TokenFile:
 
 def open_token_file(path: Path) -> TokenFile | None:
     """The ids in `path`, None where it is text. Raises MopError for a file that is cut short or malformed."""
+    check_regular(path)
     try:
         if path.suffix == ".npy":
             return _npy(path)
@@ -65,8 +68,11 @@ def open_token_file(path: Path) -> TokenFile | None:
 
 def _npy(path: Path) -> TokenFile:
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with warnings.catch_warnings(action="ignore"):
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # of numpy, its parser of the header, or mmap
         raise MopError(f"--data: {path}: is no .npy file of token ids, or is cut short ({error})") from None
     if (
         not isinstance(mapped, np.memmap)
@@ -94,17 +100,19 @@ def _megatron(stem: Path) -> TokenFile:
         raise MopError(f"--data: {index}: version {version}, type code {code}: not version 1 of integer ids")
     if index.stat().st_size < 34 + 12 * count:
         raise MopError(f"--data: {index}: is cut short: {count} sequences need {34 + 12 * count} bytes")
-    lengths = np.fromfile(index, "<i4", count, offset=34)
+    lengths = np.fromfile(index, "<i4", count, offset=34).astype(np.int64)
     places = np.fromfile(index, "<i8", count, offset=34 + 4 * count)
     size = np.dtype(dtype).itemsize
-    ends = np.cumsum(lengths.astype(np.int64) * size)
-    if count == 0 or not np.array_equal(places, ends - lengths.astype(np.int64) * size):
+    ends = np.cumsum(lengths * size)
+    if count == 0 or lengths.min() < 0 or not np.array_equal(places, ends - lengths * size):
         raise MopError(f"--data: {index}: its sequences are not one behind the other")
     if binary.stat().st_size != int(ends[-1]):
         raise MopError(
             f"--data: {binary}: has {binary.stat().st_size} bytes, {index.name} says {int(ends[-1])}: "
             "it is cut short or of another index"
         )
+    if ends[-1] == 0:
+        raise MopError(f"--data: {binary}: holds no token id")
     firsts = np.fromfile(index, "<i8", -1, offset=34 + 12 * count)
     of = firsts[1:] - 1 if len(firsts) > 1 else np.arange(count)
     if np.any(np.diff(of, prepend=-1) < 0) or of[-1] != count - 1:

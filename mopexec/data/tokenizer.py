@@ -1,13 +1,14 @@
 """Tokenizers: a model's own from its files, or a byte-level BPE trained on the text."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopexec.data.chat import Chat
+from mopsim.common import io
 from mopsim.common.errors import MopError, SpecError
+from mopsim.common.json_text import read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,15 +56,15 @@ def read_tokenizer(given: str, vocab_size: int) -> GivenTokenizer:
         raise SpecError(
             "--tokenizer", largest, f"is an id in {path}, beyond plan.model.vocab_size {vocab_size}"
         )
-    config = _config(path.with_name("tokenizer_config.json"))
+    beside = path.with_name("tokenizer_config.json")
+    config = read_object(beside, "--tokenizer") if beside.is_file() else {}
     specials = {
         name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
     end = specials["eos_token"] or next((t for t in _ENDS if tokenizer.token_to_id(t) is not None), "")
     if tokenizer.token_to_id(end) is None:
         raise MopError(
-            f"--tokenizer: {path}: no token is known to end a text; name it as eos_token in "
-            f"{path.with_name('tokenizer_config.json')}"
+            f"--tokenizer: {path}: no token is known to end a text; name it as eos_token in {beside}"
         )
     template = config.get("chat_template") or _template(path.with_name("chat_template.jinja"))
     chat = Chat(template if isinstance(template, str) else "", tuple(specials.items()))
@@ -104,16 +105,8 @@ def _first(texts: Iterable[str]) -> Iterable[str]:
             return
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def _template(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return io.read_text(path, "--tokenizer") if path.is_file() else ""
 
 
 def _content(token: Any) -> str:

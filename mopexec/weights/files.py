@@ -2,7 +2,6 @@
 what is never touched is never loaded.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,16 @@ from torch import Tensor
 from mopexec.weights.layout import Layout
 from mopsim.common import io
 from mopsim.common.errors import MopError
+from mopsim.common.json_text import read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class _Index(msgspec.Struct):
+    """File by tensor."""
+
+    weight_map: dict[str, str]
 
 
 class Files:
@@ -55,12 +61,12 @@ class Files:
         if (self.folder / INDEX).is_file():
             path = self.folder / INDEX
             try:
-                entries: dict[str, str] = msgspec.json.decode(io.read_text(path))["weight_map"]
-                names: dict[str, list[str]] = {}
-                for tensor, file in entries.items():
-                    names.setdefault(file, []).append(tensor)
-            except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+                index = msgspec.json.decode(io.read_text(path), type=_Index)
+            except (msgspec.DecodeError, RecursionError):
                 raise MopError(f"{path}: weight_map: must map tensors to files") from None
+            names: dict[str, list[str]] = {}
+            for tensor, file in index.weight_map.items():
+                names.setdefault(file, []).append(tensor)
             return [(self.folder / file, listed) for file, listed in sorted(names.items())]
         if (self.folder / SINGLE).is_file():
             return [(self.folder / SINGLE, [])]
@@ -126,11 +132,7 @@ def check(files: Files, layout: Layout) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a directory. Raises MopError where it is none, or the weights are quantised."""
     path = folder / "config.json"
-    config = None
-    with suppress(msgspec.DecodeError):
-        config = msgspec.json.decode(io.read_text(path, "--init-from"))
-    if not isinstance(config, dict):
-        raise MopError(f"{path}: is not a JSON object")
+    config = read_object(path, "--init-from")
     if config.get("quantization_config"):
         raise MopError(f"{path}: quantization_config: quantised weights are not read: dequantise them first")
     return config

@@ -2,9 +2,14 @@
 
 import json
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mopsim.common.errors import MopError, shown
+from mopsim.common.io import read_text
 from mopsim.common.values import Endless, first_unfit
 from mopsim.common.yaml_text import field_at
 
@@ -26,6 +31,16 @@ def parse_json(text: str, origin: str) -> Any:
     if problem is not None:
         raise MopError(": ".join(part for part in (origin, *problem) if part))
     return data
+
+
+def read_object(path: Path, field: str) -> dict[str, Any]:
+    """The object in a JSON file that another program wrote and the user named as `field`. Raises MopError."""
+    found = None
+    with suppress(msgspec.DecodeError, RecursionError):
+        found = msgspec.json.decode(read_text(path, field))
+    if not isinstance(found, dict):
+        raise MopError(f"{field}: {path}: is not a JSON object")
+    return found
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

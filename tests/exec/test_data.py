@@ -185,8 +185,10 @@ def test_a_chat_is_written_by_the_tokenizers_template(tmp_path):
     assert chat.parts(messages, "x:1") == [("user", "<|user|>a</s>"), ("assistant", "<|assistant|>b</s>")]
     with pytest.raises(MopError, match="x:1: the chat template rewrites earlier messages"):
         Chat("{{ messages | length }}").parts(messages, "x:1")
-    with pytest.raises(MopError, match="x:1: the tokenizer's chat template"):
-        Chat("{{ ''.__class__.__mro__ }}{{ raise_exception('no') }}").parts(messages, "x:1")
+    wrong = "{{ ''.__class__.__mro__ }}{{ raise_exception('no') }}", "{{ 1 // 0 }}", "{{ range(999999999) }}"
+    for template in wrong:
+        with pytest.raises(MopError, match="x:1: the tokenizer's chat template"):
+            Chat(template).parts(messages, "x:1")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,8 @@ def test_a_chat_is_written_by_the_tokenizers_template(tmp_path):
         ('{"body": "x"}', "a.jsonl:2: has no text in 'text' and no 'messages'; it has 'body'"),
         ("[1]", "a.jsonl:2: is not an object"),
         ('{"messages": [{"role": "user"}]}', "a.jsonl:2: 'messages' is not a list of objects"),
+        ('{"text": "a \\ud83d"}', r"a.jsonl:2: '\ud83d' is half of a character (a lone surrogate)"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}]}', r"a.jsonl:2: '\udc00' is half of a char"),
     ],
 )
 def test_a_line_without_its_text_is_refused_by_its_number(tmp_path, line, rule):
@@ -216,6 +220,25 @@ def test_a_parquet_file_gives_the_texts_of_its_rows(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(MopError, match=r"b\.parquet: is not a Parquet file"):
         prepared(tmp_path / "b.parquet", 300, tmp_path / "cache")
+
+
+def test_of_a_parquet_file_only_the_text_is_read_and_a_row_that_cannot_be_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    far = pyarrow.array([2**62, 2**62], pyarrow.timestamp("ms"))
+    table = pyarrow.table({"text": ["a fox", "a dog"], "when": far, "body": pyarrow.array([b"a", b"\xff"])})
+    table = table.set_column(2, "body", table["body"].combine_chunks().view(pyarrow.string()))
+    parquet.write_table(table, tmp_path / "a.parquet")
+    pieces = DocumentReading("text", "auto", Chat()).pieces(tmp_path / "a.parquet")
+    assert [piece.text for piece in pieces] == ["a fox", "a dog"]
+    for field, rule in (
+        ("when", "a.parquet: is not a Parquet file that can be read: "),
+        ("body", "a.parquet: is not a Parquet file that can be read after row 1: 'utf-8' codec"),
+        ("title", "a.parquet: has no text in 'title' and no 'messages'; it has 'body', 'text', 'when'"),
+    ):
+        with pytest.raises(MopError, match=rule):
+            list(DocumentReading(field, "auto", Chat()).pieces(tmp_path / "a.parquet"))
 
 
 def write_megatron(stem, sequences):

@@ -21,7 +21,7 @@ from mopexec.model.auxiliary import Auxiliary
 from mopexec.weights.begin import difference, open_weights
 from mopexec.weights.config import to_config
 from mopexec.weights.export import export
-from mopexec.weights.files import INDEX
+from mopexec.weights.files import INDEX, read_config
 from mopexec.weights.load import fill
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -116,6 +116,12 @@ def test_damaged_directories(qwen: Path, tmp_path: Path) -> None:
     assert "holds neither model.safetensors nor" in refusal(empty)
     (empty / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0not json")
     assert "is not a safetensors file" in refusal(empty)
+    for index in ('{"a": 5}', '{"a": null}', '{"a": "x", "b": 5}', "[]", "[" * 100_000):
+        (empty / "model.safetensors.index.json").write_text(f'{{"weight_map": {index}}}')
+        assert "index.json: weight_map: must map tensors to files" in refusal(empty)
+    (empty / "config.json").write_text("[" * 100_000)
+    with pytest.raises(MopError, match=r"config\.json: is not a JSON object"):
+        read_config(empty)
     (empty / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     assert "quantization_config: quantised weights are not read" in refusal(empty)
 
