@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
-from math import gcd
 
 from msgspec.structs import replace
 
 from mopsim.common.errors import MopError
 from mopsim.engine import SimResult, simulate
+from mopsim.search.problem import divisors
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.stack import Stack
@@ -20,7 +20,8 @@ def carried(strategy: Strategy, world_size: int, batch: int) -> Iterator[Strateg
 
     More ranks become data-parallel ones, or ranks that share a sequence, or (of a plan that has them) stages
     or tensor-parallel ranks; the other degrees stay. Shards are over the same part of the ranks as before,
-    else over as many. A microbatch shrinks to what divides the batch.
+    else over as many. A microbatch is the largest that divides the batch, is no larger than before and
+    leaves each stage one, where there are so many.
     """
     ratio = Fraction(world_size, strategy.world_size)
     seen: list[Strategy] = []
@@ -68,12 +69,14 @@ def _form(
     vocabulary = world_size if whole else s.vocabulary.vocab_parallel
     if s.vocabulary.loss == "vocab_parallel":
         vocabulary = vocabulary * tensor // s.dense.tensor_parallel
-    micro_batch = gcd(s.micro_batch, batch // groups)
+    each = batch // groups
+    most = each // min(stages, each)
+    micro_batch = max(one for one in divisors(each) if one <= min(s.micro_batch, most))
     return replace(
         s,
         world_size=world_size,
         micro_batch=micro_batch,
-        pipeline=_pipeline(s.pipeline, stages, batch // groups // micro_batch),
+        pipeline=_pipeline(s.pipeline, stages, each // micro_batch),
         dense=replace(s.dense, fsdp=int(dense), tensor_parallel=tensor),
         attention=replace(s.attention, context_parallel=context),
         experts=replace(s.experts, expert_fsdp=int(experts)),

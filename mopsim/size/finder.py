@@ -5,6 +5,8 @@ the plans of its neighbours, which stay fast as the data-parallel degree grows. 
 about where its answer lies, and that count is searched; a budget does not, and every third doubling is.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,8 +14,9 @@ from itertools import pairwise
 from mopsim.engine import SimResult
 from mopsim.size.ask import Answer, Ask, judged, merged
 from mopsim.size.counts import least_nodes, node_counts
-from mopsim.size.points import Point, Request, Sizing, nearest_miss
+from mopsim.size.points import Point, Request, Sizing, nearest_miss, quantile
 from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.strategy import Strategy
 
 EVERY = 3
 """Doublings from one search to the next."""
@@ -21,6 +24,8 @@ AROUND = 4
 """How far, as a factor, a faster plan is handed on to other counts."""
 SLOWER = 1.005
 """More nodes that are not faster by so much are no faster."""
+LAG = 1.05
+"""Factor by which a count may lag behind others without a search of its own."""
 USUAL = 0.4
 """Part of the peak rate that plans reach, about: where a deadline is searched first."""
 HOPE = 1.5
@@ -36,17 +41,23 @@ Rounds = Generator[list[Ask], list[Answer], Sizing]
 
 @dataclass
 class _KnownSteps:
-    """What was found of one machine type so far."""
+    """What was found of one machine type so far. given: the plans that a count was asked with; searched:
+    counts that were."""
 
     request: Request
     hardware: HardwareProfile
     answers: dict[int, Answer] = field(default_factory=dict)
     points: dict[int, Point] = field(default_factory=dict)
+    given: dict[int, list[Strategy]] = field(default_factory=lambda: defaultdict(list))
+    searched: set[int] = field(default_factory=set)
     simulated: int = 0
 
     def note(self, ask: Ask, found: Answer) -> None:
         """Keep an answer; of each family the faster plan, where the count was asked before."""
         self.simulated += found.simulated
+        self.given[ask.num_nodes] += [plan.strategy for plan in ask.plans]
+        if ask.simulations:
+            self.searched.add(ask.num_nodes)
         before = self.answers.get(ask.num_nodes)
         if before is not None:
             found = merged(before, found)
@@ -63,8 +74,24 @@ class _KnownSteps:
         """A search of the families of the fastest plans of the nearest counts."""
         return self.search(count, tuple({one.strategy.name: None for one in self.near(count)}))
 
-    def carry(self, count: int) -> Ask:
-        return Ask(self.hardware, count, self.near(count))
+    def carry(self, count: int, *others: int) -> Ask:
+        """The plans of the nearest counts, and of others."""
+        plans = (*(self.answers[one].plans[0] for one in others), *self.near(count))
+        return Ask(self.hardware, count, tuple({id(plan): plan for plan in plans}.values()))
+
+    def new(self, ask: Ask) -> bool:
+        """Whether a count was not asked with all these plans."""
+        return any(plan.strategy not in self.given[ask.num_nodes] for plan in ask.plans)
+
+    def work(self, count: int) -> float:
+        """Seconds within which the run ends as surely as asked, times nodes; infinite where nothing fits."""
+        bill = self.points[count].figures
+        return count * quantile(bill, self.request.confidence) if bill else math.inf
+
+    def least_work(self, count: int, *, above: bool = False) -> int:
+        """The count around `count` (or above it) that takes the least work, or `count`."""
+        low = count if above else count / AROUND
+        return min((one for one in self.points if low <= one <= count * AROUND), key=self.work, default=count)
 
     def near(self, count: int) -> tuple[SimResult, ...]:
         """The fastest plan of the nearest counts that have one, below and above."""
@@ -90,6 +117,8 @@ def sizing(request: Request, hardware: HardwareProfile) -> Rounds:
     yield from _mend(known)
     yield from _close_in(known, counts)
     yield from _deepen(known, counts, searched if times == DEEP else [])
+    yield from _hand_on(known)
+    yield from _close_in(known, counts)
     return _sizing(known, too_slow)
 
 
@@ -131,18 +160,37 @@ def _round(known: _KnownSteps, asks: list[Ask]) -> Generator[list[Ask], list[Ans
 
 
 def _mend(known: _KnownSteps) -> Generator[list[Ask], list[Answer], None]:
-    """Ask again, with a search, where more nodes came out slower than fewer."""
-    yield from _round(known, [known.search_led(count) for count, _ in _slower(known)])
+    """Hand plans on; search the counts that still lag."""
+    yield from _hand_on(known)
+    lagging = [count for count, _ in _lagging(known, LAG) if count not in known.searched]
+    yield from _round(known, [known.search_led(count) for count in lagging])
 
 
-def _slower(known: _KnownSteps) -> list[tuple[int, int]]:
-    """(count, fewer nodes that are as fast), ascending."""
+def _hand_on(known: _KnownSteps) -> Generator[list[Ask], list[Answer], None]:
+    """Ask counts that make less of a node than a larger one does, or are slower than a smaller one, with its
+    plan."""
+    asks = [known.carry(count, other) for count, other in _lagging(known)]
+    yield from _round(known, [ask for ask in asks if known.new(ask)])
+
+
+def _lagging(known: _KnownSteps, by: float = SLOWER) -> list[tuple[int, int]]:
+    """(count, one whose plan should be as good here), ascending; by: the factor that is let pass."""
+    found = dict(_slower(known, by))
+    for count in known.points:
+        larger = known.least_work(count, above=True)
+        if known.work(larger) * by < known.work(count):
+            found[count] = larger
+    return sorted(found.items())
+
+
+def _slower(known: _KnownSteps, by: float = 1 / SLOWER) -> list[tuple[int, int]]:
+    """(count, fewer nodes that are as fast, or faster by a factor), ascending."""
     found, best, at = [], float("inf"), 0
     for count in sorted(known.points):
         bill = known.points[count].figures
         if bill is None:
             continue
-        if bill.seconds * SLOWER > best:
+        if bill.seconds > best * by:
             found.append((count, at))
         if bill.seconds < best:
             best, at = bill.seconds, count
@@ -150,17 +198,39 @@ def _slower(known: _KnownSteps) -> list[tuple[int, int]]:
 
 
 def _close_in(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask], list[Answer], None]:
-    """Ask the counts between one that fails a limit and its neighbour that keeps it, all of them: the batch
-    that fits a count may make a smaller one faster."""
+    """Ask the counts between one that fails a limit and its neighbour that keeps it, and those that would
+    keep the deadline with fewer nodes if a node did as much as at the best count around, all of them: the
+    batch that fits a count may make a smaller one faster."""
     while True:
-        between = [count for edge in _edges(known) for count in _inside(known, counts, *edge)]
-        if not between:
+        between = {count for edge in _edges(known) for count in _inside(known, counts, *edge)}
+        asks = [
+            known.carry(count, *_hoped(known, count))
+            for count in sorted({*between, *_hopeful(known, counts)})
+        ]
+        asks = [ask for ask in asks if ask.num_nodes not in known.points or known.new(ask)]
+        if not asks:
             return
-        yield from _round(known, [known.carry(count) for count in between])
+        yield from _round(known, asks)
         best = _best(known)
-        without = [count for count in between if not known.answers[count].plans]
+        without = [ask.num_nodes for ask in asks if not known.answers[ask.num_nodes].plans]
         smaller = [count for count in without if best is None or count < best.num_nodes]
         yield from _round(known, [known.search_led(count) for count in smaller])
+
+
+def _hopeful(known: _KnownSteps, counts: Sequence[int]) -> list[int]:
+    """Counts that would keep the deadline at the work of the best count around, smaller than the best."""
+    best, seconds = _best(known), known.request.goal.seconds
+    if seconds is None:
+        return []
+    most = best.num_nodes if best else math.inf
+    return [
+        count for count in counts if count < most and known.work(known.least_work(count)) <= count * seconds
+    ]
+
+
+def _hoped(known: _KnownSteps, count: int) -> tuple[int, ...]:
+    other = known.least_work(count)
+    return (other,) if other != count and known.answers[other].plans else ()
 
 
 def _edges(known: _KnownSteps) -> Iterator[tuple[int, int]]:
@@ -196,8 +266,21 @@ def _deepen(
         yield from _look(known, ahead[0].num_nodes, counts)
         done.append(ahead[0].num_nodes)
     best = _best(known)
-    above = [count for count in counts if best and best.num_nodes < count < BESIDE * best.num_nodes]
-    yield from _round(known, [known.carry(count) for count in above if count not in known.points])
+    if best is not None:
+        yield from _look_above(known, best.num_nodes, counts)
+
+
+def _look_above(
+    known: _KnownSteps, best: int, counts: Sequence[int]
+) -> Generator[list[Ask], list[Answer], None]:
+    """A search at twice the best count, which may be cheaper, and what it found at the counts around; the
+    plan of the best at those just above."""
+    double = next((count for count in counts if count >= 2 * best), None)
+    if double is not None and double not in known.searched:
+        yield from _round(known, [known.search_led(double)])
+        yield from _round(known, _worse(known, double, counts))
+    above = [count for count in counts if best < count < BESIDE * best and count not in known.points]
+    yield from _round(known, [known.carry(count) for count in above])
 
 
 def _beside(point: Point, counts: Iterable[int]) -> bool:

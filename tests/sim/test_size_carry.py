@@ -45,6 +45,7 @@ def test_there_and_back_is_the_same_plan() -> None:
 
 def test_a_batch_that_does_not_divide_takes_a_smaller_microbatch_or_another_form() -> None:
     assert next(carried(plan(micro_batch=4), 128, 96)).micro_batch == 1
+    assert next(carried(plan(stages=1, micro_batch=4), 128, 384)).micro_batch == 3
     assert all(96 % (one.micro_batch * one.data_groups) == 0 for one in carried(plan(micro_batch=4), 384, 96))
 
 
