@@ -75,7 +75,8 @@ class Shards:
             return
         places = list(order)
         place = places.index(layer) if layer in places else -1
-        for index in range(place + 1, place + 1 + self.c.strategy.dense.prefetch):
+        last = min(place + self.c.strategy.dense.prefetch, len(places))
+        for index in range(place + 1, last + 1):
             if index < len(places):
                 units = self._groups(places[index])
                 for unit in units[::-1] if phase == "backward" and self.copied else units:

@@ -1,5 +1,7 @@
 """Peak memory of programs, held against formulas of the papers and hand counts."""
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
@@ -16,7 +18,7 @@ from mopsim.program.context import make_context
 from mopsim.spec.presets import load_model
 from mopsim.spec.strategy import Activations, Experts, Pipeline, Strategy
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import fsdp2, megatron, zero_offload
+from mopsim.strategies import fsdp2, megatron, mop, zero_offload
 from tests.sim.megatron_jobs import MACHINE, deep, play, with_
 from tests.sim.toys import small
 from tests.software import changed, unfused
@@ -88,6 +90,13 @@ def test_gathered_layers_never_run_further_ahead_than_prefetch(prefetch: int) ->
     result = play(deep(), strategy, 8, 4096)
     layer = make_context(deep(), strategy, TrainSpec(seq_len=4096, global_batch=8), 8).layers[0][0]
     assert result.memory_by_category["gathered"] == (prefetch + 1) * layer.padded * 2
+
+
+@pytest.mark.parametrize("make", [mop, fsdp2, zero_offload])
+def test_gathers_end_with_the_last_layer_however_far_ahead(make: Callable[..., Strategy]) -> None:
+    far, whole = (play(deep(), make(8, prefetch=ahead), 8, 4096) for ahead in (2**62, 100))
+    assert deep().num_hidden_layers < 100
+    assert (far.step_time, far.peak_memory) == (whole.step_time, whole.peak_memory)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 8])
