@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from mopsim.common.arguments import OF_TYPES
 from mopsim.common.errors import MopError
 from mopsim.common.explain import explain
+from mopsim.common.outputs import check_place, real_path
 from mopsim.common.values import first_unfit
 from mopsim.common.yaml_text import dump_yaml
 from mopsim.common.yaml_text import parse_yaml as parse_yaml
@@ -23,6 +23,8 @@ LARGEST = 2**28
 """Characters of a file that is read whole: a device such as /dev/zero has no end."""
 
 T = TypeVar("T", bound=msgspec.Struct)
+OF_TYPES = (AssertionError, AttributeError, ArithmeticError, LookupError, TypeError)
+"""What Python raises where code meets a value of a type that it was not written for."""
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +68,8 @@ def read_text(path: Path, field: str = "") -> str:
         raise MopError(f"{where}: is a directory, a file is needed") from None
     except UnicodeDecodeError:
         raise MopError(f"{where}: is not UTF-8 text") from None
+    except ValueError as error:  # a zero byte in its name
+        raise MopError(f"{where}: cannot be a path: {error}") from None
     except OSError as error:
         raise MopError(f"{where}: {error.strerror or error}") from None
     if len(text) > LARGEST:
@@ -75,10 +79,7 @@ def read_text(path: Path, field: str = "") -> str:
 
 def exists(path: Path) -> bool:
     """Whether something is there, also where the system will not say: a name too long, no permission."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    return os.path.exists(path)
 
 
 def read_yaml(path: Path, field: str) -> Any:
@@ -145,11 +146,10 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def _aside(path: Path, text: str) -> Iterator[None]:
     """A file aside with this text, which becomes `path` once the body has ended well. Raises MopError."""
-    path = Path(os.path.realpath(path))
+    path = real_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise MopError(f"{path}: is a directory, a file is to be written there")
+        check_place(path)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except (FileExistsError, NotADirectoryError):
         raise MopError(f"{path}: its parent is a file, not a directory") from None

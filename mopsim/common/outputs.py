@@ -168,7 +168,7 @@ def whole_directory(folder: Path) -> Iterator[Path]:
     """A new directory beside `folder` for the body to write in. When it ends well all of its files go to
     `folder`, over those of the same name; when it does not nothing of it is left. Raises MopError where the
     disk is full, or `folder` cannot be made."""
-    target = Path(os.path.realpath(folder))
+    target = real_path(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -188,9 +188,29 @@ def _move(aside: Path, target: Path) -> None:
         aside.chmod(0o755)
         aside.rename(target)
         return
-    for path in sorted(aside.rglob("*")):
-        place = target / path.relative_to(aside)
+    places = {path: target / path.relative_to(aside) for path in sorted(aside.rglob("*"))}
+    for path, place in places.items():
+        if path.is_file():
+            check_place(place)
+    for path, place in places.items():
         if path.is_dir():
             place.mkdir(exist_ok=True)
         else:
             path.replace(place)
+
+
+def real_path(path: Path) -> Path:
+    """`path`, links followed. Raises MopError for what no path can have, a zero byte."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise MopError(f"{path}: cannot be a path: {error}") from None
+
+
+def check_place(path: Path) -> None:
+    """Raise MopError where a file that was written aside must not take the place of what is there: a
+    directory, a device, a pipe."""
+    if path.is_dir():
+        raise MopError(f"{path}: is a directory, a file is to be written there")
+    if path.exists() and not path.is_file():
+        raise MopError(f"{path}: is not a regular file, it is not replaced")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mopsim.common.errors import MopError
+from mopsim.common.io import write_text
 from mopsim.common.outputs import whole_directory
 
 
@@ -16,6 +17,12 @@ def _broken(out: Path, error: BaseException) -> None:
     with whole_directory(out) as aside:
         (aside / "a.md").write_text("new")
         raise error
+
+
+def _write(out: Path, *names: str) -> None:
+    with whole_directory(out) as aside:
+        for name in names:
+            (aside / name).write_text("new")
 
 
 def test_a_report_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
@@ -42,6 +49,21 @@ def test_an_earlier_report_stays_until_the_new_one_is_done(tmp_path: Path) -> No
         "out/a.md", "out/mine.txt", "out/parts/b.md",
     }  # fmt: skip
     assert (out / "a.md").read_text() == "new"
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """A device or a pipe: as root a rename would put a file in its place."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    os.mkfifo(pipe := folder / "b.md")
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(MopError, match=r"b\.md: is not a regular file, it is not replaced"):
+            write_text(path, "new")
+    with pytest.raises(MopError, match=r"b\.md: is not a regular file"):
+        _write(folder, "a.md", "b.md")
+    assert [path.name for path in folder.iterdir()] == ["b.md"]
+    assert pipe.is_fifo()
 
 
 def test_a_new_report_is_readable_by_all(tmp_path: Path) -> None:
