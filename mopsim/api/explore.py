@@ -12,7 +12,10 @@ from mopsim.common.json_text import parse_json
 from mopsim.engine import SimResult, simulate
 from mopsim.report.explore.page import html
 from mopsim.report.explore.steps import ExplorerStep
-from mopsim.report.explore.views import explorer, kind_of, steps_of
+from mopsim.report.explore.views import explorer, kind_of, readable, steps_of
+from mopsim.spec.hardware import HardwareProfile
+from mopsim.spec.model import ModelSpec
+from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.strategy import Strategy
 from mopsim.spec.training import TrainSpec
@@ -46,7 +49,9 @@ def explore(
     steps = steps_of(data, kind)
     for step in steps[:timelines]:
         try:
-            drawn[step.label] = _replayed(step, known)
+            with readable(kind):
+                job = _job(step, known)
+            drawn[step.label] = simulate(*job, timeline=True)
         except MopError as error:
             notes.append(f"No timeline of {step.label}: {error}")
     io.write_text(Path(out), html(explorer(data, kind, steps, drawn, notes)))
@@ -61,8 +66,10 @@ def read_result(path: Path) -> dict[str, Any]:
     return data
 
 
-def _replayed(step: ExplorerStep, known: Mapping[str, Mapping[str, Any]]) -> SimResult:
-    """The same step once more, with its timeline. Raises MopError where it would be another."""
+def _job(
+    step: ExplorerStep, known: Mapping[str, Mapping[str, Any]]
+) -> tuple[ModelSpec, HardwareProfile, int, Strategy, TrainSpec, Stack]:
+    """What simulates the same step once more. Raises MopError where it would be another."""
     made = step.found.get("provenance") or {}
     found: dict[str, Any] = {}
     loaders: dict[str, Callable[[str], Any]] = {
@@ -72,7 +79,7 @@ def _replayed(step: ExplorerStep, known: Mapping[str, Mapping[str, Any]]) -> Sim
     }
     for noun, load in loaders.items():
         name, digest = made.get(noun), made.get(f"{noun}_digest")
-        if name is None or digest is None:
+        if not (isinstance(name, str) and isinstance(digest, str)):
             raise MopError(f"the result does not say its {noun}")
         one = known.get(noun, {}).get(digest) or load(name)
         if io.digest(one) != digest:
@@ -86,4 +93,4 @@ def _replayed(step: ExplorerStep, known: Mapping[str, Mapping[str, Any]]) -> Sim
     nodes, rest = divmod(strategy.world_size, machine.devices_per_node)
     if rest:
         raise MopError(f"{strategy.world_size} ranks are not whole nodes of {machine.name}")
-    return simulate(found["model"], machine, nodes, strategy, training, found["stack"], timeline=True)
+    return found["model"], machine, nodes, strategy, training, found["stack"]

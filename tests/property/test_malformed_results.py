@@ -45,7 +45,7 @@ def test_a_result_that_is_wrong_somewhere_is_shown_or_refused_in_one_line(
         else:
             node[last] = value
         try:
-            mopsim.explore(data, tmp_path / "page.html", timelines=0)
+            mopsim.explore(data, tmp_path / "page.html", timelines=1)
         except mopsim.MopError as refused:
             lines.append(str(refused))
     assert not [line for line in lines if not line.isprintable()]

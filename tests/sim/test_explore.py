@@ -200,6 +200,19 @@ def test_a_timeline_of_another_profile_is_left_out_with_the_reason(tmp_path: Pat
     assert "--hardware" in note
 
 
+@pytest.mark.parametrize("key", ["model", "profile", "stack", "stack_digest"])
+@pytest.mark.parametrize("wrong", [1, [], {}, None, "a\0b"])
+def test_a_step_whose_provenance_is_none_is_shown_without_a_timeline(
+    made: dict[str, dict[str, Any]], key: str, wrong: Any, tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(made["search"]))
+    data["top"][0]["provenance"][key] = wrong
+    notes = mopsim.explore(data, tmp_path / "page.html", timelines=1)
+    assert [note.partition(":")[0] for note in notes] == [
+        f"No timeline of 1, {data['top'][0]['strategy']['name']}"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

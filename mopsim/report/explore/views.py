@@ -49,7 +49,7 @@ def kind_of(result: Json, origin: str) -> Kind:
 
 def steps_of(result: Json, kind: Kind) -> list[ExplorerStep]:
     """The simulated steps in a result. Raises MopError where it lacks a key."""
-    with _readable(kind):
+    with readable(kind):
         steps = kind.steps(result)
         for one in steps:
             step_table("", [one])
@@ -64,7 +64,7 @@ def explorer(
     notes: Sequence[str],
 ) -> Explorer:
     """The page of a result. timelines: by the step's label. Raises MopError where the result lacks a key."""
-    with _readable(kind):
+    with readable(kind):
         views, headline = kind.views(result, steps), str(kind.headline(result))
         views += [timeline(label, one) for label, one in timelines.items()]
         facts = {"result of": f"mopsim {kind.name}", **made_of(steps), **result.get("facts", {})}
@@ -73,7 +73,7 @@ def explorer(
 
 
 @contextmanager
-def _readable(kind: Kind) -> Iterator[None]:
+def readable(kind: Kind) -> Iterator[None]:
     """A key that is missing or of another type is the file's fault."""
     try:
         yield
@@ -104,7 +104,7 @@ def made_of(steps: Sequence[ExplorerStep]) -> dict[str, str]:
 def _subject(result: Json, steps: Sequence[ExplorerStep]) -> str:
     found = [one.found.get("provenance", {}) for one in steps]
     name = next((one["model"] for one in found if one.get("model")), result.get("model"))
-    where = ", ".join(dict.fromkeys(one["profile"] for one in found if one.get("profile")))
+    where = ", ".join(dict.fromkeys(str(one["profile"]) for one in found if one.get("profile")))
     return f"{name}{f' on {where}' if where else ''}: " if name else ""
 
 
