@@ -11,7 +11,6 @@ import typer  # noqa: E402
 from mopsim.commands import options as o  # noqa: E402
 from mopsim.commands import pairs  # noqa: E402
 from mopsim.common.app import App  # noqa: E402
-from mopsim.spec.categories import FAMILIES  # noqa: E402
 
 app = App(
     name="mopsim",
@@ -58,10 +57,7 @@ def search(
     global_batch: o.GlobalBatch,
     nodes: o.Nodes = 1,
     top: Annotated[int, typer.Option(min=1, max=10**6, help="how many strategies to rank")] = 5,
-    family: Annotated[
-        str,
-        typer.Option(help=f"families to search, comma-separated; default: {','.join(FAMILIES)}"),
-    ] = "",
+    family: o.Family = None,
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
     risk: Annotated[
@@ -169,7 +165,7 @@ def size(
     global_batch_tokens: Annotated[
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
     ] = "4M",
-    family: Annotated[str, typer.Option(help="families to search, comma-separated; default: all")] = "",
+    family: o.Family = None,
     max_nodes: Annotated[int, typer.Option(min=1, max=65536, help="nodes at most")] = 512,
     confidence: Annotated[float, typer.Option(help="probability of the deadline that will do")] = 0.5,
     price: Annotated[

@@ -80,6 +80,11 @@ def _tier(on_host: bool) -> Tier:
     return "host" if on_host else "device"
 
 
+def _rest(ranks: int, degree: int) -> int:
+    """Ranks that each part has; a degree below 1 is refused by the Strategy."""
+    return max(1, ranks // max(1, degree))
+
+
 def mop(
     world_size: int,
     *,
@@ -127,7 +132,7 @@ def mop(
         attention=Attention(context_parallel=context_parallel),
         experts=Experts(
             expert_parallel=expert_parallel,
-            expert_fsdp=expert_fsdp or max(1, world_size // expert_parallel),
+            expert_fsdp=expert_fsdp or _rest(world_size, expert_parallel),
             chunk_tokens=expert_chunk_tokens,
             max_chunks=max_expert_chunks,
             rank_placement=rank_placement,
@@ -176,7 +181,7 @@ def fsdp2(
         stack=STACKS["fsdp2"],
         dense=Dense(
             tensor_parallel=tensor_parallel,
-            fsdp=fsdp or max(1, world_size // tensor_parallel),
+            fsdp=fsdp or _rest(world_size, tensor_parallel),
             reshard_after_forward=reshard_after_forward,
             prefetch=prefetch,
             param_tier=tier,
@@ -185,7 +190,7 @@ def fsdp2(
         attention=Attention(context_parallel=context_parallel, cp_comm_type=context_exchange),
         experts=Experts(
             expert_parallel=expert_parallel,
-            expert_fsdp=max(1, world_size // expert_parallel),
+            expert_fsdp=_rest(world_size, expert_parallel),
             param_tier=tier,
             grad_tier=tier,
         ),
@@ -230,7 +235,7 @@ def zero_offload(
         attention=Attention(context_parallel=context_parallel),
         experts=Experts(
             expert_parallel=expert_parallel,
-            expert_fsdp=expert_fsdp or max(1, world_size // expert_parallel),
+            expert_fsdp=expert_fsdp or _rest(world_size, expert_parallel),
         ),
         vocabulary=Vocabulary(loss=loss, chunk_tokens=loss_chunk_tokens if loss == "chunked" else 0),
         optimizer=_state("host"),
@@ -272,12 +277,12 @@ def megatron(
     are kept and reduced in the stack's dtype (of `megatron-core`: fp32). expert_tensor_parallel may
     differ from tensor_parallel (parallel folding). mopexec runs it on the stack `mopexec-split`.
     """
-    stage_ranks, wide = max(1, world_size // max(pipeline_parallel, 1)), _wide(dtype)
+    stage_ranks, wide = _rest(world_size, pipeline_parallel), _wide(dtype)
     grads: Literal["stack", "float64"] = "float64" if wide == "float64" else "stack"
     return Strategy(
         name=name, world_size=world_size, micro_batch=micro_batch, stack=STACKS["megatron"],
         dense=Dense(
-            tensor_parallel=tensor_parallel, fsdp=max(1, stage_ranks // tensor_parallel), zero=1,
+            tensor_parallel=tensor_parallel, fsdp=_rest(stage_ranks, tensor_parallel), zero=1,
             reshard_after_forward=False, prefetch=0,
         ),
         pipeline=Pipeline(
@@ -287,7 +292,7 @@ def megatron(
         attention=Attention(context_parallel=context_parallel, cp_comm_type=context_exchange),
         experts=Experts(
             expert_parallel=expert_parallel, expert_tensor_parallel=expert_tensor_parallel,
-            expert_fsdp=max(1, stage_ranks // (expert_parallel * expert_tensor_parallel)),
+            expert_fsdp=_rest(stage_ranks, expert_parallel * expert_tensor_parallel),
             token_dispatcher=token_dispatcher,
         ),
         vocabulary=Vocabulary(

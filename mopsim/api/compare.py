@@ -140,6 +140,7 @@ class Comparison(Result):
             return f"{inputs.model.name} at {inputs.training.seq_len:,} tokens on {inputs.hardware.name}"
         return f"{inputs.model.name} on {inputs.hardware.cluster(inputs.nodes)}"
 
+    @named
     def write(
         self, folder: str | Path, command: str = "mopsim.compare", formats: Sequence[str] = ("png",)
     ) -> list[Path]:

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import mopsim
 from mopsim.api.strategies import StrategyTemplate
 from mopsim.common import io
-from mopsim.common.errors import MopError, SpecError, shown
+from mopsim.common.errors import MopError, SpecError
 from mopsim.common.nearest import unknown
 from mopsim.common.units import parse_count
-from mopsim.common.values import listed
+from mopsim.common.values import listed, require_once
 from mopsim.cost.compute import matmul_curve
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
@@ -147,9 +147,15 @@ def read_routing(routing: str | Sequence[float]) -> RoutingProfile:
     return tuple(shares)
 
 
-def read_families(given: str | Sequence[str] | None, default: Sequence[str]) -> tuple[str, ...]:
-    """Families from a comma-separated list or a sequence. Raises MopError for an unknown one."""
-    names = tuple(listed(given, "family") if isinstance(given, str) and given else given or default)
+def read_families(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Families from a comma-separated list or a sequence; None: all. Raises MopError for an unknown one, one
+    that is there twice, or none."""
+    if given is None:
+        return FAMILIES
+    names = tuple(listed(given, "family") if isinstance(given, str) else given)
+    require_once(names, "families")
+    if not names:
+        raise MopError("families: names none; None is all of them")
     for name in names:
         if name not in FAMILIES:
             raise unknown("family", name, FAMILIES, "family", file=False)
@@ -224,10 +230,6 @@ def strategy_of(given: AnyStrategy, inputs: Inputs) -> tuple[Strategy, Stack]:
         return read, inputs.stack or load_stack(read.stack, "strategy.stack")
     if isinstance(read, tuple):
         return read
-    if not isinstance(read, Plan):
-        raise MopError(
-            f"strategy: {shown(read)} is not a family, a file, a Strategy, a Plan or mopsim.mop(...)"
-        )
     read = io.checked(read, Plan, "plan")
     if read.model != inputs.model:
         made, here = (f"{one.name} (digest {io.digest(one)})" for one in (read.model, inputs.model))

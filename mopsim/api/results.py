@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopsim.api.inputs import Inputs, make_plan
 from mopsim.common import io
+from mopsim.common.arguments import named
 from mopsim.common.units import format_bytes, format_seconds
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.counts import counts
@@ -209,16 +210,19 @@ class Simulation(Result):
         """The plan that `mopexec train` runs, with what is predicted of it."""
         return make_plan(self.inputs, self.result)
 
+    @named
     def save_plan(self, path: str | Path) -> None:
         """Write the plan as YAML. Raises MopError where it cannot be written."""
         io.write_yaml(Path(path), self.plan())
 
+    @named
     def seal(self, path: str | Path) -> str:
         """Write the prediction, its intervals and all that it was made from before the run, under a hash,
         which is returned; `mopsim validate --sealed` scores it. Raises MopError where it can't be written."""
         i = self.inputs
         return seal(Path(path), self.plan(), i.hardware, self.result, i.interval)
 
+    @named
     def save_trace(self, path: str | Path, job: Mapping[str, Any] | None = None) -> None:
         """Simulate once more with its timeline, and write it for Perfetto or chrome://tracing (JSON)."""
         from mopsim.report.trace import Timeline, chrome_trace, write_trace

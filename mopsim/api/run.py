@@ -20,7 +20,6 @@ from mopsim.engine import SimResult
 from mopsim.search import Options
 from mopsim.search import search as ranked
 from mopsim.spec.strategy import MatmulDType
-from mopsim.strategies import FAMILIES
 
 
 @named
@@ -109,7 +108,7 @@ def search(
         precision=precision, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed, stack=stack,
         interval=interval,
     )  # fmt: skip
-    chosen = read_families(families, FAMILIES)
+    chosen = read_families(families)
     options = Options(
         chosen, top, budget, runnable, at_risk, any_routing, precision, stack=inputs.stack, jobs=jobs,
         prove=True,

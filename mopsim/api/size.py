@@ -42,7 +42,6 @@ from mopsim.size.whatif import Swing, what_if
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import MatmulDType
 from mopsim.spec.training import TrainSpec
-from mopsim.strategies import FAMILIES
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -108,6 +107,7 @@ class Clusters(Result):
         alone; the largest change first. Simulates its plan with every kind of work faster and slower."""
         return what_if(self.request, self.subject, self.points) if self.subject else []
 
+    @named
     def write(self, folder: str | Path, command: str = "mopsim.size") -> list[Path]:
         """Write decision.html, its figures (PNG, SVG), what_if.json and size.json into `folder`, all or
         nothing; returns the files. command: what made it."""
@@ -211,7 +211,7 @@ def size(
     model: AnyModel,
     hardware: AnyHardware | Sequence[AnyHardware],
     *,
-    tokens: int | str,
+    tokens: float | str,
     days: float | None = None,
     budget: float | None = None,
     seq_len: Count = 4096,
@@ -259,7 +259,7 @@ def size(
     goal = _goal(parse_tokens(str(tokens), "tokens"), days, budget, max_cost)
     request = Request(
         network, goal, length, count(global_batch_tokens, "global_batch_tokens"),
-        read_families(families, FAMILIES), max_nodes, simulations, runnable,
+        read_families(families), max_nodes, simulations, runnable,
         assume(assumptions, utilisation), _terms(machines, buy, reserved, prices or {}, capex or {}),
         read_sites(sites), _confidence(confidence), precision, routed, read_stack(stack),
         check_level(interval), max_cost,

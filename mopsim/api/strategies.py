@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from mopsim import strategies
-from mopsim.common.arguments import named
+from mopsim.common.arguments import check_arguments, named
 from mopsim.spec.strategy import Strategy
 
 P = ParamSpec("P")
@@ -36,10 +36,7 @@ def _template(make: Callable[Concatenate[int, P], Strategy]) -> Callable[P, Stra
 
     @wraps(make)
     def later(*args: P.args, **given: P.kwargs) -> StrategyTemplate:
-        try:
-            signature.bind(1, *args, **given)
-        except TypeError as error:
-            raise TypeError(f"{make.__name__}() {error}; its keywords: {', '.join(keywords)}") from None
+        check_arguments(make, 1, *args, **given)
         return StrategyTemplate(make.__name__, dict(given), lambda ranks: named(make)(ranks, *args, **given))
 
     later.__signature__ = signature.replace(  # type: ignore[attr-defined]

@@ -17,6 +17,9 @@ GlobalBatch = Annotated[int, typer.Option(min=1, help="sequences per optimizer s
 OneStrategy = Annotated[
     str, typer.Option(help=f"a strategy or plan YAML, or a family: {', '.join(FAMILIES)}")
 ]
+Family = Annotated[
+    str | None, typer.Option(help=f"families to search, comma-separated; default: {','.join(FAMILIES)}")
+]
 Routing = Annotated[
     str,
     typer.Option(

@@ -26,7 +26,6 @@ from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
 from mopsim.spec.new_card import check_figures, figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
-from mopsim.strategies import FAMILIES
 
 BY = 0.2
 """How far each assumption is moved."""
@@ -78,7 +77,7 @@ def run(card: CardOrder, job: Mapping[str, Any], out: str, ask: bool, json: str 
 
 def check_job(profile: HardwareProfile, job: Mapping[str, Any]) -> None:
     """Refuse a reference job that cannot be, before anything is written. Raises MopError."""
-    read_families(job.get("families"), FAMILIES)
+    read_families(job.get("families"))
     rest = {name: one for name, one in job.items() if name not in ("families", "budget")}
     read_inputs(hardware=profile, **rest)
 

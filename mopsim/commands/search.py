@@ -23,7 +23,7 @@ NOTHING_FITS = 3
 def run(
     job: JobOptions,
     top: int,
-    family: str,
+    family: str | None,
     runnable: bool,
     risk: bool,
     any_routing: bool,

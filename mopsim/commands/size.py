@@ -41,7 +41,7 @@ class SizeOrder:
     hardware: Sequence[str]
     seq_len: str
     global_batch_tokens: str
-    families: str
+    families: str | None
     max_nodes: int
     confidence: float
     prices: Sequence[str]

@@ -4,6 +4,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from mopsim.common.arguments import named
 from mopsim.common.io import convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
@@ -25,6 +26,7 @@ def list_models() -> list[str]:
     return sorted({*_texts(), *_truth()} - {TRUTH_MODELS})
 
 
+@named
 def load_model(ref: str | Path) -> ModelSpec:
     """The model that `ref` names: a preset, a YAML file, a Hugging Face config.json (or its folder).
 

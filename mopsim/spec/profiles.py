@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from mopsim.common.arguments import named
 from mopsim.common.io import convert, exists, parse_yaml, read_yaml
 from mopsim.common.nearest import unknown
 from mopsim.common.shipped import shipped_texts
@@ -17,6 +18,7 @@ def list_profiles() -> list[str]:
     return sorted(_texts())
 
 
+@named
 def load_profile(ref: str | Path, field: str = "hardware") -> HardwareProfile:
     """The machine that `field` names: a shipped profile, or a YAML file (as `mopexec probe` writes).
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from mopsim.common.arguments import named
 from mopsim.common.errors import MopError, shown
 from mopsim.common.io import convert, exists, parse_yaml, read_text, to_plain
 from mopsim.common.nearest import unknown
@@ -39,6 +40,7 @@ def list_stacks() -> list[str]:
     return sorted(_texts())
 
 
+@named
 def load_stack(ref: str | Path, field: str = "stack") -> Stack:
     """The stack that `field` names: a shipped one, or a YAML file; with what it extends.
 

@@ -192,12 +192,11 @@ def test_a_strategy_takes_the_world_of_the_nodes() -> None:
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"strategy": mopsim.mop(expert_parallel=3)}, "experts.expert_parallel: 3 does not divide"),
-    ({"strategy": mopsim.mop(grad_dtype="int4")}, "strategy.precision.reduce: 'int4' is not one of"),  # type: ignore[arg-type]
     ({"strategy": TINY, "seq_len": "12x"}, "seq_len: '12x'"),
     ({"strategy": TINY, "seq_len": 0}, "seq_len: '0'"),
     ({"strategy": TINY, "global_batch": 3}, "global_batch: 3"),
     ({"strategy": TINY, "global_batch": "4"}, "global_batch: '4'"),
-    ({"strategy": 5}, "strategy: 5 is not a family"),
+    ({"strategy": 5}, "strategy: 5 is refused: expected str or Path or Strategy or Plan or StrategyTemplate"),
     ({"strategy": TINY, "nodes": 0}, "nodes: 0"),
     ({"strategy": TINY, "stack": "nope"}, "stack: 'nope'"),
     ({"strategy": TINY, "model": "tinny"}, "model: 'tinny'"),
@@ -216,6 +215,7 @@ def test_a_mistake_is_one_line(wrong: dict[str, Any], says: str) -> None:
 
 
 MACHINE, NET = mopsim.load_hardware("cpu-2core"), mopsim.load_model("tiny")
+STEP = mopsim.simulate(**JOB, strategy=TINY)
 STACK = mopsim.load_stack("mopexec-flat")
 WRONG: dict[str, Callable[[], object]] = {
     "model: 5 is refused: expected str or Path or ModelSpec": lambda: step(model=5),
@@ -229,10 +229,34 @@ WRONG: dict[str, Callable[[], object]] = {
         stack=replace(STACK, kernels=replace(STACK.kernels, norm="x"))
     ),
     "Strategy.dense: None is refused": lambda: replace(TINY.on(2), dense=None),
-    "expert_parallel: '2' is refused: expected int": lambda: step(strategy=mopsim.mop(expert_parallel="2")),  # type: ignore[arg-type]
+    "expert_parallel: '2' is refused: expected int": lambda: mopsim.mop(expert_parallel="2"),  # type: ignore[arg-type]
+    "grad_dtype: 'int4' is refused: expected 'float64' or": lambda: mopsim.mop(grad_dtype="int4"),  # type: ignore[arg-type]
+    "optimizer: 'hots' is refused: expected 'device' or": lambda: mopsim.mop(optimizer="hots"),  # type: ignore[arg-type]
+    "runnable: 'no' is refused: expected bool": lambda: mopsim.search(**JOB, runnable="no"),
+    "budget: 1000.0 is refused: expected int": lambda: mopsim.search(**JOB, budget=1000.0),
+    "jobs: 1.5 is refused: expected int": lambda: mopsim.search(**JOB, jobs=1.5),
+    "jobs: True is refused: expected int": lambda: mopsim.search(**JOB, jobs=True),
+    "families: names none": lambda: mopsim.search(**JOB, families=[]),
+    "family: '' has an empty value": lambda: mopsim.search(**JOB, families=""),
+    "families: 'mop' is given twice": lambda: mopsim.search(**JOB, families=["mop", "mop"]),
+    "sweep: ('seq_len', 5) is refused: expected ('seq_len' or 'nodes', a sequence of int or str)": lambda: (
+        mopsim.compare(**JOB, strategies=["mop"], sweep=("seq_len", 5))
+    ),
+    "strategies: 'mop' is refused: expected a sequence": lambda: mopsim.compare(**JOB, strategies="mop"),
+    "result: {1: 2} is refused: expected a mapping of str to Any": lambda: mopsim.explore({1: 2}, "x.html"),  # type: ignore[dict-item]
+    "result: a\\x00b: cannot be a path": lambda: mopsim.explore("a\0b", "x.html"),
+    "/x\\x00y: cannot be a path": lambda: mopsim.explore(STEP, "/x\0y"),
+    "/x\\x00z: cannot be a path": lambda: mopsim.compare(**JOB, strategies=[TINY]).write("/x\0z"),
+    "ref: None is refused: expected str or Path": lambda: mopsim.load_model(None),  # type: ignore[arg-type]
+    "ref: b'x' is refused": lambda: mopsim.load_model(b"x"),  # type: ignore[arg-type]
+    "ref: 5 is refused": lambda: mopsim.load_hardware(5),  # type: ignore[arg-type]
+    "ref: [] is refused": lambda: mopsim.load_stack([]),  # type: ignore[arg-type]
+    "path: None is refused: expected str or Path": lambda: STEP.save_plan(None),  # type: ignore[arg-type]
+    "path: 5 is refused": lambda: STEP.seal(5),  # type: ignore[arg-type]
+    "path: 6 is refused": lambda: STEP.save_trace(6),  # type: ignore[arg-type]
     "routing: 5 is refused: expected str or a sequence of float": lambda: step(routing=5),
     "families: [3] is refused": lambda: mopsim.search(**JOB, families=[3]),  # type: ignore[list-item]
-    "prices: {'cpu-2core': 'x'} is refused: expected a mapping to float": lambda: mopsim.size(
+    "prices: {'cpu-2core': 'x'} is refused: expected a mapping of str to float": lambda: mopsim.size(
         NET, MACHINE, tokens="1M", days=3, prices={"cpu-2core": "x"}  # type: ignore[dict-item]
     ),
     "strategies: 5 is refused": lambda: mopsim.compare(**JOB, strategies=5),  # type: ignore[arg-type]
@@ -249,6 +273,14 @@ def step(**wrong: Any) -> object:
 def test_a_wrong_object_is_named_with_its_value_and_the_rule(says: str) -> None:
     with pytest.raises(mopsim.MopError, match=f"^{re.escape(says)}"):
         WRONG[says]()
+
+
+@pytest.mark.parametrize("family", [mopsim.mop, mopsim.fsdp2, mopsim.megatron, mopsim.zero_offload])
+@pytest.mark.parametrize("degree", [0, -1, -8])
+def test_a_degree_below_one_is_refused_by_name(family: Callable[..., Any], degree: int) -> None:
+    for name in {one for one in inspect.signature(family).parameters if one.endswith("_parallel")}:
+        with pytest.raises(mopsim.MopError, match=rf"{name}: {degree} must be at least 1"):
+            family(**{name: degree}).on(8)
 
 
 def test_a_search_simulates_something() -> None:
