@@ -16,7 +16,7 @@ from mopexec.operators.documents import Documents, spans
 from mopexec.run import failures, plans
 from mopexec.run.apply import build
 from mopexec.run.environment import launcher
-from mopexec.run.job import RankJob, join
+from mopexec.run.job import RankJob, join, meet
 from mopexec.run.runner import Batch
 from mopsim.common import io
 from mopsim.common.io import Spec
@@ -173,7 +173,7 @@ def main() -> None:
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     failure = None
     try:
-        with join() as job:
+        with join(meet()) as job:
             found = compare(plans.read_plan(folder / "plan.yaml"), job, steps)
             if found is not None:
                 io.write_json(str(folder / "differences.json"), found)

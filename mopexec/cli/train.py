@@ -14,7 +14,7 @@ import msgspec
 from mopexec import data
 from mopexec.data import DataOptions
 from mopexec.run import failures, plans, writers
-from mopexec.run.environment import adopt_slurm, check_host, rank_of_environment, under_torchrun
+from mopexec.run.environment import adopt_slurm, check_host, place, under_torchrun
 from mopexec.run.lock import run_lock
 from mopexec.run.options import TrainOptions
 from mopsim.common import io
@@ -33,7 +33,7 @@ class Earlier:
     steps: int
 
     def put_back(self) -> None:
-        """Where the new run failed before it made a step."""
+        """Where the new run ended before it made a step."""
         if _steps_size(self.out) == self.steps and not (self.out / "summary.json").is_file():
             for path, text in self.reports.items():
                 io.write_text(path, text)
@@ -53,6 +53,7 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
             raise MopError(
                 f"--max-restarts: {max_restarts} is torchrun's own option here: it starts the ranks"
             )
+        plans.check_world(plan, place().world_size)
         check_host()
         return _as_rank(options, plan, json)
     _check_directory(options, plan)
@@ -60,18 +61,14 @@ def run(options: TrainOptions, json: str | None, max_restarts: int) -> int:
     options = msgspec.structs.replace(options, tokens=str(tokens), eval_tokens=str(held_out or ""))
     _check_with_torch(options, plan)
     options = msgspec.structs.replace(options, others=_others(options.console))
-    with _held_directory(options, plan) as earlier:
+    with _held_directory(options, plan):
         from mopexec.run.launch import RankError, launch
 
         try:
             stopped_by = launch(options, plan.strategy.world_size, max_restarts=max_restarts)
         except RankError as error:
-            earlier.put_back()
             print(f"mopexec: {error}", file=sys.stderr)
             return 1
-        except MopError:
-            earlier.put_back()
-            raise
         return _conclude(options, stopped_by, json)
 
 
@@ -139,14 +136,12 @@ def _as_rank(options: TrainOptions, plan: Plan, json: str | None) -> int:
     """One rank of the user's own torchrun: the first one prepares the directory, all then train."""
     from mopexec.run.worker import run_rank
 
-    first = rank_of_environment() == 0
+    first = place().rank == 0
     if first:
         _check_directory(options, plan)
-    with _held_directory(options, plan) if first else nullcontext() as earlier:
+    with _held_directory(options, plan) if first else nullcontext():
         failure = run_rank(options)
         if failure is not None:
-            if earlier is not None:
-                earlier.put_back()
             print(f"mopexec: {failures.one_line(failure)}", file=sys.stderr)
             return failures.exit_code(failure)
         return _conclude(options, "", json) if first else 0
@@ -168,12 +163,16 @@ def _check_with_torch(options: TrainOptions, plan: Plan) -> None:
 
 
 @contextmanager
-def _held_directory(options: TrainOptions, plan: Plan) -> Iterator[Earlier]:
-    """The run's directory, prepared and held for this run. Raises MopError where another run holds it, or has
-    used it since it was checked."""
+def _held_directory(options: TrainOptions, plan: Plan) -> Iterator[None]:
+    """The run's directory, prepared and held for this run; as it was, where that makes no step. Raises
+    MopError where another run holds it, or has used it since it was checked."""
     with run_lock(Path(options.out)):
         _check_directory(options, plan)
-        yield _prepare_directory(options, plan)
+        earlier = _prepare_directory(options, plan)
+        try:
+            yield
+        finally:
+            earlier.put_back()
 
 
 def _check_directory(options: TrainOptions, plan: Plan) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import time
+from dataclasses import dataclass
 
 from mopsim.common.errors import MopError
 
@@ -72,9 +73,41 @@ def first_host(hosts: str) -> str:
     return found.group(1) + (found.group(2) or "") + (behind.group(1) if found.group(2) and behind else "")
 
 
-def rank_of_environment() -> int:
-    """This process's rank as its launcher set it; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+@dataclass(frozen=True)
+class Place:
+    """rank of world_size; local_rank of local_size on this node; restart: how often the launcher started the
+    ranks again; port: where they meet.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    restart: int
+    port: int
+
+
+def place() -> Place:
+    """This process's, as its launcher's variables have it; the only rank's without them. Raises MopError
+    naming the variable."""
+    most = 2**31 - 1
+    world_size = _number("WORLD_SIZE", 1, 1, most)
+    local_size = _number("LOCAL_WORLD_SIZE", world_size, 1, most)
+    return Place(
+        rank=_number("RANK", 0, 0, world_size - 1),
+        world_size=world_size,
+        local_rank=_number("LOCAL_RANK", 0, 0, local_size - 1),
+        local_size=local_size,
+        restart=_number("TORCHELASTIC_RESTART_COUNT", 0, 0, most),
+        port=_number("MASTER_PORT", PORT, 1, 2**16 - 1),
+    )
+
+
+def _number(name: str, default: int, least: int, most: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isdecimal() and len(text) <= 10 and least <= int(text) <= most):
+        raise MopError(f"{name}: {text!r} must be an integer from {least} to {most}")
+    return int(text)
 
 
 def launcher() -> int:

@@ -1,18 +1,25 @@
 """One rank's place in the job: its process group, its core, its platform."""
 
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mopexec.distributed.tiers import Platform
+from mopexec.run.environment import Place, place
+from mopsim.common.errors import MopError
+from mopsim.common.units import format_seconds
 
 TIMEOUT = timedelta(minutes=30)
+ANSWER = timedelta(minutes=1)
+"""How long what has answered once may take to be a store."""
 
 
 @dataclass(frozen=True)
@@ -30,42 +37,75 @@ class RankJob:
     cores: tuple[int, ...] = ()
 
 
-@contextmanager
-def join() -> Iterator[RankJob]:
-    """Join the process group that the launcher's variables describe; left when the block ends well.
+@dataclass(frozen=True)
+class Meeting:
+    """A rank that has met the others: its place, and the store that they share."""
+
+    place: Place
+    store: Store
+
+
+def meet() -> Meeting:
+    """Wait for the other ranks where the launcher's variables say. The wait is Python's, so that a signal
+    ends it. Raises MopError where they have not come after TIMEOUT, or the place is taken.
 
     The store is prefixed by the restart count: a restarted group otherwise meets the keys of the one that was
     killed.
     """
-    number = {
-        name: int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
-    }
-    rank, local_rank = number["RANK"], number["LOCAL_RANK"]
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    platform = Platform.detect()
+    own, address = place(), os.environ["MASTER_ADDR"]
+    is_master = own.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where, end = f"MASTER_ADDR, MASTER_PORT: {address}:{own.port}", time.monotonic() + TIMEOUT.total_seconds()
+    if not is_master:
+        _wait(lambda: _answers(address, own.port), end, f"{where}: nothing answers there")
+    try:
+        shared = TCPStore(
+            address, own.port, own.world_size, is_master, ANSWER, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistError as error:
+        raise MopError(f"{where}: {error}") from None
+    shared.set_timeout(TIMEOUT)
+    store = PrefixStore(f"run{own.restart}", shared)
+    if store.add("met", 1) >= own.world_size:
+        store.set("all", "1")
+    _wait(lambda: store.check(["all"]), end, f"{where}: not all of {own.world_size} ranks came there")
+    return Meeting(own, store)
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
+def _wait(done: Callable[[], bool], end: float, problem: str) -> None:
+    """Return once `done`, asked less and less often. Raises MopError of `problem` at `end` (monotonic)."""
+    pause = 0.01
+    while not done():
+        if time.monotonic() > end:
+            raise MopError(f"{problem} within {format_seconds(TIMEOUT.total_seconds())}")
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1.0)
+
+
+@contextmanager
+def join(meeting: Meeting) -> Iterator[RankJob]:
+    """The process group of the ranks that have met; left when the block ends well."""
+    own, platform = meeting.place, Platform.detect()
     cores: tuple[int, ...] = ()
     if not platform.is_cuda:
-        cores = pin(local_rank, local_size)
+        cores = pin(own.local_rank, own.local_size)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    restart = number["TORCHELASTIC_RESTART_COUNT"]
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=TIMEOUT,
-        multi_tenant=True,
-    )
     dist.init_process_group(
         platform.backend,
-        store=PrefixStore(f"run{restart}", store),
-        rank=rank,
-        world_size=world_size,
+        store=meeting.store,
+        rank=own.rank,
+        world_size=own.world_size,
         timeout=TIMEOUT,
         device_id=platform.device if platform.is_cuda else None,
     )
-    yield RankJob(rank, world_size, local_rank, local_size, restart, platform, cores)
+    yield RankJob(own.rank, own.world_size, own.local_rank, own.local_size, own.restart, platform, cores)
     dist.destroy_process_group()
 
 

@@ -6,12 +6,13 @@ Run by the launcher: `-m mopexec.run.worker OPTIONS`.
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from mopexec.run import failures
-from mopexec.run.environment import launcher, rank_of_environment
+from mopexec.run.environment import launcher, place
 from mopexec.run.options import TrainOptions
 from mopexec.run.signals import StopRequest
 from mopsim.common import io
@@ -22,18 +23,17 @@ from mopsim.common.processes import end_with_parent
 def run_rank(options: TrainOptions) -> failures.Failure | None:
     """Train as this rank; returns what went wrong, which is in the run's logs/ too, or None."""
     from mopexec.run import plans
-    from mopexec.run.job import join
+    from mopexec.run.job import join, meet
     from mopexec.run.train import train
 
-    rank = rank_of_environment()
+    own = place()
     try:
-        with StopRequest() as stop:
-            plan = plans.read_plan(Path(options.plan), options.settings)
-            with join() as job:
-                plans.check_world(plan, job.world_size)
-                train(options, plan, job, _builder(options), stop)
+        plan = plans.read_plan(Path(options.plan), options.settings)
+        meeting = meet()  # until here a signal ends the process: there is no step to wait for
+        with StopRequest() as stop, join(meeting) as job:
+            train(options, plan, job, _builder(options), stop)
     except Exception as error:
-        return failures.report(Path(options.out) / failures.LOGS, rank, error)
+        return failures.report(Path(options.out) / failures.LOGS, own.rank, error)
     return None
 
 
@@ -45,6 +45,8 @@ def _builder(options: TrainOptions) -> Any:
 def main() -> None:
     """Entry of a rank that the launcher started: it ends when the launcher does."""
     end_with_parent(launcher())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an interruption: the launcher says it
     with lasting_streams():
         failure = run_rank(io.convert(json.loads(sys.argv[1]), TrainOptions, "options"))
     os._exit(failures.exit_code(failure))  # a rank whose peers are gone must not wait for them at exit

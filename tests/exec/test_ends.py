@@ -2,15 +2,17 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import msgspec
 import pytest
 
 from mopexec.check.dry_run import dry_run
-from mopexec.run import checkpoint
+from mopexec.run import checkpoint, job, lock
 from mopsim.common.command_line import REPEAT_SECONDS
 from mopsim.common.errors import MopError
 from mopsim.spec.stacks import load_stack
@@ -18,6 +20,7 @@ from mopsim.strategies import fsdp2
 from tests.exec.train_plans import small_model, small_plan
 from tests.exec.train_runs import (
     ROOT,
+    common,
     environment,
     fake_as_ranks,
     finish,
@@ -52,6 +55,43 @@ def test_an_interrupted_verify_leaves_neither_ranks_nor_files(inputs, tmp_path, 
     assert err == f"mopexec: stopped by {number.name}\n"
     assert ranks_of(scratch) == []
     assert not list(scratch.glob("mopexec-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_for_others_can_be_interrupted(inputs, tmp_path, number):
+    """Rank 1 never comes; what an earlier run left is there again."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").touch()
+    (out / "summary.json").write_text("{}")
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    places = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mopexec.cli", "train", *common(inputs, out), "--steps", "1", "--resume"],
+        cwd=ROOT, env=environment() | {name: str(value) for name, value in places.items()},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: job._answers("localhost", port), process)
+    process.send_signal(number)
+    said = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
+    assert finish(process) == (128 + number, "", f"mopexec: {said}")
+    assert (out / "summary.json").read_text() == "{}"
+    assert not (out / lock.NAME).exists()
+
+
+def test_a_rank_whose_others_do_not_come_says_where_it_waited(monkeypatch):
+    monkeypatch.setattr(job, "TIMEOUT", timedelta(seconds=0.1))
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    for rank, rule in ((1, "nothing answers there"), (0, "not all of 2 ranks came there")):
+        places = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in places.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(
+            MopError, match=f"MASTER_ADDR, MASTER_PORT: localhost:{port}: {rule} within 100 ms"
+        ):
+            job.meet()
 
 
 def test_a_signal_during_imports_is_neither_lost_nor_fatal():

@@ -105,6 +105,31 @@ def test_tasks_of_srun_are_ranks(monkeypatch):
     assert not environment.under_torchrun()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"RANK": "x"}, "RANK: 'x' must be an integer from 0 to 3"),
+        ({"RANK": "5"}, "RANK: '5' must be an integer from 0 to 3"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' must be an integer from 1 to"),
+        ({"WORLD_SIZE": "2"}, "plan.strategy.world_size: 4 is not the 2 ranks of this launch"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK: '2' must be an integer from 0 to 1"),
+        ({"MASTER_PORT": "bad"}, "MASTER_PORT: 'bad' must be an integer from 1 to 65535"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: '70000' must be an integer from 1 to 65535"),
+    ],
+)
+def test_a_place_that_is_none_is_one_line(wrong, line, plan, tmp_path, monkeypatch, capsys):
+    places = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (places | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} | wrong).items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--plan", str(plan), "--data", "python", "--steps", "1", "--out", str(out)])
+    error = capsys.readouterr().err
+    assert (end.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"mopexec: {line}")
+    assert not out.exists()
+
+
 def test_a_host_without_an_address_is_one_line(plan, tmp_path, monkeypatch, capsys):
     rank = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu-03", "MASTER_PORT": "29500"}
     asked = []

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from mopexec.run.environment import adopt_slurm, rank_of_environment, under_torchrun
+from mopexec.run.environment import adopt_slurm, place, under_torchrun
 from mopsim import strategies
 from mopsim.common import io
 from mopsim.spec.model import ModelSpec
@@ -91,7 +91,7 @@ def measure(plans: dict[str, Plan], size: Size, folder: Path, execute: Execute) 
     found = {}
     for name, plan in plans.items():
         path, out = folder / f"{name}.yaml", folder / name
-        if rank_of_environment() == 0:
+        if place().rank == 0:
             io.write_yaml(path, plan)
         code = execute(
             ["-m", "mopexec.cli", "train", "--plan", str(path), "--data", "python", "--steps",
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None, execute: Execute | None = None)
     folder = given.out / "runs" if under_torchrun() else Path(tempfile.mkdtemp(prefix="mop_gpu_"))
     folder.mkdir(parents=True, exist_ok=True)
     found = measure(contenders(size, ranks, kind), size, folder, run)
-    if rank_of_environment() == 0:
+    if place().rank == 0:
         device = f"{ranks} x {device_name(torch.device(kind, 0) if gpus else torch.device(kind))}"
         given.out.mkdir(parents=True, exist_ok=True)
         said = {"device": device, "torch": str(torch.__version__), "parity": parity, "runs": found}
