@@ -21,6 +21,7 @@ from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting, keep_c
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
+from mopsim.search.restricted import try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
 from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import candidates
@@ -108,6 +109,8 @@ def hunted(
     if found.best is None:
         return Hunted(found, hunt=hunt)
     hunt.prove(found.best, tell)
+    if options.prove:
+        try_restricted(hunt, tell)
     return _settled(hunt)
 
 

@@ -92,7 +92,7 @@ class Hunt:
             position = self.next()
             if position is None:
                 break
-            self._simulate(self.pool, position, progress)
+            self.simulate(self.pool, position, progress)
 
     def prove(self, best: SimResult, progress: Callable[[SearchResult], None]) -> None:
         """Multiply out what may be faster by more than a tie than the best, of this family where it has one,
@@ -114,7 +114,7 @@ class Hunt:
         self._resume(progress)
         below = min(below, self._fastest() / (1 + TIE))
         while self._may_be_proven(below, enough) and (found := self._least(below)) is not None:
-            self._simulate(*found, progress)
+            self.simulate(*found, progress)
 
     def _resume(self, progress: Callable[[SearchResult], None]) -> None:
         """Simulate what the bounds that a proof refined promise, the least expected first, until LATELY of
@@ -124,7 +124,7 @@ class Hunt:
             hoped = self._hoped()
             if hoped is None:
                 break
-            self._simulate(*hoped, progress)
+            self.simulate(*hoped, progress)
 
     def _hoped(self) -> tuple[Pool, int] | None:
         """The pool and the position of the least expected time, bounds refined, that promises."""
@@ -173,7 +173,8 @@ class Hunt:
         found = [(pool, position) for pool, position in every if position is not None]
         return min(found, key=lambda one: one[0].time[one[1]], default=None)
 
-    def _simulate(self, pool: Pool, position: int, progress: Callable[[SearchResult], None]) -> None:
+    def simulate(self, pool: Pool, position: int, progress: Callable[[SearchResult], None]) -> None:
+        """Simulate a candidate of a pool, learn from it and rank it."""
         pool.taken[position] = True
         row = int(pool.rows[position])
         simulated = None if self.not_run(pool.space, row) else run_row(pool.space, row, self.found)
@@ -331,6 +332,15 @@ class Hunt:
         if position is None or not self.pool.room()[0][position]:
             return math.inf
         return float(self.pool.expected()[position])
+
+    def fastest(self, may: NDArray[np.bool_]) -> int | None:
+        """Of the candidates that `may` and are expected to fit the one of the least expected time."""
+        pool = self.pool
+
+        def score() -> Reals:
+            return np.where(may & ~pool.taken & pool.room()[0], pool.expected(), np.inf)
+
+        return pool.best(score, TURNS)
 
     def left(self) -> np.ndarray:
         """Lower bounds of the step time of the candidates that were not simulated."""

@@ -2,6 +2,7 @@
 the answer, and the nearest rivals of other families."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from mopsim.common.errors import MopError
@@ -10,11 +11,12 @@ from mopsim.common.units import format_bytes, format_probability, format_seconds
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
 from mopsim.search.had import offered
-from mopsim.search.problem import DEVICE, Problem
+from mopsim.search.problem import Problem
+from mopsim.search.restricted import RESTRICTIONS, Restriction
 from mopsim.search.result import TIE, SearchResult
-from mopsim.spec.capability import runnable
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import describe
+from mopsim.spec.model import ModelSpec
 
 WAITS = {
     "all_gather": "all-gathers", "reduce_scatter": "reductions of gradients", "all_reduce": "all-reduces",
@@ -81,22 +83,20 @@ def _waits(one: SimResult) -> list[tuple[str, float]]:
 
 def _restrictions(found: SearchResult, problem: Problem) -> Iterator[tuple[str, Rule]]:
     """Rules that a user may have, of those that the best does not keep and that a family searched can keep:
-    its space has the value of the column that decides it."""
+    its space has the values of the columns that decide it."""
     best, families = found.best, found.best_by_family
     assert best is not None
-    rules: dict[str, tuple[Rule, tuple[str, int] | None]] = {
-        "only what mopexec runs": (
-            lambda one: runnable(one.strategy, found.model, one.training, one.stack) is None, None,
-        ),
-        "nothing on the host": (lambda one: one.host_memory == 0, ("state", DEVICE)),
-        "no recomputation": (lambda one: one.strategy.activations.recompute == "none", ("recompute", 0)),
-        "no pipeline": (lambda one: one.strategy.pipeline.pipeline_parallel == 1, ("pipeline", 1)),
-        "no tensor parallelism": (lambda one: one.strategy.dense.tensor_parallel == 1, ("tensor", 1)),
-    }  # fmt: skip
-    for name, (rule, choice) in rules.items():
-        possible = choice is None or any(choice[1] in offered(problem, one, choice[0]) for one in families)
-        if possible and not rule(best):
-            yield name, rule
+    for name, one in RESTRICTIONS.items():
+        possible = any(
+            all(value in offered(problem, family, column) for column, value in one.columns.items())
+            for family in families
+        )
+        if possible and not one.kept(best, found.model):
+            yield name, partial(_kept, one, found.model)
+
+
+def _kept(one: Restriction, model: ModelSpec, plan: SimResult) -> bool:
+    return one.kept(plan, model)
 
 
 def _costs(best: SimResult, name: str, rule: Rule, fits: Sequence[SimResult]) -> str:
@@ -104,7 +104,7 @@ def _costs(best: SimResult, name: str, rule: Rule, fits: Sequence[SimResult]) ->
     if kept is None:
         return f"{name}: no such plan among the {len(fits)} simulated that fit"
     slower = kept.step_time / best.step_time - 1
-    cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%}"
+    cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%} or less"
     return f"{name}: {cost}, {format_seconds(kept.step_time)}, {describe(kept.strategy)}"
 
 
