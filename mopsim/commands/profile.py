@@ -24,7 +24,7 @@ from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.spec.figures import FIGURES
 from mopsim.spec.hardware import HardwareProfile, Quantity, Tag
-from mopsim.spec.new_card import check_figures, figures_of, nearest_card, new_card
+from mopsim.spec.new_card import FOLLOWS, check_figures, figures_of, nearest_card, new_card
 from mopsim.spec.profiles import list_profiles, load_profile
 
 BY = 0.2
@@ -146,8 +146,11 @@ def filled(profile: HardwareProfile, near: HardwareProfile, figures: Mapping[str
     """The figures of the new profile, and where each comes from."""
     shown = table(f"{profile.name}: what is not given is as {near.name}", ("figure",), ("value",))
     shown.add_column("from")
+    theirs = figures_of(near)
     for name, one in figures_of(profile).items():
         known = "given" if name in figures else f"assumed, as {near.name}"
+        if name in FOLLOWS and name not in figures and one.si != theirs[name].si:
+            known = f"assumed: {theirs[name].text} of {near.name} by {FOLLOWS[name]}"
         if name == "memory-bandwidth" and name in figures:
             known = "given, times the share that kernels reach"
         shown.add_row(name, one.text, known)
@@ -163,11 +166,14 @@ def _weigh(profile: HardwareProfile, job: Mapping[str, Any], console: Any) -> di
             console.print(f"No assumption is weighed: {ranking.headline()} (--model, --nodes, --seq-len)")
             return {"reference": None, "assumptions": []}
         found = sensitivity(best, BY, lambda done, what: shown(done, what))
-    console.print(weights(found, best.result, f"{ranking.inputs.where}: {describe(best.strategy)}"))
+    price = profile.price_per_device_hour
+    title = f"{ranking.inputs.where}: {describe(best.strategy)}"
+    assumed = price is not None and price.tag == "assumed"
+    console.print(weights(found, best.result, title, price_assumed=assumed))
     return {"reference": best.to_json(), "assumptions": [_json(one, best.result) for one in found]}
 
 
-def weights(found: list[Moved], base: SimResult, title: str) -> Group:
+def weights(found: list[Moved], base: SimResult, title: str, *, price_assumed: bool) -> Group:
     """The assumptions that move the step, most first; the names of those that do not."""
     shown = table(
         f"a step of {format_seconds(base.step_time)}, with each assumption 20 % lower and higher",
@@ -186,10 +192,9 @@ def weights(found: list[Moved], base: SimResult, title: str) -> Group:
         ]
         shown.add_row(", ".join([one.name, *turned]), one.value.removesuffix(" 1"), *cells)
     quiet = [one.name for one in found if one.swing(base) < QUIET]
-    lines = [
-        Text(title, style="dim"),
-        Text("An assumed price moves the cost as much as itself.", style="dim"),
-    ]
+    lines = [Text(title, style="dim")]
+    if price_assumed:
+        lines.append(Text("The price is assumed: it moves the cost as much as itself.", style="dim"))
     if quiet:
         lines.append(Text(f"Under {QUIET:.2%} on this job: {', '.join(quiet)}", style="dim"))
     return Group(shown, *lines)

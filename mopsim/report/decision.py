@@ -233,14 +233,15 @@ def _parts(bill: Figures | None) -> DecisionTable:
 
 
 def _network(bill: Figures | None) -> str:
-    if bill is None or bill.network is None or not bill.network.switches:
+    """What a purchase's network is; a rent has it in its price."""
+    if bill is None or not bill.capex or bill.network is None or not bill.network.switches:
         return ""
     wires = bill.network
-    share = f", {wires.price / bill.capex:.0%} of the purchase" if bill.capex else ""
     return (
         f"Network: {wires.ports:,} ports, {wires.tiers} tier{'s' if wires.tiers > 1 else ''}, "
         f"{wires.switches:,} switch{'es' if wires.switches > 1 else ''}, {wires.links:,} links, "
-        f"oversubscribed {wires.oversubscription:g} to 1: {format_dollars(wires.price)}{share}."
+        f"oversubscribed {wires.oversubscription:g} to 1: {format_dollars(wires.price)}, "
+        f"{wires.price / bill.capex:.0%} of the purchase."
     )
 
 

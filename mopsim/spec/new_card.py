@@ -14,6 +14,8 @@ Plain = dict[str, Any]
 
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "fp8": "fp8"}
 """The figure that is the peak of a dtype."""
+FOLLOWS = {"fp8": "bf16 rate", "node-power": "GPU power"}
+"""Figures that are not given and follow another, by which they are scaled."""
 Given = Mapping[str, Quantity]
 
 
@@ -95,7 +97,7 @@ def new_card(
     if "power" in given and "node-power" not in given and near.node_power and near.device.power:
         more = near.devices_per_node * (given["power"].si - near.device.power.si)
         card["node_power"] = _assumed(
-            (near.node_power.si + more) / 1e3, "kW", f"{near.name}'s by the GPUs' power"
+            (near.node_power.si + more) / 1e3, "kW", f"{near.name}'s by {FOLLOWS['node-power']}"
         )
     return convert(card, HardwareProfile, "hardware")
 
@@ -143,7 +145,7 @@ def _rate(card: Plain, given: Quantity, near: HardwareProfile) -> None:
         if DTYPES.get(curve["dtype"]) == "bf16":
             curve["peak"] = to_plain(given)
         else:
-            _scale(curve["peak"], given.si / old.si, "by the bf16 rate")
+            _scale(curve["peak"], given.si / old.si, f"by {FOLLOWS['fp8']}")
 
 
 def _fp8(card: Plain, given: Quantity, near: HardwareProfile) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.main import get_command
 
 import mopsim
 from mopsim.api.sensitivity import assumptions, sensitivity
 from mopsim.cli import app, main
-from mopsim.commands.profile import taken
+from mopsim.commands.profile import filled, taken, weights
 from mopsim.common.io import to_plain
 from mopsim.spec.figures import FIGURES as FIGURE_KINDS
 from mopsim.spec.hardware import HardwareProfile, Quantity
@@ -71,6 +72,28 @@ def test_what_is_not_given_is_assumed_and_says_of_which_card() -> None:
     assert card.host.link_h2d.source.startswith("as h200-sxm-141g (measured): nvbandwidth")
 
 
+def test_a_figure_that_follows_another_is_not_called_the_near_cards() -> None:
+    given = {name: FIGURES[name].text for name in ("bf16", "power")}
+    shown = Console(file=StringIO(), width=120, record=True)
+    shown.print(filled(new_card("new", FIGURES, NEAR), NEAR, given))
+    said = {line.split()[0]: line for line in shown.export_text().splitlines() if line.strip()}
+    assert "7.8 kW  assumed: 10.2 kW of h200-sxm-141g by GPU power" in said["node-power"]
+    assert "of h200-sxm-141g by bf16 rate" in said["fp8"]
+    assert said["host-link"].rstrip().endswith("assumed, as h200-sxm-141g")
+    shown.print(filled(new_card("new", {}, NEAR), NEAR, {}))
+    assert " by " not in shown.export_text()
+
+
+def test_only_an_assumed_price_is_said_to_move_the_cost() -> None:
+    base = mopsim.simulate(
+        "tiny", "cpu-2core", seq_len=256, global_batch=4, strategy=mopsim.mop(dtype="float32")
+    )
+    shown = Console(file=StringIO(), width=120, record=True)
+    for assumed in (True, False):
+        shown.print(weights([], base.result, "a job", price_assumed=assumed))
+        assert ("The price is assumed" in shown.export_text()) is assumed
+
+
 def test_a_card_is_nearest_to_itself() -> None:
     known = [load_profile(name) for name in list_profiles()]
     for one in known:
@@ -115,6 +138,7 @@ def test_the_command_asks_and_writes(
     printed, complained = capsys.readouterr()
     assert "bf16: 'many' is not a number of FLOP/s" in complained  # and asked again
     assert "with each assumption 20 % lower and higher" in printed
+    assert "The price is assumed" not in printed
     found = json.loads(said.read_text())
     assert found["assumptions"][0].keys() >= {"name", "value", "step_time_lower", "step_time_higher"}
 

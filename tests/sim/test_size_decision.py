@@ -120,6 +120,7 @@ def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> No
     page = (tmp_path / "out" / "decision.html").read_text("utf-8")
     assert not re.search(r'(src|href)="(?!#)', page)
     assert page.count("<svg") == 2
+    assert "Network:" not in page  # the rent has it
     for said in ("Rivals", "Risks", "What if", "What to measure before signing", "nccl-tests", "Rent "):
         assert said in page
     assert "None" not in page
@@ -202,6 +203,7 @@ def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     bought.write(tmp_path)
     page = (tmp_path / "decision.html").read_text("utf-8")
     assert "Where it could stand" in page
+    assert re.search(r"Network: .*% of the purchase", page)
     assert "machines" in page
     assert "years" in {one.name for one in bought.what_if()}
 
