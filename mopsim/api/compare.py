@@ -150,8 +150,7 @@ class Comparison(Result):
         from mopsim.report.formats import saved_as
 
         inputs = self.inputs
-        cluster = inputs.hardware.cluster(inputs.nodes)
-        title = f"{inputs.model.name} at {inputs.training.seq_len} tokens on {cluster}"
+        title = inputs.where_of(self._results())
         timelines = [simulation.timeline() for simulation in self.simulations.values()]
         with whole_directory(Path(folder)) as aside, saved_as(formats):
             write_compare(

@@ -50,7 +50,8 @@ def run(
         written = found.write(out, command, kinds)
     console = human(json)
     level, refused = found.inputs.interval, list(found.refused.values())
-    console.print(comparison(list(found.results.values()), found.inputs.where, level, refused=refused))
+    results = list(found.results.values())
+    console.print(comparison(results, found.inputs.where_of(results), level, refused=refused))
     if found.sweep:
         console.print(swept_table(found.sweep, level))
     console.print(f"{found.headline()} Written: {', '.join(str(path) for path in written)}")

@@ -25,7 +25,7 @@ def run(
     sealed = step.seal(seal) if seal else ""
     console = human(json)
     console.print(step.inputs.parameters, style="dim")
-    console.print(comparison([step.result], step.inputs.where, step.inputs.interval))
+    console.print(comparison([step.result], step.inputs.where_of([step.result]), step.inputs.interval))
     console.print(breakdown(step.result))
     if sealed:
         console.print(f"sealed in {seal}: sha256 {sealed}")

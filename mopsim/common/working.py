@@ -17,6 +17,14 @@ def near_multiples(value: int, step: int) -> str:
     return _said(below, below + step)
 
 
+def near_batches(batch: int, ranks: int) -> str:
+    """'; 32 or 64 will do': batches about one that does not divide over the ranks; fewer than ranks share a
+    sequence. '' where it does."""
+    if batch % ranks == 0 or ranks % batch == 0:
+        return ""
+    return near_multiples(batch, ranks) if batch > ranks else near_divisors(ranks, batch)
+
+
 def _said(*values: int) -> str:
     fit = [f"{one}" for one in values if one]
     return f"; {' or '.join(fit)} will do" if fit else ""

@@ -111,7 +111,9 @@ class SearchResult:
             name, left = self.closest.strategy.name, "" if self.proven else f" ({proof(self.gap)})"
             return f"nothing fits: the closest ({name}) is {by} over, stopped by {over}{left}"
         counted = sorted(self.rejected.items(), key=lambda item: (NOT_RUN not in item[0], -item[1]))
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in counted[:3])
+        reasons = "; ".join(
+            f"{reason} ({count:,} candidate{'s' if count > 1 else ''})" for reason, count in counted[:3]
+        )
         return f"nothing to run: {reasons or 'no candidates'}"
 
     def exhausted(self) -> str:

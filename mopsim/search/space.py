@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from mopsim.common.working import near_batches
 from mopsim.cost.slowest import waiting
 from mopsim.cost.stack import as_used
 from mopsim.search.axes import MINOR
@@ -247,7 +248,7 @@ def _over_ranks(problem: Problem) -> Iterable[Relation]:
         lambda c: stage(c) // (c["experts"] * c["expert_tensor"]) % c["expert_shard"] == 0,
     )
     yield (
-        "global batch is not a multiple of micro_batch x data groups",
+        f"global batch is not a multiple of micro_batch x data groups{near_batches(batch, world)}",
         (),
         lambda c: batch % (c["micro_batch"] * np.maximum(groups(c), 1)) == 0,
     )

@@ -93,6 +93,23 @@ def test_a_family_without_a_strategy_is_a_row_of_the_comparison(
     assert capsys.readouterr().err == f"mopsim: {why}\n"
 
 
+def test_the_title_says_how_many_devices_a_plan_uses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.yaml"
+    job: dict[str, Any] = JOB | {"global_batch": 8}
+    mopsim.simulate(**job, strategy=TINY).save_plan(path)
+    asked = ["--model", "tiny", "--hardware", "cpu-2core", "--seq-len", "256", "--global-batch", "8"]
+    for nodes, used in (("1", False), ("4", True)):
+        command(monkeypatch, "simulate", *asked, "--nodes", nodes, "--strategy", str(path))
+        title = " ".join(capsys.readouterr().out.split("tokens/s")[0].split())
+        assert ("; 2 of the 8 devices are used, numbers per rank are of these" in title) is used
+    found = mopsim.compare(**job, nodes=4, strategies={"part": path, "all": TINY})
+    found.write(tmp_path / "report")
+    said = (tmp_path / "report" / "index.md").read_text().splitlines()[0]
+    assert "2 of the 8 devices are used by 1 of 2 strategies" in said
+
+
 def test_families_on_several_stacks_are_told_which_one_has_both() -> None:
     job: dict[str, Any] = {**JOB, "budget": 2, "strategies": ["mop", "megatron"]}
     found = mopsim.compare(**job)

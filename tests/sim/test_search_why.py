@@ -1,6 +1,7 @@
 """Ties are one row; the answer says why; where nothing fits, what would."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import mopsim
 from mopsim.cli import app
 from mopsim.common.units import GIB
+from mopsim.common.working import near_batches
 from mopsim.engine import SimResult, simulate
 from mopsim.graph.tensors import total_params
 from mopsim.report.explore.steps import as_fast
@@ -236,6 +238,23 @@ def test_the_command_ends_with_3_where_nothing_fits(capsys: pytest.CaptureFixtur
     said = capsys.readouterr()
     assert '"why"' in said.out
     assert "nothing fits" in said.err or "nothing to run" in said.err
+
+
+@pytest.mark.parametrize(
+    ("batch", "works"),
+    [(63, "; 32 or 64 will do"), (65, "; 64 or 128 will do"), (32, ""), (128, "")],
+)
+def test_a_batch_that_divides_over_no_ranks_is_told_which_do(batch: int, works: str) -> None:
+    assert near_batches(batch, 64) == works
+
+
+def test_a_refusal_says_what_it_counts() -> None:
+    job: dict[str, Any] = {"seq_len": 4096, "nodes": 8, "families": ["fsdp2"], "budget": 1}
+    found = mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=63, **job)
+    assert re.search(r"data groups; 32 or 64 will do \([\d,]+ candidates\)", found.verdict)
+    assert mopsim.search("olmoe_1b_7b", "h100-sxm-80g", global_batch=64, **job).top
+    one = SearchResult(TINY, rejected=Counter({"a reason": 1}))
+    assert one.verdict() == "nothing to run: a reason (1 candidate)"
 
 
 def test_why_is_asked_for_only_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
