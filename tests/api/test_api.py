@@ -331,6 +331,10 @@ def test_two_profiles_of_one_name_are_not_taken_for_one() -> None:
 def test_an_unknown_keyword_names_the_known_ones() -> None:
     with pytest.raises(TypeError, match="expert_parallel"):
         mopsim.mop(expert_paralel=8)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"search\(\) got .* 'family'; it has families$"):
+        mopsim.search(**JOB, family="megatron")
+    with pytest.raises(TypeError, match="'zzz'; it has model, hardware, seq_len, "):
+        mopsim.search(**JOB, zzz=1)
 
 
 @pytest.mark.parametrize("name", ["simulate", "search", "compare", "size", "explore", "interval"])
