@@ -237,7 +237,9 @@ def test_relations_between_files_and_options(
         plan = io.parse_yaml((tmp_path / "plan.yaml").read_text(), "plan")
         (tmp_path / "plan.yaml").write_text(json.dumps(put(plan, ("model", "name"), "other")))
     (tmp_path / "f.yaml").write_text(json.dumps(STRATEGY))
-    assert says in call(capsys, monkeypatch, "simulate", *job, "--strategy", "f.yaml", *arguments)
+    words = [*job, "--strategy", "f.yaml", *arguments]
+    once = dict(zip(words[::2], words[1::2], strict=True))
+    assert says in call(capsys, monkeypatch, "simulate", *(word for one in once.items() for word in one))
 
 
 def test_a_chunk_larger_than_what_there_is_is_one_chunk(
