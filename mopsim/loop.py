@@ -28,6 +28,7 @@ import msgspec
 
 from mopsim.api.inputs import Inputs, make_plan
 from mopsim.calibrate import load_measurement
+from mopsim.commands.progress import Shown, progress
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, whole_directory
@@ -59,6 +60,8 @@ TRACKED_STEPS, EVEN_STEPS = 10, 2
 most uneven in the first ten; evenly routed steps are all alike, and a run of that many shows their memory."""
 TIMED_STEPS = 10
 """The least that are timed of the held-out strategy, after those."""
+LOOK = 1.0
+"""Seconds between looks at a command that runs."""
 BESIDE = "other programs have "
 """How mopexec begins a line about a busy machine."""
 PILOT_STEPS, PILOT_SKIPPED, PROFILE_STEPS = 12, 3, 3
@@ -77,6 +80,7 @@ class Loop:
     commands: list[str] = field(default_factory=list)
     beside: dict[str, str] = field(default_factory=dict)
     """What a command said last of other programs that have the cores."""
+    shown: Shown = field(default=lambda done, text: None)
 
     def mopsim(self, *arguments: str) -> None:
         self._run("mopsim", arguments)
@@ -98,7 +102,7 @@ class Loop:
                 preexec_fn=partial(end_with_parent, os.getpid()),
             )
             try:
-                code = process.wait()
+                code = self._wait(process)
             except BaseException:
                 process.send_signal(
                     signal.SIGINT
@@ -116,11 +120,19 @@ class Loop:
                 f"`{shown}` failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
             )
 
+    def _wait(self, process: "subprocess.Popen[bytes]") -> int:
+        """The exit code; while the command runs, its stage is said now and then."""
+        while True:
+            try:
+                return process.wait(LOOK)
+            except subprocess.TimeoutExpired:
+                self.shown(0, "")
+
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
         """Show what is being done, and how long it took."""
         started = time.perf_counter()
-        with self.console.status(f"{text} …"):
+        with progress(self.console, text, None) as self.shown:
             yield
         self.console.print(f"  {text}: {time.perf_counter() - started:.1f} s")
 

@@ -12,6 +12,8 @@ from mopsim.engine import SimResult
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import LOST, Measurement, Plan
 
+OVERLAP = "p10 to p90 of their steps overlap"
+"""Why the order of two is not known."""
 BUSY = 1.4
 """p90 of a run's steps over p10 from which its machine is called busy: 1.05 to 1.1 when nothing else runs."""
 
@@ -97,7 +99,7 @@ class DemoReport:
         return (
             f"{'Winner' if apart else 'A tie on this machine'}: {first.name}, {format_seconds(fast)} a step "
             f"against {format_seconds(slow)} of {second.name}, {slow / fast:.2f}x as fast"
-            f"{'' if apart else ', no more than their spread'}"
+            f"{'' if apart else f', but {OVERLAP}'}"
         )
 
     def runs(self) -> dict[str, Measurement]:
@@ -116,7 +118,7 @@ class DemoReport:
 
     def warning(self) -> str:
         """A line where the machine was not quiet, else ''."""
-        probed = self.probed_beside.partition(" (")[0]
+        probed = self.probed_beside.partition(" (")[0].replace(" have ", " had ", 1)
         said = [f"while it was probed {probed}"] if probed else []
         if beside := self.beside():
             said.append(f"of the cores other programs had {', '.join(beside)}")
@@ -143,7 +145,7 @@ class DemoReport:
             predicted = min(a, b, key=lambda one: one.piloted.step_time)
             verdict = "agrees" if measured is predicted else "disagrees"
             if not _apart(a, b):
-                verdict = "too close to tell: within their spread"
+                verdict = f"too close to tell: {OVERLAP}"
             found.append(
                 (
                     f"{measured.name} before {other.name}",
@@ -162,6 +164,6 @@ def _ratio(a: SimResult, b: SimResult) -> str:
 
 
 def _apart(a: DemoContender, b: DemoContender) -> bool:
-    """Whether two medians differ by more than the wider spread (p10 to p90)."""
-    gap = abs(a.measured.step_time_median - b.measured.step_time_median)
-    return gap > max(high - low for low, high in (a.spread(), b.spread()))
+    """Whether the spreads that are shown (p10 to p90) leave room between them."""
+    (a_low, a_high), (b_low, b_high) = a.spread(), b.spread()
+    return a_high < b_low or b_high < a_low

@@ -180,8 +180,8 @@ def loss_lines(path: Path, losses: Mapping[str, Sequence[float]], title: str) ->
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured number with its spread, and what was predicted before and after calibration (None: not
-    made)."""
+    """A measured number with its spread, and what was predicted before calibration and after the pilot runs
+    (None: not made)."""
 
     label: str
     measured: float
@@ -192,23 +192,34 @@ class Compared:
 
 
 def predicted_bars(path: Path, rows: Sequence[Compared], title: str) -> Path:
-    """Step time per strategy: predicted before, measured (with its p10-p90 spread), predicted after
-    calibration."""
+    """Step time per strategy: predicted before calibration, measured (with its p10-p90 spread), predicted
+    after the pilot runs."""
     values = [value for row in rows for value in (row.high, row.before or 0, row.after or 0)]
     unit, scale = time_scale(max(values))
     width = 0.26
     with figure(path, 10, 5) as (axis,):
-        for place, (name, tint) in enumerate(
-            (("before", "#bfc9ca"), ("measured", "#1b4f72"), ("after", "#ca6f1e"))
+        for place, (name, tint, label) in enumerate(
+            (
+                ("before", "#bfc9ca", "predicted before calibration"),
+                ("measured", "#1b4f72", "measured (line: p10 to p90)"),
+                ("after", "#ca6f1e", "predicted after the pilot runs"),
+            )
         ):
             heights = [(getattr(row, name) or 0) / scale for row in rows]
             spots = [index + (place - 1) * width for index in range(len(rows))]
-            label = "measured (bar: p10 to p90)" if name == "measured" else f"predicted {name} calibration"
             axis.bar(spots, heights, width * 0.94, color=tint, label=label)
             for row, spot, height in zip(rows, spots, heights, strict=True):
                 text = f"{height:.3g}" if name == "measured" else f"{height * scale / row.measured - 1:+.0%}"
                 top = row.high / scale if name == "measured" else height
-                axis.text(spot, top, text, ha="center", va="bottom", fontsize=10)
+                axis.annotate(
+                    text,
+                    (spot, top),
+                    (0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=10,
+                )
         spread = [
             [(row.measured - row.low) / scale for row in rows],
             [(row.high - row.measured) / scale for row in rows],

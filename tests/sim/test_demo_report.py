@@ -1,11 +1,15 @@
 """What the report of the closed loop says of a machine that other programs use."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from rich.console import Console
+
 from mopexec.measure.quiet import loaded
-from mopsim.loop import BESIDE
-from mopsim.report.demo_results import DemoReport
+from mopsim.loop import BESIDE, Loop
+from mopsim.report.demo_results import OVERLAP, DemoContender, DemoReport
 
 
 def run(name: str, others: float) -> Any:
@@ -40,4 +44,49 @@ def test_others_beside_the_probe_are_told_in_its_words() -> None:
     line = loaded(0.5, 2, "the profile is")
     assert line.startswith(BESIDE)
     said = report(0.0, 0.0, line).warning()
-    assert "while it was probed other programs have 1.0 of the 2 cores. " in said
+    assert "while it was probed other programs had 1.0 of the 2 cores. " in said
+
+
+def contender(name: str, *steps: float) -> DemoContender:
+    """The contender with these steps, of which the second is the median; predicted alike by all."""
+    none: Any = None
+    one: Any = SimpleNamespace(step_times=steps, step_time_median=steps[1])
+    found = DemoContender(name, none, one, none, [])
+    predicted: Any = SimpleNamespace(step_time=steps[1])
+    found.probed = found.piloted = found.calibrated = predicted
+    return found
+
+
+@pytest.mark.parametrize(
+    ("other", "apart"),
+    [
+        ((1.11, 1.12, 1.2), True),
+        ((1.05, 1.12, 1.2), False),
+        ((1.02, 1.08, 1.1), False),
+        ((1.5, 2.0, 3.0), True),
+    ],
+)
+def test_two_are_too_close_to_tell_where_the_spreads_shown_overlap(
+    other: tuple[float, ...], apart: bool
+) -> None:
+    """1.00 to 1.10 s and 1.11 to 1.20 s were within their spread: 0.2 s between medians, which is wide."""
+    none: Any = None
+    pair = [contender("mop", 1.0, 1.05, 1.1), contender("fsdp2", *other)]
+    found = DemoReport(pair, [], none, none, none, 0, 1, [], {}, "", none, 0)
+    ((*_, verdict),) = found.orders()
+    assert verdict == ("agrees" if apart else f"too close to tell: {OVERLAP}")
+    assert found.verdict().startswith("Winner: mop" if apart else "A tie on this machine: mop")
+    assert found.verdict().endswith(OVERLAP) is not apart
+
+
+def test_a_stage_that_takes_long_is_said_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mopsim.loop.LOOK", 0.02)
+    monkeypatch.setattr("mopsim.commands.progress.EVERY", 0.1)
+    loop = Loop(tmp_path, tmp_path, 0, 1, Console())
+    with loop.stage("list the stacks"):
+        loop.mopsim("list", "stacks")
+    said = capsys.readouterr()
+    assert "mopsim: list the stacks" in said.err
+    assert "  list the stacks: " in said.out
