@@ -30,7 +30,7 @@ Limit = Annotated[str | None, typer.Option(help="bytes of one rank that may be u
 TrackedSteps = Annotated[
     int,
     typer.Option(
-        min=0, max=10**9, help="first steps whose memory is watched; 0 = all where there is a limit"
+        min=0, max=10**9, help="first steps whose memory is watched; 0 = all under a limit, else two"
     ),
 ]
 Routing = Annotated[

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mopsim
 from mopsim.api.inputs import Inputs, facts, read_routing
-from mopsim.commands.console import human
+from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
 from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
@@ -67,7 +67,8 @@ def run(order: ContextOrder, out: str, json: str | None) -> int:
     with io.json_beside(json, made), whole_directory(Path(out)) as aside:
         io.write_json(str(aside / "context.json"), made)
         write_page(aside, Page("Context length against throughput", "", sections, stated(cases)))
-    console.print(f"Written: {Path(out) / 'index.md'}")
+        written = sorted(path.name for path in aside.iterdir())
+    say_written(console, json, *(str(Path(out) / name) for name in written))
     return 0 if any(curve.longest for mine in curves for curve in mine.values()) else NOTHING_FITS
 
 

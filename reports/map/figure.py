@@ -13,6 +13,10 @@ from mopsim.strategies import FAMILIES
 COLOURS = dict(zip(FAMILIES, ("#ca6f1e", "#1b4f72", "#b7950b", "#85c1e9"), strict=True))
 NOTHING = "#d5d8dc"
 SURE = 0.9
+CELL = (
+    "in a cell: how many times as fast as the next best "
+    f"(hatched, ?: faster with a probability below {SURE:g}); tokens/s per GPU"
+)
 
 
 def sure(row: dict[str, Any]) -> bool:
@@ -46,7 +50,9 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], context: Callable[[int], st
             axis.set_axis_off()
         handles = [Patch(color=colour, label=family) for family, colour in COLOURS.items()]
         handles.append(Patch(color=NOTHING, label="nothing fits"))
-        axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        axes[0].figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), title=CELL, title_fontsize=9
+        )
 
 
 def _cell(axis: Axes, row: dict[str, Any], x: int, y: int) -> None:
@@ -60,7 +66,7 @@ def _cell(axis: Axes, row: dict[str, Any], x: int, y: int) -> None:
     said = "only one" if lead is None else f"{lead['ratio']:.2f}x{'' if sure(row) else ' ?'}"
     rate = row["families"][winner]["tokens_per_s_per_device"]
     axis.text(
-        x + 0.5, y + 0.5, f"{said}\n{rate:,.0f}/s", ha="center", va="center", fontsize=9,
+        x + 0.5, y + 0.5, f"{said}\n{rate:,.0f}", ha="center", va="center", fontsize=9,
         color=text_on(colour),
         bbox=None if hatch is None else {"facecolor": colour, "edgecolor": "none", "pad": 1.5},
     )  # fmt: skip

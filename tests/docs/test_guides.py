@@ -9,6 +9,7 @@ import typer
 
 import mopexec.cli
 import mopsim.cli
+from mopexec.run.metrics import StepMetrics
 from mopsim.validate.case import read_cases
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_places_that_are_named_exist(page: Path) -> None:
     named = {found.rstrip("/") for found in NAMED.findall(page.read_text(encoding="utf-8"))}
     assert not [place for place in named if not (ROOT / place).exists()]
+
+
+def test_every_field_of_a_step_is_explained() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.M)
+    told = [field for row in rows for field in re.findall(r"`(\w+)`", row)]
+    assert sorted(told) == sorted(StepMetrics.__struct_fields__)
 
 
 COMMAND = re.compile(r"^(?:\.venv/bin/)?(mopsim|mopexec) +([a-z][a-z-]*)(.*)$", re.M)

@@ -191,13 +191,17 @@ def code_of(command: str, monkeypatch: pytest.MonkeyPatch) -> object:
     return ended.value.code
 
 
-def test_the_command_writes_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_its_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "report"
     command = (
         "mopsim context --model mop_120b --nodes 2 --seq-len 128K,1M --budget 2 --jobs 1 "
         f"--contender fsdp2_device --out {out} --json {tmp_path / 'x.json'}"
     )
     assert code_of(command, monkeypatch) in (0, None)
+    written = " ".join(capsys.readouterr().out.split()).partition("Written: ")[2]
+    assert all(path.name in written for path in [*out.iterdir(), tmp_path / "x.json"])
     made = json.loads((out / "context.json").read_text())
     assert made == json.loads((tmp_path / "x.json").read_text())
     curves = made["cases"][0]["curves"]
