@@ -205,9 +205,9 @@ def missed(miss: Miss | None) -> str:
         changes.append(f"--days {math.ceil(miss.days * 100) / 100:g}")
     if miss.dollars is not None:
         changes.append(f"--budget {math.ceil(miss.dollars)}")
-    return (
-        f"nearest: {summary(point)}; it would do with {' and '.join(changes) or 'a price'}{_more_nodes(miss)}"
-    )
+    elif not point.affordable:
+        changes.append("a price (--price, --capex)")
+    return f"nearest: {summary(point)}; it would do with {' and '.join(changes)}{_more_nodes(miss)}"
 
 
 def _more_nodes(miss: Miss) -> str:
@@ -219,7 +219,7 @@ def _more_nodes(miss: Miss) -> str:
         )
     if miss.nodes is not None:
         return f", or about {miss.nodes:,} nodes (--max-nodes)"
-    return "" if miss.days is None or miss.dollars is not None else ", or with more nodes (--max-nodes)"
+    return ", or with more nodes (--max-nodes)" if miss.days is not None and miss.point.affordable else ""
 
 
 def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:

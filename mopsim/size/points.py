@@ -160,9 +160,10 @@ def surer(points: Sequence[Point], chosen: Point | None, goal: Goal) -> Point | 
 @dataclass(frozen=True)
 class Miss:
     """The point that misses by least, and what would make it do. over: how many times the limit it needs.
-    days, dollars: limits that would do; None where it keeps that one. Of a point that is late and within the
-    budget, if every node added as much: nodes that would be in time, None where those are not NEAR; thin:
-    tokens of a device and step on them, None where a device has FEW_TOKENS, so that more nodes are enough."""
+    days, dollars: limits that would do; None where it keeps that one, or has no price. Of a point that is
+    late and within the budget, if every node added as much: nodes that would be in time, None where those are
+    not NEAR; thin: tokens of a device and step on them, None where a device has FEW_TOKENS, so that more
+    nodes are enough."""
 
     point: Point
     over: float
@@ -184,7 +185,7 @@ def nearest_miss(points: Sequence[Point], goal: Goal, confidence: float) -> Miss
         outlay = bill.outlay if bill.outlay is not None else float("inf")
         dear = outlay / goal.budget if goal.budget else 0.0
         nodes, thin = _enough_nodes(point, late) if late > 1 >= dear else (None, None)
-        days, dollars = needed / DAY if late > 1 else None, outlay if dear > 1 else None
+        days, dollars = needed / DAY if late > 1 else None, bill.outlay if dear > 1 else None
         miss = Miss(point, max(late, dear), days, dollars, nodes, thin)
         found.append((miss.over, outlay, miss))
     return min(found, key=lambda one: one[:2])[2] if found else None

@@ -188,6 +188,19 @@ def test_a_miss_of_two_limits_names_both(found: Clusters) -> None:
     assert miss.nodes is None
 
 
+def test_a_miss_without_a_price_asks_for_one(found: Clusters) -> None:
+    """It was a traceback."""
+    point = found.points[-1]
+    assert point.figures is not None
+    unknown = replace(point, figures=replace(point.figures, cost=None, capex=None), affordable=False)
+    miss = nearest_miss([unknown], Goal(1, None, 1.0), 0.5)
+    assert miss is not None
+    assert miss.dollars is None
+    assert missed(miss).endswith("it would do with a price (--price, --capex)")
+    late = missed(nearest_miss([replace(unknown, in_time=False)], Goal(1, 1.0, 1.0), 0.5))
+    assert re.search(r"it would do with --days \S+ and a price \(--price, --capex\)$", late)
+
+
 def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     bought = mopsim.size(
         "olmoe_1b_7b", ["h100-sxm-80g"], days=10, buy=True, sites="mopsim/size/sites.yaml", **LEAN
