@@ -3,7 +3,6 @@
 import re
 import shlex
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -51,34 +50,38 @@ _TEMPLATES: dict[Kind, str] = {"slurm": _SLURM, "torchrun": _TORCHRUN}
 def run(path: Path, kind: Kind, script: str | None, options: Sequence[str]) -> None:
     """Print the script, or write it into `script`. options: of `mopexec train`, handed on."""
     check_outputs({"--script": script or STDOUT}, stdout=("--script",))
-    check_train_options(path, options)
+    out = check_train_options(path, options)
     plan = plans.read_plan(path)
     plans.check_supported(plan)
-    text = render(plan, path, kind, options)
+    text = render(plan, path, kind, options, out)
     if script in (None, STDOUT):
         print(text, end="", flush=True)
     else:
         io.write_text(Path(str(script)), text)
 
 
-def check_train_options(path: Path, options: Sequence[str]) -> None:
-    """Hold what the cluster will be asked to run against the rules of `mopexec train`, here and now. Raises
-    MopError or the parser's own error."""
+def check_train_options(path: Path, options: Sequence[str]) -> str:
+    """Hold what the cluster will be asked to run against the rules of `mopexec train`, here and now; returns
+    its --out. Raises MopError or the parser's own error."""
     from typer.main import get_command
 
     from mopexec.cli import app
 
-    again = next((one for one in options if one.split("=")[0] == "--plan"), None)
-    if again:
+    named = {one.split("=")[0] for one in options}
+    if "--plan" in named:
         raise MopError("--plan: is given before --, not among the options of `mopexec train` too")
-    _run_directory(options)
+    if "--out" not in named:
+        raise MopError(
+            "--out: is needed among the options of `mopexec train`: mopexec launch ... -- --out DIR ..."
+        )
     train = get_command(app).commands["train"]  # type: ignore[attr-defined]
-    train.make_context("train", ["--plan", str(path), *options])
+    context = train.make_context("train", ["--plan", str(path), *options])
+    return str(context.params["out"])
 
 
-def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str]) -> str:
-    """The script for `plan`, which lies at `path`. Raises SpecError for ranks that fill no whole nodes,
-    MopError for options without a run's directory.
+def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str], out: str) -> str:
+    """The script for `plan`, which lies at `path`. out: the run's directory, as `options` name it. Raises
+    SpecError for ranks that fill no whole nodes.
     """
     ranks, devices = plan.strategy.world_size, plan.hardware.devices_per_node
     if ranks % devices and ranks > devices:
@@ -89,18 +92,7 @@ def render(plan: Plan, path: Path, kind: Kind, options: Sequence[str]) -> str:
         devices=min(ranks, devices),
         port=PORT,
         environment=" ".join(f"{name}={value}" for name, value in GPU_RANK.items()),
-        out=shlex.quote(_run_directory(options)),
+        out=shlex.quote(out),
         arguments=shlex.join(["--plan", str(path), *options]),
         summary=f"{plan.model.name}, {plan.strategy.name}: {ranks} ranks on {plan.hardware.name}",
-    )
-
-
-def _run_directory(options: Sequence[str]) -> str:
-    for option, value in pairwise([*options, ""]):
-        if option == "--out" and value:
-            return value
-        if option.startswith("--out="):
-            return option.removeprefix("--out=")
-    raise MopError(
-        "--out: is needed among the options of `mopexec train`: mopexec launch ... -- --out DIR ..."
     )

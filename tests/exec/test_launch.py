@@ -53,6 +53,13 @@ def test_ranks_start_with_what_their_devices_need(gpus, monkeypatch):
     assert bool(launch._numa()) == gpus
 
 
+def test_options_that_may_be_repeated_may_be(plan, capsys):
+    repeated = ["--set", "clip_norm=2", "--set", "beta1=0.8"]
+    code, text, _ = launched(capsys, "--plan", plan, "--slurm", *OPTIONS, *repeated)
+    assert code == 0
+    assert "--set clip_norm=2 --set beta1=0.8" in text
+
+
 def test_a_script_can_be_written(plan, tmp_path, capsys):
     launched(capsys, "--plan", plan, "--slurm", "--script", tmp_path / "job.sh", *OPTIONS)
     assert (tmp_path / "job.sh").read_text().startswith("#!/bin/bash\n")
@@ -68,6 +75,9 @@ def test_a_script_can_be_written(plan, tmp_path, capsys):
         (["--slurm", *OPTIONS[:3], *OPTIONS[5:]], "'--steps'"),
         (["--slurm", *OPTIONS, "--keep", "0"], "--keep: '0' is refused"),
         (["--slurm", *OPTIONS, "--eval-batches", "2"], "--eval-batches: 2 has no use without --eval-data"),
+        (["--slurm", *OPTIONS, "--out", "b"], "--out: is given twice"),
+        (["--slurm", *OPTIONS, "--out=b"], "--out: is given twice"),
+        (["--slurm", *OPTIONS, "--steps", "8"], "--steps: is given twice"),
         (["--slurm", *OPTIONS, "--plan", "other.yaml"], "--plan: is given before --"),
     ],
 )
