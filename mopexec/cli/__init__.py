@@ -59,7 +59,7 @@ Data = Annotated[
 Tokenizer = Annotated[
     str | None,
     typer.Option(
-        help="tokenizer.json or its directory; default: that of --init-from, else trained on the text"
+        help="tokenizer.json or its directory; default: that of the weights, else trained on the text"
     ),
 ]
 LossMask = Annotated[

@@ -95,7 +95,7 @@ _DATA = ("text_field", "loss_mask")
 def options_of(given: dict[str, Any]) -> TrainOptions:
     """The run that the command's options ask for. Raises MopError, SpecError."""
     writers.check(given["log_to"] or ())
-    weights = given["init_from"]
+    weights = given["init_from"] or (Path(given["out"]) / plans.KEPT if given["resume"] else None)
     beside = weights and (Path(weights) / "tokenizer.json").is_file()
     source = DataOptions(
         source=data_source(given["data"]),
@@ -185,6 +185,8 @@ def _check_directory(options: TrainOptions, plan: Plan) -> None:
     from mopexec.run import checkpoint  # with torch's, another second to import
 
     found = checkpoint.newest_state(out)
+    if found is None and (out / plans.KEPT).is_dir() and not options.init_from:
+        raise MopError(f"--init-from: is needed: {out} began with weights, and has no checkpoint yet")
     if found is not None:
         seed, text = plan.training.seed if options.seed is None else options.seed, found[1].text_digest
         if options.tokens:
@@ -200,6 +202,7 @@ def _prepare_directory(options: TrainOptions, plan: Plan) -> Earlier:
     io.write_text(
         out / "plan.yaml", io.to_yaml(plan) if options.settings else io.read_text(Path(options.plan))
     )
+    (out / failures.LOGS).mkdir(exist_ok=True)
     for path in reports[1:]:
         path.unlink(missing_ok=True)
     if options.init_from:

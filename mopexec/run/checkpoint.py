@@ -179,7 +179,7 @@ def check_state(found: RunState, wanted: RunState, path: Path) -> None:
     ):
         have, want = getattr(found, field), getattr(wanted, field)
         if have != want and field == "text_digest":
-            rule = "is another text, --tokenizer, --text-field or --loss-mask than"
+            rule = "is another text, --tokenizer, --init-from, --text-field or --loss-mask than"
             raise SpecError(label, want, f"{rule} the {have!r} that checkpoint {path} was made with")
         if have != want:
             raise SpecError(label, want, f"is not the {have!r} that checkpoint {path} was made with")

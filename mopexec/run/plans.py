@@ -13,6 +13,9 @@ from mopsim.spec.plan import Plan
 from mopsim.spec.training import TrainSpec
 from mopsim.spec.upgrade import load_plan
 
+KEPT = "huggingface"
+"""In a run's directory: the config and the tokenizer of the weights that it began with."""
+
 _PLANNED = ("seq_len", "global_batch", "routing")
 
 
@@ -80,7 +83,7 @@ def check_memory(plan: Plan, machine: int) -> None:
 def check_run_directory(path: Path, *, resume: bool) -> None:
     """Refuse a directory that holds something and is not to be resumed, or nothing and is."""
     entries = {entry.name for entry in path.iterdir()} - {lock.NAME} if path.is_dir() else set()
-    occupied = bool(entries) and entries != {"plan.yaml", "logs"}  # a run leaves these that makes no step
+    occupied = bool(entries) and entries - {KEPT} != {"plan.yaml", "logs"}  # all of a run without a step
     run = bool(entries & {"metrics.jsonl", "checkpoints"})
     if occupied and not resume:
         rest = "give --resume to go on with it, or another directory" if run else "give another directory"

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from mopexec.run.plans import KEPT
 from mopexec.weights.files import Weights, read_config
 from mopexec.weights.layout import Layout
 from mopsim.common.errors import MopError, SpecError
@@ -13,8 +14,6 @@ from mopsim.spec.huggingface import from_config
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
 
-KEPT = "huggingface"
-"""In a run's directory: the config and the tokenizer that it began with, for the export."""
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
@@ -62,7 +61,7 @@ def difference(theirs: ModelSpec, ours: ModelSpec) -> str | None:
 
 
 def keep_config(folder: Path, run: Path) -> None:
-    """Copy config and tokenizer of `folder` into the run's directory."""
+    """Copy config and tokenizer of `folder` into the run's directory: for the export, and to go on."""
     kept = run / KEPT
     kept.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", *_TOKENIZER):

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mopexec.model.initialize import is_stacked
 from mopexec.run import checkpoint, plans
+from mopexec.run.plans import KEPT
 from mopexec.run.shards import FlatShards, Piece
-from mopexec.weights.begin import KEPT, architecture
+from mopexec.weights.begin import architecture
 from mopexec.weights.config import to_config
 from mopexec.weights.files import INDEX, SINGLE, read_config
 from mopexec.weights.layout import Layout

@@ -12,7 +12,7 @@ from mopexec.check.scale_down import mechanisms, scale_down
 from mopexec.cli import main
 from mopexec.run import plans
 from mopsim.common import io
-from mopsim.common.errors import SpecError
+from mopsim.common.errors import MopError, SpecError
 from mopsim.common.units import parse_bytes
 from mopsim.spec.plan import Prediction
 from tests.exec.train_plans import small_plan
@@ -316,3 +316,12 @@ def test_ranks_that_outgrow_this_machine_are_refused() -> None:
     check_memory(big, machine=2**31 * plan.strategy.world_size)
     with pytest.raises(SpecError, match=r"plan.strategy.world_size.*this machine has 1.00 GiB"):
         check_memory(big, machine=2**30)
+
+
+def test_what_a_run_without_a_step_leaves_is_no_run(tmp_path) -> None:
+    (tmp_path / "plan.yaml").touch()
+    with pytest.raises(MopError, match="is not empty"):
+        plans.check_run_directory(tmp_path, resume=False)
+    for name in ("logs", plans.KEPT):
+        (tmp_path / name).mkdir()
+    plans.check_run_directory(tmp_path, resume=False)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mopexec.cli import main
+from mopexec.data.tokenizer import train_tokenizer
 from mopexec.model import Transformer
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.weights.begin import difference, open_weights
@@ -34,7 +35,7 @@ from mopsim.spec.training import TrainSpec
 from mopsim.strategies import fsdp2, mop
 from tests import plans
 from tests.exec import hf_models
-from tests.exec.spawn import pool
+from tests.exec.spawn import pool, run_command
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -365,3 +366,27 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
     assert stored(tmp_path / "out").keys() == stored(folder).keys()
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_run_goes_on_with_the_tokenizer_of_its_weights(tmp_path: Path) -> None:
+    folder = hf_models.save(hf_models.make("llama", vocab_size=300), tmp_path / "given")
+    train_tokenizer(["one two three four"] * 9, 290).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    io.write_yaml(tmp_path / "plan.yaml", plan_of(folder, fsdp2(1, dtype="float32")))
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 400)
+    names = {"--plan": "plan.yaml", "--data": "text.txt", "--cache": "cache", "--out": "run"}
+    paths = [str(item) for name, path in names.items() for item in (name, tmp_path / path)]
+    tmp_path.joinpath("ranks").mkdir()
+
+    def train(*arguments: str) -> tuple[int, str, str]:
+        return run_command(["train", *paths, "--profile-steps", "0", *arguments], 1, tmp_path / "ranks")
+
+    code, _, error = train("--steps", "1", "--init-from", str(folder))
+    assert code == 0, error
+    code, said, error = train("--steps", "2", "--resume")
+    assert code == 0, error
+    assert "going on after step 1" in said
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    code, _, error = train("--steps", "2", "--resume")
+    rule = f"--init-from: is needed: {tmp_path / 'run'} began with weights, and has no checkpoint yet"
+    assert (code, error) == (2, f"mopexec: {rule}\n")
