@@ -17,12 +17,13 @@ from mopsim.engine import SimResult
 from mopsim.graph.tensors import total_params
 from mopsim.search.bound import Bounds, bound
 from mopsim.search.had import left_out
-from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting, keep_closest, rank, run_row
+from mopsim.search.hunt import RISK, SLOWER, SLOWER_BOUND, Hunt, fitting
 from mopsim.search.options import Options
 from mopsim.search.pool import Pool
 from mopsim.search.problem import Problem
 from mopsim.search.restricted import try_restricted
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
+from mopsim.search.simulating import keep_closest, rank, run_row
 from mopsim.search.space import IN_8_BITS, Space
 from mopsim.search.staged import candidates
 from mopsim.search.ties import TIED, rows

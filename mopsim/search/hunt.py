@@ -8,7 +8,6 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from mopsim.common.errors import MopError, SpecError
 from mopsim.engine import SimResult, simulate
 from mopsim.intervals import SURE
 from mopsim.search.bound import Bounds, bound
@@ -17,6 +16,7 @@ from mopsim.search.options import Options
 from mopsim.search.pool import TURNS, Pool
 from mopsim.search.problem import Column, Problem
 from mopsim.search.result import NOT_RUN, TIE, SearchResult
+from mopsim.search.simulating import keep_closest, rank, run_row, same
 from mopsim.search.space import Space
 from mopsim.search.staged import Rest
 from mopsim.search.wires import Reals
@@ -127,10 +127,13 @@ class Hunt:
             self.simulate(*hoped, progress)
 
     def _hoped(self) -> tuple[Pool, int] | None:
-        """The pool and the position of the least expected time, bounds refined, that promises."""
-        least, found = self._slowest(), None
+        """The pool and the position of the least expected time, bounds refined, that promises. Of what was
+        multiplied out for the proof what promises is refined now; the proof refines the least bounds."""
+        least, below, found = self._slowest(), self.last(), None
         for pool in self.pools:
-            usable = pool.refined & ~pool.taken & (pool.time < self.last()) & pool.room()[0]
+            if pool is not self.pool:
+                pool.next(below, hoped=least)
+            usable = pool.refined & ~pool.taken & (pool.time < below) & pool.room()[0]
             expected = np.where(usable, pool.expected(), np.inf)
             position = int(np.argmin(expected))
             if expected[position] < least:
@@ -313,7 +316,7 @@ class Hunt:
             return f"does not fit, simulated: {simulated.over}"
         if options.any_routing and not self._fits_any_routing(simulated.strategy):
             return "does not fit where the router sends all tokens to one rank"
-        if any(_same(simulated, one) for one in found.top):
+        if any(same(simulated, one) for one in found.top):
             return "equal in time and memory to one ranked"
         if not simulated.sure and not options.risk:
             found.risky = sorted([*found.risky, simulated], key=rank)[: options.top]
@@ -357,44 +360,3 @@ def fitting(bounds: Bounds, problem: Problem, found: SearchResult) -> Column:
         found.rejected[f"device memory, bound: {name}"] += int((over & (worst == position)).sum())
     found.rejected["host memory, bound"] += int((~over & full).sum())
     return np.flatnonzero(~over & ~full).astype(np.int64)
-
-
-def rank(result: SimResult) -> tuple[int, bool, int]:
-    """Fastest first; step times within TIE of each other count as equal: then what keeps nothing on the host
-    leads, and then the smaller peak."""
-    tied = int(math.log(result.step_time) / math.log1p(TIE))
-    return tied, result.host_memory > 0, result.peak_memory
-
-
-def _same(one: SimResult, other: SimResult) -> bool:
-    return (one.step_time, one.peak_memory, one.host_memory) == (
-        other.step_time,
-        other.peak_memory,
-        other.host_memory,
-    )
-
-
-def run_row(space: Space, index: int, found: SearchResult, *, count: bool = True) -> SimResult | None:
-    """Simulate one row; None (and a reason counted, if `count`) where a rule refuses it."""
-    problem = space.problem
-    try:
-        strategy: Strategy = space.build(index)
-        strategy.check_model(problem.model)
-        problem.training.check_strategy(strategy)
-        simulated = simulate(
-            problem.model, problem.hardware, problem.num_nodes, strategy, problem.training, space.stack
-        )
-    except SpecError as error:
-        found.rejected[f"{error.field} {error.rule}"] += count
-        return None
-    except MopError as error:
-        found.rejected[str(error)] += count
-        return None
-    found.simulated += 1
-    return simulated
-
-
-def keep_closest(simulated: SimResult | None, found: SearchResult) -> None:
-    """Keep of two that miss their limits the one that misses by less."""
-    if simulated is not None and (found.closest is None or simulated.over_bytes < found.closest.over_bytes):
-        found.closest = simulated

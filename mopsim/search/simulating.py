@@ -1,0 +1,50 @@
+"""One row of a space simulated, and the order of results."""
+
+import math
+
+from mopsim.common.errors import MopError, SpecError
+from mopsim.engine import SimResult, simulate
+from mopsim.search.result import TIE, SearchResult
+from mopsim.search.space import Space
+from mopsim.spec.strategy import Strategy
+
+
+def rank(result: SimResult) -> tuple[int, bool, int]:
+    """Fastest first; step times within TIE of each other count as equal: then what keeps nothing on the host
+    leads, and then the smaller peak."""
+    tied = int(math.log(result.step_time) / math.log1p(TIE))
+    return tied, result.host_memory > 0, result.peak_memory
+
+
+def same(one: SimResult, other: SimResult) -> bool:
+    return (one.step_time, one.peak_memory, one.host_memory) == (
+        other.step_time,
+        other.peak_memory,
+        other.host_memory,
+    )
+
+
+def run_row(space: Space, index: int, found: SearchResult, *, count: bool = True) -> SimResult | None:
+    """Simulate one row; None (and a reason counted, if `count`) where a rule refuses it."""
+    problem = space.problem
+    try:
+        strategy: Strategy = space.build(index)
+        strategy.check_model(problem.model)
+        problem.training.check_strategy(strategy)
+        simulated = simulate(
+            problem.model, problem.hardware, problem.num_nodes, strategy, problem.training, space.stack
+        )
+    except SpecError as error:
+        found.rejected[f"{error.field} {error.rule}"] += count
+        return None
+    except MopError as error:
+        found.rejected[str(error)] += count
+        return None
+    found.simulated += 1
+    return simulated
+
+
+def keep_closest(simulated: SimResult | None, found: SearchResult) -> None:
+    """Keep of two that miss their limits the one that misses by less."""
+    if simulated is not None and (found.closest is None or simulated.over_bytes < found.closest.over_bytes):
+        found.closest = simulated
