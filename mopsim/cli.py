@@ -190,7 +190,7 @@ def size(
     max_cost: Annotated[float | None, typer.Option(help="dollars that the fastest cluster may cost")] = None,
     simulations: Annotated[
         int, typer.Option(min=1, max=10**6, help="of each family, where a node count is searched")
-    ] = 4,
+    ] = 3,
     runnable: o.Runnable = False,
     plan: o.PlanOut = None,
     out: Annotated[

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from math import exp, log
+from math import exp, fsum, log
 from statistics import fmean
 from typing import NamedTuple
 
@@ -15,13 +15,14 @@ from mopsim.spec.plan import Measurement, Plan
 
 
 class Seen(NamedTuple):
-    """A measured run, its digest, and what was predicted of it (seconds, bytes), where it can be by a profile
-    that was fitted without the run."""
+    """A measured run, its digest, and what the fitted profile predicts of it (seconds, bytes). unseen: the
+    step time by a profile that was fitted without the run, where there were others."""
 
     measurement: Measurement
     digest: str
     step_time: float
     peak_memory: float
+    unseen: float | None = None
 
 
 def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
@@ -34,9 +35,11 @@ def observed(runs: Sequence[Seen]) -> tuple[Observed, ...]:
         groups[plan.stack.name, products(plan.strategy.precision), network(plan.model)].append(run)
     return tuple(
         Observed(
-            stack=stack, precision=precision, network=model, runs=len(some),
+            stack=stack, precision=precision, network=model,
+            runs=round(sum(one.measurement.quiet for one in some), 3),
             step_time=_off("step_time_median", [_step(one) for one in some], format_seconds),
             peak_memory=_off("peak_memory", [one for one in map(_peak, some) if one], format_bytes),
+            step_time_squares=_squares(some),
             source="runs " + ", ".join(one.digest for one in some),
         )
         for (stack, precision, model), some in groups.items()
@@ -64,11 +67,18 @@ def _peak(run: Seen) -> _Pair | None:
     return pair if min(pair.measured, pair.predicted) > 0 else None
 
 
+def _squares(runs: Sequence[Seen]) -> float:
+    """Sum of ln(measured / predicted) squared, by profiles that had not seen the runs."""
+    told = ((one.measurement, one.unseen) for one in runs if one.unseen is not None)
+    return round(fsum(run.quiet * log(run.step_time_median / unseen) ** 2 for run, unseen in told), 5)
+
+
 def _off(field: str, pairs: Sequence[_Pair], show: Callable[[float], str]) -> float | None:
-    """Mean ln(measured / predicted), None where there is no pair."""
+    """Mean ln(measured / predicted), a disturbed run for its quiet part, None where there is no pair."""
     if not pairs:
         return None
-    mean = round(fmean(pair.off for pair in pairs), 5)
+    weights = [pair.run.measurement.quiet for pair in pairs]
+    mean = round(fmean((pair.off for pair in pairs), weights), 5)
     if abs(mean) <= MOST_OFF:
         return mean
     run, measured, predicted = max(pairs, key=lambda pair: abs(pair.off))

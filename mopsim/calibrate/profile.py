@@ -180,8 +180,8 @@ def calibrate(
     for run, unseen in zip(runs, held_out, strict=True):
         before = simulate(run.plan, profile) if profile.corrections else run.base
         after = simulate(run.plan, new)
-        told = unseen or after
-        seen.append(Seen(run.measurement, run.digest, told.step_time, told.peak_memory))
+        left_out = unseen.step_time if unseen else None
+        seen.append(Seen(run.measurement, run.digest, after.step_time, after.peak_memory, left_out))
         residuals += _residuals(run, before, after, unseen)
     new = msgspec.structs.replace(new, observed=observed(seen))
     stacks = tuple(dict.fromkeys(run.plan.stack.name for run in runs))

@@ -60,7 +60,7 @@ class ErrorCell(Spec, frozen=True, kw_only=True):
     precision: str
     network: str
     reading: str = ""
-    runs: int
+    runs: float
     mean: float
     squares: float = 0.0
 

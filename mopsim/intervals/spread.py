@@ -141,6 +141,7 @@ def _asked(facts: Facts, quantity: str) -> tuple[ErrorCell, tuple[ErrorCell, ...
         ErrorCell(
             source=ITS_OWN, stack=one.stack, hardware=facts.hardware, precision=one.precision,
             network=one.network, runs=one.runs, mean=found,
+            squares=one.step_time_squares if quantity == "step_time" else 0.0,
         )
         for one in facts.seen
         if (found := getattr(one, quantity)) is not None
@@ -208,6 +209,6 @@ def run_variances(cells: Sequence[ErrorCell], sd: Deviations) -> dict[str, float
     found: dict[str, float] = {}
     for source in {cell.source for cell in cells}:
         mine = [cell for cell in cells if cell.source == source]
-        free, squares = sum(cell.runs - 1 for cell in mine), sum(cell.squares for cell in mine)
+        free, squares = sum(max(cell.runs - 1, 0) for cell in mine), sum(cell.squares for cell in mine)
         found[source] = (SHRINK * sd.run**2 + squares) / (SHRINK + free)
     return found

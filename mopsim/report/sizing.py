@@ -236,8 +236,11 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
         "cluster (--simulations).",
     ]
     for sizing in sizings:
+        wires = sizing.best.figures.network if sizing.best and sizing.best.figures else None
+        also = f", and {wires.power / 1e3:g} kW of switches" if wires and wires.power else ""
         lines.append(
-            f"{sizing.hardware.name}: {_price(request, sizing.hardware)}; power {_power(sizing.hardware)}"
+            f"{sizing.hardware.name}: {_price(request, sizing.hardware)}; power "
+            f"{_power(sizing.hardware)}{also}"
         )
     return lines
 

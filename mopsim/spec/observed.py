@@ -10,22 +10,25 @@ MOST_OFF = 5
 class Observed(Spec, frozen=True, kw_only=True):
     """Runs of one network, stack and precision: what their predictions by a profile left.
 
-    stack: the software's name. precision: of the products. network: digest of the model. runs: how many.
-    step_time, peak_memory: mean ln(measured / predicted), predicted by a profile that had not seen the run
-    where there was another to fit, null where it was not read. source: digests of the runs.
+    stack: the software's name. precision: of the products. network: digest of the model. runs: how many, a
+    disturbed one for the part of it that was quiet. step_time, peak_memory: mean ln(measured / predicted) by
+    the profile itself, null where it was not read. step_time_squares: sum of the squares of what profiles
+    that had not seen these runs missed of their step times. source: digests of the runs.
     """
 
     stack: str
     precision: str
     network: str
-    runs: int
+    runs: float
     step_time: float | None = None
     peak_memory: float | None = None
+    step_time_squares: float = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:
         require_name(self.stack, "stack")
-        require_at_least(self, 1, "runs")
+        require(self.runs > 0, "runs", self.runs, "must be positive")
+        require_at_least(self, 0, "step_time_squares")
         for field in ("step_time", "peak_memory"):
             value = getattr(self, field)
             rule = f"must lie between -{MOST_OFF} and {MOST_OFF}: a logarithm of a ratio"

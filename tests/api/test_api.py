@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 import mopsim
+from mopsim import cli
 from mopsim.cli import main
 from mopsim.common import io
 from mopsim.spec.plan import Plan
@@ -340,6 +341,17 @@ def test_an_unknown_keyword_names_the_known_ones() -> None:
 @pytest.mark.parametrize("name", ["simulate", "search", "compare", "size", "explore", "interval"])
 def test_a_function_says_what_it_takes(name: str) -> None:
     assert not {"args", "given"} & set(inspect.signature(getattr(mopsim, name)).parameters)
+
+
+@pytest.mark.parametrize("name", ["simulate", "search", "size"])
+def test_the_command_line_and_python_have_the_same_defaults(name: str) -> None:
+    command = inspect.signature(getattr(cli, name)).parameters
+    for parameter in inspect.signature(getattr(mopsim, name)).parameters.values():
+        other = command.get(parameter.name)
+        if parameter.name == "jobs":  # a process each core, and none unasked for
+            continue
+        if other is not None and isinstance(other.default, bool | int | float):
+            assert other.default == parameter.default, parameter.name
 
 
 def test_every_name_is_documented_and_found() -> None:
