@@ -84,8 +84,9 @@ class _KnownSteps:
         return any(plan.strategy not in self.given[ask.num_nodes] for plan in ask.plans)
 
     def work(self, count: int) -> float:
-        """Seconds within which the run ends as surely as asked, times nodes; infinite where nothing fits."""
-        bill = self.points[count].figures
+        """Seconds within which the run ends as surely as asked, times nodes; infinite where not known."""
+        point = self.points.get(count)
+        bill = point.figures if point else None
         return count * quantile(bill, self.request.confidence) if bill else math.inf
 
     def least_work(self, count: int, *, above: bool = False) -> int:
