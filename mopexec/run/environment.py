@@ -74,7 +74,7 @@ def first_host(hosts: str) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """rank of world_size; local_rank of local_size on this node; restart: how often the launcher started the
     ranks again; port: where they meet.
     """
@@ -87,13 +87,13 @@ class Place:
     port: int
 
 
-def place() -> Place:
+def place() -> RankPlace:
     """This process's, as its launcher's variables have it; the only rank's without them. Raises MopError
     naming the variable."""
     most = 2**31 - 1
     world_size = _number("WORLD_SIZE", 1, 1, most)
     local_size = _number("LOCAL_WORLD_SIZE", world_size, 1, most)
-    return Place(
+    return RankPlace(
         rank=_number("RANK", 0, 0, world_size - 1),
         world_size=world_size,
         local_rank=_number("LOCAL_RANK", 0, 0, local_size - 1),

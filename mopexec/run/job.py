@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mopexec.distributed.tiers import Platform
-from mopexec.run.environment import Place, place
+from mopexec.run.environment import RankPlace, place
 from mopsim.common.errors import MopError
 from mopsim.common.units import format_seconds
 
@@ -38,14 +38,14 @@ class RankJob:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class RankMeeting:
     """A rank that has met the others: its place, and the store that they share."""
 
-    place: Place
+    place: RankPlace
     store: Store
 
 
-def meet() -> Meeting:
+def meet() -> RankMeeting:
     """Wait for the other ranks where the launcher's variables say. The wait is Python's, so that a signal
     ends it. Raises MopError where they have not come after TIMEOUT, or the place is taken.
 
@@ -68,7 +68,7 @@ def meet() -> Meeting:
     if store.add("met", 1) >= own.world_size:
         store.set("all", "1")
     _wait(lambda: store.check(["all"]), end, f"{where}: not all of {own.world_size} ranks came there")
-    return Meeting(own, store)
+    return RankMeeting(own, store)
 
 
 def _answers(address: str, port: int) -> bool:
@@ -90,7 +90,7 @@ def _wait(done: Callable[[], bool], end: float, problem: str) -> None:
 
 
 @contextmanager
-def join(meeting: Meeting) -> Iterator[RankJob]:
+def join(meeting: RankMeeting) -> Iterator[RankJob]:
     """The process group of the ranks that have met; left when the block ends well."""
     own, platform = meeting.place, Platform.detect()
     cores: tuple[int, ...] = ()

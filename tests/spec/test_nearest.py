@@ -56,7 +56,7 @@ def test_what_is_near_nothing_says_where_the_list_is() -> None:
 
 def test_families() -> None:
     with pytest.raises(MopError, match=r"family: 'fsdp' is not one of .*; near: fsdp2$"):
-        read_families("mop,fsdp", ())
+        read_families("mop,fsdp")
 
 
 def test_a_degree_that_divides_nothing_is_answered_with_those_that_do() -> None:
