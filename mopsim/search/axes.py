@@ -71,12 +71,18 @@ def every_axis(problem: Problem, family: str) -> Axes:
     return found
 
 
+SMALL = 8
+"""Micro-batches of which every one that divides the batch is tried."""
+
+
 def _micro_batches(problem: Problem) -> list[int]:
-    """Up to the whole global batch: powers of two, and those times its odd part."""
+    """Up to the whole global batch: powers of two, those times its odd part, and all that divide it up to
+    SMALL: with 3 or 6 sequences a rank a power of two leaves many microbatches."""
     batch = problem.training.global_batch
     twos = batch & -batch
     powers = [1 << i for i in range(twos.bit_length())]
-    return sorted({part * power for part in (1, batch // twos) for power in powers})
+    small = {one for one in range(1, SMALL + 1) if batch % one == 0}
+    return sorted(small | {part * power for part in (1, batch // twos) for power in powers})
 
 
 def exchanges(problem: Problem, family: str) -> list[int]:

@@ -18,7 +18,7 @@ from mopsim.size.points import Point, Request, Sizing, nearest_miss, quantile
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.strategy import Strategy
 
-EVERY = 3
+EVERY = 2
 """Doublings from one search to the next."""
 AROUND = 4
 """How far, as a factor, a faster plan is handed on to other counts."""
@@ -30,11 +30,17 @@ USUAL = 0.4
 """Part of the peak rate that plans reach, about: where a deadline is searched first."""
 HOPE = 1.5
 """A limit missed by a larger factor is not looked into."""
-DEEP, AGAIN = 2, 2
-"""Times as many simulations where the answer is; answers at most that are looked at so."""
+DEEP, AGAIN, AGAIN_PAID = 2, 2, 4
+"""Times as many simulations where the answer is; answers at most that are looked at so, and of a budget
+alone: what it pays for hardly changes with the nodes."""
+HIGHER = 3
+"""Times at most that twice the answer is searched, where it becomes the answer or brings another."""
 BESIDE, NEARLY = 1.1, 1.15
 """How far, as a factor, an answer may be from one that was looked at so, and other counts may be cheaper
 (racks and data centres are whole); how far a much smaller cluster may be from the limits to be looked at."""
+NEARLY_PAID = 1.3
+"""How far, as a factor, a faster cluster may be from the budget to be looked at: what a larger one costs
+changes with its plan alone."""
 
 Rounds = Generator[list[Ask], list[Answer], Sizing]
 
@@ -219,13 +225,19 @@ def _close_in(known: _KnownSteps, counts: Sequence[int]) -> Generator[list[Ask],
 
 
 def _hopeful(known: _KnownSteps, counts: Sequence[int]) -> list[int]:
-    """Counts that would keep the deadline at the work of the best count around, smaller than the best."""
-    best, seconds = _best(known), known.request.goal.seconds
-    if seconds is None:
-        return []
+    """Counts that would be better than the best at the work of the best count around: smaller ones that keep
+    the deadline; of a budget alone larger ones that keep it."""
+    best, goal = _best(known), known.request.goal
+    if goal.seconds is None:
+        least = best.num_nodes if best else 0
+        return [
+            count for count in counts if count > least and known.points[known.least_work(count)].affordable
+        ]
     most = best.num_nodes if best else math.inf
     return [
-        count for count in counts if count < most and known.work(known.least_work(count)) <= count * seconds
+        count
+        for count in counts
+        if count < most and known.work(known.least_work(count)) <= count * goal.seconds
     ]
 
 
@@ -258,17 +270,23 @@ def _deepen(
     """A longer search of the leading families at the answer, or at a much smaller cluster that all but does.
     A faster plan goes to the counts around it, and the answer may then be another, so again. searched: counts
     that were searched as long."""
-    done = list(searched)
-    while len(done) < AGAIN + len(searched):
+    done, paid = list(searched), known.request.goal.seconds is None
+    while len(done) < (AGAIN_PAID if paid else AGAIN) + len(searched):
         best = _best(known) or _almost(known)
-        ahead = [one for one in (_smaller(known, best), best) if one and not _beside(one, done)]
+        better = _larger(known, best, done) if paid else _smaller(known, best)
+        order = (best, better) if paid and len(done) % 2 else (better, best)
+        ahead = [one for one in order if one and not _beside(one, done)]
         if not ahead:
             break
         yield from _look(known, ahead[0].num_nodes, counts)
         done.append(ahead[0].num_nodes)
-    best = _best(known)
-    if best is not None:
+    for _ in range(HIGHER):
+        best = _best(known)
+        if best is None:
+            break
         yield from _look_above(known, best.num_nodes, counts)
+        if _best(known) is best:
+            break
 
 
 def _look_above(
@@ -280,6 +298,7 @@ def _look_above(
     if double is not None and double not in known.searched:
         yield from _round(known, [known.search_led(double)])
         yield from _round(known, _worse(known, double, counts))
+        yield from _close_in(known, counts)
     above = [count for count in counts if best < count < BESIDE * best and count not in known.points]
     yield from _round(known, [known.carry(count) for count in above])
 
@@ -303,6 +322,19 @@ def _smaller(known: _KnownSteps, best: Point | None) -> Point | None:
     below = [one for count, one in known.points.items() if best and count * BESIDE <= best.num_nodes]
     miss = nearest_miss(below, known.request.goal, known.request.confidence)
     return miss.point if miss and miss.over < NEARLY else None
+
+
+def _larger(known: _KnownSteps, best: Point | None, done: Sequence[int]) -> Point | None:
+    """Of a budget alone the fastest larger cluster that all but keeps it: a longer search may bring it
+    within."""
+    budget, least = known.request.goal.budget, BESIDE * best.num_nodes if best else 0
+    almost = [
+        (one.figures.seconds, one)
+        for count, one in known.points.items()
+        if count >= least and one.figures and not one.affordable and not _beside(one, done)
+        and (one.figures.outlay or math.inf) < NEARLY_PAID * (budget or 0.0)
+    ]  # fmt: skip
+    return min(almost, key=lambda one: one[0], default=(0.0, None))[1]
 
 
 def _almost(known: _KnownSteps) -> Point | None:
