@@ -2,7 +2,7 @@
 
 A search at every count would miss here and there, and more nodes would look slower. So a count is asked with
 the plans of its neighbours, which stay fast as the data-parallel degree grows. A deadline tells by arithmetic
-about where its answer lies, and that count is searched; a budget does not, and every third doubling is.
+about where its answer lies, and that count is searched; a budget does not, and every second doubling is.
 """
 
 import math
