@@ -1,8 +1,7 @@
 """Why a search's answer is what it is: what bounds the step, what each restriction costs, what would change
 the answer, and the nearest rivals of other families."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mopsim.common.errors import MopError
@@ -16,7 +15,6 @@ from mopsim.search.restricted import RESTRICTIONS, Restriction
 from mopsim.search.result import TIE, SearchResult
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.line import describe
-from mopsim.spec.model import ModelSpec
 
 WAITS = {
     "all_gather": "all-gathers", "reduce_scatter": "reductions of gradients", "all_reduce": "all-reduces",
@@ -47,8 +45,6 @@ LINKS = {
 DRAM = ("host", ("memory_bandwidth",))
 """What copies over the links to the host share."""
 
-Rule = Callable[[SimResult], bool]
-
 
 def why(found: SearchResult, problem: Problem) -> list[str]:
     """A line each; none where nothing fits. Plays the best of the families again on faster links."""
@@ -57,7 +53,7 @@ def why(found: SearchResult, problem: Problem) -> list[str]:
     sure = min(SURE, found.best.p_fits)
     fits = [one for one in found.played if one.fits and one.p_fits >= sure]
     lines = [_bounds(found.best)]
-    lines += [_costs(found.best, name, rule, fits) for name, rule in _restrictions(found, problem)]
+    lines += [_costs(found, name, rule, fits) for name, rule in _restrictions(found, problem)]
     lines += [line for line in (_risky(found), _memory(found, "device"), _memory(found, "host")) if line]
     lines += [line for line in (_faster(found, problem, name) for name in _links(problem)) if line]
     return [*lines, *_rivals(found)]
@@ -81,7 +77,7 @@ def _waits(one: SimResult) -> list[tuple[str, float]]:
     return [(WAITS.get(name, name.replace("_", " ")), share) for share, name in shares[:3] if share >= SOME]
 
 
-def _restrictions(found: SearchResult, problem: Problem) -> Iterator[tuple[str, Rule]]:
+def _restrictions(found: SearchResult, problem: Problem) -> Iterator[tuple[str, Restriction]]:
     """Rules that a user may have, of those that the best does not keep and that a family searched can keep:
     its space has the values of the columns that decide it."""
     best, families = found.best, found.best_by_family
@@ -92,20 +88,18 @@ def _restrictions(found: SearchResult, problem: Problem) -> Iterator[tuple[str, 
             for family in families
         )
         if possible and not one.kept(best, found.model):
-            yield name, partial(_kept, one, found.model)
+            yield name, one
 
 
-def _kept(one: Restriction, model: ModelSpec, plan: SimResult) -> bool:
-    return one.kept(plan, model)
-
-
-def _costs(best: SimResult, name: str, rule: Rule, fits: Sequence[SimResult]) -> str:
-    kept = min((one for one in fits if rule(one)), key=lambda one: one.step_time, default=None)
-    if kept is None:
+def _costs(found: SearchResult, name: str, rule: Restriction, fits: Sequence[SimResult]) -> str:
+    best, kept = found.best, [one for one in fits if rule.kept(one, found.model)]
+    assert best is not None
+    if not kept:
         return f"{name}: no such plan among the {len(fits)} simulated that fit"
-    slower = kept.step_time / best.step_time - 1
+    fastest = min(kept, key=lambda one: one.step_time)
+    slower = fastest.step_time / best.step_time - 1
     cost = "costs nothing" if slower <= TIE else f"costs {slower:.0%} or less"
-    return f"{name}: {cost}, {format_seconds(kept.step_time)}, {describe(kept.strategy)}"
+    return f"{name}: {cost}, {format_seconds(fastest.step_time)}, {describe(fastest.strategy)}"
 
 
 def _risky(found: SearchResult) -> str | None:

@@ -1,0 +1,70 @@
+"""What calibration leaves of its runs in a profile: intervals around what it predicts, narrowed by them."""
+
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mopsim import calibrate as calibration
+from mopsim.calibrate import calibrate
+from mopsim.common import io
+from mopsim.common.errors import MopError
+from mopsim.spec.hardware import Correction
+from mopsim.spec.profiles import load_profile
+from tests.sim.test_calibrate import MACHINE, PROFILE, TRUE, measured, simulate
+
+
+def test_few_runs_narrow_the_interval_and_it_holds_a_run_that_they_lack() -> None:
+    truth = {"per_op": 6e-6, "constant": 2e-3}
+    unseen, widths = measured("c", MACHINE, **truth), []
+    for names in ("", "a", "ab"):
+        runs = [measured(name, MACHINE, **truth) for name in names]
+        profile = calibrate(PROFILE, runs, simulate).profile if runs else PROFILE
+        assert sum(one.runs for one in profile.runs_seen) == len(runs)
+        low, high = calibration.expected(unseen.plan, profile).interval(
+            simulate(unseen.plan, profile).step_time
+        )
+        widths.append(math.log(high / low))
+        assert not runs or low <= unseen.step_time_median <= high
+    assert widths == sorted(widths, reverse=True)
+    assert widths[2] < 0.8 * widths[0]
+
+
+def test_an_interval_is_of_the_profile_that_is_written_and_holds_the_runs_it_was_fitted_to() -> None:
+    """Two runs of which each predicts the other badly: the profile of both meets both, so its interval lies
+    around what it predicts, and is as wide as what was missed."""
+    slow = msgspec.structs.replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=3.0)})
+    near, far = measured("a", MACHINE), measured("b", slow)
+    alike = [calibrate(PROFILE, [near, measured("b", MACHINE)], simulate).profile, near, None]
+    apart = [calibrate(PROFILE, [near, far], simulate).profile, near, far]
+    widths = []
+    for profile, *runs in (alike, apart):
+        for run in filter(None, runs):
+            predicted = simulate(run.plan_as_routed(), profile).step_time
+            low, high = calibration.expected(run.plan, profile).interval(predicted)
+            assert low < predicted < high
+            assert low < run.step_time_median < high
+        widths.append(math.log(high / low))
+    assert widths[0] < widths[1]
+
+
+def test_a_disturbed_run_is_observed_for_its_quiet_part() -> None:
+    slow = msgspec.structs.replace(PROFILE, corrections={**TRUE, "matmul": Correction(scale=3.0)})
+    loud = measured("b", slow)
+    disturbed = msgspec.structs.replace(loud, steps=loud.steps + 27, disturbed=27, resumed=1)
+    (seen,) = calibrate(PROFILE, [disturbed], simulate).profile.runs_seen
+    assert seen.runs == disturbed.quiet == 0.25
+
+
+def test_what_was_observed_goes_through_a_file_and_nothing_else_changes_the_digest(tmp_path: Path) -> None:
+    assert "observed" not in io.to_plain(PROFILE)
+    result = calibrate(PROFILE, [measured(name, MACHINE) for name in "ab"], simulate)
+    path = tmp_path / "profile.yaml"
+    io.write_yaml(path, result.profile)
+    assert load_profile(path) == result.profile
+    bad = path.read_text().replace("runs: 2", "runs: 0")
+    assert bad != path.read_text()
+    path.write_text(bad)
+    with pytest.raises(MopError, match=r"hardware\.observed\[0\]\.runs: 0(\.0)? must be positive"):
+        load_profile(path)
