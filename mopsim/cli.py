@@ -1,10 +1,12 @@
-"""The commands of mopsim: they read options, call the API and print; each makes its own heavy imports."""
+"""The commands of mopsim and their options; mopsim.commands runs them, each with its own heavy imports."""
 
 from mopsim.common.command_line import quiet_interrupts, run_app
 
 quiet_interrupts("mopsim")  # before what takes long
 
-from typing import Annotated, Literal  # noqa: E402
+from collections.abc import Mapping  # noqa: E402
+from importlib import import_module  # noqa: E402
+from typing import Annotated, Any, Literal  # noqa: E402
 
 import typer  # noqa: E402
 
@@ -19,6 +21,11 @@ app = App(
     pretty_exceptions_enable=False,
     help="Simulate, compare and choose how to train a mixture-of-experts model on a cluster.",
 )
+
+
+def run(command: str, given: Mapping[str, Any]) -> None:
+    """Run mopsim.commands.COMMAND, which takes the options by name; what it returns is the exit code."""
+    raise typer.Exit(import_module(f"mopsim.commands.{command}").run(**given) or 0)
 
 
 @app.command()
@@ -40,13 +47,7 @@ def simulate(
     json: o.Json = None,
 ) -> None:
     """Simulate one strategy: step time, memory by category, exposed time."""
-    from mopsim.commands.simulate import run
-
-    job = o.JobOptions(
-        model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
-        interval=interval,
-    )  # fmt: skip
-    run(job, strategy, trace, plan, seal, json)
+    run("simulate", locals())
 
 
 @app.command()
@@ -57,10 +58,10 @@ def search(
     global_batch: o.GlobalBatch,
     nodes: o.Nodes = 1,
     top: Annotated[int, typer.Option(min=1, max=10**6, help="how many strategies to rank")] = 5,
-    family: o.Family = None,
+    families: o.Family = None,
     runnable: o.Runnable = False,
     any_plan: o.AnyPlan = False,
-    risk: Annotated[
+    at_risk: Annotated[
         bool, typer.Option("--risk", help="rank plans that fit with a probability below 0.9 too")
     ] = False,
     any_routing: Annotated[
@@ -85,13 +86,7 @@ def search(
     json: o.Json = None,
 ) -> None:
     """Rank the strategies that fit; write the winner as a plan."""
-    from mopsim.commands.search import run
-
-    job = o.JobOptions(
-        model, hardware, nodes, seq_len, global_batch, routing, precision, seed, learning_rate, warmup_steps,
-        stack, interval,
-    )  # fmt: skip
-    raise typer.Exit(run(job, top, family, runnable, risk, any_routing, budget, jobs, plan, seal, json))
+    run("search", locals())
 
 
 @app.command(cls=pairs.COMPARE)
@@ -101,7 +96,9 @@ def compare(
     seq_len: o.SeqLen,
     global_batch: o.GlobalBatch,
     out: o.OutDirectory,
-    strategy: Annotated[list[str], typer.Option(help="a strategy YAML or a family; give several")],
+    strategies: Annotated[
+        list[str], typer.Option("--strategy", help="a strategy YAML or a family; give several")
+    ],
     nodes: o.Nodes = 1,
     sweep: Annotated[str | None, typer.Option(help="seq-len=32K,64K,... or nodes=1,2,...")] = None,
     hold: Annotated[
@@ -120,13 +117,7 @@ def compare(
     json: o.Json = None,
 ) -> None:
     """Simulate several strategies side by side: tables and figures."""
-    from mopsim.commands.compare import run
-
-    job = o.JobOptions(
-        model, hardware, nodes, seq_len, global_batch, routing, precision, seed, stack=stack,
-        interval=interval,
-    )  # fmt: skip
-    raise typer.Exit(run(job, strategy, out, sweep, hold, formats, runnable, budget, json))
+    run("compare", locals())
 
 
 @app.command()
@@ -146,10 +137,7 @@ def context(
     json: o.Json = None,
 ) -> None:
     """Sweep the context length: throughput of MoP, and of FSDP2 under each of some restrictions."""
-    from mopsim.commands.context import ContextOrder, run
-
-    order = ContextOrder(model, nodes, hardware, seq_len, tokens_per_device, contender, budget, jobs, routing)
-    raise typer.Exit(run(order, out, json))
+    run("context", locals())
 
 
 @app.command(cls=pairs.SIZE)
@@ -165,11 +153,12 @@ def size(
     global_batch_tokens: Annotated[
         str, typer.Option(help="tokens per optimizer step, fitted to each cluster (binary: 4M = 4194304)")
     ] = "4M",
-    family: o.Family = None,
+    families: o.Family = None,
     max_nodes: Annotated[int, typer.Option(min=1, max=65536, help="nodes at most")] = 512,
     confidence: Annotated[float, typer.Option(help="probability of the deadline that will do")] = 0.5,
-    price: Annotated[
-        list[str] | None, typer.Option(help="NAME=DOLLARS per device and hour, instead of the profile's")
+    prices: Annotated[
+        list[str] | None,
+        typer.Option("--price", help="NAME=DOLLARS per device and hour, instead of the profile's"),
     ] = None,
     reserved: Annotated[bool, typer.Option("--reserved", help="rent at reserved prices")] = False,
     buy: Annotated[bool, typer.Option("--buy", help="as a purchase, not as rent")] = False,
@@ -178,8 +167,9 @@ def size(
     sites: Annotated[
         str | None, typer.Option(help="YAML list of data centres: power price, PUE, carbon, space, rent")
     ] = None,
-    assume: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, or a YAML file, instead of a shipped assumption")
+    assumptions: Annotated[
+        list[str] | None,
+        typer.Option("--assume", help="NAME=VALUE, or a YAML file, instead of a shipped assumption"),
     ] = None,
     utilisation: Annotated[
         float | None, typer.Option(help="share of the wall clock that trains, instead of reckoned goodput")
@@ -203,14 +193,7 @@ def size(
     json: o.Json = None,
 ) -> None:
     """Find the machine type and number of nodes that train in time, or within a budget: days, cost, risk."""
-    from mopsim.commands.size import SizeOrder, run
-
-    order = SizeOrder(
-        model, tokens, days, budget, hardware, seq_len, global_batch_tokens, family, max_nodes, confidence,
-        price or [], reserved, buy, capex or [], years, sites, assume or [], utilisation, pue, max_cost,
-        simulations, runnable, routing, precision, stack, interval,
-    )  # fmt: skip
-    raise typer.Exit(run(order, plan, json, out))
+    run("size", locals())
 
 
 @app.command()
@@ -224,9 +207,7 @@ def export(
     json: o.Json = None,
 ) -> None:
     """Write a plan as the configuration of another trainer, or refuse it by field."""
-    from mopsim.commands.export import run
-
-    run(plan, to, out, lossy, json)
+    run("export", locals())
 
 
 @app.command("list")
@@ -235,9 +216,7 @@ def listing(
     json: o.Json = None,
 ) -> None:
     """The networks, machine types or software stacks that are known by name, a line each."""
-    from mopsim.commands.listing import run
-
-    run(kind, json)
+    run("listing", locals())
 
 
 @app.command()
@@ -254,9 +233,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Correct a hardware profile by measured runs; show what remains unexplained."""
-    from mopsim.commands.calibrate import run
-
-    run(profile, [*measurements, *(more or [])], out, json, stack)
+    run("calibrate", locals())
 
 
 @app.command(cls=pairs.VALIDATE)
@@ -283,13 +260,7 @@ def validate(
     json: o.Json = None,
 ) -> None:
     """Predict measured runs; show the errors, and how many intervals hold, of sources never seen."""
-    from mopsim.commands.sealed import run as score_sealed
-    from mopsim.commands.validate import run
-
-    if sealed:
-        score_sealed(sealed, measurements, json)
-        return
-    run(runs, models, components, cases or [], stack or "", out, formats, jobs, hold_out, interval, json)
+    run("validate", locals())
 
 
 profiles = App(no_args_is_help=True, help="Hardware profiles.")
@@ -300,17 +271,17 @@ app.add_typer(profiles, name="profile")
 def profile_new(
     out: Annotated[str, typer.Option(help="where to write the profile (YAML)")],
     name: Annotated[str | None, typer.Option(help="of the machine type, as h20-sxm-96g")] = None,
-    memory: o.Memory = None,
-    memory_bandwidth: o.MemoryBandwidth = None,
-    bf16: o.Bf16 = None,
-    fp8: o.Fp8 = None,
-    scale_up: o.ScaleUp = None,
-    nic: o.Nic = None,
-    host_link: o.HostLink = None,
-    host_memory: o.HostMemory = None,
-    power: o.Power = None,
-    node_power: o.NodePower = None,
-    price: o.Price = None,
+    memory: Annotated[str | None, o.FIGURE["memory"]] = None,
+    memory_bandwidth: Annotated[str | None, o.FIGURE["memory-bandwidth"]] = None,
+    bf16: Annotated[str | None, o.FIGURE["bf16"]] = None,
+    fp8: Annotated[str | None, o.FIGURE["fp8"]] = None,
+    scale_up: Annotated[str | None, o.FIGURE["scale-up"]] = None,
+    nic: Annotated[str | None, o.FIGURE["nic"]] = None,
+    host_link: Annotated[str | None, o.FIGURE["host-link"]] = None,
+    host_memory: Annotated[str | None, o.FIGURE["host-memory"]] = None,
+    power: Annotated[str | None, o.FIGURE["power"]] = None,
+    node_power: Annotated[str | None, o.FIGURE["node-power"]] = None,
+    price: Annotated[str | None, o.FIGURE["price"]] = None,
     devices_per_node: Annotated[int | None, typer.Option(min=1, max=65536, help="GPUs of a node")] = None,
     scale_up_size: Annotated[
         int | None, typer.Option(min=1, max=65536, help="GPUs of one NVLink domain")
@@ -332,27 +303,16 @@ def profile_new(
     nodes: Annotated[int | None, typer.Option(min=1, max=65536, help="of the reference job")] = None,
     seq_len: Annotated[str | None, typer.Option(help="of the reference job")] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, help="of the reference job")] = None,
-    family: Annotated[str | None, typer.Option(help="families searched for its strategy")] = None,
+    families: Annotated[
+        str | None, typer.Option("--family", help="families searched for its strategy")
+    ] = None,
     budget: Annotated[int | None, typer.Option(min=1, max=10**6, help="simulations of each family")] = None,
     json: o.Json = None,
 ) -> None:
     """Describe a card that nobody measured: its figures, the nearest known card for the rest, and how much
     each of those assumptions moves the step of a reference job. A figure may have another unit: 1,979 TFLOPS,
     400Gb/s (docs/profile-from-a-data-sheet.md)."""
-    from mopsim.commands.profile import CardOrder, run
-
-    figures = {
-        "memory": memory, "memory-bandwidth": memory_bandwidth, "bf16": bf16, "fp8": fp8,
-        "scale-up": scale_up, "nic": nic, "host-link": host_link, "host-memory": host_memory, "power": power,
-        "node-power": node_power, "price": price,
-    }  # fmt: skip
-    given = {figure: text for figure, text in figures.items() if text is not None}
-    card = CardOrder(name, given, near, architecture, devices_per_node, scale_up_size, source, tag)
-    job = {
-        "model": model, "nodes": nodes, "seq_len": seq_len, "global_batch": global_batch, "families": family,
-        "budget": budget,
-    }  # fmt: skip
-    run(card, {key: value for key, value in job.items() if value is not None}, out, ask, json)
+    run("profile", locals())
 
 
 @app.command(cls=pairs.EXPLORE)
@@ -364,15 +324,15 @@ def explore(
     timelines: Annotated[
         int, typer.Option(min=0, max=100, help="simulate so many steps once more, for their timelines")
     ] = 3,
-    model: Annotated[list[str] | None, typer.Option(help="the result's model, where it is no preset")] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="the result's model, where it is no preset")
+    ] = None,
     hardware: Annotated[
         list[str] | None, typer.Option(help="the result's hardware, where it is no shipped profile")
     ] = None,
 ) -> None:
     """Write a result as one page that sorts, filters and zooms, and needs no network."""
-    from mopsim.commands.explore import run
-
-    run(result, out, timelines, model or [], hardware or [])
+    run("explore", locals())
 
 
 @app.command()
@@ -382,9 +342,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=20, help="training steps of each strategy")] = 40,
 ) -> None:
     """Run the whole loop on this machine: probe, search, train, calibrate, predict, report."""
-    from mopsim.loop import run
+    from mopsim import loop
 
-    run(out, seed, steps)
+    loop.run(out, seed, steps)
 
 
 def main() -> None:

@@ -26,10 +26,12 @@ from mopsim.spec.stacks import load_stack
 
 
 def run(
-    profile: str, measurements: Sequence[str], out: str, json: str | None, stack: str | None = None
-) -> None:
+    *, profile: str, measurements: Sequence[str], more: Sequence[str] | None, out: str, stack: str | None,
+    json: str | None,
+) -> None:  # fmt: skip
     """Fit, show what remains, write the new profile."""
     check_output(profile, out)
+    measurements = [*measurements, *(more or ())]
     runs = [measured_in(one) for one in measurements]
     check_outputs({"--out": out, "--json": json}, inputs={"--measurements": runs})
     known = load_profile(profile, "profile")

@@ -2,14 +2,13 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from mopsim.api.compare import compare
 from mopsim.api.inputs import NoStrategyError
 from mopsim.api.sweep import Hold, Setting
 from mopsim.commands.console import human
-from mopsim.commands.options import JobOptions
+from mopsim.commands.options import keywords
 from mopsim.commands.search import NOTHING_FITS
 from mopsim.common import io
 from mopsim.common.errors import MopError
@@ -22,26 +21,13 @@ from mopsim.report.tables import comparison
 _SETTINGS = {"seq-len": "seq_len", "nodes": "nodes"}
 
 
-def run(
-    job: JobOptions,
-    strategies: Sequence[str],
-    out: str,
-    sweep: str | None,
-    hold: str,
-    formats: str,
-    runnable: bool,
-    budget: int,
-    json: str | None,
-) -> int:
+def run(*, out: str, sweep: str | None, hold: str, formats: str, json: str | None, **job: Any) -> int:
     """Compare, show, write the report into `out`. Returns the exit code: 3 where nothing fits."""
     check_outputs({"--json": json}, {"--out": out})
     swept = split_sweep(sweep) if sweep else None
     kinds = read_formats(formats)
     try:
-        found = compare(
-            strategies=strategies, sweep=swept, hold=cast(Hold, hold.replace("-", "_")), runnable=runnable,
-            budget=budget, **job.keywords(),
-        )  # fmt: skip
+        found = compare(sweep=swept, hold=cast(Hold, hold.replace("-", "_")), **keywords(job))
     except NoStrategyError as error:
         print(f"mopsim: {error}", file=sys.stderr)
         return NOTHING_FITS

@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mopsim
 from mopsim.api.inputs import Inputs, facts, read_routing
@@ -24,34 +24,17 @@ from mopsim.spec.profiles import load_profile
 from mopsim.spec.training import TrainSpec
 
 
-@dataclass(frozen=True)
-class ContextOrder:
-    """What is asked, as typed on the command line."""
-
-    models: Sequence[str]
-    nodes: Sequence[int]
-    hardware: str
-    lengths: str
-    tokens_per_device: str
-    contenders: str
-    budget: int
-    jobs: int
-    routing: str
-
-
-def run(order: ContextOrder, out: str, json: str | None) -> int:
+def run(*, out: str, json: str | None, contender: str, budget: int, jobs: int, **order: Any) -> int:
     """Sweep, show, write index.md, index.html and context.json into `out`. Returns the exit code: 3 where
     nothing fits."""
     check_outputs({"--json": json}, {"--out": out})
-    cases, lengths = read(order)
-    asked = chosen(order.contenders)
-    tasks = [
-        Task((case_name(case), one.name), case, one, lengths, order.budget) for case in cases for one in asked
-    ]
+    cases, lengths = read(**order)
+    asked = chosen(contender)
+    tasks = [Task((case_name(case), one.name), case, one, lengths, budget) for case in cases for one in asked]
     console = human(json)
     found: dict[tuple[str, ...], Curve] = {}
     with progress(console, "sweeping", len(tasks)) as told:
-        for key, curve in sweep(tasks, order.jobs):
+        for key, curve in sweep(tasks, jobs):
             found[key] = curve
             told(len(found), " ".join(key))
     curves = [nested({one.name: found[case_name(case), one.name] for one in asked}) for case in cases]
@@ -72,29 +55,30 @@ def run(order: ContextOrder, out: str, json: str | None) -> int:
     return 0 if any(curve.longest for mine in curves for curve in mine.values()) else NOTHING_FITS
 
 
-def read(order: ContextOrder) -> tuple[list[ContextCase], list[int]]:
+def read(
+    *, model: Sequence[str], nodes: Sequence[int], hardware: str, seq_len: str, tokens_per_device: str,
+    routing: str,
+) -> tuple[list[ContextCase], list[int]]:  # fmt: skip
     """(cases, lengths). Raises MopError in one line."""
-    if len(order.models) != len(order.nodes):
-        raise MopError(
-            f"--nodes: {len(order.nodes)} given for {len(order.models)} of --model, one each is needed"
-        )
-    both = zip(order.models, order.nodes, strict=True)
+    if len(model) != len(nodes):
+        raise MopError(f"--nodes: {len(nodes)} given for {len(model)} of --model, one each is needed")
+    both = zip(model, nodes, strict=True)
     require_once([f"{name} on {count} nodes" for name, count in both], "--model")
-    lengths = sorted(parse_count(text, "--seq-len") for text in listed(order.lengths, "--seq-len"))
+    lengths = sorted(parse_count(text, "--seq-len") for text in listed(seq_len, "--seq-len"))
     for length, following in pairwise(lengths):
         if length == following:
-            raise MopError(f"--seq-len: {order.lengths!r} has {length} twice")
-    tokens = parse_count(order.tokens_per_device, "--tokens-per-device")
-    routing = read_routing(order.routing)
-    training = TrainSpec(seq_len=lengths[-1], global_batch=1, routing=routing)
-    hardware = load_profile(order.hardware)
+            raise MopError(f"--seq-len: {seq_len!r} has {length} twice")
+    tokens = parse_count(tokens_per_device, "--tokens-per-device")
+    shares = read_routing(routing)
+    training = TrainSpec(seq_len=lengths[-1], global_batch=1, routing=shares)
+    machine = load_profile(hardware)
     cases = []
-    for name, count in zip(order.models, order.nodes, strict=True):
+    for name, count in zip(model, nodes, strict=True):
         if not 0 < count <= 65536:
             raise MopError(f"--nodes: {count} must lie between 1 and 65,536")
-        model = load_model(name)
-        training.check_model(model)
-        cases.append(ContextCase(model, hardware, count, tokens, routing=routing))
+        network = load_model(name)
+        training.check_model(network)
+        cases.append(ContextCase(network, machine, count, tokens, routing=shares))
     return cases, lengths
 
 

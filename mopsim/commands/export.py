@@ -12,7 +12,7 @@ from mopsim.export.left import left
 from mopsim.spec.upgrade import load_plan
 
 
-def run(plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
+def run(*, plan: str, to: str, out: str, lossy: bool, json: str | None) -> None:
     """Read the plan, write the configuration, say what it leaves out."""
     check_outputs({"--out": out, "--json": json}, stdout=("--out", "--json"))
     target, given = target_of(to), load_plan(plan)

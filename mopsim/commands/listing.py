@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[Callable[[], list[str]], Callable[[str], Told]]] = {
 }
 
 
-def run(kind: str, json: str | None) -> None:
+def run(*, kind: str, json: str | None) -> None:
     """Print a line for each name: what it is, and from where (of a stack: of which version)."""
     check_outputs({"--json": json})
     names, told = KINDS[kind]

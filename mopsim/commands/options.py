@@ -1,6 +1,6 @@
 """Options that several commands share, and the job that they describe."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import typer
@@ -18,7 +18,8 @@ OneStrategy = Annotated[
     str, typer.Option(help=f"a strategy or plan YAML, or a family: {', '.join(FAMILIES)}")
 ]
 Family = Annotated[
-    str | None, typer.Option(help=f"families to search, comma-separated; default: {','.join(FAMILIES)}")
+    str | None,
+    typer.Option("--family", help=f"families to search, comma-separated; default: {','.join(FAMILIES)}"),
 ]
 Routing = Annotated[
     str,
@@ -55,18 +56,7 @@ Jobs = Annotated[int, typer.Option(min=0, max=1024, help="processes; 0: one for 
 Interval = Annotated[
     float, typer.Option(help="probability that what is measured lies in the intervals of time and memory")
 ]
-_FIGURES = {one.name: typer.Option(help=f"{one.meaning}, {one.unit}") for one in FIGURES}
-Memory = Annotated[str | None, _FIGURES["memory"]]
-MemoryBandwidth = Annotated[str | None, _FIGURES["memory-bandwidth"]]
-Bf16 = Annotated[str | None, _FIGURES["bf16"]]
-Fp8 = Annotated[str | None, _FIGURES["fp8"]]
-ScaleUp = Annotated[str | None, _FIGURES["scale-up"]]
-Nic = Annotated[str | None, _FIGURES["nic"]]
-HostLink = Annotated[str | None, _FIGURES["host-link"]]
-HostMemory = Annotated[str | None, _FIGURES["host-memory"]]
-Power = Annotated[str | None, _FIGURES["power"]]
-NodePower = Annotated[str | None, _FIGURES["node-power"]]
-Price = Annotated[str | None, _FIGURES["price"]]
+FIGURE = {one.name: typer.Option(help=f"{one.meaning}, {one.unit}") for one in FIGURES}
 Seal = Annotated[
     str | None,
     typer.Option(
@@ -76,23 +66,7 @@ Seal = Annotated[
 OutDirectory = Annotated[str, typer.Option(help="directory of the report")]
 
 
-@dataclass(frozen=True)
-class JobOptions:
-    """What is planned for, as typed on the command line."""
-
-    model: str
-    hardware: str
-    nodes: int
-    seq_len: str
-    global_batch: int
-    routing: str = "balanced"
-    precision: Literal["bfloat16", "float32", "float64", "fp8", "mxfp8", "nvfp4"] = "bfloat16"
-    seed: int = 0
-    learning_rate: float = 3e-4
-    warmup_steps: int = 0
-    stack: str | None = None
-    interval: float = 0.9
-
-    def keywords(self) -> dict[str, Any]:
-        """The job as the keywords of mopsim.simulate and mopsim.search. Raises MopError naming the option."""
-        return {**asdict(self), "seq_len": parse_count(self.seq_len, "--seq-len")}
+def keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as typed, as keywords of the API. Raises MopError naming the option."""
+    job = {name: one for name, one in given.items() if name != "any_plan"}
+    return job | {"seq_len": parse_count(job["seq_len"], "--seq-len")}

@@ -52,27 +52,34 @@ def reference_job(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**shipped("hardware_profiles", "data/reference_job.yaml"), **given}
 
 
-def run(card: CardOrder, job: Mapping[str, Any], out: str, ask: bool, json: str | None) -> None:
-    """Ask for what is not given, write the profile, show what each assumption moves. job: what of the
-    reference job is not as shipped."""
+def run(
+    *, out: str, ask: bool, json: str | None, name: str | None, near: str | None, architecture: str,
+    devices_per_node: int | None, scale_up_size: int | None, source: str | None, tag: Tag, **given: Any,
+) -> None:  # fmt: skip
+    """Ask for what is not given, write the profile, show what each assumption moves. given: the figures, and
+    what of the reference job is not as shipped."""
     check_outputs({"--out": out, "--json": json})
     console = human(json)
+    stated = {option: one for option, one in given.items() if one is not None}
+    options = {one.name: one.name.replace("-", "_") for one in FIGURES}
+    figures = {name: stated.pop(option) for name, option in options.items() if option in stated}
+    card = CardOrder(name, figures, near, architecture, devices_per_node, scale_up_size, source, tag)
     if ask:
         console.print("Enter leaves a figure to the nearest known card, and tags it as assumed.")
         card = asked(card, err=json == "-")
     if not card.name or not card.source:
         raise MopError(f"--{'source' if card.name else 'name'}: not given, it is needed (or --ask)")
-    profile, near = made(card)
-    job = reference_job(job)
+    profile, nearest = made(card)
+    job = reference_job(stated)
     check_job(profile, job)
     io.write_yaml(Path(out), profile)
-    console.print(filled(profile, near, card.figures))
+    console.print(filled(profile, nearest, card.figures))
     if not card.near:
-        console.print(taken(near, card.architecture))
+        console.print(taken(nearest, card.architecture))
     console.print(f"Written: {out}")
     weighed = _weigh(profile, job, console)
     if json:
-        io.write_json(json, {"profile": profile, "near": near.name, **weighed})
+        io.write_json(json, {"profile": profile, "near": nearest.name, **weighed})
 
 
 def check_job(profile: HardwareProfile, job: Mapping[str, Any]) -> None:

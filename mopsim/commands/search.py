@@ -1,13 +1,14 @@
 """`mopsim search`: rank the strategies that fit."""
 
 import sys
+from typing import Any
 
 from rich.console import Console
 
 from mopsim.api.results import Ranking
 from mopsim.api.run import search
 from mopsim.commands.console import human, say_plan, say_written
-from mopsim.commands.options import JobOptions
+from mopsim.commands.options import keywords
 from mopsim.commands.progress import progress
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
@@ -20,19 +21,7 @@ NOTHING_FITS = 3
 """Exit code where no plan fits, or none may be run."""
 
 
-def run(
-    job: JobOptions,
-    top: int,
-    family: str | None,
-    runnable: bool,
-    risk: bool,
-    any_routing: bool,
-    budget: int,
-    jobs: int,
-    plan: str | None,
-    seal: str | None,
-    json: str | None,
-) -> int:
+def run(*, jobs: int, plan: str | None, seal: str | None, json: str | None, **job: Any) -> int:
     """Search with a progress line, show the ranking and why it is so, write the winner's plan and the JSON.
     Returns the exit code: 3 where nothing fits."""
     check_outputs({"--plan": plan, "--seal": seal, "--json": json})
@@ -42,10 +31,7 @@ def run(
         def tell(simulated: int, best: SimResult | None) -> None:
             shown(simulated, f"best {format_seconds(best.step_time)}" if best else "nothing fits yet")
 
-        ranking = search(
-            families=family, top=top, budget=budget, runnable=runnable, at_risk=risk,
-            any_routing=any_routing, jobs=workers(jobs), progress=tell, **job.keywords(),
-        )  # fmt: skip
+        ranking = search(jobs=workers(jobs), progress=tell, **keywords(job))
     found, where, level = ranking.found, ranking.inputs.where, ranking.inputs.interval
     console.print(ranking.inputs.parameters, style="dim")
     if found.top:

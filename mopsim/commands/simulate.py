@@ -1,25 +1,25 @@
 """`mopsim simulate`: one strategy."""
 
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mopsim.api.run import simulate
 from mopsim.commands.console import human, say_plan, say_written
-from mopsim.commands.options import JobOptions
+from mopsim.commands.options import keywords
 from mopsim.common import io
 from mopsim.common.outputs import check_outputs
 from mopsim.report.tables import breakdown, comparison
 
 
-def run(
-    job: JobOptions, strategy: str, trace: str | None, plan: str | None, seal: str | None, json: str | None
-) -> None:
+def run(*, trace: str | None, plan: str | None, seal: str | None, json: str | None, **job: Any) -> None:
     """Simulate, show, and write what was asked for."""
     check_outputs({"--trace": trace, "--plan": plan, "--seal": seal, "--json": json})
-    step = simulate(strategy=strategy, **job.keywords())
+    step = simulate(**keywords(job))
     made = step.plan() if plan else None
     if trace:
-        step.save_trace(trace, asdict(job))
+        training = step.inputs.training
+        of_plan = {"learning_rate": training.learning_rate, "warmup_steps": training.warmup_steps}
+        step.save_trace(trace, job | of_plan)
     if plan and made:
         io.write_yaml(Path(plan), made)
     sealed = step.seal(seal) if seal else ""

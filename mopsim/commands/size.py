@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from mopsim.api.size import size
@@ -24,64 +23,35 @@ from mopsim.report.sizing import (
     surely,
 )
 from mopsim.size.assumptions import read_values
-from mopsim.spec.strategy import MatmulDType
 
 NONE = 3
 """Exit code where no cluster will do."""
 
 
-@dataclass(frozen=True)
-class SizeOrder:
-    """What is to be sized, as typed on the command line."""
-
-    model: str
-    tokens: str
-    days: float | None
-    budget: float | None
-    hardware: Sequence[str]
-    seq_len: str
-    global_batch_tokens: str
-    families: str | None
-    max_nodes: int
-    confidence: float
-    prices: Sequence[str]
-    reserved: bool
-    buy: bool
-    capex: Sequence[str]
-    years: float | None
-    sites: str | None
-    assumptions: Sequence[str]
-    utilisation: float | None
-    pue: float | None
-    max_cost: float | None
-    simulations: int
-    runnable: bool
-    routing: str
-    precision: MatmulDType
-    stack: str | None
-    interval: float
-
-    def keywords(self) -> dict[str, Any]:
-        """The order as the keywords of mopsim.size. Raises MopError naming the option."""
-        batch = parse_count(self.global_batch_tokens, "--global-batch-tokens")
-        named = {"pue": self.pue, "years": self.years}
-        assumed = read_values(self.assumptions, "--assume")
-        for name in (name for name, one in named.items() if one is not None and name in assumed):
-            raise MopError(f"--{name}: {named[name]:g} is its second value, --assume {name}= is its first")
-        assumed |= {name: one for name, one in named.items() if one is not None}
-        found = {
-            **asdict(self),
-            "seq_len": parse_count(self.seq_len, "--seq-len"),
-            "tokens": parse_tokens(self.tokens, "--tokens"),
-            "global_batch_tokens": batch,
-            "prices": read_values(self.prices, "--price"),
-            "capex": read_values(self.capex, "--capex"),
-            "assumptions": assumed,
-        }
-        return {name: value for name, value in found.items() if name not in named}
+def keywords(
+    *, seq_len: str, tokens: str, global_batch_tokens: str, prices: Sequence[str] | None,
+    capex: Sequence[str] | None, assumptions: Sequence[str] | None, pue: float | None, years: float | None,
+    **same: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What was typed, as the keywords of mopsim.size. Raises MopError naming the option."""
+    batch = parse_count(global_batch_tokens, "--global-batch-tokens")
+    assumed = read_values(assumptions or (), "--assume")
+    for name, one in (("pue", pue), ("years", years)):
+        if one is not None and name in assumed:
+            raise MopError(f"--{name}: {one:g} is its second value, --assume {name}= is its first")
+        assumed |= {} if one is None else {name: one}
+    return {
+        **same,
+        "seq_len": parse_count(seq_len, "--seq-len"),
+        "tokens": parse_tokens(tokens, "--tokens"),
+        "global_batch_tokens": batch,
+        "prices": read_values(prices or (), "--price"),
+        "capex": read_values(capex or (), "--capex"),
+        "assumptions": assumed,
+    }
 
 
-def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = None) -> int:
+def run(*, plan: str | None, json: str | None, out: str | None, **order: Any) -> int:
     """Size each machine type, show the answer, write the recommended plan, the JSON and the page.
 
     Returns the exit code: 0, or NONE where no cluster will do (the JSON says so too).
@@ -92,11 +62,11 @@ def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = 
         found = size(
             jobs=os.cpu_count() or 1,
             progress=lambda done, total, text: shown(done, f"{done} of {total} so far: {text}"),
-            **order.keywords(),
+            **keywords(**order),
         )
     request, chosen = found.request, found.chosen
     console.print(sizing_table(found.sizings, chosen, request, stated(request, found.sizings)))
-    within = "" if order.max_cost is None else f" within {format_dollars(order.max_cost)}"
+    within = "" if order["max_cost"] is None else f" within {format_dollars(order['max_cost'])}"
     asked = asked_odds(request)
     kind = f"cheapest {asked}, --confidence" if asked else "fastest"
     console.print(f"Recommended ({kind}): {summary(chosen)}")
@@ -107,7 +77,7 @@ def run(order: SizeOrder, plan: str | None, json: str | None, out: str | None = 
         pages = found.write(out, shlex.join(["mopsim", *sys.argv[1:]])) if out else []
     say_written(console, json, *map(str, pages))
     if chosen is None:
-        none = f"no cluster of at most {order.max_nodes} nodes will do; {missed(found.miss)}"
+        none = f"no cluster of at most {order['max_nodes']} nodes will do; {missed(found.miss)}"
         unwritten = f"--plan: {plan} not written: " if plan else ""
         print(f"mopsim: {unwritten}{none}", file=sys.stderr)
         return NONE

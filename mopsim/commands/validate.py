@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
+from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
 from mopsim.common.errors import MopError
 from mopsim.common.outputs import check_outputs, whole_directory
@@ -29,22 +30,26 @@ LEGEND = (
 
 
 def run(
-    runs: str | None, models: str | None, components: str | None, cases: list[str], stack: str,
-    out: str | None, formats: str, jobs: int, hold_out: HoldOut, level: float, json: str | None,
+    *, runs: str | None, models: str | None, components: str | None, cases: list[str] | None,
+    stack: str | None, out: str | None, formats: str, jobs: int, hold_out: HoldOut, interval: float,
+    sealed: str | None, measurements: str | None, json: str | None,
 ) -> None:  # fmt: skip
     """Read, simulate, score, show; write tables, a figure and JSON where asked to."""
+    if sealed:
+        score_sealed(sealed, measurements, json)
+        return
     if not runs and not components and not cases:
         raise MopError("--runs: not given, and no --cases or --components: one of them is needed")
-    check_level(level, "--interval")
+    check_level(interval, "--interval")
     check_outputs({"--json": json}, {"--out": out})
     console, kinds = human(json), read_formats(formats)
-    known, refused = _cases(runs, models, cases, stack)
+    known, refused = _cases(runs, models, cases or [], stack)
     with progress(console, "simulating", None) as shown:
         validation = validate(
             known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out, refused
         )
     parts = predict_components(read_components(Path(components))) if components else []
-    grids = tables(validation, parts, level)
+    grids = tables(validation, parts, interval)
     for grid in grids:
         console.print(table(grid.title, grid.left, grid.right, grid.rows))
     console.print(LEGEND, style="dim")
@@ -53,16 +58,16 @@ def run(
         from mopsim.report.validation import figures
 
         with whole_directory(Path(out)) as aside, saved_as(kinds):
-            figures(aside, validation, level)
+            figures(aside, validation, interval)
             io.write_text(aside / "tables.md", "\n".join(grid.markdown() for grid in grids))
             written = [str(Path(out) / path.name) for path in sorted(aside.iterdir())]
     if json:
-        io.write_json(json, to_json(validation, parts, level))
+        io.write_json(json, to_json(validation, parts, interval))
     say_written(console, json, *written)
 
 
 def _cases(
-    runs: str | None, models: str | None, files: list[str], stack: str
+    runs: str | None, models: str | None, files: list[str], stack: str | None
 ) -> tuple[list[Case], list[Refused]]:
     """The cases of the files, and those of the rows; with the rows that are none. stack: of all of them, if
     it is given."""
