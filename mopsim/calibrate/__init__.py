@@ -1,4 +1,4 @@
-"""What runs teach: a profile corrected by a user's own runs, and the errors to expect from published ones."""
+"""What runs teach: a profile corrected by a user's own runs."""
 
 from mopsim.calibrate.observed import expected
 from mopsim.calibrate.profile import (

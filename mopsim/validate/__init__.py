@@ -2,7 +2,7 @@
 
 from mopsim.validate.case import Case, CaseSource, Measured, read_cases, write_cases
 from mopsim.validate.components import Predicted, predict_components
-from mopsim.validate.run import Refused, Validation, cases_of, validate, validate_runs
+from mopsim.validate.run import Refused, Validation, cases_of, validate
 
 __all__ = [
     "Case",
@@ -15,6 +15,5 @@ __all__ = [
     "predict_components",
     "read_cases",
     "validate",
-    "validate_runs",
     "write_cases",
 ]

@@ -76,12 +76,6 @@ def scored_by(known: Sequence[tuple[Case, Simulated]], hold_out: HoldOut) -> dic
     return {one: score(cases, results, one) for one in dict.fromkeys((*SIDE_BY_SIDE, hold_out))}
 
 
-def validate_runs(rows: Sequence[Row], models: dict[str, Row], jobs: int = 0) -> Validation:
-    """Simulate and score every row that can be. Raises MopError for a malformed cell."""
-    cases, refused = cases_of(rows, models)
-    return validate(cases, jobs, refused=refused)
-
-
 def about(case: Case) -> dict[str, str]:
     """What a run is known by."""
     return {

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import mopsim.intervals
-from mopsim.calibrate.errors import fit_errors
 from mopsim.common import io
 from mopsim.common.changes import sparse
 from mopsim.common.yaml_text import dump_yaml
@@ -13,6 +12,7 @@ from mopsim.validate.case import Case
 from mopsim.validate.scoring import trusted
 from mopsim.validate.simulated import Simulated, as_read
 from mopsim.validate.uncertain import cell, reading
+from reports.validation.fitted_errors import fit_errors
 
 INSTALLED = Path(mopsim.intervals.__file__).with_name("errors.yaml")
 MADE_BY = "python -m reports.validation.make"

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
-from mopsim.calibrate.errors import fit_errors, likeliest, weighted_quantile
 from mopsim.intervals import (
     Deviations,
     ErrorCell,
@@ -31,6 +30,7 @@ from mopsim.spec.stacks import list_stacks
 from mopsim.validate.case import read_cases
 from mopsim.validate.uncertain import cell as of_case
 from mopsim.validate.uncertain import reading
+from reports.validation.fitted_errors import fit_errors, likeliest, weighted_quantile
 
 CASES = Path(__file__).parents[2] / "reports/validation/cases"
 NONE = Deviations(**dict.fromkeys((*LEVELS, "run"), 0.0))

@@ -8,12 +8,12 @@ import pytest
 from mopsim.engine.record import Span
 from mopsim.report.validation import spread
 from mopsim.validate.components import predict_components
-from mopsim.validate.run import Validation, validate_runs
+from mopsim.validate.run import Validation
 from reports.validation import regression
 from reports.validation.figures import finding, judged
 from reports.validation.makeup import of_spans, of_step, words
 from reports.validation.misses import UNKNOWN, Cause, load_causes, markdown, misses, row_of
-from tests.sim.test_validate import MODELS, row
+from tests.sim.test_validate import row, validate_runs
 
 LAYER = {
     "ep": 8, "expert_hidden": 4096, "hidden": 4096, "num_experts": 128, "pass": "forward", "top_k": 4,
@@ -105,7 +105,7 @@ def test_what_has_no_cause_is_counted() -> None:
 
 
 def test_a_run_is_matched_by_the_words_of_the_table() -> None:
-    one = validate_runs([row(tp="2", sharding="zero1", notes="said")], MODELS, jobs=1).scored[0]
+    one = validate_runs([row(tp="2", sharding="zero1", notes="said")]).scored[0]
     found = row_of(one.case)
     for name in (
         "source",
@@ -127,7 +127,7 @@ def test_the_regression_is_fitted_on_no_run_that_the_calibration_may_not_use() -
     def found(quality: str) -> tuple[int, float | None]:
         cut = {"num_layers": "2", "ep": "8", "routing": "balanced", "sharding": "zero1"}
         other = row("other", model="deepseek_v3", quality=quality, **cut)
-        scored = validate_runs([row("one"), other], MODELS, jobs=1).held["model"]
+        scored = validate_runs([row("one"), other]).held["model"]
         return scored[0].fit.runs, regression.of_scored(scored).get("one")
 
     runs, predicted = found("B")
@@ -140,10 +140,10 @@ def test_a_figure_shows_the_runs_that_its_title_speaks_of() -> None:
     """A headline number (grade C) of another card stood in the legend under a title of grades A and B."""
     cut = {"num_layers": "2", "ep": "8", "routing": "balanced", "sharding": "zero1"}
     other = row("other", model="deepseek_v3", quality="C", **cut)
-    validation = validate_runs([row("one"), other], MODELS, jobs=1)
+    validation = validate_runs([row("one"), other])
     assert len(validation.scored) == 2
     assert [one.case.quality for one in judged(validation, "step_time")] == ["A"]
-    ungraded = validate_runs([other], MODELS, jobs=1)
+    ungraded = validate_runs([other])
     assert judged(ungraded, "step_time") == ungraded.scored
 
 

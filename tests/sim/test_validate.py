@@ -22,9 +22,9 @@ from mopsim.validate.case import Measured, least_time, read_cases, write_cases
 from mopsim.validate.components import predict_components
 from mopsim.validate.output import to_json
 from mopsim.validate.rows import read_case
-from mopsim.validate.run import cases_of, validate_runs
+from mopsim.validate.run import Validation, cases_of, validate
 from mopsim.validate.scoring import capacity, errors, over_sources, regrets
-from mopsim.validate.tables import UnsupportedError, count, number, read_runs
+from mopsim.validate.tables import Row, UnsupportedError, count, number, read_runs
 
 MODELS: dict[str, dict[str, str]] = {}
 BASE = {
@@ -59,6 +59,12 @@ BASE = {
     "quality": "A",
     "notes": "",
 }
+
+
+def validate_runs(rows: list[Row]) -> Validation:
+    """Rows of a table, in this process."""
+    cases, refused = cases_of(rows, MODELS)
+    return validate(cases, 1, refused=refused)
 
 
 def row(run_id: str = "r", model: str = "llama3_8b", **changes: str) -> dict[str, str]:
@@ -195,7 +201,7 @@ def test_what_is_held_out_is_asked_for() -> None:
 def test_sources_count_alike_however_many_rows_they_have() -> None:
     rows = [row(f"a{i}", step_time_s="2.0") for i in range(4)] + [row("b", source="other", step_time_s="2.0")]
     rows += [row("c", source="other", step_time_s="")]
-    scored = validate_runs(rows, MODELS, jobs=1).scored
+    scored = validate_runs(rows).scored
     found = over_sources(scored, lambda one: 0.1 if one.case.source.name == "mine" else 0.3)
     assert found is not None
     assert found.mape == pytest.approx(0.2)
@@ -216,7 +222,7 @@ def test_a_deterministic_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> N
 
 
 def test_equal_rows_are_simulated_once_and_scored_each() -> None:
-    scored = validate_runs([row("a"), row("b", step_time_s="6.0")], MODELS, jobs=1).scored
+    scored = validate_runs([row("a"), row("b", step_time_s="6.0")]).scored
     assert scored[0].simulated is scored[1].simulated
     assert scored[0].raw_step_error != scored[1].raw_step_error
     assert not scored[0].out_of_sample
@@ -228,7 +234,7 @@ def test_regret_compares_strategies_of_one_job() -> None:
         row("fast", recompute="full", sharding="zero2", step_time_s="3.0"),
     ]
     rows.append(row("else", seq_len="8192", step_time_s="9.0"))
-    jobs = regrets(validate_runs(rows, MODELS, jobs=1).scored)
+    jobs = regrets(validate_runs(rows).scored)
     assert len(jobs) == 1
     assert jobs[0].best == "fast"
     assert jobs[0].slowdown in (0.0, pytest.approx(1 / 3))
@@ -237,7 +243,7 @@ def test_regret_compares_strategies_of_one_job() -> None:
 
 def test_capacity_counts_both_ways() -> None:
     rows = [row("ran"), row("out", micro_batch="64", global_batch="512", step_time_s="", fits="oom")]
-    found = capacity(validate_runs(rows, MODELS, jobs=1).scored)
+    found = capacity(validate_runs(rows).scored)
     assert (found.ran, found.ran_right, found.ran_out, found.ran_out_right) == (1, 1, 1, 1)
 
 
@@ -249,7 +255,7 @@ def test_json_has_the_agreed_keys() -> None:
         "params": '{"m": 4096, "n": 4096, "k": 4096, "precision": "bf16"}', "outcome": "ok",
     }  # fmt: skip
     strange = {**gemm, "component": "teapot"}
-    found = to_json(validate_runs([row("a"), refused], MODELS, jobs=1), predict_components([gemm, strange]))
+    found = to_json(validate_runs([row("a"), refused]), predict_components([gemm, strange]))
     json.dumps(found)
     run, other = found["runs"]
     assert run["status"] == "simulated"
@@ -354,7 +360,7 @@ def test_a_component_of_nothing_is_refused_in_a_line(name: str, value: float) ->
 def test_a_refusal_names_its_field_once() -> None:
     strange = {"ep": "3", "model": "qwen3_30b_a3b", "num_layers": "48", "routing": "balanced"}
     rows = [row("a", recompute="unknown"), row("b", sharding="zero1", **strange)]
-    found = to_json(validate_runs(rows, MODELS, jobs=1), [])
+    found = to_json(validate_runs(rows), [])
     assert [one["status"] for one in found["runs"]] == ["unsupported"] * 2
     for one in found["runs"]:
         assert one["reason"].startswith(f"{one['field']}: ")
@@ -365,12 +371,12 @@ def test_an_interval_learns_from_what_the_hold_out_leaves() -> None:
     """Of networks of a source that are all twice as slow as simulated: nothing, if the source is left out;
     something, if the network is."""
     models = {"one": "llama3_8b", "two": "qwen3_8b", "three": "llama2_7b"}
-    alone = validate_runs([row(name, model) for name, model in models.items()], MODELS, jobs=1).scored
+    alone = validate_runs([row(name, model) for name, model in models.items()]).scored
     slow = [
         row(name, model, step_time_s=str(2 * one.simulated.step_time))
         for (name, model), one in zip(models.items(), alone, strict=True)
     ]
-    held = validate_runs(slow, MODELS, jobs=1).held
+    held = validate_runs(slow).held
     (source, *_), (network, *_) = held["source"], held["model"]
     low, high = source.interval("step_time", 0.9)
     assert low < source.simulated.step_time < high < 2 * source.simulated.step_time * 1.2
