@@ -2,7 +2,7 @@
 
 import re
 
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, shown
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -69,10 +69,10 @@ def parse_bytes(text: str, field: str = "size") -> int:
     """Bytes from '512MiB', '2GB', '1.5GiB' or a plain number of bytes. Raises MopError otherwise."""
     match = re.match(r"^\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?B|B?)\s*$", text)
     if not match:
-        raise MopError(f"{field}: {_shown(text)} is not a size such as 512MiB, 2GB or a number of bytes")
+        raise MopError(f"{field}: {shown(text)} is not a size such as 512MiB, 2GB or a number of bytes")
     size = float(match.group(1)) * UNITS[match.group(2) or "B"]
     if not 1 <= size <= LARGEST:
-        raise MopError(f"{field}: {_shown(text)} must lie between 1 byte and 2^62")
+        raise MopError(f"{field}: {shown(text)} must lie between 1 byte and 2^62")
     return int(size)
 
 
@@ -81,9 +81,9 @@ def parse_count(text: str, field: str = "count") -> int:
     match = re.match(r"^\s*([0-9]+)\s*([KM]?)\s*$", text)
     count = float(match.group(1)) * _COUNT_SUFFIX[match.group(2)] if match else 0
     if count < 1:
-        raise MopError(f"{field}: {_shown(text)} is not a positive count such as 4096, 128K or 1M")
+        raise MopError(f"{field}: {shown(text)} is not a positive count such as 4096, 128K or 1M")
     if count > LARGEST_COUNT:
-        raise MopError(f"{field}: {_shown(text)} must be at most 2^40")
+        raise MopError(f"{field}: {shown(text)} must be at most 2^40")
     return int(count)
 
 
@@ -135,9 +135,5 @@ def parse_tokens(text: str, field: str = "tokens") -> int:
     match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?)\s*([KMBT]?)\s*$", text)
     tokens = float(match.group(1)) * _DECIMAL_SUFFIX[match.group(2)] if match else 0
     if not 1 <= tokens <= LARGEST:
-        raise MopError(f"{field}: {_shown(text)} is not a number of tokens such as 500B, 1.5T or 2e12")
+        raise MopError(f"{field}: {shown(text)} is not a number of tokens such as 500B, 1.5T or 2e12")
     return round(tokens)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -8,15 +8,17 @@ from mopsim.common.io import write_text
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
 from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
-from mopsim.report.page import templates
+from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
     beyond,
+    columns,
     format_carbon,
     format_days,
     format_dollars,
     format_energy,
     missed,
     odds,
+    row,
     surely,
     title,
 )
@@ -28,16 +30,6 @@ from mopsim.size.figures import DAY, Figures
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.size.settle import Settled
 from mopsim.size.whatif import Swing
-
-
-@dataclass(frozen=True)
-class DecisionTable:
-    """A table. rows: a key, then the cells; the row whose key is `chosen` stands out. text: columns of it."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text: Sequence[str] = ()
-    chosen: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,49 +179,29 @@ def _against(other: Point, chosen: Point) -> str:
     return text + "."
 
 
-def _rivals(d: Decision) -> DecisionTable:
+def _rivals(d: Decision) -> Table:
     """The best of each machine, the front, and the next sizes of the one chosen."""
     subject = d.subject
     near = [one for one in d.points if subject and one.hardware.name == subject.hardware.name]
     near = sorted(near, key=lambda one: abs(one.num_nodes - (subject.num_nodes if subject else 0)))[:4]
     best = [one.best for one in d.sizings if one.best]
-    shown = {_key(one): one for one in (*best, *d.front, *near) if one.figures}
-    rows = sorted(shown.values(), key=lambda one: (one.hardware.name, one.num_nodes))
-    columns = [
-        "machine", "nodes", "devices", "days", f"{100 * d.request.interval:g} %", "in time", "cost",
-        "goodput", "plan", "remark",
-    ]  # fmt: skip
-    return DecisionTable(
-        columns,
-        [[_key(one), *_rival(one, d.request)] for one in rows],
-        ("machine", "plan", "remark"),
-        _key(subject) if subject else "",
-    )
-
-
-def _key(point: Point) -> str:
-    return f"{point.hardware.name} {point.num_nodes}"
+    shown = {(one.hardware.name, one.num_nodes): one for one in (*best, *d.front, *near) if one.figures}
+    rows = [_rival(shown[key], d.request) for key in sorted(shown)]
+    heads = [*columns(d.request)[:-1], "plan", "remark"]
+    chosen = _rival(subject, d.request) if subject else ()
+    return Table(heads, rows, ("machine", "plan", "remark"), chosen)
 
 
 def _rival(point: Point, request: Request) -> list[str]:
-    bill, result = point.figures, point.result
-    assert bill is not None
-    assert result is not None
-    low, high = (one / DAY for one in bill.seconds_interval(request.interval))
-    certain = bill.p_within(request.goal.seconds)
-    return [
-        point.hardware.name, f"{point.num_nodes:,}", f"{point.num_devices:,}", format_days(bill.days),
-        f"{format_days(low)}-{format_days(high)}", odds(certain),
-        "-" if bill.cost is None else format_dollars(bill.cost),
-        f"{bill.goodput.share:.1%}" if bill.goodput else "-", describe(result.strategy), point.why,
-    ]  # fmt: skip
+    assert point.result is not None
+    return [*row(point, request)[:-1], describe(point.result.strategy), point.why]
 
 
-def _parts(bill: Figures | None) -> DecisionTable:
+def _parts(bill: Figures | None) -> Table:
     parts = dict(bill.parts) if bill else {}
     whole = sum(parts.values())
-    rows = [[name, name, format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
-    return DecisionTable(["part", "of this run", "share"], rows)
+    rows = [[name, format_dollars(one), f"{one / whole:.0%}"] for name, one in parts.items() if whole]
+    return Table(["part", "of this run", "share"], rows)
 
 
 def _network(bill: Figures | None) -> str:
@@ -245,18 +217,19 @@ def _network(bill: Figures | None) -> str:
     )
 
 
-def _sites(point: Point | None) -> DecisionTable:
+def _sites(point: Point | None) -> Table:
     bills = point.sites if point and len(point.sites) > 1 else ()
     rows = [
         [
-            one.site, one.site, "-" if one.cost is None else format_dollars(one.cost),
+            one.site, "-" if one.cost is None else format_dollars(one.cost),
             "-" if one.energy is None else format_energy(one.energy),
             "-" if one.carbon is None else format_carbon(one.carbon),
         ]
         for one in bills
     ]  # fmt: skip
-    chosen = point.figures.site if point and point.figures else ""
-    return DecisionTable(["site", "cost", "energy", "CO2"], rows, ("site",), chosen)
+    site = point.figures.site if point and point.figures else ""
+    chosen = next((row for row in rows if row[0] == site), ())
+    return Table(["site", "cost", "energy", "CO2"], rows, ("site",), chosen)
 
 
 def risks(d: Decision) -> list[str]:
@@ -304,23 +277,23 @@ def _memory(result: SimResult) -> str:
     )
 
 
-def _measures(settled: Sequence[Settled]) -> DecisionTable:
+def _measures(settled: Sequence[Settled]) -> Table:
     rows = [
-        [one.benchmark.name, one.benchmark.name, f"{one.benchmark.nodes}", one.benchmark.how,
+        [one.benchmark.name, f"{one.benchmark.nodes}", one.benchmark.how,
          f"{one.before:.0%} to {one.after:.0%}"]
         for one in settled
     ]  # fmt: skip
-    return DecisionTable(["measure", "nodes", "how", "half-width"], rows, ("measure", "how"))
+    return Table(["measure", "nodes", "how", "half-width"], rows, ("measure", "how"))
 
 
-def _assumptions(request: Request) -> DecisionTable:
+def _assumptions(request: Request) -> Table:
     a, shipped = request.assumptions, known()
     rows = [
         [
-            name, name, f"{getattr(a, name):g} {shipped[name].unit}".removesuffix(" 1"),
+            name, f"{getattr(a, name):g} {shipped[name].unit}".removesuffix(" 1"),
             f"{shipped[name].low:g} to {shipped[name].high:g}", shipped[name].says,
             "given" if name in a.given else f"{shipped[name].tag}: {shipped[name].source}",
         ]
         for name in NAMES
     ]  # fmt: skip
-    return DecisionTable(["name", "value", "range", "what", "source"], rows, ("name", "what", "source"))
+    return Table(["name", "value", "range", "what", "source"], rows, ("name", "what", "source"))

@@ -12,8 +12,12 @@ from mopsim.common.io import write_text
 
 @dataclass(frozen=True)
 class Table:
+    """text: columns of words; chosen: the row that stands out (both in decision.html alone)."""
+
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    text: Sequence[str] = ()
+    chosen: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
