@@ -109,7 +109,7 @@ def write_compare(
 ) -> list[Path]:
     """index.md, index.html and PNGs of a comparison; returns what was written. said: its headline. level:
     of the intervals. where: network and machine of the sweep. refused: why further labels have no result."""
-    heads = columns(level, (one.each for one in results))
+    heads = list(columns(level, (one.each for one in results)))
     without = [[why, *[""] * (len(heads) - 1)] for why in (refused or {}).values()]
     written = [
         memory_figure(folder / "memory.png", results, labels, level),

@@ -8,6 +8,7 @@ from typing import Any
 import mopsim
 from mopsim.common import io
 from mopsim.common.units import format_bytes, format_seconds
+from mopsim.engine import SimResult
 from mopsim.report.compare import memory_figure, time_figure, timeline_title
 from mopsim.report.demo_results import DemoContender, DemoReport
 from mopsim.report.page import Page, Section, Table, templates, write_page
@@ -140,108 +141,90 @@ def result_table(report: DemoReport) -> Any:
     return shown
 
 
+def _between(one: DemoContender) -> str:
+    """The measured step: median (p10 to p90)."""
+    low, high = map(format_seconds, one.spread())
+    return f"{format_seconds(one.measured.step_time_median)} ({low} to {high})"
+
+
+def _beside(one: DemoContender, result: SimResult) -> str:
+    """A predicted step, and how far it is off."""
+    return f"{format_seconds(result.step_time)} ({one.error(result):+.0%})"
+
+
 def _measured(contenders: Sequence[DemoContender]) -> Table:
-    rows = []
-    for one in contenders:
-        low, high = one.spread()
-        m = one.measured
-        rows.append(
-            [
-                describe(one.plan.strategy),
-                f"{format_seconds(m.step_time_median)} ({format_seconds(low)} to {format_seconds(high)})",
-                f"{m.tokens_per_second:,.0f}",
-                format_bytes(m.peak_memory),
-                format_bytes(m.host_memory),
-                f"{one.losses[0]:.3f} to {one.losses[0] * (1 - one.fall()):.3f} ({-one.fall():+.0%})",
-            ]
-        )
-    return Table(
-        (
-            "strategy",
-            "step, median (p10 to p90)",
-            "tokens/s, all ranks",
-            "device memory",
-            "host memory",
-            "loss, first to mean of last 5",
-        ),
-        rows,
+    return Table.of(
+        contenders,
+        {
+            "strategy": lambda one: describe(one.plan.strategy),
+            "step, median (p10 to p90)": _between,
+            "tokens/s, all ranks": lambda one: f"{one.measured.tokens_per_second:,.0f}",
+            "device memory": lambda one: format_bytes(one.measured.peak_memory),
+            "host memory": lambda one: format_bytes(one.measured.host_memory),
+            "loss, first to mean of last 5": lambda one: (
+                f"{one.losses[0]:.3f} to {one.losses[0] * (1 - one.fall()):.3f} ({-one.fall():+.0%})"
+            ),
+        },
     )
 
 
 def _predicted(contenders: Sequence[DemoContender]) -> Table:
-    rows = []
-    for one in contenders:
-        low, high = one.spread()
-        predicted = [
-            f"{format_seconds(result.step_time)} ({one.error(result):+.0%})"
-            for result in (one.probed, one.piloted, one.calibrated)
-        ]
-        predicted[-1] += "" if one is contenders[-1] else ", fitted"
-        measured = f"{format_seconds(one.measured.step_time_median)}"
-        rows.append([one.name, f"{measured} ({format_seconds(low)} to {format_seconds(high)})", *predicted])
-    names = (
-        "strategy",
-        "measured (p10 to p90)",
-        "predicted before calibration",
-        "after the pilot runs",
-        "after the first two's runs",
+    held_out = contenders[-1]
+    return Table.of(
+        contenders,
+        {
+            "strategy": lambda one: one.name,
+            "measured (p10 to p90)": _between,
+            "predicted before calibration": lambda one: _beside(one, one.probed),
+            "after the pilot runs": lambda one: _beside(one, one.piloted),
+            "after the first two's runs": lambda one: (
+                _beside(one, one.calibrated) + ("" if one is held_out else ", fitted")
+            ),
+        },
     )
-    return Table(names, rows)
 
 
 def _memory(contenders: Sequence[DemoContender]) -> Table:
-    rows = [
-        [
-            one.name,
-            format_bytes(one.as_planned.peak_memory),
-            f"{format_bytes(one.even.peak_memory)} ({one.memory_error():+.1%})",
-            format_bytes(one.measured.peak_memory),
-            f"{format_bytes(one.worst.peak_memory)} ({one.worst_memory():+.1%})",
-            format_bytes(one.measured.host_memory),
-            format_bytes(one.even.host_memory),
-        ]
-        for one in contenders
-    ]
-    return Table(
-        (
-            "strategy",
-            "device, tracked, even routing",
-            "device, predicted, even routing",
-            "device, tracked, learned routing",
-            "device, predicted, worst routing",
-            "host, tracked",
-            "host, predicted",
-        ),
-        rows,
+    def off(predicted: SimResult, error: float) -> str:
+        return f"{format_bytes(predicted.peak_memory)} ({error:+.1%})"
+
+    return Table.of(
+        contenders,
+        {
+            "strategy": lambda one: one.name,
+            "device, tracked, even routing": lambda one: format_bytes(one.as_planned.peak_memory),
+            "device, predicted, even routing": lambda one: off(one.even, one.memory_error()),
+            "device, tracked, learned routing": lambda one: format_bytes(one.measured.peak_memory),
+            "device, predicted, worst routing": lambda one: off(one.worst, one.worst_memory()),
+            "host, tracked": lambda one: format_bytes(one.measured.host_memory),
+            "host, predicted": lambda one: format_bytes(one.even.host_memory),
+        },
     )
 
 
 def _searches(report: DemoReport) -> Table:
-    rows = [
-        [
-            family,
-            f"{found['candidates']:,}",
-            f"{found['bounded']:,}",
-            str(found["simulated"]),
-            f"{found['seconds']:.1f} s",
-        ]
-        for family, found in report.searches.items()
-    ]
-    return Table(("family", "candidates", "bounded", "simulated", "time"), rows)
+    return Table.of(
+        report.searches.items(),
+        {
+            "family": lambda one: one[0],
+            "candidates": lambda one: f"{one[1]['candidates']:,}",
+            "bounded": lambda one: f"{one[1]['bounded']:,}",
+            "simulated": lambda one: str(one[1]["simulated"]),
+            "time": lambda one: f"{one[1]['seconds']:.1f} s",
+        },
+    )
 
 
 def _corrections(report: DemoReport) -> Table:
-    rows = []
-    for kind, correction in report.calibrated.corrections.items():
-        rows.append(
-            [
-                kind,
-                f"{correction.scale:.3g}",
-                format_seconds(correction.overhead) if correction.overhead else "0",
-                correction.source,
-            ]
-        )
-    return Table(("kind of work", "scale", "overhead per op", "from"), rows)
+    return Table.of(
+        report.calibrated.corrections.items(),
+        {
+            "kind of work": lambda one: one[0],
+            "scale": lambda one: f"{one[1].scale:.3g}",
+            "overhead per op": lambda one: format_seconds(one[1].overhead),
+            "from": lambda one: one[1].source,
+        },
+    )
 
 
 def _facts(report: DemoReport) -> dict[str, str]:

@@ -1,13 +1,16 @@
 """A report: one list of sections, written as Markdown (index.md) and as HTML (index.html) beside its
 pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mopsim.common.io import write_text
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     text: Sequence[str] = ()
     chosen: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, things: Iterable[T], columns: Mapping[str, Callable[[T], str]]) -> "Table":
+        """A row for each thing. columns: by head, what a cell says of it."""
+        return cls(list(columns), [[say(one) for say in columns.values()] for one in things])
 
 
 @dataclass(frozen=True)

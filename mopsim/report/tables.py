@@ -20,16 +20,35 @@ def rate(each: Iterable[str]) -> str:
     return f"tokens/s per {' or '.join(dict.fromkeys(each)) or 'GPU'}"
 
 
-def columns(level: float = 0.9, each: Iterable[str] = ()) -> tuple[str, ...]:
-    """Heads of `row`. stack: the software that runs it. `level`: between which two values a measured one lies
-    with this probability. each: what the devices are called.
-    memory: device peak; limit: share of the usable device memory that the peak is.
-    exposed: seconds of compute waiting for communication, copies and the host."""
+def columns(level: float = 0.9, each: Iterable[str] = ()) -> dict[str, Callable[[SimResult], str]]:
+    """What a row says of a step, by head. `level`: between which two values a measured one lies with this
+    probability. each: what the devices are called. stack: the software that runs it. memory: device peak;
+    limit: share of the usable device memory that the peak is. exposed: seconds of compute waiting for
+    communication, copies and the host."""
     within = f"{100 * level:g} %"
-    return (
-        "strategy", "stack", "step", f"step, {within}", rate(each), "MFU", "memory",
-        f"memory, {within}", "limit", "host", "exposed", "P(fits)",
-    )  # fmt: skip
+    return {
+        "strategy": lambda one: describe(one.strategy),
+        "stack": lambda one: one.stack.name,
+        "step": lambda one: format_seconds(one.step_time),
+        f"step, {within}": lambda one: between(one.step_time_interval(level), format_seconds),
+        rate(each): lambda one: f"{one.tokens_per_second_per_device:,.0f}",
+        "MFU": lambda one: f"{one.mfu:.1%}",
+        "memory": lambda one: format_bytes(one.peak_memory),
+        f"memory, {within}": lambda one: between(one.peak_memory_interval(level), format_bytes),
+        "limit": lambda one: f"{one.peak_memory / one.memory_limit:.0%}",
+        "host": lambda one: format_bytes(one.host_memory),
+        "exposed": lambda one: f"{format_seconds(sum(one.exposed.values()))} ({one.exposed_share:.0%})",
+        "P(fits)": lambda one: (
+            format_probability(one.p_fits)
+            if one.fits
+            else f"does not fit: {one.over}, {format_bytes(one.over_bytes)} over"
+        ),
+    }
+
+
+def row(result: SimResult, level: float = 0.9) -> list[str]:
+    """The cells of `columns`. level: of the intervals."""
+    return [say(result) for say in columns(level).values()]
 
 
 ENOUGH = f"memory enough with {UPPER:.0%}"
@@ -42,27 +61,6 @@ P_FITS = (
 """What stands by every table of steps."""
 MOST_TOGETHER, MOST_FIELDS = 3, 4
 """Combinations that a row names, and fields of each of these; the others are counted, the JSON has all."""
-
-
-def row(result: SimResult, level: float = 0.9) -> list[str]:
-    """The cells of `columns`. level: of the intervals."""
-    verdict = format_probability(result.p_fits)
-    if not result.fits:
-        verdict = f"does not fit: {result.over}, {format_bytes(result.over_bytes)} over"
-    return [
-        describe(result.strategy),
-        result.stack.name,
-        format_seconds(result.step_time),
-        between(result.step_time_interval(level), format_seconds),
-        f"{result.tokens_per_second_per_device:,.0f}",
-        f"{result.mfu:.1%}",
-        format_bytes(result.peak_memory),
-        between(result.peak_memory_interval(level), format_bytes),
-        f"{result.peak_memory / result.memory_limit:.0%}",
-        format_bytes(result.host_memory),
-        f"{format_seconds(sum(result.exposed.values()))} ({result.exposed_share:.0%})",
-        verdict,
-    ]
 
 
 def plan_line(result: SimResult) -> str:
