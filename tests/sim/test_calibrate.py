@@ -309,9 +309,11 @@ def test_the_command_writes_a_profile_and_residuals(tmp_path: Path, monkeypatch:
     text = given.read_text()
     (tmp_path / "run").mkdir()
     io.write_yaml(tmp_path / "run" / "measurement.yaml", measured("a", MACHINE))
+    run = str(tmp_path / "run")
+    options: dict[str, Any] = {"profile": str(given), "measurements": [run], "more": None, "stack": None}
     with pytest.raises(MopError, match="it is kept"):
-        command.run(str(given), [str(tmp_path / "run")], str(given), None)
-    command.run(str(given), [str(tmp_path / "run")], str(out), str(report))
+        command.run(**options, out=str(given), json=None)
+    command.run(**options, out=str(out), json=str(report))
     found = json.loads(report.read_text())
     assert io.digest(load_profile(out)) == found["digest"]
     assert given.read_text() == text
