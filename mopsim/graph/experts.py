@@ -52,30 +52,28 @@ def dispatch(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) ->
     row = model.hidden_size * b
     sent = tokens * model.num_experts_per_tok
     arrived = routes if split else sent
-    kernels = [
+    kernels = (
         Kernel(
             "permute", "memory_bound", _C, ("h",), (Value("sent", sent * row, "dispatch"),),
             bytes=2 * sent * row, launches=4, indexed=True,
         ),
-    ]  # fmt: skip
-    if split:
-        kernels.append(
-            Kernel(
-                "dispatch", "all_to_all", _C, ("sent",), (Value("arrived", arrived * row, "dispatch"),),
-                bytes=float(max(sent, arrived) * row), group="experts",
-            )
-        )  # fmt: skip
-    else:
-        kernels.append(
-            Kernel("dispatch", "view", _C, ("sent",), (Value("arrived", 0, "dispatch"),), launches=0)
-        )
-    kernels.append(
+        _exchange("dispatch", "sent", "arrived", sent * row, arrived * row, split),
         Kernel(
             "sort", "memory_bound", _C, ("arrived",), (Value("rows", arrived * row, "dispatch"),),
             bytes=2 * arrived * row, launches=2, indexed=True,
-        )
+        ),
     )  # fmt: skip
-    return Tape((Value("h", tokens * row),), tuple(kernels), ("rows",))
+    return Tape((Value("h", tokens * row),), kernels, ("rows",))
+
+
+def _exchange(name: str, source: str, target: str, leave: int, arrive: int, split: bool) -> Kernel:
+    """Rows between the ranks that split the experts, bytes; one rank's own only get another name."""
+    if not split:
+        return Kernel(name, "view", _C, (source,), (Value(target, 0, "dispatch"),), launches=0)
+    return Kernel(
+        name, "all_to_all", _C, (source,), (Value(target, arrive, "dispatch"),),
+        bytes=float(max(leave, arrive)), group="experts",
+    )  # fmt: skip
 
 
 def experts(model: ModelSpec, routes: Sequence[int], b: int, tensor: int = 1, fused: bool = False) -> Tape:
@@ -115,30 +113,18 @@ def combine(model: ModelSpec, tokens: int, routes: int, b: int, split: bool) -> 
     row = model.hidden_size * b
     sent = tokens * model.num_experts_per_tok
     arrived = routes if split else sent
-    kernels = [
+    kernels = (
         Kernel(
             "unsort", "memory_bound", _C, ("out",), (Value("back", arrived * row, "dispatch"),),
             bytes=2.0 * arrived * row, indexed=True,
-        )
-    ]  # fmt: skip
-    if split:
-        kernels.append(
-            Kernel(
-                "combine", "all_to_all", _C, ("back",), (Value("returned", sent * row, "dispatch"),),
-                bytes=float(max(sent, arrived) * row), group="experts",
-            )
-        )  # fmt: skip
-    else:
-        kernels.append(
-            Kernel("combine", "view", _C, ("back",), (Value("returned", 0, "dispatch"),), launches=0)
-        )
-    kernels.append(
+        ),
+        _exchange("combine", "back", "returned", arrived * row, sent * row, split),
         Kernel(
             "accumulate", "memory_bound", _C, ("returned",), (Value("f", 0),),
             bytes=2.0 * sent * row + tokens * row, indexed=True,
-        )
+        ),
     )  # fmt: skip
-    return Tape((Value("out", arrived * row, "dispatch"),), tuple(kernels), ("f",), consumes=("out",))
+    return Tape((Value("out", arrived * row, "dispatch"),), kernels, ("f",), consumes=("out",))
 
 
 def routed(
