@@ -42,18 +42,18 @@ class Memory:
     seen: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
     misses: list[tuple[float, float]] = field(default_factory=list)
-    _fitted: dict[int, Reals] = field(default_factory=dict)
+    _above: tuple[Reals, Reals] | None = None
 
     def learn(self, position: int, peak: float) -> None:
         """Note the simulated peak of a candidate, bytes."""
         kind, bound = int(self.kinds[position]), float(self.bound[position])
         if self.times:
-            at = slice(position, position + 1)
-            both = float(self._of_kind(at, 1.0)[0]), bound * median(self.times)
+            share, fixed = (float(one[position]) for one in self._of_kind())
+            both = bound * (1.0 + share) + fixed, bound * median(self.times)
             self.misses.append((math.log(both[0] / peak), math.log(both[1] / peak)))
         self.times.append(peak / bound)
         self.seen.setdefault(kind, []).append((position, peak - bound))
-        self._fitted = {}
+        self._above = None
 
     def expected(self, rise: Reals | float = 1.0) -> Reals:
         """Peak memory of every candidate, bytes. rise: what refined bounds are expected to be of those that
@@ -61,21 +61,21 @@ class Memory:
         by_kind, by_times = np.square(self.misses[-LATELY:] or [(0.0, 0.0)]).sum(axis=0)
         if by_times < by_kind:
             return np.asarray(self.bound * rise * median(self.times))
-        return self._of_kind(slice(None), rise)
+        share, fixed = self._of_kind()
+        return np.asarray(self.bound * (rise + share) + fixed)
 
-    def _of_kind(self, at: slice, rise: Reals | float) -> Reals:
-        """Bound times a rise, and what the kind (else all) has above it."""
-        if not self._fitted:
+    def _of_kind(self) -> tuple[Reals, Reals]:
+        """(Times its bound, bytes) that each candidate has above its bound by its kind, else by all."""
+        if self._above is None:
             every = [one for seen in self.seen.values() for one in seen]
-            self._fitted = {-1: self._fit(every)} | {kind: self._fit(one) for kind, one in self.seen.items()}
-        usual = self._fitted[-1]
-        weights = np.tile(usual, (int(self.kinds.max(initial=0)) + 1, 1))
-        for kind, fitted in self._fitted.items():
-            if kind >= 0:
-                weights[kind] = fitted
-        regressors = np.vstack([self.parts[:, at], self.bound[at]])
-        above = np.einsum("ij,ji->i", weights[self.kinds[at]], regressors)
-        return np.asarray(self.bound[at] * rise + above)
+            weights = np.tile(self._fit(every), (int(self.kinds.max(initial=0)) + 1, 1))
+            for kind, seen in self.seen.items():
+                weights[kind] = self._fit(seen)
+            fixed = np.zeros(len(self.bound))
+            for part, weight in zip(self.parts, weights.T, strict=False):
+                fixed += part * weight[self.kinds]
+            self._above = weights[self.kinds, -1], fixed
+        return self._above
 
     def _regressors(self) -> Reals:
         return np.vstack([self.parts, self.bound])
@@ -105,22 +105,28 @@ class Rise:
     `usually` are."""
 
     kinds: Column
-    usually: Callable[[list[float]], float] = median
+    usually: Callable[[list[float]], float] = np.median
     seen: dict[int, list[float]] = field(default_factory=dict)
+    _known: Reals | None = None
 
     def learn(self, position: int, times: float) -> None:
         """Note the rise of a candidate."""
         self.seen.setdefault(int(self.kinds[position]), []).append(times)
+        self._known = None
 
     def expected(self) -> Reals:
         """Of every candidate."""
-        if not self.seen:
-            return np.ones(len(self.kinds))
-        usual = self.usually([times for seen in self.seen.values() for times in seen])
-        found = np.full(int(self.kinds.max()) + 1, usual)
+        if self._known is None:
+            self._known = self._by_kind()[self.kinds]
+        return self._known
+
+    def _by_kind(self) -> Reals:
+        found = np.ones(int(self.kinds.max(initial=0)) + 1)
+        if self.seen:
+            found[:] = self.usually([times for seen in self.seen.values() for times in seen])
         for kind, seen in self.seen.items():
-            found[kind] = median(seen)
-        return np.asarray(found[self.kinds])
+            found[kind] = np.median(seen)
+        return found
 
 
 @dataclass
@@ -135,6 +141,7 @@ class Times:
     codes: list[Column]
     sizes: list[int]
     seen: list[tuple[int, float]] = field(default_factory=list)
+    _known: dict[float, Reals] = field(default_factory=dict)
 
     @staticmethod
     def of(guess: Reals, columns: list[Column]) -> "Times":
@@ -148,14 +155,21 @@ class Times:
         return Times(guess, codes, sizes)
 
     def learn(self, position: int, seconds: float) -> None:
-        """Note the simulated step time of a candidate."""
+        """Note the simulated step time of a candidate, whose guess changes no more."""
         self.seen.append((position, seconds))
+        self._known = {}
 
-    def expected(self, hope: Reals | float) -> Reals:
-        """Step time of every candidate, seconds. hope: by how much (as a fraction) a value that was never
-        simulated is taken to be better. What is odd teaches no more than the most of the others."""
+    def factor(self, hope: float) -> Reals:
+        """Of every candidate: step time over its guess, expected. hope: by how much (as a fraction) a value
+        that was never simulated is taken to be better. What is odd teaches no more than the most of the
+        others."""
+        if hope not in self._known:
+            self._known[hope] = self._factor(hope)
+        return self._known[hope]
+
+    def _factor(self, hope: float) -> Reals:
         if not self.seen:
-            return self.guess
+            return np.ones(len(self.guess))
         where = np.array([position for position, _ in self.seen])
         ratio = np.log([seconds / self.guess[position] for position, seconds in self.seen])
         usual = float(np.median(ratio))
@@ -165,12 +179,11 @@ class Times:
         alike = sum((codes[:, None] == codes[None, :]).astype(np.float64) for codes in mine)
         kernel = np.asarray(alike) + np.eye(len(where))
         dual = np.linalg.solve(kernel, ratio - usual)
-        factor, unseen = np.full(len(self.guess), usual), np.zeros(len(self.guess))
+        factor = np.full(len(self.guess), usual)
         for codes, own, size in zip(self.codes, mine, self.sizes, strict=True):
-            weight = np.bincount(own, dual, size)
-            factor += weight[codes]
-            unseen += (1 / (1 + np.bincount(own, minlength=size)))[codes]
-        return np.asarray(self.guess * np.exp(factor - hope * unseen))
+            unseen = 1 / (1 + np.bincount(own, minlength=size))
+            factor += (np.bincount(own, dual, size) - hope * unseen)[codes]
+        return np.asarray(np.exp(factor))
 
 
 def codes(columns: Iterable[Column], rows: int) -> Column:

@@ -123,21 +123,19 @@ class Pieces:
 
     def layers(self, index: int) -> dict[LayerKind, LayerPiece] | None:
         """By kind of layer (Passes.key), those of a row; None where a rule refuses it."""
-        row = self.space.row(index)
-        return self._known(self.made, LAYER, row, self._layers)
+        return self._known(self.made, LAYER, index, self._layers)
 
     def loss(self, index: int) -> LayerPiece | None:
         """Final norm, projection and cross entropy of a row, once."""
-        row = self.space.row(index)
-        long = row["loss"] == RING and row["vocabulary"] > TURNS
-        if long:
-            row["vocabulary"] = max(turns for turns in range(1, TURNS + 1) if row["vocabulary"] % turns == 0)
+        kind, turns = self.key(index, ("loss", "vocabulary"))
+        long = kind == RING and turns > TURNS
+        shorter = max(one for one in range(1, TURNS + 1) if turns % one == 0) if long else turns
 
         def make(passes: Passes) -> LayerPiece:
             found = self._piece(passes.loss("forward"), passes.loss("backward"), first=True)
             return replace(found, left=0, starts=(0,), heights=(0,)) if long else found
 
-        return self._known(self.losses, LOSS, row, make)
+        return self._known(self.losses, LOSS, index, make, vocabulary=shorter)
 
     def woven(self, index: int, ahead: PipelinePart, back: PipelinePart) -> Alone:
         """A forward through one part woven with a backward through another, of a row that no rule refuses."""
@@ -190,16 +188,17 @@ class Pieces:
         def make(passes: Passes) -> LayerPiece:
             return self._piece(passes.embedding("forward"), passes.embedding("backward"))
 
-        return self._known(self.embeddings, EMBEDDING, self.space.row(index), make)
+        return self._known(self.embeddings, EMBEDDING, index, make)
 
     def _known(
-        self, made: dict[Key, Made | None], names: Sequence[str], row: dict[str, int],
-        make: Callable[[Passes], Made],
+        self, made: dict[Key, Made | None], names: Sequence[str], index: int,
+        make: Callable[[Passes], Made], **changed: int,
     ) -> Made | None:  # fmt: skip
-        """What was made of a row before; None where a rule refuses it."""
-        key = tuple(row[name] for name in names)
+        """What was made of a row like this one before; None where a rule refuses it. changed: columns that
+        have other values."""
+        key = (*self.key(index, names), *changed.values())
         if key not in made:
-            passes = self._passes(row)
+            passes = self._passes(self.space.row(index) | changed)
             made[key] = make(passes) if passes else None
         return made[key]
 

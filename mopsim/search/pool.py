@@ -43,6 +43,8 @@ TURNS, AT_ONCE = 8, 4
 refined before one is chosen: at some 10 ms for each."""
 TOGETHER = 64
 """Groups of candidates whose bounds are refined together: what is common to all is done once."""
+SAMPLE = 4_000
+"""Values that a sample of many has."""
 ROUGH = 0.15
 """Part of the memory by which what is expected without refined bounds may be wrong."""
 HOPE, KNOWN_HOPE = 0.03, 0.003
@@ -147,8 +149,7 @@ class Pool:
         are on the way there, which may change the scores. briefly: None where `turns` of that leave none."""
         while True:
             now, turns, self.turns = score(), turns - 1, self.turns + 1
-            first = np.argpartition(now, min(AT_ONCE, len(now)) - 1)[:AT_ONCE]
-            place = int(first[np.argmin(now[first])])
+            place = int(np.argmin(now))
             if self.refined[place] or not np.isfinite(now[place]):
                 return place if np.isfinite(now[place]) else None
             known = np.where(self.refined, now, np.inf)
@@ -156,6 +157,7 @@ class Pool:
                 return int(np.argmin(known))
             if turns < 0 and briefly:
                 return None
+            first = _lowest(now, AT_ONCE)
             self.refine(*first[np.isfinite(now[first])].tolist())
 
     def learn(self, position: int, peak_memory: int, host_memory: int, step_time: float) -> None:
@@ -166,20 +168,22 @@ class Pool:
             self.host_rise.learn(position, host_memory / float(self.host[position]))
 
     def expected(self, *, hopeful: bool = False) -> Reals:
-        """Step time of every candidate, see `Times.expected`."""
-        hope = np.where(self.refined, KNOWN_HOPE, HOPE) if hopeful else 0.0
-        return np.asarray(self.times.expected(hope) * np.where(self.refined, 1.0, self.slower.expected()))
+        """Step time of every candidate, seconds. hopeful: optimistic where a value was never simulated."""
+        known, rough = (KNOWN_HOPE, HOPE) if hopeful else (0.0, 0.0)
+        close, far = self.times.factor(known), self.times.factor(rough) * self.slower.expected()
+        return np.asarray(self.times.guess * np.where(self.refined, close, far))
 
     def room(self) -> tuple[NDArray[np.bool_], Reals]:
         """Of each candidate: whether it is expected to fit, with some slack where its bounds are not refined;
         its expected share of what there is."""
         hardware = self.space.problem.hardware
-        higher = np.where(self.refined, 1.0, self.rise.expected())
-        expected, limit = self.memory.expected(higher), hardware.memory_limit()
+        limit = hardware.memory_limit()
+        share = self.memory.expected(np.where(self.refined, 1.0, self.rise.expected()))
+        share /= limit
         surely = self.host * self.host_rise.expected() / max(hardware.host_limit(), 1)
-        surely = np.maximum(surely, self.memory.bound * self.enough / limit)
-        rough = expected / limit / np.where(self.refined, 1.0, 1 + ROUGH)
-        return np.maximum(surely, rough) <= 1, np.maximum(surely, expected / limit)
+        np.maximum(surely, self.memory.bound * (self.enough / limit), out=surely)
+        rough = share * np.where(self.refined, 1.0, 1 / (1 + ROUGH))
+        return np.maximum(surely, rough, out=rough) <= 1, np.maximum(surely, share, out=share)
 
     def next(
         self, below: float, turns: float = TURNS, *, hoped: float = np.inf, slack: float = 0.0
@@ -231,6 +235,13 @@ class Pool:
             return np.zeros(0, dtype=np.int64)
         count = np.sum(np.stack(list(groups.values())), axis=0)
         return np.flatnonzero(count == 1).astype(np.int64)
+
+
+def _lowest(values: Reals, count: int) -> Column:
+    """Places of the `count` lowest of many values. What a sample of them says is too high is not sorted."""
+    enough = np.sort(values[:: max(1, len(values) // SAMPLE)])[: count + 1]
+    low = np.flatnonzero(values <= enough[-1])
+    return np.asarray(low[np.argsort(values[low], kind="stable")[:count]])
 
 
 def _most(order: Column, memory: Reals) -> tuple[Column, Column]:

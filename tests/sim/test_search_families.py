@@ -146,9 +146,9 @@ def test_times_are_learned_by_column() -> None:
     assert len(times.codes) == 2
     times.learn(0, 1.0)
     times.learn(2, 2.0)
-    expected = times.expected(0.0)
+    expected = times.factor(0.0)
     assert expected[3] > expected[1]
-    assert times.expected(0.1)[1] < expected[1]
+    assert times.factor(0.1)[1] < expected[1]
 
 
 def test_the_microbatch_may_be_the_whole_local_batch() -> None:
