@@ -26,8 +26,8 @@ from mopexec.operators.loss import Ring, chunked_loss
 from mopexec.operators.optimizer import FlatAdamW
 from mopexec.operators.rope import Positions
 from mopexec.operators.rows import rms_norm, rms_norm_backward_, row_slices
-from mopexec.run import assemble
 from mopexec.run.runner import Batch, StepResult
+from mopexec.run.shards import whole
 from mopsim.spec.plan import Plan
 
 
@@ -122,10 +122,14 @@ class FlatRunner:
 
     def full_parameters(self) -> dict[str, Tensor]:
         self.optimizer.finish()
-        return assemble.full(self.model.units, [unit.params for unit in self.model.units], self.mesh)
+        return self._whole([unit.params for unit in self.model.units])
 
     def full_gradients(self) -> dict[str, Tensor]:
-        return assemble.full(self.model.units, [unit.grads for unit in self.model.units], self.mesh)
+        return self._whole([unit.grads for unit in self.model.units])
+
+    def _whole(self, flat: list[Tensor]) -> dict[str, Tensor]:
+        units = zip(self.model.units, flat, strict=True)
+        return whole({k: v for of in units for k, v in training_state.by_parameter(*of).items()})
 
     def _microbatch(self, batch: Batch, *, last: bool) -> Tensor:
         """Forward, loss, backward; returns the sum of this rank's token losses. last: of the step."""

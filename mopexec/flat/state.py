@@ -24,7 +24,7 @@ def state_dict(optimizer: FlatAdamW[Unit], balance_bias: Tensor) -> dict[str, An
         value = unit.params if state.master is None else state.master
         kinds = {"value": value, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         for kind, flat in kinds.items():
-            found |= {f"{name}.{kind}": shards for name, shards in _by_parameter(unit, flat).items()}
+            found |= {f"{name}.{kind}": shards for name, shards in by_parameter(unit, flat).items()}
     routers = [name for unit in optimizer.units for name, _ in unit.contents.names if name.endswith(ROUTER)]
     for row, name in enumerate(routers):
         found[f"{name.removesuffix('weight')}balance_bias"] = balance_bias[row]
@@ -41,13 +41,12 @@ def load_state_dict(optimizer: FlatAdamW[Unit], state: dict[str, Any]) -> None:
     optimizer.platform.synchronize()
 
 
-def _by_parameter(unit: Unit, flat: Tensor) -> dict[str, FlatShards]:
+def by_parameter(unit: Unit, flat: Tensor) -> dict[str, FlatShards]:
+    """What a buffer laid out as the unit's shard holds of each parameter."""
     pieces: dict[str, list[Piece]] = {name: [] for name, _ in unit.contents.names}
     for part in unit.parts():
         start = (part.index or 0) * math.prod(part.shape) + part.start
         pieces[part.name].append(Piece(start, flat[part.place : part.place + part.numel]))
-    copies = unit.contents.total_stack or 1
-    return {
-        name: FlatShards.of(pieces[name], copies * math.prod(shape), flat)
-        for name, shape in unit.contents.names
-    }
+    experts = unit.contents.total_stack
+    stack = (experts,) if experts else ()
+    return {name: FlatShards.of(pieces[name], (*stack, *shape), flat) for name, shape in unit.contents.names}

@@ -16,6 +16,7 @@ from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import category
 from mopexec.model.initialize import is_stacked
+from mopexec.operators.dtypes import of_name
 from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.strategy import Precision
@@ -52,16 +53,6 @@ class Contents:
         if self.rows is not None:
             return (self.rows[1] - self.rows[0]) * self._width
         return self.per_copy * (self.stack or 1)
-
-    @property
-    def global_start(self) -> int:
-        """Where this unit begins in the flat order of all ranks' units of this key."""
-        return self.rows[0] * self._width if self.rows is not None else self.first * self.per_copy
-
-    @property
-    def global_numel(self) -> int:
-        """Elements of all ranks' units of this key."""
-        return self.per_copy * (self.total_stack or 1)
 
     def by_copy(self, flat: Tensor) -> Tensor:
         """A flat buffer expert by expert, [experts, per_copy]."""
@@ -127,12 +118,13 @@ class Unit:
         self, contents: Contents, shard: Group, replicas: Group, precision: Precision, platform: Platform
     ) -> None:
         self.contents, self.shard, self.replicas, self.platform = contents, shard, replicas, platform
-        self.compute, self.reduce_dtype = _dtype(precision.compute), _dtype(precision.reduce)
+        param, grad = of_name(precision.param), of_name(precision.grad)
+        self.compute, self.reduce_dtype = of_name(precision.compute), of_name(precision.reduce)
         self.shard_numel = layout.shard_numel(contents.numel, shard.size)
         with category("params"):
-            self.params = torch.empty(self.shard_numel, dtype=_dtype(precision.param), device=platform.device)
+            self.params = torch.empty(self.shard_numel, dtype=param, device=platform.device)
         with category("grads"):
-            self.grads = torch.zeros(self.shard_numel, dtype=_dtype(precision.grad), device=platform.device)
+            self.grads = torch.zeros(self.shard_numel, dtype=grad, device=platform.device)
         self.updated: Signal | None = None
         self._stale = False
         self._full: Tensor | None = None
@@ -290,9 +282,3 @@ def release(units: Sequence[Unit]) -> None:
     """Free the full parameters of several units."""
     for unit in units:
         unit.release()
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype

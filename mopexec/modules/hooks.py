@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +14,7 @@ from mopexec.measure.scope import NOW, category
 from mopexec.measure.tracker import recategorize
 from mopexec.modules.again import contexts
 from mopexec.modules.comm import param_groups
+from mopexec.operators.dtypes import of_name
 from mopexec.operators.layer_inputs import HostInput, count_on_host
 from mopsim.spec.plan import Plan
 
@@ -104,7 +104,7 @@ class InputHooks:
         """As many on the host as the plan's budget holds."""
         strategy, spec = plan.strategy, plan.model
         rows = plan.training.tokens_per_rank(strategy) // strategy.dense.tensor_parallel
-        size = rows * spec.hidden_size * getattr(torch, strategy.precision.compute).itemsize
+        size = rows * spec.hidden_size * of_name(strategy.precision.compute).itemsize
         return cls(platform, count_on_host(strategy.activations, spec.num_hidden_layers, size))
 
     def keep(self, layer: int, x: Tensor) -> AbstractContextManager[Any]:

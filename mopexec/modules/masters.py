@@ -2,16 +2,14 @@
 the device or on the host, where the update then runs too (arXiv 2101.06840).
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from mopexec.distributed.collectives import parts_of_all
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_compute
 from mopexec.modules.optimizer import Shard
 from mopexec.modules.zero1 import Buffer, Buffers
+from mopexec.operators.dtypes import of_name
 from mopsim.spec.strategy import Strategy
 
 
@@ -22,7 +20,7 @@ class Masters:
         self._buffers, self._platform = buffers, platform
         self.host = strategy.optimizer.state_tier == "host"
         self._own = strategy.precision.master != "param"
-        self._dtype = cast(torch.dtype, getattr(torch, strategy.precision.masters))
+        self._dtype = of_name(strategy.precision.masters)
         self.values: dict[str, Tensor] = {buffer.kind: self._make(buffer) for buffer in buffers.all}
 
     def _make(self, buffer: Buffer) -> Tensor:
@@ -66,21 +64,3 @@ class Masters:
                 part.copy_(master)
         if self.host:
             self._platform.wait_host(self._platform.record())
-
-
-def whole(buffers: Buffers, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter's full value on the CPU, on every rank, of parts laid out as those of the buffers."""
-    places: list[tuple[str, tuple[int, ...], int]] = []
-    mine: list[Tensor] = []
-    for name, buffer in buffers.named():
-        with host_compute():
-            pieces = buffer.pieces(name, parts[buffer.kind]).pieces
-            mine += [values.detach().cpu() for values in pieces.values()]
-        places += [(name, buffer.blocks[name].shape, start) for start in pieces]
-    full: dict[str, Tensor] = {}
-    for told, everything in parts_of_all(places, mine):
-        for (name, shape, start), values in zip(told, everything, strict=True):
-            if name not in full:
-                full[name] = torch.empty(shape, dtype=values.dtype)
-            full[name].view(-1)[start : start + values.numel()] = values
-    return full

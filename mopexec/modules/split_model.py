@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.scope import NOW, category, phase, uncounted
+from mopexec.measure.scope import category, uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
 from mopexec.model.auxiliary import attach
@@ -30,7 +29,7 @@ from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss
 from mopexec.modules.wrap import reset_routers
 from mopexec.modules.zero1 import Buffers, adopt, make_buffer
 from mopexec.operators.documents import Documents
-from mopexec.operators.dtypes import wide
+from mopexec.operators.dtypes import of_name
 from mopexec.operators.rope import Positions, rope_tables
 from mopexec.run.runner import Batch
 from mopexec.weights.source import Source
@@ -47,14 +46,14 @@ class SplitModel:
         self._plan, self._groups, self._platform = plan, groups, platform
         with uncounted():
             self.network: Any = Transformer(
-                plan.model, _dtype(plan.strategy.precision.param), "meta", routing
+                plan.model, of_name(plan.strategy.precision.param), "meta", routing
             )
         pipeline = plan.strategy.pipeline
         self._parts = layout.stage_layers(
             plan.model.num_hidden_layers, pipeline.pipeline_parallel, pipeline.virtual_stages,
             groups.place.stage, pipeline.layers,
         )  # fmt: skip
-        self._pipeline: StagePipeline | None = None
+        self.pipeline: StagePipeline | None = None
         self._positions: Positions | None = None
         if pipeline.pipeline_parallel > 1:
             with platform.bookkeeping():
@@ -62,9 +61,9 @@ class SplitModel:
             rows = plan.training.tokens_per_rank(plan.strategy) // groups.tensor.size
             batch = plan.strategy.micro_batch
             shape = (batch, rows // batch, plan.model.hidden_size)
-            dtype = _dtype(plan.strategy.precision.compute)
-            self._pipeline = StagePipeline(plan.strategy, links, shape, dtype, platform)
-            self._drop_others(self._pipeline)
+            dtype = of_name(plan.strategy.precision.compute)
+            self.pipeline = StagePipeline(plan.strategy, links, shape, dtype, platform)
+            self._drop_others(self.pipeline)
         shapes = {name: tuple(p.shape) for name, p in self.network.named_parameters()}
         blocks = {name: block_of(name, shape, groups) for name, shape in shapes.items()}
         self.buffers = self._make_buffers(blocks)
@@ -80,34 +79,6 @@ class SplitModel:
             reset_routers(self.network, platform, source)
         self._split()
 
-    def forward_backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """Gradients of all microbatches in the buffers; returns the sum of their losses on this rank."""
-        total = self._zero()
-        if self._pipeline is not None:
-            for loss in self._pipeline.step(len(batches), self._part(batches, scale)):
-                total += loss
-            return total
-        for batch in batches:
-            with phase("forward"):
-                loss = self.loss(batch, scale)
-            with phase("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-            NOW.component = "other"
-            total += loss.detach()
-            del loss
-        return total
-
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """The sum of the microbatches' losses on this rank."""
-        total = self._zero()
-        losses = (self.loss(batch, scale) for batch in batches)
-        if self._pipeline is not None:
-            losses = self._pipeline.evaluate(len(batches), self._part(batches, scale))  # type: ignore[assignment]
-        for loss in losses:
-            total += loss
-        return total
-
     def loss(self, batch: Batch, scale: float) -> Tensor:
         """scale * the loss of a microbatch, equal on the ranks of a tensor group."""
         network, sequence = self.network, self._groups.sequence
@@ -115,9 +86,9 @@ class SplitModel:
         start = self._groups.place.context * batch.tokens.shape[1]
         return cast(Tensor, network.head(network.terms(*ids, start, scale, batch.documents)))
 
-    def _part(self, batches: Sequence[Batch], scale: float) -> Part:
+    def part(self, batches: Sequence[Batch], scale: float) -> Part:
         """What a part of this stage makes of a microbatch."""
-        network, pipeline, start = self.network, self._pipeline, self._groups.place.context
+        network, pipeline, start = self.network, self.pipeline, self._groups.place.context
         assert pipeline is not None
 
         def run(microbatch: int, chunk: int, x: Tensor | None) -> Tensor:
@@ -145,10 +116,6 @@ class SplitModel:
         if not any(map(pipeline.last, chunks)):
             network.final_norm, network.head = nn.Module(), nn.Module()
 
-    def _zero(self) -> Tensor:
-        dtype = wide(_dtype(self._plan.strategy.precision.compute))
-        return torch.zeros((), dtype=dtype, device=self._platform.device)
-
     def _make_buffers(self, blocks: dict[str, Block]) -> Buffers:
         g, precision = self._groups, self._plan.strategy.precision
         of_kind: dict[Kind, tuple[Group | None, Group, Group]] = {
@@ -160,7 +127,7 @@ class SplitModel:
         for kind, of in of_kind.items():
             mine = {name: block for name, block in blocks.items() if block.kind == kind}
             if mine:
-                dtypes = (_dtype(precision.param), _dtype(precision.grad))
+                dtypes = (of_name(precision.param), of_name(precision.grad))
                 found.all.append(make_buffer(kind, mine, of, dtypes, self._platform))
         return found
 
@@ -210,7 +177,7 @@ class SplitModel:
     def _given(self, tokens: Tensor, start: int, scale: float, documents: Documents = ()) -> Given:
         """As `Transformer.given`: positions of the rows inside regions, routes of those outside."""
         (batch, seq), network, device = tokens.shape, self.network, tokens.device
-        dtype = _dtype(self._plan.strategy.precision.param)
+        dtype = of_name(self._plan.strategy.precision.param)
         if self._positions is None:  # those of all microbatches
             tables = partial(rope_tables, network.spec, start, start + seq, dtype, device)
             self._positions = Positions(tables, documents)
@@ -252,7 +219,3 @@ class SharedFirst:
         if moe.shared_gate is not None:
             shared = moe.shared_gate(x).sigmoid() * shared
         return cast(Tensor, moe.dispatch(x, chosen, weights, moe.experts) + shared)
-
-
-def _dtype(name: str) -> torch.dtype:
-    return cast(torch.dtype, getattr(torch, name))

@@ -28,6 +28,7 @@ from mopexec.modules.hooks import InputHooks, name_components, recompute_layers
 from mopexec.modules.loss import chunked_loss, full_loss
 from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
 from mopexec.operators.documents import Documents
+from mopexec.operators.dtypes import of_name
 from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
@@ -41,7 +42,7 @@ def build_model(
     strategy = plan.strategy
     with uncounted():  # without storage: the shards are what is counted
         device = "cpu" if platform.fake else "meta"
-        model = Transformer(plan.model, _dtype(strategy.precision.param), device, routing)
+        model = Transformer(plan.model, of_name(strategy.precision.param), device, routing)
     _spread_experts(model, strategy, groups, platform)
     model.set_auxiliary(auxiliary(plan.training, groups.sequence))
     if groups.sequence.size > 1:
@@ -70,10 +71,6 @@ def shard_dim(local_shape: tuple[int, ...], degree: int) -> int:
     evenly."""
     even = [dim for dim, size in enumerate(local_shape) if size % degree == 0]
     return even[0] if even else 0
-
-
-def _dtype(name: str) -> torch.dtype:
-    return cast(torch.dtype, getattr(torch, name))
 
 
 def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platform) -> None:
@@ -120,8 +117,8 @@ def _shard(model: Any, strategy: Strategy, groups: FsdpGroups, platform: Platfor
     offload = strategy.optimizer.state_tier == "host"
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=_dtype(precision.compute),
-            reduce_dtype=_dtype(precision.reduce),
+            param_dtype=of_name(precision.compute),
+            reduce_dtype=of_name(precision.reduce),
             cast_forward_inputs=False,
         ),
         "offload_policy": CPUOffloadPolicy(pin_memory=platform.is_cuda) if offload else OffloadPolicy(),

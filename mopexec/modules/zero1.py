@@ -65,7 +65,7 @@ class Buffer:
                 block.shape, block.size, block.start, start - begin, stop - begin
             )
         ]
-        return FlatShards.of(found, torch.Size(block.shape).numel(), part)
+        return FlatShards.of(found, block.shape, part)
 
 
 @dataclass

@@ -114,7 +114,7 @@ class _Copy:
             held = kept.pieces if isinstance(kept, FlatShards) else {}
             pieces = [Piece(s, self._into(held.get(s), values)) for s, values in value.pieces.items()]
             like = pieces[0].values if pieces else torch.empty(0, dtype=value.dtype)
-            return FlatShards.of(pieces, value.total, like)
+            return FlatShards.of(pieces, value.whole, like)
         return self._into(kept, value)
 
     def _into(self, kept: Tensor | None, value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Names: `PARAM.value` (master weights where there are any, else the parameter), `
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mopexec.distributed.collectives import parts_of_all
+from mopexec.measure.scope import host_compute
 
 STEP = "step"
 
@@ -29,27 +32,27 @@ class Piece:
 
 
 class FlatShards(Tensor):
-    """Pieces of a flat tensor of `total` elements, as torch.distributed.checkpoint's protocol.
+    """Pieces of the flat order of a parameter of shape `whole`, as torch.distributed.checkpoint's protocol.
 
     A tensor only because the checkpoint code asks for one: use `pieces` for values. `size()` is that of the
-    whole.
+    flat order.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     pieces: dict[int, Tensor]
-    total: int
+    whole: tuple[int, ...]
 
     @staticmethod
-    def of(pieces: Sequence[Piece], total: int, like: Tensor) -> "FlatShards":
+    def of(pieces: Sequence[Piece], whole: tuple[int, ...], like: Tensor) -> "FlatShards":
         """Loading writes the pieces in place; `like` has their dtype where this rank holds none."""
         shards: FlatShards = torch.Tensor._make_subclass(FlatShards, like.detach())
         shards.pieces = {piece.start: piece.values for piece in pieces if piece.values.numel()}
-        shards.total = total
+        shards.whole = whole
         return shards
 
     def size(self, dim: int | None = None) -> Any:
-        whole = torch.Size([self.total])
-        return whole if dim is None else whole[dim]
+        flat = torch.Size([math.prod(self.whole)])
+        return flat if dim is None else flat[dim]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [
@@ -85,7 +88,21 @@ def of_dtensor(value: DTensor) -> FlatShards:
         Piece(start, flat.narrow(0, at, count))
         for start, at, count in runs_within(shape, tuple(block), tuple(offsets), 0, local.numel())
     ]
-    return FlatShards.of(pieces, math.prod(shape), local)
+    return FlatShards.of(pieces, shape, local)
+
+
+def whole(shards: Mapping[str, FlatShards]) -> dict[str, Tensor]:
+    """Full tensors by name, on the CPU, on every rank, of all ranks' pieces: for tests and export."""
+    places = [(name, own.whole, start) for name, own in shards.items() for start in own.pieces]
+    with host_compute():
+        mine = [values.detach().cpu() for own in shards.values() for values in own.pieces.values()]
+        full: dict[str, Tensor] = {}
+        for told, everything in parts_of_all(places, mine):
+            for (name, shape, start), values in zip(told, everything, strict=True):
+                if name not in full:
+                    full[name] = torch.empty(shape, dtype=values.dtype)
+                full[name].view(-1)[start : start + values.numel()] = values
+    return full
 
 
 def runs_within(

@@ -175,8 +175,7 @@ class _Writer:
                 start = (expert or 0) * value.numel()
                 pieces.setdefault(name, []).append(Piece(start, value.flatten()))
         for name, parts in pieces.items():
-            total = math.prod(self.layout.parameters[name])
-            state[f"{name}.value"] = FlatShards.of(parts, total, parts[0].values)
+            state[f"{name}.value"] = FlatShards.of(parts, self.layout.parameters[name], parts[0].values)
         checkpoint.read_alone(self.path, state)
 
     def _check_biases(self) -> None:
