@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.kernels import KernelCounter
 from mopexec.measure.tracker import MemoryTracker, uncounted
 from mopsim.common.errors import MopError, SpecError
 from mopsim.spec import layout
@@ -96,18 +95,6 @@ def _fake_platform(plan: Plan, rank: int) -> Iterator[Platform]:
     fully_shard = plan.stack.runtime == "fully_shard"
     with fake_world(plan.strategy.world_size, rank), _fake_cpu() if fully_shard else nullcontext():
         yield Platform(torch.device("cpu" if fully_shard else "meta"), fake=True)
-
-
-def counted_step(plan: Plan) -> KernelCounter:
-    """What one step of `plan` launches on the planned device, of ranks that route as the plan's profile."""
-    from mopexec.run.apply import build
-
-    with _fake_platform(plan, 0) as platform:
-        runner, batches = build(plan, platform, routing="profile"), _batches(plan, platform)
-        counter = KernelCounter()
-        with counter:
-            runner.step(batches)
-        return counter
 
 
 def _check_length(plan: Plan) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mopexec.data.dataset import IGNORED
-from mopexec.model import Transformer, init_weights
+from mopexec.model import Transformer
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.operators.documents import Documents, spans
 from mopexec.run import failures, plans
@@ -18,6 +18,8 @@ from mopexec.run.apply import build
 from mopexec.run.environment import launcher
 from mopexec.run.job import RankJob, join, meet
 from mopexec.run.runner import Batch
+from mopexec.weights.load import fill
+from mopexec.weights.source import Seeded
 from mopsim.common import io
 from mopsim.common.io import Spec
 from mopsim.common.processes import end_with_parent
@@ -54,7 +56,7 @@ class Reference:
         self.model.set_auxiliary(
             Auxiliary(training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
         )
-        init_weights(self.model, training.seed)
+        fill(self.model, Seeded(training.seed))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=training.learning_rate,

@@ -3,10 +3,9 @@ same.
 """
 
 import hashlib
-import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 STANDARD_DEVIATION = 0.02
 
@@ -30,20 +29,3 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, index: int | Non
 def is_stacked(name: str) -> bool:
     """Whether `name` holds one matrix per expert, each drawn on its own."""
     return ".experts." in name
-
-
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model` in place. Buffers are left alone."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shape = tuple(parameter.shape)
-            if is_stacked(name):
-                for index in range(shape[0]):
-                    parameter[index].copy_(initial_value(name, shape[1:], seed, index))
-            else:
-                parameter.copy_(initial_value(name, shape, seed))
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    """Elements of a shape."""
-    return math.prod(shape)

@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 
 
 class _Linear(nn.Linear):
-    """An nn.Linear whose weight [outputs, inputs] is left as it is made: `init_weights` fills it."""
+    """An nn.Linear whose weight [outputs, inputs] is left as it is made: a source fills it."""
 
     def reset_parameters(self) -> None:
         """Nothing: torch.nn.utils.skip_init would not work on fake tensors."""

@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     `mopsim.graph.parameters`.
 
     Raises SpecError for a spec that the executor does not run (`check_model`). Weights are uninitialised:
-    `init_weights`.
+    `mopexec.weights.load.fill`.
     """
 
     def __init__(

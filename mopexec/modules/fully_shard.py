@@ -12,10 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as ShardOf
 
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category
@@ -87,22 +84,5 @@ class FullyShardRunner(ModuleRunner):
         found = {}
         for name, parameter in self.model.named_parameters():
             value = shards[name] if name in shards else torch.zeros_like(local(parameter))
-            experts = self._groups.experts_whole if ".experts." in name else None
-            found[name] = of_dtensor(global_dtensor(parameter, value, experts))
+            found[name] = of_dtensor(self._groups.global_dtensor(name, parameter, value))
         return found
-
-
-def global_dtensor(parameter: DTensor, value: Tensor, experts: DeviceMesh | None) -> DTensor:
-    """`value`, sharded like `parameter`, as a DTensor of the model's global shape that shares its storage.
-
-    experts: the mesh [Ep, copies, shard] of an expert stack, whose FSDP DTensor knows only this rank's
-    experts.
-    """
-    mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)
-    if experts is not None:
-        mesh, placements = experts, (ShardOf(0), Replicate(), parameter.placements[-1])
-        shape = (shape[0] * experts.size(0), *shape[1:])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        value, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )

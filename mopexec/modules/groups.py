@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mopexec.distributed.mesh import Group
 from mopexec.distributed.tiers import Platform
+from mopexec.model.initialize import is_stacked
 from mopsim.spec import layout
 from mopsim.spec.strategy import Strategy
 
@@ -29,6 +32,19 @@ class FsdpGroups:
     experts_spread: Group
     expert_copies: int
     sequence: Group
+
+    def global_dtensor(self, name: str, parameter: DTensor, value: Tensor) -> DTensor:
+        """`value`, sharded like `parameter`, as a DTensor of the model's global shape on the same storage:
+        FSDP's of an expert stack knows only this rank's experts.
+        """
+        mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)
+        if is_stacked(name):
+            mesh, placements = self.experts_whole, (Shard(0), Replicate(), parameter.placements[-1])
+            shape = (shape[0] * mesh.size(0), *shape[1:])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            value, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
 
 
 def make_groups(strategy: Strategy, platform: Platform) -> FsdpGroups:

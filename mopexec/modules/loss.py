@@ -1,6 +1,7 @@
 """Cross entropy behind FSDP's head: full logits by autograd, or token chunks with the gradient made chunk
 by chunk."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mopexec.measure.scope import NOW, category
+from mopexec.model.auxiliary import attach
+from mopexec.model.transformer import Term
 from mopexec.operators.dtypes import wide
 from mopexec.operators.loss import chunked_loss as loss_and_gradient
+
+
+def compute_losses(head: Any, one: Callable[[Term], Tensor]) -> None:
+    """The head computes `one` loss of each term itself, so that its full weight is there, and freed by FSDP's
+    hooks.
+    """
+
+    def losses(terms: list[Term]) -> Tensor:
+        main = one(terms[0])
+        for term in terms[1:]:
+            main = attach(main, one(term))
+        return main
+
+    head.forward = losses
 
 
 def full_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:

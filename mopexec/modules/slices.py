@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from mopexec.model.initialize import is_stacked
 from mopexec.modules.stage_groups import StageGroups
-from mopexec.weights.source import Source
 from mopsim.spec import layout
 
 Kind = Literal["split", "whole", "experts"]
@@ -53,17 +49,3 @@ def _split_dim(name: str) -> int | None:
     if name.endswith(INPUTS):
         return 1
     return 0 if any(part in OUTPUTS for part in name.split(".")) else None
-
-
-@torch.no_grad()
-def fill(target: Tensor, name: str, block: Block, source: Source) -> None:
-    """Write the block's values into `target`."""
-    if not is_stacked(name):
-        dim = next((d for d, size in enumerate(block.size) if size < block.shape[d]), 0)
-        start = block.start[dim]
-        target.copy_(source.read(name, block.shape, None, dim, start, start + block.size[dim]))
-        return
-    inner = next((d for d in range(1, len(block.shape)) if block.size[d] < block.shape[d]), 1)
-    start, stop = block.start[inner], block.start[inner] + block.size[inner]
-    for row in range(block.size[0]):
-        target[row].copy_(source.read(name, block.shape[1:], block.start[0] + row, inner - 1, start, stop))

@@ -13,16 +13,15 @@ from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, uncounted
 from mopexec.model import Routing, Transformer
 from mopexec.model.attention import AttentionCore
-from mopexec.model.auxiliary import attach
 from mopexec.model.transformer import Given, Term
 from mopexec.modules.context_parallel import BlockAttention
 from mopexec.modules.expert_tensor import SplitExperts
 from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.hooks import InputHooks, name_components, recompute_layers, recompute_modules
-from mopexec.modules.loss import chunked_loss
+from mopexec.modules.loss import chunked_loss, compute_losses
 from mopexec.modules.pipeline import Links, Part, StagePipeline
 from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
-from mopexec.modules.slices import Block, Kind, block_of, fill
+from mopexec.modules.slices import Block, Kind, block_of
 from mopexec.modules.stage_groups import StageGroups
 from mopexec.modules.tensor_parallel import split_layer
 from mopexec.modules.vocabulary_parallel import SplitEmbedding, split_loss
@@ -32,6 +31,7 @@ from mopexec.operators.documents import Documents
 from mopexec.operators.dtypes import of_name
 from mopexec.operators.rope import Positions, rope_tables
 from mopexec.run.runner import Batch
+from mopexec.weights.load import fill_block
 from mopexec.weights.source import Source
 from mopsim.spec import layout
 from mopsim.spec.plan import Plan
@@ -74,7 +74,8 @@ class SplitModel:
         if not platform.fake:
             with uncounted():
                 for name, buffer in self.buffers.named():
-                    fill(buffer.view(buffer.values, name), name, buffer.blocks[name], source)
+                    block = buffer.blocks[name]
+                    fill_block(buffer.view(buffer.values, name), name, block.shape, block.start, source)
         with category("params"):
             reset_routers(self.network, platform, source)
         self._split()
@@ -197,13 +198,7 @@ class SplitModel:
             hidden, targets = term.hidden.flatten(0, 1), term.targets.flatten()
             return chunked_loss(hidden, head.weight, targets, term.weight, vocabulary.chunk_tokens)
 
-        def losses(terms: list[Term]) -> Tensor:
-            main, *others = (one(term) for term in terms)
-            for other in others:
-                main = attach(main, other)
-            return main
-
-        head.forward = losses
+        compute_losses(head, one)
 
 
 class SharedFirst:

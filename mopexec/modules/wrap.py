@@ -13,24 +13,23 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.scope import category, host_allocation, uncounted
 from mopexec.model import Routing, Transformer
-from mopexec.model.auxiliary import attach
-from mopexec.model.initialize import is_stacked
 from mopexec.model.moe import Router
 from mopexec.model.transformer import Term
 from mopexec.modules.comm import TrackedAllGather, TrackedReduceScatter, local
 from mopexec.modules.experts import ExpertDispatch
 from mopexec.modules.groups import FsdpGroups
 from mopexec.modules.hooks import InputHooks, name_components, recompute_layers
-from mopexec.modules.loss import chunked_loss, full_loss
+from mopexec.modules.loss import chunked_loss, compute_losses, full_loss
 from mopexec.modules.sequence import UlyssesAttention, auxiliary, with_following
 from mopexec.operators.documents import Documents
 from mopexec.operators.dtypes import of_name
+from mopexec.weights.load import fill_block
 from mopexec.weights.source import Source
-from mopsim.spec import layout
 from mopsim.spec.plan import Plan
 from mopsim.spec.strategy import Strategy
 
@@ -87,7 +86,7 @@ def _spread_experts(model: Any, strategy: Strategy, groups: FsdpGroups, platform
 
 
 def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -> None:
-    """The head computes all losses itself, so that its full weight is there, and freed by FSDP's hooks."""
+    """The model called with (tokens, targets, scale) gives scale * the loss."""
     head, chunk, sequence = model.head, strategy.vocabulary.chunk_tokens, groups.sequence
 
     def one(term: Term) -> Tensor:
@@ -96,17 +95,11 @@ def _attach_loss(model: Any, strategy: Strategy, groups: FsdpGroups, seq: int) -
             return chunked_loss(hidden, head.weight, targets, term.weight, chunk)
         return full_loss(hidden, head.weight, targets, term.weight)
 
-    def losses(terms: list[Term]) -> Tensor:
-        main = one(terms[0])
-        for term in terms[1:]:
-            main = attach(main, one(term))
-        return main
-
     def forward(tokens: Tensor, targets: Tensor, scale: float, documents: Documents = ()) -> Tensor:
         ids = with_following(tokens, targets, len(model.mtp), sequence)
         return cast(Tensor, head(model.terms(*ids, sequence.place * seq, scale, documents)))
 
-    head.forward = losses
+    compute_losses(head, one)
     model.forward = forward
 
 
@@ -198,18 +191,12 @@ def reset_routers(model: Any, platform: Platform, source: Source) -> None:
                 module.balance_bias.copy_(start)
 
 
-@torch.no_grad()
 def _fill(model: Any, groups: FsdpGroups, source: Source) -> None:
     """Write this rank's part of the source's weights, one matrix at a time."""
     for name, parameter in model.named_parameters():
-        mesh, dim = parameter.device_mesh, parameter.placements[-1].dim
-        shape, target = tuple(parameter.shape), local(parameter)
-        start, stop = layout.interval(shape[dim], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        own = local(parameter)
+        whole = groups.global_dtensor(name, parameter, own)
+        shape = tuple(whole.shape)
+        _, start = compute_local_shape_and_global_offset(shape, whole.device_mesh, whole.placements)
         with uncounted():
-            if not is_stacked(name):
-                target.copy_(source.read(name, shape, None, 0, start, stop))
-                continue
-            first = groups.experts_spread.place * shape[0]
-            for row, expert in enumerate(range(start, stop) if dim == 0 else range(shape[0])):
-                part = (0, 0, None) if dim == 0 else (dim - 1, start, stop)
-                target[row].copy_(source.read(name, shape[1:], first + expert, *part))
+            fill_block(own, name, shape, start, source)

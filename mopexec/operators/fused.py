@@ -1,8 +1,7 @@
 """Row operations as one op each (`torch.ops.mop`): torch's own fused kernels or a compiled function on CUDA.
 
 On a CPU the same function runs as eager torch composes it; tensors without data get the results' shapes. So a
-dispatch mode sees on a machine without a GPU what a GPU would launch. `KERNELS` says how many kernels an op
-starts on CUDA; tests/exec/test_kernels.py holds the compiled ones to what Inductor generates.
+dispatch mode sees on a machine without a GPU what a GPU would launch.
 """
 
 import functools
@@ -19,14 +18,6 @@ _LIBRARY: Any = torch.library.Library("mop", "DEF")  # type: ignore[no-untyped-c
 Leaf = Callable[..., Any]
 LEAVES: dict[str, Leaf] = {}
 """Functions that are compiled on CUDA, by the name of their op."""
-KERNELS = {
-    "rms_norm_backward_": 8, "rotate_": 2, "swiglu_backward_": 3, "route_weights": 6,
-    "route_weights_backward": 8, "add_routes_": 4, "take_routes_": 3, "chunk_orders": 2, "arrival_order": 3,
-    "rms_norm_strided": 3, "pack_routes": 6, "pack_back": 4,
-}  # fmt: skip
-"""The most kernels of an op, where it is not one. Compiled: what Inductor (torch 2.13) makes of them for a
-CPU, as torch._inductor.metrics counts; for a GPU it joins more loops and makes no more, which was not
-measured."""
 
 
 def _define(

@@ -1,7 +1,9 @@
-"""The single-device model filled from a source."""
+"""Parameters filled from a source: those of a whole model, or the block that a rank holds."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mopexec.model.initialize import is_stacked
 from mopexec.weights.source import Source
@@ -11,13 +13,29 @@ from mopexec.weights.source import Source
 def fill(model: nn.Module, source: Source) -> None:
     """Every parameter and buffer of `model`, in place."""
     for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        if is_stacked(name):
-            for index in range(shape[0]):
-                parameter[index].copy_(source.read(name, shape[1:], index))
-        else:
-            parameter.copy_(source.read(name, shape))
+        fill_block(parameter, name, tuple(parameter.shape), [0] * parameter.dim(), source)
     for name, buffer in model.named_buffers():
         value = source.buffer(name)
         if value is not None:
             buffer.copy_(value)
+
+
+@torch.no_grad()
+def fill_block(
+    target: Tensor, name: str, shape: tuple[int, ...], start: Sequence[int], source: Source
+) -> None:
+    """`target` becomes the elements from `start` on of a parameter of `shape`, cut in one dimension of each
+    matrix at most, read one matrix at a time.
+    """
+    if not is_stacked(name):
+        target.copy_(source.read(name, shape, None, *_cut(shape, start, target.shape)))
+        return
+    part = _cut(shape[1:], start[1:], target.shape[1:])
+    for row in range(target.shape[0]):
+        target[row].copy_(source.read(name, shape[1:], start[0] + row, *part))
+
+
+def _cut(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[int, int, int]:
+    """(dim, start, stop) of a block that is smaller than `shape` in one dimension or in none."""
+    dim = next((dim for dim, held in enumerate(size) if held < shape[dim]), 0)
+    return dim, start[dim], start[dim] + size[dim]

@@ -8,11 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mopexec.check.dry_run import counted_step
-from mopexec.measure.kernels import layer_kernels
-from mopexec.operators.fused import KERNELS
 from mopsim.common import io
 from mopsim.spec.plan import Plan
+from tests.exec.kernel_counts import KERNELS, counted_step, layer_kernels
 from tests.exec.test_kernels import planned
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -30,7 +28,7 @@ HEAD = f"""# Kernels a layer
 One layer of Qwen3-30B-A3B on 8 GPUs under `mopexec-flat`: 16 experts and 32K tokens a rank, forward,
 recompute and backward, without the update; {ASKED} are asked for. An op that torch is given counts as one, a
 collective too. `at most`: compiled functions and the norm's backward by their kernels as Inductor makes them
-for a CPU (`mopexec.operators.fused.KERNELS`); a GPU's were not at hand. A sort is several inside torch.
+for a CPU (`KERNELS`, tests/exec/kernel_counts.py); a GPU's were not at hand. A sort is several inside torch.
 Routes are as a profile has them: the router's own choice and its exchange of counts, once a layer, are not
 counted. Before grouped products and fused rows it was 4,326 in one chunk and 5,686 in four; before orders
 came without a sort, 181, 399 and, in ten, 915; before orders, route weights and the router's backward were

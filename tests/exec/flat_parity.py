@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from mopexec.distributed.tiers import Platform
-from mopexec.model import Routing, Transformer, init_weights
+from mopexec.model import Routing, Transformer
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.model.moe import Router
 from mopexec.operators import rows
 from mopexec.run import apply
 from mopexec.run.runner import Batch
+from mopexec.weights.load import fill
+from mopexec.weights.source import Seeded
 from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
 from mopsim.spec.plan import Plan
@@ -77,7 +79,7 @@ def _trained(
 ) -> tuple[Step, ...]:
     """Under torch's own clipping and AdamW. Many cases have the same."""
     model = Transformer(spec, getattr(torch, dtype), device, choice)
-    init_weights(model, 7)
+    fill(model, Seeded(7))
     weights = (training.router_aux_loss_coef, training.router_z_loss_coef, training.mtp_loss_coef)
     model.set_auxiliary(Auxiliary(*weights))
     optimizer = torch.optim.AdamW(

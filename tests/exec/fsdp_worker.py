@@ -13,10 +13,12 @@ from torch import Tensor
 
 from mopexec.distributed.tiers import Platform
 from mopexec.measure.tracker import MemoryTracker
-from mopexec.model import Routing, Transformer, init_weights
+from mopexec.model import Routing, Transformer
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.run import apply
 from mopexec.run.runner import Batch
+from mopexec.weights.load import fill
+from mopexec.weights.source import Seeded
 from mopsim import strategies
 from mopsim.spec import layout
 from mopsim.spec.model import ModelSpec
@@ -133,7 +135,7 @@ class Reference:
                 plan.training.mtp_loss_coef,
             )
         )
-        init_weights(self.model, SEED)
+        fill(self.model, Seeded(SEED))
         t = plan.training
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=t.learning_rate, betas=(t.beta1, t.beta2), eps=t.eps,

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopexec.check.dry_run import counted_step
-from mopexec.measure.kernels import layer_kernels
-from mopexec.model import Transformer, init_weights, swiglu
+from mopexec.model import Transformer, swiglu
 from mopexec.model.swiglu import grouped_swiglu
 from mopexec.operators import expert_products
 from mopexec.operators.dtypes import wide
 from mopexec.operators.experts import experts_backward_, experts_forward_
-from mopexec.operators.fused import KERNELS, LEAVES, OPS, split_packed
+from mopexec.operators.fused import LEAVES, OPS, split_packed
 from mopexec.operators.grouped import Groups, RowCounts, ends_of, expert_order, fits
 from mopexec.operators.kernels import prepare, using
 from mopexec.operators.rows import rms_norm, rms_norm_backward_
 from mopexec.operators.swiglu import Clamp
+from mopexec.weights.load import fill
+from mopexec.weights.source import Seeded
 from mopsim import strategies
 from mopsim.common.errors import SpecError
 from mopsim.spec.plan import Plan
@@ -31,6 +31,7 @@ from mopsim.spec.stack import Kernels
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from tests.exec.flat_plans import make_plan
+from tests.exec.kernel_counts import KERNELS, counted_step, layer_kernels
 from tests.exec.spawn import pool
 from tests.exec.test_flat_units import ALL_TWO
 from tests.plans import plan_of
@@ -231,7 +232,7 @@ def test_an_attention_kernel_that_is_not_there_is_one_line() -> None:
 @pytest.mark.parametrize("changes", [{}, LATENT], ids=["grouped queries", "latents"])
 def test_modules_compute_the_same_by_fused_kernels(changes: dict[str, Any]) -> None:
     model = Transformer(small(**changes), torch.float64)
-    init_weights(model, 0)
+    fill(model, Seeded(0))
     tokens = torch.randint(0, model.spec.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
 
     def gradients() -> list[Tensor]:

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from mopexec.distributed.mesh import Group
-from mopexec.model import Transformer, init_weights
+from mopexec.model import Transformer
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.modules.loss import chunked_loss, full_loss
 from mopexec.operators.loss import Ring
 from mopexec.operators.loss import chunked_loss as flat_loss
+from mopexec.weights.load import fill
+from mopexec.weights.source import Seeded
 from mopsim.spec.presets import load_model
 
 TOKENS, VOCABULARY, HIDDEN, SCALE = 11, 23, 8, 0.1
@@ -66,7 +68,7 @@ def test_mtp_modules_embed_tokens_that_do_not_count():
     """By hand: every hidden state is that of the whole text, and the losses are of the targets that count."""
     spec = msgspec.structs.replace(load_model("tiny"), num_nextn_predict_layers=2)
     model = Transformer(spec, torch.float64)
-    init_weights(model, 3)
+    fill(model, Seeded(3))
     model.set_auxiliary(Auxiliary(mtp=0.5))
     text = torch.randint(0, spec.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
     tokens, whole = text[:, :-1], text[:, 1:]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mopexec.model import Routing, Transformer, init_weights
+from mopexec.model import Routing, Transformer
 from mopexec.model.attention import causal_attention
 from mopexec.model.auxiliary import Auxiliary
 from mopexec.model.routing import largest_share, load_histogram, profile_experts
@@ -13,6 +13,8 @@ from mopexec.operators.attention_core import Core
 from mopexec.operators.documents import cumulative
 from mopexec.operators.router import route_weights, route_weights_backward, router_scores
 from mopexec.operators.swiglu import Clamp
+from mopexec.weights.load import fill
+from mopexec.weights.source import Seeded
 from mopsim import graph
 from mopsim.common.errors import SpecError
 from mopsim.spec.model import ModelSpec
@@ -135,7 +137,7 @@ def test_router_backward_equals_autograd(scoring: str, normalised: bool) -> None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_loss_and_gradients_exist_in_every_dtype(dtype: torch.dtype) -> None:
     model = Transformer(spec(scoring_func="sigmoid"), dtype)
-    init_weights(model, 0)
+    fill(model, Seeded(0))
     tokens = torch.arange(24).view(2, 12) % 37
     loss = model.loss(tokens, tokens)
     loss.backward()
@@ -145,17 +147,17 @@ def test_loss_and_gradients_exist_in_every_dtype(dtype: torch.dtype) -> None:
 
 def test_initial_weights_depend_on_name_and_seed_only() -> None:
     first, second = Transformer(spec(), torch.float32), Transformer(spec(), torch.float64)
-    init_weights(first, 3)
-    init_weights(second, 3)
+    fill(first, Seeded(3))
+    fill(second, Seeded(3))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a.double(), b)
-    init_weights(second, 4)
+    fill(second, Seeded(4))
     assert not torch.equal(first.embedding.weight.double(), second.embedding.weight)
 
 
 def test_a_slice_of_a_sequence_is_positioned_by_its_start() -> None:
     model = Transformer(spec(**NO_EXPERTS, num_hidden_layers=1), torch.float64)
-    init_weights(model, 0)
+    fill(model, Seeded(0))
     tokens = torch.tensor([[5, 5, 5, 5]])
     hidden = model(tokens, start=3)
     assert hidden.shape == (1, 4, 16)
@@ -165,7 +167,7 @@ def test_a_slice_of_a_sequence_is_positioned_by_its_start() -> None:
 
 def test_balancing_raises_the_bias_of_underused_experts() -> None:
     model = Transformer(spec(), torch.float64, routing=Routing())
-    init_weights(model, 0)
+    fill(model, Seeded(0))
     tokens = torch.arange(24).view(2, 12) % 37
     model.loss(tokens, tokens)
     router = model.layers[1].moe.router
@@ -250,7 +252,7 @@ def test_losses_of_routers_steer_and_are_not_told() -> None:
     seen: list[torch.Tensor] = []
     for auxiliary in (Auxiliary(), Auxiliary(balance=0.5, z=0.3)):
         model = Transformer(spec(num_hidden_layers=2), torch.float64)
-        init_weights(model, 0)
+        fill(model, Seeded(0))
         model.set_auxiliary(auxiliary)
         model.layers[1].moe.router.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         loss = model.loss(tokens, tokens, scale=1 / 24)

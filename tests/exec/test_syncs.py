@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mopexec.check.dry_run import _batches, _fake_cpu, fake_world
 from mopexec.distributed.tiers import Platform
-from mopexec.measure.syncs import HostSync, NoHostSyncs
 from mopexec.operators import ffn
 from mopexec.run.apply import build
 from mopsim.strategies import fsdp2
 from tests.exec.flat_plans import make_plan
 from tests.exec.split_plans import MODEL, plan_of, replace
+from tests.exec.syncs import HostSync, NoHostSyncs
 from tests.exec.test_flat_units import ALL_TWO
 from tests.plans import split
 

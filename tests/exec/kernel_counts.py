@@ -6,8 +6,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from mopexec.check.dry_run import _batches, _fake_platform
 from mopexec.measure.dispatch import EagerMode, plain_types, returns_alias, writes
 from mopexec.measure.scope import NOW
+from mopexec.run.apply import build
 from mopsim.spec.plan import Plan
 
 _FREE = frozenset(
@@ -15,6 +17,15 @@ _FREE = frozenset(
      "_unsafe_view", "_reshape_alias")
 )  # fmt: skip
 """Ops that allocate and launch nothing, and views that their schema does not tell."""
+
+KERNELS = {
+    "rms_norm_backward_": 8, "rotate_": 2, "swiglu_backward_": 3, "route_weights": 6,
+    "route_weights_backward": 8, "add_routes_": 4, "take_routes_": 3, "chunk_orders": 2, "arrival_order": 3,
+    "rms_norm_strided": 3, "pack_routes": 6, "pack_back": 4,
+}  # fmt: skip
+"""The most kernels of an op, where it is not one. Compiled: what Inductor (torch 2.13) makes of them for a
+CPU, as torch._inductor.metrics counts; for a GPU it joins more loops and makes no more, which was not
+measured."""
 
 
 class KernelCounter(EagerMode):
@@ -49,16 +60,24 @@ def launches(func: Any) -> bool:
     return bool(writes(func)) or not returns_alias(func)
 
 
+def counted_step(plan: Plan) -> KernelCounter:
+    """What one step of `plan` launches on the planned device, of ranks that route as the plan's profile."""
+    with _fake_platform(plan, 0) as platform:
+        runner, batches = build(plan, platform, routing="profile"), _batches(plan, platform)
+        counter = KernelCounter()
+        with counter:
+            runner.step(batches)
+        return counter
+
+
 def layer_kernels(plan: Plan) -> Counter[tuple[str, str]]:
     """Launches of one layer, forward and backward, by (component, phase): those of a step with a layer
     more, less those of the plan's own; without its update. On tensors without data, as `dry_run`.
     """
-    from mopexec.check import dry_run
-
     counts = []
     for layers in (plan.model.num_hidden_layers, plan.model.num_hidden_layers + 1):
         model = replace(plan.model, num_hidden_layers=layers)
-        counts.append(dry_run.counted_step(replace(plan, model=model)).by_place)
+        counts.append(counted_step(replace(plan, model=model)).by_place)
     found = Counter({place: count - counts[0][place] for place, count in counts[1].items()})
     return Counter({place: count for place, count in found.items() if count and place[1] in _LAYER})
 
