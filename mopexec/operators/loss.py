@@ -5,6 +5,8 @@ Every function takes normed hidden states [N, H] and returns (sum of the tokens'
 scaled by `scale`), and adds to the head's gradient. The gradient of the moving tensor travels with it.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -62,31 +64,25 @@ class Ring:
         """Both passes around the ring. block [rows of this place, H] and its gradient; targets [N] of the
         whole V.
         """
+        fold_all, backward = (
+            (self._fold_moving_weights, self._backward_moving_weights)
+            if self.moves_weights
+            else (self._fold_moving_activations, self._backward_moving_activations)
+        )
         with component("vocabulary"), category("logits"):
-            if self.moves_weights:
-                fold = self._fold_moving_weights(hidden, targets, block)
-                normaliser, total = fold.finish(targets)
-                del fold
-                with phase("backward"):
-                    grad = self._backward_moving_weights(
-                        hidden, targets, normaliser, block, grad_block, scale
-                    )
-            else:
-                fold = self._fold_moving_activations(hidden, targets, block)
-                normaliser, total = fold.finish(targets)
-                del fold
-                with phase("backward"):
-                    grad = self._backward_moving_activations(
-                        hidden, targets, normaliser, block, grad_block, scale
-                    )
+            fold = fold_all(hidden, targets, block)
+            normaliser, total = fold.finish(targets)
+            del fold
+            with phase("backward"):
+                grad = backward(hidden, targets, normaliser, block, grad_block, scale)
         return total, grad
 
-    def _owner(self, round_: int) -> int:
-        """Place whose tensor is here in a round (tensors move to the next place after each)."""
-        return (self.group.place - round_) % self.group.size
+    def _rows(self, round_: int) -> tuple[int, int]:
+        """The vocabulary rows that are here in a round; where weights move, to the next place after each."""
+        return self.intervals[(self.group.place - round_ * self.moves_weights) % self.group.size]
 
-    def _rows(self, place: int) -> int:
-        start, stop = self.intervals[place]
+    def _count(self, round_: int) -> int:
+        start, stop = self._rows(round_)
         return stop - start
 
     def _hop(self, send: list[Tensor], receive: list[Tensor]) -> collectives.Waitable:
@@ -99,99 +95,68 @@ class Ring:
             send, self.group.next, receive, self.group.previous, self.group.handle, async_op=True
         )
 
-    def _next_block(self, block: Tensor, round_: int) -> tuple[Tensor, collectives.Waitable] | None:
-        """The next round's block, on its way; None in the last round."""
-        if round_ == self.group.size - 1:
-            return None
-        received = torch.empty(
-            (self._rows(self._owner(round_ + 1)), block.shape[1]), dtype=block.dtype, device=block.device
-        )
-        return received, self._hop([block], [received])
+    def _rounds(self, tensors: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        """(round, the tensors that travel) of every round; those of the next are on their way meanwhile. Drop
+        a round's before asking for the next.
+        """
+        for round_ in range(self.group.size):
+            coming, work = None, None
+            if round_ < self.group.size - 1:
+                rows = self._count(round_ + 1) if self.moves_weights else tensors[0].shape[0]
+                coming = [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in tensors]
+                work = self._hop(tensors, coming)
+            yield round_, tensors
+            if coming is not None and work is not None:
+                work.wait()
+                tensors = coming
 
     def _fold_moving_weights(self, hidden: Tensor, targets: Tensor, block: Tensor) -> Fold:
         fold = Fold.empty(hidden.shape[0], hidden.dtype, hidden.device)
-        for round_ in range(self.group.size):
-            coming = self._next_block(block, round_)
-            fold_block(fold, hidden, targets, block, self.intervals[self._owner(round_)][0], self.chunk)
-            if coming is not None:
-                coming[1].wait()
-                block = coming[0]
+        for round_, (here,) in self._rounds([block]):
+            fold_block(fold, hidden, targets, here, self._rows(round_)[0], self.chunk)
+            del here
         return fold
 
     def _backward_moving_weights(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        normaliser: Tensor,
-        block: Tensor,
-        grad_block: Tensor,
+        self, hidden: Tensor, targets: Tensor, normaliser: Tensor, block: Tensor, grad_block: Tensor,
         scale: float,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         with category("activations"):
             grad_hidden = torch.zeros_like(hidden)
         travelling = _Travelling(self)
-        for round_ in range(self.group.size):
-            coming = self._next_block(block, round_)
-            own = torch.zeros(block.shape, dtype=grad_block.dtype, device=block.device)
-            first = self.intervals[self._owner(round_)][0]
-            block_backward(hidden, targets, normaliser, block, first, scale, self.chunk, grad_hidden, own)
-            next_rows = self._rows(self._owner(round_ + 1))
-            travelling.join(own, (next_rows, block.shape[1]))
-            del own
-            if coming is not None:
-                coming[1].wait()
-                block = coming[0]
+        for round_, (here,) in self._rounds([block]):
+            own, first = torch.zeros_like(here, dtype=grad_block.dtype), self._rows(round_)[0]
+            block_backward(hidden, targets, normaliser, here, first, scale, self.chunk, grad_hidden, own)
+            travelling.join(own, (self._count(round_ + 1), here.shape[1]))
+            del own, here
         travelling.arrive(grad_block)
         return grad_hidden
 
     def _fold_moving_activations(self, hidden: Tensor, targets: Tensor, block: Tensor) -> Fold:
         fold = Fold.empty(hidden.shape[0], hidden.dtype, hidden.device)
-        first = self.intervals[self.group.place][0]
-        for round_ in range(self.group.size):
-            coming = self._next_tokens([hidden, targets], round_)
-            fold_block(fold, hidden, targets, block, first, self.chunk)
+        for _, (here, wanted) in self._rounds([hidden, targets]):
+            fold_block(fold, here, wanted, block, self._rows(0)[0], self.chunk)
             numbers = torch.stack((fold.maximum, fold.total, fold.target))
             received = torch.empty_like(numbers)
             self._hop([numbers], [received]).wait()
             fold = Fold(*received.unbind(0))
-            if coming is not None:
-                coming[1].wait()
-                hidden, targets = coming[0]
+            del here, wanted
         return fold
 
     def _backward_moving_activations(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        normaliser: Tensor,
-        block: Tensor,
-        grad_block: Tensor,
+        self, hidden: Tensor, targets: Tensor, normaliser: Tensor, block: Tensor, grad_block: Tensor,
         scale: float,
-    ) -> Tensor:
-        first = self.intervals[self.group.place][0]
-        travelling = _Travelling(self)
-        for round_ in range(self.group.size):
-            coming = self._next_tokens([hidden, targets, normaliser], round_)
-            own = torch.zeros_like(hidden)
-            block_backward(hidden, targets, normaliser, block, first, scale, self.chunk, own, grad_block)
+    ) -> Tensor:  # fmt: skip
+        first, travelling = self._rows(0)[0], _Travelling(self)
+        for _, (here, wanted, sums) in self._rounds([hidden, targets, normaliser]):
+            own = torch.zeros_like(here)
+            block_backward(here, wanted, sums, block, first, scale, self.chunk, own, grad_block)
             travelling.join(own, tuple(own.shape))
-            del own
-            if coming is not None:
-                coming[1].wait()
-                hidden, targets, normaliser = coming[0]
+            del own, here, wanted, sums
         with category("activations"):
             grad_hidden = torch.zeros_like(hidden)
         travelling.arrive(grad_hidden)
         return grad_hidden
-
-    def _next_tokens(
-        self, tensors: list[Tensor], round_: int
-    ) -> tuple[list[Tensor], collectives.Waitable] | None:
-        """The next round's tokens, on their way; None in the last round."""
-        if round_ == self.group.size - 1:
-            return None
-        received = [torch.empty_like(tensor) for tensor in tensors]
-        return received, self._hop(tensors, received)
 
 
 class _Travelling:
