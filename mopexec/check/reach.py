@@ -5,7 +5,6 @@ Bisected by dry run, confirmed by real steps with the limits enforced by the mem
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from typing import Any
 
 import msgspec
 
+from mopexec.run import failures
 from mopsim.common.errors import MopError, SpecError
-from mopsim.common.io import write_text, write_yaml
+from mopsim.common.io import write_json, write_text, write_yaml
 from mopsim.common.processes import end_with_parent
 from mopsim.common.units import format_bytes
 from mopsim.spec.model import ModelSpec
@@ -136,7 +136,7 @@ def _stopper(plan: Plan, limits: Limits, seq_len: int) -> str | None:
     try:
         dry_run(with_seq_len(plan, seq_len), 0, limits.device, limits.host)
     except OutOfMemory as error:
-        return f"{error.tier} {error.category} ({error.component} {error.phase})"
+        return error.stopped_by
     except SpecError as error:
         return f"{_REFUSED}{error}"
     return None
@@ -167,15 +167,10 @@ def _outcome(done: "subprocess.CompletedProcess[str]", out: Path) -> StepOutcome
     if done.returncode == 0:
         line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         return StepOutcome(True, None, "", line["tokens_per_s"], line["peak_memory_bytes"])
-    lines = [line for line in done.stderr.splitlines() if "over the limit of" in line]
-    if not lines:
+    failure = failures.first(out / failures.LOGS)
+    if failure is None or not failure.stopped_by:
         raise MopError(f"a real step failed for another reason than memory: {done.stderr.strip()[-400:]}")
-    return StepOutcome(False, _category(lines[-1]), lines[-1].strip(), None, None)
-
-
-def _category(message: str) -> str:
-    match = re.search(r"(device|host) memory: (\w+) wants .* in (.+)$", message.strip())
-    return f"{match.group(1)} {match.group(2)} ({match.group(3)})" if match else "unknown"
+    return StepOutcome(False, failure.stopped_by, failures.one_line(failure), None, None)
 
 
 def _agree(found: Reach) -> None:
@@ -200,7 +195,7 @@ def write_reaches(
         "environment": environment,
         "reaches": [asdict(r) for r in reaches],
     }
-    write_text(out / "reach.json", json.dumps(payload, indent=2) + "\n")
+    write_json(str(out / "reach.json"), payload)
     write_text(out / "reach.md", _markdown(reaches, limits, command, environment))
     return payload
 
@@ -213,36 +208,34 @@ _TRAINED = (
 _PLAYED = ("Lengths are bisected by dry run; no step was trained at them.",)
 
 
+_COLUMNS = (
+    "ranks", "strategy", "CP", "longest (tokens)", "first failing", "device peak at longest", "host peak",
+    "tokens/s at longest", "stopped by",
+)  # fmt: skip
+
+
+def _row(r: Reach) -> tuple[object, ...]:
+    speed = r.at_longest.tokens_per_second if r.at_longest else None
+    return (
+        r.world_size, r.strategy, r.sequence_degree, f"{r.longest:,}", f"{r.first_failing:,}",
+        format_bytes(r.peak_memory), format_bytes(r.host_memory), f"{speed:,.0f}" if speed else "not run",
+        r.stopped_by,
+    )  # fmt: skip
+
+
 def _markdown(reaches: list[Reach], limits: Limits, command: str, environment: dict[str, str]) -> str:
+    ratios = _ratios(reaches)
     lines = [
         "# Context reach under enforced limits", "",
         f"Limits per rank: device {format_bytes(limits.device)}, host {format_bytes(limits.host)}.",
         *(_TRAINED if any(r.at_longest for r in reaches) else _PLAYED), "",
         *(f"Network: {model}." for model in dict.fromkeys(r.model for r in reaches)), "",
-        "| ranks | strategy | CP | longest (tokens) | first failing | device peak at longest "
-        "| host peak | tokens/s at longest | stopped by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|",
+        *(f"| {' | '.join(map(str, _row(r)))} |" for r in reaches),
+        *(["", "Reach over the other strategies on as many ranks:", "", *ratios] if ratios else []), "",
+        "Environment: " + ", ".join(f"{k} {v}" for k, v in environment.items()), "",
+        f"Command: `{command}`", "",
     ]  # fmt: skip
-    for r in reaches:
-        speed = (
-            f"{r.at_longest.tokens_per_second:,.0f}"
-            if r.at_longest and r.at_longest.tokens_per_second
-            else "not run"
-        )
-        lines.append(
-            f"| {r.world_size} | {r.strategy} | {r.sequence_degree} | {r.longest:,} | {r.first_failing:,} | "
-            f"{format_bytes(r.peak_memory)} | {format_bytes(r.host_memory)} | {speed} | {r.stopped_by} |"
-        )
-    ratios = _ratios(reaches)
-    if ratios:
-        lines += ["", "Reach over the other strategies on as many ranks:", "", *ratios]
-    lines += [
-        "",
-        "Environment: " + ", ".join(f"{k} {v}" for k, v in environment.items()),
-        "",
-        f"Command: `{command}`",
-        "",
-    ]
     return "\n".join(lines)
 
 

@@ -34,6 +34,7 @@ def run(
     from rich.console import Console
 
     from mopexec.check.reach import Limits, reach, train_one_step, write_reaches
+    from mopexec.measure.probe_machine import device_name
 
     limits = Limits(*limits_text)
     console = Console(stderr=json == "-")
@@ -50,19 +51,10 @@ def run(
     environment = {
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     command = " ".join(["mopexec", *sys.argv[1:]])
     payload = write_reaches(out, found, limits, command, environment)
     if json is not None:
         write_json(json, payload)
     console.print(f"wrote {out / 'reach.md'}", highlight=False)
-
-
-def _processor() -> str:
-    """The card's or the CPU's name."""
-    import torch
-
-    from mopexec.measure.probe_machine import cpu_model
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_model()

@@ -44,6 +44,11 @@ def cpu_model() -> str:
     return match.group(1).strip() if match else platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+
+
 def usable_cores() -> list[int]:
     """Cores that this process may use: its affinity, held to the container's CPU quota."""
     cores = (

@@ -33,11 +33,12 @@ _ALLOCATE, _NOTHING, _RESIZE = 0, 1, 2
 
 
 class OutOfMemory(MopError):  # noqa: N818
-    """An allocation crossed the limit of a tier."""
+    """An allocation crossed the limit of a tier. stopped_by: the tier, the category and where."""
 
     def __init__(self, tier: str, wanted: int, in_use: int, limit: int, name: str) -> None:
         self.tier, self.category, self.bytes, self.in_use, self.limit = tier, name, wanted, in_use, limit
         self.component, self.phase = NOW.component, NOW.phase
+        self.stopped_by = f"{tier} {name} ({self.component} {self.phase})"
         super().__init__(
             f"{tier} memory: {name} wants {format_bytes(wanted)} ({wanted} B) with {format_bytes(in_use)} "
             f"in use, over the limit of {format_bytes(limit)} ({limit} B), in {self.component} {self.phase}"

@@ -16,7 +16,7 @@ LOGS = "logs"
 
 class Failure(Spec, frozen=True, kw_only=True):
     """One rank's failure: when (Unix time), in one line, whether it is the user's to mend, where the
-    traceback is.
+    traceback is. stopped_by: of `OutOfMemory`.
     """
 
     rank: int
@@ -24,6 +24,7 @@ class Failure(Spec, frozen=True, kw_only=True):
     message: str
     user_mistake: bool
     traceback: str = ""
+    stopped_by: str = ""
 
 
 def report(logs: Path, rank: int, error: BaseException) -> Failure:
@@ -38,6 +39,7 @@ def report(logs: Path, rank: int, error: BaseException) -> Failure:
         message=message,
         user_mistake=mistake,
         traceback="" if mistake else str(path),
+        stopped_by=getattr(error, "stopped_by", ""),
     )
     try:
         logs.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mopsim
+from mopexec.measure.probe_machine import device_name
 from mopexec.measure.quiet import quiet
 from mopsim.common.errors import MopError
 from mopsim.common.io import Spec
@@ -212,19 +213,6 @@ def environment(platform_name: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "cuda": str(torch.version.cuda or ""),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the CPU's model from /proc/cpuinfo."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return machine.processor() or machine.machine()
 
 
 def measurement(

@@ -13,6 +13,7 @@ import torch
 
 from mopexec import data
 from mopexec.cli import main
+from mopexec.run import failures
 from mopexec.run.lock import NAME, run_lock
 from mopexec.run.metrics import MetricsFile
 from mopexec.run.train import learning_rate
@@ -226,6 +227,9 @@ def test_an_enforced_limit_stops_the_run_in_one_line_that_names_the_category(inp
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "device memory: " in done.stderr
     assert "over the limit of 64.00 KiB" in done.stderr
+    stopped = failures.first(tmp_path / "run" / failures.LOGS)
+    assert stopped is not None
+    assert stopped.stopped_by.startswith("device ")
 
 
 def test_it_is_one_rank_under_the_users_own_torchrun(inputs, whole, tmp_path):

@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None, execute: Execute | None = None)
     given = parser.parse_args(arguments)
     import torch
 
-    from mopexec.run.metrics import device_name
+    from mopexec.measure.probe_machine import device_name
 
     gpus = torch.cuda.is_available()
     if not gpus and not given.tiny:
