@@ -8,8 +8,9 @@ from mopsim.spec.model import ModelSpec
 from mopsim.spec.strategy import MatmulDType
 
 
-def node_counts(most: int) -> list[int]:
-    """Node counts up to `most`: 4, 5, 6, 7 or 8 times a power of two (and 1, 2, 3), ascending.
+def node_counts(most: int, rack: int = 1) -> list[int]:
+    """Node counts up to `most`: 4, 5, 6, 7 or 8 times a power of two (and 1, 2, 3), and as many racks of
+    `rack` nodes, which are paid for whole; ascending.
 
     Degrees must divide the ranks, so a count with few factors (37, 101) leaves hardly a strategy.
     """
@@ -18,6 +19,8 @@ def node_counts(most: int) -> list[int]:
     while 4 * power <= most:
         counts.update(part * power for part in (4, 5, 6, 7, 8) if part * power <= most)
         power *= 2
+    if rack > 1:
+        counts.update(rack * racks for racks in node_counts(most // rack))
     return sorted(counts)
 
 

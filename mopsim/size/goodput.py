@@ -68,9 +68,14 @@ def wall_clock(interval: float, blocked: float, restart: float, mtbf: float) -> 
     return mtbf * math.exp(min(restart / mtbf, 100.0)) * math.expm1(grown) / interval
 
 
+def rack_nodes(hardware: HardwareProfile) -> int:
+    """Nodes that are sold together: a scale-up domain of several nodes is one rack."""
+    return max(1, hardware.scale_up_size // hardware.devices_per_node)
+
+
 def whole_racks(hardware: HardwareProfile, nodes: int) -> int:
-    """Nodes that are sold where `nodes` are wanted: a scale-up domain of several nodes is one rack."""
-    unit = max(1, hardware.scale_up_size // hardware.devices_per_node)
+    """Nodes that are sold where `nodes` are wanted."""
+    unit = rack_nodes(hardware)
     return -(-nodes // unit) * unit
 
 

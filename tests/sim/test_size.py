@@ -18,6 +18,7 @@ from mopsim.report.sizing import stated
 from mopsim.size import Goal, Point, Request, Sizing, Step, assume, figures, size
 from mopsim.size.counts import global_batch, least_nodes, node_counts
 from mopsim.size.figures import DAY
+from mopsim.size.goodput import rack_nodes, whole_racks
 from mopsim.size.points import recommend
 from mopsim.spec.hardware import HardwareProfile
 from mopsim.spec.plan import Plan
@@ -89,6 +90,17 @@ def test_tokens_refused(text: str) -> None:
 def test_node_counts_have_many_factors() -> None:
     assert node_counts(20) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
     assert node_counts(1) == [1]
+    assert node_counts(1, 18) == [1]
+
+
+def test_whole_racks_are_node_counts() -> None:
+    """18 nodes are paid for where 16 train."""
+    assert {18, 36, 54, 72, 90, 108, 126, 144} <= set(node_counts(144, 18))
+    assert set(node_counts(144)) <= set(node_counts(144, 18))
+    rack = load_profile("gb300-288g")
+    assert whole_racks(rack, 16) == rack_nodes(rack) == 18
+    world = 18 * rack.devices_per_node
+    assert global_batch(world, 2**14, 2**22) % world == 0
 
 
 @settings(deadline=None)
