@@ -187,7 +187,7 @@ class Clusters(Result):
             "seq_len": request.seq_len,
             "global_batch_tokens": request.batch_tokens,
             "paid": "bought" if request.terms.buy else "reserved" if request.terms.reserved else "on demand",
-            "assumptions": assumptions_json(request),
+            "assumptions": assumptions_json(request.at(self.subject.figures if self.subject else None)),
             "families": list(request.families),
             "stack": request.stack.name if request.stack else None,
             "budget": request.simulations,

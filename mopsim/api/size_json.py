@@ -7,26 +7,26 @@ from typing import Any
 from mopsim.common import io
 from mopsim.report.tables import describe
 from mopsim.search.result import exhausted
-from mopsim.size.assumptions import NAMES, known
-from mopsim.size.figures import DAY, Figures
+from mopsim.size.assumptions import NAMES
+from mopsim.size.figures import DAY, Figures, rated
 from mopsim.size.goodput import Goodput
 from mopsim.size.points import Miss, Point, Request, Sizing
 
 
 def sizing_json(sizing: Sizing, request: Request) -> dict[str, Any]:
-    """One machine type."""
-    price, power = sizing.hardware.price_per_device_hour, sizing.hardware.device.power
-    node, paid = sizing.hardware.node_power, request.terms.price
+    """One machine type, by the prices and assumptions that its bill has."""
+    here, hardware = request.at(sizing.bill), sizing.hardware
+    price, power = here.terms.price(hardware, here.sites[0], here.assumptions), hardware.device.power
     return {
-        "name": sizing.hardware.name,
-        "digest": io.digest(sizing.hardware),
+        "name": hardware.name,
+        "digest": io.digest(hardware),
         "can": sizing.best is not None,
         "reason": sizing.why or None,
-        "price_per_device_hour_usd": paid(sizing.hardware, request.sites[0], request.assumptions),
-        "price_source": f"{price.tag}: {price.source}" if price else None,
+        "price_per_device_hour_usd": price.dollars if price else None,
+        "price_source": price.source if price else None,
         "device_power_w": power.si if power else None,
-        "node_power_w": node.si if node else None,
-        "hosts_in_energy": node is not None,
+        "node_power_w": rated(hardware, here.assumptions),
+        "node_power_tag": hardware.node_power.tag if hardware.node_power else "assumed",
         "simulated": sizing.simulated,
         "best": point_json(sizing.best, request) if sizing.best else None,
         "tried": [_tried_json(point, request) for point in sizing.tried],
@@ -135,11 +135,12 @@ def miss_json(miss: Miss | None, request: Request) -> dict[str, Any] | None:
 
 
 def assumptions_json(request: Request) -> dict[str, Any]:
-    """Every assumption in use. `utilisation`: None where it is reckoned from failures, for each cluster."""
-    a, shipped = request.assumptions, known()
+    """Every assumption in use, of a request at one site. `utilisation`: None where it is reckoned from
+    failures, for each cluster."""
+    a = request.assumptions
     return {
         "utilisation": a.utilisation,
         **{name: getattr(a, name) for name in NAMES},
         "interval_level": request.interval,
-        "sources": {name: "given" if name in a.given else shipped[name].source for name in NAMES},
+        "sources": {name: request.source(name) for name in NAMES},
     }

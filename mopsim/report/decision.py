@@ -92,7 +92,7 @@ def content(d: Decision) -> dict[str, object]:
         "measures": _measures(d.settled),
         "level": f"{100 * d.request.interval:g} %",
         "now": f"{d.settled[0].before:.0%}" if d.settled else "",
-        "assumptions": _assumptions(d.request),
+        "assumptions": _assumptions(d.request.at(bill)),
         "facts": d.facts,
     }
 
@@ -237,7 +237,8 @@ def risks(d: Decision) -> list[str]:
     subject = d.subject
     if subject is None or subject.result is None or subject.figures is None:
         return ["No plan fits in memory at any size that was tried."]
-    result, bill, terms = subject.result, subject.figures, d.request.terms
+    result, bill, here = subject.result, subject.figures, d.request.at(subject.figures)
+    terms = here.terms
     lines = [
         f"The step time is predicted, {beyond(bill)}and its error makes most of the interval of days. "
         f"Its search is {proof(subject.gap, found=subject.result.fits)}."
@@ -252,15 +253,14 @@ def risks(d: Decision) -> list[str]:
             f"Lost of the wall clock: {worst or 'next to nothing'}. Spare nodes: {good.spares:,}."
         )
     lines.append(_memory(result))
-    price = subject.hardware.price_per_device_hour
     if terms.buy:
         one = terms.capex[subject.hardware.name]
         lines.append(
             f"The price of a node is {one.tag}, of {one.dated}: between {format_dollars(one.low)} and "
             f"{format_dollars(one.high)} ({one.source})."
         )
-    elif subject.hardware.name not in terms.rent and price:
-        lines.append(f"The price is {price.tag}: {' '.join(price.source.split())}.")
+    elif price := terms.price(subject.hardware, here.sites[0], here.assumptions):
+        lines.append(f"The price of a device and hour is {price.dollars:g} USD ({price.source}).")
     if d.swings:
         names = ", ".join(one.name.replace("_", " ") for one in d.swings[:3])
         lines.append(f"What moves the answer most: {names}.")
@@ -291,8 +291,7 @@ def _assumptions(request: Request) -> Table:
     rows = [
         [
             name, f"{getattr(a, name):g} {shipped[name].unit}".removesuffix(" 1"),
-            f"{shipped[name].low:g} to {shipped[name].high:g}", shipped[name].says,
-            "given" if name in a.given else f"{shipped[name].tag}: {shipped[name].source}",
+            f"{shipped[name].low:g} to {shipped[name].high:g}", shipped[name].says, request.source(name),
         ]
         for name in NAMES
     ]  # fmt: skip

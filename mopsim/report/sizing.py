@@ -11,7 +11,7 @@ from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
 from mopsim.size.assumptions import DEFAULT
-from mopsim.size.figures import DAY, Figures
+from mopsim.size.figures import DAY, Figures, rated
 from mopsim.size.points import Miss, Point, Request, Sizing
 from mopsim.spec.hardware import HardwareProfile, Quantity
 
@@ -98,7 +98,7 @@ def _paid(point: Point, bill: Figures) -> str:
         wires = bill.network.price / bill.capex if bill.network else 0.0
         said += f"{format_dollars(bill.capex)} to buy it, {wires:.0%} of that the network; "
     if bill.carbon is not None:
-        said += f"{_energy(point)}, {format_carbon(bill.carbon)} CO2; "
+        said += f"{format_energy(bill.energy or 0.0)}, {format_carbon(bill.carbon)} CO2; "
     return said
 
 
@@ -110,14 +110,6 @@ def _failures(bill: Figures) -> str:
         f"a failure every {format_number(good.mtbf / 3600)} h, a checkpoint of "
         f"{format_bytes(good.checkpoint_bytes)} every {format_seconds(good.interval)}; "
     )
-
-
-def _energy(point: Point) -> str:
-    """'12.3 MWh'; `>` where hosts are not counted."""
-    energy = point.figures.energy if point.figures else None
-    if energy is None:
-        return "-"
-    return f"{'' if point.hardware.node_power else '> '}{format_energy(energy)}"
 
 
 def format_dollars(dollars: float) -> str:
@@ -223,26 +215,37 @@ def _more_nodes(miss: Miss) -> str:
 
 
 def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
-    """What the figures rest on: lines for the assumptions, one a machine for price and power."""
+    """What the figures rest on: lines for the assumptions, one a machine for price and power as billed."""
     a = request.assumptions
     trains = "goodput from failures, checkpoints and stragglers (--assume, --utilisation)"
     if a.utilisation is not None:
         trains = f"{a.utilisation:.0%} of the wall clock trains (--utilisation)"
     lines = [
-        f"Assumed: {trains}; PUE {a.pue:g}, {a.draw_share:.0%} of rated power drawn (--assume); about "
-        f"{request.batch_tokens:,} tokens a step (--global-batch-tokens).",
+        f"Assumed: {trains}; about {request.batch_tokens:,} tokens a step (--global-batch-tokens).",
         f"Searched: {', '.join(request.families)}, at most {request.simulations} simulations of each where a "
         f"node count is searched ({sum(one.simulated for one in sizings):,} in all); more may find a cheaper "
         "cluster (--simulations).",
     ]
     for sizing in sizings:
-        wires = sizing.best.figures.network if sizing.best and sizing.best.figures else None
-        also = f", and {wires.power / 1e3:g} kW of switches" if wires and wires.power else ""
+        here, bill = request.at(sizing.bill), sizing.bill
+        watts = bill.network.power if sizing.best and bill and bill.network else 0.0
+        also = f", and {watts / 1e3:g} kW of switches" if watts else ""
+        where = f" in {here.sites[0].name}" if here.sites[0].name != DEFAULT else ""
         lines.append(
-            f"{sizing.hardware.name}: {_price(request, sizing.hardware)}; power "
-            f"{_power(sizing.hardware)}{also}"
+            f"{sizing.hardware.name}{where}: {_price(here, sizing.hardware)}; power "
+            f"{_power(here, sizing.hardware)}{also}; {_electricity(here)}"
         )
     return lines
+
+
+def _electricity(request: Request) -> str:
+    """What the energy, its CO2 and, of a purchase, its cost count."""
+    a = request.assumptions
+    bought = f", {a.power_price:g} USD/kWh, {a.space_price:g} USD/kW/month of space"
+    return (
+        f"{a.draw_share:.0%} of rated power drawn, PUE {a.pue:g}, {a.carbon:g} g CO2/kWh"
+        f"{bought if request.terms.buy else ''} (--assume, --sites)"
+    )
 
 
 def _price(request: Request, hardware: HardwareProfile) -> str:
@@ -251,22 +254,21 @@ def _price(request: Request, hardware: HardwareProfile) -> str:
     if terms.buy and hardware.name in terms.capex:
         one = terms.capex[hardware.name]
         return f"{format_dollars(one.value)} a node ({one.tag}, {one.dated}: {one.source})"
-    if hardware.name in terms.rent:
-        return f"price {terms.rent[hardware.name]:g} USD/h (given)"
-    kind = f" x {request.assumptions.reserved_factor:g} reserved" if terms.reserved else ""
-    return f"price {_quantity(hardware.price_per_device_hour)}{kind}"
+    price = terms.price(hardware, request.sites[0], request.assumptions)
+    return f"price {price.dollars:g} USD/h ({price.source})" if price else "price -"
 
 
-def _power(hardware: HardwareProfile) -> str:
-    """What the energy counts (mopsim.size.figures.drawn)."""
+def _power(request: Request, hardware: HardwareProfile) -> str:
+    """What the energy counts (mopsim.size.figures.rated)."""
+    device, node = hardware.device.power, f"of a node of {hardware.devices_per_node} devices"
     if hardware.node_power is not None:
-        return f"of a node of {hardware.devices_per_node} devices {_quantity(hardware.node_power)}"
-    if hardware.device.power is not None:
-        return f"of a device {_quantity(hardware.device.power)}, hosts not counted"
-    return "-"
-
-
-def _quantity(quantity: Quantity | None) -> str:
-    if quantity is None:
+        return f"{node} {_quantity(hardware.node_power)}"
+    watts, a = rated(hardware, request.assumptions), request.assumptions
+    if device is None or watts is None:
         return "-"
+    times = f"{a.node_over_devices:g} times its devices'"
+    return f"{node} {watts / 1e3:.3g} kW (assumed: {times}; {_quantity(device)})"
+
+
+def _quantity(quantity: Quantity) -> str:
     return f"{quantity.text} ({quantity.tag}: {' '.join(quantity.source.split())})"

@@ -95,6 +95,7 @@ class Assumptions:
     checkpoint_stall: float
     straggler_spread: float
     draw_share: float
+    node_over_devices: float
     pue: float
     power_price: float
     carbon: float

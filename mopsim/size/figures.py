@@ -37,6 +37,15 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class Price:
+    """Dollars of a device and hour as rent, and who says so. own: the user or a site: without spread."""
+
+    dollars: float
+    source: str
+    own: bool = True
+
+
+@dataclass(frozen=True)
 class Terms:
     """How machines are paid for. buy: as a purchase, written off over `Assumptions.years`; else as rent,
     reserved or on demand. rent: dollars per device and hour by profile, in place of the profile's. capex:
@@ -47,14 +56,18 @@ class Terms:
     rent: Mapping[str, float] = field(default_factory=dict)
     capex: Mapping[str, Capex] = field(default_factory=dict)
 
-    def price(self, hardware: HardwareProfile, site: Site, a: Assumptions) -> float | None:
-        """Dollars of a device and hour as rent; None where nobody says. A price that is given is what is
-        paid, reserved or not."""
-        for given in (self.rent, site.rent):
+    def price(self, hardware: HardwareProfile, site: Site, a: Assumptions) -> Price | None:
+        """None where nobody says. A price that is given is what is paid, reserved or not."""
+        for given, source in ((self.rent, "given"), (site.rent, f"site {site.name}")):
             if hardware.name in given:
-                return given[hardware.name]
+                return Price(given[hardware.name], source)
         listed = hardware.price_per_device_hour
-        return listed.si * (a.reserved_factor if self.reserved else 1.0) if listed else None
+        if listed is None:
+            return None
+        source = f"{listed.tag}: {' '.join(listed.source.split())}"
+        if self.reserved:
+            source = f"{listed.text} x {a.reserved_factor:g} reserved; {source}"
+        return Price(listed.si * (a.reserved_factor if self.reserved else 1.0), source, own=False)
 
 
 ON_DEMAND = Terms()
@@ -119,11 +132,12 @@ class Figures:
         return float(ndtr(math.log(seconds / self.seconds) / self.deviation))
 
 
-def drawn(hardware: HardwareProfile) -> float | None:
-    """Rated watts for each device: its share of the node; without node_power its own, hosts not counted."""
+def rated(hardware: HardwareProfile, a: Assumptions) -> float | None:
+    """Rated watts of a node: the profile's, else its devices' times `Assumptions.node_over_devices`."""
     if hardware.node_power is not None:
-        return hardware.node_power.si / hardware.devices_per_node
-    return hardware.device.power.si if hardware.device.power else None
+        return hardware.node_power.si
+    own = hardware.device.power
+    return own.si * hardware.devices_per_node * a.node_over_devices if own else None
 
 
 @dataclass(frozen=True)
@@ -164,15 +178,15 @@ def figures(
     devices = billed * hardware.devices_per_node
     seconds = goal.tokens / (step.tokens_per_second * good.share) * step.middle
     wires = network(hardware, billed, a)
-    rated = drawn(hardware)
-    watts = None if rated is None else (rated * devices * a.draw_share + wires.power) * a.pue
+    node = rated(hardware, a)
+    watts = None if node is None else (node * billed * a.draw_share + wires.power) * a.pue
     energy = None if watts is None else watts * seconds
     kwh = None if energy is None else energy / 3.6e6
     capex, parts = None, dict[str, float]()
     if terms.buy:
-        capex, parts = _bought(hardware, billed, seconds, kwh, rated, wires, a, terms)
+        capex, parts = _bought(hardware, billed, seconds, kwh, node, wires, a, terms)
     elif (price := terms.price(hardware, site, a)) is not None:
-        parts = {"rent": price * devices * seconds / HOUR}
+        parts = {"rent": price.dollars * devices * seconds / HOUR}
     deviation, of_step = _spread(hardware, num_nodes, step, seconds, good, a)
     return Figures(
         tokens=goal.tokens,
@@ -198,13 +212,14 @@ def _bought(
     nodes: int,
     seconds: float,
     kwh: float | None,
-    rated: float | None,
+    node: float | None,
     wires: Network,
     a: Assumptions,
     terms: Terms,
 ) -> tuple[float | None, dict[str, float]]:
     """(dollars to buy `nodes` with network and storage, the run's share by part): an annuity over the years,
-    less what is left of the machines then, over the hours in use. (None, nothing) where no price is known."""
+    less what is left of the machines then, over the hours in use. node: rated watts of one. (None, nothing)
+    where no price is known."""
     price = terms.capex.get(hardware.name)
     if price is None:
         return None, {}
@@ -219,7 +234,7 @@ def _bought(
     yearly = {name: (value - left.get(name, 0.0)) * recovery for name, value in bought.items()}
     yearly["support"] = a.support_share * bought["machines"]
     yearly["staff"] = a.staff_cost * devices
-    yearly["space"] = a.space_price * 12 * ((rated or 0.0) * devices + wires.power) / 1e3
+    yearly["space"] = a.space_price * 12 * ((node or 0.0) * nodes + wires.power) / 1e3
     part = seconds / HOUR / (YEAR_HOURS * a.usage)
     parts = {name: value * part for name, value in yearly.items()}
     parts["energy"] = (kwh or 0.0) * a.power_price

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mopsim.engine import SimResult
-from mopsim.size.assumptions import HERE, Assumptions, Site, assume
+from mopsim.size.assumptions import HERE, Assumptions, Site, assume, known
 from mopsim.size.counts import global_batch
 from mopsim.size.figures import DAY, LEVEL, ON_DEMAND, Figures, Goal, Terms
 from mopsim.spec.hardware import HardwareProfile
@@ -60,6 +60,19 @@ class Request:
         batch = global_batch(world_size, self.seq_len, self.batch_tokens)
         return TrainSpec(seq_len=self.seq_len, global_batch=batch, routing=self.routing)
 
+    def at(self, bill: Figures | None) -> "Request":
+        """This request as it was billed: at the site of `bill` alone (without one, at the first), by the
+        assumptions there."""
+        site = next((one for one in self.sites if bill and one.name == bill.site), self.sites[0])
+        return replace(self, sites=(site,), assumptions=self.assumptions.at(site))
+
+    def source(self, name: str) -> str:
+        """Who says the value of an assumption, of a request at one site."""
+        (site,), found = self.sites, known()[name]
+        if getattr(site, name, None) is not None:
+            return ": ".join(filter(None, (f"site {site.name}", site.source)))
+        return "given" if name in self.assumptions.given else f"{found.tag}: {found.source}"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -105,6 +118,12 @@ class Sizing:
     tried: list[Point]
     why: str = ""
     simulated: int = 0
+
+    @property
+    def bill(self) -> Figures | None:
+        """Of the best; where there is none, of the largest cluster that fits."""
+        points = [self.best] if self.best else self.tried[::-1]
+        return next((point.figures for point in points if point.figures), None)
 
 
 def _priced(point: Point) -> tuple[float, float, int, Point] | None:

@@ -54,6 +54,7 @@ def what_if(request: Request, point: Point, neighbours: Sequence[Point] = ()) ->
     """Every input of a point's bill at its two ends: assumptions by their range, the step time by its
     interval, the speed of each kind of work (the plan simulated again), prices, the batch. neighbours: other
     node counts of the machine. Largest change of cost (of days, where no price is known) first."""
+    request = request.at(point.figures)
     swings = [
         *_assumptions(request, point),
         *_step_time(request, point),
@@ -81,23 +82,17 @@ def _end(value: float, request: Request, bill: Figures) -> End:
 
 
 def _bill(request: Request, point: Point, result: SimResult | None = None) -> Figures:
-    """The bill at the point's own site, of another result or with another request."""
-    assert point.figures is not None
+    """The bill of another result or with another request."""
     assert point.result is not None
-    sites = tuple(site for site in request.sites if site.name == point.figures.site)
-    here = replace(request, sites=sites)
     chosen = result or point.result
-    made = billed(here, point.hardware, point.num_nodes, chosen.training, chosen)
+    made = billed(request, point.hardware, point.num_nodes, chosen.training, chosen)
     assert made.figures is not None
     return made.figures
 
 
 def _assumptions(request: Request, point: Point) -> list[Swing]:
     """Those that the user did not give, nor the site."""
-    assert point.figures is not None
-    site = next(one for one in request.sites if one.name == point.figures.site)
-    given = request.assumptions.at(site).given
-    found = []
+    given, found = request.assumptions.given, []
     for name, one in known().items():
         if name not in given and name != "step_time_spread":
             ends = [
@@ -128,9 +123,8 @@ def _step_time(request: Request, point: Point) -> list[Swing]:
 
 
 def _prices(request: Request, point: Point) -> list[Swing]:
-    """The price of a device-hour, or of a node."""
+    """The price of a device-hour, or of a node, that is not the user's own."""
     terms, name = request.terms, point.hardware.name
-    assert point.figures is not None
     if terms.buy:
         price = terms.capex[name]
         values, unit, source = (price.low, price.high), "USD/node", price.source
@@ -143,10 +137,10 @@ def _prices(request: Request, point: Point) -> list[Swing]:
         ]
     else:
         paid = terms.price(point.hardware, request.sites[0], request.assumptions)
-        if paid is None or name in terms.rent:
+        if paid is None or paid.own:
             return []
-        spread = known()["rent_spread"]
-        values, unit, source = (paid / (1 + spread.value), paid * (1 + spread.value)), "USD/h", spread.source
+        spread, unit = known()["rent_spread"], "USD/h"
+        values, source = (paid.dollars / (1 + spread.value), paid.dollars * (1 + spread.value)), spread.source
         requests = [
             replace(request, terms=replace(terms, rent={**terms.rent, name: value})) for value in values
         ]

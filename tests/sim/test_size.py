@@ -47,7 +47,7 @@ def request(seconds: float, tokens: int = 10**12, max_nodes: int = 64) -> Reques
 def test_the_bill_by_hand() -> None:
     """10^12 tokens at 10^6 tokens/s, half the time useful: 2*10^6 s; 2 nodes of 8 devices: 3.2*10^7 device
     seconds; at 2 USD/h 17,777.78 USD; at 500 W drawn and PUE 1.5 2.4*10^10 J for them."""
-    a = assume({"pue": 1.5, "draw_share": 1.0, "switch_power": 0.0}, 0.5)
+    a = assume({"pue": 1.5, "draw_share": 1.0, "switch_power": 0.0, "node_over_devices": 1.0}, 0.5)
     bill = figures(priced(), 2, Step(1e6), Goal(10**12, 30 * DAY), a)
     assert bill.seconds == pytest.approx(2e6)
     assert bill.days == pytest.approx(2e6 / 86400)
@@ -56,15 +56,21 @@ def test_the_bill_by_hand() -> None:
     assert bill.energy == pytest.approx(500 * 1.5 * 3.2e7)
 
 
-def test_energy_counts_the_whole_node_where_its_power_is_known() -> None:
-    """6 kW a node of 8 is 750 W a device, of which the device itself draws 500."""
+def test_energy_counts_the_whole_node() -> None:
+    """6 kW a node of 8 is 750 W a device, of which the device itself draws 500; a host is assumed where the
+    profile has none."""
     node = msgspec.structs.replace(priced(), node_power=quantity(6, "kW"))
     goal, a = Goal(10**12, 30 * DAY), assume({"pue": 1.2, "draw_share": 1.0, "switch_power": 0.0}, 0.5)
     assert figures(node, 2, Step(1e6), goal, a).energy == pytest.approx(750 * 1.2 * 3.2e7)
     _, searched, known, unknown = stated(request(DAY), [Sizing(m, None, []) for m in (node, priced())])
     assert searched.startswith("Searched: mop, fsdp2, at most 1 simulations of each where a node count")
     assert "power of a node of 8 devices 6 kW (assumed: toy)" in known
-    assert "power of a device 500 W (assumed: toy), hosts not counted" in unknown
+    assert (
+        "power of a node of 8 devices 7.2 kW (assumed: 1.8 times its devices'; 500 W (assumed: toy))"
+        in unknown
+    )
+    assumed = figures(priced(), 2, Step(1e6), goal, a)
+    assert assumed.energy == pytest.approx(1.8 * 500 * 1.2 * 3.2e7)
 
 
 def test_what_the_profile_does_not_say_is_none() -> None:

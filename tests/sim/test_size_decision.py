@@ -17,7 +17,7 @@ from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
 from mopsim.report.decision import Decision, answer, risks
-from mopsim.report.sizing import format_days, missed, surely
+from mopsim.report.sizing import format_days, missed, stated, surely
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point
 from mopsim.size.figures import DAY, WIDE
@@ -213,12 +213,37 @@ def test_a_purchase_with_sites_is_written(tmp_path: Path) -> None:
     assert chosen.figures.capex > chosen.figures.cost > 0
     assert chosen.figures.site == "norway"
     assert len(chosen.sites) == 4
+    used = bought.to_json()["assumptions"]
+    assert (used["pue"], used["carbon"], used["power_price"]) == (1.15, 30, 0.06)
+    assert used["sources"]["carbon"].startswith("site norway: hydro")
+    assert "PUE 1.15, 30 g CO2/kWh, 0.06 USD/kWh" in stated(bought.request, bought.sizings)[-1]
     bought.write(tmp_path)
     page = (tmp_path / "decision.html").read_text("utf-8")
     assert "Where it could stand" in page
     assert re.search(r"Network: .*% of the purchase", page)
+    assert "1.15" in page[page.index("What this rests on") :]
     assert "machines" in page
     assert "years" in {one.name for one in bought.what_if()}
+
+
+def test_the_price_stated_is_the_one_billed(tmp_path: Path) -> None:
+    """Of the site that the bill is of: the first of the list was stated, or the profile's."""
+    sites = tmp_path / "sites.yaml"
+    sites.write_text(
+        "- {name: alpha, rent: {h100-sxm-80g: 4.0}}\n- {name: beta, rent: {h100-sxm-80g: 1.1}}\n"
+    )
+    rented = mopsim.size("olmoe_1b_7b", ["h100-sxm-80g"], days=10, sites=sites, **LEAN)
+    chosen = rented.chosen
+    assert chosen is not None
+    assert chosen.figures is not None
+    assert chosen.figures.cost == pytest.approx(1.1 * chosen.figures.device_hours)
+    assert chosen.figures.site == "beta"
+    machine = rented.to_json()["hardware"][0]
+    assert (machine["price_per_device_hour_usd"], machine["price_source"]) == (1.1, "site beta")
+    assert "in beta: price 1.1 USD/h (site beta)" in stated(rented.request, rented.sizings)[-1]
+    decision = Decision(rented.request, rented.sizings, [], [], chosen, None, [], [])
+    assert "1.1 USD (site beta)" in " ".join(risks(decision))
+    assert "price" not in {one.name for one in rented.what_if()}
 
 
 def test_the_fastest_within_a_limit_is_searched_for(found: Clusters) -> None:

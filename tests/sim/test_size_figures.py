@@ -135,10 +135,17 @@ def test_prices_of_a_site_a_user_and_a_term() -> None:
     a = assume()
     listed = H100.price_per_device_hour
     assert listed is not None
-    assert Terms().price(H100, Site(name="x"), a) == listed.si
-    assert Terms(reserved=True).price(H100, Site(name="x"), a) == pytest.approx(listed.si * a.reserved_factor)
-    assert Terms().price(H100, site, a) == 1.5
-    assert Terms(rent={"h100-sxm-80g": 9.0}).price(H100, site, a) == 9.0
+
+    def paid(terms: Terms, where: Site) -> tuple[float, str]:
+        price = terms.price(H100, where, a)
+        assert price is not None
+        return price.dollars, price.source.split(":")[0]
+
+    assert paid(Terms(), Site(name="x")) == (listed.si, listed.tag)
+    reserved = paid(Terms(reserved=True), Site(name="x"))
+    assert reserved == (listed.si * a.reserved_factor, f"{listed.text} x 0.65 reserved; {listed.tag}")
+    assert paid(Terms(), site) == (1.5, "site here")
+    assert paid(Terms(rent={"h100-sxm-80g": 9.0}), site) == (9.0, "given")
     clean = figures(H100, 4, Step(1e6), Goal(10**12, DAY), a, Terms(), site)
     dirty = figures(H100, 4, Step(1e6), Goal(10**12, DAY), a)
     assert clean.carbon is not None
