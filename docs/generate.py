@@ -133,11 +133,18 @@ def table(name: str) -> str:
     """The page of a CSV's columns."""
     what, known = TABLES[name]
     rows = [
-        f"| `{column}` | {'yes' if one.needed else 'no'} | {_cell(one.meaning)} |"
+        f"| `{column}` | {'yes' if one.needed else 'no'} | {_cell(one.meaning + _choices(one))} |"
         for column, one in known.items()
     ]
     head = ["| column | in every header | meaning |", "|---|---|---|"]
     return "\n\n".join([HEAD, f"# {name.capitalize()}", what, CELLS, "\n".join([*head, *rows])]) + "\n"
+
+
+def _choices(column: columns.Column) -> str:
+    """' One of a, b or c.', of what a cell may say."""
+    joined = f"some of {', '.join(column.words)} joined by +" if column.words else ""
+    said = [*column.values, *([joined] if joined else [])]
+    return f" One of {', '.join(said[:-1])} or {said[-1]}." if said else ""
 
 
 CAPABILITY = "Which values of each field are simulated, run by each runtime of mopexec, and exported."

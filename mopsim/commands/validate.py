@@ -1,6 +1,8 @@
 """`mopsim validate`: predicted against measured, for cases, or for the rows of a user's tables."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -8,8 +10,8 @@ from mopsim.commands.console import human, say_written
 from mopsim.commands.progress import progress
 from mopsim.commands.sealed import run as score_sealed
 from mopsim.common import io
-from mopsim.common.errors import MopError
-from mopsim.common.outputs import check_outputs, whole_directory
+from mopsim.common.errors import MopError, one_line
+from mopsim.common.outputs import check_outputs, say, whole_directory
 from mopsim.intervals import check_level
 from mopsim.report.formats import read_formats, saved_as
 from mopsim.report.terminal import table
@@ -17,12 +19,15 @@ from mopsim.report.validation_tables import tables
 from mopsim.spec.stacks import load_stack
 from mopsim.validate.calibration import HoldOut
 from mopsim.validate.case import Case, read_cases
+from mopsim.validate.columns import COMPONENTS, MODELS, RUNS, Column
 from mopsim.validate.components import predict_components
 from mopsim.validate.models import read_rows
 from mopsim.validate.output import to_json
 from mopsim.validate.run import Refused, cases_of, validate
-from mopsim.validate.tables import read_components, read_runs
+from mopsim.validate.tables import Row, read_components, read_runs, unread
 
+NOTHING_PREDICTED = 3
+"""Exit code where every row is refused."""
 LEGEND = (
     "A, B, C: how fully a source states its runs, C is not judged. bias: mean of the signed errors. 90 %: of "
     "the errors are smaller. source out, model out: predicted without the runs of its source, its network."
@@ -33,22 +38,23 @@ def run(
     *, runs: str | None, models: str | None, components: str | None, cases: list[str] | None,
     stack: str | None, out: str | None, formats: str, jobs: int, hold_out: HoldOut, interval: float,
     sealed: str | None, measurements: str | None, json: str | None,
-) -> None:  # fmt: skip
-    """Read, simulate, score, show; write tables, a figure and JSON where asked to."""
+) -> int:  # fmt: skip
+    """Read, simulate, score, show; write tables, a figure and JSON where asked to. Returns the exit code: 3
+    where nothing could be predicted."""
     if sealed:
         score_sealed(sealed, measurements, json)
-        return
+        return 0
     if not runs and not components and not cases:
         raise MopError("--runs: not given, and no --cases or --components: one of them is needed")
     check_level(interval, "--interval")
     check_outputs({"--json": json}, {"--out": out})
     console, kinds = human(json), read_formats(formats)
-    known, refused = _cases(runs, models, cases or [], stack)
+    known, refused = _cases(runs, models, cases or [], stack, console)
     with progress(console, "simulating", None) as shown:
         validation = validate(
             known, jobs, lambda n, of: shown(n, f"simulated {n} of {of}"), hold_out, refused
         )
-    parts = predict_components(read_components(Path(components))) if components else []
+    parts = predict_components(_told(components, COMPONENTS, read_components, console)) if components else []
     grids = tables(validation, parts, interval)
     for grid in grids:
         console.print(table(grid.title, grid.left, grid.right, grid.rows))
@@ -64,10 +70,26 @@ def run(
     if json:
         io.write_json(json, to_json(validation, parts, interval))
     say_written(console, json, *written)
+    if validation.scored or any(one.predicted is not None for one in parts):
+        return 0
+    reasons = [one.told for one in validation.refused] + [f"{one.field}: {one.reason}" for one in parts]
+    rows = "the only row" if len(reasons) == 1 else f"all {len(reasons):,} rows, the first"
+    say(one_line(f"mopsim: nothing is predicted: refused {rows}: {reasons[0]}"), stderr=True)
+    return NOTHING_PREDICTED
+
+
+def _told(
+    path: str, columns: Mapping[str, Column], read: Callable[[Path], list[Row]], console: Any
+) -> list[Row]:
+    """The rows of a table; its columns that are not read are told."""
+    rows = read(Path(path))
+    if names := unread(rows, columns):
+        console.print(f"note: {path}: not read: {', '.join(names)}"[:4000], style="yellow", markup=False)
+    return rows
 
 
 def _cases(
-    runs: str | None, models: str | None, files: list[str], stack: str | None
+    runs: str | None, models: str | None, files: list[str], stack: str | None, console: Any
 ) -> tuple[list[Case], list[Refused]]:
     """The cases of the files, and those of the rows; with the rows that are none. stack: of all of them, if
     it is given."""
@@ -77,8 +99,9 @@ def _cases(
         known = [_under(case, stack) for case in known]
     if not runs:
         return known, []
-    rows = [{**row, "stack": stack or row.get("stack", "")} for row in read_runs(Path(runs))]
-    found, refused = cases_of(rows, read_rows(Path(models)) if models else {})
+    rows = [{**row, "stack": stack or row.get("stack", "")} for row in _told(runs, RUNS, read_runs, console)]
+    networks = _told(models, MODELS, lambda path: [*read_rows(path).values()], console) if models else []
+    found, refused = cases_of(rows, {one["model"]: one for one in networks})
     return known + found, refused
 
 

@@ -30,7 +30,7 @@ class SpecError(MopError, ValueError):
 
     def within(self, prefix: str) -> "SpecError":
         """The same error, its field named from further out."""
-        return SpecError(f"{prefix}.{self.field}" if prefix else self.field, self.value, self.rule)
+        return SpecError(".".join(filter(None, (prefix, self.field))), self.value, self.rule)
 
 
 def one_line(message: str) -> str:

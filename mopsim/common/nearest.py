@@ -11,6 +11,8 @@ FEW = 40
 LISTED = {"preset": "listed by mopsim list models"}
 """Where the names of a kind are listed."""
 _SAME, _PREFIX = 1.0, 0.6
+_SAME_NAME = 0.85
+"""Likeness from which two names are one that is misspelt: `fit` and `fits` are."""
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -27,6 +29,17 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     else:
         ranked = {one: letters for one, (_, letters) in scores.items() if letters >= 0.6}
     return sorted(ranked, key=lambda one: (-ranked[one], one))[:most]
+
+
+def misspelt(name: str, known: Iterable[str]) -> str:
+    """The known name that can only be meant: all but a few letters are the same, or one is how the other
+    begins, for two words at least. '' where there is none: much less is near than for `nearest`."""
+    for one in known:
+        short, long = sorted((_words(name[:200]), _words(one)), key=len)
+        begins = len(short) > 1 and long[: len(short)] == short
+        if begins or _alike(name, one) >= _SAME_NAME:
+            return one
+    return ""
 
 
 def unknown(field: str, name: str, known: Iterable[str], kind: str, file: bool = True) -> MopError:

@@ -1,16 +1,39 @@
 """The columns of the tables that `mopsim validate` reads, and what each means (docs/reference/runs.md)."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from mopsim.spec.categories import MODULES
 
 
 class Column(NamedTuple):
-    """needed: the header must have it. Others may be left out, and a cell may be empty or `unknown`."""
+    """needed: the header must have it. Others may be left out, and a cell may be empty or `unknown`.
+
+    values: what a cell may say; words: what it may join by +. Any text where there are neither. read:
+    whether a prediction depends on it: then a name that is nearly this one is a mistake.
+    """
 
     needed: bool
     meaning: str
+    values: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    read: bool = True
 
 
+ROOTS = ("strategy.", "model.", "stack.")
+"""Heads of dotted fields of a case: also columns that a table may have, each overriding every rule."""
 _NEED, _MAY = True, False
+
+
+def _one(meaning: str, values: str, words: str = "", *, needed: bool = _MAY) -> Column:
+    """A column whose cells say one of `values`, or some of `words`."""
+    return Column(needed, meaning, tuple(values.split()), tuple(words.split()))
+
+
+def _note(meaning: str) -> Column:
+    """A column for people."""
+    return Column(_MAY, meaning, read=False)
+
 
 RUNS: dict[str, Column] = {
     "run_id": Column(_NEED, "A name that no other row has."),
@@ -19,8 +42,8 @@ RUNS: dict[str, Column] = {
     "num_layers": Column(_MAY, "Decoder layers of the run, where the network was cut; else the model's."),
     "gpu": Column(_NEED, "A hardware profile."),
     "num_gpus": Column(_NEED, "Devices in all."),
-    "gpus_per_node": Column(_MAY, "For readers: the profile says it."),
-    "precision": Column(_NEED, "Of the matrix products: bf16, fp16, fp8, mxfp8, nvfp4."),
+    "gpus_per_node": _note("For readers: the profile says it."),
+    "precision": _one("Of the matrix products.", "bf16 fp16 fp8 mxfp8 nvfp4", needed=_NEED),
     "seq_len": Column(_NEED, "Tokens of a sequence."),
     "micro_batch": Column(_NEED, "Sequences of a microbatch of one data-parallel rank."),
     "global_batch": Column(
@@ -32,33 +55,38 @@ RUNS: dict[str, Column] = {
     "cp": Column(_MAY, "Context-parallel ranks; needed."),
     "ep": Column(_MAY, "Expert-parallel ranks; needed with experts."),
     "etp": Column(_MAY, "Expert-tensor-parallel ranks; needed with experts."),
-    "dp": Column(_MAY, "For readers: it follows from the other degrees."),
-    "sharding": Column(_MAY, "none, zero1, zero2 or zero3 over the data-parallel ranks; needed."),
-    "recompute": Column(_MAY, "none, full, selective, or modules joined by +; needed."),
+    "dp": _note("For readers: it follows from the other degrees."),
+    "sharding": _one("Over the data-parallel ranks; needed.", "none zero1 zero2 zero3"),
+    "recompute": _one(
+        "selective: the modules of the stack; needed.", "none full", " ".join(("selective", *MODULES))
+    ),
     "optimizer_offload": Column(_MAY, "Fraction of the optimizer's state on the host."),
     "activation_offload": Column(_MAY, "none, boundaries (inputs of layers), or a fraction of the layers."),
-    "loss": Column(_MAY, "full, vocab_parallel, chunked or fused."),
-    "dispatcher": Column(_MAY, "alltoall, allgather, deepep, hybridep, or none."),
-    "overlap": Column(_MAY, "Communication beside compute, joined by +. A name that is absent is not off."),
-    "routing": Column(_MAY, "balanced, natural or dense; needed with experts."),
-    "tokens_per_s_per_gpu": Column(_MAY, "Measured: tokens/s of all GPUs over their number. For readers."),
-    "model_tflops_per_gpu": Column(_MAY, "Measured, by the source's own count of FLOP. For readers."),
+    "loss": _one("What is kept of the logits.", "full vocab_parallel chunked fused"),
+    "dispatcher": _one("How tokens reach their experts.", "none alltoall allgather deepep hybridep"),
+    "overlap": _one("Communication beside compute. A name that is absent is not off.", "none", "dp pp tp ep"),
+    "routing": _one("Needed with experts.", "balanced natural dense"),
+    "tokens_per_s_per_gpu": _note("Measured: tokens/s of all GPUs over their number. For readers."),
+    "model_tflops_per_gpu": _note("Measured, by the source's own count of FLOP. For readers."),
     "step_time_s": Column(_MAY, "Measured: seconds of an optimizer step."),
     "peak_memory_gib": Column(_MAY, "Measured: the fullest device, as the program reads its memory."),
-    "fits": Column(_MAY, "yes or oom, for rows that are about capacity."),
+    "fits": _one("For rows that are about capacity. A run with a step time did fit.", "yes oom"),
+    "peer_step_time_s": _note("Of another simulator: seconds of the step. For readers."),
+    "peer_peak_memory_gib": _note("Of another simulator: its peak. For readers."),
+    "peer": _note("Which simulator that is. For readers."),
     "stack": Column(
         _MAY, "The software that ran it: a stack's name. Else looked up by `source`, else generic."
     ),
     "graphs": Column(_MAY, "What CUDA graphs replay: step, or components joined by +. Else read in notes."),
-    "sequence_parallel": Column(_MAY, "`no` where tensor-parallel ranks keep all rows outside of products."),
-    "cp_exchange": Column(_MAY, "Context parallelism by ulysses, ring or all_gather. Else the family's."),
+    "sequence_parallel": _one("no: tensor-parallel ranks keep all rows outside of products.", "yes no"),
+    "cp_exchange": _one("Of context parallelism. Else the family's.", "ulysses ring all_gather"),
     "filler_tokens": Column(_MAY, "Distinct tokens of a text that repeats them, with natural routing."),
     "strategy.*, stack.*, model.*": Column(
         _MAY, "Any field of these by its dotted name: wins over columns, notes and recipes."
     ),
-    "quality": Column(_MAY, "A, B or C: how fully the source states the run. C does not calibrate."),
-    "notes": Column(_MAY, "What has no column, in words."),
-    "source_ref": Column(_MAY, "Where in the source."),
+    "quality": _one("How fully the source states the run. C does not calibrate.", "A B C"),
+    "notes": _note("What has no column, in words."),
+    "source_ref": _note("Where in the source."),
 }
 
 MODELS: dict[str, Column] = {
@@ -70,7 +98,9 @@ MODELS: dict[str, Column] = {
     "num_heads": Column(_MAY, "Query heads; needed."),
     "num_kv_heads": Column(_MAY, "Key and value heads; needed."),
     "head_dim": Column(_MAY, "Width of a query or key head; needed."),
-    "attention": Column(_MAY, "`mla` for multi-head latent attention; else grouped-query."),
+    "attention": _one(
+        "mla: multi-head latent attention. Of the others num_kv_heads counts.", "mha mqa gqa mla"
+    ),
     "q_lora_rank": Column(_MAY, "Rank of MLA's queries."),
     "kv_lora_rank": Column(_MAY, "Rank of MLA's keys and values."),
     "qk_nope_head_dim": Column(_MAY, "Part of MLA's heads without positions."),
@@ -79,16 +109,16 @@ MODELS: dict[str, Column] = {
     "num_experts": Column(_MAY, "Routed experts of a layer; 0 or empty for a dense network."),
     "top_k": Column(_MAY, "Experts that a token chooses; needed with experts."),
     "expert_ffn_hidden": Column(_MAY, "Columns of one expert; needed with experts."),
-    "num_shared_experts": Column(_MAY, "For readers: shared_ffn_hidden says what they cost."),
+    "num_shared_experts": _note("For readers: shared_ffn_hidden says what they cost."),
     "shared_ffn_hidden": Column(_MAY, "Columns of all shared experts together."),
     "vocab_size": Column(_MAY, "Rows of the embedding; needed."),
-    "tied_embeddings": Column(_MAY, "1 where the output projection is the embedding."),
+    "tied_embeddings": Column(_MAY, "1 where the output projection is the embedding, else 0."),
     "mtp_layers": Column(_MAY, "MTP layers."),
     "sliding_window": Column(_MAY, "Tokens that a windowed layer attends to."),
     "total_params_b": Column(_MAY, "Published count, 1e9 parameters; checked against."),
     "active_params_b": Column(_MAY, "Published count of a token's parameters, 1e9; checked against."),
-    "notes": Column(_MAY, "What has no column, in words."),
-    "source": Column(_MAY, "Where the numbers are from."),
+    "notes": _note("What has no column, in words."),
+    "source": _note("Where the numbers are from."),
 }
 
 COMPONENTS: dict[str, Column] = {
@@ -99,12 +129,16 @@ COMPONENTS: dict[str, Column] = {
     "params": Column(_NEED, "Its sizes, as JSON."),
     "metric": Column(_NEED, "latency_s, flops_per_s, peak_memory_gib, ..."),
     "value": Column(_NEED, "Measured, SI units (GiB for memory)."),
-    "outcome": Column(_MAY, "ok or oom."),
-    "notes": Column(_MAY, "What has no column, in words."),
-    "source_ref": Column(_MAY, "Where in the source."),
+    "outcome": _one("Whether it ran.", "ok oom"),
+    "notes": _note("What has no column, in words."),
+    "source_ref": _note("Where in the source."),
 }
 
 
-def needed(columns: dict[str, Column]) -> tuple[str, ...]:
+NAMES = frozenset((*RUNS, *MODELS, *COMPONENTS))
+"""Columns of any of the tables."""
+
+
+def needed(columns: Mapping[str, Column]) -> tuple[str, ...]:
     """The columns without which a table is refused."""
     return tuple(name for name, column in columns.items() if column.needed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
-from mopsim.common.errors import MopError, shown
+from mopsim.common.errors import MopError, SpecError, shown
 from mopsim.common.json_text import parse_json
 from mopsim.common.shipped import shipped
 from mopsim.validate.tables import Row, UnsupportedError, parse_number, positive, whole
@@ -46,19 +46,12 @@ class Component:
             float(str(self.params[name]))
         except (KeyError, ValueError):
             raise UnsupportedError(name, "not stated by the source") from None
-        return self._checked(name, lambda: parse_number(str(self.params[name]), name))
+        return _checked(lambda: parse_number(str(self.params[name]), name))
 
     def count(self, name: str) -> int:
         """A parameter that counts something: a positive whole number. Raises as `number` does."""
         value = self.number(name)
-        return self._checked(name, lambda: whole(value, name, self.params[name]))
-
-    def _checked(self, name: str, read: Callable[[], T]) -> T:
-        """What `read` returns; its refusal is that of the parameter."""
-        try:
-            return read()
-        except MopError as error:
-            raise UnsupportedError(name, str(error).removeprefix(f"{name}: ")) from None
+        return _checked(lambda: whole(value, name, self.params[name]))
 
     def text(self, name: str) -> str:
         return str(self.params.get(name, ""))
@@ -70,11 +63,25 @@ def _systems() -> dict[str, str]:
 
 
 def parse(row: Row) -> Component:
-    """Raises MopError where params is no JSON object or the value no number."""
-    params = parse_json(row["params"] or "{}", f"{row['component']}: params")
+    """Raises UnsupportedError where params is no JSON object or the value no number."""
+    try:
+        params = parse_json(row["params"] or "{}", "params")
+    except MopError as error:
+        raise UnsupportedError("params", str(error)) from None
     if not isinstance(params, dict):
-        raise MopError(f"{row['component']}: params: {shown(row['params'])} is not a JSON object")
-    where = f"{row['component']}: value"
-    value = parse_number(row["value"], where) if row["value"] else None
+        raise UnsupportedError("params", f"{shown(row['params'])} is not a JSON object")
+    return Component(row, params, _checked(lambda: _value(row)))
+
+
+def _value(row: Row) -> float | None:
+    found = parse_number(row["value"], "value") if row["value"] else None
     spent = row["metric"] in ("latency_s", "flops_per_s", "peak_memory_gib")
-    return Component(row, params, positive(value, where, row["value"]) if spent else value)
+    return positive(found, "value", row["value"]) if spent else found
+
+
+def _checked(read: Callable[[], T]) -> T:
+    """What `read` returns; its refusal is that of the row."""
+    try:
+        return read()
+    except SpecError as error:
+        raise UnsupportedError(error.field, f"{shown(error.value)} {error.rule}") from None

@@ -48,8 +48,15 @@ class Predicted:
 
 
 def predict_components(rows: Sequence[Row]) -> list[Predicted]:
-    """Every row, in order. Raises MopError for a malformed row."""
-    return [_predict(parse(row)) for row in rows]
+    """Every row, in order; one that is malformed has no prediction."""
+    return [_of_row(row) for row in rows]
+
+
+def _of_row(row: Row) -> Predicted:
+    try:
+        return _predict(parse(row))
+    except UnsupportedError as error:
+        return Predicted(Component(row, {}, None), None, error.field, error.reason)
 
 
 @lru_cache(maxsize=64)

@@ -8,13 +8,12 @@ from dataclasses import replace
 from functools import cache
 
 from mopsim.common import io
+from mopsim.common.errors import MopError
 from mopsim.common.rules import UNKNOWN, RowFacts, Rule, applied, load_rules
 from mopsim.common.shipped import shipped
 from mopsim.spec.strategy import Exchange, Tier
-from mopsim.validate.tables import Row
-
-ROOTS = ("strategy.", "model.", "stack.")
-"""Heads of dotted fields of a case: also columns that a table may have, each overriding every rule."""
+from mopsim.validate.columns import ROOTS
+from mopsim.validate.tables import Row, UnsupportedError
 
 
 @cache
@@ -59,7 +58,10 @@ def facts(row: Row) -> RowFacts:
         settings["stack.host.graphs"] = graphs.split("+")
     for name, cell in row.items():
         if name.startswith(ROOTS) and cell not in UNKNOWN:
-            settings[name] = io.parse_yaml(cell, f"{row.get('run_id', 'row')}: {name}")
+            try:
+                settings[name] = io.parse_yaml(cell, name)
+            except MopError as error:
+                raise UnsupportedError(name, str(error)) from None
     return replace(known, settings=settings)
 
 

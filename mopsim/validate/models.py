@@ -3,17 +3,17 @@
 from functools import cache
 from pathlib import Path
 
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError, require
 from mopsim.common.rules import Rule, applied, load_rules
-from mopsim.common.table import Row, read_table
 from mopsim.spec.model import ModelSpec
-from mopsim.validate.columns import MODELS, needed
+from mopsim.validate.columns import MODELS
+from mopsim.validate.tables import UNKNOWN, Row, count, number, read_known, stated
 
 
 def read_rows(path: Path) -> dict[str, Row]:
     """Rows of a models CSV by their `model` column. Raises MopError where it is missing or a name repeats."""
     rows: dict[str, Row] = {}
-    for row in read_table(path, needed(MODELS), "models"):
+    for row in read_known(path, MODELS, "models"):
         if row["model"] in rows:
             raise MopError(f"models: {path}: model {row['model']!r} appears twice")
         rows[row["model"]] = row
@@ -31,21 +31,27 @@ def from_row(row: Row) -> ModelSpec:
 
     Raises SpecError naming the column that is missing, or the kind of layer that ModelSpec can't express.
     """
-    name = row["model"]
+    try:
+        return _from_row(stated(row, MODELS))
+    except SpecError as error:
+        raise error.within(f"models.{row['model']}") from None
+
+
+def _from_row(row: Row) -> ModelSpec:
     known = applied(model_rules(), row, ("model.",))
     for rule in known.rules:
         if rule.refuse:
-            raise SpecError(f"models.{name}", rule.id, f"{rule.refuse}, which ModelSpec cannot express")
+            raise SpecError("", rule.id, f"{rule.refuse}, which ModelSpec cannot express")
     filled = known.row
     fields: dict[str, object] = {
-        "name": name,
+        "name": row["model"],
         "hidden_size": _need(filled, "hidden"),
         "num_hidden_layers": _need(filled, "num_layers"),
         "num_attention_heads": _need(filled, "num_heads"),
         "num_key_value_heads": _need(filled, "num_kv_heads"),
         "head_dim": _need(filled, "head_dim"),
         "vocab_size": _need(filled, "vocab_size"),
-        "tie_word_embeddings": _get(filled, "tied_embeddings") == 1,
+        "tie_word_embeddings": _flag(filled, "tied_embeddings"),
         "num_nextn_predict_layers": _get(filled, "mtp_layers"),
         "sliding_window": _get(filled, "sliding_window"),
         "total_params": _published(row, "total_params_b"),
@@ -58,25 +64,25 @@ def from_row(row: Row) -> ModelSpec:
 
 
 def _get(row: Row, column: str) -> int:
-    text = row.get(column, "")
-    try:
-        return int(float(text)) if text else 0
-    except (ValueError, OverflowError):
-        raise SpecError(f"models.{row['model']}.{column}", text, "is not a number") from None
+    return count(row, column, 0) or 0
 
 
 def _need(row: Row, column: str) -> int:
-    if not row.get(column):
-        raise SpecError(f"models.{row['model']}.{column}", "", "is empty, the column is needed")
+    if row.get(column, "") in UNKNOWN:
+        raise SpecError(column, "", "is empty, the column is needed")
     return _get(row, column)
 
 
+def _flag(row: Row, column: str) -> bool:
+    value = _get(row, column)
+    require(value <= 1, column, row.get(column), "is neither 0 nor 1")
+    return value == 1
+
+
 def _published(row: Row, column: str) -> float | None:
-    text = row.get(column, "")
-    try:
-        return float(text) * 1e9 if text else None
-    except ValueError:
-        raise SpecError(f"models.{row['model']}.{column}", text, "is not a number") from None
+    """Of 1e9 parameters."""
+    value = number(row, column)
+    return None if value is None else value * 1e9
 
 
 def _latent(row: Row) -> dict[str, object]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 from mopsim.common.changes import changed
-from mopsim.common.errors import MopError, SpecError
+from mopsim.common.errors import MopError, SpecError, require
 from mopsim.common.explain import not_one_of
 from mopsim.common.rules import RowFacts
 from mopsim.spec.categories import MODULES
@@ -68,7 +68,7 @@ def family_of(row: Row) -> str:
     """fsdp: state gathered and freed (ZeRO-2/3); zero_offload: with the optimizer on the host; else
     megatron."""
     sharded = row.get("sharding") in ("zero2", "zero3")
-    if sharded and row.get("optimizer_offload", "") not in (*UNKNOWN, "0"):
+    if sharded and number(row, "optimizer_offload"):
         return "zero_offload"
     return "fsdp" if sharded else "megatron"
 
@@ -204,6 +204,8 @@ def _activations(row: Row, model: ModelSpec, stack: Stack) -> tuple[Activations,
     away = 0.0
     if row.get("activation_offload", "") not in (*UNKNOWN, "none", "boundaries"):
         away = number(row, "activation_offload") or 0.0
+        rule = "is not none, nor boundaries, nor a fraction of the layers from 0 to 1"
+        require(away <= 1, "activation_offload", row["activation_offload"], rule)
         if row.get("pp") != "1" or recompute != "none":
             away = 0.0
             told.append(

@@ -7,7 +7,7 @@ from typing import Literal, ParamSpec, TypeVar
 from msgspec.structs import replace
 
 from mopsim.common.changes import changed
-from mopsim.common.errors import MopError, SpecError, shown
+from mopsim.common.errors import MopError, SpecError, require, shown
 from mopsim.common.rules import RowFacts
 from mopsim.common.table import SURPLUS
 from mopsim.common.units import UNITS
@@ -19,11 +19,12 @@ from mopsim.spec.stack import Stack
 from mopsim.spec.stacks import load_stack
 from mopsim.spec.training import TrainSpec
 from mopsim.validate.case import Case, CaseSource, Changes, Measured, check_possible, machine
+from mopsim.validate.columns import RUNS
 from mopsim.validate.facts import facts, families
 from mopsim.validate.models import from_row
 from mopsim.validate.natural import natural, repeated
 from mopsim.validate.parallelism import Degrees, family_of, strategy
-from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number, positive
+from mopsim.validate.tables import UNKNOWN, Row, UnsupportedError, count, number, positive, stated
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,7 +36,7 @@ NEEDED = ("seq_len", "micro_batch", "num_gpus", "tp", "pp", "cp", "sharding", "r
 def read_case(row: Row, models: dict[str, Row]) -> Case:
     """The row as a case. models: rows of a models table by name; others are presets.
 
-    Raises UnsupportedError naming the field, MopError where a cell is malformed.
+    Raises UnsupportedError naming the field.
     """
     if row.get(SURPLUS):
         raise UnsupportedError("row", row[SURPLUS])
@@ -43,9 +44,11 @@ def read_case(row: Row, models: dict[str, Row]) -> Case:
         if row.get(field, "") in UNKNOWN:
             raise UnsupportedError(field, "not stated by the source")
     try:
-        return _case(facts(row), models)
+        return _case(facts(stated(row, RUNS)), models)
     except SpecError as error:
         raise UnsupportedError(error.field, str(error)) from error
+    except MopError as error:
+        raise UnsupportedError("row", str(error)) from error
 
 
 def _case(known: RowFacts, models: dict[str, Row]) -> Case:
@@ -102,21 +105,20 @@ def _stack(row: Row) -> tuple[Stack, tuple[str, ...]]:
 def _measured(row: Row, approximations: tuple[str, ...]) -> Measured:
     """Whether it fits: a run with a step time ran; others say so, or say nothing."""
     memory, step = (
-        positive(number(row, column), f"{row['run_id']}: {column}", row.get(column))
+        positive(number(row, column), column, row.get(column))
         for column in ("peak_memory_gib", "step_time_s")
     )
-    fits = False if row.get("fits") == "oom" else True if step or row.get("fits") == "yes" else None
+    said = {"yes": True, "oom": False}.get(row.get("fits", ""))
+    require(said is not False or step is None, "fits", "oom", "is not of a run that has a step_time_s")
+    fits = True if step else said
     if any("memory not scored" in note for note in approximations):
         memory = fits = None
     return Measured(step_time=step, peak_memory=memory * GIB if memory else None, fits=fits)
 
 
 def _quality(row: Row) -> Literal["A", "B", "C"]:
-    named = row.get("quality", "") or "A"
     grades: dict[str, Literal["A", "B", "C"]] = {"A": "A", "B": "B", "C": "C"}
-    if named not in grades:
-        raise MopError(f"{row['run_id']}: quality: {shown(named)} is not one of A, B, C")
-    return grades[named]
+    return grades.get(row.get("quality", ""), "A")
 
 
 def _model(known: RowFacts, models: dict[str, Row]) -> tuple[str | ModelSpec, Changes]:

@@ -1,12 +1,16 @@
-"""The CSVs of measurements: columns checked, numbers parsed with the cell named when they are none."""
+"""The CSVs of measurements: columns checked, cells held to what their column may say, numbers parsed."""
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mopsim.common.errors import MopError, SpecError, require_name, shown
+from mopsim.common.errors import MopError, SpecError, require, require_name
+from mopsim.common.explain import not_one_of
+from mopsim.common.nearest import misspelt
 from mopsim.common.rules import UNKNOWN as UNKNOWN
+from mopsim.common.table import SURPLUS, read_table
 from mopsim.common.table import Row as Row
-from mopsim.common.table import read_table
-from mopsim.validate.columns import COMPONENTS, RUNS, needed
+from mopsim.validate.columns import COMPONENTS, NAMES, ROOTS, RUNS, Column, needed
 
 LARGEST = 1e18
 """No measurement and no size is larger, in any of the units of the tables."""
@@ -23,7 +27,7 @@ class UnsupportedError(Exception):
 def read_runs(path: Path) -> list[Row]:
     """Rows of a runs CSV; one with too many cells has SURPLUS. Raises MopError where a run_id is empty or
     repeats."""
-    rows = _some(read_table(path, needed(RUNS), "runs", surplus=True), f"runs: {path}")
+    rows = _some(read_known(path, RUNS, "runs", surplus=True), f"runs: {path}")
     seen: set[str] = set()
     for row in rows:
         if not row["run_id"]:
@@ -40,7 +44,24 @@ def read_runs(path: Path) -> list[Row]:
 
 def read_components(path: Path) -> list[Row]:
     """Rows of a components CSV."""
-    return _some(read_table(path, needed(COMPONENTS), "components"), f"components: {path}")
+    return _some(read_known(path, COMPONENTS, "components"), f"components: {path}")
+
+
+def read_known(path: Path, columns: Mapping[str, Column], field: str, surplus: bool = False) -> list[Row]:
+    """Rows of a CSV of these columns. Raises MopError where a column can only be meant for one that is
+    missing."""
+    rows = read_table(path, needed(columns), field, surplus=surplus)
+    missing = [name for name, one in columns.items() if one.read and rows and name not in rows[0]]
+    for name in unread(rows, columns):
+        if name not in NAMES and (meant := misspelt(name, missing)):
+            raise MopError(f"{field}: {path}: column {name!r} is unknown, near {meant}, which is missing")
+    return rows
+
+
+def unread(rows: Iterable[Row], columns: Mapping[str, Column]) -> list[str]:
+    """Columns of a table that are none of its kind: a user's own notes."""
+    header = next(iter(rows), {})
+    return [name for name in header if name not in (*columns, SURPLUS, "") and not name.startswith(ROOTS)]
 
 
 def _some(rows: list[Row], where: str) -> list[Row]:
@@ -49,39 +70,63 @@ def _some(rows: list[Row], where: str) -> list[Row]:
     return rows
 
 
+def stated(row: Row, columns: Mapping[str, Column]) -> Row:
+    """The row with its cells as their columns write them: DeepEP and deep_ep are deepep. Raises SpecError
+    naming the column where a cell is none of what it may say."""
+    return {**row, **{name: _stated(row[name], name, one) for name, one in columns.items() if name in row}}
+
+
+def _stated(cell: str, name: str, column: Column) -> str:
+    if not column.values or cell in UNKNOWN:
+        return cell
+    values, words = ({_plain(one): one for one in known} for known in (column.values, column.words))
+    parts = [_plain(part) for part in cell.split("+")]
+    if parts == ["unknown"]:
+        return "unknown"
+    found = values.get(parts[0]) if len(parts) == 1 else None
+    joined = "+".join(words.get(part, "") for part in parts)
+    wrong = found is None and not all(part in words for part in parts)
+    require(not wrong, name, cell, not_one_of((*column.values, *column.words)))
+    return found or joined
+
+
+def _plain(text: str) -> str:
+    """A name without its case and what separates its words."""
+    return re.sub(r"[-_\s]", "", text.lower())
+
+
 def number(row: Row, column: str) -> float | None:
-    """The cell as a number of at least 0, None where it is empty or unknown. Raises MopError where it is
+    """The cell as a number of at least 0, None where it is empty or unknown. Raises SpecError where it is
     neither."""
     text = row.get(column, "")
-    return None if text in UNKNOWN else parse_number(text, f"{row.get('run_id', 'row')}: {column}")
+    return None if text in UNKNOWN else parse_number(text, column)
 
 
-def parse_number(text: str, where: str) -> float:
-    """A number from 0 to LARGEST. Raises MopError naming `where`."""
+def parse_number(text: str, field: str) -> float:
+    """A number from 0 to LARGEST. Raises SpecError naming `field`."""
     try:
         value = float(text)
     except ValueError:
-        raise MopError(f"{where}: {shown(text)} is not a number") from None
-    if not 0 <= value <= LARGEST:
-        raise MopError(f"{where}: {shown(text)} must be from 0 to {LARGEST:g}")
+        raise SpecError(field, text, "is not a number") from None
+    require(0 <= value <= LARGEST, field, text, f"must be from 0 to {LARGEST:g}")
     return value
 
 
-def positive(value: float | None, where: str, cell: object) -> float | None:
-    """A measured number, None where none is. Raises MopError naming `where` where it is 0."""
-    if value == 0:
-        raise MopError(f"{where}: {shown(cell)} must be above 0: leave it empty where nothing was measured")
+def positive(value: float | None, field: str, cell: object) -> float | None:
+    """A measured number, None where none is. Raises SpecError naming `field` where it is 0."""
+    require(value != 0, field, cell, "must be above 0: leave it empty where nothing was measured")
     return value
 
 
-def whole(value: float, where: str, cell: object) -> int:
-    """A number as a count. Raises MopError naming `where` where it is not positive and whole."""
-    if value != int(value) or value < 1:
-        raise MopError(f"{where}: {shown(cell)} is not a positive whole number")
+def whole(value: float, field: str, cell: object, least: int = 1) -> int:
+    """A number as a count. Raises SpecError naming `field` where it is not whole, or below `least`."""
+    rule = f"is not a {'positive ' if least else ''}whole number"
+    require(value == int(value) and value >= least, field, cell, rule)
     return int(value)
 
 
-def count(row: Row, column: str) -> int | None:
-    """The cell as a positive whole number, None where it is empty. Raises MopError where it is neither."""
+def count(row: Row, column: str, least: int = 1) -> int | None:
+    """The cell as a whole number of at least `least`, None where it is empty or unknown. Raises SpecError
+    where it is neither."""
     value = number(row, column)
-    return None if value is None else whole(value, f"{row.get('run_id', 'row')}: {column}", row[column])
+    return None if value is None else whole(value, column, row[column], least)

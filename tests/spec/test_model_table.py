@@ -63,3 +63,35 @@ def test_a_file_without_the_column_or_with_a_name_twice(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("model,hidden\nx,1\nx,2\n")
     with pytest.raises(MopError, match="model 'x' appears twice"):
         read_rows(tmp_path / "b.csv")
+
+
+def test_attention_is_one_that_is_known() -> None:
+    latent = {"q_lora_rank": "0", "kv_lora_rank": "32", "qk_nope_head_dim": "16", "qk_rope_head_dim": "8",
+              "v_head_dim": "16"}  # fmt: skip
+    assert from_row(ROW | latent | {"attention": "MLA"}) == from_row(ROW | latent | {"attention": "mla"})
+    assert from_row(ROW | {"attention": "MHA"}) == from_row(ROW)
+    with pytest.raises(SpecError, match=r"models\.m\.attention: 'lightning' is not one of mha, mqa"):
+        from_row(ROW | {"attention": "lightning"})
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "says"),
+    [
+        ("hidden", "64.9", "is not a whole number"),
+        ("num_layers", "-2", "must be from 0"),
+        ("tied_embeddings", "2", "is neither 0 nor 1"),
+        ("tied_embeddings", "0.5", "is not a whole number"),
+        ("total_params_b", "many", "is not a number"),
+    ],
+)
+def test_a_cell_is_not_cut_to_fit(column: str, cell: str, says: str) -> None:
+    with pytest.raises(SpecError, match=rf"models\.m\.{column}: '{cell}' {says}"):
+        from_row(ROW | {column: cell})
+    assert from_row(ROW | {"hidden": "64.0", "sliding_window": "unknown"}) == from_row(ROW)
+
+
+def test_a_misspelt_column_is_refused(tmp_path: Path) -> None:
+    cells = {**ROW, "q_lora": "8", "mtp": "1"}
+    (tmp_path / "a.csv").write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
+    with pytest.raises(MopError, match="column 'q_lora' is unknown, near q_lora_rank"):
+        read_rows(tmp_path / "a.csv")
