@@ -92,6 +92,20 @@ def of_step_time(facts: Facts) -> Spread:
     return spread(known_errors().step_time, *_asked(facts, "step_time"))
 
 
+MACHINES = ("hardware", "precision")
+"""Levels of what a machine's own benchmarks tell."""
+
+
+@lru_cache(maxsize=4096)
+def machines_share(facts: Facts) -> float:
+    """Part of the variance of a step time's error that would go if all machine types, and how fast they are
+    in each precision, were known."""
+    whole = known_errors().step_time
+    known = replace(whole, deviations=replace(whole.deviations, **dict.fromkeys(MACHINES, 0.0)))
+    asked = _asked(facts, "step_time")
+    return max(0.0, 1 - (spread(known, *asked).deviation / spread(whole, *asked).deviation) ** 2)
+
+
 @lru_cache(maxsize=4096)
 def of_peak_memory(facts: Facts) -> Spread:
     """The error to expect of a peak of tensors on the device."""

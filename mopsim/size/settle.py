@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
 from scipy.special import ndtri
 
+from mopsim.intervals import machines_share
 from mopsim.size.benchmarks import Benchmark, measurements, tag_of
 from mopsim.size.figures import LEVEL, WIDE, Figures
 from mopsim.size.points import Point
@@ -26,18 +28,22 @@ def settle(point: Point, swings: Sequence[Swing], level: float = LEVEL) -> list[
     level: the interval's probability.
 
     A kind's share of the variance of ln(days) is the square of a quarter of its swing's width in
-    deviations; together they are at most that of the step, whose rest no measurement of a part settles.
+    deviations; together they are at most the machine's part of that of the step, and at most what the plan
+    itself settles: what is of the program, of the source and of the run no measurement of a part tells.
     """
-    bill, known_now = point.figures, measurements()
+    bill, result, known_now = point.figures, point.result, measurements()
     assert bill is not None
+    assert result is not None
     of_step = bill.step_deviation**2
     rest = max(bill.deviation**2 - of_step, 0.0)
+    left = min(known_now.calibrated**2, of_step) + rest
+    most = max(0.0, min(machines_share(result.facts) * of_step, bill.deviation**2 - left))
     parts = {
         one.name: (math.log(one.high.days / one.low.days) / (2 * WIDE)) ** 2
         for one in swings
         if any(one.name in benchmark.kinds for benchmark in known_now.benchmarks)
     }
-    scale = min(1.0, of_step / sum(parts.values())) if parts else 0.0
+    scale = min(1.0, most / sum(parts.values())) if parts else 0.0
     found = []
     for benchmark in known_now.benchmarks:
         gained = 0.0
@@ -45,14 +51,14 @@ def settle(point: Point, swings: Sequence[Swing], level: float = LEVEL) -> list[
             before = known_now.spread[tag_of(point.hardware, kind, point.num_devices)]
             gained += parts.get(kind, 0.0) * scale * max(0.0, 1 - (known_now.after / before) ** 2)
         if gained:
-            found.append(_settled(benchmark, bill, bill.deviation**2 - gained, level))
+            nodes = min(benchmark.nodes, point.num_nodes)
+            found.append(_settled(replace(benchmark, nodes=nodes), bill, bill.deviation**2 - gained, level))
     whole = Benchmark(
         name="the plan itself, shortened to few layers or nodes",
         kinds=(),
         nodes=max(1, min(4, point.num_nodes)),
         how="mopexec train, or the exported configuration, for 50 steps; then mopsim calibrate and size",
     )
-    left = min(known_now.calibrated**2, of_step) + rest
     return [*sorted(found, key=lambda one: one.after), _settled(whole, bill, left, level)]
 
 

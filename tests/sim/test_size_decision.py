@@ -16,6 +16,7 @@ import mopsim
 from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
+from mopsim.intervals import known_errors
 from mopsim.report.decision import Decision, answer, risks
 from mopsim.report.sizing import format_days, missed, stated, surely
 from mopsim.report.sizing_plots import dollars
@@ -103,6 +104,24 @@ def test_what_if_moves_days_and_cost_and_a_measurement_narrows_them(found: Clust
     assert all(0 < one.after <= one.before for one in left)
     assert left[-1].after == min(one.after for one in left)
     assert left[0].before == pytest.approx(2.718281828 ** (WIDE * bill.deviation) - 1)
+
+
+def test_a_probe_leaves_what_is_of_the_program_and_the_run(found: Clusters) -> None:
+    """Curves that are assumed, each kind of work far off: the probe was said to settle the whole step."""
+    chosen, sd = found.chosen, known_errors().step_time.deviations
+    assert chosen is not None
+    assert chosen.figures is not None
+    swings = [
+        replace(one, low=replace(one.low, days=chosen.figures.days / 2))
+        for one in found.what_if()
+        if one.name in ("matmul", "attention", "all_gather", "all_reduce")
+    ]
+    *parts, whole = settle(chosen, swings)
+    assert parts
+    least = math.expm1(WIDE * sd.widening * math.hypot(sd.run, sd.stack, sd.source))
+    for one in parts:
+        assert max(least, whole.after) <= one.after <= one.before
+        assert one.benchmark.nodes <= chosen.num_nodes
 
 
 def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> None:
