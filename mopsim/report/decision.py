@@ -21,6 +21,7 @@ from mopsim.report.sizing import (
     row,
     surely,
     title,
+    unmeasured,
 )
 from mopsim.report.sizing_plots import cost_time, tornado
 from mopsim.report.tables import describe
@@ -243,6 +244,7 @@ def risks(d: Decision) -> list[str]:
         f"The step time is predicted, {beyond(bill)}and its error makes most of the interval of days. "
         f"Its search is {proof(subject.gap, found=subject.result.fits)}."
     ]
+    lines += filter(None, [unmeasured(result)])
     if bill.goodput:
         good, lost = bill.goodput, bill.goodput.lost
         worst = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share > 5e-4)

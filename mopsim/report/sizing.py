@@ -7,6 +7,8 @@ from rich.console import Group
 from rich.text import Text
 
 from mopsim.common.units import format_bytes, format_number, format_probability, format_seconds
+from mopsim.engine import SimResult
+from mopsim.intervals import known_errors
 from mopsim.report.tables import describe
 from mopsim.report.terminal import table
 from mopsim.search.result import proof
@@ -100,6 +102,20 @@ def _paid(point: Point, bill: Figures) -> str:
     if bill.carbon is not None:
         said += f"{format_energy(bill.energy or 0.0)}, {format_carbon(bill.carbon)} CO2; "
     return said
+
+
+def unmeasured(result: SimResult) -> str:
+    """What the interval of a step rests on where no run of its stack was measured; else empty."""
+    stack, known = result.stack.name, known_errors().step_time
+    others = {one.stack for one in known.cells}
+    if stack in others | {one.stack for one in result.facts.seen if one.step_time is not None}:
+        return ""
+    runs = sum(one.runs for one in known.cells)
+    return (
+        f"No measured run of {stack} is known: the interval of days, the probability of the deadline and the "
+        f"median factor rest on {runs:,.0f} runs of {len(others)} other programs, between which errors differ by "
+        f"{math.expm1(known.deviations.stack):.0%} (standard deviation)."
+    )
 
 
 def _failures(bill: Figures) -> str:
@@ -235,7 +251,8 @@ def stated(request: Request, sizings: Sequence[Sizing]) -> list[str]:
             f"{sizing.hardware.name}{where}: {_price(here, sizing.hardware)}; power "
             f"{_power(here, sizing.hardware)}{also}; {_electricity(here)}"
         )
-    return lines
+    plans = [one.best.result for one in sizings if one.best and one.best.result]
+    return [*lines, *dict.fromkeys(filter(None, map(unmeasured, plans)))]
 
 
 def _electricity(request: Request) -> str:

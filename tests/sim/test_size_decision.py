@@ -20,10 +20,11 @@ from mopsim.intervals import known_errors
 from mopsim.report.decision import Decision, answer, risks
 from mopsim.report.sizing import format_days, missed, stated, surely
 from mopsim.report.sizing_plots import dollars
-from mopsim.size import Goal, Point
+from mopsim.size import Goal, Point, Sizing
 from mopsim.size.figures import DAY, WIDE
 from mopsim.size.points import nearest_miss, pareto, surer
 from mopsim.size.settle import settle
+from mopsim.spec.observed import Observed
 
 JOB: dict[str, Any] = {
     "tokens": "300B", "seq_len": 4096, "families": ["mop", "fsdp2"], "max_nodes": 16, "simulations": 2,
@@ -122,6 +123,32 @@ def test_a_probe_leaves_what_is_of_the_program_and_the_run(found: Clusters) -> N
     for one in parts:
         assert max(least, whole.after) <= one.after <= one.before
         assert one.benchmark.nodes <= chosen.num_nodes
+
+
+def test_a_stack_without_a_measured_run_is_named(found: Clusters) -> None:
+    """Runs of MoP were never measured; a stack of published runs, or of the user's own, has no such line."""
+    chosen = found.chosen
+    assert chosen is not None
+    assert chosen.result is not None
+    cells = known_errors().step_time.cells
+    stacks = {one.stack for one in cells}
+
+    def said(stack: str, *seen: Observed) -> list[str]:
+        assert chosen is not None
+        assert chosen.result is not None
+        software = msgspec.structs.replace(chosen.result.stack, name=stack)
+        result = replace(chosen.result, stack=software, facts=replace(chosen.result.facts, seen=seen))
+        point = replace(chosen, result=result)
+        decision = Decision(found.request, [], [], [], point, None, [], [])
+        lines = (risks(decision), stated(found.request, [Sizing(point.hardware, point, [point])]))
+        return [line for one in lines for line in one if line.startswith(f"No measured run of {stack} is")]
+
+    risk, text = said("mopexec-flat")
+    assert risk == text
+    assert f"{sum(one.runs for one in cells):,.0f} runs of {len(stacks)} other programs" in risk
+    assert not said(min(stacks))
+    seen = Observed(stack="mopexec-flat", precision="bf16", network="x", runs=3, step_time=0.1)
+    assert not said("mopexec-flat", seen)
 
 
 def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> None:
