@@ -10,7 +10,6 @@ from mopsim.engine import SimResult
 from mopsim.engine.result import UPPER
 from mopsim.report.page import Table, templates
 from mopsim.report.sizing import (
-    beyond,
     columns,
     format_carbon,
     format_days,
@@ -19,6 +18,7 @@ from mopsim.report.sizing import (
     missed,
     odds,
     row,
+    steps,
     surely,
     title,
     unmeasured,
@@ -134,7 +134,7 @@ def _cards(d: Decision, point: Point, bill: Figures) -> list[dict[str, str]]:
         (f"cost, {100 * level:g} %", " to ".join(map(format_dollars, costs)) if costs else None),
         ("to buy it", None if bill.capex is None else format_dollars(bill.capex)),
         ("of the wall clock trains", f"{good.share:.1%}" if good else None),
-        ("model FLOP utilisation", f"{result.mfu:.1%}" if result else None),
+        ("model FLOP utilisation, as simulated", f"{result.mfu:.1%}" if result else None),
         ("probability that the plan fits", format_probability(result.p_fits) if result else None),
         ("energy", None if bill.energy is None else format_energy(bill.energy)),
         ("CO2", None if bill.carbon is None else format_carbon(bill.carbon)),
@@ -156,7 +156,7 @@ def why(d: Decision) -> list[str]:
     ]
     lines = [
         f"Plan: {describe(result.strategy)} on {result.stack.name}; {training.global_batch:,} sequences a "
-        f"step, {format_seconds(result.step_time)} each, {subject.num_steps:,.0f} steps.",
+        f"step, {steps(subject)}.",
         f"Of a step compute waits for {', '.join(heaviest) or 'next to nothing'}; device memory is filled to "
         f"{result.peak_memory / result.memory_limit:.0%}.",
     ]
@@ -241,7 +241,7 @@ def risks(d: Decision) -> list[str]:
     result, bill, here = subject.result, subject.figures, d.request.at(subject.figures)
     terms = here.terms
     lines = [
-        f"The step time is predicted, {beyond(bill)}and its error makes most of the interval of days. "
+        f"The step time is predicted, and its error makes most of the interval of days. "
         f"Its search is {proof(subject.gap, found=subject.result.fits)}."
     ]
     lines += filter(None, [unmeasured(result)])

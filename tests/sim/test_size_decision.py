@@ -17,7 +17,7 @@ from mopsim.api.size import Clusters
 from mopsim.common import io
 from mopsim.common.units import format_probability
 from mopsim.intervals import known_errors
-from mopsim.report.decision import Decision, answer, risks
+from mopsim.report.decision import Decision, answer, risks, why
 from mopsim.report.sizing import format_days, missed, stated, surely
 from mopsim.report.sizing_plots import dollars
 from mopsim.size import Goal, Point, Sizing
@@ -149,6 +149,26 @@ def test_a_stack_without_a_measured_run_is_named(found: Clusters) -> None:
     assert not said(min(stacks))
     seen = Observed(stack="mopexec-flat", precision="bf16", network="x", runs=3, step_time=0.1)
     assert not said("mopexec-flat", seen)
+
+
+def test_the_days_are_those_of_the_arithmetic(found: Clusters) -> None:
+    """Steps, seconds of a step, the factor and the goodput stand together and give the days."""
+    point = found.chosen
+    assert point is not None
+    assert point.figures is not None
+    assert point.figures.goodput is not None
+    wide = replace(point.figures, measured_over_predicted=1.06, seconds=point.figures.seconds * 1.06)
+    decision = Decision(found.request, [], [], [], replace(point, figures=wide), None, [], [])
+    found_numbers = re.search(
+        r"([\d,]+) steps of (\S+) (\w+) as simulated \(the days count 1.06 times that, (\S+) \3",
+        why(decision)[0],
+    )
+    assert found_numbers is not None
+    steps, alone, unit, counted = found_numbers.groups()
+    assert float(counted) == pytest.approx(1.06 * float(alone), rel=0.01)
+    seconds = float(counted) * {"s": 1.0, "ms": 1e-3}[unit] * float(steps.replace(",", ""))
+    factor = wide.measured_over_predicted / point.figures.measured_over_predicted
+    assert seconds / point.figures.goodput.share == pytest.approx(point.figures.seconds * factor, rel=0.01)
 
 
 def test_the_page_needs_nothing_beside_it(found: Clusters, tmp_path: Path) -> None:
