@@ -25,7 +25,7 @@ from mopsim.api.strategies import StrategyTemplate
 from mopsim.api.sweep import Hold, Setting, Swept, read_sweep
 from mopsim.api.sweep import sweep as swept
 from mopsim.common.arguments import named
-from mopsim.common.errors import MopError
+from mopsim.common.errors import MopError, require, require_name
 from mopsim.common.outputs import whole_directory
 from mopsim.common.values import require_once
 from mopsim.engine import SimResult
@@ -199,6 +199,9 @@ def compare(
     named = dict(strategies) if isinstance(strategies, Mapping) else _labelled(strategies)
     if not named:
         raise MopError("strategies: none is given, nothing to compare")
+    for label in named:
+        require_name(label, "strategies")
+    require(budget >= 1, "budget", budget, "must be at least 1")  # also where no family is searched
 
     def play(label: str, at: Inputs) -> Simulation:
         return played(named[label], at, runnable=runnable, budget=budget)

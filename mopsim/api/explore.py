@@ -9,6 +9,7 @@ from mopsim.common import io
 from mopsim.common.arguments import named
 from mopsim.common.errors import MopError
 from mopsim.common.json_text import parse_json
+from mopsim.common.values import first_unreadable
 from mopsim.engine import SimResult, simulate
 from mopsim.report.explore.page import html
 from mopsim.report.explore.steps import ExplorerStep
@@ -38,7 +39,7 @@ def explore(
     profiles. Returns notes: which timelines are left out, and why. Raises MopError.
     """
     origin = str(result) if isinstance(result, str | Path) else "result"
-    data = read_result(Path(result)) if isinstance(result, str | Path) else io.to_plain(dict(result))
+    data = read_result(Path(result)) if isinstance(result, str | Path) else _plain(result)
     kind = kind_of(data, origin)
     known: dict[str, dict[str, Any]] = {
         "model": {io.digest(one): one for one in map(read_model, models)},
@@ -63,6 +64,14 @@ def read_result(path: Path) -> dict[str, Any]:
     data = parse_json(io.read_text(path, "result"), f"result: {path}")
     if not isinstance(data, dict):
         raise MopError(f"result: {path}: must be a mapping of keys, got {type(data).__name__}")
+    return data
+
+
+def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a result. Raises MopError for one that no result has."""
+    data = dict(result)
+    if problem := first_unreadable(data, "result"):
+        raise MopError(f"{problem[0]}: {problem[1]}")
     return data
 
 

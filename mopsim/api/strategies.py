@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from mopsim import strategies
-from mopsim.common.arguments import check_arguments, named
+from mopsim.common.arguments import checked_arguments, named
 from mopsim.spec.strategy import Strategy
 
 P = ParamSpec("P")
@@ -36,8 +36,8 @@ def _template(make: Callable[Concatenate[int, P], Strategy]) -> Callable[P, Stra
 
     @wraps(make)
     def later(*args: P.args, **given: P.kwargs) -> StrategyTemplate:
-        check_arguments(make, 1, *args, **given)
-        return StrategyTemplate(make.__name__, dict(given), lambda ranks: named(make)(ranks, *args, **given))
+        told = checked_arguments(make, 1, *args, **given).kwargs
+        return StrategyTemplate(make.__name__, told, lambda ranks: named(make)(ranks, *args, **given))
 
     later.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=list(keywords.values()), return_annotation=StrategyTemplate

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,27 +18,35 @@ _hints = cache(get_type_hints)
 
 
 def named(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, which refuses an argument of another type than it is annotated with. Raises MopError; a
-    TypeError for an argument that it does not have."""
+    """`function`, which refuses an argument of another type than it is annotated with, and is given numbers
+    and sequences of other libraries as Python's own. Raises MopError; a TypeError for an argument that it
+    does not have."""
 
     @wraps(function)
     def call(*args: P.args, **given: P.kwargs) -> T:
-        check_arguments(function, *args, **given)
-        return function(*args, **given)
+        bound = checked_arguments(function, *args, **given)
+        return function(*bound.args, **bound.kwargs)
 
     return call
 
 
-def check_arguments(function: Callable[..., Any], *args: Any, **given: Any) -> None:
-    """Raise as `named` does, without a call."""
+def checked_arguments(function: Callable[..., Any], *args: Any, **given: Any) -> inspect.BoundArguments:
+    """What `function` is given by `named`. Raises as that does."""
     signature, hints = inspect.signature(function), _hints(function)
     try:
-        bound = signature.bind(*args, **given).arguments
+        bound = signature.bind(*args, **given)
     except TypeError as error:
         raise TypeError(f"{function.__name__}() {error}{_near(signature, given)}") from None
-    for name, value in bound.items():
-        if name in hints and not _fits(value, hints[name]):
+    for name, value in bound.arguments.items():
+        if name not in hints:
+            continue
+        if isinstance(value, str) and not value.strip() and Path in get_args(hints[name]):
+            raise MopError(f"{name}: {shown(value)} must not be empty")
+        taken = _taken(value, hints[name])
+        if taken is _UNFIT:
             raise MopError(f"{name}: {shown(value)} is refused: expected {_said(hints[name])}")
+        bound.arguments[name] = taken
+    return bound
 
 
 def _near(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
@@ -47,40 +56,69 @@ def _near(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     return "" if unknown is None else f"; it has {', '.join(nearest(unknown, known) or known)}"
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _taken(value: Any, hint: Any) -> Any:
+    """`value` as a `hint`: itself, or the same in Python's own types; _UNFIT where it is none."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return next((found for one in inner if (found := _taken(value, one)) is not _UNFIT), _UNFIT)
     if origin is Literal:
-        return value in inner
+        return next((one for one in inner if _is(value, one)), _UNFIT)
     if origin in (Sequence, tuple):
-        return _is_sequence(value) and _are(list(value), inner, fixed=not _of_any_length(hint))
+        return _taken_sequence(value, inner, fixed=not _of_any_length(hint))
     if origin is Mapping:
-        keys, values = inner
-        return isinstance(value, Mapping) and all(
-            _fits(key, keys) and (values is Any or _fits(value[key], values)) for key in value
-        )
+        return _taken_mapping(value, *inner)
     if origin is not None:
-        return isinstance(value, origin)
-    if hint in _NUMBERS:
-        return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
+        return value if isinstance(value, origin) else _UNFIT
+    if hint in (int, float):
+        return _taken_number(value, hint)
+    return value if hint is Any or isinstance(value, hint) else _UNFIT
 
 
-_NUMBERS = {int: Integral, float: Real}
+_UNFIT = object()
 
 
-def _is_sequence(value: Any) -> bool:
-    """A list, a tuple, an array; not a text, which is one value."""
+def _is(value: Any, one: Any) -> bool:
+    """Whether it is this value of a Literal: of its type first, since an array may equal anything."""
+    kind = type(one)
+    plain = _taken_number(value, int) if kind is int else value
+    return isinstance(plain, kind) and plain == one
+
+
+def _taken_number(value: Any, kind: Any) -> Any:
+    """As an int, or a float."""
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        return _UNFIT
+    try:
+        return value if type(value) in (int, float) else kind(value)
+    except OverflowError:  # a fraction beyond all floats
+        return _UNFIT
+
+
+def _taken_sequence(value: Any, kinds: tuple[Any, ...], fixed: bool) -> Any:
+    """A list, a tuple, an array; not a text, which is one value. Of these kinds, one each where their number
+    is fixed, else all of the first."""
     lasting = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-    return lasting and not isinstance(value, str | bytes | Mapping)
-
-
-def _are(values: list[Any], kinds: tuple[Any, ...], fixed: bool) -> bool:
-    """Whether they are of these kinds, one each where their number is fixed, else all of the first."""
+    if not lasting or isinstance(value, str | bytes | Mapping):
+        return _UNFIT
+    try:
+        values = list(value)
+    except TypeError:  # an array of no dimension
+        return _UNFIT
     if fixed and len(values) != len(kinds):
-        return False
-    return all(map(_fits, values, kinds if fixed else kinds[:1] * len(values)))
+        return _UNFIT
+    found = [*map(_taken, values, kinds if fixed else kinds[:1] * len(values))]
+    if any(one is _UNFIT for one in found):
+        return _UNFIT
+    return tuple(found) if isinstance(value, tuple) else found
+
+
+def _taken_mapping(value: Any, keys: Any, values: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return _UNFIT
+    if values is Any:
+        return value if all(_taken(key, keys) is not _UNFIT for key in value) else _UNFIT
+    found = {_taken(key, keys): _taken(value[key], values) for key in value}
+    return _UNFIT if any(one is _UNFIT for pair in found.items() for one in pair) else found
 
 
 def _of_any_length(hint: Any) -> bool:

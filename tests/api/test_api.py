@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 from msgspec.structs import replace
 
@@ -280,6 +282,19 @@ WRONG: dict[str, Callable[[], object]] = {
     "strategies: 5 is refused": lambda: mopsim.compare(**JOB, strategies=5),  # type: ignore[arg-type]
     "prediction: 5 is refused: expected Simulation or SimResult": lambda: mopsim.interval(5),  # type: ignore[arg-type]
     "result: 5 is refused": lambda: mopsim.explore(5, "x.html"),  # type: ignore[arg-type]
+    "precision: <NA> is refused": lambda: step(precision=pandas.NA),
+    "precision: array(": lambda: step(precision=np.array(["bfloat16", "fp8"])),
+    "optimizer: 0 ": lambda: mopsim.mop(optimizer=pandas.Series(["device", "host"])),  # type: ignore[arg-type]
+    "nodes: array(1) is refused": lambda: step(nodes=np.array(1)),
+    "routing: array(1) is refused": lambda: step(routing=np.array(1)),
+    "result.a: <object object": lambda: mopsim.explore({"a": object()}, "x.html"),
+    "result.a: 1 is refused as a key": lambda: mopsim.explore({"a": {1: 2}}, "x.html"),
+    "folder: '' must not be empty": lambda: mopsim.compare(**JOB, strategies=[TINY]).write(""),
+    "path: '  ' must not be empty": lambda: STEP.save_plan("  "),
+    "strategies: '' must be one line": lambda: mopsim.compare(**JOB, strategies={"": TINY}),
+    "strategies: 'a\\nb' must be one line": lambda: mopsim.compare(**JOB, strategies={"a\nb": TINY}),
+    "strategies: '\\x1b[31m' must be one line": lambda: mopsim.compare(**JOB, strategies={"\x1b[31m": TINY}),
+    "budget: -1 must be at least 1": lambda: mopsim.compare(**JOB, strategies=[TINY], budget=-1),
 }  # fmt: skip
 
 
@@ -291,6 +306,22 @@ def step(**wrong: Any) -> object:
 def test_a_wrong_object_is_named_with_its_value_and_the_rule(says: str) -> None:
     with pytest.raises(mopsim.MopError, match=f"^{re.escape(says)}"):
         WRONG[says]()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    """Wherever one is taken; what is written of them is plain."""
+    one, four = np.int64(1), np.int32(4)
+    tiny = mopsim.mop(expert_parallel=np.int64(2), prefetch=one)
+    assert tiny == mopsim.mop(expert_parallel=2, prefetch=1)
+    assert repr(tiny) == "mop(expert_parallel=2, prefetch=1)"
+    job = {**JOB, "seq_len": np.int64(64), "global_batch": four, "nodes": one, "seed": np.uint8(3)}
+    of_numpy = mopsim.simulate(**job, strategy=tiny, learning_rate=np.float32(0.5), interval=np.float64(0.5))
+    plain = {**JOB, "seq_len": 64, "global_batch": 4, "nodes": 1, "seed": 3}
+    assert of_numpy.plan() == mopsim.simulate(**plain, strategy=tiny, learning_rate=0.5, interval=0.5).plan()
+    of_numpy.save_plan(tmp_path / "plan.yaml")
+    swept = mopsim.compare(**plain, strategies=[tiny], sweep=("seq_len", np.array([64, 128])))
+    assert swept.sweep is not None
+    assert swept.sweep.values == [64, 128]
 
 
 @pytest.mark.parametrize("family", [mopsim.mop, mopsim.fsdp2, mopsim.megatron, mopsim.zero_offload])
